@@ -1,0 +1,143 @@
+"""Concepts in words: the prompts that name what is erased, and the prompts it is erased towards."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+ConceptType = Literal["object", "style"]
+
+OBJECT_TEMPLATES = (
+    "{}",
+    "a {}",
+    "a photo of {}",
+    "a photo of a {}",
+    "a picture of {}",
+    "an image of {}",
+    "a drawing of {}",
+)
+"""Phrasings of an object; the target and its anchor take the same place."""
+
+STYLE_TEMPLATES = (
+    "{anchor} in the style of {target}",
+    "a {anchor} of a house in the style of {target}",
+    "a {anchor} of a tree, in the style of {target}",
+    "a {anchor} of a woman by {target}",
+    "a {anchor} of a city street by {target}",
+    "a {anchor} of a bowl of fruit, {target} style",
+)
+"""Phrasings of a style; what the anchor keeps is each phrasing up to where the style is named."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Concept:
+    """A concept: the name that reports show and the prompts that mean it."""
+
+    name: str
+    prompts: tuple[str, ...]
+
+    @classmethod
+    def from_file(cls, path: str | Path) -> Concept:
+        """Read a text file of one prompt a line (empty lines and lines that start with # do not count).
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: it holds no prompt.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"concept file {str(path)!r} does not exist; a name that ends in .txt means a file of prompts"
+            )
+        lines = (line.strip() for line in path.read_text(encoding="utf-8").splitlines())
+        prompts = tuple(line for line in lines if line and not line.startswith("#"))
+        if not prompts:
+            raise ValueError(f"concept file {str(path)!r} holds no prompt; write one prompt a line")
+        return cls(path.stem, prompts)
+
+
+ConceptLike = str | Concept | Sequence[str]
+
+
+def concept_pair(
+    target: ConceptLike, anchor: ConceptLike, concept_type: ConceptType = "object"
+) -> tuple[Concept, Concept]:
+    """The target's and the anchor's prompts, aligned one to one.
+
+    Args:
+        target: what to erase: a name ("van gogh", put into the templates of ``concept_type``), a ``.txt`` file of
+            prompts, a :class:`Concept` or a sequence of prompts.
+        anchor: what takes its place, in the same forms. One prompt serves all of the target's.
+        concept_type: "object" puts either name into the same phrasings; "style" names the target's style on a
+            picture that the anchor ("painting") names.
+
+    Raises:
+        ValueError: an empty concept, equal concepts, or prompts that do not pair.
+        FileNotFoundError: a concept file that is not there.
+    """
+    if concept_type not in ("object", "style"):
+        raise ValueError(f"concept_type must be 'object' or 'style', got {concept_type!r}")
+    named_target, named_anchor = _read("target", target), _read("anchor", anchor)
+    if not named_target.name:
+        raise ValueError("target is empty; name the concept to erase, for example target='van gogh'")
+    if named_target.name.casefold() == named_anchor.name.casefold() and named_target.prompts == named_anchor.prompts:
+        raise ValueError(
+            f"target and anchor are the same, {named_target.name!r}: there would be nothing to erase; "
+            "choose another anchor, such as a superclass"
+        )
+    if not named_target.prompts:
+        named_target, named_anchor = _expand(named_target.name, named_anchor, concept_type)
+    elif not named_anchor.prompts:
+        named_anchor = Concept(named_anchor.name, (named_anchor.name,))
+    if len(named_anchor.prompts) == 1:
+        named_anchor = Concept(named_anchor.name, named_anchor.prompts * len(named_target.prompts))
+    if len(named_anchor.prompts) != len(named_target.prompts):
+        raise ValueError(
+            f"target has {len(named_target.prompts)} prompts but anchor has {len(named_anchor.prompts)}; "
+            "give one anchor prompt a target prompt, in the same order, or a single one for all"
+        )
+    same = [prompt for prompt, other in zip(named_target.prompts, named_anchor.prompts, strict=True) if prompt == other]
+    if same:
+        raise ValueError(
+            f"target and anchor share the prompt {same[0]!r}: there would be nothing to erase in it; change one"
+        )
+    return named_target, named_anchor
+
+
+def _read(argument: str, value: ConceptLike) -> Concept:
+    """A concept, its prompts still empty where only a name was given."""
+    if isinstance(value, Concept):
+        concept = value
+    elif isinstance(value, str):
+        return Concept.from_file(value) if value.endswith(".txt") else Concept(value.strip(), ())
+    elif isinstance(value, Sequence) and all(isinstance(prompt, str) for prompt in value):
+        concept = Concept(value[0] if value else "", tuple(value))
+    else:
+        raise TypeError(
+            f"{argument} must be a name, a .txt file, a Concept or a sequence of prompts, got {type(value).__name__}"
+        )
+    if not concept.prompts or not all(prompt.strip() for prompt in concept.prompts if argument == "target"):
+        raise ValueError(f"{argument} holds an empty prompt or none; write every prompt in words")
+    return concept
+
+
+def _expand(target: str, anchor: Concept, concept_type: ConceptType) -> tuple[Concept, Concept]:
+    """Put the target's name, and the anchor's where it has no prompts of its own, into the templates."""
+    if concept_type == "object":
+        prompts = tuple(template.format(target) for template in OBJECT_TEMPLATES)
+        anchors = tuple(template.format(anchor.name) for template in OBJECT_TEMPLATES) if anchor.name else ("",)
+    else:
+        base = anchor.name or "picture"
+        prompts = tuple(template.format(anchor=base, target=target) for template in STYLE_TEMPLATES)
+        anchors = tuple(_before_style(template).format(anchor=base) for template in STYLE_TEMPLATES)
+    return Concept(target, prompts), Concept(anchor.name, anchor.prompts or anchors)
+
+
+def _before_style(template: str) -> str:
+    """A style template without its last words, those that name the style."""
+    for ending in (" in the style of {target}", " by {target}", " {target} style"):
+        if template.endswith(ending):
+            return template.removesuffix(ending).rstrip(",")
+    raise ValueError(f"style template {template!r} does not end by naming {{target}}")

@@ -1,0 +1,111 @@
+"""The embedded pipeline: a real latent text-to-image pipeline of handwritten digits in coloured ink, and its judge.
+
+An ordinary diffusers ``StableDiffusionPipeline`` folder of 3 MB, trained from scratch by ``fdu/embedded/train.py`` on
+scikit-learn's handwritten digits, for demonstrations, tests and studies that run anywhere in a minute.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from diffusers import StableDiffusionPipeline
+from safetensors.torch import load_file
+from torch import Tensor
+
+from fdu.concepts import Concept
+from fdu.embedded.classifier import DigitClassifier
+from fdu.embedded.vocabulary import DIGITS, FRAMES, INKS, MEDIA, medium_phrases, prompt
+from fdu.evaluation import Judge, Probe
+
+DATA = Path(__file__).parent / "data"
+PIPELINE_FOLDER = DATA / "pipeline"
+
+SUPERCLASS = "digit"
+"""The anchor that names no digit and no ink."""
+PRESERVED = ("a photo of a digit", "a digit", "a drawing of a digit")
+"""Prompts of the superclass, which every erasure here keeps."""
+
+SEEN_FRAMES, UNSEEN_FRAMES = FRAMES[:4], FRAMES[4:]
+SEEN_NOUNS, UNSEEN_NOUNS = ("{}", "the digit {}"), ("the number {}", "a handwritten {}")
+"""Phrasings that erasures train on, and others of the pipeline's vocabulary that they never see."""
+
+
+def load_pipeline(dtype: torch.dtype = torch.float32) -> StableDiffusionPipeline:
+    """The pipeline, on the CPU."""
+    return StableDiffusionPipeline.from_pretrained(PIPELINE_FOLDER, dtype=dtype)
+
+
+def load_classifier() -> DigitClassifier:
+    """The judge, which learnt from real digits and never saw the pipeline."""
+    classifier = DigitClassifier()
+    classifier.load_state_dict(load_file(DATA / "classifier.safetensors"))
+    return classifier.eval().requires_grad_(False)
+
+
+def judges() -> dict[str, Judge]:
+    """The judge of "digit" and the judge of "medium"."""
+    classifier = load_classifier()
+
+    def judge_digit(images: Tensor) -> list[str]:
+        return [DIGITS[index] for index in classifier(images)[0].argmax(1)]
+
+    def judge_medium(images: Tensor) -> list[str]:
+        return [MEDIA[index] for index in classifier(images)[1].argmax(1)]
+
+    return {"digit": judge_digit, "medium": judge_medium}
+
+
+def concepts(target: str, anchor: str) -> tuple[Concept, Concept]:
+    """Target and anchor in the words of the pipeline, prompts aligned.
+
+    Args:
+        target: a digit ("three") or an ink ("red").
+        anchor: another digit or ink, or "digit": the superclass, which names neither digit nor ink.
+
+    Raises:
+        ValueError: a name the pipeline does not know, or an anchor that does not go with the target.
+    """
+    kind = DIGITS if target in DIGITS else INKS
+    if target not in kind:
+        raise ValueError(f"target must be a digit ({', '.join(DIGITS)}) or an ink ({', '.join(INKS)}), got {target!r}")
+    if anchor != SUPERCLASS and anchor not in kind:
+        raise ValueError(f"anchor must be {SUPERCLASS!r} or one of {', '.join(kind)}, got {anchor!r}")
+    if anchor == target:
+        raise ValueError(f"target and anchor are the same, {target!r}; choose another anchor, such as {SUPERCLASS!r}")
+    return Concept(target, _prompts(target, target)), Concept(anchor, _prompts(target, anchor))
+
+
+def probes(target: str) -> list[Probe]:
+    """What to draw to judge the erasure of ``target``: itself, seen and unseen, its kind, and the other kind."""
+    judge = judges()
+    digit_erased = target in DIGITS
+    kinds = {"digit": DIGITS, "medium": INKS}
+    own, other = ("digit", "medium") if digit_erased else ("medium", "digit")
+    return [
+        Probe(target, _prompts(target, target), "target", judge[own]),
+        Probe(target, _unseen_prompts(target), "unseen", judge[own]),
+        *(Probe(name, _prompts(name, name), "retained", judge[own]) for name in kinds[own] if name != target),
+        *(Probe(name, _prompts(name, name), "cross_domain", judge[other]) for name in kinds[other]),
+    ]
+
+
+def _prompts(target: str, name: str) -> tuple[str, ...]:
+    """The seen phrasings of ``target``, with ``name`` in its place."""
+    if target in DIGITS:
+        nouns = ("digit", "a digit") if name == SUPERCLASS else tuple(noun.format(name) for noun in SEEN_NOUNS)
+        return tuple(prompt(noun, frame) for frame in SEEN_FRAMES for noun in nouns)
+    phrases = ("",) if name == SUPERCLASS else medium_phrases(name)[:1]
+    nouns = ("a digit", *(SEEN_NOUNS[1].format(digit) for digit in DIGITS))
+    return tuple(prompt(noun, frame, phrase) for frame in SEEN_FRAMES[1:3] for noun in nouns for phrase in phrases)
+
+
+def _unseen_prompts(target: str) -> tuple[str, ...]:
+    """Phrasings of ``target`` that share no frame and no noun, or no ink phrase, with the seen ones."""
+    if target in DIGITS:
+        phrases = ("", *(medium_phrases(ink)[0] for ink in INKS))
+        nouns = tuple(noun.format(target) for noun in UNSEEN_NOUNS)
+    else:
+        phrases = medium_phrases(target)[1:]
+        nouns = ("a number", *(UNSEEN_NOUNS[0].format(digit) for digit in DIGITS))
+    return tuple(prompt(noun, frame, phrase) for noun in nouns for frame in UNSEEN_FRAMES for phrase in phrases)
