@@ -5,11 +5,19 @@
 >>> result.save("erased/")  # doctest: +SKIP
 """
 
-from fdu.concepts import Concept
-from fdu.config import EraseConfig
-from fdu.erase import erase
-from fdu.evaluation import Draws, Evaluation, Figures, Probe, draw, evaluate
-from fdu.result import ErasureResult
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fdu.concepts import Concept
+    from fdu.config import EraseConfig
+    from fdu.erase import erase
+    from fdu.evaluation import Draws, Evaluation, Figures, Probe, draw, evaluate
+    from fdu.result import ErasureResult
 
 __version__ = "0.1.0"
 
@@ -25,3 +33,35 @@ __all__ = [
     "erase",
     "evaluate",
 ]
+
+_HOMES = {
+    "Concept": "fdu.concepts",
+    "EraseConfig": "fdu.config",
+    "ErasureResult": "fdu.result",
+    "erase": "fdu.erase",
+    **dict.fromkeys(("Draws", "Evaluation", "Figures", "Probe", "draw", "evaluate"), "fdu.evaluation"),
+}
+"""Where each public name is defined. Imported at first use: diffusers takes seconds, `fdu --help` should not."""
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'fdu' has no attribute {name!r}")
+    value = getattr(import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+class _Package(ModuleType):
+    """Keeps ``fdu.erase`` the function: importing the file of that name would put the module in its place."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (name in _HOMES and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

@@ -6,8 +6,6 @@ import dataclasses
 import math
 from typing import Any, Literal
 
-import fdu_kernels
-
 LR_SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine")
 TRAIN_METHODS = ("lora", "cross_attention")
 MIXED_PRECISIONS = ("no", "fp16", "bf16")
@@ -74,6 +72,8 @@ class EraseConfig:
     """Seed of everything random. The same seed gives the same weights, bit for bit on the CPU."""
 
     def __post_init__(self) -> None:
+        import fdu_kernels  # here, because it brings torch and the help of the command line should not wait for it
+
         fdu_kernels.get_divergence(self.divergence)
         if self.sigma != "auto" and not (isinstance(self.sigma, (int, float)) and self.sigma > 0):
             raise ValueError(f"sigma must be a number > 0 or 'auto', got {self.sigma!r}")

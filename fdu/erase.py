@@ -104,7 +104,7 @@ class Examples:
     preserved: Tensor
     """Embeddings [prompts, tokens, width] of the prompts to keep."""
     latents: Tensor
-    """Clean latents [num_latents, C, H, W]: of the target's and the anchor's prompts first, then of the preserved ones."""
+    """Clean latents [num_latents, C, H, W]: those of the target and the anchor first, then of the preserved prompts."""
     num_erasing: int
     """How many of the latents, from the first, belong to the target and the anchor."""
 

@@ -1,0 +1,137 @@
+"""The demonstration: erase a concept from the embedded pipeline, judge it, and keep figures, report and picture."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from fdu import embedded
+from fdu.concepts import Concept
+from fdu.config import EraseConfig
+from fdu.erase import erase
+from fdu.evaluation import Draws, Evaluation, Probe, draw, evaluate
+from fdu.loading import describe_device, load_model
+from fdu.output import check_output, whole_folder
+from fdu.pictures import save_before_after
+from fdu.report import write_report
+from fdu.versions import versions
+
+METRICS, REPORT, PICTURE, WEIGHTS = "metrics.json", "report.html", "before-after.png", "erased"
+"""What a demonstration's folder holds."""
+METRICS_KEYS = {"before", "after", "target", "images_per_class"}
+"""Keys by which such a folder is known again."""
+
+NOTES = (
+    "The images come from the pipeline that is embedded in fdu, trained from scratch on the handwritten digits of "
+    "scikit-learn (E. Alpaydin and C. Kaynak, Optical Recognition of Handwritten Digits, UCI Machine Learning "
+    "Repository, CC BY 4.0), inked in one of four colours. The judge is a classifier trained on the real digits alone.",
+    "The text embeddings of this small pipeline are far more separable than those of a real CLIP, so a concept can be "
+    "erased here with less harm to its neighbours than in Stable Diffusion. Take these figures as a demonstration of "
+    "the method and a check of the installation, not as a measure of what it does to a large model.",
+)
+"""What a reader of results on the embedded pipeline has to know."""
+
+
+def check_demo_output(folder: str | Path) -> None:
+    """As :func:`fdu.output.check_output`, but what a former demonstration wrote may be replaced, and nothing else.
+
+    Raises:
+        FileExistsError: the folder holds anything else.
+        OSError: it cannot be written.
+    """
+    folder = Path(folder)
+    if folder.is_dir() and any(folder.iterdir()):
+        strangers = {path.name for path in folder.iterdir()} - {METRICS, REPORT, PICTURE, WEIGHTS}
+        if strangers or not _is_demo(folder):
+            reason = f"holds {sorted(strangers)[0]!r}, which" if strangers else "is not empty, and"
+            raise FileExistsError(f"output folder {str(folder)!r} {reason} no demo wrote; choose another with --out")
+    check_output(folder, overwrite=True)
+
+
+def run_demo(
+    out: str | Path,
+    target: Concept,
+    anchor: Concept,
+    config: EraseConfig,
+    images_per_class: int = 32,
+    device: str = "cpu",
+    command: str = "",
+) -> tuple[Evaluation, list[Probe]]:
+    """Erase ``target`` from the embedded pipeline, compare before and after, and write the folder ``out`` as a whole.
+
+    Args:
+        out: the folder; it must be empty or a former demonstration's.
+        target, anchor: of :func:`fdu.embedded.concepts`.
+        config: the settings.
+        images_per_class: images that the judge sees of every class, before and after.
+        device: where to run.
+        command: the command line to note as the one that makes this again.
+
+    Raises:
+        FileExistsError, OSError: the folder is somebody else's or cannot be written.
+        RuntimeError: the loss became NaN or infinite; nothing is written.
+    """
+    check_demo_output(out)
+    result = erase(load_model("embedded", device=device), target, anchor, config=config)
+    probes = embedded.probes(target.name)
+    with result.original() as original:
+        before = draw(original, probes, images_per_class, config.seed, description="before")
+    after = draw(result.pipeline, probes, images_per_class, config.seed, description="after")
+    evaluation = evaluate(before, after, probes)
+
+    with whole_folder(out, overwrite=True) as folder:
+        result.save(folder / WEIGHTS)
+        write_figures(folder, evaluation, probes, before, after, result.record(), command, describe_device(device))
+        save_before_after(folder / PICTURE, before, after, probes, evaluation)
+    return evaluation, probes
+
+
+def write_figures(
+    folder: Path,
+    evaluation: Evaluation,
+    probes: Sequence[Probe],
+    before: Draws,
+    after: Draws,
+    record: dict[str, Any] | None,
+    command: str,
+    device: str,
+) -> None:
+    """Write ``metrics.json`` and ``report.html`` of an erasure on the embedded pipeline."""
+    metrics = figures(evaluation, probes, record) | {"device": device, "command": command}
+    (folder / METRICS).write_text(json.dumps(metrics, indent=1) + "\n", encoding="utf-8")
+    write_report(folder / REPORT, evaluation, probes, before, after, record, command, device, NOTES)
+
+
+def figures(evaluation: Evaluation, probes: Sequence[Probe], record: dict[str, Any] | None) -> dict[str, Any]:
+    """Everything that was measured and, where ``record`` tells, how it came about; ready for JSON."""
+    target = next(probe.name for probe in probes if probe.role == "target")
+    measured = {"target": target, **evaluation.as_dict()}
+    if record is None:
+        return measured | {"versions": versions()}
+    config = dict(record["config"])
+    return measured | {
+        "anchor": record["anchor"]["name"],
+        "divergence": config["divergence"],
+        "steps": config["max_train_steps"],
+        "seed": config["seed"],
+        "sigma": record["sigma"],
+        "seconds": record["seconds"],
+        "settings": config,
+        "versions": record["versions"],
+    }
+
+
+def with_preserved(config: EraseConfig) -> EraseConfig:
+    """The settings with the embedded pipeline's own prompts to keep, unless they name some."""
+    return config if config.preservation_prompts else dataclasses.replace(config, preservation_prompts=embedded.PRESERVED)
+
+
+def _is_demo(folder: Path) -> bool:
+    try:
+        metrics = json.loads((folder / METRICS).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(metrics, dict) and metrics.keys() >= METRICS_KEYS

@@ -1,0 +1,164 @@
+"""Can fdu run here, and how fast? Looks at packages, devices, kernels and disk, and names the command that mends a fault."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import platform
+import re
+import shutil
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Literal
+
+REQUIRED = ("torch", "diffusers", "transformers", "tokenizers", "peft", "accelerate", "safetensors", "tyro", "jinja2", "pillow", "tqdm")
+"""Distributions without which fdu does not run."""
+OPTIONAL = {
+    "triton": ("the fused kernels on GPUs", "pip install triton"),
+    "ninja": ("building the compiled kernels", "pip install ninja"),
+    "scikit-learn": ("training the embedded pipeline anew", "pip install scikit-learn"),
+}
+"""Distributions that some of it uses: for what, and how to get them."""
+MODULES = {"pillow": "PIL", "scikit-learn": "sklearn"}
+"""Import names that differ from the distribution's."""
+LITTLE_DISK = 2 << 30
+"""Bytes; a full pipeline of Stable Diffusion in fp16 takes about this much."""
+
+BACKEND_REMEDIES = (
+    ("cuda device|nvidia|gpu", "nothing to mend on a machine without an NVIDIA GPU; with one, see that `nvidia-smi` works"),
+    ("cuda|cpu-only|driver", "install a CUDA build of PyTorch: pip install --force-reinstall torch"),
+    ("triton", "pip install triton"),
+    ("ninja", "pip install ninja"),
+    ("pybind11", "pip install pybind11"),
+    ("compiler|g\\+\\+|c\\+\\+|gcc|clang", "install a C++20 compiler, such as: apt install g++"),
+    ("nvcc", "install the CUDA toolkit, or stay with the other backends"),
+    ("compiled|built|build|extension|_c\\b", "pip install --force-reinstall --no-deps fdu, or `make build` in a checkout"),
+)
+"""First pattern found in the reason of a backend that cannot run, and what mends it."""
+
+State = Literal["ok", "note", "fault"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Finding:
+    """One thing looked at."""
+
+    subject: str
+    state: State
+    """"note": fdu runs without it; "fault": it does not."""
+    detail: str
+    remedy: str = ""
+
+
+def examine() -> list[Finding]:
+    """Look at everything. Never raises: what cannot be looked at is a finding as well."""
+    findings = [Finding("python", "ok", f"{platform.python_version()} on {platform.platform()}")]
+    findings += [_required(name) for name in REQUIRED]
+    findings += [_optional(name, *use) for name, use in OPTIONAL.items()]
+    for look in (_devices, _kernels, _embedded, _disk):
+        try:
+            findings += look()
+        except Exception as error:
+            subject = look.__name__.strip("_")
+            findings.append(Finding(subject, "fault", f"{type(error).__name__}: {error}", "pip install --force-reinstall fdu"))
+    return findings
+
+
+def healthy(findings: list[Finding]) -> bool:
+    """Whether fdu can run."""
+    return all(finding.state != "fault" for finding in findings)
+
+
+def render(findings: list[Finding]) -> str:
+    """The findings as aligned text, with a conclusion in words."""
+    marks = {"ok": "ok", "note": "note", "fault": "FAULT"}
+    width = max(len(finding.subject) for finding in findings)
+    lines = []
+    for finding in findings:
+        lines.append(f"{marks[finding.state]:5}  {finding.subject:{width}}  {finding.detail}")
+        if finding.remedy:
+            lines.append(f"{'':5}  {'':{width}}  -> {finding.remedy}")
+    faults = [finding.subject for finding in findings if finding.state == "fault"]
+    lines += ["", f"fdu cannot run here; mend first: {', '.join(faults)}" if faults else "fdu can run here."]
+    return "\n".join(lines)
+
+
+def _required(name: str) -> Finding:
+    try:
+        importlib.import_module(MODULES.get(name, name))
+    except Exception as error:  # an installed package can fail to import in any way
+        return Finding(name, "fault", f"cannot be imported: {error}", f"pip install --upgrade {name}")
+    return Finding(name, "ok", _version(name))
+
+
+def _optional(name: str, use: str, remedy: str) -> Finding:
+    try:
+        return Finding(name, "ok", version(name))
+    except PackageNotFoundError:
+        return Finding(name, "note", f"not installed; only for {use}", remedy)
+
+
+def _devices() -> list[Finding]:
+    import torch
+
+    findings = [Finding("cpu", "ok", f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}")]
+    if torch.cuda.is_available():
+        for index in range(torch.cuda.device_count()):
+            properties = torch.cuda.get_device_properties(index)
+            detail = f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB, sm_{properties.major}{properties.minor}"
+            findings.append(Finding(f"cuda:{index}", "ok", detail))
+    elif torch.version.cuda is None:
+        remedy = "with an NVIDIA GPU: pip install --force-reinstall torch"
+        findings.append(Finding("cuda", "note", "this torch is a build without CUDA", remedy))
+    else:
+        remedy = "with an NVIDIA GPU, see that `nvidia-smi` works"
+        findings.append(Finding("cuda", "note", f"torch is built for CUDA {torch.version.cuda} but finds no device", remedy))
+    if torch.backends.mps.is_available():
+        findings.append(Finding("mps", "ok", "Apple GPU"))
+    return findings
+
+
+def _kernels() -> list[Finding]:
+    import fdu_kernels
+
+    findings = []
+    for name, reason in fdu_kernels.backends().items():
+        subject = f"kernels: {name}"
+        if reason is None:
+            findings.append(Finding(subject, "ok", "can run"))
+        else:
+            # The eager reference serves every device, so only its loss is one that nothing else makes good.
+            findings.append(Finding(subject, "fault" if name == "torch" else "note", reason, remedy_for(reason)))
+    return findings
+
+
+def remedy_for(reason: str) -> str:
+    """What mends a backend that cannot run for ``reason``; "" if nothing general is known."""
+    return next((remedy for pattern, remedy in BACKEND_REMEDIES if re.search(pattern, reason.lower())), "")
+
+
+def _embedded() -> list[Finding]:
+    from fdu import embedded
+
+    files = (embedded.PIPELINE_FOLDER / "model_index.json", embedded.DATA / "classifier.safetensors")
+    missing = [path.name for path in files if not path.is_file()]
+    if missing:
+        detail = f"{', '.join(missing)} missing: no demo, but fdu runs on other models"
+        return [Finding("embedded pipeline", "note", detail, "pip install --force-reinstall --no-deps fdu")]
+    return [Finding("embedded pipeline", "ok", "there")]
+
+
+def _disk(folder: Callable[[], Path] = Path.cwd) -> list[Finding]:
+    free = shutil.disk_usage(folder()).free
+    detail = f"{free / 2**30:.1f} GiB free here"
+    if free < LITTLE_DISK:
+        return [Finding("disk", "note", f"{detail}: little for a full pipeline; LoRA weights take a few MiB", "free some space")]
+    return [Finding("disk", "ok", detail)]
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "version unknown"

@@ -1,0 +1,150 @@
+"""The models that the command line names: a folder, a hub id or the embedded pipeline; checked first, loaded later."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+EMBEDDED = "embedded"
+"""The name of the pipeline in the package."""
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+LORA_FILE = "pytorch_lora_weights.safetensors"
+PIPELINE_FILE = "model_index.json"
+
+Dtype = Literal["auto", "float32", "float16", "bfloat16"]
+
+
+def check_model(model: str, argument: str = "MODEL") -> None:
+    """Refuse, before anything is loaded, a model that cannot be there.
+
+    Raises:
+        ValueError: no name.
+        FileNotFoundError: neither a pipeline's folder, nor "embedded", nor of the form of a hub id.
+    """
+    if not model.strip():
+        raise ValueError(f"{argument} is empty; give a pipeline's folder, a hub id (org/name) or {EMBEDDED!r}")
+    if model == EMBEDDED:
+        return
+    if Path(model).is_dir():
+        if not (Path(model) / PIPELINE_FILE).is_file():
+            raise FileNotFoundError(f"{argument} {model!r} holds no {PIPELINE_FILE}: it is not the folder of a diffusers pipeline")
+    elif not HUB_ID.fullmatch(model):
+        raise FileNotFoundError(
+            f"{argument} {model!r} does not exist; give a pipeline's folder, a hub id (org/name) or {EMBEDDED!r}"
+        )
+
+
+def is_embedded(model: str) -> bool:
+    """Whether ``model``, which :func:`check_model` accepted, is the embedded pipeline, by name or by its folder."""
+    if model == EMBEDDED or not Path(model).is_dir():
+        return model == EMBEDDED
+    from fdu.embedded import PIPELINE_FOLDER
+
+    return Path(model).resolve() == PIPELINE_FOLDER.resolve()
+
+
+def check_erased(folder: str) -> None:
+    """Refuse a folder that holds no erasure.
+
+    Raises:
+        FileNotFoundError: there is no such folder, or neither LoRA weights nor a pipeline in it.
+    """
+    if not Path(folder).is_dir():
+        raise FileNotFoundError(f"ERASED {folder!r} does not exist; give a folder that `fdu erase` wrote")
+    if not any((Path(folder) / name).is_file() for name in (LORA_FILE, PIPELINE_FILE)):
+        raise FileNotFoundError(
+            f"ERASED {folder!r} holds neither {LORA_FILE} nor {PIPELINE_FILE}; give a folder that `fdu erase` wrote"
+        )
+
+
+def read_record(folder: str) -> dict | None:
+    """What ``fdu erase`` noted beside the weights; None if it did not write the folder.
+
+    Raises:
+        ValueError: the record cannot be read.
+    """
+    path = Path(folder) / "fdu.json"
+    if not path.is_file():
+        return None
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{str(path)!r} is not valid JSON ({error}); write the folder anew with `fdu erase`") from error
+    if not isinstance(record, dict):
+        raise ValueError(f"{str(path)!r} is not a record of an erasure; write the folder anew with `fdu erase`")
+    return record
+
+
+def choose_device(device: str) -> str:
+    """The device to run on; "auto" takes the first accelerator there is.
+
+    Raises:
+        ValueError: there is no such device here.
+    """
+    import torch
+
+    if device == "auto":
+        if torch.cuda.is_available():
+            return "cuda"
+        return "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(
+            f"device {device!r} cannot be used ({_first_line(error)}); choose auto or cpu, and see `fdu doctor`"
+        ) from error
+    return device
+
+
+def describe_device(device: str) -> str:
+    """A device in words, for records."""
+    import torch
+
+    if device.startswith("cuda"):
+        return f"{device}: {torch.cuda.get_device_name(device)}"
+    if device == "cpu":
+        threads = torch.get_num_threads()
+        return f"cpu: {torch.backends.cpu.get_cpu_capability()}, {threads} thread{'s' if threads > 1 else ''}"
+    return device
+
+
+def check_dtype(dtype: Dtype, mixed_precision: str) -> str:
+    """The dtype to load the model in; "auto" fits ``mixed_precision``.
+
+    Raises:
+        ValueError: half precision weights without autocast.
+    """
+    if dtype == "auto":
+        return {"no": "float32", "fp16": "float16", "bf16": "bfloat16"}[mixed_precision]
+    if dtype != "float32" and mixed_precision == "no":
+        raise ValueError(f"dtype {dtype} needs mixed_precision fp16 or bf16; add --mixed_precision, or use --dtype float32")
+    return dtype
+
+
+def load_model(model: str, dtype: str = "float32", device: str = "cpu") -> DiffusionPipeline:
+    """Load a pipeline.
+
+    Raises:
+        OSError: it cannot be loaded; the first line of the reason.
+    """
+    import torch
+    from diffusers import DiffusionPipeline
+
+    torch_dtype = getattr(torch, dtype)
+    try:
+        if is_embedded(model):
+            from fdu.embedded import load_pipeline
+
+            return load_pipeline(torch_dtype).to(device)
+        return DiffusionPipeline.from_pretrained(model, dtype=torch_dtype).to(device)
+    except (OSError, ValueError, RuntimeError, KeyError, AttributeError) as error:
+        raise OSError(f"model {model!r} could not be loaded: {_first_line(error)}") from error
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

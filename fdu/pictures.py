@@ -1,0 +1,101 @@
+"""Drawn images as pictures to look at: strips, PNG data, and one before-and-after picture."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from PIL import Image, ImageDraw, ImageFont
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from fdu.evaluation import Draws, Evaluation, Probe
+
+CELL, GAP, LABEL_WIDTH, HEADER = 64, 4, 118, 34
+"""Sizes of the before-and-after picture, in pixels."""
+COLUMNS = 5
+"""Images a class on either side of it: 876 pixels in all."""
+NEIGHBOURS, OTHERS = 3, 2
+"""Retained classes and classes of another kind that it shows."""
+PAPER, INK, MUTED = "#ffffff", "#1f1e1c", "#76736c"
+
+
+def to_pil(image: Tensor) -> Image.Image:
+    """One image [3, H, W] in [0, 1] as an RGB picture."""
+    array = (image.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).contiguous()
+    return Image.fromarray(array.numpy(), "RGB")
+
+
+def strip(images: Tensor, gap: int = 2, height: int = 128) -> Image.Image:
+    """Images [N, 3, H, W] side by side with transparent gaps, as an RGBA picture; larger ones are reduced to ``height``."""
+    pictures = [_fit(to_pil(image), min(height, image.shape[1])) for image in images]
+    width = sum(picture.width for picture in pictures) + gap * (len(pictures) - 1)
+    joined = Image.new("RGBA", (width, pictures[0].height), (0, 0, 0, 0))
+    left = 0
+    for picture in pictures:
+        joined.paste(picture, (left, 0))
+        left += picture.width + gap
+    return joined
+
+
+def data_uri(picture: Image.Image) -> str:
+    """A picture as a PNG data URI."""
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG", optimize=True)
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def before_after(before: Draws, after: Draws, probes: Sequence[Probe], evaluation: Evaluation) -> Image.Image:
+    """The picture for a README: a few classes a row, the same seeds left (before) and right (after).
+
+    It shows the target, its unseen phrasings, the retained class that fared worst and its neighbours in order, and
+    classes of another kind.
+    """
+    chosen = _chosen(probes, evaluation)
+    side = COLUMNS * (CELL + GAP) - GAP
+    left, right = LABEL_WIDTH, LABEL_WIDTH + side + 6 * GAP
+    picture = Image.new("RGB", (right + side + 2 * GAP, HEADER + len(chosen) * (CELL + GAP) + GAP), PAPER)
+    canvas = ImageDraw.Draw(picture)
+    font, small = ImageFont.load_default(15), ImageFont.load_default(12)
+    canvas.text((left, 10), "before", INK, font)
+    canvas.text((right, 10), "after", INK, font)
+    notes = {"target": "to erase", "unseen": "unseen phrasings", "retained": "to keep", "cross_domain": "another kind"}
+    for row, index in enumerate(chosen):
+        top = HEADER + row * (CELL + GAP)
+        canvas.text((10, top + 14), probes[index].name, INK, font)
+        canvas.text((10, top + 34), notes[probes[index].role], MUTED, small)
+        for start, draws in ((left, before), (right, after)):
+            for column, image in enumerate(draws.images[index][:COLUMNS]):
+                picture.paste(_fit(to_pil(image), CELL), (start + column * (CELL + GAP), top))
+    return picture
+
+
+def save_before_after(
+    path: str | Path, before: Draws, after: Draws, probes: Sequence[Probe], evaluation: Evaluation
+) -> None:
+    """Write :func:`before_after` as a PNG."""
+    before_after(before, after, probes, evaluation).save(path, "PNG", optimize=True)
+
+
+def _chosen(probes: Sequence[Probe], evaluation: Evaluation) -> list[int]:
+    """Indices of the probes to show, in the probes' order."""
+
+    def of(role: str) -> list[int]:
+        return [index for index, probe in enumerate(probes) if probe.role == role]
+
+    worst = [index for index in of("retained") if probes[index].name == evaluation.after.worst_retained_class]
+    neighbours = [*worst, *(index for index in of("retained") if index not in worst)][:NEIGHBOURS]
+    return [*of("target"), *of("unseen"), *sorted(neighbours), *of("cross_domain")[:OTHERS]]
+
+
+def _fit(picture: Image.Image, height: int) -> Image.Image:
+    """Scaled to ``height``: whole pixels when it grows, smoothly when it shrinks."""
+    if picture.height == height:
+        return picture
+    width = round(picture.width * height / picture.height)
+    grows = height > picture.height
+    return picture.resize((width, height), Image.Resampling.NEAREST if grows else Image.Resampling.LANCZOS)

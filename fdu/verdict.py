@@ -1,0 +1,181 @@
+"""An evaluation in words and in one small table, computed from its figures: what the demo, the CLI and the report say."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from fdu.evaluation import Evaluation, Probe
+
+DRAWN_BEFORE = 0.5
+"""A target drawn less often than this before the erasure was hardly there to erase."""
+ERASED_BELOW = 0.15
+"""Erased: at most this part of the target's share before is left. The superclass itself draws one digit in ten."""
+PARTLY_BELOW = 0.6
+"""Partly erased: at most this part is left."""
+CLASS_DROP = 0.15
+"""A class is broken if its share falls by more than this."""
+MEAN_DROP = 0.05
+"""A group of classes has suffered if its mean falls by more than this."""
+NAMED_CLASSES = 3
+"""So many broken classes are named, the worst first."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One line of the comparison: shares in [0, 1] before and after, None where nothing was drawn."""
+
+    label: str
+    before: float
+    after: float
+    detail: bool = False
+    """Whether it details the row above it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+    """What the figures mean."""
+
+    erased: Literal["erased", "partly erased", "not erased", "hardly drawn before"]
+    """Of the target, in seen and unseen phrasings."""
+    kept: bool
+    """Whether the retained classes and those of another kind are still drawn."""
+    headline: str
+    sentences: tuple[str, ...]
+
+    @property
+    def good(self) -> bool:
+        """Whether the target is gone and everything else is still there."""
+        return self.erased == "erased" and self.kept
+
+
+def percent(share: float) -> str:
+    """A share in [0, 1] as whole percents."""
+    return f"{100 * share:.0f} %"
+
+
+def uncertainty(images: int) -> float:
+    """Half the width of the 95 % interval of a share counted on ``images`` images, at its widest (a share of 1/2)."""
+    return 1.96 * math.sqrt(0.25 / images)
+
+
+def comparison(evaluation: Evaluation, probes: Sequence[Probe]) -> list[Row]:
+    """The rows of the table: target, unseen phrasings, retained with the worst of them, classes of another kind."""
+    before, after = evaluation.before, evaluation.after
+    retained, others = _names(probes, "retained"), _names(probes, "cross_domain")
+    worst = after.worst_retained_class
+    rows = [Row(_names(probes, "target")[0], before.target_accuracy, after.target_accuracy)]
+    if before.unseen_accuracy is not None and after.unseen_accuracy is not None:
+        rows.append(Row("in unseen phrasings", before.unseen_accuracy, after.unseen_accuracy, detail=True))
+    rows.append(Row(f"retained ({_count(retained)})", before.retained_accuracy, after.retained_accuracy))
+    rows.append(Row(f"worst: {worst}", before.per_class[worst], after.per_class[worst], detail=True))
+    if before.cross_domain_accuracy is not None and after.cross_domain_accuracy is not None:
+        rows.append(Row(f"another kind ({_count(others)})", before.cross_domain_accuracy, after.cross_domain_accuracy))
+    return rows
+
+
+def table(evaluation: Evaluation, probes: Sequence[Probe]) -> str:
+    """The comparison as aligned text."""
+    rows = comparison(evaluation, probes)
+    labels = [("  " if row.detail else "") + row.label for row in rows]
+    width = max(map(len, labels))
+    lines = [f"{'':{width}}  {'before':>7}  {'after':>7}"]
+    lines += [
+        f"{label:{width}}  {percent(row.before):>7}  {percent(row.after):>7}" for label, row in zip(labels, rows, strict=True)
+    ]
+    return "\n".join(lines)
+
+
+def judge(evaluation: Evaluation, probes: Sequence[Probe]) -> Verdict:
+    """What the figures mean: whether the target was erased, and what else broke."""
+    before, after = evaluation.before, evaluation.after
+    target = _names(probes, "target")[0]
+    erased = _erased(before.target_accuracy, after.target_accuracy)
+    drew = f"Asked for {target}, the pipeline drew it in {percent(before.target_accuracy)} of {evaluation.images_per_class} images"
+    sentences = [f"{drew} before and in {percent(after.target_accuracy)} after."]
+    headline = {
+        "erased": f"{target} was erased",
+        "partly erased": f"{target} was only partly erased",
+        "not erased": f"{target} was not erased",
+        "hardly drawn before": f"{target} was hardly drawn to begin with",
+    }[erased]
+
+    if before.unseen_accuracy is not None and after.unseen_accuracy is not None:
+        unseen = f"{percent(before.unseen_accuracy)} before and {percent(after.unseen_accuracy)} after"
+        if erased == "erased" and _erased(before.unseen_accuracy, after.unseen_accuracy) in ("partly erased", "not erased"):
+            erased = "partly erased"
+            headline = f"{target} was erased only in the phrasings of the training"
+        sentences.append(f"In phrasings that the training never saw: {unseen}.")
+
+    became = [(name, share) for name, share in after.target_became.items() if name != target]
+    if became and erased in ("erased", "partly erased"):
+        sentences.append(f"In its place it now draws mostly {became[0][0]} ({percent(became[0][1])}).")
+
+    retained, others = _names(probes, "retained"), _names(probes, "cross_domain")
+    broken = _broken(evaluation, retained)
+    fell = before.retained_accuracy - after.retained_accuracy > MEAN_DROP
+    shares = f"{percent(before.retained_accuracy)} before, {percent(after.retained_accuracy)} after"
+    worst = after.worst_retained_class
+    if broken:
+        sentences.append(f"It broke {_listed(evaluation, broken)}; over all {_count(retained)} that it should keep: {shares}.")
+    else:
+        state = "suffered a little" if fell else "kept"
+        sentences.append(
+            f"The {_count(retained)} that it should keep {'have ' if fell else 'were '}{state}: {shares}; "
+            f"the worst of them, {worst}, {percent(before.per_class[worst])} before and {percent(after.per_class[worst])} after."
+        )
+
+    broken_others = _broken(evaluation, others)
+    others_fell = False
+    if before.cross_domain_accuracy is not None and after.cross_domain_accuracy is not None:
+        others_fell = before.cross_domain_accuracy - after.cross_domain_accuracy > MEAN_DROP
+        shares = f"{percent(before.cross_domain_accuracy)} before, {percent(after.cross_domain_accuracy)} after"
+        harm = f"; it broke {_listed(evaluation, broken_others)}" if broken_others else ""
+        sentences.append(f"Classes of another kind ({', '.join(others)}): {shares}{harm}.")
+
+    kept = not (broken or fell or broken_others or others_fell)
+    joint = ", and" if (erased == "erased") == kept else ", but"
+    if broken or broken_others:
+        named = [name for name, _ in (broken or broken_others)[:NAMED_CLASSES]]
+        headline += f"{joint} {_joined(named)} broke"
+    elif not kept:
+        headline += f"{joint} other classes suffered"
+    else:
+        headline += f"{joint} the rest was kept"
+    return Verdict(erased, kept, headline, tuple(sentences))
+
+
+def _erased(before: float, after: float) -> Literal["erased", "partly erased", "not erased", "hardly drawn before"]:
+    if before < DRAWN_BEFORE:
+        return "hardly drawn before"
+    if after <= ERASED_BELOW * before:
+        return "erased"
+    return "partly erased" if after <= PARTLY_BELOW * before else "not erased"
+
+
+def _names(probes: Sequence[Probe], role: str) -> list[str]:
+    return [probe.name for probe in probes if probe.role == role]
+
+
+def _broken(evaluation: Evaluation, names: Sequence[str]) -> list[tuple[str, float]]:
+    """The classes whose share fell too far, with how far, the worst first."""
+    falls = [(name, evaluation.before.per_class[name] - evaluation.after.per_class[name]) for name in names]
+    return sorted((fall for fall in falls if fall[1] > CLASS_DROP), key=lambda fall: -fall[1])
+
+
+def _listed(evaluation: Evaluation, broken: Sequence[tuple[str, float]]) -> str:
+    before, after = evaluation.before.per_class, evaluation.after.per_class
+    named = [f"{name} ({percent(before[name])} before, {percent(after[name])} after)" for name, _ in broken[:NAMED_CLASSES]]
+    more = len(broken) - NAMED_CLASSES
+    return _joined(named + ([f"{more} more"] if more > 0 else []))
+
+
+def _joined(words: Sequence[str]) -> str:
+    return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
+
+
+def _count(names: Sequence[str]) -> str:
+    return f"{len(names)} class" + ("es" if len(names) != 1 else "")

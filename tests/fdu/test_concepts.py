@@ -1,0 +1,93 @@
+"""Concepts: prompts from names, files and lists, and the refusals."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from fdu.concepts import OBJECT_TEMPLATES, STYLE_TEMPLATES, Concept, concept_pair
+
+
+def test_names_take_the_same_place_in_the_same_phrasings() -> None:
+    target, anchor = concept_pair("cat", "dog")
+    assert len(target.prompts) == len(OBJECT_TEMPLATES)
+    assert [prompt.replace("cat", "dog") for prompt in target.prompts] == list(anchor.prompts)
+    assert "a photo of a cat" in target.prompts
+
+
+def test_a_style_is_the_anchor_with_the_style_named() -> None:
+    target, anchor = concept_pair("van gogh", "painting", "style")
+    assert len(target.prompts) == len(anchor.prompts) == len(STYLE_TEMPLATES)
+    for with_style, without in zip(target.prompts, anchor.prompts, strict=True):
+        assert "van gogh" in with_style and "van gogh" not in without
+        assert with_style.startswith(without) and "painting" in without
+        assert not without.endswith((",", " "))
+
+
+def test_the_empty_anchor_is_one_empty_prompt_for_all() -> None:
+    target, anchor = concept_pair("cat", "")
+    assert anchor.prompts == ("",) * len(target.prompts)
+
+
+def test_prompts_pair_in_order() -> None:
+    target, anchor = concept_pair(["a cat", "one cat"], ["a pet", "one pet"])
+    assert list(zip(target.prompts, anchor.prompts, strict=True)) == [("a cat", "a pet"), ("one cat", "one pet")]
+
+
+def test_one_anchor_prompt_serves_all() -> None:
+    _, anchor = concept_pair(Concept("cat", ("a cat", "one cat", "cats")), Concept("pet", ("a pet",)))
+    assert anchor.prompts == ("a pet",) * 3
+
+
+def test_a_named_target_keeps_the_anchors_own_prompts() -> None:
+    target, anchor = concept_pair("cat", ["some animal"])
+    assert len(target.prompts) == len(OBJECT_TEMPLATES)
+    assert set(anchor.prompts) == {"some animal"}
+
+
+def test_a_file_holds_one_prompt_a_line(tmp_path: Path) -> None:
+    file = tmp_path / "cats.txt"
+    file.write_text("# cats\n\na cat\n  a black cat \n")
+    target, _ = concept_pair(str(file), "pet")
+    assert target == Concept("cats", ("a cat", "a black cat"))
+
+
+@pytest.mark.parametrize("empty", ["", "   ", [], [""], ["a cat", " "]])
+def test_an_empty_target_is_refused(empty: object) -> None:
+    with pytest.raises(ValueError, match="^target (is|holds an) empty"):
+        concept_pair(empty, "pet")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("anchor", ["cat", "Cat", " cat "])
+def test_the_target_as_its_own_anchor_is_refused(anchor: str) -> None:
+    with pytest.raises(ValueError, match="target and anchor are the same, 'cat'.*superclass"):
+        concept_pair("cat", anchor)
+
+
+def test_a_prompt_on_both_sides_is_refused() -> None:
+    with pytest.raises(ValueError, match="share the prompt 'a cat'"):
+        concept_pair(["one cat", "a cat"], ["one pet", "a cat"])
+
+
+def test_prompts_that_do_not_pair_are_refused() -> None:
+    with pytest.raises(ValueError, match="target has 3 prompts but anchor has 2"):
+        concept_pair(["a", "b", "c"], ["d", "e"])
+
+
+def test_a_missing_file_is_refused_by_name(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"concept file '.*gone\.txt' does not exist"):
+        concept_pair(str(tmp_path / "gone.txt"), "pet")
+
+
+def test_a_file_without_prompts_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "none.txt").write_text("# nothing\n")
+    with pytest.raises(ValueError, match=r"none\.txt' holds no prompt"):
+        concept_pair("cat", str(tmp_path / "none.txt"))
+
+
+def test_a_wrong_type_and_a_wrong_concept_type_are_refused() -> None:
+    with pytest.raises(TypeError, match="target must be a name.*got int"):
+        concept_pair(3, "pet")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="concept_type must be 'object' or 'style', got 'person'"):
+        concept_pair("cat", "pet", "person")  # type: ignore[arg-type]

@@ -1,0 +1,49 @@
+"""Settings: each wrong value is refused by its name."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+
+from fdu import EraseConfig
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("divergence", "helinger", "squared_hellinger|hellinger"),
+        ("divergence", "alpha:0", "reverse_kl|kl"),
+        ("sigma", 0.0, "sigma must be a number > 0 or 'auto', got 0.0"),
+        ("sigma", "median", "sigma must be"),
+        ("s0", 0, "s0 must be a finite number > 0, got 0"),
+        ("s0", float("nan"), "s0 must be a finite number"),
+        ("distance", "max", "distance must be one of mean, sum, got 'max'"),
+        ("train_method", "full", "train_method must be one of lora, cross_attention"),
+        ("rank", 0, "rank must be a whole number >= 1, got 0"),
+        ("max_train_steps", -1, "max_train_steps must be a whole number >= 0"),
+        ("max_train_steps", 1.5, "max_train_steps must be a whole number >= 0"),
+        ("train_batch_size", True, "train_batch_size must be a whole number >= 1"),
+        ("learning_rate", 0.0, "learning_rate must be a finite number > 0"),
+        ("learning_rate", float("inf"), "learning_rate must be a finite number > 0"),
+        ("lr_scheduler", "cosin", "lr_scheduler must be one of constant"),
+        ("preservation_weight", -1.0, "preservation_weight must be a finite number >= 0"),
+        ("preservation_prompts", "a digit", "preservation_prompts must be a sequence"),
+        ("num_latents", 1, "num_latents must be a whole number >= 2"),
+        ("mixed_precision", "fp8", "mixed_precision must be one of no, fp16, bf16"),
+        ("seed", "0", "seed must be a whole number >= 0"),
+    ],
+)
+def test_a_wrong_value_is_refused_by_name(name: str, value: Any, message: str) -> None:
+    with pytest.raises((ValueError, TypeError), match=message):
+        EraseConfig(**{name: value})
+
+
+def test_the_names_that_diffusers_uses_are_kept() -> None:
+    shared = {
+        "max_train_steps", "train_batch_size", "gradient_accumulation_steps", "learning_rate", "lr_scheduler",
+        "lr_warmup_steps", "adam_beta1", "adam_beta2", "adam_weight_decay", "adam_epsilon", "max_grad_norm",
+        "mixed_precision", "seed", "rank",
+    }  # fmt: skip
+    assert shared <= {field.name for field in dataclasses.fields(EraseConfig)}

@@ -1,0 +1,95 @@
+"""The embedded pipeline: what ships, how good it is, and its vocabulary."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+
+import fdu
+from fdu import embedded
+from fdu.embedded.vocabulary import DIGITS, INKS, MEDIA, corpus, medium_phrases, prompt
+
+
+def test_it_ships_as_an_ordinary_small_half_precision_folder() -> None:
+    files = [path for path in embedded.PIPELINE_FOLDER.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) < 8 * 2**20
+    assert {path.suffix for path in files} <= {".json", ".txt", ".safetensors"}
+    stored = StableDiffusionPipeline.from_pretrained(embedded.PIPELINE_FOLDER, dtype="auto")
+    assert {part.dtype for part in (stored.unet, stored.vae, stored.text_encoder)} == {torch.float16}
+    assert {"vocab.json", "merges.txt"} <= {path.name for path in files}
+
+
+def test_every_word_is_one_token_and_every_prompt_fits(pipeline: StableDiffusionPipeline) -> None:
+    tokenizer = pipeline.tokenizer
+    for words in {text for text in corpus() if "ink" in text}:
+        assert len(tokenizer(words).input_ids) == len(words.split()) + 2 <= tokenizer.model_max_length
+
+
+def test_class_prompts_draw_what_they_ask_for(pipeline: StableDiffusionPipeline) -> None:
+    digit, medium = embedded.judges()["digit"], embedded.judges()["medium"]
+    digits = [fdu.Probe(name, (prompt(f"the digit {name}"),), "retained", digit) for name in DIGITS]
+    inks = [fdu.Probe(ink, (prompt("a digit", medium_phrase=medium_phrases(ink)[0]),), "retained", medium) for ink in INKS]
+    draws = fdu.draw(pipeline, digits + inks, images_per_class=20)
+    shares = [
+        sum(seen == probe.name for seen in probe.judge(images)) / len(images)
+        for probe, images in zip(digits + inks, draws.images, strict=True)
+    ]
+    # 200 digit samples: 0.98 measured on 1,000 (data/quality.json) allows 4 wrong here, and a little for chance.
+    assert sum(shares[:10]) / 10 >= 0.965
+    assert min(shares[10:]) >= 0.95
+
+
+def test_the_recorded_quality_holds_the_promise() -> None:
+    quality = json.loads((embedded.DATA / "quality.json").read_text())
+    assert quality["judge_on_held_out_digits"]["digit"] >= 0.98
+    at_three = quality["pipeline"]["guidance_3"]
+    assert at_three["digit_accuracy"] >= 0.98
+    assert abs(at_three["digit_accuracy"] - at_three["digit_accuracy_by_svm"]) < 0.03
+    assert min(at_three["medium_accuracy"].values()) >= 0.98
+
+
+def test_the_prompts_of_target_and_anchor_are_in_its_vocabulary() -> None:
+    known = set(corpus())
+    for target in (*DIGITS, *INKS):
+        others = DIGITS if target in DIGITS else INKS
+        for anchor in (embedded.SUPERCLASS, *(other for other in others if other != target)):
+            pair = embedded.concepts(target, anchor)
+            assert len(pair[0].prompts) == len(pair[1].prompts)
+            assert set(pair[0].prompts) | set(pair[1].prompts) <= known
+            assert not any(target in text.split() for text in pair[1].prompts)
+            assert all(target in text.split() for text in pair[0].prompts)
+
+
+@pytest.mark.parametrize("target", ["three", "red"])
+def test_unseen_phrasings_are_unseen(target: str) -> None:
+    probes = embedded.probes(target)
+    trained = {text for anchor in ("eight", "black") if (anchor in DIGITS) == (target in DIGITS)
+               for concept in embedded.concepts(target, anchor) for text in concept.prompts}  # fmt: skip
+    (unseen,) = [probe for probe in probes if probe.role == "unseen"]
+    assert not trained & set(unseen.prompts) and set(unseen.prompts) <= set(corpus())
+    assert all(target in text.split() for text in unseen.prompts)
+    retained = {probe.name for probe in probes if probe.role == "retained"}
+    assert retained == set(DIGITS if target in DIGITS else INKS) - {target}
+
+
+def test_what_it_does_not_know_is_refused() -> None:
+    with pytest.raises(ValueError, match="target must be a digit .* or an ink .*, got 'cat'"):
+        embedded.concepts("cat", "eight")
+    with pytest.raises(ValueError, match="anchor must be 'digit' or one of zero.*got 'red'"):
+        embedded.concepts("three", "red")
+    with pytest.raises(ValueError, match="target and anchor are the same"):
+        embedded.concepts("three", "three")
+
+
+def test_the_judge_reads_real_digits_it_never_saw() -> None:
+    pytest.importorskip("sklearn")
+    from fdu.embedded.digits import draw, load_glyphs
+
+    glyphs, labels = load_glyphs(test=True)
+    media = torch.arange(len(labels)) % len(MEDIA)
+    digit_logits, medium_logits = embedded.load_classifier()(draw(glyphs, media))
+    assert (digit_logits.argmax(1) == labels).float().mean() >= 0.98
+    assert (medium_logits.argmax(1) == media).float().mean() == 1.0

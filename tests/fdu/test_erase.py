@@ -1,0 +1,237 @@
+"""The erase loop: what it changes and what it leaves, repeatability, refusals, failures in the middle."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline, StableDiffusionPipeline
+from torch import Tensor
+
+import fdu
+from fdu import denoiser as denoiser_file
+from fdu import embedded
+from fdu import erase as erase_file
+
+TRAIN_METHODS = ["lora", "cross_attention"]
+
+
+def picture(pipeline: DiffusionPipeline, prompt: str = "a photo of the digit three") -> Tensor:
+    """One image [1, 3, 32, 32], few steps, always the same seed."""
+    generator = torch.Generator().manual_seed(3)
+    return pipeline(prompt, num_inference_steps=3, guidance_scale=2.0, generator=generator, output_type="pt").images
+
+
+def weights(pipeline: DiffusionPipeline) -> dict[str, Tensor]:
+    return {name: parameter.detach().clone() for name, parameter in pipeline.unet.state_dict().items()}
+
+
+@pytest.mark.parametrize("method", TRAIN_METHODS)
+def test_the_target_changes_and_the_original_comes_back_bit_for_bit(
+    pipeline: StableDiffusionPipeline, quick: dict[str, Any], method: str
+) -> None:
+    before = picture(pipeline)
+    result = fdu.erase(pipeline, "three", "eight", train_method=method, **quick)
+    after = picture(pipeline)
+    assert not torch.equal(before, after)
+    with result.original():
+        assert torch.equal(picture(pipeline), before)
+    assert torch.equal(picture(pipeline), after)
+
+
+@pytest.mark.parametrize("method", TRAIN_METHODS)
+def test_only_the_projections_that_read_the_prompt_are_trained(
+    pipeline: StableDiffusionPipeline, quick: dict[str, Any], method: str
+) -> None:
+    before = weights(pipeline)
+    fdu.erase(pipeline, "three", "eight", train_method=method, **quick)
+    after = {name.replace(".base_layer", ""): tensor for name, tensor in weights(pipeline).items()}
+    changed = {name for name, tensor in before.items() if not torch.equal(tensor, after[name])}
+    projections = {name for name in before if name.endswith(("attn2.to_k.weight", "attn2.to_v.weight"))}
+    assert projections
+    assert changed == (projections if method == "cross_attention" else set())
+    adapters = {name for name in after if name not in before}
+    assert all(".attn2.to_k.lora_" in name or ".attn2.to_v.lora_" in name for name in adapters)
+    assert bool(adapters) == (method == "lora")
+    assert not any(parameter.requires_grad for parameter in pipeline.unet.parameters())
+
+
+@pytest.mark.parametrize("method", TRAIN_METHODS)
+def test_a_seed_makes_a_run_repeatable_bit_for_bit(quick: dict[str, Any], method: str) -> None:
+    runs = []
+    for global_seed, seed in ((1, 0), (2, 0), (1, 7)):
+        torch.manual_seed(global_seed)
+        pipeline = embedded.load_pipeline()
+        result = fdu.erase(pipeline, "three", "eight", train_method=method, **{**quick, "seed": seed})
+        runs.append((weights(pipeline), result.history, result.sigma))
+    first, again, other = runs
+    assert all(torch.equal(tensor, again[0][name]) for name, tensor in first[0].items())
+    assert first[1:] == again[1:]
+    assert any(not torch.equal(tensor, other[0][name]) for name, tensor in first[0].items())
+
+
+def test_the_global_random_state_is_the_users(pipeline: StableDiffusionPipeline, quick: dict[str, Any]) -> None:
+    torch.manual_seed(5)
+    state = torch.get_rng_state()
+    fdu.erase(pipeline, "three", "eight", **quick)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_training_brings_the_target_to_the_anchor(pipeline: StableDiffusionPipeline, quick: dict[str, Any]) -> None:
+    settings = {**quick, "max_train_steps": 60, "train_batch_size": 8, "learning_rate": 1e-3}
+    history = fdu.erase(pipeline, *embedded.concepts("three", "eight"), **settings).history
+    start, end = sum(history["distance"][:10]), sum(history["distance"][-10:])
+    assert end < 0.6 * start
+
+
+def test_no_step_changes_nothing(pipeline: StableDiffusionPipeline, quick: dict[str, Any]) -> None:
+    before = picture(pipeline)
+    result = fdu.erase(pipeline, "three", "eight", **{**quick, "max_train_steps": 0})
+    assert torch.equal(picture(pipeline), before)
+    assert result.history["loss"] == []
+
+
+def test_the_frozen_anchor_is_no_second_model(pipeline: StableDiffusionPipeline, quick: dict[str, Any]) -> None:
+    fdu.erase(pipeline, "three", "eight", **quick)
+    gc.collect()
+    kinds = [type(thing) for thing in gc.get_objects() if isinstance(thing, torch.nn.Module)]
+    assert kinds.count(type(pipeline.unet)) == 1
+
+
+def test_prompts_are_encoded_once_and_latents_drawn_once(
+    pipeline: StableDiffusionPipeline, quick: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = {"text": 0, "image": 0}
+    pipeline.text_encoder.register_forward_hook(lambda *_: calls.__setitem__("text", calls["text"] + 1))
+    monkeypatch.setattr(pipeline.vae, "decode", lambda *_, **__: pytest.fail("latents need no pixels"))
+    monkeypatch.setattr(pipeline.vae, "encode", lambda *_, **__: pytest.fail("latents need no pixels"))
+    counts = []
+    for steps in (1, 5):
+        calls["text"] = 0
+        fdu.erase(pipeline, "three", "eight", **{**quick, "max_train_steps": steps, "train_method": "cross_attention"})
+        counts.append(calls["text"])
+    assert counts[0] == counts[1]
+
+
+def test_preservation_holds_what_it_names(quick: dict[str, Any]) -> None:
+    moved = []
+    for weight in (0.0, 3.0):
+        pipeline = embedded.load_pipeline()
+        before = picture(pipeline, "a digit")
+        settings = {**quick, "max_train_steps": 40, "train_batch_size": 8}
+        fdu.erase(
+            pipeline,
+            *embedded.concepts("three", "eight"),
+            preservation_weight=weight,
+            preservation_prompts=embedded.PRESERVED,
+            **settings,
+        )
+        moved.append((picture(pipeline, "a digit") - before).abs().mean().item())
+    assert moved[1] < 0.7 * moved[0]
+
+
+def test_sigma_auto_starts_the_median_at_s0(pipeline: StableDiffusionPipeline, quick: dict[str, Any]) -> None:
+    # With a vanishing learning rate the distance does not move, so its median over the run must be s0 sigma^2.
+    settings = {**quick, "learning_rate": 1e-12, "max_train_steps": 8, "train_batch_size": 16}
+    result = fdu.erase(pipeline, "three", "eight", sigma="auto", s0=4.0, **settings)
+    medians = torch.tensor(result.history["distance"])
+    assert medians.median().item() / result.sigma**2 == pytest.approx(4.0, rel=0.35)
+
+
+def test_a_given_sigma_is_kept(pipeline: StableDiffusionPipeline, quick: dict[str, Any]) -> None:
+    assert fdu.erase(pipeline, "three", "eight", sigma=0.25, **quick).sigma == 0.25
+
+
+@pytest.mark.parametrize("divergence", ["mse", "squared_hellinger", "pearson_chi2", "jensen_shannon", "total_variation"])
+def test_every_kind_of_divergence_trains(
+    pipeline: StableDiffusionPipeline, quick: dict[str, Any], divergence: str
+) -> None:
+    history = fdu.erase(pipeline, "three", "eight", divergence=divergence, **quick).history
+    assert all(value > 0 and value < float("inf") for value in history["divergence"])
+
+
+def test_divergences_are_standardised(quick: dict[str, Any]) -> None:
+    # At a small s0 all are mse: with h'(0) = 1 their training terms agree, without it they differ eightfold.
+    starts = []
+    for divergence in ("mse", "kl", "squared_hellinger", "jensen_shannon"):
+        result = fdu.erase(embedded.load_pipeline(), "three", "eight", divergence=divergence, s0=1e-4, **quick)
+        starts.append(result.history["divergence"][0])
+    assert max(starts) / min(starts) < 1.01
+
+
+def test_gradient_accumulation_counts_optimizer_steps(pipeline: StableDiffusionPipeline, quick: dict[str, Any]) -> None:
+    result = fdu.erase(pipeline, "three", "eight", gradient_accumulation_steps=3, **quick)
+    assert len(result.history["loss"]) == quick["max_train_steps"]
+
+
+def test_half_precision_pipelines_need_autocast(quick: dict[str, Any]) -> None:
+    pipeline = embedded.load_pipeline(torch.bfloat16)
+    with pytest.raises(ValueError, match=r"pipeline is in torch\.bfloat16 but mixed_precision is 'no'"):
+        fdu.erase(pipeline, "three", "eight", **quick)
+    result = fdu.erase(pipeline, "three", "eight", mixed_precision="bf16", **quick)
+    assert pipeline.unet.dtype == torch.bfloat16
+    assert all(parameter.dtype == torch.bfloat16 for parameter in pipeline.unet.parameters())
+    assert torch.isfinite(picture(pipeline)).all() and len(result.history["loss"]) == quick["max_train_steps"]
+
+
+@pytest.fixture
+def no_work(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(denoiser_file.UNetDenoiser, "encode", lambda *_: pytest.fail("work before the refusal"))
+    yield
+
+
+@pytest.mark.usefixtures("no_work")
+def test_wrong_arguments_are_refused_before_any_work(pipeline: StableDiffusionPipeline) -> None:
+    with pytest.raises(ValueError, match="target is empty"):
+        fdu.erase(pipeline, "", "eight")
+    with pytest.raises(ValueError, match="target and anchor are the same"):
+        fdu.erase(pipeline, "three", "three")
+    with pytest.raises(TypeError, match="unknown setting 'learning_rat'.*learning_rate"):
+        fdu.erase(pipeline, "three", "eight", learning_rat=1.0)
+    with pytest.raises(TypeError, match="give either config or single settings"):
+        fdu.erase(pipeline, "three", "eight", config=fdu.EraseConfig(), seed=1)
+    with pytest.raises(TypeError, match="pipeline must be a diffusers pipeline, got str"):
+        fdu.erase("a/model", "three", "eight")  # type: ignore[arg-type]
+
+
+@pytest.mark.usefixtures("no_work")
+def test_an_unknown_family_is_refused(pipeline: StableDiffusionPipeline) -> None:
+    class TwoEncoders(DiffusionPipeline):
+        def __init__(self) -> None:
+            super().__init__()
+            self.unet, self.text_encoder, self.text_encoder_2 = pipeline.unet, pipeline.text_encoder, pipeline.text_encoder
+
+    with pytest.raises(TypeError, match="TwoEncoders, whose family is not supported yet; supported: Stable Diffusion"):
+        fdu.erase(TwoEncoders(), "three", "eight")
+
+
+@pytest.mark.parametrize("method", TRAIN_METHODS)
+def test_a_run_that_breaks_leaves_the_pipeline_as_it_was(
+    pipeline: StableDiffusionPipeline, quick: dict[str, Any], method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = picture(pipeline)
+    real, calls = erase_file.make_batch, []
+
+    def interrupted(*arguments: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return real(*arguments)
+
+    monkeypatch.setattr(erase_file, "make_batch", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        fdu.erase(pipeline, "three", "eight", train_method=method, **quick)
+    assert torch.equal(picture(pipeline), before)
+    monkeypatch.setattr(erase_file, "make_batch", real)
+    fdu.erase(pipeline, "three", "eight", train_method=method, **quick)
+    assert not torch.equal(picture(pipeline), before)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(pipeline: StableDiffusionPipeline, quick: dict[str, Any]) -> None:
+    before = picture(pipeline)
+    with pytest.raises(RuntimeError, match="the loss became .* at step .*Lower learning_rate"):
+        fdu.erase(pipeline, "three", "eight", **{**quick, "learning_rate": 1e30, "max_train_steps": 12})
+    assert torch.equal(picture(pipeline), before)
