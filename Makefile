@@ -1,0 +1,75 @@
+# Everything runs in .venv, which any target makes when it needs it. `make` alone lists the targets.
+
+PYTHON ?= python3
+OUT    ?= demo-out
+ARGS   ?=
+
+VENV   := .venv
+INSIDE := $(VENV)/bin/python
+LOCK   := requirements.lock
+
+# The stamp names what was installed and where: a changed lock, a moved checkout or another build installs anew.
+KEY   := $(shell { cat $(LOCK) pyproject.toml setup.py; pwd; } | cksum | cut -d' ' -f1)
+STAMP := $(VENV)/installed-$(KEY)
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help install demo test lint wheel lock clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+install: $(STAMP) ## make .venv with the locked versions and this project
+
+demo: $(STAMP) ## erase a concept from the embedded pipeline, without network or GPU; report in demo-out/ (OUT=, ARGS=)
+	$(VENV)/bin/fdu demo --out "$(OUT)" $(ARGS)
+
+test: $(STAMP) ## run the tests (ARGS="-k name")
+	$(INSIDE) -m pytest $(ARGS)
+
+lint: $(STAMP) ## check style, formatting and types
+	$(INSIDE) -m ruff check
+	$(INSIDE) -m ruff format --check
+	$(INSIDE) -m mypy
+
+wheel: $(STAMP) ## build the wheel into dist/
+	rm -rf build dist
+	$(INSIDE) -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
+	@ls dist
+
+lock: SHELL := bash
+lock: ## resolve requirements.lock anew from pyproject.toml (needs uv; ARGS=--upgrade for the newest versions)
+	@command -v uv >/dev/null || { echo "make lock needs uv: pip install uv" >&2; exit 1; }
+	uv pip compile pyproject.toml --all-extras --universal --python-version 3.10 --prerelease disallow \
+	    --constraint <(grep '^torch==' $(LOCK); echo 'mpmath<1.4 # as sympy asks') \
+	    --no-annotate --no-header --quiet --output-file $(LOCK) $(ARGS)
+	@# The CUDA libraries are those that the chosen build of torch brings with it.
+	@sed -i -E -e '/^(nvidia|cuda)-/d' -e '1i # Runtime and development, Python 3.10 and newer. Made by make lock; to change torch, edit its line and run it.' $(LOCK)
+
+clean: ## remove .venv and everything built
+	rm -rf $(VENV) $(OUT) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks
+	find fdu fdu_kernels tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+define CHECK_PYTHON
+@command -v $(PYTHON) >/dev/null || { echo \
+    "There is no $(PYTHON). On Debian or Ubuntu: apt install python3 python3-venv" >&2; exit 1; }
+@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo \
+    "Python 3.10 or newer is needed; $(PYTHON) is $$($(PYTHON) --version 2>&1)." \
+    "Name another: make PYTHON=python3.11 (on Debian or Ubuntu: apt install python3.11 python3.11-venv)" >&2; exit 1; }
+@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo \
+    "$(PYTHON) cannot make virtual environments. On Debian or Ubuntu: apt install" \
+    "$$($(PYTHON) -c 'import sys; print("python3.%d-venv" % sys.version_info[1])')" >&2; exit 1; }
+endef
+
+# torch goes first and alone: with it in place nothing else can bring another build of it. The project itself is built
+# without isolation for the same reason. .venv/installing marks an unfinished install, which starts from nothing.
+$(STAMP):
+	$(CHECK_PYTHON)
+	@if [ -e $(VENV)/installing ]; then echo "The last install did not finish; starting again."; rm -rf $(VENV); fi
+	mkdir -p $(VENV) && rm -f $(VENV)/installed-* && touch $(VENV)/installing
+	[ -x $(INSIDE) ] || $(PYTHON) -m venv $(VENV)
+	$(INSIDE) -m pip install --quiet "$$(grep '^torch==' $(LOCK))"
+	$(INSIDE) -m pip install --quiet --requirement $(LOCK)
+	$(INSIDE) -m pip install --quiet --no-deps --no-build-isolation --editable .
+	$(INSIDE) -m pip check
+	mv $(VENV)/installing $@
