@@ -258,7 +258,7 @@ class Doctor:
 
 
 Command = Demo | Erase | Evaluate | Divergences | Doctor
-COMMANDS: dict[str, type] = {
+COMMANDS: dict[str, Callable[..., Command]] = {
     "demo": Demo,
     "erase": Erase,
     "evaluate": Evaluate,
@@ -268,7 +268,11 @@ COMMANDS: dict[str, type] = {
 
 DESCRIPTION = "Concept erasure for diffusers pipelines by f-divergence minimisation."
 EXAMPLES = {
-    "": ("fdu demo", "fdu erase org/model --target 'van gogh' --anchor painting --concept_type style --out erased", "fdu doctor"),
+    "": (
+        "fdu demo",
+        "fdu erase org/model --target 'van gogh' --anchor painting --concept_type style --out erased",
+        "fdu doctor",
+    ),
     "demo": (
         "fdu demo",
         "fdu demo --target red --anchor black --out red-out",
@@ -321,7 +325,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parse(arguments: list[str]) -> Command:
-    """The command that the arguments describe; prints help, with examples at its end, and errors, and leaves after them."""
+    """The command that the arguments describe. Help, which ends with examples, and wrong usage end in SystemExit."""
     try:
         return tyro.extras.subcommand_cli_from_dict(
             COMMANDS,

@@ -126,7 +126,9 @@ def figures(evaluation: Evaluation, probes: Sequence[Probe], record: dict[str, A
 
 def with_preserved(config: EraseConfig) -> EraseConfig:
     """The settings with the embedded pipeline's own prompts to keep, unless they name some."""
-    return config if config.preservation_prompts else dataclasses.replace(config, preservation_prompts=embedded.PRESERVED)
+    if config.preservation_prompts:
+        return config
+    return dataclasses.replace(config, preservation_prompts=embedded.PRESERVED)
 
 
 def _is_demo(folder: Path) -> bool:

@@ -5,64 +5,82 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from fdu_kernels.catalogue import CATALOGUE, Entry
-from fdu_kernels.profiles import ElementaryProfile, KinkedProfile, Profile
+from fdu_kernels import Divergence, divergences, get_divergence
+from fdu_kernels.catalogue import CATALOGUE
 
-COLUMNS = {"name": "name", "profile": "between Gaussians: h(s)", "slope": "h'(0)", "range": "range"}
-"""Columns of the table and their headings; aliases and advice have lines of their own."""
+COLUMNS = {
+    "name": "name",
+    "generator": "f(u)",
+    "profile": "between Gaussians: h(s)",
+    "slope": "h'(0)",
+    "range": "range",
+}
+"""Columns of the table and their headings; aliases and advice have a line of their own."""
 EXPLANATION = (
-    "h(s): the divergence of two Gaussians at squared Mahalanobis distance s. The training divides it by h'(0) (by h'(1)\n"
-    "where that is 0 or infinite), so that learning rate and preservation weight mean the same for all.\n"
-    "A parameter follows the name after a colon, as in --divergence alpha:0.3."
+    "h(s): the divergence of two Gaussians at squared Mahalanobis distance s. The training divides it by h'(0),\n"
+    "so that learning rate and preservation weight mean the same for all.\n"
+    "A parameter follows the name: --divergence alpha:0.3"
 )
 
 
 def rows() -> list[dict[str, Any]]:
     """Name, parameter, aliases, generator, Gaussian profile, slope, range and advice of each divergence, for JSON.
 
-    ``slope_at_zero`` is None where it is infinite, which JSON cannot say. Where a divergence has a parameter, profile, slope and range are those of its usual value, which ``name`` shows.
+    ``slope_at_zero`` and the ends of ``range`` are None where they are infinite, which JSON cannot say. Where a
+    divergence has a parameter, profile, slope and range are those of its usual value, which ``name`` shows.
     """
-    return [_row(entry) for entry in CATALOGUE]
+    return [_row(get_divergence(name)) for name in divergences()]
 
 
 def table(rows: list[dict[str, Any]]) -> str:
     """The rows as aligned text."""
-    cells = [{**row, "slope": "inf" if row["slope_at_zero"] is None else f"{row['slope_at_zero']:g}"} for row in rows]
+    cells = [{**row, "slope": _number(row["slope_at_zero"]), "range": _interval(*row["range"])} for row in rows]
     widths = {key: max(len(heading), *(len(cell[key]) for cell in cells)) for key, heading in COLUMNS.items()}
     lines = ["  ".join(heading.ljust(widths[key]) for key, heading in COLUMNS.items()).rstrip()]
     for cell in cells:
         lines.append("  ".join(cell[key].ljust(widths[key]) for key in COLUMNS).rstrip())
-        parameter = f" Parameter: {cell['parameter']}." if cell["parameter"] else ""
-        lines.append(f"    {cell['advice']}{parameter} Also: {', '.join(cell['aliases'])}.")
+        lines.append(f"    {cell['advice']}")
+        parameter = f"parameter {cell['parameter']}; " if cell["parameter"] else ""
+        lines.append(f"    {parameter}also called {', '.join(cell['aliases'])}")
     return "\n".join([*lines, "", EXPLANATION])
 
 
-def _row(entry: Entry) -> dict[str, Any]:
-    divergence = entry.make() if entry.example is None else entry.make(entry.example)
+def _row(divergence: Divergence) -> dict[str, Any]:
+    entry = CATALOGUE[divergence.name]
     return {
-        "name": divergence.key,
+        "name": str(divergence),
         "parameter": entry.parameter,
         "aliases": list(entry.aliases),
         "generator": divergence.formula,
-        "profile": _profile(divergence.gaussian),
-        "slope_at_zero": divergence.slope_at_zero if math.isfinite(divergence.slope_at_zero) else None,
-        "range": divergence.range,
+        "profile": _profile(divergence.exponential),
+        "slope_at_zero": _finite(divergence.slope_at_zero),
+        "range": [0.0, _finite(divergence.upper)],
         "advice": divergence.advice,
     }
 
 
-def _profile(profile: Profile) -> str:
-    """A Gaussian profile as a formula."""
-    if isinstance(profile, ElementaryProfile):
-        if profile.k == 0:
-            return _times(profile.c, "s")
-        power = f"exp({'-' if profile.k < 0 else ''}{_times(abs(profile.k), 's')})"
-        factor, body = profile.c / abs(profile.k), f"1 - {power}" if profile.k < 0 else f"{power} - 1"
-        return body if factor == 1 else _times(factor, f"({body})")
-    if isinstance(profile, KinkedProfile):
-        return "erf(sqrt(s/8))" if profile.threshold == 1 else "two normal distributions"
-    return "tabulated"
+def _profile(exponential: tuple[float, float] | None) -> str:
+    """c expm1(k s) / k as a formula."""
+    if exponential is None:
+        return "tabulated"
+    c, k = exponential
+    if k == 0:
+        return _times(c, "s")
+    body = f"1 - exp(-{_times(-k, 's')})" if k < 0 else f"exp({_times(k, 's')}) - 1"
+    return body if c == abs(k) else _times(c / abs(k), f"({body})")
 
 
 def _times(factor: float, term: str) -> str:
     return term if factor == 1 else f"{factor:.4g} {term}"
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _interval(lower: float, upper: float | None) -> str:
+    return f"[{lower:g}, {_number(upper)}{')' if upper is None else ']'}"
+
+
+def _number(value: float | None) -> str:
+    return "inf" if value is None else f"{value:.4g}"

@@ -1,4 +1,4 @@
-"""Can fdu run here, and how fast? Looks at packages, devices, kernels and disk, and names the command that mends a fault."""
+"""Can fdu run here? Looks at packages, devices, kernels and disk, and names the command that mends a fault."""
 
 from __future__ import annotations
 
@@ -12,7 +12,20 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Literal
 
-REQUIRED = ("torch", "diffusers", "transformers", "tokenizers", "peft", "accelerate", "safetensors", "tyro", "jinja2", "pillow", "tqdm")
+REQUIRED = (
+    "torch",
+    "diffusers",
+    "transformers",
+    "tokenizers",
+    "peft",
+    "accelerate",
+    "safetensors",
+    "tyro",
+    "jinja2",
+    "numpy",
+    "pillow",
+    "tqdm",
+)
 """Distributions without which fdu does not run."""
 OPTIONAL = {
     "triton": ("the fused kernels on GPUs", "pip install triton"),
@@ -26,14 +39,14 @@ LITTLE_DISK = 2 << 30
 """Bytes; a full pipeline of Stable Diffusion in fp16 takes about this much."""
 
 BACKEND_REMEDIES = (
-    ("cuda device|nvidia|gpu", "nothing to mend on a machine without an NVIDIA GPU; with one, see that `nvidia-smi` works"),
+    ("cuda device|nvidia|gpu", "nothing to mend without an NVIDIA GPU; with one, see that `nvidia-smi` works"),
     ("cuda|cpu-only|driver", "install a CUDA build of PyTorch: pip install --force-reinstall torch"),
     ("triton", "pip install triton"),
     ("ninja", "pip install ninja"),
     ("pybind11", "pip install pybind11"),
     ("compiler|g\\+\\+|c\\+\\+|gcc|clang", "install a C++20 compiler, such as: apt install g++"),
     ("nvcc", "install the CUDA toolkit, or stay with the other backends"),
-    ("compiled|built|build|extension|_c\\b", "pip install --force-reinstall --no-deps fdu, or `make build` in a checkout"),
+    ("compiled|built|build|extension|_c\\b", "pip install --force-reinstall --no-deps fdu; in a checkout: make build"),
 )
 """First pattern found in the reason of a backend that cannot run, and what mends it."""
 
@@ -60,8 +73,8 @@ def examine() -> list[Finding]:
         try:
             findings += look()
         except Exception as error:
-            subject = look.__name__.strip("_")
-            findings.append(Finding(subject, "fault", f"{type(error).__name__}: {error}", "pip install --force-reinstall fdu"))
+            detail = f"{type(error).__name__}: {error}"
+            findings.append(Finding(look.__name__.strip("_"), "fault", detail, "pip install --force-reinstall fdu"))
     return findings
 
 
@@ -106,14 +119,16 @@ def _devices() -> list[Finding]:
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
             properties = torch.cuda.get_device_properties(index)
-            detail = f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB, sm_{properties.major}{properties.minor}"
-            findings.append(Finding(f"cuda:{index}", "ok", detail))
+            memory, capability = properties.total_memory / 2**30, f"sm_{properties.major}{properties.minor}"
+            findings.append(Finding(f"cuda:{index}", "ok", f"{properties.name}, {memory:.0f} GiB, {capability}"))
     elif torch.version.cuda is None:
         remedy = "with an NVIDIA GPU: pip install --force-reinstall torch"
         findings.append(Finding("cuda", "note", "this torch is a build without CUDA", remedy))
     else:
         remedy = "with an NVIDIA GPU, see that `nvidia-smi` works"
-        findings.append(Finding("cuda", "note", f"torch is built for CUDA {torch.version.cuda} but finds no device", remedy))
+        findings.append(
+            Finding("cuda", "note", f"torch is built for CUDA {torch.version.cuda} but finds no device", remedy)
+        )
     if torch.backends.mps.is_available():
         findings.append(Finding("mps", "ok", "Apple GPU"))
     return findings
@@ -153,7 +168,8 @@ def _disk(folder: Callable[[], Path] = Path.cwd) -> list[Finding]:
     free = shutil.disk_usage(folder()).free
     detail = f"{free / 2**30:.1f} GiB free here"
     if free < LITTLE_DISK:
-        return [Finding("disk", "note", f"{detail}: little for a full pipeline; LoRA weights take a few MiB", "free some space")]
+        detail += ": little for a full pipeline, enough for LoRA weights"
+        return [Finding("disk", "note", detail, "free some space")]
     return [Finding("disk", "ok", detail)]
 
 

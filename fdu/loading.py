@@ -32,7 +32,9 @@ def check_model(model: str, argument: str = "MODEL") -> None:
         return
     if Path(model).is_dir():
         if not (Path(model) / PIPELINE_FILE).is_file():
-            raise FileNotFoundError(f"{argument} {model!r} holds no {PIPELINE_FILE}: it is not the folder of a diffusers pipeline")
+            raise FileNotFoundError(
+                f"{argument} {model!r} is not the folder of a diffusers pipeline: no {PIPELINE_FILE}"
+            )
     elif not HUB_ID.fullmatch(model):
         raise FileNotFoundError(
             f"{argument} {model!r} does not exist; give a pipeline's folder, a hub id (org/name) or {EMBEDDED!r}"
@@ -74,7 +76,7 @@ def read_record(folder: str) -> dict | None:
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{str(path)!r} is not valid JSON ({error}); write the folder anew with `fdu erase`") from error
+        raise ValueError(f"{str(path)!r} is not valid JSON ({error}); write the folder anew") from error
     if not isinstance(record, dict):
         raise ValueError(f"{str(path)!r} is not a record of an erasure; write the folder anew with `fdu erase`")
     return record
@@ -122,7 +124,7 @@ def check_dtype(dtype: Dtype, mixed_precision: str) -> str:
     if dtype == "auto":
         return {"no": "float32", "fp16": "float16", "bf16": "bfloat16"}[mixed_precision]
     if dtype != "float32" and mixed_precision == "no":
-        raise ValueError(f"dtype {dtype} needs mixed_precision fp16 or bf16; add --mixed_precision, or use --dtype float32")
+        raise ValueError(f"dtype {dtype} needs mixed_precision fp16 or bf16; add that, or use dtype float32")
     return dtype
 
 

@@ -31,7 +31,7 @@ def to_pil(image: Tensor) -> Image.Image:
 
 
 def strip(images: Tensor, gap: int = 2, height: int = 128) -> Image.Image:
-    """Images [N, 3, H, W] side by side with transparent gaps, as an RGBA picture; larger ones are reduced to ``height``."""
+    """Images [N, 3, H, W] side by side with transparent gaps, in RGBA; larger ones are reduced to ``height``."""
     pictures = [_fit(to_pil(image), min(height, image.shape[1])) for image in images]
     width = sum(picture.width for picture in pictures) + gap * (len(pictures) - 1)
     joined = Image.new("RGBA", (width, pictures[0].height), (0, 0, 0, 0))

@@ -1,4 +1,4 @@
-"""The HTML report of an erasure: one self-contained page of verdict, pictures, figures, training course and settings."""
+"""The HTML report of an erasure: one self-contained page of verdict, pictures, figures, course and settings."""
 
 from __future__ import annotations
 
@@ -96,13 +96,13 @@ def write_report(
         OSError: the file cannot be written.
     """
     if not len(probes) == len(before.images) == len(after.images):
-        raise ValueError(
-            f"before and after must hold the images of {len(probes)} probes, got {len(before.images)} and {len(after.images)}"
-        )
+        counts = f"{len(before.images)} and {len(after.images)}"
+        raise ValueError(f"before and after must hold the images of {len(probes)} probes, got {counts}")
     environment = Environment(
         loader=PackageLoader("fdu"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters["percent"] = percent
+    environment.filters["percent"] = lambda share: _unbroken(percent(share))
+    environment.filters["unbroken"] = _unbroken
     target = next(probe.name for probe in probes if probe.role == "target")
     page = environment.get_template("report.html.j2").render(
         target=target,
@@ -127,6 +127,11 @@ def write_report(
     return path
 
 
+def _unbroken(text: str) -> str:
+    """With percentages that no line break divides."""
+    return text.replace(" %", "\N{NO-BREAK SPACE}%")
+
+
 def _groups(evaluation: Evaluation, probes: Sequence[Probe], before: Draws, after: Draws) -> list[Group]:
     groups = []
     for role, title in ROLES.items():
@@ -147,7 +152,9 @@ def _share(figures: Any, probe: Probe) -> float:
 
 def _side(probe: Probe, images: Any, when: str) -> Side:
     seen = probe.judge(images)
-    counted = ", ".join(f"{name} {count} times" if count > 1 else f"{name} once" for name, count in Counter(seen).most_common())
+    counted = ", ".join(
+        f"{name} {count} times" if count > 1 else f"{name} once" for name, count in Counter(seen).most_common()
+    )
     alt = f"{len(seen)} images drawn for {probe.name} {when} the erasure; the judge saw {counted}"
     return Side(data_uri(strip(images)), alt, [name == probe.name for name in seen])
 

@@ -1,4 +1,4 @@
-"""An evaluation in words and in one small table, computed from its figures: what the demo, the CLI and the report say."""
+"""An evaluation in words and in one small table, computed from its figures."""
 
 from __future__ import annotations
 
@@ -84,7 +84,8 @@ def table(evaluation: Evaluation, probes: Sequence[Probe]) -> str:
     width = max(map(len, labels))
     lines = [f"{'':{width}}  {'before':>7}  {'after':>7}"]
     lines += [
-        f"{label:{width}}  {percent(row.before):>7}  {percent(row.after):>7}" for label, row in zip(labels, rows, strict=True)
+        f"{label:{width}}  {percent(row.before):>7}  {percent(row.after):>7}"
+        for label, row in zip(labels, rows, strict=True)
     ]
     return "\n".join(lines)
 
@@ -94,8 +95,8 @@ def judge(evaluation: Evaluation, probes: Sequence[Probe]) -> Verdict:
     before, after = evaluation.before, evaluation.after
     target = _names(probes, "target")[0]
     erased = _erased(before.target_accuracy, after.target_accuracy)
-    drew = f"Asked for {target}, the pipeline drew it in {percent(before.target_accuracy)} of {evaluation.images_per_class} images"
-    sentences = [f"{drew} before and in {percent(after.target_accuracy)} after."]
+    drew = f"{percent(before.target_accuracy)} of {evaluation.images_per_class} images before"
+    sentences = [f"Asked for {target}, the pipeline drew it in {drew} and in {percent(after.target_accuracy)} after."]
     headline = {
         "erased": f"{target} was erased",
         "partly erased": f"{target} was only partly erased",
@@ -105,14 +106,15 @@ def judge(evaluation: Evaluation, probes: Sequence[Probe]) -> Verdict:
 
     if before.unseen_accuracy is not None and after.unseen_accuracy is not None:
         unseen = f"{percent(before.unseen_accuracy)} before and {percent(after.unseen_accuracy)} after"
-        if erased == "erased" and _erased(before.unseen_accuracy, after.unseen_accuracy) in ("partly erased", "not erased"):
+        escapes = _erased(before.unseen_accuracy, after.unseen_accuracy) in ("partly erased", "not erased")
+        if erased == "erased" and escapes:
             erased = "partly erased"
             headline = f"{target} was erased only in the phrasings of the training"
         sentences.append(f"In phrasings that the training never saw: {unseen}.")
 
     became = [(name, share) for name, share in after.target_became.items() if name != target]
     if became and erased in ("erased", "partly erased"):
-        sentences.append(f"In its place it now draws mostly {became[0][0]} ({percent(became[0][1])}).")
+        sentences.append(f"In its place it now draws {became[0][0]} most often ({percent(became[0][1])}).")
 
     retained, others = _names(probes, "retained"), _names(probes, "cross_domain")
     broken = _broken(evaluation, retained)
@@ -120,13 +122,13 @@ def judge(evaluation: Evaluation, probes: Sequence[Probe]) -> Verdict:
     shares = f"{percent(before.retained_accuracy)} before, {percent(after.retained_accuracy)} after"
     worst = after.worst_retained_class
     if broken:
-        sentences.append(f"It broke {_listed(evaluation, broken)}; over all {_count(retained)} that it should keep: {shares}.")
+        harm = _listed(evaluation, broken)
+        sentences.append(f"It broke {harm}; over all {_count(retained)} that it should keep: {shares}.")
     else:
-        state = "suffered a little" if fell else "kept"
-        sentences.append(
-            f"The {_count(retained)} that it should keep {'have ' if fell else 'were '}{state}: {shares}; "
-            f"the worst of them, {worst}, {percent(before.per_class[worst])} before and {percent(after.per_class[worst])} after."
-        )
+        state = "suffered a little" if fell else "were kept"
+        worst_shares = f"{percent(before.per_class[worst])} before, {percent(after.per_class[worst])} after"
+        detail = "" if worst_shares == shares else f"; the worst of them, {worst}: {worst_shares}"
+        sentences.append(f"The {_count(retained)} that it should keep {state}: {shares}{detail}.")
 
     broken_others = _broken(evaluation, others)
     others_fell = False
@@ -137,7 +139,8 @@ def judge(evaluation: Evaluation, probes: Sequence[Probe]) -> Verdict:
         sentences.append(f"Classes of another kind ({', '.join(others)}): {shares}{harm}.")
 
     kept = not (broken or fell or broken_others or others_fell)
-    joint = ", and" if (erased == "erased") == kept else ", but"
+    # "and" for the expected, "but" for what an erasure should not do, ";" where the one does not contrast the other.
+    joint = (", and" if kept else ", but") if erased == "erased" else (";" if kept else ", and")
     if broken or broken_others:
         named = [name for name, _ in (broken or broken_others)[:NAMED_CLASSES]]
         headline += f"{joint} {_joined(named)} broke"
@@ -168,9 +171,9 @@ def _broken(evaluation: Evaluation, names: Sequence[str]) -> list[tuple[str, flo
 
 def _listed(evaluation: Evaluation, broken: Sequence[tuple[str, float]]) -> str:
     before, after = evaluation.before.per_class, evaluation.after.per_class
-    named = [f"{name} ({percent(before[name])} before, {percent(after[name])} after)" for name, _ in broken[:NAMED_CLASSES]]
+    named = [f"{name} ({percent(before[name])} before, {percent(after[name])} after)" for name, _ in broken]
     more = len(broken) - NAMED_CLASSES
-    return _joined(named + ([f"{more} more"] if more > 0 else []))
+    return _joined(named[:NAMED_CLASSES] + ([f"{more} more"] if more > 0 else []))
 
 
 def _joined(words: Sequence[str]) -> str:
