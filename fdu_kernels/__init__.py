@@ -1,13 +1,17 @@
-"""Fused f-divergence losses for PyTorch: value and gradient over denoiser outputs and density-ratio estimates.
+"""f-divergence losses for PyTorch: value and gradient from denoiser outputs or from density-ratio estimates.
 
->>> import torch, fdu_kernels as fk
->>> pred, target = torch.zeros(2, 4, 8, 8, requires_grad=True), torch.ones(2, 4, 8, 8)
->>> round(fk.gaussian_divergence(pred, target, "squared_hellinger", sigma=0.5).item(), 4)
-0.3935
+    import fdu_kernels as fk
+
+    loss = fk.gaussian_divergence(pred, target, "squared_hellinger")      # like F.mse_loss; target is a constant
+    value, grad = fk.gaussian_divergence_value_and_grad(pred, target, "alpha:0.3")    # no autograd graph
+
+Layers, each built on the one before: scalar, critic, profiles -> divergence -> catalogue (every divergence as data) ->
+backends -> functional -> modules.
 """
 
 from fdu_kernels.backends import backends, use_backend
-from fdu_kernels.catalogue import Divergence, divergences, get_divergence
+from fdu_kernels.catalogue import divergences, get_divergence
+from fdu_kernels.divergence import Divergence
 from fdu_kernels.functional import (
     density_ratio_divergence,
     density_ratio_divergence_value_and_grad,

@@ -1,103 +1,158 @@
-"""Argument checks: every message names the argument, what was expected, what came, and the remedy.
+"""What callers may pass: every argument is checked here before any kernel runs.
 
-Shapes, dtypes and devices are compared without a look at the data. The values of tensors are checked on the CPU only:
-on a GPU the check would wait for the device at every call, and under torch.compile it would break the graph.
+Shapes, dtypes and devices are always checked. The values of tensors (sigma > 0, weight and mask >= 0) are checked on
+the CPU only: on an accelerator a look at them would make the host wait.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
-FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-REDUCTIONS = ("none", "mean", "sum")
+Number = float | int
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
-    """Raise ValueError unless ``value`` is one of ``choices``."""
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which sums are taken and values returned: float32, or float64 for float64."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def check_floats(name: str, value: object) -> Tensor:
-    """Raise TypeError unless ``value`` is a tensor of a floating dtype that the losses take."""
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name} must be a tensor, got {type(value).__name__}; wrap it in torch.as_tensor")
-    if value.dtype not in FLOATS:
-        raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {value.dtype}; convert with .float()")
-    return value
-
-
-def check_pair(name: str, value: object, other_name: str, other: object) -> None:
-    """Raise unless both are floating tensors of one shape, dtype and device."""
-    first, second = check_floats(name, value), check_floats(other_name, other)
-    if first.shape != second.shape:
-        raise ValueError(
-            f"{name} and {other_name} must have one shape, got {tuple(first.shape)} and {tuple(second.shape)}; "
-            "the losses do not broadcast them"
-        )
-    if first.dtype != second.dtype:
+def check_floating(name: str, tensor: Tensor) -> None:
+    """Raise TypeError unless it is a tensor of a supported floating dtype."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a tensor, not {type(tensor).__name__}")
+    if tensor.dtype not in DTYPES:
         raise TypeError(
-            f"{name} and {other_name} must have one dtype, got {first.dtype} and {second.dtype}; convert one with .to()"
-        )
-    check_device(name, first, other_name, second)
-
-
-def check_device(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
-    """Raise RuntimeError unless both are on one device."""
-    if value.device != other.device:
-        raise RuntimeError(
-            f"{name} and {other_name} must be on one device, got {value.device} and {other.device}; move one with .to()"
+            f"{name} must be float16, bfloat16, float32 or float64, not {_dtype(tensor)}; "
+            f"convert it with {name}.float()"
         )
 
 
-def check_samples(name: str, value: Tensor) -> None:
-    """Raise ValueError unless there is a batch dimension."""
-    if value.ndim < 1:
-        raise ValueError(f"{name} must have a batch dimension, [B, ...], got a scalar; add one with [None]")
-
-
-def check_per_sample(name: str, value: float | Tensor, like_name: str, like: Tensor, above_zero: bool) -> None:
-    """Raise unless ``value`` is a number or a tensor [B] or [] that is > 0, or >= 0."""
-    bound = "> 0" if above_zero else ">= 0"
-    if isinstance(value, Tensor):
-        if value.dtype not in FLOATS:
-            raise TypeError(f"{name} must be floating, got {value.dtype}; convert with .float()")
-        if value.ndim and tuple(value.shape) != tuple(like.shape[:1]):
-            raise ValueError(
-                f"{name} must be a number or have shape ({like.shape[0]},), one value a sample of {like_name}, "
-                f"got {tuple(value.shape)}"
-            )
-        if value.ndim:
-            check_device(name, value, like_name, like)
-        if _readable(value) and not bool(((value > 0) if above_zero else (value >= 0)).logical_or(value.isnan()).all()):
-            raise ValueError(f"{name} must be {bound}, got {value.detach().min().item():g} as its smallest value")
-    elif isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a number or a tensor, got {type(value).__name__}")
-    elif not math.isfinite(value) or value < 0 or (above_zero and value == 0):
-        raise ValueError(f"{name} must be a finite number {bound}, got {value!r}")
-
-
-def check_mask(mask: object, like_name: str, like: Tensor) -> None:
-    """Raise unless ``mask`` is a bool or non-negative floating tensor that broadcasts to ``like``."""
-    if not isinstance(mask, Tensor):
-        raise TypeError(f"mask must be a tensor, got {type(mask).__name__}")
-    if mask.dtype != torch.bool and mask.dtype not in FLOATS:
-        raise TypeError(f"mask must be bool or floating, got {mask.dtype}; convert with .bool() or .float()")
-    check_device("mask", mask, like_name, like)
-    trailing = like.shape[like.ndim - mask.ndim :] if mask.ndim <= like.ndim else None
-    if trailing is None or any(own not in (1, other) for own, other in zip(mask.shape, trailing, strict=True)):
+def check_same(name: str, tensor: Tensor, other_name: str, other: Tensor, shape: bool = True) -> None:
+    """Raise unless two tensors agree in device, dtype and (if asked) shape."""
+    if shape and tensor.shape != other.shape:
         raise ValueError(
-            f"mask must broadcast to the shape of {like_name}, {tuple(like.shape)}, got {tuple(mask.shape)}; "
-            "give [H, W], [B, 1, H, W] or the full shape"
+            f"{name} and {other_name} must have one shape, but {name} is {list(tensor.shape)} and {other_name} "
+            f"{list(other.shape)}; expand one of them explicitly"
         )
+    if tensor.dtype != other.dtype:
+        raise TypeError(
+            f"{name} and {other_name} must have one dtype, but {name} is {_dtype(tensor)} and {other_name} "
+            f"{_dtype(other)}; convert one: {other_name}.to({name}.dtype)"
+        )
+    _check_device(name, tensor, other_name, other)
+
+
+def check_batch(name: str, tensor: Tensor) -> None:
+    """Raise ValueError unless the tensor has a batch dimension with something in it."""
+    if tensor.ndim == 0 or tensor.shape[0] == 0:
+        raise ValueError(
+            f"{name} must have shape [B, ...] with B >= 1 samples, not {list(tensor.shape)}; "
+            f"{'add a batch dimension: ' + name + '[None]' if tensor.ndim == 0 else 'skip the empty batch'}"
+        )
+
+
+def check_sigma(sigma: Number | Tensor, pred: Tensor) -> None:
+    """Raise unless sigma is a positive number or a floating tensor [B] or []."""
+    if isinstance(sigma, Tensor):
+        _check_per_sample("sigma", sigma, pred, scalar=True)
+        if _readable(sigma) and bool((sigma <= 0).any()):
+            raise ValueError(f"sigma must be positive, but its smallest value is {sigma.min().item():g}")
+    elif isinstance(sigma, bool) or not isinstance(sigma, (int, float)):
+        raise TypeError(f"sigma must be a number or a tensor [B], not {type(sigma).__name__} {sigma!r}")
+    elif not sigma > 0:
+        raise ValueError(f"sigma must be positive, not {sigma!r}; it is the standard deviation that scales s")
+
+
+def check_weight(weight: Tensor | None, batch: Tensor, name: str = "pred") -> None:
+    """Raise unless weight is None or a non-negative floating tensor [B]."""
+    if weight is None:
+        return
+    if not isinstance(weight, Tensor):
+        raise TypeError(
+            f"weight must be None or a tensor [B], not {type(weight).__name__}; use torch.full((B,), weight)"
+        )
+    _check_per_sample("weight", weight, batch, batch_name=name)
+    if _readable(weight) and bool((weight < 0).any()):
+        raise ValueError(f"weight must not be negative, but its smallest value is {weight.min().item():g}")
+
+
+def check_mask(mask: Tensor | None, tensor: Tensor, name: str = "pred") -> None:
+    """Raise unless mask is None or a bool or non-negative floating tensor that broadcasts to the tensor's shape."""
+    if mask is None:
+        return
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"mask must be None or a tensor, not {type(mask).__name__}")
+    if mask.dtype != torch.bool and mask.dtype not in DTYPES:
+        raise TypeError(
+            f"mask must be bool or floating, not {_dtype(mask)}; convert it with mask.bool() or mask.float()"
+        )
+    shape, wanted = mask.shape, tensor.shape
+    fits = len(shape) <= len(wanted) and all(
+        a in (1, b) for a, b in zip(reversed(shape), reversed(wanted), strict=False)
+    )
+    if not fits:
+        raise ValueError(
+            f"mask {list(shape)} does not broadcast to {name} {list(wanted)}; "
+            "give it the dimensions of one sample, [B, 1, H, W], or the full shape"
+        )
+    _check_device("mask", mask, name, tensor)
     if mask.dtype != torch.bool and _readable(mask) and bool((mask < 0).any()):
-        raise ValueError(f"mask must be >= 0, got {mask.min().item():g} as its smallest value")
+        raise ValueError(f"mask must not be negative, but its smallest value is {mask.min().item():g}")
 
 
-def _readable(value: Tensor) -> bool:
-    """Whether the values can be looked at without waiting for a device or breaking a graph."""
-    return value.device.type == "cpu" and not torch.compiler.is_compiling()
+def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    """Raise ValueError unless value is one of the choices."""
+    if value not in choices:
+        listed = " or ".join(f'"{choice}"' for choice in choices)
+        raise ValueError(f"{name} must be {listed}, not {value!r}")
+
+
+def check_grad_out(grad_out: Tensor | None, pred: Tensor) -> None:
+    """Raise unless grad_out is None or a buffer like pred that overlaps neither itself nor autograd."""
+    if grad_out is None:
+        return
+    check_floating("grad_out", grad_out)
+    check_same("grad_out", grad_out, "pred", pred)
+    if grad_out.requires_grad:
+        raise ValueError("grad_out is written in place and must not require grad; pass torch.empty_like(pred)")
+
+
+def check_grad_scale(grad_scale: Number | Tensor) -> None:
+    """Raise TypeError unless grad_scale is a number or a tensor []."""
+    if isinstance(grad_scale, Tensor):
+        if grad_scale.ndim:
+            raise ValueError(f"grad_scale must be a number or a tensor [], not of shape {list(grad_scale.shape)}")
+    elif isinstance(grad_scale, bool) or not isinstance(grad_scale, (int, float)):
+        raise TypeError(f"grad_scale must be a number or a tensor [], not {type(grad_scale).__name__}")
+
+
+def _check_per_sample(
+    name: str, tensor: Tensor, batch: Tensor, *, scalar: bool = False, batch_name: str = "pred"
+) -> None:
+    if tensor.dtype not in DTYPES:
+        raise TypeError(f"{name} must be a floating tensor, not {_dtype(tensor)}; convert it with {name}.float()")
+    if tensor.shape != batch.shape[:1] and not (scalar and tensor.ndim == 0):
+        raise ValueError(
+            f"{name} must have one number per sample, shape [{batch.shape[0]}], not {list(tensor.shape)}; "
+            f"reduce or flatten it to [{batch.shape[0]}]"
+        )
+    _check_device(name, tensor, batch_name, batch)
+
+
+def _check_device(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
+    if tensor.device != other.device:
+        raise ValueError(
+            f"{name} and {other_name} must be on one device, but {name} is on {tensor.device} and {other_name} on "
+            f"{other.device}; move it: {name}.to({other_name}.device)"
+        )
+
+
+def _readable(tensor: Tensor) -> bool:
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def _dtype(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")

@@ -1,52 +1,38 @@
-"""The losses as functions, drop-in beside ``torch.nn.functional.mse_loss``.
+"""The losses as functions: arguments are checked, a backend is chosen, and it computes.
 
-Sources: Novello et al. 2026, "A Unified Framework for Diffusion Model Unlearning with f-Divergence"
-(arXiv 2509.21167); Nowozin et al. 2016, "f-GAN" (arXiv 1606.00709) for the variational bound.
+Gaussian closed forms: Novello et al. 2026, arXiv 2509.21167. Variational bound: Nowozin et al. 2016, f-GAN,
+arXiv 1606.00709. All values come in float32 (float64 for float64 inputs); gradients in the dtype of their input.
+
+Every function takes ``divergence`` (a name such as "squared_hellinger" or "alpha:0.3", or a Divergence), ``reduction``
+("none", "mean" or "sum") and ``backend`` (None: use_backend, FDU_BACKEND, else the fastest that fits).
 """
 
 from __future__ import annotations
 
-from types import ModuleType
-
-import torch
 from torch import Tensor
 
-from fdu_kernels import backends
-from fdu_kernels.backends import reference
-from fdu_kernels.catalogue import Divergence, get_divergence
-from fdu_kernels.checks import (
-    REDUCTIONS,
-    check_choice,
-    check_device,
-    check_floats,
-    check_mask,
-    check_pair,
-    check_per_sample,
-    check_samples,
-)
-from fdu_kernels.critics import CriticTerm
+from fdu_kernels import checks
+from fdu_kernels.backends import choose_backend, reference
+from fdu_kernels.catalogue import get_divergence
+from fdu_kernels.divergence import Divergence
 
+REDUCTIONS = ("none", "mean", "sum")
 DISTANCES = ("mean", "sum")
+PARAMETRIZATIONS = ("log_ratio", "fgan")
 
 
 def squared_distance(
     pred: Tensor,
     target: Tensor,
-    *,
     sigma: float | Tensor = 1.0,
     mask: Tensor | None = None,
     distance: str = "mean",
 ) -> Tensor:
-    """The squared Mahalanobis distance s of every sample, the argument of every Gaussian profile.
+    """s_b = sum_j m_bj (pred_bj - target_bj)^2 / (sigma_b^2 Z_b), the squared Mahalanobis distance of each sample.
 
-    s_b = sum_j m_bj (pred_bj - target_bj)^2 / (sigma_b^2 Z_b), with Z_b = sum_j m_bj for distance "mean" and 1 for "sum".
-
-    Args: as for :func:`gaussian_divergence`.
-
-    Returns:
-        [B], float64 for float64 inputs, else float32; differentiable in ``pred``.
+    Arguments as in :func:`gaussian_divergence`. Returns [B], differentiable in pred; an empty mask row gives 0.
     """
-    _check_gaussian(pred, target, sigma, None, mask, distance, "none")
+    _check_pair(pred, target, sigma, mask, distance)
     return reference.squared_distance(pred, target, sigma, mask, distance)
 
 
@@ -54,7 +40,6 @@ def gaussian_divergence(
     pred: Tensor,
     target: Tensor,
     divergence: str | Divergence = "squared_hellinger",
-    *,
     sigma: float | Tensor = 1.0,
     weight: Tensor | None = None,
     mask: Tensor | None = None,
@@ -62,213 +47,191 @@ def gaussian_divergence(
     reduction: str = "mean",
     backend: str | None = None,
 ) -> Tensor:
-    """The f-divergence of two Gaussians with means ``target`` and ``pred`` and one covariance sigma^2 I.
-
-    loss_b = weight_b h_f(s_b), with s_b as :func:`squared_distance` gives it (arXiv 2509.21167; h_f in
-    ``fdu_kernels.profiles``). In diffusion models pred and target are denoiser outputs, target the frozen one.
+    """The f-divergence of N(target, sigma^2) from N(pred, sigma^2): weight_b h_f(s_b). Used like F.mse_loss.
 
     Args:
-        pred: [B, ...], float16, bfloat16, float32 or float64.
-        target: as ``pred``. A constant: it gets no gradient.
-        divergence: a name of :func:`divergences` or a :class:`Divergence`.
-        sigma: standard deviation in units of ``pred``, > 0: a number, or a tensor [B] or []. A constant.
-        weight: [B], >= 0: a weight a sample, such as a timestep weighting. A constant.
-        mask: bool or floating >= 0, broadcast to ``pred``: [H, W], [B, 1, H, W] or full. A sample whose mask is empty
-            has loss 0 and gradient 0.
-        distance: "mean" divides by the mask's sum a sample (the paper's code); "sum" is the true divergence.
-        reduction: "mean" or "sum" over the samples, or "none" for [B].
-        backend: a name of :func:`backends`; None takes the fastest that can run.
+        pred: [B, ...] of any trailing shape and strides; float16, bfloat16, float32 or float64.
+        target: like pred. A constant, as are sigma, weight and mask: no gradient flows into them.
+        divergence: see :func:`fdu_kernels.divergences`.
+        sigma: standard deviation, > 0: a number, or a tensor [B] or [].
+        weight: omega_b >= 0, [B].
+        mask: bool or floating, >= 0, broadcastable to pred: [B, 1, H, W], [H, W], ... An empty row counts 0.
+        distance: "mean" divides s by the mask's sum (the paper's code), "sum" does not (the true divergence).
+        reduction: over the batch; "none" returns [B].
 
     Returns:
-        A scalar or [B], float64 for float64 inputs, else float32; differentiable twice in ``pred``. NaN in ``pred``
-        gives NaN. Profiles that grow like exp(k s) continue as a straight line beyond k s = 80.
+        The loss in [0, weight * divergence.upper]. Where h grows like exp(k s) it is a straight line beyond k s = 64.
+        NaN in gives NaN out, also under a zero mask.
 
     Raises:
-        ValueError, TypeError, RuntimeError: a wrong argument, named.
+        ValueError, TypeError, RuntimeError: see fdu_kernels.checks and fdu_kernels.backends.
+
+    Source: Novello et al. 2026 (arXiv 2509.21167), for every f: h_f(s) = E[f(exp(sqrt(s) z - s/2))], z ~ N(0, 1).
     """
+    divergence = get_divergence(divergence)
     _check_gaussian(pred, target, sigma, weight, mask, distance, reduction)
-    chosen = backends.find(backend)
-    losses = chosen.gaussian_losses(pred, target, get_divergence(divergence), sigma, weight, mask, distance)
-    return _reduce(losses, reduction)
+    chosen = choose_backend(backend, pred, divergence)
+    return chosen.gaussian_divergence(pred, target, divergence, sigma, weight, mask, distance, reduction)
 
 
 def gaussian_divergence_value_and_grad(
     pred: Tensor,
     target: Tensor,
     divergence: str | Divergence = "squared_hellinger",
-    *,
     sigma: float | Tensor = 1.0,
     weight: Tensor | None = None,
     mask: Tensor | None = None,
     distance: str = "mean",
     reduction: str = "mean",
+    backend: str | None = None,
     grad_scale: float | Tensor = 1.0,
     grad_out: Tensor | None = None,
-    backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The value of :func:`gaussian_divergence` and its gradient by ``pred``, in one pass, without an autograd graph.
+    """:func:`gaussian_divergence` and its gradient in pred in one pass, without an autograd graph.
 
-    Args: as for :func:`gaussian_divergence`, and
-        grad_scale: multiplies the gradient: a number, or a tensor [] such as a loss scale.
-        grad_out: a buffer like ``pred`` to write the gradient into.
+    Args:
+        grad_scale: a number or a tensor [] that multiplies the gradient only (loss scaling, gradient accumulation).
+        grad_out: a buffer like pred to write the gradient into, instead of a new tensor.
 
     Returns:
-        The value, a scalar or [B] (then the gradient is that of the sum), and the gradient, shape and dtype of ``pred``.
+        The value, and the gradient of the value's sum: the shape, dtype and device of pred.
     """
+    divergence = get_divergence(divergence)
     _check_gaussian(pred, target, sigma, weight, mask, distance, reduction)
-    if grad_out is not None:
-        check_pair("grad_out", grad_out, "pred", pred)
-    if reduction == "mean":
-        grad_scale = grad_scale / max(len(pred), 1)
-    losses, gradient = backends.find(backend).gaussian_value_and_grad(
-        pred, target, get_divergence(divergence), sigma, weight, mask, distance, grad_scale, grad_out
+    checks.check_grad_scale(grad_scale)
+    checks.check_grad_out(grad_out, pred)
+    chosen = choose_backend(backend, pred, divergence)
+    return chosen.gaussian_divergence_value_and_grad(
+        pred, target, divergence, sigma, weight, mask, distance, reduction, grad_scale, grad_out
     )
-    return _reduce(losses, reduction), gradient
 
 
 def variational_divergence(
     log_ratio_p: Tensor,
     log_ratio_q: Tensor,
     divergence: str | Divergence = "jensen_shannon",
-    *,
     mask: Tensor | None = None,
     parametrization: str = "log_ratio",
     reduction: str = "mean",
     backend: str | None = None,
 ) -> Tensor:
-    """The variational lower bound E_p[A(v)] - E_q[B(v)] <= D_f(p || q), which a critic maximises.
+    """The variational lower bound E_p[A(v)] - E_q[B(v)] <= D_f(p || q). A critic maximises it.
 
     Args:
-        log_ratio_p: critic outputs on samples of p, any shape, floating: estimates of v = log p/q.
-        log_ratio_q: critic outputs on samples of q, any shape, the same dtype and device.
-        divergence: a name of :func:`divergences` or a :class:`Divergence`, but not mse.
-        mask: bool or floating >= 0, broadcast to both: the weights of the means (a patch critic's mask).
-        parametrization: "log_ratio": A = f'(e^v), B = f*(A), tight at the true ratio. "fgan": f-GAN's output activations
-            (kl: T = v) where its table has one that differs and is elementary; the log-ratio form for the others.
-        reduction: "mean", "sum", or "none" for A(v_p) - B(v_q) elementwise, for inputs of one shape.
-        backend: a name of :func:`backends`; None takes the fastest that can run.
+        log_ratio_p: critic outputs v on samples of p, any shape; v estimates log p/q.
+        log_ratio_q: the same on samples of q; another shape is allowed unless reduction is "none".
+        mask: bool or floating, >= 0, broadcastable to both; the mean runs over its sum.
+        parametrization: "log_ratio": A(v) = f'(e^v), B(v) = f*(A(v)). "fgan": T = g_f(v) and f*(T) with f-GAN's
+            output activation where table 6 has one that needs no special function; else as "log_ratio".
+        reduction: over all elements.
 
     Returns:
-        A scalar, or the elements; float64 for float64 inputs, else float32; differentiable twice in both inputs.
+        The bound. Beyond |v| = 64 / (largest exponential rate) A and B are straight lines.
 
     Raises:
-        ValueError, TypeError, RuntimeError: a wrong argument, named.
+        ValueError: "mse" (it has no generator; use "kl" or "jeffreys"), and see fdu_kernels.checks.
+
+    Source: Nowozin et al. 2016, eq. 4-6; Novello et al. 2026 (arXiv 2509.21167), variational losses.
     """
-    chosen, (a, b) = _check_variational(log_ratio_p, log_ratio_q, divergence, mask, parametrization, reduction, backend)
-    values_p, values_q = chosen.critic_values(a, log_ratio_p), chosen.critic_values(b, log_ratio_q)
-    if reduction == "none":
-        return _masked(values_p, mask) - _masked(values_q, mask)
-    return _average(values_p, mask, reduction) - _average(values_q, mask, reduction)
+    divergence = get_divergence(divergence)
+    _check_variational(log_ratio_p, log_ratio_q, mask, parametrization, reduction)
+    chosen = choose_backend(backend, log_ratio_q, divergence)
+    return chosen.variational_divergence(log_ratio_p, log_ratio_q, divergence, mask, parametrization, reduction)
 
 
 def variational_divergence_value_and_grad(
     log_ratio_p: Tensor,
     log_ratio_q: Tensor,
     divergence: str | Divergence = "jensen_shannon",
-    *,
     mask: Tensor | None = None,
     parametrization: str = "log_ratio",
     reduction: str = "mean",
-    grad_scale: float | Tensor = 1.0,
     backend: str | None = None,
+    grad_scale: float | Tensor = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The value of :func:`variational_divergence` and its gradients by ``log_ratio_p`` and ``log_ratio_q``.
-
-    With reduction "none" the gradients are those of the sum. ``grad_scale`` multiplies them.
-    """
-    chosen, (a, b) = _check_variational(log_ratio_p, log_ratio_q, divergence, mask, parametrization, reduction, backend)
-    with torch.no_grad():
-        value = variational_divergence(
-            log_ratio_p,
-            log_ratio_q,
-            divergence,
-            mask=mask,
-            parametrization=parametrization,
-            reduction=reduction,
-            backend=backend,
-        )
-        gradient_p = _spread(chosen.critic_slopes(a, log_ratio_p), mask, reduction) * grad_scale
-        gradient_q = _spread(chosen.critic_slopes(b, log_ratio_q), mask, reduction) * -grad_scale
-    return value, gradient_p.to(log_ratio_p.dtype), gradient_q.to(log_ratio_q.dtype)
+    """:func:`variational_divergence` with the gradients of its sum in log_ratio_p and in log_ratio_q, no graph."""
+    divergence = get_divergence(divergence)
+    _check_variational(log_ratio_p, log_ratio_q, mask, parametrization, reduction)
+    checks.check_grad_scale(grad_scale)
+    chosen = choose_backend(backend, log_ratio_q, divergence)
+    return chosen.variational_divergence_value_and_grad(
+        log_ratio_p, log_ratio_q, divergence, mask, parametrization, reduction, grad_scale
+    )
 
 
 def variational_model_loss(
     log_ratio_q: Tensor,
     divergence: str | Divergence = "jensen_shannon",
-    *,
     mask: Tensor | None = None,
     parametrization: str = "log_ratio",
     reduction: str = "mean",
     backend: str | None = None,
 ) -> Tensor:
-    """-E_q[B(v)]: the part of the bound that depends on the model q, which the model minimises.
+    """-E_q[B(v)], the term of the bound that depends on the model's samples: the model minimises it.
 
-    Args: as for :func:`variational_divergence`; ``log_ratio_q`` must carry the gradient to the model.
-
-    Returns:
-        A scalar, or the elements for reduction "none"; differentiable twice.
+    Arguments as in :func:`variational_divergence`.
     """
-    check_floats("log_ratio_q", log_ratio_q)
-    check_choice("reduction", reduction, REDUCTIONS)
-    if mask is not None:
-        check_mask(mask, "log_ratio_q", log_ratio_q)
-    _, b = get_divergence(divergence).terms(parametrization)
-    values = backends.find(backend).critic_values(b, log_ratio_q)
-    return -(_masked(values, mask) if reduction == "none" else _average(values, mask, reduction))
+    divergence = get_divergence(divergence)
+    _check_variational(None, log_ratio_q, mask, parametrization, reduction)
+    chosen = choose_backend(backend, log_ratio_q, divergence)
+    return chosen.variational_divergence(None, log_ratio_q, divergence, mask, parametrization, reduction)
 
 
 def density_ratio_divergence(
     log_ratio: Tensor,
     divergence: str | Divergence = "kl",
-    *,
     samples_from: str = "q",
     weight: Tensor | None = None,
     reduction: str = "mean",
     backend: str | None = None,
 ) -> Tensor:
-    """D_f(p || q) from estimates of the density ratio r = p/q: E_q[f(r)], or E_p[f(r) / r].
+    """The plug-in estimate of D_f(p || q) from log density ratios: E_q[f(r)], or E_p[f(r)/r] with samples from p.
 
     Args:
-        log_ratio: v = log r, any shape with the samples first, floating.
-        divergence: a name of :func:`divergences` or a :class:`Divergence`, but not mse.
-        samples_from: "q" or "p": which of the two the samples were drawn from.
-        weight: [B], >= 0: importance weights of the samples. A constant.
-        reduction: "mean" over all elements, "sum", or "none".
-        backend: a name of :func:`backends`; None takes the fastest that can run.
+        log_ratio: v = log p/q at the samples, [B, ...].
+        samples_from: "q" or "p".
+        weight: >= 0, [B], one factor per sample (not normalised).
+        reduction: over all elements.
 
     Returns:
-        A scalar, or the shape of ``log_ratio``; float64 for float64 inputs, else float32; differentiable twice.
+        The estimate. Beyond |v| = 64 / (largest exponential rate) the terms are straight lines.
 
     Raises:
-        ValueError, TypeError, RuntimeError: a wrong argument, named.
+        ValueError: "mse" (it has no generator; use "kl" or "jeffreys"), and see fdu_kernels.checks.
     """
-    chosen, found = _check_ratio(log_ratio, divergence, samples_from, weight, reduction, backend)
-    values = _weighted(chosen.ratio_values(log_ratio, found, samples_from == "p"), weight)
-    return _reduce(values, reduction)
+    divergence = get_divergence(divergence)
+    _check_density_ratio(log_ratio, weight, samples_from, reduction)
+    chosen = choose_backend(backend, log_ratio, divergence)
+    return chosen.density_ratio_divergence(log_ratio, divergence, samples_from, weight, reduction)
 
 
 def density_ratio_divergence_value_and_grad(
     log_ratio: Tensor,
     divergence: str | Divergence = "kl",
-    *,
     samples_from: str = "q",
     weight: Tensor | None = None,
     reduction: str = "mean",
-    grad_scale: float | Tensor = 1.0,
     backend: str | None = None,
+    grad_scale: float | Tensor = 1.0,
 ) -> tuple[Tensor, Tensor]:
-    """The value of :func:`density_ratio_divergence` and its gradient by ``log_ratio``.
+    """:func:`density_ratio_divergence` with the gradient of its sum in log_ratio, without an autograd graph."""
+    divergence = get_divergence(divergence)
+    _check_density_ratio(log_ratio, weight, samples_from, reduction)
+    checks.check_grad_scale(grad_scale)
+    chosen = choose_backend(backend, log_ratio, divergence)
+    return chosen.density_ratio_divergence_value_and_grad(
+        log_ratio, divergence, samples_from, weight, reduction, grad_scale
+    )
 
-    With reduction "none" the gradient is that of the sum. ``grad_scale`` multiplies it.
-    """
-    chosen, found = _check_ratio(log_ratio, divergence, samples_from, weight, reduction, backend)
-    with torch.no_grad():
-        from_p = samples_from == "p"
-        value = _reduce(_weighted(chosen.ratio_values(log_ratio, found, from_p), weight), reduction)
-        gradient = _weighted(chosen.ratio_slopes(log_ratio, found, from_p), weight) * grad_scale
-        if reduction == "mean":
-            gradient = gradient / max(log_ratio.numel(), 1)
-    return value, gradient.to(log_ratio.dtype)
+
+def _check_pair(pred: Tensor, target: Tensor, sigma: float | Tensor, mask: Tensor | None, distance: str) -> None:
+    checks.check_floating("pred", pred)
+    checks.check_floating("target", target)
+    checks.check_same("pred", pred, "target", target)
+    checks.check_batch("pred", pred)
+    checks.check_sigma(sigma, pred)
+    checks.check_mask(mask, pred)
+    checks.check_choice("distance", distance, DISTANCES)
 
 
 def _check_gaussian(
@@ -280,105 +243,27 @@ def _check_gaussian(
     distance: str,
     reduction: str,
 ) -> None:
-    check_pair("pred", pred, "target", target)
-    check_samples("pred", pred)
-    check_choice("distance", distance, DISTANCES)
-    check_choice("reduction", reduction, REDUCTIONS)
-    check_per_sample("sigma", sigma, "pred", pred, above_zero=True)
-    if weight is not None:
-        _check_weight(weight, "pred", pred)
-    if mask is not None:
-        check_mask(mask, "pred", pred)
-
-
-def _check_weight(weight: Tensor, like_name: str, like: Tensor) -> None:
-    if not isinstance(weight, Tensor):
-        raise TypeError(f"weight must be a tensor [B], one number a sample of {like_name}, got {type(weight).__name__}")
-    check_per_sample("weight", weight, like_name, like, above_zero=False)
+    _check_pair(pred, target, sigma, mask, distance)
+    checks.check_weight(weight, pred)
+    checks.check_choice("reduction", reduction, REDUCTIONS)
 
 
 def _check_variational(
-    log_ratio_p: Tensor,
-    log_ratio_q: Tensor,
-    divergence: str | Divergence,
-    mask: Tensor | None,
-    parametrization: str,
-    reduction: str,
-    backend: str | None,
-) -> tuple[ModuleType, tuple[CriticTerm, CriticTerm]]:
-    check_floats("log_ratio_p", log_ratio_p)
-    check_floats("log_ratio_q", log_ratio_q)
-    if log_ratio_p.dtype != log_ratio_q.dtype:
-        raise TypeError(
-            f"log_ratio_p and log_ratio_q must have one dtype, got {log_ratio_p.dtype} and {log_ratio_q.dtype}; "
-            "convert one with .to()"
-        )
-    check_device("log_ratio_p", log_ratio_p, "log_ratio_q", log_ratio_q)
-    check_choice("reduction", reduction, REDUCTIONS)
-    if reduction == "none" and log_ratio_p.shape != log_ratio_q.shape:
-        raise ValueError(
-            f"log_ratio_p and log_ratio_q must have one shape for reduction='none', got {tuple(log_ratio_p.shape)} "
-            f"and {tuple(log_ratio_q.shape)}; use reduction='mean'"
-        )
-    if mask is not None:
-        check_mask(mask, "log_ratio_p", log_ratio_p)
-        check_mask(mask, "log_ratio_q", log_ratio_q)
-    return backends.find(backend), get_divergence(divergence).terms(parametrization)
+    log_ratio_p: Tensor | None, log_ratio_q: Tensor, mask: Tensor | None, parametrization: str, reduction: str
+) -> None:
+    checks.check_choice("reduction", reduction, REDUCTIONS)
+    checks.check_choice("parametrization", parametrization, PARAMETRIZATIONS)
+    checks.check_floating("log_ratio_q", log_ratio_q)
+    checks.check_mask(mask, log_ratio_q, "log_ratio_q")
+    if log_ratio_p is not None:
+        checks.check_floating("log_ratio_p", log_ratio_p)
+        checks.check_same("log_ratio_p", log_ratio_p, "log_ratio_q", log_ratio_q, shape=reduction == "none")
+        checks.check_mask(mask, log_ratio_p, "log_ratio_p")
 
 
-def _check_ratio(
-    log_ratio: Tensor,
-    divergence: str | Divergence,
-    samples_from: str,
-    weight: Tensor | None,
-    reduction: str,
-    backend: str | None,
-) -> tuple[ModuleType, Divergence]:
-    check_floats("log_ratio", log_ratio)
-    check_choice("samples_from", samples_from, ("q", "p"))
-    check_choice("reduction", reduction, REDUCTIONS)
-    if weight is not None:
-        check_samples("log_ratio", log_ratio)
-        _check_weight(weight, "log_ratio", log_ratio)
-    found = get_divergence(divergence)
-    found.terms()
-    return backends.find(backend), found
-
-
-def _reduce(values: Tensor, reduction: str) -> Tensor:
-    if reduction == "none":
-        return values
-    return values.sum() if reduction == "sum" or not values.numel() else values.mean()
-
-
-def _weighted(values: Tensor, weight: Tensor | None) -> Tensor:
-    if weight is None:
-        return values
-    return values * weight.to(values.dtype).reshape(-1, *(1,) * (values.ndim - 1))
-
-
-def _masked(values: Tensor, mask: Tensor | None) -> Tensor:
-    if mask is None:
-        return values
-    weights = mask.to(values.dtype).expand_as(values)
-    # A masked-out element may hold anything, also an infinity, which 0 times would make NaN.
-    return torch.where(weights == 0, torch.zeros_like(values), values * weights)
-
-
-def _count(values: Tensor, mask: Tensor | None) -> Tensor | int:
-    """What a mean divides by: the mask's sum, at least 1 where it is empty."""
-    if mask is None:
-        return max(values.numel(), 1)
-    total = mask.to(values.dtype).expand_as(values).sum()
-    return torch.where(total > 0, total, torch.ones_like(total))
-
-
-def _average(values: Tensor, mask: Tensor | None, reduction: str) -> Tensor:
-    total = _masked(values, mask).sum()
-    return total if reduction == "sum" else total / _count(values, mask)
-
-
-def _spread(slopes: Tensor, mask: Tensor | None, reduction: str) -> Tensor:
-    """The gradient of :func:`_average`, or of the masked sum, from the slope of every element."""
-    masked = _masked(slopes, mask)
-    return masked / _count(slopes, mask) if reduction == "mean" else masked
+def _check_density_ratio(log_ratio: Tensor, weight: Tensor | None, samples_from: str, reduction: str) -> None:
+    checks.check_floating("log_ratio", log_ratio)
+    checks.check_batch("log_ratio", log_ratio)
+    checks.check_weight(weight, log_ratio, "log_ratio")
+    checks.check_choice("samples_from", samples_from, ("q", "p"))
+    checks.check_choice("reduction", reduction, REDUCTIONS)

@@ -1,225 +1,198 @@
 """Gaussian profiles: the divergence of two Gaussians of one covariance as a function h of their distance s.
 
-With s the squared Mahalanobis distance, every f-divergence between N(a, C) and N(b, C) is
+With s the squared Mahalanobis distance, log(p/q) under q is normal with mean -s/2 and variance s, hence for every f
 
-    h(s) = E[f(exp(sqrt(s) z - s/2))],    z ~ N(0, 1),
+    h(s) = E[f(e^v)],    h'(s) = E[kappa(v)] / 2,    v ~ N(-s/2, s),    kappa(v) = r^2 f''(r),  r = e^v
 
-because log(p/q) is itself normal. Differentiating under the integral and completing the square,
+(differentiate under the integral and use that N(-s/2, s) solves the heat equation with drift). Completing the square,
 
-    h'(s) = exp(-s/8) / 2 * E[g(sqrt(s) z)],    g(v) = exp(3v/2) f''(exp(v)).
+    h'(s) = e^(-s/8) / 2 * E[e^(-v/2) kappa(v)],    v ~ N(0, s):
 
-Three kinds of profile: elementary (two numbers), kinked (f piecewise linear, one number), and tabulated (any other f).
-All of them take tensors of any shape, give values and slopes of the same shape, and continue as a straight line
-beyond ``end``, so that neither value nor gradient overflows.
+a positive integrand, so nothing cancels. A kink of f at u = g, where f' jumps by j, adds j g n(log g) / 2 with n the
+density of N(-s/2, s): so total variation and the hockey stick need no case of their own.
+
+Where h is elementary, (c, k) give h(s) = c expm1(k s)/k. Everything else is tabulated once, in float64.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
-from collections.abc import Callable
-from typing import Any, Protocol
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-MAX_EXPONENT = 80.0
-"""A profile that grows like exp(k s) is a straight line from k s = MAX_EXPONENT on: exp(80) = 5.5e34 still fits fp32."""
+from fdu_kernels.scalar import MAX_EXPONENT, Scalar
 
-LARGEST_TABULATED_S = 1000.0
-"""Where tables end: there h' of the saturating divergences is below exp(-125), nothing even in float64 gradients."""
+if TYPE_CHECKING:
+    from fdu_kernels.divergence import Divergence
 
-
-class Profile(Protocol):
-    """h and h' on tensors of s >= 0; ``end`` is where the straight line begins (inf: never)."""
-
-    end: float
-
-    def value(self, s: Tensor) -> Tensor:
-        """h(s)."""
-
-    def slope(self, s: Tensor) -> Tensor:
-        """h'(s), in operations that autograd can differentiate again."""
+FIRST_S = 1e-12
+"""The table begins here; below, h and h' follow the power of s that they have here (exact to first order)."""
+LAST_S = 1e4
+"""And ends here, where h' of every saturating divergence is below e^(-1250)."""
+STEP = 1 / 32
+"""In log s. The polynomial through 8 neighbours then errs by less than 1e-12 also where log h' falls like -s/8."""
+NEIGHBOURS = 8
+SMALLEST_S = 1e-30
+"""h' is not evaluated closer to 0: where f has a kink at 1 it is infinite there, and 0 times inf would be NaN."""
 
 
-class _Evaluate(torch.autograd.Function):
-    """h with h' as its exact derivative: autograd through the formula of h would lose digits in the tails."""
+@dataclasses.dataclass(frozen=True, eq=False)
+class ProfileTable:
+    """log h and log h' on a uniform grid of t = log s. Power laws at s -> 0 are straight lines in these variables.
 
-    @staticmethod
-    def forward(ctx: Any, s: Tensor, profile: Profile) -> Tensor:
-        ctx.save_for_backward(s)
-        ctx.profile = profile
-        inside = s.clamp(max=profile.end)
-        value = profile.value(inside)
-        return value if math.isinf(profile.end) else value + profile.slope(inside) * (s - inside)
+    log_values: float64 [n, 2], columns log h and log h', row i at t = first + i step.
+    bottom, top: the rows between which every sample's 8 neighbours are centred.
+    powers: d log h/dt and d log h'/dt at ``bottom``.
+    linear_beyond: the s beyond which h is a straight line; inf where h' has vanished instead.
+    """
 
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        (s,) = ctx.saved_tensors
-        return gradients[0] * slope(ctx.profile, s), None
+    first: float
+    step: float
+    log_values: Tensor
+    bottom: int
+    top: int
+    powers: tuple[float, float]
+    linear_beyond: float
 
 
-def value(profile: Profile, s: Tensor) -> Tensor:
-    """h(s) for s >= 0 of any shape, differentiable twice. NaN gives NaN."""
-    result: Tensor = _Evaluate.apply(s, profile)
+def profile(divergence: Divergence) -> Scalar:
+    """h of a divergence as a twice differentiable function of s >= 0, float32 or float64, of any shape."""
+    if divergence.exponential is not None:
+        return _exponential_profile(*divergence.exponential)
+    table = profile_table(divergence)
+    return Scalar(lambda s: _read(table, s, 0), lambda s: _read(table, s, 1), high=table.linear_beyond)
+
+
+def _exponential_profile(c: float, k: float) -> Scalar:
+    if k == 0:
+        return Scalar(lambda s: c * s, lambda s: c + 0 * s)
+    return Scalar(
+        lambda s: torch.expm1(k * s) * (c / k),
+        lambda s: c * torch.exp(k * s),
+        high=MAX_EXPONENT / k if k > 0 else math.inf,
+    )
+
+
+def _read(table: ProfileTable, s: Tensor, column: int) -> Tensor:
+    """h (column 0) or h' (column 1), interpolated in float64 and returned in the dtype of s."""
+    inside = s.double().clamp(min=SMALLEST_S)
+    t = (torch.log(inside) - table.first) / table.step
+    position = t.clamp(table.bottom, table.top)
+    # A NaN has no place in the table: it takes the first one and stays NaN through its offset.
+    index = torch.nan_to_num(position.detach(), nan=table.bottom).floor().long().clamp(max=table.top - 1)
+    neighbours = torch.arange(1 - NEIGHBOURS // 2, NEIGHBOURS // 2 + 1, device=s.device)
+    rows = _on_device(table, s.device)[index[..., None] + neighbours, column]
+    result = torch.exp((_lagrange_weights(position - index) * rows).sum(-1))
+    below = torch.exp(table.powers[column] * table.step * (t - table.bottom).clamp(max=0))
+    result = result * below
+    if column == 0:
+        result = result * (s / inside)
+    return result.to(s.dtype)
+
+
+def _lagrange_weights(x: Tensor) -> Tensor:
+    """Weights [..., 8] of the polynomial through the nodes -3 ... 4, at x in [0, 1]."""
+    nodes = range(1 - NEIGHBOURS // 2, NEIGHBOURS // 2 + 1)
+    weights = []
+    for node in nodes:
+        others = [other for other in nodes if other != node]
+        product = (x - others[0]) / (node - others[0])
+        for other in others[1:]:
+            product = product * (x - other) / (node - other)
+        weights.append(product)
+    return torch.stack(weights, -1)
+
+
+@functools.lru_cache(maxsize=256)
+def _on_device(table: ProfileTable, device: torch.device) -> Tensor:
+    return table.log_values.to(device)
+
+
+@functools.lru_cache(maxsize=256)
+def profile_table(divergence: Divergence) -> ProfileTable:
+    """Tabulate h and h' of a divergence that has a generator, from its curvature and its kinks.
+
+    Raises:
+        ValueError: the curvature is not finite where the quadrature needs it, or f has none at all.
+    """
+    if divergence.generator is None:
+        raise ValueError(f"divergence {str(divergence)!r} has no generator f to tabulate")
+    margin = NEIGHBOURS // 2
+    first = math.log(FIRST_S) - margin * STEP
+    count = math.ceil((math.log(LAST_S) - first) / STEP) + margin + 1
+    t = first + STEP * torch.arange(count, dtype=torch.float64)
+    log_slopes = log_slope_by_quadrature(divergence, torch.exp(t))
+    # Grid points beyond the straight line's beginning serve as neighbours only.
+    growing = torch.nonzero(log_slopes > MAX_EXPONENT)
+    if len(growing):
+        count = min(count, int(growing[0]) + margin + 1)
+        t, log_slopes = t[:count], log_slopes[:count]
+    if not bool(torch.isfinite(log_slopes).all()):
+        raise ValueError(f"the generator of {str(divergence)!r} has no finite, positive curvature on which to build h")
+
+    power = float(log_slopes[1] - log_slopes[0]) / STEP
+    at_first = log_slopes[0] + t[0] - math.log1p(power)
+    panels = _log_integrals(divergence, t)
+    log_values = torch.logcumsumexp(torch.cat([at_first[None], panels]), 0)
+
+    top = count - 1 - margin
+    last_s = math.exp(float(t[top]))
+    saturated = float(log_slopes[top]) < math.log(torch.finfo(torch.float64).tiny)
+    values = torch.stack([log_values, log_slopes], -1)
+    return ProfileTable(
+        first=first,
+        step=STEP,
+        log_values=values,
+        bottom=margin,
+        top=top,
+        powers=(power + 1, power),
+        linear_beyond=math.inf if saturated else last_s,
+    )
+
+
+def _log_integrals(divergence: Divergence, t: Tensor) -> Tensor:
+    """log of the integral of h' over each interval of the grid, by 5 Gauss-Legendre points in log s."""
+    root = math.sqrt(10 / 7)
+    outer, inner = math.sqrt(5 + 2 * root) / 3, math.sqrt(5 - 2 * root) / 3
+    outer_weight, inner_weight = (322 - 13 * math.sqrt(70)) / 900, (322 + 13 * math.sqrt(70)) / 900
+    rule = [
+        (-outer, outer_weight), (-inner, inner_weight), (0.0, 128 / 225), (inner, inner_weight), (outer, outer_weight),
+    ]  # fmt: skip
+    terms = []
+    for node, weight in rule:
+        points = t[:-1] + STEP * (1 + node) / 2
+        log_slopes = log_slope_by_quadrature(divergence, torch.exp(points))
+        terms.append(log_slopes + points + math.log(weight * STEP / 2))
+    return torch.logsumexp(torch.stack(terms), 0)
+
+
+def log_slope_by_quadrature(divergence: Divergence, s: Tensor) -> Tensor:
+    """log h'(s) for float64 s [n] by the trapezoidal rule, which converges exponentially for analytic integrands.
+
+    The step in v resolves both the normal density (half a standard deviation) and the poles of kappa, which
+    lie at a distance of pi from the real line for every smooth entry of the catalogue (0.4); 500 steps to either side
+    reach |v| = 200, beyond every maximum of the integrand on the tabulated range.
+    """
+    if divergence.log_curvature is None:
+        return _log_slope_of_kinks(divergence, s)
+    parts = []
+    step = torch.clamp(torch.sqrt(s) / 2, max=0.4)[:, None]
+    for rows, steps in zip(s.split(256), step.split(256), strict=True):
+        v = steps * torch.arange(-500, 501, dtype=torch.float64)
+        log_terms = divergence.log_curvature(v) - v / 2 - v.square() / (2 * rows[:, None])
+        log_mean = torch.logsumexp(log_terms, -1) + torch.log(steps[:, 0] / torch.sqrt(2 * math.pi * rows))
+        parts.append(log_mean - rows / 8 - math.log(2))
+    return torch.logaddexp(torch.cat(parts), _log_slope_of_kinks(divergence, s))
+
+
+def _log_slope_of_kinks(divergence: Divergence, s: Tensor) -> Tensor:
+    result = torch.full_like(s, -math.inf)
+    for location, jump in divergence.kinks:
+        deviation = math.log(location) + s / 2
+        log_density = -deviation.square() / (2 * s) - torch.log(2 * math.pi * s) / 2
+        result = torch.logaddexp(result, math.log(jump * location / 2) + log_density)
     return result
-
-
-def slope(profile: Profile, s: Tensor) -> Tensor:
-    """h'(s) for s >= 0 of any shape, differentiable. NaN gives NaN."""
-    return profile.slope(s.clamp(max=profile.end))
-
-
-@dataclasses.dataclass(frozen=True)
-class ElementaryProfile:
-    """h(s) = c expm1(k s) / k, and c s where k = 0: two numbers for every elementary closed form."""
-
-    c: float
-    k: float
-
-    @property
-    def end(self) -> float:
-        return MAX_EXPONENT / self.k if self.k > 0 else math.inf
-
-    def value(self, s: Tensor) -> Tensor:
-        return self.c * s if self.k == 0 else torch.expm1(self.k * s) * (self.c / self.k)
-
-    def slope(self, s: Tensor) -> Tensor:
-        # 0 s keeps a NaN a NaN where k = 0, and gives autograd its zero second derivative.
-        return self.c * torch.exp(self.k * s) if self.k else self.c + 0 * s
-
-
-@dataclasses.dataclass(frozen=True)
-class KinkedProfile:
-    """f(u) = max(u - g, 0) - max(1 - g, 0): h is a Black-Scholes price, h' = phi(d) / (2 sqrt(s)).
-
-    g = 1 is total variation, h(s) = erf(sqrt(s / 8)). There h' is infinite at 0 and the subgradient 0 is returned.
-    """
-
-    threshold: float
-    end: float = math.inf
-
-    def value(self, s: Tensor) -> Tensor:
-        if self.threshold == 1:
-            return torch.erf(torch.sqrt(s / 8))
-        root, distance = self._distance(s)
-        sign = 1.0 if self.threshold > 1 else -1.0
-        # Below 1 the price of the put, which equals it, needs no constant subtracted.
-        price = _normal_cdf(sign * distance) - self.threshold * _normal_cdf(sign * (distance - root))
-        return torch.where(s == 0, torch.zeros_like(s), sign * price)
-
-    def slope(self, s: Tensor) -> Tensor:
-        root, distance = self._distance(s)
-        density = torch.exp(-distance.square() / 2) / (2 * math.sqrt(2 * math.pi) * root)
-        return torch.where(s == 0, torch.zeros_like(s), density)
-
-    def _distance(self, s: Tensor) -> tuple[Tensor, Tensor]:
-        root = torch.sqrt(torch.where(s == 0, torch.ones_like(s), s))
-        return root, root / 2 - math.log(self.threshold) / root
-
-
-def _normal_cdf(x: Tensor) -> Tensor:
-    return torch.erfc(-x / math.sqrt(2)) / 2
-
-
-class TabulatedProfile:
-    """h and h' of any twice differentiable f, as piecewise polynomials computed once in float64.
-
-    With x = log(1 + s), log(h(s) / s) and log h'(s) are smooth from s = 0 on, so an absolute error of the table is a
-    relative error of h and h'. Panels of width 1/8 in x hold one polynomial of degree 9 each: 10 reads a sample. The
-    error is below 1e-12 where g is analytic in a strip of width pi, as it is for every divergence of the catalogue.
-    """
-
-    PANEL_WIDTH = 0.125
-    DEGREE = 9
-
-    def __init__(self, tilted_curvature: Callable[[Tensor], Tensor], spread: float = 0.0) -> None:
-        """Tabulate.
-
-        Args:
-            tilted_curvature: v -> g(v) = exp(3v/2) f''(exp(v)), float64 of any shape, >= 0.
-            spread: how fast g may grow: at most like exp(spread |v|).
-        """
-        self.log_values, self.log_slopes, self.end = _tabulate(tilted_curvature, spread, self.PANEL_WIDTH, self.DEGREE)
-        self._copies: dict[tuple[torch.dtype, torch.device], tuple[Tensor, Tensor]] = {}
-
-    def value(self, s: Tensor) -> Tensor:
-        return s * torch.exp(self._interpolate(s, 0))
-
-    def slope(self, s: Tensor) -> Tensor:
-        return torch.exp(self._interpolate(s, 1))
-
-    def _interpolate(self, s: Tensor, which: int) -> Tensor:
-        key = (s.dtype, s.device)
-        if key not in self._copies:
-            self._copies[key] = (self.log_values.to(s), self.log_slopes.to(s))
-        table = self._copies[key][which]
-        x = torch.log1p(s)
-        position = x / self.PANEL_WIDTH
-        # A NaN has no panel; it takes the first one and stays NaN through x.
-        panel = torch.nan_to_num(position.detach()).long().clamp(0, len(table) - 1)
-        t = 2 * (position - panel) - 1
-        coefficients = table[panel]
-        result = coefficients[..., -1]
-        for power in range(table.shape[1] - 2, -1, -1):
-            result = result * t + coefficients[..., power]
-        return result
-
-
-def _tabulate(
-    tilted_curvature: Callable[[Tensor], Tensor], spread: float, width: float, degree: int
-) -> tuple[Tensor, Tensor, float]:
-    """Coefficients [panels, degree + 1] of log(h/s) and of log h', ascending powers of t in [-1, 1], and the end."""
-    nodes = torch.cos(math.pi * (torch.arange(degree + 1, dtype=torch.float64) + 0.5) / (degree + 1))
-    to_coefficients = torch.linalg.inv(nodes[:, None] ** torch.arange(degree + 1, dtype=torch.float64))
-    points, weights = _gauss_legendre(16)
-    values, slopes = [], []
-    panels = math.ceil(math.log1p(LARGEST_TABULATED_S) / width)
-    height, start = torch.zeros((), dtype=torch.float64), 0.0
-    for panel in range(panels):
-        stop = math.expm1((panel + 1) * width)
-        s = torch.expm1((panel + (nodes + 1) / 2) * width)
-        ends = torch.cat([s, torch.tensor([stop], dtype=torch.float64)])
-        # h at each node: h at the panel's start plus the integral of h' from there, by 16 points each.
-        inner = start + (ends - start)[:, None] * points
-        h_slope = slope_by_quadrature(tilted_curvature, s, spread)
-        h = height + (ends - start) * (slope_by_quadrature(tilted_curvature, inner, spread) @ weights)
-        usable = torch.isfinite(h_slope).all() and bool((h_slope > 0).all()) and bool((h > 0).all())
-        if not usable or h_slope.max() > math.exp(MAX_EXPONENT):
-            break
-        slopes.append(to_coefficients @ torch.log(h_slope))
-        values.append(to_coefficients @ torch.log(h[:-1] / s))
-        height, start = h[-1], stop
-    if not slopes:
-        raise ValueError("f has no finite, positive second derivative near u = 1, so its Gaussian profile has no table")
-    return torch.stack(values), torch.stack(slopes), start
-
-
-def slope_by_quadrature(tilted_curvature: Callable[[Tensor], Tensor], s: Tensor, spread: float) -> Tensor:
-    """h'(s) in float64 by the trapezoidal rule, which converges exponentially for analytic integrands.
-
-    The step is at most 1/2 in v, which resolves poles of g at a distance of pi, and s^(1/2)/8; the range covers nine
-    standard deviations around the places to which a factor exp(spread |v|) can move the mass.
-    """
-    largest = float(s.max())
-    # Without a spread g falls off like exp(-|v|/2) at least, and exp(-45) is nothing in float64.
-    reach = 9 * math.sqrt(largest) + spread * largest if spread else min(9 * math.sqrt(largest), 90.0)
-    smallest_root = math.sqrt(float(s.min()))
-    if smallest_root < 0.25 * math.sqrt(largest):
-        return torch.stack([slope_by_quadrature(tilted_curvature, part, spread) for part in s.unbind(0)])
-    if reach > 690:
-        return torch.full_like(s, math.nan)
-    step = min(0.5, smallest_root / 8)
-    count = math.ceil(reach / step)
-    v = torch.arange(-count, count + 1, dtype=torch.float64) * step
-    normal = torch.exp(-v.square() / (2 * s[..., None])) / torch.sqrt(2 * math.pi * s)[..., None]
-    integrand = torch.where(normal > 0, normal * tilted_curvature(v), torch.zeros_like(normal))
-    return torch.exp(-s / 8) / 2 * step * integrand.sum(-1)
-
-
-def _gauss_legendre(count: int) -> tuple[Tensor, Tensor]:
-    """Points in [0, 1] and weights, by the eigenvalues of the Jacobi matrix (Golub and Welsch 1969)."""
-    index = torch.arange(1, count, dtype=torch.float64)
-    off_diagonal = index / torch.sqrt(4 * index.square() - 1)
-    points, vectors = torch.linalg.eigh(torch.diag(off_diagonal, 1) + torch.diag(off_diagonal, -1))
-    return (points + 1) / 2, vectors[0].square()

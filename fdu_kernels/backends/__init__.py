@@ -1,66 +1,167 @@
-"""The backends that compute the losses, and the choice among them.
+"""Which backend computes: the registry, the ways to ask for one, and the choice.
 
-A backend is a module of this folder with the functions of ``reference.py`` and ``unavailable() -> str | None``. Its
-line in ``BACKENDS`` is all that registers it; the first one that can run is the default.
+A backend is a module of this folder that fulfils :class:`Backend`. To add one, write the module and add its line to
+``REGISTRY``; nothing else changes.
 """
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
+import importlib
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from contextvars import ContextVar
-from types import ModuleType
+from collections.abc import Iterator
+from typing import Protocol, cast
 
-from fdu_kernels.backends import reference
+from torch import Tensor
 
-BACKENDS: Mapping[str, ModuleType] = {"torch": reference}
-"""Name to module, the fastest first."""
+from fdu_kernels.divergence import Divergence
+
+REGISTRY: dict[str, str] = {
+    "torch": "fdu_kernels.backends.reference",
+}
+"""Name -> module, the preferred first."""
 
 ENVIRONMENT_VARIABLE = "FDU_BACKEND"
 
-_wished: ContextVar[str | None] = ContextVar("fdu_backend", default=None)
+
+class Backend(Protocol):
+    """What a backend module has. Arguments arrive checked; tensors of value and sum are in the accumulation dtype."""
+
+    def why_unavailable(self) -> str | None:
+        """Why it cannot run on this machine, or None. Cheap: the answer is asked for at every call."""
+
+    def why_unsuitable(self, tensor: Tensor, divergence: Divergence) -> str | None:
+        """Why it cannot take this call (device, dtype, a user's generator), or None."""
+
+    def gaussian_divergence(
+        self,
+        pred: Tensor,
+        target: Tensor,
+        divergence: Divergence,
+        sigma: float | Tensor,
+        weight: Tensor | None,
+        mask: Tensor | None,
+        distance: str,
+        reduction: str,
+    ) -> Tensor:
+        """The loss, differentiable in pred."""
+
+    def gaussian_divergence_value_and_grad(
+        self,
+        pred: Tensor,
+        target: Tensor,
+        divergence: Divergence,
+        sigma: float | Tensor,
+        weight: Tensor | None,
+        mask: Tensor | None,
+        distance: str,
+        reduction: str,
+        grad_scale: float | Tensor,
+        grad_out: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        """The loss and the gradient of its sum."""
+
+    def variational_divergence(
+        self,
+        log_ratio_p: Tensor | None,
+        log_ratio_q: Tensor,
+        divergence: Divergence,
+        mask: Tensor | None,
+        parametrization: str,
+        reduction: str,
+    ) -> Tensor:
+        """E_p[A] - E_q[B], or -E_q[B] where log_ratio_p is None, differentiable in both."""
+
+    def variational_divergence_value_and_grad(
+        self,
+        log_ratio_p: Tensor,
+        log_ratio_q: Tensor,
+        divergence: Divergence,
+        mask: Tensor | None,
+        parametrization: str,
+        reduction: str,
+        grad_scale: float | Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The bound and the gradients of its sum."""
+
+    def density_ratio_divergence(
+        self, log_ratio: Tensor, divergence: Divergence, samples_from: str, weight: Tensor | None, reduction: str
+    ) -> Tensor:
+        """The estimate, differentiable in log_ratio."""
+
+    def density_ratio_divergence_value_and_grad(
+        self,
+        log_ratio: Tensor,
+        divergence: Divergence,
+        samples_from: str,
+        weight: Tensor | None,
+        reduction: str,
+        grad_scale: float | Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """The estimate and the gradient of its sum."""
+
+
+_wish: contextvars.ContextVar[str | None] = contextvars.ContextVar("fdu_kernels_backend", default=None)
 
 
 def backends() -> dict[str, str | None]:
-    """Every backend: None where it can run, else why not."""
-    return {name: module.unavailable() for name, module in BACKENDS.items()}
+    """Every backend by name: None if it can run here, else the reason why not. The preferred comes first."""
+    return {name: _load(name).why_unavailable() for name in REGISTRY}
 
 
-@contextmanager
+@contextlib.contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Compute with one backend within this context, which may be nested; ``backend=`` of a call goes before it.
+    """Compute with one backend inside the block. Blocks nest, and threads and tasks have their own choice.
 
     Raises:
-        ValueError: no backend has that name.
-        RuntimeError: it cannot run here; the message says why.
+        RuntimeError: the name is unknown, or that backend cannot run here (with the reasons of all).
     """
-    find(name)
-    token = _wished.set(name)
+    _require(name, "use_backend")
+    token = _wish.set(name)
     try:
         yield
     finally:
-        _wished.reset(token)
+        _wish.reset(token)
 
 
-def find(name: str | None = None) -> ModuleType:
-    """The backend of that name; without one that of ``use_backend``, of FDU_BACKEND, or the first that can run.
+def choose_backend(name: str | None, tensor: Tensor, divergence: Divergence) -> Backend:
+    """The backend for one call: the argument, else use_backend, else FDU_BACKEND, else the first that fits.
 
     Raises:
-        ValueError: no backend has that name.
-        RuntimeError: it cannot run here; the message says why.
+        RuntimeError: a backend was asked for that is unknown or cannot take this call.
     """
-    source = "backend"
-    if name is None:
-        name = _wished.get()
-    if name is None:
-        name, source = os.environ.get(ENVIRONMENT_VARIABLE) or None, ENVIRONMENT_VARIABLE
-    if name is None:
-        return next(module for module in BACKENDS.values() if module.unavailable() is None)
-    if name not in BACKENDS:
-        raise ValueError(f"{source} must be one of {', '.join(map(repr, BACKENDS))}, got {name!r}")
-    reason = BACKENDS[name].unavailable()
-    if reason is not None:
-        usable = [other for other, why in backends().items() if why is None]
-        raise RuntimeError(f"{source} {name!r} cannot run here: {reason}; usable are {', '.join(usable)}")
-    return BACKENDS[name]
+    for wish, origin in (
+        (name, "backend"),
+        (_wish.get(), "use_backend"),
+        (os.environ.get(ENVIRONMENT_VARIABLE) or None, ENVIRONMENT_VARIABLE),
+    ):
+        if wish is not None:
+            backend = _require(wish, origin)
+            reason = backend.why_unsuitable(tensor, divergence)
+            if reason is not None:
+                raise RuntimeError(f"{origin} asks for {wish!r}, which cannot take this call: {reason}")
+            return backend
+    for candidate in REGISTRY:
+        backend = _load(candidate)
+        if backend.why_unavailable() is None and backend.why_unsuitable(tensor, divergence) is None:
+            return backend
+    raise RuntimeError(f"no backend can take this call; {_report()}")
+
+
+def _require(name: str, origin: str) -> Backend:
+    if name not in REGISTRY:
+        raise RuntimeError(f"{origin} asks for the unknown backend {name!r}; {_report()}")
+    backend = _load(name)
+    if backend.why_unavailable() is not None:
+        raise RuntimeError(f"{origin} asks for {name!r}, which cannot run here; {_report()}")
+    return backend
+
+
+def _report() -> str:
+    states = (f"{name} ({reason or 'can run'})" for name, reason in backends().items())
+    return f"the backends are: {', '.join(states)}"
+
+
+def _load(name: str) -> Backend:
+    return cast(Backend, importlib.import_module(REGISTRY[name]))

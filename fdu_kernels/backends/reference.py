@@ -1,48 +1,38 @@
-"""The reference backend: eager PyTorch, every dtype and device, differentiable twice. What other backends must equal."""
+"""The reference backend: eager PyTorch on any device, twice differentiable; every other backend is tested against it.
+
+float16, bfloat16 and float32 are computed in float32 and rounded once, at the end; float64 in float64.
+"""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from fdu_kernels import critics, profiles
-from fdu_kernels.catalogue import Divergence
-from fdu_kernels.critics import CriticTerm
+from fdu_kernels.checks import accumulation_dtype
+from fdu_kernels.critic import critic_terms, ratio_terms
+from fdu_kernels.divergence import Divergence
+from fdu_kernels.profiles import profile
+from fdu_kernels.scalar import Scalar
 
 
-def unavailable() -> str | None:
-    """PyTorch is always there."""
+def why_unavailable() -> str | None:
+    """It runs wherever PyTorch does."""
     return None
 
 
-def working_dtype(tensor: Tensor) -> torch.dtype:
-    """The dtype to compute in: float64 for float64, else float32."""
-    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+def why_unsuitable(tensor: Tensor, divergence: Divergence) -> str | None:
+    """It takes every call."""
+    return None
 
 
-def squared_distance(
-    pred: Tensor, target: Tensor, sigma: float | Tensor, mask: Tensor | None, distance: str
-) -> Tensor:
-    """s [B] = sum_j m_bj (pred_bj - target_bj)^2 / (sigma_b^2 Z_b), Z_b = sum_j m_bj or 1; 0 where the mask is empty."""
-    dtype = working_dtype(pred)
-    squares = (pred.to(dtype) - target.detach().to(dtype)).square()
-    size = pred[0].numel() if len(pred) else 1
-    if mask is None:
-        total, count = squares.flatten(1).sum(1) if pred.ndim > 1 else squares, size
-        scale = torch.as_tensor(sigma, dtype=dtype, device=pred.device).square()
-        return total / (scale * count) if distance == "mean" else total / scale
-    weights = mask.to(dtype).expand_as(pred)
-    # A masked-out element may hold anything, also an infinity, which 0 times would make NaN.
-    squares = torch.where(weights == 0, torch.zeros_like(squares), squares * weights)
-    total = squares.flatten(1).sum(1) if pred.ndim > 1 else squares
-    scale = torch.as_tensor(sigma, dtype=dtype, device=pred.device).square()
-    if distance == "sum":
-        return total / scale
-    count = weights.flatten(1).sum(1) if pred.ndim > 1 else weights
-    return total / (scale * torch.where(count > 0, count, torch.ones_like(count)))
+def squared_distance(pred: Tensor, target: Tensor, sigma: float | Tensor, mask: Tensor | None, distance: str) -> Tensor:
+    """s [B] in the accumulation dtype, differentiable in pred."""
+    difference, mask, divisor = _terms_of_distance(pred, target, sigma, mask, distance)
+    square = difference.square() if mask is None else mask * difference.square()
+    return _sum_per_sample(square) / divisor
 
 
-def gaussian_losses(
+def gaussian_divergence(
     pred: Tensor,
     target: Tensor,
     divergence: Divergence,
@@ -50,13 +40,17 @@ def gaussian_losses(
     weight: Tensor | None,
     mask: Tensor | None,
     distance: str,
+    reduction: str,
 ) -> Tensor:
-    """weight_b h(s_b), [B], differentiable in pred."""
-    losses = profiles.value(divergence.gaussian, squared_distance(pred, target, sigma, mask, distance))
-    return losses if weight is None else losses * weight.to(losses.dtype)
+    """weight h(s), reduced."""
+    loss = profile(divergence)(squared_distance(pred, target, sigma, mask, distance))
+    if weight is not None:
+        loss = weight.detach().to(loss.dtype) * loss
+    return _reduce(loss, reduction)
 
 
-def gaussian_value_and_grad(
+@torch.no_grad()
+def gaussian_divergence_value_and_grad(
     pred: Tensor,
     target: Tensor,
     divergence: Divergence,
@@ -64,67 +58,154 @@ def gaussian_value_and_grad(
     weight: Tensor | None,
     mask: Tensor | None,
     distance: str,
+    reduction: str,
     grad_scale: float | Tensor,
     grad_out: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Losses [B] and grad_scale times the gradient of their sum, in pred's dtype, rounded once."""
-    with torch.no_grad():
-        s = squared_distance(pred, target, sigma, mask, distance)
-        losses = profiles.value(divergence.gaussian, s)
-        slopes = profiles.slope(divergence.gaussian, s)
-        dtype = losses.dtype
-        scale = 2 * slopes / torch.as_tensor(sigma, dtype=dtype, device=pred.device).square() * grad_scale
-        if weight is not None:
-            losses, scale = losses * weight.to(dtype), scale * weight.to(dtype)
-        weights = None if mask is None else mask.to(dtype).expand_as(pred)
-        if distance == "mean" and weights is None:
-            scale = scale / (pred[0].numel() if len(pred) else 1)
-        elif distance == "mean" and weights is not None:
-            count = weights.flatten(1).sum(1) if pred.ndim > 1 else weights
-            scale = scale / torch.where(count > 0, count, torch.ones_like(count))
-        gradient = (pred.to(dtype) - target.to(dtype)) * scale.reshape(-1, *(1,) * (pred.ndim - 1))
-        if weights is not None:
-            gradient = torch.where(weights == 0, torch.zeros_like(gradient), gradient * weights)
-        return losses, gradient.to(pred.dtype) if grad_out is None else grad_out.copy_(gradient)
+    """The loss, and d(sum of losses)/d(pred) = 2 weight h'(s) mask (pred - target) / (sigma^2 Z)."""
+    difference, mask, divisor = _terms_of_distance(pred, target, sigma, mask, distance)
+    masked = difference if mask is None else mask * difference
+    s = _sum_per_sample(masked * difference) / divisor
+    h = profile(divergence)
+    loss, coefficient = h.value_at(s), 2 * h.slope_at(s) / divisor
+    if weight is not None:
+        weight = weight.to(loss.dtype)
+        loss, coefficient = weight * loss, weight * coefficient
+    coefficient = coefficient * grad_scale
+    if reduction == "mean":
+        coefficient = coefficient / pred.shape[0]
+    grad = torch.empty_like(pred) if grad_out is None else grad_out
+    grad.copy_(coefficient.reshape(-1, *[1] * (pred.ndim - 1)) * masked)
+    return _reduce(loss, reduction), grad
 
 
-def critic_values(term: CriticTerm, v: Tensor) -> Tensor:
-    """A or B at v, elementwise, in the working dtype, differentiable."""
-    return critics.value(term, v.to(working_dtype(v)))
+def variational_divergence(
+    log_ratio_p: Tensor | None,
+    log_ratio_q: Tensor,
+    divergence: Divergence,
+    mask: Tensor | None,
+    parametrization: str,
+    reduction: str,
+) -> Tensor:
+    """E_p[A] - E_q[B], or its second term alone."""
+    a, b = critic_terms(divergence, parametrization)
+    second = _expectation(b(_widened(log_ratio_q)), mask, reduction)
+    if log_ratio_p is None:
+        return -second
+    return _expectation(a(_widened(log_ratio_p)), mask, reduction) - second
 
 
-def critic_slopes(term: CriticTerm, v: Tensor) -> Tensor:
-    """The derivative of A or B at v, elementwise, in the working dtype."""
-    with torch.no_grad():
-        return term.slope(v.to(working_dtype(v)))
+@torch.no_grad()
+def variational_divergence_value_and_grad(
+    log_ratio_p: Tensor,
+    log_ratio_q: Tensor,
+    divergence: Divergence,
+    mask: Tensor | None,
+    parametrization: str,
+    reduction: str,
+    grad_scale: float | Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The bound, and the gradients of its sum in log_ratio_p and log_ratio_q."""
+    a, b = critic_terms(divergence, parametrization)
+    first, grad_p = _expectation_and_grad(a, log_ratio_p, mask, reduction, grad_scale)
+    second, grad_q = _expectation_and_grad(b, log_ratio_q, mask, reduction, grad_scale)
+    return first - second, grad_p, -grad_q
 
 
-class _RatioValue(torch.autograd.Function):
-    """f(e^v), or f(e^v) / e^v, with their exact derivatives e^v A(v) and e^-v B(v)."""
-
-    @staticmethod
-    def forward(ctx: torch.autograd.function.FunctionCtx, v: Tensor, divergence: Divergence, from_p: bool) -> Tensor:
-        ctx.save_for_backward(v)
-        ctx.divergence, ctx.from_p = divergence, from_p  # type: ignore[attr-defined]
-        generator = divergence.log_generator
-        if generator is None:
-            raise ValueError(f"divergence {divergence.key!r} has no generator f; use kl or jeffreys")
-        return generator(v) * torch.exp(-v) if from_p else generator(v)
-
-    @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        (v,) = ctx.saved_tensors  # type: ignore[attr-defined]
-        return gradients[0] * ratio_slopes(v, ctx.divergence, ctx.from_p), None, None  # type: ignore[attr-defined]
+def density_ratio_divergence(
+    log_ratio: Tensor, divergence: Divergence, samples_from: str, weight: Tensor | None, reduction: str
+) -> Tensor:
+    """E_q[weight f(r)] or E_p[weight f(r)/r]."""
+    terms = ratio_terms(divergence, samples_from)(_widened(log_ratio))
+    if weight is not None:
+        terms = _per_sample(weight, terms) * terms
+    return _reduce(terms, reduction)
 
 
-def ratio_values(v: Tensor, divergence: Divergence, from_p: bool) -> Tensor:
-    """f(r) at r = e^v, or f(r) / r where the samples come from p; elementwise, working dtype, differentiable."""
-    result: Tensor = _RatioValue.apply(v.to(working_dtype(v)), divergence, from_p)
-    return result
+@torch.no_grad()
+def density_ratio_divergence_value_and_grad(
+    log_ratio: Tensor,
+    divergence: Divergence,
+    samples_from: str,
+    weight: Tensor | None,
+    reduction: str,
+    grad_scale: float | Tensor,
+) -> tuple[Tensor, Tensor]:
+    """The estimate, and the gradient of its sum."""
+    v = _widened(log_ratio)
+    function = ratio_terms(divergence, samples_from)
+    terms, grad = function.value_at(v), function.slope_at(v) * grad_scale
+    if weight is not None:
+        factor = _per_sample(weight, terms)
+        terms, grad = factor * terms, factor * grad
+    if reduction == "mean":
+        grad = grad / log_ratio.numel()
+    return _reduce(terms, reduction), grad.to(log_ratio.dtype)
 
 
-def ratio_slopes(v: Tensor, divergence: Divergence, from_p: bool) -> Tensor:
-    """The derivative of :func:`ratio_values` with respect to v."""
-    v = v.to(working_dtype(v))
-    a, b = divergence.terms()
-    return torch.exp(-v) * critics.value(b, v) if from_p else torch.exp(v) * critics.value(a, v)
+def _widened(tensor: Tensor) -> Tensor:
+    return tensor.to(accumulation_dtype(tensor.dtype))
+
+
+def _per_sample(weight: Tensor, terms: Tensor) -> Tensor:
+    return weight.detach().to(terms.dtype).reshape(-1, *[1] * (terms.ndim - 1))
+
+
+def _terms_of_distance(
+    pred: Tensor, target: Tensor, sigma: float | Tensor, mask: Tensor | None, distance: str
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """pred - target, the mask, and sigma^2 Z per sample, all in the accumulation dtype."""
+    difference = _widened(pred) - _widened(target.detach())
+    mask = None if mask is None else mask.detach().to(difference.dtype)
+    divisor = difference.new_ones(pred.shape[0])
+    if distance == "mean" and mask is None:
+        divisor = divisor * max(pred[0].numel(), 1)
+    elif distance == "mean" and mask is not None:
+        divisor = _sum_per_sample(mask.expand(pred.shape))
+        # An empty row has s = 0/1, not 0/0.
+        divisor = torch.where(divisor == 0, torch.ones_like(divisor), divisor)
+    sigma = sigma.detach().to(difference.dtype) if isinstance(sigma, Tensor) else sigma
+    return difference, mask, divisor * sigma**2
+
+
+def _sum_per_sample(tensor: Tensor) -> Tensor:
+    return tensor.sum(dim=tuple(range(1, tensor.ndim))) if tensor.ndim > 1 else tensor
+
+
+def _reduce(terms: Tensor, reduction: str) -> Tensor:
+    if reduction == "none":
+        return terms
+    return terms.mean() if reduction == "mean" else terms.sum()
+
+
+def _expectation(terms: Tensor, mask: Tensor | None, reduction: str) -> Tensor:
+    factor = _expectation_factor(terms, mask, reduction)
+    return (
+        _reduce(terms, reduction)
+        if factor is None
+        else _reduce(factor * terms, "none" if reduction == "none" else "sum")
+    )
+
+
+def _expectation_and_grad(
+    function: Scalar, log_ratio: Tensor, mask: Tensor | None, reduction: str, grad_scale: float | Tensor
+) -> tuple[Tensor, Tensor]:
+    v = _widened(log_ratio)
+    grad = function.slope_at(v) * grad_scale
+    factor = _expectation_factor(v, mask, reduction)
+    if factor is not None:
+        grad = factor * grad
+    elif reduction == "mean":
+        grad = grad / v.numel()
+    return _expectation(function.value_at(v), mask, reduction), grad.to(log_ratio.dtype)
+
+
+def _expectation_factor(terms: Tensor, mask: Tensor | None, reduction: str) -> Tensor | None:
+    """The mask, divided by its sum where a mean is asked for; a mask of zeros gives 0."""
+    if mask is None:
+        return None
+    mask = mask.detach().to(terms.dtype)
+    if reduction != "mean":
+        return mask
+    total = mask.expand(terms.shape).sum()
+    return mask / torch.where(total == 0, torch.ones_like(total), total)
