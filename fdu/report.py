@@ -215,14 +215,10 @@ def _chart(title: str, explanation: str, values: Sequence[float]) -> Chart:
 
 
 def _smoothed(values: Sequence[float]) -> list[float]:
-    """Exponential moving average over a twentieth of the course, its start corrected as in Adam."""
-    keep = 1 - 1 / max(len(values) / 20, 1)
-    average, weight, smooth = 0.0, 0.0, []
-    for value in values:
-        average = keep * average + (1 - keep) * value
-        weight = keep * weight + (1 - keep)
-        smooth.append(average / weight)
-    return smooth
+    """The mean over a twentieth of the course around each step."""
+    reach = max(len(values) // 40, 1)
+    windows = (values[max(step - reach, 0) : step + reach + 1] for step in range(len(values)))
+    return [sum(window) / len(window) for window in windows]
 
 
 def _ticks(largest: float) -> tuple[float, list[float]]:

@@ -1,0 +1,309 @@
+"""The command line: what it refuses and when, its exit codes, its help; the work itself is tested with the demo."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from diffusers import DiffusionPipeline
+
+import fdu
+from fdu import cli, doctor, embedded
+from fdu.cli import main
+
+ERASE = ["erase", "embedded", "--target", "three", "--anchor", "eight", "--out", "out"]
+
+
+@pytest.fixture(autouse=True)
+def in_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loading, erasing and drawing all fail the test."""
+
+    def forbidden(*arguments: Any, **settings: Any) -> None:
+        raise AssertionError("work was done before the arguments were checked")
+
+    monkeypatch.setattr(DiffusionPipeline, "from_pretrained", forbidden)
+    monkeypatch.setattr(embedded, "load_pipeline", forbidden)
+    monkeypatch.setattr(fdu, "erase", forbidden)
+    monkeypatch.setattr("fdu.demo.erase", forbidden)
+    monkeypatch.setattr(fdu, "draw", forbidden)
+
+
+def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """The message of a refusal, which is one line and leaves nothing behind."""
+    there = set(Path().rglob("*"))
+    assert main(arguments) == cli.USAGE
+    output = capsys.readouterr()
+    assert output.out == ""
+    lines = output.err.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("fdu: error: ")
+    assert set(Path().rglob("*")) == there
+    return lines[0].removeprefix("fdu: error: ")
+
+
+def with_option(arguments: list[str], option: str, value: str) -> list[str]:
+    """The arguments with the option's value replaced, or added."""
+    if option in arguments:
+        at = arguments.index(option)
+        return [*arguments[: at + 1], value, *arguments[at + 2 :]]
+    return [*arguments, option, value]
+
+
+@pytest.mark.usefixtures("no_work")
+@pytest.mark.parametrize("command", ["erase", "demo"])
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("--target", "", "target is empty"),
+        ("--target", "  ", "target is empty"),
+        ("--target", "eight", "target and anchor are the same, 'eight'"),
+        ("--target", "missing.txt", "concept file 'missing.txt' does not exist"),
+        ("--anchor", "missing.txt", "concept file 'missing.txt' does not exist"),
+        ("--target", "cat", "target must be a digit (zero, one"),
+        ("--anchor", "red", "anchor must be 'digit' or one of zero"),
+        ("--divergence", "helinger", "unknown divergence 'helinger'"),
+        ("--max_train_steps", "-1", "max_train_steps must be a whole number >= 0, got -1"),
+        ("--learning_rate", "nan", "learning_rate must be a finite number > 0, got nan"),
+        ("--sigma", "-2", "sigma must be a number > 0 or 'auto'"),
+        ("--device", "nonsense", "device 'nonsense' cannot be used"),
+    ],
+)
+def test_erase_and_demo_refuse_before_any_work(
+    command: str, option: str, value: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ERASE if command == "erase" else ["demo"]
+    assert message in refused(with_option(arguments, option, value), capsys)
+
+
+@pytest.mark.usefixtures("no_work")
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ("", "MODEL is empty"),
+        ("./missing", "MODEL './missing' does not exist"),
+        ("/missing/model", "MODEL '/missing/model' does not exist"),
+        ("missing", "MODEL 'missing' does not exist"),
+        ("folder", "MODEL 'folder' is not the folder of a diffusers pipeline: no model_index.json"),
+    ],
+)
+def test_erase_refuses_a_model_that_is_not_there(model: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("folder").mkdir()
+    assert message in refused(["erase", model, *ERASE[2:]], capsys)
+
+
+@pytest.mark.usefixtures("no_work")
+def test_erase_refuses_half_precision_without_autocast(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "dtype float16 needs mixed_precision" in refused([*ERASE, "--dtype", "float16"], capsys)
+
+
+@pytest.mark.usefixtures("no_work")
+def test_existing_output_is_refused_and_kept(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("out").mkdir()
+    Path("out/precious").write_text("mine")
+    assert "output folder 'out' exists and is not empty" in refused(ERASE, capsys)
+    assert "no demo wrote" in refused(["demo", "--out", "out"], capsys)
+    assert Path("out/precious").read_text() == "mine"
+    Path("file").write_text("mine")
+    assert "is a file" in refused(with_option(ERASE, "--out", "file"), capsys)
+    assert "cannot be written" in refused(with_option(ERASE, "--out", "file/out"), capsys)
+
+
+@pytest.mark.usefixtures("no_work")
+def test_evaluate_refuses_before_any_work(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("empty").mkdir()
+    Path("lora").mkdir()
+    Path("lora/pytorch_lora_weights.safetensors").touch()
+    Path("model").mkdir()
+    Path("model/model_index.json").touch()
+    Path("full").mkdir()
+    Path("full/file").touch()
+    refusals = [
+        (["./missing", "lora"], "BASE './missing' does not exist"),
+        (["embedded", "missing"], "ERASED 'missing' does not exist"),
+        (["embedded", "empty"], "ERASED 'empty' holds neither"),
+        (["model", "lora"], "give a classifier through the Python API: fdu.evaluate with fdu.Probe"),
+        (["org/model", "lora"], "give a classifier through the Python API: fdu.evaluate with fdu.Probe"),
+        (["embedded", "lora"], "add --target"),
+        (["embedded", "lora", "--target", "cat"], "target must be a digit"),
+        (["embedded", "lora", "--target", "three", "--images_per_class", "0"], "images_per_class must be >= 1"),
+        (["embedded", "lora", "--target", "three", "--out", "full"], "exists and is not empty"),
+    ]
+    for arguments, message in refusals:
+        assert message in refused(["evaluate", *arguments], capsys)
+    Path("lora/fdu.json").write_text("{")
+    assert "is not valid JSON" in refused(["evaluate", "embedded", "lora"], capsys)
+
+
+def test_a_run_that_fails_exits_with_1(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def offline(*arguments: Any, **settings: Any) -> None:
+        raise OSError("no such repository org/model.\nA long explanation\nof many lines")
+
+    monkeypatch.setattr(DiffusionPipeline, "from_pretrained", offline)
+    assert main(["erase", "org/model", *ERASE[2:]]) == cli.FAILED
+    error = capsys.readouterr().err
+    assert error.splitlines()[0] == "fdu: error: model 'org/model' could not be loaded: no such repository org/model"
+    assert "Traceback" not in error
+    assert not Path("out").exists()
+
+
+@pytest.mark.parametrize("by", ["option first", "option last", "environment"])
+def test_debug_shows_the_traceback(
+    by: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["demo", "--target", ""]
+    if by == "environment":
+        monkeypatch.setenv("FDU_DEBUG", "1")
+    else:
+        arguments = ["--debug", *arguments] if by == "option first" else [*arguments, "--debug"]
+    assert main(arguments) == cli.USAGE
+    error = capsys.readouterr().err
+    assert "Traceback" in error and "ValueError: target is empty" in error
+    assert error.splitlines()[-1].startswith("fdu: error: target is empty")
+
+
+def test_faults_of_fdu_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken() -> None:
+        raise KeyError("a fault")
+
+    monkeypatch.setattr(doctor, "examine", broken)
+    with pytest.raises(KeyError):
+        main(["doctor"])
+
+
+def test_interruption(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(doctor, "examine", interrupted)
+    assert main(["doctor"]) == cli.INTERRUPTED
+    assert capsys.readouterr().err.strip() == "fdu: interrupted; nothing half-written is left behind"
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == cli.OK
+    assert capsys.readouterr().out == f"fdu {fdu.__version__}\n"
+
+
+@pytest.mark.parametrize("command", ["", *cli.COMMANDS])
+def test_help_ends_with_examples(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*([command] if command else []), "--help"]) == cli.OK
+    output = capsys.readouterr().out
+    assert output.startswith("usage: fdu")
+    for example in cli.EXAMPLES[command]:
+        assert f"  {example}\n" in output.partition("examples:")[2]
+
+
+@pytest.mark.parametrize("command", ["demo", "erase"])
+def test_every_setting_is_an_option_with_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    main([command, "--help"])
+    output = capsys.readouterr().out
+    for name in fdu.EraseConfig.field_names():
+        assert f"--{name} " in output
+    assert "Optimizer steps." in output
+
+
+def test_without_a_command_comes_the_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == cli.OK
+    output = capsys.readouterr().out
+    assert all(command in output for command in cli.COMMANDS)
+
+
+@pytest.mark.parametrize("arguments", [["dem"], ["demo", "--max_steps", "3"], ["erase"], ["demo", "--seed", "x"]])
+def test_wrong_usage_exits_with_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(arguments) == cli.USAGE
+    output = capsys.readouterr()
+    assert output.out == "" and output.err and "Traceback" not in output.err
+
+
+def test_hyphens_serve_as_underscores() -> None:
+    command = cli._parse(["demo", "--max-train-steps", "3", "--train_batch_size", "2", "--sigma", "0.5"])
+    assert isinstance(command, cli.Demo)
+    config = command.settings.checked()
+    assert type(config) is fdu.EraseConfig
+    assert (config.max_train_steps, config.train_batch_size, config.sigma) == (3, 2, 0.5)
+
+
+def test_several_prompts() -> None:
+    command = cli._parse(["demo", "--preservation_prompts", "a cat", "a dog", "--seed", "3"])
+    assert isinstance(command, cli.Demo)
+    assert command.settings.preservation_prompts == ("a cat", "a dog")
+
+
+def test_divergences_as_table_and_json(capsys: pytest.CaptureFixture[str]) -> None:
+    import fdu_kernels
+
+    assert main(["divergences"]) == cli.OK
+    table = capsys.readouterr().out
+    assert main(["divergences", "--json"]) == cli.OK
+    rows = json.loads(capsys.readouterr().out)
+    assert [row["name"].partition(":")[0] for row in rows] == list(fdu_kernels.divergences())
+    for row in rows:
+        assert row["name"] in table and row["advice"] in table and row["profile"] in table
+        assert fdu_kernels.get_divergence(row["name"]) == fdu_kernels.get_divergence(row["aliases"][0])
+
+
+def run_python(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """A fresh interpreter that finds this fdu."""
+    environment = os.environ | {"PYTHONPATH": str(Path(fdu.__file__).parents[1])}
+    return subprocess.run(
+        [sys.executable, *arguments], capture_output=True, text=True, timeout=60, env=environment, check=False
+    )
+
+
+def test_help_does_not_wait_for_torch() -> None:
+    script = "import sys; from fdu.cli import main; main(['demo', '--help']); sys.exit('torch' in sys.modules)"
+    ran = run_python("-c", script)
+    assert ran.returncode == 0, ran.stderr
+
+
+def test_python_dash_m() -> None:
+    ran = run_python("-m", "fdu", "--version")
+    assert (ran.returncode, ran.stdout) == (0, f"fdu {fdu.__version__}\n")
+
+
+@pytest.fixture
+def few_inference_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Judging takes 20 steps an image; whether the images are good is not the question here."""
+    real = fdu.draw
+    monkeypatch.setattr(fdu, "draw", lambda *given, **named: real(*given, num_inference_steps=2, **named))
+
+
+@pytest.mark.usefixtures("few_inference_steps")
+def test_erase_then_evaluate(capsys: pytest.CaptureFixture[str]) -> None:
+    quick = ["--max_train_steps=2", "--train_batch_size=2", "--num_latents=4", "--num_inference_steps=2", "--rank=2"]
+    assert main([*ERASE, *quick]) == cli.OK
+    output = capsys.readouterr().out
+    assert "pipeline = fdu.embedded.load_pipeline(); pipeline.load_lora_weights('out')" in output
+    record = json.loads(Path("out/fdu.json").read_text())
+    assert record["target"]["prompts"] == list(embedded.concepts("three", "eight")[0].prompts)
+    assert record["config"]["preservation_prompts"] == list(embedded.PRESERVED)
+
+    assert main([*ERASE, *quick]) == cli.USAGE
+    assert main([*ERASE, *quick, "--overwrite", "--train_method", "cross_attention"]) == cli.OK
+    assert "DiffusionPipeline.from_pretrained('out')" in capsys.readouterr().out
+
+    assert main(["evaluate", "embedded", "out", "--images_per_class", "1", "--out", "judged"]) == cli.OK
+    output = capsys.readouterr().out
+    assert "before" in output and "retained (9 classes)" in output
+    metrics = json.loads(Path("judged/metrics.json").read_text())
+    assert metrics["target"] == "three" and metrics["command"].startswith("fdu evaluate embedded out")
+    assert {path.name for path in Path("judged").iterdir()} == {"metrics.json", "report.html"}
+
+
+@pytest.mark.usefixtures("few_inference_steps")
+def test_evaluate_loads_lora_weights() -> None:
+    quick = ["--max_train_steps=8", "--train_batch_size=2", "--num_latents=4", "--num_inference_steps=2"]
+    assert main([*ERASE, *quick, "--learning_rate=0.05"]) == cli.OK
+    assert main(["evaluate", "embedded", "out", "--images_per_class", "1", "--out", "judged"]) == cli.OK
+    # A violent erasure: were the weights not loaded, the images after would equal those before.
+    change = json.loads(Path("judged/metrics.json").read_text())["change"]
+    assert change["target"] > 0.01

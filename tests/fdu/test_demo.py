@@ -1,0 +1,121 @@
+"""The demonstration from end to end, small: what it writes, that it can be repeated, and what it will not replace."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from diffusers import StableDiffusionPipeline
+from PIL import Image
+
+from fdu import cli, embedded
+from fdu import demo as demo_file
+from fdu.cli import main
+
+QUICK = [
+    "--max_train_steps=2",
+    "--train_batch_size=2",
+    "--num_latents=4",
+    "--num_inference_steps=2",
+    "--images_per_class=1",
+]
+
+
+@pytest.fixture(autouse=True)
+def in_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(autouse=True)
+def few_inference_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Judging takes 20 steps an image; whether the images are good is not the question here."""
+    real = demo_file.draw
+    monkeypatch.setattr(demo_file, "draw", lambda *given, **named: real(*given, num_inference_steps=2, **named))
+
+
+def test_twice_in_a_row(capsys: pytest.CaptureFixture[str], pipeline: StableDiffusionPipeline) -> None:
+    assert main(["demo", *QUICK]) == cli.OK
+    output = capsys.readouterr().out
+    for words in ("before", "in unseen phrasings", "retained (9 classes)", "worst:", "another kind (4 classes)"):
+        assert words in output
+    folder = Path("demo-out")
+    assert {path.name for path in folder.iterdir()} == {"metrics.json", "report.html", "before-after.png", "erased"}
+
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert metrics["command"] == "fdu demo " + " ".join(QUICK)
+    assert (metrics["target"], metrics["anchor"], metrics["images_per_class"]) == ("three", "eight", 1)
+    assert (metrics["divergence"], metrics["steps"], metrics["seed"]) == ("squared_hellinger", 2, 0)
+    assert metrics["settings"]["preservation_prompts"] == list(embedded.PRESERVED)
+    assert metrics["sigma"] > 0 and metrics["seconds"] > 0
+    assert metrics["device"].startswith("cpu") and "torch" in metrics["versions"]
+    assert len(metrics["before"]["per_class"]) == 14
+    assert metrics["before"].keys() >= {"target_accuracy", "retained_accuracy", "unseen_accuracy", "target_became"}
+    assert metrics["before"].keys() == metrics["after"].keys()
+    assert metrics["change"].keys() == {"target", "unseen", "retained", "cross_domain"}
+    assert 800 <= Image.open(folder / "before-after.png").width <= 1000
+    report = (folder / "report.html").read_text(encoding="utf-8")
+    assert "CC BY 4.0" in report and "more separable than those of a real CLIP" in report
+    assert len(report) < 2_000_000
+    pipeline.load_lora_weights(folder / "erased")
+
+    # Again, over what is there, with other settings; and nothing stays behind.
+    assert main(["demo", *QUICK, "--target", "red", "--anchor", "digit", "--seed", "1"]) == cli.OK
+    assert json.loads((folder / "metrics.json").read_text())["target"] == "red"
+    assert list(Path().iterdir()) == [folder]
+
+
+def test_a_run_that_fails_leaves_the_former_one(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = make_former()
+
+    def fails(*given: Any, **named: Any) -> None:
+        raise RuntimeError("the loss became nan at step 3")
+
+    monkeypatch.setattr(demo_file, "erase", fails)
+    assert main(["demo", *QUICK]) == cli.FAILED
+    assert "fdu: error: the loss became nan at step 3" in capsys.readouterr().err
+    assert [path.name for path in folder.iterdir()] == ["metrics.json"]
+    assert list(Path().iterdir()) == [folder]
+
+
+def test_a_report_that_fails_leaves_the_former_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = make_former()
+    monkeypatch.setattr(demo_file, "write_report", lambda *given, **named: (_ for _ in ()).throw(OSError("disk full")))
+    assert main(["demo", *QUICK]) == cli.FAILED
+    assert [path.name for path in folder.iterdir()] == ["metrics.json"]
+    assert list(Path().iterdir()) == [folder]
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("thesis.tex", "mine"),
+        ("metrics.json", "{"),
+        ("metrics.json", "[1]"),
+        ("metrics.json", '{"accuracy": 0.5}'),
+    ],
+)
+def test_what_no_demo_wrote_is_refused(name: str, text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = Path("demo-out")
+    folder.mkdir()
+    (folder / name).write_text(text)
+    assert main(["demo", *QUICK]) == cli.USAGE
+    assert "no demo wrote; choose another with --out" in capsys.readouterr().err
+    assert (folder / name).read_text() == text
+
+
+def test_a_demo_with_something_added_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    folder = make_former()
+    (folder / "notes.txt").write_text("mine")
+    assert main(["demo", *QUICK]) == cli.USAGE
+    assert "holds 'notes.txt', which no demo wrote" in capsys.readouterr().err
+
+
+def make_former() -> Path:
+    folder = Path("demo-out")
+    folder.mkdir()
+    (folder / "metrics.json").write_text(json.dumps({"before": {}, "after": {}, "target": "x", "images_per_class": 1}))
+    return folder

@@ -1,0 +1,109 @@
+"""The doctor tells a machine that can run fdu from one that cannot, and names the remedy."""
+
+from __future__ import annotations
+
+import importlib
+import shutil
+from collections import namedtuple
+from importlib.metadata import PackageNotFoundError
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import fdu_kernels
+from fdu import cli, doctor, embedded
+from fdu.cli import main
+from fdu.doctor import Finding, examine, healthy, remedy_for, render
+
+
+def finding(findings: list[Finding], subject: str) -> Finding:
+    return next(found for found in findings if found.subject == subject)
+
+
+def test_this_machine_is_healthy(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor"]) == cli.OK
+    output = capsys.readouterr().out
+    assert output.endswith("fdu can run here.\n")
+    for subject in (*doctor.REQUIRED, "python", "cpu", "kernels: torch", "embedded pipeline", "disk"):
+        assert subject in output
+
+
+def test_a_package_that_cannot_be_imported(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    real = importlib.import_module
+
+    def broken(name: str, *arguments: Any) -> Any:
+        if name == "peft":
+            raise ImportError("no peft here")
+        return real(name, *arguments)
+
+    monkeypatch.setattr(importlib, "import_module", broken)
+    assert main(["doctor"]) == cli.FAILED
+    output = capsys.readouterr().out
+    assert "FAULT  peft" in output and "no peft here" in output and "-> pip install --upgrade peft" in output
+    assert output.endswith("fdu cannot run here; mend first: peft\n")
+
+
+def test_a_backend_that_cannot_run_is_a_note_with_a_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    states = {"triton": "no CUDA device", "cpu": "the compiled extension was not built", "torch": None}
+    monkeypatch.setattr(fdu_kernels, "backends", lambda: states)
+    findings = examine()
+    assert healthy(findings)
+    assert finding(findings, "kernels: triton").detail == "no CUDA device"
+    assert "nvidia-smi" in finding(findings, "kernels: triton").remedy
+    assert "pip install" in finding(findings, "kernels: cpu").remedy
+    assert finding(findings, "kernels: torch").state == "ok"
+
+
+def test_without_the_reference_nothing_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fdu_kernels, "backends", lambda: {"torch": "broken"})
+    assert not healthy(examine())
+
+
+def test_a_look_that_fails_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken() -> dict[str, str | None]:
+        raise RuntimeError("no backends today")
+
+    monkeypatch.setattr(fdu_kernels, "backends", broken)
+    assert finding(examine(), "kernels").detail == "RuntimeError: no backends today"
+
+
+def test_optional_packages_are_no_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    def absent(name: str) -> str:
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr(doctor, "version", absent)
+    findings = examine()
+    assert healthy(findings)
+    found = finding(findings, "scikit-learn")
+    assert (found.state, found.remedy) == ("note", "pip install scikit-learn")
+
+
+def test_a_missing_pipeline_and_a_full_disk_are_notes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10, 9, 1))
+    monkeypatch.setattr(embedded, "PIPELINE_FOLDER", tmp_path)
+    findings = examine()
+    assert healthy(findings)
+    assert finding(findings, "disk").state == "note"
+    assert "no demo" in finding(findings, "embedded pipeline").detail
+
+
+@pytest.mark.parametrize(
+    ("reason", "remedy"),
+    [
+        ("no CUDA device", "nvidia-smi"),
+        ("torch was built without CUDA", "CUDA build of PyTorch"),
+        ("ninja is missing", "pip install ninja"),
+        ("No C++ compiler found", "apt install g++"),
+        ("something never heard of", ""),
+    ],
+)
+def test_remedies(reason: str, remedy: str) -> None:
+    assert remedy in remedy_for(reason)
+    assert bool(remedy) == bool(remedy_for(reason))
+
+
+def test_alignment() -> None:
+    lines = render([Finding("a", "ok", "one"), Finding("longer", "note", "two", "do this")]).splitlines()
+    assert lines[0].index("one") == lines[1].index("two") == lines[2].index("->")

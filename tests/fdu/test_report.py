@@ -1,0 +1,181 @@
+"""The page is whole, self-contained and honest."""
+
+from __future__ import annotations
+
+import base64
+import io
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+import fdu
+from fdu.report import write_report
+
+VOID = {"meta", "img", "br", "rect", "line", "polyline", "link", "input", "hr"}
+
+
+class Page(HTMLParser):
+    """What the tests ask of a page: its elements, whether they nest, and its text."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.open: list[str] = []
+        self.words: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if self.open and self.open[-1] not in ("style", "script"):
+            self.words.append(data)
+
+    def all(self, tag: str) -> list[dict[str, str | None]]:
+        return [attributes for name, attributes in self.elements if name == tag]
+
+    @property
+    def text(self) -> str:
+        return " ".join(" ".join(self.words).replace("\N{NO-BREAK SPACE}", " ").split())
+
+
+def by_brightness(images: torch.Tensor) -> list[str]:
+    """A judge that reads the class from the mean of the image."""
+    names = ("three", "eight", "nine")
+    return [names[min(int(image.mean() * 3), 2)] for image in images]
+
+
+PROBES = [
+    fdu.Probe("three", ("three",), "target", by_brightness),
+    fdu.Probe("eight", ("eight",), "retained", by_brightness),
+    fdu.Probe("nine", ("nine",), "retained", by_brightness),
+]
+
+
+def make_draws(*levels: float) -> fdu.Draws:
+    return fdu.Draws([torch.full((10, 3, 16, 16), level) for level in levels])
+
+
+def make_record(**config: Any) -> dict[str, Any]:
+    steps = [1.0, 0.5, 0.25, 0.125]
+    return {
+        "target": {"name": "three", "prompts": ["three"]},
+        "anchor": {"name": "eight", "prompts": ["eight"]},
+        "config": {
+            "divergence": "squared_hellinger",
+            "max_train_steps": 200,
+            "preservation_prompts": ["<b>"],
+            **config,
+        },
+        "sigma": 0.25,
+        "seconds": 12.5,
+        "history": {"loss": steps, "divergence": steps, "preservation": [0.0, 0.1, 0.1, 0.0], "distance": steps},
+        "versions": {"python": "3.11", "torch": "9.9.9"},
+    }
+
+
+def make_page(tmp_path: Path, after: fdu.Draws | None = None, **settings: Any) -> Page:
+    before = make_draws(0.1, 0.5, 0.9)
+    after = after or make_draws(0.5, 0.5, 0.9)
+    settings.setdefault("record", make_record())
+    path = write_report(
+        tmp_path / "report.html", fdu.evaluate(before, after, PROBES), PROBES, before, after, **settings
+    )
+    return Page(path.read_text(encoding="utf-8"))
+
+
+def test_nothing_is_fetched_and_nothing_runs(tmp_path: Path) -> None:
+    page = make_page(tmp_path)
+    assert not page.open
+    assert not page.all("script") and not page.all("link") and not page.all("iframe")
+    for _, attributes in page.elements:
+        for name in ("src", "href", "srcset", "data", "xlink:href"):
+            assert (attributes.get(name) or "data:").startswith("data:")
+    style = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "@import" not in style and "url(" not in style and "http" not in style
+
+
+def test_images_decode_and_are_described(tmp_path: Path) -> None:
+    images = make_page(tmp_path).all("img")
+    assert len(images) == 2 * len(PROBES)
+    for image in images:
+        data = (image["src"] or "").removeprefix("data:image/png;base64,")
+        picture = Image.open(io.BytesIO(base64.b64decode(data, validate=True)))
+        assert picture.size == (8 * 16 + 7 * 2, 16)
+    assert images[0]["alt"] == "8 images drawn for three before the erasure; the judge saw three 8 times"
+    assert images[1]["alt"] == "8 images drawn for three after the erasure; the judge saw eight 8 times"
+
+
+def test_verdict_figures_course_settings_and_command(tmp_path: Path) -> None:
+    page = make_page(tmp_path, command="fdu demo --seed 7", device="cpu: fast", notes=["Digits, CC BY 4.0."])
+    for words in (
+        "three was erased, and the rest was kept.",
+        "Concept erasure: three → eight",
+        "drew it in 100 % of 10 images before and in 0 % after",
+        "retained (2 classes) 100 % 100 %",
+        "fdu demo --seed 7",
+        "cpu: fast",
+        "torch 9.9.9",
+        "duration of the erasure 12.5 s",
+        "Digits, CC BY 4.0.",
+    ):
+        assert words in page.text
+    labels = [svg["aria-label"] for svg in page.all("svg") if svg.get("role") == "img"]
+    assert [label.split()[0] for label in labels if label] == ["Divergence", "Preservation"]
+    for line in page.all("polyline"):
+        assert len((line["points"] or "").split()) == 4
+
+
+def test_a_failure_is_told(tmp_path: Path) -> None:
+    page = make_page(tmp_path, after=make_draws(0.1, 0.1, 0.9))
+    assert "three was not erased, and eight broke." in page.text
+
+
+def test_changed_settings_are_marked(tmp_path: Path) -> None:
+    page = make_page(tmp_path, record=make_record(max_train_steps=7))
+    changed = [attributes for tag, attributes in page.elements if attributes.get("class") == "changed"]
+    assert len(changed) == 2
+
+
+def test_what_comes_from_outside_is_escaped(tmp_path: Path) -> None:
+    make_page(tmp_path, command="fdu demo --out '<script>'")
+    text = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "<script>" not in text and "&lt;script&gt;" in text
+    assert "<b>" not in text.partition("Settings")[2]
+
+
+def test_without_a_record(tmp_path: Path) -> None:
+    page = make_page(tmp_path, record=None)
+    assert "The course of the training" not in page.text and "Settings" not in page.text
+    assert "three was erased" in page.text
+
+
+def test_before_any_step(tmp_path: Path) -> None:
+    record = make_record() | {"history": {"loss": [], "divergence": [], "preservation": [], "distance": []}}
+    assert "The course of the training" not in make_page(tmp_path, record=record).text
+
+
+def test_tables_have_heads(tmp_path: Path) -> None:
+    page = make_page(tmp_path)
+    assert len(page.all("thead")) == len(page.all("table")) == 3
+    assert {head.get("scope") for head in page.all("th")} == {"row", "col"}
+
+
+def test_draws_of_other_probes_are_refused(tmp_path: Path) -> None:
+    draws = make_draws(0.1, 0.5, 0.9)
+    evaluation = fdu.evaluate(draws, draws, PROBES)
+    with pytest.raises(ValueError, match="images of 3 probes, got 3 and 1"):
+        write_report(tmp_path / "report.html", evaluation, PROBES, draws, make_draws(0.1))
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,142 @@
+"""The verdict says what the figures say, also when they are bad."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+import fdu
+from fdu.verdict import comparison, judge, percent, table, uncertainty
+
+CLASSES = {"zero": "retained", "nine": "retained", "red": "cross_domain"}
+
+
+def make_probes(unseen: bool = True) -> list[fdu.Probe]:
+    def blind(images: torch.Tensor) -> list[str]:
+        return ["three"] * len(images)
+
+    roles = [("three", "target"), *([("three", "unseen")] if unseen else []), *CLASSES.items()]
+    return [fdu.Probe(name, (name,), role, blind) for name, role in roles]
+
+
+def make_evaluation(after: dict[str, float], unseen: float | None = 0.0, before: float = 1.0) -> fdu.Evaluation:
+    """Every class at ``before`` at first, and at 1 or what ``after`` says at the end."""
+
+    def figures(shares: dict[str, float], unseen: float | None) -> fdu.Figures:
+        retained = {name: shares[name] for name, role in CLASSES.items() if role == "retained"}
+        worst = min(retained, key=lambda name: retained[name])
+        return fdu.Figures(
+            target_accuracy=shares["three"],
+            unseen_accuracy=unseen,
+            retained_accuracy=sum(retained.values()) / len(retained),
+            worst_retained_accuracy=retained[worst],
+            worst_retained_class=worst,
+            cross_domain_accuracy=shares["red"],
+            per_class=shares,
+            target_became={"nine": 1 - shares["three"], "three": shares["three"]},
+        )
+
+    names = ["three", *CLASSES]
+    first = dict.fromkeys(names, 1.0) | {"three": before}
+    return fdu.Evaluation(
+        figures(first, None if unseen is None else before),
+        figures(dict.fromkeys(names, 1.0) | after, unseen),
+        {"target": 0.1, "retained": 0.0},
+        32,
+    )
+
+
+def test_erased_and_kept() -> None:
+    verdict = judge(make_evaluation({"three": 0.0}), make_probes())
+    assert verdict.good
+    assert verdict.headline == "three was erased, and the rest was kept"
+    words = " ".join(verdict.sentences)
+    assert "100 % of 32 images before and in 0 % after" in words
+    assert "it now draws nine most often (100 %)" in words
+
+
+def test_not_erased() -> None:
+    verdict = judge(make_evaluation({"three": 0.9}, unseen=0.9), make_probes())
+    assert not verdict.good and verdict.erased == "not erased" and verdict.kept
+    assert verdict.headline == "three was not erased; the rest was kept"
+    assert "In its place" not in " ".join(verdict.sentences)
+
+
+def test_partly_erased() -> None:
+    verdict = judge(make_evaluation({"three": 0.4}, unseen=0.4), make_probes())
+    assert verdict.erased == "partly erased"
+    assert verdict.headline.startswith("three was only partly erased")
+
+
+def test_erased_in_seen_phrasings_only() -> None:
+    verdict = judge(make_evaluation({"three": 0.0}, unseen=0.7), make_probes())
+    assert not verdict.good
+    assert verdict.headline.startswith("three was erased only in the phrasings of the training")
+    assert "never saw: 100 % before and 70 % after" in " ".join(verdict.sentences)
+
+
+def test_never_drawn_is_not_called_erased() -> None:
+    verdict = judge(make_evaluation({"three": 0.0}, before=0.3), make_probes())
+    assert not verdict.good
+    assert "hardly drawn to begin with" in verdict.headline
+
+
+def test_broken_neighbours_are_named_the_worst_first() -> None:
+    verdict = judge(make_evaluation({"three": 0.0, "zero": 0.7, "nine": 0.2}), make_probes())
+    assert not verdict.good and not verdict.kept
+    assert verdict.headline == "three was erased, but nine and zero broke"
+    assert "nine (100 % before, 20 % after) and zero (100 % before, 70 % after)" in " ".join(verdict.sentences)
+
+
+def test_failed_and_broken() -> None:
+    verdict = judge(make_evaluation({"three": 1.0, "nine": 0.2}, unseen=1.0), make_probes())
+    assert verdict.headline == "three was not erased, and nine broke"
+
+
+def test_broken_other_kind() -> None:
+    verdict = judge(make_evaluation({"three": 0.0, "red": 0.5}), make_probes())
+    assert not verdict.kept
+    assert verdict.headline == "three was erased, but red broke"
+
+
+def test_small_losses_everywhere_are_told() -> None:
+    verdict = judge(make_evaluation({"three": 0.0, "zero": 0.9, "nine": 0.9}), make_probes())
+    assert not verdict.kept
+    assert verdict.headline == "three was erased, but other classes suffered"
+
+
+def test_table_is_aligned_and_shows_the_class_that_is_worst_after() -> None:
+    lines = table(make_evaluation({"three": 0.03, "nine": 0.5}), make_probes()).splitlines()
+    assert len({len(line) for line in lines}) == 1
+    assert lines[1].split() == ["three", "100", "%", "3", "%"]
+    assert lines[4].split() == ["worst:", "nine", "100", "%", "50", "%"]
+
+
+def test_rows_without_unseen_phrasings() -> None:
+    evaluation = make_evaluation({"three": 0.0}, unseen=None)
+    labels = [row.label for row in comparison(evaluation, make_probes(unseen=False))]
+    assert labels == ["three", "retained (2 classes)", "worst: zero", "another kind (1 class)"]
+
+
+def test_rows_without_another_kind() -> None:
+    evaluation = make_evaluation({"three": 0.0})
+    without = {"cross_domain_accuracy": None}
+    evaluation = dataclasses.replace(
+        evaluation,
+        before=dataclasses.replace(evaluation.before, **without),
+        after=dataclasses.replace(evaluation.after, **without),
+    )
+    probes = [probe for probe in make_probes() if probe.role != "cross_domain"]
+    assert "another kind" not in table(evaluation, probes)
+    assert judge(evaluation, probes).good
+
+
+@pytest.mark.parametrize(("share", "text"), [(0.0, "0 %"), (0.996, "100 %"), (0.03125, "3 %")])
+def test_percent(share: float, text: str) -> None:
+    assert percent(share) == text
+
+
+def test_uncertainty_of_a_hundred_images_is_ten_points() -> None:
+    assert uncertainty(100) == pytest.approx(0.098)
