@@ -273,6 +273,7 @@ def get_divergence(name: str | Divergence, **parameters: float) -> Divergence:
     return _lookup(name, tuple(sorted(parameters.items())))
 
 
+@torch.compiler.assume_constant_result
 @functools.lru_cache(maxsize=1024)
 def _lookup(spelling: str, parameters: tuple[tuple[str, float], ...]) -> Divergence:
     typed, colon, suffix = spelling.strip().lower().replace("-", "_").partition(":")

@@ -62,8 +62,8 @@ class CriticRow:
             result = result + self.exp * torch.exp((self.exp_rate + tilt) * v)
         if self.expm1:
             x = self.expm1_rate * v
-            magnitude = torch.expm1(-x.abs()) * torch.exp(tilt * v + x.clamp(min=0))
-            result = result + self.expm1 * torch.where(x > 0, -magnitude, magnitude)
+            positive = -torch.expm1(-x.clamp(min=0)) * torch.exp(tilt * v + x.clamp(min=0))
+            result = result + self.expm1 * torch.where(x > 0, positive, torch.expm1(x.clamp(max=0)) * factor)
         if self.softplus:
             result = result + self.softplus * _shifted_softplus(self.scale * v, self.mix) * factor
         if self.sigmoid or self.sigmoid_squared:

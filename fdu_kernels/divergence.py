@@ -47,7 +47,7 @@ class Divergence:
     """T = g_f(v) and f*(T) with f-GAN's output activation; None: log_ratio_rows, which are an activation as well."""
 
     def __str__(self) -> str:
-        return ":".join([self.name, *(f"{value:g}" for _, value in self.parameters)])
+        return ":".join([self.name, *(repr(value).removesuffix(".0") for _, value in self.parameters)])
 
     def __reduce__(self) -> str | tuple[object, ...]:
         # Generators are closures, which do not pickle; a divergence of the catalogue is known by its name.

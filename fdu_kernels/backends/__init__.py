@@ -8,19 +8,15 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
-import importlib
 import os
 from collections.abc import Iterator
-from typing import Protocol, cast
+from typing import Protocol
 
+import torch
 from torch import Tensor
 
+from fdu_kernels.backends import reference
 from fdu_kernels.divergence import Divergence
-
-REGISTRY: dict[str, str] = {
-    "torch": "fdu_kernels.backends.reference",
-}
-"""Name -> module, the preferred first."""
 
 ENVIRONMENT_VARIABLE = "FDU_BACKEND"
 
@@ -102,12 +98,17 @@ class Backend(Protocol):
         """The estimate and the gradient of its sum."""
 
 
+REGISTRY: dict[str, Backend] = {
+    "torch": reference,
+}
+"""Name -> module, the preferred first. A module leaves what is slow to import to its first use."""
+
 _wish: contextvars.ContextVar[str | None] = contextvars.ContextVar("fdu_kernels_backend", default=None)
 
 
 def backends() -> dict[str, str | None]:
     """Every backend by name: None if it can run here, else the reason why not. The preferred comes first."""
-    return {name: _load(name).why_unavailable() for name in REGISTRY}
+    return {name: backend.why_unavailable() for name, backend in REGISTRY.items()}
 
 
 @contextlib.contextmanager
@@ -131,28 +132,32 @@ def choose_backend(name: str | None, tensor: Tensor, divergence: Divergence) -> 
     Raises:
         RuntimeError: a backend was asked for that is unknown or cannot take this call.
     """
-    for wish, origin in (
-        (name, "backend"),
-        (_wish.get(), "use_backend"),
-        (os.environ.get(ENVIRONMENT_VARIABLE) or None, ENVIRONMENT_VARIABLE),
-    ):
-        if wish is not None:
-            backend = _require(wish, origin)
-            reason = backend.why_unsuitable(tensor, divergence)
-            if reason is not None:
-                raise RuntimeError(f"{origin} asks for {wish!r}, which cannot take this call: {reason}")
-            return backend
-    for candidate in REGISTRY:
-        backend = _load(candidate)
+    wish, origin = (name, "backend") if name is not None else _standing_wish()
+    if wish is not None:
+        backend = _require(wish, origin)
+        reason = backend.why_unsuitable(tensor, divergence)
+        if reason is not None:
+            raise RuntimeError(f"{origin} asks for {wish!r}, which cannot take this call: {reason}")
+        return backend
+    for backend in REGISTRY.values():
         if backend.why_unavailable() is None and backend.why_unsuitable(tensor, divergence) is None:
             return backend
     raise RuntimeError(f"no backend can take this call; {_report()}")
 
 
+@torch.compiler.assume_constant_result
+def _standing_wish() -> tuple[str | None, str]:
+    """The wish of use_backend or the environment. Compiled code keeps the one it was traced with."""
+    wish = _wish.get()
+    if wish is not None:
+        return wish, "use_backend"
+    return os.environ.get(ENVIRONMENT_VARIABLE) or None, ENVIRONMENT_VARIABLE
+
+
 def _require(name: str, origin: str) -> Backend:
     if name not in REGISTRY:
         raise RuntimeError(f"{origin} asks for the unknown backend {name!r}; {_report()}")
-    backend = _load(name)
+    backend = REGISTRY[name]
     if backend.why_unavailable() is not None:
         raise RuntimeError(f"{origin} asks for {name!r}, which cannot run here; {_report()}")
     return backend
@@ -161,7 +166,3 @@ def _require(name: str, origin: str) -> Backend:
 def _report() -> str:
     states = (f"{name} ({reason or 'can run'})" for name, reason in backends().items())
     return f"the backends are: {', '.join(states)}"
-
-
-def _load(name: str) -> Backend:
-    return cast(Backend, importlib.import_module(REGISTRY[name]))

@@ -1,0 +1,36 @@
+"""Golden values (h, h', A, B, A', B' in 40-digit arithmetic), one thread, and no backend wished for from outside."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+VECTORS = Path(__file__).parent / "vectors"
+
+
+def read_vectors(name: str) -> dict[str, Tensor]:
+    """Spelling of the divergence -> float64 columns."""
+    rows = json.loads((VECTORS / f"{name}.json").read_text())["divergences"]
+    return {spelling: torch.tensor(values, dtype=torch.float64).T for spelling, values in rows.items()}
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """``gaussian_row`` is (spelling, s, h, h'), ``variational_row`` (spelling, v, A, B, A', B')."""
+    for name in ("gaussian", "variational"):
+        if f"{name}_row" in metafunc.fixturenames:
+            vectors = read_vectors(name)
+            metafunc.parametrize(f"{name}_row", [(key, *vectors[key]) for key in vectors], ids=list(vectors))
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def no_wished_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("FDU_BACKEND", raising=False)

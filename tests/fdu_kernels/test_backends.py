@@ -1,0 +1,92 @@
+"""The choice of a backend: argument before context before environment, and refusals that give every reason."""
+
+from __future__ import annotations
+
+import importlib
+import types
+
+import pytest
+import torch
+
+import fdu_kernels as fk
+from fdu_kernels.backends import choose_backend, reference
+
+# The name fdu_kernels.backends is the function.
+PACKAGE = importlib.import_module("fdu_kernels.backends")
+KL = fk.get_divergence("kl")
+
+
+def fake(unavailable: str | None = None, unsuitable: str | None = None) -> types.SimpleNamespace:
+    return types.SimpleNamespace(
+        why_unavailable=lambda: unavailable,
+        why_unsuitable=lambda tensor, divergence: unsuitable,
+        gaussian_divergence=lambda *arguments: "computed by a fake",
+    )
+
+
+@pytest.fixture
+def modules(monkeypatch: pytest.MonkeyPatch) -> dict[str, object]:
+    """Three more backends: one that cannot run, one that can, one that takes no call."""
+    found: dict[str, object] = {
+        "absent": fake(unavailable="no such device"),
+        "picky": fake(unsuitable="only float8"),
+        "other": fake(),
+        "torch": reference,
+    }
+    monkeypatch.setattr(PACKAGE, "REGISTRY", found)
+    return found
+
+
+def test_the_reference_can_run_here() -> None:
+    assert fk.backends()["torch"] is None
+
+
+def test_reasons(modules: dict[str, object]) -> None:
+    assert fk.backends() == {"absent": "no such device", "picky": None, "other": None, "torch": None}
+
+
+def test_order_of_wishes(modules: dict[str, object], monkeypatch: pytest.MonkeyPatch) -> None:
+    tensor = torch.ones(2)
+    assert choose_backend(None, tensor, KL) is modules["other"]
+    monkeypatch.setenv("FDU_BACKEND", "torch")
+    assert choose_backend(None, tensor, KL) is reference
+    with fk.use_backend("other"):
+        assert choose_backend(None, tensor, KL) is modules["other"]
+        assert choose_backend("torch", tensor, KL) is reference
+        with fk.use_backend("torch"):
+            assert choose_backend(None, tensor, KL) is reference
+        assert choose_backend(None, tensor, KL) is modules["other"]
+        assert fk.gaussian_divergence(tensor, tensor) == "computed by a fake"
+    assert choose_backend(None, tensor, KL) is reference
+
+
+def test_the_context_ends_with_an_error(modules: dict[str, object]) -> None:
+    with pytest.raises(KeyError), fk.use_backend("torch"):
+        raise KeyError
+    assert choose_backend(None, torch.ones(2), KL) is modules["other"]
+
+
+def test_refusals(modules: dict[str, object], monkeypatch: pytest.MonkeyPatch) -> None:
+    tensor = torch.ones(2)
+    everything = r"absent \(no such device\), picky \(can run\), other \(can run\), torch \(can run\)"
+    with pytest.raises(RuntimeError, match=f"backend asks for the unknown backend 'tritn'.*{everything}"):
+        fk.gaussian_divergence(tensor, tensor, backend="tritn")
+    with pytest.raises(RuntimeError, match=f"use_backend asks for 'absent', which cannot run here.*{everything}"):
+        fk.use_backend("absent").__enter__()
+    with pytest.raises(RuntimeError, match="backend asks for 'picky', which cannot take this call: only float8"):
+        fk.gaussian_divergence(tensor, tensor, backend="picky")
+    monkeypatch.setenv("FDU_BACKEND", "absent")
+    with pytest.raises(RuntimeError, match="FDU_BACKEND asks for 'absent'"):
+        fk.gaussian_divergence(tensor, tensor)
+
+
+def test_nothing_fits(modules: dict[str, object], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(PACKAGE, "REGISTRY", {name: modules[name] for name in ("absent", "picky")})
+    with pytest.raises(RuntimeError, match=r"no backend can take this call.*absent \(no such device\)"):
+        choose_backend(None, torch.ones(2), KL)
+
+
+def test_a_module_can_name_its_backend() -> None:
+    loss = fk.GaussianDivergenceLoss(backend="nonsense")
+    with pytest.raises(RuntimeError, match="unknown backend 'nonsense'"):
+        loss(torch.ones(2), torch.zeros(2))

@@ -1,0 +1,119 @@
+"""Every refusal names the argument, what was expected, what came, and the remedy."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import fdu_kernels as fk
+
+ONES = torch.ones(2, 3)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"pred": [1.0]}, TypeError, "pred must be a tensor, not list"),
+        ({"pred": torch.ones(2, 3, dtype=torch.int64)}, TypeError, r"pred must be float16.*not int64.*pred\.float\(\)"),
+        ({"target": torch.ones(2, 3, dtype=torch.bool)}, TypeError, "target must be float16.*not bool"),
+        ({"pred": torch.ones(2, 3, dtype=torch.complex64)}, TypeError, "not complex64"),
+        ({"target": torch.ones(2, 4)}, ValueError, r"pred is \[2, 3\] and target \[2, 4\]; expand"),
+        ({"target": ONES.double()}, TypeError, r"pred is float32 and target float64.*target\.to\(pred\.dtype\)"),
+        ({"target": ONES.to("meta")}, ValueError, "pred is on cpu and target on meta; move it"),
+        ({"pred": torch.ones(()), "target": torch.ones(())}, ValueError, r"pred must have shape \[B.*pred\[None\]"),
+        ({"pred": torch.ones(0, 3), "target": torch.ones(0, 3)}, ValueError, "skip the empty batch"),
+        ({"sigma": 0.0}, ValueError, r"sigma must be positive, not 0\.0"),
+        ({"sigma": float("nan")}, ValueError, "sigma must be positive, not nan"),
+        ({"sigma": -1}, ValueError, "sigma must be positive, not -1"),
+        ({"sigma": "1"}, TypeError, r"sigma must be a number or a tensor \[B\], not str '1'"),
+        ({"sigma": torch.tensor([1.0, 0.0])}, ValueError, "sigma must be positive, but its smallest value is 0"),
+        ({"sigma": torch.ones(3)}, ValueError, r"sigma must have one number per sample, shape \[2\], not \[3\]"),
+        ({"sigma": torch.ones(2, dtype=torch.int32)}, TypeError, r"sigma must be a floating tensor, not int32"),
+        ({"sigma": torch.ones(2, device="meta")}, ValueError, "sigma is on meta and pred on cpu"),
+        ({"weight": 1.0}, TypeError, r"weight must be None or a tensor \[B\], not float"),
+        (
+            {"weight": torch.ones(2, 1)},
+            ValueError,
+            r"weight must have one number per sample, shape \[2\], not \[2, 1\]",
+        ),
+        ({"weight": torch.tensor([1.0, -2.0])}, ValueError, "weight must not be negative.*-2"),
+        ({"weight": torch.tensor(1.0)}, ValueError, r"shape \[2\], not \[\]"),
+        ({"mask": [True]}, TypeError, "mask must be None or a tensor, not list"),
+        (
+            {"mask": torch.ones(2, 3, dtype=torch.int64)},
+            TypeError,
+            r"mask must be bool or floating, not int64.*mask\.bool",
+        ),
+        ({"mask": torch.ones(2, 4)}, ValueError, r"mask \[2, 4\] does not broadcast to pred \[2, 3\]"),
+        ({"mask": torch.ones(1, 2, 3)}, ValueError, r"mask \[1, 2, 3\] does not broadcast"),
+        ({"mask": torch.full((2, 3), -1.0)}, ValueError, "mask must not be negative.*-1"),
+        ({"mask": torch.ones(3, device="meta")}, ValueError, "mask is on meta and pred on cpu"),
+        ({"distance": "max"}, ValueError, 'distance must be "mean" or "sum", not \'max\''),
+        ({"reduction": "max"}, ValueError, 'reduction must be "none" or "mean" or "sum", not \'max\''),
+        ({"divergence": "kll"}, ValueError, "unknown divergence 'kll'; closest: kl"),
+        ({"grad_scale": "2"}, TypeError, "grad_scale must be a number"),
+        (
+            {"grad_scale": torch.ones(2)},
+            ValueError,
+            r"grad_scale must be a number or a tensor \[\], not of shape \[2\]",
+        ),
+        ({"grad_out": torch.ones(3, 2)}, ValueError, "grad_out and pred must have one shape"),
+        ({"grad_out": ONES.double()}, TypeError, "grad_out is float64 and pred float32"),
+        ({"grad_out": ONES.clone().requires_grad_()}, ValueError, "grad_out is written in place"),
+    ],
+)
+def test_gaussian_arguments(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
+    arguments = {"pred": ONES, "target": ONES, **arguments}
+    with pytest.raises(error, match=message):
+        fk.gaussian_divergence_value_and_grad(**arguments)
+    if not {"grad_scale", "grad_out"} & set(arguments):
+        with pytest.raises(error, match=message):
+            fk.gaussian_divergence(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"log_ratio_p": torch.ones(3, dtype=torch.int64)}, TypeError, "log_ratio_p must be float16"),
+        ({"log_ratio_q": 1.0}, TypeError, "log_ratio_q must be a tensor, not float"),
+        ({"log_ratio_p": torch.ones(3).half()}, TypeError, "log_ratio_p is float16 and log_ratio_q float32"),
+        (
+            {"log_ratio_p": torch.ones(4), "reduction": "none"},
+            ValueError,
+            r"log_ratio_p is \[4\] and log_ratio_q \[3\]",
+        ),
+        ({"mask": torch.ones(4)}, ValueError, r"mask \[4\] does not broadcast to log_ratio_q \[3\]"),
+        ({"parametrization": "ratio"}, ValueError, 'parametrization must be "log_ratio" or "fgan", not \'ratio\''),
+        ({"reduction": "batchmean"}, ValueError, "reduction must be"),
+    ],
+)
+def test_variational_arguments(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
+    arguments = {"log_ratio_p": torch.ones(3), "log_ratio_q": torch.ones(3), **arguments}
+    for function in (fk.variational_divergence, fk.variational_divergence_value_and_grad):
+        with pytest.raises(error, match=message):
+            function(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"log_ratio": torch.ones(3, dtype=torch.int64)}, TypeError, "log_ratio must be float16"),
+        ({"samples_from": "both"}, ValueError, 'samples_from must be "q" or "p", not \'both\''),
+        ({"weight": torch.ones(2)}, ValueError, r"shape \[3\], not \[2\]"),
+        ({"weight": torch.ones(3, device="meta")}, ValueError, "weight is on meta and log_ratio on cpu"),
+    ],
+)
+def test_density_ratio_arguments(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
+    arguments = {"log_ratio": torch.ones(3), **arguments}
+    for function in (fk.density_ratio_divergence, fk.density_ratio_divergence_value_and_grad):
+        with pytest.raises(error, match=message):
+            function(**arguments)
+
+
+def test_values_of_tensors_are_read_on_the_cpu_only() -> None:
+    # A meta tensor has no values: a look at them would raise.
+    pred = torch.empty(2, 3, device="meta")
+    sigma, mask = torch.empty(2, device="meta"), torch.empty(3, device="meta")
+    assert fk.squared_distance(pred, pred, sigma, mask).shape == (2,)

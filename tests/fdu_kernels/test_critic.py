@@ -1,0 +1,102 @@
+"""A and B against the golden values, and far out in both tails."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+from torch.autograd import gradcheck, gradgradcheck
+
+import fdu_kernels as fk
+from fdu_kernels.critic import critic_terms, ratio_terms
+from fdu_kernels.scalar import MAX_EXPONENT
+
+WITH_CRITIC = [name for name in fk.divergences() if name != "mse"]
+
+
+def test_golden_values(variational_row: tuple[str, Tensor, Tensor, Tensor, Tensor, Tensor]) -> None:
+    name, v, *expected = variational_row
+    v = v.clone().requires_grad_()
+    a, b = fk.get_divergence(name).critic(v)
+    (a_slope,) = torch.autograd.grad(a.sum(), v)
+    (b_slope,) = torch.autograd.grad(b.sum(), v)
+    for actual, column in zip((a, b, a_slope, b_slope), expected, strict=True):
+        torch.testing.assert_close(actual.detach(), column, rtol=1e-12, atol=0)
+
+
+def test_golden_values_through_the_api(variational_row: tuple[str, Tensor, Tensor, Tensor, Tensor, Tensor]) -> None:
+    name, v, a, b, a_slope, b_slope = variational_row
+    zero = torch.zeros_like(v)
+    _, b_zero = fk.get_divergence(name).critic(zero)
+    value, grad_p, grad_q = fk.variational_divergence_value_and_grad(v, v, name, reduction="none")
+    torch.testing.assert_close(grad_p, a_slope, rtol=1e-12, atol=0)
+    torch.testing.assert_close(grad_q, -b_slope, rtol=1e-12, atol=0)
+    torch.testing.assert_close(value, a - b, rtol=1e-12, atol=1e-12 * float(torch.maximum(a.abs(), b.abs()).max()))
+    torch.testing.assert_close(fk.variational_model_loss(v, name, reduction="none"), -b, rtol=1e-12, atol=0)
+    only_a = fk.variational_divergence(v, zero, name, reduction="none") + b_zero
+    torch.testing.assert_close(only_a, a, rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("parametrization", ["log_ratio", "fgan"])
+@pytest.mark.parametrize("name", [*WITH_CRITIC, "alpha:3", "alpha:-2"])
+def test_large_arguments_are_finite(name: str, parametrization: str, dtype: torch.dtype) -> None:
+    v = torch.cat([torch.linspace(-1e4, 1e4, 2001), torch.linspace(-100, 100, 999)]).to(dtype)
+    for function in critic_terms(fk.get_divergence(name), parametrization):
+        assert bool(torch.isfinite(function.value_at(v)).all())
+        assert bool(torch.isfinite(function.slope_at(v)).all())
+    assert bool(critic_terms(fk.get_divergence(name), parametrization)[0](v * torch.nan).isnan().all())
+
+
+@pytest.mark.parametrize("samples_from", ["q", "p"])
+@pytest.mark.parametrize("name", [*WITH_CRITIC, "alpha:3", "alpha:-2"])
+def test_ratio_terms(name: str, samples_from: str) -> None:
+    divergence = fk.get_divergence(name)
+    function = ratio_terms(divergence, samples_from)
+    v = torch.linspace(-6, 6, 121, dtype=torch.float64)
+    u = torch.exp(v)
+    expected = divergence.f(u) if samples_from == "q" else divergence.f(u) / u
+    torch.testing.assert_close(function.value_at(v), expected, rtol=1e-10, atol=1e-13)
+    far = torch.tensor([-1e4, -200.0, -90.0, 90.0, 200.0, 1e4])
+    assert not bool(function.value_at(far).isnan().any())
+    assert bool(torch.isfinite(function.slope_at(far)).all())
+
+
+@pytest.mark.parametrize("name", WITH_CRITIC)
+def test_second_derivatives(name: str) -> None:
+    if name in ("total_variation", "hockey_stick"):
+        pytest.skip("piecewise constant")
+    divergence = fk.get_divergence(name)
+    v = torch.tensor([-2.3, -0.4, 0.0, 0.7, 3.1], dtype=torch.float64, requires_grad=True)
+    for function in (
+        *critic_terms(divergence, "log_ratio"),
+        *critic_terms(divergence, "fgan"),
+        ratio_terms(divergence, "p"),
+    ):
+        assert gradcheck(function, (v,))
+        assert gradgradcheck(function, (v,))
+
+
+def test_straight_line_joins_with_equal_slope() -> None:
+    a, b = critic_terms(fk.get_divergence("pearson_chi2"), "log_ratio")
+    end = MAX_EXPONENT / 2
+    assert (a.high, b.high) == (end, end)
+    ends = torch.tensor([end, end + 1, end + 2], dtype=torch.float64)
+    values, slopes = b.value_at(ends), b.slope_at(ends)
+    assert values[0].item() == pytest.approx(math.expm1(MAX_EXPONENT))
+    torch.testing.assert_close(values[1:] - values[:-1], slopes[:-1], rtol=1e-12, atol=0)
+    assert slopes[0] == slopes[1] == slopes[2]
+
+
+def test_mse_has_no_critic() -> None:
+    v = torch.zeros(3)
+    for call in (
+        lambda: fk.variational_divergence(v, v, "mse"),
+        lambda: fk.density_ratio_divergence(v, "mse"),
+        lambda: fk.VariationalDivergenceLoss("mse"),
+        lambda: fk.DensityRatioDivergenceLoss("mse"),
+    ):
+        with pytest.raises(ValueError, match='use "kl" or "jeffreys"'):
+            call()

@@ -1,0 +1,98 @@
+"""Divergences from a user's generator: they reproduce the catalogue, and what is no generator is refused."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+import fdu_kernels as fk
+from fdu_kernels import Divergence
+
+NAMES = ["kl", "reverse_kl", "jeffreys", "pearson_chi2", "squared_hellinger", "jensen_shannon", "total_variation",
+         "le_cam", "shifted_log", "skew_jensen_shannon", "alpha:0.3", "alpha:-0.5"]  # fmt: skip
+
+
+def made(name: str) -> Divergence:
+    generator = fk.get_divergence(name).generator
+    assert generator is not None
+    return Divergence.from_generator(generator, name="mine")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_reproduces_the_catalogue(name: str) -> None:
+    mine, own = made(name), fk.get_divergence(name)
+    s = torch.logspace(-6, math.log10(40), 40, dtype=torch.float64)
+    torch.testing.assert_close(mine.profile(s), own.profile(s), rtol=1e-9, atol=0)
+    torch.testing.assert_close(mine.profile_grad(s), own.profile_grad(s), rtol=1e-9, atol=0)
+    v = torch.linspace(-4, 4, 33, dtype=torch.float64)
+    for actual, expected in zip(mine.critic(v), own.critic(v), strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-12)
+    assert mine.slope_at_zero == pytest.approx(own.slope_at_zero, rel=1e-12)
+
+
+def test_losses_and_gradients_of_a_custom_divergence() -> None:
+    torch.manual_seed(0)
+    mine = made("jensen_shannon")
+    pred, target = torch.randn(2, 5, 7, dtype=torch.float64)
+    for actual, expected in zip(
+        fk.gaussian_divergence_value_and_grad(pred, target, mine),
+        fk.gaussian_divergence_value_and_grad(pred, target, "jensen_shannon"),
+        strict=True,
+    ):
+        torch.testing.assert_close(actual, expected, rtol=1e-9, atol=0)
+    v = torch.randn(2, 9, dtype=torch.float64)
+    for actual, expected in zip(
+        fk.variational_divergence_value_and_grad(v[0], v[1], mine),
+        fk.variational_divergence_value_and_grad(v[0], v[1], "jensen_shannon"),
+        strict=True,
+    ):
+        torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-13)
+    for samples_from in ("q", "p"):
+        leaf = v[0].clone().requires_grad_()
+        estimate = fk.density_ratio_divergence(leaf, mine, samples_from)
+        estimate.backward()
+        expected, grad = fk.density_ratio_divergence_value_and_grad(v[0], "jensen_shannon", samples_from)
+        torch.testing.assert_close(estimate.detach(), expected, rtol=1e-10, atol=1e-13)
+        torch.testing.assert_close(leaf.grad, grad, rtol=1e-10, atol=1e-13)
+
+
+def test_a_kink_away_from_one_has_to_be_named() -> None:
+    def hockey(u: Tensor) -> Tensor:
+        return torch.clamp(u - 2, min=0)
+
+    with pytest.raises(ValueError, match="kink that was not named"):
+        Divergence.from_generator(hockey)
+    mine = Divergence.from_generator(hockey, kinks=[2.0])
+    s = torch.tensor([0.5, 2.0, 10.0], dtype=torch.float64)
+    torch.testing.assert_close(mine.profile(s), fk.get_divergence("hockey_stick:2").profile(s), rtol=1e-12, atol=0)
+
+
+def test_equality_is_that_of_the_generator() -> None:
+    one = made("kl")
+    assert one == made("kl") and hash(one) == hash(made("kl"))
+    assert one != made("le_cam") and one != fk.get_divergence("kl")
+
+
+@pytest.mark.parametrize(
+    ("f", "error", "message"),
+    [
+        (lambda u: u * torch.log(u) + 1, ValueError, r"must have f\(1\) = 0, but f\(1\) = 1"),
+        (lambda u: torch.log(u), ValueError, "is not convex: its slope falls near u"),
+        (lambda u: (u - 1) * (u - 2) * (u - 3), ValueError, "is not convex"),
+        (lambda u: torch.log(u - 0.5) - math.log(0.5), ValueError, "is not finite"),
+        (lambda u: u.sum(), TypeError, "same shape"),
+        (lambda u: 0.0, TypeError, "same shape"),
+        (lambda u: 3 * (u - 1), ValueError, "no finite, positive curvature"),
+    ],
+)
+def test_what_is_no_generator(f, error: type[Exception], message: str) -> None:  # type: ignore[no-untyped-def]
+    with pytest.raises(error, match=message):
+        Divergence.from_generator(f, name="bad").profile(torch.ones(1))
+
+
+def test_kinks_are_ratios() -> None:
+    with pytest.raises(ValueError, match="points u > 0"):
+        Divergence.from_generator(lambda u: (u - 1).abs(), kinks=[0.0])

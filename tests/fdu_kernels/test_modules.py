@@ -1,0 +1,131 @@
+"""The modules: they equal the functions, and sigma="auto" finds, keeps and resumes its scale."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+import fdu_kernels as fk
+
+
+def batches(count: int, size: int = 5, scale: float = 3.0) -> list[tuple[Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(0)
+    return [
+        (torch.randn(size, 8, generator=generator) * scale, torch.randn(size, 8, generator=generator) * scale)
+        for _ in range(count)
+    ]
+
+
+def test_modules_equal_the_functions() -> None:
+    pred, target = batches(1)[0]
+    weight, mask = torch.rand(5), torch.rand(8) > 0.3
+    module = fk.GaussianDivergenceLoss("alpha:0.3", sigma=2.0, distance="sum", reduction="none")
+    expected = fk.gaussian_divergence(
+        pred, target, "alpha:0.3", sigma=2.0, weight=weight, mask=mask, distance="sum", reduction="none"
+    )
+    torch.testing.assert_close(module(pred, target, weight, mask), expected, rtol=0, atol=0)
+    variational = fk.VariationalDivergenceLoss("kl", parametrization="fgan")
+    torch.testing.assert_close(
+        variational(pred, target), -fk.variational_divergence(pred, target, "kl", parametrization="fgan")
+    )
+    torch.testing.assert_close(
+        variational.model_loss(target), fk.variational_model_loss(target, "kl", parametrization="fgan")
+    )
+    ratio = fk.DensityRatioDivergenceLoss("le_cam", samples_from="p")
+    torch.testing.assert_close(ratio(pred, weight), fk.density_ratio_divergence(pred, "le_cam", "p", weight))
+
+
+def test_auto_puts_the_median_of_all_calibration_samples_at_s0() -> None:
+    loss = fk.GaussianDivergenceLoss(sigma="auto", s0=2.5, calibration_calls=3)
+    seen = batches(3)
+    for count, (pred, target) in enumerate(seen, start=1):
+        loss(pred, target)
+        s = torch.cat([fk.squared_distance(*pair, sigma=loss.sigma) for pair in seen[:count]])
+        assert s.quantile(0.5).item() == pytest.approx(2.5, rel=1e-5)
+
+
+def test_auto_uses_sigma_of_the_same_call() -> None:
+    loss = fk.GaussianDivergenceLoss("kl", sigma="auto", reduction="none")
+    pred, target = batches(1)[0]
+    assert (2 * loss(pred, target)).quantile(0.5).item() == pytest.approx(1.0, rel=1e-5)
+
+
+def test_auto_is_frozen_after_calibration_and_in_evaluation() -> None:
+    loss = fk.GaussianDivergenceLoss(sigma="auto", calibration_calls=2)
+    loss.eval()
+    loss(*batches(1)[0])
+    assert loss.sigma == 1
+    loss.train()
+    for pair in batches(2):
+        loss(*pair)
+    sigma = loss.sigma.clone()
+    loss(*batches(1, scale=100)[0])
+    assert loss.sigma == sigma != 1
+
+
+def test_auto_resumes_exactly_in_the_middle_of_calibration() -> None:
+    data = batches(6)
+    whole = fk.GaussianDivergenceLoss(sigma="auto", calibration_calls=4)
+    first = copy.deepcopy(whole)
+    second = copy.deepcopy(whole)
+    for pair in data:
+        whole(*pair)
+    for pair in data[:2]:
+        first(*pair)
+    second.load_state_dict(first.state_dict())
+    for pair in data[2:]:
+        second(*pair)
+    for key, value in whole.state_dict().items():
+        assert torch.equal(second.state_dict()[key], value), key
+    assert all(isinstance(value, Tensor) for value in whole.state_dict().values())
+
+
+def test_auto_ignores_what_has_no_distance() -> None:
+    loss = fk.GaussianDivergenceLoss(sigma="auto", calibration_calls=4)
+    pred, target = batches(1)[0]
+    value = loss(pred, pred.clone())
+    assert loss.sigma == 1 and value == 0
+    mask = torch.ones(5, 1, dtype=torch.bool)
+    mask[3:] = False
+    loss(pred, target, mask=mask)
+    assert fk.squared_distance(pred, target, sigma=loss.sigma)[:3].median().item() == pytest.approx(1, rel=1e-5)
+    sigma = loss.sigma.clone()
+    assert loss(torch.full_like(pred, math.nan), target).isnan()
+    assert loss.sigma == sigma
+
+
+def test_sigma_moves_with_the_module_and_only_auto_is_in_the_state() -> None:
+    assert not fk.GaussianDivergenceLoss(sigma=0.5).state_dict()
+    assert set(fk.GaussianDivergenceLoss(sigma="auto").state_dict()) == {"sigma", "calls", "observed"}
+    assert fk.GaussianDivergenceLoss(sigma=0.5).to("meta").sigma.device.type == "meta"
+
+
+def test_repr() -> None:
+    assert repr(fk.GaussianDivergenceLoss("hellinger", sigma=0.5)) == (
+        "GaussianDivergenceLoss('squared_hellinger', sigma=0.5, distance='mean', reduction='mean')"
+    )
+    assert 'sigma="auto", s0=1' in repr(fk.GaussianDivergenceLoss(sigma="auto"))
+    assert "'kl', parametrization='fgan'" in repr(fk.VariationalDivergenceLoss("kl", "fgan"))
+    assert "'kl', samples_from='p'" in repr(fk.DensityRatioDivergenceLoss("kl", "p"))
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"sigma": "automatic"}, ValueError, "sigma must be .*auto"),
+        ({"sigma": 0.0}, ValueError, "sigma must be positive"),
+        ({"sigma": torch.ones(2)}, TypeError, r"pass a tensor \[B\] to gaussian_divergence"),
+        ({"s0": 0.0}, ValueError, "s0 must be positive"),
+        ({"calibration_calls": 0}, ValueError, "calibration_calls must be at least 1"),
+        ({"distance": "median"}, ValueError, "distance must be"),
+        ({"reduction": "max"}, ValueError, "reduction must be"),
+        ({"divergence": "hellinge"}, ValueError, "closest: squared_hellinger"),
+    ],
+)
+def test_settings_are_checked_at_construction(options: dict[str, object], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        fk.GaussianDivergenceLoss(**options)  # type: ignore[arg-type]

@@ -1,0 +1,138 @@
+"""Gaussian profiles against golden values, closed forms and 30-digit quadrature; the table's interpolation error."""
+
+from __future__ import annotations
+
+import math
+
+import mpmath
+import pytest
+import torch
+from scipy.stats import norm
+from torch import Tensor
+from torch.autograd import gradcheck, gradgradcheck
+
+import fdu_kernels as fk
+from fdu_kernels.profiles import log_slope_by_quadrature, profile, profile_table
+from fdu_kernels.scalar import MAX_EXPONENT
+
+TABULATED = ["jensen_shannon", "total_variation", "le_cam", "skew_jensen_shannon:0.3", "shifted_log"]
+
+
+def test_golden_values(gaussian_row: tuple[str, Tensor, Tensor, Tensor]) -> None:
+    name, s, h, slope = gaussian_row
+    divergence = fk.get_divergence(name)
+    s = s.clone().requires_grad_()
+    value = divergence.profile(s)
+    (grad,) = torch.autograd.grad(value.sum(), s)
+    torch.testing.assert_close(value.detach(), h, rtol=1e-12, atol=0)
+    torch.testing.assert_close(grad, slope, rtol=1e-12, atol=0)
+    torch.testing.assert_close(divergence.profile_grad(s).detach(), slope, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("name", [name for name in fk.divergences() if name != "mse"])
+def test_tables_reproduce_elementary_profiles_and_quadrature(name: str) -> None:
+    # From the curvature alone; for the elementary ones this compares (c, k) with f''.
+    divergence = fk.get_divergence(name)
+    s = torch.logspace(-8, math.log10(50), 333, dtype=torch.float64)
+    slopes = torch.exp(log_slope_by_quadrature(divergence, s))
+    representable = slopes > 1e-300
+    torch.testing.assert_close(
+        slopes[representable],
+        divergence.profile_grad(s)[representable],
+        rtol=2e-9 if name == "hockey_stick" else 1e-11,
+        atol=0,
+    )
+
+
+@pytest.mark.parametrize("name", TABULATED)
+def test_interpolation_error(name: str) -> None:
+    divergence = fk.get_divergence(name)
+    # Between the grid's points, as far as h' is a normal number in float64.
+    s = torch.exp(torch.linspace(math.log(1e-8), math.log(5000), 501, dtype=torch.float64) + 0.0031)
+    exact = log_slope_by_quadrature(divergence, s)
+    normal = exact > -700
+    torch.testing.assert_close(divergence.profile_grad(s)[normal], torch.exp(exact)[normal], rtol=1e-11, atol=0)
+    assert bool((divergence.profile_grad(s)[~normal] < 1e-300).all())
+    assert divergence.profile(torch.tensor(1e4, dtype=torch.float64)).item() == pytest.approx(
+        divergence.upper, rel=1e-12
+    )
+
+
+@pytest.mark.parametrize("s", [1e-8, 0.003, 0.7, 11.0, 60.0])
+def test_h_of_le_cam_against_mpmath(s: float) -> None:
+    with mpmath.workdps(30):
+
+        def integrand(z: mpmath.mpf) -> mpmath.mpf:
+            u = mpmath.exp(mpmath.sqrt(s) * z - mpmath.mpf(s) / 2)
+            return (u - 1) ** 2 / (2 * (u + 1)) * mpmath.npdf(z)
+
+        center = math.sqrt(s)
+        expected = float(mpmath.quad(integrand, mpmath.linspace(-12 - center, 12 + center, 25)))
+    assert fk.get_divergence("le_cam").profile(torch.tensor(s, dtype=torch.float64)).item() == pytest.approx(
+        expected, rel=1e-11
+    )
+
+
+@pytest.mark.parametrize("g", [0.5, 1.0, 1.5, 2.0])
+def test_hockey_stick_is_a_black_scholes_price(g: float) -> None:
+    s = torch.tensor([0.05, 0.3, 1.0, 4.0, 30.0], dtype=torch.float64)
+    root = s.sqrt().numpy()
+    d = -math.log(g) / root + root / 2
+    sign = 1 if g >= 1 else -1
+    price = sign * (norm.cdf(sign * d) - g * norm.cdf(sign * (d - root)))
+    divergence = fk.get_divergence("hockey_stick", g=g)
+    torch.testing.assert_close(divergence.profile(s), torch.from_numpy(price), rtol=1e-9, atol=1e-15)
+    expected = torch.from_numpy(norm.pdf(d) / (2 * root))
+    torch.testing.assert_close(divergence.profile_grad(s), expected, rtol=1e-10, atol=0)
+
+
+@pytest.mark.parametrize("name", fk.divergences())
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_ends(name: str, dtype: torch.dtype) -> None:
+    divergence = fk.get_divergence(name)
+    s = torch.tensor([0.0, 1e-38, 1e-20, 1e-6, 1.0, 1e3, 1e6, 1e9], dtype=dtype)
+    h, slope = divergence.profile(s), divergence.profile_grad(s)
+    assert bool(torch.isfinite(h).all()) and bool(torch.isfinite(slope).all())
+    assert h[0] == 0
+    assert bool((h[1:] >= h[:-1]).all())
+    if 0 < divergence.slope_at_zero < math.inf:
+        torch.testing.assert_close(h[2] / s[2], torch.tensor(divergence.slope_at_zero, dtype=dtype), rtol=1e-6, atol=0)
+        torch.testing.assert_close(slope[0], torch.tensor(divergence.slope_at_zero, dtype=dtype), rtol=1e-6, atol=0)
+    nan = torch.tensor([math.nan, 1.0], dtype=dtype)
+    assert divergence.profile(nan).isnan().tolist() == [True, False]
+    assert divergence.profile_grad(nan).isnan().tolist() == [True, False]
+
+
+@pytest.mark.parametrize("name", ["pearson_chi2", "alpha:2", "alpha:-1.5"])
+def test_straight_line_beyond_the_largest_exponent(name: str) -> None:
+    divergence = fk.get_divergence(name)
+    assert divergence.exponential is not None
+    c, k = divergence.exponential
+    end = MAX_EXPONENT / k
+    s = torch.tensor([end * 0.999, end, 1.5 * end, 2 * end], dtype=torch.float64)
+    h, slope = divergence.profile(s), divergence.profile_grad(s)
+    assert h[0].item() == pytest.approx(c * math.expm1(k * s[0].item()) / k, rel=1e-12)
+    assert slope[1] == slope[2] == slope[3]
+    assert slope[1].item() == pytest.approx(c * math.exp(MAX_EXPONENT), rel=1e-12)
+    torch.testing.assert_close((h[3] - h[2]) / (s[3] - s[2]), slope[3], rtol=1e-12, atol=0)
+    torch.testing.assert_close((h[2] - h[1]) / (s[2] - s[1]), slope[3], rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("name", ["squared_hellinger", "pearson_chi2", "kl", *TABULATED, "hockey_stick:2"])
+def test_derivatives(name: str) -> None:
+    s = torch.tensor([0.2, 0.9, 3.0, 9.0], dtype=torch.float64, requires_grad=True)
+    h = profile(fk.get_divergence(name))
+    assert gradcheck(h, (s,))
+    assert gradgradcheck(h, (s,))
+
+
+def test_table_is_built_once_and_says_where_it_stands() -> None:
+    table = profile_table(fk.get_divergence("jensen_shannon"))
+    assert profile_table(fk.get_divergence("js")) is table
+    assert table.log_values.dtype == torch.float64
+    row = table.bottom + 100
+    s = torch.exp(torch.tensor(table.first + row * table.step, dtype=torch.float64))
+    expected = torch.stack([fk.get_divergence("js").profile(s), fk.get_divergence("js").profile_grad(s)]).log()
+    torch.testing.assert_close(table.log_values[row], expected, rtol=1e-13, atol=0)
+    with pytest.raises(ValueError, match="'mse' has no generator"):
+        profile_table(fk.get_divergence("mse"))
