@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import sys
 
 import pytest
 
@@ -20,8 +21,8 @@ def test_unknown_names_are_attribute_errors() -> None:
         fdu.eraser  # noqa: B018
 
 
-def test_importing_the_file_erase_does_not_hide_the_function() -> None:
+def test_importing_the_file_erase_does_not_hide_the_function(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "fdu.erase", raising=False)
     file = importlib.import_module("fdu.erase")
-    importlib.reload(file)
     assert fdu.erase is not file
     assert callable(fdu.erase)
