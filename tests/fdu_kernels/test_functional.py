@@ -187,14 +187,15 @@ def test_equal_outputs_give_zero_value_and_gradient(name: str, dtype: torch.dtyp
 @settings(max_examples=80, deadline=None)
 def test_every_shape_and_dtype(shape: tuple[int, ...], dtype: torch.dtype, name: str, distance: str, seed: int) -> None:
     pred, target = pair(*shape, dtype=dtype, seed=seed)
+    # sigma keeps the gradient of pearson_chi2 within float16.
     exact_pred, exact_target = pred.double(), target.double()
     truth, truth_grad = fk.gaussian_divergence_value_and_grad(
-        exact_pred, exact_target, name, distance=distance, sigma=2
+        exact_pred, exact_target, name, distance=distance, sigma=6
     )
-    value, grad = fk.gaussian_divergence_value_and_grad(pred, target, name, distance=distance, sigma=2)
+    value, grad = fk.gaussian_divergence_value_and_grad(pred, target, name, distance=distance, sigma=6)
     assert value.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     assert grad.dtype == dtype and grad.shape == pred.shape
-    s = float(fk.squared_distance(exact_pred, exact_target, sigma=2, distance=distance).max())
+    s = float(fk.squared_distance(exact_pred, exact_target, sigma=6, distance=distance).max())
     tolerance = 2e-6 * max(1.0, s)
     torch.testing.assert_close(value.double(), truth, rtol=tolerance, atol=0)
     rounding = torch.finfo(dtype).eps / 2
@@ -269,7 +270,7 @@ def test_only_pred_gets_a_gradient() -> None:
     assert target.grad is sigma.grad is weight.grad is mask.grad is None
 
 
-@pytest.mark.parametrize("name", ["squared_hellinger", "jensen_shannon"])
+@pytest.mark.parametrize("name", ["squared_hellinger", "pearson_chi2"])
 def test_traces_without_graph_breaks(name: str) -> None:
     pred, target = pair(2, 3)
     pred.requires_grad_()
