@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -149,4 +150,6 @@ def load_model(model: str, dtype: str = "float32", device: str = "cpu") -> Diffu
 
 
 def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+    """The first line of a message, shortened: libraries tell whole stories."""
+    line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return textwrap.shorten(line, 160, placeholder=" ...").rstrip(".")

@@ -145,12 +145,16 @@ def test_evaluate_refuses_before_any_work(capsys: pytest.CaptureFixture[str]) ->
 
 def test_a_run_that_fails_exits_with_1(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     def offline(*arguments: Any, **settings: Any) -> None:
-        raise OSError("no such repository org/model.\nA long explanation\nof many lines")
+        raise OSError(f"no such repository org/model.{' And so on.' * 50}\nof many lines")
 
     monkeypatch.setattr(DiffusionPipeline, "from_pretrained", offline)
     assert main(["erase", "org/model", *ERASE[2:]]) == cli.FAILED
     error = capsys.readouterr().err
-    assert error.splitlines()[0] == "fdu: error: model 'org/model' could not be loaded: no such repository org/model"
+    first, second = error.splitlines()
+    assert first.startswith(
+        "fdu: error: model 'org/model' could not be loaded: no such repository org/model. And so on"
+    )
+    assert len(first) < 250 and "--debug" in second
     assert "Traceback" not in error
     assert not Path("out").exists()
 
