@@ -17,8 +17,8 @@ COLUMNS = {
 }
 """Columns of the table and their headings; aliases and advice have a line of their own."""
 EXPLANATION = (
-    "h(s): the divergence of two Gaussians at squared Mahalanobis distance s. The training divides it by h'(0),\n"
-    "so that learning rate and preservation weight mean the same for all.\n"
+    "h(s): the divergence of two Gaussians at squared Mahalanobis distance s. The training divides it by h'(0)\n"
+    "(by h'(1) where that is 0 or infinite), so that learning rate and preservation weight mean the same for all.\n"
     "A parameter follows the name: --divergence alpha:0.3"
 )
 
