@@ -82,7 +82,7 @@ class Demo:
 
         demo.check_demo_output(self.out)
         target, anchor = embedded.concepts(self.target, self.anchor)
-        config = demo.with_preserved(config)
+        config = demo.with_preserved(config, target.name)
         device = choose_device(self.device)
 
         def work() -> None:
@@ -132,9 +132,9 @@ class Erase:
         if is_embedded(self.model):
             from fdu import demo, embedded
 
-            config = demo.with_preserved(config)
             if not self.target.endswith(".txt") and not self.anchor.endswith(".txt"):
                 target, anchor = embedded.concepts(self.target.strip(), self.anchor.strip())
+                config = demo.with_preserved(config, target.name)
         device = choose_device(self.device)
 
         def work() -> None:

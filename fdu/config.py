@@ -31,13 +31,13 @@ class EraseConfig:
     lora_alpha: float = 16.0
     """Scale of the LoRA update is lora_alpha / rank."""
 
-    max_train_steps: int = 200
+    max_train_steps: int = 120
     """Optimizer steps."""
     train_batch_size: int = 16
     """Samples that erase, a step. As many again preserve where preservation_weight > 0."""
     gradient_accumulation_steps: int = 1
     """Batches an optimizer step."""
-    learning_rate: float = 1e-3
+    learning_rate: float = 2e-3
     """Peak learning rate of AdamW."""
     lr_scheduler: Literal["constant", "constant_with_warmup", "linear", "cosine"] = "cosine"
     """Course of the learning rate after the warm-up."""
@@ -57,11 +57,11 @@ class EraseConfig:
     preservation_weight: float = 1.0
     """Weight of keeping the frozen outputs on the preserved prompts; 0 turns preservation off."""
     preservation_prompts: tuple[str, ...] = ()
-    """Prompts to keep as they are, beside the empty prompt and the anchor's prompts, which are always kept."""
+    """Prompts to keep as they are, beside the empty prompt: the target's neighbours. None given: the anchor's prompts."""
 
-    num_latents: int = 128
+    num_latents: int = 96
     """Latents to train on, sampled beforehand with the target's, the anchor's and the preserved prompts."""
-    num_inference_steps: int = 20
+    num_inference_steps: int = 15
     """Denoising steps to sample those latents."""
     guidance_scale: float = 3.0
     """Classifier-free guidance to sample those latents."""

@@ -111,7 +111,7 @@ class Examples:
 
 def prepare_examples(denoiser: UNetDenoiser, target: Concept, anchor: Concept, config: EraseConfig) -> Examples:
     """Encode every prompt once and sample the latents, all with the model as it is before the erasure."""
-    preserved = tuple(dict.fromkeys(["", *anchor.prompts, *config.preservation_prompts]))
+    preserved = tuple(dict.fromkeys(["", *(config.preservation_prompts or anchor.prompts)]))
     unique = tuple(dict.fromkeys([*target.prompts, *anchor.prompts, *preserved]))
     embeddings = dict(zip(unique, denoiser.encode(unique), strict=True))
 
@@ -138,9 +138,9 @@ def train(
         divergence, sigma=config.sigma, s0=config.s0, distance=config.distance
     ).to(denoiser.device)
     # Standardised to h'(0) = 1, so that learning rate and preservation weight mean the same for every divergence.
-    # Where f has a kink at 1 the slope at 0 is infinite, and the slope at s = 1 stands in.
+    # Where f has a kink the slope at 0 is infinite or zero, and the slope at s = 1 stands in.
     slope = divergence.slope_at_zero
-    if not math.isfinite(slope):
+    if not 0 < slope < math.inf:
         slope = float(divergence.profile_grad(torch.ones((), dtype=torch.float64)))
 
     parameters = trainable.parameters()

@@ -15,7 +15,16 @@ from torch import Tensor
 
 from fdu.concepts import Concept
 from fdu.embedded.classifier import DigitClassifier
-from fdu.embedded.vocabulary import DIGITS, FRAMES, INKS, MEDIA, medium_phrases, prompt
+from fdu.embedded.vocabulary import (
+    DIGIT_NOUNS,
+    DIGITS,
+    FRAMES,
+    GENERIC_NOUNS,
+    INKS,
+    MEDIA,
+    medium_phrases,
+    prompt,
+)
 from fdu.evaluation import Judge, Probe
 
 DATA = Path(__file__).parent / "data"
@@ -23,12 +32,10 @@ PIPELINE_FOLDER = DATA / "pipeline"
 
 SUPERCLASS = "digit"
 """The anchor that names no digit and no ink."""
-PRESERVED = ("a photo of a digit", "a digit", "a drawing of a digit")
-"""Prompts of the superclass, which every erasure here keeps."""
-
 SEEN_FRAMES, UNSEEN_FRAMES = FRAMES[:4], FRAMES[4:]
-SEEN_NOUNS, UNSEEN_NOUNS = ("{}", "the digit {}"), ("the number {}", "a handwritten {}")
-"""Phrasings that erasures train on, and others of the pipeline's vocabulary that they never see."""
+SEEN_NOUNS, UNSEEN_NOUNS = DIGIT_NOUNS[:3], DIGIT_NOUNS[3:]
+SUPERCLASS_NOUNS = GENERIC_NOUNS[:3]
+"""Phrasings that erasures train on, and others of the pipeline's vocabulary that they never see; the superclass's own."""
 
 
 def load_pipeline(dtype: torch.dtype = torch.float32) -> StableDiffusionPipeline:
@@ -76,6 +83,16 @@ def concepts(target: str, anchor: str) -> tuple[Concept, Concept]:
     return Concept(target, _prompts(target, target)), Concept(anchor, _prompts(target, anchor))
 
 
+def preserved(target: str) -> tuple[str, ...]:
+    """Prompts to keep when ``target`` is erased: the superclass, and the neighbours of the target's own kind."""
+    if target in DIGITS:
+        neighbours = [prompt(SEEN_NOUNS[1].format(digit)) for digit in DIGITS if digit != target]
+    else:
+        phrases = [medium_phrases(medium)[0] for medium in MEDIA if medium != target]
+        neighbours = [prompt(SEEN_NOUNS[1].format(digit), medium_phrase=phrase) for digit in DIGITS for phrase in phrases]
+    return (*(prompt(noun) for noun in SUPERCLASS_NOUNS), *neighbours)
+
+
 def probes(target: str) -> list[Probe]:
     """What to draw to judge the erasure of ``target``: itself, seen and unseen, its kind, and the other kind."""
     judge = judges()
@@ -93,19 +110,20 @@ def probes(target: str) -> list[Probe]:
 def _prompts(target: str, name: str) -> tuple[str, ...]:
     """The seen phrasings of ``target``, with ``name`` in its place."""
     if target in DIGITS:
-        nouns = ("digit", "a digit") if name == SUPERCLASS else tuple(noun.format(name) for noun in SEEN_NOUNS)
-        return tuple(prompt(noun, frame) for frame in SEEN_FRAMES for noun in nouns)
-    phrases = ("",) if name == SUPERCLASS else medium_phrases(name)[:1]
-    nouns = ("a digit", *(SEEN_NOUNS[1].format(digit) for digit in DIGITS))
-    return tuple(prompt(noun, frame, phrase) for frame in SEEN_FRAMES[1:3] for noun in nouns for phrase in phrases)
+        nouns = SUPERCLASS_NOUNS if name == SUPERCLASS else tuple(noun.format(name) for noun in SEEN_NOUNS)
+        phrases = ("", *(medium_phrases(ink)[0] for ink in INKS))
+    else:
+        nouns = ("a digit", *(SEEN_NOUNS[2].format(digit) for digit in DIGITS))
+        phrases = ("",) if name == SUPERCLASS else medium_phrases(name)[:1]
+    return tuple(prompt(noun, frame, phrase) for frame in SEEN_FRAMES for noun in nouns for phrase in phrases)
 
 
 def _unseen_prompts(target: str) -> tuple[str, ...]:
     """Phrasings of ``target`` that share no frame and no noun, or no ink phrase, with the seen ones."""
     if target in DIGITS:
-        phrases = ("", *(medium_phrases(ink)[0] for ink in INKS))
         nouns = tuple(noun.format(target) for noun in UNSEEN_NOUNS)
+        phrases = ("", *(medium_phrases(ink)[1] for ink in INKS))
     else:
-        phrases = medium_phrases(target)[1:]
         nouns = ("a number", *(UNSEEN_NOUNS[0].format(digit) for digit in DIGITS))
-    return tuple(prompt(noun, frame, phrase) for noun in nouns for frame in UNSEEN_FRAMES for phrase in phrases)
+        phrases = medium_phrases(target)[1:]
+    return tuple(prompt(noun, frame, phrase) for frame in UNSEEN_FRAMES for noun in nouns for phrase in phrases)

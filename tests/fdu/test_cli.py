@@ -289,7 +289,7 @@ def test_erase_then_evaluate(capsys: pytest.CaptureFixture[str]) -> None:
     assert "pipeline = fdu.embedded.load_pipeline(); pipeline.load_lora_weights('out')" in output
     record = json.loads(Path("out/fdu.json").read_text())
     assert record["target"]["prompts"] == list(embedded.concepts("three", "eight")[0].prompts)
-    assert record["config"]["preservation_prompts"] == list(embedded.PRESERVED)
+    assert record["config"]["preservation_prompts"] == list(embedded.preserved("three"))
 
     assert main([*ERASE, *quick]) == cli.USAGE
     assert main([*ERASE, *quick, "--overwrite", "--train_method", "cross_attention"]) == cli.OK

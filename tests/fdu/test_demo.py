@@ -47,7 +47,7 @@ def test_twice_in_a_row(capsys: pytest.CaptureFixture[str], pipeline: StableDiff
     assert metrics["command"] == "fdu demo " + " ".join(QUICK)
     assert (metrics["target"], metrics["anchor"], metrics["images_per_class"]) == ("three", "eight", 1)
     assert (metrics["divergence"], metrics["steps"], metrics["seed"]) == ("squared_hellinger", 2, 0)
-    assert metrics["settings"]["preservation_prompts"] == list(embedded.PRESERVED)
+    assert metrics["settings"]["preservation_prompts"] == list(embedded.preserved("three"))
     assert metrics["sigma"] > 0 and metrics["seconds"] > 0
     assert metrics["device"].startswith("cpu") and "torch" in metrics["versions"]
     assert len(metrics["before"]["per_class"]) == 14

@@ -31,7 +31,9 @@ def test_every_word_is_one_token_and_every_prompt_fits(pipeline: StableDiffusion
 def test_class_prompts_draw_what_they_ask_for(pipeline: StableDiffusionPipeline) -> None:
     digit, medium = embedded.judges()["digit"], embedded.judges()["medium"]
     digits = [fdu.Probe(name, (prompt(f"the digit {name}"),), "retained", digit) for name in DIGITS]
-    inks = [fdu.Probe(ink, (prompt("a digit", medium_phrase=medium_phrases(ink)[0]),), "retained", medium) for ink in INKS]
+    inks = [
+        fdu.Probe(ink, (prompt("a digit", medium_phrase=medium_phrases(ink)[0]),), "retained", medium) for ink in INKS
+    ]
     draws = fdu.draw(pipeline, digits + inks, images_per_class=20)
     shares = [
         sum(seen == probe.name for seen in probe.judge(images)) / len(images)

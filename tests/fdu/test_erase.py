@@ -126,7 +126,7 @@ def test_preservation_holds_what_it_names(quick: dict[str, Any]) -> None:
             pipeline,
             *embedded.concepts("three", "eight"),
             preservation_weight=weight,
-            preservation_prompts=embedded.PRESERVED,
+            preservation_prompts=embedded.preserved("three"),
             **settings,
         )
         moved.append((picture(pipeline, "a digit") - before).abs().mean().item())
@@ -145,7 +145,9 @@ def test_a_given_sigma_is_kept(pipeline: StableDiffusionPipeline, quick: dict[st
     assert fdu.erase(pipeline, "three", "eight", sigma=0.25, **quick).sigma == 0.25
 
 
-@pytest.mark.parametrize("divergence", ["mse", "squared_hellinger", "pearson_chi2", "jensen_shannon", "total_variation"])
+@pytest.mark.parametrize(
+    "divergence", ["mse", "squared_hellinger", "pearson_chi2", "jensen_shannon", "total_variation"]
+)
 def test_every_kind_of_divergence_trains(
     pipeline: StableDiffusionPipeline, quick: dict[str, Any], divergence: str
 ) -> None:
@@ -202,7 +204,11 @@ def test_an_unknown_family_is_refused(pipeline: StableDiffusionPipeline) -> None
     class TwoEncoders(DiffusionPipeline):
         def __init__(self) -> None:
             super().__init__()
-            self.unet, self.text_encoder, self.text_encoder_2 = pipeline.unet, pipeline.text_encoder, pipeline.text_encoder
+            self.unet, self.text_encoder, self.text_encoder_2 = (
+                pipeline.unet,
+                pipeline.text_encoder,
+                pipeline.text_encoder,
+            )
 
     with pytest.raises(TypeError, match="TwoEncoders, whose family is not supported yet; supported: Stable Diffusion"):
         fdu.erase(TwoEncoders(), "three", "eight")
