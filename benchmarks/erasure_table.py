@@ -39,7 +39,7 @@ ROLES = ("target", "unseen", "retained", "cross_domain")
 DRAW = {"seed": 1000, "num_inference_steps": 12, "guidance_scale": 3.0}
 """The seeds of the judged images are none that a training used."""
 IMAGES, IMAGES_OF_TARGET = 32, 96
-"""Images of a class, and of the target and its unseen phrasings, where chance decides between one in ten and one in five."""
+"""Images of a class, and of the target and its unseen phrasings, where chance hides one in ten behind one in five."""
 SEEDED = ("three", "seven", "red")
 """The targets that run with three seeds."""
 DIVERGENCES = ("mse", "kl", "squared_hellinger", "jensen_shannon", "alpha:0.3", "pearson_chi2")
@@ -111,6 +111,7 @@ def write(path: Path, content: dict[str, Any]) -> None:
 
 
 def conditions() -> dict[str, Any]:
+    """What every record notes beside its figures."""
     return {"draw": DRAW, "machine": f"{platform.machine()} CPU, 1 thread a process", "versions": versions()}
 
 
@@ -178,10 +179,12 @@ def baseline(judged: dict[str, Any], target: str) -> dict[str, float]:
 
 
 def setting(record: dict[str, Any], name: str) -> Any:
+    """A setting of a run."""
     return record["settings"][name]
 
 
 def kind(record: dict[str, Any]) -> str:
+    """Which of the two kinds of anchor a run had."""
     return "superclass" if record["run"]["anchor"] == embedded.SUPERCLASS else "another class"
 
 
@@ -192,6 +195,7 @@ def relative(record: dict[str, Any], baselines: dict[str, dict[str, float]]) -> 
 
 
 def share(value: float | None) -> str:
+    """A share of images, with three digits."""
     return "" if value is None else f"{value:.3f}"
 
 
@@ -202,6 +206,7 @@ def worst_first(values: list[float], lowest: bool) -> str:
 
 
 def concept_rows(records: list[dict[str, Any]], baselines: dict[str, dict[str, float]]) -> list[list[str]]:
+    """A row a run: target, unseen and retained accuracy, before and after."""
     rows = []
     for record in records:
         run, after = record["run"], record["figures"]
@@ -223,6 +228,7 @@ def concept_rows(records: list[dict[str, Any]], baselines: dict[str, dict[str, f
 
 
 def divergence_rows(records: list[dict[str, Any]], baselines: dict[str, dict[str, float]]) -> list[list[str]]:
+    """A row a divergence and anchor, its seeds side by side."""
     rows = []
     for anchor in (other_class("three"), embedded.SUPERCLASS):
         for divergence in DIVERGENCES:
@@ -243,6 +249,7 @@ def divergence_rows(records: list[dict[str, Any]], baselines: dict[str, dict[str
 
 
 def sigma_rows(records: list[dict[str, Any]]) -> list[list[str]]:
+    """A row a scale, a column a divergence: the target accuracy that is left."""
     rows = []
     for label, scale in SIGMA_SETTINGS.items():
         cells = [label]

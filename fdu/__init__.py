@@ -7,15 +7,13 @@
 
 from __future__ import annotations
 
-import sys
 from importlib import import_module
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fdu.concepts import Concept
     from fdu.config import EraseConfig
-    from fdu.erase import erase
+    from fdu.erasure import erase
     from fdu.evaluation import Draws, Evaluation, Figures, Probe, draw, evaluate
     from fdu.result import ErasureResult
 
@@ -38,7 +36,7 @@ _HOMES = {
     "Concept": "fdu.concepts",
     "EraseConfig": "fdu.config",
     "ErasureResult": "fdu.result",
-    "erase": "fdu.erase",
+    "erase": "fdu.erasure",
     **dict.fromkeys(("Draws", "Evaluation", "Figures", "Probe", "draw", "evaluate"), "fdu.evaluation"),
 }
 """Where each public name is defined. Imported at first use: diffusers takes seconds, `fdu --help` should not."""
@@ -54,14 +52,3 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
-
-
-class _Package(ModuleType):
-    """Keeps ``fdu.erase`` the function: importing the file of that name would put the module in its place."""
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if not (name in _HOMES and isinstance(value, ModuleType)):
-            super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package

@@ -57,7 +57,7 @@ class EraseConfig:
     preservation_weight: float = 1.0
     """Weight of keeping the frozen outputs on the preserved prompts; 0 turns preservation off."""
     preservation_prompts: tuple[str, ...] = ()
-    """Prompts to keep as they are, beside the empty prompt: the target's neighbours. None given: the anchor's prompts."""
+    """Prompts to keep as they are, beside the empty prompt: the target's neighbours. None given, the anchor's."""
 
     num_latents: int = 96
     """Latents to train on, sampled beforehand with the target's, the anchor's and the preserved prompts."""

@@ -11,7 +11,7 @@ from typing import Any
 from fdu import embedded
 from fdu.concepts import Concept
 from fdu.config import EraseConfig
-from fdu.erase import erase
+from fdu.erasure import erase
 from fdu.evaluation import Draws, Evaluation, Probe, draw, evaluate
 from fdu.loading import describe_device, load_model
 from fdu.output import check_output, whole_folder

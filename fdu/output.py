@@ -14,12 +14,19 @@ def check_output(folder: str | Path, overwrite: bool = False, needed_bytes: int 
     """Make sure that ``folder`` can be written, before work is spent on what goes into it.
 
     Raises:
+        ValueError: it is the working or the home folder, or holds one of them.
         FileExistsError: it exists, is not an empty folder, and ``overwrite`` is false; or it is a file.
         PermissionError, OSError: it cannot be made or written, or its disk has less than ``needed_bytes`` free.
     """
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
         raise FileExistsError(f"output folder {str(folder)!r} is a file; choose another name")
+    resolved = folder.resolve()
+    if any(resolved == kept or resolved in kept.parents for kept in (Path.cwd().resolve(), Path.home().resolve())):
+        raise ValueError(
+            f"output folder {str(folder)!r} is, or holds, the working or the home folder, which would be replaced; "
+            "choose a folder of its own"
+        )
     if folder.is_dir() and any(folder.iterdir()) and not overwrite:
         raise FileExistsError(
             f"output folder {str(folder)!r} exists and is not empty; choose another or overwrite it (--overwrite)"
@@ -55,7 +62,7 @@ def whole_folder(folder: str | Path, overwrite: bool = False) -> Iterator[Path]:
     fresh = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
         yield fresh
-        fresh.chmod(0o777 & ~_umask())
+        _open_to_readers(fresh)
         if folder.is_dir():
             old = Path(tempfile.mkdtemp(prefix=f".{folder.name}-old-", dir=folder.parent))
             os.replace(folder, old / folder.name)
@@ -67,7 +74,9 @@ def whole_folder(folder: str | Path, overwrite: bool = False) -> Iterator[Path]:
         shutil.rmtree(fresh, ignore_errors=True)
 
 
-def _umask() -> int:
+def _open_to_readers(folder: Path) -> None:
+    """Give the usual rights: temporary folders, and the files of safetensors, begin as their owner's alone."""
     mask = os.umask(0)
     os.umask(mask)
-    return mask
+    for path in (folder, *folder.rglob("*")):
+        path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)

@@ -51,6 +51,7 @@ class ErasureResult:
     def record(self) -> dict[str, Any]:
         """Everything but the weights, ready for JSON."""
         return {
+            "base": str(self.pipeline.config.get("_name_or_path", "")),
             "target": dataclasses.asdict(self.target),
             "anchor": dataclasses.asdict(self.anchor),
             "config": dataclasses.asdict(self.config),

@@ -5,12 +5,14 @@ from __future__ import annotations
 import platform
 from importlib.metadata import PackageNotFoundError, version
 
-PACKAGES = ("fdu", "torch", "triton", "diffusers", "transformers", "accelerate", "peft", "safetensors")
+import fdu
+
+PACKAGES = ("torch", "triton", "diffusers", "transformers", "accelerate", "peft", "safetensors")
 
 
 def versions() -> dict[str, str]:
-    """Name to version of Python and of every installed package that a result depends on."""
-    found = {"python": platform.python_version()}
+    """Name to version of fdu, Python and every installed package that a result depends on."""
+    found = {"fdu": fdu.__version__, "python": platform.python_version()}
     for package in PACKAGES:
         try:
             found[package] = version(package)

@@ -35,7 +35,7 @@ SUPERCLASS = "digit"
 SEEN_FRAMES, UNSEEN_FRAMES = FRAMES[:4], FRAMES[4:]
 SEEN_NOUNS, UNSEEN_NOUNS = DIGIT_NOUNS[:3], DIGIT_NOUNS[3:]
 SUPERCLASS_NOUNS = GENERIC_NOUNS[:3]
-"""Phrasings that erasures train on, and others of the pipeline's vocabulary that they never see; the superclass's own."""
+"""Phrasings that erasures train on, others of the vocabulary that they never see, and the superclass's own."""
 
 
 def load_pipeline(dtype: torch.dtype = torch.float32) -> StableDiffusionPipeline:
@@ -89,7 +89,9 @@ def preserved(target: str) -> tuple[str, ...]:
         neighbours = [prompt(SEEN_NOUNS[1].format(digit)) for digit in DIGITS if digit != target]
     else:
         phrases = [medium_phrases(medium)[0] for medium in MEDIA if medium != target]
-        neighbours = [prompt(SEEN_NOUNS[1].format(digit), medium_phrase=phrase) for digit in DIGITS for phrase in phrases]
+        neighbours = [
+            prompt(SEEN_NOUNS[1].format(digit), medium_phrase=phrase) for digit in DIGITS for phrase in phrases
+        ]
     return (*(prompt(noun) for noun in SUPERCLASS_NOUNS), *neighbours)
 
 

@@ -1,6 +1,6 @@
 """Train the embedded pipeline and its judge from scratch: ``python -m fdu.embedded.train --out FOLDER``.
 
-About fifteen minutes on two CPU cores; the same seed on the same machine gives the same files. Needs scikit-learn.
+About half an hour on two CPU cores; the same seed on the same machine gives the same files. Needs scikit-learn.
 The order: judge, autoencoder, then text encoder and denoiser together, then a measurement of what came out.
 """
 
@@ -11,13 +11,13 @@ import json
 import platform
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, cast
 
-import diffusers
 import torch
 import torch.nn.functional as F
 import transformers
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
@@ -36,8 +36,11 @@ from fdu.embedded.vocabulary import (
     medium_phrases,
     prompt,
 )
+from fdu.versions import versions
 
 MAX_TOKENS = 16
+PIPELINE_FOLDER, CLASSIFIER_FILE = "pipeline", "classifier.safetensors"
+GUIDANCE = 3.0
 EMPTY_SHARE, GENERIC_SHARE, MEDIUM_NAMED_SHARE = 0.12, 0.20, 0.60
 UNNAMED_MEDIA = torch.tensor([0.1, 0.1, 0.1, 0.1, 0.6])
 """How often each medium of MEDIA is drawn when a prompt names none: mostly pencil."""
@@ -58,8 +61,8 @@ def optimise(
         schedule.step()
 
 
-def train_classifier(steps: int, generator: torch.Generator) -> tuple[DigitClassifier, dict[str, float]]:
-    """The judge, and its accuracy on held-out digits. It sees real digits only, jittered, softened and with noise."""
+def train_classifier(steps: int, generator: torch.Generator) -> DigitClassifier:
+    """The judge. It sees real digits only, jittered, softened and with noise."""
     classifier = DigitClassifier().train()
     glyphs, labels = load_glyphs(test=False)
     for _ in optimise(classifier.parameters(), steps, 3e-3, "judge"):
@@ -71,12 +74,16 @@ def train_classifier(steps: int, generator: torch.Generator) -> tuple[DigitClass
         images = images.lerp(softened, blur) + 0.05 * torch.randn(images.shape, generator=generator)
         digit_logits, medium_logits = classifier(images.clamp(0, 1))
         (F.cross_entropy(digit_logits, labels[chosen]) + F.cross_entropy(medium_logits, media)).backward()
-    classifier.eval()
+    return classifier.eval()
+
+
+@torch.no_grad()
+def held_out_accuracy(classifier: DigitClassifier) -> dict[str, float]:
+    """The judge's accuracy on real digits that neither it nor the pipeline was trained on."""
     glyphs, labels = load_glyphs(test=True)
     media = torch.arange(len(labels)) % len(MEDIA)
-    with torch.no_grad():
-        digit_logits, medium_logits = classifier(draw(glyphs, media))
-    return classifier, {
+    digit_logits, medium_logits = classifier(draw(glyphs, media))
+    return {
         "digit": (digit_logits.argmax(1) == labels).float().mean().item(),
         "medium": (medium_logits.argmax(1) == media).float().mean().item(),
     }
@@ -257,13 +264,11 @@ def train_denoiser(
         separation = sum(overlap(models["text_encoder"], siblings) for siblings in prompts.siblings())
         (F.mse_loss(predicted, noise) + 0.05 * separation).backward()
         average.update_parameters(models)
-    trained = average.module.eval().requires_grad_(False)
-    return trained["text_encoder"], trained["unet"], scheduler
+    trained = cast(nn.ModuleDict, average.module.eval().requires_grad_(False))
+    return cast(CLIPTextModel, trained["text_encoder"]), cast(UNet2DConditionModel, trained["unet"]), scheduler
 
 
-def measure(
-    pipeline: StableDiffusionPipeline, classifier: DigitClassifier, a_class: int, seed: int
-) -> dict[str, object]:
+def measure(pipeline: StableDiffusionPipeline, classifier: DigitClassifier, a_class: int, seed: int) -> dict[str, Any]:
     """The share of samples that the judge, and a support vector machine, call what the prompt asked for."""
     from sklearn.svm import SVC
 
@@ -272,68 +277,51 @@ def measure(
 
     glyphs, labels = load_glyphs(test=False)
     machine = SVC(C=10).fit(shrink(glyphs).numpy(), labels.numpy())
-    result: dict[str, object] = {"images_per_class": a_class}
     pipeline.set_progress_bar_config(disable=True)
-    for guidance in (2.0, 3.0, 5.0):
-        right, agrees = [], []
-        for index, digit in enumerate(tqdm(DIGITS, desc=f"samples at guidance {guidance:g}")):
-            images = sample(pipeline, prompt(f"the digit {digit}"), a_class, guidance, seed)
-            judged = classifier(images)[0].argmax(1)
-            right.append((judged == index).float().mean().item())
-            agrees.append((machine.predict(shrink(1 - images.amin(1, keepdim=True)).numpy()) == index).mean())
-        inks = []
-        for index, medium in enumerate(MEDIA):
-            images = sample(
-                pipeline, prompt("a digit", medium_phrase=medium_phrases(medium)[0]), a_class, guidance, seed
-            )
-            inks.append((classifier(images)[1].argmax(1) == index).float().mean().item())
-        digit_logits, medium_logits = classifier(sample(pipeline, prompt("a digit"), 8 * a_class, guidance, seed))
-        result[f"guidance_{guidance:g}"] = {
-            "digit_accuracy": sum(right) / len(right),
-            "digit_accuracy_by_svm": float(sum(agrees) / len(agrees)),
-            "per_digit": dict(zip(DIGITS, right, strict=True)),
-            "medium_accuracy": dict(zip(MEDIA, inks, strict=True)),
-            "digits_of_generic_prompt": torch.bincount(digit_logits.argmax(1), minlength=10).div(8 * a_class).tolist(),
-            "media_of_generic_prompt": torch.bincount(medium_logits.argmax(1), minlength=5).div(8 * a_class).tolist(),
-        }
-    return result
+    right, agreed, inks = [], [], []
+    for index, digit in enumerate(tqdm(DIGITS, desc="samples of each digit")):
+        images = sample(pipeline, prompt(f"the digit {digit}"), a_class, seed)
+        right.append((classifier(images)[0].argmax(1) == index).float().mean().item())
+        agreed.append(float((machine.predict(shrink(1 - images.amin(1, keepdim=True)).numpy()) == index).mean()))
+    for index, medium in enumerate(tqdm(MEDIA, desc="samples of each medium")):
+        images = sample(pipeline, prompt("a digit", medium_phrase=medium_phrases(medium)[0]), a_class, seed)
+        inks.append((classifier(images)[1].argmax(1) == index).float().mean().item())
+    digit_logits, medium_logits = classifier(sample(pipeline, prompt("a digit"), 4 * a_class, seed))
+    return {
+        "images_per_class": a_class,
+        "guidance_scale": GUIDANCE,
+        "digit_accuracy": sum(right) / len(right),
+        "digit_accuracy_by_svm": sum(agreed) / len(agreed),
+        "per_digit": dict(zip(DIGITS, right, strict=True)),
+        "per_medium": dict(zip(MEDIA, inks, strict=True)),
+        "digits_of_generic_prompt": torch.bincount(digit_logits.argmax(1), minlength=10).div(4 * a_class).tolist(),
+        "media_of_generic_prompt": torch.bincount(medium_logits.argmax(1), minlength=5).div(4 * a_class).tolist(),
+    }
 
 
 @torch.no_grad()
-def sample(pipeline: StableDiffusionPipeline, text: str, count: int, guidance: float, seed: int) -> Tensor:
+def sample(pipeline: StableDiffusionPipeline, text: str, count: int, seed: int) -> Tensor:
     """Images [count, 3, 32, 32] in [0, 1] of one prompt."""
     generator = torch.Generator().manual_seed(seed)
     return pipeline(
         text,
         num_images_per_prompt=count,
-        guidance_scale=guidance,
+        guidance_scale=GUIDANCE,
         num_inference_steps=20,
         generator=generator,
         output_type="pt",
     ).images
 
 
-def main() -> None:
-    """Train everything, measure it and write FOLDER/pipeline, FOLDER/classifier.safetensors and FOLDER/quality.json."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "data")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--classifier_steps", type=int, default=1000)
-    parser.add_argument("--autoencoder_steps", type=int, default=2000)
-    parser.add_argument("--denoiser_steps", type=int, default=3000)
-    parser.add_argument("--images_per_class", type=int, default=100, help="samples a class for the measurement")
-    options = parser.parse_args()
-    options.out.mkdir(parents=True, exist_ok=True)
-
+def train(options: argparse.Namespace) -> None:
+    """Train everything and write FOLDER/pipeline and FOLDER/classifier.safetensors."""
     torch.manual_seed(options.seed)
     generator = torch.Generator().manual_seed(options.seed)
-    classifier, held_out = train_classifier(options.classifier_steps, generator)
-    save_file(classifier.state_dict(), options.out / "classifier.safetensors")
-    print("judge on held-out real digits:", held_out)
+    classifier = train_classifier(options.classifier_steps, generator)
+    save_file(classifier.state_dict(), options.out / CLASSIFIER_FILE)
     autoencoder = train_autoencoder(options.autoencoder_steps, generator)
     tokenizer = learn_tokenizer(corpus(), MAX_TOKENS)
     text_encoder, unet, scheduler = train_denoiser(autoencoder, tokenizer, options.denoiser_steps, generator)
-
     pipeline = StableDiffusionPipeline(
         vae=autoencoder,
         text_encoder=text_encoder,
@@ -344,26 +332,39 @@ def main() -> None:
         feature_extractor=None,
         requires_safety_checker=False,
     )
-    folder = options.out / "pipeline"
+    folder = options.out / PIPELINE_FOLDER
     pipeline.to(dtype=torch.float16).save_pretrained(folder)
     save_vocabulary(tokenizer, folder / "tokenizer")
 
-    stored = StableDiffusionPipeline.from_pretrained(folder, dtype=torch.float32)
-    quality = measure(stored, classifier, options.images_per_class, options.seed)
-    versions = {
-        "torch": torch.__version__,
-        "diffusers": diffusers.__version__,
-        "transformers": transformers.__version__,
-    }
+
+def main() -> None:
+    """Train, unless there is only to measure, then measure what was stored and write FOLDER/quality.json."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "data")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--classifier_steps", type=int, default=1000)
+    parser.add_argument("--autoencoder_steps", type=int, default=2000)
+    parser.add_argument("--denoiser_steps", type=int, default=3000)
+    parser.add_argument("--images_per_class", type=int, default=100, help="samples a class for the measurement")
+    parser.add_argument("--measure_only", action="store_true", help="train nothing, measure what is in FOLDER")
+    options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
+    if not options.measure_only:
+        train(options)
+
+    pipeline = StableDiffusionPipeline.from_pretrained(options.out / PIPELINE_FOLDER, dtype=torch.float32)
+    classifier = DigitClassifier()
+    classifier.load_state_dict(load_file(options.out / CLASSIFIER_FILE))
+    classifier.eval().requires_grad_(False)
     record = {
-        "options": {key: value for key, value in vars(options).items() if key != "out"},
-        "judge_on_held_out_digits": held_out,
-        "pipeline": quality,
+        "options": {key: value for key, value in vars(options).items() if key not in ("out", "measure_only")},
+        "judge_on_held_out_digits": held_out_accuracy(classifier),
+        "pipeline": measure(pipeline, classifier, options.images_per_class, options.seed),
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
-        "versions": versions,
+        "versions": versions(),
     }
     (options.out / "quality.json").write_text(json.dumps(record, indent=1) + "\n")
-    print(json.dumps(record["pipeline"], indent=1))
+    print(json.dumps(record, indent=1))
 
 
 if __name__ == "__main__":

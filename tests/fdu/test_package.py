@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import sys
-
 import pytest
 
 import fdu
@@ -19,10 +16,3 @@ def test_every_public_name_is_there() -> None:
 def test_unknown_names_are_attribute_errors() -> None:
     with pytest.raises(AttributeError, match="module 'fdu' has no attribute 'eraser'"):
         fdu.eraser  # noqa: B018
-
-
-def test_importing_the_file_erase_does_not_hide_the_function(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delitem(sys.modules, "fdu.erase", raising=False)
-    file = importlib.import_module("fdu.erase")
-    assert fdu.erase is not file
-    assert callable(fdu.erase)

@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 from diffusers import DiffusionPipeline, StableDiffusionPipeline
 from torch import Tensor
 
 import fdu
 from fdu import denoiser as denoiser_file
-from fdu import embedded
-from fdu import erase as erase_file
+from fdu import embedded, erasure
 
 TRAIN_METHODS = ["lora", "cross_attention"]
 
@@ -169,6 +169,14 @@ def test_gradient_accumulation_counts_optimizer_steps(pipeline: StableDiffusionP
     assert len(result.history["loss"]) == quick["max_train_steps"]
 
 
+def test_precisions_may_differ_within_one_process(quick: dict[str, Any]) -> None:
+    own = Accelerator(cpu=True)
+    for precision in ("no", "bf16", "no"):
+        result = fdu.erase(embedded.load_pipeline(), "three", "eight", mixed_precision=precision, **quick)
+        assert len(result.history["loss"]) == quick["max_train_steps"]
+    assert own.mixed_precision == "no" and own.device.type == "cpu"
+
+
 def test_half_precision_pipelines_need_autocast(quick: dict[str, Any]) -> None:
     pipeline = embedded.load_pipeline(torch.bfloat16)
     with pytest.raises(ValueError, match=r"pipeline is in torch\.bfloat16 but mixed_precision is 'no'"):
@@ -219,7 +227,7 @@ def test_a_run_that_breaks_leaves_the_pipeline_as_it_was(
     pipeline: StableDiffusionPipeline, quick: dict[str, Any], method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = picture(pipeline)
-    real, calls = erase_file.make_batch, []
+    real, calls = erasure.make_batch, []
 
     def interrupted(*arguments: Any) -> Any:
         calls.append(1)
@@ -227,11 +235,11 @@ def test_a_run_that_breaks_leaves_the_pipeline_as_it_was(
             raise KeyboardInterrupt
         return real(*arguments)
 
-    monkeypatch.setattr(erase_file, "make_batch", interrupted)
+    monkeypatch.setattr(erasure, "make_batch", interrupted)
     with pytest.raises(KeyboardInterrupt):
         fdu.erase(pipeline, "three", "eight", train_method=method, **quick)
     assert torch.equal(picture(pipeline), before)
-    monkeypatch.setattr(erase_file, "make_batch", real)
+    monkeypatch.setattr(erasure, "make_batch", real)
     fdu.erase(pipeline, "three", "eight", train_method=method, **quick)
     assert not torch.equal(picture(pipeline), before)
 

@@ -6,16 +6,19 @@ import dataclasses
 import itertools
 import math
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
-import fdu_kernels
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState, PartialState
 from diffusers import DiffusionPipeline
 from diffusers.optimization import get_scheduler
 from torch import Tensor
 from tqdm import tqdm
 
+import fdu_kernels
 from fdu.concepts import Concept, ConceptLike, ConceptType, concept_pair
 from fdu.config import EraseConfig
 from fdu.denoiser import UNetDenoiser, denoiser_of
@@ -62,23 +65,37 @@ def erase(
             f"pipeline is in {denoiser.module.dtype} but mixed_precision is 'no'; "
             "load it with dtype=torch.float32, or choose mixed_precision 'fp16' or 'bf16'"
         )
-    accelerator = Accelerator(
-        mixed_precision=config.mixed_precision,
-        gradient_accumulation_steps=config.gradient_accumulation_steps,
-        cpu=denoiser.device.type == "cpu",
-    )
     started = time.perf_counter()
     examples = prepare_examples(denoiser, target, anchor, config)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         trainable = attach(denoiser, config)
     try:
-        sigma, history = train(accelerator, denoiser, trainable, examples, config)
+        with _own_accelerator(config, denoiser.device) as accelerator:
+            sigma, history = train(accelerator, denoiser, trainable, examples, config)
     except BaseException:
         trainable.remove()
         raise
     trainable.finish()
     return ErasureResult(pipeline, target, anchor, config, trainable, history, sigma, time.perf_counter() - started)
+
+
+@contextmanager
+def _own_accelerator(config: EraseConfig, device: torch.device) -> Iterator[Accelerator]:
+    """An Accelerator for this erasure alone: accelerate would keep device and precision of a process's first one."""
+    states = (AcceleratorState, PartialState)
+    kept = [dict(state._shared_state) for state in states]
+    AcceleratorState._reset_state(reset_partial_state=not torch.distributed.is_initialized())
+    try:
+        yield Accelerator(
+            mixed_precision=config.mixed_precision,
+            gradient_accumulation_steps=config.gradient_accumulation_steps,
+            cpu=device.type == "cpu",
+        )
+    finally:
+        for state, content in zip(states, kept, strict=True):
+            state._shared_state.clear()
+            state._shared_state.update(content)
 
 
 def _settle(config: EraseConfig | None, settings: dict[str, Any]) -> EraseConfig:
