@@ -148,7 +148,7 @@ def make(run: Run, results: Path) -> None:
         "figures": figures,
         "sigma": result.sigma,
         "seconds": result.seconds,
-        "settings": dataclasses.asdict(result.config),
+        "settings": result.config.as_dict(),
         **conditions(),
     }
     write(results / run.suite / f"{run.name}.json", record)

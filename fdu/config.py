@@ -75,8 +75,11 @@ class EraseConfig:
         import fdu_kernels  # here, because it brings torch and the help of the command line should not wait for it
 
         fdu_kernels.get_divergence(self.divergence)
-        if self.sigma != "auto" and not (isinstance(self.sigma, (int, float)) and self.sigma > 0):
-            raise ValueError(f"sigma must be a number > 0 or 'auto', got {self.sigma!r}")
+        if isinstance(self.sigma, str):
+            if self.sigma != "auto":
+                raise ValueError(f"sigma must be a finite number > 0 or 'auto', got {self.sigma!r}")
+        else:
+            self._require_number("sigma", self.sigma, above=0)
         self._require_number("s0", self.s0, above=0)
         self._require_choice("distance", self.distance, ("mean", "sum"))
         self._require_choice("train_method", self.train_method, TRAIN_METHODS)
@@ -91,8 +94,14 @@ class EraseConfig:
             self._require_number(name, getattr(self, name), above=0)
         for name in ("preservation_weight", "adam_weight_decay", "guidance_scale"):
             self._require_number(name, getattr(self, name), at_least=0)
+        for name in ("adam_beta1", "adam_beta2"):
+            self._require_number(name, getattr(self, name), at_least=0)
+            if getattr(self, name) >= 1:
+                raise ValueError(f"{name} must be below 1, got {getattr(self, name)!r}")
         if isinstance(self.preservation_prompts, str):
             raise TypeError("preservation_prompts must be a sequence of prompts, got one string; put it in a list")
+        if not all(isinstance(prompt, str) for prompt in self.preservation_prompts):
+            raise TypeError("preservation_prompts must hold strings only")
 
     @staticmethod
     def _require_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
@@ -110,6 +119,11 @@ class EraseConfig:
         right = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
         if not right or (at_least is not None and value < at_least) or (above is not None and value <= above):
             raise ValueError(f"{name} must be a finite number {bound}, got {value!r}")
+
+    def as_dict(self) -> dict[str, Any]:
+        """Ready for JSON; a Divergence becomes its name."""
+        values = {name: getattr(self, name) for name in self.field_names()}
+        return {**values, "divergence": str(self.divergence), "preservation_prompts": list(self.preservation_prompts)}
 
     @classmethod
     def field_names(cls) -> tuple[str, ...]:

@@ -12,6 +12,9 @@ from diffusers import DDPMScheduler, DiffusionPipeline, UNet2DConditionModel
 from torch import Tensor
 from tqdm import tqdm
 
+ENCODE_BATCH = 256
+"""Prompts encoded at a time."""
+
 
 class UNetDenoiser:
     """Stable Diffusion 1.x and 2.x: a UNet2DConditionModel that reads one text encoder through cross-attention."""
@@ -24,7 +27,6 @@ class UNetDenoiser:
         self.module: UNet2DConditionModel = pipeline.unet
         # The pipeline's own scheduler is made to sample; noising and timesteps for training follow DDPM.
         self.schedule = DDPMScheduler.from_config(pipeline.scheduler.config)
-        self.alphas_cumprod = self.schedule.alphas_cumprod
 
     @property
     def device(self) -> torch.device:
@@ -33,14 +35,18 @@ class UNetDenoiser:
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> Tensor:
         """Text embeddings [N, tokens, width] of prompts, in the dtype of the text encoder."""
-        embeddings, _ = self.pipeline.encode_prompt(list(prompts), self.device, 1, do_classifier_free_guidance=False)
-        return embeddings
+        batches = [list(prompts[start : start + ENCODE_BATCH]) for start in range(0, len(prompts), ENCODE_BATCH)]
+        encoded = [
+            self.pipeline.encode_prompt(batch, self.device, 1, do_classifier_free_guidance=False)[0]
+            for batch in batches
+        ]
+        return torch.cat(encoded)
 
     @torch.no_grad()
     def draw_latents(
         self, prompts: Sequence[str], steps: int, guidance_scale: float, seed: int, batch_size: int
     ) -> Tensor:
-        """Sample one clean latent a prompt, [N, C, H, W]; latent i depends on its prompt and ``seed + i`` alone."""
+        """Sample a clean latent a prompt, fp32 [N, C, H, W]; latent i depends on its prompt and ``seed + i`` alone."""
         batches = []
         unbarred = getattr(self.pipeline, "_progress_bar_config", {})
         self.pipeline.set_progress_bar_config(disable=True)
@@ -55,7 +61,8 @@ class UNetDenoiser:
                     generator=generators,
                     output_type="latent",
                 )
-                batches.append(drawn.images)
+                # Half precision would round the noise away at the first timesteps.
+                batches.append(drawn.images.float())
         finally:
             self.pipeline._progress_bar_config = unbarred
         return torch.cat(batches)
@@ -63,7 +70,7 @@ class UNetDenoiser:
     def random_timesteps(self, count: int, generator: torch.Generator) -> Tensor:
         """Timesteps [count], uniform over the training schedule."""
         timesteps = torch.randint(self.schedule.config.num_train_timesteps, (count,), generator=generator)
-        return timesteps.to(self.device)
+        return timesteps.to(self.device, non_blocking=True)
 
     def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """x_t [N, C, H, W] from clean latents, noise and timesteps [N]."""
@@ -84,12 +91,12 @@ def denoiser_of(pipeline: DiffusionPipeline) -> UNetDenoiser:
         raise TypeError(
             f"pipeline must be a diffusers pipeline, got {type(pipeline).__name__}; load it with from_pretrained"
         )
-    unet = getattr(pipeline, "unet", None)
-    single_text_encoder = (
-        getattr(pipeline, "text_encoder", None) is not None and getattr(pipeline, "text_encoder_2", None) is None
-    )
-    if isinstance(unet, UNet2DConditionModel) and single_text_encoder and hasattr(pipeline, "encode_prompt"):
-        return UNetDenoiser(pipeline)
+    unet, second = getattr(pipeline, "unet", None), getattr(pipeline, "text_encoder_2", None)
+    if isinstance(unet, UNet2DConditionModel) and second is None and hasattr(pipeline, "encode_prompt"):
+        # Inpainting and editing models take further channels beside the latents.
+        plain = unet.config.in_channels == pipeline.vae.config.latent_channels
+        if plain and getattr(pipeline, "controlnet", None) is None:
+            return UNetDenoiser(pipeline)
     raise TypeError(
         f"pipeline is a {type(pipeline).__name__}, whose family is not supported yet; supported: Stable Diffusion 1.x "
         "and 2.x (a UNet2DConditionModel with one text encoder). "

@@ -5,14 +5,15 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, PartialState
+from accelerate.state import AcceleratorState, GradientState, PartialState
 from diffusers import DiffusionPipeline
 from diffusers.optimization import get_scheduler
 from torch import Tensor
@@ -60,15 +61,15 @@ def erase(
     target, anchor = concept_pair(target, anchor, concept_type)
     config = _settle(config, settings)
     denoiser = denoiser_of(pipeline)
-    if config.mixed_precision == "no" and denoiser.module.dtype != torch.float32:
-        raise ValueError(
-            f"pipeline is in {denoiser.module.dtype} but mixed_precision is 'no'; "
-            "load it with dtype=torch.float32, or choose mixed_precision 'fp16' or 'bf16'"
-        )
+    _check_run(denoiser, target, config)
     started = time.perf_counter()
     examples = prepare_examples(denoiser, target, anchor, config)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
+    on_gpu = denoiser.device.type == "cuda"
+    with torch.random.fork_rng(devices=[denoiser.device] if on_gpu else []):
+        torch.default_generator.manual_seed(config.seed)
+        if on_gpu:
+            with torch.cuda.device(denoiser.device):
+                torch.cuda.manual_seed(config.seed)
         trainable = attach(denoiser, config)
     try:
         with _own_accelerator(config, denoiser.device) as accelerator:
@@ -83,19 +84,44 @@ def erase(
 @contextmanager
 def _own_accelerator(config: EraseConfig, device: torch.device) -> Iterator[Accelerator]:
     """An Accelerator for this erasure alone: accelerate would keep device and precision of a process's first one."""
-    states = (AcceleratorState, PartialState)
+    states = (AcceleratorState, PartialState, GradientState)
     kept = [dict(state._shared_state) for state in states]
-    AcceleratorState._reset_state(reset_partial_state=not torch.distributed.is_initialized())
+    for state in states:
+        state._reset_state()
     try:
         yield Accelerator(
             mixed_precision=config.mixed_precision,
             gradient_accumulation_steps=config.gradient_accumulation_steps,
             cpu=device.type == "cpu",
+            device_placement=False,  # the pipeline is where its user put it
         )
     finally:
         for state, content in zip(states, kept, strict=True):
             state._shared_state.clear()
             state._shared_state.update(content)
+
+
+def _check_run(denoiser: UNetDenoiser, target: Concept, config: EraseConfig) -> None:
+    """Refuse what cannot be trained, before any work."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise RuntimeError("erase runs in one process; start it without accelerate launch or torchrun")
+    if config.mixed_precision == "no" and denoiser.module.dtype != torch.float32:
+        raise ValueError(
+            f"pipeline is in {denoiser.module.dtype} but mixed_precision is 'no'; "
+            "load it with dtype=torch.float32, or choose mixed_precision 'fp16' or 'bf16'"
+        )
+    if config.mixed_precision == "fp16" and denoiser.device.type == "cpu":
+        raise ValueError(
+            "mixed_precision 'fp16' needs an accelerator, and the pipeline is on the CPU; use 'bf16' or 'no'"
+        )
+    if getattr(denoiser.module, "peft_config", {}):
+        raise ValueError(
+            f"pipeline already carries adapters ({', '.join(denoiser.module.peft_config)}); make them part of it with "
+            "pipeline.fuse_lora() and pipeline.unload_lora_weights(), or load it afresh"
+        )
+    contradicted = sorted(set(config.preservation_prompts) & set(target.prompts))
+    if contradicted:
+        raise ValueError(f"preservation_prompts holds {contradicted[0]!r}, a prompt of the target; take it out")
 
 
 def _settle(config: EraseConfig | None, settings: dict[str, Any]) -> EraseConfig:
@@ -135,7 +161,7 @@ def prepare_examples(denoiser: UNetDenoiser, target: Concept, anchor: Concept, c
     preserving = config.num_latents // 4 if config.preservation_weight else 0
     erasing = config.num_latents - preserving
     shares = ((target.prompts, erasing // 2), (anchor.prompts, erasing - erasing // 2), (preserved, preserving))
-    prompts = [prompt for group, count in shares for prompt in itertools.islice(itertools.cycle(group), count)]
+    prompts = [prompt for group, count in shares for prompt in spread(group, count)]
     latents = denoiser.draw_latents(
         prompts, config.num_inference_steps, config.guidance_scale, config.seed, LATENT_BATCH
     )
@@ -144,6 +170,13 @@ def prepare_examples(denoiser: UNetDenoiser, target: Concept, anchor: Concept, c
         return torch.stack([embeddings[prompt] for prompt in group])
 
     return Examples(stack(target.prompts), stack(anchor.prompts), stack(preserved), latents, erasing)
+
+
+def spread(prompts: Sequence[str], count: int) -> list[str]:
+    """``count`` of the prompts: evenly over all of them where they are more, again and again where they are fewer."""
+    if count < len(prompts):
+        return [prompts[index * len(prompts) // count] for index in range(count)]
+    return list(itertools.islice(itertools.cycle(prompts), count))
 
 
 def train(
@@ -179,35 +212,39 @@ def train(
     draws = torch.Generator().manual_seed(config.seed)
     size = config.train_batch_size
     course: list[Tensor] = []
-    progress = tqdm(range(config.max_train_steps), desc="erase", unit="step", disable=not accelerator.is_main_process)
-    for step in progress:
-        for _ in range(config.gradient_accumulation_steps):
-            with accelerator.accumulate(denoiser.module), accelerator.autocast():
-                noisy, timesteps, context, frozen_context = make_batch(denoiser, examples, config, draws)
-                with torch.no_grad(), trainable.frozen():
-                    frozen = denoiser.predict(noisy, timesteps, frozen_context)
-                predicted = denoiser.predict(noisy, timesteps, context)
+    try:
+        progress = tqdm(range(config.max_train_steps), desc="erase", unit="step")
+        for step in progress:
+            terms = []
+            for _ in range(config.gradient_accumulation_steps):
+                with accelerator.accumulate(denoiser.module):
+                    noisy, timesteps, context, frozen_context = make_batch(denoiser, examples, config, draws)
+                    with torch.no_grad(), trainable.frozen():
+                        frozen = denoiser.predict(noisy, timesteps, frozen_context)
+                    predicted = denoiser.predict(noisy, timesteps, context)
 
-                erased = criterion(predicted[:size], frozen[:size]) / slope
-                kept = erased.new_zeros(())
-                if config.preservation_weight:
-                    kept = fdu_kernels.gaussian_divergence(
-                        predicted[size:], frozen[size:], "mse", sigma=criterion.sigma, distance=config.distance
-                    )
-                loss = erased + config.preservation_weight * kept
-                accelerator.backward(loss)
-                if accelerator.sync_gradients:
-                    accelerator.clip_grad_norm_(parameters, config.max_grad_norm)
-                optimizer.step()
-                schedule.step()
-                optimizer.zero_grad(set_to_none=True)
-        with torch.no_grad():
-            distance = fdu_kernels.squared_distance(predicted[:size], frozen[:size], distance=config.distance).median()
-            course.append(torch.stack([loss.detach(), erased.detach(), kept.detach(), distance]))
-        if step % CHECK_EVERY == 0 or step + 1 == config.max_train_steps:
-            _check_finite(course[-1][0], step)
-            progress.set_postfix(loss=f"{course[-1][0].item():.4f}")
-    denoiser.module = accelerator.unwrap_model(denoiser.module, keep_fp32_wrapper=False)
+                    erased = criterion(predicted[:size], frozen[:size]) / slope
+                    kept = erased.new_zeros(())
+                    if config.preservation_weight:
+                        kept = fdu_kernels.gaussian_divergence(
+                            predicted[size:], frozen[size:], "mse", sigma=criterion.sigma, distance=config.distance
+                        )
+                    loss = erased + config.preservation_weight * kept
+                    accelerator.backward(loss)
+                    if accelerator.sync_gradients:
+                        accelerator.clip_grad_norm_(parameters, config.max_grad_norm)
+                    optimizer.step()
+                    schedule.step()
+                    optimizer.zero_grad(set_to_none=True)
+                with torch.no_grad():
+                    distances = fdu_kernels.squared_distance(predicted[:size], frozen[:size], distance=config.distance)
+                    terms.append(torch.stack([loss, erased, kept, distances.median()]))
+            course.append(torch.stack(terms).mean(0))
+            if step % CHECK_EVERY == 0 or step + 1 == config.max_train_steps:
+                _check_finite(torch.stack(course[-CHECK_EVERY:])[:, 0], step)
+                progress.set_postfix(loss=f"{course[-1][0].item():.4f}")
+    finally:
+        denoiser.module = accelerator.unwrap_model(denoiser.module, keep_fp32_wrapper=False)
     columns = torch.stack(course).T.tolist() if course else [[]] * 4
     return float(criterion.sigma), dict(zip(("loss", "divergence", "preservation", "distance"), columns, strict=True))
 
@@ -222,7 +259,7 @@ def make_batch(
     """
 
     def choose(count: int, of: int) -> Tensor:
-        return torch.randint(of, (count,), generator=draws).to(denoiser.device)
+        return torch.randint(of, (count,), generator=draws).to(denoiser.device, non_blocking=True)
 
     size = config.train_batch_size
     pairs = choose(size, len(examples.target))
@@ -233,14 +270,18 @@ def make_batch(
         chosen = torch.cat([chosen, choose(size, len(examples.latents))])
         context, frozen_context = torch.cat([context, kept]), torch.cat([frozen_context, kept])
     latents = examples.latents[chosen]
-    noise = torch.randn(latents.shape, generator=draws).to(latents)
+    noise = torch.randn(latents.shape, generator=draws).to(denoiser.device, non_blocking=True)
     timesteps = denoiser.random_timesteps(len(latents), draws)
     return denoiser.add_noise(latents, noise, timesteps), timesteps, context, frozen_context
 
 
-def _check_finite(loss: Tensor, step: int) -> None:
-    if not torch.isfinite(loss):
+def _check_finite(losses: Tensor, step: int) -> None:
+    """Raise RuntimeError if one of the losses up to ``step`` is not finite."""
+    wrong = (~torch.isfinite(losses)).nonzero()
+    if len(wrong):
+        first = int(wrong[0])
         raise RuntimeError(
-            f"the loss became {loss.item()} at step {step}; the pipeline draws as before. "
-            "Lower learning_rate, or lower s0 if the divergence grows exponentially (pearson_chi2, alpha > 1)"
+            f"the loss became {losses[first].item()} at step {step + 1 - len(losses) + first}; "
+            "the pipeline draws as before. Lower learning_rate, or lower s0 if the divergence grows exponentially "
+            "(pearson_chi2, alpha > 1)"
         )

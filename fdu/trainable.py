@@ -16,6 +16,7 @@ from diffusers import DiffusionPipeline
 from diffusers.training_utils import cast_training_params
 from diffusers.utils import convert_state_dict_to_diffusers
 from peft import LoraConfig
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_peft_model_state_dict
 from torch import nn
 
@@ -36,7 +37,7 @@ class Trainable(Protocol):
         """Within this context the module computes what it did before the erasure."""
 
     def finish(self) -> None:
-        """End the training: no gradients, and the dtype of the rest of the model."""
+        """End the training: no more gradients."""
 
     def remove(self) -> None:
         """Undo everything: the module computes what it did before."""
@@ -50,11 +51,6 @@ class LoRA:
 
     def __init__(self, denoiser: UNetDenoiser, config: EraseConfig) -> None:
         self.module = denoiser.module
-        if ADAPTER_NAME in getattr(self.module, "peft_config", {}):
-            raise ValueError(
-                f"pipeline already carries an adapter named {ADAPTER_NAME!r}; "
-                "fuse it with pipeline.fuse_lora() and pipeline.unload_lora_weights(), or load the pipeline afresh"
-            )
         targets = [name for name, _ in self.module.named_modules() if name.endswith(denoiser.context_projections)]
         self.module.requires_grad_(False)
         self.module.add_adapter(
@@ -63,26 +59,36 @@ class LoRA:
             ),
             adapter_name=ADAPTER_NAME,
         )
+        # fp32 also beside a half-precision model: peft casts what flows through them.
         cast_training_params(self.module, dtype=torch.float32)
+        self.layers = [layer for layer in self.module.modules() if isinstance(layer, BaseTunerLayer)]
+        self.trained = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
 
     def parameters(self) -> list[nn.Parameter]:
-        return [parameter for parameter in self.module.parameters() if parameter.requires_grad]
+        return self.trained
 
     @contextmanager
     def frozen(self) -> Iterator[None]:
-        self.module.disable_adapters()
+        training = [parameter.requires_grad for parameter in self.trained]
+        self._enable(False)
         try:
             yield
         finally:
-            self.module.enable_adapters()
+            self._enable(True)
+            # Enabling an adapter makes peft train it again.
+            for parameter, trains in zip(self.trained, training, strict=True):
+                parameter.requires_grad_(trains)
+
+    def _enable(self, enabled: bool) -> None:
+        for layer in self.layers:
+            layer.enable_adapters(enabled)
 
     def finish(self) -> None:
-        for parameter in self.parameters():
+        for parameter in self.trained:
             parameter.requires_grad_(False)
-            parameter.data = parameter.data.to(self.module.dtype)
 
     def remove(self) -> None:
-        self.module.delete_adapters(ADAPTER_NAME)
+        self.module.unload_lora()
 
     def save(self, pipeline: DiffusionPipeline, folder: Path) -> None:
         layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(self.module, adapter_name=ADAPTER_NAME))
