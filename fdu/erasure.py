@@ -112,7 +112,7 @@ def _check_run(denoiser: UNetDenoiser, target: Concept, config: EraseConfig) -> 
         )
     if config.mixed_precision == "fp16" and denoiser.device.type == "cpu":
         raise ValueError(
-            "mixed_precision 'fp16' needs an accelerator, and the pipeline is on the CPU; use 'bf16' or 'no'"
+            "mixed_precision 'fp16' needs a GPU, and the pipeline is on the CPU; use 'bf16' or 'no'"
         )
     if getattr(denoiser.module, "peft_config", {}):
         raise ValueError(
@@ -245,6 +245,7 @@ def train(
                 progress.set_postfix(loss=f"{course[-1][0].item():.4f}")
     finally:
         denoiser.module = accelerator.unwrap_model(denoiser.module, keep_fp32_wrapper=False)
+        vars(denoiser.module).pop("forward", None)  # unwrapping pins the class's own method to the module
     columns = torch.stack(course).T.tolist() if course else [[]] * 4
     return float(criterion.sigma), dict(zip(("loss", "divergence", "preservation", "distance"), columns, strict=True))
 

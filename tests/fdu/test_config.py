@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from typing import Any
 
 import pytest
 
+import fdu_kernels
 from fdu import EraseConfig
 
 
@@ -15,7 +17,12 @@ from fdu import EraseConfig
     [
         ("divergence", "helinger", "squared_hellinger|hellinger"),
         ("divergence", "alpha:0", "reverse_kl|kl"),
-        ("sigma", 0.0, "sigma must be a number > 0 or 'auto', got 0.0"),
+        ("sigma", 0.0, "sigma must be a finite number > 0, got 0.0"),
+        ("sigma", float("inf"), "sigma must be a finite number > 0"),
+        ("sigma", True, "sigma must be a finite number > 0"),
+        ("adam_beta1", 1.5, "adam_beta1 must be below 1, got 1.5"),
+        ("adam_beta2", -0.1, "adam_beta2 must be a finite number >= 0"),
+        ("preservation_prompts", ("a", 3), "preservation_prompts must hold strings only"),
         ("sigma", "median", "sigma must be"),
         ("s0", 0, "s0 must be a finite number > 0, got 0"),
         ("s0", float("nan"), "s0 must be a finite number"),
@@ -47,3 +54,8 @@ def test_the_names_that_diffusers_uses_are_kept() -> None:
         "mixed_precision", "seed", "rank",
     }  # fmt: skip
     assert shared <= {field.name for field in dataclasses.fields(EraseConfig)}
+
+
+def test_a_divergence_of_the_users_own_is_recorded_by_name() -> None:
+    own = fdu_kernels.Divergence.from_generator(lambda u: (u - 1) ** 2, name="mine")
+    assert json.loads(json.dumps(EraseConfig(divergence=own).as_dict()))["divergence"] == "mine"

@@ -10,6 +10,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from diffusers import DiffusionPipeline, StableDiffusionPipeline
+from peft import LoraConfig
 from torch import Tensor
 
 import fdu
@@ -94,26 +95,39 @@ def test_no_step_changes_nothing(pipeline: StableDiffusionPipeline, quick: dict[
     assert result.history["loss"] == []
 
 
-def test_the_frozen_anchor_is_no_second_model(pipeline: StableDiffusionPipeline, quick: dict[str, Any]) -> None:
-    fdu.erase(pipeline, "three", "eight", **quick)
+@pytest.mark.parametrize("method", TRAIN_METHODS)
+def test_the_frozen_anchor_is_no_second_model(
+    pipeline: StableDiffusionPipeline, quick: dict[str, Any], method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counts, real = [], erasure.make_batch
+
+    def counting(*arguments: Any) -> Any:
+        kinds = [type(thing) for thing in gc.get_objects() if issubclass(type(thing), torch.nn.Module)]
+        counts.append(kinds.count(type(pipeline.unet)))
+        return real(*arguments)
+
     gc.collect()
-    kinds = [type(thing) for thing in gc.get_objects() if isinstance(thing, torch.nn.Module)]
-    assert kinds.count(type(pipeline.unet)) == 1
+    monkeypatch.setattr(erasure, "make_batch", counting)
+    fdu.erase(pipeline, "three", "eight", train_method=method, **quick)
+    assert counts == [1] * quick["max_train_steps"]
 
 
 def test_prompts_are_encoded_once_and_latents_drawn_once(
     pipeline: StableDiffusionPipeline, quick: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    calls = {"text": 0, "image": 0}
+    calls = {"text": 0, "unet": 0}
     pipeline.text_encoder.register_forward_hook(lambda *_: calls.__setitem__("text", calls["text"] + 1))
-    monkeypatch.setattr(pipeline.vae, "decode", lambda *_, **__: pytest.fail("latents need no pixels"))
-    monkeypatch.setattr(pipeline.vae, "encode", lambda *_, **__: pytest.fail("latents need no pixels"))
+    pipeline.unet.register_forward_hook(lambda *_: calls.__setitem__("unet", calls["unet"] + 1))
+    for name in ("decode", "encode"):
+        monkeypatch.setattr(pipeline.vae, name, lambda *_, **__: pytest.fail("latents need no pixels"))
     counts = []
     for steps in (1, 5):
-        calls["text"] = 0
+        calls.update(text=0, unet=0)
         fdu.erase(pipeline, "three", "eight", **{**quick, "max_train_steps": steps, "train_method": "cross_attention"})
-        counts.append(calls["text"])
-    assert counts[0] == counts[1]
+        counts.append(dict(calls))
+    assert counts[0]["text"] == counts[1]["text"]
+    # A step is one frozen and one trained forward pass, and nothing else.
+    assert counts[1]["unet"] - counts[0]["unet"] == 2 * 4
 
 
 def test_preservation_holds_what_it_names(quick: dict[str, Any]) -> None:
@@ -164,27 +178,48 @@ def test_divergences_are_standardised(quick: dict[str, Any]) -> None:
     assert max(starts) / min(starts) < 1.01
 
 
-def test_gradient_accumulation_counts_optimizer_steps(pipeline: StableDiffusionPipeline, quick: dict[str, Any]) -> None:
+def test_gradient_accumulation_is_one_larger_batch(quick: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    steps, real = [], torch.optim.AdamW.step
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda *a, **k: (steps.append(1), real(*a, **k))[1])
+    pipeline = embedded.load_pipeline()
     result = fdu.erase(pipeline, "three", "eight", gradient_accumulation_steps=3, **quick)
-    assert len(result.history["loss"]) == quick["max_train_steps"]
+    assert len(steps) == len(result.history["loss"]) == quick["max_train_steps"]
 
 
 def test_precisions_may_differ_within_one_process(quick: dict[str, Any]) -> None:
-    own = Accelerator(cpu=True)
+    own = Accelerator(cpu=True, gradient_accumulation_steps=4)
     for precision in ("no", "bf16", "no"):
         result = fdu.erase(embedded.load_pipeline(), "three", "eight", mixed_precision=precision, **quick)
         assert len(result.history["loss"]) == quick["max_train_steps"]
-    assert own.mixed_precision == "no" and own.device.type == "cpu"
+    assert own.mixed_precision == "no" and own.device.type == "cpu" and own.gradient_accumulation_steps == 4
 
 
-def test_half_precision_pipelines_need_autocast(quick: dict[str, Any]) -> None:
+@pytest.mark.parametrize("method", TRAIN_METHODS)
+def test_half_precision_pipelines_need_autocast(quick: dict[str, Any], method: str) -> None:
     pipeline = embedded.load_pipeline(torch.bfloat16)
     with pytest.raises(ValueError, match=r"pipeline is in torch\.bfloat16 but mixed_precision is 'no'"):
         fdu.erase(pipeline, "three", "eight", **quick)
-    result = fdu.erase(pipeline, "three", "eight", mixed_precision="bf16", **quick)
+    before = picture(pipeline)
+    fdu.erase(pipeline, "three", "eight", mixed_precision="bf16", train_method=method, **quick)
     assert pipeline.unet.dtype == torch.bfloat16
-    assert all(parameter.dtype == torch.bfloat16 for parameter in pipeline.unet.parameters())
-    assert torch.isfinite(picture(pipeline)).all() and len(result.history["loss"]) == quick["max_train_steps"]
+    assert torch.isfinite(picture(pipeline)).all() and not torch.equal(picture(pipeline), before)
+
+
+@pytest.mark.parametrize("method", TRAIN_METHODS)
+def test_autocast_trains_the_weights_that_change(quick: dict[str, Any], method: str) -> None:
+    """A cache of cast weights must not serve the frozen weights to the trained pass."""
+    settings = {**quick, "max_train_steps": 40, "learning_rate": 1e-2, "train_method": method}
+    distances = [
+        fdu.erase(embedded.load_pipeline(), "three", "eight", mixed_precision=precision, **settings).history["distance"]
+        for precision in ("no", "bf16")
+    ]
+    exact, cast = torch.tensor(distances)
+    torch.testing.assert_close(cast[-10:].mean(), exact[-10:].mean(), rtol=0.3, atol=0)
+
+
+def test_half_floats_need_a_gpu(quick: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="mixed_precision 'fp16' needs a GPU"):
+        fdu.erase(embedded.load_pipeline(), "three", "eight", mixed_precision="fp16", **quick)
 
 
 @pytest.fixture
@@ -222,11 +257,50 @@ def test_an_unknown_family_is_refused(pipeline: StableDiffusionPipeline) -> None
         fdu.erase(TwoEncoders(), "three", "eight")
 
 
+@pytest.mark.usefixtures("no_work")
+@pytest.mark.parametrize("method", TRAIN_METHODS)
+def test_adapters_of_the_user_are_not_touched(pipeline: StableDiffusionPipeline, method: str) -> None:
+    pipeline.unet.add_adapter(LoraConfig(r=2, target_modules=["attn2.to_k"]), adapter_name="mine")
+    with pytest.raises(ValueError, match=r"already carries adapters \(mine\).*fuse_lora"):
+        fdu.erase(pipeline, "three", "eight", train_method=method)
+
+
+@pytest.mark.usefixtures("no_work")
+def test_what_contradicts_the_erasure_or_cannot_run_is_refused(
+    pipeline: StableDiffusionPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(ValueError, match="preservation_prompts holds 'three', a prompt of the target"):
+        fdu.erase(pipeline, "three", "eight", preservation_prompts=("four", "three"))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(RuntimeError, match="erase runs in one process"):
+        fdu.erase(pipeline, "three", "eight")
+
+
+@pytest.mark.parametrize("method", TRAIN_METHODS)
+def test_looking_at_the_original_trains_nothing(
+    pipeline: StableDiffusionPipeline, quick: dict[str, Any], method: str
+) -> None:
+    result = fdu.erase(pipeline, "three", "eight", train_method=method, **quick)
+    with result.original():
+        pass
+    assert not any(parameter.requires_grad for parameter in pipeline.unet.parameters())
+
+
+def test_latents_are_drawn_from_all_prompts() -> None:
+    assert erasure.spread(("a", "b", "c", "d", "e"), 3) == ["a", "b", "d"]
+    assert erasure.spread(("a", "b"), 5) == ["a", "b", "a", "b", "a"]
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
 @pytest.mark.parametrize("method", TRAIN_METHODS)
 def test_a_run_that_breaks_leaves_the_pipeline_as_it_was(
-    pipeline: StableDiffusionPipeline, quick: dict[str, Any], method: str, monkeypatch: pytest.MonkeyPatch
+    pipeline: StableDiffusionPipeline,
+    quick: dict[str, Any],
+    method: str,
+    precision: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    before = picture(pipeline)
+    before, names = picture(pipeline), set(pipeline.unet.state_dict())
     real, calls = erasure.make_batch, []
 
     def interrupted(*arguments: Any) -> Any:
@@ -237,8 +311,9 @@ def test_a_run_that_breaks_leaves_the_pipeline_as_it_was(
 
     monkeypatch.setattr(erasure, "make_batch", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        fdu.erase(pipeline, "three", "eight", train_method=method, **quick)
+        fdu.erase(pipeline, "three", "eight", train_method=method, mixed_precision=precision, **quick)
     assert torch.equal(picture(pipeline), before)
+    assert set(pipeline.unet.state_dict()) == names and "forward" not in vars(pipeline.unet)
     monkeypatch.setattr(erasure, "make_batch", real)
     fdu.erase(pipeline, "three", "eight", train_method=method, **quick)
     assert not torch.equal(picture(pipeline), before)
