@@ -3,7 +3,8 @@
 Run ``python benchmarks/erasure_table.py``.
 
 About two hours of one core, shared by ``--workers`` processes. Every run is one file in ``--results``; a run whose file
-is there is not made again, so an interrupted call goes on where it stopped. The tables of ``docs/erasure.md`` are
+is there, with the settings and the pipeline of today, is not made again, so an interrupted call goes on where it
+stopped. The tables of ``docs/erasure.md`` are
 written anew at the end of each call, from whatever runs are there (``--table_only`` makes none).
 
 Suites: "concepts" (every target, to the superclass and to another class; three seeds for three of them), "divergences"
@@ -16,6 +17,8 @@ from __future__ import annotations
 import argparse
 import concurrent.futures
 import dataclasses
+import functools
+import hashlib
 import json
 import multiprocessing
 import os
@@ -36,7 +39,7 @@ from fdu.versions import versions
 HERE = Path(__file__).parent
 BASELINE = "before.json"
 ROLES = ("target", "unseen", "retained", "cross_domain")
-DRAW = {"seed": 1000, "num_inference_steps": 12, "guidance_scale": 3.0}
+DRAW: dict[str, Any] = {"seed": 1000, "num_inference_steps": 12, "guidance_scale": 3.0}
 """The seeds of the judged images are none that a training used."""
 IMAGES, IMAGES_OF_TARGET = 32, 96
 """Images of a class, and of the target and its unseen phrasings, where chance hides one in ten behind one in five."""
@@ -60,6 +63,11 @@ class Run:
     seed: int
     settings: tuple[tuple[str, Any], ...] = ()
     roles: tuple[str, ...] = ROLES
+
+    def config(self) -> fdu.EraseConfig:
+        """All settings: the defaults, but for those of the run."""
+        settings = {"preservation_prompts": embedded.preserved(self.target), **dict(self.settings), "seed": self.seed}
+        return fdu.EraseConfig(**settings)
 
     @property
     def name(self) -> str:
@@ -112,10 +120,18 @@ def write(path: Path, content: dict[str, Any]) -> None:
 
 def conditions() -> dict[str, Any]:
     """What every record notes beside its figures."""
-    return {"draw": DRAW, "machine": f"{platform.machine()} CPU, 1 thread a process", "versions": versions()}
+    machine = f"{platform.machine()} CPU, 1 thread a process"
+    return {"draw": DRAW, "pipeline": fingerprint(), "machine": machine, "versions": versions()}
 
 
-def before(results: Path) -> None:
+@functools.cache
+def fingerprint() -> str:
+    """The first digits of the SHA-256 of the embedded denoiser's weights."""
+    (weights,) = (embedded.PIPELINE_FOLDER / "unet").glob("*.safetensors")
+    return hashlib.sha256(weights.read_bytes()).hexdigest()[:12]
+
+
+def before(results: Path, workers: int) -> None:
     """Judge the pipeline as it ships: every class, and every target's unseen phrasings."""
     torch.set_num_threads(1)
     pipeline = embedded.load_pipeline()
@@ -129,11 +145,11 @@ def before(results: Path) -> None:
     write(results / BASELINE, {"seen": shares[0], "unseen": shares[1], **conditions()})
 
 
-def make(run: Run, results: Path) -> None:
+def make(run: Run, results: Path, workers: int) -> None:
     """Erase, draw, judge, write."""
     torch.set_num_threads(1)
-    settings = {"preservation_prompts": embedded.preserved(run.target), **dict(run.settings), "seed": run.seed}
-    result = fdu.erase(embedded.load_pipeline(), *embedded.concepts(run.target, run.anchor), **settings)
+    target, anchor = embedded.concepts(run.target, run.anchor)
+    result = fdu.erase(embedded.load_pipeline(), target, anchor, config=run.config())
     probes = [probe for role in run.roles for probe in embedded.probes(run.target) if probe.role == role]
     images = [
         image
@@ -149,6 +165,7 @@ def make(run: Run, results: Path) -> None:
         "sigma": result.sigma,
         "seconds": result.seconds,
         "settings": result.config.as_dict(),
+        "workers": workers,
         **conditions(),
     }
     write(results / run.suite / f"{run.name}.json", record)
@@ -156,15 +173,28 @@ def make(run: Run, results: Path) -> None:
 
 def pending(results: Path) -> list[tuple[Callable[..., None], tuple[Run, ...]]]:
     """What still has to be made: the pipeline's own figures first, which every row needs, then the runs."""
-    first = [] if (results / BASELINE).exists() else [(before, ())]
-    missing = [(make, (run,)) for run in runs() if not (results / run.suite / f"{run.name}.json").exists()]
-    return [*first, *missing]
+    first = [] if read(results / BASELINE) else [(before, ())]
+    return [*first, *((make, (run,)) for run in runs() if record_of(results, run) is None)]
+
+
+def read(path: Path) -> dict[str, Any] | None:
+    """A record of the pipeline as it is now; None if there is none."""
+    if not path.exists():
+        return None
+    record: dict[str, Any] = json.loads(path.read_text())
+    return record if record["pipeline"] == fingerprint() else None
+
+
+def record_of(results: Path, run: Run) -> dict[str, Any] | None:
+    """The record of a run with the settings of today; None if it has to be made."""
+    record = read(results / run.suite / f"{run.name}.json")
+    return record if record and record["settings"] == run.config().as_dict() else None
 
 
 def load(results: Path, suite: str) -> list[dict[str, Any]]:
     """The records of a suite that are there, in the order of :func:`runs`."""
-    paths = [results / run.suite / f"{run.name}.json" for run in runs() if run.suite == suite]
-    return [json.loads(path.read_text()) for path in paths if path.exists()]
+    found = [record_of(results, run) for run in runs() if run.suite == suite]
+    return [record for record in found if record]
 
 
 def baseline(judged: dict[str, Any], target: str) -> dict[str, float]:
@@ -299,10 +329,9 @@ def table(header: list[str], rows: list[list[str]]) -> str:
 
 def write_page(results: Path, docs: Path) -> None:
     """Write the tables of all runs that are there."""
-    everything = load(results, "concepts")
-    if not everything or not (results / BASELINE).exists():
+    everything, judged = load(results, "concepts"), read(results / BASELINE)
+    if not everything or judged is None:
         return
-    judged = json.loads((results / BASELINE).read_text())
     baselines = {target: baseline(judged, target) for target in judged["seen"]}
     default = fdu.EraseConfig().divergence
     concepts = [record for record in everything if setting(record, "divergence") == default]
@@ -320,6 +349,7 @@ def write_page(results: Path, docs: Path) -> None:
         settings=", ".join(f"{name} {setting(used, name)}" for name in SHOWN_SETTINGS),
         seconds=f"{statistics.median(record['seconds'] for record in concepts):.0f}",
         machine=used["machine"],
+        workers=used["workers"],
         versions=", ".join(f"{name} {version}" for name, version in used["versions"].items() if name != "fdu"),
         checks=table(["figure", "anchor", "bound", "runs inside", "worst run"], checks(concepts, baselines)),
         concepts=table(
@@ -347,14 +377,12 @@ PAGE = """# Every class of the embedded pipeline, erased
 Made by `python benchmarks/erasure_table.py` ({made} runs; the raw figures are in `benchmarks/results/erasure/`).
 {machine}; {versions}.
 
-Each row is one erasure with the default settings ({settings}),
-the superclass and each neighbour of the target's kind
-preserved by one prompt, which is not among the judged phrasings' frames alone: judged are four frames, three nouns and
-five media for a digit. {images} images a class ({images_of_target} of the
-target), {steps} steps, guidance {guidance}, seeds that no training used; the judge
-learnt from real digits and never saw the generator. An erasure took {seconds} s (median, one thread, two such processes
-at a time). "Unseen" are phrasings of the target that training never had. "Other kind" are inks if a digit was erased,
-digits if an ink was. Drawn towards the superclass, a digit or an ink still comes by chance in one image of ten.
+Each row is one erasure with the default settings ({settings}). Preserved are the superclass and the neighbours of the
+target's kind, in one of the phrasings that are judged. Judged are {images} images a class ({images_of_target} of the
+target), {steps} steps, guidance {guidance}, from seeds that no training used, by a classifier that learnt from real
+digits and never saw the generator. An erasure took {seconds} s (median; {workers} such processes at a time). "Unseen"
+are phrasings of the target that training never had; "other kind" are the inks if a digit was erased, and the digits if
+an ink was. Towards the superclass, chance is one image in ten: it draws any digit, and each ink one time in ten.
 
 The text embeddings of this pipeline are nearly orthogonal, those of a real CLIP are not: there, expect more harm to
 neighbours than here.
@@ -377,9 +405,9 @@ standardisation to h'(0) = 1 takes out: the two train the same model.
 ## What sigma decides
 
 "three" to "eight", stopped early (60 steps, learning rate 3e-4, no preservation): the target accuracy that is left, one
-figure a seed. At sigma = 1, s is far below 1, all divergences are multiples of mse, and Adam removes the factor: the
-columns are equal. Calibrated, the choice of the divergence is real. Under Adam the chi-square, whose large errors take
-the whole step, erases slower. The retained accuracy was {sigma_retained} or more in all of these runs.
+figure a seed. At sigma = 1, s is far below 1, every divergence is a multiple of mse, and Adam removes the factor:
+expect equal columns. Calibrated, the divergence matters: expect the chi-square, whose few large errors take the whole
+step, to erase slower under Adam. The lowest retained accuracy of these runs was {sigma_retained}.
 
 {sigma}
 """
@@ -399,7 +427,7 @@ def main() -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(options.workers, mp_context=context) as pool:
-        futures = {pool.submit(function, *which, options.results): which for function, which in todo}
+        futures = {pool.submit(function, *which, options.results, options.workers): which for function, which in todo}
         for done, future in enumerate(concurrent.futures.as_completed(futures), 1):
             future.result()
             print(f"{done}/{len(todo)}", *(run.name for run in futures[future]), flush=True)
