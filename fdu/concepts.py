@@ -44,14 +44,18 @@ class Concept:
 
         Raises:
             FileNotFoundError: there is no such file.
-            ValueError: it holds no prompt.
+            ValueError: it holds no prompt, or is not text in UTF-8.
         """
         path = Path(path)
         if not path.is_file():
             raise FileNotFoundError(
                 f"concept file {str(path)!r} does not exist; a name that ends in .txt means a file of prompts"
             )
-        lines = (line.strip() for line in path.read_text(encoding="utf-8").splitlines())
+        try:
+            text = path.read_text(encoding="utf-8-sig")  # editors on Windows begin a file with a mark
+        except UnicodeDecodeError as error:
+            raise ValueError(f"concept file {str(path)!r} is not text in UTF-8 ({error}); save it as UTF-8") from error
+        lines = (line.strip() for line in text.splitlines())
         prompts = tuple(line for line in lines if line and not line.startswith("#"))
         if not prompts:
             raise ValueError(f"concept file {str(path)!r} holds no prompt; write one prompt a line")

@@ -91,3 +91,14 @@ def test_a_wrong_type_and_a_wrong_concept_type_are_refused() -> None:
         concept_pair(3, "pet")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="concept_type must be 'object' or 'style', got 'person'"):
         concept_pair("cat", "pet", "person")  # type: ignore[arg-type]
+
+
+def test_the_mark_of_windows_editors_is_no_part_of_a_prompt(tmp_path: Path) -> None:
+    (tmp_path / "cats.txt").write_bytes("a cat\nein Kätzchen\n".encode("utf-8-sig"))
+    assert Concept.from_file(tmp_path / "cats.txt").prompts == ("a cat", "ein Kätzchen")
+
+
+def test_a_file_in_another_encoding_is_refused_by_name(tmp_path: Path) -> None:
+    (tmp_path / "cats.txt").write_bytes("ein Kätzchen".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"cats\.txt' is not text in UTF-8"):
+        Concept.from_file(tmp_path / "cats.txt")
