@@ -7,7 +7,7 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
@@ -180,17 +180,25 @@ def _settings(config: Mapping[str, Any]) -> list[tuple[str, str, bool]]:
     return [(name, plain(value), plain(value) != plain(defaults.get(name, value))) for name, value in config.items()]
 
 
-def _charts(history: Mapping[str, Sequence[float]]) -> list[Chart]:
+def _charts(history: Mapping[str, Sequence[float | None]]) -> list[Chart]:
     return [
         _chart(title, explanation, history[name])
         for name, (title, explanation) in CURVES.items()
-        if any(value > 0 for value in history.get(name, ()))
+        if any(_drawable(value) and value > 0 for value in history.get(name, ()))
     ]
 
 
-def _chart(title: str, explanation: str, values: Sequence[float]) -> Chart:
+def _drawable(value: float | None) -> TypeGuard[float]:
+    """Whether a value has a place on a chart: records hold NaN and infinities, or null in their stead."""
+    return value is not None and math.isfinite(value)
+
+
+def _chart(title: str, explanation: str, values: Sequence[float | None]) -> Chart:
     smooth = _smoothed(values)
-    top, ticks = _ticks(max(values))
+    drawn = [value for value in values if _drawable(value)]
+    ends = [value for value in smooth if value is not None]
+    lost = f"; {len(values) - len(drawn)} were not finite" if len(drawn) < len(values) else ""
+    top, ticks = _ticks(max(drawn))
     width, height = CHART_WIDTH - CHART_LEFT - CHART_MARGIN, CHART_HEIGHT - CHART_BOTTOM - CHART_MARGIN
 
     def x(step: float) -> float:
@@ -199,8 +207,8 @@ def _chart(title: str, explanation: str, values: Sequence[float]) -> Chart:
     def y(value: float) -> float:
         return CHART_MARGIN + height * (1 - value / top)
 
-    def line(course: Sequence[float]) -> str:
-        return " ".join(f"{x(step):.1f},{y(value):.1f}" for step, value in enumerate(course))
+    def line(course: Sequence[float | None]) -> str:
+        return " ".join(f"{x(step):.1f},{y(value):.1f}" for step, value in enumerate(course) if _drawable(value))
 
     _, steps = _ticks(len(values))
     return Chart(
@@ -210,15 +218,18 @@ def _chart(title: str, explanation: str, values: Sequence[float]) -> Chart:
         line(smooth),
         [(y(value), f"{value:g}") for value in ticks],
         [(x(step - 1 if step else 0), f"{step:g}") for step in steps if step <= len(values)],
-        f"{title} over {len(values)} steps, smoothed: {smooth[0]:.3g} at first, {smooth[-1]:.3g} at the end",
+        f"{title} over {len(values)} steps, smoothed: {ends[0]:.3g} at first, {ends[-1]:.3g} at the end{lost}",
     )
 
 
-def _smoothed(values: Sequence[float]) -> list[float]:
-    """The mean over a twentieth of the course around each step."""
+def _smoothed(values: Sequence[float | None]) -> list[float | None]:
+    """The mean of what is finite in a twentieth of the course around each step; None where nothing is."""
     reach = max(len(values) // 40, 1)
-    windows = (values[max(step - reach, 0) : step + reach + 1] for step in range(len(values)))
-    return [sum(window) / len(window) for window in windows]
+    smooth: list[float | None] = []
+    for step in range(len(values)):
+        window = [value for value in values[max(step - reach, 0) : step + reach + 1] if _drawable(value)]
+        smooth.append(sum(value / len(window) for value in window) if window else None)
+    return smooth
 
 
 def _ticks(largest: float) -> tuple[float, list[float]]:

@@ -179,3 +179,14 @@ def test_draws_of_other_probes_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="images of 3 probes, got 3 and 1"):
         write_report(tmp_path / "report.html", evaluation, PROBES, draws, make_draws(0.1))
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("lost", [float("inf"), float("nan"), None])
+def test_a_course_that_is_not_finite_is_drawn_where_it_is(tmp_path: Path, lost: float | None) -> None:
+    history = {"divergence": [1.0, lost, 0.5, 0.25], "preservation": [lost] * 4}
+    page = make_page(tmp_path, record=make_record() | {"history": history})
+    labels = [svg["aria-label"] or "" for svg in page.all("svg") if svg.get("role") == "img"]
+    assert len(labels) == 1 and labels[0].endswith("; 1 were not finite")
+    raw, smooth = page.all("polyline")
+    assert sorted(len((line["points"] or "").split()) for line in (raw, smooth)) == [3, 4]
+    assert "nan" not in f"{raw} {smooth}" and "inf" not in f"{raw} {smooth}"
