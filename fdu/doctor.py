@@ -8,36 +8,26 @@ import platform
 import re
 import shutil
 from collections.abc import Callable
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-REQUIRED = (
-    "torch",
-    "diffusers",
-    "transformers",
-    "tokenizers",
-    "peft",
-    "accelerate",
-    "safetensors",
-    "tyro",
-    "jinja2",
-    "numpy",
-    "pillow",
-    "tqdm",
-)
-"""Distributions without which fdu does not run."""
+if TYPE_CHECKING:
+    from packaging.specifiers import SpecifierSet
+
 OPTIONAL = {
     "triton": ("the fused kernels on GPUs", "pip install triton"),
     "ninja": ("building the compiled kernels", "pip install ninja"),
     "scikit-learn": ("training the embedded pipeline anew", "pip install scikit-learn"),
 }
-"""Distributions that some of it uses: for what, and how to get them."""
-MODULES = {"pillow": "PIL", "scikit-learn": "sklearn"}
+"""Distributions that only some of fdu uses: for what, and how to get them. It runs without them."""
+MODULES = {"pillow": "PIL"}
 """Import names that differ from the distribution's."""
 LITTLE_DISK = 2 << 30
 """Bytes; a full pipeline of Stable Diffusion in fp16 takes about this much."""
 
+REBUILD = ".venv/bin/pip install --no-deps --no-build-isolation --editable ."
+"""What builds the compiled kernels of a checkout anew."""
 BACKEND_REMEDIES = (
     ("cuda device|nvidia|gpu", "nothing to mend without an NVIDIA GPU; with one, see that `nvidia-smi` works"),
     ("cuda|cpu-only|driver", "install a CUDA build of PyTorch: pip install --force-reinstall torch"),
@@ -46,7 +36,7 @@ BACKEND_REMEDIES = (
     ("pybind11", "pip install pybind11"),
     ("compiler|g\\+\\+|c\\+\\+|gcc|clang", "install a C++20 compiler, such as: apt install g++"),
     ("nvcc", "install the CUDA toolkit, or stay with the other backends"),
-    ("compiled|built|build|extension|_c\\b", "pip install --force-reinstall --no-deps fdu; in a checkout: make build"),
+    ("compiled|built|build|extension|_c\\b", "pip install --force-reinstall --no-deps fdu; in a checkout, " + REBUILD),
 )
 """First pattern found in the reason of a backend that cannot run, and what mends it."""
 
@@ -67,9 +57,7 @@ class Finding:
 def examine() -> list[Finding]:
     """Look at everything. Never raises: what cannot be looked at is a finding as well."""
     findings = [Finding("python", "ok", f"{platform.python_version()} on {platform.platform()}")]
-    findings += [_required(name) for name in REQUIRED]
-    findings += [_optional(name, *use) for name, use in OPTIONAL.items()]
-    for look in (_devices, _kernels, _embedded, _disk):
+    for look in (_packages, _devices, _kernels, _embedded, _disk):
         try:
             findings += look()
         except Exception as error:
@@ -97,12 +85,36 @@ def render(findings: list[Finding]) -> str:
     return "\n".join(lines)
 
 
-def _required(name: str) -> Finding:
+def requirements() -> dict[str, SpecifierSet]:
+    """The distributions that fdu's own metadata require here, extras left out, with the versions that will do."""
+    from packaging.requirements import Requirement
+
+    found = [Requirement(line) for line in requires("fdu") or ()]
+    return {one.name: one.specifier for one in found if one.marker is None or one.marker.evaluate({"extra": ""})}
+
+
+def _packages() -> list[Finding]:
+    try:
+        required = {name: versions for name, versions in requirements().items() if name not in OPTIONAL}
+    except PackageNotFoundError:
+        return [Finding("packages", "note", "fdu is not installed, so what it requires is not known", "pip install .")]
+    findings = [_required(name, versions) for name, versions in required.items()]
+    return findings + [_optional(name, *use) for name, use in OPTIONAL.items()]
+
+
+def _required(name: str, versions: SpecifierSet) -> Finding:
+    remedy = f"pip install --upgrade '{name}{versions}'"
     try:
         importlib.import_module(MODULES.get(name, name))
     except Exception as error:  # an installed package can fail to import in any way
-        return Finding(name, "fault", f"cannot be imported: {error}", f"pip install --upgrade {name}")
-    return Finding(name, "ok", _version(name))
+        return Finding(name, "fault", f"cannot be imported: {error}", remedy)
+    try:
+        found = version(name)
+    except PackageNotFoundError:
+        return Finding(name, "ok", "version unknown")
+    if not versions.contains(found, prereleases=True):
+        return Finding(name, "fault", f"{found} is here but fdu needs {versions}", remedy)
+    return Finding(name, "ok", found)
 
 
 def _optional(name: str, use: str, remedy: str) -> Finding:
@@ -171,10 +183,3 @@ def _disk(folder: Callable[[], Path] = Path.cwd) -> list[Finding]:
         detail += ": little for a full pipeline, enough for LoRA weights"
         return [Finding("disk", "note", detail, "free some space")]
     return [Finding("disk", "ok", detail)]
-
-
-def _version(name: str) -> str:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return "version unknown"

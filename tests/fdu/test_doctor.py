@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 import shutil
 from collections import namedtuple
 from importlib.metadata import PackageNotFoundError
@@ -25,7 +26,7 @@ def test_this_machine_is_healthy(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["doctor"]) == cli.OK
     output = capsys.readouterr().out
     assert output.endswith("fdu can run here.\n")
-    for subject in (*doctor.REQUIRED, "python", "cpu", "kernels: torch", "embedded pipeline", "disk"):
+    for subject in (*doctor.requirements(), "python", "cpu", "kernels: torch", "embedded pipeline", "disk"):
         assert subject in output
 
 
@@ -40,7 +41,7 @@ def test_a_package_that_cannot_be_imported(monkeypatch: pytest.MonkeyPatch, caps
     monkeypatch.setattr(importlib, "import_module", broken)
     assert main(["doctor"]) == cli.FAILED
     output = capsys.readouterr().out
-    assert "FAULT  peft" in output and "no peft here" in output and "-> pip install --upgrade peft" in output
+    assert "FAULT  peft" in output and "no peft here" in output and "-> pip install --upgrade 'peft>=" in output
     assert output.endswith("fdu cannot run here; mend first: peft\n")
 
 
@@ -107,3 +108,37 @@ def test_remedies(reason: str, remedy: str) -> None:
 def test_alignment() -> None:
     lines = render([Finding("a", "ok", "one"), Finding("longer", "note", "two", "do this")]).splitlines()
     assert lines[0].index("one") == lines[1].index("two") == lines[2].index("->")
+
+
+def test_a_package_that_is_too_old_is_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = doctor.version
+    monkeypatch.setattr(doctor, "version", lambda name: "0.1.0" if name == "diffusers" else real(name))
+    found = finding(examine(), "diffusers")
+    assert found.state == "fault" and found.detail.startswith("0.1.0 is here but fdu needs >=0.")
+    assert found.remedy.startswith("pip install --upgrade 'diffusers>=0.")
+
+
+def test_requirements_are_those_of_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = ["torch>=2.10", "winonly; sys_platform == 'win32'", 'scipy>=1; extra == "dev"', "triton>=3.6"]
+    monkeypatch.setattr(doctor, "requires", lambda name: lines)
+    assert {name: str(versions) for name, versions in doctor.requirements().items()} == {
+        "torch": ">=2.10",
+        "triton": ">=3.6",
+    }
+    assert finding(examine(), "triton").state in ("ok", "note")
+
+
+def test_without_metadata_the_rest_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    def absent(name: str) -> list[str]:
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr(doctor, "requires", absent)
+    findings = examine()
+    assert healthy(findings) and finding(findings, "packages").state == "note" and finding(findings, "kernels: torch")
+
+
+def test_remedies_name_only_targets_that_make_has() -> None:
+    makefile = Path(__file__).parents[2] / "Makefile"
+    targets = re.findall(r"^([a-z]+):", makefile.read_text(), re.MULTILINE)
+    for _, remedy in doctor.BACKEND_REMEDIES:
+        assert set(re.findall(r"\bmake ([a-z]+)", remedy)) <= set(targets)
