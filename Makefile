@@ -1,7 +1,7 @@
 # Everything runs in .venv, which any target makes when it needs it. `make` alone lists the targets.
 
 PYTHON ?= python3
-OUT    ?= demo-out
+OUT    := demo-out
 ARGS   ?=
 
 VENV   := .venv
@@ -47,7 +47,7 @@ lock: ## resolve requirements.lock anew from pyproject.toml (needs uv; ARGS=--up
 	@sed -i -E -e '/^(nvidia|cuda)-/d' -e '1i # Runtime and development, Python 3.10 and newer. Made by make lock; to change torch, edit its line and run it.' $(LOCK)
 
 clean: ## remove .venv and everything built
-	rm -rf $(VENV) $(OUT) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks
+	rm -rf $(VENV) demo-out build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks
 	find fdu fdu_kernels tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 define CHECK_PYTHON

@@ -29,8 +29,11 @@ from fdu.loading import (
     choose_device,
     describe_device,
     is_embedded,
+    load_erased,
     load_model,
+    model_folder,
     read_record,
+    result_bytes,
 )
 
 OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
@@ -106,13 +109,14 @@ class Erase:
     target: str
     """What to erase: a name, or a .txt file of prompts, one a line."""
     anchor: str
-    """What takes its place, in the same forms: a superclass ("painting"), another concept, or "" for nothing."""
+    """What takes its place, in the same forms: a superclass ("painting"), another concept, or "" for nothing; the
+    embedded pipeline does not know "" and takes "digit"."""
     out: Path
     """Folder for the result."""
     concept_type: Literal["object", "style"] = "object"
     """The phrasings that names are put into. The embedded pipeline has its own."""
     overwrite: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Replace OUT if it is there and not empty."""
+    """Replace OUT if fdu wrote it; anything else is never replaced."""
     dtype: Dtype = "auto"
     """Type of the weights; auto is float32, or the type of --mixed_precision."""
     device: str = "auto"
@@ -122,12 +126,14 @@ class Erase:
     def prepare(self, command: str) -> Callable[[], None]:
         """Check everything; the work is what comes back."""
         from fdu.concepts import concept_pair
-        from fdu.output import check_output
+        from fdu.output import check_output, whole_folder
 
         target, anchor = concept_pair(self.target, self.anchor, self.concept_type)
         check_model(self.model)
-        check_output(self.out, self.overwrite)
         config = self.settings.checked()
+        inputs = [name for name in (self.target, self.anchor) if name.endswith(".txt")]
+        inputs += [str(folder) for folder in [model_folder(self.model)] if folder]
+        check_output(self.out, self.overwrite, result_bytes(self.model, config.train_method), inputs)
         dtype = check_dtype(self.dtype, config.mixed_precision)
         if is_embedded(self.model):
             from fdu import demo, embedded
@@ -138,9 +144,10 @@ class Erase:
         device = choose_device(self.device)
 
         def work() -> None:
-            pipeline = load_model(self.model, dtype, device)
-            result = fdu.erase(pipeline, target, anchor, config=config)
-            result.save(self.out, overwrite=self.overwrite)
+            with whole_folder(self.out, self.overwrite) as folder:
+                pipeline = load_model(self.model, dtype, device)
+                result = fdu.erase(pipeline, target, anchor, config=config)
+                result.save(folder)
             print(f"Saved to {self.out} after {result.seconds:.0f} s. In plain diffusers:")
             print(f"  {_loading_line(self.model, self.out)}")
             if is_embedded(self.model):
@@ -166,11 +173,11 @@ class Evaluate:
     images_per_class: int = 32
     """Images that the judge sees of every class, before and after."""
     seed: int = 0
-    """Seed of the first image of every class."""
+    """Images are drawn with the seeds from SEED + 1000 on, which no training uses."""
     out: Path | None = None
     """Folder for metrics.json and report.html."""
     overwrite: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Replace OUT if it is there and not empty."""
+    """Replace OUT if fdu wrote it; anything else is never replaced."""
     device: str = "cpu"
     """Device to run on: cpu, cuda, mps or auto."""
 
@@ -191,22 +198,19 @@ class Evaluate:
         if target is None:
             raise ValueError(f"target is missing: ERASED {self.erased!r} does not tell what was erased; add --target")
         if self.out is not None:
-            check_output(self.out, self.overwrite)
+            check_output(self.out, self.overwrite, inputs=[self.erased])
         from fdu import demo, embedded
+        from fdu.evaluation import JUDGED_SEED
 
         embedded.concepts(target, embedded.SUPERCLASS)
         device = choose_device(self.device)
 
         def work() -> None:
             probes = embedded.probes(target)
-            settings = {"images_per_class": self.images_per_class, "seed": self.seed}
+            settings = {"images_per_class": self.images_per_class, "seed": self.seed + JUDGED_SEED}
             pipeline = load_model(EMBEDDED, device=device)
             before = fdu.draw(pipeline, probes, description="before", **settings)
-            if (Path(self.erased) / LORA_FILE).is_file():
-                pipeline.load_lora_weights(self.erased, weight_name=LORA_FILE)
-            else:
-                pipeline = load_model(self.erased, device=device)
-            after = fdu.draw(pipeline, probes, description="after", **settings)
+            after = fdu.draw(load_erased(pipeline, self.erased, device), probes, description="after", **settings)
             evaluation = fdu.evaluate(before, after, probes)
             _print_evaluation(evaluation, probes)
             if self.out is not None:

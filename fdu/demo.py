@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,17 +11,16 @@ from fdu import embedded
 from fdu.concepts import Concept
 from fdu.config import EraseConfig
 from fdu.erasure import erase
-from fdu.evaluation import Draws, Evaluation, Probe, draw, evaluate
+from fdu.evaluation import JUDGED_SEED, Draws, Evaluation, Probe, draw, evaluate
 from fdu.loading import describe_device, load_model
-from fdu.output import check_output, whole_folder
+from fdu.output import METRICS_FILE as METRICS
+from fdu.output import check_output, whole_folder, write_json, written_by_fdu
 from fdu.pictures import save_before_after
 from fdu.report import write_report
 from fdu.versions import versions
 
-METRICS, REPORT, PICTURE, WEIGHTS = "metrics.json", "report.html", "before-after.png", "erased"
-"""What a demonstration's folder holds."""
-METRICS_KEYS = {"before", "after", "target", "images_per_class"}
-"""Keys by which such a folder is known again."""
+REPORT, PICTURE, WEIGHTS = "report.html", "before-after.png", "erased"
+"""What a demonstration's folder holds beside the metrics."""
 
 NOTES = (
     "The images come from the pipeline that is embedded in fdu, trained from scratch on the handwritten digits of "
@@ -45,7 +43,7 @@ def check_demo_output(folder: str | Path) -> None:
     folder = Path(folder)
     if folder.is_dir() and any(folder.iterdir()):
         strangers = {path.name for path in folder.iterdir()} - {METRICS, REPORT, PICTURE, WEIGHTS}
-        if strangers or not _is_demo(folder):
+        if strangers or not written_by_fdu(folder):
             reason = f"holds {sorted(strangers)[0]!r}, which" if strangers else "is not empty, and"
             raise FileExistsError(f"output folder {str(folder)!r} {reason} no demo wrote; choose another with --out")
     check_output(folder, overwrite=True)
@@ -71,18 +69,18 @@ def run_demo(
         command: the command line to note as the one that makes this again.
 
     Raises:
-        FileExistsError, OSError: the folder is somebody else's or cannot be written.
+        ValueError, FileExistsError, OSError: the folder is somebody else's or cannot be written.
         RuntimeError: the loss became NaN or infinite; nothing is written.
     """
     check_demo_output(out)
-    result = erase(load_model("embedded", device=device), target, anchor, config=config)
-    probes = embedded.probes(target.name)
-    with result.original() as original:
-        before = draw(original, probes, images_per_class, config.seed, description="before")
-    after = draw(result.pipeline, probes, images_per_class, config.seed, description="after")
-    evaluation = evaluate(before, after, probes)
-
     with whole_folder(out, overwrite=True) as folder:
+        result = erase(load_model("embedded", device=device), target, anchor, config=config)
+        probes = embedded.probes(target.name)
+        seed = config.seed + JUDGED_SEED
+        with result.original() as original:
+            before = draw(original, probes, images_per_class, seed, description="before")
+        after = draw(result.pipeline, probes, images_per_class, seed, description="after")
+        evaluation = evaluate(before, after, probes)
         result.save(folder / WEIGHTS)
         write_figures(folder, evaluation, probes, before, after, result.record(), command, describe_device(device))
         save_before_after(folder / PICTURE, before, after, probes, evaluation)
@@ -101,7 +99,7 @@ def write_figures(
 ) -> None:
     """Write ``metrics.json`` and ``report.html`` of an erasure on the embedded pipeline."""
     metrics = figures(evaluation, probes, record) | {"device": device, "command": command}
-    (folder / METRICS).write_text(json.dumps(metrics, indent=1) + "\n", encoding="utf-8")
+    write_json(folder / METRICS, metrics)
     write_report(folder / REPORT, evaluation, probes, before, after, record, command, device, NOTES)
 
 
@@ -129,11 +127,3 @@ def with_preserved(config: EraseConfig, target: str) -> EraseConfig:
     if config.preservation_prompts:
         return config
     return dataclasses.replace(config, preservation_prompts=embedded.preserved(target))
-
-
-def _is_demo(folder: Path) -> bool:
-    try:
-        metrics = json.loads((folder / METRICS).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return isinstance(metrics, dict) and metrics.keys() >= METRICS_KEYS

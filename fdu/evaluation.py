@@ -14,6 +14,8 @@ from tqdm import tqdm
 
 Judge = Callable[[Tensor], list[str]]
 """Images [N, 3, H, W] in [0, 1] -> the name of the class that each one shows."""
+JUDGED_SEED = 1000
+"""Offset of the seeds of judged images: none that a training used."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,7 +6,9 @@ import json
 import re
 import textwrap
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
+
+from fdu.output import RECORD_FILE, SMALL_RESULT
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -16,6 +18,20 @@ EMBEDDED = "embedded"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 LORA_FILE = "pytorch_lora_weights.safetensors"
 PIPELINE_FILE = "model_index.json"
+HUB_PIPELINE = 6 << 30
+"""Bytes taken for a pipeline that is not here yet; Stable Diffusion 1.5 takes 5.5 GB in float32."""
+RECORD_KEYS: dict[str, tuple[type, ...]] = {
+    "target.name": (str,),
+    "anchor.name": (str,),
+    "config.divergence": (str,),
+    "config.max_train_steps": (int,),
+    "config.seed": (int,),
+    "sigma": (int, float),
+    "seconds": (int, float),
+    "history": (dict,),
+    "versions": (dict,),
+}
+"""What is used of the record beside saved weights, and its types."""
 
 Dtype = Literal["auto", "float32", "float16", "bfloat16"]
 
@@ -40,6 +56,11 @@ def check_model(model: str, argument: str = "MODEL") -> None:
         raise FileNotFoundError(
             f"{argument} {model!r} does not exist; give a pipeline's folder, a hub id (org/name) or {EMBEDDED!r}"
         )
+    elif Path(model).parent.is_dir():
+        raise FileNotFoundError(
+            f"{argument} {model!r} does not exist: there is a folder {str(Path(model).parent)!r}, but no "
+            f"{Path(model).name!r} in it; for the hub's {model!r}, run in another folder"
+        )
 
 
 def is_embedded(model: str) -> bool:
@@ -49,6 +70,25 @@ def is_embedded(model: str) -> bool:
     from fdu.embedded import PIPELINE_FOLDER
 
     return Path(model).resolve() == PIPELINE_FOLDER.resolve()
+
+
+def model_folder(model: str) -> Path | None:
+    """The folder of ``model``, which :func:`check_model` accepted; None for a hub id."""
+    if model == EMBEDDED:
+        from fdu.embedded import PIPELINE_FOLDER
+
+        return PIPELINE_FOLDER
+    return Path(model) if Path(model).is_dir() else None
+
+
+def result_bytes(model: str, train_method: str) -> int:
+    """Bytes that saving an erasure of ``model`` takes: LoRA weights are small, other methods save a whole pipeline."""
+    if train_method == "lora":
+        return SMALL_RESULT
+    folder = model_folder(model)
+    if folder is None:
+        return HUB_PIPELINE
+    return SMALL_RESULT + sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def check_erased(folder: str) -> None:
@@ -69,17 +109,23 @@ def read_record(folder: str) -> dict | None:
     """What ``fdu erase`` noted beside the weights; None if it did not write the folder.
 
     Raises:
-        ValueError: the record cannot be read.
+        ValueError: the record cannot be read, or lacks something that is used of it.
     """
-    path = Path(folder) / "fdu.json"
+    path = Path(folder) / RECORD_FILE
     if not path.is_file():
         return None
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{str(path)!r} is not valid JSON ({error}); write the folder anew") from error
-    if not isinstance(record, dict):
-        raise ValueError(f"{str(path)!r} is not a record of an erasure; write the folder anew with `fdu erase`")
+    wrong = [key for key, types in RECORD_KEYS.items() if not isinstance(_entry(record, key), types)]
+    if not wrong and not all(isinstance(course, list) for course in record["history"].values()):
+        wrong = ["history"]
+    if wrong:
+        raise ValueError(
+            f"{str(path)!r} is not a record of an erasure ({wrong[0]} is missing or wrong); "
+            "write the folder anew with `fdu erase`"
+        )
     return record
 
 
@@ -137,6 +183,7 @@ def load_model(model: str, dtype: str = "float32", device: str = "cpu") -> Diffu
     """
     import torch
     from diffusers import DiffusionPipeline
+    from safetensors import SafetensorError
 
     torch_dtype = getattr(torch, dtype)
     try:
@@ -145,8 +192,32 @@ def load_model(model: str, dtype: str = "float32", device: str = "cpu") -> Diffu
 
             return load_pipeline(torch_dtype).to(device)
         return DiffusionPipeline.from_pretrained(model, dtype=torch_dtype).to(device)
-    except (OSError, ValueError, RuntimeError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, RuntimeError, KeyError, AttributeError, SafetensorError) as error:
         raise OSError(f"model {model!r} could not be loaded: {_first_line(error)}") from error
+
+
+def load_erased(pipeline: DiffusionPipeline, folder: str, device: str = "cpu") -> DiffusionPipeline:
+    """``pipeline`` with the LoRA weights of ``folder``, which :func:`check_erased` accepted, or the pipeline in it.
+
+    Raises:
+        OSError: it cannot be loaded; the first line of the reason.
+    """
+    from safetensors import SafetensorError
+
+    if not (Path(folder) / LORA_FILE).is_file():
+        return load_model(folder, device=device)
+    try:
+        pipeline.load_lora_weights(folder, weight_name=LORA_FILE)
+    except (OSError, ValueError, RuntimeError, KeyError, AttributeError, SafetensorError) as error:
+        raise OSError(f"weights {str(Path(folder) / LORA_FILE)!r} could not be loaded: {_first_line(error)}") from error
+    return pipeline
+
+
+def _entry(record: Any, key: str) -> Any:
+    """The entry of nested dicts at a key with dots; None if there is none."""
+    for name in key.split("."):
+        record = record.get(name) if isinstance(record, dict) else None
+    return record
 
 
 def _first_line(error: BaseException) -> str:

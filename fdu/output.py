@@ -1,52 +1,75 @@
-"""Output folders: checked before any work, written whole or not at all."""
+"""Output folders: checked before any work, written whole or not at all; and the JSON in them."""
 
 from __future__ import annotations
 
+import json
+import math
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
+
+RECORD_FILE = "fdu.json"
+"""Beside saved weights: what was erased, with which settings and versions, and the course of the training."""
+METRICS_FILE = "metrics.json"
+"""Beside a report: what was measured."""
+METRICS_KEYS = {"before", "after", "target", "images_per_class"}
+"""Keys by which such a file is known from other programs' of the same name."""
+SMALL_RESULT = 32 << 20
+"""Bytes that LoRA weights, or a report, take at most."""
 
 
-def check_output(folder: str | Path, overwrite: bool = False, needed_bytes: int = 1 << 20) -> None:
-    """Make sure that ``folder`` can be written, before work is spent on what goes into it.
+def check_output(
+    folder: str | Path, overwrite: bool = False, needed_bytes: int = SMALL_RESULT, inputs: Sequence[str | Path] = ()
+) -> None:
+    """Make sure that ``folder`` can be written, before work is spent on what goes into it. Changes nothing.
+
+    Args:
+        folder: the folder; a link means the folder that it points to.
+        overwrite: whether it may be replaced if fdu wrote it. What anything else wrote is never replaced.
+        needed_bytes: what will be written into it.
+        inputs: files and folders that the work reads; none may be in ``folder``.
 
     Raises:
-        ValueError: it is the working or the home folder, or holds one of them.
-        FileExistsError: it exists, is not an empty folder, and ``overwrite`` is false; or it is a file.
+        ValueError: it is a mount point, or it is or holds the working folder, the home folder or one of ``inputs``.
+        FileExistsError: it is a file, or not empty and either not fdu's or ``overwrite`` is false.
         PermissionError, OSError: it cannot be made or written, or its disk has less than ``needed_bytes`` free.
     """
-    folder = Path(folder)
-    if folder.exists() and not folder.is_dir():
-        raise FileExistsError(f"output folder {str(folder)!r} is a file; choose another name")
-    resolved = folder.resolve()
-    if any(resolved == kept or resolved in kept.parents for kept in (Path.cwd().resolve(), Path.home().resolve())):
+    shown, folder = repr(str(folder)), Path(folder).resolve()
+    if os.path.exists(folder) and not os.path.isdir(folder):
+        raise FileExistsError(f"output folder {shown} is a file; choose another name")
+    if any(_holds(folder, kept) for kept in _kept_folders()):
         raise ValueError(
-            f"output folder {str(folder)!r} is, or holds, the working or the home folder, which would be replaced; "
+            f"output folder {shown} is, or holds, the working or the home folder, which would be replaced; "
             "choose a folder of its own"
         )
-    if folder.is_dir() and any(folder.iterdir()) and not overwrite:
-        raise FileExistsError(
-            f"output folder {str(folder)!r} exists and is not empty; choose another or overwrite it (--overwrite)"
-        )
-    parent = folder.absolute().parent
+    for path in inputs:
+        if _holds(folder, Path(path)):
+            raise ValueError(
+                f"output folder {shown} is, or holds, the input {str(path)!r}, which would be replaced; "
+                "choose a folder of its own"
+            )
+    if os.path.ismount(folder):
+        raise ValueError(f"output folder {shown} is a mount point, which cannot be replaced; choose a folder inside it")
+    _check_replaceable(folder, shown, overwrite)
+    parent = next(path for path in folder.parents if os.path.exists(path))
     try:
-        parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=parent) as probe:
             probe.write(b"\0" * 4096)
             probe.flush()
             os.fsync(probe.fileno())
     except OSError as error:
         raise type(error)(
-            f"output folder {str(folder)!r} cannot be written ({error.strerror or error}); "
+            f"output folder {shown} cannot be written ({error.strerror or error}); "
             "choose another, or mend its disk or rights"
         ) from error
     free = shutil.disk_usage(parent).free
     if free < needed_bytes:
         raise OSError(
-            f"output folder {str(folder)!r}: its disk has {free / 2**20:.0f} MiB free but "
+            f"output folder {shown}: its disk has {free / 2**20:.0f} MiB free but "
             f"{needed_bytes / 2**20:.0f} MiB are needed; free space or choose another disk"
         )
 
@@ -56,22 +79,98 @@ def whole_folder(folder: str | Path, overwrite: bool = False) -> Iterator[Path]:
     """Yield a new folder to fill beside ``folder``; at the end it takes that name, after an error it is removed.
 
     A reader never sees a half-written folder, and what stood there before stays until the new one is complete.
+
+    Raises:
+        ValueError, OSError: of :func:`check_output`, at once; or the complete folder could not take the name. Then it
+            is kept, and the message says where.
     """
-    folder = Path(folder).absolute()
     check_output(folder, overwrite)
+    shown, folder = repr(str(folder)), Path(folder).resolve()
+    folder.parent.mkdir(parents=True, exist_ok=True)
     fresh = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
         yield fresh
-        _open_to_readers(fresh)
-        if folder.is_dir():
-            old = Path(tempfile.mkdtemp(prefix=f".{folder.name}-old-", dir=folder.parent))
-            os.replace(folder, old / folder.name)
-            os.replace(fresh, folder)
-            shutil.rmtree(old)
-        else:
-            os.replace(fresh, folder)
-    finally:
+    except BaseException:
         shutil.rmtree(fresh, ignore_errors=True)
+        raise
+    _put_in_place(fresh, folder, shown, overwrite)
+
+
+def written_by_fdu(folder: Path) -> bool:
+    """Whether ``folder`` holds the record of an erasure or the metrics of an evaluation."""
+    if (folder / RECORD_FILE).is_file():
+        return True
+    try:
+        metrics = json.loads((folder / METRICS_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(metrics, dict) and metrics.keys() >= METRICS_KEYS
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write JSON that every reader takes: NaN and infinities, which it does not know, become null."""
+    path.write_text(json.dumps(_finite(content), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _kept_folders() -> list[Path]:
+    kept = [Path.cwd()]
+    with suppress(RuntimeError):  # not everybody has a home
+        kept.append(Path.home())
+    return kept
+
+
+def _holds(folder: Path, path: Path) -> bool:
+    """Whether the resolved ``folder`` is or contains ``path``, or the link that ``path`` is."""
+    return any(folder in (place, *place.parents) for place in (path.resolve(), path.parent.resolve() / path.name))
+
+
+def _check_replaceable(folder: Path, shown: str, overwrite: bool) -> None:
+    if not os.path.isdir(folder) or not any(folder.iterdir()):
+        return
+    if not overwrite:
+        raise FileExistsError(
+            f"output folder {shown} exists and is not empty; choose another or overwrite it (--overwrite)"
+        )
+    if not written_by_fdu(folder):
+        raise FileExistsError(
+            f"output folder {shown} holds what fdu did not write (no {RECORD_FILE} or {METRICS_FILE} of its own), "
+            "which is never overwritten; choose another, or remove it yourself"
+        )
+
+
+def _put_in_place(fresh: Path, folder: Path, shown: str, overwrite: bool) -> None:
+    """Give the complete ``fresh`` its name. Nothing is lost if that fails: the old folder comes back, both are kept."""
+    aside = None
+    try:
+        _open_to_readers(fresh)
+        _check_replaceable(folder, shown, overwrite)
+        if os.path.isdir(folder) and any(folder.iterdir()):
+            aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}-old-", dir=folder.parent))
+            os.replace(folder, aside / folder.name)
+        os.replace(fresh, folder)
+    except OSError as error:
+        former = ""
+        if aside is not None and (aside / folder.name).exists():
+            try:
+                os.replace(aside / folder.name, folder)
+            except OSError:
+                former = f"; what stood there is in {str(aside / folder.name)!r}"
+        if aside is not None and not former:
+            aside.rmdir()
+        raise type(error)(
+            f"the result is complete but could not be moved to its place ({error.strerror or error}); "
+            f"it is kept in {str(fresh)!r}{former}"
+        ) from error
+    if aside is not None:
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def _open_to_readers(folder: Path) -> None:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,12 +12,11 @@ from diffusers import DiffusionPipeline
 
 from fdu.concepts import Concept
 from fdu.config import EraseConfig
-from fdu.output import whole_folder
+from fdu.evaluation import Draws, Evaluation, Probe
+from fdu.output import RECORD_FILE, whole_folder, write_json
+from fdu.report import write_report
 from fdu.trainable import Trainable
 from fdu.versions import versions
-
-RECORD_FILE = "fdu.json"
-"""Beside the weights: what was erased, with which settings and versions, and the course of the training."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,10 +49,10 @@ class ErasureResult:
     def record(self) -> dict[str, Any]:
         """Everything but the weights, ready for JSON."""
         return {
-            "base": str(self.pipeline.config.get("_name_or_path", "")),
+            "base": _base_name(str(self.pipeline.config.get("_name_or_path", ""))),
             "target": dataclasses.asdict(self.target),
             "anchor": dataclasses.asdict(self.anchor),
-            "config": dataclasses.asdict(self.config),
+            "config": self.config.as_dict(),
             "sigma": self.sigma,
             "seconds": self.seconds,
             "history": self.history,
@@ -68,10 +66,22 @@ class ErasureResult:
         with ``DiffusionPipeline.from_pretrained(folder)``. ``fdu.json`` beside them records how it was made.
 
         Raises:
-            FileExistsError: the folder is not empty and ``overwrite`` is false.
+            FileExistsError: the folder is not empty and either ``overwrite`` is false or fdu did not write it.
+            ValueError: it is a mount point, or holds the working or the home folder.
             OSError: it cannot be written.
         """
         with whole_folder(folder, overwrite) as fresh:
             self.trainable.save(self.pipeline, fresh)
-            (fresh / RECORD_FILE).write_text(json.dumps(self.record(), indent=1) + "\n")
+            write_json(fresh / RECORD_FILE, self.record())
         return Path(folder)
+
+    def report(
+        self, path: str | Path, evaluation: Evaluation, probes: Sequence[Probe], before: Draws, after: Draws
+    ) -> Path:
+        """Write the HTML page of this erasure: :func:`fdu.report.write_report` with its record."""
+        return write_report(path, evaluation, probes, before, after, self.record())
+
+
+def _base_name(name: str) -> str:
+    """A hub id, or the mere name of a local folder: where it lay is nobody's business but its owner's."""
+    return Path(name).resolve().name if name and (Path(name).is_absolute() or Path(name).is_dir()) else name

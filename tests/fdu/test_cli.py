@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ from diffusers import DiffusionPipeline
 import fdu
 from fdu import cli, doctor, embedded
 from fdu.cli import main
+from fdu.output import SMALL_RESULT
 
 ERASE = ["erase", "embedded", "--target", "three", "--anchor", "eight", "--out", "out"]
 
@@ -73,7 +75,7 @@ def with_option(arguments: list[str], option: str, value: str) -> list[str]:
         ("--divergence", "helinger", "unknown divergence 'helinger'"),
         ("--max_train_steps", "-1", "max_train_steps must be a whole number >= 0, got -1"),
         ("--learning_rate", "nan", "learning_rate must be a finite number > 0, got nan"),
-        ("--sigma", "-2", "sigma must be a number > 0 or 'auto'"),
+        ("--sigma", "-2", "sigma must be a finite number > 0"),
         ("--device", "nonsense", "device 'nonsense' cannot be used"),
     ],
 )
@@ -92,6 +94,8 @@ def test_erase_and_demo_refuse_before_any_work(
         ("./missing", "MODEL './missing' does not exist"),
         ("/missing/model", "MODEL '/missing/model' does not exist"),
         ("missing", "MODEL 'missing' does not exist"),
+        ("folder/missing", "MODEL 'folder/missing' does not exist: there is a folder 'folder'"),
+        ("~/missing", "MODEL '~/missing' does not exist"),
         ("folder", "MODEL 'folder' is not the folder of a diffusers pipeline: no model_index.json"),
     ],
 )
@@ -311,3 +315,93 @@ def test_evaluate_loads_lora_weights() -> None:
     # A violent erasure: were the weights not loaded, the images after would equal those before.
     change = json.loads(Path("judged/metrics.json").read_text())["change"]
     assert change["target"] > 0.01
+
+
+@pytest.mark.usefixtures("no_work")
+@pytest.mark.parametrize("out", ["models/sd", "models", "./models/../models/sd"])
+def test_overwrite_never_replaces_the_model(out: str, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("models/sd").mkdir(parents=True)
+    Path("models/sd/model_index.json").touch()
+    Path("models/sd/fdu.json").touch()
+    arguments = ["erase", "models/sd", "--target", "a", "--anchor", "b", "--out", out, "--overwrite"]
+    assert "is, or holds, the input 'models/sd'" in refused(arguments, capsys)
+
+
+@pytest.mark.usefixtures("no_work")
+def test_overwrite_never_replaces_what_is_read(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("lora").mkdir()
+    Path("lora/pytorch_lora_weights.safetensors").touch()
+    Path("lora/prompts.txt").write_text("a seven")
+    evaluate = ["evaluate", "embedded", "lora", "--target", "three", "--out", "lora", "--overwrite"]
+    assert "holds, the input 'lora'" in refused(evaluate, capsys)
+    for option in ("--target", "--anchor"):
+        erase = with_option([*ERASE, "--overwrite"], "--out", "lora")
+        message = refused(with_option(erase, option, "lora/prompts.txt"), capsys)
+        assert "holds, the input 'lora/prompts.txt'" in message
+
+
+@pytest.mark.usefixtures("no_work")
+def test_a_full_pipeline_needs_its_room(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    room = shutil.disk_usage(".")._replace(free=SMALL_RESULT)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: room)
+    for model in ("embedded", "org/model"):
+        full = ["erase", model, *ERASE[2:], "--out", "new/out", "--train_method", "cross_attention"]
+        assert "MiB are needed" in refused(full, capsys)
+    cli._parse(ERASE).prepare("")
+
+
+@pytest.mark.usefixtures("no_work")
+def test_a_record_that_is_none_is_refused_before_any_work(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("lora").mkdir()
+    Path("lora/pytorch_lora_weights.safetensors").touch()
+    Path("lora/fdu.json").write_text('{"a": 1}')
+    assert "is not a record of an erasure (target.name" in refused(["evaluate", "embedded", "lora"], capsys)
+
+
+def test_truncated_weights_are_told_in_a_line(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("lora").mkdir()
+    Path("lora/pytorch_lora_weights.safetensors").write_bytes(b"\x10\0\0")
+    quick = ["--target", "three", "--images_per_class", "1"]
+    real = fdu.draw
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(fdu, "draw", lambda *given, **named: real(*given, num_inference_steps=1, **named))
+        assert main(["evaluate", "embedded", "lora", *quick]) == cli.FAILED
+    error = capsys.readouterr().err
+    assert "weights 'lora/pytorch_lora_weights.safetensors' could not be loaded" in error and "Traceback" not in error
+
+
+def test_evaluate_draws_with_seeds_that_no_training_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    Path("lora").mkdir()
+    Path("lora/pytorch_lora_weights.safetensors").touch()
+
+    def draw(*given: Any, seed: int, **named: Any) -> None:
+        raise RuntimeError(f"seed {seed}")
+
+    monkeypatch.setattr(fdu, "draw", draw)
+    work = cli._parse(["evaluate", "embedded", "lora", "--target", "three", "--seed", "5"]).prepare("")
+    with pytest.raises(RuntimeError, match="seed 1005"):
+        work()
+
+
+def test_the_help_tells_which_anchor_the_embedded_pipeline_does_not_know(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["erase", "--help"])
+    words = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert 'the embedded pipeline does not know "" and takes "digit"' in words
+
+
+def test_an_output_that_appears_during_the_training_costs_nothing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    real = fdu.erase
+
+    def erase(*given: Any, **named: Any) -> Any:
+        result = real(*given, **named)
+        Path("out").mkdir()
+        Path("out/mine").touch()
+        return result
+
+    monkeypatch.setattr(fdu, "erase", erase)
+    quick = ["--max_train_steps=1", "--train_batch_size=2", "--num_latents=4", "--num_inference_steps=2", "--rank=2"]
+    assert main([*ERASE, *quick]) == cli.FAILED
+    kept = Path(capsys.readouterr().err.partition("it is kept in '")[2].partition("'")[0])
+    assert (kept / "fdu.json").is_file() and [path.name for path in Path("out").iterdir()] == ["mine"]

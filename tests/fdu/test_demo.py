@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,7 @@ from PIL import Image
 from fdu import cli, embedded
 from fdu import demo as demo_file
 from fdu.cli import main
+from fdu.evaluation import JUDGED_SEED
 
 QUICK = [
     "--max_train_steps=2",
@@ -119,3 +123,50 @@ def make_former() -> Path:
     folder.mkdir()
     (folder / "metrics.json").write_text(json.dumps({"before": {}, "after": {}, "target": "x", "images_per_class": 1}))
     return folder
+
+
+def test_the_judge_sees_no_noise_that_the_training_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    real, seeds = demo_file.draw, []
+
+    def draw(pipeline: Any, probes: Any, images_per_class: int, seed: int, **named: Any) -> Any:
+        seeds.append(seed)
+        return real(pipeline, probes, images_per_class, seed, **named)
+
+    monkeypatch.setattr(demo_file, "draw", draw)
+    assert main(["demo", *QUICK, "--seed", "7"]) == cli.OK
+    assert seeds == [7 + JUDGED_SEED] * 2
+
+
+def test_an_output_that_appears_during_the_training_costs_nothing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    real = demo_file.evaluate
+
+    def evaluate(*given: Any) -> Any:
+        Path("demo-out").mkdir()
+        Path("demo-out/mine").touch()
+        return real(*given)
+
+    monkeypatch.setattr(demo_file, "evaluate", evaluate)
+    assert main(["demo", *QUICK]) == cli.FAILED
+    kept = Path(capsys.readouterr().err.partition("it is kept in '")[2].partition("'")[0])
+    assert (kept / "erased" / "fdu.json").is_file() and (kept / "report.html").is_file()
+    assert [path.name for path in Path("demo-out").iterdir()] == ["mine"]
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="no make here")
+@pytest.mark.parametrize("by", ["environment", "argument"])
+def test_make_clean_removes_only_what_is_made_here(by: str) -> None:
+    def dry(target: str, *arguments: str, **environment: str) -> str:
+        ran = subprocess.run(
+            ["make", "--dry-run", "--directory", str(Path(__file__).parents[2]), target, *arguments],
+            capture_output=True,
+            text=True,
+            check=True,
+            env=os.environ | environment,
+        )
+        return ran.stdout
+
+    given = dry("clean", OUT="/precious") if by == "environment" else dry("clean", "OUT=/precious")
+    assert "demo-out" in given and "/precious" not in given
+    assert '--out "elsewhere"' in dry("demo", "OUT=elsewhere")

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import shutil
 from pathlib import Path
 
 import pytest
 
-from fdu.output import check_output, whole_folder
+from fdu.output import RECORD_FILE, check_output, whole_folder, write_json
 
 
 def test_a_new_and_an_empty_folder_are_fine(tmp_path: Path) -> None:
@@ -20,11 +21,71 @@ def test_a_new_and_an_empty_folder_are_fine(tmp_path: Path) -> None:
 
 def test_what_is_there_is_not_overwritten_unasked(tmp_path: Path) -> None:
     (tmp_path / "full").mkdir()
-    (tmp_path / "full" / "kept").write_text("kept")
+    (tmp_path / "full" / RECORD_FILE).write_text("kept")
     with pytest.raises(FileExistsError, match="exists and is not empty.*--overwrite"):
         check_output(tmp_path / "full")
     check_output(tmp_path / "full", overwrite=True)
-    assert (tmp_path / "full" / "kept").read_text() == "kept"
+    assert (tmp_path / "full" / RECORD_FILE).read_text() == "kept"
+
+
+@pytest.mark.parametrize("name", ["thesis.tex", "metrics.json"])
+def test_what_fdu_did_not_write_is_never_overwritten(tmp_path: Path, name: str) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / name).write_text('{"accuracy": 0.5}')
+    with pytest.raises(FileExistsError, match="holds what fdu did not write.*never overwritten"):
+        check_output(tmp_path / "out", overwrite=True)
+
+
+def test_metrics_of_fdu_may_be_overwritten(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    metrics = {"before": {}, "after": {}, "target": "three", "images_per_class": 1}
+    write_json(tmp_path / "out" / "metrics.json", metrics)
+    check_output(tmp_path / "out", overwrite=True)
+
+
+@pytest.mark.parametrize("out", ["models/sd", "models", "models/other/../sd", "link"])
+def test_the_inputs_are_never_replaced(tmp_path: Path, out: str) -> None:
+    (tmp_path / "models" / "other").mkdir(parents=True)
+    (tmp_path / "models" / "sd").mkdir()
+    (tmp_path / "models" / "sd" / RECORD_FILE).touch()
+    (tmp_path / "link").symlink_to(tmp_path / "models")
+    with pytest.raises(ValueError, match="is, or holds, the input '.*sd'"):
+        check_output(tmp_path / out, overwrite=True, inputs=[tmp_path / "models" / "sd"])
+
+
+def test_an_input_that_is_a_link_in_the_folder_is_seen(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "sd").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(ValueError, match="holds, the input"):
+        check_output(tmp_path / "models", inputs=[tmp_path / "models" / "sd"])
+
+
+def test_beside_and_inside_an_input_is_fine(tmp_path: Path) -> None:
+    (tmp_path / "sd").mkdir()
+    check_output(tmp_path / "sd2", inputs=[tmp_path / "sd"])
+    check_output(tmp_path / "sd" / "erased", inputs=[tmp_path / "sd"])
+
+
+def test_a_mount_point_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os.path, "ismount", lambda path: Path(path) == tmp_path / "disk")
+    with pytest.raises(ValueError, match="disk' is a mount point.*a folder inside it"):
+        check_output(tmp_path / "disk")
+
+
+def test_a_check_leaves_nothing_behind(tmp_path: Path) -> None:
+    check_output(tmp_path / "new" / "deeper" / "out")
+    with pytest.raises(OSError, match="MiB are needed"):
+        check_output(tmp_path / "new" / "deeper" / "out", needed_bytes=1 << 60)
+    assert not list(tmp_path.iterdir())
+
+
+def test_without_a_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def homeless() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", homeless)
+    check_output(tmp_path / "out")
 
 
 def test_a_file_is_never_a_folder(tmp_path: Path) -> None:
@@ -60,17 +121,94 @@ def test_a_folder_appears_whole(tmp_path: Path) -> None:
 
 def test_an_error_leaves_what_was_there(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "old").write_text("old")
+    (tmp_path / "out" / RECORD_FILE).write_text("old")
     with pytest.raises(RuntimeError, match="half way"), whole_folder(tmp_path / "out", overwrite=True) as fresh:
         (fresh / "new").write_text("new")
         raise RuntimeError("half way")
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["old"]
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [RECORD_FILE]
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_overwriting_replaces_everything(tmp_path: Path) -> None:
     for content in ("first", "second"):
         with whole_folder(tmp_path / "out", overwrite=True) as fresh:
+            (fresh / RECORD_FILE).touch()
             (fresh / content).touch()
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["second"]
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {RECORD_FILE, "second"}
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_parents_are_made_when_something_is_written(tmp_path: Path) -> None:
+    with whole_folder(tmp_path / "new" / "out") as fresh:
+        (fresh / "a").touch()
+    assert (tmp_path / "new" / "out" / "a").exists()
+
+
+def test_a_link_stays_a_link(tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "out").symlink_to(tmp_path / "disk")
+    with whole_folder(tmp_path / "out") as fresh:
+        (fresh / "a").touch()
+    assert (tmp_path / "out").is_symlink() and (tmp_path / "disk" / "a").exists()
+
+
+def kept_result(message: str) -> Path:
+    """The folder that a message says the result is kept in."""
+    return Path(message.partition("it is kept in '")[2].partition("'")[0])
+
+
+def test_a_folder_that_appears_meanwhile_costs_nothing(tmp_path: Path) -> None:
+    with pytest.raises(FileExistsError, match="complete.*not empty") as caught, whole_folder(tmp_path / "out") as fresh:
+        (fresh / "trained").write_text("for hours")
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "other").write_text("other")
+    assert (kept_result(str(caught.value)) / "trained").read_text() == "for hours"
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["other"]
+
+
+@pytest.mark.parametrize("failing", [1, 2])
+def test_a_rename_that_fails_costs_neither_result(
+    failing: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / RECORD_FILE).write_text("old")
+    replace, calls = os.replace, iter(range(1, 10))
+
+    def busy(source: Path, destination: Path) -> None:
+        if next(calls) == failing:
+            raise OSError(errno.EBUSY, "Device or resource busy")
+        replace(source, destination)
+
+    monkeypatch.setattr(os, "replace", busy)
+    with (
+        pytest.raises(OSError, match="complete but could not be moved .*Device or resource busy") as caught,
+        whole_folder(tmp_path / "out", overwrite=True) as fresh,
+    ):
+        (fresh / "trained").write_text("for hours")
+    kept = kept_result(str(caught.value))
+    assert (kept / "trained").read_text() == "for hours"
+    assert (tmp_path / "out" / RECORD_FILE).read_text() == "old"
+    assert {path.name for path in tmp_path.iterdir()} == {"out", kept.name}
+
+
+def test_an_old_folder_that_cannot_be_put_back_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / RECORD_FILE).write_text("old")
+    replace, calls = os.replace, iter(range(10))
+
+    def busy(source: Path, destination: Path) -> None:
+        if next(calls):
+            raise OSError(errno.EBUSY, "Device or resource busy")
+        replace(source, destination)
+
+    monkeypatch.setattr(os, "replace", busy)
+    with pytest.raises(OSError) as caught, whole_folder(tmp_path / "out", overwrite=True) as fresh:
+        (fresh / "trained").touch()
+    former = Path(str(caught.value).partition("what stood there is in '")[2].removesuffix("'"))
+    assert (former / RECORD_FILE).read_text() == "old"
+
+
+def test_json_has_no_nan(tmp_path: Path) -> None:
+    write_json(tmp_path / "file", {"loss": [1.0, float("inf"), float("nan")], "pair": (1, {"x": float("-inf")})})
+    text = (tmp_path / "file").read_text()
+    assert json.loads(text, parse_constant=pytest.fail) == {"loss": [1.0, None, None], "pair": [1, {"x": None}]}

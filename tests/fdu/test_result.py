@@ -13,6 +13,7 @@ from torch import Tensor
 
 import fdu
 from fdu import embedded
+from fdu.result import _base_name
 
 
 def picture(pipeline: DiffusionPipeline) -> Tensor:
@@ -79,3 +80,40 @@ def test_a_failure_while_saving_leaves_the_former_result(
         result.save(tmp_path / "out", overwrite=True)
     assert sorted((path.name, path.read_bytes()) for path in (tmp_path / "out").iterdir()) == former
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_what_is_shared_does_not_tell_where_the_model_lay(
+    pipeline: StableDiffusionPipeline, quick: dict[str, Any]
+) -> None:
+    result = fdu.erase(pipeline, "three", "eight", **quick)
+    assert result.record()["base"] == "pipeline"
+
+
+@pytest.mark.parametrize(
+    ("name", "base"), [("", ""), ("org/model", "org/model"), ("/home/me/sd", "sd"), ("models/sd", "sd"), (".", "here")]
+)
+def test_names_of_bases(name: str, base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "here" / "models" / "sd").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "here")
+    assert _base_name(name) == base
+
+
+def test_a_record_that_is_not_finite_is_valid_json(
+    pipeline: StableDiffusionPipeline, quick: dict[str, Any], tmp_path: Path
+) -> None:
+    result = fdu.erase(pipeline, "three", "eight", **quick)
+    result.history["distance"][1] = float("inf")
+    text = (result.save(tmp_path / "out") / "fdu.json").read_text()
+    assert json.loads(text, parse_constant=pytest.fail)["history"]["distance"][1] is None
+
+
+def test_report(pipeline: StableDiffusionPipeline, quick: dict[str, Any], tmp_path: Path) -> None:
+    result = fdu.erase(pipeline, "three", "eight", **quick)
+    probes = [
+        fdu.Probe(name, (name,), role, lambda images, name=name: [name] * len(images))
+        for name, role in (("three", "target"), ("eight", "retained"))
+    ]
+    draws = fdu.Draws([torch.rand(2, 3, 16, 16) for _ in probes])
+    path = result.report(tmp_path / "page.html", fdu.evaluate(draws, draws, probes), probes, draws, draws)
+    page = path.read_text(encoding="utf-8")
+    assert "three → eight" in page and "The course of the training" in page and "max_train_steps" in page

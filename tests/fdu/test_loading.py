@@ -1,0 +1,102 @@
+"""What is loaded for the command line: models that are not there, records that are none, weights that are broken."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from diffusers import StableDiffusionPipeline
+
+from fdu import embedded
+from fdu.loading import (
+    HUB_PIPELINE,
+    LORA_FILE,
+    RECORD_KEYS,
+    check_model,
+    load_erased,
+    load_model,
+    read_record,
+    result_bytes,
+)
+from fdu.output import RECORD_FILE, SMALL_RESULT
+
+RECORD: dict[str, Any] = {
+    "target": {"name": "three"},
+    "anchor": {"name": "eight"},
+    "config": {"divergence": "kl", "max_train_steps": 3, "seed": 0},
+    "sigma": 0.1,
+    "seconds": 1.5,
+    "history": {"loss": [1.0, None]},
+    "versions": {},
+}
+
+
+def test_a_folder_that_is_missing_is_no_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    check_model("models/missing")
+    Path("models").mkdir()
+    with pytest.raises(FileNotFoundError, match="MODEL 'models/missing' does not exist: there is a folder 'models'"):
+        check_model("models/missing")
+    for name in ("./missing", "../missing", "/missing/model", "~/missing"):
+        with pytest.raises(FileNotFoundError, match="does not exist"):
+            check_model(name)
+
+
+def test_a_whole_record_is_read(tmp_path: Path) -> None:
+    assert read_record(str(tmp_path)) is None
+    (tmp_path / RECORD_FILE).write_text(json.dumps(RECORD))
+    assert read_record(str(tmp_path)) == RECORD
+
+
+@pytest.mark.parametrize("key", RECORD_KEYS)
+@pytest.mark.parametrize("wrong", ["absent", "null"])
+def test_a_record_that_lacks_what_is_used_is_refused(tmp_path: Path, key: str, wrong: str) -> None:
+    record = copy.deepcopy(RECORD)
+    *path, last = key.split(".")
+    entry = record
+    for name in path:
+        entry = entry[name]
+    if wrong == "absent":
+        del entry[last]
+    else:
+        entry[last] = None
+    (tmp_path / RECORD_FILE).write_text(json.dumps(record))
+    with pytest.raises(ValueError, match=rf"fdu\.json' is not a record of an erasure \({key} is missing or wrong\)"):
+        read_record(str(tmp_path))
+
+
+@pytest.mark.parametrize("text", ['{"a": 1}', "[]", "3", json.dumps(RECORD | {"history": {"loss": 3}})])
+def test_other_json_is_no_record(tmp_path: Path, text: str) -> None:
+    (tmp_path / RECORD_FILE).write_text(text)
+    with pytest.raises(ValueError, match="is not a record of an erasure"):
+        read_record(str(tmp_path))
+
+
+def test_room_for_a_result(tmp_path: Path) -> None:
+    (tmp_path / "unet").mkdir()
+    (tmp_path / "unet" / "weights").write_bytes(b"x" * 1000)
+    assert result_bytes(str(tmp_path), "cross_attention") == SMALL_RESULT + 1000
+    assert result_bytes(str(tmp_path), "lora") == result_bytes("org/model", "lora") == SMALL_RESULT
+    assert result_bytes("org/model", "cross_attention") == HUB_PIPELINE
+    assert result_bytes("embedded", "cross_attention") > SMALL_RESULT + 1_000_000
+
+
+def test_truncated_weights_are_an_error_in_one_line(tmp_path: Path, pipeline: StableDiffusionPipeline) -> None:
+    (tmp_path / "lora").mkdir()
+    (tmp_path / "lora" / LORA_FILE).write_bytes(b"\xff" * 40)
+    with pytest.raises(OSError, match=f"weights '.*{LORA_FILE}' could not be loaded"):
+        load_erased(pipeline, str(tmp_path / "lora"))
+    pipeline.save_pretrained(tmp_path / "full")
+    weights = next((tmp_path / "full" / "unet").glob("*.safetensors"))
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    with pytest.raises(OSError, match="model '.*full' could not be loaded"):
+        load_model(str(tmp_path / "full"))
+
+
+def test_a_full_pipeline_takes_the_place_of_the_first(tmp_path: Path, pipeline: StableDiffusionPipeline) -> None:
+    pipeline.save_pretrained(tmp_path / "full")
+    assert load_erased(pipeline, str(tmp_path / "full")) is not pipeline
+    assert embedded.PIPELINE_FOLDER.is_dir()
