@@ -110,14 +110,22 @@ def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
         raise ValueError(f"{name} must be {listed}, not {value!r}")
 
 
-def check_grad_out(grad_out: Tensor | None, pred: Tensor) -> None:
-    """Raise unless grad_out is None or a buffer like pred that overlaps neither itself nor autograd."""
+def check_grad_out(grad_out: Tensor | None, pred: Tensor, target: Tensor) -> None:
+    """Raise unless grad_out is None or a buffer like pred, outside autograd and in a storage of its own."""
     if grad_out is None:
         return
     check_floating("grad_out", grad_out)
     check_same("grad_out", grad_out, "pred", pred)
     if grad_out.requires_grad:
         raise ValueError("grad_out is written in place and must not require grad; pass torch.empty_like(pred)")
+    for name, tensor in (("pred", pred), ("target", target)):
+        if _share_storage(grad_out, tensor):
+            raise ValueError(
+                f"grad_out must not share its storage with {name}, which is read while it is written; "
+                "pass torch.empty_like(pred)"
+            )
+    if any(stride == 0 and size > 1 for size, stride in zip(grad_out.shape, grad_out.stride(), strict=True)):
+        raise ValueError("grad_out must not be an expanded tensor, whose elements overlap; pass torch.empty_like(pred)")
 
 
 def check_grad_scale(grad_scale: Number | Tensor) -> None:
@@ -148,6 +156,13 @@ def _check_device(name: str, tensor: Tensor, other_name: str, other: Tensor) -> 
             f"{name} and {other_name} must be on one device, but {name} is on {tensor.device} and {other_name} on "
             f"{other.device}; move it: {name}.to({other_name}.device)"
         )
+
+
+def _share_storage(one: Tensor, other: Tensor) -> bool:
+    if torch.compiler.is_compiling():
+        return False
+    # Not data_ptr, which fake tensors do not have.
+    return one.untyped_storage()._cdata == other.untyped_storage()._cdata
 
 
 def _readable(tensor: Tensor) -> bool:

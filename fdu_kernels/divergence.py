@@ -14,6 +14,11 @@ from fdu_kernels.profiles import profile
 
 Rows = tuple[CriticRow, CriticRow]
 
+CURVATURE_LIMIT = 150.0
+"""A user's kappa is evaluated for |v| up to here, where u^4 still fits float64, and continued as a power law."""
+CURVATURE_STEP = 1 / 8
+"""In v, for finding where a user's kappa drowns in rounding."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Divergence:
@@ -66,26 +71,27 @@ class Divergence:
             return math.inf
         if self.log_curvature is None:
             return 0.0
-        return float(torch.exp(self.log_curvature(torch.zeros((), dtype=torch.float64)))) / 2
+        with torch.device("cpu"):
+            return float(torch.exp(self.log_curvature(torch.zeros((), dtype=torch.float64)))) / 2
 
     def f(self, u: Tensor) -> Tensor:
         """f(u) for u >= 0 of any shape. Raises ValueError for mse, which has no generator."""
         if self.generator is None:
             raise ValueError(f"divergence {str(self)!r} has no generator f; it is only a Gaussian profile, h(s) = s")
-        return self.generator(torch.as_tensor(u))
+        return self.generator(_tensor(u))
 
     def profile(self, s: Tensor) -> Tensor:
         """h(s), the divergence of two Gaussians at squared Mahalanobis distance s >= 0 (any shape, differentiable)."""
-        return profile(self)(torch.as_tensor(s))
+        return profile(self)(_tensor(s))
 
     def profile_grad(self, s: Tensor) -> Tensor:
         """h'(s), same shape (differentiable). Evaluated at s >= 1e-30, so that it is finite for every divergence."""
-        return profile(self).slope_at(torch.as_tensor(s))
+        return profile(self).slope_at(_tensor(s))
 
     def critic(self, v: Tensor, parametrization: str = "log_ratio") -> tuple[Tensor, Tensor]:
         """A(v), B(v) of the variational bound E_p[A] - E_q[B], of the shape of v (differentiable)."""
         a, b = critic_terms(self, parametrization)
-        return a(torch.as_tensor(v)), b(torch.as_tensor(v))
+        return a(_tensor(v)), b(_tensor(v))
 
     def critic_rows(self, parametrization: str) -> Rows | None:
         """The rows of A and B over the critic basis; None for a user's generator."""
@@ -110,15 +116,25 @@ class Divergence:
             name: how it is called in messages.
             kinks: where f' may jump, u > 0. Autograd cannot find them.
 
+        The curvature is evaluated for log u in [-150, 150], or as far as rounding leaves it, and continued as a power
+        of u. Where it is none (u log^2 u), h is a straight line from the s on at which more of it would be needed.
+
         Raises:
             TypeError: f does not map a tensor to a tensor of its shape.
             ValueError: f(1) is not 0, f is not convex, not finite, or has a kink that was not named.
         """
-        return _from_generator(f, name, tuple(float(kink) for kink in kinks))
+        # Whatever torch.set_default_device says: this needs float64.
+        with torch.device("cpu"):
+            return _from_generator(f, name, tuple(float(kink) for kink in kinks))
 
 
 def _restore(get: Callable[..., Divergence], name: str, parameters: tuple[tuple[str, float], ...]) -> Divergence:
     return get(name, **dict(parameters))
+
+
+def _tensor(x: Tensor) -> Tensor:
+    # as_tensor alone would move a tensor to torch.set_default_device's.
+    return x if isinstance(x, Tensor) else torch.as_tensor(x)
 
 
 def _derivative(function: Callable[[Tensor], Tensor], u: Tensor) -> Tensor:
@@ -155,10 +171,9 @@ def _from_generator(f: Callable[[Tensor], Tensor], name: str, places: tuple[floa
 
     plain = Divergence(name, custom=f, generator=f)
 
-    def log_curvature(v: Tensor) -> Tensor:
+    def curvature(v: Tensor) -> Tensor:
         u = torch.exp(v)
-        # Rounding can make a vanishing second derivative slightly negative.
-        return torch.log((u.square() * plain.second_derivative(u)).clamp(min=0))
+        return u.square() * plain.second_derivative(u)
 
     kinks = []
     for place in places:
@@ -167,9 +182,53 @@ def _from_generator(f: Callable[[Tensor], Tensor], name: str, places: tuple[floa
         # A smooth f changes its slope by 2e-7 u f''(u) between the two.
         if right - left > 1e-5:
             kinks.append((place, right - left))
-    made = dataclasses.replace(plain, kinks=tuple(kinks), log_curvature=log_curvature, formula=name)
+    made = dataclasses.replace(plain, kinks=tuple(kinks), log_curvature=_log_of_continued(curvature), formula=name)
     _check_kinks_are_named(made)
     return made
+
+
+def _log_of_continued(curvature: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """v -> log kappa(v), straight lines beyond both ends of what can be evaluated; NaN there if it is no power law."""
+    (low, low_slope), (high, high_slope) = _end_of(curvature, -1), _end_of(curvature, 1)
+
+    def log_curvature(v: Tensor) -> Tensor:
+        # Rounding can make a vanishing second derivative slightly negative.
+        result = torch.log(curvature(v.clamp(low, high)).clamp(min=0))
+        result = torch.where(v < low, result + low_slope * (v - low), result)
+        return torch.where(v > high, result + high_slope * (v - high), result)
+
+    return log_curvature
+
+
+def _end_of(curvature: Callable[[Tensor], Tensor], side: int) -> tuple[float, float]:
+    """The last v to one side at which kappa is accurate, and the slope d log kappa/dv there, NaN if it still changes.
+
+    Far out the terms of a second derivative by autograd may cancel (le_cam: 1/u for a result of 1/u^3), and their
+    rounding, times u^2, would outgrow the integrand. It shows as roughness of log kappa at most points of 2 units of v;
+    a jump of a generator that is defined by parts shows at a few.
+    """
+    per_unit = round(1 / CURVATURE_STEP)
+    count = round(CURVATURE_LIMIT * per_unit)
+    values = curvature(side * CURVATURE_STEP * torch.arange(count + 1, dtype=torch.float64))
+    logs = torch.log(values.clamp(min=0))
+    rough = ((logs[2:] - 2 * logs[1:-1] + logs[:-2]).abs() > 0.05) | (values[1:-1] < 0)
+    noisy = rough.unfold(0, 2 * per_unit, 1).sum(-1) > per_unit
+    noisy[: 4 * per_unit] = False
+    end, noise = count, torch.nonzero(noisy)
+    if len(noise):
+        # Relative rounding is 1e-16 e^(rate v), 1e-2 here, and so 3e-6 at three quarters of the way.
+        end = int(noise[0]) * 3 // 4
+    overflow = torch.nonzero(~torch.isfinite(values))
+    if len(overflow) and int(overflow[0]) <= end:
+        end, noise = int(overflow[0]) - per_unit, noise[:0]
+    end = max(end, 2 * per_unit)
+    near, middle, far = (float(logs[max(end - back * per_unit, 0)]) for back in (0, 4, 8))
+    slope = (near - middle) / 4
+    if near == -math.inf:
+        slope = 0.0
+    elif not len(noise) and not abs(slope - (middle - far) / 4) <= 1e-6:
+        slope = math.nan
+    return side * end * CURVATURE_STEP, side * slope
 
 
 def _check_kinks_are_named(divergence: Divergence) -> None:

@@ -91,7 +91,8 @@ def gaussian_divergence_value_and_grad(
 
     Args:
         grad_scale: a number or a tensor [] that multiplies the gradient only (loss scaling, gradient accumulation).
-        grad_out: a buffer like pred to write the gradient into, instead of a new tensor.
+        grad_out: a buffer like pred to write the gradient into, instead of a new tensor; its storage is neither
+            pred's nor target's.
 
     Returns:
         The value, and the gradient of the value's sum: the shape, dtype and device of pred.
@@ -99,7 +100,7 @@ def gaussian_divergence_value_and_grad(
     divergence = get_divergence(divergence)
     _check_gaussian(pred, target, sigma, weight, mask, distance, reduction)
     checks.check_grad_scale(grad_scale)
-    checks.check_grad_out(grad_out, pred)
+    checks.check_grad_out(grad_out, pred, target)
     chosen = choose_backend(backend, pred, divergence)
     return chosen.gaussian_divergence_value_and_grad(
         pred, target, divergence, sigma, weight, mask, distance, reduction, grad_scale, grad_out

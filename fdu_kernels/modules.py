@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,16 +14,18 @@ from fdu_kernels.critic import critic_terms
 from fdu_kernels.divergence import Divergence
 
 CALIBRATION_SAMPLES = 1024
-"""sigma="auto" takes the median of at most so many samples, the latest of the calibration calls."""
+"""sigma="auto" takes the median of so many samples or quantiles, an equal number of places for each call."""
 
 
 class GaussianDivergenceLoss(nn.Module):
     """:func:`fdu_kernels.gaussian_divergence` as a module.
 
     With sigma="auto" the first ``calibration_calls`` calls in training mode set sigma^2 so that the median of s over
-    all their samples is s0; then sigma stays. Samples at distance 0 (an empty mask row, equal outputs) and
-    non-finite ones do not count, and before there is any other sigma is 1. The state is in buffers: a state_dict
-    resumes it exactly, and the device never makes the host wait. Under DDP each rank calibrates on its own samples.
+    all their samples is s0; then sigma stays. Each call has 1024 / calibration_calls places (at least one): a larger
+    batch stands there with as many evenly spaced quantiles of its s. Samples at distance 0 (an empty mask row, equal
+    outputs) and non-finite ones do not count, and before there is any other sigma is 1. The state is in float32
+    buffers, whatever the module is cast to, which follow the inputs' device: a state_dict resumes it exactly, and the
+    device never makes the host wait. Under DDP each rank calibrates on its own samples.
 
     Args:
         divergence: a name ("squared_hellinger", "alpha:0.3", ...) or a Divergence.
@@ -31,9 +34,12 @@ class GaussianDivergenceLoss(nn.Module):
         calibration_calls: for how many calls "auto" looks. 8 calls of one sample already place the median of a
             chi-square-like s within some 20 % of the truth, and a drift in training afterwards is left to be seen.
         distance, reduction, backend: as in the function.
+
+    Attributes:
+        sigma: the given number, or with "auto" a float32 tensor []; an argument that the functions take.
     """
 
-    sigma: Tensor
+    sigma: float | Tensor
     calls: Tensor
     observed: Tensor
 
@@ -67,35 +73,56 @@ class GaussianDivergenceLoss(nn.Module):
         self.distance = distance
         self.reduction = reduction
         self.backend = backend
-        self.register_buffer("sigma", torch.tensor(float(sigma)), persistent=self.auto)
-        if self.auto:
+        if not self.auto:
+            self.sigma = float(sigma)
+        else:
+            places = max(CALIBRATION_SAMPLES // calibration_calls, 1)
+            self.register_buffer("sigma", torch.tensor(1.0, dtype=torch.float32))
             self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
-            self.register_buffer("observed", torch.full((CALIBRATION_SAMPLES,), torch.inf))
+            # One row a call; free places are inf.
+            self.register_buffer("observed", torch.full((calibration_calls, places), torch.inf, dtype=torch.float32))
             # The count is kept twice: reading the buffer at every call would make the host wait.
             self._calls = 0
             self.register_load_state_dict_post_hook(_read_calls)
 
     def forward(self, pred: Tensor, target: Tensor, weight: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         """The loss of [B, ...] denoiser outputs; ``target`` is a constant."""
-        if self.auto and self.training and self._calls < self.calibration_calls:
-            self._calibrate(pred, target, mask)
+        if self.auto:
+            self._follow(pred)
+            if self.training and self._calls < self.calibration_calls:
+                self._calibrate(pred, target, mask)
         return functional.gaussian_divergence(
             pred, target, self.divergence, self.sigma, weight, mask, self.distance, self.reduction, self.backend
         )
 
+    def _follow(self, pred: Tensor) -> None:
+        # Once, at the first call on a device. A meta tensor has no values, and would take the state's.
+        if isinstance(pred, Tensor) and pred.device.type != "meta" and pred.device != self.observed.device:
+            self.to(pred.device)
+
     @torch.no_grad()
     def _calibrate(self, pred: Tensor, target: Tensor, mask: Tensor | None) -> None:
         distances = functional.squared_distance(pred, target, mask=mask, distance=self.distance).to(self.observed.dtype)
-        counts = torch.isfinite(distances) & (distances > 0)
-        # What does not count is inf, and so are the free places: the sort moves all of them behind the samples.
-        pool = torch.cat([torch.where(counts, distances, torch.inf), self.observed]).sort(stable=True).values
-        self.observed.copy_(pool[:CALIBRATION_SAMPLES])
-        samples = torch.isfinite(self.observed).sum()
-        middle = torch.stack([(samples - 1).clamp(min=0) // 2, samples // 2])
-        median = self.observed[middle].mean()
-        self.sigma.copy_(torch.where(samples > 0, torch.sqrt(median / self.s0), self.sigma))
+        self.observed[self._calls] = _quantiles(distances, self.observed.shape[1])
+        # inf sorts behind the samples.
+        pool = self.observed.flatten().sort().values
+        samples = torch.isfinite(pool).sum()
+        middle = torch.stack([(samples - 1).clamp(min=0) // 2, samples // 2]).clamp(max=len(pool) - 1)
+        median = pool[middle].mean()
+        sigma = self.get_buffer("sigma")
+        sigma.copy_(torch.where(samples > 0, torch.sqrt(median / self.s0), sigma))
         self._calls += 1
         self.calls.add_(1)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> GaussianDivergenceLoss:
+        # .half() and .double() are meant for the model; the calibration stays in float32 and moves only.
+        before = dict(self._buffers)
+        super()._apply(fn, recurse)
+        for name, buffer in before.items():
+            moved = self._buffers[name]
+            if buffer is not None and moved is not None and moved.dtype != buffer.dtype:
+                self._buffers[name] = buffer.to(moved.device)
+        return self
 
     def extra_repr(self) -> str:
         scale = f'sigma="auto", s0={self.s0:g}, calibration_calls={self.calibration_calls}' if self.auto else None
@@ -107,6 +134,19 @@ class GaussianDivergenceLoss(nn.Module):
                 f"reduction={self.reduction!r}",
             ]
         )
+
+
+def _quantiles(distances: Tensor, places: int) -> Tensor:
+    """The finite distances > 0 of [B], sorted, or as many evenly spaced quantiles as there are places; then inf."""
+    ordered = torch.where(torch.isfinite(distances) & (distances > 0), distances, torch.inf).sort().values
+    samples = torch.isfinite(ordered).sum()
+    used = samples.clamp(1, places)
+    place = torch.arange(places, device=distances.device)
+    # Quantile (place + 1/2) / used; halfway between two samples where it falls on their border.
+    position, unit = (2 * place + 1) * samples, 2 * used
+    last = len(ordered) - 1
+    upper, lower = ordered[(position // unit).clamp(max=last)], ordered[((position - 1) // unit).clamp(0, last)]
+    return torch.where(place < samples, (lower + upper) / 2, torch.inf)
 
 
 def _read_calls(module: nn.Module, incompatible_keys: Any) -> None:

@@ -19,6 +19,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -36,6 +37,10 @@ LAST_S = 1e4
 STEP = 1 / 32
 """In log s. The polynomial through 8 neighbours then errs by less than 1e-12 also where log h' falls like -s/8."""
 NEIGHBOURS = 8
+SHORT = 1e-13
+"""Share of the largest term that the outermost usable term of the quadrature may have."""
+NO_FLOAT64 = ("mps",)
+"""Device types without float64: tables are read there in float32, to a relative error of about 1e-5."""
 SMALLEST_S = 1e-30
 """h' is not evaluated closer to 0: where f has a kink at 1 it is infinite there, and 0 times inf would be NaN."""
 
@@ -69,7 +74,7 @@ def profile(divergence: Divergence) -> Scalar:
 
 def _exponential_profile(c: float, k: float) -> Scalar:
     if k == 0:
-        return Scalar(lambda s: c * s, lambda s: c + 0 * s)
+        return Scalar(lambda s: c * s, lambda s: c + 0 * s.clamp(0, 1))
     return Scalar(
         lambda s: torch.expm1(k * s) * (c / k),
         lambda s: c * torch.exp(k * s),
@@ -78,19 +83,21 @@ def _exponential_profile(c: float, k: float) -> Scalar:
 
 
 def _read(table: ProfileTable, s: Tensor, column: int) -> Tensor:
-    """h (column 0) or h' (column 1), interpolated in float64 and returned in the dtype of s."""
-    inside = s.double().clamp(min=SMALLEST_S)
+    """h (column 0) or h' (column 1), interpolated in float64 where there is one, and returned in the dtype of s."""
+    wide = s.to(_reading_dtype(s.device))
+    inside = wide.clamp(min=SMALLEST_S)
     t = (torch.log(inside) - table.first) / table.step
     position = t.clamp(table.bottom, table.top)
     # A NaN has no place in the table: it takes the first one and stays NaN through its offset.
     index = torch.nan_to_num(position.detach(), nan=table.bottom).floor().long().clamp(max=table.top - 1)
     neighbours = torch.arange(1 - NEIGHBOURS // 2, NEIGHBOURS // 2 + 1, device=s.device)
-    rows = _on_device(table, s.device)[index[..., None] + neighbours, column]
+    rows = _on_device(table, s.device, wide.dtype)[index[..., None] + neighbours, column]
     result = torch.exp((_lagrange_weights(position - index) * rows).sum(-1))
     below = torch.exp(table.powers[column] * table.step * (t - table.bottom).clamp(max=0))
     result = result * below
     if column == 0:
-        result = result * (s / inside)
+        # Not s / inside, which is inf / inf for the largest s.
+        result = result * (wide.clamp(max=SMALLEST_S) / SMALLEST_S)
     return result.to(s.dtype)
 
 
@@ -108,19 +115,30 @@ def _lagrange_weights(x: Tensor) -> Tensor:
 
 
 @functools.lru_cache(maxsize=256)
-def _on_device(table: ProfileTable, device: torch.device) -> Tensor:
-    return table.log_values.to(device)
+def _on_device(table: ProfileTable, device: torch.device, dtype: torch.dtype) -> Tensor:
+    # The dtype first: the device may not have that of the table.
+    return table.log_values.to(dtype).to(device)
+
+
+def _reading_dtype(device: torch.device) -> torch.dtype:
+    return torch.float32 if device.type in NO_FLOAT64 else torch.float64
 
 
 @functools.lru_cache(maxsize=256)
 def profile_table(divergence: Divergence) -> ProfileTable:
-    """Tabulate h and h' of a divergence that has a generator, from its curvature and its kinks.
+    """Tabulate h and h' of a divergence that has a generator, from its curvature and its kinks. On the CPU.
 
     Raises:
         ValueError: the curvature is not finite where the quadrature needs it, or f has none at all.
     """
     if divergence.generator is None:
         raise ValueError(f"divergence {str(divergence)!r} has no generator f to tabulate")
+    # Whatever torch.set_default_device says: the table needs float64.
+    with torch.device("cpu"):
+        return _tabulate(divergence)
+
+
+def _tabulate(divergence: Divergence) -> ProfileTable:
     margin = NEIGHBOURS // 2
     first = math.log(FIRST_S) - margin * STEP
     count = math.ceil((math.log(LAST_S) - first) / STEP) + margin + 1
@@ -130,7 +148,12 @@ def profile_table(divergence: Divergence) -> ProfileTable:
     growing = torch.nonzero(log_slopes > MAX_EXPONENT)
     if len(growing):
         count = min(count, int(growing[0]) + margin + 1)
-        t, log_slopes = t[:count], log_slopes[:count]
+    unknown = torch.nonzero(log_slopes.isnan())
+    if len(unknown):
+        count = min(count, int(unknown[0]))
+    t, log_slopes = t[:count], log_slopes[:count]
+    if count <= 2 * margin:
+        raise ValueError(f"the generator of {str(divergence)!r} has no finite, positive curvature on which to build h")
     if not bool(torch.isfinite(log_slopes).all()):
         raise ValueError(f"the generator of {str(divergence)!r} has no finite, positive curvature on which to build h")
 
@@ -171,22 +194,52 @@ def _log_integrals(divergence: Divergence, t: Tensor) -> Tensor:
 
 
 def log_slope_by_quadrature(divergence: Divergence, s: Tensor) -> Tensor:
-    """log h'(s) for float64 s [n] by the trapezoidal rule, which converges exponentially for analytic integrands.
+    """log h'(s) for ascending float64 s [n] by the trapezoidal rule, exponentially exact for analytic integrands.
 
     The step in v resolves both the normal density (half a standard deviation) and the poles of kappa, which
-    lie at a distance of pi from the real line for every smooth entry of the catalogue (0.4); 500 steps to either side
-    reach |v| = 200, beyond every maximum of the integrand on the tabulated range.
+    lie at a distance of pi from the real line for every smooth entry of the catalogue (0.4). Where kappa grows like
+    e^(a v) the integrand's mass is at v = (a - 1/2) s, and the grid reaches 12 standard deviations beyond it.
+
+    NaN where the mass lies in part beyond what is known of a user's kappa; inf far beyond MAX_EXPONENT.
     """
     if divergence.log_curvature is None:
         return _log_slope_of_kinks(divergence, s)
+    growth = _growth(divergence.log_curvature)
     parts = []
-    step = torch.clamp(torch.sqrt(s) / 2, max=0.4)[:, None]
-    for rows, steps in zip(s.split(256), step.split(256), strict=True):
-        v = steps * torch.arange(-500, 501, dtype=torch.float64)
+    for rows in s.split(32):
+        steps = torch.clamp(torch.sqrt(rows) / 2, max=0.4)[:, None]
+        if bool((steps == steps[0]).all()):
+            steps = steps[:1]
+        reach = growth * rows.max() + 12 * torch.sqrt(rows.max())
+        count = max(500, math.ceil(float(reach / steps.min())))
+        v = steps * torch.arange(-count, count + 1, dtype=torch.float64)
         log_terms = divergence.log_curvature(v) - v / 2 - v.square() / (2 * rows[:, None])
-        log_mean = torch.logsumexp(log_terms, -1) + torch.log(steps[:, 0] / torch.sqrt(2 * math.pi * rows))
+        log_mean = torch.logsumexp(torch.where(log_terms.isnan(), -math.inf, log_terms), -1)
+        log_mean = log_mean + torch.log(steps[:, 0] / torch.sqrt(2 * math.pi * rows))
+        log_mean = torch.where(_falls_short(log_terms), math.nan, log_mean)
         parts.append(log_mean - rows / 8 - math.log(2))
+        if bool((parts[-1] > MAX_EXPONENT).all()):
+            break
+    parts.append(s.new_full((len(s) - sum(map(len, parts)),), math.inf))
     return torch.logaddexp(torch.cat(parts), _log_slope_of_kinks(divergence, s))
+
+
+def _growth(log_curvature: Callable[[Tensor], Tensor]) -> float:
+    """The largest |v| / s at which the integrand has a maximum, from the slopes of log kappa far out."""
+    left, left_end, right_end, right = log_curvature(torch.tensor([-200.0, -190.0, 190.0, 200.0], dtype=torch.float64))
+    slopes = torch.stack([0.5 - (left_end - left) / 10, (right - right_end) / 10 - 0.5])
+    return float(slopes.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0).clamp(min=0).max())
+
+
+def _falls_short(log_terms: Tensor) -> Tensor:
+    """Which rows [n] have a NaN beside a term that counts."""
+    unknown = log_terms.isnan()
+    beside = torch.zeros_like(unknown)
+    beside[:, 1:] |= unknown[:, :-1]
+    beside[:, :-1] |= unknown[:, 1:]
+    outermost = torch.where(beside & ~unknown, log_terms, -math.inf).amax(-1)
+    largest = torch.where(unknown, -math.inf, log_terms).amax(-1)
+    return unknown.any(-1) & (outermost > largest + math.log(SHORT))
 
 
 def _log_slope_of_kinks(divergence: Divergence, s: Tensor) -> Tensor:

@@ -116,7 +116,8 @@ def use_backend(name: str) -> Iterator[None]:
     """Compute with one backend inside the block. Blocks nest, and threads and tasks have their own choice.
 
     Raises:
-        RuntimeError: the name is unknown, or that backend cannot run here (with the reasons of all).
+        ValueError: there is no backend of that name.
+        RuntimeError: that backend cannot run here (with the reasons of all).
     """
     _require(name, "use_backend")
     token = _wish.set(name)
@@ -130,7 +131,8 @@ def choose_backend(name: str | None, tensor: Tensor, divergence: Divergence) -> 
     """The backend for one call: the argument, else use_backend, else FDU_BACKEND, else the first that fits.
 
     Raises:
-        RuntimeError: a backend was asked for that is unknown or cannot take this call.
+        ValueError: a backend was asked for that does not exist.
+        RuntimeError: a backend was asked for that cannot run or cannot take this call.
     """
     wish, origin = (name, "backend") if name is not None else _standing_wish()
     if wish is not None:
@@ -156,7 +158,7 @@ def _standing_wish() -> tuple[str | None, str]:
 
 def _require(name: str, origin: str) -> Backend:
     if name not in REGISTRY:
-        raise RuntimeError(f"{origin} asks for the unknown backend {name!r}; {_report()}")
+        raise ValueError(f"{origin} asks for the unknown backend {name!r}; known: {', '.join(REGISTRY)}")
     backend = REGISTRY[name]
     if backend.why_unavailable() is not None:
         raise RuntimeError(f"{origin} asks for {name!r}, which cannot run here; {_report()}")

@@ -10,6 +10,7 @@ import torch
 import fdu_kernels as fk
 
 ONES = torch.ones(2, 3)
+BOTH = torch.ones(2, 2, 3)
 
 
 @pytest.mark.parametrize(
@@ -62,6 +63,10 @@ ONES = torch.ones(2, 3)
         ({"grad_out": torch.ones(3, 2)}, ValueError, "grad_out and pred must have one shape"),
         ({"grad_out": ONES.double()}, TypeError, "grad_out is float64 and pred float32"),
         ({"grad_out": ONES.clone().requires_grad_()}, ValueError, "grad_out is written in place"),
+        ({"grad_out": ONES}, ValueError, r"grad_out must not share its storage with pred.*empty_like\(pred\)"),
+        ({"pred": ONES.clone(), "grad_out": ONES}, ValueError, "grad_out must not share its storage with target"),
+        ({"pred": BOTH[0], "grad_out": BOTH[1]}, ValueError, "grad_out must not share its storage with pred"),
+        ({"grad_out": torch.ones(1, 3).expand(2, 3)}, ValueError, "grad_out must not be an expanded tensor"),
     ],
 )
 def test_gaussian_arguments(arguments: dict[str, Any], error: type[Exception], message: str) -> None:

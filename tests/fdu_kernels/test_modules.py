@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 
@@ -98,10 +99,82 @@ def test_auto_ignores_what_has_no_distance() -> None:
     assert loss.sigma == sigma
 
 
-def test_sigma_moves_with_the_module_and_only_auto_is_in_the_state() -> None:
-    assert not fk.GaussianDivergenceLoss(sigma=0.5).state_dict()
+@pytest.mark.parametrize("size", [1, 2, 5, 128, 129, 256, 1000])
+@pytest.mark.parametrize("calls", [1, 8])
+def test_auto_finds_the_median_for_any_batch_size(size: int, calls: int) -> None:
+    loss = fk.GaussianDivergenceLoss(sigma="auto", calibration_calls=calls)
+    seen = batches(calls, size)
+    for pred, target in seen:
+        loss(pred, target)
+    s = torch.cat([fk.squared_distance(*pair, sigma=loss.sigma) for pair in seen])
+    # A batch of more samples than its call has places is known by its quantiles only.
+    assert s.quantile(0.5).item() == pytest.approx(1.0, rel=1e-5 if size <= 1024 // calls else 0.01)
+
+
+def test_auto_with_one_place_a_call_takes_the_median_of_medians() -> None:
+    loss = fk.GaussianDivergenceLoss(sigma="auto", calibration_calls=600)
+    medians = []
+    for pred, target in batches(600, 2):
+        loss(pred, target)
+        medians.append(fk.squared_distance(pred, target).mean())
+    assert loss.observed.shape == (600, 1)
+    assert torch.as_tensor(loss.sigma).square().item() == pytest.approx(
+        torch.stack(medians).quantile(0.5).item(), rel=1e-5
+    )
+
+
+def test_only_auto_has_a_state() -> None:
+    fixed = fk.GaussianDivergenceLoss(sigma=0.5)
+    assert not fixed.state_dict() and not list(fixed.buffers()) and fixed.sigma == 0.5
     assert set(fk.GaussianDivergenceLoss(sigma="auto").state_dict()) == {"sigma", "calls", "observed"}
-    assert fk.GaussianDivergenceLoss(sigma=0.5).to("meta").sigma.device.type == "meta"
+    moved = fk.GaussianDivergenceLoss(sigma="auto").to("meta")
+    assert {buffer.device.type for buffer in moved.buffers()} == {"meta"}
+
+
+def test_a_fixed_sigma_is_exact_and_needs_no_device() -> None:
+    pred, target = (x.double() for x in batches(1)[0])
+    for module in (fk.GaussianDivergenceLoss(sigma=0.1), fk.GaussianDivergenceLoss(sigma=0.1).half()):
+        assert module(pred, target) == fk.gaussian_divergence(pred, target, sigma=0.1)
+        assert fk.gaussian_divergence(pred, target, sigma=module.sigma) == module(pred, target)
+    # The module was never moved: a fixed sigma has no device.
+    assert fk.GaussianDivergenceLoss("mse", sigma=0.1)(pred.to("meta"), target.to("meta")).device.type == "meta"
+
+
+@pytest.mark.parametrize("cast", ["half", "bfloat16", "double"])
+def test_auto_stays_float32_whatever_the_module_is_cast_to(cast: str) -> None:
+    data = batches(4)
+    plain, other = (fk.GaussianDivergenceLoss(sigma="auto", calibration_calls=4) for _ in range(2))
+    model = torch.nn.Sequential(torch.nn.Linear(1, 1), other)
+    for step, pair in enumerate(data):
+        if step == 2:
+            getattr(model, cast)()
+        plain(*pair)
+        other(*pair)
+    assert model[0].weight.dtype != torch.float32
+    for key, value in plain.state_dict().items():
+        assert torch.equal(other.state_dict()[key], value) and other.state_dict()[key].dtype == value.dtype, key
+
+
+def test_auto_follows_the_device_of_its_inputs() -> None:
+    # Without an accelerator the other device is meta, off which a module gets by to_empty only.
+    module = fk.GaussianDivergenceLoss(sigma="auto").to("meta").eval()
+    module.to = lambda device: module.to_empty(device=device)  # type: ignore[method-assign]
+    # What to_empty leaves there may be any number, also one that is no sigma.
+    with contextlib.suppress(ValueError):
+        module(*batches(1)[0])
+    assert {buffer.device.type for buffer in module.buffers()} == {"cpu"}
+    kept = fk.GaussianDivergenceLoss(sigma="auto").eval()
+    with pytest.raises(ValueError, match="sigma is on cpu and pred on meta"):
+        kept(*(x.to("meta") for x in batches(1)[0]))
+    assert kept.sigma == 1
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_module_left_on_the_cpu_takes_inputs_on_the_gpu() -> None:
+    pred, target = (x.cuda() for x in batches(1)[0])
+    for sigma in (0.5, "auto"):
+        module = fk.GaussianDivergenceLoss(sigma=sigma)
+        assert module(pred, target) == fk.gaussian_divergence(pred, target, sigma=module.sigma)
 
 
 def test_repr() -> None:

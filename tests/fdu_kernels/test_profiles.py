@@ -126,6 +126,83 @@ def test_derivatives(name: str) -> None:
     assert gradgradcheck(h, (s,))
 
 
+@pytest.mark.parametrize(
+    "name",
+    ["kl", "reverse_kl", "jeffreys", "alpha:1.1", "alpha:0.5", "alpha:-0.5", "squared_hellinger", "le_cam",
+     "jensen_shannon", "shifted_log", "neyman_chi2"],
+)  # fmt: skip
+def test_a_users_generator_equals_the_catalogue_at_every_s(name: str) -> None:
+    own = fk.get_divergence(name)
+    assert own.generator is not None
+    mine = fk.Divergence.from_generator(own.generator)
+    s = torch.logspace(-6, 4, 301, dtype=torch.float64)
+    if own.exponential is not None and own.exponential[1] > 0:
+        # Beyond, both are straight lines, which begin at slightly different s.
+        s = s[own.exponential[1] * s < MAX_EXPONENT - 0.5]
+    torch.testing.assert_close(mine.profile(s), own.profile(s), rtol=1e-6, atol=0)
+    torch.testing.assert_close(mine.profile_grad(s), own.profile_grad(s), rtol=1e-5, atol=1e-200)
+
+
+def test_the_table_ends_where_a_users_curvature_is_unknown() -> None:
+    # kappa = u^2 (2 log(1 + u) + 2)/(1 + u) is no power of u far out.
+    def f(u: Tensor) -> Tensor:
+        return (1 + u) * torch.log1p(u) ** 2 - 2 * math.log(2) ** 2
+
+    mine = fk.Divergence.from_generator(f)
+    s = torch.tensor([1.0, 10.0, 60.0], dtype=torch.float64)
+    # Under p, v is normal with mean +s/2: h = E_p[f(u)/u], free of overflow.
+    z = torch.linspace(-20, 20, 4001, dtype=torch.float64)
+    v = s[:, None] / 2 + s.sqrt()[:, None] * z
+    density = torch.exp(-z.square() / 2) / math.sqrt(2 * math.pi)
+    expected = torch.trapezoid(density * f(torch.exp(v)) * torch.exp(-v), z)
+    torch.testing.assert_close(mine.profile(s), expected, rtol=1e-8, atol=0)
+    end = profile_table(mine).linear_beyond
+    assert 60 < end < 300
+    beyond = torch.tensor([end, 2 * end, 1e6], dtype=torch.float64)
+    h, slope = mine.profile(beyond), mine.profile_grad(beyond)
+    assert slope[0] == slope[1] == slope[2] > 0
+    torch.testing.assert_close(h[2] - h[0], slope[0] * (beyond[2] - beyond[0]), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("name", fk.divergences())
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_infinite_distance(name: str, dtype: torch.dtype) -> None:
+    divergence = fk.get_divergence(name)
+    s = torch.tensor([math.inf, math.nan], dtype=dtype, requires_grad=True)
+    h, slope = divergence.profile(s), divergence.profile_grad(s)
+    assert h[0].item() == pytest.approx(divergence.upper, rel=1e-6)
+    assert slope[0].item() == pytest.approx(divergence.profile_grad(torch.tensor(1e30, dtype=dtype)).item())
+    assert math.isfinite(slope[0].item()) and bool(h[1].isnan()) and bool(slope[1].isnan())
+
+
+@pytest.mark.parametrize("name", [*TABULATED, "hockey_stick:2"])
+def test_devices_without_float64_read_in_float32(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    divergence = fk.get_divergence(name)
+    s = torch.logspace(-6, 2, 401)
+    exact = divergence.profile(s.double()), divergence.profile_grad(s.double())
+    made = []
+    monkeypatch.setattr("fdu_kernels.profiles.NO_FLOAT64", ("cpu",))
+    with monkeypatch.context() as patched:
+        patched.setattr(Tensor, "double", lambda tensor: made.append(tensor))
+        single = divergence.profile(s), divergence.profile_grad(s)
+        ends = divergence.profile(torch.tensor([0.0, 1e-38, math.inf, math.nan]))
+    assert not made and single[0].dtype == torch.float32
+    for found, expected in zip(single, exact, strict=True):
+        torch.testing.assert_close(found.double(), expected, rtol=3e-5, atol=1e-12)
+    assert ends[0] == 0 and 0 <= ends[1] < 1e-18 and ends[3].isnan()
+    assert ends[2].item() == pytest.approx(divergence.upper, rel=1e-5)
+
+
+def test_tables_are_made_on_the_cpu() -> None:
+    def f(u: Tensor) -> Tensor:
+        return (u - 1) ** 2 / (u + 1)
+
+    with torch.device("meta"):
+        mine = fk.Divergence.from_generator(f)
+        assert mine.slope_at_zero == 0.5
+        assert profile_table(mine).log_values.device.type == "cpu"
+
+
 def test_table_is_built_once_and_says_where_it_stands() -> None:
     table = profile_table(fk.get_divergence("jensen_shannon"))
     assert profile_table(fk.get_divergence("js")) is table
