@@ -111,9 +111,7 @@ def _check_run(denoiser: UNetDenoiser, target: Concept, config: EraseConfig) -> 
             "load it with dtype=torch.float32, or choose mixed_precision 'fp16' or 'bf16'"
         )
     if config.mixed_precision == "fp16" and denoiser.device.type == "cpu":
-        raise ValueError(
-            "mixed_precision 'fp16' needs a GPU, and the pipeline is on the CPU; use 'bf16' or 'no'"
-        )
+        raise ValueError("mixed_precision 'fp16' needs a GPU, and the pipeline is on the CPU; use 'bf16' or 'no'")
     if getattr(denoiser.module, "peft_config", {}):
         raise ValueError(
             f"pipeline already carries adapters ({', '.join(denoiser.module.peft_config)}); make them part of it with "
