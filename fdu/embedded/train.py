@@ -1,6 +1,6 @@
 """Train the embedded pipeline and its judge from scratch: ``python -m fdu.embedded.train --out FOLDER``.
 
-About half an hour on two CPU cores; the same seed on the same machine gives the same files. Needs scikit-learn.
+About half an hour on two CPU cores; everything random follows the seed. Needs scikit-learn.
 The order: judge, autoencoder, then text encoder and denoiser together, then a measurement of what came out.
 """
 
