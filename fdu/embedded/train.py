@@ -1,7 +1,9 @@
 """Train the embedded pipeline and its judge from scratch: ``python -m fdu.embedded.train --out FOLDER``.
 
-About half an hour on two CPU cores; everything random follows the seed. Needs scikit-learn.
-The order: judge, autoencoder, then text encoder and denoiser together, then a measurement of what came out.
+About half an hour on one CPU core, and one is all it uses: with more the sums round otherwise, and so do the weights.
+Needs scikit-learn. The stages: judge, autoencoder, then text encoder and denoiser together. Each starts from the seed
+by itself and from the files of the stages before it, so one can be repeated alone; a measurement of what is stored ends
+the run.
 """
 
 from __future__ import annotations
@@ -42,6 +44,9 @@ MAX_TOKENS = 16
 PIPELINE_FOLDER, CLASSIFIER_FILE = "pipeline", "classifier.safetensors"
 GUIDANCE = 3.0
 EMPTY_SHARE, GENERIC_SHARE, MEDIUM_NAMED_SHARE = 0.12, 0.20, 0.60
+AVERAGE_DECAY = 0.99
+"""Of the moving average of the weights. With 0.999 a twentieth of the result would be the weights of step 1, which pull
+all samples towards their mean: a generic prompt then draws hardly any red, and hardly a one."""
 UNNAMED_MEDIA = torch.tensor([0.1, 0.1, 0.1, 0.1, 0.6])
 """How often each medium of MEDIA is drawn when a prompt names none: mostly pencil."""
 
@@ -242,7 +247,7 @@ def train_denoiser(
         steps_offset=1,
     )
     models = nn.ModuleDict({"text_encoder": build_text_encoder(tokenizer), "unet": build_denoiser()}).train()
-    average = AveragedModel(models, multi_avg_fn=get_ema_multi_avg_fn(0.999))
+    average = AveragedModel(models, multi_avg_fn=get_ema_multi_avg_fn(AVERAGE_DECAY))
 
     glyphs, labels = load_glyphs(test=False)
     members = [(labels == digit).nonzero()[:, 0] for digit in range(len(DIGITS))]
@@ -313,13 +318,23 @@ def sample(pipeline: StableDiffusionPipeline, text: str, count: int, seed: int) 
     ).images
 
 
-def train(options: argparse.Namespace) -> None:
-    """Train everything and write FOLDER/pipeline and FOLDER/classifier.safetensors."""
-    torch.manual_seed(options.seed)
-    generator = torch.Generator().manual_seed(options.seed)
-    classifier = train_classifier(options.classifier_steps, generator)
+def judge_stage(options: argparse.Namespace, generator: torch.Generator) -> None:
+    """Write FOLDER/classifier.safetensors."""
+    classifier = train_classifier(options.judge_steps, generator)
     save_file(classifier.state_dict(), options.out / CLASSIFIER_FILE)
+
+
+def autoencoder_stage(options: argparse.Namespace, generator: torch.Generator) -> None:
+    """Write FOLDER/pipeline/vae."""
     autoencoder = train_autoencoder(options.autoencoder_steps, generator)
+    autoencoder.to(torch.float16).save_pretrained(options.out / PIPELINE_FOLDER / "vae")
+
+
+def denoiser_stage(options: argparse.Namespace, generator: torch.Generator) -> None:
+    """Write FOLDER/pipeline, with the autoencoder that is in it."""
+    folder = options.out / PIPELINE_FOLDER
+    autoencoder = AutoencoderKL.from_pretrained(folder / "vae", torch_dtype=torch.float32)
+    autoencoder.register_to_config(_name_or_path="")
     tokenizer = learn_tokenizer(corpus(), MAX_TOKENS)
     text_encoder, unet, scheduler = train_denoiser(autoencoder, tokenizer, options.denoiser_steps, generator)
     pipeline = StableDiffusionPipeline(
@@ -332,32 +347,36 @@ def train(options: argparse.Namespace) -> None:
         feature_extractor=None,
         requires_safety_checker=False,
     )
-    folder = options.out / PIPELINE_FOLDER
     pipeline.to(dtype=torch.float16).save_pretrained(folder)
     save_vocabulary(tokenizer, folder / "tokenizer")
 
 
+STAGES = {"judge": judge_stage, "autoencoder": autoencoder_stage, "denoiser": denoiser_stage}
+
+
 def main() -> None:
-    """Train, unless there is only to measure, then measure what was stored and write FOLDER/quality.json."""
+    """Run the stages asked for, then measure what is stored and write FOLDER/quality.json."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "data")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--classifier_steps", type=int, default=1000)
+    parser.add_argument("--judge_steps", type=int, default=1000)
     parser.add_argument("--autoencoder_steps", type=int, default=2000)
     parser.add_argument("--denoiser_steps", type=int, default=3000)
     parser.add_argument("--images_per_class", type=int, default=100, help="samples a class for the measurement")
-    parser.add_argument("--measure_only", action="store_true", help="train nothing, measure what is in FOLDER")
+    parser.add_argument("--stages", nargs="*", choices=STAGES, default=list(STAGES), help="none: measure only")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
-    if not options.measure_only:
-        train(options)
+    torch.set_num_threads(1)
+    for stage in options.stages:
+        torch.manual_seed(options.seed)
+        STAGES[stage](options, torch.Generator().manual_seed(options.seed))
 
     pipeline = StableDiffusionPipeline.from_pretrained(options.out / PIPELINE_FOLDER, dtype=torch.float32)
     classifier = DigitClassifier()
     classifier.load_state_dict(load_file(options.out / CLASSIFIER_FILE))
     classifier.eval().requires_grad_(False)
     record = {
-        "options": {key: value for key, value in vars(options).items() if key not in ("out", "measure_only")},
+        "options": {key: value for key, value in vars(options).items() if key not in ("out", "stages")},
         "judge_on_held_out_digits": held_out_accuracy(classifier),
         "pipeline": measure(pipeline, classifier, options.images_per_class, options.seed),
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",

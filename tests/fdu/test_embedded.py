@@ -43,8 +43,7 @@ def test_class_prompts_draw_what_they_ask_for(pipeline: StableDiffusionPipeline)
     ]
     # 200 digit samples: 0.98 measured on 1,000 (data/quality.json) allows 4 wrong here, and a little for chance.
     assert sum(shares[:10]) / 10 >= 0.965
-    # 80 ink samples: the same 0.98 allows 2 wrong, and a little for chance.
-    assert sum(shares[10:]) / 4 >= 0.95
+    assert min(shares[10:]) >= 0.95
 
 
 def test_the_recorded_quality_holds_the_promise() -> None:
@@ -53,8 +52,9 @@ def test_the_recorded_quality_holds_the_promise() -> None:
     measured = quality["pipeline"]
     assert measured["digit_accuracy"] >= 0.98
     assert abs(measured["digit_accuracy"] - measured["digit_accuracy_by_svm"]) < 0.03
-    media = measured["per_medium"].values()
-    assert sum(media) / len(media) >= 0.98 and min(media) >= 0.9
+    assert min(measured["per_medium"].values()) >= 0.98
+    # What an erasure towards the superclass can at best come down to: no digit is a favourite of the generic prompt.
+    assert max(measured["digits_of_generic_prompt"]) <= 0.16
 
 
 def test_the_prompts_of_target_and_anchor_are_in_its_vocabulary() -> None:
