@@ -18,7 +18,7 @@ import torch
 from torch.nn.functional import logsigmoid
 
 from fdu_kernels.critic import CriticRow
-from fdu_kernels.divergence import Divergence
+from fdu_kernels.divergence import MADE_BY_USERS, Divergence
 
 
 @dataclasses.dataclass(frozen=True)
@@ -273,9 +273,20 @@ def get_divergence(name: str | Divergence, **parameters: float) -> Divergence:
     return _lookup(name, tuple(sorted(parameters.items())))
 
 
+def find_divergence(key: str) -> Divergence:
+    """The divergence whose ``key`` this is, of the catalogue or a user's own."""
+    made = MADE_BY_USERS.get(key)
+    return get_divergence(key) if made is None else made
+
+
 @torch.compiler.assume_constant_result
-@functools.lru_cache(maxsize=1024)
 def _lookup(spelling: str, parameters: tuple[tuple[str, float], ...]) -> Divergence:
+    # A function of its own: torch.compile would trace into the cached one.
+    return _build(spelling, parameters)
+
+
+@functools.lru_cache(maxsize=1024)
+def _build(spelling: str, parameters: tuple[tuple[str, float], ...]) -> Divergence:
     typed, colon, suffix = spelling.strip().lower().replace("-", "_").partition(":")
     # A minus sign in the parameter is not a hyphen.
     suffix = spelling.strip().partition(":")[2].strip()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
+import weakref
 from collections.abc import Callable, Sequence
 
 import torch
@@ -18,6 +20,11 @@ CURVATURE_LIMIT = 150.0
 """A user's kappa is evaluated for |v| up to here, where u^4 still fits float64, and continued as a power law."""
 CURVATURE_STEP = 1 / 8
 """In v, for finding where a user's kappa drowns in rounding."""
+
+
+MADE_BY_USERS: weakref.WeakValueDictionary[str, Divergence] = weakref.WeakValueDictionary()
+"""The divergences of from_generator that are alive, by key."""
+_numbers = itertools.count(1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +57,16 @@ class Divergence:
     """A and B of v = log p/q; None: by autograd from the generator."""
     fgan_rows: Rows | None = dataclasses.field(default=None, compare=False)
     """T = g_f(v) and f*(T) with f-GAN's output activation; None: log_ratio_rows, which are an activation as well."""
+    key: str = dataclasses.field(default="", compare=False, repr=False)
+    """What :func:`fdu_kernels.catalogue.find_divergence` finds it by: compiled code holds strings, not functions."""
+
+    def __post_init__(self) -> None:
+        if self.custom is None:
+            object.__setattr__(self, "key", str(self))
+            return
+        if not self.key:
+            object.__setattr__(self, "key", f"{self.name}#{next(_numbers)}")
+        MADE_BY_USERS[self.key] = self
 
     def __str__(self) -> str:
         return ":".join([self.name, *(repr(value).removesuffix(".0") for _, value in self.parameters)])

@@ -70,7 +70,7 @@ def gaussian_divergence(
     """
     divergence = get_divergence(divergence)
     _check_gaussian(pred, target, sigma, weight, mask, distance, reduction)
-    chosen = choose_backend(backend, pred, divergence)
+    chosen = choose_backend(backend, pred, divergence, "gaussian")
     return chosen.gaussian_divergence(pred, target, divergence, sigma, weight, mask, distance, reduction)
 
 
@@ -101,7 +101,7 @@ def gaussian_divergence_value_and_grad(
     _check_gaussian(pred, target, sigma, weight, mask, distance, reduction)
     checks.check_grad_scale(grad_scale)
     checks.check_grad_out(grad_out, pred, target)
-    chosen = choose_backend(backend, pred, divergence)
+    chosen = choose_backend(backend, pred, divergence, "gaussian")
     return chosen.gaussian_divergence_value_and_grad(
         pred, target, divergence, sigma, weight, mask, distance, reduction, grad_scale, grad_out
     )
@@ -136,7 +136,7 @@ def variational_divergence(
     """
     divergence = get_divergence(divergence)
     _check_variational(log_ratio_p, log_ratio_q, mask, parametrization, reduction)
-    chosen = choose_backend(backend, log_ratio_q, divergence)
+    chosen = choose_backend(backend, log_ratio_q, divergence, "critic")
     return chosen.variational_divergence(log_ratio_p, log_ratio_q, divergence, mask, parametrization, reduction)
 
 
@@ -154,7 +154,7 @@ def variational_divergence_value_and_grad(
     divergence = get_divergence(divergence)
     _check_variational(log_ratio_p, log_ratio_q, mask, parametrization, reduction)
     checks.check_grad_scale(grad_scale)
-    chosen = choose_backend(backend, log_ratio_q, divergence)
+    chosen = choose_backend(backend, log_ratio_q, divergence, "critic")
     return chosen.variational_divergence_value_and_grad(
         log_ratio_p, log_ratio_q, divergence, mask, parametrization, reduction, grad_scale
     )
@@ -174,7 +174,7 @@ def variational_model_loss(
     """
     divergence = get_divergence(divergence)
     _check_variational(None, log_ratio_q, mask, parametrization, reduction)
-    chosen = choose_backend(backend, log_ratio_q, divergence)
+    chosen = choose_backend(backend, log_ratio_q, divergence, "critic")
     return chosen.variational_divergence(None, log_ratio_q, divergence, mask, parametrization, reduction)
 
 
@@ -202,7 +202,7 @@ def density_ratio_divergence(
     """
     divergence = get_divergence(divergence)
     _check_density_ratio(log_ratio, weight, samples_from, reduction)
-    chosen = choose_backend(backend, log_ratio, divergence)
+    chosen = choose_backend(backend, log_ratio, divergence, "critic")
     return chosen.density_ratio_divergence(log_ratio, divergence, samples_from, weight, reduction)
 
 
@@ -219,7 +219,7 @@ def density_ratio_divergence_value_and_grad(
     divergence = get_divergence(divergence)
     _check_density_ratio(log_ratio, weight, samples_from, reduction)
     checks.check_grad_scale(grad_scale)
-    chosen = choose_backend(backend, log_ratio, divergence)
+    chosen = choose_backend(backend, log_ratio, divergence, "critic")
     return chosen.density_ratio_divergence_value_and_grad(
         log_ratio, divergence, samples_from, weight, reduction, grad_scale
     )

@@ -1,13 +1,16 @@
 """Which backend computes: the registry, the ways to ask for one, and the choice.
 
-A backend is a module of this folder that fulfils :class:`Backend`. To add one, write the module and add its line to
-``REGISTRY``; nothing else changes.
+A backend fulfils :class:`Backend`: the reference does by itself, the fused ones through :mod:`fdu_kernels.ops`, which
+puts autograd around the kernels of a module of this folder. To add one, write the module (kernels.py says what it has)
+and add its line to ``fdu_kernels.ops.KERNELS``; nothing else changes.
 """
 
 from __future__ import annotations
 
 import contextlib
 import contextvars
+import functools
+import logging
 import os
 from collections.abc import Iterator
 from typing import Protocol
@@ -17,6 +20,7 @@ from torch import Tensor
 
 from fdu_kernels.backends import reference
 from fdu_kernels.divergence import Divergence
+from fdu_kernels.ops import KERNELS, FusedBackend
 
 ENVIRONMENT_VARIABLE = "FDU_BACKEND"
 
@@ -27,8 +31,8 @@ class Backend(Protocol):
     def why_unavailable(self) -> str | None:
         """Why it cannot run on this machine, or None. Cheap: the answer is asked for at every call."""
 
-    def why_unsuitable(self, tensor: Tensor, divergence: Divergence) -> str | None:
-        """Why it cannot take this call (device, dtype, a user's generator), or None."""
+    def why_unsuitable(self, device: torch.device, dtype: torch.dtype, own: str | None, form: str) -> str | None:
+        """Why it cannot take this call, or None. ``own``: a user's divergence, by key; form: "gaussian", "critic"."""
 
     def gaussian_divergence(
         self,
@@ -98,11 +102,10 @@ class Backend(Protocol):
         """The estimate and the gradient of its sum."""
 
 
-REGISTRY: dict[str, Backend] = {
-    "torch": reference,
-}
-"""Name -> module, the preferred first. A module leaves what is slow to import to its first use."""
+REGISTRY: dict[str, Backend] = {**{name: FusedBackend(name) for name in KERNELS}, "torch": reference}
+"""Name -> backend, the preferred first. What is slow to import or to build is left to the first use."""
 
+_logger = logging.getLogger("fdu_kernels")
 _wish: contextvars.ContextVar[str | None] = contextvars.ContextVar("fdu_kernels_backend", default=None)
 
 
@@ -127,33 +130,46 @@ def use_backend(name: str) -> Iterator[None]:
         _wish.reset(token)
 
 
-def choose_backend(name: str | None, tensor: Tensor, divergence: Divergence) -> Backend:
+def choose_backend(name: str | None, tensor: Tensor, divergence: Divergence, form: str) -> Backend:
     """The backend for one call: the argument, else use_backend, else FDU_BACKEND, else the first that fits.
+
+    Compiled code keeps the choice it was traced with.
+
+    Args:
+        form: "gaussian", or "critic" for a function of density-ratio estimates.
 
     Raises:
         ValueError: a backend was asked for that does not exist.
         RuntimeError: a backend was asked for that cannot run or cannot take this call.
     """
-    wish, origin = (name, "backend") if name is not None else _standing_wish()
-    if wish is not None:
-        backend = _require(wish, origin)
-        reason = backend.why_unsuitable(tensor, divergence)
-        if reason is not None:
-            raise RuntimeError(f"{origin} asks for {wish!r}, which cannot take this call: {reason}")
-        return backend
-    for backend in REGISTRY.values():
-        if backend.why_unavailable() is None and backend.why_unsuitable(tensor, divergence) is None:
-            return backend
-    raise RuntimeError(f"no backend can take this call; {_report()}")
+    own = None if divergence.custom is None else divergence.key
+    return REGISTRY[_choose(name, tensor.device, tensor.dtype, own, form)]
 
 
 @torch.compiler.assume_constant_result
-def _standing_wish() -> tuple[str | None, str]:
-    """The wish of use_backend or the environment. Compiled code keeps the one it was traced with."""
-    wish = _wish.get()
-    if wish is not None:
-        return wish, "use_backend"
-    return os.environ.get(ENVIRONMENT_VARIABLE) or None, ENVIRONMENT_VARIABLE
+def _choose(name: str | None, device: torch.device, dtype: torch.dtype, own: str | None, form: str) -> str:
+    """The name of the backend. ``own`` is the key of a user's divergence; the catalogue's are all alike here."""
+    origin = "backend"
+    if name is None:
+        name, origin = _wish.get(), "use_backend"
+    if name is None:
+        name, origin = os.environ.get(ENVIRONMENT_VARIABLE) or None, ENVIRONMENT_VARIABLE
+    if name is None:
+        return _fastest(device, dtype, own, form)
+    reason = _require(name, origin).why_unsuitable(device, dtype, own, form)
+    if reason is not None:
+        raise RuntimeError(f"{origin} asks for {name!r}, which cannot take this call: {reason}")
+    return name
+
+
+@functools.lru_cache(maxsize=1024)
+def _fastest(device: torch.device, dtype: torch.dtype, own: str | None, form: str) -> str:
+    """The first backend that fits; what was found is logged once."""
+    for name, backend in REGISTRY.items():
+        if backend.why_unavailable() is None and backend.why_unsuitable(device, dtype, own, form) is None:
+            _logger.info("%s computes %s losses of %s on %s; %s", name, form, dtype, device, _report())
+            return name
+    raise RuntimeError(f"no backend can take this call; {_report()}")
 
 
 def _require(name: str, origin: str) -> Backend:

@@ -20,7 +20,7 @@ def why_unavailable() -> str | None:
     return None
 
 
-def why_unsuitable(tensor: Tensor, divergence: Divergence) -> str | None:
+def why_unsuitable(device: torch.device, dtype: torch.dtype, own: str | None, form: str) -> str | None:
     """It takes every call."""
     return None
 
@@ -46,7 +46,7 @@ def gaussian_divergence(
     loss = profile(divergence)(squared_distance(pred, target, sigma, mask, distance))
     if weight is not None:
         loss = weight.detach().to(loss.dtype) * loss
-    return _reduce(loss, reduction)
+    return reduce(loss, reduction)
 
 
 @torch.no_grad()
@@ -76,7 +76,7 @@ def gaussian_divergence_value_and_grad(
         coefficient = coefficient / pred.shape[0]
     grad = torch.empty_like(pred) if grad_out is None else grad_out
     grad.copy_(coefficient.reshape(-1, *[1] * (pred.ndim - 1)) * masked)
-    return _reduce(loss, reduction), grad
+    return reduce(loss, reduction), grad
 
 
 def variational_divergence(
@@ -89,10 +89,8 @@ def variational_divergence(
 ) -> Tensor:
     """E_p[A] - E_q[B], or its second term alone."""
     a, b = critic_terms(divergence, parametrization)
-    second = _expectation(b(_widened(log_ratio_q)), mask, reduction)
-    if log_ratio_p is None:
-        return -second
-    return _expectation(a(_widened(log_ratio_p)), mask, reduction) - second
+    second = expectation(b, log_ratio_q, None, mask, reduction)
+    return -second if log_ratio_p is None else expectation(a, log_ratio_p, None, mask, reduction) - second
 
 
 @torch.no_grad()
@@ -116,10 +114,7 @@ def density_ratio_divergence(
     log_ratio: Tensor, divergence: Divergence, samples_from: str, weight: Tensor | None, reduction: str
 ) -> Tensor:
     """E_q[weight f(r)] or E_p[weight f(r)/r]."""
-    terms = ratio_terms(divergence, samples_from)(_widened(log_ratio))
-    if weight is not None:
-        terms = _per_sample(weight, terms) * terms
-    return _reduce(terms, reduction)
+    return expectation(ratio_terms(divergence, samples_from), log_ratio, weight, None, reduction)
 
 
 @torch.no_grad()
@@ -140,7 +135,7 @@ def density_ratio_divergence_value_and_grad(
         terms, grad = factor * terms, factor * grad
     if reduction == "mean":
         grad = grad / log_ratio.numel()
-    return _reduce(terms, reduction), grad.to(log_ratio.dtype)
+    return reduce(terms, reduction), grad.to(log_ratio.dtype)
 
 
 def _widened(tensor: Tensor) -> Tensor:
@@ -172,18 +167,27 @@ def _sum_per_sample(tensor: Tensor) -> Tensor:
     return tensor.sum(dim=tuple(range(1, tensor.ndim))) if tensor.ndim > 1 else tensor
 
 
-def _reduce(terms: Tensor, reduction: str) -> Tensor:
+def reduce(terms: Tensor, reduction: str) -> Tensor:
+    """The terms, their mean or their sum."""
     if reduction == "none":
         return terms
     return terms.mean() if reduction == "mean" else terms.sum()
 
 
+def expectation(
+    function: Scalar, log_ratio: Tensor, weight: Tensor | None, mask: Tensor | None, reduction: str
+) -> Tensor:
+    """function(v) times weight [B] or the mask, reduced; a mean runs over the mask's sum, where there is one."""
+    terms = function(_widened(log_ratio))
+    if weight is not None:
+        terms = _per_sample(weight, terms) * terms
+    return _expectation(terms, mask, reduction)
+
+
 def _expectation(terms: Tensor, mask: Tensor | None, reduction: str) -> Tensor:
     factor = _expectation_factor(terms, mask, reduction)
     return (
-        _reduce(terms, reduction)
-        if factor is None
-        else _reduce(factor * terms, "none" if reduction == "none" else "sum")
+        reduce(terms, reduction) if factor is None else reduce(factor * terms, "none" if reduction == "none" else "sum")
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import types
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -19,13 +20,13 @@ KL = fk.get_divergence("kl")
 def fake(unavailable: str | None = None, unsuitable: str | None = None) -> types.SimpleNamespace:
     return types.SimpleNamespace(
         why_unavailable=lambda: unavailable,
-        why_unsuitable=lambda tensor, divergence: unsuitable,
+        why_unsuitable=lambda device, dtype, own, form: unsuitable,
         gaussian_divergence=lambda *arguments: "computed by a fake",
     )
 
 
 @pytest.fixture
-def modules(monkeypatch: pytest.MonkeyPatch) -> dict[str, object]:
+def modules(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, object]]:
     """Three more backends: one that cannot run, one that can, one that takes no call."""
     found: dict[str, object] = {
         "absent": fake(unavailable="no such device"),
@@ -34,7 +35,9 @@ def modules(monkeypatch: pytest.MonkeyPatch) -> dict[str, object]:
         "torch": reference,
     }
     monkeypatch.setattr(PACKAGE, "REGISTRY", found)
-    return found
+    PACKAGE._fastest.cache_clear()
+    yield found
+    PACKAGE._fastest.cache_clear()
 
 
 def test_the_reference_can_run_here() -> None:
@@ -47,23 +50,23 @@ def test_reasons(modules: dict[str, object]) -> None:
 
 def test_order_of_wishes(modules: dict[str, object], monkeypatch: pytest.MonkeyPatch) -> None:
     tensor = torch.ones(2)
-    assert choose_backend(None, tensor, KL) is modules["other"]
+    assert choose_backend(None, tensor, KL, "gaussian") is modules["other"]
     monkeypatch.setenv("FDU_BACKEND", "torch")
-    assert choose_backend(None, tensor, KL) is reference
+    assert choose_backend(None, tensor, KL, "gaussian") is reference
     with fk.use_backend("other"):
-        assert choose_backend(None, tensor, KL) is modules["other"]
-        assert choose_backend("torch", tensor, KL) is reference
+        assert choose_backend(None, tensor, KL, "gaussian") is modules["other"]
+        assert choose_backend("torch", tensor, KL, "gaussian") is reference
         with fk.use_backend("torch"):
-            assert choose_backend(None, tensor, KL) is reference
-        assert choose_backend(None, tensor, KL) is modules["other"]
+            assert choose_backend(None, tensor, KL, "gaussian") is reference
+        assert choose_backend(None, tensor, KL, "gaussian") is modules["other"]
         assert fk.gaussian_divergence(tensor, tensor) == "computed by a fake"
-    assert choose_backend(None, tensor, KL) is reference
+    assert choose_backend(None, tensor, KL, "gaussian") is reference
 
 
 def test_the_context_ends_with_an_error(modules: dict[str, object]) -> None:
     with pytest.raises(KeyError), fk.use_backend("torch"):
         raise KeyError
-    assert choose_backend(None, torch.ones(2), KL) is modules["other"]
+    assert choose_backend(None, torch.ones(2), KL, "gaussian") is modules["other"]
 
 
 def test_refusals(modules: dict[str, object], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -87,7 +90,7 @@ def test_refusals(modules: dict[str, object], monkeypatch: pytest.MonkeyPatch) -
 def test_nothing_fits(modules: dict[str, object], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(PACKAGE, "REGISTRY", {name: modules[name] for name in ("absent", "picky")})
     with pytest.raises(RuntimeError, match=r"no backend can take this call.*absent \(no such device\)"):
-        choose_backend(None, torch.ones(2), KL)
+        choose_backend(None, torch.ones(2), KL, "gaussian")
 
 
 def test_a_module_can_name_its_backend() -> None:

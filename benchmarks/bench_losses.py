@@ -1,0 +1,170 @@
+"""Value and gradient of the losses against eager PyTorch and torch.compile: ``pytest benchmarks/bench_losses.py``.
+
+``--benchmark-json=FILE`` keeps the figures; ``python benchmarks/compare.py FILE`` prints the ratios. Every candidate is
+checked against eager PyTorch in float64 before it is timed. ``torch.clone`` is the speed of the memory: it reads one
+tensor and writes one (2N), value_and_grad reads two and writes one (3N).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from pytest_benchmark.fixture import BenchmarkFixture
+from torch import Tensor
+
+import fdu_kernels as fk
+
+SHAPES = [(2, 4, 64, 64), (16, 4, 64, 64), (64, 4, 64, 64), (16, 16, 128, 128), (64, 16, 128, 128)]
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+SIGMA = 0.7
+Outcome = tuple[Tensor, ...]
+
+
+def widened(tensor: Tensor) -> Tensor:
+    """Half precision as float32, where the terms are computed."""
+    return tensor.float() if tensor.dtype.itemsize < 4 else tensor
+
+
+def squared_hellinger(pred: Tensor, target: Tensor) -> Tensor:
+    """1 - exp(-s/8), as one writes it in PyTorch."""
+    s = (widened(pred) - widened(target)).square().flatten(1).mean(1) / SIGMA**2
+    return -torch.expm1(s / -8).mean()
+
+
+def jensen_shannon_bound(p: Tensor, q: Tensor) -> Tensor:
+    """E_p[A] - E_q[B] of jensen_shannon: (log 2 - softplus(-v))/2 and (softplus(v) - log 2)/2."""
+    return ((math.log(2) - F.softplus(-widened(p))) / 2).mean() - ((F.softplus(widened(q)) - math.log(2)) / 2).mean()
+
+
+def kl_estimate(v: Tensor, _: Tensor) -> Tensor:
+    """E_q[r log r] of the density ratio r = e^v."""
+    v = widened(v)
+    return (v.exp() * v).mean()
+
+
+def by_autograd(loss: Callable[[Tensor, Tensor], Tensor], wanted: int) -> Callable[[Tensor, Tensor], Outcome]:
+    """Value and gradients in the first ``wanted`` arguments, through autograd."""
+
+    def run(a: Tensor, b: Tensor) -> Outcome:
+        leaves = (a, b)[:wanted]
+        value = loss(a, b)
+        return value.detach(), *torch.autograd.grad(value, leaves)
+
+    return run
+
+
+FORMS: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], int, Callable[..., Tensor], Callable[..., Outcome]]] = {
+    "gaussian": (
+        squared_hellinger,
+        1,
+        lambda a, b, backend: fk.gaussian_divergence(a, b, "squared_hellinger", SIGMA, backend=backend),
+        lambda a, b, backend: fk.gaussian_divergence_value_and_grad(a, b, "squared_hellinger", SIGMA, backend=backend),
+    ),
+    "variational": (
+        jensen_shannon_bound,
+        2,
+        lambda a, b, backend: fk.variational_divergence(a, b, "jensen_shannon", backend=backend),
+        lambda a, b, backend: fk.variational_divergence_value_and_grad(a, b, "jensen_shannon", backend=backend),
+    ),
+    "density_ratio": (
+        kl_estimate,
+        1,
+        lambda a, b, backend: fk.density_ratio_divergence(a, "kl", backend=backend),
+        lambda a, b, backend: fk.density_ratio_divergence_value_and_grad(a, "kl", backend=backend),
+    ),
+}
+"""Name -> the eager loss, in how many arguments it is differentiated, our loss, our value and gradients."""
+
+
+def candidate(form: str, which: str, backend: str) -> Callable[[Tensor, Tensor], Outcome]:
+    """What is timed: "eager", "compiled", "autograd" (ours) or "value_and_grad" (ours)."""
+    eager, wanted, loss, value_and_grad = FORMS[form]
+    if which == "eager":
+        return by_autograd(eager, wanted)
+    if which == "compiled":
+        torch._dynamo.reset()
+        return by_autograd(torch.compile(eager, fullgraph=True, dynamic=False), wanted)
+    if which == "autograd":
+        return by_autograd(lambda a, b: loss(a, b, backend), wanted)
+    return lambda a, b: value_and_grad(a, b, backend)
+
+
+def inputs(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor]:
+    """Two random tensors, requiring a gradient; small enough for e^v."""
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(shape, generator=generator).to(device, dtype).requires_grad_() for _ in range(2))
+    return a, b
+
+
+def check(run: Callable[[Tensor, Tensor], Outcome], form: str, a: Tensor, b: Tensor) -> None:
+    """Compare with eager PyTorch in float64."""
+    eager, wanted, _, _ = FORMS[form]
+    wide = [tensor.detach().double().requires_grad_() for tensor in (a, b)]
+    expected = by_autograd(eager, wanted)(*wide)
+    tolerance = 1e-4 if a.dtype == torch.float32 else 2e-2
+    for found, true in zip(run(a, b), expected, strict=True):
+        torch.testing.assert_close(found.double(), true, rtol=tolerance, atol=tolerance * true.abs().max().item())
+
+
+def time(benchmark: BenchmarkFixture, call: Callable[[], object], elements: int) -> None:
+    """Time a call after it has run warm; more rounds where it is short."""
+    for _ in range(3):
+        call()
+    rounds = max(15, min(300, 60_000_000 // elements))
+    benchmark.pedantic(call, rounds=rounds, iterations=max(1, 200_000 // elements), warmup_rounds=2)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "x".join(map(str, shape)))
+@pytest.mark.parametrize("which", ["eager", "compiled", "autograd", "value_and_grad", "into_buffer", "clone"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gaussian(benchmark: BenchmarkFixture, dtype: str, which: str, shape: tuple[int, ...]) -> None:
+    """Squared Hellinger, the recommended loss."""
+    pred, target = inputs(shape, DTYPES[dtype], _device())
+    target.requires_grad_(False)
+    benchmark.extra_info.update(form="gaussian", which=which, dtype=dtype, shape=shape, bytes=_bytes(pred, which))
+    if which == "clone":
+        pred.requires_grad_(False)
+        time(benchmark, pred.clone, pred.numel())
+    elif which == "into_buffer":
+        buffer = torch.empty_like(pred).requires_grad_(False)
+        time(
+            benchmark,
+            lambda: fk.gaussian_divergence_value_and_grad(
+                pred, target, "squared_hellinger", SIGMA, backend=_backend(), grad_out=buffer
+            ),
+            pred.numel(),
+        )
+    else:
+        run = candidate("gaussian", which, _backend())
+        check(run, "gaussian", pred, target)
+        time(benchmark, lambda: run(pred, target), pred.numel())
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "x".join(map(str, shape)))
+@pytest.mark.parametrize("which", ["eager", "compiled", "autograd", "value_and_grad"])
+@pytest.mark.parametrize("form", ["variational", "density_ratio"])
+def test_density_ratios(benchmark: BenchmarkFixture, form: str, which: str, shape: tuple[int, ...]) -> None:
+    """The bound and the plug-in estimate."""
+    a, b = inputs(shape, torch.float32, _device())
+    benchmark.extra_info.update(form=form, which=which, dtype="float32", shape=shape, bytes=0)
+    run = candidate(form, which, _backend())
+    check(run, form, a, b)
+    time(benchmark, lambda: run(a, b), a.numel())
+
+
+def _device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _backend() -> str:
+    return "triton" if torch.cuda.is_available() else "cpu"
+
+
+def _bytes(pred: Tensor, which: str) -> int:
+    """The least a candidate has to move: clone 2N, value_and_grad 3N."""
+    passes = {"clone": 2, "value_and_grad": 3, "into_buffer": 3}.get(which, 0)
+    return passes * pred.numel() * pred.element_size()

@@ -1,0 +1,108 @@
+"""Print the ratios of a record made by bench_losses.py: ``python benchmarks/compare.py FILE [--check]``.
+
+Medians of one run; "x eager" and "x compile" say how many times faster than eager PyTorch and torch.compile a call is,
+"of clone" which share of torch.clone's bandwidth it reaches. ``--check`` exits with 1 if a promise of the README fails.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+Group = tuple[str, str]
+Medians = dict[tuple[int, ...], dict[str, float]]
+
+PROMISES: list[tuple[str, Group, str, str, str, float]] = [
+    ("autograd, geometric mean", ("gaussian", "float32"), "autograd", "eager", "mean", 4.0),
+    ("autograd, geometric mean", ("gaussian", "float32"), "autograd", "compiled", "mean", 2.0),
+    ("autograd, least", ("gaussian", "float32"), "autograd", "compiled", "least", 1.2),
+    ("value_and_grad, geometric mean", ("gaussian", "float32"), "value_and_grad", "eager", "mean", 6.0),
+    ("value_and_grad, geometric mean", ("gaussian", "bfloat16"), "value_and_grad", "eager", "mean", 4.0),
+    ("value_and_grad, geometric mean", ("gaussian", "float16"), "value_and_grad", "eager", "mean", 4.0),
+    ("value_and_grad, geometric mean", ("variational", "float32"), "value_and_grad", "eager", "mean", 4.0),
+    ("value_and_grad, geometric mean", ("density_ratio", "float32"), "value_and_grad", "eager", "mean", 4.0),
+]
+"""What, of which form and dtype, which candidate against which baseline, the statistic over shapes, the least ratio."""
+BANDWIDTH = 0.80
+"""Of torch.clone's, at the two largest shapes."""
+
+
+def read(path: Path) -> tuple[dict[Group, Medians], dict[str, Any]]:
+    """Median seconds by (form, dtype), shape and candidate; and the record itself."""
+    record = json.loads(path.read_text())
+    groups: dict[Group, Medians] = defaultdict(lambda: defaultdict(dict))
+    for entry in record["benchmarks"]:
+        info = entry["extra_info"]
+        groups[info["form"], info["dtype"]][tuple(info["shape"])][info["which"]] = entry["stats"]["median"]
+    return groups, record
+
+
+def ratio(times: dict[str, float], which: str, baseline: str) -> float:
+    """How many times faster ``which`` is than ``baseline``."""
+    return times[baseline] / times[which] if which in times and baseline in times else math.nan
+
+
+def bandwidth(times: dict[str, float], which: str) -> float:
+    """The share of clone's bandwidth: 3N in its time against 2N in clone's."""
+    return 1.5 * ratio(times, which, "clone")
+
+
+def statistic(values: list[float], kind: str) -> float:
+    """The geometric mean, or the least."""
+    return min(values) if kind == "least" else math.exp(sum(map(math.log, values)) / len(values))
+
+
+def table(medians: Medians) -> str:
+    """A line a shape and candidate."""
+    lines = []
+    for shape, times in medians.items():
+        for which, seconds in times.items():
+            cells = [f"{'x'.join(map(str, shape)):>16}", f"{which:>15}", f"{seconds * 1e6:10.1f} us"]
+            for baseline in ("eager", "compiled"):
+                cells.append(f"{ratio(times, which, baseline):6.2f}x {baseline}")
+            if which in ("value_and_grad", "into_buffer") and "clone" in times:
+                cells.append(f"{bandwidth(times, which):6.2f} of clone")
+            lines.append("  ".join(cells))
+    return "\n".join(lines)
+
+
+def promises(groups: dict[Group, Medians]) -> list[tuple[bool, str]]:
+    """Whether each promise holds, and a line that says it."""
+    found = []
+    for label, group, which, baseline, kind, least in PROMISES:
+        values = [ratio(times, which, baseline) for times in groups.get(group, {}).values()]
+        if values:
+            value = statistic(values, kind)
+            line = f"{' '.join(group)}: {label} {value:.2f}x {baseline} (promised {least:g}x)"
+            found.append((value >= least, line))
+    largest = sorted(groups.get(("gaussian", "float32"), {}).items(), key=lambda item: math.prod(item[0]))[-2:]
+    for shape, times in largest:
+        share = bandwidth(times, "value_and_grad")
+        line = f"{'x'.join(map(str, shape))}: value_and_grad at {share:.2f} of clone's bandwidth (promised {BANDWIDTH})"
+        found.append((share >= BANDWIDTH, line))
+    return found
+
+
+def main() -> int:
+    """Print tables and promises."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("record", type=Path, help="what --benchmark-json wrote")
+    parser.add_argument("--check", action="store_true", help="exit with 1 if a promise fails")
+    options = parser.parse_args()
+    groups, _ = read(options.record)
+    for group, medians in groups.items():
+        print(f"\n{' '.join(group)}\n{table(medians)}")
+    print()
+    outcome = promises(groups)
+    for holds, line in outcome:
+        print("holds" if holds else "FAILS", line)
+    return int(options.check and not all(holds for holds, _ in outcome))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

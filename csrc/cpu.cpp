@@ -1,0 +1,431 @@
+// Plans of the CPU operations: which order to walk the elements in, what each thread does, how sums join.
+//
+// All sums are those of groups of fixed size, joined in their order, so the number of threads does not show in a result.
+
+#include "cpu.h"
+
+#include <algorithm>
+#include <array>
+#include <cstring>
+#include <memory>
+#include <stdexcept>
+#include <string>
+
+#include "threads.h"
+
+namespace fdu {
+namespace {
+
+struct InstructionSet {
+    const char* name;
+    const Kernels* kernels;
+    bool available;
+};
+
+const std::array<InstructionSet, 3>& every_instruction_set() {
+#if defined(FDU_X86)
+    static const std::array<InstructionSet, 3> sets{{
+        {"avx512", kernels_avx512,
+         __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+             __builtin_cpu_supports("avx512vl")},
+        {"avx2", kernels_avx2,
+         __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")},
+        {"baseline", kernels_baseline, true},
+    }};
+#else
+    static const std::array<InstructionSet, 3> sets{{{"baseline", kernels_baseline, true}}};
+#endif
+    return sets;
+}
+
+const InstructionSet* used = nullptr;
+
+const Kernels& kernels_for(Type type) {
+    if (!used) used = std::find_if(every_instruction_set().begin(), every_instruction_set().end(), [](auto& set) { return set.available; });
+    return used->kernels[int(type)];
+}
+
+// Elements below which a thread is not worth waking.
+constexpr int64_t thread_grain = 32768;
+constexpr int64_t most_partial_sums = 4096;
+
+int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+Type type_of(const DLTensor& tensor) {
+    const int code = tensor.dtype.code, bits = tensor.dtype.bits;
+    if (code == kDLFloat && bits == 16) return Type::float16;
+    if (code == kDLBfloat && bits == 16) return Type::bfloat16;
+    if (code == kDLFloat && bits == 32) return Type::float32;
+    if (code == kDLFloat && bits == 64) return Type::float64;
+    if (code == kDLBool && bits == 8) return Type::boolean;
+    throw std::invalid_argument("fdu_kernels: a dtype that the CPU kernels do not have");
+}
+
+int64_t size_of(Type type) {
+    switch (type) {
+        case Type::float32: return 4;
+        case Type::float64: return 8;
+        case Type::boolean: return 1;
+        default: return 2;
+    }
+}
+
+char* data_of(const DLTensor& tensor) { return static_cast<char*>(tensor.data) + tensor.byte_offset; }
+
+bool is_wide(const DLTensor& tensor) { return type_of(tensor) == Type::float64; }
+
+float widened(uint16_t bits, Type type) {
+    if (type == Type::bfloat16) return bit_cast<float>(uint32_t(bits) << 16);
+    const int exponent = (bits >> 10) & 31, digits = bits & 1023;
+    const float magnitude = exponent == 31 ? (digits ? NAN : INFINITY)
+                            : exponent     ? std::ldexp(float(digits + 1024), exponent - 25)
+                                           : std::ldexp(float(digits), -24);
+    return bits & 0x8000 ? -magnitude : magnitude;
+}
+
+// Numbers [B] or [] read as double.
+struct Numbers {
+    const char* data = nullptr;
+    Type type = Type::float64;
+    int64_t stride = 0;
+    double otherwise;
+
+    Numbers(const DLTensor* tensor, double alternative) : otherwise(alternative) {
+        if (!tensor) return;
+        data = data_of(*tensor);
+        type = type_of(*tensor);
+        stride = tensor->ndim && tensor->shape[0] > 1 ? tensor->strides[0] : 0;
+    }
+
+    double operator[](int64_t i) const {
+        if (!data) return otherwise;
+        const char* at = data + i * stride * size_of(type);
+        switch (type) {
+            case Type::float32: return *reinterpret_cast<const float*>(at);
+            case Type::float64: return *reinterpret_cast<const double*>(at);
+            default: return widened(*reinterpret_cast<const uint16_t*>(at), type);
+        }
+    }
+};
+
+void write(const DLTensor& tensor, int64_t i, double value) {
+    if (is_wide(tensor)) {
+        reinterpret_cast<double*>(data_of(tensor))[i] = value;
+    } else {
+        reinterpret_cast<float*>(data_of(tensor))[i] = float(value);
+    }
+}
+
+// Strides of a tensor that broadcasts to the shape of another, over all of that one's dimensions.
+using Strides = std::array<int64_t, max_dims>;
+
+void broadcast_strides(const DLTensor& tensor, const DLTensor& like, int64_t* strides) {
+    const int missing = like.ndim - tensor.ndim;
+    for (int d = 0; d < like.ndim; ++d) {
+        strides[d] = d < missing || tensor.shape[d - missing] == 1 ? 0 : tensor.strides[d - missing];
+    }
+}
+
+struct Placed {
+    Operand* operand;
+    Strides strides;  // outermost first
+};
+
+// Orders the dimensions from `from` on by the strides of the first operand, merges those that lie one after the other for
+// every operand, and fills in the space and the operands' strides.
+void plan(const DLTensor& like, int from, Placed* placed, int operands, Space& space) {
+    int order[max_dims], kept = 0;
+    for (int d = like.ndim - 1; d >= from; --d) {
+        if (like.shape[d] == 1) continue;
+        const int64_t stride = placed[0].strides[d];
+        int at = kept++;
+        for (; at > 0 && placed[0].strides[order[at - 1]] > stride; --at) order[at] = order[at - 1];
+        order[at] = d;
+    }
+    space.dims = 0;
+    for (int i = 0; i < kept; ++i) {
+        const int d = order[i], last = space.dims - 1;
+        bool merges = last >= 0;
+        for (int j = 0; j < operands && merges; ++j) {
+            merges = placed[j].strides[d] == placed[j].operand->strides[last] * space.sizes[last];
+        }
+        if (merges) {
+            space.sizes[last] *= like.shape[d];
+            continue;
+        }
+        space.sizes[space.dims] = like.shape[d];
+        for (int j = 0; j < operands; ++j) placed[j].operand->strides[space.dims] = placed[j].strides[d];
+        ++space.dims;
+    }
+    if (space.dims == 0) {
+        space.dims = 1;
+        space.sizes[0] = 1;
+        for (int j = 0; j < operands; ++j) placed[j].operand->strides[0] = 1;
+    }
+}
+
+int64_t elements_from(const DLTensor& tensor, int dimension) {
+    int64_t count = 1;
+    for (int d = dimension; d < tensor.ndim; ++d) count *= tensor.shape[d];
+    return count;
+}
+
+void place(const DLTensor* tensor, const DLTensor& like, Operand& operand, Placed* placed, int& count) {
+    if (!tensor) return;
+    operand.data = data_of(*tensor);
+    operand.type = type_of(*tensor);
+    placed[count].operand = &operand;
+    broadcast_strides(*tensor, like, placed[count].strides.data());
+    operand.batch_stride = placed[count].strides[0];
+    ++count;
+}
+
+void check_dims(const DLTensor& tensor) {
+    if (tensor.ndim > max_dims) throw std::invalid_argument("fdu_kernels: more than 64 dimensions");
+}
+
+void prepare(
+    GaussianWork& work, const DLTensor& pred, const DLTensor& target, const DLTensor* mask, const DLTensor* grad) {
+    check_dims(pred);
+    Placed placed[4];
+    int count = 0;
+    // The gradient leads: what is written should be written in its order.
+    place(grad, pred, work.grad, placed, count);
+    place(&pred, pred, work.pred, placed, count);
+    place(&target, pred, work.target, placed, count);
+    place(mask, pred, work.mask, placed, count);
+    plan(pred, 1, placed, count, work.space);
+    work.size = elements_from(pred, 1);
+}
+
+// What a thread takes at once of `count` pieces of `size` elements each.
+int64_t grain_of(int64_t size) { return std::max<int64_t>(1, thread_grain / std::max<int64_t>(size, 1)); }
+
+}  // namespace
+
+void gaussian(const Gaussian& task) {
+    const DLTensor& pred = *task.pred;
+    GaussianWork work;
+    prepare(work, pred, *task.target, task.mask, task.grad);
+    const Kernels& kernels = kernels_for(type_of(pred));
+    const int64_t batch = pred.shape[0], size = work.size, groups = divide_up(size, group_size);
+    const bool count = task.mean_distance && task.mask;
+    const double plain_divisor = task.mean_distance ? double(std::max<int64_t>(size, 1)) : 1.0;
+    const Numbers sigma(task.sigma_tensor, task.sigma), weight(task.weight, 1.0);
+    const double scale = task.grad_scale / (task.reduction == Reduction::mean ? double(batch) : 1.0);
+
+    // Losses are summed over blocks of samples whose size the shape alone decides.
+    const bool reduces = task.reduction != Reduction::none;
+    const int64_t block = divide_up(batch, most_partial_sums), blocks = divide_up(batch, block);
+    double few_sums[64];
+    std::unique_ptr<double[]> many_sums;
+    double* block_sums = few_sums;
+    if (reduces && blocks > 64) {
+        many_sums.reset(new double[blocks]);
+        block_sums = many_sums.get();
+    }
+
+    const auto sums_of_group = [&](int64_t sample, int64_t group) {
+        const int64_t begin = group * group_size;
+        return kernels.gaussian_sums(work, sample, begin, std::min(begin + group_size, size), count);
+    };
+    const auto grad_of_group = [&](int64_t sample, int64_t group, double factor) {
+        const int64_t begin = group * group_size;
+        kernels.gaussian_grad(work, sample, begin, std::min(begin + group_size, size), factor);
+    };
+    // The sample's loss; its factor of mask (pred - target) in the gradient.
+    const auto finish = [&](int64_t sample, Sums sums, double& factor) {
+        double divisor = count ? (sums.mask == 0 ? 1.0 : sums.mask) : plain_divisor;
+        divisor *= sigma[sample] * sigma[sample];
+        const Profile::Value h = task.profile(sums.square / divisor);
+        const double omega = weight[sample], loss = omega * h.value;
+        factor = omega * 2 * h.slope / divisor;
+        if (!reduces) write(*task.value, sample, loss);
+        if (task.coefficient) write(*task.coefficient, sample, factor);
+        factor *= scale;
+        return loss;
+    };
+
+    const int64_t most_threads = batch * size > thread_grain ? threads() : 1;
+    const int64_t rounds = divide_up(batch, most_threads);
+    // Whole samples per thread read everything once, unless some threads would stand idle.
+    if (most_threads == 1 || (rounds * most_threads - batch) * 4 <= batch) {
+        parallel_for(blocks, most_threads == 1 ? blocks : grain_of(size * block), [&](int64_t first, int64_t last) {
+            for (int64_t b = first; b < last; ++b) {
+                double block_sum = 0;
+                for (int64_t sample = b * block; sample < std::min((b + 1) * block, batch); ++sample) {
+                    Sums sums{0, 0};
+                    for (int64_t group = 0; group < groups; ++group) {
+                        const Sums part = sums_of_group(sample, group);
+                        sums.square += part.square;
+                        sums.mask += part.mask;
+                    }
+                    double factor;
+                    block_sum += finish(sample, sums, factor);
+                    if (!task.grad) continue;
+                    // Backwards: what the sums read last is still in the cache.
+                    for (int64_t group = groups - 1; group >= 0; --group) grad_of_group(sample, group, factor);
+                }
+                if (reduces) block_sums[b] = block_sum;
+            }
+        });
+    } else {
+        std::unique_ptr<Sums[]> parts(new Sums[batch * groups]);
+        std::unique_ptr<double[]> factors(new double[batch]);
+        const int64_t grain = grain_of(std::min(size, group_size));
+        parallel_for(batch * groups, grain, [&](int64_t first, int64_t last) {
+            for (int64_t i = first; i < last; ++i) parts[i] = sums_of_group(i / groups, i % groups);
+        });
+        for (int64_t b = 0; b < blocks; ++b) {
+            double block_sum = 0;
+            for (int64_t sample = b * block; sample < std::min((b + 1) * block, batch); ++sample) {
+                Sums sums{0, 0};
+                for (int64_t group = 0; group < groups; ++group) {
+                    sums.square += parts[sample * groups + group].square;
+                    sums.mask += parts[sample * groups + group].mask;
+                }
+                block_sum += finish(sample, sums, factors[sample]);
+            }
+            if (reduces) block_sums[b] = block_sum;
+        }
+        if (task.grad) {
+            parallel_for(batch * groups, grain, [&](int64_t first, int64_t last) {
+                for (int64_t i = last - 1; i >= first; --i) grad_of_group(i / groups, i % groups, factors[i / groups]);
+            });
+        }
+    }
+    if (reduces) {
+        double sum = 0;
+        for (int64_t b = 0; b < blocks; ++b) sum += block_sums[b];
+        write(*task.value, 0, task.reduction == Reduction::mean ? sum / double(batch) : sum);
+    }
+}
+
+void gaussian_backward(
+    const DLTensor& pred, const DLTensor& target, const DLTensor* mask, const DLTensor& coefficient, const DLTensor& grad) {
+    GaussianWork work;
+    prepare(work, pred, target, mask, &grad);
+    const Kernels& kernels = kernels_for(type_of(pred));
+    const int64_t groups = divide_up(work.size, group_size);
+    const Numbers factors(&coefficient, 0.0);
+    parallel_for(pred.shape[0] * groups, grain_of(std::min(work.size, group_size)), [&](int64_t first, int64_t last) {
+        for (int64_t i = first; i < last; ++i) {
+            const int64_t begin = i % groups * group_size, end = std::min(begin + group_size, work.size);
+            kernels.gaussian_grad(work, i / groups, begin, end, factors[i / groups]);
+        }
+    });
+}
+
+namespace {
+
+// Sum of a function of groups of elements, which threads share.
+template <class F>
+double sum_of_groups(int64_t size, const F& sum_of_range) {
+    // Groups grow with the tensor, so that their sums never take up much memory.
+    const int64_t group = group_size * std::max<int64_t>(1, divide_up(size, group_size * most_partial_sums));
+    const int64_t groups = divide_up(size, group);
+    if (groups <= 1) return size ? sum_of_range(0, size) : 0.0;
+    std::unique_ptr<double[]> sums(new double[groups]);
+    parallel_for(groups, grain_of(group), [&](int64_t first, int64_t last) {
+        for (int64_t i = first; i < last; ++i) sums[i] = sum_of_range(i * group, std::min((i + 1) * group, size));
+    });
+    double sum = 0;
+    for (int64_t i = 0; i < groups; ++i) sum += sums[i];
+    return sum;
+}
+
+// Over all elements of the shape it broadcasts to, each of its own elements read once.
+double sum_of_mask(const DLTensor& mask, const DLTensor& like, const Kernels& kernels) {
+    Strides strides;
+    broadcast_strides(mask, like, strides.data());
+    Placed placed;
+    Operand operand;
+    operand.data = data_of(mask);
+    operand.type = type_of(mask);
+    placed.operand = &operand;
+    int64_t shape[max_dims];
+    double copies = 1;
+    int64_t size = 1;
+    for (int d = 0; d < like.ndim; ++d) {
+        shape[d] = strides[d] == 0 ? 1 : like.shape[d];
+        if (strides[d] == 0) copies *= double(like.shape[d]);
+        size *= shape[d];
+    }
+    placed.strides = strides;
+    DLTensor own = like;
+    own.shape = shape;
+    Space space;
+    plan(own, 0, &placed, 1, space);
+    return copies * sum_of_groups(size, [&](int64_t begin, int64_t end) { return kernels.sum(space, operand, begin, end); });
+}
+
+}  // namespace
+
+void expectation(const Expectation& task) {
+    const DLTensor& v = *task.v;
+    check_dims(v);
+    const Kernels& kernels = kernels_for(type_of(v));
+    ElementWork work;
+    work.numbers = task.numbers;
+    const int64_t size = elements_from(v, 0);
+    double divisor = 1;
+    if (task.reduction == Reduction::mean) {
+        divisor = task.mask ? sum_of_mask(*task.mask, v, kernels) : double(size);
+        if (task.mask && divisor == 0) divisor = 1;
+    }
+    work.scale = task.scale / divisor;
+    work.size = size;
+    work.sums = task.value && task.reduction != Reduction::none;
+
+    // A weight [B] is a mask [B, 1, ...].
+    int64_t shape[max_dims], weight_strides[max_dims];
+    DLTensor weight;
+    const DLTensor* factor = task.mask;
+    if (task.weight) {
+        for (int d = 0; d < v.ndim; ++d) {
+            shape[d] = d ? 1 : v.shape[0];
+            weight_strides[d] = d ? 0 : task.weight->strides[0];
+        }
+        weight = *task.weight;
+        weight.ndim = v.ndim;
+        weight.shape = shape;
+        weight.strides = weight_strides;
+        factor = &weight;
+    }
+    Placed placed[5];
+    int count = 0;
+    place(task.grad, v, work.grad, placed, count);
+    place(&v, v, work.v, placed, count);
+    if (task.reduction == Reduction::none) place(task.value, v, work.terms, placed, count);
+    place(factor, v, work.factor, placed, count);
+    place(task.upstream, v, work.upstream, placed, count);
+    plan(v, 0, placed, count, work.space);
+    const double sum =
+        sum_of_groups(size, [&](int64_t begin, int64_t end) { return kernels.elements(work, begin, end); });
+    if (work.sums) write(*task.value, 0, sum / divisor);
+}
+
+int available_instruction_sets(const char** names) {
+    int count = 0;
+    for (const InstructionSet& set : every_instruction_set()) {
+        if (set.available) names[count++] = set.name;
+    }
+    return count;
+}
+
+bool use_instruction_set(const char* name) {
+    for (const InstructionSet& set : every_instruction_set()) {
+        if (set.available && std::strcmp(set.name, name) == 0) {
+            used = &set;
+            return true;
+        }
+    }
+    return false;
+}
+
+const char* used_instruction_set() {
+    kernels_for(Type::float32);
+    return used->name;
+}
+
+}  // namespace fdu

@@ -1,0 +1,585 @@
+// The CPU kernels over element ranges; compiled once per instruction set, named by FDU_KERNELS.
+//
+// Nothing here may call an inline function of the standard library: the linker keeps one copy of those, possibly the one
+// that was compiled for an instruction set which this machine lacks.
+
+#include "cpu_kernels.h"
+#include "scalar_math.h"
+
+#if defined(__F16C__)
+#include <immintrin.h>
+#endif
+
+namespace fdu {
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int vector_bytes = 64;
+#elif defined(__AVX2__)
+constexpr int vector_bytes = 32;
+#else
+constexpr int vector_bytes = 16;
+#endif
+
+struct Half {
+    uint16_t bits;
+};
+struct BFloat16 {
+    uint16_t bits;
+};
+
+constexpr int float_lanes = vector_bytes / 4;
+typedef float FloatVector __attribute__((vector_size(vector_bytes)));
+typedef double DoubleVector __attribute__((vector_size(vector_bytes)));
+typedef uint32_t WordVector __attribute__((vector_size(vector_bytes)));
+typedef int32_t SignedVector __attribute__((vector_size(vector_bytes)));
+typedef uint16_t ShortVector __attribute__((vector_size(vector_bytes / 2)));
+
+template <class T>
+FDU_FUNCTION T load_unaligned(const void* from) {
+    T value;
+    __builtin_memcpy(&value, from, sizeof(T));
+    return value;
+}
+
+template <class T>
+FDU_FUNCTION void store_unaligned(void* to, T value) {
+    __builtin_memcpy(to, &value, sizeof(T));
+}
+
+// How a dtype is read into a vector of its accumulation dtype, and rounded back.
+template <class T>
+struct Element;
+
+template <>
+struct Element<float> {
+    using Accumulator = float;
+    using Vector = FloatVector;
+    FDU_FUNCTION static Vector load(const float* from) { return load_unaligned<Vector>(from); }
+    FDU_FUNCTION static void store(float* to, Vector value) { store_unaligned(to, value); }
+};
+
+template <>
+struct Element<double> {
+    using Accumulator = double;
+    using Vector = DoubleVector;
+    FDU_FUNCTION static Vector load(const double* from) { return load_unaligned<Vector>(from); }
+    FDU_FUNCTION static void store(double* to, Vector value) { store_unaligned(to, value); }
+};
+
+template <>
+struct Element<BFloat16> {
+    using Accumulator = float;
+    using Vector = FloatVector;
+    FDU_FUNCTION static Vector load(const BFloat16* from) {
+        return (FloatVector)(__builtin_convertvector(load_unaligned<ShortVector>(from), WordVector) << 16);
+    }
+    FDU_FUNCTION static void store(BFloat16* to, Vector value) {
+        const WordVector bits = (WordVector)value;
+        const WordVector rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+        const WordVector nan = (WordVector)(value != value);
+        store_unaligned(to, __builtin_convertvector((rounded & ~nan) | (nan & 0x7fc0), ShortVector));
+    }
+};
+
+FDU_FUNCTION float widen(uint16_t half) {
+    const uint32_t magnitude = uint32_t(half & 0x7fff) << 13, sign = uint32_t(half & 0x8000) << 16;
+    // 2^112 moves the exponent's bias; it is exact, for subnormals too.
+    float value = bit_cast<float>(magnitude) * bit_cast<float>(uint32_t(239) << 23);
+    value = magnitude >= (uint32_t(0x7c00) << 13) ? bit_cast<float>(magnitude | 0x7f800000u) : value;
+    return bit_cast<float>(bit_cast<uint32_t>(value) | sign);
+}
+
+FDU_FUNCTION uint16_t narrow(float value) {
+    const uint32_t bits = bit_cast<uint32_t>(value), sign = (bits >> 16) & 0x8000, magnitude = bits & 0x7fffffff;
+    const uint32_t normal = (magnitude - (uint32_t(112) << 23) + 0x0fff + ((magnitude >> 13) & 1)) >> 13;
+    // Adding 1/2 leaves the subnormal's digits, rounded, in the low bits.
+    const uint32_t subnormal = bit_cast<uint32_t>(bit_cast<float>(magnitude) + 0.5f) - 0x3f000000u;
+    uint32_t half = magnitude < (uint32_t(113) << 23) ? subnormal : normal;
+    half = half > 0x7c00 || magnitude >= (uint32_t(143) << 23) ? 0x7c00 : half;
+    half = magnitude > 0x7f800000u ? 0x7e00 : half;
+    return uint16_t(half | sign);
+}
+
+template <>
+struct Element<Half> {
+    using Accumulator = float;
+    using Vector = FloatVector;
+    FDU_FUNCTION static Vector load(const Half* from) {
+#if defined(__AVX512F__)
+        return (Vector)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)from));
+#elif defined(__AVX2__)
+        return (Vector)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)from));
+#else
+        Vector value;
+        for (int i = 0; i < float_lanes; ++i) value[i] = widen(from[i].bits);
+        return value;
+#endif
+    }
+    FDU_FUNCTION static void store(Half* to, Vector value) {
+#if defined(__AVX512F__)
+        _mm256_storeu_si256((__m256i*)to, _mm512_cvtps_ph((__m512)value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+#elif defined(__AVX2__)
+        _mm_storeu_si128((__m128i*)to, _mm256_cvtps_ph((__m256)value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+#else
+        for (int i = 0; i < float_lanes; ++i) to[i].bits = narrow(value[i]);
+#endif
+    }
+};
+
+template <class T>
+using Accumulator = typename Element<T>::Accumulator;
+template <class T>
+using Vector = typename Element<T>::Vector;
+template <class T>
+constexpr int width = sizeof(Vector<T>) / sizeof(Accumulator<T>);
+
+// A partial vector, filled up with zeros.
+template <class T>
+FDU_FUNCTION Vector<T> load_some(const T* from, int64_t count) {
+    T padded[width<T>] = {};
+    for (int64_t i = 0; i < count; ++i) padded[i] = from[i];
+    return Element<T>::load(padded);
+}
+
+template <class T>
+FDU_FUNCTION void store_some(T* to, Vector<T> value, int64_t count) {
+    T padded[width<T>];
+    Element<T>::store(padded, value);
+    for (int64_t i = 0; i < count; ++i) to[i] = padded[i];
+}
+
+// Where in its dimensions an element lies, and the runs along the innermost one that follow it.
+struct Walk {
+    const Space& space;
+    const int64_t* strides;
+    int64_t inside;   // in the innermost dimension
+    int64_t offset;   // of the run's first element
+    int64_t at[max_dims];
+
+    Walk(const Space& walked, const int64_t* walked_strides, int64_t element)
+        : space(walked), strides(walked_strides), inside(element), offset(0) {
+        if (space.dims < 2) return;
+        inside = element % space.sizes[0];
+        int64_t rest = element / space.sizes[0];
+        for (int d = 1; d < space.dims; ++d) {
+            at[d] = rest % space.sizes[d];
+            rest /= space.sizes[d];
+            offset += at[d] * strides[d];
+        }
+    }
+
+    int64_t left() const { return space.sizes[0] - inside; }
+
+    void next_run() {
+        inside = 0;
+        for (int d = 1; d < space.dims; ++d) {
+            offset += strides[d];
+            if (++at[d] < space.sizes[d]) return;
+            offset -= strides[d] * space.sizes[d];
+            at[d] = 0;
+        }
+    }
+};
+
+template <class From, class To>
+FDU_FUNCTION To convert(From value) {
+    return To(value);
+}
+template <>
+FDU_FUNCTION float convert<Half, float>(Half value) {
+    return widen(value.bits);
+}
+template <>
+FDU_FUNCTION double convert<Half, double>(Half value) {
+    return widen(value.bits);
+}
+template <>
+FDU_FUNCTION float convert<BFloat16, float>(BFloat16 value) {
+    return bit_cast<float>(uint32_t(value.bits) << 16);
+}
+template <>
+FDU_FUNCTION double convert<BFloat16, double>(BFloat16 value) {
+    return bit_cast<float>(uint32_t(value.bits) << 16);
+}
+template <>
+FDU_FUNCTION Half convert<Half, Half>(Half value) {
+    return value;
+}
+template <>
+FDU_FUNCTION BFloat16 convert<BFloat16, BFloat16>(BFloat16 value) {
+    return value;
+}
+
+template <class From, class To>
+void gather_converted(const Space& space, const From* data, const int64_t* strides, int64_t begin, int64_t count, To* to) {
+    Walk walk(space, strides, begin);
+    const int64_t stride = strides[0];
+    for (int64_t done = 0; done < count; walk.next_run()) {
+        const From* from = data + walk.offset + walk.inside * stride;
+        int64_t length = walk.left();
+        length = length < count - done ? length : count - done;
+        To* const run = to + done;
+        if (stride == 1) {
+            for (int64_t i = 0; i < length; ++i) run[i] = convert<From, To>(from[i]);
+        } else if (stride == 0) {
+            const To value = convert<From, To>(*from);
+            for (int64_t i = 0; i < length; ++i) run[i] = value;
+        } else {
+            for (int64_t i = 0; i < length; ++i) run[i] = convert<From, To>(from[i * stride]);
+        }
+        done += length;
+    }
+}
+
+template <class T>
+void scatter(const Space& space, T* data, const int64_t* strides, int64_t begin, int64_t count, const T* from) {
+    Walk walk(space, strides, begin);
+    const int64_t stride = strides[0];
+    for (int64_t done = 0; done < count; walk.next_run()) {
+        T* to = data + walk.offset + walk.inside * stride;
+        int64_t length = walk.left();
+        length = length < count - done ? length : count - done;
+        for (int64_t i = 0; i < length; ++i) to[i * stride] = from[done + i];
+        done += length;
+    }
+}
+
+// The place of `count` elements where they lie one after the other in memory, else null.
+template <class T>
+FDU_FUNCTION T* adjacent(const Space& space, T* data, const int64_t* strides, int64_t begin, int64_t count) {
+    if (strides[0] != 1 && space.sizes[0] > 1) return nullptr;
+    if (space.dims < 2) return data + begin;
+    const Walk walk(space, strides, begin);
+    return count <= walk.left() ? data + walk.offset + walk.inside : nullptr;
+}
+
+// `count` elements one after the other: in place, or gathered in the buffer.
+template <class T>
+const T* gathered(const Space& space, const Operand& operand, int64_t sample, int64_t begin, int64_t count, T* buffer) {
+    const T* data = (const T*)operand.data + sample * operand.batch_stride;
+    const T* place = adjacent(space, data, operand.strides, begin, count);
+    if (place) return place;
+    gather_converted<T, T>(space, data, operand.strides, begin, count, buffer);
+    return buffer;
+}
+
+// The same for an operand of any dtype, converted to the accumulation dtype.
+template <class A>
+const A* gathered_as(const Space& space, const Operand& operand, int64_t sample, int64_t begin, int64_t count, A* buffer) {
+    const int64_t offset = sample * operand.batch_stride;
+    const int64_t* strides = operand.strides;
+    switch (operand.type) {
+        case Type::float16:
+            gather_converted(space, (const Half*)operand.data + offset, strides, begin, count, buffer);
+            break;
+        case Type::bfloat16:
+            gather_converted(space, (const BFloat16*)operand.data + offset, strides, begin, count, buffer);
+            break;
+        case Type::float32:
+            if (sizeof(A) == sizeof(float)) return (const A*)gathered(space, operand, sample, begin, count, (float*)buffer);
+            gather_converted(space, (const float*)operand.data + offset, strides, begin, count, buffer);
+            break;
+        case Type::float64:
+            if (sizeof(A) == sizeof(double)) return (const A*)gathered(space, operand, sample, begin, count, (double*)buffer);
+            gather_converted(space, (const double*)operand.data + offset, strides, begin, count, buffer);
+            break;
+        case Type::boolean:
+            gather_converted(space, (const uint8_t*)operand.data + offset, strides, begin, count, buffer);
+            break;
+    }
+    return buffer;
+}
+
+constexpr int lanes = 64;
+
+// Adds the lanes' sums in double, in an order of its own that is always the same.
+template <class A>
+FDU_FUNCTION void join(const A* sums, double* joined) {
+    for (int i = 0; i < lanes; i += 8) {
+        for (int j = 0; j < 8; ++j) joined[j] += double(sums[i + j]);
+    }
+}
+
+FDU_FUNCTION double total(const double* joined) {
+    return ((joined[0] + joined[4]) + (joined[2] + joined[6])) + ((joined[1] + joined[5]) + (joined[3] + joined[7]));
+}
+
+template <class T, bool masked>
+FDU_FUNCTION void add_squares(const T* pred, const T* target, const Accumulator<T>* mask, int64_t count, double* joined) {
+    using A = Accumulator<T>;
+    using V = Vector<T>;
+    constexpr int w = width<T>, vectors = lanes / w;
+    V sums[vectors] = {};
+    int64_t i = 0;
+    for (; i + lanes <= count; i += lanes) {
+#pragma GCC unroll 16
+        for (int j = 0; j < vectors; ++j) {
+            const V d = Element<T>::load(pred + i + j * w) - Element<T>::load(target + i + j * w);
+            if (masked) {
+                sums[j] += Element<A>::load(mask + i + j * w) * d * d;
+            } else {
+                sums[j] += d * d;
+            }
+        }
+    }
+    for (; i < count; i += w) {
+        const int64_t left = count - i < w ? count - i : w;
+        V d = load_some(pred + i, left) - load_some(target + i, left);
+        if (masked) {
+            sums[0] += load_some(mask + i, left) * d * d;
+        } else {
+            sums[0] += d * d;
+        }
+    }
+    alignas(64) A spread[lanes];
+    for (int j = 0; j < vectors; ++j) Element<A>::store(spread + j * w, sums[j]);
+    join(spread, joined);
+}
+
+template <class A>
+FDU_FUNCTION void add(const A* values, int64_t count, double* joined) {
+    alignas(64) A sums[lanes] = {};
+    int64_t i = 0;
+    for (; i + lanes <= count; i += lanes) {
+        for (int j = 0; j < lanes; ++j) sums[j] += values[i + j];
+    }
+    for (int j = 0; i + j < count; ++j) sums[j] += values[i + j];
+    join(sums, joined);
+}
+
+template <class T>
+Sums gaussian_sums(const GaussianWork& work, int64_t sample, int64_t begin, int64_t end, bool count) {
+    using A = Accumulator<T>;
+    alignas(64) T pred_buffer[chunk_size], target_buffer[chunk_size];
+    alignas(64) A mask_buffer[chunk_size];
+    double squares[8] = {}, masks[8] = {};
+    for (int64_t i = begin; i < end; i += chunk_size) {
+        const int64_t n = end - i < chunk_size ? end - i : chunk_size;
+        const T* pred = gathered(work.space, work.pred, sample, i, n, pred_buffer);
+        const T* target = gathered(work.space, work.target, sample, i, n, target_buffer);
+        if (!work.mask.data) {
+            add_squares<T, false>(pred, target, nullptr, n, squares);
+            continue;
+        }
+        const A* mask = gathered_as(work.space, work.mask, sample, i, n, mask_buffer);
+        add_squares<T, true>(pred, target, mask, n, squares);
+        if (count) add(mask, n, masks);
+    }
+    return {total(squares), total(masks)};
+}
+
+template <class T, bool masked>
+FDU_FUNCTION void write_grad(
+    const T* pred, const T* target, const Accumulator<T>* mask, int64_t count, Accumulator<T> coefficient, T* grad) {
+    using A = Accumulator<T>;
+    using V = Vector<T>;
+    constexpr int w = width<T>;
+    int64_t i = 0;
+    for (; i + w <= count; i += w) {
+        V d = Element<T>::load(pred + i) - Element<T>::load(target + i);
+        if (masked) d *= Element<A>::load(mask + i);
+        Element<T>::store(grad + i, coefficient * d);
+    }
+    if (i < count) {
+        V d = load_some(pred + i, count - i) - load_some(target + i, count - i);
+        if (masked) d *= load_some(mask + i, count - i);
+        store_some(grad + i, coefficient * d, count - i);
+    }
+}
+
+template <class T>
+void gaussian_grad(const GaussianWork& work, int64_t sample, int64_t begin, int64_t end, double coefficient) {
+    using A = Accumulator<T>;
+    alignas(64) T pred_buffer[chunk_size], target_buffer[chunk_size], grad_buffer[chunk_size];
+    alignas(64) A mask_buffer[chunk_size];
+    T* const grad = (T*)work.grad.data + sample * work.grad.batch_stride;
+    for (int64_t i = begin; i < end; i += chunk_size) {
+        const int64_t n = end - i < chunk_size ? end - i : chunk_size;
+        const T* pred = gathered(work.space, work.pred, sample, i, n, pred_buffer);
+        const T* target = gathered(work.space, work.target, sample, i, n, target_buffer);
+        T* place = adjacent(work.space, grad, work.grad.strides, i, n);
+        T* to = place ? place : grad_buffer;
+        if (work.mask.data) {
+            const A* mask = gathered_as(work.space, work.mask, sample, i, n, mask_buffer);
+            write_grad<T, true>(pred, target, mask, n, A(coefficient), to);
+        } else {
+            write_grad<T, false>(pred, target, nullptr, n, A(coefficient), to);
+        }
+        if (!place) scatter(work.space, grad, work.grad.strides, i, n, to);
+    }
+}
+
+constexpr int64_t element_chunk = 512;
+
+// e^(tilt v) row(v), and row'(v) where there is no tilt; one loop per group of terms that the row has.
+template <class A, bool tilted, bool sloped>
+void evaluate_row(const Row<A>& row, A tilt, const A* __restrict v, int n, A* __restrict value, A* __restrict slope) {
+    alignas(64) A factor[element_chunk];
+    if (tilted) {
+        for (int i = 0; i < n; ++i) factor[i] = exponential(tilt * v[i]);
+    }
+    for (int i = 0; i < n; ++i) {
+        value[i] = row.constant + row.linear * v[i] + row.square * v[i] * v[i];
+        if (tilted) value[i] *= factor[i];
+        if (sloped) slope[i] = row.linear + A(2) * row.square * v[i];
+    }
+    if (row.exp != A(0)) {
+        const A rate = row.exp_rate + tilt;
+        for (int i = 0; i < n; ++i) {
+            const A term = row.exp * exponential(rate * v[i]);
+            value[i] += term;
+            if (sloped) slope[i] += row.exp_rate * term;
+        }
+    }
+    if (row.expm1 != A(0)) {
+        for (int i = 0; i < n; ++i) {
+            const A x = row.expm1_rate * v[i];
+            const A rising = x > A(0) ? x : A(0), falling = x > A(0) ? -x : x;
+            const Exponential<A> small = falling_exponential(falling);
+            // The factor joins the exponent, so that 0 times inf never arises.
+            const A scale = exponential(tilted ? tilt * v[i] + rising : rising);
+            value[i] += row.expm1 * (x > A(0) ? -small.less_one : small.less_one) * scale;
+            if (sloped) slope[i] += row.expm1 * row.expm1_rate * (x > A(0) ? scale : small.value);
+        }
+    }
+    if (row.softplus != A(0) || row.sigmoid != A(0) || row.sigmoid_squared != A(0)) {
+        for (int i = 0; i < n; ++i) {
+            const Logistic<A> terms = logistic_terms(row, v[i]);
+            value[i] += tilted ? terms.value * factor[i] : terms.value;
+            if (sloped) slope[i] += terms.slope;
+        }
+    }
+    if (row.step != A(0)) {
+        for (int i = 0; i < n; ++i) {
+            const A half = A(0.5) * row.step;
+            A term = half + (v[i] > row.threshold ? half : A(0)) - (v[i] < row.threshold ? half : A(0));
+            value[i] += tilted ? term * factor[i] : term;
+        }
+    }
+}
+
+template <class A>
+void evaluate_tilted(const double* numbers, double tilt, const A* v, int n, A* value) {
+    const Row<A> row = read_row<A>(numbers);
+    if (tilt == 0) {
+        evaluate_row<A, false, false>(row, A(0), v, n, value, nullptr);
+    } else {
+        evaluate_row<A, true, false>(row, A(tilt), v, n, value, nullptr);
+    }
+}
+
+// y(v) and its slope, in place of an ElementFunction; n is a multiple of the vector's lanes.
+template <class A>
+FDU_FUNCTION void evaluate(const double* numbers, const A* __restrict v, int n, bool sloped, A* __restrict value, A* __restrict slope) {
+    const double limit = numbers[0], kind = numbers[1];
+    const double *first = numbers + 3, *second = numbers + 4 + row_fields;
+    const A bound = A(limit);
+    alignas(64) A inside[element_chunk];
+    int beyond = 0;
+    for (int i = 0; i < n; ++i) {
+        inside[i] = clamp(v[i], -bound, bound);
+        beyond |= int(v[i] > bound) | int(v[i] < -bound);
+    }
+    if (kind == 0) {
+        const Row<A> row = read_row<A>(first);
+        if (sloped || beyond) {
+            evaluate_row<A, false, true>(row, A(0), inside, n, value, slope);
+        } else {
+            evaluate_row<A, false, false>(row, A(0), inside, n, value, nullptr);
+        }
+    } else {
+        alignas(64) A other[element_chunk];
+        evaluate_tilted(first, numbers[2], inside, n, value);
+        evaluate_tilted(second, numbers[3 + row_fields], inside, n, other);
+        const bool of_first = kind == 1;
+        for (int i = 0; i < n; ++i) {
+            slope[i] = of_first ? value[i] : other[i];
+            value[i] -= other[i];
+        }
+    }
+    if (beyond) {
+        for (int i = 0; i < n; ++i) value[i] += slope[i] * (v[i] - inside[i]);
+    }
+}
+
+template <class T>
+FDU_FUNCTION void widen_all(const T* from, int64_t count, Accumulator<T>* to) {
+    constexpr int w = width<T>;
+    int64_t i = 0;
+    for (; i + w <= count; i += w) Element<Accumulator<T>>::store(to + i, Element<T>::load(from + i));
+    if (i < count) Element<Accumulator<T>>::store(to + i, load_some(from + i, count - i));
+}
+
+template <class T>
+FDU_FUNCTION void round_all(const Accumulator<T>* from, int64_t count, T* to) {
+    constexpr int w = width<T>;
+    int64_t i = 0;
+    for (; i + w <= count; i += w) Element<T>::store(to + i, Element<Accumulator<T>>::load(from + i));
+    if (i < count) store_some(to + i, load_some(from + i, count - i), count - i);
+}
+
+template <class T>
+FDU_FUNCTION void put(const Space& space, const Operand& operand, int64_t begin, int64_t count, const Accumulator<T>* values) {
+    T* place = adjacent(space, (T*)operand.data, operand.strides, begin, count);
+    if (place) return round_all(values, count, place);
+    alignas(64) T buffer[element_chunk];
+    round_all(values, count, buffer);
+    scatter(space, (T*)operand.data, operand.strides, begin, count, buffer);
+}
+
+template <class T>
+double elements(const ElementWork& work, int64_t begin, int64_t end) {
+    using A = Accumulator<T>;
+    alignas(64) T v_buffer[element_chunk];
+    alignas(64) A v[element_chunk], value[element_chunk], slope[element_chunk], buffer[element_chunk];
+    double joined[8] = {};
+    const bool sloped = work.grad.data;
+    for (int64_t i = begin; i < end; i += element_chunk) {
+        const int64_t n = end - i < element_chunk ? end - i : element_chunk;
+        const int padded = int((n + width<T> - 1) / width<T> * width<T>);
+        widen_all(gathered(work.space, work.v, 0, i, n, v_buffer), n, v);
+        evaluate(work.numbers, v, padded, sloped, value, slope);
+        if (sloped) {
+            const A scale = A(work.scale);
+            for (int j = 0; j < padded; ++j) slope[j] *= scale;
+            if (work.upstream.data) {
+                const A* upstream = gathered_as(work.space, work.upstream, 0, i, n, buffer);
+                for (int64_t j = 0; j < n; ++j) slope[j] *= upstream[j];
+            }
+        }
+        if (work.factor.data) {
+            const A* factor = gathered_as(work.space, work.factor, 0, i, n, buffer);
+            for (int64_t j = 0; j < n; ++j) value[j] *= factor[j];
+            if (sloped) {
+                for (int64_t j = 0; j < n; ++j) slope[j] *= factor[j];
+            }
+        }
+        if (work.sums) add(value, n, joined);
+        if (work.terms.data) put<A>(work.space, work.terms, i, n, value);
+        if (sloped) put<T>(work.space, work.grad, i, n, slope);
+    }
+    return total(joined);
+}
+
+template <class A>
+double sum(const Space& space, const Operand& operand, int64_t begin, int64_t end) {
+    alignas(64) A buffer[chunk_size];
+    double joined[8] = {};
+    for (int64_t i = begin; i < end; i += chunk_size) {
+        const int64_t n = end - i < chunk_size ? end - i : chunk_size;
+        add(gathered_as(space, operand, 0, i, n, buffer), n, joined);
+    }
+    return total(joined);
+}
+
+template <class T>
+constexpr Kernels table() {
+    return {gaussian_sums<T>, gaussian_grad<T>, elements<T>, sum<Accumulator<T>>};
+}
+
+}  // namespace
+
+extern const Kernels FDU_KERNELS[value_types] = {table<Half>(), table<BFloat16>(), table<float>(), table<double>()};
+
+}  // namespace fdu

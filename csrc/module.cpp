@@ -1,0 +1,129 @@
+// The extension module fdu_kernels._C: the CPU operations on torch tensors, and how it was built.
+//
+// Tensors come through the DLPack exchange table of torch.Tensor, a C interface that costs some tens of nanoseconds per
+// tensor; threads through the stable ABI of LibTorch. So one build serves every torch from 2.10 on.
+
+#include <pybind11/pybind11.h>
+
+#include <string>
+
+#include "build_info.h"
+#include "cpu.h"
+
+namespace py = pybind11;
+
+namespace {
+
+const DLPackExchangeAPI* exchange = nullptr;
+
+void find_exchange() {
+    const py::object capsule = py::module_::import("torch").attr("Tensor").attr("__dlpack_c_exchange_api__");
+    auto* found = static_cast<const DLPackExchangeAPI*>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
+    if (!found) throw py::error_already_set();
+    if (found->header.version.major != DLPACK_MAJOR_VERSION) {
+        throw std::runtime_error("this torch speaks another major version of DLPack than the one fdu_kernels was built with");
+    }
+    exchange = found;
+}
+
+// A tensor, or none; valid as long as the caller holds it.
+class Borrowed {
+  public:
+    explicit Borrowed(py::handle object) : given_(!object.is_none()) {
+        if (!given_) return;
+        if (exchange->dltensor_from_py_object_no_sync(object.ptr(), &tensor_)) throw py::error_already_set();
+        if (!tensor_.data) {
+            for (int d = 0; d < tensor_.ndim; ++d) {
+                if (tensor_.shape[d] == 0) return;
+            }
+            throw std::invalid_argument("fdu_kernels: a tensor without data");
+        }
+    }
+    const DLTensor* get() const { return given_ ? &tensor_ : nullptr; }
+    const DLTensor& operator*() const { return tensor_; }
+
+  private:
+    DLTensor tensor_;
+    bool given_;
+};
+
+fdu::Reduction reduction_of(int number) { return static_cast<fdu::Reduction>(number); }
+
+int64_t elements(const DLTensor& tensor) {
+    int64_t count = 1;
+    for (int d = 0; d < tensor.ndim; ++d) count *= tensor.shape[d];
+    return count;
+}
+
+// Lets other Python threads run where it takes longer than changing over.
+template <class F>
+void run(const DLTensor& tensor, const F& body) {
+    if (elements(tensor) < 65536) return body();
+    py::gil_scoped_release released;
+    body();
+}
+
+void gaussian(
+    py::handle pred, py::handle target, double c, double k, double linear_beyond, py::handle table, py::handle sigma,
+    py::handle weight, py::handle mask, bool mean_distance, int reduction, double grad_scale, py::handle value,
+    py::handle coefficient, py::handle grad) {
+    const bool sigma_is_number = PyFloat_Check(sigma.ptr()) || PyLong_Check(sigma.ptr());
+    const Borrowed pred_(pred), target_(target), table_(table), weight_(weight), mask_(mask), value_(value);
+    const Borrowed sigma_(sigma_is_number ? py::handle(Py_None) : sigma), coefficient_(coefficient), grad_(grad);
+    fdu::Gaussian task{
+        pred_.get(), target_.get(), mask_.get(), {c, k, linear_beyond, nullptr, 0}, sigma_.get(),
+        sigma_is_number ? sigma.cast<double>() : 1.0, weight_.get(), mean_distance, reduction_of(reduction),
+        grad_scale, value_.get(), coefficient_.get(), grad_.get(),
+    };
+    if (table_.get()) {
+        task.profile.table = static_cast<const double*>((*table_).data);
+        task.profile.rows = (*table_).shape[0];
+    }
+    run(*pred_, [&] { fdu::gaussian(task); });
+}
+
+void gaussian_backward(py::handle pred, py::handle target, py::handle mask, py::handle coefficient, py::handle grad) {
+    const Borrowed pred_(pred), target_(target), mask_(mask), coefficient_(coefficient), grad_(grad);
+    run(*pred_, [&] { fdu::gaussian_backward(*pred_, *target_, mask_.get(), *coefficient_, *grad_); });
+}
+
+void expectation(
+    py::handle v, py::tuple numbers, py::handle weight, py::handle mask, int reduction, double scale, py::handle upstream,
+    py::handle value, py::handle grad) {
+    constexpr size_t wanted = 4 + 2 * fdu::row_fields;
+    double unpacked[wanted];
+    if (numbers.size() != wanted) throw std::invalid_argument("fdu_kernels: an ElementFunction has 32 numbers");
+    for (size_t i = 0; i < wanted; ++i) unpacked[i] = PyFloat_AsDouble(PyTuple_GET_ITEM(numbers.ptr(), i));
+    if (PyErr_Occurred()) throw py::error_already_set();
+    const Borrowed v_(v), weight_(weight), mask_(mask), upstream_(upstream), value_(value), grad_(grad);
+    const fdu::Expectation task{v_.get(), weight_.get(), mask_.get(), unpacked, reduction_of(reduction), scale,
+                                upstream_.get(), value_.get(), grad_.get()};
+    run(*v_, [&] { fdu::expectation(task); });
+}
+
+py::tuple instruction_sets() {
+    const char* names[8];
+    const int count = fdu::available_instruction_sets(names);
+    py::tuple result(count);
+    for (int i = 0; i < count; ++i) result[i] = py::str(names[i]);
+    return result;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, module) {
+    find_exchange();
+    module.doc() = "The compiled kernels of fdu_kernels. Internal; see fdu_kernels.backends.native.";
+    module.def("gaussian", &gaussian);
+    module.def("gaussian_backward", &gaussian_backward);
+    module.def("expectation", &expectation);
+    module.def("instruction_sets", &instruction_sets, "Those that this machine has, the fastest first.");
+    module.def("instruction_set", &fdu::used_instruction_set, "The one in use.");
+    module.def(
+        "use_instruction_set",
+        [](const std::string& name) {
+            if (!fdu::use_instruction_set(name.c_str())) throw py::value_error("not an instruction set of this machine: " + name);
+        },
+        "Compute with another one, in the whole process. For tests.");
+    module.attr("BUILD") = FDU_BUILD;
+}

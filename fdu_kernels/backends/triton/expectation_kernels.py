@@ -1,0 +1,214 @@
+"""The expectation kernels: a function of the density-ratio estimate over all elements, its mean or sum, its gradient."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from fdu_kernels.backends.triton.scalars import addresses, exp, expm1, log1p, store
+
+FIRST = tl.constexpr(1.0)
+"""As in fdu_kernels.lowering."""
+
+
+@triton.jit
+def _row(v: tl.tensor, row: tl.tuple) -> tl.tensor:
+    """e^(tilt v) row(v), as fdu_kernels.critic.CriticRow.value; terms without a coefficient are skipped."""
+    (
+        tilt, const, linear, square, exponential, tilted_exp_rate, _exp_rate, minus_one, expm1_rate,
+        softplus, sigmoid, sigmoid_squared, scale, mix, rest_of_mix, logit, step, threshold,
+    ) = row  # fmt: skip
+    factor = tl.full(v.shape, 1.0, tl.float32)
+    if tilt != 0.0:
+        factor = exp(tilt * v)
+    result = (const + v * (linear + square * v)) * factor
+    if exponential != 0.0:
+        result += exponential * exp(tilted_exp_rate * v)
+    if minus_one != 0.0:
+        x = expm1_rate * v
+        above, below = tl.where(x < 0.0, 0.0, x), tl.where(x > 0.0, 0.0, x)
+        result += minus_one * tl.where(x > 0.0, -expm1(-above) * exp(tilt * v + above), expm1(below) * factor)
+    if softplus != 0.0:
+        x = scale * v
+        above, below = tl.where(x < 0.0, 0.0, x), tl.where(x > 0.0, 0.0, x)
+        part = tl.where(x > 0.0, above + log1p(rest_of_mix * expm1(-above)), log1p(mix * expm1(below)))
+        result += softplus * part * factor
+    if (sigmoid != 0.0) | (sigmoid_squared != 0.0):
+        sigma, _ = _sigmoids(scale * v + logit)
+        result += (sigmoid * sigma + sigmoid_squared * sigma * sigma) * factor
+    if step != 0.0:
+        result += step * tl.where(v > threshold, 1.0, tl.where(v < threshold, 0.0, 0.5)) * factor
+    return result
+
+
+@triton.jit
+def _row_slope(v: tl.tensor, row: tl.tuple) -> tl.tensor:
+    """row'(v), as fdu_kernels.critic.CriticRow.slope."""
+    (
+        _tilt, _const, linear, square, exponential, _tilted_exp_rate, exp_rate, minus_one, expm1_rate,
+        softplus, sigmoid, sigmoid_squared, scale, _mix, _rest_of_mix, logit, _step, _threshold,
+    ) = row  # fmt: skip
+    result = linear + 2.0 * square * v
+    if exponential != 0.0:
+        result += exponential * exp_rate * exp(exp_rate * v)
+    if minus_one != 0.0:
+        result += minus_one * expm1_rate * exp(expm1_rate * v)
+    if (softplus != 0.0) | (sigmoid != 0.0) | (sigmoid_squared != 0.0):
+        sigma, rest = _sigmoids(scale * v + logit)
+        inner = softplus * sigma + (softplus + sigmoid) * rest
+        result += scale * sigma * (inner + 2.0 * sigmoid_squared * sigma * rest)
+    return result
+
+
+@triton.jit
+def _sigmoids(x: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
+    """sigmoid(x) and sigmoid(-x)."""
+    z = exp(-tl.abs(x))
+    large, small = 1.0 / (1.0 + z), z / (1.0 + z)
+    return tl.where(x < 0.0, small, large), tl.where(x < 0.0, large, small)
+
+
+@triton.jit
+def _evaluate(
+    v: tl.tensor, first: tl.tuple, second: tl.tuple, limit: tl.tensor, kind: tl.tensor, SLOPE: tl.constexpr
+) -> tuple[tl.tensor, tl.tensor]:
+    """y(v) and, where it is asked for or counts, y'(v); see fdu_kernels.lowering.ElementFunction."""
+    inside = tl.where(v > limit, limit, tl.where(v < -limit, -limit, v))
+    value = _row(inside, first)
+    slope = value
+    if kind != 0.0:
+        other = _row(inside, second)
+        if kind != FIRST:
+            slope = other
+        value -= other
+    elif SLOPE:
+        slope = _row_slope(inside, first)
+    elif limit < float("inf"):
+        slope = _row_slope(inside, first)
+    return value + slope * tl.where(inside == v, 0.0, v - inside), slope
+
+
+@triton.jit
+def _divisor(total: tl.tensor, repeats: tl.tensor, divisor: tl.tensor) -> tl.tensor:
+    """What a mean divides by: the number of elements, or the mask's sum, or 1 instead of 0."""
+    if total is None:
+        result = tl.full([], 0.0, tl.float32) + divisor
+    else:
+        result = tl.load(total).to(tl.float32) * repeats
+        result = tl.where(result == 0.0, 1.0, result)
+    return result
+
+
+@triton.jit
+def _load_block(pointers: tl.tensor, valid: tl.tensor, inside: tl.tensor) -> tl.tensor:
+    """Guarded only where the block reaches beyond the end; the branch is the same for all threads."""
+    if inside:
+        values = tl.load(pointers)
+    else:
+        values = tl.load(pointers, mask=valid, other=0)
+    return values.to(tl.float32)
+
+
+@triton.jit
+def _store_block(pointers: tl.tensor, values: tl.tensor, valid: tl.tensor, inside: tl.tensor) -> None:
+    if inside:
+        store(pointers, values, None)
+    else:
+        store(pointers, values, valid)
+
+
+@triton.jit(do_not_specialize=["size", "blocks"])
+def expectation_kernel(
+    v: tl.tensor,
+    values: tl.tensor,
+    grad: tl.tensor,
+    factor: tl.tensor,
+    upstream: tl.tensor,
+    partials: tl.tensor,
+    total: tl.tensor,
+    repeats: tl.tensor,
+    divisor: tl.tensor,
+    scale: tl.tensor,
+    grad_scale: tl.tensor,
+    first: tl.tuple,
+    second: tl.tuple,
+    limit: tl.tensor,
+    kind: tl.tensor,
+    size: tl.tensor,
+    sizes: tl.tuple,
+    v_strides: tl.tuple,
+    values_strides: tl.tuple,
+    grad_strides: tl.tuple,
+    factor_strides: tl.tuple,
+    upstream_strides: tl.tuple,
+    blocks: tl.tensor,
+    BLOCK: tl.constexpr,
+    LINEAR: tl.constexpr,
+    DIMS: tl.constexpr,
+    ALIGN: tl.constexpr,
+    VECTOR: tl.constexpr,
+    WIDE: tl.constexpr,
+) -> None:
+    """Of values (every element's), partials (sums) and grad, those that are not None; a single partial is final."""
+    program = tl.program_id(0)
+    size = size.to(tl.int64)
+    if ALIGN == 1:
+        size = size // VECTOR * VECTOR
+    lane = tl.arange(0, BLOCK)
+    sums = tl.zeros([BLOCK], tl.float32)
+    over = _divisor(total, repeats, divisor)
+    multiplier = tl.full([], 0.0, tl.float32)
+    if grad is not None:
+        multiplier += grad_scale
+        if scale is not None:
+            multiplier *= tl.load(scale).to(tl.float32)
+        multiplier = tl.div_rn(multiplier, over)
+    begin = program.to(tl.int64) * blocks
+    end = tl.minimum(begin + blocks, (size + BLOCK - 1) // BLOCK)
+    for block in range(begin, end):
+        start = block * BLOCK
+        zero = start - start
+        valid = start + lane < size
+        inside = start + BLOCK <= size
+        x = _load_block(addresses(v, zero, start, sizes, v_strides, BLOCK, LINEAR, DIMS, WIDE), valid, inside)
+        value, slope = _evaluate(x, first, second, limit, kind, grad is not None)
+        slope *= multiplier
+        if factor is not None:
+            pointers = addresses(factor, zero, start, sizes, factor_strides, BLOCK, DIMS == 0, DIMS, WIDE)
+            weight = _load_block(pointers, valid, inside)
+            value *= weight
+            slope *= weight
+        if upstream is not None:
+            pointers = addresses(upstream, zero, start, sizes, upstream_strides, BLOCK, DIMS == 0, DIMS, WIDE)
+            slope *= _load_block(pointers, valid, inside)
+        if values is not None:
+            pointers = addresses(values, zero, start, sizes, values_strides, BLOCK, LINEAR, DIMS, WIDE)
+            _store_block(pointers, value, valid, inside)
+        if partials is not None:
+            sums += tl.where(valid, value, 0.0)
+        if grad is not None:
+            pointers = addresses(grad, zero, start, sizes, grad_strides, BLOCK, LINEAR, DIMS, WIDE)
+            _store_block(pointers, slope, valid, inside)
+    if partials is not None:
+        result = tl.sum(sums)
+        if tl.num_programs(0) == 1:
+            result = tl.div_rn(result, over)
+        tl.store(partials + program, result)
+
+
+@triton.jit(do_not_specialize=["parts"])
+def expectation_total(
+    partials: tl.tensor,
+    result: tl.tensor,
+    total: tl.tensor,
+    repeats: tl.tensor,
+    divisor: tl.tensor,
+    parts: tl.tensor,
+    PARTIALS: tl.constexpr,
+) -> None:
+    """The sum of the partial sums, divided; one program."""
+    lane = tl.arange(0, PARTIALS)
+    sums = tl.zeros([PARTIALS], tl.float32)
+    for first in range(0, parts, PARTIALS):
+        sums += tl.load(partials + first + lane, mask=first + lane < parts, other=0.0)
+    tl.store(result, tl.div_rn(tl.sum(sums), _divisor(total, repeats, divisor)))

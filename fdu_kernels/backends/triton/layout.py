@@ -1,0 +1,117 @@
+"""How a kernel walks over tensors of one shape: dimensions collapsed, contiguous runs found, nothing copied."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Sequence
+
+from torch import Tensor
+
+MAX_DIMS = 5
+"""Collapsed dimensions that a kernel takes; tensors that need more are copied first."""
+UNALIGNED, ALIGNED, SHIFTED = 0, 1, 2
+"""What a kernel may assume of 16-byte boundaries: nothing; each sample begins and ends at one; or all tensors of a
+sample begin equally far from one, so that all but the first and last block of a sample can be read in 16 bytes."""
+INDEX_LIMIT = 2**31 - 2**20
+"""Positions from here on are decomposed in 64 bits. The margin is more than a block reaches beyond the end."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """The positions 0 ... size - 1 of a sample, and where each tensor has them.
+
+    linear: whether position i of every data tensor is at offset i.
+    dims: how many numbers a position is decomposed into for the tensors that are not linear; 0 if all are.
+    sizes: the inner dims - 1 sizes, the innermost first.
+    strides: for every tensor, data tensors first, its dims strides, the innermost first.
+    """
+
+    size: int
+    linear: bool
+    dims: int
+    sizes: tuple[int, ...]
+    strides: tuple[tuple[int, ...], ...]
+
+    @property
+    def wide(self) -> bool:
+        """Whether positions need 64 bits. Offsets always have them."""
+        return self.size >= INDEX_LIMIT
+
+
+def broadcast_strides(tensor: Tensor, shape: Sequence[int]) -> tuple[int, ...]:
+    """The strides of ``tensor.expand(shape)``."""
+    missing = len(shape) - tensor.ndim
+    own = (
+        0 if size == 1 else stride
+        for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
+    )  # fmt: skip
+    return (0,) * missing + tuple(own)
+
+
+@functools.lru_cache(maxsize=4096)
+def collapse(
+    shape: tuple[int, ...], data: tuple[tuple[int, ...], ...], others: tuple[tuple[int, ...], ...] = ()
+) -> Layout | None:
+    """The layout of tensors of one shape; None if it would need more than MAX_DIMS dimensions.
+
+    Args:
+        shape: of one sample, or of the whole tensor.
+        data: strides of the tensors as large as the shape. The last one decides the order of the walk.
+        others: strides of tensors that are smaller and broadcast.
+    """
+    size = math.prod(shape)
+    if size <= 1:
+        return Layout(size, True, 0, (), ((),) * (len(data) + len(others)))
+    dims = [
+        (length, tuple(strides[i] for strides in data), tuple(strides[i] for strides in others))
+        for i, length in enumerate(shape)
+        if length != 1
+    ]
+    dims.sort(key=lambda dim: dim[1][::-1], reverse=True)
+    linear = _merged([(length, strides) for length, strides, _ in dims])
+    if len(linear) == 1 and all(stride == 1 for stride in linear[0][1]):
+        merged = _merged([(length, strides) for length, _, strides in dims])
+        if not others or (len(merged) == 1 and all(stride == 1 for stride in merged[0][1])):
+            return Layout(size, True, 0, (), ((),) * (len(data) + len(others)))
+        columns = [()] * len(data) + list(zip(*(strides for _, strides in reversed(merged)), strict=True))
+        is_linear = True
+    else:
+        merged = _merged([(length, data_strides + strides) for length, data_strides, strides in dims])
+        columns = list(zip(*(strides for _, strides in reversed(merged)), strict=True))
+        is_linear = False
+    if len(merged) > MAX_DIMS:
+        return None
+    sizes = tuple(length for length, _ in reversed(merged))[:-1]
+    return Layout(size, is_linear, len(merged), sizes, tuple(columns))
+
+
+def alignment(
+    layout: Layout, batch: int, batch_strides: Sequence[int], addresses: Sequence[int], vector: int
+) -> int:
+    """UNALIGNED, ALIGNED or SHIFTED, for the data tensors of a batch.
+
+    Args:
+        batch_strides, addresses: of the data tensors.
+        vector: elements in 16 bytes.
+    """
+    if not layout.linear or any(address % 16 for address in addresses):
+        return UNALIGNED
+    if batch == 1:
+        return ALIGNED if layout.size % vector == 0 else SHIFTED
+    if layout.size % vector == 0 and all(stride % vector == 0 for stride in batch_strides):
+        return ALIGNED
+    return SHIFTED if len({stride % vector for stride in batch_strides}) == 1 else UNALIGNED
+
+
+def _merged(dims: list[tuple[int, tuple[int, ...]]]) -> list[tuple[int, tuple[int, ...]]]:
+    """Dimensions, the outermost first, of which neighbours are joined where all strides allow it."""
+    result = [dims[0]]
+    for length, strides in dims[1:]:
+        outer_length, outer = result[-1]
+        if all(a == length * b for a, b in zip(outer, strides, strict=True)):
+            result[-1] = (outer_length * length, strides)
+        else:
+            result.append((length, strides))
+    return result

@@ -1,0 +1,101 @@
+"""Launch tables: block sizes and warps by problem size. Fixed, so that a result depends on shapes and dtypes alone."""
+
+from __future__ import annotations
+
+import dataclasses
+
+ON_CHIP: tuple[tuple[int, int], ...] = (
+    (256, 1),
+    (512, 2),
+    (1024, 4),
+    (2048, 4),
+    (4096, 8),
+    (8192, 16),
+    (16384, 16),
+    (32768, 32),
+)
+"""(elements, warps) of a program that holds a whole sample in registers: the first that is large enough."""
+ON_CHIP_LIMIT = {
+    ("linear", 2): 32768,
+    ("linear", 4): 32768,
+    ("masked", 2): 16384,
+    ("masked", 4): 16384,
+    ("strided", 2): 4096,
+    ("strided", 4): 4096,
+}
+"""By the walk ("linear" without a mask; "masked"; or positions decomposed for the data, too) and the element size in
+bytes: the largest sample held in registers."""
+ON_CHIP_UNALIGNED_LIMIT = 8192
+"""The same where samples do not begin and end at 16 bytes, so that elements are loaded one by one."""
+ON_CHIP_TABLE_LIMIT = 16384
+"""The same with a tabulated profile, whose reading needs registers as well."""
+
+STREAM_BLOCK = {
+    ("linear", 2): 4096,
+    ("linear", 4): 2048,
+    ("masked", 2): 2048,
+    ("masked", 4): 2048,
+    ("strided", 2): 1024,
+    ("strided", 4): 1024,
+}
+"""Likewise: elements that a program of STREAM_WARPS takes at a time, up to 32 bytes a thread and tensor."""
+STREAM_WARPS = 8
+STREAM_PROGRAMS = 2048
+"""About as many programs as a sample or batch is cut into: some for each of up to 200 multiprocessors."""
+STREAM_MOST_BLOCKS = 32
+"""A program takes no more blocks, so that no lane adds up more than 32 numbers one after the other in float32."""
+WHOLE_LIMIT = 32768
+"""Up to here the forward pass leaves a sample to one program, and needs a single launch."""
+PARTIALS_BLOCK = 256
+"""Partial sums that a program adds up at a time."""
+FINISH_WARPS = 4
+
+EXPECTATION_BLOCK = 1024
+EXPECTATION_WARPS = 4
+EXPECTATION_REGISTERS = 128
+"""Stated, because the assembler would rather spill a few bytes than have more than 80."""
+EXPECTATION_PROGRAMS = 4096
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """A sample cut into ``parts`` programs that take up to ``blocks`` blocks of ``block`` elements each."""
+
+    block: int
+    blocks: int
+    parts: int
+    warps: int
+
+
+def on_chip(extent: int, walk: str, itemsize: int, aligned: bool, tabulated: bool) -> tuple[int, int] | None:
+    """(elements, warps) of a program that holds ``extent`` elements; None if no program can."""
+    limit = ON_CHIP_LIMIT[walk, itemsize]
+    if not aligned:
+        limit = min(limit, ON_CHIP_UNALIGNED_LIMIT)
+    if tabulated:
+        limit = min(limit, ON_CHIP_TABLE_LIMIT)
+    return next(((block, warps) for block, warps in ON_CHIP if extent <= block <= limit), None)
+
+
+def stream(extent: int, batch: int, walk: str, itemsize: int, one_launch: bool = False) -> Split:
+    """How samples that no program holds are cut.
+
+    Args:
+        extent: elements of a sample.
+        one_launch: prefer one program a sample where it is small enough, or where the batch fills the device.
+    """
+    block = STREAM_BLOCK[walk, itemsize]
+    count = max(-(-extent // block), 1)
+    if one_launch and (extent <= WHOLE_LIMIT or (batch >= STREAM_PROGRAMS // 8 and count <= STREAM_MOST_BLOCKS)):
+        return Split(block, count, 1, STREAM_WARPS)
+    blocks = min(max(count * batch // STREAM_PROGRAMS, 1), STREAM_MOST_BLOCKS)
+    return Split(block, blocks, -(-count // blocks), STREAM_WARPS)
+
+
+def expectation(size: int) -> Split:
+    """How all elements are cut for the elementwise kernels."""
+    count = max(-(-size // EXPECTATION_BLOCK), 1)
+    blocks = min(max(count // EXPECTATION_PROGRAMS, 1), STREAM_MOST_BLOCKS)
+    if count <= STREAM_MOST_BLOCKS // 4:
+        blocks = count
+    return Split(EXPECTATION_BLOCK, blocks, -(-count // blocks), EXPECTATION_WARPS)

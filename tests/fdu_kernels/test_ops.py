@@ -1,0 +1,324 @@
+"""Autograd, torch.compile and the rest of PyTorch around the fused backends, on every one that can run here."""
+
+from __future__ import annotations
+
+import copy
+import math
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.autograd import gradcheck, gradgradcheck
+from torch.library import opcheck
+
+import fdu_kernels as fk
+from fdu_kernels import ops
+
+NAMES = ["mse", "squared_hellinger", "pearson_chi2", "jensen_shannon", "total_variation"]
+CUSTOM = fk.Divergence.from_generator(lambda u: (u - 1).square() / 2, "half_chi2")
+
+
+def runnable() -> list[str]:
+    return [name for name in ops.KERNELS if fk.backends()[name] is None]
+
+
+def device_of(backend: str) -> str:
+    return "cpu" if backend == "cpu" or not torch.cuda.is_available() else "cuda"
+
+
+@pytest.fixture(params=runnable() or [pytest.param("", marks=pytest.mark.skip(reason="no fused backend can run here"))])
+def backend(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+def pair(backend: str, *shape: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    pred, target = (torch.randn(shape, generator=generator).to(device_of(backend), dtype) for _ in range(2))
+    return pred, target
+
+
+def losses(backend: str, **options: object) -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
+    """One loss of two tensors for each of the three forms."""
+    return {
+        "gaussian": lambda a, b: fk.gaussian_divergence(a, b, "squared_hellinger", backend=backend, **options),
+        "tabulated": lambda a, b: fk.gaussian_divergence(a, b, "jensen_shannon", backend=backend, **options),
+        "variational": lambda a, b: fk.variational_divergence(a, b, "le_cam", backend=backend, **options),
+        "model": lambda a, b: fk.variational_model_loss(a, "kl", backend=backend, **options) + 0 * b.sum(),
+        "ratio": lambda a, b: fk.density_ratio_divergence(a, "jensen_shannon", "p", backend=backend, **options),
+    }
+
+
+FORMS = list(losses(""))
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+@pytest.mark.parametrize("form", FORMS)
+def test_derivatives(backend: str, form: str, reduction: str) -> None:
+    if ops.KERNELS[backend].why_unsuitable(torch.device(device_of(backend)), torch.float64):
+        pytest.skip(f"{backend} has no float64")
+    a, b = pair(backend, 2, 3, 2, dtype=torch.float64)
+    a.requires_grad_()
+    b.requires_grad_(form == "variational")
+    loss = losses(backend, reduction=reduction)[form]
+    assert gradcheck(loss, (a, b))
+    assert gradgradcheck(loss, (a, b))
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+@pytest.mark.parametrize("form", FORMS)
+def test_any_upstream_gradient_any_number_of_times(backend: str, form: str, reduction: str) -> None:
+    a, b = pair(backend, 3, 4, 5)
+    a.requires_grad_()
+    ours, reference = (losses(name, reduction=reduction)[form] for name in (backend, "torch"))
+    for scale in (1.0, -2.5, 0.0):
+        value = ours(a, b)
+        upstream = torch.full_like(value, scale)
+        grads = [torch.autograd.grad(value, a, upstream, retain_graph=True)[0] for _ in range(3)]
+        (expected,) = torch.autograd.grad(reference(a, b), a, upstream)
+        for grad in grads:
+            torch.testing.assert_close(grad, expected, rtol=1e-5, atol=1e-7)
+        assert torch.equal(grads[0], grads[1]) or scale == 1.0
+    upstream = torch.full_like(upstream, math.nan)
+    assert bool(torch.autograd.grad(ours(a, b), a, upstream)[0].isnan().all())
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_accumulation_into_leaves(backend: str, form: str) -> None:
+    a, b = pair(backend, 3, 4, 5)
+    a.requires_grad_()
+    value = losses(backend)[form](a, b)
+    value.backward(retain_graph=True)
+    once = a.grad.clone()
+    value.backward()
+    torch.testing.assert_close(a.grad, 2 * once)
+    # Nothing that autograd keeps may be what it handed out.
+    value = losses(backend)[form](a, b)
+    (grad,) = torch.autograd.grad(value, a, retain_graph=True)
+    grad.fill_(math.nan)
+    torch.testing.assert_close(torch.autograd.grad(value, a)[0], once)
+
+
+def test_changed_inputs_are_noticed(backend: str) -> None:
+    pred, target = pair(backend, 3, 4)
+    pred.requires_grad_()
+    loss = fk.gaussian_divergence(pred * 1, target, backend=backend)
+    target.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_no_graph_without_a_need(backend: str) -> None:
+    a, b = pair(backend, 3, 4)
+    for loss in losses(backend).values():
+        assert not loss(a, b).requires_grad
+        with torch.no_grad():
+            assert not loss(a.clone().requires_grad_(), b).requires_grad
+        with torch.inference_mode():
+            assert loss(a, b).isfinite()
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("name", [*NAMES, "custom"])
+def test_compiled_without_a_break_and_for_any_shape(backend: str, name: str, masked: bool) -> None:
+    divergence = CUSTOM if name == "custom" else name
+    torch._dynamo.reset()
+
+    def step(pred: Tensor, target: Tensor, mask: Tensor | None, sigma: Tensor) -> tuple[Tensor, Tensor]:
+        loss = fk.gaussian_divergence(pred * 2, target, divergence, sigma=sigma, mask=mask, backend=backend)
+        return loss, fk.gaussian_divergence_value_and_grad(pred, target, divergence, 0.5, backend=backend)[1]
+
+    compiled = torch.compile(step, fullgraph=True, dynamic=True, backend="aot_eager")
+    for shape in ((2, 3, 4), (5, 7, 2)):
+        pred, target = pair(backend, *shape)
+        mask = target > 0 if masked else None
+        sigma = torch.linspace(0.5, 2, shape[0], device=pred.device)
+        pred.requires_grad_()
+        results = []
+        for function in (step, compiled):
+            loss, grad = function(pred, target, mask, sigma)
+            results.append([loss.detach(), grad, *torch.autograd.grad(loss, pred)])
+        for ours, expected in zip(*results, strict=True):
+            torch.testing.assert_close(ours, expected, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("form", ["variational", "model", "ratio"])
+def test_compiled_density_ratios(backend: str, form: str) -> None:
+    torch._dynamo.reset()
+    function = losses(backend)[form]
+    a, b = pair(backend, 4, 5)
+    a.requires_grad_()
+    compiled = torch.compile(function, fullgraph=True, dynamic=True, backend="aot_eager")
+    (expected,) = torch.autograd.grad(function(a, b), a)
+    value = compiled(a, b)
+    torch.testing.assert_close(value, function(a, b))
+    torch.testing.assert_close(torch.autograd.grad(value, a)[0], expected)
+
+
+def test_compiled_value_and_grad_of_density_ratios(backend: str) -> None:
+    torch._dynamo.reset()
+
+    def both(p: Tensor, q: Tensor) -> tuple[Tensor, ...]:
+        bound = fk.variational_divergence_value_and_grad(p, q, "kl", grad_scale=0.5, backend=backend)
+        return *bound, *fk.density_ratio_divergence_value_and_grad(p, "kl", backend=backend)
+
+    p, q = pair(backend, 4, 5)
+    compiled = torch.compile(both, fullgraph=True, backend="aot_eager")
+    for ours, expected in zip(compiled(p, q), both(p, q), strict=True):
+        torch.testing.assert_close(ours, expected)
+
+
+def test_the_ops_keep_the_rules_of_torch_library(backend: str) -> None:
+    pred, target = pair(backend, 3, 4, 5)
+    pred.requires_grad_()
+    mask, weight = target > 0, torch.ones(3, device=pred.device)
+    for name in ("alpha:0.3", "jensen_shannon"):
+        profile = ops._profile_arguments(fk.get_divergence(name), pred.device)
+        settings = (*profile, 0.5, None, weight, mask, "mean")
+        opcheck(ops.gaussian_forward, (pred, target, *settings, backend))
+        opcheck(ops.gaussian_value_and_grad, (pred.detach(), target, *settings, "mean", 1.0, None, backend))
+    opcheck(ops.gaussian_backward, (pred.detach(), target, mask, torch.ones(3, device=pred.device), backend))
+    function = list(ops._ratio("kl", "q").numbers)
+    opcheck(ops.expectation, (pred, function, weight, None, "mean", backend))
+    one = torch.ones((), device=pred.device)
+    opcheck(ops.expectation_backward, (pred.detach(), function, None, mask, "mean", one, backend))
+    opcheck(ops.expectation_value_and_grad, (pred.detach(), function, None, mask, "none", 2.0, None, backend))
+
+
+def test_autocast_leaves_the_losses_alone(backend: str) -> None:
+    a, b = pair(backend, 3, 4)
+    for form, loss in losses(backend).items():
+        with torch.autocast(device_of(backend), dtype=torch.bfloat16):
+            inside = loss(a, b)
+        assert inside.dtype == torch.float32, form
+        assert torch.equal(inside, loss(a, b))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_loss_scaling_reaches_the_gradient_before_it_is_rounded(backend: str, dtype: torch.dtype) -> None:
+    pred, target = pair(backend, 2, 50_000, dtype=dtype)
+    pred.requires_grad_()
+    scale = 2.0**16
+    loss = fk.gaussian_divergence(pred, target, "squared_hellinger", sigma=3.0, backend=backend)
+    (grad,) = torch.autograd.grad(loss * scale, pred)
+    wide, wide_target = pred.detach().double(), target.double()
+    expected = fk.gaussian_divergence_value_and_grad(
+        wide, wide_target, "squared_hellinger", sigma=3.0, backend="torch", grad_scale=scale
+    )[1]
+    torch.testing.assert_close(grad.double(), expected, rtol=torch.finfo(dtype).eps, atol=2.0**-24)
+
+
+def test_gradient_scaler(backend: str) -> None:
+    device = device_of(backend)
+    model = nn.Linear(4, 4).to(device)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    scaler = torch.amp.GradScaler(device)
+    x, target = pair(backend, 8, 4)
+    before = fk.gaussian_divergence(model(x), target, backend=backend).item()
+    for _ in range(5):
+        optimizer.zero_grad()
+        scaler.scale(fk.gaussian_divergence(model(x), target, backend=backend)).backward()
+        scaler.step(optimizer)
+        scaler.update()
+    assert fk.gaussian_divergence(model(x), target, backend=backend).item() < before
+
+
+def test_distributed_data_parallel(backend: str) -> None:
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        plain = nn.Linear(4, 4).to(device_of(backend))
+        parallel = nn.parallel.DistributedDataParallel(copy.deepcopy(plain))
+        x, target = pair(backend, 8, 4)
+        for model in (plain, parallel):
+            fk.gaussian_divergence(model(x), target, "jensen_shannon", backend=backend).backward()
+        torch.testing.assert_close(parallel.module.weight.grad, plain.weight.grad)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_threads_do_not_disturb_each_other(backend: str) -> None:
+    if backend == "triton" and not torch.cuda.is_available():
+        pytest.skip("Triton's interpreter serves one thread")
+    pred, target = pair(backend, 4, 1000)
+    expected = fk.gaussian_divergence_value_and_grad(pred, target, "jensen_shannon", backend=backend)
+    wrong: list[int] = []
+
+    def work(index: int) -> None:
+        for _ in range(20):
+            value, grad = fk.gaussian_divergence_value_and_grad(pred, target, "jensen_shannon", backend=backend)
+            if not (torch.equal(value, expected[0]) and torch.equal(grad, expected[1])):
+                wrong.append(index)
+
+    threads = [threading.Thread(target=work, args=(index,)) for index in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_a_users_generator_is_a_gaussian_loss_but_no_critic(backend: str) -> None:
+    pred, target = pair(backend, 3, 4)
+    ours = fk.gaussian_divergence(pred, target, CUSTOM, backend=backend)
+    exact = 0.5 * fk.gaussian_divergence(pred, target, "pearson_chi2", backend="torch")
+    torch.testing.assert_close(ours, exact)
+    with pytest.raises(RuntimeError, match=f"backend asks for '{backend}'.*generator of 'half_chi2#.*is Python code"):
+        fk.variational_model_loss(pred, CUSTOM, backend=backend)
+    assert fk.variational_model_loss(pred, CUSTOM).isfinite()
+
+
+def test_tensor_subclasses_go_through_the_ops(backend: str) -> None:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        pred = torch.empty(3, 4, device=device_of(backend), requires_grad=True)
+        target = torch.empty(3, 4, device=device_of(backend))
+        loss = fk.gaussian_divergence(pred, target, backend=backend)
+        assert loss.shape == ()
+        (grad,) = torch.autograd.grad(loss, pred)
+        assert grad.shape == pred.shape
+
+
+MEMORY = """
+import torch
+import fdu_kernels as fk
+
+def status(field):
+    with open("/proc/self/status") as lines:
+        return next(int(line.split()[1]) for line in lines if line.startswith(field)) * 1024
+
+def extra(call):
+    with open("/proc/self/clear_refs", "w") as reset:
+        reset.write("5")  # the high-water mark begins anew
+    before = status("VmRSS")
+    result = call()
+    return status("VmHWM") - before
+
+torch.set_num_threads(2)
+a, b = torch.randn(64, 16, 128, 128), torch.randn(64, 16, 128, 128)
+leaf = a.clone().requires_grad_()
+calls = {
+    "gaussian": lambda: fk.gaussian_divergence_value_and_grad(a, b, "jensen_shannon", backend="cpu"),
+    "autograd": lambda: torch.autograd.grad(fk.gaussian_divergence(leaf, b, backend="cpu"), leaf),
+    "scaled": lambda: torch.autograd.grad(3 * fk.gaussian_divergence(leaf, b, backend="cpu"), leaf),
+    "ratio": lambda: fk.density_ratio_divergence_value_and_grad(a, "kl", backend="cpu"),
+}
+for call in calls.values():
+    call()
+for name, call in calls.items():
+    print(name, extra(call) - 4 * a.numel())
+"""
+
+
+@pytest.mark.skipif("cpu" not in runnable(), reason="no compiled backend")
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux")
+def test_peak_memory_is_the_gradient() -> None:
+    ran = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True, check=True, timeout=200)
+    beyond = {name: int(value) for name, value in (line.split() for line in ran.stdout.splitlines())}
+    assert set(beyond) == {"gaussian", "autograd", "scaled", "ratio"}
+    assert all(value < 2**20 for value in beyond.values()), beyond

@@ -1,0 +1,405 @@
+"""The Triton kernels, interpreted on the CPU: golden values, gradients, masks, strides, extremes, repeatability.
+
+Triton decides how to run a kernel when it decorates it. So that other tests see the kernels as they are compiled, the
+tests of this file run in a process of their own, which the one test that is collected without TRITON_INTERPRET starts.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import fdu_kernels as fk
+from fdu_kernels.backends import reference
+from fdu_kernels.backends import triton as backend
+from fdu_kernels.lowering import ElementFunction, critic_functions, gaussian_profile, ratio_function
+from fdu_kernels.scalar import Scalar
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+REDUCTIONS = ["none", "mean", "sum"]
+NAMES = [name for name in fk.divergences() if name != "mse"]
+PROFILES = ["mse", "squared_hellinger", "pearson_chi2", "jensen_shannon", "total_variation"]
+CPU = torch.device("cpu")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+@pytest.mark.skipif(INTERPRETED, reason="runs the others")
+def test_interpreted() -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
+
+
+def test_says_where_it_runs() -> None:
+    if INTERPRETED:
+        assert backend.why_unavailable() is None
+        assert backend.why_unsuitable(CPU, torch.float32) is None
+    else:
+        reason = backend.why_unsuitable(CPU, torch.float32)
+        assert reason is not None and "CUDA" in reason
+    reason = backend.why_unsuitable(CPU, torch.float64)
+    assert reason is not None and "float64" in reason
+
+
+@pytest.fixture(autouse=True)
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fill what is not written with NaN, so that an element that stays unwritten is seen."""
+
+    def filling(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def create(*arguments: Any, **options: Any) -> Tensor:
+            return function(*arguments, **options).fill_(math.nan)
+
+        return create
+
+    monkeypatch.setattr(torch, "empty_like", filling(torch.empty_like))
+    monkeypatch.setattr(Tensor, "new_empty", filling(Tensor.new_empty))
+
+
+@pytest.fixture(autouse=True)
+def quiet() -> Iterator[None]:
+    """NumPy, which interprets, warns of what the extremes are there for."""
+    import warnings
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        yield
+
+
+def pair(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    pred, target = (torch.randn(shape, generator=generator).to(dtype) for _ in range(2))
+    return pred, target
+
+
+def doubled(argument: Any) -> Any:
+    return argument.double() if isinstance(argument, Tensor) and argument.is_floating_point() else argument
+
+
+def units(dtype: torch.dtype) -> float:
+    """What one rounding may cost. Interpreted, bfloat16 is cut off instead of rounded."""
+    return torch.finfo(dtype).eps
+
+
+def assert_as_exact(actual: Tensor, truth: Tensor, eager: Tensor, margin: float) -> None:
+    """The error against float64 does not exceed the eager one by more than rounding."""
+    assert torch.equal(actual.isnan(), eager.isnan())
+    actual, eager = actual.double(), eager.double()
+    same = (actual == eager) | actual.isnan()
+    error, allowed = (actual - truth).abs(), (eager - truth).abs() + margin * truth.abs()
+    tiny = torch.finfo(torch.float32).tiny
+    assert bool((same | (error <= allowed + tiny)).all()), ((error - allowed)[~same].max(), actual, truth)
+
+
+def check_gaussian(
+    pred: Tensor,
+    target: Tensor,
+    name: str = "squared_hellinger",
+    sigma: float | Tensor = 1.0,
+    weight: Tensor | None = None,
+    mask: Tensor | None = None,
+    distance: str = "mean",
+    reduction: str = "mean",
+    grad_scale: float | Tensor = 1.0,
+    spread: float = 0.0,
+) -> None:
+    """Every kernel against the reference in float64; ``spread`` is the largest |k| s."""
+    divergence = fk.get_divergence(name)
+    profile = gaussian_profile(divergence)
+    shared = (sigma, weight, mask, distance, reduction, grad_scale, None)
+    eager = reference.gaussian_divergence_value_and_grad(pred, target, divergence, *shared)
+    wide = [doubled(argument) for argument in (pred, target, divergence, *shared)]
+    truth = reference.gaussian_divergence_value_and_grad(*wide)
+    value, grad = backend.gaussian_value_and_grad(pred, target, profile, *shared)
+    margin = 2e-6 * max(1.0, spread)
+    assert value.shape == eager[0].shape and value.dtype == torch.float32
+    assert grad.shape == pred.shape and grad.dtype == pred.dtype
+    assert_as_exact(value, truth[0], eager[0], margin)
+    assert_as_exact(grad, truth[1], eager[1], margin + units(pred.dtype))
+
+    losses, coefficients = backend.gaussian_forward(pred, target, profile, sigma, weight, mask, distance)
+    assert losses.shape == coefficients.shape == pred.shape[:1]
+    per_sample = reference.gaussian_divergence(*wide[:3], *wide[3:7], "none")
+    eager_losses = reference.gaussian_divergence(pred, target, divergence, sigma, weight, mask, distance, "none")
+    assert_as_exact(losses, per_sample, eager_losses, margin)
+    coefficients = coefficients * grad_scale / (len(pred) if reduction == "mean" else 1)
+    assert_as_exact(
+        backend.gaussian_backward(pred, target, mask, coefficients), truth[1], eager[1], margin + units(pred.dtype)
+    )
+
+
+class TestInterpreted:
+    """Collected in the process with TRITON_INTERPRET=1 only."""
+
+    __test__ = INTERPRETED
+
+    def test_golden_values(self, gaussian_row: tuple[str, Tensor, Tensor, Tensor]) -> None:
+        name, s, h, slope = gaussian_row
+        pred = s.sqrt().float()
+        s = pred.double().square()
+        divergence = fk.get_divergence(name)
+        spread = 1.0 if divergence.exponential is None else max(1.0, abs(divergence.exponential[1]) * float(s.max()))
+        profile = gaussian_profile(divergence)
+        losses, coefficients = backend.gaussian_forward(
+            pred, torch.zeros_like(pred), profile, 1.0, None, None, "mean"
+        )
+        # float32 rounds the square root, too: h moves by s h'.
+        torch.testing.assert_close(losses.double(), h, rtol=4e-6 * spread, atol=0)
+        torch.testing.assert_close(coefficients.double(), 2 * slope, rtol=4e-6 * spread, atol=1e-44)
+        _, grad = backend.gaussian_value_and_grad(
+            pred, torch.zeros_like(pred), profile, 1.0, None, None, "mean", "none", 1.0, None
+        )
+        torch.testing.assert_close(grad.double(), 2 * pred.double() * slope, rtol=4e-6 * spread, atol=1e-44)
+
+    def test_golden_critics(self, variational_row: tuple[str, Tensor, Tensor, Tensor, Tensor, Tensor]) -> None:
+        name, v, *columns = variational_row
+        functions = critic_functions(fk.get_divergence(name), "log_ratio")
+        assert functions is not None
+        terms = fk.get_divergence(name).critic_rows("log_ratio")
+        assert terms is not None
+        narrow = v.float()
+        for function, row, value, slope in zip(functions, terms, columns[:2], columns[2:], strict=True):
+            inside = v.abs() <= function.limit
+            actual, grad = backend.expectation_value_and_grad(narrow, function, None, None, "none", 1.0)
+            for result, truth, eager in (
+                (actual, value, row.value(narrow)), (grad, slope, row.slope(narrow)),
+            ):  # fmt: skip
+                # v itself is rounded: by as much as A and B move with it.
+                shift = (v - narrow.double()).abs() * (truth.abs() + slope.abs())
+                error, allowed = (result.double() - truth).abs(), (eager.double() - truth).abs()
+                step = name in ("total_variation", "hockey_stick")
+                enough = error <= allowed + 2e-6 * truth.abs() + shift + 1e-37
+                assert bool((enough | ~inside | (step & (v.abs() < 1e-3))).all()), (name, error - allowed)
+
+    @pytest.mark.parametrize("name", PROFILES)
+    @pytest.mark.parametrize("shape", [(1,), (5,), (3, 7), (1, 33), (2, 8), (2, 3, 5, 7), (2, 1, 1), (3, 0)])
+    def test_shapes(self, name: str, shape: tuple[int, ...]) -> None:
+        check_gaussian(*pair(*shape), name, spread=20)
+
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+    @pytest.mark.parametrize("size", [40000, 40001, 66001])
+    def test_split_samples(self, dtype: torch.dtype, size: int) -> None:
+        pred, target = pair(2, size, dtype=dtype)
+        check_gaussian(pred, target, "jensen_shannon", torch.tensor([0.7, 1.3]))
+        check_gaussian(pred[:1], target[:1], "pearson_chi2", sigma=2.0, mask=torch.rand(size) > 0.3, spread=2)
+        mask = torch.rand(2, size)
+        mask[1] = 0
+        check_gaussian(pred, target, mask=mask, weight=torch.tensor([0.5, 2.0]).double())
+
+    @pytest.mark.parametrize("reduction", REDUCTIONS)
+    @pytest.mark.parametrize("distance", ["mean", "sum"])
+    @pytest.mark.parametrize("name", PROFILES)
+    def test_options(self, name: str, distance: str, reduction: str) -> None:
+        pred, target = pair(4, 3, 2, 2)
+        sigma = torch.tensor([1.5, 1.0, 2.0, 3.0], dtype=torch.float64)
+        weight = torch.tensor([1.0, 0.0, 2.0, 0.5], dtype=torch.bfloat16)
+        mask = torch.rand(4, 1, 2, 2) > 0.3
+        mask[3] = False
+        scale = torch.tensor(3.0)
+        check_gaussian(pred, target, name, sigma, weight, mask, distance, reduction, scale, spread=40)
+        check_gaussian(pred, target, name, torch.tensor(1.5).half(), None, None, distance, reduction, 0.5, spread=40)
+
+    @pytest.mark.parametrize(
+        "mask",
+        [
+            torch.rand(2, 1, 6, 5) > 0.5,
+            torch.rand(2, 4, 6, 5) > 0.5,
+            torch.rand(6, 5),
+            torch.rand(2, 4, 1, 1).bfloat16(),
+            torch.rand(2, 1, 1, 1).double(),
+            torch.rand(4, 1, 5),
+            torch.tensor(True),
+            torch.rand(2, 6, 5, 4).permute(0, 3, 1, 2),
+        ],
+        ids=lambda mask: str(list(mask.shape)),
+    )
+    @pytest.mark.parametrize("walk", ["contiguous", "channels_last", "sliced", "mixed", "expanded"])
+    def test_masks_and_strides(self, mask: Tensor, walk: str) -> None:
+        pred, target = pair(2, 4, 6, 5, dtype=torch.bfloat16)
+        if walk == "channels_last":
+            pred, target = (x.to(memory_format=torch.channels_last) for x in (pred, target))
+        elif walk == "sliced":
+            pred, target = (x[:, ::2, 1:, ::3] for x in pair(2, 8, 7, 15, dtype=torch.bfloat16))
+        elif walk == "mixed":
+            target = target.to(memory_format=torch.channels_last)
+        elif walk == "expanded":
+            pred = pred[:1].expand(2, 4, 6, 5)
+            target = target[:, :1].expand(2, 4, 6, 5)
+        check_gaussian(pred, target, "jensen_shannon", mask=mask)
+
+    def test_a_gradient_keeps_the_layout_or_fills_the_buffer(self) -> None:
+        pred, target = (x.to(memory_format=torch.channels_last) for x in pair(2, 4, 6, 5))
+        profile = gaussian_profile(fk.get_divergence("kl"))
+        options = (profile, 1.0, None, None, "mean", "sum", 1.0)
+        _, grad = backend.gaussian_value_and_grad(pred, target, *options, None)
+        assert grad.stride() == pred.stride()
+        buffer = torch.full((4, 2, 5, 12), math.nan).permute(1, 0, 3, 2)[:, :, ::2]
+        _, filled = backend.gaussian_value_and_grad(pred, target, *options, buffer)
+        assert filled is buffer and torch.equal(filled, grad)
+
+    def test_more_dimensions_than_the_kernels_take(self) -> None:
+        pred, target = (x[:, ::2, ::2, ::2, ::2, ::2, ::2] for x in pair(2, 4, 4, 4, 4, 4, 4))
+        check_gaussian(pred, target, mask=torch.rand(2, 1, 2, 1, 2, 1, 2))
+        function = ratio_function(fk.get_divergence("kl"), "q")
+        assert function is not None
+        value, grad = backend.expectation_value_and_grad(pred, function, None, None, "sum", 1.0)
+        expected = backend.expectation_value_and_grad(pred.contiguous(), function, None, None, "sum", 1.0)
+        torch.testing.assert_close(value, expected[0])
+        torch.testing.assert_close(grad, expected[1])
+
+    @pytest.mark.parametrize("name", [*PROFILES, "alpha:0.001", "alpha:3.0"])
+    def test_extremes(self, name: str) -> None:
+        s = torch.tensor([0, 1e-40, 1e-30, 1e-20, 1e-8, 1e-3, 1, 20, 63.9, 64.1, 88, 200, 1e4, 1e10, 1e25])
+        pred = torch.cat([s.double().sqrt().float(), torch.tensor([1e20, math.inf, math.nan])])
+        divergence = fk.get_divergence(name)
+        spread = 64.0 if divergence.exponential is None or divergence.exponential[1] >= 0 else 90.0
+        check_gaussian(pred, torch.zeros_like(pred), name, reduction="none", spread=spread)
+        losses, _ = backend.gaussian_forward(
+            pred, torch.zeros_like(pred), gaussian_profile(divergence), 1.0, None, None, "mean"
+        )
+        assert bool(losses[-1].isnan()) and not bool(losses[:-1].isnan().any())
+
+    def test_small_distances_keep_their_digits(self) -> None:
+        pred = torch.logspace(-15, 0, 40).float()
+        for alpha in (0.5, 3.0, 1e-4):
+            divergence = fk.get_divergence("alpha", alpha=alpha)
+            losses, _ = backend.gaussian_forward(
+                pred, torch.zeros_like(pred), gaussian_profile(divergence), 1.0, None, None, "mean"
+            )
+            truth = reference.gaussian_divergence(
+                pred.double(), torch.zeros(40).double(), divergence, 1.0, None, None, "mean", "none"
+            )
+            torch.testing.assert_close(losses.double(), truth, rtol=2e-6, atol=0)
+
+    @pytest.mark.parametrize("size", [7, 40001])
+    def test_a_nan_under_a_zero_mask_is_seen(self, size: int) -> None:
+        pred, target = pair(2, size)
+        pred[0, 3] = math.nan
+        mask = torch.ones(2, size, dtype=torch.bool)
+        mask[0, 3] = False
+        profile = gaussian_profile(fk.get_divergence("kl"))
+        value, grad = backend.gaussian_value_and_grad(pred, target, profile, 1.0, None, mask, "mean", "none", 1.0, None)
+        assert value.isnan().tolist() == [True, False]
+        assert bool(grad[0].isnan().all()) and not bool(grad[1].isnan().any())
+
+    @pytest.mark.parametrize("size", [100, 66001])
+    def test_bitwise_repeatable(self, size: int) -> None:
+        pred, target = pair(3, size, dtype=torch.bfloat16)
+        profile = gaussian_profile(fk.get_divergence("jensen_shannon"))
+        options = (profile, 1.0, None, None, "mean", "mean", 1.0, None)
+        first = backend.gaussian_value_and_grad(pred, target, *options)
+        again = backend.gaussian_value_and_grad(pred.clone(), target.clone(), *options)
+        assert torch.equal(first[0], again[0]) and torch.equal(first[1], again[1])
+
+    @pytest.mark.parametrize("samples_from", ["q", "p"])
+    @pytest.mark.parametrize("name", NAMES)
+    def test_density_ratios(self, name: str, samples_from: str) -> None:
+        divergence = fk.get_divergence(name)
+        function = ratio_function(divergence, samples_from)
+        assert function is not None
+        v = 4 * torch.randn(3, 35, generator=torch.Generator().manual_seed(0))
+        v[0, :6] = torch.tensor([0.0, 1e-6, -1e-3, 70.0, -90.0, math.nan])
+        weight = torch.tensor([1.0, 0.0, 2.5])
+        arguments = (divergence, samples_from, weight)
+        for reduction in REDUCTIONS:
+            eager = reference.density_ratio_divergence_value_and_grad(v, *arguments, reduction, 0.5)
+            truth = reference.density_ratio_divergence_value_and_grad(
+                v.double(), divergence, samples_from, weight.double(), reduction, 0.5
+            )
+            actual = backend.expectation_value_and_grad(v, function, weight, None, reduction, 0.5)
+            for result, exact, other in zip(actual, truth, eager, strict=True):
+                assert_as_exact(result, exact, other, 3e-6)
+            torch.testing.assert_close(
+                backend.expectation(v, function, weight, None, reduction), actual[0], rtol=0, atol=0, equal_nan=True
+            )
+
+    @pytest.mark.parametrize("reduction", REDUCTIONS)
+    @pytest.mark.parametrize("parametrization", ["log_ratio", "fgan"])
+    @pytest.mark.parametrize("name", NAMES)
+    def test_critics(self, name: str, parametrization: str, reduction: str) -> None:
+        divergence = fk.get_divergence(name)
+        functions = critic_functions(divergence, parametrization)
+        assert functions is not None
+        v = 3 * torch.randn(2, 1, 5, 7, generator=torch.Generator().manual_seed(1))
+        terms = fk.critic.critic_terms(divergence, parametrization)
+        for mask in (None, torch.rand(5, 7) > 0.5, torch.zeros(2, 1, 1, 1)):
+            for function, term in zip(functions, terms, strict=True):
+                check_expectation(v, function, term, mask, reduction)
+
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+    @pytest.mark.parametrize("shape", [(1,), (1023,), (4096,), (9001,), (5, 2000, 1), (0,)])
+    def test_expectation_sizes(self, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+        divergence = fk.get_divergence("jensen_shannon")
+        functions = critic_functions(divergence, "log_ratio")
+        assert functions is not None
+        v = torch.randn(shape).to(dtype)
+        term = fk.critic.critic_terms(divergence, "log_ratio")[0]
+        for reduction in REDUCTIONS:
+            check_expectation(v, functions[0], term, None, reduction)
+        check_expectation(v, functions[0], term, torch.rand(shape[-1]), "mean")
+
+    @pytest.mark.parametrize("walk", ["channels_last", "sliced"])
+    def test_expectation_strides(self, walk: str) -> None:
+        v = torch.randn(2, 4, 6, 6)
+        v = v.to(memory_format=torch.channels_last) if walk == "channels_last" else v[:, ::2, 1:, ::2]
+        divergence = fk.get_divergence("kl")
+        functions = critic_functions(divergence, "log_ratio")
+        assert functions is not None
+        term = fk.critic.critic_terms(divergence, "log_ratio")[0]
+        for reduction in REDUCTIONS:
+            check_expectation(v, functions[0], term, torch.rand(v.shape[-2:]), reduction)
+            check_expectation(v, functions[0], term, None, reduction)
+
+    def test_positions_past_two_to_the_31(self) -> None:
+        import triton
+        import triton.language as tl
+
+        from fdu_kernels.backends.triton.gaussian_kernels import _origin
+        from fdu_kernels.backends.triton.layout import SHIFTED
+        from fdu_kernels.backends.triton.scalars import strided_offsets
+
+        @triton.jit
+        def positions(out, origin, start, sizes, strides, sample, stride, DIMS: tl.constexpr, ALIGN: tl.constexpr):  # type: ignore[no-untyped-def]
+            index = tl.load(start) + tl.arange(0, 4)
+            tl.store(out + tl.arange(0, 4), strided_offsets(index, sizes, strides, DIMS))
+            begin, lead = _origin(sample + tl.program_id(0), stride, ALIGN, 8)
+            tl.store(origin, begin)
+            tl.store(origin + 1, lead)
+
+        start = torch.tensor(3 * 2**31 + 5)
+        out, origin = torch.zeros(4, dtype=torch.int64), torch.zeros(2, dtype=torch.int64)
+        sizes, strides = (3, 2**31 - 7), (2**32, 5, 2**33 + 1)
+        positions[(1,)](out, origin, start, sizes, strides, 70000, 65537 * 9, 3, SHIFTED)
+        for i, found in enumerate(out.tolist()):
+            rest, inner = divmod(int(start) + i, sizes[0])
+            outer, middle = divmod(rest, sizes[1])
+            assert found == inner * strides[0] + middle * strides[1] + outer * strides[2]
+        begin = 70000 * 65537 * 9
+        assert origin.tolist() == [begin - begin % 8, begin % 8]
+
+
+def check_expectation(v: Tensor, function: ElementFunction, term: Scalar, mask: Tensor | None, reduction: str) -> None:
+    value, grad = backend.expectation_value_and_grad(v, function, None, mask, reduction, 2.0)
+    eager = reference._expectation_and_grad(term, v, mask, reduction, 2.0)
+    truth = reference._expectation_and_grad(term, v.double(), doubled(mask), reduction, 2.0)
+    assert value.shape == eager[0].shape and grad.shape == v.shape and grad.dtype == v.dtype
+    scale = float(term.value_at(v.double()).abs().max()) if v.numel() else 0.0
+    margin = 3e-6 * max(1.0, scale / max(float(truth[0].abs().max()), 1e-30)) if truth[0].ndim == 0 else 3e-6
+    assert_as_exact(value, truth[0], eager[0], margin)
+    assert_as_exact(grad, truth[1], eager[1], 3e-6 + units(v.dtype))
+    assert_as_exact(backend.expectation(v, function, None, mask, reduction), truth[0], eager[0], margin)
+    upstream = torch.full(v.shape if reduction == "none" else (), 2.0)
+    back = backend.expectation_backward(v, function, None, mask, reduction, upstream)
+    assert_as_exact(back, truth[1], eager[1], 3e-6 + units(v.dtype))
+    if reduction == "none":
+        spread = torch.tensor(2.0).expand(v.shape)
+        assert torch.equal(backend.expectation_backward(v, function, None, mask, reduction, spread), back)

@@ -1,0 +1,385 @@
+"""What the Triton kernels compile to, without a GPU: registers, spills, 16-byte accesses, 64-bit offsets.
+
+The launches are recorded on meta tensors, so that exactly what a call would launch is compiled, at any size.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import os
+import re
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import fdu_kernels as fk
+from fdu_kernels.lowering import critic_functions, gaussian_profile, ratio_function
+
+triton = pytest.importorskip("triton")
+pytestmark = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET", "0") != "0", reason="TRITON_INTERPRET is set: nothing is compiled"
+)
+
+ARCHITECTURES = (80, 90, 100)
+NAMES = {
+    torch.bool: "i1", torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.float64: "fp64",
+}  # fmt: skip
+BUDGET = {
+    "gaussian_on_chip": {1: 96, 2: 96, 4: 128, 8: 200, 16: 128, 32: 64},
+    "gaussian_distance": {8: 96},
+    "gaussian_gradient": {8: 96},
+    "gaussian_finish": {4: 64},
+    "expectation_kernel": {4: 128},
+    "expectation_total": {4: 40},
+}
+"""Registers a thread by kernel and warps. 64 is all that a program of 32 warps has, 128 of 16."""
+NARROW = r"(?:ld|st)\.global(?!\S*\.v[248])\S*\.b(?:8|16|32)\b"
+WIDE = r"{}\.global\S*\.v4\.b32\b"
+
+
+@dataclasses.dataclass(frozen=True)
+class Launch:
+    """A kernel, as a call would launch it."""
+
+    kernel: Any
+    programs: int
+    arguments: tuple[Any, ...]
+    warps: int
+    most_registers: int | None
+
+    @property
+    def name(self) -> str:
+        return str(self.kernel.fn.__name__)
+
+    def compiled(self, architecture: int) -> Any:
+        """Its code, with the types and divisibilities that the launch would have found."""
+        signature: dict[str, Any] = {}
+        constants: dict[tuple[int, ...], Any] = {}
+        attributes: dict[tuple[int, ...], Any] = {}
+        assert len(self.kernel.params) == len(self.arguments)
+        for i, (parameter, argument) in enumerate(zip(self.kernel.params, self.arguments, strict=True)):
+            if parameter.is_constexpr:
+                constants[(i,)] = argument
+                signature[parameter.name] = "constexpr"
+            else:
+                specialize = not parameter.do_not_specialize
+                signature[parameter.name] = _type(argument, (i,), specialize, constants, attributes)
+        return _compiled(
+            self.kernel,
+            _Hashable(signature),
+            _Hashable(constants),
+            _Hashable(attributes),
+            self.warps,
+            self.most_registers,
+            architecture,
+        )
+
+
+class _Hashable:
+    """A dictionary as part of a key of the cache."""
+
+    def __init__(self, content: dict[Any, Any]) -> None:
+        self.content, self.key = content, repr(sorted(content.items(), key=repr))
+
+    def __hash__(self) -> int:
+        return hash(self.key)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Hashable) and self.key == other.key
+
+
+@functools.cache
+def _compiled(
+    kernel: Any,
+    signature: _Hashable,
+    constants: _Hashable,
+    attributes: _Hashable,
+    warps: int,
+    most_registers: int | None,
+    architecture: int,
+) -> Any:
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    source = ASTSource(kernel, signature.content, constants.content, attributes.content)
+    options = {"num_warps": warps} if most_registers is None else {"num_warps": warps, "maxnreg": most_registers}
+    return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
+
+
+def _type(
+    argument: Any,
+    path: tuple[int, ...],
+    specialize: bool,
+    constants: dict[tuple[int, ...], Any],
+    attributes: dict[tuple[int, ...], Any],
+) -> Any:
+    if isinstance(argument, tuple):
+        return tuple(_type(item, (*path, i), True, constants, attributes) for i, item in enumerate(argument))
+    if argument is None or (isinstance(argument, int) and argument == 1 and specialize):
+        constants[path] = argument
+        return "constexpr"
+    if isinstance(argument, float):
+        return "fp32"
+    if isinstance(argument, int):
+        if specialize and argument % 16 == 0:
+            attributes[path] = [["tt.divisibility", 16]]
+        return "i32" if -(2**31) <= argument < 2**31 else "i64"
+    assert isinstance(argument, Tensor)
+    attributes[path] = [["tt.divisibility", 16]]
+    return "*" + NAMES[argument.dtype]
+
+
+class Recorder:
+    """Stands for a kernel and keeps what it is launched with."""
+
+    def __init__(self, kernel: Any, launches: list[Launch]) -> None:
+        self.kernel, self.launches = kernel, launches
+
+    def __getitem__(self, grid: tuple[int]) -> Any:
+        def launch(*arguments: Any, num_warps: int, maxnreg: int | None = None) -> None:
+            self.launches.append(Launch(self.kernel, grid[0], arguments, num_warps, maxnreg))
+
+        return launch
+
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> list[Launch]:
+    """The launches of the calls of a test."""
+    from fdu_kernels.backends.triton import launch_expectation, launch_gaussian
+
+    recorded: list[Launch] = []
+    for module in (launch_gaussian, launch_expectation):
+        for name in BUDGET:
+            if hasattr(module, name):
+                monkeypatch.setattr(module, name, Recorder(getattr(module, name), recorded))
+    return recorded
+
+
+@pytest.fixture(autouse=True, scope="module")
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    patch = pytest.MonkeyPatch()
+    patch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.mktemp("triton")))
+    yield
+    patch.undo()
+
+
+def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def resources(compiled: Any, folder: Path) -> dict[str, int]:
+    """REG, STACK, LOCAL, SHARED."""
+    cubin = folder / "kernel.cubin"
+    cubin.write_bytes(compiled.asm["cubin"])
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    command = [str(tool), "--dump-resource-usage", str(cubin)]
+    report = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = {key: int(number) for key, number in re.findall(r"(REG|STACK|LOCAL|SHARED):(\d+)", report)}
+    assert {"REG", "STACK", "LOCAL"} <= set(found), report
+    return found
+
+
+def check(launch: Launch, architecture: int, folder: Path) -> str:
+    """The PTX, after a look at the registers."""
+    compiled = launch.compiled(architecture)
+    used = resources(compiled, folder)
+    ptx = str(compiled.asm["ptx"])
+    assert used["STACK"] == 0 and used["LOCAL"] == 0, (launch.name, architecture, used)
+    assert used["REG"] <= BUDGET[launch.name][launch.warps], (launch.name, launch.warps, architecture, used)
+    assert not re.search(r"\b(?:ld|st)\.local", ptx)
+    return ptx
+
+
+def check_width(ptx: str, loads: int, stores: int, narrow: int) -> None:
+    """At least as many 16-byte accesses, and at most ``narrow`` of one element."""
+    found = {kind: len(re.findall(WIDE.format(kind), ptx)) for kind in ("ld", "st")}
+    few = re.findall(NARROW, ptx)
+    assert found["ld"] >= loads and found["st"] >= stores and len(few) <= narrow, (found, few)
+
+
+PROFILES = {"closed": "squared_hellinger", "table": "jensen_shannon"}
+
+
+def record(
+    pred: Tensor, profile: str = "closed", mask: Tensor | None = None, each: bool = True, forward: bool = True
+) -> None:
+    """Value-and-grad, and also forward and backward; with per-sample numbers or without any."""
+    from fdu_kernels.backends import triton as backend
+
+    lowered = gaussian_profile(fk.get_divergence(PROFILES[profile]))
+    numbers = meta(len(pred), dtype=torch.float32) if each else None
+    sigma, scale = (numbers, meta(dtype=torch.float32)) if numbers is not None else (1.0, 1.0)
+    backend.gaussian_value_and_grad(pred, pred, lowered, sigma, numbers, mask, "mean", "mean", scale, None)
+    if forward:
+        backend.gaussian_forward(pred, pred, lowered, sigma, numbers, mask, "mean")
+        backend.gaussian_backward(pred, pred, mask, meta(len(pred), dtype=torch.float32))
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+def test_on_chip(launches: list[Launch], dtype: torch.dtype, architecture: int, tmp_path: Path) -> None:
+    sizes = [256, 1024, 4096, 8192, 16384, 32768] if dtype != torch.float16 else [16384]
+    for size in sizes:
+        for profile in PROFILES:
+            if profile == "closed" or size <= 16384:
+                record(meta(2, size, dtype=dtype), profile, forward=False)
+    assert {launch.name for launch in launches} == {"gaussian_on_chip"}
+    for launch in launches:
+        ptx = check(launch, architecture, tmp_path)
+        # Besides: the loss, and sigma, weight, scale.
+        check_width(ptx, *((2, 1, 4) if launch.arguments[0].numel() > 512 else (0, 0, 4)))
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_on_chip_with_masks_odd_sizes_and_strides(
+    launches: list[Launch], dtype: torch.dtype, architecture: int, tmp_path: Path
+) -> None:
+    for mask_dtype in (torch.bool, torch.float32):
+        for mask_shape in ((2, 1, 64, 64), (2, 4, 64, 64)):
+            for profile in PROFILES:
+                mask = meta(*mask_shape, dtype=mask_dtype)
+                record(meta(2, 4, 64, 64, dtype=dtype), profile, mask, forward=False)
+    masked = len(launches)
+    record(meta(2, 4, 45, 45, dtype=dtype), "table", forward=False)
+    record(meta(2, 8101, dtype=dtype), "table", meta(8101, dtype=torch.float32), forward=False)
+    record(meta(2, 4, 32, 64, dtype=dtype)[..., ::2], "table", meta(2, 1, 32, 32, dtype=torch.bool), forward=False)
+    assert {launch.name for launch in launches} == {"gaussian_on_chip"}
+    for i, launch in enumerate(launches):
+        ptx = check(launch, architecture, tmp_path)
+        if i < masked:
+            check_width(ptx, 4, 2, 4)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_split_samples(launches: list[Launch], dtype: torch.dtype, architecture: int, tmp_path: Path) -> None:
+    record(meta(2, 16, 128, 128, dtype=dtype), "closed")
+    record(meta(2, 16, 128, 128, dtype=dtype), "table")
+    odd = len(launches)
+    record(meta(2, 16, 127, 129, dtype=dtype), "closed")
+    assert [launch.name for launch in launches[:5]] == [
+        "gaussian_distance", "gaussian_gradient", "gaussian_distance", "gaussian_finish", "gaussian_gradient",
+    ]  # fmt: skip
+    for i, launch in enumerate(launches):
+        ptx = check(launch, architecture, tmp_path)
+        if launch.name == "gaussian_finish":
+            continue
+        # Guarded and unguarded blocks; at odd sizes only the second have 16 bytes.
+        factor = 1 if i >= odd else 2
+        check_width(ptx, 2 * factor, factor if launch.name == "gaussian_gradient" else 0, 6 if i < odd else 60)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_split_samples_with_masks_and_strides(launches: list[Launch], architecture: int, tmp_path: Path) -> None:
+    mask = meta(2, 1, 128, 128, dtype=torch.bool)
+    record(meta(2, 16, 128, 128), "closed", mask)
+    masked = len(launches)
+    record(meta(2, 16, 128, 128).to(memory_format=torch.channels_last), "closed", mask)
+    last = len(launches)
+    record(meta(2, 16, 128, 256)[..., ::2], "table", mask, each=False)
+    for i, launch in enumerate(launches):
+        ptx = check(launch, architecture, tmp_path)
+        if i < last and launch.name != "gaussian_finish":
+            # A mask that is one for all channels is read byte by byte where these lie side by side.
+            check_width(ptx, 4, 0, 6 if i < masked else 24)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_expectation(launches: list[Launch], dtype: torch.dtype, architecture: int, tmp_path: Path) -> None:
+    from fdu_kernels.backends import triton as backend
+
+    functions = critic_functions(fk.get_divergence("kl"), "log_ratio")
+    assert functions is not None
+    v, mask = meta(64, 1, 64, 64, dtype=dtype), meta(64, 64, dtype=torch.bool)
+    backend.expectation(v, functions[0], None, None, "mean")
+    backend.expectation_value_and_grad(v, functions[0], None, mask, "mean", 2.0)
+    backend.expectation_backward(v, functions[0], None, mask, "none", meta(*v.shape, dtype=torch.float32))
+    odd = len(launches)
+    backend.expectation_value_and_grad(meta(65, 63, dtype=dtype), functions[0], meta(65), None, "none", 2.0)
+    for i, launch in enumerate(launches):
+        ptx = check(launch, architecture, tmp_path)
+        if i < odd and launch.name == "expectation_kernel":
+            check_width(ptx, 1, 0 if launch.arguments[2] is None else 1, 8)
+
+
+def test_no_divergence_and_no_number_compiles_anew(launches: list[Launch]) -> None:
+    from fdu_kernels.backends import triton as backend
+
+    pred = meta(2, 4, 32, 32)
+    _compiled.cache_clear()
+    for alpha in (0.3, 0.5, 2.0, 3.0):
+        profile = gaussian_profile(fk.get_divergence("alpha", alpha=alpha))
+        backend.gaussian_value_and_grad(pred, pred, profile, alpha, None, None, "sum", "sum", 2 * alpha, None)
+    for name in ("kl", "squared_hellinger", "mse"):
+        profile = gaussian_profile(fk.get_divergence(name))
+        backend.gaussian_value_and_grad(pred, pred, profile, 1.0, None, None, "mean", "mean", 1.0, None)
+    for launch in launches:
+        launch.compiled(90)
+    assert _compiled.cache_info().misses == 1
+    launches.clear()
+    for name in ("kl", "pearson_chi2", "jensen_shannon", "le_cam", "hockey_stick"):
+        function = ratio_function(fk.get_divergence(name), "q")
+        assert function is not None
+        backend.expectation_value_and_grad(meta(64, 16), function, None, None, "mean", 1.0)
+    for launch in launches:
+        launch.compiled(90)
+    assert _compiled.cache_info().misses == 2
+
+
+def narrow_offsets(ttir: str) -> list[str]:
+    """Additions to data pointers that are not in 64 bits, other than of a lane within its block."""
+    lanes = set(re.findall(r"(%\S+) = tt\.make_range", ttir))
+    moves = re.findall(r"tt\.addptr (%\S+), (%\S+) : \S+, (\S+)", ttir)
+    assert moves
+    workspaces = ("%partials", "%mask_partials", "%row", "%losses", "%coefficients")
+    return [
+        f"{pointer} + {offset} : {kind}"
+        for pointer, offset, kind in moves
+        if "i64" not in kind and offset not in lanes and not pointer.startswith(workspaces)
+    ]
+
+
+@pytest.mark.parametrize(
+    "pred",
+    [
+        meta(1, 2**31 + 24),
+        meta(3, 2**30, 3),
+        meta(65536, 65537),
+        meta(2, 2**29, 2, 4)[..., ::2],
+        meta(2, 2**31, 2).transpose(1, 2),
+    ],
+    ids=["one sample", "three", "many", "strided", "transposed"],
+)
+def test_offsets_past_two_to_the_31(launches: list[Launch], pred: Tensor, tmp_path: Path) -> None:
+    record(pred, mask=meta(*[1] * (pred.ndim - 1), pred.shape[-1], dtype=torch.bool), each=False)
+    record(pred, each=False)
+    for launch in launches:
+        check(launch, 90, tmp_path)
+        # Workspaces hold at most one number a program.
+        assert launch.programs < 2**31
+        assert not narrow_offsets(str(launch.compiled(90).asm["ttir"])), launch.name
+
+
+def test_wide_expectations(launches: list[Launch]) -> None:
+    from fdu_kernels.backends import triton as backend
+
+    function = ratio_function(fk.get_divergence("kl"), "q")
+    assert function is not None
+    for v in (meta(2**31 + 16), meta(2, 2**31, 2)[..., 0]):
+        backend.expectation_value_and_grad(v, function, None, None, "mean", 1.0)
+    for launch in launches:
+        assert not narrow_offsets(str(launch.compiled(90).asm["ttir"])), launch.name
+
+
+def test_gradients_are_rounded_to_nearest(launches: list[Launch]) -> None:
+    for dtype, instruction in ((torch.bfloat16, "cvt.rn.bf16"), (torch.float16, "cvt.rn.f16")):
+        record(meta(2, 1024, dtype=dtype), forward=False)
+        assert instruction in launches[-1].compiled(90).asm["ptx"]
