@@ -20,7 +20,6 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-import tempfile
 import types
 from collections.abc import Iterator
 from pathlib import Path
@@ -98,7 +97,7 @@ def sources_folder() -> Path:
     for folder in (package / "csrc", package.parent / "csrc"):
         if (folder / KERNELS).is_file():
             return folder
-    raise BuildError(f"the C++ sources are missing from {package}; install fdu again: pip install --force-reinstall fdu")
+    raise BuildError(f"the C++ sources are missing from {package}: pip install --force-reinstall fdu")
 
 
 @functools.cache
@@ -144,7 +143,7 @@ def compile_module(recipe: Recipe, target: Path, folder: Path) -> None:
         BuildError: the compiler failed; with its last lines and where the whole log is.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "build_info.h").write_text(f"#define FDU_BUILD R\"json({json.dumps(recipe.information)})json\"\n")
+    (folder / "build_info.h").write_text(f'#define FDU_BUILD R"json({json.dumps(recipe.information)})json"\n')
     (folder / "build.ninja").write_text(_ninja_file(recipe, folder))
     ran = subprocess.run([recipe.ninja, "-C", str(folder)], capture_output=True, text=True, check=False)
     log = folder / "build.log"
@@ -273,7 +272,7 @@ def _find_torch() -> tuple[Path, str]:
     if tuple(int(part) for part in found.split(".")[:2]) < OLDEST_TORCH:
         raise BuildError(f"torch {found} is too old for the C++ kernels; pip install 'torch>=2.10'")
     if not (folder / "include/torch/csrc/stable/c/shim.h").is_file():
-        raise BuildError(f"torch {found} in {folder} came without its C++ headers; install it from PyPI: pip install torch")
+        raise BuildError(f"torch {found} in {folder} came without its C++ headers: pip install torch")
     return folder, found
 
 

@@ -21,7 +21,8 @@ from torch import Tensor
 import fdu_kernels as fk
 from fdu_kernels.backends import reference
 from fdu_kernels.backends import triton as backend
-from fdu_kernels.lowering import ElementFunction, critic_functions, gaussian_profile, ratio_function
+from fdu_kernels.critic import CriticRow, critic_terms
+from fdu_kernels.lowering import DERIVATIVE, FIRST, ElementFunction, critic_functions, gaussian_profile, ratio_function
 from fdu_kernels.scalar import Scalar
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -57,7 +58,8 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def filling(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def create(*arguments: Any, **options: Any) -> Tensor:
-            return function(*arguments, **options).fill_(math.nan)
+            tensor = function(*arguments, **options)
+            return tensor.fill_(math.nan) if tensor.is_floating_point() else tensor
 
         return create
 
@@ -90,12 +92,15 @@ def units(dtype: torch.dtype) -> float:
     return torch.finfo(dtype).eps
 
 
-def assert_as_exact(actual: Tensor, truth: Tensor, eager: Tensor, margin: float) -> None:
-    """The error against float64 does not exceed the eager one by more than rounding."""
+def assert_as_exact(
+    actual: Tensor, truth: Tensor, eager: Tensor, margin: float, terms: float | Tensor = 0.0
+) -> None:
+    """The error against float64 does not exceed the eager one by more than rounding: of the result, which ``margin``
+    bounds, and of what it is the sum of, whose size is ``terms``."""
     assert torch.equal(actual.isnan(), eager.isnan())
     actual, eager = actual.double(), eager.double()
     same = (actual == eager) | actual.isnan()
-    error, allowed = (actual - truth).abs(), (eager - truth).abs() + margin * truth.abs()
+    error, allowed = (actual - truth).abs(), (eager - truth).abs() + margin * truth.abs() + 4e-7 * terms
     tiny = torch.finfo(torch.float32).tiny
     assert bool((same | (error <= allowed + tiny)).all()), ((error - allowed)[~same].max(), actual, truth)
 
@@ -137,6 +142,26 @@ def check_gaussian(
     )
 
 
+def size_of_terms(row: CriticRow, v: Tensor, tilt: float, slope: bool) -> Tensor:
+    """The sum of the absolute values of a row's terms, or of its derivative's."""
+    total = torch.zeros_like(v)
+    for name in ("const", "linear", "square", "exp", "expm1", "softplus", "sigmoid", "sigmoid_squared", "step"):
+        others = {"exp_rate": row.exp_rate, "expm1_rate": row.expm1_rate, "scale": row.scale, "mix": row.mix}
+        one = CriticRow(**{name: getattr(row, name)}, **others, threshold=row.threshold)
+        total += (one.slope(v) if slope else one.value(v, tilt)).abs()
+    return total
+
+
+def sizes_of_terms(function: ElementFunction, v: Tensor) -> tuple[Tensor, Tensor]:
+    """The same of the value and of the slope of a function, in float64; 0 for a NaN."""
+    v = v.double().nan_to_num().clamp(-function.limit, function.limit)
+    first = size_of_terms(function.first, v, function.first_tilt, False)
+    second = size_of_terms(function.second, v, function.second_tilt, False)
+    if function.slope == DERIVATIVE:
+        return first, size_of_terms(function.first, v, 0.0, True)
+    return first + second, first if function.slope == FIRST else second
+
+
 class TestInterpreted:
     """Collected in the process with TRITON_INTERPRET=1 only."""
 
@@ -149,9 +174,7 @@ class TestInterpreted:
         divergence = fk.get_divergence(name)
         spread = 1.0 if divergence.exponential is None else max(1.0, abs(divergence.exponential[1]) * float(s.max()))
         profile = gaussian_profile(divergence)
-        losses, coefficients = backend.gaussian_forward(
-            pred, torch.zeros_like(pred), profile, 1.0, None, None, "mean"
-        )
+        losses, coefficients = backend.gaussian_forward(pred, torch.zeros_like(pred), profile, 1.0, None, None, "mean")
         # float32 rounds the square root, too: h moves by s h'.
         torch.testing.assert_close(losses.double(), h, rtol=4e-6 * spread, atol=0)
         torch.testing.assert_close(coefficients.double(), 2 * slope, rtol=4e-6 * spread, atol=1e-44)
@@ -316,8 +339,11 @@ class TestInterpreted:
                 v.double(), divergence, samples_from, weight.double(), reduction, 0.5
             )
             actual = backend.expectation_value_and_grad(v, function, weight, None, reduction, 0.5)
-            for result, exact, other in zip(actual, truth, eager, strict=True):
-                assert_as_exact(result, exact, other, 3e-6)
+            sizes = [weight.double()[:, None] * size for size in sizes_of_terms(function, v)]
+            for result, exact, other, size in zip(
+                actual, truth, eager, (reference._reduce(sizes[0], reduction), sizes[1]), strict=True
+            ):
+                assert_as_exact(result, exact, other, 3e-6, size)
             torch.testing.assert_close(
                 backend.expectation(v, function, weight, None, reduction), actual[0], rtol=0, atol=0, equal_nan=True
             )
@@ -330,7 +356,7 @@ class TestInterpreted:
         functions = critic_functions(divergence, parametrization)
         assert functions is not None
         v = 3 * torch.randn(2, 1, 5, 7, generator=torch.Generator().manual_seed(1))
-        terms = fk.critic.critic_terms(divergence, parametrization)
+        terms = critic_terms(divergence, parametrization)
         for mask in (None, torch.rand(5, 7) > 0.5, torch.zeros(2, 1, 1, 1)):
             for function, term in zip(functions, terms, strict=True):
                 check_expectation(v, function, term, mask, reduction)
@@ -342,7 +368,7 @@ class TestInterpreted:
         functions = critic_functions(divergence, "log_ratio")
         assert functions is not None
         v = torch.randn(shape).to(dtype)
-        term = fk.critic.critic_terms(divergence, "log_ratio")[0]
+        term = critic_terms(divergence, "log_ratio")[0]
         for reduction in REDUCTIONS:
             check_expectation(v, functions[0], term, None, reduction)
         check_expectation(v, functions[0], term, torch.rand(shape[-1]), "mean")
@@ -354,7 +380,7 @@ class TestInterpreted:
         divergence = fk.get_divergence("kl")
         functions = critic_functions(divergence, "log_ratio")
         assert functions is not None
-        term = fk.critic.critic_terms(divergence, "log_ratio")[0]
+        term = critic_terms(divergence, "log_ratio")[0]
         for reduction in REDUCTIONS:
             check_expectation(v, functions[0], term, torch.rand(v.shape[-2:]), reduction)
             check_expectation(v, functions[0], term, None, reduction)
@@ -392,14 +418,14 @@ def check_expectation(v: Tensor, function: ElementFunction, term: Scalar, mask: 
     eager = reference._expectation_and_grad(term, v, mask, reduction, 2.0)
     truth = reference._expectation_and_grad(term, v.double(), doubled(mask), reduction, 2.0)
     assert value.shape == eager[0].shape and grad.shape == v.shape and grad.dtype == v.dtype
-    scale = float(term.value_at(v.double()).abs().max()) if v.numel() else 0.0
-    margin = 3e-6 * max(1.0, scale / max(float(truth[0].abs().max()), 1e-30)) if truth[0].ndim == 0 else 3e-6
-    assert_as_exact(value, truth[0], eager[0], margin)
-    assert_as_exact(grad, truth[1], eager[1], 3e-6 + units(v.dtype))
-    assert_as_exact(backend.expectation(v, function, None, mask, reduction), truth[0], eager[0], margin)
+    value_terms, grad_terms = sizes_of_terms(function, v)
+    value_terms = reference._expectation(value_terms, doubled(mask), reduction).nan_to_num()
+    assert_as_exact(value, truth[0], eager[0], 3e-6, value_terms)
+    assert_as_exact(grad, truth[1], eager[1], 3e-6 + units(v.dtype), 2 * grad_terms)
+    assert_as_exact(backend.expectation(v, function, None, mask, reduction), truth[0], eager[0], 3e-6, value_terms)
     upstream = torch.full(v.shape if reduction == "none" else (), 2.0)
     back = backend.expectation_backward(v, function, None, mask, reduction, upstream)
-    assert_as_exact(back, truth[1], eager[1], 3e-6 + units(v.dtype))
+    assert_as_exact(back, truth[1], eager[1], 3e-6 + units(v.dtype), 2 * grad_terms)
     if reduction == "none":
         spread = torch.tensor(2.0).expand(v.shape)
         assert torch.equal(backend.expectation_backward(v, function, None, mask, reduction, spread), back)

@@ -1,4 +1,4 @@
-"""The Triton backend: fused kernels for CUDA devices, in float16, bfloat16 and float32; see fdu_kernels.backends.kernels.
+"""The Triton backend: fused kernels for CUDA devices, in float16, bfloat16 and float32; see backends/kernels.py.
 
 Sums are taken in float32; a tabulated profile is read in float64. Under TRITON_INTERPRET=1 it runs on the CPU, slowly.
 Triton is imported at the first call.

@@ -1,4 +1,4 @@
-"""The expectation kernels: a function of the density-ratio estimate over all elements, its mean or sum, its gradient."""
+"""The expectation kernels: a function of the density-ratio estimate over all elements, its mean or sum and gradient."""
 
 from __future__ import annotations
 

@@ -79,9 +79,7 @@ def _finish(
 
 
 @triton.jit
-def _scaled(
-    coefficient: tl.tensor, scale: tl.tensor, grad_scale: tl.tensor, grad_divisor: tl.tensor
-) -> tl.tensor:
+def _scaled(coefficient: tl.tensor, scale: tl.tensor, grad_scale: tl.tensor, grad_divisor: tl.tensor) -> tl.tensor:
     if scale is not None:
         coefficient *= tl.load(scale).to(tl.float32)
     return tl.div_rn(coefficient * grad_scale, tl.full([], 0.0, tl.float32) + grad_divisor)
@@ -425,12 +423,14 @@ def gaussian_gradient(
         start = (first + last - 1 - step) * BLOCK
         if (start >= lead) & (start + BLOCK <= end):
             _write_gradient(
-                coefficient, pred, target, grad, mask, origin, target_origin, grad_origin, mask_origin, start, mask_lead, None,
-                sizes, pred_strides, target_strides, grad_strides, mask_strides, BLOCK, LINEAR, DIMS, WIDE,
+                coefficient, pred, target, grad, mask, origin, target_origin, grad_origin, mask_origin, start,
+                mask_lead, None, sizes, pred_strides, target_strides, grad_strides, mask_strides, BLOCK, LINEAR, DIMS,
+                WIDE,
             )  # fmt: skip
         else:
             valid = (start + lane >= lead) & (start + lane < end)
             _write_gradient(
-                coefficient, pred, target, grad, mask, origin, target_origin, grad_origin, mask_origin, start, mask_lead,
-                valid, sizes, pred_strides, target_strides, grad_strides, mask_strides, BLOCK, LINEAR, DIMS, WIDE,
+                coefficient, pred, target, grad, mask, origin, target_origin, grad_origin, mask_origin, start,
+                mask_lead, valid, sizes, pred_strides, target_strides, grad_strides, mask_strides, BLOCK, LINEAR, DIMS,
+                WIDE,
             )  # fmt: skip

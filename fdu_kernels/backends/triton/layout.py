@@ -87,9 +87,7 @@ def collapse(
     return Layout(size, is_linear, len(merged), sizes, tuple(columns))
 
 
-def alignment(
-    layout: Layout, batch: int, batch_strides: Sequence[int], addresses: Sequence[int], vector: int
-) -> int:
+def alignment(layout: Layout, batch: int, batch_strides: Sequence[int], addresses: Sequence[int], vector: int) -> int:
     """UNALIGNED, ALIGNED or SHIFTED, for the data tensors of a batch.
 
     Args:
