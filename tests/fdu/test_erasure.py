@@ -214,7 +214,9 @@ def test_autocast_trains_the_weights_that_change(quick: dict[str, Any], method: 
         for precision in ("no", "bf16")
     ]
     exact, cast = torch.tensor(distances)
-    torch.testing.assert_close(cast[-10:].mean(), exact[-10:].mean(), rtol=0.3, atol=0)
+    # Weights that do not train leave the distance where it began; the rounding of bfloat16 leaves far less.
+    assert exact[-10:].mean() < 0.1 * exact[:5].mean()
+    torch.testing.assert_close(cast[-10:].mean(), exact[-10:].mean(), rtol=0.3, atol=0.1 * exact[:5].mean().item())
 
 
 def test_half_floats_need_a_gpu(quick: dict[str, Any]) -> None:
