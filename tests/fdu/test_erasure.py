@@ -215,7 +215,7 @@ def test_autocast_trains_the_weights_that_change(quick: dict[str, Any], method: 
     ]
     exact, cast = torch.tensor(distances)
     # Weights that do not train leave the distance where it began; the rounding of bfloat16 leaves far less.
-    assert exact[-10:].mean() < 0.1 * exact[:5].mean()
+    assert exact[-10:].mean() < 0.5 * exact[:5].mean()
     torch.testing.assert_close(cast[-10:].mean(), exact[-10:].mean(), rtol=0.3, atol=0.1 * exact[:5].mean().item())
 
 

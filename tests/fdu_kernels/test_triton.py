@@ -6,6 +6,7 @@ tests of this file run in a process of their own, which the one test that is col
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import math
 import os
@@ -16,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+from packaging.version import Version
 from torch import Tensor
 
 import fdu_kernels as fk
@@ -31,13 +33,51 @@ NAMES = [name for name in fk.divergences() if name != "mse"]
 PROFILES = ["mse", "squared_hellinger", "pearson_chi2", "jensen_shannon", "total_variation"]
 CPU = torch.device("cpu")
 
+if INTERPRETED:
+    import triton
+    import triton.language as tl
 
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+    from fdu_kernels.backends.triton.gaussian_kernels import _origin
+    from fdu_kernels.backends.triton.layout import SHIFTED
+    from fdu_kernels.backends.triton.scalars import strided_offsets
+
+    @triton.jit
+    def positions(
+        out: tl.tensor,
+        origin: tl.tensor,
+        start: tl.tensor,
+        sizes: tl.tuple,
+        strides: tl.tuple,
+        sample: tl.tensor,
+        stride: tl.tensor,
+        DIMS: tl.constexpr,
+        ALIGN: tl.constexpr,
+    ) -> None:
+        """Offsets and the origin of a sample as the kernels compute them, without the memory behind them."""
+        index = tl.load(start) + tl.arange(0, 4)
+        tl.store(out + tl.arange(0, 4), strided_offsets(index, sizes, strides, DIMS))
+        begin, lead = _origin(sample + tl.program_id(0), stride, ALIGN, 8)
+        tl.store(origin, begin)
+        tl.store(origin + 1, lead)
+
+
+def why_not_interpreted() -> str:
+    """Why the interpreter cannot run here, or nothing."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    versions = {name: Version(importlib.metadata.version(name)) for name in ("triton", "numpy")}
+    if versions["triton"] < Version("3.7") and versions["numpy"] >= Version("2.4"):
+        return "the interpreter of Triton 3.6 makes numbers of arrays with one element, which NumPy 2.4 refuses"
+    return ""
+
+
+@pytest.mark.skipif(why_not_interpreted() != "", reason=why_not_interpreted())
 @pytest.mark.skipif(INTERPRETED, reason="runs the others")
+@pytest.mark.timeout(900)
 def test_interpreted() -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=800)
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
 
 
@@ -92,9 +132,7 @@ def units(dtype: torch.dtype) -> float:
     return torch.finfo(dtype).eps
 
 
-def assert_as_exact(
-    actual: Tensor, truth: Tensor, eager: Tensor, margin: float, terms: float | Tensor = 0.0
-) -> None:
+def assert_as_exact(actual: Tensor, truth: Tensor, eager: Tensor, margin: float, terms: float | Tensor = 0.0) -> None:
     """The error against float64 does not exceed the eager one by more than rounding: of the result, which ``margin``
     bounds, and of what it is the sum of, whose size is ``terms``."""
     assert torch.equal(actual.isnan(), eager.isnan())
@@ -341,15 +379,16 @@ class TestInterpreted:
             actual = backend.expectation_value_and_grad(v, function, weight, None, reduction, 0.5)
             sizes = [weight.double()[:, None] * size for size in sizes_of_terms(function, v)]
             for result, exact, other, size in zip(
-                actual, truth, eager, (reference._reduce(sizes[0], reduction), sizes[1]), strict=True
+                actual, truth, eager, (reference.reduce(sizes[0], reduction), sizes[1]), strict=True
             ):
                 assert_as_exact(result, exact, other, 3e-6, size)
             torch.testing.assert_close(
                 backend.expectation(v, function, weight, None, reduction), actual[0], rtol=0, atol=0, equal_nan=True
             )
 
-    @pytest.mark.parametrize("reduction", REDUCTIONS)
-    @pytest.mark.parametrize("parametrization", ["log_ratio", "fgan"])
+    @pytest.mark.parametrize(
+        ("parametrization", "reduction"), [*(("log_ratio", reduction) for reduction in REDUCTIONS), ("fgan", "mean")]
+    )
     @pytest.mark.parametrize("name", NAMES)
     def test_critics(self, name: str, parametrization: str, reduction: str) -> None:
         divergence = fk.get_divergence(name)
@@ -386,25 +425,10 @@ class TestInterpreted:
             check_expectation(v, functions[0], term, None, reduction)
 
     def test_positions_past_two_to_the_31(self) -> None:
-        import triton
-        import triton.language as tl
-
-        from fdu_kernels.backends.triton.gaussian_kernels import _origin
-        from fdu_kernels.backends.triton.layout import SHIFTED
-        from fdu_kernels.backends.triton.scalars import strided_offsets
-
-        @triton.jit
-        def positions(out, origin, start, sizes, strides, sample, stride, DIMS: tl.constexpr, ALIGN: tl.constexpr):  # type: ignore[no-untyped-def]
-            index = tl.load(start) + tl.arange(0, 4)
-            tl.store(out + tl.arange(0, 4), strided_offsets(index, sizes, strides, DIMS))
-            begin, lead = _origin(sample + tl.program_id(0), stride, ALIGN, 8)
-            tl.store(origin, begin)
-            tl.store(origin + 1, lead)
-
         start = torch.tensor(3 * 2**31 + 5)
         out, origin = torch.zeros(4, dtype=torch.int64), torch.zeros(2, dtype=torch.int64)
         sizes, strides = (3, 2**31 - 7), (2**32, 5, 2**33 + 1)
-        positions[(1,)](out, origin, start, sizes, strides, 70000, 65537 * 9, 3, SHIFTED)
+        positions[(1,)](out, origin, start, sizes, strides, 70000, 65537 * 9, DIMS=3, ALIGN=SHIFTED)
         for i, found in enumerate(out.tolist()):
             rest, inner = divmod(int(start) + i, sizes[0])
             outer, middle = divmod(rest, sizes[1])

@@ -28,7 +28,7 @@ pytestmark = pytest.mark.skipif(
 
 ARCHITECTURES = (80, 90, 100)
 NAMES = {
-    torch.bool: "i1", torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.float64: "fp64",
+    torch.bool: "u1", torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.float64: "fp64",
 }  # fmt: skip
 BUDGET = {
     "gaussian_on_chip": {1: 96, 2: 96, 4: 128, 8: 200, 16: 128, 32: 64},
