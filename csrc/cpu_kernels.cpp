@@ -476,10 +476,11 @@ FDU_FUNCTION void evaluate(const double* numbers, const A* __restrict v, int n, 
     const double *first = numbers + 3, *second = numbers + 4 + row_fields;
     const A bound = A(limit);
     alignas(64) A inside[element_chunk];
-    int beyond = 0;
+    using Integer = typename Bits<A>::Integer;
+    Integer beyond = 0;
     for (int i = 0; i < n; ++i) {
         inside[i] = clamp(v[i], -bound, bound);
-        beyond |= int(v[i] > bound) | int(v[i] < -bound);
+        beyond |= bit_cast<Integer>(v[i]) ^ bit_cast<Integer>(inside[i]);
     }
     if (kind == 0) {
         const Row<A> row = read_row<A>(first);

@@ -219,7 +219,7 @@ FDU_FUNCTION Logistic<A> logistic_terms(const Row<A>& row, A v) {
     const A size = x > A(0) ? x : -x;
     const Exponential<A> falling = falling_exponential(-size);
     const A near = x > A(0) ? row.mix : A(1) - row.mix, far = A(1) - near;
-    const A larger = near / (near + far * falling.value), smaller = falling.value * far / (near + far * falling.value);
+    const A share = A(1) / (near + far * falling.value), larger = near * share, smaller = falling.value * far * share;
     const A sigma = x > A(0) ? larger : smaller, rest = x > A(0) ? smaller : larger;
     const A softplus = (x > A(0) ? x : A(0)) + falling_log1p(far * falling.less_one);
     // softplus' = sigma (sigma + rest): written so, the softplus and the sigmoid of shifted_log cancel exactly.
