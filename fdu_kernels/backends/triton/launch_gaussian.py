@@ -205,7 +205,7 @@ def _numbers(
     if isinstance(sigma, Tensor):
         sigma_stride = sigma.stride(0) if sigma.ndim else 0
         return sigma, weight, table, numbers, count, None, sigma_stride, weight_stride
-    return None, weight, table, numbers, count, float(sigma) ** 2, None, weight_stride
+    return None, weight, table, numbers, count, float(sigma) * float(sigma), None, weight_stride
 
 
 def scale_on(grad_scale: float | Tensor, device: torch.device) -> tuple[Tensor | None, float]:
