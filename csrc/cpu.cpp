@@ -11,6 +11,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "memory.h"
 #include "threads.h"
 
 namespace fdu {
@@ -48,6 +49,8 @@ const Kernels& kernels_for(Type type) {
 // Elements below which a thread is not worth waking.
 constexpr int64_t thread_grain = 32768;
 constexpr int64_t most_partial_sums = 4096;
+// Bytes from which an output asks for huge pages, and from which it goes past the caches.
+constexpr int64_t huge_output = int64_t(4) << 20, streamed_output = int64_t(12) << 20;
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -196,6 +199,12 @@ void prepare(
     place(mask, pred, work.mask, placed, count);
     plan(pred, 1, placed, count, work.space);
     work.size = elements_from(pred, 1);
+    work.streams = false;
+    if (grad) {
+        const int64_t bytes = pred.shape[0] * work.size * size_of(work.grad.type);
+        if (bytes >= huge_output) prefer_huge_pages(work.grad.data, bytes);
+        work.streams = bytes >= streamed_output;
+    }
 }
 
 // What a thread takes at once of `count` pieces of `size` elements each.

@@ -6,7 +6,7 @@
 #include "cpu_kernels.h"
 #include "scalar_math.h"
 
-#if defined(__F16C__)
+#if defined(__SSE2__)
 #include <immintrin.h>
 #endif
 
@@ -47,6 +47,29 @@ FDU_FUNCTION void store_unaligned(void* to, T value) {
     __builtin_memcpy(to, &value, sizeof(T));
 }
 
+// The same past the caches, to an address that is a multiple of the size.
+template <class T>
+FDU_FUNCTION void stream(void* to, T value) {
+#if defined(__AVX512F__)
+    if constexpr (sizeof(T) == 64) return _mm512_stream_si512((__m512i*)to, (__m512i)value);
+#endif
+#if defined(__AVX__)
+    if constexpr (sizeof(T) == 32) return _mm256_stream_si256((__m256i*)to, (__m256i)value);
+#endif
+#if defined(__x86_64__)
+    if constexpr (sizeof(T) == 16) return _mm_stream_si128((__m128i*)to, (__m128i)value);
+    if constexpr (sizeof(T) == 8) return _mm_stream_si64((long long*)to, (long long)value);
+#endif
+    store_unaligned(to, value);
+}
+
+// What was streamed becomes visible to other threads no later than what is written from here on.
+FDU_FUNCTION void end_of_stream() {
+#if defined(__SSE2__)
+    _mm_sfence();
+#endif
+}
+
 // How a dtype is read into a vector of its accumulation dtype, and rounded back.
 template <class T>
 struct Element;
@@ -56,7 +79,7 @@ struct Element<float> {
     using Accumulator = float;
     using Vector = FloatVector;
     FDU_FUNCTION static Vector load(const float* from) { return load_unaligned<Vector>(from); }
-    FDU_FUNCTION static void store(float* to, Vector value) { store_unaligned(to, value); }
+    FDU_FUNCTION static Vector round(Vector value) { return value; }
 };
 
 template <>
@@ -64,7 +87,7 @@ struct Element<double> {
     using Accumulator = double;
     using Vector = DoubleVector;
     FDU_FUNCTION static Vector load(const double* from) { return load_unaligned<Vector>(from); }
-    FDU_FUNCTION static void store(double* to, Vector value) { store_unaligned(to, value); }
+    FDU_FUNCTION static Vector round(Vector value) { return value; }
 };
 
 template <>
@@ -74,11 +97,11 @@ struct Element<BFloat16> {
     FDU_FUNCTION static Vector load(const BFloat16* from) {
         return (FloatVector)(__builtin_convertvector(load_unaligned<ShortVector>(from), WordVector) << 16);
     }
-    FDU_FUNCTION static void store(BFloat16* to, Vector value) {
+    FDU_FUNCTION static ShortVector round(Vector value) {
         const WordVector bits = (WordVector)value;
         const WordVector rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
         const WordVector nan = (WordVector)(value != value);
-        store_unaligned(to, __builtin_convertvector((rounded & ~nan) | (nan & 0x7fc0), ShortVector));
+        return __builtin_convertvector((rounded & ~nan) | (nan & 0x7fc0), ShortVector);
     }
 };
 
@@ -116,13 +139,15 @@ struct Element<Half> {
         return value;
 #endif
     }
-    FDU_FUNCTION static void store(Half* to, Vector value) {
+    FDU_FUNCTION static ShortVector round(Vector value) {
 #if defined(__AVX512F__)
-        _mm256_storeu_si256((__m256i*)to, _mm512_cvtps_ph((__m512)value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+        return (ShortVector)_mm512_cvtps_ph((__m512)value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 #elif defined(__AVX2__)
-        _mm_storeu_si128((__m128i*)to, _mm256_cvtps_ph((__m256)value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+        return (ShortVector)_mm256_cvtps_ph((__m256)value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 #else
-        for (int i = 0; i < float_lanes; ++i) to[i].bits = narrow(value[i]);
+        ShortVector half;
+        for (int i = 0; i < float_lanes; ++i) half[i] = narrow(value[i]);
+        return half;
 #endif
     }
 };
@@ -133,6 +158,11 @@ template <class T>
 using Vector = typename Element<T>::Vector;
 template <class T>
 constexpr int width = sizeof(Vector<T>) / sizeof(Accumulator<T>);
+
+template <class T>
+FDU_FUNCTION void store(T* to, Vector<T> value) {
+    store_unaligned(to, Element<T>::round(value));
+}
 
 // A partial vector, filled up with zeros.
 template <class T>
@@ -145,7 +175,7 @@ FDU_FUNCTION Vector<T> load_some(const T* from, int64_t count) {
 template <class T>
 FDU_FUNCTION void store_some(T* to, Vector<T> value, int64_t count) {
     T padded[width<T>];
-    Element<T>::store(padded, value);
+    store<T>(padded, value);
     for (int64_t i = 0; i < count; ++i) to[i] = padded[i];
 }
 
@@ -333,7 +363,7 @@ FDU_FUNCTION void add_squares(const T* pred, const T* target, const Accumulator<
         }
     }
     alignas(64) A spread[lanes];
-    for (int j = 0; j < vectors; ++j) Element<A>::store(spread + j * w, sums[j]);
+    for (int j = 0; j < vectors; ++j) store<A>(spread + j * w, sums[j]);
     join(spread, joined);
 }
 
@@ -369,8 +399,8 @@ Sums gaussian_sums(const GaussianWork& work, int64_t sample, int64_t begin, int6
     return {total(squares), total(masks)};
 }
 
-template <class T, bool masked>
-FDU_FUNCTION void write_grad(
+template <class T, bool masked, bool streams>
+void write_grad(
     const T* pred, const T* target, const Accumulator<T>* mask, int64_t count, Accumulator<T> coefficient, T* grad) {
     using A = Accumulator<T>;
     using V = Vector<T>;
@@ -379,7 +409,11 @@ FDU_FUNCTION void write_grad(
     for (; i + w <= count; i += w) {
         V d = Element<T>::load(pred + i) - Element<T>::load(target + i);
         if (masked) d *= Element<A>::load(mask + i);
-        Element<T>::store(grad + i, coefficient * d);
+        if (streams) {
+            stream(grad + i, Element<T>::round(coefficient * d));
+        } else {
+            store<T>(grad + i, coefficient * d);
+        }
     }
     if (i < count) {
         V d = load_some(pred + i, count - i) - load_some(target + i, count - i);
@@ -394,20 +428,25 @@ void gaussian_grad(const GaussianWork& work, int64_t sample, int64_t begin, int6
     alignas(64) T pred_buffer[chunk_size], target_buffer[chunk_size], grad_buffer[chunk_size];
     alignas(64) A mask_buffer[chunk_size];
     T* const grad = (T*)work.grad.data + sample * work.grad.batch_stride;
+    using Packed = decltype(Element<T>::round(Vector<T>{}));
+    bool streamed = false;
     for (int64_t i = begin; i < end; i += chunk_size) {
         const int64_t n = end - i < chunk_size ? end - i : chunk_size;
         const T* pred = gathered(work.space, work.pred, sample, i, n, pred_buffer);
         const T* target = gathered(work.space, work.target, sample, i, n, target_buffer);
         T* place = adjacent(work.space, grad, work.grad.strides, i, n);
         T* to = place ? place : grad_buffer;
+        const bool streams = work.streams && place && (uintptr_t)place % sizeof(Packed) == 0;
         if (work.mask.data) {
             const A* mask = gathered_as(work.space, work.mask, sample, i, n, mask_buffer);
-            write_grad<T, true>(pred, target, mask, n, A(coefficient), to);
+            (streams ? write_grad<T, true, true> : write_grad<T, true, false>)(pred, target, mask, n, A(coefficient), to);
         } else {
-            write_grad<T, false>(pred, target, nullptr, n, A(coefficient), to);
+            (streams ? write_grad<T, false, true> : write_grad<T, false, false>)(pred, target, nullptr, n, A(coefficient), to);
         }
         if (!place) scatter(work.space, grad, work.grad.strides, i, n, to);
+        streamed |= streams;
     }
+    if (streamed) end_of_stream();
 }
 
 constexpr int64_t element_chunk = 512;
@@ -508,15 +547,15 @@ template <class T>
 FDU_FUNCTION void widen_all(const T* from, int64_t count, Accumulator<T>* to) {
     constexpr int w = width<T>;
     int64_t i = 0;
-    for (; i + w <= count; i += w) Element<Accumulator<T>>::store(to + i, Element<T>::load(from + i));
-    if (i < count) Element<Accumulator<T>>::store(to + i, load_some(from + i, count - i));
+    for (; i + w <= count; i += w) store<Accumulator<T>>(to + i, Element<T>::load(from + i));
+    if (i < count) store<Accumulator<T>>(to + i, load_some(from + i, count - i));
 }
 
 template <class T>
 FDU_FUNCTION void round_all(const Accumulator<T>* from, int64_t count, T* to) {
     constexpr int w = width<T>;
     int64_t i = 0;
-    for (; i + w <= count; i += w) Element<T>::store(to + i, Element<Accumulator<T>>::load(from + i));
+    for (; i + w <= count; i += w) store<T>(to + i, Element<Accumulator<T>>::load(from + i));
     if (i < count) store_some(to + i, load_some(from + i, count - i), count - i);
 }
 

@@ -36,6 +36,7 @@ struct GaussianWork {
     Space space;  // of one sample
     int64_t size;
     Operand pred, target, mask, grad;
+    bool streams;  // whether the gradient is too large to stay in the caches
 };
 
 struct Sums {

@@ -28,7 +28,7 @@ MODULE = "fdu_kernels._C"
 OLDEST_TORCH = (2, 10)
 """The first whose stable ABI and DLPack exchange table have what the sources call."""
 COMPILERS = ("g++", "clang++", "c++")
-SOURCES = ("module.cpp", "cpu.cpp", "threads.cpp")
+SOURCES = ("module.cpp", "cpu.cpp", "memory.cpp", "threads.cpp")
 KERNELS = "cpu_kernels.cpp"
 """Compiled once per instruction set."""
 INSTRUCTION_SETS = {
