@@ -409,6 +409,10 @@ void expectation(const Expectation& task) {
     place(factor, v, work.factor, placed, count);
     place(task.upstream, v, work.upstream, placed, count);
     plan(v, 0, placed, count, work.space);
+    for (const Operand* output : {&work.grad, &work.terms}) {
+        const int64_t bytes = size * size_of(output->type);
+        if (output->data && bytes >= huge_output) prefer_huge_pages(output->data, bytes);
+    }
     const double sum =
         sum_of_groups(size, [&](int64_t begin, int64_t end) { return kernels.elements(work, begin, end); });
     if (work.sums) write(*task.value, 0, sum / divisor);

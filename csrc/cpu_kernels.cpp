@@ -33,7 +33,22 @@ typedef float FloatVector __attribute__((vector_size(vector_bytes)));
 typedef double DoubleVector __attribute__((vector_size(vector_bytes)));
 typedef uint32_t WordVector __attribute__((vector_size(vector_bytes)));
 typedef int32_t SignedVector __attribute__((vector_size(vector_bytes)));
+typedef int64_t LongVector __attribute__((vector_size(vector_bytes)));
 typedef uint16_t ShortVector __attribute__((vector_size(vector_bytes / 2)));
+
+template <>
+struct NumberTraits<FloatVector> {
+    using Lane = float;
+    using Integer = SignedVector;
+    FDU_FUNCTION static FloatVector from(SignedVector n) { return __builtin_convertvector(n, FloatVector); }
+};
+
+template <>
+struct NumberTraits<DoubleVector> {
+    using Lane = double;
+    using Integer = LongVector;
+    FDU_FUNCTION static DoubleVector from(LongVector n) { return __builtin_convertvector(n, DoubleVector); }
+};
 
 template <class T>
 FDU_FUNCTION T load_unaligned(const void* from) {
@@ -399,6 +414,27 @@ Sums gaussian_sums(const GaussianWork& work, int64_t sample, int64_t begin, int6
     return {total(squares), total(masks)};
 }
 
+// Where `count` elements of an operand are to be written: in place where they are adjacent, else in the buffer, from which
+// finish() spreads them.
+template <class T>
+struct Output {
+    const Space& space;
+    T* const all;
+    const int64_t* const strides;
+    const int64_t begin, count;
+    T* const place;
+    T* const data;
+
+    FDU_FUNCTION Output(const Space& walked, const Operand& operand, int64_t first, int64_t length, T* buffer, int64_t sample = 0)
+        : space(walked), all((T*)operand.data + (operand.data ? sample * operand.batch_stride : 0)), strides(operand.strides),
+          begin(first), count(length), place(all ? adjacent(space, all, strides, begin, count) : nullptr),
+          data(place || !all ? place : buffer) {}
+
+    FDU_FUNCTION void finish() const {
+        if (data != place) scatter(space, all, strides, begin, count, data);
+    }
+};
+
 template <class T, bool masked, bool streams>
 void write_grad(
     const T* pred, const T* target, const Accumulator<T>* mask, int64_t count, Accumulator<T> coefficient, T* grad) {
@@ -427,177 +463,155 @@ void gaussian_grad(const GaussianWork& work, int64_t sample, int64_t begin, int6
     using A = Accumulator<T>;
     alignas(64) T pred_buffer[chunk_size], target_buffer[chunk_size], grad_buffer[chunk_size];
     alignas(64) A mask_buffer[chunk_size];
-    T* const grad = (T*)work.grad.data + sample * work.grad.batch_stride;
     using Packed = decltype(Element<T>::round(Vector<T>{}));
     bool streamed = false;
     for (int64_t i = begin; i < end; i += chunk_size) {
         const int64_t n = end - i < chunk_size ? end - i : chunk_size;
         const T* pred = gathered(work.space, work.pred, sample, i, n, pred_buffer);
         const T* target = gathered(work.space, work.target, sample, i, n, target_buffer);
-        T* place = adjacent(work.space, grad, work.grad.strides, i, n);
-        T* to = place ? place : grad_buffer;
-        const bool streams = work.streams && place && (uintptr_t)place % sizeof(Packed) == 0;
+        const Output<T> grad(work.space, work.grad, i, n, grad_buffer, sample);
+        const bool streams = work.streams && grad.place && (uintptr_t)grad.place % sizeof(Packed) == 0;
         if (work.mask.data) {
             const A* mask = gathered_as(work.space, work.mask, sample, i, n, mask_buffer);
-            (streams ? write_grad<T, true, true> : write_grad<T, true, false>)(pred, target, mask, n, A(coefficient), to);
+            (streams ? write_grad<T, true, true> : write_grad<T, true, false>)(pred, target, mask, n, A(coefficient), grad.data);
         } else {
-            (streams ? write_grad<T, false, true> : write_grad<T, false, false>)(pred, target, nullptr, n, A(coefficient), to);
+            (streams ? write_grad<T, false, true> : write_grad<T, false, false>)(pred, target, nullptr, n, A(coefficient), grad.data);
         }
-        if (!place) scatter(work.space, grad, work.grad.strides, i, n, to);
+        grad.finish();
         streamed |= streams;
     }
     if (streamed) end_of_stream();
 }
 
-constexpr int64_t element_chunk = 512;
+// y and y' of a vector of elements.
+template <class V>
+struct Term {
+    V value, slope;
+};
 
-// e^(tilt v) row(v), and row'(v) where there is no tilt; one loop per group of terms that the row has.
-template <class A, bool tilted, bool sloped>
-void evaluate_row(const Row<A>& row, A tilt, const A* __restrict v, int n, A* __restrict value, A* __restrict slope) {
-    alignas(64) A factor[element_chunk];
-    if (tilted) {
-        for (int i = 0; i < n; ++i) factor[i] = exponential(tilt * v[i]);
-    }
-    for (int i = 0; i < n; ++i) {
-        value[i] = row.constant + row.linear * v[i] + row.square * v[i] * v[i];
-        if (tilted) value[i] *= factor[i];
-        if (sloped) slope[i] = row.linear + A(2) * row.square * v[i];
-    }
-    if (row.exp != A(0)) {
-        const A rate = row.exp_rate + tilt;
-        for (int i = 0; i < n; ++i) {
-            const A term = row.exp * exponential(rate * v[i]);
-            value[i] += term;
-            if (sloped) slope[i] += row.exp_rate * term;
-        }
-    }
-    if (row.expm1 != A(0)) {
-        for (int i = 0; i < n; ++i) {
-            const A x = row.expm1_rate * v[i];
-            const A rising = x > A(0) ? x : A(0), falling = x > A(0) ? -x : x;
-            const Exponential<A> small = falling_exponential(falling);
-            // The factor joins the exponent, so that 0 times inf never arises.
-            const A scale = exponential(tilted ? tilt * v[i] + rising : rising);
-            value[i] += row.expm1 * (x > A(0) ? -small.less_one : small.less_one) * scale;
-            if (sloped) slope[i] += row.expm1 * row.expm1_rate * (x > A(0) ? scale : small.value);
-        }
-    }
-    if (row.softplus != A(0) || row.sigmoid != A(0) || row.sigmoid_squared != A(0)) {
-        for (int i = 0; i < n; ++i) {
-            const Logistic<A> terms = logistic_terms(row, v[i]);
-            value[i] += tilted ? terms.value * factor[i] : terms.value;
-            if (sloped) slope[i] += terms.slope;
-        }
-    }
-    if (row.step != A(0)) {
-        for (int i = 0; i < n; ++i) {
-            const A half = A(0.5) * row.step;
-            A term = half + (v[i] > row.threshold ? half : A(0)) - (v[i] < row.threshold ? half : A(0));
-            value[i] += tilted ? term * factor[i] : term;
-        }
-    }
+template <class L>
+FDU_FUNCTION bool has_logistic_terms(const Row<L>& row) {
+    return row.softplus != 0 || row.sigmoid != 0 || row.sigmoid_squared != 0;
 }
 
-template <class A>
-void evaluate_tilted(const double* numbers, double tilt, const A* v, int n, A* value) {
-    const Row<A> row = read_row<A>(numbers);
-    if (tilt == 0) {
-        evaluate_row<A, false, false>(row, A(0), v, n, value, nullptr);
-    } else {
-        evaluate_row<A, true, false>(row, A(tilt), v, n, value, nullptr);
-    }
+template <class V>
+FDU_FUNCTION V step_term(const Row<Lane<V>>& row, V v) {
+    const Lane<V> half = Lane<V>(0.5) * row.step;
+    return half + select(v > row.threshold, splat<V>(half), V{}) - select(v < row.threshold, splat<V>(half), V{});
 }
 
-// y(v) and its slope, in place of an ElementFunction; n is a multiple of the vector's lanes.
-template <class A>
-FDU_FUNCTION void evaluate(const double* numbers, const A* __restrict v, int n, bool sloped, A* __restrict value, A* __restrict slope) {
-    const double limit = numbers[0], kind = numbers[1];
-    const double *first = numbers + 3, *second = numbers + 4 + row_fields;
-    const A bound = A(limit);
-    alignas(64) A inside[element_chunk];
-    using Integer = typename Bits<A>::Integer;
-    Integer beyond = 0;
-    for (int i = 0; i < n; ++i) {
-        inside[i] = clamp(v[i], -bound, bound);
-        beyond |= bit_cast<Integer>(v[i]) ^ bit_cast<Integer>(inside[i]);
+template <class V>
+FDU_FUNCTION Term<V> row_at(const Row<Lane<V>>& row, V v) {
+    using L = Lane<V>;
+    V value = row.constant + v * (row.linear + row.square * v), slope = row.linear + L(2) * row.square * v;
+    if (row.exp != 0) {
+        const V term = row.exp * exponential(row.exp_rate * v);
+        value += term;
+        slope += row.exp_rate * term;
     }
-    if (kind == 0) {
-        const Row<A> row = read_row<A>(first);
-        if (sloped || beyond) {
-            evaluate_row<A, false, true>(row, A(0), inside, n, value, slope);
+    if (row.expm1 != 0) {
+        const Exponential<V> e(row.expm1_rate * v);
+        value += row.expm1 * e.less_one;
+        slope += row.expm1 * row.expm1_rate * e.value;
+    }
+    if (has_logistic_terms(row)) {
+        const Logistic<V> terms = logistic_terms(row, v);
+        value += terms.value;
+        slope += terms.slope;
+    }
+    if (row.step != 0) value += step_term(row, v);
+    return {value, slope};
+}
+
+// e^(tilt v) row(v).
+template <class V>
+FDU_FUNCTION V tilted_row_at(const Row<Lane<V>>& row, Lane<V> tilt, V v) {
+    V value = row.constant + v * (row.linear + row.square * v);
+    if (row.expm1 != 0) value += row.expm1 * Exponential<V>(row.expm1_rate * v).less_one;
+    if (has_logistic_terms(row)) value += logistic_terms(row, v).value;
+    if (row.step != 0) value += step_term(row, v);
+    if (tilt != 0) value *= exponential(tilt * v);
+    // The tilt joins the exponent: where they cancel, nothing is lost.
+    if (row.exp != 0) value += row.exp * exponential((row.exp_rate + tilt) * v);
+    return value;
+}
+
+// A fdu_kernels.lowering.ElementFunction.
+template <class L>
+struct ElementFunction {
+    L limit, first_tilt, second_tilt;
+    bool is_row, slope_is_first;
+    Row<L> first, second;
+
+    FDU_FUNCTION explicit ElementFunction(const double* numbers)
+        : limit(L(numbers[0])), first_tilt(L(numbers[2])), second_tilt(L(numbers[3 + row_fields])), is_row(numbers[1] == 0),
+          slope_is_first(numbers[1] == 1), first(read_row<L>(numbers + 3)), second(read_row<L>(numbers + 4 + row_fields)) {}
+
+    template <class V>
+    FDU_FUNCTION Term<V> operator()(V v) const {
+        const V inside = clamp(v, -limit, limit);
+        Term<V> y;
+        if (is_row) {
+            y = row_at(first, inside);
         } else {
-            evaluate_row<A, false, false>(row, A(0), inside, n, value, nullptr);
+            const V one = tilted_row_at(first, first_tilt, inside), other = tilted_row_at(second, second_tilt, inside);
+            y = {one - other, slope_is_first ? one : other};
         }
-    } else {
-        alignas(64) A other[element_chunk];
-        evaluate_tilted(first, numbers[2], inside, n, value);
-        evaluate_tilted(second, numbers[3 + row_fields], inside, n, other);
-        const bool of_first = kind == 1;
-        for (int i = 0; i < n; ++i) {
-            slope[i] = of_first ? value[i] : other[i];
-            value[i] -= other[i];
-        }
+        // Not where nothing was clamped: inf - inf is no 0.
+        y.value = select(v == inside, y.value, y.value + y.slope * (v - inside));
+        return y;
     }
-    if (beyond) {
-        for (int i = 0; i < n; ++i) value[i] += slope[i] * (v[i] - inside[i]);
-    }
-}
+};
 
-template <class T>
-FDU_FUNCTION void widen_all(const T* from, int64_t count, Accumulator<T>* to) {
-    constexpr int w = width<T>;
-    int64_t i = 0;
-    for (; i + w <= count; i += w) store<Accumulator<T>>(to + i, Element<T>::load(from + i));
-    if (i < count) store<Accumulator<T>>(to + i, load_some(from + i, count - i));
-}
-
-template <class T>
-FDU_FUNCTION void round_all(const Accumulator<T>* from, int64_t count, T* to) {
-    constexpr int w = width<T>;
-    int64_t i = 0;
-    for (; i + w <= count; i += w) store<T>(to + i, Element<Accumulator<T>>::load(from + i));
-    if (i < count) store_some(to + i, load_some(from + i, count - i), count - i);
-}
-
-template <class T>
-FDU_FUNCTION void put(const Space& space, const Operand& operand, int64_t begin, int64_t count, const Accumulator<T>* values) {
-    T* place = adjacent(space, (T*)operand.data, operand.strides, begin, count);
-    if (place) return round_all(values, count, place);
-    alignas(64) T buffer[element_chunk];
-    round_all(values, count, buffer);
-    scatter(space, (T*)operand.data, operand.strides, begin, count, buffer);
+template <class V>
+FDU_FUNCTION V first_lanes(V value, int64_t count) {
+    alignas(64) Lane<V> spread[sizeof(V) / sizeof(Lane<V>)];
+    store_unaligned(spread, value);
+    return load_some((const Lane<V>*)spread, count);
 }
 
 template <class T>
 double elements(const ElementWork& work, int64_t begin, int64_t end) {
     using A = Accumulator<T>;
-    alignas(64) T v_buffer[element_chunk];
-    alignas(64) A v[element_chunk], value[element_chunk], slope[element_chunk], buffer[element_chunk];
+    using V = Vector<T>;
+    constexpr int w = width<T>;
+    alignas(64) T v_buffer[chunk_size], grad_buffer[chunk_size];
+    alignas(64) A factor_buffer[chunk_size], upstream_buffer[chunk_size], terms_buffer[chunk_size];
+    const ElementFunction<A> function(work.numbers);
+    const A scale = A(work.scale);
     double joined[8] = {};
-    const bool sloped = work.grad.data;
-    for (int64_t i = begin; i < end; i += element_chunk) {
-        const int64_t n = end - i < element_chunk ? end - i : element_chunk;
-        const int padded = int((n + width<T> - 1) / width<T> * width<T>);
-        widen_all(gathered(work.space, work.v, 0, i, n, v_buffer), n, v);
-        evaluate(work.numbers, v, padded, sloped, value, slope);
-        if (sloped) {
-            const A scale = A(work.scale);
-            for (int j = 0; j < padded; ++j) slope[j] *= scale;
-            if (work.upstream.data) {
-                const A* upstream = gathered_as(work.space, work.upstream, 0, i, n, buffer);
-                for (int64_t j = 0; j < n; ++j) slope[j] *= upstream[j];
+    for (int64_t begun = begin; begun < end; begun += chunk_size) {
+        const int64_t n = end - begun < chunk_size ? end - begun : chunk_size;
+        const T* v = gathered(work.space, work.v, 0, begun, n, v_buffer);
+        const A *factor = nullptr, *upstream = nullptr;
+        if (work.factor.data) factor = gathered_as(work.space, work.factor, 0, begun, n, factor_buffer);
+        if (work.upstream.data) upstream = gathered_as(work.space, work.upstream, 0, begun, n, upstream_buffer);
+        const Output<A> terms(work.space, work.terms, begun, n, terms_buffer);
+        const Output<T> grad(work.space, work.grad, begun, n, grad_buffer);
+
+        V sums[lanes / w] = {};
+        for (int64_t i = 0; i < n; i += w) {
+            const int64_t left = n - i;
+            const bool whole = left >= w;
+            Term<V> y = function(whole ? Element<T>::load(v + i) : load_some(v + i, left));
+            y.slope *= scale;
+            if (upstream) y.slope *= whole ? Element<A>::load(upstream + i) : load_some(upstream + i, left);
+            if (factor) {
+                const V m = whole ? Element<A>::load(factor + i) : load_some(factor + i, left);
+                y.value *= m;
+                y.slope *= m;
             }
+            sums[i / w % (lanes / w)] += whole ? y.value : first_lanes(y.value, left);
+            if (terms.data) whole ? store<A>(terms.data + i, y.value) : store_some(terms.data + i, y.value, left);
+            if (grad.data) whole ? store<T>(grad.data + i, y.slope) : store_some(grad.data + i, y.slope, left);
         }
-        if (work.factor.data) {
-            const A* factor = gathered_as(work.space, work.factor, 0, i, n, buffer);
-            for (int64_t j = 0; j < n; ++j) value[j] *= factor[j];
-            if (sloped) {
-                for (int64_t j = 0; j < n; ++j) slope[j] *= factor[j];
-            }
+        if (work.sums) {
+            alignas(64) A spread[lanes];
+            for (int j = 0; j < lanes / w; ++j) store<A>(spread + j * w, sums[j]);
+            join(spread, joined);
         }
-        if (work.sums) add(value, n, joined);
-        if (work.terms.data) put<A>(work.space, work.terms, i, n, value);
-        if (sloped) put<T>(work.space, work.grad, i, n, slope);
+        terms.finish();
+        grad.finish();
     }
     return total(joined);
 }

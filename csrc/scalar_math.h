@@ -1,7 +1,8 @@
 // Scalar mathematics of the divergences, shared by host and device: exponentials, the Gaussian profile, one row's terms.
 //
-// Everything is free of branches on data, so that a loop over it vectorises, and every NaN stays a NaN. The anonymous
-// namespace gives each translation unit its own copy: units are compiled for different instruction sets.
+// Everything is free of branches on data and every NaN stays a NaN. The functions of a type A take a number, or a vector
+// of them for which NumberTraits is specialised. The anonymous namespace gives each translation unit its own copy: units are
+// compiled for different instruction sets.
 
 #pragma once
 
@@ -28,8 +29,8 @@ struct Bits<float> {
     static constexpr int mantissa = 23, bias = 127;
     static constexpr float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, held in the low bits
     static constexpr float log2_high = 0.693145751953125f, log2_low = 1.428606765330187e-6f;
-    static constexpr float lowest_exponent = -104.0f, highest_exponent = 89.0f, normal_exponent = -87.0f;
-    static constexpr int exponential_terms = 7, logarithm_terms = 5;
+    static constexpr float lowest_exponent = -87.0f;
+    static constexpr int exponential_terms = 7, logarithm_terms = 5, artanh_terms = 7;
 };
 
 template <>
@@ -38,8 +39,8 @@ struct Bits<double> {
     static constexpr int mantissa = 52, bias = 1023;
     static constexpr double magic = 6755399441055744.0;
     static constexpr double log2_high = 0.6931471803691238, log2_low = 1.9082149292705877e-10;
-    static constexpr double lowest_exponent = -746.0, highest_exponent = 710.0, normal_exponent = -708.0;
-    static constexpr int exponential_terms = 13, logarithm_terms = 11;
+    static constexpr double lowest_exponent = -708.0;
+    static constexpr int exponential_terms = 13, logarithm_terms = 11, artanh_terms = 18;
 };
 
 template <class To, class From>
@@ -50,29 +51,54 @@ FDU_FUNCTION To bit_cast(From from) {
     return to;
 }
 
-// Ternaries let NaN pass: every comparison with it is false.
+// What A is made of: itself, where it is a number.
 template <class A>
-FDU_FUNCTION A clamp(A x, A low, A high) {
-    x = x < low ? low : x;
-    return x > high ? high : x;
+struct NumberTraits {
+    using Lane = A;
+    using Integer = typename Bits<A>::Integer;
+    FDU_FUNCTION static A from(Integer n) { return A(n); }
+};
+
+template <class A>
+using Lane = typename NumberTraits<A>::Lane;
+template <class A>
+using Integer = typename NumberTraits<A>::Integer;
+
+template <class A>
+FDU_FUNCTION A splat(Lane<A> x) {
+    return x - A{};
+}
+
+template <class Mask, class A>
+FDU_FUNCTION A select(Mask mask, A a, A b) {
+    return mask ? a : b;
+}
+
+// NaN passes: every comparison with it is false.
+template <class A>
+FDU_FUNCTION A clamp(A x, Lane<A> low, Lane<A> high) {
+    x = select(x < low, splat<A>(low), x);
+    return select(x > high, splat<A>(high), x);
 }
 
 template <class A>
-FDU_FUNCTION A power_of_two(typename Bits<A>::Integer n) {
-    return bit_cast<A>((n + Bits<A>::bias) << Bits<A>::mantissa);
+FDU_FUNCTION A power_of_two(Integer<A> n) {
+    using B = Bits<Lane<A>>;
+    return bit_cast<A>((n + B::bias) << B::mantissa);
 }
 
 // e^r - 1 for |r| <= log(2)/2, to full relative accuracy: the Taylor polynomial, whose rest is below a quarter ulp.
 template <class A>
 FDU_FUNCTION A small_expm1(A r) {
-    constexpr int terms = Bits<A>::exponential_terms;
+    using L = Lane<A>;
+    constexpr int terms = Bits<L>::exponential_terms;
     constexpr double reciprocal_factorials[] = {
         1.0,         1.0,           1.0 / 2,        1.0 / 6,         1.0 / 24,         1.0 / 120,         1.0 / 720,
         1.0 / 5040,  1.0 / 40320,   1.0 / 362880,   1.0 / 3628800,   1.0 / 39916800,   1.0 / 479001600,   1.0 / 6227020800,
     };
-    A sum = A(reciprocal_factorials[terms]);
+    A sum = splat<A>(L(reciprocal_factorials[terms]));
 #pragma GCC unroll 16
-    for (int i = terms - 1; i >= 2; --i) sum = sum * r + A(reciprocal_factorials[i]);
+    for (int i = terms - 1; i >= 2; --i) sum = sum * r + L(reciprocal_factorials[i]);
     return r + r * r * sum;
 }
 
@@ -80,62 +106,74 @@ FDU_FUNCTION A small_expm1(A r) {
 template <class A>
 struct Reduced {
     A remainder;
-    typename Bits<A>::Integer power;
+    Integer<A> power;
 };
 
 template <class A>
 FDU_FUNCTION Reduced<A> reduce_exponent(A x) {
-    using B = Bits<A>;
-    x = clamp(x, A(B::lowest_exponent), A(B::highest_exponent));
-    const A shifted = x * A(1.4426950408889634) + B::magic;
+    using L = Lane<A>;
+    using B = Bits<L>;
+    const A shifted = x * L(1.4426950408889634) + B::magic;
     const A n = shifted - B::magic;
-    const auto power = bit_cast<typename B::Integer>(shifted) - bit_cast<typename B::Integer>(A(B::magic));
+    const Integer<A> power = bit_cast<Integer<A>>(shifted) - bit_cast<typename B::Integer>(B::magic);
     return {(x - n * B::log2_high) - n * B::log2_low, power};
 }
 
-// e^x and e^x - 1, both to a few ulp.
+// e^x and e^x - 1, both to a few ulp, for |x| <= 87.
 template <class A>
 struct Exponential {
     A value, less_one;
+
+    FDU_FUNCTION explicit Exponential(A x) {
+        const Reduced<A> reduced = reduce_exponent(x);
+        const A scale = power_of_two<A>(reduced.power), rest = scale * small_expm1(reduced.remainder);
+        value = rest + scale;
+        less_one = rest + (scale - Lane<A>(1));
+    }
 };
 
 template <class A>
 FDU_FUNCTION A exponential(A x) {
-    const Reduced<A> reduced = reduce_exponent(x);
-    // In two steps: 2^n alone would leave the range where e^x is subnormal or just finite.
-    const auto half = reduced.power >> 1;
-    const A first = power_of_two<A>(half), second = power_of_two<A>(reduced.power - half);
-    return (A(1) + small_expm1(reduced.remainder)) * first * second;
+    return Exponential<A>(x).value;
 }
 
-// Of x <= 0, where both share the work.
+// Of any x <= 0; what would be subnormal is 0.
 template <class A>
 FDU_FUNCTION Exponential<A> falling_exponential(A x) {
-    const A limit = A(Bits<A>::normal_exponent);
-    const Reduced<A> reduced = reduce_exponent(x < limit ? limit : x);
-    const A scale = power_of_two<A>(reduced.power), rest = small_expm1(reduced.remainder);
-    // Without subnormal numbers one factor 2^n suffices.
-    return {x < limit ? A(0) : scale * rest + scale, scale * rest + (scale - A(1))};
+    using L = Lane<A>;
+    const L limit = Bits<L>::lowest_exponent;
+    const auto tiny = x < limit;
+    Exponential<A> result(select(tiny, splat<A>(limit), x));
+    result.value = select(tiny, A{}, result.value);
+    return result;
+}
+
+// artanh(s)/s = 1 + z rest(z) with z = s^2: the first terms of 1/3 + z/5 + z^2/7 + ...
+template <int terms, class A>
+FDU_FUNCTION A artanh_rest(A z) {
+    using L = Lane<A>;
+    A sum = splat<A>(L(1.0 / (2 * terms - 1)));
+#pragma GCC unroll 32
+    for (int i = terms - 1; i >= 2; --i) sum = sum * z + L(1.0 / (2 * i - 1));
+    return sum;
 }
 
 // log(1 + y) for y in (-1, 0], to full relative accuracy also near 0.
 template <class A>
 FDU_FUNCTION A falling_log1p(A y) {
-    using B = Bits<A>;
-    using Integer = typename B::Integer;
-    constexpr Integer root_half = sizeof(A) == 4 ? Integer(0x3f3504f3) : Integer(0x3fe6a09e667f3bcd);
-    const A u = A(1) + y;
-    const A lost = y - (u - A(1));
-    const Integer power = (bit_cast<Integer>(u) - root_half) >> B::mantissa;
-    const A mantissa = bit_cast<A>(bit_cast<Integer>(u) - (power << B::mantissa));
-    const A f = power == 0 ? y : (mantissa - A(1)) + lost * power_of_two<A>(-power);
-    const A s = f / (A(2) + f), z = s * s;
-    A sum = A(1.0 / (2 * B::logarithm_terms - 1));
-#pragma GCC unroll 16
-    for (int i = B::logarithm_terms - 1; i >= 2; --i) sum = sum * z + A(1.0 / (2 * i - 1));
-    const A n = A(power);
-    // log(1 + f) = 2 atanh(s), and 2 s = f - s f.
-    return n * B::log2_high + (f - s * (f - A(2) * z * sum) + n * B::log2_low);
+    using L = Lane<A>;
+    using B = Bits<L>;
+    using I = typename B::Integer;
+    constexpr I root_half = sizeof(L) == 4 ? I(0x3f3504f3) : I(0x3fe6a09e667f3bcd);
+    const A u = L(1) + y;
+    const A lost = y - (u - L(1));
+    const Integer<A> power = (bit_cast<Integer<A>>(u) - root_half) >> B::mantissa;
+    const A mantissa = bit_cast<A>(bit_cast<Integer<A>>(u) - (power << B::mantissa));
+    const A f = select(power == I(0), y, (mantissa - L(1)) + lost * power_of_two<A>(-power));
+    const A s = f / (L(2) + f), z = s * s;
+    const A n = NumberTraits<A>::from(power);
+    // log(1 + f) = 2 artanh(s), and 2 s = f - s f.
+    return n * B::log2_high + (f - s * (f - L(2) * z * artanh_rest<B::logarithm_terms>(z)) + n * B::log2_low);
 }
 
 // h and h' of a Gaussian profile at s.
@@ -214,19 +252,38 @@ struct Logistic {
 };
 
 template <class A>
-FDU_FUNCTION Logistic<A> logistic_terms(const Row<A>& row, A v) {
+FDU_FUNCTION Logistic<A> logistic_terms(const Row<Lane<A>>& row, A v) {
+    using L = Lane<A>;
     const A x = row.scale * v;
-    const A size = x > A(0) ? x : -x;
-    const Exponential<A> falling = falling_exponential(-size);
-    const A near = x > A(0) ? row.mix : A(1) - row.mix, far = A(1) - near;
-    const A share = A(1) / (near + far * falling.value), larger = near * share, smaller = falling.value * far * share;
-    const A sigma = x > A(0) ? larger : smaller, rest = x > A(0) ? smaller : larger;
-    const A softplus = (x > A(0) ? x : A(0)) + falling_log1p(far * falling.less_one);
+    const auto positive = x > L(0);
+    const Exponential<A> falling = falling_exponential(select(positive, -x, x));
+    A larger, smaller, softplus{};
+    if (row.mix == L(0.5)) {
+        const A whole = L(1) + falling.value;
+        if (row.softplus == 0) {
+            larger = L(1) / whole;
+        } else {
+            // log(whole / 2) = 2 artanh(s) with s = (e - 1)/(e + 3), |s| <= 1/3; one division serves both.
+            const A shifted = L(2) + whole, inverse = L(1) / (whole * shifted);
+            larger = shifted * inverse;
+            const A s = falling.less_one * (whole * inverse), z = s * s;
+            softplus = L(2) * (s + s * z * artanh_rest<Bits<L>::artanh_terms>(z));
+        }
+        smaller = falling.value * larger;
+    } else {
+        const A near = select(positive, splat<A>(row.mix), splat<A>(L(1) - row.mix)), far = L(1) - near;
+        const A share = L(1) / (near + far * falling.value);
+        larger = near * share;
+        smaller = falling.value * far * share;
+        if (row.softplus != 0) softplus = falling_log1p(far * falling.less_one);
+    }
+    const A sigma = select(positive, larger, smaller), rest = select(positive, smaller, larger);
+    softplus += select(positive, x, A{});
     // softplus' = sigma (sigma + rest): written so, the softplus and the sigmoid of shifted_log cancel exactly.
     const A inner = row.softplus * sigma + (row.softplus + row.sigmoid) * rest;
     return {
         row.softplus * softplus + sigma * (row.sigmoid + row.sigmoid_squared * sigma),
-        row.scale * sigma * (inner + A(2) * row.sigmoid_squared * sigma * rest),
+        row.scale * sigma * (inner + L(2) * row.sigmoid_squared * sigma * rest),
     };
 }
 

@@ -22,6 +22,8 @@ HEADER_ROWS = 4
 """Rows of a packed table before its first entry."""
 ROW_FIELDS = tuple(field.name for field in dataclasses.fields(CriticRow))
 """The order in which a row's numbers are packed."""
+LARGEST_EXPONENT = 87.0
+"""Below the least and the largest normal number of float32."""
 DERIVATIVE, FIRST, SECOND = 0.0, 1.0, 2.0
 """What the slope of an :class:`ElementFunction` is."""
 
@@ -93,6 +95,17 @@ class ElementFunction:
         first, second = (tuple(getattr(row, name) for name in ROW_FIELDS) for row in (self.first, self.second))
         numbers = (self.limit, self.slope, self.first_tilt, *first, self.second_tilt, *second)
         object.__setattr__(self, "numbers", numbers)
+        for row, tilt in ((self.first, self.first_tilt), (self.second, self.second_tilt)):
+            exponents = (tilt, row.exp_rate + tilt if row.exp else 0.0, row.expm1_rate if row.expm1 else 0.0)
+            largest = max(map(abs, exponents))
+            assert largest * (self.limit if largest else 0.0) <= LARGEST_EXPONENT, "kernels trust the limit"
+
+    def negated(self) -> ElementFunction:
+        """-y(v), of a function that is one row."""
+        assert self.slope == DERIVATIVE
+        coefficients = ("const", "linear", "square", "exp", "expm1", "softplus", "sigmoid", "sigmoid_squared", "step")
+        negative = {name: -getattr(self.first, name) for name in coefficients}
+        return dataclasses.replace(self, first=dataclasses.replace(self.first, **negative))
 
     @staticmethod
     @functools.lru_cache(maxsize=1024)

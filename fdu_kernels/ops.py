@@ -7,6 +7,7 @@ of the reference.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -57,6 +58,7 @@ class FusedBackend:
         reduction: str,
     ) -> Tensor:
         """weight h(s), reduced; differentiable in pred."""
+        pred, target, weight, mask = _plain(pred), _plain(target), _plain(weight), _plain(mask)
         if _sees_ops(pred):
             numbers = _profile_arguments(divergence, pred.device)
             loss, _ = gaussian_forward(
@@ -83,6 +85,7 @@ class FusedBackend:
         grad_out: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         """The loss and the gradient of its sum, in one pass."""
+        pred, target, weight, mask = _plain(pred), _plain(target), _plain(weight), _plain(mask)
         if _sees_ops(pred):
             numbers = _profile_arguments(divergence, pred.device)
             value, grad = gaussian_value_and_grad(
@@ -104,11 +107,11 @@ class FusedBackend:
         reduction: str,
     ) -> Tensor:
         """E_p[A] - E_q[B], or its second term alone; differentiable in both."""
-        a, b = _critic(divergence.key, parametrization)
-        second = self._expectation(log_ratio_q, b, (divergence, parametrization, 1), None, mask, reduction)
+        gain, loss = _critic(divergence.key, parametrization)
+        which = (divergence, parametrization)
         if log_ratio_p is None:
-            return -second
-        return self._expectation(log_ratio_p, a, (divergence, parametrization, 0), None, mask, reduction) - second
+            return self._expectation((log_ratio_q,), (loss,), which, None, mask, reduction)
+        return self._expectation((log_ratio_p, log_ratio_q), (gain, loss), which, None, mask, reduction)
 
     def variational_divergence_value_and_grad(
         self,
@@ -121,17 +124,17 @@ class FusedBackend:
         grad_scale: float | Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The bound, and the gradients of its sum in both."""
-        a, b = _critic(divergence.key, parametrization)
-        first, grad_p = self._expectation_and_grad(log_ratio_p, a, None, mask, reduction, grad_scale)
-        second, grad_q = self._expectation_and_grad(log_ratio_q, b, None, mask, reduction, -grad_scale)
-        return first - second, grad_p, grad_q
+        gain, loss = _critic(divergence.key, parametrization)
+        first, grad_p = self._expectation_and_grad(log_ratio_p, gain, None, mask, reduction, grad_scale)
+        second, grad_q = self._expectation_and_grad(log_ratio_q, loss, None, mask, reduction, grad_scale)
+        return first + second, grad_p, grad_q
 
     def density_ratio_divergence(
         self, log_ratio: Tensor, divergence: Divergence, samples_from: str, weight: Tensor | None, reduction: str
     ) -> Tensor:
         """E_q[weight f(r)] or E_p[weight f(r)/r], differentiable in log_ratio."""
         function = _ratio(divergence.key, samples_from)
-        return self._expectation(log_ratio, function, (divergence, samples_from, 0), weight, None, reduction)
+        return self._expectation((log_ratio,), (function,), (divergence, samples_from), weight, None, reduction)
 
     def density_ratio_divergence_value_and_grad(
         self,
@@ -148,18 +151,28 @@ class FusedBackend:
 
     def _expectation(
         self,
-        v: Tensor,
-        function: ElementFunction,
-        which: tuple[Divergence, str, int],
+        vs: tuple[Tensor, ...],
+        functions: tuple[ElementFunction, ...],
+        which: tuple[Divergence, str],
         weight: Tensor | None,
         mask: Tensor | None,
         reduction: str,
     ) -> Tensor:
-        if _sees_ops(v):
-            return expectation(v, list(function.numbers), weight, mask, reduction, self.name)
-        if v.requires_grad and torch.is_grad_enabled():
-            return _Expectation.apply(v, self.kernels, function, which, weight, mask, reduction)
-        return self.kernels.expectation(v, function, weight, mask, reduction)
+        """The sum of the functions' expectations."""
+        if _sees_ops(vs[0]):
+            terms = [
+                expectation(v, list(function.numbers), weight, mask, reduction, self.name)
+                for v, function in zip(vs, functions, strict=True)
+            ]
+        elif torch.is_grad_enabled() and any(v.requires_grad for v in vs):
+            value: Tensor = _Expectation.apply(self.kernels, functions, which, weight, mask, reduction, *vs)
+            return value
+        else:
+            terms = [
+                self.kernels.expectation(v, function, weight, mask, reduction)
+                for v, function in zip(vs, functions, strict=True)
+            ]
+        return terms[0] if len(terms) == 1 else terms[0] + terms[1]
 
     def _expectation_and_grad(
         self,
@@ -170,6 +183,7 @@ class FusedBackend:
         reduction: str,
         grad_scale: float | Tensor,
     ) -> tuple[Tensor, Tensor]:
+        v, weight, mask = _plain(v), _plain(weight), _plain(mask)
         if _sees_ops(v):
             numbers = list(function.numbers)
             return expectation_value_and_grad(
@@ -220,8 +234,8 @@ class _Gaussian(torch.autograd.Function):
         elif coefficient is not None:
             scale = upstream / len(coefficient) if reduction == "mean" else upstream
             grad = kernels.gaussian_backward(pred, target, mask, coefficient * scale)
-        elif ready is not None and upstream.item() == 1:
-            grad = ready
+        elif ready is not None and _multiplies_exactly(upstream, ready.dtype):
+            grad = _multiplied(ready, upstream)
         else:  # scaled before it is rounded, or asked for once more
             profile = gaussian_profile(divergence)
             _, grad = kernels.gaussian_value_and_grad(
@@ -231,43 +245,73 @@ class _Gaussian(torch.autograd.Function):
 
 
 class _Expectation(torch.autograd.Function):
-    """The mean of a function of the density-ratio estimate in eager mode."""
+    """The sum of means of functions of density-ratio estimates in eager mode."""
 
     @staticmethod
     def forward(
         ctx: Any,
-        v: Tensor,
         kernels: Kernels,
-        function: ElementFunction,
-        which: tuple[Divergence, str, int],
+        functions: tuple[ElementFunction, ...],
+        which: tuple[Divergence, str],
         weight: Tensor | None,
         mask: Tensor | None,
         reduction: str,
+        *vs: Tensor,
     ) -> Tensor:
-        ctx.options = kernels, function, which, reduction
-        ctx.grad = None
-        if kernels.FUSES_FORWARD and reduction != "none":
-            value, ctx.grad = kernels.expectation_value_and_grad(v, function, weight, mask, reduction, 1.0)
-        else:
-            value = kernels.expectation(v, function, weight, mask, reduction)
-        ctx.save_for_backward(v, weight, mask)
-        return value
+        ctx.options = kernels, functions, which, reduction
+        ctx.grads = []
+        fuses = kernels.FUSES_FORWARD and reduction != "none"
+        terms = []
+        for v, function, needs in zip(vs, functions, ctx.needs_input_grad[-len(vs) :], strict=True):
+            grad = None
+            if fuses and needs:
+                term, grad = kernels.expectation_value_and_grad(v, function, weight, mask, reduction, 1.0)
+            else:
+                term = kernels.expectation(v, function, weight, mask, reduction)
+            terms.append(term)
+            ctx.grads.append(grad)
+        ctx.save_for_backward(weight, mask, *vs)
+        return terms[0] if len(terms) == 1 else terms[0] + terms[1]
 
     @staticmethod
     def backward(ctx: Any, *upstreams: Tensor) -> tuple[Tensor | None, ...]:
         (upstream,) = upstreams
-        kernels, function, which, reduction = ctx.options
-        v, weight, mask = ctx.saved_tensors
-        ready, ctx.grad = ctx.grad, None
-        if torch.is_grad_enabled():  # create_graph
-            value = reference.expectation(_differentiable(*which), v, weight, mask, reduction)
-            (grad,) = torch.autograd.grad(value, v, upstream, create_graph=True)
-        elif ready is not None and upstream.item() == 1:
-            grad = ready
-        else:
-            del ready
-            grad = kernels.expectation_backward(v, function, weight, mask, reduction, upstream)
-        return grad, None, None, None, None, None, None
+        kernels, functions, (divergence, form), reduction = ctx.options
+        weight, mask, *vs = ctx.saved_tensors
+        ready, ctx.grads = ctx.grads, [None] * len(vs)
+        grads: list[Tensor | None] = []
+        for v, function, differentiable, needs, grad in zip(
+            vs,
+            functions,
+            _differentiable(divergence, form, len(vs)),
+            ctx.needs_input_grad[-len(vs) :],
+            ready,
+            strict=True,
+        ):
+            if not needs:
+                grad = None
+            elif torch.is_grad_enabled():  # create_graph
+                value = reference.expectation(differentiable, v, weight, mask, reduction)
+                (grad,) = torch.autograd.grad(value, v, upstream, create_graph=True)
+            elif grad is not None and _multiplies_exactly(upstream, grad.dtype):
+                grad = _multiplied(grad, upstream)
+            else:
+                grad = kernels.expectation_backward(v, function, weight, mask, reduction, upstream)
+            grads.append(grad)
+        return *[None] * 6, *grads
+
+
+def _multiplies_exactly(upstream: Tensor, dtype: torch.dtype) -> bool:
+    """Whether what was rounded to ``dtype`` can be multiplied by ``upstream`` without a second rounding.
+
+    A power of two only moves the exponent; in half precision it may have been lost before.
+    """
+    size = abs(upstream.item())
+    return size == 1 or (dtype.itemsize > 2 and math.frexp(size)[0] == 0.5)
+
+
+def _multiplied(ready: Tensor, upstream: Tensor) -> Tensor:
+    return ready if upstream.item() == 1 else ready.mul_(upstream)
 
 
 @torch.library.custom_op("fdu_kernels::gaussian_forward", mutates_args=())
@@ -414,6 +458,7 @@ def _save_expectation(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None
 def _expectation_grad(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
     v, weight, mask = ctx.saved_tensors
     numbers, reduction, backend = ctx.options
+    upstream = _plain(upstream)
     return expectation_backward(v, numbers, weight, mask, reduction, upstream, backend), *[None] * 5
 
 
@@ -455,6 +500,11 @@ def _sees_ops(tensor: Tensor) -> bool:
     return torch.compiler.is_compiling() or type(tensor) not in (Tensor, torch.nn.Parameter)
 
 
+def _plain(tensor: Any) -> Any:
+    # A pointer does not show the negative bit (of the imaginary part of a conjugate, for instance).
+    return tensor.resolve_neg() if tensor is not None and tensor.is_neg() else tensor
+
+
 def _accumulated(tensor: Tensor, shape: Any) -> Tensor:
     return tensor.new_empty(shape, dtype=accumulation_dtype(tensor.dtype))
 
@@ -486,9 +536,11 @@ def _profile_table(key: str, device: torch.device) -> Tensor | None:
 
 @torch.compiler.assume_constant_result
 def _critic(key: str, parametrization: str) -> tuple[ElementFunction, ElementFunction]:
+    """A and -B, whose expectations add up to the bound."""
     functions = critic_functions(find_divergence(key), parametrization)
     assert functions is not None, "why_unsuitable refuses user generators"
-    return functions
+    a, b = functions
+    return a, b.negated()
 
 
 @torch.compiler.assume_constant_result
@@ -498,8 +550,9 @@ def _ratio(key: str, samples_from: str) -> ElementFunction:
     return function
 
 
-def _differentiable(divergence: Divergence, form: str, index: int) -> Scalar:
-    """The function of an expectation for the reference: a density-ratio term for "q" and "p", else A or B."""
+def _differentiable(divergence: Divergence, form: str, count: int) -> tuple[Scalar, ...]:
+    """The functions of an expectation for the reference: a density-ratio term for "q" and "p", else A and -B."""
     if form in ("q", "p"):
-        return ratio_terms(divergence, form)
-    return critic_terms(divergence, form)[index]
+        return (ratio_terms(divergence, form),)
+    a, b = critic_terms(divergence, form)
+    return (a, b.negated())[-count:]

@@ -33,6 +33,11 @@ class Scalar:
         result: Tensor = _Evaluate.apply(x, self)
         return result
 
+    def negated(self) -> Scalar:
+        """-y(x)."""
+        value, slope = self.value, self.slope
+        return Scalar(lambda x: -value(x), lambda x: -slope(x), self.low, self.high)
+
     def value_at(self, x: Tensor) -> Tensor:
         """y(x), for use without autograd."""
         if math.isinf(self.low) and math.isinf(self.high):
