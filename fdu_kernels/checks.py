@@ -124,6 +124,8 @@ def check_grad_out(grad_out: Tensor | None, pred: Tensor, target: Tensor) -> Non
                 f"grad_out must not share its storage with {name}, which is read while it is written; "
                 "pass torch.empty_like(pred)"
             )
+    if not torch.compiler.is_compiling() and grad_out.is_neg():
+        raise ValueError("grad_out must not have the negative bit; pass torch.empty_like(pred)")
     if any(stride == 0 and size > 1 for size, stride in zip(grad_out.shape, grad_out.stride(), strict=True)):
         raise ValueError("grad_out must not be an expanded tensor, whose elements overlap; pass torch.empty_like(pred)")
 

@@ -58,7 +58,6 @@ class FusedBackend:
         reduction: str,
     ) -> Tensor:
         """weight h(s), reduced; differentiable in pred."""
-        pred, target, weight, mask = _plain(pred), _plain(target), _plain(weight), _plain(mask)
         if _sees_ops(pred):
             numbers = _profile_arguments(divergence, pred.device)
             loss, _ = gaussian_forward(
@@ -85,7 +84,6 @@ class FusedBackend:
         grad_out: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         """The loss and the gradient of its sum, in one pass."""
-        pred, target, weight, mask = _plain(pred), _plain(target), _plain(weight), _plain(mask)
         if _sees_ops(pred):
             numbers = _profile_arguments(divergence, pred.device)
             value, grad = gaussian_value_and_grad(
@@ -183,7 +181,6 @@ class FusedBackend:
         reduction: str,
         grad_scale: float | Tensor,
     ) -> tuple[Tensor, Tensor]:
-        v, weight, mask = _plain(v), _plain(weight), _plain(mask)
         if _sees_ops(v):
             numbers = list(function.numbers)
             return expectation_value_and_grad(
@@ -278,6 +275,7 @@ class _Expectation(torch.autograd.Function):
         (upstream,) = upstreams
         kernels, functions, (divergence, form), reduction = ctx.options
         weight, mask, *vs = ctx.saved_tensors
+        upstream = upstream.resolve_neg()  # a pointer does not show the negative bit
         ready, ctx.grads = ctx.grads, [None] * len(vs)
         grads: list[Tensor | None] = []
         for v, function, differentiable, needs, grad in zip(
@@ -458,7 +456,7 @@ def _save_expectation(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None
 def _expectation_grad(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
     v, weight, mask = ctx.saved_tensors
     numbers, reduction, backend = ctx.options
-    upstream = _plain(upstream)
+    upstream = upstream.resolve_neg()
     return expectation_backward(v, numbers, weight, mask, reduction, upstream, backend), *[None] * 5
 
 
@@ -498,11 +496,6 @@ def _(
 
 def _sees_ops(tensor: Tensor) -> bool:
     return torch.compiler.is_compiling() or type(tensor) not in (Tensor, torch.nn.Parameter)
-
-
-def _plain(tensor: Any) -> Any:
-    # A pointer does not show the negative bit (of the imaginary part of a conjugate, for instance).
-    return tensor.resolve_neg() if tensor is not None and tensor.is_neg() else tensor
 
 
 def _accumulated(tensor: Tensor, shape: Any) -> Tensor:

@@ -67,6 +67,7 @@ BOTH = torch.ones(2, 2, 3)
         ({"pred": ONES.clone(), "grad_out": ONES}, ValueError, "grad_out must not share its storage with target"),
         ({"pred": BOTH[0], "grad_out": BOTH[1]}, ValueError, "grad_out must not share its storage with pred"),
         ({"grad_out": torch.ones(1, 3).expand(2, 3)}, ValueError, "grad_out must not be an expanded tensor"),
+        ({"grad_out": torch.ones(2, 3)._neg_view()}, ValueError, "grad_out must not have the negative bit"),
     ],
 )
 def test_gaussian_arguments(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
