@@ -1,9 +1,12 @@
-"""Golden values (h, h', A, B, A', B' in 40-digit arithmetic), one thread, and no backend wished for from outside."""
+"""Golden values (h, h', A, B, A', B' in 40-digit arithmetic), one thread, no backend wished for, poisoned buffers."""
 
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -34,3 +37,18 @@ def one_thread() -> None:
 @pytest.fixture(autouse=True)
 def no_wished_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("FDU_BACKEND", raising=False)
+
+
+@pytest.fixture
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fill new tensors with NaN, so that an element that stays unwritten is seen."""
+
+    def filling(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def create(*arguments: Any, **options: Any) -> Tensor:
+            tensor = function(*arguments, **options)
+            return tensor.fill_(math.nan) if tensor.is_floating_point() else tensor
+
+        return create
+
+    for owner, name in ((torch, "empty_like"), (Tensor, "new_empty")):
+        monkeypatch.setattr(owner, name, filling(getattr(owner, name)))
