@@ -248,6 +248,7 @@ def test_on_chip_with_masks_odd_sizes_and_strides(
                 record(meta(2, 4, 64, 64, dtype=dtype), profile, mask, forward=False)
     masked = len(launches)
     record(meta(2, 4, 45, 45, dtype=dtype), "table", forward=False)
+    record(meta(2, 4096, dtype=dtype), "closed", meta(2, 4096, dtype=torch.float32), forward=False)
     record(meta(2, 8101, dtype=dtype), "table", meta(8101, dtype=torch.float32), forward=False)
     record(meta(2, 4, 32, 64, dtype=dtype)[..., ::2], "table", meta(2, 1, 32, 32, dtype=torch.bool), forward=False)
     assert {launch.name for launch in launches} == {"gaussian_on_chip"}

@@ -88,7 +88,7 @@ def gaussian_value_and_grad(
             block, warps = fitting
             gaussian_on_chip[(samples.batch,)](
                 *samples.data, samples.mask, losses, *numbers, *scale, *samples.walk, block, *samples.variant,
-                num_warps=warps,
+                num_warps=warps, maxnreg=tuning.ON_CHIP_REGISTERS[warps],
             )  # fmt: skip
         else:
             split = samples.split()

@@ -15,6 +15,9 @@ ON_CHIP: tuple[tuple[int, int], ...] = (
     (32768, 32),
 )
 """(elements, warps) of a program that holds a whole sample in registers: the first that is large enough."""
+ON_CHIP_REGISTERS = {1: 128, 2: 128, 4: 128, 8: 200, 16: 128, 32: None}
+"""By warps: the most registers a thread may have. Stated, because the assembler would rather spill a few bytes than
+have more than 32 or 80; with 32 warps, of which each thread has 64 at most, it does better when left alone."""
 ON_CHIP_LIMIT = {
     ("linear", 2): 32768,
     ("linear", 4): 32768,
@@ -53,7 +56,7 @@ FINISH_WARPS = 4
 EXPECTATION_BLOCK = 1024
 EXPECTATION_WARPS = 4
 EXPECTATION_REGISTERS = 128
-"""Stated, because the assembler would rather spill a few bytes than have more than 80."""
+"""Stated for the same reason."""
 EXPECTATION_PROGRAMS = 4096
 
 
