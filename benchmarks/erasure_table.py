@@ -382,7 +382,7 @@ target's kind, in one of the phrasings that are judged. Judged are {images} imag
 target), {steps} steps, guidance {guidance}, from seeds that no training used, by a classifier that learnt from real
 digits and never saw the generator. An erasure took {seconds} s (median; {workers} such processes at a time). "Unseen"
 are phrasings of the target that training never had; "other kind" are the inks if a digit was erased, and the digits if
-an ink was. Towards the superclass, chance is one image in ten: it draws any digit, and each ink one time in ten.
+an ink was. Towards the superclass, chance is one image in ten for a digit and one in twenty for an ink.
 
 The text embeddings of this pipeline are nearly orthogonal, those of a real CLIP are not: there, expect more harm to
 neighbours than here.

@@ -47,7 +47,7 @@ EMPTY_SHARE, GENERIC_SHARE, MEDIUM_NAMED_SHARE = 0.12, 0.20, 0.60
 AVERAGE_DECAY = 0.99
 """Of the moving average of the weights. With 0.999 a twentieth of the result would be the weights of step 1, which pull
 all samples towards their mean: a generic prompt then draws hardly any red, and hardly a one."""
-UNNAMED_MEDIA = torch.tensor([0.1, 0.1, 0.1, 0.1, 0.6])
+UNNAMED_MEDIA = torch.tensor([0.05, 0.05, 0.05, 0.05, 0.8])
 """How often each medium of MEDIA is drawn when a prompt names none: mostly pencil."""
 
 
