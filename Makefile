@@ -2,6 +2,7 @@
 
 PYTHON ?= python3
 OUT    := demo-out
+RECORD := benchmarks/results/losses/cpu.json
 ARGS   ?=
 
 VENV   := .venv
@@ -14,7 +15,7 @@ STAMP := $(VENV)/installed-$(KEY)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test lint wheel lock clean
+.PHONY: help install demo test lint bench wheel lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -31,6 +32,11 @@ lint: $(STAMP) ## check style, formatting and types
 	$(INSIDE) -m ruff check
 	$(INSIDE) -m ruff format --check
 	$(INSIDE) -m mypy
+
+bench: $(STAMP) ## time the losses against eager PyTorch and torch.compile, some ten minutes (leave the machine alone)
+	mkdir -p "$(dir $(RECORD))"
+	$(INSIDE) -m pytest -q benchmarks/bench_losses.py --benchmark-json="$(RECORD)" $(ARGS)
+	$(INSIDE) benchmarks/compare.py "$(RECORD)" --check --docs docs/performance.md
 
 wheel: $(STAMP) ## build the wheel into dist/
 	rm -rf build dist

@@ -16,6 +16,7 @@ def pytest_benchmark_update_machine_info(config: Any, machine_info: dict[str, An
         from triton import __version__ as triton
     except ImportError:
         triton = None
+    machine_info.pop("node", None)  # the machine's name says nothing about its speed
     machine_info["versions"] = {"python": platform.python_version(), "torch": torch.__version__, "triton": triton}
     machine_info["threads"] = torch.get_num_threads()
     machine_info["capability"] = torch.backends.cpu.get_cpu_capability()
