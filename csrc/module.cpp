@@ -1,4 +1,4 @@
-// The extension module fdu_kernels._C: the CPU operations on torch tensors, and how it was built.
+// The extension module fdu_kernels._C: the operations on torch tensors, and how it was built.
 //
 // Tensors come through the DLPack exchange table of torch.Tensor, a C interface that costs some tens of nanoseconds per
 // tensor; threads through the stable ABI of LibTorch. So one build serves every torch from 2.10 on.
@@ -7,45 +7,20 @@
 
 #include <string>
 
+#include "borrowed.h"
 #include "build_info.h"
 #include "cpu.h"
 
 namespace py = pybind11;
+using fdu::Borrowed;
+
+#if defined(FDU_CUDA)
+namespace fdu::cuda {
+void bind(py::module_& module);
+}
+#endif
 
 namespace {
-
-const DLPackExchangeAPI* exchange = nullptr;
-
-void find_exchange() {
-    const py::object capsule = py::module_::import("torch").attr("Tensor").attr("__dlpack_c_exchange_api__");
-    auto* found = static_cast<const DLPackExchangeAPI*>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
-    if (!found) throw py::error_already_set();
-    if (found->header.version.major != DLPACK_MAJOR_VERSION) {
-        throw std::runtime_error("this torch speaks another major version of DLPack than the one fdu_kernels was built with");
-    }
-    exchange = found;
-}
-
-// A tensor, or none; valid as long as the caller holds it.
-class Borrowed {
-  public:
-    explicit Borrowed(py::handle object) : given_(!object.is_none()) {
-        if (!given_) return;
-        if (exchange->dltensor_from_py_object_no_sync(object.ptr(), &tensor_)) throw py::error_already_set();
-        if (!tensor_.data) {
-            for (int d = 0; d < tensor_.ndim; ++d) {
-                if (tensor_.shape[d] == 0) return;
-            }
-            throw std::invalid_argument("fdu_kernels: a tensor without data");
-        }
-    }
-    const DLTensor* get() const { return given_ ? &tensor_ : nullptr; }
-    const DLTensor& operator*() const { return tensor_; }
-
-  private:
-    DLTensor tensor_;
-    bool given_;
-};
 
 fdu::Reduction reduction_of(int number) { return static_cast<fdu::Reduction>(number); }
 
@@ -67,12 +42,12 @@ void gaussian(
     py::handle pred, py::handle target, double c, double k, double linear_beyond, py::handle table, py::handle sigma,
     py::handle weight, py::handle mask, bool mean_distance, int reduction, double grad_scale, py::handle value,
     py::handle coefficient, py::handle grad) {
-    const bool sigma_is_number = PyFloat_Check(sigma.ptr()) || PyLong_Check(sigma.ptr());
     const Borrowed pred_(pred), target_(target), table_(table), weight_(weight), mask_(mask), value_(value);
-    const Borrowed sigma_(sigma_is_number ? py::handle(Py_None) : sigma), coefficient_(coefficient), grad_(grad);
+    const Borrowed coefficient_(coefficient), grad_(grad);
+    const fdu::NumberOrTensor sigma_(sigma);
     fdu::Gaussian task{
-        pred_.get(), target_.get(), mask_.get(), {c, k, linear_beyond, nullptr, 0}, sigma_.get(),
-        sigma_is_number ? sigma.cast<double>() : 1.0, weight_.get(), mean_distance, reduction_of(reduction),
+        pred_.get(), target_.get(), mask_.get(), {c, k, linear_beyond, nullptr, 0}, sigma_.tensor(),
+        sigma_.number(), weight_.get(), mean_distance, reduction_of(reduction),
         grad_scale, value_.get(), coefficient_.get(), grad_.get(),
     };
     if (table_.get()) {
@@ -112,7 +87,7 @@ py::tuple instruction_sets() {
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
-    find_exchange();
+    fdu::find_exchange();
     module.doc() = "The compiled kernels of fdu_kernels. Internal; see fdu_kernels.backends.native.";
     module.def("gaussian", &gaussian);
     module.def("gaussian_backward", &gaussian_backward);
@@ -125,5 +100,8 @@ PYBIND11_MODULE(_C, module) {
             if (!fdu::use_instruction_set(name.c_str())) throw py::value_error("not an instruction set of this machine: " + name);
         },
         "Compute with another one, in the whole process. For tests.");
+#if defined(FDU_CUDA)
+    fdu::cuda::bind(module);
+#endif
     module.attr("BUILD") = FDU_BUILD;
 }

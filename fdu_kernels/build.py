@@ -15,13 +15,14 @@ import importlib.util
 import json
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
 import sys
 import sysconfig
 import types
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 MODULE = "fdu_kernels._C"
@@ -31,6 +32,14 @@ COMPILERS = ("g++", "clang++", "c++")
 SOURCES = ("module.cpp", "cpu.cpp", "memory.cpp", "threads.cpp")
 KERNELS = "cpu_kernels.cpp"
 """Compiled once per instruction set."""
+CUDA_SOURCES = ("cuda_module.cpp", "cuda.cu")
+"""Compiled where there is nvcc, for some architectures."""
+ARCHITECTURES = ("8.0", "9.0", "10.0+PTX")
+"""Of a build for any machine, as TORCH_CUDA_ARCH_LIST would name them, which takes their place. Code for 8.0 runs on
+all 8.x; newer devices than the last compile its PTX."""
+OLDEST_ARCHITECTURE = (8, 0)
+OLDEST_NVCC = (12, 4)
+"""The first with __maxnreg__."""
 INSTRUCTION_SETS = {
     "baseline": (),
     "avx2": ("-mavx2", "-mfma", "-mf16c"),
@@ -41,9 +50,15 @@ INSTRUCTION_SETS = {
 FLAGS = (
     "-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unknown-pragmas",
     "-Wno-uninitialized", "-Wno-maybe-uninitialized", # GCC's own intrinsics
+    "-Wno-subobject-linkage", # each unit has its own scalar mathematics
     # What loops need to become vectors. NaN and infinity keep their meaning.
     "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math",
 )  # fmt: skip
+NVCC_FLAGS = (
+    "-std=c++20", "-O3", "--threads=0", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-Wextra,-Wno-unknown-pragmas",
+    "-Xcompiler=-Wno-subobject-linkage", "--diag-suppress=1675", # pragmas of GCC
+)  # fmt: skip
+NO_DEVICE = "the machine that built them has no CUDA device"
 LOG_LINES = 15
 """Of the compiler's output, in an error."""
 
@@ -60,12 +75,14 @@ class Recipe:
     compiler_version: str
     ninja: str
     sources: Path
-    objects: dict[str, tuple[str, tuple[str, ...]]]
-    """Object -> source and flags."""
-    link_flags: tuple[str, ...]
+    objects: dict[str, tuple[str, str, tuple[str, ...]]]
+    """Object -> compiler, source and flags."""
+    linker: tuple[str, ...]
+    """The command and its flags."""
     torch_version: str
     cuda: str
-    """The CUDA architectures, or why there are none."""
+    """For which CUDA architectures, by which nvcc; or why for none."""
+    architectures: tuple[str, ...]
 
     @property
     def information(self) -> dict[str, object]:
@@ -82,7 +99,7 @@ class Recipe:
     @property
     def key(self) -> str:
         """Two builds of one key are interchangeable on one machine."""
-        parts = [self.information, self.compiler, str(self.sources), sorted(self.objects.items()), self.link_flags]
+        parts = [self.information, self.compiler, str(self.sources), sorted(self.objects.items()), self.linker]
         parts += [sys.version, sysconfig.get_platform()]
         return hashlib.sha256(json.dumps(parts, default=str).encode()).hexdigest()[:16]
 
@@ -110,8 +127,13 @@ def digest_of_sources(folder: Path) -> str:
     return digest.hexdigest()[:16]
 
 
-def recipe() -> Recipe:
+def recipe(architectures: Sequence[str] = (), why_none: str = NO_DEVICE) -> Recipe:
     """The recipe for this machine.
+
+    Args:
+        architectures: of the CUDA kernels, such as ARCHITECTURES. They are left out, and the module says why, if there
+            are none or no nvcc that can compile for one of them.
+        why_none: why there are none.
 
     Raises:
         BuildError: something is missing; says what, and the command that mends it.
@@ -120,20 +142,53 @@ def recipe() -> Recipe:
     compiler = _find_compiler()
     torch_folder, torch_version = _find_torch()
     includes = [torch_folder / "include", _find_pybind11(), _find_python_headers()]
-    common = (*FLAGS, *(flag for include in includes for flag in ("-isystem", str(include))))
+    included = tuple(flag for include in includes for flag in ("-isystem", str(include)))
+    common = (*FLAGS, *included)
     objects = {}
     sets = INSTRUCTION_SETS if platform.machine().lower() in ("x86_64", "amd64") else {"baseline": ()}
     if len(sets) > 1:
         common = (*common, "-DFDU_X86")
+    linker: tuple[str, ...] = (compiler,)
+    libraries = ("-shared", f"-L{torch_folder / 'lib'}", "-ltorch_cpu")
+    cuda, toolkit = why_none, None
+    if architectures:
+        try:
+            toolkit = _find_toolkit(architectures)
+        except BuildError as error:
+            cuda = str(error)
+    if toolkit is not None:
+        cuda = f"for {', '.join(toolkit.architectures)} by nvcc {'.'.join(map(str, toolkit.version))}"
+        common = (*common, "-DFDU_CUDA")
+        flags = (*NVCC_FLAGS, f"-ccbin={compiler}", *_code_flags(toolkit.architectures), *included)
+        for source in CUDA_SOURCES:
+            made = (toolkit.nvcc, source, flags) if source.endswith(".cu") else (compiler, source, common)
+            objects[f"{Path(source).stem}.o"] = made
+        # nvcc links CUDA's runtime statically; its names must not meet those of the runtime that torch brings.
+        linker = (toolkit.nvcc, f"-ccbin={compiler}", "-nodlink", "-Xlinker=--exclude-libs=ALL")
     for source in SOURCES:
-        objects[source.replace(".cpp", ".o")] = source, common
+        objects[source.replace(".cpp", ".o")] = compiler, source, common
     for name, flags in sets.items():
-        objects[f"kernels_{name}.o"] = KERNELS, (*common, *flags, f"-DFDU_KERNELS=kernels_{name}")
-    link_flags = ("-shared", f"-L{torch_folder / 'lib'}", "-ltorch_cpu")
+        objects[f"kernels_{name}.o"] = compiler, KERNELS, (*common, *flags, f"-DFDU_KERNELS=kernels_{name}")
     return Recipe(
-        compiler, _first_line(compiler, "--version"), _find_ninja(), sources, objects, link_flags, torch_version,
-        "no CUDA kernels in this version",
+        compiler, _first_line(compiler, "--version"), _find_ninja(), sources, objects, (*linker, *libraries),
+        torch_version, cuda, () if toolkit is None else toolkit.architectures,
     )  # fmt: skip
+
+
+def architectures_to_distribute() -> tuple[str, ...]:
+    """ARCHITECTURES, or those that TORCH_CUDA_ARCH_LIST names instead."""
+    named = re.split(r"[;,\s]+", os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip())
+    return tuple(name for name in named if name) or ARCHITECTURES
+
+
+def architectures_of_devices() -> tuple[str, ...]:
+    """Those of this machine's CUDA devices that the kernels support."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return ()
+    capabilities = {torch.cuda.get_device_capability(index) for index in range(torch.cuda.device_count())}
+    return tuple(f"{major}.{minor}" for major, minor in sorted(capabilities) if (major, minor) >= OLDEST_ARCHITECTURE)
 
 
 def compile_module(recipe: Recipe, target: Path, folder: Path) -> None:
@@ -162,15 +217,35 @@ def compile_module(recipe: Recipe, target: Path, folder: Path) -> None:
 def load() -> types.ModuleType:
     """``fdu_kernels._C``: the installed one, else one built here before, else built now.
 
+    What is built now has CUDA kernels for the devices of this machine, and none where there is no device: nvcc takes
+    most of a minute.
+
     Raises:
         BuildError: there is none and none can be built.
     """
-    installed = _installed_module()
+    architectures = architectures_of_devices()
+    installed = _installed_module(architectures)
     if installed is not None:
         return installed
-    plan = recipe()
-    folder = cache_folder() / plan.key
-    target = folder / f"_C{_extension_suffix()}"
+    plan = recipe(architectures)
+    try:
+        return _import_file(built(plan))
+    except BuildError:
+        if not plan.architectures:
+            raise
+        # The CPU kernels need not suffer.
+        why = f"the build with nvcc failed; its log is {_folder_of(plan) / 'build' / 'build.log'}"
+        return _import_file(built(recipe(why_none=why)))
+
+
+def built(plan: Recipe) -> Path:
+    """The extension module by a recipe, built unless it is in the cache.
+
+    Raises:
+        BuildError: the build failed, now or before.
+    """
+    folder = _folder_of(plan)
+    target = folder / f"_C{extension_suffix()}"
     failure = folder / "failure.txt"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -188,7 +263,11 @@ def load() -> types.ModuleType:
         raise BuildError(
             f"the C++ kernels cannot be built into {folder}: {error}; name another place: XDG_CACHE_HOME=..."
         ) from error
-    return _import_file(target)
+    return target
+
+
+def _folder_of(plan: Recipe) -> Path:
+    return cache_folder() / plan.key
 
 
 def cache_folder() -> Path:
@@ -197,8 +276,9 @@ def cache_folder() -> Path:
     return (Path(root) if root else Path.home() / ".cache") / "fdu_kernels"
 
 
-def _installed_module() -> types.ModuleType | None:
-    """The module that was built with the distribution, unless the sources have changed since."""
+def _installed_module(architectures: Sequence[str]) -> types.ModuleType | None:
+    """The module that was built with the distribution, unless the sources have changed since, or it lacks the CUDA
+    kernels and they can be built here."""
     spec = importlib.util.find_spec(MODULE)
     if spec is None:
         return None
@@ -207,6 +287,10 @@ def _installed_module() -> types.ModuleType | None:
         fits: bool = json.loads(module.BUILD)["sources"] == digest_of_sources(sources_folder())
     except (ImportError, AttributeError, BuildError):
         return None
+    if fits and architectures and not hasattr(module, "cuda_gaussian"):
+        with contextlib.suppress(BuildError):
+            _find_toolkit(architectures)
+            fits = False
     return module if fits else None
 
 
@@ -241,12 +325,14 @@ def _ninja_file(recipe: Recipe, folder: Path) -> str:
     lines = [
         "ninja_required_version = 1.5",
         "rule compile",
-        f"  command = {words(recipe.compiler)} $flags -c $in -o $out",
+        "  command = $compiler $flags -c $in -o $out",
         "rule link",
-        f"  command = {words(recipe.compiler)} $in {words(*recipe.link_flags)} -o $out",
+        # What is linked comes before the libraries.
+        f"  command = {words(recipe.linker[0])} $in {words(*recipe.linker[1:])} -o $out",
     ]
-    for made, (source, flags) in recipe.objects.items():
-        lines += [f"build {made}: compile {path(recipe.sources / source)}", f"  flags = {words('-I', folder, *flags)}"]
+    for made, (compiler, source, flags) in recipe.objects.items():
+        lines += [f"build {made}: compile {path(recipe.sources / source)}"]
+        lines += [f"  compiler = {words(compiler)}", f"  flags = {words('-I', folder, *flags)}"]
     lines += [f"build _C.so: link {' '.join(recipe.objects)}", "default _C.so", ""]
     return "\n".join(lines)
 
@@ -276,6 +362,66 @@ def _find_torch() -> tuple[Path, str]:
     return folder, found
 
 
+@dataclasses.dataclass(frozen=True)
+class _Toolkit:
+    """The CUDA toolkit, and for what it compiles."""
+
+    nvcc: str
+    version: tuple[int, int]
+    architectures: tuple[str, ...]
+
+
+def _find_toolkit(architectures: Sequence[str]) -> _Toolkit:
+    home = os.environ.get("CUDA_HOME")
+    wished = (f"{home}/bin/nvcc",) if home else ("nvcc", "/usr/local/cuda/bin/nvcc")
+    nvcc = next(filter(None, map(shutil.which, wished)), None)
+    if nvcc is None:
+        missing = f"CUDA_HOME names {home}, which has no bin/nvcc" if home else "there was no nvcc"
+        raise BuildError(f"{missing}; install the CUDA toolkit and build anew")
+    release = re.search(r"release (\d+)\.(\d+)", _output(nvcc, "--version"))
+    version = (int(release[1]), int(release[2])) if release else (0, 0)
+    if version < OLDEST_NVCC:
+        wanted = ".".join(map(str, OLDEST_NVCC))
+        raise BuildError(f"{nvcc} is of CUDA {version[0]}.{version[1]}, which is too old; install {wanted} or newer")
+    known = {_numbers(code) for code in re.findall(r"sm_(\d+)\b", _output(nvcc, "--list-gpu-code"))}
+    return _Toolkit(nvcc, version, _compilable(architectures, known))
+
+
+def _numbers(code: str) -> tuple[int, int]:
+    """Of "90" or "100"."""
+    return int(code[:-1]), int(code[-1])
+
+
+def _compilable(architectures: Sequence[str], known: set[tuple[int, int]]) -> tuple[str, ...]:
+    """Architectures as an nvcc takes them: the newest that it knows, as PTX, instead of one that it does not know."""
+    found: dict[str, None] = {}
+    for name in architectures:
+        match = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", name)
+        if match is None:
+            raise BuildError(f"TORCH_CUDA_ARCH_LIST names {name!r}; name architectures such as 9.0 or 10.0+PTX")
+        wanted = int(match[1]), int(match[2])
+        if wanted < OLDEST_ARCHITECTURE:
+            continue
+        older = [each for each in known if OLDEST_ARCHITECTURE <= each <= wanted]
+        if wanted in known:
+            found[name] = None
+        elif older:
+            found["{}.{}+PTX".format(*max(older))] = None
+    if not found:
+        raise BuildError(f"of the architectures {', '.join(architectures)} nvcc has none from 8.0 on")
+    return tuple(found)
+
+
+def _code_flags(architectures: Sequence[str]) -> list[str]:
+    flags = []
+    for name in architectures:
+        number = name.removesuffix("+PTX").replace(".", "")
+        flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
+        if name.endswith("+PTX"):
+            flags.append(f"-gencode=arch=compute_{number},code=compute_{number}")
+    return flags
+
+
 def _find_pybind11() -> Path:
     spec = importlib.util.find_spec("pybind11")
     if spec is None or spec.origin is None:
@@ -301,10 +447,32 @@ def _find_ninja() -> str:
     return found
 
 
-def _first_line(*command: str) -> str:
+def _output(*command: str) -> str:
     ran = subprocess.run(command, capture_output=True, text=True, check=False)
-    return (ran.stdout or ran.stderr).strip().split("\n")[0]
+    return (ran.stdout or ran.stderr).strip()
 
 
-def _extension_suffix() -> str:
+def _first_line(*command: str) -> str:
+    return _output(*command).split("\n")[0]
+
+
+def extension_suffix() -> str:
+    """Of extension modules of this Python."""
     return importlib.machinery.EXTENSION_SUFFIXES[0]
+
+
+def main() -> int:
+    """Build the module for this machine, or find it, and print how and where: ``python -m fdu_kernels.build``."""
+    try:
+        module = load()
+    except BuildError as error:
+        print(f"fdu_kernels has no compiled kernels: {error}", file=sys.stderr)
+        return 1
+    print(f"module: {module.__file__}")
+    for name, value in json.loads(module.BUILD).items():
+        print(f"{name.replace('_', ' ')}: {' '.join(map(str, value)) if isinstance(value, list) else value}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -22,7 +22,7 @@ from fdu_kernels.divergence import Divergence
 from fdu_kernels.lowering import ElementFunction, GaussianProfile, critic_functions, gaussian_profile, ratio_function
 from fdu_kernels.scalar import Scalar
 
-KERNELS: dict[str, Kernels] = {"triton": triton, "cpu": native.cpu}
+KERNELS: dict[str, Kernels] = {"triton": triton, "cuda": native.cuda, "cpu": native.cpu}
 """Name -> kernels, the preferred first."""
 
 

@@ -1,4 +1,4 @@
-"""The native backend: the kernels of csrc/, compiled C++, on the CPU.
+"""The native backends: the kernels of csrc/, compiled C++ for the CPU and CUDA C++ for NVIDIA GPUs.
 
 Built with the distribution, or at first use where that was not possible (:mod:`fdu_kernels.build`).
 """
@@ -6,18 +6,26 @@ Built with the distribution, or at first use where that was not possible (:mod:`
 from __future__ import annotations
 
 import functools
+import json
+import math
 import types
 
 import torch
 from torch import Tensor
 
-from fdu_kernels import build
 from fdu_kernels.lowering import ElementFunction, GaussianProfile
 
 _REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
 _DTYPES = frozenset((torch.float16, torch.bfloat16, torch.float32, torch.float64))
 # To be like one of these costs half of stating dtype and device, which torch.set_default_device would decide otherwise.
 _NUMBER, _NUMBER64 = (torch.zeros((), dtype=dtype, device="cpu") for dtype in (torch.float32, torch.float64))
+
+
+def _load() -> types.ModuleType:
+    """The compiled module; a BuildError, which is a RuntimeError, says why there is none."""
+    from fdu_kernels import build  # here, so that python -m fdu_kernels.build finds it not yet imported
+
+    return build.load()
 
 
 class NativeKernels:
@@ -27,13 +35,13 @@ class NativeKernels:
 
     @functools.cached_property
     def _compiled(self) -> types.ModuleType:
-        return build.load()
+        return _load()
 
     @functools.cached_property
     def _reason(self) -> str | None:
         try:
             self._compiled  # noqa: B018
-        except build.BuildError as error:
+        except RuntimeError as error:
             return str(error)
         return None
 
@@ -138,6 +146,232 @@ class NativeKernels:
         return value, grad
 
 
+class CudaKernels:
+    """The kernels for CUDA devices; see :class:`fdu_kernels.backends.kernels.Kernels`.
+
+    They return before the device has done its work. Partial sums have a workspace of torch, so that a call can be
+    captured in a graph.
+    """
+
+    FUSES_FORWARD = False
+    DTYPES = frozenset((torch.float16, torch.bfloat16, torch.float32))
+
+    def __init__(self) -> None:
+        self._tickets: dict[tuple[int, int], Tensor] = {}
+
+    @functools.cached_property
+    def _compiled(self) -> types.ModuleType:
+        return _load()
+
+    @functools.cached_property
+    def _reason(self) -> str | None:
+        if torch.version.cuda is None:
+            return "this PyTorch is built without CUDA"
+        if not torch.cuda.is_available():
+            return "no CUDA device"
+        try:
+            module = self._compiled
+        except RuntimeError as error:
+            return str(error)
+        if not hasattr(module, "cuda_gaussian"):
+            return f"built without CUDA kernels: {json.loads(module.BUILD)['cuda']}"
+        reasons = [self._why_unusable(index) for index in range(torch.cuda.device_count())]
+        return None if None in reasons else reasons[0]
+
+    def why_unavailable(self) -> str | None:
+        """Why there is no device or no compiled module for it, and what mends it. The first call may build it."""
+        return self._reason
+
+    def why_unsuitable(self, device: torch.device, dtype: torch.dtype) -> str | None:
+        """Why it cannot take tensors of this kind."""
+        if dtype not in self.DTYPES:
+            return f"it computes in float32 and does not take {str(dtype).removeprefix('torch.')}"
+        if device.type != "cuda":
+            return f"it computes on CUDA devices, and the tensor is on {device}"
+        return self._why_unusable(torch.cuda.current_device() if device.index is None else device.index)
+
+    @functools.cache  # noqa: B019 - as many entries as devices, for an object that lives as long as the process
+    def _why_unusable(self, index: int) -> str | None:
+        reason: str = self._compiled.cuda_why_unusable(index)
+        if not reason:
+            return None
+        capability = "".join(map(str, torch.cuda.get_device_capability(index)))
+        built = json.loads(self._compiled.BUILD)["cuda"]
+        return f"cuda:{index} (sm_{capability}) cannot run the CUDA kernels, built {built}: {reason}"
+
+    def gaussian_forward(
+        self,
+        pred: Tensor,
+        target: Tensor,
+        profile: GaussianProfile,
+        sigma: float | Tensor,
+        weight: Tensor | None,
+        mask: Tensor | None,
+        distance: str,
+    ) -> tuple[Tensor, Tensor]:
+        """weight h(s) and 2 weight h'(s) / (sigma^2 Z). One launch."""
+        loss, coefficient = (pred.new_empty(pred.shape[:1], dtype=torch.float32) for _ in range(2))
+        self._gaussian(
+            pred, target, profile, sigma, weight, mask, distance, "none", 1.0, loss, coefficient, None
+        )  # fmt: skip
+        return loss, coefficient
+
+    def gaussian_backward(self, pred: Tensor, target: Tensor, mask: Tensor | None, coefficient: Tensor) -> Tensor:
+        """coefficient_b mask (pred - target). One launch."""
+        grad = filled = torch.empty_like(pred)
+        if pred.ndim > self._compiled.CUDA_DIMS:
+            pred, target, mask = _contiguous(pred, target, mask)
+            filled = torch.empty_like(pred)
+        self._compiled.cuda_gaussian_backward(pred, target, mask, coefficient, filled)
+        return grad if filled is grad else grad.copy_(filled)
+
+    def gaussian_value_and_grad(
+        self,
+        pred: Tensor,
+        target: Tensor,
+        profile: GaussianProfile,
+        sigma: float | Tensor,
+        weight: Tensor | None,
+        mask: Tensor | None,
+        distance: str,
+        reduction: str,
+        grad_scale: float | Tensor,
+        grad_out: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        """The reduced loss, and the gradient of its sum times grad_scale. One launch where a sample fits on chip, else
+        two."""
+        grad = torch.empty_like(pred) if grad_out is None else grad_out
+        value = pred.new_empty(pred.shape[:1] if reduction == "none" else (), dtype=torch.float32)
+        self._gaussian(
+            pred, target, profile, sigma, weight, mask, distance, reduction, grad_scale, value, None, grad
+        )  # fmt: skip
+        return value, grad
+
+    def expectation(
+        self, v: Tensor, function: ElementFunction, weight: Tensor | None, mask: Tensor | None, reduction: str
+    ) -> Tensor:
+        """y(v) times weight or mask, reduced. One launch, beside that for the sum of a mask."""
+        value = _values(v, reduction)
+        self._expectation(v, function, weight, mask, reduction, 1.0, None, value, None)
+        return value
+
+    def expectation_backward(
+        self,
+        v: Tensor,
+        function: ElementFunction,
+        weight: Tensor | None,
+        mask: Tensor | None,
+        reduction: str,
+        upstream: Tensor,
+    ) -> Tensor:
+        """The gradient of :meth:`expectation` in v. Launches as there."""
+        grad = torch.empty_like(v)
+        scale, elementwise = (1.0, upstream) if reduction == "none" else (upstream, None)
+        self._expectation(v, function, weight, mask, reduction, scale, elementwise, None, grad)
+        return grad
+
+    def expectation_value_and_grad(
+        self,
+        v: Tensor,
+        function: ElementFunction,
+        weight: Tensor | None,
+        mask: Tensor | None,
+        reduction: str,
+        grad_scale: float | Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """The value, and the gradient of its sum times grad_scale. Launches as there."""
+        value, grad = _values(v, reduction), torch.empty_like(v)
+        self._expectation(v, function, weight, mask, reduction, grad_scale, None, value, grad)
+        return value, grad
+
+    def _gaussian(
+        self,
+        pred: Tensor,
+        target: Tensor,
+        profile: GaussianProfile,
+        sigma: float | Tensor,
+        weight: Tensor | None,
+        mask: Tensor | None,
+        distance: str,
+        reduction: str,
+        grad_scale: float | Tensor,
+        value: Tensor,
+        coefficient: Tensor | None,
+        grad: Tensor | None,
+    ) -> None:
+        if len(pred) == 0 and reduction != "none":
+            value.fill_(math.nan if reduction == "mean" else 0.0)  # as of no numbers in PyTorch
+        filled = grad
+        if pred.ndim > self._compiled.CUDA_DIMS:
+            pred, target, mask = _contiguous(pred, target, mask)
+            filled = None if grad is None else torch.empty_like(pred)
+        self._compiled.cuda_gaussian(
+            pred, target, profile.c, profile.k, profile.linear_beyond, profile.table_on(pred.device), sigma, weight,
+            mask, distance == "mean", _REDUCTIONS[reduction], _on(grad_scale, pred.device), value, coefficient, filled,
+            self._workspace(pred, len(pred)), self._tickets_on(pred.device),
+        )  # fmt: skip
+        if grad is not None and filled is not None and filled is not grad:
+            grad.copy_(filled)
+
+    def _expectation(
+        self,
+        v: Tensor,
+        function: ElementFunction,
+        weight: Tensor | None,
+        mask: Tensor | None,
+        reduction: str,
+        grad_scale: float | Tensor,
+        upstream: Tensor | None,
+        value: Tensor | None,
+        grad: Tensor | None,
+    ) -> None:
+        # A gradient must know the mask's sum before the first element is written.
+        total = mask.sum(dtype=torch.float32) if mask is not None and reduction == "mean" else None
+        filled = [value, grad]
+        if v.ndim > self._compiled.CUDA_DIMS:
+            v, _, mask = _contiguous(v, v, mask)
+            upstream = None if upstream is None else upstream.contiguous()
+            filled = [None if made is None else made.contiguous() for made in filled]
+        self._compiled.cuda_expectation(
+            v, function.numbers, weight, mask, total, _REDUCTIONS[reduction], _on(grad_scale, v.device), upstream,
+            *filled, self._workspace(v, 0), self._tickets_on(v.device),
+        )  # fmt: skip
+        for made, computed in zip((value, grad), filled, strict=True):
+            if made is not None and computed is not None and computed is not made:
+                made.copy_(computed)
+
+    def _workspace(self, tensor: Tensor, batch: int) -> Tensor:
+        once, each = self._compiled.CUDA_WORKSPACE
+        return tensor.new_empty(once + each * batch, dtype=torch.uint8)
+
+    def _tickets_on(self, device: torch.device) -> Tensor | None:
+        """Zeros that the kernels of one stream, which run one after the other, count with and set to zero again."""
+        key = device.index, torch._C._cuda_getCurrentRawStream(device.index)
+        found = self._tickets.get(key)
+        if found is None:
+            with torch.cuda.device(device):
+                if torch.cuda.is_current_stream_capturing():
+                    return None  # a graph counts in its workspace
+            found = self._tickets[key] = torch.zeros(self._compiled.CUDA_TICKETS, dtype=torch.int32, device=device)
+        return found
+
+
+def _values(v: Tensor, reduction: str) -> Tensor:
+    return torch.empty_like(v, dtype=torch.float32) if reduction == "none" else v.new_empty((), dtype=torch.float32)
+
+
+def _on(number: float | Tensor, device: torch.device) -> float | Tensor:
+    """A tensor on another device than the kernels' is one on the CPU: reading it makes nobody wait."""
+    return number if not isinstance(number, Tensor) or number.device == device else float(number)
+
+
+def _contiguous(pred: Tensor, target: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Copies that the kernels can walk over, whatever the number of dimensions."""
+    if mask is not None:
+        mask = mask.expand(pred.shape).contiguous()
+    return pred.contiguous(), target.contiguous(), mask
+
+
 def _accumulated(tensor: Tensor) -> Tensor:
     return torch.empty_like(_NUMBER64 if tensor.dtype is torch.float64 else _NUMBER)
 
@@ -159,3 +393,5 @@ def _plain(tensor: Tensor) -> Tensor:
 
 cpu = NativeKernels()
 """The backend "cpu"."""
+cuda = CudaKernels()
+"""The backend "cuda"."""

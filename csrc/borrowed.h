@@ -1,0 +1,64 @@
+// Tensors as the extension module sees them: through the DLPack exchange table of torch.Tensor, without owning them.
+
+#pragma once
+
+#include <ATen/dlpack.h>
+#include <pybind11/pybind11.h>
+
+#include <stdexcept>
+
+namespace fdu {
+
+inline const DLPackExchangeAPI* exchange = nullptr;
+
+inline void find_exchange() {
+    namespace py = pybind11;
+    const py::object capsule = py::module_::import("torch").attr("Tensor").attr("__dlpack_c_exchange_api__");
+    auto* found = static_cast<const DLPackExchangeAPI*>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
+    if (!found) throw py::error_already_set();
+    if (found->header.version.major != DLPACK_MAJOR_VERSION) {
+        throw std::runtime_error("this torch speaks another major version of DLPack than the one fdu_kernels was built with");
+    }
+    exchange = found;
+}
+
+// A tensor, or none; valid as long as the caller holds it.
+class Borrowed {
+  public:
+    explicit Borrowed(pybind11::handle object) : given_(!object.is_none()) {
+        if (!given_) return;
+        if (exchange->dltensor_from_py_object_no_sync(object.ptr(), &tensor_)) throw pybind11::error_already_set();
+        if (!tensor_.data) {
+            for (int d = 0; d < tensor_.ndim; ++d) {
+                if (tensor_.shape[d] == 0) return;
+            }
+            throw std::invalid_argument("fdu_kernels: a tensor without data");
+        }
+    }
+    const DLTensor* get() const { return given_ ? &tensor_ : nullptr; }
+    const DLTensor& operator*() const { return tensor_; }
+
+  private:
+    DLTensor tensor_;
+    bool given_;
+};
+
+// A tensor, or a number.
+class NumberOrTensor {
+  public:
+    explicit NumberOrTensor(pybind11::handle object)
+        : is_number_(PyFloat_Check(object.ptr()) || PyLong_Check(object.ptr())),
+          tensor_(is_number_ ? pybind11::handle(Py_None) : object),
+          number_(is_number_ ? object.cast<double>() : 1.0) {}
+
+    const DLTensor* tensor() const { return tensor_.get(); }
+    // 1 beside a tensor.
+    double number() const { return number_; }
+
+  private:
+    bool is_number_;
+    Borrowed tensor_;
+    double number_;
+};
+
+}  // namespace fdu

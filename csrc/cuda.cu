@@ -1,0 +1,207 @@
+// Launches of the CUDA kernels: which, how many blocks, and what they get.
+
+#include "cuda.h"
+
+#include "cuda_expectation.cuh"
+#include "cuda_gaussian.cuh"
+#include "cuda_plan.h"
+
+namespace fdu::cuda {
+namespace {
+
+// Bytes before the partial sums in a workspace.
+constexpr int64_t ticket_bytes = (4 * (1 + most_parts) + 255) / 256 * 256;
+// ceil(wave / batch) blocks a sample make up at most the wave and another block for each sample.
+constexpr int64_t most_partials = 2 * most_parts;
+
+// The parts of a workspace.
+struct Workspace {
+    unsigned* tickets;
+    Sums* partials;
+    double* losses;
+    float* coefficients;
+
+    Workspace(const DLTensor& tensor, int64_t batch) {
+        char* const data = data_of(tensor);
+        tickets = reinterpret_cast<unsigned*>(data);
+        partials = reinterpret_cast<Sums*>(data + ticket_bytes);
+        losses = reinterpret_cast<double*>(partials + most_partials);
+        coefficients = reinterpret_cast<float*>(losses + batch);
+    }
+};
+
+// A graph may be replayed beside other work of the stream that captured it, so it has tickets of its own.
+unsigned* tickets_for(const Context& context, const Workspace& workspace, int64_t used) {
+    if (!is_capturing(context.stream)) return reinterpret_cast<unsigned*>(data_of(*context.tickets));
+    fill_with_zeros(workspace.tickets, 4 * size_t(used), context.stream);
+    return workspace.tickets;
+}
+
+// Calls with a value of the type that stands for the elements.
+template <class F>
+void with_type(Type type, bool vectors, const F& call) {
+    if (!vectors) return call(Any{});
+    switch (type) {
+        case Type::float16: return call(Half{});
+        case Type::bfloat16: return call(BFloat16{});
+        default: return call(float{});
+    }
+}
+
+using GaussianKernel = void (*)(GaussianTask);
+
+const Device& device_of(int index) {
+    return known_device(index, reinterpret_cast<const void*>(static_cast<GaussianKernel>(gaussian_on_chip<float, false, 8>)));
+}
+
+template <class T, bool masked>
+GaussianKernel on_chip_kernel(int elements) {
+    if (elements == 8) return gaussian_on_chip<T, masked, 8>;
+    if constexpr (!std::is_same_v<T, Any>) {
+        if (elements == 16) return gaussian_on_chip<T, masked, 16>;
+        if (elements == 32) return gaussian_on_chip<T, masked, 32>;
+        if constexpr (!masked) return gaussian_on_chip<T, masked, 64>;
+    }
+    throw std::logic_error("fdu_kernels: no such kernel");
+}
+
+enum class Kind { on_chip, sums, gradient };
+
+GaussianKernel choose(Kind kind, const GaussianTask& task, bool vectors, int elements = 0) {
+    GaussianKernel chosen = nullptr;
+    with_type(task.pred.type, vectors, [&](auto element) {
+        using T = decltype(element);
+        const auto pick = [&](auto masked) {
+            switch (kind) {
+                case Kind::on_chip: return on_chip_kernel<T, masked.value>(elements);
+                case Kind::sums: return GaussianKernel(gaussian_sums<T, masked.value>);
+                default: return GaussianKernel(gaussian_gradient<T, masked.value>);
+            }
+        };
+        chosen = task.mask.data ? pick(std::true_type{}) : pick(std::false_type{});
+    });
+    return chosen;
+}
+
+// One block a part of a sample, or a warp a sample; what is launched beside the grid is the same for all kernels.
+void launch_blocks(GaussianKernel kernel, GaussianTask& task, int cluster, const Device& device, void* stream) {
+    const int64_t samples = task.warps == 1 ? samples_of_block(task.batch, device.multiprocessors) : 1;
+    const int64_t blocks = divide_up(task.batch, samples) * task.parts;
+    task.finishers = unsigned(task.parts > 1 ? task.batch : blocks);
+    launch(kernel, blocks, int(samples) * task.warps * warp_size, cluster, stream, task);
+}
+
+void launch_walk(Kind kind, GaussianTask& task, bool vectors, const Device& device, void* stream) {
+    const int64_t vector = vectors ? 16 / size_of(task.pred.type) : 1;
+    const Walk shared = walk(task.size, task.batch, vector, device.multiprocessors);
+    task.warps = shared.warps;
+    task.parts = shared.parts;
+    launch_blocks(choose(kind, task, vectors), task, 1, device, stream);
+}
+
+}  // namespace
+
+const int64_t workspace_bytes = ticket_bytes + most_partials * int64_t(sizeof(Sums));
+const int64_t workspace_bytes_per_sample = sizeof(double) + sizeof(float);
+const int64_t ticket_count = 1 + most_parts;
+const int most_dims = walk_dims;
+
+void gaussian(const GaussianCall& call, const Context& context) {
+    const Gaussian& of = call.of;
+    const int index = of.pred->device.device_id;
+    const Current current(index);
+    const Device& device = device_of(index);
+    GaussianTask task{};
+    const bool vectors = plan(of, task);
+    const Workspace workspace(*context.workspace, task.batch);
+    task.profile = of.profile;
+    task.sigma = numbers_of(of.sigma_tensor, of.sigma);
+    task.weight = numbers_of(of.weight, 1.0);
+    task.divisor = of.mean_distance ? double(std::max<int64_t>(task.size, 1)) : 1.0;
+    task.count = of.mean_distance && of.mask;
+    task.scale_tensor = numbers_of(call.scale_tensor, 1.0);
+    task.scale = of.grad_scale / (of.reduction == Reduction::mean ? double(task.batch) : 1.0);
+    task.reduction = of.reduction;
+    task.value = reinterpret_cast<float*>(data_of(*of.value));
+    task.coefficient = of.coefficient ? reinterpret_cast<float*>(data_of(*of.coefficient)) : nullptr;
+    task.partials = workspace.partials;
+    task.losses = workspace.losses;
+    if (task.batch == 0) return;
+
+    OnChip held{};
+    if (of.grad) {
+        const int most = !vectors ? most_elements_any : of.mask ? most_elements_masked : most_elements;
+        const int64_t vector = vectors ? 16 / size_of(task.pred.type) : 1;
+        held = on_chip(task.size, task.batch, vector, most, device.multiprocessors, device.clusters);
+    }
+    task.tickets = tickets_for(context, workspace, held.elements ? 1 : ticket_count);
+    if (held.elements) {
+        task.warps = held.warps;
+        task.parts = held.parts;
+        return launch_blocks(choose(Kind::on_chip, task, vectors, held.elements), task, held.parts, device, context.stream);
+    }
+    task.scaled_coefficient = of.grad ? workspace.coefficients : nullptr;
+    launch_walk(Kind::sums, task, vectors, device, context.stream);
+    if (!of.grad) return;
+    task.coefficient_in = workspace.coefficients;
+    task.coefficient_in_stride = 1;
+    launch_walk(Kind::gradient, task, vectors, device, context.stream);
+}
+
+void gaussian_backward(
+    const DLTensor& pred, const DLTensor& target, const DLTensor* mask, const DLTensor& coefficient, const DLTensor& grad,
+    const Context& context) {
+    const int index = pred.device.device_id;
+    const Current current(index);
+    Gaussian of{};
+    of.pred = &pred;
+    of.target = &target;
+    of.mask = mask;
+    of.grad = &grad;
+    GaussianTask task{};
+    const bool vectors = plan(of, task);
+    const Numbers coefficients = numbers_of(&coefficient, 0.0);
+    task.coefficient_in = reinterpret_cast<const float*>(coefficients.data);
+    task.coefficient_in_stride = coefficients.stride;
+    launch_walk(Kind::gradient, task, vectors, device_of(index), context.stream);
+}
+
+void expectation(const ExpectationCall& call, const Context& context) {
+    const Expectation& of = call.of;
+    const int index = of.v->device.device_id;
+    const Current current(index);
+    ElementTask task{};
+    const bool vectors = plan(of, task);
+    const Workspace workspace(*context.workspace, 0);
+    task.function = read_element_function(of.numbers);
+    task.divisor = of.reduction == Reduction::mean ? double(task.size) : 1.0;
+    if (of.reduction == Reduction::mean && of.mask) {
+        task.mask_total = numbers_of(call.mask_total, 1.0);
+        const int64_t own = elements_from(*of.mask, 0);
+        task.repeats = double(task.size) / double(std::max<int64_t>(own, 1));
+    }
+    task.scale = of.scale;
+    task.scale_tensor = numbers_of(call.scale_tensor, 1.0);
+    task.sums = of.value && of.reduction != Reduction::none;
+    task.value = task.sums ? reinterpret_cast<float*>(data_of(*of.value)) : nullptr;
+    task.partials = reinterpret_cast<double*>(workspace.partials);
+    if (task.sums) task.tickets = tickets_for(context, workspace, 1);
+
+    void (*const kernel)(ElementTask) = of.grad ? (vectors ? expectation_kernel<true, true> : expectation_kernel<true, false>)
+                                       : (vectors ? expectation_kernel<false, true> : expectation_kernel<false, false>);
+    // Even of no elements the sum is written.
+    const int64_t steps = std::max<int64_t>(divide_up(task.size, int64_t(element_batch) * stream_threads), 1);
+    launch(kernel, std::min(steps, wave(device_of(index).multiprocessors)), stream_threads, 1, context.stream, task);
+}
+
+std::string why_unusable(int device) {
+    try {
+        const Current current(device);
+        device_of(device);
+    } catch (const std::exception& error) {
+        return error.what();
+    }
+    return "";
+}
+
+}  // namespace fdu::cuda

@@ -1,0 +1,52 @@
+// The operations of the CUDA backend on whole tensors; cuda_module.cpp binds them.
+//
+// They launch kernels on a stream and return at once. Nothing is allocated: partial sums lie in a workspace that the caller
+// brings, and so do the tickets, zeros that are zeros again after each launch.
+
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "cpu.h"
+
+namespace fdu::cuda {
+
+// Bytes of a workspace, and more for each sample.
+extern const int64_t workspace_bytes, workspace_bytes_per_sample;
+// Elements of int32 in a tensor of tickets.
+extern const int64_t ticket_count;
+// Dimensions of tensors that are taken as they are.
+extern const int most_dims;
+
+struct Context {
+    void* stream;
+    const DLTensor* workspace;
+    const DLTensor* tickets;  // those of the stream
+};
+
+// As fdu::Gaussian; in addition grad_scale may be a tensor [], with which the number is multiplied.
+struct GaussianCall {
+    fdu::Gaussian of;
+    const DLTensor* scale_tensor;
+};
+
+// Of an empty batch no value is written.
+void gaussian(const GaussianCall&, const Context&);
+
+void gaussian_backward(
+    const DLTensor& pred, const DLTensor& target, const DLTensor* mask, const DLTensor& coefficient, const DLTensor& grad,
+    const Context&);
+
+// As fdu::Expectation; mask_total is the sum of the mask before broadcasting, for a mean.
+struct ExpectationCall {
+    fdu::Expectation of;
+    const DLTensor *mask_total, *scale_tensor;
+};
+
+void expectation(const ExpectationCall&, const Context&);
+
+// Empty, or why the kernels cannot run on a device.
+std::string why_unusable(int device);
+
+}  // namespace fdu::cuda

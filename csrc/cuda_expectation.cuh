@@ -1,0 +1,123 @@
+// The expectation kernel: a function of the density-ratio estimate over all elements, its sum and its gradient.
+
+#pragma once
+
+#include "cuda_sums.cuh"
+
+namespace fdu::cuda {
+
+// Elements that a thread evaluates at once. Evaluation is most of the code, so dtypes are told apart at run time.
+constexpr int element_batch = 8;
+
+// The batch from a position on, `left` of it before the end.
+template <bool vectors>
+FDU_DEVICE void load_batch(
+    const Space& space, const Operand& operand, int64_t position, int64_t left, float (&x)[element_batch]) {
+    if (vectors && left >= element_batch) {
+        if (operand.type == Type::float32) {
+            const float* const from = reinterpret_cast<const float*>(operand.data) + position;
+            float low[4], high[4];
+            load(from, low);
+            load(from + 4, high);
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                x[i] = low[i];
+                x[4 + i] = high[i];
+            }
+        } else if (operand.type == Type::bfloat16) {
+            load(reinterpret_cast<const BFloat16*>(operand.data) + position, x);
+        } else {
+            load(reinterpret_cast<const Half*>(operand.data) + position, x);
+        }
+        return;
+    }
+#pragma unroll
+    for (int i = 0; i < element_batch; ++i) {
+        x[i] = 0;
+        if (i < left) x[i] = load_factor(operand, vectors ? position + i : offsets(space, position + i, operand).of[0]);
+    }
+}
+
+template <bool vectors>
+FDU_DEVICE void store_batch(
+    const Space& space, const Operand& operand, int64_t position, int64_t left, const float (&x)[element_batch]) {
+    if (vectors && left >= element_batch) {
+        if (operand.type == Type::float32) {
+            float* const to = reinterpret_cast<float*>(operand.data) + position;
+            store(to, {x[0], x[1], x[2], x[3]});
+            store(to + 4, {x[4], x[5], x[6], x[7]});
+        } else if (operand.type == Type::bfloat16) {
+            store(reinterpret_cast<BFloat16*>(operand.data) + position, x);
+        } else {
+            store(reinterpret_cast<Half*>(operand.data) + position, x);
+        }
+        return;
+    }
+#pragma unroll
+    for (int i = 0; i < element_batch; ++i) {
+        if (i < left) store_as(operand, vectors ? position + i : offsets(space, position + i, operand).of[0], x[i]);
+    }
+}
+
+// The factors of a batch in an operand that broadcasts.
+FDU_DEVICE void load_factors(
+    const Space& space, const Operand& operand, int64_t position, int64_t left, float (&x)[element_batch]) {
+    if (operand.packed && left >= element_batch) return load_groups(space, operand, 0, position, x);
+#pragma unroll
+    for (int i = 0; i < element_batch; ++i) {
+        x[i] = 0;
+        if (i < left) x[i] = load_factor(operand, offsets(space, position + i, operand).of[0]);
+    }
+}
+
+template <bool sloped, bool vectors>
+FDU_KERNEL expectation_kernel(FDU_TASK(ElementTask) task) {
+    SharedSums& shared = block_shared<SharedSums>();
+    double divisor = task.divisor;
+    if (task.mask_total.data) {
+        divisor = number_at(task.mask_total, 0) * task.repeats;
+        divisor = divisor == 0 ? 1.0 : divisor;
+    }
+    const float multiplier = sloped ? float(task.scale * number_at(task.scale_tensor, 0) / divisor) : 0.0f;
+    const int64_t step = int64_t(element_batch) * block_threads();
+
+    double sum = 0;
+    for (int64_t first = block_index() * step; first < task.size; first += grid_blocks() * step) {
+        const int64_t position = first + int64_t(element_batch) * thread_index(), left = task.size - position;
+        float v[element_batch], value[element_batch], slope[element_batch], factor[element_batch];
+        load_batch<vectors>(task.space, task.v, position, left, v);
+        evaluate<sloped>(task.function, v, value, slope);
+        if (sloped) {
+#pragma unroll
+            for (int i = 0; i < element_batch; ++i) slope[i] *= multiplier;
+        }
+        if (task.factor.data) {
+            load_factors(task.space, task.factor, position, left, factor);
+#pragma unroll
+            for (int i = 0; i < element_batch; ++i) {
+                value[i] *= factor[i];
+                if (sloped) slope[i] *= factor[i];
+            }
+        }
+        if (sloped && task.upstream.data) {
+            load_factors(task.space, task.upstream, position, left, factor);
+#pragma unroll
+            for (int i = 0; i < element_batch; ++i) slope[i] *= factor[i];
+        }
+        if (task.terms.data) store_batch<vectors>(task.space, task.terms, position, left, value);
+        if (sloped) store_batch<vectors>(task.space, task.grad, position, left, slope);
+        float some = 0;
+#pragma unroll
+        for (int i = 0; i < element_batch; ++i) some += i < left ? value[i] : 0.0f;
+        sum += some;
+    }
+
+    if (!task.sums) return;
+    sum = block_sum(sum, shared);
+    if (thread_index() == 0) task.partials[block_index()] = sum;
+    if (!is_last_block(task.tickets, unsigned(grid_blocks()), shared)) return;
+    sum = sum_of(task.partials, grid_blocks(), shared);
+    if (thread_index() == 0) task.value[0] = float(sum / divisor);
+}
+
+}  // namespace fdu::cuda

@@ -1,0 +1,354 @@
+// The Gaussian kernels: a sample held on chip, or walked over by several blocks; sums first, then gradients.
+
+#pragma once
+
+#include <type_traits>
+
+#include "cuda_profile.cuh"
+
+namespace fdu::cuda {
+
+// Where the elements of one sample lie: `count` vectors from position `head` on, and fewer than two vectors of others.
+template <class T>
+struct Sample {
+    static constexpr int n = lanes<T>;
+    int64_t pred, target, grad, mask;  // offsets
+    int64_t head, count;
+    int edges;
+
+    FDU_DEVICE Sample(const GaussianTask& task, int64_t sample) {
+        pred = sample * task.pred.batch_stride;
+        target = sample * task.target.batch_stride;
+        grad = sample * task.grad.batch_stride;
+        mask = sample * task.mask.batch_stride;
+        head = 0;
+        if constexpr (n > 1) {
+            // All operands are equally far from a multiple of 16 bytes.
+            const int64_t beyond = int64_t(reinterpret_cast<uintptr_t>(task.pred.data) / sizeof(T) + uint64_t(pred)) & (n - 1);
+            head = beyond == 0 ? 0 : n - beyond < task.size ? n - beyond : task.size;
+        }
+        count = (task.size - head) / n;
+        edges = int(task.size - count * n);
+    }
+
+    FDU_DEVICE int64_t position(int64_t vector) const { return head + vector * n; }
+    FDU_DEVICE int64_t edge_position(int edge) const { return edge < head ? edge : count * n + edge; }
+};
+
+// pred - target and the mask of n elements from a position on.
+template <class T, bool masked, int n>
+FDU_DEVICE void load_elements(
+    const GaussianTask& task, const Sample<T>& sample, int64_t position, float (&difference)[n], float (&factor)[n]) {
+    float other[n];
+    if constexpr (std::is_same_v<T, Any>) {
+        const auto found = offsets(task.space, position, task.pred, task.target, task.mask);
+        difference[0] = load_factor(task.pred, sample.pred + found.of[0]);
+        other[0] = load_factor(task.target, sample.target + found.of[1]);
+        if (masked) factor[0] = load_factor(task.mask, sample.mask + found.of[2]);
+    } else {
+        load(reinterpret_cast<const T*>(task.pred.data) + sample.pred + position, difference);
+        load(reinterpret_cast<const T*>(task.target.data) + sample.target + position, other);
+        if constexpr (masked && n > 1) {
+            load_groups(task.space, task.mask, sample.mask, position, factor);
+        } else if constexpr (masked) {
+            factor[0] = load_factor(task.mask, sample.mask + offsets(task.space, position, task.mask).of[0]);
+        }
+    }
+#pragma unroll
+    for (int i = 0; i < n; ++i) difference[i] -= other[i];
+}
+
+template <class T, int n>
+FDU_DEVICE void store_gradient(
+    const GaussianTask& task, const Sample<T>& sample, int64_t position, const float (&gradient)[n]) {
+    if constexpr (std::is_same_v<T, Any>) {
+        store_as(task.grad, sample.grad + offsets(task.space, position, task.grad).of[0], gradient[0]);
+    } else {
+        store(reinterpret_cast<T*>(task.grad.data) + sample.grad + position, gradient);
+    }
+}
+
+// Sums of a few elements, each lane for itself.
+template <int n>
+struct Accumulator {
+    static constexpr int width = n < 4 ? n : 4;
+    float squares[width] = {}, masks[width] = {};
+
+    // Makes of the difference what the gradient is a multiple of.
+    template <bool masked>
+    FDU_DEVICE void add(float (&difference)[n], const float (&factor)[n]) {
+#pragma unroll
+        for (int i = 0; i < n; ++i) {
+            if (masked) {
+                const float weighted = factor[i] * difference[i];
+                squares[i % width] += weighted * difference[i];
+                masks[i % width] += factor[i];
+                difference[i] = weighted;
+            } else {
+                squares[i % width] += difference[i] * difference[i];
+            }
+        }
+    }
+
+    FDU_DEVICE Sums sums() const {
+        float square = squares[0], mask = masks[0];
+#pragma unroll
+        for (int i = 1; i < width; ++i) {
+            square += squares[i];
+            mask += masks[i];
+        }
+        return {double(square), double(mask)};
+    }
+};
+
+// The sample's loss, written; returns what its masked differences are multiplied by in the gradient. By one thread, or, if
+// `alone`, by all lanes of a warp.
+template <bool alone>
+FDU_DEVICE float finish_sample(const GaussianTask& task, int64_t sample, Sums sums, bool writes) {
+    double divisor = task.count ? (sums.mask == 0 ? 1.0 : sums.mask) : task.divisor;
+    const double sigma = number_at(task.sigma, sample), omega = number_at(task.weight, sample);
+    divisor *= sigma * sigma;
+    const double s = sums.square / divisor;
+    const Profile::Value h = alone ? profile_of_warp(task.profile, s) : task.profile(s);
+    const double loss = omega * h.value, coefficient = omega * 2 * h.slope / divisor;
+    const float scaled = float(coefficient * task.scale * number_at(task.scale_tensor, 0));
+    if (writes) {
+        if (task.reduction != Reduction::none) {
+            task.losses[sample] = loss;
+        } else {
+            task.value[sample] = float(loss);
+        }
+        if (task.coefficient) task.coefficient[sample] = float(coefficient);
+        if (task.scaled_coefficient) task.scaled_coefficient[sample] = scaled;
+    }
+    return scaled;
+}
+
+// The samples of a block are those of its warps, or one.
+struct Group {
+    int64_t sample;
+    int part;             // of the sample, that this block takes
+    int thread, threads;  // of those of this block that share the sample
+
+    FDU_DEVICE Group(const GaussianTask& task, int64_t block) {
+        part = 0;
+        thread = thread_index();
+        threads = block_threads();
+        if (task.warps == 1) {
+            sample = block * (threads / warp_size) + thread / warp_size;
+            thread %= warp_size;
+            threads = warp_size;
+        } else {
+            sample = block / task.parts;
+            part = int(block % task.parts);
+        }
+    }
+};
+
+// From the sums of the threads of a block to the coefficients of its samples, in shared.coefficients. `clustered`: the
+// blocks of a sample are a cluster; `several`: a block may have several samples; `writes`: it is this block that does.
+template <bool masked, bool clustered, bool several>
+FDU_DEVICE void finish_block(const GaussianTask& task, const Group& group, Sums sums, SharedSums& shared, bool writes) {
+    const int warp = thread_index() / warp_size, lane = thread_index() % warp_size, warps = block_threads() / warp_size;
+    sums = warp_sum<masked>(sums);
+    if (lane == 0) shared.warps[warp] = sums;
+    sync_block();
+    if (several && task.warps == 1) {
+        // One lane a sample.
+        const int64_t sample = group.sample + lane;
+        if (warp == 0 && lane < warps && sample < task.batch) {
+            shared.coefficients[lane] = finish_sample<false>(task, sample, shared.warps[lane], true);
+        }
+        return sync_block();
+    }
+    if (warp == 0) {
+        sums = warp_sum<masked>(lane < warps ? shared.warps[lane] : Sums{});
+        if (clustered && lane == 0) shared.block = sums;
+    }
+    if (clustered && task.parts > 1) {
+        sync_cluster();
+        if (warp == 0) sums = warp_sum<masked>(lane < task.parts ? of_rank(shared.block, lane) : Sums{});
+    }
+    if (warp == 0) {
+        const float coefficient = finish_sample<true>(task, group.sample, sums, writes && lane == 0);
+        if (lane == 0) shared.coefficients[0] = coefficient;
+    }
+    sync_block();
+}
+
+// The reduced loss, by the last block that comes.
+FDU_DEVICE void reduce_losses(const GaussianTask& task, SharedSums& shared) {
+    if (task.reduction == Reduction::none || !is_last_block(task.tickets, task.finishers, shared)) return;
+    const double sum = sum_of(task.losses, task.batch, shared);
+    if (thread_index() == 0) task.value[0] = float(task.reduction == Reduction::mean ? sum / double(task.batch) : sum);
+}
+
+// Losses and gradients of samples whose differences stay in registers, `elements` a thread.
+template <class T, bool masked, int elements>
+FDU_KERNEL gaussian_on_chip(FDU_TASK(GaussianTask) task) {
+    constexpr int n = lanes<T>, rounds = elements / n;
+    SharedSums& shared = block_shared<SharedSums>();
+    const Group group(task, block_index());
+    const Sample<T> sample(task, group.sample < task.batch ? group.sample : task.batch - 1);
+    const int thread = group.part * group.threads + group.thread, threads = task.parts * group.threads;
+    const int count = int(sample.count);
+    const bool has_edge = n > 1 && thread < sample.edges;
+
+    float differences[rounds][n], factors[n], edge[1] = {};
+    Accumulator<n> accumulator;
+    Accumulator<1> edge_accumulator;
+    if (count > 0) {
+#pragma unroll
+        for (int r = 0; r < rounds; ++r) {
+            const int vector = thread + r * threads;
+            const bool there = vector < count;
+            // Beyond the end the last vector is read again, so that no load waits for a branch.
+            load_elements<T, masked>(task, sample, sample.position(there ? vector : count - 1),
+                differences[r], factors);
+#pragma unroll
+            for (int i = 0; i < n; ++i) {
+                differences[r][i] = there ? differences[r][i] : 0.0f;
+                if (masked) factors[i] = there ? factors[i] : 0.0f;
+            }
+            accumulator.template add<masked>(differences[r], factors);
+        }
+    }
+    if (has_edge) {
+        float factor[1];
+        const int64_t position = sample.edge_position(thread);
+        load_elements<T, masked>(task, sample, position, edge, factor);
+        edge_accumulator.template add<masked>(edge, factor);
+    }
+    Sums sums = accumulator.sums();
+    sums.square += edge_accumulator.sums().square;
+    sums.mask += edge_accumulator.sums().mask;
+    finish_block<masked, true, (elements <= 16)>(task, group, sums, shared, group.part == 0);
+
+    if (group.sample < task.batch) {
+        const float coefficient = shared.coefficients[task.warps > 1 ? 0 : thread_index() / warp_size];
+#pragma unroll
+        for (int r = 0; r < rounds; ++r) {
+            const int vector = thread + r * threads;
+            if (vector >= count) break;
+#pragma unroll
+            for (int i = 0; i < n; ++i) differences[r][i] *= coefficient;
+            store_gradient(task, sample, sample.position(vector), differences[r]);
+        }
+        if (has_edge) {
+            edge[0] *= coefficient;
+            store_gradient(task, sample, sample.edge_position(thread), edge);
+        }
+    }
+    if (group.part == 0) reduce_losses(task, shared);
+    // Shared memory stays until all have read it.
+    if (task.parts > 1) sync_cluster();
+}
+
+// Losses and coefficients of samples that several blocks may share.
+template <class T, bool masked>
+FDU_KERNEL gaussian_sums(FDU_TASK(GaussianTask) task) {
+    constexpr int n = lanes<T>, rounds = stream_rounds;
+    SharedSums& shared = block_shared<SharedSums>();
+    const Group group(task, block_index());
+    const Sample<T> sample(task, group.sample < task.batch ? group.sample : task.batch - 1);
+    const int64_t step = int64_t(rounds) * group.threads;
+
+    Sums sums;
+    for (int64_t first = group.part * step; first < sample.count; first += task.parts * step) {
+        float differences[rounds][n], factors[rounds][n];
+#pragma unroll
+        for (int r = 0; r < rounds; ++r) {
+            const int64_t vector = first + r * group.threads + group.thread;
+            const bool there = vector < sample.count;
+            load_elements<T, masked>(task, sample, sample.position(there ? vector : sample.count - 1),
+                differences[r], factors[r]);
+#pragma unroll
+            for (int i = 0; i < n; ++i) {
+                differences[r][i] = there ? differences[r][i] : 0.0f;
+                if (masked) factors[r][i] = there ? factors[r][i] : 0.0f;
+            }
+        }
+        Accumulator<n> accumulator;
+#pragma unroll
+        for (int r = 0; r < rounds; ++r) accumulator.template add<masked>(differences[r], factors[r]);
+        const Sums some = accumulator.sums();
+        sums.square += some.square;
+        sums.mask += some.mask;
+    }
+    if (n > 1 && group.part == 0 && group.thread < sample.edges) {
+        float edge[1], factor[1];
+        const int64_t position = sample.edge_position(group.thread);
+        load_elements<T, masked>(task, sample, position, edge, factor);
+        Accumulator<1> accumulator;
+        accumulator.template add<masked>(edge, factor);
+        sums.square += accumulator.sums().square;
+        sums.mask += accumulator.sums().mask;
+    }
+    if (task.parts == 1) {
+        finish_block<masked, false, true>(task, group, sums, shared, true);
+        return reduce_losses(task, shared);
+    }
+
+    // The last block of a sample joins the sums of all.
+    Sums* const partials = task.partials + group.sample * task.parts;
+    sums.square = block_sum(sums.square, shared);
+    if (masked) {
+        sync_block();
+        sums.mask = block_sum(sums.mask, shared);
+    }
+    if (thread_index() == 0) partials[group.part] = sums;
+    if (!is_last_block(task.tickets + 1 + group.sample, unsigned(task.parts), shared)) return;
+    sums = {};
+    for (int part = thread_index(); part < task.parts; part += block_threads()) {
+        sums.square += load_fresh(&partials[part].square);
+        if (masked) sums.mask += load_fresh(&partials[part].mask);
+    }
+    finish_block<masked, false, false>(task, group, sums, shared, true);
+    reduce_losses(task, shared);
+}
+
+// Gradients from coefficients, the last elements first: what gaussian_sums read last may still be in the cache.
+template <class T, bool masked>
+FDU_KERNEL gaussian_gradient(FDU_TASK(GaussianTask) task) {
+    constexpr int n = lanes<T>, rounds = stream_rounds;
+    const Group group(task, grid_blocks() - 1 - block_index());
+    if (group.sample >= task.batch) return;
+    const Sample<T> sample(task, group.sample);
+    const float coefficient = load_constant(task.coefficient_in + group.sample * task.coefficient_in_stride);
+    const int64_t step = int64_t(rounds) * group.threads, stride = task.parts * step;
+
+    const int64_t reached = sample.count - group.part * step;
+    const int64_t turns = reached > 0 ? (reached + stride - 1) / stride : 0;
+    for (int64_t turn = turns - 1; turn >= 0; --turn) {
+        const int64_t first = group.part * step + turn * stride + group.thread;
+        float differences[rounds][n];
+#pragma unroll
+        for (int r = 0; r < rounds; ++r) {
+            const int64_t vector = first + r * group.threads;
+            float factors[n];
+            load_elements<T, masked>(task, sample, sample.position(vector < sample.count ? vector : sample.count - 1), differences[r], factors);
+#pragma unroll
+            for (int i = 0; i < n; ++i) {
+                if (masked) differences[r][i] *= factors[i];
+                differences[r][i] *= coefficient;
+            }
+        }
+#pragma unroll
+        for (int r = 0; r < rounds; ++r) {
+            const int64_t vector = first + r * group.threads;
+            if (vector < sample.count) {
+                store_gradient(task, sample, sample.position(vector), differences[r]);
+            }
+        }
+    }
+    if (n > 1 && group.part == 0 && group.thread < sample.edges) {
+        float edge[1], factor[1];
+        const int64_t position = sample.edge_position(group.thread);
+        load_elements<T, masked>(task, sample, position, edge, factor);
+        if (masked) edge[0] *= factor[0];
+        edge[0] *= coefficient;
+        store_gradient(task, sample, position, edge);
+    }
+}
+
+}  // namespace fdu::cuda

@@ -1,0 +1,179 @@
+// What the kernels and their launches see of the machine: CUDA's own words, or in tests those of an emulation on the host.
+
+#pragma once
+
+#if defined(FDU_EMULATION)
+#include FDU_EMULATION
+#else
+
+#include <cooperative_groups.h>
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <mutex>
+#include <stdexcept>
+#include <string>
+
+#include "cuda_work.h"
+
+// Registers are stated: the assembler would rather spill some than run fewer threads. 128 of them leave room for 512.
+#define FDU_KERNEL __global__ void __maxnreg__(128)
+#define FDU_DEVICE __device__ __forceinline__
+#define FDU_TASK(type) const __grid_constant__ type
+
+namespace fdu::cuda {
+
+FDU_DEVICE int thread_index() { return int(threadIdx.x); }
+FDU_DEVICE int block_threads() { return int(blockDim.x); }
+FDU_DEVICE int64_t block_index() { return blockIdx.x; }
+FDU_DEVICE int64_t grid_blocks() { return gridDim.x; }
+FDU_DEVICE void sync_block() { __syncthreads(); }
+
+template <class T>
+FDU_DEVICE T shuffle_xor(T value, int lanes_apart) {
+    return __shfl_xor_sync(0xffffffffu, value, lanes_apart);
+}
+
+template <class T>
+FDU_DEVICE T& block_shared() {
+    __shared__ T memory;
+    return memory;
+}
+
+// Code for architectures before 9.0 is never launched with a cluster.
+FDU_DEVICE void sync_cluster() {
+#if __CUDA_ARCH__ >= 900
+    cooperative_groups::this_cluster().sync();
+#endif
+}
+
+// The same variable of another block of the cluster.
+template <class T>
+FDU_DEVICE const T& of_rank(T& shared, int rank) {
+#if __CUDA_ARCH__ >= 900
+    return *cooperative_groups::this_cluster().map_shared_rank(&shared, rank);
+#else
+    (void)rank;
+    return shared;
+#endif
+}
+
+// Whether this is the last of `count` calls. What their threads wrote before is then there for load_fresh. The ticket is
+// left as it was found.
+FDU_DEVICE bool last_of(unsigned* ticket, unsigned count) {
+    __threadfence();
+    const bool last = atomicInc(ticket, count - 1) == count - 1;
+    __threadfence();
+    return last;
+}
+
+// Past the first-level cache, which does not see what other multiprocessors write.
+FDU_DEVICE double load_fresh(const double* from) { return __ldcg(from); }
+
+struct alignas(16) Words {
+    uint32_t at[4];
+};
+
+FDU_DEVICE Words load_words(const void* from) {
+    const uint4 words = __ldg(static_cast<const uint4*>(from));
+    return {{words.x, words.y, words.z, words.w}};
+}
+FDU_DEVICE void store_words(void* to, Words words) {
+    *static_cast<uint4*>(to) = {words.at[0], words.at[1], words.at[2], words.at[3]};
+}
+template <class T>
+FDU_DEVICE T load_constant(const T* from) {
+    return __ldg(from);
+}
+
+FDU_DEVICE float widen_half(uint16_t bits) { return __half2float(__ushort_as_half(bits)); }
+FDU_DEVICE uint16_t narrow_half(float value) { return __half_as_ushort(__float2half_rn(value)); }
+FDU_DEVICE uint16_t narrow_bfloat(float value) { return __bfloat16_as_ushort(__float2bfloat16_rn(value)); }
+FDU_DEVICE uint32_t narrow_halves(float low, float high) {
+    const __half2 both = __floats2half2_rn(low, high);
+    return uint32_t(__half_as_ushort(both.x)) | uint32_t(__half_as_ushort(both.y)) << 16;
+}
+FDU_DEVICE uint32_t narrow_bfloats(float low, float high) {
+    const __nv_bfloat162 both = __floats2bfloat162_rn(low, high);
+    return uint32_t(__bfloat16_as_ushort(both.x)) | uint32_t(__bfloat16_as_ushort(both.y)) << 16;
+}
+
+inline void check(cudaError_t error, const char* what) {
+    if (error == cudaSuccess) return;
+    throw std::runtime_error(std::string("fdu_kernels: ") + what + ": " + cudaGetErrorString(error));
+}
+
+// Makes a device the current one for a while.
+class Current {
+  public:
+    explicit Current(int device) : wished_(device) {
+        check(cudaGetDevice(&former_), "cudaGetDevice");
+        if (former_ != wished_) check(cudaSetDevice(wished_), "cudaSetDevice");
+    }
+    ~Current() {
+        if (former_ != wished_) cudaSetDevice(former_);
+    }
+    Current(const Current&) = delete;
+    Current& operator=(const Current&) = delete;
+
+  private:
+    int wished_, former_ = 0;
+};
+
+struct Device {
+    int multiprocessors;
+    bool clusters;
+};
+
+// Of the current device, looked at once; `kernel` is any kernel that makes use of clusters.
+inline const Device& known_device(int index, const void* kernel) {
+    constexpr int most = 64;
+    static Device known[most];
+    static std::once_flag once[most];
+    if (index < 0 || index >= most) throw std::invalid_argument("fdu_kernels: a device index beyond 63");
+    std::call_once(once[index], [&] {
+        Device& device = known[index];
+        int launches = 0;
+        check(cudaDeviceGetAttribute(&device.multiprocessors, cudaDevAttrMultiProcessorCount, index), "the device");
+        check(cudaDeviceGetAttribute(&launches, cudaDevAttrClusterLaunch, index), "the device");
+        cudaFuncAttributes attributes;
+        check(cudaFuncGetAttributes(&attributes, kernel), "the kernels do not fit the device");
+        // Code made for an older architecture runs on a newer device, but knows no clusters.
+        device.clusters = launches && attributes.ptxVersion >= 90;
+    });
+    return known[index];
+}
+
+inline bool is_capturing(void* stream) {
+    cudaStreamCaptureStatus status;
+    check(cudaStreamIsCapturing(static_cast<cudaStream_t>(stream), &status), "cudaStreamIsCapturing");
+    return status != cudaStreamCaptureStatusNone;
+}
+
+inline void fill_with_zeros(void* data, size_t bytes, void* stream) {
+    check(cudaMemsetAsync(data, 0, bytes, static_cast<cudaStream_t>(stream)), "cudaMemsetAsync");
+}
+
+template <class Task>
+void launch(void (*kernel)(Task), int64_t blocks, int threads, int cluster, void* stream, const Task& task) {
+    if (blocks == 0) return;
+    if (blocks > 0x7fffffff) throw std::invalid_argument("fdu_kernels: more samples than a grid has blocks");
+    cudaLaunchConfig_t configuration{};
+    configuration.gridDim = dim3(unsigned(blocks));
+    configuration.blockDim = dim3(unsigned(threads));
+    configuration.stream = static_cast<cudaStream_t>(stream);
+    cudaLaunchAttribute attribute{};
+    if (cluster > 1) {
+        attribute.id = cudaLaunchAttributeClusterDimension;
+        attribute.val.clusterDim = {unsigned(cluster), 1, 1};
+        configuration.attrs = &attribute;
+        configuration.numAttrs = 1;
+    }
+    void* arguments[] = {const_cast<Task*>(&task)};
+    check(cudaLaunchKernelExC(&configuration, reinterpret_cast<const void*>(kernel), arguments), "launch of a kernel");
+}
+
+}  // namespace fdu::cuda
+
+#endif

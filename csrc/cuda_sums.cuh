@@ -1,0 +1,56 @@
+// Sums on the device in an order that no schedule changes: of a warp, a block, the blocks of a launch.
+
+#pragma once
+
+#include "cuda_elements.cuh"
+
+namespace fdu::cuda {
+
+FDU_DEVICE double warp_sum(double x) {
+#pragma unroll
+    for (int apart = warp_size / 2; apart > 0; apart /= 2) x += shuffle_xor(x, apart);
+    return x;
+}
+
+template <bool masked>
+FDU_DEVICE Sums warp_sum(Sums sums) {
+    return {warp_sum(sums.square), masked ? warp_sum(sums.mask) : 0.0};
+}
+
+constexpr int most_warps = 32;
+
+struct SharedSums {
+    Sums warps[most_warps];
+    Sums block;
+    float coefficients[most_warps];
+    double numbers[most_warps];
+    bool last;
+};
+
+// Of all threads of the block, in its first warp.
+FDU_DEVICE double block_sum(double x, SharedSums& shared) {
+    const int warp = thread_index() / warp_size, lane = thread_index() % warp_size;
+    x = warp_sum(x);
+    if (lane == 0) shared.numbers[warp] = x;
+    sync_block();
+    if (warp == 0) x = warp_sum(lane < block_threads() / warp_size ? shared.numbers[lane] : 0.0);
+    return x;
+}
+
+// Whether this block is the last of `count` to come here; the same for all its threads. What they all wrote before is
+// there for load_fresh.
+FDU_DEVICE bool is_last_block(unsigned* ticket, unsigned count, SharedSums& shared) {
+    sync_block();
+    if (thread_index() == 0) shared.last = last_of(ticket, count);
+    sync_block();
+    return shared.last;
+}
+
+// The sum of what several blocks left, by one of them, in its first warp.
+FDU_DEVICE double sum_of(const double* numbers, int64_t count, SharedSums& shared) {
+    double sum = 0;
+    for (int64_t i = thread_index(); i < count; i += block_threads()) sum += load_fresh(numbers + i);
+    return block_sum(sum, shared);
+}
+
+}  // namespace fdu::cuda

@@ -1,0 +1,159 @@
+// What the CUDA kernels get: operands and how to walk over them, numbers per sample, the tasks. Plain data.
+
+#pragma once
+
+#include <cstdint>
+
+#include "cpu.h"
+#include "element_function.h"
+
+namespace fdu::cuda {
+
+// Dimensions that no merging leaves; tensors with more of them are copied first.
+constexpr int walk_dims = 12;
+constexpr int warp_size = 32;
+// Blocks that share the samples of a batch, where one block a sample would leave the device idle.
+constexpr int most_parts = 1024;
+// Threads that hold a sample on chip, or walk over one.
+constexpr int chip_threads = 512, stream_threads = 256;
+
+struct Half {
+    uint16_t bits;
+};
+struct BFloat16 {
+    uint16_t bits;
+};
+
+// Elements in 16 bytes.
+template <class T>
+constexpr int lanes = 16 / int(sizeof(T));
+
+// Elements of any dtype, one at a time wherever they lie: fewer kernels for what is rare.
+struct Any {};
+
+template <>
+inline constexpr int lanes<Any> = 1;
+
+// How many vectors a thread has under way in the kernels that walk over a sample.
+constexpr int stream_rounds = 4;
+// Elements of one sample that a thread can hold, where they come as vectors and where they do not.
+constexpr int most_elements = 64, most_elements_masked = 32, most_elements_any = 8;
+// Elements of a mask or weight that are read at once.
+constexpr int factor_group = 4;
+
+// Division of numbers below 2^63 by one that is known at the launch, as a multiplication.
+struct Divisor {
+    uint64_t multiplier;
+    uint32_t shift;
+};
+
+inline Divisor divisor_of(uint64_t number) {
+    uint32_t shift = 0;
+    while ((uint64_t(1) << shift) < number) ++shift;
+    using Wide = unsigned __int128;
+    return {uint64_t((((Wide(1) << shift) - number) << 64) / number + 1), shift};
+}
+
+FDU_FUNCTION uint64_t high_product(uint64_t a, uint64_t b) {
+#if defined(__CUDA_ARCH__)
+    return __umul64hi(a, b);
+#else
+    return uint64_t((unsigned __int128)a * b >> 64);
+#endif
+}
+
+FDU_FUNCTION int64_t divide(int64_t number, const Divisor& by) {
+    return int64_t((high_product(uint64_t(number), by.multiplier) + uint64_t(number)) >> by.shift);
+}
+
+// The order in which elements are visited: the innermost dimension first.
+struct Space {
+    int dims = 1;
+    int64_t sizes[walk_dims];
+    Divisor divisors[walk_dims];
+};
+
+struct Operand {
+    char* data = nullptr;  // null where there is none
+    Type type = Type::float32;
+    bool packed = false;       // factor_group elements can be read at once, or are one number
+    int64_t batch_stride = 0;  // strides count elements
+    int64_t strides[walk_dims];
+};
+
+template <int n>
+struct Offsets {
+    int64_t of[n];
+};
+
+// Where the element at a position lies in each operand.
+template <class... Operands>
+FDU_FUNCTION Offsets<sizeof...(Operands)> offsets(const Space& space, int64_t position, const Operands&... operands) {
+    Offsets<sizeof...(Operands)> found{};
+    for (int d = 0; d < space.dims; ++d) {
+        int64_t at = position;
+        if (d + 1 < space.dims) {
+            position = divide(position, space.divisors[d]);
+            at -= position * space.sizes[d];
+        }
+        int i = 0;
+        ((found.of[i++] += at * operands.strides[d]), ...);
+    }
+    return found;
+}
+
+// Numbers [B] or [] in any floating dtype, or one number for all.
+struct Numbers {
+    const char* data = nullptr;
+    Type type = Type::float64;
+    int64_t stride = 0;
+    double otherwise = 1;
+};
+
+struct Sums {
+    double square = 0, mask = 0;
+};
+
+struct GaussianTask {
+    // Of a sample: for all operands, or, where the others are read as vectors, for the mask.
+    Space space;
+    Operand pred, target, mask, grad;
+    int64_t size, batch;
+    int warps;  // that share a sample; 1: each warp of a block has its own
+    int parts;  // blocks that share a sample
+
+    Profile profile;
+    Numbers sigma, weight;
+    double divisor;  // besides sigma^2
+    bool count;      // the mask's sum instead
+    Numbers scale_tensor;
+    double scale;  // of the gradient
+
+    Reduction reduction;
+    float* value;
+    float* coefficient;         // [B], without the scale, or null
+    float* scaled_coefficient;  // [B], with it, or null
+    const float* coefficient_in;
+    int64_t coefficient_in_stride;
+
+    unsigned* tickets;  // for the batch, then for each sample; zeros between launches
+    unsigned finishers;
+    Sums* partials;  // [B, parts]
+    double* losses;  // [B]
+};
+
+struct ElementTask {
+    Space space;
+    Operand v, factor, upstream, terms, grad;
+    int64_t size;
+    ElementFunction function;
+    Numbers mask_total, scale_tensor;
+    double repeats, scale;  // of the mask's sum; of the gradient
+    double divisor;
+    bool sums;
+    float* value;
+    unsigned* tickets;
+    double* partials;
+};
+
+}  // namespace fdu::cuda
