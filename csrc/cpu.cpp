@@ -355,6 +355,8 @@ double sum_of_mask(const DLTensor& mask, const DLTensor& like, const Kernels& ke
     int64_t shape[max_dims];
     double copies = 1;
     int64_t size = 1;
+    // What it broadcasts to may be empty, and then it may have no memory of its own.
+    if (elements_from(like, 0) == 0) return 0;
     for (int d = 0; d < like.ndim; ++d) {
         shape[d] = strides[d] == 0 ? 1 : like.shape[d];
         if (strides[d] == 0) copies *= double(like.shape[d]);
