@@ -10,6 +10,7 @@ from torch import Tensor
 import fdu_kernels as fk
 from fdu_kernels.critic import CriticRow
 from fdu_kernels.lowering import DERIVATIVE, FIRST, ElementFunction, critic_functions, ratio_function
+from fdu_kernels.scalar import MAX_EXPONENT
 
 
 def doubled(argument: Any) -> Any:
@@ -19,7 +20,8 @@ def doubled(argument: Any) -> Any:
 def condition(divergence: fk.Divergence, s: Tensor) -> Tensor:
     """By what h and h' multiply a relative error of s, at least 1: |k| s, or as the table's slopes say."""
     if divergence.exponential is not None:
-        return (abs(divergence.exponential[1]) * s).clamp(min=1)
+        # At an infinite s it is that of the straight line's beginning.
+        return (abs(divergence.exponential[1]) * s).clamp(min=1).nan_to_num(nan=1.0, posinf=MAX_EXPONENT)
     step = 1e-4
     ends = s * (1 - step), s * (1 + step)
     growths = [[torch.log(function(end)) for end in ends] for function in (divergence.profile, divergence.profile_grad)]
@@ -126,6 +128,9 @@ def size_of_terms(row: CriticRow, v: Tensor, tilt: float, slope: bool) -> Tensor
         others = {"exp_rate": row.exp_rate, "expm1_rate": row.expm1_rate, "scale": row.scale, "mix": row.mix}
         one = CriticRow(**{name: getattr(row, name)}, **others, threshold=row.threshold)
         total += (one.slope(v) if slope else one.value(v, tilt)).abs()
+    if row.softplus and not slope:
+        # Itself a sum, x + log(...), whose parts cancel where mix is small.
+        total += abs(row.softplus) * (row.scale * v).clamp(min=0) * torch.exp(tilt * v)
     return total
 
 
