@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -82,8 +84,6 @@ def test_gaussian_arguments(arguments: dict[str, Any], error: type[Exception], m
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"log_ratio_p": torch.ones(3, dtype=torch.int64)}, TypeError, "log_ratio_p must be float16"),
-        ({"log_ratio_q": 1.0}, TypeError, "log_ratio_q must be a tensor, not float"),
         ({"log_ratio_p": torch.ones(3).half()}, TypeError, "log_ratio_p is float16 and log_ratio_q float32"),
         (
             {"log_ratio_p": torch.ones(4), "reduction": "none"},
@@ -91,8 +91,6 @@ def test_gaussian_arguments(arguments: dict[str, Any], error: type[Exception], m
             r"log_ratio_p is \[4\] and log_ratio_q \[3\]",
         ),
         ({"mask": torch.ones(4)}, ValueError, r"mask \[4\] does not broadcast to log_ratio_q \[3\]"),
-        ({"parametrization": "ratio"}, ValueError, 'parametrization must be "log_ratio" or "fgan", not \'ratio\''),
-        ({"reduction": "batchmean"}, ValueError, "reduction must be"),
     ],
 )
 def test_variational_arguments(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
@@ -102,20 +100,68 @@ def test_variational_arguments(arguments: dict[str, Any], error: type[Exception]
             function(**arguments)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "error", "message"),
-    [
-        ({"log_ratio": torch.ones(3, dtype=torch.int64)}, TypeError, "log_ratio must be float16"),
-        ({"samples_from": "both"}, ValueError, 'samples_from must be "q" or "p", not \'both\''),
-        ({"weight": torch.ones(2)}, ValueError, r"shape \[3\], not \[2\]"),
-        ({"weight": torch.ones(3, device="meta")}, ValueError, "weight is on meta and log_ratio on cpu"),
+FUNCTIONS = {
+    fk.squared_distance: ("pred", "target"),
+    fk.gaussian_divergence: ("pred", "target"),
+    fk.gaussian_divergence_value_and_grad: ("pred", "target"),
+    fk.variational_divergence: ("log_ratio_p", "log_ratio_q"),
+    fk.variational_divergence_value_and_grad: ("log_ratio_p", "log_ratio_q"),
+    fk.variational_model_loss: ("log_ratio_q",),
+    fk.density_ratio_divergence: ("log_ratio",),
+    fk.density_ratio_divergence_value_and_grad: ("log_ratio",),
+}
+WRONG: dict[str, list[tuple[Any, type[Exception], str]]] = {
+    "divergence": [
+        ("helinger", ValueError, "unknown divergence 'helinger'; closest: squared_hellinger"),
+        ("alpha:0", ValueError, 'alpha must not be 0.*"reverse_kl": use that'),
+        ("alpha:1", ValueError, 'alpha must not be 1.*"kl": use that'),
+        (None, TypeError, "divergence must be a name or a Divergence, not NoneType"),
     ],
-)
-def test_density_ratio_arguments(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
-    arguments = {"log_ratio": torch.ones(3), **arguments}
-    for function in (fk.density_ratio_divergence, fk.density_ratio_divergence_value_and_grad):
-        with pytest.raises(error, match=message):
-            function(**arguments)
+    "sigma": [(0, ValueError, "sigma must be positive, not 0"), (-ONES[:, 0], ValueError, "smallest value is -1")],
+    "weight": [
+        (-ONES[:, 0], ValueError, "weight must not be negative, but its smallest value is -1"),
+        (ONES[:, 0].int(), TypeError, "weight must be a floating tensor, not int32"),
+        (ONES[0], ValueError, r"weight must have one number per sample, shape \[2\], not \[3\]"),
+        (ONES[:, 0].to("meta"), ValueError, "weight is on meta and .* on cpu"),
+    ],
+    "mask": [
+        (-ONES, ValueError, "mask must not be negative, but its smallest value is -1"),
+        (ONES.int(), TypeError, "mask must be bool or floating, not int32"),
+        (ONES.T, ValueError, r"mask \[3, 2\] does not broadcast to .* \[2, 3\]"),
+        (ONES.to("meta"), ValueError, "mask is on meta and .* on cpu"),
+    ],
+    "distance": [("max", ValueError, "distance must be")],
+    "reduction": [("max", ValueError, "reduction must be")],
+    "parametrization": [("gan", ValueError, 'parametrization must be "log_ratio" or "fgan", not \'gan\'')],
+    "samples_from": [("r", ValueError, 'samples_from must be "q" or "p", not \'r\'')],
+    "backend": [("cudda", ValueError, "backend asks for the unknown backend 'cudda'; known: .*torch")],
+    "grad_scale": [
+        ("2", TypeError, "grad_scale must be a number"),
+        (ONES, ValueError, r"grad_scale must be a number or a tensor \[\]"),
+    ],
+}
+
+
+@pytest.mark.parametrize("function", FUNCTIONS, ids=lambda function: function.__name__)
+def test_every_function_refuses(function: Callable[..., Any]) -> None:
+    tensors = dict.fromkeys(FUNCTIONS[function], ONES)
+    for name in inspect.signature(function).parameters:
+        for value, error, message in WRONG.get(name, []):
+            with pytest.raises(error, match=message):
+                function(**{**tensors, name: value})
+    for name in tensors:
+        with pytest.raises(TypeError, match=rf"{name} must be float16.*not int64.*{name}\.float\(\)"):
+            function(**{**tensors, name: ONES.long()})
+        with pytest.raises(TypeError, match=f"{name} must be a tensor, not list"):
+            function(**{**tensors, name: [1.0]})
+        if len(tensors) > 1:
+            with pytest.raises(ValueError, match="must be on one device.*on meta"):
+                function(**{**tensors, name: ONES.to("meta")})
+            with pytest.raises(TypeError, match="must have one dtype"):
+                function(**{**tensors, name: ONES.double()})
+    if tensors.keys() & {"log_ratio", "log_ratio_q"}:
+        with pytest.raises(ValueError, match='\'mse\'.*use "kl" or "jeffreys"'):
+            function(**tensors, divergence="mse")
 
 
 def test_values_of_tensors_are_read_on_the_cpu_only() -> None:
