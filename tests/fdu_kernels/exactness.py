@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
@@ -11,6 +12,9 @@ import fdu_kernels as fk
 from fdu_kernels.critic import CriticRow
 from fdu_kernels.lowering import DERIVATIVE, FIRST, ElementFunction, critic_functions, ratio_function
 from fdu_kernels.scalar import MAX_EXPONENT
+
+# Triton's interpreter cuts bfloat16 off instead of rounding it.
+ROUNDING = 1.0 if os.environ.get("TRITON_INTERPRET") == "1" else 0.5
 
 
 def doubled(argument: Any) -> Any:
@@ -91,7 +95,9 @@ def check_gaussian(
     grad_bound = grad_bound + flushed * (1 + difference) * max(1.0, abs(float(grad_scale)))
     if pred.dtype != accumulation:
         narrow = torch.finfo(pred.dtype)
-        grad_bound = grad_bound + (truth[1].abs() * narrow.eps / 2).clamp(min=narrow.smallest_normal * narrow.eps / 2)
+        grad_bound = grad_bound + (truth[1].abs() * narrow.eps * ROUNDING).clamp(
+            min=narrow.smallest_normal * narrow.eps * ROUNDING
+        )
     excuses: tuple[Tensor | None, Tensor | None] = None, None
     if bool(overflows.any()):
         eager = fk.gaussian_divergence_value_and_grad(
@@ -170,7 +176,7 @@ def _grad_bound(bound: Tensor, truth: Tensor, dtype: torch.dtype) -> Tensor:
     bound = bound + truth.abs() * 1e-6 * (dtype != torch.float64)
     if dtype in (torch.float16, torch.bfloat16):
         narrow = torch.finfo(dtype)
-        bound = bound + (truth.abs() * narrow.eps / 2).clamp(min=narrow.smallest_normal * narrow.eps / 2)
+        bound = bound + (truth.abs() * narrow.eps * ROUNDING).clamp(min=narrow.smallest_normal * narrow.eps * ROUNDING)
     return bound + torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).smallest_normal
 
 

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import pytest
 import torch
 from exactness import check_density_ratio, check_gaussian, check_variational, laid_out
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -38,7 +38,9 @@ Test = TypeVar("Test", bound=Callable[..., None])
 def examples(count: int) -> Callable[[Test], Test]:
     # The fixture only replaces functions: what it does holds for every example alike.
     checks = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large]
+    phases = [Phase.generate] if INTERPRETED else list(Phase)
     return settings(
+        phases=phases,
         max_examples=count // 10 if INTERPRETED else count,
         deadline=None,
         derandomize=True,
@@ -64,7 +66,7 @@ def spellings(draw: st.DrawFn, critics: bool) -> str:
 def shapes(draw: st.DrawFn) -> tuple[int, ...]:
     batch = draw(st.integers(1, 5))
     if draw(st.integers(0, 4)) == 0:
-        return batch, draw(st.sampled_from([0, 1023, 1025, 4097, 16385, 40001]))
+        return batch, draw(st.sampled_from([0, 1023, 1025] if INTERPRETED else [0, 1023, 1025, 4097, 16385, 40001]))
     return batch, *draw(st.lists(st.sampled_from([1, 2, 3, 5, 7, 8, 17]), max_size=4))
 
 
@@ -155,8 +157,10 @@ def test_variational(backend: str, data: st.DataObject, shape: tuple[int, ...], 
     reduction = data.draw(st.sampled_from(["none", "mean", "sum"]))
     mask = data.draw(masks(shape))
     other = shape if reduction == "none" else (3, *shape)
-    p, q = data.draw(tensors(other, dtype, EXTREMES)), data.draw(tensors(shape, dtype, EXTREMES))
     parametrization = data.draw(st.sampled_from(["log_ratio", "fgan"]))
+    # f-GAN's polynomials have no straight line to continue them, and no rule at infinity.
+    extremes = [number for number in EXTREMES if parametrization == "log_ratio" or not math.isinf(number)]
+    p, q = data.draw(tensors(other, dtype, extremes)), data.draw(tensors(shape, dtype, extremes))
     grad_scale = data.draw(st.sampled_from([1.0, -3.0, 64.0]))
     check_variational(backend, p, q, name, mask, parametrization, reduction, grad_scale)
 

@@ -12,19 +12,20 @@ import math
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
+from exactness import doubled, sizes_of_terms
 from packaging.version import Version
 from torch import Tensor
 
 import fdu_kernels as fk
 from fdu_kernels.backends import reference
 from fdu_kernels.backends import triton as backend
-from fdu_kernels.critic import CriticRow, critic_terms
-from fdu_kernels.lowering import DERIVATIVE, FIRST, ElementFunction, critic_functions, gaussian_profile, ratio_function
+from fdu_kernels.critic import critic_terms
+from fdu_kernels.lowering import ElementFunction, critic_functions, gaussian_profile, ratio_function
 from fdu_kernels.scalar import Scalar
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -32,6 +33,8 @@ REDUCTIONS = ["none", "mean", "sum"]
 NAMES = [name for name in fk.divergences() if name != "mse"]
 PROFILES = ["mse", "squared_hellinger", "pearson_chi2", "jensen_shannon", "total_variation"]
 CPU = torch.device("cpu")
+
+pytestmark = pytest.mark.usefixtures("poisoned")
 
 if INTERPRETED:
     import triton
@@ -75,7 +78,8 @@ def why_not_interpreted() -> str:
 @pytest.mark.skipif(INTERPRETED, reason="runs the others")
 @pytest.mark.timeout(900)
 def test_interpreted() -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
+    properties = Path(__file__).with_name("test_properties.py")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, str(properties)]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=800)
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
@@ -93,21 +97,6 @@ def test_says_where_it_runs() -> None:
 
 
 @pytest.fixture(autouse=True)
-def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fill what is not written with NaN, so that an element that stays unwritten is seen."""
-
-    def filling(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        def create(*arguments: Any, **options: Any) -> Tensor:
-            tensor = function(*arguments, **options)
-            return tensor.fill_(math.nan) if tensor.is_floating_point() else tensor
-
-        return create
-
-    monkeypatch.setattr(torch, "empty_like", filling(torch.empty_like))
-    monkeypatch.setattr(Tensor, "new_empty", filling(Tensor.new_empty))
-
-
-@pytest.fixture(autouse=True)
 def quiet() -> Iterator[None]:
     """NumPy, which interprets, warns of what the extremes are there for."""
     import warnings
@@ -121,10 +110,6 @@ def pair(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> tupl
     generator = torch.Generator().manual_seed(seed)
     pred, target = (torch.randn(shape, generator=generator).to(dtype) for _ in range(2))
     return pred, target
-
-
-def doubled(argument: Any) -> Any:
-    return argument.double() if isinstance(argument, Tensor) and argument.is_floating_point() else argument
 
 
 def units(dtype: torch.dtype) -> float:
@@ -178,26 +163,6 @@ def check_gaussian(
     assert_as_exact(
         backend.gaussian_backward(pred, target, mask, coefficients), truth[1], eager[1], margin + units(pred.dtype)
     )
-
-
-def size_of_terms(row: CriticRow, v: Tensor, tilt: float, slope: bool) -> Tensor:
-    """The sum of the absolute values of a row's terms, or of its derivative's."""
-    total = torch.zeros_like(v)
-    for name in ("const", "linear", "square", "exp", "expm1", "softplus", "sigmoid", "sigmoid_squared", "step"):
-        others = {"exp_rate": row.exp_rate, "expm1_rate": row.expm1_rate, "scale": row.scale, "mix": row.mix}
-        one = CriticRow(**{name: getattr(row, name)}, **others, threshold=row.threshold)
-        total += (one.slope(v) if slope else one.value(v, tilt)).abs()
-    return total
-
-
-def sizes_of_terms(function: ElementFunction, v: Tensor) -> tuple[Tensor, Tensor]:
-    """The same of the value and of the slope of a function, in float64; 0 for a NaN."""
-    v = v.double().nan_to_num().clamp(-function.limit, function.limit)
-    first = size_of_terms(function.first, v, function.first_tilt, False)
-    second = size_of_terms(function.second, v, function.second_tilt, False)
-    if function.slope == DERIVATIVE:
-        return first, size_of_terms(function.first, v, 0.0, True)
-    return first + second, first if function.slope == FIRST else second
 
 
 class TestInterpreted:
