@@ -499,7 +499,7 @@ def sparse(path: Path, count: int, dtype: torch.dtype) -> Tensor:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
 def test_offsets_past_two_to_the_31(instruction_set: str, tmp_path: Path, dtype: torch.dtype) -> None:
     # Strides in elements beyond 2^31 and offsets in bytes beyond 2^32, in the batch and inside a sample.
-    strides = (2**32 + 64, 2**31 + 9, 1)
+    strides = (2**32 + 2**20, 2**31 + 9, 1)
     count = 2 * strides[0] + 2 * strides[1] + 1100
     shape = (3, 3, 1100)  # chunks begin in every row
     operands = []
