@@ -1,10 +1,43 @@
-"""Build of the distribution, as pyproject.toml declares it. The C++ sources join the package that builds them."""
+"""Build of the distribution, as pyproject.toml declares it: the C++ sources join the package, compiled where possible.
 
+fdu_kernels/build.py has the recipe. Without a compiler, or without torch (as in pip's isolated builds), the package
+comes without its compiled module, which is then built at first use; the install says so in one line.
+"""
+
+import importlib.util
 import shutil
+import sys
 from pathlib import Path
+from types import ModuleType
 
-from setuptools import setup
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
+
+ROOT = Path(__file__).resolve().parent
+
+
+def load_recipe() -> ModuleType:
+    """fdu_kernels/build.py by itself: the package would import torch."""
+    spec = importlib.util.spec_from_file_location("recipe_of_fdu_kernels", ROOT / "fdu_kernels" / "build.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def warn(reason: str) -> None:
+    """One line."""
+    print(f"fdu: no compiled kernels in this build, they are built at first use: {reason}", file=sys.stderr)
+
+
+build = load_recipe()
+try:
+    plan = build.recipe(build.architectures_to_distribute())
+except build.BuildError as error:
+    warn(str(error))
+    plan = None
 
 
 class BuildWithSources(build_py):
@@ -13,8 +46,38 @@ class BuildWithSources(build_py):
     def run(self) -> None:
         super().run()
         if not self.editable_mode:
-            source, target = Path(__file__).parent / "csrc", Path(self.build_lib) / "fdu_kernels" / "csrc"
-            shutil.copytree(source, target, dirs_exist_ok=True)
+            target = Path(self.build_lib) / "fdu_kernels" / "csrc"
+            shutil.copytree(ROOT / "csrc", target, dirs_exist_ok=True)
 
 
-setup(cmdclass={"build_py": BuildWithSources})
+class BuildKernels(build_ext):
+    """Compile fdu_kernels._C. An editable install gets none: its sources change, and the cache of builds follows."""
+
+    def run(self) -> None:
+        if self.editable_mode or plan is None:
+            return
+        target = Path(self.get_ext_fullpath(build.MODULE)).resolve()
+        attempts = [plan]
+        if plan.architectures:  # the CPU kernels need not suffer
+            attempts.append(build.recipe(why_none="their build failed when the distribution was made"))
+        for attempt in attempts:
+            try:
+                build.compile_module(attempt, target, Path(self.build_temp).resolve() / attempt.key)
+            except build.BuildError as error:
+                warn(str(error))
+            else:
+                return
+
+    def get_outputs(self) -> list[str]:
+        made = Path(self.get_ext_fullpath(build.MODULE))
+        return [str(made)] if made.is_file() and not self.editable_mode else []
+
+    def get_output_mapping(self) -> dict[str, str]:
+        return {}
+
+
+setup(
+    cmdclass={"build_py": BuildWithSources, "build_ext": BuildKernels},
+    # Tags the wheel for this platform and Python.
+    ext_modules=[] if plan is None else [Extension(build.MODULE, sources=[])],
+)

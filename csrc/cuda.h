@@ -31,7 +31,6 @@ struct GaussianCall {
     const DLTensor* scale_tensor;
 };
 
-// Of an empty batch no value is written.
 void gaussian(const GaussianCall&, const Context&);
 
 void gaussian_backward(

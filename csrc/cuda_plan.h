@@ -10,11 +10,10 @@
 #include "cuda_work.h"
 
 namespace fdu::cuda {
-namespace {
 
-int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-Type type_of(const DLTensor& tensor) {
+inline Type type_of(const DLTensor& tensor) {
     const int code = tensor.dtype.code, bits = tensor.dtype.bits;
     if (code == kDLFloat && bits == 16) return Type::float16;
     if (code == kDLBfloat && bits == 16) return Type::bfloat16;
@@ -24,7 +23,7 @@ Type type_of(const DLTensor& tensor) {
     throw std::invalid_argument("fdu_kernels: a dtype that the CUDA kernels do not have");
 }
 
-int64_t size_of(Type type) {
+inline int64_t size_of(Type type) {
     switch (type) {
         case Type::float32: return 4;
         case Type::float64: return 8;
@@ -33,15 +32,15 @@ int64_t size_of(Type type) {
     }
 }
 
-char* data_of(const DLTensor& tensor) { return static_cast<char*>(tensor.data) + tensor.byte_offset; }
+inline char* data_of(const DLTensor& tensor) { return static_cast<char*>(tensor.data) + tensor.byte_offset; }
 
-int64_t elements_from(const DLTensor& tensor, int dimension) {
+inline int64_t elements_from(const DLTensor& tensor, int dimension) {
     int64_t count = 1;
     for (int d = dimension; d < tensor.ndim; ++d) count *= tensor.shape[d];
     return count;
 }
 
-Numbers numbers_of(const DLTensor* tensor, double otherwise) {
+inline Numbers numbers_of(const DLTensor* tensor, double otherwise) {
     Numbers numbers;
     numbers.otherwise = otherwise;
     if (!tensor) return numbers;
@@ -59,7 +58,7 @@ struct Placed {
 };
 
 // Strides over all dimensions of `like`, the outermost first.
-void place(Placed& placed, const DLTensor& like) {
+inline void place(Placed& placed, const DLTensor& like) {
     const DLTensor& tensor = *placed.tensor;
     const int missing = like.ndim - tensor.ndim;
     for (int d = 0; d < like.ndim; ++d) {
@@ -72,7 +71,7 @@ void place(Placed& placed, const DLTensor& like) {
 
 // Orders the dimensions from `from` on by the strides of the first tensor, merges those that lie one after the other in
 // every one, and fills in the space and the operands' strides.
-void collapse(const DLTensor& like, int from, Placed* placed, int count, Space& space) {
+inline void collapse(const DLTensor& like, int from, Placed* placed, int count, Space& space) {
     int order[max_dims], kept = 0;
     for (int d = like.ndim - 1; d >= from; --d) {
         if (like.shape[d] == 1) continue;
@@ -104,7 +103,7 @@ void collapse(const DLTensor& like, int from, Placed* placed, int count, Space& 
     for (int d = 0; d < space.dims; ++d) space.divisors[d] = divisor_of(uint64_t(std::max<int64_t>(space.sizes[d], 1)));
 }
 
-bool are_linear(const Placed* placed, int count, const Space& space) {
+inline bool are_linear(const Placed* placed, int count, const Space& space) {
     for (int j = 0; j < count; ++j) {
         if (placed[j].operand->strides[0] != 1 && space.sizes[0] != 1) return false;
     }
@@ -112,12 +111,12 @@ bool are_linear(const Placed* placed, int count, const Space& space) {
 }
 
 // Elements by which the beginning of an operand misses a multiple of 16 bytes.
-int64_t shift_of(const Operand& operand, int vector) {
+inline int64_t shift_of(const Operand& operand, int vector) {
     return int64_t(reinterpret_cast<uintptr_t>(operand.data) / uintptr_t(16 / vector) % uintptr_t(vector));
 }
 
 // Whether groups of elements of `space` are side by side in an operand, or one and the same.
-bool is_packed(const Operand& operand, const Space& space, bool batched) {
+inline bool is_packed(const Operand& operand, const Space& space, bool batched) {
     if (space.dims > 1 && space.sizes[0] % factor_group) return false;
     if (operand.strides[0] == 0) return true;
     if (operand.strides[0] != 1 || operand.type == Type::float64) return false;
@@ -129,7 +128,7 @@ bool is_packed(const Operand& operand, const Space& space, bool batched) {
 }
 
 // Fills in the space and operands; true if pred, target and grad can be read as vectors.
-bool plan(const Gaussian& of, GaussianTask& task) {
+inline bool plan(const Gaussian& of, GaussianTask& task) {
     Placed placed[4];
     int count = 0;
     // The gradient leads: what is written should be written in its order.
@@ -160,7 +159,7 @@ bool plan(const Gaussian& of, GaussianTask& task) {
     return vectors && !shifted && is_packed(task.mask, task.space, batched);
 }
 
-bool plan(const Expectation& of, ElementTask& task) {
+inline bool plan(const Expectation& of, ElementTask& task) {
     const DLTensor& v = *of.v;
     // A weight [B] is a mask [B, 1, ...].
     int64_t shape[max_dims], strides[max_dims];
@@ -199,7 +198,7 @@ bool plan(const Expectation& of, ElementTask& task) {
 }
 
 // Blocks of a launch in which many blocks share the work: one wave, and no more than there are places for partial sums.
-int64_t wave(int multiprocessors) { return std::min<int64_t>(4 * int64_t(multiprocessors), most_parts); }
+inline int64_t wave(int multiprocessors) { return std::min<int64_t>(4 * int64_t(multiprocessors), most_parts); }
 
 // How a sample is held on chip.
 struct OnChip {
@@ -211,7 +210,7 @@ struct OnChip {
 constexpr int most_cluster = 8, small_part = 2048;
 
 // elements is 0 where it does not fit. `elements_most`: what a thread can hold.
-OnChip on_chip(int64_t size, int64_t batch, int64_t vector, int elements_most, int multiprocessors, bool clusters) {
+inline OnChip on_chip(int64_t size, int64_t batch, int64_t vector, int elements_most, int multiprocessors, bool clusters) {
     const int64_t warp_most = std::min<int64_t>(elements_most, 16) * warp_size;
     if (size <= warp_most) return {size <= 8 * warp_size ? 8 : 16, 1, 1};
     const int64_t block_most = int64_t(elements_most) * chip_threads;
@@ -237,7 +236,7 @@ struct Walk {
     int warps, parts;
 };
 
-Walk walk(int64_t size, int64_t batch, int64_t vector, int multiprocessors) {
+inline Walk walk(int64_t size, int64_t batch, int64_t vector, int multiprocessors) {
     if (size <= 1024) return {1, 1};
     const int64_t steps = divide_up(divide_up(size, vector), int64_t(stream_rounds) * stream_threads);
     const int64_t most = std::max<int64_t>(divide_up(wave(multiprocessors), std::max<int64_t>(batch, 1)), 1);
@@ -245,9 +244,8 @@ Walk walk(int64_t size, int64_t batch, int64_t vector, int multiprocessors) {
 }
 
 // Samples that share a block, each with a warp: few where there are few, so that more multiprocessors have work.
-int64_t samples_of_block(int64_t batch, int multiprocessors) {
+inline int64_t samples_of_block(int64_t batch, int multiprocessors) {
     return batch >= 32 * int64_t(multiprocessors) ? 8 : batch >= 8 * int64_t(multiprocessors) ? 4 : 2;
 }
 
-}  // namespace
 }  // namespace fdu::cuda

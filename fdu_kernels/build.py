@@ -13,6 +13,7 @@ import importlib
 import importlib.machinery
 import importlib.util
 import json
+import mmap
 import os
 import platform
 import re
@@ -94,6 +95,7 @@ class Recipe:
             "instruction_sets": [name for name in INSTRUCTION_SETS if f"kernels_{name}.o" in self.objects],
             "torch": self.torch_version,
             "cuda": self.cuda,
+            "architectures": list(self.architectures),
         }
 
     @property
@@ -280,18 +282,27 @@ def _installed_module(architectures: Sequence[str]) -> types.ModuleType | None:
     """The module that was built with the distribution, unless the sources have changed since, or it lacks the CUDA
     kernels and they can be built here."""
     spec = importlib.util.find_spec(MODULE)
-    if spec is None:
+    if spec is None or spec.origin is None:
         return None
     try:
-        module = importlib.import_module(MODULE)
-        fits: bool = json.loads(module.BUILD)["sources"] == digest_of_sources(sources_folder())
-    except (ImportError, AttributeError, BuildError):
+        # Looked at before it is imported: pybind11 makes but one module of a name, so another could not follow it.
+        information = information_of(Path(spec.origin))
+        fits = information["sources"] == digest_of_sources(sources_folder())
+        if fits and architectures and not information["architectures"]:
+            with contextlib.suppress(BuildError):
+                _find_toolkit(architectures)
+                fits = False
+        return importlib.import_module(MODULE) if fits else None
+    except (ImportError, OSError, KeyError, BuildError):
         return None
-    if fits and architectures and not hasattr(module, "cuda_gaussian"):
-        with contextlib.suppress(BuildError):
-            _find_toolkit(architectures)
-            fits = False
-    return module if fits else None
+
+
+def information_of(module: Path) -> dict[str, object]:
+    """What a built module tells of itself, read from its file; empty if it tells nothing."""
+    with module.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        found = re.search(rb'\{"sources": [^\0]*\}', content)
+        read: dict[str, object] = json.loads(found[0]) if found else {}
+    return read
 
 
 def _import_file(path: Path) -> types.ModuleType:
@@ -419,7 +430,7 @@ def _code_flags(architectures: Sequence[str]) -> list[str]:
         flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
         if name.endswith("+PTX"):
             flags.append(f"-gencode=arch=compute_{number},code=compute_{number}")
-    return flags
+    return list(dict.fromkeys(flags))
 
 
 def _find_pybind11() -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
@@ -18,15 +19,29 @@ NOT_SOURCES = (".*", "__pycache__", "*.egg-info", "build", "dist", "demo-out")
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
-    """Built from a copy: what an earlier build left in build/ would find its way into the wheel."""
-    folder = tmp_path_factory.mktemp("packaging")
-    shutil.copytree(ROOT, folder / "sources", ignore=shutil.ignore_patterns(*NOT_SOURCES))
-    build = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--no-index"]
-    made = subprocess.run([*build, "--wheel-dir", folder, folder / "sources"], capture_output=True, text=True)
+def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy: what an earlier build left in build/ would find its way into the wheel."""
+    folder = tmp_path_factory.mktemp("packaging") / "sources"
+    shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(*NOT_SOURCES))
+    return folder
+
+
+def build_wheel(sources: Path, folder: Path, **environment: str) -> tuple[zipfile.ZipFile, str]:
+    """The wheel, and what was printed."""
+    command = [sys.executable, "-m", "pip", "wheel", "-v", "--no-deps", "--no-build-isolation", "--no-index"]
+    made = subprocess.run(
+        [*command, "--wheel-dir", folder, sources],
+        capture_output=True, text=True, env={**os.environ, "CUDA_HOME": str(sources / "no nvcc"), **environment},
+    )  # fmt: skip
     assert made.returncode == 0, made.stdout + made.stderr
     (path,) = folder.glob("fdu-*.whl")
-    return zipfile.ZipFile(path)
+    return zipfile.ZipFile(path), made.stdout + made.stderr
+
+
+@pytest.fixture(scope="module")
+def wheel(sources: Path) -> zipfile.ZipFile:
+    """With the kernels for the CPU."""
+    return build_wheel(sources, sources.parent)[0]
 
 
 def read_metadata(wheel: zipfile.ZipFile, name: str) -> bytes:
@@ -46,6 +61,44 @@ def test_wheel_holds_the_packages_whole_and_nothing_else(wheel: zipfile.ZipFile)
     sources |= {f"fdu_kernels/csrc/{path.name}" for path in (ROOT / "csrc").iterdir()}
     assert {path for path in held if not path.endswith(".so")} == {path for path in sources if not path.endswith(".so")}
     assert {f"{package}/py.typed" for package in PACKAGES} <= held
+
+
+def test_wheel_carries_the_compiled_kernels_and_their_platform(wheel: zipfile.ZipFile, tmp_path: Path) -> None:
+    from fdu_kernels import build
+
+    try:
+        build.recipe()
+    except build.BuildError as error:
+        pytest.skip(str(error))
+    assert f"fdu_kernels/_C{build.extension_suffix()}" in wheel.namelist()
+    tag = message_from_bytes(read_metadata(wheel, "WHEEL"))
+    assert tag["Root-Is-Purelib"] == "false" and not tag["Tag"].endswith("any")
+    wheel.extractall(tmp_path)
+    script = "from fdu_kernels import build; module = build.load(); print(module.__file__); print(module.BUILD)"
+    ran = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path, check=True,
+        env={**os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache")},
+    )  # fmt: skip
+    place, information = ran.stdout.splitlines()
+    assert place.startswith(str(tmp_path / "fdu_kernels")) and "has no bin/nvcc" in information
+
+
+def test_a_build_that_cannot_compile_installs_the_rest(sources: Path, tmp_path: Path) -> None:
+    wheel, output = build_wheel(sources, tmp_path, CXX="no-such-compiler")
+    assert not any(path.endswith(".so") for path in wheel.namelist())
+    assert "fdu_kernels/csrc/cpu.cpp" in wheel.namelist()
+    assert message_from_bytes(read_metadata(wheel, "WHEEL"))["Root-Is-Purelib"] == "true"
+    (line,) = {line.strip() for line in output.splitlines() if "no compiled kernels in this build" in line}
+    assert "CXX names no-such-compiler, which is not there" in line and "apt install g++" in line
+
+
+def test_a_build_that_fails_installs_the_rest(sources: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(sources, broken, ignore=shutil.ignore_patterns("build", "*.egg-info"))
+    (broken / "csrc" / "memory.cpp").write_text("#error broken\n")
+    wheel, output = build_wheel(broken, tmp_path)
+    assert not any(path.endswith(".so") for path in wheel.namelist())
+    assert "no compiled kernels in this build" in output and "#error broken" in output
 
 
 def test_wheel_version_is_that_of_the_package(wheel: zipfile.ZipFile) -> None:

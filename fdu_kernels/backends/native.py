@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 import json
-import math
 import types
 
 import torch
@@ -299,8 +298,6 @@ class CudaKernels:
         coefficient: Tensor | None,
         grad: Tensor | None,
     ) -> None:
-        if len(pred) == 0 and reduction != "none":
-            value.fill_(math.nan if reduction == "mean" else 0.0)  # as of no numbers in PyTorch
         filled = grad
         if pred.ndim > self._compiled.CUDA_DIMS:
             pred, target, mask = _contiguous(pred, target, mask)

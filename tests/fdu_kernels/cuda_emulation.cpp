@@ -1,0 +1,33 @@
+// An extension module with the CUDA operations on CPU tensors, computed by the emulation.
+
+#include "cuda_emulation.h"
+
+#include "borrowed.h"
+#include "cuda_plan.h"
+
+namespace py = pybind11;
+using namespace fdu::cuda;
+
+namespace fdu::cuda {
+void bind(py::module_& module);
+}
+
+PYBIND11_MODULE(cuda_emulation, module) {
+    fdu::find_exchange();
+    bind(module);
+    module.def("machine", [](int multiprocessors, bool clusters, bool capturing, bool backwards) {
+        emulated = {multiprocessors, clusters, capturing, backwards};
+    });
+    module.def("counts", [] {
+        return py::make_tuple(emulated.launches, emulated.wide_accesses, emulated.narrow_loads);
+    });
+    module.def("divide", [](int64_t number, int64_t by) { return divide(number, divisor_of(uint64_t(by))); });
+    module.def("on_chip", [](int64_t size, int64_t batch, int64_t vector, int most, int multiprocessors, bool clusters) {
+        const OnChip held = on_chip(size, batch, vector, most, multiprocessors, clusters);
+        return py::make_tuple(held.elements, held.warps, held.parts);
+    });
+    module.def("walk", [](int64_t size, int64_t batch, int64_t vector, int multiprocessors) {
+        const Walk shared = walk(size, batch, vector, multiprocessors);
+        return py::make_tuple(shared.warps, shared.parts);
+    });
+}

@@ -1,0 +1,275 @@
+// What cuda_machine.h is on the host, in tests: the threads of a block are fibers, and barriers are where they change over.
+//
+// Blocks run one after the other in an order of choice, those of a cluster together. Shared memory begins as NaN. A barrier
+// that not all threads reach ends the program.
+
+#pragma once
+
+#include <ucontext.h>
+
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <mutex>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "cuda_work.h"
+
+#define FDU_KERNEL void
+#define FDU_DEVICE inline
+#define FDU_TASK(type) type
+
+namespace fdu::cuda {
+
+struct Emulated {
+    int multiprocessors = 3;
+    bool clusters = true, capturing = false, backwards = false;
+    int64_t launches = 0, wide_accesses = 0, narrow_loads = 0;
+};
+inline Emulated emulated;
+
+struct Barrier {
+    int expected = 0, arrived = 0;
+    int64_t turn = 0;
+};
+
+struct Cluster {
+    Barrier barrier;
+    std::vector<char*> shared;
+};
+
+struct Block {
+    int64_t index, blocks;
+    int threads, rank;
+    Cluster* cluster;
+    std::vector<char> shared;
+    Barrier barrier;
+    std::vector<Barrier> warps;
+    std::vector<double> slots;  // two a thread, for shuffles in turn
+};
+
+struct Fiber {
+    ucontext_t context;
+    std::unique_ptr<char[]> stack;
+    Block* block = nullptr;
+    int thread = 0;
+    int64_t shuffles = 0;
+    Barrier* awaited = nullptr;
+    int64_t turn = 0;
+    bool done = false;
+};
+
+inline Fiber* fiber = nullptr;
+inline ucontext_t scheduler;
+
+inline void wait(Barrier& barrier) {
+    if (++barrier.arrived == barrier.expected) {
+        barrier.arrived = 0;
+        ++barrier.turn;
+        return;
+    }
+    fiber->awaited = &barrier;
+    fiber->turn = barrier.turn;
+    swapcontext(&fiber->context, &scheduler);
+}
+
+inline int thread_index() { return fiber->thread; }
+inline int block_threads() { return fiber->block->threads; }
+inline int64_t block_index() { return fiber->block->index; }
+inline int64_t grid_blocks() { return fiber->block->blocks; }
+inline void sync_block() { wait(fiber->block->barrier); }
+inline void sync_cluster() { wait(fiber->block->cluster->barrier); }
+
+template <class T>
+T shuffle_xor(T value, int lanes_apart) {
+    static_assert(sizeof(T) <= sizeof(double));
+    Block& block = *fiber->block;
+    const int64_t turn = fiber->shuffles++ % 2 * block.threads;
+    memcpy(&block.slots[size_t(turn + fiber->thread)], &value, sizeof(T));
+    wait(block.warps[size_t(fiber->thread / warp_size)]);
+    T other;
+    memcpy(&other, &block.slots[size_t(turn + (fiber->thread ^ lanes_apart))], sizeof(T));
+    return other;
+}
+
+template <class T>
+T& block_shared() {
+    static_assert(sizeof(T) <= 4096);
+    return *reinterpret_cast<T*>(fiber->block->shared.data());
+}
+
+template <class T>
+const T& of_rank(T& shared, int rank) {
+    Block& block = *fiber->block;
+    return *reinterpret_cast<T*>(
+        block.cluster->shared[size_t(rank)] + (reinterpret_cast<char*>(&shared) - block.shared.data()));
+}
+
+inline bool last_of(unsigned* ticket, unsigned count) {
+    const bool last = ++*ticket == count;
+    if (last) *ticket = 0;
+    return last;
+}
+
+inline double load_fresh(const double* from) { return *from; }
+
+struct Words {
+    uint32_t at[4];
+};
+
+inline void require_aligned(const void* address, size_t bytes) {
+    if (reinterpret_cast<uintptr_t>(address) % bytes == 0) return;
+    std::fprintf(stderr, "an access of %zu bytes at an address that is no multiple\n", bytes);
+    std::abort();
+}
+inline Words load_words(const void* from) {
+    require_aligned(from, 16);
+    ++emulated.wide_accesses;
+    Words words;
+    memcpy(&words, from, sizeof(words));
+    return words;
+}
+inline void store_words(void* to, Words words) {
+    require_aligned(to, 16);
+    ++emulated.wide_accesses;
+    memcpy(to, &words, sizeof(words));
+}
+template <class T>
+T load_constant(const T* from) {
+    require_aligned(from, sizeof(T));
+    ++emulated.narrow_loads;
+    T value;
+    memcpy(&value, from, sizeof(T));
+    return value;
+}
+
+inline float widen_half(uint16_t bits) {
+    const int exponent = bits >> 10 & 31, digits = bits & 1023;
+    const float size = exponent == 31 ? (digits ? NAN : INFINITY)
+                       : exponent     ? std::ldexp(float(digits + 1024), exponent - 25)
+                                      : std::ldexp(float(digits), -24);
+    return bits & 0x8000 ? -size : size;
+}
+inline uint16_t narrow_half(float value) {
+    const uint16_t sign = std::signbit(value) ? 0x8000 : 0;
+    const float size = std::fabs(value);
+    if (std::isnan(value)) return 0x7e00;
+    if (size >= 65520.0f) return sign | 0x7c00;
+    if (size < 0x1p-14f) return uint16_t(sign | uint16_t(std::nearbyint(std::ldexp(size, 24))));
+    int exponent;
+    const float digits = std::frexp(size, &exponent);
+    // 1024 carries into the exponent.
+    return uint16_t(sign | uint16_t(((exponent + 14) << 10) + int(std::nearbyint(std::ldexp(digits, 11))) - 1024));
+}
+inline uint16_t narrow_bfloat(float value) {
+    const uint32_t bits = bit_cast<uint32_t>(value);
+    return std::isnan(value) ? 0x7fc0 : uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+inline uint32_t narrow_halves(float low, float high) {
+    return uint32_t(narrow_half(low)) | uint32_t(narrow_half(high)) << 16;
+}
+inline uint32_t narrow_bfloats(float low, float high) {
+    return uint32_t(narrow_bfloat(low)) | uint32_t(narrow_bfloat(high)) << 16;
+}
+
+class Current {
+  public:
+    explicit Current(int) {}
+};
+
+struct Device {
+    int multiprocessors;
+    bool clusters;
+};
+
+inline const Device& known_device(int, const void*) {
+    static Device device;
+    return device = {emulated.multiprocessors, emulated.clusters};
+}
+inline bool is_capturing(void*) { return emulated.capturing; }
+inline void fill_with_zeros(void* data, size_t bytes, void*) { memset(data, 0, bytes); }
+
+// What a fiber runs.
+inline std::function<void()> entry;
+
+inline void run_fiber() {
+    entry();
+    fiber->done = true;
+    swapcontext(&fiber->context, &scheduler);
+}
+
+inline void prepare(Fiber& one, Block& block, int thread) {
+    constexpr size_t stack = 65536;
+    if (!one.stack) one.stack.reset(new char[stack]);
+    getcontext(&one.context);
+    one.context.uc_stack.ss_sp = one.stack.get();
+    one.context.uc_stack.ss_size = stack;
+    one.block = &block;
+    one.thread = thread;
+    one.shuffles = 0;
+    one.awaited = nullptr;
+    one.done = false;
+    makecontext(&one.context, run_fiber, 0);
+}
+
+// The blocks of one cluster, all their threads.
+inline void run_cluster(int64_t first, int64_t blocks, int threads, int size) {
+    static std::vector<Fiber> fibers;
+    const size_t count = size_t(size) * size_t(threads);
+    if (fibers.size() < count) fibers.resize(count);
+    Cluster cluster;
+    cluster.barrier.expected = int(count);
+    std::vector<Block> members(static_cast<size_t>(size));
+    for (int rank = 0; rank < size; ++rank) {
+        Block& block = members[size_t(rank)];
+        block.index = first + rank;
+        block.blocks = blocks;
+        block.threads = threads;
+        block.rank = rank;
+        block.cluster = &cluster;
+        block.shared.assign(4096, char(0xff));
+        block.barrier.expected = threads;
+        block.warps.resize(size_t(threads / warp_size));
+        for (Barrier& warp : block.warps) warp.expected = warp_size;
+        block.slots.resize(size_t(2 * threads));
+        cluster.shared.push_back(block.shared.data());
+        for (int thread = 0; thread < threads; ++thread) {
+            prepare(fibers[size_t(rank * threads + thread)], block, thread);
+        }
+    }
+    size_t done = 0;
+    while (done < count) {
+        bool moved = false;
+        for (size_t i = 0; i < count; ++i) {
+            fiber = &fibers[i];
+            if (fiber->done || (fiber->awaited && fiber->awaited->turn == fiber->turn)) continue;
+            fiber->awaited = nullptr;
+            swapcontext(&scheduler, &fiber->context);
+            moved = true;
+            done += fiber->done;
+        }
+        if (!moved) {
+            std::fprintf(stderr, "threads wait for others that do not come\n");
+            std::abort();
+        }
+    }
+}
+
+template <class Task>
+void launch(void (*kernel)(Task), int64_t blocks, int threads, int cluster, void*, const Task& task) {
+    if (blocks == 0) return;
+    if (threads % warp_size || blocks % cluster || threads > 1024) throw std::logic_error("a launch that CUDA would refuse");
+    ++emulated.launches;
+    entry = [&] { kernel(task); };
+    for (int64_t i = 0; i < blocks / cluster; ++i) {
+        const int64_t first = (emulated.backwards ? blocks / cluster - 1 - i : i) * cluster;
+        run_cluster(first, blocks, threads, cluster);
+    }
+}
+
+}  // namespace fdu::cuda

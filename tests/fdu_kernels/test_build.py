@@ -1,0 +1,263 @@
+"""The build of the compiled kernels: what is missing is named with its remedy, and what is built is built once."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+
+import fdu_kernels as fk
+from fdu_kernels import build
+from fdu_kernels.backends.native import CudaKernels
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(autouse=True)
+def own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """Builds go into a folder of the test, and nothing of an earlier test is remembered."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    for name in ("CXX", "CUDA_HOME", "TORCH_CUDA_ARCH_LIST"):
+        monkeypatch.delenv(name, raising=False)
+    return tmp_path / "cache" / "fdu_kernels"
+
+
+@pytest.fixture
+def plan() -> build.Recipe:
+    try:
+        return build.recipe()
+    except build.BuildError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, plan: build.Recipe) -> Path:
+    """Sources that compile in a second."""
+    folder = tmp_path / "csrc"
+    folder.mkdir()
+    for name in (*build.SOURCES, build.KERNELS):
+        (folder / name).write_text("")
+    (folder / "module.cpp").write_text(
+        '#include <pybind11/pybind11.h>\n#include "build_info.h"\n'
+        'PYBIND11_MODULE(_C, module) { module.attr("BUILD") = FDU_BUILD; }\n'
+    )
+    monkeypatch.setattr(build, "sources_folder", lambda: folder)
+    monkeypatch.setattr(build, "INSTRUCTION_SETS", {"baseline": ()})
+    build.digest_of_sources.cache_clear()
+    return folder
+
+
+def hide(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
+    real = shutil.which
+    monkeypatch.setattr(shutil, "which", lambda name: None if Path(name).name in names else real(name))
+
+
+def test_no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    hide(monkeypatch, *build.COMPILERS)
+    with pytest.raises(build.BuildError, match="there is no C\\+\\+ compiler; .*apt install g\\+\\+"):
+        build.recipe()
+    monkeypatch.setenv("CXX", "mycc")
+    with pytest.raises(build.BuildError, match="CXX names mycc, which is not there"):
+        build.recipe()
+
+
+@pytest.mark.parametrize("name", ["torch", "pybind11"])
+def test_no_package(monkeypatch: pytest.MonkeyPatch, plan: build.Recipe, name: str) -> None:
+    real = build.importlib.util.find_spec
+    monkeypatch.setattr(
+        build.importlib.util, "find_spec", lambda wanted, *rest: None if wanted == name else real(wanted, *rest)
+    )
+    with pytest.raises(build.BuildError, match=f"{name} is not installed.*pip install"):
+        build.recipe()
+
+
+def test_no_ninja(monkeypatch: pytest.MonkeyPatch, plan: build.Recipe) -> None:
+    hide(monkeypatch, "ninja")
+    monkeypatch.setattr(build.sysconfig, "get_path", lambda name: "/nowhere")
+    with pytest.raises(build.BuildError, match="ninja is not installed; pip install ninja"):
+        build.recipe()
+
+
+def test_no_nvcc_leaves_the_cuda_kernels_out(monkeypatch: pytest.MonkeyPatch, plan: build.Recipe) -> None:
+    hide(monkeypatch, "nvcc")
+    without = build.recipe(build.ARCHITECTURES)
+    assert without.cuda == "there was no nvcc; install the CUDA toolkit and build anew"
+    assert without.architectures == () and "cuda.o" not in without.objects
+    monkeypatch.setenv("CUDA_HOME", "/opt/none")
+    assert build.recipe(build.ARCHITECTURES).cuda.startswith("CUDA_HOME names /opt/none, which has no bin/nvcc")
+    assert build.recipe().cuda == build.NO_DEVICE
+
+
+def fake_nvcc(folder: Path, release: str, codes: str) -> None:
+    (folder / "bin").mkdir(parents=True)
+    script = folder / "bin" / "nvcc"
+    script.write_text(f"#!/bin/sh\n[ $1 = --version ] && echo 'nvcc, release {release}, V1' || printf '{codes}'\n")
+    script.chmod(0o755)
+
+
+def test_architectures_that_nvcc_knows(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, plan: build.Recipe) -> None:
+    fake_nvcc(tmp_path, "12.6", "sm_75\\nsm_80\\nsm_86\\nsm_90\\n")
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    found = build.recipe(build.ARCHITECTURES)
+    assert found.architectures == ("8.0", "9.0", "9.0+PTX") and found.cuda == "for 8.0, 9.0, 9.0+PTX by nvcc 12.6"
+    assert found.objects["cuda.o"][0] == found.linker[0] == str(tmp_path / "bin" / "nvcc")
+    assert "-gencode=arch=compute_90,code=compute_90" in found.objects["cuda.o"][2]
+    assert "-DFDU_CUDA" in found.objects["module.o"][2]
+    assert build.recipe(("7.5", "8.6")).architectures == ("8.6",)
+    assert "nvcc has none from 8.0 on" in build.recipe(("7.0",)).cuda
+    assert "names 'Hopper'; name architectures such as 9.0" in build.recipe(("Hopper",)).cuda
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", " 8.0 8.6;9.0+PTX")
+    assert build.architectures_to_distribute() == ("8.0", "8.6", "9.0+PTX")
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "")
+    assert build.architectures_to_distribute() == build.ARCHITECTURES
+
+
+def test_an_old_nvcc_is_not_used(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, plan: build.Recipe) -> None:
+    fake_nvcc(tmp_path, "11.8", "sm_80\\n")
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    assert "is of CUDA 11.8, which is too old; install 12.4 or newer" in build.recipe(("8.0",)).cuda
+
+
+def test_no_sources(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(build, "__file__", str(tmp_path / "fdu_kernels" / "build.py"))
+    with pytest.raises(build.BuildError, match="sources are missing.*pip install --force-reinstall fdu"):
+        build.sources_folder()
+
+
+def test_a_build_is_made_once(small: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first = build.built(build.recipe())
+    assert "building the C++ kernels, once, into" in capsys.readouterr().err
+    assert build.built(build.recipe()) == first and not capsys.readouterr().err
+    assert build.information_of(first)["cuda"] == build.NO_DEVICE
+    (small / "memory.cpp").write_text("// changed\n")
+    build.digest_of_sources.cache_clear()
+    assert build.built(build.recipe()) != first
+
+
+def test_a_broken_source_is_told_with_the_compilers_words_and_remembered(small: Path) -> None:
+    (small / "memory.cpp").write_text("#error this is broken\n")
+    build.digest_of_sources.cache_clear()
+    with pytest.raises(
+        build.BuildError, match="(?s)build of the C.. kernels failed:.*#error this is broken.*whole log"
+    ):
+        build.built(build.recipe())
+    with pytest.raises(build.BuildError, match="(?s)#error this is broken.*to try again, remove .*fdu_kernels"):
+        build.built(build.recipe())
+
+
+def test_a_cache_that_cannot_be_written(monkeypatch: pytest.MonkeyPatch, small: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(small / "memory.cpp"))
+    with pytest.raises(build.BuildError, match="cannot be built into .*name another place: XDG_CACHE_HOME"):
+        build.built(build.recipe())
+
+
+def test_two_processes_at_once(small: Path) -> None:
+    script = f"""
+from pathlib import Path
+from fdu_kernels import build
+build.sources_folder = lambda: Path({str(small)!r})
+build.INSTRUCTION_SETS = {{"baseline": ()}}
+print(build.built(build.recipe()))
+"""
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", script], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        for _ in range(2)
+    ]
+    outputs = [process.communicate(timeout=200) for process in processes]
+    assert all(process.returncode == 0 for process in processes), outputs
+    assert outputs[0][0] == outputs[1][0]
+    assert sum("building the C++ kernels" in errors for _, errors in outputs) == 1
+
+
+def test_a_failure_of_nvcc_leaves_the_cpu_kernels(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, small: Path) -> None:
+    fake_nvcc(tmp_path, "13.0", "sm_90\\n")  # which compiles nothing
+    for name in build.CUDA_SOURCES:
+        (small / name).write_text("")
+    build.digest_of_sources.cache_clear()
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    monkeypatch.setattr(build, "architectures_of_devices", lambda: ("9.0",))
+    monkeypatch.setattr(build, "_installed_module", lambda architectures: None)
+    monkeypatch.setattr(build, "_import_file", build.information_of)
+    assert build.load.__wrapped__()["cuda"].startswith("the build with nvcc failed; its log is ")
+
+
+def test_the_installed_module_is_used_while_its_sources_are_the_same(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    path = tmp_path / "_C.so"
+    monkeypatch.setattr(build.importlib.util, "find_spec", lambda name: types.SimpleNamespace(origin=str(path)))
+    monkeypatch.setattr(build.importlib, "import_module", lambda name: name)
+    digest = build.digest_of_sources(build.sources_folder())
+
+    def is_used(devices: tuple[str, ...], sources: str, architectures: list[str]) -> bool:
+        told = json.dumps({"sources": sources, "architectures": architectures})
+        path.write_bytes(b"code\0" + told.encode() + b"\0more")
+        return build._installed_module(devices) is not None
+
+    assert is_used((), digest, []) and not is_used((), "another", [])
+    # A device, but no CUDA kernels: built anew where there is nvcc.
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "none"))
+    assert is_used(("9.0",), digest, [])
+    fake_nvcc(tmp_path, "13.0", "sm_90\\n")
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    assert not is_used(("9.0",), digest, []) and is_used(("9.0",), digest, ["8.0"]) and is_used((), digest, [])
+    path.write_bytes(b"of another program")
+    assert build._installed_module(()) is None
+
+
+def test_the_command_tells_what_was_built() -> None:
+    if fk.backends()["cpu"] is not None:
+        pytest.skip(str(fk.backends()["cpu"]))
+    environment = {key: value for key, value in os.environ.items() if key != "XDG_CACHE_HOME"}
+    command = [sys.executable, "-W", "error", "-m", "fdu_kernels.build"]
+    ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
+    assert ran.returncode == 0, ran.stderr
+    told = dict(line.split(": ", 1) for line in ran.stdout.splitlines())
+    assert Path(told["module"]).is_file() and {"compiler", "instruction sets", "cuda", "torch"} <= set(told)
+    missing = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, env={**environment, "CXX": "mycc"}
+    )  # fmt: skip
+    assert missing.returncode == 1 and "no compiled kernels: CXX names mycc" in missing.stderr
+
+
+@pytest.mark.parametrize(
+    "cuda, devices, attributes, reason",
+    [
+        (None, 0, {}, "this PyTorch is built without CUDA"),
+        ("13.0", 0, {}, "no CUDA device"),
+        ("13.0", 1, {}, "built without CUDA kernels: there was no nvcc"),
+        ("13.0", 1, {"cuda_gaussian": None, "cuda_why_unusable": lambda index: ""}, None),
+        (
+            "13.0", 1, {"cuda_gaussian": None, "cuda_why_unusable": lambda index: "too old a driver"},
+            "cuda:0 (sm_90) cannot run the CUDA kernels, built there was no nvcc: too old a driver",
+        ),
+    ],
+)  # fmt: skip
+def test_why_the_cuda_backend_cannot_run(
+    monkeypatch: pytest.MonkeyPatch, cuda: str | None, devices: int, attributes: dict[str, object], reason: str | None
+) -> None:
+    import torch
+
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: devices > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: devices)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
+    module = types.SimpleNamespace(BUILD=json.dumps({"cuda": "there was no nvcc"}), **attributes)
+    monkeypatch.setattr(build, "load", lambda: module)
+    kernels = CudaKernels()
+    assert kernels.why_unavailable() == reason
+    if devices:
+        assert kernels.why_unsuitable(torch.device("cpu"), torch.float32) == (
+            "it computes on CUDA devices, and the tensor is on cpu"
+        )
+        assert kernels.why_unsuitable(torch.device("cuda", 0), torch.float64) == (
+            "it computes in float32 and does not take float64"
+        )

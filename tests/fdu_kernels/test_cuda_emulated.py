@@ -1,0 +1,383 @@
+"""The logic of the CUDA kernels without a GPU: csrc/cuda.cu compiled for the host, its threads emulated as fibers.
+
+Indices, plans, sums, tickets and barriers are the real ones; CUDA's words are those of cuda_emulation.h.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import subprocess
+import types
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from exactness import check_density_ratio, check_gaussian, check_variational, laid_out
+from torch import Tensor
+
+import fdu_kernels as fk
+from fdu_kernels import build, ops
+from fdu_kernels.backends import REGISTRY
+from fdu_kernels.backends.native import CudaKernels
+from fdu_kernels.lowering import gaussian_profile, ratio_function
+
+HERE = Path(__file__).parent
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+MACHINES = {"small": (3, False), "Ampere": (108, False), "Hopper": (132, True)}
+"""Multiprocessors, clusters."""
+CRITICS = [name for name in fk.divergences() if name != "mse"]
+
+pytestmark = pytest.mark.usefixtures("poisoned")
+
+
+@pytest.fixture(scope="module")
+def module(tmp_path_factory: pytest.TempPathFactory) -> types.ModuleType:
+    """The operations on CPU tensors."""
+    try:
+        plan = build.recipe()
+    except build.BuildError as error:
+        pytest.skip(str(error))
+    folder = tmp_path_factory.mktemp("emulation")
+    compiler, _, flags = plan.objects["module.o"]
+    common = [compiler, *flags, "-O1", "-I", str(plan.sources), "-I", str(HERE), '-DFDU_EMULATION="cuda_emulation.h"']
+    sources = [plan.sources / "cuda.cu", plan.sources / "cuda_module.cpp", HERE / "cuda_emulation.cpp"]
+    made = folder / "cuda_emulation.so"
+    parts = [f"{source.stem}_{source.suffix[1:]}.o" for source in sources]
+    running = [
+        subprocess.Popen([*common, "-x", "c++", "-c", str(source), "-o", str(folder / part)], stderr=subprocess.PIPE)
+        for source, part in zip(sources, parts, strict=True)
+    ]
+    for one in running:
+        _, errors = one.communicate()
+        assert one.returncode == 0 and not errors, errors.decode()
+    subprocess.run([compiler, "-shared", *(str(folder / part) for part in parts), "-o", str(made)], check=True)
+    spec = importlib.util.spec_from_file_location("cuda_emulation", made)
+    assert spec is not None and spec.loader is not None
+    loaded = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(loaded)
+    return loaded
+
+
+class EmulatedKernels(CudaKernels):
+    """The backend "cuda" on CPU tensors."""
+
+    def __init__(self, module: types.ModuleType) -> None:
+        super().__init__()
+        self._compiled = module
+        self.tickets = torch.zeros(module.CUDA_TICKETS, dtype=torch.int32)
+
+    _reason = None
+
+    def why_unsuitable(self, device: torch.device, dtype: torch.dtype) -> str | None:
+        return None if dtype in self.DTYPES else "as on a GPU"
+
+    def _workspace(self, tensor: Tensor, batch: int) -> Tensor:
+        return super()._workspace(tensor, batch).fill_(0xFF)  # NaN, and tickets that are none
+
+    def _tickets_on(self, device: torch.device) -> Tensor | None:
+        return self.tickets
+
+
+@pytest.fixture(scope="module")
+def kernels(module: types.ModuleType) -> Iterator[EmulatedKernels]:
+    """Registered as the backend "emulated"."""
+    patch = pytest.MonkeyPatch()
+    made = EmulatedKernels(module)
+    patch.setitem(ops.KERNELS, "emulated", made)
+    patch.setitem(REGISTRY, "emulated", ops.FusedBackend("emulated"))
+    yield made
+    patch.undo()
+
+
+@pytest.fixture(autouse=True)
+def machine(request: pytest.FixtureRequest, kernels: EmulatedKernels) -> Iterator[None]:
+    """Hopper, unless a test names others; afterwards all tickets are zeros again."""
+    kernels._compiled.machine(*MACHINES[getattr(request, "param", "Hopper")], False, False)
+    yield
+    assert not kernels.tickets.any()
+
+
+each_machine = pytest.mark.parametrize("machine", MACHINES, indirect=True)
+
+
+def pair(*shape: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    pred, target = (torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for _ in range(2))
+    return pred, target
+
+
+def value_and_grad(kernels: CudaKernels, pred: Tensor, target: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
+    arguments: dict[str, Any] = {
+        "sigma": 1.0, "weight": None, "mask": None, "distance": "mean", "reduction": "mean", "grad_scale": 1.0,
+        "grad_out": None,
+    }  # fmt: skip
+    name = options.pop("name", "jensen_shannon")
+    profile = gaussian_profile(fk.get_divergence(name))
+    return kernels.gaussian_value_and_grad(pred, target, profile, **{**arguments, **options})
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", fk.divergences())
+def test_every_divergence(name: str, dtype: torch.dtype) -> None:
+    pred, target = pair(5, 3, 7, 11, dtype=dtype)
+    check_gaussian("emulated", pred, target, name, grad_scale=256.0)
+    if name != "mse":
+        check_variational("emulated", 3 * pred, 3 * target, name, grad_scale=256.0)
+        for samples_from in ("q", "p"):
+            check_density_ratio("emulated", 3 * pred, name, samples_from, grad_scale=256.0)
+
+
+# Around vectors, warps, elements a thread (8 ... 64), blocks of 512 threads, parts of a cluster, steps of a walk.
+SIZES = [1, 3, 4, 5, 7, 8, 9, 31, 32, 33, 255, 256, 257, 511, 512, 513, 1023, 1024, 1025, 2049, 4096, 4097]
+LARGE = [8193, 16385, 32768, 32769, 65537, 262144, 262145]
+
+
+@each_machine
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("size", [*SIZES, *LARGE])
+def test_sizes(kernels: EmulatedKernels, size: int, dtype: torch.dtype) -> None:
+    for batch in (1, 3) if size <= 10_000 else (2,):
+        pred, target = pair(batch, size, dtype=dtype)
+        mask = torch.rand(size, generator=torch.Generator().manual_seed(1)) > 0.3
+        check_gaussian("emulated", pred, target, "squared_hellinger")
+        if size <= 70_000:
+            check_gaussian("emulated", pred, target, "jensen_shannon", mask=mask, reduction="sum")
+
+
+@each_machine
+@pytest.mark.parametrize("shape", [(1100, 3), (300, 40), (20, 1100)], ids=str)
+def test_batches(shape: tuple[int, ...]) -> None:
+    pred, target = pair(*shape)
+    for reduction in ("none", "mean", "sum"):
+        check_gaussian("emulated", pred, target, "jensen_shannon", reduction=reduction)
+
+
+@pytest.mark.parametrize(
+    "mask_dtype", [torch.bool, torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str
+)
+@pytest.mark.parametrize(
+    "mask_shape", [(3, 1, 8, 12), (8, 12), (3, 4, 8, 12), (12,), (3, 1, 1, 1), (4, 1, 12)], ids=str
+)
+@pytest.mark.parametrize("size", [1, 4], ids=["one block", "several"])
+def test_masks(mask_shape: tuple[int, ...], mask_dtype: torch.dtype, size: int) -> None:
+    shape = tuple(side * size if i >= len(mask_shape) - 2 and side > 4 else side for i, side in enumerate(mask_shape))
+    pred, target = pair(3, 4, 8 * size, 12 * size, dtype=torch.bfloat16 if size == 1 else torch.float32)
+    generator = torch.Generator().manual_seed(1)
+    mask = torch.rand(shape, generator=generator)
+    mask = mask > 0.4 if mask_dtype == torch.bool else mask.to(mask_dtype)
+    if len(shape) == 4:
+        mask[1] = 0
+    for layout in (torch.contiguous_format, torch.channels_last):
+        one, other = (tensor.contiguous(memory_format=layout) for tensor in (pred, target))
+        distance = "mean" if layout == torch.channels_last else "sum"
+        check_gaussian("emulated", one, other, "squared_hellinger", mask=mask, distance=distance, sigma=30.0)
+
+
+LAYOUTS = ["dense", "permuted", "sliced", "offset"]
+
+
+@pytest.mark.parametrize("of_target", LAYOUTS)
+@pytest.mark.parametrize("of_pred", LAYOUTS)
+def test_layouts(of_pred: str, of_target: str) -> None:
+    for shape in ((3, 5, 4, 8), (2, 3, 20, 44)):
+        pred, target = pair(*shape, dtype=torch.bfloat16)
+        pred, target = laid_out(pred, of_pred), laid_out(target, of_target)
+        mask = laid_out((torch.rand(shape[2:], generator=torch.Generator().manual_seed(1)) > 0.4).float(), of_target)
+        check_gaussian("emulated", pred, target, "jensen_shannon")
+        check_gaussian("emulated", pred, target, "jensen_shannon", mask=mask)
+        check_variational("emulated", pred, target, "le_cam", mask=mask)
+        check_density_ratio("emulated", pred, "kl", "q", laid_out(torch.rand(shape[0]), of_target))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("size", [3, 64, 1001, 40_001])
+@pytest.mark.parametrize("shift", [1, 3])
+def test_equal_shifts_are_read_as_vectors(module: types.ModuleType, shift: int, size: int, dtype: torch.dtype) -> None:
+    pred, target = (
+        torch.zeros(2 * size + 16, dtype=dtype)[shift : shift + 2 * size].view(2, size).copy_(tensor)
+        for tensor in pair(2, size, dtype=dtype)
+    )
+    buffer = torch.full((2 * size + 16,), math.nan, dtype=dtype)
+    out = buffer[shift : shift + 2 * size].view(2, size)
+    _, before, _ = module.counts()
+    check_gaussian("emulated", pred, target, "jensen_shannon", grad_out=out)
+    assert buffer[:shift].isnan().all() and buffer[shift + 2 * size :].isnan().all()
+    _, after, _ = module.counts()
+    assert after > before or size == 3
+    check_gaussian("emulated", pred, target, "jensen_shannon", mask=torch.rand(size), grad_out=out)
+
+
+@pytest.mark.parametrize("size, launches", [(1, 1), (100, 1), (16_384, 1), (262_144, 1), (262_152, 2)])
+def test_launches_and_traffic(module: types.ModuleType, kernels: EmulatedKernels, size: int, launches: int) -> None:
+    """Value with its reduction and gradient: one launch where a sample fits on chip, everything in 16 bytes."""
+    pred, target = pair(2, size)
+    before = module.counts()
+    value_and_grad(kernels, pred, target, name="squared_hellinger")
+    launched, wide, narrow = (now - then for now, then in zip(module.counts(), before, strict=True))
+    assert launched == launches
+    least = 3 * 2 * size // 4 if launches == 1 else 5 * 2 * size // 4
+    assert wide >= least - 6
+    # Beyond the end of a sample its last vector is read again. Each thread of a gradient reads its coefficient.
+    assert wide <= least + 2 * 2 * 8 * 512 and (narrow <= 12 or launches == 2)
+
+
+@each_machine
+def test_any_order_of_blocks_gives_the_same_bits(
+    request: pytest.FixtureRequest, module: types.ModuleType, kernels: EmulatedKernels
+) -> None:
+    count, clusters = MACHINES[request.node.callspec.params["machine"]]
+    function = ratio_function(fk.get_divergence("kl"), "q")
+    assert function is not None
+    for shape in ((50, 700), (3, 9000), (1, 300_001)):
+        pred, target = pair(*shape)
+        results = []
+        for backwards in (False, True):
+            for capturing in (False, True):
+                module.machine(count, clusters, capturing, backwards)
+                found = *value_and_grad(kernels, pred, target), kernels.expectation(pred, function, None, None, "mean")
+                results.append(found)
+        for other in results[1:]:
+            assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_a_graph_leaves_the_tickets_of_its_stream_alone(module: types.ModuleType, kernels: EmulatedKernels) -> None:
+    module.machine(132, True, True, False)
+    pred, target = pair(3, 9000)
+    kernels.tickets.fill_(7)
+    value, _ = value_and_grad(kernels, pred, target)
+    assert (kernels.tickets == 7).all() and value.isfinite()
+    kernels.tickets.zero_()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
+def test_sigma_weight_and_scale_in_any_dtype(dtype: torch.dtype) -> None:
+    pred, target = pair(3, 50)
+    sigma, weight = (torch.tensor(numbers, dtype=dtype) for numbers in ([0.5, 1.0, 2.0], [1.0, 0.0, 3.0]))
+    for each in (sigma, sigma[1], 0.7):
+        check_gaussian(
+            "emulated",
+            pred,
+            target,
+            sigma=each,
+            weight=weight,
+            grad_scale=torch.tensor(3.0, dtype=dtype),
+            reduction="sum",
+        )
+    strided = torch.stack([sigma, sigma]).T.reshape(-1)[::2]
+    check_gaussian("emulated", pred, target, sigma=strided, weight=laid_out(weight, "sliced"))
+
+
+@pytest.mark.parametrize("name", ["squared_hellinger", "pearson_chi2", "jensen_shannon", "total_variation"])
+@pytest.mark.parametrize("size", [1, 1000, 20_000])
+def test_extremes(name: str, size: int) -> None:
+    for number in (0.0, 1e-20, 1e4, 3e19, math.inf, math.nan):
+        pred, target = torch.zeros(2, size), torch.zeros(2, size)
+        pred[1, size // 2] = number
+        check_gaussian("emulated", pred, target, name, distance="sum", reduction="none")
+        mask = torch.ones(2, size, dtype=torch.bool)
+        mask[1] = False
+        check_gaussian("emulated", pred, target, name, mask=mask, reduction="none")
+
+
+@pytest.mark.parametrize("name", CRITICS)
+def test_extreme_density_ratios(name: str) -> None:
+    v = torch.tensor(
+        [0.0, -0.0, 1e-30, 1.0, -1.0, 20.0, -20.0, 63.0, -63.0, 90.0, -90.0, 1e4, -1e4, math.inf, -math.inf]
+    )
+    v = torch.cat([v, torch.tensor([math.nan])])
+    for samples_from in ("q", "p"):
+        check_density_ratio("emulated", v, name, samples_from, reduction="none")
+    check_variational("emulated", v, v.flip(0), name, reduction="none")
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+@pytest.mark.parametrize("shape", [(1,), (7,), (3, 5), (2, 8, 16), (3, 6007), (20_000,)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_density_ratios(shape: tuple[int, ...], reduction: str, dtype: torch.dtype) -> None:
+    p, q = pair(*shape, dtype=dtype)
+    generator = torch.Generator().manual_seed(1)
+    weight, mask = torch.rand(shape[0], generator=generator), torch.rand(shape, generator=generator) > 0.5
+    check_density_ratio("emulated", p, "jensen_shannon", "q", weight, reduction)
+    for one in (None, mask, mask[0], mask.new_zeros(())):
+        check_variational("emulated", p, q, "kl", one, reduction=reduction, grad_scale=0.5)
+
+
+def test_samples_without_elements() -> None:
+    empty = torch.zeros(3, 0)
+    for reduction in ("none", "mean", "sum"):
+        results = []
+        for backend in ("emulated", "torch"):
+            found = fk.gaussian_divergence_value_and_grad(empty, empty, reduction=reduction, backend=backend)
+            bound = fk.variational_divergence_value_and_grad(empty, empty, "kl", reduction=reduction, backend=backend)
+            results.append((*found, *bound))
+        for ours, expected in zip(*results, strict=True):
+            torch.testing.assert_close(ours, expected, equal_nan=True)
+
+
+def test_many_dimensions() -> None:
+    shape = (2, *[2, 3] * 6)
+    pred, target = pair(*shape)
+    order = [0, *torch.randperm(12, generator=torch.Generator().manual_seed(2)).add(1).tolist()]
+    mask = torch.rand(shape[-5:]) > 0.5
+    for one in (pred, pred.permute(order)):
+        other = target.reshape(one.shape)
+        fitting = mask if one is pred else None
+        check_gaussian("emulated", one, other, "jensen_shannon", mask=fitting)
+        check_variational("emulated", one, other, "kl", fitting, reduction="none")
+
+
+def test_offsets_past_two_to_the_31() -> None:
+    far = 2**31 + 24
+    try:
+        memory = [torch.empty(far + 600, dtype=torch.float16) for _ in range(3)]  # touched in a few places only
+    except RuntimeError:
+        pytest.skip("not enough address space")
+    pred, target, out = (one.as_strided((2, 600), (far, 1)) for one in memory)
+    for one, values in zip((pred, target), pair(2, 600, dtype=torch.float16), strict=True):
+        one.copy_(values)
+    check_gaussian("emulated", pred, target, "jensen_shannon", grad_out=out)
+    odd = [one.as_strided((2, 3, 200), (200, far // 3, 1)) for one in (pred, target)]
+    odd[0].copy_(odd[1] + 1)
+    check_gaussian("emulated", *odd, "kl")
+
+
+def test_division_by_multiplication(module: types.ModuleType) -> None:
+    generator = torch.Generator().manual_seed(0)
+    divisors = [1, 2, 3, 5, 7, 12, 2**16 - 1, 2**16, 2**31 - 1, 2**31, 2**31 + 1, 2**40 - 3, 2**62]
+    numbers = torch.randint(2**62, (200,), generator=generator).tolist()
+    for by in divisors:
+        for number in [
+            0,
+            1,
+            by - 1,
+            by,
+            by + 1,
+            2**31 - 1,
+            2**31,
+            2**62,
+            2**63 - 1,
+            *numbers,
+            *(n % 2**34 for n in numbers),
+        ]:
+            assert module.divide(number, by) == number // by
+
+
+@pytest.mark.parametrize("count, clusters", MACHINES.values(), ids=MACHINES)
+def test_plans(module: types.ModuleType, count: int, clusters: bool) -> None:
+    for vector, most in ((4, 64), (8, 64), (4, 32), (8, 32), (1, 8)):
+        for size in (*SIZES, *LARGE, 2**20):
+            for batch in (1, 2, 7, 64, 132, 1000, 65536):
+                elements, warps, parts = module.on_chip(size, batch, vector, most, count, clusters)
+                if elements == 0:
+                    assert size > most * 512 * (8 if clusters else 1)
+                    continue
+                assert elements in (8, 16, 32, 64) and elements <= most and warps <= 16
+                assert parts in ((1, 2, 4, 8) if clusters else (1,))
+                assert warps > 1 or (parts == 1 and elements <= 16)
+                assert elements * 32 * warps * parts >= size
+                shared, blocks = module.walk(size, batch, vector, count)
+                assert shared in (1, 8) and 1 <= blocks <= 1024 and (blocks == 1 or (shared == 8 and batch < 1024))
+                assert blocks == 1 or batch * blocks <= 2048
