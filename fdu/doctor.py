@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 OPTIONAL = {
     "triton": ("the fused kernels on GPUs", "pip install triton"),
     "ninja": ("building the compiled kernels", "pip install ninja"),
+    "pybind11": ("building the compiled kernels", "pip install pybind11"),
     "scikit-learn": ("training the embedded pipeline anew", "pip install scikit-learn"),
 }
 """Distributions that only some of fdu uses: for what, and how to get them. It runs without them."""
@@ -29,13 +30,20 @@ LITTLE_DISK = 2 << 30
 REBUILD = ".venv/bin/pip install --no-deps --no-build-isolation --editable ."
 """What builds the compiled kernels of a checkout anew."""
 BACKEND_REMEDIES = (
+    (
+        "cannot run the cuda kernels",
+        "update the NVIDIA driver, or name an older CUDA toolkit: CUDA_HOME=... python -m fdu_kernels.build",
+    ),
+    (
+        "without cuda kernels|nvcc",
+        "install the CUDA toolkit, 12.4 or newer, and run python -m fdu_kernels.build; or stay with the other backends",
+    ),
     ("cuda device|nvidia|gpu", "nothing to mend without an NVIDIA GPU; with one, see that `nvidia-smi` works"),
     ("cuda|cpu-only|driver", "install a CUDA build of PyTorch: pip install --force-reinstall torch"),
     ("triton", "pip install triton"),
     ("ninja", "pip install ninja"),
     ("pybind11", "pip install pybind11"),
     ("compiler|g\\+\\+|c\\+\\+|gcc|clang", "install a C++20 compiler, such as: apt install g++"),
-    ("nvcc", "install the CUDA toolkit, or stay with the other backends"),
     ("compiled|built|build|extension|_c\\b", "pip install --force-reinstall --no-deps fdu; in a checkout, " + REBUILD),
 )
 """First pattern found in the reason of a backend that cannot run, and what mends it."""

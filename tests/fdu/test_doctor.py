@@ -95,6 +95,10 @@ def test_a_missing_pipeline_and_a_full_disk_are_notes(monkeypatch: pytest.Monkey
     [
         ("no CUDA device", "nvidia-smi"),
         ("torch was built without CUDA", "CUDA build of PyTorch"),
+        ("this PyTorch is built without CUDA", "CUDA build of PyTorch"),
+        ("built without CUDA kernels: there was no nvcc; install the CUDA toolkit", "CUDA toolkit, 12.4"),
+        ("built without CUDA kernels: the machine that built them has no CUDA device", "CUDA toolkit, 12.4"),
+        ("cuda:0 (sm_90) cannot run the CUDA kernels, built for 9.0 by nvcc 13.0: driver", "update the NVIDIA driver"),
         ("ninja is missing", "pip install ninja"),
         ("No C++ compiler found", "apt install g++"),
         ("something never heard of", ""),
