@@ -60,7 +60,7 @@ GaussianKernel on_chip_kernel(int elements) {
     if constexpr (!std::is_same_v<T, Any>) {
         if (elements == 16) return gaussian_on_chip<T, masked, 16>;
         if (elements == 32) return gaussian_on_chip<T, masked, 32>;
-        if constexpr (!masked) return gaussian_on_chip<T, masked, 64>;
+        if (elements == 64) return gaussian_on_chip<T, masked, 64>;
     }
     throw std::logic_error("fdu_kernels: no such kernel");
 }
@@ -109,7 +109,7 @@ const int most_dims = walk_dims;
 void gaussian(const GaussianCall& call, const Context& context) {
     const Gaussian& of = call.of;
     const int index = of.pred->device.device_id;
-    const Current current(index);
+    follow(index);
     const Device& device = device_of(index);
     GaussianTask task{};
     const bool vectors = plan(of, task);
@@ -129,7 +129,7 @@ void gaussian(const GaussianCall& call, const Context& context) {
 
     OnChip held{};
     if (of.grad) {
-        const int most = !vectors ? most_elements_any : of.mask ? most_elements_masked : most_elements;
+        const int most = vectors ? most_elements : most_elements_any;
         const int64_t vector = vectors ? 16 / size_of(task.pred.type) : 1;
         held = on_chip(task.size, task.batch, vector, most, device.multiprocessors, device.clusters);
     }
@@ -151,7 +151,7 @@ void gaussian_backward(
     const DLTensor& pred, const DLTensor& target, const DLTensor* mask, const DLTensor& coefficient, const DLTensor& grad,
     const Context& context) {
     const int index = pred.device.device_id;
-    const Current current(index);
+    follow(index);
     Gaussian of{};
     of.pred = &pred;
     of.target = &target;
@@ -168,11 +168,11 @@ void gaussian_backward(
 void expectation(const ExpectationCall& call, const Context& context) {
     const Expectation& of = call.of;
     const int index = of.v->device.device_id;
-    const Current current(index);
+    follow(index);
     ElementTask task{};
     const bool vectors = plan(of, task);
     const Workspace workspace(*context.workspace, 0);
-    task.function = read_element_function<float>(of.numbers);
+    task.function = read_element_function(of.numbers);
     task.divisor = of.reduction == Reduction::mean ? double(task.size) : 1.0;
     if (of.reduction == Reduction::mean && of.mask) {
         task.mask_total = numbers_of(call.mask_total, 1.0);
@@ -195,7 +195,7 @@ void expectation(const ExpectationCall& call, const Context& context) {
 
 std::string why_unusable(int device) {
     try {
-        const Current current(device);
+        follow(device);
         device_of(device);
     } catch (const std::exception& error) {
         return error.what();

@@ -1,7 +1,7 @@
 // The operations of the CUDA backend on whole tensors; cuda_module.cpp binds them.
 //
-// They launch kernels on a stream and return at once. Nothing is allocated: partial sums lie in a workspace that the caller
-// brings, and so do the tickets, zeros that are zeros again after each launch.
+// They launch kernels on a stream of PyTorch's current device and return at once. Nothing is allocated: partial sums lie
+// in a workspace that the caller brings, and so do the tickets, zeros that are zeros again after each launch.
 
 #pragma once
 

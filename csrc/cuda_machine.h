@@ -79,8 +79,11 @@ FDU_DEVICE Words load_words(const void* from) {
     const uint4 words = __ldg(static_cast<const uint4*>(from));
     return {{words.x, words.y, words.z, words.w}};
 }
+// Said to be global memory: the compiler cannot know it of a pointer in a task.
 FDU_DEVICE void store_words(void* to, Words words) {
-    *static_cast<uint4*>(to) = {words.at[0], words.at[1], words.at[2], words.at[3]};
+    asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(to)), "r"(words.at[0]),
+                 "r"(words.at[1]), "r"(words.at[2]), "r"(words.at[3])
+                 : "memory");
 }
 template <class T>
 FDU_DEVICE T load_constant(const T* from) {
@@ -104,22 +107,8 @@ inline void check(cudaError_t error, const char* what) {
     throw std::runtime_error(std::string("fdu_kernels: ") + what + ": " + cudaGetErrorString(error));
 }
 
-// Makes a device the current one for a while.
-class Current {
-  public:
-    explicit Current(int device) : wished_(device) {
-        check(cudaGetDevice(&former_), "cudaGetDevice");
-        if (former_ != wished_) check(cudaSetDevice(wished_), "cudaSetDevice");
-    }
-    ~Current() {
-        if (former_ != wished_) cudaSetDevice(former_);
-    }
-    Current(const Current&) = delete;
-    Current& operator=(const Current&) = delete;
-
-  private:
-    int wished_, former_ = 0;
-};
+// The caller has made the device PyTorch's current one; this runtime, linked beside PyTorch's, follows.
+inline void follow(int device) { check(cudaSetDevice(device), "cudaSetDevice"); }
 
 struct Device {
     int multiprocessors;

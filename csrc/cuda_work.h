@@ -37,7 +37,7 @@ inline constexpr int lanes<Any> = 1;
 // How many vectors a thread has under way in the kernels that walk over a sample.
 constexpr int stream_rounds = 4;
 // Elements of one sample that a thread can hold, where they come as vectors and where they do not.
-constexpr int most_elements = 64, most_elements_masked = 32, most_elements_any = 8;
+constexpr int most_elements = 64, most_elements_any = 8;
 // Elements of a mask or weight that are read at once.
 constexpr int factor_group = 4;
 

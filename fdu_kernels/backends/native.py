@@ -191,7 +191,8 @@ class CudaKernels:
 
     @functools.cache  # noqa: B019 - as many entries as devices, for an object that lives as long as the process
     def _why_unusable(self, index: int) -> str | None:
-        reason: str = self._compiled.cuda_why_unusable(index)
+        with torch.cuda.device(index):
+            reason: str = self._compiled.cuda_why_unusable(index)
         if not reason:
             return None
         capability = "".join(map(str, torch.cuda.get_device_capability(index)))
@@ -221,7 +222,7 @@ class CudaKernels:
         if pred.ndim > self._compiled.CUDA_DIMS:
             pred, target, mask = _contiguous(pred, target, mask)
             filled = torch.empty_like(pred)
-        self._compiled.cuda_gaussian_backward(pred, target, mask, coefficient, filled)
+        self._call("cuda_gaussian_backward", pred.device, pred, target, mask, coefficient, filled)
         return grad if filled is grad else grad.copy_(filled)
 
     def gaussian_value_and_grad(
@@ -302,7 +303,8 @@ class CudaKernels:
         if pred.ndim > self._compiled.CUDA_DIMS:
             pred, target, mask = _contiguous(pred, target, mask)
             filled = None if grad is None else torch.empty_like(pred)
-        self._compiled.cuda_gaussian(
+        self._call(
+            "cuda_gaussian", pred.device,
             pred, target, profile.c, profile.k, profile.linear_beyond, profile.table_on(pred.device), sigma, weight,
             mask, distance == "mean", _REDUCTIONS[reduction], _on(grad_scale, pred.device), value, coefficient, filled,
             self._workspace(pred, len(pred)), self._tickets_on(pred.device),
@@ -329,13 +331,21 @@ class CudaKernels:
             v, _, mask = _contiguous(v, v, mask)
             upstream = None if upstream is None else upstream.contiguous()
             filled = [None if made is None else made.contiguous() for made in filled]
-        self._compiled.cuda_expectation(
+        self._call(
+            "cuda_expectation", v.device,
             v, function.numbers, weight, mask, total, _REDUCTIONS[reduction], _on(grad_scale, v.device), upstream,
             *filled, self._workspace(v, 0), self._tickets_on(v.device),
         )  # fmt: skip
         for made, computed in zip((value, grad), filled, strict=True):
             if made is not None and computed is not None and computed is not made:
                 made.copy_(computed)
+
+    def _call(self, operation: str, device: torch.device, *arguments: object) -> None:
+        # By torch, whose runtime is not the one that the module was linked with.
+        if device.index != torch._C._cuda_getDevice():
+            with torch.cuda.device(device):
+                return self._call(operation, device, *arguments)
+        getattr(self._compiled, operation)(*arguments)
 
     def _workspace(self, tensor: Tensor, batch: int) -> Tensor:
         once, each = self._compiled.CUDA_WORKSPACE

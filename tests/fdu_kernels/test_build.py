@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -250,6 +251,7 @@ def test_why_the_cuda_backend_cannot_run(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: devices > 0)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: devices)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
+    monkeypatch.setattr(torch.cuda, "device", contextlib.nullcontext)
     module = types.SimpleNamespace(BUILD=json.dumps({"cuda": "there was no nvcc"}), **attributes)
     monkeypatch.setattr(build, "load", lambda: module)
     kernels = CudaKernels()

@@ -88,4 +88,4 @@ assert value == 1
 """
     ran = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr
-    assert torch.cuda.is_available() or ran.stdout.startswith("fdu_kernels: cudaGetDevice: ")
+    assert torch.cuda.is_available() or ran.stdout.startswith("fdu_kernels: cudaSetDevice: ")

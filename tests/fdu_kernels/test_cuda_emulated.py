@@ -74,6 +74,9 @@ class EmulatedKernels(CudaKernels):
     def why_unsuitable(self, device: torch.device, dtype: torch.dtype) -> str | None:
         return None if dtype in self.DTYPES else "as on a GPU"
 
+    def _call(self, operation: str, device: torch.device, *arguments: object) -> None:
+        getattr(self._compiled, operation)(*arguments)
+
     def _workspace(self, tensor: Tensor, batch: int) -> Tensor:
         return super()._workspace(tensor, batch).fill_(0xFF)  # NaN, and tickets that are none
 
