@@ -4,7 +4,7 @@
 // that was compiled for an instruction set which this machine lacks.
 
 #include "cpu_kernels.h"
-#include "scalar_math.h"
+#include "element_function.h"
 
 #if defined(__SSE2__)
 #include <immintrin.h>
@@ -483,86 +483,6 @@ void gaussian_grad(const GaussianWork& work, int64_t sample, int64_t begin, int6
     if (streamed) end_of_stream();
 }
 
-// y and y' of a vector of elements.
-template <class V>
-struct Term {
-    V value, slope;
-};
-
-template <class L>
-FDU_FUNCTION bool has_logistic_terms(const Row<L>& row) {
-    return row.softplus != 0 || row.sigmoid != 0 || row.sigmoid_squared != 0;
-}
-
-template <class V>
-FDU_FUNCTION V step_term(const Row<Lane<V>>& row, V v) {
-    const Lane<V> half = Lane<V>(0.5) * row.step;
-    return half + select(v > row.threshold, splat<V>(half), V{}) - select(v < row.threshold, splat<V>(half), V{});
-}
-
-template <class V>
-FDU_FUNCTION Term<V> row_at(const Row<Lane<V>>& row, V v) {
-    using L = Lane<V>;
-    V value = row.constant + v * (row.linear + row.square * v), slope = row.linear + L(2) * row.square * v;
-    if (row.exp != 0) {
-        const V term = row.exp * exponential(row.exp_rate * v);
-        value += term;
-        slope += row.exp_rate * term;
-    }
-    if (row.expm1 != 0) {
-        const Exponential<V> e(row.expm1_rate * v);
-        value += row.expm1 * e.less_one;
-        slope += row.expm1 * row.expm1_rate * e.value;
-    }
-    if (has_logistic_terms(row)) {
-        const Logistic<V> terms = logistic_terms(row, v);
-        value += terms.value;
-        slope += terms.slope;
-    }
-    if (row.step != 0) value += step_term(row, v);
-    return {value, slope};
-}
-
-// e^(tilt v) row(v).
-template <class V>
-FDU_FUNCTION V tilted_row_at(const Row<Lane<V>>& row, Lane<V> tilt, V v) {
-    V value = row.constant + v * (row.linear + row.square * v);
-    if (row.expm1 != 0) value += row.expm1 * Exponential<V>(row.expm1_rate * v).less_one;
-    if (has_logistic_terms(row)) value += logistic_terms(row, v).value;
-    if (row.step != 0) value += step_term(row, v);
-    if (tilt != 0) value *= exponential(tilt * v);
-    // The tilt joins the exponent: where they cancel, nothing is lost.
-    if (row.exp != 0) value += row.exp * exponential((row.exp_rate + tilt) * v);
-    return value;
-}
-
-// A fdu_kernels.lowering.ElementFunction.
-template <class L>
-struct ElementFunction {
-    L limit, first_tilt, second_tilt;
-    bool is_row, slope_is_first;
-    Row<L> first, second;
-
-    FDU_FUNCTION explicit ElementFunction(const double* numbers)
-        : limit(L(numbers[0])), first_tilt(L(numbers[2])), second_tilt(L(numbers[3 + row_fields])), is_row(numbers[1] == 0),
-          slope_is_first(numbers[1] == 1), first(read_row<L>(numbers + 3)), second(read_row<L>(numbers + 4 + row_fields)) {}
-
-    template <class V>
-    FDU_FUNCTION Term<V> operator()(V v) const {
-        const V inside = clamp(v, -limit, limit);
-        Term<V> y;
-        if (is_row) {
-            y = row_at(first, inside);
-        } else {
-            const V one = tilted_row_at(first, first_tilt, inside), other = tilted_row_at(second, second_tilt, inside);
-            y = {one - other, slope_is_first ? one : other};
-        }
-        // Not where nothing was clamped: inf - inf is no 0.
-        y.value = select(v == inside, y.value, y.value + y.slope * (v - inside));
-        return y;
-    }
-};
-
 template <class V>
 FDU_FUNCTION V first_lanes(V value, int64_t count) {
     alignas(64) Lane<V> spread[sizeof(V) / sizeof(Lane<V>)];
@@ -577,7 +497,7 @@ double elements(const ElementWork& work, int64_t begin, int64_t end) {
     constexpr int w = width<T>;
     alignas(64) T v_buffer[chunk_size], grad_buffer[chunk_size];
     alignas(64) A factor_buffer[chunk_size], upstream_buffer[chunk_size], terms_buffer[chunk_size];
-    const ElementFunction<A> function(work.numbers);
+    const ElementFunction<A> function = read_element_function<A>(work.numbers);
     const A scale = A(work.scale);
     double joined[8] = {};
     for (int64_t begun = begin; begun < end; begun += chunk_size) {
@@ -593,17 +513,19 @@ double elements(const ElementWork& work, int64_t begin, int64_t end) {
         for (int64_t i = 0; i < n; i += w) {
             const int64_t left = n - i;
             const bool whole = left >= w;
-            Term<V> y = function(whole ? Element<T>::load(v + i) : load_some(v + i, left));
-            y.slope *= scale;
-            if (upstream) y.slope *= whole ? Element<A>::load(upstream + i) : load_some(upstream + i, left);
+            const V x[1] = {whole ? Element<T>::load(v + i) : load_some(v + i, left)};
+            V value[1], slope[1];
+            evaluate(function, x, value, slope);
+            slope[0] *= scale;
+            if (upstream) slope[0] *= whole ? Element<A>::load(upstream + i) : load_some(upstream + i, left);
             if (factor) {
                 const V m = whole ? Element<A>::load(factor + i) : load_some(factor + i, left);
-                y.value *= m;
-                y.slope *= m;
+                value[0] *= m;
+                slope[0] *= m;
             }
-            sums[i / w % (lanes / w)] += whole ? y.value : first_lanes(y.value, left);
-            if (terms.data) whole ? store<A>(terms.data + i, y.value) : store_some(terms.data + i, y.value, left);
-            if (grad.data) whole ? store<T>(grad.data + i, y.slope) : store_some(grad.data + i, y.slope, left);
+            sums[i / w % (lanes / w)] += whole ? value[0] : first_lanes(value[0], left);
+            if (terms.data) whole ? store<A>(terms.data + i, value[0]) : store_some(terms.data + i, value[0], left);
+            if (grad.data) whole ? store<T>(grad.data + i, slope[0]) : store_some(grad.data + i, slope[0], left);
         }
         if (work.sums) {
             alignas(64) A spread[lanes];

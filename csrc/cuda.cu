@@ -172,7 +172,7 @@ void expectation(const ExpectationCall& call, const Context& context) {
     ElementTask task{};
     const bool vectors = plan(of, task);
     const Workspace workspace(*context.workspace, 0);
-    task.function = read_element_function(of.numbers);
+    task.function = read_element_function<float>(of.numbers);
     task.divisor = of.reduction == Reduction::mean ? double(task.size) : 1.0;
     if (of.reduction == Reduction::mean && of.mask) {
         task.mask_total = numbers_of(call.mask_total, 1.0);

@@ -146,7 +146,7 @@ struct ElementTask {
     Space space;
     Operand v, factor, upstream, terms, grad;
     int64_t size;
-    ElementFunction function;
+    ElementFunction<float> function;
     Numbers mask_total, scale_tensor;
     double repeats, scale;  // of the mask's sum; of the gradient
     double divisor;
