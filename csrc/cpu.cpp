@@ -327,15 +327,15 @@ void gaussian_backward(
 
 namespace {
 
-// Sum of a function of groups of elements, which threads share.
+// Sum of a function of groups of elements, which threads share; `elements`: how many are worth waking one.
 template <class F>
-double sum_of_groups(int64_t size, const F& sum_of_range) {
+double sum_of_groups(int64_t size, int64_t elements, const F& sum_of_range) {
     // Groups grow with the tensor, so that their sums never take up much memory.
     const int64_t group = group_size * std::max<int64_t>(1, divide_up(size, group_size * most_partial_sums));
     const int64_t groups = divide_up(size, group);
     if (groups <= 1) return size ? sum_of_range(0, size) : 0.0;
     std::unique_ptr<double[]> sums(new double[groups]);
-    parallel_for(groups, grain_of(group), [&](int64_t first, int64_t last) {
+    parallel_for(groups, std::max<int64_t>(1, elements / group), [&](int64_t first, int64_t last) {
         for (int64_t i = first; i < last; ++i) sums[i] = sum_of_range(i * group, std::min((i + 1) * group, size));
     });
     double sum = 0;
@@ -367,7 +367,8 @@ double sum_of_mask(const DLTensor& mask, const DLTensor& like, const Kernels& ke
     own.shape = shape;
     Space space;
     plan(own, 0, &placed, 1, space);
-    return copies * sum_of_groups(size, [&](int64_t begin, int64_t end) { return kernels.sum(space, operand, begin, end); });
+    const auto sum = [&](int64_t begin, int64_t end) { return kernels.sum(space, operand, begin, end); };
+    return copies * sum_of_groups(size, thread_grain, sum);
 }
 
 }  // namespace
@@ -415,8 +416,8 @@ void expectation(const Expectation& task) {
         const int64_t bytes = size * size_of(output->type);
         if (output->data && bytes >= huge_output) prefer_huge_pages(output->data, bytes);
     }
-    const double sum =
-        sum_of_groups(size, [&](int64_t begin, int64_t end) { return kernels.elements(work, begin, end); });
+    const auto evaluate = [&](int64_t begin, int64_t end) { return kernels.elements(work, begin, end); };
+    const double sum = sum_of_groups(size, group_size, evaluate);
     if (work.sums) write(*task.value, 0, sum / divisor);
 }
 
