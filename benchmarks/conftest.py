@@ -11,10 +11,9 @@ import torch
 
 import fdu_kernels as fk
 
-
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 KEPT, MAPPED = 1 << 30, 32 << 20
-"""Bytes: what glibc keeps of freed memory at the top of its heap, and from where on it asks the kernel anew (its most)."""
+"""Bytes: what glibc keeps of freed memory at the top of its heap; the most it takes from there and not anew."""
 
 
 def keep_freed_memory() -> bool:
