@@ -27,16 +27,18 @@ def load_recipe() -> ModuleType:
     return module
 
 
-def warn(reason: str) -> None:
-    """One line."""
-    print(f"fdu: no compiled kernels in this build, they are built at first use: {reason}", file=sys.stderr)
+def warn(what: str, reason: str) -> None:
+    """One line, and the last one of the reason: where the log is."""
+    lines = reason.splitlines()
+    told = " ".join(dict.fromkeys((lines[0], lines[-1])))
+    print(f"fdu: no {what} in this build, they are built at first use: {told}", file=sys.stderr)
 
 
 build = load_recipe()
 try:
     plan = build.recipe(build.architectures_to_distribute())
 except build.BuildError as error:
-    warn(str(error))
+    warn("compiled kernels", str(error))
     plan = None
 
 
@@ -64,7 +66,7 @@ class BuildKernels(build_ext):
             try:
                 build.compile_module(attempt, target, Path(self.build_temp).resolve() / attempt.key)
             except build.BuildError as error:
-                warn(str(error))
+                warn("CUDA kernels" if attempt.architectures else "compiled kernels", str(error))
             else:
                 return
 

@@ -116,7 +116,7 @@ def time(benchmark: BenchmarkFixture, call: Callable[[], object], elements: int)
     """Time a call after it has run warm; more rounds where it is short."""
     for _ in range(3):
         call()
-    rounds = max(15, min(300, 60_000_000 // elements))
+    rounds = max(30, min(300, 600_000_000 // elements))
     benchmark.pedantic(call, rounds=rounds, iterations=max(1, 200_000 // elements), warmup_rounds=2)
 
 

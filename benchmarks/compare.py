@@ -101,10 +101,8 @@ Made by `python benchmarks/compare.py {record} --docs docs/performance.md` from 
 Medians of one process. "eager" is the loss as one writes it in PyTorch with autograd, "compiled" the same under
 `torch.compile(fullgraph=True)`, "autograd" ours in its place, "value_and_grad" ours without a graph, "into_buffer" the
 same with `grad_out=`. "of clone" is the share of the bandwidth of `torch.clone`, measured in the same run:
-value_and_grad moves 3N bytes (two tensors in, the gradient out), clone 2N, and both allocate what they return. glibc
-was told to keep freed memory below 32 MiB, so that no figure depends on what ran before it; larger outputs come fresh
-from the kernel, where ours ask for huge pages and clone's do not: hence shares above 1. Every candidate was compared
-with eager PyTorch in float64 before it was timed.
+value_and_grad moves 3N bytes (two tensors in, the gradient out), clone 2N, and both allocate what they return.
+{allocator} Every candidate was compared with eager PyTorch in float64 before it was timed.
 
 ## Bounds
 
@@ -112,6 +110,10 @@ with eager PyTorch in float64 before it was timed.
 
 {tables}
 """
+
+
+KEPT = """glibc was told to keep freed memory below 32 MiB, so that no figure depends on what ran before it; larger
+outputs come fresh from the kernel, where ours ask for huge pages and clone's do not: hence shares above 1."""
 
 
 def machine(record: dict[str, Any]) -> str:
@@ -147,7 +149,13 @@ def page(path: Path, groups: dict[Group, Medians], record: dict[str, Any]) -> st
             rows.append(["x".join(map(str, shape)), *cells])
         table_lines = [["shape", *heads], ["---"] * (len(heads) + 1), *rows]
         tables.append(f"## {' '.join(group)}\n\n" + "\n".join("| " + " | ".join(row) + " |" for row in table_lines))
-    return PAGE.format(record=path, machine=machine(record), promises="\n".join(lines), tables="\n\n".join(tables))
+    return PAGE.format(
+        record=path,
+        machine=machine(record),
+        allocator=KEPT if record["machine_info"]["keeps_freed_memory"] else "",
+        promises="\n".join(lines),
+        tables="\n\n".join(tables),
+    )
 
 
 def main() -> int:

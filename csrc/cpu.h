@@ -47,7 +47,6 @@ struct Expectation {
 void expectation(const Expectation&);
 
 // The names of the instruction sets that this machine and this build have, the fastest first.
-extern const char* const instruction_sets[];
 int available_instruction_sets(const char** names);
 // False if it is not available.
 bool use_instruction_set(const char* name);

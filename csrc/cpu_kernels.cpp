@@ -510,22 +510,41 @@ double elements(const ElementWork& work, int64_t begin, int64_t end) {
         const Output<T> grad(work.space, work.grad, begun, n, grad_buffer);
 
         V sums[lanes / w] = {};
-        for (int64_t i = 0; i < n; i += w) {
-            const int64_t left = n - i;
-            const bool whole = left >= w;
-            const V x[1] = {whole ? Element<T>::load(v + i) : load_some(v + i, left)};
+        int64_t i = 0;
+        for (; i + 2 * w <= n; i += 2 * w) {
+            const V x[2] = {Element<T>::load(v + i), Element<T>::load(v + i + w)};
+            V value[2], slope[2];
+            evaluate(function, x, value, slope);
+#pragma GCC unroll 2
+            for (int j = 0; j < 2; ++j) {
+                const int64_t at = i + j * w;
+                slope[j] *= scale;
+                if (upstream) slope[j] *= Element<A>::load(upstream + at);
+                if (factor) {
+                    const V m = Element<A>::load(factor + at);
+                    value[j] *= m;
+                    slope[j] *= m;
+                }
+                sums[at / w % (lanes / w)] += value[j];
+                if (terms.data) store<A>(terms.data + at, value[j]);
+                if (grad.data) store<T>(grad.data + at, slope[j]);
+            }
+        }
+        for (; i < n; i += w) {
+            const int64_t left = n - i < w ? n - i : w;
+            const V x[1] = {load_some(v + i, left)};
             V value[1], slope[1];
             evaluate(function, x, value, slope);
             slope[0] *= scale;
-            if (upstream) slope[0] *= whole ? Element<A>::load(upstream + i) : load_some(upstream + i, left);
+            if (upstream) slope[0] *= load_some(upstream + i, left);
             if (factor) {
-                const V m = whole ? Element<A>::load(factor + i) : load_some(factor + i, left);
+                const V m = load_some(factor + i, left);
                 value[0] *= m;
                 slope[0] *= m;
             }
-            sums[i / w % (lanes / w)] += whole ? value[0] : first_lanes(value[0], left);
-            if (terms.data) whole ? store<A>(terms.data + i, value[0]) : store_some(terms.data + i, value[0], left);
-            if (grad.data) whole ? store<T>(grad.data + i, slope[0]) : store_some(grad.data + i, slope[0], left);
+            sums[i / w % (lanes / w)] += first_lanes(value[0], left);
+            if (terms.data) store_some(terms.data + i, value[0], left);
+            if (grad.data) store_some(grad.data + i, slope[0], left);
         }
         if (work.sums) {
             alignas(64) A spread[lanes];

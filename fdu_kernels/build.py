@@ -187,7 +187,8 @@ def architectures_of_devices() -> tuple[str, ...]:
     """Those of this machine's CUDA devices that the kernels support."""
     import torch
 
-    if not torch.cuda.is_available():
+    # A forked child of a process that uses CUDA cannot ask.
+    if torch.cuda._is_in_bad_fork() or not torch.cuda.is_available():
         return ()
     capabilities = {torch.cuda.get_device_capability(index) for index in range(torch.cuda.device_count())}
     return tuple(f"{major}.{minor}" for major, minor in sorted(capabilities) if (major, minor) >= OLDEST_ARCHITECTURE)
@@ -293,7 +294,7 @@ def _installed_module(architectures: Sequence[str]) -> types.ModuleType | None:
                 _find_toolkit(architectures)
                 fits = False
         return importlib.import_module(MODULE) if fits else None
-    except (ImportError, OSError, KeyError, BuildError):
+    except (ImportError, OSError, KeyError, ValueError, BuildError):
         return None
 
 

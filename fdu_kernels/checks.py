@@ -131,10 +131,15 @@ def check_grad_out(grad_out: Tensor | None, pred: Tensor, target: Tensor) -> Non
 
 
 def check_grad_scale(grad_scale: Number | Tensor) -> None:
-    """Raise TypeError unless grad_scale is a number or a tensor []."""
+    """Raise unless grad_scale is a number or a floating tensor []."""
     if isinstance(grad_scale, Tensor):
         if grad_scale.ndim:
             raise ValueError(f"grad_scale must be a number or a tensor [], not of shape {list(grad_scale.shape)}")
+        if grad_scale.dtype not in DTYPES:
+            raise TypeError(
+                f"grad_scale must be a number or a floating tensor, not {_dtype(grad_scale)}; "
+                "convert it with grad_scale.float()"
+            )
     elif isinstance(grad_scale, bool) or not isinstance(grad_scale, (int, float)):
         raise TypeError(f"grad_scale must be a number or a tensor [], not {type(grad_scale).__name__}")
 

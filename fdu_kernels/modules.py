@@ -109,8 +109,9 @@ class GaussianDivergenceLoss(nn.Module):
         samples = torch.isfinite(pool).sum()
         middle = torch.stack([(samples - 1).clamp(min=0) // 2, samples // 2]).clamp(max=len(pool) - 1)
         median = pool[middle].mean()
+        # A new tensor: a graph of an earlier call may still need the old one.
         sigma = self.get_buffer("sigma")
-        sigma.copy_(torch.where(samples > 0, torch.sqrt(median / self.s0), sigma))
+        self.sigma = torch.where(samples > 0, torch.sqrt(median / self.s0), sigma)
         self._calls += 1
         self.calls.add_(1)
 

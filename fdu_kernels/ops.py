@@ -157,7 +157,7 @@ class FusedBackend:
         reduction: str,
     ) -> Tensor:
         """The sum of the functions' expectations."""
-        if _sees_ops(vs[0]):
+        if any(map(_sees_ops, vs)):
             terms = [
                 expectation(v, list(function.numbers), weight, mask, reduction, self.name)
                 for v, function in zip(vs, functions, strict=True)
@@ -207,7 +207,6 @@ class _Gaussian(torch.autograd.Function):
     ) -> Tensor:
         profile = gaussian_profile(divergence)
         ctx.options = kernels, divergence, distance, reduction
-        ctx.sigma = sigma
         ctx.grad, coefficient = None, None
         if kernels.FUSES_FORWARD and reduction != "none":
             value, ctx.grad = kernels.gaussian_value_and_grad(
@@ -216,17 +215,20 @@ class _Gaussian(torch.autograd.Function):
         else:
             loss, coefficient = kernels.gaussian_forward(pred, target, profile, sigma, weight, mask, distance)
             value = reference.reduce(loss, reduction)
-        ctx.save_for_backward(pred, target, weight, mask, coefficient)
+        # A tensor goes where a later change of it is noticed.
+        ctx.sigma, changing = (None, sigma) if isinstance(sigma, Tensor) else (sigma, None)
+        ctx.save_for_backward(pred, target, weight, mask, coefficient, changing)
         return value
 
     @staticmethod
     def backward(ctx: Any, *upstreams: Tensor) -> tuple[Tensor | None, ...]:
         (upstream,) = upstreams
         kernels, divergence, distance, reduction = ctx.options
-        pred, target, weight, mask, coefficient = ctx.saved_tensors
+        pred, target, weight, mask, coefficient, changing = ctx.saved_tensors
+        sigma = ctx.sigma if changing is None else changing
         ready, ctx.grad = ctx.grad, None
         if torch.is_grad_enabled():  # create_graph
-            loss = reference.gaussian_divergence(pred, target, divergence, ctx.sigma, weight, mask, distance, reduction)
+            loss = reference.gaussian_divergence(pred, target, divergence, sigma, weight, mask, distance, reduction)
             (grad,) = torch.autograd.grad(loss, pred, upstream, create_graph=True)
         elif coefficient is not None:
             scale = upstream / len(coefficient) if reduction == "mean" else upstream
@@ -236,7 +238,7 @@ class _Gaussian(torch.autograd.Function):
         else:  # scaled before it is rounded, or asked for once more
             profile = gaussian_profile(divergence)
             _, grad = kernels.gaussian_value_and_grad(
-                pred, target, profile, ctx.sigma, weight, mask, distance, reduction, upstream, ready
+                pred, target, profile, sigma, weight, mask, distance, reduction, upstream, ready
             )
         return grad, None, None, None, None, None, None, None, None
 
@@ -424,7 +426,7 @@ def expectation(
 def _(
     v: Tensor, numbers: list[float], weight: Tensor | None, mask: Tensor | None, reduction: str, backend: str
 ) -> Tensor:
-    return _accumulated(v, v.shape if reduction == "none" else ())
+    return _terms(v, reduction)
 
 
 @torch.library.custom_op("fdu_kernels::expectation_backward", mutates_args=())
@@ -491,7 +493,7 @@ def _(
     grad_scale_tensor: Tensor | None,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    return _accumulated(v, v.shape if reduction == "none" else ()), torch.empty_like(v)
+    return _terms(v, reduction), torch.empty_like(v)
 
 
 def _sees_ops(tensor: Tensor) -> bool:
@@ -500,6 +502,11 @@ def _sees_ops(tensor: Tensor) -> bool:
 
 def _accumulated(tensor: Tensor, shape: Any) -> Tensor:
     return tensor.new_empty(shape, dtype=accumulation_dtype(tensor.dtype))
+
+
+def _terms(v: Tensor, reduction: str) -> Tensor:
+    # As the kernels lay them out: like v.
+    return torch.empty_like(v, dtype=accumulation_dtype(v.dtype)) if reduction == "none" else _accumulated(v, ())
 
 
 def _split(number: float | Tensor) -> tuple[float, Tensor | None]:

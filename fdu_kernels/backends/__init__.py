@@ -167,7 +167,8 @@ def _fastest(device: torch.device, dtype: torch.dtype, own: str | None, form: st
     """The first backend that fits; what was found is logged once."""
     for name, backend in REGISTRY.items():
         if backend.why_unavailable() is None and backend.why_unsuitable(device, dtype, own, form) is None:
-            _logger.info("%s computes %s losses of %s on %s; %s", name, form, dtype, device, _report())
+            if _logger.isEnabledFor(logging.INFO):  # to report on all of them may take a build
+                _logger.info("%s computes %s losses of %s on %s; %s", name, form, dtype, device, _report())
             return name
     raise RuntimeError(f"no backend can take this call; {_report()}")
 

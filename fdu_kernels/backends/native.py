@@ -324,13 +324,13 @@ class CudaKernels:
         value: Tensor | None,
         grad: Tensor | None,
     ) -> None:
-        # A gradient must know the mask's sum before the first element is written.
-        total = mask.sum(dtype=torch.float32) if mask is not None and reduction == "mean" else None
+        # The mask's sum, of the mask as the kernel gets it, before the first element of a gradient is written.
         filled = [value, grad]
         if v.ndim > self._compiled.CUDA_DIMS:
             v, _, mask = _contiguous(v, v, mask)
             upstream = None if upstream is None else upstream.contiguous()
             filled = [None if made is None else made.contiguous() for made in filled]
+        total = mask.sum(dtype=torch.float32) if mask is not None and reduction == "mean" else None
         self._call(
             "cuda_expectation", v.device,
             v, function.numbers, weight, mask, total, _REDUCTIONS[reduction], _on(grad_scale, v.device), upstream,

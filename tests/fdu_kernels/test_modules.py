@@ -202,3 +202,18 @@ def test_repr() -> None:
 def test_settings_are_checked_at_construction(options: dict[str, object], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         fk.GaussianDivergenceLoss(**options)  # type: ignore[arg-type]
+
+
+def test_calls_while_calibrating_can_share_a_backward() -> None:
+    generator = torch.Generator().manual_seed(0)
+    first, second = (torch.randn(4, 6, generator=generator).requires_grad_() for _ in range(2))
+    target = torch.zeros(4, 6)
+    criterion = fk.GaussianDivergenceLoss("squared_hellinger", sigma="auto")
+    losses, sigmas = [], []
+    for pred in (first, 3 * second.detach()):
+        losses.append(criterion(pred.requires_grad_(), target))
+        sigmas.append(float(criterion.sigma))
+    (sum(losses) / 3).backward()
+    assert sigmas[0] != sigmas[1]
+    expected = fk.gaussian_divergence_value_and_grad(first.detach(), target, sigma=sigmas[0], grad_scale=1 / 3)[1]
+    torch.testing.assert_close(first.grad, expected)

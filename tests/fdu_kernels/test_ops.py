@@ -112,6 +112,15 @@ def test_changed_inputs_are_noticed(backend: str) -> None:
         loss.backward()
 
 
+def test_a_changed_sigma_is_noticed(backend: str) -> None:
+    pred, target = pair(backend, 3, 4)
+    sigma = torch.ones(3, device=pred.device)
+    loss = fk.gaussian_divergence(pred.requires_grad_(), target, sigma=sigma, backend=backend)
+    sigma.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        (loss / 3).backward()
+
+
 def test_no_graph_without_a_need(backend: str) -> None:
     a, b = pair(backend, 3, 4)
     for loss in losses(backend).values():
@@ -187,6 +196,9 @@ def test_the_ops_keep_the_rules_of_torch_library(backend: str) -> None:
     one = torch.ones((), device=pred.device)
     opcheck(ops.expectation_backward, (pred.detach(), function, None, mask, "mean", one, backend))
     opcheck(ops.expectation_value_and_grad, (pred.detach(), function, None, mask, "none", 2.0, None, backend))
+    permuted = pred.detach().permute(2, 0, 1)
+    opcheck(ops.expectation_value_and_grad, (permuted, function, None, None, "none", 2.0, None, backend))
+    opcheck(ops.expectation, (permuted, function, None, None, "none", backend))
 
 
 def test_autocast_leaves_the_losses_alone(backend: str) -> None:
