@@ -101,8 +101,9 @@ Made by `python benchmarks/compare.py {record} --docs docs/performance.md` from 
 Medians of one process. "eager" is the loss as one writes it in PyTorch with autograd, "compiled" the same under
 `torch.compile(fullgraph=True)`, "autograd" ours in its place, "value_and_grad" ours without a graph, "into_buffer" the
 same with `grad_out=`. "of clone" is the share of the bandwidth of `torch.clone`, measured in the same run:
-value_and_grad moves 3N bytes (two tensors in, the gradient out), clone 2N, and both allocate what they return.
-{allocator} Every candidate was compared with eager PyTorch in float64 before it was timed.
+value_and_grad moves 3N bytes (two tensors in, the gradient out), clone 2N, and both allocate what they return. Every
+candidate was compared with eager PyTorch in float64 before it was timed.
+{allocator}
 
 ## Bounds
 

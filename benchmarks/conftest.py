@@ -42,3 +42,9 @@ def pytest_benchmark_update_machine_info(config: Any, machine_info: dict[str, An
     machine_info["device"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     machine_info["backends"] = fk.backends()
     machine_info["keeps_freed_memory"] = KEEPS_FREED_MEMORY
+
+
+def pytest_benchmark_update_json(config: Any, benchmarks: Any, output_json: dict[str, Any]) -> None:
+    """Keep the statistics and not every single time."""
+    for entry in output_json["benchmarks"]:
+        entry["stats"].pop("data", None)
