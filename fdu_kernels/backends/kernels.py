@@ -1,7 +1,7 @@
 """What a fused backend has: a few kernels over numbers, which :mod:`fdu_kernels.ops` puts autograd around.
 
-Sums are accumulated in float32 or better (float64 for float64) in an order that depends on shapes, strides, alignment and
-device alone, so that a result is the same to the last bit on every run and for every number of threads. Nothing here
+Sums are accumulated in float32 or better (float64 for float64) in an order that depends on shapes, strides, alignment
+and device alone: a result is the same to the last bit on every run and for every number of threads. Nothing here
 makes the host wait.
 Arguments arrive checked (fdu_kernels.checks). "acc" is float32, or float64 for float64 inputs.
 """
