@@ -28,9 +28,9 @@ def load_recipe() -> ModuleType:
 
 
 def warn(what: str, reason: str) -> None:
-    """One line, and the last one of the reason: where the log is."""
-    lines = reason.splitlines()
-    told = " ".join(dict.fromkeys((lines[0], lines[-1])))
+    """One line: what is missing, the first error, and where the log is."""
+    first, *rest = reason.splitlines()
+    told = " ".join((first, *[line.strip() for line in rest if "error" in line][:1], *rest[-1:]))
     print(f"fdu: no {what} in this build, they are built at first use: {told}", file=sys.stderr)
 
 
