@@ -347,9 +347,7 @@ def write_page(results: Path, docs: Path) -> None:
         steps=DRAW["num_inference_steps"],
         guidance=DRAW["guidance_scale"],
         settings=", ".join(f"{name} {setting(used, name)}" for name in SHOWN_SETTINGS),
-        seconds=f"{statistics.median(record['seconds'] for record in concepts):.0f}",
         machine=used["machine"],
-        workers=used["workers"],
         versions=", ".join(f"{name} {version}" for name, version in used["versions"].items() if name != "fdu"),
         checks=table(["figure", "anchor", "bound", "runs inside", "worst run"], checks(concepts, baselines)),
         concepts=table(
@@ -380,8 +378,8 @@ Made by `python benchmarks/erasure_table.py` ({made} runs; the raw figures are i
 Each row is one erasure with the default settings ({settings}). Preserved are the superclass and the neighbours of the
 target's kind, in one of the phrasings that are judged. Judged are {images} images a class ({images_of_target} of the
 target), {steps} steps, guidance {guidance}, from seeds that no training used, by a classifier that learnt from real
-digits and never saw the generator. An erasure took {seconds} s (median; {workers} such processes at a time). "Unseen"
-are phrasings of the target that training never had; "other kind" are the inks if a digit was erased, and the digits if
+digits and never saw the generator. "Unseen" are
+phrasings of the target that training never had; "other kind" are the inks if a digit was erased, and the digits if
 an ink was. Towards the superclass, chance is one image in ten for a digit and one in twenty for an ink.
 
 The text embeddings of this pipeline are nearly orthogonal, those of a real CLIP are not: there, expect more harm to
