@@ -20,21 +20,20 @@ _DTYPES = frozenset((torch.float16, torch.bfloat16, torch.float32, torch.float64
 _NUMBER, _NUMBER64 = (torch.zeros((), dtype=dtype, device="cpu") for dtype in (torch.float32, torch.float64))
 
 
-def _load() -> types.ModuleType:
+class _Native:
     """The compiled module; a BuildError, which is a RuntimeError, says why there is none."""
-    from fdu_kernels import build  # here, so that python -m fdu_kernels.build finds it not yet imported
-
-    return build.load()
-
-
-class NativeKernels:
-    """The kernels for the CPU; see :class:`fdu_kernels.backends.kernels.Kernels`."""
-
-    FUSES_FORWARD = True
 
     @functools.cached_property
     def _compiled(self) -> types.ModuleType:
-        return _load()
+        from fdu_kernels import build  # here, so that python -m fdu_kernels.build finds it not yet imported
+
+        return build.load()
+
+
+class CpuKernels(_Native):
+    """The kernels for the CPU; see :class:`fdu_kernels.backends.kernels.Kernels`."""
+
+    FUSES_FORWARD = True
 
     @functools.cached_property
     def _reason(self) -> str | None:
@@ -68,7 +67,7 @@ class NativeKernels:
         loss = _per_sample(pred)
         coefficient = torch.empty_like(loss)
         self._compiled.gaussian(
-            _plain(pred), _plain(target), profile.c, profile.k, profile.linear_beyond, profile.table, sigma, weight,
+            pred, target, profile.c, profile.k, profile.linear_beyond, profile.table, sigma, weight,
             mask, distance == "mean", 0, 1.0, loss, coefficient, None,
         )  # fmt: skip
         return loss, coefficient
@@ -76,7 +75,7 @@ class NativeKernels:
     def gaussian_backward(self, pred: Tensor, target: Tensor, mask: Tensor | None, coefficient: Tensor) -> Tensor:
         """coefficient_b mask (pred - target)."""
         grad = torch.empty_like(pred)
-        self._compiled.gaussian_backward(_plain(pred), _plain(target), mask, coefficient, grad)
+        self._compiled.gaussian_backward(pred, target, mask, coefficient, grad)
         return grad
 
     def gaussian_value_and_grad(
@@ -96,7 +95,7 @@ class NativeKernels:
         value = _per_sample(pred) if reduction == "none" else _accumulated(pred)
         grad = torch.empty_like(pred) if grad_out is None else grad_out
         self._compiled.gaussian(
-            _plain(pred), _plain(target), profile.c, profile.k, profile.linear_beyond, profile.table, sigma, weight,
+            pred, target, profile.c, profile.k, profile.linear_beyond, profile.table, sigma, weight,
             mask, distance == "mean", _REDUCTIONS[reduction], grad_scale, value, None, grad,
         )  # fmt: skip
         return value, grad
@@ -106,9 +105,7 @@ class NativeKernels:
     ) -> Tensor:
         """y(v) times weight or mask, reduced."""
         value = _terms(v, reduction)
-        self._compiled.expectation(
-            _plain(v), function.numbers, weight, mask, _REDUCTIONS[reduction], 1.0, None, value, None
-        )
+        self._compiled.expectation(v, function.numbers, weight, mask, _REDUCTIONS[reduction], 1.0, None, value, None)
         return value
 
     def expectation_backward(
@@ -124,7 +121,7 @@ class NativeKernels:
         grad = torch.empty_like(v)
         scale, elementwise = (1.0, upstream) if reduction == "none" else (upstream, None)
         self._compiled.expectation(
-            _plain(v), function.numbers, weight, mask, _REDUCTIONS[reduction], scale, elementwise, None, grad
+            v, function.numbers, weight, mask, _REDUCTIONS[reduction], scale, elementwise, None, grad
         )
         return grad
 
@@ -140,12 +137,12 @@ class NativeKernels:
         """The value, and the gradient of its sum times grad_scale."""
         value, grad = _terms(v, reduction), torch.empty_like(v)
         self._compiled.expectation(
-            _plain(v), function.numbers, weight, mask, _REDUCTIONS[reduction], grad_scale, None, value, grad
+            v, function.numbers, weight, mask, _REDUCTIONS[reduction], grad_scale, None, value, grad
         )
         return value, grad
 
 
-class CudaKernels:
+class CudaKernels(_Native):
     """The kernels for CUDA devices; see :class:`fdu_kernels.backends.kernels.Kernels`.
 
     They return before the device has done its work. Partial sums have a workspace of torch, so that a call can be
@@ -157,10 +154,6 @@ class CudaKernels:
 
     def __init__(self) -> None:
         self._tickets: dict[tuple[int, int], Tensor] = {}
-
-    @functools.cached_property
-    def _compiled(self) -> types.ModuleType:
-        return _load()
 
     @functools.cached_property
     def _reason(self) -> str | None:
@@ -393,12 +386,7 @@ def _terms(v: Tensor, reduction: str) -> Tensor:
     return torch.empty_like(v, dtype=torch.float64 if v.dtype is torch.float64 else torch.float32)
 
 
-def _plain(tensor: Tensor) -> Tensor:
-    # A pointer does not show the negative bit (of the imaginary part of a conjugate, for instance).
-    return tensor.resolve_neg() if tensor.is_neg() else tensor
-
-
-cpu = NativeKernels()
+cpu = CpuKernels()
 """The backend "cpu"."""
 cuda = CudaKernels()
 """The backend "cuda"."""
