@@ -1,0 +1,33 @@
+"""The denoiser families that can be trained, one file each. A new one is a subclass of ``Denoiser`` and a line here."""
+
+from __future__ import annotations
+
+from diffusers import DiffusionPipeline
+
+from fdu.denoisers.base import Conditioning, Denoiser, PredictionType
+from fdu.denoisers.unet import UNetDenoiser
+
+FAMILIES: tuple[type[Denoiser], ...] = (UNetDenoiser,)
+"""The first that fits a pipeline takes it."""
+
+__all__ = ["FAMILIES", "Conditioning", "Denoiser", "PredictionType", "denoiser_of"]
+
+
+def denoiser_of(pipeline: DiffusionPipeline) -> Denoiser:
+    """The denoiser of a pipeline.
+
+    Raises:
+        TypeError: not a pipeline, or its family is not known here.
+    """
+    if not isinstance(pipeline, DiffusionPipeline):
+        raise TypeError(
+            f"pipeline must be a diffusers pipeline, got {type(pipeline).__name__}; load it with from_pretrained"
+        )
+    for family in FAMILIES:
+        if family.fits(pipeline):
+            return family(pipeline)
+    raise TypeError(
+        f"pipeline is a {type(pipeline).__name__}, whose family is not supported yet; supported: "
+        f"{'; '.join(family.family for family in FAMILIES)}. "
+        "To add a family, write a subclass of Denoiser in fdu/denoisers/ and name it in FAMILIES"
+    )
