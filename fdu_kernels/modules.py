@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
 from fdu_kernels import checks, functional
 from fdu_kernels.catalogue import get_divergence
@@ -25,7 +25,8 @@ class GaussianDivergenceLoss(nn.Module):
     batch stands there with as many evenly spaced quantiles of its s. Samples at distance 0 (an empty mask row, equal
     outputs) and non-finite ones do not count, and before there is any other sigma is 1. The state is in float32
     buffers, whatever the module is cast to, which follow the inputs' device: a state_dict resumes it exactly, and the
-    device never makes the host wait. Under DDP each rank calibrates on its own samples.
+    device never makes the host wait. Among several processes each calibrates on its own samples, or with
+    ``synchronize`` all of them on everybody's.
 
     Args:
         divergence: a name ("squared_hellinger", "alpha:0.3", ...) or a Divergence.
@@ -33,6 +34,8 @@ class GaussianDivergenceLoss(nn.Module):
         s0: the median of s that "auto" aims at, > 0.
         calibration_calls: for how many calls "auto" looks. 8 calls of one sample already place the median of a
             chi-square-like s within some 20 % of the truth, and a drift in training afterwards is left to be seen.
+        synchronize: whether "auto" takes the samples of all processes of torch.distributed's default group, where there
+            is one, so that sigma is the same number in each. Every process then has to make the calibrating calls.
         distance, reduction, backend: as in the function.
 
     Attributes:
@@ -52,6 +55,7 @@ class GaussianDivergenceLoss(nn.Module):
         distance: str = "mean",
         reduction: str = "mean",
         backend: str | None = None,
+        synchronize: bool = False,
     ) -> None:
         super().__init__()
         self.divergence = get_divergence(divergence)
@@ -73,6 +77,7 @@ class GaussianDivergenceLoss(nn.Module):
         self.distance = distance
         self.reduction = reduction
         self.backend = backend
+        self.synchronize = synchronize
         if not self.auto:
             self.sigma = float(sigma)
         else:
@@ -85,14 +90,33 @@ class GaussianDivergenceLoss(nn.Module):
             self._calls = 0
             self.register_load_state_dict_post_hook(_read_calls)
 
-    def forward(self, pred: Tensor, target: Tensor, weight: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
-        """The loss of [B, ...] denoiser outputs; ``target`` is a constant."""
+    def forward(
+        self,
+        pred: Tensor,
+        target: Tensor,
+        weight: Tensor | None = None,
+        mask: Tensor | None = None,
+        sigma_scale: Tensor | None = None,
+    ) -> Tensor:
+        """The loss of [B, ...] denoiser outputs; ``target`` is a constant.
+
+        Args:
+            pred, target, weight, mask: as in the function.
+            sigma_scale: > 0, [B]: the standard deviation of sample b is sigma * sigma_scale_b, as where it depends on
+                the timestep. "auto" puts the median of s, with this scale in it, at s0.
+        """
+        if sigma_scale is not None:
+            _check_sigma_scale(sigma_scale, pred)
         if self.auto:
             self._follow(pred)
             if self.training and self._calls < self.calibration_calls:
-                self._calibrate(pred, target, mask)
+                self._calibrate(pred, target, mask, sigma_scale)
+        sigma = self.sigma
+        if sigma_scale is not None:
+            # In half precision the product could vanish.
+            sigma = sigma * sigma_scale.to(checks.accumulation_dtype(sigma_scale.dtype))
         return functional.gaussian_divergence(
-            pred, target, self.divergence, self.sigma, weight, mask, self.distance, self.reduction, self.backend
+            pred, target, self.divergence, sigma, weight, mask, self.distance, self.reduction, self.backend
         )
 
     def _follow(self, pred: Tensor) -> None:
@@ -101,9 +125,17 @@ class GaussianDivergenceLoss(nn.Module):
             self.to(pred.device)
 
     @torch.no_grad()
-    def _calibrate(self, pred: Tensor, target: Tensor, mask: Tensor | None) -> None:
-        distances = functional.squared_distance(pred, target, mask=mask, distance=self.distance).to(self.observed.dtype)
-        self.observed[self._calls] = _quantiles(distances, self.observed.shape[1])
+    def _calibrate(self, pred: Tensor, target: Tensor, mask: Tensor | None, sigma_scale: Tensor | None) -> None:
+        scale = 1.0 if sigma_scale is None else sigma_scale
+        distances = functional.squared_distance(pred, target, scale, mask, self.distance).to(self.observed.dtype)
+        places = self.observed.shape[1]
+        row = _quantiles(distances, places)
+        if self.synchronize and distributed.is_available() and distributed.is_initialized():
+            # Rows, not distances: these are of one length, also where batches are not.
+            rows = [torch.empty_like(row) for _ in range(distributed.get_world_size())]
+            distributed.all_gather(rows, row)
+            row = _quantiles(torch.cat(rows), places)
+        self.observed[self._calls] = row
         # inf sorts behind the samples.
         pool = self.observed.flatten().sort().values
         samples = torch.isfinite(pool).sum()
@@ -127,6 +159,8 @@ class GaussianDivergenceLoss(nn.Module):
 
     def extra_repr(self) -> str:
         scale = f'sigma="auto", s0={self.s0:g}, calibration_calls={self.calibration_calls}' if self.auto else None
+        if scale and self.synchronize:
+            scale += ", synchronize=True"
         return ", ".join(
             [
                 repr(str(self.divergence)),
@@ -135,6 +169,23 @@ class GaussianDivergenceLoss(nn.Module):
                 f"reduction={self.reduction!r}",
             ]
         )
+
+
+def _check_sigma_scale(sigma_scale: Tensor, pred: Tensor) -> None:
+    checks.check_floating("sigma_scale", sigma_scale)
+    if sigma_scale.shape != pred.shape[:1]:
+        raise ValueError(
+            f"sigma_scale must have one number per sample, shape {list(pred.shape[:1])}, not "
+            f"{list(sigma_scale.shape)}; a number for all samples is sigma"
+        )
+    if sigma_scale.device != pred.device:
+        raise ValueError(
+            f"sigma_scale and pred must be on one device, but sigma_scale is on {sigma_scale.device} and pred on "
+            f"{pred.device}; move it: sigma_scale.to(pred.device)"
+        )
+    # On an accelerator a look at the values would make the host wait.
+    if sigma_scale.device.type == "cpu" and not torch.compiler.is_compiling() and bool((sigma_scale <= 0).any()):
+        raise ValueError(f"sigma_scale must be positive, but its smallest value is {sigma_scale.min().item():g}")
 
 
 def _quantiles(distances: Tensor, places: int) -> Tensor:

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import json
 import math
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -217,3 +221,78 @@ def test_calls_while_calibrating_can_share_a_backward() -> None:
     assert sigmas[0] != sigmas[1]
     expected = fk.gaussian_divergence_value_and_grad(first.detach(), target, sigma=sigmas[0], grad_scale=1 / 3)[1]
     torch.testing.assert_close(first.grad, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_sigma_of_a_sample_is_sigma_times_its_scale(dtype: torch.dtype) -> None:
+    pred, target = batches(1)[0]
+    scale = torch.tensor([0.25, 0.5, 1.0, 2.0, 4.0], dtype=dtype)
+    module = fk.GaussianDivergenceLoss(sigma=0.3, reduction="none")
+    expected = fk.gaussian_divergence(pred, target, sigma=0.3 * scale.float(), reduction="none")
+    assert torch.equal(module(pred, target, sigma_scale=scale), expected)
+    assert not torch.allclose(module(pred, target), expected)
+
+
+def test_auto_calibrates_with_the_scale_in_it() -> None:
+    loss = fk.GaussianDivergenceLoss(sigma="auto", s0=2.0, calibration_calls=2)
+    scales = [torch.rand(5, generator=torch.Generator().manual_seed(seed)) + 0.1 for seed in range(2)]
+    for pair, scale in zip(batches(2), scales, strict=True):
+        loss(*pair, sigma_scale=scale)
+    s = [fk.squared_distance(*pair, sigma=loss.sigma * scale) for pair, scale in zip(batches(2), scales, strict=True)]
+    assert torch.cat(s).quantile(0.5).item() == pytest.approx(2.0, rel=1e-5)
+
+
+@pytest.mark.parametrize("sigma", [1.0, "auto"])
+@pytest.mark.parametrize(
+    ("scale", "error", "message"),
+    [
+        (2.0, TypeError, "sigma_scale must be a tensor"),
+        (torch.ones(5, dtype=torch.int64), TypeError, "sigma_scale must be float16"),
+        (torch.ones(()), ValueError, r"sigma_scale must have one number per sample, shape \[5\], not \[\]"),
+        (torch.ones(5, 1), ValueError, r"sigma_scale must have one number per sample, shape \[5\], not \[5, 1\]"),
+        (torch.ones(5, device="meta"), ValueError, "sigma_scale is on meta and pred on cpu"),
+        (torch.tensor([1.0, 1, 1, 0, 1]), ValueError, "sigma_scale must be positive, but its smallest value is 0"),
+    ],
+)
+def test_sigma_scale_is_checked(sigma: float | str, scale: Tensor, error: type[Exception], message: str) -> None:
+    module = fk.GaussianDivergenceLoss(sigma=sigma)
+    with pytest.raises(error, match=message):
+        module(*batches(1)[0], sigma_scale=scale)
+    assert module.sigma == 1
+
+
+CALIBRATE_IN_ONE_OF_TWO_PROCESSES = """
+import json, sys
+import torch
+import fdu_kernels as fk
+
+rank, store = int(sys.argv[1]), sys.argv[2]
+torch.distributed.init_process_group("gloo", init_method="file://" + store, rank=rank, world_size=2)
+generator = torch.Generator().manual_seed(0)
+losses = [fk.GaussianDivergenceLoss(sigma="auto", calibration_calls=2, synchronize=s) for s in (True, False)]
+# One process sees 3 samples a call, the other 6, of another size.
+part = slice(None, 3) if rank == 0 else slice(3, None)
+for call in range(3):
+    pred = torch.randn(9, 4, generator=generator) * torch.arange(1.0, 10.0)[:, None]
+    for loss in losses:
+        loss(pred[part], torch.zeros_like(pred)[part])
+print(json.dumps([loss.sigma.item() for loss in losses]))
+"""
+
+
+def test_processes_calibrate_together_if_asked_to(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", CALIBRATE_IN_ONE_OF_TWO_PROCESSES]
+    processes = [
+        subprocess.Popen([*command, str(rank), str(tmp_path / "store")], stdout=subprocess.PIPE, text=True)
+        for rank in range(2)
+    ]
+    (together, alone), (other_together, other_alone) = (
+        json.loads(process.communicate(timeout=120)[0]) for process in processes
+    )
+    generator = torch.Generator().manual_seed(0)
+    one_process = fk.GaussianDivergenceLoss(sigma="auto", calibration_calls=2, synchronize=True)
+    for _ in range(3):
+        pred = torch.randn(9, 4, generator=generator) * torch.arange(1.0, 10.0)[:, None]
+        one_process(pred, torch.zeros_like(pred))
+    assert together == other_together == one_process.sigma.item()
+    assert len({together, alone, other_alone}) == 3
