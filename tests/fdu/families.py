@@ -1,0 +1,333 @@
+"""Tiny pipelines with random weights, one of each family that can be trained, built from configs without any download.
+
+``build(name)`` gives the same weights on every call. Images are 16 pixels wide (Sana 32), latents 8x8.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import json
+from collections.abc import Callable
+
+import torch
+from diffusers import (
+    AutoencoderDC,
+    AutoencoderKL,
+    DDIMScheduler,
+    DiffusionPipeline,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
+    PixArtAlphaPipeline,
+    PixArtTransformer2DModel,
+    SanaPipeline,
+    SanaTransformer2DModel,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from tokenizers import Tokenizer, models, normalizers, trainers
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    Gemma2Config,
+    Gemma2Model,
+    GemmaTokenizer,
+    T5Config,
+    T5EncoderModel,
+    T5Tokenizer,
+)
+
+from fdu.embedded.tokenizer import END, START, learn_tokenizer
+
+CORPUS = ["a photo of the digit three", "a photo of the digit eight", "a painting in the style of van gogh"]
+CLIP_WIDTH, T5_WIDTH = 16, 32
+SAMPLE_SIZE = 8
+RESOLUTION = {"sana": 32}
+"""Pixels of a square image, where they are not 16. Flux has no size of its own: give it with every call."""
+
+
+def build(name: str) -> DiffusionPipeline:
+    """The tiny pipeline of a family in FAMILY_NAMES, in float32 on the CPU."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        pipeline = BUILDERS[name]()
+    for part in pipeline.components.values():
+        if isinstance(part, torch.nn.Module):
+            part.eval()  # as from_pretrained leaves it
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def resolution(name: str) -> int:
+    """The pixels of a square image that suit the tiny pipeline."""
+    return RESOLUTION.get(name, 16)
+
+
+def sd(prediction_type: str = "epsilon", zero_terminal_snr: bool = False) -> StableDiffusionPipeline:
+    """Stable Diffusion 1.x, or 2.x with "v_prediction"."""
+    scheduler = DDIMScheduler(
+        **BETAS,
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+        prediction_type=prediction_type,
+        rescale_betas_zero_snr=zero_terminal_snr,
+    )
+    return StableDiffusionPipeline(
+        vae=autoencoder(),
+        text_encoder=CLIPTextModel(clip_config()),
+        tokenizer=clip_tokenizer(),
+        unet=UNet2DConditionModel(**UNET, cross_attention_dim=CLIP_WIDTH),
+        scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+def sdxl() -> StableDiffusionXLPipeline:
+    """Stable Diffusion XL: two text encoders, a pooled embedding and six time ids."""
+    time_ids = 6 * 8
+    unet = UNet2DConditionModel(
+        **UNET,
+        cross_attention_dim=2 * CLIP_WIDTH,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=time_ids + CLIP_WIDTH,
+        use_linear_projection=True,
+    )
+    return StableDiffusionXLPipeline(
+        vae=autoencoder(force_upcast=True),
+        text_encoder=CLIPTextModel(clip_config()),
+        text_encoder_2=CLIPTextModelWithProjection(clip_config()),
+        tokenizer=clip_tokenizer(),
+        tokenizer_2=clip_tokenizer(),
+        unet=unet,
+        scheduler=EulerDiscreteScheduler(**BETAS, steps_offset=1, timestep_spacing="leading"),
+        add_watermarker=False,
+    )
+
+
+def sd3(t5: bool = True) -> StableDiffusion3Pipeline:
+    """Stable Diffusion 3: two CLIP text encoders and a T5, which may be left out."""
+    transformer = SD3Transformer2DModel(
+        sample_size=SAMPLE_SIZE,
+        in_channels=4,
+        out_channels=4,
+        num_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=T5_WIDTH,
+        caption_projection_dim=16,
+        pooled_projection_dim=2 * CLIP_WIDTH,
+        pos_embed_max_size=16,
+        qk_norm="rms_norm",
+        dual_attention_layers=(0,),
+    )
+    return StableDiffusion3Pipeline(
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=autoencoder(**FLOW_VAE),
+        text_encoder=CLIPTextModelWithProjection(clip_config()),
+        tokenizer=clip_tokenizer(),
+        text_encoder_2=CLIPTextModelWithProjection(clip_config()),
+        tokenizer_2=clip_tokenizer(),
+        text_encoder_3=t5_encoder() if t5 else None,
+        tokenizer_3=t5_tokenizer() if t5 else None,
+    )
+
+
+def flux(guidance_embeds: bool = False) -> FluxPipeline:
+    """FLUX.1: schnell, or with ``guidance_embeds`` dev, whose schedule shifts with the resolution."""
+    transformer = FluxTransformer2DModel(
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=T5_WIDTH,
+        pooled_projection_dim=CLIP_WIDTH,
+        guidance_embeds=guidance_embeds,
+        axes_dims_rope=(4, 4, 8),
+    )
+    shift = 3.0 if guidance_embeds else 1.0
+    return FluxPipeline(
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=shift, use_dynamic_shifting=guidance_embeds),
+        vae=autoencoder(**FLOW_VAE),
+        text_encoder=CLIPTextModel(clip_config()),
+        tokenizer=clip_tokenizer(),
+        text_encoder_2=t5_encoder(),
+        tokenizer_2=t5_tokenizer(),
+    )
+
+
+def pixart(sample_size: int = SAMPLE_SIZE) -> PixArtAlphaPipeline:
+    """PixArt-alpha with learned variance; with ``sample_size`` 128 it also reads resolution and aspect ratio."""
+    transformer = PixArtTransformer2DModel(
+        sample_size=sample_size,
+        num_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=3,
+        cross_attention_dim=24,
+        caption_channels=T5_WIDTH,
+        in_channels=4,
+        out_channels=8,
+    )
+    return PixArtAlphaPipeline(
+        tokenizer=t5_tokenizer(),
+        text_encoder=t5_encoder(),
+        vae=autoencoder(),
+        transformer=transformer,
+        scheduler=DPMSolverMultistepScheduler(beta_start=0.0001, beta_end=0.02, beta_schedule="linear"),
+    )
+
+
+def sana() -> SanaPipeline:
+    """Sana: linear attention, a Gemma text encoder and a deep compression autoencoder."""
+    transformer = SanaTransformer2DModel(
+        in_channels=4,
+        out_channels=4,
+        num_attention_heads=2,
+        attention_head_dim=8,
+        num_layers=2,
+        num_cross_attention_heads=2,
+        cross_attention_head_dim=8,
+        cross_attention_dim=16,
+        caption_channels=16,
+        sample_size=SAMPLE_SIZE,
+    )
+    tokenizer = gemma_tokenizer()
+    text_encoder = Gemma2Model(
+        Gemma2Config(
+            vocab_size=len(tokenizer),
+            hidden_size=16,
+            intermediate_size=32,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            head_dim=8,
+        )
+    )
+    vae = AutoencoderDC(
+        latent_channels=4,
+        attention_head_dim=8,
+        encoder_block_out_channels=(8, 8, 16),
+        decoder_block_out_channels=(8, 8, 16),
+        encoder_layers_per_block=(1, 1, 1),
+        decoder_layers_per_block=(1, 1, 1),
+        encoder_qkv_multiscales=((), (), ()),
+        decoder_qkv_multiscales=((), (), ()),
+        scaling_factor=0.41407,
+    )
+    scheduler = DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
+    return SanaPipeline(
+        tokenizer=tokenizer, text_encoder=text_encoder, vae=vae, transformer=transformer, scheduler=scheduler
+    )
+
+
+def autoencoder(**settings: object) -> AutoencoderKL:
+    """A 16x16x3 to 8x8x4 autoencoder."""
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(8, 8),
+        norm_num_groups=4,
+        layers_per_block=1,
+        mid_block_add_attention=False,
+        sample_size=16,
+        **settings,
+    )
+
+
+def clip_config() -> CLIPTextConfig:
+    """A two-layer CLIP text encoder."""
+    tokenizer = clip_tokenizer()
+    return CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=CLIP_WIDTH,
+        intermediate_size=32,
+        projection_dim=CLIP_WIDTH,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=16,
+        bos_token_id=tokenizer.convert_tokens_to_ids(START),
+        eos_token_id=tokenizer.convert_tokens_to_ids(END),
+        pad_token_id=tokenizer.convert_tokens_to_ids(END),
+    )
+
+
+def t5_encoder() -> T5EncoderModel:
+    """A one-layer T5 text encoder."""
+    return T5EncoderModel(
+        T5Config(
+            vocab_size=len(t5_tokenizer()),
+            d_model=T5_WIDTH,
+            d_kv=8,
+            d_ff=32,
+            num_layers=1,
+            num_heads=2,
+            feed_forward_proj="gated-gelu",
+        )
+    )
+
+
+@functools.cache
+def clip_tokenizer() -> CLIPTokenizer:
+    """Byte-level BPE with CLIP's conventions, 16 tokens a prompt."""
+    return learn_tokenizer(CORPUS, max_length=16)
+
+
+@functools.cache
+def t5_tokenizer() -> T5Tokenizer:
+    """Unigrams: the words of the corpus, and letters for all others."""
+    words = sorted({word for prompt in CORPUS for word in prompt.split()})
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0)]
+    pieces += [(f"▁{word}", -3.0) for word in words]
+    pieces += [(letter, -8.0) for letter in "abcdefghijklmnopqrstuvwxyz"]
+    return T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=512)
+
+
+@functools.cache
+def gemma_tokenizer() -> GemmaTokenizer:
+    """BPE over the corpus and over the instruction that Sana puts before every prompt."""
+    instruction = inspect.signature(SanaPipeline.__call__).parameters["complex_human_instruction"].default
+    learner = Tokenizer(models.BPE())
+    learner.normalizer = normalizers.Replace(" ", "▁")
+    special = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    trainer = trainers.BpeTrainer(vocab_size=1024, special_tokens=special, show_progress=False)
+    learner.train_from_iterator([*CORPUS, *instruction], trainer)
+    model = json.loads(learner.to_str())["model"]
+    return GemmaTokenizer(vocab=model["vocab"], merges=[tuple(merge) for merge in model["merges"]])
+
+
+BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+FLOW_VAE = {"use_quant_conv": False, "use_post_quant_conv": False, "shift_factor": 0.0609, "scaling_factor": 1.5305}
+UNET = {
+    "sample_size": SAMPLE_SIZE,
+    "block_out_channels": (8, 16),
+    "layers_per_block": 1,
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+    "attention_head_dim": 8,
+    "norm_num_groups": 4,
+}
+BUILDERS: dict[str, Callable[[], DiffusionPipeline]] = {
+    "sd": sd,
+    "sd_v": functools.partial(sd, "v_prediction", zero_terminal_snr=True),
+    "sdxl": sdxl,
+    "sd3": sd3,
+    "flux": flux,
+    "flux_guidance": functools.partial(flux, guidance_embeds=True),
+    "pixart": pixart,
+    "sana": sana,
+}
+FAMILY_NAMES = tuple(BUILDERS)
