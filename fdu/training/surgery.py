@@ -1,0 +1,111 @@
+"""Gradient surgery: what erasing would undo of the preservation is taken out of its gradient.
+
+The projection of PCGrad (Yu et al. 2020, arXiv 2001.06782), to one side: preservation gives way to nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, distributed, nn
+
+
+class GradientSurgery:
+    """Keeps the gradients of erasing and of preserving apart, and joins them when both are complete.
+
+    In a training step, each loss has its own forward and backward pass, which costs what one pass of both halves does:
+
+        with accelerator.accumulate(module):
+            with surgery.preserving():
+                accelerator.backward(preservation)      # unweighted
+            accelerator.backward(divergence)
+            if accelerator.sync_gradients:
+                surgery.combine(weight)                 # then clip, and step as usual
+            optimizer.step()
+            optimizer.zero_grad()
+
+    Gradients may accumulate over any number of batches before ``combine``. DDP averages each of the two backward passes
+    over the ranks, because a forward pass of its own precedes it, so ``combine`` sees and gives the same on every rank.
+    Gradients that FSDP 2 shards stay sharded; their dot products are summed over the ranks. Loss scaling may stay on:
+    with both losses scaled alike the result is scaled alike, and what is not finite in either gradient stays so for the
+    GradScaler to find.
+
+    Args:
+        parameters: what is trained; the result is left in their ``.grad``.
+    """
+
+    def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
+        self.parameters = list(parameters)
+        self._preserving: list[Tensor | None] = [None] * len(self.parameters)
+
+    @contextmanager
+    def preserving(self) -> Iterator[None]:
+        """Within this context ``.grad`` is the gradient of preservation; that of erasing waits outside."""
+        self._exchange()
+        try:
+            yield
+        finally:
+            self._exchange()
+
+    @torch.no_grad()
+    def combine(self, weight: float) -> Tensor:
+        """Set every ``.grad`` to g_e - min(<g_e, g_p>, 0) / |g_p|^2 g_p + weight g_p, and forget g_p.
+
+        g_e is the gradient in ``.grad``, g_p that of preservation, <.,.> the dot product over all parameters together.
+        The host never waits.
+
+        Returns:
+            The cosine of g_e and g_p, float32 []; 0 where one of them vanishes. Below 0 they were in conflict.
+        """
+        erasing, preserving = [], []
+        for parameter, gradient in zip(self.parameters, self._preserving, strict=True):
+            if gradient is not None:
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(gradient)
+                erasing.append(parameter.grad)
+                preserving.append(gradient)
+        self._preserving = [None] * len(self.parameters)
+        if not preserving:
+            return torch.zeros(())
+        dot, erasing_square, preserving_square = _dot_products(erasing, preserving)
+        # NaN compares false: it stays where it is in the gradients.
+        conflict = torch.where((dot < 0) & (preserving_square > 0), dot / preserving_square, 0.0)
+        local = [_local(gradient) for gradient in preserving]
+        torch._foreach_mul_(local, weight - conflict)
+        torch._foreach_add_([_local(gradient) for gradient in erasing], local)
+        lengths = torch.sqrt(erasing_square) * torch.sqrt(preserving_square)
+        return torch.where(lengths > 0, dot / lengths, 0.0)
+
+    def _exchange(self) -> None:
+        for index, parameter in enumerate(self.parameters):
+            parameter.grad, self._preserving[index] = self._preserving[index], parameter.grad
+
+
+def _dot_products(one: list[Tensor], other: list[Tensor]) -> Tensor:
+    """<one, other>, |one|^2, |other|^2 over all tensors and, where they are sharded, over all shards; float32 [3]."""
+    left, right = [_local(tensor).flatten() for tensor in one], [_local(tensor).flatten() for tensor in other]
+    columns = [
+        torch.stack([torch.dot(a, b) for a, b in zip(left, right, strict=True)]).float(),
+        torch.stack(torch._foreach_norm(left)).float().square(),
+        torch.stack(torch._foreach_norm(right)).float().square(),
+    ]
+    products = torch.stack(columns)
+    total = products.sum(1)
+    sharded = [index for index, tensor in enumerate(one) if hasattr(tensor, "placements")]
+    if sharded:
+        example: Any = one[sharded[0]]
+        own = products[:, sharded].sum(1)
+        everyones = own.clone()
+        for dimension, placement in enumerate(example.placements):
+            if placement.is_shard():
+                distributed.all_reduce(everyones, group=example.device_mesh.get_group(dimension))
+        total = total - own + everyones
+    return total
+
+
+def _local(gradient: Tensor) -> Tensor:
+    # A DTensor; its class is missing in a torch built without distributed.
+    return gradient.to_local() if hasattr(gradient, "to_local") else gradient
