@@ -1,0 +1,127 @@
+"""Which timesteps a step trains on: drawn alike, or more often where the loss is large."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+TIMESTEP_SAMPLINGS = ("uniform", "importance")
+BINS = 20
+"""Neighbouring timesteps are alike: the loss is known by bins of the grid."""
+DECAY = 0.98
+"""What a loss still counts one observation later: the last 50 or so make the estimate."""
+UNIFORM_SHARE = 0.2
+"""Share of the samples drawn alike, which bounds the weights by 1 / UNIFORM_SHARE."""
+REFRESH_EVERY = 10
+"""Draws between looks at the losses, each of which waits for the device."""
+
+
+class TimestepSampler:
+    """Draws indices of a denoiser's grid, with weights that keep the mean of the loss what it is for uniform draws.
+
+    "uniform": every timestep alike.
+
+    "importance": a bin of the grid is drawn in proportion to the root of its mean squared loss, which makes the
+    weighted loss vary least (Nichol and Dhariwal 2021, arXiv 2102.09672, section 3.3), with moving averages over bins
+    instead of a history of every timestep, because an erasure is short. What is drawn depends on the generator and the
+    losses observed alone: ranks that are all shown the losses of all ranks keep the same probabilities.
+
+    Args:
+        sampling: "uniform" or "importance".
+        timesteps: T, the length of the grid.
+        low, high: the part [low, high) of the grid to draw from, as fractions; 0 is the cleanest end.
+
+    Raises:
+        ValueError: an unknown sampling, or a part of the grid that holds no timestep.
+    """
+
+    def __init__(self, sampling: str, timesteps: int, low: float = 0.0, high: float = 1.0) -> None:
+        if sampling not in TIMESTEP_SAMPLINGS:
+            raise ValueError(f"sampling must be one of {', '.join(TIMESTEP_SAMPLINGS)}, not {sampling!r}")
+        if not 0 <= low < high <= 1:
+            raise ValueError(f"low and high must be fractions with 0 <= low < high <= 1, not {low!r} and {high!r}")
+        self.sampling = sampling
+        self.first, self.end = round(low * timesteps), round(high * timesteps)
+        if self.first >= self.end:
+            raise ValueError(
+                f"no timestep of {timesteps} lies in [{low:g}, {high:g}) of the grid; raise high or lower low"
+            )
+        count = self.end - self.first
+        bins = min(BINS, count)
+        self.edges = self.first + torch.arange(bins + 1) * count // bins
+        widths = self.edges.diff()
+        self.uniform = widths.double() / count
+        """Probability of each bin [bins] if every timestep is alike; float64."""
+        self.probabilities = self.uniform
+        """Probability of each bin [bins], float64."""
+        # By bin: the sum of squared losses, and the number of losses in it.
+        self._observed = torch.zeros(2, bins)
+        self._draws = 0
+
+    @property
+    def adapts(self) -> bool:
+        """Whether it wants to observe the losses."""
+        return self.sampling == "importance"
+
+    def draw(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor | None]:
+        """``count`` indices, int64 [N], and the weights of their losses, float32 [N] or None for all 1; on the CPU.
+
+        Args:
+            generator: on the CPU.
+        """
+        if not self.adapts:
+            return torch.randint(self.first, self.end, (count,), generator=generator), None
+        if self._draws % REFRESH_EVERY == 0:
+            self._refresh()
+        self._draws += 1
+        bins = torch.multinomial(self.probabilities, count, replacement=True, generator=generator)
+        within = torch.rand(count, generator=generator, dtype=torch.float64) * self.edges.diff()[bins]
+        return self.edges[bins] + within.long(), (self.uniform / self.probabilities)[bins].float()
+
+    @torch.no_grad()
+    def observe(self, indices: Tensor, losses: Tensor) -> None:
+        """Take note of losses [N], without their weights, at indices [N]; the device never makes the host wait.
+
+        Losses that are not finite, and indices outside the part of the grid, do not count.
+        """
+        if not self.adapts:
+            return
+        self._observed = self._observed.to(losses.device)
+        edges = self.edges.to(losses.device, non_blocking=True)
+        losses = losses.float()
+        # A sum a bin: scattered sums would come out differently on every run.
+        inside = (indices >= edges[:-1, None]) & (indices < edges[1:, None]) & torch.isfinite(losses)
+        squares = torch.where(inside, losses.square(), 0.0).sum(1)
+        self._observed = DECAY * self._observed + torch.stack([squares, inside.sum(1).float()])
+
+    def _refresh(self) -> None:
+        squares, counts = self._observed.double().cpu()
+        if not squares.sum() > 0:
+            return
+        # A bin not seen yet is taken for an average one.
+        mean_square = torch.where(counts > 0, squares / counts, squares.sum() / counts.sum())
+        wanted = self.uniform * torch.sqrt(mean_square)
+        self.probabilities = (1 - UNIFORM_SHARE) * wanted / wanted.sum() + UNIFORM_SHARE * self.uniform
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What continues the draws exactly, together with the generator's state."""
+        return {
+            "observed": self._observed.clone(),
+            "probabilities": self.probabilities.clone(),
+            "draws": torch.tensor(self._draws),
+        }
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Continue from :meth:`state_dict`.
+
+        Raises:
+            ValueError: the state is of another grid.
+        """
+        if state["probabilities"].shape != self.probabilities.shape:
+            raise ValueError(
+                f"the state has {len(state['probabilities'])} bins of timesteps and this sampler "
+                f"{len(self.probabilities)}; resume with the denoiser and the range it was made with"
+            )
+        self._observed = state["observed"].clone()
+        self.probabilities = state["probabilities"].cpu().clone()
+        self._draws = int(state["draws"])
