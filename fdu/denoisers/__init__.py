@@ -5,19 +5,33 @@ from __future__ import annotations
 from diffusers import DiffusionPipeline
 
 from fdu.denoisers.base import Conditioning, Denoiser, PredictionType
+from fdu.denoisers.flux import FluxDenoiser
+from fdu.denoisers.pixart import PixArtDenoiser
+from fdu.denoisers.sana import SanaDenoiser
+from fdu.denoisers.sd3 import SD3Denoiser
+from fdu.denoisers.sdxl import SDXLDenoiser
 from fdu.denoisers.unet import UNetDenoiser
 
-FAMILIES: tuple[type[Denoiser], ...] = (UNetDenoiser,)
+FAMILIES: tuple[type[Denoiser], ...] = (
+    UNetDenoiser,
+    SDXLDenoiser,
+    SD3Denoiser,
+    FluxDenoiser,
+    PixArtDenoiser,
+    SanaDenoiser,
+)
 """The first that fits a pipeline takes it."""
 
 __all__ = ["FAMILIES", "Conditioning", "Denoiser", "PredictionType", "denoiser_of"]
 
 
-def denoiser_of(pipeline: DiffusionPipeline) -> Denoiser:
-    """The denoiser of a pipeline.
+def denoiser_of(pipeline: DiffusionPipeline, resolution: int | None = None) -> Denoiser:
+    """The denoiser of a pipeline, for images of ``resolution`` pixels a side, by default of the model's native size.
 
     Raises:
-        TypeError: not a pipeline, or its family is not known here.
+        TypeError: not a pipeline, or its family is not known here; resolution is not an integer.
+        ValueError: the pipeline lacks a part, or is a variant that makes images from more than prompts; or resolution
+            does not suit the model.
     """
     if not isinstance(pipeline, DiffusionPipeline):
         raise TypeError(
@@ -25,7 +39,7 @@ def denoiser_of(pipeline: DiffusionPipeline) -> Denoiser:
         )
     for family in FAMILIES:
         if family.fits(pipeline):
-            return family(pipeline)
+            return family(pipeline, resolution)
     raise TypeError(
         f"pipeline is a {type(pipeline).__name__}, whose family is not supported yet; supported: "
         f"{'; '.join(family.family for family in FAMILIES)}. "

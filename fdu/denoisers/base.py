@@ -5,14 +5,18 @@ The loop talks to this interface only, so it never asks which family of models i
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from typing import ClassVar, Literal
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, ClassVar, Literal
 
 import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 from tqdm import tqdm
+
+from fdu.denoisers.autoencoder import encode_images
 
 PredictionType = Literal["epsilon", "v_prediction", "sample", "flow"]
 ENCODE_BATCH = 64
@@ -53,6 +57,13 @@ class Denoiser(ABC):
     """The name that users know."""
     module_name: ClassVar[Literal["unet", "transformer"]]
     """The pipeline's attribute that holds the module."""
+    module_class: ClassVar[type[nn.Module]]
+    parts: ClassVar[tuple[str, ...]] = ("scheduler", "vae", "tokenizer", "text_encoder")
+    """What a pipeline must have beside the module."""
+    packing: ClassVar[int] = 1
+    """Latent pixels a side that the module takes together as channels of one."""
+    call_settings: ClassVar[dict[str, Any]] = {}
+    """What the pipeline's call must be told for every sample."""
     context_projections: ClassVar[tuple[str, ...]]
     """Name endings of the linear layers of the module that read the prompt (keys and values, as a rule)."""
     attention_projections: ClassVar[tuple[str, ...]]
@@ -65,15 +76,56 @@ class Denoiser(ABC):
     prediction_type: PredictionType
     """What the module predicts."""
 
-    def __init__(self, pipeline: DiffusionPipeline) -> None:
+    def __init__(self, pipeline: DiffusionPipeline, resolution: int | None = None) -> None:
+        """A denoiser for images of ``resolution`` pixels a side, by default of the model's native size.
+
+        Raises:
+            TypeError: resolution is not an integer.
+            ValueError: the pipeline lacks a part, or is a variant that makes images from more than prompts; or
+                resolution does not suit the model.
+        """
+        self.check(pipeline)
         self.pipeline = pipeline
         self.module: nn.Module = getattr(pipeline, self.module_name)
         """What predicts; the training may put a wrapper of it here."""
+        self.config: Any = self.module.config
+        self.height, self.width = self._image_size(resolution)
+        """Pixels of an image."""
 
-    @staticmethod
-    @abstractmethod
-    def fits(pipeline: DiffusionPipeline) -> bool:
+    @classmethod
+    def fits(cls, pipeline: DiffusionPipeline) -> bool:
         """Whether the pipeline is of this family."""
+        module = getattr(pipeline, cls.module_name, None)
+        return isinstance(module, cls.module_class) and hasattr(pipeline, "encode_prompt") and callable(pipeline)
+
+    @classmethod
+    def check(cls, pipeline: DiffusionPipeline) -> None:
+        """Refuse a pipeline of this family that cannot be trained.
+
+        Raises:
+            ValueError: it lacks a part, takes images as input, or is being offloaded.
+        """
+        name = type(pipeline).__name__
+        missing = [part for part in cls.parts if getattr(pipeline, part, None) is None]
+        if missing:
+            raise ValueError(f"pipeline, a {name}, has no {' and no '.join(missing)}; load it with all its parts")
+        inputs = inspect.signature(type(pipeline).__call__).parameters
+        images = [given for given in inputs if given in ("image", "mask_image", "control_image")]
+        channels = pipeline.vae.config.latent_channels * cls.packing**2
+        taken = getattr(pipeline, cls.module_name).config.in_channels
+        if images or taken != channels:
+            reason = (
+                f"takes {images[0]}" if images else f"feeds {taken} channels to its {cls.module_name}, not {channels}"
+            )
+            raise ValueError(
+                f"pipeline is a {name}, which {reason}; editing, inpainting and ControlNet pipelines cannot be "
+                "trained, load the model with AutoPipelineForText2Image"
+            )
+        if any(hasattr(part, "_hf_hook") for part in pipeline.components.values()):
+            raise ValueError(
+                "pipeline moves its parts between devices by itself; before the training call "
+                "pipeline.remove_all_hooks() and pipeline.to(device)"
+            )
 
     @abstractmethod
     def encode_batch(self, prompts: list[str]) -> Conditioning:
@@ -86,6 +138,26 @@ class Denoiser(ABC):
     @property
     def device(self) -> torch.device:
         return next(self.module.parameters()).device
+
+    @property
+    def native_size(self) -> tuple[int, int] | None:
+        """Height and width in pixels that the model was made for; None if it does not say."""
+        size, scale = self.config.sample_size, self.pipeline.vae_scale_factor
+        if size is None:
+            return None
+        height, width = (size, size) if isinstance(size, int) else size
+        return height * scale, width * scale
+
+    @property
+    def size_unit(self) -> int:
+        """Pixels that height and width must be multiples of."""
+        return self.pipeline.vae_scale_factor * self.packing
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """[C, H, W] of a latent."""
+        scale = self.pipeline.vae_scale_factor
+        return self.config.in_channels // self.packing**2, self.height // scale, self.width // scale
 
     @property
     def text_encoders(self) -> dict[str, nn.Module]:
@@ -124,11 +196,43 @@ class Denoiser(ABC):
         """Clean latents [N, C, H, W] of one batch, by the pipeline's own sampler, without decoding them."""
         return self.pipeline(
             prompts,
+            height=self.height,
+            width=self.width,
             num_inference_steps=steps,
             guidance_scale=guidance_scale,
             generator=generators,
             output_type="latent",
+            **self.call_settings,
         ).images
+
+    def encode_images(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Clean latents, fp32 [N, C, H, W], of images [N, 3, height, width] in [0, 1]."""
+        return encode_images(self.pipeline.vae, images, generator)
+
+    def without_encoders(self, keep: Collection[str] = ()) -> AbstractContextManager[None]:
+        """Leave the device to the denoiser: within, all other parts of the pipeline but ``keep`` are in CPU memory."""
+        return self._others_on(torch.device("cpu"), keep)
+
+    def with_encoders(self) -> AbstractContextManager[None]:
+        """Take back what :meth:`without_encoders` put away: within, the whole pipeline is on the denoiser's device."""
+        return self._others_on(self.device)
+
+    @contextmanager
+    def _others_on(self, wanted: torch.device, keep: Collection[str] = ()) -> Iterator[None]:
+        others = [
+            (part, next(part.parameters()).device)
+            for name, part in self.pipeline.components.items()
+            if isinstance(part, nn.Module) and name != self.module_name and name not in keep
+        ]
+        try:
+            for part, _ in others:
+                part.to(wanted)
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()  # what the parts held can now go to other processes, and to larger blocks
+            yield
+        finally:
+            for part, device in others:
+                part.to(device)
 
     def add_noise(self, latents: Tensor, noise: Tensor, indices: Tensor) -> Tensor:
         """x_t [N, C, H, W] from clean latents, noise epsilon and indices [N]."""
@@ -146,8 +250,30 @@ class Denoiser(ABC):
         signal, level = self._at(indices, latents)
         return signal * noise - level * latents
 
+    def _image_size(self, resolution: int | None) -> tuple[int, int]:
+        """Height and width in pixels."""
+        if resolution is None:
+            if self.native_size is None:
+                raise ValueError(f"{self.module_name} does not tell its sample_size; give resolution, in pixels")
+            return self.native_size
+        if isinstance(resolution, bool) or not isinstance(resolution, int):
+            raise TypeError(f"resolution must be a number of pixels or None, got {resolution!r}")
+        unit = self.size_unit
+        if resolution <= 0 or resolution % unit:
+            nearest = max(1, round(resolution / unit)) * unit
+            raise ValueError(
+                f"resolution must be a positive multiple of {unit} pixels for this model, got {resolution}; "
+                f"try {nearest}"
+            )
+        return resolution, resolution
+
     def _at(self, indices: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         """signal and noise of indices [N], shaped to multiply ``like`` [N, ...]."""
         shape = (-1, *[1] * (like.ndim - 1))
         self.signal, self.noise = self.signal.to(like.device), self.noise.to(like.device)
         return self.signal[indices].view(shape).to(like.dtype), self.noise[indices].view(shape).to(like.dtype)
+
+
+def call_default(pipeline: DiffusionPipeline, argument: str) -> Any:
+    """What a pipeline's call takes for an argument that is not given."""
+    return inspect.signature(type(pipeline).__call__).parameters[argument].default
