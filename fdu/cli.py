@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import shlex
+import shutil
 import sys
 import traceback
 import warnings
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
-from tyro.conf import OmitArgPrefixes, Positional
+from tyro.conf import OmitArgPrefixes, Positional, UseAppendAction
 
 import fdu
 from fdu.config import EraseConfig
@@ -23,12 +24,15 @@ from fdu.loading import (
     EMBEDDED,
     LORA_FILE,
     Dtype,
+    SaveAs,
     check_dtype,
     check_erased,
     check_model,
+    check_save_as,
     choose_device,
     describe_device,
     is_embedded,
+    is_main_process,
     load_erased,
     load_model,
     model_folder,
@@ -102,19 +106,26 @@ class Demo:
 
 @dataclasses.dataclass
 class Erase:
-    """Erase a concept from a diffusers pipeline and save the result for plain diffusers."""
+    """Erase a concept from a diffusers pipeline and save the result for plain diffusers, ComfyUI and others.
+
+    With several devices: accelerate launch -m fdu erase ...
+    """
 
     model: Positional[str]
     """A pipeline's folder, a hub id (org/name), or "embedded"."""
-    target: str
-    """What to erase: a name, or a .txt file of prompts, one a line."""
-    anchor: str
+    target: UseAppendAction[tuple[str, ...]]
+    """What to erase: a name, or a .txt file of prompts, one a line. Give it again for a further concept."""
+    anchor: UseAppendAction[tuple[str, ...]]
     """What takes its place, in the same forms: a superclass ("painting"), another concept, or "" for nothing; the
-    embedded pipeline does not know "" and takes "digit"."""
+    embedded pipeline does not know "" and takes "digit". One for all targets, or one each, in their order."""
     out: Path
     """Folder for the result."""
-    concept_type: Literal["object", "style"] = "object"
-    """The phrasings that names are put into. The embedded pipeline has its own."""
+    concept_type: UseAppendAction[tuple[Literal["object", "style"], ...]] = ()
+    """The phrasings that names are put into, object if not given; one for all targets, or one each. The embedded
+    pipeline has its own."""
+    save_as: SaveAs = "auto"
+    """Form of the result: lora (diffusers), kohya (ComfyUI, A1111, Forge), pipeline (a whole folder), delta (what
+    changed, in safetensors); auto is lora where adapters were trained, and pipeline elsewhere."""
     overwrite: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Replace OUT if fdu wrote it; anything else is never replaced."""
     dtype: Dtype = "auto"
@@ -125,31 +136,45 @@ class Erase:
 
     def prepare(self, command: str) -> Callable[[], None]:
         """Check everything; the work is what comes back."""
-        from fdu.concepts import concept_pair
-        from fdu.output import check_output, whole_folder
+        from fdu.concepts import concept_pairs, read_concepts
+        from fdu.output import check_output
 
-        target, anchor = concept_pair(self.target, self.anchor, self.concept_type)
+        types = self.concept_type[0] if len(self.concept_type) == 1 else self.concept_type or "object"
+        pairs = concept_pairs(read_concepts(self.target), read_concepts(self.anchor), types)
         check_model(self.model)
         config = self.settings.checked()
-        inputs = [name for name in (self.target, self.anchor) if name.endswith(".txt")]
-        inputs += [str(folder) for folder in [model_folder(self.model)] if folder]
-        check_output(self.out, self.overwrite, result_bytes(self.model, config.train_method), inputs)
+        check_save_as(self.save_as, config.train_method)
+        files = [name for name in (*self.target, *self.anchor) if name.endswith(".txt")]
+        inputs = files + [str(folder) for folder in [model_folder(self.model)] if folder]
+        check_output(self.out, self.overwrite, result_bytes(self.model, config.train_method, self.save_as), inputs)
         dtype = check_dtype(self.dtype, config.mixed_precision)
-        if is_embedded(self.model):
+        if is_embedded(self.model) and not files:
             from fdu import demo, embedded
 
-            if not self.target.endswith(".txt") and not self.anchor.endswith(".txt"):
-                target, anchor = embedded.concepts(self.target.strip(), self.anchor.strip())
-                config = demo.with_preserved(config, target.name)
+            anchors = self.anchor * len(self.target) if len(self.anchor) == 1 else self.anchor
+            named = zip(self.target, anchors, strict=True)
+            pairs = tuple(embedded.concepts(target.strip(), anchor.strip()) for target, anchor in named)
+            config = demo.with_preserved(config, *(target.name for target, _ in pairs))
+        keeps = config.checkpoint_dir is None
+        if keeps:
+            config = dataclasses.replace(config, checkpoint_dir=f"{self.out}.checkpoints")
         device = choose_device(self.device)
 
         def work() -> None:
-            with whole_folder(self.out, self.overwrite) as folder:
-                pipeline = load_model(self.model, dtype, device)
-                result = fdu.erase(pipeline, target, anchor, config=config)
-                result.save(folder)
-            print(f"Saved to {self.out} after {result.seconds:.0f} s. In plain diffusers:")
-            print(f"  {_loading_line(self.model, self.out)}")
+            try:
+                targets, anchors = ([pair[side] for pair in pairs] for side in (0, 1))
+                result = fdu.erase(load_model(self.model, dtype, device), targets, anchors, config=config)
+                if is_main_process():
+                    result.save(self.out, self.overwrite, self.save_as)
+            except BaseException:
+                if keeps:
+                    _tidy_checkpoints(Path(config.checkpoint_dir))
+                raise
+            if not is_main_process():
+                return
+            if keeps:
+                shutil.rmtree(config.checkpoint_dir, ignore_errors=True)
+            print(f"Saved to {self.out} after {result.seconds:.0f} s. {_loading_line(self.model, self.out)}")
             if is_embedded(self.model):
                 print(f"Judge it with: {shlex.join(['fdu', 'evaluate', EMBEDDED, str(self.out)])}")
 

@@ -33,10 +33,10 @@ STYLE_TEMPLATES = (
 
 @dataclasses.dataclass(frozen=True)
 class Concept:
-    """A concept: the name that reports show and the prompts that mean it."""
+    """A concept: the name that reports show, and the prompts that mean it; none given, its name in templates."""
 
     name: str
-    prompts: tuple[str, ...]
+    prompts: tuple[str, ...] = ()
 
     @classmethod
     def from_file(cls, path: str | Path) -> Concept:
@@ -63,6 +63,59 @@ class Concept:
 
 
 ConceptLike = str | Concept | Sequence[str]
+"""A name, a ``.txt`` file of prompts, a :class:`Concept`, or prompts."""
+Pair = tuple[Concept, Concept]
+"""A target and its anchor, with prompts aligned one to one."""
+
+
+def concept_pairs(
+    target: ConceptLike | Sequence[Concept],
+    anchor: ConceptLike | Sequence[Concept],
+    concept_type: ConceptType | Sequence[ConceptType] = "object",
+) -> tuple[Pair, ...]:
+    """One target and anchor, or several, each as :func:`concept_pair` reads them.
+
+    Args:
+        target: what to erase; several in a sequence of :class:`Concept`.
+        anchor: what takes its place; one for all, or a sequence of :class:`Concept`, one a target.
+        concept_type: one for all, or a sequence, one a target.
+
+    Raises:
+        ValueError: numbers of concepts that do not fit, a concept given twice, or what :func:`concept_pair` raises.
+        FileNotFoundError: a concept file that is not there.
+    """
+    targets = list(target) if _several(target) else [target]
+    anchors = list(anchor) if _several(anchor) else [anchor] * len(targets)
+    types = [concept_type] * len(targets) if isinstance(concept_type, str) else list(concept_type)
+    for argument, given in (("anchor", anchors), ("concept_type", types)):
+        if len(given) != len(targets):
+            raise ValueError(
+                f"target holds {len(targets)} concepts but {argument} {len(given)}; give one each, or one for all"
+            )
+    pairs = tuple(concept_pair(*trio) for trio in zip(targets, anchors, types, strict=True))  # type: ignore[arg-type]
+    names = [pair[0].name for pair in pairs]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ValueError(f"target names {twice[0]!r} twice; leave one out")
+    return pairs
+
+
+def joined(concepts: Sequence[Concept]) -> Concept:
+    """Several concepts as one, for records and reports."""
+    prompts = tuple(prompt for concept in concepts for prompt in concept.prompts)
+    return Concept(", ".join(concept.name for concept in concepts), prompts)
+
+
+def read_concepts(names: Sequence[str]) -> ConceptLike | list[Concept]:
+    """What the command line names: one name or ``.txt`` file, or several."""
+    if len(names) == 1:
+        return names[0]
+    return [Concept.from_file(name) if name.endswith(".txt") else Concept(name.strip()) for name in names]
+
+
+def _several(value: ConceptLike | Sequence[Concept]) -> bool:
+    listed = isinstance(value, Sequence) and not isinstance(value, str)
+    return listed and len(value) > 0 and all(isinstance(concept, Concept) for concept in value)
 
 
 def concept_pair(
@@ -113,6 +166,8 @@ def concept_pair(
 def _read(argument: str, value: ConceptLike) -> Concept:
     """A concept, its prompts still empty where only a name was given."""
     if isinstance(value, Concept):
+        if not value.prompts:
+            return Concept(value.name.strip(), ())
         concept = value
     elif isinstance(value, str):
         return Concept.from_file(value) if value.endswith(".txt") else Concept(value.strip(), ())

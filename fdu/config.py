@@ -4,11 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from pathlib import Path
 from typing import Any, Literal
 
 LR_SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine")
-TRAIN_METHODS = ("lora", "cross_attention")
+TRAIN_METHODS = ("lora", "dora", "cross_attention", "attention", "full", "text_encoder", "token")
+ADAPTER_METHODS = ("lora", "dora")
+"""The training methods whose result is a LoRA file."""
+OBJECTIVES = ("model", "noise")
+WEIGHTINGS = ("unit", "posterior", "min_snr", "p2")
+TIMESTEP_SAMPLINGS = ("uniform", "importance")
+OPTIMIZERS = ("adamw", "adamw_8bit")
 MIXED_PRECISIONS = ("no", "fp16", "bf16")
+TRACKERS = ("none", "tensorboard", "wandb")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,8 +32,29 @@ class EraseConfig:
     distance: Literal["mean", "sum"] = "mean"
     """The squared distance of a sample: its mean over elements (the paper's code) or its sum (the true divergence)."""
 
-    train_method: Literal["lora", "cross_attention"] = "lora"
-    """What is trained: the cross-attention key and value projections, by low-rank adapters on them or themselves."""
+    objective: Literal["model", "noise"] = "model"
+    """What the trained denoiser is drawn to: the frozen one's output on the anchor's prompt, or the noise in the
+    anchor's own latents."""
+    negative_guidance: float = 0.0
+    """How far, with the objective "model", to go beyond the anchor and away from the target, as guidance does; 1 with
+    the anchor "" is the objective of ESD."""
+    variational: bool = False
+    """Estimate the divergence by a critic in a min-max game, as the paper does where it has no closed form, instead of
+    the exact value between Gaussians."""
+    critic_learning_rate: float = 1e-4
+    """Learning rate of the critic's AdamW."""
+    critic_warmup_steps: int = 30
+    """Steps at the start in which the critic alone learns."""
+    weighting: Literal["unit", "posterior", "min_snr", "p2"] = "unit"
+    """How timesteps count: alike (the paper's code), by the exact DDPM posterior, by min-SNR or by P2."""
+    snr_gamma: float = 5.0
+    """Bound of the signal-to-noise ratio in min_snr."""
+    timestep_sampling: Literal["uniform", "importance"] = "uniform"
+    """Timesteps drawn alike, or more often where the loss is large, with weights that keep the expectation."""
+
+    train_method: Literal["lora", "dora", "cross_attention", "attention", "full", "text_encoder", "token"] = "lora"
+    """What is trained: low-rank adapters on the projections that read the prompt (lora, dora), these projections
+    themselves (cross_attention), all attention, the full denoiser, the text encoders, or the target's token alone."""
     rank: int = 16
     """Rank of the LoRA matrices."""
     lora_alpha: float = 16.0
@@ -34,7 +63,7 @@ class EraseConfig:
     max_train_steps: int = 120
     """Optimizer steps."""
     train_batch_size: int = 16
-    """Samples that erase, a step. As many again preserve where preservation_weight > 0."""
+    """Samples that erase, a step and a process. As many again preserve where preservation_weight > 0."""
     gradient_accumulation_steps: int = 1
     """Batches an optimizer step."""
     learning_rate: float = 2e-3
@@ -43,6 +72,8 @@ class EraseConfig:
     """Course of the learning rate after the warm-up."""
     lr_warmup_steps: int = 0
     """Steps over which the learning rate rises from 0."""
+    optimizer: Literal["adamw", "adamw_8bit"] = "adamw"
+    """AdamW of torch, or with 8-bit moments (needs bitsandbytes)."""
     adam_beta1: float = 0.9
     """First-moment decay of AdamW."""
     adam_beta2: float = 0.999
@@ -58,50 +89,133 @@ class EraseConfig:
     """Weight of keeping the frozen outputs on the preserved prompts; 0 turns preservation off."""
     preservation_prompts: tuple[str, ...] = ()
     """Prompts to keep as they are, beside the empty prompt: the target's neighbours. None given, the anchor's."""
+    gradient_surgery: bool = False
+    """Take from the erasing gradient what points against the preserving one."""
 
     num_latents: int = 96
-    """Latents to train on, sampled beforehand with the target's, the anchor's and the preserved prompts."""
+    """Latents to train on, sampled beforehand with the target's, the anchor's and the preserved prompts; at most as
+    many as the steps can use."""
     num_inference_steps: int = 15
     """Denoising steps to sample those latents."""
     guidance_scale: float = 3.0
     """Classifier-free guidance to sample those latents."""
+    resolution: int | None = None
+    """Height and width in pixels; not given, the model's own."""
+    frozen_batches: int = 0
+    """Batches to draw once, with their frozen outputs, and to use in turn; 0 draws every batch anew. With cache_dir,
+    runs that differ in what is trained, or by which divergence, share them."""
+    cache_dir: str | None = None
+    """Folder where prompts, latents and frozen outputs are kept for other runs on the same model."""
 
     mixed_precision: Literal["no", "fp16", "bf16"] = "no"
     """Autocast of the training step; trained weights stay fp32."""
+    gradient_checkpointing: bool = False
+    """Compute activations again in the backward pass instead of keeping them: less memory, more time."""
+    compile: bool = False
+    """Compile the denoiser with torch.compile."""
+
+    checkpoint_dir: str | None = None
+    """Folder for checkpoints, from which an interrupted run goes on; not given, none are written."""
+    checkpointing_steps: int = 100
+    """Steps from one checkpoint to the next."""
+    checkpoints_total_limit: int = 2
+    """Checkpoints to keep; older ones are removed."""
+    resume_from_checkpoint: str | None = None
+    """Go on from the "latest" checkpoint in checkpoint_dir, or from the folder of one. Where there is none yet,
+    "latest" begins."""
+
+    report_to: Literal["none", "tensorboard", "wandb"] = "none"
+    """Tracker that the course of the training is logged to."""
+    logging_dir: str = "logs"
+    """Folder of the tracker."""
+    validation_prompts: tuple[str, ...] = ()
+    """Prompts drawn with fixed seeds in the course of the training."""
+    validation_steps: int = 50
+    """Steps from one drawing of the validation prompts to the next."""
+
     seed: int = 0
     """Seed of everything random. The same seed gives the same weights, bit for bit on the CPU."""
 
     def __post_init__(self) -> None:
         import fdu_kernels  # here, because it brings torch and the help of the command line should not wait for it
 
-        fdu_kernels.get_divergence(self.divergence)
+        divergence = fdu_kernels.get_divergence(self.divergence)
         if isinstance(self.sigma, str):
             if self.sigma != "auto":
                 raise ValueError(f"sigma must be a finite number > 0 or 'auto', got {self.sigma!r}")
         else:
             self._require_number("sigma", self.sigma, above=0)
         self._require_number("s0", self.s0, above=0)
-        self._require_choice("distance", self.distance, ("mean", "sum"))
-        self._require_choice("train_method", self.train_method, TRAIN_METHODS)
-        self._require_choice("lr_scheduler", self.lr_scheduler, LR_SCHEDULERS)
-        self._require_choice("mixed_precision", self.mixed_precision, MIXED_PRECISIONS)
-        for name in ("rank", "train_batch_size", "gradient_accumulation_steps", "num_inference_steps"):
+        for name, choices in (
+            ("distance", ("mean", "sum")),
+            ("objective", OBJECTIVES),
+            ("weighting", WEIGHTINGS),
+            ("timestep_sampling", TIMESTEP_SAMPLINGS),
+            ("train_method", TRAIN_METHODS),
+            ("lr_scheduler", LR_SCHEDULERS),
+            ("optimizer", OPTIMIZERS),
+            ("mixed_precision", MIXED_PRECISIONS),
+            ("report_to", TRACKERS),
+        ):
+            self._require_choice(name, getattr(self, name), choices)
+        for name in ("variational", "gradient_surgery", "gradient_checkpointing", "compile"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")
+        for name in (
+            "rank",
+            "train_batch_size",
+            "gradient_accumulation_steps",
+            "num_inference_steps",
+            "checkpointing_steps",
+            "checkpoints_total_limit",
+            "validation_steps",
+        ):
             self._require_integer(name, getattr(self, name), at_least=1)
-        for name in ("max_train_steps", "lr_warmup_steps", "seed"):
+        for name in ("max_train_steps", "lr_warmup_steps", "critic_warmup_steps", "frozen_batches", "seed"):
             self._require_integer(name, getattr(self, name), at_least=0)
         self._require_integer("num_latents", self.num_latents, at_least=2)
-        for name in ("learning_rate", "lora_alpha", "adam_epsilon", "max_grad_norm"):
+        if self.resolution is not None:
+            self._require_integer("resolution", self.resolution, at_least=1)
+        for name in (
+            "learning_rate",
+            "critic_learning_rate",
+            "snr_gamma",
+            "lora_alpha",
+            "adam_epsilon",
+            "max_grad_norm",
+        ):
             self._require_number(name, getattr(self, name), above=0)
-        for name in ("preservation_weight", "adam_weight_decay", "guidance_scale"):
+        for name in ("preservation_weight", "negative_guidance", "adam_weight_decay", "guidance_scale"):
             self._require_number(name, getattr(self, name), at_least=0)
         for name in ("adam_beta1", "adam_beta2"):
             self._require_number(name, getattr(self, name), at_least=0)
             if getattr(self, name) >= 1:
                 raise ValueError(f"{name} must be below 1, got {getattr(self, name)!r}")
-        if isinstance(self.preservation_prompts, str):
-            raise TypeError("preservation_prompts must be a sequence of prompts, got one string; put it in a list")
-        if not all(isinstance(prompt, str) for prompt in self.preservation_prompts):
-            raise TypeError("preservation_prompts must hold strings only")
+        for name in ("preservation_prompts", "validation_prompts"):
+            if isinstance(getattr(self, name), str):
+                raise TypeError(f"{name} must be a sequence of prompts, got one string; put it in a list")
+            if not all(isinstance(prompt, str) for prompt in getattr(self, name)):
+                raise TypeError(f"{name} must hold strings only")
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        for name in ("cache_dir", "checkpoint_dir", "resume_from_checkpoint", "logging_dir"):
+            if isinstance(getattr(self, name), Path):
+                object.__setattr__(self, name, str(getattr(self, name)))
+        self._require_sense(divergence)
+
+    def _require_sense(self, divergence: Any) -> None:
+        """Refuse settings that contradict each other."""
+        if self.objective == "noise" and self.negative_guidance:
+            raise ValueError("negative_guidance goes with the objective 'model'; set one of the two back")
+        if self.objective == "noise" and self.frozen_batches and not self.preservation_weight:
+            raise ValueError("frozen_batches has nothing to keep: objective 'noise' without preservation; leave it out")
+        if self.variational and divergence.name == "mse":
+            raise ValueError("divergence 'mse' has no generator f, hence no critic; choose 'kl' with variational")
+        if self.gradient_surgery and not self.preservation_weight:
+            raise ValueError("gradient_surgery needs preservation; set preservation_weight above 0")
+        if self.frozen_batches and self.timestep_sampling == "importance":
+            raise ValueError("frozen_batches holds timesteps fixed; choose timestep_sampling 'uniform' with it")
+        if self.resume_from_checkpoint is not None and self.checkpoint_dir is None:
+            raise ValueError("resume_from_checkpoint needs checkpoint_dir, where the run goes on writing; add it")
 
     @staticmethod
     def _require_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
@@ -123,7 +237,8 @@ class EraseConfig:
     def as_dict(self) -> dict[str, Any]:
         """Ready for JSON; a Divergence becomes its name."""
         values = {name: getattr(self, name) for name in self.field_names()}
-        return {**values, "divergence": str(self.divergence), "preservation_prompts": list(self.preservation_prompts)}
+        lists = {name: list(value) for name, value in values.items() if isinstance(value, tuple)}
+        return {**values, **lists, "divergence": str(self.divergence)}
 
     @classmethod
     def field_names(cls) -> tuple[str, ...]:

@@ -122,8 +122,8 @@ def figures(evaluation: Evaluation, probes: Sequence[Probe], record: dict[str, A
     }
 
 
-def with_preserved(config: EraseConfig, target: str) -> EraseConfig:
+def with_preserved(config: EraseConfig, *targets: str) -> EraseConfig:
     """The settings with the embedded pipeline's own prompts to keep, unless they name some."""
     if config.preservation_prompts:
         return config
-    return dataclasses.replace(config, preservation_prompts=embedded.preserved(target))
+    return dataclasses.replace(config, preservation_prompts=embedded.preserved(*targets))

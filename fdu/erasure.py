@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import itertools
-import math
-import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -15,29 +11,32 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from diffusers import DiffusionPipeline
-from diffusers.optimization import get_scheduler
 from torch import Tensor
-from tqdm import tqdm
+from torch.nn import functional
 
-import fdu_kernels
-from fdu.concepts import Concept, ConceptLike, ConceptType, concept_pair
+from fdu.concepts import Concept, ConceptLike, ConceptType, Pair, concept_pairs
 from fdu.config import EraseConfig
-from fdu.denoiser import UNetDenoiser, denoiser_of
+from fdu.denoisers import Denoiser, denoiser_of
 from fdu.result import ErasureResult
 from fdu.trainable import Trainable, attach
-
-LATENT_BATCH = 32
-"""Latents sampled at a time."""
-CHECK_EVERY = 10
-"""Steps between looks at the loss, each of which waits for the device."""
+from fdu.training.cache import Cache
+from fdu.training.checkpoint import Checkpoints
+from fdu.training.examples import prepare_examples
+from fdu.training.loop import Training
+from fdu.training.objective import Objective
+from fdu.training.optimizer import check_optimizer
+from fdu.training.tracking import check_tracker
+from fdu.versions import versions
+from fdu.weights import fingerprint
 
 
 def erase(
     pipeline: DiffusionPipeline,
-    target: ConceptLike,
-    anchor: ConceptLike,
+    target: ConceptLike | Sequence[Concept],
+    anchor: ConceptLike | Sequence[Concept],
     *,
-    concept_type: ConceptType = "object",
+    concept_type: ConceptType | Sequence[ConceptType] = "object",
+    mask: Tensor | None = None,
     config: EraseConfig | None = None,
     **settings: Any,
 ) -> ErasureResult:
@@ -48,37 +47,73 @@ def erase(
 
     Args:
         pipeline: a diffusers text-to-image pipeline, on the device to train on. It is changed in place and is
-            ``result.pipeline``; within ``result.original()`` it draws as before.
-        target: the concept to erase: a name, a ``.txt`` file of prompts, a :class:`fdu.Concept`, or prompts.
-        anchor: what takes its place: a superclass ("painting"), another concept, or "" for nothing.
-        concept_type: "object" or "style": the phrasings a name is put into.
+            ``result.pipeline``; within ``result.original()`` it draws as before. It may carry adapters, of former
+            erasures for example: what they do now is what is erased from, and kept.
+        target: the concept to erase: a name, a ``.txt`` file of prompts, a :class:`fdu.Concept`, or prompts. Several
+            at once: a sequence of :class:`fdu.Concept`.
+        anchor: what takes its place: a superclass ("painting"), another concept, or "" for nothing; one for all
+            targets, or a sequence of :class:`fdu.Concept`, one a target.
+        concept_type: "object" or "style": the phrasings a name is put into; or a sequence, one a target.
+        mask: what of an image counts in the divergence, [H, W], values >= 0; resized to the latents.
         config: the settings; or give single ones by name in ``settings``, as ``fdu.EraseConfig`` names them.
 
     Raises:
-        ValueError, TypeError, FileNotFoundError: a wrong argument, named, before any work is done.
+        ValueError, TypeError, ImportError, FileNotFoundError: a wrong argument, named, before any work is done.
         RuntimeError: the loss became NaN or infinite; the pipeline draws as before.
+        KeyboardInterrupt: asked by a signal; the pipeline draws as before, and if there is a checkpoint_dir, the state
+            is in it.
     """
-    target, anchor = concept_pair(target, anchor, concept_type)
+    pairs = concept_pairs(target, anchor, concept_type)
     config = _settle(config, settings)
-    denoiser = denoiser_of(pipeline)
-    _check_run(denoiser, target, config)
+    denoiser = denoiser_of(pipeline, config.resolution)
+    _check_run(denoiser, pairs, mask, config)
     started = time.perf_counter()
-    examples = prepare_examples(denoiser, target, anchor, config)
-    on_gpu = denoiser.device.type == "cuda"
-    with torch.random.fork_rng(devices=[denoiser.device] if on_gpu else []):
-        torch.default_generator.manual_seed(config.seed)
-        if on_gpu:
-            with torch.cuda.device(denoiser.device):
-                torch.cuda.manual_seed(config.seed)
-        trainable = attach(denoiser, config)
-    try:
-        with _own_accelerator(config, denoiser.device) as accelerator:
-            sigma, history = train(accelerator, denoiser, trainable, examples, config)
-    except BaseException:
-        trainable.remove()
-        raise
+    with _own_accelerator(config, denoiser.device) as accelerator:
+        keeps = config.cache_dir is not None or config.checkpoint_dir is not None
+        base = fingerprint(pipeline) if keeps else ""
+        checkpoints = _checkpoints(pairs, mask, config, base, accelerator.num_processes)
+        # Beside its checkpoints a run keeps what it began with, so that going on costs nothing anew.
+        folder = config.cache_dir or config.checkpoint_dir
+        cache = Cache(folder, {"base": base}, writes=accelerator.is_main_process)
+        examples = prepare_examples(denoiser, pairs, config, accelerator, cache)
+        with _seeded(config.seed, denoiser.device):
+            objective = Objective(denoiser, config, _latent_mask(mask, examples.latents))
+            trainable = _attach(denoiser, pairs, config)
+        try:
+            training = Training(
+                accelerator, denoiser, trainable, examples, objective, config, cache, checkpoints
+            )
+            history = training.run()
+        except BaseException:
+            trainable.remove()
+            raise
     trainable.finish()
-    return ErasureResult(pipeline, target, anchor, config, trainable, history, sigma, time.perf_counter() - started)
+    seconds = time.perf_counter() - started
+    return ErasureResult(denoiser, pairs, config, trainable, history, objective.sigma, seconds)
+
+
+def _attach(denoiser: Denoiser, pairs: Sequence[Pair], config: EraseConfig) -> Trainable:
+    return attach(
+        denoiser,
+        config.train_method,
+        rank=config.rank,
+        lora_alpha=config.lora_alpha,
+        target_name=[target.name for target, _ in pairs],
+        prompts=[prompt for target, _ in pairs for prompt in target.prompts],
+        kept_prompts=[*(prompt for _, anchor in pairs for prompt in anchor.prompts), *config.preservation_prompts],
+    )
+
+
+@contextmanager
+def _seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Within this context torch's random numbers follow the seed; outside they are the user's."""
+    on_gpu = device.type == "cuda"
+    with torch.random.fork_rng(devices=[device] if on_gpu else []):
+        torch.default_generator.manual_seed(seed)
+        if on_gpu:
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(seed)
+        yield
 
 
 @contextmanager
@@ -91,9 +126,10 @@ def _own_accelerator(config: EraseConfig, device: torch.device) -> Iterator[Acce
     try:
         yield Accelerator(
             mixed_precision=config.mixed_precision,
-            gradient_accumulation_steps=config.gradient_accumulation_steps,
             cpu=device.type == "cpu",
             device_placement=False,  # the pipeline is where its user put it
+            log_with=None if config.report_to == "none" else config.report_to,
+            project_dir=config.logging_dir,
         )
     finally:
         for state, content in zip(states, kept, strict=True):
@@ -101,10 +137,8 @@ def _own_accelerator(config: EraseConfig, device: torch.device) -> Iterator[Acce
             state._shared_state.update(content)
 
 
-def _check_run(denoiser: UNetDenoiser, target: Concept, config: EraseConfig) -> None:
+def _check_run(denoiser: Denoiser, pairs: Sequence[Pair], mask: Tensor | None, config: EraseConfig) -> None:
     """Refuse what cannot be trained, before any work."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise RuntimeError("erase runs in one process; start it without accelerate launch or torchrun")
     if config.mixed_precision == "no" and denoiser.module.dtype != torch.float32:
         raise ValueError(
             f"pipeline is in {denoiser.module.dtype} but mixed_precision is 'no'; "
@@ -112,14 +146,59 @@ def _check_run(denoiser: UNetDenoiser, target: Concept, config: EraseConfig) -> 
         )
     if config.mixed_precision == "fp16" and denoiser.device.type == "cpu":
         raise ValueError("mixed_precision 'fp16' needs a GPU, and the pipeline is on the CPU; use 'bf16' or 'no'")
-    if getattr(denoiser.module, "peft_config", {}):
-        raise ValueError(
-            f"pipeline already carries adapters ({', '.join(denoiser.module.peft_config)}); make them part of it with "
-            "pipeline.fuse_lora() and pipeline.unload_lora_weights(), or load it afresh"
-        )
-    contradicted = sorted(set(config.preservation_prompts) & set(target.prompts))
+    if config.gradient_checkpointing and not hasattr(denoiser.module, "enable_gradient_checkpointing"):
+        raise ValueError(f"gradient_checkpointing: {type(denoiser.module).__name__} does not offer it; leave it out")
+    check_optimizer(config, denoiser.device)
+    check_tracker(config.report_to)
+    if mask is not None:
+        if not isinstance(mask, Tensor) or mask.ndim != 2:
+            raise TypeError(f"mask must be a tensor [H, W], got {getattr(mask, 'shape', type(mask).__name__)}")
+        if not bool((mask >= 0).all() & (mask.sum() > 0)):
+            raise ValueError("mask must hold values >= 0 and not only zeros")
+    targets = {prompt for target, _ in pairs for prompt in target.prompts}
+    contradicted = sorted(set(config.preservation_prompts) & targets)
     if contradicted:
         raise ValueError(f"preservation_prompts holds {contradicted[0]!r}, a prompt of the target; take it out")
+    towards = sorted({prompt for _, anchor in pairs for prompt in anchor.prompts} & targets)
+    if towards:
+        raise ValueError(f"anchor holds {towards[0]!r}, a prompt of another target; choose another anchor")
+
+
+def _checkpoints(
+    pairs: Sequence[Pair], mask: Tensor | None, config: EraseConfig, base: str, processes: int
+) -> Checkpoints | None:
+    """Where the run keeps its state.
+
+    Raises:
+        FileExistsError: another run did there, which is not to go on.
+        FileNotFoundError, ValueError: the checkpoint to go on from is not there, or is another run's.
+    """
+    if config.checkpoint_dir is None:
+        return None
+    manifest = {
+        "config": config.as_dict(),
+        "concepts": [[[one.name, list(one.prompts)] for one in pair] for pair in pairs],
+        "mask": None if mask is None else mask.tolist(),
+        "base": base,
+        "processes": processes,
+        "versions": versions(),
+    }
+    checkpoints = Checkpoints(config.checkpoint_dir, config.checkpoints_total_limit, manifest)
+    if config.resume_from_checkpoint is not None:
+        checkpoints.load(config.resume_from_checkpoint)
+    elif checkpoints.all():
+        raise FileExistsError(
+            f"checkpoint_dir {config.checkpoint_dir!r} holds checkpoints of a former run; go on with "
+            "resume_from_checkpoint 'latest', or choose another folder"
+        )
+    return checkpoints
+
+
+def _latent_mask(mask: Tensor | None, latents: Tensor) -> Tensor | None:
+    """The mask [H, W] at the size of latents [N, C, h, w]: [1, h, w]."""
+    if mask is None:
+        return None
+    return functional.interpolate(mask[None, None].float(), size=latents.shape[-2:], mode="area")[0]
 
 
 def _settle(config: EraseConfig | None, settings: dict[str, Any]) -> EraseConfig:
@@ -132,155 +211,3 @@ def _settle(config: EraseConfig | None, settings: dict[str, Any]) -> EraseConfig
     if settings:
         raise TypeError(f"give either config or single settings, not both; got config and {', '.join(settings)}")
     return config
-
-
-@dataclasses.dataclass(frozen=True)
-class Examples:
-    """All that the loop trains on, computed once with the frozen model."""
-
-    target: Tensor
-    """Embeddings [pairs, tokens, width] of the target's prompts."""
-    anchor: Tensor
-    """Embeddings [pairs, tokens, width] of the anchor's prompts, in the same order."""
-    preserved: Tensor
-    """Embeddings [prompts, tokens, width] of the prompts to keep."""
-    latents: Tensor
-    """Clean latents [num_latents, C, H, W]: those of the target and the anchor first, then of the preserved prompts."""
-    num_erasing: int
-    """How many of the latents, from the first, belong to the target and the anchor."""
-
-
-def prepare_examples(denoiser: UNetDenoiser, target: Concept, anchor: Concept, config: EraseConfig) -> Examples:
-    """Encode every prompt once and sample the latents, all with the model as it is before the erasure."""
-    preserved = tuple(dict.fromkeys(["", *(config.preservation_prompts or anchor.prompts)]))
-    unique = tuple(dict.fromkeys([*target.prompts, *anchor.prompts, *preserved]))
-    embeddings = dict(zip(unique, denoiser.encode(unique), strict=True))
-
-    preserving = config.num_latents // 4 if config.preservation_weight else 0
-    erasing = config.num_latents - preserving
-    shares = ((target.prompts, erasing // 2), (anchor.prompts, erasing - erasing // 2), (preserved, preserving))
-    prompts = [prompt for group, count in shares for prompt in spread(group, count)]
-    latents = denoiser.draw_latents(
-        prompts, config.num_inference_steps, config.guidance_scale, config.seed, LATENT_BATCH
-    )
-
-    def stack(group: tuple[str, ...]) -> Tensor:
-        return torch.stack([embeddings[prompt] for prompt in group])
-
-    return Examples(stack(target.prompts), stack(anchor.prompts), stack(preserved), latents, erasing)
-
-
-def spread(prompts: Sequence[str], count: int) -> list[str]:
-    """``count`` of the prompts: evenly over all of them where they are more, again and again where they are fewer."""
-    if count < len(prompts):
-        return [prompts[index * len(prompts) // count] for index in range(count)]
-    return list(itertools.islice(itertools.cycle(prompts), count))
-
-
-def train(
-    accelerator: Accelerator, denoiser: UNetDenoiser, trainable: Trainable, examples: Examples, config: EraseConfig
-) -> tuple[float, dict[str, list[float]]]:
-    """The training loop. Returns sigma and the history: loss, divergence, preservation and distance of every step."""
-    divergence = fdu_kernels.get_divergence(config.divergence)
-    criterion = fdu_kernels.GaussianDivergenceLoss(
-        divergence, sigma=config.sigma, s0=config.s0, distance=config.distance
-    ).to(denoiser.device)
-    # Standardised to h'(0) = 1, so that learning rate and preservation weight mean the same for every divergence.
-    # Where f has a kink the slope at 0 is infinite or zero, and the slope at s = 1 stands in.
-    slope = divergence.slope_at_zero
-    if not 0 < slope < math.inf:
-        slope = float(divergence.profile_grad(torch.ones((), dtype=torch.float64)))
-
-    parameters = trainable.parameters()
-    optimizer = torch.optim.AdamW(
-        parameters,
-        lr=config.learning_rate,
-        betas=(config.adam_beta1, config.adam_beta2),
-        weight_decay=config.adam_weight_decay,
-        eps=config.adam_epsilon,
-    )
-    schedule = get_scheduler(
-        config.lr_scheduler,
-        optimizer,
-        num_warmup_steps=config.lr_warmup_steps,
-        num_training_steps=config.max_train_steps,
-    )
-    denoiser.module, optimizer, schedule = accelerator.prepare(denoiser.module, optimizer, schedule)
-
-    draws = torch.Generator().manual_seed(config.seed)
-    size = config.train_batch_size
-    course: list[Tensor] = []
-    try:
-        progress = tqdm(range(config.max_train_steps), desc="erase", unit="step")
-        for step in progress:
-            terms = []
-            for _ in range(config.gradient_accumulation_steps):
-                with accelerator.accumulate(denoiser.module):
-                    noisy, timesteps, context, frozen_context = make_batch(denoiser, examples, config, draws)
-                    with torch.no_grad(), trainable.frozen():
-                        frozen = denoiser.predict(noisy, timesteps, frozen_context)
-                    predicted = denoiser.predict(noisy, timesteps, context)
-
-                    erased = criterion(predicted[:size], frozen[:size]) / slope
-                    kept = erased.new_zeros(())
-                    if config.preservation_weight:
-                        kept = fdu_kernels.gaussian_divergence(
-                            predicted[size:], frozen[size:], "mse", sigma=criterion.sigma, distance=config.distance
-                        )
-                    loss = erased + config.preservation_weight * kept
-                    accelerator.backward(loss)
-                    if accelerator.sync_gradients:
-                        accelerator.clip_grad_norm_(parameters, config.max_grad_norm)
-                    optimizer.step()
-                    schedule.step()
-                    optimizer.zero_grad(set_to_none=True)
-                with torch.no_grad():
-                    distances = fdu_kernels.squared_distance(predicted[:size], frozen[:size], distance=config.distance)
-                    terms.append(torch.stack([loss, erased, kept, distances.median()]))
-            course.append(torch.stack(terms).mean(0))
-            if step % CHECK_EVERY == 0 or step + 1 == config.max_train_steps:
-                _check_finite(torch.stack(course[-CHECK_EVERY:])[:, 0], step)
-                progress.set_postfix(loss=f"{course[-1][0].item():.4f}")
-    finally:
-        denoiser.module = accelerator.unwrap_model(denoiser.module, keep_fp32_wrapper=False)
-        vars(denoiser.module).pop("forward", None)  # unwrapping pins the class's own method to the module
-    columns = torch.stack(course).T.tolist() if course else [[]] * 4
-    return float(criterion.sigma), dict(zip(("loss", "divergence", "preservation", "distance"), columns, strict=True))
-
-
-def make_batch(
-    denoiser: UNetDenoiser, examples: Examples, config: EraseConfig, draws: torch.Generator
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Noisy latents, timesteps, and the prompts' embeddings for the trained and for the frozen model.
-
-    The first ``train_batch_size`` samples erase: the trained model reads the target, the frozen one the anchor. As many
-    again preserve, where that has a weight: both read the same prompt.
-    """
-
-    def choose(count: int, of: int) -> Tensor:
-        return torch.randint(of, (count,), generator=draws).to(denoiser.device, non_blocking=True)
-
-    size = config.train_batch_size
-    pairs = choose(size, len(examples.target))
-    chosen = choose(size, examples.num_erasing)
-    context, frozen_context = examples.target[pairs], examples.anchor[pairs]
-    if config.preservation_weight:
-        kept = examples.preserved[choose(size, len(examples.preserved))]
-        chosen = torch.cat([chosen, choose(size, len(examples.latents))])
-        context, frozen_context = torch.cat([context, kept]), torch.cat([frozen_context, kept])
-    latents = examples.latents[chosen]
-    noise = torch.randn(latents.shape, generator=draws).to(denoiser.device, non_blocking=True)
-    timesteps = denoiser.random_timesteps(len(latents), draws)
-    return denoiser.add_noise(latents, noise, timesteps), timesteps, context, frozen_context
-
-
-def _check_finite(losses: Tensor, step: int) -> None:
-    """Raise RuntimeError if one of the losses up to ``step`` is not finite."""
-    wrong = (~torch.isfinite(losses)).nonzero()
-    if len(wrong):
-        first = int(wrong[0])
-        raise RuntimeError(
-            f"the loss became {losses[first].item()} at step {step + 1 - len(losses) + first}; "
-            "the pipeline draws as before. Lower learning_rate, or lower s0 if the divergence grows exponentially "
-            "(pearson_chi2, alpha > 1)"
-        )

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from fdu.config import ADAPTER_METHODS
 from fdu.output import RECORD_FILE, SMALL_RESULT
 
 if TYPE_CHECKING:
@@ -34,6 +36,7 @@ RECORD_KEYS: dict[str, tuple[type, ...]] = {
 """What is used of the record beside saved weights, and its types."""
 
 Dtype = Literal["auto", "float32", "float16", "bfloat16"]
+SaveAs = Literal["auto", "lora", "kohya", "pipeline", "delta"]
 
 
 def check_model(model: str, argument: str = "MODEL") -> None:
@@ -81,9 +84,26 @@ def model_folder(model: str) -> Path | None:
     return Path(model) if Path(model).is_dir() else None
 
 
-def result_bytes(model: str, train_method: str) -> int:
-    """Bytes that saving an erasure of ``model`` takes: LoRA weights are small, other methods save a whole pipeline."""
-    if train_method == "lora":
+def check_save_as(save_as: str, train_method: str) -> str:
+    """The form that a result takes, which "auto" leaves to the training method.
+
+    Raises:
+        ValueError: adapters asked of a method that trains none, or a whole form asked of adapters.
+    """
+    adapters = train_method in ADAPTER_METHODS
+    if save_as == "auto":
+        return "lora" if adapters else "pipeline"
+    if (save_as in ("lora", "kohya")) != adapters:
+        ways = "lora or kohya" if adapters else "pipeline or delta"
+        raise ValueError(
+            f"save_as {save_as!r} does not go with train_method {train_method!r}, whose result is saved as {ways}"
+        )
+    return save_as
+
+
+def result_bytes(model: str, train_method: str, save_as: str = "auto") -> int:
+    """Bytes that saving an erasure of ``model`` takes: LoRA weights are small, other methods save up to a pipeline."""
+    if check_save_as(save_as, train_method) in ("lora", "kohya"):
         return SMALL_RESULT
     folder = model_folder(model)
     if folder is None:
@@ -139,7 +159,8 @@ def choose_device(device: str) -> str:
 
     if device == "auto":
         if torch.cuda.is_available():
-            return "cuda"
+            # One device for each of the processes that accelerate launch or torchrun started.
+            return f"cuda:{os.environ['LOCAL_RANK']}" if "LOCAL_RANK" in os.environ else "cuda"
         return "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         torch.empty(0, device=device)
@@ -148,6 +169,11 @@ def choose_device(device: str) -> str:
             f"device {device!r} cannot be used ({_first_line(error)}); choose auto or cpu, and see `fdu doctor`"
         ) from error
     return device
+
+
+def is_main_process() -> bool:
+    """Whether this process writes the results; it is the only one, or the first that accelerate launch started."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def describe_device(device: str) -> str:

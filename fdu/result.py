@@ -10,8 +10,9 @@ from typing import Any
 
 from diffusers import DiffusionPipeline
 
-from fdu.concepts import Concept
+from fdu.concepts import Concept, Pair, joined
 from fdu.config import EraseConfig
+from fdu.denoisers import Denoiser
 from fdu.evaluation import Draws, Evaluation, Probe
 from fdu.output import RECORD_FILE, whole_folder, write_json
 from fdu.report import write_report
@@ -23,22 +24,36 @@ from fdu.versions import versions
 class ErasureResult:
     """A finished erasure."""
 
-    pipeline: DiffusionPipeline
-    """The pipeline, with the concept erased."""
-    target: Concept
-    """What was erased."""
-    anchor: Concept
-    """What took its place."""
+    denoiser: Denoiser
+    """The denoiser of the pipeline, with the concept erased."""
+    pairs: tuple[Pair, ...]
+    """What was erased, and what took its place; one or several."""
     config: EraseConfig
     """All settings."""
     trainable: Trainable
     """The trained part."""
     history: dict[str, list[float]]
-    """A value a step: "loss", its parts "divergence" and "preservation", and "distance", the median squared error."""
+    """A value a step: "loss", its parts "divergence" and "preservation", "distance", the median squared error, and with
+    a critic "critic", its bound of the divergence."""
     sigma: float
     """The scale of the denoiser's error that was used, in units of its output."""
     seconds: float
-    """How long the erasure took."""
+    """How long the erasure took; of a run that was resumed, its last part."""
+
+    @property
+    def pipeline(self) -> DiffusionPipeline:
+        """The pipeline, with the concept erased."""
+        return self.denoiser.pipeline
+
+    @property
+    def target(self) -> Concept:
+        """What was erased; several concepts as one."""
+        return joined([target for target, _ in self.pairs])
+
+    @property
+    def anchor(self) -> Concept:
+        """What took its place."""
+        return joined([anchor for _, anchor in self.pairs])
 
     @contextmanager
     def original(self) -> Iterator[DiffusionPipeline]:

@@ -83,29 +83,35 @@ def concepts(target: str, anchor: str) -> tuple[Concept, Concept]:
     return Concept(target, _prompts(target, target)), Concept(anchor, _prompts(target, anchor))
 
 
-def preserved(target: str) -> tuple[str, ...]:
-    """Prompts to keep when ``target`` is erased: the superclass, and the neighbours of the target's own kind."""
-    if target in DIGITS:
-        neighbours = [prompt(SEEN_NOUNS[1].format(digit)) for digit in DIGITS if digit != target]
-    else:
-        phrases = [medium_phrases(medium)[0] for medium in MEDIA if medium != target]
-        neighbours = [
-            prompt(SEEN_NOUNS[1].format(digit), medium_phrase=phrase) for digit in DIGITS for phrase in phrases
-        ]
-    return (*(prompt(noun) for noun in SUPERCLASS_NOUNS), *neighbours)
+def preserved(*targets: str) -> tuple[str, ...]:
+    """Prompts to keep when ``targets`` are erased: the superclass, and the neighbours of the targets' own kinds."""
+    digits = [digit for digit in DIGITS if digit not in targets]
+    media = [medium for medium in MEDIA if medium not in targets]
+    neighbours = []
+    if len(digits) < len(DIGITS):
+        neighbours += [prompt(SEEN_NOUNS[1].format(digit)) for digit in digits]
+    if len(media) < len(MEDIA):
+        phrases = [medium_phrases(medium)[0] for medium in media]
+        neighbours += [prompt(SEEN_NOUNS[1].format(digit), medium_phrase=phrase) for digit in digits for phrase in phrases]
+    return tuple(dict.fromkeys((*(prompt(noun) for noun in SUPERCLASS_NOUNS), *neighbours)))
 
 
-def probes(target: str) -> list[Probe]:
-    """What to draw to judge the erasure of ``target``: itself, seen and unseen, its kind, and the other kind."""
+def probes(target: str, *others: str) -> list[Probe]:
+    """What to draw to judge the erasure of ``target``: itself, seen and unseen, its kind, and the other kind.
+
+    ``others`` were erased as well, and are neither to be retained nor lost.
+    """
     judge = judges()
     digit_erased = target in DIGITS
     kinds = {"digit": DIGITS, "medium": INKS}
     own, other = ("digit", "medium") if digit_erased else ("medium", "digit")
+    retained = [name for name in kinds[own] if name not in (target, *others)]
+    cross_domain = [name for name in kinds[other] if name not in others]
     return [
         Probe(target, _prompts(target, target), "target", judge[own]),
         Probe(target, _unseen_prompts(target), "unseen", judge[own]),
-        *(Probe(name, _prompts(name, name), "retained", judge[own]) for name in kinds[own] if name != target),
-        *(Probe(name, _prompts(name, name), "cross_domain", judge[other]) for name in kinds[other]),
+        *(Probe(name, _prompts(name, name), "retained", judge[own]) for name in retained),
+        *(Probe(name, _prompts(name, name), "cross_domain", judge[other]) for name in cross_domain),
     ]
 
 

@@ -1,0 +1,163 @@
+"""Checkpoints: all that a run needs to go on as if it had never stopped; safetensors and JSON, whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+TENSORS_FILE = "state.safetensors"
+STATE_FILE = "state.json"
+PREFIX = "checkpoint-"
+FREE_SETTINGS = {
+    "cache_dir",
+    "checkpoint_dir",
+    "checkpointing_steps",
+    "checkpoints_total_limit",
+    "resume_from_checkpoint",
+    "report_to",
+    "logging_dir",
+    "validation_prompts",
+    "validation_steps",
+}
+"""Settings that may change between a run and its continuation, which they do not touch."""
+
+
+class Checkpoints:
+    """The checkpoints of one run, in folders ``checkpoint-N`` after N steps.
+
+    Args:
+        folder: where they lie.
+        limit: how many are kept.
+        manifest: what the run is, ready for JSON: "config", "base" (fingerprint), "processes", "versions", ...
+    """
+
+    def __init__(self, folder: str | Path, limit: int, manifest: dict[str, Any]) -> None:
+        self.folder = Path(folder)
+        self.limit = limit
+        self.manifest = manifest
+
+    def save(self, step: int, state: dict[str, Any]) -> Path:
+        """Write the state after ``step`` steps and remove the oldest checkpoints above the limit.
+
+        Raises:
+            OSError: it cannot be written; what was there before is still there.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for unfinished in self.folder.glob(f".{PREFIX}*"):
+            shutil.rmtree(unfinished, ignore_errors=True)
+        final = self.folder / f"{PREFIX}{step}"
+        fresh = Path(tempfile.mkdtemp(prefix=f".{final.name}-", dir=self.folder))
+        try:
+            tensors: dict[str, Tensor] = {}
+            content = {"step": step, "manifest": self.manifest, "state": _pack(state, tensors, "")}
+            (fresh / STATE_FILE).write_text(json.dumps(content), encoding="utf-8")
+            try:
+                save_file(tensors, fresh / TENSORS_FILE)
+            except SafetensorError as error:
+                raise OSError(str(error)) from error
+            for path in (*fresh.iterdir(), fresh):
+                _to_disk(path)
+            shutil.rmtree(final, ignore_errors=True)
+            os.replace(fresh, final)
+            _to_disk(self.folder)
+        except BaseException:
+            shutil.rmtree(fresh, ignore_errors=True)
+            raise
+        for old in self.all()[: -self.limit]:
+            shutil.rmtree(old, ignore_errors=True)
+        return final
+
+    def all(self) -> list[Path]:
+        """The complete checkpoints, oldest first."""
+        found = [path for path in self.folder.glob(f"{PREFIX}*") if path.name.removeprefix(PREFIX).isdigit()]
+        return sorted(found, key=lambda path: int(path.name.removeprefix(PREFIX)))
+
+    def load(self, wish: str) -> tuple[int, dict[str, Any]] | None:
+        """The step and the state of the "latest" checkpoint (None if there is none), or of the folder named.
+
+        Raises:
+            FileNotFoundError: there is no checkpoint in the folder named.
+            ValueError: it cannot be read, or is one of another run: other settings, base model or number of processes.
+        """
+        if wish == "latest":
+            found = self.all()
+            if not found:
+                return None
+            path = found[-1]
+        else:
+            path = Path(wish)
+        if not (path / STATE_FILE).is_file():
+            raise FileNotFoundError(
+                f"resume_from_checkpoint {str(path)!r} holds no {STATE_FILE}; give a folder {PREFIX}N, or 'latest'"
+            )
+        try:
+            content = json.loads((path / STATE_FILE).read_text(encoding="utf-8"))
+            tensors = load_file(path / TENSORS_FILE)
+            step, manifest, state = content["step"], content["manifest"], _unpack(content["state"], tensors)
+        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+            raise ValueError(
+                f"checkpoint {str(path)!r} cannot be read ({error}); name an older one, or begin anew"
+            ) from error
+        self._check_same_run(path, manifest)
+        return step, state
+
+    def _check_same_run(self, path: Path, other: dict[str, Any]) -> None:
+        mine = json.loads(json.dumps(self.manifest))
+        for name in ("base", "concepts", "processes", "mask"):
+            if mine.get(name) != other.get(name):
+                raise ValueError(
+                    f"checkpoint {str(path)!r} belongs to another run: its {name} is {other.get(name)!r}, "
+                    f"this run's is {mine.get(name)!r}; resume with the same, or choose another checkpoint_dir"
+                )
+        theirs = other.get("config", {})
+        for name, value in mine["config"].items():
+            if name not in FREE_SETTINGS and theirs.get(name, value) != value:
+                raise ValueError(
+                    f"checkpoint {str(path)!r} was made with {name} {theirs[name]!r}, this run has {value!r}; "
+                    "resume with the same settings, or choose another checkpoint_dir"
+                )
+
+
+def _pack(value: Any, tensors: dict[str, Tensor], name: str) -> Any:
+    """``value`` for JSON, its tensors put aside. Dicts may have keys of any JSON type."""
+    if isinstance(value, Tensor):
+        # A copy of its own: safetensors refuses tensors that share memory.
+        tensors[name] = value.detach().to("cpu", copy=True).contiguous()
+        return {"tensor": name}
+    if isinstance(value, dict):
+        return {"dict": [[key, _pack(item, tensors, f"{name}.{key}")] for key, item in value.items()]}
+    if isinstance(value, (list, tuple)):
+        packed = [_pack(item, tensors, f"{name}.{index}") for index, item in enumerate(value)]
+        return {"tuple" if isinstance(value, tuple) else "list": packed}
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    raise TypeError(f"a checkpoint cannot hold a {type(value).__name__} ({name})")
+
+
+def _unpack(value: Any, tensors: dict[str, Tensor]) -> Any:
+    if not isinstance(value, dict):
+        return value
+    ((kind, content),) = value.items()
+    if kind == "tensor":
+        return tensors[content]
+    if kind == "dict":
+        return {key: _unpack(item, tensors) for key, item in content}
+    items = [_unpack(item, tensors) for item in content]
+    return tuple(items) if kind == "tuple" else items
+
+
+def _to_disk(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+

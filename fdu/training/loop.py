@@ -1,0 +1,365 @@
+"""The training loop: each step erases with one half of its batch and preserves with the other."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import fdu_kernels
+from fdu.config import EraseConfig
+from fdu.denoisers import Denoiser
+from fdu.trainable import Trainable
+from fdu.training.cache import Cache
+from fdu.training.checkpoint import Checkpoints
+from fdu.training.examples import Batch, Examples, draw_batch
+from fdu.training.interruption import Interruption, noticed
+from fdu.training.objective import Objective
+from fdu.training.optimizer import make_optimizer
+from fdu.training.surgery import GradientSurgery
+from fdu.training.timesteps import TimestepSampler
+from fdu.training.tracking import Tracking
+
+LOGGER = logging.getLogger(__name__)
+CHECK_EVERY = 10
+"""Steps between looks at the loss, each of which waits for the device."""
+COLUMNS = ("loss", "divergence", "preservation", "distance", "critic")
+"""The course of the training: a value a step."""
+
+
+class Training:
+    """One run of the loop, and all of its state.
+
+    Args:
+        accelerator: devices, precision and processes.
+        denoiser, trainable: the model, and what of it is trained.
+        examples: what to train on.
+        objective: the losses.
+        config: the settings.
+        cache: where frozen outputs are kept for other runs.
+        checkpoints: where to keep the state; None for nowhere.
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        denoiser: Denoiser,
+        trainable: Trainable,
+        examples: Examples,
+        objective: Objective,
+        config: EraseConfig,
+        cache: Cache,
+        checkpoints: Checkpoints | None = None,
+    ) -> None:
+        self.accelerator, self.denoiser, self.trainable = accelerator, denoiser, trainable
+        self.examples, self.objective, self.config = examples, objective, config
+        self.cache, self.checkpoints = cache, checkpoints
+        self.named = trainable.named_parameters()
+        self.parameters = list(self.named.values())
+        self.optimizer, self.schedule = make_optimizer(self.parameters, config)
+        self.surgery = GradientSurgery(self.parameters) if config.gradient_surgery else None
+        self.generator = torch.Generator().manual_seed(config.seed)
+        self.sampler = TimestepSampler(config.timestep_sampling, len(denoiser.signal))
+        self.frozen_batches: list[tuple[Batch, Tensor]] = []
+        self.course: list[Tensor] = []
+        self.step = 0
+        self.looked = 0
+
+    def run(self) -> dict[str, list[float]]:
+        """Train to the end and return the history, a list of values for each of ``COLUMNS``.
+
+        Raises:
+            RuntimeError: the loss became NaN or infinite.
+            KeyboardInterrupt: a signal asked for it; the state is in a checkpoint, if there are any.
+        """
+        config, accelerator, denoiser = self.config, self.accelerator, self.denoiser
+        module = denoiser.module
+        tracking = Tracking(accelerator, config)
+        keep = denoiser.text_encoders if self.trainable.trains_text else ()
+        encoders_away = denoiser.without_encoders(keep)
+        with _checkpointed(module, config.gradient_checkpointing), encoders_away, noticed() as stop:
+            # The schedule stays outside: accelerate would move it on once for every process.
+            denoiser.module, self.optimizer = accelerator.prepare(module, self.optimizer)
+            if config.compile:
+                denoiser.module = torch.compile(denoiser.module)
+            try:
+                self._draw_frozen_batches()
+                self._resume()
+                self._loop(tracking, stop)
+            finally:
+                accelerator.unwrap_model(denoiser.module, keep_fp32_wrapper=False)
+                vars(module).pop("forward", None)  # unwrapping pins the class's own method to the module
+                denoiser.module = module
+                tracking.end()
+        columns = torch.stack(self.course).T.tolist() if self.course else [[]] * len(COLUMNS)
+        history = dict(zip(COLUMNS, columns, strict=True))
+        return history if config.variational else {name: history[name] for name in COLUMNS if name != "critic"}
+
+    def _loop(self, tracking: Tracking, stop: Interruption) -> None:
+        config = self.config
+        progress = tqdm(
+            range(self.step, config.max_train_steps),
+            initial=self.step,
+            total=config.max_train_steps,
+            desc="erase",
+            unit="step",
+            disable=not self.accelerator.is_local_main_process,
+        )
+        for step in progress:
+            self.course.append(self._step())
+            self.step = step + 1
+            last, stopping = self.step == config.max_train_steps, self._stops(stop)
+            saving = last or stopping or self.step % config.checkpointing_steps == 0
+            if saving or step % CHECK_EVERY == 0:
+                progress.set_postfix(loss=f"{self._look(tracking):.4f}")
+            if saving:
+                self._save()
+            if config.validation_prompts and (last or self.step % config.validation_steps == 0):
+                with self.denoiser.with_encoders():
+                    tracking.validate(self.step, self.denoiser.pipeline)
+            if stopping and not last:
+                raise KeyboardInterrupt
+
+    def _step(self) -> Tensor:
+        """One optimizer step. Returns its values of ``COLUMNS``, means over the accumulated batches, [5]."""
+        config, accelerator = self.config, self.accelerator
+        terms = []
+        for part in range(config.gradient_accumulation_steps):
+            synchronized = part + 1 == config.gradient_accumulation_steps
+            with nullcontext() if synchronized else accelerator.no_sync(self.denoiser.module):
+                terms.append(self._backward(*self._next_batch(part)))
+        if self.trainable.trains_text:
+            # The text encoders are not behind accelerate's wrapper, which averages over the processes.
+            for parameter in self.parameters:
+                parameter.grad = accelerator.reduce(parameter.grad, "mean")
+        if self.surgery:
+            self.surgery.combine(config.preservation_weight)
+        accelerator.clip_grad_norm_(self.parameters, config.max_grad_norm)
+        # A variational critic first learns alone.
+        if self.objective.game is None or self.step >= config.critic_warmup_steps:
+            self.optimizer.step()
+            if not accelerator.optimizer_step_was_skipped:
+                self.schedule.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return torch.stack(terms).mean(0)
+
+    def _backward(self, batch: Batch, wanted: Tensor) -> Tensor:
+        """Forward and backward passes of one batch. Returns its values of ``COLUMNS``, [5]."""
+        config, size = self.config, batch.size
+        kept = wanted.new_zeros((), dtype=torch.float32)
+        if self.surgery:
+            # Each loss has passes of its own, so that its gradient is.
+            with self.surgery.preserving():
+                kept = self.objective.kept(self._predict(batch, slice(size, None)), wanted[size:])
+                self._backpropagate(kept)
+            predicted = self._predict(batch, slice(0, size))
+        else:
+            predicted = self._predict(batch, slice(0, None))
+        erasing = predicted[:size]
+        erased, critic = self._erased(erasing, wanted[:size], batch)
+        if self.surgery:
+            self._backpropagate(erased)
+        else:
+            if config.preservation_weight:
+                kept = self.objective.kept(predicted[size:], wanted[size:])
+            self._backpropagate(erased + config.preservation_weight * kept)
+        with torch.no_grad():
+            distances = fdu_kernels.squared_distance(
+                erasing, wanted[:size], mask=self.objective.mask, distance=config.distance
+            )
+            loss = erased + config.preservation_weight * kept
+            if self.sampler.adapts:
+                losses = self.accelerator.gather(self.objective.losses(erasing, wanted[:size], batch))
+                self.sampler.observe(self.accelerator.gather(batch.indices[:size]), losses)
+            return torch.stack([term.float() for term in (loss, erased, kept, distances.median(), critic)])
+
+    def _erased(self, predicted: Tensor, wanted: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The divergence to minimise, and the critic's bound of it, 0 without one."""
+        game = self.objective.game
+        if game is None:
+            erased = self.objective.erased(predicted, wanted, batch)
+            return erased, torch.zeros_like(erased)
+        # Its first calls set sigma, which preservation needs also beside a critic.
+        with torch.no_grad():
+            self.objective.erased(predicted, wanted, batch)
+        bound = game.critic_step(wanted, predicted.detach(), mask=self.objective.mask)
+        return game.model_loss(predicted, mask=self.objective.mask), bound
+
+    def _predict(self, batch: Batch, part: slice) -> Tensor:
+        """What the trained denoiser predicts for a part of the batch."""
+        if self.trainable.trains_text:
+            texts = list(dict.fromkeys(batch.texts[part]))
+            place = torch.tensor([texts.index(text) for text in batch.texts[part]], device=self.denoiser.device)
+            with self.accelerator.autocast():
+                conditioning = self.denoiser.encode_batch(texts)[place]
+        else:
+            conditioning = batch.conditioning[part]
+        return self.denoiser.predict(batch.noisy[part], batch.indices[part], conditioning)
+
+    def _backpropagate(self, loss: Tensor) -> None:
+        self.accelerator.backward(loss / self.config.gradient_accumulation_steps)
+
+    def _next_batch(self, part: int) -> tuple[Batch, Tensor]:
+        """A batch, and what the trained denoiser is to predict for it."""
+        if self.frozen_batches:
+            number = self.step * self.config.gradient_accumulation_steps + part
+            return self.frozen_batches[number % len(self.frozen_batches)]
+        batch = self._draw()
+        with torch.no_grad(), self.trainable.frozen():
+            return batch, self.objective.wanted(self.denoiser, batch)
+
+    def _draw(self) -> Batch:
+        accelerator = self.accelerator
+        return draw_batch(
+            self.denoiser,
+            self.examples,
+            self.config,
+            self.sampler,
+            self.generator,
+            accelerator.process_index,
+            accelerator.num_processes,
+        )
+
+    def _draw_frozen_batches(self) -> None:
+        """With frozen_batches, draw them all now, and what the frozen denoiser predicts, unless the cache has it."""
+        config = self.config
+        count = min(config.frozen_batches, config.max_train_steps * config.gradient_accumulation_steps)
+        if not count:
+            return
+        batches = [self._draw() for _ in range(count)]
+
+        def predict() -> dict[str, Tensor]:
+            with torch.no_grad(), self.trainable.frozen():
+                wanted = [self.objective.wanted(self.denoiser, batch) for batch in tqdm(batches, "frozen", unit="batch")]
+            return {"wanted": torch.stack(wanted)}
+
+        wanted = self.cache.get("frozen", self._frozen_key(count), predict)["wanted"].to(self.denoiser.device)
+        self.frozen_batches = list(zip(batches, wanted, strict=True))
+
+    def _frozen_key(self, count: int) -> dict[str, Any]:
+        """All settings that batches and frozen outputs depend on, beside the model."""
+        names = (
+            "objective",
+            "negative_guidance",
+            "train_batch_size",
+            "preservation_weight",
+            "num_latents",
+            "num_inference_steps",
+            "guidance_scale",
+            "resolution",
+            "mixed_precision",
+            "seed",
+        )
+        settings = {name: getattr(self.config, name) for name in names}
+        settings["preservation_weight"] = bool(settings["preservation_weight"])
+        prompts = (self.examples.target.texts, self.examples.anchor.texts, self.examples.preserved.texts)
+        place = (self.accelerator.process_index, self.accelerator.num_processes)
+        return {**settings, "prompts": prompts, "count": count, "process": place}
+
+    def _look(self, tracking: Tracking) -> float:
+        """Wait for the losses since the last look, take their means over the processes, log them, return the last.
+
+        Raises:
+            RuntimeError: one of them is not finite.
+        """
+        recent = self.course[self.looked :]
+        if not recent:
+            return float(self.course[-1][0]) if self.course else math.nan
+        values = self.accelerator.reduce(torch.stack(recent), "mean")
+        self.course[self.looked :] = list(values)
+        wrong = (~torch.isfinite(values[:, 0])).nonzero()
+        if len(wrong):
+            raise self._not_finite(f"the loss became {values[wrong[0, 0], 0].item()}", self.looked + int(wrong[0]))
+        self.looked = len(self.course)
+        learning_rate = self.schedule.get_last_lr()[0]
+        figures = dict(zip(COLUMNS, values[-1].tolist(), strict=True))
+        tracking.log(self.step, {**figures, "sigma": self.objective.sigma, "learning_rate": learning_rate})
+        return figures["loss"]
+
+    def _not_finite(self, what: str, step: int) -> RuntimeError:
+        kept = self.checkpoints.all() if self.checkpoints else []
+        return RuntimeError(
+            f"{what} at step {step}; the pipeline draws as before"
+            + (f", and the last good state is in {str(kept[-1])!r}" if kept else "")
+            + ". Lower learning_rate, or lower s0 if the divergence grows exponentially (pearson_chi2, alpha > 1)"
+        )
+
+    def _save(self) -> None:
+        """Write a checkpoint, if there are to be any. A disk that is full costs this checkpoint, not the run."""
+        if self.checkpoints is None:
+            return
+        finite = torch.stack([torch.isfinite(parameter).all() for parameter in self.parameters]).all()
+        if not finite:
+            raise self._not_finite("a trained weight became NaN or infinite", self.step)
+        if self.accelerator.is_main_process:
+            try:
+                self.checkpoints.save(self.step, self._state())
+            except OSError as error:
+                LOGGER.warning("checkpoint after step %d could not be written (%s); going on", self.step, error)
+        self.accelerator.wait_for_everyone()
+
+    def _state(self) -> dict[str, Any]:
+        """All that changes from step to step."""
+        scaler, game = self.accelerator.scaler, self.objective.game
+        return {
+            "trained": {name: parameter.data for name, parameter in self.named.items()},
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "scaler": scaler.state_dict() if scaler is not None else None,
+            "criterion": self.objective.criterion.state_dict(),
+            "game": game.state_dict() if game is not None else None,
+            "sampler": self.sampler.state_dict(),
+            "generator": self.generator.get_state(),
+            "course": torch.stack(self.course),
+        }
+
+    def _resume(self) -> None:
+        """Go on from a checkpoint, if the settings ask for one and there is one."""
+        wish = self.config.resume_from_checkpoint
+        found = self.checkpoints.load(wish) if self.checkpoints is not None and wish is not None else None
+        if found is None:
+            return
+        self.step, state = found
+        with torch.no_grad():
+            for name, parameter in self.named.items():
+                parameter.data.copy_(state["trained"][name])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.schedule.load_state_dict(state["schedule"])
+        self.objective.criterion.load_state_dict(state["criterion"])
+        self.sampler.load_state_dict(state["sampler"])
+        self.generator.set_state(state["generator"])
+        if self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+        if self.objective.game is not None:
+            self.objective.game.load_state_dict(state["game"])
+        self.course = list(state["course"].to(self.denoiser.device))
+        self.looked = len(self.course)
+
+    def _stops(self, stop: Interruption) -> bool:
+        """Whether to stop: at once where one process is alone, else when all have heard of it."""
+        if self.accelerator.num_processes == 1:
+            return stop.asked
+        if self.step % CHECK_EVERY:
+            return False
+        asked = torch.tensor(float(stop.asked), device=self.denoiser.device)
+        return bool(self.accelerator.reduce(asked, "sum") > 0)
+
+
+@contextmanager
+def _checkpointed(module: nn.Module, wanted: bool) -> Iterator[None]:
+    """Within this context the module computes activations again in the backward pass, if that is wanted."""
+    if not wanted or module.is_gradient_checkpointing:
+        yield
+        return
+    module.enable_gradient_checkpointing()
+    try:
+        yield
+    finally:
+        module.disable_gradient_checkpointing()

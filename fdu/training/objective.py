@@ -1,0 +1,104 @@
+"""The losses of a batch: the divergence from what the trained denoiser is to predict, and what preservation costs."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import torch
+from torch import Tensor, nn
+
+import fdu_kernels
+from fdu.config import EraseConfig
+from fdu.denoisers import Conditioning, Denoiser
+from fdu.training import weighting
+from fdu.training.examples import Batch
+
+
+class Objective(nn.Module):
+    """Every objective there is, as the settings choose.
+
+    Args:
+        denoiser: whose outputs are compared.
+        config: the settings.
+        mask: what of a latent counts, [1, H, W], values >= 0; None for all.
+    """
+
+    def __init__(self, denoiser: Denoiser, config: EraseConfig, mask: Tensor | None = None) -> None:
+        super().__init__()
+        divergence = fdu_kernels.get_divergence(config.divergence)
+        self.config = config
+        self.mask = None if mask is None else mask.to(denoiser.device)[None]
+        self.criterion = fdu_kernels.GaussianDivergenceLoss(
+            divergence,
+            sigma=config.sigma,
+            s0=config.s0,
+            distance=config.distance,
+            synchronize=True,
+        ).to(denoiser.device)
+        # Standardised to h'(0) = 1, so that learning rate and preservation weight mean the same for every divergence.
+        # Where f has a kink the slope at 0 is infinite or zero, and the slope at s = 1 stands in.
+        self.slope = divergence.slope_at_zero
+        if not 0 < self.slope < math.inf:
+            self.slope = float(divergence.profile_grad(torch.ones((), dtype=torch.float64)))
+        self.weighting = None
+        if config.weighting != "unit":
+            tables = (denoiser.signal, denoiser.noise, denoiser.prediction_type, config.snr_gamma)
+            self.weighting = weighting.weights(config.weighting, *tables).to(denoiser.device)
+        self.game = None
+        if config.variational:
+            from fdu.training.critic import VariationalGame
+
+            self.game = VariationalGame(divergence, config)
+
+    @property
+    def sigma(self) -> float:
+        return float(self.criterion.sigma)
+
+    @torch.no_grad()
+    def wanted(self, denoiser: Denoiser, batch: Batch) -> Tensor:
+        """What the trained denoiser is to predict for each sample of a batch, [N, C, H, W]; call it on the frozen one."""
+        size, preserving = batch.size, len(batch.noisy) > batch.size
+        if self.config.objective == "noise":
+            if not preserving:
+                return batch.true_output
+            kept = denoiser.predict(batch.noisy[size:], batch.indices[size:], batch.anchor[slice(size, None)])
+            return torch.cat([batch.true_output.to(kept.dtype), kept])
+        if not self.config.negative_guidance:
+            return denoiser.predict(batch.noisy, batch.indices, batch.anchor)
+        # Beside the others, what the frozen denoiser makes of the target.
+        output = denoiser.predict(
+            torch.cat([batch.noisy, batch.noisy[:size]]),
+            torch.cat([batch.indices, batch.indices[:size]]),
+            Conditioning.cat([batch.anchor, batch.conditioning[slice(0, size)]]),
+        )
+        outputs, target = output[: len(batch.noisy)], output[len(batch.noisy) :]
+        away = outputs[:size] + self.config.negative_guidance * (outputs[:size] - target)
+        return torch.cat([away, outputs[size:]])
+
+    def erased(self, predicted: Tensor, wanted: Tensor, batch: Batch) -> Tensor:
+        """The divergence of the samples that erase, []; weighted by timestep, standardised to the slope 1 at 0."""
+        omega, scale = self._weights(batch)
+        return self.criterion(predicted, wanted, omega, self.mask, scale) / self.slope
+
+    @torch.no_grad()
+    def losses(self, predicted: Tensor, wanted: Tensor, batch: Batch) -> Tensor:
+        """The loss of each sample that erases, [size], without what makes up for uneven timesteps."""
+        omega, scale = self._weights(dataclasses.replace(batch, timestep_weight=None))
+        sigma = self.criterion.sigma if scale is None else self.criterion.sigma * scale
+        return fdu_kernels.gaussian_divergence(
+            predicted, wanted, self.criterion.divergence, sigma, omega, self.mask, self.config.distance, "none"
+        )
+
+    def _weights(self, batch: Batch) -> tuple[Tensor | None, Tensor | None]:
+        """omega and the relative sigma of the samples that erase; None where all are 1."""
+        if self.weighting is None:
+            return batch.timestep_weight, None
+        omega, scale = self.weighting.at(batch.indices[: batch.size])
+        return omega if batch.timestep_weight is None else omega * batch.timestep_weight, scale
+
+    def kept(self, predicted: Tensor, wanted: Tensor) -> Tensor:
+        """The mean squared error of the samples that preserve, with the same sigma, []."""
+        return fdu_kernels.gaussian_divergence(
+            predicted, wanted, "mse", sigma=self.criterion.sigma, distance=self.config.distance
+        )
