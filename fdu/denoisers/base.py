@@ -114,9 +114,7 @@ class Denoiser(ABC):
         channels = pipeline.vae.config.latent_channels * cls.packing**2
         taken = getattr(pipeline, cls.module_name).config.in_channels
         if images or taken != channels:
-            reason = (
-                f"takes {images[0]}" if images else f"feeds {taken} channels to its {cls.module_name}, not {channels}"
-            )
+            reason = f"takes {images[0]}" if images else f"feeds its {cls.module_name} {taken} channels, not {channels}"
             raise ValueError(
                 f"pipeline is a {name}, which {reason}; editing, inpainting and ControlNet pipelines cannot be "
                 "trained, load the model with AutoPipelineForText2Image"

@@ -9,6 +9,7 @@ import functools
 import inspect
 import json
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from diffusers import (
@@ -54,11 +55,11 @@ RESOLUTION = {"sana": 32}
 """Pixels of a square image, where they are not 16. Flux has no size of its own: give it with every call."""
 
 
-def build(name: str) -> DiffusionPipeline:
-    """The tiny pipeline of a family in FAMILY_NAMES, in float32 on the CPU."""
+def build(name: str, **settings: Any) -> DiffusionPipeline:
+    """The tiny pipeline of a family in FAMILY_NAMES, in float32 on the CPU; ``settings`` of the family's function."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        pipeline = BUILDERS[name]()
+        pipeline = BUILDERS[name](**settings)
     for part in pipeline.components.values():
         if isinstance(part, torch.nn.Module):
             part.eval()  # as from_pretrained leaves it
@@ -116,8 +117,8 @@ def sdxl() -> StableDiffusionXLPipeline:
     )
 
 
-def sd3(t5: bool = True) -> StableDiffusion3Pipeline:
-    """Stable Diffusion 3: two CLIP text encoders and a T5, which may be left out."""
+def sd3() -> StableDiffusion3Pipeline:
+    """Stable Diffusion 3: two CLIP text encoders and a T5, which may be left out when loading."""
     transformer = SD3Transformer2DModel(
         sample_size=SAMPLE_SIZE,
         in_channels=4,
@@ -140,8 +141,8 @@ def sd3(t5: bool = True) -> StableDiffusion3Pipeline:
         tokenizer=clip_tokenizer(),
         text_encoder_2=CLIPTextModelWithProjection(clip_config()),
         tokenizer_2=clip_tokenizer(),
-        text_encoder_3=t5_encoder() if t5 else None,
-        tokenizer_3=t5_tokenizer() if t5 else None,
+        text_encoder_3=t5_encoder(),
+        tokenizer_3=t5_tokenizer(),
     )
 
 
@@ -234,7 +235,7 @@ def sana() -> SanaPipeline:
     )
 
 
-def autoencoder(**settings: object) -> AutoencoderKL:
+def autoencoder(**settings: Any) -> AutoencoderKL:
     """A 16x16x3 to 8x8x4 autoencoder."""
     return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 2,
