@@ -1,0 +1,80 @@
+"""The models of a pipeline that an erasure may change, and their weights by name, with adapters on them or without."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TypeVar
+
+from diffusers import DiffusionPipeline
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+DENOISERS = ("unet", "transformer")
+TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
+
+Found = TypeVar("Found")
+
+
+def models(pipeline: DiffusionPipeline) -> dict[str, nn.Module]:
+    """The denoiser and the text encoders, by the pipeline's attribute."""
+    found = {name: getattr(pipeline, name, None) for name in (*DENOISERS, *TEXT_ENCODERS)}
+    return {name: model for name, model in found.items() if isinstance(model, nn.Module)}
+
+
+def denoiser_name(pipeline: DiffusionPipeline) -> str:
+    """The attribute of the denoiser.
+
+    Raises:
+        TypeError: the pipeline has none.
+    """
+    for name in DENOISERS:
+        if isinstance(getattr(pipeline, name, None), nn.Module):
+            return name
+    raise TypeError(f"pipeline is a {type(pipeline).__name__}, which has neither a unet nor a transformer")
+
+
+def layers(model: nn.Module) -> dict[str, nn.Module]:
+    """The modules of ``model`` by the names they have without adapters; under an adapter, the layer it sits on."""
+    wrapped = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, BaseTunerLayer))
+    found = {}
+    for name, module in model.named_modules():
+        if isinstance(module, BaseTunerLayer):
+            found[name] = module.get_base_layer()
+        elif not name.startswith(wrapped):
+            found[name] = module
+    return found
+
+
+def weights(pipeline: DiffusionPipeline) -> dict[str, nn.Parameter]:
+    """Every parameter as "attribute.name", by the names they have without adapters; those of adapters left out.
+
+    Weights that two modules share appear under both names.
+    """
+    return {
+        f"{attribute}.{f'{layer}.' if layer else ''}{name}": parameter
+        for attribute, model in models(pipeline).items()
+        for layer, module in layers(model).items()
+        for name, parameter in module.named_parameters(recurse=False)
+    }
+
+
+def split(pipeline: DiffusionPipeline, key: str) -> tuple[str, str]:
+    """The attribute and the rest of a name such as "unet.conv_in.weight"; without an attribute, the denoiser's."""
+    attribute, _, rest = key.partition(".")
+    if attribute in (*DENOISERS, *TEXT_ENCODERS):
+        return attribute, rest
+    return denoiser_name(pipeline), key
+
+
+def find(known: Mapping[str, Found], name: str) -> Found | None:
+    """What is known by ``name``; text encoders have lost the prefix "text_model." in transformers 5, files have not."""
+    for spelling in (name, name.removeprefix("text_model."), f"text_model.{name}"):
+        if spelling in known:
+            return known[spelling]
+    return None
+
+
+def lost_prefix(model: nn.Module | None) -> bool:
+    """Whether it is a CLIP text encoder whose names lack the "text_model." that they have in files."""
+    is_clip = str(getattr(getattr(model, "config", None), "model_type", "")).startswith("clip")
+    return is_clip and not hasattr(model, "text_model")
