@@ -24,6 +24,8 @@ FORMAT_KEY, FORMAT = "fdu_format", "delta 1"
 BASE_KEY, FINGERPRINT_KEY = "base", "base_fingerprint"
 ROWS, INDICES = ":rows", ":indices"
 """What is added to the names of changed rows and their indices; no parameter's name has a colon."""
+BUFFER = "position_ids"
+"""In text encoders of transformers 4; no weight."""
 FEW = 8
 """Rows are stored by themselves if at most one in so many changed."""
 
@@ -86,14 +88,14 @@ def is_delta(metadata: Mapping[str, str]) -> bool:
     return metadata.get(FORMAT_KEY, "").startswith("delta ")
 
 
-def check_base(pipeline: DiffusionPipeline, metadata: Mapping[str, str]) -> None:
-    """Make sure that a delta belongs to the pipeline.
-
-    Raises:
-        ValueError: another base, or a version of the format that is not known here.
-    """
+def check_version(metadata: Mapping[str, str]) -> None:
+    """Raise ValueError for a version of the format that is not known here."""
     if metadata[FORMAT_KEY] != FORMAT:
         raise ValueError(f"the file is a {metadata[FORMAT_KEY]!r}, this version of fdu reads {FORMAT!r}; update fdu")
+
+
+def check_base(pipeline: DiffusionPipeline, metadata: Mapping[str, str]) -> None:
+    """Raise ValueError if a delta was made on another base than the pipeline."""
     expected, found = metadata.get(FINGERPRINT_KEY, "none"), fingerprint(pipeline)
     if expected != found:
         name = pipeline.config.get("_name_or_path") or type(pipeline).__name__
@@ -104,15 +106,12 @@ def check_base(pipeline: DiffusionPipeline, metadata: Mapping[str, str]) -> None
         )
 
 
-def changes(
-    pipeline: DiffusionPipeline, tensors: Mapping[str, Tensor], ignored: tuple[str, ...] = ("position_ids",)
-) -> list[Change]:
+def changes(pipeline: DiffusionPipeline, tensors: Mapping[str, Tensor]) -> list[Change]:
     """The changes that a file's tensors mean, under the pipeline's own names. Nothing is changed yet.
 
     Args:
         pipeline: whose weights they are.
         tensors: new values by parameter, the denoiser's without or all with the pipeline's attribute before it.
-        ignored: endings of names that stand for buffers.
 
     Raises:
         ValueError: a parameter that the pipeline does not have, or a shape that does not fit.
@@ -124,7 +123,7 @@ def changes(
         attribute, _, name = full.partition(".")
         by_attribute.setdefault(attribute, {})[name] = full
     for key, tensor in tensors.items():
-        if key.endswith((INDICES, *ignored)):
+        if key.endswith((INDICES, BUFFER)):
             continue
         attribute, name = parts.split(pipeline, key.removesuffix(ROWS))
         target = parts.find(by_attribute.get(attribute, {}), name)
@@ -133,15 +132,10 @@ def changes(
                 f"the file changes {attribute}.{name}, which this {type(pipeline).__name__} does not have; "
                 "load it on the family of models that it was made for"
             )
-        rows = tensors[name_of_rows(key)] if key.endswith(ROWS) else None
+        rows = tensors.get(key.removesuffix(ROWS) + INDICES) if key.endswith(ROWS) else None
         _check_shape(target, tensor, own[target], rows)
         found.append(Change(target, tensor, rows))
     return found
-
-
-def name_of_rows(key: str) -> str:
-    """The name of the indices that belong to rows."""
-    return key.removesuffix(ROWS) + INDICES
 
 
 @torch.no_grad()

@@ -58,10 +58,9 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             "it; it is not loaded. Ask for a safetensors file. If you trust its maker, read it on a machine of its own "
             "with torch.load(..., weights_only=False) and write its tensors with safetensors.torch.save_file"
         ) from error
-    except (RuntimeError, EOFError, OSError, ValueError) as error:
-        raise ValueError(
-            f"weights {str(path)!r} cannot be read ({str(error).splitlines()[0]}); it is broken"
-        ) from error
+    except Exception as error:  # what a broken file makes the reader raise has no common kind
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"weights {str(path)!r} cannot be read ({reason}); the file is broken") from error
     tensors = dict(_flat(content, ""))
     if not tensors:
         raise ValueError(f"weights {str(path)!r} hold no tensors")

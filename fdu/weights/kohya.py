@@ -121,21 +121,26 @@ def _fused(updates: Sequence[Update | None], weights: Sequence[Tensor]) -> Updat
     like = present[0].up
     down = like.new_zeros(rank * len(updates), weights[0].shape[1])
     up = like.new_zeros(sum(weight.shape[0] for weight in weights), rank * len(updates))
-    magnitudes = []
     row = 0
     for index, (update, weight) in enumerate(zip(updates, weights, strict=True)):
         rows = slice(row, row := row + weight.shape[0])
-        # The magnitude of a layer that nothing changes is the norm of its rows.
-        magnitude = weight.detach().float().norm(dim=1).to(like)
         if update is not None:
             columns = slice(index * rank, index * rank + update.rank)
             down[columns] = update.down
             factor = update.alpha / update.rank / scale
             up[rows, columns] = update.up if factor == 1 else update.up * factor
-            magnitude = magnitude if update.magnitude is None else update.magnitude
-        magnitudes.append(magnitude)
-    has_magnitude = any(update.magnitude is not None for update in present)
-    return Update(down, up, scale * down.shape[0], torch.cat(magnitudes) if has_magnitude else None)
+    magnitude = None
+    if present[0].magnitude is not None:
+        # The magnitude of a layer that nothing changes is the norm of its rows.
+        magnitude = torch.cat(
+            [
+                weight.detach().float().norm(dim=1).to(like)
+                if update is None or update.magnitude is None
+                else update.magnitude
+                for update, weight in zip(updates, weights, strict=True)
+            ]
+        )
+    return Update(down, up, scale * down.shape[0], magnitude)
 
 
 def _parted(update: Update, sizes: Sequence[int]) -> list[Update | None]:

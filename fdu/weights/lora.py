@@ -7,6 +7,7 @@ import inspect
 import json
 import math
 import re
+import warnings
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -158,8 +159,10 @@ def attach(pipeline: DiffusionPipeline, updates: Updates, adapter_name: str | No
         raise ValueError(f"adapter_name {adapter_name!r} is taken; choose another, or delete that adapter first")
     active = {layer: list(layer.active_adapters) for model in models.values() for layer in _adapted(model)}
     try:
-        for attribute, model in models.items():
-            _inject(pipeline, attribute, model, updates[attribute], adapter_name)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Already found a `peft_config` attribute")  # several are the purpose
+            for attribute, model in models.items():
+                _inject(pipeline, attribute, model, updates[attribute], adapter_name)
     except BaseException:
         detach(pipeline, adapter_name)
         raise

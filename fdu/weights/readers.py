@@ -69,6 +69,7 @@ def load_weights(
             updates = lora.from_file(pipeline, tensors, metadata)
             return _load_lora(pipeline, "diffusers LoRA", tensors, updates, adapter_name, strength)
         if delta.is_delta(metadata):
+            delta.check_version(metadata)
             changes = delta.changes(pipeline, tensors)
             if check_base:
                 delta.check_base(pipeline, metadata)
