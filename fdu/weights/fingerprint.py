@@ -31,14 +31,15 @@ def fingerprint(pipeline: DiffusionPipeline, replaced: Mapping[str, Tensor] | No
     Raises:
         ValueError: ``replaced`` names a parameter that is not there.
     """
-    tensors: dict[str, Tensor] = {**parts.weights(pipeline)}
+    own = parts.weights(pipeline)
+    values: dict[int, Tensor] = {id(parameter): parameter for parameter in own.values()}
     for name, value in (replaced or {}).items():
-        if name not in tensors:
+        if name not in own:
             raise ValueError(f"replaced names {name!r}, which the pipeline does not have")
-        tensors[name] = value
+        values[id(own[name])] = value  # under all its names, if modules share it
     digest = hashlib.sha256()
-    for name in sorted(tensors):
-        tensor = tensors[name]
+    for name in sorted(own):
+        tensor = values[id(own[name])]
         label = f"{name.replace('.text_model.', '.')} {tuple(tensor.shape)} {tensor.dtype}\n"
         digest.update(label.encode())
         total, sample = _read(tensor)

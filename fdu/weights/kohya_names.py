@@ -121,7 +121,8 @@ def table(pipeline: DiffusionPipeline) -> Table:
         slots = _flux(attribute, denoiser.config.num_layers, denoiser.config.num_single_layers)
     else:
         raise ValueError(
-            f"kohya's names are known for Stable Diffusion 1.x, 2.x, XL, 3 and FLUX, not for {type(denoiser).__name__}"
+            "kohya's names are known for Stable Diffusion 1.x, 2.x, XL, 3 and FLUX, not for "
+            f'{type(denoiser).__name__}; choose save_as "delta" or "pipeline"'
         )
     found = {f"lora_unet_{name}": slot for name, slot in slots if present.issuperset(slot.layers)}
     for encoder, prefixes in _text_prefixes(pipeline, denoiser).items():

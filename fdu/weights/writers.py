@@ -10,23 +10,36 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from fdu.config import ADAPTER_METHODS
-from fdu.weights import delta, kohya, lora
+from fdu.weights import delta, kohya, kohya_names, lora
 from fdu.weights.files import PIPELINE_FILE
 from fdu.weights.merging import merged
 
 Format = Literal["lora", "kohya", "pipeline", "delta"]
 
 
-def choose_format(save_as: str, train_method: str) -> Format:
+def choose_format(save_as: str, train_method: str, pipeline: DiffusionPipeline | None = None) -> Format:
     """The format that ``save_as`` means for a training method; "auto" is what plain diffusers loads in one line.
 
+    Args:
+        save_as: "auto" or a format.
+        train_method: of :class:`fdu.EraseConfig`.
+        pipeline: whose family is to have the format; None does not look at it.
+
     Raises:
-        ValueError: an unknown format, or one that the method's result cannot have.
+        ValueError: an unknown format, or one that the method's result, or the family, cannot have.
     """
     trains_adapter = train_method in ADAPTER_METHODS
+    has_lora = pipeline is None or hasattr(pipeline, "save_lora_weights")
     if save_as == "auto":
-        return "lora" if trains_adapter else "pipeline"
+        return "lora" if trains_adapter and has_lora else "pipeline"
     if save_as == "lora" or save_as == "kohya":
+        if save_as == "lora" and not has_lora:
+            raise ValueError(
+                f'save_as "lora": diffusers has no LoRA format for {type(pipeline).__name__}; '
+                'choose save_as "delta" or "pipeline", which merge adapters'
+            )
+        if save_as == "kohya" and pipeline is not None:
+            kohya_names.table(pipeline)
         if not trains_adapter:
             raise ValueError(
                 f'save_as "{save_as}" needs an adapter, but train_method "{train_method}" changes the weights '

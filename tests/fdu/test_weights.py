@@ -367,6 +367,19 @@ def test_a_delta_of_few_rows_holds_these_alone(tmp_path: Path) -> None:
     assert torch.equal(plain.text_encoder.get_input_embeddings().weight, embedding)
 
 
+def test_a_delta_of_a_weight_that_modules_share(tmp_path: Path) -> None:
+    pipeline = families.build("flux")
+    weight = pipeline.text_encoder_2.shared.weight
+    names = [name for name, parameter in parts.weights(pipeline).items() if parameter is weight]
+    assert len(names) == 2
+    before = weight.detach().clone()
+    weight.data[3] += 1
+    file = weights.write(tmp_path, "delta", pipeline, changed_weights={names[0]: (before, weight.detach().clone())})
+    plain = families.build("flux")
+    weights.load_weights(plain, file)
+    assert torch.equal(plain.text_encoder_2.encoder.embed_tokens.weight, weight)
+
+
 def test_a_delta_holds_merged_adapters_on_top_of_changed_weights(tmp_path: Path) -> None:
     pipeline = families.build("sd")
     changed = change_weights(pipeline, "unet", CONTEXT["sd"])
@@ -429,6 +442,16 @@ def test_nothing_to_save_is_an_error(tmp_path: Path) -> None:
 )
 def test_the_format_that_save_as_means(save_as: str, train_method: str, expected: str) -> None:
     assert weights.choose_format(save_as, train_method) == expected
+
+
+def test_the_format_depends_on_what_the_family_can_have() -> None:
+    pixart, sana = families.build("pixart"), families.build("sana")
+    assert weights.choose_format("auto", "lora", pixart) == "pipeline"
+    assert weights.choose_format("auto", "lora", sana) == "lora"
+    with pytest.raises(ValueError, match="no LoRA format for PixArtAlphaPipeline.*delta"):
+        weights.choose_format("lora", "lora", pixart)
+    with pytest.raises(ValueError, match="not for SanaTransformer2DModel.*delta"):
+        weights.choose_format("kohya", "lora", sana)
 
 
 def test_a_format_that_cannot_be_is_refused_with_the_remedy() -> None:
