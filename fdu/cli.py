@@ -12,8 +12,9 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Any, Literal
 
 import tyro
 from tyro.conf import OmitArgPrefixes, Positional, UseAppendAction
@@ -22,13 +23,11 @@ import fdu
 from fdu.config import EraseConfig
 from fdu.loading import (
     EMBEDDED,
-    LORA_FILE,
     Dtype,
     SaveAs,
     check_dtype,
     check_erased,
     check_model,
-    check_save_as,
     choose_device,
     describe_device,
     is_embedded,
@@ -53,9 +52,10 @@ class Settings(EraseConfig):
     def __post_init__(self) -> None:
         """Nothing: what was typed is checked when it becomes an EraseConfig, so that errors read alike everywhere."""
 
-    def checked(self) -> EraseConfig:
-        """The settings, checked."""
-        return EraseConfig(**{name: getattr(self, name) for name in EraseConfig.field_names()})
+    def checked(self, **others: Any) -> EraseConfig:
+        """The settings, checked, with ``others`` for those that were not given."""
+        given = {name: getattr(self, name) for name in EraseConfig.field_names()}
+        return EraseConfig(**{**given, **{name: value for name, value in others.items() if given[name] is None}})
 
 
 @dataclasses.dataclass
@@ -126,7 +126,7 @@ class Erase:
     save_as: SaveAs = "auto"
     """Form of the result: lora (diffusers), kohya (ComfyUI, A1111, Forge), pipeline (a whole folder), delta (what
     changed, in safetensors); auto is lora where adapters were trained, and pipeline elsewhere."""
-    overwrite: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    overwrite: bool = False
     """Replace OUT if fdu wrote it; anything else is never replaced."""
     dtype: Dtype = "auto"
     """Type of the weights; auto is float32, or the type of --mixed_precision."""
@@ -137,13 +137,15 @@ class Erase:
     def prepare(self, command: str) -> Callable[[], None]:
         """Check everything; the work is what comes back."""
         from fdu.concepts import concept_pairs, read_concepts
-        from fdu.output import check_output
+        from fdu.output import check_output, whole_folder
+        from fdu.weights import choose_format
 
         types = self.concept_type[0] if len(self.concept_type) == 1 else self.concept_type or "object"
         pairs = concept_pairs(read_concepts(self.target), read_concepts(self.anchor), types)
         check_model(self.model)
-        config = self.settings.checked()
-        check_save_as(self.save_as, config.train_method)
+        checkpoints = Path(f"{self.out}.checkpoints")
+        config = self.settings.checked(checkpoint_dir=str(checkpoints))
+        keeps = self.settings.checkpoint_dir is None
         files = [name for name in (*self.target, *self.anchor) if name.endswith(".txt")]
         inputs = files + [str(folder) for folder in [model_folder(self.model)] if folder]
         check_output(self.out, self.overwrite, result_bytes(self.model, config.train_method, self.save_as), inputs)
@@ -155,26 +157,26 @@ class Erase:
             named = zip(self.target, anchors, strict=True)
             pairs = tuple(embedded.concepts(target.strip(), anchor.strip()) for target, anchor in named)
             config = demo.with_preserved(config, *(target.name for target, _ in pairs))
-        keeps = config.checkpoint_dir is None
-        if keeps:
-            config = dataclasses.replace(config, checkpoint_dir=f"{self.out}.checkpoints")
         device = choose_device(self.device)
 
         def work() -> None:
+            writes = is_main_process()
             try:
-                targets, anchors = ([pair[side] for pair in pairs] for side in (0, 1))
-                result = fdu.erase(load_model(self.model, dtype, device), targets, anchors, config=config)
-                if is_main_process():
-                    result.save(self.out, self.overwrite, self.save_as)
+                with whole_folder(self.out, self.overwrite) if writes else nullcontext() as folder:
+                    targets, anchors = ([pair[side] for pair in pairs] for side in (0, 1))
+                    result = fdu.erase(load_model(self.model, dtype, device), targets, anchors, config=config)
+                    if writes:
+                        result.save(folder, save_as=self.save_as)
             except BaseException:
-                if keeps:
-                    _tidy_checkpoints(Path(config.checkpoint_dir))
+                if keeps and writes:
+                    _tidy_checkpoints(checkpoints)
                 raise
-            if not is_main_process():
+            if not writes:
                 return
             if keeps:
-                shutil.rmtree(config.checkpoint_dir, ignore_errors=True)
-            print(f"Saved to {self.out} after {result.seconds:.0f} s. {_loading_line(self.model, self.out)}")
+                shutil.rmtree(checkpoints, ignore_errors=True)
+            format = choose_format(self.save_as, config.train_method)
+            print(f"Saved to {self.out} after {result.seconds:.0f} s. {_loading_line(self.model, self.out, format)}")
             if is_embedded(self.model):
                 print(f"Judge it with: {shlex.join(['fdu', 'evaluate', EMBEDDED, str(self.out)])}")
 
@@ -192,16 +194,17 @@ class Evaluate:
     base: Positional[str]
     """The pipeline before: "embedded"."""
     erased: Positional[str]
-    """The folder that `fdu erase` or ErasureResult.save wrote."""
+    """The folder that `fdu erase` or ErasureResult.save wrote; or weights that others made, in any form that
+    fdu.weights.load_weights reads."""
     target: str | None = None
-    """What was erased; need not be given if ERASED tells."""
+    """What was erased; need not be given if ERASED tells. Of several concepts, the one to judge."""
     images_per_class: int = 32
     """Images that the judge sees of every class, before and after."""
     seed: int = 0
     """Images are drawn with the seeds from SEED + 1000 on, which no training uses."""
     out: Path | None = None
     """Folder for metrics.json and report.html."""
-    overwrite: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    overwrite: bool = False
     """Replace OUT if fdu wrote it; anything else is never replaced."""
     device: str = "cpu"
     """Device to run on: cpu, cuda, mps or auto."""
@@ -219,9 +222,13 @@ class Evaluate:
             )
         _check_images(self.images_per_class)
         record = read_record(self.erased)
-        target = self.target or (record["target"]["name"] if record else None)
+        erased = [target for target, _ in record.get("concepts", [])] if record else []
+        if record and not erased:
+            erased = [record["target"]["name"]]
+        target = self.target or (erased[0] if len(erased) == 1 else None)
         if target is None:
-            raise ValueError(f"target is missing: ERASED {self.erased!r} does not tell what was erased; add --target")
+            told = f"says that it erased {' and '.join(erased)}" if erased else "does not tell what was erased"
+            raise ValueError(f"target is missing: ERASED {self.erased!r} {told}; add --target")
         if self.out is not None:
             check_output(self.out, self.overwrite, inputs=[self.erased])
         from fdu import demo, embedded
@@ -231,7 +238,7 @@ class Evaluate:
         device = choose_device(self.device)
 
         def work() -> None:
-            probes = embedded.probes(target)
+            probes = embedded.probes(target, *(name for name in erased if name != target))
             settings = {"images_per_class": self.images_per_class, "seed": self.seed + JUDGED_SEED}
             pipeline = load_model(EMBEDDED, device=device)
             before = fdu.draw(pipeline, probes, description="before", **settings)
@@ -251,7 +258,7 @@ class Evaluate:
 class Divergences:
     """List the divergences that --divergence takes."""
 
-    json: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    json: bool = False
     """Print JSON instead of a table."""
 
     def prepare(self, command: str) -> Callable[[], None]:
@@ -362,7 +369,7 @@ def _parse(arguments: list[str]) -> Command:
             description=DESCRIPTION,
             args=arguments,
             use_underscores=True,
-            config=(tyro.conf.PositionalMetavarFromFieldName, tyro.conf.DisallowNone),
+            config=(tyro.conf.PositionalMetavarFromFieldName, tyro.conf.DisallowNone, tyro.conf.FlagCreatePairsOff),
         )
     except SystemExit as stop:
         if stop.code in (OK, None):
@@ -383,12 +390,23 @@ def _print_evaluation(evaluation: fdu.Evaluation, probes: list[fdu.Probe]) -> No
     print(f"\n{table(evaluation, probes)}\n\n{judge(evaluation, probes).headline}.")
 
 
-def _loading_line(model: str, out: Path) -> str:
-    """The line of Python that loads the result in plain diffusers."""
-    if not (out / LORA_FILE).is_file():
-        return f"pipeline = DiffusionPipeline.from_pretrained({str(out)!r})"
+def _loading_line(model: str, out: Path, format: str) -> str:
+    """How the result is loaded."""
     base = "fdu.embedded.load_pipeline()" if is_embedded(model) else f"DiffusionPipeline.from_pretrained({model!r})"
-    return f"pipeline = {base}; pipeline.load_lora_weights({str(out)!r})"
+    return {
+        "lora": f"In plain diffusers:\n  pipeline = {base}; pipeline.load_lora_weights({str(out)!r})",
+        "kohya": f"In ComfyUI, Forge or A1111: put {out / 'kohya_lora.safetensors'} into the folder for LoRAs.",
+        "pipeline": f"In plain diffusers:\n  pipeline = DiffusionPipeline.from_pretrained({str(out)!r})",
+        "delta": f"In Python:\n  pipeline = {base}; fdu.weights.load_weights(pipeline, {str(out)!r})",
+    }[format]
+
+
+def _tidy_checkpoints(folder: Path) -> None:
+    """After a run that did not end well: say what can go on, or leave nothing."""
+    if any(folder.glob("checkpoint-*")):
+        print(f"fdu: its state is in {folder}; go on with --resume_from_checkpoint latest", file=sys.stderr)
+    else:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _quiet() -> None:

@@ -97,7 +97,26 @@ def concept_pairs(
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise ValueError(f"target names {twice[0]!r} twice; leave one out")
-    return pairs
+    return tuple((target, _away_from(pairs, anchor)) for target, anchor in pairs)
+
+
+def _away_from(pairs: Sequence[Pair], anchor: Concept) -> Concept:
+    """The anchor, with every prompt of it that another concept erases led on to that one's anchor.
+
+    With three towards eight and red towards black, "a three in red" has its end at "an eight in black" in either way.
+    """
+    leads = {prompt: other for target, end in pairs for prompt, other in zip(target.prompts, end.prompts, strict=True)}
+
+    def follow(prompt: str) -> str:
+        seen = [prompt]
+        while seen[-1] in leads:
+            seen.append(leads[seen[-1]])
+            if seen[-1] in seen[:-1]:
+                circle = " -> ".join(map(repr, seen))
+                raise ValueError(f"anchor: the concepts lead in a circle, {circle}; choose another anchor for one")
+        return seen[-1]
+
+    return Concept(anchor.name, tuple(follow(prompt) for prompt in anchor.prompts))
 
 
 def joined(concepts: Sequence[Concept]) -> Concept:

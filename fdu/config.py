@@ -17,6 +17,8 @@ TIMESTEP_SAMPLINGS = ("uniform", "importance")
 OPTIMIZERS = ("adamw", "adamw_8bit")
 MIXED_PRECISIONS = ("no", "fp16", "bf16")
 TRACKERS = ("none", "tensorboard", "wandb")
+PLACES = ("cache_dir", "checkpoint_dir", "resume_from_checkpoint", "logging_dir")
+"""Settings that say where a run keeps its files: nobody's business but its owner's."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,7 +9,6 @@ import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from fdu.config import ADAPTER_METHODS
 from fdu.output import RECORD_FILE, SMALL_RESULT
 
 if TYPE_CHECKING:
@@ -18,7 +17,6 @@ if TYPE_CHECKING:
 EMBEDDED = "embedded"
 """The name of the pipeline in the package."""
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-LORA_FILE = "pytorch_lora_weights.safetensors"
 PIPELINE_FILE = "model_index.json"
 HUB_PIPELINE = 6 << 30
 """Bytes taken for a pipeline that is not here yet; Stable Diffusion 1.5 takes 5.5 GB in float32."""
@@ -84,26 +82,15 @@ def model_folder(model: str) -> Path | None:
     return Path(model) if Path(model).is_dir() else None
 
 
-def check_save_as(save_as: str, train_method: str) -> str:
-    """The form that a result takes, which "auto" leaves to the training method.
+def result_bytes(model: str, train_method: str, save_as: str = "auto") -> int:
+    """Bytes that saving an erasure of ``model`` takes: LoRA weights are small, other forms up to a pipeline.
 
     Raises:
-        ValueError: adapters asked of a method that trains none, or a whole form asked of adapters.
+        ValueError: a form that the method's result cannot have.
     """
-    adapters = train_method in ADAPTER_METHODS
-    if save_as == "auto":
-        return "lora" if adapters else "pipeline"
-    if (save_as in ("lora", "kohya")) != adapters:
-        ways = "lora or kohya" if adapters else "pipeline or delta"
-        raise ValueError(
-            f"save_as {save_as!r} does not go with train_method {train_method!r}, whose result is saved as {ways}"
-        )
-    return save_as
+    from fdu.weights import choose_format
 
-
-def result_bytes(model: str, train_method: str, save_as: str = "auto") -> int:
-    """Bytes that saving an erasure of ``model`` takes: LoRA weights are small, other methods save up to a pipeline."""
-    if check_save_as(save_as, train_method) in ("lora", "kohya"):
+    if choose_format(save_as, train_method) in ("lora", "kohya"):
         return SMALL_RESULT
     folder = model_folder(model)
     if folder is None:
@@ -111,18 +98,19 @@ def result_bytes(model: str, train_method: str, save_as: str = "auto") -> int:
     return SMALL_RESULT + sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
-def check_erased(folder: str) -> None:
-    """Refuse a folder that holds no erasure.
+def check_erased(path: str) -> None:
+    """Refuse what holds no erasure: neither a pipeline nor weights that :func:`fdu.weights.load_weights` reads.
 
     Raises:
-        FileNotFoundError: there is no such folder, or neither LoRA weights nor a pipeline in it.
+        FileNotFoundError: there is nothing there, or no weights.
+        ValueError: several files of weights, or a file of another kind.
     """
-    if not Path(folder).is_dir():
-        raise FileNotFoundError(f"ERASED {folder!r} does not exist; give a folder that `fdu erase` wrote")
-    if not any((Path(folder) / name).is_file() for name in (LORA_FILE, PIPELINE_FILE)):
-        raise FileNotFoundError(
-            f"ERASED {folder!r} holds neither {LORA_FILE} nor {PIPELINE_FILE}; give a folder that `fdu erase` wrote"
-        )
+    if not Path(path).exists():
+        raise FileNotFoundError(f"ERASED {path!r} does not exist; give a folder that `fdu erase` wrote, or weights")
+    if not (Path(path) / PIPELINE_FILE).is_file():
+        from fdu.weights.files import weights_file
+
+        weights_file(path)
 
 
 def read_record(folder: str) -> dict | None:
@@ -222,20 +210,20 @@ def load_model(model: str, dtype: str = "float32", device: str = "cpu") -> Diffu
         raise OSError(f"model {model!r} could not be loaded: {_first_line(error)}") from error
 
 
-def load_erased(pipeline: DiffusionPipeline, folder: str, device: str = "cpu") -> DiffusionPipeline:
-    """``pipeline`` with the LoRA weights of ``folder``, which :func:`check_erased` accepted, or the pipeline in it.
+def load_erased(pipeline: DiffusionPipeline, path: str, device: str = "cpu") -> DiffusionPipeline:
+    """``pipeline`` with the weights of ``path``, which :func:`check_erased` accepted, or the pipeline in it.
 
     Raises:
         OSError: it cannot be loaded; the first line of the reason.
     """
-    from safetensors import SafetensorError
+    from fdu.weights import load_weights
 
-    if not (Path(folder) / LORA_FILE).is_file():
-        return load_model(folder, device=device)
+    if (Path(path) / PIPELINE_FILE).is_file():
+        return load_model(path, device=device)
     try:
-        pipeline.load_lora_weights(folder, weight_name=LORA_FILE)
-    except (OSError, ValueError, RuntimeError, KeyError, AttributeError, SafetensorError) as error:
-        raise OSError(f"weights {str(Path(folder) / LORA_FILE)!r} could not be loaded: {_first_line(error)}") from error
+        load_weights(pipeline, path)
+    except (OSError, ValueError, TypeError, RuntimeError, KeyError) as error:
+        raise OSError(f"weights {path!r} could not be loaded: {_first_line(error)}") from error
     return pipeline
 
 

@@ -11,13 +11,14 @@ from typing import Any
 from diffusers import DiffusionPipeline
 
 from fdu.concepts import Concept, Pair, joined
-from fdu.config import EraseConfig
+from fdu.config import PLACES, EraseConfig
 from fdu.denoisers import Denoiser
 from fdu.evaluation import Draws, Evaluation, Probe
 from fdu.output import RECORD_FILE, whole_folder, write_json
 from fdu.report import write_report
 from fdu.trainable import Trainable
 from fdu.versions import versions
+from fdu.weights import choose_format, write, write_card
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,27 +68,55 @@ class ErasureResult:
             "base": _base_name(str(self.pipeline.config.get("_name_or_path", ""))),
             "target": dataclasses.asdict(self.target),
             "anchor": dataclasses.asdict(self.anchor),
-            "config": self.config.as_dict(),
+            "concepts": [[target.name, anchor.name] for target, anchor in self.pairs],
+            "config": {name: value for name, value in self.config.as_dict().items() if name not in PLACES},
             "sigma": self.sigma,
             "seconds": self.seconds,
             "history": self.history,
             "versions": versions(),
         }
 
-    def save(self, folder: str | Path, overwrite: bool = False) -> Path:
-        """Write the result, whole or not at all; plain diffusers loads it.
+    def save(
+        self,
+        folder: str | Path,
+        overwrite: bool = False,
+        save_as: str = "auto",
+        evaluation: Evaluation | None = None,
+        probes: Sequence[Probe] = (),
+    ) -> Path:
+        """Write the result, whole or not at all.
 
-        LoRA weights load with ``pipeline.load_lora_weights(folder)``; a full pipeline (train_method "cross_attention")
-        with ``DiffusionPipeline.from_pretrained(folder)``. ``fdu.json`` beside them records how it was made.
+        Beside the weights lie ``fdu.json``, which records how they were made, and a model card, README.md.
+
+        Args:
+            folder: where to.
+            overwrite: whether a former result there is replaced.
+            save_as: "lora" (diffusers), "kohya" (ComfyUI, A1111, Forge), "pipeline" (a whole folder) or "delta" (the
+                changed weights); "auto" is "lora" where adapters were trained, else "pipeline". How each loads is said
+                in :func:`fdu.weights.write` and in the card.
+            evaluation, probes: figures for the card.
 
         Raises:
             FileExistsError: the folder is not empty and either ``overwrite`` is false or fdu did not write it.
-            ValueError: it is a mount point, or holds the working or the home folder.
+            ValueError: it is a mount point, or holds the working or the home folder; or a form that this result cannot
+                have.
             OSError: it cannot be written.
         """
+        format = choose_format(save_as, self.config.train_method)
+        record = self.record()
         with whole_folder(folder, overwrite) as fresh:
-            self.trainable.save(self.pipeline, fresh)
-            write_json(fresh / RECORD_FILE, self.record())
+            write(
+                fresh,
+                format,
+                self.pipeline,
+                self.trainable.lora_layers(),
+                self.trainable.changed_weights(),
+                self.config.lora_alpha,
+                record["base"],
+                {"target": self.target.name, "anchor": self.anchor.name},
+            )
+            write_json(fresh / RECORD_FILE, record)
+            write_card(fresh, format, self.pipeline, record, evaluation, probes)
         return Path(folder)
 
     def report(

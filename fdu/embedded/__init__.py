@@ -92,7 +92,8 @@ def preserved(*targets: str) -> tuple[str, ...]:
         neighbours += [prompt(SEEN_NOUNS[1].format(digit)) for digit in digits]
     if len(media) < len(MEDIA):
         phrases = [medium_phrases(medium)[0] for medium in media]
-        neighbours += [prompt(SEEN_NOUNS[1].format(digit), medium_phrase=phrase) for digit in digits for phrase in phrases]
+        nouns = [SEEN_NOUNS[1].format(digit) for digit in digits]
+        neighbours += [prompt(noun, medium_phrase=phrase) for noun in nouns for phrase in phrases]
     return tuple(dict.fromkeys((*(prompt(noun) for noun in SUPERCLASS_NOUNS), *neighbours)))
 
 

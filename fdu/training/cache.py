@@ -1,4 +1,4 @@
-"""Tensors that are costly to make and the same for many runs: kept in a folder, each file named by what it depends on."""
+"""Tensors that are costly to make and the same for many runs: kept in a folder, named by what they depend on."""
 
 from __future__ import annotations
 

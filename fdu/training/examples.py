@@ -1,4 +1,4 @@
-"""What the loop trains on: conditionings and latents, made once by the frozen model, and the batches drawn from them."""
+"""What the loop trains on: conditionings and latents, made once by the frozen model; and batches of them."""
 
 from __future__ import annotations
 

@@ -237,8 +237,8 @@ class Training:
 
         def predict() -> dict[str, Tensor]:
             with torch.no_grad(), self.trainable.frozen():
-                wanted = [self.objective.wanted(self.denoiser, batch) for batch in tqdm(batches, "frozen", unit="batch")]
-            return {"wanted": torch.stack(wanted)}
+                progress = tqdm(batches, "frozen", unit="batch")
+                return {"wanted": torch.stack([self.objective.wanted(self.denoiser, batch) for batch in progress])}
 
         wanted = self.cache.get("frozen", self._frozen_key(count), predict)["wanted"].to(self.denoiser.device)
         self.frozen_batches = list(zip(batches, wanted, strict=True))

@@ -57,7 +57,7 @@ class Objective(nn.Module):
 
     @torch.no_grad()
     def wanted(self, denoiser: Denoiser, batch: Batch) -> Tensor:
-        """What the trained denoiser is to predict for each sample of a batch, [N, C, H, W]; call it on the frozen one."""
+        """What the trained denoiser is to predict for each sample, [N, C, H, W]; call it while it is frozen."""
         size, preserving = batch.size, len(batch.noisy) > batch.size
         if self.config.objective == "noise":
             if not preserving:

@@ -77,7 +77,8 @@ def draw_validation(pipeline: DiffusionPipeline, config: EraseConfig) -> Tensor:
     settings = getattr(pipeline, "_progress_bar_config", {})
     pipeline.set_progress_bar_config(disable=True)
     try:
-        return torch.cat([_draw(pipeline, prompt, index, config) for index, prompt in enumerate(config.validation_prompts)])
+        numbered = enumerate(config.validation_prompts)
+        return torch.cat([_draw(pipeline, prompt, index, config) for index, prompt in numbered])
     finally:
         pipeline._progress_bar_config = settings
 

@@ -17,6 +17,7 @@ import fdu
 from fdu import cli, doctor, embedded
 from fdu.cli import main
 from fdu.output import SMALL_RESULT
+from fdu.training.loop import Training
 
 ERASE = ["erase", "embedded", "--target", "three", "--anchor", "eight", "--out", "out"]
 
@@ -133,7 +134,7 @@ def test_evaluate_refuses_before_any_work(capsys: pytest.CaptureFixture[str]) ->
     refusals = [
         (["./missing", "lora"], "BASE './missing' does not exist"),
         (["embedded", "missing"], "ERASED 'missing' does not exist"),
-        (["embedded", "empty"], "ERASED 'empty' holds neither"),
+        (["embedded", "empty"], "weights 'empty' hold no file that ends in .safetensors"),
         (["model", "lora"], "give a classifier through the Python API: fdu.evaluate with fdu.Probe"),
         (["org/model", "lora"], "give a classifier through the Python API: fdu.evaluate with fdu.Probe"),
         (["embedded", "lora"], "add --target"),
@@ -215,7 +216,7 @@ def test_every_setting_is_an_option_with_help(command: str, capsys: pytest.Captu
     main([command, "--help"])
     output = capsys.readouterr().out
     for name in fdu.EraseConfig.field_names():
-        assert f"--{name} " in output
+        assert f"--{name} " in output or f"--{name}\n" in output
     assert "Optimizer steps." in output
 
 
@@ -299,6 +300,15 @@ def test_erase_then_evaluate(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*ERASE, *quick, "--overwrite", "--train_method", "cross_attention"]) == cli.OK
     assert "DiffusionPipeline.from_pretrained('out')" in capsys.readouterr().out
 
+    for save_as, words in (
+        ("delta", "fdu.weights.load_weights(pipeline, 'out')"),
+        ("kohya", "out/kohya_lora.safetensors"),
+    ):
+        assert main([*ERASE, *quick, "--overwrite", "--save_as", save_as]) == cli.OK
+        assert words in capsys.readouterr().out
+        assert len([path for path in Path("out").iterdir() if path.suffix == ".safetensors"]) == 1
+    assert not Path("out.checkpoints").exists()
+
     assert main(["evaluate", "embedded", "out", "--images_per_class", "1", "--out", "judged"]) == cli.OK
     output = capsys.readouterr().out
     assert "before" in output and "retained (9 classes)" in output
@@ -367,7 +377,7 @@ def test_truncated_weights_are_told_in_a_line(capsys: pytest.CaptureFixture[str]
         patched.setattr(fdu, "draw", lambda *given, **named: real(*given, num_inference_steps=1, **named))
         assert main(["evaluate", "embedded", "lora", *quick]) == cli.FAILED
     error = capsys.readouterr().err
-    assert "weights 'lora/pytorch_lora_weights.safetensors' could not be loaded" in error and "Traceback" not in error
+    assert "weights 'lora' could not be loaded: " in error and "Traceback" not in error
 
 
 def test_evaluate_draws_with_seeds_that_no_training_used(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -405,3 +415,32 @@ def test_an_output_that_appears_during_the_training_costs_nothing(
     assert main([*ERASE, *quick]) == cli.FAILED
     kept = Path(capsys.readouterr().err.partition("it is kept in '")[2].partition("'")[0])
     assert (kept / "fdu.json").is_file() and [path.name for path in Path("out").iterdir()] == ["mine"]
+
+
+@pytest.mark.usefixtures("few_inference_steps")
+def test_two_concepts_are_judged_one_at_a_time(capsys: pytest.CaptureFixture[str]) -> None:
+    quick = ["--max_train_steps=2", "--train_batch_size=2", "--num_latents=4", "--num_inference_steps=2", "--rank=2"]
+    both = ["erase", "embedded", "--target", "three", "--target", "red", "--anchor", "eight", "--anchor", "black"]
+    assert main([*both, "--out", "out", *quick]) == cli.OK
+    preserved = json.loads(Path("out/fdu.json").read_text())["config"]["preservation_prompts"]
+    assert not any("three" in prompt or "red" in prompt for prompt in preserved)
+    capsys.readouterr()
+    assert "says that it erased three and red; add --target" in refused(["evaluate", "embedded", "out"], capsys)
+    assert main(["evaluate", "embedded", "out", "--target", "red", "--images_per_class", "1"]) == cli.OK
+    assert "retained (3 classes)" in capsys.readouterr().out
+
+
+def test_an_interrupted_run_says_how_to_go_on(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    quick = ["--max_train_steps=6", "--train_batch_size=2", "--num_latents=4", "--num_inference_steps=2", "--rank=2"]
+    real = Training._stops
+    monkeypatch.setattr(Training, "_stops", lambda self, stop: self.step == 3)
+    assert main([*ERASE, *quick]) == cli.INTERRUPTED
+    assert "its state is in out.checkpoints; go on with --resume_from_checkpoint latest" in capsys.readouterr().err
+    monkeypatch.setattr(Training, "_stops", real)
+    assert main([*ERASE, *quick]) == cli.FAILED
+    assert "go on with resume_from_checkpoint 'latest'" in capsys.readouterr().err
+    assert main([*ERASE, *quick, "--resume_from_checkpoint", "latest"]) == cli.OK
+    assert len(json.loads(Path("out/fdu.json").read_text())["history"]["loss"]) == 6
+    assert not Path("out.checkpoints").exists()

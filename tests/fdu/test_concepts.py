@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from fdu.concepts import OBJECT_TEMPLATES, STYLE_TEMPLATES, Concept, concept_pair
+from fdu.concepts import OBJECT_TEMPLATES, STYLE_TEMPLATES, Concept, concept_pair, concept_pairs
 
 
 def test_names_take_the_same_place_in_the_same_phrasings() -> None:
@@ -102,3 +102,32 @@ def test_a_file_in_another_encoding_is_refused_by_name(tmp_path: Path) -> None:
     (tmp_path / "cats.txt").write_bytes("ein Kätzchen".encode("latin-1"))
     with pytest.raises(ValueError, match=r"cats\.txt' is not text in UTF-8"):
         Concept.from_file(tmp_path / "cats.txt")
+
+
+def test_several_concepts_pair_in_order_and_one_anchor_serves_all() -> None:
+    pairs = concept_pairs([Concept("cat"), Concept("dog")], [Concept("pet"), Concept("animal")])
+    assert [(target.name, anchor.name) for target, anchor in pairs] == [("cat", "pet"), ("dog", "animal")]
+    assert [anchor.name for _, anchor in concept_pairs([Concept("cat"), Concept("dog")], "pet")] == ["pet", "pet"]
+    (style, thing) = concept_pairs([Concept("van gogh"), Concept("cat")], "painting", ["style", "object"])
+    assert "by van gogh" in style[0].prompts[3] and thing[0].prompts[0] == "cat"
+
+
+def test_concepts_that_meet_lead_to_one_end() -> None:
+    three = (Concept("three", ("three", "a red three")), Concept("eight", ("eight", "a red eight")))
+    red = (Concept("red", ("a red three", "a red eight")), Concept("black", ("a black three", "a black eight")))
+    towards_three = (*red[0].prompts, "a black three"), (*red[1].prompts, "a black eight")
+    pairs = concept_pairs([three[0], Concept("red", towards_three[0])], [three[1], Concept("black", towards_three[1])])
+    ends = {target: anchor for pair in pairs for target, anchor in zip(pair[0].prompts, pair[1].prompts, strict=True)}
+    assert ends["a red three"] == ends["a red eight"] == "a black eight"
+
+
+def test_several_concepts_that_do_not_fit_are_refused() -> None:
+    cats = [Concept("cat"), Concept("dog")]
+    with pytest.raises(ValueError, match="target holds 2 concepts but anchor 3"):
+        concept_pairs(cats, [Concept("a"), Concept("b"), Concept("c")])
+    with pytest.raises(ValueError, match="target holds 2 concepts but concept_type 1"):
+        concept_pairs(cats, "pet", ["object"])
+    with pytest.raises(ValueError, match="target names 'cat' twice"):
+        concept_pairs([Concept("cat"), Concept("cat")], "pet")
+    with pytest.raises(ValueError, match="lead in a circle, 'dog' -> 'cat' -> 'dog'"):
+        concept_pairs(cats, [Concept("dog"), Concept("cat")])

@@ -27,7 +27,7 @@ from fdu import EraseConfig
         ("s0", 0, "s0 must be a finite number > 0, got 0"),
         ("s0", float("nan"), "s0 must be a finite number"),
         ("distance", "max", "distance must be one of mean, sum, got 'max'"),
-        ("train_method", "full", "train_method must be one of lora, cross_attention"),
+        ("train_method", "unet", "train_method must be one of lora, dora, cross_attention"),
         ("rank", 0, "rank must be a whole number >= 1, got 0"),
         ("max_train_steps", -1, "max_train_steps must be a whole number >= 0"),
         ("max_train_steps", 1.5, "max_train_steps must be a whole number >= 0"),

@@ -14,8 +14,9 @@ from peft import LoraConfig
 from torch import Tensor
 
 import fdu
-from fdu import denoiser as denoiser_file
-from fdu import embedded, erasure
+from fdu import embedded
+from fdu.denoisers import Denoiser
+from fdu.training import examples, loop
 
 TRAIN_METHODS = ["lora", "cross_attention"]
 
@@ -57,7 +58,6 @@ def test_only_the_projections_that_read_the_prompt_are_trained(
     adapters = {name for name in after if name not in before}
     assert all(".attn2.to_k.lora_" in name or ".attn2.to_v.lora_" in name for name in adapters)
     assert bool(adapters) == (method == "lora")
-    assert not any(parameter.requires_grad for parameter in pipeline.unet.parameters())
 
 
 @pytest.mark.parametrize("method", TRAIN_METHODS)
@@ -99,7 +99,7 @@ def test_no_step_changes_nothing(pipeline: StableDiffusionPipeline, quick: dict[
 def test_the_frozen_anchor_is_no_second_model(
     pipeline: StableDiffusionPipeline, quick: dict[str, Any], method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    counts, real = [], erasure.make_batch
+    counts, real = [], loop.draw_batch
 
     def counting(*arguments: Any) -> Any:
         kinds = [type(thing) for thing in gc.get_objects() if issubclass(type(thing), torch.nn.Module)]
@@ -107,7 +107,7 @@ def test_the_frozen_anchor_is_no_second_model(
         return real(*arguments)
 
     gc.collect()
-    monkeypatch.setattr(erasure, "make_batch", counting)
+    monkeypatch.setattr(loop, "draw_batch", counting)
     fdu.erase(pipeline, "three", "eight", train_method=method, **quick)
     assert counts == [1] * quick["max_train_steps"]
 
@@ -226,7 +226,7 @@ def test_half_floats_need_a_gpu(quick: dict[str, Any]) -> None:
 
 @pytest.fixture
 def no_work(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(denoiser_file.UNetDenoiser, "encode", lambda *_: pytest.fail("work before the refusal"))
+    monkeypatch.setattr(Denoiser, "encode", lambda *_: pytest.fail("work before the refusal"))
     yield
 
 
@@ -259,38 +259,52 @@ def test_an_unknown_family_is_refused(pipeline: StableDiffusionPipeline) -> None
         fdu.erase(TwoEncoders(), "three", "eight")
 
 
-@pytest.mark.usefixtures("no_work")
 @pytest.mark.parametrize("method", TRAIN_METHODS)
-def test_adapters_of_the_user_are_not_touched(pipeline: StableDiffusionPipeline, method: str) -> None:
-    pipeline.unet.add_adapter(LoraConfig(r=2, target_modules=["attn2.to_k"]), adapter_name="mine")
-    with pytest.raises(ValueError, match=r"already carries adapters \(mine\).*fuse_lora"):
-        fdu.erase(pipeline, "three", "eight", train_method=method)
-
-
-@pytest.mark.usefixtures("no_work")
-def test_what_contradicts_the_erasure_or_cannot_run_is_refused(
-    pipeline: StableDiffusionPipeline, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with pytest.raises(ValueError, match="preservation_prompts holds 'three', a prompt of the target"):
-        fdu.erase(pipeline, "three", "eight", preservation_prompts=("four", "three"))
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(RuntimeError, match="erase runs in one process"):
-        fdu.erase(pipeline, "three", "eight")
-
-
-@pytest.mark.parametrize("method", TRAIN_METHODS)
-def test_looking_at_the_original_trains_nothing(
+def test_adapters_of_the_user_go_on_working(
     pipeline: StableDiffusionPipeline, quick: dict[str, Any], method: str
 ) -> None:
+    config = LoraConfig(r=2, target_modules=["attn2.to_k"], init_lora_weights=False)
+    pipeline.unet.add_adapter(config, adapter_name="mine")
+    before = picture(pipeline)
+    result = fdu.erase(pipeline, "three", "eight", train_method=method, **quick)
+    assert not torch.equal(picture(pipeline), before)
+    with result.original():
+        assert torch.equal(picture(pipeline), before)
+    assert "mine" in pipeline.unet.peft_config
+
+
+@pytest.mark.usefixtures("no_work")
+def test_what_contradicts_the_erasure_is_refused(pipeline: StableDiffusionPipeline) -> None:
+    with pytest.raises(ValueError, match="preservation_prompts holds 'three', a prompt of the target"):
+        fdu.erase(pipeline, "three", "eight", preservation_prompts=("four", "three"))
+    for anchor, mask, error in (
+        ("eight", torch.zeros(8, 8), "mask must hold values >= 0 and not only zeros"),
+        ("eight", -torch.ones(8, 8), "mask must hold values >= 0"),
+        ([fdu.Concept("eight"), fdu.Concept("three")], None, "anchor: the concepts lead in a circle"),
+    ):
+        targets = [fdu.Concept("three"), fdu.Concept("eight")] if isinstance(anchor, list) else "three"
+        with pytest.raises(ValueError, match=error):
+            fdu.erase(pipeline, targets, anchor, mask=mask)
+    with pytest.raises(TypeError, match=r"mask must be a tensor \[H, W\]"):
+        fdu.erase(pipeline, "three", "eight", mask=torch.ones(1, 8, 8))
+
+
+@pytest.mark.parametrize("method", TRAIN_METHODS)
+def test_what_the_user_trains_stays_as_it_was(
+    pipeline: StableDiffusionPipeline, quick: dict[str, Any], method: str
+) -> None:
+    pipeline.unet.requires_grad_(False)
+    pipeline.unet.conv_in.bias.requires_grad_(True)
     result = fdu.erase(pipeline, "three", "eight", train_method=method, **quick)
     with result.original():
         pass
-    assert not any(parameter.requires_grad for parameter in pipeline.unet.parameters())
+    training = [name for name, parameter in pipeline.unet.named_parameters() if parameter.requires_grad]
+    assert training == ["conv_in.bias"]
 
 
 def test_latents_are_drawn_from_all_prompts() -> None:
-    assert erasure.spread(("a", "b", "c", "d", "e"), 3) == ["a", "b", "d"]
-    assert erasure.spread(("a", "b"), 5) == ["a", "b", "a", "b", "a"]
+    assert examples.spread(5, 3) == [0, 1, 3]
+    assert examples.spread(2, 5) == [0, 1, 0, 1, 0]
 
 
 @pytest.mark.parametrize("precision", ["no", "bf16"])
@@ -303,7 +317,7 @@ def test_a_run_that_breaks_leaves_the_pipeline_as_it_was(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     before, names = picture(pipeline), set(pipeline.unet.state_dict())
-    real, calls = erasure.make_batch, []
+    real, calls = loop.draw_batch, []
 
     def interrupted(*arguments: Any) -> Any:
         calls.append(1)
@@ -311,12 +325,12 @@ def test_a_run_that_breaks_leaves_the_pipeline_as_it_was(
             raise KeyboardInterrupt
         return real(*arguments)
 
-    monkeypatch.setattr(erasure, "make_batch", interrupted)
+    monkeypatch.setattr(loop, "draw_batch", interrupted)
     with pytest.raises(KeyboardInterrupt):
         fdu.erase(pipeline, "three", "eight", train_method=method, mixed_precision=precision, **quick)
     assert torch.equal(picture(pipeline), before)
     assert set(pipeline.unet.state_dict()) == names and "forward" not in vars(pipeline.unet)
-    monkeypatch.setattr(erasure, "make_batch", real)
+    monkeypatch.setattr(loop, "draw_batch", real)
     fdu.erase(pipeline, "three", "eight", train_method=method, **quick)
     assert not torch.equal(picture(pipeline), before)
 

@@ -14,6 +14,7 @@ from torch import Tensor
 import fdu
 from fdu import embedded
 from fdu.result import _base_name
+from fdu.weights import lora
 
 
 def picture(pipeline: DiffusionPipeline) -> Tensor:
@@ -75,7 +76,7 @@ def test_a_failure_while_saving_leaves_the_former_result(
     def full(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(type(pipeline), "save_lora_weights", full)
+    monkeypatch.setattr(lora, "write", full)
     with pytest.raises(OSError, match="No space left"):
         result.save(tmp_path / "out", overwrite=True)
     assert sorted((path.name, path.read_bytes()) for path in (tmp_path / "out").iterdir()) == former

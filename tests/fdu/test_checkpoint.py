@@ -1,0 +1,203 @@
+"""Checkpoints: a run that was killed goes on bit for bit, and nothing that was saved is lost."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from torch import Tensor
+
+import fdu
+from fdu import embedded
+from fdu.training import checkpoint as checkpoint_file
+from fdu.training import loop
+from fdu.training.checkpoint import Checkpoints
+
+RUN = """
+import sys
+import torch
+import fdu
+from fdu import embedded
+torch.set_num_threads(1)
+folder, settings = sys.argv[1], eval(sys.argv[2])
+pipeline = embedded.load_pipeline()
+result = fdu.erase(pipeline, "three", "eight", checkpoint_dir=folder + "/checkpoints", **settings)
+torch.save({**{n: p.data for n, p in result.trainable.named_parameters().items()}, **{
+    n: torch.tensor(v) for n, v in result.history.items()}, "sigma": torch.tensor(result.sigma)}, folder + "/result.pt")
+"""
+"""A run in a process of its own, which leaves its trained weights, history and sigma in result.pt."""
+
+
+def start(folder: Path, **settings: Any) -> subprocess.Popen[bytes]:
+    folder.mkdir(exist_ok=True)
+    command = [sys.executable, "-c", RUN, str(folder), repr(settings)]
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+
+
+def finished(folder: Path, **settings: Any) -> dict[str, Tensor]:
+    process = start(folder, **settings)
+    error = process.communicate(timeout=200)[1].decode()
+    assert process.returncode == 0, error
+    return torch.load(folder / "result.pt", weights_only=True)
+
+
+def kill_at(process: subprocess.Popen[bytes], folder: Path, step: int, number: signal.Signals) -> str:
+    """Send the signal once the checkpoint of a step is there; the last words of the process."""
+    deadline = time.monotonic() + 200
+    while not (folder / "checkpoints" / f"checkpoint-{step}").exists():
+        assert process.poll() is None and time.monotonic() < deadline, "no checkpoint came"
+        time.sleep(0.01)
+    process.send_signal(number)
+    return process.communicate(timeout=200)[1].decode()
+
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "lora": {"gradient_accumulation_steps": 2},
+    "cross_attention": {"train_method": "cross_attention", "timestep_sampling": "importance", "weighting": "min_snr"},
+    "critic": {"variational": True, "divergence": "jensen_shannon", "critic_warmup_steps": 3},
+    "token": {"train_method": "token", "gradient_surgery": True},
+    "cached": {"frozen_batches": 4},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_killed_run_goes_on_bit_for_bit(quick: dict[str, Any], tmp_path: Path, variant: str) -> None:
+    settings = {**quick, "max_train_steps": 14, "checkpointing_steps": 5, **VARIANTS[variant]}
+    whole = finished(tmp_path / "whole", **settings)
+    killed = start(tmp_path / "killed", **settings)
+    kill_at(killed, tmp_path / "killed", 5, signal.SIGKILL)
+    assert killed.returncode == -signal.SIGKILL and not (tmp_path / "killed" / "result.pt").exists()
+    resumed = finished(tmp_path / "killed", **settings, resume_from_checkpoint="latest")
+    assert resumed.keys() == whole.keys()
+    assert all(torch.equal(resumed[name], whole[name]) for name in whole)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_where_the_run_is(quick: dict[str, Any], tmp_path: Path, number: signal.Signals) -> None:
+    settings = {**quick, "max_train_steps": 60, "checkpointing_steps": 5}
+    process = start(tmp_path / "run", **settings)
+    words = kill_at(process, tmp_path / "run", 5, number)
+    assert process.returncode != 0 and words.rstrip().endswith("KeyboardInterrupt")
+    kept = Checkpoints(tmp_path / "run" / "checkpoints", 2, {}).all()
+    assert int(kept[-1].name.removeprefix("checkpoint-")) > 5
+
+
+@pytest.fixture
+def run(quick: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
+    """Settings with a checkpoint after every second step."""
+    return {**quick, "checkpoint_dir": str(tmp_path / "kept"), "checkpointing_steps": 2, "max_train_steps": 6}
+
+
+def test_old_checkpoints_make_room(pipeline: StableDiffusionPipeline, run: dict[str, Any], tmp_path: Path) -> None:
+    fdu.erase(pipeline, "three", "eight", **run, checkpoints_total_limit=2)
+    names = sorted(path.name for path in (tmp_path / "kept").glob("*checkpoint*"))
+    assert names == ["checkpoint-4", "checkpoint-6"]
+
+
+def test_latest_begins_where_there_is_none(pipeline: StableDiffusionPipeline, run: dict[str, Any]) -> None:
+    result = fdu.erase(pipeline, "three", "eight", **run, resume_from_checkpoint="latest")
+    assert len(result.history["loss"]) == 6
+
+
+def test_another_runs_checkpoints_are_refused_before_any_work(run: dict[str, Any], tmp_path: Path) -> None:
+    fdu.erase(embedded.load_pipeline(), "three", "eight", **run)
+    with pytest.raises(FileExistsError, match="checkpoint_dir .* holds checkpoints of a former run.*'latest'"):
+        fdu.erase(embedded.load_pipeline(), "three", "eight", **run)
+    again = {**run, "resume_from_checkpoint": "latest"}
+    with pytest.raises(ValueError, match=r"was made with learning_rate 0\.002, this run has 0\.1"):
+        fdu.erase(embedded.load_pipeline(), "three", "eight", **again, learning_rate=0.1)
+    with pytest.raises(ValueError, match="belongs to another run: its concepts"):
+        fdu.erase(embedded.load_pipeline(), "four", "eight", **again)
+    other = embedded.load_pipeline()
+    with torch.no_grad():
+        other.unet.conv_in.bias[0] += 1
+    with pytest.raises(ValueError, match="belongs to another run: its base"):
+        fdu.erase(other, "three", "eight", **again)
+    with pytest.raises(FileNotFoundError, match="resume_from_checkpoint '.*none' holds no state.json"):
+        fdu.erase(
+            embedded.load_pipeline(), "three", "eight", **{**run, "resume_from_checkpoint": str(tmp_path / "none")}
+        )
+    newest = tmp_path / "kept" / "checkpoint-6" / "state.safetensors"
+    newest.write_bytes(newest.read_bytes()[:1000])
+    with pytest.raises(ValueError, match="checkpoint '.*checkpoint-6' cannot be read .*name an older one"):
+        fdu.erase(embedded.load_pipeline(), "three", "eight", **again)
+    older = {**run, "resume_from_checkpoint": str(tmp_path / "kept" / "checkpoint-4")}
+    assert len(fdu.erase(embedded.load_pipeline(), "three", "eight", **older).history["loss"]) == 6
+
+
+def test_a_full_disk_costs_the_checkpoint_and_not_the_run(
+    pipeline: StableDiffusionPipeline, run: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    real, calls = checkpoint_file.save_file, []
+
+    def full(tensors: dict[str, Tensor], path: Path) -> None:
+        calls.append(1)
+        real(tensors, path)
+        if len(calls) == 2:
+            path.write_bytes(path.read_bytes()[:100])
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint_file, "save_file", full)
+    result = fdu.erase(pipeline, "three", "eight", **run)
+    assert len(result.history["loss"]) == 6
+    assert "checkpoint after step 4 could not be written ([Errno 28] No space left on device); going on" in caplog.text
+    assert sorted(path.name for path in (tmp_path / "kept").glob("*checkpoint*")) == ["checkpoint-2", "checkpoint-6"]
+
+
+def test_a_loss_that_is_not_finite_keeps_the_last_good_state(
+    pipeline: StableDiffusionPipeline, run: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = loop.Training._step
+
+    def broken(self: loop.Training) -> Tensor:
+        if self.step == 4:
+            self.parameters[0].data.fill_(float("nan"))
+        return real(self)
+
+    monkeypatch.setattr(loop.Training, "_step", broken)
+    before = {name: tensor.clone() for name, tensor in pipeline.unet.state_dict().items()}
+    with pytest.raises(RuntimeError, match=r"the loss became nan at step 4;.*last good state is in '.*checkpoint-4'"):
+        fdu.erase(pipeline, "three", "eight", **run)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in pipeline.unet.state_dict().items())
+    assert [path.name for path in Checkpoints(tmp_path / "kept", 2, {}).all()][-1] == "checkpoint-4"
+    monkeypatch.setattr(loop.Training, "_step", real)
+    resumed = fdu.erase(pipeline, "three", "eight", **run, resume_from_checkpoint="latest")
+    assert all(value == value for value in resumed.history["loss"])
+
+
+def test_what_a_killed_process_left_unfinished_is_cleared_away(
+    pipeline: StableDiffusionPipeline, run: dict[str, Any], tmp_path: Path
+) -> None:
+    (tmp_path / "kept" / ".checkpoint-2-abc").mkdir(parents=True)
+    fdu.erase(pipeline, "three", "eight", **run)
+    assert not (tmp_path / "kept" / ".checkpoint-2-abc").exists()
+
+
+def test_nothing_in_a_checkpoint_is_a_pickle(
+    pipeline: StableDiffusionPipeline, run: dict[str, Any], tmp_path: Path
+) -> None:
+    fdu.erase(pipeline, "three", "eight", **run)
+    assert {path.suffix for path in (tmp_path / "kept").rglob("*") if path.is_file()} == {".json", ".safetensors"}
+
+
+def test_keys_and_kinds_survive(tmp_path: Path) -> None:
+    state = {"a": {0: torch.ones(2), "1": [1, (2.5, None)]}, "b": True, "c": torch.tensor(3, dtype=torch.int64)}
+    checkpoints = Checkpoints(tmp_path, 1, {"config": {}})
+    checkpoints.save(3, state)
+    found = checkpoints.load("latest")
+    assert found is not None and found[0] == 3
+    assert found[1]["a"][0].tolist() == [1, 1] and found[1]["a"]["1"] == [1, (2.5, None)]
+    assert found[1]["b"] is True and found[1]["c"].dtype == torch.int64
+    with pytest.raises(TypeError, match="cannot hold a set"):
+        checkpoints.save(4, {"a": {1, 2}})
+    assert [path.name for path in checkpoints.all()] == ["checkpoint-3"]

@@ -1,0 +1,87 @@
+"""Several processes: the same course as one process with the whole batch, and one that writes."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+RUN = """
+import sys
+import torch
+import fdu
+from fdu import embedded
+torch.set_num_threads(1)
+folder, settings = sys.argv[1], eval(sys.argv[2])
+import os
+rank = os.environ.get("RANK", "0")
+result = fdu.erase(embedded.load_pipeline(), *embedded.concepts("three", "eight"), **settings)
+torch.save({**{n: p.data for n, p in result.trainable.named_parameters().items()}, **{
+    "history " + n: torch.tensor(v) for n, v in result.history.items()}, "sigma": torch.tensor(result.sigma)},
+    folder + f"/{rank}.pt")
+"""
+
+
+def launch(folder: Path, processes: int, **settings: Any) -> list[dict[str, Tensor]]:
+    """What each process of a run ends with."""
+    folder.mkdir()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    running = []
+    for rank in range(processes):
+        place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)} if processes > 1 else {}
+        environment = {**os.environ, **place, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        command = [sys.executable, "-c", RUN, str(folder), repr(settings)]
+        running.append(subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE))
+    for process in running:
+        error = process.communicate(timeout=250)[1].decode()
+        assert process.returncode == 0, error
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(processes)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "others",
+    [
+        {},
+        {"train_method": "cross_attention", "gradient_accumulation_steps": 2, "gradient_surgery": True},
+        {"train_method": "token"},
+        {"variational": True, "divergence": "jensen_shannon", "critic_warmup_steps": 2},
+        {"timestep_sampling": "importance", "frozen_batches": 0},
+    ],
+    ids=lambda others: "-".join(map(str, others.values())) or "lora",
+)
+def test_two_processes_are_one_with_the_whole_batch(
+    quick: dict[str, Any], tmp_path: Path, others: dict[str, Any]
+) -> None:
+    settings = {**quick, "max_train_steps": 12, "num_latents": 16, "learning_rate": 1e-4, **others}
+    (one,) = launch(tmp_path / "one", 1, **{**settings, "train_batch_size": 8})
+    two = launch(tmp_path / "two", 2, **{**settings, "train_batch_size": 4})
+    for name in one:
+        torch.testing.assert_close(two[0][name], two[1][name], rtol=0, atol=0)
+        if name != "history distance":  # a median of medians is another number
+            torch.testing.assert_close(two[0][name], one[name], rtol=2e-3, atol=2e-5)
+
+
+@pytest.mark.slow
+def test_accelerate_launch_saves_one_result(tmp_path: Path) -> None:
+    options = ["--max_train_steps", "2", "--train_batch_size", "2", "--num_latents", "4", "--num_inference_steps", "1"]
+    erase = ["erase", "embedded", "--target", "three", "--anchor", "eight", "--out", "out", "--device", "cpu", *options]
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    command = [*launcher, "--num_machines", "1", "--main_process_port", port, "-m", "fdu", *erase]
+    ran = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=250)
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.count("Saved to out") == 1
+    assert (tmp_path / "out" / "pytorch_lora_weights.safetensors").is_file()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]

@@ -1,0 +1,293 @@
+"""What a run can be told to do: objectives, several concepts, weightings, caches, memory, trackers."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from torch import Tensor
+
+import fdu
+from fdu import embedded
+from fdu.denoisers import denoiser_of
+from fdu.training import examples, loop, objective
+
+
+def trained(result: fdu.ErasureResult) -> dict[str, Tensor]:
+    return {name: parameter.detach().clone() for name, parameter in result.trainable.named_parameters().items()}
+
+
+def erase(settings: dict[str, Any], **others: Any) -> fdu.ErasureResult:
+    """ "three" towards "eight" on a pipeline of its own."""
+    return fdu.erase(embedded.load_pipeline(), *embedded.concepts("three", "eight"), **{**settings, **others})
+
+
+def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize(
+    "others",
+    [
+        {"objective": "noise"},
+        {"negative_guidance": 1.0},
+        {"gradient_surgery": True},
+        {"weighting": "posterior"},
+        {"weighting": "min_snr"},
+        {"weighting": "p2"},
+        {"timestep_sampling": "importance"},
+        {"train_method": "dora"},
+        {"train_method": "attention"},
+        {"train_method": "full"},
+        {"train_method": "text_encoder"},
+        {"train_method": "token"},
+        {"variational": True, "divergence": "kl", "critic_warmup_steps": 1},
+        {"variational": True, "divergence": "jensen_shannon", "critic_warmup_steps": 1, "gradient_surgery": True},
+    ],
+    ids=lambda others: "-".join(map(str, others.values())),
+)
+def test_every_way_trains_and_comes_back(quick: dict[str, Any], others: dict[str, Any]) -> None:
+    pipeline = embedded.load_pipeline()
+    state = {name: tensor.clone() for name, tensor in pipeline.unet.state_dict().items()}
+    result = fdu.erase(pipeline, *embedded.concepts("three", "eight"), **{**quick, "max_train_steps": 6, **others})
+    assert all(value == value and abs(value) < 1e6 for values in result.history.values() for value in values)
+    assert any(bool(tensor.any()) for tensor in trained(result).values())
+    with result.original() as original:
+        names = {name: tensor for name, tensor in original.unet.state_dict().items() if name in state}
+        assert all(torch.equal(tensor, state[name]) for name, tensor in names.items())
+    plain = trained(erase(quick, max_train_steps=6))
+    assert not same(trained(result), plain)
+
+
+@pytest.mark.parametrize("others", [{}, {"negative_guidance": 2.0}, {"objective": "noise"}])
+def test_what_is_wanted_of_the_trained_denoiser(pipeline: StableDiffusionPipeline, others: dict[str, Any]) -> None:
+    config = fdu.EraseConfig(train_batch_size=3, num_latents=8, num_inference_steps=2, **others)
+    denoiser = denoiser_of(pipeline)
+    batch = _a_batch(denoiser, config)
+    wanted = objective.Objective(denoiser, config).wanted(denoiser, batch)
+    with torch.no_grad():
+        anchor = denoiser.predict(batch.noisy, batch.indices, batch.anchor)
+        target = denoiser.predict(batch.noisy[:3], batch.indices[:3], batch.conditioning[slice(0, 3)])
+    expected = {0.0: anchor[:3], 2.0: anchor[:3] + 2 * (anchor[:3] - target)}[config.negative_guidance]
+    if config.objective == "noise":
+        clean = batch.noisy[:3] - denoiser.noise[batch.indices[:3]].view(-1, 1, 1, 1) * batch.true_output
+        expected = batch.true_output
+        latents = clean / denoiser.signal[batch.indices[:3]].view(-1, 1, 1, 1)
+        assert latents.std() == pytest.approx(1.0, abs=0.5)  # the embedded pipeline's latents are standardised
+    torch.testing.assert_close(wanted[:3], expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(wanted[3:], anchor[3:], rtol=1e-4, atol=1e-5)
+
+
+def _a_batch(denoiser: Any, config: fdu.EraseConfig, pairs: Any = None) -> examples.Batch:
+    from accelerate import Accelerator
+
+    from fdu.training.cache import Cache
+    from fdu.training.timesteps import TimestepSampler
+
+    pairs = pairs or (embedded.concepts("three", "eight"),)
+    prepared = examples.prepare_examples(denoiser, pairs, config, Accelerator(cpu=True), Cache(None, {}))
+    sampler = TimestepSampler(config.timestep_sampling, len(denoiser.signal))
+    return examples.draw_batch(denoiser, prepared, config, sampler, torch.Generator().manual_seed(0))
+
+
+def test_noise_is_paired_with_the_prompt_it_was_drawn_with(pipeline: StableDiffusionPipeline) -> None:
+    config = fdu.EraseConfig(objective="noise", num_latents=40, num_inference_steps=1, max_train_steps=40)
+    from accelerate import Accelerator
+
+    from fdu.training.cache import Cache
+
+    denoiser, drawn = denoiser_of(pipeline), []
+    real = denoiser.draw_latents
+    denoiser.draw_latents = lambda prompts, *rest: (drawn.extend(prompts), real(prompts, *rest))[1]  # type: ignore
+    pair = embedded.concepts("three", "eight")
+    prepared = examples.prepare_examples(denoiser, [pair], config, Accelerator(cpu=True), Cache(None, {}))
+    assert [pair[1].prompts[index] for index in prepared.pair] == drawn[: len(prepared.pair)]
+
+
+def test_several_concepts_share_steps_and_latents(pipeline: StableDiffusionPipeline) -> None:
+    pairs = (embedded.concepts("three", "eight"), embedded.concepts("red", "black"))
+    config = fdu.EraseConfig(num_latents=32, num_inference_steps=1, train_batch_size=64, preservation_weight=0.0)
+    from accelerate import Accelerator
+
+    from fdu.training.cache import Cache
+    from fdu.training.timesteps import TimestepSampler
+
+    denoiser = denoiser_of(pipeline)
+    prepared = examples.prepare_examples(denoiser, pairs, config, Accelerator(cpu=True), Cache(None, {}))
+    assert prepared.latents_per_concept == 16 and len(prepared.latents) == 32
+    marked = examples.dataclasses.replace(
+        prepared, latents=torch.arange(32.0).view(-1, 1, 1, 1).expand(prepared.latents.shape)
+    )
+    denoiser.signal, denoiser.noise = torch.ones(1000), torch.zeros(1000)
+    batch = examples.draw_batch(denoiser, marked, config, TimestepSampler("uniform", 1000), torch.Generator())
+    three = set(pairs[0][0].prompts) - set(pairs[1][0].prompts)
+    concept = [text not in three for text in batch.texts]
+    assert 10 < sum(concept) < 54
+    drawn = batch.noisy[:, 0, 0, 0].tolist()
+    assert all(latent < 16 for latent, second in zip(drawn, concept, strict=True) if not second)
+    only_red = set(pairs[1][0].prompts) - set(pairs[0][0].prompts)
+    assert all(latent >= 16 for latent, text in zip(drawn, batch.texts, strict=True) if text in only_red)
+
+
+def test_two_concepts_at_once_are_recorded(quick: dict[str, Any], tmp_path: Path) -> None:
+    targets, anchors = [fdu.Concept("three"), fdu.Concept("red")], [fdu.Concept("eight"), fdu.Concept("black")]
+    result = fdu.erase(embedded.load_pipeline(), targets, anchors, concept_type=["object", "style"], **quick)
+    record = result.record()
+    assert record["target"]["name"] == "three, red" and record["anchor"]["name"] == "eight, black"
+    assert record["concepts"] == [["three", "eight"], ["red", "black"]]
+
+
+def test_no_more_latents_are_drawn_than_the_steps_can_use(
+    pipeline: StableDiffusionPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+    monkeypatch.setattr(
+        type(denoiser_of(pipeline)),
+        "sample",
+        lambda self, prompts, *_: calls.extend(prompts) or torch.zeros(len(prompts), 4, 8, 8),
+    )
+    fdu.erase(pipeline, "three", "eight", max_train_steps=1, train_batch_size=2, num_latents=500)
+    assert len(calls) == 4
+
+
+@pytest.mark.parametrize("others", [{}, {"train_method": "cross_attention", "gradient_accumulation_steps": 2}])
+def test_frozen_outputs_computed_beforehand_change_nothing(quick: dict[str, Any], others: dict[str, Any]) -> None:
+    assert same(trained(erase(quick, **others)), trained(erase(quick, frozen_batches=100, **others)))
+
+
+def test_frozen_batches_are_used_in_turn(quick: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    seen, real = [], loop.Training._predict
+    monkeypatch.setattr(
+        loop.Training, "_predict", lambda self, batch, part: (seen.append(id(batch)), real(self, batch, part))[1]
+    )
+    erase(quick, frozen_batches=3, max_train_steps=7)
+    assert len(set(seen)) == 3 and seen[0] == seen[3] == seen[6] and seen[1] == seen[4]
+
+
+def test_the_cache_serves_other_runs(quick: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = {**quick, "cache_dir": str(tmp_path), "frozen_batches": 4}
+    plain = trained(erase({**quick, "frozen_batches": 4}))
+    first = trained(erase(settings))
+    assert same(first, plain)
+    assert sorted(path.name.split("-")[0] for path in tmp_path.iterdir()) == ["frozen", "latents", "prompts"]
+    denoiser = type(denoiser_of(embedded.load_pipeline()))
+    with monkeypatch.context() as patch:
+        for name in ("sample", "encode_batch"):
+            patch.setattr(denoiser, name, lambda *_: pytest.fail("the cache has it"))
+        patch.setattr(objective.Objective, "wanted", lambda *_: pytest.fail("the cache has it"))
+        assert same(trained(erase(settings)), first)
+        assert not same(trained(erase(settings, divergence="pearson_chi2", learning_rate=1e-3)), first)
+    # Another seed, other prompts or another model are other entries.
+    erase(settings, seed=1)
+    pipeline = embedded.load_pipeline()
+    with torch.no_grad():
+        pipeline.unet.conv_in.bias.add_(1)
+    fdu.erase(pipeline, *embedded.concepts("three", "eight"), **settings)
+    assert len([path for path in tmp_path.iterdir() if path.name.startswith("latents")]) == 3
+    for path in tmp_path.iterdir():
+        path.write_bytes(b"broken")
+    assert same(trained(erase(settings)), first)
+
+
+def test_the_cache_tells_stacked_erasures_apart(quick: dict[str, Any], tmp_path: Path) -> None:
+    pipeline = embedded.load_pipeline()
+    settings = {**quick, "cache_dir": str(tmp_path), "learning_rate": 0.1}
+    fdu.erase(pipeline, *embedded.concepts("three", "eight"), **settings)
+    fdu.erase(pipeline, *embedded.concepts("four", "nine"), **settings)
+    before = len(list(tmp_path.iterdir()))
+    fdu.erase(embedded.load_pipeline(), *embedded.concepts("four", "nine"), **settings)
+    assert len([path for path in tmp_path.iterdir() if path.name.startswith("latents")]) == 3
+    assert len(list(tmp_path.iterdir())) > before
+
+
+def test_checkpointed_activations_give_the_same_weights(quick: dict[str, Any]) -> None:
+    pipeline = embedded.load_pipeline()
+    result = fdu.erase(pipeline, *embedded.concepts("three", "eight"), gradient_checkpointing=True, **quick)
+    assert not pipeline.unet.is_gradient_checkpointing
+    plain = trained(erase(quick))
+    for name, tensor in trained(result).items():
+        torch.testing.assert_close(tensor, plain[name], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_a_compiled_denoiser_gives_the_same_weights(quick: dict[str, Any]) -> None:
+    compiled, plain = trained(erase(quick, compile=True)), trained(erase(quick))
+    for name, tensor in compiled.items():
+        torch.testing.assert_close(tensor, plain[name], rtol=2e-2, atol=1e-4)
+
+
+def test_a_mask_leaves_out_what_it_hides(pipeline: StableDiffusionPipeline, quick: dict[str, Any]) -> None:
+    mask = torch.zeros(32, 32)
+    mask[:, 16:] = 1
+    settings = {**quick, "preservation_weight": 0.0, "learning_rate": 1e-12, "sigma": 1.0}
+    whole = fdu.erase(embedded.load_pipeline(), "three", "eight", **settings).history["distance"]
+    right = fdu.erase(embedded.load_pipeline(), "three", "eight", mask=mask, **settings).history["distance"]
+    left = fdu.erase(embedded.load_pipeline(), "three", "eight", mask=1 - mask, **settings).history["distance"]
+    assert right != left
+    assert fdu.erase(pipeline, "three", "eight", mask=torch.ones(8, 8), **settings).history[
+        "distance"
+    ] == pytest.approx(whole)
+
+
+def test_the_text_encoders_are_trained_alone(quick: dict[str, Any]) -> None:
+    pipeline = embedded.load_pipeline()
+    unet = {name: tensor.clone() for name, tensor in pipeline.unet.state_dict().items()}
+    text = {name: tensor.clone() for name, tensor in pipeline.text_encoder.state_dict().items()}
+    fdu.erase(pipeline, *embedded.concepts("three", "eight"), train_method="text_encoder", **quick)
+    assert same(pipeline.unet.state_dict(), unet) and not same(pipeline.text_encoder.state_dict(), text)
+
+
+def test_one_erasure_after_another(quick: dict[str, Any]) -> None:
+    pipeline = embedded.load_pipeline()
+    first = fdu.erase(pipeline, *embedded.concepts("three", "eight"), **quick)
+    before = {name: parameter.detach().clone() for name, parameter in pipeline.unet.named_parameters()}
+    second = fdu.erase(pipeline, *embedded.concepts("red", "black"), **quick)
+    after = dict(pipeline.unet.named_parameters())
+    assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
+    assert first.trainable.named_parameters().keys() and not same(trained(first), trained(second))
+
+
+def test_settings_that_contradict_each_other_are_refused(pipeline: StableDiffusionPipeline) -> None:
+    for settings, message in (
+        ({"objective": "noise", "negative_guidance": 1.0}, "negative_guidance goes with the objective 'model'"),
+        ({"variational": True, "divergence": "mse"}, "'mse' has no generator f"),
+        ({"gradient_surgery": True, "preservation_weight": 0.0}, "gradient_surgery needs preservation"),
+        ({"frozen_batches": 2, "timestep_sampling": "importance"}, "frozen_batches holds timesteps fixed"),
+        ({"resume_from_checkpoint": "latest"}, "resume_from_checkpoint needs checkpoint_dir"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            fdu.erase(pipeline, "three", "eight", **settings)
+
+
+@pytest.mark.parametrize("tracker", ["tensorboard", "wandb"])
+def test_a_tracker_that_is_not_installed_is_refused(
+    pipeline: StableDiffusionPipeline, tracker: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ImportError, match=f"report_to '{tracker}' needs {tracker}; pip install {tracker}"):
+        fdu.erase(pipeline, "three", "eight", report_to=tracker)
+
+
+def test_an_optimizer_that_is_not_installed_is_refused(pipeline: StableDiffusionPipeline) -> None:
+    with pytest.raises((ImportError, ValueError), match="optimizer 'adamw_8bit' needs (bitsandbytes|a GPU)"):
+        fdu.erase(pipeline, "three", "eight", optimizer="adamw_8bit")
+
+
+def test_the_course_and_pictures_go_to_the_tracker(quick: dict[str, Any], tmp_path: Path) -> None:
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    settings = {**quick, "max_train_steps": 12, "validation_prompts": ("three", "four"), "validation_steps": 6}
+    plain = erase(quick, max_train_steps=12)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        result = erase(settings, report_to="tensorboard", logging_dir=str(tmp_path))
+    assert same(trained(result), trained(plain)), "looking at a run must not change it"
+    assert sorted(path.name for path in (tmp_path / "validation").iterdir()) == ["step-000006.png", "step-000012.png"]
+    read = events.EventAccumulator(str(tmp_path / "fdu"))
+    read.Reload()
+    logged = [event.value for event in read.Scalars("loss")]
+    assert logged[-1] == pytest.approx(result.history["loss"][-1], rel=1e-5) and len(logged) == 3
+    assert "validation" in read.Tags()["images"]
