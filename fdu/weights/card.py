@@ -10,6 +10,7 @@ from typing import Any
 from diffusers import DiffusionPipeline, StableDiffusion3Pipeline
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from fdu.config import PLACES
 from fdu.evaluation import Evaluation, Probe
 from fdu.loading import HUB_ID, is_embedded
 from fdu.verdict import comparison, judge, percent, uncertainty
@@ -17,8 +18,6 @@ from fdu.weights.kohya import KOHYA_FILE
 from fdu.weights.writers import Format
 
 CARD_FILE = "README.md"
-PLACES = ("cache_dir", "checkpoint_dir", "resume_from_checkpoint", "logging_dir")
-"""Settings that say where a run kept its files: nobody's business but its owner's."""
 WHAT = {
     "lora": "A LoRA adapter",
     "kohya": "A LoRA adapter in kohya's names",
