@@ -490,8 +490,8 @@ FDU_FUNCTION V first_lanes(V value, int64_t count) {
     return load_some((const Lane<V>*)spread, count);
 }
 
-template <class T>
-double elements(const ElementWork& work, int64_t begin, int64_t end) {
+template <class T, Known known, bool sloped>
+double elements_of(const ElementWork& work, int64_t begin, int64_t end) {
     using A = Accumulator<T>;
     using V = Vector<T>;
     constexpr int w = width<T>;
@@ -514,37 +514,37 @@ double elements(const ElementWork& work, int64_t begin, int64_t end) {
         for (; i + 2 * w <= n; i += 2 * w) {
             const V x[2] = {Element<T>::load(v + i), Element<T>::load(v + i + w)};
             V value[2], slope[2];
-            evaluate(function, x, value, slope);
+            evaluate<known, sloped>(function, x, value, slope);
 #pragma GCC unroll 2
             for (int j = 0; j < 2; ++j) {
                 const int64_t at = i + j * w;
-                slope[j] *= scale;
-                if (upstream) slope[j] *= Element<A>::load(upstream + at);
+                if (sloped) slope[j] *= scale;
+                if (sloped && upstream) slope[j] *= Element<A>::load(upstream + at);
                 if (factor) {
                     const V m = Element<A>::load(factor + at);
                     value[j] *= m;
-                    slope[j] *= m;
+                    if (sloped) slope[j] *= m;
                 }
                 sums[at / w % (lanes / w)] += value[j];
                 if (terms.data) store<A>(terms.data + at, value[j]);
-                if (grad.data) store<T>(grad.data + at, slope[j]);
+                if (sloped) store<T>(grad.data + at, slope[j]);
             }
         }
         for (; i < n; i += w) {
             const int64_t left = n - i < w ? n - i : w;
             const V x[1] = {load_some(v + i, left)};
             V value[1], slope[1];
-            evaluate(function, x, value, slope);
-            slope[0] *= scale;
-            if (upstream) slope[0] *= load_some(upstream + i, left);
+            evaluate<known, sloped>(function, x, value, slope);
+            if (sloped) slope[0] *= scale;
+            if (sloped && upstream) slope[0] *= load_some(upstream + i, left);
             if (factor) {
                 const V m = load_some(factor + i, left);
                 value[0] *= m;
-                slope[0] *= m;
+                if (sloped) slope[0] *= m;
             }
             sums[i / w % (lanes / w)] += first_lanes(value[0], left);
             if (terms.data) store_some(terms.data + i, value[0], left);
-            if (grad.data) store_some(grad.data + i, slope[0], left);
+            if (sloped) store_some(grad.data + i, slope[0], left);
         }
         if (work.sums) {
             alignas(64) A spread[lanes];
@@ -555,6 +555,17 @@ double elements(const ElementWork& work, int64_t begin, int64_t end) {
         grad.finish();
     }
     return total(joined);
+}
+
+template <class T, Known known>
+double elements_known(const ElementWork& work, int64_t begin, int64_t end) {
+    return (work.grad.data ? elements_of<T, known, true> : elements_of<T, known, false>)(work, begin, end);
+}
+
+template <class T>
+double elements(const ElementWork& work, int64_t begin, int64_t end) {
+    const bool alone = is_softplus_alone(read_element_function<Accumulator<T>>(work.numbers));
+    return (alone ? elements_known<T, Known::softplus_alone> : elements_known<T, Known::nothing>)(work, begin, end);
 }
 
 template <class A>

@@ -86,7 +86,7 @@ FDU_KERNEL expectation_kernel(FDU_TASK(ElementTask) task) {
         const int64_t position = first + int64_t(element_batch) * thread_index(), left = task.size - position;
         float v[element_batch], value[element_batch], slope[element_batch], factor[element_batch];
         load_batch<vectors>(task.space, task.v, position, left, v);
-        evaluate(task.function, v, value, slope);
+        evaluate<Known::nothing, sloped>(task.function, v, value, slope);
         if (sloped) {
 #pragma unroll
             for (int i = 0; i < element_batch; ++i) slope[i] *= multiplier;

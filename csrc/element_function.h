@@ -38,6 +38,19 @@ inline ElementFunction<L> read_element_function(const double* numbers) {
     return {L(numbers[0]), int(numbers[1]), read_tilted_row<L>(numbers + 2), read_tilted_row<L>(numbers + 3 + row_fields)};
 }
 
+// Whether Known::softplus_alone holds.
+template <class L>
+inline bool is_softplus_alone(const ElementFunction<L>& function) {
+    const TiltedRow<L>& first = function.first;
+    const Row<L>& row = first.row;
+    const L others[] = {row.constant, row.linear,          row.square, row.exp,   row.expm1,
+                        row.sigmoid,  row.sigmoid_squared, row.step,   first.tilt};
+    for (const L other : others) {
+        if (other != 0) return false;
+    }
+    return function.slope == 0 && row.mix == L(0.5) && !(function.limit < L(INFINITY));
+}
+
 template <class A>
 FDU_FUNCTION A fast_exponential(A x) {
 #if defined(__CUDA_ARCH__)
@@ -55,14 +68,33 @@ FDU_FUNCTION A step_at(const Row<Lane<A>>& row, A v) {
 }
 
 // The value has the tilt, the slope, which only rows without one are asked for, has not.
-template <bool sloped, int n, class A>
+template <Known known, bool sloped, int n, class A>
 FDU_FUNCTION void evaluate_row(const TiltedRow<Lane<A>>& tilted, const A (&v)[n], A (&value)[n], A (&slope)[n]) {
     using L = Lane<A>;
     const Row<L>& row = tilted.row;
+    if (known == Known::softplus_alone) {
+#pragma unroll
+        for (int i = 0; i < n; ++i) {
+            const Logistic<A> terms = logistic_terms<known>(row, v[i]);
+            value[i] = terms.value;
+            if (sloped) slope[i] = terms.slope;
+        }
+        return;
+    }
+    // A term without a coefficient is none, also at infinity; a NaN stays one, whatever the terms.
 #pragma unroll
     for (int i = 0; i < n; ++i) {
-        value[i] = row.constant + v[i] * (row.linear + row.square * v[i]);
-        if (sloped) slope[i] = row.linear + L(2) * row.square * v[i];
+        const A nothing = select(v[i] == v[i], A{}, v[i]);
+        value[i] = row.constant + nothing;
+        if (sloped) slope[i] = row.linear + nothing;
+    }
+    if (row.linear != 0 || row.square != 0) {
+#pragma unroll
+        for (int i = 0; i < n; ++i) value[i] += v[i] * (row.linear + row.square * v[i]);
+    }
+    if (sloped && row.square != 0) {
+#pragma unroll
+        for (int i = 0; i < n; ++i) slope[i] += L(2) * row.square * v[i];
     }
     if (row.expm1 != 0) {
 #pragma unroll
@@ -75,7 +107,7 @@ FDU_FUNCTION void evaluate_row(const TiltedRow<Lane<A>>& tilted, const A (&v)[n]
     if (row.softplus != 0 || row.sigmoid != 0 || row.sigmoid_squared != 0) {
 #pragma unroll
         for (int i = 0; i < n; ++i) {
-            const Logistic<A> terms = logistic_terms(row, v[i]);
+            const Logistic<A> terms = logistic_terms<Known::nothing>(row, v[i]);
             value[i] += terms.value;
             if (sloped) slope[i] += terms.slope;
         }
@@ -99,24 +131,31 @@ FDU_FUNCTION void evaluate_row(const TiltedRow<Lane<A>>& tilted, const A (&v)[n]
     }
 }
 
-// y(v) and its slope.
-template <int n, class A>
+// y(v) and, if it is asked for, its slope.
+template <Known known, bool sloped, int n, class A>
 FDU_FUNCTION void evaluate(const ElementFunction<Lane<A>>& function, const A (&v)[n], A (&value)[n], A (&slope)[n]) {
+    if (known == Known::softplus_alone) return evaluate_row<known, sloped>(function.first, v, value, slope);
+    // A value depends on the slope beyond the limit alone.
+    const bool limited = function.limit < Lane<A>(INFINITY);
+    if (!sloped && !limited && function.slope == 0) {
+        return evaluate_row<known, false>(function.first, v, value, slope);
+    }
     A inside[n];
 #pragma unroll
     for (int i = 0; i < n; ++i) inside[i] = clamp(v[i], -function.limit, function.limit);
     if (function.slope == 0) {
-        evaluate_row<true>(function.first, inside, value, slope);
+        evaluate_row<known, true>(function.first, inside, value, slope);
     } else {
         A other[n];
-        evaluate_row<false>(function.first, inside, value, slope);
-        evaluate_row<false>(function.second, inside, other, slope);
+        evaluate_row<known, false>(function.first, inside, value, slope);
+        evaluate_row<known, false>(function.second, inside, other, slope);
 #pragma unroll
         for (int i = 0; i < n; ++i) {
             slope[i] = function.slope == 1 ? value[i] : other[i];
             value[i] -= other[i];
         }
     }
+    if (!limited) return;
 #pragma unroll
     for (int i = 0; i < n; ++i) {
         // Not where nothing was clamped: inf - inf is no 0.

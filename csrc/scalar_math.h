@@ -9,7 +9,6 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
-#include <limits>
 
 #if defined(__CUDACC__)
 #define FDU_FUNCTION __host__ __device__ __forceinline__
@@ -29,8 +28,9 @@ struct Bits<float> {
     static constexpr int mantissa = 23, bias = 127;
     static constexpr float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, held in the low bits
     static constexpr float log2_high = 0.693145751953125f, log2_low = 1.428606765330187e-6f;
-    static constexpr float lowest_exponent = -87.0f;
-    static constexpr int exponential_terms = 7, logarithm_terms = 5, artanh_terms = 7;
+    // Of a falling exponential: there its power of two is the number 0.
+    static constexpr float lowest_exponent = -88.0f;
+    static constexpr int logarithm_terms = 5;
 };
 
 template <>
@@ -39,8 +39,8 @@ struct Bits<double> {
     static constexpr int mantissa = 52, bias = 1023;
     static constexpr double magic = 6755399441055744.0;
     static constexpr double log2_high = 0.6931471803691238, log2_low = 1.9082149292705877e-10;
-    static constexpr double lowest_exponent = -708.0;
-    static constexpr int exponential_terms = 13, logarithm_terms = 11, artanh_terms = 18;
+    static constexpr double lowest_exponent = -709.0;
+    static constexpr int logarithm_terms = 11;
 };
 
 template <class To, class From>
@@ -87,19 +87,78 @@ FDU_FUNCTION A power_of_two(Integer<A> n) {
     return bit_cast<A>((n + B::bias) << B::mantissa);
 }
 
-// e^r - 1 for |r| <= log(2)/2, to full relative accuracy: the Taylor polynomial, whose rest is below a quarter ulp.
+// c[0] + c[1] x + ...
+template <class A, int terms>
+FDU_FUNCTION A polynomial(const double (&c)[terms], A x) {
+    A sum = splat<A>(Lane<A>(c[terms - 1]));
+#pragma GCC unroll 32
+    for (int i = terms - 2; i >= 0; --i) sum = sum * x + Lane<A>(c[i]);
+    return sum;
+}
+
+// Polynomials of what number type: expm1 is (e^r - 1 - r)/r^2 for |r| <= log(2)/2, softplus -log(1 - t/2)/t for t in
+// [0, 1]. Minimax, but for the Taylor polynomial of expm1 in double.
+template <class L>
+struct Polynomials;
+
+template <>
+struct Polynomials<float> {
+    template <class A>
+    FDU_FUNCTION static A expm1(A r) {
+        constexpr double c[] = {0.5, 0.166665481618, 0.0416662991916, 0.00836610276896, 0.00139455568637};
+        return polynomial(c, r);
+    }
+    template <class A>
+    FDU_FUNCTION static A softplus(A t) {
+        constexpr double c[] = {0.500000011364,    0.124998213157,   0.0417125767549,   0.0151753157992, 0.00842541258004,
+                                -0.00318033918534, 0.00982560818113, -0.00662430988971, 0.00281467604628};
+        return polynomial(c, t);
+    }
+};
+
+template <>
+struct Polynomials<double> {
+    template <class A>
+    FDU_FUNCTION static A expm1(A r) {
+        constexpr double c[] = {
+            1.0 / 2,     1.0 / 6,      1.0 / 24,      1.0 / 120,      1.0 / 720,       1.0 / 5040,
+            1.0 / 40320, 1.0 / 362880, 1.0 / 3628800, 1.0 / 39916800, 1.0 / 479001600, 1.0 / 6227020800,
+        };
+        return polynomial(c, r);
+    }
+    template <class A>
+    FDU_FUNCTION static A softplus(A t) {
+        constexpr double c[] = {
+            0.5,
+            0.1249999999999971132,
+            0.04166666666708383558,
+            0.01562499997608360845,
+            0.006250000724990049377,
+            0.002604153237906646814,
+            0.001116237083686535812,
+            0.0004868418713089179305,
+            0.0002261672104523180645,
+            0.00005390187055238030536,
+            0.0002045424918156098042,
+            -0.0004340058148411288205,
+            0.001015205258977965222,
+            -0.001736043657269486452,
+            0.002347368256607054755,
+            -0.002435960048717676779,
+            0.001916817514312360771,
+            -0.001104582264580949037,
+            0.000441749550253683902,
+            -0.0001098493261831488341,
+            0.00001296995750961140174,
+        };
+        return polynomial(c, t);
+    }
+};
+
+// e^r - 1 for |r| <= log(2)/2, to full relative accuracy.
 template <class A>
 FDU_FUNCTION A small_expm1(A r) {
-    using L = Lane<A>;
-    constexpr int terms = Bits<L>::exponential_terms;
-    constexpr double reciprocal_factorials[] = {
-        1.0,         1.0,           1.0 / 2,        1.0 / 6,         1.0 / 24,         1.0 / 120,         1.0 / 720,
-        1.0 / 5040,  1.0 / 40320,   1.0 / 362880,   1.0 / 3628800,   1.0 / 39916800,   1.0 / 479001600,   1.0 / 6227020800,
-    };
-    A sum = splat<A>(L(reciprocal_factorials[terms]));
-#pragma GCC unroll 16
-    for (int i = terms - 1; i >= 2; --i) sum = sum * r + L(reciprocal_factorials[i]);
-    return r + r * r * sum;
+    return r + r * r * Polynomials<Lane<A>>::expm1(r);
 }
 
 // x = n log 2 + r with |r| <= log(2)/2.
@@ -119,7 +178,7 @@ FDU_FUNCTION Reduced<A> reduce_exponent(A x) {
     return {(x - n * B::log2_high) - n * B::log2_low, power};
 }
 
-// e^x and e^x - 1, both to a few ulp, for |x| <= 87.
+// e^x and e^x - 1, both to a few ulp, for |x| <= 87, and 0 and -1 at the lowest exponent.
 template <class A>
 struct Exponential {
     A value, less_one;
@@ -137,15 +196,17 @@ FDU_FUNCTION A exponential(A x) {
     return Exponential<A>(x).value;
 }
 
-// Of any x <= 0; what would be subnormal is 0.
+// Of any x <= 0; what is far below the normal numbers is 0.
 template <class A>
 FDU_FUNCTION Exponential<A> falling_exponential(A x) {
-    using L = Lane<A>;
-    const L limit = Bits<L>::lowest_exponent;
-    const auto tiny = x < limit;
-    Exponential<A> result(select(tiny, splat<A>(limit), x));
-    result.value = select(tiny, A{}, result.value);
-    return result;
+    const A limit = splat<A>(Bits<Lane<A>>::lowest_exponent);
+    return Exponential<A>(select(x < limit, limit, x));
+}
+
+template <class A>
+FDU_FUNCTION A minus_absolute(A x) {
+    using I = typename Bits<Lane<A>>::Integer;
+    return bit_cast<A>(bit_cast<Integer<A>>(x) | I(I(1) << (8 * sizeof(I) - 1)));
 }
 
 // artanh(s)/s = 1 + z rest(z) with z = s^2: the first terms of 1/3 + z/5 + z^2/7 + ...
@@ -158,18 +219,16 @@ FDU_FUNCTION A artanh_rest(A z) {
     return sum;
 }
 
-// log(1 + y) for y in (-1, 0], to full relative accuracy also near 0.
+// log(u) for u in (0, 2], given y = u - 1 as well: to full relative accuracy if both are that accurate.
 template <class A>
-FDU_FUNCTION A falling_log1p(A y) {
+FDU_FUNCTION A logarithm(A u, A y) {
     using L = Lane<A>;
     using B = Bits<L>;
     using I = typename B::Integer;
     constexpr I root_half = sizeof(L) == 4 ? I(0x3f3504f3) : I(0x3fe6a09e667f3bcd);
-    const A u = L(1) + y;
-    const A lost = y - (u - L(1));
     const Integer<A> power = (bit_cast<Integer<A>>(u) - root_half) >> B::mantissa;
     const A mantissa = bit_cast<A>(bit_cast<Integer<A>>(u) - (power << B::mantissa));
-    const A f = select(power == I(0), y, (mantissa - L(1)) + lost * power_of_two<A>(-power));
+    const A f = select(power == I(0), y, mantissa - L(1));
     const A s = f / (L(2) + f), z = s * s;
     const A n = NumberTraits<A>::from(power);
     // log(1 + f) = 2 artanh(s), and 2 s = f - s f.
@@ -233,6 +292,7 @@ template <class A>
 struct Row {
     A constant, linear, square, exp, exp_rate, expm1, expm1_rate, softplus, sigmoid, sigmoid_squared, scale, mix, step,
         threshold;
+    A rest_of_mix, logit;  // 1 - mix, log(mix / (1 - mix))
 };
 
 constexpr int row_fields = 14;
@@ -242,8 +302,14 @@ FDU_FUNCTION Row<A> read_row(const double* numbers) {
     Row<A> row;
     A* fields = &row.constant;
     for (int i = 0; i < row_fields; ++i) fields[i] = A(numbers[i]);
+    const double mix = numbers[&row.mix - fields];
+    row.rest_of_mix = A(1 - mix);
+    row.logit = A(log(mix / (1 - mix)));
     return row;
 }
+
+// What a kernel was compiled to rely on: nothing, or that a row has no term but a softplus of mix 1/2 (jensen_shannon).
+enum class Known { nothing, softplus_alone };
 
 // The terms softplus log(1 - m + m e^x) + sigmoid sigma + sigmoid_squared sigma^2 at x = scale v, and their derivative.
 template <class A>
@@ -251,34 +317,36 @@ struct Logistic {
     A value, slope;
 };
 
-template <class A>
+template <Known known, class A>
 FDU_FUNCTION Logistic<A> logistic_terms(const Row<Lane<A>>& row, A v) {
     using L = Lane<A>;
     const A x = row.scale * v;
-    const auto positive = x > L(0);
-    const Exponential<A> falling = falling_exponential(select(positive, -x, x));
-    A larger, smaller, softplus{};
-    if (row.mix == L(0.5)) {
+    A softplus{}, sigma, rest;  // rest = 1 - sigma
+    if (known == Known::softplus_alone || row.mix == L(0.5)) {
+        const auto positive = x > L(0);
+        const Exponential<A> falling = falling_exponential(minus_absolute(x));
         const A whole = L(1) + falling.value;
-        if (row.softplus == 0) {
-            larger = L(1) / whole;
-        } else {
-            // log(whole / 2) = 2 artanh(s) with s = (e - 1)/(e + 3), |s| <= 1/3; one division serves both.
-            const A shifted = L(2) + whole, inverse = L(1) / (whole * shifted);
-            larger = shifted * inverse;
-            const A s = falling.less_one * (whole * inverse), z = s * s;
-            softplus = L(2) * (s + s * z * artanh_rest<Bits<L>::artanh_terms>(z));
+        if (known == Known::softplus_alone || row.softplus != 0) {
+            softplus = falling.less_one * Polynomials<L>::softplus(-falling.less_one) + select(positive, x, A{});
         }
-        smaller = falling.value * larger;
+        if (known == Known::softplus_alone) {
+            const A slope = select(positive, splat<A>(1), falling.value) / whole;
+            return {row.softplus * softplus, row.softplus * row.scale * slope};
+        }
+        const A larger = L(1) / whole, smaller = falling.value * larger;
+        sigma = select(positive, larger, smaller);
+        rest = select(positive, smaller, larger);
     } else {
-        const A near = select(positive, splat<A>(row.mix), splat<A>(L(1) - row.mix)), far = L(1) - near;
-        const A share = L(1) / (near + far * falling.value);
-        larger = near * share;
-        smaller = falling.value * far * share;
-        if (row.softplus != 0) softplus = falling_log1p(far * falling.less_one);
+        // Which of 1 - m and m e^x is the larger one decides, so that x and the logarithm do not cancel.
+        const auto above = x + row.logit > L(0);
+        const A near = select(above, splat<A>(row.mix), splat<A>(row.rest_of_mix));
+        const A far = select(above, splat<A>(row.rest_of_mix), splat<A>(row.mix));
+        const Exponential<A> e(clamp(select(above, -x, x), Bits<L>::lowest_exponent, -Bits<L>::lowest_exponent));
+        const A whole = near + far * e.value, share = L(1) / whole, larger = near * share, smaller = e.value * far * share;
+        if (row.softplus != 0) softplus = logarithm(whole, far * e.less_one) + select(above, x, A{});
+        sigma = select(above, larger, smaller);
+        rest = select(above, smaller, larger);
     }
-    const A sigma = select(positive, larger, smaller), rest = select(positive, smaller, larger);
-    softplus += select(positive, x, A{});
     // softplus' = sigma (sigma + rest): written so, the softplus and the sigmoid of shifted_log cancel exactly.
     const A inner = row.softplus * sigma + (row.softplus + row.sigmoid) * rest;
     return {

@@ -56,8 +56,12 @@ class CriticRow:
 
     def value(self, v: Tensor, tilt: float = 0.0) -> Tensor:
         """e^(tilt v) row(v). The factor joins each exponential's exponent, so that 0 times inf never arises."""
-        factor = torch.exp(tilt * v)
-        result = (self.const + self.linear * v + self.square * v.square()) * factor
+        # A term without a coefficient is none, also at infinity.
+        factor = torch.exp(tilt * v) if tilt else 1.0
+        result = self.const + _nothing(v)
+        if self.linear or self.square:
+            result = result + v * (self.linear + self.square * v)
+        result = result * factor
         if self.exp:
             result = result + self.exp * torch.exp((self.exp_rate + tilt) * v)
         if self.expm1:
@@ -75,7 +79,9 @@ class CriticRow:
 
     def slope(self, v: Tensor) -> Tensor:
         """row'(v). The step counts for nothing, as in autograd."""
-        result = self.linear + 2 * self.square * v
+        result = self.linear + _nothing(v)
+        if self.square:
+            result = result + 2 * self.square * v
         if self.exp:
             result = result + self.exp * self.exp_rate * torch.exp(self.exp_rate * v)
         if self.expm1:
@@ -89,14 +95,27 @@ class CriticRow:
         return result
 
 
+def _nothing(v: Tensor) -> Tensor:
+    """0, and NaN for NaN: a NaN stays one, whatever the terms."""
+    return torch.where(v == v, 0.0, v)
+
+
 def _logit(mix: float) -> float:
     return math.log(mix / (1 - mix))
 
 
 def _shifted_softplus(x: Tensor, mix: float) -> Tensor:
     """log(1 - mix + mix e^x), to full relative accuracy also near x = 0."""
-    positive = x + torch.log1p((1 - mix) * torch.expm1(-x.clamp(min=0)))
-    return torch.where(x > 0, positive, torch.log1p(mix * torch.expm1(x.clamp(max=0))))
+    # Where mix e^x is the larger summand, it is taken out of the logarithm: elsewhere x and the logarithm would cancel.
+    equal = -_logit(mix)
+    falling, rising = -x.clamp(min=equal), x.clamp(max=equal)
+    above = x + _logarithm(mix + (1 - mix) * torch.exp(falling), (1 - mix) * torch.expm1(falling))
+    return torch.where(x > equal, above, _logarithm((1 - mix) + mix * torch.exp(rising), mix * torch.expm1(rising)))
+
+
+def _logarithm(u: Tensor, less_one: Tensor) -> Tensor:
+    """log(u), given u - 1 as well, which is the more accurate one where u is near 1."""
+    return torch.where(less_one.abs() < 0.5, torch.log1p(less_one), torch.log(u))
 
 
 def critic_terms(divergence: Divergence, parametrization: str) -> tuple[Scalar, Scalar]:

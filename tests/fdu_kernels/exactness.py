@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from typing import Any
 
@@ -135,8 +136,10 @@ def size_of_terms(row: CriticRow, v: Tensor, tilt: float, slope: bool) -> Tensor
         one = CriticRow(**{name: getattr(row, name)}, **others, threshold=row.threshold)
         total += (one.slope(v) if slope else one.value(v, tilt)).abs()
     if row.softplus and not slope:
-        # Itself a sum, x + log(...), whose parts cancel where mix is small.
-        total += abs(row.softplus) * (row.scale * v).clamp(min=0) * torch.exp(tilt * v)
+        # Itself a sum, x + log(...), where mix e^x is more than 1 - mix; its parts cancel where mix is small.
+        x = row.scale * v
+        above = x + math.log(row.mix / (1 - row.mix)) > 0
+        total += abs(row.softplus) * torch.where(above, x.abs(), 0.0) * torch.exp(tilt * v)
     return total
 
 

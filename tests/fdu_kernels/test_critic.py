@@ -98,3 +98,21 @@ def test_mse_has_no_critic() -> None:
     ):
         with pytest.raises(ValueError, match='use "kl" or "jeffreys"'):
             call()
+
+
+def test_a_term_without_a_coefficient_is_none_at_infinity_and_a_nan_stays_one() -> None:
+    v = torch.tensor([-math.inf, math.inf, math.nan], dtype=torch.float64)
+    limits = {
+        "kl": ([-math.inf, math.inf], [1.0, 1.0]),
+        "jensen_shannon": ([-math.inf, math.log(2) / 2], [0.5, 0.0]),
+        "le_cam": ([-1.5, 0.5], [0.0, 0.0]),
+        "total_variation": ([-0.5, 0.5], [0.0, 0.0]),
+    }
+    for name, (values, slopes) in limits.items():
+        a, _ = fk.get_divergence(name).critic(v)
+        _, slope, _ = fk.variational_divergence_value_and_grad(v, v, name, reduction="none", backend="torch")
+        torch.testing.assert_close(a[:2], torch.tensor(values, dtype=torch.float64))
+        torch.testing.assert_close(slope[:2], torch.tensor(slopes, dtype=torch.float64))
+        assert a[2].isnan() and slope[2].isnan()
+    _, b = fk.get_divergence("pearson_chi2").critic(v, parametrization="fgan")
+    assert b[0] == b[1] == math.inf

@@ -401,9 +401,22 @@ def test_extremes(instruction_set: str, name: str, dtype: torch.dtype) -> None:
     check_gaussian("cpu", pred, target, name, reduction="none", sigma=1e-10)
     check_gaussian("cpu", target, pred, name, reduction="none", sigma=1e10)
     if name != "mse":
-        check_variational("cpu", pred, -pred, name, reduction="none")
+        for parametrization in ("log_ratio", "fgan"):
+            check_variational("cpu", pred, -pred, name, reduction="none", parametrization=parametrization)
         for samples_from in ("q", "p"):
             check_density_ratio("cpu", pred, name, samples_from, reduction="none")
+
+
+@pytest.mark.parametrize("w", [1e-6, 1e-3, 0.3, 0.999, 1 - 1e-6])
+def test_a_skew_softplus_does_not_cancel(instruction_set: str, w: float) -> None:
+    v = torch.linspace(-40, 40, 4001)
+    check_variational("cpu", v, v, f"skew_jensen_shannon:{w}", reduction="none")
+    # Far below log((1 - w)/w) the terms are about w (e^v - 1).
+    v = torch.linspace(-2, 2, 401)
+    value = fk.variational_model_loss(v, f"skew_jensen_shannon:{w}", reduction="none", backend="cpu")
+    wide = v.double()
+    exact = -(1 - w) * torch.log1p(w * torch.expm1(wide))
+    assert_within(value, exact, 1e-6 * exact.abs() + 1e-38)
 
 
 @pytest.mark.parametrize("size", [7, 1025, 40_001])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fdu_kernels.backends.triton.scalars import addresses, exp, expm1, log1p, store
+from fdu_kernels.backends.triton.scalars import addresses, exp, expm1, logarithm, store
 
 FIRST = tl.constexpr(1.0)
 """As in fdu_kernels.lowering."""
@@ -21,7 +21,10 @@ def _row(v: tl.tensor, row: tl.tuple) -> tl.tensor:
     factor = tl.full(v.shape, 1.0, tl.float32)
     if tilt != 0.0:
         factor = exp(tilt * v)
-    result = (const + v * (linear + square * v)) * factor
+    # A term without a coefficient is none, also at infinity; a NaN stays one, whatever the terms.
+    result = (const + tl.where(v == v, 0.0, v)) * factor
+    if (linear != 0.0) | (square != 0.0):
+        result += v * (linear + square * v) * factor
     if exponential != 0.0:
         result += exponential * exp(tilted_exp_rate * v)
     if minus_one != 0.0:
@@ -30,8 +33,11 @@ def _row(v: tl.tensor, row: tl.tuple) -> tl.tensor:
         result += minus_one * tl.where(x > 0.0, -expm1(-above) * exp(tilt * v + above), expm1(below) * factor)
     if softplus != 0.0:
         x = scale * v
-        above, below = tl.where(x < 0.0, 0.0, x), tl.where(x > 0.0, 0.0, x)
-        part = tl.where(x > 0.0, above + log1p(rest_of_mix * expm1(-above)), log1p(mix * expm1(below)))
+        # Which of 1 - mix and mix e^x is the larger one decides: else x and the logarithm would cancel.
+        above = x + logit > 0.0
+        exponent = tl.where(above, -x, x)
+        near, far = tl.where(above, mix, rest_of_mix), tl.where(above, rest_of_mix, mix)
+        part = tl.where(above, x, 0.0) + logarithm(near + far * exp(exponent), far * expm1(exponent))
         result += softplus * part * factor
     if (sigmoid != 0.0) | (sigmoid_squared != 0.0):
         sigma, _ = _sigmoids(scale * v + logit)
@@ -48,7 +54,9 @@ def _row_slope(v: tl.tensor, row: tl.tuple) -> tl.tensor:
         _tilt, _const, linear, square, exponential, _tilted_exp_rate, exp_rate, minus_one, expm1_rate,
         softplus, sigmoid, sigmoid_squared, scale, _mix, _rest_of_mix, logit, _step, _threshold,
     ) = row  # fmt: skip
-    result = linear + 2.0 * square * v
+    result = linear + tl.where(v == v, 0.0, v)
+    if square != 0.0:
+        result += 2.0 * square * v
     if exponential != 0.0:
         result += exponential * exp_rate * exp(exp_rate * v)
     if minus_one != 0.0:
@@ -85,7 +93,8 @@ def _evaluate(
         slope = _row_slope(inside, first)
     elif limit < float("inf"):
         slope = _row_slope(inside, first)
-    return value + slope * tl.where(inside == v, 0.0, v - inside), slope
+    # Not where nothing was clamped: 0 times an infinite slope is no 0.
+    return tl.where(inside == v, value, value + slope * (v - inside)), slope
 
 
 @triton.jit

@@ -44,13 +44,14 @@ def expm1(x: tl.tensor) -> tl.tensor:
 
 
 @triton.jit
-def log1p(x: tl.tensor) -> tl.tensor:
-    """log(1 + x) of float32 to full relative accuracy, x > -1; near 0 as the series of 2 artanh(x / (2 + x))."""
-    u = x / (2.0 + x)
-    w = u * u
+def logarithm(u: tl.tensor, x: tl.tensor) -> tl.tensor:
+    """log(u) of float32, given x = u - 1 as well, to full relative accuracy: near u = 1 by the series of
+    2 artanh(x / (2 + x))."""
+    s = x / (2.0 + x)
+    w = s * s
     series = 1.0 / 11 + w * (1.0 / 13 + w * (1.0 / 15 + w * (1.0 / 17)))
     series = 1.0 / 3 + w * (1.0 / 5 + w * (1.0 / 7 + w * (1.0 / 9 + w * series)))
-    return tl.where(tl.abs(x) < 0.5, 2.0 * u * (1.0 + w * series), tl.log(1.0 + x))
+    return tl.where(tl.abs(x) < 0.5, 2.0 * s * (1.0 + w * series), tl.log(u))
 
 
 @triton.jit
