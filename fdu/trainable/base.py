@@ -1,37 +1,161 @@
-"""What the loop needs of a training method."""
+"""What a training method is: trained parameters, and the frozen model beside them in one and the same backbone.
+
+Erasures of one pipeline lie on each other: the frozen model of an earlier one is without the later ones too, and the
+last one is removed first.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import ClassVar, Protocol
+import weakref
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import Any, ClassVar, Literal
 
+from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 
-class Trainable(Protocol):
-    """The trained part of a pipeline, and the frozen model beside it in one and the same backbone."""
+class Trainable(ABC):
+    """The trained part of a pipeline. Everything else of it is frozen until the training ends.
 
-    trains_text: ClassVar[bool]
+    Nothing here touches a tensor that autograd may have saved, so :meth:`frozen` may also be entered and left between a
+    forward pass and its backward pass, with gradient checkpointing too. The backward pass itself must run outside.
+    """
+
+    trains_text: bool
     """Whether text encoders are trained, so that prompts have to be encoded anew in every step."""
+    shards: ClassVar[bool]
+    """Whether :meth:`frozen` still works when FSDP has sharded the module."""
 
+    def __init__(self, pipeline: DiffusionPipeline) -> None:
+        self.state: Literal["training", "finished", "removed"] = "training"
+        self._flags = [(parameter, parameter.requires_grad) for parameter in parameters_of(pipeline)]
+        for parameter, _ in self._flags:
+            parameter.requires_grad_(False)
+        # The pipeline itself must not be held here, or no entry would ever go.
+        self._stack = _STACKS.setdefault(pipeline, [])
+
+    @abstractmethod
     def named_parameters(self) -> dict[str, nn.Parameter]:
         """The trained parameters, fp32, under names that stay the same from run to run."""
 
     @contextmanager
     def frozen(self) -> Iterator[None]:
-        """Within this context the pipeline computes what it did before the erasure."""
+        """Within this context the pipeline computes, bit for bit, what it did before the erasure.
+
+        Adapters that the user has added, and switched on or off since then, stay as they are.
+
+        Raises:
+            RuntimeError: it cannot be switched off: it has been fused into the weights, or a later erasure of the
+                pipeline is in place and its result is gone.
+        """
+        with ExitStack() as stack:
+            if self.state != "removed":
+                for trainable in reversed([self, *self._later()]):
+                    stack.enter_context(trainable._off())
+            yield
 
     def finish(self) -> None:
-        """End the training: no more gradients, parameters in the dtype of their model."""
+        """End the training: parameters in the dtype of their model, and the user's requires_grad flags come back."""
+        if self.state == "training":
+            self._settle()
+            self._restore_flags()
+            self.state = "finished"
 
     def remove(self) -> None:
-        """Undo everything: the pipeline computes what it did before, and carries nothing more."""
+        """Undo everything: the pipeline computes, bit for bit, what it did before, and carries nothing more.
+
+        Raises:
+            RuntimeError: another erasure was made after this one, or this one has been fused into the weights.
+        """
+        if self.state == "removed":
+            return
+        if self._later():
+            raise RuntimeError("another erasure was made on top of this one; remove that one first")
+        self._undo()
+        if self.state == "training":
+            self._restore_flags()
+        self.state = "removed"
+        self._stack[:] = [reference for reference in self._stack if reference() is not self]
 
     def lora_layers(self) -> dict[str, dict[str, Tensor]] | None:
-        """LoRA weights in diffusers' names, by the pipeline's attribute ("unet", "transformer", "text_encoder"); None if
-        the method trains no adapter."""
+        """LoRA weights in diffusers' names, by the pipeline's attribute ("unet", "transformer"); None without an
+        adapter."""
+        return None
+
+    def lora_metadata(self) -> dict[str, dict[str, Any]] | None:
+        """The settings that diffusers stores beside LoRA weights, by the pipeline's attribute; None without an
+        adapter."""
+        return None
 
     def changed_weights(self) -> dict[str, tuple[Tensor, Tensor]] | None:
-        """Each weight that the training may have changed: "attribute.parameter" -> (before, after), both in the model's
-        dtype; None for adapters."""
+        """Each weight that the training may have changed: "attribute.parameter", as a pipeline without adapters calls
+        it, -> (before, after), both in the model's dtype; None with an adapter."""
+        return None
+
+    @abstractmethod
+    def _off(self) -> AbstractContextManager[None]:
+        """Within this context the pipeline is without this erasure. May be nested."""
+
+    @abstractmethod
+    def _settle(self) -> None:
+        """What :meth:`finish` does beside the flags."""
+
+    @abstractmethod
+    def _undo(self) -> None:
+        """What :meth:`remove` does beside the flags."""
+
+    def _restore_flags(self) -> None:
+        for parameter, flag in self._flags:
+            parameter.requires_grad_(flag)
+        self._flags = []
+
+    def _later(self) -> list[Trainable]:
+        """The erasures made after this one, in their order."""
+        references = list(self._stack)
+        place = next(place for place, reference in enumerate(references) if reference() is self)
+        later = [reference() for reference in references[place + 1 :]]
+        found = [trainable for trainable in later if trainable is not None]
+        if len(found) < len(later):
+            raise RuntimeError(
+                "another erasure was made on top of this one and its result is gone, so it cannot be switched off; "
+                "keep every result as long as you need an earlier one, or load the pipeline afresh"
+            )
+        return found
+
+
+_STACKS: weakref.WeakKeyDictionary[DiffusionPipeline, list[weakref.ref[Trainable]]] = weakref.WeakKeyDictionary()
+"""The erasures that are in place, by pipeline, the oldest first."""
+
+
+def put_on_top(trainable: Trainable) -> None:
+    """Enter a new erasure as the last one of its pipeline."""
+    trainable._stack.append(weakref.ref(trainable))
+
+
+def refuse_while_training(pipeline: DiffusionPipeline) -> None:
+    """Raise RuntimeError if another erasure of the pipeline is being trained."""
+    for reference in _STACKS.get(pipeline, []):
+        trainable = reference()
+        if trainable is not None and trainable.state == "training":
+            raise RuntimeError(
+                "another erasure of this pipeline is still being trained; call finish() or remove() of it first"
+            )
+
+
+def parameters_of(pipeline: DiffusionPipeline) -> list[nn.Parameter]:
+    """All parameters of all models of a pipeline."""
+    models = [part for part in vars(pipeline).values() if isinstance(part, nn.Module)]
+    return [parameter for model in models for parameter in model.parameters()]
+
+
+@contextmanager
+def kept_flags(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Whatever happens within, the parameters' requires_grad flags are the same afterwards."""
+    flags = [(parameter, parameter.requires_grad) for parameter in parameters]
+    try:
+        yield
+    finally:
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
