@@ -163,10 +163,12 @@ class Erase:
             writes = is_main_process()
             try:
                 with whole_folder(self.out, self.overwrite) if writes else nullcontext() as folder:
+                    pipeline = load_model(self.model, dtype, device)
+                    format = choose_format(self.save_as, config.train_method, pipeline)
                     targets, anchors = ([pair[side] for pair in pairs] for side in (0, 1))
-                    result = fdu.erase(load_model(self.model, dtype, device), targets, anchors, config=config)
+                    result = fdu.erase(pipeline, targets, anchors, config=config)
                     if writes:
-                        result.save(folder, save_as=self.save_as)
+                        result.save(folder, save_as=format)
             except BaseException:
                 if keeps and writes:
                     _tidy_checkpoints(checkpoints)
@@ -175,8 +177,8 @@ class Erase:
                 return
             if keeps:
                 shutil.rmtree(checkpoints, ignore_errors=True)
-            format = choose_format(self.save_as, config.train_method)
-            print(f"Saved to {self.out} after {result.seconds:.0f} s. {_loading_line(self.model, self.out, format)}")
+            loading = _loading_line(self.model, self.out, format, config.train_method)
+            print(f"Saved to {self.out} after {result.seconds:.0f} s. {loading}")
             if is_embedded(self.model):
                 print(f"Judge it with: {shlex.join(['fdu', 'evaluate', EMBEDDED, str(self.out)])}")
 
@@ -390,14 +392,17 @@ def _print_evaluation(evaluation: fdu.Evaluation, probes: list[fdu.Probe]) -> No
     print(f"\n{table(evaluation, probes)}\n\n{judge(evaluation, probes).headline}.")
 
 
-def _loading_line(model: str, out: Path, format: str) -> str:
+def _loading_line(model: str, out: Path, format: str, train_method: str) -> str:
     """How the result is loaded."""
     base = "fdu.embedded.load_pipeline()" if is_embedded(model) else f"DiffusionPipeline.from_pretrained({model!r})"
+    by_fdu = f"In Python:\n  pipeline = {base}; fdu.weights.load_weights(pipeline, {str(out)!r})"
+    if format == "kohya":
+        programs = f"In ComfyUI, Forge or A1111: put {out / 'kohya_lora.safetensors'} into the folder for LoRAs."
+        return by_fdu if train_method == "dora" else programs
     return {
         "lora": f"In plain diffusers:\n  pipeline = {base}; pipeline.load_lora_weights({str(out)!r})",
-        "kohya": f"In ComfyUI, Forge or A1111: put {out / 'kohya_lora.safetensors'} into the folder for LoRAs.",
         "pipeline": f"In plain diffusers:\n  pipeline = DiffusionPipeline.from_pretrained({str(out)!r})",
-        "delta": f"In Python:\n  pipeline = {base}; fdu.weights.load_weights(pipeline, {str(out)!r})",
+        "delta": by_fdu,
     }[format]
 
 

@@ -70,11 +70,12 @@ def erase(
     started = time.perf_counter()
     with _own_accelerator(config, denoiser.device) as accelerator:
         keeps = config.cache_dir is not None or config.checkpoint_dir is not None
-        base = fingerprint(pipeline) if keeps else ""
+        base = fingerprint(pipeline, adapters=True) if keeps else ""
         checkpoints = _checkpoints(pairs, mask, config, base, accelerator.num_processes)
         # Beside its checkpoints a run keeps what it began with, so that going on costs nothing anew.
         folder = config.cache_dir or config.checkpoint_dir
-        cache = Cache(folder, {"base": base}, writes=accelerator.is_main_process)
+        drawn_by = {"base": base, "scheduler": repr(pipeline.scheduler.config)}
+        cache = Cache(folder, drawn_by, writes=accelerator.is_main_process)
         examples = prepare_examples(denoiser, pairs, config, accelerator, cache)
         with _seeded(config.seed, denoiser.device):
             objective = Objective(denoiser, config, _latent_mask(mask, examples.latents))

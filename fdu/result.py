@@ -102,7 +102,7 @@ class ErasureResult:
                 have.
             OSError: it cannot be written.
         """
-        format = choose_format(save_as, self.config.train_method)
+        format = choose_format(save_as, self.config.train_method, self.pipeline)
         record = self.record()
         with whole_folder(folder, overwrite) as fresh:
             write(

@@ -18,6 +18,7 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
+from peft import LoraConfig
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from trained import ALPHA, CONTEXT, RANK, add_adapter, change_weights, output, tensors_of
@@ -535,3 +536,17 @@ def test_lora_metadata_of_the_file_is_what_diffusers_looks_for(tmp_path: Path) -
     with safe_open(weights.write(tmp_path, "lora", pipeline, layers, lora_alpha=ALPHA), "pt") as content:
         metadata = json.loads(content.metadata()["lora_adapter_metadata"])
     assert metadata["unet.r"] == RANK and metadata["unet.lora_alpha"] == ALPHA
+
+
+def test_a_fingerprint_counts_adapters_if_asked() -> None:
+    pipeline = families.build("sd")
+    plain = weights.fingerprint(pipeline, adapters=True)
+    assert plain == weights.fingerprint(pipeline)
+    config = LoraConfig(r=2, target_modules=["attn2.to_k"], init_lora_weights=False)
+    pipeline.unet.add_adapter(config, adapter_name="mine")
+    with_adapter = weights.fingerprint(pipeline, adapters=True)
+    assert with_adapter != plain == weights.fingerprint(pipeline)
+    pipeline.unet.set_adapters(["mine"], weights=[0.5])
+    assert weights.fingerprint(pipeline, adapters=True) not in (plain, with_adapter)
+    pipeline.unet.disable_lora()
+    assert weights.fingerprint(pipeline, adapters=True) == plain
