@@ -138,7 +138,8 @@ class Training:
         if self.trainable.trains_text:
             # The text encoders are not behind accelerate's wrapper, which averages over the processes.
             for parameter in self.parameters:
-                parameter.grad = accelerator.reduce(parameter.grad, "mean")
+                if parameter.grad is not None:  # some encoders have layers behind the one that is read
+                    parameter.grad = accelerator.reduce(parameter.grad, "mean")
         if self.surgery:
             self.surgery.combine(config.preservation_weight)
         accelerator.clip_grad_norm_(self.parameters, config.max_grad_norm)
