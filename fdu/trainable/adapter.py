@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -18,15 +18,13 @@ from peft.utils import get_peft_model_state_dict
 from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 
-from fdu.trainable.base import Trainable, kept_flags
+from fdu.trainable.base import Trainable
 from fdu.weights import parts
 
 ADAPTER_NAME = "fdu"
 """The adapter's name in the pipeline; if that is taken, fdu_2, fdu_3, ..."""
-
-
-MARKS = ("peft_config", "_hf_peft_config_loaded")
-"""What peft and diffusers set on a model with adapters."""
+MARK = "_hf_peft_config_loaded"
+"""What diffusers sets on a model with adapters, and sees none without."""
 
 
 class LayerState(NamedTuple):
@@ -71,7 +69,7 @@ class Adapter(Trainable):
         self.module: Any = getattr(pipeline, attribute)
         self.name = _fresh_name(pipeline)
         known = set(self.module.modules())
-        self.marks = {mark: value for mark, value in vars(self.module).items() if mark in MARKS}
+        self.marked = MARK in vars(self.module)
         former = _tuner_layers(self.module)
         for layer in former:
             if layer.merged and layer.disable_adapters:
@@ -97,35 +95,30 @@ class Adapter(Trainable):
         self.layers = self._find_layers()
         self._let_the_former_be()
         if isinstance(self.module, PeftAdapterMixin):
-            self.module._hf_peft_config_loaded = True  # diffusers' own mark, without which it sees no adapter
+            setattr(self.module, MARK, True)
         for module in self.module.modules():
             if module not in known:
                 module.training = self.module.training
         if dora:
             self._refine_magnitudes()
-        self.trained = {
-            f"{attribute}.{name.replace(f'.{self.name}.', '.')}": parameter
-            for name, parameter in self.module.named_parameters()
-            if f".{self.name}." in name
-        }
         for parameter in self.module.parameters():
             parameter.requires_grad_(False)
-        for parameter in self.trained.values():
+        for parameter in self.named_parameters().values():
             # fp32 also beside a half-precision model: peft casts what flows through them.
             parameter.data = parameter.data.float()
             parameter.requires_grad_(True)
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
-        return dict(self.trained)
+        # Looked up each time, since FSDP puts others in their place.
+        return {
+            f"{self.attribute}.{name.replace(f'.{self.name}.', '.').replace('_fsdp_wrapped_module.', '')}": parameter
+            for name, parameter in self.module.named_parameters()
+            if f".{self.name}." in name
+        }
 
     def lora_layers(self) -> dict[str, dict[str, Tensor]]:
         layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(self.module, adapter_name=self.name))
         return {self.attribute: layers}
-
-    def lora_metadata(self) -> dict[str, dict[str, Any]]:
-        config = self.module.peft_config[self.name]
-        settings = {"r": config.r, "lora_alpha": config.lora_alpha, "target_modules": sorted(config.target_modules)}
-        return {self.attribute: {**settings, "use_dora": True} if config.use_dora else settings}
 
     def _find_layers(self) -> list[Any]:
         """The peft layers that hold this adapter."""
@@ -159,10 +152,11 @@ class Adapter(Trainable):
             self._activate(active)
 
     def _activate(self, active: list[list[str]]) -> None:
-        # peft trains what it makes active.
-        with kept_flags(parameter for layer in self.layers for parameter in layer.parameters()):
-            for layer, names in zip(self.layers, active, strict=True):
-                layer.set_adapter(names)
+        # peft's own set_adapter makes what it activates trainable, and takes milliseconds in every step.
+        for layer, names in zip(self.layers, active, strict=True):
+            layer._active_adapter = names
+        if self.layers[0].active_adapters != active[0]:
+            raise RuntimeError("this version of peft switches adapters in another way; install another one")
 
     def _settle(self) -> None:
         for layer in self.layers:
@@ -177,7 +171,7 @@ class Adapter(Trainable):
     def _undo(self) -> None:
         self._refuse_if_fused()
         names = {module: name for name, module in self.module.named_modules()}
-        with kept_flags(self.module.parameters()):
+        with _kept_flags(self.module.parameters()):
             for layer in _tuner_layers(self.module):
                 # First switched off: peft would choose another one to switch on in its place.
                 layer.set_adapter([name for name in layer.active_adapters if name != self.name])
@@ -196,9 +190,10 @@ class Adapter(Trainable):
         configs = getattr(self.module, "peft_config", {})
         configs.pop(self.name, None)
         if not configs:
-            for mark in MARKS:
-                vars(self.module).pop(mark, None)
-            vars(self.module).update(self.marks)
+            vars(self.module).pop("peft_config", None)
+            vars(self.module).pop(MARK, None)
+            if self.marked:
+                setattr(self.module, MARK, None)  # as diffusers itself leaves it
 
     def _refuse_if_fused(self) -> None:
         if any(self.name in layer.merged_adapters for layer in self.layers):
@@ -210,6 +205,17 @@ class Adapter(Trainable):
 
 def _tuner_layers(module: nn.Module) -> list[Any]:
     return [layer for layer in module.modules() if isinstance(layer, BaseTunerLayer)]
+
+
+@contextmanager
+def _kept_flags(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Whatever happens within, the parameters' requires_grad flags are the same afterwards."""
+    flags = [(parameter, parameter.requires_grad) for parameter in parameters]
+    try:
+        yield
+    finally:
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
 
 
 def _fresh_name(pipeline: DiffusionPipeline) -> str:

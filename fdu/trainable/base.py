@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
@@ -84,11 +84,6 @@ class Trainable(ABC):
         adapter."""
         return None
 
-    def lora_metadata(self) -> dict[str, dict[str, Any]] | None:
-        """The settings that diffusers stores beside LoRA weights, by the pipeline's attribute; None without an
-        adapter."""
-        return None
-
     def changed_weights(self) -> dict[str, tuple[Tensor, Tensor]] | None:
         """Each weight that the training may have changed: "attribute.parameter", as a pipeline without adapters calls
         it, -> (before, after), both in the model's dtype; None with an adapter."""
@@ -148,14 +143,3 @@ def parameters_of(pipeline: DiffusionPipeline) -> list[nn.Parameter]:
     """All parameters of all models of a pipeline."""
     models = [part for part in vars(pipeline).values() if isinstance(part, nn.Module)]
     return [parameter for model in models for parameter in model.parameters()]
-
-
-@contextmanager
-def kept_flags(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
-    """Whatever happens within, the parameters' requires_grad flags are the same afterwards."""
-    flags = [(parameter, parameter.requires_grad) for parameter in parameters]
-    try:
-        yield
-    finally:
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
@@ -33,13 +34,13 @@ class Weights(Trainable):
             name: nn.Parameter(original.detach().to(torch.float32, copy=True)) for name, original in chosen.items()
         }
         names = {id(original): name for name, original in chosen.items()}
-        self.places: dict[str, list[tuple[nn.Module, str]]] = {name: [] for name in chosen}
-        """Where each weight stands: in several places if modules share it."""
+        self.places: dict[str, list[tuple[dict[str, Any], str]]] = {name: [] for name in chosen}
+        """Where each weight stands: its module's registered parameters, and its name there. Modules may share it."""
         for model in parts.models(pipeline).values():
             for module in model.modules():
-                for attribute, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+                for attribute, parameter in module._parameters.items():
                     if id(parameter) in names:
-                        self.places[names[id(parameter)]].append((module, attribute))
+                        self.places[names[id(parameter)]].append((module._parameters, attribute))
         self._put(self.trained)
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
@@ -55,7 +56,7 @@ class Weights(Trainable):
     @contextmanager
     def _off(self) -> Iterator[None]:
         self._follow()
-        current = {name: getattr(*places[0]) for name, places in self.places.items()}
+        current = {name: places[0][0][places[0][1]] for name, places in self.places.items()}
         self._put(self.originals)
         try:
             yield
@@ -76,8 +77,8 @@ class Weights(Trainable):
 
     def _put(self, parameters: Mapping[str, nn.Parameter]) -> None:
         for name, places in self.places.items():
-            for module, attribute in places:
-                setattr(module, attribute, parameters[name])
+            for registered, attribute in places:
+                registered[attribute] = parameters[name]  # what setattr does, without its many checks
 
     def _follow(self) -> None:
         """The originals go where the user has moved the pipeline, and after the training to its dtype."""

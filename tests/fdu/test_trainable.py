@@ -286,6 +286,7 @@ CARRIED = (
 )
 
 
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config`")
 @pytest.mark.parametrize("method", KINDS)
 @pytest.mark.parametrize("add", CARRIED)
 def test_adapters_of_the_user_stay_as_they_are(add: Callable[[DiffusionPipeline], None], method: str) -> None:
