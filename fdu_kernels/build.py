@@ -25,6 +25,7 @@ import sysconfig
 import types
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 MODULE = "fdu_kernels._C"
 OLDEST_TORCH = (2, 10)
@@ -280,8 +281,8 @@ def cache_folder() -> Path:
 
 
 def _installed_module(architectures: Sequence[str]) -> types.ModuleType | None:
-    """The module that was built with the distribution, unless the sources have changed since, or it lacks the CUDA
-    kernels and they can be built here."""
+    """The module that was built with the distribution, unless the sources have changed since, or it lacks CUDA kernels
+    for a device of these architectures and they can be built here."""
     spec = importlib.util.find_spec(MODULE)
     if spec is None or spec.origin is None:
         return None
@@ -289,7 +290,8 @@ def _installed_module(architectures: Sequence[str]) -> types.ModuleType | None:
         # Looked at before it is imported: pybind11 makes but one module of a name, so another could not follow it.
         information = information_of(Path(spec.origin))
         fits = information["sources"] == digest_of_sources(sources_folder())
-        if fits and architectures and not information["architectures"]:
+        made: list[str] = information["architectures"]
+        if fits and not all(any(_runs_on(code, device) for code in made) for device in architectures):
             with contextlib.suppress(BuildError):
                 _find_toolkit(architectures)
                 fits = False
@@ -298,11 +300,22 @@ def _installed_module(architectures: Sequence[str]) -> types.ModuleType | None:
         return None
 
 
-def information_of(module: Path) -> dict[str, object]:
+def _runs_on(code: str, device: str) -> bool:
+    """Whether code for "8.0" or "9.0a", or that and its PTX as "10.0+PTX", runs on a device such as "8.6"."""
+    match = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", code)
+    if match is None:
+        return False
+    (major, minor), wanted = (int(match[1]), int(match[2])), tuple(map(int, device.split(".")))
+    if match[3] == "a":
+        return wanted == (major, minor)
+    return wanted >= (major, minor) and (wanted[0] == major or (bool(match[4]) and not match[3]))
+
+
+def information_of(module: Path) -> dict[str, Any]:
     """What a built module tells of itself, read from its file; empty if it tells nothing."""
     with module.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
         found = re.search(rb'\{"sources": [^\0]*\}', content)
-        read: dict[str, object] = json.loads(found[0]) if found else {}
+        read: dict[str, Any] = json.loads(found[0]) if found else {}
     return read
 
 

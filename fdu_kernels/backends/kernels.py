@@ -1,7 +1,8 @@
 """What a fused backend has: a few kernels over numbers, which :mod:`fdu_kernels.ops` puts autograd around.
 
-Sums are accumulated in float32 or better (float64 for float64) in an order that depends on shapes, strides, alignment
-and device alone: a result is the same to the last bit on every run and for every number of threads. Nothing here
+Sums are accumulated in float32 or better (float64 for float64) in a fixed order: a result is the same to the last bit
+on every run. On the CPU the order depends on shapes, strides and instruction set, and not on the number of threads; on
+a GPU on shapes, strides, alignment and the device (its multiprocessors, and whether it has clusters). Nothing here
 makes the host wait.
 Arguments arrive checked (fdu_kernels.checks). "acc" is float32, or float64 for float64 inputs.
 """

@@ -209,7 +209,12 @@ def test_the_installed_module_is_used_while_its_sources_are_the_same(
     assert is_used(("9.0",), digest, [])
     fake_nvcc(tmp_path, "13.0", "sm_90\\n")
     monkeypatch.setenv("CUDA_HOME", str(tmp_path))
-    assert not is_used(("9.0",), digest, []) and is_used(("9.0",), digest, ["8.0"]) and is_used((), digest, [])
+    assert not is_used(("9.0",), digest, []) and is_used((), digest, [])
+    # A device whose architecture it lacks is as bad, but newer ones of the same family run its code, and any its PTX.
+    assert not is_used(("9.0",), digest, ["8.0"]) and not is_used(("8.6", "9.0"), digest, ["8.0"])
+    assert is_used(("8.0", "8.6", "9.0"), digest, ["8.0", "9.0"]) and not is_used(("9.0",), digest, ["10.0"])
+    assert is_used(("9.0", "12.0"), digest, ["8.0+PTX"]) and not is_used(("12.0",), digest, ["8.0", "10.0"])
+    assert is_used(("9.0",), digest, ["9.0a"]) and not is_used(("10.3",), digest, ["10.0a"])
     path.write_bytes(b"of another program")
     assert build._installed_module(()) is None
 
