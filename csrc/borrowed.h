@@ -1,4 +1,5 @@
-// Tensors as the extension module sees them: through the DLPack exchange table of torch.Tensor, without owning them.
+// What the operations get from Python: tensors, through the DLPack exchange table of torch.Tensor and without owning them,
+// profiles and functions.
 
 #pragma once
 
@@ -6,6 +7,8 @@
 #include <pybind11/pybind11.h>
 
 #include <stdexcept>
+
+#include "element_function.h"
 
 namespace fdu {
 
@@ -59,6 +62,23 @@ class NumberOrTensor {
     bool is_number_;
     Borrowed tensor_;
     double number_;
+};
+
+// A Gaussian profile: two numbers, or a table.
+inline Profile profile_of(double c, double k, double linear_beyond, const Borrowed& table) {
+    if (!table.get()) return {c, k, linear_beyond, nullptr};
+    return {c, k, linear_beyond, static_cast<const double*>((*table).data)};
+}
+
+// The numbers of fdu_kernels.lowering.ElementFunction.
+struct FunctionNumbers {
+    double of[function_numbers];
+
+    explicit FunctionNumbers(const pybind11::tuple& numbers) {
+        if (numbers.size() != function_numbers) throw std::invalid_argument("fdu_kernels: an ElementFunction has 32 numbers");
+        for (size_t i = 0; i < function_numbers; ++i) of[i] = PyFloat_AsDouble(PyTuple_GET_ITEM(numbers.ptr(), i));
+        if (PyErr_Occurred()) throw pybind11::error_already_set();
+    }
 };
 
 }  // namespace fdu

@@ -8,9 +8,11 @@
 #include <array>
 #include <cstring>
 #include <memory>
+#include <optional>
 #include <stdexcept>
 #include <string>
 
+#include "layout.h"
 #include "memory.h"
 #include "threads.h"
 
@@ -52,29 +54,6 @@ constexpr int64_t most_partial_sums = 4096;
 // Bytes from which an output asks for huge pages, and from which it goes past the caches.
 constexpr int64_t huge_output = int64_t(4) << 20, streamed_output = int64_t(12) << 20;
 
-int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-Type type_of(const DLTensor& tensor) {
-    const int code = tensor.dtype.code, bits = tensor.dtype.bits;
-    if (code == kDLFloat && bits == 16) return Type::float16;
-    if (code == kDLBfloat && bits == 16) return Type::bfloat16;
-    if (code == kDLFloat && bits == 32) return Type::float32;
-    if (code == kDLFloat && bits == 64) return Type::float64;
-    if (code == kDLBool && bits == 8) return Type::boolean;
-    throw std::invalid_argument("fdu_kernels: a dtype that the CPU kernels do not have");
-}
-
-int64_t size_of(Type type) {
-    switch (type) {
-        case Type::float32: return 4;
-        case Type::float64: return 8;
-        case Type::boolean: return 1;
-        default: return 2;
-    }
-}
-
-char* data_of(const DLTensor& tensor) { return static_cast<char*>(tensor.data) + tensor.byte_offset; }
-
 bool is_wide(const DLTensor& tensor) { return type_of(tensor) == Type::float64; }
 
 float widened(uint16_t bits, Type type) {
@@ -86,30 +65,15 @@ float widened(uint16_t bits, Type type) {
     return bits & 0x8000 ? -magnitude : magnitude;
 }
 
-// Numbers [B] or [] read as double.
-struct Numbers {
-    const char* data = nullptr;
-    Type type = Type::float64;
-    int64_t stride = 0;
-    double otherwise;
-
-    Numbers(const DLTensor* tensor, double alternative) : otherwise(alternative) {
-        if (!tensor) return;
-        data = data_of(*tensor);
-        type = type_of(*tensor);
-        stride = tensor->ndim && tensor->shape[0] > 1 ? tensor->strides[0] : 0;
+double number_at(const Numbers& numbers, int64_t i) {
+    if (!numbers.data) return numbers.otherwise;
+    const char* at = numbers.data + i * numbers.stride * size_of(numbers.type);
+    switch (numbers.type) {
+        case Type::float32: return *reinterpret_cast<const float*>(at);
+        case Type::float64: return *reinterpret_cast<const double*>(at);
+        default: return widened(*reinterpret_cast<const uint16_t*>(at), numbers.type);
     }
-
-    double operator[](int64_t i) const {
-        if (!data) return otherwise;
-        const char* at = data + i * stride * size_of(type);
-        switch (type) {
-            case Type::float32: return *reinterpret_cast<const float*>(at);
-            case Type::float64: return *reinterpret_cast<const double*>(at);
-            default: return widened(*reinterpret_cast<const uint16_t*>(at), type);
-        }
-    }
-};
+}
 
 void write(const DLTensor& tensor, int64_t i, double value) {
     if (is_wide(tensor)) {
@@ -119,85 +83,15 @@ void write(const DLTensor& tensor, int64_t i, double value) {
     }
 }
 
-// Strides of a tensor that broadcasts to the shape of another, over all of that one's dimensions.
-using Strides = std::array<int64_t, max_dims>;
-
-void broadcast_strides(const DLTensor& tensor, const DLTensor& like, int64_t* strides) {
-    const int missing = like.ndim - tensor.ndim;
-    for (int d = 0; d < like.ndim; ++d) {
-        strides[d] = d < missing || tensor.shape[d - missing] == 1 ? 0 : tensor.strides[d - missing];
-    }
-}
-
-struct Placed {
-    Operand* operand;
-    Strides strides;  // outermost first
-};
-
-// Orders the dimensions from `from` on by the strides of the first operand, merges those that lie one after the other for
-// every operand, and fills in the space and the operands' strides.
-void plan(const DLTensor& like, int from, Placed* placed, int operands, Space& space) {
-    int order[max_dims], kept = 0;
-    for (int d = like.ndim - 1; d >= from; --d) {
-        if (like.shape[d] == 1) continue;
-        const int64_t stride = placed[0].strides[d];
-        int at = kept++;
-        for (; at > 0 && placed[0].strides[order[at - 1]] > stride; --at) order[at] = order[at - 1];
-        order[at] = d;
-    }
-    space.dims = 0;
-    for (int i = 0; i < kept; ++i) {
-        const int d = order[i], last = space.dims - 1;
-        bool merges = last >= 0;
-        for (int j = 0; j < operands && merges; ++j) {
-            merges = placed[j].strides[d] == placed[j].operand->strides[last] * space.sizes[last];
-        }
-        if (merges) {
-            space.sizes[last] *= like.shape[d];
-            continue;
-        }
-        space.sizes[space.dims] = like.shape[d];
-        for (int j = 0; j < operands; ++j) placed[j].operand->strides[space.dims] = placed[j].strides[d];
-        ++space.dims;
-    }
-    if (space.dims == 0) {
-        space.dims = 1;
-        space.sizes[0] = 1;
-        for (int j = 0; j < operands; ++j) placed[j].operand->strides[0] = 1;
-    }
-}
-
-int64_t elements_from(const DLTensor& tensor, int dimension) {
-    int64_t count = 1;
-    for (int d = dimension; d < tensor.ndim; ++d) count *= tensor.shape[d];
-    return count;
-}
-
-void place(const DLTensor* tensor, const DLTensor& like, Operand& operand, Placed* placed, int& count) {
-    if (!tensor) return;
-    operand.data = data_of(*tensor);
-    operand.type = type_of(*tensor);
-    placed[count].operand = &operand;
-    broadcast_strides(*tensor, like, placed[count].strides.data());
-    operand.batch_stride = placed[count].strides[0];
-    ++count;
-}
-
-void check_dims(const DLTensor& tensor) {
-    if (tensor.ndim > max_dims) throw std::invalid_argument("fdu_kernels: more than 64 dimensions");
-}
-
 void prepare(
     GaussianWork& work, const DLTensor& pred, const DLTensor& target, const DLTensor* mask, const DLTensor* grad) {
-    check_dims(pred);
-    Placed placed[4];
-    int count = 0;
+    Placement<Operand> placement(pred);
     // The gradient leads: what is written should be written in its order.
-    place(grad, pred, work.grad, placed, count);
-    place(&pred, pred, work.pred, placed, count);
-    place(&target, pred, work.target, placed, count);
-    place(mask, pred, work.mask, placed, count);
-    plan(pred, 1, placed, count, work.space);
+    placement.add(grad, work.grad);
+    placement.add(&pred, work.pred);
+    placement.add(&target, work.target);
+    placement.add(mask, work.mask);
+    placement.collapse(1, placement.count, work.space);
     work.size = elements_from(pred, 1);
     work.streams = false;
     if (grad) {
@@ -220,7 +114,7 @@ void gaussian(const Gaussian& task) {
     const int64_t batch = pred.shape[0], size = work.size, groups = divide_up(size, group_size);
     const bool count = task.mean_distance && task.mask;
     const double plain_divisor = task.mean_distance ? double(std::max<int64_t>(size, 1)) : 1.0;
-    const Numbers sigma(task.sigma_tensor, task.sigma), weight(task.weight, 1.0);
+    const Numbers sigma = numbers_of(task.sigma_tensor, task.sigma), weight = numbers_of(task.weight, 1.0);
     const double scale = task.grad_scale / (task.reduction == Reduction::mean ? double(batch) : 1.0);
 
     // Losses are summed over blocks of samples whose size the shape alone decides.
@@ -245,9 +139,10 @@ void gaussian(const Gaussian& task) {
     // The sample's loss; its factor of mask (pred - target) in the gradient.
     const auto finish = [&](int64_t sample, Sums sums, double& factor) {
         double divisor = count ? (sums.mask == 0 ? 1.0 : sums.mask) : plain_divisor;
-        divisor *= sigma[sample] * sigma[sample];
+        const double sigma_of = number_at(sigma, sample);
+        divisor *= sigma_of * sigma_of;
         const Profile::Value h = task.profile(sums.square / divisor);
-        const double omega = weight[sample], loss = omega * h.value;
+        const double omega = number_at(weight, sample), loss = omega * h.value;
         factor = omega * 2 * h.slope / divisor;
         if (!reduces) write(*task.value, sample, loss);
         if (task.coefficient) write(*task.coefficient, sample, factor);
@@ -316,11 +211,11 @@ void gaussian_backward(
     prepare(work, pred, target, mask, &grad);
     const Kernels& kernels = kernels_for(type_of(pred));
     const int64_t groups = divide_up(work.size, group_size);
-    const Numbers factors(&coefficient, 0.0);
+    const Numbers factors = numbers_of(&coefficient, 0.0);
     parallel_for(pred.shape[0] * groups, grain_of(std::min(work.size, group_size)), [&](int64_t first, int64_t last) {
         for (int64_t i = first; i < last; ++i) {
             const int64_t begin = i % groups * group_size, end = std::min(begin + group_size, work.size);
-            kernels.gaussian_grad(work, i / groups, begin, end, factors[i / groups]);
+            kernels.gaussian_grad(work, i / groups, begin, end, number_at(factors, i / groups));
         }
     });
 }
@@ -345,37 +240,27 @@ double sum_of_groups(int64_t size, int64_t elements, const F& sum_of_range) {
 
 // Over all elements of the shape it broadcasts to, each of its own elements read once.
 double sum_of_mask(const DLTensor& mask, const DLTensor& like, const Kernels& kernels) {
-    Strides strides;
-    broadcast_strides(mask, like, strides.data());
-    Placed placed;
-    Operand operand;
-    operand.data = data_of(mask);
-    operand.type = type_of(mask);
-    placed.operand = &operand;
-    int64_t shape[max_dims];
-    double copies = 1;
-    int64_t size = 1;
     // What it broadcasts to may be empty, and then it may have no memory of its own.
-    if (elements_from(like, 0) == 0) return 0;
-    for (int d = 0; d < like.ndim; ++d) {
-        shape[d] = strides[d] == 0 ? 1 : like.shape[d];
-        if (strides[d] == 0) copies *= double(like.shape[d]);
-        size *= shape[d];
-    }
-    placed.strides = strides;
-    DLTensor own = like;
+    const int64_t copied = elements_from(like, 0);
+    if (copied == 0) return 0;
+    int64_t shape[max_dims];
+    for (int d = 0; d < mask.ndim; ++d) shape[d] = mask.strides[d] == 0 ? 1 : mask.shape[d];
+    DLTensor own = mask;
     own.shape = shape;
+    Operand operand;
+    Placement<Operand> placement(own);
+    placement.add(&own, operand);
     Space space;
-    plan(own, 0, &placed, 1, space);
+    placement.collapse(0, 1, space);
     const auto sum = [&](int64_t begin, int64_t end) { return kernels.sum(space, operand, begin, end); };
-    return copies * sum_of_groups(size, thread_grain, sum);
+    const int64_t size = elements_from(own, 0);
+    return double(copied / size) * sum_of_groups(size, thread_grain, sum);
 }
 
 }  // namespace
 
 void expectation(const Expectation& task) {
     const DLTensor& v = *task.v;
-    check_dims(v);
     const Kernels& kernels = kernels_for(type_of(v));
     ElementWork work;
     work.numbers = task.numbers;
@@ -389,29 +274,14 @@ void expectation(const Expectation& task) {
     work.size = size;
     work.sums = task.value && task.reduction != Reduction::none;
 
-    // A weight [B] is a mask [B, 1, ...].
-    int64_t shape[max_dims], weight_strides[max_dims];
-    DLTensor weight;
-    const DLTensor* factor = task.mask;
-    if (task.weight) {
-        for (int d = 0; d < v.ndim; ++d) {
-            shape[d] = d ? 1 : v.shape[0];
-            weight_strides[d] = d ? 0 : task.weight->strides[0];
-        }
-        weight = *task.weight;
-        weight.ndim = v.ndim;
-        weight.shape = shape;
-        weight.strides = weight_strides;
-        factor = &weight;
-    }
-    Placed placed[5];
-    int count = 0;
-    place(task.grad, v, work.grad, placed, count);
-    place(&v, v, work.v, placed, count);
-    if (task.reduction == Reduction::none) place(task.value, v, work.terms, placed, count);
-    place(factor, v, work.factor, placed, count);
-    place(task.upstream, v, work.upstream, placed, count);
-    plan(v, 0, placed, count, work.space);
+    const std::optional<WeightAsMask> weight = task.weight ? std::make_optional<WeightAsMask>(*task.weight, v) : std::nullopt;
+    Placement<Operand> placement(v);
+    placement.add(task.grad, work.grad);
+    placement.add(&v, work.v);
+    if (task.reduction == Reduction::none) placement.add(task.value, work.terms);
+    placement.add(weight ? weight->get() : task.mask, work.factor);
+    placement.add(task.upstream, work.upstream);
+    placement.collapse(0, placement.count, work.space);
     for (const Operand* output : {&work.grad, &work.terms}) {
         const int64_t bytes = size * size_of(output->type);
         if (output->data && bytes >= huge_output) prefer_huge_pages(output->data, bytes);

@@ -16,6 +16,7 @@ constexpr int max_dims = 64;
 
 // The order in which elements are visited: the innermost dimension first.
 struct Space {
+    static constexpr int most_dims = max_dims;
     int dims;
     int64_t sizes[max_dims];
 };

@@ -2,6 +2,10 @@
 
 #include "cuda.h"
 
+#include <mutex>
+#include <utility>
+#include <vector>
+
 #include "cuda_expectation.cuh"
 #include "cuda_gaussian.cuh"
 #include "cuda_plan.h"
@@ -10,7 +14,7 @@ namespace fdu::cuda {
 namespace {
 
 // Bytes before the partial sums in a workspace.
-constexpr int64_t ticket_bytes = (4 * (1 + most_parts) + 255) / 256 * 256;
+constexpr int64_t ticket_bytes = (4 * ticket_count + 255) / 256 * 256;
 // ceil(wave / batch) blocks a sample make up at most the wave and another block for each sample.
 constexpr int64_t most_partials = 2 * most_parts;
 
@@ -30,9 +34,27 @@ struct Workspace {
     }
 };
 
-// A graph may be replayed beside other work of the stream that captured it, so it has tickets of its own.
-unsigned* tickets_for(const Context& context, const Workspace& workspace, int64_t used) {
-    if (!is_capturing(context.stream)) return reinterpret_cast<unsigned*>(data_of(*context.tickets));
+// The place of a stream of a device in its ticket memory; -1 where others have them all.
+int place_of_stream(int device, void* stream) {
+    static std::mutex mutex;
+    static std::vector<std::pair<int, void*>> known;
+    const std::lock_guard<std::mutex> locked(mutex);
+    int place = 0;
+    for (const auto& [on, one] : known) {
+        if (on != device) continue;
+        if (one == stream) return place;
+        ++place;
+    }
+    if (place == ticket_streams) return -1;
+    known.emplace_back(device, stream);
+    return place;
+}
+
+// The launches of one stream run one after the other and share its tickets. A graph may be replayed beside other work of
+// the stream that captured it, so it has tickets of its own, in its workspace.
+unsigned* tickets_for(const Context& context, int index, const Device& device, const Workspace& workspace, int64_t used) {
+    const int place = is_capturing(context.stream) ? -1 : place_of_stream(index, context.stream);
+    if (place >= 0) return device.tickets + place * ticket_count;
     fill_with_zeros(workspace.tickets, 4 * size_t(used), context.stream);
     return workspace.tickets;
 }
@@ -103,7 +125,6 @@ void launch_walk(Kind kind, GaussianTask& task, bool vectors, const Device& devi
 
 const int64_t workspace_bytes = ticket_bytes + most_partials * int64_t(sizeof(Sums));
 const int64_t workspace_bytes_per_sample = sizeof(double) + sizeof(float);
-const int64_t ticket_count = 1 + most_parts;
 const int most_dims = walk_dims;
 
 void gaussian(const GaussianCall& call, const Context& context) {
@@ -133,7 +154,7 @@ void gaussian(const GaussianCall& call, const Context& context) {
         const int64_t vector = vectors ? 16 / size_of(task.pred.type) : 1;
         held = on_chip(task.size, task.batch, vector, most, device.multiprocessors, device.clusters);
     }
-    task.tickets = tickets_for(context, workspace, held.elements ? 1 : ticket_count);
+    task.tickets = tickets_for(context, index, device, workspace, held.elements ? 1 : ticket_count);
     if (held.elements) {
         task.warps = held.warps;
         task.parts = held.parts;
@@ -184,7 +205,7 @@ void expectation(const ExpectationCall& call, const Context& context) {
     task.sums = of.value && of.reduction != Reduction::none;
     task.value = task.sums ? reinterpret_cast<float*>(data_of(*of.value)) : nullptr;
     task.partials = reinterpret_cast<double*>(workspace.partials);
-    if (task.sums) task.tickets = tickets_for(context, workspace, 1);
+    if (task.sums) task.tickets = tickets_for(context, index, device_of(index), workspace, 1);
 
     void (*const kernel)(ElementTask) = of.grad ? (vectors ? expectation_kernel<true, true> : expectation_kernel<true, false>)
                                        : (vectors ? expectation_kernel<false, true> : expectation_kernel<false, false>);

@@ -1,12 +1,11 @@
 // The operations of the CUDA backend on whole tensors; cuda_module.cpp binds them.
 //
 // They launch kernels on a stream of PyTorch's current device and return at once. Nothing is allocated: partial sums lie
-// in a workspace that the caller brings, and so do the tickets, zeros that are zeros again after each launch.
+// in a workspace that the caller brings.
 
 #pragma once
 
 #include <string>
-#include <vector>
 
 #include "cpu.h"
 
@@ -14,15 +13,12 @@ namespace fdu::cuda {
 
 // Bytes of a workspace, and more for each sample.
 extern const int64_t workspace_bytes, workspace_bytes_per_sample;
-// Elements of int32 in a tensor of tickets.
-extern const int64_t ticket_count;
 // Dimensions of tensors that are taken as they are.
 extern const int most_dims;
 
 struct Context {
     void* stream;
     const DLTensor* workspace;
-    const DLTensor* tickets;  // those of the stream
 };
 
 // As fdu::Gaussian; in addition grad_scale may be a tensor [], with which the number is multiplied.

@@ -24,6 +24,10 @@
 
 namespace fdu::cuda {
 
+// Zeros between launches. Memory of the module and not of an allocator: what torch hands out while it warms up a graph
+// belongs to that graph's pool, and is given to others later.
+static __device__ unsigned ticket_memory[ticket_streams * ticket_count];
+
 FDU_DEVICE int thread_index() { return int(threadIdx.x); }
 FDU_DEVICE int block_threads() { return int(blockDim.x); }
 FDU_DEVICE int64_t block_index() { return blockIdx.x; }
@@ -113,6 +117,7 @@ inline void follow(int device) { check(cudaSetDevice(device), "cudaSetDevice"); 
 struct Device {
     int multiprocessors;
     bool clusters;
+    unsigned* tickets;
 };
 
 // Of the current device, looked at once; `kernel` is any kernel that makes use of clusters.
@@ -126,6 +131,7 @@ inline const Device& known_device(int index, const void* kernel) {
         int launches = 0;
         check(cudaDeviceGetAttribute(&device.multiprocessors, cudaDevAttrMultiProcessorCount, index), "the device");
         check(cudaDeviceGetAttribute(&launches, cudaDevAttrClusterLaunch, index), "the device");
+        check(cudaGetSymbolAddress(reinterpret_cast<void**>(&device.tickets), ticket_memory), "the device");
         cudaFuncAttributes attributes;
         check(cudaFuncGetAttributes(&attributes, kernel), "the kernels do not fit the device");
         // Code made for an older architecture runs on a newer device, but knows no clusters.

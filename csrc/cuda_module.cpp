@@ -13,11 +13,11 @@ namespace {
 
 // What a launch needs beside tensors; on the stream that torch works on.
 struct Surroundings {
-    Borrowed workspace, tickets;
+    Borrowed workspace;
     Context context;
 
-    Surroundings(const DLTensor& tensor, py::handle workspace_, py::handle tickets_)
-        : workspace(workspace_), tickets(tickets_), context{nullptr, workspace.get(), tickets.get()} {
+    Surroundings(const DLTensor& tensor, py::handle workspace_)
+        : workspace(workspace_), context{nullptr, workspace.get()} {
         if (exchange->current_work_stream(tensor.device.device_type, tensor.device.device_id, &context.stream)) {
             throw py::error_already_set();
         }
@@ -27,21 +27,17 @@ struct Surroundings {
 void bind_gaussian(
     py::handle pred, py::handle target, double c, double k, double linear_beyond, py::handle table, py::handle sigma,
     py::handle weight, py::handle mask, bool mean_distance, int reduction, py::handle grad_scale, py::handle value,
-    py::handle coefficient, py::handle grad, py::handle workspace, py::handle tickets) {
+    py::handle coefficient, py::handle grad, py::handle workspace) {
     const Borrowed pred_(pred), target_(target), table_(table), weight_(weight), mask_(mask), value_(value);
     const Borrowed coefficient_(coefficient), grad_(grad);
     const NumberOrTensor sigma_(sigma), scale_(grad_scale);
-    const Surroundings around(*pred_, workspace, tickets);
+    const Surroundings around(*pred_, workspace);
     GaussianCall call{{}, scale_.tensor()};
     Gaussian& of = call.of;
     of.pred = pred_.get();
     of.target = target_.get();
     of.mask = mask_.get();
-    of.profile = {c, k, linear_beyond, nullptr, 0};
-    if (table_.get()) {
-        of.profile.table = static_cast<const double*>((*table_).data);
-        of.profile.rows = (*table_).shape[0];
-    }
+    of.profile = profile_of(c, k, linear_beyond, table_);
     of.sigma_tensor = sigma_.tensor();
     of.sigma = sigma_.number();
     of.weight = weight_.get();
@@ -56,25 +52,20 @@ void bind_gaussian(
 
 void bind_gaussian_backward(py::handle pred, py::handle target, py::handle mask, py::handle coefficient, py::handle grad) {
     const Borrowed pred_(pred), target_(target), mask_(mask), coefficient_(coefficient), grad_(grad);
-    const Surroundings around(*pred_, py::none(), py::none());
+    const Surroundings around(*pred_, py::none());
     gaussian_backward(*pred_, *target_, mask_.get(), *coefficient_, *grad_, around.context);
 }
 
 void bind_expectation(
     py::handle v, py::tuple numbers, py::handle weight, py::handle mask, py::handle mask_total, int reduction,
-    py::handle grad_scale, py::handle upstream, py::handle value, py::handle grad, py::handle workspace,
-    py::handle tickets) {
-    constexpr size_t wanted = 4 + 2 * row_fields;
-    double unpacked[wanted];
-    if (numbers.size() != wanted) throw std::invalid_argument("fdu_kernels: an ElementFunction has 32 numbers");
-    for (size_t i = 0; i < wanted; ++i) unpacked[i] = PyFloat_AsDouble(PyTuple_GET_ITEM(numbers.ptr(), i));
-    if (PyErr_Occurred()) throw py::error_already_set();
+    py::handle grad_scale, py::handle upstream, py::handle value, py::handle grad, py::handle workspace) {
+    const FunctionNumbers function(numbers);
     const Borrowed v_(v), weight_(weight), mask_(mask), mask_total_(mask_total), upstream_(upstream);
     const Borrowed value_(value), grad_(grad);
     const NumberOrTensor scale_(grad_scale);
-    const Surroundings around(*v_, workspace, tickets);
+    const Surroundings around(*v_, workspace);
     ExpectationCall call{{}, mask_total_.get(), scale_.tensor()};
-    call.of = {v_.get(), weight_.get(), mask_.get(), unpacked, static_cast<Reduction>(reduction), scale_.number(),
+    call.of = {v_.get(), weight_.get(), mask_.get(), function.of, static_cast<Reduction>(reduction), scale_.number(),
                upstream_.get(), value_.get(), grad_.get()};
     expectation(call, around.context);
 }
@@ -87,7 +78,6 @@ void bind(py::module_& module) {
     module.def("cuda_expectation", &bind_expectation);
     module.def("cuda_why_unusable", &why_unusable, "Empty, or why the kernels cannot run on a device of this index.");
     module.attr("CUDA_WORKSPACE") = py::make_tuple(workspace_bytes, workspace_bytes_per_sample);
-    module.attr("CUDA_TICKETS") = ticket_count;
     module.attr("CUDA_DIMS") = most_dims;
 }
 

@@ -3,109 +3,22 @@
 #pragma once
 
 #include <algorithm>
-#include <array>
-#include <initializer_list>
-#include <stdexcept>
+#include <optional>
 
 #include "cuda_work.h"
 
 namespace fdu::cuda {
 
-inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+using Placement = fdu::Placement<Operand>;
 
-inline Type type_of(const DLTensor& tensor) {
-    const int code = tensor.dtype.code, bits = tensor.dtype.bits;
-    if (code == kDLFloat && bits == 16) return Type::float16;
-    if (code == kDLBfloat && bits == 16) return Type::bfloat16;
-    if (code == kDLFloat && bits == 32) return Type::float32;
-    if (code == kDLFloat && bits == 64) return Type::float64;
-    if (code == kDLBool && bits == 8) return Type::boolean;
-    throw std::invalid_argument("fdu_kernels: a dtype that the CUDA kernels do not have");
-}
-
-inline int64_t size_of(Type type) {
-    switch (type) {
-        case Type::float32: return 4;
-        case Type::float64: return 8;
-        case Type::boolean: return 1;
-        default: return 2;
-    }
-}
-
-inline char* data_of(const DLTensor& tensor) { return static_cast<char*>(tensor.data) + tensor.byte_offset; }
-
-inline int64_t elements_from(const DLTensor& tensor, int dimension) {
-    int64_t count = 1;
-    for (int d = dimension; d < tensor.ndim; ++d) count *= tensor.shape[d];
-    return count;
-}
-
-inline Numbers numbers_of(const DLTensor* tensor, double otherwise) {
-    Numbers numbers;
-    numbers.otherwise = otherwise;
-    if (!tensor) return numbers;
-    numbers.data = data_of(*tensor);
-    numbers.type = type_of(*tensor);
-    numbers.stride = tensor->ndim && tensor->shape[0] > 1 ? tensor->strides[0] : 0;
-    return numbers;
-}
-
-// A tensor that broadcasts to the shape of another, and its place in a task.
-struct Placed {
-    const DLTensor* tensor;
-    Operand* operand;
-    std::array<int64_t, max_dims> strides;
-};
-
-// Strides over all dimensions of `like`, the outermost first.
-inline void place(Placed& placed, const DLTensor& like) {
-    const DLTensor& tensor = *placed.tensor;
-    const int missing = like.ndim - tensor.ndim;
-    for (int d = 0; d < like.ndim; ++d) {
-        placed.strides[d] = d < missing || tensor.shape[d - missing] == 1 ? 0 : tensor.strides[d - missing];
-    }
-    placed.operand->data = data_of(tensor);
-    placed.operand->type = type_of(tensor);
-    placed.operand->batch_stride = placed.strides[0];
-}
-
-// Orders the dimensions from `from` on by the strides of the first tensor, merges those that lie one after the other in
-// every one, and fills in the space and the operands' strides.
-inline void collapse(const DLTensor& like, int from, Placed* placed, int count, Space& space) {
-    int order[max_dims], kept = 0;
-    for (int d = like.ndim - 1; d >= from; --d) {
-        if (like.shape[d] == 1) continue;
-        int at = kept++;
-        for (; at > 0 && placed[0].strides[order[at - 1]] > placed[0].strides[d]; --at) order[at] = order[at - 1];
-        order[at] = d;
-    }
-    space.dims = 0;
-    for (int i = 0; i < kept; ++i) {
-        const int d = order[i], last = space.dims - 1;
-        bool merges = last >= 0;
-        for (int j = 0; j < count && merges; ++j) {
-            merges = placed[j].strides[d] == placed[j].operand->strides[last] * space.sizes[last];
-        }
-        if (merges) {
-            space.sizes[last] *= like.shape[d];
-            continue;
-        }
-        if (space.dims == walk_dims) throw std::invalid_argument("fdu_kernels: too many dimensions for the CUDA kernels");
-        space.sizes[space.dims] = like.shape[d];
-        for (int j = 0; j < count; ++j) placed[j].operand->strides[space.dims] = placed[j].strides[d];
-        ++space.dims;
-    }
-    if (space.dims == 0) {
-        space.dims = 1;
-        space.sizes[0] = 1;
-        for (int j = 0; j < count; ++j) placed[j].operand->strides[0] = 1;
-    }
+inline void collapse(const Placement& placement, int from, int used, Space& space) {
+    placement.collapse(from, used, space);
     for (int d = 0; d < space.dims; ++d) space.divisors[d] = divisor_of(uint64_t(std::max<int64_t>(space.sizes[d], 1)));
 }
 
-inline bool are_linear(const Placed* placed, int count, const Space& space) {
+inline bool are_linear(const Placement& placement, int count, const Space& space) {
     for (int j = 0; j < count; ++j) {
-        if (placed[j].operand->strides[0] != 1 && space.sizes[0] != 1) return false;
+        if (placement.operands[j]->strides[0] != 1 && space.sizes[0] != 1) return false;
     }
     return space.dims == 1;
 }
@@ -129,71 +42,49 @@ inline bool is_packed(const Operand& operand, const Space& space, bool batched) 
 
 // Fills in the space and operands; true if pred, target and grad can be read as vectors.
 inline bool plan(const Gaussian& of, GaussianTask& task) {
-    Placed placed[4];
-    int count = 0;
-    // The gradient leads: what is written should be written in its order.
-    const std::initializer_list<std::pair<const DLTensor*, Operand*>> operands = {
-        {of.grad, &task.grad}, {of.pred, &task.pred}, {of.target, &task.target}, {of.mask, &task.mask}};
-    for (const auto& [tensor, operand] : operands) {
-        if (!tensor) continue;
-        placed[count].tensor = tensor;
-        placed[count].operand = operand;
-        place(placed[count++], *of.pred);
-    }
     const DLTensor& pred = *of.pred;
-    const int data = count - (of.mask ? 1 : 0), vector = int(16 / size_of(task.pred.type));
+    Placement placement(pred);
+    // The gradient leads: what is written should be written in its order.
+    placement.add(of.grad, task.grad);
+    placement.add(of.pred, task.pred);
+    placement.add(of.target, task.target);
+    const int data = placement.count, vector = int(16 / size_of(task.pred.type));
+    placement.add(of.mask, task.mask);
     task.batch = pred.shape[0];
     task.size = elements_from(pred, 1);
-    collapse(pred, 1, placed, data, task.space);
-    bool vectors = are_linear(placed, data, task.space), shifted = false;
+    collapse(placement, 1, data, task.space);
+    bool vectors = are_linear(placement, data, task.space), shifted = false;
     const int64_t shift = shift_of(task.pred, vector);
     const bool batched = task.batch > 1;
     for (int j = 0; j < data && vectors; ++j) {
-        const Operand& operand = *placed[j].operand;
+        const Operand& operand = *placement.operands[j];
         const int64_t apart = operand.batch_stride - task.pred.batch_stride;
         vectors = shift_of(operand, vector) == shift && (!batched || apart % vector == 0);
         shifted |= shift != 0 || (batched && operand.batch_stride % vector != 0);
     }
     if (!of.mask) return vectors;
-    collapse(pred, 1, placed, count, task.space);
+    collapse(placement, 1, placement.count, task.space);
     return vectors && !shifted && is_packed(task.mask, task.space, batched);
 }
 
 inline bool plan(const Expectation& of, ElementTask& task) {
     const DLTensor& v = *of.v;
-    // A weight [B] is a mask [B, 1, ...].
-    int64_t shape[max_dims], strides[max_dims];
-    DLTensor weight;
-    const DLTensor* factor = of.mask;
-    if (of.weight) {
-        for (int d = 0; d < v.ndim; ++d) {
-            shape[d] = d ? 1 : v.shape[0];
-            strides[d] = d ? 0 : of.weight->strides[0];
-        }
-        weight = *of.weight;
-        weight.ndim = v.ndim;
-        weight.shape = shape;
-        weight.strides = strides;
-        factor = &weight;
-    }
-    Placed placed[5];
-    int count = 0, data = 0;
-    const DLTensor* terms = of.reduction == Reduction::none ? of.value : nullptr;
-    const std::initializer_list<std::pair<const DLTensor*, Operand*>> operands = {
-        {of.grad, &task.grad}, {of.v, &task.v}, {terms, &task.terms}, {factor, &task.factor}, {of.upstream, &task.upstream}};
-    for (const auto& [tensor, operand] : operands) {
-        if (!tensor) continue;
-        placed[count].tensor = tensor;
-        placed[count].operand = operand;
-        place(placed[count++], v);
-        if (tensor == of.grad || tensor == of.v || tensor == terms) data = count;
-    }
+    const std::optional<WeightAsMask> weight = of.weight ? std::make_optional<WeightAsMask>(*of.weight, v) : std::nullopt;
+    Placement placement(v);
+    placement.add(of.grad, task.grad);
+    placement.add(of.v, task.v);
+    placement.add(of.reduction == Reduction::none ? of.value : nullptr, task.terms);
+    const int data = placement.count;
+    placement.add(weight ? weight->get() : of.mask, task.factor);
+    placement.add(of.upstream, task.upstream);
     task.size = elements_from(v, 0);
-    collapse(v, 0, placed, data, task.space);
-    bool vectors = are_linear(placed, data, task.space);
-    for (int j = 0; j < data && vectors; ++j) vectors = reinterpret_cast<uintptr_t>(placed[j].operand->data) % 16 == 0;
-    if (count > data) collapse(v, 0, placed, count, task.space);
-    for (int j = data; j < count; ++j) placed[j].operand->packed = is_packed(*placed[j].operand, task.space, false);
+    collapse(placement, 0, data, task.space);
+    bool vectors = are_linear(placement, data, task.space);
+    for (int j = 0; j < data && vectors; ++j) vectors = reinterpret_cast<uintptr_t>(placement.operands[j]->data) % 16 == 0;
+    if (placement.count > data) collapse(placement, 0, placement.count, task.space);
+    for (int j = data; j < placement.count; ++j) {
+        placement.operands[j]->packed = is_packed(*placement.operands[j], task.space, false);
+    }
     return vectors;
 }
 

@@ -6,6 +6,7 @@
 
 #include "cpu.h"
 #include "element_function.h"
+#include "layout.h"
 
 namespace fdu::cuda {
 
@@ -14,6 +15,8 @@ constexpr int walk_dims = 12;
 constexpr int warp_size = 32;
 // Blocks that share the samples of a batch, where one block a sample would leave the device idle.
 constexpr int most_parts = 1024;
+// Tickets of a launch: for the batch, then for each sample whose blocks count; and streams that have their own.
+constexpr int ticket_count = 1 + most_parts, ticket_streams = 64;
 // Threads that hold a sample on chip, or walk over one.
 constexpr int chip_threads = 512, stream_threads = 256;
 
@@ -68,6 +71,7 @@ FDU_FUNCTION int64_t divide(int64_t number, const Divisor& by) {
 
 // The order in which elements are visited: the innermost dimension first.
 struct Space {
+    static constexpr int most_dims = walk_dims;
     int dims = 1;
     int64_t sizes[walk_dims];
     Divisor divisors[walk_dims];
@@ -101,14 +105,6 @@ FDU_FUNCTION Offsets<sizeof...(Operands)> offsets(const Space& space, int64_t po
     }
     return found;
 }
-
-// Numbers [B] or [] in any floating dtype, or one number for all.
-struct Numbers {
-    const char* data = nullptr;
-    Type type = Type::float64;
-    int64_t stride = 0;
-    double otherwise = 1;
-};
 
 struct Sums {
     double square = 0, mask = 0;

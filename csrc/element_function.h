@@ -24,6 +24,9 @@ struct ElementFunction {
 
 namespace {
 
+// [limit, slope, first tilt, first row, second tilt, second row]
+constexpr size_t function_numbers = 4 + 2 * row_fields;
+
 template <class L>
 inline TiltedRow<L> read_tilted_row(const double* numbers) {
     TiltedRow<L> read;

@@ -45,15 +45,11 @@ void gaussian(
     const Borrowed pred_(pred), target_(target), table_(table), weight_(weight), mask_(mask), value_(value);
     const Borrowed coefficient_(coefficient), grad_(grad);
     const fdu::NumberOrTensor sigma_(sigma);
-    fdu::Gaussian task{
-        pred_.get(), target_.get(), mask_.get(), {c, k, linear_beyond, nullptr, 0}, sigma_.tensor(),
+    const fdu::Gaussian task{
+        pred_.get(), target_.get(), mask_.get(), fdu::profile_of(c, k, linear_beyond, table_), sigma_.tensor(),
         sigma_.number(), weight_.get(), mean_distance, reduction_of(reduction),
         grad_scale, value_.get(), coefficient_.get(), grad_.get(),
     };
-    if (table_.get()) {
-        task.profile.table = static_cast<const double*>((*table_).data);
-        task.profile.rows = (*table_).shape[0];
-    }
     run(*pred_, [&] { fdu::gaussian(task); });
 }
 
@@ -65,13 +61,9 @@ void gaussian_backward(py::handle pred, py::handle target, py::handle mask, py::
 void expectation(
     py::handle v, py::tuple numbers, py::handle weight, py::handle mask, int reduction, double scale, py::handle upstream,
     py::handle value, py::handle grad) {
-    constexpr size_t wanted = 4 + 2 * fdu::row_fields;
-    double unpacked[wanted];
-    if (numbers.size() != wanted) throw std::invalid_argument("fdu_kernels: an ElementFunction has 32 numbers");
-    for (size_t i = 0; i < wanted; ++i) unpacked[i] = PyFloat_AsDouble(PyTuple_GET_ITEM(numbers.ptr(), i));
-    if (PyErr_Occurred()) throw py::error_already_set();
+    const fdu::FunctionNumbers function(numbers);
     const Borrowed v_(v), weight_(weight), mask_(mask), upstream_(upstream), value_(value), grad_(grad);
-    const fdu::Expectation task{v_.get(), weight_.get(), mask_.get(), unpacked, reduction_of(reduction), scale,
+    const fdu::Expectation task{v_.get(), weight_.get(), mask_.get(), function.of, reduction_of(reduction), scale,
                                 upstream_.get(), value_.get(), grad_.get()};
     run(*v_, [&] { fdu::expectation(task); });
 }

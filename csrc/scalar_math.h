@@ -235,55 +235,101 @@ FDU_FUNCTION A logarithm(A u, A y) {
     return n * B::log2_high + (f - s * (f - L(2) * z * artanh_rest<B::logarithm_terms>(z)) + n * B::log2_low);
 }
 
+// Of memory that no kernel writes.
+FDU_FUNCTION double load_fixed(const double* from) {
+#if defined(__CUDA_ARCH__)
+    return __ldg(from);
+#else
+    return *from;
+#endif
+}
+
+// Where s lies in the table of a profile, and what the polynomial through its neighbours there is made of.
+class TablePlace {
+  public:
+    static constexpr int neighbours = 8, header = 4;
+
+    FDU_FUNCTION TablePlace(const double* table, double s) : table_(table), s_(s) {
+        const double first = load_fixed(table), step = load_fixed(table + 1);
+        const double bottom = load_fixed(table + 2), top = load_fixed(table + 3), smallest = load_fixed(table + 7);
+        t_ = (log(s < smallest ? smallest : s) - first) / step;
+        const double position = clamp(t_, bottom, top);
+        // A NaN has no place in the table: it takes the first one and stays NaN through its offset.
+        int64_t index = position == position ? int64_t(position) : int64_t(bottom);
+        index = index > int64_t(top) - 1 ? int64_t(top) - 1 : index;
+        rows_ = table + 2 * (header + index - 3);
+        x_ = position - double(index);
+    }
+
+    // Of neighbour i: what multiplies its row, the product of (x - j) / (i - j) over the others; log h; log h'.
+    FDU_FUNCTION double weight(int i) const {
+        constexpr double scales[neighbours] = {-1.0 / 5040, 1.0 / 720, -1.0 / 240, 1.0 / 144,
+                                               -1.0 / 144,  1.0 / 240, -1.0 / 720, 1.0 / 5040};
+        double weight = scales[0];
+#pragma unroll
+        for (int j = 1; j < neighbours; ++j) weight = i == j ? scales[j] : weight;
+#pragma unroll
+        for (int j = 0; j < neighbours; ++j) weight *= i == j ? 1.0 : x_ - (j - 3);
+        return weight;
+    }
+    FDU_FUNCTION double log_value(int i) const { return load_fixed(rows_ + 2 * i); }
+    FDU_FUNCTION double log_slope(int i) const { return load_fixed(rows_ + 2 * i + 1); }
+
+    // h and h' by the sums over the neighbours.
+    struct Value {
+        double value, slope;
+    };
+    FDU_FUNCTION Value value(double log_value, double log_slope) const {
+        const double bottom = load_fixed(table_ + 2), smallest = load_fixed(table_ + 7);
+        if (t_ < bottom) {
+            const double below = load_fixed(table_ + 1) * (t_ - bottom);
+            log_value += load_fixed(table_ + 4) * below;
+            log_slope += load_fixed(table_ + 5) * below;
+        }
+        // Below the smallest s of the table. Not s over what is inside, which is inf / inf for the largest s.
+        const double linear = (s_ > smallest ? smallest : s_) / smallest;
+        return {exp(log_value) * linear, exp(log_slope)};
+    }
+
+  private:
+    const double *table_, *rows_;  // rows: from the first neighbour on
+    double s_, t_, x_;             // t: log s in steps; x: from the fourth neighbour
+};
+
 // h and h' of a Gaussian profile at s.
 struct Profile {
     double c, k, linear_beyond;
     const double* table;  // packed as fdu_kernels.lowering.GaussianProfile says, or null
-    int64_t rows;
 
-    struct Value {
-        double value, slope;
-    };
+    using Value = TablePlace::Value;
 
     FDU_FUNCTION Value operator()(double s) const {
-        const double inside = s > linear_beyond ? linear_beyond : s;
-        Value h = table ? read(inside) : evaluate(inside);
-        if (s > linear_beyond) h.value += h.slope * (s - inside);
+        return continued(s, table ? read(inside(s)) : evaluate(inside(s)));
+    }
+
+    // Up to where it is evaluated, and the straight line beyond.
+    FDU_FUNCTION double inside(double s) const { return s > linear_beyond ? linear_beyond : s; }
+    FDU_FUNCTION Value continued(double s, Value h) const {
+        if (s > linear_beyond) h.value += h.slope * (s - linear_beyond);
         return h;
     }
 
-  private:
     FDU_FUNCTION Value evaluate(double s) const {
         // 0 s keeps a NaN, and clamping keeps it from making one of an infinite s.
         if (k == 0) return {c * s, c + 0 * clamp(s, 0.0, 1.0)};
         return {expm1(k * s) * (c / k), c * exp(k * s)};
     }
 
+  private:
     FDU_FUNCTION Value read(double s) const {
-        constexpr int neighbours = 8, header = 4;
-        const double first = table[0], step = table[1], bottom = table[2], top = table[3];
-        const double smallest = table[7];
-        const double inside = s < smallest ? smallest : s;
-        const double t = (log(inside) - first) / step;
-        const double position = clamp(t, bottom, top);
-        // A NaN has no place in the table: it takes the first one and stays NaN through its offset.
-        int64_t index = position == position ? int64_t(position) : int64_t(bottom);
-        index = index > int64_t(top) - 1 ? int64_t(top) - 1 : index;
-        const double x = position - double(index);
+        const TablePlace place(table, s);
         double log_value = 0, log_slope = 0;
-        for (int i = 0; i < neighbours; ++i) {
-            double weight = 1;
-            for (int j = 0; j < neighbours; ++j) {
-                if (j != i) weight *= (x - (j - 3)) / double(i - j);
-            }
-            const double* row = table + 2 * (header + index + i - 3);
-            log_value += weight * row[0];
-            log_slope += weight * row[1];
+        for (int i = 0; i < TablePlace::neighbours; ++i) {
+            const double weight = place.weight(i);
+            log_value += weight * place.log_value(i);
+            log_slope += weight * place.log_slope(i);
         }
-        const double below = step * (t < bottom ? t - bottom : 0.0);
-        // Not s / inside, which is inf / inf for the largest s.
-        const double linear = (s > smallest ? smallest : s) / smallest;
-        return {exp(log_value) * exp(table[4] * below) * linear, exp(log_slope) * exp(table[5] * below)};
+        return place.value(log_value, log_slope);
     }
 };
 

@@ -152,9 +152,6 @@ class CudaKernels(_Native):
     FUSES_FORWARD = False
     DTYPES = frozenset((torch.float16, torch.bfloat16, torch.float32))
 
-    def __init__(self) -> None:
-        self._tickets: dict[tuple[int, int], Tensor] = {}
-
     @functools.cached_property
     def _reason(self) -> str | None:
         if torch.version.cuda is None:
@@ -300,7 +297,7 @@ class CudaKernels(_Native):
             "cuda_gaussian", pred.device,
             pred, target, profile.c, profile.k, profile.linear_beyond, profile.table_on(pred.device), sigma, weight,
             mask, distance == "mean", _REDUCTIONS[reduction], _on(grad_scale, pred.device), value, coefficient, filled,
-            self._workspace(pred, len(pred)), self._tickets_on(pred.device),
+            self._workspace(pred, len(pred)),
         )  # fmt: skip
         if grad is not None and filled is not None and filled is not grad:
             grad.copy_(filled)
@@ -327,7 +324,7 @@ class CudaKernels(_Native):
         self._call(
             "cuda_expectation", v.device,
             v, function.numbers, weight, mask, total, _REDUCTIONS[reduction], _on(grad_scale, v.device), upstream,
-            *filled, self._workspace(v, 0), self._tickets_on(v.device),
+            *filled, self._workspace(v, 0),
         )  # fmt: skip
         for made, computed in zip((value, grad), filled, strict=True):
             if made is not None and computed is not None and computed is not made:
@@ -343,17 +340,6 @@ class CudaKernels(_Native):
     def _workspace(self, tensor: Tensor, batch: int) -> Tensor:
         once, each = self._compiled.CUDA_WORKSPACE
         return tensor.new_empty(once + each * batch, dtype=torch.uint8)
-
-    def _tickets_on(self, device: torch.device) -> Tensor | None:
-        """Zeros that the kernels of one stream, which run one after the other, count with and set to zero again."""
-        key = device.index, torch._C._cuda_getCurrentRawStream(device.index)
-        found = self._tickets.get(key)
-        if found is None:
-            with torch.cuda.device(device):
-                if torch.cuda.is_current_stream_capturing():
-                    return None  # a graph counts in its workspace
-            found = self._tickets[key] = torch.zeros(self._compiled.CUDA_TICKETS, dtype=torch.int32, device=device)
-        return found
 
 
 def _values(v: Tensor, reduction: str) -> Tensor:

@@ -21,6 +21,7 @@ PYBIND11_MODULE(cuda_emulation, module) {
     module.def("counts", [] {
         return py::make_tuple(emulated.launches, emulated.wide_accesses, emulated.narrow_loads);
     });
+    module.def("tickets", [] { return py::memoryview::from_memory(ticket_memory, sizeof ticket_memory); });
     module.def("divide", [](int64_t number, int64_t by) { return divide(number, divisor_of(uint64_t(by))); });
     module.def("on_chip", [](int64_t size, int64_t batch, int64_t vector, int most, int multiprocessors, bool clusters) {
         const OnChip held = on_chip(size, batch, vector, most, multiprocessors, clusters);

@@ -179,14 +179,17 @@ inline uint32_t narrow_bfloats(float low, float high) {
 
 inline void follow(int) {}
 
+inline unsigned ticket_memory[ticket_streams * ticket_count];
+
 struct Device {
     int multiprocessors;
     bool clusters;
+    unsigned* tickets;
 };
 
 inline const Device& known_device(int, const void*) {
     static Device device;
-    return device = {emulated.multiprocessors, emulated.clusters};
+    return device = {emulated.multiprocessors, emulated.clusters, ticket_memory};
 }
 inline bool is_capturing(void*) { return emulated.capturing; }
 inline void fill_with_zeros(void* data, size_t bytes, void*) { memset(data, 0, bytes); }

@@ -65,9 +65,8 @@ class EmulatedKernels(CudaKernels):
     """The backend "cuda" on CPU tensors."""
 
     def __init__(self, module: types.ModuleType) -> None:
-        super().__init__()
         self._compiled = module
-        self.tickets = torch.zeros(module.CUDA_TICKETS, dtype=torch.int32)
+        self.tickets = torch.frombuffer(module.tickets(), dtype=torch.int32)
 
     _reason = None
 
@@ -79,9 +78,6 @@ class EmulatedKernels(CudaKernels):
 
     def _workspace(self, tensor: Tensor, batch: int) -> Tensor:
         return super()._workspace(tensor, batch).fill_(0xFF)  # NaN, and tickets that are none
-
-    def _tickets_on(self, device: torch.device) -> Tensor | None:
-        return self.tickets
 
 
 @pytest.fixture(scope="module")
