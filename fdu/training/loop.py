@@ -86,7 +86,11 @@ class Training:
         encoders_away = denoiser.without_encoders(keep)
         with _checkpointed(module, config.gradient_checkpointing), encoders_away, noticed() as stop:
             # The schedule stays outside: accelerate would move it on once for every process.
-            denoiser.module, self.optimizer = accelerator.prepare(module, self.optimizer)
+            if self.trainable.trains_text:
+                denoiser.module = accelerator.prepare_model(module, evaluation_mode=True)
+                self.optimizer = accelerator.prepare_optimizer(self.optimizer)
+            else:
+                denoiser.module, self.optimizer = accelerator.prepare(module, self.optimizer)
             if config.compile:
                 denoiser.module = torch.compile(denoiser.module)
             try:
