@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-TIMESTEP_SAMPLINGS = ("uniform", "importance")
+from fdu.config import TIMESTEP_SAMPLINGS
+
 BINS = 20
 """Neighbouring timesteps are alike: the loss is known by bins of the grid."""
 DECAY = 0.98

@@ -22,9 +22,8 @@ from typing import get_args
 import torch
 from torch import Tensor
 
-from fdu.denoisers.base import PredictionType
-
-WEIGHTINGS = ("unit", "posterior", "min_snr", "p2")
+from fdu.config import WEIGHTINGS
+from fdu.denoisers import PredictionType
 
 
 @dataclasses.dataclass(frozen=True)
