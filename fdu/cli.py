@@ -167,7 +167,7 @@ class Erase:
                     format = choose_format(self.save_as, config.train_method, pipeline)
                     targets, anchors = ([pair[side] for pair in pairs] for side in (0, 1))
                     result = fdu.erase(pipeline, targets, anchors, config=config)
-                    if writes:
+                    if folder is not None:
                         result.save(folder, save_as=format)
             except BaseException:
                 if keeps and writes:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 ConceptType = Literal["object", "style"]
 
@@ -84,15 +84,15 @@ def concept_pairs(
         ValueError: numbers of concepts that do not fit, a concept given twice, or what :func:`concept_pair` raises.
         FileNotFoundError: a concept file that is not there.
     """
-    targets = list(target) if _several(target) else [target]
-    anchors = list(anchor) if _several(anchor) else [anchor] * len(targets)
+    targets: list[Any] = _several(target) or [target]
+    anchors: list[Any] = _several(anchor) or [anchor] * len(targets)
     types = [concept_type] * len(targets) if isinstance(concept_type, str) else list(concept_type)
     for argument, given in (("anchor", anchors), ("concept_type", types)):
         if len(given) != len(targets):
             raise ValueError(
                 f"target holds {len(targets)} concepts but {argument} {len(given)}; give one each, or one for all"
             )
-    pairs = tuple(concept_pair(*trio) for trio in zip(targets, anchors, types, strict=True))  # type: ignore[arg-type]
+    pairs = tuple(concept_pair(*trio) for trio in zip(targets, anchors, types, strict=True))
     names = [pair[0].name for pair in pairs]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
@@ -132,9 +132,12 @@ def read_concepts(names: Sequence[str]) -> ConceptLike | list[Concept]:
     return [Concept.from_file(name) if name.endswith(".txt") else Concept(name.strip()) for name in names]
 
 
-def _several(value: ConceptLike | Sequence[Concept]) -> bool:
-    listed = isinstance(value, Sequence) and not isinstance(value, str)
-    return listed and len(value) > 0 and all(isinstance(concept, Concept) for concept in value)
+def _several(value: ConceptLike | Sequence[Concept]) -> list[Concept]:
+    """The concepts in a sequence of them; none where it is anything else."""
+    if isinstance(value, (str, Concept)) or not isinstance(value, Sequence):
+        return []
+    concepts = [concept for concept in value if isinstance(concept, Concept)]
+    return concepts if len(concepts) == len(value) else []
 
 
 def concept_pair(

@@ -6,7 +6,7 @@ import logging
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
@@ -92,7 +92,7 @@ class Training:
             else:
                 denoiser.module, self.optimizer = accelerator.prepare(module, self.optimizer)
             if config.compile:
-                denoiser.module = torch.compile(denoiser.module)
+                denoiser.module = cast(nn.Module, torch.compile(denoiser.module))
             try:
                 self._draw_frozen_batches()
                 self._resume()
@@ -285,7 +285,7 @@ class Training:
         self.looked = len(self.course)
         learning_rate = self.schedule.get_last_lr()[0]
         figures = dict(zip(COLUMNS, values[-1].tolist(), strict=True))
-        tracking.log(self.step, {**figures, "sigma": self.objective.sigma, "learning_rate": learning_rate})
+        tracking.log(self.step, {**figures, "sigma": self.objective.sigma, "learning_rate": float(learning_rate)})
         return figures["loss"]
 
     def _not_finite(self, what: str, step: int) -> RuntimeError:
@@ -358,7 +358,7 @@ class Training:
 
 
 @contextmanager
-def _checkpointed(module: nn.Module, wanted: bool) -> Iterator[None]:
+def _checkpointed(module: Any, wanted: bool) -> Iterator[None]:
     """Within this context the module computes activations again in the backward pass, if that is wanted."""
     if not wanted or module.is_gradient_checkpointing:
         yield

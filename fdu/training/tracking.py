@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -85,7 +84,7 @@ def draw_validation(pipeline: DiffusionPipeline, config: EraseConfig) -> Tensor:
 
 def _draw(pipeline: DiffusionPipeline, prompt: str, index: int, config: EraseConfig) -> Tensor:
     size = {} if config.resolution is None else {"height": config.resolution, "width": config.resolution}
-    images: Sequence[Tensor] = pipeline(
+    images: Tensor = pipeline(
         prompt,
         num_inference_steps=config.num_inference_steps,
         guidance_scale=config.guidance_scale,

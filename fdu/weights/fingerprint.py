@@ -23,8 +23,8 @@ def fingerprint(
     """64 hexadecimal digits that depend on the denoiser and the text encoders: names, shapes, dtypes and values.
 
     Adapters do not count (unless fused, or asked for), nor do the autoencoder, the scheduler, the device and the
-    version of transformers. Weights that were rounded to another dtype are other weights. It is made to tell models apart, not to
-    withstand forgery: of each tensor it reads the sum of all 64-bit words, which any single change alters, and some
+    version of transformers. Weights that were rounded to another dtype are other weights. It is made to tell models
+    apart, not to withstand forgery: of each tensor it reads the sum of all 64-bit words, which any single change alters, and some
     bytes; Stable Diffusion 1.5 takes about a second on a CPU.
 
     Args:
