@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from pathlib import Path
 from typing import Any
 
+import families
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
@@ -214,10 +216,16 @@ def test_checkpointed_activations_give_the_same_weights(quick: dict[str, Any]) -
 
 
 @pytest.mark.slow
-def test_a_compiled_denoiser_gives_the_same_weights(quick: dict[str, Any]) -> None:
-    compiled, plain = trained(erase(quick, compile=True)), trained(erase(quick))
-    for name, tensor in compiled.items():
-        torch.testing.assert_close(tensor, plain[name], rtol=2e-2, atol=1e-4)
+def test_a_compiled_denoiser_gives_the_same_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Tracing and the graphs of either model are the question here; code generation would take minutes.
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    settings: dict[str, Any] = {"max_train_steps": 3, "train_batch_size": 2, "num_latents": 4, "num_inference_steps": 2}
+    ends = [
+        trained(fdu.erase(families.build("sd"), "three", "eight", compile=compiled, learning_rate=1e-3, **settings))
+        for compiled in (False, True)
+    ]
+    for name, tensor in ends[0].items():
+        torch.testing.assert_close(ends[1][name], tensor, rtol=1e-3, atol=1e-5)
 
 
 def test_a_mask_leaves_out_what_it_hides(pipeline: StableDiffusionPipeline, quick: dict[str, Any]) -> None:
