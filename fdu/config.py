@@ -115,6 +115,9 @@ class EraseConfig:
     """Compute activations again in the backward pass instead of keeping them: less memory, more time."""
     compile: bool = False
     """Compile the denoiser with torch.compile."""
+    shard: bool = False
+    """Split the frozen weights of the denoiser between the processes (FSDP 2) instead of copying them into each. Taken
+    as true under accelerate launch --use_fsdp."""
 
     checkpoint_dir: str | None = None
     """Folder for checkpoints, from which an interrupted run goes on; not given, none are written."""
@@ -160,7 +163,7 @@ class EraseConfig:
             ("report_to", TRACKERS),
         ):
             self._require_choice(name, getattr(self, name), choices)
-        for name in ("variational", "gradient_surgery", "gradient_checkpointing", "compile"):
+        for name in ("variational", "gradient_surgery", "gradient_checkpointing", "compile", "shard"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")
         for name in (

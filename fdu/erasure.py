@@ -25,6 +25,7 @@ from fdu.training.examples import prepare_examples
 from fdu.training.loop import Training
 from fdu.training.objective import Objective
 from fdu.training.optimizer import check_optimizer
+from fdu.training.sharding import check_shards, own_shards, with_launcher
 from fdu.training.tracking import check_tracker
 from fdu.versions import versions
 from fdu.weights import fingerprint
@@ -64,11 +65,12 @@ def erase(
             is in it.
     """
     pairs = concept_pairs(target, anchor, concept_type)
-    config = _settle(config, settings)
+    config = with_launcher(_settle(config, settings))
     denoiser = denoiser_of(pipeline, config.resolution)
     _check_run(denoiser, pairs, mask, config)
     started = time.perf_counter()
     with _own_accelerator(config, denoiser.device) as accelerator:
+        check_shards(denoiser.module, config, accelerator.num_processes)
         keeps = config.cache_dir is not None or config.checkpoint_dir is not None
         base = fingerprint(pipeline, adapters=True) if keeps else ""
         checkpoints = _checkpoints(pairs, mask, config, base, accelerator.num_processes)
@@ -123,13 +125,15 @@ def _own_accelerator(config: EraseConfig, device: torch.device) -> Iterator[Acce
     for state in states:
         state._reset_state()
     try:
-        yield Accelerator(
-            mixed_precision=config.mixed_precision,
-            cpu=device.type == "cpu",
-            device_placement=False,  # the pipeline is where its user put it
-            log_with=None if config.report_to == "none" else config.report_to,
-            project_dir=config.logging_dir,
-        )
+        with own_shards():
+            accelerator = Accelerator(
+                mixed_precision=config.mixed_precision,
+                cpu=device.type == "cpu",
+                device_placement=False,  # the pipeline is where its user put it
+                log_with=None if config.report_to == "none" else config.report_to,
+                project_dir=config.logging_dir,
+            )
+        yield accelerator
     finally:
         for state, content in zip(states, kept, strict=True):
             state._shared_state.clear()

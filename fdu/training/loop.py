@@ -23,6 +23,7 @@ from fdu.training.examples import Batch, Examples, draw_batch
 from fdu.training.interruption import Interruption, noticed
 from fdu.training.objective import Objective
 from fdu.training.optimizer import make_optimizer
+from fdu.training.sharding import sharded
 from fdu.training.surgery import GradientSurgery
 from fdu.training.timesteps import TimestepSampler
 from fdu.training.tracking import Tracking
@@ -67,6 +68,9 @@ class Training:
         self.surgery = GradientSurgery(self.parameters) if config.gradient_surgery else None
         self.generator = torch.Generator().manual_seed(config.seed)
         self.sampler = TimestepSampler(config.timestep_sampling, len(denoiser.signal))
+        # Neither text encoders nor a denoiser in shards have DDP around them.
+        self.averages = trainable.trains_text or config.shard
+        """Whether gradients are averaged over the processes here, and not during the backward pass."""
         self.frozen_batches: list[tuple[Batch, Tensor]] = []
         self.course: list[Tensor] = []
         self.step = 0
@@ -84,9 +88,10 @@ class Training:
         tracking = Tracking(accelerator, config)
         keep = denoiser.text_encoders if self.trainable.trains_text else ()
         encoders_away = denoiser.without_encoders(keep)
-        with _checkpointed(module, config.gradient_checkpointing), encoders_away, noticed() as stop:
+        shards = sharded(module, self.parameters) if config.shard else nullcontext()
+        with _checkpointed(module, config.gradient_checkpointing), encoders_away, noticed() as stop, shards:
             # The schedule stays outside: accelerate would move it on once for every process.
-            if self.trainable.trains_text:
+            if self.averages:
                 denoiser.module = accelerator.prepare_model(module, evaluation_mode=True)
                 self.optimizer = accelerator.prepare_optimizer(self.optimizer)
             else:
@@ -139,11 +144,11 @@ class Training:
             synchronized = part + 1 == config.gradient_accumulation_steps
             with nullcontext() if synchronized else accelerator.no_sync(self.denoiser.module):
                 terms.append(self._backward(*self._next_batch(part)))
-        if self.trainable.trains_text:
-            # The text encoders are not behind accelerate's wrapper, which averages over the processes.
-            for parameter in self.parameters:
-                if parameter.grad is not None:  # some encoders have layers behind the one that is read
-                    parameter.grad = accelerator.reduce(parameter.grad, "mean")
+        if self.averages:
+            self._average_gradients()
+            if self.surgery:
+                with self.surgery.preserving():
+                    self._average_gradients()
         if self.surgery:
             self.surgery.combine(config.preservation_weight)
         accelerator.clip_grad_norm_(self.parameters, config.max_grad_norm)
@@ -210,6 +215,11 @@ class Training:
 
     def _backpropagate(self, loss: Tensor) -> None:
         self.accelerator.backward(loss / self.config.gradient_accumulation_steps)
+
+    def _average_gradients(self) -> None:
+        for parameter in self.parameters:
+            if parameter.grad is not None:  # some text encoders have layers behind the one that is read
+                parameter.grad = self.accelerator.reduce(parameter.grad, "mean")
 
     def _next_batch(self, part: int) -> tuple[Batch, Tensor]:
         """A batch, and what the trained denoiser is to predict for it."""

@@ -49,9 +49,11 @@ class Tracking:
 
     def validate(self, step: int, pipeline: DiffusionPipeline) -> None:
         """Draw the validation prompts and keep them in logging_dir, and in the tracker."""
-        if not self.accelerator.is_main_process:
+        if not (self.accelerator.is_main_process or self.config.shard):
             return
         images = draw_validation(pipeline, self.config)
+        if not self.accelerator.is_main_process:
+            return  # it has drawn for its shards alone
         folder = Path(self.config.logging_dir) / "validation"
         folder.mkdir(parents=True, exist_ok=True)
         strip(images, height=512).save(folder / f"step-{step:06d}.png")

@@ -1,0 +1,207 @@
+"""A denoiser in shards: each process keeps a share of the frozen weights, and has a block whole only while it computes.
+
+FSDP 2 (torch.distributed.fsdp.fully_shard). What is trained stays whole in every process, with its gradients and
+moments: an adapter is small, and optimizer, clipping, gradient surgery and checkpoints are so those of a run without
+shards. Training averages its gradients over the processes.
+
+Has run on CPUs with gloo only; on GPUs the weights go through NCCL by the same code, which nobody has tried yet.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+from collections.abc import Collection, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from datetime import timedelta
+from typing import Any, NamedTuple
+
+import torch
+from accelerate.utils import parse_flag_from_env, patch_environment
+from torch import distributed, nn
+
+from fdu.config import EraseConfig
+
+LAUNCHER_FLAG = "ACCELERATE_USE_FSDP"
+"""What accelerate's launcher sets in the environment when it is told to use FSDP."""
+PATIENCE = timedelta(seconds=60)
+"""How long a process waits for the others to give their shards back; one that failed alone waits for nobody longer."""
+
+
+def with_launcher(config: EraseConfig) -> EraseConfig:
+    """The settings, with ``shard`` where accelerate's launcher or its configuration asks for FSDP."""
+    return dataclasses.replace(config, shard=True) if parse_flag_from_env(LAUNCHER_FLAG) else config
+
+
+def own_shards() -> AbstractContextManager[None]:
+    """Within this context accelerate does not hear that it should use FSDP: it would shard a second time."""
+    return patch_environment(**{LAUNCHER_FLAG: "false"})
+
+
+def check_shards(module: nn.Module, config: EraseConfig, processes: int) -> None:
+    """Refuse shards that cannot be.
+
+    Raises:
+        ValueError: there is one process; or nothing that stays frozen; or weights that cannot be split.
+    """
+    if not config.shard:
+        return
+    if processes == 1:
+        raise ValueError(
+            "shard splits the denoiser between processes, and there is one; "
+            "start several with accelerate launch --num_processes N, or leave shard out"
+        )
+    if config.train_method == "full":
+        raise ValueError(
+            "shard splits what stays frozen of the denoiser, and train_method 'full' trains all of it; "
+            "choose train_method 'lora', or leave shard out"
+        )
+    for name, parameter in module.named_parameters():
+        if type(parameter) is not nn.Parameter or not parameter.is_floating_point() or parameter.is_meta:
+            raise ValueError(
+                f"shard cannot split {name}, which is "
+                f"{'not in memory' if parameter.is_meta else f'a {type(parameter).__name__} of {parameter.dtype}'}; "
+                "load the pipeline without quantization and without offloading, or leave shard out"
+            )
+        if not parameter.is_contiguous():
+            raise ValueError(
+                f"shard cannot split {name}, which is not contiguous; "
+                "call pipeline.unet.to(memory_format=torch.contiguous_format), or leave shard out"
+            )
+
+
+@contextmanager
+def sharded(module: nn.Module, trained: Collection[nn.Parameter]) -> Iterator[None]:
+    """Within this context the module is in shards, and all processes have to make each of its forward passes together.
+
+    Between the passes a process holds its share of the frozen weights, and the few that belong to no block. Entering
+    and leaving needs them whole, as drawing does. Afterwards the module is what it was: the same parameter objects with
+    the same values, bit for bit, the same classes and hooks; also after an error.
+
+    Blocks are what diffusers says must not be split over devices (``_no_split_modules``), as accelerate does by
+    default. Every process must come with the same weights.
+
+    Args:
+        module: a denoiser of diffusers.
+        trained: which of its parameters are trained; they stay whole.
+
+    Raises:
+        RuntimeError: at the end, not every process came to give its shards back; the module is of no more use.
+    """
+    # A group apart: an error may leave the other groups in the middle of something.
+    group: Any = distributed.new_group(backend="gloo", timeout=PATIENCE)
+    shards = _Shards(module, trained)
+    failure: BaseException | None = None
+    try:
+        shards.split()
+        yield
+    except BaseException as error:
+        failure = error
+        raise
+    finally:
+        shards.take_apart()
+        try:
+            # Without the barrier one that has failed alone would wait for the others' shards much longer.
+            distributed.monitored_barrier(group, PATIENCE)
+            shards.join(group)
+        except RuntimeError as error:
+            raise RuntimeError(
+                f"the denoiser was in shards, and not every process gave its own back ({failure or error!r}); "
+                "load the pipeline afresh"
+            ) from (failure or error)
+        finally:
+            distributed.destroy_process_group(group)
+
+
+class _Place(NamedTuple):
+    """Where a frozen parameter stands."""
+
+    registered: dict[str, nn.Parameter | None]
+    name: str
+    parameter: nn.Parameter
+
+
+class _Form(NamedTuple):
+    """What FSDP changes of a module beside its parameters."""
+
+    module: nn.Module
+    type: type[nn.Module]
+    attributes: frozenset[str]
+    hooks: dict[str, frozenset[int]]
+
+    @classmethod
+    def of(cls, module: nn.Module) -> _Form:
+        hooks = {name: frozenset(found) for name, found in _hooks(module).items()}
+        return cls(module, type(module), frozenset(vars(module)), hooks)
+
+
+class _Shards:
+    """A module, what it was, and the shards of its frozen parameters in this process."""
+
+    def __init__(self, module: nn.Module, trained: Collection[nn.Parameter]) -> None:
+        self.module = module
+        # FSDP has no shards of a scalar.
+        self.whole = {*trained, *(parameter for parameter in module.parameters() if not parameter.ndim)}
+        self.forms = [_Form.of(part) for part in module.modules()]
+        self.places = [
+            _Place(part._parameters, name, parameter)
+            for part in module.modules()
+            for name, parameter in part._parameters.items()
+            if parameter is not None and parameter not in self.whole
+        ]
+        self.shards: dict[nn.Parameter, Any] = {}
+        self.added: list[set[str]] = []
+
+    def split(self) -> None:
+        """Let FSDP split the module, a block after the other, each of which frees its memory at once."""
+        from torch.distributed.device_mesh import init_device_mesh  # here: some builds of torch lack it
+        from torch.distributed.fsdp import fully_shard
+
+        device = next(self.module.parameters()).device
+        mesh = init_device_mesh(device.type, (distributed.get_world_size(),))
+        kinds = tuple(getattr(self.module, "_no_split_modules", None) or ())
+        blocks = [part for part in self.module.modules() if type(part).__name__ in kinds]
+        # The inner ones first, the module itself last.
+        for block in dict.fromkeys([*reversed(blocks), self.module]):
+            fully_shard(block, mesh=mesh, ignored_params=self.whole)
+            for registered, name, parameter in self.places:
+                shard: Any = registered[name]
+                if shard is not parameter and parameter.numel():
+                    self.shards[parameter] = shard
+                    # Others hold this object too: it stays, and gets its values back in the end.
+                    parameter.data = parameter.data.new_empty(0)
+        self.added = [set(vars(form.module)) - form.attributes for form in self.forms]
+
+    def take_apart(self) -> None:
+        """Give the module its form and its parameters back, not yet their values. FSDP has no way back itself."""
+        from torch.distributed._composable_state import _module_state_mapping
+
+        for form, added in zip(self.forms, self.added or [set()] * len(self.forms), strict=True):
+            form.module.__class__ = form.type
+            _module_state_mapping.pop(form.module, None)
+            for name in added:
+                vars(form.module).pop(name, None)
+            for name, hooks in _hooks(form.module).items():
+                for added_hook in set(hooks) - form.hooks.get(name, frozenset()):
+                    del hooks[added_hook]
+        for registered, name, parameter in self.places:
+            registered[name] = parameter
+
+    @torch.no_grad()
+    def join(self, group: Any) -> None:
+        """Give the parameters their values back. They pass through CPU memory, one after the other."""
+        from torch.distributed.device_mesh import DeviceMesh
+        from torch.distributed.tensor import DTensor
+
+        mesh = DeviceMesh.from_group(group, "cpu")
+        while self.shards:
+            parameter, shard = self.shards.popitem()
+            local = shard.to_local().cpu()
+            shared = DTensor.from_local(local, mesh, shard.placements, shape=shard.shape, stride=shard.stride())
+            parameter.data = shared.full_tensor().to(parameter.device)
+        gc.collect()  # FSDP's own objects hold the shards, in cycles
+
+
+def _hooks(module: nn.Module) -> dict[str, dict[int, Any]]:
+    """All dicts of hooks that a module has."""
+    return {name: value for name, value in vars(module).items() if "_hooks" in name and isinstance(value, dict)}
