@@ -166,6 +166,8 @@ from torch.distributed.tensor import DTensor, Shard, init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 from fdu.training.surgery import GradientSurgery
 
+torch.set_num_threads(1)
+
 def train(module, data, no_sync):
     surgery = GradientSurgery(module.parameters())
     for number, (x, y) in enumerate(data):

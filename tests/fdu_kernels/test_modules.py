@@ -266,6 +266,7 @@ import json, sys
 import torch
 import fdu_kernels as fk
 
+torch.set_num_threads(1)
 rank, store = int(sys.argv[1]), sys.argv[2]
 torch.distributed.init_process_group("gloo", init_method="file://" + store, rank=rank, world_size=2)
 generator = torch.Generator().manual_seed(0)

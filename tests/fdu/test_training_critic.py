@@ -1,0 +1,254 @@
+"""The variational game: shapes, masks, who gets gradients, resuming, and that the denoiser arrives for any f."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+import fdu_kernels as fk
+from fdu.training.critic import PatchCritic, VariationalGame, resize_mask
+
+
+def outputs(count: int = 6, channels: int = 4, size: int = 8, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """A trained and a frozen denoiser's."""
+    wanted, deviation = torch.randn(2, count, channels, size, size, generator=torch.Generator().manual_seed(seed))
+    return wanted + 0.1 * deviation + 0.05, wanted
+
+
+@pytest.mark.parametrize("channels", [3, 4, 16])
+@pytest.mark.parametrize(
+    ("height", "width", "patches"), [(4, 4, 1), (5, 9, 1), (8, 8, 1), (64, 40, 12), (128, 128, 64)]
+)
+def test_any_latents_have_patches(channels: int, height: int, width: int, patches: int) -> None:
+    critic = PatchCritic(channels, width=4)
+    ratio = critic(torch.randn(2, channels, height, width), torch.ones(2, 1, height, width))
+    assert ratio.shape == (2, 1, math.ceil(height / 16), math.ceil(width / 16)) and ratio.numel() == 2 * patches
+
+
+def test_the_spectral_norm_of_every_layer_is_1() -> None:
+    game = VariationalGame("kl", 4, learning_rate=0.01)
+    for _ in range(30):
+        game.critic_step(*outputs())
+    for layer in game.critic.layers:
+        assert torch.linalg.matrix_norm(layer.weight.flatten(1), 2).item() == pytest.approx(1, rel=0.1)
+
+
+def test_a_resized_mask_has_the_mean_of_each_area() -> None:
+    mask = torch.zeros(1, 1, 8, 8)
+    mask[..., :4, :2] = 1
+    assert torch.equal(resize_mask(mask, (2, 2)), torch.tensor([[[[0.5, 0.0], [0.0, 0.0]]]]))
+    assert resize_mask(torch.rand(2, 1, 9, 7), (3, 2)).shape == (2, 1, 3, 2)
+
+
+def test_the_critic_raises_the_bound() -> None:
+    game = VariationalGame("jensen_shannon", 4, learning_rate=1e-3)
+    bounds = [game.critic_step(*outputs()).item() for _ in range(40)]
+    assert bounds[0] < bounds[-1] < math.log(2)
+    assert bounds[-1] > 0.05
+
+
+def test_the_first_bound_is_that_of_the_critic_as_seeded() -> None:
+    predicted, wanted = outputs()
+    game = VariationalGame("le_cam", 4, seed=3)
+    critic = copy.deepcopy(game.critic)
+    unit = (predicted - wanted).square().mean()
+    mask = torch.ones(12, 1, 8, 8)
+    ratio = critic(torch.cat([torch.zeros_like(wanted), (predicted - wanted).square() / unit]), mask)
+    expected = fk.variational_divergence(*ratio.chunk(2), "le_cam")
+    torch.testing.assert_close(game.critic_step(predicted, wanted), expected.detach())
+
+
+def test_only_the_predicted_output_gets_a_gradient_from_the_model_loss() -> None:
+    predicted, wanted = (tensor.requires_grad_() for tensor in outputs())
+    game = VariationalGame("kl", 4)
+    game.critic_step(predicted, wanted)
+    assert predicted.grad is None and wanted.grad is None
+    before = copy.deepcopy(game.critic.state_dict())
+    game.model_loss(predicted, wanted).backward()
+    assert predicted.grad is not None and predicted.grad.abs().sum() > 0 and wanted.grad is None
+    assert all(parameter.grad is None and parameter.requires_grad for parameter in game.critic.parameters())
+    assert all(torch.equal(value, before[name]) for name, value in game.critic.state_dict().items())
+
+
+def test_equal_outputs_get_no_gradient() -> None:
+    game = VariationalGame("kl", 4)
+    predicted, wanted = outputs()
+    game.critic_step(predicted, wanted)
+    same = wanted.clone().requires_grad_()
+    game.model_loss(same, wanted).backward()
+    assert same.grad is not None and not same.grad.any()
+
+
+@pytest.mark.parametrize(
+    ("divergence", "parametrization"),
+    [
+        ("jensen_shannon", None),
+        ("neyman_chi2", None),
+        ("total_variation", None),
+        ("hockey_stick:1.5", None),
+        ("custom", None),
+        ("kl", "fgan"),
+    ],
+)
+def test_the_denoiser_arrives_for_any_divergence(divergence: str, parametrization: str | None) -> None:
+    f = fk.Divergence.from_generator(lambda u: u.square() - u) if divergence == "custom" else divergence
+    game = VariationalGame(f, 2, learning_rate=1e-3, parametrization=parametrization)
+    deviation = torch.full((1, 2, 4, 4), 0.1).requires_grad_()
+    optimizer = torch.optim.Adam([deviation], lr=4e-3)
+    generator = torch.Generator().manual_seed(0)
+    for step in range(80):
+        wanted = torch.randn(4, 2, 4, 4, generator=generator)
+        game.critic_step(wanted + deviation, wanted)
+        if step >= 20:
+            optimizer.zero_grad()
+            game.model_loss(wanted + deviation, wanted).backward()
+            optimizer.step()
+    assert deviation.abs().max() < 0.05
+
+
+def test_the_seed_decides_and_the_global_generator_is_left_alone() -> None:
+    torch.manual_seed(1)
+    one = VariationalGame("kl", 4, seed=5)
+    state = torch.get_rng_state()
+    torch.manual_seed(2)
+    other, different = VariationalGame("kl", 4, seed=5), VariationalGame("kl", 4, seed=6)
+    torch.manual_seed(1)
+    assert torch.equal(torch.get_rng_state(), state)
+    bounds = [[game.critic_step(*outputs()) for _ in range(3)] for game in (one, other, different)]
+    assert bounds[0] == bounds[1] != bounds[2]
+
+
+@pytest.mark.parametrize("at", [3, 12])
+def test_the_game_resumes_exactly(at: int) -> None:
+    whole = VariationalGame("kl", 4)
+    for step in range(at):
+        whole.critic_step(*outputs(seed=step))
+    resumed = VariationalGame("kl", 4, seed=9)
+    resumed.load_state_dict(copy.deepcopy(whole.state_dict()))
+    for step in range(at, at + 10):
+        predicted, wanted = outputs(seed=step)
+        assert whole.critic_step(predicted, wanted) == resumed.critic_step(predicted, wanted)
+        assert whole.model_loss(predicted, wanted) == resumed.model_loss(predicted, wanted)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_does_not_reach_the_critic(dtype: torch.dtype) -> None:
+    predicted, wanted = outputs()
+    half = predicted.to(dtype).requires_grad_()
+    plain, cast = VariationalGame("kl", 4), VariationalGame("kl", 4)
+    expected = plain.critic_step(half.float(), wanted), plain.model_loss(half.float(), wanted)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = cast.critic_step(half, wanted), cast.model_loss(half, wanted)
+    assert expected == found and found[1].dtype == torch.float32
+    found[1].backward()
+    assert half.grad is not None and half.grad.dtype == dtype
+
+
+@pytest.mark.parametrize("sees", ["deviation", "output"])
+@pytest.mark.parametrize("shape", [(32, 32), (1, 1, 32, 32), (3, 1, 32, 32)])
+def test_what_the_mask_hides_does_not_count(sees: str, shape: tuple[int, ...]) -> None:
+    mask = torch.zeros(shape, dtype=torch.bool)
+    mask[..., :16] = True
+    predicted, wanted = outputs(3, size=32)
+    other = predicted.clone()
+    other[..., 16:] += 5
+    bounds, gradients = [], []
+    for output in (predicted, other):
+        game = VariationalGame("kl", 4, sees=sees)
+        bounds.append(game.critic_step(output, wanted, mask=mask))
+        leaf = output.clone().requires_grad_()
+        game.model_loss(leaf, wanted, mask=mask).backward()
+        assert leaf.grad is not None
+        gradients.append(leaf.grad)
+    assert bounds[0] == bounds[1] and torch.equal(*gradients)
+    assert gradients[0][..., :16].any() and not gradients[0][..., 16:].any()
+    assert bounds[0] != VariationalGame("kl", 4, sees=sees).critic_step(predicted, wanted)
+
+
+def test_the_bound_is_the_mean_over_the_patches_of_the_mask() -> None:
+    predicted, wanted = outputs(2, size=32)
+    mask = torch.zeros(2, 1, 32, 32)
+    mask[..., :8] = 1
+    game = VariationalGame("kl", 4, sees="output")
+    ratio = copy.deepcopy(game.critic)(torch.cat([wanted, predicted]) * mask[0], torch.cat([mask, mask]))
+    weight = torch.tensor([0.5, 0.0])
+    expected = fk.variational_divergence(*ratio.chunk(2), "kl", mask=weight.expand(2, 1, 2, 2))
+    torch.testing.assert_close(game.critic_step(predicted, wanted, mask=mask), expected.detach())
+
+
+def test_samples_count_by_their_weight() -> None:
+    predicted, wanted = outputs(3)
+    game = VariationalGame("kl", 4)
+    game.critic_step(predicted, wanted)
+    leaf = predicted.clone().requires_grad_()
+    loss = game.model_loss(leaf, wanted, weight=torch.tensor([1.0, 0.0, 3.0]))
+    one, three = game.model_loss(predicted[:1], wanted[:1]), game.model_loss(predicted[2:], wanted[2:])
+    torch.testing.assert_close(loss, (one + 3 * three) / 4)
+    loss.backward()
+    assert leaf.grad is not None and not leaf.grad[1].any() and leaf.grad[2].any()
+
+
+def test_deviations_are_seen_in_units_of_their_start_and_of_each_sigma() -> None:
+    predicted, wanted = outputs(3)
+    scale = torch.tensor([0.1, 1.0, 10.0])
+    bounds = []
+    for factor in (1.0, 1000.0):
+        plain, scaled = VariationalGame("kl", 4), VariationalGame("kl", 4)
+        deviation = factor * (predicted - wanted)
+        bounds.append(plain.critic_step(deviation, torch.zeros_like(wanted)))
+        stretched = deviation * scale.view(-1, 1, 1, 1)
+        bounds.append(scaled.critic_step(stretched, torch.zeros_like(wanted), sigma_scale=scale))
+    torch.testing.assert_close(torch.stack(bounds), bounds[0].expand(4), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"divergence": "mse"}, "mse.*no variational form"),
+        ({"sees": "pairs"}, 'sees must be "deviation" or "output"'),
+        ({"parametrization": "ratio"}, "parametrization must be"),
+    ],
+)
+def test_what_is_no_game_is_refused(settings: dict[str, str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        VariationalGame(**{"divergence": "kl", "channels": 4, **settings})  # type: ignore[arg-type]
+
+
+PLAY_IN_ONE_OF_TWO_PROCESSES = """
+import json, sys
+import torch
+from fdu.training.critic import VariationalGame
+
+torch.set_num_threads(1)
+part = slice(None)
+if len(sys.argv) > 1:
+    rank, store = int(sys.argv[1]), sys.argv[2]
+    torch.distributed.init_process_group("gloo", init_method="file://" + store, rank=rank, world_size=2)
+    part = slice(rank, None, 2)
+game = VariationalGame("kl", 2, learning_rate=1e-3)
+generator = torch.Generator().manual_seed(0)
+bounds = []
+for step in range(12):
+    wanted, deviation = torch.randn(2, 6, 2, 4, 4, generator=generator)
+    bound = game.critic_step((wanted + deviation)[part], wanted[part])
+    bounds.append(bound)
+weights = torch.cat([parameter.detach().flatten()[:5] for parameter in game.critic.parameters()]).tolist()
+print(json.dumps([torch.stack(bounds).tolist(), weights]))
+"""
+
+
+def test_two_processes_have_one_critic(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", PLAY_IN_ONE_OF_TWO_PROCESSES]
+    arguments = [[], *([str(rank), str(tmp_path / "store")] for rank in range(2))]
+    processes = [subprocess.Popen([*command, *more], stdout=subprocess.PIPE, text=True) for more in arguments]
+    alone, first, second = (json.loads(process.communicate(timeout=120)[0]) for process in processes)
+    assert first[1] == second[1] == pytest.approx(alone[1], abs=1e-4)
+    assert [(a + b) / 2 for a, b in zip(first[0], second[0], strict=True)] == pytest.approx(alone[0], abs=1e-4)
