@@ -46,7 +46,7 @@ class EraseConfig:
     critic_learning_rate: float = 1e-4
     """Learning rate of the critic's AdamW."""
     critic_warmup_steps: int = 30
-    """Steps at the start in which the critic alone learns."""
+    """Steps before the first one in which the critic alone learns."""
     weighting: Literal["unit", "posterior", "min_snr", "p2"] = "unit"
     """How timesteps count: alike (the paper's code), by the exact DDPM posterior, by min-SNR or by P2."""
     snr_gamma: float = 5.0

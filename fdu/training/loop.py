@@ -113,6 +113,8 @@ class Training:
 
     def _loop(self, tracking: Tracking, stop: Interruption) -> None:
         config = self.config
+        if self.objective.game is not None and self.step == 0:
+            self._warm_up()
         progress = tqdm(
             range(self.step, config.max_train_steps),
             initial=self.step,
@@ -152,11 +154,9 @@ class Training:
         if self.surgery:
             self.surgery.combine(config.preservation_weight)
         accelerator.clip_grad_norm_(self.parameters, config.max_grad_norm)
-        # A variational critic first learns alone.
-        if self.objective.game is None or self.step >= config.critic_warmup_steps:
-            self.optimizer.step()
-            if not accelerator.optimizer_step_was_skipped:
-                self.schedule.step()
+        self.optimizer.step()
+        if not accelerator.optimizer_step_was_skipped:
+            self.schedule.step()
         self.optimizer.zero_grad(set_to_none=True)
         return torch.stack(terms).mean(0)
 
@@ -192,15 +192,17 @@ class Training:
 
     def _erased(self, predicted: Tensor, wanted: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         """The divergence to minimise, and the critic's bound of it, 0 without one."""
-        game = self.objective.game
-        if game is None:
-            erased = self.objective.erased(predicted, wanted, batch)
-            return erased, torch.zeros_like(erased)
-        # Its first calls set sigma, which preservation needs also beside a critic.
-        with torch.no_grad():
-            self.objective.erased(predicted, wanted, batch)
-        bound = game.critic_step(wanted, predicted.detach(), mask=self.objective.mask)
-        return game.model_loss(predicted, mask=self.objective.mask), bound
+        if self.objective.game is not None:
+            return self.objective.played(predicted, wanted, batch)
+        erased = self.objective.erased(predicted, wanted, batch)
+        return erased, torch.zeros_like(erased)
+
+    @torch.no_grad()
+    def _warm_up(self) -> None:
+        """Let the critic of a variational game learn alone, before the first step."""
+        for number in tqdm(range(self.config.critic_warmup_steps), "critic", unit="step"):
+            batch, wanted = self._next_batch(number)
+            self.objective.teach(self._predict(batch, slice(0, batch.size)), wanted[: batch.size], batch)
 
     def _predict(self, batch: Batch, part: slice) -> Tensor:
         """What the trained denoiser predicts for a part of the batch."""

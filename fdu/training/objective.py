@@ -12,6 +12,7 @@ import fdu_kernels
 from fdu.config import EraseConfig
 from fdu.denoisers import Conditioning, Denoiser
 from fdu.training import weighting
+from fdu.training.critic import VariationalGame
 from fdu.training.examples import Batch
 
 
@@ -45,11 +46,15 @@ class Objective(nn.Module):
         if config.weighting != "unit":
             tables = (denoiser.signal, denoiser.noise, denoiser.prediction_type, config.snr_gamma)
             self.weighting = weighting.weights(config.weighting, *tables).to(denoiser.device)
-        self.game = None
+        self.game: VariationalGame | None = None
         if config.variational:
-            from fdu.training.critic import VariationalGame
-
-            self.game = VariationalGame(divergence, config)
+            self.game = VariationalGame(
+                divergence,
+                channels=denoiser.latent_shape[0],
+                learning_rate=config.critic_learning_rate,
+                seed=config.seed,
+                device=denoiser.device,
+            )
 
     @property
     def sigma(self) -> float:
@@ -80,6 +85,26 @@ class Objective(nn.Module):
         """The divergence of the samples that erase, []; weighted by timestep, standardised to the slope 1 at 0."""
         omega, scale = self._weights(batch)
         return self.criterion(predicted, wanted, omega, self.mask, scale) / self.slope
+
+    def played(self, predicted: Tensor, wanted: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The same against the critic, which moves first; and the critic's bound before, standardised, [].
+
+        The samples also set sigma, as without a critic: preservation needs it.
+        """
+        with torch.no_grad():
+            self.erased(predicted, wanted, batch)
+        bound = self.teach(predicted, wanted, batch)
+        omega, scale = self._weights(batch)
+        return self._game().model_loss(predicted, wanted, omega, self.mask, scale) / self.slope, bound
+
+    def teach(self, predicted: Tensor, wanted: Tensor, batch: Batch) -> Tensor:
+        """Train the critic alone by one step, and return its bound before, standardised, []."""
+        omega, scale = self._weights(batch)
+        return self._game().critic_step(predicted, wanted, omega, self.mask, scale) / self.slope
+
+    def _game(self) -> VariationalGame:
+        assert self.game is not None
+        return self.game
 
     @torch.no_grad()
     def losses(self, predicted: Tensor, wanted: Tensor, batch: Batch) -> Tensor:
