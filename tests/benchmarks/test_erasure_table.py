@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
+import importlib
 import json
-import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -14,21 +14,28 @@ import pytest
 
 from fdu.embedded.vocabulary import DIGITS, INKS
 
-SCRIPT = Path(__file__).parents[2] / "benchmarks" / "erasure_table.py"
+FOLDER = Path(__file__).parents[2] / "benchmarks"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def scripts_beside_each_other() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(FOLDER)
+        yield
 
 
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("erasure_table", SCRIPT)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look themselves up there
-    spec.loader.exec_module(module)
-    return module
+    return importlib.import_module("erasure_runs")
+
+
+@pytest.fixture(scope="module")
+def page_maker() -> ModuleType:
+    return importlib.import_module("erasure_page")
 
 
 def record(script: ModuleType, run: Any, **figures: Any) -> dict[str, Any]:
-    """A record as a run would write it, all well but for ``figures``."""
+    """A record as a run would write it, all well but for ``figures``; of two concepts, those of the first."""
     good = {
         "target_accuracy": 0.0,
         "unseen_accuracy": 0.0,
@@ -37,9 +44,12 @@ def record(script: ModuleType, run: Any, **figures: Any) -> dict[str, Any]:
         "worst_retained_class": "one",
         "cross_domain_accuracy": 1.0,
     }
+    several = isinstance(run, script.TwoConcepts)
+    found = {**good, **figures}
     return {
         "run": dataclasses.asdict(run),
-        "figures": {**good, **figures},
+        "figures": {"three": found, "red": good} if several else found,
+        **({"first_alone": 0.0} if several and run.order != "at_once" else {}),
         "settings": run.config().as_dict(),
         "seconds": 30.0,
         "workers": 2,
@@ -47,9 +57,25 @@ def record(script: ModuleType, run: Any, **figures: Any) -> dict[str, Any]:
     }
 
 
+def page_of(script: ModuleType, page_maker: ModuleType, folder: Path, records: list[tuple[Any, dict[str, Any]]]) -> str:
+    """The page of a folder that holds these records and a perfect pipeline's figures."""
+    seen = dict.fromkeys((*DIGITS, *INKS), 1.0)
+    script.write(folder / "results" / script.BASELINE, {"seen": seen, "unseen": seen, **script.conditions()})
+    for run, content in records:
+        script.write(folder / "results" / run.suite / f"{run.name}.json", content)
+    page_maker.write_page(folder / "results", folder / "docs" / "erasure.md")
+    return (folder / "docs" / "erasure.md").read_text()
+
+
+def row(page: str, start: str) -> str:
+    (line,) = [line for line in page.splitlines() if line.startswith(start)]
+    return line
+
+
 def test_every_target_meets_both_anchors_and_no_two_runs_share_a_file(script: ModuleType) -> None:
     runs = script.runs()
     assert len({(run.suite, run.name) for run in runs}) == len(runs)
+    runs = [run for run in runs if isinstance(run, script.Run)]
     default = [run for run in runs if run.suite == "concepts" and not run.settings and run.seed == 0]
     for target in (*DIGITS, *INKS):
         assert len({run.anchor for run in default if run.target == target}) == 2
@@ -73,16 +99,59 @@ def test_a_run_is_made_anew_if_its_settings_or_the_pipeline_changed(script: Modu
         assert script.record_of(tmp_path, run) is None
 
 
-def test_the_page_shows_the_run_that_breaks_a_bound(script: ModuleType, tmp_path: Path) -> None:
-    seen = dict.fromkeys((*DIGITS, *INKS), 1.0)
-    script.write(tmp_path / "results" / script.BASELINE, {"seen": seen, "unseen": seen, **script.conditions()})
+def test_a_record_older_than_a_setting_holds_if_the_run_leaves_that_at_its_default(
+    script: ModuleType, tmp_path: Path
+) -> None:
+    default = script.runs()[0]
+    changed = script.Run("objectives", "three", "eight", 0, (("objective", "noise"),))
+    for run in (default, changed):
+        older = record(script, run)
+        del older["settings"]["objective"]
+        script.write(tmp_path / run.suite / f"{run.name}.json", older)
+    found = script.record_of(tmp_path, default)
+    assert found is not None and found["settings"] == default.config().as_dict()
+    assert script.record_of(tmp_path, changed) is None
+
+
+def test_every_change_of_the_settings_and_every_order_of_two_concepts_runs_with_three_seeds(script: ModuleType) -> None:
+    runs = [run for run in script.runs() if run.suite not in ("concepts", "sigma")]
+    seeds: dict[tuple[Any, ...], list[int]] = {}
+    for run in runs:
+        what = getattr(run, "order", None) or run.anchor
+        seeds.setdefault((run.suite, what, run.settings), []).append(run.seed)
+    assert set(map(tuple, seeds.values())) == {(0, 1, 2)}
+    assert {order for suite, order, _ in seeds if suite == "several"} == {"at_once", "in_sequence", "merged"}
+    for suite in ("objectives", "variational"):
+        assert {anchor for found, anchor, _ in seeds if found == suite} == {"eight", "digit"}
+
+
+def test_the_page_shows_the_run_that_breaks_a_bound(script: ModuleType, page_maker: ModuleType, tmp_path: Path) -> None:
+    records = []
     for run in script.runs()[:4]:
         bad = {"target_accuracy": 0.3} if run.target == "one" and run.anchor == "digit" else {}
-        script.write(tmp_path / "results" / run.suite / f"{run.name}.json", record(script, run, **bad))
-    script.write_page(tmp_path / "results", tmp_path / "docs" / "erasure.md")
-    page = (tmp_path / "docs" / "erasure.md").read_text()
-    (line,) = [line for line in page.splitlines() if line.startswith("| target accuracy | superclass")]
+        records.append((run, record(script, run, **bad)))
+    page = page_of(script, page_maker, tmp_path, records)
+    line = row(page, "| concepts | target accuracy | superclass")
     assert "1 of 2" in line and "0.300 (one to digit, seed 0)" in line
-    (line,) = [line for line in page.splitlines() if line.startswith("| worst retained class")]
-    assert "4 of 4" in line
+    assert "4 of 4" in row(page, "| concepts | worst retained class")
     assert f"4 of {len(script.runs())} runs" in page
+
+
+def test_each_suite_has_bounds_of_its_own_and_a_first_concept_that_comes_back_shows(
+    script: ModuleType, page_maker: ModuleType, tmp_path: Path
+) -> None:
+    kept = {"retained_accuracy": 0.92}
+    records = [(run, record(script, run)) for run in script.runs()[:1]]
+    for suite in ("objectives", "variational", "several"):
+        run = next(run for run in script.runs() if run.suite == suite)
+        records.append((run, record(script, run, **kept)))
+    back = script.TwoConcepts("merged", 1)
+    records.append((back, record(script, back, target_accuracy=0.2)))
+    page = page_of(script, page_maker, tmp_path, records)
+    what = "retained accuracy, share of before | both"
+    assert "0 of 1" in row(page, f"| objectives | {what} | >= 0.95")
+    assert "1 of 1" in row(page, f"| variational | {what} | >= 0.90")
+    line = row(page, f"| several | {what} | >= 0.93")
+    assert "3 of 4" in line and "0.920 (at once, three to eight, seed 0)" in line
+    line = row(page, "| several | rise of the first concept")
+    assert "0 of 1" in line and "0.200 (merged, seed 1)" in line
