@@ -150,7 +150,6 @@ class _Shards:
             if parameter is not None and parameter not in self.whole
         ]
         self.shards: dict[nn.Parameter, Any] = {}
-        self.added: list[set[str]] = []
 
     def split(self) -> None:
         """Let FSDP split the module, a block after the other, each of which frees its memory at once."""
@@ -170,20 +169,19 @@ class _Shards:
                     self.shards[parameter] = shard
                     # Others hold this object too: it stays, and gets its values back in the end.
                     parameter.data = parameter.data.new_empty(0)
-        self.added = [set(vars(form.module)) - form.attributes for form in self.forms]
 
     def take_apart(self) -> None:
         """Give the module its form and its parameters back, not yet their values. FSDP has no way back itself."""
         from torch.distributed._composable_state import _module_state_mapping
 
-        for form, added in zip(self.forms, self.added or [set()] * len(self.forms), strict=True):
+        for form in self.forms:
             form.module.__class__ = form.type
             _module_state_mapping.pop(form.module, None)
-            for name in added:
-                vars(form.module).pop(name, None)
+            for name in set(vars(form.module)) - form.attributes:
+                del vars(form.module)[name]
             for name, hooks in _hooks(form.module).items():
-                for added_hook in set(hooks) - form.hooks.get(name, frozenset()):
-                    del hooks[added_hook]
+                for added in set(hooks) - form.hooks.get(name, frozenset()):
+                    del hooks[added]
         for registered, name, parameter in self.places:
             registered[name] = parameter
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from processes import free_port, run
 from torch import Tensor
 
 RUN = """
@@ -32,18 +31,8 @@ torch.save({**{n: p.data for n, p in result.trainable.named_parameters().items()
 def launch(folder: Path, processes: int, **settings: Any) -> list[dict[str, Tensor]]:
     """What each process of a run ends with."""
     folder.mkdir()
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    running = []
-    for rank in range(processes):
-        place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)} if processes > 1 else {}
-        environment = {**os.environ, **place, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        command = [sys.executable, "-c", RUN, str(folder), repr(settings)]
-        running.append(subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE))
-    for process in running:
-        error = process.communicate(timeout=250)[1].decode()
-        assert process.returncode == 0, error
+    for ended in run(RUN, processes, str(folder), repr(settings)):
+        assert ended.returncode == 0, ended.error
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(processes)]
 
 
@@ -76,10 +65,7 @@ def test_accelerate_launch_saves_one_result(tmp_path: Path) -> None:
     options = ["--max_train_steps", "2", "--train_batch_size", "2", "--num_latents", "4", "--num_inference_steps", "1"]
     erase = ["erase", "embedded", "--target", "three", "--anchor", "eight", "--out", "out", "--device", "cpu", *options]
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    command = [*launcher, "--num_machines", "1", "--main_process_port", port, "-m", "fdu", *erase]
+    command = [*launcher, "--num_machines", "1", "--main_process_port", free_port(), "-m", "fdu", *erase]
     ran = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=250)
     assert ran.returncode == 0, ran.stderr
     assert ran.stdout.count("Saved to out") == 1

@@ -1,0 +1,165 @@
+"""What each of the processes does that the tests of sharding start; what they find goes into files."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import families
+import torch
+from accelerate import PartialState
+from diffusers import DiffusionPipeline
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+import fdu
+from fdu import embedded
+from fdu.denoisers import Denoiser, denoiser_of
+from fdu.training import sharding
+from fdu.training.loop import Training
+from fdu.weights import parts
+
+RANK = os.environ.get("RANK", "0")
+torch.set_num_threads(1)
+
+
+def erase(pipeline: DiffusionPipeline, settings: dict[str, Any]) -> fdu.ErasureResult:
+    return fdu.erase(pipeline, *embedded.concepts("three", "eight"), **settings)
+
+
+def train(folder: str, settings: str) -> None:
+    """An erasure for each of the settings, and what it leaves, in ``folder/number-rank.pt``."""
+    for number, one in enumerate(json.loads(settings)):
+        pipeline = embedded.load_pipeline()
+        before = Before(pipeline)
+        result = erase(pipeline, one)
+        found = {name: parameter.data for name, parameter in result.trainable.named_parameters().items()}
+        found |= {f"history {name}": torch.tensor(values) for name, values in result.history.items()}
+        found |= {"sigma": torch.tensor(result.sigma)}
+        with result.original():
+            found["unchanged"] = torch.tensor(before.holds())
+        torch.save(found, Path(folder) / f"{number}-{RANK}.pt")
+        if RANK == "0":
+            result.save(Path(folder) / f"{number}-result")
+
+
+def die_and_go_on(folder: str, settings: str) -> None:
+    """Be killed after 4 steps, and where there is a checkpoint already, go on from it."""
+    resumes = any(Path(one["checkpoint_dir"]).is_dir() for one in json.loads(settings))
+    step = Training._step
+
+    def mortal(training: Training) -> Tensor:
+        if training.step == 4 and not resumes:
+            os._exit(9)
+        return step(training)
+
+    Training._step = mortal  # type: ignore[assignment]
+    train(folder, settings)
+
+
+def fail_together(folder: str, settings: str) -> None:
+    """Two erasures of one pipeline, the first of which diverges."""
+    pipeline = embedded.load_pipeline()
+    before, error = Before(pipeline), None
+    try:
+        erase(pipeline, {**json.loads(settings), "learning_rate": 1e30})
+    except RuntimeError as raised:
+        error = str(raised)
+    found = {"error": error, "unchanged": before.holds(), "form": before.same_form()}
+    result = erase(pipeline, json.loads(settings))
+    with result.original():
+        found["unchanged later"] = before.holds()
+    (Path(folder) / f"{RANK}.json").write_text(json.dumps(found))
+
+
+def fail_alone(folder: str, settings: str) -> None:
+    """The second process fails in the third step, and the first is left waiting in a collective."""
+    step = Training._step
+
+    def failing(training: Training) -> Tensor:
+        if training.step == 2 and RANK == "1":
+            raise MemoryError("no memory left here")
+        return step(training)
+
+    Training._step = failing  # type: ignore[assignment]
+    sharding.PATIENCE /= 30
+    try:
+        erase(embedded.load_pipeline(), json.loads(settings))
+    except RuntimeError as raised:
+        (Path(folder) / f"{RANK}.json").write_text(json.dumps(str(raised)))
+
+
+def every_family(folder: str) -> None:
+    """For each family: what the module computes whole and in shards, how many weights it holds, and what is left."""
+    PartialState(cpu=True)
+    found: dict[str, dict[str, Any]] = {}
+    for name in families.BUILDERS:
+        for dtype in (torch.float32, torch.bfloat16):
+            pipeline = families.build(name)
+            pipeline.to(dtype=dtype)
+            denoiser = denoiser_of(pipeline, families.resolution(name))
+            module = denoiser.module.requires_grad_(False)
+            before = Before(pipeline)
+            whole, weights = computed(denoiser), sum(parameter.numel() for parameter in module.parameters())
+            with sharding.sharded(module, []):
+                split, held = computed(denoiser), weights_held(module)
+                in_shards = all(not parameter.numel() or not parameter.ndim for parameter, _ in before.parameters)
+            found[f"{name} {dtype}"] = {
+                "difference": max(difference(one, other) for one, other in zip(whole, split, strict=True)),
+                "held": held / weights,
+                "in shards": in_shards,
+                "unchanged": before.holds() and before.same_form(),
+            }
+    (Path(folder) / f"{RANK}.json").write_text(json.dumps(found))
+
+
+def computed(denoiser: Denoiser) -> tuple[Tensor, Tensor, Tensor]:
+    """The output without gradients, the one with them, and the gradient that passes through the frozen weights."""
+    generator = torch.Generator().manual_seed(0)
+    noisy = torch.randn(2, *denoiser.latent_shape, generator=generator).to(denoiser.module.dtype)
+    conditioning = denoiser.encode(["a photo", "the digit three"])
+    indices = torch.tensor([100, 700])
+    with torch.no_grad():
+        frozen = denoiser.predict(noisy, indices, conditioning)
+    output = denoiser.predict(noisy.requires_grad_(), indices, conditioning)
+    (gradient,) = torch.autograd.grad(output.float().square().sum(), [noisy])
+    return frozen, output.detach(), gradient
+
+
+def difference(one: Tensor, other: Tensor) -> float:
+    """Of two tensors, relative to their largest element."""
+    return float((one - other).abs().max() / one.abs().max())
+
+
+def weights_held(module: nn.Module) -> int:
+    """How many weights this process keeps of a module between its passes."""
+    held: list[Tensor] = [each.to_local() if isinstance(each, DTensor) else each for each in module.parameters()]
+    return sum(tensor.numel() for tensor in held)
+
+
+class Before:
+    """What a denoiser is: its parameters as objects, their values, and the forms of its modules."""
+
+    def __init__(self, pipeline: DiffusionPipeline) -> None:
+        self.module: nn.Module = getattr(pipeline, parts.denoiser_name(pipeline))
+        self.parameters = [(parameter, parameter.detach().clone()) for parameter in self.module.parameters()]
+        self.forms = [form(part) for part in self.module.modules()]
+
+    def holds(self) -> bool:
+        """Whether the same parameter objects are there, with the same values, among no others than plain ones."""
+        there = {id(parameter) for parameter in self.module.parameters()}
+        return all(
+            id(parameter) in there and type(parameter) is nn.Parameter and torch.equal(parameter, value)
+            for parameter, value in self.parameters
+        ) and not any(isinstance(parameter, DTensor) for parameter in self.module.parameters())
+
+    def same_form(self) -> bool:
+        """Whether classes, attributes and hooks are the same; only without adapters."""
+        return self.forms == [form(part) for part in self.module.modules()]
+
+
+def form(module: nn.Module) -> tuple[Any, ...]:
+    hooks = {name: list(value) for name, value in vars(module).items() if "hooks" in name and isinstance(value, dict)}
+    return type(module), sorted(map(str, vars(module))), hooks

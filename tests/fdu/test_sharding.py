@@ -1,0 +1,199 @@
+"""A denoiser in shards: trained like one in copies, and afterwards what it was."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import families
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from in_shards import Before
+from processes import Ended, run
+from torch import Tensor, distributed, nn
+from torch.distributed.tensor import DTensor
+
+import fdu
+from fdu import embedded
+from fdu.training.sharding import check_shards, sharded
+
+CASES: dict[str, dict[str, Any]] = {
+    "lora": {"validation_prompts": ["the digit three"], "validation_steps": 3},
+    "dora, accumulated": {"train_method": "dora", "gradient_accumulation_steps": 2, "frozen_batches": 3},
+    "weights, surgery": {"train_method": "attention", "gradient_surgery": True, "gradient_checkpointing": True},
+    "token, surgery": {"train_method": "token", "gradient_surgery": True},
+}
+
+
+def ended(folder: Path, task: str, *arguments: str, processes: int = 2) -> list[Ended]:
+    """How the processes end that do a task of in_shards.py."""
+    folder.mkdir(exist_ok=True)
+    code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import in_shards; "
+    return run(f"{code}in_shards.{task}(*sys.argv[1:])", processes, str(folder), *arguments)
+
+
+def done(folder: Path, task: str, *arguments: str, processes: int = 2) -> None:
+    for process in ended(folder, task, *arguments, processes=processes):
+        assert process.returncode == 0, process.error
+
+
+def trained(folder: Path, number: int = 0, processes: int = 2) -> list[dict[str, Tensor]]:
+    return [torch.load(folder / f"{number}-{rank}.pt", weights_only=True) for rank in range(processes)]
+
+
+def found(folder: Path) -> list[Any]:
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
+
+
+def settings(folder: Path, **others: Any) -> dict[str, Any]:
+    quick = {"max_train_steps": 6, "train_batch_size": 4, "num_latents": 16, "num_inference_steps": 2, "rank": 4}
+    return {**quick, "learning_rate": 1e-4, "logging_dir": str(folder / "logs"), **others}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Every case by one process with the whole batch, by two in shards, and by two in copies."""
+    folder = tmp_path_factory.mktemp("runs")
+    cases = [settings(folder, **case) for case in CASES.values()]
+    done(folder / "one", "train", json.dumps([{**case, "train_batch_size": 8} for case in cases]), processes=1)
+    done(folder / "shards", "train", json.dumps([{**case, "shard": True} for case in cases]))
+    done(folder / "copies", "train", json.dumps(cases))
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", range(len(CASES)), ids=CASES)
+def test_two_processes_with_shards_are_one_with_the_whole_batch(runs: Path, number: int) -> None:
+    (one,) = trained(runs / "one", number, processes=1)
+    shards, copies = trained(runs / "shards", number), trained(runs / "copies", number)
+    for name in one:
+        torch.testing.assert_close(shards[0][name], shards[1][name], rtol=0, atol=0)
+        torch.testing.assert_close(shards[0][name], copies[0][name], rtol=1e-4, atol=1e-6)
+        if name != "history distance":  # a median of medians is another number
+            # By the whole tensor: where a gradient is next to nothing, Adam takes its sign from rounding.
+            wrong = torch.linalg.norm(shards[0][name].float() - one[name].float())
+            assert wrong <= 5e-3 * torch.linalg.norm(one[name].float()) + 1e-7, name
+    assert all(process["unchanged"] for process in shards)
+
+
+@pytest.mark.slow
+def test_a_result_of_shards_loads_in_plain_diffusers(runs: Path, pipeline: StableDiffusionPipeline) -> None:
+    folder = runs / "shards" / "0-result"
+    pipeline.load_lora_weights(folder)
+    weights = {name: each for name, each in pipeline.unet.named_parameters() if "lora_" in name}
+    (mine, _) = trained(runs / "shards")
+    assert len(weights) == sum("lora_" in name for name in mine) > 0
+    for name, each in weights.items():
+        torch.testing.assert_close(each.data, mine[f"unet.{name.replace('.default_0', '')}"], rtol=0, atol=0)
+    assert json.loads((folder / "fdu.json").read_text())["config"]["shard"] is True
+    assert (runs / "logs" / "validation" / "step-000006.png").is_file()
+
+
+@pytest.mark.slow
+def test_a_run_in_shards_that_was_killed_goes_on_bit_for_bit(runs: Path, tmp_path: Path) -> None:
+    kept = {"checkpoint_dir": str(tmp_path / "checkpoints"), "checkpointing_steps": 3}
+    mortal = json.dumps([settings(tmp_path, shard=True, resume_from_checkpoint="latest", **kept, **CASES["lora"])])
+    assert {process.returncode for process in ended(tmp_path, "die_and_go_on", mortal)} == {9}
+    assert (tmp_path / "checkpoints" / "checkpoint-3").is_dir()
+    done(tmp_path, "die_and_go_on", mortal)
+    for whole, resumed in zip(trained(runs / "shards"), trained(tmp_path), strict=True):
+        for name in whole:
+            torch.testing.assert_close(resumed[name], whole[name], rtol=0, atol=0)
+
+
+@pytest.mark.slow
+def test_after_an_error_the_pipeline_is_as_before_and_can_be_used_again(tmp_path: Path) -> None:
+    done(tmp_path, "fail_together", json.dumps(settings(tmp_path, shard=True)))
+    for process in found(tmp_path):
+        assert "draws as before" in process["error"]
+        assert process["unchanged"] and process["unchanged later"]
+
+
+@pytest.mark.slow
+def test_where_a_process_fails_alone_nobody_waits_for_ever(tmp_path: Path) -> None:
+    done(tmp_path, "fail_alone", json.dumps(settings(tmp_path, shard=True)))
+    first, second = found(tmp_path)
+    assert "no memory left here" in second
+    assert "load the pipeline afresh" in first and "load the pipeline afresh" in second
+
+
+@pytest.mark.slow
+def test_every_family_computes_in_shards_what_it_computes_whole(tmp_path: Path) -> None:
+    done(tmp_path, "every_family")
+    one, other = found(tmp_path)
+    assert {name.split()[0] for name in one} == set(families.BUILDERS)
+    for name in one:
+        for process in (one, other):
+            assert process[name]["difference"] < (0.02 if "bfloat16" in name else 1e-5), name
+            assert process[name]["unchanged"], name
+            assert process[name]["in shards"], name
+        assert one[name]["held"] < 0.9 and one[name]["held"] + other[name]["held"] >= 1, name
+
+
+@pytest.fixture
+def alone() -> Iterator[None]:
+    """A group of this process alone."""
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    yield
+    distributed.destroy_process_group()
+
+
+def drawn(pipeline: StableDiffusionPipeline) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return pipeline("the digit three", num_inference_steps=1, output_type="latent", generator=generator).images
+
+
+@pytest.mark.usefixtures("alone")
+def test_afterwards_the_module_is_what_it_was(pipeline: StableDiffusionPipeline) -> None:
+    unet, before = pipeline.unet, Before(pipeline)
+    trained = unet.mid_block.attentions[0].transformer_blocks[0].attn2.to_k.weight
+    picture = drawn(pipeline)
+    for _ in range(2):
+        with pytest.raises(KeyError, match="in the middle"), sharded(unet, [trained]):
+            assert [each for each in unet.parameters() if not isinstance(each, DTensor)] == [trained]
+            assert not any(each.numel() for each, _ in before.parameters if each is not trained)
+            assert torch.equal(drawn(pipeline), picture)
+            raise KeyError("in the middle")
+        assert before.holds() and before.same_form()
+
+
+@pytest.mark.usefixtures("alone")
+def test_a_module_that_fsdp_refuses_is_whole_again(pipeline: StableDiffusionPipeline) -> None:
+    before = Before(pipeline)
+    convolution = pipeline.unet.conv_in.weight
+    convolution.data = convolution.data.contiguous(memory_format=torch.channels_last)
+    with pytest.raises(NotImplementedError, match="non-contiguous"), sharded(pipeline.unet, []):
+        pass
+    assert before.holds() and before.same_form()
+
+
+def refused(module: nn.Module, processes: int = 2, **others: Any) -> str:
+    with pytest.raises(ValueError) as raised:
+        check_shards(module, fdu.EraseConfig(shard=True, **others), processes)
+    return str(raised.value)
+
+
+def test_what_cannot_be_split_is_refused(pipeline: StableDiffusionPipeline) -> None:
+    unet = pipeline.unet
+    check_shards(unet, fdu.EraseConfig(shard=True), 2)
+    check_shards(unet, fdu.EraseConfig(train_method="full"), 1)
+    assert "accelerate launch" in refused(unet, 1)
+    assert "train_method 'full'" in refused(unet, train_method="full")
+    unet.to(memory_format=torch.channels_last)
+    assert "contiguous_format" in refused(unet)
+    unet.to(memory_format=torch.contiguous_format)
+    unet.conv_in.bias = nn.Parameter(torch.zeros(3, dtype=torch.uint8), requires_grad=False)
+    assert "conv_in.bias, which is a Parameter of torch.uint8" in refused(unet)
+
+
+def test_the_launcher_may_ask_for_shards(
+    pipeline: StableDiffusionPipeline, quick: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ValueError, match="shard splits the denoiser between processes, and there is one"):
+        fdu.erase(pipeline, *embedded.concepts("three", "eight"), **quick)
+    assert os.environ["ACCELERATE_USE_FSDP"] == "true"
