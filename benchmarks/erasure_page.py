@@ -84,6 +84,12 @@ def changes(record: Record) -> str:
     return ", ".join(f"{name} {value}" for name, value in record["run"]["settings"]) or "default"
 
 
+def way(record: Record) -> str:
+    """How two concepts were erased, in words."""
+    settings = f" with {changes(record)}" if record["run"]["settings"] else ""
+    return record["run"]["order"].replace("_", " ") + settings
+
+
 def share(value: float | None) -> str:
     """A share of images, with three digits."""
     return "" if value is None else f"{value:.3f}"
@@ -108,9 +114,7 @@ def judged(record: Record, baselines: Baselines) -> list[Judged]:
     found = []
     for target, figures in by_target.items():
         anchor = BOTH[target] if several else run["anchor"]
-        how = [run["order"].replace("_", " ")] if several else []
-        if run["settings"]:
-            how.append(changes(record))
+        how = [way(record)] if several else [changes(record)] if run["settings"] else []
         words = ", ".join([*how, f"{target} to {anchor}", f"seed {run['seed']}"])
         kept = figures["retained_accuracy"] / baselines[target]["retained_accuracy"]
         found.append(Judged(words, anchor == embedded.SUPERCLASS, figures, kept))
@@ -178,15 +182,15 @@ def several_rows(records: list[Record], baselines: Baselines) -> list[list[str]]
     """A row a way of erasing both and concept, its seeds side by side."""
     groups: dict[str, list[Record]] = {}
     for record in records:
-        groups.setdefault(record["run"]["order"], []).append(record)
+        groups.setdefault(way(record), []).append(record)
     rows = []
-    for order, own in groups.items():
+    for words, own in groups.items():
         for number, (target, anchor) in enumerate(BOTH.items()):
             ones = [judged(record, baselines)[number] for record in own]
-            alone = [] if order == "at_once" or number else [record["first_alone"] for record in own]
+            alone = [] if number else [record["first_alone"] for record in own if "first_alone" in record]
             rows.append(
                 [
-                    order.replace("_", " "),
+                    words,
                     f"{target} to {anchor}",
                     shares(alone),
                     shares(one.figures["target_accuracy"] for one in ones),
@@ -235,15 +239,15 @@ def rebound_rows(suite: str, records: list[Record]) -> list[list[str]]:
     """Whether the first of two concepts comes back when the second is erased."""
     first = next(iter(BOTH))
     rises = [
-        (record["figures"][first]["target_accuracy"] - record["first_alone"], record["run"])
+        (record["figures"][first]["target_accuracy"] - record["first_alone"], record)
         for record in records
         if "first_alone" in record
     ]
     if not rises:
         return []
-    rise, run = max(rises, key=lambda one: one[0])
+    rise, worst = max(rises, key=lambda one: one[0])
     inside = sum(rise <= REBOUND for rise, _ in rises)
-    value = f"{rise:.3f} ({run['order'].replace('_', ' ')}, seed {run['seed']})"
+    value = f"{rise:.3f} ({way(worst)}, seed {worst['run']['seed']})"
     bound = f"<= {REBOUND:.2f}"
     return [[suite, "rise of the first concept", "another class", bound, f"{inside} of {len(rises)}", value]]
 

@@ -57,13 +57,13 @@ CHANGES: dict[str, tuple[dict[str, Any], ...]] = {
         {"train_method": "attention", "learning_rate": 5e-4},
         {"train_method": "full", "learning_rate": 2e-4},
         {"train_method": "text_encoder", "learning_rate": 3e-4},
-        {"train_method": "token"},
+        {"train_method": "token", "learning_rate": 0.2},
     ),
 }
 """Suites of runs that change the default settings, with three seeds; with another method, also the learning rate."""
 BOTH = {"three": "eight", "red": "black"}
 """Two concepts of different kinds, and their anchors, in the order in which one follows the other."""
-ORDERS: dict[str, dict[str, Any]] = {"at_once": {}, "in_sequence": {}, "merged": {}}
+ORDERS: dict[str, dict[str, Any]] = {"at_once": {"max_train_steps": 240}, "in_sequence": {}, "merged": {}}
 """How two concepts are erased, and what each way needs beside the default settings."""
 
 
@@ -89,10 +89,11 @@ class Run:
         """The name of its file."""
         return _name(self.target, self.anchor, self.settings, self.seed)
 
-    def make(self) -> dict[str, Any]:
+    def make(self, cache_dir: str | None) -> dict[str, Any]:
         """Erase, draw and judge."""
         target, anchor = embedded.concepts(self.target, self.anchor)
-        result = fdu.erase(embedded.load_pipeline(), target, anchor, config=self.config())
+        config = dataclasses.replace(self.config(), cache_dir=cache_dir)
+        result = fdu.erase(embedded.load_pipeline(), target, anchor, config=config)
         probes = [probe for role in self.roles for probe in embedded.probes(self.target) if probe.role == role]
         drawn = [draw(result.pipeline, probe, self.images_of_target) for probe in probes]
         return {"figures": figures(probes, drawn), "sigma": result.sigma, "seconds": result.seconds}
@@ -118,21 +119,22 @@ class TwoConcepts:
         """The name of its file."""
         return _name("-".join(BOTH), self.order, self.settings, self.seed)
 
-    def make(self) -> dict[str, Any]:
+    def make(self, cache_dir: str | None) -> dict[str, Any]:
         """Erase, draw and judge; in a sequence, the first concept also before the second erasure."""
         pipeline = embedded.load_pipeline()
+        config = dataclasses.replace(self.config(), cache_dir=cache_dir)
         pairs = [embedded.concepts(*pair) for pair in BOTH.items()]
         record: dict[str, Any] = {}
         if self.order == "at_once":
             targets, anchors = ([pair[side] for pair in pairs] for side in (0, 1))
-            results = [fdu.erase(pipeline, targets, anchors, config=self.config())]
+            results = [fdu.erase(pipeline, targets, anchors, config=config)]
         else:
-            results = [fdu.erase(pipeline, *pairs[0], config=self.config())]
+            results = [fdu.erase(pipeline, *pairs[0], config=config)]
             first = embedded.probes(*BOTH)[0]
             (record["first_alone"],) = shares([first], [draw(pipeline, first, IMAGES)]).values()
             if self.order == "merged":
                 merge(pipeline)
-            results.append(fdu.erase(pipeline, *pairs[1], config=self.config()))
+            results.append(fdu.erase(pipeline, *pairs[1], config=config))
         record["figures"] = {}
         drawn: dict[tuple[str, ...], Tensor] = {}
         for target, other in (tuple(BOTH), tuple(BOTH)[::-1]):
@@ -218,7 +220,7 @@ def shares(probes: list[Probe], drawn: list[Tensor]) -> dict[str, float]:
     return {probe.name: probe.judge(images).count(probe.name) / len(images) for probe, images in judged}
 
 
-def before(results: Path, workers: int) -> None:
+def before(results: Path, workers: int, cache_dir: str | None) -> None:
     """Judge the pipeline as it ships: every class, and every target's unseen phrasings."""
     torch.set_num_threads(1)
     pipeline = embedded.load_pipeline()
@@ -228,10 +230,15 @@ def before(results: Path, workers: int) -> None:
     write(results / BASELINE, {"seen": counted[0], "unseen": counted[1], **conditions()})
 
 
-def make(run: AnyRun, results: Path, workers: int) -> None:
-    """Make a run and write its record."""
+def make(run: AnyRun, results: Path, workers: int, cache_dir: str | None) -> None:
+    """Make a run and write its record. What runs have in common, as their latents, is kept in ``cache_dir``."""
     torch.set_num_threads(1)
-    record = {"run": dataclasses.asdict(run), **run.make(), "settings": run.config().as_dict(), "workers": workers}
+    record = {
+        "run": dataclasses.asdict(run),
+        **run.make(cache_dir),
+        "settings": run.config().as_dict(),
+        "workers": workers,
+    }
     write(results / run.suite / f"{run.name}.json", {**record, **conditions()})
 
 

@@ -42,6 +42,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes, of one thread each")
     parser.add_argument("--suites", nargs="+", help="make the runs of these suites only")
     parser.add_argument("--most", type=int, default=None, help="make at most so many runs in this call")
+    parser.add_argument("--cache_dir", help="a folder for what runs have in common; not given, each makes its own")
     parser.add_argument("--table_only", action="store_true", help="make no run, only the tables")
     parser.add_argument("--docs", type=Path, default=HERE.parent / "docs" / "erasure.md", help="where the tables go")
     options = parser.parse_args()
@@ -50,7 +51,8 @@ def main() -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(options.workers, mp_context=context) as pool:
-        futures = {pool.submit(function, *which, options.results, options.workers): which for function, which in todo}
+        shared = (options.results, options.workers, options.cache_dir)
+        futures = {pool.submit(function, *which, *shared): which for function, which in todo}
         for done, future in enumerate(concurrent.futures.as_completed(futures), 1):
             future.result()
             print(f"{done}/{len(todo)}", *(f"{run.suite}/{run.name}" for run in futures[future]), flush=True)

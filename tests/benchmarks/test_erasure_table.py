@@ -152,6 +152,6 @@ def test_each_suite_has_bounds_of_its_own_and_a_first_concept_that_comes_back_sh
     assert "0 of 1" in row(page, f"| objectives | {what} | >= 0.95")
     assert "1 of 1" in row(page, f"| variational | {what} | >= 0.90")
     line = row(page, f"| several | {what} | >= 0.93")
-    assert "3 of 4" in line and "0.920 (at once, three to eight, seed 0)" in line
+    assert "3 of 4" in line and "0.920 (at once with max_train_steps 240, three to eight, seed 0)" in line
     line = row(page, "| several | rise of the first concept")
     assert "0 of 1" in line and "0.200 (merged, seed 1)" in line
