@@ -102,9 +102,9 @@ def every_family(folder: str) -> None:
             denoiser = denoiser_of(pipeline, families.resolution(name))
             module = denoiser.module.requires_grad_(False)
             before = Before(pipeline)
-            whole, weights = computed(denoiser), sum(parameter.numel() for parameter in module.parameters())
+            whole, weights = computed(denoiser, dtype), sum(parameter.numel() for parameter in module.parameters())
             with sharding.sharded(module, []):
-                split, held = computed(denoiser), weights_held(module)
+                split, held = computed(denoiser, dtype), weights_held(module)
                 in_shards = all(not parameter.numel() or not parameter.ndim for parameter, _ in before.parameters)
             found[f"{name} {dtype}"] = {
                 "difference": max(difference(one, other) for one, other in zip(whole, split, strict=True)),
@@ -115,10 +115,10 @@ def every_family(folder: str) -> None:
     (Path(folder) / f"{RANK}.json").write_text(json.dumps(found))
 
 
-def computed(denoiser: Denoiser) -> tuple[Tensor, Tensor, Tensor]:
+def computed(denoiser: Denoiser, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     """The output without gradients, the one with them, and the gradient that passes through the frozen weights."""
     generator = torch.Generator().manual_seed(0)
-    noisy = torch.randn(2, *denoiser.latent_shape, generator=generator).to(denoiser.module.dtype)
+    noisy = torch.randn(2, *denoiser.latent_shape, generator=generator).to(dtype)
     conditioning = denoiser.encode(["a photo", "the digit three"])
     indices = torch.tensor([100, 700])
     with torch.no_grad():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -61,13 +62,18 @@ def test_two_processes_are_one_with_the_whole_batch(
 
 
 @pytest.mark.slow
-def test_accelerate_launch_saves_one_result(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["multi_gpu", "use_fsdp"])  # with --cpu the launcher would start a single process
+def test_accelerate_launch_saves_one_result(tmp_path: Path, kind: str) -> None:
     options = ["--max_train_steps", "2", "--train_batch_size", "2", "--num_latents", "4", "--num_inference_steps", "1"]
+    options += ["--checkpoint_dir", "state"]
     erase = ["erase", "embedded", "--target", "three", "--anchor", "eight", "--out", "out", "--device", "cpu", *options]
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", f"--{kind}", "--num_processes", "2"]
     command = [*launcher, "--num_machines", "1", "--main_process_port", free_port(), "-m", "fdu", *erase]
     ran = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=250)
     assert ran.returncode == 0, ran.stderr
     assert ran.stdout.count("Saved to out") == 1
     assert (tmp_path / "out" / "pytorch_lora_weights.safetensors").is_file()
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "state"]
+    manifest = json.loads((tmp_path / "state" / "checkpoint-2" / "state.json").read_text())["manifest"]
+    assert manifest["processes"] == 2
+    assert manifest["config"]["shard"] is (kind == "use_fsdp")
