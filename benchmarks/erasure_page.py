@@ -375,8 +375,10 @@ form.
 ## Two concepts
 
 "several" above: a digit and an ink, erased at once, or one after the other with the first result's adapter in place, or
-with that merged into the weights before the second. "After the first alone" is the first concept's accuracy before the
-second erasure: that it does not come back is a bound above. Retained are the other classes of the concept's kind.
+with that merged into the weights before the second. At once, no anchor may name a concept that is erased: "a three in
+red ink" leads to "an eight in black ink", or the prompts of "three" would teach red. "After the first alone" is the
+first concept's accuracy before the second erasure: that it does not come back is a bound above. Retained are the other
+classes of the concept's kind.
 
 {several}
 

@@ -125,6 +125,13 @@ def test_every_change_of_the_settings_and_every_order_of_two_concepts_runs_with_
         assert {anchor for found, anchor, _ in seeds if found == suite} == {"eight", "digit"}
 
 
+def test_the_anchors_of_two_concepts_at_once_name_neither(script: ModuleType) -> None:
+    for target, anchor in script.BOTH.items():
+        prompts = script.without_targets(script.embedded.concepts(target, anchor)[1]).prompts
+        assert not any(name in prompt.split() for prompt in prompts for name in script.BOTH)
+        assert any("eight in black ink" in prompt for prompt in prompts)
+
+
 def test_the_page_shows_the_run_that_breaks_a_bound(script: ModuleType, page_maker: ModuleType, tmp_path: Path) -> None:
     records = []
     for run in script.runs()[:4]:
@@ -152,6 +159,6 @@ def test_each_suite_has_bounds_of_its_own_and_a_first_concept_that_comes_back_sh
     assert "0 of 1" in row(page, f"| objectives | {what} | >= 0.95")
     assert "1 of 1" in row(page, f"| variational | {what} | >= 0.90")
     line = row(page, f"| several | {what} | >= 0.93")
-    assert "3 of 4" in line and "0.920 (at once with max_train_steps 240, three to eight, seed 0)" in line
+    assert "3 of 4" in line and "0.920 (at once, three to eight, seed 0)" in line
     line = row(page, "| several | rise of the first concept")
     assert "0 of 1" in line and "0.200 (merged, seed 1)" in line
