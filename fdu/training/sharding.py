@@ -4,7 +4,10 @@ FSDP 2 (torch.distributed.fsdp.fully_shard). What is trained stays whole in ever
 moments: an adapter is small, and optimizer, clipping, gradient surgery and checkpoints are so those of a run without
 shards. Training averages its gradients over the processes.
 
-Has run on CPUs with gloo only; on GPUs the weights go through NCCL by the same code, which nobody has tried yet.
+Autocast keeps a copy in half precision of every float32 weight until the backward pass, which undoes the saving: load
+the pipeline in half precision, or set gradient_checkpointing.
+
+Has run on CPUs with gloo only; on GPUs the same code sends the weights through NCCL, which has not been tried.
 """
 
 from __future__ import annotations
@@ -42,7 +45,8 @@ def check_shards(module: nn.Module, config: EraseConfig, processes: int) -> None
     """Refuse shards that cannot be.
 
     Raises:
-        ValueError: there is one process; or nothing that stays frozen; or weights that cannot be split.
+        ValueError: there is one process; nothing stays frozen; the denoiser is to be compiled; or its weights cannot be
+            split.
     """
     if not config.shard:
         return
@@ -56,6 +60,8 @@ def check_shards(module: nn.Module, config: EraseConfig, processes: int) -> None
             "shard splits what stays frozen of the denoiser, and train_method 'full' trains all of it; "
             "choose train_method 'lora', or leave shard out"
         )
+    if config.compile:
+        raise ValueError("shard and compile do not go together: graphs would end at every block; leave one of them out")
     for name, parameter in module.named_parameters():
         if type(parameter) is not nn.Parameter or not parameter.is_floating_point() or parameter.is_meta:
             raise ValueError(

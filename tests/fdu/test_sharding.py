@@ -183,6 +183,7 @@ def test_what_cannot_be_split_is_refused(pipeline: StableDiffusionPipeline) -> N
     check_shards(unet, fdu.EraseConfig(train_method="full"), 1)
     assert "accelerate launch" in refused(unet, 1)
     assert "train_method 'full'" in refused(unet, train_method="full")
+    assert "compile" in refused(unet, compile=True)
     unet.to(memory_format=torch.channels_last)
     assert "contiguous_format" in refused(unet)
     unet.to(memory_format=torch.contiguous_format)
