@@ -44,14 +44,6 @@ CHANGES: dict[str, tuple[dict[str, Any], ...]] = {
         {"variational": True, "divergence": "kl"},
         {"variational": True, "divergence": "squared_hellinger"},
     ),
-    "ways": (
-        {"weighting": "posterior"},
-        {"weighting": "min_snr"},
-        {"weighting": "p2"},
-        {"timestep_sampling": "importance"},
-        {"gradient_surgery": True},
-        {"frozen_batches": 40},
-    ),
     "methods": (
         {"train_method": "dora"},
         {"train_method": "cross_attention", "learning_rate": 1e-3},
@@ -59,6 +51,14 @@ CHANGES: dict[str, tuple[dict[str, Any], ...]] = {
         {"train_method": "full", "learning_rate": 2e-4},
         {"train_method": "text_encoder", "learning_rate": 3e-4},
         {"train_method": "token", "learning_rate": 0.2},
+    ),
+    "ways": (
+        {"weighting": "posterior"},
+        {"weighting": "min_snr"},
+        {"weighting": "p2"},
+        {"timestep_sampling": "importance"},
+        {"gradient_surgery": True},
+        {"frozen_batches": 40},
     ),
 }
 """Suites of runs that change the default settings, with three seeds; with another method, also the learning rate."""
@@ -204,8 +204,8 @@ def runs() -> list[AnyRun]:
     changed = [
         # Towards another class chance does not blur what is left of the target, and fewer images do.
         Run(suite, "three", anchor, seed, tuple(change.items()), ROLES[:3], images)
-        for suite, changes in CHANGES.items()
         for anchor, images in ((other_class("three"), IMAGES), (embedded.SUPERCLASS, IMAGES_OF_TARGET))
+        for suite, changes in CHANGES.items()
         if anchor != embedded.SUPERCLASS or suite in ("objectives", "variational")
         for seed in SEEDS
         for change in changes
