@@ -7,7 +7,6 @@ import json
 import logging
 import os
 import shlex
-import shutil
 import sys
 import traceback
 import warnings
@@ -137,7 +136,7 @@ class Erase:
     def prepare(self, command: str) -> Callable[[], None]:
         """Check everything; the work is what comes back."""
         from fdu.concepts import concept_pairs, read_concepts
-        from fdu.output import check_output, whole_folder
+        from fdu.output import check_output, clear_run, strangers, whole_folder
         from fdu.weights import choose_format
 
         types = self.concept_type[0] if len(self.concept_type) == 1 else self.concept_type or "object"
@@ -146,6 +145,12 @@ class Erase:
         checkpoints = Path(f"{self.out}.checkpoints")
         config = self.settings.checked(checkpoint_dir=str(checkpoints))
         keeps = self.settings.checkpoint_dir is None
+        if keeps and strangers(checkpoints):
+            raise FileExistsError(
+                f"{str(checkpoints)!r}, where the run would keep its checkpoints, holds "
+                f"{strangers(checkpoints)[0].name!r}, which fdu did not write; "
+                "name another folder with --checkpoint_dir"
+            )
         files = [name for name in (*self.target, *self.anchor) if name.endswith(".txt")]
         inputs = files + [str(folder) for folder in [model_folder(self.model)] if folder]
         check_output(self.out, self.overwrite, result_bytes(self.model, config.train_method, self.save_as), inputs)
@@ -176,7 +181,7 @@ class Erase:
             if not writes:
                 return
             if keeps:
-                shutil.rmtree(checkpoints, ignore_errors=True)
+                clear_run(checkpoints)
             loading = _loading_line(self.model, self.out, format, config.train_method)
             print(f"Saved to {self.out} after {result.seconds:.0f} s. {loading}")
             if is_embedded(self.model):
@@ -408,10 +413,12 @@ def _loading_line(model: str, out: Path, format: str, train_method: str) -> str:
 
 def _tidy_checkpoints(folder: Path) -> None:
     """After a run that did not end well: say what can go on, or leave nothing."""
+    from fdu.output import clear_run
+
     if any(folder.glob("checkpoint-*")):
         print(f"fdu: its state is in {folder}; go on with --resume_from_checkpoint latest", file=sys.stderr)
     else:
-        shutil.rmtree(folder, ignore_errors=True)
+        clear_run(folder)
 
 
 def _quiet() -> None:

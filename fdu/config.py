@@ -101,11 +101,14 @@ class EraseConfig:
     """Denoising steps to sample those latents."""
     guidance_scale: float = 3.0
     """Classifier-free guidance to sample those latents."""
+    sample_batch_size: int = 32
+    """Latents sampled at a time."""
     resolution: int | None = None
     """Height and width in pixels; not given, the model's own."""
     frozen_batches: int = 0
     """Batches to draw once, with their frozen outputs, and to use in turn; 0 draws every batch anew. With cache_dir,
-    runs that differ in what is trained, or by which divergence, share them."""
+    runs that differ in what is trained, or by which divergence, share them. They wait in CPU memory, as
+    4 latents in float32 for each sample that erases."""
     cache_dir: str | None = None
     """Folder where prompts, latents and frozen outputs are kept for other runs on the same model."""
 
@@ -171,6 +174,7 @@ class EraseConfig:
             "train_batch_size",
             "gradient_accumulation_steps",
             "num_inference_steps",
+            "sample_batch_size",
             "checkpointing_steps",
             "checkpoints_total_limit",
             "validation_steps",
@@ -215,6 +219,8 @@ class EraseConfig:
             raise ValueError("frozen_batches has nothing to keep: objective 'noise' without preservation; leave it out")
         if self.variational and divergence.name == "mse":
             raise ValueError("divergence 'mse' has no generator f, hence no critic; choose 'kl' with variational")
+        if self.lr_warmup_steps and self.lr_scheduler == "constant":
+            raise ValueError("lr_warmup_steps needs lr_scheduler 'constant_with_warmup', 'linear' or 'cosine'")
         if self.gradient_surgery and not self.preservation_weight:
             raise ValueError("gradient_surgery needs preservation; set preservation_weight above 0")
         if self.frozen_batches and self.timestep_sampling == "importance":

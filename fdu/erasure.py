@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
+from accelerate.utils import GradientAccumulationPlugin, parse_flag_from_env
 from diffusers import DiffusionPipeline
 from torch import Tensor
 from torch.nn import functional
@@ -19,7 +21,7 @@ from fdu.config import EraseConfig
 from fdu.denoisers import Denoiser, denoiser_of
 from fdu.result import ErasureResult
 from fdu.trainable import Trainable, attach
-from fdu.training.cache import Cache
+from fdu.training.cache import Cache, model_key
 from fdu.training.checkpoint import Checkpoints
 from fdu.training.examples import prepare_examples
 from fdu.training.loop import Training
@@ -28,7 +30,6 @@ from fdu.training.optimizer import check_optimizer
 from fdu.training.sharding import check_shards, own_shards, with_launcher
 from fdu.training.tracking import check_tracker
 from fdu.versions import versions
-from fdu.weights import fingerprint
 
 
 def erase(
@@ -71,13 +72,11 @@ def erase(
     started = time.perf_counter()
     with _own_accelerator(config, denoiser.device) as accelerator:
         check_shards(denoiser.module, config, accelerator.num_processes)
-        keeps = config.cache_dir is not None or config.checkpoint_dir is not None
-        base = fingerprint(pipeline, adapters=True) if keeps else ""
-        checkpoints = _checkpoints(pairs, mask, config, base, accelerator.num_processes)
         # Beside its checkpoints a run keeps what it began with, so that going on costs nothing anew.
         folder = config.cache_dir or config.checkpoint_dir
-        drawn_by = {"base": base, "scheduler": repr(pipeline.scheduler.config)}
-        cache = Cache(folder, drawn_by, writes=accelerator.is_main_process)
+        model = model_key(denoiser) if folder is not None else {}
+        checkpoints = _checkpoints(pairs, mask, config, model.get("weights", ""), accelerator.num_processes)
+        cache = Cache(folder, model, accelerator)
         examples = prepare_examples(denoiser, pairs, config, accelerator, cache)
         with _seeded(config.seed, denoiser.device):
             objective = Objective(denoiser, config, _latent_mask(mask, examples.latents))
@@ -132,6 +131,8 @@ def _own_accelerator(config: EraseConfig, device: torch.device) -> Iterator[Acce
                 device_placement=False,  # the pipeline is where its user put it
                 log_with=None if config.report_to == "none" else config.report_to,
                 project_dir=config.logging_dir,
+                # The loop accumulates by itself, whatever the launcher's environment says.
+                gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
             )
         yield accelerator
     finally:
@@ -151,6 +152,14 @@ def _check_run(denoiser: Denoiser, pairs: Sequence[Pair], mask: Tensor | None, c
         raise ValueError("mixed_precision 'fp16' needs a GPU, and the pipeline is on the CPU; use 'bf16' or 'no'")
     if config.gradient_checkpointing and not hasattr(denoiser.module, "enable_gradient_checkpointing"):
         raise ValueError(f"gradient_checkpointing: {type(denoiser.module).__name__} does not offer it; leave it out")
+    launched = os.environ.get("ACCELERATE_MIXED_PRECISION", config.mixed_precision)
+    if launched != config.mixed_precision and launched != "no":
+        raise ValueError(
+            f"accelerate launch says mixed_precision {launched!r} and the settings {config.mixed_precision!r}; "
+            f"add mixed_precision {launched!r}"
+        )
+    if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
+        raise ValueError("accelerate launch asks for DeepSpeed, which is not supported; use DDP or FSDP")
     check_optimizer(config, denoiser.device)
     check_tracker(config.report_to)
     if mask is not None:

@@ -18,6 +18,8 @@ METRICS_FILE = "metrics.json"
 """Beside a report: what was measured."""
 METRICS_KEYS = {"before", "after", "target", "images_per_class"}
 """Keys by which such a file is known from other programs' of the same name."""
+RUN_PREFIXES = ("checkpoint-", "prompts-", "latents-", "frozen-")
+"""What the names begin with of all that a run keeps in a folder for checkpoints."""
 SMALL_RESULT = 32 << 20
 """Bytes that LoRA weights, or a report, take at most."""
 
@@ -94,6 +96,25 @@ def whole_folder(folder: str | Path, overwrite: bool = False) -> Iterator[Path]:
         shutil.rmtree(fresh, ignore_errors=True)
         raise
     _put_in_place(fresh, folder, shown, overwrite)
+
+
+def strangers(folder: Path) -> list[Path]:
+    """What lies in a folder for checkpoints that no run of fdu put there; nothing if there is no folder."""
+    if not folder.is_dir():
+        return [folder] if folder.exists() else []
+    return [path for path in folder.iterdir() if not path.name.lstrip(".").startswith(RUN_PREFIXES)]
+
+
+def clear_run(folder: Path) -> None:
+    """Remove what a run of fdu left in a folder for checkpoints, and the folder if nothing else is in it."""
+    if not folder.is_dir():
+        return
+    kept = set(strangers(folder))
+    for path in folder.iterdir():
+        if path not in kept:
+            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+    with suppress(OSError):
+        folder.rmdir()
 
 
 def written_by_fdu(folder: Path) -> bool:

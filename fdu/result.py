@@ -10,6 +10,7 @@ from typing import Any
 
 from diffusers import DiffusionPipeline
 
+from fdu.card import write_card
 from fdu.concepts import Concept, Pair, joined
 from fdu.config import PLACES, EraseConfig
 from fdu.denoisers import Denoiser
@@ -18,7 +19,7 @@ from fdu.output import RECORD_FILE, whole_folder, write_json
 from fdu.report import write_report
 from fdu.trainable import Trainable
 from fdu.versions import versions
-from fdu.weights import choose_format, write, write_card
+from fdu.weights import choose_format, public_name, write
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +66,7 @@ class ErasureResult:
     def record(self) -> dict[str, Any]:
         """Everything but the weights, ready for JSON."""
         return {
-            "base": _base_name(str(self.pipeline.config.get("_name_or_path", ""))),
+            "base": public_name(str(self.pipeline.config.get("_name_or_path", ""))),
             "target": dataclasses.asdict(self.target),
             "anchor": dataclasses.asdict(self.anchor),
             "concepts": [[target.name, anchor.name] for target, anchor in self.pairs],
@@ -124,8 +125,3 @@ class ErasureResult:
     ) -> Path:
         """Write the HTML page of this erasure: :func:`fdu.report.write_report` with its record."""
         return write_report(path, evaluation, probes, before, after, self.record())
-
-
-def _base_name(name: str) -> str:
-    """A hub id, or the mere name of a local folder: where it lay is nobody's business but its owner's."""
-    return Path(name).resolve().name if name and (Path(name).is_absolute() or Path(name).is_dir()) else name

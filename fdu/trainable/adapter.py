@@ -52,7 +52,6 @@ class Adapter(Trainable):
     """
 
     trains_text = False
-    shards = True
 
     def __init__(
         self,

@@ -10,7 +10,7 @@ import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from typing import ClassVar, Literal
+from typing import Literal
 
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
@@ -25,8 +25,6 @@ class Trainable(ABC):
 
     trains_text: bool
     """Whether text encoders are trained, so that prompts have to be encoded anew in every step."""
-    shards: ClassVar[bool]
-    """Whether :meth:`frozen` still works when FSDP has sharded the module."""
 
     def __init__(self, pipeline: DiffusionPipeline) -> None:
         self.state: Literal["training", "finished", "removed"] = "training"

@@ -26,7 +26,6 @@ class TokenRows(Trainable):
     """
 
     trains_text = True
-    shards = False
 
     def __init__(self, pipeline: DiffusionPipeline, rows: Mapping[str, Sequence[int]]) -> None:
         """``rows``: token ids by the attribute of the text encoder."""

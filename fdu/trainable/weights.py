@@ -24,8 +24,6 @@ class Weights(Trainable):
     FSDP cannot shard masters and originals alike.
     """
 
-    shards = False
-
     def __init__(self, pipeline: DiffusionPipeline, chosen: Mapping[str, nn.Parameter], *, trains_text: bool) -> None:
         super().__init__(pipeline)
         self.trains_text = trains_text

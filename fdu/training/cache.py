@@ -4,15 +4,28 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import diffusers
+import torch
+import transformers
+from accelerate import Accelerator
+from accelerate.utils import gather_object
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from fdu.denoisers import Denoiser
+from fdu.weights import fingerprint
+
+LOGGER = logging.getLogger(__name__)
+KINDS = ("prompts", "latents", "frozen")
+"""What the names of entries begin with."""
 
 
 class Cache:
@@ -20,38 +33,83 @@ class Cache:
 
     Args:
         folder: where the files lie; it is made when something is first kept.
-        base: what all entries depend on, such as the fingerprint of the model; ready for JSON.
-        writes: whether this process keeps what it makes; with several, one does.
+        base: what all entries depend on, ready for JSON.
+        accelerator: the processes, of which all find an entry or none does.
     """
 
-    def __init__(self, folder: str | Path | None, base: dict[str, Any], writes: bool = True) -> None:
+    def __init__(self, folder: str | Path | None, base: dict[str, Any], accelerator: Accelerator) -> None:
         self.folder = Path(folder) if folder is not None else None
         self.base = base
-        self.writes = writes
+        self.accelerator = accelerator
 
-    def get(self, kind: str, key: dict[str, Any], make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+    def get(
+        self, kind: str, key: dict[str, Any], make: Callable[[], dict[str, Tensor]], every_process: bool = False
+    ) -> dict[str, Tensor]:
         """The tensors of ``kind`` that depend on ``key`` alone, from the folder or from ``make``; on the CPU if read.
 
-        A file appears whole or not at all. One that cannot be read is made anew; a full disk costs the entry only.
+        A file appears whole or not at all. One that cannot be read is made anew; a folder that cannot be written costs
+        the entry only. With ``every_process`` each process has an entry of its own, which ``key`` has to tell.
         """
         if self.folder is None:
             return make()
         text = json.dumps({**self.base, **key, "kind": kind}, sort_keys=True)
         path = self.folder / f"{kind}-{hashlib.sha256(text.encode()).hexdigest()[:16]}.safetensors"
         try:
-            return load_file(path)
+            found = load_file(path)
         except (OSError, SafetensorError):
-            made = make()
-        if self.writes:
+            found = None
+        # Making may need all processes.
+        if self.accelerator.num_processes > 1 and not all(gather_object([found is not None])):
+            found = None
+        if found is not None:
+            return found
+        made = make()
+        if every_process or self.accelerator.is_main_process:
             self._keep(path, made, text)
         return made
 
     def _keep(self, path: Path, tensors: dict[str, Tensor], text: str) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, fresh = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
-        os.close(handle)
+        fresh = None
         try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.NamedTemporaryFile(prefix=f".{path.name}-", dir=path.parent, delete=False) as file:
+                fresh = Path(file.name)
             save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, fresh, {"key": text})
+            mask = os.umask(0)
+            os.umask(mask)
+            fresh.chmod(0o666 & ~mask)  # temporary files are their owner's alone
             os.replace(fresh, path)
-        except (OSError, SafetensorError):
-            Path(fresh).unlink(missing_ok=True)
+        except (OSError, SafetensorError) as error:
+            LOGGER.warning("cache entry %s could not be written (%s); going on", path, error)
+            if fresh is not None:
+                fresh.unlink(missing_ok=True)
+
+
+def model_key(denoiser: Denoiser) -> dict[str, Any]:
+    """What prompts, latents and frozen outputs of a pipeline depend on, beside the settings."""
+    pipeline = denoiser.pipeline
+    settings = {name: repr(value) for name, value in pipeline.config.items() if not name.startswith("_")}
+    return {
+        "weights": fingerprint(pipeline, adapters=True),
+        "pipeline": type(pipeline).__name__,
+        "settings": settings,
+        "scheduler": f"{type(pipeline.scheduler).__name__} {pipeline.scheduler.config}",
+        "size": (denoiser.height, denoiser.width),
+        "versions": (torch.__version__, diffusers.__version__, transformers.__version__),
+    }
+
+
+def token_key(denoiser: Denoiser, prompts: list[str]) -> str:
+    """A hash of what the pipeline's tokenizers make of prompts."""
+    names = ("tokenizer", "tokenizer_2", "tokenizer_3")
+    tokenizers = [tokenizer for name in names if (tokenizer := getattr(denoiser.pipeline, name, None)) is not None]
+    tokens = [tokenizer(prompts)["input_ids"] for tokenizer in tokenizers]
+    return hashlib.sha256(json.dumps(tokens).encode()).hexdigest()
+
+
+def tensor_key(*tensors: Tensor) -> str:
+    """A hash of the values of tensors."""
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

@@ -71,7 +71,8 @@ class Checkpoints:
         except BaseException:
             shutil.rmtree(fresh, ignore_errors=True)
             raise
-        for old in self.all()[: -self.limit]:
+        others = [path for path in self.all() if path != final]
+        for old in others[: len(others) - self.limit + 1]:
             shutil.rmtree(old, ignore_errors=True)
         return final
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -13,39 +14,32 @@ from torch import Tensor
 from fdu.concepts import Pair, joined
 from fdu.config import EraseConfig
 from fdu.denoisers import Conditioning, Denoiser
-from fdu.training.cache import Cache
+from fdu.training.cache import Cache, token_key
 from fdu.training.timesteps import TimestepSampler
-
-LATENT_BATCH = 32
-"""Latents sampled at a time."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Prompts:
-    """Prompts in words and as the frozen model reads them, [P, ...]."""
-
-    texts: tuple[str, ...]
-    conditioning: Conditioning
 
 
 @dataclasses.dataclass(frozen=True)
 class Examples:
-    """All that the loop draws its batches from. G concepts lie one after the other, each with as many latents."""
+    """All that the loop draws its batches from. The concepts lie one after the other, each with as many latents."""
 
-    target: Prompts
-    """The prompts of the targets."""
-    anchor: Prompts
-    """The prompts of the anchors, aligned with the targets'."""
-    preserved: Prompts
-    """The prompts to keep."""
+    texts: tuple[str, ...]
+    """Every prompt once."""
+    conditioning: Conditioning
+    """The same as the frozen model reads them, [prompts, ...]."""
+    target: Tensor
+    """Where among the prompts the targets' are, [pairs]. This and the following are on the CPU."""
+    anchor: Tensor
+    """Where their anchors' are, [pairs]."""
+    preserved: Tensor
+    """Where those to keep are, [K]."""
     concept: Tensor
-    """To which of the concepts each target's prompt belongs, [P]."""
-    latents: Tensor
-    """Clean latents [M, C, H, W] fp32: those of the concepts first, then those of the preserved prompts."""
+    """To which of the concepts each pair belongs, [pairs]."""
+    pair: Tensor
+    """Of which pair each of the concepts' latents was drawn, [latents of concepts]."""
     latents_per_concept: int
     """How many of the latents belong to each concept."""
-    pair: Tensor
-    """Of which target's prompt, or its anchor's, each of the concepts' latents was drawn, [latents of concepts]."""
+    latents: Tensor
+    """Clean latents [M, C, H, W] fp32, on the device: those of the concepts, then those of the preserved prompts."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,29 +53,34 @@ class Batch:
     """Indices [N] of the grid of timesteps."""
     timestep_weight: Tensor | None
     """[size], what makes up for timesteps that are drawn unevenly; None if they are not."""
-    true_output: Tensor
-    """What a denoiser that knew the noise would predict for the samples that erase, [size, C, H, W]."""
-    texts: list[str]
-    """The prompts that the trained model reads."""
-    conditioning: Conditioning
-    """The same prompts as the frozen model reads them."""
-    anchor: Conditioning
-    """The prompts whose frozen output the trained model is to give: the anchors', then the preserved ones."""
+    noise: Tensor | None
+    """With the objective "noise", what a denoiser that knew it would predict for those that erase, [size, C, H, W]."""
+    reads: Tensor
+    """The prompt that the trained model reads for each sample, an index among ``Examples.texts``, [N]; on the CPU."""
+    anchors: Tensor
+    """The prompt whose frozen output it is to give: its anchor's, or the preserved one itself, [N]; on the CPU."""
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The batch with what the denoiser reads on another device."""
+        moved: dict[str, Any] = {
+            name: value.to(device, non_blocking=True)
+            for name, value in vars(self).items()
+            if isinstance(value, Tensor) and name not in ("reads", "anchors")
+        }
+        return dataclasses.replace(self, **moved)
 
 
 def prepare_examples(
     denoiser: Denoiser, pairs: Sequence[Pair], config: EraseConfig, accelerator: Accelerator, cache: Cache
 ) -> Examples:
-    """Encode every prompt once and sample the latents, all with the model as it is before the erasure."""
+    """Encode the prompts and sample the latents, all with the model as it is before the erasure."""
     targets, anchors = (joined([pair[side] for pair in pairs]) for side in (0, 1))
     preserved = tuple(dict.fromkeys(["", *(config.preservation_prompts or anchors.prompts)]))
-    unique = tuple(dict.fromkeys([*targets.prompts, *anchors.prompts, *preserved]))
-    tensors = cache.get("prompts", {"prompts": unique}, lambda: denoiser.encode(unique).tensors)
-    encoded = Conditioning(tensors).to(denoiser.device)
-    place = {prompt: index for index, prompt in enumerate(unique)}
-
-    def prompts(texts: tuple[str, ...]) -> Prompts:
-        return Prompts(texts, encoded[torch.tensor([place[text] for text in texts], device=denoiser.device)])
+    texts = tuple(dict.fromkeys([*targets.prompts, *anchors.prompts, *preserved]))
+    key: dict[str, object] = {"prompts": texts}
+    if cache.folder is not None:
+        key["tokens"] = token_key(denoiser, list(texts))
+    encoded = Conditioning(cache.get("prompts", key, lambda: denoiser.encode(texts).tensors)).to(denoiser.device)
 
     # No more than the steps can use: each draws train_batch_size of either kind, a process and an accumulation.
     kinds = 2 if config.preservation_weight else 1
@@ -97,28 +96,34 @@ def prepare_examples(
     for number, (target, anchor) in enumerate(pairs):
         # The noise in a latent is an answer to the prompt that it was drawn with: the anchor's.
         from_target = 0 if config.objective == "noise" else each // 2
-        for texts, count in ((target.prompts, from_target), (anchor.prompts, each - from_target)):
-            chosen = spread(len(texts), count)
-            drawn += [texts[index] for index in chosen]
+        for prompts, count in ((target.prompts, from_target), (anchor.prompts, each - from_target)):
+            chosen = spread(len(prompts), count)
+            drawn += [prompts[index] for index in chosen]
             pair_of += [len(concept) + index for index in chosen]
         concept += [number] * len(target.prompts)
     drawn += [preserved[index] for index in spread(len(preserved), preserving)]
     key = {
-        "prompts": drawn,
+        **key,
+        "drawn": drawn,
         "steps": config.num_inference_steps,
         "guidance_scale": config.guidance_scale,
         "seed": config.seed,
-        "resolution": config.resolution,
     }
     latents = cache.get("latents", key, lambda: {"latents": _sample(denoiser, drawn, config, accelerator)})["latents"]
+
+    def places(prompts: Sequence[str]) -> Tensor:
+        return torch.tensor([texts.index(prompt) for prompt in prompts])
+
     return Examples(
-        target=prompts(targets.prompts),
-        anchor=prompts(anchors.prompts),
-        preserved=prompts(preserved),
+        texts=texts,
+        conditioning=encoded,
+        target=places(targets.prompts),
+        anchor=places(anchors.prompts),
+        preserved=places(preserved),
         concept=torch.tensor(concept),
-        latents=latents.to(denoiser.device),
-        latents_per_concept=each,
         pair=torch.tensor(pair_of),
+        latents_per_concept=each,
+        latents=latents.to(denoiser.device),
     )
 
 
@@ -133,14 +138,16 @@ def _sample(denoiser: Denoiser, prompts: list[str], config: EraseConfig, acceler
     """A latent a prompt; every process draws a share of them, and all have all."""
     rank, processes = accelerator.process_index, accelerator.num_processes
     share = slice(len(prompts) * rank // processes, len(prompts) * (rank + 1) // processes)
-    latents = denoiser.draw_latents(
-        prompts[share],
-        config.num_inference_steps,
-        config.guidance_scale,
-        [config.seed + index for index in range(len(prompts))][share],
-        LATENT_BATCH,
-    )
-    return torch.cat(gather_object([latents.cpu()])).to(denoiser.device) if processes > 1 else latents
+    latents = torch.empty(0, *denoiser.latent_shape)
+    if prompts[share]:
+        latents = denoiser.draw_latents(
+            prompts[share],
+            config.num_inference_steps,
+            config.guidance_scale,
+            [config.seed + index for index in range(len(prompts))][share],
+            config.sample_batch_size,
+        )
+    return torch.cat(gather_object([latents.cpu()])) if processes > 1 else latents
 
 
 def draw_batch(
@@ -167,36 +174,46 @@ def draw_batch(
         chosen = choose(len(examples.pair))
         pairs = examples.pair[chosen]
     else:
-        pairs = choose(len(examples.target.texts))
+        pairs = choose(len(examples.target))
         chosen = choose(len(examples.pair))
         # A prompt meets the latents of its own concept.
         chosen = examples.concept[pairs] * each + chosen % each
-    kept = None
+    reads, anchors = examples.target[pairs], examples.anchor[pairs]
     if config.preservation_weight:
-        kept = choose(len(examples.preserved.texts))
+        kept = examples.preserved[choose(len(examples.preserved))]
+        reads, anchors = torch.cat([reads, kept]), torch.cat([anchors, kept])
         chosen = torch.cat([chosen, choose(len(examples.latents))])
     noise = torch.randn((len(chosen), *examples.latents.shape[1:]), generator=generator)
-    indices, weight = sampler.draw(len(chosen), generator)
+    if sampler.adapts:
+        # By the erasing loss, whose weights say nothing of the preserving one.
+        indices, weight = sampler.draw(total, generator)
+        uniform = torch.randint(len(denoiser.signal), (len(chosen) - total,), generator=generator)
+        indices = torch.cat([indices, uniform])
+    else:
+        indices, weight = sampler.draw(len(chosen), generator)
 
     def shared(drawn: Tensor) -> Tensor:
         """This process's samples of both kinds, of [total or 2 total, ...]."""
-        return torch.cat([part[share] for part in drawn.split(total)]).to(denoiser.device, non_blocking=True)
+        return torch.cat([part[share] for part in drawn.split(total)])
 
-    texts = [examples.target.texts[pair] for pair in pairs[share].tolist()]
-    pairs_here = pairs[share].to(denoiser.device)
-    conditioning, anchor = examples.target.conditioning[pairs_here], examples.anchor.conditioning[pairs_here]
-    if kept is not None:
-        texts += [examples.preserved.texts[index] for index in kept[share].tolist()]
-        keeping = examples.preserved.conditioning[kept[share].to(denoiser.device)]
-        conditioning, anchor = Conditioning.cat([conditioning, keeping]), Conditioning.cat([anchor, keeping])
-    latents, noise, indices = examples.latents[shared(chosen)], shared(noise), shared(indices)
+    def here(drawn: Tensor) -> Tensor:
+        return to_device(shared(drawn), denoiser.device)
+
+    latents, noise, indices = examples.latents[here(chosen)], here(noise), here(indices)
+    knows_noise = config.objective == "noise"
     return Batch(
         size=size,
         noisy=denoiser.add_noise(latents, noise, indices),
         indices=indices,
-        timestep_weight=None if weight is None else shared(weight)[:size],
-        true_output=denoiser.true_output(latents[:size], noise[:size], indices[:size]),
-        texts=texts,
-        conditioning=conditioning,
-        anchor=anchor,
+        timestep_weight=None if weight is None else here(weight),
+        noise=denoiser.true_output(latents[:size], noise[:size], indices[:size]) if knows_noise else None,
+        reads=shared(reads),
+        anchors=shared(anchors),
     )
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the CPU on the device; from pinned memory, so that the host does not wait for the copy."""
+    if device.type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)

@@ -36,4 +36,5 @@ def noticed() -> Iterator[Interruption]:
         yield interruption
     finally:
         for number, handler in former.items():
-            signal.signal(number, handler)
+            if handler is not None:  # one that was not set by Python cannot be set again
+                signal.signal(number, handler)

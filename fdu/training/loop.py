@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import math
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -17,9 +19,9 @@ import fdu_kernels
 from fdu.config import EraseConfig
 from fdu.denoisers import Denoiser
 from fdu.trainable import Trainable
-from fdu.training.cache import Cache
+from fdu.training.cache import Cache, tensor_key
 from fdu.training.checkpoint import Checkpoints
-from fdu.training.examples import Batch, Examples, draw_batch
+from fdu.training.examples import Batch, Examples, draw_batch, to_device
 from fdu.training.interruption import Interruption, noticed
 from fdu.training.objective import Objective
 from fdu.training.optimizer import make_optimizer
@@ -90,21 +92,25 @@ class Training:
         encoders_away = denoiser.without_encoders(keep)
         shards = sharded(module, self.parameters) if config.shard else nullcontext()
         with _checkpointed(module, config.gradient_checkpointing), encoders_away, noticed() as stop, shards:
-            # The schedule stays outside: accelerate would move it on once for every process.
-            if self.averages:
-                denoiser.module = accelerator.prepare_model(module, evaluation_mode=True)
-                self.optimizer = accelerator.prepare_optimizer(self.optimizer)
-            else:
-                denoiser.module, self.optimizer = accelerator.prepare(module, self.optimizer)
-            if config.compile:
-                denoiser.module = cast(nn.Module, torch.compile(denoiser.module))
+            own_forward = vars(module).get("forward")
             try:
+                # The schedule stays outside: accelerate would move it on once for every process.
+                if self.averages:
+                    denoiser.module = accelerator.prepare_model(module, evaluation_mode=True)
+                    self.optimizer = accelerator.prepare_optimizer(self.optimizer)
+                else:
+                    denoiser.module, self.optimizer = accelerator.prepare(module, self.optimizer)
+                if config.compile:
+                    denoiser.module = cast(nn.Module, torch.compile(denoiser.module))
                 self._draw_frozen_batches()
                 self._resume()
                 self._loop(tracking, stop)
             finally:
                 accelerator.unwrap_model(denoiser.module, keep_fp32_wrapper=False)
-                vars(module).pop("forward", None)  # unwrapping pins the class's own method to the module
+                # Unwrapping pins the class's own method to the module.
+                vars(module).pop("forward", None)
+                if own_forward is not None:
+                    vars(module)["forward"] = own_forward
                 denoiser.module = module
                 tracking.end()
         columns = torch.stack(self.course).T.tolist() if self.course else [[]] * len(COLUMNS)
@@ -134,7 +140,7 @@ class Training:
                 self._save()
             if config.validation_prompts and (last or self.step % config.validation_steps == 0):
                 with self.denoiser.with_encoders():
-                    tracking.validate(self.step, self.denoiser.pipeline)
+                    tracking.validate(self.step, self.denoiser)
             if stopping and not last:
                 raise KeyboardInterrupt
 
@@ -206,13 +212,14 @@ class Training:
 
     def _predict(self, batch: Batch, part: slice) -> Tensor:
         """What the trained denoiser predicts for a part of the batch."""
+        reads = batch.reads[part]
         if self.trainable.trains_text:
-            texts = list(dict.fromkeys(batch.texts[part]))
-            place = torch.tensor([texts.index(text) for text in batch.texts[part]], device=self.denoiser.device)
+            prompts, place = reads.unique(return_inverse=True)
             with self.accelerator.autocast():
-                conditioning = self.denoiser.encode_batch(texts)[place]
+                conditioning = self.denoiser.encode_batch([self.examples.texts[index] for index in prompts.tolist()])
         else:
-            conditioning = batch.conditioning[part]
+            conditioning, place = self.examples.conditioning, reads
+        conditioning = conditioning[to_device(place, self.denoiser.device)]
         return self.denoiser.predict(batch.noisy[part], batch.indices[part], conditioning)
 
     def _backpropagate(self, loss: Tensor) -> None:
@@ -227,10 +234,11 @@ class Training:
         """A batch, and what the trained denoiser is to predict for it."""
         if self.frozen_batches:
             number = self.step * self.config.gradient_accumulation_steps + part
-            return self.frozen_batches[number % len(self.frozen_batches)]
+            batch, wanted = self.frozen_batches[number % len(self.frozen_batches)]
+            return batch.to(self.denoiser.device), wanted.to(self.denoiser.device, non_blocking=True)
         batch = self._draw()
         with torch.no_grad(), self.trainable.frozen():
-            return batch, self.objective.wanted(self.denoiser, batch)
+            return batch, self.objective.wanted(self.denoiser, self.examples, batch)
 
     def _draw(self) -> Batch:
         accelerator = self.accelerator
@@ -246,39 +254,31 @@ class Training:
 
     def _draw_frozen_batches(self) -> None:
         """With frozen_batches, draw them all now, and what the frozen denoiser predicts, unless the cache has it."""
-        config = self.config
+        config, device = self.config, self.denoiser.device
         count = min(config.frozen_batches, config.max_train_steps * config.gradient_accumulation_steps)
         if not count:
             return
-        batches = [self._draw() for _ in range(count)]
+        batches = [_kept(self._draw().to("cpu")) for _ in range(count)]
 
         def predict() -> dict[str, Tensor]:
+            outputs = []
             with torch.no_grad(), self.trainable.frozen():
-                progress = tqdm(batches, "frozen", unit="batch")
-                return {"wanted": torch.stack([self.objective.wanted(self.denoiser, batch) for batch in progress])}
+                for batch in tqdm(batches, "frozen", unit="batch"):
+                    outputs.append(self.objective.wanted(self.denoiser, self.examples, batch.to(device)).cpu())
+            return {"wanted": torch.stack(outputs)}
 
-        wanted = self.cache.get("frozen", self._frozen_key(count), predict)["wanted"].to(self.denoiser.device)
+        key: dict[str, Any] = {}
+        if self.cache.folder is not None:
+            # All that the frozen outputs depend on, beside the model.
+            key = {
+                "batches": [tensor_key(batch.noisy, batch.indices, batch.reads, batch.anchors) for batch in batches],
+                "size": config.train_batch_size,
+                "conditioning": tensor_key(*self.examples.conditioning.tensors.values()),
+                **{name: getattr(config, name) for name in ("objective", "negative_guidance", "mixed_precision")},
+                "process": self.accelerator.process_index,
+            }
+        wanted = self.cache.get("frozen", key, predict, every_process=True)["wanted"]
         self.frozen_batches = list(zip(batches, wanted, strict=True))
-
-    def _frozen_key(self, count: int) -> dict[str, Any]:
-        """All settings that batches and frozen outputs depend on, beside the model."""
-        names = (
-            "objective",
-            "negative_guidance",
-            "train_batch_size",
-            "preservation_weight",
-            "num_latents",
-            "num_inference_steps",
-            "guidance_scale",
-            "resolution",
-            "mixed_precision",
-            "seed",
-        )
-        settings = {name: getattr(self.config, name) for name in names}
-        settings["preservation_weight"] = bool(settings["preservation_weight"])
-        prompts = (self.examples.target.texts, self.examples.anchor.texts, self.examples.preserved.texts)
-        place = (self.accelerator.process_index, self.accelerator.num_processes)
-        return {**settings, "prompts": prompts, "count": count, "process": place}
 
     def _look(self, tracking: Tracking) -> float:
         """Wait for the losses since the last look, take their means over the processes, log them, return the last.
@@ -305,7 +305,8 @@ class Training:
         return RuntimeError(
             f"{what} at step {step}; the pipeline draws as before"
             + (f", and the last good state is in {str(kept[-1])!r}" if kept else "")
-            + ". Lower learning_rate, or lower s0 if the divergence grows exponentially (pearson_chi2, alpha > 1)"
+            + ". Begin anew with a lower learning_rate, or a lower s0 if the divergence grows exponentially "
+            "(pearson_chi2, alpha > 1)"
         )
 
     def _save(self) -> None:
@@ -341,6 +342,12 @@ class Training:
         """Go on from a checkpoint, if the settings ask for one and there is one."""
         wish = self.config.resume_from_checkpoint
         found = self.checkpoints.load(wish) if self.checkpoints is not None and wish is not None else None
+        steps = gather_object([found[0] if found else None]) if self.accelerator.num_processes > 1 else []
+        if len(set(steps)) > 1:
+            raise RuntimeError(
+                f"the processes find different checkpoints (after steps {', '.join(map(str, steps))}); checkpoint_dir "
+                "has to be storage that all machines share"
+            )
         if found is None:
             return
         self.step, state = found
@@ -367,6 +374,16 @@ class Training:
             return False
         asked = torch.tensor(float(stop.asked), device=self.denoiser.device)
         return bool(self.accelerator.reduce(asked, "sum") > 0)
+
+
+def _kept(batch: Batch) -> Batch:
+    """A batch that waits for its turn in memory from which a GPU copies by itself."""
+    if not torch.cuda.is_available():
+        return batch
+    pinned: dict[str, Any] = {
+        name: value.pin_memory() for name, value in vars(batch).items() if isinstance(value, Tensor)
+    }
+    return dataclasses.replace(batch, **pinned)
 
 
 @contextmanager

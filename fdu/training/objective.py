@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 import fdu_kernels
 from fdu.config import EraseConfig
-from fdu.denoisers import Conditioning, Denoiser
+from fdu.denoisers import Denoiser
 from fdu.training import weighting
 from fdu.training.critic import VariationalGame
-from fdu.training.examples import Batch
+from fdu.training.examples import Batch, Examples, to_device
 
 
 class Objective(nn.Module):
@@ -61,21 +61,25 @@ class Objective(nn.Module):
         return float(self.criterion.sigma)
 
     @torch.no_grad()
-    def wanted(self, denoiser: Denoiser, batch: Batch) -> Tensor:
+    def wanted(self, denoiser: Denoiser, examples: Examples, batch: Batch) -> Tensor:
         """What the trained denoiser is to predict for each sample, [N, C, H, W]; call it while it is frozen."""
-        size, preserving = batch.size, len(batch.noisy) > batch.size
-        if self.config.objective == "noise":
-            if not preserving:
-                return batch.true_output
-            kept = denoiser.predict(batch.noisy[size:], batch.indices[size:], batch.anchor[slice(size, None)])
-            return torch.cat([batch.true_output.to(kept.dtype), kept])
+        size = batch.size
+
+        def predict(noisy: Tensor, indices: Tensor, prompts: Tensor) -> Tensor:
+            return denoiser.predict(noisy, indices, examples.conditioning[to_device(prompts, denoiser.device)])
+
+        if batch.noise is not None:
+            if len(batch.noisy) == size:
+                return batch.noise
+            kept = predict(batch.noisy[size:], batch.indices[size:], batch.anchors[size:])
+            return torch.cat([batch.noise.to(kept.dtype), kept])
         if not self.config.negative_guidance:
-            return denoiser.predict(batch.noisy, batch.indices, batch.anchor)
+            return predict(batch.noisy, batch.indices, batch.anchors)
         # Beside the others, what the frozen denoiser makes of the target.
-        output = denoiser.predict(
+        output = predict(
             torch.cat([batch.noisy, batch.noisy[:size]]),
             torch.cat([batch.indices, batch.indices[:size]]),
-            Conditioning.cat([batch.anchor, batch.conditioning[slice(0, size)]]),
+            torch.cat([batch.anchors, batch.reads[:size]]),
         )
         outputs, target = output[: len(batch.noisy)], output[len(batch.noisy) :]
         away = outputs[:size] + self.config.negative_guidance * (outputs[:size] - target)

@@ -7,10 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 
 
 class GradientSurgery:
@@ -29,12 +28,11 @@ class GradientSurgery:
 
     Gradients may accumulate over any number of batches before ``combine``. DDP averages each of the two backward passes
     over the ranks, because a forward pass of its own precedes it, so ``combine`` sees and gives the same on every rank.
-    Gradients that FSDP 2 shards stay sharded; their dot products are summed over the ranks. Loss scaling may stay on:
-    with both losses scaled alike the result is scaled alike, and what is not finite in either gradient stays so for the
-    GradScaler to find.
+    Loss scaling may stay on: with both losses scaled alike the result is scaled alike, and what is not finite in either
+    gradient stays so for the GradScaler to find.
 
     Args:
-        parameters: what is trained; the result is left in their ``.grad``.
+        parameters: what is trained, whole in every process; the result is left in their ``.grad``.
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
@@ -73,9 +71,8 @@ class GradientSurgery:
         dot, erasing_square, preserving_square = _dot_products(erasing, preserving)
         # NaN compares false: it stays where it is in the gradients.
         conflict = torch.where((dot < 0) & (preserving_square > 0), dot / preserving_square, 0.0)
-        local = [_local(gradient) for gradient in preserving]
-        torch._foreach_mul_(local, weight - conflict)
-        torch._foreach_add_([_local(gradient) for gradient in erasing], local)
+        torch._foreach_mul_(preserving, weight - conflict)
+        torch._foreach_add_(erasing, preserving)
         lengths = torch.sqrt(erasing_square) * torch.sqrt(preserving_square)
         return torch.where(lengths > 0, dot / lengths, 0.0)
 
@@ -85,27 +82,10 @@ class GradientSurgery:
 
 
 def _dot_products(one: list[Tensor], other: list[Tensor]) -> Tensor:
-    """<one, other>, |one|^2, |other|^2 over all tensors and, where they are sharded, over all shards; float32 [3]."""
-    left, right = [_local(tensor).flatten() for tensor in one], [_local(tensor).flatten() for tensor in other]
+    """<one, other>, |one|^2 and |other|^2 over all tensors together, float32 [3]."""
     columns = [
-        torch.stack([torch.dot(a, b) for a, b in zip(left, right, strict=True)]).float(),
-        torch.stack(torch._foreach_norm(left)).float().square(),
-        torch.stack(torch._foreach_norm(right)).float().square(),
+        torch.stack([torch.dot(a.flatten(), b.flatten()) for a, b in zip(one, other, strict=True)]).float(),
+        torch.stack(torch._foreach_norm(one)).float().square(),
+        torch.stack(torch._foreach_norm(other)).float().square(),
     ]
-    products = torch.stack(columns)
-    total = products.sum(1)
-    sharded = [index for index, tensor in enumerate(one) if hasattr(tensor, "placements")]
-    if sharded:
-        example: Any = one[sharded[0]]
-        own = products[:, sharded].sum(1)
-        everyones = own.clone()
-        for dimension, placement in enumerate(example.placements):
-            if placement.is_shard():
-                distributed.all_reduce(everyones, group=example.device_mesh.get_group(dimension))
-        total = total - own + everyones
-    return total
-
-
-def _local(gradient: Tensor) -> Tensor:
-    # A DTensor; its class is missing in a torch built without distributed.
-    return gradient.to_local() if hasattr(gradient, "to_local") else gradient
+    return torch.stack(columns).sum(1)

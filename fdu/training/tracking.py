@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from diffusers import DiffusionPipeline
 from torch import Tensor
 
-from fdu.config import EraseConfig
+from fdu.config import PLACES, EraseConfig
+from fdu.denoisers import Denoiser
 from fdu.pictures import strip
 
+LOGGER = logging.getLogger(__name__)
 PROJECT = "fdu"
 VALIDATION_SEED = 500
 """Seed of the first validation image: none that a training or an evaluation uses."""
@@ -39,7 +41,11 @@ class Tracking:
         self.config = config
         if config.report_to != "none":
             # Trackers take numbers and words, no lists.
-            settings = {name: value for name, value in config.as_dict().items() if isinstance(value, (int, float, str))}
+            settings = {
+                name: value
+                for name, value in config.as_dict().items()
+                if isinstance(value, (int, float, str)) and name not in PLACES
+            }
             accelerator.init_trackers(PROJECT, settings)
 
     def log(self, step: int, figures: dict[str, float]) -> None:
@@ -47,13 +53,23 @@ class Tracking:
         if self.config.report_to != "none":
             self.accelerator.log(figures, step=step)
 
-    def validate(self, step: int, pipeline: DiffusionPipeline) -> None:
-        """Draw the validation prompts and keep them in logging_dir, and in the tracker."""
+    def validate(self, step: int, denoiser: Denoiser) -> None:
+        """Draw the validation prompts and keep them in logging_dir, and in the tracker.
+
+        What goes wrong with that costs the pictures, not the run.
+        """
         if not (self.accelerator.is_main_process or self.config.shard):
             return
-        images = draw_validation(pipeline, self.config)
-        if not self.accelerator.is_main_process:
-            return  # it has drawn for its shards alone
+        try:
+            images = draw_validation(denoiser, self.config)
+            if self.accelerator.is_main_process:  # others have drawn for their shards alone
+                self._keep(step, images)
+        except Exception as error:
+            if self.config.shard:
+                raise  # the others are in the middle of it
+            LOGGER.warning("validation after step %d failed (%s: %s); going on", step, type(error).__name__, error)
+
+    def _keep(self, step: int, images: Tensor) -> None:
         folder = Path(self.config.logging_dir) / "validation"
         folder.mkdir(parents=True, exist_ok=True)
         strip(images, height=512).save(folder / f"step-{step:06d}.png")
@@ -67,31 +83,33 @@ class Tracking:
                 tracker.log({"validation": [wandb.Image(image, caption=text) for image, text in captioned]}, step=step)
 
     def end(self) -> None:
-        """Close the tracker."""
-        if self.config.report_to != "none":
-            self.accelerator.end_training()
+        """Close the tracker. Not by accelerate, which would end the process group with it."""
+        for tracker in self.accelerator.trackers:
+            tracker.finish()
 
 
 @torch.no_grad()
-def draw_validation(pipeline: DiffusionPipeline, config: EraseConfig) -> Tensor:
+def draw_validation(denoiser: Denoiser, config: EraseConfig) -> Tensor:
     """An image of every validation prompt, [N, 3, H, W] in [0, 1]; the seeds are the same each time."""
+    pipeline = denoiser.pipeline
     settings = getattr(pipeline, "_progress_bar_config", {})
     pipeline.set_progress_bar_config(disable=True)
     try:
         numbered = enumerate(config.validation_prompts)
-        return torch.cat([_draw(pipeline, prompt, index, config) for index, prompt in numbered])
+        return torch.cat([_draw(denoiser, prompt, index, config) for index, prompt in numbered])
     finally:
         pipeline._progress_bar_config = settings
 
 
-def _draw(pipeline: DiffusionPipeline, prompt: str, index: int, config: EraseConfig) -> Tensor:
-    size = {} if config.resolution is None else {"height": config.resolution, "width": config.resolution}
-    images: Tensor = pipeline(
+def _draw(denoiser: Denoiser, prompt: str, index: int, config: EraseConfig) -> Tensor:
+    images: Tensor = denoiser.pipeline(
         prompt,
+        height=denoiser.height,
+        width=denoiser.width,
         num_inference_steps=config.num_inference_steps,
         guidance_scale=config.guidance_scale,
         generator=torch.Generator().manual_seed(VALIDATION_SEED + index),
         output_type="pt",
-        **size,
+        **denoiser.call_settings,
     ).images
     return images.float().cpu()

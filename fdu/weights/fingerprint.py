@@ -24,8 +24,8 @@ def fingerprint(
 
     Adapters do not count (unless fused, or asked for), nor do the autoencoder, the scheduler, the device and the
     version of transformers. Weights that were rounded to another dtype are other weights. It is made to tell models
-    apart, not to withstand forgery: of each tensor it reads the sum of all 64-bit words, which any single change alters, and some
-    bytes; Stable Diffusion 1.5 takes about a second on a CPU.
+    apart, not to withstand forgery: of each tensor it reads the sum of all 64-bit words, which any single change
+    alters, and some bytes; Stable Diffusion 1.5 takes about a second on a CPU.
 
     Args:
         pipeline: any diffusers pipeline.

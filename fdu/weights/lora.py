@@ -16,7 +16,6 @@ from typing import Any
 from diffusers import DiffusionPipeline
 from diffusers.utils import delete_adapter_layers
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
 from fdu.weights import parts
@@ -93,15 +92,17 @@ def from_file(pipeline: DiffusionPipeline, tensors: Mapping[str, Tensor], metada
     for key, tensor in tensors.items():
         attribute, name = parts.split(pipeline, key)
         by_attribute.setdefault(attribute, {})[name] = tensor
-    configs = json.loads(metadata.get(METADATA_KEY, "null")) or {}
+    configs = _configs(metadata)
 
     def updates(attribute: str) -> dict[str, Update]:
         prefix = f"{attribute}."
         config = {key.removeprefix(prefix): value for key, value in configs.items() if key.startswith(prefix)}
-        patterns = config.get("alpha_pattern") or {}
 
         def alpha(layer: str, rank: int) -> float:
-            value = patterns.get(get_pattern_key(list(patterns), layer), config.get("lora_alpha", rank))
+            stated = _alpha(config.get("alpha_pattern"), layer)
+            value = config.get("lora_alpha", rank) if stated is None else stated
+            if not isinstance(value, (int, float)):
+                raise ValueError(f"its metadata states the alpha {value!r} for {layer}, which is no number")
             return value * math.sqrt(rank) if config.get("use_rslora") else value
 
         found = _pair(by_attribute[attribute], alpha)
@@ -110,6 +111,27 @@ def from_file(pipeline: DiffusionPipeline, tensors: Mapping[str, Tensor], metada
         return found
 
     return {attribute: updates(attribute) for attribute in by_attribute}
+
+
+def _configs(metadata: Mapping[str, str]) -> dict[str, Any]:
+    """The settings of the adapters in a file's metadata, by "attribute.setting".
+
+    Raises:
+        ValueError: they are no JSON, or of another form.
+    """
+    configs = json.loads(metadata.get(METADATA_KEY, "null")) or {}
+    if not isinstance(configs, dict):
+        raise ValueError(f"its metadata {METADATA_KEY!r} is a {type(configs).__name__}, not settings by name")
+    return configs
+
+
+def _alpha(patterns: Any, layer: str) -> float | None:
+    """The alpha that a file states for a layer: by its name or the end of it, taken literally."""
+    if not isinstance(patterns, dict):
+        return None
+    exact = patterns.get(f"^{layer}")
+    named = sorted((key for key in patterns if f".{layer}".endswith(f".{key}")), key=len)
+    return exact if exact is not None or not named else patterns[named[-1]]
 
 
 def check(pipeline: DiffusionPipeline, updates: Updates) -> Updates:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
@@ -103,4 +104,20 @@ def write(
                 changed[name] = (changed[name][0] if name in changed else before, after)
             return delta.write(folder, pipeline, changed, base, metadata)
         pipeline.save_pretrained(folder)
+        _leave_out_places(folder)
         return folder / PIPELINE_FILE
+
+
+def public_name(name: str) -> str:
+    """A hub id, or the mere name of a local folder: where it lay is nobody's business but its owner's."""
+    return Path(name).resolve().name if name and (Path(name).is_absolute() or Path(name).is_dir()) else name
+
+
+def _leave_out_places(folder: Path) -> None:
+    """Where the models came from is noted in their configs: the names may stay."""
+    for path in folder.rglob("*.json"):
+        content = json.loads(path.read_text(encoding="utf-8"))
+        place = content.get("_name_or_path") if isinstance(content, dict) else None
+        if isinstance(place, str) and public_name(place) != place:
+            content["_name_or_path"] = public_name(place)
+            path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -12,6 +12,7 @@ from huggingface_hub import ModelCard
 from trained import ALPHA, CONTEXT, add_adapter, change_weights
 
 from fdu import embedded, weights
+from fdu.card import write_card
 from fdu.config import EraseConfig
 from fdu.evaluation import Draws, Probe, evaluate
 from fdu.versions import versions
@@ -39,7 +40,7 @@ def code_of(page: str) -> str:
     ("form", "relation"), [("lora", "adapter"), ("kohya", "adapter"), ("pipeline", "finetune"), ("delta", "finetune")]
 )
 def test_the_hub_reads_the_front_matter(form: Any, relation: str, tmp_path: Path) -> None:
-    card = ModelCard(weights.write_card(tmp_path, form, families.build("sd"), record()).read_text(encoding="utf-8"))
+    card = ModelCard(write_card(tmp_path, form, families.build("sd"), record()).read_text(encoding="utf-8"))
     data = card.data.to_dict()
     assert data["base_model"] == "org/base" and data["base_model_relation"] == relation
     assert data["library_name"] == "diffusers" and data["pipeline_tag"] == "text-to-image"
@@ -61,7 +62,7 @@ def test_the_code_loads_what_was_written(form: Any, tmp_path: Path) -> None:
         weights.write(
             tmp_path, form, pipeline, changed_weights=change_weights(pipeline, "unet", CONTEXT["sd"]), base="embedded"
         )
-    page = weights.write_card(tmp_path, form, pipeline, record("pipeline")).read_text(encoding="utf-8")
+    page = write_card(tmp_path, form, pipeline, record("pipeline")).read_text(encoding="utf-8")
     assert "base_model:" not in page and "the embedded pipeline of fdu" in page
     namespace: dict[str, Any] = {}
     exec(code_of(page).replace("path/to/this/folder", str(tmp_path)), namespace)
@@ -72,7 +73,7 @@ def test_the_code_loads_what_was_written(form: Any, tmp_path: Path) -> None:
 
 def test_what_diffusers_cannot_read_is_loaded_by_fdu(tmp_path: Path) -> None:
     for name, settings in (("sd3", {}), ("sd", {"train_method": "dora"})):
-        page = weights.write_card(tmp_path, "kohya", families.build(name), record(**settings)).read_text()
+        page = write_card(tmp_path, "kohya", families.build(name), record(**settings)).read_text()
         assert "load_weights(pipeline" in code_of(page) and "load_lora_weights" not in code_of(page)
     assert "LyCORIS" in page
 
@@ -86,7 +87,7 @@ def test_a_card_names_no_place_on_this_machine(tmp_path: Path) -> None:
         "checkpoint_dir": str(tmp_path / "secret"),
         "logging_dir": "secret",
     }
-    page = weights.write_card(tmp_path, "lora", loaded, record("base", **places)).read_text(encoding="utf-8")
+    page = write_card(tmp_path, "lora", loaded, record("base", **places)).read_text(encoding="utf-8")
     assert "secret" not in page and 'from_pretrained("path/to/the/base/model")' in page
 
 
@@ -97,14 +98,14 @@ def test_figures_stand_in_the_card(tmp_path: Path) -> None:
     ]
     draws = Draws([torch.rand(2, 3, 16, 16) for _ in probes])
     evaluation = evaluate(draws, draws, probes)
-    page = weights.write_card(tmp_path, "lora", families.build("sd"), record(), evaluation, probes).read_text()
+    page = write_card(tmp_path, "lora", families.build("sd"), record(), evaluation, probes).read_text()
     assert "| three | 100 % | 100 % |" in page and "2 images a class" in page and "Not measured" not in page
-    assert "Not measured" in weights.write_card(tmp_path, "lora", families.build("sd"), record()).read_text()
+    assert "Not measured" in write_card(tmp_path, "lora", families.build("sd"), record()).read_text()
 
 
 def test_names_cannot_break_the_page(tmp_path: Path) -> None:
     odd = record()
     odd["concepts"] = [["a|b\nc", ""]]
     odd["target"]["name"] = "a|b\nc"
-    card = ModelCard(weights.write_card(tmp_path, "lora", families.build("sd"), odd).read_text(encoding="utf-8"))
+    card = ModelCard(write_card(tmp_path, "lora", families.build("sd"), odd).read_text(encoding="utf-8"))
     assert "| a\\|b c | the empty prompt |" in card.text and card.data.to_dict()["library_name"] == "diffusers"

@@ -134,6 +134,13 @@ def test_another_runs_checkpoints_are_refused_before_any_work(run: dict[str, Any
     assert len(fdu.erase(embedded.load_pipeline(), "three", "eight", **older).history["loss"]) == 6
 
 
+def test_what_was_just_written_is_not_removed(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, 2, {"config": {}})
+    for step in (300, 400, 200):
+        assert checkpoints.save(step, {}).is_dir()
+    assert [path.name for path in checkpoints.all()] == ["checkpoint-200", "checkpoint-400"]
+
+
 def test_a_full_disk_costs_the_checkpoint_and_not_the_run(
     pipeline: StableDiffusionPipeline, run: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,

@@ -444,3 +444,11 @@ def test_an_interrupted_run_says_how_to_go_on(
     assert main([*ERASE, *quick, "--resume_from_checkpoint", "latest"]) == cli.OK
     assert len(json.loads(Path("out/fdu.json").read_text())["history"]["loss"]) == 6
     assert not Path("out.checkpoints").exists()
+
+
+@pytest.mark.usefixtures("no_work")
+def test_a_strangers_folder_for_checkpoints_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("out.checkpoints").mkdir()
+    Path("out.checkpoints/notes.txt").write_text("mine")
+    assert "holds 'notes.txt', which fdu did not write; name another folder" in refused(ERASE, capsys)
+    assert Path("out.checkpoints/notes.txt").read_text() == "mine"

@@ -13,8 +13,7 @@ from torch import Tensor
 
 import fdu
 from fdu import embedded
-from fdu.result import _base_name
-from fdu.weights import lora
+from fdu.weights import lora, public_name
 
 
 def picture(pipeline: DiffusionPipeline) -> Tensor:
@@ -42,6 +41,23 @@ def test_full_weights_load_with_plain_diffusers(
     result.save(tmp_path / "out")
     plain = DiffusionPipeline.from_pretrained(tmp_path / "out", dtype=torch.float32)
     assert torch.equal(picture(plain), picture(pipeline))
+
+
+def test_no_file_of_a_result_tells_where_the_model_lay(
+    pipeline: StableDiffusionPipeline, quick: dict[str, Any], tmp_path: Path
+) -> None:
+    for method, save_as in (("lora", "lora"), ("lora", "pipeline"), ("full", "delta")):
+        result = fdu.erase(pipeline, "three", "eight", train_method=method, cache_dir=str(tmp_path / "cache"), **quick)
+        folder = result.save(tmp_path / f"{method}-{save_as}", save_as=save_as)
+        result.trainable.remove()
+        place, cache = str(embedded.PIPELINE_FOLDER.parent).encode(), str(tmp_path).encode()
+        assert not [
+            file
+            for file in folder.rglob("*")
+            if file.is_file() and (place in file.read_bytes() or cache in file.read_bytes())
+        ]
+    plain = DiffusionPipeline.from_pretrained(tmp_path / "lora-pipeline", dtype=torch.float32)
+    assert plain.unet.config.in_channels == 4
 
 
 def test_the_record_beside_the_weights_tells_how_they_came(
@@ -96,7 +112,7 @@ def test_what_is_shared_does_not_tell_where_the_model_lay(
 def test_names_of_bases(name: str, base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "here" / "models" / "sd").mkdir(parents=True)
     monkeypatch.chdir(tmp_path / "here")
-    assert _base_name(name) == base
+    assert public_name(name) == base
 
 
 def test_a_record_that_is_not_finite_is_valid_json(

@@ -162,7 +162,6 @@ TRAIN_IN_ONE_OF_TWO_PROCESSES = """
 import contextlib, json, sys
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor, Shard, init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 from fdu.training.surgery import GradientSurgery
 
@@ -187,17 +186,7 @@ rank, store = int(sys.argv[1]), sys.argv[2]
 torch.distributed.init_process_group("gloo", init_method="file://" + store, rank=rank, world_size=2)
 wrapped = DistributedDataParallel(module)
 replicated = train(wrapped, [part[:, rank::2] for part in data], wrapped.no_sync)
-
-mesh = init_device_mesh("cpu", (2,))
-def shard(rows):
-    return DTensor.from_local(torch.tensor(rows[rank]), mesh, [Shard(0)])
-sharded, whole = nn.Parameter(shard([[0.0], [0.0]])), nn.Parameter(torch.zeros(1))
-surgery = GradientSurgery([sharded, whole])
-with surgery.preserving():
-    sharded.grad, whole.grad = shard([[1.0], [-2.0]]), torch.tensor([2.0])
-sharded.grad, whole.grad = shard([[1.0], [4.0]]), torch.tensor([-1.0])
-cosine = surgery.combine(0.0).item()
-print(json.dumps([replicated, [cosine, *sharded.grad.full_tensor().tolist(), *whole.grad.tolist()]]))
+print(json.dumps(replicated))
 """
 
 
@@ -207,7 +196,4 @@ def test_two_processes_join_the_gradients_of_the_whole_batch(tmp_path: Path) -> 
     processes = [subprocess.Popen([*command, *more], stdout=subprocess.PIPE, text=True) for more in arguments]
     alone, first, second = (json.loads(process.communicate(timeout=120)[0]) for process in processes)
     assert first == second
-    replicated, sharded = first
-    assert replicated == pytest.approx(alone, abs=2e-5)
-    # g_e = (1, 4, -1), g_p = (1, -2, 2): their dot product is -9, and |g_p|^2 is 9.
-    assert sharded == pytest.approx([-9 / (18**0.5 * 3), 2.0, 2.0, 1.0])
+    assert first == pytest.approx(alone, abs=2e-5)

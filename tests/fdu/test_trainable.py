@@ -118,7 +118,6 @@ def test_a_method_changes_what_it_names_and_goes_without_a_trace(family: str, me
     assert changed or method in ADAPTER_METHODS
     assert all(belongs(name, method, denoiser) for name in changed)
     assert trainable.trains_text == (method in ("text_encoder", "token"))
-    assert trainable.shards == (method in ADAPTER_METHODS)
 
     trainable.remove()
     assert trace(pipeline) == before

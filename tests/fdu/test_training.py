@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import warnings
 from pathlib import Path
@@ -10,13 +11,17 @@ from typing import Any
 import families
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
+from accelerate import Accelerator
+from diffusers import DDIMParallelScheduler, DDIMScheduler, StableDiffusionPipeline
 from torch import Tensor
 
 import fdu
 from fdu import embedded
-from fdu.denoisers import denoiser_of
-from fdu.training import examples, loop, objective
+from fdu.concepts import Pair, joined
+from fdu.denoisers import Denoiser, denoiser_of
+from fdu.training import examples, loop, objective, tracking
+from fdu.training.cache import Cache
+from fdu.training.timesteps import TimestepSampler
 
 
 def trained(result: fdu.ErasureResult) -> dict[str, Tensor]:
@@ -65,74 +70,80 @@ def test_every_way_trains_and_comes_back(quick: dict[str, Any], others: dict[str
     assert not same(trained(result), plain)
 
 
-@pytest.mark.parametrize("others", [{}, {"negative_guidance": 2.0}, {"objective": "noise"}])
-def test_what_is_wanted_of_the_trained_denoiser(pipeline: StableDiffusionPipeline, others: dict[str, Any]) -> None:
-    config = fdu.EraseConfig(train_batch_size=3, num_latents=8, num_inference_steps=2, **others)
-    denoiser = denoiser_of(pipeline)
-    batch = _a_batch(denoiser, config)
-    wanted = objective.Objective(denoiser, config).wanted(denoiser, batch)
-    with torch.no_grad():
-        anchor = denoiser.predict(batch.noisy, batch.indices, batch.anchor)
-        target = denoiser.predict(batch.noisy[:3], batch.indices[:3], batch.conditioning[slice(0, 3)])
-    expected = {0.0: anchor[:3], 2.0: anchor[:3] + 2 * (anchor[:3] - target)}[config.negative_guidance]
-    if config.objective == "noise":
-        clean = batch.noisy[:3] - denoiser.noise[batch.indices[:3]].view(-1, 1, 1, 1) * batch.true_output
-        expected = batch.true_output
-        latents = clean / denoiser.signal[batch.indices[:3]].view(-1, 1, 1, 1)
-        assert latents.std() == pytest.approx(1.0, abs=0.5)  # the embedded pipeline's latents are standardised
-    torch.testing.assert_close(wanted[:3], expected, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(wanted[3:], anchor[3:], rtol=1e-4, atol=1e-5)
+def prepare(denoiser: Denoiser, config: fdu.EraseConfig, *pairs: Pair) -> examples.Examples:
+    accelerator = Accelerator(cpu=True)
+    return examples.prepare_examples(denoiser, pairs, config, accelerator, Cache(None, {}, accelerator))
 
 
-def _a_batch(denoiser: Any, config: fdu.EraseConfig, pairs: Any = None) -> examples.Batch:
-    from accelerate import Accelerator
-
-    from fdu.training.cache import Cache
-    from fdu.training.timesteps import TimestepSampler
-
-    pairs = pairs or (embedded.concepts("three", "eight"),)
-    prepared = examples.prepare_examples(denoiser, pairs, config, Accelerator(cpu=True), Cache(None, {}))
+def a_batch(denoiser: Denoiser, prepared: examples.Examples, config: fdu.EraseConfig) -> examples.Batch:
     sampler = TimestepSampler(config.timestep_sampling, len(denoiser.signal))
     return examples.draw_batch(denoiser, prepared, config, sampler, torch.Generator().manual_seed(0))
 
 
+@pytest.mark.parametrize("others", [{}, {"negative_guidance": 2.0}, {"objective": "noise"}])
+def test_what_is_wanted_of_the_trained_denoiser(pipeline: StableDiffusionPipeline, others: dict[str, Any]) -> None:
+    config = fdu.EraseConfig(train_batch_size=3, num_latents=8, num_inference_steps=2, **others)
+    denoiser = denoiser_of(pipeline)
+    prepared = prepare(denoiser, config, embedded.concepts("three", "eight"))
+    batch = a_batch(denoiser, prepared, config)
+    wanted = objective.Objective(denoiser, config).wanted(denoiser, prepared, batch)
+    with torch.no_grad():
+        anchor = denoiser.predict(batch.noisy, batch.indices, prepared.conditioning[batch.anchors])
+        target = denoiser.predict(batch.noisy[:3], batch.indices[:3], prepared.conditioning[batch.reads[:3]])
+    expected = {0.0: anchor[:3], 2.0: anchor[:3] + 2 * (anchor[:3] - target)}[config.negative_guidance]
+    if config.objective == "noise":
+        assert batch.noise is not None
+        clean = batch.noisy[:3] - denoiser.noise[batch.indices[:3]].view(-1, 1, 1, 1) * batch.noise
+        expected = batch.noise
+        latents = clean / denoiser.signal[batch.indices[:3]].view(-1, 1, 1, 1)
+        assert latents.std() == pytest.approx(1.0, abs=0.5)  # the embedded pipeline's latents are standardised
+    torch.testing.assert_close(wanted[:3], expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(wanted[3:], anchor[3:], rtol=1e-4, atol=1e-5)
+    texts = [[prepared.texts[index] for index in side] for side in (batch.reads.tolist(), batch.anchors.tolist())]
+    assert all("three" in text for text in texts[0][:3]) and all("eight" in text for text in texts[1][:3])
+    assert texts[0][3:] == texts[1][3:]
+
+
 def test_noise_is_paired_with_the_prompt_it_was_drawn_with(pipeline: StableDiffusionPipeline) -> None:
     config = fdu.EraseConfig(objective="noise", num_latents=40, num_inference_steps=1, max_train_steps=40)
-    from accelerate import Accelerator
-
-    from fdu.training.cache import Cache
-
     denoiser, drawn = denoiser_of(pipeline), []
     real = denoiser.draw_latents
     denoiser.draw_latents = lambda prompts, *rest: (drawn.extend(prompts), real(prompts, *rest))[1]  # type: ignore
-    pair = embedded.concepts("three", "eight")
-    prepared = examples.prepare_examples(denoiser, [pair], config, Accelerator(cpu=True), Cache(None, {}))
-    assert [pair[1].prompts[index] for index in prepared.pair] == drawn[: len(prepared.pair)]
+    prepared = prepare(denoiser, config, embedded.concepts("three", "eight"))
+    assert [prepared.texts[prepared.anchor[index]] for index in prepared.pair] == drawn[: len(prepared.pair)]
 
 
 def test_several_concepts_share_steps_and_latents(pipeline: StableDiffusionPipeline) -> None:
     pairs = (embedded.concepts("three", "eight"), embedded.concepts("red", "black"))
     config = fdu.EraseConfig(num_latents=32, num_inference_steps=1, train_batch_size=64, preservation_weight=0.0)
-    from accelerate import Accelerator
-
-    from fdu.training.cache import Cache
-    from fdu.training.timesteps import TimestepSampler
-
     denoiser = denoiser_of(pipeline)
-    prepared = examples.prepare_examples(denoiser, pairs, config, Accelerator(cpu=True), Cache(None, {}))
+    prepared = prepare(denoiser, config, *pairs)
     assert prepared.latents_per_concept == 16 and len(prepared.latents) == 32
-    marked = examples.dataclasses.replace(
-        prepared, latents=torch.arange(32.0).view(-1, 1, 1, 1).expand(prepared.latents.shape)
-    )
+    numbered = torch.arange(32.0).view(-1, 1, 1, 1).expand(prepared.latents.shape)
     denoiser.signal, denoiser.noise = torch.ones(1000), torch.zeros(1000)
-    batch = examples.draw_batch(denoiser, marked, config, TimestepSampler("uniform", 1000), torch.Generator())
-    three = set(pairs[0][0].prompts) - set(pairs[1][0].prompts)
-    concept = [text not in three for text in batch.texts]
-    assert 10 < sum(concept) < 54
-    drawn = batch.noisy[:, 0, 0, 0].tolist()
-    assert all(latent < 16 for latent, second in zip(drawn, concept, strict=True) if not second)
-    only_red = set(pairs[1][0].prompts) - set(pairs[0][0].prompts)
-    assert all(latent >= 16 for latent, text in zip(drawn, batch.texts, strict=True) if text in only_red)
+    batch = a_batch(denoiser, dataclasses.replace(prepared, latents=numbered), config)
+    texts, drawn = [prepared.texts[index] for index in batch.reads], batch.noisy[:, 0, 0, 0].tolist()
+    only = [set(one[0].prompts) - set(other[0].prompts) for one, other in (pairs, pairs[::-1])]
+    for latent, text in zip(drawn, texts, strict=True):
+        assert latent < 16 or text not in only[0]
+        assert latent >= 16 or text not in only[1]
+    assert 10 < sum(latent < 16 for latent in drawn) < 54
+
+
+def test_importance_sampling_leaves_preservation_as_it_is(pipeline: StableDiffusionPipeline) -> None:
+    config = fdu.EraseConfig(
+        timestep_sampling="importance", train_batch_size=4000, num_latents=8, num_inference_steps=1
+    )
+    denoiser = denoiser_of(pipeline)
+    prepared = prepare(denoiser, config, embedded.concepts("three", "eight"))
+    sampler = TimestepSampler("importance", len(denoiser.signal))
+    places = torch.arange(1000)
+    sampler.observe(places, (places / 1000.0) ** 3)
+    batch = examples.draw_batch(denoiser, prepared, config, sampler, torch.Generator().manual_seed(0))
+    erasing, preserving = batch.indices[:4000].float(), batch.indices[4000:].float()
+    assert erasing.mean() > 650 and preserving.mean() == pytest.approx(500, abs=20)
+    assert batch.timestep_weight is not None and batch.timestep_weight.shape == (4000,)
+    assert (batch.timestep_weight * erasing).mean() == pytest.approx(500, abs=25)
 
 
 def test_two_concepts_at_once_are_recorded(quick: dict[str, Any], tmp_path: Path) -> None:
@@ -162,10 +173,14 @@ def test_frozen_outputs_computed_beforehand_change_nothing(quick: dict[str, Any]
 
 
 def test_frozen_batches_are_used_in_turn(quick: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    seen, real = [], loop.Training._predict
-    monkeypatch.setattr(
-        loop.Training, "_predict", lambda self, batch, part: (seen.append(id(batch)), real(self, batch, part))[1]
-    )
+    seen: list[float] = []
+    real = loop.Training._predict
+
+    def predict(self: loop.Training, batch: examples.Batch, part: slice) -> Tensor:
+        seen.append(float(batch.noisy.sum()))
+        return real(self, batch, part)
+
+    monkeypatch.setattr(loop.Training, "_predict", predict)
     erase(quick, frozen_batches=3, max_train_steps=7)
     assert len(set(seen)) == 3 and seen[0] == seen[3] == seen[6] and seen[1] == seen[4]
 
@@ -183,7 +198,7 @@ def test_the_cache_serves_other_runs(quick: dict[str, Any], tmp_path: Path, monk
         patch.setattr(objective.Objective, "wanted", lambda *_: pytest.fail("the cache has it"))
         assert same(trained(erase(settings)), first)
         assert not same(trained(erase(settings, divergence="pearson_chi2", learning_rate=1e-3)), first)
-    # Another seed, other prompts or another model are other entries.
+    # The same prompts as one concept or two, another sampler, another seed or another model are other entries.
     erase(settings, seed=1)
     pipeline = embedded.load_pipeline()
     with torch.no_grad():
@@ -193,6 +208,37 @@ def test_the_cache_serves_other_runs(quick: dict[str, Any], tmp_path: Path, monk
     for path in tmp_path.iterdir():
         path.write_bytes(b"broken")
     assert same(trained(erase(settings)), first)
+
+
+def test_the_cache_tells_groups_of_prompts_and_samplers_apart(quick: dict[str, Any], tmp_path: Path) -> None:
+    pairs = [embedded.concepts("three", "eight"), embedded.concepts("four", "nine")]
+    targets, anchors = ([pair[side] for pair in pairs] for side in (0, 1))
+    settings = {**quick, "frozen_batches": 2}
+
+    def kept() -> dict[str, int]:
+        kinds = [path.name.split("-")[0] for path in (tmp_path / "cache").iterdir()]
+        return {kind: kinds.count(kind) for kind in sorted(set(kinds))}
+
+    cached = {**settings, "cache_dir": str(tmp_path / "cache")}
+    fdu.erase(embedded.load_pipeline(), targets, anchors, **cached)
+    one = [joined(targets), joined(anchors)]
+    again = fdu.erase(embedded.load_pipeline(), *one, **cached)
+    assert same(trained(again), trained(fdu.erase(embedded.load_pipeline(), *one, **settings)))
+    before = kept()
+    for scheduler in (DDIMScheduler, DDIMParallelScheduler):
+        pipeline = embedded.load_pipeline()
+        pipeline.scheduler = scheduler.from_config(pipeline.scheduler.config)
+        fdu.erase(pipeline, *one, **cached)
+    assert kept()["latents"] == before["latents"] + 1
+
+
+def test_a_cache_that_cannot_be_written_costs_the_entries_only(
+    quick: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "file").touch()
+    result = erase(quick, cache_dir=str(tmp_path / "file" / "cache"))
+    assert same(trained(result), trained(erase(quick)))
+    assert "cache entry" in caplog.text and "could not be written" in caplog.text
 
 
 def test_the_cache_tells_stacked_erasures_apart(quick: dict[str, Any], tmp_path: Path) -> None:
@@ -265,6 +311,10 @@ def test_settings_that_contradict_each_other_are_refused(pipeline: StableDiffusi
         ({"variational": True, "divergence": "mse"}, "'mse' has no generator f"),
         ({"gradient_surgery": True, "preservation_weight": 0.0}, "gradient_surgery needs preservation"),
         ({"frozen_batches": 2, "timestep_sampling": "importance"}, "frozen_batches holds timesteps fixed"),
+        (
+            {"lr_warmup_steps": 5, "lr_scheduler": "constant"},
+            "lr_warmup_steps needs lr_scheduler 'constant_with_warmup'",
+        ),
         ({"resume_from_checkpoint": "latest"}, "resume_from_checkpoint needs checkpoint_dir"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -299,3 +349,55 @@ def test_the_course_and_pictures_go_to_the_tracker(quick: dict[str, Any], tmp_pa
     logged = [event.value for event in read.Scalars("loss")]
     assert logged[-1] == pytest.approx(result.history["loss"][-1], rel=1e-5) and len(logged) == 3
     assert "validation" in read.Tags()["images"]
+
+
+def test_a_validation_that_fails_costs_the_pictures_only(
+    quick: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "validation").touch()
+    result = erase(quick, validation_prompts=("three",), validation_steps=2, logging_dir=str(tmp_path))
+    assert same(trained(result), trained(erase(quick)))
+    assert caplog.text.count("validation after step") == 2
+
+
+@pytest.mark.parametrize("name", families.FAMILY_NAMES)
+def test_every_family_draws_its_validation_prompts(name: str) -> None:
+    config = fdu.EraseConfig(validation_prompts=("three", "eight"), num_inference_steps=2)
+    images = tracking.draw_validation(denoiser_of(families.build(name), families.resolution(name)), config)
+    assert images.shape == (2, 3, families.resolution(name), families.resolution(name))
+
+
+def test_what_a_tracker_hears_names_no_place(
+    quick: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    heard: list[dict[str, Any]] = []
+    monkeypatch.setattr(Accelerator, "init_trackers", lambda self, name, config: heard.append(config))
+    erase(quick, report_to="tensorboard", cache_dir=str(tmp_path), checkpoint_dir=str(tmp_path / "kept"))
+    assert heard[0]["learning_rate"] == 2e-3 and str(tmp_path) not in str(heard)
+
+
+def test_the_users_own_forward_stays(quick: dict[str, Any]) -> None:
+    pipeline = embedded.load_pipeline()
+    real = pipeline.unet.forward
+
+    def forward(*given: Any, **named: Any) -> Any:
+        return real(*given, **named)
+
+    pipeline.unet.forward = forward
+    fdu.erase(pipeline, *embedded.concepts("three", "eight"), **quick)
+    assert vars(pipeline.unet)["forward"] is forward
+
+
+def test_what_the_launcher_says_must_fit(
+    pipeline: StableDiffusionPipeline, quick: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = trained(erase(quick))
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    assert same(trained(erase(quick)), plain)
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    with pytest.raises(ValueError, match="accelerate launch says mixed_precision 'bf16'.*add mixed_precision 'bf16'"):
+        fdu.erase(pipeline, "three", "eight", **quick)
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    with pytest.raises(ValueError, match="DeepSpeed, which is not supported"):
+        fdu.erase(pipeline, "three", "eight", **quick)
