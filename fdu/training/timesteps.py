@@ -13,6 +13,8 @@ DECAY = 0.98
 """What a loss still counts one observation later: the last 50 or so make the estimate."""
 UNIFORM_SHARE = 0.2
 """Share of the samples drawn alike, which bounds the weights by 1 / UNIFORM_SHARE."""
+LARGEST = 1e15
+"""Losses above count as this much, so that sums of their squares fit float32; chi-square reaches 1e27."""
 REFRESH_EVERY = 10
 """Draws between looks at the losses, each of which waits for the device."""
 
@@ -92,7 +94,7 @@ class TimestepSampler:
         losses = losses.float()
         # A sum a bin: scattered sums would come out differently on every run.
         inside = (indices >= edges[:-1, None]) & (indices < edges[1:, None]) & torch.isfinite(losses)
-        squares = torch.where(inside, losses.square(), 0.0).sum(1)
+        squares = torch.where(inside, losses.clamp(max=LARGEST).square(), 0.0).sum(1)
         self._observed = DECAY * self._observed + torch.stack([squares, inside.sum(1).float()])
 
     def _refresh(self) -> None:

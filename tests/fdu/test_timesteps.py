@@ -132,6 +132,16 @@ def test_losses_that_are_not_finite_do_not_count(value: float) -> None:
     assert torch.isfinite(sampler.probabilities).all()
 
 
+def test_losses_of_any_size_leave_probabilities() -> None:
+    sampler = TimestepSampler("importance", 1000)
+    for largest in (1e-30, 1.0, 1e27, 3e38):
+        sampler.observe(torch.tensor([5, 500, 501]), torch.tensor([largest, 0.1, 0.0]))
+        sampler.load_state_dict({**sampler.state_dict(), "draws": torch.tensor(0)})
+        sampler.draw(16, generator())
+        assert torch.isfinite(sampler.probabilities).all() and sampler.probabilities.min() > 0
+        assert sampler.probabilities.sum().item() == pytest.approx(1)
+
+
 def test_losses_of_zero_leave_it_alike() -> None:
     sampler = TimestepSampler("importance", 1000)
     sampler.observe(torch.arange(1000), torch.zeros(1000))
