@@ -1,0 +1,254 @@
+"""Time fdu's training against the published loops: ``python benchmarks/bench_training.py [--check]``.
+
+Every run is a fresh process (benchmarks/training_runs.py); they take turns, --rounds times, and medians count. Writes
+the record, prints the page, and with --docs writes it. --check exits with 1 if a bound is missed; --page_only measures
+nothing. Some ten minutes on two cores; leave the machine alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import shlex
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+KEPT, JOB, REFERENCE_JOB = "fdu, frozen outputs kept", "fdu job", "reference job"
+Figures = dict[str, float]
+
+
+def measure(name: str, threads: int, wrapper: str) -> Figures:
+    """One run, in a process of its own."""
+    command = [*shlex.split(wrapper), sys.executable, str(HERE / "training_runs.py"), name]
+    # Threads that wait sleep: spinning would take the cores from those that compute.
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE"}
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+    figures: Figures = json.loads(done.stdout.splitlines()[-1])
+    return figures
+
+
+def machine(threads: int) -> dict[str, Any]:
+    """Device and versions."""
+    from fdu.versions import versions
+
+    path = Path("/proc/cpuinfo")
+    names = [line.partition(":")[2].strip() for line in path.read_text().splitlines() if line.startswith("model name")]
+    cpu = names[0] if names else platform.processor()
+    return {"device": f"{platform.machine()} CPU ({cpu}), {threads} threads", "versions": versions()}
+
+
+def make_record(rounds: int, threads: int, wrapper: str) -> dict[str, Any]:
+    """Run everything."""
+    import sd15_shape
+    import torch
+    from training_runs import JOB_SHARE, LATENTS, RUNS
+
+    runs: dict[str, list[Figures]] = {name: [] for name in RUNS}
+    for turn in range(rounds):
+        for name in RUNS:
+            runs[name].append(measure(name, threads, wrapper))
+            print(f"round {turn + 1}, {name}: {runs[name][-1]}", file=sys.stderr)
+    return {
+        **machine(threads),
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "date": datetime.date.today().isoformat(),
+        "rounds": rounds,
+        "job_share": JOB_SHARE,
+        "latents": LATENTS,
+        "proportions": {"1": sd15_shape.proportions(1, 1, 1), "scaled": sd15_shape.proportions()},
+        "runs": runs,
+    }
+
+
+def median(record: dict[str, Any], name: str, figure: str) -> float:
+    """Of one figure over the rounds."""
+    return statistics.median(figures[figure] for figures in record["runs"][name])
+
+
+def step(record: dict[str, Any], name: str) -> float:
+    """Seconds a step; where frozen outputs are made beforehand, with the time that this took."""
+    return median(record, name, "training_per_step" if "kept" in name else "step")
+
+
+def bounds(record: dict[str, Any]) -> list[tuple[str, float, str, float, bool]]:
+    """What is promised: in words, the figure, the sense of the bound, the bound, and whether it holds."""
+    rate = step(record, "reference") / step(record, KEPT)
+    peak = median(record, KEPT, "peak") / median(record, "reference", "peak")
+    job = median(record, REFERENCE_JOB, "seconds") / median(record, JOB, "seconds")
+    return [
+        ("step rate, of the reference loop's", rate, ">=", 1.6, rate >= 1.6),
+        ("peak memory of the steps, of the reference loop's", peak, "<=", 0.6, peak <= 0.6),
+        ("whole job, times faster", job, ">=", 4.0, job >= 4.0),
+    ]
+
+
+def step_rows(record: dict[str, Any]) -> list[list[str]]:
+    """A row a way of training: its step and its memory, and both against the reference in its own setting."""
+    rows = []
+    for name in record["runs"]:
+        if name.endswith("job"):
+            continue
+        base = "reference, preserving" if "preserving" in name else "reference"
+        seconds, peak = step(record, name), median(record, name, "peak")
+        rows.append(
+            [
+                name,
+                f"{seconds:.2f}",
+                f"{step(record, base) / seconds:.2f}",
+                f"{peak:.0f}",
+                f"{peak / median(record, base, 'peak'):.2f}",
+            ]
+        )
+    return rows
+
+
+def job_rows(record: dict[str, Any]) -> list[list[str]]:
+    """A row a loop: the measured job and its parts."""
+    rows = []
+    for name in (REFERENCE_JOB, JOB):
+        seconds, sampling = median(record, name, "seconds"), median(record, name, "sampling")
+        rows.append([name, f"{sampling:.1f}", f"{seconds - sampling:.1f}", f"{seconds:.1f}"])
+    return rows
+
+
+def latents_rows(record: dict[str, Any]) -> list[list[str]]:
+    """How the factor of the whole job depends on how many latents fdu samples, from the seconds for one."""
+    share = record["job_share"]
+    reference, ours = median(record, REFERENCE_JOB, "seconds"), median(record, JOB, "seconds")
+    sampling = median(record, JOB, "sampling")
+    measured = max(2, round(record["latents"] / share))
+    rows = []
+    for latents in (record["latents"], 200, 500, 1000):
+        estimate = ours - sampling + sampling / measured * latents / share
+        rows.append([str(latents), f"{reference / estimate:.1f}"])
+    return rows
+
+
+def proportion_rows(record: dict[str, Any]) -> list[list[str]]:
+    """The denoiser's own count, and every other part's as a share of it, in Stable Diffusion 1.5 and as measured."""
+    full, scaled = record["proportions"]["1"], record["proportions"]["scaled"]
+    rows = []
+    for unit in ("GFLOP", "M parameters"):
+        base = f"denoiser, {unit}"
+        rows.append([base, f"{full[base]:.1f}", f"{scaled[base]:.2f}", f"1/{full[base] / scaled[base]:.1f}"])
+        for name in full:
+            if name.endswith(unit) and name != base:
+                label = f"{name.removesuffix(f', {unit}')}, of the denoiser's {unit.removeprefix('M ')}"
+                rows.append([label, f"{full[name] / full[base]:.3f}", f"{scaled[name] / scaled[base]:.3f}", ""])
+    return rows
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table."""
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in [header, ["---"] * len(header), *rows])
+
+
+PAGE = """# How fast the training is
+
+Made by `python benchmarks/bench_training.py --docs docs/training.md`; the record is `{path}`.
+{device}, {capability}; {versions}; {date}. Medians of {rounds} rounds, every run in a fresh process, taking turns.
+
+The **reference** (`benchmarks/reference_loop.py`) does what the published loops of concept ablation and f-DMU do, with
+the settings of f-DMU's published runs: images of the anchor sampled to pixels (1000, of 200 prompts, 25 steps,
+guidance 6) and kept as JPEG files; in every batch the autoencoder encodes the images and the text encoder both
+prompts; a deep copy of the denoiser is the frozen one. **fdu** is `fdu.erase` with its defaults for what to sample
+({latents} latents, here at the reference's 25 steps and guidance too). Both train keys and values of cross-attention
+with AdamW, batch 2, two batches a step, the squared Hellinger loss, no preservation unless said, in fp32.
+
+The model has the shape of Stable Diffusion 1.5 with random weights, every width a quarter and every side a half
+(`benchmarks/sd15_shape.py`), so that all parts keep their shares, see [below](#proportions). What cannot be seen here
+is what a GPU adds: mixed precision, launches, 8-bit moments.
+
+## Bounds
+
+{bounds}
+
+They hold for "{kept}": `frozen_batches` draws half of the run's batches beforehand, with the frozen outputs, and uses
+each of them twice; so often the published loops take each of their images, though they noise it anew. The time to make
+the outputs counts.
+
+## Steps
+
+{steps}
+
+Seconds a step are between the ends of optimizer steps (where frozen outputs are kept, all time from the first of them
+on, by the number of steps). Peak memory is the most that the process held between the end of the first step and that
+of the last, less what it held after the imports: weights, optimizer, activations. "Checkpointed" computes activations
+again (`gradient_checkpointing`); "preserving" adds a second batch that keeps what the model knows: the denoising loss
+in the reference, the frozen outputs in fdu, which cost a forward pass more.
+
+## Whole job
+
+The published job in {share} parts, one of them measured: images, prompts, latents and steps in proportion.
+
+{jobs}
+
+Most of the factor is what is sampled. The reference samples its 1000 images whatever the run consumes; fdu samples
+{latents} by default (`num_latents`). From the seconds for one latent, the factor with more of them:
+
+{by_latents}
+
+## Proportions
+
+{proportions}
+"""
+
+
+def page(record: dict[str, Any], path: Path) -> str:
+    """The record as Markdown."""
+    verdicts = [
+        [label, f"{value:.2f}", f"{sense} {bound:g}", "holds" if holds else "**fails**"]
+        for label, value, sense, bound, holds in bounds(record)
+    ]
+    return PAGE.format(
+        path=path,
+        device=record["device"],
+        capability=record["capability"],
+        versions=", ".join(f"{name} {version}" for name, version in record["versions"].items()),
+        date=record["date"],
+        rounds=record["rounds"],
+        latents=record["latents"],
+        share=record["job_share"],
+        kept=KEPT,
+        bounds=table(["figure", "measured", "promised", ""], verdicts),
+        steps=table(["loop", "seconds a step", "x reference's rate", "peak, MiB", "of reference's"], step_rows(record)),
+        jobs=table(["loop", "sampling, s", "training, s", "all, s"], job_rows(record)),
+        by_latents=table(["latents", "times faster"], latents_rows(record)),
+        proportions=table(["", "Stable Diffusion 1.5", "measured", "scale"], proportion_rows(record)),
+    )
+
+
+def main() -> int:
+    """Measure, write and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--record", type=Path, default=HERE / "results" / "training" / "cpu.json", help="JSON")
+    parser.add_argument("--docs", type=Path, help="a page to write")
+    parser.add_argument("--rounds", type=int, default=3, help="how often every run is made")
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="threads of each run")
+    parser.add_argument("--wrapper", default="", help="put before each run's command, such as 'taskset -c 0,1'")
+    parser.add_argument("--page_only", action="store_true", help="measure nothing, read the record")
+    parser.add_argument("--check", action="store_true", help="exit with 1 if a bound is missed")
+    options = parser.parse_args()
+    if not options.page_only:
+        record = make_record(options.rounds, options.threads, options.wrapper)
+        options.record.parent.mkdir(parents=True, exist_ok=True)
+        options.record.write_text(json.dumps(record, indent=1) + "\n")
+    record = json.loads(options.record.read_text())
+    root = HERE.parent
+    shown = options.record.resolve()
+    text = page(record, shown.relative_to(root) if shown.is_relative_to(root) else options.record)
+    print(text)
+    if options.docs:
+        options.docs.write_text(text)
+    return int(options.check and not all(holds for *_, holds in bounds(record)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,192 @@
+"""What the published loops of concept ablation and f-DMU do, step by step, to compare the loop of ``fdu`` with.
+
+After concept ablation (Kumari et al. 2023, arXiv 2303.13516; nupurkmr9/concept-ablation, diffusers/train.py) and f-DMU
+(Novello et al. 2026, arXiv 2509.21167; nicolaNovello/f-DMU, train.py), written anew: anchor images are sampled to
+pixels and kept as files; every batch encodes its images by the autoencoder and both its prompts by the text encoder;
+the frozen denoiser is a whole copy of the trained one, with a forward pass of its own beside each batch's. What they
+share with ``fdu`` is the same here: AdamW on the keys and values of cross-attention, the batch and its accumulation,
+the squared Hellinger loss, fp32. What slows them down needlessly elsewhere is left out (masks of augmented images,
+statistics of every gradient, models loaded twice, attention that keeps its scores).
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import random
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.optimization import get_scheduler
+from PIL import Image
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+from transformers import CLIPTokenizer
+
+TEMPLATES = ("{prompt}, in the style of {target}", "in {target}'s style, {prompt}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Those of the published runs, but for the learning rate's scaling and the optimizer's precision."""
+
+    num_images: int = 1000
+    num_inference_steps: int = 25
+    guidance_scale: float = 6.0
+    sample_batch_size: int = 4
+    train_batch_size: int = 2
+    gradient_accumulation_steps: int = 2
+    max_train_steps: int = 500
+    learning_rate: float = 2.8e-4
+    """7e-5 times batch and accumulation, as --scale_lr makes it."""
+    adam_weight_decay: float = 1e-2
+    max_grad_norm: float = 1.0
+    preservation_weight: float = 0.0
+    """Of the denoising loss on the anchor's own images; 0 in the published runs on styles."""
+    seed: int = 0
+
+
+def erase(
+    pipeline: StableDiffusionPipeline, target: str, prompts: Sequence[str], folder: Path, settings: Settings
+) -> list[float]:
+    """The whole job: sample the anchor's images, then train. Returns the loss of every step."""
+    sample_images(pipeline, prompts, folder, settings)
+    return train(pipeline, target, prompts, folder, settings)
+
+
+def sample_images(pipeline: StableDiffusionPipeline, prompts: Sequence[str], folder: Path, settings: Settings) -> None:
+    """Draw the anchor's images, prompt by prompt again and again, and write them as JPEG files."""
+    folder.mkdir(parents=True, exist_ok=True)
+    pipeline.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(settings.seed)
+    for start in tqdm(range(0, settings.num_images, settings.sample_batch_size), "images", unit="batch"):
+        numbers = range(start, min(start + settings.sample_batch_size, settings.num_images))
+        images = pipeline(
+            [prompts[number % len(prompts)] for number in numbers],
+            num_inference_steps=settings.num_inference_steps,
+            guidance_scale=settings.guidance_scale,
+            generator=generator,
+        ).images
+        for number, image in zip(numbers, images, strict=True):
+            image.save(image_path(folder, number))
+
+
+def image_path(folder: Path, number: int) -> Path:
+    """Where an anchor image lies."""
+    return folder / f"{number}.jpg"
+
+
+class AnchorImages(Dataset):
+    """The anchor's images, [3, H, W] in [-1, 1], with the tokens of the target's and of the anchor's prompt."""
+
+    def __init__(self, folder: Path, count: int, prompts: Sequence[str], target: str, tokenizer: CLIPTokenizer) -> None:
+        self.folder, self.count, self.prompts, self.target = folder, count, prompts, target
+        self.tokenizer = tokenizer
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        anchor = self.prompts[index % len(self.prompts)]
+        with Image.open(image_path(self.folder, index)) as image:
+            pixels = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1) / 127.5 - 1
+        return {
+            "pixels": pixels.flip(2) if random.random() < 0.5 else pixels,
+            "target": self._tokens(random.choice(TEMPLATES).format(prompt=anchor, target=self.target)),
+            "anchor": self._tokens(anchor),
+        }
+
+    def _tokens(self, prompt: str) -> Tensor:
+        length = self.tokenizer.model_max_length
+        return self.tokenizer(
+            prompt, truncation=True, padding="max_length", max_length=length, return_tensors="pt"
+        ).input_ids[0]
+
+
+def train(
+    pipeline: StableDiffusionPipeline, target: str, prompts: Sequence[str], folder: Path, settings: Settings
+) -> list[float]:
+    """Train the denoiser in place. Returns the loss of every step."""
+    torch.manual_seed(settings.seed)
+    random.seed(settings.seed)
+    unet, vae, text_encoder = pipeline.unet, pipeline.vae, pipeline.text_encoder
+    for module in (unet, vae, text_encoder):
+        module.requires_grad_(False)
+    parameters = context_projections(unet)
+    for parameter in parameters:
+        parameter.requires_grad_(True)
+    frozen = copy.deepcopy(unet)
+    noise_scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
+    optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=settings.adam_weight_decay)
+    schedule = get_scheduler("constant", optimizer)
+    images = AnchorImages(folder, settings.num_images, prompts, target, pipeline.tokenizer)
+    batches = _endless(DataLoader(images, settings.train_batch_size, shuffle=True, drop_last=True))
+    losses = []
+    progress = tqdm(range(settings.max_train_steps), "reference", unit="step")
+    for _ in progress:
+        for _ in range(settings.gradient_accumulation_steps):
+            loss = batch_loss(next(batches), unet, frozen, vae, text_encoder, noise_scheduler, settings)
+            (loss / settings.gradient_accumulation_steps).backward()
+        nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+        progress.set_postfix(loss=losses[-1])
+    return losses
+
+
+def batch_loss(
+    batch: dict[str, Tensor],
+    unet: UNet2DConditionModel,
+    frozen: UNet2DConditionModel,
+    vae: nn.Module,
+    text_encoder: nn.Module,
+    noise_scheduler: DDPMScheduler,
+    settings: Settings,
+) -> Tensor:
+    """The loss of one batch, with its images and prompts encoded on the way.
+
+    With preservation the same images come a second time, with the anchor's prompts, for the denoising loss; the trained
+    denoiser takes both in one pass.
+    """
+    pixels, ids = batch["pixels"], batch["target"]
+    if settings.preservation_weight:
+        pixels, ids = torch.cat([pixels, pixels]), torch.cat([ids, batch["anchor"]])
+    with torch.no_grad():
+        latents = vae.encode(pixels).latent_dist.sample() * vae.config.scaling_factor
+        embeddings = text_encoder(input_ids=ids)[0]
+        anchor_embeddings = text_encoder(input_ids=batch["anchor"])[0]
+    noise = torch.randn_like(latents)
+    timesteps = torch.randint(noise_scheduler.config.num_train_timesteps, (len(latents),))
+    noisy = noise_scheduler.add_noise(latents, noise, timesteps)
+    predicted = unet(noisy, timesteps, embeddings).sample
+    size = len(anchor_embeddings)
+    with torch.no_grad():
+        wanted = frozen(noisy[:size], timesteps[:size], anchor_embeddings).sample
+    loss = squared_hellinger(predicted[:size], wanted)
+    if settings.preservation_weight:
+        loss = loss + settings.preservation_weight * functional.mse_loss(predicted[size:], noise[size:])
+    return loss
+
+
+def squared_hellinger(predicted: Tensor, wanted: Tensor, sigma: float = 1.0) -> Tensor:
+    """-exp(-s/8) and its mean over the batch, with s the mean squared error of a sample over sigma^2."""
+    distances = (predicted - wanted).square().mean(dim=(1, 2, 3)) / sigma**2
+    return -torch.exp(-distances / 8).mean()
+
+
+def context_projections(unet: UNet2DConditionModel) -> list[nn.Parameter]:
+    """The weights that make keys and values of the prompt."""
+    names = ("attn2.to_k", "attn2.to_v")
+    return [parameter for name, parameter in unet.named_parameters() if any(part in name for part in names)]
+
+
+def _endless(loader: DataLoader):
+    while True:
+        yield from loader

@@ -1,0 +1,219 @@
+"""One measured run of the training benchmark, in a process of its own: which there are, and what each measures.
+
+``python benchmarks/training_runs.py NAME`` prints the figures as JSON.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import json
+import math
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import reference_loop
+import sd15_shape
+import torch
+from diffusers import StableDiffusionPipeline
+from PIL import Image
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+import fdu
+
+TARGET, ANCHOR = "van gogh", "painting"
+FULL = reference_loop.Settings()
+JOB_SHARE = 50
+"""The measured job is this part of the published one: of its images, prompts, latents and steps alike."""
+STEPS = 8
+"""Optimizer steps of a run that measures the step; the first is not counted."""
+LATENTS = fdu.EraseConfig().num_latents
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A loop, "reference" or "fdu", and what is measured: the "step", or the whole "job"."""
+
+    loop: str
+    what: str
+    settings: tuple[tuple[str, Any], ...] = ()
+    """Of fdu, beside those that both loops share."""
+    preservation_weight: float = 0.0
+
+    @property
+    def shared(self) -> reference_loop.Settings:
+        """What both loops are told."""
+        share = JOB_SHARE if self.what == "job" else 1
+        return dataclasses.replace(
+            FULL,
+            num_images=FULL.num_images // share if self.what == "job" else 2 * FULL.train_batch_size,
+            max_train_steps=FULL.max_train_steps // share if self.what == "job" else STEPS,
+            preservation_weight=self.preservation_weight,
+        )
+
+    def config(self) -> fdu.EraseConfig:
+        """The same for fdu."""
+        names = (
+            "train_batch_size",
+            "gradient_accumulation_steps",
+            "max_train_steps",
+            "learning_rate",
+            "adam_weight_decay",
+            "max_grad_norm",
+            "preservation_weight",
+            "sample_batch_size",
+            "guidance_scale",
+            "seed",
+        )
+        settings: dict[str, Any] = {
+            **{name: getattr(self.shared, name) for name in names},
+            "num_inference_steps": self.shared.num_inference_steps if self.what == "job" else 1,
+            "num_latents": max(2, round(LATENTS / JOB_SHARE)) if self.what == "job" else 4,
+            "train_method": "cross_attention",
+            "divergence": "squared_hellinger",
+            "sigma": 1.0,
+            "lr_scheduler": "constant",
+            **dict(self.settings),
+        }
+        return fdu.EraseConfig(**settings)
+
+    @property
+    def sampling_calls(self) -> int:
+        """Calls of the denoiser that sample."""
+        config = self.config()
+        drawn = config.num_latents if self.loop == "fdu" else self.shared.num_images if self.what == "job" else 0
+        return math.ceil(drawn / self.shared.sample_batch_size) * config.num_inference_steps
+
+
+# Half of the batches: each is used twice, as often as the published runs take each of their images.
+KEPT = ("frozen_batches", STEPS * FULL.gradient_accumulation_steps // 2)
+CHECKPOINTED = ("gradient_checkpointing", True)
+RUNS = {
+    "reference": Run("reference", "step"),
+    "fdu": Run("fdu", "step"),
+    "fdu, frozen outputs kept": Run("fdu", "step", (KEPT,)),
+    "fdu, checkpointed": Run("fdu", "step", (CHECKPOINTED,)),
+    "fdu, frozen outputs kept, checkpointed": Run("fdu", "step", (KEPT, CHECKPOINTED)),
+    "reference, preserving": Run("reference", "step", preservation_weight=1.0),
+    "fdu, preserving": Run("fdu", "step", preservation_weight=1.0),
+    "reference job": Run("reference", "job"),
+    "fdu job": Run("fdu", "job"),
+}
+
+
+class Clock:
+    """When the denoisers were called and the optimizer stepped, and the memory between the first and last step."""
+
+    def __init__(self) -> None:
+        self.steps: list[float] = []
+        self.calls: list[tuple[float, float, bool]] = []
+        """Start, end, and whether a graph was made, of each call of a denoiser."""
+        self.peak = self.highest = 0.0
+        """MiB: the most between the first and the last step; the most so far."""
+        self._hooks = [register_optimizer_step_post_hook(self._stepped)]
+
+    def watch(self, denoiser: nn.Module) -> None:
+        """Note the calls of a denoiser."""
+        starts: list[float] = []
+
+        def ended(*_: Any) -> None:
+            self.calls.append((starts.pop(), time.perf_counter(), torch.is_grad_enabled()))
+
+        self._hooks += [
+            denoiser.register_forward_pre_hook(lambda *_: starts.append(time.perf_counter())),
+            denoiser.register_forward_hook(ended),
+        ]
+
+    def stop(self) -> None:
+        """Watch no more."""
+        for hook in self._hooks:
+            hook.remove()
+
+    def _stepped(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        self.steps.append(time.perf_counter())
+        self.highest = max(self.highest, peak_memory())
+        if len(self.steps) == 1:
+            forget_peak()
+        self.peak = peak_memory()
+
+
+def memory(field: str) -> float:
+    """A figure of this process in MiB, from Linux: "VmRSS", what it holds, or "VmHWM", the most it ever held."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    (line,) = [line for line in lines if line.startswith(f"{field}:")]
+    return int(line.split()[1]) / 1024
+
+
+def peak_memory() -> float:
+    """The most that this process has held since the last :func:`forget_peak`, MiB."""
+    return memory("VmHWM")
+
+
+def forget_peak() -> None:
+    """Give freed memory back and start the peak anew."""
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def measure(run: Run) -> dict[str, Any]:
+    """The figures of one run."""
+    assert callable(fdu.erase)  # which imports all that it needs, for both loops, before memory is counted
+    imported = memory("VmRSS")
+    pipeline = sd15_shape.build()
+    clock = Clock()
+    clock.watch(pipeline.unet)
+    forget_peak()
+    started = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        losses = (reference if run.loop == "reference" else ours)(run, pipeline, Path(folder))
+    seconds = time.perf_counter() - started
+    clock.stop()
+    assert len(losses) == run.shared.max_train_steps == len(clock.steps) and all(np.isfinite(losses))
+    intervals = [after - before for before, after in zip(clock.steps, clock.steps[1:], strict=False)]
+    trained = [end - start for start, end, graph in clock.calls if graph]
+    figures = {
+        "seconds": seconds,
+        "step": statistics.median(intervals),
+        "trained_forward": statistics.median(trained),
+        "peak": clock.peak - imported,
+        "imported": imported,
+    }
+    if run.what == "job":
+        figures["sampling"] = clock.calls[run.sampling_calls][0] - started
+        figures["job_peak"] = clock.highest - imported
+    elif run.loop == "fdu":
+        training = clock.calls[run.sampling_calls :]
+        figures["training_per_step"] = (clock.steps[-1] - training[0][0]) / len(clock.steps)
+        figures["frozen_forward"] = statistics.median(end - start for start, end, graph in training if not graph)
+    return figures
+
+
+def reference(run: Run, pipeline: StableDiffusionPipeline, folder: Path) -> list[float]:
+    """The reference loop. Where the step alone is measured, its images are noise."""
+    prompts = sd15_shape.anchor_prompts(200 // JOB_SHARE)
+    if run.what == "job":
+        return reference_loop.erase(pipeline, TARGET, prompts, folder, run.shared)
+    shape = (sd15_shape.vae_config()["sample_size"],) * 2
+    for number in range(run.shared.num_images):
+        noise = np.random.default_rng(number).integers(0, 256, (*shape, 3), dtype=np.uint8)
+        Image.fromarray(noise).save(reference_loop.image_path(folder, number))
+    return reference_loop.train(pipeline, TARGET, prompts, folder, run.shared)
+
+
+def ours(run: Run, pipeline: StableDiffusionPipeline, folder: Path) -> list[float]:
+    """The loop of fdu."""
+    prompts = sd15_shape.anchor_prompts(200 // JOB_SHARE)
+    texts = [template.format(prompt=one, target=TARGET) for template in reference_loop.TEMPLATES for one in prompts]
+    target, anchor = fdu.Concept(TARGET, tuple(texts)), fdu.Concept(ANCHOR, (*prompts, *prompts))
+    return fdu.erase(pipeline, target, anchor, config=run.config()).history["loss"]
+
+
+if __name__ == "__main__":
+    print(json.dumps(measure(RUNS[sys.argv[1]])))

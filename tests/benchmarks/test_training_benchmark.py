@@ -1,0 +1,163 @@
+"""The training benchmark: the reference does what is said of it, both loops get the same task, missed bounds show."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib
+import json
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import families
+import pytest
+import torch
+
+import fdu_kernels
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="memory is read from Linux's /proc")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def on_path() -> Any:
+    sys.path.insert(0, str(BENCHMARKS))
+    yield
+    sys.path.remove(str(BENCHMARKS))
+
+
+def module(name: str) -> Any:
+    return importlib.import_module(name)
+
+
+def tiny(**settings: Any) -> Any:
+    small = {"num_images": 4, "num_inference_steps": 2, "sample_batch_size": 2, "max_train_steps": 2}
+    return module("reference_loop").Settings(**{**small, **settings})
+
+
+def test_the_reference_encodes_every_batch_and_asks_a_copy_for_the_frozen_output(tmp_path: Path) -> None:
+    loop, pipeline, calls = module("reference_loop"), families.build("sd"), Counter[str]()
+    settings = tiny()
+    loop.sample_images(pipeline, ["a photo"], tmp_path, settings)
+    assert len(list(tmp_path.glob("*.jpg"))) == settings.num_images
+
+    encode = pipeline.vae.encode
+    pipeline.vae.encode = lambda pixels: calls.update(["images encoded"]) or encode(pixels)
+    pipeline.text_encoder.register_forward_hook(lambda *_: calls.update(["prompts encoded"]))
+    # The copy of the denoiser carries the hook with it.
+    pipeline.unet.register_forward_hook(
+        lambda part, *_: calls.update(["trained" if part is pipeline.unet else "frozen"])
+    )
+    loop.train(pipeline, "van gogh", ["a photo"], tmp_path, settings)
+    batches = settings.max_train_steps * settings.gradient_accumulation_steps
+    assert calls == {
+        "images encoded": batches,
+        "prompts encoded": 2 * batches,
+        "trained": batches,
+        "frozen": batches,
+    }
+
+
+@pytest.mark.parametrize("preservation_weight", [0.0, 1.0])
+def test_the_reference_trains_keys_and_values_of_cross_attention_alone(
+    tmp_path: Path, preservation_weight: float
+) -> None:
+    loop, pipeline = module("reference_loop"), families.build("sd")
+    before = {name: weight.clone() for name, weight in pipeline.unet.named_parameters()}
+    losses = loop.erase(pipeline, "van gogh", ["a photo"], tmp_path, tiny(preservation_weight=preservation_weight))
+    changed = {name for name, weight in pipeline.unet.named_parameters() if not torch.equal(weight, before[name])}
+    assert changed == {name for name in before if "attn2.to_k" in name or "attn2.to_v" in name}
+    assert len(losses) == 2 and all(map(torch.isfinite, map(torch.tensor, losses)))
+
+
+def test_the_reference_minimises_the_loss_that_fdu_minimises() -> None:
+    predicted, wanted = torch.randn(2, 3, 4, 8, 8)
+    gradients = []
+    for loss in (module("reference_loop").squared_hellinger, fdu_kernels.gaussian_divergence):
+        leaf = predicted.clone().requires_grad_(True)
+        loss(leaf, wanted).backward()
+        gradients.append(leaf.grad)
+    torch.testing.assert_close(*gradients)
+
+
+def test_no_part_of_the_scaled_model_is_heavier_beside_its_denoiser_than_in_stable_diffusion() -> None:
+    full, scaled = proportions()["1"], proportions()["scaled"]
+    assert full["denoiser, M parameters"] == pytest.approx(859.52, abs=0.01)
+    assert full["autoencoder, M parameters"] == pytest.approx(83.65, abs=0.01)
+    assert full["text encoder, M parameters"] == pytest.approx(123.06, abs=0.01)
+    for name in ("encoder, GFLOP", "decoder, GFLOP", "text encoder, GFLOP"):
+        shares = [found[name] / found["denoiser, GFLOP"] for found in (full, scaled)]
+        assert shares[1] == pytest.approx(shares[0], rel=0.1 if name.startswith("text") else 0.02)
+        assert shares[1] <= shares[0] or name.startswith("text")
+    for name in ("autoencoder", "text encoder"):
+        shares = [found[f"{name}, M parameters"] / found["denoiser, M parameters"] for found in (full, scaled)]
+        assert shares[1] == pytest.approx(shares[0], rel=0.25)
+
+
+def test_both_loops_get_the_same_task() -> None:
+    runs = module("training_runs")
+    for run in runs.RUNS.values():
+        config, shared = run.config(), run.shared
+        for field in dataclasses.fields(shared):
+            if field.name not in ("num_images", "num_inference_steps"):
+                assert getattr(config, field.name) == getattr(shared, field.name)
+        assert config.train_method == "cross_attention" and config.lr_scheduler == "constant"
+        assert config.mixed_precision == "no" and not config.compile
+    jobs = [runs.RUNS[name] for name in ("reference job", "fdu job")]
+    assert jobs[0].shared == jobs[1].shared
+    assert jobs[1].config().num_inference_steps == jobs[0].shared.num_inference_steps == 25
+    # The scaled job keeps the published proportions.
+    assert jobs[0].shared.num_images * 500 == jobs[0].shared.max_train_steps * 1000
+    assert jobs[1].config().frozen_batches == 0
+
+
+@pytest.mark.parametrize("name", ["reference", "fdu, frozen outputs kept", "fdu job"])
+def test_a_run_measures_its_steps_and_memory(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs = module("training_runs")
+    monkeypatch.setattr(runs.sd15_shape, "build", lambda: families.build("sd"))
+    monkeypatch.setattr(runs.sd15_shape, "vae_config", lambda: {"sample_size": 16})
+    run = runs.RUNS[name]
+    figures = runs.measure(run)
+    assert 0 < figures["step"] < figures["seconds"] and figures["trained_forward"] < figures["step"]
+    if run.what == "job":
+        assert 0 < figures["sampling"] < figures["seconds"]
+    elif run.loop == "fdu":
+        assert figures["step"] * 0.2 < figures["training_per_step"] < figures["seconds"] / runs.STEPS
+
+
+@functools.cache
+def proportions() -> dict[str, dict[str, float]]:
+    shape = module("sd15_shape")
+    return {"1": shape.proportions(1, 1, 1), "scaled": shape.proportions()}
+
+
+def a_record(**changes: float) -> dict[str, Any]:
+    """A record in which every bound holds, but for ``changes``."""
+    runs = module("training_runs")
+    figures = {"step": 1.0, "training_per_step": 1.0, "peak": 50.0, "seconds": 20.0, "sampling": 10.0}
+    reference = {"step": 1.7, "peak": 100.0, "seconds": 100.0, "sampling": 80.0}
+    return {
+        "device": "a CPU", "capability": "AVX", "versions": {"fdu": "0"}, "date": "today", "rounds": 1, "latents": 96,
+        "job_share": runs.JOB_SHARE,
+        "proportions": proportions(),
+        "runs": {
+            name: [reference if run.loop == "reference" else {**figures, **changes}]
+            for name, run in runs.RUNS.items()
+        },
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "changes, code", [({}, 0), ({"training_per_step": 1.2}, 1), ({"peak": 61.0}, 1), ({"seconds": 26.0}, 1)]
+)
+def test_check_fails_if_a_bound_is_missed(
+    changes: dict[str, float], code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench, path, docs = module("bench_training"), tmp_path / "record.json", tmp_path / "page.md"
+    path.write_text(json.dumps(a_record(**changes)))
+    command = ["bench_training.py", "--page_only", "--check", "--record", str(path), "--docs", str(docs)]
+    monkeypatch.setattr(sys, "argv", command)
+    assert bench.main() == code
+    assert docs.read_text().count("**fails**") == code
