@@ -11,6 +11,10 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+ROUNDING = 1e-4
+"""Below this share of the erasing gradient, a preserving one is but rounding, as in the first step: frozen and trained
+outputs are equal then, up to the order of sums in passes of different sizes."""
+
 
 class GradientSurgery:
     """Keeps the gradients of erasing and of preserving apart, and joins them when both are complete.
@@ -52,6 +56,8 @@ class GradientSurgery:
     def combine(self, weight: float) -> Tensor:
         """Set every ``.grad`` to g_e - min(<g_e, g_p>, 0) / |g_p|^2 g_p + weight g_p, and forget g_p.
 
+        Without the projection where g_p is next to nothing (``ROUNDING``).
+
         g_e is the gradient in ``.grad``, g_p that of preservation, <.,.> the dot product over all parameters together.
         The host never waits.
 
@@ -70,7 +76,8 @@ class GradientSurgery:
             return torch.zeros(())
         dot, erasing_square, preserving_square = _dot_products(erasing, preserving)
         # NaN compares false: it stays where it is in the gradients.
-        conflict = torch.where((dot < 0) & (preserving_square > 0), dot / preserving_square, 0.0)
+        tells = preserving_square > ROUNDING**2 * erasing_square
+        conflict = torch.where((dot < 0) & tells, dot / preserving_square, 0.0)
         torch._foreach_mul_(preserving, weight - conflict)
         torch._foreach_add_(erasing, preserving)
         lengths = torch.sqrt(erasing_square) * torch.sqrt(preserving_square)

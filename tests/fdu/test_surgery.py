@@ -197,3 +197,17 @@ def test_two_processes_join_the_gradients_of_the_whole_batch(tmp_path: Path) -> 
     alone, first, second = (json.loads(process.communicate(timeout=120)[0]) for process in processes)
     assert first == second
     assert first == pytest.approx(alone, abs=2e-5)
+
+
+def test_a_preserving_gradient_of_mere_rounding_turns_nothing() -> None:
+    module = network()
+    erasing, preserving = (gradient_of(module, loss) for loss in losses(module, opposed=True))
+    assert erasing @ preserving < 0
+    surgery = GradientSurgery(module.parameters())
+    tiny = 1e-6 * float(erasing.norm() / preserving.norm())
+    losses_again = losses(module, opposed=True)
+    with surgery.preserving():
+        (tiny * losses_again[1]).backward(retain_graph=True)
+    losses_again[0].backward()
+    surgery.combine(1.0)
+    torch.testing.assert_close(flat(module), erasing + tiny * preserving)
