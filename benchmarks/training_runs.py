@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
+import itertools
 import json
 import math
 import statistics
@@ -14,12 +15,11 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import reference_loop
 import sd15_shape
-import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image
 from torch import nn
@@ -108,27 +108,29 @@ RUNS = {
 }
 
 
-class Clock:
+class Moment(NamedTuple):
+    """Seconds on the clock on the wall, and those of all cores for this process."""
+
+    wall: float
+    cores: float
+
+    @classmethod
+    def now(cls) -> Moment:
+        return cls(time.perf_counter(), time.process_time())
+
+
+class Watch:
     """When the denoisers were called and the optimizer stepped, and the memory between the first and last step."""
 
-    def __init__(self) -> None:
-        self.steps: list[float] = []
-        self.calls: list[tuple[float, float, bool]] = []
-        """Start, end, and whether a graph was made, of each call of a denoiser."""
+    def __init__(self, denoiser: nn.Module) -> None:
+        self.calls: list[Moment] = []
+        self.steps: list[Moment] = []
         self.peak = self.highest = 0.0
         """MiB: the most between the first and the last step; the most so far."""
-        self._hooks = [register_optimizer_step_post_hook(self._stepped)]
-
-    def watch(self, denoiser: nn.Module) -> None:
-        """Note the calls of a denoiser."""
-        starts: list[float] = []
-
-        def ended(*_: Any) -> None:
-            self.calls.append((starts.pop(), time.perf_counter(), torch.is_grad_enabled()))
-
-        self._hooks += [
-            denoiser.register_forward_pre_hook(lambda *_: starts.append(time.perf_counter())),
-            denoiser.register_forward_hook(ended),
+        self._hooks = [
+            # A function, which a copy of the denoiser shares; a bound method it would copy with all this.
+            denoiser.register_forward_pre_hook(lambda *_: self.calls.append(Moment.now())),
+            register_optimizer_step_post_hook(self._stepped),
         ]
 
     def stop(self) -> None:
@@ -137,7 +139,7 @@ class Clock:
             hook.remove()
 
     def _stepped(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        self.steps.append(time.perf_counter())
+        self.steps.append(Moment.now())
         self.highest = max(self.highest, peak_memory())
         if len(self.steps) == 1:
             forget_peak()
@@ -162,36 +164,27 @@ def forget_peak() -> None:
     Path("/proc/self/clear_refs").write_text("5")
 
 
-def measure(run: Run) -> dict[str, Any]:
+def measure(run: Run) -> dict[str, float]:
     """The figures of one run."""
     assert callable(fdu.erase)  # which imports all that it needs, for both loops, before memory is counted
     imported = memory("VmRSS")
     pipeline = sd15_shape.build()
-    clock = Clock()
-    clock.watch(pipeline.unet)
+    watch = Watch(pipeline.unet)
     forget_peak()
-    started = time.perf_counter()
+    started = Moment.now()
     with tempfile.TemporaryDirectory() as folder:
         losses = (reference if run.loop == "reference" else ours)(run, pipeline, Path(folder))
-    seconds = time.perf_counter() - started
-    clock.stop()
-    assert len(losses) == run.shared.max_train_steps == len(clock.steps) and all(np.isfinite(losses))
-    intervals = [after - before for before, after in zip(clock.steps, clock.steps[1:], strict=False)]
-    trained = [end - start for start, end, graph in clock.calls if graph]
-    figures = {
-        "seconds": seconds,
-        "step": statistics.median(intervals),
-        "trained_forward": statistics.median(trained),
-        "peak": clock.peak - imported,
-        "imported": imported,
-    }
-    if run.what == "job":
-        figures["sampling"] = clock.calls[run.sampling_calls][0] - started
-        figures["job_peak"] = clock.highest - imported
-    elif run.loop == "fdu":
-        training = clock.calls[run.sampling_calls :]
-        figures["training_per_step"] = (clock.steps[-1] - training[0][0]) / len(clock.steps)
-        figures["frozen_forward"] = statistics.median(end - start for start, end, graph in training if not graph)
+    ended = Moment.now()
+    watch.stop()
+    steps = run.shared.max_train_steps
+    assert len(losses) == steps == len(watch.steps) and all(map(math.isfinite, losses))
+    training = watch.calls[run.sampling_calls]
+    figures = {"peak": watch.peak - imported, "highest": max(watch.highest, watch.peak) - imported}
+    for unit in Moment._fields:
+        times = [getattr(moment, unit) for moment in watch.steps]
+        figures[f"{unit}_step"] = statistics.median(after - before for before, after in itertools.pairwise(times))
+        figures[f"{unit}_sampling"] = getattr(training, unit) - getattr(started, unit)
+        figures[f"{unit}_training"] = getattr(ended, unit) - getattr(training, unit)
     return figures
 
 

@@ -120,11 +120,10 @@ def test_a_run_measures_its_steps_and_memory(name: str, monkeypatch: pytest.Monk
     monkeypatch.setattr(runs.sd15_shape, "vae_config", lambda: {"sample_size": 16})
     run = runs.RUNS[name]
     figures = runs.measure(run)
-    assert 0 < figures["step"] < figures["seconds"] and figures["trained_forward"] < figures["step"]
-    if run.what == "job":
-        assert 0 < figures["sampling"] < figures["seconds"]
-    elif run.loop == "fdu":
-        assert figures["step"] * 0.2 < figures["training_per_step"] < figures["seconds"] / runs.STEPS
+    for unit in ("wall", "cores"):
+        assert 0 < figures[f"{unit}_step"] < figures[f"{unit}_training"]
+        assert figures[f"{unit}_sampling"] > 0
+    assert figures["highest"] >= figures["peak"]
 
 
 @functools.cache
@@ -136,11 +135,13 @@ def proportions() -> dict[str, dict[str, float]]:
 def a_record(**changes: float) -> dict[str, Any]:
     """A record in which every bound holds, but for ``changes``."""
     runs = module("training_runs")
-    figures = {"step": 1.0, "training_per_step": 1.0, "peak": 50.0, "seconds": 20.0, "sampling": 10.0}
-    reference = {"step": 1.7, "peak": 100.0, "seconds": 100.0, "sampling": 80.0}
+    figures = {"wall_step": 1.0, "wall_training": 8.0, "wall_sampling": 10.0, "peak": 50.0, "highest": 50.0}
+    reference = {"wall_step": 1.7, "wall_training": 20.0, "wall_sampling": 80.0, "peak": 100.0, "highest": 100.0}
+    for each in (figures, reference):
+        each.update({"cores_step": 1.0, "cores_training": 8.0})
     return {
         "device": "a CPU", "capability": "AVX", "versions": {"fdu": "0"}, "date": "today", "rounds": 1, "latents": 96,
-        "job_share": runs.JOB_SHARE,
+        "job_share": runs.JOB_SHARE, "job_latents": 2, "steps": 8,
         "proportions": proportions(),
         "runs": {
             name: [reference if run.loop == "reference" else {**figures, **changes}]
@@ -150,7 +151,7 @@ def a_record(**changes: float) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    "changes, code", [({}, 0), ({"training_per_step": 1.2}, 1), ({"peak": 61.0}, 1), ({"seconds": 26.0}, 1)]
+    "changes, code", [({}, 0), ({"wall_training": 9.0}, 1), ({"peak": 61.0}, 1), ({"wall_sampling": 18.0}, 1)]
 )
 def test_check_fails_if_a_bound_is_missed(
     changes: dict[str, float], code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
