@@ -349,7 +349,8 @@ standardisation to h'(0) = 1 takes out: the two train the same model.
 
 "objectives" above. Erasing "three", one figure a seed, as in the section before. The default draws the trained output
 to the frozen one on the anchor's prompt; "noise" to the noise in the anchor's latents; negative guidance goes beyond
-the anchor, away from the target.
+the anchor, away from the target. Noise as a target makes a noisy gradient: towards the superclass, "noise" needs more
+samples than the default 120 steps of 16.
 
 {objectives}
 

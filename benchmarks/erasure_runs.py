@@ -62,6 +62,8 @@ CHANGES: dict[str, tuple[dict[str, Any], ...]] = {
     ),
 }
 """Suites of runs that change the default settings, with three seeds; with another method, also the learning rate."""
+PATIENT_NOISE = {"objective": "noise", "max_train_steps": 240, "train_batch_size": 32}
+"""Against noise as target the gradient is noisy too; towards the superclass, where little is to be left, that shows."""
 BOTH = {"three": "eight", "red": "black"}
 """Two concepts of different kinds, and their anchors, in the order in which one follows the other."""
 ORDERS: dict[str, dict[str, Any]] = {"at_once": {}, "in_sequence": {}, "merged": {}}
@@ -210,7 +212,10 @@ def runs() -> list[AnyRun]:
         for seed in SEEDS
         for change in changes
     ]
-    return [*concepts, *sigma, *divergences, *several, *changed]
+    patient = [
+        Run("objectives", "three", embedded.SUPERCLASS, seed, tuple(PATIENT_NOISE.items()), ROLES[:3]) for seed in SEEDS
+    ]
+    return [*concepts, *sigma, *divergences, *several, *changed, *patient]
 
 
 def draw(pipeline: Any, probe: Probe, images_of_target: int) -> Tensor:
