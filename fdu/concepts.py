@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -101,22 +102,28 @@ def concept_pairs(
 
 
 def _away_from(pairs: Sequence[Pair], anchor: Concept) -> Concept:
-    """The anchor, with every prompt of it that another concept erases led on to that one's anchor.
+    """The anchor, with every prompt of it that another concept erases, or that names it, led on to that one's anchor.
 
     With three towards eight and red towards black, "a three in red" has its end at "an eight in black" in either way.
     """
     leads = {prompt: other for target, end in pairs for prompt, other in zip(target.prompts, end.prompts, strict=True)}
 
+    names = {target.name: end.name for target, end in pairs if end.name}
+    named = re.compile(r"\b(?:" + "|".join(map(re.escape, sorted(names, key=len, reverse=True))) + r")\b")
+
+    def renamed(prompt: str) -> str:
+        return named.sub(lambda found: names[found.group()], prompt) if names else prompt
+
     def follow(prompt: str) -> str:
         seen = [prompt]
-        while seen[-1] in leads:
-            seen.append(leads[seen[-1]])
-            if seen[-1] in seen[:-1]:
+        while (following := leads.get(seen[-1], renamed(seen[-1]))) != seen[-1]:
+            seen.append(following)
+            if following in seen[:-1]:
                 circle = " -> ".join(map(repr, seen))
                 raise ValueError(f"anchor: the concepts lead in a circle, {circle}; choose another anchor for one")
         return seen[-1]
 
-    return Concept(anchor.name, tuple(follow(prompt) for prompt in anchor.prompts))
+    return anchor if len(pairs) == 1 else Concept(anchor.name, tuple(follow(prompt) for prompt in anchor.prompts))
 
 
 def joined(concepts: Sequence[Concept]) -> Concept:

@@ -131,3 +131,22 @@ def test_several_concepts_that_do_not_fit_are_refused() -> None:
         concept_pairs([Concept("cat"), Concept("cat")], "pet")
     with pytest.raises(ValueError, match="lead in a circle, 'dog' -> 'cat' -> 'dog'"):
         concept_pairs(cats, [Concept("dog"), Concept("cat")])
+
+
+def test_an_anchor_that_names_another_target_is_led_on() -> None:
+    targets = [Concept("three", ("three in red ink",)), Concept("red", ("the digit eight in red ink", "a red one"))]
+    anchors = [
+        Concept("eight", ("eight in red ink",)),
+        Concept("black", ("the digit eight in black ink", "a black one")),
+    ]
+    pairs = concept_pairs(targets, anchors)
+    assert pairs[0][1].prompts == ("eight in black ink",)
+    assert pairs[1][1].prompts == ("the digit eight in black ink", "a black one")
+    assert concept_pairs("cat", ["a catalogue with a cat on it"])[0][1].prompts[0] == "a catalogue with a cat on it"
+
+
+def test_names_that_lead_further_and_further_are_refused() -> None:
+    with pytest.raises(ValueError, match="lead in a circle"):
+        concept_pairs(
+            [Concept("a", ("one a",)), Concept("b", ("one b",))], [Concept("b", ("x b",)), Concept("a", ("x a",))]
+        )
