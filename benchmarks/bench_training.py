@@ -48,7 +48,7 @@ def make_record(rounds: int, threads: int, wrapper: str) -> dict[str, Any]:
     """Run everything."""
     import sd15_shape
     import torch
-    from training_runs import JOB_SHARE, LATENTS, RUNS, STEPS
+    from training_runs import JOB_SHARE, LATENTS, RUNS
 
     runs: dict[str, list[Figures]] = {name: [] for name in RUNS}
     for turn in range(rounds):
@@ -63,7 +63,6 @@ def make_record(rounds: int, threads: int, wrapper: str) -> dict[str, Any]:
         "job_share": JOB_SHARE,
         "latents": LATENTS,
         "job_latents": RUNS[JOB].config().num_latents,
-        "steps": STEPS,
         "proportions": {"1": sd15_shape.proportions(1, 1, 1), "scaled": sd15_shape.proportions()},
         "runs": runs,
     }
@@ -74,13 +73,6 @@ def median(record: dict[str, Any], name: str, figure: str) -> float:
     return statistics.median(figures[figure] for figures in record["runs"][name])
 
 
-def step(record: dict[str, Any], name: str, unit: str = "wall") -> float:
-    """Seconds a step; where frozen outputs are made beforehand, with the time that this took."""
-    if "kept" in name:
-        return median(record, name, f"{unit}_training") / record["steps"]
-    return median(record, name, f"{unit}_step")
-
-
 def job(record: dict[str, Any], name: str) -> float:
     """Seconds of the whole job."""
     return median(record, name, "wall_sampling") + median(record, name, "wall_training")
@@ -88,7 +80,7 @@ def job(record: dict[str, Any], name: str) -> float:
 
 def bounds(record: dict[str, Any]) -> list[tuple[str, float, str, float, bool]]:
     """What is promised: in words, the figure, the sense of the bound, the bound, and whether it holds."""
-    rate = step(record, "reference") / step(record, KEPT)
+    rate = median(record, "reference", "wall_step") / median(record, KEPT, "wall_step")
     peak = median(record, KEPT, "peak") / median(record, "reference", "peak")
     factor = job(record, REFERENCE_JOB) / job(record, JOB)
     return [
@@ -107,8 +99,8 @@ def step_rows(record: dict[str, Any]) -> list[list[str]]:
         base = "reference, preserving" if "preserving" in name else "reference"
         cells = [name]
         for unit in ("wall", "cores"):
-            seconds = step(record, name, unit)
-            cells += [f"{seconds:.2f}", f"{step(record, base, unit) / seconds:.2f}"]
+            seconds = median(record, name, f"{unit}_step")
+            cells += [f"{seconds:.2f}", f"{median(record, base, f'{unit}_step') / seconds:.2f}"]
         peak = median(record, name, "peak")
         rows.append([*cells, f"{peak:.0f}", f"{peak / median(record, base, 'peak'):.2f}"])
     return rows
@@ -156,7 +148,9 @@ STEP_HEADER = ["loop", "s a step", "x rate", "core s a step", "x rate", "peak, M
 PAGE = """# How fast the training is
 
 Made by `python benchmarks/bench_training.py --docs docs/training.md`; the record is `{path}`.
-{device}, {capability}; {versions}; {date}. Medians of {rounds} rounds, every run in a fresh process, taking turns.
+{device}, {capability};
+{versions};
+{date}. Medians of {rounds} rounds, every run in a fresh process, taking turns.
 
 The **reference** (`benchmarks/reference_loop.py`) does what the published loops of concept ablation and f-DMU do, with
 the settings of f-DMU's published runs: images of the anchor sampled to pixels (1000, of 200 prompts, 25 steps,
@@ -173,20 +167,20 @@ is what a GPU adds: mixed precision, launches, 8-bit moments.
 
 {bounds}
 
-They hold for "{kept}": `frozen_batches` draws half of the run's batches beforehand, with the frozen outputs, and uses
-each of them twice; so often the published loops take each of their images, though they noise it anew. The time to make
-the outputs counts.
+The first two are of "{kept}": `frozen_batches` draws half of the run's batches beforehand, with the frozen outputs,
+and uses each of them twice; so often the published loops take each of their images, though they noise it anew. The
+time to make the outputs counts.
 
 ## Steps
 
 {steps}
 
-Seconds a step are between the ends of optimizer steps (where frozen outputs are kept, all time from the first of them
-on, by the number of steps), on the clock and, which other processes disturb less, as the cores count them; "x rate" is
-against the reference. Peak memory is the most that the process held between the end of the first step and that
-of the last, less what it held after the imports: weights, optimizer, activations. "Checkpointed" computes activations
-again (`gradient_checkpointing`); "preserving" adds a second batch that keeps what the model knows: the denoising loss
-in the reference, the frozen outputs in fdu, which cost a forward pass more.
+Seconds a step are medians from the end of one optimizer step to that of the next (where frozen outputs are kept, with
+its share of the time to make them), on the clock and, which other processes disturb less, as the cores count them;
+"x rate" is against the reference. Peak memory is the most that the process held between the end of the first step and
+that of the last, less what it held after the imports: weights, optimizer, activations. "Checkpointed" computes
+activations again (`gradient_checkpointing`); "preserving" adds a second batch that keeps what the model knows: the
+denoising loss in the reference, the frozen outputs in fdu, which cost a forward pass more.
 
 ## Whole job
 

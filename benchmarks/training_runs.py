@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import reference_loop
 import sd15_shape
+import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image
 from torch import nn
@@ -123,15 +124,19 @@ class Watch:
     """When the denoisers were called and the optimizer stepped, and the memory between the first and last step."""
 
     def __init__(self, denoiser: nn.Module) -> None:
-        self.calls: list[Moment] = []
+        self.calls: list[tuple[Moment, bool]] = []
+        """When, and whether a graph was made."""
         self.steps: list[Moment] = []
         self.peak = self.highest = 0.0
         """MiB: the most between the first and the last step; the most so far."""
         self._hooks = [
             # A function, which a copy of the denoiser shares; a bound method it would copy with all this.
-            denoiser.register_forward_pre_hook(lambda *_: self.calls.append(Moment.now())),
+            denoiser.register_forward_pre_hook(lambda *_: self._called()),
             register_optimizer_step_post_hook(self._stepped),
         ]
+
+    def _called(self) -> None:
+        self.calls.append((Moment.now(), torch.is_grad_enabled()))
 
     def stop(self) -> None:
         """Watch no more."""
@@ -165,7 +170,8 @@ def forget_peak() -> None:
 
 
 def measure(run: Run) -> dict[str, float]:
-    """The figures of one run."""
+    """The figures of one run. A step is the median from the end of one to that of the next; where frozen outputs are
+    kept, with its share of the time that making them took."""
     assert callable(fdu.erase)  # which imports all that it needs, for both loops, before memory is counted
     imported = memory("VmRSS")
     pipeline = sd15_shape.build()
@@ -178,11 +184,16 @@ def measure(run: Run) -> dict[str, float]:
     watch.stop()
     steps = run.shared.max_train_steps
     assert len(losses) == steps == len(watch.steps) and all(map(math.isfinite, losses))
-    training = watch.calls[run.sampling_calls]
+    training = watch.calls[run.sampling_calls][0]
+    kept = run.config().frozen_batches > 0
+    first_trained = next(moment for moment, graph in watch.calls if graph)
     figures = {"peak": watch.peak - imported, "highest": max(watch.highest, watch.peak) - imported}
     for unit in Moment._fields:
         times = [getattr(moment, unit) for moment in watch.steps]
-        figures[f"{unit}_step"] = statistics.median(after - before for before, after in itertools.pairwise(times))
+        step = statistics.median(after - before for before, after in itertools.pairwise(times))
+        if kept:
+            step += (getattr(first_trained, unit) - getattr(training, unit)) / steps
+        figures[f"{unit}_step"] = step
         figures[f"{unit}_sampling"] = getattr(training, unit) - getattr(started, unit)
         figures[f"{unit}_training"] = getattr(ended, unit) - getattr(training, unit)
     return figures
