@@ -49,7 +49,7 @@ CHANGES: dict[str, tuple[dict[str, Any], ...]] = {
         {"train_method": "cross_attention", "learning_rate": 1e-3},
         {"train_method": "attention", "learning_rate": 5e-4},
         {"train_method": "full", "learning_rate": 2e-4},
-        {"train_method": "text_encoder", "learning_rate": 3e-4},
+        {"train_method": "text_encoder", "learning_rate": 5e-4},
         {"train_method": "token", "learning_rate": 0.2},
     ),
     "ways": (
