@@ -22,6 +22,7 @@ from fdu.trainable import Trainable
 from fdu.training.cache import Cache, tensor_key
 from fdu.training.checkpoint import Checkpoints
 from fdu.training.examples import Batch, Examples, draw_batch, to_device
+from fdu.training.frozen_layers import keeping_less
 from fdu.training.interruption import Interruption, noticed
 from fdu.training.objective import Objective
 from fdu.training.optimizer import make_optimizer
@@ -91,7 +92,8 @@ class Training:
         keep = denoiser.text_encoders if self.trainable.trains_text else ()
         encoders_away = denoiser.without_encoders(keep)
         shards = sharded(module, self.parameters) if config.shard else nullcontext()
-        with _checkpointed(module, config.gradient_checkpointing), encoders_away, noticed() as stop, shards:
+        lean = nullcontext() if config.compile else keeping_less(module)
+        with _checkpointed(module, config.gradient_checkpointing), encoders_away, noticed() as stop, shards, lean:
             own_forward = vars(module).get("forward")
             try:
                 # The schedule stays outside: accelerate would move it on once for every process.
