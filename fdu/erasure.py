@@ -194,7 +194,7 @@ def _checkpoints(
     }
     checkpoints = Checkpoints(config.checkpoint_dir, config.checkpoints_total_limit, manifest)
     if config.resume_from_checkpoint is not None:
-        checkpoints.load(config.resume_from_checkpoint)
+        checkpoints.check(config.resume_from_checkpoint)
     elif checkpoints.all():
         raise FileExistsError(
             f"checkpoint_dir {config.checkpoint_dir!r} holds checkpoints of a former run; go on with "

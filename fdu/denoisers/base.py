@@ -21,10 +21,16 @@ from fdu.denoisers.autoencoder import encode_images
 PredictionType = Literal["epsilon", "v_prediction", "sample", "flow"]
 ENCODE_BATCH = 64
 """Prompts encoded at a time where no gradient is asked for."""
+PIPELINE_ARGUMENTS = {
+    "embeddings": "prompt_embeds",
+    "pooled": "pooled_prompt_embeds",
+    "mask": "prompt_attention_mask",
+}
+"""What diffusers' pipelines call the tensors of a conditioning."""
 
 
 class Conditioning:
-    """What a denoiser reads beside x_t and t, for N prompts: named tensors, each [N, ...]."""
+    """What a denoiser reads beside x_t and t, for N prompts: tensors named as in PIPELINE_ARGUMENTS, each [N, ...]."""
 
     def __init__(self, tensors: dict[str, Tensor]) -> None:
         self.tensors = tensors
@@ -64,6 +70,8 @@ class Denoiser(ABC):
     """Latent pixels a side that the module takes together as channels of one."""
     call_settings: ClassVar[dict[str, Any]] = {}
     """What the pipeline's call must be told for every sample."""
+    guided_by_empty: ClassVar[bool] = True
+    """Whether guidance is by a second prediction, for the prompt ""."""
     context_projections: ClassVar[tuple[str, ...]]
     """Name endings of the linear layers of the module that read the prompt (keys and values, as a rule)."""
     attention_projections: ClassVar[tuple[str, ...]]
@@ -172,28 +180,53 @@ class Denoiser(ABC):
 
     @torch.no_grad()
     def draw_latents(
-        self, prompts: Sequence[str], steps: int, guidance_scale: float, seeds: Sequence[int], batch_size: int
+        self,
+        conditioning: Conditioning,
+        empty: Conditioning,
+        steps: int,
+        guidance_scale: float,
+        seeds: Sequence[int],
+        batch_size: int,
     ) -> Tensor:
-        """Sample a clean latent a prompt, fp32 [N, C, H, W]; it depends on its prompt and its seed alone."""
+        """Sample a clean latent a prompt, fp32 [N, C, H, W]; it depends on its prompt and its seed alone.
+
+        Args:
+            conditioning: of N prompts.
+            empty: of the prompt "" alone, which guidance leads away from.
+            steps, guidance_scale: of the pipeline's own sampler.
+            seeds: N of them.
+            batch_size: latents sampled at a time.
+        """
         batches = []
         settings = getattr(self.pipeline, "_progress_bar_config", {})
         self.pipeline.set_progress_bar_config(disable=True)
         try:
-            for start in tqdm(range(0, len(prompts), batch_size), desc="latents", unit="batch"):
-                batch = list(prompts[start : start + batch_size])
-                generators = [torch.Generator().manual_seed(seed) for seed in seeds[start : start + batch_size]]
-                # Half precision would round the noise away at the first timesteps.
-                batches.append(self.sample(batch, steps, guidance_scale, generators).float())
+            with self._module_alone():
+                for start in tqdm(range(0, len(conditioning), batch_size), desc="latents", unit="batch"):
+                    some = slice(start, start + batch_size)
+                    generators = [torch.Generator().manual_seed(seed) for seed in seeds[some]]
+                    # Half precision would round the noise away at the first timesteps.
+                    batches.append(self.sample(conditioning[some], empty, steps, guidance_scale, generators).float())
         finally:
             self.pipeline._progress_bar_config = settings
         return torch.cat(batches)
 
     def sample(
-        self, prompts: list[str], steps: int, guidance_scale: float, generators: list[torch.Generator]
+        self,
+        conditioning: Conditioning,
+        empty: Conditioning,
+        steps: int,
+        guidance_scale: float,
+        generators: list[torch.Generator],
     ) -> Tensor:
         """Clean latents [N, C, H, W] of one batch, by the pipeline's own sampler, without decoding them."""
+        given = {PIPELINE_ARGUMENTS[name]: tensor for name, tensor in conditioning.tensors.items()}
+        if self.guided_by_empty and guidance_scale > 1:
+            beside = empty[torch.zeros(len(conditioning), dtype=torch.int64, device=self.device)]
+            given |= {f"negative_{PIPELINE_ARGUMENTS[name]}": tensor for name, tensor in beside.tensors.items()}
         return self.pipeline(
-            prompts,
+            **given,
+            negative_prompt=None,
             height=self.height,
             width=self.width,
             num_inference_steps=steps,
@@ -214,6 +247,25 @@ class Denoiser(ABC):
     def with_encoders(self) -> AbstractContextManager[None]:
         """Take back what :meth:`without_encoders` put away: within, the whole pipeline is on the denoiser's device."""
         return self._others_on(self.device)
+
+    @contextmanager
+    def _module_alone(self) -> Iterator[None]:
+        """Within this context the pipeline has no part with weights but the denoiser.
+
+        It needs none where prompts come encoded and latents are wanted, and takes the device of the first that it has,
+        which may be away.
+        """
+        others = {
+            name: part
+            for name, part in self.pipeline.components.items()
+            if isinstance(part, nn.Module) and name != self.module_name
+        }
+        # Not by setattr, at which the pipeline would forget the parts' classes.
+        vars(self.pipeline).update(dict.fromkeys(others))
+        try:
+            yield
+        finally:
+            vars(self.pipeline).update(others)
 
     @contextmanager
     def _others_on(self, wanted: torch.device, keep: Collection[str] = ()) -> Iterator[None]:

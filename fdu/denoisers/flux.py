@@ -24,6 +24,7 @@ class FluxDenoiser(FlowDenoiser):
     module_class = FluxTransformer2DModel
     parts = ("scheduler", "vae", "tokenizer", "text_encoder", "tokenizer_2", "text_encoder_2")
     packing = 2
+    guided_by_empty = False  # its guidance is an input
     # Of the double blocks alone: single blocks project text and image by one to_k and to_v, so those would not be the
     # prompt's alone. ESD trains these two, EraseAnything the keys.
     context_projections = ("attn.add_k_proj", "attn.add_v_proj")
@@ -42,10 +43,15 @@ class FluxDenoiser(FlowDenoiser):
         return Conditioning({"embeddings": embeddings, "pooled": pooled})
 
     def sample(
-        self, prompts: list[str], steps: int, guidance_scale: float, generators: list[torch.Generator]
+        self,
+        conditioning: Conditioning,
+        empty: Conditioning,
+        steps: int,
+        guidance_scale: float,
+        generators: list[torch.Generator],
     ) -> Tensor:
         _, height, width = self.latent_shape
-        return unpack(super().sample(prompts, steps, guidance_scale, generators), height, width)
+        return unpack(super().sample(conditioning, empty, steps, guidance_scale, generators), height, width)
 
     def predict(self, noisy: Tensor, indices: Tensor, conditioning: Conditioning) -> Tensor:
         height, width = noisy.shape[-2:]

@@ -9,7 +9,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -81,6 +81,22 @@ class Checkpoints:
         found = [path for path in self.folder.glob(f"{PREFIX}*") if path.name.removeprefix(PREFIX).isdigit()]
         return sorted(found, key=lambda path: int(path.name.removeprefix(PREFIX)))
 
+    def check(self, wish: str) -> None:
+        """Refuse what :meth:`load` would refuse; reads no tensor.
+
+        Raises:
+            FileNotFoundError, ValueError: as :meth:`load`.
+        """
+        path = self._find(wish)
+        if path is None:
+            return
+        self._content(path)
+        try:
+            with safe_open(path / TENSORS_FILE, "pt"):
+                pass  # what opens is as long as its header says
+        except (OSError, SafetensorError) as error:
+            raise _unreadable(path, error) from error
+
     def load(self, wish: str) -> tuple[int, dict[str, Any]] | None:
         """The step and the state of the "latest" checkpoint (None if there is none), or of the folder named.
 
@@ -88,27 +104,34 @@ class Checkpoints:
             FileNotFoundError: there is no checkpoint in the folder named.
             ValueError: it cannot be read, or is one of another run: other settings, base model or number of processes.
         """
+        path = self._find(wish)
+        if path is None:
+            return None
+        content = self._content(path)
+        try:
+            return content["step"], _unpack(content["state"], load_file(path / TENSORS_FILE))
+        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+            raise _unreadable(path, error) from error
+
+    def _find(self, wish: str) -> Path | None:
         if wish == "latest":
-            found = self.all()
-            if not found:
-                return None
-            path = found[-1]
-        else:
-            path = Path(wish)
+            return self.all()[-1] if self.all() else None
+        path = Path(wish)
         if not (path / STATE_FILE).is_file():
             raise FileNotFoundError(
                 f"resume_from_checkpoint {str(path)!r} holds no {STATE_FILE}; give a folder {PREFIX}N, or 'latest'"
             )
+        return path
+
+    def _content(self, path: Path) -> dict[str, Any]:
+        """All but the tensors of a checkpoint that is one of this run."""
         try:
-            content = json.loads((path / STATE_FILE).read_text(encoding="utf-8"))
-            tensors = load_file(path / TENSORS_FILE)
-            step, manifest, state = content["step"], content["manifest"], _unpack(content["state"], tensors)
-        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-            raise ValueError(
-                f"checkpoint {str(path)!r} cannot be read ({error}); name an older one, or begin anew"
-            ) from error
+            content: dict[str, Any] = json.loads((path / STATE_FILE).read_text(encoding="utf-8"))
+            manifest = content["manifest"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise _unreadable(path, error) from error
         self._check_same_run(path, manifest)
-        return step, state
+        return content
 
     def _check_same_run(self, path: Path, other: dict[str, Any]) -> None:
         mine = json.loads(json.dumps(self.manifest))
@@ -125,6 +148,10 @@ class Checkpoints:
                     f"checkpoint {str(path)!r} was made with {name} {theirs[name]!r}, this run has {value!r}; "
                     "resume with the same settings, or choose another checkpoint_dir"
                 )
+
+
+def _unreadable(path: Path, error: Exception) -> ValueError:
+    return ValueError(f"checkpoint {str(path)!r} cannot be read ({error}); name an older one, or begin anew")
 
 
 def _pack(value: Any, tensors: dict[str, Tensor], name: str) -> Any:

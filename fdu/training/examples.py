@@ -109,10 +109,16 @@ def prepare_examples(
         "guidance_scale": config.guidance_scale,
         "seed": config.seed,
     }
-    latents = cache.get("latents", key, lambda: {"latents": _sample(denoiser, drawn, config, accelerator)})["latents"]
 
     def places(prompts: Sequence[str]) -> Tensor:
         return torch.tensor([texts.index(prompt) for prompt in prompts])
+
+    def sample() -> dict[str, Tensor]:
+        conditioning, empty = (encoded[places(prompts).to(denoiser.device)] for prompts in (drawn, [""]))
+        with denoiser.without_encoders():
+            return {"latents": _sample(denoiser, conditioning, empty, config, accelerator)}
+
+    latents = cache.get("latents", key, sample)["latents"]
 
     return Examples(
         texts=texts,
@@ -134,17 +140,20 @@ def spread(of: int, count: int) -> list[int]:
     return [index % of for index in range(count)]
 
 
-def _sample(denoiser: Denoiser, prompts: list[str], config: EraseConfig, accelerator: Accelerator) -> Tensor:
+def _sample(
+    denoiser: Denoiser, conditioning: Conditioning, empty: Conditioning, config: EraseConfig, accelerator: Accelerator
+) -> Tensor:
     """A latent a prompt; every process draws a share of them, and all have all."""
-    rank, processes = accelerator.process_index, accelerator.num_processes
-    share = slice(len(prompts) * rank // processes, len(prompts) * (rank + 1) // processes)
+    rank, processes, count = accelerator.process_index, accelerator.num_processes, len(conditioning)
+    share = slice(count * rank // processes, count * (rank + 1) // processes)
     latents = torch.empty(0, *denoiser.latent_shape)
-    if prompts[share]:
+    if share.start < share.stop:
         latents = denoiser.draw_latents(
-            prompts[share],
+            conditioning[share],
+            empty,
             config.num_inference_steps,
             config.guidance_scale,
-            [config.seed + index for index in range(len(prompts))][share],
+            [config.seed + index for index in range(count)][share],
             config.sample_batch_size,
         )
     return torch.cat(gather_object([latents.cpu()])) if processes > 1 else latents

@@ -32,28 +32,18 @@ class TimestepSampler:
     Args:
         sampling: "uniform" or "importance".
         timesteps: T, the length of the grid.
-        low, high: the part [low, high) of the grid to draw from, as fractions; 0 is the cleanest end.
 
     Raises:
-        ValueError: an unknown sampling, or a part of the grid that holds no timestep.
+        ValueError: an unknown sampling.
     """
 
-    def __init__(self, sampling: str, timesteps: int, low: float = 0.0, high: float = 1.0) -> None:
+    def __init__(self, sampling: str, timesteps: int) -> None:
         if sampling not in TIMESTEP_SAMPLINGS:
             raise ValueError(f"sampling must be one of {', '.join(TIMESTEP_SAMPLINGS)}, not {sampling!r}")
-        if not 0 <= low < high <= 1:
-            raise ValueError(f"low and high must be fractions with 0 <= low < high <= 1, not {low!r} and {high!r}")
-        self.sampling = sampling
-        self.first, self.end = round(low * timesteps), round(high * timesteps)
-        if self.first >= self.end:
-            raise ValueError(
-                f"no timestep of {timesteps} lies in [{low:g}, {high:g}) of the grid; raise high or lower low"
-            )
-        count = self.end - self.first
-        bins = min(BINS, count)
-        self.edges = self.first + torch.arange(bins + 1) * count // bins
-        widths = self.edges.diff()
-        self.uniform = widths.double() / count
+        self.sampling, self.timesteps = sampling, timesteps
+        bins = min(BINS, timesteps)
+        self.edges = torch.arange(bins + 1) * timesteps // bins
+        self.uniform = self.edges.diff().double() / timesteps
         """Probability of each bin [bins] if every timestep is alike; float64."""
         self.probabilities = self.uniform
         """Probability of each bin [bins], float64."""
@@ -73,7 +63,7 @@ class TimestepSampler:
             generator: on the CPU.
         """
         if not self.adapts:
-            return torch.randint(self.first, self.end, (count,), generator=generator), None
+            return torch.randint(self.timesteps, (count,), generator=generator), None
         if self._draws % REFRESH_EVERY == 0:
             self._refresh()
         self._draws += 1
@@ -85,7 +75,7 @@ class TimestepSampler:
     def observe(self, indices: Tensor, losses: Tensor) -> None:
         """Take note of losses [N], without their weights, at indices [N]; the device never makes the host wait.
 
-        Losses that are not finite, and indices outside the part of the grid, do not count.
+        Losses that are not finite do not count.
         """
         if not self.adapts:
             return
@@ -123,7 +113,7 @@ class TimestepSampler:
         if state["probabilities"].shape != self.probabilities.shape:
             raise ValueError(
                 f"the state has {len(state['probabilities'])} bins of timesteps and this sampler "
-                f"{len(self.probabilities)}; resume with the denoiser and the range it was made with"
+                f"{len(self.probabilities)}; resume with the denoiser it was made with"
             )
         self._observed = state["observed"].clone()
         self.probabilities = state["probabilities"].cpu().clone()

@@ -54,9 +54,29 @@ def recorded(denoiser: Denoiser, guidance_scale: float, steps: int = 3) -> list[
         calls.append((noisy.clone(), timestep.clone(), output[0].clone()))
 
     hook = denoiser.module.register_forward_hook(record, with_kwargs=True)
-    denoiser.sample([PROMPT], steps, guidance_scale, [torch.Generator().manual_seed(0)])
+    sampled(denoiser, PROMPT, guidance_scale, steps)
     hook.remove()
     return calls
+
+
+def sampled(denoiser: Denoiser, prompt: str, guidance_scale: float, steps: int, seed: int = 0) -> Tensor:
+    """The latent [1, C, H, W] that the pipeline itself makes of a prompt."""
+    latent = denoiser.pipeline(
+        prompt,
+        height=denoiser.height,
+        width=denoiser.width,
+        num_inference_steps=steps,
+        guidance_scale=guidance_scale,
+        generator=torch.Generator().manual_seed(seed),
+        output_type="latent",
+        **denoiser.call_settings,
+    ).images
+    return unpack(latent, *denoiser.latent_shape[1:]) if latent.ndim == 3 else latent
+
+
+def drawn(denoiser: Denoiser, prompts: list[str], guidance_scale: float, seeds: list[int], batch_size: int) -> Tensor:
+    conditioning, empty = denoiser.encode(prompts), denoiser.encode([""])
+    return denoiser.draw_latents(conditioning, empty, 2, guidance_scale, seeds, batch_size)
 
 
 def repeat(denoiser: Denoiser, noisy: Tensor, timestep: Tensor, prompts: list[str]) -> Tensor:
@@ -119,14 +139,41 @@ def test_sd3_works_without_t5(folders: Path) -> None:
 @EVERY_FAMILY
 @torch.no_grad()
 def test_a_latent_depends_on_its_prompt_and_its_seed_alone(denoiser: Denoiser) -> None:
-    together = denoiser.draw_latents([PROMPT, "a painting", PROMPT], 2, 2.0, [0, 1, 2], batch_size=3)
+    together = drawn(denoiser, [PROMPT, "a painting", PROMPT], 2.0, [0, 1, 2], batch_size=3)
     assert together.shape == (3, *denoiser.latent_shape)
     assert together.dtype == torch.float32
     assert together.isfinite().all()
-    alone = denoiser.draw_latents(["a painting"], 2, 2.0, [1], batch_size=1)
+    alone = drawn(denoiser, ["a painting"], 2.0, [1], batch_size=1)
     torch.testing.assert_close(together[1:2], alone, rtol=1e-4, atol=1e-4 * alone.abs().max().item())
-    other = denoiser.draw_latents([PROMPT], 2, 2.0, [1], batch_size=1)
+    other = drawn(denoiser, [PROMPT], 2.0, [1], batch_size=1)
     assert not torch.allclose(other, alone, rtol=1e-3)
+
+
+@EVERY_FAMILY
+@pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
+@torch.no_grad()
+def test_latents_are_the_pipelines_own_and_need_the_denoiser_alone(denoiser: Denoiser, guidance_scale: float) -> None:
+    pipeline = denoiser.pipeline
+    expected = torch.cat([sampled(denoiser, PROMPT, guidance_scale, steps=2, seed=seed) for seed in (3, 4)])
+    conditioning, empty = denoiser.encode([PROMPT, PROMPT]), denoiser.encode([""])
+    components, config = dict(pipeline.components), dict(pipeline.config)
+    for name, part in components.items():
+        if isinstance(part, nn.Module) and part is not denoiser.module:
+            part.to("meta")  # whoever asks it fails
+            assert getattr(pipeline, name) is part
+    latents = denoiser.draw_latents(conditioning, empty, 2, guidance_scale, [3, 4], batch_size=2)
+    torch.testing.assert_close(latents, expected.float(), rtol=1e-4, atol=1e-4 * expected.abs().max().item())
+    assert pipeline.components == components and dict(pipeline.config) == config
+
+
+@torch.no_grad()
+def test_the_pipeline_has_all_its_parts_again_after_an_error() -> None:
+    denoiser = denoiser_of(families.build("sd"))
+    components = dict(denoiser.pipeline.components)
+    wrong = Conditioning({"embeddings": torch.zeros(1, 2)})
+    with pytest.raises(Exception):  # noqa: B017  whatever diffusers says
+        denoiser.draw_latents(wrong, wrong, 2, 1.0, [0], 1)
+    assert denoiser.pipeline.components == components
 
 
 @EVERY_FAMILY
@@ -380,7 +427,7 @@ def test_another_resolution_is_sampled_at_that_resolution(name: str) -> None:
     twice = 2 * families.resolution(name)
     denoiser = denoiser_of(families.build(name), twice)
     assert (denoiser.height, denoiser.width) == (twice, twice)
-    latents = denoiser.draw_latents([PROMPT], 2, 1.0, [0], 1)
+    latents = drawn(denoiser, [PROMPT], 1.0, [0], 1)
     assert latents.shape == (1, *denoiser.latent_shape) == (1, 4, 16, 16)
 
 

@@ -108,9 +108,10 @@ def test_noise_is_paired_with_the_prompt_it_was_drawn_with(pipeline: StableDiffu
     config = fdu.EraseConfig(objective="noise", num_latents=40, num_inference_steps=1, max_train_steps=40)
     denoiser, drawn = denoiser_of(pipeline), []
     real = denoiser.draw_latents
-    denoiser.draw_latents = lambda prompts, *rest: (drawn.extend(prompts), real(prompts, *rest))[1]  # type: ignore
+    denoiser.draw_latents = lambda given, *rest: (drawn.append(given), real(given, *rest))[1]  # type: ignore
     prepared = prepare(denoiser, config, embedded.concepts("three", "eight"))
-    assert [prepared.texts[prepared.anchor[index]] for index in prepared.pair] == drawn[: len(prepared.pair)]
+    read = drawn[0][slice(0, len(prepared.pair))].tensors["embeddings"]
+    assert torch.equal(prepared.conditioning[prepared.anchor[prepared.pair]].tensors["embeddings"], read)
 
 
 def test_several_concepts_share_steps_and_latents(pipeline: StableDiffusionPipeline) -> None:
