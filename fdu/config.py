@@ -206,7 +206,7 @@ class EraseConfig:
             if not all(isinstance(prompt, str) for prompt in getattr(self, name)):
                 raise TypeError(f"{name} must hold strings only")
             object.__setattr__(self, name, tuple(getattr(self, name)))
-        for name in ("cache_dir", "checkpoint_dir", "resume_from_checkpoint", "logging_dir"):
+        for name in PLACES:
             if isinstance(getattr(self, name), Path):
                 object.__setattr__(self, name, str(getattr(self, name)))
         self._require_sense(divergence)

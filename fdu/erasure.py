@@ -21,7 +21,7 @@ from fdu.config import EraseConfig
 from fdu.denoisers import Denoiser, denoiser_of
 from fdu.result import ErasureResult
 from fdu.trainable import Trainable, attach
-from fdu.training.cache import Cache, model_key
+from fdu.training.cache import Cache, model_key, tensor_key
 from fdu.training.checkpoint import Checkpoints
 from fdu.training.examples import prepare_examples
 from fdu.training.loop import Training
@@ -187,7 +187,7 @@ def _checkpoints(
     manifest = {
         "config": config.as_dict(),
         "concepts": [[[one.name, list(one.prompts)] for one in pair] for pair in pairs],
-        "mask": None if mask is None else mask.tolist(),
+        "mask": None if mask is None else tensor_key(mask),
         "base": base,
         "processes": processes,
         "versions": versions(),

@@ -11,6 +11,7 @@ from fdu.denoisers.sana import SanaDenoiser
 from fdu.denoisers.sd3 import SD3Denoiser
 from fdu.denoisers.sdxl import SDXLDenoiser
 from fdu.denoisers.unet import UNetDenoiser
+from fdu.weights.parts import DENOISERS
 
 FAMILIES: tuple[type[Denoiser], ...] = (
     UNetDenoiser,
@@ -40,6 +41,12 @@ def denoiser_of(pipeline: DiffusionPipeline, resolution: int | None = None) -> D
     for family in FAMILIES:
         if family.fits(pipeline):
             return family(pipeline, resolution)
+    for name in DENOISERS:
+        if hasattr(getattr(pipeline, name, None), "_orig_mod"):
+            raise TypeError(
+                f"pipeline.{name} is compiled; set pipeline.{name} = pipeline.{name}._orig_mod before training, and "
+                "let it compile for itself with compile=True"
+            )
     raise TypeError(
         f"pipeline is a {type(pipeline).__name__}, whose family is not supported yet; supported: "
         f"{'; '.join(family.family for family in FAMILIES)}. "

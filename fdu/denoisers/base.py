@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from fdu.denoisers.autoencoder import encode_images
+from fdu.progress import silent
+from fdu.weights.parts import TEXT_ENCODERS
 
 PredictionType = Literal["epsilon", "v_prediction", "sample", "flow"]
 ENCODE_BATCH = 64
@@ -97,6 +99,8 @@ class Denoiser(ABC):
         self.module: nn.Module = getattr(pipeline, self.module_name)
         """What predicts; the training may put a wrapper of it here."""
         self.config: Any = self.module.config
+        self.dtype: torch.dtype = self.module.dtype
+        """Of the module as it came; what is trained in it may be of another."""
         self.height, self.width = self._image_size(resolution)
         """Pixels of an image."""
 
@@ -127,7 +131,7 @@ class Denoiser(ABC):
                 f"pipeline is a {name}, which {reason}; editing, inpainting and ControlNet pipelines cannot be "
                 "trained, load the model with AutoPipelineForText2Image"
             )
-        if any(hasattr(part, "_hf_hook") for part in pipeline.components.values()):
+        if any(_moves_itself(part) for part in pipeline.components.values()):
             raise ValueError(
                 "pipeline moves its parts between devices by itself; before the training call "
                 "pipeline.remove_all_hooks() and pipeline.to(device)"
@@ -168,62 +172,68 @@ class Denoiser(ABC):
     @property
     def text_encoders(self) -> dict[str, nn.Module]:
         """The pipeline's text encoders by attribute."""
-        names = ("text_encoder", "text_encoder_2", "text_encoder_3")
-        found = {name: getattr(self.pipeline, name, None) for name in names}
+        found = {name: getattr(self.pipeline, name, None) for name in TEXT_ENCODERS}
         return {name: encoder for name, encoder in found.items() if encoder is not None}
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> Conditioning:
-        """The conditioning of any number of prompts, a constant."""
+        """The conditioning of any number of prompts, a constant, in the type of the module."""
         starts = range(0, len(prompts), ENCODE_BATCH)
-        return Conditioning.cat([self.encode_batch(list(prompts[start : start + ENCODE_BATCH])) for start in starts])
+        parts = [self.encode_batch(list(prompts[start : start + ENCODE_BATCH])) for start in starts]
+        tensors = Conditioning.cat(parts).tensors
+        return Conditioning(
+            {name: tensor.to(self.dtype) if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
+        )
 
     @torch.no_grad()
     def draw_latents(
         self,
         conditioning: Conditioning,
-        empty: Conditioning,
+        chosen: Sequence[int],
+        empty: int,
         steps: int,
         guidance_scale: float,
         seeds: Sequence[int],
         batch_size: int,
+        progress: bool = True,
     ) -> Tensor:
-        """Sample a clean latent a prompt, fp32 [N, C, H, W]; it depends on its prompt and its seed alone.
+        """Sample clean latents, fp32 [N, C, H, W]; each depends on its prompt and its seed alone.
 
         Args:
-            conditioning: of N prompts.
-            empty: of the prompt "" alone, which guidance leads away from.
+            conditioning: of any prompts.
+            chosen: N of them, by index.
+            empty: the index of the prompt "", which guidance leads away from.
             steps, guidance_scale: of the pipeline's own sampler.
             seeds: N of them.
             batch_size: latents sampled at a time.
+            progress: whether to show a progress bar.
         """
         batches = []
-        settings = getattr(self.pipeline, "_progress_bar_config", {})
-        self.pipeline.set_progress_bar_config(disable=True)
-        try:
-            with self._module_alone():
-                for start in tqdm(range(0, len(conditioning), batch_size), desc="latents", unit="batch"):
-                    some = slice(start, start + batch_size)
-                    generators = [torch.Generator().manual_seed(seed) for seed in seeds[some]]
-                    # Half precision would round the noise away at the first timesteps.
-                    batches.append(self.sample(conditioning[some], empty, steps, guidance_scale, generators).float())
-        finally:
-            self.pipeline._progress_bar_config = settings
+        with silent(self.pipeline), self._module_alone():
+            starts = range(0, len(chosen), batch_size)
+            for start in tqdm(starts, desc="latents", unit="batch", disable=not progress):
+                some = chosen[start : start + batch_size]
+                given = conditioning[torch.tensor([*some, *[empty] * len(some)], device=self.device)]
+                generators = [torch.Generator().manual_seed(seed) for seed in seeds[start : start + batch_size]]
+                # Half precision would round the noise away at the first timesteps.
+                batches.append(self.sample(given, steps, guidance_scale, generators).float())
         return torch.cat(batches)
 
     def sample(
-        self,
-        conditioning: Conditioning,
-        empty: Conditioning,
-        steps: int,
-        guidance_scale: float,
-        generators: list[torch.Generator],
+        self, conditioning: Conditioning, steps: int, guidance_scale: float, generators: list[torch.Generator]
     ) -> Tensor:
-        """Clean latents [N, C, H, W] of one batch, by the pipeline's own sampler, without decoding them."""
-        given = {PIPELINE_ARGUMENTS[name]: tensor for name, tensor in conditioning.tensors.items()}
+        """Clean latents [N, C, H, W] of one batch, by the pipeline's own sampler, without decoding them.
+
+        Args:
+            conditioning: of N prompts, and as many times of "".
+            steps, guidance_scale: as for :meth:`draw_latents`.
+            generators: N of them.
+        """
+        count = len(generators)
+        given = {PIPELINE_ARGUMENTS[name]: tensor[:count] for name, tensor in conditioning.tensors.items()}
         if self.guided_by_empty and guidance_scale > 1:
-            beside = empty[torch.zeros(len(conditioning), dtype=torch.int64, device=self.device)]
-            given |= {f"negative_{PIPELINE_ARGUMENTS[name]}": tensor for name, tensor in beside.tensors.items()}
+            empty = conditioning[count:].tensors
+            given |= {f"negative_{PIPELINE_ARGUMENTS[name]}": tensor for name, tensor in empty.items()}
         return self.pipeline(
             **given,
             negative_prompt=None,
@@ -273,6 +283,7 @@ class Denoiser(ABC):
             (part, next(part.parameters()).device)
             for name, part in self.pipeline.components.items()
             if isinstance(part, nn.Module) and name != self.module_name and name not in keep
+            if not getattr(part, "is_loaded_in_8bit", False)  # which transformers keeps where it is
         ]
         try:
             for part, _ in others:
@@ -322,6 +333,16 @@ class Denoiser(ABC):
         shape = (-1, *[1] * (like.ndim - 1))
         self.signal, self.noise = self.signal.to(like.device), self.noise.to(like.device)
         return self.signal[indices].view(shape).to(like.dtype), self.noise[indices].view(shape).to(like.dtype)
+
+
+def _moves_itself(part: Any) -> bool:
+    """Whether hooks move a part between devices: those of accelerate, or diffusers' group offloading."""
+    if hasattr(part, "_hf_hook"):
+        return True
+    registries = (
+        [getattr(layer, "_diffusers_hook", None) for layer in part.modules()] if isinstance(part, nn.Module) else []
+    )
+    return any(registry is not None and registry.get_hook("group_offloading") for registry in registries)
 
 
 def call_default(pipeline: DiffusionPipeline, argument: str) -> Any:

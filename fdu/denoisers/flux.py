@@ -43,15 +43,10 @@ class FluxDenoiser(FlowDenoiser):
         return Conditioning({"embeddings": embeddings, "pooled": pooled})
 
     def sample(
-        self,
-        conditioning: Conditioning,
-        empty: Conditioning,
-        steps: int,
-        guidance_scale: float,
-        generators: list[torch.Generator],
+        self, conditioning: Conditioning, steps: int, guidance_scale: float, generators: list[torch.Generator]
     ) -> Tensor:
         _, height, width = self.latent_shape
-        return unpack(super().sample(conditioning, empty, steps, guidance_scale, generators), height, width)
+        return unpack(super().sample(conditioning, steps, guidance_scale, generators), height, width)
 
     def predict(self, noisy: Tensor, indices: Tensor, conditioning: Conditioning) -> Tensor:
         height, width = noisy.shape[-2:]

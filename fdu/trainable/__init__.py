@@ -91,11 +91,11 @@ def _chosen(denoiser: Denoiser, method: str) -> dict[str, nn.Parameter]:
             names.setdefault(parameter, name)
     chosen_parameters = {name: parameter for parameter, name in names.items()}
     for name, parameter in chosen_parameters.items():
-        if not parameter.is_floating_point() or parameter.is_meta:
+        if not parameter.is_floating_point() or parameter.itemsize < 2 or parameter.is_meta:
             raise ValueError(
                 f"train_method {method!r} trains {name}, which is "
                 f"{'not in memory' if parameter.is_meta else f'stored as {parameter.dtype}'}; load the pipeline "
-                "without quantization and without offloading, or choose train_method 'lora'"
+                "without quantization, layerwise casting and offloading, or choose train_method 'lora'"
             )
     _some(list(chosen_parameters), denoiser, method)
     return chosen_parameters

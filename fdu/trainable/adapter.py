@@ -108,9 +108,8 @@ class Adapter(Trainable):
             parameter.requires_grad_(True)
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
-        # Looked up each time, since FSDP puts others in their place.
         return {
-            f"{self.attribute}.{name.replace(f'.{self.name}.', '.').replace('_fsdp_wrapped_module.', '')}": parameter
+            f"{self.attribute}.{name.replace(f'.{self.name}.', '.')}": parameter
             for name, parameter in self.module.named_parameters()
             if f".{self.name}." in name
         }
@@ -160,7 +159,9 @@ class Adapter(Trainable):
     def _settle(self) -> None:
         for layer in self.layers:
             weight = layer.get_base_layer().weight
-            dtype = weight.dtype if weight.is_floating_point() else torch.float32  # quantized ones have none
+            # Weights of less than 16 bits are stored so, and computed with in another type.
+            plain = weight.is_floating_point() and weight.itemsize >= 2
+            dtype = weight.dtype if plain else torch.float32
             for name, parameter in layer.named_parameters():
                 if f".{self.name}." in name:
                     parameter.requires_grad_(False)

@@ -21,7 +21,6 @@ class Weights(Trainable):
     one further copy of what is trained (for "full", of the whole module) and of nothing else. In a half-precision
     module the masters need autocast. The frozen model has the user's own parameters back, so no tensor that autograd
     saved is touched, and a cache of cast weights cannot mix the two up; under torch.compile it has a graph of its own.
-    FSDP cannot shard masters and originals alike.
     """
 
     def __init__(self, pipeline: DiffusionPipeline, chosen: Mapping[str, nn.Parameter], *, trains_text: bool) -> None:

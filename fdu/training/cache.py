@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+import fdu
 from fdu.denoisers import Denoiser
 from fdu.weights import fingerprint
 
@@ -95,7 +96,7 @@ def model_key(denoiser: Denoiser) -> dict[str, Any]:
         "settings": settings,
         "scheduler": f"{type(pipeline.scheduler).__name__} {pipeline.scheduler.config}",
         "size": (denoiser.height, denoiser.width),
-        "versions": (torch.__version__, diffusers.__version__, transformers.__version__),
+        "versions": [module.__version__ for module in (fdu, torch, diffusers, transformers)],
     }
 
 

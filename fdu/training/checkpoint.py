@@ -137,9 +137,11 @@ class Checkpoints:
         mine = json.loads(json.dumps(self.manifest))
         for name in ("base", "concepts", "processes", "mask"):
             if mine.get(name) != other.get(name):
+                # The others are long, or say nothing.
+                values = f", {other.get(name)!r} and not {mine.get(name)!r}" if name == "processes" else ""
                 raise ValueError(
-                    f"checkpoint {str(path)!r} belongs to another run: its {name} is {other.get(name)!r}, "
-                    f"this run's is {mine.get(name)!r}; resume with the same, or choose another checkpoint_dir"
+                    f"checkpoint {str(path)!r} belongs to another run: it differs in {name}{values}; "
+                    "resume with the same, or choose another checkpoint_dir"
                 )
         theirs = other.get("config", {})
         for name, value in mine["config"].items():

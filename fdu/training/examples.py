@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -60,14 +60,42 @@ class Batch:
     anchors: Tensor
     """The prompt whose frozen output it is to give: its anchor's, or the preserved one itself, [N]; on the CPU."""
 
+    @classmethod
+    def joined(cls, batches: Sequence[Batch]) -> Batch:
+        """One batch of the samples of several of one size: all that erase, then all that preserve."""
+        first = batches[0]
+        if len(batches) == 1:
+            return first
+        values: dict[str, Any] = {"size": first.size * len(batches)}
+        for name in ("noisy", "indices", "timestep_weight", "noise", "reads", "anchors"):
+            own = [getattr(batch, name) for batch in batches]
+            values[name] = None if own[0] is None else _kinds_together(own, first.size)
+        return cls(**values)
+
+    def parted(self, outputs: Tensor, count: int) -> list[Tensor]:
+        """Of outputs [N, ...] for this batch, joined of ``count``, what belongs to each of them."""
+        kinds = [kind.chunk(count) for kind in outputs.split(self.size)]
+        return [torch.cat(parts) for parts in zip(*kinds, strict=True)]
+
     def to(self, device: torch.device | str) -> Batch:
         """The batch with what the denoiser reads on another device."""
-        moved: dict[str, Any] = {
-            name: value.to(device, non_blocking=True)
+        return self._with(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pinned(self) -> Batch:
+        """A batch on the CPU with what the denoiser reads in pinned memory."""
+        return self._with(Tensor.pin_memory)
+
+    def _with(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        changed: dict[str, Any] = {
+            name: change(value)
             for name, value in vars(self).items()
             if isinstance(value, Tensor) and name not in ("reads", "anchors")
         }
-        return dataclasses.replace(self, **moved)
+        return dataclasses.replace(self, **changed)
+
+
+def _kinds_together(parts: Sequence[Tensor], size: int) -> Tensor:
+    return torch.cat([*(part[:size] for part in parts), *(part[size:] for part in parts)])
 
 
 def prepare_examples(
@@ -108,15 +136,16 @@ def prepare_examples(
         "steps": config.num_inference_steps,
         "guidance_scale": config.guidance_scale,
         "seed": config.seed,
+        "mixed_precision": config.mixed_precision,
     }
 
     def places(prompts: Sequence[str]) -> Tensor:
         return torch.tensor([texts.index(prompt) for prompt in prompts])
 
     def sample() -> dict[str, Tensor]:
-        conditioning, empty = (encoded[places(prompts).to(denoiser.device)] for prompts in (drawn, [""]))
-        with denoiser.without_encoders():
-            return {"latents": _sample(denoiser, conditioning, empty, config, accelerator)}
+        chosen = places(drawn).tolist()
+        with denoiser.without_encoders(), accelerator.autocast():
+            return {"latents": _sample(denoiser, encoded, chosen, texts.index(""), config, accelerator)}
 
     latents = cache.get("latents", key, sample)["latents"]
 
@@ -141,20 +170,27 @@ def spread(of: int, count: int) -> list[int]:
 
 
 def _sample(
-    denoiser: Denoiser, conditioning: Conditioning, empty: Conditioning, config: EraseConfig, accelerator: Accelerator
+    denoiser: Denoiser,
+    conditioning: Conditioning,
+    chosen: Sequence[int],
+    empty: int,
+    config: EraseConfig,
+    accelerator: Accelerator,
 ) -> Tensor:
-    """A latent a prompt; every process draws a share of them, and all have all."""
-    rank, processes, count = accelerator.process_index, accelerator.num_processes, len(conditioning)
-    share = slice(count * rank // processes, count * (rank + 1) // processes)
+    """A latent of each chosen prompt; every process draws a share of them, and all have all."""
+    rank, processes = accelerator.process_index, accelerator.num_processes
+    share = range(len(chosen))[len(chosen) * rank // processes : len(chosen) * (rank + 1) // processes]
     latents = torch.empty(0, *denoiser.latent_shape)
-    if share.start < share.stop:
+    if share:
         latents = denoiser.draw_latents(
-            conditioning[share],
+            conditioning,
+            chosen[share.start : share.stop],
             empty,
             config.num_inference_steps,
             config.guidance_scale,
-            [config.seed + index for index in range(count)][share],
+            [config.seed + index for index in share],
             config.sample_batch_size,
+            accelerator.is_local_main_process,
         )
     return torch.cat(gather_object([latents.cpu()])) if processes > 1 else latents
 

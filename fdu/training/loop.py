@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any, cast
 
@@ -34,6 +33,8 @@ from fdu.training.tracking import Tracking
 LOGGER = logging.getLogger(__name__)
 CHECK_EVERY = 10
 """Steps between looks at the loss, each of which waits for the device."""
+PREPARED = ("forward", "_original_forward", "_is_accelerate_prepared")
+"""Attributes that accelerate gives a module that it prepares."""
 COLUMNS = ("loss", "divergence", "preservation", "distance", "critic")
 """The course of the training: a value a step."""
 
@@ -65,6 +66,8 @@ class Training:
         self.accelerator, self.denoiser, self.trainable = accelerator, denoiser, trainable
         self.examples, self.objective, self.config = examples, objective, config
         self.cache, self.checkpoints = cache, checkpoints
+        self.module = denoiser.module
+        self.unprepared = {name: vars(self.module)[name] for name in PREPARED if name in vars(self.module)}
         self.named = trainable.named_parameters()
         self.parameters = list(self.named.values())
         self.optimizer, self.schedule = make_optimizer(self.parameters, config)
@@ -86,38 +89,63 @@ class Training:
             RuntimeError: the loss became NaN or infinite.
             KeyboardInterrupt: a signal asked for it; the state is in a checkpoint, if there are any.
         """
-        config, accelerator, denoiser = self.config, self.accelerator, self.denoiser
-        module = denoiser.module
-        tracking = Tracking(accelerator, config)
+        config, denoiser, module = self.config, self.denoiser, self.module
+        tracking = Tracking(self.accelerator, config)
         keep = denoiser.text_encoders if self.trainable.trains_text else ()
         encoders_away = denoiser.without_encoders(keep)
         shards = sharded(module, self.parameters) if config.shard else nullcontext()
         lean = nullcontext() if config.compile else keeping_less(module)
         with _checkpointed(module, config.gradient_checkpointing), encoders_away, noticed() as stop, shards, lean:
-            own_forward = vars(module).get("forward")
             try:
-                # The schedule stays outside: accelerate would move it on once for every process.
-                if self.averages:
-                    denoiser.module = accelerator.prepare_model(module, evaluation_mode=True)
-                    self.optimizer = accelerator.prepare_optimizer(self.optimizer)
-                else:
-                    denoiser.module, self.optimizer = accelerator.prepare(module, self.optimizer)
-                if config.compile:
-                    denoiser.module = cast(nn.Module, torch.compile(denoiser.module))
-                self._draw_frozen_batches()
-                self._resume()
-                self._loop(tracking, stop)
+                with self._prepared():
+                    self._draw_frozen_batches()
+                    self._resume()
+                    self._loop(tracking, stop)
             finally:
-                accelerator.unwrap_model(denoiser.module, keep_fp32_wrapper=False)
-                # Unwrapping pins the class's own method to the module.
-                vars(module).pop("forward", None)
-                if own_forward is not None:
-                    vars(module)["forward"] = own_forward
-                denoiser.module = module
                 tracking.end()
         columns = torch.stack(self.course).T.tolist() if self.course else [[]] * len(COLUMNS)
         history = dict(zip(COLUMNS, columns, strict=True))
         return history if config.variational else {name: history[name] for name in COLUMNS if name != "critic"}
+
+    @contextmanager
+    def _prepared(self) -> Iterator[None]:
+        """Within this context the denoiser computes in the run's precision, and in DDP where there are processes."""
+        accelerator, denoiser, module = self.accelerator, self.denoiser, self.module
+        for name in PREPARED:
+            if name != "forward":
+                vars(module).pop(name, None)  # accelerate would take it for done
+        try:
+            # The schedule stays outside: accelerate would move it on once for every process.
+            if self.averages:
+                denoiser.module = accelerator.prepare_model(module, evaluation_mode=True)
+                self.optimizer = accelerator.prepare_optimizer(self.optimizer)
+            else:
+                denoiser.module, self.optimizer = accelerator.prepare(module, self.optimizer)
+            if self.config.compile:
+                denoiser.module = cast(nn.Module, torch.compile(denoiser.module))
+            yield
+        finally:
+            denoiser.module = module
+            for name in PREPARED:
+                vars(module).pop(name, None)
+            vars(module).update(self.unprepared)
+
+    @contextmanager
+    def _drawing(self) -> Iterator[None]:
+        """Within this context the whole pipeline is on the device, and draws as it will after the training."""
+        attributes, dtype = vars(self.module), self.denoiser.dtype
+        prepared = attributes.pop("forward", None)
+        if "forward" in self.unprepared:
+            attributes["forward"] = self.unprepared["forward"]
+        if dtype.itemsize == 2:  # what is trained is still in float32
+            attributes["forward"] = _under_autocast(self.module.forward, self.denoiser.device, dtype)
+        try:
+            with self.denoiser.with_encoders():
+                yield
+        finally:
+            attributes.pop("forward", None)
+            if prepared is not None:
+                attributes["forward"] = prepared
 
     def _loop(self, tracking: Tracking, stop: Interruption) -> None:
         config = self.config
@@ -141,7 +169,7 @@ class Training:
             if saving:
                 self._save()
             if config.validation_prompts and (last or self.step % config.validation_steps == 0):
-                with self.denoiser.with_encoders():
+                with self._drawing():
                     tracking.validate(self.step, self.denoiser)
             if stopping and not last:
                 raise KeyboardInterrupt
@@ -150,10 +178,10 @@ class Training:
         """One optimizer step. Returns its values of ``COLUMNS``, means over the accumulated batches, [5]."""
         config, accelerator = self.config, self.accelerator
         terms = []
-        for part in range(config.gradient_accumulation_steps):
-            synchronized = part + 1 == config.gradient_accumulation_steps
-            with nullcontext() if synchronized else accelerator.no_sync(self.denoiser.module):
-                terms.append(self._backward(*self._next_batch(part)))
+        parts = self._next_batches(self.step * config.gradient_accumulation_steps, config.gradient_accumulation_steps)
+        for number, part in enumerate(parts, 1):
+            with nullcontext() if number == len(parts) else accelerator.no_sync(self.denoiser.module):
+                terms.append(self._backward(*part))
         if self.averages:
             self._average_gradients()
             if self.surgery:
@@ -208,8 +236,9 @@ class Training:
     @torch.no_grad()
     def _warm_up(self) -> None:
         """Let the critic of a variational game learn alone, before the first step."""
-        for number in tqdm(range(self.config.critic_warmup_steps), "critic", unit="step"):
-            batch, wanted = self._next_batch(number)
+        quiet = not self.accelerator.is_local_main_process
+        for number in tqdm(range(self.config.critic_warmup_steps), "critic", unit="step", disable=quiet):
+            ((batch, wanted),) = self._next_batches(number, 1)
             self.objective.teach(self._predict(batch, slice(0, batch.size)), wanted[: batch.size], batch)
 
     def _predict(self, batch: Batch, part: slice) -> Tensor:
@@ -232,15 +261,24 @@ class Training:
             if parameter.grad is not None:  # some text encoders have layers behind the one that is read
                 parameter.grad = self.accelerator.reduce(parameter.grad, "mean")
 
-    def _next_batch(self, part: int) -> tuple[Batch, Tensor]:
-        """A batch, and what the trained denoiser is to predict for it."""
+    def _next_batches(self, number: int, count: int) -> list[tuple[Batch, Tensor]]:
+        """``count`` batches from the ``number``-th of the run on, and what the trained denoiser is to predict."""
         if self.frozen_batches:
-            number = self.step * self.config.gradient_accumulation_steps + part
-            batch, wanted = self.frozen_batches[number % len(self.frozen_batches)]
-            return batch.to(self.denoiser.device), wanted.to(self.denoiser.device, non_blocking=True)
-        batch = self._draw()
-        with torch.no_grad(), self.trainable.frozen():
-            return batch, self.objective.wanted(self.denoiser, self.examples, batch)
+            device, kept = self.denoiser.device, self.frozen_batches
+            chosen = [kept[index % len(kept)] for index in range(number, number + count)]
+            return [(batch.to(device), wanted.to(device, non_blocking=True)) for batch, wanted in chosen]
+        batches = [self._draw() for _ in range(count)]
+        return list(zip(batches, self._wanted(batches), strict=True))
+
+    @torch.no_grad()
+    def _wanted(self, batches: list[Batch]) -> Iterator[Tensor]:
+        """What the trained denoiser is to predict for each batch; as many a pass as in sampling, or one."""
+        together = max(self.config.sample_batch_size // len(batches[0].noisy), 1)
+        with self.trainable.frozen():
+            for start in range(0, len(batches), together):
+                some = batches[start : start + together]
+                joined = Batch.joined(some).to(self.denoiser.device)
+                yield from joined.parted(self.objective.wanted(self.denoiser, self.examples, joined), len(some))
 
     def _draw(self) -> Batch:
         accelerator = self.accelerator
@@ -256,18 +294,16 @@ class Training:
 
     def _draw_frozen_batches(self) -> None:
         """With frozen_batches, draw them all now, and what the frozen denoiser predicts, unless the cache has it."""
-        config, device = self.config, self.denoiser.device
+        config = self.config
         count = min(config.frozen_batches, config.max_train_steps * config.gradient_accumulation_steps)
         if not count:
             return
-        batches = [_kept(self._draw().to("cpu")) for _ in range(count)]
+        batches = [self._draw().to("cpu") for _ in range(count)]
 
         def predict() -> dict[str, Tensor]:
-            outputs = []
-            with torch.no_grad(), self.trainable.frozen():
-                for batch in tqdm(batches, "frozen", unit="batch"):
-                    outputs.append(self.objective.wanted(self.denoiser, self.examples, batch.to(device)).cpu())
-            return {"wanted": torch.stack(outputs)}
+            quiet = not self.accelerator.is_local_main_process
+            progress = tqdm(self._wanted(batches), "frozen", total=count, unit="batch", disable=quiet)
+            return {"wanted": torch.stack([wanted.cpu() for wanted in progress])}
 
         key: dict[str, Any] = {}
         if self.cache.folder is not None:
@@ -280,7 +316,10 @@ class Training:
                 "process": self.accelerator.process_index,
             }
         wanted = self.cache.get("frozen", key, predict, every_process=True)["wanted"]
-        self.frozen_batches = list(zip(batches, wanted, strict=True))
+        self.frozen_batches = list(zip(batches, wanted.cpu(), strict=True))
+        if self.denoiser.device.type == "cuda":
+            # In memory from which a GPU copies by itself.
+            self.frozen_batches = [(batch.pinned(), wanted.pin_memory()) for batch, wanted in self.frozen_batches]
 
     def _look(self, tracking: Tracking) -> float:
         """Wait for the losses since the last look, take their means over the processes, log them, return the last.
@@ -378,14 +417,12 @@ class Training:
         return bool(self.accelerator.reduce(asked, "sum") > 0)
 
 
-def _kept(batch: Batch) -> Batch:
-    """A batch that waits for its turn in memory from which a GPU copies by itself."""
-    if not torch.cuda.is_available():
-        return batch
-    pinned: dict[str, Any] = {
-        name: value.pin_memory() for name, value in vars(batch).items() if isinstance(value, Tensor)
-    }
-    return dataclasses.replace(batch, **pinned)
+def _under_autocast(forward: Callable[..., Any], device: torch.device, dtype: torch.dtype) -> Callable[..., Any]:
+    def computed(*args: Any, **kwargs: Any) -> Any:
+        with torch.autocast(device.type, dtype):
+            return forward(*args, **kwargs)
+
+    return computed
 
 
 @contextmanager

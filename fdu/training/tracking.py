@@ -13,6 +13,7 @@ from torch import Tensor
 from fdu.config import PLACES, EraseConfig
 from fdu.denoisers import Denoiser
 from fdu.pictures import strip
+from fdu.progress import silent
 
 LOGGER = logging.getLogger(__name__)
 PROJECT = "fdu"
@@ -91,14 +92,9 @@ class Tracking:
 @torch.no_grad()
 def draw_validation(denoiser: Denoiser, config: EraseConfig) -> Tensor:
     """An image of every validation prompt, [N, 3, H, W] in [0, 1]; the seeds are the same each time."""
-    pipeline = denoiser.pipeline
-    settings = getattr(pipeline, "_progress_bar_config", {})
-    pipeline.set_progress_bar_config(disable=True)
-    try:
+    with silent(denoiser.pipeline):
         numbered = enumerate(config.validation_prompts)
         return torch.cat([_draw(denoiser, prompt, index, config) for index, prompt in numbered])
-    finally:
-        pipeline._progress_bar_config = settings
 
 
 def _draw(denoiser: Denoiser, prompt: str, index: int, config: EraseConfig) -> Tensor:

@@ -115,12 +115,12 @@ def test_another_runs_checkpoints_are_refused_before_any_work(run: dict[str, Any
     again = {**run, "resume_from_checkpoint": "latest"}
     with pytest.raises(ValueError, match=r"was made with learning_rate 0\.002, this run has 0\.1"):
         fdu.erase(embedded.load_pipeline(), "three", "eight", **again, learning_rate=0.1)
-    with pytest.raises(ValueError, match="belongs to another run: its concepts"):
+    with pytest.raises(ValueError, match="belongs to another run: it differs in concepts"):
         fdu.erase(embedded.load_pipeline(), "four", "eight", **again)
     other = embedded.load_pipeline()
     with torch.no_grad():
         other.unet.conv_in.bias[0] += 1
-    with pytest.raises(ValueError, match="belongs to another run: its base"):
+    with pytest.raises(ValueError, match="belongs to another run: it differs in base"):
         fdu.erase(other, "three", "eight", **again)
     with pytest.raises(FileNotFoundError, match="resume_from_checkpoint '.*none' holds no state.json"):
         fdu.erase(

@@ -75,8 +75,9 @@ def sampled(denoiser: Denoiser, prompt: str, guidance_scale: float, steps: int, 
 
 
 def drawn(denoiser: Denoiser, prompts: list[str], guidance_scale: float, seeds: list[int], batch_size: int) -> Tensor:
-    conditioning, empty = denoiser.encode(prompts), denoiser.encode([""])
-    return denoiser.draw_latents(conditioning, empty, 2, guidance_scale, seeds, batch_size)
+    conditioning = denoiser.encode([*prompts, ""])
+    chosen = range(len(prompts))
+    return denoiser.draw_latents(conditioning, chosen, len(prompts), 2, guidance_scale, seeds, batch_size)
 
 
 def repeat(denoiser: Denoiser, noisy: Tensor, timestep: Tensor, prompts: list[str]) -> Tensor:
@@ -155,15 +156,30 @@ def test_a_latent_depends_on_its_prompt_and_its_seed_alone(denoiser: Denoiser) -
 def test_latents_are_the_pipelines_own_and_need_the_denoiser_alone(denoiser: Denoiser, guidance_scale: float) -> None:
     pipeline = denoiser.pipeline
     expected = torch.cat([sampled(denoiser, PROMPT, guidance_scale, steps=2, seed=seed) for seed in (3, 4)])
-    conditioning, empty = denoiser.encode([PROMPT, PROMPT]), denoiser.encode([""])
+    conditioning = denoiser.encode(["", "a painting", PROMPT])
     components, config = dict(pipeline.components), dict(pipeline.config)
     for name, part in components.items():
         if isinstance(part, nn.Module) and part is not denoiser.module:
             part.to("meta")  # whoever asks it fails
             assert getattr(pipeline, name) is part
-    latents = denoiser.draw_latents(conditioning, empty, 2, guidance_scale, [3, 4], batch_size=2)
+    latents = denoiser.draw_latents(conditioning, [2, 2], 0, 2, guidance_scale, [3, 4], batch_size=2)
     torch.testing.assert_close(latents, expected.float(), rtol=1e-4, atol=1e-4 * expected.abs().max().item())
     assert pipeline.components == components and dict(pipeline.config) == config
+
+
+def test_a_compiled_module_is_refused_with_the_remedy() -> None:
+    pipeline = families.build("sd")
+    pipeline.unet = torch.compile(pipeline.unet)
+    with pytest.raises(TypeError, match=r"pipeline.unet is compiled; set pipeline.unet = pipeline.unet._orig_mod"):
+        denoiser_of(pipeline)
+
+
+def test_group_offloading_is_refused() -> None:
+    pipeline = families.build("flux")
+    cpu = torch.device("cpu")
+    pipeline.transformer.enable_group_offload(cpu, cpu, offload_type="leaf_level")
+    with pytest.raises(ValueError, match="moves its parts between devices by itself"):
+        denoiser_of(pipeline, 16)
 
 
 @torch.no_grad()
@@ -172,7 +188,7 @@ def test_the_pipeline_has_all_its_parts_again_after_an_error() -> None:
     components = dict(denoiser.pipeline.components)
     wrong = Conditioning({"embeddings": torch.zeros(1, 2)})
     with pytest.raises(Exception):  # noqa: B017  whatever diffusers says
-        denoiser.draw_latents(wrong, wrong, 2, 1.0, [0], 1)
+        denoiser.draw_latents(wrong, [0], 0, 2, 1.0, [0], 1)
     assert denoiser.pipeline.components == components
 
 

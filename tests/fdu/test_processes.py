@@ -67,6 +67,23 @@ def test_two_processes_are_one_with_the_whole_batch(
         assert moved > 0 and torch.linalg.norm(two[0][name] - one[name]) <= 0.03 * moved, name
 
 
+AFTER_ANOTHER = RUN.replace(
+    "result = fdu.erase(embedded.load_pipeline(),",
+    """pipeline = embedded.load_pipeline()
+fdu.erase(pipeline, *embedded.concepts("three", "eight"), **{**settings, "train_method": "text_encoder"})
+result = fdu.erase(pipeline,""",
+)
+
+
+@pytest.mark.slow
+def test_a_run_after_one_of_another_method_still_averages_its_gradients(quick: dict[str, Any], tmp_path: Path) -> None:
+    for ended in run(AFTER_ANOTHER, 2, str(tmp_path), repr(quick)):
+        assert ended.returncode == 0, ended.error
+    one, other = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
+    for name in one:
+        torch.testing.assert_close(one[name], other[name], rtol=0, atol=0)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["multi_gpu", "use_fsdp"])  # with --cpu the launcher would start a single process
 def test_accelerate_launch_saves_one_result(tmp_path: Path, kind: str) -> None:
