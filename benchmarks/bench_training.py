@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
+PLAIN = "fdu"
 KEPT, JOB, REFERENCE_JOB = "fdu, frozen outputs kept", "fdu job", "reference job"
 Figures = dict[str, float]
 
@@ -115,14 +116,16 @@ def job_rows(record: dict[str, Any]) -> list[list[str]]:
     return rows
 
 
-def latents_rows(record: dict[str, Any]) -> list[list[str]]:
-    """How the factor of the whole job depends on how many latents fdu samples, from the seconds for one."""
+def job_factor(record: dict[str, Any], latents: int) -> float:
+    """By how much the whole job is faster if fdu samples so many latents, from the seconds for one."""
     one = median(record, JOB, "wall_sampling") / record["job_latents"]
-    rows = []
-    for latents in (record["latents"], 200, 500, 1000):
-        estimate = one * latents / record["job_share"] + median(record, JOB, "wall_training")
-        rows.append([str(latents), f"{job(record, REFERENCE_JOB) / estimate:.1f}"])
-    return rows
+    estimate = one * latents / record["job_share"] + median(record, JOB, "wall_training")
+    return job(record, REFERENCE_JOB) / estimate
+
+
+def latents_rows(record: dict[str, Any]) -> list[list[str]]:
+    """How the factor of the whole job depends on how many latents fdu samples."""
+    return [[str(latents), f"{job_factor(record, latents):.1f}"] for latents in (record["latents"], 200, 500, 1000)]
 
 
 def proportion_rows(record: dict[str, Any]) -> list[list[str]]:
@@ -155,13 +158,14 @@ Made by `python benchmarks/bench_training.py --docs docs/training.md`; the recor
 The **reference** (`benchmarks/reference_loop.py`) does what the published loops of concept ablation and f-DMU do, with
 the settings of f-DMU's published runs: images of the anchor sampled to pixels (1000, of 200 prompts, 25 steps,
 guidance 6) and kept as JPEG files; in every batch the autoencoder encodes the images and the text encoder both
-prompts; a deep copy of the denoiser is the frozen one. **fdu** is `fdu.erase` with its defaults for what to sample
+prompts; a deep copy of the denoiser is the frozen one, as in f-DMU ("without a copy": the trained one without a
+gradient, as in concept ablation). **fdu** is `fdu.erase` with its defaults for what to sample
 ({latents} latents, here at the reference's 25 steps and guidance too). Both train keys and values of cross-attention
 with AdamW, batch 2, two batches a step, the squared Hellinger loss, no preservation unless said, in fp32.
 
 The model has the shape of Stable Diffusion 1.5 with random weights, every width a quarter and every side a half
 (`benchmarks/sd15_shape.py`), so that all parts keep their shares, see [below](#proportions). What cannot be seen here
-is what a GPU adds: mixed precision, launches, 8-bit moments.
+is what a GPU adds: mixed precision (f-DMU's frozen pass has it), fused attention, launches, 8-bit moments.
 
 ## Bounds
 
@@ -169,7 +173,10 @@ is what a GPU adds: mixed precision, launches, 8-bit moments.
 
 The first two are of "{kept}": `frozen_batches` draws half of the run's batches beforehand, with the frozen outputs,
 and uses each of them twice; so often the published loops take each of their images, though they noise it anew. The
-time to make the outputs counts.
+time to make the outputs counts. Without it, each batch drawn afresh as in the reference, the step rate is {plain:.2f}
+of the reference's. What `frozen_batches` does to an erasure is in docs/erasure.md, "Weightings, timesteps, surgery,
+kept outputs". The job is of fdu without it, with {latents} latents; with as many latents as the reference has images
+the factor is {like_for_like:.1f}, see [below](#whole-job).
 
 ## Steps
 
@@ -215,6 +222,8 @@ def page(record: dict[str, Any], path: Path) -> str:
         latents=record["latents"],
         share=record["job_share"],
         kept=KEPT,
+        plain=median(record, "reference", "wall_step") / median(record, PLAIN, "wall_step"),
+        like_for_like=job_factor(record, 1000),
         bounds=table(["figure", "measured", "promised", ""], verdicts),
         steps=table(STEP_HEADER, step_rows(record)),
         jobs=table(["loop", "sampling, s", "training, s", "all, s", "peak, MiB"], job_rows(record)),

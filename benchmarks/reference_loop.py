@@ -3,10 +3,12 @@
 After concept ablation (Kumari et al. 2023, arXiv 2303.13516; nupurkmr9/concept-ablation, diffusers/train.py) and f-DMU
 (Novello et al. 2026, arXiv 2509.21167; nicolaNovello/f-DMU, train.py), written anew: anchor images are sampled to
 pixels and kept as files; every batch encodes its images by the autoencoder and both its prompts by the text encoder;
-the frozen denoiser is a whole copy of the trained one, with a forward pass of its own beside each batch's. What they
-share with ``fdu`` is the same here: AdamW on the keys and values of cross-attention, the batch and its accumulation,
-the squared Hellinger loss, fp32. What slows them down needlessly elsewhere is left out (masks of augmented images,
-statistics of every gradient, models loaded twice, attention that keeps its scores).
+the frozen denoiser has a forward pass of its own beside each batch's, in f-DMU as a whole copy of the trained one,
+while concept ablation asks the trained one. What they share with ``fdu`` is the same here: AdamW on the keys and values
+of cross-attention, the batch and its accumulation, the squared Hellinger loss, fp32. What slows them down needlessly
+elsewhere is left out (masks of augmented images, statistics of every gradient, models loaded twice, attention that
+keeps its scores). Files are decoded in the process that trains, as f-DMU's default is; concept ablation has two more
+for that.
 """
 
 from __future__ import annotations
@@ -46,6 +48,8 @@ class Settings:
     """7e-5 times batch and accumulation, as --scale_lr makes it."""
     adam_weight_decay: float = 1e-2
     max_grad_norm: float = 1.0
+    copies: bool = True
+    """Whether the frozen denoiser is a copy, as in f-DMU, or the trained one itself, as in concept ablation."""
     preservation_weight: float = 0.0
     """Of the denoising loss on the anchor's own images; 0 in the published runs on styles."""
     seed: int = 0
@@ -120,7 +124,7 @@ def train(
     parameters = context_projections(unet)
     for parameter in parameters:
         parameter.requires_grad_(True)
-    frozen = copy.deepcopy(unet)
+    frozen = copy.deepcopy(unet) if settings.copies else unet
     noise_scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
     optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=settings.adam_weight_decay)
     schedule = get_scheduler("constant", optimizer)

@@ -47,6 +47,8 @@ class Run:
     settings: tuple[tuple[str, Any], ...] = ()
     """Of fdu, beside those that both loops share."""
     preservation_weight: float = 0.0
+    copies: bool = True
+    """Whether the reference's frozen denoiser is a copy."""
 
     @property
     def shared(self) -> reference_loop.Settings:
@@ -57,6 +59,7 @@ class Run:
             num_images=FULL.num_images // share if self.what == "job" else 2 * FULL.train_batch_size,
             max_train_steps=FULL.max_train_steps // share if self.what == "job" else STEPS,
             preservation_weight=self.preservation_weight,
+            copies=self.copies,
         )
 
     def config(self) -> fdu.EraseConfig:
@@ -98,6 +101,7 @@ KEPT = ("frozen_batches", STEPS * FULL.gradient_accumulation_steps // 2)
 CHECKPOINTED = ("gradient_checkpointing", True)
 RUNS = {
     "reference": Run("reference", "step"),
+    "reference, without a copy": Run("reference", "step", copies=False),
     "fdu": Run("fdu", "step"),
     "fdu, frozen outputs kept": Run("fdu", "step", (KEPT,)),
     "fdu, checkpointed": Run("fdu", "step", (CHECKPOINTED,)),
