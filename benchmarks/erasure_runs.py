@@ -64,6 +64,8 @@ CHANGES: dict[str, tuple[dict[str, Any], ...]] = {
 """Suites of runs that change the default settings, with three seeds; with another method, also the learning rate."""
 PATIENT_NOISE = {"objective": "noise", "max_train_steps": 240, "train_batch_size": 32}
 """Against noise as target the gradient is noisy too; towards the superclass, where little is to be left, that shows."""
+PATIENT_GAME = {"max_train_steps": 240}
+"""Against a critic that learns as well, the last of the target takes more steps too."""
 BOTH = {"three": "eight", "red": "black"}
 """Two concepts of different kinds, and their anchors, in the order in which one follows the other."""
 ORDERS: dict[str, dict[str, Any]] = {"at_once": {}, "in_sequence": {}, "merged": {}}
@@ -213,7 +215,12 @@ def runs() -> list[AnyRun]:
         for change in changes
     ]
     patient = [
-        Run("objectives", "three", embedded.SUPERCLASS, seed, tuple(PATIENT_NOISE.items()), ROLES[:3]) for seed in SEEDS
+        Run(suite, "three", embedded.SUPERCLASS, seed, tuple(settings.items()), ROLES[:3])
+        for seed in SEEDS
+        for suite, settings in (
+            ("objectives", PATIENT_NOISE),
+            *(("variational", {**change, **PATIENT_GAME}) for change in CHANGES["variational"]),
+        )
     ]
     return [*concepts, *sigma, *divergences, *several, *changed, *patient]
 
