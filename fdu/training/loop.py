@@ -272,8 +272,8 @@ class Training:
 
     @torch.no_grad()
     def _wanted(self, batches: list[Batch]) -> Iterator[Tensor]:
-        """What the trained denoiser is to predict for each batch; as many a pass as in sampling, or one."""
-        together = max(self.config.sample_batch_size // len(batches[0].noisy), 1)
+        """What the trained denoiser is to predict for each batch; as many samples a pass as in guided sampling."""
+        together = max(2 * self.config.sample_batch_size // len(batches[0].noisy), 1)
         with self.trainable.frozen():
             for start in range(0, len(batches), together):
                 some = batches[start : start + together]

@@ -436,7 +436,7 @@ def test_accumulated_batches_share_their_frozen_pass(quick: dict[str, Any], monk
     monkeypatch.setattr(objective.Objective, "wanted", wanted)
     settings = {**quick, "gradient_accumulation_steps": 3, "max_train_steps": 2}
     runs = []
-    for most, expected in ((32, [24, 24]), (16, [16, 8, 16, 8]), (1, [8] * 6)):
+    for most, expected in ((12, [24, 24]), (8, [16, 8, 16, 8]), (1, [8] * 6)):
         passes.clear()
         runs.append(trained(erase(settings, sample_batch_size=most)))
         assert passes == expected
