@@ -1,8 +1,9 @@
 """Time fdu's training against the published loops: ``python benchmarks/bench_training.py [--check]``.
 
 Every run is a fresh process (benchmarks/training_runs.py). Those of the steps take turns, --rounds times, and medians
-count; whole jobs, which differ by far more than they vary, are measured once. Writes the record, prints the page, and with --docs writes it. --check exits with 1 if a bound is missed; --page_only measures
-nothing. Some ten minutes on two cores; leave the machine alone.
+count; whole jobs, which differ by far more than they vary, are measured once. Writes the record, prints the page, and
+with --docs writes it. --check exits with 1 if a bound is missed; --page_only measures nothing. Some ten minutes on two
+cores; leave the machine alone.
 """
 
 from __future__ import annotations
@@ -195,8 +196,8 @@ The published job in {share} parts, one of them measured: images, prompts, laten
 {jobs}
 
 Most of the factor is what is sampled. The reference samples its 1000 images whatever the run consumes; fdu samples
-{latents} by default (`num_latents`). From the seconds for one latent, here sampled {job_latents} at a time and so at a higher
-price than in full batches, the factor with more of them:
+{latents} by default (`num_latents`). From the seconds for one latent, here sampled {job_latents} at a time and so at a
+higher price than in full batches, the factor with more of them:
 
 {by_latents}
 
