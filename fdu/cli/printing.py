@@ -8,7 +8,10 @@ import fdu
 
 
 def print_evaluation(evaluation: fdu.Evaluation, probes: Sequence[fdu.Probe]) -> None:
-    """The table of an evaluation, and its verdict in a line."""
-    from fdu.verdict import judge, table
+    """The tables of an evaluation, and its verdict in a line."""
+    from fdu.verdict import distance_table, judge, table
 
-    print(f"\n{table(evaluation, probes)}\n\n{judge(evaluation, probes).headline}.")
+    print(f"\n{table(evaluation, probes)}")
+    if evaluation.features:
+        print(f"\nImages after against before, in the features of {evaluation.features}:\n{distance_table(evaluation)}")
+    print(f"\n{judge(evaluation, probes).headline}.")

@@ -136,8 +136,8 @@ def test_evaluate_refuses_before_any_work(capsys: pytest.CaptureFixture[str]) ->
         (["./missing", "lora"], "BASE './missing' does not exist"),
         (["embedded", "missing"], "ERASED 'missing' does not exist"),
         (["embedded", "empty"], "weights 'empty' hold no file that ends in .safetensors"),
-        (["model", "lora"], "give a classifier through the Python API: fdu.evaluate with fdu.Probe"),
-        (["org/model", "lora"], "give a classifier through the Python API: fdu.evaluate with fdu.Probe"),
+        (["model", "lora"], "does not tell what was erased; add --target"),
+        (["org/model", "lora", "--target", "cat"], "there is no concept set 'cat' in the package"),
         (["embedded", "lora"], "add --target"),
         (["embedded", "lora", "--target", "cat"], "target must be a digit"),
         (["embedded", "lora", "--target", "three", "--images_per_class", "0"], "images_per_class must be >= 1"),
@@ -284,7 +284,7 @@ def test_python_dash_m() -> None:
 def few_inference_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     """Judging takes 20 steps an image; whether the images are good is not the question here."""
     real = fdu.draw
-    monkeypatch.setattr(fdu, "draw", lambda *given, **named: real(*given, num_inference_steps=2, **named))
+    monkeypatch.setattr(fdu, "draw", lambda *given, **named: real(*given, **{**named, "num_inference_steps": 2}))
 
 
 @pytest.mark.usefixtures("few_inference_steps")
@@ -375,7 +375,7 @@ def test_truncated_weights_are_told_in_a_line(capsys: pytest.CaptureFixture[str]
     quick = ["--target", "three", "--images_per_class", "1"]
     real = fdu.draw
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(fdu, "draw", lambda *given, **named: real(*given, num_inference_steps=1, **named))
+        patched.setattr(fdu, "draw", lambda *given, **named: real(*given, **{**named, "num_inference_steps": 1}))
         assert main(["evaluate", "embedded", "lora", *quick]) == cli.FAILED
     error = capsys.readouterr().err
     assert "weights 'lora' could not be loaded: " in error and "Traceback" not in error
