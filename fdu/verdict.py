@@ -120,7 +120,7 @@ def table(evaluation: Evaluation, probes: Sequence[Probe]) -> str:
 PARTS = ("target", "unseen", "near", "generic", "unrelated", "cross_domain")
 """The parts of an evaluation whose images are compared, in the order of the table."""
 MEASURES = {
-    "distances.kid": "KID x 1000",
+    "distances.kid": "KID",
     "distances.cmmd": "CMMD",
     "distances.perceptual": "perceptual",
     "change": "pixels",
@@ -142,17 +142,15 @@ def distance_table(evaluation: Evaluation) -> str:
                 cells.append(_measured(side.clip_score[part], side.intervals.get(f"clip_score.{part}")))
         for name in measures:
             values = evaluation.change if name == "change" else evaluation.distances[name.partition(".")[2]]
-            factor = 1000 if name == "distances.kid" else 1
-            cells.append(_measured(values.get(part), evaluation.intervals.get(f"{name}.{part}"), factor))
+            cells.append(_measured(values.get(part), evaluation.intervals.get(f"{name}.{part}")))
         lines.append([part.replace("_", " "), *cells])
     return _aligned(lines)
 
 
-def _measured(value: float | None, interval: Interval | None, factor: float = 1) -> str:
+def _measured(value: float | None, interval: Interval | None) -> str:
     if value is None:
         return ""
-    ends = f" [{factor * interval[0]:.3g}, {factor * interval[1]:.3g}]" if interval else ""
-    return f"{factor * value:.3g}{ends}"
+    return f"{value:.3g} [{interval[0]:.3g}, {interval[1]:.3g}]" if interval else f"{value:.3g}"
 
 
 def _aligned(lines: Sequence[Sequence[str]]) -> str:
