@@ -48,19 +48,30 @@ class Concept:
             ValueError: it holds no prompt, or is not text in UTF-8.
         """
         path = Path(path)
-        if not path.is_file():
-            raise FileNotFoundError(
-                f"concept file {str(path)!r} does not exist; a name that ends in .txt means a file of prompts"
-            )
-        try:
-            text = path.read_text(encoding="utf-8-sig")  # editors on Windows begin a file with a mark
-        except UnicodeDecodeError as error:
-            raise ValueError(f"concept file {str(path)!r} is not text in UTF-8 ({error}); save it as UTF-8") from error
-        lines = (line.strip() for line in text.splitlines())
-        prompts = tuple(line for line in lines if line and not line.startswith("#"))
+        prompts = tuple(line for _, line in read_lines(path))
         if not prompts:
             raise ValueError(f"concept file {str(path)!r} holds no prompt; write one prompt a line")
         return cls(path.stem, prompts)
+
+
+def read_lines(path: str | Path) -> list[tuple[int, str]]:
+    """The lines of a text file with their numbers, without empty ones and those that start with #.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is not text in UTF-8.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"concept file {str(path)!r} does not exist; a name that ends in .txt means a file of prompts"
+        )
+    try:
+        text = path.read_text(encoding="utf-8-sig")  # editors on Windows begin a file with a mark
+    except UnicodeDecodeError as error:
+        raise ValueError(f"concept file {str(path)!r} is not text in UTF-8 ({error}); save it as UTF-8") from error
+    lines = ((number, line.strip()) for number, line in enumerate(text.splitlines(), 1))
+    return [(number, line) for number, line in lines if line and not line.startswith("#")]
 
 
 ConceptLike = str | Concept | Sequence[str]

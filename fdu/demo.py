@@ -31,6 +31,11 @@ NOTES = (
     "the method and a check of the installation, not as a measure of what it does to a large model.",
 )
 """What a reader of results on the embedded pipeline has to know."""
+CLIP_NOTES = (
+    "Counted zero-shot by an image-text encoder: an image counts as a class if the class's name lies nearer to it than "
+    "the anchor's does. Such a judge errs, before as after, so look at the pictures, and at the difference of the two.",
+)
+"""What a reader of results that CLIP judged has to know."""
 
 
 def check_demo_output(folder: str | Path) -> None:
@@ -80,7 +85,7 @@ def run_demo(
         with result.original() as original:
             before = draw(original, probes, images_per_class, seed, description="before")
         after = draw(result.pipeline, probes, images_per_class, seed, description="after")
-        evaluation = evaluate(before, after, probes)
+        evaluation = evaluate(before, after, probes, "embedded")
         result.save(folder / WEIGHTS)
         write_figures(folder, evaluation, probes, before, after, result.record(), command, describe_device(device))
         save_before_after(folder / PICTURE, before, after, probes, evaluation)
@@ -96,11 +101,12 @@ def write_figures(
     record: dict[str, Any] | None,
     command: str,
     device: str,
+    notes: Sequence[str] = NOTES,
 ) -> None:
-    """Write ``metrics.json`` and ``report.html`` of an erasure on the embedded pipeline."""
+    """Write ``metrics.json`` and ``report.html`` of an erasure; the notes are those of the embedded pipeline."""
     metrics = figures(evaluation, probes, record) | {"device": device, "command": command}
     write_json(folder / METRICS, metrics)
-    write_report(folder / REPORT, evaluation, probes, before, after, record, command, device, NOTES)
+    write_report(folder / REPORT, evaluation, probes, before, after, record, command, device, notes)
 
 
 def figures(evaluation: Evaluation, probes: Sequence[Probe], record: dict[str, Any] | None) -> dict[str, Any]:

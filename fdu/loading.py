@@ -113,6 +113,19 @@ def check_erased(path: str) -> None:
         weights_file(path)
 
 
+def check_encoder(name: str, argument: str = "judge") -> None:
+    """Refuse, before anything is loaded, an image-text encoder that cannot be there.
+
+    Raises:
+        FileNotFoundError: neither a folder with a model, nor of the form of a hub id.
+    """
+    if Path(name).is_dir():
+        if not (Path(name) / "config.json").is_file():
+            raise FileNotFoundError(f"{argument} {name!r} is not the folder of a transformers model: no config.json")
+    elif not HUB_ID.fullmatch(name):
+        raise FileNotFoundError(f"{argument} {name!r} does not exist; give a CLIP model's folder or hub id (org/name)")
+
+
 def read_record(folder: str) -> dict | None:
     """What ``fdu erase`` noted beside the weights; None if it did not write the folder.
 
@@ -210,7 +223,9 @@ def load_model(model: str, dtype: str = "float32", device: str = "cpu") -> Diffu
         raise OSError(f"model {model!r} could not be loaded: {_first_line(error)}") from error
 
 
-def load_erased(pipeline: DiffusionPipeline, path: str, device: str = "cpu") -> DiffusionPipeline:
+def load_erased(
+    pipeline: DiffusionPipeline, path: str, device: str = "cpu", dtype: str = "float32"
+) -> DiffusionPipeline:
     """``pipeline`` with the weights of ``path``, which :func:`check_erased` accepted, or the pipeline in it.
 
     Raises:
@@ -219,7 +234,7 @@ def load_erased(pipeline: DiffusionPipeline, path: str, device: str = "cpu") -> 
     from fdu.weights import load_weights
 
     if (Path(path) / PIPELINE_FILE).is_file():
-        return load_model(path, device=device)
+        return load_model(path, dtype, device)
     try:
         load_weights(pipeline, path)
     except (OSError, ValueError, TypeError, RuntimeError, KeyError) as error:

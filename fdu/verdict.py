@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
-    from fdu.evaluation import Evaluation, Probe
+    from fdu.evaluation import Evaluation, Figures, Probe
+    from fdu.evaluation.intervals import Interval
 
 DRAWN_BEFORE = 0.5
 """A target drawn less often than this before the erasure was hardly there to erase."""
@@ -33,6 +34,8 @@ class Row:
     after: float
     detail: bool = False
     """Whether it details the row above it."""
+    intervals: tuple[Interval, Interval] | None = None
+    """The 95 % intervals of both; None where none were computed."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,37 +60,106 @@ def percent(share: float) -> str:
     return f"{100 * share:.0f} %"
 
 
+def within(interval: Interval) -> str:
+    """The ends of a share's interval as whole percents."""
+    return f"[{100 * interval[0]:.0f}, {100 * interval[1]:.0f}]"
+
+
 def uncertainty(images: int) -> float:
     """Half the width of the 95 % interval of a share counted on ``images`` images, at its widest (a share of 1/2)."""
     return 1.96 * math.sqrt(0.25 / images)
 
 
 def comparison(evaluation: Evaluation, probes: Sequence[Probe]) -> list[Row]:
-    """The rows of the table: target, unseen phrasings, retained with the worst of them, classes of another kind."""
-    before, after = evaluation.before, evaluation.after
+    """The rows of the table: target, unseen phrasings, retained with the worst of them, classes of another kind.
+
+    Where there are several groups of retained classes, each has its row.
+    """
+    sides = (evaluation.before, evaluation.after)
     retained, others = _names(probes, "retained"), _names(probes, "cross_domain")
-    worst = after.worst_retained_class
-    rows = [Row(_names(probes, "target")[0], before.target_accuracy, after.target_accuracy)]
-    if before.unseen_accuracy is not None and after.unseen_accuracy is not None:
-        rows.append(Row("in unseen phrasings", before.unseen_accuracy, after.unseen_accuracy, detail=True))
-    rows.append(Row(f"retained ({_count(retained)})", before.retained_accuracy, after.retained_accuracy))
-    rows.append(Row(f"worst: {worst}", before.per_class[worst], after.per_class[worst], detail=True))
-    if before.cross_domain_accuracy is not None and after.cross_domain_accuracy is not None:
-        rows.append(Row(f"another kind ({_count(others)})", before.cross_domain_accuracy, after.cross_domain_accuracy))
+    worst = evaluation.after.worst_retained_class
+
+    def row(label: str, figure: str, detail: bool = False) -> Row:
+        before, after = (_figure(side, figure) for side in sides)
+        known = all(figure in side.intervals for side in sides)
+        intervals = (sides[0].intervals[figure], sides[1].intervals[figure]) if known else None
+        return Row(label, before, after, detail, intervals)
+
+    rows = [row(_names(probes, "target")[0], "target_accuracy")]
+    if evaluation.after.unseen_accuracy is not None:
+        rows.append(row("in unseen phrasings", "unseen_accuracy", detail=True))
+    rows.append(row(f"retained ({_count(retained)})", "retained_accuracy"))
+    groups = list(evaluation.after.retained_by_group)
+    for group in groups if len(groups) > 1 else ():
+        names = [probe.name for probe in probes if probe.role == "retained" and probe.group == group]
+        rows.append(row(f"{group} ({_count(names)})", f"retained_by_group.{group}", detail=True))
+    rows.append(row(f"worst: {worst}", f"per_class.{worst}", detail=True))
+    if evaluation.after.cross_domain_accuracy is not None:
+        rows.append(row(f"another kind ({_count(others)})", "cross_domain_accuracy"))
     return rows
 
 
+def _figure(figures: Figures, name: str) -> float:
+    """A figure by its name, also one of several: "per_class.three"."""
+    field, _, part = name.partition(".")
+    value = getattr(figures, field)
+    return value[part] if part else value
+
+
 def table(evaluation: Evaluation, probes: Sequence[Probe]) -> str:
-    """The comparison as aligned text."""
-    rows = comparison(evaluation, probes)
-    labels = [("  " if row.detail else "") + row.label for row in rows]
-    width = max(map(len, labels))
-    lines = [f"{'':{width}}  {'before':>7}  {'after':>7}"]
-    lines += [
-        f"{label:{width}}  {percent(row.before):>7}  {percent(row.after):>7}"
-        for label, row in zip(labels, rows, strict=True)
-    ]
-    return "\n".join(lines)
+    """The comparison as aligned text, each share with its 95 % interval."""
+    lines = [["", "before", "after"]]
+    for row in comparison(evaluation, probes):
+        cells = [percent(row.before), percent(row.after)]
+        if row.intervals:
+            cells = [f"{cell} {within(one):>9}" for cell, one in zip(cells, row.intervals, strict=True)]
+        lines.append([("  " if row.detail else "") + row.label, *cells])
+    return _aligned(lines)
+
+
+PARTS = ("target", "unseen", "near", "generic", "unrelated", "cross_domain")
+"""The parts of an evaluation whose images are compared, in the order of the table."""
+MEASURES = {
+    "distances.kid": "KID",
+    "distances.cmmd": "CMMD",
+    "distances.perceptual": "perceptual",
+    "change": "pixels",
+}
+"""The distances of the images after from those before, and how the table calls them."""
+
+
+def distance_table(evaluation: Evaluation) -> str:
+    """How far the images moved, and what CLIP says of them, as aligned text with 95 % intervals."""
+    scores = evaluation.before.clip_score, evaluation.after.clip_score
+    measures = {name: label for name, label in MEASURES.items() if name == "change" or evaluation.distances}
+    lines = [["", *(["CLIP score before", "after"] if scores[1] else []), *measures.values()]]
+    for part in PARTS:
+        if part not in evaluation.change:
+            continue
+        cells = []
+        if scores[1]:
+            for side in (evaluation.before, evaluation.after):
+                cells.append(_measured(side.clip_score[part], side.intervals.get(f"clip_score.{part}")))
+        for name in measures:
+            values = evaluation.change if name == "change" else evaluation.distances[name.partition(".")[2]]
+            cells.append(_measured(values.get(part), evaluation.intervals.get(f"{name}.{part}")))
+        lines.append([part.replace("_", " "), *cells])
+    return _aligned(lines)
+
+
+def _measured(value: float | None, interval: Interval | None) -> str:
+    if value is None:
+        return ""
+    return f"{value:.3g} [{interval[0]:.3g}, {interval[1]:.3g}]" if interval else f"{value:.3g}"
+
+
+def _aligned(lines: Sequence[Sequence[str]]) -> str:
+    """Cells in columns, the first one to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join(
+        "  ".join(cell.ljust(width) if place == 0 else cell.rjust(max(width, 7)) for place, (cell, width) in cells)
+        for cells in (list(enumerate(zip(line, widths, strict=True))) for line in lines)
+    )
 
 
 def judge(evaluation: Evaluation, probes: Sequence[Probe]) -> Verdict:

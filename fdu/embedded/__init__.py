@@ -14,6 +14,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from fdu.concepts import Concept
+from fdu.embedded.classifier import FEATURES as CLASSIFIER_FEATURES
+from fdu.embedded.classifier import LAYERS as CLASSIFIER_LAYERS
 from fdu.embedded.classifier import DigitClassifier
 from fdu.embedded.vocabulary import (
     DIGIT_NOUNS,
@@ -26,6 +28,7 @@ from fdu.embedded.vocabulary import (
     prompt,
 )
 from fdu.evaluation import Judge, Probe
+from fdu.evaluation.features import ModuleFeatures
 
 DATA = Path(__file__).parent / "data"
 PIPELINE_FOLDER = DATA / "pipeline"
@@ -61,6 +64,11 @@ def judges() -> dict[str, Judge]:
         return [MEDIA[index] for index in classifier(images)[1].argmax(1)]
 
     return {"digit": judge_digit, "medium": judge_medium}
+
+
+def features() -> ModuleFeatures:
+    """The judge's penultimate features, of shape and colour, with the outputs of its convolutional blocks as layers."""
+    return ModuleFeatures(load_classifier(), CLASSIFIER_LAYERS, CLASSIFIER_FEATURES, "embedded classifier", 256)
 
 
 def concepts(target: str, anchor: str) -> tuple[Concept, Concept]:

@@ -9,6 +9,11 @@ from torch import Tensor, nn
 from fdu.embedded.digits import strength
 from fdu.embedded.vocabulary import DIGITS, MEDIA
 
+LAYERS = ("digit.3", "digit.7", "digit.11", "medium.3", "medium.7")
+"""Submodules of the classifier: the outputs of its convolutional blocks."""
+FEATURES = ("digit.12", "medium.9")
+"""What its last layers read: the flattened output of the blocks."""
+
 
 def _convolutions(channels: tuple[int, ...]) -> list[nn.Module]:
     layers: list[nn.Module] = []

@@ -16,6 +16,7 @@ from diffusers import DiffusionPipeline
 import fdu
 from fdu import cli, doctor, embedded
 from fdu.cli import main
+from fdu.cli.demo import Demo
 from fdu.output import SMALL_RESULT
 from fdu.training.loop import Training
 
@@ -135,8 +136,8 @@ def test_evaluate_refuses_before_any_work(capsys: pytest.CaptureFixture[str]) ->
         (["./missing", "lora"], "BASE './missing' does not exist"),
         (["embedded", "missing"], "ERASED 'missing' does not exist"),
         (["embedded", "empty"], "weights 'empty' hold no file that ends in .safetensors"),
-        (["model", "lora"], "give a classifier through the Python API: fdu.evaluate with fdu.Probe"),
-        (["org/model", "lora"], "give a classifier through the Python API: fdu.evaluate with fdu.Probe"),
+        (["model", "lora"], "does not tell what was erased; add --target"),
+        (["org/model", "lora", "--target", "cat"], "there is no concept set 'cat' in the package"),
         (["embedded", "lora"], "add --target"),
         (["embedded", "lora", "--target", "cat"], "target must be a digit"),
         (["embedded", "lora", "--target", "three", "--images_per_class", "0"], "images_per_class must be >= 1"),
@@ -207,7 +208,7 @@ def test_help_ends_with_examples(command: str, capsys: pytest.CaptureFixture[str
     assert main([*([command] if command else []), "--help"]) == cli.OK
     output = capsys.readouterr().out
     assert output.startswith("usage: fdu")
-    for example in cli.EXAMPLES[command]:
+    for example in cli.COMMANDS[command].examples if command else cli.EXAMPLES:
         assert f"  {example}\n" in output.partition("examples:")[2]
 
 
@@ -234,16 +235,16 @@ def test_wrong_usage_exits_with_2(arguments: list[str], capsys: pytest.CaptureFi
 
 
 def test_hyphens_serve_as_underscores() -> None:
-    command = cli._parse(["demo", "--max-train-steps", "3", "--train_batch_size", "2", "--sigma", "0.5"])
-    assert isinstance(command, cli.Demo)
+    command = cli.parse(["demo", "--max-train-steps", "3", "--train_batch_size", "2", "--sigma", "0.5"])
+    assert isinstance(command, Demo)
     config = command.settings.checked()
     assert type(config) is fdu.EraseConfig
     assert (config.max_train_steps, config.train_batch_size, config.sigma) == (3, 2, 0.5)
 
 
 def test_several_prompts() -> None:
-    command = cli._parse(["demo", "--preservation_prompts", "a cat", "a dog", "--seed", "3"])
-    assert isinstance(command, cli.Demo)
+    command = cli.parse(["demo", "--preservation_prompts", "a cat", "a dog", "--seed", "3"])
+    assert isinstance(command, Demo)
     assert command.settings.preservation_prompts == ("a cat", "a dog")
 
 
@@ -283,7 +284,7 @@ def test_python_dash_m() -> None:
 def few_inference_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     """Judging takes 20 steps an image; whether the images are good is not the question here."""
     real = fdu.draw
-    monkeypatch.setattr(fdu, "draw", lambda *given, **named: real(*given, num_inference_steps=2, **named))
+    monkeypatch.setattr(fdu, "draw", lambda *given, **named: real(*given, **{**named, "num_inference_steps": 2}))
 
 
 @pytest.mark.usefixtures("few_inference_steps")
@@ -357,7 +358,7 @@ def test_a_full_pipeline_needs_its_room(monkeypatch: pytest.MonkeyPatch, capsys:
     for model in ("embedded", "org/model"):
         full = ["erase", model, *ERASE[2:], "--out", "new/out", "--train_method", "cross_attention"]
         assert "MiB are needed" in refused(full, capsys)
-    cli._parse(ERASE).prepare("")
+    cli.parse(ERASE).prepare("")
 
 
 @pytest.mark.usefixtures("no_work")
@@ -374,7 +375,7 @@ def test_truncated_weights_are_told_in_a_line(capsys: pytest.CaptureFixture[str]
     quick = ["--target", "three", "--images_per_class", "1"]
     real = fdu.draw
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(fdu, "draw", lambda *given, **named: real(*given, num_inference_steps=1, **named))
+        patched.setattr(fdu, "draw", lambda *given, **named: real(*given, **{**named, "num_inference_steps": 1}))
         assert main(["evaluate", "embedded", "lora", *quick]) == cli.FAILED
     error = capsys.readouterr().err
     assert "weights 'lora' could not be loaded: " in error and "Traceback" not in error
@@ -388,7 +389,7 @@ def test_evaluate_draws_with_seeds_that_no_training_used(monkeypatch: pytest.Mon
         raise RuntimeError(f"seed {seed}")
 
     monkeypatch.setattr(fdu, "draw", draw)
-    work = cli._parse(["evaluate", "embedded", "lora", "--target", "three", "--seed", "5"]).prepare("")
+    work = cli.parse(["evaluate", "embedded", "lora", "--target", "three", "--seed", "5"]).prepare("")
     with pytest.raises(RuntimeError, match="seed 1005"):
         work()
 

@@ -57,7 +57,7 @@ def test_twice_in_a_row(capsys: pytest.CaptureFixture[str], pipeline: StableDiff
     assert len(metrics["before"]["per_class"]) == 14
     assert metrics["before"].keys() >= {"target_accuracy", "retained_accuracy", "unseen_accuracy", "target_became"}
     assert metrics["before"].keys() == metrics["after"].keys()
-    assert metrics["change"].keys() == {"target", "unseen", "retained", "cross_domain"}
+    assert metrics["change"].keys() == {"target", "unseen", "retained", "near", "cross_domain"}
     assert 800 <= Image.open(folder / "before-after.png").width <= 1000
     report = (folder / "report.html").read_text(encoding="utf-8")
     assert "CC BY 4.0" in report and "more separable than those of a real CLIP" in report

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -41,8 +42,49 @@ def test_figures_count_what_the_judge_saw() -> None:
     assert result.after.cross_domain_accuracy is None
     assert result.after.per_class == {"cat": 0.25, "dog": 1.0, "cow": 0.5}
     assert result.after.target_became == {"dog": 0.75, "cat": 0.25}
-    assert result.change == {"target": 0.75, "unseen": pytest.approx(1.75), "retained": pytest.approx(0.25)}
+    retained = pytest.approx(0.25)
+    assert result.change == {"target": 0.75, "unseen": pytest.approx(1.75), "retained": retained, "near": retained}
+    assert result.difference["retained_accuracy"] == -0.25 and result.difference["per_class.cat"] == -0.75
+    assert result.unlearn_canvas == {"UA": 0.75, "IRA": 0.75}
+    assert result.distances == {} and result.features == ""
     assert result.images_per_class == 4
+
+
+def numbers(value: Any, name: str = "") -> dict[str, float]:
+    """Every number in nested dicts, by its name with dots."""
+    if isinstance(value, dict):
+        return {key: one for part in value for key, one in numbers(value[part], f"{name}.{part}".strip(".")).items()}
+    return {name: value} if isinstance(value, float) else {}
+
+
+def test_every_figure_has_an_interval_that_holds_it() -> None:
+    generator = torch.Generator().manual_seed(0)
+    classes = [torch.randint(0, 3, (12,), generator=generator).tolist() for _ in range(8)]
+    before, after = (Draws([image_of(*one).clone() for one in side]) for side in (classes[:4], classes[4:]))
+    module = torch.nn.Flatten()
+    found = fdu.evaluate(before, after, PROBES, module).as_dict()
+    sides = [found.pop("before"), found.pop("after")]
+    for part in (*sides, found):
+        intervals = part.pop("intervals")
+        figures = numbers(part)
+        assert set(figures) == set(intervals)
+        for name, value in figures.items():
+            low, high = intervals[name]
+            # KID and CMMD scatter around their estimates, from which the resamples may lie off a little.
+            slack = 0.1 * abs(value) if "kid" in name or "cmmd" in name else 1e-9
+            assert low - slack <= value <= high + slack, name
+    assert json.loads(json.dumps(found)) and set(found["distances"]) == {"kid", "cmmd", "perceptual"}
+    again = fdu.evaluate(before, after, PROBES, module).as_dict()
+    assert again["intervals"] == intervals
+
+
+def test_retained_classes_are_told_by_group() -> None:
+    probes = [*PROBES[:3], Probe("cow", ("a cow",), "retained", judge, "unrelated")]
+    draws = Draws([image_of(0, 0), image_of(0, 0), image_of(1, 0), image_of(2, 2)])
+    result = fdu.evaluate(draws, draws, probes)
+    assert result.after.retained_by_group == {"near": 0.5, "unrelated": 1.0}
+    assert result.after.retained_accuracy == 0.75 and result.unlearn_canvas["IRA"] == 0.5
+    assert set(result.change) == {"target", "unseen", "retained", "near", "unrelated"}
 
 
 def test_a_pipeline_compared_with_itself_has_not_changed(pipeline: StableDiffusionPipeline) -> None:
@@ -69,7 +111,24 @@ def test_what_does_not_belong_together_is_refused(pipeline: StableDiffusionPipel
         fdu.evaluate(draws, draws, PROBES[1:])
     with pytest.raises(ValueError, match="same number of images a probe"):
         fdu.evaluate(draws, Draws(draws.images[:3]), PROBES)
+    with pytest.raises(ValueError, match="name the class 'dog' twice"):
+        fdu.evaluate(draws, draws, [*PROBES[:3], PROBES[2]])
     with pytest.raises(ValueError, match="images_per_class must be >= 1, got 0"):
         fdu.draw(pipeline, PROBES, 0)
     with pytest.raises(ValueError, match="probes is empty"):
         fdu.draw(pipeline, [])
+
+
+def test_none_leaves_a_setting_to_the_pipeline() -> None:
+    seen: list[dict[str, Any]] = []
+
+    class Pipeline:
+        def set_progress_bar_config(self, **settings: Any) -> None: ...
+
+        def __call__(self, prompts: list[str], **settings: Any) -> Any:
+            seen.append(settings)
+            return type("Output", (), {"images": torch.zeros(len(prompts), 3, 4, 4)})
+
+    probe = fdu.Probe("a", ("a",), "target", lambda images: ["a"] * len(images))
+    fdu.draw(Pipeline(), [probe], 1, num_inference_steps=None, guidance_scale=1.5)  # type: ignore[arg-type]
+    assert "num_inference_steps" not in seen[0] and seen[0]["guidance_scale"] == 1.5

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import fdu
-from fdu.verdict import comparison, judge, percent, table, uncertainty
+from fdu.verdict import comparison, distance_table, judge, percent, table, uncertainty
 
 CLASSES = {"zero": "retained", "nine": "retained", "red": "cross_domain"}
 
@@ -112,6 +112,37 @@ def test_table_is_aligned_and_shows_the_class_that_is_worst_after() -> None:
     assert len({len(line) for line in lines}) == 1
     assert lines[1].split() == ["three", "100", "%", "3", "%"]
     assert lines[4].split() == ["worst:", "nine", "100", "%", "50", "%"]
+
+
+def test_table_shows_intervals_and_groups() -> None:
+    evaluation = make_evaluation({"three": 0.03, "nine": 0.5})
+    intervals = {name: (0.01, 0.094) for name in ("target_accuracy", "retained_by_group.near")}
+    groups = {"near": 0.5, "unrelated": 1.0}
+    sides = [
+        dataclasses.replace(side, intervals=intervals, retained_by_group=groups)
+        for side in (evaluation.before, evaluation.after)
+    ]
+    lines = table(dataclasses.replace(evaluation, before=sides[0], after=sides[1]), make_probes()).splitlines()
+    assert len({len(line) for line in lines}) == 1
+    assert lines[1].split() == ["three", "100", "%", "[1,", "9]", "3", "%", "[1,", "9]"]
+    assert [line.split()[0] for line in lines[4:6]] == ["near", "unrelated"]
+
+
+def test_the_distances_are_told_by_part() -> None:
+    evaluation = make_evaluation({"three": 0.0})
+    plain = distance_table(evaluation).splitlines()
+    assert [line.split() for line in plain] == [["pixels"], ["target", "0.1"]]
+    whole = dataclasses.replace(
+        evaluation,
+        before=dataclasses.replace(evaluation.before, clip_score={"target": 0.7}),
+        after=dataclasses.replace(evaluation.after, clip_score={"target": 0.5}),
+        distances={"kid": {"target": 0.002}, "cmmd": {}, "perceptual": {"target": 0.25}},
+        intervals={"distances.kid.target": (0.001, 0.003)},
+        features="clip",
+    )
+    head, row = (line.split() for line in distance_table(whole).splitlines())
+    assert head == ["CLIP", "score", "before", "after", "KID", "CMMD", "perceptual", "pixels"]
+    assert row == ["target", "0.7", "0.5", "0.002", "[0.001,", "0.003]", "0.25", "0.1"]
 
 
 def test_rows_without_unseen_phrasings() -> None:

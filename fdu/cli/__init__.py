@@ -1,0 +1,8 @@
+"""The command ``fdu``: each subcommand is a dataclass in a file of its own that checks everything, then works."""
+
+from __future__ import annotations
+
+from fdu.cli.exits import FAILED, INTERRUPTED, OK, USAGE
+from fdu.cli.program import COMMANDS, EXAMPLES, main, parse
+
+__all__ = ["COMMANDS", "EXAMPLES", "FAILED", "INTERRUPTED", "OK", "USAGE", "main", "parse"]

@@ -1,0 +1,66 @@
+"""``fdu demo``: erase a concept from the embedded pipeline, judge it, report it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import ClassVar
+
+from tyro.conf import OmitArgPrefixes
+
+from fdu.cli.printing import print_evaluation
+from fdu.cli.settings import Settings, check_images
+from fdu.loading import choose_device
+
+
+@dataclasses.dataclass
+class Demo:
+    """Erase a digit or an ink from the embedded pipeline, judge it, and write figures and a report.
+
+    Needs no download and no GPU. OUT receives metrics.json, report.html, before-after.png and the weights in erased/.
+    A folder of a former demo is replaced.
+    """
+
+    examples: ClassVar[tuple[str, ...]] = (
+        "fdu demo",
+        "fdu demo --target red --anchor black --out red-out",
+        "fdu demo --divergence pearson_chi2 --s0 4 --max_train_steps 100",
+    )
+
+    out: Path = Path("demo-out")
+    """Folder for the results."""
+    target: str = "three"
+    """What to erase: a digit (zero ... nine) or an ink (black, red, green, blue)."""
+    anchor: str = "eight"
+    """What takes its place: another digit or ink, or "digit" for the superclass."""
+    images_per_class: int = 32
+    """Images that the judge sees of every class, before and after."""
+    device: str = "cpu"
+    """Device to run on: cpu, cuda, mps or auto."""
+    settings: OmitArgPrefixes[Settings] = dataclasses.field(default_factory=Settings)
+
+    def prepare(self, command: str) -> Callable[[], None]:
+        """Check everything; the work is what comes back."""
+        from fdu.concepts import concept_pair
+
+        concept_pair(self.target, self.anchor)
+        check_images(self.images_per_class)
+        config = self.settings.checked()
+        from fdu import demo, embedded
+
+        demo.check_demo_output(self.out)
+        target, anchor = embedded.concepts(self.target, self.anchor)
+        config = demo.with_preserved(config, target.name)
+        device = choose_device(self.device)
+
+        def work() -> None:
+            evaluation, probes = demo.run_demo(self.out, target, anchor, config, self.images_per_class, device, command)
+            print_evaluation(evaluation, probes)
+            print()
+            print(f"report   {self.out / demo.REPORT}")
+            print(f"figures  {self.out / demo.METRICS}")
+            print(f"picture  {self.out / demo.PICTURE}")
+            print(f"weights  {self.out / demo.WEIGHTS}")
+
+        return work

@@ -1,0 +1,33 @@
+"""``fdu doctor``: can fdu run here, and what mends it."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Callable
+from typing import ClassVar
+
+from fdu.cli.exits import FAILED
+
+
+@dataclasses.dataclass
+class Doctor:
+    """Look whether fdu can run here: versions, devices, kernels, disk; and how to mend what is missing.
+
+    Exits with 0 if fdu can run and with 1 if not.
+    """
+
+    examples: ClassVar[tuple[str, ...]] = ("fdu doctor",)
+
+    def prepare(self, command: str) -> Callable[[], None]:
+        """Nothing to check; the work is what comes back."""
+
+        def work() -> None:
+            from fdu.doctor import examine, healthy, render
+
+            findings = examine()
+            print(render(findings))
+            if not healthy(findings):
+                sys.exit(FAILED)
+
+        return work

@@ -1,0 +1,146 @@
+"""``fdu erase``: erase concepts from a pipeline and save the result."""
+
+from __future__ import annotations
+
+import dataclasses
+import shlex
+import sys
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import ClassVar, Literal
+
+from tyro.conf import OmitArgPrefixes, Positional, UseAppendAction
+
+import fdu
+from fdu.cli.settings import Settings
+from fdu.loading import (
+    EMBEDDED,
+    Dtype,
+    SaveAs,
+    check_dtype,
+    check_model,
+    choose_device,
+    is_embedded,
+    is_main_process,
+    load_model,
+    model_folder,
+    result_bytes,
+)
+
+
+@dataclasses.dataclass
+class Erase:
+    """Erase a concept from a diffusers pipeline and save the result for plain diffusers, ComfyUI and others.
+
+    With several devices: accelerate launch -m fdu erase ...
+    """
+
+    examples: ClassVar[tuple[str, ...]] = (
+        "fdu erase org/model --target 'van gogh' --anchor painting --concept_type style --out erased",
+        "fdu erase ./my-pipeline --target prompts.txt --anchor cat --divergence alpha:0.5 --out erased",
+        "fdu erase embedded --target three --anchor digit --out erased --overwrite",
+    )
+
+    model: Positional[str]
+    """A pipeline's folder, a hub id (org/name), or "embedded"."""
+    target: UseAppendAction[tuple[str, ...]]
+    """What to erase: a name, or a .txt file of prompts, one a line. Give it again for a further concept."""
+    anchor: UseAppendAction[tuple[str, ...]]
+    """What takes its place, in the same forms: a superclass ("painting"), another concept, or "" for nothing; the
+    embedded pipeline does not know "" and takes "digit". One for all targets, or one each, in their order."""
+    out: Path
+    """Folder for the result."""
+    concept_type: UseAppendAction[tuple[Literal["object", "style"], ...]] = ()
+    """The phrasings that names are put into, object if not given; one for all targets, or one each. The embedded
+    pipeline has its own."""
+    save_as: SaveAs = "auto"
+    """Form of the result: lora (diffusers), kohya (ComfyUI, A1111, Forge), pipeline (a whole folder), delta (what
+    changed, in safetensors); auto is lora where adapters were trained, and pipeline elsewhere."""
+    overwrite: bool = False
+    """Replace OUT if fdu wrote it; anything else is never replaced."""
+    dtype: Dtype = "auto"
+    """Type of the weights; auto is float32, or the type of --mixed_precision."""
+    device: str = "auto"
+    """Device to run on: cpu, cuda, mps, or auto for the first accelerator there is."""
+    settings: OmitArgPrefixes[Settings] = dataclasses.field(default_factory=Settings)
+
+    def prepare(self, command: str) -> Callable[[], None]:
+        """Check everything; the work is what comes back."""
+        from fdu.concepts import concept_pairs, read_concepts
+        from fdu.output import check_output, clear_run, strangers, whole_folder
+        from fdu.weights import choose_format
+
+        types = self.concept_type[0] if len(self.concept_type) == 1 else self.concept_type or "object"
+        pairs = concept_pairs(read_concepts(self.target), read_concepts(self.anchor), types)
+        check_model(self.model)
+        checkpoints = Path(f"{self.out}.checkpoints")
+        config = self.settings.checked(checkpoint_dir=str(checkpoints))
+        keeps = self.settings.checkpoint_dir is None
+        if keeps and strangers(checkpoints):
+            raise FileExistsError(
+                f"{str(checkpoints)!r}, where the run would keep its checkpoints, holds "
+                f"{strangers(checkpoints)[0].name!r}, which fdu did not write; "
+                "name another folder with --checkpoint_dir"
+            )
+        files = [name for name in (*self.target, *self.anchor) if name.endswith(".txt")]
+        inputs = files + [str(folder) for folder in [model_folder(self.model)] if folder]
+        check_output(self.out, self.overwrite, result_bytes(self.model, config.train_method, self.save_as), inputs)
+        dtype = check_dtype(self.dtype, config.mixed_precision)
+        if is_embedded(self.model) and not files:
+            from fdu import demo, embedded
+
+            anchors = self.anchor * len(self.target) if len(self.anchor) == 1 else self.anchor
+            named = zip(self.target, anchors, strict=True)
+            pairs = tuple(embedded.concepts(target.strip(), anchor.strip()) for target, anchor in named)
+            config = demo.with_preserved(config, *(target.name for target, _ in pairs))
+        device = choose_device(self.device)
+
+        def work() -> None:
+            writes = is_main_process()
+            try:
+                with whole_folder(self.out, self.overwrite) if writes else nullcontext() as folder:
+                    pipeline = load_model(self.model, dtype, device)
+                    format = choose_format(self.save_as, config.train_method, pipeline)
+                    targets, anchors = ([pair[side] for pair in pairs] for side in (0, 1))
+                    result = fdu.erase(pipeline, targets, anchors, config=config)
+                    if folder is not None:
+                        result.save(folder, save_as=format)
+            except BaseException:
+                if keeps and writes:
+                    _tidy_checkpoints(checkpoints)
+                raise
+            if not writes:
+                return
+            if keeps:
+                clear_run(checkpoints)
+            loading = _loading_line(self.model, self.out, format, config.train_method)
+            print(f"Saved to {self.out} after {result.seconds:.0f} s. {loading}")
+            if is_embedded(self.model):
+                print(f"Judge it with: {shlex.join(['fdu', 'evaluate', EMBEDDED, str(self.out)])}")
+
+        return work
+
+
+def _loading_line(model: str, out: Path, format: str, train_method: str) -> str:
+    """How the result is loaded."""
+    base = "fdu.embedded.load_pipeline()" if is_embedded(model) else f"DiffusionPipeline.from_pretrained({model!r})"
+    by_fdu = f"In Python:\n  pipeline = {base}; fdu.weights.load_weights(pipeline, {str(out)!r})"
+    if format == "kohya":
+        programs = f"In ComfyUI, Forge or A1111: put {out / 'kohya_lora.safetensors'} into the folder for LoRAs."
+        return by_fdu if train_method == "dora" else programs
+    return {
+        "lora": f"In plain diffusers:\n  pipeline = {base}; pipeline.load_lora_weights({str(out)!r})",
+        "pipeline": f"In plain diffusers:\n  pipeline = DiffusionPipeline.from_pretrained({str(out)!r})",
+        "delta": by_fdu,
+    }[format]
+
+
+def _tidy_checkpoints(folder: Path) -> None:
+    """After a run that did not end well: say what can go on, or leave nothing."""
+    from fdu.output import clear_run
+
+    if any(folder.glob("checkpoint-*")):
+        print(f"fdu: its state is in {folder}; go on with --resume_from_checkpoint latest", file=sys.stderr)
+    else:
+        clear_run(folder)

@@ -1,0 +1,182 @@
+"""``fdu evaluate``: draw before and after an erasure, and let independent judges and metrics tell."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from tyro.conf import Positional
+
+import fdu
+from fdu.cli.printing import print_evaluation
+from fdu.cli.settings import check_images
+from fdu.loading import (
+    Dtype,
+    check_encoder,
+    check_erased,
+    check_model,
+    choose_device,
+    describe_device,
+    is_embedded,
+    load_erased,
+    load_model,
+    read_record,
+)
+
+if TYPE_CHECKING:
+    from fdu.evaluation.features import Features
+    from fdu.prompts import ConceptSet
+
+EMBEDDED_DRAWS = {"num_inference_steps": 20, "guidance_scale": 3.0, "batch_size": 32}
+OTHER_DRAWS = {"num_inference_steps": None, "guidance_scale": None, "batch_size": 4}
+"""How images are drawn if nothing is said; None: as the pipeline does by itself."""
+
+
+@dataclasses.dataclass
+class Evaluate:
+    """Draw with a pipeline before and after an erasure, and tell whether the concept is gone and what else changed.
+
+    The embedded pipeline has a classifier of its own as judge; other models are judged by CLIP, zero-shot.
+    """
+
+    examples: ClassVar[tuple[str, ...]] = (
+        "fdu evaluate embedded erased",
+        "fdu evaluate embedded erased --target three --out evaluation",
+        "fdu evaluate org/model erased --target 'van gogh' --device cuda --out evaluation",
+        "fdu evaluate org/model erased --prompts my-concept.txt --judge ./clip-vit-large-patch14",
+    )
+
+    base: Positional[str]
+    """The pipeline before: a folder, a hub id (org/name), or "embedded"."""
+    erased: Positional[str]
+    """The folder that `fdu erase` or ErasureResult.save wrote; or weights that others made, in any form that
+    fdu.weights.load_weights reads."""
+    target: str | None = None
+    """What was erased; need not be given if ERASED or --prompts tells. Of several concepts, the one to judge."""
+    prompts: str | None = None
+    """What to draw: a concept set of the package ("van gogh", monet, r2d2, snoopy, "grumpy cat", nemo), or a .txt file
+    of that form (see fdu/prompts). If not given, the set that has the target's name; else the prompts of the training,
+    with everyday subjects to be kept, but without neighbours. The embedded pipeline has its own."""
+    judge: str | None = None
+    """The image-text encoder that judges: a folder or hub id of CLIP or SigLIP; if not given,
+    openai/clip-vit-base-patch32. For the embedded pipeline it computes distances and CLIP scores; its judge stays the
+    classifier."""
+    images_per_class: int = 32
+    """Images of every class, before and after."""
+    num_inference_steps: int | None = None
+    """Steps an image; if not given, the pipeline's own default, and 20 for the embedded one."""
+    guidance_scale: float | None = None
+    """Classifier-free guidance; if not given, the pipeline's own default, and 3 for the embedded one."""
+    batch_size: int | None = None
+    """Images drawn at once; if not given, 4, and 32 for the embedded pipeline."""
+    seed: int = 0
+    """Images are drawn with the seeds from SEED + 1000 on, which no training uses."""
+    out: Path | None = None
+    """Folder for metrics.json and report.html."""
+    overwrite: bool = False
+    """Replace OUT if fdu wrote it; anything else is never replaced."""
+    dtype: Dtype = "auto"
+    """Type of the pipeline's weights; auto is float32."""
+    device: str = "cpu"
+    """Device to run on: cpu, cuda, mps or auto."""
+
+    def prepare(self, command: str) -> Callable[[], None]:
+        """Check everything; the work is what comes back."""
+        from fdu.output import check_output, whole_folder
+
+        check_model(self.base, "BASE")
+        check_erased(self.erased)
+        check_images(self.images_per_class)
+        embedded_base = is_embedded(self.base)
+        if self.judge is not None:
+            check_encoder(self.judge)
+        if embedded_base and self.prompts is not None:
+            raise ValueError("prompts: the embedded pipeline knows its own words only; leave --prompts out")
+        record = read_record(self.erased)
+        erased = _erased_concepts(record)
+        concepts = None if embedded_base else self._concepts(record, erased)
+        target = concepts.target.name if concepts else self._target(erased)
+        inputs = [self.erased, *([self.prompts] if self.prompts and self.prompts.endswith(".txt") else [])]
+        if self.out is not None:
+            check_output(self.out, self.overwrite, inputs=inputs)
+        from fdu import demo, embedded
+        from fdu.evaluation import JUDGED_SEED
+        from fdu.evaluation.features import CLIP, ClipFeatures, as_features
+        from fdu.evaluation.judges import clip_probes
+
+        if embedded_base:
+            embedded.concepts(target, embedded.SUPERCLASS)
+        device = choose_device(self.device)
+        settings = self._draw_settings(embedded_base) | {"seed": self.seed + JUDGED_SEED}
+
+        def work() -> None:
+            features: Features | None
+            if concepts:
+                features = encoder = ClipFeatures.load(self.judge or CLIP, device)
+                probes = clip_probes(concepts, encoder)
+            else:
+                features = ClipFeatures.load(self.judge, device) if self.judge else as_features("embedded")
+                probes = embedded.probes(target, *(name for name in erased if name != target))
+            dtype = "float32" if self.dtype == "auto" else self.dtype
+            pipeline = load_model(self.base, dtype, device)
+            before = fdu.draw(pipeline, probes, description="before", **settings)
+            after_pipeline = load_erased(pipeline, self.erased, device, dtype)
+            after = fdu.draw(after_pipeline, probes, description="after", **settings)
+            evaluation = fdu.evaluate(before, after, probes, features)
+            print_evaluation(evaluation, probes)
+            if self.out is not None:
+                with whole_folder(self.out, self.overwrite) as folder:
+                    described = describe_device(device)
+                    notes = demo.NOTES if embedded_base else demo.CLIP_NOTES
+                    demo.write_figures(folder, evaluation, probes, before, after, record, command, described, notes)
+                print(f"\nreport   {self.out / demo.REPORT}\nfigures  {self.out / demo.METRICS}")
+
+        return work
+
+    def _draw_settings(self, embedded_base: bool) -> dict[str, Any]:
+        """How images are drawn."""
+        defaults: dict[str, Any] = EMBEDDED_DRAWS if embedded_base else OTHER_DRAWS
+        given = {name: getattr(self, name) for name in defaults}
+        for name, value in given.items():
+            if value is not None and value <= 0:
+                raise ValueError(f"{name} must be > 0, got {value}")
+        chosen = {name: value for name, value in given.items() if value is not None}
+        return {**defaults, **chosen, "images_per_class": self.images_per_class}
+
+    def _target(self, erased: list[str]) -> str:
+        """What was erased, from what was typed or from the record."""
+        target = self.target or (erased[0] if len(erased) == 1 else None)
+        if target is None:
+            told = f"says that it erased {' and '.join(erased)}" if erased else "does not tell what was erased"
+            raise ValueError(f"target is missing: ERASED {self.erased!r} {told}; add --target")
+        return target
+
+    def _concepts(self, record: dict[str, Any] | None, erased: list[str]) -> ConceptSet:
+        """The concept set to draw."""
+        from fdu.prompts import concept_set, concept_sets, set_of_record
+
+        if self.prompts is not None:
+            concepts = concept_set(self.prompts)
+            if self.target is not None and self.target.strip().casefold() != concepts.target.name.casefold():
+                raise ValueError(
+                    f"target {self.target!r} is not that of --prompts, {concepts.target.name!r}; leave --target out"
+                )
+            return concepts
+        target = self._target(erased)
+        if target.strip().casefold() in concept_sets():
+            return concept_set(target)
+        if record is None:
+            raise ValueError(
+                f"prompts is missing: there is no concept set {target!r} in the package, and ERASED {self.erased!r} "
+                "has no record of its training; write a set and give it with --prompts"
+            )
+        return set_of_record(record, target)
+
+
+def _erased_concepts(record: dict[str, Any] | None) -> list[str]:
+    """The names of what was erased; none where nothing is recorded."""
+    if record is None:
+        return []
+    return [target for target, _ in record.get("concepts", [])] or [record["target"]["name"]]

@@ -1,0 +1,123 @@
+"""From the arguments to a command, and from what became of it to an exit code."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shlex
+import sys
+import traceback
+import warnings
+from collections.abc import Callable, Sequence
+from typing import ClassVar, Protocol
+
+import tyro
+
+import fdu
+from fdu.cli.demo import Demo
+from fdu.cli.divergences import Divergences
+from fdu.cli.doctor import Doctor
+from fdu.cli.erase import Erase
+from fdu.cli.evaluate import Evaluate
+from fdu.cli.exits import FAILED, INTERRUPTED, OK, USAGE
+
+
+class Command(Protocol):
+    """A subcommand: a dataclass whose fields are its arguments and whose docstring is its help."""
+
+    examples: ClassVar[tuple[str, ...]]
+    """Command lines that end the help."""
+
+    def prepare(self, command: str) -> Callable[[], None]:
+        """Check everything, before any work; the work is what comes back. ``command`` is the line that was typed."""
+
+
+COMMANDS: dict[str, type[Command]] = {
+    "demo": Demo,
+    "erase": Erase,
+    "evaluate": Evaluate,
+    "divergences": Divergences,
+    "doctor": Doctor,
+}
+DESCRIPTION = "Concept erasure for diffusers pipelines by f-divergence minimisation."
+EXAMPLES = (
+    "fdu demo",
+    "fdu erase org/model --target 'van gogh' --anchor painting --concept_type style --out erased",
+    "fdu doctor",
+)
+"""Command lines that end the help of ``fdu`` itself."""
+USER_ERRORS = (ValueError, TypeError, OSError, RuntimeError)
+"""What a user can cause, told in a line or two; anything else is a fault of fdu and keeps its traceback."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line ``arguments`` (of the process, if None) and return its exit code."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in given or os.environ.get("FDU_DEBUG", "0") not in ("", "0")
+    given = [argument for argument in given if argument != "--debug"]
+    if given[:1] == ["--version"]:
+        print(f"fdu {fdu.__version__}")
+        return OK
+    _quiet()
+    phase = USAGE
+    try:
+        command = parse(given or ["--help"])
+        work = command.prepare(shlex.join(["fdu", *given]))
+        phase = FAILED
+        work()
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else OK
+    except KeyboardInterrupt:
+        print("\nfdu: interrupted; nothing half-written is left behind", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        # Whoever read our output has seen enough; what is still buffered has nowhere to go.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return OK
+    except USER_ERRORS as error:
+        if debug:
+            traceback.print_exc()
+        print(f"fdu: error: {error}", file=sys.stderr)
+        if phase == FAILED and not debug:
+            print("fdu: --debug shows where it happened", file=sys.stderr)
+        return phase
+    return OK
+
+
+def parse(arguments: list[str]) -> Command:
+    """The command that the arguments describe.
+
+    Raises:
+        SystemExit: help, which ends with examples, or wrong usage; either is printed.
+    """
+    try:
+        return tyro.extras.subcommand_cli_from_dict(
+            {**COMMANDS},
+            prog="fdu",
+            description=DESCRIPTION,
+            args=arguments,
+            use_underscores=True,
+            config=(tyro.conf.PositionalMetavarFromFieldName, tyro.conf.DisallowNone, tyro.conf.FlagCreatePairsOff),
+        )
+    except SystemExit as stop:
+        if stop.code in (OK, None):
+            examples = COMMANDS[arguments[0]].examples if arguments[0] in COMMANDS else EXAMPLES
+            print("examples:", *(f"  {example}" for example in examples), sep="\n")
+            print("\n--debug, or FDU_DEBUG=1, shows the traceback of an error; fdu --version prints the version.")
+        raise
+
+
+def _quiet() -> None:
+    """Silence what transformers and diffusers say on every start and nobody can act on; nothing else."""
+    beside_the_point = ("requires torchvision", "You have disabled the safety checker")
+
+    def relevant(record: logging.LogRecord) -> bool:
+        return not any(words in record.getMessage() for words in beside_the_point)
+
+    for name in (
+        "transformers.utils.import_utils",
+        "diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion",
+        "diffusers.pipelines.pipeline_utils",
+    ):
+        logging.getLogger(name).addFilter(relevant)
+    warnings.filterwarnings("ignore", message=".*torchvision.*")

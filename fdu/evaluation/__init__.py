@@ -1,0 +1,21 @@
+"""Did it work, and what else broke? Draws before and after with the same seeds, for judges and metrics to compare."""
+
+from __future__ import annotations
+
+from fdu.evaluation.drawing import JUDGED_SEED, Draws, draw
+from fdu.evaluation.figures import Evaluation, Figures, evaluate
+from fdu.evaluation.probes import Group, Judge, Probe, Role, groups
+
+__all__ = [
+    "JUDGED_SEED",
+    "Draws",
+    "Evaluation",
+    "Figures",
+    "Group",
+    "Judge",
+    "Probe",
+    "Role",
+    "draw",
+    "evaluate",
+    "groups",
+]

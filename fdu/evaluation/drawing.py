@@ -1,0 +1,84 @@
+"""Draws the images of probes, so that two pipelines can be compared image by image."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import torch
+from diffusers import DiffusionPipeline
+from torch import Tensor
+from tqdm import tqdm
+
+from fdu.evaluation.probes import Probe
+
+JUDGED_SEED = 1000
+"""Offset of the seeds of judged images: none that a training used."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Draws:
+    """The images of every probe, in the probes' order: one tensor [N, 3, H, W] in [0, 1] each."""
+
+    images: list[Tensor]
+
+
+@torch.no_grad()
+def draw(
+    pipeline: DiffusionPipeline,
+    probes: Sequence[Probe],
+    images_per_class: int = 32,
+    seed: int = 0,
+    num_inference_steps: int | None = 20,
+    guidance_scale: float | None = 3.0,
+    batch_size: int = 32,
+    description: str = "images",
+) -> Draws:
+    """Draw ``images_per_class`` images of every probe.
+
+    Image i of a probe depends on its prompt and on ``seed + i`` alone, so two pipelines can be compared image by image.
+
+    Args:
+        pipeline: any diffusers pipeline that draws images from prompts.
+        probes: what to draw.
+        images_per_class: images of each probe.
+        seed: of the first image of each probe.
+        num_inference_steps: steps of the scheduler an image; None: the pipeline's own default.
+        guidance_scale: of classifier-free guidance; None: the pipeline's own default.
+        batch_size: images drawn at once; fewer take less memory.
+        description: words beside the progress bar.
+
+    Raises:
+        ValueError: no probes, or a number of images or a batch size below 1.
+    """
+    if not probes:
+        raise ValueError("probes is empty; name at least the target")
+    for name, value in (("images_per_class", images_per_class), ("batch_size", batch_size)):
+        if value < 1:
+            raise ValueError(f"{name} must be >= 1, got {value}")
+    given = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
+    chosen = {name: value for name, value in given.items() if value is not None}
+    images = []
+    settings = getattr(pipeline, "_progress_bar_config", {})
+    pipeline.set_progress_bar_config(disable=True)
+    try:
+        with tqdm(total=len(probes) * images_per_class, desc=description, unit="image") as progress:
+            for probe in probes:
+                drawn = []
+                for start in range(0, images_per_class, batch_size):
+                    indices = range(start, min(start + batch_size, images_per_class))
+                    drawn.append(
+                        pipeline(
+                            [probe.prompts[index % len(probe.prompts)] for index in indices],
+                            **chosen,
+                            generator=[torch.Generator().manual_seed(seed + index) for index in indices],
+                            output_type="pt",
+                        )
+                        .images.float()
+                        .cpu()
+                    )
+                    progress.update(len(indices))
+                images.append(torch.cat(drawn))
+    finally:
+        pipeline._progress_bar_config = settings
+    return Draws(images)

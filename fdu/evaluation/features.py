@@ -1,0 +1,195 @@
+"""Feature extractors: CLIP models by folder or hub id, and any module, among them the embedded judge."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from fdu.evaluation.metrics import perceptual_distance
+
+CLIP = "openai/clip-vit-base-patch32"
+"""The image-text encoder if none is named: that of the published figures of concept ablation and its successors."""
+CLIP_LAYERS = 4
+"""So many layers of its image encoder make up the perceptual distance, evenly spaced, the last one among them."""
+
+
+class Features:
+    """Turns images into features; what one class of extractors does differently is :meth:`extract` and ``texts``."""
+
+    def __init__(self, name: str, batch_size: int = 32) -> None:
+        self.name = name
+        self.batch_size = batch_size
+        self._known: Any = WeakTensorKeyDictionary()
+
+    def extract(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Of one batch [B, 3, H, W] in [0, 1]: features [B, D], and for each layer [B, places, channels]."""
+        raise NotImplementedError
+
+    def texts(self, prompts: Sequence[str]) -> Tensor | None:
+        """Text features [N, D] in the space of the images' features; None if this extractor reads no text."""
+        return None
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor) -> Tensor:
+        """Features [N, D], float32 on the CPU, of images [N, 3, H, W] in [0, 1].
+
+        Those of a tensor that is still there are kept: judge, scores and distances ask for the same images.
+        """
+        if images not in self._known:
+            self._known[images] = torch.cat([self.extract(batch)[0] for batch in images.split(self.batch_size)])
+        return self._known[images]
+
+    @torch.no_grad()
+    def distances(self, before: Tensor, after: Tensor) -> Tensor:
+        """The perceptual distance [N] of images [N, 3, H, W] from their counterparts; features are kept on the way."""
+        features: tuple[list[Tensor], list[Tensor]] = ([], [])
+        found = []
+        for pair in zip(before.split(self.batch_size), after.split(self.batch_size), strict=True):
+            extracted = [self.extract(batch) for batch in pair]
+            for kept, (batch, _) in zip(features, extracted, strict=True):
+                kept.append(batch)
+            found.append(perceptual_distance(extracted[0][1], extracted[1][1]))
+        for images, kept in zip((before, after), features, strict=True):
+            self._known[images] = torch.cat(kept)
+        return torch.cat(found)
+
+
+class ClipFeatures(Features):
+    """A CLIP model, or another of two encoders with the interface of transformers' CLIP, such as SigLIP."""
+
+    def __init__(self, model: Any, tokenizer: Any, processor: Any, name: str, batch_size: int = 32) -> None:
+        super().__init__(name, batch_size)
+        self.model, self.tokenizer, self.processor = model.eval().requires_grad_(False), tokenizer, processor
+
+    @classmethod
+    def load(cls, name: str = CLIP, device: str = "cpu") -> ClipFeatures:
+        """The model, tokenizer and image processor in a folder or behind a hub id, as transformers saves them.
+
+        Raises:
+            OSError: there is none, no tokenizer or image processor with it, or a model of another kind; the first line
+                of the reason.
+        """
+        from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
+
+        try:
+            model = AutoModel.from_pretrained(name, dtype=torch.float32)
+            if not (hasattr(model, "get_image_features") and hasattr(model, "get_text_features")):
+                raise ValueError(f"a {type(model).__name__} is no image-text encoder such as CLIP")
+            tokenizer = AutoTokenizer.from_pretrained(name)
+            # The backend of Pillow needs no torchvision, and reads images alike wherever it runs.
+            processor = AutoImageProcessor.from_pretrained(name, backend="pil")
+        except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
+            line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise OSError(f"image-text encoder {name!r} could not be loaded: {line}") from error
+        return cls(model.to(device), tokenizer, processor, name)
+
+    def extract(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """See :meth:`Features.extract`; the image's projected embedding, and evenly spaced layers of its encoder."""
+        pictures = (images.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+        pixels = self.processor(images=list(pictures), return_tensors="pt", input_data_format="channels_last")
+        output = self.model.get_image_features(
+            pixel_values=pixels["pixel_values"].to(self.model.device), output_hidden_states=True
+        )
+        layers = output.hidden_states[1:]
+        chosen = sorted({round((index + 1) * len(layers) / CLIP_LAYERS) for index in range(CLIP_LAYERS)} - {0})
+        return output.pooler_output.float().cpu(), [layers[index - 1].float().cpu() for index in chosen]
+
+    @torch.no_grad()
+    def texts(self, prompts: Sequence[str]) -> Tensor:
+        """See :meth:`Features.texts`; what is longer than the encoder reads is cut off."""
+        places = self.model.config.text_config.max_position_embeddings
+        # SigLIP was trained with all its places filled; CLIP reads no further than the end of the text.
+        tokens = self.tokenizer(
+            list(prompts), padding="max_length", max_length=places, truncation=True, return_tensors="pt"
+        )
+        kept = {key: tokens[key].to(self.model.device) for key in ("input_ids", "attention_mask") if key in tokens}
+        return self.model.get_text_features(**kept).pooler_output.float().cpu()
+
+
+class ModuleFeatures(Features):
+    """Any module that takes images [B, 3, H, W] in [0, 1].
+
+    Args:
+        module: the module; it is called in evaluation mode, on its own device.
+        layers: names of the submodules whose outputs make up the perceptual distance, as ``named_modules`` has them.
+            Outputs [B, channels, ...] have their channels first; [B, channels] count as one place.
+        features: names of the submodules whose outputs, flattened and joined, are the features; if there are none, the
+            module's own output.
+        name: how reports call it.
+        batch_size: images at once.
+
+    Raises:
+        ValueError: a name that the module does not have, or neither layers nor features of them.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        layers: Sequence[str] = (),
+        features: Sequence[str] = (),
+        name: str = "",
+        batch_size: int = 64,
+    ) -> None:
+        super().__init__(name or type(module).__name__, batch_size)
+        self.module, self.layers, self.features = module.eval(), tuple(layers), tuple(features)
+        known = dict(module.named_modules())
+        missing = [given for given in (*layers, *features) if given not in known]
+        if missing:
+            raise ValueError(f"module {self.name!r} has no submodule {missing[0]!r}; named_modules() lists them")
+
+    def extract(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """See :meth:`Features.extract`; without ``layers`` the features count as the only one."""
+        parameter = next(self.module.parameters(), None)
+        with self._watched() as seen:
+            output = self.module(images if parameter is None else images.to(parameter.device, parameter.dtype))
+        if self.features:
+            output = torch.cat([seen[name].flatten(1) for name in self.features], 1)
+        if not isinstance(output, Tensor):
+            raise TypeError(f"module {self.name!r} returns {type(output).__name__}; name submodules as its features")
+        output = output.flatten(1).float().cpu()
+        layers = [seen[name].float().cpu() for name in self.layers]
+        return output, [layer.flatten(2).mT if layer.ndim > 2 else layer[:, None] for layer in layers or [output]]
+
+    @contextmanager
+    def _watched(self) -> Any:
+        """The outputs of the named submodules, by name, filled while the module runs."""
+        seen: dict[str, Tensor] = {}
+        named = dict(self.module.named_modules())
+
+        def watch(name: str) -> Any:
+            def keep(module: nn.Module, inputs: Any, output: Tensor) -> None:
+                seen[name] = output
+
+            return named[name].register_forward_hook(keep)
+
+        hooks = [watch(name) for name in dict.fromkeys((*self.layers, *self.features))]
+        try:
+            yield seen
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+
+def as_features(given: Features | nn.Module | str | None) -> Features | None:
+    """Features as a user gives them: an extractor, a module, a folder or hub id of a CLIP model, or "embedded".
+
+    Raises:
+        TypeError: anything else.
+        OSError: what :meth:`ClipFeatures.load` raises.
+    """
+    if given is None or isinstance(given, Features):
+        return given
+    if isinstance(given, nn.Module):
+        return ModuleFeatures(given)
+    if given == "embedded":
+        from fdu.embedded import features
+
+        return features()
+    if isinstance(given, str):
+        return ClipFeatures.load(given)
+    raise TypeError(f"features must be an extractor, a module or a name, got {type(given).__name__}")

@@ -1,0 +1,277 @@
+"""The figures of an evaluation: what judges counted and metrics found, before and after, each with its interval."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from diffusers import DiffusionPipeline
+from torch import Tensor, cat, nn
+
+from fdu.evaluation.drawing import Draws, draw
+from fdu.evaluation.features import Features, as_features
+from fdu.evaluation.intervals import Bootstrap, Interval, interval, share_interval
+from fdu.evaluation.metrics import KERNELS, clip_score, discrepancies, unlearn_canvas
+from fdu.evaluation.probes import Probe, check_probes, groups
+
+
+@dataclasses.dataclass(frozen=True)
+class Figures:
+    """What the judges counted. Every accuracy is a share of images in [0, 1]."""
+
+    target_accuracy: float
+    """Of the target's prompts: the share that still shows the target. Lower is a better erasure."""
+    unseen_accuracy: float | None
+    """The same for phrasings that training never saw; None if none were drawn."""
+    retained_accuracy: float
+    """The mean over the retained classes of the share that shows what was asked for."""
+    worst_retained_accuracy: float
+    """The lowest of these shares."""
+    worst_retained_class: str
+    """The class it belongs to."""
+    cross_domain_accuracy: float | None
+    """The mean over classes of another kind (colours, if a digit was erased); None if none were drawn."""
+    per_class: dict[str, float]
+    """The share of every class, target and retained."""
+    target_became: dict[str, float]
+    """What the judge saw in the target's images: class -> share, most frequent first."""
+    retained_by_group: dict[str, float] = dataclasses.field(default_factory=dict)
+    """The mean share of the retained classes that are "near", "generic" and "unrelated"."""
+    clip_score: dict[str, float] = dataclasses.field(default_factory=dict)
+    """CLIPScore of the images with the name of what was asked for, by role and group; empty without a text encoder."""
+    intervals: dict[str, Interval] = dataclasses.field(default_factory=dict)
+    """The 95 % interval of every figure, by its name: "target_accuracy", "per_class.three"."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """Figures before and after, on images that share prompts and seeds."""
+
+    before: Figures
+    after: Figures
+    change: dict[str, float]
+    """Mean absolute difference of the images, of pixel range [0, 1], by role and group."""
+    images_per_class: int
+    difference: dict[str, float] = dataclasses.field(default_factory=dict)
+    """After minus before, of the accuracies and CLIP scores, by the figure's name."""
+    distances: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
+    """How far the images moved in the space of ``features``, by role and group: "kid" and "cmmd" of the two sets,
+    "perceptual" of each image from its counterpart. Empty without features."""
+    unlearn_canvas: dict[str, float] = dataclasses.field(default_factory=dict)
+    """UA, IRA and CRA after the erasure: :func:`fdu.evaluation.metrics.unlearn_canvas`."""
+    features: str = ""
+    """The extractor that distances and CLIP scores come from; they compare with those of the same one only."""
+    intervals: dict[str, Interval] = dataclasses.field(default_factory=dict)
+    """The 95 % interval of every figure of this object: "change.target", "difference.retained_accuracy",
+    "distances.kid.retained", "unlearn_canvas.UA"."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """Ready for JSON."""
+        return dataclasses.asdict(self)
+
+
+def evaluate(
+    before: DiffusionPipeline | Draws,
+    after: DiffusionPipeline | Draws,
+    probes: Sequence[Probe],
+    features: Features | nn.Module | str | None = None,
+    **settings: Any,
+) -> Evaluation:
+    """Compare two pipelines, or what was drawn from them with :func:`draw`, on the same probes.
+
+    Args:
+        before, after: pipelines to draw from, with ``settings`` as :func:`draw` takes them, or finished draws.
+        probes: what to draw and who judges it; exactly one has the role "target", at least one is "retained".
+        features: what distances, and for image-text encoders CLIP scores, are computed with: an extractor, a module, a
+            CLIP model's folder or hub id, or "embedded". None: the judges' shares and the change of pixels alone.
+
+    Raises:
+        ValueError: probes without a target or retained class, or draws that do not belong together.
+    """
+    check_probes(probes)
+    extractor = as_features(features)
+    drawn = [
+        given if isinstance(given, Draws) else draw(given, probes, description=name, **settings)
+        for name, given in (("before", before), ("after", after))
+    ]
+    counts = [[len(images) for images in one.images] for one in drawn]
+    if counts[0] != counts[1] or len(counts[0]) != len(probes):
+        raise ValueError(
+            f"before and after must hold the same number of images a probe, got {counts[0]} and {counts[1]}"
+        )
+    bootstrap, places = Bootstrap(counts[0]), groups(probes)
+    found = _Found()
+    pairs = list(zip(drawn[0].images, drawn[1].images, strict=True))
+    found.means("change", [_pixels(*pair) for pair in pairs], places, bootstrap)
+    if extractor:
+        # Before the judges, which may ask the same encoder for features that are then known.
+        found.means("distances.perceptual", [extractor.distances(*pair).numpy() for pair in pairs], places, bootstrap)
+        for name in KERNELS:
+            found.discrepancies(name, drawn, extractor, places, bootstrap)
+    sides = [_side(one, probes, extractor, bootstrap, places) for one in drawn]
+    for name, resampled in sides[1].resampled.items():
+        if name in sides[0].resampled:
+            key = f"difference.{name}"
+            found.figures[key] = sides[1].values[name] - sides[0].values[name]
+            apart = resampled - sides[0].resampled[name]
+            images = sides[1].images.get(name)
+            found.intervals[key] = share_interval(found.figures[key], apart, images, -1) if images else interval(apart)
+    after_figures = sides[1].figures
+    canvas = unlearn_canvas(after_figures)
+    low, high = after_figures.intervals["target_accuracy"]
+    found.intervals["unlearn_canvas.UA"] = (1 - high, 1 - low)
+    for accuracy, name in (("IRA", "retained_by_group.near"), ("CRA", "cross_domain_accuracy")):
+        if accuracy in canvas:
+            found.intervals[f"unlearn_canvas.{accuracy}"] = after_figures.intervals[name]
+    return Evaluation(
+        before=sides[0].figures,
+        after=after_figures,
+        change=found.under("change"),
+        images_per_class=counts[0][0],
+        difference=found.under("difference"),
+        distances={name: found.under(f"distances.{name}") for name in ("perceptual", *KERNELS)} if extractor else {},
+        unlearn_canvas=canvas,
+        features=extractor.name if extractor else "",
+        intervals=found.intervals,
+    )
+
+
+def _pixels(before: Tensor, after: Tensor) -> np.ndarray:
+    """The mean absolute difference of each image from its counterpart, [N]."""
+    return (before - after).abs().flatten(1).double().mean(1).numpy()
+
+
+class _Found:
+    """Figures by name, and their intervals."""
+
+    def __init__(self) -> None:
+        self.figures: dict[str, float] = {}
+        self.intervals: dict[str, Interval] = {}
+
+    def under(self, name: str) -> dict[str, float]:
+        """The figures whose names begin with this one, by what follows."""
+        return {
+            key.removeprefix(f"{name}."): value for key, value in self.figures.items() if key.startswith(f"{name}.")
+        }
+
+    def means(
+        self, name: str, values: Sequence[np.ndarray], places: Mapping[str, Sequence[int]], bootstrap: Bootstrap
+    ) -> None:
+        """The mean over classes of a value an image, by role and group."""
+        for part, chosen in places.items():
+            own = {place: values[place] for place in chosen}
+            self.figures[f"{name}.{part}"] = float(np.mean([one.mean() for one in own.values()]))
+            self.intervals[f"{name}.{part}"] = interval(bootstrap.means(own))
+
+    def discrepancies(
+        self,
+        name: str,
+        drawn: Sequence[Draws],
+        extractor: Features,
+        places: Mapping[str, Sequence[int]],
+        bootstrap: Bootstrap,
+    ) -> None:
+        """The distance of two sets of features, by role and group; of a single pair of images there is none."""
+        for part, chosen in places.items():
+            before, after = (cat([extractor(one.images[place]) for place in chosen]) for one in drawn)
+            if len(before) > 1:
+                matrix = discrepancies(KERNELS[name], before, after).numpy()
+                key = f"distances.{name}.{part}"
+                self.figures[key] = float(matrix.sum() / (len(matrix) * (len(matrix) - 1)))
+                self.intervals[key] = interval(bootstrap.pair_means(matrix, chosen))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Side:
+    """What was found on one side of the erasure."""
+
+    figures: Figures
+    values: dict[str, float]
+    resampled: dict[str, np.ndarray]
+    """The mean figures in every resample, by name."""
+    images: dict[str, int]
+    """On how many images each share was counted."""
+
+
+def _side(
+    draws: Draws,
+    probes: Sequence[Probe],
+    extractor: Features | None,
+    bootstrap: Bootstrap,
+    places: Mapping[str, Sequence[int]],
+) -> _Side:
+    seen = [probe.judge(images) for probe, images in zip(probes, draws.images, strict=True)]
+    right = [
+        np.array([name == probe.name for name in names], dtype=np.float64)
+        for probe, names in zip(probes, seen, strict=True)
+    ]
+    shares = [float(one.mean()) for one in right]
+    values: dict[str, float] = {}
+    resampled: dict[str, np.ndarray] = {}
+    intervals: dict[str, Interval] = {}
+    counted: dict[str, int] = {}
+
+    def share(name: str, chosen: Sequence[int], hits: Mapping[int, np.ndarray]) -> float:
+        value = float(np.mean([hits[place].mean() for place in chosen]))
+        resampled[name] = bootstrap.means({place: hits[place] for place in chosen})
+        counted[name] = sum(len(hits[place]) for place in chosen)
+        intervals[name] = share_interval(value, resampled[name], counted[name])
+        values[name] = value
+        return value
+
+    by_place = dict(enumerate(right))
+    for role in ("target", "unseen", "retained", "cross_domain"):
+        if role in places:
+            share(f"{role}_accuracy", places[role], by_place)
+    by_group = {
+        group: share(f"retained_by_group.{group}", places[group], by_place)
+        for group in ("near", "generic", "unrelated")
+        if group in places
+    }
+    classes = [place for place, probe in enumerate(probes) if probe.role != "unseen"]
+    per_class = {probes[place].name: share(f"per_class.{probes[place].name}", [place], by_place) for place in classes}
+    worst = min(places["retained"], key=lambda place: shares[place])
+    share("worst_retained_accuracy", [worst], by_place)
+
+    (target,) = places["target"]
+    became = {}
+    for name, _ in Counter(seen[target]).most_common():
+        hits = {target: np.array([one == name for one in seen[target]], dtype=np.float64)}
+        became[name] = share(f"target_became.{name}", [target], hits)
+
+    scores: dict[str, float] = {}
+    texts = extractor.texts([probe.name for probe in probes]) if extractor else None
+    if extractor and texts is not None:
+        per_image = [
+            clip_score(extractor(images), text[None]).numpy() for images, text in zip(draws.images, texts, strict=True)
+        ]
+        for part, chosen in places.items():
+            own = {place: per_image[place] for place in chosen}
+            name = f"clip_score.{part}"
+            values[name] = scores[part] = float(np.mean([one.mean() for one in own.values()]))
+            resampled[name] = bootstrap.means(own)
+            intervals[name] = interval(resampled[name])
+
+    figures = Figures(
+        target_accuracy=values["target_accuracy"],
+        unseen_accuracy=values.get("unseen_accuracy"),
+        retained_accuracy=values["retained_accuracy"],
+        worst_retained_accuracy=shares[worst],
+        worst_retained_class=probes[worst].name,
+        cross_domain_accuracy=values.get("cross_domain_accuracy"),
+        per_class=per_class,
+        target_became=became,
+        retained_by_group=by_group,
+        clip_score=scores,
+        intervals=intervals,
+    )
+    # Which class is worst, and which ones appear in the target's place, differs before and after.
+    lasting = {
+        name: one
+        for name, one in resampled.items()
+        if name.rpartition(".")[0] != "target_became" and name != "worst_retained_accuracy"
+    }
+    return _Side(figures, values, lasting, counted)

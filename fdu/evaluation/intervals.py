@@ -1,0 +1,76 @@
+"""Confidence intervals: the percentile bootstrap over images, drawn alike before and after, since these are pairs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+Interval = tuple[float, float]
+"""Lower and upper end."""
+LEVEL = 0.95
+"""The share of repetitions of the evaluation whose interval holds the true value."""
+RESAMPLES = 2000
+
+
+class Bootstrap:
+    """Resamples of the images of several probes; each probe keeps its number of images.
+
+    A resample is told by how often it holds each image, so that every figure is resampled in the same way: figures
+    before and after, and their differences, fit together.
+
+    Args:
+        counts: images of each probe.
+        resamples: how many to make.
+        seed: makes them the same in every run.
+    """
+
+    def __init__(self, counts: Sequence[int], resamples: int = RESAMPLES, seed: int = 0) -> None:
+        generator = np.random.default_rng(seed)
+        self.weights = [
+            generator.multinomial(count, np.full(count, 1 / count), size=resamples).astype(np.float64)
+            for count in counts
+        ]
+        """For each probe [resamples, images], how often each image is in each resample."""
+
+    def means(self, values: Mapping[int, np.ndarray]) -> np.ndarray:
+        """The mean over probes of the mean over their images, in each resample.
+
+        Args:
+            values: for the place of each probe, a value an image.
+        """
+        return np.mean([self.weights[place] @ one / len(one) for place, one in values.items()], axis=0)
+
+    def pair_means(self, matrix: np.ndarray, places: Sequence[int]) -> np.ndarray:
+        """The mean of a matrix over all pairs of different images, in each resample.
+
+        A pair of an image with itself, which a resample can hold, is none of two images and is left out.
+
+        Args:
+            matrix: [N, N] over the images of all ``places`` in their order, zero on the diagonal.
+            places: of the probes.
+        """
+        weights = np.concatenate([self.weights[place] for place in places], axis=1)
+        sums = np.einsum("ri,ri->r", weights @ matrix, weights)
+        pairs = weights.sum(1) ** 2 - (weights**2).sum(1)
+        return sums / np.maximum(pairs, 1)
+
+
+def interval(resampled: np.ndarray) -> Interval:
+    """The percentile interval of a figure from its values in the resamples."""
+    low, high = np.quantile(resampled, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return float(low), float(high)
+
+
+def share_interval(share: float, resampled: np.ndarray, images: int, lowest: float = 0.0) -> Interval:
+    """The interval of a share, a mean of shares, or a difference of two, counted on ``images`` images in all.
+
+    Where the images of each class all agree, every resample does too, and the interval would be a point, which
+    promises too much: 0 of 32 may well be 5 % of all. There the exact binomial bound is taken (Clopper and Pearson
+    1934): 0 of n leaves everything up to 1 - (alpha/2)^(1/n) open, on either side, between ``lowest`` and 1.
+    """
+    low, high = interval(resampled)
+    if low == high:
+        open_to = 1 - ((1 - LEVEL) / 2) ** (1 / images)
+        low, high = max(share - open_to, lowest), min(share + open_to, 1.0)
+    return low, high

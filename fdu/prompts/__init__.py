@@ -1,0 +1,169 @@
+"""Concept sets: what to draw to judge the erasure of a concept, in text files that anybody can read and replace.
+
+    # Lines that begin with # are for the reader.
+    [target] van gogh
+    a painting of a cornfield in the style of {}
+    [unseen]                      the target once more, in phrasings that the training never saw
+    {} style, a harbour at dusk
+    [anchor] painting             what the target is erased towards, and what it is told from
+    a painting of a cornfield
+    [near] monet                  a neighbour, to be kept; without prompts of its own it takes those of the target
+    [near] salvador dali
+    [generic] street              an everyday subject, to be kept
+    a photo of a busy street
+    [unrelated] violin            a subject that has nothing to do with the target
+    a violin on a chair
+
+``{}`` stands for the name of the class, and a name is what an image-text encoder reads. A file with neither generic nor
+unrelated subjects is given those of the package, ``generic.txt`` and ``unrelated.txt``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from fdu.concepts import Concept, read_lines
+
+FOLDER = Path(__file__).parent
+SHARED = ("generic", "unrelated")
+"""The groups that all sets share, each in a file of its name."""
+SECTIONS = ("target", "unseen", "anchor", "near", *SHARED)
+HEADING = re.compile(r"\[(\w*)\]\s*(.*)")
+
+
+@dataclasses.dataclass(frozen=True)
+class ConceptSet:
+    """A concept to erase, its anchor, and what is to be kept."""
+
+    target: Concept
+    anchor: Concept
+    unseen: tuple[str, ...] = ()
+    near: tuple[Concept, ...] = ()
+    generic: tuple[Concept, ...] = ()
+    unrelated: tuple[Concept, ...] = ()
+
+
+def concept_sets() -> tuple[str, ...]:
+    """The names of the sets in the package: those of concept ablation (Kumari et al. 2023, arXiv 2303.13516)."""
+    return tuple(sorted(path.stem.replace("_", " ") for path in FOLDER.glob("*.txt") if path.stem not in SHARED))
+
+
+def concept_set(name: str | Path) -> ConceptSet:
+    """The set of that name, or in that ``.txt`` file.
+
+    Raises:
+        ValueError: neither a name of a set nor a file, or a file that is no set; the message names the line.
+        FileNotFoundError: there is no such file.
+    """
+    if str(name).endswith(".txt"):
+        return read_set(name)
+    stem = str(name).strip().lower().replace(" ", "_")
+    if stem.replace("_", " ") not in concept_sets():
+        raise ValueError(
+            f"there is no concept set {str(name)!r}; choose one of {', '.join(concept_sets())}, or give a .txt file"
+        )
+    return read_set(FOLDER / f"{stem}.txt")
+
+
+def read_set(path: str | Path) -> ConceptSet:
+    """Read a file of the form above.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is not text in UTF-8, or a line or section of it cannot be used.
+    """
+    shown = f"concept set {str(path)!r}"
+    found = _sections(path, shown)
+    for section in ("target", "anchor"):
+        if len(found[section]) != 1:
+            raise ValueError(f"{shown} must hold one section [{section}], got {len(found[section])}")
+    (target,), (anchor,) = found["target"], found["anchor"]
+    kept = {group: found[group] for group in ("near", *SHARED)}
+    if not any(kept[group] for group in SHARED):
+        kept |= {group: list(shared_concepts(group)) for group in SHARED}
+    named = [concept.name for concepts in ([target, anchor], *kept.values()) for concept in concepts]
+    unnamed = not all(named)
+    twice = sorted({name for name in named if named.count(name) > 1})
+    if unnamed or twice:
+        raise ValueError(f"{shown} " + ("has a section without a name" if unnamed else f"names {twice[0]!r} twice"))
+    concepts = {
+        group: tuple(Concept(concept.name, _filled(concept, target, shown)) for concept in members)
+        for group, members in {"target": [target], "anchor": [anchor], **kept}.items()
+    }
+    unseen = tuple(prompt for section in found["unseen"] for prompt in section.prompts)
+    return ConceptSet(
+        target=concepts["target"][0],
+        anchor=concepts["anchor"][0],
+        unseen=tuple(prompt.replace("{}", target.name) for prompt in unseen),
+        near=concepts["near"],
+        generic=concepts["generic"],
+        unrelated=concepts["unrelated"],
+    )
+
+
+def shared_concepts(group: str) -> tuple[Concept, ...]:
+    """The everyday ("generic") or "unrelated" subjects of the package."""
+    found = _sections(FOLDER / f"{group}.txt", group)[group]
+    return tuple(Concept(one.name, tuple(prompt.replace("{}", one.name) for prompt in one.prompts)) for one in found)
+
+
+def set_of_record(record: Mapping[str, Any], target: str) -> ConceptSet:
+    """A set for what ``fdu erase`` noted: the prompts of the training, and the subjects of the package; no neighbours.
+
+    Args:
+        record: as :meth:`fdu.ErasureResult.record` makes it.
+        target: which of the erased concepts.
+
+    Raises:
+        ValueError: it was not erased, its anchor has no name, or of several concepts no prompt names it.
+    """
+    anchors = dict(record.get("concepts") or [[record["target"]["name"], record["anchor"]["name"]]])
+    if target not in anchors:
+        raise ValueError(f"target {target!r} was not erased; the record names {', '.join(anchors)}")
+    pairs = list(zip(record["target"]["prompts"], record["anchor"]["prompts"], strict=True))
+    if len(anchors) > 1:
+        pairs = [pair for pair in pairs if target.casefold() in pair[0].casefold()]
+    if not anchors[target] or not pairs:
+        what = f"no prompt names {target!r}" if anchors[target] else f"the anchor of {target!r} has no name"
+        raise ValueError(f"the record gives nothing to judge by, since {what}; add a concept set with --prompts")
+    prompts = [tuple(dict.fromkeys(pair[side] for pair in pairs)) for side in (0, 1)]
+    generic, unrelated = (
+        tuple(concept for concept in shared_concepts(group) if concept.name not in (target, anchors[target]))
+        for group in SHARED
+    )
+    return ConceptSet(
+        Concept(target, prompts[0]), Concept(anchors[target], prompts[1]), generic=generic, unrelated=unrelated
+    )
+
+
+def _sections(path: str | Path, shown: str) -> dict[str, list[Concept]]:
+    """The sections of a file by their kind, prompts as they stand."""
+    sections: list[tuple[str, str, list[str]]] = []
+    for number, line in read_lines(path):
+        heading = HEADING.fullmatch(line)
+        if heading:
+            if heading[1] not in SECTIONS:
+                raise ValueError(f"{shown}, line {number}: [{heading[1]}] is none of {', '.join(SECTIONS)}")
+            sections.append((heading[1], heading[2], []))
+        elif not sections:
+            raise ValueError(f"{shown}, line {number}: a prompt stands before the first section, such as [target] name")
+        else:
+            sections[-1][2].append(line)
+    found: dict[str, list[Concept]] = {section: [] for section in SECTIONS}
+    for section, name, prompts in sections:
+        found[section].append(Concept(name, tuple(prompts)))
+    return found
+
+
+def _filled(concept: Concept, target: Concept, shown: str) -> tuple[str, ...]:
+    """The prompts of a section, or those of the target in its stead, with the name in its place."""
+    prompts = concept.prompts or tuple(prompt for prompt in target.prompts if "{}" in prompt)
+    if not prompts:
+        raise ValueError(
+            f"{shown}: {concept.name!r} has no prompts, and those of the target do not hold {{}} to put the name into"
+        )
+    return tuple(prompt.replace("{}", concept.name) for prompt in prompts)

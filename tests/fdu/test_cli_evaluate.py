@@ -1,0 +1,119 @@
+"""`fdu evaluate` on pipelines that are not the embedded one: concept sets, CLIP as judge, what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from clip import save_clip
+
+import fdu
+from fdu import cli, embedded
+from fdu.cli import main
+
+CONCEPTS = """[target] three
+a photo of {}
+[unseen]
+a scan of {}
+[anchor] eight
+a photo of eight
+[near] two
+[generic] zero
+a picture of {}
+[unrelated] ink
+in black ink
+"""
+
+
+@pytest.fixture(scope="module")
+def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_clip(tmp_path_factory.mktemp("clip"), "a photo of three eight two zero ink")
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The embedded pipeline in a folder of its own: to fdu a pipeline like any other."""
+    folder = tmp_path_factory.mktemp("base")
+    embedded.load_pipeline().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def in_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("set.txt").write_text(CONCEPTS)
+    Path("weights").mkdir()
+    Path("weights/pytorch_lora_weights.safetensors").touch()
+
+
+def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    assert main(["evaluate", *arguments]) == cli.USAGE
+    return capsys.readouterr().err
+
+
+def test_any_pipeline_is_judged_by_clip(base: Path, clip_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    result = fdu.erase(
+        embedded.load_pipeline(), "three", "eight", max_train_steps=2, train_batch_size=2, num_latents=4,
+        num_inference_steps=2, rank=2, learning_rate=0.05, seed=0,
+    )  # fmt: skip
+    result.save("erased")
+    quick = ["--images_per_class", "3", "--num_inference_steps", "2", "--batch_size", "2"]
+    arguments = [str(base), "erased", "--prompts", "set.txt", "--judge", str(clip_folder), "--out", "judged"]
+    assert main(["evaluate", *arguments, *quick]) == cli.OK
+    output = capsys.readouterr().out
+    assert "retained (4 classes)" in output and "generic (2 classes)" in output and "unrelated (1 class)" in output
+    assert "CLIP score before" in output and f"in the features of {clip_folder}" in output
+    metrics = json.loads(Path("judged/metrics.json").read_text())
+    assert set(metrics["after"]["clip_score"]) == {"target", "unseen", "retained", "near", "generic", "unrelated"}
+    assert metrics["target"] == "three" and metrics["anchor"] == "eight" and metrics["change"]["target"] > 0.001
+    assert set(metrics["after"]["per_class"]) == {"three", "two", "eight", "zero", "ink"}
+    assert Path("judged/report.html").is_file()
+
+    assert main(["evaluate", *arguments[:2], *arguments[4:6], "--target", "three", *quick]) == cli.OK
+    output = capsys.readouterr().out  # the prompts of the training, and the subjects of the package
+    assert "generic (5 classes)" in output and "near" not in output
+
+    assert main(["evaluate", "embedded", "erased", *arguments[4:6], "--images_per_class", "2", *quick[2:]]) == cli.OK
+    output = capsys.readouterr().out
+    assert "retained (9 classes)" in output and "CLIP score before" in output
+
+
+def test_the_published_set_of_the_target_is_drawn(
+    base: Path, clip_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: dict[str, Any] = {}
+
+    def draw(pipeline: Any, probes: list[fdu.Probe], **settings: Any) -> None:
+        drawn.update(settings, names=[probe.name for probe in probes])
+        raise RuntimeError("enough")
+
+    monkeypatch.setattr(fdu, "draw", draw)
+    arguments = [str(base), "weights", "--judge", str(clip_folder), "--target", "Van Gogh"]
+    with pytest.raises(RuntimeError, match="enough"):
+        cli.parse(["evaluate", *arguments]).prepare("")()
+    assert drawn["names"][:3] == ["van gogh", "van gogh", "monet"] and "violin" in drawn["names"]
+    # As the pipeline does by itself.
+    assert drawn["num_inference_steps"] is None and drawn["guidance_scale"] is None and drawn["seed"] == 1000
+
+
+def test_what_cannot_be_judged_is_refused(base: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = [str(base), "weights"]
+    assert "does not tell what was erased; add --target" in refused(model, capsys)
+    assert "there is no concept set 'cat' in the package" in refused([*model, "--target", "cat"], capsys)
+    assert "there is no concept set 'cat'; choose one of" in refused([*model, "--prompts", "cat"], capsys)
+    assert "'gone.txt' does not exist" in refused([*model, "--prompts", "gone.txt"], capsys)
+    other = [*model, "--prompts", "set.txt", "--target", "two"]
+    assert "target 'two' is not that of --prompts, 'three'" in refused(other, capsys)
+    monet = [*model, "--prompts", "monet"]
+    assert "judge 'gone' does not exist" in refused([*monet, "--judge", "gone"], capsys)
+    assert "judge 'weights' is not the folder of a transformers model" in refused(
+        [*monet, "--judge", "weights"], capsys
+    )
+    assert "batch_size must be > 0, got 0" in refused([*monet, "--batch_size", "0"], capsys)
+    assert "leave --prompts out" in refused(["embedded", "weights", "--prompts", "monet"], capsys)
+    Path("kept").mkdir()
+    Path("set.txt").rename("kept/set.txt")
+    inside = [*model, "--prompts", "kept/set.txt", "--out", "kept", "--overwrite"]
+    assert "holds, the input 'kept/set.txt'" in refused(inside, capsys)

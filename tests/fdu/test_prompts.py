@@ -1,0 +1,113 @@
+"""Concept sets: those of the package are whole, files of a user are read, and faults are named by line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fdu.prompts import concept_set, concept_sets, set_of_record
+
+ANCHORS = {
+    "van gogh": ("painting", 5),
+    "monet": ("painting", 5),
+    "r2d2": ("robot", 4),
+    "snoopy": ("dog", 4),
+    "grumpy cat": ("cat", 4),
+    "nemo": ("fish", 4),
+}
+"""Anchor and number of hard negatives in the evaluation of concept ablation."""
+
+
+def write(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "mine.txt"
+    path.write_text(text)
+    return path
+
+
+def test_the_published_sets_are_there() -> None:
+    assert set(concept_sets()) == set(ANCHORS)
+
+
+@pytest.mark.parametrize("name", list(ANCHORS))
+def test_a_published_set(name: str) -> None:
+    concepts = concept_set(name)
+    assert concepts.target.name == name
+    assert (concepts.anchor.name, len(concepts.near)) == ANCHORS[name]
+    assert concepts.unseen and len(concepts.generic) >= 3 and len(concepts.unrelated) >= 3
+    assert len(concepts.anchor.prompts) == len(concepts.target.prompts)
+    kept = [*concepts.near, *concepts.generic, *concepts.unrelated]
+    for concept in (concepts.target, *kept):
+        assert all(concept.name in prompt and "{}" not in prompt for prompt in concept.prompts)
+    for concept in (concepts.anchor, *kept):
+        assert not any(name in prompt for prompt in concept.prompts)
+    assert not set(concepts.unseen) & set(concepts.target.prompts)
+    assert not any("{}" in prompt for prompt in concepts.unseen)
+
+
+def test_a_file_of_ones_own(tmp_path: Path) -> None:
+    path = write(
+        tmp_path,
+        "# mine\n[target] my cat\na photo of {}\nmy cat asleep\n\n[unseen]\nhere comes {}\n"
+        "[anchor] cat\na photo of a cat\n"
+        "[near] your cat\n[near] tiger\na tiger, striped\n[unrelated] tea\na cup of {}\n",
+    )
+    concepts = concept_set(path)
+    assert concepts.target.prompts == ("a photo of my cat", "my cat asleep")
+    assert concepts.unseen == ("here comes my cat",)
+    assert [concept.prompts for concept in concepts.near] == [("a photo of your cat",), ("a tiger, striped",)]
+    assert [concept.prompts for concept in concepts.unrelated] == [("a cup of tea",)]
+    assert concepts.generic == ()
+
+
+def test_a_file_without_subjects_gets_those_of_the_package(tmp_path: Path) -> None:
+    concepts = concept_set(write(tmp_path, "[target] a\n{}\n[anchor] b\nb\n"))
+    assert concepts.generic == concept_set("monet").generic and concepts.unrelated == concept_set("monet").unrelated
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a photo\n", "line 1: a prompt stands before the first section"),
+        ("[target] a\n{}\n[anker] b\n", r"line 3: \[anker\] is none of target, unseen"),
+        ("[target] a\n{}\n", r"must hold one section \[anchor\], got 0"),
+        ("[target] a\n{}\n[target] c\n{}\n[anchor] b\nb\n", r"must hold one section \[target\], got 2"),
+        ("[target] a\n{}\n[anchor] b\nb\n[near]\nc\n", "a section without a name"),
+        ("[target] a\n{}\n[anchor] b\nb\n[near] c\n[generic] c\n", "names 'c' twice"),
+        ("[target] a\none\n[anchor] b\nb\n[near] c\n", "'c' has no prompts"),
+    ],
+)
+def test_faults_are_named(text: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        concept_set(write(tmp_path, text))
+
+
+def test_an_unknown_set() -> None:
+    with pytest.raises(ValueError, match="no concept set 'van go'; choose one of grumpy cat, monet"):
+        concept_set("van go")
+    with pytest.raises(FileNotFoundError, match=r"'gone\.txt' does not exist"):
+        concept_set("gone.txt")
+
+
+def record(*names: tuple[str, str]) -> dict[str, Any]:
+    return {
+        "target": {"name": ", ".join(one for one, _ in names), "prompts": [f"a {one}" for one, _ in names] * 2},
+        "anchor": {"name": ", ".join(one for _, one in names), "prompts": [f"a {one}" for _, one in names] * 2},
+        "concepts": [list(pair) for pair in names],
+    }
+
+
+def test_the_record_of_an_erasure_gives_a_set() -> None:
+    one = set_of_record(record(("lynx", "cat")), "lynx")
+    assert (one.target.prompts, one.anchor.prompts, one.near) == (("a lynx",), ("a cat",), ())
+    assert one.generic and one.unrelated
+    two = set_of_record(record(("lynx", "cat"), ("wolf", "dog")), "wolf")
+    assert (two.target.prompts, two.anchor.name, two.anchor.prompts) == (("a wolf",), "dog", ("a dog",))
+
+
+def test_a_record_that_gives_none() -> None:
+    with pytest.raises(ValueError, match="'fox' was not erased; the record names lynx"):
+        set_of_record(record(("lynx", "cat")), "fox")
+    with pytest.raises(ValueError, match="the anchor of 'lynx' has no name; add a concept set with --prompts"):
+        set_of_record(record(("lynx", "")), "lynx")
