@@ -39,6 +39,10 @@ COLUMNS = ("loss", "divergence", "preservation", "distance", "critic")
 """The course of the training: a value a step."""
 
 
+class NotFinite(RuntimeError):
+    """A loss or a trained weight became NaN or infinite."""
+
+
 class Training:
     """One run of the loop, and all of its state.
 
@@ -86,7 +90,7 @@ class Training:
         """Train to the end and return the history, a list of values for each of ``COLUMNS``.
 
         Raises:
-            RuntimeError: the loss became NaN or infinite.
+            NotFinite: the loss became NaN or infinite.
             KeyboardInterrupt: a signal asked for it; the state is in a checkpoint, if there are any.
         """
         config, denoiser, module = self.config, self.denoiser, self.module
@@ -325,7 +329,7 @@ class Training:
         """Wait for the losses since the last look, take their means over the processes, log them, return the last.
 
         Raises:
-            RuntimeError: one of them is not finite.
+            NotFinite: one of them is NaN or infinite.
         """
         recent = self.course[self.looked :]
         if not recent:
@@ -341,9 +345,9 @@ class Training:
         tracking.log(self.step, {**figures, "sigma": self.objective.sigma, "learning_rate": float(learning_rate)})
         return figures["loss"]
 
-    def _not_finite(self, what: str, step: int) -> RuntimeError:
+    def _not_finite(self, what: str, step: int) -> NotFinite:
         kept = self.checkpoints.all() if self.checkpoints else []
-        return RuntimeError(
+        return NotFinite(
             f"{what} at step {step}; the pipeline draws as before"
             + (f", and the last good state is in {str(kept[-1])!r}" if kept else "")
             + ". Begin anew with a lower learning_rate, or a lower s0 if the divergence grows exponentially "

@@ -1,0 +1,1 @@
+"""Compare divergences on one model: make the runs, draw erased against retained, and recommend one."""

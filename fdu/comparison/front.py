@@ -1,0 +1,208 @@
+"""Erased against retained: figures with intervals over seeds and images, and which candidates nothing dominates."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from fdu.comparison.plan import Candidate
+from fdu.comparison.subject import Judged
+
+LEVEL = 0.95
+"""Of all intervals."""
+RESAMPLES = 2000
+FIGURES = ("erased", "retained", "change")
+TARGET_ROLES = ("target", "unseen")
+NORMAL = 1.96
+"""Standard deviations of ``LEVEL``."""
+
+Array = np.ndarray
+Runs = Mapping[tuple[str, Candidate, int], Sequence[Judged]]
+"""By target, candidate and seed: what the judge saw of every probe, in one order for all runs of a target."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    """A figure and its interval."""
+
+    value: float
+    low: float
+    high: float
+
+    @property
+    def sign(self) -> int:
+        """1 or -1 where the interval is all above or all below 0, else 0."""
+        return int(self.low > 0) - int(self.high < 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Standing:
+    """Where a candidate stands."""
+
+    candidate: Candidate
+    erased: Estimate
+    """The share of the target's images, in seen and unseen phrasings, that do not show it."""
+    retained: Estimate
+    """The mean over all other classes of the share that shows what was asked for."""
+    change: Estimate
+    """Mean absolute change of the other classes' images, of pixel range [0, 1]: harm that no judge counts yet."""
+    on_front: bool
+    """No other candidate both erases and retains more."""
+    front_share: float
+    """In what share of the resamples that is so."""
+
+
+class Sample:
+    """All figures of candidates that were run on the same targets with the same seeds, and their resamples.
+
+    A resample draws seeds, and images of every class, with replacement, the same for every candidate: they share seeds
+    and noise, so differences between candidates are more certain than the figures are. Of n seeds it draws n - 1,
+    which is what makes the spread of a mean of few right (McCarthy and Snowden, The bootstrap and finite population
+    sampling, 1985); one seed says nothing of the spread over seeds.
+
+    Args:
+        runs: what the judge saw; every combination of target, candidate and seed.
+        candidates: those to compare, in the order of all arrays.
+
+    Raises:
+        ValueError: a combination that is missing, or runs that were judged on different images.
+
+    Attributes:
+        values: [candidates] by the name of a figure: "erased", "retained", "change", as :class:`Standing` has them.
+        resampled: [resamples, candidates] by the same names.
+        images: how many images of a run each figure counts.
+    """
+
+    def __init__(self, runs: Runs, candidates: Sequence[Candidate], resamples: int = RESAMPLES) -> None:
+        self.candidates = tuple(candidates)
+        generator = np.random.default_rng(0)
+        targets = list(dict.fromkeys(target for target, _, _ in runs))
+        if not targets or not self.candidates:
+            raise ValueError("runs is empty; make some first")
+        parts = [_Figures(runs, target, self.candidates, resamples, generator) for target in targets]
+        self.resampled: dict[str, Array] = {}
+        self.values: dict[str, Array] = {}
+        self.images: dict[str, int] = {}
+        for name in FIGURES:
+            means = np.mean([part.means[name] for part in parts], axis=0)
+            self.values[name], self.resampled[name] = means[0], means[1:]
+            self.images[name] = sum(part.images[name] for part in parts)
+
+    def estimate(self, figure: str, candidate: Candidate) -> Estimate:
+        """A candidate's figure with its interval."""
+        place = self.candidates.index(candidate)
+        found = interval(float(self.values[figure][place]), self.resampled[figure][:, place])
+        # Where every image shows the same, resampling cannot tell how rare the exception is; Wilson's bound can.
+        if figure != "change" and found.low == found.high and found.value in (0.0, 1.0):
+            square = NORMAL**2
+            reach = square / (self.images[figure] + square)
+            return Estimate(found.value, 0.0, reach) if found.value == 0 else Estimate(found.value, 1 - reach, 1.0)
+        return found
+
+    def difference(self, figure: str, one: Candidate, other: Candidate) -> Estimate:
+        """By how much ``one`` has more of a figure than ``other``."""
+        first, second = self.candidates.index(one), self.candidates.index(other)
+        values, drawn = self.values[figure], self.resampled[figure]
+        return interval(float(values[first] - values[second]), drawn[:, first] - drawn[:, second])
+
+    def standings(self) -> list[Standing]:
+        """All candidates, in their order."""
+        on_front = undominated(self.values["erased"], self.values["retained"])
+        shares = undominated(self.resampled["erased"], self.resampled["retained"]).mean(0)
+        return [
+            Standing(
+                candidate,
+                self.estimate("erased", candidate),
+                self.estimate("retained", candidate),
+                self.estimate("change", candidate),
+                bool(on_front[place]),
+                float(shares[place]),
+            )
+            for place, candidate in enumerate(self.candidates)
+        ]
+
+
+def complete(runs: Runs, candidates: Sequence[Candidate]) -> dict[tuple[str, Candidate, int], Sequence[Judged]]:
+    """The runs of those targets and seeds of which every candidate has one, so that like is compared with like."""
+    blocks = list(dict.fromkeys((target, seed) for target, _, seed in runs))
+    whole = [(target, seed) for target, seed in blocks if all((target, one, seed) in runs for one in candidates)]
+    return {(target, one, seed): runs[target, one, seed] for target, seed in whole for one in candidates}
+
+
+def undominated(erased: Array, retained: Array) -> Array:
+    """Which points no other one dominates, by being no worse in both figures and better in one.
+
+    Args:
+        erased, retained: [..., candidates].
+
+    Returns:
+        Flags of the same shape. Equal points are all on the front, or none is.
+    """
+    more_erased = erased[..., None, :] >= erased[..., :, None]
+    more_retained = retained[..., None, :] >= retained[..., :, None]
+    better = (erased[..., None, :] > erased[..., :, None]) | (retained[..., None, :] > retained[..., :, None])
+    flags: Array = ~(more_erased & more_retained & better).any(-1)
+    return flags
+
+
+def interval(value: float, resampled: Array) -> Estimate:
+    """A figure with the interval of its resamples [R], by percentiles."""
+    tail = 50 * (1 - LEVEL)
+    low, high = np.percentile(resampled, [tail, 100 - tail])
+    return Estimate(value, min(float(low), value), max(float(high), value))
+
+
+class _Figures:
+    """The figures of one target: means [1 + resamples, candidates], of all images first, then of each resample."""
+
+    def __init__(
+        self,
+        runs: Runs,
+        target: str,
+        candidates: Sequence[Candidate],
+        resamples: int,
+        generator: np.random.Generator,
+    ) -> None:
+        seeds = list(dict.fromkeys(seed for one, _, seed in runs if one == target))
+        missing = [(one.label, seed) for one in candidates for seed in seeds if (target, one, seed) not in runs]
+        if missing:
+            raise ValueError(f"runs lacks {target!r} with {missing[0][0]}, seed {missing[0][1]}; give complete() ones")
+        grid = [[runs[target, one, seed] for seed in seeds] for one in candidates]
+        seed_weights = _weights(len(seeds), resamples, generator)
+        parts: dict[str, list[Array]] = {name: [] for name in FIGURES}
+        self.images = dict.fromkeys(FIGURES, 0)
+        for place, probe in enumerate(grid[0][0]):
+            judged = [[run[place] for run in row] for row in grid]
+            alike = {(one.role, one.name, len(one.hits), one.change is None) for row in judged for one in row}
+            if len(alike) > 1:
+                raise ValueError(f"the runs of {target!r} were judged on different images; make them again")
+            weights = _weights(len(probe.hits), resamples, generator)
+
+            def mean(values: list[list[Sequence[float]]], weights: Array = weights) -> Array:
+                """Over seeds and images of [candidates, seeds, images]."""
+                by_seed = np.einsum("csn,rn->rcs", np.asarray(values, float), weights)
+                return np.einsum("rcs,rs->rc", by_seed, seed_weights)
+
+            hits = mean([[one.hits for one in row] for row in judged])
+            if probe.role in TARGET_ROLES:
+                self._add(parts, "erased", 1 - hits, len(probe.hits))
+                continue
+            self._add(parts, "retained", hits, len(probe.hits))
+            if probe.change is not None:
+                self._add(parts, "change", mean([[one.change or () for one in row] for row in judged]), len(probe.hits))
+        nothing = np.full((1 + resamples, len(candidates)), math.nan)
+        self.means = {name: np.mean(found, axis=0) if found else nothing for name, found in parts.items()}
+
+    def _add(self, parts: dict[str, list[Array]], name: str, means: Array, images: int) -> None:
+        parts[name].append(means)
+        self.images[name] += images
+
+
+def _weights(count: int, resamples: int, generator: np.random.Generator) -> Array:
+    """Weights [1 + resamples, count] of sum 1: alike, then as often as each was drawn."""
+    drawn = max(count - 1, 1)
+    counts = generator.multinomial(drawn, np.full(count, 1 / count), size=resamples)
+    return np.concatenate([np.full((1, count), 1 / count), counts / drawn])

@@ -1,0 +1,202 @@
+"""The runs of a comparison: candidates times targets times seeds, each with a name and all that it depends on."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import fdu_kernels as fk
+from fdu.concepts import ConceptType
+from fdu.config import PLACES, EraseConfig
+from fdu.evaluation import JUDGED_SEED
+
+KL_BY_ALPHA = {0.0: "reverse_kl", 1.0: "kl"}
+"""The limits of the alpha divergence, which has no formula there; read here and nowhere else."""
+SHAPE_AT = (0.01, 0.3, 1.0, 3.0, 10.0, 30.0)
+"""Distances s at which two profiles are compared. No two shapes of the catalogue agree at all of them."""
+MOST_FROZEN = 256
+"""Batches whose frozen outputs runs share at most; longer runs draw their own."""
+MOST_RUNS = 10_000
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+    """Settings that stand for election."""
+
+    divergence: str
+    s0: float = 1.0
+    others: tuple[tuple[str, Any], ...] = ()
+    """Further settings by which candidates differ."""
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """By name of a field of :class:`fdu.EraseConfig`."""
+        return {"divergence": self.divergence, "s0": self.s0, **dict(self.others)}
+
+    @property
+    def label(self) -> str:
+        """The settings in a few words."""
+        others = [name if value is True else f"{name} {value}" for name, value in self.others]
+        return ", ".join([self.divergence, f"s0 {self.s0:g}", *others])
+
+
+@dataclasses.dataclass(frozen=True)
+class Drawing:
+    """How the judged images are drawn. Image i of a class depends on its prompt and on ``seed + i`` alone."""
+
+    images_per_class: int = 32
+    images_of_target: int = 32
+    """Images of the target, and as many in phrasings that training never saw."""
+    num_inference_steps: int = 20
+    guidance_scale: float = 3.0
+    seed: int = JUDGED_SEED
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One erasure to make and to judge."""
+
+    target: str
+    anchor: str
+    candidate: Candidate
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """The name of its record."""
+        settings = {**self.candidate.settings, "s0": f"{self.candidate.s0:g}", "seed": self.seed}
+        words = [self.target, self.anchor or "nothing", *(f"{name}={value}" for name, value in settings.items())]
+        return "_".join(map(slug, words))
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """What is compared, on what, and how it is judged.
+
+    Raises:
+        ValueError: nothing to compare, settings that a run would refuse, or two runs of one name.
+    """
+
+    model: str
+    """A pipeline's folder, a hub id, or "embedded"."""
+    pairs: tuple[tuple[str, str], ...]
+    """Targets and their anchors."""
+    candidates: tuple[Candidate, ...]
+    seeds: tuple[int, ...] = (0, 1, 2)
+    base: EraseConfig = EraseConfig()
+    """The settings that all runs have in common."""
+    concept_type: ConceptType = "object"
+    drawing: Drawing = Drawing()
+    dtype: str = "float32"
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        for name in ("pairs", "candidates", "seeds"):
+            given = getattr(self, name)
+            if not given:
+                raise ValueError(f"{name} is empty; a comparison needs at least one")
+            if len(set(given)) < len(given):
+                raise ValueError(f"{name} names one thing twice: {given!r}; take one out")
+        if isinstance(self.base.sigma, float | int) and len({one.s0 for one in self.candidates}) > 1:
+            raise ValueError("s0 has several values but sigma is a number, so that s0 has no effect; use sigma 'auto'")
+        if self.drawing.images_per_class < 1 or self.drawing.images_of_target < 1:
+            raise ValueError("images_per_class must be >= 1")
+        runs = self.runs()
+        if len(runs) > MOST_RUNS:
+            raise ValueError(f"{len(runs)} runs are more than {MOST_RUNS}; compare fewer divergences, s0 or seeds")
+        if len({run.name for run in runs}) < len(runs):
+            raise ValueError("two runs would have one file; use targets and settings that differ in letters and digits")
+        for run in runs:
+            self.config(run)
+
+    def runs(self) -> list[Run]:
+        """All runs. Seed by seed, so that whatever is there early compares all candidates."""
+        return [
+            Run(target, anchor, candidate, seed)
+            for seed in self.seeds
+            for target, anchor in self.pairs
+            for candidate in self.candidates
+        ]
+
+    def config(self, run: Run) -> EraseConfig:
+        """All settings of a run. Batches are drawn beforehand, which changes nothing but lets runs share them."""
+        config = dataclasses.replace(self.base, **{**run.candidate.settings, "seed": run.seed})
+        steps = config.max_train_steps * config.gradient_accumulation_steps
+        alone = config.timestep_sampling == "importance" or (
+            config.objective == "noise" and not config.preservation_weight
+        )
+        if config.frozen_batches or alone or steps > MOST_FROZEN:
+            return config
+        return dataclasses.replace(config, frozen_batches=steps)
+
+    def conditions(self) -> dict[str, Any]:
+        """What all figures depend on beside model and settings, ready for JSON."""
+        return {"dtype": self.dtype, "drawing": dataclasses.asdict(self.drawing)}
+
+    def identity(self, run: Run, settings: EraseConfig) -> dict[str, Any]:
+        """All that a run's figures depend on but model, versions and machine, ready for JSON."""
+        kept = {name: value for name, value in settings.as_dict().items() if name not in PLACES}
+        asked = {"target": run.target, "anchor": run.anchor, "concept_type": self.concept_type}
+        return {**asked, **self.conditions(), "settings": kept}
+
+
+def slug(words: str) -> str:
+    """Words as a part of a file's name."""
+    return re.sub(r"[^\w.=-]+", "-", words)[:80]
+
+
+def alpha_divergences(low: float, high: float, count: int) -> list[str]:
+    """The alpha divergences at ``count`` evenly spaced values of alpha; at 0 and 1 the limits, reverse_kl and kl.
+
+    Raises:
+        ValueError: no such grid.
+    """
+    if count < 1 or not low <= high or (count == 1) != (low == high):
+        raise ValueError(f"alpha must be low:high:count, as in -1:2:7, got {low:g}:{high:g}:{count}")
+    step = (high - low) / max(count - 1, 1)
+    # Rounded, so that a grid meets 0 and 1 where decimals say so.
+    values = [round(low + step * index, 9) for index in range(count)]
+    return [KL_BY_ALPHA.get(value, f"alpha:{value:g}") for value in values]
+
+
+def read_alpha(text: str) -> list[str]:
+    """:func:`alpha_divergences` of "low:high:count".
+
+    Raises:
+        ValueError: a text of another form.
+    """
+    try:
+        low, high, count = text.split(":")
+        numbers = float(low), float(high), int(count)
+    except ValueError:
+        raise ValueError(f"alpha must be low:high:count, as in -1:2:7, got {text!r}") from None
+    return alpha_divergences(*numbers)
+
+
+def distinct(divergences: Sequence[str], variational: bool = False) -> tuple[list[str], dict[str, str]]:
+    """Those that train different models, in their order; and the others, each with the one that it trains as.
+
+    Between Gaussians an f-divergence is a function h of one distance, and the training divides it by its slope: what
+    remains is the shape of h'. It is the same for a divergence and its reverse, so for alpha and 1 - alpha, and for kl,
+    reverse_kl and mse. With a critic every generator trains its own.
+
+    Raises:
+        ValueError: a divergence that is not known.
+    """
+    found: dict[Any, str] = {}
+    others: dict[str, str] = {}
+    for name in divergences:
+        divergence = fk.get_divergence(name)
+        shape = str(divergence) if variational else _shape(divergence)
+        first = found.setdefault(shape, name)
+        if first != name:
+            others[name] = first
+    return list(dict.fromkeys(found.values())), others
+
+
+def _shape(divergence: fk.Divergence) -> tuple[float, ...]:
+    """The slope of the trained loss at some distances, to 9 digits."""
+    slopes = [float(divergence.profile_grad(s)) for s in SHAPE_AT]
+    return tuple(float(f"{slope / slopes[2]:.9e}") for slope in slopes)

@@ -1,0 +1,163 @@
+"""Which candidate to take for what one prefers, in words and numbers; no winner where the intervals name none."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+import numpy as np
+
+from fdu.comparison.front import Estimate, Sample, interval
+from fdu.comparison.plan import Candidate
+from fdu.verdict import percent
+
+Preference = Literal["preservation", "balanced", "erasure"]
+BETA: dict[str, float] = {"preservation": 2.0, "balanced": 1.0, "erasure": 0.5}
+"""So many times as much weight as erasing has retaining in the F-measure (van Rijsbergen, 1979)."""
+HARDLY = 0.5
+"""A target of which less than this share is erased is still there."""
+NAMED = 4
+"""So many candidates are named; of more, the number."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Recommendation:
+    """What to take, and why."""
+
+    prefer: Preference
+    candidate: Candidate
+    certain: bool
+    """Whether it is better than every other one by more than chance explains, be it in the score or in the change of
+    images."""
+    score: Estimate
+    """Its F-measure of erased and retained."""
+    alike: tuple[Candidate, ...]
+    """Others whose score chance may as well have put first."""
+    headline: str
+    sentences: tuple[str, ...]
+
+
+def recommend(sample: Sample, prefer: Preference) -> Recommendation:
+    """The candidate with the best F-measure of erased and retained; of those like it, the one that changes least.
+
+    F = (1 + b^2) e r / (b^2 e + r) of the erased share e and the retained share r is 0 where either is, so that doing
+    nothing, or destroying everything, never wins. Candidates are alike if the interval of the difference to the best
+    one holds 0; of these, the one whose images of other classes changed least is taken.
+
+    Raises:
+        ValueError: an unknown preference.
+    """
+    if prefer not in BETA:
+        raise ValueError(f"prefer must be one of {', '.join(BETA)}, got {prefer!r}")
+    values = f_measure(sample.values["erased"], sample.values["retained"], BETA[prefer])
+    resampled = f_measure(sample.resampled["erased"], sample.resampled["retained"], BETA[prefer])
+    order = np.argsort(-values, kind="stable")
+    best = int(order[0])
+    behind = {
+        int(place): interval(float(values[best] - values[place]), resampled[:, best] - resampled[:, place])
+        for place in order[1:]
+    }
+    tied = [place for place, difference in behind.items() if difference.sign <= 0]
+    candidates = sample.candidates
+    chosen, certain, why = best, not tied, ""
+    if tied:
+        change = sample.values["change"]
+        if not np.isnan(change).any():
+            chosen = min([best, *tied], key=lambda place: (change[place], -values[place]))
+            gaps = [
+                sample.difference("change", candidates[place], candidates[chosen])
+                for place in (best, *tied)
+                if place != chosen
+            ]
+            certain = all(gap.sign > 0 for gap in gaps)
+            least = min(gaps, key=lambda gap: gap.value)
+            why = (
+                f"Of these, {candidates[chosen].label} changed the images of other classes least, by "
+                f"{100 * change[chosen]:.2f} % of the pixel range; "
+                + (
+                    f"the next by {100 * least.value:.2f} points more ({_range(least, 100, 2)})."
+                    if certain
+                    else "but that too may be chance: between them the choice is free."
+                )
+            )
+        else:
+            why = "Between them the choice is free."
+    others = tuple(candidates[place] for place in (best, *tied) if place != chosen)
+    one = candidates[chosen]
+    score = interval(float(values[chosen]), resampled[:, chosen])
+    return Recommendation(
+        prefer,
+        one,
+        certain,
+        score,
+        others,
+        _headline(one, others, certain, len(candidates)),
+        tuple(_sentences(sample, one, score, prefer, behind, tied, best, why)),
+    )
+
+
+def f_measure(erased: np.ndarray, retained: np.ndarray, beta: float) -> np.ndarray:
+    """(1 + beta^2) e r / (beta^2 e + r), elementwise; 0 where both are."""
+    below = beta**2 * erased + retained
+    product = (1 + beta**2) * erased * retained
+    return np.divide(product, below, out=np.zeros_like(product), where=below > 0)
+
+
+def _headline(one: Candidate, others: tuple[Candidate, ...], certain: bool, count: int) -> str:
+    if count == 1:
+        return f"Only {one.label} was run"
+    if certain:
+        return f"Take {one.label}"
+    if len(others) == count - 1:
+        return f"No winner: none of the {count} can be told from the best; {one.label} will do"
+    return f"No single winner: take {one.label}, or one of {len(others)} like it"
+
+
+def _sentences(
+    sample: Sample,
+    one: Candidate,
+    score: Estimate,
+    prefer: Preference,
+    behind: dict[int, Estimate],
+    tied: list[int],
+    best: int,
+    why: str,
+) -> list[str]:
+    erased, retained = sample.estimate("erased", one), sample.estimate("retained", one)
+    found = [
+        f"{one.label} erased {percent(erased.value)} of the target's images ({_range(erased)}) and kept "
+        f"{percent(retained.value)} of the others' ({_range(retained)})."
+    ]
+    weight = {
+        "preservation": f"retaining counts {BETA[prefer]:g} times as much as erasing",
+        "balanced": "erasing and retaining count alike",
+        "erasure": f"erasing counts {1 / BETA[prefer]:g} times as much as retaining",
+    }[prefer]
+    found.append(f"For {prefer}, {weight}: its score is {score.value:.3f} ({_range(score, 1, 3)}).")
+    names = [sample.candidates[place].label for place in (best, *tied)]
+    if tied:
+        found.append(f"{_listed(names)} cannot be told apart by the score at these numbers of seeds and images. {why}")
+    lost = {place: difference for place, difference in behind.items() if place not in tied}
+    if lost:
+        next_best, gap = min(lost.items(), key=lambda item: item[1].value)
+        whom = "that" if not tied else "the best of them"
+        found.append(
+            f"{sample.candidates[next_best].label} stands {gap.value:.3f} ({_range(gap, 1, 3)}) behind {whom}"
+            + (f", and {len(lost) - 1} more are further behind." if len(lost) > 1 else ".")
+        )
+    if erased.value < HARDLY:
+        found.append(
+            "Even so the target is mostly still there: train longer (max_train_steps) before you choose."
+        )
+    return found
+
+
+def _range(estimate: Estimate, scale: float = 100, digits: int = 0) -> str:
+    """An interval in words; shares as percents."""
+    unit = " %" if scale == 100 and digits == 0 else ""
+    return f"{scale * estimate.low:.{digits}f} to {scale * estimate.high:.{digits}f}{unit}"
+
+
+def _listed(names: list[str]) -> str:
+    shown = names[:NAMED] + ([f"{len(names) - NAMED} more"] if len(names) > NAMED else [])
+    return "; ".join(shown[:-1]) + (" and " if len(shown) > 1 else "") + shown[-1]

@@ -1,0 +1,114 @@
+"""What a comparison has to know of a model: its concepts, what to keep of it, and who judges its images."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from torch import Tensor
+from torch.nn import functional
+
+from fdu.concepts import ConceptType, Pair, concept_pair
+from fdu.config import EraseConfig
+from fdu.evaluation import Probe
+from fdu.loading import is_embedded
+
+SIDE = 64
+"""Pixels to which larger images are reduced before the change of retained ones is taken."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Judged:
+    """What one probe's images show. Every list has a value an image."""
+
+    role: str
+    name: str
+    hits: tuple[bool, ...]
+    """Whether the judge saw what was asked for."""
+    change: tuple[float, ...] | None = None
+    """Mean absolute difference to the same image before the erasure, of pixel range [0, 1]."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """Ready for JSON: hits as "0110...", changes as "0.0123 0.0045 ...", so that a record stays short."""
+        hits = "".join("1" if hit else "0" for hit in self.hits)
+        change = None if self.change is None else " ".join(f"{value:.4f}" for value in self.change)
+        return {"role": self.role, "name": self.name, "hits": hits, "change": change}
+
+    @classmethod
+    def from_dict(cls, saved: dict[str, Any]) -> Judged:
+        """What :meth:`as_dict` gave."""
+        change = None if saved["change"] is None else tuple(map(float, saved["change"].split()))
+        return cls(saved["role"], saved["name"], tuple(hit == "1" for hit in saved["hits"]), change)
+
+
+def check_judged(model: str) -> None:
+    """Refuse a model that nobody here can judge.
+
+    Raises:
+        ValueError: any but the embedded pipeline.
+    """
+    if not is_embedded(model):
+        raise ValueError(
+            f"MODEL {model!r}: there is a judge for the embedded pipeline only; for other models erase with each "
+            "divergence and judge with fdu.evaluate"
+        )
+
+
+def concepts(model: str, target: str, anchor: str, concept_type: ConceptType) -> Pair:
+    """Target and anchor in the words of the model.
+
+    Raises:
+        ValueError: names that the model, or :func:`fdu.concepts.concept_pair`, does not take.
+    """
+    if is_embedded(model):
+        from fdu import embedded
+
+        return embedded.concepts(target, anchor)
+    return concept_pair(target, anchor, concept_type)
+
+
+def with_preserved(model: str, target: str, config: EraseConfig) -> EraseConfig:
+    """The settings with the model's own prompts to keep, unless they name some."""
+    if not is_embedded(model):
+        return config
+    from fdu import embedded
+
+    if config.preservation_prompts:
+        return config
+    return dataclasses.replace(config, preservation_prompts=embedded.preserved(target))
+
+
+def probes(model: str, target: str) -> list[Probe]:
+    """What to draw, and who judges it.
+
+    Raises:
+        ValueError: of :func:`check_judged`.
+    """
+    check_judged(model)
+    from fdu import embedded
+
+    return embedded.probes(target)
+
+
+def judge(probe: Probe, images: Tensor, before: Tensor | None = None) -> Judged:
+    """Let the probe's judge look at its images.
+
+    Args:
+        probe: what was asked for.
+        images: [N, 3, H, W] in [0, 1].
+        before: the same images before the erasure, as :func:`small` makes them.
+    """
+    hits = tuple(name == probe.name for name in probe.judge(images))
+    change = None
+    if before is not None:
+        change = tuple((small(images).float() - before.float()).abs().mean((1, 2, 3)).tolist())
+    return Judged(probe.role, probe.name, hits, change)
+
+
+def small(images: Tensor) -> Tensor:
+    """Images as they are kept to be compared: [N, 3, h, w] in float16, h and w at most ``SIDE``."""
+    height, width = images.shape[-2:]
+    if max(height, width) > SIDE:
+        scale = SIDE / max(height, width)
+        images = functional.interpolate(images, (round(height * scale), round(width * scale)), mode="area")
+    return images.half()
