@@ -14,6 +14,7 @@ from typing import ClassVar, Protocol
 import tyro
 
 import fdu
+from fdu.cli.compare import Compare
 from fdu.cli.demo import Demo
 from fdu.cli.divergences import Divergences
 from fdu.cli.doctor import Doctor
@@ -36,6 +37,7 @@ COMMANDS: dict[str, type[Command]] = {
     "demo": Demo,
     "erase": Erase,
     "evaluate": Evaluate,
+    "compare": Compare,
     "divergences": Divergences,
     "doctor": Doctor,
 }

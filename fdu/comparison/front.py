@@ -16,8 +16,6 @@ LEVEL = 0.95
 RESAMPLES = 2000
 FIGURES = ("erased", "retained", "change")
 TARGET_ROLES = ("target", "unseen")
-NORMAL = 1.96
-"""Standard deviations of ``LEVEL``."""
 
 Array = np.ndarray
 Runs = Mapping[tuple[str, Candidate, int], Sequence[Judged]]
@@ -74,6 +72,7 @@ class Sample:
         values: [candidates] by the name of a figure: "erased", "retained", "change", as :class:`Standing` has them.
         resampled: [resamples, candidates] by the same names.
         images: how many images of a run each figure counts.
+        seeds: of the target with the fewest.
     """
 
     def __init__(self, runs: Runs, candidates: Sequence[Candidate], resamples: int = RESAMPLES) -> None:
@@ -86,6 +85,7 @@ class Sample:
         self.resampled: dict[str, Array] = {}
         self.values: dict[str, Array] = {}
         self.images: dict[str, int] = {}
+        self.seeds = min(part.seeds for part in parts)
         for name in FIGURES:
             means = np.mean([part.means[name] for part in parts], axis=0)
             self.values[name], self.resampled[name] = means[0], means[1:]
@@ -95,18 +95,23 @@ class Sample:
         """A candidate's figure with its interval."""
         place = self.candidates.index(candidate)
         found = interval(float(self.values[figure][place]), self.resampled[figure][:, place])
-        # Where every image shows the same, resampling cannot tell how rare the exception is; Wilson's bound can.
+        # Where all images show the same, resampling cannot tell how rare exceptions are; the exact binomial bound can
+        # (Clopper and Pearson 1934).
         if figure != "change" and found.low == found.high and found.value in (0.0, 1.0):
-            square = NORMAL**2
-            reach = square / (self.images[figure] + square)
+            reach = 1 - ((1 - LEVEL) / 2) ** (1 / self.images[figure])
             return Estimate(found.value, 0.0, reach) if found.value == 0 else Estimate(found.value, 1 - reach, 1.0)
         return found
 
     def difference(self, figure: str, one: Candidate, other: Candidate) -> Estimate:
         """By how much ``one`` has more of a figure than ``other``."""
-        first, second = self.candidates.index(one), self.candidates.index(other)
-        values, drawn = self.values[figure], self.resampled[figure]
-        return interval(float(values[first] - values[second]), drawn[:, first] - drawn[:, second])
+        return self.contrast(figure, ((one, 1.0), (other, -1.0)))
+
+    def contrast(self, figure: str, weights: Sequence[tuple[Candidate, float]]) -> Estimate:
+        """A sum of a figure over candidates, each with a weight."""
+        row = np.zeros(len(self.candidates))
+        for candidate, weight in weights:
+            row[self.candidates.index(candidate)] += weight
+        return interval(float(self.values[figure] @ row), self.resampled[figure] @ row)
 
     def standings(self) -> list[Standing]:
         """All candidates, in their order."""
@@ -144,8 +149,7 @@ def undominated(erased: Array, retained: Array) -> Array:
     more_erased = erased[..., None, :] >= erased[..., :, None]
     more_retained = retained[..., None, :] >= retained[..., :, None]
     better = (erased[..., None, :] > erased[..., :, None]) | (retained[..., None, :] > retained[..., :, None])
-    flags: Array = ~(more_erased & more_retained & better).any(-1)
-    return flags
+    return np.logical_not((more_erased & more_retained & better).any(-1))
 
 
 def interval(value: float, resampled: Array) -> Estimate:
@@ -170,6 +174,7 @@ class _Figures:
         missing = [(one.label, seed) for one in candidates for seed in seeds if (target, one, seed) not in runs]
         if missing:
             raise ValueError(f"runs lacks {target!r} with {missing[0][0]}, seed {missing[0][1]}; give complete() ones")
+        self.seeds = len(seeds)
         grid = [[runs[target, one, seed] for seed in seeds] for one in candidates]
         seed_weights = _weights(len(seeds), resamples, generator)
         parts: dict[str, list[Array]] = {name: [] for name in FIGURES}

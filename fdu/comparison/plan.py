@@ -7,6 +7,8 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+
 import fdu_kernels as fk
 from fdu.concepts import ConceptType
 from fdu.config import PLACES, EraseConfig
@@ -44,14 +46,15 @@ class Candidate:
 
 @dataclasses.dataclass(frozen=True)
 class Drawing:
-    """How the judged images are drawn. Image i of a class depends on its prompt and on ``seed + i`` alone."""
+    """How the judged images are drawn. Image i of a class depends on its prompt and on ``judged_seed + i``
+    alone."""
 
     images_per_class: int = 32
     images_of_target: int = 32
     """Images of the target, and as many in phrasings that training never saw."""
     num_inference_steps: int = 20
     guidance_scale: float = 3.0
-    seed: int = JUDGED_SEED
+    judged_seed: int = JUDGED_SEED
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,10 +88,10 @@ class Comparison:
     """Targets and their anchors."""
     candidates: tuple[Candidate, ...]
     seeds: tuple[int, ...] = (0, 1, 2)
-    base: EraseConfig = EraseConfig()
+    base: EraseConfig = dataclasses.field(default_factory=EraseConfig)
     """The settings that all runs have in common."""
     concept_type: ConceptType = "object"
-    drawing: Drawing = Drawing()
+    drawing: Drawing = dataclasses.field(default_factory=Drawing)
     dtype: str = "float32"
     device: str = "cpu"
 
@@ -198,5 +201,5 @@ def distinct(divergences: Sequence[str], variational: bool = False) -> tuple[lis
 
 def _shape(divergence: fk.Divergence) -> tuple[float, ...]:
     """The slope of the trained loss at some distances, to 9 digits."""
-    slopes = [float(divergence.profile_grad(s)) for s in SHAPE_AT]
-    return tuple(float(f"{slope / slopes[2]:.9e}") for slope in slopes)
+    slopes = divergence.profile_grad(torch.tensor(SHAPE_AT, dtype=torch.float64)).tolist()
+    return tuple(float(f"{slope / slopes[0]:.9e}") for slope in slopes)

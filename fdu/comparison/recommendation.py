@@ -12,7 +12,7 @@ from fdu.comparison.plan import Candidate
 from fdu.verdict import percent
 
 Preference = Literal["preservation", "balanced", "erasure"]
-BETA: dict[str, float] = {"preservation": 2.0, "balanced": 1.0, "erasure": 0.5}
+BETA: dict[Preference, float] = {"preservation": 2.0, "balanced": 1.0, "erasure": 0.5}
 """So many times as much weight as erasing has retaining in the F-measure (van Rijsbergen, 1979)."""
 HARDLY = 0.5
 """A target of which less than this share is erased is still there."""
@@ -42,7 +42,8 @@ def recommend(sample: Sample, prefer: Preference) -> Recommendation:
 
     F = (1 + b^2) e r / (b^2 e + r) of the erased share e and the retained share r is 0 where either is, so that doing
     nothing, or destroying everything, never wins. Candidates are alike if the interval of the difference to the best
-    one holds 0; of these, the one whose images of other classes changed least is taken.
+    one holds 0; of these, the one whose images of other classes changed least is taken, unless erasure is preferred:
+    what erases less also changes less.
 
     Raises:
         ValueError: an unknown preference.
@@ -58,41 +59,23 @@ def recommend(sample: Sample, prefer: Preference) -> Recommendation:
         for place in order[1:]
     }
     tied = [place for place, difference in behind.items() if difference.sign <= 0]
-    candidates = sample.candidates
+    candidates, alike = sample.candidates, [best, *tied]
+    erased = float(sample.values["erased"][best])
     chosen, certain, why = best, not tied, ""
-    if tied:
-        change = sample.values["change"]
-        if not np.isnan(change).any():
-            chosen = min([best, *tied], key=lambda place: (change[place], -values[place]))
-            gaps = [
-                sample.difference("change", candidates[place], candidates[chosen])
-                for place in (best, *tied)
-                if place != chosen
-            ]
-            certain = all(gap.sign > 0 for gap in gaps)
-            least = min(gaps, key=lambda gap: gap.value)
-            why = (
-                f"Of these, {candidates[chosen].label} changed the images of other classes least, by "
-                f"{100 * change[chosen]:.2f} % of the pixel range; "
-                + (
-                    f"the next by {100 * least.value:.2f} points more ({_range(least, 100, 2)})."
-                    if certain
-                    else "but that too may be chance: between them the choice is free."
-                )
-            )
-        else:
-            why = "Between them the choice is free."
-    others = tuple(candidates[place] for place in (best, *tied) if place != chosen)
+    if tied and prefer != "erasure" and erased >= HARDLY:
+        chosen, certain, why = _least_change(sample, alike, values)
+    elif tied:
+        why = "Between them the choice is free."
     one = candidates[chosen]
     score = interval(float(values[chosen]), resampled[:, chosen])
+    others = tuple(candidates[place] for place in alike if place != chosen)
+    sentences = [
+        *_figures_of(sample, one, score, prefer),
+        *_alike_and_behind([candidates[place].label for place in alike], why, sample, behind, tied),
+    ]
+    certain = certain and erased >= HARDLY and len(candidates) > 1
     return Recommendation(
-        prefer,
-        one,
-        certain,
-        score,
-        others,
-        _headline(one, others, certain, len(candidates)),
-        tuple(_sentences(sample, one, score, prefer, behind, tied, best, why)),
+        prefer, one, certain, score, others, _headline(sample, one, others, certain, erased), tuple(sentences)
     )
 
 
@@ -103,7 +86,30 @@ def f_measure(erased: np.ndarray, retained: np.ndarray, beta: float) -> np.ndarr
     return np.divide(product, below, out=np.zeros_like(product), where=below > 0)
 
 
-def _headline(one: Candidate, others: tuple[Candidate, ...], certain: bool, count: int) -> str:
+def _least_change(sample: Sample, alike: list[int], values: np.ndarray) -> tuple[int, bool, str]:
+    """Of candidates whose scores are alike, the one that changes the other classes' images least; whether it does so by
+    more than chance; and this in words."""
+    change = sample.values["change"]
+    if np.isnan(change[alike]).any():
+        return alike[0], False, "Between them the choice is free."
+    chosen = min(alike, key=lambda place: (change[place], -values[place]))
+    one = sample.candidates[chosen]
+    gaps = [sample.difference("change", sample.candidates[place], one) for place in alike if place != chosen]
+    certain = all(gap.sign > 0 for gap in gaps)
+    least = min(gaps, key=lambda gap: gap.value)
+    rest = (
+        f"the next by {100 * least.value:.2f} points more ({_range(least, 100, 2)})."
+        if certain
+        else "but that too may be chance: between them the choice is free."
+    )
+    words = f"Of these, {one.label} changed the images of other classes least, by {100 * change[chosen]:.2f} % of the "
+    return chosen, certain, f"{words}pixel range; {rest}"
+
+
+def _headline(sample: Sample, one: Candidate, others: tuple[Candidate, ...], certain: bool, erased: float) -> str:
+    count = len(sample.candidates)
+    if erased < HARDLY:
+        return f"Nothing to recommend yet: even {one.label} erased only {percent(erased)}"
     if count == 1:
         return f"Only {one.label} was run"
     if certain:
@@ -113,42 +119,38 @@ def _headline(one: Candidate, others: tuple[Candidate, ...], certain: bool, coun
     return f"No single winner: take {one.label}, or one of {len(others)} like it"
 
 
-def _sentences(
-    sample: Sample,
-    one: Candidate,
-    score: Estimate,
-    prefer: Preference,
-    behind: dict[int, Estimate],
-    tied: list[int],
-    best: int,
-    why: str,
-) -> list[str]:
+def _figures_of(sample: Sample, one: Candidate, score: Estimate, prefer: Preference) -> list[str]:
     erased, retained = sample.estimate("erased", one), sample.estimate("retained", one)
-    found = [
-        f"{one.label} erased {percent(erased.value)} of the target's images ({_range(erased)}) and kept "
-        f"{percent(retained.value)} of the others' ({_range(retained)})."
-    ]
     weight = {
         "preservation": f"retaining counts {BETA[prefer]:g} times as much as erasing",
         "balanced": "erasing and retaining count alike",
         "erasure": f"erasing counts {1 / BETA[prefer]:g} times as much as retaining",
     }[prefer]
-    found.append(f"For {prefer}, {weight}: its score is {score.value:.3f} ({_range(score, 1, 3)}).")
-    names = [sample.candidates[place].label for place in (best, *tied)]
+    found = [
+        f"{one.label} erased {percent(erased.value)} of the target's images ({_range(erased)}) and kept "
+        f"{percent(retained.value)} of the others' ({_range(retained)}).",
+        f"For {prefer}, {weight}: its score is {score.value:.3f} ({_range(score, 1, 3)}).",
+    ]
+    if erased.value < HARDLY:
+        found.append("The target is mostly still there: train longer (max_train_steps) before you choose.")
+    if sample.seeds == 1:
+        found.append("One seed says nothing of how much seeds differ: run more before you rely on it.")
+    return found
+
+
+def _alike_and_behind(
+    names: list[str], why: str, sample: Sample, behind: dict[int, Estimate], tied: list[int]
+) -> list[str]:
+    found = []
     if tied:
         found.append(f"{_listed(names)} cannot be told apart by the score at these numbers of seeds and images. {why}")
     lost = {place: difference for place, difference in behind.items() if place not in tied}
     if lost:
-        next_best, gap = min(lost.items(), key=lambda item: item[1].value)
-        whom = "that" if not tied else "the best of them"
-        found.append(
-            f"{sample.candidates[next_best].label} stands {gap.value:.3f} ({_range(gap, 1, 3)}) behind {whom}"
-            + (f", and {len(lost) - 1} more are further behind." if len(lost) > 1 else ".")
-        )
-    if erased.value < HARDLY:
-        found.append(
-            "Even so the target is mostly still there: train longer (max_train_steps) before you choose."
-        )
+        following, gap = min(lost.items(), key=lambda item: item[1].value)
+        more = f", and {len(lost) - 1} more are further behind" if len(lost) > 1 else ""
+        label = sample.candidates[following].label
+        whom = "the best of them" if tied else "that"
+        found.append(f"{label} stands {gap.value:.3f} ({_range(gap, 1, 3)}) behind {whom}{more}.")
     return found
 
 

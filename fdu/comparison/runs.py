@@ -10,11 +10,11 @@ import json
 import multiprocessing
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from diffusers import DiffusionPipeline
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -33,6 +33,9 @@ from fdu.weights import fingerprint
 
 BEFORE = "before"
 """What the names of records, and of images, of the model as it is begin with."""
+
+WORKER = {"OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
+"""For processes that share the cores: threads that spin for work are worse than none, and bars would mix."""
 
 Record = dict[str, Any]
 
@@ -75,13 +78,12 @@ def make_runs(
             done += 1
             tell(f"{done}/{total} {name}")
         return
-    # Threads that spin for work are worse than none where processes share the cores.
-    os.environ["OMP_NUM_THREADS"] = "1"
     context = multiprocessing.get_context("spawn")
-    pool = concurrent.futures.ProcessPoolExecutor(workers, mp_context=context, initializer=_one_thread)
+    pool = concurrent.futures.ProcessPoolExecutor(workers, mp_context=context)
     try:
         for part in jobs:
-            futures = {pool.submit(function, given, *shared): name for function, given, name in part}
+            with _environment(WORKER):  # the processes start with what is submitted
+                futures = {pool.submit(function, given, *shared): name for function, given, name in part}
             for future in concurrent.futures.as_completed(futures):
                 future.result()
                 done += 1
@@ -168,7 +170,7 @@ def _draw(comparison: Comparison, pipeline: DiffusionPipeline, probe: Probe) -> 
         pipeline,
         [probe],
         drawing.images_of_target if probe.role in ("target", "unseen") else drawing.images_per_class,
-        drawing.seed,
+        drawing.judged_seed,
         drawing.num_inference_steps,
         drawing.guidance_scale,
         description=f"{probe.role}: {probe.name}",
@@ -219,8 +221,19 @@ def _weights(model: str, dtype: str, device: str) -> str:
     return fingerprint(_pipeline(model, dtype, device))[:16]
 
 
-def _one_thread() -> None:
-    torch.set_num_threads(1)
+@contextmanager
+def _environment(variables: Mapping[str, str]) -> Iterator[None]:
+    """Within this context the environment holds these variables, too."""
+    kept = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in kept.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 def _read(path: Path) -> Record | None:

@@ -1,0 +1,158 @@
+"""``fdu compare``: erase with several divergences, draw erased against retained, and recommend one."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shlex
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from tyro.conf import Fixed, OmitArgPrefixes, Positional, Suppress
+
+from fdu.cli.settings import Settings, check_images
+from fdu.config import EraseConfig
+from fdu.loading import Dtype, check_dtype, check_model, choose_device, is_embedded
+
+DEFAULT = "mse,squared_hellinger,jensen_shannon,pearson_chi2"
+"""Compared if nothing is named: by how much they damp or amplify large errors they span what there is."""
+
+
+@dataclasses.dataclass(frozen=True)
+class SharedSettings(Settings):
+    """Settings that all runs share, named as in diffusers' training examples."""
+
+    divergence: Suppress[Fixed[str]] = EraseConfig.divergence
+    s0: Suppress[Fixed[float]] = EraseConfig.s0
+    seed: Suppress[Fixed[int]] = EraseConfig.seed
+    cache_dir: Suppress[Fixed[str | None]] = None
+    checkpoint_dir: Suppress[Fixed[str | None]] = None
+    checkpointing_steps: Suppress[Fixed[int]] = EraseConfig.checkpointing_steps
+    checkpoints_total_limit: Suppress[Fixed[int]] = EraseConfig.checkpoints_total_limit
+    resume_from_checkpoint: Suppress[Fixed[str | None]] = None
+    report_to: Suppress[Fixed[Literal["none", "tensorboard", "wandb"]]] = "none"
+    logging_dir: Suppress[Fixed[str]] = EraseConfig.logging_dir
+    validation_prompts: Suppress[Fixed[tuple[str, ...]]] = ()
+    validation_steps: Suppress[Fixed[int]] = EraseConfig.validation_steps
+
+
+@dataclasses.dataclass
+class Compare:
+    """Erase with several divergences and seeds, draw erased against retained, and recommend one.
+
+    OUT receives comparison.html, its charts as .svg, comparison.md, comparison.json, a record a run in runs/, and in
+    cache/ what runs have in common, which may be deleted. The same command goes on where it was stopped; with further
+    divergences, values of s0 or seeds it makes what is missing.
+    """
+
+    examples: ClassVar[tuple[str, ...]] = (
+        "fdu compare embedded --target three --anchor eight --max_train_steps 40 --preservation_weight 0 --s0 1 10 "
+        "--out comparison",
+        "fdu compare embedded --target red --anchor black --alpha -1:2:7 --prefer preservation --out by-alpha",
+    )
+
+    model: Positional[str]
+    """A pipeline's folder, a hub id (org/name), or "embedded", which alone has a judge so far."""
+    target: str
+    """What to erase."""
+    anchor: str
+    """What takes its place."""
+    out: Path
+    """Folder for the results: empty, or that of a comparison with the same settings."""
+    divergences: str | None = None
+    """Names of `fdu divergences`, with commas between them."""
+    alpha: str | None = None
+    """Alpha divergences as low:high:count, such as -1:2:7; at 0 and 1 these are reverse_kl and kl."""
+    s0: tuple[float, ...] = (EraseConfig.s0,)
+    """Values of s0: the median of s at the start. The larger, the more divergences differ."""
+    seeds: int = 3
+    """Runs of each, with the seeds from 0 on."""
+    prefer: Literal["preservation", "balanced", "erasure"] = "balanced"
+    """What to recommend for; the page has all three."""
+    images_per_class: int = 32
+    """Images that the judge sees of every class."""
+    workers: int | None = None
+    """Processes of one thread each; not given, as many as there are cores, and one on other devices."""
+    concept_type: Literal["object", "style"] = "object"
+    """The phrasings that names are put into. The embedded pipeline has its own."""
+    dtype: Dtype = "auto"
+    """Type of the weights; auto is float32, or the type of --mixed_precision."""
+    device: str = "cpu"
+    """Device to run on: cpu, cuda, mps or auto."""
+    settings: OmitArgPrefixes[SharedSettings] = dataclasses.field(default_factory=SharedSettings)
+
+    def prepare(self, command: str) -> Callable[[], None]:
+        """Check everything; the work is what comes back."""
+        from fdu.comparison import subject
+        from fdu.comparison.folder import CACHE, RUNS, check_folder, write_record
+        from fdu.comparison.plan import Candidate, Comparison, Drawing, distinct, read_alpha
+
+        check_model(self.model)
+        subject.check_judged(self.model)
+        subject.concepts(self.model, self.target, self.anchor, self.concept_type)
+        check_images(self.images_per_class)
+        if self.seeds < 1:
+            raise ValueError(f"seeds must be >= 1, got {self.seeds}")
+        if self.workers is not None and self.workers < 1:
+            raise ValueError(f"workers must be >= 1, got {self.workers}")
+        base = self.settings.checked()
+        names = [] if self.divergences is None else [name.strip() for name in self.divergences.split(",")]
+        names += [] if self.alpha is None else read_alpha(self.alpha)
+        divergences, alike = distinct(names or DEFAULT.split(","), base.variational)
+        comparison = Comparison(
+            model=self.model,
+            pairs=((self.target, self.anchor),),
+            candidates=tuple(Candidate(name, s0) for s0 in self.s0 for name in divergences),
+            seeds=tuple(range(self.seeds)),
+            base=base,
+            concept_type=self.concept_type,
+            drawing=Drawing(images_per_class=self.images_per_class, images_of_target=self.images_per_class),
+            dtype=check_dtype(self.dtype, base.mixed_precision),
+            device=choose_device(self.device),
+        )
+        check_folder(self.out, comparison)
+        workers = self.workers or (_cores() if comparison.device == "cpu" else 1)
+
+        def work() -> None:
+            from fdu.comparison.page import PAGE, describe, table, write_page
+            from fdu.comparison.results import read_results
+            from fdu.comparison.runs import make_runs
+
+            for name, other in alike.items():
+                print(f"{name} trains the same model as {other} and is not run again.")
+            write_record(self.out, comparison, command)
+            try:
+                make_runs(comparison, self.out / RUNS, self.out / CACHE, min(workers, len(comparison.runs())))
+            except KeyboardInterrupt:
+                print(f"\nfdu: what is done is in {self.out}; the same command goes on", file=sys.stderr)
+                raise
+            results = read_results(comparison, self.out / RUNS)
+            chosen = results.recommendations[self.prefer]
+            again = _erase_command(self.model, self.target, self.anchor, base, chosen.candidate.settings)
+            notes: tuple[str, ...] = ()
+            if is_embedded(self.model):
+                from fdu.demo import NOTES as notes
+            write_page(self.out, results, self.prefer, alike, command, again, notes)
+            write_record(self.out, comparison, command, describe(results))
+            print(f"\n{table(results.standings, alike)}\n{chosen.headline}. {' '.join(chosen.sentences)}")
+            print(f"\npage     {self.out / PAGE}\nto make it: {again}")
+
+        return work
+
+
+def _cores() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _erase_command(model: str, target: str, anchor: str, base: EraseConfig, chosen: dict[str, Any]) -> str:
+    """The command line of the recommended erasure, with all settings that are not the defaults."""
+    words = ["fdu", "erase", model, "--target", target, "--anchor", anchor]
+    defaults = EraseConfig().as_dict()
+    for name, value in {**base.as_dict(), **chosen}.items():
+        if name in chosen or value != defaults[name]:
+            values = value if isinstance(value, (list, tuple)) else [] if value is True else [value]
+            words += [f"--{name}", *(f"{one:g}" if isinstance(one, float) else str(one) for one in values)]
+    return shlex.join([*words, "--out", "erased"])

@@ -1,0 +1,204 @@
+"""The page of a comparison: one self-contained HTML file, its charts as SVG files, and its table in Markdown."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+import fdu_kernels as fk
+from fdu.comparison.chart import COLOURS, Curve, Key, curve_chart, curve_entries, front_chart, mark
+from fdu.comparison.front import FIGURES, Estimate, Standing
+from fdu.comparison.plan import KL_BY_ALPHA
+from fdu.comparison.recommendation import Preference
+from fdu.comparison.results import Results
+from fdu.config import EraseConfig
+
+PAGE, TABLE, PICTURE = "comparison.html", "comparison.md", "{}.svg"
+"""Names of the files."""
+FEWEST_ALPHAS = 3
+"""Values of alpha from which on they get a chart."""
+Alike = Mapping[str, str]
+"""Divergences that were not run, each with the one that trains the same model."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Picture:
+    """A chart: inline, and as a file."""
+
+    name: str
+    title: str
+    explanation: str
+    inline: str
+    whole: str
+    legend: list[tuple[str, str]]
+
+
+def write_page(
+    folder: Path,
+    results: Results,
+    prefer: Preference,
+    alike: Alike | None = None,
+    command: str = "",
+    erase_command: str = "",
+    notes: Sequence[str] = (),
+) -> None:
+    """Write page, table and charts into ``folder``.
+
+    Args:
+        folder: an existing folder.
+        results: what the records say.
+        prefer: whose recommendation comes first.
+        alike: divergences that were not run, as :func:`fdu.comparison.plan.distinct` gives them.
+        command: the command line that makes this again, and that makes what it recommends.
+        erase_command: the command line that makes the recommended erasure.
+        notes: paragraphs to end with.
+    """
+    alike = alike or {}
+    drawn = pictures(results, alike)
+    environment = Environment(
+        loader=PackageLoader("fdu"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    key = Key(results.standings)
+    defaults = EraseConfig().as_dict()
+    varied = {"divergence", "s0", "seed", *(name for one in results.comparison.candidates for name, _ in one.others)}
+    settings = [
+        (name, ", ".join(map(str, value)) if isinstance(value, list) else str(value), value != defaults[name])
+        for name, value in results.comparison.base.as_dict().items()
+        if name not in varied
+    ]
+    page = environment.get_template("comparison.html.j2").render(
+        results=results,
+        comparison=results.comparison,
+        chosen=results.recommendations[prefer],
+        rows=[
+            (mark(key.shape(one), 7, 7, key.colour(one), hollow=not one.on_front), one, also(one, alike))
+            for one in ordered(results.standings)
+        ],
+        pictures=drawn,
+        percent=percent,
+        settings=settings,
+        command=command,
+        erase_command=erase_command,
+        notes=notes,
+    )
+    (folder / PAGE).write_text(page, encoding="utf-8")
+    (folder / TABLE).write_text(table(results.standings, alike), encoding="utf-8")
+    for one in drawn:
+        (folder / PICTURE.format(one.name)).write_text(one.whole, encoding="utf-8")
+
+
+def pictures(results: Results, alike: Alike) -> list[Picture]:
+    """The charts that the results allow."""
+    standings = results.standings
+    entries = Key(standings).entries()
+    found = [
+        Picture(
+            "front",
+            "Erased against retained",
+            "Up and to the right is better. Filled marks lie on the Pareto front: nothing else both erases and retains "
+            "more. Crosses are 95 % intervals.",
+            front_chart(standings),
+            front_chart(standings, whole=True),
+            entries,
+        )
+    ]
+    if not np.isnan(results.sample.values["change"]).any():
+        found.append(
+            Picture(
+                "change",
+                "Erased against the change of what was to stay",
+                "Down and to the right is better. Where the judge still counts every class as right, this shows which "
+                "erasure touches it least.",
+                front_chart(standings, "change"),
+                front_chart(standings, "change", whole=True),
+                entries,
+            )
+        )
+    for s0, points in alphas(standings, alike).items():
+        if len(points) < FEWEST_ALPHAS:
+            continue
+        curves = [
+            Curve(name, [(alpha, getattr(one, name)) for alpha, one in points], colour)
+            for name, colour in (("erased", COLOURS[1]), ("retained", COLOURS[0]))
+        ]
+        drawn = [curve_chart(curves, "alpha", "share of images (%)", whole) for whole in (False, True)]
+        explanation = "alpha and 1 - alpha have one loss between Gaussians, so the curves are mirrored at 1/2."
+        title = f"By alpha, s0 {s0:g}"
+        found.append(Picture(f"alpha-s0-{s0:g}", title, explanation, drawn[0], drawn[1], curve_entries(curves)))
+    return found
+
+
+def alphas(standings: Sequence[Standing], alike: Alike) -> dict[float, list[tuple[float, Standing]]]:
+    """By s0, the candidates that are alpha divergences, or train as one that was asked for, in the order of alpha."""
+    found: dict[float, dict[float, Standing]] = {}
+    for one in standings:
+        if one.candidate.others:
+            continue
+        for name in (one.candidate.divergence, *also(one, alike)):
+            alpha = alpha_of(name)
+            if alpha is not None:
+                found.setdefault(one.candidate.s0, {})[alpha] = one
+    return {s0: sorted(points.items()) for s0, points in found.items()}
+
+
+def alpha_of(name: str) -> float | None:
+    """The alpha of a divergence's name; None if it is none of that family."""
+    limits = {limit: alpha for alpha, limit in KL_BY_ALPHA.items()}
+    divergence = fk.get_divergence(name)
+    if divergence.name == "alpha":
+        return float(dict(divergence.parameters)["alpha"])
+    return limits.get(divergence.name)
+
+
+def also(standing: Standing, alike: Alike) -> list[str]:
+    """Divergences that were asked for and train what this one trains."""
+    return [name for name, run in alike.items() if run == standing.candidate.divergence]
+
+
+def ordered(standings: Sequence[Standing]) -> list[Standing]:
+    """The front first, then by what is erased."""
+    return sorted(standings, key=lambda one: (not one.on_front, -one.erased.value))
+
+
+def table(standings: Sequence[Standing], alike: Alike | None = None) -> str:
+    """All candidates as a Markdown table."""
+    lines = [
+        "| candidate | erased | retained | change of the others | on the front |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for one in ordered(standings):
+        names = "".join(f", as {name}" for name in also(one, alike or {}))
+        front = f"{'yes' if one.on_front else 'no'} ({100 * one.front_share:.0f} %)"
+        cells = [one.candidate.label + names, percent(one.erased), percent(one.retained), percent(one.change, 2), front]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def percent(share: Estimate, digits: int = 1) -> str:
+    """A share with its interval, in percents."""
+    if share.value != share.value:
+        return "-"
+    low, high = 100 * share.low, 100 * share.high
+    return f"{100 * share.value:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
+
+
+def describe(results: Results) -> dict[str, Any]:
+    """The figures and the recommendations, ready for JSON."""
+    return {
+        "candidates": [
+            {**one.candidate.settings, **{name: dataclasses.asdict(getattr(one, name)) for name in FIGURES}}
+            | {"on_front": one.on_front, "front_share": one.front_share}
+            for one in results.standings
+        ],
+        "recommendations": {
+            prefer: {"settings": one.candidate.settings, "certain": one.certain, "why": [one.headline, *one.sentences]}
+            for prefer, one in results.recommendations.items()
+        },
+        "failed": results.failed,
+        **results.conditions,
+    }

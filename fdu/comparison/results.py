@@ -1,0 +1,88 @@
+"""What the records of a comparison say: the figures of its candidates, and what to take."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from fdu.comparison.front import TARGET_ROLES, Sample, Standing, complete
+from fdu.comparison.plan import Candidate, Comparison
+from fdu.comparison.recommendation import BETA, Preference, Recommendation, recommend
+from fdu.comparison.runs import read_before, read_record
+from fdu.comparison.subject import Judged
+
+JudgedRuns = dict[tuple[str, Candidate, int], tuple[Judged, ...]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Results:
+    """Everything that the page of a comparison shows."""
+
+    comparison: Comparison
+    runs: JudgedRuns
+    """What the judge saw in each run that is there and did not fail."""
+    failed: dict[str, str]
+    """The names of the runs whose loss became NaN or infinite, and what was said."""
+    missing: int
+    """Runs that have no record yet."""
+    before: dict[str, tuple[float, float]]
+    """By target: the shares that the model as it is draws as asked, of the target and of the other classes."""
+    sample: Sample
+    """The figures of the candidates without a failed run, on the seeds that all of them have."""
+    standings: tuple[Standing, ...]
+    recommendations: dict[Preference, Recommendation]
+    conditions: dict[str, Any]
+    """Device and versions of the first record."""
+    seconds: float
+    """How long an erasure took, on average."""
+
+
+def read_results(comparison: Comparison, records: Path) -> Results:
+    """Read the records that are there.
+
+    Raises:
+        ValueError: too few of them to compare anything.
+    """
+    found = {run: read_record(comparison, records, run) for run in comparison.runs()}
+    there = {run: record for run, record in found.items() if record is not None}
+    failed = {run.name: record["failed"] for run, record in there.items() if "failed" in record}
+    lost = {run.candidate for run in there if run.name in failed}
+    judged = {run: record for run, record in there.items() if "failed" not in record}
+    runs = {
+        (run.target, run.candidate, run.seed): tuple(map(Judged.from_dict, record["judged"]))
+        for run, record in judged.items()
+    }
+    candidates = [one for one in comparison.candidates if one not in lost]
+    compared = complete(runs, candidates)
+    if not compared:
+        problem = "every candidate has a run whose loss became NaN or infinite" if not candidates else "no seed of all"
+        raise ValueError(
+            f"there is nothing to compare yet: {problem}, {len(there)} of {len(found)} records are there; "
+            + ("lower s0 or the learning rate" if not candidates else "make the runs first")
+        )
+    sample = Sample(compared, candidates)
+    first = next(iter(judged.values()))
+    return Results(
+        comparison=comparison,
+        runs=runs,
+        failed=failed,
+        missing=len(found) - len(there),
+        before={
+            target: shares(tuple(map(Judged.from_dict, record["judged"])))
+            for target, _ in comparison.pairs
+            if (record := read_before(comparison, records, target)) is not None
+        },
+        sample=sample,
+        standings=tuple(sample.standings()),
+        recommendations={prefer: recommend(sample, prefer) for prefer in BETA},
+        conditions={"device": first["device"], "versions": first["versions"]},
+        seconds=sum(record["seconds"] for record in judged.values()) / len(judged),
+    )
+
+
+def shares(judged: tuple[Judged, ...]) -> tuple[float, float]:
+    """The mean shares drawn as asked, of the target and of the other classes."""
+    own = [sum(one.hits) / len(one.hits) for one in judged if one.role in TARGET_ROLES]
+    others = [sum(one.hits) / len(one.hits) for one in judged if one.role not in TARGET_ROLES]
+    return sum(own) / len(own), sum(others) / len(others)
