@@ -156,8 +156,8 @@ def markdown(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(cells) + " |" for cells in [header, ["---"] * len(header), *rows])
 
 
-GAMES = """At a constant learning rate, so that a run of few steps is the beginning of a longer one. Before its first step
-a critic learns alone for as many steps as the defaults say; these are not counted.
+GAMES = """At a constant learning rate, so that a run of few steps is the beginning of a longer one. Before its first
+step a critic learns alone for as many steps as the defaults say; these are not counted.
 
 ![What is left of the target against steps, exact (full) and variational (dashed)]({picture}/variational.svg)"""
 

@@ -21,7 +21,7 @@ SHAPES = ("circle", "square", "triangle", "diamond")
 AXES = {
     "erased": "target erased (%)",
     "retained": "other classes retained (%)",
-    "change": "change of other classes' images (% of the pixel range)",
+    "change": "change of other classes (% of pixel range)",
 }
 SHADE = 'fill="currentColor" fill-opacity="0.65"'
 

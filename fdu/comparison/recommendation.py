@@ -42,8 +42,8 @@ def recommend(sample: Sample, prefer: Preference) -> Recommendation:
 
     F = (1 + b^2) e r / (b^2 e + r) of the erased share e and the retained share r is 0 where either is, so that doing
     nothing, or destroying everything, never wins. Candidates are alike if the interval of the difference to the best
-    one holds 0; of these, the one whose images of other classes changed least is taken, unless erasure is preferred:
-    what erases less also changes less.
+    one holds 0; of these, the one whose images of other classes changed clearly least is taken, unless erasure is
+    preferred: what erases less also changes less.
 
     Raises:
         ValueError: an unknown preference.
@@ -87,23 +87,22 @@ def f_measure(erased: np.ndarray, retained: np.ndarray, beta: float) -> np.ndarr
 
 
 def _least_change(sample: Sample, alike: list[int], values: np.ndarray) -> tuple[int, bool, str]:
-    """Of candidates whose scores are alike, the one that changes the other classes' images least; whether it does so by
-    more than chance; and this in words."""
+    """Of candidates whose scores are alike, the one that changes the other classes' images least, if it does so by more
+    than chance explains, else the first; whether it does; and this in words."""
     change = sample.values["change"]
     if np.isnan(change[alike]).any():
         return alike[0], False, "Between them the choice is free."
     chosen = min(alike, key=lambda place: (change[place], -values[place]))
     one = sample.candidates[chosen]
     gaps = [sample.difference("change", sample.candidates[place], one) for place in alike if place != chosen]
-    certain = all(gap.sign > 0 for gap in gaps)
+    if any(gap.sign <= 0 for gap in gaps):
+        return alike[0], False, "Nor by how much they change the images of other classes: the choice is free."
     least = min(gaps, key=lambda gap: gap.value)
-    rest = (
-        f"the next by {100 * least.value:.2f} points more ({_range(least, 100, 2)})."
-        if certain
-        else "but that too may be chance: between them the choice is free."
+    words = (
+        f"Of these, {one.label} changed the images of other classes least, by {100 * change[chosen]:.2f} % of the pixel "
+        f"range; the next by {100 * least.value:.2f} points more ({_range(least, 100, 2)})."
     )
-    words = f"Of these, {one.label} changed the images of other classes least, by {100 * change[chosen]:.2f} % of the "
-    return chosen, certain, f"{words}pixel range; {rest}"
+    return chosen, True, words
 
 
 def _headline(sample: Sample, one: Candidate, others: tuple[Candidate, ...], certain: bool, erased: float) -> str:

@@ -161,7 +161,7 @@ class Training:
             total=config.max_train_steps,
             desc="erase",
             unit="step",
-            disable=not self.accelerator.is_local_main_process,
+            **({} if self.accelerator.is_local_main_process else {"disable": True}),  # else TQDM_DISABLE decides
         )
         for step in progress:
             self.course.append(self._step())

@@ -1,0 +1,161 @@
+"""The study: what it measures, how it judges claims, and that its page says what hand-made records say."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from fdu.comparison import runs as runs_file
+from fdu.comparison.front import Estimate
+from fdu.comparison.plan import Candidate, Comparison
+from fdu.comparison.runs import identity_of
+from fdu.comparison.subject import Judged
+
+FOLDER = Path(__file__).parents[2] / "benchmarks"
+IMAGES = 40
+
+
+@pytest.fixture(scope="module", autouse=True)
+def scripts_beside_each_other() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(FOLDER)
+        yield
+
+
+@pytest.fixture(scope="module")
+def study() -> ModuleType:
+    return importlib.import_module("study")
+
+
+@pytest.fixture(scope="module")
+def claims() -> ModuleType:
+    return importlib.import_module("study_claims")
+
+
+@pytest.fixture(autouse=True)
+def one_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is loaded to tell whose records these are."""
+    monkeypatch.setattr(runs_file, "_weights", lambda *model: "0123456789abcdef")
+
+
+def judged(erased: float, retained: float, change: float) -> list[dict[str, Any]]:
+    def one(role: str, share: float) -> dict[str, Any]:
+        hits = tuple(index < round(share * IMAGES) for index in range(IMAGES))
+        return Judged(role, role, hits, (change,) * IMAGES).as_dict()
+
+    return [one("target", 1 - erased), one("retained", retained)]
+
+
+def write_records(
+    comparison: Comparison,
+    folder: Path,
+    figures: Callable[[Candidate], tuple[float, float, float]],
+    most: int | None = None,
+) -> None:
+    folder.mkdir(parents=True)
+    for run in comparison.runs()[:most]:
+        record = {
+            "identity": identity_of(comparison, run),
+            "judged": judged(*figures(run.candidate)),
+            "sigma": 0.1,
+            "seconds": 4.0,
+            "device": "cpu: AVX512, 1 thread",
+            "versions": {"fdu": "0", "torch": "9.9"},
+        }
+        (folder / f"{run.name}.json").write_text(json.dumps(record))
+
+
+def as_the_paper_says(candidate: Candidate) -> tuple[float, float, float]:
+    """Hellinger erases and keeps more than mse; variational ones erase more and hurt more."""
+    if candidate.divergence == "squared_hellinger" and not candidate.others:
+        return 0.9, 1.0, 0.01
+    if dict(candidate.others).get("variational"):
+        return 0.8, 0.7, 0.03
+    return 0.5, 0.8, 0.02
+
+
+def test_the_study_is_what_was_asked_for(study: ModuleType) -> None:
+    main = study.comparisons()["divergences"]
+    assert len(main.runs()) == 3 * 6 * 3 * 3
+    assert {target for target, _ in main.pairs} == {"three", "seven", "red"}
+    assert all(one.s0 in study.S0 for one in main.candidates) and main.base.sigma == "auto"
+    games = study.comparisons()["variational"]
+    settings = [dict(one.others) for one in games.candidates]
+    assert sum("variational" in one for one in settings) == len(settings) / 2 == len(study.GAMES) * len(study.STEPS)
+    names = [run.name for suite in study.comparisons().values() for run in suite.runs()]
+    assert len(set(names)) == len(names) == 162 + 54
+
+
+def test_verdicts_are_those_of_the_intervals(claims: ModuleType) -> None:
+    def verdict(*bears: int) -> str:
+        contrasts = tuple(claims.Contrast(str(place), {}, one) for place, one in enumerate(bears))
+        return claims.Claim("", "", contrasts).verdict
+
+    assert verdict(1, 1) == "holds: in all 2 comparisons"
+    assert verdict(-1, -1) == "does not hold: the opposite in all 2 comparisons"
+    assert verdict(0, 0) == "not seen: none of 2 comparisons differs by more than chance explains"
+    assert verdict(1, 0) == "holds in part: in 1 of 2 comparisons, undecided in 1"
+    assert verdict(-1, 0, 0) == "does not hold: the opposite in 1 of 3 comparisons, undecided in 2"
+    assert verdict(1, -1, 0) == "mixed: holds in 1 of 3 comparisons, the opposite in 1, undecided in 1"
+    assert verdict() == "not measured yet"
+    flat = Estimate(0.0, -1.0, 1.0)
+    up, down = Estimate(1.0, 0.5, 1.5), Estimate(-1.0, -1.5, -0.5)
+    assert claims._kept_sign({"retained": up, "change": up}) == 1
+    assert claims._kept_sign({"retained": flat, "change": down}) == 1
+    assert claims._kept_sign({"retained": flat, "change": up}) == -1
+    assert claims._kept_sign({"retained": flat, "change": flat}) == 0
+
+
+def test_the_page_says_what_the_records_say(study: ModuleType, tmp_path: Path) -> None:
+    suites = study.comparisons()
+    for name, comparison in suites.items():
+        write_records(comparison, tmp_path / "records" / name, as_the_paper_says)
+    study.write_page(suites, tmp_path / "records", tmp_path / "docs" / "results.md")
+    page = (tmp_path / "docs" / "results.md").read_text()
+    assert "(all 216 runs;" in page and "cpu: AVX512, 1 thread; torch 9.9." in page
+    for row in (
+        "| Hellinger dominates MSE | holds: in all 3 comparisons |",
+        "| Hellinger keeps retained concepts best | holds: in all 15 comparisons |",
+        "| A larger gradient erases faster | does not hold: the opposite in 3 of 6 comparisons, undecided in 3 |",
+        "| The scale sigma decides whether the divergence matters | not seen: none of 2 comparisons differs by more",
+        "| Variational losses erase faster | holds: in all 9 comparisons |",
+        "| Variational losses hurt fidelity more | holds: in all 9 comparisons |",
+    ):
+        assert row in page, row
+    assert "Take squared_hellinger" in page or "take squared_hellinger" in page
+    assert {path.name for path in (tmp_path / "docs" / "results").iterdir()} == {
+        "front.svg",
+        "change.svg",
+        "variational.svg",
+    }
+
+
+def test_the_page_is_not_fooled_by_records_that_say_the_opposite(study: ModuleType, tmp_path: Path) -> None:
+    suites = study.comparisons()
+    write_records(
+        suites["divergences"],
+        tmp_path / "records" / "divergences",
+        lambda one: (0.3, 0.7, 0.05) if one.divergence == "squared_hellinger" else (0.6, 0.9, 0.01),
+    )
+    study.write_page(suites, tmp_path / "records", tmp_path / "results.md")
+    page = (tmp_path / "results.md").read_text()
+    assert "| Hellinger dominates MSE | does not hold: the opposite in all 3 comparisons |" in page
+    assert "| Hellinger keeps retained concepts best | does not hold: the opposite in all 15 comparisons |" in page
+    assert "(162 of 216 runs;" in page and "Not measured yet." in page and "Variational losses" not in page
+
+
+def test_a_study_that_is_not_finished_says_so(study: ModuleType, tmp_path: Path, capsys: Any) -> None:
+    suites = study.comparisons()
+    page = tmp_path / "results.md"
+    write_records(suites["divergences"], tmp_path / "few" / "divergences", as_the_paper_says, most=5)
+    study.write_page(suites, tmp_path / "few", page)
+    assert not page.exists() and "nothing to compare yet" in capsys.readouterr().out
+    write_records(suites["divergences"], tmp_path / "some" / "divergences", as_the_paper_says, most=40)
+    study.write_page(suites, tmp_path / "some", page)
+    assert "(40 of 216 runs;" in page.read_text() and "So far 2 of 9 pairs of target and seed" in page.read_text()

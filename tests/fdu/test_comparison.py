@@ -1,0 +1,347 @@
+"""A comparison from end to end, small: its records, how it goes on, its folder, its page, and what is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import html.parser
+import json
+import re
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+from typing import Any
+
+import pytest
+from diffusers import StableDiffusionPipeline
+from judged_runs import runs as handmade
+
+import fdu
+from fdu import cli, embedded
+from fdu.cli import main
+from fdu.comparison import runs as runs_file
+from fdu.comparison.chart import COLOURS, Curve, curve_chart, front_chart
+from fdu.comparison.folder import check_folder, write_record
+from fdu.comparison.front import Sample
+from fdu.comparison.page import alphas, describe, table, write_page
+from fdu.comparison.plan import Candidate, Comparison, Drawing
+from fdu.comparison.recommendation import BETA, recommend
+from fdu.comparison.results import Results, read_results
+from fdu.comparison.runs import make_runs, read_record
+from fdu.config import EraseConfig
+from fdu.training.loop import NotFinite
+
+QUICK = {"max_train_steps": 3, "train_batch_size": 2, "num_latents": 4, "num_inference_steps": 2, "rank": 4}
+PLAN = Comparison(
+    model="embedded",
+    pairs=(("three", "eight"),),
+    candidates=(Candidate("mse"), Candidate("pearson_chi2", 10.0)),
+    seeds=(0,),
+    base=EraseConfig(**QUICK),
+    drawing=Drawing(images_per_class=1, images_of_target=2, num_inference_steps=2),
+)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the finished comparison; not to be changed."""
+    folder = tmp_path_factory.mktemp("comparison")
+    make_runs(PLAN, folder / "runs", folder / "cache", tell=lambda line: None)
+    return folder
+
+
+@pytest.fixture
+def no_erasure(monkeypatch: pytest.MonkeyPatch) -> None:
+    def forbidden(*given: Any, **named: Any) -> None:
+        raise AssertionError("an erasure was made")
+
+    monkeypatch.setattr(runs_file, "erase", forbidden)
+
+
+def results_of(figures: dict[str, tuple[float, ...]], **others: Any) -> Results:
+    """Results made by hand."""
+    found, candidates = handmade(figures)
+    sample = Sample(found, candidates)
+    return Results(
+        comparison=dataclasses.replace(PLAN, candidates=tuple(candidates)),
+        runs=found,
+        failed=others.get("failed", {}),
+        missing=others.get("missing", 0),
+        before={"three": (1.0, 0.99)},
+        sample=sample,
+        standings=tuple(sample.standings()),
+        recommendations={prefer: recommend(sample, prefer) for prefer in BETA},
+        conditions={"device": "cpu: some", "versions": {"fdu": "0", "torch": "1"}},
+        seconds=2.0,
+    )
+
+
+def test_a_record_says_all(made: Path) -> None:
+    record = json.loads((made / "runs" / "three_eight_divergence=mse_s0=1_seed=0.json").read_text())
+    assert record["identity"]["settings"]["preservation_prompts"] == list(embedded.preserved("three"))
+    assert record["device"].startswith("cpu") and record["versions"].keys() >= {"torch", "fdu"}
+    assert record["sigma"] > 0 and len(record["distance"].split()) == 3
+    roles = [(one["role"], len(one["hits"]), len(one["change"].split())) for one in record["judged"]]
+    assert roles == [("target", 2, 2), ("unseen", 2, 2)] + [("retained", 1, 1)] * 9 + [("cross_domain", 1, 1)] * 4
+    before = json.loads((made / "runs" / "before_three.json").read_text())
+    assert len(before["judged"]) == 15 and before["judged"][0]["change"] is None
+    assert {path.name[0] for path in (made / "runs").iterdir()} == {"t", "b"}  # and nothing half-written
+
+
+def test_a_run_trains_what_fdu_erase_trains(made: Path, pipeline: StableDiffusionPipeline) -> None:
+    """Also the second run of one process, with latents and frozen outputs from the cache."""
+    for run in PLAN.runs():
+        target, anchor = embedded.concepts("three", "eight")
+        settings = {**QUICK, **run.candidate.settings, "preservation_prompts": embedded.preserved("three")}
+        result = fdu.erase(pipeline, target, anchor, **settings)
+        result.trainable.remove()
+        record = json.loads((made / "runs" / f"{run.name}.json").read_text())
+        assert record["distance"] == " ".join(f"{value:.4g}" for value in result.history["distance"])
+        assert record["sigma"] == result.sigma
+    assert {path.name.split("-")[0] for path in (made / "cache").iterdir()} == {
+        "prompts",
+        "latents",
+        "frozen",
+        "before",
+    }
+    assert len(list((made / "cache").glob("frozen-*"))) == len(list((made / "cache").glob("latents-*"))) == 1
+
+
+@pytest.mark.usefixtures("no_erasure")
+def test_what_is_there_is_not_made_again(made: Path) -> None:
+    make_runs(PLAN, made / "runs", made / "cache")
+    for change in ({"learning_rate": 1.0}, {"max_train_steps": 4}):
+        other = dataclasses.replace(PLAN, base=dataclasses.replace(PLAN.base, **change))
+        with pytest.raises(AssertionError, match="an erasure was made"):
+            make_runs(other, made / "runs", made / "cache")
+    more = dataclasses.replace(PLAN, candidates=(*PLAN.candidates, Candidate("le_cam")))
+    found = [read_record(more, made / "runs", run) is not None for run in more.runs()]
+    assert found == [True, True, False]
+    redrawn = dataclasses.replace(PLAN, drawing=Drawing(num_inference_steps=3))
+    assert all(read_record(redrawn, made / "runs", run) is None for run in redrawn.runs())
+
+
+def test_a_setting_that_a_record_lacks_had_its_default_and_a_broken_record_counts_not(
+    made: Path, tmp_path: Path
+) -> None:
+    run = PLAN.runs()[0]
+    content = json.loads((made / "runs" / f"{run.name}.json").read_text())
+    path = tmp_path / f"{run.name}.json"
+    del content["identity"]["settings"]["snr_gamma"]
+    path.write_text(json.dumps(content))
+    assert read_record(PLAN, tmp_path, run) is not None
+    del content["identity"]["settings"]["max_train_steps"]  # of which the run has another
+    path.write_text(json.dumps(content))
+    assert read_record(PLAN, tmp_path, run) is None
+    path.write_text(json.dumps(content)[:-30])
+    assert read_record(PLAN, tmp_path, run) is None
+
+
+def test_a_stop_loses_one_run_and_a_loss_that_is_not_finite_its_candidate(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, calls = runs_file.erase, []
+
+    def stopped(*given: Any, **named: Any) -> Any:
+        calls.append(named["config"].divergence)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return real(*given, **named)
+
+    monkeypatch.setattr(runs_file, "erase", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        make_runs(PLAN, tmp_path, made / "cache", tell=lambda line: None)
+    assert [read_record(PLAN, tmp_path, run) is not None for run in PLAN.runs()] == [True, False]
+
+    def lost(*given: Any, **named: Any) -> None:
+        raise NotFinite("the loss became nan at step 1; the pipeline draws as before")
+
+    monkeypatch.setattr(runs_file, "erase", lost)
+    told: list[str] = []
+    make_runs(PLAN, tmp_path, made / "cache", tell=told.append)
+    assert told == ["1/1 three_eight_divergence=pearson_chi2_s0=10_seed=0"]
+    results = read_results(PLAN, tmp_path)
+    assert results.failed == {PLAN.runs()[1].name: "the loss became nan at step 1"}
+    assert [one.candidate for one in results.standings] == [Candidate("mse")]
+    make_runs(PLAN, tmp_path, made / "cache", tell=told.append)
+    assert len(told) == 1
+
+
+@pytest.mark.slow
+def test_processes_make_what_one_makes(made: Path, tmp_path: Path) -> None:
+    make_runs(PLAN, tmp_path, tmp_path / "cache", workers=2, tell=lambda line: None)
+    for path in (made / "runs").iterdir():
+        records = [json.loads((folder / path.name).read_text()) for folder in (made / "runs", tmp_path)]
+        for one in records:
+            one.pop("seconds", None), one.pop("device")
+        assert records[0] == records[1]
+
+
+def test_results_tell_what_is_missing(made: Path) -> None:
+    more = dataclasses.replace(PLAN, seeds=(0, 1))
+    results = read_results(more, made / "runs")
+    assert results.missing == 2 and results.sample.seeds == 1
+    with pytest.raises(ValueError, match="nothing to compare yet: no seed of all, 0 of 2 records are there"):
+        read_results(dataclasses.replace(PLAN, seeds=(5,)), made / "runs")
+
+
+class _Reader(html.parser.HTMLParser):
+    """What a page refers to, and its text."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.links: list[str] = []
+        self.words: list[str] = []
+        self.tags: list[str] = []
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.links += [value or "" for name, value in attributes if name in ("src", "href")]
+
+    def handle_data(self, data: str) -> None:
+        self.words.append(data)
+
+
+def test_the_page_stands_alone_and_says_what_was_found(tmp_path: Path) -> None:
+    figures = {"mse": (0.6, 1.0, 0.02), "squared_hellinger": (0.9, 1.0, 0.01), "alpha:1.5": (0.5, 0.9, 0.03)}
+    results = results_of(figures, failed={"a run": "the loss became nan"}, missing=3)
+    alike = {"kl": "mse", "reverse_kl": "mse", "alpha:-0.5": "alpha:1.5"}
+    write_page(tmp_path, results, "balanced", alike, "fdu compare <all>", "fdu erase it", ["Read <this>."])
+    page = (tmp_path / "comparison.html").read_text()
+    reader = _Reader()
+    reader.feed(page)
+    assert reader.links == [] and "script" not in reader.tags and "url(" not in page
+    words = re.sub(r"\s+", " ", " ".join(reader.words))
+    for part in (
+        "Take squared_hellinger, s0 1.",
+        "90.0 (",
+        "trains the same as kl, reverse_kl",
+        "3 runs are still to be made",
+        "a run: the loss became nan",
+        "fdu compare <all>",
+        "fdu erase it",
+        "Read <this>.",
+        "preservation: take squared_hellinger",
+        "By alpha, s0 1",
+    ):
+        assert part in words, part
+    files = {path.name for path in tmp_path.iterdir()}
+    assert files == {"comparison.html", "comparison.md", "front.svg", "change.svg", "alpha-s0-1.svg"}
+    for path in tmp_path.glob("*.svg"):
+        assert ElementTree.parse(path).getroot().tag.endswith("svg")
+    rows = (tmp_path / "comparison.md").read_text().splitlines()
+    assert len(rows) == 5 and rows[2].startswith("| squared_hellinger, s0 1 | 90.0 (") and "| yes (" in rows[2]
+    described = describe(results)
+    assert described["recommendations"]["erasure"]["settings"] == {"divergence": "squared_hellinger", "s0": 1.0}
+    json.dumps(described)
+
+
+def test_alphas_are_found_under_every_name() -> None:
+    standings = results_of({"mse": (0.6, 1.0), "squared_hellinger": (0.9, 1.0), "alpha:1.5": (0.5, 0.9)}).standings
+    alike = {"kl": "mse", "reverse_kl": "mse", "alpha:-0.5": "alpha:1.5", "alpha:0.5": "squared_hellinger"}
+    (points,) = alphas(standings, alike).values()
+    assert [(alpha, one.candidate.divergence) for alpha, one in points] == [
+        (-0.5, "alpha:1.5"), (0.0, "mse"), (0.5, "squared_hellinger"), (1.0, "mse"), (1.5, "alpha:1.5"),
+    ]  # fmt: skip
+
+
+def test_charts_put_points_where_they_belong() -> None:
+    results = results_of({"mse": (0.25, 1.0), "kl": (0.75, 0.5), "le_cam": (0.2, 0.4)})
+    root = ElementTree.fromstring(front_chart(results.standings))
+    circles = [one for one in root.iter() if one.tag.endswith("circle")]
+    places = {(float(one.get("cx", 0)), float(one.get("cy", 0))): one.get("fill") for one in circles}
+    (first, second, third) = list(places)
+    assert first[0] < second[0] and first[1] < second[1]  # further right, and lower
+    assert places[first] != "none" and places[second] != "none" and places[third] == "none"  # dominated, so hollow
+    assert "On the front: mse, s0 1; kl, s0 1" in str(root.get("aria-label"))
+    curve = Curve("left & right", [(20, results.standings[0].erased), (80, results.standings[1].erased)], COLOURS[0])
+    label = ElementTree.fromstring(curve_chart([curve], "steps", "share (%)", whole=True)).get("aria-label")
+    assert "left & right: 20: 25.0 % (" in str(label)
+
+
+def test_one_candidate_makes_a_page_too(tmp_path: Path) -> None:
+    write_page(tmp_path, results_of({"mse": (0.5, 1.0)}), "erasure")
+    assert "Only mse, s0 1 was run" in (tmp_path / "comparison.html").read_text()
+    assert table(results_of({"mse": (0.5, 1.0)}).standings).count("\n") == 3
+
+
+def test_a_folder_goes_on_only_with_its_own_settings(tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    check_folder(folder, PLAN)
+    assert not folder.exists()
+    write_record(folder, PLAN, "fdu compare")
+    check_folder(folder, PLAN)
+    check_folder(folder, dataclasses.replace(PLAN, candidates=(Candidate("le_cam", 4.0),), seeds=(0, 1, 2, 3)))
+    other = dataclasses.replace(PLAN, base=dataclasses.replace(PLAN.base, max_train_steps=60))
+    with pytest.raises(FileExistsError, match="holds a comparison with max_train_steps 3, not 60; choose another"):
+        check_folder(folder, other)
+    with pytest.raises(FileExistsError, match="holds a comparison with pairs"):
+        check_folder(folder, dataclasses.replace(PLAN, pairs=(("red", "blue"),)))
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.tex").write_text("mine")
+    with pytest.raises(FileExistsError, match="holds 'thesis.tex' and no comparison.json of a comparison"):
+        check_folder(tmp_path / "full", PLAN)
+
+
+COMPARE = ["compare", "embedded", "--target", "three", "--anchor", "eight", "--out", "out", "--divergences", "mse,kl"]
+
+
+def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(tmp_path)
+    real = runs_file.draw
+    monkeypatch.setattr(
+        runs_file, "draw", lambda pipeline, probes, images, seed, steps, *rest, **named: real(
+            pipeline, probes, images, seed, 2, *rest, **named
+        )
+    )  # fmt: skip
+    quick = [f"--{name}={value}" for name, value in QUICK.items()]
+    given = [*COMPARE, "--alpha", "1:2:2", "--s0", "1", "10", "--seeds", "1", "--images_per_class", "1", "--workers=1"]
+    assert main([*given, *quick]) == cli.OK
+    output = capsys.readouterr().out
+    assert "kl trains the same model as mse and is not run again." in output
+    assert "5/5 three_eight_divergence=alpha-2_s0=10_seed=0" in output
+    assert "fdu erase embedded --target three --anchor eight --divergence" in output
+    folder = Path("out")
+    assert {path.name for path in folder.iterdir()} >= {"comparison.html", "comparison.md", "comparison.json", "runs"}
+    record = json.loads((folder / "comparison.json").read_text())
+    assert len(record["results"]["candidates"]) == 4 and record["command"].startswith("fdu compare embedded")
+    monkeypatch.setattr(runs_file, "erase", None)  # all is there
+    assert main([*given, *quick, "--prefer", "erasure"]) == cli.OK
+    assert "For erasure" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"embedded": "org/model"}, "there is a judge for the embedded pipeline only"),
+        ({"mse,kl": "mse,helinger"}, "unknown divergence 'helinger'"),
+        ({"three": "eleven"}, "target must be a digit"),
+        ({"out": "."}, "working or the home folder"),
+        ({"--divergences": "--alpha", "mse,kl": "1:2"}, "alpha must be low:high:count"),
+        ({"--divergences": "--seeds", "mse,kl": "0"}, "seeds must be >= 1"),
+        ({"--divergences": "--workers", "mse,kl": "0"}, "workers must be >= 1"),
+        ({"--divergences": "--s0", "mse,kl": "-1"}, "s0 must be a finite number > 0"),
+        ({"--divergences": "--learning_rate", "mse,kl": "-1"}, "learning_rate must be a finite number > 0"),
+        ({"--divergences": "--images_per_class", "mse,kl": "0"}, "images_per_class must be >= 1"),
+    ],
+)
+def test_the_command_refuses_before_any_work(
+    change: dict[str, str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    monkeypatch.setattr(embedded, "load_pipeline", None)
+    assert main([change.get(word, word) for word in COMPARE]) == cli.USAGE
+    output = capsys.readouterr()
+    assert message in output.err and output.err.count("\n") == 1 and output.out == ""
+    assert not list(Path().iterdir())
+
+
+def test_settings_that_runs_do_not_share_are_no_options(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["compare", "--help"]) == cli.OK
+    shown = capsys.readouterr().out
+    assert "--learning_rate" in shown and "--alpha" in shown and "fdu compare embedded" in shown
+    for name in ("--divergence ", "--seed ", "--cache_dir", "--checkpoint_dir", "--resume_from_checkpoint"):
+        assert name not in shown, name

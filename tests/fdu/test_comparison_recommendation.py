@@ -1,0 +1,94 @@
+"""The recommendation of a comparison: who wins for what one prefers, and that nobody does where chance would do."""
+
+from __future__ import annotations
+
+import statistics
+
+import numpy as np
+import pytest
+from judged_runs import judged, runs
+
+from fdu.comparison.front import Sample
+from fdu.comparison.plan import Candidate
+from fdu.comparison.recommendation import BETA, Recommendation, f_measure, recommend
+
+
+def chosen(figures: dict[str, tuple[float, ...]], prefer: str = "balanced", **how: float) -> Recommendation:
+    return recommend(Sample(*runs(figures, **how)), prefer)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("prefer", BETA)
+def test_the_score_is_the_weighted_harmonic_mean(prefer: str) -> None:
+    beta = BETA[prefer]  # type: ignore[index]
+    erased, retained = np.array([0.3, 0.9, 0.0, 0.0]), np.array([0.8, 0.5, 1.0, 0.0])
+    wanted = [
+        statistics.harmonic_mean(pair, weights=[1, beta**2])
+        for pair in zip(erased.tolist(), retained.tolist(), strict=True)
+    ]
+    assert f_measure(erased, retained, beta) == pytest.approx(wanted)
+
+
+def test_a_clear_winner_is_claimed() -> None:
+    found = chosen({"mse": (0.5, 1.0), "kl": (0.95, 1.0), "le_cam": (0.6, 0.95)})
+    assert found.candidate.divergence == "kl" and found.certain and not found.alike
+    assert found.headline == "Take kl, s0 1"
+    words = " ".join(found.sentences)
+    assert "kl, s0 1 erased 95 % of the target's images" in words and "kept 100 % of the others'" in words
+    assert "le_cam, s0 1 stands" in words and "and 1 more are further behind" in words
+
+
+def test_no_winner_is_claimed_where_intervals_overlap() -> None:
+    found = chosen({"mse": (0.775, 1.0, 0.01), "kl": (0.8, 1.0, 0.01)}, spread=0.0)
+    # One image of forty apart, and the same change.
+    sample = Sample(*runs({"mse": (0.775, 1.0, 0.01), "kl": (0.8, 1.0, 0.01)}))
+    assert sample.difference("erased", Candidate("kl"), Candidate("mse")).sign == 0
+    assert not found.certain and len(found.alike) == 1
+    assert found.headline.startswith("No winner: none of the 2 can be told from the best")
+    words = " ".join(found.sentences)
+    assert "cannot be told apart" in words and "the choice is free" in words
+
+
+def test_of_those_alike_the_one_that_changes_least_is_taken() -> None:
+    figures = {"mse": (0.775, 1.0, 0.01), "kl": (0.8, 1.0, 0.03), "le_cam": (0.5, 1.0, 0.001)}
+    found = chosen(figures)
+    assert found.candidate.divergence == "mse" and found.certain
+    assert [one.divergence for one in found.alike] == ["kl"]
+    words = " ".join(found.sentences)
+    assert "changed the images of other classes least, by 1.01 % of the pixel range" in words
+    assert "the next by 2.00 points more" in words
+    # What erases less changes less, which is no merit if erasure is preferred.
+    eager = chosen(figures, "erasure")
+    assert eager.candidate.divergence == "kl" and not eager.certain
+    assert "No single winner: take kl, s0 1, or one of 1 like it" == eager.headline
+
+
+def test_doing_nothing_and_destroying_everything_never_win() -> None:
+    figures = {"mse": (0.0, 1.0), "kl": (1.0, 0.0), "le_cam": (0.7, 0.7)}
+    for prefer in BETA:
+        assert chosen(figures, prefer).candidate.divergence == "le_cam"
+
+
+def test_the_preference_decides_between_erasing_and_retaining() -> None:
+    figures = {"mse": (0.65, 1.0), "kl": (1.0, 0.65)}
+    assert chosen(figures, "preservation").candidate.divergence == "mse"
+    assert chosen(figures, "erasure").candidate.divergence == "kl"
+    assert "retaining counts 2 times as much as erasing" in chosen(figures, "preservation").sentences[1]
+    assert "erasing counts 2 times as much as retaining" in chosen(figures, "erasure").sentences[1]
+    with pytest.raises(ValueError, match="prefer must be one of preservation, balanced, erasure, got 'speed'"):
+        chosen(figures, "speed")
+
+
+def test_nothing_is_recommended_where_nothing_was_erased() -> None:
+    found = chosen({"mse": (0.1, 1.0), "kl": (0.3, 1.0)})
+    assert not found.certain
+    assert found.headline == "Nothing to recommend yet: even kl, s0 1 erased only 30 %"
+    assert any("train longer" in sentence for sentence in found.sentences)
+    idle = chosen({"mse": (0.0, 1.0, 0.001), "kl": (0.0, 1.0, 0.002)})
+    assert not idle.certain and idle.headline.startswith("Nothing to recommend yet")
+
+
+def test_one_seed_and_one_candidate_are_told() -> None:
+    found, candidates = {("three", Candidate("mse"), 0): judged(0.9, 1.0)}, [Candidate("mse")]
+    one = recommend(Sample(found, candidates), "balanced")
+    assert one.headline == "Only mse, s0 1 was run" and not one.certain
+    assert any("One seed says nothing" in sentence for sentence in one.sentences)
