@@ -59,6 +59,7 @@ def page(main: Results, games: Results | None, suites: Mapping[str, Comparison])
     return PAGE.format(
         made=f"all {total}" if made == total else f"{made} of {total}",
         device=conditions["device"],
+        core_seconds=main.core_seconds,
         versions=", ".join(f"{name} {version}" for name, version in conditions["versions"].items() if name != "fdu"),
         pairs=", ".join(f"{target} to {anchor}" for target, anchor in comparison.pairs),
         steps=config.max_train_steps,
@@ -164,7 +165,7 @@ step a critic learns alone for as many steps as the defaults say; these are not 
 PAGE = """# Divergences against each other, and the paper's claims
 
 Made by `python benchmarks/study.py` ({made} runs; the raw figures are in `benchmarks/results/study/`).
-{device}; {versions}.
+{device}; {versions}. A run costs {core_seconds:.0f} seconds of one core, most of them for judging.
 
 On the embedded pipeline, {pairs}: {steps} steps of {batch} samples, learning rate {learning_rate}, {seeds} seeds,
 without preservation. With the defaults every divergence erases these concepts and keeps the rest

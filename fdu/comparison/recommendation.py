@@ -99,8 +99,8 @@ def _least_change(sample: Sample, alike: list[int], values: np.ndarray) -> tuple
         return alike[0], False, "Nor by how much they change the images of other classes: the choice is free."
     least = min(gaps, key=lambda gap: gap.value)
     words = (
-        f"Of these, {one.label} changed the images of other classes least, by {100 * change[chosen]:.2f} % of the pixel "
-        f"range; the next by {100 * least.value:.2f} points more ({_range(least, 100, 2)})."
+        f"Of these, {one.label} changed the images of other classes least, by {100 * change[chosen]:.2f} % of the "
+        f"pixel range; the next by {100 * least.value:.2f} points more ({_range(least, 100, 2)})."
     )
     return chosen, True, words
 

@@ -36,6 +36,8 @@ class Results:
     """Device and versions of the first record."""
     seconds: float
     """How long an erasure took, on average."""
+    core_seconds: float
+    """What a run cost with its judging, in seconds of one core, on average."""
 
 
 def read_results(comparison: Comparison, records: Path) -> Results:
@@ -78,6 +80,7 @@ def read_results(comparison: Comparison, records: Path) -> Results:
         recommendations={prefer: recommend(sample, prefer) for prefer in BETA},
         conditions={"device": first["device"], "versions": first["versions"]},
         seconds=sum(record["seconds"] for record in judged.values()) / len(judged),
+        core_seconds=sum(record["core_seconds"] for record in judged.values()) / len(judged),
     )
 
 

@@ -10,6 +10,7 @@ import json
 import multiprocessing
 import os
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -106,6 +107,7 @@ def make_run(run: Run, comparison: Comparison, records: Path, cache: Path) -> No
     pipeline = _pipeline(comparison.model, comparison.dtype, comparison.device)
     target, anchor = subject.concepts(comparison.model, run.target, run.anchor, comparison.concept_type)
     record: Record = {"identity": identity_of(comparison, run)}
+    began = time.process_time()
     try:
         config = dataclasses.replace(settings_of(comparison, run), cache_dir=str(cache))
         result = erase(pipeline, target, anchor, config=config)
@@ -118,6 +120,7 @@ def make_run(run: Run, comparison: Comparison, records: Path, cache: Path) -> No
             result.trainable.remove()
         course = " ".join(f"{value:.4g}" for value in result.history["distance"])
         record |= {"sigma": result.sigma, "seconds": round(result.seconds, 1), "distance": course}
+    record["core_seconds"] = round(time.process_time() - began, 1)
     _write(records / f"{run.name}.json", {**record, **_conditions(comparison)})
 
 

@@ -71,6 +71,7 @@ def results_of(figures: dict[str, tuple[float, ...]], **others: Any) -> Results:
         recommendations={prefer: recommend(sample, prefer) for prefer in BETA},
         conditions={"device": "cpu: some", "versions": {"fdu": "0", "torch": "1"}},
         seconds=2.0,
+        core_seconds=3.0,
     )
 
 
@@ -78,6 +79,7 @@ def test_a_record_says_all(made: Path) -> None:
     record = json.loads((made / "runs" / "three_eight_divergence=mse_s0=1_seed=0.json").read_text())
     assert record["identity"]["settings"]["preservation_prompts"] == list(embedded.preserved("three"))
     assert record["device"].startswith("cpu") and record["versions"].keys() >= {"torch", "fdu"}
+    assert record["core_seconds"] > 0
     assert record["sigma"] > 0 and len(record["distance"].split()) == 3
     roles = [(one["role"], len(one["hits"]), len(one["change"].split())) for one in record["judged"]]
     assert roles == [("target", 2, 2), ("unseen", 2, 2)] + [("retained", 1, 1)] * 9 + [("cross_domain", 1, 1)] * 4
@@ -171,7 +173,7 @@ def test_processes_make_what_one_makes(made: Path, tmp_path: Path) -> None:
     for path in (made / "runs").iterdir():
         records = [json.loads((folder / path.name).read_text()) for folder in (made / "runs", tmp_path)]
         for one in records:
-            one.pop("seconds", None), one.pop("device")
+            one.pop("seconds", None), one.pop("core_seconds", None), one.pop("device")
         assert records[0] == records[1]
 
 
