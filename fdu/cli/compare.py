@@ -12,9 +12,10 @@ from typing import Any, ClassVar, Literal
 
 from tyro.conf import Fixed, OmitArgPrefixes, Positional, Suppress
 
+from fdu.cli.evaluate import EMBEDDED_DRAWS, OTHER_DRAWS
 from fdu.cli.settings import Settings, check_images
 from fdu.config import EraseConfig
-from fdu.loading import Dtype, check_dtype, check_model, choose_device, is_embedded
+from fdu.loading import Dtype, check_dtype, check_encoder, check_model, choose_device, is_embedded
 
 DEFAULT = "mse,squared_hellinger,jensen_shannon,pearson_chi2"
 """Compared if nothing is named: by how much they damp or amplify large errors they span what there is."""
@@ -51,10 +52,11 @@ class Compare:
         "fdu compare embedded --target three --anchor eight --max_train_steps 40 --preservation_weight 0 --s0 1 10 "
         "--out comparison",
         "fdu compare embedded --target red --anchor black --alpha -1:2:7 --prefer preservation --out by-alpha",
+        "fdu compare org/model --target monet --anchor painting --concept_type style --device cuda --out comparison",
     )
 
     model: Positional[str]
-    """A pipeline's folder, a hub id (org/name), or "embedded", which alone has a judge so far."""
+    """A pipeline's folder, a hub id (org/name), or "embedded"."""
     target: str
     """What to erase."""
     anchor: str
@@ -73,8 +75,18 @@ class Compare:
     """What to recommend for; the page has all three."""
     images_per_class: int = 32
     """Images that the judge sees of every class."""
+    prompts: str | None = None
+    """What to draw, as for `fdu evaluate`: a concept set of the package or a .txt file of that form; not given, the set
+    of the target's name, else the prompts of the training and everyday subjects. The embedded pipeline has its own."""
+    judge: str | None = None
+    """The image-text encoder that judges, as for `fdu evaluate`. The embedded pipeline has its own judge."""
+    judged_inference_steps: int | None = None
+    """Steps a judged image; not given, the pipeline's own default, and 20 for the embedded one."""
+    judged_guidance_scale: float | None = None
+    """Guidance of judged images; not given, the pipeline's own default, and 3 for the embedded one."""
     workers: int | None = None
-    """Processes of one thread each; not given, as many as there are cores, and one on other devices."""
+    """Processes, of one thread each if they are several; not given, one, and for the embedded pipeline on a CPU as many
+    as there are cores."""
     concept_type: Literal["object", "style"] = "object"
     """The phrasings that names are put into. The embedded pipeline has its own."""
     dtype: Dtype = "auto"
@@ -90,8 +102,8 @@ class Compare:
         from fdu.comparison.plan import Candidate, Comparison, Drawing, distinct, read_alpha
 
         check_model(self.model)
-        subject.check_judged(self.model)
-        subject.concepts(self.model, self.target, self.anchor, self.concept_type)
+        if self.judge is not None:
+            check_encoder(self.judge)
         check_images(self.images_per_class)
         if self.seeds < 1:
             raise ValueError(f"seeds must be >= 1, got {self.seeds}")
@@ -108,14 +120,19 @@ class Compare:
             seeds=tuple(range(self.seeds)),
             base=base,
             concept_type=self.concept_type,
-            drawing=Drawing(images_per_class=self.images_per_class, images_of_target=self.images_per_class),
+            drawing=Drawing(self.images_per_class, self.images_per_class, **self._draw_settings()),
             dtype=check_dtype(self.dtype, base.mixed_precision),
             device=choose_device(self.device),
+            prompts=self.prompts,
+            judge=self.judge,
         )
+        subject.check(comparison)
         check_folder(self.out, comparison)
-        workers = self.workers or (_cores() if comparison.device == "cpu" else 1)
+        alone = comparison.device != "cpu" or not is_embedded(self.model)
+        workers = self.workers or (1 if alone else _cores())
 
         def work() -> None:
+            from fdu import demo
             from fdu.comparison.page import PAGE, describe, table, write_page
             from fdu.comparison.results import read_results
             from fdu.comparison.runs import make_runs
@@ -131,15 +148,22 @@ class Compare:
             results = read_results(comparison, self.out / RUNS)
             chosen = results.recommendations[self.prefer]
             again = _erase_command(self.model, self.target, self.anchor, base, chosen.candidate.settings)
-            notes: tuple[str, ...] = ()
-            if is_embedded(self.model):
-                from fdu.demo import NOTES as notes
+            notes = demo.NOTES if is_embedded(self.model) else demo.CLIP_NOTES
             write_page(self.out, results, self.prefer, alike, command, again, notes)
             write_record(self.out, comparison, command, describe(results))
             print(f"\n{table(results.standings, alike)}\n{chosen.headline}. {' '.join(chosen.sentences)}")
             print(f"\npage     {self.out / PAGE}\nto make it: {again}")
 
         return work
+
+    def _draw_settings(self) -> dict[str, Any]:
+        """How judged images are drawn."""
+        chosen = {"num_inference_steps": self.judged_inference_steps, "guidance_scale": self.judged_guidance_scale}
+        given = {name: value for name, value in chosen.items() if value is not None}
+        for name, value in given.items():
+            if value <= 0:
+                raise ValueError(f"judged_{name.removeprefix('num_')} must be > 0, got {value}")
+        return {**(EMBEDDED_DRAWS if is_embedded(self.model) else OTHER_DRAWS), **given}
 
 
 def _cores() -> int:

@@ -52,8 +52,10 @@ class Drawing:
     images_per_class: int = 32
     images_of_target: int = 32
     """Images of the target, and as many in phrasings that training never saw."""
-    num_inference_steps: int = 20
-    guidance_scale: float = 3.0
+    num_inference_steps: int | None = 20
+    guidance_scale: float | None = 3.0
+    """None, as of the steps: as the pipeline does by itself."""
+    batch_size: int = 32
     judged_seed: int = JUDGED_SEED
 
 
@@ -83,7 +85,7 @@ class Comparison:
     """
 
     model: str
-    """A pipeline's folder, a hub id, or "embedded"."""
+    """A pipeline's folder, a hub id (org/name), or "embedded"."""
     pairs: tuple[tuple[str, str], ...]
     """Targets and their anchors."""
     candidates: tuple[Candidate, ...]
@@ -94,6 +96,11 @@ class Comparison:
     drawing: Drawing = dataclasses.field(default_factory=Drawing)
     dtype: str = "float32"
     device: str = "cpu"
+    prompts: str | None = None
+    """The concept set that is drawn, as :func:`fdu.prompts.concept_set` takes it; None: that of the target's name, or
+    one of the training's prompts. The embedded pipeline has its own."""
+    judge: str | None = None
+    """The image-text encoder that judges, a folder or hub id; None: the usual one. The embedded pipeline has a judge."""
 
     def __post_init__(self) -> None:
         for name in ("pairs", "candidates", "seeds"):
@@ -102,6 +109,10 @@ class Comparison:
                 raise ValueError(f"{name} is empty; a comparison needs at least one")
             if len(set(given)) < len(given):
                 raise ValueError(f"{name} names one thing twice: {given!r}; take one out")
+        if len({target for target, _ in self.pairs}) < len(self.pairs):
+            raise ValueError(
+                f"pairs names one target twice: {self.pairs!r}; compare anchors in comparisons of their own"
+            )
         if isinstance(self.base.sigma, float | int) and len({one.s0 for one in self.candidates}) > 1:
             raise ValueError("s0 has several values but sigma is a number, so that s0 has no effect; use sigma 'auto'")
         if self.drawing.images_per_class < 1 or self.drawing.images_of_target < 1:
@@ -136,7 +147,9 @@ class Comparison:
 
     def conditions(self) -> dict[str, Any]:
         """What all figures depend on beside model and settings, ready for JSON."""
-        return {"dtype": self.dtype, "drawing": dataclasses.asdict(self.drawing)}
+        drawing = dataclasses.asdict(self.drawing)
+        del drawing["batch_size"]
+        return {"dtype": self.dtype, "drawing": drawing, "prompts": self.prompts, "judge": self.judge}
 
     def identity(self, run: Run, settings: EraseConfig) -> dict[str, Any]:
         """All that a run's figures depend on but model, versions and machine, ready for JSON."""

@@ -95,7 +95,7 @@ def make_runs(
 
 def make_before(target: str, comparison: Comparison, records: Path, cache: Path) -> None:
     """Judge the model as it is, and keep the images for the runs to come."""
-    probes = subject.probes(comparison.model, target)
+    probes = subject.probes(comparison, target)
     images = _before(comparison, target, cache)
     judged = [subject.judge(probe, drawn.float()).as_dict() for probe, drawn in zip(probes, images, strict=True)]
     identity = _identity_before(comparison, target)
@@ -105,7 +105,7 @@ def make_before(target: str, comparison: Comparison, records: Path, cache: Path)
 def make_run(run: Run, comparison: Comparison, records: Path, cache: Path) -> None:
     """Erase, draw, judge, and write the record."""
     pipeline = _pipeline(comparison.model, comparison.dtype, comparison.device)
-    target, anchor = subject.concepts(comparison.model, run.target, run.anchor, comparison.concept_type)
+    target, anchor = subject.concepts(comparison, run.target, run.anchor)
     record: Record = {"identity": identity_of(comparison, run)}
     began = time.process_time()
     try:
@@ -126,12 +126,12 @@ def make_run(run: Run, comparison: Comparison, records: Path, cache: Path) -> No
 
 def settings_of(comparison: Comparison, run: Run) -> EraseConfig:
     """:meth:`Comparison.config` with the model's own prompts to keep."""
-    return subject.with_preserved(comparison.model, run.target, comparison.config(run))
+    return subject.with_preserved(comparison, run.target, comparison.config(run))
 
 
 def identity_of(comparison: Comparison, run: Run) -> dict[str, Any]:
     """All that a run's figures depend on but versions and machine, ready for JSON."""
-    return {**comparison.identity(run, settings_of(comparison, run)), "weights": _weights_of(comparison)}
+    return {**comparison.identity(run, settings_of(comparison, run)), **_asked(comparison, run.target)}
 
 
 def read_record(comparison: Comparison, records: Path, run: Run) -> Record | None:
@@ -160,7 +160,7 @@ def _conditions(comparison: Comparison) -> dict[str, Any]:
 
 def _judged(comparison: Comparison, target: str, pipeline: DiffusionPipeline, cache: Path) -> list[dict[str, Any]]:
     """The judge's view of all probes, one after the other: their images are not needed together."""
-    probes, before = subject.probes(comparison.model, target), _before(comparison, target, cache)
+    probes, before = subject.probes(comparison, target), _before(comparison, target, cache)
     return [
         subject.judge(probe, _draw(comparison, pipeline, probe), images).as_dict()
         for probe, images in zip(probes, before, strict=True)
@@ -176,6 +176,7 @@ def _draw(comparison: Comparison, pipeline: DiffusionPipeline, probe: Probe) -> 
         drawing.judged_seed,
         drawing.num_inference_steps,
         drawing.guidance_scale,
+        drawing.batch_size,
         description=f"{probe.role}: {probe.name}",
     ).images
     return images
@@ -183,7 +184,7 @@ def _draw(comparison: Comparison, pipeline: DiffusionPipeline, probe: Probe) -> 
 
 def _before(comparison: Comparison, target: str, cache: Path) -> list[Tensor]:
     """The images of every probe before the erasure, as they are compared; from the cache if they are there."""
-    probes = subject.probes(comparison.model, target)
+    probes = subject.probes(comparison, target)
     key = {
         **_identity_before(comparison, target),
         "prompts": [probe.prompts for probe in probes],
@@ -201,7 +202,14 @@ def _before(comparison: Comparison, target: str, cache: Path) -> list[Tensor]:
 
 
 def _identity_before(comparison: Comparison, target: str) -> dict[str, Any]:
-    return {"target": target, "weights": _weights_of(comparison), **comparison.conditions()}
+    return {"target": target, **comparison.conditions(), **_asked(comparison, target)}
+
+
+def _asked(comparison: Comparison, target: str) -> dict[str, Any]:
+    """Of which model, and what is drawn: a file of prompts may have changed under its name."""
+    concepts = subject.drawn(comparison, target)
+    digest = None if concepts is None else hashlib.sha256(repr(concepts).encode()).hexdigest()[:16]
+    return {"weights": _weights_of(comparison), "concept_set": digest}
 
 
 def _path_before(records: Path, target: str) -> Path:

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 from torch import Tensor
 from torch.nn import functional
 
-from fdu.concepts import ConceptType, Pair, concept_pair
+from fdu.comparison.plan import Comparison
+from fdu.concepts import Pair, concept_pair
 from fdu.config import EraseConfig
 from fdu.evaluation import Probe
+from fdu.evaluation.features import CLIP, ClipFeatures
+from fdu.evaluation.judges import clip_probes
 from fdu.loading import is_embedded
+from fdu.prompts import ConceptSet, concept_set, concept_sets, set_of_record
 
 SIDE = 64
 """Pixels to which larger images are reduced before the change of retained ones is taken."""
@@ -41,53 +46,80 @@ class Judged:
         return cls(saved["role"], saved["name"], tuple(hit == "1" for hit in saved["hits"]), change)
 
 
-def check_judged(model: str) -> None:
-    """Refuse a model that nobody here can judge.
+def check(comparison: Comparison) -> None:
+    """Refuse what can be neither erased nor judged, before anything is loaded.
 
     Raises:
-        ValueError: any but the embedded pipeline.
+        ValueError: names or a concept set that do not go with the model.
     """
-    if not is_embedded(model):
-        raise ValueError(
-            f"MODEL {model!r}: there is a judge for the embedded pipeline only; for other models erase with each "
-            "divergence and judge with fdu.evaluate"
-        )
+    for target, anchor in comparison.pairs:
+        concepts(comparison, target, anchor)
+        drawn(comparison, target)
 
 
-def concepts(model: str, target: str, anchor: str, concept_type: ConceptType) -> Pair:
+def concepts(comparison: Comparison, target: str, anchor: str) -> Pair:
     """Target and anchor in the words of the model.
 
     Raises:
         ValueError: names that the model, or :func:`fdu.concepts.concept_pair`, does not take.
     """
-    if is_embedded(model):
+    if is_embedded(comparison.model):
         from fdu import embedded
 
         return embedded.concepts(target, anchor)
-    return concept_pair(target, anchor, concept_type)
+    return concept_pair(target, anchor, comparison.concept_type)
 
 
-def with_preserved(model: str, target: str, config: EraseConfig) -> EraseConfig:
+def with_preserved(comparison: Comparison, target: str, config: EraseConfig) -> EraseConfig:
     """The settings with the model's own prompts to keep, unless they name some."""
-    if not is_embedded(model):
+    if not is_embedded(comparison.model):
         return config
-    from fdu import embedded
+    from fdu.demo import with_preserved
 
-    if config.preservation_prompts:
-        return config
-    return dataclasses.replace(config, preservation_prompts=embedded.preserved(target))
+    return with_preserved(config, target)
 
 
-def probes(model: str, target: str) -> list[Probe]:
+def drawn(comparison: Comparison, target: str) -> ConceptSet | None:
+    """The concept set that is drawn to judge an erasure; None for the embedded pipeline, which has probes of its own.
+
+    Raises:
+        ValueError: a set for the embedded pipeline or for another target, or nothing to judge by.
+    """
+    named = [name for name in ("prompts", "judge") if getattr(comparison, name) is not None]
+    if is_embedded(comparison.model):
+        if named:
+            raise ValueError(f"{named[0]}: the embedded pipeline has its own; leave it out")
+        return None
+    if comparison.prompts is not None:
+        found = concept_set(comparison.prompts)
+        if found.target.name.casefold() != target.casefold():
+            raise ValueError(f"prompts {comparison.prompts!r} is the set of {found.target.name!r}, not of {target!r}")
+        return found
+    if target.casefold() in concept_sets():
+        return concept_set(target)
+    pair = concepts(comparison, target, dict(comparison.pairs)[target])
+    sides = zip(("target", "anchor"), pair, strict=True)
+    return set_of_record({side: dataclasses.asdict(concept) for side, concept in sides}, pair[0].name)
+
+
+def probes(comparison: Comparison, target: str) -> list[Probe]:
     """What to draw, and who judges it.
 
     Raises:
-        ValueError: of :func:`check_judged`.
+        ValueError: of :func:`drawn`.
+        OSError: the encoder cannot be loaded.
     """
-    check_judged(model)
-    from fdu import embedded
+    found = drawn(comparison, target)
+    if found is None:
+        from fdu import embedded
 
-    return embedded.probes(target)
+        return embedded.probes(target)
+    return clip_probes(found, _encoder(comparison.judge or CLIP, comparison.device))
+
+
+@functools.cache
+def _encoder(judge: str, device: str) -> ClipFeatures:
+    return ClipFeatures.load(judge, device)
 
 
 def judge(probe: Probe, images: Tensor, before: Tensor | None = None) -> Judged:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from clip import save_clip
 from diffusers import StableDiffusionPipeline
 from judged_runs import runs as handmade
 
@@ -310,10 +311,52 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     assert "For erasure" in capsys.readouterr().out
 
 
+CONCEPTS = """[target] three
+a photo of {}
+[unseen]
+a scan of {}
+[anchor] eight
+a photo of eight
+[near] two
+[generic] zero
+a picture of {}
+[unrelated] ink
+in black ink
+"""
+
+
+def test_other_models_are_judged_by_clip(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    embedded.load_pipeline().save_pretrained("base")  # a pipeline like any other
+    save_clip(Path("clip"), "a photo of three eight two zero ink")
+    Path("set.txt").write_text(CONCEPTS)
+    given = ["compare", "base", *COMPARE[2:], "--judge", "clip", "--prompts", "set.txt", "--seeds", "1"]
+    drawn = ["--images_per_class", "2", "--judged_inference_steps", "2", "--judged_guidance_scale", "3"]
+    quick = [f"--{name}={value}" for name, value in QUICK.items()]
+    assert main([*given, *drawn, *quick]) == cli.OK
+    assert "2/2 three_eight_divergence=mse_s0=1_seed=0" in capsys.readouterr().out
+    (path,) = Path("out/runs").glob("three_*.json")
+    record = json.loads(path.read_text())
+    roles = [(one["role"], one["name"]) for one in record["judged"]]
+    assert roles == [("target", "three"), ("unseen", "three")] + [
+        ("retained", name) for name in ("two", "eight", "zero", "ink")
+    ]
+    assert record["identity"]["judge"] == "clip" and record["identity"]["concept_set"]
+    monkeypatch.setattr(runs_file, "erase", None)
+    assert main([*given, *drawn, *quick]) == cli.OK  # all is there
+    Path("set.txt").write_text(CONCEPTS.replace("a scan of", "a drawing of"))
+    assert main([*given, *drawn, *quick]) == cli.FAILED  # runs are to be made anew, which this test forbids
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"embedded": "org/model"}, "there is a judge for the embedded pipeline only"),
+        ({"--divergences": "--judge", "mse,kl": "org/clip"}, "judge: the embedded pipeline has its own"),
+        ({"--divergences": "--prompts", "mse,kl": "monet"}, "prompts: the embedded pipeline has its own"),
+        ({"embedded": "org/model", "--divergences": "--prompts", "mse,kl": "monet"}, "is the set of 'monet'"),
+        ({"--divergences": "--judged_inference_steps", "mse,kl": "0"}, "judged_inference_steps must be > 0"),
         ({"mse,kl": "mse,helinger"}, "unknown divergence 'helinger'"),
         ({"three": "eleven"}, "target must be a digit"),
         ({"out": "."}, "working or the home folder"),
