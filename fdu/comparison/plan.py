@@ -100,7 +100,7 @@ class Comparison:
     """The concept set that is drawn, as :func:`fdu.prompts.concept_set` takes it; None: that of the target's name, or
     one of the training's prompts. The embedded pipeline has its own."""
     judge: str | None = None
-    """The image-text encoder that judges, a folder or hub id; None: the usual one. The embedded pipeline has a judge."""
+    """The image-text encoder that judges, a folder or hub id; None: the usual one. The embedded one has its own."""
 
     def __post_init__(self) -> None:
         for name in ("pairs", "candidates", "seeds"):
@@ -138,9 +138,9 @@ class Comparison:
         """All settings of a run. Batches are drawn beforehand, which changes nothing but lets runs share them."""
         config = dataclasses.replace(self.base, **{**run.candidate.settings, "seed": run.seed})
         steps = config.max_train_steps * config.gradient_accumulation_steps
-        alone = config.timestep_sampling == "importance" or (
-            config.objective == "noise" and not config.preservation_weight
-        )
+        nothing = config.objective == "noise" and not config.preservation_weight
+        # A critic that learns alone at first takes batches of its own for that.
+        alone = nothing or config.variational or config.timestep_sampling == "importance"
         if config.frozen_batches or alone or steps > MOST_FROZEN:
             return config
         return dataclasses.replace(config, frozen_batches=steps)

@@ -96,6 +96,9 @@ def test_a_run_trains_what_fdu_erase_trains(made: Path, pipeline: StableDiffusio
         settings = {**QUICK, **run.candidate.settings, "preservation_prompts": embedded.preserved("three")}
         result = fdu.erase(pipeline, target, anchor, **settings)
         result.trainable.remove()
+        beforehand = fdu.erase(pipeline, target, anchor, **settings, frozen_batches=QUICK["max_train_steps"])
+        beforehand.trainable.remove()
+        assert beforehand.history == result.history  # to the last bit
         record = json.loads((made / "runs" / f"{run.name}.json").read_text())
         assert record["distance"] == " ".join(f"{value:.4g}" for value in result.history["distance"])
         assert record["sigma"] == result.sigma

@@ -110,8 +110,10 @@ def test_settings_are_those_of_the_candidate_and_batches_are_shared_where_that_c
         EraseConfig(timestep_sampling="importance"),
         EraseConfig(objective="noise", preservation_weight=0.0),
         EraseConfig(max_train_steps=300),
+        EraseConfig(variational=True),
     ):
-        assert comparison(base=kept).config(run).frozen_batches == 0
+        candidates = (Candidate("kl"),)
+        assert comparison(base=kept, candidates=candidates).config(Run("a", "b", candidates[0], 0)).frozen_batches == 0
     assert comparison(base=EraseConfig(frozen_batches=5)).config(run).frozen_batches == 5
 
 
