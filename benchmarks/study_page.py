@@ -71,7 +71,7 @@ def page(main: Results, games: Results | None, suites: Mapping[str, Comparison])
         images=drawing.images_per_class,
         inference_steps=drawing.num_inference_steps,
         verdicts="\n".join(f"| {one.title} | {one.verdict} |" for one in judged),
-        table=table(main.standings),
+        table=table(main.standings).strip(),
         by_target=by_target(main),
         recommendations="\n".join(
             f"* **{prefer}**: {one.headline}. {' '.join(one.sentences)}" for prefer, one in main.recommendations.items()
@@ -143,7 +143,7 @@ def game_section(games: Results | None) -> str:
     """The table and the chart of the variational suite."""
     if games is None:
         return "Not measured yet."
-    return f"{GAMES.format(picture=PICTURES)}\n\n{table(games.standings)}"
+    return f"{GAMES.format(picture=PICTURES)}\n\n{table(games.standings).strip()}"
 
 
 def failed(*suites: Results | None) -> str:

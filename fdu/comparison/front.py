@@ -94,7 +94,8 @@ class Sample:
     def estimate(self, figure: str, candidate: Candidate) -> Estimate:
         """A candidate's figure with its interval."""
         place = self.candidates.index(candidate)
-        found = interval(float(self.values[figure][place]), self.resampled[figure][:, place])
+        # Sums of weights are 1 but for rounding.
+        found = interval(round(float(self.values[figure][place]), 12), self.resampled[figure][:, place].round(12))
         # Where all images show the same, resampling cannot tell how rare exceptions are; the exact binomial bound can
         # (Clopper and Pearson 1934).
         if figure != "change" and found.low == found.high and found.value in (0.0, 1.0):

@@ -183,8 +183,9 @@ def percent(share: Estimate, digits: int = 1) -> str:
     """A share with its interval, in percents."""
     if share.value != share.value:
         return "-"
-    low, high = 100 * share.low, 100 * share.high
-    return f"{100 * share.value:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
+    # Adding 0 makes 0 of -0.
+    value, low, high = (round(100 * one, digits) + 0.0 for one in (share.value, share.low, share.high))
+    return f"{value:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
 
 
 def describe(results: Results) -> dict[str, Any]:

@@ -35,8 +35,8 @@ from fdu.weights import fingerprint
 BEFORE = "before"
 """What the names of records, and of images, of the model as it is begin with."""
 
-WORKER = {"OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
-"""For processes that share the cores: threads that spin for work are worse than none, and bars would mix."""
+WORKER = {"OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1", "TRANSFORMERS_VERBOSITY": "error"}
+"""For processes that share the cores: threads that spin for work are worse than none; bars and notices would mix."""
 
 Record = dict[str, Any]
 

@@ -299,16 +299,16 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
         )
     )  # fmt: skip
     quick = [f"--{name}={value}" for name, value in QUICK.items()]
-    given = [*COMPARE, "--alpha", "1:2:2", "--s0", "1", "10", "--seeds", "1", "--images_per_class", "1", "--workers=1"]
+    given = [*COMPARE, "--s0", "1", "10", "--seeds", "1", "--images_per_class", "1", "--workers", "1"]
     assert main([*given, *quick]) == cli.OK
     output = capsys.readouterr().out
     assert "kl trains the same model as mse and is not run again." in output
-    assert "5/5 three_eight_divergence=alpha-2_s0=10_seed=0" in output
+    assert "3/3 three_eight_divergence=mse_s0=10_seed=0" in output
     assert "fdu erase embedded --target three --anchor eight --divergence" in output
     folder = Path("out")
     assert {path.name for path in folder.iterdir()} >= {"comparison.html", "comparison.md", "comparison.json", "runs"}
     record = json.loads((folder / "comparison.json").read_text())
-    assert len(record["results"]["candidates"]) == 4 and record["command"].startswith("fdu compare embedded")
+    assert len(record["results"]["candidates"]) == 2 and record["command"].startswith("fdu compare embedded")
     monkeypatch.setattr(runs_file, "erase", None)  # all is there
     assert main([*given, *quick, "--prefer", "erasure"]) == cli.OK
     assert "For erasure" in capsys.readouterr().out
@@ -363,7 +363,7 @@ def test_other_models_are_judged_by_clip(
         ({"mse,kl": "mse,helinger"}, "unknown divergence 'helinger'"),
         ({"three": "eleven"}, "target must be a digit"),
         ({"out": "."}, "working or the home folder"),
-        ({"--divergences": "--alpha", "mse,kl": "1:2"}, "alpha must be low:high:count"),
+        ({"--divergences": "--alpha", "mse,kl": "-1:2"}, "alpha must be low:high:count"),
         ({"--divergences": "--seeds", "mse,kl": "0"}, "seeds must be >= 1"),
         ({"--divergences": "--workers", "mse,kl": "0"}, "workers must be >= 1"),
         ({"--divergences": "--s0", "mse,kl": "-1"}, "s0 must be a finite number > 0"),

@@ -53,12 +53,20 @@ def test_the_spread_over_images_is_the_binomial_one() -> None:
 
 
 def test_where_all_images_agree_the_interval_is_the_exact_binomial_one() -> None:
-    found, candidates = runs({"mse": (1.0, 1.0)})
+    found, candidates = runs({"mse": (1.0, 1.0)}, seeds=7)
     sample = Sample(found, candidates)
     images = 2 * IMAGES
     exact = stats.binomtest(images, images).proportion_ci(method="exact")
     estimate = sample.estimate("erased", candidates[0])
     assert (estimate.low, estimate.high) == pytest.approx((exact.low, 1.0))
+
+
+def test_three_targets_that_all_agree_have_no_point_for_an_interval() -> None:
+    found = {key: run for target in "abc" for key, run in runs({"mse": (1.0, 1.0)}, target=target)[0].items()}
+    for figure, images in (("erased", 3 * 2 * IMAGES), ("retained", 3 * 2 * IMAGES)):
+        estimate = Sample(found, [Candidate("mse")]).estimate(figure, Candidate("mse"))
+        exact = stats.binomtest(images, images).proportion_ci(method="exact")
+        assert (estimate.low, estimate.high) == pytest.approx((exact.low, 1.0))
 
 
 def test_candidates_share_seeds_and_images_so_differences_are_sharper_than_figures() -> None:
