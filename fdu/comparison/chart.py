@@ -12,7 +12,7 @@ import numpy as np
 from fdu.comparison.front import Estimate, Standing, undominated
 
 WIDTH, HEIGHT, LEFT, BOTTOM, TOP, RIGHT = 560, 360, 58, 48, 14, 16
-LEGEND_WIDTH, LEGEND_LINE = 190, 17
+LEGEND_WIDTH, LEGEND_LINE = 230, 17
 """Sizes in the units of the view box."""
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#b8860b", "#cc79a7", "#4aa3d9", "#7a5195", "#5f6b6d")
 """Of the divergences, in turn: those of Okabe and Ito, which all kinds of eyes tell apart, a little darker."""
