@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState, PartialState
-from accelerate.utils import GradientAccumulationPlugin, parse_flag_from_env
+from accelerate.utils import parse_flag_from_env
 from diffusers import DiffusionPipeline
 from torch import Tensor
 from torch.nn import functional
@@ -27,7 +24,8 @@ from fdu.training.examples import prepare_examples
 from fdu.training.loop import Training
 from fdu.training.objective import Objective
 from fdu.training.optimizer import check_optimizer
-from fdu.training.sharding import check_shards, own_shards, with_launcher
+from fdu.training.process import own_accelerator, seeded
+from fdu.training.sharding import check_shards, with_launcher
 from fdu.training.tracking import check_tracker
 from fdu.versions import versions
 
@@ -70,7 +68,7 @@ def erase(
     denoiser = denoiser_of(pipeline, config.resolution)
     _check_run(denoiser, pairs, mask, config)
     started = time.perf_counter()
-    with _own_accelerator(config, denoiser.device) as accelerator:
+    with own_accelerator(config, denoiser.device) as accelerator:
         check_shards(denoiser.module, config, accelerator.num_processes)
         # Beside its checkpoints a run keeps what it began with, so that going on costs nothing anew.
         folder = config.cache_dir or config.checkpoint_dir
@@ -78,7 +76,7 @@ def erase(
         checkpoints = _checkpoints(pairs, mask, config, model.get("weights", ""), accelerator.num_processes)
         cache = Cache(folder, model, accelerator)
         examples = prepare_examples(denoiser, pairs, config, accelerator, cache)
-        with _seeded(config.seed, denoiser.device):
+        with seeded(config.seed, denoiser.device):
             objective = Objective(denoiser, config, _latent_mask(mask, examples.latents))
             trainable = _attach(denoiser, pairs, config)
         try:
@@ -102,43 +100,6 @@ def _attach(denoiser: Denoiser, pairs: Sequence[Pair], config: EraseConfig) -> T
         prompts=[prompt for target, _ in pairs for prompt in target.prompts],
         kept_prompts=[*(prompt for _, anchor in pairs for prompt in anchor.prompts), *config.preservation_prompts],
     )
-
-
-@contextmanager
-def _seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Within this context torch's random numbers follow the seed; outside they are the user's."""
-    on_gpu = device.type == "cuda"
-    with torch.random.fork_rng(devices=[device] if on_gpu else []):
-        torch.default_generator.manual_seed(seed)
-        if on_gpu:
-            with torch.cuda.device(device):
-                torch.cuda.manual_seed(seed)
-        yield
-
-
-@contextmanager
-def _own_accelerator(config: EraseConfig, device: torch.device) -> Iterator[Accelerator]:
-    """An Accelerator for this erasure alone: accelerate would keep device and precision of a process's first one."""
-    states = (AcceleratorState, PartialState, GradientState)
-    kept = [dict(state._shared_state) for state in states]
-    for state in states:
-        state._reset_state()
-    try:
-        with own_shards():
-            accelerator = Accelerator(
-                mixed_precision=config.mixed_precision,
-                cpu=device.type == "cpu",
-                device_placement=False,  # the pipeline is where its user put it
-                log_with=None if config.report_to == "none" else config.report_to,
-                project_dir=config.logging_dir,
-                # The loop accumulates by itself, whatever the launcher's environment says.
-                gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
-            )
-        yield accelerator
-    finally:
-        for state, content in zip(states, kept, strict=True):
-            state._shared_state.clear()
-            state._shared_state.update(content)
 
 
 def _check_run(denoiser: Denoiser, pairs: Sequence[Pair], mask: Tensor | None, config: EraseConfig) -> None:

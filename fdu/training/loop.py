@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any, cast
 
@@ -54,6 +54,8 @@ class Training:
         config: the settings.
         cache: where frozen outputs are kept for other runs.
         checkpoints: where to keep the state; None for nowhere.
+        watch: called after each of the steps ``watched``, with the whole pipeline on the device.
+        description: what the progress bar calls it.
     """
 
     def __init__(
@@ -66,12 +68,16 @@ class Training:
         config: EraseConfig,
         cache: Cache,
         checkpoints: Checkpoints | None = None,
+        watched: Collection[int] = (),
+        watch: Callable[[int], None] | None = None,
+        description: str = "erase",
     ) -> None:
         self.accelerator, self.denoiser, self.trainable = accelerator, denoiser, trainable
         self.examples, self.objective, self.config = examples, objective, config
         self.cache, self.checkpoints = cache, checkpoints
         self.module = denoiser.module
         self.unprepared = {name: vars(self.module)[name] for name in PREPARED if name in vars(self.module)}
+        self.watched, self.watch, self.description = watched, watch, description
         self.named = trainable.named_parameters()
         self.parameters = list(self.named.values())
         self.optimizer, self.schedule = make_optimizer(self.parameters, config)
@@ -159,7 +165,7 @@ class Training:
             range(self.step, config.max_train_steps),
             initial=self.step,
             total=config.max_train_steps,
-            desc="erase",
+            desc=self.description,
             unit="step",
             **({} if self.accelerator.is_local_main_process else {"disable": True}),  # else TQDM_DISABLE decides
         )
@@ -175,6 +181,9 @@ class Training:
             if config.validation_prompts and (last or self.step % config.validation_steps == 0):
                 with self._drawing():
                     tracking.validate(self.step, self.denoiser)
+            if self.watch is not None and self.step in self.watched:
+                with self._drawing():
+                    self.watch(self.step)
             if stopping and not last:
                 raise KeyboardInterrupt
 

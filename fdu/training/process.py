@@ -1,0 +1,51 @@
+"""What a run takes of its process and gives back: an Accelerator of its own, and torch's random numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from accelerate.utils import GradientAccumulationPlugin
+
+from fdu.config import EraseConfig
+from fdu.training.sharding import own_shards
+
+
+@contextmanager
+def seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Within this context torch's random numbers follow the seed; outside they are the user's."""
+    on_gpu = device.type == "cuda"
+    with torch.random.fork_rng(devices=[device] if on_gpu else []):
+        torch.default_generator.manual_seed(seed)
+        if on_gpu:
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(seed)
+        yield
+
+
+@contextmanager
+def own_accelerator(config: EraseConfig, device: torch.device) -> Iterator[Accelerator]:
+    """An Accelerator for this erasure alone: accelerate would keep device and precision of a process's first one."""
+    states = (AcceleratorState, PartialState, GradientState)
+    kept = [dict(state._shared_state) for state in states]
+    for state in states:
+        state._reset_state()
+    try:
+        with own_shards():
+            accelerator = Accelerator(
+                mixed_precision=config.mixed_precision,
+                cpu=device.type == "cpu",
+                device_placement=False,  # the pipeline is where its user put it
+                log_with=None if config.report_to == "none" else config.report_to,
+                project_dir=config.logging_dir,
+                # The loop accumulates by itself, whatever the launcher's environment says.
+                gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+            )
+        yield accelerator
+    finally:
+        for state, content in zip(states, kept, strict=True):
+            state._shared_state.clear()
+            state._shared_state.update(content)
