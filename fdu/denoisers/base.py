@@ -246,6 +246,11 @@ class Denoiser(ABC):
             **self.call_settings,
         ).images
 
+    def call_arguments(self, conditioning: Conditioning) -> dict[str, Any]:
+        """What the pipeline's call takes in place of prompts, to draw an image of the denoiser's size for each."""
+        given = {PIPELINE_ARGUMENTS[name]: tensor for name, tensor in conditioning.tensors.items()}
+        return {**given, "height": self.height, "width": self.width, **self.call_settings}
+
     def encode_images(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Clean latents, fp32 [N, C, H, W], of images [N, 3, height, width] in [0, 1]."""
         return encode_images(self.pipeline.vae, images, generator)

@@ -1,0 +1,153 @@
+"""A white-box attack: a perturbation of what the denoiser reads is optimised until it draws the target again.
+
+In the manner of concept inversion (Pham et al. 2023, arXiv 2308.01508), UnlearnDiffAtk (Zhang et al. 2023, arXiv
+2310.11868) and Ring-A-Bell (Tsai et al. 2023, arXiv 2310.10012): the loss is the erased denoiser's own, on images of
+the target that the model drew before. Here one perturbation serves all prompts and all images, and it is not confined
+to the embeddings of words: an upper bound of what prompts can do.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fdu.denoisers import Denoiser
+from fdu.evaluation import Probe
+from fdu.robustness.finetuning import fine_tune
+from fdu.robustness.shares import Share
+from fdu.robustness.subject import Drawing, count, spaced
+from fdu.trainable.perturbation import Perturbation
+
+START = 0.5
+"""Where restarts begin: noise of this size, in the unit of the perturbation. The first attempt begins at 0."""
+
+
+@dataclasses.dataclass(frozen=True)
+class AttackConfig:
+    """Settings of the attack."""
+
+    tokens: int = 4
+    """How many of the first embeddings of a prompt it may move."""
+    steps: int = 60
+    """Optimizer steps of an attempt."""
+    learning_rate: float = 0.1
+    """Of AdamW, in units of the embeddings' root mean square."""
+    batch_size: int = 16
+    """Noised images a step."""
+    restarts: int = 2
+    """Attempts; the one with the lowest loss counts."""
+    looks: int = 4
+    """How often in its course each attempt is judged, the steps doubling from look to look."""
+
+    def __post_init__(self) -> None:
+        for name in ("tokens", "steps", "batch_size", "restarts", "looks"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"{name} must be a whole number >= 1, got {value!r}")
+        if not self.learning_rate > 0:
+            raise ValueError(f"learning_rate must be > 0, got {self.learning_rate!r}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Attempt:
+    """One optimisation from one start."""
+
+    course: list[tuple[int, Share]]
+    """Steps, and the share of images that show the target after them."""
+    loss: float
+    """The denoiser's loss on the target's images at the end, the mean of a quarter of the steps."""
+    size: float
+    """Root mean square of the perturbation at the end, in that of the embeddings."""
+
+
+@dataclasses.dataclass(frozen=True)
+class AttackFigures:
+    """What the attack reached."""
+
+    before: Share
+    """The share of images of the target's prompts that show it without an attack."""
+    after: Share
+    """The same under the attempt with the lowest loss: chosen without the judge, so that the interval holds."""
+    attempts: list[Attempt]
+    """All of them, in order."""
+    chosen: int
+    """Which of them counts."""
+    config: AttackConfig
+
+    def as_dict(self) -> dict[str, Any]:
+        """Ready for JSON."""
+        return dataclasses.asdict(self)
+
+
+def attack(
+    denoiser: Denoiser,
+    probe: Probe,
+    latents: Tensor,
+    config: AttackConfig | None = None,
+    drawing: Drawing | None = None,
+) -> AttackFigures:
+    """Attack a pipeline, which is as before afterwards.
+
+    Args:
+        denoiser: of the pipeline, erased or not.
+        probe: the target's prompts, and who judges the images.
+        latents: clean latents [M, C, H, W] of the target, of :func:`fdu.robustness.subject.target_latents`.
+        config: the settings.
+        drawing: how judged images are drawn.
+
+    Raises:
+        ValueError: more tokens than the denoiser reads.
+    """
+    config, drawing = config or AttackConfig(), drawing or Drawing()
+    before = count(denoiser.pipeline, probe, drawing)
+    attempts = [_attempt(denoiser, probe, latents, config, drawing, number) for number in range(config.restarts)]
+    chosen = min(range(len(attempts)), key=lambda number: attempts[number].loss)
+    return AttackFigures(before, attempts[chosen].course[-1][1], attempts, chosen, config)
+
+
+def _attempt(
+    denoiser: Denoiser, probe: Probe, latents: Tensor, config: AttackConfig, drawing: Drawing, number: int
+) -> Attempt:
+    generator = torch.Generator().manual_seed(drawing.seed + number)
+    start = START if number else 0.0
+    perturbation = Perturbation(denoiser, probe.prompts[0], config.tokens, start, generator)
+    course: list[tuple[int, Share]] = []
+    try:
+        losses = fine_tune(
+            denoiser,
+            perturbation,
+            probe.prompts,
+            latents,
+            steps=config.steps,
+            learning_rate=config.learning_rate,
+            batch_size=config.batch_size,
+            seed=drawing.seed + number,
+            description="attack",
+            watched=spaced(config.steps, config.looks),
+            watch=lambda step: course.append((step, count(Conditioned(denoiser), probe, drawing))),
+        )
+        last = losses[-max(1, len(losses) // 4) :]
+        return Attempt(course, sum(last) / len(last), perturbation.size)
+    finally:
+        perturbation.remove()
+
+
+class Conditioned:
+    """A pipeline that is handed what its denoiser encodes, perturbed or not, instead of the prompts themselves."""
+
+    def __init__(self, denoiser: Denoiser) -> None:
+        self.denoiser = denoiser
+        self._progress_bar_config = getattr(denoiser.pipeline, "_progress_bar_config", {})
+
+    def set_progress_bar_config(self, **settings: Any) -> None:
+        """As a pipeline's."""
+        self.denoiser.pipeline.set_progress_bar_config(**settings)
+
+    def __call__(self, prompts: Sequence[str], **settings: Any) -> Any:
+        """Draw the images of prompts, with settings of the pipeline's call."""
+        conditioning = self.denoiser.encode(prompts)
+        return self.denoiser.pipeline(**self.denoiser.call_arguments(conditioning), **settings)

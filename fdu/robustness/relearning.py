@@ -1,0 +1,112 @@
+"""Relearning: how many steps of fine-tuning on images of the target bring it back."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from torch import Tensor
+
+from fdu.config import TRAIN_METHODS
+from fdu.denoisers import Denoiser
+from fdu.evaluation import Probe
+from fdu.robustness.finetuning import fine_tune
+from fdu.robustness.shares import Share
+from fdu.robustness.subject import Drawing, count, spaced
+from fdu.trainable import attach
+from fdu.training.process import seeded
+
+BACK = 0.5
+"""The target is back once this share of images shows it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class RelearningConfig:
+    """Settings of the fine-tuning."""
+
+    train_method: str = "lora"
+    """What is trained, as in an erasure."""
+    rank: int = 16
+    """Rank of LoRA and DoRA."""
+    steps: int = 80
+    """Optimizer steps at most."""
+    learning_rate: float = 1e-3
+    """Of AdamW, constant."""
+    batch_size: int = 16
+    """Noised images a step."""
+    looks: int = 6
+    """How often the pipeline is judged on the way, the steps doubling from look to look."""
+
+    def __post_init__(self) -> None:
+        if self.train_method not in TRAIN_METHODS:
+            raise ValueError(f"train_method must be one of {', '.join(TRAIN_METHODS)}, got {self.train_method!r}")
+        for name in ("rank", "steps", "batch_size", "looks"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"{name} must be a whole number >= 1, got {value!r}")
+        if not self.learning_rate > 0:
+            raise ValueError(f"learning_rate must be > 0, got {self.learning_rate!r}")
+
+
+@dataclasses.dataclass(frozen=True)
+class RelearningFigures:
+    """What fine-tuning brought back."""
+
+    course: list[tuple[int, Share]]
+    """Steps, and the share of images that show the target after them; from step 0 on."""
+    back_after: int | None
+    """The first of these steps at which at least ``BACK`` of the images show the target; None if none did."""
+    images: int
+    """How many images of the target it learnt from."""
+    config: RelearningConfig
+
+    def as_dict(self) -> dict[str, Any]:
+        """Ready for JSON."""
+        return dataclasses.asdict(self)
+
+
+def relearn(
+    denoiser: Denoiser,
+    probe: Probe,
+    latents: Tensor,
+    config: RelearningConfig | None = None,
+    drawing: Drawing | None = None,
+) -> RelearningFigures:
+    """Fine-tune a pipeline on images of the target, judge it on the way, and undo it all: the pipeline is as before.
+
+    Args:
+        denoiser: of the pipeline, erased or not.
+        probe: the target's prompts, and who judges the images.
+        latents: clean latents [M, C, H, W] of the target, of :func:`fdu.robustness.subject.target_latents`.
+        config: the settings.
+        drawing: how judged images are drawn.
+    """
+    config, drawing = config or RelearningConfig(), drawing or Drawing()
+    course = [(0, count(denoiser.pipeline, probe, drawing))]
+    with seeded(drawing.seed, denoiser.device):
+        trainable = attach(
+            denoiser,
+            config.train_method,
+            rank=config.rank,
+            lora_alpha=config.rank,
+            target_name=probe.name,
+            prompts=probe.prompts,
+        )
+    try:
+        fine_tune(
+            denoiser,
+            trainable,
+            probe.prompts,
+            latents,
+            steps=config.steps,
+            learning_rate=config.learning_rate,
+            batch_size=config.batch_size,
+            seed=drawing.seed,
+            description="relearn",
+            watched=spaced(config.steps, config.looks),
+            watch=lambda step: course.append((step, count(denoiser.pipeline, probe, drawing))),
+        )
+    finally:
+        trainable.remove()
+    back = next((step for step, share in course if share.value >= BACK), None)
+    return RelearningFigures(course, back, len(latents), config)
