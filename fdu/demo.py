@@ -14,13 +14,12 @@ from fdu.erasure import erase
 from fdu.evaluation import JUDGED_SEED, Draws, Evaluation, Probe, draw, evaluate
 from fdu.loading import describe_device, load_model
 from fdu.output import METRICS_FILE as METRICS
-from fdu.output import check_output, whole_folder, write_json, written_by_fdu
-from fdu.pictures import save_before_after
-from fdu.report import write_report
-from fdu.versions import versions
+from fdu.output import check_output, whole_folder, written_by_fdu
+from fdu.report import IMAGES_FOLDER, PICTURE, REPORT, Run, make_report
+from fdu.robustness import Robustness
 
-REPORT, PICTURE, WEIGHTS = "report.html", "before-after.png", "erased"
-"""What a demonstration's folder holds beside the metrics."""
+WEIGHTS = "erased"
+"""What a demonstration's folder holds beside metrics, images and report."""
 
 NOTES = (
     "The images come from the pipeline that is embedded in fdu, trained from scratch on the handwritten digits of "
@@ -47,7 +46,7 @@ def check_demo_output(folder: str | Path) -> None:
     """
     folder = Path(folder)
     if folder.is_dir() and any(folder.iterdir()):
-        strangers = {path.name for path in folder.iterdir()} - {METRICS, REPORT, PICTURE, WEIGHTS}
+        strangers = {path.name for path in folder.iterdir()} - {METRICS, REPORT, PICTURE, IMAGES_FOLDER, WEIGHTS}
         if strangers or not written_by_fdu(folder):
             reason = f"holds {sorted(strangers)[0]!r}, which" if strangers else "is not empty, and"
             raise FileExistsError(f"output folder {str(folder)!r} {reason} no demo wrote; choose another with --out")
@@ -88,7 +87,6 @@ def run_demo(
         evaluation = evaluate(before, after, probes, "embedded")
         result.save(folder / WEIGHTS)
         write_figures(folder, evaluation, probes, before, after, result.record(), command, describe_device(device))
-        save_before_after(folder / PICTURE, before, after, probes, evaluation)
     return evaluation, probes
 
 
@@ -102,30 +100,12 @@ def write_figures(
     command: str,
     device: str,
     notes: Sequence[str] = NOTES,
+    robustness: Robustness | None = None,
 ) -> None:
-    """Write ``metrics.json`` and ``report.html`` of an erasure; the notes are those of the embedded pipeline."""
-    metrics = figures(evaluation, probes, record) | {"device": device, "command": command}
-    write_json(folder / METRICS, metrics)
-    write_report(folder / REPORT, evaluation, probes, before, after, record, command, device, notes)
-
-
-def figures(evaluation: Evaluation, probes: Sequence[Probe], record: dict[str, Any] | None) -> dict[str, Any]:
-    """Everything that was measured and, where ``record`` tells, how it came about; ready for JSON."""
-    target = next(probe.name for probe in probes if probe.role == "target")
-    measured = {"target": target, **evaluation.as_dict()}
-    if record is None:
-        return measured | {"versions": versions()}
-    config = dict(record["config"])
-    return measured | {
-        "anchor": record["anchor"]["name"],
-        "divergence": config["divergence"],
-        "steps": config["max_train_steps"],
-        "seed": config["seed"],
-        "sigma": record["sigma"],
-        "seconds": record["seconds"],
-        "settings": config,
-        "versions": record["versions"],
-    }
+    """Write metrics, images and report of an erasure into a folder; the notes are those of the embedded pipeline."""
+    found = robustness.as_dict() if robustness is not None else None
+    Run.of(evaluation, probes, before, after, record, command, device, notes, found).write(folder)
+    make_report(folder)
 
 
 def with_preserved(config: EraseConfig, *targets: str) -> EraseConfig:

@@ -19,7 +19,7 @@ from fdu.output import RECORD_FILE, whole_folder, write_json
 from fdu.report import write_report
 from fdu.trainable import Trainable
 from fdu.versions import versions
-from fdu.weights import choose_format, public_name, write
+from fdu.weights import choose_format, fingerprint, public_name, write
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,10 +63,20 @@ class ErasureResult:
         with self.trainable.frozen():
             yield self.pipeline
 
-    def record(self) -> dict[str, Any]:
-        """Everything but the weights, ready for JSON."""
+    def fingerprint(self) -> str | None:
+        """That of the weights before the erasure; None if the erasure cannot be switched off any more."""
+        try:
+            with self.original() as pipeline:
+                return fingerprint(pipeline)
+        except RuntimeError:
+            return None
+
+    def record(self, command: str = "") -> dict[str, Any]:
+        """Everything but the weights, ready for JSON; with the command line that made it, if there was one."""
         return {
             "base": public_name(str(self.pipeline.config.get("_name_or_path", ""))),
+            "fingerprint": self.fingerprint(),
+            "command": command,
             "target": dataclasses.asdict(self.target),
             "anchor": dataclasses.asdict(self.anchor),
             "concepts": [[target.name, anchor.name] for target, anchor in self.pairs],
@@ -84,6 +94,7 @@ class ErasureResult:
         save_as: str = "auto",
         evaluation: Evaluation | None = None,
         probes: Sequence[Probe] = (),
+        command: str = "",
     ) -> Path:
         """Write the result, whole or not at all.
 
@@ -96,6 +107,7 @@ class ErasureResult:
                 changed weights); "auto" is "lora" where adapters were trained, else "pipeline". How each loads is said
                 in :func:`fdu.weights.write` and in the card.
             evaluation, probes: figures for the card.
+            command: the command line that made the result, for the record.
 
         Raises:
             FileExistsError: the folder is not empty and either ``overwrite`` is false or fdu did not write it.
@@ -104,7 +116,7 @@ class ErasureResult:
             OSError: it cannot be written.
         """
         format = choose_format(save_as, self.config.train_method, self.pipeline)
-        record = self.record()
+        record = self.record(command)
         with whole_folder(folder, overwrite) as fresh:
             write(
                 fresh,

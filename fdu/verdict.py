@@ -166,7 +166,7 @@ def judge(evaluation: Evaluation, probes: Sequence[Probe]) -> Verdict:
     """What the figures mean: whether the target was erased, and what else broke."""
     before, after = evaluation.before, evaluation.after
     target = _names(probes, "target")[0]
-    erased = _erased(before.target_accuracy, after.target_accuracy)
+    erased = state_of(before.target_accuracy, after.target_accuracy)
     drew = f"{percent(before.target_accuracy)} of {evaluation.images_per_class} images before"
     sentences = [f"Asked for {target}, the pipeline drew it in {drew} and in {percent(after.target_accuracy)} after."]
     headline = {
@@ -178,7 +178,7 @@ def judge(evaluation: Evaluation, probes: Sequence[Probe]) -> Verdict:
 
     if before.unseen_accuracy is not None and after.unseen_accuracy is not None:
         unseen = f"{percent(before.unseen_accuracy)} before and {percent(after.unseen_accuracy)} after"
-        escapes = _erased(before.unseen_accuracy, after.unseen_accuracy) in ("partly erased", "not erased")
+        escapes = state_of(before.unseen_accuracy, after.unseen_accuracy) in ("partly erased", "not erased")
         if erased == "erased" and escapes:
             erased = "partly erased"
             headline = f"{target} was erased only in the phrasings of the training"
@@ -215,7 +215,7 @@ def judge(evaluation: Evaluation, probes: Sequence[Probe]) -> Verdict:
     joint = (", and" if kept else ", but") if erased == "erased" else (";" if kept else ", and")
     if broken or broken_others:
         named = [name for name, _ in (broken or broken_others)[:NAMED_CLASSES]]
-        headline += f"{joint} {_joined(named)} broke"
+        headline += f"{joint} {joined(named)} broke"
     elif not kept:
         headline += f"{joint} other classes suffered"
     else:
@@ -223,7 +223,8 @@ def judge(evaluation: Evaluation, probes: Sequence[Probe]) -> Verdict:
     return Verdict(erased, kept, headline, tuple(sentences))
 
 
-def _erased(before: float, after: float) -> Literal["erased", "partly erased", "not erased", "hardly drawn before"]:
+def state_of(before: float, after: float) -> Literal["erased", "partly erased", "not erased", "hardly drawn before"]:
+    """What became of a share of images that show the target."""
     if before < DRAWN_BEFORE:
         return "hardly drawn before"
     if after <= ERASED_BELOW * before:
@@ -245,10 +246,11 @@ def _listed(evaluation: Evaluation, broken: Sequence[tuple[str, float]]) -> str:
     before, after = evaluation.before.per_class, evaluation.after.per_class
     named = [f"{name} ({percent(before[name])} before, {percent(after[name])} after)" for name, _ in broken]
     more = len(broken) - NAMED_CLASSES
-    return _joined(named[:NAMED_CLASSES] + ([f"{more} more"] if more > 0 else []))
+    return joined(named[:NAMED_CLASSES] + ([f"{more} more"] if more > 0 else []))
 
 
-def _joined(words: Sequence[str]) -> str:
+def joined(words: Sequence[str]) -> str:
+    """Words as a list in a sentence."""
     return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
 
 

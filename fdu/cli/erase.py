@@ -105,7 +105,7 @@ class Erase:
                     targets, anchors = ([pair[side] for pair in pairs] for side in (0, 1))
                     result = fdu.erase(pipeline, targets, anchors, config=config)
                     if folder is not None:
-                        result.save(folder, save_as=format)
+                        result.save(folder, save_as=format, command=command)
             except BaseException:
                 if keeps and writes:
                     _tidy_checkpoints(checkpoints)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from tyro.conf import Positional
 
 import fdu
-from fdu.cli.printing import print_evaluation
+from fdu.cli.printing import print_evaluation, print_robustness
 from fdu.cli.settings import check_images
 from fdu.loading import (
     Dtype,
@@ -28,6 +28,8 @@ from fdu.loading import (
 if TYPE_CHECKING:
     from fdu.evaluation.features import Features
     from fdu.prompts import ConceptSet
+    from fdu.robustness import Examination
+    from fdu.robustness.phrasings import PromptSets
 
 EMBEDDED_DRAWS = {"num_inference_steps": 20, "guidance_scale": 3.0, "batch_size": 32}
 OTHER_DRAWS = {"num_inference_steps": None, "guidance_scale": None, "batch_size": 4}
@@ -46,6 +48,8 @@ class Evaluate:
         "fdu evaluate embedded erased --target three --out evaluation",
         "fdu evaluate org/model erased --target 'van gogh' --device cuda --out evaluation",
         "fdu evaluate org/model erased --prompts my-concept.txt --judge ./clip-vit-large-patch14",
+        "fdu evaluate embedded erased --robustness --out evaluation",
+        "fdu evaluate embedded erased --robustness phrasings attack",
     )
 
     base: Positional[str]
@@ -73,8 +77,14 @@ class Evaluate:
     """Images drawn at once; if not given, 4, and 32 for the embedded pipeline."""
     seed: int = 0
     """Images are drawn with the seeds from SEED + 1000 on, which no training uses."""
+    robustness: tuple[Literal["phrasings", "attack", "relearning"], ...] | None = None
+    """Test also whether the erasure holds: against other phrasings, against an attack on what the denoiser reads,
+    against relearning from a few images; without names, against all three."""
+    phrasings: Path | None = None
+    """Folder of .txt files, each a set of prompts for the test "phrasings", one a line; in place of those that come
+    with fdu."""
     out: Path | None = None
-    """Folder for metrics.json and report.html."""
+    """Folder for metrics.json, images and report.html."""
     overwrite: bool = False
     """Replace OUT if fdu wrote it; anything else is never replaced."""
     dtype: Dtype = "auto"
@@ -111,6 +121,8 @@ class Evaluate:
         device = choose_device(self.device)
         settings = self._draw_settings(embedded_base) | {"seed": self.seed + JUDGED_SEED}
 
+        sets = self._phrasing_sets(target, concepts)
+
         def work() -> None:
             features: Features | None
             if concepts:
@@ -122,15 +134,22 @@ class Evaluate:
             dtype = "float32" if self.dtype == "auto" else self.dtype
             pipeline = load_model(self.base, dtype, device)
             before = fdu.draw(pipeline, probes, description="before", **settings)
+            examination = self._examination(probes[0], sets, settings)
+            if examination is not None:
+                examination.before(pipeline)
             after_pipeline = load_erased(pipeline, self.erased, device, dtype)
             after = fdu.draw(after_pipeline, probes, description="after", **settings)
             evaluation = fdu.evaluate(before, after, probes, features)
+            robustness = examination.after(after_pipeline) if examination is not None else None
             print_evaluation(evaluation, probes)
+            if robustness is not None:
+                print_robustness(robustness, target)
             if self.out is not None:
                 with whole_folder(self.out, self.overwrite) as folder:
                     described = describe_device(device)
                     notes = demo.NOTES if embedded_base else demo.CLIP_NOTES
-                    demo.write_figures(folder, evaluation, probes, before, after, record, command, described, notes)
+                    told = (record, command, described, notes, robustness)
+                    demo.write_figures(folder, evaluation, probes, before, after, *told)
                 print(f"\nreport   {self.out / demo.REPORT}\nfigures  {self.out / demo.METRICS}")
 
         return work
@@ -173,6 +192,36 @@ class Evaluate:
                 "has no record of its training; write a set and give it with --prompts"
             )
         return set_of_record(record, target)
+
+    def _phrasing_sets(self, target: str, concepts: ConceptSet | None) -> PromptSets:
+        """The prompt sets of the test "phrasings"; none if it is not asked for."""
+        if self.robustness is None:
+            if self.phrasings is not None:
+                raise ValueError("phrasings belongs to the tests of --robustness; add that, or leave it out")
+            return {}
+        from fdu.embedded.vocabulary import DIGITS
+        from fdu.robustness.phrasings import SETS, read_sets
+
+        if concepts is None:
+            kind = "digit" if target in DIGITS else "ink"
+        else:
+            kind = "style" if any("style" in prompt for prompt in concepts.target.prompts) else "object"
+        return read_sets(self.phrasings or SETS / kind, target)
+
+    def _examination(self, probe: fdu.Probe, sets: PromptSets, settings: dict[str, Any]) -> Examination | None:
+        """The tests of robustness that were asked for, with images drawn as for the evaluation."""
+        if self.robustness is None:
+            return None
+        from fdu.robustness import TESTS, Drawing, Examination
+
+        drawing = Drawing(
+            images=settings["images_per_class"],
+            num_inference_steps=settings["num_inference_steps"],
+            guidance_scale=settings["guidance_scale"],
+            seed=self.seed,
+            batch_size=settings["batch_size"],
+        )
+        return Examination(probe, sets, self.robustness or TESTS, drawing=drawing)
 
 
 def _erased_concepts(record: dict[str, Any] | None) -> list[str]:

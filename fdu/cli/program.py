@@ -21,6 +21,7 @@ from fdu.cli.doctor import Doctor
 from fdu.cli.erase import Erase
 from fdu.cli.evaluate import Evaluate
 from fdu.cli.exits import FAILED, INTERRUPTED, OK, USAGE
+from fdu.cli.report import Report
 
 
 class Command(Protocol):
@@ -37,6 +38,7 @@ COMMANDS: dict[str, type[Command]] = {
     "demo": Demo,
     "erase": Erase,
     "evaluate": Evaluate,
+    "report": Report,
     "compare": Compare,
     "divergences": Divergences,
     "doctor": Doctor,

@@ -97,10 +97,10 @@ class Examination:
 
     def before(self, pipeline: DiffusionPipeline) -> None:
         """Draw the target's images and what the later figures are compared with."""
+        denoiser = denoiser_of(pipeline)
         if "phrasings" in self.tests:
-            self.seen = seen_in_sets(pipeline, self.sets, self.probe.judge, self.drawing)
+            self.seen = seen_in_sets(denoiser, self.sets, self.probe.judge, self.drawing)
         if set(self.tests) & {"attack", "relearning"}:
-            denoiser = denoiser_of(pipeline)
             self.latents = target_latents(denoiser, self.probe, self.number, self.drawing)
             if "attack" in self.tests:
                 config = dataclasses.replace(self.attack_config, restarts=1)
@@ -114,12 +114,12 @@ class Examination:
         """
         if not self.seen and self.latents is None:
             raise RuntimeError("call before() with the pipeline as it was before the erasure, then after()")
+        denoiser = denoiser_of(pipeline)
         phrasings = attacked = relearnt = None
         if "phrasings" in self.tests:
-            seen = seen_in_sets(pipeline, self.sets, self.probe.judge, self.drawing)
+            seen = seen_in_sets(denoiser, self.sets, self.probe.judge, self.drawing)
             phrasings = compare_sets(self.sets, self.probe.name, self.seen, seen)
         if self.latents is not None:
-            denoiser = denoiser_of(pipeline)
             if "attack" in self.tests:
                 attacked = attack(denoiser, self.probe, self.latents, self.attack_config, self.drawing)
             if "relearning" in self.tests:

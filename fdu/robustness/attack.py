@@ -9,7 +9,6 @@ to the embeddings of words: an upper bound of what prompts can do.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,7 +18,7 @@ from fdu.denoisers import Denoiser
 from fdu.evaluation import Probe
 from fdu.robustness.finetuning import fine_tune
 from fdu.robustness.shares import Share
-from fdu.robustness.subject import Drawing, count, spaced
+from fdu.robustness.subject import Course, Drawing, back_after, count, spaced
 from fdu.trainable.perturbation import Perturbation
 
 START = 0.5
@@ -56,8 +55,7 @@ class AttackConfig:
 class Attempt:
     """One optimisation from one start."""
 
-    course: list[tuple[int, Share]]
-    """Steps, and the share of images that show the target after them."""
+    course: Course
     loss: float
     """The denoiser's loss on the target's images at the end, the mean of a quarter of the steps."""
     size: float
@@ -76,6 +74,8 @@ class AttackFigures:
     """All of them, in order."""
     chosen: int
     """Which of them counts."""
+    back_after: int | None
+    """The steps of that attempt after which half of the images show the target; 0 without an attack, None for never."""
     config: AttackConfig
 
     def as_dict(self) -> dict[str, Any]:
@@ -103,10 +103,11 @@ def attack(
         ValueError: more tokens than the denoiser reads.
     """
     config, drawing = config or AttackConfig(), drawing or Drawing()
-    before = count(denoiser.pipeline, probe, drawing)
+    before = count(denoiser, probe, drawing)
     attempts = [_attempt(denoiser, probe, latents, config, drawing, number) for number in range(config.restarts)]
     chosen = min(range(len(attempts)), key=lambda number: attempts[number].loss)
-    return AttackFigures(before, attempts[chosen].course[-1][1], attempts, chosen, config)
+    course = attempts[chosen].course
+    return AttackFigures(before, course[-1][1], attempts, chosen, back_after([(0, before), *course]), config)
 
 
 def _attempt(
@@ -115,7 +116,7 @@ def _attempt(
     generator = torch.Generator().manual_seed(drawing.seed + number)
     start = START if number else 0.0
     perturbation = Perturbation(denoiser, probe.prompts[0], config.tokens, start, generator)
-    course: list[tuple[int, Share]] = []
+    course: Course = []
     try:
         losses = fine_tune(
             denoiser,
@@ -128,26 +129,9 @@ def _attempt(
             seed=drawing.seed + number,
             description="attack",
             watched=spaced(config.steps, config.looks),
-            watch=lambda step: course.append((step, count(Conditioned(denoiser), probe, drawing))),
+            watch=lambda step: course.append((step, count(denoiser, probe, drawing))),
         )
         last = losses[-max(1, len(losses) // 4) :]
         return Attempt(course, sum(last) / len(last), perturbation.size)
     finally:
         perturbation.remove()
-
-
-class Conditioned:
-    """A pipeline that is handed what its denoiser encodes, perturbed or not, instead of the prompts themselves."""
-
-    def __init__(self, denoiser: Denoiser) -> None:
-        self.denoiser = denoiser
-        self._progress_bar_config = getattr(denoiser.pipeline, "_progress_bar_config", {})
-
-    def set_progress_bar_config(self, **settings: Any) -> None:
-        """As a pipeline's."""
-        self.denoiser.pipeline.set_progress_bar_config(**settings)
-
-    def __call__(self, prompts: Sequence[str], **settings: Any) -> Any:
-        """Draw the images of prompts, with settings of the pipeline's call."""
-        conditioning = self.denoiser.encode(prompts)
-        return self.denoiser.pipeline(**self.denoiser.call_arguments(conditioning), **settings)

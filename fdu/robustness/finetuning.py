@@ -1,8 +1,9 @@
-"""Fine-tuning on images of the target, by the training loop of an erasure: what attack and relearning have in common."""
+"""Fine-tuning on images of the target, by the training loop of an erasure: what attack and relearning share."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -16,7 +17,11 @@ from fdu.training.loop import Training
 from fdu.training.objective import Objective
 from fdu.training.process import own_accelerator
 
-AUTOCAST = {torch.float32: "no", torch.float16: "fp16", torch.bfloat16: "bf16"}
+AUTOCAST: dict[torch.dtype, Literal["no", "fp16", "bf16"]] = {
+    torch.float32: "no",
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+}
 """The mixed precision that suits the dtype of a model's weights."""
 
 
@@ -48,15 +53,17 @@ def fine_tune(
         The loss of every step: the mean squared error of the denoiser's output.
     """
     texts = tuple(dict.fromkeys(prompts))
-    settings = {"max_train_steps": steps, "train_batch_size": batch_size, "learning_rate": learning_rate, "seed": seed}
     config = EraseConfig(
         objective="noise",
         divergence="mse",
         sigma=1.0,
         preservation_weight=0.0,
         lr_scheduler="constant",
-        mixed_precision=AUTOCAST[denoiser.module.dtype],  # type: ignore[arg-type]
-        **settings,  # type: ignore[arg-type]
+        max_train_steps=steps,
+        train_batch_size=batch_size,
+        learning_rate=learning_rate,
+        mixed_precision=AUTOCAST[next(denoiser.module.parameters()).dtype],
+        seed=seed,
     )
     places = torch.arange(len(texts))
     with torch.no_grad():

@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from fdu.concepts import Concept
+from fdu.denoisers import Denoiser
 from fdu.evaluation import JUDGED_SEED, Judge, Probe, draw
 from fdu.robustness.shares import Share
-from fdu.robustness.subject import Drawing
+from fdu.robustness.subject import Conditioned, Drawing
 
 SETS = Path(__file__).parent / "prompts"
 """The folders of sets that come with fdu, by type of concept."""
@@ -94,11 +95,11 @@ class SetFigures:
         return dataclasses.asdict(self)
 
 
-def seen_in_sets(pipeline: Any, sets: PromptSets, judge: Judge, drawing: Drawing) -> dict[str, list[str]]:
+def seen_in_sets(denoiser: Denoiser, sets: PromptSets, judge: Judge, drawing: Drawing) -> dict[str, list[str]]:
     """What a judge sees in the images of each set, which its prompts take in turn."""
     probes = [Probe(name, prompts, "unseen", judge) for name, prompts in sets.items()]
     drawn = draw(
-        pipeline,
+        Conditioned(denoiser),
         probes,
         drawing.images,
         drawing.seed + JUDGED_SEED,

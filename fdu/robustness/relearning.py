@@ -11,13 +11,9 @@ from fdu.config import TRAIN_METHODS
 from fdu.denoisers import Denoiser
 from fdu.evaluation import Probe
 from fdu.robustness.finetuning import fine_tune
-from fdu.robustness.shares import Share
-from fdu.robustness.subject import Drawing, count, spaced
+from fdu.robustness.subject import Course, Drawing, back_after, count, spaced
 from fdu.trainable import attach
 from fdu.training.process import seeded
-
-BACK = 0.5
-"""The target is back once this share of images shows it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,10 +48,10 @@ class RelearningConfig:
 class RelearningFigures:
     """What fine-tuning brought back."""
 
-    course: list[tuple[int, Share]]
-    """Steps, and the share of images that show the target after them; from step 0 on."""
+    course: Course
+    """From step 0 on."""
     back_after: int | None
-    """The first of these steps at which at least ``BACK`` of the images show the target; None if none did."""
+    """The steps after which half of the images show the target; None if they never do."""
     images: int
     """How many images of the target it learnt from."""
     config: RelearningConfig
@@ -82,7 +78,7 @@ def relearn(
         drawing: how judged images are drawn.
     """
     config, drawing = config or RelearningConfig(), drawing or Drawing()
-    course = [(0, count(denoiser.pipeline, probe, drawing))]
+    course: Course = [(0, count(denoiser, probe, drawing))]
     with seeded(drawing.seed, denoiser.device):
         trainable = attach(
             denoiser,
@@ -104,9 +100,8 @@ def relearn(
             seed=drawing.seed,
             description="relearn",
             watched=spaced(config.steps, config.looks),
-            watch=lambda step: course.append((step, count(denoiser.pipeline, probe, drawing))),
+            watch=lambda step: course.append((step, count(denoiser, probe, drawing))),
         )
     finally:
         trainable.remove()
-    back = next((step for step, share in course if share.value >= BACK), None)
-    return RelearningFigures(course, back, len(latents), config)
+    return RelearningFigures(course, back_after(course), len(latents), config)

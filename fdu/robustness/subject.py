@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
 
 from fdu.denoisers import Denoiser
+from fdu.denoisers.base import call_default
 from fdu.evaluation import JUDGED_SEED, Probe, draw
 from fdu.robustness.shares import Share
 
 LEARNT_SEED = 3000
 """Offset of the seeds of the target's images that attack and relearning learn from: none that are judged."""
+
+BACK = 0.5
+"""The target is back once this share of images shows it."""
+
+Course = list[tuple[int, Share]]
+"""Steps, and the share of images that show the target after them."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,10 +29,10 @@ class Drawing:
 
     images: int = 32
     """Images whose share is counted."""
-    num_inference_steps: int = 20
-    """Steps of the scheduler an image."""
-    guidance_scale: float = 3.0
-    """Classifier-free guidance."""
+    num_inference_steps: int | None = 20
+    """Steps of the scheduler an image; None: the pipeline's own default."""
+    guidance_scale: float | None = 3.0
+    """Classifier-free guidance; None: the pipeline's own default."""
     seed: int = 0
     """Of everything random; the images begin with ``seed + JUDGED_SEED``."""
     batch_size: int = 32
@@ -32,8 +40,9 @@ class Drawing:
 
     def __post_init__(self) -> None:
         for name in ("images", "num_inference_steps", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be >= 1, got {getattr(self, name)!r}")
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be >= 1, got {value!r}")
 
 
 def target_latents(denoiser: Denoiser, probe: Probe, number: int = 32, drawing: Drawing | None = None) -> Tensor:
@@ -49,14 +58,37 @@ def target_latents(denoiser: Denoiser, probe: Probe, number: int = 32, drawing: 
     drawing = drawing or Drawing()
     prompts = [probe.prompts[index % len(probe.prompts)] for index in range(number)]
     seeds = [drawing.seed + LEARNT_SEED + index for index in range(number)]
-    steps, guidance = drawing.num_inference_steps, drawing.guidance_scale
+    steps, guidance = (
+        call_default(denoiser.pipeline, name) if value is None else value
+        for name, value in (
+            ("num_inference_steps", drawing.num_inference_steps),
+            ("guidance_scale", drawing.guidance_scale),
+        )
+    )
     return denoiser.draw_latents(prompts, steps, guidance, seeds, drawing.batch_size)
 
 
-def count(pipeline: Any, probe: Probe, drawing: Drawing) -> Share:
+class Conditioned:
+    """A pipeline that is handed what its denoiser encodes, perturbed or not, instead of the prompts themselves."""
+
+    def __init__(self, denoiser: Denoiser) -> None:
+        self.denoiser = denoiser
+        self._progress_bar_config = getattr(denoiser.pipeline, "_progress_bar_config", {})
+
+    def set_progress_bar_config(self, **settings: Any) -> None:
+        """As a pipeline's."""
+        self.denoiser.pipeline.set_progress_bar_config(**settings)
+
+    def __call__(self, prompts: Sequence[str], **settings: Any) -> Any:
+        """Draw the images of prompts, with settings of the pipeline's call."""
+        conditioning = self.denoiser.encode(prompts)
+        return self.denoiser.pipeline(**self.denoiser.call_arguments(conditioning), **settings)
+
+
+def count(denoiser: Denoiser, probe: Probe, drawing: Drawing) -> Share:
     """The share of images of the probe's prompts that show what they ask for, by the probe's judge."""
     images = draw(
-        pipeline,
+        Conditioned(denoiser),
         [probe],
         drawing.images,
         drawing.seed + JUDGED_SEED,
@@ -75,3 +107,8 @@ def spaced(steps: int, looks: int) -> tuple[int, ...]:
     (7, 15, 30, 60)
     """
     return tuple(sorted({steps // 2**look for look in range(looks)} - {0}))
+
+
+def back_after(course: Course) -> int | None:
+    """The first number of steps after which at least ``BACK`` of the images show the target; None if none is."""
+    return next((step for step, share in course if share.value >= BACK), None)

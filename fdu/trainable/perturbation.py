@@ -31,7 +31,9 @@ class Perturbation(Trainable):
         Raises:
             ValueError: more tokens than the conditioning has.
         """
-        read = {name: tensor for name, tensor in denoiser.encode([prompt]).tensors.items() if tensor.is_floating_point()}
+        read = {
+            name: tensor for name, tensor in denoiser.encode([prompt]).tensors.items() if tensor.is_floating_point()
+        }
         length = read["embeddings"].shape[1]
         if not 1 <= tokens <= length:
             raise ValueError(f"tokens must be from 1 to {length}, the tokens that this denoiser reads, got {tokens}")

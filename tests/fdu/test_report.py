@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import io
+import json
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -13,9 +15,9 @@ import torch
 from PIL import Image
 
 import fdu
-from fdu.report import write_report
+from fdu.report import Run, check_run, make_report, render, write_report
 
-VOID = {"meta", "img", "br", "rect", "line", "polyline", "link", "input", "hr"}
+VOID = {"meta", "img", "br", "rect", "line", "polyline", "polygon", "link", "input", "hr"}
 
 
 class Page(HTMLParser):
@@ -76,6 +78,7 @@ def make_record(**config: Any) -> dict[str, Any]:
         "config": {
             "divergence": "squared_hellinger",
             "max_train_steps": 200,
+            "seed": 3,
             "preservation_prompts": ["<b>"],
             **config,
         },
@@ -83,6 +86,9 @@ def make_record(**config: Any) -> dict[str, Any]:
         "seconds": 12.5,
         "history": {"loss": steps, "divergence": steps, "preservation": [0.0, 0.1, 0.1, 0.0], "distance": steps},
         "versions": {"python": "3.11", "torch": "9.9.9"},
+        "base": "org/model",
+        "fingerprint": "0123456789abcdef" * 4,
+        "command": "fdu erase org/model --target three",
     }
 
 
@@ -129,11 +135,14 @@ def test_verdict_figures_course_settings_and_command(tmp_path: Path) -> None:
         "cpu: fast",
         "torch 9.9.9",
         "duration of the erasure 12.5 s",
+        "fingerprint of the base weights 0123456789abcdef",
+        "fdu erase org/model --target three",
+        "How far the images moved",
         "Digits, CC BY 4.0.",
     ):
         assert words in page.text
     labels = [svg["aria-label"] for svg in page.all("svg") if svg.get("role") == "img"]
-    assert [label.split()[0] for label in labels if label] == ["Divergence", "Preservation"]
+    assert [label.split()[0] for label in labels if label] == ["Divergence", "Distance", "Preservation"]
     for line in page.all("polyline"):
         assert len((line["points"] or "").split()) == 4
 
@@ -169,7 +178,7 @@ def test_before_any_step(tmp_path: Path) -> None:
 
 def test_tables_have_heads(tmp_path: Path) -> None:
     page = make_page(tmp_path)
-    assert len(page.all("thead")) == len(page.all("table")) == 3
+    assert len(page.all("thead")) == len(page.all("table")) == 4
     assert {head.get("scope") for head in page.all("th")} == {"row", "col"}
 
 
@@ -190,3 +199,131 @@ def test_a_course_that_is_not_finite_is_drawn_where_it_is(tmp_path: Path, lost: 
     raw, smooth = page.all("polyline")
     assert sorted(len((line["points"] or "").split()) for line in (raw, smooth)) == [3, 4]
     assert "nan" not in f"{raw} {smooth}" and "inf" not in f"{raw} {smooth}"
+
+
+def found(after: float) -> dict[str, Any]:
+    """Figures of robustness as :meth:`fdu.robustness.Robustness.as_dict` gives them."""
+
+    def share(value: float) -> dict[str, Any]:
+        return {"value": value, "images": 32, "interval": [max(value - 0.1, 0), min(value + 0.1, 1)]}
+
+    attempts = [{"course": [[10, share(0.1)], [20, share(after)]], "loss": 0.1, "size": 1.0}] * 2
+    config = {"tokens": 4, "steps": 20, "learning_rate": 0.1, "batch_size": 16, "restarts": 2, "looks": 2}
+    attacked = {
+        "before": share(0.0),
+        "after": share(after),
+        "attempts": attempts,
+        "chosen": 1,
+        "back_after": 20,
+        "config": config,
+    }
+    return {
+        "phrasings": {"slips": {"before": share(1.0), "after": share(0.0), "by_prompt": {"a <b>thre": [1.0, 0.5]}}},
+        "attack": attacked,
+        "attack_before": {**attacked, "attempts": attempts[:1], "chosen": 0, "after": share(1.0)},
+        "relearning": {
+            "course": [[0, share(0.0)], [5, share(0.4)], [80, share(0.9)]],
+            "back_after": 80,
+            "images": 32,
+            "config": {"train_method": "lora", "learning_rate": 1e-3},
+        },
+    }
+
+
+def test_robustness_is_told_and_drawn(tmp_path: Path) -> None:
+    page = make_page(tmp_path, robustness=found(0.97))
+    for words in (
+        "It holds against other words, but not against an attack with the weights and relearning.",
+        "slips 100 % 90\u2013100 % 0 % 0\u201310 % a <b>thre (50 %)",
+        "moves 4 embeddings of the prompt",
+        "of 2 attempts the one with the lowest loss counts",
+        "trains lora on 32 images of three",
+    ):
+        assert words in page.text
+    labels = [svg["aria-label"] or "" for svg in page.all("svg") if svg.get("role") == "img"]
+    assert labels[0].startswith("Attack on the conditioning. before the erasure: 0 % after 0, 10 % after 10")
+    assert labels[1] == "Relearning. erased: 0 % after 0, 40 % after 5, 90 % after 80 steps"
+    bands = [polygon["points"] or "" for polygon in page.all("polygon")]
+    assert [len(band.split()) for band in bands] == [6, 6]
+    looks = [line["class"] for line in page.all("polyline")][:4]
+    assert looks == ["reference", "raw", "smooth", "smooth"]
+
+
+def make_run(folder: Path, **settings: Any) -> Path:
+    before, after = make_draws(0.1, 0.5, 0.9), make_draws(0.5, 0.5, 0.9)
+    evaluation = fdu.evaluate(before, after, PROBES)
+    folder.mkdir()
+    run = Run.of(evaluation, PROBES, before, after, make_record(), "fdu evaluate x", "cpu", ("note",), **settings)
+    run.write(folder)
+    return folder
+
+
+@pytest.mark.parametrize("robustness", [None, found(0.2)])
+def test_a_report_can_be_made_anew(tmp_path: Path, robustness: dict[str, Any] | None) -> None:
+    before, after = make_draws(0.1, 0.5, 0.9), make_draws(0.5, 0.5, 0.9)
+    evaluation = fdu.evaluate(before, after, PROBES)
+    run = Run.of(evaluation, PROBES, before, after, make_record(), "fdu evaluate x", "cpu", ("n",), robustness)
+    folder = tmp_path / "run"
+    folder.mkdir()
+    run.write(folder)
+    page = make_report(folder).read_text(encoding="utf-8")
+    assert page == render(run)
+    assert Image.open(folder / "before-after.png").width > 800
+    (folder / "report.html").unlink()
+    assert make_report(folder).read_text(encoding="utf-8") == page
+    names = {path.name for path in folder.iterdir()}
+    assert names == {"metrics.json", "images", "report.html", "before-after.png"}
+
+
+def test_a_run_keeps_what_a_png_can_hold(tmp_path: Path) -> None:
+    large = fdu.Draws([torch.rand(3, 3, 512, 384) for _ in PROBES])
+    run = Run.of(fdu.evaluate(large, large, PROBES), PROBES, large, large)
+    (tmp_path / "run").mkdir()
+    run.write(tmp_path / "run")
+    again = Run.read(tmp_path / "run")
+    assert again.images["after"][0].shape == (3, 3, 256, 192)
+    for side in ("before", "after"):
+        for one, other in zip(run.images[side], again.images[side], strict=True):
+            torch.testing.assert_close(one, other, rtol=0, atol=1e-6)
+    assert again.metrics() == json.loads((tmp_path / "run/metrics.json").read_text())
+
+
+def test_folders_of_which_no_report_can_be_made(tmp_path: Path) -> None:
+    refusals: list[tuple[dict[str, str], type[Exception], str]] = [
+        ({"file": ""}, FileNotFoundError, "holds no metrics.json; give the folder"),
+        ({"fdu.json": "{}"}, FileNotFoundError, "that nobody has judged; first `fdu evaluate BASE"),
+        ({"metrics.json": "{"}, ValueError, "is not valid JSON"),
+        ({"metrics.json": "[1]"}, ValueError, "is not an evaluation of fdu"),
+        (
+            {"metrics.json": '{"before": {}, "after": {}, "target": "x", "images_per_class": 1}'},
+            ValueError,
+            "by an earlier version of fdu",
+        ),
+    ]
+    for number, (contents, error, message) in enumerate(refusals):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        for name, text in contents.items():
+            (folder / name).write_text(text)
+        with pytest.raises(error, match=message):
+            check_run(folder)
+    with pytest.raises(FileNotFoundError, match="is no folder"):
+        check_run(tmp_path / "none")
+    folder = make_run(tmp_path / "run")
+    check_run(folder)
+    (folder / "images/00-target-three-before.png").unlink()
+    with pytest.raises(FileNotFoundError, match="00-target-three-before.png' is missing"):
+        make_report(folder)
+    assert not (folder / "report.html").exists()
+
+
+def test_groups_have_headings_of_their_own(tmp_path: Path) -> None:
+    kinds = ("near", "generic")
+    probes = [
+        PROBES[0],
+        *(dataclasses.replace(probe, group=group) for probe, group in zip(PROBES[1:], kinds, strict=True)),
+    ]
+    draws = make_draws(0.1, 0.5, 0.9)
+    path = write_report(tmp_path / "report.html", fdu.evaluate(draws, draws, probes), probes, draws, draws)
+    text = Page(path.read_text(encoding="utf-8")).text
+    assert "Its neighbours, to be kept eight" in text and "everyday subjects, to be kept nine" in text

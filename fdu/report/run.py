@@ -1,0 +1,235 @@
+"""What a run leaves so that its report can be made anew: metrics.json, and the images that the page shows."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional
+
+from fdu.evaluation import Draws, Evaluation, Figures, Probe
+from fdu.output import METRICS_FILE, METRICS_KEYS, RECORD_FILE, write_json
+from fdu.pictures import strip
+from fdu.versions import versions
+
+IMAGES_FOLDER = "images"
+"""Strips of the shown images as PNG, one a probe and side, beside the metrics."""
+SHOWN = 8
+"""Images a class that the page shows on either side, and the folder keeps."""
+KEPT_HEIGHT = 256
+"""Pixels; larger images are kept reduced to this."""
+SIDES = ("before", "after")
+GIVE = "give the folder that `fdu evaluate --out` or `fdu demo` wrote"
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """An evaluated erasure, as its report tells it."""
+
+    evaluation: Evaluation
+    probes: list[Probe]
+    images: dict[str, list[Tensor]]
+    """By side, the first images of every probe, [<= SHOWN, 3, H, W] in [0, 1]."""
+    seen: dict[str, list[list[str]]]
+    """By side, what the judge saw in each of them."""
+    robustness: Mapping[str, Any] | None = None
+    """:meth:`fdu.robustness.Robustness.as_dict`, if the erasure was examined."""
+    record: Mapping[str, Any] | None = None
+    """:meth:`fdu.ErasureResult.record`, or the ``fdu.json`` beside saved weights."""
+    command: str = ""
+    """The command line that makes this again."""
+    device: str = ""
+    notes: tuple[str, ...] = ()
+    """Paragraphs to end with, such as the source of the data."""
+
+    @classmethod
+    def of(
+        cls,
+        evaluation: Evaluation,
+        probes: Sequence[Probe],
+        before: Draws,
+        after: Draws,
+        record: Mapping[str, Any] | None = None,
+        command: str = "",
+        device: str = "",
+        notes: Sequence[str] = (),
+        robustness: Mapping[str, Any] | None = None,
+    ) -> Run:
+        """The run of an evaluation; the judges look at the shown images once more.
+
+        Raises:
+            ValueError: the draws do not belong to the probes.
+        """
+        if not len(probes) == len(before.images) == len(after.images):
+            counts = f"{len(before.images)} and {len(after.images)}"
+            raise ValueError(f"before and after must hold the images of {len(probes)} probes, got {counts}")
+        images: dict[str, list[Tensor]] = {}
+        seen: dict[str, list[list[str]]] = {}
+        for side, draws in zip(SIDES, (before, after), strict=True):
+            shown = [drawn[:SHOWN] for drawn in draws.images]
+            seen[side] = [probe.judge(one) for probe, one in zip(probes, shown, strict=True)]
+            images[side] = [_reduced(one) for one in shown]
+        return cls(evaluation, list(probes), images, seen, robustness, record, command, device, tuple(notes))
+
+    @property
+    def target(self) -> str:
+        """The class that was to be erased."""
+        return next(probe.name for probe in self.probes if probe.role == "target")
+
+    def metrics(self) -> dict[str, Any]:
+        """Everything but the images, ready for JSON."""
+        metrics = {"target": self.target, **self.evaluation.as_dict()}
+        if self.robustness is not None:
+            metrics["robustness"] = self.robustness
+        if self.record is not None:
+            config = dict(self.record["config"])
+            metrics |= {
+                "anchor": self.record["anchor"]["name"],
+                "divergence": config["divergence"],
+                "steps": config["max_train_steps"],
+                "seed": config["seed"],
+                "sigma": self.record["sigma"],
+                "seconds": self.record["seconds"],
+                "settings": config,
+            }
+        probes = [
+            {
+                **{name: getattr(probe, name) for name in ("name", "role", "group")},
+                "prompts": list(probe.prompts[:SHOWN]),
+                "seen": {side: self.seen[side][place] for side in SIDES},
+            }
+            for place, probe in enumerate(self.probes)
+        ]
+        told = {"device": self.device, "command": self.command, "notes": list(self.notes)}
+        made_by = self.record["versions"] if self.record is not None else versions()
+        return metrics | {"versions": made_by, **told, "probes": probes, "record": self.record}
+
+    def write(self, folder: Path) -> None:
+        """Write metrics and images into a folder."""
+        write_json(folder / METRICS_FILE, self.metrics())
+        (folder / IMAGES_FOLDER).mkdir()
+        for side in SIDES:
+            for place, images in enumerate(self.images[side]):
+                strip(images, gap=0, height=images.shape[2]).convert("RGB").save(
+                    folder / IMAGES_FOLDER / self._file(side, place), "PNG", optimize=True
+                )
+
+    @classmethod
+    def read(cls, folder: str | Path) -> Run:
+        """What :meth:`write` wrote.
+
+        Raises:
+            FileNotFoundError: no evaluation lies there, or images are missing.
+            ValueError: the metrics cannot be read, or were written by another version of fdu.
+        """
+        folder = Path(folder)
+        metrics = _metrics(folder)
+        try:
+            run = cls(
+                evaluation=_evaluation(metrics),
+                probes=[
+                    Probe(one["name"], tuple(one["prompts"]), one["role"], _cannot_judge, one["group"])
+                    for one in metrics["probes"]
+                ],
+                images={side: [] for side in SIDES},
+                seen={side: [list(one["seen"][side]) for one in metrics["probes"]] for side in SIDES},
+                robustness=metrics.get("robustness"),
+                record=metrics["record"],
+                command=metrics["command"],
+                device=metrics["device"],
+                notes=tuple(metrics["notes"]),
+            )
+        except (KeyError, TypeError) as error:
+            raise ValueError(
+                f"{str(folder / METRICS_FILE)!r} is not what this version of fdu writes ({error}); evaluate anew"
+            ) from error
+        for side in SIDES:
+            for place, seen in enumerate(run.seen[side]):
+                run.images[side].append(_cut(folder / IMAGES_FOLDER / run._file(side, place), len(seen)))
+        return run
+
+    def draws(self, side: str) -> Draws:
+        """The shown images of one side."""
+        return Draws(self.images[side])
+
+    def _file(self, side: str, place: int) -> str:
+        probe = self.probes[place]
+        name = re.sub(r"[^\w-]+", "_", probe.name).strip("_") or "class"
+        return f"{place:02d}-{probe.role}-{name}-{side}.png"
+
+
+def check_run(folder: str | Path) -> None:
+    """Refuse a folder of which no report can be made.
+
+    Raises:
+        FileNotFoundError, ValueError: as :meth:`Run.read`.
+        PermissionError: nothing can be written there.
+    """
+    metrics = _metrics(Path(folder))
+    if "probes" not in metrics:
+        raise ValueError(
+            f"RUN {str(folder)!r} was written by an earlier version of fdu, which kept no images; evaluate anew"
+        )
+    if not os.access(folder, os.W_OK):
+        raise PermissionError(f"RUN {str(folder)!r} cannot be written; copy it to a place of your own")
+
+
+def _metrics(folder: Path) -> dict[str, Any]:
+    path = folder / METRICS_FILE
+    if not path.is_file():
+        if not folder.is_dir():
+            raise FileNotFoundError(
+                f"RUN {str(folder)!r} is no folder; give what `fdu evaluate --out` or `fdu demo` wrote"
+            )
+        if (folder / RECORD_FILE).is_file():
+            raise FileNotFoundError(
+                f"RUN {str(folder)!r} holds an erasure that nobody has judged; first `fdu evaluate BASE {folder} --out "
+                "DIR`, then `fdu report DIR`"
+            )
+        raise FileNotFoundError(f"RUN {str(folder)!r} holds no {METRICS_FILE}; {GIVE}")
+    try:
+        metrics = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{str(path)!r} is not valid JSON ({error}); evaluate anew") from error
+    if not isinstance(metrics, dict) or not metrics.keys() >= METRICS_KEYS:
+        raise ValueError(
+            f"{str(path)!r} is not an evaluation of fdu; give what `fdu evaluate --out` or `fdu demo` wrote"
+        )
+    return metrics
+
+
+def _evaluation(metrics: Mapping[str, Any]) -> Evaluation:
+    given: dict[str, Any] = {side: Figures(**metrics[side]) for side in SIDES}
+    names = [field.name for field in dataclasses.fields(Evaluation) if field.name not in SIDES]
+    return Evaluation(**given, **{name: metrics[name] for name in names if name in metrics})
+
+
+def _reduced(images: Tensor) -> Tensor:
+    """Images as they are kept: not too large, and of the values that a PNG has."""
+    height, width = images.shape[-2:]
+    if height > KEPT_HEIGHT:
+        size = (KEPT_HEIGHT, round(width * KEPT_HEIGHT / height))
+        images = functional.interpolate(images, size=size, mode="bilinear", antialias=True)
+    return images.clamp(0, 1).mul(255).round() / 255
+
+
+def _cannot_judge(images: Tensor) -> list[str]:
+    raise RuntimeError("the judge of a run that was read is not there; what it saw is in Run.seen")
+
+
+def _cut(path: Path, count: int) -> Tensor:
+    """The images [count, 3, H, W] in [0, 1] of a strip."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{str(path)!r} is missing, which the report shows; evaluate anew")
+    with Image.open(path) as picture:
+        pixels = torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1).float() / 255
+    return torch.stack(pixels.chunk(count, dim=2))
