@@ -130,7 +130,7 @@ def test_verdict_figures_course_settings_and_command(tmp_path: Path) -> None:
         "three was erased, and the rest was kept.",
         "Concept erasure: three → eight",
         "drew it in 100 % of 10 images before and in 0 % after",
-        "retained (2 classes) 100 % 100 %",
+        "retained (2 classes) 100 % 83\u2013100 % 100 % 83\u2013100 %",
         "fdu demo --seed 7",
         "cpu: fast",
         "torch 9.9.9",

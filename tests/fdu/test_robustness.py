@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +77,6 @@ def test_the_sets_that_come_with_fdu(folder: str) -> None:
     for prompts in sets.values():
         assert len(prompts) >= 6
         assert not any("{" in prompt or "}" in prompt for prompt in prompts)
-    assert "van gogh" not in "".join(sets["misspellings"])
 
 
 def test_own_sets(tmp_path: Path) -> None:
@@ -133,7 +133,7 @@ def test_attack_and_relearning_leave_every_family_as_it_was(name: str) -> None:
     denoiser = denoiser_of(pipeline, families.resolution(name))
     before = weights_of(pipeline)
     latents = torch.randn(3, *denoiser.latent_shape, generator=torch.Generator().manual_seed(0))
-    drawing = Drawing(images=1, num_inference_steps=1)
+    drawing = Drawing(images=1, num_inference_steps=2)
     probe = fdu.Probe("three", ("three",), "target", lambda images: ["three"])
     attacked = attack(denoiser, probe, latents, AttackConfig(2, 2, restarts=1, batch_size=2, looks=1), drawing)
     relearnt = relearn(denoiser, probe, latents, RelearningConfig(rank=2, steps=1, batch_size=2, looks=1), drawing)
@@ -146,11 +146,11 @@ def test_the_attack_lowers_the_denoisers_loss(pipeline: StableDiffusionPipeline)
     """Towards an eight, from a prompt that asks for a one."""
     denoiser = denoiser_of(pipeline)
     eight = fdu.Probe("eight", ("the digit eight",), "target", lambda images: ["eight"] * len(images))
-    latents = target_latents(denoiser, eight, 8, QUICK)
+    latents = target_latents(denoiser, eight, 4, QUICK)
     one = fdu.Probe("eight", ("the digit one",), "target", lambda images: ["one"] * len(images))
-    config = AttackConfig(steps=24, restarts=1, looks=1)
+    config = AttackConfig(steps=16, restarts=1, batch_size=8, looks=1)
     attacked = attack(denoiser, one, latents, config, QUICK)
-    idle = attack(denoiser, one, latents, AttackConfig(steps=24, learning_rate=1e-9, restarts=1, looks=1), QUICK)
+    idle = attack(denoiser, one, latents, dataclasses.replace(config, learning_rate=1e-9), QUICK)
     assert attacked.attempts[0].loss < 0.9 * idle.attempts[0].loss
 
 
