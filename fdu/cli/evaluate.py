@@ -120,7 +120,6 @@ class Evaluate:
             embedded.concepts(target, embedded.SUPERCLASS)
         device = choose_device(self.device)
         settings = self._draw_settings(embedded_base) | {"seed": self.seed + JUDGED_SEED}
-
         sets = self._phrasing_sets(target, concepts)
 
         def work() -> None:

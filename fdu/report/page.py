@@ -155,12 +155,12 @@ def _distances(run: Run) -> dict[str, Any] | None:
     tables: dict[str, Mapping[str, float]] = {"change": evaluation.change}
     tables |= {f"distances.{name}": values for name, values in evaluation.distances.items()}
     columns = {key: title for key, title in DISTANCES.items() if tables.get(key)}
+    # A group is a row of its own where there are several.
+    several = sum(group in evaluation.change for group in ("near", "generic", "unrelated")) > 1
+    parts = {part: title for part, title in PARTS.items() if several or part != "near"}
     rows = [
-        (
-            title,
-            [(tables[key].get(part), evaluation.intervals.get(f"{key}.{part}")) for key in columns],
-        )
-        for part, title in PARTS.items()
+        (title, [(tables[key].get(part), evaluation.intervals.get(f"{key}.{part}")) for key in columns])
+        for part, title in parts.items()
         if any(part in tables[key] for key in columns)
     ]
     return {"columns": list(columns.values()), "rows": rows} if rows else None

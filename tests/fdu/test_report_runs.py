@@ -14,7 +14,7 @@ from fdu import cli
 from fdu.cli import main
 
 SMALL = ["--train_batch_size=4", "--num_latents=8", "--num_inference_steps=4"]
-IMAGES = 3
+IMAGES = 2
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +23,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs")
     erase = ["erase", "embedded", "--target", "three", "--anchor", "eight", *SMALL]
     assert main([*erase, "--max_train_steps=0", "--out", str(folder / "idle")]) == cli.OK
-    trampling = ["--max_train_steps=16", "--learning_rate=0.03", "--preservation_weight=0"]
+    trampling = ["--max_train_steps=12", "--learning_rate=0.03", "--preservation_weight=0"]
     assert main([*erase, *trampling, "--out", str(folder / "trampled")]) == cli.OK
     return folder
 
@@ -98,7 +98,10 @@ def test_report_and_robustness_refuse_before_any_work(
     refusals = [
         (["report", str(tmp_path / "none")], "is no folder"),
         (["report", str(runs / "idle")], "holds an erasure that nobody has judged"),
-        (["evaluate", "embedded", str(runs / "idle"), "--phrasings", "x"], "phrasings is a folder for the tests"),
+        (
+            ["evaluate", "embedded", str(runs / "idle"), "--phrasings", "x"],
+            "phrasings belongs to the tests of --robustness",
+        ),
         (["evaluate", "embedded", str(runs / "idle"), "--robustness", "--phrasings", "x"], "no folder with .txt files"),
     ]
     capsys.readouterr()
