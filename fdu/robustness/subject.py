@@ -58,13 +58,10 @@ def target_latents(denoiser: Denoiser, probe: Probe, number: int = 32, drawing: 
     drawing = drawing or Drawing()
     prompts = [probe.prompts[index % len(probe.prompts)] for index in range(number)]
     seeds = [drawing.seed + LEARNT_SEED + index for index in range(number)]
-    steps, guidance = (
-        call_default(denoiser.pipeline, name) if value is None else value
-        for name, value in (
-            ("num_inference_steps", drawing.num_inference_steps),
-            ("guidance_scale", drawing.guidance_scale),
-        )
-    )
+    steps: int = drawing.num_inference_steps or call_default(denoiser.pipeline, "num_inference_steps")
+    guidance = drawing.guidance_scale
+    if guidance is None:
+        guidance = call_default(denoiser.pipeline, "guidance_scale")
     return denoiser.draw_latents(prompts, steps, guidance, seeds, drawing.batch_size)
 
 

@@ -45,7 +45,13 @@ def test_twice_in_a_row(capsys: pytest.CaptureFixture[str], pipeline: StableDiff
     for words in ("before", "in unseen phrasings", "retained (9 classes)", "worst:", "another kind (4 classes)"):
         assert words in output
     folder = Path("demo-out")
-    assert {path.name for path in folder.iterdir()} == {"metrics.json", "report.html", "before-after.png", "erased"}
+    assert {path.name for path in folder.iterdir()} == {
+        "metrics.json",
+        "images",
+        "report.html",
+        "before-after.png",
+        "erased",
+    }
 
     metrics = json.loads((folder / "metrics.json").read_text())
     assert metrics["command"] == "fdu demo " + " ".join(QUICK)
@@ -87,7 +93,7 @@ def test_a_run_that_fails_leaves_the_former_one(
 
 def test_a_report_that_fails_leaves_the_former_one(monkeypatch: pytest.MonkeyPatch) -> None:
     folder = make_former()
-    monkeypatch.setattr(demo_file, "write_report", lambda *given, **named: (_ for _ in ()).throw(OSError("disk full")))
+    monkeypatch.setattr(demo_file, "make_report", lambda *given, **named: (_ for _ in ()).throw(OSError("disk full")))
     assert main(["demo", *QUICK]) == cli.FAILED
     assert [path.name for path in folder.iterdir()] == ["metrics.json"]
     assert list(Path().iterdir()) == [folder]

@@ -100,7 +100,7 @@ def test_report_and_robustness_refuse_before_any_work(
         (["report", str(runs / "idle")], "holds an erasure that nobody has judged"),
         (
             ["evaluate", "embedded", str(runs / "idle"), "--phrasings", "x"],
-            "phrasings belongs to the tests of --robustness",
+            "phrasings belongs to the tests",
         ),
         (["evaluate", "embedded", str(runs / "idle"), "--robustness", "--phrasings", "x"], "no folder with .txt files"),
     ]
