@@ -315,7 +315,8 @@ def test_erase_then_evaluate(capsys: pytest.CaptureFixture[str]) -> None:
     assert "before" in output and "retained (9 classes)" in output
     metrics = json.loads(Path("judged/metrics.json").read_text())
     assert metrics["target"] == "three" and metrics["command"].startswith("fdu evaluate embedded out")
-    assert {path.name for path in Path("judged").iterdir()} == {"metrics.json", "report.html"}
+    names = {path.name for path in Path("judged").iterdir()}
+    assert names == {"metrics.json", "images", "report.html", "before-after.png"}
 
 
 @pytest.mark.usefixtures("few_inference_steps")
