@@ -62,7 +62,8 @@ def target_latents(denoiser: Denoiser, probe: Probe, number: int = 32, drawing: 
     guidance = drawing.guidance_scale
     if guidance is None:
         guidance = call_default(denoiser.pipeline, "guidance_scale")
-    return denoiser.draw_latents(prompts, steps, guidance, seeds, drawing.batch_size)
+    conditioning, empty = denoiser.encode(prompts), denoiser.encode([""])
+    return denoiser.draw_latents(conditioning, empty, steps, guidance, seeds, drawing.batch_size)
 
 
 class Conditioned:
