@@ -56,14 +56,15 @@ def target_latents(denoiser: Denoiser, probe: Probe, number: int = 32, drawing: 
     if number < 1:
         raise ValueError(f"number of latents must be >= 1, got {number}")
     drawing = drawing or Drawing()
-    prompts = [probe.prompts[index % len(probe.prompts)] for index in range(number)]
+    conditioning = denoiser.encode([*probe.prompts, ""])
+    chosen = [index % len(probe.prompts) for index in range(number)]
     seeds = [drawing.seed + LEARNT_SEED + index for index in range(number)]
     steps: int = drawing.num_inference_steps or call_default(denoiser.pipeline, "num_inference_steps")
     guidance = drawing.guidance_scale
     if guidance is None:
         guidance = call_default(denoiser.pipeline, "guidance_scale")
-    conditioning, empty = denoiser.encode(prompts), denoiser.encode([""])
-    return denoiser.draw_latents(conditioning, empty, steps, guidance, seeds, drawing.batch_size)
+    empty = len(probe.prompts)
+    return denoiser.draw_latents(conditioning, chosen, empty, steps, guidance, seeds, drawing.batch_size)
 
 
 class Conditioned:
