@@ -105,6 +105,7 @@ def page(rows: dict[str, dict[str, Any]]) -> str:
         "",
         '"not erased" is the pipeline as it is. "never known" asks that pipeline for a shape it has never seen, threes',
         "as in a mirror: what is reached there comes of no memory.",
+        *_reading(rows.get(NEVER_KNOWN)),
         "",
         "| erasure | retained | prompts alone | "
         + " | ".join(sets)
@@ -119,6 +120,18 @@ def page(rows: dict[str, dict[str, Any]]) -> str:
         cells += [_cell(row["relearning"]["course"][-1][1]), _steps(row["relearning"]["back_after"])]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
+
+
+def _reading(unknown: dict[str, Any] | None) -> list[str]:
+    """What the row "never known" means for the others."""
+    if unknown is None:
+        return []
+    attacked, relearnt = unknown["attack"]["after"]["value"], unknown["relearning"]["course"][-1][1]["value"]
+    return [
+        f"The attack draws it in {100 * attacked:.0f} % of the images, and relearning, after all its steps, in",
+        f"{100 * relearnt:.0f} %. So an erasure says more of what was left behind by how far it lies above these than by",
+        "its own figures.",
+    ]
 
 
 def _cell(share: dict[str, Any]) -> str:

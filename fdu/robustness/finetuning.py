@@ -62,7 +62,7 @@ def fine_tune(
         max_train_steps=steps,
         train_batch_size=batch_size,
         learning_rate=learning_rate,
-        mixed_precision=AUTOCAST[denoiser.dtype],
+        mixed_precision=AUTOCAST.get(denoiser.dtype, "bf16"),
         seed=seed,
     )
     places = torch.arange(len(texts))
