@@ -129,8 +129,7 @@ def _reading(unknown: dict[str, Any] | None) -> list[str]:
     attacked, relearnt = unknown["attack"]["after"]["value"], unknown["relearning"]["course"][-1][1]["value"]
     return [
         f"The attack draws it in {100 * attacked:.0f} % of the images, and relearning, after all its steps, in",
-        f"{100 * relearnt:.0f} %. So an erasure says more of what was left behind by how far it lies above these than by",
-        "its own figures.",
+        f"{100 * relearnt:.0f} %: what an erasure left behind shows in how far its row lies above these.",
     ]
 
 
