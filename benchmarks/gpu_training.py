@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import gc
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -78,6 +79,7 @@ def train(model: str, plan: Plan) -> None:
     """All rows of a model, as far as time and memory go."""
     wanted = rows()
     if plan.rehearsal:
+        os.environ["FDU_BACKEND"] = "cpu"  # interpreted, the Triton kernels would take most of the time
         toy = {"precision": "no", "half_weights": False, "steps": TOY_STEPS, "workers": 0}
         wanted = [dataclasses.replace(row, **toy) for row in (wanted[0], wanted[3])]
     found: list[dict[str, Any]] = []

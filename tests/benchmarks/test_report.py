@@ -11,7 +11,7 @@ from typing import Any
 import gpu_bounds
 import pytest
 import report
-from test_gpu_suite import a_record
+from gpu_records import a_record
 
 ROOT = Path(report.__file__).parents[1]
 MACHINE = {
@@ -93,14 +93,14 @@ def test_every_record_is_shown_and_the_same_records_give_the_same_files(results:
     assert made[0] == made[1]
     text, figures = made[0]
     assert {
-        "speed-of-light.svg", "latency.svg", "elements.svg", "host.svg", "memory.svg", "h100-speed-of-light.svg",
-        "h100-latency.svg", "h100-host.svg",
+        "losses.svg", "speed-of-light.svg", "latency.svg", "elements.svg", "host.svg", "memory.svg",
+        "h100-speed-of-light.svg", "h100-latency.svg", "h100-host.svg",
     } == set(figures)  # fmt: skip
     for name in figures:
         assert f"(performance/{name})" in text
     for said in (
         "commit 0123456789", "## A GPU", "580.1; torch 2.11; commit abcdef0123; today", "| 2 | 16 | 500 |",
-        "Against commit fedcba9876", "| call | 12.0 | 10.0 | 1.20 |",
+        "against commit fedcba9876, in", "| call | 12.0 | 10.0 | 1.20 |",
         "0.90 of clone's bandwidth (promised 0.8) | holds",
         "| gaussian float32 | 2x50 | 4.000 | 0.040 |",
     ):  # fmt: skip
