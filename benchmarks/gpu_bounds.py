@@ -121,7 +121,7 @@ def training_bounds(record: dict[str, Any]) -> Iterator[Bound]:
     rows = [
         row for row in training_rows(record) if (row["model"], row["batch"], row["precision"]) == ("sd15", 2, "bf16")
     ]
-    reference = next((row for row in rows if row["loop"] == "reference"), None)
+    reference = next((row for row in rows if row["name"] == "reference"), None)
     ours = [row for row in rows if row["loop"] == "fdu"]
     rate = peak = None
     note = ""

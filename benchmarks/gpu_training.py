@@ -28,8 +28,8 @@ STEPS, TOY_STEPS = 6, 2
 KEPT = ("frozen_batches", STEPS // 2)
 BATCHES = (1, 4, 8, 16, 32, 64)
 TOY = {"sd15": {"width": 16, "side": 8, "text_width": 64}, "sdxl": {"width": 16, "side": 16, "text_width": 64}}
-WORKERS = 4
-"""Processes that load the reference's images."""
+WORKERS = 2
+"""Processes that load the reference's images, as in concept ablation."""
 MODELS: dict[str, Callable[..., DiffusionPipeline]] = {"sd15": sd15_shape.build, "sdxl": sdxl_shape.build}
 LATENTS = {"sd15": (4, 64, 64), "sdxl": (4, 128, 128)}
 Settings = tuple[tuple[str, Any], ...]
@@ -48,6 +48,7 @@ class Row:
     batch: int = 2
     steps: int = STEPS
     workers: int = WORKERS
+    copies: bool = True
 
     @property
     def run(self) -> Run:
@@ -55,6 +56,7 @@ class Row:
         return Run(
             self.loop, "step", self.settings, batch=self.batch, accumulation=1, precision=self.precision,
             steps=self.steps, workers=self.workers,
+            copies=self.copies,
         )  # fmt: skip
 
 
@@ -66,6 +68,7 @@ def rows() -> list[Row]:
         reference,
         best,
         Row("fdu", "fdu"),
+        Row("reference without a copy", "reference", copies=False),
         Row("fdu, frozen outputs kept", "fdu", settings=(KEPT,)),
         dataclasses.replace(best, name=f"{best.name}, checkpointed", settings=(KEPT, CHECKPOINTED)),
         Row("reference", "reference", "no"),
@@ -81,7 +84,7 @@ def train(model: str, plan: Plan) -> None:
     if plan.rehearsal:
         os.environ["FDU_BACKEND"] = "cpu"  # interpreted, the Triton kernels would take most of the time
         toy = {"precision": "no", "half_weights": False, "steps": TOY_STEPS, "workers": 0}
-        wanted = [dataclasses.replace(row, **toy) for row in (wanted[0], wanted[3])]
+        wanted = [dataclasses.replace(row, **toy) for row in (wanted[0], wanted[4])]
     found: list[dict[str, Any]] = []
     full: set[str] = set()
     for number, row in enumerate(wanted):
