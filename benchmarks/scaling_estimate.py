@@ -33,6 +33,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fdu.config import EraseConfig
 from fdu.denoisers.unet import UNetDenoiser
+from fdu.versions import versions
 
 HERE = Path(__file__).parent
 METHODS = ("lora", "cross_attention", "full")
@@ -310,7 +311,7 @@ def cache_rows(counted: list[Counts], share: float) -> list[list[str]]:
 PAGE = """# Beyond one machine
 
 Made by `python benchmarks/scaling_estimate.py`. An **estimate**: nothing here ran on several GPUs. Parameters and
-operations are counted; what hardware reaches is from data sheets or assumed, as the table says.
+operations are counted, with {versions}; what hardware reaches is from data sheets or assumed, as the table says.
 
 ## Constants
 
@@ -337,8 +338,8 @@ pass; for `full`, which `fdu` itself trains by DDP only, it is FSDP as PyTorch h
 
 By DDP, `lora` and `cross_attention` communicate for at most {small} of the time that even one sample a GPU computes.
 FSDP pays for its memory with gathered weights: with `lora` on SDXL, {gpus} GPUs and one sample each communicate
-{fsdp_verdict} times as long as they compute. For `full` training of SDXL by DDP, {gpus} GPUs need {full_verdict}
-samples each before computing takes as long.
+{fsdp_verdict} times as long as they compute. For `full` training of SDXL by DDP, {gpus} GPUs need
+{full_verdict} samples each before computing takes as long.
 
 ## Kept frozen outputs
 
@@ -361,7 +362,9 @@ def page(counted: list[Counts], share: Constant) -> str:
     small = max(ddp(one, gpus) / computing(one, 1, rate) for one in sparing for gpus in GPUS)
     bound = takes_over(full, ddp(full, GPUS[-1]), rate)
     saved = [one.forward / one.flops() for one in sparing]
+    found = versions()
     return PAGE.format(
+        versions=", ".join(f"{name} {found[name]}" for name in ("torch", "diffusers", "peft")),
         constants=markdown(["constant", "value", "source"], constant_rows(share)),
         counts=markdown(
             ["model", "trained", "M", "M trained", "forward", "backward", "step", "step, kept outputs"],
