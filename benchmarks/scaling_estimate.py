@@ -311,7 +311,8 @@ def cache_rows(counted: list[Counts], share: float) -> list[list[str]]:
 PAGE = """# Beyond one machine
 
 Made by `python benchmarks/scaling_estimate.py`. An **estimate**: nothing here ran on several GPUs. Parameters and
-operations are counted, with {versions}; what hardware reaches is from data sheets or assumed, as the table says.
+operations are counted ({versions});
+what hardware reaches is from data sheets or assumed, as the table says.
 
 ## Constants
 
