@@ -2,7 +2,9 @@
 
 PYTHON ?= python3
 OUT    := demo-out
-RECORD := benchmarks/results/losses/cpu.json
+RESULTS := benchmarks/results
+SUITES := losses host memory scaling
+MACHINE := cpu
 ARGS   ?=
 
 VENV   := .venv
@@ -15,10 +17,10 @@ STAMP := $(VENV)/installed-$(KEY)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test lint bench wheel lock clean
+.PHONY: help install demo test lint bench bench-report wheel lock clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 install: $(STAMP) ## make .venv with the locked versions and this project
 
@@ -33,10 +35,19 @@ lint: $(STAMP) ## check style, formatting and types
 	$(INSIDE) -m ruff format --check
 	$(INSIDE) -m mypy
 
-bench: $(STAMP) ## time the losses against eager PyTorch and torch.compile, some ten minutes (leave the machine alone)
-	mkdir -p "$(dir $(RECORD))"
-	$(INSIDE) -m pytest -q benchmarks/bench_losses.py --benchmark-json="$(RECORD)" $(ARGS)
-	$(INSIDE) benchmarks/compare.py "$(RECORD)" --check --docs docs/performance.md
+bench: $(STAMP) ## time the losses on this CPU, some twenty minutes (leave the machine alone; SUITES= of them, MACHINE=)
+	@for suite in $(SUITES); do \
+	    mkdir -p "$(RESULTS)/$$suite" && echo "$$suite" && \
+	    $(INSIDE) -m pytest -q "benchmarks/bench_$$suite.py" \
+	        --benchmark-json="$(RESULTS)/$$suite/$(MACHINE).json" $(ARGS) || exit 1; \
+	done
+	$(INSIDE) benchmarks/compare.py "$(RESULTS)/losses/$(MACHINE).json" --check
+
+bench-report: $(STAMP) ## write the pages and figures on speed anew from the records; nothing is measured
+	$(INSIDE) benchmarks/report.py --results "$(RESULTS)" --machine $(MACHINE)
+	$(INSIDE) benchmarks/scaling_estimate.py >/dev/null
+	@record="$(RESULTS)/training/$(MACHINE).json"; [ ! -e "$$record" ] || \
+	    $(INSIDE) benchmarks/bench_training.py --page_only --record "$$record" --docs docs/training.md >/dev/null
 
 wheel: $(STAMP) ## build the wheel into dist/
 	rm -rf build dist

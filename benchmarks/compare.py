@@ -1,8 +1,8 @@
-"""Print the ratios of a record made by bench_losses.py: ``python benchmarks/compare.py FILE [--check] [--docs PAGE]``.
+"""Print the ratios of a record made by bench_losses.py: ``python benchmarks/compare.py FILE [--check]``.
 
 Medians of one run; "x eager" and "x compiled" say how many times faster than eager PyTorch and torch.compile a call is.
 The share of torch.clone's bandwidth is the median over rounds that time one call of each. ``--check`` exits with 1 if a
-promise fails; ``--docs`` writes the same as a page.
+promise fails. report.py puts the tables into docs/performance.md.
 """
 
 from __future__ import annotations
@@ -94,36 +94,6 @@ def promises(groups: dict[Group, Medians], record: dict[str, Any]) -> list[tuple
     return found
 
 
-PAGE = """# How fast the losses are
-
-Made by `python benchmarks/compare.py {record} --docs docs/performance.md` from a record of
-`pytest benchmarks/bench_losses.py --benchmark-json={record}`.
-
-{machine}
-
-Medians of one process. "eager" is the loss as one writes it in PyTorch with autograd, "compiled" the same under
-`torch.compile(fullgraph=True)`, "autograd" ours in its place, "value_and_grad" ours without a graph, "into_buffer" the
-same with `grad_out=`. The candidates of a line take turns: in each round every one of them is called once, which is not
-timed, and then timed on the same inputs. Every candidate was compared with eager PyTorch in float64 before.
-{allocator}
-
-## Bounds
-
-{promises}
-
-## Bandwidth
-
-gaussian float32, value_and_grad against `torch.clone`. Inputs are random and rotate through more memory than the
-caches hold. A round times one call of each, on the next inputs; both allocate what they return. value_and_grad moves
-3N bytes (two tensors in, the gradient out), clone 2N; "share" is the median over rounds of (3N / its time) / (2N /
-clone's time).
-
-{bandwidths}
-
-{tables}
-"""
-
-
 KEPT = """glibc was told to keep freed memory below 32 MiB, so that no figure depends on what ran before it; larger
 outputs come fresh from the kernel, where ours ask for huge pages and clone's do not: hence a share above 1."""
 
@@ -137,14 +107,30 @@ def machine(record: dict[str, Any]) -> str:
     return f"{info['device']} ({cpu}); {versions}; commit {commit['id'][:10]}{changed}; {record['datetime'][:10]}."
 
 
-def page(path: Path, groups: dict[Group, Medians], record: dict[str, Any]) -> str:
-    """The record as Markdown."""
-    lines = [
-        "| bound | |",
-        "| --- | --- |",
-        *(f"| {line} | {'holds' if holds else '**fails**'} |" for holds, line in promises(groups, record)),
+def promise_table(groups: dict[Group, Medians], record: dict[str, Any]) -> str:
+    """The promises and whether they hold."""
+    return markdown(
+        ["bound", ""], [[line, "holds" if holds else "**fails**"] for holds, line in promises(groups, record)]
+    )
+
+
+def bandwidth_table(record: dict[str, Any]) -> str:
+    """What test_bandwidth noted."""
+    rows = [
+        [
+            name_of(shape),
+            f"{note['pairs']} pairs",
+            *(f"{note['medians'][name] * 1e6:.1f}" for name in ("clone", "value_and_grad")),
+            f"{note['share']:.2f}",
+        ]
+        for shape, note in bandwidths(record).items()
     ]
-    tables = []
+    return markdown(["shape", "inputs", "clone, us", "value_and_grad, us", "share"], rows)
+
+
+def loss_tables(groups: dict[Group, Medians]) -> dict[str, str]:
+    """A table a form and dtype."""
+    tables = {}
     for group, medians in groups.items():
         names = list(dict.fromkeys(name for times in medians.values() for name in times))
         ours = [name for name in names if name not in ("eager", "compiled")]
@@ -157,20 +143,13 @@ def page(path: Path, groups: dict[Group, Medians], record: dict[str, Any]) -> st
             cells = [*(f"{times[name] * 1e6:.1f}" for name in names)]
             cells += [f"{ratio(times, name, base):.2f}" for name in ours for base in ("eager", "compiled")]
             rows.append([name_of(shape), *cells])
-        table_lines = [["shape", *heads], ["---"] * (len(heads) + 1), *rows]
-        tables.append(f"## {' '.join(group)}\n\n" + "\n".join("| " + " | ".join(row) + " |" for row in table_lines))
-    memory = ["| shape | inputs | clone, us | value_and_grad, us | share |", "| --- | --- | --- | --- | --- |"]
-    for shape, note in bandwidths(record).items():
-        cells = [f"{note['medians'][name] * 1e6:.1f}" for name in ("clone", "value_and_grad")]
-        memory.append(f"| {name_of(shape)} | {note['pairs']} pairs | {' | '.join(cells)} | {note['share']:.2f} |")
-    return PAGE.format(
-        record=path,
-        machine=machine(record),
-        allocator=KEPT if record["machine_info"]["keeps_freed_memory"] else "",
-        promises="\n".join(lines),
-        bandwidths="\n".join(memory),
-        tables="\n\n".join(tables),
-    )
+        tables[" ".join(group)] = markdown(["shape", *heads], rows)
+    return tables
+
+
+def markdown(header: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table."""
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in [header, ["---"] * len(header), *rows])
 
 
 def main() -> int:
@@ -178,14 +157,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("record", type=Path, help="what --benchmark-json wrote")
     parser.add_argument("--check", action="store_true", help="exit with 1 if a promise fails")
-    parser.add_argument("--docs", type=Path, help="a page to write")
     options = parser.parse_args()
     groups, record = read(options.record)
     for group, medians in groups.items():
         print(f"\n{' '.join(group)}\n{table(medians)}")
     print()
-    if options.docs:
-        options.docs.write_text(page(options.record, groups, record))
     outcome = promises(groups, record)
     for holds, line in outcome:
         print("holds" if holds else "FAILS", line)

@@ -1,48 +1,86 @@
 """Build, test and time everything on a GPU machine in one command: ``python benchmarks/gpu_suite.py --out DIR``.
 
-Needs torch, triton, numpy, pytest and a C++ compiler (nvcc for the CUDA kernels); nothing is installed. Each stage is
-written to DIR/gpu_suite.json as soon as it is done, so a run that is cut off keeps what it has. Ends within
-``--minutes`` and says how far it got.
+Needs torch, triton, numpy, pytest and a C++ compiler (nvcc for the CUDA kernels); the training steps also diffusers,
+transformers, peft and accelerate, which PYTHONPATH may name. Nothing is installed. Every section has a process and a
+time budget of its own, so that none can take another's, and writes what it has as it comes: a run that is cut off keeps
+all of it. DIR/gpu_suite.json is the record, which belongs in benchmarks/results/gpu/; ``make bench-report`` draws it.
 
-Times are medians of CUDA-event timings over inputs that rotate (cold: their sum exceeds the L2 cache) or stay (hot),
-in microseconds. Beside each stands the share of the bandwidth that ``torch.Tensor.copy_`` reached in the same run, by
-the byte model: value_and_grad moves 3N, the autograd form 5N, a density-ratio estimate 2N.
+``--rehearsal`` runs every section at toy size on the CPU, the Triton kernels interpreted, and compiles some of them for
+a GPU that is not there. ``--only`` picks sections.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib
 import json
+import math
+import multiprocessing
 import os
 import platform
 import shutil
-import statistics
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+import traceback
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
-
-import torch  # noqa: E402
-from torch import Tensor  # noqa: E402
-
-import fdu_kernels as fk  # noqa: E402
+for folder in (str(ROOT), str(ROOT / "benchmarks")):
+    if folder not in sys.path:
+        sys.path.insert(0, folder)
 
 RECORD = "gpu_suite.json"
-SHAPES = [
-    (1, 4, 64, 64), (16, 4, 64, 64), (64, 4, 64, 64), (16, 16, 128, 128), (64, 16, 128, 128), (512, 16, 128, 128),
-    (4, 33_554_432),
-]  # fmt: skip
-"""From one SD latent to 512 MiB a tensor in fp32, the last with long samples."""
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-L2_BYTES = 128 << 20
-"""Inputs that rotate exceed this together; more than any L2 cache of today."""
 SANITIZED = "golden_values and mse or value_and_gradient and hellinger and 33"
+COMPILED = "test_expectation and bfloat16-90"
+"""The kernels that a rehearsal compiles for a GPU."""
+CHILD = "--child"
+SLOWER = 5
+"""What a rehearsal may take, of a run's budgets."""
+GRACE = 8.0
+"""Seconds that a section may go on after its deadline, before it is killed."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Section:
+    """A part of the suite: a function of a module, in a process forked from this one, or a command."""
+
+    name: str
+    seconds: float
+    """The most it may take."""
+    function: str = ""
+    """As "module.name"; it gets a gpu_timing.Plan."""
+    command: tuple[str, ...] = ()
+    environment: tuple[tuple[str, str], ...] = ()
+
+
+def sections(rehearsal: bool) -> list[Section]:
+    """All, in order; together less than nine minutes, but for a rehearsal, for which a busy machine may need longer."""
+    options = "-q -o addopts= -p no:cacheprovider --import-mode=importlib"
+    pytest = (sys.executable, "-m", "pytest", *options.split())
+    sanitizer = shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer") or ""
+    memcheck = (sanitizer, "--tool", "memcheck", "--error-exitcode", "9", *pytest, "tests/gpu", "-k", SANITIZED)
+    codegen = (*pytest, "-x", "tests/fdu_kernels/test_triton_codegen.py", "-k", COMPILED)
+    wanted = [
+        Section("build", 90, command=(sys.executable, "-m", "fdu_kernels.build")),
+        Section("machine", 15, "gpu_suite.machine"),
+        Section("large", 70, "gpu_losses.large"),
+        Section("latents", 50, "gpu_losses.latents"),
+        Section("sd15", 70, "gpu_training.sd15"),
+        Section("host", 12, "gpu_losses.host"),
+        Section("sweep", 20, "gpu_losses.sweep"),
+        Section("tests", 110, command=(*pytest, "tests/gpu")),
+        Section("sdxl", 45, "gpu_training.sdxl"),
+    ]
+    if rehearsal:
+        wanted.append(Section("codegen", 30, command=codegen))
+        return [dataclasses.replace(one, seconds=SLOWER * one.seconds) for one in wanted]
+    # Behind torch's cache the sanitizer would see large blocks and not their tensors.
+    uncached = (("PYTORCH_NO_CUDA_MEMORY_CACHING", "1"),)
+    return [*wanted, Section("sanitizer", 40, command=memcheck if sanitizer else (), environment=uncached)]
 
 
 @dataclasses.dataclass
@@ -51,6 +89,7 @@ class Suite:
 
     out: Path
     deadline: float
+    rehearsal: bool = False
     record: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def left(self) -> float:
@@ -58,291 +97,214 @@ class Suite:
         return self.deadline - time.monotonic()
 
     def keep(self, stage: str, result: Any) -> None:
-        """Write a stage's result, whole or not at all."""
+        """Write a section's result, whole or not at all."""
         self.record[stage] = result
-        partial = self.out / f".{RECORD}"
-        partial.write_text(json.dumps(self.record, indent=1) + "\n")
-        os.replace(partial, self.out / RECORD)
+        write(self.out / RECORD, self.record)
 
-    def call(self, stage: str, command: list[str], seconds: float, environment: dict[str, str] | None = None) -> bool:
-        """Run a command, keep its end; True if it succeeded."""
-        limit = min(seconds, self.left())
-        if limit < 5:
-            self.keep(stage, {"skipped": "no time left"})
-            return False
-        log = self.out / f"{stage}.log"
+    def run(self, section: Section, reserved: float = math.inf) -> bool:
+        """Run a section; whether it came to its end.
+
+        It may take its budget and what earlier ones saved, but for ``reserved``, the seconds of those that follow.
+        """
+        left = self.left() - GRACE
+        budget = min(max(section.seconds, left - reserved), left)
+        if budget < (1 if self.rehearsal else 5):
+            self.keep(section.name, {"skipped": "no time left"})
+        elif section.function:
+            self._call(section, budget)
+        elif section.command:
+            self._command(section, budget)
+        else:
+            self.keep(section.name, {"skipped": "its program is not installed"})
+        result = self.record[section.name]
+        succeeded = result.get("exit", 0) == 0 and result.get("complete", True) and "skipped" not in result
+        print(f"{section.name}: {'done' if succeeded else 'NOT COMPLETE'}, {result.get('seconds', 0)} s", flush=True)
+        for line in result.get("tail", [])[-2:]:
+            print(f"  {line}", flush=True)
+        return succeeded
+
+    def _call(self, section: Section, budget: float) -> None:
+        """In a forked process, which has what is imported here already and a GPU of its own."""
+        part, log = self.out / f"{section.name}.json", self.out / f"{section.name}.log"
+        part.unlink(missing_ok=True)
         began = time.monotonic()
-        try:
-            with log.open("w") as stream:
-                code: int | None = subprocess.run(
-                    command, cwd=ROOT, stdout=stream, stderr=subprocess.STDOUT, timeout=limit, check=False,
-                    env={**os.environ, "PYTHONPATH": str(ROOT), **(environment or {})},
-                ).returncode  # fmt: skip
-        except subprocess.TimeoutExpired:
-            code = None
-        tail = log.read_text(errors="replace").splitlines()[-8:]
-        self.keep(stage, {"exit": code, "seconds": round(time.monotonic() - began, 1), "tail": tail})
-        print(f"{stage}: {'timed out' if code is None else f'exit {code}'}", *tail[-2:], sep="\n  ", flush=True)
-        return code == 0
+        process = multiprocessing.get_context("fork").Process(
+            target=_in_child, args=(section.function, part, log, began + budget, self.rehearsal)
+        )
+        process.start()
+        process.join(budget + GRACE)
+        ended = not process.is_alive()
+        if not ended:
+            process.kill()
+            process.join()
+        result = json.loads(part.read_text()) if part.exists() else {"complete": False}
+        if not ended:
+            result.update(complete=False, killed=True)
+        if process.exitcode:
+            result.update(complete=False, exit=process.exitcode, tail=_tail(log))
+        self.keep(section.name, {**result, "seconds": round(time.monotonic() - began, 1)})
+
+    def _command(self, section: Section, budget: float) -> None:
+        """A command in a process group of its own, which ends with it."""
+        log = self.out / f"{section.name}.log"
+        paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+        environment = {**os.environ, "PYTHONPATH": paths, **dict(section.environment)}
+        environment.pop("TRITON_INTERPRET", None)
+        began = time.monotonic()
+        with log.open("w") as stream:
+            process = subprocess.Popen(
+                section.command, cwd=ROOT, stdout=stream, stderr=subprocess.STDOUT, env=environment,
+                start_new_session=True,
+            )  # fmt: skip
+            try:
+                code: int | None = process.wait(budget)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+                code = None
+        self.keep(section.name, {"exit": code, "seconds": round(time.monotonic() - began, 1), "tail": _tail(log)})
 
 
-def machine() -> dict[str, Any]:
+def write(path: Path, result: Any) -> None:
+    """JSON, whole or not at all."""
+    partial = path.with_name(f".{path.name}")
+    partial.write_text(json.dumps(result, indent=1) + "\n")
+    os.replace(partial, path)
+
+
+def _tail(log: Path) -> list[str]:
+    return log.read_text(errors="replace").splitlines()[-8:]
+
+
+def _in_child(function: str, part: Path, log: Path, deadline: float, rehearsal: bool) -> None:
+    """The forked process: everything printed goes into the log."""
+    with log.open("w") as stream:
+        os.dup2(stream.fileno(), 1)
+        os.dup2(stream.fileno(), 2)
+    import torch
+
+    if getattr(torch._C, "_cuda_isInBadFork", bool)():
+        # Something imported has looked at the GPU before the fork: a new process, which imports everything anew.
+        os.execv(sys.executable, [sys.executable, __file__, CHILD, function, str(part), str(log), str(deadline)])
+    _measure(function, part, deadline, rehearsal)
+
+
+def _measure(function: str, part: Path, deadline: float, rehearsal: bool) -> None:
+    import torch
+    from gpu_timing import Plan
+
+    if rehearsal:
+        torch.set_num_threads(1)  # nothing in it is large enough for two
+    module, _, name = function.rpartition(".")
+    try:
+        found = globals()[name] if module == "gpu_suite" else getattr(importlib.import_module(module), name)
+        found(Plan(deadline, lambda result: write(part, result), rehearsal))
+    except BaseException:
+        traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(1)
+    # Without the parent's finalizers, which are not this process's to run.
+    sys.stdout.flush()
+    os._exit(0)
+
+
+def machine(plan: Any) -> None:
     """Device, driver, versions, commit."""
+    import torch
+
+    import fdu_kernels as fk
+
     described: dict[str, Any] = {
         "python": platform.python_version(),
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
         "platform": platform.platform(),
         "cpus": os.cpu_count(),
-        "commit": _output(["git", "rev-parse", "--short", "HEAD"]),
+        "commit": _output(["git", "rev-parse", "HEAD"]),
+        "changed": bool(_output(["git", "status", "--porcelain", "--untracked-files=no"])),
+        "date": time.strftime("%Y-%m-%d"),
         "nvcc": _output(["nvcc", "--version"]).splitlines()[-1:],
         "driver": _output(["nvidia-smi", "--query-gpu=name,driver_version,clocks.max.mem", "--format=csv,noheader"]),
         "backends": fk.backends(),
     }
-    try:
-        import triton
-
-        described["triton"] = triton.__version__
-    except ImportError:
-        described["triton"] = None
-    if torch.cuda.is_available():
+    for package in ("triton", "diffusers", "transformers", "peft", "accelerate"):
+        try:
+            described[package] = importlib.import_module(package).__version__
+        except ImportError:
+            described[package] = None
+    described["device"] = "CPU, rehearsal"
+    if plan.device == "cuda":
         properties = torch.cuda.get_device_properties(0)
         described["device"] = properties.name
         described["multiprocessors"] = properties.multi_processor_count
         described["l2_bytes"] = properties.L2_cache_size
-    return described
+        described["memory_bytes"] = properties.total_memory
+    plan.keep(described)
 
 
 def _output(command: list[str]) -> str:
     try:
-        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=20, check=False).stdout.strip()
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=10, check=False).stdout.strip()
     except (OSError, subprocess.TimeoutExpired):
         return ""
 
 
-def eager_hellinger(pred: Tensor, target: Tensor) -> Tensor:
-    """1 - exp(-s/8) as one writes it in PyTorch."""
-    s = (pred.float() - target.float()).square().flatten(1).mean(1)
-    return -torch.expm1(s / -8).mean()
-
-
-def eager_variational(p: Tensor, q: Tensor) -> Tensor:
-    """The bound of jensen_shannon as one writes it in PyTorch."""
-    softplus = torch.nn.functional.softplus
-    return (0.6931471805599453 - softplus(-p.float())).mean() / 2 - (
-        softplus(q.float()) - 0.6931471805599453
-    ).mean() / 2
-
-
-def with_gradient(loss: Callable[[Tensor, Tensor], Tensor], both: bool) -> Callable[[Tensor, Tensor], object]:
-    """Value and gradient through autograd."""
-
-    def run(a: Tensor, b: Tensor) -> object:
-        a = a.detach().requires_grad_()
-        b = b.detach().requires_grad_(both)
-        return torch.autograd.grad(loss(a, b), (a, b) if both else (a,))
-
-    return run
-
-
-def candidates() -> Iterator[tuple[str, str, int, Callable[[Tensor, Tensor], object]]]:
-    """(form, candidate, passes over N bytes, call)."""
-    yield "copy", "copy", 2, lambda a, b: b.copy_(a)
-    eager = {"gaussian": (eager_hellinger, False), "variational": (eager_variational, True)}
-    for form, (loss, both) in eager.items():
-        yield form, "eager", 0, with_gradient(loss, both)
-        yield form, "compiled", 0, with_gradient(torch.compile(loss, fullgraph=True, dynamic=False), both)
-    for name in ("triton", "cuda"):
-        if fk.backends().get(name, "absent") is not None:
-            continue
-        yield (
-            "gaussian",
-            f"{name} autograd",
-            5,
-            with_gradient(
-                lambda a, b, name=name: fk.gaussian_divergence(a, b, "squared_hellinger", backend=name), False
-            ),
-        )
-        yield (
-            "gaussian",
-            f"{name} value_and_grad",
-            3,
-            lambda a, b, name=name: fk.gaussian_divergence_value_and_grad(a, b, "squared_hellinger", backend=name),
-        )
-        yield (
-            "gaussian",
-            f"{name} tabulated",
-            3,
-            lambda a, b, name=name: fk.gaussian_divergence_value_and_grad(a, b, "jensen_shannon", backend=name),
-        )
-        yield (
-            "variational",
-            f"{name} value_and_grad",
-            4,
-            (lambda a, b, name=name: fk.variational_divergence_value_and_grad(a, b, "jensen_shannon", backend=name)),
-        )
-        yield (
-            "density_ratio",
-            f"{name} value_and_grad",
-            2,
-            (lambda a, b, name=name: fk.density_ratio_divergence_value_and_grad(a, "kl", backend=name)),
-        )
-
-
-def timed(call: Callable[[Tensor, Tensor], object], pairs: list[tuple[Tensor, Tensor]], rounds: int) -> list[float]:
-    """Microseconds of each call on the device, inputs in turn."""
-    for a, b in pairs[:3]:
-        call(a, b)
-    events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(rounds)]
-    torch.cuda.synchronize()
-    for index, (start, end) in enumerate(events):
-        a, b = pairs[index % len(pairs)]
-        start.record()
-        call(a, b)
-        end.record()
-    torch.cuda.synchronize()
-    return [start.elapsed_time(end) * 1e3 for start, end in events]
-
-
-def host_time(call: Callable[[Tensor, Tensor], object], a: Tensor, b: Tensor, rounds: int = 300) -> float:
-    """Microseconds of the host per call, the device kept from running full."""
-    for _ in range(20):
-        call(a, b)
-    spans = []
-    for _ in range(rounds):
-        torch.cuda.synchronize()
-        began = time.perf_counter()
-        call(a, b)
-        spans.append((time.perf_counter() - began) * 1e6)
-    return statistics.median(spans)
-
-
-def graphed(call: Callable[[Tensor, Tensor], object], a: Tensor, b: Tensor) -> float | None:
-    """Microseconds of a call inside a CUDA graph of 20; None where it cannot be captured."""
-    try:
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(3):
-                call(a, b)
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            for _ in range(20):
-                call(a, b)
-    except RuntimeError:
-        torch.cuda.synchronize()
-        return None
-    times = timed(lambda *_: graph.replay(), [(a, b)], 20)
-    return statistics.median(times) / 20
-
-
-def peak_memory(call: Callable[[Tensor, Tensor], object], a: Tensor, b: Tensor) -> int:
-    """Bytes beyond the inputs at the worst moment of a call, what it returns included."""
-    call(a, b)
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    call(a, b)
-    torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() - before
-
-
-def measure(suite: Suite) -> None:
-    """Time every candidate at every shape and dtype, the small ones first."""
-    rows: list[dict[str, Any]] = []
-    calls = list(candidates())
-    for shape in SHAPES:
-        for label, dtype in DTYPES.items():
-            elements = torch.Size(shape).numel()
-            size = elements * dtype.itemsize
-            copies = max(1, min(64, -(-L2_BYTES // (2 * size))))
-            generator = torch.Generator("cuda").manual_seed(0)
-            pairs = [
-                tuple(torch.randn(shape, generator=generator, device="cuda").to(dtype) for _ in range(2))
-                for _ in range(copies)
-            ]
-            copied = None
-            for form, name, passes, call in calls:
-                if suite.left() < 20:
-                    suite.keep("timings", {"complete": False, "rows": rows})
-                    return
-                row: dict[str, Any] = {"shape": shape, "dtype": label, "form": form, "candidate": name}
-                try:
-                    rounds = max(20, min(200, 2**33 // max(size, 1)))
-                    cold = timed(call, pairs, rounds)
-                    row["cold_us"] = statistics.median(cold)
-                    row["spread_us"] = [min(cold), max(cold)]
-                    row["hot_us"] = statistics.median(timed(call, pairs[:1], rounds))
-                    if elements <= 1 << 20:
-                        row["host_us"] = host_time(call, *pairs[0])
-                        row["graph_us"] = graphed(call, *pairs[0])
-                    row["peak_bytes"] = peak_memory(call, *pairs[0])
-                    bandwidth = passes * size / row["cold_us"]
-                    copied = bandwidth if name == "copy" else copied
-                    row["share_of_copy"] = bandwidth / copied if copied and passes else None
-                except Exception as error:  # one candidate's failure must not lose the others' figures
-                    row["error"] = f"{type(error).__name__}: {error}"[:400]
-                rows.append(row)
-            suite.keep("timings", {"complete": False, "rows": rows})
-            del pairs
-    suite.keep("timings", {"complete": True, "rows": rows})
+def preload() -> None:
+    """What the sections import, once for all of them."""
+    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # so that whoever asks for a GPU does not wake it before the fork
+    for name in ("torch", "triton", "gpu_losses", "gpu_training"):
+        try:
+            importlib.import_module(name)
+        except ImportError as error:  # the sections that need it will say so
+            print(f"{name}: {error}", file=sys.stderr)
 
 
 def summary(record: dict[str, Any]) -> str:
-    """A short table: each candidate beside eager and torch.compile at the same shape."""
-    rows = record.get("timings", {}).get("rows", [])
-    lines = [f"{'shape':>20} {'dtype':>9}  {'candidate':<34}{'us':>10}{'x eager':>9}{'x compile':>10}{'of copy':>9}"]
-    for row in rows:
-        if "cold_us" not in row:
-            lines.append(
-                f"{'x'.join(map(str, row['shape'])):>20} {row['dtype']:>9}  {row['candidate']:<34}{row['error']}"
-            )
-            continue
-        peers = {
-            other["candidate"]: other.get("cold_us")
-            for other in rows
-            if (other["shape"], other["dtype"], other["form"]) == (row["shape"], row["dtype"], row["form"])
-        }
-        ratios = [f"{peers[base] / row['cold_us']:.2f}" if peers.get(base) else "" for base in ("eager", "compiled")]
-        share = f"{row['share_of_copy']:.2f}" if row.get("share_of_copy") else ""
-        name = f"{row['form']}: {row['candidate']}"
-        lines.append(
-            f"{'x'.join(map(str, row['shape'])):>20} {row['dtype']:>9}  {name:<34}{row['cold_us']:>10.1f}"
-            f"{ratios[0]:>9}{ratios[1]:>10}{share:>9}"
-        )
+    """The promises, one a line."""
+    from gpu_bounds import bounds
+
+    if record.get("rehearsal"):
+        return "A rehearsal: its figures mean nothing."
+    lines = []
+    for bound in bounds(record):
+        value = "no figure" if bound.value is None else f"{bound.value:.3g}"
+        lines.append(f"{bound.verdict:>5}  {bound.what} {value} ({bound.sense} {bound.bound:g})  {bound.note}")
     return "\n".join(lines)
 
 
 def main() -> int:
-    """Run the stages in order; 0 if all that ran succeeded."""
+    """Run the sections in order; 0 if all came to their end."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="a folder for the record and the logs")
     parser.add_argument("--minutes", type=float, default=9.0, help="when to stop, at the latest")
+    parser.add_argument("--rehearsal", action="store_true", help="toy sizes on the CPU")
+    parser.add_argument("--only", nargs="+", metavar="SECTION", help="these sections alone")
     options = parser.parse_args()
+    wanted = sections(options.rehearsal)
+    unknown = set(options.only or ()) - {section.name for section in wanted}
+    if unknown:
+        parser.error(
+            f"--only names no section: {', '.join(sorted(unknown))}; there are {', '.join(s.name for s in wanted)}"
+        )
+    seconds = 60 * options.minutes * (SLOWER if options.rehearsal else 1)
+    suite = Suite(options.out, time.monotonic() + seconds, options.rehearsal)
     options.out.mkdir(parents=True, exist_ok=True)
-    suite = Suite(options.out, time.monotonic() + 60 * options.minutes - 10)
-
-    built = suite.call("build", [sys.executable, "-m", "fdu_kernels.build"], 180)
-    suite.keep("machine", machine())
-    pytest = [sys.executable, "-m", "pytest", "-q", "-o", "addopts=", "-p", "no:cacheprovider", "tests/gpu"]
-    tested = suite.call("tests", [*pytest, "--import-mode=importlib"], 180)
-    if torch.cuda.is_available():
-        measure(suite)
-        print(summary(suite.record))
-        sanitizer = shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
-        if sanitizer:
-            command = [sanitizer, "--tool", "memcheck", "--error-exitcode", "9", *pytest, "-k", SANITIZED]
-            suite.call("sanitizer", [*command, "--import-mode=importlib"], 120)
-        else:
-            suite.keep("sanitizer", {"skipped": "there is no compute-sanitizer"})
-    else:
-        suite.keep("timings", {"skipped": "no CUDA device"})
-    finished = suite.record.get("timings", {}).get("complete", False)
-    stages = ", ".join(suite.record)
-    print(f"{'complete' if finished else 'INCOMPLETE'}: {stages}; {suite.left():.0f} s left; {options.out / RECORD}")
-    return int(not (built and tested and finished))
+    if options.rehearsal:
+        os.environ["TRITON_INTERPRET"] = "1"  # which Triton reads when it is imported
+        suite.keep("rehearsal", True)
+    preload()
+    wanted = [section for section in wanted if not options.only or section.name in options.only]
+    outcomes = [
+        suite.run(section, sum(later.seconds for later in wanted[number + 1 :]))
+        for number, section in enumerate(wanted)
+    ]
+    print(summary(suite.record))
+    print(f"{'complete' if all(outcomes) else 'INCOMPLETE'}; {suite.left():.0f} s left; {options.out / RECORD}")
+    return int(not all(outcomes))
 
 
 if __name__ == "__main__":
+    if sys.argv[1:2] == [CHILD]:
+        _, _, function, part, _, deadline = sys.argv
+        _measure(function, Path(part), float(deadline), rehearsal=False)
     sys.exit(main())

@@ -5,10 +5,10 @@ After concept ablation (Kumari et al. 2023, arXiv 2303.13516; nupurkmr9/concept-
 pixels and kept as files; every batch encodes its images by the autoencoder and both its prompts by the text encoder;
 the frozen denoiser has a forward pass of its own beside each batch's, in f-DMU as a whole copy of the trained one,
 while concept ablation asks the trained one. What they share with ``fdu`` is the same here: AdamW on the keys and values
-of cross-attention, the batch and its accumulation, the squared Hellinger loss, fp32. What slows them down needlessly
-elsewhere is left out (masks of augmented images, statistics of every gradient, models loaded twice, attention that
-keeps its scores). Files are decoded in the process that trains, as f-DMU's default is; concept ablation has two more
-for that.
+of cross-attention, the batch and its accumulation, the squared Hellinger loss, the precision. What slows them down
+needlessly elsewhere is left out (masks of augmented images, statistics of every gradient, models loaded twice,
+attention that keeps its scores). Files are decoded in the process that trains, as f-DMU's default is, unless
+``dataloader_num_workers`` says otherwise; concept ablation has two more for that.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import dataclasses
 import random
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -52,6 +53,9 @@ class Settings:
     """Whether the frozen denoiser is a copy, as in f-DMU, or the trained one itself, as in concept ablation."""
     preservation_weight: float = 0.0
     """Of the denoising loss on the anchor's own images; 0 in the published runs on styles."""
+    mixed_precision: str = "no"
+    """With "bf16", autocast of the trained denoiser, and bf16 weights in all that is frozen, the copy as well."""
+    dataloader_num_workers: int = 0
     seed: int = 0
 
 
@@ -118,23 +122,38 @@ def train(
     """Train the denoiser in place. Returns the loss of every step."""
     torch.manual_seed(settings.seed)
     random.seed(settings.seed)
-    unet, vae, text_encoder = pipeline.unet, pipeline.vae, pipeline.text_encoder
-    for module in (unet, vae, text_encoder):
+    unet, vae = pipeline.unet, pipeline.vae
+    encoders = [part for part in (pipeline.text_encoder, getattr(pipeline, "text_encoder_2", None)) if part is not None]
+    for module in (unet, vae, *encoders):
         module.requires_grad_(False)
     parameters = context_projections(unet)
     for parameter in parameters:
         parameter.requires_grad_(True)
     frozen = copy.deepcopy(unet) if settings.copies else unet
+    if settings.mixed_precision == "bf16":
+        for module in (*([frozen] if settings.copies else []), vae, *encoders):
+            module.to(torch.bfloat16)
     noise_scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
     optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=settings.adam_weight_decay)
     schedule = get_scheduler("constant", optimizer)
     images = AnchorImages(folder, settings.num_images, prompts, target, pipeline.tokenizer)
-    batches = _endless(DataLoader(images, settings.train_batch_size, shuffle=True, drop_last=True))
+    workers = settings.dataloader_num_workers
+    loader = DataLoader(
+        images,
+        settings.train_batch_size,
+        shuffle=True,
+        drop_last=True,
+        num_workers=workers,
+        persistent_workers=workers > 0,
+    )
+    batches = _endless(loader)
     losses = []
     progress = tqdm(range(settings.max_train_steps), "reference", unit="step")
     for _ in progress:
         for _ in range(settings.gradient_accumulation_steps):
-            loss = batch_loss(next(batches), unet, frozen, vae, text_encoder, noise_scheduler, settings)
+            batch = {name: value.to(unet.device) for name, value in next(batches).items()}
+            with torch.autocast(unet.device.type, torch.bfloat16, enabled=settings.mixed_precision == "bf16"):
+                loss = batch_loss(batch, unet, frozen, vae, encoders, noise_scheduler, settings)
             (loss / settings.gradient_accumulation_steps).backward()
         nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm)
         optimizer.step()
@@ -150,7 +169,7 @@ def batch_loss(
     unet: UNet2DConditionModel,
     frozen: UNet2DConditionModel,
     vae: nn.Module,
-    text_encoder: nn.Module,
+    encoders: Sequence[nn.Module],
     noise_scheduler: DDPMScheduler,
     settings: Settings,
 ) -> Tensor:
@@ -163,20 +182,33 @@ def batch_loss(
     if settings.preservation_weight:
         pixels, ids = torch.cat([pixels, pixels]), torch.cat([ids, batch["anchor"]])
     with torch.no_grad():
-        latents = vae.encode(pixels).latent_dist.sample() * vae.config.scaling_factor
-        embeddings = text_encoder(input_ids=ids)[0]
-        anchor_embeddings = text_encoder(input_ids=batch["anchor"])[0]
+        latents = vae.encode(pixels.to(vae.dtype)).latent_dist.sample().float() * vae.config.scaling_factor
+        prompts = read(encoders, ids, pixels.shape[-1])
+        anchors = read(encoders, batch["anchor"], pixels.shape[-1])
     noise = torch.randn_like(latents)
-    timesteps = torch.randint(noise_scheduler.config.num_train_timesteps, (len(latents),))
+    timesteps = torch.randint(noise_scheduler.config.num_train_timesteps, (len(latents),)).to(latents.device)
     noisy = noise_scheduler.add_noise(latents, noise, timesteps)
-    predicted = unet(noisy, timesteps, embeddings).sample
-    size = len(anchor_embeddings)
+    predicted = unet(noisy, timesteps, **prompts).sample
+    size = len(batch["anchor"])
     with torch.no_grad():
-        wanted = frozen(noisy[:size], timesteps[:size], anchor_embeddings).sample
-    loss = squared_hellinger(predicted[:size], wanted)
+        wanted = frozen(noisy[:size].to(frozen.dtype), timesteps[:size], **anchors).sample
+    loss = squared_hellinger(predicted[:size].float(), wanted.float())
     if settings.preservation_weight:
-        loss = loss + settings.preservation_weight * functional.mse_loss(predicted[size:], noise[size:])
+        loss = loss + settings.preservation_weight * functional.mse_loss(predicted[size:].float(), noise[size:])
     return loss
+
+
+def read(encoders: Sequence[nn.Module], ids: Tensor, side: int) -> dict[str, Any]:
+    """What a denoiser gets of prompts: of one text encoder its last layer; of two, as Stable Diffusion XL has them,
+    their last layers but one, the second's pooled embedding, and the sides of the image."""
+    if len(encoders) == 1:
+        return {"encoder_hidden_states": encoders[0](input_ids=ids)[0]}
+    outputs = [encoder(input_ids=ids, output_hidden_states=True) for encoder in encoders]
+    sides = torch.tensor([side, side, 0, 0, side, side], device=ids.device, dtype=outputs[1][0].dtype)
+    return {
+        "encoder_hidden_states": torch.cat([output.hidden_states[-2] for output in outputs], -1),
+        "added_cond_kwargs": {"text_embeds": outputs[1][0], "time_ids": sides.expand(len(ids), 6)},
+    }
 
 
 def squared_hellinger(predicted: Tensor, wanted: Tensor, sigma: float = 1.0) -> Tensor:

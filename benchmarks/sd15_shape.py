@@ -34,9 +34,9 @@ def unet_config(width: int = WIDTH, side: int = SIDE, text_width: int = TEXT_WID
         "layers_per_block": 2,
         "down_block_types": (*("CrossAttnDownBlock2D",) * 3, "DownBlock2D"),
         "up_block_types": ("UpBlock2D", *("CrossAttnUpBlock2D",) * 3),
-        "attention_head_dim": 8 // width,  # as this family of configs calls the number of heads
+        "attention_head_dim": max(1, 8 // width),  # as this family of configs calls the number of heads
         "cross_attention_dim": 768 // text_width,
-        "norm_num_groups": 32 // width,
+        "norm_num_groups": max(1, 32 // width),
     }
 
 
@@ -49,7 +49,7 @@ def vae_config(width: int = WIDTH, side: int = SIDE) -> dict[str, Any]:
         "down_block_types": ("DownEncoderBlock2D",) * 4,
         "up_block_types": ("UpDecoderBlock2D",) * 4,
         "latent_channels": 4,
-        "norm_num_groups": 32 // width,
+        "norm_num_groups": max(1, 32 // width),
     }
 
 
@@ -66,25 +66,37 @@ def text_config(text_width: int = TEXT_WIDTH) -> dict[str, Any]:
     }
 
 
-def build(seed: int = 0) -> StableDiffusionPipeline:
-    """The scaled pipeline, fp32, with the sampler that both loops use."""
+def build(
+    seed: int = 0, width: int = WIDTH, side: int = SIDE, text_width: int = TEXT_WIDTH, device: str = "cpu"
+) -> StableDiffusionPipeline:
+    """The pipeline, fp32, with the sampler that both loops use; with 1, 1 and 1 of the full shape. Its random weights
+    are drawn on ``device``, which takes seconds where a CPU would take a minute."""
     tokenizer = make_tokenizer()
-    special = {"bos_token_id": START, "eos_token_id": END, "pad_token_id": END}
-    ids = {name: tokenizer.convert_tokens_to_ids(token) for name, token in special.items()}
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(), torch.device(device):
         torch.manual_seed(seed)
         return StableDiffusionPipeline(
-            vae=AutoencoderKL(**vae_config()).eval(),
-            text_encoder=CLIPTextModel(CLIPTextConfig(**text_config(), **ids)).eval(),
+            vae=AutoencoderKL(**vae_config(width, side)).eval(),
+            text_encoder=CLIPTextModel(CLIPTextConfig(**text_config(text_width), **special_ids(tokenizer))).eval(),
             tokenizer=tokenizer,
-            unet=UNet2DConditionModel(**unet_config()).eval(),
-            scheduler=DPMSolverMultistepScheduler(
-                beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1
-            ),
+            unet=UNet2DConditionModel(**unet_config(width, side, text_width)).eval(),
+            scheduler=make_scheduler(),
             safety_checker=None,
             feature_extractor=None,
             requires_safety_checker=False,
         )
+
+
+def make_scheduler() -> DPMSolverMultistepScheduler:
+    """Of the noise that Stable Diffusion 1.5 and XL were trained with."""
+    return DPMSolverMultistepScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1
+    )  # fmt: skip
+
+
+def special_ids(tokenizer: CLIPTokenizer) -> dict[str, int]:
+    """What a text encoder's config has to know of its tokenizer."""
+    special = {"bos_token_id": START, "eos_token_id": END, "pad_token_id": END}
+    return {name: tokenizer.convert_tokens_to_ids(token) for name, token in special.items()}
 
 
 @functools.cache

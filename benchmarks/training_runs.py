@@ -10,10 +10,12 @@ import dataclasses
 import itertools
 import json
 import math
+import shutil
 import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,7 +23,7 @@ import numpy as np
 import reference_loop
 import sd15_shape
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import DiffusionPipeline
 from PIL import Image
 from torch import nn
 from torch.optim import Optimizer
@@ -49,6 +51,12 @@ class Run:
     preservation_weight: float = 0.0
     copies: bool = True
     """Whether the reference's frozen denoiser is a copy."""
+    batch: int = FULL.train_batch_size
+    accumulation: int = FULL.gradient_accumulation_steps
+    precision: str = "no"
+    steps: int = STEPS
+    workers: int = 0
+    """Processes that load the reference's images."""
 
     @property
     def shared(self) -> reference_loop.Settings:
@@ -56,10 +64,14 @@ class Run:
         share = JOB_SHARE if self.what == "job" else 1
         return dataclasses.replace(
             FULL,
-            num_images=FULL.num_images // share if self.what == "job" else 2 * FULL.train_batch_size,
-            max_train_steps=FULL.max_train_steps // share if self.what == "job" else STEPS,
+            num_images=FULL.num_images // share if self.what == "job" else self.steps * self.batch,
+            max_train_steps=FULL.max_train_steps // share if self.what == "job" else self.steps,
             preservation_weight=self.preservation_weight,
             copies=self.copies,
+            train_batch_size=self.batch,
+            gradient_accumulation_steps=self.accumulation,
+            mixed_precision=self.precision,
+            dataloader_num_workers=self.workers,
         )
 
     def config(self) -> fdu.EraseConfig:
@@ -74,6 +86,7 @@ class Run:
             "preservation_weight",
             "sample_batch_size",
             "guidance_scale",
+            "mixed_precision",
             "seed",
         )
         settings: dict[str, Any] = {
@@ -124,10 +137,60 @@ class Moment(NamedTuple):
         return cls(time.perf_counter(), time.process_time())
 
 
+class HostMemory:
+    """MiB that this process holds, from Linux."""
+
+    def now(self) -> float:
+        """At this moment."""
+        return self._read("VmRSS")
+
+    def peak(self) -> float:
+        """The most since the last :meth:`forget`."""
+        return self._read("VmHWM")
+
+    def forget(self) -> None:
+        """Give freed memory back and start the peak anew."""
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")
+
+    def wait(self) -> None:
+        """Until all is done: it is."""
+
+    @staticmethod
+    def _read(field: str) -> float:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        (line,) = [line for line in lines if line.startswith(f"{field}:")]
+        return int(line.split()[1]) / 1024
+
+
+class DeviceMemory:
+    """MiB of tensors on the GPU."""
+
+    def now(self) -> float:
+        """At this moment."""
+        return torch.cuda.memory_allocated() / 2**20
+
+    def peak(self) -> float:
+        """The most since the last :meth:`forget`."""
+        return torch.cuda.max_memory_allocated() / 2**20
+
+    def forget(self) -> None:
+        """Start the peak anew."""
+        torch.cuda.reset_peak_memory_stats()
+
+    def wait(self) -> None:
+        """Until the device has done its work."""
+        torch.cuda.synchronize()
+
+
+Memory = HostMemory | DeviceMemory
+
+
 class Watch:
     """When the denoisers were called and the optimizer stepped, and the memory between the first and last step."""
 
-    def __init__(self, denoiser: nn.Module) -> None:
+    def __init__(self, denoiser: nn.Module, memory: Memory) -> None:
+        self.memory = memory
         self.calls: list[tuple[Moment, bool]] = []
         """When, and whether a graph was made."""
         self.steps: list[Moment] = []
@@ -148,39 +211,30 @@ class Watch:
             hook.remove()
 
     def _stepped(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        self.memory.wait()
         self.steps.append(Moment.now())
-        self.highest = max(self.highest, peak_memory())
+        self.highest = max(self.highest, self.memory.peak())
         if len(self.steps) == 1:
-            forget_peak()
-        self.peak = peak_memory()
+            self.memory.forget()
+        self.peak = self.memory.peak()
 
 
-def memory(field: str) -> float:
-    """A figure of this process in MiB, from Linux: "VmRSS", what it holds, or "VmHWM", the most it ever held."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    (line,) = [line for line in lines if line.startswith(f"{field}:")]
-    return int(line.split()[1]) / 1024
-
-
-def peak_memory() -> float:
-    """The most that this process has held since the last :func:`forget_peak`, MiB."""
-    return memory("VmHWM")
-
-
-def forget_peak() -> None:
-    """Give freed memory back and start the peak anew."""
-    ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")
-
-
-def measure(run: Run) -> dict[str, float]:
+def measure(
+    run: Run, build: Callable[[], DiffusionPipeline] | None = None, memory: Memory | None = None
+) -> dict[str, float]:
     """The figures of one run. A step is the median from the end of one to that of the next; where frozen outputs are
-    kept, with its share of the time that making them took."""
+    kept, with its share of the time that making them took.
+
+    Args:
+        build: makes the pipeline, by default the scaled one of sd15_shape.py.
+        memory: which memory to watch, by default that of this process.
+    """
     assert callable(fdu.erase)  # which imports all that it needs, for both loops, before memory is counted
-    imported = memory("VmRSS")
-    pipeline = sd15_shape.build()
-    watch = Watch(pipeline.unet)
-    forget_peak()
+    memory = memory or HostMemory()
+    imported = memory.now()
+    pipeline = sd15_shape.build() if build is None else build()
+    watch = Watch(pipeline.unet, memory)
+    memory.forget()
     started = Moment.now()
     with tempfile.TemporaryDirectory() as folder:
         losses = (reference if run.loop == "reference" else ours)(run, pipeline, Path(folder))
@@ -203,19 +257,23 @@ def measure(run: Run) -> dict[str, float]:
     return figures
 
 
-def reference(run: Run, pipeline: StableDiffusionPipeline, folder: Path) -> list[float]:
+def reference(run: Run, pipeline: DiffusionPipeline, folder: Path) -> list[float]:
     """The reference loop. Where the step alone is measured, its images are noise."""
     prompts = sd15_shape.anchor_prompts(200 // JOB_SHARE)
     if run.what == "job":
         return reference_loop.erase(pipeline, TARGET, prompts, folder, run.shared)
-    shape = (sd15_shape.vae_config()["sample_size"],) * 2
+    shape = (pipeline.vae.config.sample_size,) * 2
+    noise = np.random.default_rng(0).integers(0, 256, (*shape, 3), dtype=np.uint8)
     for number in range(run.shared.num_images):
-        noise = np.random.default_rng(number).integers(0, 256, (*shape, 3), dtype=np.uint8)
-        Image.fromarray(noise).save(reference_loop.image_path(folder, number))
+        path = reference_loop.image_path(folder, number)
+        if number:
+            shutil.copyfile(reference_loop.image_path(folder, 0), path)
+        else:
+            Image.fromarray(noise).save(path)
     return reference_loop.train(pipeline, TARGET, prompts, folder, run.shared)
 
 
-def ours(run: Run, pipeline: StableDiffusionPipeline, folder: Path) -> list[float]:
+def ours(run: Run, pipeline: DiffusionPipeline, folder: Path) -> list[float]:
     """The loop of fdu."""
     prompts = sd15_shape.anchor_prompts(200 // JOB_SHARE)
     texts = [template.format(prompt=one, target=TARGET) for template in reference_loop.TEMPLATES for one in prompts]

@@ -270,7 +270,7 @@ def get_divergence(name: str | Divergence, **parameters: float) -> Divergence:
         return name
     if not isinstance(name, str):
         raise TypeError(f"divergence must be a name or a Divergence, not {type(name).__name__}")
-    return _lookup(name, tuple(sorted(parameters.items())))
+    return _lookup(name, tuple(sorted(parameters.items())) if parameters else ())
 
 
 def find_divergence(key: str) -> Divergence:

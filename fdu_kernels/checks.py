@@ -118,15 +118,18 @@ def check_grad_out(grad_out: Tensor | None, pred: Tensor, target: Tensor) -> Non
     check_same("grad_out", grad_out, "pred", pred)
     if grad_out.requires_grad:
         raise ValueError("grad_out is written in place and must not require grad; pass torch.empty_like(pred)")
-    for name, tensor in (("pred", pred), ("target", target)):
-        if _share_storage(grad_out, tensor):
-            raise ValueError(
-                f"grad_out must not share its storage with {name}, which is read while it is written; "
-                "pass torch.empty_like(pred)"
-            )
-    if not torch.compiler.is_compiling() and grad_out.is_neg():
-        raise ValueError("grad_out must not have the negative bit; pass torch.empty_like(pred)")
-    if any(stride == 0 and size > 1 for size, stride in zip(grad_out.shape, grad_out.stride(), strict=True)):
+    if not torch.compiler.is_compiling():
+        own = _storage(grad_out)
+        for name, tensor in (("pred", pred), ("target", target)):
+            if own == _storage(tensor):
+                raise ValueError(
+                    f"grad_out must not share its storage with {name}, which is read while it is written; "
+                    "pass torch.empty_like(pred)"
+                )
+        if grad_out.is_neg():
+            raise ValueError("grad_out must not have the negative bit; pass torch.empty_like(pred)")
+    strides = grad_out.stride()
+    if 0 in strides and any(not stride and size > 1 for size, stride in zip(grad_out.shape, strides, strict=True)):
         raise ValueError("grad_out must not be an expanded tensor, whose elements overlap; pass torch.empty_like(pred)")
 
 
@@ -165,11 +168,9 @@ def _check_device(name: str, tensor: Tensor, other_name: str, other: Tensor) -> 
         )
 
 
-def _share_storage(one: Tensor, other: Tensor) -> bool:
-    if torch.compiler.is_compiling():
-        return False
+def _storage(tensor: Tensor) -> int:
     # Not data_ptr, which fake tensors do not have.
-    return one.untyped_storage()._cdata == other.untyped_storage()._cdata
+    return tensor.untyped_storage()._cdata
 
 
 def _readable(tensor: Tensor) -> bool:

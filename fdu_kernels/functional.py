@@ -73,7 +73,7 @@ def gaussian_divergence(
     """
     divergence = get_divergence(divergence)
     _check_gaussian(pred, target, sigma, weight, mask, distance, reduction)
-    pred, target, weight, mask = map(_plain, (pred, target, weight, mask))
+    pred, target, weight, mask = _plain(pred, target, weight, mask)
     chosen = choose_backend(backend, pred, divergence, "gaussian")
     return chosen.gaussian_divergence(pred, target, divergence, sigma, weight, mask, distance, reduction)
 
@@ -105,7 +105,7 @@ def gaussian_divergence_value_and_grad(
     _check_gaussian(pred, target, sigma, weight, mask, distance, reduction)
     checks.check_grad_scale(grad_scale)
     checks.check_grad_out(grad_out, pred, target)
-    pred, target, weight, mask = map(_plain, (pred, target, weight, mask))
+    pred, target, weight, mask = _plain(pred, target, weight, mask)
     chosen = choose_backend(backend, pred, divergence, "gaussian")
     return chosen.gaussian_divergence_value_and_grad(
         pred, target, divergence, sigma, weight, mask, distance, reduction, grad_scale, grad_out
@@ -141,7 +141,7 @@ def variational_divergence(
     """
     divergence = get_divergence(divergence)
     _check_variational(log_ratio_p, log_ratio_q, mask, parametrization, reduction)
-    log_ratio_p, log_ratio_q, mask = map(_plain, (log_ratio_p, log_ratio_q, mask))
+    log_ratio_p, log_ratio_q, mask = _plain(log_ratio_p, log_ratio_q, mask)
     chosen = choose_backend(backend, log_ratio_q, divergence, "critic")
     return chosen.variational_divergence(log_ratio_p, log_ratio_q, divergence, mask, parametrization, reduction)
 
@@ -160,7 +160,7 @@ def variational_divergence_value_and_grad(
     divergence = get_divergence(divergence)
     _check_variational(log_ratio_p, log_ratio_q, mask, parametrization, reduction)
     checks.check_grad_scale(grad_scale)
-    log_ratio_p, log_ratio_q, mask = map(_plain, (log_ratio_p, log_ratio_q, mask))
+    log_ratio_p, log_ratio_q, mask = _plain(log_ratio_p, log_ratio_q, mask)
     chosen = choose_backend(backend, log_ratio_q, divergence, "critic")
     return chosen.variational_divergence_value_and_grad(
         log_ratio_p, log_ratio_q, divergence, mask, parametrization, reduction, grad_scale
@@ -181,7 +181,7 @@ def variational_model_loss(
     """
     divergence = get_divergence(divergence)
     _check_variational(None, log_ratio_q, mask, parametrization, reduction)
-    log_ratio_q, mask = _plain(log_ratio_q), _plain(mask)
+    log_ratio_q, mask = _plain(log_ratio_q, mask)
     chosen = choose_backend(backend, log_ratio_q, divergence, "critic")
     return chosen.variational_divergence(None, log_ratio_q, divergence, mask, parametrization, reduction)
 
@@ -210,7 +210,7 @@ def density_ratio_divergence(
     """
     divergence = get_divergence(divergence)
     _check_density_ratio(log_ratio, weight, samples_from, reduction)
-    log_ratio, weight = _plain(log_ratio), _plain(weight)
+    log_ratio, weight = _plain(log_ratio, weight)
     chosen = choose_backend(backend, log_ratio, divergence, "critic")
     return chosen.density_ratio_divergence(log_ratio, divergence, samples_from, weight, reduction)
 
@@ -228,18 +228,18 @@ def density_ratio_divergence_value_and_grad(
     divergence = get_divergence(divergence)
     _check_density_ratio(log_ratio, weight, samples_from, reduction)
     checks.check_grad_scale(grad_scale)
-    log_ratio, weight = _plain(log_ratio), _plain(weight)
+    log_ratio, weight = _plain(log_ratio, weight)
     chosen = choose_backend(backend, log_ratio, divergence, "critic")
     return chosen.density_ratio_divergence_value_and_grad(
         log_ratio, divergence, samples_from, weight, reduction, grad_scale
     )
 
 
-def _plain(tensor: Any) -> Any:
+def _plain(*tensors: Any) -> Any:
     # A pointer does not show the negative bit, which the imaginary part of a conjugate has. Dynamo cannot look at it.
-    if tensor is None or not (torch.compiler.is_compiling() or tensor.is_neg()):
-        return tensor
-    return tensor.resolve_neg()
+    if torch.compiler.is_compiling():
+        return tensors
+    return [tensor if tensor is None or not tensor.is_neg() else tensor.resolve_neg() for tensor in tensors]
 
 
 def _check_pair(pred: Tensor, target: Tensor, sigma: float | Tensor, mask: Tensor | None, distance: str) -> None:

@@ -101,7 +101,7 @@ def test_both_loops_get_the_same_task() -> None:
     for run in runs.RUNS.values():
         config, shared = run.config(), run.shared
         for field in dataclasses.fields(shared):
-            if field.name not in ("num_images", "num_inference_steps", "copies"):
+            if field.name not in ("num_images", "num_inference_steps", "copies", "dataloader_num_workers"):
                 assert getattr(config, field.name) == getattr(shared, field.name)
         assert config.train_method == "cross_attention" and config.lr_scheduler == "constant"
         assert config.mixed_precision == "no" and not config.compile

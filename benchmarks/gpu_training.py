@@ -1,0 +1,150 @@
+"""The training step at full shape on a GPU: fdu's loop against the reference loop, in time and in memory.
+
+Stable Diffusion 1.5 and XL with random weights. A row is a run of training_runs.py with one batch a step: seconds a
+step, images a second, MiB at the peak. What is compared first comes first: the published loops' batch of two in bf16,
+then the ways of fdu, then fp32, batches from one to what fits, and torch.compile, which may need longer than there is.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import gc
+import os
+from collections.abc import Callable
+from typing import Any
+
+import sd15_shape
+import sdxl_shape
+import torch
+from diffusers import DiffusionPipeline
+from gpu_timing import Plan, wall_us
+from training_runs import CHECKPOINTED, DeviceMemory, HostMemory, Run, measure
+
+import fdu_kernels as fk
+
+STEPS, TOY_STEPS = 6, 2
+"""Optimizer steps of a run; the first is not counted."""
+KEPT = ("frozen_batches", STEPS // 2)
+BATCHES = (1, 4, 8, 16, 32, 64)
+TOY = {"sd15": {"width": 16, "side": 8, "text_width": 64}, "sdxl": {"width": 16, "side": 16, "text_width": 64}}
+WORKERS = 2
+"""Processes that load the reference's images, as in concept ablation."""
+MODELS: dict[str, Callable[..., DiffusionPipeline]] = {"sd15": sd15_shape.build, "sdxl": sdxl_shape.build}
+LATENTS = {"sd15": (4, 64, 64), "sdxl": (4, 128, 128)}
+Settings = tuple[tuple[str, Any], ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One way to train."""
+
+    name: str
+    loop: str
+    precision: str = "bf16"
+    half_weights: bool = False
+    """Whether the frozen weights are in bf16, which the trained ones never are."""
+    settings: Settings = ()
+    batch: int = 2
+    steps: int = STEPS
+    workers: int = WORKERS
+    copies: bool = True
+
+    @property
+    def run(self) -> Run:
+        """How training_runs.py makes it."""
+        return Run(
+            self.loop, "step", self.settings, batch=self.batch, accumulation=1, precision=self.precision,
+            steps=self.steps, workers=self.workers,
+            copies=self.copies,
+        )  # fmt: skip
+
+
+def rows() -> list[Row]:
+    """What is measured of each model, in order."""
+    best = Row("fdu, frozen outputs kept, bf16 weights", "fdu", half_weights=True, settings=(KEPT,))
+    reference = Row("reference", "reference")
+    return [
+        reference,
+        best,
+        Row("fdu", "fdu"),
+        Row("reference without a copy", "reference", copies=False),
+        Row("fdu, frozen outputs kept", "fdu", settings=(KEPT,)),
+        dataclasses.replace(best, name=f"{best.name}, checkpointed", settings=(KEPT, CHECKPOINTED)),
+        Row("reference", "reference", "no"),
+        Row("fdu, frozen outputs kept", "fdu", "no", settings=(KEPT,)),
+        *(dataclasses.replace(row, batch=batch) for batch in BATCHES for row in (reference, best)),
+        dataclasses.replace(best, name=f"{best.name}, compiled", settings=(KEPT, ("compile", True))),
+    ]
+
+
+def train(model: str, plan: Plan) -> None:
+    """All rows of a model, as far as time and memory go."""
+    wanted = rows()
+    if plan.rehearsal:
+        os.environ["FDU_BACKEND"] = "cpu"  # interpreted, the Triton kernels would take most of the time
+        toy = {"precision": "no", "half_weights": False, "steps": TOY_STEPS, "workers": 0}
+        wanted = [dataclasses.replace(row, **toy) for row in (wanted[0], wanted[4])]
+    found: list[dict[str, Any]] = []
+    full: set[str] = set()
+    for number, row in enumerate(wanted):
+        if plan.left() < 4:
+            return plan.keep({"complete": False, "left_out": len(wanted) - number, "rows": found})
+        if row.name not in full:
+            figures = measured(model, row, plan)
+            if "OutOfMemory" in figures.get("error", ""):
+                full.add(row.name)
+            found.append(figures)
+            plan.keep({"complete": False, "left_out": len(wanted) - number - 1, "rows": found})
+    return plan.keep({"complete": True, "left_out": 0, "rows": found})
+
+
+def measured(model: str, row: Row, plan: Plan) -> dict[str, Any]:
+    """One row's figures, or why there are none."""
+    noted: dict[str, Any] = {
+        "model": model, "name": row.name, "loop": row.loop, "precision": row.precision, "batch": row.batch,
+        "kept": KEPT in row.settings,
+    }  # fmt: skip
+    try:
+        figures = measure(
+            row.run, functools.partial(build, model, row, plan), HostMemory() if plan.rehearsal else DeviceMemory()
+        )
+    except (RuntimeError, ValueError) as error:  # out of memory, or what does not run on this device
+        noted["error"] = f"{type(error).__name__}: {error}"[:300]
+    else:
+        noted.update(step_s=figures["wall_step"], peak_mib=figures["peak"])
+        noted["images_per_s"] = row.batch / figures["wall_step"]
+        noted["loss_us"] = loss_us(model, row, plan)
+    gc.collect()
+    if plan.device == "cuda":
+        torch.cuda.empty_cache()
+    return noted
+
+
+def build(model: str, row: Row, plan: Plan) -> DiffusionPipeline:
+    """The pipeline of a row, on the device."""
+    pipeline = MODELS[model](device=plan.device, **(TOY[model] if plan.rehearsal else {}))
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline.to(torch.bfloat16) if row.half_weights else pipeline
+
+
+def loss_us(model: str, row: Row, plan: Plan) -> float:
+    """Microseconds of the loss alone, forward and backward, on outputs of this batch."""
+    shape = (row.batch, *LATENTS[model])
+    predicted, wanted = (torch.randn(shape, device=plan.device) for _ in range(2))
+    leaf = predicted.requires_grad_()
+
+    def run(pred: torch.Tensor, target: torch.Tensor) -> object:
+        return torch.autograd.grad(fk.gaussian_divergence(pred, target), pred)
+
+    return wall_us(run, [(leaf, wanted)], 5, plan.device, repeats=3)
+
+
+def sd15(plan: Plan) -> None:
+    """Stable Diffusion 1.5."""
+    train("sd15", plan)
+
+
+def sdxl(plan: Plan) -> None:
+    """Stable Diffusion XL."""
+    train("sdxl", plan)
