@@ -119,7 +119,7 @@ def measure(plan: Plan, tasks: list[tuple[str, str, Shape]], with_host: bool, ba
             elif cloned and FUSED in name and "cold_us" in row:
                 row["share_of_copy"] = FORMS[form].passes / row["cold_us"] / cloned
             rows.append(row)
-        plan.keep({"complete": False, "left_out": tasks[number + 1 :], "rows": rows})
+            plan.keep({"complete": False, "left_out": tasks[number:], "rows": rows})
         del pairs
     return plan.keep({"complete": True, "left_out": [], "rows": rows})
 

@@ -40,7 +40,7 @@ COMPILED = "test_expectation and bfloat16-90"
 CHILD = "--child"
 SLOWER = 5
 """What a rehearsal may take, of a run's budgets."""
-GRACE = 8.0
+GRACE = 6.0
 """Seconds that a section may go on after its deadline, before it is killed."""
 
 

@@ -87,6 +87,7 @@ def launch_of(
     finally:
         for name, kernel in jitted.items():
             setattr(launch_gaussian, name, kernel)
+    assert launches, "no kernel of launch_gaussian was found"
     return lambda: [launch() for launch in launches]
 
 

@@ -236,10 +236,12 @@ def measure(
     watch = Watch(pipeline.unet, memory)
     memory.forget()
     started = Moment.now()
-    with tempfile.TemporaryDirectory() as folder:
-        losses = (reference if run.loop == "reference" else ours)(run, pipeline, Path(folder))
-    ended = Moment.now()
-    watch.stop()
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            losses = (reference if run.loop == "reference" else ours)(run, pipeline, Path(folder))
+        ended = Moment.now()
+    finally:
+        watch.stop()
     steps = run.shared.max_train_steps
     assert len(losses) == steps == len(watch.steps) and all(map(math.isfinite, losses))
     training = watch.calls[run.sampling_calls][0]
