@@ -11,6 +11,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fdu.evaluation.probes import Probe
+from fdu.progress import silent
 
 JUDGED_SEED = 1000
 """Offset of the seeds of judged images: none that a training used."""
@@ -59,26 +60,21 @@ def draw(
     given = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
     chosen = {name: value for name, value in given.items() if value is not None}
     images = []
-    settings = getattr(pipeline, "_progress_bar_config", {})
-    pipeline.set_progress_bar_config(disable=True)
-    try:
-        with tqdm(total=len(probes) * images_per_class, desc=description, unit="image") as progress:
-            for probe in probes:
-                drawn = []
-                for start in range(0, images_per_class, batch_size):
-                    indices = range(start, min(start + batch_size, images_per_class))
-                    drawn.append(
-                        pipeline(
-                            [probe.prompts[index % len(probe.prompts)] for index in indices],
-                            **chosen,
-                            generator=[torch.Generator().manual_seed(seed + index) for index in indices],
-                            output_type="pt",
-                        )
-                        .images.float()
-                        .cpu()
+    with silent(pipeline), tqdm(total=len(probes) * images_per_class, desc=description, unit="image") as progress:
+        for probe in probes:
+            drawn = []
+            for start in range(0, images_per_class, batch_size):
+                indices = range(start, min(start + batch_size, images_per_class))
+                drawn.append(
+                    pipeline(
+                        [probe.prompts[index % len(probe.prompts)] for index in indices],
+                        **chosen,
+                        generator=[torch.Generator().manual_seed(seed + index) for index in indices],
+                        output_type="pt",
                     )
-                    progress.update(len(indices))
-                images.append(torch.cat(drawn))
-    finally:
-        pipeline._progress_bar_config = settings
+                    .images.float()
+                    .cpu()
+                )
+                progress.update(len(indices))
+            images.append(torch.cat(drawn))
     return Draws(images)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fdu.trainable.base import Trainable
+from fdu.weights.parts import TOKENIZERS
 
 
 class TokenRows(Trainable):
@@ -139,14 +140,6 @@ def own_tokens(
     if not encoders:
         raise ValueError(f"train_method 'token' needs a text encoder, and this {type(pipeline).__name__} has none")
     return {encoder: _ids(pipeline, encoder, names, prompts, kept_prompts) for encoder in encoders}
-
-
-TOKENIZERS = {
-    "text_encoder": "tokenizer",
-    "text_encoder_2": "tokenizer_2",
-    "text_encoder_3": "tokenizer_3",
-}
-"""The tokenizer of each text encoder."""
 
 
 def _ids(

@@ -23,6 +23,7 @@ from torch import Tensor
 import fdu
 from fdu.denoisers import Denoiser
 from fdu.weights import fingerprint
+from fdu.weights.parts import TOKENIZERS
 
 LOGGER = logging.getLogger(__name__)
 KINDS = ("prompts", "latents", "frozen")
@@ -102,8 +103,8 @@ def model_key(denoiser: Denoiser) -> dict[str, Any]:
 
 def token_key(denoiser: Denoiser, prompts: list[str]) -> str:
     """A hash of what the pipeline's tokenizers make of prompts."""
-    names = ("tokenizer", "tokenizer_2", "tokenizer_3")
-    tokenizers = [tokenizer for name in names if (tokenizer := getattr(denoiser.pipeline, name, None)) is not None]
+    found = [getattr(denoiser.pipeline, name, None) for name in TOKENIZERS.values()]
+    tokenizers = [tokenizer for tokenizer in found if tokenizer is not None]
     tokens = [tokenizer(prompts)["input_ids"] for tokenizer in tokenizers]
     return hashlib.sha256(json.dumps(tokens).encode()).hexdigest()
 

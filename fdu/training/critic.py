@@ -68,9 +68,9 @@ class VariationalGame:
     What the critic is shown of an output is its squared deviation from the frozen output at the same x_t, element by
     element, in units of what deviations are at the start. Given x_t, the divergence of two Gaussians is a function of
     these squares (the paper's proposition on closed forms), and what makes the game settle follows: the gradient of the
-    denoiser vanishes with the deviation, whatever the critic of the moment is. With ``sees="output"`` it is shown the
-    outputs alone, as in the paper; it then compares the two distributions over all x_t, and the denoiser keeps circling
-    around the frozen outputs at a distance.
+    denoiser vanishes with the deviation, whatever the critic of the moment is. The paper shows it the outputs alone; it
+    then compares the two distributions over all x_t, and the denoiser keeps circling around the frozen outputs at a
+    distance.
 
     The critic computes in float32, under autocast as well. Among the processes of torch.distributed its gradients are
     averaged, so it is the same in all of them, and every process has to make every ``critic_step``.
@@ -81,7 +81,6 @@ class VariationalGame:
         learning_rate: of the critic's AdamW.
         parametrization: "log_ratio" or "fgan", as in fdu_kernels.variational_divergence; None: "log_ratio", or "fgan"
             where f is piecewise linear, so that A and B have no slope to follow.
-        sees: "deviation" or "output".
         seed: of the critic's weights.
         device: where the outputs are.
 
@@ -95,18 +94,14 @@ class VariationalGame:
         channels: int,
         learning_rate: float = 1e-4,
         parametrization: str | None = None,
-        sees: str = "deviation",
         seed: int = 0,
         device: torch.device | str = "cpu",
     ) -> None:
-        if sees not in ("deviation", "output"):
-            raise ValueError(f'sees must be "deviation" or "output", not {sees!r}')
         divergence = get_divergence(divergence)
         if parametrization is None:
             smooth = divergence.custom is not None or divergence.log_curvature is not None
             parametrization = "log_ratio" if smooth else "fgan"
         self.loss = VariationalDivergenceLoss(divergence, parametrization)
-        self.sees = sees
         # On the CPU, so that the weights do not depend on the device.
         with torch.random.fork_rng(devices=[]), torch.device("cpu"):
             torch.default_generator.manual_seed(seed)
@@ -134,7 +129,7 @@ class VariationalGame:
         """
         predicted, wanted = predicted.detach().float(), wanted.detach().float()
         mask = _full_mask(mask, predicted)
-        if self.sees == "deviation" and self._calls < UNIT_CALLS:
+        if self._calls < UNIT_CALLS:
             self._measure(_relative(predicted - wanted, sigma_scale), mask)
         with torch.enable_grad(), torch.autocast(predicted.device.type, enabled=False):
             shown = [self._show(output, wanted, mask, sigma_scale) for output in (wanted, predicted)]
@@ -169,8 +164,6 @@ class VariationalGame:
         return self.loss.model_loss(ratio, _patch_weight(mask, weight, ratio))
 
     def _show(self, output: Tensor, wanted: Tensor, mask: Tensor, sigma_scale: Tensor | None) -> Tensor:
-        if self.sees == "output":
-            return output * mask
         return _relative(output - wanted, sigma_scale).square() * mask / self._mean_square.clamp(min=1e-20)
 
     @torch.no_grad()
