@@ -216,7 +216,6 @@ def test_deviations_are_seen_in_units_of_their_start_and_of_each_sigma() -> None
     ("settings", "message"),
     [
         ({"divergence": "mse"}, "mse.*no variational form"),
-        ({"sees": "pairs"}, 'sees must be "deviation" or "output"'),
         ({"parametrization": "ratio"}, "parametrization must be"),
     ],
 )
