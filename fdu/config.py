@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -250,6 +251,18 @@ class EraseConfig:
         values = {name: getattr(self, name) for name in self.field_names()}
         lists = {name: list(value) for name, value in values.items() if isinstance(value, tuple)}
         return {**values, **lists, "divergence": str(self.divergence)}
+
+    @classmethod
+    def from_settings(cls, settings: Mapping[str, Any]) -> EraseConfig:
+        """The configuration with these values, by name, and the defaults elsewhere.
+
+        Raises:
+            TypeError: there is no setting of such a name.
+        """
+        unknown = sorted(set(settings) - set(cls.field_names()))
+        if unknown:
+            raise TypeError(f"unknown setting {unknown[0]!r}; the settings are {', '.join(cls.field_names())}")
+        return cls(**settings)
 
     @classmethod
     def field_names(cls) -> tuple[str, ...]:

@@ -173,11 +173,8 @@ def _latent_mask(mask: Tensor | None, latents: Tensor) -> Tensor | None:
 
 def _settle(config: EraseConfig | None, settings: dict[str, Any]) -> EraseConfig:
     """The one configuration that ``config`` or the single settings describe."""
-    unknown = sorted(set(settings) - set(EraseConfig.field_names()))
-    if unknown:
-        raise TypeError(f"unknown setting {unknown[0]!r}; the settings are {', '.join(EraseConfig.field_names())}")
     if config is None:
-        return EraseConfig(**settings)
+        return EraseConfig.from_settings(settings)
     if settings:
         raise TypeError(f"give either config or single settings, not both; got config and {', '.join(settings)}")
     return config

@@ -114,6 +114,11 @@ def test_command_line_entry_point_resolves(wheel: zipfile.ZipFile) -> None:
     assert callable(main)
 
 
+def test_entry_point_for_eval_unlearn(wheel: zipfile.ZipFile) -> None:
+    written = read_metadata(wheel, "entry_points.txt").decode()
+    assert "[eval_unlearn.techniques]\nfdu = fdu.eval_unlearn:Technique\n" in written + "\n"
+
+
 @pytest.mark.parametrize("unwanted", ["torchvision", "torchaudio"])
 def test_nothing_asks_for_packages_that_bring_another_torch(wheel: zipfile.ZipFile, unwanted: str) -> None:
     asked = message_from_bytes(read_metadata(wheel, "METADATA")).get_all("Requires-Dist")
