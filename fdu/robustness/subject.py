@@ -11,6 +11,7 @@ from torch import Tensor
 from fdu.denoisers import Denoiser
 from fdu.denoisers.base import call_default
 from fdu.evaluation import JUDGED_SEED, Probe, draw
+from fdu.progress import silent
 from fdu.robustness.shares import Share
 
 LEARNT_SEED = 3000
@@ -72,16 +73,15 @@ class Conditioned:
 
     def __init__(self, denoiser: Denoiser) -> None:
         self.denoiser = denoiser
-        self._progress_bar_config = getattr(denoiser.pipeline, "_progress_bar_config", {})
 
     def set_progress_bar_config(self, **settings: Any) -> None:
-        """As a pipeline's."""
-        self.denoiser.pipeline.set_progress_bar_config(**settings)
+        """Nothing to set: the pipeline has no bar of its own in a call, and keeps its settings."""
 
     def __call__(self, prompts: Sequence[str], **settings: Any) -> Any:
         """Draw the images of prompts, with settings of the pipeline's call."""
         conditioning = self.denoiser.encode(prompts)
-        return self.denoiser.pipeline(**self.denoiser.call_arguments(conditioning), **settings)
+        with silent(self.denoiser.pipeline):
+            return self.denoiser.pipeline(**self.denoiser.call_arguments(conditioning), **settings)
 
 
 def count(denoiser: Denoiser, probe: Probe, drawing: Drawing) -> Share:

@@ -30,7 +30,7 @@ from fdu.robustness import (
     target_latents,
 )
 from fdu.robustness.shares import wilson
-from fdu.robustness.subject import Conditioned, spaced
+from fdu.robustness.subject import Conditioned, count, spaced
 from fdu.robustness.verdict import judge_robustness
 from fdu.trainable.perturbation import Perturbation
 
@@ -125,6 +125,15 @@ def test_a_conditioning_draws_what_its_prompt_draws(name: str) -> None:
         perturbation.remove()
         assert torch.equal(draw(Conditioned(denoiser)), draw(Conditioned(denoiser)))
         torch.testing.assert_close(draw(Conditioned(denoiser)), plain, rtol=0, atol=1e-4)
+
+
+def test_counting_leaves_the_pipelines_progress_bar_as_it_was(
+    pipeline: StableDiffusionPipeline, capfd: pytest.CaptureFixture[str]
+) -> None:
+    pipeline.set_progress_bar_config(desc="its own")
+    count(denoiser_of(pipeline), THREE, QUICK)
+    assert pipeline._progress_bar_config == {"desc": "its own"}
+    assert "its own" not in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("name", families.FAMILY_NAMES)
