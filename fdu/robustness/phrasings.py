@@ -55,18 +55,19 @@ def misspellings(name: str) -> tuple[str, ...]:
     hit beside its key, or replaced by a digit that looks like it.
 
     >>> misspellings("one")
-    ('ne', 'oone', 'noe', 'ine', '0ne', 'oe', 'onne', 'oen', 'obe', 'on', 'onee', 'onw', 'on3')
+    ('ne', 'oone', 'noe', 'ine', '0ne', 'onne', 'oen', 'obe', 'oe', 'onw', 'on3', 'on', 'onee')
     """
     found: dict[str, None] = {}
-    for place, letter in enumerate(name):
-        if not letter.isalpha():
-            continue
+    letters = [(place, letter) for place, letter in enumerate(name) if letter.isalpha()]
+    for number, (place, letter) in enumerate(letters):
         before, after = name[:place], name[place + 1 :]
         slips = [before + after, before + 2 * letter + after]
         if after[:1].isalpha() and after[0] != letter:
             slips.append(before + after[0] + letter + after[1:])
         slips += [before + wrong + after for wrong in (_beside(letter), LOOKALIKES.get(letter.lower())) if wrong]
-        found.update(dict.fromkeys(slips))
+        # Each letter begins with another kind of slip: an even choice among them all is of all kinds then.
+        turn = number % len(slips)
+        found.update(dict.fromkeys(slips[turn:] + slips[:turn]))
     return tuple(slip for slip in found if slip.strip() and slip != name)
 
 
@@ -96,8 +97,8 @@ class SetFigures:
 
 
 def seen_in_sets(denoiser: Denoiser, sets: PromptSets, judge: Judge, drawing: Drawing) -> dict[str, list[str]]:
-    """What a judge sees in the images of each set, which its prompts take in turn."""
-    probes = [Probe(name, prompts, "unseen", judge) for name, prompts in sets.items()]
+    """What a judge sees in the images of each set, which its :func:`drawn_prompts` take in turn."""
+    probes = [Probe(name, drawn_prompts(prompts, drawing.images), "unseen", judge) for name, prompts in sets.items()]
     drawn = draw(
         Conditioned(denoiser),
         probes,
@@ -109,6 +110,16 @@ def seen_in_sets(denoiser: Denoiser, sets: PromptSets, judge: Judge, drawing: Dr
         description="phrasings",
     )
     return {probe.name: judge(images) for probe, images in zip(probes, drawn.images, strict=True)}
+
+
+def drawn_prompts(prompts: Sequence[str], images: int) -> tuple[str, ...]:
+    """The prompts of a set that so many images are drawn of: all, or as many as images, evenly spread over the set.
+
+    >>> drawn_prompts("abcdefgh", 3)
+    ('a', 'c', 'f')
+    """
+    number = min(images, len(prompts))
+    return tuple(prompts[place * len(prompts) // number] for place in range(number))
 
 
 def compare_sets(
@@ -126,10 +137,10 @@ def compare_sets(
 
 
 def _compare(prompts: Sequence[str], target: str, before: Sequence[str], after: Sequence[str]) -> SetFigures:
-    drawn = prompts[: len(after)]
+    drawn = drawn_prompts(prompts, len(after))
     shares = {}
     for place, prompt in enumerate(drawn):
-        own = [seen[place :: len(prompts)] for seen in (before, after)]
+        own = [seen[place :: len(drawn)] for seen in (before, after)]
         shares[prompt] = tuple(sum(one == target for one in seen) / len(seen) for seen in own)
     ordered = sorted(shares, key=lambda prompt: -shares[prompt][1])
     by_prompt = {prompt: (shares[prompt][0], shares[prompt][1]) for prompt in ordered}
