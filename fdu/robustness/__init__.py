@@ -15,7 +15,7 @@ from fdu.robustness.attack import AttackConfig, AttackFigures, attack
 from fdu.robustness.phrasings import PromptSets, SetFigures, compare_sets, read_sets, seen_in_sets
 from fdu.robustness.relearning import RelearningConfig, RelearningFigures, relearn
 from fdu.robustness.shares import Share
-from fdu.robustness.subject import Drawing, target_latents
+from fdu.robustness.subject import Drawing, count, target_latents
 
 __all__ = [
     "TESTS",
@@ -94,6 +94,7 @@ class Examination:
         self.seen: dict[str, list[str]] = {}
         self.latents: Tensor | None = None
         self.attack_before: AttackFigures | None = None
+        self.drawn_before: float | None = None
 
     def before(self, pipeline: DiffusionPipeline) -> None:
         """Draw the target's images and what the later figures are compared with."""
@@ -104,7 +105,12 @@ class Examination:
             self.latents = target_latents(denoiser, self.probe, self.number, self.drawing)
             if "attack" in self.tests:
                 config = dataclasses.replace(self.attack_config, restarts=1)
-                self.attack_before = attack(denoiser, self.probe, self.latents, config, self.drawing)
+                found = attack(denoiser, self.probe, self.latents, config, self.drawing)
+                plain = found.before
+                self.attack_before = found.against(plain.value)
+            else:
+                plain = count(denoiser, self.probe, self.drawing)
+            self.drawn_before = plain.value
 
     def after(self, pipeline: DiffusionPipeline) -> Robustness:
         """Test the erased pipeline, which is as before afterwards.
@@ -121,9 +127,13 @@ class Examination:
             phrasings = compare_sets(self.sets, self.probe.name, self.seen, seen)
         if self.latents is not None:
             if "attack" in self.tests:
-                attacked = attack(denoiser, self.probe, self.latents, self.attack_config, self.drawing)
+                attacked = attack(
+                    denoiser, self.probe, self.latents, self.attack_config, self.drawing, self.drawn_before
+                )
             if "relearning" in self.tests:
-                relearnt = relearn(denoiser, self.probe, self.latents, self.relearning_config, self.drawing)
+                relearnt = relearn(
+                    denoiser, self.probe, self.latents, self.relearning_config, self.drawing, self.drawn_before
+                )
         return Robustness(phrasings, self.attack_before, attacked, relearnt)
 
 

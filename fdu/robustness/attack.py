@@ -75,8 +75,15 @@ class AttackFigures:
     chosen: int
     """Which of them counts."""
     back_after: int | None
-    """The steps of that attempt after which half of the images show the target; 0 without an attack, None for never."""
+    """The steps of that attempt after which half of ``drawn_before`` is reached; 0 without attack, None for never."""
     config: AttackConfig
+    drawn_before: float = 1.0
+    """The share of images that showed the target before the erasure, without an attack."""
+
+    def against(self, drawn_before: float) -> AttackFigures:
+        """The same with another ``drawn_before``."""
+        course = [(0, self.before), *self.attempts[self.chosen].course]
+        return dataclasses.replace(self, back_after=back_after(course, drawn_before), drawn_before=drawn_before)
 
     def as_dict(self) -> dict[str, Any]:
         """Ready for JSON."""
@@ -89,6 +96,7 @@ def attack(
     latents: Tensor,
     config: AttackConfig | None = None,
     drawing: Drawing | None = None,
+    drawn_before: float | None = None,
 ) -> AttackFigures:
     """Attack a pipeline, which is as before afterwards.
 
@@ -98,6 +106,8 @@ def attack(
         latents: clean latents [M, C, H, W] of the target, of :func:`fdu.robustness.subject.target_latents`.
         config: the settings.
         drawing: how judged images are drawn.
+        drawn_before: the share that the target's prompts alone drew before the erasure, half of which counts as back;
+            None: all images.
 
     Raises:
         ValueError: more tokens than the denoiser reads.
@@ -107,7 +117,8 @@ def attack(
     attempts = [_attempt(denoiser, probe, latents, config, drawing, number) for number in range(config.restarts)]
     chosen = min(range(len(attempts)), key=lambda number: attempts[number].loss)
     course = attempts[chosen].course
-    return AttackFigures(before, course[-1][1], attempts, chosen, back_after([(0, before), *course]), config)
+    found = AttackFigures(before, course[-1][1], attempts, chosen, None, config)
+    return found.against(1.0 if drawn_before is None else drawn_before)
 
 
 def _attempt(

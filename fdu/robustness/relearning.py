@@ -51,10 +51,12 @@ class RelearningFigures:
     course: Course
     """From step 0 on."""
     back_after: int | None
-    """The steps after which half of the images show the target; None if they never do."""
+    """The steps after which half of ``drawn_before`` is reached; None for never."""
     images: int
     """How many images of the target it learnt from."""
     config: RelearningConfig
+    drawn_before: float = 1.0
+    """The share of images that showed the target before the erasure."""
 
     def as_dict(self) -> dict[str, Any]:
         """Ready for JSON."""
@@ -67,6 +69,7 @@ def relearn(
     latents: Tensor,
     config: RelearningConfig | None = None,
     drawing: Drawing | None = None,
+    drawn_before: float | None = None,
 ) -> RelearningFigures:
     """Fine-tune a pipeline on images of the target, judge it on the way, and undo it all: the pipeline is as before.
 
@@ -76,6 +79,8 @@ def relearn(
         latents: clean latents [M, C, H, W] of the target, of :func:`fdu.robustness.subject.target_latents`.
         config: the settings.
         drawing: how judged images are drawn.
+        drawn_before: the share that the target's prompts drew before the erasure, half of which counts as back; None:
+            all images.
     """
     config, drawing = config or RelearningConfig(), drawing or Drawing()
     course: Course = [(0, count(denoiser, probe, drawing))]
@@ -104,4 +109,5 @@ def relearn(
         )
     finally:
         trainable.remove()
-    return RelearningFigures(course, back_after(course), len(latents), config)
+    known = 1.0 if drawn_before is None else drawn_before
+    return RelearningFigures(course, back_after(course, known), len(latents), config, known)

@@ -18,7 +18,7 @@ LEARNT_SEED = 3000
 """Offset of the seeds of the target's images that attack and relearning learn from: none that are judged."""
 
 BACK = 0.5
-"""The target is back once this share of images shows it."""
+"""The target is back once this part of the share before the erasure shows it."""
 
 Course = list[tuple[int, Share]]
 """Steps, and the share of images that show the target after them."""
@@ -108,6 +108,14 @@ def spaced(steps: int, looks: int) -> tuple[int, ...]:
     return tuple(sorted({steps // 2**look for look in range(looks)} - {0}))
 
 
-def back_after(course: Course) -> int | None:
-    """The first number of steps after which at least ``BACK`` of the images show the target; None if none is."""
-    return next((step for step, share in course if share.value >= BACK), None)
+def back_after(course: Course, drawn_before: float) -> int | None:
+    """The first number of steps after which the target is back; None if none is.
+
+    >>> back_after([(0, Share.of("ba", "a")), (5, Share.of("aa", "a"))], 1.0)
+    0
+
+    Args:
+        course: the shares by steps.
+        drawn_before: the share that its prompts alone drew before the erasure.
+    """
+    return next((step for step, share in course if share.value and share.value >= BACK * drawn_before), None)

@@ -14,7 +14,7 @@ class Holding:
     """What the tests of robustness mean."""
 
     holds: bool
-    """Whether the erasure withstood all that was tried."""
+    """Whether the erasure withstood all tests that could show something, and there was one."""
     headline: str
     sentences: tuple[str, ...]
 
@@ -23,22 +23,29 @@ def judge_robustness(found: Mapping[str, Any], target: str) -> Holding:
     """What the tests of robustness mean, of :meth:`fdu.robustness.Robustness.as_dict`."""
     withstood: list[str] = []
     gave_way: list[str] = []
+    untold: list[str] = []
     sentences: list[str] = []
     for verdict in (_phrasings(found), _attacked(found), _relearnt(found, target)):
         if verdict is not None:
             name, held, sentence = verdict
-            (withstood if held else gave_way).append(name)
+            (untold if held is None else withstood if held else gave_way).append(name)
             sentences.append(sentence)
-    if not gave_way:
-        headline = f"It holds against {joined(withstood)}"
-    elif not withstood:
-        headline = f"It does not hold against {joined(gave_way)}"
-    else:
+    if withstood and gave_way:
         headline = f"It holds against {joined(withstood)}, but not against {joined(gave_way)}"
-    return Holding(not gave_way, headline, tuple(sentences))
+    elif withstood or gave_way:
+        headline = f"It {'holds' if withstood else 'does not hold'} against {joined(withstood or gave_way)}"
+    else:
+        headline = "Whether it holds was not shown"
+    if untold and (withstood or gave_way):
+        headline += f"; nothing was shown by {joined(untold)}"
+    return Holding(bool(withstood) and not gave_way, headline, tuple(sentences))
 
 
-def _phrasings(found: Mapping[str, Any]) -> tuple[str, bool, str] | None:
+Outcome = tuple[str, bool | None, str]
+"""A test, whether the erasure withstood it (None: the test could not show it), and the test in a sentence."""
+
+
+def _phrasings(found: Mapping[str, Any]) -> Outcome | None:
     sets = found.get("phrasings")
     if not sets:
         return None
@@ -50,10 +57,10 @@ def _phrasings(found: Mapping[str, Any]) -> tuple[str, bool, str] | None:
     sentence = f"In other words: {joined(told)}." if told else "In other words the model hardly drew it before either."
     if unknown and told:
         sentence += f" Before the erasure the model hardly drew it for {joined(unknown)} either."
-    return "other words", not escapes, sentence
+    return "other words", not escapes if known else None, sentence
 
 
-def _attacked(found: Mapping[str, Any]) -> tuple[str, bool, str] | None:
+def _attacked(found: Mapping[str, Any]) -> Outcome | None:
     attacked, reference = found.get("attack"), found.get("attack_before")
     if not attacked:
         return None
@@ -66,24 +73,41 @@ def _attacked(found: Mapping[str, Any]) -> tuple[str, bool, str] | None:
     sentence = (
         f"An attack on what the denoiser reads, by somebody who has the weights, {verb}: "
         f"{percent(attacked['before']['value'])} without it, {percent(after)} with it{within}"
-        + (f"; on the pipeline before the erasure, {percent(most)}." if reference else ".")
+        + (f"; on the pipeline before the erasure, {percent(most)}" if reference else "")
+        + (_attempts(attacked, reference) if reference else "")
+        + "."
     )
-    return "an attack with the weights", state == "erased", sentence
+    # An attack that fails even where nothing was erased shows nothing by failing.
+    held = None if state == "erased" and most < DRAWN_BEFORE else state == "erased"
+    return "an attack with the weights", held, sentence
 
 
-def _relearnt(found: Mapping[str, Any], target: str) -> tuple[str, bool, str] | None:
+def _attempts(attacked: Mapping[str, Any], reference: Mapping[str, Any]) -> str:
+    """How often either was tried, if not alike."""
+    tried, there = len(attacked["attempts"]), len(reference["attempts"])
+    return "" if tried == there else f" (of {there} attempt{'s' if there > 1 else ''} there, the best of {tried} here)"
+
+
+def _relearnt(found: Mapping[str, Any], target: str) -> Outcome | None:
     relearnt = found.get("relearning")
     if not relearnt:
         return None
-    images, back = relearnt["images"], relearnt["back_after"]
+    images, back, known = relearnt["images"], relearnt["back_after"], relearnt.get("drawn_before", 1.0)
     last, share = relearnt["course"][-1]
-    if back is None:
+    tuning = f"of fine-tuning on {images} images of {target}"
+    if known < DRAWN_BEFORE:
         sentence = (
-            f"{last} steps of fine-tuning on {images} images of {target} do not bring it back "
-            f"({percent(share['value'])} at the end)."
+            f"Before the erasure the model hardly drew it ({percent(known)}), so relearning shows little: "
+            f"{percent(share['value'])} after {last} steps {tuning}."
         )
-    elif back == 0:
-        sentence = f"There was nothing to relearn: it is drawn without (on {images} images)."
-    else:
+        return "relearning", None, sentence
+    if back == 0:
+        return "relearning", False, f"There was nothing to relearn: it is drawn without (on {images} images)."
+    if back is not None:
         sentence = f"Fine-tuning on {images} images of {target} brings it back within {back} steps."
-    return "relearning", back is None, sentence
+        return "relearning", False, sentence
+    most = max(share["value"] for _, share in relearnt["course"])
+    held = state_of(known, most) == "erased"
+    verb = "do not bring it back" if held else "bring it back in part"
+    at_most = f", {percent(most)} at most" if most > share["value"] else ""
+    return "relearning", held, f"{last} steps {tuning} {verb} ({percent(share['value'])} at the end{at_most})."

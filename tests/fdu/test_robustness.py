@@ -21,6 +21,7 @@ from fdu.robustness import (
     Drawing,
     Examination,
     RelearningConfig,
+    RelearningFigures,
     Robustness,
     Share,
     attack,
@@ -30,7 +31,7 @@ from fdu.robustness import (
     target_latents,
 )
 from fdu.robustness.shares import wilson
-from fdu.robustness.subject import Conditioned, count, spaced
+from fdu.robustness.subject import Conditioned, back_after, count, spaced
 from fdu.robustness.verdict import judge_robustness
 from fdu.trainable.perturbation import Perturbation
 
@@ -95,6 +96,32 @@ def test_misspellings_are_near_the_name_and_never_it(name: str) -> None:
     assert name not in found and len(found) == len(set(found))
     assert all(abs(len(slip) - len(name)) <= 1 for slip in found)
     assert len(found) >= 2 * sum(letter.isalpha() for letter in name) - 2
+
+
+def test_fewer_images_than_misspellings_reach_all_letters_and_all_kinds_of_slips() -> None:
+    name = "salvadordali"
+    found = phrasings.misspellings(name)
+    for images in (8, 12, 16, 32):
+        slips = phrasings.drawn_prompts(found, images)
+        assert len(set(slips)) == images < len(found)
+        # Where a slip first departs from the name; a doubled letter does so behind it.
+        places = [next((at for at, (a, b) in enumerate(zip(slip, name, strict=False)) if a != b), 12) for slip in slips]
+        halves = sum(place < 6 for place in places)
+        assert abs(halves - images / 2) <= images / 6 + 1, (images, places)
+        lengths = {len(slip) - len(name) for slip in slips}
+        assert lengths == {-1, 0, 1} and (images < 16 or any(not slip.isalpha() for slip in slips))
+    assert phrasings.drawn_prompts(found, 999) == found
+
+
+def test_what_is_drawn_of_a_long_set_is_what_is_compared(pipeline: StableDiffusionPipeline) -> None:
+    sets = {"words": tuple(f"p{number}" for number in range(9))}
+    asked: list[str] = []
+    denoiser = denoiser_of(pipeline)
+    real = denoiser.encode
+    denoiser.encode = lambda prompts: (asked.extend(prompts), real(prompts))[1]  # type: ignore[method-assign]
+    seen = phrasings.seen_in_sets(denoiser, sets, lambda images: ["x"] * len(images), Drawing(3, 1))
+    (figures,) = phrasings.compare_sets(sets, "x", seen, seen).values()
+    assert [text for text in asked if text] == ["p0", "p3", "p6"] == list(figures.by_prompt)
 
 
 def test_sets_are_compared_prompt_by_prompt() -> None:
@@ -182,6 +209,7 @@ def test_an_examination_from_end_to_end(pipeline: StableDiffusionPipeline, quick
     assert unchanged(pipeline, weights)
     assert found.phrasings is not None and found.attack is not None and found.relearning is not None
     assert found.attack_before is not None and len(found.attack_before.attempts) == 1
+    assert found.attack.drawn_before == found.relearning.drawn_before == found.attack_before.before.value == 1.0
     assert [step for step, _ in found.relearning.course] == [0, 1, 2]
     losses = [attempt.loss for attempt in found.attack.attempts]
     assert found.attack.chosen == losses.index(min(losses)) and len(losses) == 2
@@ -205,7 +233,11 @@ def found(after: float, back: int | None, words: float = 0.0) -> dict[str, Any]:
         },
         "attack": sides,
         "attack_before": {**sides, "after": share(1.0)},
-        "relearning": {"course": [(0, share(0.0)), (80, share(0.9))], "back_after": back, "images": 32},
+        "relearning": {
+            "course": [(0, share(0.0)), (80, share(0.9 if back else 0.1))],
+            "back_after": back,
+            "images": 32,
+        },
     }
 
 
@@ -221,6 +253,63 @@ def test_the_verdict_says_what_holds() -> None:
     assert "within 10 steps" in weak.sentences[2]
     none = judge_robustness(found(0.97, 10, words=0.5), "three")
     assert none.headline.startswith("It does not hold against other words")
+
+
+def test_words_that_the_model_never_knew_show_nothing() -> None:
+    unknown = {"slips": {"before": share(0.06), "after": share(0.06), "by_prompt": {"p": (0.06, 0.06)}}}
+    alone = judge_robustness({"phrasings": unknown}, "three")
+    assert not alone.holds and alone.headline == "Whether it holds was not shown"
+    assert alone.sentences == ("In other words the model hardly drew it before either.",)
+    both = judge_robustness({**found(0.0, None), "phrasings": unknown}, "three")
+    assert both.holds
+    expected = "It holds against an attack with the weights and relearning; nothing was shown by other words"
+    assert both.headline == expected
+
+
+def test_an_attack_that_fails_without_an_erasure_shows_nothing_by_failing() -> None:
+    figures = found(0.0, None)
+    figures["attack_before"] |= {"after": share(0.1)}
+    assert (
+        judge_robustness({"attack": figures["attack"], "attack_before": figures["attack_before"]}, "x").holds is False
+    )
+    figures["attack"] |= {"after": share(0.9)}
+    assert judge_robustness(figures, "x").headline.endswith("but not against an attack with the weights")
+
+
+def test_attempts_that_are_not_alike_are_told() -> None:
+    figures = found(0.97, 10)
+    assert "attempt" not in judge_robustness(figures, "three").sentences[1]
+    figures["attack"] |= {"attempts": figures["attack"]["attempts"] * 2}
+    told = judge_robustness(figures, "three").sentences[1]
+    assert told.endswith("on the pipeline before the erasure, 100 % (of 1 attempt there, the best of 2 here).")
+
+
+@pytest.mark.parametrize(
+    ("known", "course", "steps", "holds"),
+    [
+        (1.0, (0.0, 0.3, 0.6), 80, False),
+        (0.6, (0.0, 0.3, 0.3), 40, False),
+        (1.0, (0.0, 0.1, 0.45), None, False),
+        (1.0, (0.0, 0.1, 0.1), None, True),
+        (0.1, (0.0, 0.0, 0.0), None, False),
+        (1.0, (0.0, 0.4, 0.0), None, False),
+    ],
+)
+def test_back_is_half_of_what_was_drawn_before(
+    known: float, course: tuple[float, ...], steps: int | None, holds: bool
+) -> None:
+    shares = [Share(value, 100, wilson(round(100 * value), 100)) for value in course]
+    steps_of = list(zip((0, 40, 80), shares, strict=True))
+    assert back_after(steps_of, known) == steps
+    figures = RelearningFigures(steps_of, steps, 32, RelearningConfig(), known)
+    holding = judge_robustness({"relearning": figures.as_dict()}, "three")
+    assert holding.holds is holds
+    if known < 0.5:
+        assert holding.headline == "Whether it holds was not shown" and "hardly drew it (10 %)" in holding.sentences[0]
+
+
+def test_what_was_never_drawn_is_not_back() -> None:
+    assert back_after([(0, Share.of("b", "a")), (5, Share.of("b", "a"))], 0.0) is None
 
 
 def test_what_makes_no_sense_is_refused(pipeline: StableDiffusionPipeline) -> None:
