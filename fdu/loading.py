@@ -22,7 +22,9 @@ HUB_PIPELINE = 6 << 30
 """Bytes taken for a pipeline that is not here yet; Stable Diffusion 1.5 takes 5.5 GB in float32."""
 RECORD_KEYS: dict[str, tuple[type, ...]] = {
     "target.name": (str,),
+    "target.prompts": (list, tuple),
     "anchor.name": (str,),
+    "anchor.prompts": (list, tuple),
     "config.divergence": (str,),
     "config.max_train_steps": (int,),
     "config.seed": (int,),

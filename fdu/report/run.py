@@ -16,9 +16,13 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
-from fdu.evaluation import Draws, Evaluation, Figures, Probe
+from fdu.evaluation import Draws, Evaluation, Group, Probe, Role
+from fdu.evaluation.probes import check_probes
+from fdu.loading import RECORD_KEYS
 from fdu.output import METRICS_FILE, METRICS_KEYS, RECORD_FILE, write_json
 from fdu.pictures import strip
+from fdu.report.reading import restored
+from fdu.robustness import Robustness
 from fdu.versions import versions
 
 IMAGES_FOLDER = "images"
@@ -129,26 +133,29 @@ class Run:
 
         Raises:
             FileNotFoundError: no evaluation lies there, or images are missing.
-            ValueError: the metrics cannot be read, or were written by another version of fdu.
+            ValueError: metrics or images cannot be read, do not fit together, or are of another version of fdu.
         """
         folder = Path(folder)
         metrics = _metrics(folder)
         try:
+            evaluation = restored(Evaluation, metrics, "metrics")
+            told = restored(_Told, metrics, "metrics")
+            _check_record(told.record)
+            probes = [Probe(one.name, one.prompts, one.role, _cannot_judge, one.group) for one in told.probes]
+            check_probes(probes)
+            _check_counts(evaluation, told.probes)
             run = cls(
-                evaluation=_evaluation(metrics),
-                probes=[
-                    Probe(one["name"], tuple(one["prompts"]), one["role"], _cannot_judge, one["group"])
-                    for one in metrics["probes"]
-                ],
+                evaluation=evaluation,
+                probes=probes,
                 images={side: [] for side in SIDES},
-                seen={side: [list(one["seen"][side]) for one in metrics["probes"]] for side in SIDES},
-                robustness=metrics.get("robustness"),
-                record=metrics["record"],
-                command=metrics["command"],
-                device=metrics["device"],
-                notes=tuple(metrics["notes"]),
+                seen={side: [one.seen[side] for one in told.probes] for side in SIDES},
+                robustness=told.robustness.as_dict() if told.robustness else None,
+                record=told.record,
+                command=told.command,
+                device=told.device,
+                notes=told.notes,
             )
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, ValueError) as error:
             raise ValueError(
                 f"{str(folder / METRICS_FILE)!r} is not what this version of fdu writes ({error}); evaluate anew"
             ) from error
@@ -207,10 +214,76 @@ def _metrics(folder: Path) -> dict[str, Any]:
     return metrics
 
 
-def _evaluation(metrics: Mapping[str, Any]) -> Evaluation:
-    given: dict[str, Any] = {side: Figures(**metrics[side]) for side in SIDES}
-    names = [field.name for field in dataclasses.fields(Evaluation) if field.name not in SIDES]
-    return Evaluation(**given, **{name: metrics[name] for name in names if name in metrics})
+@dataclasses.dataclass(frozen=True)
+class _Class:
+    """One probe, as the metrics tell it."""
+
+    name: str
+    role: Role
+    group: Group
+    prompts: tuple[str, ...]
+    seen: dict[str, list[str]]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Told:
+    """What the metrics hold beside the evaluation."""
+
+    probes: list[_Class]
+    record: dict[str, Any] | None
+    command: str
+    device: str
+    notes: tuple[str, ...]
+    robustness: Robustness | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Course:
+    """What the page takes of a record beside RECORD_KEYS."""
+
+    history: dict[str, list[float]]
+    versions: dict[str, str]
+    command: str = ""
+    fingerprint: str = ""
+
+
+def _check_record(record: Mapping[str, Any] | None) -> None:
+    if record is None:
+        return
+    for key, types in RECORD_KEYS.items():
+        entry: Any = record
+        for name in key.split("."):
+            entry = entry.get(name) if isinstance(entry, dict) else None
+        if not isinstance(entry, types):
+            raise ValueError(f"metrics.record.{key} is missing or wrong")
+    restored(_Course, record, "metrics.record")
+
+
+def _check_counts(evaluation: Evaluation, probes: Sequence[_Class]) -> None:
+    """Refuse figures and probes that do not belong together, and shares that are none."""
+    shown = min(SHOWN, evaluation.images_per_class)
+    for one in probes:
+        counts = [len(one.seen.get(side, ())) for side in SIDES]
+        if shown < 1 or counts != [shown] * len(SIDES):
+            raise ValueError(f"the judge's words for {one.name!r} must be {shown} before and after, got {counts}")
+    sides = (evaluation.before, evaluation.after)
+    for side in sides:
+        several = [
+            share for one in (side.per_class, side.target_became, side.retained_by_group) for share in one.values()
+        ]
+        single = (side.target_accuracy, side.unseen_accuracy, side.retained_accuracy, side.cross_domain_accuracy)
+        shares = [*several, *(share for share in single if share is not None)]
+        if not all(0 <= share <= 1 for share in shares):
+            raise ValueError("a share is not in [0, 1]")
+        lacking = {one.name for one in probes if one.role != "unseen"} | {side.worst_retained_class}
+        if not side.per_class.keys() >= lacking:
+            raise ValueError(f"per_class lacks {sorted(lacking - side.per_class.keys())[0]!r}")
+    roles = {one.role for one in probes}
+    for role, figure in (("unseen", "unseen_accuracy"), ("cross_domain", "cross_domain_accuracy")):
+        if any((getattr(side, figure) is not None) != (role in roles) for side in sides):
+            raise ValueError(f"{figure} does not fit the probes")
+    if sides[0].retained_by_group.keys() != sides[1].retained_by_group.keys():
+        raise ValueError("retained_by_group does not hold the same before and after")
 
 
 def _reduced(images: Tensor) -> Tensor:
@@ -230,6 +303,11 @@ def _cut(path: Path, count: int) -> Tensor:
     """The images [count, 3, H, W] in [0, 1] of a strip."""
     if not path.is_file():
         raise FileNotFoundError(f"{str(path)!r} is missing, which the report shows; evaluate anew")
-    with Image.open(path) as picture:
-        pixels = torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1).float() / 255
+    try:
+        with Image.open(path) as picture:
+            if picture.width % count or picture.height > KEPT_HEIGHT:
+                raise ValueError(f"{picture.width} x {picture.height} pixels for {count} images")
+            pixels = torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1).float() / 255
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{str(path)!r} is not the strip of images that fdu wrote ({error}); evaluate anew") from error
     return torch.stack(pixels.chunk(count, dim=2))

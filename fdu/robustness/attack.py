@@ -80,6 +80,10 @@ class AttackFigures:
     drawn_before: float = 1.0
     """The share of images that showed the target before the erasure, without an attack."""
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.chosen < len(self.attempts):
+            raise ValueError(f"chosen must be one of {len(self.attempts)} attempts, got {self.chosen}")
+
     def against(self, drawn_before: float) -> AttackFigures:
         """The same with another ``drawn_before``."""
         course = [(0, self.before), *self.attempts[self.chosen].course]

@@ -91,6 +91,10 @@ class SetFigures:
     by_prompt: dict[str, tuple[float, float]]
     """The shares before and after of every prompt that was drawn, those that still draw the target most first."""
 
+    def __post_init__(self) -> None:
+        if not self.by_prompt:
+            raise ValueError("by_prompt must hold at least one prompt")
+
     def as_dict(self) -> dict[str, Any]:
         """Ready for JSON."""
         return dataclasses.asdict(self)

@@ -58,6 +58,10 @@ class RelearningFigures:
     drawn_before: float = 1.0
     """The share of images that showed the target before the erasure."""
 
+    def __post_init__(self) -> None:
+        if not self.course:
+            raise ValueError("course must begin with what was drawn at step 0")
+
     def as_dict(self) -> dict[str, Any]:
         """Ready for JSON."""
         return dataclasses.asdict(self)

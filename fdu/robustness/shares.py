@@ -21,6 +21,10 @@ class Share:
     interval: tuple[float, float]
     """The 95 % interval of Wilson (1927), which also holds near 0 and 1."""
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.value <= 1:
+            raise ValueError(f"a share must be in [0, 1], got {self.value!r}")
+
     @classmethod
     def of(cls, seen: Sequence[str], name: str) -> Share:
         """The share of ``name`` among what a judge saw.

@@ -24,8 +24,8 @@ from fdu.output import RECORD_FILE, SMALL_RESULT
 from fdu.weights import LORA_FILE
 
 RECORD: dict[str, Any] = {
-    "target": {"name": "three"},
-    "anchor": {"name": "eight"},
+    "target": {"name": "three", "prompts": ["three"]},
+    "anchor": {"name": "eight", "prompts": ["eight"]},
     "config": {"divergence": "kl", "max_train_steps": 3, "seed": 0},
     "sigma": 0.1,
     "seconds": 1.5,

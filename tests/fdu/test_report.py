@@ -285,7 +285,7 @@ def test_a_run_keeps_what_a_png_can_hold(tmp_path: Path) -> None:
     for side in ("before", "after"):
         for one, other in zip(run.images[side], again.images[side], strict=True):
             torch.testing.assert_close(one, other, rtol=0, atol=1e-6)
-    assert again.metrics() == json.loads((tmp_path / "run/metrics.json").read_text())
+    assert json.loads(json.dumps(again.metrics())) == json.loads((tmp_path / "run/metrics.json").read_text())
 
 
 def test_folders_of_which_no_report_can_be_made(tmp_path: Path) -> None:
@@ -315,6 +315,66 @@ def test_folders_of_which_no_report_can_be_made(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="00-target-three-before.png' is missing"):
         make_report(folder)
     assert not (folder / "report.html").exists()
+
+
+def spoilt(metrics: dict[str, Any], place: str, value: Any) -> None:
+    *path, last = (int(name) if name.isdigit() else name for name in place.split("/"))
+    for name in path:
+        metrics = metrics[name]
+    metrics[last] = value
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "message"),
+    [
+        ("probes/1/group", "far", r"probes\[1\]\.group is none of near, generic, unrelated: 'far'"),
+        ("probes/1/role", "x", r"probes\[1\]\.role is none of"),
+        ("probes/1/seen/after", [], r"for 'eight' must be 8 before and after, got \[8, 0\]"),
+        ("probes/1/seen/after", ["eight"] * 5, r"must be 8 before and after, got \[8, 5\]"),
+        ("probes/1/name", "ninety", "per_class lacks 'ninety'"),
+        ("probes", [], "exactly one with role 'target'"),
+        ("images_per_class", 0, "must be 0 before and after"),
+        ("after/target_became", {"three": "<b>x"}, r"after\.target_became\.three is wrong: '<b>x'"),
+        ("after/target_accuracy", None, r"a share is not in \[0, 1\]"),
+        ("after/per_class/eight", 7, r"a share is not in \[0, 1\]"),
+        ("after/intervals", {"target_accuracy": [0]}, "must hold 2 entries, got 1"),
+        ("after/retained_by_group", {}, "retained_by_group does not hold the same"),
+        ("after/cross_domain_accuracy", 0.5, "cross_domain_accuracy does not fit the probes"),
+        ("before", 3, "before is wrong: 3"),
+        ("record", {"anchor": {"name": "a"}}, r"record\.target\.name is missing or wrong"),
+        ("record/history", {"loss": 3}, r"record\.history\.loss is wrong: 3"),
+        ("record/target/prompts", None, r"record\.target\.prompts is missing or wrong"),
+        ("notes", [3], r"notes\[0\] is wrong: 3"),
+        ("robustness/relearning/course", [], "course must begin"),
+        ("robustness/attack/chosen", 2, "chosen must be one of 2 attempts"),
+        ("robustness/attack/config/tokens", 0, "tokens must be a whole number"),
+        ("robustness/phrasings/slips/by_prompt", {}, "by_prompt must hold"),
+        ("robustness/phrasings/slips/after/value", "1", r"slips\.after\.value is wrong: '1'"),
+        ("robustness/phrasings/slips/after/value", 2, r"a share must be in \[0, 1\], got 2"),
+    ],
+)
+def test_metrics_of_others_are_refused_by_their_place(tmp_path: Path, place: str, value: Any, message: str) -> None:
+    folder = make_run(tmp_path / "run", robustness=found(0.2))
+    metrics = json.loads((folder / "metrics.json").read_text())
+    spoilt(metrics, place, value)
+    (folder / "metrics.json").write_text(json.dumps(metrics))
+    with pytest.raises(ValueError, match=r"metrics\.json' is not what this version of fdu writes \(.*" + message):
+        make_report(folder)
+    assert not (folder / "report.html").exists()
+
+
+@pytest.mark.parametrize("kind", ["bomb", "text", "uneven", "tall"])
+def test_images_of_others_are_refused(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = make_run(tmp_path / "run")
+    path = folder / "images/00-target-three-before.png"
+    if kind == "text":
+        path.write_text("no picture")
+    elif kind == "bomb":
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    else:
+        Image.new("RGB", (8 * 16, 300) if kind == "tall" else (8 * 16 + 1, 16)).save(path)
+    with pytest.raises(ValueError, match="is not the strip of images that fdu wrote"):
+        make_report(folder)
 
 
 def test_groups_have_headings_of_their_own(tmp_path: Path) -> None:
