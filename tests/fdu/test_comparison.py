@@ -171,6 +171,22 @@ def test_a_stop_loses_one_run_and_a_loss_that_is_not_finite_its_candidate(
     assert len(told) == 1
 
 
+def test_without_a_cache_the_images_before_are_still_those_of_the_model_as_it_is(made: Path, tmp_path: Path) -> None:
+    """A run that is gone on with elsewhere, from the records alone."""
+    run = PLAN.runs()[1]
+    (tmp_path / "runs").mkdir()
+    for path in (made / "runs").iterdir():
+        if path.stem != run.name:
+            (tmp_path / "runs" / path.name).write_bytes(path.read_bytes())
+    told: list[str] = []
+    make_runs(PLAN, tmp_path / "runs", tmp_path / "cache", tell=told.append)
+    assert told == [f"1/1 {run.name}"]
+    again, first = (json.loads((folder / "runs" / f"{run.name}.json").read_text()) for folder in (tmp_path, made))
+    assert again["judged"] == first["judged"]
+    (kept,), (true,) = ((folder / "cache").glob("before-*") for folder in (tmp_path, made))
+    assert kept.name == true.name and kept.read_bytes() == true.read_bytes()
+
+
 @pytest.mark.slow
 def test_processes_make_what_one_makes(made: Path, tmp_path: Path) -> None:
     make_runs(PLAN, tmp_path, tmp_path / "cache", workers=2, tell=lambda line: None)
