@@ -81,7 +81,7 @@ def recommend(sample: Sample, prefer: Preference, before: Mapping[str, float] | 
     others = tuple(candidates[place] for place in alike if place != chosen)
     undrawn = {target: share for target, share in (before or {}).items() if share < DRAWN_BEFORE}
     few = min(sample.images["erased"], sample.images["retained"]) < FEWEST_TO_TELL
-    certain = certain and erased[chosen] >= HARDLY and len(candidates) > 1 and not undrawn and not few
+    certain = certain and bool(erased[chosen] >= HARDLY) and len(candidates) > 1 and not undrawn and not few
     if undrawn:
         headline = f"Nothing to recommend: before the erasure {_undrawn(undrawn)}"
     elif few and len(candidates) > 1 and erased[chosen] >= HARDLY:

@@ -383,7 +383,6 @@ def test_the_erasure_to_make_is_the_one_that_was_run(tmp_path: Path, monkeypatch
     ]
     compare = parse([*words, "--preservation_prompts", "a cat", "two dogs", "--gradient_checkpointing"])
     assert isinstance(compare, Compare)
-    compare.prepare("")
     base, candidate = compare.settings.checked(), {"divergence": "alpha:0.3", "s0": 1.23456789}
     line = shlex.split(compare._erase_command({**base.as_dict(), **candidate}, candidate))
     erase = parse(line[1:])
