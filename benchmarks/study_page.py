@@ -60,6 +60,7 @@ def page(main: Results, games: Results | None, suites: Mapping[str, Comparison])
         made=f"all {total}" if made == total else f"{made} of {total}",
         device=conditions["device"],
         core_seconds=main.core_seconds,
+        mixed=f" {main.mixed_note}" if main.mixed else "",
         versions=", ".join(f"{name} {version}" for name, version in conditions["versions"].items() if name != "fdu"),
         pairs=", ".join(f"{target} to {anchor}" for target, anchor in comparison.pairs),
         steps=config.max_train_steps,
@@ -165,7 +166,7 @@ step a critic learns alone for as many steps as the defaults say; these are not 
 PAGE = """# Divergences against each other, and the paper's claims
 
 Made by `python benchmarks/study.py` ({made} runs; the raw figures are in `benchmarks/results/study/`).
-{device}; {versions}. A run costs {core_seconds:.0f} seconds of one core, most of them for judging.
+{device}; {versions}. A run costs {core_seconds:.0f} seconds of one core, most of them for judging.{mixed}
 
 On the embedded pipeline, {pairs}: {steps} steps of {batch} samples, learning rate {learning_rate}, {seeds} seeds,
 without preservation. With the defaults every divergence erases these concepts and keeps the rest
@@ -173,10 +174,10 @@ without preservation. With the defaults every divergence erases these concepts a
 Judged are {images_of_target} images of the target in phrasings of the training and as many in others, and {images} of
 each other class, {inference_steps} steps each, by a classifier that never saw the generator.{compared}
 
-Figures are in percent, with 95 % intervals of a bootstrap over seeds and images that resamples all candidates alike, as
-they share both. *Erased*: images of the target that do not show it. *Retained*: images of the other classes that show
-what was asked for. *Change*: mean absolute difference of these images to those before, of the pixel range; it shows
-harm long before the judge does. Three seeds are few: intervals over seeds are rough.
+Figures are in percent, with 95 % intervals over seeds (Student's t) and images (bootstrap) that resample all candidates
+alike, as they share both. *Erased*: images of the target that do not show it. *Retained*: images of the other classes
+that show what was asked for. *Change*: mean absolute difference of these images to those before, of the pixel range; it
+shows harm long before the judge does. Three seeds are few, so that the intervals are wide.
 
 The text embeddings of this pipeline are nearly orthogonal, those of a real CLIP are not: what holds here need not hold
 for Stable Diffusion, and what is not seen here may be seen there.

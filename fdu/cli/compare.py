@@ -6,14 +6,14 @@ import dataclasses
 import os
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from tyro.conf import Fixed, OmitArgPrefixes, Positional, Suppress
 
 from fdu.cli.evaluate import EMBEDDED_DRAWS, OTHER_DRAWS
-from fdu.cli.settings import Settings, check_images
+from fdu.cli.settings import Settings
 from fdu.config import EraseConfig
 from fdu.loading import Dtype, check_dtype, check_encoder, check_model, choose_device, is_embedded
 
@@ -74,7 +74,7 @@ class Compare:
     prefer: Literal["preservation", "balanced", "erasure"] = "balanced"
     """What to recommend for; the page has all three."""
     images_per_class: int = 32
-    """Images that the judge sees of every class."""
+    """Images that the judge sees of every class, at least 2; fewer than 6 of the target decide nothing."""
     prompts: str | None = None
     """What to draw, as for `fdu evaluate`: a concept set of the package or a .txt file of that form; not given, the set
     of the target's name, else the prompts of the training and everyday subjects. The embedded pipeline has its own."""
@@ -104,7 +104,6 @@ class Compare:
         check_model(self.model)
         if self.judge is not None:
             check_encoder(self.judge)
-        check_images(self.images_per_class)
         if self.seeds < 1:
             raise ValueError(f"seeds must be >= 1, got {self.seeds}")
         if self.workers is not None and self.workers < 1:
@@ -147,11 +146,13 @@ class Compare:
                 raise
             results = read_results(comparison, self.out / RUNS)
             chosen = results.recommendations[self.prefer]
-            again = _erase_command(self.model, self.target, self.anchor, base, chosen.candidate.settings)
+            again = self._erase_command({**base.as_dict(), **chosen.candidate.settings}, chosen.candidate.settings)
             notes = demo.NOTES if is_embedded(self.model) else demo.CLIP_NOTES
             write_page(self.out, results, self.prefer, alike, command, again, notes)
             write_record(self.out, comparison, command, describe(results))
             print(f"\n{table(results.standings, alike)}\n{chosen.headline}. {' '.join(chosen.sentences)}")
+            if results.mixed:
+                print(results.mixed_note)
             print(f"\npage     {self.out / PAGE}\nto make it: {again}")
 
         return work
@@ -165,18 +166,22 @@ class Compare:
                 raise ValueError(f"judged_{name.removeprefix('num_')} must be > 0, got {value}")
         return {**(EMBEDDED_DRAWS if is_embedded(self.model) else OTHER_DRAWS), **given}
 
+    def _erase_command(self, settings: Mapping[str, Any], always: Collection[str]) -> str:
+        """The command line of an erasure as the runs made it: what ``always`` names, and what is not the default."""
+        words = ["fdu", "erase", self.model, "--target", self.target, "--anchor", self.anchor]
+        defaults = EraseConfig().as_dict()
+        for name, value in settings.items():
+            if name in always or value != defaults[name]:
+                values = value if isinstance(value, (list, tuple)) else [] if value is True else [value]
+                words += [f"--{name}", *map(str, values)]
+        if self.concept_type != "object":
+            words += ["--concept_type", self.concept_type]
+        if self.dtype != "auto":
+            words += ["--dtype", self.dtype]
+        # Always: the two commands need not have one default, nor auto find the same device twice.
+        return shlex.join([*words, "--device", choose_device(self.device), "--out", "erased"])
+
 
 def _cores() -> int:
     """The cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _erase_command(model: str, target: str, anchor: str, base: EraseConfig, chosen: dict[str, Any]) -> str:
-    """The command line of the recommended erasure, with all settings that are not the defaults."""
-    words = ["fdu", "erase", model, "--target", target, "--anchor", anchor]
-    defaults = EraseConfig().as_dict()
-    for name, value in {**base.as_dict(), **chosen}.items():
-        if name in chosen or value != defaults[name]:
-            values = value if isinstance(value, (list, tuple)) else [] if value is True else [value]
-            words += [f"--{name}", *(f"{one:g}" if isinstance(one, float) else str(one) for one in values)]
-    return shlex.join([*words, "--out", "erased"])

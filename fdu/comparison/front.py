@@ -8,12 +8,14 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from fdu.comparison.plan import Candidate
+from fdu.comparison.plan import FEWEST_IMAGES, Candidate
 from fdu.comparison.subject import Judged
 
 LEVEL = 0.95
 """Of all intervals."""
 RESAMPLES = 2000
+DIGITS = 12
+"""Of figures; the rest is rounding."""
 FIGURES = ("erased", "retained", "change")
 TARGET_ROLES = ("target", "unseen")
 
@@ -56,17 +58,26 @@ class Standing:
 class Sample:
     """All figures of candidates that were run on the same targets with the same seeds, and their resamples.
 
-    A resample draws seeds, and images of every class, with replacement, the same for every candidate: they share seeds
-    and noise, so differences between candidates are more certain than the figures are. Of n seeds it draws n - 1,
-    which is what makes the spread of a mean of few right (McCarthy and Snowden, The bootstrap and finite population
-    sampling, 1985); one seed says nothing of the spread over seeds.
+    A resample is the figure plus two deviations from it, the same for every candidate: they share seeds and noise, so
+    differences between candidates are more certain than the figures are.
+
+    - Over images, a bootstrap of each class. Of n images it draws n - 1, which makes the spread of a mean right
+      (McCarthy and Snowden, The bootstrap and finite population sampling, 1985).
+    - Over seeds, of which there are few, Student's t with n - 1 degrees of freedom, times the standard error of the
+      seeds' mean: percentiles of a bootstrap of three lie within the three and cover less than 80 %. One seed says
+      nothing of the spread over seeds.
+
+    What is a matter of one seed and one image adds to both, so that intervals are rather too wide than too narrow
+    (Owen, The pigeonhole bootstrap, 2007, who has a third such term). Resamples of shares may leave [0, 1]; so do no
+    figures and no intervals.
 
     Args:
         runs: what the judge saw; every combination of target, candidate and seed.
         candidates: those to compare, in the order of all arrays.
 
     Raises:
-        ValueError: a combination that is missing, or runs that were judged on different images.
+        ValueError: a combination that is missing, runs that were judged on different images, or a class of fewer than
+            ``FEWEST_IMAGES``.
 
     Attributes:
         values: [candidates] by the name of a figure: "erased", "retained", "change", as :class:`Standing` has them.
@@ -88,14 +99,16 @@ class Sample:
         self.seeds = min(part.seeds for part in parts)
         for name in FIGURES:
             means = np.mean([part.means[name] for part in parts], axis=0)
-            self.values[name], self.resampled[name] = means[0], means[1:]
+            # Sums of weights are 1 but for rounding, which must decide no front.
+            self.values[name], self.resampled[name] = means[0].round(DIGITS), means[1:].round(DIGITS)
             self.images[name] = sum(part.images[name] for part in parts)
 
     def estimate(self, figure: str, candidate: Candidate) -> Estimate:
         """A candidate's figure with its interval."""
         place = self.candidates.index(candidate)
-        # Sums of weights are 1 but for rounding.
-        found = interval(round(float(self.values[figure][place]), 12), self.resampled[figure][:, place].round(12))
+        found = interval(float(self.values[figure][place]), self.resampled[figure][:, place])
+        highest = math.inf if figure == "change" else 1.0
+        found = Estimate(found.value, max(found.low, 0.0), min(found.high, highest))
         # Where all images show the same, resampling cannot tell how rare exceptions are; the exact binomial bound can
         # (Clopper and Pearson 1934).
         if figure != "change" and found.low == found.high and found.value in (0.0, 1.0):
@@ -112,7 +125,8 @@ class Sample:
         row = np.zeros(len(self.candidates))
         for candidate, weight in weights:
             row[self.candidates.index(candidate)] += weight
-        return interval(float(self.values[figure] @ row), self.resampled[figure] @ row)
+        value, resampled = self.values[figure] @ row, self.resampled[figure] @ row
+        return interval(round(float(value), DIGITS), resampled.round(DIGITS))
 
     def standings(self) -> list[Standing]:
         """All candidates, in their order."""
@@ -177,7 +191,7 @@ class _Figures:
             raise ValueError(f"runs lacks {target!r} with {missing[0][0]}, seed {missing[0][1]}; give complete() ones")
         self.seeds = len(seeds)
         grid = [[runs[target, one, seed] for seed in seeds] for one in candidates]
-        seed_weights = _weights(len(seeds), resamples, generator)
+        seed_weights = _seed_deviations(len(seeds), resamples, generator)
         parts: dict[str, list[Array]] = {name: [] for name in FIGURES}
         self.images = dict.fromkeys(FIGURES, 0)
         for place, probe in enumerate(grid[0][0]):
@@ -185,12 +199,18 @@ class _Figures:
             alike = {(one.role, one.name, len(one.hits), one.change is None) for row in judged for one in row}
             if len(alike) > 1:
                 raise ValueError(f"the runs of {target!r} were judged on different images; make them again")
-            weights = _weights(len(probe.hits), resamples, generator)
+            if len(probe.hits) < FEWEST_IMAGES:
+                raise ValueError(
+                    f"runs has {len(probe.hits)} image of {probe.name!r}; draw at least {FEWEST_IMAGES} of every class"
+                )
+            weights = _image_deviations(len(probe.hits), resamples, generator)
 
             def mean(values: list[list[Sequence[float]]], weights: Array = weights) -> Array:
                 """Over seeds and images of [candidates, seeds, images]."""
-                by_seed = np.einsum("csn,rn->rcs", np.asarray(values, float), weights)
-                return np.einsum("rcs,rs->rc", by_seed, seed_weights)
+                found = np.asarray(values, float)
+                by_seed, by_image = found.mean(2), found.mean(1)
+                resampled = by_seed.mean(1) + seed_weights @ by_seed.T + weights @ by_image.T
+                return np.concatenate([by_seed.mean(1)[None], resampled])
 
             hits = mean([[one.hits for one in row] for row in judged])
             if probe.role in TARGET_ROLES:
@@ -207,8 +227,21 @@ class _Figures:
         self.images[name] += images
 
 
-def _weights(count: int, resamples: int, generator: np.random.Generator) -> Array:
-    """Weights [1 + resamples, count] of sum 1: alike, then as often as each was drawn."""
-    drawn = max(count - 1, 1)
+def _image_deviations(count: int, resamples: int, generator: np.random.Generator) -> Array:
+    """By how much the weights of images in a bootstrap differ from 1/count, [resamples, count]."""
+    drawn = count - 1
     counts = generator.multinomial(drawn, np.full(count, 1 / count), size=resamples)
-    return np.concatenate([np.full((1, count), 1 / count), counts / drawn])
+    return counts / drawn - 1 / count
+
+
+def _seed_deviations(count: int, resamples: int, generator: np.random.Generator) -> Array:
+    """Weights [resamples, count] of sum 0 that make, of the means of seeds, t times the standard error of their mean.
+
+    With z standard normal, sum z_i (m_i - mean) has the variance (n - 1) s^2, that of the mean is s^2/n, and a normal
+    variable over the root of chi^2/(n - 1) is Student's t.
+    """
+    if count == 1:
+        return np.zeros((resamples, 1))
+    normal = generator.standard_normal((resamples, count))
+    scale = np.sqrt(generator.chisquare(count - 1, size=(resamples, 1)) / (count - 1))
+    return (normal - normal.mean(1, keepdims=True)) / (math.sqrt(count * (count - 1)) * scale)

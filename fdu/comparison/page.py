@@ -84,7 +84,7 @@ def write_page(
         settings=settings,
         command=command,
         erase_command=erase_command,
-        notes=notes,
+        notes=[*([results.mixed_note] if results.mixed else []), *notes],
     )
     (folder / PAGE).write_text(page, encoding="utf-8")
     (folder / TABLE).write_text(table(results.standings, alike), encoding="utf-8")
@@ -202,4 +202,5 @@ def describe(results: Results) -> dict[str, Any]:
         },
         "failed": results.failed,
         **results.conditions,
+        "mixed": list(results.mixed),
     }

@@ -21,6 +21,8 @@ SHAPE_AT = (0.01, 0.3, 1.0, 3.0, 10.0, 30.0)
 MOST_FROZEN = 256
 """Batches whose frozen outputs runs share at most; longer runs draw their own."""
 MOST_RUNS = 10_000
+FEWEST_IMAGES = 2
+"""Of a class; one says nothing of how much images differ."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,8 +117,12 @@ class Comparison:
             )
         if isinstance(self.base.sigma, float | int) and len({one.s0 for one in self.candidates}) > 1:
             raise ValueError("s0 has several values but sigma is a number, so that s0 has no effect; use sigma 'auto'")
-        if self.drawing.images_per_class < 1 or self.drawing.images_of_target < 1:
-            raise ValueError("images_per_class must be >= 1")
+        for name in ("images_per_class", "images_of_target"):
+            if getattr(self.drawing, name) < FEWEST_IMAGES:
+                raise ValueError(
+                    f"{name} must be >= {FEWEST_IMAGES}, since one image says nothing of how much images differ, "
+                    f"got {getattr(self.drawing, name)}"
+                )
         runs = self.runs()
         if len(runs) > MOST_RUNS:
             raise ValueError(f"{len(runs)} runs are more than {MOST_RUNS}; compare fewer divergences, s0 or seeds")

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Literal
 
 import numpy as np
 
 from fdu.comparison.front import Estimate, Sample, interval
 from fdu.comparison.plan import Candidate
-from fdu.verdict import percent
+from fdu.verdict import DRAWN_BEFORE, percent
 
 Preference = Literal["preservation", "balanced", "erasure"]
 BETA: dict[Preference, float] = {"preservation": 2.0, "balanced": 1.0, "erasure": 0.5}
 """So many times as much weight as erasing has retaining in the F-measure (van Rijsbergen, 1979)."""
 HARDLY = 0.5
 """A target of which less than this share is erased is still there."""
+FEWEST_TO_TELL = 6
+"""Images; where fewer differ, all in one direction, a sign test at 5 % sees nothing (2 / 2^5 is 6 %)."""
 NAMED = 4
 """So many candidates are named; of more, the number."""
 
@@ -37,13 +40,19 @@ class Recommendation:
     sentences: tuple[str, ...]
 
 
-def recommend(sample: Sample, prefer: Preference) -> Recommendation:
+def recommend(sample: Sample, prefer: Preference, before: Mapping[str, float] | None = None) -> Recommendation:
     """The candidate with the best F-measure of erased and retained; of those like it, the one that changes least.
 
     F = (1 + b^2) e r / (b^2 e + r) of the erased share e and the retained share r is 0 where either is, so that doing
     nothing, or destroying everything, never wins. Candidates are alike if the interval of the difference to the best
-    one holds 0; of these, the one whose images of other classes changed clearly least is taken, unless erasure is
-    preferred: what erases less also changes less.
+    one holds 0; of these, those that erased less than half are passed over where others did, and the one whose images
+    of other classes changed clearly least is taken, unless erasure is preferred: what erases less also changes less.
+
+    Args:
+        sample: the figures.
+        prefer: what to recommend for.
+        before: by target, the share of its images that show it before any erasure. Where it was hardly drawn, doing
+            nothing would count as erasing it, and nothing is recommended. None: not known.
 
     Raises:
         ValueError: an unknown preference.
@@ -60,30 +69,60 @@ def recommend(sample: Sample, prefer: Preference) -> Recommendation:
     }
     tied = [place for place, difference in behind.items() if difference.sign <= 0]
     candidates, alike = sample.candidates, [best, *tied]
-    erased = float(sample.values["erased"][best])
+    erased = sample.values["erased"]
+    able = [place for place in alike if erased[place] >= HARDLY]
     chosen, certain, why = best, not tied, ""
-    if tied and prefer != "erasure" and erased >= HARDLY:
-        chosen, certain, why = _least_change(sample, alike, values)
+    if tied and able:
+        chosen, certain, why = _of_those_alike(sample, alike, able, values, prefer)
     elif tied:
         why = "Between them the choice is free."
     one = candidates[chosen]
     score = interval(float(values[chosen]), resampled[:, chosen])
     others = tuple(candidates[place] for place in alike if place != chosen)
+    undrawn = {target: share for target, share in (before or {}).items() if share < DRAWN_BEFORE}
+    few = min(sample.images["erased"], sample.images["retained"]) < FEWEST_TO_TELL
+    certain = certain and bool(erased[chosen] >= HARDLY) and len(candidates) > 1 and not undrawn and not few
+    if undrawn:
+        headline = f"Nothing to recommend: before the erasure {_undrawn(undrawn)}"
+    elif few and len(candidates) > 1 and erased[chosen] >= HARDLY:
+        headline = f"No winner on so few images; {one.label} will do"
+    else:
+        headline = _headline(sample, chosen, len(others), certain)
     sentences = [
         *_figures_of(sample, one, score, prefer),
+        *(
+            ["What is hardly drawn counts as erased by whatever does nothing: draw it in other words."]
+            if undrawn
+            else []
+        ),
+        *([f"Fewer than {FEWEST_TO_TELL} images decide nothing: draw more (images_per_class)."] if few else []),
         *_alike_and_behind([candidates[place].label for place in alike], why, sample, behind, tied),
     ]
-    certain = certain and erased >= HARDLY and len(candidates) > 1
-    return Recommendation(
-        prefer, one, certain, score, others, _headline(sample, one, others, certain, erased), tuple(sentences)
-    )
+    return Recommendation(prefer, one, certain, score, others, headline, tuple(sentences))
 
 
 def f_measure(erased: np.ndarray, retained: np.ndarray, beta: float) -> np.ndarray:
-    """(1 + beta^2) e r / (beta^2 e + r), elementwise; 0 where both are."""
+    """(1 + beta^2) e r / (beta^2 e + r), elementwise, of e and r brought into [0, 1]; 0 where both are 0."""
+    erased, retained = np.clip(erased, 0, 1), np.clip(retained, 0, 1)
     below = beta**2 * erased + retained
     product = (1 + beta**2) * erased * retained
     return np.divide(product, below, out=np.zeros_like(product), where=below > 0)
+
+
+def _of_those_alike(
+    sample: Sample, alike: list[int], able: list[int], values: np.ndarray, prefer: Preference
+) -> tuple[int, bool, str]:
+    """Which to take of candidates whose scores are alike, given those of them that erased at least half; whether it is
+    better than all others by more than chance explains; and this in words."""
+    passed = [sample.candidates[place].label for place in alike if place not in able]
+    words = [f"Passed over, since less than half was erased: {_listed(passed)}."] if passed else []
+    chosen, certain = able[0], False
+    if len(able) > 1 and prefer == "erasure":
+        words.append("Between them the choice is free." if not passed else "Between the others the choice is free.")
+    elif len(able) > 1:
+        chosen, certain, told = _least_change(sample, able, values)
+        words.append(told)
+    return chosen, certain and not passed, " ".join(words)
 
 
 def _least_change(sample: Sample, alike: list[int], values: np.ndarray) -> tuple[int, bool, str]:
@@ -105,17 +144,23 @@ def _least_change(sample: Sample, alike: list[int], values: np.ndarray) -> tuple
     return chosen, True, words
 
 
-def _headline(sample: Sample, one: Candidate, others: tuple[Candidate, ...], certain: bool, erased: float) -> str:
-    count = len(sample.candidates)
-    if erased < HARDLY:
-        return f"Nothing to recommend yet: even {one.label} erased only {percent(erased)}"
+def _undrawn(shares: Mapping[str, float]) -> str:
+    """Targets that the model as it is hardly draws."""
+    return _listed([f"{target!r} was drawn in {percent(share)} of its images only" for target, share in shares.items()])
+
+
+def _headline(sample: Sample, chosen: int, others: int, certain: bool) -> str:
+    label, count, erased = sample.candidates[chosen].label, len(sample.candidates), sample.values["erased"]
+    if erased[chosen] < HARDLY:
+        even = "even " if erased[chosen] >= erased.max() else ""
+        return f"Nothing to recommend yet: {even}{label} erased only {percent(erased[chosen])}"
     if count == 1:
-        return f"Only {one.label} was run"
+        return f"Only {label} was run"
     if certain:
-        return f"Take {one.label}"
-    if len(others) == count - 1:
-        return f"No winner: none of the {count} can be told from the best; {one.label} will do"
-    return f"No single winner: take {one.label}, or one of {len(others)} like it"
+        return f"Take {label}"
+    if others == count - 1:
+        return f"No winner: none of the {count} can be told from the best; {label} will do"
+    return f"No single winner: take {label}, or one of {others} like it"
 
 
 def _figures_of(sample: Sample, one: Candidate, score: Estimate, prefer: Preference) -> list[str]:

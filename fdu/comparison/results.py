@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +34,23 @@ class Results:
     standings: tuple[Standing, ...]
     recommendations: dict[Preference, Recommendation]
     conditions: dict[str, Any]
-    """Device and versions of the first record."""
+    """Device and versions of the records; where they differ, all there are: "first; second"."""
+    mixed: tuple[str, ...]
+    """What differs between records: "device", or the names of packages."""
     seconds: float
     """How long an erasure took, on average."""
     core_seconds: float
     """What a run cost with its judging, in seconds of one core, on average."""
+
+    @property
+    def mixed_note(self) -> str:
+        """That records were made in several places, if they were; else nothing."""
+        if not self.mixed:
+            return ""
+        return (
+            f"Not all records were made under one condition ({', '.join(self.mixed)}); some of what candidates differ "
+            "by may come from that."
+        )
 
 
 def read_results(comparison: Comparison, records: Path) -> Results:
@@ -64,24 +77,42 @@ def read_results(comparison: Comparison, records: Path) -> Results:
             + ("lower s0 or the learning rate" if not candidates else "make the runs first")
         )
     sample = Sample(compared, candidates)
-    first = next(iter(judged.values()))
+    before_it = {target: read_before(comparison, records, target) for target, _ in comparison.pairs}
+    before = {
+        target: shares(tuple(map(Judged.from_dict, record["judged"])))
+        for target, record in before_it.items()
+        if record is not None
+    }
+    conditions, mixed = conditions_of([*judged.values(), *(one for one in before_it.values() if one is not None)])
+    drawn = {target: own for target, (own, _) in before.items()}
     return Results(
         comparison=comparison,
         runs=runs,
         failed=failed,
         missing=len(found) - len(there),
-        before={
-            target: shares(tuple(map(Judged.from_dict, record["judged"])))
-            for target, _ in comparison.pairs
-            if (record := read_before(comparison, records, target)) is not None
-        },
+        before=before,
         sample=sample,
         standings=tuple(sample.standings()),
-        recommendations={prefer: recommend(sample, prefer) for prefer in BETA},
-        conditions={"device": first["device"], "versions": first["versions"]},
+        recommendations={prefer: recommend(sample, prefer, drawn) for prefer in BETA},
+        conditions=conditions,
+        mixed=mixed,
         seconds=sum(record["seconds"] for record in judged.values()) / len(judged),
         core_seconds=sum(record["core_seconds"] for record in judged.values()) / len(judged),
     )
+
+
+def conditions_of(records: Sequence[Mapping[str, Any]]) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """Device and versions of records that may have been made in several places, and what of it differs."""
+    devices = dict.fromkeys(str(record["device"]) for record in records)
+    versions: dict[str, dict[str, None]] = {}
+    for name in dict.fromkeys(name for record in records for name in record["versions"]):
+        versions[name] = dict.fromkeys(str(record["versions"].get(name, "none")) for record in records)
+    mixed = [*(["device"] if len(devices) > 1 else []), *(name for name, found in versions.items() if len(found) > 1)]
+    conditions = {
+        "device": "; ".join(devices),
+        "versions": {name: "; ".join(found) for name, found in versions.items()},
+    }
+    return conditions, tuple(mixed)
 
 
 def shares(judged: tuple[Judged, ...]) -> tuple[float, float]:

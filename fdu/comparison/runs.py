@@ -107,6 +107,8 @@ def make_run(run: Run, comparison: Comparison, records: Path, cache: Path) -> No
     pipeline = _pipeline(comparison.model, comparison.dtype, comparison.device)
     target, anchor = subject.concepts(comparison, run.target, run.anchor)
     record: Record = {"identity": identity_of(comparison, run)}
+    # Now, and not when they are compared: what the cache lacks is drawn with this pipeline, as it is until erase().
+    before = _before(comparison, run.target, cache)
     began = time.process_time()
     try:
         config = dataclasses.replace(settings_of(comparison, run), cache_dir=str(cache))
@@ -115,7 +117,7 @@ def make_run(run: Run, comparison: Comparison, records: Path, cache: Path) -> No
         record["failed"] = str(error).split(";")[0]
     else:
         try:
-            record["judged"] = _judged(comparison, run.target, pipeline, cache)
+            record["judged"] = _judged(comparison, run.target, pipeline, before)
         finally:
             result.trainable.remove()
         course = " ".join(f"{value:.4g}" for value in result.history["distance"])
@@ -158,12 +160,13 @@ def _conditions(comparison: Comparison) -> dict[str, Any]:
     return {"device": describe_device(comparison.device), "versions": versions()}
 
 
-def _judged(comparison: Comparison, target: str, pipeline: DiffusionPipeline, cache: Path) -> list[dict[str, Any]]:
+def _judged(
+    comparison: Comparison, target: str, pipeline: DiffusionPipeline, before: list[Tensor]
+) -> list[dict[str, Any]]:
     """The judge's view of all probes, one after the other: their images are not needed together."""
-    probes, before = subject.probes(comparison, target), _before(comparison, target, cache)
     return [
         subject.judge(probe, _draw(comparison, pipeline, probe), images).as_dict()
-        for probe, images in zip(probes, before, strict=True)
+        for probe, images in zip(subject.probes(comparison, target), before, strict=True)
     ]
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from fdu.comparison import runs as runs_file
-from fdu.comparison.front import Estimate
+from fdu.comparison.front import Estimate, Sample
 from fdu.comparison.plan import Candidate, Comparison
 from fdu.comparison.runs import identity_of
 from fdu.comparison.subject import Judged
@@ -105,12 +105,56 @@ def test_verdicts_are_those_of_the_intervals(claims: ModuleType) -> None:
     assert verdict(-1, 0, 0) == "does not hold: the opposite in 1 of 3 comparisons, undecided in 2"
     assert verdict(1, -1, 0) == "mixed: holds in 1 of 3 comparisons, the opposite in 1, undecided in 1"
     assert verdict() == "not measured yet"
+    assert (
+        verdict(None, 1, None)
+        == "holds: in all 1 comparisons; 2 more say nothing, as what keeps more there erases less"
+    )
+    assert verdict(None, None) == "cannot be told: in all 2 comparisons what keeps more erases less"
+
+
+def test_what_keeps_more_counts_only_where_it_does_not_erase_less(claims: ModuleType) -> None:
     flat = Estimate(0.0, -1.0, 1.0)
     up, down = Estimate(1.0, 0.5, 1.5), Estimate(-1.0, -1.5, -0.5)
-    assert claims._kept_sign({"retained": up, "change": up}) == 1
-    assert claims._kept_sign({"retained": flat, "change": down}) == 1
-    assert claims._kept_sign({"retained": flat, "change": up}) == -1
-    assert claims._kept_sign({"retained": flat, "change": flat}) == 0
+    for erased in (flat, up):
+        assert claims._kept_sign({"erased": erased, "retained": up, "change": flat}) == 1
+    for erased in (flat, down):
+        assert claims._kept_sign({"erased": erased, "retained": down, "change": flat}) == -1
+    assert claims._kept_sign({"erased": down, "retained": up, "change": flat}) is None
+    assert claims._kept_sign({"erased": up, "retained": flat, "change": up}) is None
+    assert claims.rows(claims.Claim("", "", (claims.Contrast("here", dict.fromkeys(claims.DIGITS, flat), None),)))[0][
+        -1
+    ] == ("what keeps more erases less")
+    assert claims._kept_sign({"erased": flat, "retained": up, "change": up}) == 1
+    assert claims._kept_sign({"erased": flat, "retained": flat, "change": down}) == 1
+    assert claims._kept_sign({"erased": flat, "retained": flat, "change": up}) == -1
+    assert claims._kept_sign({"erased": flat, "retained": flat, "change": flat}) == 0
+
+
+@pytest.mark.parametrize(
+    ("gaps", "wanted"),
+    [
+        ((0.1, 0.4), 1),
+        ((0.4, 0.1), -1),
+        ((-0.1, -0.4), 1),
+        ((-0.4, -0.1), -1),
+        ((0.3, 0.3), 0),
+        ((-0.3, 0.3), 0),
+    ],
+)
+def test_the_scale_decides_only_where_the_difference_grows(
+    claims: ModuleType, gaps: tuple[float, float], wanted: int
+) -> None:
+    """Also where it turns round: as large as before is not larger."""
+    candidates = [Candidate(name, s0) for s0 in (1.0, 10.0) for name in ("squared_hellinger", "pearson_chi2")]
+    shares = [0.5 + side * gap / 2 for gap in gaps for side in (1, -1)]
+    found = {
+        ("three", candidate, seed): tuple(map(Judged.from_dict, judged(share, 1.0, 0.01)))
+        for candidate, share in zip(candidates, shares, strict=True)
+        for seed in range(3)
+    }
+    (contrast,) = claims.scale_decides(Sample(found, candidates), (1.0, 10.0)).contrasts
+    assert contrast.bears == wanted
+    assert contrast.differences["erased"].value == pytest.approx(gaps[1] - gaps[0], abs=0.03)
 
 
 def test_the_page_says_what_the_records_say(study: ModuleType, tmp_path: Path) -> None:
@@ -126,7 +170,7 @@ def test_the_page_says_what_the_records_say(study: ModuleType, tmp_path: Path) -
         "| A larger gradient erases faster | does not hold: the opposite in 3 of 6 comparisons, undecided in 3 |",
         "| The scale sigma decides whether the divergence matters | not seen: none of 2 comparisons differs by more",
         "| Variational losses erase faster | holds: in all 9 comparisons |",
-        "| Variational losses hurt fidelity more | holds: in all 9 comparisons |",
+        "| Variational losses hurt fidelity more | cannot be told: in all 9 comparisons what keeps more erases less |",
     ):
         assert row in page, row
     assert "Take squared_hellinger" in page or "take squared_hellinger" in page

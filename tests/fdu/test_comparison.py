@@ -6,6 +6,7 @@ import dataclasses
 import html.parser
 import json
 import re
+import shlex
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,9 @@ from judged_runs import runs as handmade
 import fdu
 from fdu import cli, embedded
 from fdu.cli import main
+from fdu.cli.compare import Compare
+from fdu.cli.erase import Erase
+from fdu.cli.program import parse
 from fdu.comparison import runs as runs_file
 from fdu.comparison.chart import COLOURS, Curve, curve_chart, front_chart
 from fdu.comparison.folder import check_folder, write_record
@@ -37,7 +41,7 @@ PLAN = Comparison(
     candidates=(Candidate("mse"), Candidate("pearson_chi2", 10.0)),
     seeds=(0,),
     base=EraseConfig(**QUICK),
-    drawing=Drawing(images_per_class=1, images_of_target=2, num_inference_steps=2),
+    drawing=Drawing(images_per_class=2, images_of_target=2, num_inference_steps=2),
 )
 
 
@@ -71,6 +75,7 @@ def results_of(figures: dict[str, tuple[float, ...]], **others: Any) -> Results:
         standings=tuple(sample.standings()),
         recommendations={prefer: recommend(sample, prefer) for prefer in BETA},
         conditions={"device": "cpu: some", "versions": {"fdu": "0", "torch": "1"}},
+        mixed=others.get("mixed", ()),
         seconds=2.0,
         core_seconds=3.0,
     )
@@ -83,7 +88,7 @@ def test_a_record_says_all(made: Path) -> None:
     assert record["core_seconds"] > 0
     assert record["sigma"] > 0 and len(record["distance"].split()) == 3
     roles = [(one["role"], len(one["hits"]), len(one["change"].split())) for one in record["judged"]]
-    assert roles == [("target", 2, 2), ("unseen", 2, 2)] + [("retained", 1, 1)] * 9 + [("cross_domain", 1, 1)] * 4
+    assert roles == [("target", 2, 2), ("unseen", 2, 2)] + [("retained", 2, 2)] * 9 + [("cross_domain", 2, 2)] * 4
     before = json.loads((made / "runs" / "before_three.json").read_text())
     assert len(before["judged"]) == 15 and before["judged"][0]["change"] is None
     assert {path.name[0] for path in (made / "runs").iterdir()} == {"t", "b"}  # and nothing half-written
@@ -171,6 +176,22 @@ def test_a_stop_loses_one_run_and_a_loss_that_is_not_finite_its_candidate(
     assert len(told) == 1
 
 
+def test_without_a_cache_the_images_before_are_still_those_of_the_model_as_it_is(made: Path, tmp_path: Path) -> None:
+    """A run that is gone on with elsewhere, from the records alone."""
+    run = PLAN.runs()[1]
+    (tmp_path / "runs").mkdir()
+    for path in (made / "runs").iterdir():
+        if path.stem != run.name:
+            (tmp_path / "runs" / path.name).write_bytes(path.read_bytes())
+    told: list[str] = []
+    make_runs(PLAN, tmp_path / "runs", tmp_path / "cache", tell=told.append)
+    assert told == [f"1/1 {run.name}"]
+    again, first = (json.loads((folder / "runs" / f"{run.name}.json").read_text()) for folder in (tmp_path, made))
+    assert again["judged"] == first["judged"]
+    (kept,), (true,) = ((folder / "cache").glob("before-*") for folder in (tmp_path, made))
+    assert kept.name == true.name and kept.read_bytes() == true.read_bytes()
+
+
 @pytest.mark.slow
 def test_processes_make_what_one_makes(made: Path, tmp_path: Path) -> None:
     make_runs(PLAN, tmp_path, tmp_path / "cache", workers=2, tell=lambda line: None)
@@ -187,6 +208,36 @@ def test_results_tell_what_is_missing(made: Path) -> None:
     assert results.missing == 2 and results.sample.seeds == 1
     with pytest.raises(ValueError, match="nothing to compare yet: no seed of all, 0 of 2 records are there"):
         read_results(dataclasses.replace(PLAN, seeds=(5,)), made / "runs")
+
+
+def test_records_of_several_places_are_told(made: Path, tmp_path: Path) -> None:
+    assert read_results(PLAN, made / "runs").mixed == ()
+    for path in (made / "runs").iterdir():
+        record = json.loads(path.read_text())
+        if "pearson" in path.name:
+            record["device"] = "cuda: another"
+            record["versions"]["torch"] = "0.1"
+            del record["versions"]["peft"]
+        (tmp_path / path.name).write_text(json.dumps(record))
+    results = read_results(PLAN, tmp_path)
+    assert results.mixed == ("device", "torch", "peft")
+    assert re.fullmatch(r"cpu: .*; cuda: another", results.conditions["device"])
+    assert results.conditions["versions"]["torch"].endswith("; 0.1")
+    assert results.conditions["versions"]["peft"].endswith("; none")
+    assert describe(results)["mixed"] == ["device", "torch", "peft"]
+    write_page(tmp_path, results, "balanced", notes=["Last."])
+    assert "made under one condition (device, torch, peft)" in (tmp_path / "comparison.html").read_text()
+
+
+def test_a_target_that_the_model_hardly_draws_has_no_winner(made: Path, tmp_path: Path) -> None:
+    for path in (made / "runs").iterdir():
+        record = json.loads(path.read_text())
+        for one in record["judged"]:
+            if one["role"] in ("target", "unseen"):
+                one["hits"] = "00"
+        (tmp_path / path.name).write_text(json.dumps(record))
+    for found in read_results(PLAN, tmp_path).recommendations.values():
+        assert found.headline == "Nothing to recommend: before the erasure 'three' was drawn in 0 % of its images only"
 
 
 class _Reader(html.parser.HTMLParser):
@@ -299,7 +350,7 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
         )
     )  # fmt: skip
     quick = [f"--{name}={value}" for name, value in QUICK.items()]
-    given = [*COMPARE, "--s0", "1", "10", "--seeds", "1", "--images_per_class", "1", "--workers", "1"]
+    given = [*COMPARE, "--s0", "1", "10", "--seeds", "1", "--images_per_class", "2", "--workers", "1"]
     assert main([*given, *quick]) == cli.OK
     output = capsys.readouterr().out
     assert "kl trains the same model as mse and is not run again." in output
@@ -312,6 +363,33 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     monkeypatch.setattr(runs_file, "erase", None)  # all is there
     assert main([*given, *quick, "--prefer", "erasure"]) == cli.OK
     assert "For erasure" in capsys.readouterr().out
+
+
+def test_the_erasure_to_make_is_the_one_that_was_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Read by the parser of fdu erase, and compared with the settings of the run."""
+    monkeypatch.chdir(tmp_path)
+    Path("base").mkdir()
+    Path("base/model_index.json").write_text("{}")
+    words = ["compare", "base", "--target", "monet's", "--anchor", "", "--out", "out", "--concept_type", "style"]
+    words += [
+        "--dtype",
+        "bfloat16",
+        "--mixed_precision",
+        "bf16",
+        "--device",
+        "cpu",
+        "--learning_rate",
+        "0.000123456789",
+    ]
+    compare = parse([*words, "--preservation_prompts", "a cat", "two dogs", "--gradient_checkpointing"])
+    assert isinstance(compare, Compare)
+    base, candidate = compare.settings.checked(), {"divergence": "alpha:0.3", "s0": 1.23456789}
+    line = shlex.split(compare._erase_command({**base.as_dict(), **candidate}, candidate))
+    erase = parse(line[1:])
+    assert isinstance(erase, Erase)
+    assert (erase.model, erase.target, erase.anchor) == ("base", ("monet's",), ("",))
+    assert (erase.concept_type, erase.dtype, erase.device) == (("style",), "bfloat16", "cpu")
+    assert erase.settings.checked() == dataclasses.replace(base, **candidate)
 
 
 CONCEPTS = """[target] three
@@ -368,7 +446,7 @@ def test_other_models_are_judged_by_clip(
         ({"--divergences": "--workers", "mse,kl": "0"}, "workers must be >= 1"),
         ({"--divergences": "--s0", "mse,kl": "-1"}, "s0 must be a finite number > 0"),
         ({"--divergences": "--learning_rate", "mse,kl": "-1"}, "learning_rate must be a finite number > 0"),
-        ({"--divergences": "--images_per_class", "mse,kl": "0"}, "images_per_class must be >= 1"),
+        ({"--divergences": "--images_per_class", "mse,kl": "1"}, "images_per_class must be >= 2"),
     ],
 )
 def test_the_command_refuses_before_any_work(

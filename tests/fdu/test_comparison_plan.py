@@ -97,8 +97,10 @@ def test_what_cannot_be_compared_is_refused() -> None:
         comparison(candidates=(Candidate("helinger"),))
     with pytest.raises(ValueError, match="two runs would have one file"):
         comparison(pairs=(("a b", "c"), ("a?b", "c")))
-    with pytest.raises(ValueError, match="images_per_class must be >= 1"):
-        comparison(drawing=Drawing(images_per_class=0))
+    with pytest.raises(ValueError, match=r"images_per_class must be >= 2, since one image says nothing .*, got 1"):
+        comparison(drawing=Drawing(images_per_class=1))
+    with pytest.raises(ValueError, match="images_of_target must be >= 2"):
+        comparison(drawing=Drawing(images_of_target=1))
 
 
 def test_settings_are_those_of_the_candidate_and_batches_are_shared_where_that_changes_nothing() -> None:

@@ -11,9 +11,10 @@ from judged_runs import judged, runs
 from fdu.comparison.front import Sample
 from fdu.comparison.plan import Candidate
 from fdu.comparison.recommendation import BETA, Recommendation, f_measure, recommend
+from fdu.comparison.subject import Judged
 
 
-def chosen(figures: dict[str, tuple[float, ...]], prefer: str = "balanced", **how: float) -> Recommendation:
+def chosen(figures: dict[str, tuple[float, ...]], prefer: str = "balanced", **how: int) -> Recommendation:
     return recommend(Sample(*runs(figures, **how)), prefer)  # type: ignore[arg-type]
 
 
@@ -38,9 +39,9 @@ def test_a_clear_winner_is_claimed() -> None:
 
 
 def test_no_winner_is_claimed_where_intervals_overlap() -> None:
-    found = chosen({"mse": (0.775, 1.0, 0.01), "kl": (0.8, 1.0, 0.01)}, spread=0.0)
+    found = chosen({"mse": (0.775, 1.0, 0.01), "kl": (0.8, 1.0, 0.01)}, seeds=1)
     # One image of forty apart, and the same change.
-    sample = Sample(*runs({"mse": (0.775, 1.0, 0.01), "kl": (0.8, 1.0, 0.01)}))
+    sample = Sample(*runs({"mse": (0.775, 1.0, 0.01), "kl": (0.8, 1.0, 0.01)}, seeds=1))
     assert sample.difference("erased", Candidate("kl"), Candidate("mse")).sign == 0
     assert not found.certain and len(found.alike) == 1
     assert found.headline.startswith("No winner: none of the 2 can be told from the best")
@@ -50,14 +51,14 @@ def test_no_winner_is_claimed_where_intervals_overlap() -> None:
 
 def test_of_those_alike_the_one_that_changes_least_is_taken() -> None:
     figures = {"mse": (0.775, 1.0, 0.01), "kl": (0.8, 1.0, 0.03), "le_cam": (0.5, 1.0, 0.001)}
-    found = chosen(figures)
+    found = chosen(figures, seeds=1)
     assert found.candidate.divergence == "mse" and found.certain
     assert [one.divergence for one in found.alike] == ["kl"]
     words = " ".join(found.sentences)
     assert "changed the images of other classes least, by 1.01 % of the pixel range" in words
     assert "the next by 2.00 points more" in words
     # What erases less changes less, which is no merit if erasure is preferred.
-    eager = chosen(figures, "erasure")
+    eager = chosen(figures, "erasure", seeds=1)
     assert eager.candidate.divergence == "kl" and not eager.certain
     assert "No single winner: take kl, s0 1, or one of 1 like it" == eager.headline
 
@@ -92,3 +93,45 @@ def test_one_seed_and_one_candidate_are_told() -> None:
     one = recommend(Sample(found, candidates), "balanced")
     assert one.headline == "Only mse, s0 1 was run" and not one.certain
     assert any("One seed says nothing" in sentence for sentence in one.sentences)
+
+
+def test_nothing_is_recommended_for_a_target_that_was_hardly_drawn_before() -> None:
+    """Doing nothing "erases" 72 % of it."""
+    sample = Sample(*runs({"mse": (0.725, 1.0, 0.0), "kl": (0.725, 1.0, 0.02)}))
+    assert recommend(sample, "balanced").headline == "Take mse, s0 1"
+    assert recommend(sample, "balanced", {"three": 0.9}).certain
+    for prefer in BETA:
+        found = recommend(sample, prefer, {"three": 0.275, "red": 0.9})
+        assert not found.certain
+        assert found.headline == (
+            "Nothing to recommend: before the erasure 'three' was drawn in 28 % of its images only"
+        )
+        assert any("counts as erased by whatever does nothing" in sentence for sentence in found.sentences)
+
+
+def test_of_those_alike_none_is_taken_that_erased_less_than_half() -> None:
+    """It changes least because it hardly erases."""
+    figures = {"mse": (0.5, 1.0, 0.05), "kl": (0.475, 1.0, 0.01)}
+    found = chosen(figures, seeds=1)
+    assert found.candidate.divergence == "mse" and not found.certain
+    assert found.headline.startswith("No winner") and "mse, s0 1 will do" in found.headline
+    assert any("Passed over, since less than half was erased: kl, s0 1." in sentence for sentence in found.sentences)
+    assert found.score.value == pytest.approx(2 * 0.5 / 1.5)
+    # The other way round: the better score is that of the one that erased less than half.
+    found = chosen({"mse": (0.475, 1.0), "kl": (0.525, 0.95)}, "preservation", seeds=1)
+    assert found.candidate.divergence == "kl" and not found.certain
+    third = chosen({**figures, "le_cam": (0.5, 1.0, 0.02)}, seeds=1)
+    assert third.candidate.divergence == "le_cam" and not third.certain
+
+
+def test_so_few_images_claim_no_winner() -> None:
+    def few(shown: bool, images: int) -> tuple[Judged, ...]:
+        return Judged("target", "three", (shown,) * images), Judged("retained", "eight", (True,) * 8, (0.01,) * 8)
+
+    for images, certain in ((2, False), (5, False), (6, True)):
+        candidates = [Candidate("mse"), Candidate("kl")]
+        found = {("three", one, 0): few(one.divergence == "kl", images) for one in candidates}
+        claimed = recommend(Sample(found, candidates), "balanced")
+        assert claimed.candidate.divergence == "mse" and claimed.certain == certain
+        assert (claimed.headline == "No winner on so few images; mse, s0 1 will do") == (not certain)
+        assert any("decide nothing: draw more" in sentence for sentence in claimed.sentences) == (not certain)
