@@ -106,7 +106,7 @@ class Evaluate:
             raise ValueError("prompts: the embedded pipeline knows its own words only; leave --prompts out")
         record = read_record(self.erased)
         erased = _erased_concepts(record)
-        concepts = None if embedded_base else self._concepts(record, erased)
+        concepts = None if embedded_base else self._concepts(record, erased).without(erased)
         target = concepts.target.name if concepts else self._target(erased)
         inputs = [self.erased, *([self.prompts] if self.prompts and self.prompts.endswith(".txt") else [])]
         if self.out is not None:

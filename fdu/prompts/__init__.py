@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,15 @@ class ConceptSet:
     near: tuple[Concept, ...] = ()
     generic: tuple[Concept, ...] = ()
     unrelated: tuple[Concept, ...] = ()
+
+    def without(self, names: Iterable[str]) -> ConceptSet:
+        """The set with none of these names among what is to be kept: they were erased, too."""
+        gone = {_folded(name) for name in names}
+        kept = {
+            group: tuple(concept for concept in getattr(self, group) if _folded(concept.name) not in gone)
+            for group in ("near", *SHARED)
+        }
+        return dataclasses.replace(self, **kept)
 
 
 def concept_sets() -> tuple[str, ...]:
@@ -138,6 +147,11 @@ def set_of_record(record: Mapping[str, Any], target: str) -> ConceptSet:
     return ConceptSet(
         Concept(target, prompts[0]), Concept(anchors[target], prompts[1]), generic=generic, unrelated=unrelated
     )
+
+
+def _folded(name: str) -> str:
+    """A name as names are compared."""
+    return name.strip().casefold()
 
 
 def _sections(path: str | Path, shown: str) -> dict[str, list[Concept]]:

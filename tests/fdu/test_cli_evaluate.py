@@ -98,6 +98,30 @@ def test_the_published_set_of_the_target_is_drawn(
     assert drawn["num_inference_steps"] is None and drawn["guidance_scale"] is None and drawn["seed"] == 1000
 
 
+def test_of_several_erased_concepts_the_others_are_not_to_be_kept(
+    base: Path, clip_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[str] = []
+
+    def draw(pipeline: Any, probes: list[fdu.Probe], **settings: Any) -> None:
+        drawn.extend(probe.name for probe in probes)
+        raise RuntimeError("enough")
+
+    monkeypatch.setattr(fdu, "draw", draw)
+    record = {
+        "target": {"name": "van gogh, monet", "prompts": ["a van gogh", "a monet"]},
+        "anchor": {"name": "painting, painting", "prompts": ["a painting", "a painting"]},
+        "concepts": [["van gogh", "painting"], ["monet", "painting"]],
+        "config": {"divergence": "mse", "max_train_steps": 1, "seed": 0},
+        **{"sigma": 1.0, "seconds": 1.0, "history": {}, "versions": {}},
+    }
+    Path("weights/fdu.json").write_text(json.dumps(record))
+    arguments = [str(base), "weights", "--judge", str(clip_folder), "--target", "van gogh"]
+    with pytest.raises(RuntimeError, match="enough"):
+        cli.parse(["evaluate", *arguments]).prepare("")()
+    assert "monet" not in drawn and "salvador dali" in drawn
+
+
 def test_what_cannot_be_judged_is_refused(base: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = [str(base), "weights"]
     assert "does not tell what was erased; add --target" in refused(model, capsys)

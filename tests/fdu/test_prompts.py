@@ -111,3 +111,12 @@ def test_a_record_that_gives_none() -> None:
         set_of_record(record(("lynx", "cat")), "fox")
     with pytest.raises(ValueError, match="the anchor of 'lynx' has no name; add a concept set with --prompts"):
         set_of_record(record(("lynx", "")), "lynx")
+
+
+def test_what_was_erased_as_well_is_not_to_be_kept() -> None:
+    concepts = concept_set("van gogh")
+    left = concepts.without(["van gogh", " Monet", "STREET"])
+    assert (left.target, left.anchor, left.unseen) == (concepts.target, concepts.anchor, concepts.unseen)
+    assert [one.name for one in left.near] == [one.name for one in concepts.near if one.name != "monet"]
+    assert {one.name for one in concepts.generic} - {one.name for one in left.generic} == {"street"}
+    assert left.unrelated == concepts.unrelated
