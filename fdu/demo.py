@@ -32,7 +32,9 @@ NOTES = (
 """What a reader of results on the embedded pipeline has to know."""
 CLIP_NOTES = (
     "Counted zero-shot by an image-text encoder: an image counts as a class if the class's name lies nearer to it than "
-    "the anchor's does. Such a judge errs, before as after, so look at the pictures, and at the difference of the two.",
+    "other names do. The target and its neighbours are each told from the anchor, the anchor from the target; everyday "
+    "and unrelated subjects from one another, the anchor and the target. Such a judge errs, before as after, so look "
+    "at the pictures, and at the difference of the two.",
 )
 """What a reader of results that CLIP judged has to know."""
 

@@ -21,6 +21,8 @@ CLASS_DROP = 0.15
 """A class is broken if its share falls by more than this."""
 MEAN_DROP = 0.05
 """A group of classes has suffered if its mean falls by more than this."""
+GROUPS = {"near": "its neighbours", "generic": "everyday subjects", "unrelated": "unrelated subjects"}
+"""The groups of what is to be kept, in words."""
 NAMED_CLASSES = 3
 """So many broken classes are named, the worst first."""
 
@@ -45,7 +47,8 @@ class Verdict:
     erased: Literal["erased", "partly erased", "not erased", "hardly drawn before"]
     """Of the target, in seen and unseen phrasings."""
     kept: bool
-    """Whether the retained classes and those of another kind are still drawn."""
+    """Whether the retained classes, each group of them, and those of another kind are drawn as before; not if they
+    hardly were."""
     headline: str
     sentences: tuple[str, ...]
 
@@ -190,36 +193,54 @@ def judge(evaluation: Evaluation, probes: Sequence[Probe]) -> Verdict:
 
     retained, others = _names(probes, "retained"), _names(probes, "cross_domain")
     broken = _broken(evaluation, retained)
-    fell = before.retained_accuracy - after.retained_accuracy > MEAN_DROP
-    shares = f"{percent(before.retained_accuracy)} before, {percent(after.retained_accuracy)} after"
+    by_group = {group: (share, after.retained_by_group[group]) for group, share in before.retained_by_group.items()}
+    drawn = before.retained_accuracy >= DRAWN_BEFORE
+    hardly = [group for group, (first, _) in by_group.items() if first < DRAWN_BEFORE]
+    suffered = [group for group, (first, last) in by_group.items() if first - last > MEAN_DROP]
+    fell = bool(suffered) or before.retained_accuracy - after.retained_accuracy > MEAN_DROP
+    shares = _shares(before.retained_accuracy, after.retained_accuracy)
     worst = after.worst_retained_class
     if broken:
         harm = _listed(evaluation, broken)
         sentences.append(f"It broke {harm}; over all {_count(retained)} that it should keep: {shares}.")
     else:
-        state = "suffered a little" if fell else "were kept"
-        worst_shares = f"{percent(before.per_class[worst])} before, {percent(after.per_class[worst])} after"
+        state = "suffered a little" if fell else ("were kept" if drawn else "were hardly drawn before either")
+        worst_shares = _shares(before.per_class[worst], after.per_class[worst])
         detail = "" if worst_shares == shares else f"; the worst of them, {worst}: {worst_shares}"
         sentences.append(f"The {_count(retained)} that it should keep {state}: {shares}{detail}.")
+    if suffered and len(by_group) > 1:
+        told = [f"{GROUPS[group]} ({_shares(*by_group[group])})" for group in suffered]
+        sentences.append(f"Of these suffered {joined(told)}.")
+    if hardly and drawn:
+        told = [f"{GROUPS[group]} ({percent(by_group[group][0])})" for group in hardly]
+        sentences.append(f"Hardly drawn before, so that little can be told of them: {joined(told)}.")
+    neighbours = any(probe.role == "retained" and probe.group == "near" for probe in probes)
+    if not neighbours:
+        sentences.append("No neighbours of the target were drawn, which suffer first.")
 
     broken_others = _broken(evaluation, others)
     others_fell = False
     if before.cross_domain_accuracy is not None and after.cross_domain_accuracy is not None:
         others_fell = before.cross_domain_accuracy - after.cross_domain_accuracy > MEAN_DROP
-        shares = f"{percent(before.cross_domain_accuracy)} before, {percent(after.cross_domain_accuracy)} after"
+        shares = _shares(before.cross_domain_accuracy, after.cross_domain_accuracy)
         harm = f"; it broke {_listed(evaluation, broken_others)}" if broken_others else ""
         sentences.append(f"Classes of another kind ({', '.join(others)}): {shares}{harm}.")
 
-    kept = not (broken or fell or broken_others or others_fell)
+    harmed = bool(broken or fell or broken_others or others_fell)
+    kept = drawn and not harmed
     # "and" for the expected, "but" for what an erasure should not do, ";" where the one does not contrast the other.
     joint = (", and" if kept else ", but") if erased == "erased" else (";" if kept else ", and")
     if broken or broken_others:
         named = [name for name, _ in (broken or broken_others)[:NAMED_CLASSES]]
         headline += f"{joint} {joined(named)} broke"
-    elif not kept:
-        headline += f"{joint} other classes suffered"
+    elif harmed:
+        some = suffered if len(suffered) < len(by_group) and not others_fell else []
+        headline += f"{joint} {joined([GROUPS[group] for group in some]) or 'other classes'} suffered"
+    elif not drawn:
+        headline += f"{joint} the classes to be kept were hardly drawn to begin with"
     else:
-        headline += f"{joint} the rest was kept"
+        rest = "what else it could draw" if hardly else "the rest"
+        headline += f"{joint} {rest} was kept" + ("" if neighbours else " (no neighbours were drawn)")
     return Verdict(erased, kept, headline, tuple(sentences))
 
 
@@ -230,6 +251,10 @@ def state_of(before: float, after: float) -> Literal["erased", "partly erased", 
     if after <= ERASED_BELOW * before:
         return "erased"
     return "partly erased" if after <= PARTLY_BELOW * before else "not erased"
+
+
+def _shares(before: float, after: float) -> str:
+    return f"{percent(before)} before, {percent(after)} after"
 
 
 def _names(probes: Sequence[Probe], role: str) -> list[str]:
@@ -244,7 +269,7 @@ def _broken(evaluation: Evaluation, names: Sequence[str]) -> list[tuple[str, flo
 
 def _listed(evaluation: Evaluation, broken: Sequence[tuple[str, float]]) -> str:
     before, after = evaluation.before.per_class, evaluation.after.per_class
-    named = [f"{name} ({percent(before[name])} before, {percent(after[name])} after)" for name, _ in broken]
+    named = [f"{name} ({_shares(before[name], after[name])})" for name, _ in broken]
     more = len(broken) - NAMED_CLASSES
     return joined(named[:NAMED_CLASSES] + ([f"{more} more"] if more > 0 else []))
 

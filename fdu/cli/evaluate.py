@@ -11,8 +11,10 @@ from tyro.conf import Positional
 
 import fdu
 from fdu.cli.printing import print_evaluation, print_robustness
+from fdu.cli.robustness import RobustnessTests, free_memory
 from fdu.cli.settings import check_images
 from fdu.loading import (
+    PIPELINE_FILE,
     Dtype,
     check_encoder,
     check_erased,
@@ -22,6 +24,7 @@ from fdu.loading import (
     is_embedded,
     load_erased,
     load_model,
+    model_folder,
     read_record,
 )
 
@@ -76,10 +79,13 @@ class Evaluate:
     batch_size: int | None = None
     """Images drawn at once; if not given, 4, and 32 for the embedded pipeline."""
     seed: int = 0
-    """Images are drawn with the seeds from SEED + 1000 on, which no training uses."""
+    """Images are drawn with the seeds from SEED + 1000 on; a training with the same SEED draws its own from SEED on."""
     robustness: tuple[Literal["phrasings", "attack", "relearning"], ...] | None = None
     """Test also whether the erasure holds: against other phrasings, against an attack on what the denoiser reads,
     against relearning from a few images; without names, against all three."""
+    robustness_batch_size: int | None = None
+    """Images at once in these tests, which train as well and take more memory; if not given, BATCH_SIZE are drawn and
+    16 trained on."""
     phrasings: Path | None = None
     """Folder of .txt files, each a set of prompts for the test "phrasings", one a line; in place of those that come
     with fdu."""
@@ -89,8 +95,8 @@ class Evaluate:
     """Replace OUT if fdu wrote it; anything else is never replaced."""
     dtype: Dtype = "auto"
     """Type of the pipeline's weights; auto is float32."""
-    device: str = "cpu"
-    """Device to run on: cpu, cuda, mps or auto."""
+    device: str = "auto"
+    """Device to run on: cpu, cuda, mps, or auto for the first accelerator there is."""
 
     def prepare(self, command: str) -> Callable[[], None]:
         """Check everything; the work is what comes back."""
@@ -106,12 +112,11 @@ class Evaluate:
             raise ValueError("prompts: the embedded pipeline knows its own words only; leave --prompts out")
         record = read_record(self.erased)
         erased = _erased_concepts(record)
-        concepts = None if embedded_base else self._concepts(record, erased)
+        concepts = None if embedded_base else self._concepts(record, erased).without(erased)
         target = concepts.target.name if concepts else self._target(erased)
-        inputs = [self.erased, *([self.prompts] if self.prompts and self.prompts.endswith(".txt") else [])]
         if self.out is not None:
-            check_output(self.out, self.overwrite, inputs=inputs)
-        from fdu import demo, embedded
+            check_output(self.out, self.overwrite, inputs=self._inputs())
+        from fdu import embedded
         from fdu.evaluation import JUDGED_SEED
         from fdu.evaluation.features import CLIP, ClipFeatures, as_features
         from fdu.evaluation.judges import clip_probes
@@ -123,6 +128,8 @@ class Evaluate:
         sets = self._phrasing_sets(target, concepts)
 
         def work() -> None:
+            from fdu import demo
+
             features: Features | None
             if concepts:
                 features = encoder = ClipFeatures.load(self.judge or CLIP, device)
@@ -133,31 +140,50 @@ class Evaluate:
             dtype = "float32" if self.dtype == "auto" else self.dtype
             pipeline = load_model(self.base, dtype, device)
             before = fdu.draw(pipeline, probes, description="before", **settings)
-            examination = self._examination(probes[0], sets, settings)
-            if examination is not None:
-                examination.before(pipeline)
-            after_pipeline = load_erased(pipeline, self.erased, device, dtype)
-            after = fdu.draw(after_pipeline, probes, description="after", **settings)
+            tests = RobustnessTests(self._examinations(probes[0], sets, settings))
+            tests.before(pipeline)
+            if (Path(self.erased) / PIPELINE_FILE).is_file():
+                # Two models would not fit where one does.
+                del pipeline
+                free_memory()
+                pipeline = load_model(self.erased, dtype, device)
+            else:
+                pipeline = load_erased(pipeline, self.erased, device, dtype)
+            after = fdu.draw(pipeline, probes, description="after", **settings)
             evaluation = fdu.evaluate(before, after, probes, features)
-            robustness = examination.after(after_pipeline) if examination is not None else None
             print_evaluation(evaluation, probes)
-            if robustness is not None:
-                print_robustness(robustness, target)
+
+            def write(overwrite: bool) -> None:
+                if self.out is not None:
+                    notes = [*(demo.NOTES if embedded_base else demo.CLIP_NOTES), *tests.notes()]
+                    told = (record, command, describe_device(device), notes, tests.found)
+                    with whole_folder(self.out, overwrite) as folder:
+                        demo.write_figures(folder, evaluation, probes, before, after, *told)
+
+            # The tests take long and more memory: what is known is kept before each of them.
+            write(self.overwrite)
+            for _ in tests.after(pipeline):
+                write(overwrite=True)
+            if tests.found is not None:
+                print_robustness(tests.found, target)
             if self.out is not None:
-                with whole_folder(self.out, self.overwrite) as folder:
-                    described = describe_device(device)
-                    notes = demo.NOTES if embedded_base else demo.CLIP_NOTES
-                    told = (record, command, described, notes, robustness)
-                    demo.write_figures(folder, evaluation, probes, before, after, *told)
                 print(f"\nreport   {self.out / demo.REPORT}\nfigures  {self.out / demo.METRICS}")
+            tests.check()
 
         return work
+
+    def _inputs(self) -> list[str | Path]:
+        """The files and folders that the work reads."""
+        named = [model_folder(self.base), self.erased, self.phrasings]
+        prompts = self.prompts if self.prompts and self.prompts.endswith(".txt") else None
+        judge = self.judge if self.judge and Path(self.judge).is_dir() else None
+        return [path for path in (*named, prompts, judge) if path is not None]
 
     def _draw_settings(self, embedded_base: bool) -> dict[str, Any]:
         """How images are drawn."""
         defaults: dict[str, Any] = EMBEDDED_DRAWS if embedded_base else OTHER_DRAWS
         given = {name: getattr(self, name) for name in defaults}
-        for name, value in given.items():
+        for name, value in (*given.items(), ("robustness_batch_size", self.robustness_batch_size)):
             if value is not None and value <= 0:
                 raise ValueError(f"{name} must be > 0, got {value}")
         chosen = {name: value for name, value in given.items() if value is not None}
@@ -195,8 +221,9 @@ class Evaluate:
     def _phrasing_sets(self, target: str, concepts: ConceptSet | None) -> PromptSets:
         """The prompt sets of the test "phrasings"; none if it is not asked for."""
         if self.robustness is None:
-            if self.phrasings is not None:
-                raise ValueError("phrasings belongs to the tests of --robustness; add that, or leave it out")
+            for name in ("phrasings", "robustness_batch_size"):
+                if getattr(self, name) is not None:
+                    raise ValueError(f"{name} belongs to the tests of --robustness; add that, or leave it out")
             return {}
         from fdu.embedded.vocabulary import DIGITS
         from fdu.robustness.phrasings import SETS, read_sets
@@ -207,20 +234,27 @@ class Evaluate:
             kind = "style" if any("style" in prompt for prompt in concepts.target.prompts) else "object"
         return read_sets(self.phrasings or SETS / kind, target)
 
-    def _examination(self, probe: fdu.Probe, sets: PromptSets, settings: dict[str, Any]) -> Examination | None:
-        """The tests of robustness that were asked for, with images drawn as for the evaluation."""
+    def _examinations(self, probe: fdu.Probe, sets: PromptSets, settings: dict[str, Any]) -> dict[str, Examination]:
+        """The tests of robustness that were asked for, each by itself, with images drawn as for the evaluation."""
         if self.robustness is None:
-            return None
-        from fdu.robustness import TESTS, Drawing, Examination
+            return {}
+        from fdu.robustness import TESTS, AttackConfig, Drawing, Examination, RelearningConfig
 
+        size = self.robustness_batch_size
         drawing = Drawing(
             images=settings["images_per_class"],
             num_inference_steps=settings["num_inference_steps"],
             guidance_scale=settings["guidance_scale"],
             seed=self.seed,
-            batch_size=settings["batch_size"],
+            batch_size=size or settings["batch_size"],
         )
-        return Examination(probe, sets, self.robustness or TESTS, drawing=drawing)
+        configs: dict[str, Any] = {"drawing": drawing}
+        if size:
+            configs |= {
+                "attack_config": AttackConfig(batch_size=size),
+                "relearning_config": RelearningConfig(batch_size=size),
+            }
+        return {test: Examination(probe, sets, (test,), **configs) for test in self.robustness or TESTS}
 
 
 def _erased_concepts(record: dict[str, Any] | None) -> list[str]:

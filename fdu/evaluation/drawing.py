@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
 from tqdm import tqdm
 
-from fdu.evaluation.probes import Probe
+from fdu.evaluation.probes import Probe, check_prompts
 from fdu.progress import silent
 
 JUDGED_SEED = 1000
-"""Offset of the seeds of judged images: none that a training used."""
+"""Offset of the seeds of judged images from the seed of a training, whose own images begin at that seed itself."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,6 +23,21 @@ class Draws:
     """The images of every probe, in the probes' order: one tensor [N, 3, H, W] in [0, 1] each."""
 
     images: list[Tensor]
+
+
+@contextmanager
+def unchecked(pipeline: DiffusionPipeline) -> Iterator[None]:
+    """Within this context no safety checker blackens what the pipeline draws: a judge would take it for a change."""
+    checker = getattr(pipeline, "safety_checker", None)
+    if checker is None:
+        yield
+        return
+    # Past the pipeline's own way to set a part, which would note in its config that there is none.
+    vars(pipeline)["safety_checker"] = None
+    try:
+        yield
+    finally:
+        vars(pipeline)["safety_checker"] = checker
 
 
 @torch.no_grad()
@@ -38,6 +54,7 @@ def draw(
     """Draw ``images_per_class`` images of every probe.
 
     Image i of a probe depends on its prompt and on ``seed + i`` alone, so two pipelines can be compared image by image.
+    A safety checker is left out.
 
     Args:
         pipeline: any diffusers pipeline that draws images from prompts.
@@ -50,17 +67,19 @@ def draw(
         description: words beside the progress bar.
 
     Raises:
-        ValueError: no probes, or a number of images or a batch size below 1.
+        ValueError: no probes, one without prompts, or a number of images or a batch size below 1.
     """
     if not probes:
         raise ValueError("probes is empty; name at least the target")
+    check_prompts(probes)
     for name, value in (("images_per_class", images_per_class), ("batch_size", batch_size)):
         if value < 1:
             raise ValueError(f"{name} must be >= 1, got {value}")
     given = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
     chosen = {name: value for name, value in given.items() if value is not None}
     images = []
-    with silent(pipeline), tqdm(total=len(probes) * images_per_class, desc=description, unit="image") as progress:
+    bar = tqdm(total=len(probes) * images_per_class, desc=description, unit="image")
+    with silent(pipeline), unchecked(pipeline), bar as progress:
         for probe in probes:
             drawn = []
             for start in range(0, images_per_class, batch_size):

@@ -124,7 +124,7 @@ class ModuleFeatures(Features):
         batch_size: images at once.
 
     Raises:
-        ValueError: a name that the module does not have, or neither layers nor features of them.
+        ValueError: a name that the module does not have.
     """
 
     def __init__(

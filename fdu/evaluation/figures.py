@@ -13,7 +13,7 @@ from torch import Tensor, cat, nn
 
 from fdu.evaluation.drawing import Draws, draw
 from fdu.evaluation.features import Features, as_features
-from fdu.evaluation.intervals import Bootstrap, Interval, interval, share_interval
+from fdu.evaluation.intervals import FEWEST, Bootstrap, Interval, interval, share_interval, wilson
 from fdu.evaluation.metrics import KERNELS, clip_score, discrepancies, unlearn_canvas
 from fdu.evaluation.probes import Probe, check_probes, groups
 
@@ -43,7 +43,8 @@ class Figures:
     clip_score: dict[str, float] = dataclasses.field(default_factory=dict)
     """CLIPScore of the images with the name of what was asked for, by role and group; empty without a text encoder."""
     intervals: dict[str, Interval] = dataclasses.field(default_factory=dict)
-    """The 95 % interval of every figure, by its name: "target_accuracy", "per_class.three"."""
+    """The 95 % interval of every figure, by its name: "target_accuracy", "per_class.three"; of CLIP scores only where
+    there are two images a class."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +67,7 @@ class Evaluation:
     """The extractor that distances and CLIP scores come from; they compare with those of the same one only."""
     intervals: dict[str, Interval] = dataclasses.field(default_factory=dict)
     """The 95 % interval of every figure of this object: "change.target", "difference.retained_accuracy",
-    "distances.kid.retained", "unlearn_canvas.UA"."""
+    "distances.kid.retained", "unlearn_canvas.UA"; of changes and distances only where there are two images a class."""
 
     def as_dict(self) -> dict[str, Any]:
         """Ready for JSON."""
@@ -118,7 +119,10 @@ def evaluate(
             found.figures[key] = sides[1].values[name] - sides[0].values[name]
             apart = resampled - sides[0].resampled[name]
             images = sides[1].images.get(name)
-            found.intervals[key] = share_interval(found.figures[key], apart, images, -1) if images else interval(apart)
+            if images:
+                found.intervals[key] = share_interval(found.figures[key], apart, images, -1)
+            elif name in sides[1].figures.intervals:
+                found.intervals[key] = interval(apart)
     after_figures = sides[1].figures
     canvas = unlearn_canvas(after_figures)
     low, high = after_figures.intervals["target_accuracy"]
@@ -164,7 +168,8 @@ class _Found:
         for part, chosen in places.items():
             own = {place: values[place] for place in chosen}
             self.figures[f"{name}.{part}"] = float(np.mean([one.mean() for one in own.values()]))
-            self.intervals[f"{name}.{part}"] = interval(bootstrap.means(own))
+            if bootstrap.tells(chosen):
+                self.intervals[f"{name}.{part}"] = interval(bootstrap.means(own))
 
     def discrepancies(
         self,
@@ -181,7 +186,9 @@ class _Found:
                 matrix = discrepancies(KERNELS[name], before, after).numpy()
                 key = f"distances.{name}.{part}"
                 self.figures[key] = float(matrix.sum() / (len(matrix) * (len(matrix) - 1)))
-                self.intervals[key] = interval(bootstrap.pair_means(matrix, chosen))
+                # Of two images there is one pair, and nothing to tell how others would differ from it.
+                if bootstrap.tells(chosen, images=FEWEST + 1):
+                    self.intervals[key] = interval(bootstrap.pair_means(matrix, chosen))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -218,7 +225,8 @@ def _side(
         value = float(np.mean([hits[place].mean() for place in chosen]))
         resampled[name] = bootstrap.means({place: hits[place] for place in chosen})
         counted[name] = sum(len(hits[place]) for place in chosen)
-        intervals[name] = share_interval(value, resampled[name], counted[name])
+        one = len(chosen) == 1
+        intervals[name] = wilson(value, counted[name]) if one else share_interval(value, resampled[name], counted[name])
         values[name] = value
         return value
 
@@ -253,7 +261,8 @@ def _side(
             name = f"clip_score.{part}"
             values[name] = scores[part] = float(np.mean([one.mean() for one in own.values()]))
             resampled[name] = bootstrap.means(own)
-            intervals[name] = interval(resampled[name])
+            if bootstrap.tells(chosen):
+                intervals[name] = interval(resampled[name])
 
     figures = Figures(
         target_accuracy=values["target_accuracy"],

@@ -1,8 +1,10 @@
-"""Confidence intervals: the percentile bootstrap over images, drawn alike before and after, since these are pairs."""
+"""Confidence intervals: the percentile bootstrap over images, paired before and after; of one share, Wilson's."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
+from statistics import NormalDist
 
 import numpy as np
 
@@ -11,6 +13,8 @@ Interval = tuple[float, float]
 LEVEL = 0.95
 """The share of repetitions of the evaluation whose interval holds the true value."""
 RESAMPLES = 2000
+FEWEST = 2
+"""Images of a class below which resamples cannot tell how a measured value scatters."""
 
 
 class Bootstrap:
@@ -44,7 +48,8 @@ class Bootstrap:
     def pair_means(self, matrix: np.ndarray, places: Sequence[int]) -> np.ndarray:
         """The mean of a matrix over all pairs of different images, in each resample.
 
-        A pair of an image with itself, which a resample can hold, is none of two images and is left out.
+        A pair of an image with itself, which a resample can hold, is none of two images and is left out; NaN for a
+        resample that holds no other pairs.
 
         Args:
             matrix: [N, N] over the images of all ``places`` in their order, zero on the diagonal.
@@ -53,17 +58,32 @@ class Bootstrap:
         weights = np.concatenate([self.weights[place] for place in places], axis=1)
         sums = np.einsum("ri,ri->r", weights @ matrix, weights)
         pairs = weights.sum(1) ** 2 - (weights**2).sum(1)
-        return sums / np.maximum(pairs, 1)
+        return np.divide(sums, pairs, out=np.full_like(sums, np.nan), where=pairs > 0)
+
+    def tells(self, places: Sequence[int], images: int = FEWEST) -> bool:
+        """Whether there are enough images of each of these probes, and ``images`` of all, for an interval."""
+        counts = [self.weights[place].shape[1] for place in places]
+        return min(counts) >= FEWEST and sum(counts) >= images
 
 
 def interval(resampled: np.ndarray) -> Interval:
-    """The percentile interval of a figure from its values in the resamples."""
-    low, high = np.quantile(resampled, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    """The percentile interval of a figure from its values in the resamples; those that are NaN do not count."""
+    low, high = np.nanquantile(resampled, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return float(low), float(high)
 
 
+def wilson(share: float, images: int) -> Interval:
+    """The interval of one share counted on ``images`` images (Wilson 1927), which also holds near 0 and 1."""
+    z = NormalDist().inv_cdf((1 + LEVEL) / 2)
+    weight = z * z / images
+    middle = (share + weight / 2) / (1 + weight)
+    half = z * math.sqrt(share * (1 - share) / images + weight / (4 * images)) / (1 + weight)
+    # At the ends the bound is 0 or 1 itself, which rounding would miss.
+    return (0.0 if share == 0 else middle - half), (1.0 if share == 1 else middle + half)
+
+
 def share_interval(share: float, resampled: np.ndarray, images: int, lowest: float = 0.0) -> Interval:
-    """The interval of a share, a mean of shares, or a difference of two, counted on ``images`` images in all.
+    """The interval of a mean of shares, or of a difference of two, counted on ``images`` images in all.
 
     Where the images of each class all agree, every resample does too, and the interval would be a point, which
     promises too much: 0 of 32 may well be 5 % of all. There the exact binomial bound is taken (Clopper and Pearson

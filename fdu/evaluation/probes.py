@@ -51,6 +51,7 @@ def check_probes(probes: Sequence[Probe]) -> None:
     Raises:
         ValueError: not exactly one target, nothing retained, two classes of one name, or a class without a prompt.
     """
+    check_prompts(probes)
     roles = [probe.role for probe in probes]
     if roles.count("target") != 1 or "retained" not in roles:
         raise ValueError("probes must hold exactly one with role 'target' and at least one with role 'retained'")
@@ -58,3 +59,14 @@ def check_probes(probes: Sequence[Probe]) -> None:
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise ValueError(f"probes name the class {twice[0]!r} twice; give every class one probe")
+
+
+def check_prompts(probes: Sequence[Probe]) -> None:
+    """Refuse probes of which nothing can be drawn.
+
+    Raises:
+        ValueError: a class without a prompt.
+    """
+    for probe in probes:
+        if not probe.prompts:
+            raise ValueError(f"probes: the class {probe.name!r} has no prompts; give it at least one")

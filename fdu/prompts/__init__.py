@@ -3,26 +3,31 @@
     # Lines that begin with # are for the reader.
     [target] van gogh
     a painting of a cornfield in the style of {}
-    [unseen]                      the target once more, in phrasings that the training never saw
+    # The target once more, in phrasings that the training never saw.
+    [unseen]
     {} style, a harbour at dusk
-    [anchor] painting             what the target is erased towards, and what it is told from
+    # What the target is erased towards, and what it is told from.
+    [anchor] painting
     a painting of a cornfield
-    [near] monet                  a neighbour, to be kept; without prompts of its own it takes those of the target
+    # Neighbours, to be kept; without prompts of their own they take those of the target.
+    [near] monet
     [near] salvador dali
-    [generic] street              an everyday subject, to be kept
+    # An everyday subject, to be kept.
+    [generic] street
     a photo of a busy street
-    [unrelated] violin            a subject that has nothing to do with the target
+    # A subject that has nothing to do with the target.
+    [unrelated] violin
     a violin on a chair
 
 ``{}`` stands for the name of the class, and a name is what an image-text encoder reads. A file with neither generic nor
-unrelated subjects is given those of the package, ``generic.txt`` and ``unrelated.txt``.
+unrelated subjects is given those of the package, ``generic.txt`` and ``unrelated.txt``, that it does not name itself.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +37,7 @@ FOLDER = Path(__file__).parent
 SHARED = ("generic", "unrelated")
 """The groups that all sets share, each in a file of its name."""
 SECTIONS = ("target", "unseen", "anchor", "near", *SHARED)
-HEADING = re.compile(r"\[(\w*)\]\s*(.*)")
+HEADING = re.compile(r"\[([^\]]*)\]\s*(.*)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +50,15 @@ class ConceptSet:
     near: tuple[Concept, ...] = ()
     generic: tuple[Concept, ...] = ()
     unrelated: tuple[Concept, ...] = ()
+
+    def without(self, names: Iterable[str]) -> ConceptSet:
+        """The set with none of these names among what is to be kept: they were erased, too."""
+        gone = {_folded(name) for name in names}
+        kept: dict[str, Any] = {
+            group: tuple(concept for concept in getattr(self, group) if _folded(concept.name) not in gone)
+            for group in ("near", *SHARED)
+        }
+        return dataclasses.replace(self, **kept)
 
 
 def concept_sets() -> tuple[str, ...]:
@@ -84,7 +98,8 @@ def read_set(path: str | Path) -> ConceptSet:
     (target,), (anchor,) = found["target"], found["anchor"]
     kept = {group: found[group] for group in ("near", *SHARED)}
     if not any(kept[group] for group in SHARED):
-        kept |= {group: list(shared_concepts(group)) for group in SHARED}
+        own = {_folded(concept.name) for concept in (target, anchor, *kept["near"])}
+        kept |= {group: [one for one in shared_concepts(group) if _folded(one.name) not in own] for group in SHARED}
     named = [concept.name for concepts in ([target, anchor], *kept.values()) for concept in concepts]
     unnamed = not all(named)
     twice = sorted({name for name in named if named.count(name) > 1})
@@ -140,15 +155,23 @@ def set_of_record(record: Mapping[str, Any], target: str) -> ConceptSet:
     )
 
 
+def _folded(name: str) -> str:
+    """A name as names are compared."""
+    return name.strip().casefold()
+
+
 def _sections(path: str | Path, shown: str) -> dict[str, list[Concept]]:
     """The sections of a file by their kind, prompts as they stand."""
     sections: list[tuple[str, str, list[str]]] = []
     for number, line in read_lines(path):
         heading = HEADING.fullmatch(line)
         if heading:
-            if heading[1] not in SECTIONS:
-                raise ValueError(f"{shown}, line {number}: [{heading[1]}] is none of {', '.join(SECTIONS)}")
-            sections.append((heading[1], heading[2], []))
+            section = heading[1].strip()
+            if section not in SECTIONS:
+                raise ValueError(f"{shown}, line {number}: [{section}] is none of {', '.join(SECTIONS)}")
+            sections.append((section, heading[2], []))
+        elif line.startswith("["):
+            raise ValueError(f"{shown}, line {number}: {line!r} lacks the ] of a section, such as [target] name")
         elif not sections:
             raise ValueError(f"{shown}, line {number}: a prompt stands before the first section, such as [target] name")
         else:

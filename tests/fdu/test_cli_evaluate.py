@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +99,30 @@ def test_the_published_set_of_the_target_is_drawn(
     assert drawn["num_inference_steps"] is None and drawn["guidance_scale"] is None and drawn["seed"] == 1000
 
 
+def test_of_several_erased_concepts_the_others_are_not_to_be_kept(
+    base: Path, clip_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[str] = []
+
+    def draw(pipeline: Any, probes: list[fdu.Probe], **settings: Any) -> None:
+        drawn.extend(probe.name for probe in probes)
+        raise RuntimeError("enough")
+
+    monkeypatch.setattr(fdu, "draw", draw)
+    record = {
+        "target": {"name": "van gogh, monet", "prompts": ["a van gogh", "a monet"]},
+        "anchor": {"name": "painting, painting", "prompts": ["a painting", "a painting"]},
+        "concepts": [["van gogh", "painting"], ["monet", "painting"]],
+        "config": {"divergence": "mse", "max_train_steps": 1, "seed": 0},
+        **{"sigma": 1.0, "seconds": 1.0, "history": {}, "versions": {}},
+    }
+    Path("weights/fdu.json").write_text(json.dumps(record))
+    arguments = [str(base), "weights", "--judge", str(clip_folder), "--target", "van gogh"]
+    with pytest.raises(RuntimeError, match="enough"):
+        cli.parse(["evaluate", *arguments]).prepare("")()
+    assert "monet" not in drawn and "salvador dali" in drawn
+
+
 def test_what_cannot_be_judged_is_refused(base: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = [str(base), "weights"]
     assert "does not tell what was erased; add --target" in refused(model, capsys)
@@ -113,6 +138,82 @@ def test_what_cannot_be_judged_is_refused(base: Path, capsys: pytest.CaptureFixt
     )
     assert "batch_size must be > 0, got 0" in refused([*monet, "--batch_size", "0"], capsys)
     assert "leave --prompts out" in refused(["embedded", "weights", "--prompts", "monet"], capsys)
+    assert "robustness_batch_size belongs to" in refused([*monet, "--robustness_batch_size", "2"], capsys)
+    lone = [*monet, "--robustness", "--robustness_batch_size", "0"]
+    assert "robustness_batch_size must be > 0, got 0" in refused(lone, capsys)
+
+
+@pytest.mark.parametrize("what", ["prompts", "phrasings", "judge", "base"])
+def test_no_input_is_overwritten(what: str, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("out/input").mkdir(parents=True)
+    for name in ("config.json", "model_index.json", "set.txt"):
+        Path("out/input", name).write_text(CONCEPTS)
+    source = "out/input/set.txt" if what == "prompts" else "out/input"
+    base = source if what == "base" else "org/model"
+    given = [] if what == "base" else [f"--{what}", source]
+    rest = ["--target", "monet"] if what != "prompts" else []
+    rest += ["--robustness"] if what == "phrasings" else []
+    assert f"holds, the input '{source}'" in refused(
+        [base, "weights", *given, *rest, "--out", "out", "--overwrite"], capsys
+    )
+
+
+def test_the_device_is_chosen_as_for_an_erasure() -> None:
+    defaults = [cli.parse(["evaluate", "a", "b"]), cli.parse(["erase", "a", "--target=b", "--anchor=c", "--out=d"])]
+    assert {command.device for command in defaults} == {"auto"}  # type: ignore[attr-defined]
+
+
+QUICK = ["--images_per_class", "1", "--num_inference_steps", "1", "--target", "three", "--device", "cpu"]
+
+
+def test_a_test_of_robustness_that_fails_costs_nothing_else(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import fdu.cli.evaluate
+    import fdu.robustness
+
+    def fails_before(*given: Any, **named: Any) -> None:
+        raise RuntimeError("CUDA out of memory.\nTried to allocate")
+
+    def fails_after(*given: Any, **named: Any) -> None:
+        found = json.loads(Path("judged/metrics.json").read_text())
+        assert Path("judged/report.html").is_file() and found["robustness"]["phrasings"]
+        raise KeyError("fault")
+
+    monkeypatch.setattr(fdu.robustness, "attack", fails_before)
+    monkeypatch.setattr(fdu.robustness, "relearn", fails_after)
+    monkeypatch.setattr(fdu.cli.evaluate, "load_erased", lambda pipeline, *given: pipeline)
+    arguments = ["embedded", "weights", *QUICK, "--out", "judged", "--robustness", "--robustness_batch_size", "1"]
+    Path("sets").mkdir()
+    Path("sets/mine.txt").write_text("a {}\n")
+    assert main(["evaluate", *arguments, "--phrasings", "sets"]) == cli.FAILED
+    output = capsys.readouterr()
+    assert "the test 'attack' failed: CUDA out of memory; the test 'relearning' failed: 'fault'" in output.err
+    assert "retained (9 classes)" in output.out and "other words" in output.out and "report   judged" in output.out
+    metrics = json.loads(Path("judged/metrics.json").read_text())
+    assert set(metrics["robustness"]["phrasings"]) == {"mine"} and metrics["robustness"]["attack"] is None
+    assert "The test of robustness 'attack' failed: CUDA out of memory." in metrics["notes"]
+
+
+def test_two_pipelines_are_not_in_memory_together(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import fdu.cli.evaluate
+
+    real, loaded = fdu.cli.evaluate.load_model, []
+
+    def load_model(*given: Any) -> Any:
+        assert all(former() is None for former in loaded)
+        pipeline = real(*given)
+        loaded.append(weakref.ref(pipeline))
+        return pipeline
+
+    monkeypatch.setattr(fdu.cli.evaluate, "load_model", load_model)
+    monkeypatch.setattr("fdu.loading.load_model", load_model)
+    assert main(["evaluate", "embedded", str(base), *QUICK]) == cli.OK
+    assert len(loaded) == 2
+
+
+def test_a_set_in_the_output_folder_is_kept(capsys: pytest.CaptureFixture[str], base: Path) -> None:
+    model = [str(base), "weights"]
     Path("kept").mkdir()
     Path("set.txt").rename("kept/set.txt")
     inside = [*model, "--prompts", "kept/set.txt", "--out", "kept", "--overwrite"]

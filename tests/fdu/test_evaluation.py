@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -132,3 +133,54 @@ def test_none_leaves_a_setting_to_the_pipeline() -> None:
     probe = fdu.Probe("a", ("a",), "target", lambda images: ["a"] * len(images))
     fdu.draw(Pipeline(), [probe], 1, num_inference_steps=None, guidance_scale=1.5)  # type: ignore[arg-type]
     assert "num_inference_steps" not in seen[0] and seen[0]["guidance_scale"] == 1.5
+
+
+def test_the_interval_of_a_class_grows_with_its_share() -> None:
+    """At 31 of 32 a bootstrap ends higher than the exact bound at 32 of 32 begins."""
+    lows, highs = [], []
+    for right in (0, 1, 2, 30, 31, 32):
+        target = image_of(*[0] * right, *[1] * (32 - right))
+        draws = Draws([target, image_of(0), image_of(1), image_of(2)])
+        low, high = fdu.evaluate(draws, draws, PROBES).after.intervals["per_class.cat"]
+        lows.append(low)
+        highs.append(high)
+    assert lows == sorted(set(lows)) and highs == sorted(set(highs))
+
+
+def test_one_image_a_class_tells_nothing_of_how_images_scatter() -> None:
+    generator = torch.Generator().manual_seed(0)
+
+    def drawn(images: int) -> Draws:
+        return Draws([torch.rand(images, 3, 2, 2, generator=generator) for _ in PROBES])
+
+    module = torch.nn.Flatten()
+    one, two, three = (fdu.evaluate(drawn(images), drawn(images), PROBES, module) for images in (1, 2, 3))
+    assert one.change["target"] > 0 and "kid" in one.distances
+    assert not {name for name in one.intervals if name.startswith(("change", "distances"))}
+    assert "change.target" in two.intervals and "distances.perceptual.target" in two.intervals
+    assert "distances.kid.target" not in two.intervals and "distances.kid.retained" in two.intervals
+    assert "distances.kid.target" in three.intervals
+
+
+def test_a_class_without_prompts_is_refused(pipeline: StableDiffusionPipeline) -> None:
+    probes = [*PROBES[:3], Probe("cow", (), "retained", judge)]
+    draws = Draws([image_of(0), image_of(0), image_of(1), image_of(2)])
+    for call in (lambda: fdu.evaluate(draws, draws, probes), lambda: fdu.draw(pipeline, probes)):
+        with pytest.raises(ValueError, match="the class 'cow' has no prompts"):
+            call()
+
+
+def test_a_safety_checker_blackens_nothing(pipeline: StableDiffusionPipeline) -> None:
+    def blackens(images: Any, clip_input: Any) -> tuple[Any, list[bool]]:
+        return images * 0, [True] * len(images)
+
+    def extractor(images: Any, return_tensors: str) -> Any:
+        return SimpleNamespace(to=lambda device: SimpleNamespace(pixel_values=torch.zeros(1)))
+
+    config = dict(pipeline.config)
+    vars(pipeline).update(safety_checker=blackens, feature_extractor=extractor)
+    probe = Probe("three", ("three",), "target", judge)
+    assert pipeline(["three"], num_inference_steps=1, output_type="pt").nsfw_content_detected == [True]
+    images = fdu.draw(pipeline, [probe], 2, num_inference_steps=1).images[0]
+    assert all(image.std() > 0.01 for image in images)
+    assert pipeline.safety_checker is blackens and dict(pipeline.config) == config

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from fdu.evaluation.intervals import Bootstrap, interval, share_interval
+from fdu.evaluation.intervals import Bootstrap, interval, share_interval, wilson
 
 
 def test_a_mean_against_scipy() -> None:
@@ -84,3 +84,25 @@ def test_the_same_seed_gives_the_same_interval() -> None:
     values = {0: np.random.default_rng(6).random(20)}
     first, again, other = (interval(Bootstrap([20], seed=seed).means(values)) for seed in (0, 0, 1))
     assert first == again != other
+
+
+@pytest.mark.parametrize(("count", "images"), [(0, 32), (1, 32), (17, 32), (31, 32), (32, 32), (1, 1)])
+def test_the_interval_of_one_share_against_scipy(count: int, images: int) -> None:
+    expected = stats.binomtest(count, images).proportion_ci(0.95, method="wilson")
+    assert wilson(count / images, images) == pytest.approx((expected.low, expected.high), abs=1e-12)
+
+
+def test_a_resample_without_pairs_does_not_count() -> None:
+    """Of two images half of the resamples hold one of them twice, which is no pair; the only pair is at 1."""
+    matrix = np.array([[0.0, 1.0], [1.0, 0.0]])
+    bootstrap = Bootstrap([2], resamples=200)
+    found = bootstrap.pair_means(matrix, [0])
+    twice = bootstrap.weights[0].max(1) == 2
+    assert twice.any() and np.isnan(found[twice]).all() and (found[~twice] == 1).all()
+    assert interval(found) == (1.0, 1.0)
+
+
+def test_intervals_need_two_images_of_each_class() -> None:
+    bootstrap = Bootstrap([1, 2, 3])
+    assert not bootstrap.tells([0]) and not bootstrap.tells([0, 2]) and bootstrap.tells([1]) and bootstrap.tells([1, 2])
+    assert not bootstrap.tells([1], images=3) and bootstrap.tells([2], images=3)

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+import fdu.prompts
 from fdu.prompts import concept_set, concept_sets, set_of_record
 
 ANCHORS = {
@@ -71,6 +72,8 @@ def test_a_file_without_subjects_gets_those_of_the_package(tmp_path: Path) -> No
     [
         ("a photo\n", "line 1: a prompt stands before the first section"),
         ("[target] a\n{}\n[anker] b\n", r"line 3: \[anker\] is none of target, unseen"),
+        ("[target] a\n{}\n[un-related] b\n", r"line 3: \[un-related\] is none of target, unseen"),
+        ("[target] a\n{}\n[near b\n", r"line 3: '\[near b' lacks the \]"),
         ("[target] a\n{}\n", r"must hold one section \[anchor\], got 0"),
         ("[target] a\n{}\n[target] c\n{}\n[anchor] b\nb\n", r"must hold one section \[target\], got 2"),
         ("[target] a\n{}\n[anchor] b\nb\n[near]\nc\n", "a section without a name"),
@@ -111,3 +114,35 @@ def test_a_record_that_gives_none() -> None:
         set_of_record(record(("lynx", "cat")), "fox")
     with pytest.raises(ValueError, match="the anchor of 'lynx' has no name; add a concept set with --prompts"):
         set_of_record(record(("lynx", "")), "lynx")
+
+
+def test_what_was_erased_as_well_is_not_to_be_kept() -> None:
+    concepts = concept_set("van gogh")
+    left = concepts.without(["van gogh", " Monet", "STREET"])
+    assert (left.target, left.anchor, left.unseen) == (concepts.target, concepts.anchor, concepts.unseen)
+    assert [one.name for one in left.near] == [one.name for one in concepts.near if one.name != "monet"]
+    assert {one.name for one in concepts.generic} - {one.name for one in left.generic} == {"street"}
+    assert left.unrelated == concepts.unrelated
+
+
+def test_the_documented_form_is_read_as_it_stands(tmp_path: Path) -> None:
+    lines = [line[4:] for line in (fdu.prompts.__doc__ or "").splitlines() if line.startswith("    ")]
+    concepts = concept_set(write(tmp_path, "\n".join(lines)))
+    assert (concepts.target.name, concepts.anchor.name) == ("van gogh", "painting")
+    assert [one.name for one in concepts.near] == ["monet", "salvador dali"]
+    assert concepts.near[0].prompts == ("a painting of a cornfield in the style of monet",)
+    assert concepts.unseen == ("van gogh style, a harbour at dusk",)
+    assert [one.name for one in (*concepts.generic, *concepts.unrelated)] == ["street", "violin"]
+
+
+def test_headings_may_hold_spaces(tmp_path: Path) -> None:
+    concepts = concept_set(write(tmp_path, "[target ] a\n{}\n[ anchor] b\nb\n[near ] c\n"))
+    assert [one.name for one in concepts.near] == ["c"] and concepts.target.prompts == ("a",)
+
+
+@pytest.mark.parametrize("anchor", ["woman", "Woman"])
+def test_a_shared_subject_can_be_anchor_or_neighbour(anchor: str, tmp_path: Path) -> None:
+    text = f"[target] taylor swift\na photo of {{}}\n[anchor] {anchor}\na photo of a woman\n[near] violin\n"
+    concepts = concept_set(write(tmp_path, text))
+    names = [one.name for one in (*concepts.generic, *concepts.unrelated)]
+    assert "woman" not in names and "violin" not in names and "house" in names

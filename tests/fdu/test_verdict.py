@@ -171,3 +171,48 @@ def test_percent(share: float, text: str) -> None:
 
 def test_uncertainty_of_a_hundred_images_is_ten_points() -> None:
     assert uncertainty(100) == pytest.approx(0.098)
+
+
+def grouped(before: dict[str, float], after: dict[str, float]) -> tuple[fdu.Evaluation, list[fdu.Probe]]:
+    """Two retained classes a group, all of a group at its share; the target goes from 1 to 0."""
+    classes = [(f"{group}{place}", group) for group in before for place in range(2)]
+
+    def figures(target: float, shares: dict[str, float]) -> fdu.Figures:
+        own = {name: shares[group] for name, group in classes}
+        worst = min(own, key=lambda name: own[name])
+        mean = sum(own.values()) / len(own)
+        return fdu.Figures(
+            target, None, mean, own[worst], worst, None, {"three": target, **own}, {"x": 1.0}, retained_by_group=shares
+        )
+
+    probes = [fdu.Probe("three", ("three",), "target", list)]
+    probes += [fdu.Probe(name, (name,), "retained", list, group) for name, group in classes]  # type: ignore[arg-type]
+    return fdu.Evaluation(figures(1.0, before), figures(0.0, after), {}, 32), probes
+
+
+def test_a_group_that_suffers_is_not_hidden_by_the_others() -> None:
+    whole = {"near": 1.0, "generic": 1.0, "unrelated": 1.0}
+    verdict = judge(*grouped(whole, whole | {"near": 0.86}))
+    assert not verdict.good and not verdict.kept
+    assert verdict.headline == "three was erased, but its neighbours suffered"
+    assert "Of these suffered its neighbours (100 % before, 86 % after)." in verdict.sentences
+    everywhere = judge(*grouped(whole, dict.fromkeys(whole, 0.9)))
+    assert everywhere.headline == "three was erased, but other classes suffered"
+    assert judge(*grouped(whole, whole)).headline == "three was erased, and the rest was kept"
+
+
+def test_what_was_hardly_drawn_is_not_called_kept() -> None:
+    low = {"near": 0.06, "generic": 0.06}
+    verdict = judge(*grouped(low, low))
+    assert not verdict.kept and not verdict.good
+    assert verdict.headline == "three was erased, but the classes to be kept were hardly drawn to begin with"
+    part = low | {"generic": 1.0}
+    verdict = judge(*grouped(part, part))
+    assert verdict.headline == "three was erased, and what else it could draw was kept"
+    assert "Hardly drawn before, so that little can be told of them: its neighbours (6 %)." in verdict.sentences
+
+
+def test_no_neighbours_are_no_proof_that_they_were_kept() -> None:
+    verdict = judge(*grouped({"generic": 1.0}, {"generic": 1.0}))
+    assert verdict.headline == "three was erased, and the rest was kept (no neighbours were drawn)"
+    assert "No neighbours of the target were drawn, which suffer first." in verdict.sentences
