@@ -91,8 +91,8 @@ class Compare:
     """The phrasings that names are put into. The embedded pipeline has its own."""
     dtype: Dtype = "auto"
     """Type of the weights; auto is float32, or the type of --mixed_precision."""
-    device: str = "cpu"
-    """Device to run on: cpu, cuda, mps or auto."""
+    device: str = "auto"
+    """Device to run on: cpu, cuda, mps, or auto for the first accelerator there is."""
     settings: OmitArgPrefixes[SharedSettings] = dataclasses.field(default_factory=SharedSettings)
 
     def prepare(self, command: str) -> Callable[[], None]:
