@@ -357,7 +357,7 @@ samples than the default 120 steps of 16.
 ## The variational objective
 
 "variational" above. The divergence is estimated by a critic in a min-max game, as the paper does where it has no closed
-form. Towards the superclass the default 120 steps stop just before the bound in some runs; 240 do not.
+form. Towards the superclass 120 steps, the default, end just above the bound in some runs; 240 do not.
 
 {variational}
 
