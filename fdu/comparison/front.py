@@ -10,10 +10,8 @@ import numpy as np
 
 from fdu.comparison.plan import FEWEST_IMAGES, Candidate
 from fdu.comparison.subject import Judged
+from fdu.evaluation.intervals import LEVEL, RESAMPLES, reach_unseen
 
-LEVEL = 0.95
-"""Of all intervals."""
-RESAMPLES = 2000
 DIGITS = 12
 """Of figures; the rest is rounding."""
 FIGURES = ("erased", "retained", "change")
@@ -109,10 +107,9 @@ class Sample:
         found = interval(float(self.values[figure][place]), self.resampled[figure][:, place])
         highest = math.inf if figure == "change" else 1.0
         found = Estimate(found.value, max(found.low, 0.0), min(found.high, highest))
-        # Where all images show the same, resampling cannot tell how rare exceptions are; the exact binomial bound can
-        # (Clopper and Pearson 1934).
+        # Where all images show the same, resampling cannot tell how rare exceptions are.
         if figure != "change" and found.low == found.high and found.value in (0.0, 1.0):
-            reach = 1 - ((1 - LEVEL) / 2) ** (1 / self.images[figure])
+            reach = reach_unseen(self.images[figure])
             return Estimate(found.value, 0.0, reach) if found.value == 0 else Estimate(found.value, 1 - reach, 1.0)
         return found
 

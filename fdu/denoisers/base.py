@@ -230,20 +230,17 @@ class Denoiser(ABC):
             generators: N of them.
         """
         count = len(generators)
-        given = {PIPELINE_ARGUMENTS[name]: tensor[:count] for name, tensor in conditioning.tensors.items()}
+        given = self.call_arguments(conditioning[:count])
         if self.guided_by_empty and guidance_scale > 1:
             empty = conditioning[count:].tensors
             given |= {f"negative_{PIPELINE_ARGUMENTS[name]}": tensor for name, tensor in empty.items()}
         return self.pipeline(
             **given,
             negative_prompt=None,
-            height=self.height,
-            width=self.width,
             num_inference_steps=steps,
             guidance_scale=guidance_scale,
             generator=generators,
             output_type="latent",
-            **self.call_settings,
         ).images
 
     def call_arguments(self, conditioning: Conditioning) -> dict[str, Any]:

@@ -82,15 +82,20 @@ def wilson(share: float, images: int) -> Interval:
     return (0.0 if share == 0 else middle - half), (1.0 if share == 1 else middle + half)
 
 
+def reach_unseen(images: int) -> float:
+    """The largest share that 0 of n images leave open: 1 - (alpha/2)^(1/n), exact (Clopper and Pearson 1934)."""
+    return 1 - ((1 - LEVEL) / 2) ** (1 / images)
+
+
 def share_interval(share: float, resampled: np.ndarray, images: int, lowest: float = 0.0) -> Interval:
     """The interval of a mean of shares, or of a difference of two, counted on ``images`` images in all.
 
     Where the images of each class all agree, every resample does too, and the interval would be a point, which
-    promises too much: 0 of 32 may well be 5 % of all. There the exact binomial bound is taken (Clopper and Pearson
-    1934): 0 of n leaves everything up to 1 - (alpha/2)^(1/n) open, on either side, between ``lowest`` and 1.
+    promises too much: 0 of 32 may well be 5 % of all. There :func:`reach_unseen` is taken, on either side, between
+    ``lowest`` and 1.
     """
     low, high = interval(resampled)
     if low == high:
-        open_to = 1 - ((1 - LEVEL) / 2) ** (1 / images)
-        low, high = max(share - open_to, lowest), min(share + open_to, 1.0)
+        reach = reach_unseen(images)
+        low, high = max(share - reach, lowest), min(share + reach, 1.0)
     return low, high

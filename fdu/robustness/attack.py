@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fdu.denoisers import Denoiser
 from fdu.evaluation import Probe
-from fdu.robustness.finetuning import fine_tune
+from fdu.robustness.finetuning import check_settings, fine_tune
 from fdu.robustness.shares import Share
 from fdu.robustness.subject import Course, Drawing, back_after, count, spaced
 from fdu.trainable.perturbation import Perturbation
@@ -43,12 +43,7 @@ class AttackConfig:
     """How often in its course each attempt is judged, the steps doubling from look to look."""
 
     def __post_init__(self) -> None:
-        for name in ("tokens", "steps", "batch_size", "restarts", "looks"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{name} must be a whole number >= 1, got {value!r}")
-        if not self.learning_rate > 0:
-            raise ValueError(f"learning_rate must be > 0, got {self.learning_rate!r}")
+        check_settings(self, ("tokens", "steps", "batch_size", "restarts", "looks"))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,7 +10,7 @@ from torch import Tensor
 from fdu.config import TRAIN_METHODS
 from fdu.denoisers import Denoiser
 from fdu.evaluation import Probe
-from fdu.robustness.finetuning import fine_tune
+from fdu.robustness.finetuning import check_settings, fine_tune
 from fdu.robustness.subject import Course, Drawing, back_after, count, spaced
 from fdu.trainable import attach
 from fdu.training.process import seeded
@@ -36,12 +36,7 @@ class RelearningConfig:
     def __post_init__(self) -> None:
         if self.train_method not in TRAIN_METHODS:
             raise ValueError(f"train_method must be one of {', '.join(TRAIN_METHODS)}, got {self.train_method!r}")
-        for name in ("rank", "steps", "batch_size", "looks"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{name} must be a whole number >= 1, got {value!r}")
-        if not self.learning_rate > 0:
-            raise ValueError(f"learning_rate must be > 0, got {self.learning_rate!r}")
+        check_settings(self, ("rank", "steps", "batch_size", "looks"))
 
 
 @dataclasses.dataclass(frozen=True)

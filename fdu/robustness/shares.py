@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Sequence
 
-Z = 1.959963984540054
-"""Half the width of the 95 % interval of a standard normal variable."""
+from fdu.evaluation.intervals import wilson
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,17 +33,4 @@ class Share:
         if not seen:
             raise ValueError("a share needs at least one image")
         count = sum(one == name for one in seen)
-        return cls(count / len(seen), len(seen), wilson(count, len(seen)))
-
-
-def wilson(count: int, images: int) -> tuple[float, float]:
-    """Wilson's 95 % interval of a share counted ``count`` times in ``images``.
-
-    >>> [round(end, 4) for end in wilson(0, 32)]
-    [0.0, 0.1072]
-    """
-    share, weight = count / images, Z * Z / images
-    middle = (share + weight / 2) / (1 + weight)
-    half = Z * math.sqrt(share * (1 - share) / images + weight / (4 * images)) / (1 + weight)
-    # At the ends the bound is 0 or 1 itself, which rounding would miss.
-    return (0.0 if count == 0 else middle - half), (1.0 if count == images else middle + half)
+        return cls(count / len(seen), len(seen), wilson(count / len(seen), len(seen)))

@@ -16,6 +16,7 @@ from torch import Tensor
 import fdu
 from fdu import embedded
 from fdu.denoisers import denoiser_of
+from fdu.evaluation.intervals import wilson
 from fdu.robustness import (
     AttackConfig,
     Drawing,
@@ -30,7 +31,6 @@ from fdu.robustness import (
     relearn,
     target_latents,
 )
-from fdu.robustness.shares import wilson
 from fdu.robustness.subject import Conditioned, back_after, count, spaced
 from fdu.robustness.verdict import judge_robustness
 from fdu.trainable.perturbation import Perturbation
@@ -56,7 +56,8 @@ def unchanged(pipeline: DiffusionPipeline, weights: dict[str, Tensor]) -> bool:
 @pytest.mark.parametrize(("count", "images"), [(0, 32), (1, 7), (16, 32), (31, 32), (32, 32)])
 def test_the_interval_is_that_of_scipy(count: int, images: int) -> None:
     expected = stats.binomtest(count, images).proportion_ci(method="wilson")
-    assert wilson(count, images) == pytest.approx((expected.low, expected.high), abs=1e-9)
+    share = Share.of(["three"] * count + ["eight"] * (images - count), "three")
+    assert share.interval == pytest.approx((expected.low, expected.high), abs=1e-9)
 
 
 def test_shares_count() -> None:
@@ -298,7 +299,7 @@ def test_attempts_that_are_not_alike_are_told() -> None:
 def test_back_is_half_of_what_was_drawn_before(
     known: float, course: tuple[float, ...], steps: int | None, holds: bool
 ) -> None:
-    shares = [Share(value, 100, wilson(round(100 * value), 100)) for value in course]
+    shares = [Share(value, 100, wilson(round(100 * value) / 100, 100)) for value in course]
     steps_of = list(zip((0, 40, 80), shares, strict=True))
     assert back_after(steps_of, known) == steps
     figures = RelearningFigures(steps_of, steps, 32, RelearningConfig(), known)
