@@ -20,6 +20,7 @@ STYLE = {"font.size": 9, "svg.hashsalt": "fdu", "axes.spines.top": False, "axes.
 COLOURS = {
     "clone": "0.6", "eager": "tab:red", "compiled": "tab:orange", "torch": "tab:brown", "cpu": "tab:blue",
     "triton": "tab:green", "cuda": "tab:purple",
+    "autograd": "tab:pink", "value_and_grad": "navy", "into_buffer": "tab:cyan",
 }  # fmt: skip
 """By the first word of a candidate's name, the same in every figure."""
 
