@@ -35,11 +35,13 @@ lint: $(STAMP) ## check style, formatting and types
 	$(INSIDE) -m ruff format --check
 	$(INSIDE) -m mypy
 
-bench: $(STAMP) ## time the losses on this CPU, some twenty minutes (leave the machine alone; SUITES= of them, MACHINE=)
+bench: $(STAMP) ## time this CPU, some ten minutes (leave it alone; SUITES="losses host memory scaling training evaluation")
 	@for suite in $(SUITES); do \
-	    mkdir -p "$(RESULTS)/$$suite" && echo "$$suite" && \
-	    $(INSIDE) -m pytest -q "benchmarks/bench_$$suite.py" \
-	        --benchmark-json="$(RESULTS)/$$suite/$(MACHINE).json" $(ARGS) || exit 1; \
+	    record="$(RESULTS)/$$suite/$(MACHINE).json"; mkdir -p "$(RESULTS)/$$suite"; echo "$$suite"; \
+	    case $$suite in \
+	        training | evaluation) $(INSIDE) "benchmarks/bench_$$suite.py" --check --record "$$record" $(ARGS) ;; \
+	        *) $(INSIDE) -m pytest -q "benchmarks/bench_$$suite.py" --benchmark-json="$$record" $(ARGS) ;; \
+	    esac || exit 1; \
 	done
 	$(if $(filter losses,$(SUITES)),$(INSIDE) benchmarks/compare.py "$(RESULTS)/losses/$(MACHINE).json" --check)
 

@@ -1,7 +1,8 @@
 """Write docs/performance.md and its figures from the committed records: ``python benchmarks/report.py``.
 
 Nothing is measured. The records lie in benchmarks/results: losses/, host/, memory/ and scaling/ hold one file a
-machine, as pytest-benchmark writes them (``make bench``), gpu/ what gpu_suite.py wrote. A part whose record is missing
+machine, as pytest-benchmark writes them (``make bench``), evaluation/ what bench_evaluation.py wrote, gpu/ what
+gpu_suite.py wrote. A part whose record is missing
 says by which command it is made.
 """
 
@@ -57,6 +58,7 @@ def page(records: Records, figures: Path) -> str:
         host_part(records, figures),
         memory_part(records, figures),
         concepts_part(records),
+        evaluation_part(records),
         losses_part(records),
     ]
     return "\n\n".join(part.strip() for part in parts if part) + "\n"
@@ -315,6 +317,26 @@ def concepts_part(records: Records) -> str:
     return CONCEPTS.format(table=compare.markdown(["concepts", "batch", "ms a step"], rows))
 
 
+def evaluation_part(records: Records) -> str:
+    """How long an evaluation takes."""
+    path = records.path("evaluation")
+    if not path.is_file():
+        return ""
+    record = json.loads(path.read_text())
+    total = sum(record["seconds"].values())
+    return EVALUATION.format(
+        classes=record["classes"],
+        images=record["images_per_class"],
+        device=record["device"],
+        versions=", ".join(f"{name} {number}" for name, number in record["versions"].items()),
+        date=record["date"],
+        parts=", ".join(f"{name} {seconds:.0f} s" for name, seconds in record["seconds"].items()),
+        total=total,
+        bound=record["bound"],
+        verdict="holds" if total <= record["bound"] else "**fails**",
+    )
+
+
 def losses_part(records: Records) -> str:
     """All tables of the losses."""
     if "losses" not in records.found:
@@ -392,6 +414,12 @@ Steps of `fdu.erase` on the embedded pipeline. The concepts share the batch, so 
 is the number of prompts, which are encoded once.
 
 {table}
+"""
+EVALUATION = """## An evaluation
+
+{classes} classes x {images} images of the embedded pipeline, before and after, as `fdu evaluate` draws and judges them:
+{total:.0f} s (promised {bound:.0f} s: {verdict}); {parts}. Made once, by
+`python benchmarks/bench_evaluation.py --record benchmarks/results/evaluation/cpu.json`. {device}; {versions}; {date}.
 """
 LOSSES = """Medians of one process. "eager" is the loss as one writes it in PyTorch with autograd (for mse,
 `F.mse_loss`), "compiled" the same under `torch.compile(fullgraph=True)`, "autograd" ours in its place, "value_and_grad"

@@ -2,32 +2,35 @@
 
 from __future__ import annotations
 
-import importlib.util
+import json
 from pathlib import Path
 from typing import Any
 
+import bench_evaluation
 import pytest
+import report
 import torch
 
 import fdu
 
-SCRIPT = Path(__file__).parents[2] / "benchmarks" / "bench_evaluation.py"
 
-
-def test_a_missed_bound_shows(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    described = importlib.util.spec_from_file_location("bench_evaluation", SCRIPT)
-    assert described and described.loader
-    benchmark: Any = importlib.util.module_from_spec(described)
-    described.loader.exec_module(benchmark)
-
+def test_a_missed_bound_shows_and_the_record_holds_the_figures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     def draw(pipeline: Any, probes: list[fdu.Probe], images: int, *others: Any, **named: Any) -> fdu.Draws:
         assert len({probe.name for probe in probes}) == 10
         return fdu.Draws([torch.rand(images, 3, 32, 32) for _ in probes])
 
     monkeypatch.setattr(fdu, "draw", draw)
-    monkeypatch.setattr("sys.argv", ["bench_evaluation.py", "--images_per_class", "2", "--check"])
-    assert benchmark.main() == 0
+    path = tmp_path / "evaluation" / "cpu.json"
+    words = ["--images_per_class", "2", "--check", "--record", str(path)]
+    monkeypatch.setattr("sys.argv", ["bench_evaluation.py", *words])
+    assert bench_evaluation.main() == 0
+    record = json.loads(path.read_text())
+    assert (record["classes"], record["images_per_class"], len(record["seconds"])) == (10, 2, 3)
+    page = report.evaluation_part(report.Records(tmp_path, "cpu"))
+    assert "10 classes x 2 images" in page and "(promised 120 s: holds)" in page
     assert "10 classes x 2 images, before and after; cpu" in capsys.readouterr().out
-    monkeypatch.setattr(benchmark, "BOUND", 0.0)
-    assert benchmark.main() == 1
+    monkeypatch.setattr(bench_evaluation, "BOUND", 0.0)
+    assert bench_evaluation.main() == 1
     assert "beyond the bound of 0 s" in capsys.readouterr().err
