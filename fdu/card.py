@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from diffusers import DiffusionPipeline, StableDiffusion3Pipeline
-from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from fdu.config import PLACES
 from fdu.evaluation import Evaluation, Probe
 from fdu.loading import HUB_ID, is_embedded
+from fdu.pages import templates
 from fdu.verdict import comparison, judge, percent, uncertainty
 from fdu.weights.kohya import KOHYA_FILE
 from fdu.weights.writers import Format
@@ -44,9 +44,7 @@ def write_card(
         evaluation: the figures, if there are any.
         probes: what was drawn for them.
     """
-    environment = Environment(
-        loader=PackageLoader("fdu"), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
+    environment = templates()
     environment.filters.update(percent=percent, line=_line)
     config = record["config"]
     embedded = is_embedded(str(pipeline.config.get("_name_or_path", "")))

@@ -11,7 +11,7 @@ import numpy as np
 
 from fdu.comparison.front import Estimate, Standing, undominated
 
-WIDTH, HEIGHT, LEFT, BOTTOM, TOP, RIGHT = 560, 360, 58, 48, 14, 16
+WIDTH, HEIGHT, LEFT, BOTTOM, TOP, RIGHT = 560, 370, 58, 48, 34, 16
 LEGEND_WIDTH, LEGEND_LINE = 230, 17
 """Sizes in the units of the view box."""
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#b8860b", "#cc79a7", "#4aa3d9", "#7a5195", "#5f6b6d")
@@ -91,9 +91,10 @@ class Axes:
         for tick in self.x_ticks:
             place = f'x="{self.x(tick):.1f}" y="{HEIGHT - BOTTOM + 18}"'
             parts.append(f'<text {place} text-anchor="middle" {SHADE}>{tick:g}</text>')
-        across, down = LEFT + (WIDTH - LEFT - RIGHT) / 2, TOP + (HEIGHT - BOTTOM - TOP) / 2
-        for place, label in zip((f"{across} {HEIGHT - 8}", f"14 {down}) rotate(-90"), self.labels, strict=True):
-            parts.append(f'<text transform="translate({place})" text-anchor="middle" {SHADE}>{escape(label)}</text>')
+        across, (x_label, y_label) = LEFT + (WIDTH - LEFT - RIGHT) / 2, map(escape, self.labels)
+        parts.append(f'<text x="{across}" y="{HEIGHT - 8}" text-anchor="middle" {SHADE}>{x_label}</text>')
+        # Above the axis, not along it: on a phone the letters are large, and it would meet the ticks.
+        parts.append(f'<text x="4" y="18" {SHADE}>{y_label}</text>')
         return parts
 
 

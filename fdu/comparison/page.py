@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jinja2 import Environment, PackageLoader, StrictUndefined
 
 import fdu_kernels as fk
 from fdu.comparison.chart import COLOURS, Curve, Key, curve_chart, curve_entries, front_chart, mark
@@ -17,6 +16,7 @@ from fdu.comparison.plan import KL_BY_ALPHA
 from fdu.comparison.recommendation import Preference
 from fdu.comparison.results import Results
 from fdu.config import EraseConfig
+from fdu.pages import templates
 
 PAGE, TABLE, PICTURE = "comparison.html", "comparison.md", "{}.svg"
 """Names of the files."""
@@ -60,9 +60,6 @@ def write_page(
     """
     alike = alike or {}
     drawn = pictures(results, alike)
-    environment = Environment(
-        loader=PackageLoader("fdu"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
     key = Key(results.standings)
     defaults = EraseConfig().as_dict()
     varied = {"divergence", "s0", "seed", *(name for one in results.comparison.candidates for name, _ in one.others)}
@@ -71,20 +68,24 @@ def write_page(
         for name, value in results.comparison.base.as_dict().items()
         if name not in varied
     ]
-    page = environment.get_template("comparison.html.j2").render(
-        results=results,
-        comparison=results.comparison,
-        chosen=results.recommendations[prefer],
-        rows=[
-            (mark(key.shape(one), 7, 7, key.colour(one), hollow=not one.on_front), one, also(one, alike))
-            for one in ordered(results.standings)
-        ],
-        pictures=drawn,
-        percent=percent,
-        settings=settings,
-        command=command,
-        erase_command=erase_command,
-        notes=[*([results.mixed_note] if results.mixed else []), *notes],
+    page = (
+        templates()
+        .get_template("comparison/page.html.j2")
+        .render(
+            results=results,
+            comparison=results.comparison,
+            chosen=results.recommendations[prefer],
+            rows=[
+                (mark(key.shape(one), 7, 7, key.colour(one), hollow=not one.on_front), one, also(one, alike))
+                for one in ordered(results.standings)
+            ],
+            pictures=drawn,
+            percent=percent,
+            settings=settings,
+            command=command,
+            erase_command=erase_command,
+            notes=[*([results.mixed_note] if results.mixed else []), *notes],
+        )
     )
     (folder / PAGE).write_text(page, encoding="utf-8")
     (folder / TABLE).write_text(table(results.standings, alike), encoding="utf-8")

@@ -5,14 +5,11 @@ from __future__ import annotations
 import dataclasses
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from importlib.resources import files
 from typing import Any
-
-from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
 
 from fdu.config import EraseConfig
 from fdu.evaluation import Figures, Probe
+from fdu.pages import templates
 from fdu.pictures import data_uri, strip
 from fdu.report import charts
 from fdu.report.run import SHOWN, SIDES, Run
@@ -84,20 +81,13 @@ class Row:
 
 def render(run: Run) -> str:
     """The page as HTML."""
-    environment = Environment(
-        loader=PackageLoader("fdu", "templates/report"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    environment = templates()
     environment.filters["percent"] = lambda share: _unbroken(percent(share))
     environment.filters["range"] = lambda interval: f"{100 * interval[0]:.0f}\u2013{100 * interval[1]:.0f}\u00a0%"
     environment.filters["unbroken"] = _unbroken
     evaluation, record = run.evaluation, run.record
     groups = _groups(run)
-    return environment.get_template("page.html.j2").render(
-        style=Markup((files("fdu") / "templates/report/style.css").read_text(encoding="utf-8")),
+    return environment.get_template("report/page.html.j2").render(
         target=run.target,
         anchor=record["anchor"]["name"] if record else None,
         record=record,
