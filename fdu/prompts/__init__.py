@@ -83,6 +83,39 @@ def concept_set(name: str | Path) -> ConceptSet:
     return read_set(FOLDER / f"{stem}.txt")
 
 
+def choose_set(
+    target: str | None, prompts: str | Path | None = None, record: Mapping[str, Any] | None = None
+) -> ConceptSet:
+    """The set to judge an erasure by: the one named, else that of the target's name, else the training's prompts.
+
+    Args:
+        target: what was erased; None: whatever ``prompts`` says.
+        prompts: as :func:`concept_set` takes it, if one was named.
+        record: as :func:`set_of_record` takes it, if the training is recorded.
+
+    Raises:
+        ValueError: ``prompts`` is the set of another target; or there is nothing to judge by.
+    """
+    if prompts is not None:
+        found = concept_set(prompts)
+        if target is not None and _folded(target) != _folded(found.target.name):
+            raise ValueError(
+                f"prompts {str(prompts)!r} is the set of {found.target.name!r}, not of {target!r}; name that target, "
+                "or another set"
+            )
+        return found
+    if target is None:
+        raise ValueError("target is missing; name it, or a concept set")
+    if _folded(target) in concept_sets():
+        return concept_set(target)
+    if record is None:
+        raise ValueError(
+            f"prompts is missing: there is no concept set {target!r} in the package, and no record of a training; "
+            "write a set and give it with --prompts"
+        )
+    return set_of_record(record, target)
+
+
 def read_set(path: str | Path) -> ConceptSet:
     """Read a file of the form above.
 
@@ -134,12 +167,19 @@ def set_of_record(record: Mapping[str, Any], target: str) -> ConceptSet:
         target: which of the erased concepts.
 
     Raises:
-        ValueError: it was not erased, its anchor has no name, or of several concepts no prompt names it.
+        ValueError: it was not erased, its anchor has no name, of several concepts no prompt names it, or the numbers
+            of prompts differ.
     """
     anchors = dict(record.get("concepts") or [[record["target"]["name"], record["anchor"]["name"]]])
     if target not in anchors:
         raise ValueError(f"target {target!r} was not erased; the record names {', '.join(anchors)}")
-    pairs = list(zip(record["target"]["prompts"], record["anchor"]["prompts"], strict=True))
+    sides = [record[side]["prompts"] for side in ("target", "anchor")]
+    if len(sides[0]) != len(sides[1]):
+        raise ValueError(
+            f"the record is damaged: {len(sides[0])} prompts of the target and {len(sides[1])} of the anchor; erase "
+            "anew, or give a concept set with --prompts"
+        )
+    pairs = list(zip(*sides, strict=True))
     if len(anchors) > 1:
         pairs = [pair for pair in pairs if target.casefold() in pair[0].casefold()]
     if not anchors[target] or not pairs:

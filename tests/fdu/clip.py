@@ -12,6 +12,20 @@ from fdu.embedded.tokenizer import learn_tokenizer
 SIZE = 32
 """Height and width of the images that its image encoder takes."""
 LAYERS = 6
+WORDS = "a photo of three eight two zero ink"
+CONCEPTS = """[target] three
+a photo of {}
+[unseen]
+a scan of {}
+[anchor] eight
+a photo of eight
+[near] two
+[generic] zero
+a picture of {}
+[unrelated] ink
+in black ink
+"""
+"""A concept set, and some of its words, for the embedded pipeline taken for a pipeline like any other."""
 
 
 def save_clip(folder: Path, words: str) -> Path:

@@ -114,6 +114,10 @@ def test_a_record_that_gives_none() -> None:
         set_of_record(record(("lynx", "cat")), "fox")
     with pytest.raises(ValueError, match="the anchor of 'lynx' has no name; add a concept set with --prompts"):
         set_of_record(record(("lynx", "")), "lynx")
+    damaged = record(("lynx", "cat"))
+    damaged["anchor"]["prompts"].pop()
+    with pytest.raises(ValueError, match="the record is damaged: 2 prompts of the target and 1 of the anchor"):
+        set_of_record(damaged, "lynx")
 
 
 def test_what_was_erased_as_well_is_not_to_be_kept() -> None:
