@@ -20,6 +20,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from fdu.output import write_json
+
 HERE = Path(__file__).parent
 PLAIN = "fdu"
 KEPT, JOB, REFERENCE_JOB = "fdu, frozen outputs kept", "fdu job", "reference job"
@@ -246,8 +248,7 @@ def main() -> int:
     options = parser.parse_args()
     if not options.page_only:
         record = make_record(options.rounds, options.threads, options.wrapper)
-        options.record.parent.mkdir(parents=True, exist_ok=True)
-        options.record.write_text(json.dumps(record, indent=1) + "\n")
+        write_json(options.record, record)
     record = json.loads(options.record.read_text())
     root = HERE.parent
     shown = options.record.resolve()

@@ -6,7 +6,6 @@ import dataclasses
 import functools
 import hashlib
 import json
-import os
 import platform
 import re
 from pathlib import Path
@@ -19,6 +18,7 @@ import fdu
 from fdu import embedded
 from fdu.embedded.vocabulary import DIGITS, INKS
 from fdu.evaluation import JUDGED_SEED, Draws, Probe
+from fdu.output import write_json
 from fdu.versions import versions
 from fdu.weights import merge
 
@@ -249,7 +249,7 @@ def before(results: Path, workers: int, cache_dir: str | None) -> None:
     seen = [probe for probe in embedded.probes("three") if probe.role != "unseen"]
     unseen = [probe for target in (*DIGITS, *INKS) for probe in embedded.probes(target) if probe.role == "unseen"]
     counted = [shares(probes, [draw(pipeline, probe, IMAGES) for probe in probes]) for probes in (seen, unseen)]
-    write(results / BASELINE, {"seen": counted[0], "unseen": counted[1], **conditions()})
+    write_json(results / BASELINE, {"seen": counted[0], "unseen": counted[1], **conditions()})
 
 
 def make(run: AnyRun, results: Path, workers: int, cache_dir: str | None) -> None:
@@ -261,15 +261,7 @@ def make(run: AnyRun, results: Path, workers: int, cache_dir: str | None) -> Non
         "settings": run.config().as_dict(),
         "workers": workers,
     }
-    write(results / run.suite / f"{run.name}.json", {**record, **conditions()})
-
-
-def write(path: Path, content: dict[str, Any]) -> None:
-    """Write JSON so that a reader, or a later call, sees all of it or nothing."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_text(json.dumps(content, indent=1) + "\n")
-    os.replace(partial, path)
+    write_json(results / run.suite / f"{run.name}.json", {**record, **conditions()})
 
 
 def conditions() -> dict[str, Any]:

@@ -33,6 +33,8 @@ for folder in (str(ROOT), str(ROOT / "benchmarks")):
     if folder not in sys.path:
         sys.path.insert(0, folder)
 
+from fdu.output import write_json  # noqa: E402
+
 RECORD = "gpu_suite.json"
 SANITIZED = "golden_values and mse or value_and_gradient and hellinger and 33"
 COMPILED = "test_expectation and bfloat16-90"
@@ -99,7 +101,7 @@ class Suite:
     def keep(self, stage: str, result: Any) -> None:
         """Write a section's result, whole or not at all."""
         self.record[stage] = result
-        write(self.out / RECORD, self.record)
+        write_json(self.out / RECORD, self.record)
 
     def run(self, section: Section, reserved: float = math.inf) -> bool:
         """Run a section; whether it came to its end.
@@ -165,13 +167,6 @@ class Suite:
         self.keep(section.name, {"exit": code, "seconds": round(time.monotonic() - began, 1), "tail": _tail(log)})
 
 
-def write(path: Path, result: Any) -> None:
-    """JSON, whole or not at all."""
-    partial = path.with_name(f".{path.name}")
-    partial.write_text(json.dumps(result, indent=1) + "\n")
-    os.replace(partial, path)
-
-
 def _tail(log: Path) -> list[str]:
     return log.read_text(errors="replace").splitlines()[-8:]
 
@@ -198,7 +193,7 @@ def _measure(function: str, part: Path, deadline: float, rehearsal: bool) -> Non
     module, _, name = function.rpartition(".")
     try:
         found = globals()[name] if module == "gpu_suite" else getattr(importlib.import_module(module), name)
-        found(Plan(deadline, lambda result: write(part, result), rehearsal))
+        found(Plan(deadline, lambda result: write_json(part, result), rehearsal))
     except BaseException:
         traceback.print_exc()
         sys.stderr.flush()

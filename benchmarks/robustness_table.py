@@ -23,6 +23,7 @@ import fdu
 from fdu import embedded
 from fdu.denoisers import denoiser_of
 from fdu.evaluation import draw
+from fdu.output import write_json
 from fdu.robustness import Drawing, Examination, attack, read_sets, relearn
 from fdu.robustness.phrasings import SETS
 from fdu.robustness.subject import LEARNT_SEED
@@ -157,9 +158,7 @@ def main() -> None:
         if not path.is_file() and name in options.rows:
             found = examine_unknown() if name == NEVER_KNOWN else examine(ERASURES[name])
             machine = f"{platform.machine()} CPU, {torch.get_num_threads()} thread"
-            fresh = path.with_suffix(".part")
-            fresh.write_text(json.dumps({**found, "machine": machine, "versions": versions()}, indent=1) + "\n")
-            fresh.rename(path)
+            write_json(path, {**found, "machine": machine, "versions": versions()})
         if path.is_file():
             rows[name] = json.loads(path.read_text())
     if options.docs:

@@ -2,41 +2,19 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from fdu import embedded
 from fdu.concepts import Concept
 from fdu.config import EraseConfig
 from fdu.erasure import erase
-from fdu.evaluation import JUDGED_SEED, Draws, Evaluation, Probe, draw, evaluate
+from fdu.evaluation import JUDGED_SEED, Evaluation, Probe, draw, evaluate
 from fdu.loading import describe_device, load_model
-from fdu.output import METRICS_FILE as METRICS
-from fdu.output import check_output, whole_folder, written_by_fdu
-from fdu.report import IMAGES_FOLDER, PICTURE, REPORT, Run, make_report
-from fdu.robustness import Robustness
+from fdu.output import METRICS_FILE, check_output, whole_folder, written_by_fdu
+from fdu.report import IMAGES_FOLDER, PICTURE, REPORT, Run, write_run
 
 WEIGHTS = "erased"
 """What a demonstration's folder holds beside metrics, images and report."""
-
-NOTES = (
-    "The images come from the pipeline that is embedded in fdu, trained from scratch on the handwritten digits of "
-    "scikit-learn (E. Alpaydin and C. Kaynak, Optical Recognition of Handwritten Digits, UCI Machine Learning "
-    "Repository, CC BY 4.0), inked in one of four colours. The judge is a classifier trained on the real digits alone.",
-    "The text embeddings of this small pipeline are far more separable than those of a real CLIP, so a concept can be "
-    "erased here with less harm to its neighbours than in Stable Diffusion. Take these figures as a demonstration of "
-    "the method and a check of the installation, not as a measure of what it does to a large model.",
-)
-"""What a reader of results on the embedded pipeline has to know."""
-CLIP_NOTES = (
-    "Counted zero-shot by an image-text encoder: an image counts as a class if the class's name lies nearer to it than "
-    "other names do. The target and its neighbours are each told from the anchor, the anchor from the target; everyday "
-    "and unrelated subjects from one another, the anchor and the target. Such a judge errs, before as after, so look "
-    "at the pictures, and at the difference of the two.",
-)
-"""What a reader of results that CLIP judged has to know."""
 
 
 def check_demo_output(folder: str | Path) -> None:
@@ -48,7 +26,7 @@ def check_demo_output(folder: str | Path) -> None:
     """
     folder = Path(folder)
     if folder.is_dir() and any(folder.iterdir()):
-        strangers = {path.name for path in folder.iterdir()} - {METRICS, REPORT, PICTURE, IMAGES_FOLDER, WEIGHTS}
+        strangers = {path.name for path in folder.iterdir()} - {METRICS_FILE, REPORT, PICTURE, IMAGES_FOLDER, WEIGHTS}
         if strangers or not written_by_fdu(folder):
             reason = f"holds {sorted(strangers)[0]!r}, which" if strangers else "is not empty, and"
             raise FileExistsError(f"output folder {str(folder)!r} {reason} no demo wrote; choose another with --out")
@@ -88,30 +66,6 @@ def run_demo(
         after = draw(result.pipeline, probes, images_per_class, seed, description="after")
         evaluation = evaluate(before, after, probes, "embedded")
         result.save(folder / WEIGHTS)
-        write_figures(folder, evaluation, probes, before, after, result.record(), command, describe_device(device))
+        told = (result.record(), command, describe_device(device), embedded.NOTES)
+        write_run(folder, Run.of(evaluation, probes, before, after, *told))
     return evaluation, probes
-
-
-def write_figures(
-    folder: Path,
-    evaluation: Evaluation,
-    probes: Sequence[Probe],
-    before: Draws,
-    after: Draws,
-    record: dict[str, Any] | None,
-    command: str,
-    device: str,
-    notes: Sequence[str] = NOTES,
-    robustness: Robustness | None = None,
-) -> None:
-    """Write metrics, images and report of an erasure into a folder; the notes are those of the embedded pipeline."""
-    found = robustness.as_dict() if robustness is not None else None
-    Run.of(evaluation, probes, before, after, record, command, device, notes, found).write(folder)
-    make_report(folder)
-
-
-def with_preserved(config: EraseConfig, *targets: str) -> EraseConfig:
-    """The settings with the embedded pipeline's own prompts to keep, unless they name some."""
-    if config.preservation_prompts:
-        return config
-    return dataclasses.replace(config, preservation_prompts=embedded.preserved(*targets))

@@ -1,4 +1,4 @@
-"""Output folders: checked before any work, written whole or not at all; and the JSON in them."""
+"""Output: folders checked before any work; folders, files and JSON written whole or not at all."""
 
 from __future__ import annotations
 
@@ -98,6 +98,16 @@ def whole_folder(folder: str | Path, overwrite: bool = False) -> Iterator[Path]:
     _put_in_place(fresh, folder, shown, overwrite)
 
 
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Yield a name to write to; at the end that file becomes ``path``, whole or not at all. Makes its folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{path.stem[:40]}-", dir=path.parent) as folder:
+        fresh = Path(folder) / path.name
+        yield fresh
+        os.replace(fresh, path)
+
+
 def strangers(folder: Path) -> list[Path]:
     """What lies in a folder for checkpoints that no run of fdu put there; nothing if there is no folder."""
     if not folder.is_dir():
@@ -128,9 +138,11 @@ def written_by_fdu(folder: Path) -> bool:
     return isinstance(metrics, dict) and metrics.keys() >= METRICS_KEYS
 
 
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write JSON that every reader takes: NaN and infinities, which it does not know, become null."""
-    path.write_text(json.dumps(_finite(content), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON, whole or not at all, that every reader takes: NaN and infinities, which it does not know, become
+    null."""
+    with whole_file(path) as fresh:
+        fresh.write_text(json.dumps(_finite(content), indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def _finite(value: Any) -> Any:

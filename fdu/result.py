@@ -16,7 +16,7 @@ from fdu.config import PLACES, EraseConfig
 from fdu.denoisers import Denoiser
 from fdu.evaluation import Draws, Evaluation, Probe
 from fdu.output import RECORD_FILE, whole_folder, write_json
-from fdu.report import write_report
+from fdu.report import Run, write_report
 from fdu.trainable import Trainable
 from fdu.versions import versions
 from fdu.weights import choose_format, fingerprint, public_name, write
@@ -136,4 +136,4 @@ class ErasureResult:
         self, path: str | Path, evaluation: Evaluation, probes: Sequence[Probe], before: Draws, after: Draws
     ) -> Path:
         """Write the HTML page of this erasure: :func:`fdu.report.write_report` with its record."""
-        return write_report(path, evaluation, probes, before, after, self.record())
+        return write_report(path, Run.of(evaluation, probes, before, after, self.record()))

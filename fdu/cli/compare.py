@@ -12,7 +12,6 @@ from typing import Any, ClassVar, Literal
 
 from tyro.conf import Fixed, OmitArgPrefixes, Positional, Suppress
 
-from fdu.cli.evaluate import EMBEDDED_DRAWS, OTHER_DRAWS
 from fdu.cli.settings import Settings
 from fdu.config import EraseConfig
 from fdu.loading import Dtype, check_dtype, check_encoder, check_model, choose_device, is_embedded
@@ -119,7 +118,11 @@ class Compare:
             seeds=tuple(range(self.seeds)),
             base=base,
             concept_type=self.concept_type,
-            drawing=Drawing(self.images_per_class, self.images_per_class, **self._draw_settings()),
+            drawing=Drawing(
+                images_per_class=self.images_per_class,
+                images_of_target=self.images_per_class,
+                **self._draw_settings(),
+            ),
             dtype=check_dtype(self.dtype, base.mixed_precision),
             device=choose_device(self.device),
             prompts=self.prompts,
@@ -131,10 +134,11 @@ class Compare:
         workers = self.workers or (1 if alone else _cores())
 
         def work() -> None:
-            from fdu import demo
+            from fdu import embedded
             from fdu.comparison.page import PAGE, describe, table, write_page
             from fdu.comparison.results import read_results
             from fdu.comparison.runs import make_runs
+            from fdu.evaluation.judges import CLIP_NOTES
 
             for name, other in alike.items():
                 print(f"{name} trains the same model as {other} and is not run again.")
@@ -147,7 +151,7 @@ class Compare:
             results = read_results(comparison, self.out / RUNS)
             chosen = results.recommendations[self.prefer]
             again = self._erase_command({**base.as_dict(), **chosen.candidate.settings}, chosen.candidate.settings)
-            notes = demo.NOTES if is_embedded(self.model) else demo.CLIP_NOTES
+            notes = embedded.NOTES if is_embedded(self.model) else CLIP_NOTES
             write_page(self.out, results, self.prefer, alike, command, again, notes)
             write_record(self.out, comparison, command, describe(results))
             print(f"\n{table(results.standings, alike)}\n{chosen.headline}. {' '.join(chosen.sentences)}")
@@ -159,12 +163,14 @@ class Compare:
 
     def _draw_settings(self) -> dict[str, Any]:
         """How judged images are drawn."""
+        from fdu.evaluation import Sampling
+
         chosen = {"num_inference_steps": self.judged_inference_steps, "guidance_scale": self.judged_guidance_scale}
         given = {name: value for name, value in chosen.items() if value is not None}
         for name, value in given.items():
             if value <= 0:
                 raise ValueError(f"judged_{name.removeprefix('num_')} must be > 0, got {value}")
-        return {**(EMBEDDED_DRAWS if is_embedded(self.model) else OTHER_DRAWS), **given}
+        return {**Sampling.of(is_embedded(self.model)).settings(), **given}
 
     def _erase_command(self, settings: Mapping[str, Any], always: Collection[str]) -> str:
         """The command line of an erasure as the runs made it: what ``always`` names, and what is not the default."""

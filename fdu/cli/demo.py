@@ -48,19 +48,21 @@ class Demo:
         check_images(self.images_per_class)
         config = self.settings.checked()
         from fdu import demo, embedded
+        from fdu.output import METRICS_FILE
+        from fdu.report import PICTURE, REPORT
 
         demo.check_demo_output(self.out)
         target, anchor = embedded.concepts(self.target, self.anchor)
-        config = demo.with_preserved(config, target.name)
+        config = embedded.with_preserved(config, target.name)
         device = choose_device(self.device)
 
         def work() -> None:
             evaluation, probes = demo.run_demo(self.out, target, anchor, config, self.images_per_class, device, command)
             print_evaluation(evaluation, probes)
             print()
-            print(f"report   {self.out / demo.REPORT}")
-            print(f"figures  {self.out / demo.METRICS}")
-            print(f"picture  {self.out / demo.PICTURE}")
+            print(f"report   {self.out / REPORT}")
+            print(f"figures  {self.out / METRICS_FILE}")
+            print(f"picture  {self.out / PICTURE}")
             print(f"weights  {self.out / demo.WEIGHTS}")
 
         return work

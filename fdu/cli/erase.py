@@ -88,12 +88,12 @@ class Erase:
         check_output(self.out, self.overwrite, result_bytes(self.model, config.train_method, self.save_as), inputs)
         dtype = check_dtype(self.dtype, config.mixed_precision)
         if is_embedded(self.model) and not files:
-            from fdu import demo, embedded
+            from fdu import embedded
 
             anchors = self.anchor * len(self.target) if len(self.anchor) == 1 else self.anchor
             named = zip(self.target, anchors, strict=True)
             pairs = tuple(embedded.concepts(target.strip(), anchor.strip()) for target, anchor in named)
-            config = demo.with_preserved(config, *(target.name for target, _ in pairs))
+            config = embedded.with_preserved(config, *(target.name for target, _ in pairs))
         device = choose_device(self.device)
 
         def work() -> None:

@@ -29,14 +29,11 @@ from fdu.loading import (
 )
 
 if TYPE_CHECKING:
+    from fdu.evaluation import Sampling
     from fdu.evaluation.features import Features
     from fdu.prompts import ConceptSet
     from fdu.robustness import Examination
     from fdu.robustness.phrasings import PromptSets
-
-EMBEDDED_DRAWS = {"num_inference_steps": 20, "guidance_scale": 3.0, "batch_size": 32}
-OTHER_DRAWS = {"num_inference_steps": None, "guidance_scale": None, "batch_size": 4}
-"""How images are drawn if nothing is said; None: as the pipeline does by itself."""
 
 
 @dataclasses.dataclass
@@ -100,7 +97,7 @@ class Evaluate:
 
     def prepare(self, command: str) -> Callable[[], None]:
         """Check everything; the work is what comes back."""
-        from fdu.output import check_output, whole_folder
+        from fdu.output import METRICS_FILE, check_output, whole_folder
 
         check_model(self.base, "BASE")
         check_erased(self.erased)
@@ -119,16 +116,17 @@ class Evaluate:
         from fdu import embedded
         from fdu.evaluation import JUDGED_SEED
         from fdu.evaluation.features import CLIP, ClipFeatures, as_features
-        from fdu.evaluation.judges import clip_probes
+        from fdu.evaluation.judges import CLIP_NOTES, clip_probes
 
         if embedded_base:
             embedded.concepts(target, embedded.SUPERCLASS)
         device = choose_device(self.device)
-        settings = self._draw_settings(embedded_base) | {"seed": self.seed + JUDGED_SEED}
+        sampling = self._sampling(embedded_base)
+        settings = {"images_per_class": self.images_per_class, "seed": self.seed + JUDGED_SEED, **sampling.settings()}
         sets = self._phrasing_sets(target, concepts)
 
         def work() -> None:
-            from fdu import demo
+            from fdu.report import REPORT, Run, write_run
 
             features: Features | None
             if concepts:
@@ -140,7 +138,7 @@ class Evaluate:
             dtype = "float32" if self.dtype == "auto" else self.dtype
             pipeline = load_model(self.base, dtype, device)
             before = fdu.draw(pipeline, probes, description="before", **settings)
-            tests = RobustnessTests(self._examinations(probes[0], sets, settings))
+            tests = RobustnessTests(self._examinations(probes[0], sets, sampling))
             tests.before(pipeline)
             if (Path(self.erased) / PIPELINE_FILE).is_file():
                 # Two models would not fit where one does.
@@ -155,10 +153,11 @@ class Evaluate:
 
             def write(overwrite: bool) -> None:
                 if self.out is not None:
-                    notes = [*(demo.NOTES if embedded_base else demo.CLIP_NOTES), *tests.notes()]
-                    told = (record, command, describe_device(device), notes, tests.found)
+                    notes = [*(embedded.NOTES if embedded_base else CLIP_NOTES), *tests.notes()]
+                    found = tests.found.as_dict() if tests.found is not None else None
+                    told = (record, command, describe_device(device), notes, found)
                     with whole_folder(self.out, overwrite) as folder:
-                        demo.write_figures(folder, evaluation, probes, before, after, *told)
+                        write_run(folder, Run.of(evaluation, probes, before, after, *told))
 
             # The tests take long and more memory: what is known is kept before each of them.
             write(self.overwrite)
@@ -167,7 +166,7 @@ class Evaluate:
             if tests.found is not None:
                 print_robustness(tests.found, target)
             if self.out is not None:
-                print(f"\nreport   {self.out / demo.REPORT}\nfigures  {self.out / demo.METRICS}")
+                print(f"\nreport   {self.out / REPORT}\nfigures  {self.out / METRICS_FILE}")
             tests.check()
 
         return work
@@ -179,15 +178,16 @@ class Evaluate:
         judge = self.judge if self.judge and Path(self.judge).is_dir() else None
         return [path for path in (*named, prompts, judge) if path is not None]
 
-    def _draw_settings(self, embedded_base: bool) -> dict[str, Any]:
+    def _sampling(self, embedded_base: bool) -> Sampling:
         """How images are drawn."""
-        defaults: dict[str, Any] = EMBEDDED_DRAWS if embedded_base else OTHER_DRAWS
-        given = {name: getattr(self, name) for name in defaults}
-        for name, value in (*given.items(), ("robustness_batch_size", self.robustness_batch_size)):
-            if value is not None and value <= 0:
-                raise ValueError(f"{name} must be > 0, got {value}")
-        chosen = {name: value for name, value in given.items() if value is not None}
-        return {**defaults, **chosen, "images_per_class": self.images_per_class}
+        from fdu.evaluation import Sampling
+
+        size = self.robustness_batch_size
+        if size is not None and size <= 0:
+            raise ValueError(f"robustness_batch_size must be > 0, got {size}")
+        defaults = Sampling.of(embedded_base)
+        given = {name: getattr(self, name) for name in defaults.settings()}
+        return dataclasses.replace(defaults, **{name: value for name, value in given.items() if value is not None})
 
     def _target(self, erased: list[str]) -> str:
         """What was erased, from what was typed or from the record."""
@@ -199,24 +199,9 @@ class Evaluate:
 
     def _concepts(self, record: dict[str, Any] | None, erased: list[str]) -> ConceptSet:
         """The concept set to draw."""
-        from fdu.prompts import concept_set, concept_sets, set_of_record
+        from fdu.prompts import choose_set
 
-        if self.prompts is not None:
-            concepts = concept_set(self.prompts)
-            if self.target is not None and self.target.strip().casefold() != concepts.target.name.casefold():
-                raise ValueError(
-                    f"target {self.target!r} is not that of --prompts, {concepts.target.name!r}; leave --target out"
-                )
-            return concepts
-        target = self._target(erased)
-        if target.strip().casefold() in concept_sets():
-            return concept_set(target)
-        if record is None:
-            raise ValueError(
-                f"prompts is missing: there is no concept set {target!r} in the package, and ERASED {self.erased!r} "
-                "has no record of its training; write a set and give it with --prompts"
-            )
-        return set_of_record(record, target)
+        return choose_set(self.target if self.prompts else self._target(erased), self.prompts, record)
 
     def _phrasing_sets(self, target: str, concepts: ConceptSet | None) -> PromptSets:
         """The prompt sets of the test "phrasings"; none if it is not asked for."""
@@ -234,20 +219,15 @@ class Evaluate:
             kind = "style" if any("style" in prompt for prompt in concepts.target.prompts) else "object"
         return read_sets(self.phrasings or SETS / kind, target)
 
-    def _examinations(self, probe: fdu.Probe, sets: PromptSets, settings: dict[str, Any]) -> dict[str, Examination]:
+    def _examinations(self, probe: fdu.Probe, sets: PromptSets, sampling: Sampling) -> dict[str, Examination]:
         """The tests of robustness that were asked for, each by itself, with images drawn as for the evaluation."""
         if self.robustness is None:
             return {}
         from fdu.robustness import TESTS, AttackConfig, Drawing, Examination, RelearningConfig
 
         size = self.robustness_batch_size
-        drawing = Drawing(
-            images=settings["images_per_class"],
-            num_inference_steps=settings["num_inference_steps"],
-            guidance_scale=settings["guidance_scale"],
-            seed=self.seed,
-            batch_size=size or settings["batch_size"],
-        )
+        settings = sampling.settings() | ({"batch_size": size} if size else {})
+        drawing = Drawing(images=self.images_per_class, seed=self.seed, **settings)
         configs: dict[str, Any] = {"drawing": drawing}
         if size:
             configs |= {

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -47,10 +46,7 @@ def check_folder(folder: Path, comparison: Comparison) -> None:
 
 def write_record(folder: Path, comparison: Comparison, command: str, results: dict[str, Any] | None = None) -> None:
     """Note what the folder is for, and what came out if anything did yet; whole or not at all."""
-    folder.mkdir(parents=True, exist_ok=True)
-    fresh = folder / f".{RECORD}.{os.getpid()}"
-    write_json(fresh, {"common": common(comparison), "command": command, "results": results})
-    os.replace(fresh, folder / RECORD)
+    write_json(folder / RECORD, {"common": common(comparison), "command": command, "results": results})
 
 
 def common(comparison: Comparison) -> dict[str, Any]:

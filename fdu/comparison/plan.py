@@ -12,7 +12,7 @@ import torch
 import fdu_kernels as fk
 from fdu.concepts import ConceptType
 from fdu.config import PLACES, EraseConfig
-from fdu.evaluation import JUDGED_SEED
+from fdu.evaluation import JUDGED_SEED, Sampling
 
 KL_BY_ALPHA = {0.0: "reverse_kl", 1.0: "kl"}
 """The limits of the alpha divergence, which has no formula there; read here and nowhere else."""
@@ -47,17 +47,13 @@ class Candidate:
 
 
 @dataclasses.dataclass(frozen=True)
-class Drawing:
+class Drawing(Sampling):
     """How the judged images are drawn. Image i of a class depends on its prompt and on ``judged_seed + i``
     alone."""
 
     images_per_class: int = 32
     images_of_target: int = 32
     """Images of the target, and as many in phrasings that training never saw."""
-    num_inference_steps: int | None = 20
-    guidance_scale: float | None = 3.0
-    """None, as of the steps: as the pipeline does by itself."""
-    batch_size: int = 32
     judged_seed: int = JUDGED_SEED
 
 

@@ -9,7 +9,6 @@ import hashlib
 import json
 import multiprocessing
 import os
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -27,7 +26,7 @@ from fdu.config import EraseConfig
 from fdu.erasure import erase
 from fdu.evaluation import Probe, draw
 from fdu.loading import describe_device, load_model
-from fdu.output import write_json
+from fdu.output import whole_file, write_json
 from fdu.training.loop import NotFinite
 from fdu.versions import versions
 from fdu.weights import fingerprint
@@ -99,7 +98,7 @@ def make_before(target: str, comparison: Comparison, records: Path, cache: Path)
     images = _before(comparison, target, cache)
     judged = [subject.judge(probe, drawn.float()).as_dict() for probe, drawn in zip(probes, images, strict=True)]
     identity = _identity_before(comparison, target)
-    _write(_path_before(records, target), {"identity": identity, "judged": judged, **_conditions(comparison)})
+    write_json(_path_before(records, target), {"identity": identity, "judged": judged, **_conditions(comparison)})
 
 
 def make_run(run: Run, comparison: Comparison, records: Path, cache: Path) -> None:
@@ -123,7 +122,7 @@ def make_run(run: Run, comparison: Comparison, records: Path, cache: Path) -> No
         course = " ".join(f"{value:.4g}" for value in result.history["distance"])
         record |= {"sigma": result.sigma, "seconds": round(result.seconds, 1), "distance": course}
     record["core_seconds"] = round(time.process_time() - began, 1)
-    _write(records / f"{run.name}.json", {**record, **_conditions(comparison)})
+    write_json(records / f"{run.name}.json", {**record, **_conditions(comparison)})
 
 
 def settings_of(comparison: Comparison, run: Run) -> EraseConfig:
@@ -177,9 +176,7 @@ def _draw(comparison: Comparison, pipeline: DiffusionPipeline, probe: Probe) -> 
         [probe],
         drawing.images_of_target if probe.role in ("target", "unseen") else drawing.images_per_class,
         drawing.judged_seed,
-        drawing.num_inference_steps,
-        drawing.guidance_scale,
-        drawing.batch_size,
+        **drawing.settings(),
         description=f"{probe.role}: {probe.name}",
     ).images
     return images
@@ -200,7 +197,8 @@ def _before(comparison: Comparison, target: str, cache: Path) -> list[Tensor]:
     except (OSError, SafetensorError):
         pipeline = _pipeline(comparison.model, comparison.dtype, comparison.device)
         found = {str(place): subject.small(_draw(comparison, pipeline, probe)) for place, probe in enumerate(probes)}
-        _whole(path, lambda fresh: save_file(found, fresh))
+        with whole_file(path) as fresh:
+            save_file(found, fresh)
     return [found[str(place)] for place in range(len(probes))]
 
 
@@ -257,15 +255,3 @@ def _read(path: Path) -> Record | None:
     except (OSError, ValueError):
         return None
     return record if isinstance(record, dict) else None
-
-
-def _write(path: Path, record: Record) -> None:
-    _whole(path, lambda fresh: write_json(fresh, record))
-
-
-def _whole(path: Path, write: Callable[[Path], None]) -> None:
-    """Write a file so that a reader sees all of it or nothing."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{path.stem[:40]}-", dir=path.parent) as folder:
-        write(Path(folder) / path.name)
-        os.replace(Path(folder) / path.name, path)

@@ -16,7 +16,7 @@ from fdu.evaluation import Probe
 from fdu.evaluation.features import CLIP, ClipFeatures
 from fdu.evaluation.judges import clip_probes
 from fdu.loading import is_embedded
-from fdu.prompts import ConceptSet, concept_set, concept_sets, set_of_record
+from fdu.prompts import ConceptSet, choose_set
 
 SIDE = 64
 """Pixels to which larger images are reduced before the change of retained ones is taken."""
@@ -74,9 +74,9 @@ def with_preserved(comparison: Comparison, target: str, config: EraseConfig) -> 
     """The settings with the model's own prompts to keep, unless they name some."""
     if not is_embedded(comparison.model):
         return config
-    from fdu.demo import with_preserved
+    from fdu import embedded
 
-    return with_preserved(config, target)
+    return embedded.with_preserved(config, target)
 
 
 def drawn(comparison: Comparison, target: str) -> ConceptSet | None:
@@ -90,16 +90,10 @@ def drawn(comparison: Comparison, target: str) -> ConceptSet | None:
         if named:
             raise ValueError(f"{named[0]}: the embedded pipeline has its own; leave it out")
         return None
-    if comparison.prompts is not None:
-        found = concept_set(comparison.prompts)
-        if found.target.name.casefold() != target.casefold():
-            raise ValueError(f"prompts {comparison.prompts!r} is the set of {found.target.name!r}, not of {target!r}")
-        return found
-    if target.casefold() in concept_sets():
-        return concept_set(target)
     pair = concepts(comparison, target, dict(comparison.pairs)[target])
     sides = zip(("target", "anchor"), pair, strict=True)
-    return set_of_record({side: dataclasses.asdict(concept) for side, concept in sides}, pair[0].name)
+    record = {side: dataclasses.asdict(concept) for side, concept in sides}
+    return choose_set(pair[0].name, comparison.prompts, record)
 
 
 def probes(comparison: Comparison, target: str) -> list[Probe]:

@@ -6,6 +6,7 @@ scikit-learn's handwritten digits, for demonstrations, tests and studies that ru
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import torch
@@ -14,6 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from fdu.concepts import Concept
+from fdu.config import EraseConfig
 from fdu.embedded.classifier import FEATURES as CLASSIFIER_FEATURES
 from fdu.embedded.classifier import LAYERS as CLASSIFIER_LAYERS
 from fdu.embedded.classifier import DigitClassifier
@@ -39,6 +41,17 @@ SEEN_FRAMES, UNSEEN_FRAMES = FRAMES[:4], FRAMES[4:]
 SEEN_NOUNS, UNSEEN_NOUNS = DIGIT_NOUNS[:3], DIGIT_NOUNS[3:]
 SUPERCLASS_NOUNS = GENERIC_NOUNS[:3]
 """Phrasings that erasures train on, others of the vocabulary that they never see, and the superclass's own."""
+
+
+NOTES = (
+    "The images come from the pipeline that is embedded in fdu, trained from scratch on the handwritten digits of "
+    "scikit-learn (E. Alpaydin and C. Kaynak, Optical Recognition of Handwritten Digits, UCI Machine Learning "
+    "Repository, CC BY 4.0), inked in one of four colours. The judge is a classifier trained on the real digits alone.",
+    "The text embeddings of this small pipeline are far more separable than those of a real CLIP, so a concept can be "
+    "erased here with less harm to its neighbours than in Stable Diffusion. Take these figures as a demonstration of "
+    "the method and a check of the installation, not as a measure of what it does to a large model.",
+)
+"""What a reader of results on the embedded pipeline has to know."""
 
 
 def load_pipeline(dtype: torch.dtype = torch.float32) -> StableDiffusionPipeline:
@@ -103,6 +116,13 @@ def preserved(*targets: str) -> tuple[str, ...]:
         nouns = [SEEN_NOUNS[1].format(digit) for digit in digits]
         neighbours += [prompt(noun, medium_phrase=phrase) for noun in nouns for phrase in phrases]
     return tuple(dict.fromkeys((*(prompt(noun) for noun in SUPERCLASS_NOUNS), *neighbours)))
+
+
+def with_preserved(config: EraseConfig, *targets: str) -> EraseConfig:
+    """The settings with the pipeline's own prompts to keep, unless they name some."""
+    if config.preservation_prompts:
+        return config
+    return dataclasses.replace(config, preservation_prompts=preserved(*targets))
 
 
 def probes(target: str, *others: str) -> list[Probe]:

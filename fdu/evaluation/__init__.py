@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fdu.evaluation.drawing import JUDGED_SEED, Draws, draw
+from fdu.evaluation.drawing import JUDGED_SEED, Draws, Sampling, draw
 from fdu.evaluation.figures import Evaluation, Figures, evaluate
 from fdu.evaluation.probes import Group, Judge, Probe, Role, groups
 
@@ -15,6 +15,7 @@ __all__ = [
     "Judge",
     "Probe",
     "Role",
+    "Sampling",
     "draw",
     "evaluate",
     "groups",

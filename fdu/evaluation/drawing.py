@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
@@ -16,6 +17,37 @@ from fdu.progress import silent
 
 JUDGED_SEED = 1000
 """Offset of the seeds of judged images from the seed of a training, whose own images begin at that seed itself."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How an image is drawn; the defaults are those of the embedded pipeline.
+
+    Raises:
+        ValueError: a setting that is not above 0.
+    """
+
+    num_inference_steps: int | None = 20
+    """Steps of the scheduler an image; None: the pipeline's own default."""
+    guidance_scale: float | None = 3.0
+    """Of classifier-free guidance; None: the pipeline's own default."""
+    batch_size: int = 32
+    """Images drawn at once; fewer take less memory."""
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(Sampling):
+            value = getattr(self, field.name)
+            if value is not None and value <= 0:
+                raise ValueError(f"{field.name} must be > 0, got {value}")
+
+    @classmethod
+    def of(cls, embedded: bool) -> Sampling:
+        """What is taken if nothing is said: for the embedded pipeline, or any other, as that does by itself."""
+        return cls() if embedded else cls(num_inference_steps=None, guidance_scale=None, batch_size=4)
+
+    def settings(self) -> dict[str, Any]:
+        """By the names of :func:`draw`'s arguments."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(Sampling)}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,6 +9,14 @@ from fdu.evaluation.features import ClipFeatures
 from fdu.evaluation.probes import Probe
 from fdu.prompts import ConceptSet
 
+CLIP_NOTES = (
+    "Counted zero-shot by an image-text encoder: an image counts as a class if the class's name lies nearer to it than "
+    "other names do. The target and its neighbours are each told from the anchor, the anchor from the target; everyday "
+    "and unrelated subjects from one another, the anchor and the target. Such a judge errs, before as after, so look "
+    "at the pictures, and at the difference of the two.",
+)
+"""What a reader of results that CLIP judged has to know."""
+
 
 class ClipJudge:
     """Names the class whose text lies nearest to the image (Radford et al. 2021, arXiv 2103.00020, zero-shot).

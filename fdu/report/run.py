@@ -70,6 +70,13 @@ class Run:
     ) -> Run:
         """The run of an evaluation; the judges look at the shown images once more.
 
+        Args:
+            evaluation: the figures of ``before`` and ``after``.
+            probes: what was drawn, in the order of the draws.
+            before, after: the images of every probe, [N, 3, H, W] in [0, 1].
+            record: without it the page has no course of the training and no settings.
+            command, device, notes, robustness: as the fields.
+
         Raises:
             ValueError: the draws do not belong to the probes.
         """

@@ -108,9 +108,7 @@ def seen_in_sets(denoiser: Denoiser, sets: PromptSets, judge: Judge, drawing: Dr
         probes,
         drawing.images,
         drawing.seed + JUDGED_SEED,
-        drawing.num_inference_steps,
-        drawing.guidance_scale,
-        drawing.batch_size,
+        **drawing.settings(),
         description="phrasings",
     )
     return {probe.name: judge(images) for probe, images in zip(probes, drawn.images, strict=True)}

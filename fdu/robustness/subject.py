@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fdu.denoisers import Denoiser
 from fdu.denoisers.base import call_default
-from fdu.evaluation import JUDGED_SEED, Probe, draw
+from fdu.evaluation import JUDGED_SEED, Probe, Sampling, draw
 from fdu.progress import silent
 from fdu.robustness.shares import Share
 
@@ -25,25 +25,22 @@ Course = list[tuple[int, Share]]
 
 
 @dataclasses.dataclass(frozen=True)
-class Drawing:
-    """How judged images are drawn."""
+class Drawing(Sampling):
+    """How judged images are drawn.
+
+    Raises:
+        ValueError: no image, or as :class:`Sampling`.
+    """
 
     images: int = 32
     """Images whose share is counted."""
-    num_inference_steps: int | None = 20
-    """Steps of the scheduler an image; None: the pipeline's own default."""
-    guidance_scale: float | None = 3.0
-    """Classifier-free guidance; None: the pipeline's own default."""
     seed: int = 0
     """Of everything random; the images begin with ``seed + JUDGED_SEED``."""
-    batch_size: int = 32
-    """Images drawn at a time."""
 
     def __post_init__(self) -> None:
-        for name in ("images", "num_inference_steps", "batch_size"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be >= 1, got {value!r}")
+        super().__post_init__()
+        if self.images < 1:
+            raise ValueError(f"images must be >= 1, got {self.images!r}")
 
 
 def target_latents(denoiser: Denoiser, probe: Probe, number: int = 32, drawing: Drawing | None = None) -> Tensor:
@@ -91,9 +88,7 @@ def count(denoiser: Denoiser, probe: Probe, drawing: Drawing) -> Share:
         [probe],
         drawing.images,
         drawing.seed + JUDGED_SEED,
-        drawing.num_inference_steps,
-        drawing.guidance_scale,
-        drawing.batch_size,
+        **drawing.settings(),
         description=f"judged: {probe.name}",
     ).images[0]
     return Share.of(probe.judge(images), probe.name)

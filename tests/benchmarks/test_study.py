@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import importlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
+import study
+import study_claims
 
 from fdu.comparison import runs as runs_file
 from fdu.comparison.front import Estimate, Sample
@@ -17,25 +17,7 @@ from fdu.comparison.plan import Candidate, Comparison
 from fdu.comparison.runs import identity_of
 from fdu.comparison.subject import Judged
 
-FOLDER = Path(__file__).parents[2] / "benchmarks"
 IMAGES = 40
-
-
-@pytest.fixture(scope="module", autouse=True)
-def scripts_beside_each_other() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(FOLDER)
-        yield
-
-
-@pytest.fixture(scope="module")
-def study() -> ModuleType:
-    return importlib.import_module("study")
-
-
-@pytest.fixture(scope="module")
-def claims() -> ModuleType:
-    return importlib.import_module("study_claims")
 
 
 @pytest.fixture(autouse=True)
@@ -81,7 +63,7 @@ def as_the_paper_says(candidate: Candidate) -> tuple[float, float, float]:
     return 0.5, 0.8, 0.02
 
 
-def test_the_study_is_what_was_asked_for(study: ModuleType) -> None:
+def test_the_study_is_what_was_asked_for() -> None:
     main = study.comparisons()["divergences"]
     assert len(main.runs()) == 3 * 6 * 3 * 3
     assert {target for target, _ in main.pairs} == {"three", "seven", "red"}
@@ -93,10 +75,10 @@ def test_the_study_is_what_was_asked_for(study: ModuleType) -> None:
     assert len(set(names)) == len(names) == 162 + 54
 
 
-def test_verdicts_are_those_of_the_intervals(claims: ModuleType) -> None:
+def test_verdicts_are_those_of_the_intervals() -> None:
     def verdict(*bears: int) -> str:
-        contrasts = tuple(claims.Contrast(str(place), {}, one) for place, one in enumerate(bears))
-        return claims.Claim("", "", contrasts).verdict
+        contrasts = tuple(study_claims.Contrast(str(place), {}, one) for place, one in enumerate(bears))
+        return study_claims.Claim("", "", contrasts).verdict
 
     assert verdict(1, 1) == "holds: in all 2 comparisons"
     assert verdict(-1, -1) == "does not hold: the opposite in all 2 comparisons"
@@ -112,22 +94,21 @@ def test_verdicts_are_those_of_the_intervals(claims: ModuleType) -> None:
     assert verdict(None, None) == "cannot be told: in all 2 comparisons what keeps more erases less"
 
 
-def test_what_keeps_more_counts_only_where_it_does_not_erase_less(claims: ModuleType) -> None:
+def test_what_keeps_more_counts_only_where_it_does_not_erase_less() -> None:
     flat = Estimate(0.0, -1.0, 1.0)
     up, down = Estimate(1.0, 0.5, 1.5), Estimate(-1.0, -1.5, -0.5)
     for erased in (flat, up):
-        assert claims._kept_sign({"erased": erased, "retained": up, "change": flat}) == 1
+        assert study_claims._kept_sign({"erased": erased, "retained": up, "change": flat}) == 1
     for erased in (flat, down):
-        assert claims._kept_sign({"erased": erased, "retained": down, "change": flat}) == -1
-    assert claims._kept_sign({"erased": down, "retained": up, "change": flat}) is None
-    assert claims._kept_sign({"erased": up, "retained": flat, "change": up}) is None
-    assert claims.rows(claims.Claim("", "", (claims.Contrast("here", dict.fromkeys(claims.DIGITS, flat), None),)))[0][
-        -1
-    ] == ("what keeps more erases less")
-    assert claims._kept_sign({"erased": flat, "retained": up, "change": up}) == 1
-    assert claims._kept_sign({"erased": flat, "retained": flat, "change": down}) == 1
-    assert claims._kept_sign({"erased": flat, "retained": flat, "change": up}) == -1
-    assert claims._kept_sign({"erased": flat, "retained": flat, "change": flat}) == 0
+        assert study_claims._kept_sign({"erased": erased, "retained": down, "change": flat}) == -1
+    assert study_claims._kept_sign({"erased": down, "retained": up, "change": flat}) is None
+    assert study_claims._kept_sign({"erased": up, "retained": flat, "change": up}) is None
+    undecided = study_claims.Contrast("here", dict.fromkeys(study_claims.DIGITS, flat), None)
+    assert study_claims.rows(study_claims.Claim("", "", (undecided,)))[0][-1] == "what keeps more erases less"
+    assert study_claims._kept_sign({"erased": flat, "retained": up, "change": up}) == 1
+    assert study_claims._kept_sign({"erased": flat, "retained": flat, "change": down}) == 1
+    assert study_claims._kept_sign({"erased": flat, "retained": flat, "change": up}) == -1
+    assert study_claims._kept_sign({"erased": flat, "retained": flat, "change": flat}) == 0
 
 
 @pytest.mark.parametrize(
@@ -141,9 +122,7 @@ def test_what_keeps_more_counts_only_where_it_does_not_erase_less(claims: Module
         ((-0.3, 0.3), 0),
     ],
 )
-def test_the_scale_decides_only_where_the_difference_grows(
-    claims: ModuleType, gaps: tuple[float, float], wanted: int
-) -> None:
+def test_the_scale_decides_only_where_the_difference_grows(gaps: tuple[float, float], wanted: int) -> None:
     """Also where it turns round: as large as before is not larger."""
     candidates = [Candidate(name, s0) for s0 in (1.0, 10.0) for name in ("squared_hellinger", "pearson_chi2")]
     shares = [0.5 + side * gap / 2 for gap in gaps for side in (1, -1)]
@@ -152,12 +131,12 @@ def test_the_scale_decides_only_where_the_difference_grows(
         for candidate, share in zip(candidates, shares, strict=True)
         for seed in range(3)
     }
-    (contrast,) = claims.scale_decides(Sample(found, candidates), (1.0, 10.0)).contrasts
+    (contrast,) = study_claims.scale_decides(Sample(found, candidates), (1.0, 10.0)).contrasts
     assert contrast.bears == wanted
     assert contrast.differences["erased"].value == pytest.approx(gaps[1] - gaps[0], abs=0.03)
 
 
-def test_the_page_says_what_the_records_say(study: ModuleType, tmp_path: Path) -> None:
+def test_the_page_says_what_the_records_say(tmp_path: Path) -> None:
     suites = study.comparisons()
     for name, comparison in suites.items():
         write_records(comparison, tmp_path / "records" / name, as_the_paper_says)
@@ -181,7 +160,7 @@ def test_the_page_says_what_the_records_say(study: ModuleType, tmp_path: Path) -
     }
 
 
-def test_the_page_is_not_fooled_by_records_that_say_the_opposite(study: ModuleType, tmp_path: Path) -> None:
+def test_the_page_is_not_fooled_by_records_that_say_the_opposite(tmp_path: Path) -> None:
     suites = study.comparisons()
     write_records(
         suites["divergences"],
@@ -195,7 +174,7 @@ def test_the_page_is_not_fooled_by_records_that_say_the_opposite(study: ModuleTy
     assert "(162 of 216 runs;" in page and "Not measured yet." in page and "Variational losses" not in page
 
 
-def test_a_study_that_is_not_finished_says_so(study: ModuleType, tmp_path: Path, capsys: Any) -> None:
+def test_a_study_that_is_not_finished_says_so(tmp_path: Path, capsys: Any) -> None:
     suites = study.comparisons()
     page = tmp_path / "results.md"
     write_records(suites["divergences"], tmp_path / "few" / "divergences", as_the_paper_says, most=5)

@@ -8,29 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from clip import save_clip
+from clip import CONCEPTS, WORDS, save_clip
 
 import fdu
 from fdu import cli, embedded
 from fdu.cli import main
 
-CONCEPTS = """[target] three
-a photo of {}
-[unseen]
-a scan of {}
-[anchor] eight
-a photo of eight
-[near] two
-[generic] zero
-a picture of {}
-[unrelated] ink
-in black ink
-"""
-
 
 @pytest.fixture(scope="module")
 def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_clip(tmp_path_factory.mktemp("clip"), "a photo of three eight two zero ink")
+    return save_clip(tmp_path_factory.mktemp("clip"), WORDS)
 
 
 @pytest.fixture(scope="module")
@@ -130,7 +117,7 @@ def test_what_cannot_be_judged_is_refused(base: Path, capsys: pytest.CaptureFixt
     assert "there is no concept set 'cat'; choose one of" in refused([*model, "--prompts", "cat"], capsys)
     assert "'gone.txt' does not exist" in refused([*model, "--prompts", "gone.txt"], capsys)
     other = [*model, "--prompts", "set.txt", "--target", "two"]
-    assert "target 'two' is not that of --prompts, 'three'" in refused(other, capsys)
+    assert "is the set of 'three', not of 'two'" in refused(other, capsys)
     monet = [*model, "--prompts", "monet"]
     assert "judge 'gone' does not exist" in refused([*monet, "--judge", "gone"], capsys)
     assert "judge 'weights' is not the folder of a transformers model" in refused(
@@ -193,6 +180,29 @@ def test_a_test_of_robustness_that_fails_costs_nothing_else(
     metrics = json.loads(Path("judged/metrics.json").read_text())
     assert set(metrics["robustness"]["phrasings"]) == {"mine"} and metrics["robustness"]["attack"] is None
     assert "The test of robustness 'attack' failed: CUDA out of memory." in metrics["notes"]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_robustness_with_clip_as_judge(
+    dtype: str, base: Path, clip_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import fdu.cli.evaluate
+    import fdu.robustness as robustness
+
+    real = robustness.Examination
+    tiny = {
+        "attack_config": robustness.AttackConfig(steps=1, restarts=1, looks=1, batch_size=1),
+        "relearning_config": robustness.RelearningConfig(steps=1, looks=1, batch_size=1),
+        "latents": 1,
+    }
+    monkeypatch.setattr(robustness, "Examination", lambda *given, **named: real(*given, **{**named, **tiny}))
+    monkeypatch.setattr(fdu.cli.evaluate, "load_erased", lambda pipeline, *given: pipeline)
+    arguments = [str(base), "weights", "--prompts", "set.txt", "--judge", str(clip_folder), "--dtype", dtype]
+    assert main(["evaluate", *arguments, *QUICK, "--robustness", "--out", "judged"]) == cli.OK
+    found = json.loads(Path("judged/metrics.json").read_text())
+    assert {"paraphrases", "misspellings"} <= found["robustness"]["phrasings"].keys()
+    assert found["robustness"]["attack"]["after"]["value"] in (0, 1)
+    assert found["robustness"]["relearning"]["course"] and "zero-shot" in found["notes"][0]
 
 
 def test_two_pipelines_are_not_in_memory_together(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from clip import save_clip
+from clip import CONCEPTS, WORDS, save_clip
 from diffusers import StableDiffusionPipeline
 from judged_runs import runs as handmade
 
@@ -347,11 +347,7 @@ COMPARE = ["compare", "embedded", "--target", "three", "--anchor", "eight", "--o
 def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(tmp_path)
     real = runs_file.draw
-    monkeypatch.setattr(
-        runs_file, "draw", lambda pipeline, probes, images, seed, steps, *rest, **named: real(
-            pipeline, probes, images, seed, 2, *rest, **named
-        )
-    )  # fmt: skip
+    monkeypatch.setattr(runs_file, "draw", lambda *given, **named: real(*given, **{**named, "num_inference_steps": 2}))
     quick = [f"--{name}={value}" for name, value in QUICK.items()]
     given = [*COMPARE, "--s0", "1", "10", "--seeds", "1", "--images_per_class", "2", "--workers", "1"]
     assert main([*given, *quick]) == cli.OK
@@ -395,26 +391,12 @@ def test_the_erasure_to_make_is_the_one_that_was_run(tmp_path: Path, monkeypatch
     assert erase.settings.checked() == dataclasses.replace(base, **candidate)
 
 
-CONCEPTS = """[target] three
-a photo of {}
-[unseen]
-a scan of {}
-[anchor] eight
-a photo of eight
-[near] two
-[generic] zero
-a picture of {}
-[unrelated] ink
-in black ink
-"""
-
-
 def test_other_models_are_judged_by_clip(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
     embedded.load_pipeline().save_pretrained("base")  # a pipeline like any other
-    save_clip(Path("clip"), "a photo of three eight two zero ink")
+    save_clip(Path("clip"), WORDS)
     Path("set.txt").write_text(CONCEPTS)
     given = ["compare", "base", *COMPARE[2:], "--judge", "clip", "--prompts", "set.txt", "--seeds", "1"]
     drawn = ["--images_per_class", "2", "--judged_inference_steps", "2", "--judged_guidance_scale", "3"]

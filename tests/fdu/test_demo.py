@@ -93,7 +93,7 @@ def test_a_run_that_fails_leaves_the_former_one(
 
 def test_a_report_that_fails_leaves_the_former_one(monkeypatch: pytest.MonkeyPatch) -> None:
     folder = make_former()
-    monkeypatch.setattr(demo_file, "make_report", lambda *given, **named: (_ for _ in ()).throw(OSError("disk full")))
+    monkeypatch.setattr(demo_file, "write_run", lambda *given, **named: (_ for _ in ()).throw(OSError("disk full")))
     assert main(["demo", *QUICK]) == cli.FAILED
     assert [path.name for path in folder.iterdir()] == ["metrics.json"]
     assert list(Path().iterdir()) == [folder]

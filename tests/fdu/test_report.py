@@ -96,9 +96,8 @@ def make_page(tmp_path: Path, after: fdu.Draws | None = None, **settings: Any) -
     before = make_draws(0.1, 0.5, 0.9)
     after = after or make_draws(0.5, 0.5, 0.9)
     settings.setdefault("record", make_record())
-    path = write_report(
-        tmp_path / "report.html", fdu.evaluate(before, after, PROBES), PROBES, before, after, **settings
-    )
+    run = Run.of(fdu.evaluate(before, after, PROBES), PROBES, before, after, **settings)
+    path = write_report(tmp_path / "report.html", run)
     return Page(path.read_text(encoding="utf-8"))
 
 
@@ -186,7 +185,7 @@ def test_draws_of_other_probes_are_refused(tmp_path: Path) -> None:
     draws = make_draws(0.1, 0.5, 0.9)
     evaluation = fdu.evaluate(draws, draws, PROBES)
     with pytest.raises(ValueError, match="images of 3 probes, got 3 and 1"):
-        write_report(tmp_path / "report.html", evaluation, PROBES, draws, make_draws(0.1))
+        Run.of(evaluation, PROBES, draws, make_draws(0.1))
     assert not list(tmp_path.iterdir())
 
 
@@ -384,6 +383,6 @@ def test_groups_have_headings_of_their_own(tmp_path: Path) -> None:
         *(dataclasses.replace(probe, group=group) for probe, group in zip(PROBES[1:], kinds, strict=True)),
     ]
     draws = make_draws(0.1, 0.5, 0.9)
-    path = write_report(tmp_path / "report.html", fdu.evaluate(draws, draws, probes), probes, draws, draws)
+    path = write_report(tmp_path / "report.html", Run.of(fdu.evaluate(draws, draws, probes), probes, draws, draws))
     text = Page(path.read_text(encoding="utf-8")).text
     assert "Its neighbours, to be kept eight" in text and "everyday subjects, to be kept nine" in text

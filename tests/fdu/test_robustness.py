@@ -120,7 +120,9 @@ def test_what_is_drawn_of_a_long_set_is_what_is_compared(pipeline: StableDiffusi
     denoiser = denoiser_of(pipeline)
     real = denoiser.encode
     denoiser.encode = lambda prompts: (asked.extend(prompts), real(prompts))[1]  # type: ignore[method-assign]
-    seen = phrasings.seen_in_sets(denoiser, sets, lambda images: ["x"] * len(images), Drawing(3, 1))
+    seen = phrasings.seen_in_sets(
+        denoiser, sets, lambda images: ["x"] * len(images), Drawing(images=3, num_inference_steps=1)
+    )
     (figures,) = phrasings.compare_sets(sets, "x", seen, seen).values()
     assert [text for text in asked if text] == ["p0", "p3", "p6"] == list(figures.by_prompt)
 
