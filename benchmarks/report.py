@@ -410,8 +410,8 @@ one input. Ours hold nothing of that size.
 """
 CONCEPTS = """## Several concepts at once
 
-Steps of `fdu.erase` on the embedded pipeline. The concepts share the batch, so that a step costs the same; what grows
-is the number of prompts, which are encoded once.
+Steps of `fdu.erase` on the embedded pipeline. The concepts share the batch, so that a step costs about the same; what
+grows is the number of prompts, which are encoded once.
 
 {table}
 """

@@ -26,7 +26,7 @@ from fdu.evaluation import draw
 from fdu.output import write_json
 from fdu.robustness import Drawing, Examination, attack, read_sets, relearn
 from fdu.robustness.phrasings import SETS
-from fdu.robustness.subject import LEARNT_SEED
+from fdu.robustness.subject import BACK, LEARNT_SEED
 from fdu.versions import versions
 
 TARGET, ANCHOR = "three", "eight"
@@ -102,7 +102,7 @@ def page(rows: dict[str, dict[str, Any]]) -> str:
         f"Wilson's 95 % intervals; {DRAWING.num_inference_steps} steps an image. The attack moves {config['tokens']}",
         f"embeddings of the prompt for {config['steps']} steps; of {config['restarts']} attempts the one with the",
         f"lowest loss counts. Relearning trains LoRA on {LATENTS} images of a {TARGET}. Back after: the steps after",
-        "which half of the images show it.",
+        f"which {BACK:.0%} as many images show it as before the erasure.".replace("%", " %"),
         "",
         '"not erased" is the pipeline as it is. "never known" asks that pipeline for a shape it has never seen, threes',
         "as in a mirror: what is reached there comes of no memory.",
