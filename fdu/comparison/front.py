@@ -59,11 +59,13 @@ class Sample:
     A resample is the figure plus two deviations from it, the same for every candidate: they share seeds and noise, so
     differences between candidates are more certain than the figures are.
 
-    - Over images, a bootstrap of each class. Of n images it draws n - 1, which makes the spread of a mean right
-      (McCarthy and Snowden, The bootstrap and finite population sampling, 1985).
+    - Over images, a bootstrap of the noise that image i of every class began as: what befalls one befalls the others.
+      Of n it draws n - 1, which makes the spread of a mean right (McCarthy and Snowden, The bootstrap and finite
+      population sampling, 1985).
     - Over seeds, of which there are few, Student's t with n - 1 degrees of freedom, times the standard error of the
-      seeds' mean: percentiles of a bootstrap of three lie within the three and cover less than 80 %. One seed says
-      nothing of the spread over seeds.
+      seeds' mean: percentiles of a bootstrap of three lie within the three and cover less than 80 %. Trainings of one
+      seed share their noise whatever the target, so all targets deviate with the same seeds. One seed says nothing of
+      the spread over seeds.
 
     What is a matter of one seed and one image adds to both, so that intervals are rather too wide than too narrow
     (Owen, The pigeonhole bootstrap, 2007, who has a third such term). Resamples of shares may leave [0, 1]; so do no
@@ -86,11 +88,11 @@ class Sample:
 
     def __init__(self, runs: Runs, candidates: Sequence[Candidate], resamples: int = RESAMPLES) -> None:
         self.candidates = tuple(candidates)
-        generator = np.random.default_rng(0)
         targets = list(dict.fromkeys(target for target, _, _ in runs))
         if not targets or not self.candidates:
             raise ValueError("runs is empty; make some first")
-        parts = [_Figures(runs, target, self.candidates, resamples, generator) for target in targets]
+        deviations = _Deviations(resamples, np.random.default_rng(0))
+        parts = [_Figures(runs, target, self.candidates, deviations) for target in targets]
         self.resampled: dict[str, Array] = {}
         self.values: dict[str, Array] = {}
         self.images: dict[str, int] = {}
@@ -179,8 +181,7 @@ class _Figures:
         runs: Runs,
         target: str,
         candidates: Sequence[Candidate],
-        resamples: int,
-        generator: np.random.Generator,
+        deviations: _Deviations,
     ) -> None:
         seeds = list(dict.fromkeys(seed for one, _, seed in runs if one == target))
         missing = [(one.label, seed) for one in candidates for seed in seeds if (target, one, seed) not in runs]
@@ -188,7 +189,7 @@ class _Figures:
             raise ValueError(f"runs lacks {target!r} with {missing[0][0]}, seed {missing[0][1]}; give complete() ones")
         self.seeds = len(seeds)
         grid = [[runs[target, one, seed] for seed in seeds] for one in candidates]
-        seed_weights = _seed_deviations(len(seeds), resamples, generator)
+        seed_weights = deviations.of_seeds(len(seeds))
         parts: dict[str, list[Array]] = {name: [] for name in FIGURES}
         self.images = dict.fromkeys(FIGURES, 0)
         for place, probe in enumerate(grid[0][0]):
@@ -200,7 +201,7 @@ class _Figures:
                 raise ValueError(
                     f"runs has {len(probe.hits)} image of {probe.name!r}; draw at least {FEWEST_IMAGES} of every class"
                 )
-            weights = _image_deviations(len(probe.hits), resamples, generator)
+            weights = deviations.of_images(len(probe.hits))
 
             def mean(values: list[list[Sequence[float]]], weights: Array = weights) -> Array:
                 """Over seeds and images of [candidates, seeds, images]."""
@@ -216,7 +217,7 @@ class _Figures:
             self._add(parts, "retained", hits, len(probe.hits))
             if probe.change is not None:
                 self._add(parts, "change", mean([[one.change or () for one in row] for row in judged]), len(probe.hits))
-        nothing = np.full((1 + resamples, len(candidates)), math.nan)
+        nothing = np.full((1 + deviations.resamples, len(candidates)), math.nan)
         self.means = {name: np.mean(found, axis=0) if found else nothing for name, found in parts.items()}
 
     def _add(self, parts: dict[str, list[Array]], name: str, means: Array, images: int) -> None:
@@ -224,21 +225,35 @@ class _Figures:
         self.images[name] += images
 
 
-def _image_deviations(count: int, resamples: int, generator: np.random.Generator) -> Array:
-    """By how much the weights of images in a bootstrap differ from 1/count, [resamples, count]."""
-    drawn = count - 1
-    counts = generator.multinomial(drawn, np.full(count, 1 / count), size=resamples)
-    return counts / drawn - 1 / count
+class _Deviations:
+    """By how much the weights of images and seeds differ from equal ones in each resample; by their number, always the
+    same, as image i of whatever class began as the same noise."""
 
+    def __init__(self, resamples: int, generator: np.random.Generator) -> None:
+        self.resamples = resamples
+        self._generator = generator
+        self._images: dict[int, Array] = {}
+        self._seeds: dict[int, Array] = {}
 
-def _seed_deviations(count: int, resamples: int, generator: np.random.Generator) -> Array:
-    """Weights [resamples, count] of sum 0 that make, of the means of seeds, t times the standard error of their mean.
+    def of_images(self, count: int) -> Array:
+        """Of a bootstrap of ``count`` images, [resamples, count]."""
+        if count not in self._images:
+            drawn = count - 1
+            counts = self._generator.multinomial(drawn, np.full(count, 1 / count), size=self.resamples)
+            self._images[count] = counts / drawn - 1 / count
+        return self._images[count]
 
-    With z standard normal, sum z_i (m_i - mean) has the variance (n - 1) s^2, that of the mean is s^2/n, and a normal
-    variable over the root of chi^2/(n - 1) is Student's t.
-    """
-    if count == 1:
-        return np.zeros((resamples, 1))
-    normal = generator.standard_normal((resamples, count))
-    scale = np.sqrt(generator.chisquare(count - 1, size=(resamples, 1)) / (count - 1))
-    return (normal - normal.mean(1, keepdims=True)) / (math.sqrt(count * (count - 1)) * scale)
+    def of_seeds(self, count: int) -> Array:
+        """Weights [resamples, count] of sum 0 that make, of the means of seeds, t times their mean's standard error.
+
+        With z standard normal, sum z_i (m_i - mean) has the variance (n - 1) s^2, that of the mean is s^2/n, and a
+        normal variable over the root of chi^2/(n - 1) is Student's t.
+        """
+        if count not in self._seeds:
+            self._seeds[count] = np.zeros((self.resamples, count))
+            if count > 1:
+                normal = self._generator.standard_normal((self.resamples, count))
+                scale = np.sqrt(self._generator.chisquare(count - 1, size=(self.resamples, 1)) / (count - 1))
+                centred = normal - normal.mean(1, keepdims=True)
+                self._seeds[count] = centred / (math.sqrt(count * (count - 1)) * scale)
+        return self._seeds[count]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -179,16 +180,16 @@ class _Found:
         places: Mapping[str, Sequence[int]],
         bootstrap: Bootstrap,
     ) -> None:
-        """The distance of two sets of features, by role and group; of a single pair of images there is none."""
+        """The distance of two sets of features, by role and group; of images that began as one noise there is none."""
         for part, chosen in places.items():
             before, after = (cat([extractor(one.images[place]) for place in chosen]) for one in drawn)
-            if len(before) > 1:
-                matrix = discrepancies(KERNELS[name], before, after).numpy()
-                key = f"distances.{name}.{part}"
-                self.figures[key] = float(matrix.sum() / (len(matrix) * (len(matrix) - 1)))
-                # Of two images there is one pair, and nothing to tell how others would differ from it.
-                if bootstrap.tells(chosen, images=FEWEST + 1):
-                    self.intervals[key] = interval(bootstrap.pair_means(matrix, chosen))
+            matrix = discrepancies(KERNELS[name], before, after).numpy()
+            value, resampled = bootstrap.pair_means(matrix, chosen)
+            if not math.isnan(value):
+                self.figures[f"distances.{name}.{part}"] = value
+                # Of two noises there is one pair, and nothing to tell how others would differ from it.
+                if bootstrap.tells(chosen, FEWEST + 1):
+                    self.intervals[f"distances.{name}.{part}"] = interval(resampled)
 
 
 @dataclasses.dataclass(frozen=True)

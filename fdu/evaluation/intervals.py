@@ -21,20 +21,23 @@ class Bootstrap:
     """Resamples of the images of several probes; each probe keeps its number of images.
 
     A resample is told by how often it holds each image, so that every figure is resampled in the same way: figures
-    before and after, and their differences, fit together.
+    before and after, and their differences, fit together. Image i of every probe begins as the same noise, and what
+    befalls one befalls the others: so a resample holds i in one probe as often as in another, as if i were drawn, and
+    not an image. Resampled apart, classes would seem to know more than they do together.
 
     Args:
-        counts: images of each probe.
+        counts: images of each probe. Probes of one number of images share their resamples.
         resamples: how many to make.
         seed: makes them the same in every run.
     """
 
     def __init__(self, counts: Sequence[int], resamples: int = RESAMPLES, seed: int = 0) -> None:
         generator = np.random.default_rng(seed)
-        self.weights = [
-            generator.multinomial(count, np.full(count, 1 / count), size=resamples).astype(np.float64)
-            for count in counts
-        ]
+        drawn = {
+            count: generator.multinomial(count, np.full(count, 1 / count), size=resamples).astype(np.float64)
+            for count in dict.fromkeys(counts)
+        }
+        self.weights = [drawn[count] for count in counts]
         """For each probe [resamples, images], how often each image is in each resample."""
 
     def means(self, values: Mapping[int, np.ndarray]) -> np.ndarray:
@@ -45,25 +48,30 @@ class Bootstrap:
         """
         return np.mean([self.weights[place] @ one / len(one) for place, one in values.items()], axis=0)
 
-    def pair_means(self, matrix: np.ndarray, places: Sequence[int]) -> np.ndarray:
-        """The mean of a matrix over all pairs of different images, in each resample.
+    def pair_means(self, matrix: np.ndarray, places: Sequence[int]) -> tuple[float, np.ndarray]:
+        """The mean of a matrix over all pairs of images that began as different noise, of all and in each resample.
 
-        A pair of an image with itself, which a resample can hold, is none of two images and is left out; NaN for a
-        resample that holds no other pairs.
+        Pairs of one noise depend on each other. Such is an image with itself, which a resample can hold, and image i of
+        one probe with image i of another. NaN where there are no other pairs.
 
         Args:
-            matrix: [N, N] over the images of all ``places`` in their order, zero on the diagonal.
+            matrix: [N, N] over the images of all ``places`` in their order.
             places: of the probes.
         """
-        weights = np.concatenate([self.weights[place] for place in places], axis=1)
-        sums = np.einsum("ri,ri->r", weights @ matrix, weights)
-        pairs = weights.sum(1) ** 2 - (weights**2).sum(1)
-        return np.divide(sums, pairs, out=np.full_like(sums, np.nan), where=pairs > 0)
+        resampled = [self.weights[place] for place in places]
+        weights = np.concatenate(resampled, axis=1)
+        weights = np.concatenate([np.ones_like(weights[:1]), weights])
+        noise = np.concatenate([np.arange(one.shape[1]) for one in resampled])
+        apart = (noise[:, None] != noise[None, :]).astype(np.float64)
+        sums = np.einsum("ri,ri->r", weights @ (matrix * apart), weights)
+        pairs = np.einsum("ri,ri->r", weights @ apart, weights)
+        means = np.divide(sums, pairs, out=np.full_like(sums, np.nan), where=pairs > 0)
+        return float(means[0]), means[1:]
 
     def tells(self, places: Sequence[int], images: int = FEWEST) -> bool:
-        """Whether there are enough images of each of these probes, and ``images`` of all, for an interval."""
+        """Whether there are enough images of each of these probes, and ``images`` of one, for an interval."""
         counts = [self.weights[place].shape[1] for place in places]
-        return min(counts) >= FEWEST and sum(counts) >= images
+        return min(counts) >= FEWEST and max(counts) >= images
 
 
 def interval(resampled: np.ndarray) -> Interval:

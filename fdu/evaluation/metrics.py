@@ -58,7 +58,9 @@ def discrepancies(kernel: Kernel, before: Tensor, after: Tensor) -> Tensor:
 
     The mean over its off-diagonal entries is the unbiased estimate from pairs (Gretton et al. 2012, lemma 6): no image
     is compared with itself, nor with its own counterpart. So images that depend on one another through prompt and seed
-    do not bias it, it is exactly 0 where nothing changed, and like all unbiased estimates it can fall below 0.
+    do not bias it, it is exactly 0 where nothing changed, and like all unbiased estimates it can fall below 0. Of
+    several classes drawn with the same seeds, :meth:`fdu.evaluation.intervals.Bootstrap.pair_means` leaves out the
+    pairs of one seed, too.
     """
     matrix = kernel(before, before) + kernel(after, after)
     across = kernel(before, after)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import numpy as np
@@ -139,6 +140,24 @@ def test_sign_needs_the_whole_interval() -> None:
     assert sample.difference("erased", other, one).sign == 1
     assert sample.difference("erased", one, other).sign == -1
     assert sample.difference("retained", one, other).sign == 0
+
+
+@pytest.mark.parametrize("shared", ["noise of images", "seeds of trainings"])
+def test_what_classes_and_targets_share_makes_their_mean_less_certain(shared: str) -> None:
+    """Classes, here of three targets, whose change depends on the same noise: taken apart, the mean seems too sure."""
+    generator, candidate, held, repetitions = np.random.default_rng(0), Candidate("mse"), 0, 250
+    for _ in range(repetitions):
+        by_image, by_seed = 0.01 * generator.normal(size=30), 0.01 * generator.normal(size=3)
+        found = {}
+        for target, seed in itertools.product("abc", range(3)):
+            own = 0.002 * generator.normal(size=30)
+            common = by_image if shared == "noise of images" else np.full(30, by_seed[seed])
+            change = tuple(0.1 + common + own)
+            kept = [Judged("retained", name, (True,) * 30, change) for name in ("eight", "nine")]
+            found[target, candidate, seed] = (Judged("target", target, (False,) * 30), *kept)
+        estimate = Sample(found, [candidate], resamples=400).estimate("change", candidate)
+        held += estimate.low <= 0.1 <= estimate.high
+    assert held / repetitions > 0.92
 
 
 def test_targets_count_alike() -> None:

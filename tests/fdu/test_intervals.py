@@ -49,11 +49,23 @@ def test_means_over_pairs_leave_out_an_image_with_itself() -> None:
     matrix = generator.normal(size=(7, 7))
     matrix = matrix + matrix.T
     np.fill_diagonal(matrix, 0)
+    noise = [0, 1, 2, 0, 1, 2, 3]  # of the images of two probes
     bootstrap = Bootstrap([3, 4], resamples=6)
-    for found, *weights in zip(bootstrap.pair_means(matrix, [0, 1]), *bootstrap.weights, strict=True):
-        held = np.repeat(np.arange(7), np.concatenate(weights).astype(int))
-        pairs = [matrix[i, j] for i in held for j in held if i != j]
+    of_all, resampled = bootstrap.pair_means(matrix, [0, 1])
+    weights = [np.ones(7), *np.concatenate(bootstrap.weights, axis=1)]
+    for found, row in zip((of_all, *resampled), weights, strict=True):
+        held = np.repeat(np.arange(7), row.astype(int))
+        pairs = [matrix[i, j] for i in held for j in held if noise[i] != noise[j]]
         assert found == pytest.approx(np.mean(pairs))
+
+
+def test_means_over_pairs_leave_out_images_of_one_noise() -> None:
+    """Two classes whose images of one seed are the same images: the mean over pairs does not count them as alike."""
+    values = np.random.default_rng(7).normal(size=30)
+    twice = np.concatenate([values, values])
+    of_all, _ = Bootstrap([30, 30], resamples=2).pair_means(np.outer(twice, twice), [0, 1])
+    once = (values.sum() ** 2 - (values**2).sum()) / (30 * 29)
+    assert of_all == pytest.approx(once)
 
 
 @pytest.mark.parametrize(("right", "images"), [(0, 32), (32, 32), (0, 5)])
@@ -80,6 +92,17 @@ def test_the_interval_holds_the_truth_about_as_often_as_it_says() -> None:
     assert 0.91 < held / 300 < 0.98
 
 
+def test_images_of_one_noise_vary_together() -> None:
+    """Classes whose image i depends on noise i: resampled apart, their mean would seem to vary by half as much."""
+    generator, held = np.random.default_rng(8), 0
+    for seed in range(300):
+        noise = generator.normal(size=40)
+        values = {place: noise + 0.5 * generator.normal(size=40) for place in range(6)}
+        low, high = interval(Bootstrap([40] * 6, resamples=400, seed=seed).means(values))
+        held += low <= 0 <= high
+    assert held / 300 > 0.91
+
+
 def test_the_same_seed_gives_the_same_interval() -> None:
     values = {0: np.random.default_rng(6).random(20)}
     first, again, other = (interval(Bootstrap([20], seed=seed).means(values)) for seed in (0, 0, 1))
@@ -96,7 +119,7 @@ def test_a_resample_without_pairs_does_not_count() -> None:
     """Of two images half of the resamples hold one of them twice, which is no pair; the only pair is at 1."""
     matrix = np.array([[0.0, 1.0], [1.0, 0.0]])
     bootstrap = Bootstrap([2], resamples=200)
-    found = bootstrap.pair_means(matrix, [0])
+    _, found = bootstrap.pair_means(matrix, [0])
     twice = bootstrap.weights[0].max(1) == 2
     assert twice.any() and np.isnan(found[twice]).all() and (found[~twice] == 1).all()
     assert interval(found) == (1.0, 1.0)
@@ -105,4 +128,4 @@ def test_a_resample_without_pairs_does_not_count() -> None:
 def test_intervals_need_two_images_of_each_class() -> None:
     bootstrap = Bootstrap([1, 2, 3])
     assert not bootstrap.tells([0]) and not bootstrap.tells([0, 2]) and bootstrap.tells([1]) and bootstrap.tells([1, 2])
-    assert not bootstrap.tells([1], images=3) and bootstrap.tells([2], images=3)
+    assert not bootstrap.tells([1], images=3) and bootstrap.tells([2], images=3) and bootstrap.tells([1, 2], images=3)
