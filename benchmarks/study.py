@@ -2,7 +2,7 @@
 
 Run ``python benchmarks/study.py``.
 
-About two hours of two cores, shared by ``--workers`` processes. Every run is one file in ``--results``; a run whose
+About an hour of two cores, shared by ``--workers`` processes. Every run is one file in ``--results``; a run whose
 file is there, with the settings and the pipeline of today, is not made again, so an interrupted call goes on where it
 stopped. ``docs/results.md`` is written anew at the end of each call, from whatever is there (``--page_only`` makes no
 run).

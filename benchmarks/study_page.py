@@ -12,6 +12,8 @@ from fdu.comparison.front import Estimate, Sample, complete
 from fdu.comparison.page import percent, table
 from fdu.comparison.plan import Candidate, Comparison
 from fdu.comparison.results import Results, read_results
+from fdu.comparison.runs import read_record
+from fdu.output import write_text
 
 PICTURES = "results"
 """The folder of the charts, beside the page."""
@@ -30,16 +32,15 @@ def write_page(suites: Mapping[str, Comparison], records: Path, docs: Path) -> N
     if main is None:
         return
     pictures = docs.parent / PICTURES
-    pictures.mkdir(parents=True, exist_ok=True)
-    (pictures / "front.svg").write_text(front_chart(main.standings, whole=True), encoding="utf-8")
-    (pictures / "change.svg").write_text(front_chart(main.standings, "change", whole=True), encoding="utf-8")
+    write_text(pictures / "front.svg", front_chart(main.standings, whole=True))
+    write_text(pictures / "change.svg", front_chart(main.standings, "change", whole=True))
     if games is not None:
         chart = curve_chart(curves(games), "steps", "share of the target's images that show it (%)", whole=True)
-        (pictures / "variational.svg").write_text(chart, encoding="utf-8")
-    docs.write_text(page(main, games, suites), encoding="utf-8")
+        write_text(pictures / "variational.svg", chart)
+    write_text(docs, page(main, games, suites, records))
 
 
-def page(main: Results, games: Results | None, suites: Mapping[str, Comparison]) -> str:
+def page(main: Results, games: Results | None, suites: Mapping[str, Comparison], records: Path) -> str:
     """The page's text."""
     comparison = main.comparison
     s0s = list(dict.fromkeys(one.s0 for one in comparison.candidates))
@@ -53,8 +54,7 @@ def page(main: Results, games: Results | None, suites: Mapping[str, Comparison])
     if games is not None:
         judged += [claims.games_erase_faster(games.sample), claims.games_hurt_more(games.sample)]
     total = sum(len(one.runs()) for one in suites.values())
-    made = total - sum(one.missing for one in (main, games) if one is not None)
-    made -= 0 if games is not None else len(suites["variational"].runs())
+    made = sum(read_record(one, records / name, run) is not None for name, one in suites.items() for run in one.runs())
     conditions, config, drawing = main.conditions, comparison.base, comparison.drawing
     return PAGE.format(
         made=f"all {total}" if made == total else f"{made} of {total}",

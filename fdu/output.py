@@ -108,6 +108,12 @@ def whole_file(path: Path) -> Iterator[Path]:
         os.replace(fresh, path)
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write a file of text in UTF-8, whole or not at all."""
+    with whole_file(path) as fresh:
+        fresh.write_text(text, encoding="utf-8")
+
+
 def strangers(folder: Path) -> list[Path]:
     """What lies in a folder for checkpoints that no run of fdu put there; nothing if there is no folder."""
     if not folder.is_dir():
@@ -141,8 +147,7 @@ def written_by_fdu(folder: Path) -> bool:
 def write_json(path: Path, content: Any) -> None:
     """Write JSON, whole or not at all, that every reader takes: NaN and infinities, which it does not know, become
     null."""
-    with whole_file(path) as fresh:
-        fresh.write_text(json.dumps(_finite(content), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    write_text(path, json.dumps(_finite(content), indent=1, allow_nan=False) + "\n")
 
 
 def _finite(value: Any) -> Any:

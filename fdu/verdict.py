@@ -27,6 +27,9 @@ NAMED_CLASSES = 3
 """So many broken classes are named, the worst first."""
 
 
+State = Literal["erased", "partly erased", "not erased", "hardly drawn before"]
+
+
 @dataclasses.dataclass(frozen=True)
 class Row:
     """One line of the comparison: shares in [0, 1] before and after, None where nothing was drawn."""
@@ -44,7 +47,7 @@ class Row:
 class Verdict:
     """What the figures mean."""
 
-    erased: Literal["erased", "partly erased", "not erased", "hardly drawn before"]
+    erased: State | Literal["cannot be told"]
     """Of the target, in seen and unseen phrasings."""
     kept: bool
     """Whether the retained classes, each group of them, and those of another kind are drawn as before; not if they
@@ -169,7 +172,11 @@ def judge(evaluation: Evaluation, probes: Sequence[Probe]) -> Verdict:
     """What the figures mean: whether the target was erased, and what else broke."""
     before, after = evaluation.before, evaluation.after
     target = _names(probes, "target")[0]
-    erased = state_of(before.target_accuracy, after.target_accuracy)
+    erased: State | Literal["cannot be told"] = state_of(before.target_accuracy, after.target_accuracy)
+    low, high = after.intervals.get("target_accuracy", (after.target_accuracy, after.target_accuracy))
+    possible = [state_of(before.target_accuracy, share) for share in (low, high)]
+    if possible == ["erased", "not erased"]:
+        erased = "cannot be told"
     drew = f"{percent(before.target_accuracy)} of {evaluation.images_per_class} images before"
     sentences = [f"Asked for {target}, the pipeline drew it in {drew} and in {percent(after.target_accuracy)} after."]
     headline = {
@@ -177,11 +184,15 @@ def judge(evaluation: Evaluation, probes: Sequence[Probe]) -> Verdict:
         "partly erased": f"{target} was only partly erased",
         "not erased": f"{target} was not erased",
         "hardly drawn before": f"{target} was hardly drawn to begin with",
+        "cannot be told": f"whether {target} was erased cannot be told from so few images",
     }[erased]
+    if possible[0] != possible[1]:
+        reach = f"{100 * low:.0f} to {percent(high)}"
+        sentences.append(f"By the interval of the latter, {reach}, both {joined(possible)} is possible.")
 
     if before.unseen_accuracy is not None and after.unseen_accuracy is not None:
         unseen = f"{percent(before.unseen_accuracy)} before and {percent(after.unseen_accuracy)} after"
-        escapes = state_of(before.unseen_accuracy, after.unseen_accuracy) in ("partly erased", "not erased")
+        escapes = escapes_by(before.unseen_accuracy, after.unseen_accuracy)
         if erased == "erased" and escapes:
             erased = "partly erased"
             headline = f"{target} was erased only in the phrasings of the training"
@@ -196,8 +207,8 @@ def judge(evaluation: Evaluation, probes: Sequence[Probe]) -> Verdict:
     by_group = {group: (share, after.retained_by_group[group]) for group, share in before.retained_by_group.items()}
     drawn = before.retained_accuracy >= DRAWN_BEFORE
     hardly = [group for group, (first, _) in by_group.items() if first < DRAWN_BEFORE]
-    suffered = [group for group, (first, last) in by_group.items() if first - last > MEAN_DROP]
-    fell = bool(suffered) or before.retained_accuracy - after.retained_accuracy > MEAN_DROP
+    suffered = [group for group in by_group if _fell(evaluation, f"retained_by_group.{group}", MEAN_DROP)]
+    fell = bool(suffered) or _fell(evaluation, "retained_accuracy", MEAN_DROP)
     shares = _shares(before.retained_accuracy, after.retained_accuracy)
     worst = after.worst_retained_class
     if broken:
@@ -221,10 +232,19 @@ def judge(evaluation: Evaluation, probes: Sequence[Probe]) -> Verdict:
     broken_others = _broken(evaluation, others)
     others_fell = False
     if before.cross_domain_accuracy is not None and after.cross_domain_accuracy is not None:
-        others_fell = before.cross_domain_accuracy - after.cross_domain_accuracy > MEAN_DROP
+        others_fell = _fell(evaluation, "cross_domain_accuracy", MEAN_DROP)
         shares = _shares(before.cross_domain_accuracy, after.cross_domain_accuracy)
         harm = f"; it broke {_listed(evaluation, broken_others)}" if broken_others else ""
         sentences.append(f"Classes of another kind ({', '.join(others)}): {shares}{harm}.")
+
+    doubtful = [
+        name
+        for name in (*retained, *others)
+        if before.per_class[name] - after.per_class[name] > CLASS_DROP and name not in dict((*broken, *broken_others))
+    ]
+    if doubtful:
+        told = [f"{name} ({_shares(before.per_class[name], after.per_class[name])})" for name in doubtful]
+        sentences.append(f"On so few images chance may be all that befell {joined(told)}.")
 
     harmed = bool(broken or fell or broken_others or others_fell)
     kept = drawn and not harmed
@@ -244,13 +264,22 @@ def judge(evaluation: Evaluation, probes: Sequence[Probe]) -> Verdict:
     return Verdict(erased, kept, headline, tuple(sentences))
 
 
-def state_of(before: float, after: float) -> Literal["erased", "partly erased", "not erased", "hardly drawn before"]:
+def state_of(before: float, after: float) -> State:
     """What became of a share of images that show the target."""
     if before < DRAWN_BEFORE:
         return "hardly drawn before"
     if after <= ERASED_BELOW * before:
         return "erased"
     return "partly erased" if after <= PARTLY_BELOW * before else "not erased"
+
+
+def escapes_by(before: float, after: float) -> bool:
+    """Whether other words still draw what was erased, given the shares that show it; also where they hardly drew it
+    before, if it is too much for an erasure of what is drawn half of the time."""
+    state = state_of(before, after)
+    if state == "hardly drawn before":
+        return state_of(DRAWN_BEFORE, after) == "not erased"
+    return state != "erased"
 
 
 def _shares(before: float, after: float) -> str:
@@ -263,8 +292,16 @@ def _names(probes: Sequence[Probe], role: str) -> list[str]:
 
 def _broken(evaluation: Evaluation, names: Sequence[str]) -> list[tuple[str, float]]:
     """The classes whose share fell too far, with how far, the worst first."""
-    falls = [(name, evaluation.before.per_class[name] - evaluation.after.per_class[name]) for name in names]
-    return sorted((fall for fall in falls if fall[1] > CLASS_DROP), key=lambda fall: -fall[1])
+    before, after = evaluation.before.per_class, evaluation.after.per_class
+    falls = [(name, before[name] - after[name]) for name in names if _fell(evaluation, f"per_class.{name}", CLASS_DROP)]
+    return sorted(falls, key=lambda fall: -fall[1])
+
+
+def _fell(evaluation: Evaluation, figure: str, drop: float) -> bool:
+    """Whether a share is lower after by more than ``drop``, and by more than chance explains."""
+    fall = _figure(evaluation.before, figure) - _figure(evaluation.after, figure)
+    interval = evaluation.intervals.get(f"difference.{figure}")
+    return fall > drop and (interval is None or interval[1] < 0)
 
 
 def _listed(evaluation: Evaluation, broken: Sequence[tuple[str, float]]) -> str:

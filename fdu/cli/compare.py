@@ -165,12 +165,15 @@ class Compare:
         """How judged images are drawn."""
         from fdu.evaluation import Sampling
 
-        chosen = {"num_inference_steps": self.judged_inference_steps, "guidance_scale": self.judged_guidance_scale}
+        chosen: dict[str, Any] = {
+            "num_inference_steps": self.judged_inference_steps,
+            "guidance_scale": self.judged_guidance_scale,
+        }
         given = {name: value for name, value in chosen.items() if value is not None}
-        for name, value in given.items():
-            if value <= 0:
-                raise ValueError(f"judged_{name.removeprefix('num_')} must be > 0, got {value}")
-        return {**Sampling.of(is_embedded(self.model)).settings(), **given}
+        try:
+            return dataclasses.replace(Sampling.of(is_embedded(self.model)), **given).settings()
+        except ValueError as error:
+            raise ValueError(f"judged_{str(error).removeprefix('num_')}") from None
 
     def _erase_command(self, settings: Mapping[str, Any], always: Collection[str]) -> str:
         """The command line of an erasure as the runs made it: what ``always`` names, and what is not the default."""

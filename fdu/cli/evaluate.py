@@ -183,8 +183,8 @@ class Evaluate:
         from fdu.evaluation import Sampling
 
         size = self.robustness_batch_size
-        if size is not None and size <= 0:
-            raise ValueError(f"robustness_batch_size must be > 0, got {size}")
+        if size is not None and size < 1:
+            raise ValueError(f"robustness_batch_size must be >= 1, got {size}")
         defaults = Sampling.of(embedded_base)
         given = {name: getattr(self, name) for name in defaults.settings()}
         return dataclasses.replace(defaults, **{name: value for name, value in given.items() if value is not None})
@@ -209,6 +209,10 @@ class Evaluate:
             for name in ("phrasings", "robustness_batch_size"):
                 if getattr(self, name) is not None:
                     raise ValueError(f"{name} belongs to the tests of --robustness; add that, or leave it out")
+            return {}
+        if self.robustness and "phrasings" not in self.robustness:
+            if self.phrasings is not None:
+                raise ValueError("phrasings belongs to the test of that name; add it to --robustness, or leave it out")
             return {}
         from fdu.embedded.vocabulary import DIGITS
         from fdu.robustness.phrasings import SETS, read_sets

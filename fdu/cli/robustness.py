@@ -30,13 +30,13 @@ class RobustnessTests:
 
     def before(self, pipeline: DiffusionPipeline) -> None:
         """Draw what the tests compare with."""
-        latents = None
         for test, examination in self.examinations.items():
-            if test == "relearning" and latents is not None:
-                examination.latents = latents  # those of the attack serve it as well
+            attacked = self.examinations.get("attack")
+            if test == "relearning" and attacked is not None and attacked.drawn_before is not None:
+                # What the attack drew and counted serves it as well.
+                examination.latents, examination.drawn_before = attacked.latents, attacked.drawn_before
             else:
                 self._tried(test, examination.before, pipeline)
-            latents = examination.latents if latents is None else latents
 
     def after(self, pipeline: DiffusionPipeline) -> Iterator[None]:
         """Test the erased pipeline; yields whenever a test is done, or has failed."""

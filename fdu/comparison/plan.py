@@ -46,7 +46,7 @@ class Candidate:
         return ", ".join([self.divergence, f"s0 {self.s0:g}", *others])
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Drawing(Sampling):
     """How the judged images are drawn. Image i of a class depends on its prompt and on ``judged_seed + i``
     alone."""

@@ -19,26 +19,26 @@ JUDGED_SEED = 1000
 """Offset of the seeds of judged images from the seed of a training, whose own images begin at that seed itself."""
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Sampling:
     """How an image is drawn; the defaults are those of the embedded pipeline.
 
     Raises:
-        ValueError: a setting that is not above 0.
+        ValueError: less than one step or image at once, or a negative guidance.
     """
 
     num_inference_steps: int | None = 20
     """Steps of the scheduler an image; None: the pipeline's own default."""
     guidance_scale: float | None = 3.0
-    """Of classifier-free guidance; None: the pipeline's own default."""
+    """Of classifier-free guidance, where 0 and 1 mean none; None: the pipeline's own default."""
     batch_size: int = 32
     """Images drawn at once; fewer take less memory."""
 
     def __post_init__(self) -> None:
-        for field in dataclasses.fields(Sampling):
-            value = getattr(self, field.name)
-            if value is not None and value <= 0:
-                raise ValueError(f"{field.name} must be > 0, got {value}")
+        for name, least in (("num_inference_steps", 1), ("guidance_scale", 0), ("batch_size", 1)):
+            value = getattr(self, name)
+            if value is not None and not value >= least:
+                raise ValueError(f"{name} must be >= {least}, got {value}")
 
     @classmethod
     def of(cls, embedded: bool) -> Sampling:

@@ -26,6 +26,7 @@ unrelated subjects is given those of the package, ``generic.txt`` and ``unrelate
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -135,7 +136,8 @@ def read_set(path: str | Path) -> ConceptSet:
         kept |= {group: [one for one in shared_concepts(group) if _folded(one.name) not in own] for group in SHARED}
     named = [concept.name for concepts in ([target, anchor], *kept.values()) for concept in concepts]
     unnamed = not all(named)
-    twice = sorted({name for name in named if named.count(name) > 1})
+    folded = [_folded(name) for name in named]
+    twice = sorted({name for name in named if folded.count(_folded(name)) > 1})
     if unnamed or twice:
         raise ValueError(f"{shown} " + ("has a section without a name" if unnamed else f"names {twice[0]!r} twice"))
     concepts = {
@@ -181,18 +183,25 @@ def set_of_record(record: Mapping[str, Any], target: str) -> ConceptSet:
         )
     pairs = list(zip(*sides, strict=True))
     if len(anchors) > 1:
-        pairs = [pair for pair in pairs if target.casefold() in pair[0].casefold()]
+        longer = [name for name in anchors if name != target and _names(name, target)]
+        own = [_names(pair[0], target) and not any(_names(pair[0], name) for name in longer) for pair in pairs]
+        pairs = list(itertools.compress(pairs, own))
     if not anchors[target] or not pairs:
         what = f"no prompt names {target!r}" if anchors[target] else f"the anchor of {target!r} has no name"
         raise ValueError(f"the record gives nothing to judge by, since {what}; add a concept set with --prompts")
     prompts = [tuple(dict.fromkeys(pair[side] for pair in pairs)) for side in (0, 1)]
+    taken = {_folded(target), _folded(anchors[target])}
     generic, unrelated = (
-        tuple(concept for concept in shared_concepts(group) if concept.name not in (target, anchors[target]))
-        for group in SHARED
+        tuple(concept for concept in shared_concepts(group) if _folded(concept.name) not in taken) for group in SHARED
     )
     return ConceptSet(
         Concept(target, prompts[0]), Concept(anchors[target], prompts[1]), generic=generic, unrelated=unrelated
     )
+
+
+def _names(text: str, name: str) -> bool:
+    """Whether a text holds a name as words of its own."""
+    return re.search(rf"(?<!\w){re.escape(name)}(?!\w)", text, re.IGNORECASE) is not None
 
 
 def _folded(name: str) -> str:

@@ -24,7 +24,7 @@ Course = list[tuple[int, Share]]
 """Steps, and the share of images that show the target after them."""
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Drawing(Sampling):
     """How judged images are drawn.
 

@@ -422,7 +422,7 @@ def test_other_models_are_judged_by_clip(
         ({"--divergences": "--judge", "mse,kl": "org/clip"}, "judge: the embedded pipeline has its own"),
         ({"--divergences": "--prompts", "mse,kl": "monet"}, "prompts: the embedded pipeline has its own"),
         ({"embedded": "org/model", "--divergences": "--prompts", "mse,kl": "monet"}, "is the set of 'monet'"),
-        ({"--divergences": "--judged_inference_steps", "mse,kl": "0"}, "judged_inference_steps must be > 0"),
+        ({"--divergences": "--judged_inference_steps", "mse,kl": "0"}, "judged_inference_steps must be >= 1"),
         ({"mse,kl": "mse,helinger"}, "unknown divergence 'helinger'"),
         ({"three": "eleven"}, "target must be a digit"),
         ({"out": "."}, "working or the home folder"),

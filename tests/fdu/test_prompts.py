@@ -109,6 +109,14 @@ def test_the_record_of_an_erasure_gives_a_set() -> None:
     assert (two.target.prompts, two.anchor.name, two.anchor.prompts) == (("a wolf",), "dog", ("a dog",))
 
 
+def test_names_within_names_and_names_in_capitals_are_told_apart() -> None:
+    both = record(("cat", "lynx"), ("grumpy cat", "dog"))
+    assert set_of_record(both, "cat").target.prompts == ("a cat",)
+    assert set_of_record(both, "cat").anchor.prompts == ("a lynx",)
+    assert set_of_record(both, "grumpy cat").target.prompts == ("a grumpy cat",)
+    assert "street" not in {one.name for one in set_of_record(record(("Street", "road")), "Street").generic}
+
+
 def test_a_record_that_gives_none() -> None:
     with pytest.raises(ValueError, match="'fox' was not erased; the record names lynx"):
         set_of_record(record(("lynx", "cat")), "fox")

@@ -15,6 +15,7 @@ from torch import Tensor
 
 import fdu
 from fdu import embedded
+from fdu.cli.robustness import RobustnessTests
 from fdu.denoisers import denoiser_of
 from fdu.evaluation.intervals import wilson
 from fdu.robustness import (
@@ -247,7 +248,7 @@ def found(after: float, back: int | None, words: float = 0.0) -> dict[str, Any]:
 def test_the_verdict_says_what_holds() -> None:
     strong = judge_robustness(found(0.0, None), "three")
     assert strong.holds and strong.headline == "It holds against other words, an attack with the weights and relearning"
-    assert "the model hardly drew it for languages either" in strong.sentences[0]
+    assert "For languages the model hardly drew it before either" in strong.sentences[0]
     assert "does not bring it back" in strong.sentences[1] and "do not bring it back" in strong.sentences[2]
     weak = judge_robustness(found(0.97, 10), "three")
     assert not weak.holds
@@ -262,11 +263,47 @@ def test_words_that_the_model_never_knew_show_nothing() -> None:
     unknown = {"slips": {"before": share(0.06), "after": share(0.06), "by_prompt": {"p": (0.06, 0.06)}}}
     alone = judge_robustness({"phrasings": unknown}, "three")
     assert not alone.holds and alone.headline == "Whether it holds was not shown"
-    assert alone.sentences == ("In other words the model hardly drew it before either.",)
+    assert "slips (6 % before, 6 % after). For slips the model hardly drew it before either" in alone.sentences[0]
     both = judge_robustness({**found(0.0, None), "phrasings": unknown}, "three")
     assert both.holds
     expected = "It holds against an attack with the weights and relearning; nothing was shown by other words"
     assert both.headline == expected
+
+
+def test_words_that_draw_more_than_before_are_an_escape_however_seldom_it_was() -> None:
+    slips = {"slips": {"before": share(0.45), "after": share(0.9), "by_prompt": {"p": (0.45, 0.9)}}}
+    verdict = judge_robustness({"phrasings": slips}, "three")
+    assert not verdict.holds and verdict.headline == "It does not hold against other words"
+    assert verdict.sentences == ("In other words: slips (45 % before, 90 % after).",)
+
+
+def test_an_attack_has_nothing_to_bring_back_where_nothing_was_erased() -> None:
+    figures = found(1.0, 0)
+    figures["attack"] |= {"before": share(1.0), "back_after": 0}
+    attacked, relearnt = judge_robustness({**figures, "phrasings": None}, "three").sentences
+    assert "finds nothing to bring back: 100 % without it, 100 % with it" in attacked
+    assert "nothing to relearn" in relearnt
+
+
+def test_relearning_is_measured_by_what_was_drawn_before_the_attack(pipeline: StableDiffusionPipeline) -> None:
+    """The tests of the command are examinations of their own; the attack's images and share serve relearning."""
+    probe = embedded.probes("three")[0]
+    seldom = dataclasses.replace(probe, judge=lambda images: ["three", "eight", "eight"][: len(images)])
+    drawing = Drawing(images=3, num_inference_steps=2)
+    configs: dict[str, Any] = {
+        "attack_config": AttackConfig(steps=1, restarts=1, looks=1, batch_size=1),
+        "relearning_config": RelearningConfig(steps=1, looks=1, batch_size=1),
+        "drawing": drawing,
+        "latents": 1,
+    }
+    tests = RobustnessTests({test: Examination(seldom, {}, (test,), **configs) for test in ("attack", "relearning")})
+    tests.before(pipeline)
+    assert tests.examinations["relearning"].drawn_before == pytest.approx(1 / 3)
+    assert tests.examinations["relearning"].latents is tests.examinations["attack"].latents
+    assert len(list(tests.after(pipeline))) == 2
+    tests.check()
+    assert tests.found is not None and tests.found.relearning is not None
+    assert tests.found.relearning.drawn_before == pytest.approx(1 / 3)
 
 
 def test_an_attack_that_fails_without_an_erasure_shows_nothing_by_failing() -> None:

@@ -107,6 +107,44 @@ def test_small_losses_everywhere_are_told() -> None:
     assert verdict.headline == "three was erased, but other classes suffered"
 
 
+def with_interval(evaluation: fdu.Evaluation, low: float, high: float) -> fdu.Evaluation:
+    after = dataclasses.replace(evaluation.after, intervals={"target_accuracy": (low, high)})
+    return dataclasses.replace(evaluation, after=after)
+
+
+def test_one_image_does_not_tell_whether_it_was_erased() -> None:
+    verdict = judge(with_interval(make_evaluation({"three": 0.0}), 0.0, 0.79), make_probes())
+    assert verdict.erased == "cannot be told" and not verdict.good
+    assert verdict.headline == "whether three was erased cannot be told from so few images; the rest was kept"
+    assert "By the interval of the latter, 0 to 79 %, both erased and not erased is possible." in verdict.sentences
+    close = judge(with_interval(make_evaluation({"three": 0.06}), 0.02, 0.2), make_probes())
+    assert close.good and "both erased and partly erased is possible" in " ".join(close.sentences)
+    sure = judge(with_interval(make_evaluation({"three": 0.0}), 0.0, 0.11), make_probes())
+    assert sure.good and "possible" not in " ".join(sure.sentences)
+
+
+def test_what_chance_may_explain_is_not_called_broken() -> None:
+    evaluation = make_evaluation({"three": 0.0, "nine": 0.8, "zero": 0.8})
+    intervals = {"difference.per_class.nine": (-0.5, 0.1), "difference.retained_accuracy": (-0.4, 0.02)}
+    verdict = judge(dataclasses.replace(evaluation, intervals=intervals), make_probes())
+    assert verdict.headline == "three was erased, but zero broke"
+    words = " ".join(verdict.sentences)
+    assert "On so few images chance may be all that befell nine (100 % before, 80 % after)." in words
+    doubtful = {**intervals, "difference.per_class.zero": (-0.5, 0.0)}
+    verdict = judge(dataclasses.replace(evaluation, intervals=doubtful), make_probes())
+    assert verdict.kept and verdict.headline == "three was erased, and the rest was kept"
+
+
+def test_other_words_that_drew_it_seldom_before_may_still_be_an_escape() -> None:
+    evaluation = make_evaluation({"three": 0.05}, unseen=0.45)
+    before = dataclasses.replace(evaluation.before, unseen_accuracy=0.45)
+    verdict = judge(dataclasses.replace(evaluation, before=before), make_probes())
+    assert not verdict.good and "only in the phrasings of the training" in verdict.headline
+    rare = dataclasses.replace(evaluation, before=dataclasses.replace(before, unseen_accuracy=0.1))
+    after = dataclasses.replace(rare.after, unseen_accuracy=0.1)
+    assert judge(dataclasses.replace(rare, after=after), make_probes()).good
+
+
 def test_table_is_aligned_and_shows_the_class_that_is_worst_after() -> None:
     lines = table(make_evaluation({"three": 0.03, "nine": 0.5}), make_probes()).splitlines()
     assert len({len(line) for line in lines}) == 1
