@@ -20,6 +20,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from markdown_table import markdown
+
 from fdu.output import write_json
 
 HERE = Path(__file__).parent
@@ -145,11 +147,6 @@ def proportion_rows(record: dict[str, Any]) -> list[list[str]]:
     return rows
 
 
-def table(header: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table."""
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in [header, ["---"] * len(header), *rows])
-
-
 STEP_HEADER = ["loop", "s a step", "x rate", "core s a step", "x rate", "peak, MiB", "of reference's"]
 PAGE = """# How fast the training is
 
@@ -227,11 +224,11 @@ def page(record: dict[str, Any], path: Path) -> str:
         job_latents=record["job_latents"],
         kept=KEPT,
         plain=median(record, "reference", "wall_step") / median(record, PLAIN, "wall_step"),
-        bounds=table(["figure", "measured", "promised", ""], verdicts),
-        steps=table(STEP_HEADER, step_rows(record)),
-        jobs=table(["loop", "sampling, s", "training, s", "all, s", "peak, MiB"], job_rows(record)),
-        by_latents=table(["latents", "times faster"], latents_rows(record)),
-        proportions=table(["", "Stable Diffusion 1.5", "measured", "scale"], proportion_rows(record)),
+        bounds=markdown(["figure", "measured", "promised", ""], verdicts),
+        steps=markdown(STEP_HEADER, step_rows(record)),
+        jobs=markdown(["loop", "sampling, s", "training, s", "all, s", "peak, MiB"], job_rows(record)),
+        by_latents=markdown(["latents", "times faster"], latents_rows(record)),
+        proportions=markdown(["", "Stable Diffusion 1.5", "measured", "scale"], proportion_rows(record)),
     )
 
 

@@ -15,6 +15,8 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+from markdown_table import markdown
+
 Group = tuple[str, str]
 Medians = dict[tuple[int, ...], dict[str, float]]
 
@@ -145,11 +147,6 @@ def loss_tables(groups: dict[Group, Medians]) -> dict[str, str]:
             rows.append([name_of(shape), *cells])
         tables[" ".join(group)] = markdown(["shape", *heads], rows)
     return tables
-
-
-def markdown(header: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table."""
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in [header, ["---"] * len(header), *rows])
 
 
 def main() -> int:

@@ -21,6 +21,7 @@ from erasure_runs import (
     read,
     runs,
 )
+from markdown_table import markdown
 
 import fdu
 from fdu import embedded
@@ -252,12 +253,6 @@ def rebound_rows(suite: str, records: list[Record]) -> list[list[str]]:
     return [[suite, "rise of the first concept", "another class", bound, f"{inside} of {len(rises)}", value]]
 
 
-def table(header: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
-
-
 def write_page(results: Path, docs: Path) -> None:
     """Write the tables of all runs that are there."""
     everything, before = load(results, "concepts"), read(results / BASELINE)
@@ -280,7 +275,7 @@ def write_page(results: Path, docs: Path) -> None:
 
     def changed(suite: str, beside: list[Record], label: str) -> str:
         rows = change_rows([*beside, *suites[suite]] if suites[suite] else [], baselines)
-        return table([label, *SEEDS_HEADER], rows)
+        return markdown([label, *SEEDS_HEADER], rows)
 
     page = PAGE.format(
         made=f"all {total}" if made == total else f"{made} of {total}",
@@ -291,20 +286,20 @@ def write_page(results: Path, docs: Path) -> None:
         settings=", ".join(f"{name} {setting(used, name)}" for name in SHOWN_SETTINGS),
         machine=used["machine"],
         versions=", ".join(f"{name} {version}" for name, version in used["versions"].items() if name != "fdu"),
-        checks=table(["runs", "figure", "anchor", "bound", "inside", "worst"], bounds),
-        concepts=table(
+        checks=markdown(["runs", "figure", "anchor", "bound", "inside", "worst"], bounds),
+        concepts=markdown(
             ["target", "anchor", "seed", "target", "unseen", "retained", "of before", "worst retained", "other kind"],
             concept_rows(concepts, baselines),
         ),
-        divergences=table(["divergence", *SEEDS_HEADER], divergence_rows(divergences, baselines)),
+        divergences=markdown(["divergence", *SEEDS_HEADER], divergence_rows(divergences, baselines)),
         objectives=changed("objectives", unchanged, "objective"),
         variational=changed("variational", [], "settings"),
         ways=changed("ways", towards_class, "settings"),
         methods=changed("methods", towards_class, "method"),
-        several=table(
+        several=markdown(
             ["way", "concept", "after the first alone", *SEEDS_HEADER[1:]], several_rows(suites["several"], baselines)
         ),
-        sigma=table(["sigma", "squared_hellinger", "mse", "pearson_chi2"], sigma_rows(sigma)),
+        sigma=markdown(["sigma", "squared_hellinger", "mse", "pearson_chi2"], sigma_rows(sigma)),
         sigma_retained=share(min((one["figures"]["retained_accuracy"] for one in sigma), default=None)) or "-",
     )
     docs.parent.mkdir(parents=True, exist_ok=True)

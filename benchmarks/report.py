@@ -18,6 +18,7 @@ from typing import Any
 import compare
 import gpu_bounds
 import plots
+from markdown_table import markdown
 
 HERE = Path(__file__).parent
 SUITES = ("losses", "host", "memory", "scaling")
@@ -81,7 +82,7 @@ def gpu_part(records: Records, figures: Path) -> str:
     """Every GPU record: promises, plots, training; or what waits for one."""
     if not records.gpus:
         rows = [[bound.what, f"{bound.sense} {bound.bound:g}"] for bound in gpu_bounds.bounds({})]
-        return GPU_WAITS.format(table=compare.markdown(["promise", "bound"], rows))
+        return GPU_WAITS.format(table=markdown(["promise", "bound"], rows))
     return "\n\n".join(one_gpu(name, record, figures) for name, record in records.gpus.items())
 
 
@@ -97,7 +98,7 @@ def one_gpu(name: str, record: dict[str, Any], figures: Path) -> str:
     text = [
         f"## {info.get('device', 'GPU')}",
         gpu_line(name, info),
-        compare.markdown(["promise", "bound", "measured", "where", ""], verdicts),
+        markdown(["promise", "bound", "measured", "where", ""], verdicts),
     ]
     sweep = gpu_bounds.loss_rows(record, "sweep", "large")
     shares = gpu_lines(sweep, "share_of_copy")
@@ -150,7 +151,7 @@ def latents_table(rows: Notes) -> str:
         for row in rows
     ]
     heads = ["shape", "dtype", "candidate", "with host, us", "host alone, us", "cold, us", "hot, us", "in a graph, us"]
-    return compare.markdown(heads, cells)
+    return markdown(heads, cells)
 
 
 def training_table(rows: Notes) -> str:
@@ -161,7 +162,7 @@ def training_table(rows: Notes) -> str:
         for row in rows
     ]  # fmt: skip
     heads = ["model", "loop", "precision", "batch", "ms a step", "images a second", "peak, GiB", "loss, % of the step"]
-    return compare.markdown(heads, cells)
+    return markdown(heads, cells)
 
 
 def training_lines(rows: Notes) -> dict[str, plots.Line]:
@@ -240,9 +241,7 @@ def size_table(notes: Notes, label: str, place: int) -> str:
             low, high = note["quartiles"][name]
             cells.append(f"{note['medians'][name] * 1e6:.1f} ({low * 1e6:.1f} to {high * 1e6:.1f})")
         rows.append([*cells, *(f"{note['share'][name]:.2f}" for name in ours)])
-    return compare.markdown(
-        [label, "MiB", *(f"{name}, us" for name in names), *(f"{name}: share" for name in ours)], rows
-    )
+    return markdown([label, "MiB", *(f"{name}, us" for name in names), *(f"{name}: share" for name in ours)], rows)
 
 
 def parts_of(rows: Notes) -> dict[str, dict[str, float]]:
@@ -267,7 +266,7 @@ def host_part(records: Records, figures: Path) -> str:
     text = [
         f"## The host's time\n\n{machine_line(records, 'host')}\n{HOST.strip()}",
         picture("Microseconds of a call by part", "host"),
-        compare.markdown(["backend, shape", *(f"{name}, us" for name in names)], rows),
+        markdown(["backend, shape", *(f"{name}, us" for name in names)], rows),
     ]
     text += [change_table(note) for note in records.notes("host", "host change")]
     return "\n\n".join(text)
@@ -279,7 +278,7 @@ def change_table(note: dict[str, Any]) -> str:
         [name, f"{before:.1f}", f"{note['after'][name]:.1f}", f"{before / note['after'][name]:.2f}"]
         for name, before in note["before"].items()
     ]
-    table = compare.markdown(["call", "before, us", "after, us", "times faster"], rows)
+    table = markdown(["call", "before, us", "after, us", "times faster"], rows)
     return CHANGE.format(commit=note["commit"][:10], table=table)
 
 
@@ -303,7 +302,7 @@ def memory_part(records: Records, figures: Path) -> str:
         [
             f"## Peak memory\n\n{machine_line(records, 'memory')}\n{MEMORY.strip()}",
             picture("Peak memory beyond inputs and gradients", "memory"),
-            compare.markdown(["form", "shape", *names], rows),
+            markdown(["form", "shape", *names], rows),
         ]
     )
 
@@ -314,7 +313,7 @@ def concepts_part(records: Records) -> str:
     if not notes:
         return ""
     rows = [[str(note["concepts"]), str(note["batch"]), f"{note['step'] * 1e3:.0f}"] for note in notes]
-    return CONCEPTS.format(table=compare.markdown(["concepts", "batch", "ms a step"], rows))
+    return CONCEPTS.format(table=markdown(["concepts", "batch", "ms a step"], rows))
 
 
 def evaluation_part(records: Records) -> str:

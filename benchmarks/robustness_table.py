@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from markdown_table import markdown
 from torch import Tensor
 
 import fdu
@@ -44,6 +45,11 @@ ERASURES: dict[str, dict[str, Any] | None] = {
 }
 """Name of each row -> settings of the erasure that differ from the defaults."""
 NEVER_KNOWN = "never known"
+
+
+def record_path(results: Path, name: str) -> Path:
+    """Where the record of a row lies."""
+    return results / f"{name.replace(', ', '_').replace(' ', '_')}.json"
 
 
 def examine(settings: dict[str, Any] | None) -> dict[str, Any]:
@@ -102,25 +108,23 @@ def page(rows: dict[str, dict[str, Any]]) -> str:
         f"Wilson's 95 % intervals; {DRAWING.num_inference_steps} steps an image. The attack moves {config['tokens']}",
         f"embeddings of the prompt for {config['steps']} steps; of {config['restarts']} attempts the one with the",
         f"lowest loss counts. Relearning trains LoRA on {LATENTS} images of a {TARGET}. Back after: the steps after",
-        f"which {BACK:.0%} as many images show it as before the erasure.".replace("%", " %"),
+        f"which {100 * BACK:.0f} % as many images show it as before the erasure; of all images, if it was never known.",
         "",
         '"not erased" is the pipeline as it is. "never known" asks that pipeline for a shape it has never seen, threes',
         "as in a mirror: what is reached there comes of no memory.",
         *_reading(rows.get(NEVER_KNOWN)),
         "",
-        "| erasure | retained | prompts alone | "
-        + " | ".join(sets)
-        + " | attack | back after | relearnt | back after |",
-        "|" + " --- |" * (7 + len(sets)),
     ]
+    header = ["erasure", "retained", "prompts alone", *sets, "attack", "back after", "relearnt", "back after"]
+    cells_of = []
     for name, row in rows.items():
         phrasings = row.get("phrasings") or {}
         cells = [name, "" if row["retained"] is None else f"{row['retained']:.2f}", _cell(row["attack"]["before"])]
         cells += [_cell(phrasings[one]["after"]) if phrasings else "" for one in sets]
         cells += [_cell(row["attack"]["after"]), _steps(row["attack"]["back_after"])]
         cells += [_cell(row["relearning"]["course"][-1][1]), _steps(row["relearning"]["back_after"])]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+        cells_of.append(cells)
+    return "\n".join([*lines, markdown(header, cells_of)]) + "\n"
 
 
 def _reading(unknown: dict[str, Any] | None) -> list[str]:
@@ -154,7 +158,7 @@ def main() -> None:
     options.results.mkdir(parents=True, exist_ok=True)
     rows = {}
     for name in [*ERASURES, NEVER_KNOWN]:
-        path = options.results / f"{name.replace(', ', '_').replace(' ', '_')}.json"
+        path = record_path(options.results, name)
         if not path.is_file() and name in options.rows:
             found = examine_unknown() if name == NEVER_KNOWN else examine(ERASURES[name])
             machine = f"{platform.machine()} CPU, {torch.get_num_threads()} thread"

@@ -24,9 +24,9 @@ from typing import Any
 import sd15_shape
 import sdxl_shape
 import torch
-from compare import markdown
 from diffusers import UNet2DConditionModel
 from gpu_bounds import training_rows
+from markdown_table import markdown
 from peft import LoraConfig
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import study_claims as claims
+from markdown_table import markdown
 
 from fdu.comparison.chart import COLOURS, Curve, curve_chart, front_chart
 from fdu.comparison.front import Estimate, Sample, complete
@@ -151,11 +152,6 @@ def failed(*suites: Results | None) -> str:
     """The runs whose loss became NaN or infinite."""
     found = [f"{name} ({said})" for one in suites if one is not None for name, said in one.failed.items()]
     return f"\nFailed, and left out of all figures: {'; '.join(found)}.\n" if found else ""
-
-
-def markdown(header: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table."""
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in [header, ["---"] * len(header), *rows])
 
 
 GAMES = """At a constant learning rate, so that a run of few steps is the beginning of a longer one. Before its first
