@@ -11,6 +11,7 @@ from torch import Tensor
 from fdu.denoisers import Denoiser
 from fdu.denoisers.base import call_default
 from fdu.evaluation import JUDGED_SEED, Probe, Sampling, draw
+from fdu.evaluation.drawing import unchecked
 from fdu.progress import silent
 from fdu.robustness.shares import Share
 
@@ -77,7 +78,7 @@ class Conditioned:
     def __call__(self, prompts: Sequence[str], **settings: Any) -> Any:
         """Draw the images of prompts, with settings of the pipeline's call."""
         conditioning = self.denoiser.encode(prompts)
-        with silent(self.denoiser.pipeline):
+        with silent(self.denoiser.pipeline), unchecked(self.denoiser.pipeline):
             return self.denoiser.pipeline(**self.denoiser.call_arguments(conditioning), **settings)
 
 

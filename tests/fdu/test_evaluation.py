@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from types import SimpleNamespace
 from typing import Any
@@ -12,7 +13,9 @@ from diffusers import StableDiffusionPipeline
 from torch import Tensor
 
 import fdu
+from fdu.denoisers import denoiser_of
 from fdu.evaluation import Draws, Probe
+from fdu.robustness.subject import Drawing, count
 
 
 def judge(images: Tensor) -> list[str]:
@@ -184,4 +187,10 @@ def test_a_safety_checker_blackens_nothing(pipeline: StableDiffusionPipeline) ->
     assert pipeline(["three"], num_inference_steps=1, output_type="pt").nsfw_content_detected == [True]
     images = fdu.draw(pipeline, [probe], 2, num_inference_steps=1).images[0]
     assert all(image.std() > 0.01 for image in images)
+    seen: list[float] = []
+    looking = dataclasses.replace(
+        probe, judge=lambda images: (seen.extend(images.flatten(1).std(1).tolist()), ["a"])[1]
+    )
+    count(denoiser_of(pipeline), looking, Drawing(images=1, num_inference_steps=1))
+    assert min(seen) > 0.01
     assert pipeline.safety_checker is blackens and dict(pipeline.config) == config
