@@ -46,7 +46,7 @@ class Claim:
             return "not measured yet"
         if not told:
             return f"cannot be told: in all {silent} comparisons what keeps more erases less"
-        left_out = f"; {silent} more say nothing, as what keeps more there erases less" if silent else ""
+        left_out = f"; {silent} more say{'s' * (silent == 1)} nothing, as what keeps more there erases less" if silent else ""
         return self._of(len(told), sum(one > 0 for one in told), sum(one < 0 for one in told)) + left_out
 
     @staticmethod
@@ -72,7 +72,7 @@ def dominance(sample: Sample, s0s: Sequence[float]) -> Claim:
         found = differences(sample, Candidate("squared_hellinger", s0), Candidate("mse", s0))
         signs = [MORE_OF[name] * one.sign for name, one in found.items()]
         better, worse = max(signs) > 0, min(signs) < 0
-        contrasts.append(Contrast(f"s0 {s0:g}", found, int(better and not worse) - int(worse and not better)))
+        contrasts.append(Contrast(f"s0 {s0:g}", found, None if better and worse else int(better) - int(worse)))
     return Claim(
         "Hellinger dominates MSE",
         "The paper: in many scenarios the squared Hellinger is better than MSE. Here: at equal steps it is better "

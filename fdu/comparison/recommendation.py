@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import numpy as np
@@ -87,7 +87,7 @@ def recommend(sample: Sample, prefer: Preference, before: Mapping[str, float] | 
     elif few and len(candidates) > 1 and erased[chosen] >= HARDLY:
         headline = f"No winner on so few images; {one.label} will do"
     else:
-        headline = _headline(sample, chosen, len(others), certain)
+        headline = _headline(sample, chosen, others, certain)
     sentences = [
         *_figures_of(sample, one, score, prefer),
         *(
@@ -149,7 +149,7 @@ def _undrawn(shares: Mapping[str, float]) -> str:
     return _listed([f"{target!r} was drawn in {percent(share)} of its images only" for target, share in shares.items()])
 
 
-def _headline(sample: Sample, chosen: int, others: int, certain: bool) -> str:
+def _headline(sample: Sample, chosen: int, others: Sequence[Candidate], certain: bool) -> str:
     label, count, erased = sample.candidates[chosen].label, len(sample.candidates), sample.values["erased"]
     if erased[chosen] < HARDLY:
         even = "even " if erased[chosen] >= erased.max() else ""
@@ -158,9 +158,10 @@ def _headline(sample: Sample, chosen: int, others: int, certain: bool) -> str:
         return f"Only {label} was run"
     if certain:
         return f"Take {label}"
-    if others == count - 1:
+    if len(others) == count - 1:
         return f"No winner: none of the {count} can be told from the best; {label} will do"
-    return f"No single winner: take {label}, or one of {others} like it"
+    like = others[0].label if len(others) == 1 else f"one of {len(others)} like it"
+    return f"No single winner: take {label}, or {like}"
 
 
 def _figures_of(sample: Sample, one: Candidate, score: Estimate, prefer: Preference) -> list[str]:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import study
 import study_claims
+from judged_runs import runs
 
 from fdu.comparison import runs as runs_file
 from fdu.comparison.front import Estimate, Sample
@@ -18,6 +19,16 @@ from fdu.comparison.runs import identity_of
 from fdu.comparison.subject import Judged
 
 IMAGES = 40
+
+
+def test_the_committed_records_are_those_of_todays_runs_and_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A setting or a weight that changed would make all of docs/results.md old."""
+    monkeypatch.undo()
+    root = Path(__file__).parents[2]
+    for name, comparison in study.comparisons().items():
+        folder = root / "benchmarks" / "results" / "study" / name
+        assert all(runs_file.read_record(comparison, folder, run) for run in comparison.runs())
+    assert "(all 216 runs;" in (root / "docs" / "results.md").read_text()
 
 
 @pytest.fixture(autouse=True)
@@ -103,6 +114,9 @@ def test_what_keeps_more_counts_only_where_it_does_not_erase_less() -> None:
         assert study_claims._kept_sign({"erased": erased, "retained": down, "change": flat}) == -1
     assert study_claims._kept_sign({"erased": down, "retained": up, "change": flat}) is None
     assert study_claims._kept_sign({"erased": up, "retained": flat, "change": up}) is None
+    found, candidates = runs({"squared_hellinger": (0.9, 1.0, 0.05), "mse": (0.5, 1.0, 0.01)})
+    (traded,) = study_claims.dominance(Sample(found, candidates), (1.0,)).contrasts
+    assert traded.bears is None  # more is erased, but more is changed
     undecided = study_claims.Contrast("here", dict.fromkeys(study_claims.DIGITS, flat), None)
     assert study_claims.rows(study_claims.Claim("", "", (undecided,)))[0][-1] == "what keeps more erases less"
     assert study_claims._kept_sign({"erased": flat, "retained": up, "change": up}) == 1

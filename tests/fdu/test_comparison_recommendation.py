@@ -60,7 +60,7 @@ def test_of_those_alike_the_one_that_changes_least_is_taken() -> None:
     # What erases less changes less, which is no merit if erasure is preferred.
     eager = chosen(figures, "erasure", seeds=1)
     assert eager.candidate.divergence == "kl" and not eager.certain
-    assert "No single winner: take kl, s0 1, or one of 1 like it" == eager.headline
+    assert "No single winner: take kl, s0 1, or mse, s0 1" == eager.headline
 
 
 def test_doing_nothing_and_destroying_everything_never_win() -> None:
