@@ -46,7 +46,9 @@ class Claim:
             return "not measured yet"
         if not told:
             return f"cannot be told: in all {silent} comparisons what keeps more erases less"
-        left_out = f"; {silent} more say{'s' * (silent == 1)} nothing, as what keeps more there erases less" if silent else ""
+        left_out = (
+            f"; {silent} more say{'s' * (silent == 1)} nothing, as what keeps more there erases less" if silent else ""
+        )
         return self._of(len(told), sum(one > 0 for one in told), sum(one < 0 for one in told)) + left_out
 
     @staticmethod

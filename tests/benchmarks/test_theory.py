@@ -20,6 +20,9 @@ import fdu_kernels as fk
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import theory
+import theory_claim
+import theory_critic
+import theory_gaussian
 
 DOCS = Path(theory.__file__).parents[1] / "docs"
 PAGE = (DOCS / "theory.md").read_text(encoding="utf-8")
@@ -81,11 +84,14 @@ def test_the_gradients_of_the_page_are_those_of_curvatures_derived_by_hand() -> 
     assert set(shown) == set(KAPPA) | {"total_variation", "hockey_stick:2"}
     for name in KAPPA:
         zero = float(KAPPA[name](np.zeros(()))) / 2
-        expected = [zero, *(slope(name, s) / zero for s in theory.DISTANCES)]
+        expected = [zero, *(slope(name, s) / zero for s in theory_gaussian.DISTANCES)]
         assert [float(cell) for cell in shown[name]] == pytest.approx(expected, rel=6e-3)
     # The laws of v at the kink: h' = g n_s(log g) / 2.
     for name, place in (("total_variation", 1.0), ("hockey_stick:2", 2.0)):
-        law = [math.exp(-((math.log(place) + s / 2) ** 2) / (2 * s)) / math.sqrt(s) for s in (*theory.DISTANCES, 1.0)]
+        law = [
+            math.exp(-((math.log(place) + s / 2) ** 2) / (2 * s)) / math.sqrt(s)
+            for s in (*theory_gaussian.DISTANCES, 1.0)
+        ]
         assert [float(cell) for cell in shown[name][1:]] == pytest.approx([one / law[-1] for one in law[:-1]], rel=6e-3)
 
 
@@ -94,13 +100,13 @@ def test_the_times_of_the_page_are_those_of_an_ode_solver(name: str) -> None:
     zero = slope(name, 1e-12)
 
     def reached(_: float, s: np.ndarray) -> float:
-        return s[0] - theory.FLOW_TO
+        return s[0] - theory_gaussian.FLOW_TO
 
     reached.terminal = True
     solved = solve_ivp(
         lambda _, s: [-4 * s[0] * slope(name, s[0]) / zero],
         (0, 10),
-        [theory.FLOW_FROM],
+        [theory_gaussian.FLOW_FROM],
         events=reached,
         rtol=1e-8,
         atol=1e-10,
@@ -115,15 +121,15 @@ def test_the_formula_of_the_time_agrees_with_quadrature(name: str) -> None:
     divergence = fk.get_divergence(name)
     for start, end in ((4.0, 0.04), (0.04, 0.004), (20.0, 1.0)):
         expected, _ = quad(
-            lambda s: 1 / (4 * s * float(theory.slope(divergence, s))), end, start, epsabs=0, epsrel=1e-9
+            lambda s: 1 / (4 * s * float(theory_gaussian.slope(divergence, s))), end, start, epsabs=0, epsrel=1e-9
         )
-        assert theory.flow_time(divergence, start, end) == pytest.approx(expected, rel=1e-7)
+        assert theory_gaussian.flow_time(divergence, start, end) == pytest.approx(expected, rel=1e-7)
 
 
 @pytest.mark.parametrize("name", ["mse", "squared_hellinger", "pearson_chi2", "le_cam"])
 def test_the_simulated_flow_takes_the_time_of_the_formula(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(theory, "FLOW_TO", 1.0)
-    exact, simulated = theory.flow(fk.get_divergence(name))
+    monkeypatch.setattr(theory_gaussian, "FLOW_TO", 1.0)
+    exact, simulated = theory_gaussian.flow(fk.get_divergence(name))
     assert simulated == pytest.approx(exact, rel=1e-3)
 
 
@@ -131,7 +137,7 @@ def test_the_ratios_of_the_page_are_integrals_of_slopes_derived_by_hand() -> Non
     shown = cells("Near s = 0 all divergences are one", "divergence | s = 1")
     assert set(shown) == set(KAPPA) - {"mse"}, "mse has no generator and says nothing here"
     for name, row in shown.items():
-        for s, cell in zip(theory.LOCAL, row, strict=True):
+        for s, cell in zip(theory_gaussian.LOCAL, row, strict=True):
             h = s * quad(lambda share, s=s, name=name: slope(name, share * s), 0, 1, epsabs=0, epsrel=1e-8)[0]
             assert float(cell) == pytest.approx(h / (float(KAPPA[name](np.zeros(()))) * s / 2), abs=2e-6)
 
@@ -147,8 +153,8 @@ def fit(name: str, p: np.ndarray, q: np.ndarray) -> tuple[float, float]:
         grad = x.T @ (np.exp(-v) * kappa(v)) / len(v) - y.T @ kappa(w) / len(w)
         return -float(a(v).mean() - b(w).mean()), -grad
 
-    true = np.zeros(theory.DIMENSIONS + 1)
-    true[0], true[-1] = math.sqrt(theory.ESTIMATE_AT), -theory.ESTIMATE_AT / 2
+    true = np.zeros(theory_critic.DIMENSIONS + 1)
+    true[0], true[-1] = math.sqrt(theory_critic.ESTIMATE_AT), -theory_critic.ESTIMATE_AT / 2
     return -minus(true)[0], -float(minimize(minus, true, jac=True, method="BFGS").fun)
 
 
@@ -156,10 +162,10 @@ def fit(name: str, p: np.ndarray, q: np.ndarray) -> tuple[float, float]:
 def test_bias_and_spread_of_the_page_at_1024_samples_are_derived_anew(name: str) -> None:
     samples = 1024
     found = []
-    for trial in range(theory.TRIALS):
-        p, q = theory.draw(samples, torch.Generator().manual_seed(1000 * trial + samples))
+    for trial in range(theory_critic.TRIALS):
+        p, q = theory_critic.draw(samples, torch.Generator().manual_seed(1000 * trial + samples))
         found.append(fit(name, p.numpy(), q.numpy()))
-    exact = quad(lambda s: slope(name, s), 0, theory.ESTIMATE_AT)[0]
+    exact = quad(lambda s: slope(name, s), 0, theory_critic.ESTIMATE_AT)[0]
     row = next(line for line in PAGE.splitlines() if re.match(rf"\| `{name}` \| [\d.]+ \| {samples} \|", line))
     shown = [float(number) for number in re.findall(r"[+-]?\d+\.\d+", row)]
     assert shown[0] == pytest.approx(exact, abs=6e-5)
@@ -172,8 +178,8 @@ def test_bias_and_spread_of_the_page_at_1024_samples_are_derived_anew(name: str)
 def test_the_formulas_of_the_estimate_agree_with_sums_over_samples(name: str) -> None:
     a, b = TERMS[name]
     random = np.random.default_rng(0)
-    q = random.standard_normal((200_000, theory.DIMENSIONS))
-    p = random.standard_normal((200_000, theory.DIMENSIONS))
+    q = random.standard_normal((200_000, theory_critic.DIMENSIONS))
+    p = random.standard_normal((200_000, theory_critic.DIMENSIONS))
     p[:, 0] += 1
     v, w = p[:, 0] - 0.5, q[:, 0] - 0.5
     spread = math.sqrt(a(v).var() + b(w).var())
@@ -181,70 +187,82 @@ def test_the_formulas_of_the_estimate_agree_with_sums_over_samples(name: str) ->
     kappa = KAPPA[name]
     scores = np.cov((np.exp(-v) * kappa(v))[:, None] * x, rowvar=False) + np.cov(kappa(w)[:, None] * y, rowvar=False)
     gain = np.trace(np.linalg.solve((kappa(w)[:, None] * y).T @ y / len(w), scores)) / 2
-    assert theory.expected(fk.get_divergence(name)) == pytest.approx((spread, gain), rel=0.03)
+    assert theory_critic.expected(fk.get_divergence(name)) == pytest.approx((spread, gain), rel=0.03)
 
 
-def made_up(power_of_gain: float, sign_of_loss: float = -1.0) -> theory.Estimates:
+def made_up(power_of_gain: float, sign_of_loss: float = -1.0) -> theory_critic.Estimates:
     """Estimates as theory has them, save for the power with which the gain falls and the sign of the loss."""
-    found: theory.Estimates = {}
-    for name in theory.ESTIMATED:
+    found: theory_critic.Estimates = {}
+    for name in theory_critic.ESTIMATED:
         divergence = fk.get_divergence(name)
-        spread, gain = theory.expected(divergence)
-        exact = theory.value(divergence, theory.ESTIMATE_AT)
+        spread, gain = theory_critic.expected(divergence)
+        exact = theory_gaussian.value(divergence, theory_critic.ESTIMATE_AT)
         found[name] = {
             n: {
                 "true": (exact, spread / math.sqrt(n)),
-                "gain": (gain / n * (n / theory.SAMPLES[-1]) ** (power_of_gain + 1), 0.0),
+                "gain": (gain / n * (n / theory_critic.SAMPLES[-1]) ** (power_of_gain + 1), 0.0),
                 "loss": (sign_of_loss * gain / n, 0.0),
             }
-            for n in theory.SAMPLES
+            for n in theory_critic.SAMPLES
         }
     return found
 
 
 def test_the_verdict_on_the_estimate_follows_the_numbers() -> None:
-    assert theory.estimate_claim(made_up(-1.0)).verdict == "confirmed"
+    assert theory_critic.estimate_claim(made_up(-1.0)).verdict == "confirmed"
     for wrong in (made_up(-0.5), made_up(-1.0, sign_of_loss=1.0)):
-        assert theory.estimate_claim(wrong).verdict == "refuted in part"
+        assert theory_critic.estimate_claim(wrong).verdict == "refuted in part"
     biased = made_up(-1.0)
     mean, spread = biased["kl"][256]["true"]
     biased["kl"][256]["true"] = (mean + spread, spread)
-    assert theory.estimate_claim(biased).verdict == "refuted in part"
-    assert "it is biased" in theory.estimate_claim(biased).reasons
+    assert theory_critic.estimate_claim(biased).verdict == "refuted in part"
+    assert "it is biased" in theory_critic.estimate_claim(biased).reasons
 
 
 def test_the_verdict_on_the_flow_follows_the_numbers() -> None:
     times = {"squared_hellinger": 1.29, "mse": 1.15, "pearson_chi2": 0.67}
-    verdict = theory.flow_claim({name: (time, time) for name, time in times.items()}).verdict
+    verdict = theory_gaussian.flow_claim({name: (time, time) for name, time in times.items()}).verdict
     assert verdict == "confirmed for the flow far from its end, not near it"
-    assert theory.flow_claim({name: (time, 1.01 * time) for name, time in times.items()}).verdict.startswith("refuted")
-    assert theory.flow_claim({name: (1.0, 1.0) for name in times}).verdict.startswith("refuted")
+    assert theory_gaussian.flow_claim({name: (time, 1.01 * time) for name, time in times.items()}).verdict.startswith(
+        "refuted"
+    )
+    assert theory_gaussian.flow_claim({name: (1.0, 1.0) for name in times}).verdict.startswith("refuted")
 
 
 def test_the_verdicts_on_divergences_follow_the_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert theory.gradient_claim(("pearson_chi2", "mse", "squared_hellinger")).verdict.startswith("refuted")
-    wrong = theory.by_definition
-    monkeypatch.setattr(theory, "by_definition", lambda divergence, s: wrong(divergence, s) * (1 + 1e-9))
-    assert theory.kl_claim().verdict == "refuted"
-    assert theory.alpha_claim().verdict.startswith("refuted for alpha = -1, 0.3")
-    assert theory.game_claim(made_up(-1.0)).verdict == "confirmed in part"
-    monkeypatch.setattr(theory, "ratio", lambda divergence, s: 1.001 + s)
-    assert theory.local_claim().verdict == "refuted"
+    assert theory_gaussian.gradient_claim(("pearson_chi2", "mse", "squared_hellinger")).verdict.startswith("refuted")
+    wrong = theory_gaussian.by_definition
+    monkeypatch.setattr(theory_gaussian, "by_definition", lambda divergence, s: wrong(divergence, s) * (1 + 1e-9))
+    assert theory_gaussian.kl_claim().verdict == "refuted"
+    assert theory_gaussian.alpha_claim().verdict.startswith("refuted for alpha = -1, 0.3")
+    assert theory_critic.game_claim(made_up(-1.0)).verdict == "confirmed in part"
+    monkeypatch.setattr(theory_gaussian, "ratio", lambda divergence, s: 1.001 + s)
+    assert theory_gaussian.local_claim().verdict == "refuted"
 
 
 def test_the_page_in_docs_is_that_of_the_script() -> None:
-    for part in (theory.definition_table(), theory.gradient_table(), theory.local_table(), theory.kinks()):
+    for part in (
+        theory_gaussian.definition_table(),
+        theory_gaussian.gradient_table(),
+        theory_gaussian.local_table(),
+        theory_gaussian.kinks(),
+    ):
         assert part in PAGE
-    claims = [theory.kl_claim(), theory.alpha_claim(), theory.gradient_claim(), theory.local_claim()]
+    claims = [
+        theory_gaussian.kl_claim(),
+        theory_gaussian.alpha_claim(),
+        theory_gaussian.gradient_claim(),
+        theory_gaussian.local_claim(),
+    ]
     for claim in claims:
         assert claim.text() in PAGE
-        assert f"| [{claim.title}](#{theory.anchor(claim.section)}) | {claim.source} | {claim.verdict} |" in PAGE
+        assert f"| [{claim.title}](#{theory_claim.anchor(claim.section)}) | {claim.source} | {claim.verdict} |" in PAGE
     for figure in ("gradient", "flow", "estimate"):
         assert (DOCS / "theory" / f"{figure}.svg").is_file()
 
 
 def test_the_table_of_claims_links_to_sections_that_state_them() -> None:
-    anchors = {theory.anchor(heading): heading for heading in re.findall(r"^## (.+)$", PAGE, flags=re.MULTILINE)}
+    anchors = {theory_claim.anchor(heading): heading for heading in re.findall(r"^## (.+)$", PAGE, flags=re.MULTILINE)}
     links = re.findall(r"^\| \[(.+?)\]\(#(.+?)\) \| (.+?) \| (.+?) \|$", PAGE, flags=re.MULTILINE)
     assert len(links) == 7 and {link for _, link, _, _ in links} == set(anchors)
     for _, link, source, verdict in links:
