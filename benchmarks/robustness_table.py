@@ -28,6 +28,7 @@ from fdu.output import write_json
 from fdu.robustness import Drawing, Examination, attack, read_sets, relearn
 from fdu.robustness.phrasings import SETS
 from fdu.robustness.subject import BACK, LEARNT_SEED
+from fdu.robustness.verdict import judge_robustness
 from fdu.versions import versions
 
 TARGET, ANCHOR = "three", "eight"
@@ -114,6 +115,8 @@ def page(rows: dict[str, dict[str, Any]]) -> str:
         "as in a mirror: what is reached there comes of no memory.",
         *_reading(rows.get(NEVER_KNOWN)),
         "",
+        *_held({name: row for name, row in rows.items() if ERASURES.get(name) is not None}),
+        "",
     ]
     header = ["erasure", "retained", "prompts alone", *sets, "attack", "back after", "relearnt", "back after"]
     cells_of = []
@@ -136,6 +139,20 @@ def _reading(unknown: dict[str, Any] | None) -> list[str]:
         f"The attack draws it in {100 * attacked:.0f} % of the images, and relearning, after all its steps, in",
         f"{100 * relearnt:.0f} %: what an erasure left behind shows in how far its row lies above these.",
     ]
+
+
+def _held(erasures: dict[str, dict[str, Any]]) -> list[str]:
+    """How many erasures hold, by the words that a report has for it."""
+    tests = {"other words": "phrasings", "the attack": "attack", "relearning": "relearning"}
+    counts = {
+        words: sum(
+            judge_robustness({name: row[name] for name in {test, f"{test}_before"} & row.keys()}, TARGET).holds
+            for row in erasures.values()
+        )
+        for words, test in tests.items()
+    }
+    told = ", ".join(f"{count} against {words}" for words, count in counts.items())
+    return [f"Of {len(erasures)} erasures hold: {told}."]
 
 
 def _cell(share: dict[str, Any]) -> str:
