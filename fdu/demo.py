@@ -8,10 +8,10 @@ from fdu import embedded
 from fdu.concepts import Concept
 from fdu.config import EraseConfig
 from fdu.erasure import erase
-from fdu.evaluation import JUDGED_SEED, Evaluation, Probe, draw, evaluate
+from fdu.evaluation import JUDGED_SEED, Evaluation, Probe, Sampling, draw, evaluate
 from fdu.loading import describe_device, load_model
 from fdu.output import METRICS_FILE, check_output, whole_folder, written_by_fdu
-from fdu.report import IMAGES_FOLDER, PICTURE, REPORT, Run, write_run
+from fdu.report import IMAGES_FOLDER, PICTURE, REPORT, Conditions, Run, write_run
 
 WEIGHTS = "erased"
 """What a demonstration's folder holds beside metrics, images and report."""
@@ -67,5 +67,7 @@ def run_demo(
         evaluation = evaluate(before, after, probes, "embedded")
         result.save(folder / WEIGHTS)
         told = (result.record(), command, describe_device(device), embedded.NOTES)
-        write_run(folder, Run.of(evaluation, probes, before, after, *told))
+        dtype = str(result.pipeline.dtype).removeprefix("torch.")
+        conditions = Conditions(seed, Sampling(), embedded.features().name, dtype)
+        write_run(folder, Run.of(evaluation, probes, before, after, *told, conditions=conditions))
     return evaluation, probes

@@ -108,6 +108,10 @@ class Evaluate:
         if embedded_base and self.prompts is not None:
             raise ValueError("prompts: the embedded pipeline knows its own words only; leave --prompts out")
         record = read_record(self.erased)
+        if record is not None:
+            from fdu.report import check_record
+
+            check_record(record, f"ERASED {self.erased!r}: record")
         erased = _erased_concepts(record)
         concepts = None if embedded_base else self._concepts(record, erased).without(erased)
         target = concepts.target.name if concepts else self._target(erased)
@@ -126,15 +130,17 @@ class Evaluate:
         sets = self._phrasing_sets(target, concepts)
 
         def work() -> None:
-            from fdu.report import REPORT, Run, write_run
+            from fdu.report import REPORT, Conditions, Run, write_run
 
             features: Features | None
             if concepts:
                 features = encoder = ClipFeatures.load(self.judge or CLIP, device)
                 probes = clip_probes(concepts, encoder)
+                judge = f"{encoder.name}, zero-shot"
             else:
                 features = ClipFeatures.load(self.judge, device) if self.judge else as_features("embedded")
                 probes = embedded.probes(target, *(name for name in erased if name != target))
+                judge = embedded.features().name
             dtype = "float32" if self.dtype == "auto" else self.dtype
             pipeline = load_model(self.base, dtype, device)
             before = fdu.draw(pipeline, probes, description="before", **settings)
@@ -155,7 +161,8 @@ class Evaluate:
                 if self.out is not None:
                     notes = [*(embedded.NOTES if embedded_base else CLIP_NOTES), *tests.notes()]
                     found = tests.found.as_dict() if tests.found is not None else None
-                    told = (record, command, describe_device(device), notes, found)
+                    conditions = Conditions(settings["seed"], sampling, judge, dtype)
+                    told = (record, command, describe_device(device), notes, found, conditions)
                     with whole_folder(self.out, overwrite) as folder:
                         write_run(folder, Run.of(evaluation, probes, before, after, *told))
 

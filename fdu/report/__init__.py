@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from fdu.output import whole_file
+from fdu.output import whole_file, write_text
 from fdu.pictures import save_before_after
 from fdu.report.page import render
-from fdu.report.run import IMAGES_FOLDER, Run, check_run
+from fdu.report.run import IMAGES_FOLDER, Conditions, Run, check_record, check_run
 
 __all__ = [
     "IMAGES_FOLDER",
     "PICTURE",
     "REPORT",
+    "Conditions",
     "Run",
+    "check_record",
     "check_run",
     "make_report",
     "render",
@@ -26,13 +28,13 @@ REPORT, PICTURE = "report.html", "before-after.png"
 
 
 def write_report(path: str | Path, run: Run) -> Path:
-    """Write the page of a run alone.
+    """Write the page of a run alone, whole or not at all.
 
     Raises:
         OSError: the file cannot be written.
     """
     path = Path(path)
-    path.write_text(render(run), encoding="utf-8")
+    write_text(path, render(run))
     return path
 
 

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from fdu.config import EraseConfig
-from fdu.evaluation import Figures, Probe
+from fdu.evaluation import Evaluation, Figures, Probe
 from fdu.pages import templates
 from fdu.pictures import data_uri, strip
 from fdu.report import charts
 from fdu.report.run import SHOWN, SIDES, Run
 from fdu.robustness.verdict import judge_robustness
-from fdu.verdict import comparison, judge, percent
+from fdu.verdict import GROUPS, MEASURES, PARTS, comparison, joined, judge, percent
+from fdu.verdict import Row as Compared
 
 HEADINGS = {
     ("target", ""): "The target",
@@ -25,35 +26,26 @@ HEADINGS = {
     ("cross_domain", ""): "Classes of another kind, to be kept",
 }
 """Heading of each role and group, in the page's order."""
-PARTS = {
-    "target": "the target",
-    "unseen": "the target, unseen phrasings",
-    "retained": "retained",
-    "near": "neighbours",
-    "generic": "everyday",
-    "unrelated": "unrelated",
-    "cross_domain": "another kind",
-}
+WORDS = {"target": "the target", "unseen": "the target, unseen phrasings", **GROUPS, "cross_domain": "another kind"}
 """Roles and groups, as the table of distances calls them."""
-DISTANCES = {
-    "change": "pixels",
-    "distances.perceptual": "perceptual",
-    "distances.kid": "KID",
-    "distances.cmmd": "CMMD",
+CANVAS = {
+    "UA": "unlearning accuracy: images of the target in which the judge sees something else",
+    "IRA": "in-domain retain accuracy: images of its neighbours that show what was asked for",
+    "CRA": "cross-domain retain accuracy: the same of classes of another kind",
 }
-"""Columns of that table, by where the figures stand in an evaluation."""
+"""The accuracies of UnlearnCanvas in words."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Figure:
-    """A share in [0, 1], with its interval where there is one."""
+    """A figure, with its interval where there is one."""
 
     value: float
     interval: Sequence[float] | None
 
     @classmethod
-    def of(cls, figures: Figures, name: str, value: float) -> Figure:
-        """The value of one side's figure, with the interval that stands under its name."""
+    def of(cls, figures: Figures | Evaluation, name: str, value: float) -> Figure:
+        """The value of a figure, with the interval that stands under its name."""
         return cls(value, figures.intervals.get(name))
 
 
@@ -84,34 +76,111 @@ def render(run: Run) -> str:
     environment = templates()
     environment.filters["percent"] = lambda share: _unbroken(percent(share))
     environment.filters["range"] = lambda interval: f"{100 * interval[0]:.0f}\u2013{100 * interval[1]:.0f}\u00a0%"
+    environment.filters["points"] = _points
+    environment.filters["number"] = lambda value, digits=3: f"{value:.{digits}g}".replace("-", "\N{MINUS SIGN}")
     environment.filters["unbroken"] = _unbroken
     evaluation, record = run.evaluation, run.record
     groups = _groups(run)
     return environment.get_template("report/page.html.j2").render(
         target=run.target,
-        anchor=record["anchor"]["name"] if record else None,
-        record=record,
+        anchor=run.anchor,
+        others=joined([name for name, _ in run.erased]) if run.anchor is None else "",
         evaluation=evaluation,
         verdict=judge(evaluation, run.probes),
         holds=judge_robustness(run.robustness, run.target) if run.robustness else None,
-        comparison=comparison(evaluation, run.probes),
+        summary=_summary(run),
         groups=groups,
         classes=[row for _, rows in groups for row in rows if row.role != "unseen"],
-        distances=_distances(run),
+        canvas=[
+            (name, words, Figure.of(evaluation, f"unlearn_canvas.{name}", evaluation.unlearn_canvas[name]))
+            for name, words in CANVAS.items()
+            if name in evaluation.unlearn_canvas
+        ],
+        distances=_distances(evaluation),
         robustness=_robustness(run.robustness) if run.robustness else None,
         charts=charts.training_charts(record["history"]) if record else [],
-        settings=_settings(record["config"]) if record else [],
+        settings=setting_rows(record["config"]) if record else [],
         chart=(charts.WIDTH, charts.HEIGHT, charts.LEFT, charts.BOTTOM, charts.MARGIN),
         shown=min(SHOWN, evaluation.images_per_class),
-        commands=[line for line in ((record or {}).get("command", ""), run.command) if line],
-        device=run.device,
+        commands=[("The erasure:", (record or {}).get("command", "")), ("This report:", run.command)],
+        facts=[("The erasure", _erasure_facts(record) if record else []), ("The evaluation", _evaluation_facts(run))],
         notes=run.notes,
     )
+
+
+def setting_rows(config: Mapping[str, Any], without: Collection[str] = ()) -> list[tuple[str, str, bool]]:
+    """Name and value of every setting of an erasure, and whether it differs from the default.
+
+    Args:
+        config: :meth:`fdu.EraseConfig.as_dict`, or what was read of a record.
+        without: names of settings to leave out.
+    """
+    defaults = EraseConfig().as_dict()
+
+    def plain(value: Any) -> str:
+        return ", ".join(map(str, value)) or "none" if isinstance(value, (list, tuple)) else str(value)
+
+    return [
+        (name, plain(value), plain(value) != plain(defaults.get(name, value)))
+        for name, value in config.items()
+        if name not in without
+    ]
 
 
 def _unbroken(text: str) -> str:
     """With percentages that no line break divides."""
     return text.replace(" %", "\N{NO-BREAK SPACE}%")
+
+
+def _points(difference: float) -> str:
+    """A difference of shares as whole percentage points, with its sign."""
+    points = f"{100 * difference:+.0f}"
+    return "0" if float(points) == 0 else points.replace("-", "\N{MINUS SIGN}")
+
+
+def _erasure_facts(record: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """What a record tells of an erasure beside its settings."""
+    return [
+        ("duration of the erasure", f"{record['seconds']:.1f} s"),
+        ("sigma", f"{record['sigma']:.4g}"),
+        ("fingerprint of the base weights", (record.get("fingerprint") or "not known")[:16]),
+        *record["versions"].items(),
+    ]
+
+
+def _evaluation_facts(run: Run) -> list[tuple[str, Any]]:
+    """How the images were drawn and judged, as far as it is known."""
+    conditions = run.conditions
+    sampling = conditions.sampling.settings() if conditions.sampling else {}
+    facts = [
+        ("judge", conditions.judge or None),
+        *((name, "the pipeline's own" if value is None else value) for name, value in sampling.items()),
+        ("seed of the first image", conditions.seed),
+        ("dtype", conditions.dtype or None),
+        ("device", run.device or None),
+        *conditions.versions.items(),
+    ]
+    return [(name, value) for name, value in facts if value is not None]
+
+
+def _summary(run: Run) -> list[tuple[Compared, Figure | None]]:
+    """The rows of the comparison, each with the difference of its figure where that is known."""
+    evaluation = run.evaluation
+    groups = evaluation.after.retained_by_group
+    names = {
+        "target_accuracy": True,
+        "unseen_accuracy": evaluation.after.unseen_accuracy is not None,
+        "retained_accuracy": True,
+        **{f"retained_by_group.{group}": len(groups) > 1 for group in groups},
+        f"per_class.{evaluation.after.worst_retained_class}": True,
+        "cross_domain_accuracy": evaluation.after.cross_domain_accuracy is not None,
+    }
+    shown = [name for name, there in names.items() if there]
+    apart = evaluation.difference
+    differences = [
+        Figure.of(evaluation, f"difference.{name}", apart[name]) if name in apart else None for name in shown
+    ]
+    return list(zip(comparison(evaluation, run.probes), differences, strict=True))
 
 
 def _groups(run: Run) -> list[tuple[str, list[Row]]]:
@@ -139,21 +208,34 @@ def _side(probe: Probe, images: Any, seen: Sequence[str], when: str) -> Side:
     return Side(data_uri(strip(images)), alt, [name == probe.name for name in seen])
 
 
-def _distances(run: Run) -> dict[str, Any] | None:
-    """The table of how far the images moved: columns, and rows of (name, value and interval of each column)."""
-    evaluation = run.evaluation
-    tables: dict[str, Mapping[str, float]] = {"change": evaluation.change}
+def _distances(evaluation: Evaluation) -> dict[str, Any] | None:
+    """The table of how far the images moved, and of what CLIP says of them: columns, and rows of (name, figures)."""
+
+    def column(
+        title: str, figures: Figures | Evaluation, name: str, values: Mapping[str, float]
+    ) -> tuple[str, dict[str, Figure]]:
+        return title, {part: Figure.of(figures, f"{name}.{part}", values[part]) for part in PARTS if part in values}
+
+    before, after = evaluation.before, evaluation.after
+    score = "clip_score"
+    apart = {
+        key.removeprefix(f"{score}."): value for key, value in evaluation.difference.items() if key.startswith(score)
+    }
+    tables = {"change": evaluation.change}
     tables |= {f"distances.{name}": values for name, values in evaluation.distances.items()}
-    columns = {key: title for key, title in DISTANCES.items() if tables.get(key)}
-    # A group is a row of its own where there are several.
-    several = sum(group in evaluation.change for group in ("near", "generic", "unrelated")) > 1
-    parts = {part: title for part, title in PARTS.items() if several or part != "near"}
-    rows = [
-        (title, [(tables[key].get(part), evaluation.intervals.get(f"{key}.{part}")) for key in columns])
-        for part, title in parts.items()
-        if any(part in tables[key] for key in columns)
+    given = [
+        column("CLIP score before", before, score, before.clip_score),
+        column("CLIP score after", after, score, after.clip_score),
+        column("CLIP score, difference", evaluation, f"difference.{score}", apart),
+        *(column(title, evaluation, name, tables.get(name, {})) for name, title in MEASURES.items()),
     ]
-    return {"columns": list(columns.values()), "rows": rows} if rows else None
+    columns = {title: figures for title, figures in given if figures}
+    rows = [
+        (WORDS[part], [figures.get(part) for figures in columns.values()])
+        for part in PARTS
+        if any(part in figures for figures in columns.values())
+    ]
+    return {"columns": list(columns), "rows": rows, "scored": bool(after.clip_score)} if rows else None
 
 
 def _robustness(found: Mapping[str, Any]) -> dict[str, Any]:
@@ -190,13 +272,3 @@ def _course(attacked: Mapping[str, Any], number: int | None = None) -> list[tupl
     """The shares by steps of one attempt, the chosen one by default, from before the attack on."""
     attempt = attacked["attempts"][attacked["chosen"] if number is None else number]
     return [(0, attacked["before"]), *attempt["course"]]
-
-
-def _settings(config: Mapping[str, Any]) -> list[tuple[str, str, bool]]:
-    """Name and value of every setting, and whether it differs from the default."""
-    defaults = {field.name: field.default for field in dataclasses.fields(EraseConfig)}
-
-    def plain(value: Any) -> str:
-        return ", ".join(map(str, value)) or "none" if isinstance(value, (list, tuple)) else str(value)
-
-    return [(name, plain(value), plain(value) != plain(defaults.get(name, value))) for name, value in config.items()]

@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
-from fdu.evaluation import Draws, Evaluation, Group, Probe, Role
+from fdu.evaluation import Draws, Evaluation, Group, Probe, Role, Sampling
 from fdu.evaluation.probes import check_probes
 from fdu.loading import RECORD_KEYS
 from fdu.output import METRICS_FILE, METRICS_KEYS, RECORD_FILE, write_json
@@ -33,6 +33,21 @@ KEPT_HEIGHT = 256
 """Pixels; larger images are kept reduced to this."""
 SIDES = ("before", "after")
 GIVE = "give the folder that `fdu evaluate --out` or `fdu demo` wrote"
+
+
+@dataclasses.dataclass(frozen=True)
+class Conditions:
+    """How the images of a run were drawn and judged; what is not known is empty."""
+
+    seed: int | None = None
+    """Of the first image of every class."""
+    sampling: Sampling | None = None
+    judge: str = ""
+    """Who told what the images show, in words."""
+    dtype: str = ""
+    """Of the pipeline's weights."""
+    versions: dict[str, str] = dataclasses.field(default_factory=dict)
+    """:func:`fdu.versions.versions` where it was evaluated."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +69,7 @@ class Run:
     device: str = ""
     notes: tuple[str, ...] = ()
     """Paragraphs to end with, such as the source of the data."""
+    conditions: Conditions = dataclasses.field(default_factory=Conditions)
 
     @classmethod
     def of(
@@ -67,6 +83,7 @@ class Run:
         device: str = "",
         notes: Sequence[str] = (),
         robustness: Mapping[str, Any] | None = None,
+        conditions: Conditions | None = None,
     ) -> Run:
         """The run of an evaluation; the judges look at the shown images once more.
 
@@ -76,6 +93,7 @@ class Run:
             before, after: the images of every probe, [N, 3, H, W] in [0, 1].
             record: without it the page has no course of the training and no settings.
             command, device, notes, robustness: as the fields.
+            conditions: as the field; versions, if they hold none, are those of this machine.
 
         Raises:
             ValueError: the draws do not belong to the probes.
@@ -89,12 +107,28 @@ class Run:
             shown = [drawn[:SHOWN] for drawn in draws.images]
             seen[side] = [probe.judge(one) for probe, one in zip(probes, shown, strict=True)]
             images[side] = [_reduced(one) for one in shown]
-        return cls(evaluation, list(probes), images, seen, robustness, record, command, device, tuple(notes))
+        known = conditions or Conditions()
+        known = dataclasses.replace(known, versions=known.versions or versions())
+        return cls(evaluation, list(probes), images, seen, robustness, record, command, device, tuple(notes), known)
 
     @property
     def target(self) -> str:
         """The class that was to be erased."""
         return next(probe.name for probe in self.probes if probe.role == "target")
+
+    @property
+    def erased(self) -> list[tuple[str, str]]:
+        """What the weights erased according to their record, each with its anchor; empty without a record."""
+        if self.record is None:
+            return []
+        pairs = self.record.get("concepts") or [(self.record["target"]["name"], self.record["anchor"]["name"])]
+        return [(target, anchor) for target, anchor in pairs]
+
+    @property
+    def anchor(self) -> str | None:
+        """What took the target's place; None if the weights did not erase it, or nothing is recorded."""
+        named = self.target.strip().casefold()
+        return next((anchor for target, anchor in self.erased if target.strip().casefold() == named), None)
 
     def metrics(self) -> dict[str, Any]:
         """Everything but the images, ready for JSON."""
@@ -104,7 +138,7 @@ class Run:
         if self.record is not None:
             config = dict(self.record["config"])
             metrics |= {
-                "anchor": self.record["anchor"]["name"],
+                "anchor": self.anchor,
                 "divergence": config["divergence"],
                 "steps": config["max_train_steps"],
                 "seed": config["seed"],
@@ -120,9 +154,10 @@ class Run:
             }
             for place, probe in enumerate(self.probes)
         ]
-        told = {"device": self.device, "command": self.command, "notes": list(self.notes)}
-        made_by = self.record["versions"] if self.record is not None else versions()
-        return metrics | {"versions": made_by, **told, "probes": probes, "record": self.record}
+        told: dict[str, Any] = {"device": self.device, "command": self.command, "notes": list(self.notes)}
+        # The versions once more, where those who read no conditions look for them.
+        told |= {"conditions": dataclasses.asdict(self.conditions), "versions": self.conditions.versions}
+        return metrics | {**told, "probes": probes, "record": self.record}
 
     def write(self, folder: Path) -> None:
         """Write metrics and images into a folder."""
@@ -147,7 +182,8 @@ class Run:
         try:
             evaluation = restored(Evaluation, metrics, "metrics")
             told = restored(_Told, metrics, "metrics")
-            _check_record(told.record)
+            if told.record is not None:
+                check_record(told.record, "metrics.record")
             probes = [Probe(one.name, one.prompts, one.role, _cannot_judge, one.group) for one in told.probes]
             check_probes(probes)
             _check_counts(evaluation, told.probes)
@@ -161,6 +197,7 @@ class Run:
                 command=told.command,
                 device=told.device,
                 notes=told.notes,
+                conditions=told.conditions,
             )
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(
@@ -201,9 +238,7 @@ def _metrics(folder: Path) -> dict[str, Any]:
     path = folder / METRICS_FILE
     if not path.is_file():
         if not folder.is_dir():
-            raise FileNotFoundError(
-                f"RUN {str(folder)!r} is no folder; give what `fdu evaluate --out` or `fdu demo` wrote"
-            )
+            raise FileNotFoundError(f"RUN {str(folder)!r} is no folder; {GIVE}")
         if (folder / RECORD_FILE).is_file():
             raise FileNotFoundError(
                 f"RUN {str(folder)!r} holds an erasure that nobody has judged; first `fdu evaluate BASE {folder} --out "
@@ -215,9 +250,7 @@ def _metrics(folder: Path) -> dict[str, Any]:
     except ValueError as error:
         raise ValueError(f"{str(path)!r} is not valid JSON ({error}); evaluate anew") from error
     if not isinstance(metrics, dict) or not metrics.keys() >= METRICS_KEYS:
-        raise ValueError(
-            f"{str(path)!r} is not an evaluation of fdu; give what `fdu evaluate --out` or `fdu demo` wrote"
-        )
+        raise ValueError(f"{str(path)!r} is not an evaluation of fdu; {GIVE}")
     return metrics
 
 
@@ -242,6 +275,7 @@ class _Told:
     device: str
     notes: tuple[str, ...]
     robustness: Robustness | None = None
+    conditions: Conditions = dataclasses.field(default_factory=Conditions)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -251,19 +285,27 @@ class _Course:
     history: dict[str, list[float]]
     versions: dict[str, str]
     command: str = ""
-    fingerprint: str = ""
+    fingerprint: str | None = None
+    concepts: list[tuple[str, str]] = dataclasses.field(default_factory=list)
 
 
-def _check_record(record: Mapping[str, Any] | None) -> None:
-    if record is None:
-        return
+def check_record(record: Mapping[str, Any], where: str) -> None:
+    """Refuse a record of an erasure that the page could not tell.
+
+    Args:
+        record: :meth:`fdu.ErasureResult.record`, or what was read of ``fdu.json``.
+        where: what holds it, for messages.
+
+    Raises:
+        ValueError: something is missing or wrong; names the place.
+    """
     for key, types in RECORD_KEYS.items():
         entry: Any = record
         for name in key.split("."):
             entry = entry.get(name) if isinstance(entry, dict) else None
         if not isinstance(entry, types):
-            raise ValueError(f"metrics.record.{key} is missing or wrong")
-    restored(_Course, record, "metrics.record")
+            raise ValueError(f"{where}.{key} is missing or wrong")
+    restored(_Course, record, where)
 
 
 def _check_counts(evaluation: Evaluation, probes: Sequence[_Class]) -> None:

@@ -15,7 +15,9 @@ import torch
 from PIL import Image
 
 import fdu
-from fdu.report import Run, check_run, make_report, render, write_report
+from fdu.evaluation import Sampling
+from fdu.evaluation.features import Features
+from fdu.report import Conditions, Run, check_record, check_run, make_report, render, write_report
 
 VOID = {"meta", "img", "br", "rect", "line", "polyline", "polygon", "link", "input", "hr"}
 
@@ -96,7 +98,8 @@ def make_page(tmp_path: Path, after: fdu.Draws | None = None, **settings: Any) -
     before = make_draws(0.1, 0.5, 0.9)
     after = after or make_draws(0.5, 0.5, 0.9)
     settings.setdefault("record", make_record())
-    run = Run.of(fdu.evaluate(before, after, PROBES), PROBES, before, after, **settings)
+    evaluation = fdu.evaluate(before, after, PROBES, settings.pop("features", None))
+    run = Run.of(evaluation, PROBES, before, after, **settings)
     path = write_report(tmp_path / "report.html", run)
     return Page(path.read_text(encoding="utf-8"))
 
@@ -129,7 +132,7 @@ def test_verdict_figures_course_settings_and_command(tmp_path: Path) -> None:
         "three was erased, and the rest was kept.",
         "Concept erasure: three → eight",
         "drew it in 100 % of 10 images before and in 0 % after",
-        "retained (2 classes) 100 % 83\u2013100 % 100 % 83\u2013100 %",
+        "retained (2 classes) 100 % 83\u2013100 % 100 % 83\u2013100 % 0 ",
         "fdu demo --seed 7",
         "cpu: fast",
         "torch 9.9.9",
@@ -144,6 +147,114 @@ def test_verdict_figures_course_settings_and_command(tmp_path: Path) -> None:
     assert [label.split()[0] for label in labels if label] == ["Divergence", "Distance", "Preservation"]
     for line in page.all("polyline"):
         assert len((line["points"] or "").split()) == 4
+
+
+class Brightness(Features):
+    """An image-text encoder of one axis, on which all texts lie at its bright end."""
+
+    def __init__(self) -> None:
+        super().__init__("brightness")
+
+    def extract(self, images: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        level = images.flatten(1).mean(1)
+        features = torch.stack([level, 1 - level], 1)
+        return features, [features[:, None]]
+
+    def texts(self, texts: Any) -> torch.Tensor:
+        return torch.tensor([[1.0, 0.0]]).repeat(len(texts), 1)
+
+
+def test_every_figure_is_shown(tmp_path: Path) -> None:
+    page = make_page(tmp_path, features=Brightness())
+    minus = "\N{MINUS SIGN}"
+    for words in (
+        "before after difference",
+        f"three 100 % 72\u2013100 % 0 % 0\u201328 % {minus}100 {minus}100 to {minus}",
+        "its interval comes from images in pairs",
+        "UA unlearning accuracy: images of the target in which the judge sees something else 100 % 72\u2013100 %",
+        "IRA in-domain retain accuracy: images of its neighbours that show what was asked for 100 % 83\u2013100 %",
+        "CLIP score before CLIP score after CLIP score, difference KID CMMD perceptual pixels",
+        "the target 0.276 0.28 to 0.28 1.77 1.8 to 1.8 1.49 1.5 to 1.5 0.85",
+        "The CLIP score says how well images fit",
+    ):
+        assert words in page.text
+    assert "CRA" not in page.text
+    assert "CLIP" not in make_page(tmp_path).text
+
+
+def test_how_it_was_drawn_and_judged_is_told(tmp_path: Path) -> None:
+    sampling = Sampling(num_inference_steps=None, guidance_scale=7.5, batch_size=4)
+    conditions = Conditions(1007, sampling, "org/clip, zero-shot", "bfloat16", {"torch": "8.8.8"})
+    folder = make_run(tmp_path / "run", conditions=conditions)
+    text = Page(make_report(folder).read_text(encoding="utf-8")).text
+    for words in (
+        "judge org/clip, zero-shot num_inference_steps the pipeline's own guidance_scale 7.5 batch_size 4",
+        "seed of the first image 1007 dtype bfloat16 device cpu torch 8.8.8",
+        "python 3.11 torch 9.9.9 The evaluation",
+    ):
+        assert words in text
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert metrics["conditions"]["sampling"] == sampling.settings() and metrics["conditions"]["seed"] == 1007
+    assert metrics["versions"] == {"torch": "8.8.8"} and metrics["record"]["versions"]["torch"] == "9.9.9"
+
+
+def test_a_run_of_an_earlier_version_is_read(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run")
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert metrics.pop("conditions")["versions"]["torch"] == torch.__version__
+    for name in ("difference", "unlearn_canvas"):
+        metrics.pop(name)
+    (folder / "metrics.json").write_text(json.dumps(metrics))
+    text = Page(make_report(folder).read_text(encoding="utf-8")).text
+    assert "The evaluation device cpu Settings" in text
+    assert "before after three" in text and "UnlearnCanvas" not in text and "percentage points" not in text
+
+
+def test_base_weights_without_a_fingerprint(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run", record=make_record() | {"fingerprint": None})
+    assert "fingerprint of the base weights not known" in Page(make_report(folder).read_text(encoding="utf-8")).text
+
+
+@pytest.mark.parametrize(
+    ("concepts", "heading", "words"),
+    [
+        ([["three", "painting"], ["five", "painting"]], "three → painting", ""),
+        ([["Three", ""]], "three → nothing", ""),
+        ([["five", "eight"]], "three", "The weights erased five, not three."),
+        ([["five", "eight"], ["red", "black"]], "three", "The weights erased five and red, not three."),
+    ],
+)
+def test_the_heading_is_that_of_the_judged_target(tmp_path: Path, concepts: Any, heading: str, words: str) -> None:
+    joined = {"name": "five, red", "prompts": []}
+    page = make_page(tmp_path, record=make_record() | {"concepts": concepts, "target": joined, "anchor": joined})
+    assert f"Concept erasure: {heading} three was erased, and the rest was kept. {words}" in page.text
+    assert words or "The weights erased" not in page.text
+
+
+def test_a_record_is_checked() -> None:
+    check_record(make_record() | {"fingerprint": None, "concepts": [["three", "eight"]]}, "record")
+    for wrong, message in (
+        ({"history": {"loss": ["x"]}}, r"here\.history\.loss\[0\] is wrong: 'x'"),
+        ({"concepts": [["three"]]}, r"here\.concepts\[0\] must hold 2 entries, got 1"),
+        ({"sigma": None}, r"here\.sigma is missing or wrong"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            check_record(make_record() | wrong, "here")
+
+
+def fails_half_way(path: Path, text: str, **named: Any) -> None:
+    with open(path, "w") as file:
+        file.write(text[:10])
+    raise OSError("disk full")
+
+
+def test_a_page_that_cannot_be_written_leaves_the_former(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_page(tmp_path)
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    monkeypatch.setattr(Path, "write_text", fails_half_way)
+    with pytest.raises(OSError, match="disk full"):
+        make_page(tmp_path)
+    assert (tmp_path / "report.html").read_text(encoding="utf-8") == page and len(list(tmp_path.iterdir())) == 1
 
 
 def test_a_failure_is_told(tmp_path: Path) -> None:
@@ -177,7 +288,7 @@ def test_before_any_step(tmp_path: Path) -> None:
 
 def test_tables_have_heads(tmp_path: Path) -> None:
     page = make_page(tmp_path)
-    assert len(page.all("thead")) == len(page.all("table")) == 4
+    assert len(page.all("thead")) == len(page.all("table")) == 5
     assert {head.get("scope") for head in page.all("th")} == {"row", "col"}
 
 
@@ -252,7 +363,8 @@ def make_run(folder: Path, **settings: Any) -> Path:
     before, after = make_draws(0.1, 0.5, 0.9), make_draws(0.5, 0.5, 0.9)
     evaluation = fdu.evaluate(before, after, PROBES)
     folder.mkdir()
-    run = Run.of(evaluation, PROBES, before, after, make_record(), "fdu evaluate x", "cpu", ("note",), **settings)
+    record = settings.pop("record", make_record())
+    run = Run.of(evaluation, PROBES, before, after, record, "fdu evaluate x", "cpu", ("note",), **settings)
     run.write(folder)
     return folder
 

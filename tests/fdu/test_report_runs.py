@@ -35,9 +35,9 @@ def few_inference_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fdu, "draw", lambda *given, **named: real(*given, **{**named, "num_inference_steps": 8}))
 
 
-def evaluate(erased: Path, out: Path, *more: str) -> Page:
+def evaluate(erased: Path, out: Path, *more: str, images: int = IMAGES) -> Page:
     """The page of an evaluation, which is the same when it is made anew."""
-    assert main(["evaluate", "embedded", str(erased), f"--images_per_class={IMAGES}", "--out", str(out), *more]) == 0
+    assert main(["evaluate", "embedded", str(erased), f"--images_per_class={images}", "--out", str(out), *more]) == 0
     page = (out / "report.html").read_text(encoding="utf-8")
     (out / "report.html").unlink()
     assert main(["report", str(out)]) == cli.OK
@@ -55,10 +55,14 @@ def test_a_run_of_no_step_did_not_erase(runs: Path, tmp_path: Path, capsys: pyte
     assert set(metrics["change"].values()) == {0.0}
     assert metrics["record"]["command"].startswith("fdu erase embedded --target three")
     assert len(metrics["record"]["fingerprint"]) == 64
+    sampling = {"num_inference_steps": 20, "guidance_scale": 3.0, "batch_size": 32}
+    conditions = metrics["conditions"]
+    assert conditions.pop("versions") == metrics["versions"] == metrics["record"]["versions"]
+    assert conditions == {"seed": 1000, "sampling": sampling, "judge": "embedded classifier", "dtype": "float32"}
 
 
 def test_a_run_that_broke_its_neighbours(runs: Path, tmp_path: Path) -> None:
-    page = evaluate(runs / "trampled", tmp_path / "judged")
+    page = evaluate(runs / "trampled", tmp_path / "judged", images=4)  # fewer could not tell whether it erased
     headline = page.text.partition("three → eight")[2].partition(".")[0]
     assert "three was erased, but" in headline and "broke" in headline
     assert "It broke " in page.text and "more" in page.text
@@ -66,8 +70,10 @@ def test_a_run_that_broke_its_neighbours(runs: Path, tmp_path: Path) -> None:
 
 
 def test_a_wrong_target(runs: Path, tmp_path: Path) -> None:
-    page = evaluate(runs / "idle", tmp_path / "judged", "--target", "five")
-    assert "five was not erased; the rest was kept." in page.text
+    page = evaluate(runs / "trampled", tmp_path / "judged", "--target", "five")
+    assert "Concept erasure: five" in page.text and "five →" not in page.text
+    assert "The weights erased three, not five. Asked for five" in page.text
+    assert json.loads((tmp_path / "judged/metrics.json").read_text())["anchor"] is None
 
 
 def test_an_evaluation_with_robustness(runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -95,7 +101,12 @@ def test_an_evaluation_with_robustness(runs: Path, tmp_path: Path, monkeypatch: 
 def test_report_and_robustness_refuse_before_any_work(
     runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    record = json.loads((runs / "idle/fdu.json").read_text())
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged/fdu.json").write_text(json.dumps(record | {"history": {"loss": ["x"]}}))
+    (tmp_path / "damaged/pytorch_lora_weights.safetensors").touch()
     refusals = [
+        (["evaluate", "embedded", str(tmp_path / "damaged")], "record.history.loss[0] is wrong: 'x'"),
         (["report", str(tmp_path / "none")], "is no folder"),
         (["report", str(runs / "idle")], "holds an erasure that nobody has judged"),
         (
