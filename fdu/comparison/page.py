@@ -15,11 +15,14 @@ from fdu.comparison.front import FIGURES, Estimate, Standing
 from fdu.comparison.plan import KL_BY_ALPHA
 from fdu.comparison.recommendation import Preference
 from fdu.comparison.results import Results
-from fdu.config import EraseConfig
+from fdu.output import write_text
 from fdu.pages import templates
+from fdu.report.page import setting_rows
 
 PAGE, TABLE, PICTURE = "comparison.html", "comparison.md", "{}.svg"
 """Names of the files."""
+FRONT, CHANGE, BY_ALPHA = "front", "change", "alpha-s0-{}"
+"""Names of the charts."""
 FEWEST_ALPHAS = 3
 """Values of alpha from which on they get a chart."""
 Alike = Mapping[str, str]
@@ -47,7 +50,7 @@ def write_page(
     erase_command: str = "",
     notes: Sequence[str] = (),
 ) -> None:
-    """Write page, table and charts into ``folder``.
+    """Write page, table and charts into ``folder``, each whole; charts of a former call that are no more are removed.
 
     Args:
         folder: an existing folder.
@@ -61,19 +64,23 @@ def write_page(
     alike = alike or {}
     drawn = pictures(results, alike)
     key = Key(results.standings)
-    defaults = EraseConfig().as_dict()
-    varied = {"divergence", "s0", "seed", *(name for one in results.comparison.candidates for name, _ in one.others)}
-    settings = [
-        (name, ", ".join(map(str, value)) if isinstance(value, list) else str(value), value != defaults[name])
-        for name, value in results.comparison.base.as_dict().items()
-        if name not in varied
+    comparison = results.comparison
+    varied = {"divergence", "s0", "seed", *(name for one in comparison.candidates for name, _ in one.others)}
+    facts = [
+        ("runs", len(comparison.runs())),
+        ("seeds", ", ".join(map(str, comparison.seeds))),
+        ("an erasure takes", f"{results.seconds:.1f} s"),
+        ("images of the target", f"2 x {comparison.drawing.images_of_target}"),
+        ("images of every other class", comparison.drawing.images_per_class),
+        ("device", results.conditions["device"]),
+        *results.conditions["versions"].items(),
     ]
     page = (
         templates()
         .get_template("comparison/page.html.j2")
         .render(
             results=results,
-            comparison=results.comparison,
+            comparison=comparison,
             chosen=results.recommendations[prefer],
             rows=[
                 (mark(key.shape(one), 7, 7, key.colour(one), hollow=not one.on_front), one, also(one, alike))
@@ -81,16 +88,19 @@ def write_page(
             ],
             pictures=drawn,
             percent=percent,
-            settings=settings,
-            command=command,
-            erase_command=erase_command,
+            commands=[("What is recommended:", erase_command), ("This comparison:", command)],
+            facts=[("", facts)],
+            settings=setting_rows(comparison.base.as_dict(), without=varied),
             notes=[*([results.mixed_note] if results.mixed else []), *notes],
         )
     )
-    (folder / PAGE).write_text(page, encoding="utf-8")
-    (folder / TABLE).write_text(table(results.standings, alike), encoding="utf-8")
-    for one in drawn:
-        (folder / PICTURE.format(one.name)).write_text(one.whole, encoding="utf-8")
+    charts = {PICTURE.format(one.name): one.whole for one in drawn}
+    for name, text in {PAGE: page, TABLE: table(results.standings, alike), **charts}.items():
+        write_text(folder / name, text)
+    for kind in (CHANGE, BY_ALPHA.format("*")):
+        for path in folder.glob(PICTURE.format(kind)):
+            if path.name not in charts:
+                path.unlink()
 
 
 def pictures(results: Results, alike: Alike) -> list[Picture]:
@@ -99,7 +109,7 @@ def pictures(results: Results, alike: Alike) -> list[Picture]:
     entries = Key(standings).entries()
     found = [
         Picture(
-            "front",
+            FRONT,
             "Erased against retained",
             "Up and to the right is better. Filled marks lie on the Pareto front: nothing else both erases and retains "
             "more. Crosses are 95 % intervals.",
@@ -111,7 +121,7 @@ def pictures(results: Results, alike: Alike) -> list[Picture]:
     if not np.isnan(results.sample.values["change"]).any():
         found.append(
             Picture(
-                "change",
+                CHANGE,
                 "Erased against the change of what was to stay",
                 "Down and to the right is better. Where the judge still counts every class as right, this shows which "
                 "erasure touches it least.",
@@ -130,7 +140,8 @@ def pictures(results: Results, alike: Alike) -> list[Picture]:
         drawn = [curve_chart(curves, "alpha", "share of images (%)", whole) for whole in (False, True)]
         explanation = "alpha and 1 - alpha have one loss between Gaussians, so the curves are mirrored at 1/2."
         title = f"By alpha, s0 {s0:g}"
-        found.append(Picture(f"alpha-s0-{s0:g}", title, explanation, drawn[0], drawn[1], curve_entries(curves)))
+        name = BY_ALPHA.format(f"{s0:g}")
+        found.append(Picture(name, title, explanation, drawn[0], drawn[1], curve_entries(curves)))
     return found
 
 

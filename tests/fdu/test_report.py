@@ -13,8 +13,10 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from test_comparison import results_of
 
 import fdu
+from fdu.comparison.page import write_page
 from fdu.evaluation import Sampling
 from fdu.evaluation.features import Features
 from fdu.report import Conditions, Run, check_record, check_run, make_report, render, write_report
@@ -255,6 +257,25 @@ def test_a_page_that_cannot_be_written_leaves_the_former(tmp_path: Path, monkeyp
     with pytest.raises(OSError, match="disk full"):
         make_page(tmp_path)
     assert (tmp_path / "report.html").read_text(encoding="utf-8") == page and len(list(tmp_path.iterdir())) == 1
+
+
+def test_the_page_of_a_comparison_is_whole_and_has_no_charts_of_a_former_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alphas = results_of({"alpha:1.5": (0.5, 0.9), "alpha:0.3": (0.6, 0.9), "alpha:0.1": (0.7, 0.9)})
+    write_page(tmp_path, alphas, "balanced", command="fdu compare x")
+    (tmp_path / "mine.svg").write_text("kept")
+    assert (tmp_path / "alpha-s0-1.svg").is_file()
+    write_page(tmp_path, results_of({"mse": (0.5, 0.9)}), "balanced", command="fdu compare x")
+    page = (tmp_path / "comparison.html").read_text(encoding="utf-8")
+    assert "<pre><span>fdu</span> <span>compare</span> <span>x</span></pre>" in page
+    files = {"comparison.html", "comparison.md", "front.svg", "change.svg", "mine.svg"}
+    assert {path.name for path in tmp_path.iterdir()} == files
+    monkeypatch.setattr(Path, "write_text", fails_half_way)
+    with pytest.raises(OSError, match="disk full"):
+        write_page(tmp_path, alphas, "balanced")
+    assert (tmp_path / "comparison.html").read_text(encoding="utf-8") == page
+    assert {path.name for path in tmp_path.iterdir()} == files
 
 
 def test_a_failure_is_told(tmp_path: Path) -> None:
