@@ -84,7 +84,7 @@ def _pearson_chi2() -> Divergence:
     return Divergence(
         "pearson_chi2",
         formula="(u - 1)^2",
-        advice="Amplifies samples with a large error, so that few decide a step: the larger s0, the more slowly it erases.",
+        advice="Amplifies samples with a large error, so that few decide a step: the larger s0, the slower it erases.",
         generator=lambda u: (u - 1).square(),
         log_curvature=lambda v: math.log(2) + 2 * v,
         exponential=(1.0, 1.0),
