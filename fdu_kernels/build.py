@@ -234,10 +234,11 @@ def load() -> types.ModuleType:
     plan = recipe(architectures)
     try:
         return _import_file(built(plan))
-    except BuildError:
+    except BuildError as error:
         if not plan.architectures:
             raise
-        # The CPU kernels need not suffer.
+        # The CPU kernels need not suffer, but nobody should wonder where the others are.
+        print(f"fdu_kernels: no CUDA kernels: {error}", file=sys.stderr)
         why = f"the build with nvcc failed; its log is {_folder_of(plan) / 'build' / 'build.log'}"
         return _import_file(built(recipe(why_none=why)))
 
