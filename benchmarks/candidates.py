@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fdu_kernels as fk
+from fdu_kernels.backends import REGISTRY
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SIGMA = 0.7
@@ -66,6 +67,8 @@ class Form:
     """In how many of its arguments it is differentiated."""
     passes: int
     """Tensors of N elements that value and gradients have to move, if each is read or written once."""
+    passes_of_long: int
+    """The same where a sample's inputs exceed chip and cache, so that what needs its sum first is read twice."""
     loss: Callable[..., Tensor]
     value_and_grad: Callable[..., Outcome]
 
@@ -75,6 +78,7 @@ FORMS = {
         squared_hellinger,
         1,
         3,
+        5,
         lambda a, b, backend: fk.gaussian_divergence(a, b, "squared_hellinger", SIGMA, backend=backend),
         lambda a, b, backend: fk.gaussian_divergence_value_and_grad(a, b, "squared_hellinger", SIGMA, backend=backend),
     ),
@@ -82,6 +86,7 @@ FORMS = {
         lambda a, b: F.mse_loss(widened(a), widened(b)),
         1,
         3,
+        5,
         lambda a, b, backend: fk.gaussian_divergence(a, b, "mse", backend=backend),
         lambda a, b, backend: fk.gaussian_divergence_value_and_grad(a, b, "mse", backend=backend),
     ),
@@ -89,12 +94,14 @@ FORMS = {
         jensen_shannon_bound,
         2,
         4,
+        4,
         lambda a, b, backend: fk.variational_divergence(a, b, "jensen_shannon", backend=backend),
         lambda a, b, backend: fk.variational_divergence_value_and_grad(a, b, "jensen_shannon", backend=backend),
     ),
     "density_ratio": Form(
         kl_estimate,
         1,
+        2,
         2,
         lambda a, b, backend: fk.density_ratio_divergence(a, "kl", backend=backend),
         lambda a, b, backend: fk.density_ratio_divergence_value_and_grad(a, "kl", backend=backend),
@@ -119,9 +126,13 @@ def candidate(form: str, which: str, backend: str, compiler: str = "inductor") -
     return lambda a, b: of.value_and_grad(a, b, backend)
 
 
-def fused_backends() -> list[str]:
-    """Those of ours that can run here, the preferred first."""
-    return [name for name, reason in fk.backends().items() if reason is None and name != "torch"]
+def fused_backends(device: str | None = None) -> list[str]:
+    """Those of ours that can run here, if a device is named on its tensors; the preferred first."""
+    found = [name for name, reason in fk.backends().items() if reason is None and name != "torch"]
+    if device is None:
+        return found
+    call = torch.device(device), torch.float32, None, "gaussian"
+    return [name for name in found if REGISTRY[name].why_unsuitable(*call) is None]
 
 
 def inputs(shape: tuple[int, ...], dtype: torch.dtype, device: str, seed: int = 0) -> tuple[Tensor, Tensor]:

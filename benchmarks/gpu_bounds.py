@@ -47,7 +47,8 @@ def loss_rows(record: dict[str, Any], *sections: str) -> list[Row]:
 
 def training_rows(record: dict[str, Any]) -> list[Row]:
     """The rows of training steps that have figures."""
-    return [row for model in ("sd15", "sdxl") for row in record.get(model, {}).get("rows", []) if "step_s" in row]
+    sections = ("sd15", "compiled", "sdxl")
+    return [row for name in sections for row in record.get(name, {}).get("rows", []) if "step_s" in row]
 
 
 def size_of(row: Row) -> int:

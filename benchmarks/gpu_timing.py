@@ -5,19 +5,24 @@ Everything runs on the CPU as well, with the clock on the wall, for the rehearsa
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import itertools
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-L2_BYTES = 128 << 20
-"""Inputs that rotate exceed this together; more than any L2 cache of today."""
+CACHES = 4
+"""Inputs that rotate are together as large as so many L2 caches."""
+CLOCK_HZ = 2e9
+"""Of a GPU, roughly."""
+LEADS = (3e-4, 2e-3)
+"""Seconds by which the host may get ahead of the device, at least and at most."""
 GRAPHED = 20
 """Calls in a captured graph."""
 Pair = tuple[Tensor, Tensor]
@@ -55,17 +60,28 @@ def wait(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def device_us(run: Run, pairs: Sequence[Pair], rounds: int, device: str) -> list[float]:
-    """Microseconds of each call on the device, inputs in turn, after a few that are not timed."""
-    for a, b in pairs[:3]:
-        run(a, b)
+def l2_bytes(device: str) -> int:
+    """Of the device's L2 cache; of a CPU a number that rehearses one."""
+    return torch.cuda.get_device_properties(0).L2_cache_size if device == "cuda" else 1 << 20
+
+
+def device_us(run: Run, turns: Iterator[Pair], rounds: int, device: str) -> list[float]:
+    """Microseconds of each call on the device, on the next inputs each, after a few that are not timed.
+
+    The device sleeps before each call, while the host prepares it: else a short kernel would wait for the host between
+    the two events, and that would be timed.
+    """
+    for _ in range(3):
+        run(*next(turns))
+    wait(device)
     if device != "cuda":
-        turns = itertools.islice(itertools.cycle(pairs), rounds)
-        return [span_us(functools.partial(run, *pair)) for pair in turns]
+        return [span_us(functools.partial(run, *next(turns))) for _ in range(rounds)]
+    lead = min(max(LEADS[0], 2e-6 * span_us(functools.partial(run, *next(turns)))), LEADS[1])
     events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(rounds)]
     torch.cuda.synchronize()
-    for index, (start, end) in enumerate(events):
-        a, b = pairs[index % len(pairs)]
+    for start, end in events:
+        a, b = next(turns)
+        torch.cuda._sleep(int(lead * CLOCK_HZ))
         start.record()
         run(a, b)
         end.record()
@@ -89,34 +105,39 @@ def host_us(run: Run, pair: Pair, rounds: int, device: str) -> float:
     return statistics.median(spans)
 
 
-def wall_us(run: Run, pairs: Sequence[Pair], calls: int, device: str, repeats: int = 7) -> float:
+def wall_us(run: Run, turns: Iterator[Pair], calls: int, device: str, repeats: int = 7) -> float:
     """Microseconds a call, of many one after the other until the device is done: the longer of host and device."""
 
     def many() -> None:
-        for index in range(calls):
-            run(*pairs[index % len(pairs)])
+        for _ in range(calls):
+            run(*next(turns))
         wait(device)
 
     many()
     return statistics.median(span_us(many) for _ in range(repeats)) / calls
 
 
-def graph_us(run: Run, pair: Pair, device: str) -> float | None:
-    """Microseconds of a call inside a replayed CUDA graph; None where there are none, or it cannot be captured."""
-    if device != "cuda":
-        return None
+def graph_us(run: Run, pair: Pair) -> float:
+    """Microseconds of a call inside a replayed CUDA graph.
+
+    Raises:
+        Exception: it cannot be captured; the current stream is the one it was.
+    """
+    before = torch.cuda.current_stream()
     try:
         side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
+        side.wait_stream(before)
         with torch.cuda.stream(side):
             for _ in range(3):
                 run(*pair)
-        torch.cuda.current_stream().wait_stream(side)
+        before.wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             for _ in range(GRAPHED):
                 run(*pair)
-    except RuntimeError:
-        torch.cuda.synchronize()
-        return None
-    return statistics.median(device_us(lambda *_: graph.replay(), [pair], 20, device)) / GRAPHED
+    except Exception:
+        torch.cuda.set_stream(before)  # a capture that fails at its end leaves its own
+        with contextlib.suppress(RuntimeError):
+            torch.cuda.synchronize()
+        raise
+    return statistics.median(device_us(lambda *_: graph.replay(), itertools.repeat(pair), 20, "cuda")) / GRAPHED

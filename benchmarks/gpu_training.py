@@ -2,7 +2,8 @@
 
 Stable Diffusion 1.5 and XL with random weights. A row is a run of training_runs.py with one batch a step: seconds a
 step, images a second, MiB at the peak. What is compared first comes first: the published loops' batch of two in bf16,
-then the ways of fdu, then fp32, batches from one to what fits, and torch.compile, which may need longer than there is.
+then the ways of fdu, then fp32, and batches from one to what fits. torch.compile, which takes minutes, is a section by
+itself.
 """
 
 from __future__ import annotations
@@ -10,7 +11,9 @@ from __future__ import annotations
 import dataclasses
 import functools
 import gc
+import itertools
 import os
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -61,38 +64,48 @@ class Row:
         )  # fmt: skip
 
 
+BEST = Row("fdu, frozen outputs kept, bf16 weights", "fdu", half_weights=True, settings=(KEPT,))
+
+
 def rows() -> list[Row]:
     """What is measured of each model, in order."""
-    best = Row("fdu, frozen outputs kept, bf16 weights", "fdu", half_weights=True, settings=(KEPT,))
     reference = Row("reference", "reference")
     return [
         reference,
-        best,
+        BEST,
         Row("fdu", "fdu"),
         Row("reference without a copy", "reference", copies=False),
         Row("fdu, frozen outputs kept", "fdu", settings=(KEPT,)),
-        dataclasses.replace(best, name=f"{best.name}, checkpointed", settings=(KEPT, CHECKPOINTED)),
+        dataclasses.replace(BEST, name=f"{BEST.name}, checkpointed", settings=(KEPT, CHECKPOINTED)),
         Row("reference", "reference", "no"),
         Row("fdu, frozen outputs kept", "fdu", "no", settings=(KEPT,)),
-        *(dataclasses.replace(row, batch=batch) for batch in BATCHES for row in (reference, best)),
-        dataclasses.replace(best, name=f"{best.name}, compiled", settings=(KEPT, ("compile", True)), least=45.0),
+        *(dataclasses.replace(row, batch=batch) for batch in BATCHES for row in (reference, BEST)),
     ]
 
 
 def train(model: str, plan: Plan) -> None:
-    """All rows of a model, as far as time and memory go."""
+    """All rows of a model."""
     wanted = rows()
     if plan.rehearsal:
         os.environ["FDU_BACKEND"] = "cpu"  # interpreted, the Triton kernels would take most of the time
-        toy = {"precision": "no", "half_weights": False, "steps": TOY_STEPS, "workers": 0}
+        toy = {"precision": "no", "half_weights": False, "steps": TOY_STEPS, "workers": 0, "least": 0.0}
         wanted = [dataclasses.replace(row, **toy) for row in (wanted[0], wanted[4])]
+    measure_rows(model, plan, wanted)
+
+
+def measure_rows(model: str, plan: Plan, wanted: list[Row]) -> None:
+    """As many as time and memory allow; none is begun that would take longer than there is, if it takes a little longer
+    than the longest before it."""
     found: list[dict[str, Any]] = []
     full: set[str] = set()
+    longest = 0.0
     for number, row in enumerate(wanted):
-        if plan.left() < row.least:
+        if plan.left() < max(row.least, 1.2 * longest):
             return plan.keep({"complete": False, "left_out": len(wanted) - number, "rows": found})
         if row.name not in full:
+            began = time.monotonic()
             figures = measured(model, row, plan)
+            longest = max(longest, time.monotonic() - began)
             if "OutOfMemory" in figures.get("error", ""):
                 full.add(row.name)
             found.append(figures)
@@ -106,16 +119,14 @@ def measured(model: str, row: Row, plan: Plan) -> dict[str, Any]:
         "model": model, "name": row.name, "loop": row.loop, "precision": row.precision, "batch": row.batch,
         "kept": KEPT in row.settings,
     }  # fmt: skip
+    memory = HostMemory() if plan.rehearsal else DeviceMemory()
     try:
-        figures = measure(
-            row.run, functools.partial(build, model, row, plan), HostMemory() if plan.rehearsal else DeviceMemory()
-        )
-    except (RuntimeError, ValueError) as error:  # out of memory, or what does not run on this device
-        noted["error"] = f"{type(error).__name__}: {error}"[:300]
-    else:
-        noted.update(step_s=figures["wall_step"], peak_mib=figures["peak"])
-        noted["images_per_s"] = row.batch / figures["wall_step"]
+        figures = measure(row.run, functools.partial(build, model, row, plan), memory)
         noted["loss_us"] = loss_us(model, row, plan)
+        noted["images_per_s"] = row.batch / figures["wall_step"]
+        noted.update(step_s=figures["wall_step"], peak_mib=figures["peak"])
+    except Exception as error:  # out of memory, or what does not run on this device: the other rows may
+        noted["error"] = f"{type(error).__name__}: {error}"[:300]
     gc.collect()
     if plan.device == "cuda":
         torch.cuda.empty_cache()
@@ -138,7 +149,7 @@ def loss_us(model: str, row: Row, plan: Plan) -> float:
     def run(pred: torch.Tensor, target: torch.Tensor) -> object:
         return torch.autograd.grad(fk.gaussian_divergence(pred, target), pred)
 
-    return wall_us(run, [(leaf, wanted)], 5, plan.device, repeats=3)
+    return wall_us(run, itertools.repeat((leaf, wanted)), 5, plan.device, repeats=3)
 
 
 def sd15(plan: Plan) -> None:
@@ -149,3 +160,9 @@ def sd15(plan: Plan) -> None:
 def sdxl(plan: Plan) -> None:
     """Stable Diffusion XL."""
     train("sdxl", plan)
+
+
+def compiled(plan: Plan) -> None:
+    """Stable Diffusion 1.5 by torch.compile."""
+    row = dataclasses.replace(BEST, name=f"{BEST.name}, compiled", settings=(KEPT, ("compile", True)), least=0.0)
+    measure_rows("sd15", plan, [row])

@@ -110,7 +110,7 @@ def one_gpu(name: str, record: dict[str, Any], figures: Path) -> str:
     latents = gpu_bounds.loss_rows(record, "latents")
     if latents:
         text += ["### At the size of latents", latents_table(latents)]
-    host = record.get("host", {}).get("rows", [])
+    host = [row for row in record.get("host", {}).get("rows", []) if "parts_us" in row]
     if host:
         plots.host_parts(parts_of(host), figures / f"{stem}-host.svg")
         text += ["### The host's time", picture("Microseconds of a call by part", f"{stem}-host")]
@@ -362,7 +362,9 @@ make. The training has pages of its own: [training.md](training.md), where it is
 
 *Byte model.* Value and gradient have to read each input and write each gradient once: 3N bytes for the Gaussian losses
 (N bytes a tensor), 4N for the variational bound, 2N for a density-ratio estimate; a copy moves 2N. A share of the copy
-bandwidth compares these rates: 1 is the physical limit of memory that a copy reaches.
+bandwidth compares these rates: 1 is the physical limit of memory that a copy reaches. On a GPU, where the two inputs
+of one sample exceed the L2 cache, a Gaussian loss counts as 5N: a gradient needs the sum over its whole sample, so that
+the inputs have to be read twice.
 """
 GPU_WAITS = """## GPUs
 

@@ -79,7 +79,8 @@ def results(tmp_path: Path) -> Path:
             for shape in shapes
         ]
     }  # fmt: skip
-    record["host"] = {"rows": [{**host, "backend": "cuda"}]}
+    failed = {"shape": [1, 4, 64, 64], "backend": "triton", "error": "RuntimeError: no"}
+    record["host"] = {"rows": [{**host, "backend": "cuda"}, failed]}
     (folder / "gpu" / "h100.json").write_text(json.dumps(record))
     return folder
 
@@ -102,7 +103,7 @@ def test_every_record_is_shown_and_the_same_records_give_the_same_files(results:
         "commit 0123456789", "## A GPU", "580.1; torch 2.11; commit abcdef0123; today", "| 2 | 16 | 500 |",
         "against commit fedcba9876, in", "| call | 12.0 | 10.0 | 1.20 |",
         "0.90 of clone's bandwidth (promised 0.8) | holds",
-        "| gaussian float32 | 2x50 | 4.000 | 0.040 |",
+        "| gaussian float32 | 2x50 | 4.000 | 0.040 |", "counts as 5N",
     ):  # fmt: skip
         assert said in text, said
     assert "fails" not in text and "No record yet" not in text and "waits" not in text
