@@ -42,7 +42,7 @@ def test_memory(benchmark: BenchmarkFixture, form: str, dtype: str, shape: tuple
     """Eager and compiled PyTorch, and each of our backends by autograd and without."""
     where = "cuda" if torch.cuda.is_available() else "cpu"
     names = {which: (which, "torch") for which in ("eager", "compiled")}
-    names.update({f"{name} {which}": (which, name) for name in fused_backends() for which in OURS})
+    names.update({f"{name} {which}": (which, name) for name in fused_backends(where) for which in OURS})
     found: dict[str, dict[str, int]] = {}
 
     def every_candidate() -> None:
