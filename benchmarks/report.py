@@ -313,7 +313,8 @@ def concepts_part(records: Records) -> str:
     if not notes:
         return ""
     rows = [[str(note["concepts"]), str(note["batch"]), f"{note['step'] * 1e3:.0f}"] for note in notes]
-    return CONCEPTS.format(table=markdown(["concepts", "batch", "ms a step"], rows))
+    steps = [note["step"] * 1e3 for note in notes]
+    return CONCEPTS.format(least=min(steps), most=max(steps), table=markdown(["concepts", "batch", "ms a step"], rows))
 
 
 def evaluation_part(records: Records) -> str:
@@ -380,6 +381,9 @@ CPU = """## CPU
 
 {promises}
 
+The ratios are of calls on the same inputs, each timed after one that is not, as in ["All losses"](#all-losses); inputs
+that come from memory every time lower them, see ["By size"](#by-size).
+
 {picture}
 
 Against `torch.clone`: gaussian float32, value_and_grad. Inputs are random and rotate through more memory than the
@@ -391,10 +395,13 @@ over rounds of (3N / its time) / (2N / clone's time).
 """
 SIZES = """Squared Hellinger in float32, value and gradient, on random inputs that rotate; the candidates take turns,
 one call a round: medians, with quartiles in the tables. "torch" is our own reference backend. Small tensors stay in the
-caches, where a copy is all overhead of its call: there the share says how little is added to it.
+caches, where a copy is all overhead of its call: there the share says how little is added to it. From 64 MiB on a new
+output is made of pages that the kernel has yet to clear, which takes longer than to fill it: there the share compares
+how these are asked for, and may exceed 1.
 """
 HOST = """One thread, float32. Nested pieces of the same call, each timed for itself, in turn: a part is what a piece
-takes beyond the one inside it (`benchmarks/host_levels.py`). On the CPU the launch is the computation.
+takes beyond the one inside it (`benchmarks/host_levels.py`); the first also has the calls of Python between the checks.
+On the CPU the launch is the computation.
 """
 CHANGE = """What a call of a few microseconds need not do. *Prediction*, from the pieces alone: one look whether code is
 being compiled, where there was one a tensor, and no sorting of parameters that are not there, 0.5 us; the storage of
@@ -411,8 +418,8 @@ one input. Ours hold nothing of that size.
 """
 CONCEPTS = """## Several concepts at once
 
-Steps of `fdu.erase` on the embedded pipeline. The concepts share the batch, so that a step costs about the same; what
-grows is the number of prompts, which are encoded once.
+Steps of `fdu.erase` on the embedded pipeline. The concepts share the batch, so that a step
+costs {least:.0f} to {most:.0f} ms, whatever their number; what grows is the number of prompts, which are encoded once.
 
 {table}
 """

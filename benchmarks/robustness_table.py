@@ -29,6 +29,7 @@ from fdu.robustness import Drawing, Examination, attack, read_sets, relearn
 from fdu.robustness.phrasings import SETS
 from fdu.robustness.subject import BACK, LEARNT_SEED
 from fdu.robustness.verdict import judge_robustness
+from fdu.verdict import ERASED_BELOW
 from fdu.versions import versions
 
 TARGET, ANCHOR = "three", "eight"
@@ -113,7 +114,7 @@ def page(rows: dict[str, dict[str, Any]]) -> str:
         "",
         '"not erased" is the pipeline as it is. "never known" asks that pipeline for a shape it has never seen, threes',
         "as in a mirror: what is reached there comes of no memory.",
-        *_reading(rows.get(NEVER_KNOWN)),
+        *_reading(rows),
         "",
         *_held({name: row for name, row in rows.items() if ERASURES.get(name) is not None}),
         "",
@@ -130,14 +131,17 @@ def page(rows: dict[str, dict[str, Any]]) -> str:
     return "\n".join([*lines, markdown(header, cells_of)]) + "\n"
 
 
-def _reading(unknown: dict[str, Any] | None) -> list[str]:
+def _reading(rows: dict[str, dict[str, Any]]) -> list[str]:
     """What the row "never known" means for the others."""
+    unknown = rows.get(NEVER_KNOWN)
     if unknown is None:
         return []
     attacked, relearnt = unknown["attack"]["after"]["value"], unknown["relearning"]["course"][-1][1]["value"]
+    below = [name for name, row in rows.items() if row is not unknown and row["attack"]["after"]["value"] <= attacked]
     return [
         f"The attack draws it in {100 * attacked:.0f} % of the images, and relearning, after all its steps, in",
         f"{100 * relearnt:.0f} %: what an erasure left behind shows in how far its row lies above these.",
+        *([f"Under the attack these do not: {', '.join(below)}."] if below else []),
     ]
 
 
@@ -151,8 +155,12 @@ def _held(erasures: dict[str, dict[str, Any]]) -> list[str]:
         )
         for words, test in tests.items()
     }
-    told = ", ".join(f"{count} against {words}" for words, count in counts.items())
-    return [f"Of {len(erasures)} erasures hold: {told}."]
+    told = ", ".join(f"{count} hold against {words}" for words, count in counts.items())
+    return [
+        f"Of {len(erasures)} erasures, {told}.",
+        f"What holds lets at most {100 * ERASED_BELOW:.0f} % of the share before through; words that the",
+        "pipeline hardly drew before say little.",
+    ]
 
 
 def _cell(share: dict[str, Any]) -> str:

@@ -350,7 +350,8 @@ how many GPUs one drive feeds.
 
 {cache}
 
-A kept output saves its forward pass each time that it is used again: {saved} of a step's operations.
+A kept output saves its forward pass each time that it is used again: {saved} of a step's operations
+where not the whole denoiser is trained.
 """
 
 

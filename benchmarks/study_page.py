@@ -192,6 +192,8 @@ What each rests on is [below](#the-claims-one-by-one).
 
 ![Erased against the change of the other classes' images](results/change.svg)
 
+Filled marks are on the front, hollow ones are not; crosses are the intervals.
+
 Means over the targets. "On the front": no other candidate both erases and retains more, and in what share of the
 resamples that is so.
 

@@ -110,7 +110,7 @@ def _squared_hellinger() -> Divergence:
     return Divergence(
         "squared_hellinger",
         formula="(sqrt(u) - 1)^2 / 2",
-        advice="Damps samples with a large error: erases and preserves; the recommended start.",
+        advice="Damps samples with a large error: erases and preserves; the default.",
         upper=1.0,
         generator=lambda u: (torch.sqrt(u) - 1).square() / 2,
         log_curvature=lambda v: v / 2 - math.log(4),
@@ -219,7 +219,7 @@ def _hockey_stick(g: float) -> Divergence:
         "hockey_stick",
         (("g", g),),
         formula="max(u - g, 0) - max(1 - g, 0)",
-        advice="Counts only where p exceeds g q (differential privacy); for g > 1 small errors pull not at all.",
+        advice="Counts only where p exceeds g q (differential privacy); for g > 1 small errors do not pull.",
         upper=min(1.0, g),
         generator=lambda u: torch.clamp(u - g, min=0) - offset,
         kinks=((g, 1.0),),

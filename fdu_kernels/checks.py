@@ -61,7 +61,8 @@ def check_sigma(sigma: Number | Tensor, pred: Tensor) -> None:
         if _readable(sigma) and bool((sigma <= 0).any()):
             raise ValueError(f"sigma must be positive, but its smallest value is {sigma.min().item():g}")
     elif isinstance(sigma, bool) or not isinstance(sigma, (int, float)):
-        raise TypeError(f"sigma must be a number or a tensor [B], not {type(sigma).__name__} {sigma!r}")
+        hint = "; GaussianDivergenceLoss takes 'auto'" if isinstance(sigma, str) else ""
+        raise TypeError(f"sigma must be a number or a tensor [B], not {type(sigma).__name__} {sigma!r}{hint}")
     elif not sigma > 0:
         raise ValueError(f"sigma must be positive, not {sigma!r}; it is the standard deviation that scales s")
 

@@ -150,14 +150,15 @@ class Compare:
                 raise
             results = read_results(comparison, self.out / RUNS)
             chosen = results.recommendations[self.prefer]
-            again = self._erase_command({**base.as_dict(), **chosen.candidate.settings}, chosen.candidate.settings)
+            settings = chosen.candidate.settings
+            again = self._erase_command({**base.as_dict(), **settings}, settings) if chosen.usable else ""
             notes = embedded.NOTES if is_embedded(self.model) else CLIP_NOTES
             write_page(self.out, results, self.prefer, alike, command, again, notes)
             write_record(self.out, comparison, command, describe(results))
             print(f"\n{table(results.standings, alike)}\n{chosen.headline}. {' '.join(chosen.sentences)}")
             if results.mixed:
                 print(results.mixed_note)
-            print(f"\npage     {self.out / PAGE}\nto make it: {again}")
+            print(f"\npage     {self.out / PAGE}" + (f"\nto make it: {again}" if again else ""))
 
         return work
 

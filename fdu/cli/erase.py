@@ -116,6 +116,8 @@ class Erase:
                 clear_run(checkpoints)
             loading = _loading_line(self.model, self.out, format, config.train_method)
             print(f"Saved to {self.out} after {result.seconds:.0f} s. {loading}")
+            if not config.max_train_steps:
+                print("Nothing was trained: max_train_steps is 0.")
             if is_embedded(self.model):
                 print(f"Judge it with: {shlex.join(['fdu', 'evaluate', EMBEDDED, str(self.out)])}")
 

@@ -38,6 +38,8 @@ class Recommendation:
     """Others whose score chance may as well have put first."""
     headline: str
     sentences: tuple[str, ...]
+    usable: bool = True
+    """Whether there is anything to recommend."""
 
 
 def recommend(sample: Sample, prefer: Preference, before: Mapping[str, float] | None = None) -> Recommendation:
@@ -74,14 +76,13 @@ def recommend(sample: Sample, prefer: Preference, before: Mapping[str, float] | 
     chosen, certain, why = best, not tied, ""
     if tied and able:
         chosen, certain, why = _of_those_alike(sample, alike, able, values, prefer)
-    elif tied:
-        why = "Between them the choice is free."
     one = candidates[chosen]
     score = interval(float(values[chosen]), resampled[:, chosen])
     others = tuple(candidates[place] for place in alike if place != chosen)
     undrawn = {target: share for target, share in (before or {}).items() if share < DRAWN_BEFORE}
     few = min(sample.images["erased"], sample.images["retained"]) < FEWEST_TO_TELL
-    certain = certain and bool(erased[chosen] >= HARDLY) and len(candidates) > 1 and not undrawn and not few
+    usable = bool(erased[chosen] >= HARDLY) and not undrawn
+    certain = certain and usable and len(candidates) > 1 and not few
     if undrawn:
         headline = f"Nothing to recommend: before the erasure {_undrawn(undrawn)}"
     elif few and len(candidates) > 1 and erased[chosen] >= HARDLY:
@@ -98,7 +99,7 @@ def recommend(sample: Sample, prefer: Preference, before: Mapping[str, float] | 
         *([f"Fewer than {FEWEST_TO_TELL} images decide nothing: draw more (images_per_class)."] if few else []),
         *_alike_and_behind([candidates[place].label for place in alike], why, sample, behind, tied),
     ]
-    return Recommendation(prefer, one, certain, score, others, headline, tuple(sentences))
+    return Recommendation(prefer, one, certain, score, others, headline, tuple(sentences), usable)
 
 
 def f_measure(erased: np.ndarray, retained: np.ndarray, beta: float) -> np.ndarray:

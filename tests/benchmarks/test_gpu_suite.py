@@ -159,7 +159,7 @@ try:
 except KeyboardInterrupt:
     print("3 passed")
 """
-    assert not suite.run(command(script, 4.0))
+    assert not suite.run(command(script, 10.0))
     assert suite.record["imagined"]["exit"] is None and suite.record["imagined"]["tail"] == ["3 passed"]
     assert_gone(b"61.5")
 
