@@ -189,7 +189,9 @@ def _alike_and_behind(
 ) -> list[str]:
     found = []
     if tied:
-        found.append(f"{_listed(names)} cannot be told apart by the score at these numbers of seeds and images. {why}")
+        found.append(
+            f"{_listed(names)} cannot be told apart by the score at these numbers of seeds and images. {why}".rstrip()
+        )
     lost = {place: difference for place, difference in behind.items() if place not in tied}
     if lost:
         following, gap = min(lost.items(), key=lambda item: item[1].value)

@@ -354,14 +354,18 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     output = capsys.readouterr().out
     assert "kl trains the same model as mse and is not run again." in output
     assert "3/3 three_eight_divergence=mse_s0=10_seed=0" in output
-    assert "fdu erase embedded --target three --anchor eight --divergence" in output
+    assert "Nothing to recommend yet" in output and "to make it" not in output  # hardly trained
     folder = Path("out")
     assert {path.name for path in folder.iterdir()} >= {"comparison.html", "comparison.md", "comparison.json", "runs"}
     record = json.loads((folder / "comparison.json").read_text())
     assert len(record["results"]["candidates"]) == 2 and record["command"].startswith("fdu compare embedded")
     monkeypatch.setattr(runs_file, "erase", None)  # all is there
+    assert "What is recommended" not in (folder / "comparison.html").read_text()
+    monkeypatch.setattr("fdu.comparison.recommendation.HARDLY", 0.0)
     assert main([*given, *quick, "--prefer", "erasure"]) == cli.OK
-    assert "For erasure" in capsys.readouterr().out
+    output = capsys.readouterr().out
+    assert "For erasure" in output
+    assert "to make it: fdu erase embedded --target three --anchor eight --divergence" in output
 
 
 def test_the_erasure_to_make_is_the_one_that_was_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
