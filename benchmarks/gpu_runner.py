@@ -69,7 +69,7 @@ class Command:
         with log.open("w") as stream:
             self.process = subprocess.Popen(
                 section.command, cwd=ROOT, stdout=stream, stderr=subprocess.STDOUT, env=environment,
-                start_new_session=True,
+                start_new_session=True, preexec_fn=_interruptible,
             )  # fmt: skip
 
     def result(self, budget: float) -> dict[str, Any]:
@@ -94,6 +94,11 @@ class Command:
         """It and all that it started."""
         kill_group(self.process.pid)
         self.process.wait()
+
+
+def _interruptible() -> None:
+    """A shell that starts the suite in the background has it, and all that it starts, ignore SIGINT."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def kill_group(leader: int) -> None:

@@ -151,7 +151,19 @@ def command(script: str, seconds: float = 2.0, **more: Any) -> gpu_runner.Sectio
     return gpu_runner.Section("imagined", seconds, command=(sys.executable, "-c", script), **more)
 
 
-def test_a_command_that_hangs_may_say_what_it_has_and_ends_with_its_children(suite: gpu_runner.Suite) -> None:
+@pytest.mark.parametrize("where", ["foreground", "background"])
+def test_a_command_that_hangs_may_say_what_it_has_and_ends_with_its_children(
+    where: str, suite: gpu_runner.Suite
+) -> None:
+    former = signal.signal(signal.SIGINT, signal.SIG_IGN) if where == "background" else None
+    try:
+        _hang(suite)
+    finally:
+        if former is not None:
+            signal.signal(signal.SIGINT, former)
+
+
+def _hang(suite: gpu_runner.Suite) -> None:
     script = """
 import subprocess
 try:
@@ -159,7 +171,7 @@ try:
 except KeyboardInterrupt:
     print("3 passed")
 """
-    assert not suite.run(command(script, 10.0))
+    assert not suite.run(command(script, 6.0))
     assert suite.record["imagined"]["exit"] is None and suite.record["imagined"]["tail"] == ["3 passed"]
     assert_gone(b"61.5")
 
