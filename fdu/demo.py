@@ -68,6 +68,6 @@ def run_demo(
         result.save(folder / WEIGHTS)
         told = (result.record(), command, describe_device(device), embedded.NOTES)
         dtype = str(result.pipeline.dtype).removeprefix("torch.")
-        conditions = Conditions(seed, Sampling(), embedded.features().name, dtype)
+        conditions = Conditions(seed, Sampling(), embedded.JUDGE, dtype)
         write_run(folder, Run.of(evaluation, probes, before, after, *told, conditions=conditions))
     return evaluation, probes

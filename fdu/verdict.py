@@ -25,8 +25,6 @@ GROUPS = {"near": "its neighbours", "generic": "everyday subjects", "unrelated":
 """The groups of what is to be kept, in words."""
 NAMED_CLASSES = 3
 """So many broken classes are named, the worst first."""
-
-
 State = Literal["erased", "partly erased", "not erased", "hardly drawn before"]
 
 
@@ -41,6 +39,8 @@ class Row:
     """Whether it details the row above it."""
     intervals: tuple[Interval, Interval] | None = None
     """The 95 % intervals of both; None where none were computed."""
+    figure: str = ""
+    """The name of the shares in :class:`fdu.Figures`: "per_class.three"."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +89,7 @@ def comparison(evaluation: Evaluation, probes: Sequence[Probe]) -> list[Row]:
         before, after = (_figure(side, figure) for side in sides)
         known = all(figure in side.intervals for side in sides)
         intervals = (sides[0].intervals[figure], sides[1].intervals[figure]) if known else None
-        return Row(label, before, after, detail, intervals)
+        return Row(label, before, after, detail, intervals, figure)
 
     rows = [row(_names(probes, "target")[0], "target_accuracy")]
     if evaluation.after.unseen_accuracy is not None:
@@ -237,11 +237,8 @@ def judge(evaluation: Evaluation, probes: Sequence[Probe]) -> Verdict:
         harm = f"; it broke {_listed(evaluation, broken_others)}" if broken_others else ""
         sentences.append(f"Classes of another kind ({', '.join(others)}): {shares}{harm}.")
 
-    doubtful = [
-        name
-        for name in (*retained, *others)
-        if before.per_class[name] - after.per_class[name] > CLASS_DROP and name not in dict((*broken, *broken_others))
-    ]
+    fallen = [name for name in (*retained, *others) if before.per_class[name] - after.per_class[name] > CLASS_DROP]
+    doubtful = [name for name in fallen if name not in dict(broken + broken_others)]
     if doubtful:
         told = [f"{name} ({_shares(before.per_class[name], after.per_class[name])})" for name in doubtful]
         sentences.append(f"On so few images chance may be all that befell {joined(told)}.")

@@ -98,6 +98,7 @@ class Evaluate:
     def prepare(self, command: str) -> Callable[[], None]:
         """Check everything; the work is what comes back."""
         from fdu.output import METRICS_FILE, check_output, whole_folder
+        from fdu.prompts import choose_set
 
         check_model(self.base, "BASE")
         check_erased(self.erased)
@@ -113,7 +114,10 @@ class Evaluate:
 
             check_record(record, f"ERASED {self.erased!r}: record")
         erased = _erased_concepts(record)
-        concepts = None if embedded_base else self._concepts(record, erased).without(erased)
+        concepts = None
+        if not embedded_base:
+            named = self.target if self.prompts else self._target(erased)
+            concepts = choose_set(named, self.prompts, record).without(erased)
         target = concepts.target.name if concepts else self._target(erased)
         if self.out is not None:
             check_output(self.out, self.overwrite, inputs=self._inputs())
@@ -140,7 +144,7 @@ class Evaluate:
             else:
                 features = ClipFeatures.load(self.judge, device) if self.judge else as_features("embedded")
                 probes = embedded.probes(target, *(name for name in erased if name != target))
-                judge = embedded.features().name
+                judge = embedded.JUDGE
             dtype = "float32" if self.dtype == "auto" else self.dtype
             pipeline = load_model(self.base, dtype, device)
             before = fdu.draw(pipeline, probes, description="before", **settings)
@@ -203,12 +207,6 @@ class Evaluate:
             told = f"says that it erased {' and '.join(erased)}" if erased else "does not tell what was erased"
             raise ValueError(f"target is missing: ERASED {self.erased!r} {told}; add --target")
         return target
-
-    def _concepts(self, record: dict[str, Any] | None, erased: list[str]) -> ConceptSet:
-        """The concept set to draw."""
-        from fdu.prompts import choose_set
-
-        return choose_set(self.target if self.prompts else self._target(erased), self.prompts, record)
 
     def _phrasing_sets(self, target: str, concepts: ConceptSet | None) -> PromptSets:
         """The prompt sets of the test "phrasings"; none if it is not asked for."""

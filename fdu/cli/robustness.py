@@ -30,8 +30,8 @@ class RobustnessTests:
 
     def before(self, pipeline: DiffusionPipeline) -> None:
         """Draw what the tests compare with."""
+        attacked = self.examinations.get("attack")
         for test, examination in self.examinations.items():
-            attacked = self.examinations.get("attack")
             if test == "relearning" and attacked is not None and attacked.drawn_before is not None:
                 # What the attack drew and counted serves it as well.
                 examination.latents, examination.drawn_before = attacked.latents, attacked.drawn_before

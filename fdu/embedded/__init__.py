@@ -52,6 +52,7 @@ NOTES = (
     "the method and a check of the installation, not as a measure of what it does to a large model.",
 )
 """What a reader of results on the embedded pipeline has to know."""
+JUDGE = "embedded classifier"
 
 
 def load_pipeline(dtype: torch.dtype = torch.float32) -> StableDiffusionPipeline:
@@ -81,7 +82,7 @@ def judges() -> dict[str, Judge]:
 
 def features() -> ModuleFeatures:
     """The judge's penultimate features, of shape and colour, with the outputs of its convolutional blocks as layers."""
-    return ModuleFeatures(load_classifier(), CLASSIFIER_LAYERS, CLASSIFIER_FEATURES, "embedded classifier", 256)
+    return ModuleFeatures(load_classifier(), CLASSIFIER_LAYERS, CLASSIFIER_FEATURES, JUDGE, 256)
 
 
 def concepts(target: str, anchor: str) -> tuple[Concept, Concept]:

@@ -78,9 +78,9 @@ def draw(
     probes: Sequence[Probe],
     images_per_class: int = 32,
     seed: int = 0,
-    num_inference_steps: int | None = 20,
-    guidance_scale: float | None = 3.0,
-    batch_size: int = 32,
+    num_inference_steps: int | None = Sampling.num_inference_steps,
+    guidance_scale: float | None = Sampling.guidance_scale,
+    batch_size: int = Sampling.batch_size,
     description: str = "images",
 ) -> Draws:
     """Draw ``images_per_class`` images of every probe.
@@ -99,16 +99,17 @@ def draw(
         description: words beside the progress bar.
 
     Raises:
-        ValueError: no probes, one without prompts, or a number of images or a batch size below 1.
+        ValueError: no probes, one without prompts, no images, or as :class:`Sampling`.
     """
     if not probes:
         raise ValueError("probes is empty; name at least the target")
     check_prompts(probes)
-    for name, value in (("images_per_class", images_per_class), ("batch_size", batch_size)):
-        if value < 1:
-            raise ValueError(f"{name} must be >= 1, got {value}")
-    given = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
-    chosen = {name: value for name, value in given.items() if value is not None}
+    if images_per_class < 1:
+        raise ValueError(f"images_per_class must be >= 1, got {images_per_class}")
+    sampling = Sampling(
+        num_inference_steps=num_inference_steps, guidance_scale=guidance_scale, batch_size=batch_size
+    ).settings()
+    chosen = {name: value for name, value in sampling.items() if name != "batch_size" and value is not None}
     images = []
     bar = tqdm(total=len(probes) * images_per_class, desc=description, unit="image")
     with silent(pipeline), unchecked(pipeline), bar as progress:

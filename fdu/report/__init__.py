@@ -7,7 +7,8 @@ from pathlib import Path
 from fdu.output import whole_file, write_text
 from fdu.pictures import save_before_after
 from fdu.report.page import render
-from fdu.report.run import IMAGES_FOLDER, Conditions, Run, check_record, check_run
+from fdu.report.run import IMAGES_FOLDER, Run
+from fdu.report.stored import Conditions, check_record, check_run
 
 __all__ = [
     "IMAGES_FOLDER",

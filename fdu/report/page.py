@@ -12,7 +12,8 @@ from fdu.evaluation import Evaluation, Figures, Probe
 from fdu.pages import templates
 from fdu.pictures import data_uri, strip
 from fdu.report import charts
-from fdu.report.run import SHOWN, SIDES, Run
+from fdu.report.run import Run
+from fdu.report.stored import SHOWN, SIDES
 from fdu.robustness.verdict import judge_robustness
 from fdu.verdict import GROUPS, MEASURES, PARTS, comparison, joined, judge, percent
 from fdu.verdict import Row as Compared
@@ -166,21 +167,8 @@ def _evaluation_facts(run: Run) -> list[tuple[str, Any]]:
 def _summary(run: Run) -> list[tuple[Compared, Figure | None]]:
     """The rows of the comparison, each with the difference of its figure where that is known."""
     evaluation = run.evaluation
-    groups = evaluation.after.retained_by_group
-    names = {
-        "target_accuracy": True,
-        "unseen_accuracy": evaluation.after.unseen_accuracy is not None,
-        "retained_accuracy": True,
-        **{f"retained_by_group.{group}": len(groups) > 1 for group in groups},
-        f"per_class.{evaluation.after.worst_retained_class}": True,
-        "cross_domain_accuracy": evaluation.after.cross_domain_accuracy is not None,
-    }
-    shown = [name for name, there in names.items() if there]
-    apart = evaluation.difference
-    differences = [
-        Figure.of(evaluation, f"difference.{name}", apart[name]) if name in apart else None for name in shown
-    ]
-    return list(zip(comparison(evaluation, run.probes), differences, strict=True))
+    apart = {name: Figure.of(evaluation, f"difference.{name}", value) for name, value in evaluation.difference.items()}
+    return [(row, apart.get(row.figure)) for row in comparison(evaluation, run.probes)]
 
 
 def _groups(run: Run) -> list[tuple[str, list[Row]]]:
