@@ -70,7 +70,7 @@ inline Profile profile_of(double c, double k, double linear_beyond, const Borrow
     return {c, k, linear_beyond, static_cast<const double*>((*table).data)};
 }
 
-// The numbers of fdu_kernels.lowering.ElementFunction.
+// The numbers of fdu_kernels.critic.ElementFunction.
 struct FunctionNumbers {
     double of[function_numbers];
 

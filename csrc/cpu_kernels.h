@@ -48,7 +48,7 @@ struct ElementWork {
     Space space;
     int64_t size;
     Operand v, factor, upstream, terms, grad;
-    const double* numbers;  // fdu_kernels.lowering.ElementFunction.numbers
+    const double* numbers;  // fdu_kernels.critic.ElementFunction.numbers
     double scale;           // of the gradient
     bool sums;
 };

@@ -1,4 +1,4 @@
-// A function of the density-ratio estimate, as fdu_kernels.lowering.ElementFunction states it, for a few elements at once.
+// A function of the density-ratio estimate, as fdu_kernels.critic.ElementFunction states it, for a few elements at once.
 //
 // An element is a float or double, or a vector of them. The branches depend on the rows alone: all elements take the same.
 

@@ -80,7 +80,7 @@ py::tuple instruction_sets() {
 
 PYBIND11_MODULE(_C, module) {
     fdu::find_exchange();
-    module.doc() = "The compiled kernels of fdu_kernels. Internal; see fdu_kernels.backends.native.";
+    module.doc() = "The compiled kernels of fdu_kernels. Internal; see fdu_kernels.kernels.native.";
     module.def("gaussian", &gaussian);
     module.def("gaussian_backward", &gaussian_backward);
     module.def("expectation", &expectation);

@@ -299,7 +299,7 @@ class TablePlace {
 // h and h' of a Gaussian profile at s.
 struct Profile {
     double c, k, linear_beyond;
-    const double* table;  // packed as fdu_kernels.lowering.GaussianProfile says, or null
+    const double* table;  // packed as fdu_kernels.profiles.GaussianProfile says, or null
 
     using Value = TablePlace::Value;
 

@@ -5,11 +5,11 @@
     loss = fk.gaussian_divergence(pred, target, "squared_hellinger")      # like F.mse_loss; target is a constant
     value, grad = fk.gaussian_divergence_value_and_grad(pred, target, "alpha:0.3")    # no autograd graph
 
-Layers, each built on the one before: scalar, critic, profiles -> divergence -> catalogue (every divergence as data) ->
-backends -> functional -> modules.
+Layers, each built on those before: scalar -> critic, profiles -> custom -> divergence -> catalogue (every divergence as
+data) -> constants; checks -> calls (the arguments of a loss) -> formulas (in PyTorch operations) -> registry (which backend)
+-> kernels; autograd, torch_ops, transforms, sharded (what surrounds a backend) -> dispatch -> functional -> modules.
 """
 
-from fdu_kernels.backends import backends, use_backend
 from fdu_kernels.catalogue import divergences, get_divergence
 from fdu_kernels.divergence import Divergence
 from fdu_kernels.functional import (
@@ -23,6 +23,7 @@ from fdu_kernels.functional import (
     variational_model_loss,
 )
 from fdu_kernels.modules import DensityRatioDivergenceLoss, GaussianDivergenceLoss, VariationalDivergenceLoss
+from fdu_kernels.registry import backends, use_backend
 
 __all__ = [
     "DensityRatioDivergenceLoss",

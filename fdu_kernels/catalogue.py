@@ -8,10 +8,13 @@ output activations are those of Nowozin et al. 2016, table 6, in our normalisati
 
 from __future__ import annotations
 
+import copyreg
 import dataclasses
 import difflib
 import functools
 import math
+import pickle
+import sys
 from collections.abc import Callable
 
 import torch
@@ -314,3 +317,22 @@ def _build(spelling: str, parameters: tuple[tuple[str, float], ...]) -> Divergen
     if not math.isfinite(value):
         raise ValueError(f"{wanted} of divergence {name!r} must be a finite number, not {given!r}; example: {name}:0.3")
     return entry.build(value)
+
+
+def _reduce(divergence: Divergence) -> tuple[Callable[..., Divergence], tuple[object, ...]]:
+    """How a divergence pickles: by its name, or by the user's generator."""
+    f = divergence.custom
+    if f is None:
+        return get_divergence, (divergence.key,)
+    found: object = sys.modules.get(getattr(f, "__module__", ""))
+    for part in getattr(f, "__qualname__", "").split("."):
+        found = getattr(found, part, None)
+    if found is not f:
+        raise pickle.PicklingError(
+            f"the generator of {divergence.name!r} is a lambda or a local function, which pickle cannot find again; "
+            "define it with def at the top level of a module"
+        )
+    return Divergence.from_generator, (f, divergence.name, tuple(place for place, _ in divergence.kinks))
+
+
+copyreg.pickle(Divergence, _reduce)  # type: ignore[arg-type]

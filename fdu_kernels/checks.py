@@ -7,16 +7,32 @@ the CPU only: on an accelerator a look at them would make the host wait.
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 Number = float | int
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which sums are taken and values returned: float32, or float64 for float64."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
+def accumulation_dtype(dtype: torch.dtype, other: torch.dtype | None = None) -> torch.dtype:
+    """The dtype in which sums are taken and values returned: float32, or float64 if one of the dtypes is."""
+    return torch.float64 if dtype is torch.float64 or other is torch.float64 else torch.float32
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """Whether its memory can be read and written here and now.
+
+    Not so in compiled code, for subclasses (FakeTensor, DTensor), and under modes and transforms (make_fx, torch.func,
+    dual numbers), which have to see an operation.
+    """
+    return (
+        (type(tensor) is Tensor or type(tensor) is nn.Parameter)
+        and not torch.compiler.is_compiling()
+        and not torch._C._are_functorch_transforms_active()
+        and not torch._C._len_torch_dispatch_stack()
+        and forward_ad._current_level < 0
+    )
 
 
 def check_floating(name: str, tensor: Tensor) -> None:
@@ -24,30 +40,27 @@ def check_floating(name: str, tensor: Tensor) -> None:
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a tensor, not {type(tensor).__name__}")
     if tensor.dtype not in DTYPES:
+        remedy = f"{name}.float()"
+        if tensor.dtype.is_complex:
+            remedy = f"torch.view_as_real({name}), which keeps both parts as real numbers"
         raise TypeError(
-            f"{name} must be float16, bfloat16, float32 or float64, not {_dtype(tensor)}; "
-            f"convert it with {name}.float()"
+            f"{name} must be float16, bfloat16, float32 or float64, not {_dtype(tensor)}; convert it with {remedy}"
         )
 
 
 def check_same(name: str, tensor: Tensor, other_name: str, other: Tensor, shape: bool = True) -> None:
-    """Raise unless two tensors agree in device, dtype and (if asked) shape."""
+    """Raise unless two tensors agree in device and (if asked) shape."""
     if shape and tensor.shape != other.shape:
         raise ValueError(
             f"{name} and {other_name} must have one shape, but {name} is {list(tensor.shape)} and {other_name} "
             f"{list(other.shape)}; expand one of them explicitly"
-        )
-    if tensor.dtype != other.dtype:
-        raise TypeError(
-            f"{name} and {other_name} must have one dtype, but {name} is {_dtype(tensor)} and {other_name} "
-            f"{_dtype(other)}; convert one: {other_name}.to({name}.dtype)"
         )
     _check_device(name, tensor, other_name, other)
 
 
 def check_batch(name: str, tensor: Tensor) -> None:
     """Raise ValueError unless the tensor has a batch dimension with something in it."""
-    if tensor.ndim == 0 or tensor.shape[0] == 0:
+    if not tensor.ndim or not len(tensor):
         raise ValueError(
             f"{name} must have shape [B, ...] with B >= 1 samples, not {list(tensor.shape)}; "
             f"{'add a batch dimension: ' + name + '[None]' if tensor.ndim == 0 else 'skip the empty batch'}"
@@ -56,6 +69,8 @@ def check_batch(name: str, tensor: Tensor) -> None:
 
 def check_sigma(sigma: Number | Tensor, pred: Tensor) -> None:
     """Raise unless sigma is a positive number or a floating tensor [B] or []."""
+    if type(sigma) is float and sigma > 0:
+        return
     if isinstance(sigma, Tensor):
         _check_per_sample("sigma", sigma, pred, scalar=True)
         if _readable(sigma) and bool((sigma <= 0).any()):
@@ -117,9 +132,13 @@ def check_grad_out(grad_out: Tensor | None, pred: Tensor, target: Tensor) -> Non
         return
     check_floating("grad_out", grad_out)
     check_same("grad_out", grad_out, "pred", pred)
+    if grad_out.dtype != pred.dtype:
+        raise TypeError(
+            f"grad_out must have the dtype of pred, {_dtype(pred)}, not {_dtype(grad_out)}; pass torch.empty_like(pred)"
+        )
     if grad_out.requires_grad:
         raise ValueError("grad_out is written in place and must not require grad; pass torch.empty_like(pred)")
-    if not torch.compiler.is_compiling():
+    if is_plain(grad_out):
         own = _storage(grad_out)
         for name, tensor in (("pred", pred), ("target", target)):
             if own == _storage(tensor):
@@ -136,6 +155,8 @@ def check_grad_out(grad_out: Tensor | None, pred: Tensor, target: Tensor) -> Non
 
 def check_grad_scale(grad_scale: Number | Tensor) -> None:
     """Raise unless grad_scale is a number or a floating tensor []."""
+    if type(grad_scale) is float:
+        return
     if isinstance(grad_scale, Tensor):
         if grad_scale.ndim:
             raise ValueError(f"grad_scale must be a number or a tensor [], not of shape {list(grad_scale.shape)}")
@@ -175,7 +196,7 @@ def _storage(tensor: Tensor) -> int:
 
 
 def _readable(tensor: Tensor) -> bool:
-    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+    return tensor.device.type == "cpu" and is_plain(tensor)
 
 
 def _dtype(tensor: Tensor) -> str:

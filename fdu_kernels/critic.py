@@ -12,15 +12,16 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from fdu_kernels.scalar import MAX_EXPONENT, Scalar
 
-if TYPE_CHECKING:
-    from fdu_kernels.divergence import Divergence
+LARGEST_EXPONENT = 87.0
+"""Below the least and the largest normal number of float32."""
+DERIVATIVE, FIRST, SECOND = 0.0, 1.0, 2.0
+"""What the slope of an :class:`ElementFunction` is."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,71 +119,80 @@ def _logarithm(u: Tensor, less_one: Tensor) -> Tensor:
     return torch.where(less_one.abs() < 0.5, torch.log1p(less_one), torch.log(u))
 
 
-def critic_terms(divergence: Divergence, parametrization: str) -> tuple[Scalar, Scalar]:
-    """A and B of a divergence as functions of the critic output v.
+ROW_FIELDS = tuple(field.name for field in dataclasses.fields(CriticRow))
+"""The order in which a row's numbers are packed."""
+_COEFFICIENTS = ("const", "linear", "square", "exp", "expm1", "softplus", "sigmoid", "sigmoid_squared", "step")
 
-    Args:
-        divergence: any but "mse".
-        parametrization: "log_ratio" (v estimates log p/q) or "fgan" (v passes f-GAN's output activation, table 6).
 
-    Raises:
-        ValueError: the divergence has no critic, or the parametrization is unknown.
+@dataclasses.dataclass(frozen=True)
+class ElementFunction:
+    """y(v) = e^(first_tilt v) first(v) - e^(second_tilt v) second(v), and its slope, for one element v.
+
+    slope: DERIVATIVE (first'(v); there is no second row and no tilt then), FIRST (the tilted first row itself) or
+    SECOND (the tilted second row). Beyond |v| = limit, y is a straight line with the slope of the end. A kernel that
+    evaluates this form computes every divergence of the catalogue.
     """
-    if divergence.generator is None:
-        raise ValueError(
-            f"divergence {str(divergence)!r} is a Gaussian profile without a generator f, so it has no variational "
-            'form and no density-ratio estimate; use "kl" or "jeffreys", whose Gaussian profiles are proportional to it'
-        )
-    if parametrization not in ("log_ratio", "fgan"):
-        raise ValueError(f'parametrization must be "log_ratio" or "fgan", not {parametrization!r}')
-    rows = divergence.critic_rows(parametrization)
-    if rows is None:
-        return _terms_by_autograd(divergence)
+
+    first: CriticRow
+    first_tilt: float
+    second: CriticRow
+    second_tilt: float
+    slope: float
+    limit: float
+
+    numbers: tuple[float, ...] = dataclasses.field(init=False, repr=False, compare=False)
+    """[limit, slope, first_tilt, *first, second_tilt, *second], rows in the order of ROW_FIELDS: what kernels get."""
+
+    def __post_init__(self) -> None:
+        first, second = (tuple(getattr(row, name) for name in ROW_FIELDS) for row in (self.first, self.second))
+        numbers = (self.limit, self.slope, self.first_tilt, *first, self.second_tilt, *second)
+        object.__setattr__(self, "numbers", tuple(map(float, numbers)))
+        for row, tilt in ((self.first, self.first_tilt), (self.second, self.second_tilt)):
+            exponents = (tilt, row.exp_rate + tilt if row.exp else 0.0, row.expm1_rate if row.expm1 else 0.0)
+            largest = max(map(abs, exponents))
+            assert largest * (self.limit if largest else 0.0) <= LARGEST_EXPONENT, "kernels trust the limit"
+
+    @staticmethod
+    def of(numbers: tuple[float, ...]) -> ElementFunction:
+        """The function whose ``numbers`` these are."""
+        limit, slope, first_tilt, *rest = numbers
+        count = len(ROW_FIELDS)
+        first, second_tilt, second = CriticRow(*rest[:count]), rest[count], CriticRow(*rest[count + 1 :])
+        return ElementFunction(first, first_tilt, second, second_tilt, slope, limit)
+
+    def scalar(self) -> Scalar:
+        """The same in PyTorch operations."""
+
+        def first(v: Tensor) -> Tensor:
+            return self.first.value(v, self.first_tilt)
+
+        def second(v: Tensor) -> Tensor:
+            return self.second.value(v, self.second_tilt)
+
+        if self.slope == DERIVATIVE:
+            return Scalar(first, self.first.slope, -self.limit, self.limit)
+        slope = first if self.slope == FIRST else second
+        return Scalar(lambda v: first(v) - second(v), slope, -self.limit, self.limit)
+
+    def negated(self) -> ElementFunction:
+        """-y(v), of a function that is one row."""
+        assert self.slope == DERIVATIVE
+        negative = {name: -getattr(self.first, name) for name in _COEFFICIENTS}
+        return dataclasses.replace(self, first=dataclasses.replace(self.first, **negative))
+
+
+def critic_functions(rows: tuple[CriticRow, CriticRow]) -> tuple[ElementFunction, ElementFunction]:
+    """A(v) and B(v)."""
     rate = max(row.rate for row in rows)
     limit = MAX_EXPONENT / rate if rate else math.inf
-    a, b = (Scalar(row.value, row.slope, -limit, limit) for row in rows)
+    a, b = (ElementFunction(row, 0.0, CriticRow(), 0.0, DERIVATIVE, limit) for row in rows)
     return a, b
 
 
-def ratio_terms(divergence: Divergence, samples_from: str) -> Scalar:
-    """The density-ratio estimator's integrand as a function of v = log p/q: f(r) for "q", f(r)/r for "p".
-
-    Raises:
-        ValueError: the divergence has no generator, or samples_from is neither "q" nor "p".
-    """
-    if samples_from not in ("q", "p"):
-        raise ValueError(f'samples_from must be "q" (E_q[f(r)]) or "p" (E_p[f(r)/r]), not {samples_from!r}')
-    a, b = critic_terms(divergence, "log_ratio")
-    rows = divergence.critic_rows("log_ratio")
-    if rows is None:
-        if samples_from == "q":
-            return Scalar(lambda v: divergence.f(torch.exp(v)), lambda v: torch.exp(v) * a.value(v), a.low, a.high)
-        return Scalar(
-            lambda v: torch.exp(-v) * divergence.f(torch.exp(v)), lambda v: torch.exp(-v) * b.value(v), a.low, a.high
-        )
-    row_a, row_b = rows
-    limit = MAX_EXPONENT / max(1.0, row_a.rate, row_b.rate)
+def ratio_function(rows: tuple[CriticRow, CriticRow], samples_from: str) -> ElementFunction:
+    """The density-ratio estimator's integrand as a function of v = log p/q: f(r) for "q", f(r)/r for "p"."""
+    a, b = rows
+    limit = MAX_EXPONENT / max(1.0, a.rate, b.rate)
     if samples_from == "q":
-        return Scalar(lambda v: row_a.value(v, 1.0) - row_b.value(v), lambda v: row_a.value(v, 1.0), -limit, limit)
-    return Scalar(lambda v: row_a.value(v) - row_b.value(v, -1.0), lambda v: row_b.value(v, -1.0), -limit, limit)
-
-
-def _terms_by_autograd(divergence: Divergence) -> tuple[Scalar, Scalar]:
-    """A and B of a user's generator, for |v| up to half of MAX_EXPONENT: u^2 still fits there."""
-
-    def a_value(v: Tensor) -> Tensor:
-        return divergence.derivative(torch.exp(v))
-
-    def a_slope(v: Tensor) -> Tensor:
-        u = torch.exp(v)
-        return u * divergence.second_derivative(u)
-
-    def b_value(v: Tensor) -> Tensor:
-        u = torch.exp(v)
-        return u * divergence.derivative(u) - divergence.f(u)
-
-    def b_slope(v: Tensor) -> Tensor:
-        return torch.exp(v) * a_slope(v)
-
-    limit = MAX_EXPONENT / 2
-    return Scalar(a_value, a_slope, -limit, limit), Scalar(b_value, b_slope, -limit, limit)
+        return ElementFunction(a, 1.0, b, 0.0, FIRST, limit)
+    return ElementFunction(a, 0.0, b, -1.0, SECOND, limit)

@@ -9,19 +9,16 @@ Every function takes ``divergence`` (a name such as "squared_hellinger" or "alph
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch
 from torch import Tensor
 
-from fdu_kernels import checks
-from fdu_kernels.backends import choose_backend, reference
+from fdu_kernels import checks, dispatch, formulas
+from fdu_kernels.calls import PARAMETRIZATIONS, ExpectationCall, GaussianCall
 from fdu_kernels.catalogue import get_divergence
+from fdu_kernels.constants import critic_functions, profile_of, ratio_function
 from fdu_kernels.divergence import Divergence
+from fdu_kernels.profiles import GaussianProfile
 
-REDUCTIONS = ("none", "mean", "sum")
-DISTANCES = ("mean", "sum")
-PARAMETRIZATIONS = ("log_ratio", "fgan")
+_SQUARE = GaussianProfile.exponential(1.0, 0.0)
 
 
 def squared_distance(
@@ -35,8 +32,8 @@ def squared_distance(
 
     Arguments as in :func:`gaussian_divergence`. Returns [B], differentiable in pred; an empty mask row gives 0.
     """
-    _check_pair(pred, target, sigma, mask, distance)
-    return reference.squared_distance(pred, target, sigma, mask, distance)
+    call = GaussianCall(pred, target, _SQUARE, sigma, None, mask, distance, "none").checked()
+    return formulas.distance_terms(call)[0]
 
 
 def gaussian_divergence(
@@ -67,15 +64,13 @@ def gaussian_divergence(
         NaN in gives NaN out, also under a zero mask.
 
     Raises:
-        ValueError, TypeError, RuntimeError: see fdu_kernels.checks and fdu_kernels.backends.
+        ValueError, TypeError, RuntimeError: see fdu_kernels.checks and fdu_kernels.registry.
 
     Source: Novello et al. 2026 (arXiv 2509.21167), for every f: h_f(s) = E[f(exp(sqrt(s) z - s/2))], z ~ N(0, 1).
     """
-    divergence = get_divergence(divergence)
-    _check_gaussian(pred, target, sigma, weight, mask, distance, reduction)
-    pred, target, weight, mask = _plain(pred, target, weight, mask)
-    chosen = choose_backend(backend, pred, divergence, "gaussian")
-    return chosen.gaussian_divergence(pred, target, divergence, sigma, weight, mask, distance, reduction)
+    profile = profile_of(get_divergence(divergence), pred)
+    call = GaussianCall(pred, target, profile, sigma, weight, mask, distance, reduction)
+    return dispatch.gaussian(call.checked(), backend)
 
 
 def gaussian_divergence_value_and_grad(
@@ -101,15 +96,9 @@ def gaussian_divergence_value_and_grad(
     Returns:
         The value, and the gradient of the value's sum: the shape, dtype and device of pred.
     """
-    divergence = get_divergence(divergence)
-    _check_gaussian(pred, target, sigma, weight, mask, distance, reduction)
-    checks.check_grad_scale(grad_scale)
-    checks.check_grad_out(grad_out, pred, target)
-    pred, target, weight, mask = _plain(pred, target, weight, mask)
-    chosen = choose_backend(backend, pred, divergence, "gaussian")
-    return chosen.gaussian_divergence_value_and_grad(
-        pred, target, divergence, sigma, weight, mask, distance, reduction, grad_scale, grad_out
-    )
+    profile = profile_of(get_divergence(divergence), pred)
+    call = GaussianCall(pred, target, profile, sigma, weight, mask, distance, reduction, grad_scale)
+    return dispatch.gaussian_value_and_grad(call.checked(grad_out), grad_out, backend)
 
 
 def variational_divergence(
@@ -139,11 +128,8 @@ def variational_divergence(
 
     Source: Nowozin et al. 2016, eq. 4-6; Novello et al. 2026 (arXiv 2509.21167), variational losses.
     """
-    divergence = get_divergence(divergence)
-    _check_variational(log_ratio_p, log_ratio_q, mask, parametrization, reduction)
-    log_ratio_p, log_ratio_q, mask = _plain(log_ratio_p, log_ratio_q, mask)
-    chosen = choose_backend(backend, log_ratio_q, divergence, "critic")
-    return chosen.variational_divergence(log_ratio_p, log_ratio_q, divergence, mask, parametrization, reduction)
+    calls = _terms_of_bound(log_ratio_p, log_ratio_q, divergence, mask, parametrization, reduction)
+    return dispatch.expectations(calls, backend)
 
 
 def variational_divergence_value_and_grad(
@@ -157,14 +143,9 @@ def variational_divergence_value_and_grad(
     grad_scale: float | Tensor = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """:func:`variational_divergence` with the gradients of its sum in log_ratio_p and in log_ratio_q, no graph."""
-    divergence = get_divergence(divergence)
-    _check_variational(log_ratio_p, log_ratio_q, mask, parametrization, reduction)
-    checks.check_grad_scale(grad_scale)
-    log_ratio_p, log_ratio_q, mask = _plain(log_ratio_p, log_ratio_q, mask)
-    chosen = choose_backend(backend, log_ratio_q, divergence, "critic")
-    return chosen.variational_divergence_value_and_grad(
-        log_ratio_p, log_ratio_q, divergence, mask, parametrization, reduction, grad_scale
-    )
+    calls = _terms_of_bound(log_ratio_p, log_ratio_q, divergence, mask, parametrization, reduction, grad_scale)
+    (first, grad_p), (second, grad_q) = (dispatch.expectation_value_and_grad(call, backend) for call in calls)
+    return first + second, grad_p, grad_q
 
 
 def variational_model_loss(
@@ -179,11 +160,10 @@ def variational_model_loss(
 
     Arguments as in :func:`variational_divergence`.
     """
-    divergence = get_divergence(divergence)
-    _check_variational(None, log_ratio_q, mask, parametrization, reduction)
-    log_ratio_q, mask = _plain(log_ratio_q, mask)
-    chosen = choose_backend(backend, log_ratio_q, divergence, "critic")
-    return chosen.variational_divergence(None, log_ratio_q, divergence, mask, parametrization, reduction)
+    checks.check_choice("parametrization", parametrization, PARAMETRIZATIONS)
+    _, loss = critic_functions(get_divergence(divergence), parametrization)
+    call = ExpectationCall(log_ratio_q, loss.negated(), None, mask, reduction)
+    return dispatch.expectations((call.checked("log_ratio_q"),), backend)
 
 
 def density_ratio_divergence(
@@ -208,11 +188,8 @@ def density_ratio_divergence(
     Raises:
         ValueError: "mse" (it has no generator; use "kl" or "jeffreys"), and see fdu_kernels.checks.
     """
-    divergence = get_divergence(divergence)
-    _check_density_ratio(log_ratio, weight, samples_from, reduction)
-    log_ratio, weight = _plain(log_ratio, weight)
-    chosen = choose_backend(backend, log_ratio, divergence, "critic")
-    return chosen.density_ratio_divergence(log_ratio, divergence, samples_from, weight, reduction)
+    call = _ratio(log_ratio, divergence, samples_from, weight, reduction)
+    return dispatch.expectations((call,), backend)
 
 
 def density_ratio_divergence_value_and_grad(
@@ -225,63 +202,38 @@ def density_ratio_divergence_value_and_grad(
     grad_scale: float | Tensor = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """:func:`density_ratio_divergence` with the gradient of its sum in log_ratio, without an autograd graph."""
-    divergence = get_divergence(divergence)
-    _check_density_ratio(log_ratio, weight, samples_from, reduction)
-    checks.check_grad_scale(grad_scale)
-    log_ratio, weight = _plain(log_ratio, weight)
-    chosen = choose_backend(backend, log_ratio, divergence, "critic")
-    return chosen.density_ratio_divergence_value_and_grad(
-        log_ratio, divergence, samples_from, weight, reduction, grad_scale
-    )
+    call = _ratio(log_ratio, divergence, samples_from, weight, reduction, grad_scale)
+    return dispatch.expectation_value_and_grad(call, backend)
 
 
-def _plain(*tensors: Any) -> Any:
-    # A pointer does not show the negative bit, which the imaginary part of a conjugate has. Dynamo cannot look at it.
-    if torch.compiler.is_compiling():
-        return tensors
-    return [tensor if tensor is None or not tensor.is_neg() else tensor.resolve_neg() for tensor in tensors]
-
-
-def _check_pair(pred: Tensor, target: Tensor, sigma: float | Tensor, mask: Tensor | None, distance: str) -> None:
-    checks.check_floating("pred", pred)
-    checks.check_floating("target", target)
-    checks.check_same("pred", pred, "target", target)
-    checks.check_batch("pred", pred)
-    checks.check_sigma(sigma, pred)
-    checks.check_mask(mask, pred)
-    checks.check_choice("distance", distance, DISTANCES)
-
-
-def _check_gaussian(
-    pred: Tensor,
-    target: Tensor,
-    sigma: float | Tensor,
-    weight: Tensor | None,
+def _terms_of_bound(
+    log_ratio_p: Tensor,
+    log_ratio_q: Tensor,
+    divergence: str | Divergence,
     mask: Tensor | None,
-    distance: str,
+    parametrization: str,
     reduction: str,
-) -> None:
-    _check_pair(pred, target, sigma, mask, distance)
-    checks.check_weight(weight, pred)
-    checks.check_choice("reduction", reduction, REDUCTIONS)
-
-
-def _check_variational(
-    log_ratio_p: Tensor | None, log_ratio_q: Tensor, mask: Tensor | None, parametrization: str, reduction: str
-) -> None:
-    checks.check_choice("reduction", reduction, REDUCTIONS)
+    grad_scale: float | Tensor = 1.0,
+) -> tuple[ExpectationCall, ExpectationCall]:
+    """E_p[A] and E_q[-B], which add up to the bound."""
     checks.check_choice("parametrization", parametrization, PARAMETRIZATIONS)
-    checks.check_floating("log_ratio_q", log_ratio_q)
-    checks.check_mask(mask, log_ratio_q, "log_ratio_q")
-    if log_ratio_p is not None:
-        checks.check_floating("log_ratio_p", log_ratio_p)
-        checks.check_same("log_ratio_p", log_ratio_p, "log_ratio_q", log_ratio_q, shape=reduction == "none")
-        checks.check_mask(mask, log_ratio_p, "log_ratio_p")
+    gain, loss = critic_functions(get_divergence(divergence), parametrization)
+    calls = (
+        ExpectationCall(log_ratio_p, gain, None, mask, reduction, grad_scale).checked("log_ratio_p"),
+        ExpectationCall(log_ratio_q, loss.negated(), None, mask, reduction, grad_scale).checked("log_ratio_q"),
+    )
+    checks.check_same("log_ratio_p", log_ratio_p, "log_ratio_q", log_ratio_q, shape=reduction == "none")
+    return calls
 
 
-def _check_density_ratio(log_ratio: Tensor, weight: Tensor | None, samples_from: str, reduction: str) -> None:
-    checks.check_floating("log_ratio", log_ratio)
-    checks.check_batch("log_ratio", log_ratio)
-    checks.check_weight(weight, log_ratio, "log_ratio")
+def _ratio(
+    log_ratio: Tensor,
+    divergence: str | Divergence,
+    samples_from: str,
+    weight: Tensor | None,
+    reduction: str,
+    grad_scale: float | Tensor = 1.0,
+) -> ExpectationCall:
     checks.check_choice("samples_from", samples_from, ("q", "p"))
-    checks.check_choice("reduction", reduction, REDUCTIONS)
+    function = ratio_function(get_divergence(divergence), samples_from)
+    return ExpectationCall(log_ratio, function, weight, None, reduction, grad_scale).checked("log_ratio")

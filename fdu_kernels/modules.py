@@ -8,9 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, distributed, nn
 
-from fdu_kernels import checks, functional
+from fdu_kernels import calls, checks, functional
 from fdu_kernels.catalogue import get_divergence
-from fdu_kernels.critic import critic_terms
 from fdu_kernels.divergence import Divergence
 
 CALIBRATION_SAMPLES = 1024
@@ -70,8 +69,8 @@ class GaussianDivergenceLoss(nn.Module):
             raise ValueError(f"s0 must be positive, not {s0!r}; it is the median of s that sigma='auto' aims at")
         if calibration_calls < 1:
             raise ValueError(f"calibration_calls must be at least 1, not {calibration_calls!r}")
-        checks.check_choice("distance", distance, functional.DISTANCES)
-        checks.check_choice("reduction", reduction, functional.REDUCTIONS)
+        checks.check_choice("distance", distance, calls.DISTANCES)
+        checks.check_choice("reduction", reduction, calls.REDUCTIONS)
         self.s0 = float(s0)
         self.calibration_calls = calibration_calls
         self.distance = distance
@@ -221,8 +220,8 @@ class VariationalDivergenceLoss(nn.Module):
     ) -> None:
         super().__init__()
         self.divergence = get_divergence(divergence)
-        critic_terms(self.divergence, parametrization)
-        checks.check_choice("reduction", reduction, functional.REDUCTIONS)
+        self.divergence.critic_functions(parametrization)
+        checks.check_choice("reduction", reduction, calls.REDUCTIONS)
         self.parametrization = parametrization
         self.reduction = reduction
         self.backend = backend
@@ -255,9 +254,9 @@ class DensityRatioDivergenceLoss(nn.Module):
     ) -> None:
         super().__init__()
         self.divergence = get_divergence(divergence)
-        critic_terms(self.divergence, "log_ratio")
+        self.divergence.critic_functions("log_ratio")
         checks.check_choice("samples_from", samples_from, ("q", "p"))
-        checks.check_choice("reduction", reduction, functional.REDUCTIONS)
+        checks.check_choice("reduction", reduction, calls.REDUCTIONS)
         self.samples_from = samples_from
         self.reduction = reduction
         self.backend = backend

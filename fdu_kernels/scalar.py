@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import TransformType, get_interpreter_stack
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+from torch.func import vjp
+from torch.utils._python_dispatch import _disable_current_modes
 
 MAX_EXPONENT = 64.0
 """Where exp(k x) occurs, the function continues as a straight line beyond k x = MAX_EXPONENT, in every dtype and
@@ -19,8 +24,8 @@ backend. exp(64) = 6e27 leaves the line ten further decades in float32."""
 class Scalar:
     """y(x) with y'(x), both elementwise; outside [low, high] a straight line with the slope of the end.
 
-    Autograd uses ``slope`` for the derivative and differentiates ``slope`` itself for the second one: differentiating
-    ``value`` would lose digits in the tails, where the terms of its derivative cancel. NaN gives NaN.
+    Every derivative of y(x), forward or reverse, is ``slope`` or a derivative of it: differentiating ``value`` would lose
+    digits in the tails, where the terms of its derivative cancel. NaN gives NaN.
     """
 
     value: Callable[[Tensor], Tensor]
@@ -29,35 +34,81 @@ class Scalar:
     high: float = math.inf
 
     def __call__(self, x: Tensor) -> Tensor:
-        """y(x), twice differentiable."""
-        result: Tensor = _Evaluate.apply(x, self)
+        """y(x), as often differentiable as ``slope`` is, and once more."""
+        compiled = torch.compiler.is_compiling()
+        if is_functionalized() or (compiled and torch._C._are_functorch_transforms_active()):
+            return self.value_at(x)
+        result: Tensor = (_Evaluate if compiled else _EvaluateEitherWay).apply(x, self)
         return result
-
-    def negated(self) -> Scalar:
-        """-y(x)."""
-        value, slope = self.value, self.slope
-        return Scalar(lambda x: -value(x), lambda x: -slope(x), self.low, self.high)
 
     def value_at(self, x: Tensor) -> Tensor:
         """y(x), for use without autograd."""
-        if math.isinf(self.low) and math.isinf(self.high):
+        if self.low == -math.inf and self.high == math.inf:
             return self.value(x)
         inside = x.clamp(self.low, self.high)
         return self.value(inside) + self.slope(inside) * (x - inside)
 
     def slope_at(self, x: Tensor) -> Tensor:
-        """y'(x), once differentiable."""
+        """y'(x), differentiable."""
         return self.slope(x.clamp(self.low, self.high))
+
+
+@contextlib.contextmanager
+def on_the_cpu() -> Iterator[None]:
+    """Make plain tensors on the CPU to keep, whatever modes, transforms and default device the caller has."""
+    with (
+        torch.inference_mode(False),
+        torch.no_grad(),
+        torch.device("cpu"),
+        _disable_current_modes(),
+        temporarily_clear_interpreter_stack(),
+    ):
+        yield
+
+
+def derivative(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """x -> y'(x) of an elementwise function of PyTorch operations, differentiable itself."""
+
+    def slope(x: Tensor) -> Tensor:
+        result: Tensor = vjp(function, x)[1](torch.ones_like(x))[0]
+        return result
+
+    return slope
+
+
+def is_functionalized() -> bool:
+    """Whether torch.func.functionalize, which has no rule for an autograd.Function, is one of the active transforms."""
+    if torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active():
+        return False
+    return any(level.key() == TransformType.Functionalize for level in get_interpreter_stack() or ())
 
 
 class _Evaluate(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, function: Scalar) -> Tensor:
-        ctx.save_for_backward(x)
-        ctx.function = function
+    def forward(x: Tensor, function: Scalar) -> Tensor:
         return function.value_at(x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Scalar], output: Tensor) -> None:
+        x, ctx.function = inputs
+        ctx.save_for_backward(x)
+        ctx.save_for_forward(x)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         (x,) = ctx.saved_tensors
         return gradients[0] * ctx.function.slope_at(x), None
+
+
+class _EvaluateEitherWay(_Evaluate):
+    """The same with what Dynamo does not trace."""
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Tensor:
+        (x,) = ctx.saved_tensors
+        product: Tensor = tangents[0] * ctx.function.slope_at(x)
+        return product
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], x: Tensor, function: Scalar) -> tuple[Tensor, Any]:
+        return _EvaluateEitherWay.apply(x, function), in_dims[0]

@@ -3,6 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+from typing import NamedTuple
+
+import torch
+
+TABLE_WARP = 32
+"""Threads of a warp as the tables count them."""
 
 ON_CHIP: tuple[tuple[int, int], ...] = (
     (256, 1),
@@ -58,6 +65,31 @@ EXPECTATION_WARPS = 4
 EXPECTATION_REGISTERS = 128
 """Stated for the same reason."""
 EXPECTATION_PROGRAMS = 4096
+
+
+class Target(NamedTuple):
+    """What a launch is compiled for."""
+
+    name: str
+    """Triton's: "cuda" (NVIDIA), "hip" (AMD), "xpu" (Intel)."""
+    warp_size: int
+
+    def options(self, warps: int, registers: int | None = None) -> dict[str, int]:
+        """The launch's options for as many threads as the tables say; only NVIDIA's compiler is told of registers."""
+        options = {"num_warps": max(warps * TABLE_WARP // self.warp_size, 1)}
+        if registers is not None and self.name == "cuda":
+            options["maxnreg"] = registers
+        return options
+
+
+@functools.cache
+def target_of(device: torch.device) -> Target:
+    """What kernels on a device are compiled for; off a GPU, as for NVIDIA's."""
+    if device.type == "xpu":
+        return Target("xpu", TABLE_WARP)
+    if device.type == "cuda" and torch.version.hip is not None:
+        return Target("hip", torch.cuda.get_device_properties(device).warp_size)
+    return Target("cuda", TABLE_WARP)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fdu_kernels.backends.triton.scalars import addresses, exp, expm1, logarithm, store
+from fdu_kernels.kernels.triton.scalars import addresses, exp, expm1, logarithm, store
 
 FIRST = tl.constexpr(1.0)
-"""As in fdu_kernels.lowering."""
+"""As in fdu_kernels.critic."""
 
 
 @triton.jit
@@ -80,7 +80,7 @@ def _sigmoids(x: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
 def _evaluate(
     v: tl.tensor, first: tl.tuple, second: tl.tuple, limit: tl.tensor, kind: tl.tensor, SLOPE: tl.constexpr
 ) -> tuple[tl.tensor, tl.tensor]:
-    """y(v) and, where it is asked for or counts, y'(v); see fdu_kernels.lowering.ElementFunction."""
+    """y(v) and, where it is asked for or counts, y'(v); see fdu_kernels.critic.ElementFunction."""
     inside = tl.where(v > limit, limit, tl.where(v < -limit, -limit, v))
     value = _row(inside, first)
     slope = value

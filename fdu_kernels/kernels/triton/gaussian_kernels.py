@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fdu_kernels.backends.triton.scalars import SHIFTED, addresses, load, profile_at, store
+from fdu_kernels.kernels.triton.scalars import SHIFTED, addresses, load, profile_at, store
 
 
 @triton.jit

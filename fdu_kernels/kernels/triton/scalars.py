@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 HEADER_ROWS = tl.constexpr(4)
-"""As in fdu_kernels.lowering."""
+"""As in fdu_kernels.profiles."""
 NEIGHBOURS = tl.constexpr(8)
 """As in fdu_kernels.profiles."""
 SHIFTED = tl.constexpr(2)

@@ -12,35 +12,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fdu_kernels.backends.triton import tuning
-from fdu_kernels.backends.triton.gaussian_kernels import (
+from fdu_kernels.calls import GaussianCall
+from fdu_kernels.kernels.triton import tuning
+from fdu_kernels.kernels.triton.gaussian_kernels import (
     gaussian_distance,
     gaussian_finish,
     gaussian_gradient,
     gaussian_on_chip,
 )
-from fdu_kernels.backends.triton.layout import ALIGNED, SHIFTED, Layout, alignment, broadcast_strides, collapse
-from fdu_kernels.backends.triton.tuning import Split
-from fdu_kernels.lowering import GaussianProfile
+from fdu_kernels.kernels.triton.layout import ALIGNED, SHIFTED, Layout, alignment, broadcast_strides, collapse
+from fdu_kernels.kernels.triton.tuning import Split
 
 NO_NUMBERS = (None,) * 8
 
 
-def gaussian_forward(
-    pred: Tensor,
-    target: Tensor,
-    profile: GaussianProfile,
-    sigma: float | Tensor,
-    weight: Tensor | None,
-    mask: Tensor | None,
-    distance: str,
-) -> tuple[Tensor, Tensor]:
-    """See Kernels.gaussian_forward. One launch where one program takes a sample, else two."""
-    samples = _Samples((pred, target), mask)
-    losses, coefficients = (pred.new_empty(samples.batch, dtype=torch.float32) for _ in range(2))
-    numbers = _numbers(samples, profile, sigma, weight, distance)
+def gaussian_forward(call: GaussianCall) -> tuple[Tensor, Tensor]:
+    """See Backend.gaussian_forward. One launch where one program takes a sample, else two."""
+    samples = _Samples((call.pred, call.target), call.mask)
+    losses, coefficients = (call.pred.new_empty(samples.batch, dtype=torch.float32) for _ in range(2))
+    numbers = _numbers(samples, call)
     split = samples.split(one_launch=True)
-    with launching_on(pred.device):
+    with launching_on(call.pred.device):
         if split.parts == 1:
             _sum_squares(samples, split, (None, None), losses, coefficients, numbers)
         else:
@@ -48,54 +40,44 @@ def gaussian_forward(
             _sum_squares(samples, split, partials, None, None, NO_NUMBERS)
             gaussian_finish[(samples.batch,)](
                 *partials, losses, coefficients, *numbers, split.parts, tuning.PARTIALS_BLOCK,
-                num_warps=tuning.FINISH_WARPS,
+                **samples.target.options(tuning.FINISH_WARPS),
             )  # fmt: skip
     return losses, coefficients
 
 
-def gaussian_backward(pred: Tensor, target: Tensor, mask: Tensor | None, coefficient: Tensor) -> Tensor:
-    """See Kernels.gaussian_backward. One launch."""
-    grad = torch.empty_like(pred)
-    samples = _Samples((pred, target, grad), mask)
-    with launching_on(pred.device):
+def gaussian_backward(call: GaussianCall, coefficient: Tensor) -> Tensor:
+    """See Backend.gaussian_backward. One launch."""
+    grad = torch.empty_like(call.pred)
+    samples = _Samples((call.pred, call.target, grad), call.mask)
+    with launching_on(call.pred.device):
         _write_gradient(
             samples, samples.split(), coefficient, coefficient.stride(0), (None, None), None, NO_NUMBERS, (None,) * 3
         )
     return samples.copied_to(grad)
 
 
-def gaussian_value_and_grad(
-    pred: Tensor,
-    target: Tensor,
-    profile: GaussianProfile,
-    sigma: float | Tensor,
-    weight: Tensor | None,
-    mask: Tensor | None,
-    distance: str,
-    reduction: str,
-    grad_scale: float | Tensor,
-    grad_out: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """See Kernels.gaussian_value_and_grad. One launch where a sample fits on chip, else two; then the reduction."""
+def gaussian_value_and_grad(call: GaussianCall, grad_out: Tensor | None) -> tuple[Tensor, Tensor]:
+    """See Backend.gaussian_value_and_grad. One launch where a sample fits on chip, else two; then the reduction."""
+    pred = call.pred
     grad = torch.empty_like(pred) if grad_out is None else grad_out
-    samples = _Samples((pred, target, grad), mask)
+    samples = _Samples((pred, call.target, grad), call.mask)
     losses = pred.new_empty(samples.batch, dtype=torch.float32)
-    numbers = _numbers(samples, profile, sigma, weight, distance)
-    scale = (*scale_on(grad_scale, pred.device), float(samples.batch) if reduction == "mean" else 1.0)
-    fitting = samples.on_chip(profile.table is not None)
+    numbers = _numbers(samples, call)
+    scale = (*scale_on(call.grad_scale, pred.device), call.divisor)
+    fitting = samples.on_chip(call.profile.table is not None)
     with launching_on(pred.device):
         if fitting is not None:
             block, warps = fitting
             gaussian_on_chip[(samples.batch,)](
                 *samples.data, samples.mask, losses, *numbers, *scale, *samples.walk, block, *samples.variant,
-                num_warps=warps, maxnreg=tuning.ON_CHIP_REGISTERS[warps],
+                **samples.target.options(warps, tuning.ON_CHIP_REGISTERS[warps]),
             )  # fmt: skip
         else:
             split = samples.split()
             partials = samples.workspace(split)
             _sum_squares(samples, split, partials, None, None, NO_NUMBERS)
             _write_gradient(samples, split, None, None, partials, losses, numbers, scale)
-    return reduced(losses, reduction), samples.copied_to(grad)
+    return reduced(losses, call.reduction), samples.copied_to(grad)
 
 
 class _Samples:
@@ -113,9 +95,11 @@ class _Samples:
             layout = _collapsed(shape, data, mask_strides)
             assert layout is not None
         self.data, self.mask, self.layout = data, mask, layout
+        self.target = tuning.target_of(data[0].device)
         self.batch = shape[0]
         strides = [tensor.stride(0) for tensor in data]
-        vector = 16 // data[0].element_size()
+        sizes = [tensor.element_size() for tensor in data]
+        vector, self.itemsize = 16 // min(sizes), max(sizes)
         addresses = [tensor.data_ptr() for tensor in data]
         align = alignment(layout, self.batch, strides, addresses, vector)
         self.extent = layout.size + (vector - 1 if align == SHIFTED and self.batch > 1 else 0)
@@ -133,11 +117,11 @@ class _Samples:
         self.variant = (layout.linear, layout.dims, align, vector, mask_vector)
 
     def split(self, one_launch: bool = False) -> Split:
-        return tuning.stream(self.extent, self.batch, self.kind, self.data[0].element_size(), one_launch)
+        return tuning.stream(self.extent, self.batch, self.kind, self.itemsize, one_launch)
 
     def on_chip(self, tabulated: bool) -> tuple[int, int] | None:
         aligned = self.variant[2] == ALIGNED
-        return tuning.on_chip(self.extent, self.kind, self.data[0].element_size(), aligned, tabulated)
+        return tuning.on_chip(self.extent, self.kind, self.itemsize, aligned, tabulated)
 
     def workspace(self, split: Split) -> tuple[Tensor, Tensor | None]:
         """For the partial sums of squares, and of the mask."""
@@ -169,7 +153,8 @@ def _sum_squares(
         rest = [mask_batch, sizes, pred_strides, target_strides, mask_strides]
     gaussian_distance[(samples.batch * split.parts,)](
         *samples.data[:2], samples.mask, *partials, losses, coefficients, *numbers, size, pred_batch, target_batch,
-        *rest, split.parts, split.blocks, split.block, *samples.variant, samples.layout.wide, num_warps=split.warps,
+        *rest, split.parts, split.blocks, split.block, *samples.variant, samples.layout.wide,
+        **samples.target.options(split.warps),
     )  # fmt: skip
 
 
@@ -186,17 +171,16 @@ def _write_gradient(
     gaussian_gradient[(samples.batch * split.parts,)](
         *samples.data, samples.mask, coefficients, coefficient_stride, *partials, losses, *numbers, *scale,
         *samples.walk, split.parts, split.blocks, split.block, *samples.variant, samples.layout.wide,
-        tuning.PARTIALS_BLOCK, num_warps=split.warps,
+        tuning.PARTIALS_BLOCK, **samples.target.options(split.warps),
     )  # fmt: skip
 
 
-def _numbers(
-    samples: _Samples, profile: GaussianProfile, sigma: float | Tensor, weight: Tensor | None, distance: str
-) -> tuple[Any, ...]:
+def _numbers(samples: _Samples, call: GaussianCall) -> tuple[Any, ...]:
     """sigma, weight, table, profile, count, sigma_squared, sigma_stride, weight_stride."""
+    profile, sigma, weight = call.profile, call.sigma, call.weight
     c, k = float(profile.c), float(profile.k)
     count = 1.0
-    if distance == "mean":
+    if call.distance == "mean":
         # 0 asks for the mask's sum.
         count = float(max(samples.layout.size, 1)) if samples.mask is None else 0.0
     numbers = (c, k, c / k if k else 0.0, float(profile.linear_beyond))
@@ -229,6 +213,7 @@ def reduced(losses: Tensor, reduction: str) -> Tensor:
 
 def launching_on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     """Triton launches on the current device."""
-    if device.type != "cuda" or device.index == torch.cuda.current_device():
+    if device.type == "cpu":
         return contextlib.nullcontext()
-    return torch.cuda.device(device)
+    module = torch.get_device_module(device)
+    return contextlib.nullcontext() if device.index == module.current_device() else module.device(device)

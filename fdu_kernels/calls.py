@@ -1,0 +1,204 @@
+"""What a backend computes: one object holds the arguments of a loss, checked."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fdu_kernels import checks
+from fdu_kernels.critic import ElementFunction
+from fdu_kernels.divergence import Function
+from fdu_kernels.profiles import GaussianProfile
+
+REDUCTIONS = ("none", "mean", "sum")
+DISTANCES = ("mean", "sum")
+PARAMETRIZATIONS = ("log_ratio", "fgan")
+
+
+class Kind(NamedTuple):
+    """What of a call decides which backend can take it."""
+
+    device: torch.device
+    dtype: torch.dtype
+    """Of pred or the log ratio."""
+    other: torch.dtype
+    """Of target."""
+    form: str
+    """"exponential" or "table", a Gaussian loss by the form of its profile; "critic", a function of the density ratio;
+    "python", one that only Python code can compute."""
+
+    def why_not_fused(self, float64: bool = False) -> str | None:
+        """What no fused backend takes, and float64 if this one does not."""
+        if self.form == "python":
+            return (
+                "a generator of your own is Python code, of which only the Gaussian profile can be tabulated; "
+                'use backend="torch"'
+            )
+        if not float64 and torch.float64 in (self.dtype, self.other):
+            return "it computes in float32 and does not take float64"
+        return None
+
+
+class GaussianCall:
+    """weight_b h(s_b), reduced: the arguments of :func:`fdu_kernels.gaussian_divergence`."""
+
+    SCHEMA = (
+        "Tensor pred, Tensor target, float c, float k, float linear_beyond, Tensor? table, float sigma, "
+        "Tensor? sigma_tensor, Tensor? weight, Tensor? mask, str distance, str reduction, float grad_scale, "
+        "Tensor? grad_scale_tensor"
+    )
+    """What ``flat`` gives and ``of`` takes: a number that may be a tensor stands there twice."""
+    __slots__ = ("distance", "grad_scale", "mask", "plain", "pred", "profile", "reduction", "sigma", "target", "weight")
+
+    def __init__(
+        self,
+        pred: Tensor,
+        target: Tensor,
+        profile: GaussianProfile,
+        sigma: float | Tensor = 1.0,
+        weight: Tensor | None = None,
+        mask: Tensor | None = None,
+        distance: str = "mean",
+        reduction: str = "mean",
+        grad_scale: float | Tensor = 1.0,
+    ) -> None:
+        self.pred, self.target, self.profile = pred, target, profile
+        self.sigma, self.weight, self.mask = sigma, weight, mask
+        self.distance, self.reduction, self.grad_scale = distance, reduction, grad_scale
+        self.plain = False
+
+    @staticmethod
+    def of(
+        pred: Tensor, target: Tensor, c: float, k: float, linear_beyond: float, table: Tensor | None, sigma: float,
+        sigma_tensor: Tensor | None, weight: Tensor | None, mask: Tensor | None, distance: str, reduction: str,
+        grad_scale: float, grad_scale_tensor: Tensor | None,
+    ) -> GaussianCall:  # fmt: skip
+        """The call whose ``flat`` form this is."""
+        profile = GaussianProfile(c, k, linear_beyond, table)
+        sigmas, scale = _joined(sigma, sigma_tensor), _joined(grad_scale, grad_scale_tensor)
+        return GaussianCall(pred, target, profile, sigmas, weight, mask, distance, reduction, scale)
+
+    def flat(self) -> tuple[Any, ...]:
+        """What an op takes."""
+        h = self.profile
+        return (
+            self.pred, self.target.detach(), h.c, h.k, h.linear_beyond, h.table, *_split(self.sigma), self.weight,
+            self.mask, self.distance, self.reduction, *_split(self.grad_scale),
+        )  # fmt: skip
+
+    def checked(self, grad_out: Tensor | None = None) -> GaussianCall:
+        """Raise for what no backend may get; itself, with its constants outside autograd and in real memory."""
+        pred = self.pred
+        checks.check_floating("pred", pred)
+        checks.check_floating("target", self.target)
+        checks.check_same("pred", pred, "target", self.target)
+        checks.check_batch("pred", pred)
+        checks.check_sigma(self.sigma, pred)
+        checks.check_mask(self.mask, pred)
+        checks.check_choice("distance", self.distance, DISTANCES)
+        checks.check_weight(self.weight, pred)
+        checks.check_choice("reduction", self.reduction, REDUCTIONS)
+        checks.check_grad_scale(self.grad_scale)
+        checks.check_grad_out(grad_out, pred, self.target)
+        self.plain = checks.is_plain(pred)
+        if self.plain:
+            self.pred, self.target = _in_memory(pred), _in_memory(self.target)
+            self.weight, self.mask = _in_memory(self.weight), _in_memory(self.mask)
+        return self
+
+    def kind(self) -> tuple[torch.device, torch.dtype, torch.dtype, str]:
+        """What a Kind holds; a tuple, because it is made at every call."""
+        pred = self.pred
+        return pred.device, pred.dtype, self.target.dtype, "exponential" if self.profile.table is None else "table"
+
+    @property
+    def accumulation(self) -> torch.dtype:
+        """The dtype of sums and values."""
+        return checks.accumulation_dtype(self.pred.dtype, self.target.dtype)
+
+    @property
+    def divisor(self) -> float:
+        """What a mean of losses divides by, and 1 else."""
+        return float(self.pred.shape[0]) if self.reduction == "mean" else 1.0
+
+
+class ExpectationCall:
+    """y(v) times weight [B] or mask, reduced: a density-ratio estimate, or one of the variational bound's two terms.
+
+    A mean divides by the number of elements, or by the sum of the mask over all elements (0 gives 0).
+    """
+
+    SCHEMA = (
+        "Tensor v, float[] numbers, Tensor? weight, Tensor? mask, str reduction, float grad_scale, "
+        "Tensor? grad_scale_tensor"
+    )
+    """As in GaussianCall."""
+
+    __slots__ = ("function", "grad_scale", "mask", "plain", "reduction", "v", "weight")
+
+    def __init__(
+        self,
+        v: Tensor,
+        function: Function,
+        weight: Tensor | None = None,
+        mask: Tensor | None = None,
+        reduction: str = "mean",
+        grad_scale: float | Tensor = 1.0,
+    ) -> None:
+        self.v, self.function = v, function
+        self.weight, self.mask = weight, mask
+        self.reduction, self.grad_scale = reduction, grad_scale
+        self.plain = False
+
+    @staticmethod
+    def of(
+        v: Tensor, numbers: list[float], weight: Tensor | None, mask: Tensor | None, reduction: str, grad_scale: float,
+        grad_scale_tensor: Tensor | None,
+    ) -> ExpectationCall:  # fmt: skip
+        """The call whose ``flat`` form this is."""
+        function = ElementFunction.of(tuple(numbers))
+        return ExpectationCall(v, function, weight, mask, reduction, _joined(grad_scale, grad_scale_tensor))
+
+    def flat(self) -> tuple[Any, ...]:
+        """What an op takes."""
+        numbers = list(self.function.numbers or ())
+        return self.v, numbers, self.weight, self.mask, self.reduction, *_split(self.grad_scale)
+
+    def checked(self, name: str) -> ExpectationCall:
+        """Raise for what no backend may get; itself, with its constants in real memory. ``name``: what v is called."""
+        checks.check_choice("reduction", self.reduction, REDUCTIONS)
+        checks.check_floating(name, self.v)
+        if name == "log_ratio":
+            checks.check_batch(name, self.v)
+        checks.check_weight(self.weight, self.v, name)
+        checks.check_mask(self.mask, self.v, name)
+        checks.check_grad_scale(self.grad_scale)
+        self.plain = checks.is_plain(self.v)
+        if self.plain:
+            self.v, self.weight, self.mask = _in_memory(self.v), _in_memory(self.weight), _in_memory(self.mask)
+        return self
+
+    def kind(self) -> tuple[torch.device, torch.dtype, torch.dtype, str]:
+        """As in GaussianCall."""
+        v = self.v
+        return v.device, v.dtype, v.dtype, "python" if self.function.numbers is None else "critic"
+
+    @property
+    def accumulation(self) -> torch.dtype:
+        """The dtype of sums and values."""
+        return checks.accumulation_dtype(self.v.dtype)
+
+
+def _in_memory(tensor: Any) -> Any:
+    # A pointer does not show the negative bit, which the imaginary part of a conjugate has.
+    return tensor if tensor is None or not tensor.is_neg() else tensor.resolve_neg()
+
+
+def _split(number: float | Tensor) -> tuple[float, Tensor | None]:
+    return (1.0, number.detach()) if isinstance(number, Tensor) else (number * 1.0, None)
+
+
+def _joined(number: float, tensor: Tensor | None) -> float | Tensor:
+    return number if tensor is None else tensor

@@ -1,0 +1,72 @@
+"""A divergence as what a call holds: its profile, or its functions of the density ratio.
+
+Compiled code holds a table and a row of numbers as constants. It can find them by a string, not by a divergence. The
+numbers (c, k) of an elementary profile are no constants: a sweep of alpha is one graph.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fdu_kernels import custom
+from fdu_kernels.catalogue import find_divergence
+from fdu_kernels.critic import ElementFunction
+from fdu_kernels.divergence import Divergence, Function
+from fdu_kernels.profiles import GaussianProfile, Grid
+
+
+def profile_of(divergence: Divergence, pred: Tensor) -> GaussianProfile:
+    """h, for a call of that tensor."""
+    if not torch.compiler.is_compiling():
+        return divergence.gaussian_profile
+    if divergence.exponential is not None:
+        c, k = divergence.exponential
+        return GaussianProfile.exponential(c, k)
+    grid = _grid(divergence.key)
+    return GaussianProfile(0.0, 0.0, grid.linear_beyond, _table(divergence.key, pred.device), grid)
+
+
+def critic_functions(divergence: Divergence, parametrization: str) -> tuple[Function, Function]:
+    """A and B of the variational bound."""
+    if not torch.compiler.is_compiling():
+        return divergence.critic_functions(parametrization)
+    if divergence.custom is not None:
+        return custom.critic_functions(divergence.custom)
+    a, b = _critic_numbers(divergence.key, parametrization)
+    return ElementFunction.of(a), ElementFunction.of(b)
+
+
+def ratio_function(divergence: Divergence, samples_from: str) -> Function:
+    """The integrand of the density-ratio estimate."""
+    if not torch.compiler.is_compiling():
+        return divergence.ratio_function(samples_from)
+    if divergence.custom is not None:
+        return custom.ratio_function(divergence.custom, samples_from)
+    return ElementFunction.of(_ratio_numbers(divergence.key, samples_from))
+
+
+@torch.compiler.assume_constant_result
+def _grid(key: str) -> Grid:
+    grid = find_divergence(key).gaussian_profile.grid
+    assert grid is not None
+    return grid
+
+
+@torch.compiler.assume_constant_result
+def _table(key: str, device: torch.device) -> Tensor | None:
+    return find_divergence(key).gaussian_profile.table_on(device)
+
+
+@torch.compiler.assume_constant_result
+def _critic_numbers(key: str, parametrization: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    a, b = find_divergence(key).critic_functions(parametrization)
+    assert a.numbers is not None and b.numbers is not None
+    return a.numbers, b.numbers
+
+
+@torch.compiler.assume_constant_result
+def _ratio_numbers(key: str, samples_from: str) -> tuple[float, ...]:
+    numbers = find_divergence(key).ratio_function(samples_from).numbers
+    assert numbers is not None
+    return numbers

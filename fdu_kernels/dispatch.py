@@ -1,0 +1,112 @@
+"""Which way a call goes: straight to the kernels, to an op that compiled code can hold, or to one of the exceptions.
+
+| tensors | fused backend | backend "torch" |
+|---|---|---|
+| plain, in eager mode | its kernels, with autograd around them | the same |
+| compiled code, subclasses, modes | torch.library ops | formulas |
+| torch.func, dual numbers | its kernels, with rules for vmap and derivatives | formulas |
+| DTensor | the above on each shard | the same |
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from fdu_kernels import autograd, formulas, sharded, torch_ops, transforms
+from fdu_kernels.calls import ExpectationCall, GaussianCall
+from fdu_kernels.registry import backend_named, choose_backend
+from fdu_kernels.scalar import is_functionalized
+
+FORMULAS = "torch"
+"""The backend that fdu_kernels.formulas is."""
+
+
+def gaussian(call: GaussianCall, backend: str | None) -> Tensor:
+    """The loss, differentiable in pred."""
+    name = choose_backend(backend, call)
+    if call.plain:
+        return autograd.gaussian(call, backend_named(name))
+    if sharded.is_sharded(call.pred):
+        return sharded.gaussian(call, lambda local: gaussian(local.checked(), name))
+    way = _way(name)
+    if way is formulas:
+        return formulas.gaussian(call)
+    if way is transforms:
+        return transforms.gaussian(call, backend_named(name))
+    return formulas.reduce(torch_ops.gaussian_forward(*call.flat(), name)[0], call.reduction)
+
+
+def gaussian_value_and_grad(
+    call: GaussianCall, grad_out: Tensor | None, backend: str | None
+) -> tuple[Tensor, Tensor]:
+    """The reduced loss, and the gradient of its sum times grad_scale."""
+    name = choose_backend(backend, call)
+    if call.plain:
+        return backend_named(name).gaussian_value_and_grad(call, grad_out)
+    way = _way(name)
+    if sharded.is_sharded(call.pred):
+        value, grad = sharded.gaussian_value_and_grad(call, lambda local: gaussian_value_and_grad(local.checked(), None, name))
+    elif way is transforms:
+        value, grad = transforms.gaussian_value_and_grad(call, backend_named(name))
+    else:
+        if not _transformed():
+            call.pred = call.pred.detach()
+        if way is formulas:
+            value, grad = formulas.gaussian_value_and_grad(call)
+        else:
+            value, grad = torch_ops.gaussian_value_and_grad(*call.flat(), name)
+    return value, grad if grad_out is None else grad_out.copy_(grad)
+
+
+def expectations(calls: tuple[ExpectationCall, ...], backend: str | None) -> Tensor:
+    """The sum of the calls' values, differentiable in each v."""
+    name = choose_backend(backend, calls[-1])
+    if all(call.plain for call in calls):
+        return autograd.expectations(calls, backend_named(name))
+    terms = [_expectation(call, name) for call in calls]
+    return terms[0] if len(terms) == 1 else terms[0] + terms[1]
+
+
+def _expectation(call: ExpectationCall, name: str) -> Tensor:
+    if sharded.is_sharded(call.v):
+        return sharded.expectation(call, lambda local: expectations((local.checked("v"),), name))
+    way = _way(name)
+    if way is formulas:
+        return formulas.expectation(call)
+    if way is transforms:
+        return formulas.expectation(transforms.by_kernels(call, backend_named(name)))
+    return torch_ops.expectation_forward(*call.flat(), name)
+
+
+def expectation_value_and_grad(call: ExpectationCall, backend: str | None) -> tuple[Tensor, Tensor]:
+    """The value, and the gradient of its sum times grad_scale."""
+    name = choose_backend(backend, call)
+    if call.plain:
+        return backend_named(name).expectation_value_and_grad(call)
+    if sharded.is_sharded(call.v):
+        return sharded.expectation_value_and_grad(call, lambda local: expectation_value_and_grad(local.checked("v"), name))
+    way = _way(name)
+    if way is transforms:
+        return formulas.expectation_value_and_grad(transforms.by_kernels(call, backend_named(name)))
+    if not _transformed():
+        call.v = call.v.detach()
+    if way is formulas:
+        return formulas.expectation_value_and_grad(call)
+    return torch_ops.expectation_value_and_grad(*call.flat(), name)
+
+
+def _transformed() -> bool:
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def _way(name: str) -> ModuleType:
+    """The module that computes what is not plain: formulas, transforms or torch_ops."""
+    if name == FORMULAS:
+        return formulas
+    if not _transformed():
+        return torch_ops
+    return formulas if torch.compiler.is_compiling() or is_functionalized() else transforms

@@ -1,0 +1,1 @@
+"""The backends, a file or folder each, that compute the calls of fdu_kernels.calls; fdu_kernels.registry names them."""

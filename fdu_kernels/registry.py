@@ -1,0 +1,155 @@
+"""Which backend computes: their names, the ways to ask for one, and the choice.
+
+A backend is a module, or an object, that has what :class:`Backend` says. To add one, write its file and add its line to
+PLACES: eager calls, autograd, torch.compile, torch.func and the checks come with it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import functools
+import importlib
+import logging
+import os
+from collections.abc import Iterator
+from typing import Protocol, cast
+
+import torch
+from torch import Tensor
+
+from fdu_kernels.calls import ExpectationCall, GaussianCall, Kind
+
+ENVIRONMENT_VARIABLE = "FDU_BACKEND"
+PLACES = {
+    "triton": "fdu_kernels.kernels.triton",
+    "cuda": "fdu_kernels.kernels.native:cuda",
+    "cpu": "fdu_kernels.kernels.native:cpu",
+    "torch": "fdu_kernels.kernels.reference",
+}
+"""Name -> module, or module:object, the preferred first. It is imported when it is first asked for."""
+
+
+class Backend(Protocol):
+    """Six functions of a call; calls arrive checked. "acc" is float32, or float64 where an input is float64.
+
+    Sums are accumulated in acc or better, in a fixed order: a result is the same to the last bit on every run. On the CPU
+    the order depends on shapes, strides, dtypes and instruction set, and not on the number of threads; on a GPU on shapes,
+    strides, dtypes, alignment and the device. Nothing here makes the host wait. Gradients have the dtype of their input,
+    rounded once.
+    """
+
+    FUSES_FORWARD: bool
+    """Whether the forward of autograd should compute the gradient as well. It pays where reading the upstream gradient
+    costs nothing (the CPU): the usual 1.0 then needs no second pass."""
+
+    def why_unavailable(self) -> str | None:
+        """Why it cannot run on this machine, or None. Cheap: the answer is asked for at every call."""
+
+    def why_unsuitable(self, kind: Kind) -> str | None:
+        """Why it cannot take calls of this kind, or None."""
+
+    def gaussian_forward(self, call: GaussianCall) -> tuple[Tensor, Tensor]:
+        """weight h(s) [B] and 2 weight h'(s) / (sigma^2 Z) [B], both acc. Reads pred and target once."""
+
+    def gaussian_backward(self, call: GaussianCall, coefficient: Tensor) -> Tensor:
+        """coefficient_b mask (pred - target); coefficient [B] acc."""
+
+    def gaussian_value_and_grad(self, call: GaussianCall, grad_out: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The reduced loss ([B] for "none", else []; acc) and the gradient of its sum, times grad_scale."""
+
+    def expectation_forward(self, call: ExpectationCall) -> Tensor:
+        """The value: of the shape of v for "none", else []; acc."""
+
+    def expectation_backward(self, call: ExpectationCall, upstream: Tensor) -> Tensor:
+        """The gradient in v: upstream is [] acc, or of the shape of v for reduction "none"."""
+
+    def expectation_value_and_grad(self, call: ExpectationCall) -> tuple[Tensor, Tensor]:
+        """The value, and the gradient of its sum times grad_scale, in one pass."""
+
+
+_logger = logging.getLogger("fdu_kernels")
+_wish: contextvars.ContextVar[str | None] = contextvars.ContextVar("fdu_kernels_backend", default=None)
+
+
+@functools.cache
+def backend_named(name: str) -> Backend:
+    """The backend of that name."""
+    module, _, attribute = PLACES[name].partition(":")
+    found = importlib.import_module(module)
+    return cast(Backend, getattr(found, attribute) if attribute else found)
+
+
+def backends() -> dict[str, str | None]:
+    """Every backend by name: None if it can run here, else the reason why not. The preferred comes first."""
+    return {name: backend_named(name).why_unavailable() for name in PLACES}
+
+
+@contextlib.contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Compute with one backend inside the block. Blocks nest, and threads and tasks have their own choice.
+
+    Raises:
+        ValueError: there is no backend of that name.
+        RuntimeError: that backend cannot run here (with the reasons of all).
+    """
+    _require(name, "use_backend")
+    token = _wish.set(name)
+    try:
+        yield
+    finally:
+        _wish.reset(token)
+
+
+def choose_backend(name: str | None, call: GaussianCall | ExpectationCall) -> str:
+    """The backend for one call: the argument, else use_backend, else FDU_BACKEND, else the first that fits.
+
+    Compiled code keeps the choice it was traced with.
+
+    Raises:
+        ValueError: a backend was asked for that does not exist.
+        RuntimeError: a backend was asked for that cannot run or cannot take this call.
+    """
+    return _choose(name, *call.kind())
+
+
+@torch.compiler.assume_constant_result
+def _choose(name: str | None, device: torch.device, dtype: torch.dtype, other: torch.dtype, form: str) -> str:
+    origin = "backend"
+    if name is None:
+        name, origin = _wish.get(), "use_backend"
+    if name is None:
+        name, origin = os.environ.get(ENVIRONMENT_VARIABLE) or None, ENVIRONMENT_VARIABLE
+    if name is None:
+        return _fastest(device, dtype, other, form)
+    reason = _require(name, origin).why_unsuitable(Kind(device, dtype, other, form))
+    if reason is not None:
+        raise RuntimeError(f"{origin} asks for {name!r}, which cannot take this call: {reason}")
+    return name
+
+
+@functools.lru_cache(maxsize=1024)
+def _fastest(device: torch.device, dtype: torch.dtype, other: torch.dtype, form: str) -> str:
+    """The first backend that fits; what was found is logged once."""
+    kind = Kind(device, dtype, other, form)
+    for name in PLACES:
+        backend = backend_named(name)
+        if backend.why_unavailable() is None and backend.why_unsuitable(kind) is None:
+            if _logger.isEnabledFor(logging.INFO):  # to report on all of them may take a build
+                _logger.info("%s computes %s losses of %s on %s; %s", name, form, dtype, device, _report())
+            return name
+    raise RuntimeError(f"no backend can take this call; {_report()}")
+
+
+def _require(name: str, origin: str) -> Backend:
+    if name not in PLACES:
+        raise ValueError(f"{origin} asks for the unknown backend {name!r}; known: {', '.join(PLACES)}")
+    backend = backend_named(name)
+    if backend.why_unavailable() is not None:
+        raise RuntimeError(f"{origin} asks for {name!r}, which cannot run here; {_report()}")
+    return backend
+
+
+def _report() -> str:
+    states = (f"{name} ({reason or 'can run'})" for name, reason in backends().items())
+    return f"the backends are: {', '.join(states)}"
