@@ -45,11 +45,11 @@ class GaussianCall:
     """weight_b h(s_b), reduced: the arguments of :func:`fdu_kernels.gaussian_divergence`."""
 
     SCHEMA = (
-        "Tensor pred, Tensor target, float c, float k, float linear_beyond, Tensor? table, float sigma, "
-        "Tensor? sigma_tensor, Tensor? weight, Tensor? mask, str distance, str reduction, float grad_scale, "
-        "Tensor? grad_scale_tensor"
+        "Tensor pred, Tensor target, float[] numbers, Tensor? symbolic, Tensor? table, Tensor? sigma, Tensor? weight, "
+        "Tensor? mask, str distance, str reduction, Tensor? grad_scale"
     )
-    """What ``flat`` gives and ``of`` takes: a number that may be a tensor stands there twice."""
+    """What ``flat`` gives and ``of`` takes. numbers: c, k, linear_beyond, sigma and grad_scale, where they are no tensors;
+    symbolic: the same as a tensor on the CPU, where compiled code does not hold them as constants."""
     __slots__ = ("distance", "grad_scale", "mask", "plain", "pred", "profile", "reduction", "sigma", "target", "weight")
 
     def __init__(
@@ -71,21 +71,24 @@ class GaussianCall:
 
     @staticmethod
     def of(
-        pred: Tensor, target: Tensor, c: float, k: float, linear_beyond: float, table: Tensor | None, sigma: float,
-        sigma_tensor: Tensor | None, weight: Tensor | None, mask: Tensor | None, distance: str, reduction: str,
-        grad_scale: float, grad_scale_tensor: Tensor | None,
+        pred: Tensor, target: Tensor, numbers: list[float], symbolic: Tensor | None, table: Tensor | None,
+        sigma: Tensor | None, weight: Tensor | None, mask: Tensor | None, distance: str, reduction: str,
+        grad_scale: Tensor | None,
     ) -> GaussianCall:  # fmt: skip
         """The call whose ``flat`` form this is."""
-        profile = GaussianProfile(c, k, linear_beyond, table)
-        sigmas, scale = _joined(sigma, sigma_tensor), _joined(grad_scale, grad_scale_tensor)
-        return GaussianCall(pred, target, profile, sigmas, weight, mask, distance, reduction, scale)
+        c, k, linear_beyond, number, scale = numbers if symbolic is None else symbolic.tolist()
+        return GaussianCall(
+            pred, target, GaussianProfile(c, k, linear_beyond, table), number if sigma is None else sigma, weight, mask,
+            distance, reduction, scale if grad_scale is None else grad_scale,
+        )  # fmt: skip
 
     def flat(self) -> tuple[Any, ...]:
         """What an op takes."""
-        h = self.profile
+        h, (number, sigma), (scale, grad_scale) = self.profile, _split(self.sigma), _split(self.grad_scale)
+        numbers = [h.c, h.k, h.linear_beyond, number, scale]
         return (
-            self.pred, self.target.detach(), h.c, h.k, h.linear_beyond, h.table, *_split(self.sigma), self.weight,
-            self.mask, self.distance, self.reduction, *_split(self.grad_scale),
+            self.pred, self.target.detach(), *_constant_or_not(numbers), h.table, sigma, self.weight, self.mask,
+            self.distance, self.reduction, grad_scale,
         )  # fmt: skip
 
     def checked(self, grad_out: Tensor | None = None) -> GaussianCall:
@@ -131,11 +134,9 @@ class ExpectationCall:
     """
 
     SCHEMA = (
-        "Tensor v, float[] numbers, Tensor? weight, Tensor? mask, str reduction, float grad_scale, "
-        "Tensor? grad_scale_tensor"
+        "Tensor v, float[] function, Tensor? weight, Tensor? mask, str reduction, float number, Tensor? grad_scale"
     )
-    """As in GaussianCall."""
-
+    """What ``flat`` gives and ``of`` takes. function: the numbers of an ElementFunction; number: grad_scale, if it is one."""
     __slots__ = ("function", "grad_scale", "mask", "plain", "reduction", "v", "weight")
 
     def __init__(
@@ -154,17 +155,17 @@ class ExpectationCall:
 
     @staticmethod
     def of(
-        v: Tensor, numbers: list[float], weight: Tensor | None, mask: Tensor | None, reduction: str, grad_scale: float,
-        grad_scale_tensor: Tensor | None,
+        v: Tensor, function: list[float], weight: Tensor | None, mask: Tensor | None, reduction: str, number: float,
+        grad_scale: Tensor | None,
     ) -> ExpectationCall:  # fmt: skip
         """The call whose ``flat`` form this is."""
-        function = ElementFunction.of(tuple(numbers))
-        return ExpectationCall(v, function, weight, mask, reduction, _joined(grad_scale, grad_scale_tensor))
+        scale = number if grad_scale is None else grad_scale
+        return ExpectationCall(v, ElementFunction.of(tuple(function)), weight, mask, reduction, scale)
 
     def flat(self) -> tuple[Any, ...]:
         """What an op takes."""
-        numbers = list(self.function.numbers or ())
-        return self.v, numbers, self.weight, self.mask, self.reduction, *_split(self.grad_scale)
+        function = list(self.function.numbers or ())
+        return self.v, function, self.weight, self.mask, self.reduction, *_split(self.grad_scale)
 
     def checked(self, name: str) -> ExpectationCall:
         """Raise for what no backend may get; itself, with its constants in real memory. ``name``: what v is called."""
@@ -200,5 +201,11 @@ def _split(number: float | Tensor) -> tuple[float, Tensor | None]:
     return (1.0, number.detach()) if isinstance(number, Tensor) else (number * 1.0, None)
 
 
-def _joined(number: float, tensor: Tensor | None) -> float | Tensor:
-    return number if tensor is None else tensor
+def _constant_or_not(numbers: list[float]) -> tuple[list[float], Tensor | None]:
+    """Numbers as they are; or as a tensor, where compiled code takes them for symbols: as an op's they would be guarded."""
+    if not torch.compiler.is_compiling():
+        return numbers, None
+    if all(torch.fx.experimental.symbolic_shapes.has_static_value(number) for number in numbers):
+        return numbers, None
+    one = torch.ones((), dtype=torch.float64, device="cpu")
+    return [], torch.stack([one * number for number in numbers])

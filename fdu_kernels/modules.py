@@ -86,7 +86,7 @@ class GaussianDivergenceLoss(nn.Module):
             # One row a call; free places are inf.
             self.register_buffer("observed", torch.full((calibration_calls, places), torch.inf, dtype=torch.float32))
             # The count is kept twice: reading the buffer at every call would make the host wait.
-            self._calls = 0
+            self._calls = torch.zeros((), dtype=torch.int64, device="cpu")
             self.register_load_state_dict_post_hook(_read_calls)
 
     def forward(
@@ -108,7 +108,7 @@ class GaussianDivergenceLoss(nn.Module):
             _check_sigma_scale(sigma_scale, pred)
         if self.auto:
             self._follow(pred)
-            if self.training and self._calls < self.calibration_calls:
+            if self.training:
                 self._calibrate(pred, target, mask, sigma_scale)
         sigma = self.sigma
         if sigma_scale is not None:
@@ -123,28 +123,21 @@ class GaussianDivergenceLoss(nn.Module):
         if isinstance(pred, Tensor) and pred.device.type != "meta" and pred.device != self.observed.device:
             self.to(pred.device)
 
-    @torch.no_grad()
     def _calibrate(self, pred: Tensor, target: Tensor, mask: Tensor | None, sigma_scale: Tensor | None) -> None:
-        scale = 1.0 if sigma_scale is None else sigma_scale
-        distances = functional.squared_distance(pred, target, scale, mask, self.distance).to(self.observed.dtype)
-        places = self.observed.shape[1]
-        row = _quantiles(distances, places)
-        if self.synchronize and distributed.is_available() and distributed.is_initialized():
-            # Rows, not distances: these are of one length, also where batches are not.
-            rows = [torch.empty_like(row) for _ in range(distributed.get_world_size())]
-            distributed.all_gather(rows, row)
-            row = _quantiles(torch.cat(rows), places)
-        self.observed[self._calls] = row
-        # inf sorts behind the samples.
-        pool = self.observed.flatten().sort().values
-        samples = torch.isfinite(pool).sum()
-        middle = torch.stack([(samples - 1).clamp(min=0) // 2, samples // 2]).clamp(max=len(pool) - 1)
-        median = pool[middle].mean()
-        # A new tensor: a graph of an earlier call may still need the old one.
-        sigma = self.get_buffer("sigma")
-        self.sigma = torch.where(samples > 0, torch.sqrt(median / self.s0), sigma)
-        self._calls += 1
-        self.calls.add_(1)
+        compiled = torch.compiler.is_compiling()
+        if not compiled and int(self._calls) >= self.calibration_calls:
+            return
+        if not compiled and torch._C._are_functorch_transforms_active():
+            raise RuntimeError(
+                'sigma="auto" cannot calibrate inside a transform of torch.func; make its first calls outside, or call '
+                "eval() on the loss to leave sigma as it is"
+            )
+        # Compiled code holds an op: one graph for calls that calibrate and calls that do not, and the same bits.
+        mask, sigma_scale = (None if given is None else given.detach() for given in (mask, sigma_scale))
+        self.sigma = (_calibrated_op if compiled else _calibrated)(
+            pred.detach(), target.detach(), mask, sigma_scale, self.get_buffer("sigma"), self.observed, self.calls,
+            self._calls, self.s0, self.distance, self.synchronize,
+        )  # fmt: skip
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> GaussianDivergenceLoss:
         # .half() and .double() are meant for the model; the calibration stays in float32 and moves only.
@@ -187,6 +180,38 @@ def _check_sigma_scale(sigma_scale: Tensor, pred: Tensor) -> None:
         raise ValueError(f"sigma_scale must be positive, but its smallest value is {sigma_scale.min().item():g}")
 
 
+def _calibrated(
+    pred: Tensor, target: Tensor, mask: Tensor | None, sigma_scale: Tensor | None, sigma: Tensor, observed: Tensor,
+    calls: Tensor, counted: Tensor, s0: float, distance: str, synchronize: bool,
+) -> Tensor:  # fmt: skip
+    """sigma after another call, whose distances are put into a row of ``observed``; ``counted`` is calls on the CPU."""
+    if int(counted) >= len(observed):
+        return sigma.clone()
+    scale = 1.0 if sigma_scale is None else sigma_scale
+    distances = functional.squared_distance(pred, target, scale, mask, distance).to(observed.dtype)
+    row = _quantiles(distances, observed.shape[1])
+    if synchronize and distributed.is_available() and distributed.is_initialized():
+        # Rows, not distances: these are of one length, also where batches are not.
+        rows = [torch.empty_like(row) for _ in range(distributed.get_world_size())]
+        distributed.all_gather(rows, row)
+        row = _quantiles(torch.cat(rows), observed.shape[1])
+    observed[int(counted)] = row
+    # inf sorts behind the samples.
+    pool = observed.flatten().sort().values
+    samples = torch.isfinite(pool).sum()
+    middle = torch.stack([(samples - 1).clamp(min=0) // 2, samples // 2]).clamp(max=len(pool) - 1)
+    calls.add_(1)
+    counted.add_(1)
+    # A new tensor: a graph of an earlier call may still need the old one.
+    return torch.where(samples > 0, torch.sqrt(pool[middle].mean() / s0), sigma)
+
+
+_calibrated_op = torch.library.custom_op(
+    "fdu_kernels::calibrated", _calibrated, mutates_args=("observed", "calls", "counted")
+)
+_calibrated_op.register_fake(lambda *arguments: torch.empty_like(arguments[4]))
+
+
 def _quantiles(distances: Tensor, places: int) -> Tensor:
     """The finite distances > 0 of [B], sorted, or as many evenly spaced quantiles as there are places; then inf."""
     ordered = torch.where(torch.isfinite(distances) & (distances > 0), distances, torch.inf).sort().values
@@ -202,7 +227,7 @@ def _quantiles(distances: Tensor, places: int) -> Tensor:
 
 def _read_calls(module: nn.Module, incompatible_keys: Any) -> None:
     if isinstance(module, GaussianDivergenceLoss):
-        module._calls = int(module.calls)
+        module._calls = module.calls.to("cpu", copy=True)
 
 
 class VariationalDivergenceLoss(nn.Module):

@@ -21,13 +21,13 @@ from torch import Tensor
 from fdu_kernels.calls import ExpectationCall, GaussianCall, Kind
 
 ENVIRONMENT_VARIABLE = "FDU_BACKEND"
-PLACES = {
+PLACES: dict[str, str | Backend] = {
     "triton": "fdu_kernels.kernels.triton",
     "cuda": "fdu_kernels.kernels.native:cuda",
     "cpu": "fdu_kernels.kernels.native:cpu",
     "torch": "fdu_kernels.kernels.reference",
 }
-"""Name -> module, or module:object, the preferred first. It is imported when it is first asked for."""
+"""Name -> module, module:object or the backend itself, the preferred first. A module is imported when first asked for."""
 
 
 class Backend(Protocol):
@@ -75,7 +75,10 @@ _wish: contextvars.ContextVar[str | None] = contextvars.ContextVar("fdu_kernels_
 @functools.cache
 def backend_named(name: str) -> Backend:
     """The backend of that name."""
-    module, _, attribute = PLACES[name].partition(":")
+    place = PLACES[name]
+    if not isinstance(place, str):
+        return place
+    module, _, attribute = place.partition(":")
     found = importlib.import_module(module)
     return cast(Backend, getattr(found, attribute) if attribute else found)
 

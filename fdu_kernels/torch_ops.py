@@ -50,7 +50,7 @@ def gaussian_value_and_grad(*arguments: Any) -> tuple[Tensor, Tensor]:
 @gaussian_value_and_grad.register_fake
 def _(pred: Tensor, target: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     losses = _losses(pred, target)
-    return losses if rest[-4] == "none" else losses.new_empty(()), torch.empty_like(pred)
+    return losses if rest[-3] == "none" else losses.new_empty(()), torch.empty_like(pred)
 
 
 @custom_op("fdu_kernels::expectation_forward", mutates_args=(), schema=f"({ExpectationCall.SCHEMA}, str backend) -> Tensor")

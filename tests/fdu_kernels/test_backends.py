@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import types
 from collections.abc import Iterator
 
@@ -10,18 +9,19 @@ import pytest
 import torch
 
 import fdu_kernels as fk
-from fdu_kernels.backends import choose_backend, reference
+from fdu_kernels import registry
+from fdu_kernels.calls import GaussianCall
+from fdu_kernels.kernels import reference
+from fdu_kernels.registry import choose_backend
 
-# The name fdu_kernels.backends is the function.
-PACKAGE = importlib.import_module("fdu_kernels.backends")
-KL = fk.get_divergence("kl")
+CALL = GaussianCall(torch.ones(2), torch.ones(2), fk.get_divergence("kl").gaussian_profile)
 
 
 def fake(unavailable: str | None = None, unsuitable: str | None = None) -> types.SimpleNamespace:
     return types.SimpleNamespace(
         why_unavailable=lambda: unavailable,
-        why_unsuitable=lambda device, dtype, own, form: unsuitable,
-        gaussian_divergence=lambda *arguments: "computed by a fake",
+        why_unsuitable=lambda kind: unsuitable,
+        gaussian_forward=lambda call: (torch.full((2,), 7.0), None),
     )
 
 
@@ -34,10 +34,12 @@ def modules(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, object]]:
         "other": fake(),
         "torch": reference,
     }
-    monkeypatch.setattr(PACKAGE, "REGISTRY", found)
-    PACKAGE._fastest.cache_clear()
+    monkeypatch.setattr(registry, "PLACES", found)
+    for cache in (registry._fastest, registry.backend_named):
+        cache.cache_clear()
     yield found
-    PACKAGE._fastest.cache_clear()
+    for cache in (registry._fastest, registry.backend_named):
+        cache.cache_clear()
 
 
 def test_the_reference_can_run_here() -> None:
@@ -50,23 +52,23 @@ def test_reasons(modules: dict[str, object]) -> None:
 
 def test_order_of_wishes(modules: dict[str, object], monkeypatch: pytest.MonkeyPatch) -> None:
     tensor = torch.ones(2)
-    assert choose_backend(None, tensor, KL, "gaussian") is modules["other"]
+    assert choose_backend(None, CALL) == "other"
     monkeypatch.setenv("FDU_BACKEND", "torch")
-    assert choose_backend(None, tensor, KL, "gaussian") is reference
+    assert choose_backend(None, CALL) == "torch"
     with fk.use_backend("other"):
-        assert choose_backend(None, tensor, KL, "gaussian") is modules["other"]
-        assert choose_backend("torch", tensor, KL, "gaussian") is reference
+        assert choose_backend(None, CALL) == "other"
+        assert choose_backend("torch", CALL) == "torch"
         with fk.use_backend("torch"):
-            assert choose_backend(None, tensor, KL, "gaussian") is reference
-        assert choose_backend(None, tensor, KL, "gaussian") is modules["other"]
-        assert fk.gaussian_divergence(tensor, tensor) == "computed by a fake"
-    assert choose_backend(None, tensor, KL, "gaussian") is reference
+            assert choose_backend(None, CALL) == "torch"
+        assert choose_backend(None, CALL) == "other"
+        assert fk.gaussian_divergence(tensor, tensor) == 7
+    assert choose_backend(None, CALL) == "torch"
 
 
 def test_the_context_ends_with_an_error(modules: dict[str, object]) -> None:
     with pytest.raises(KeyError), fk.use_backend("torch"):
         raise KeyError
-    assert choose_backend(None, torch.ones(2), KL, "gaussian") is modules["other"]
+    assert choose_backend(None, CALL) == "other"
 
 
 def test_refusals(modules: dict[str, object], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -88,9 +90,9 @@ def test_refusals(modules: dict[str, object], monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_nothing_fits(modules: dict[str, object], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(PACKAGE, "REGISTRY", {name: modules[name] for name in ("absent", "picky")})
+    monkeypatch.setattr(registry, "PLACES", {name: modules[name] for name in ("absent", "picky")})
     with pytest.raises(RuntimeError, match=r"no backend can take this call.*absent \(no such device\)"):
-        choose_backend(None, torch.ones(2), KL, "gaussian")
+        choose_backend(None, CALL)
 
 
 def test_a_module_can_name_its_backend() -> None:

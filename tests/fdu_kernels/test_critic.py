@@ -10,10 +10,13 @@ from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
 import fdu_kernels as fk
-from fdu_kernels.critic import critic_terms, ratio_terms
-from fdu_kernels.scalar import MAX_EXPONENT
+from fdu_kernels.scalar import MAX_EXPONENT, Scalar
 
 WITH_CRITIC = [name for name in fk.divergences() if name != "mse"]
+
+
+def critic_terms(divergence: fk.Divergence, parametrization: str) -> list[Scalar]:
+    return [function.scalar() for function in divergence.critic_functions(parametrization)]
 
 
 def test_golden_values(variational_row: tuple[str, Tensor, Tensor, Tensor, Tensor, Tensor]) -> None:
@@ -54,7 +57,7 @@ def test_large_arguments_are_finite(name: str, parametrization: str, dtype: torc
 @pytest.mark.parametrize("name", [*WITH_CRITIC, "alpha:3", "alpha:-2"])
 def test_ratio_terms(name: str, samples_from: str) -> None:
     divergence = fk.get_divergence(name)
-    function = ratio_terms(divergence, samples_from)
+    function = divergence.ratio_function(samples_from).scalar()
     v = torch.linspace(-6, 6, 121, dtype=torch.float64)
     u = torch.exp(v)
     expected = divergence.f(u) if samples_from == "q" else divergence.f(u) / u
@@ -71,7 +74,7 @@ def test_second_derivatives(name: str) -> None:
     for function in (
         *critic_terms(divergence, "log_ratio"),
         *critic_terms(divergence, "fgan"),
-        ratio_terms(divergence, "p"),
+        divergence.ratio_function("p").scalar(),
     ):
         assert gradcheck(function, (v,))
         assert gradgradcheck(function, (v,))
