@@ -133,9 +133,7 @@ class ExpectationCall:
     A mean divides by the number of elements, or by the sum of the mask over all elements (0 gives 0).
     """
 
-    SCHEMA = (
-        "Tensor v, float[] function, Tensor? weight, Tensor? mask, str reduction, float number, Tensor? grad_scale"
-    )
+    SCHEMA = "Tensor v, float[] function, Tensor? weight, Tensor? mask, str reduction, float number, Tensor? grad_scale"
     """What ``flat`` gives and ``of`` takes. function: the numbers of an ElementFunction; number: grad_scale, if it is one."""
     __slots__ = ("function", "grad_scale", "mask", "plain", "reduction", "v", "weight")
 

@@ -40,16 +40,16 @@ def gaussian(call: GaussianCall, backend: str | None) -> Tensor:
     return formulas.reduce(torch_ops.gaussian_forward(*call.flat(), name)[0], call.reduction)
 
 
-def gaussian_value_and_grad(
-    call: GaussianCall, grad_out: Tensor | None, backend: str | None
-) -> tuple[Tensor, Tensor]:
+def gaussian_value_and_grad(call: GaussianCall, grad_out: Tensor | None, backend: str | None) -> tuple[Tensor, Tensor]:
     """The reduced loss, and the gradient of its sum times grad_scale."""
     name = choose_backend(backend, call)
     if call.plain:
         return backend_named(name).gaussian_value_and_grad(call, grad_out)
     way = _way(name)
     if sharded.is_sharded(call.pred):
-        value, grad = sharded.gaussian_value_and_grad(call, lambda local: gaussian_value_and_grad(local.checked(), None, name))
+        value, grad = sharded.gaussian_value_and_grad(
+            call, lambda local: gaussian_value_and_grad(local.checked(), None, name)
+        )
     elif way is transforms:
         value, grad = transforms.gaussian_value_and_grad(call, backend_named(name))
     else:
@@ -88,7 +88,9 @@ def expectation_value_and_grad(call: ExpectationCall, backend: str | None) -> tu
     if call.plain:
         return backend_named(name).expectation_value_and_grad(call)
     if sharded.is_sharded(call.v):
-        return sharded.expectation_value_and_grad(call, lambda local: expectation_value_and_grad(local.checked("v"), name))
+        return sharded.expectation_value_and_grad(
+            call, lambda local: expectation_value_and_grad(local.checked("v"), name)
+        )
     way = _way(name)
     if way is transforms:
         return formulas.expectation_value_and_grad(transforms.by_kernels(call, backend_named(name)))

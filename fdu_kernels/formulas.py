@@ -111,25 +111,5 @@ def per_sample(numbers: Tensor, like: Tensor) -> Tensor:
     return numbers.reshape(-1, *[1] * (like.ndim - 1))
 
 
-def _distance(call: GaussianCall) -> tuple[Tensor, Tensor, Tensor]:
-    """s [B], mask (pred - target), and sigma^2 Z [B], all in the accumulation dtype."""
-    dtype, sigma = call.accumulation, call.sigma
-    difference = _widened(call.pred, dtype) - _widened(call.target.detach(), dtype)
-    masked, divisor = difference, difference.new_ones(difference.shape[0])
-    if call.mask is not None:
-        mask = call.mask.detach().to(dtype)
-        masked = mask * difference
-        if call.distance == "mean":
-            divisor = _sum_per_sample(mask.expand(difference.shape))
-            # An empty row has s = 0/1, not 0/0.
-            divisor = torch.where(divisor == 0, torch.ones_like(divisor), divisor)
-    elif call.distance == "mean":
-        divisor = divisor * max(difference[0].numel(), 1)
-    if isinstance(sigma, Tensor):
-        sigma = sigma.detach().to(dtype)
-    divisor = divisor * sigma**2
-    return _sum_per_sample(masked * difference) / divisor, masked, divisor
-
-
 def _sum_per_sample(tensor: Tensor) -> Tensor:
     return tensor.sum(dim=tuple(range(1, tensor.ndim))) if tensor.ndim > 1 else tensor

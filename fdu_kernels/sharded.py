@@ -38,7 +38,9 @@ def gaussian_value_and_grad(
     local = _local_gaussian(call, parts)
     local.grad_scale = parts.of(call.grad_scale, ()) / call.divisor
     value, grad = compute(local) if len(local.pred) else (formulas.gaussian(local), torch.empty_like(local.pred))
-    return parts.value(value, call.reduction, call.pred.shape[:1], call.divisor), parts.joined(grad, parts.placements, call.pred.shape)
+    return parts.value(value, call.reduction, call.pred.shape[:1], call.divisor), parts.joined(
+        grad, parts.placements, call.pred.shape
+    )
 
 
 def expectation(call: ExpectationCall, compute: Callable[[ExpectationCall], Tensor]) -> Tensor:

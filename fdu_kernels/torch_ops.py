@@ -15,7 +15,10 @@ from fdu_kernels.calls import ExpectationCall, GaussianCall
 from fdu_kernels.checks import accumulation_dtype
 from fdu_kernels.registry import backend_named
 
-@custom_op("fdu_kernels::gaussian_forward", mutates_args=(), schema=f"({GaussianCall.SCHEMA}, str backend) -> (Tensor, Tensor)")
+
+@custom_op(
+    "fdu_kernels::gaussian_forward", mutates_args=(), schema=f"({GaussianCall.SCHEMA}, str backend) -> (Tensor, Tensor)"
+)
 def gaussian_forward(*arguments: Any) -> tuple[Tensor, Tensor]:
     """See Backend.gaussian_forward; the losses are differentiable in pred."""
     return backend_named(arguments[-1]).gaussian_forward(GaussianCall.of(*arguments[:-1]))
@@ -28,7 +31,9 @@ def _(pred: Tensor, target: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
 
 
 @custom_op(
-    "fdu_kernels::gaussian_backward", mutates_args=(), schema=f"({GaussianCall.SCHEMA}, str backend, Tensor coefficient) -> Tensor"
+    "fdu_kernels::gaussian_backward",
+    mutates_args=(),
+    schema=f"({GaussianCall.SCHEMA}, str backend, Tensor coefficient) -> Tensor",
 )
 def gaussian_backward(*arguments: Any) -> Tensor:
     """See Backend.gaussian_backward."""
@@ -41,7 +46,11 @@ def _(pred: Tensor, *_: Any) -> Tensor:
     return torch.empty_like(pred)
 
 
-@custom_op("fdu_kernels::gaussian_value_and_grad", mutates_args=(), schema=f"({GaussianCall.SCHEMA}, str backend) -> (Tensor, Tensor)")
+@custom_op(
+    "fdu_kernels::gaussian_value_and_grad",
+    mutates_args=(),
+    schema=f"({GaussianCall.SCHEMA}, str backend) -> (Tensor, Tensor)",
+)
 def gaussian_value_and_grad(*arguments: Any) -> tuple[Tensor, Tensor]:
     """See Backend.gaussian_value_and_grad."""
     return backend_named(arguments[-1]).gaussian_value_and_grad(GaussianCall.of(*arguments[:-1]), None)
@@ -53,7 +62,9 @@ def _(pred: Tensor, target: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     return losses if rest[-3] == "none" else losses.new_empty(()), torch.empty_like(pred)
 
 
-@custom_op("fdu_kernels::expectation_forward", mutates_args=(), schema=f"({ExpectationCall.SCHEMA}, str backend) -> Tensor")
+@custom_op(
+    "fdu_kernels::expectation_forward", mutates_args=(), schema=f"({ExpectationCall.SCHEMA}, str backend) -> Tensor"
+)
 def expectation_forward(*arguments: Any) -> Tensor:
     """See Backend.expectation_forward; differentiable in v."""
     return backend_named(arguments[-1]).expectation_forward(ExpectationCall.of(*arguments[:-1]))
@@ -64,7 +75,11 @@ def _(v: Tensor, *rest: Any) -> Tensor:
     return _value(v, rest[-4])
 
 
-@custom_op("fdu_kernels::expectation_backward", mutates_args=(), schema=f"({ExpectationCall.SCHEMA}, str backend, Tensor upstream) -> Tensor")
+@custom_op(
+    "fdu_kernels::expectation_backward",
+    mutates_args=(),
+    schema=f"({ExpectationCall.SCHEMA}, str backend, Tensor upstream) -> Tensor",
+)
 def expectation_backward(*arguments: Any) -> Tensor:
     """See Backend.expectation_backward."""
     *flat, backend, upstream = arguments
@@ -76,7 +91,11 @@ def _(v: Tensor, *_: Any) -> Tensor:
     return torch.empty_like(v)
 
 
-@custom_op("fdu_kernels::expectation_value_and_grad", mutates_args=(), schema=f"({ExpectationCall.SCHEMA}, str backend) -> (Tensor, Tensor)")
+@custom_op(
+    "fdu_kernels::expectation_value_and_grad",
+    mutates_args=(),
+    schema=f"({ExpectationCall.SCHEMA}, str backend) -> (Tensor, Tensor)",
+)
 def expectation_value_and_grad(*arguments: Any) -> tuple[Tensor, Tensor]:
     """See Backend.expectation_value_and_grad."""
     return backend_named(arguments[-1]).expectation_value_and_grad(ExpectationCall.of(*arguments[:-1]))

@@ -84,7 +84,11 @@ class _Losses(_Function):
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Tensor:
         _, grad = _LossesAndGrad.apply(*ctx.saved_tensors, ctx.settings)
-        return (grad * tangents[0]).reshape(len(grad), -1).sum(-1, dtype=ctx.settings.call(*ctx.saved_tensors).accumulation)
+        return (
+            (grad * tangents[0])
+            .reshape(len(grad), -1)
+            .sum(-1, dtype=ctx.settings.call(*ctx.saved_tensors).accumulation)
+        )
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[Tensor, int]:

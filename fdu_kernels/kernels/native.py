@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import json
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -18,30 +18,18 @@ from fdu_kernels.calls import ExpectationCall, GaussianCall, Kind
 
 _REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
 # To be like one of these costs half of stating dtype and device, which torch.set_default_device would decide otherwise.
-_NUMBER, _NUMBER64 = (torch.zeros((), dtype=dtype, device="cpu") for dtype in (torch.float32, torch.float64))
+_NUMBERS = {dtype: torch.zeros((), dtype=dtype, device="cpu") for dtype in (torch.float32, torch.float64)}
 
 
-class _Native:
-    """A backend of the compiled module; see :class:`fdu_kernels.registry.Backend`."""
+class CpuBackend:
+    """The kernels for the CPU; see :class:`fdu_kernels.registry.Backend`."""
+
+    FUSES_FORWARD = True
 
     @functools.cached_property
     def _compiled(self) -> types.ModuleType:
         """The compiled module; a BuildError, which is a RuntimeError, says why there is none."""
         return build.load()
-
-    def why_unavailable(self) -> str | None:
-        """Why it cannot run here, and what mends it. The first call may build the module."""
-        return self._reason
-
-    @functools.cached_property
-    def _reason(self) -> str | None:
-        raise NotImplementedError
-
-
-class CpuBackend(_Native):
-    """The kernels for the CPU."""
-
-    FUSES_FORWARD = True
 
     @functools.cached_property
     def _reason(self) -> str | None:
@@ -51,6 +39,10 @@ class CpuBackend(_Native):
             return str(error)
         return None
 
+    def why_unavailable(self) -> str | None:
+        """Why it cannot run here, and what mends it. The first call may build the module."""
+        return self._reason
+
     def why_unsuitable(self, kind: Kind) -> str | None:
         """Why it cannot take calls of this kind."""
         if kind.device.type != "cpu":
@@ -58,68 +50,78 @@ class CpuBackend(_Native):
         return kind.why_not_fused(float64=True)
 
     def gaussian_forward(self, call: GaussianCall) -> tuple[Tensor, Tensor]:
-        """See :class:`fdu_kernels.registry.Backend`."""
+        """Losses and coefficients [B]."""
         losses = self._losses(call)
         coefficient = torch.empty_like(losses)
-        self._gaussian(call, 0, 1.0, losses, coefficient, None)
+        self._gaussian(call, "none", 1.0, losses, coefficient, None)
         return losses, coefficient
 
     def gaussian_backward(self, call: GaussianCall, coefficient: Tensor) -> Tensor:
-        """See :class:`fdu_kernels.registry.Backend`."""
+        """The gradient of given coefficients."""
         grad = torch.empty_like(call.pred)
-        self._compiled.gaussian_backward(call.pred, call.target, call.mask, coefficient, grad)
+        self._gaussian_backward(call, coefficient, grad)
         return grad
 
     def gaussian_value_and_grad(self, call: GaussianCall, grad_out: Tensor | None) -> tuple[Tensor, Tensor]:
-        """See :class:`fdu_kernels.registry.Backend`."""
-        value = self._losses(call) if call.reduction == "none" else torch.empty_like(_number(call.accumulation))
+        """The reduced loss, and its gradient."""
+        value = self._losses(call) if call.reduction == "none" else self._total(call)
         grad = torch.empty_like(call.pred) if grad_out is None else grad_out
-        self._gaussian(call, _REDUCTIONS[call.reduction], call.grad_scale, value, None, grad)
+        self._gaussian(call, call.reduction, call.grad_scale, value, None, grad)
         return value, grad
 
-    def _gaussian(
-        self, call: GaussianCall, reduction: int, scale: float | Tensor, value: Tensor, *outputs: Tensor | None
-    ) -> None:
-        profile = call.profile
-        self._compiled.gaussian(
-            call.pred, call.target, profile.c, profile.k, profile.linear_beyond, profile.table, call.sigma, call.weight,
-            call.mask, call.distance == "mean", reduction, scale, value, *outputs,
-        )  # fmt: skip
-
-    @staticmethod
-    def _losses(call: GaussianCall) -> Tensor:
-        return _number(call.accumulation).new_empty(call.pred.shape[:1])
-
     def expectation_forward(self, call: ExpectationCall) -> Tensor:
-        """See :class:`fdu_kernels.registry.Backend`."""
-        value = _value(call)
+        """The reduced terms."""
+        value = self._terms(call)
         self._expectation(call, 1.0, None, value, None)
         return value
 
     def expectation_backward(self, call: ExpectationCall, upstream: Tensor) -> Tensor:
-        """See :class:`fdu_kernels.registry.Backend`."""
+        """The gradient of a given upstream one."""
         grad = torch.empty_like(call.v)
         scale, elementwise = (1.0, upstream) if call.reduction == "none" else (upstream, None)
         self._expectation(call, scale, elementwise, None, grad)
         return grad
 
     def expectation_value_and_grad(self, call: ExpectationCall) -> tuple[Tensor, Tensor]:
-        """See :class:`fdu_kernels.registry.Backend`."""
-        value, grad = _value(call), torch.empty_like(call.v)
+        """The reduced terms, and their gradient."""
+        value, grad = self._terms(call), torch.empty_like(call.v)
         self._expectation(call, call.grad_scale, None, value, grad)
         return value, grad
 
-    def _expectation(self, call: ExpectationCall, scale: float | Tensor, *tensors: Tensor | None) -> None:
-        self._compiled.expectation(
-            call.v, call.function.numbers, call.weight, call.mask, _REDUCTIONS[call.reduction], scale, *tensors
-        )
+    def _losses(self, call: GaussianCall) -> Tensor:
+        return _NUMBERS[call.accumulation].new_empty(call.pred.shape[:1])
+
+    def _total(self, call: GaussianCall | ExpectationCall) -> Tensor:
+        return torch.empty_like(_NUMBERS[call.accumulation])
+
+    def _terms(self, call: ExpectationCall) -> Tensor:
+        return torch.empty_like(call.v, dtype=call.accumulation) if call.reduction == "none" else self._total(call)
+
+    def _gaussian(
+        self, call: GaussianCall, reduction: str, scale: float | Tensor, value: Tensor, *outputs: Tensor | None
+    ) -> None:
+        h = call.profile
+        self._compiled.gaussian(
+            call.pred, call.target, h.c, h.k, h.linear_beyond, h.table, call.sigma, call.weight, call.mask,
+            call.distance == "mean", _REDUCTIONS[reduction], scale, value, *outputs,
+        )  # fmt: skip
+
+    def _gaussian_backward(self, call: GaussianCall, coefficient: Tensor, grad: Tensor) -> None:
+        self._compiled.gaussian_backward(call.pred, call.target, call.mask, coefficient, grad)
+
+    def _expectation(
+        self, call: ExpectationCall, scale: float | Tensor, upstream: Tensor | None, *outputs: Tensor | None
+    ) -> None:
+        numbers, reduction = call.function.numbers, _REDUCTIONS[call.reduction]
+        self._compiled.expectation(call.v, numbers, call.weight, call.mask, reduction, scale, upstream, *outputs)
 
 
-class CudaBackend(_Native):
+class CudaBackend(CpuBackend):
     """The kernels for CUDA devices.
 
     They return before the device has done its work. Partial sums have a workspace of torch, so that a call can be
-    captured in a graph.
+    captured in a graph. A Gaussian value and gradient is one launch where a sample fits on chip, else two; anything else
+    is one, beside that for the sum of a mask.
     """
 
     FUSES_FORWARD = False
@@ -157,88 +159,52 @@ class CudaBackend(_Native):
         built = json.loads(self._compiled.BUILD)["cuda"]
         return f"cuda:{index} (sm_{capability}) cannot run the CUDA kernels, built {built}: {reason}"
 
-    def gaussian_forward(self, call: GaussianCall) -> tuple[Tensor, Tensor]:
-        """See :class:`fdu_kernels.registry.Backend`. One launch."""
-        losses, coefficient = (call.pred.new_empty(call.pred.shape[:1], dtype=torch.float32) for _ in range(2))
-        self._gaussian(call, "none", 1.0, losses, coefficient, None)
-        return losses, coefficient
+    def _losses(self, call: GaussianCall) -> Tensor:
+        return call.pred.new_empty(call.pred.shape[:1], dtype=torch.float32)
 
-    def gaussian_backward(self, call: GaussianCall, coefficient: Tensor) -> Tensor:
-        """See :class:`fdu_kernels.registry.Backend`. One launch."""
-        grad = torch.empty_like(call.pred)
+    def _total(self, call: GaussianCall | ExpectationCall) -> Tensor:
+        tensor = call.pred if isinstance(call, GaussianCall) else call.v
+        return tensor.new_empty((), dtype=torch.float32)
 
+    def _gaussian(
+        self, call: GaussianCall, reduction: str, scale: float | Tensor, value: Tensor, *outputs: Tensor | None
+    ) -> None:
+        h, device, scale = call.profile, call.pred.device, _number_on(scale, call.pred.device)
+
+        coefficient, grad = outputs
+
+        def launch(pred: Tensor, target: Tensor, mask: Tensor | None, grad: Tensor | None) -> bool:
+            return self._call(
+                "cuda_gaussian", device, pred, target, h.c, h.k, h.linear_beyond, h.table_on(device), call.sigma,
+                call.weight, mask, call.distance == "mean", _REDUCTIONS[reduction], scale, value, coefficient, grad,
+                self._workspace(pred, len(pred)),
+            )  # fmt: skip
+
+        _run(launch, (call.pred, call.target, call.mask), (grad,))
+
+    def _gaussian_backward(self, call: GaussianCall, coefficient: Tensor, grad: Tensor) -> None:
         def launch(pred: Tensor, target: Tensor, mask: Tensor | None, grad: Tensor) -> bool:
             return self._call("cuda_gaussian_backward", pred.device, pred, target, mask, coefficient, grad)
 
         _run(launch, (call.pred, call.target, call.mask), (grad,))
-        return grad
-
-    def gaussian_value_and_grad(self, call: GaussianCall, grad_out: Tensor | None) -> tuple[Tensor, Tensor]:
-        """See :class:`fdu_kernels.registry.Backend`. One launch where a sample fits on chip, else two."""
-        grad = torch.empty_like(call.pred) if grad_out is None else grad_out
-        value = call.pred.new_empty(call.pred.shape[:1] if call.reduction == "none" else (), dtype=torch.float32)
-        self._gaussian(call, call.reduction, call.grad_scale, value, None, grad)
-        return value, grad
-
-    def _gaussian(
-        self,
-        call: GaussianCall,
-        reduction: str,
-        scale: float | Tensor,
-        value: Tensor,
-        coefficient: Tensor | None,
-        grad: Tensor | None,
-    ) -> None:
-        profile, device = call.profile, call.pred.device
-        scale = number_on(scale, device)
-
-        def launch(pred: Tensor, target: Tensor, mask: Tensor | None, *outputs: Tensor | None) -> bool:
-            return self._call(
-                "cuda_gaussian", device, pred, target, profile.c, profile.k, profile.linear_beyond,
-                profile.table_on(device), call.sigma, call.weight, mask, call.distance == "mean", _REDUCTIONS[reduction],
-                scale, *outputs, self._workspace(pred, len(pred)),
-            )  # fmt: skip
-
-        _run(launch, (call.pred, call.target, call.mask), (value, coefficient, grad))
-
-    def expectation_forward(self, call: ExpectationCall) -> Tensor:
-        """See :class:`fdu_kernels.registry.Backend`. One launch, beside that for the sum of a mask."""
-        value = _value(call)
-        self._expectation(call, 1.0, None, value, None)
-        return value
-
-    def expectation_backward(self, call: ExpectationCall, upstream: Tensor) -> Tensor:
-        """See :class:`fdu_kernels.registry.Backend`. Launches as there."""
-        grad = torch.empty_like(call.v)
-        scale, elementwise = (1.0, upstream) if call.reduction == "none" else (upstream, None)
-        self._expectation(call, scale, elementwise, None, grad)
-        return grad
-
-    def expectation_value_and_grad(self, call: ExpectationCall) -> tuple[Tensor, Tensor]:
-        """See :class:`fdu_kernels.registry.Backend`. Launches as there."""
-        value, grad = _value(call), torch.empty_like(call.v)
-        self._expectation(call, call.grad_scale, None, value, grad)
-        return value, grad
 
     def _expectation(
-        self,
-        call: ExpectationCall,
-        scale: float | Tensor,
-        upstream: Tensor | None,
-        value: Tensor | None,
-        grad: Tensor | None,
+        self, call: ExpectationCall, scale: float | Tensor, upstream: Tensor | None, *outputs: Tensor | None
     ) -> None:
-        device, scale = call.v.device, number_on(scale, call.v.device)
+        device, scale, (value, grad) = call.v.device, _number_on(scale, call.v.device), outputs
+        weight = call.weight.float() if call.weight is not None and call.weight.dtype is torch.float64 else call.weight
+        elementwise = call.reduction == "none"
 
         def launch(v: Tensor, mask: Tensor | None, upstream: Tensor | None, *outputs: Tensor | None) -> bool:
             # The mask's sum, of the mask as the kernel gets it, before the first element of a gradient is written.
             total = None if mask is None or call.reduction != "mean" else mask.sum(dtype=torch.float32)
+            terms, grad = outputs
             return self._call(
-                "cuda_expectation", device, v, call.function.numbers, call.weight, mask, total,
-                _REDUCTIONS[call.reduction], scale, upstream, *outputs, self._workspace(v, 0),
+                "cuda_expectation", device, v, call.function.numbers, weight, mask, total, _REDUCTIONS[call.reduction],
+                scale, upstream, terms if elementwise else value, grad, self._workspace(v, 0),
             )  # fmt: skip
 
-        _run(launch, (call.v, call.mask, upstream), (value, grad))
+        _run(launch, (call.v, call.mask, upstream), (value if elementwise else None, grad))
 
     def _call(self, operation: str, device: torch.device, *arguments: object) -> bool:
         # By torch, whose runtime is not the one that the module was linked with.
@@ -253,41 +219,38 @@ class CudaBackend(_Native):
         return tensor.new_empty(once + each * batch, dtype=torch.uint8)
 
 
-def _run(
-    launch: Callable[..., bool], inputs: tuple[Tensor | None, ...], outputs: tuple[Tensor | None, ...]
-) -> None:
-    """Launch; on copies in one order of memory, where the kernels cannot walk over the tensors as they are."""
-    if launch(*inputs, *outputs):
+def _run(launch: Callable[..., bool], read: Sequence[Tensor | None], written: Sequence[Tensor | None]) -> None:
+    """Launch; with copies in one order of memory where the kernels do not take the tensors as they are.
+
+    The order is that of the first tensor, where its samples follow each other.
+    """
+    if launch(*read, *written):
         return
-    first = inputs[0]
-    assert first is not None
-    copies = [None if tensor is None else _contiguous(tensor.expand(first.shape)) for tensor in inputs]
-    made = [
-        None if tensor is None else torch.empty_like(tensor, memory_format=torch.contiguous_format)
-        for tensor in outputs
-    ]
-    launch(*copies, *made)
-    for tensor, computed in zip(outputs, made, strict=True):
-        if tensor is not None and computed is not None:
+    assert read[0] is not None
+    order = torch.empty_like(read[0], device="meta")
+    if order.ndim and order.stride(0) * len(order) < order.numel():
+        order = torch.empty_like(order, memory_format=torch.contiguous_format)
+
+    def lying_so(tensor: Tensor | None, copied: bool) -> Tensor | None:
+        if tensor is None or (
+            (tensor.shape, tensor.stride()) == (order.shape, order.stride())
+            and tensor.data_ptr() % 16 == 0
+            and tensor.dtype is not torch.float64  # masks may be
+        ):
+            return tensor
+        dtype = torch.float32 if tensor.dtype is torch.float64 else tensor.dtype
+        room = torch.empty_like(order, dtype=dtype, device=tensor.device)
+        return room.copy_(tensor.detach()) if copied else room
+
+    filled = [lying_so(tensor, False) for tensor in written]
+    if not launch(*(lying_so(tensor, True) for tensor in read), *filled):
+        raise RuntimeError("fdu_kernels: the CUDA kernels do not take these tensors, nor copies of them")
+    for tensor, computed in zip(written, filled, strict=True):
+        if tensor is not None and computed is not None and computed is not tensor:
             tensor.copy_(computed)
 
 
-def _contiguous(tensor: Tensor) -> Tensor:
-    # Only masks may be float64.
-    return (tensor.float() if tensor.dtype is torch.float64 else tensor).contiguous()
-
-
-def _value(call: ExpectationCall) -> Tensor:
-    if call.reduction == "none":
-        return torch.empty_like(call.v, dtype=call.accumulation)
-    return torch.empty((), dtype=call.accumulation, device=call.v.device)
-
-
-def _number(dtype: torch.dtype) -> Tensor:
-    return _NUMBER64 if dtype is torch.float64 else _NUMBER
-
-
-def number_on(number: float | Tensor, device: torch.device) -> float | Tensor:
+def _number_on(number: float | Tensor, device: torch.device) -> float | Tensor:
     """A tensor on another device than the kernels' is one on the CPU: reading it makes nobody wait."""
     return number if not isinstance(number, Tensor) or number.device == device else float(number)
 
