@@ -19,7 +19,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -36,7 +36,13 @@ LAST_S = 1e4
 """And ends here, where h' of every saturating divergence is below e^(-1250)."""
 STEP = 1 / 32
 """In log s. The polynomial through 8 neighbours then errs by less than 1e-12 also where log h' falls like -s/8."""
+FINER = 2
+"""Divides the step where a kink at u != 1 meets a smooth curvature, as far as LARGEST_COUNT allows."""
+LARGEST_COUNT = 2900
+"""Rows that a finer step may lead to."""
 NEIGHBOURS = 8
+VANISHED, NEGLIGIBLE = 760.0, 120.0
+"""Of (log g)^2/(2 s): what a kink at u = g adds to h' is then below the smallest number, or nothing beside others."""
 SHORT = 1e-13
 """Share of the largest term that the outermost usable term of the quadrature may have."""
 NO_FLOAT64 = ("mps",)
@@ -140,9 +146,9 @@ def profile_table(divergence: Divergence) -> ProfileTable:
 
 def _tabulate(divergence: Divergence) -> ProfileTable:
     margin = NEIGHBOURS // 2
-    first = math.log(FIRST_S) - margin * STEP
-    count = math.ceil((math.log(LAST_S) - first) / STEP) + margin + 1
-    t = first + STEP * torch.arange(count, dtype=torch.float64)
+    first, step = _grid(divergence)
+    count = math.ceil((math.log(LAST_S) - first) / step) + margin + 1
+    t = first + step * torch.arange(count, dtype=torch.float64)
     log_slopes = log_slope_by_quadrature(divergence, torch.exp(t))
     # Grid points beyond the straight line's beginning serve as neighbours only.
     growing = torch.nonzero(log_slopes > MAX_EXPONENT)
@@ -157,10 +163,8 @@ def _tabulate(divergence: Divergence) -> ProfileTable:
     if not bool(torch.isfinite(log_slopes).all()):
         raise ValueError(f"the generator of {str(divergence)!r} has no finite, positive curvature on which to build h")
 
-    power = float(log_slopes[1] - log_slopes[0]) / STEP
-    at_first = log_slopes[0] + t[0] - math.log1p(power)
-    panels = _log_integrals(divergence, t)
-    log_values = torch.logcumsumexp(torch.cat([at_first[None], panels]), 0)
+    power = float(log_slopes[1] - log_slopes[0]) / step
+    log_values = torch.logaddexp(_log_values_of_rest(divergence, t, step), _log_values_of_kinks(divergence, t, step))
 
     top = count - 1 - margin
     last_s = math.exp(float(t[top]))
@@ -168,7 +172,7 @@ def _tabulate(divergence: Divergence) -> ProfileTable:
     values = torch.stack([log_values, log_slopes], -1)
     return ProfileTable(
         first=first,
-        step=STEP,
+        step=step,
         log_values=values,
         bottom=margin,
         top=top,
@@ -177,33 +181,87 @@ def _tabulate(divergence: Divergence) -> ProfileTable:
     )
 
 
-def _log_integrals(divergence: Divergence, t: Tensor) -> Tensor:
-    """log of the integral of h' over each interval of the grid, by 5 Gauss-Legendre points in log s."""
+def _grid(divergence: Divergence) -> tuple[float, float]:
+    """Where the table of a divergence begins, as log s, and its step.
+
+    Below the first row h and h' are power laws. Beside a kink at u = g != 1, whose density falls like
+    e^(-(log g)^2/(2 s)), they are so only where it has vanished, or adds nothing to what else there is.
+    """
+    distances = [abs(math.log(place)) for place, _ in divergence.kinks if place != 1]
+    alone = divergence.log_curvature is None and len(distances) == len(divergence.kinks)
+    start, step = math.log(FIRST_S), STEP
+    if distances:
+        begins = 2 * math.log(min(distances)) - math.log(2 * (VANISHED if alone else NEGLIGIBLE))
+        start = max(begins if alone else min(begins, start), math.log(SMALLEST_S))
+    if distances and divergence.log_curvature is not None:
+        step = max(STEP / FINER, (math.log(LAST_S) - start) / LARGEST_COUNT)
+    # A multiple of the step: then every t of the grid is exact, if the step is a power of 2.
+    return (math.floor(start / step) - NEIGHBOURS // 2) * step, step
+
+
+def _log_values_of_rest(divergence: Divergence, t: Tensor, step: float) -> Tensor:
+    """log of what the curvature and kinks at u = 1 make of h: a power law up to the first t, and the integral of h'."""
+    kinks = [kink for kink in divergence.kinks if kink[0] == 1]
+    if divergence.log_curvature is None and not kinks:
+        return torch.full_like(t, -math.inf)
+
+    def log_slope(s: Tensor) -> Tensor:
+        return log_slope_by_quadrature(divergence, s, kinks)
+
+    beginning = log_slope(torch.exp(t[:2]))
+    at_first = beginning[:1] + t[:1] - torch.log1p((beginning[1:] - beginning[:1]) / step)
+    return torch.logcumsumexp(torch.cat([at_first, _log_integrals(log_slope, t, step)]), 0)
+
+
+def _log_values_of_kinks(divergence: Divergence, t: Tensor, step: float) -> Tensor:
+    """log of what kinks at u != 1 make of h, integrated from where they have vanished; -inf without any."""
+    kinks = [kink for kink in divergence.kinks if kink[0] != 1]
+    if not kinks:
+        return torch.full_like(t, -math.inf)
+    vanished = 2 * math.log(min(abs(math.log(place)) for place, _ in kinks)) - math.log(2 * VANISHED)
+    # Some at least, so that the sum has begun well below the first row.
+    before = max(2 * NEIGHBOURS, math.ceil((float(t[0]) - vanished) / step))
+    wider = torch.cat([t[0] - step * torch.arange(before, 0, -1, dtype=torch.float64), t])
+    # h' may grow by e^24 over a step of the grid.
+    panels = _log_integrals(lambda s: _log_slope_of_kinks(kinks, s), wider, step, parts=32)
+    return torch.logcumsumexp(panels, 0)[before - 1 :]
+
+
+def _log_integrals(log_slope: Callable[[Tensor], Tensor], t: Tensor, step: float, parts: int = 1) -> Tensor:
+    """log of the integral of h' over each interval of the grid, by 5 Gauss-Legendre points in log s on each part."""
     root = math.sqrt(10 / 7)
     outer, inner = math.sqrt(5 + 2 * root) / 3, math.sqrt(5 - 2 * root) / 3
     outer_weight, inner_weight = (322 - 13 * math.sqrt(70)) / 900, (322 + 13 * math.sqrt(70)) / 900
     rule = [
         (-outer, outer_weight), (-inner, inner_weight), (0.0, 128 / 225), (inner, inner_weight), (outer, outer_weight),
     ]  # fmt: skip
+    beginnings = torch.exp(t[:-1])
     terms = []
-    for node, weight in rule:
-        points = t[:-1] + STEP * (1 + node) / 2
-        log_slopes = log_slope_by_quadrature(divergence, torch.exp(points))
-        terms.append(log_slopes + points + math.log(weight * STEP / 2))
+    for part in range(parts):
+        for node, weight in rule:
+            # From where the interval begins: the logarithm of a small s has fewer digits than s.
+            offset = step / parts * (part + (1 + node) / 2)
+            log_slopes = log_slope(beginnings * math.exp(offset))
+            terms.append(log_slopes + t[:-1] + (offset + math.log(weight * step / parts / 2)))
     return torch.logsumexp(torch.stack(terms), 0)
 
 
-def log_slope_by_quadrature(divergence: Divergence, s: Tensor) -> Tensor:
+def log_slope_by_quadrature(
+    divergence: Divergence, s: Tensor, kinks: Sequence[tuple[float, float]] | None = None
+) -> Tensor:
     """log h'(s) for ascending float64 s [n] by the trapezoidal rule, exponentially exact for analytic integrands.
 
     The step in v resolves both the normal density (half a standard deviation) and the poles of kappa, which
     lie at a distance of pi from the real line for every smooth entry of the catalogue (0.4). Where kappa grows like
     e^(a v) the integrand's mass is at v = (a - 1/2) s, and the grid reaches 12 standard deviations beyond it.
 
+    kinks: those that count; None: all of the divergence.
+
     NaN where the mass lies in part beyond what is known of a user's kappa; inf far beyond MAX_EXPONENT.
     """
+    of_kinks = _log_slope_of_kinks(divergence.kinks if kinks is None else kinks, s)
     if divergence.log_curvature is None:
-        return _log_slope_of_kinks(divergence, s)
+        return of_kinks
     growth = _growth(divergence.log_curvature)
     parts = []
     for rows in s.split(32):
@@ -221,7 +279,7 @@ def log_slope_by_quadrature(divergence: Divergence, s: Tensor) -> Tensor:
         if bool((parts[-1] > MAX_EXPONENT).all()):
             break
     parts.append(s.new_full((len(s) - sum(map(len, parts)),), math.inf))
-    return torch.logaddexp(torch.cat(parts), _log_slope_of_kinks(divergence, s))
+    return torch.logaddexp(torch.cat(parts), of_kinks)
 
 
 def _growth(log_curvature: Callable[[Tensor], Tensor]) -> float:
@@ -242,9 +300,9 @@ def _falls_short(log_terms: Tensor) -> Tensor:
     return unknown.any(-1) & (outermost > largest + math.log(SHORT))
 
 
-def _log_slope_of_kinks(divergence: Divergence, s: Tensor) -> Tensor:
+def _log_slope_of_kinks(kinks: Sequence[tuple[float, float]], s: Tensor) -> Tensor:
     result = torch.full_like(s, -math.inf)
-    for location, jump in divergence.kinks:
+    for location, jump in kinks:
         deviation = math.log(location) + s / 2
         log_density = -deviation.square() / (2 * s) - torch.log(2 * math.pi * s) / 2
         result = torch.logaddexp(result, math.log(jump * location / 2) + log_density)
