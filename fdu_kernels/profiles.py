@@ -36,10 +36,8 @@ LAST_S = 1e4
 """And ends here, where h' of every saturating divergence is below e^(-1250)."""
 STEP = 1 / 32
 """In log s. The polynomial through 8 neighbours then errs by less than 1e-12 also where log h' falls like -s/8."""
-FINER = 2
-"""Divides the step where a kink at u != 1 meets a smooth curvature, as far as LARGEST_COUNT allows."""
-LARGEST_COUNT = 2900
-"""Rows that a finer step may lead to."""
+FINEST_STEP = STEP / 16
+"""Where a kink at u != 1 takes over from something flatter, the step is halved, but not below this."""
 NEIGHBOURS = 8
 VANISHED, NEGLIGIBLE = 760.0, 120.0
 """Of (log g)^2/(2 s): what a kink at u = g adds to h' is then below the smallest number, or nothing beside others."""
@@ -145,11 +143,27 @@ def profile_table(divergence: Divergence) -> ProfileTable:
 
 
 def _tabulate(divergence: Divergence) -> ProfileTable:
+    apart = [kink for kink in divergence.kinks if kink[0] != 1]
+    if not apart:
+        return _tabulate_rest(divergence, divergence.kinks)
+    at_one = [kink for kink in divergence.kinks if kink[0] == 1]
+    return _add_kinks(None if _is_straight(divergence) and not at_one else _tabulate_rest(divergence, at_one), apart)
+
+
+def _is_straight(divergence: Divergence) -> bool:
+    """Whether f is straight between its kinks."""
+    if divergence.log_curvature is None:
+        return True
+    return not bool((divergence.log_curvature(torch.linspace(-20, 20, 401, dtype=torch.float64)) > -math.inf).any())
+
+
+def _tabulate_rest(divergence: Divergence, kinks: Sequence[tuple[float, float]]) -> ProfileTable:
+    """What the curvature and these kinks, at u = 1, make: a power law at s -> 0."""
     margin = NEIGHBOURS // 2
-    first, step = _grid(divergence)
-    count = math.ceil((math.log(LAST_S) - first) / step) + margin + 1
-    t = first + step * torch.arange(count, dtype=torch.float64)
-    log_slopes = log_slope_by_quadrature(divergence, torch.exp(t))
+    first = _first(math.log(FIRST_S), STEP)
+    count = math.ceil((math.log(LAST_S) - first) / STEP) + margin + 1
+    t = first + STEP * torch.arange(count, dtype=torch.float64)
+    log_slopes = log_slope_by_quadrature(divergence, torch.exp(t), kinks)
     # Grid points beyond the straight line's beginning serve as neighbours only.
     growing = torch.nonzero(log_slopes > MAX_EXPONENT)
     if len(growing):
@@ -163,68 +177,88 @@ def _tabulate(divergence: Divergence) -> ProfileTable:
     if not bool(torch.isfinite(log_slopes).all()):
         raise ValueError(f"the generator of {str(divergence)!r} has no finite, positive curvature on which to build h")
 
-    power = float(log_slopes[1] - log_slopes[0]) / step
-    log_values = torch.logaddexp(_log_values_of_rest(divergence, t, step), _log_values_of_kinks(divergence, t, step))
+    power = float(log_slopes[1] - log_slopes[0]) / STEP
+    # Down there a rounding of the power would be multiplied by up to log(FIRST_S / SMALLEST_S).
+    power = round(2 * power) / 2 if abs(2 * power - round(2 * power)) < 1e-9 else power
+    at_first = log_slopes[0] + t[0] - math.log1p(power)
+    panels = _log_integrals(lambda s: log_slope_by_quadrature(divergence, s, kinks), t, STEP)
+    log_values = torch.logcumsumexp(torch.cat([at_first[None], panels]), 0)
+    return _table_of(t, STEP, log_values, log_slopes, (power + 1, power))
 
-    top = count - 1 - margin
-    last_s = math.exp(float(t[top]))
+
+def _table_of(
+    t: Tensor, step: float, log_values: Tensor, log_slopes: Tensor, powers: tuple[float, float]
+) -> ProfileTable:
+    top = len(t) - 1 - NEIGHBOURS // 2
     saturated = float(log_slopes[top]) < math.log(torch.finfo(torch.float64).tiny)
-    values = torch.stack([log_values, log_slopes], -1)
     return ProfileTable(
-        first=first,
+        first=float(t[0]),
         step=step,
-        log_values=values,
-        bottom=margin,
+        log_values=torch.stack([log_values, log_slopes], -1),
+        bottom=NEIGHBOURS // 2,
         top=top,
-        powers=(power + 1, power),
-        linear_beyond=math.inf if saturated else last_s,
+        powers=powers,
+        linear_beyond=math.inf if saturated else math.exp(float(t[top])),
     )
 
 
-def _grid(divergence: Divergence) -> tuple[float, float]:
-    """Where the table of a divergence begins, as log s, and its step.
+def _first(start: float, step: float) -> float:
+    """Where a grid begins that is to be read from ``start`` on: at a multiple of the step, so that each t is exact."""
+    return (math.floor(start / step) - NEIGHBOURS // 2) * step
 
-    Below the first row h and h' are power laws. Beside a kink at u = g != 1, whose density falls like
-    e^(-(log g)^2/(2 s)), they are so only where it has vanished, or adds nothing to what else there is.
+
+def _add_kinks(rest: ProfileTable | None, kinks: Sequence[tuple[float, float]]) -> ProfileTable:
+    """The table of a divergence with kinks at u = g != 1, from that of what else it has.
+
+    Their densities fall like e^(-y), y = (log g)^2/(2 s), and not like a power: so the table begins where the last of
+    them has vanished, or adds nothing to the rest.
     """
-    distances = [abs(math.log(place)) for place, _ in divergence.kinks if place != 1]
-    alone = divergence.log_curvature is None and len(distances) == len(divergence.kinks)
-    start, step = math.log(FIRST_S), STEP
-    if distances:
-        begins = 2 * math.log(min(distances)) - math.log(2 * (VANISHED if alone else NEGLIGIBLE))
-        start = max(begins if alone else min(begins, start), math.log(SMALLEST_S))
-    if distances and divergence.log_curvature is not None:
-        step = max(STEP / FINER, (math.log(LAST_S) - start) / LARGEST_COUNT)
-    # A multiple of the step: then every t of the grid is exact, if the step is a power of 2.
-    return (math.floor(start / step) - NEIGHBOURS // 2) * step, step
+    squares = [math.log(place) ** 2 / 2 for place, _ in kinks]
+    vanished = math.log(min(squares) / VANISHED)
+    start = vanished if rest is None else min(math.log(FIRST_S), math.log(min(squares) / NEGLIGIBLE))
+    start = max(start, math.log(SMALLEST_S))
+    last = math.log(LAST_S) + NEIGHBOURS // 2 * STEP if rest is None else rest.first + rest.step * rest.top
 
+    def grid(step: float) -> Tensor:
+        first = _first(start, step)
+        return first + step * torch.arange(math.floor((last - first) / step) + 1, dtype=torch.float64)
 
-def _log_values_of_rest(divergence: Divergence, t: Tensor, step: float) -> Tensor:
-    """log of what the curvature and kinks at u = 1 make of h: a power law up to the first t, and the integral of h'."""
-    kinks = [kink for kink in divergence.kinks if kink[0] == 1]
-    if divergence.log_curvature is None and not kinks:
-        return torch.full_like(t, -math.inf)
+    def log_slopes_on(t: Tensor) -> list[Tensor]:
+        each = [_log_slope_of_kinks([kink], torch.exp(t)) for kink in kinks]
+        return each if rest is None else [*each, _log_on(rest, t, 1)]
 
-    def log_slope(s: Tensor) -> Tensor:
-        return log_slope_by_quadrature(divergence, s, kinks)
+    step, t = STEP, grid(STEP)
+    each = torch.stack(log_slopes_on(t))
+    shares = torch.softmax(each, 0)[: len(kinks)]
+    # Interpolating log(1 + e^-y) errs by about the eighth derivative's y^8, times this.
+    falls = torch.tensor(squares, dtype=torch.float64)[:, None] * torch.exp(-t) * step
+    error = float((1e-3 * shares * (1 - shares) * falls**8).amax())
+    while error > 3e-13 and step > FINEST_STEP:
+        step, error = step / 2, error / 2**8
+    t = grid(step)
+    log_slopes = torch.logsumexp(torch.stack(log_slopes_on(t)), 0)
 
-    beginning = log_slope(torch.exp(t[:2]))
-    at_first = beginning[:1] + t[:1] - torch.log1p((beginning[1:] - beginning[:1]) / step)
-    return torch.logcumsumexp(torch.cat([at_first, _log_integrals(log_slope, t, step)]), 0)
-
-
-def _log_values_of_kinks(divergence: Divergence, t: Tensor, step: float) -> Tensor:
-    """log of what kinks at u != 1 make of h, integrated from where they have vanished; -inf without any."""
-    kinks = [kink for kink in divergence.kinks if kink[0] != 1]
-    if not kinks:
-        return torch.full_like(t, -math.inf)
-    vanished = 2 * math.log(min(abs(math.log(place)) for place, _ in kinks)) - math.log(2 * VANISHED)
-    # Some at least, so that the sum has begun well below the first row.
+    # Their integral begins well below the first row.
     before = max(2 * NEIGHBOURS, math.ceil((float(t[0]) - vanished) / step))
     wider = torch.cat([t[0] - step * torch.arange(before, 0, -1, dtype=torch.float64), t])
-    # h' may grow by e^24 over a step of the grid.
-    panels = _log_integrals(lambda s: _log_slope_of_kinks(kinks, s), wider, step, parts=32)
-    return torch.logcumsumexp(panels, 0)[before - 1 :]
+    # h' may grow by e^24 over an interval of STEP.
+    parts = round(32 * step / STEP)
+    panels = _log_integrals(lambda s: _log_slope_of_kinks(kinks, s), wider, step, parts)
+    log_values = torch.logcumsumexp(panels, 0)[before - 1 :]
+    if rest is None:
+        power = float(log_slopes[1] - log_slopes[0]) / step
+        return _table_of(t, step, log_values, log_slopes, (power + 1, power))
+    return _table_of(t, step, torch.logaddexp(log_values, _log_on(rest, t, 0)), log_slopes, rest.powers)
+
+
+def _log_on(table: ProfileTable, t: Tensor, column: int) -> Tensor:
+    """log h (column 0) or log h' (column 1) at t = log s up to the table's top."""
+    place = (t - table.first) / table.step
+    index = place.clamp(min=table.bottom).floor().clamp(max=table.top - 1)
+    neighbours = torch.arange(1 - NEIGHBOURS // 2, NEIGHBOURS // 2 + 1)
+    rows = table.log_values[index.long()[:, None] + neighbours, column]
+    read = (_lagrange_weights(place.clamp(min=table.bottom) - index) * rows).sum(-1)
+    return read + table.powers[column] * table.step * (place - table.bottom).clamp(max=0)
 
 
 def _log_integrals(log_slope: Callable[[Tensor], Tensor], t: Tensor, step: float, parts: int = 1) -> Tensor:
