@@ -163,7 +163,7 @@ def _total_variation() -> Divergence:
         generator=lambda u: (u - 1).abs() / 2,
         kinks=((1.0, 1.0),),
         log_ratio_rows=(CriticRow(const=-0.5, step=1), CriticRow(const=-0.5, step=1)),
-        fgan_rows=(CriticRow(const=-0.5, sigmoid=1, scale=2), CriticRow(const=-0.5, sigmoid=1, scale=2)),
+        fgan_rows=(CriticRow(tanh=0.5, scale=2), CriticRow(tanh=0.5, scale=2)),
     )
 
 
@@ -175,10 +175,7 @@ def _le_cam() -> Divergence:
         upper=1.0,
         generator=lambda u: (u - 1).square() / (2 * (u + 1)),
         log_curvature=lambda v: math.log(4) + 2 * logsigmoid(v) + logsigmoid(-v),
-        log_ratio_rows=(
-            CriticRow(const=0.5, sigmoid_squared=-2, scale=-1),
-            CriticRow(const=-0.5, sigmoid_squared=2),
-        ),
+        log_ratio_rows=(CriticRow(tanh=1, tanh_squared=-0.5), CriticRow(tanh=1, tanh_squared=0.5)),
     )
 
 

@@ -25,13 +25,14 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class CriticRow:
-    """Coefficients of one function of v over the basis; x = scale v, sigma = sigmoid(x + logit(mix)).
+    """Coefficients of one function of v over the basis; x = scale v, sigma = sigmoid(x + logit(mix)), T = 2 sigma - 1.
 
     row(v) = const + linear v + square v^2 + exp e^(exp_rate v) + expm1 (e^(expm1_rate v) - 1)
-             + softplus log(1 - mix + mix e^x) + sigmoid sigma + sigmoid_squared sigma^2 + step [v > threshold]
+             + softplus log(1 - mix + mix e^x) + sigmoid sigma + tanh T + tanh_squared T^2 + step [v > threshold]
 
     The softplus is shifted to vanish at v = 0, the step is 1/2 at its threshold. Both an exponential and one less 1
-    are there because either alone loses its digits: the first near v = 0, the second where e^v is small.
+    are there because either alone loses its digits: the first near v = 0, the second where e^v is small. So are both
+    a sigmoid and T = tanh((x + logit(mix))/2), which keeps its digits near 0.
     """
 
     const: float = 0.0
@@ -43,7 +44,8 @@ class CriticRow:
     expm1_rate: float = 0.0
     softplus: float = 0.0
     sigmoid: float = 0.0
-    sigmoid_squared: float = 0.0
+    tanh: float = 0.0
+    tanh_squared: float = 0.0
     scale: float = 1.0
     mix: float = 0.5
     step: float = 0.0
@@ -70,9 +72,11 @@ class CriticRow:
             result = result + self.expm1 * torch.where(x > 0, positive, torch.expm1(x.clamp(max=0)) * factor)
         if self.softplus:
             result = result + self.softplus * _shifted_softplus(self.scale * v, self.mix) * factor
-        if self.sigmoid or self.sigmoid_squared:
-            sigma = torch.sigmoid(self.scale * v + _logit(self.mix))
-            result = result + (self.sigmoid * sigma + self.sigmoid_squared * sigma.square()) * factor
+        if self.sigmoid:
+            result = result + self.sigmoid * torch.sigmoid(self.scale * v + _logit(self.mix)) * factor
+        if self.tanh or self.tanh_squared:
+            tanh = torch.tanh((self.scale * v + _logit(self.mix)) / 2)
+            result = result + tanh * (self.tanh + self.tanh_squared * tanh) * factor
         if self.step:
             result = result + self.step * (0.5 + 0.5 * torch.sign(v - self.threshold)) * factor
         return result
@@ -86,12 +90,14 @@ class CriticRow:
             result = result + self.exp * self.exp_rate * torch.exp(self.exp_rate * v)
         if self.expm1:
             result = result + self.expm1 * self.expm1_rate * torch.exp(self.expm1_rate * v)
-        if self.softplus or self.sigmoid or self.sigmoid_squared:
+        if self.softplus or self.sigmoid or self.tanh or self.tanh_squared:
             x = self.scale * v + _logit(self.mix)
             sigma, rest = torch.sigmoid(x), torch.sigmoid(-x)
             # softplus' = sigma (sigma + rest): written so, the softplus and the sigmoid of shifted_log cancel exactly.
             inner = self.softplus * sigma + (self.softplus + self.sigmoid) * rest
-            result = result + self.scale * sigma * (inner + 2 * self.sigmoid_squared * sigma * rest)
+            # T' = 2 sigma rest and T = sigma - rest: so the two terms of le_cam's A and B cancel exactly.
+            above, below = self.tanh + 2 * self.tanh_squared, self.tanh - 2 * self.tanh_squared
+            result = result + self.scale * sigma * (inner + 2 * rest * (above * sigma + below * rest))
         return result
 
 

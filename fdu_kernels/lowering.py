@@ -89,7 +89,7 @@ class ElementFunction:
     limit: float
 
     numbers: tuple[float, ...] = dataclasses.field(init=False, repr=False, compare=False)
-    """[limit, slope, first_tilt, *first, second_tilt, *second], rows in the order of ROW_FIELDS: 32 numbers."""
+    """[limit, slope, first_tilt, *first, second_tilt, *second], rows in the order of ROW_FIELDS: 34 numbers."""
 
     def __post_init__(self) -> None:
         first, second = (tuple(getattr(row, name) for name in ROW_FIELDS) for row in (self.first, self.second))
@@ -103,7 +103,8 @@ class ElementFunction:
     def negated(self) -> ElementFunction:
         """-y(v), of a function that is one row."""
         assert self.slope == DERIVATIVE
-        coefficients = ("const", "linear", "square", "exp", "expm1", "softplus", "sigmoid", "sigmoid_squared", "step")
+        logistic = ("softplus", "sigmoid", "tanh", "tanh_squared")
+        coefficients = ("const", "linear", "square", "exp", "expm1", *logistic, "step")
         negative = {name: -getattr(self.first, name) for name in coefficients}
         return dataclasses.replace(self, first=dataclasses.replace(self.first, **negative))
 

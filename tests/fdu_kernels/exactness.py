@@ -131,7 +131,8 @@ def check_gaussian(
 def size_of_terms(row: CriticRow, v: Tensor, tilt: float, slope: bool) -> Tensor:
     """The sum of the absolute values of a row's terms, or of its derivative's."""
     total = torch.zeros_like(v)
-    for name in ("const", "linear", "square", "exp", "expm1", "softplus", "sigmoid", "sigmoid_squared", "step"):
+    logistic = ("softplus", "sigmoid", "tanh", "tanh_squared")
+    for name in ("const", "linear", "square", "exp", "expm1", *logistic, "step"):
         others = {"exp_rate": row.exp_rate, "expm1_rate": row.expm1_rate, "scale": row.scale, "mix": row.mix}
         one = CriticRow(**{name: getattr(row, name)}, **others, threshold=row.threshold)
         total += (one.slope(v) if slope else one.value(v, tilt)).abs()
