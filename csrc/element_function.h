@@ -51,7 +51,7 @@ inline bool is_softplus_alone(const ElementFunction<L>& function) {
     for (const L other : others) {
         if (other != 0) return false;
     }
-    return function.slope == 0 && row.mix == L(0.5) && !(function.limit < L(INFINITY));
+    return function.slope == 0 && row.logit == 0 && !(function.limit < L(INFINITY));
 }
 
 template <class A>

@@ -191,7 +191,7 @@ def _skew_jensen_shannon(w: float) -> Divergence:
         upper=-w * math.log(w) - (1 - w) * math.log1p(-w),
         generator=lambda u: w * torch.xlogy(u, u) - torch.xlogy(w * u + 1 - w, w * u + 1 - w),
         log_curvature=lambda v: math.log1p(-w) + logsigmoid(v + logit),
-        log_ratio_rows=(CriticRow(softplus=-w, scale=-1, mix=1 - w), CriticRow(softplus=1 - w, mix=w)),
+        log_ratio_rows=(CriticRow(softplus=-w, scale=-1, logit=-logit), CriticRow(softplus=1 - w, logit=logit)),
     )
 
 

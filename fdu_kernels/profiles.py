@@ -36,6 +36,10 @@ LAST_S = 1e4
 """And ends here, where h' of every saturating divergence is below e^(-1250)."""
 STEP = 1 / 32
 """In log s. The polynomial through 8 neighbours then errs by less than 1e-12 also where log h' falls like -s/8."""
+SMALLEST_STEP = STEP / 4
+"""Where h' bends more sharply (skew_jensen_shannon near s = -2 log w for a tiny w) the step is halved, up to twice."""
+LARGEST_ERROR = 1e-12
+"""Of log h' between two points of the grid: what halving the step brings down."""
 FINEST_STEP = STEP / 16
 """Where a kink at u != 1 takes over from something flatter, the step is halved, but not below this."""
 NEIGHBOURS = 8
@@ -159,11 +163,16 @@ def _is_straight(divergence: Divergence) -> bool:
 
 def _tabulate_rest(divergence: Divergence, kinks: Sequence[tuple[float, float]]) -> ProfileTable:
     """What the curvature and these kinks, at u = 1, make: a power law at s -> 0."""
-    margin = NEIGHBOURS // 2
-    first = _first(math.log(FIRST_S), STEP)
-    count = math.ceil((math.log(LAST_S) - first) / STEP) + margin + 1
-    t = first + STEP * torch.arange(count, dtype=torch.float64)
-    log_slopes = log_slope_by_quadrature(divergence, torch.exp(t), kinks)
+    step = STEP
+    t, log_slopes = _log_slopes_from_first(divergence, kinks, step)
+    if divergence.custom is None:
+        # A user's curvature has rounding, which looks like error and which no step mends.
+        error = _error_of_reading(log_slopes)
+        while error > LARGEST_ERROR and step > SMALLEST_STEP:
+            step, error = step / 2, error / 2**NEIGHBOURS
+        if step < STEP:
+            t, log_slopes = _log_slopes_from_first(divergence, kinks, step)
+    margin, count = NEIGHBOURS // 2, len(t)
     # Grid points beyond the straight line's beginning serve as neighbours only.
     growing = torch.nonzero(log_slopes > MAX_EXPONENT)
     if len(growing):
@@ -177,13 +186,34 @@ def _tabulate_rest(divergence: Divergence, kinks: Sequence[tuple[float, float]])
     if not bool(torch.isfinite(log_slopes).all()):
         raise ValueError(f"the generator of {str(divergence)!r} has no finite, positive curvature on which to build h")
 
-    power = float(log_slopes[1] - log_slopes[0]) / STEP
+    power = float(log_slopes[1] - log_slopes[0]) / step
     # Down there a rounding of the power would be multiplied by up to log(FIRST_S / SMALLEST_S).
     power = round(2 * power) / 2 if abs(2 * power - round(2 * power)) < 1e-9 else power
     at_first = log_slopes[0] + t[0] - math.log1p(power)
-    panels = _log_integrals(lambda s: log_slope_by_quadrature(divergence, s, kinks), t, STEP)
+    panels = _log_integrals(lambda s: log_slope_by_quadrature(divergence, s, kinks), t, step)
     log_values = torch.logcumsumexp(torch.cat([at_first[None], panels]), 0)
-    return _table_of(t, STEP, log_values, log_slopes, (power + 1, power))
+    return _table_of(t, step, log_values, log_slopes, (power + 1, power))
+
+
+def _log_slopes_from_first(
+    divergence: Divergence, kinks: Sequence[tuple[float, float]], step: float
+) -> tuple[Tensor, Tensor]:
+    """The grid from FIRST_S to LAST_S, as log s, and log h' there."""
+    first = _first(math.log(FIRST_S), step)
+    count = math.ceil((math.log(LAST_S) - first) / step) + NEIGHBOURS // 2 + 1
+    t = first + step * torch.arange(count, dtype=torch.float64)
+    return t, log_slope_by_quadrature(divergence, torch.exp(t), kinks)
+
+
+def _error_of_reading(log_slopes: Tensor) -> float:
+    """By how much log h', as far as h' is a number, errs between the grid's points: from every second point alone."""
+    known = log_slopes[log_slopes > math.log(torch.finfo(torch.float64).tiny)]
+    if len(known) < 2 * NEIGHBOURS:
+        return 0.0
+    weights = _lagrange_weights(torch.tensor(0.5, dtype=torch.float64))
+    read = (known[::2].unfold(0, NEIGHBOURS, 1) * weights).sum(-1)
+    between = known[NEIGHBOURS - 1 :: 2][: len(read)]
+    return float((read[: len(between)] - between).abs().max()) / 2**NEIGHBOURS
 
 
 def _table_of(
@@ -233,7 +263,7 @@ def _add_kinks(rest: ProfileTable | None, kinks: Sequence[tuple[float, float]]) 
     # Interpolating log(1 + e^-y) errs by about the eighth derivative's y^8, times this.
     falls = torch.tensor(squares, dtype=torch.float64)[:, None] * torch.exp(-t) * step
     error = float((1e-3 * shares * (1 - shares) * falls**8).amax())
-    while error > 3e-13 and step > FINEST_STEP:
+    while error > LARGEST_ERROR and step > FINEST_STEP:
         step, error = step / 2, error / 2**8
     t = grid(step)
     log_slopes = torch.logsumexp(torch.stack(log_slopes_on(t)), 0)
@@ -303,7 +333,8 @@ def log_slope_by_quadrature(
         if bool((steps == steps[0]).all()):
             steps = steps[:1]
         reach = growth * rows.max() + 12 * torch.sqrt(rows.max())
-        count = max(500, math.ceil(float(reach / steps.min())))
+        # 30 standard deviations at least, or 200 in v.
+        count = max(100 if float(rows.max()) < 0.64 else 500, math.ceil(float(reach / steps.min())))
         v = steps * torch.arange(-count, count + 1, dtype=torch.float64)
         log_terms = divergence.log_curvature(v) - v / 2 - v.square() / (2 * rows[:, None])
         log_mean = torch.logsumexp(torch.where(log_terms.isnan(), -math.inf, log_terms), -1)

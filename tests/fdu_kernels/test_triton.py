@@ -206,6 +206,20 @@ class TestInterpreted:
                 enough = error <= allowed + 2e-6 * truth.abs() + shift + 1e-37
                 assert bool((enough | ~inside | (step & (v.abs() < 1e-3))).all()), (name, error - allowed)
 
+    def test_extreme_critics(
+        self, extreme_critic: tuple[str, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+    ) -> None:
+        name, v, *_ = extreme_critic
+        divergence, limits = fk.get_divergence(name), torch.finfo(torch.float32)
+        functions, terms = critic_functions(divergence, "log_ratio"), critic_terms(divergence, "log_ratio")
+        assert functions is not None
+        for function, term in zip(functions, terms, strict=True):
+            found = backend.expectation_value_and_grad(v.float(), function, None, None, "none", 1.0)
+            for actual, exact in zip(found, (term.value_at, term.slope_at), strict=True):
+                truth = exact(v.float().double())
+                number = truth.abs() >= limits.smallest_normal
+                torch.testing.assert_close(actual.double()[number], truth[number], rtol=32 * limits.eps, atol=0)
+
     @pytest.mark.parametrize("name", PROFILES)
     @pytest.mark.parametrize("shape", [(1,), (5,), (3, 7), (1, 33), (2, 8), (2, 3, 5, 7), (2, 1, 1), (3, 0)])
     def test_shapes(self, name: str, shape: tuple[int, ...]) -> None:
