@@ -57,8 +57,12 @@ SMOOTH: dict[str, tuple[Function, Function]] = {
 """f(u) and kappa = u^2 f''(u)."""
 OTHERS: dict[str, Function] = {
     "kl": lambda u: u * mp.log(u),
+    "reverse_kl": lambda u: -mp.log(u),
+    "jeffreys": lambda u: (u - 1) * mp.log(u),
+    "pearson_chi2": lambda u: (u - 1) ** 2,
     "neyman_chi2": lambda u: (1 - u) ** 2 / u,
     "squared_hellinger": lambda u: (mp.sqrt(u) - 1) ** 2 / 2,
+    "alpha:0.3": lambda u: (u ** mp.mpf(0.3) - mp.mpf(0.3) * u + mp.mpf(0.3) - 1) / (mp.mpf(0.3) * (mp.mpf(0.3) - 1)),
 }
 
 

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from exactness import size_of_terms
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
@@ -45,6 +46,27 @@ def test_extremes(
     size = (torch.exp(v) * columns[0]).abs() + columns[1].abs()
     for actual, truth, factor in zip(found[4:], columns[4:], (1.0, torch.exp(-v)), strict=True):
         assert bool(((actual - truth).abs() <= 8 * limits.eps * size * factor).all())
+    narrow = v.to(dtype)
+    for ratio, truth, tilt in zip(ratios, columns[:2], (1, -1), strict=True):
+        slope = truth * torch.exp(tilt * narrow.double())
+        number = slope.abs() >= limits.smallest_normal
+        torch.testing.assert_close(ratio.slope_at(narrow).double()[number], slope[number], rtol=32 * limits.eps, atol=0)
+
+
+@pytest.mark.parametrize("name", WITH_CRITIC)
+def test_float32_keeps_its_digits(name: str) -> None:
+    size = torch.cat([torch.logspace(-30, 0, 301), torch.linspace(1, 30, 2000)])
+    v = torch.cat([-size, size])
+    rows, eps = fk.get_divergence(name).critic_rows("log_ratio"), torch.finfo(torch.float32).eps
+    assert rows is not None
+    for row in rows:
+        truth = row.value(v.double())
+        # Its terms may cancel; those of the others do nowhere.
+        scale = size_of_terms(row, v.double(), 0.0, False) if name == "shifted_log" else truth.abs()
+        tiny = torch.finfo(torch.float32).smallest_normal
+        assert bool(((row.value(v).double() - truth).abs() <= 32 * eps * scale + tiny).all())
+        slope = row.slope(v.double())
+        assert bool(((row.slope(v).double() - slope).abs() <= 32 * eps * slope.abs() + tiny).all())
 
 
 def test_a_bounded_critic_keeps_its_digits_near_0() -> None:

@@ -237,6 +237,14 @@ def test_tables_are_made_on_the_cpu() -> None:
         assert profile_table(mine).log_values.device.type == "cpu"
 
 
+def test_tables_stay_small() -> None:
+    for name in ("jensen_shannon", "hockey_stick:1.000000000000001", "hockey_stick:0.01", "skew_jensen_shannon:1e-30"):
+        assert len(profile_table(fk.get_divergence(name)).log_values) <= 5000
+    kink = (0.999999999999, 1.0)
+    both = dataclasses.replace(fk.get_divergence("squared_hellinger"), name="both", exponential=None, kinks=(kink,))
+    assert len(profile_table(both).log_values) <= 40_000
+
+
 def test_table_is_built_once_and_says_where_it_stands() -> None:
     table = profile_table(fk.get_divergence("jensen_shannon"))
     assert profile_table(fk.get_divergence("js")) is table
