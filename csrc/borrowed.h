@@ -75,7 +75,7 @@ struct FunctionNumbers {
     double of[function_numbers];
 
     explicit FunctionNumbers(const pybind11::tuple& numbers) {
-        if (numbers.size() != function_numbers) throw std::invalid_argument("fdu_kernels: an ElementFunction has 32 numbers");
+        if (numbers.size() != function_numbers) throw std::invalid_argument("fdu_kernels: an ElementFunction has 34 numbers");
         for (size_t i = 0; i < function_numbers; ++i) of[i] = PyFloat_AsDouble(PyTuple_GET_ITEM(numbers.ptr(), i));
         if (PyErr_Occurred()) throw pybind11::error_already_set();
     }

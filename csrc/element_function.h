@@ -46,12 +46,12 @@ template <class L>
 inline bool is_softplus_alone(const ElementFunction<L>& function) {
     const TiltedRow<L>& first = function.first;
     const Row<L>& row = first.row;
-    const L others[] = {row.constant, row.linear,          row.square, row.exp,   row.expm1,
-                        row.sigmoid,  row.sigmoid_squared, row.step,   first.tilt};
+    const L others[] = {row.constant, row.linear, row.square,       row.exp,  row.expm1,
+                        row.sigmoid,  row.tanh,   row.tanh_squared, row.step, first.tilt};
     for (const L other : others) {
         if (other != 0) return false;
     }
-    return function.slope == 0 && row.mix == L(0.5) && !(function.limit < L(INFINITY));
+    return function.slope == 0 && row.logit == 0 && !(function.limit < L(INFINITY));
 }
 
 template <class A>
@@ -107,7 +107,7 @@ FDU_FUNCTION void evaluate_row(const TiltedRow<Lane<A>>& tilted, const A (&v)[n]
             if (sloped) slope[i] += row.expm1 * row.expm1_rate * e.value;
         }
     }
-    if (row.softplus != 0 || row.sigmoid != 0 || row.sigmoid_squared != 0) {
+    if (row.softplus != 0 || row.sigmoid != 0 || row.tanh != 0 || row.tanh_squared != 0) {
 #pragma unroll
         for (int i = 0; i < n; ++i) {
             const Logistic<A> terms = logistic_terms<Known::nothing>(row, v[i]);

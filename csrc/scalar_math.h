@@ -336,28 +336,29 @@ struct Profile {
 // One row over the basis of fdu_kernels.critic.CriticRow, with its fields in their order.
 template <class A>
 struct Row {
-    A constant, linear, square, exp, exp_rate, expm1, expm1_rate, softplus, sigmoid, sigmoid_squared, scale, mix, step,
+    A constant, linear, square, exp, exp_rate, expm1, expm1_rate, softplus, sigmoid, tanh, tanh_squared, scale, logit, step,
         threshold;
-    A rest_of_mix, logit;  // 1 - mix, log(mix / (1 - mix))
+    A mix, rest_of_mix;  // sigmoid(logit), sigmoid(-logit)
 };
 
-constexpr int row_fields = 14;
+constexpr int row_fields = 15;
 
 template <class A>
 FDU_FUNCTION Row<A> read_row(const double* numbers) {
     Row<A> row;
     A* fields = &row.constant;
     for (int i = 0; i < row_fields; ++i) fields[i] = A(numbers[i]);
-    const double mix = numbers[&row.mix - fields];
-    row.rest_of_mix = A(1 - mix);
-    row.logit = A(log(mix / (1 - mix)));
+    const double logit = numbers[&row.logit - fields];
+    row.mix = A(1 / (1 + exp(-logit)));
+    row.rest_of_mix = A(1 / (1 + exp(logit)));
     return row;
 }
 
-// What a kernel was compiled to rely on: nothing, or that a row has no term but a softplus of mix 1/2 (jensen_shannon).
+// What a kernel was compiled to rely on: nothing, or that a row has no term but a softplus of logit 0 (jensen_shannon).
 enum class Known { nothing, softplus_alone };
 
-// The terms softplus log(1 - m + m e^x) + sigmoid sigma + sigmoid_squared sigma^2 at x = scale v, and their derivative.
+// The terms softplus log(1 - m + m e^x) + sigmoid sigma + tanh T + tanh_squared T^2 at x = scale v, T = 2 sigma - 1, and
+// their derivative.
 template <class A>
 struct Logistic {
     A value, slope;
@@ -367,8 +368,8 @@ template <Known known, class A>
 FDU_FUNCTION Logistic<A> logistic_terms(const Row<Lane<A>>& row, A v) {
     using L = Lane<A>;
     const A x = row.scale * v;
-    A softplus{}, sigma, rest;  // rest = 1 - sigma
-    if (known == Known::softplus_alone || row.mix == L(0.5)) {
+    A softplus{}, tanh{}, sigma, rest;  // rest = 1 - sigma
+    if (known == Known::softplus_alone || row.logit == 0) {
         const auto positive = x > L(0);
         const Exponential<A> falling = falling_exponential(minus_absolute(x));
         const A whole = L(1) + falling.value;
@@ -382,6 +383,10 @@ FDU_FUNCTION Logistic<A> logistic_terms(const Row<Lane<A>>& row, A v) {
         const A larger = L(1) / whole, smaller = falling.value * larger;
         sigma = select(positive, larger, smaller);
         rest = select(positive, smaller, larger);
+        if (row.tanh != 0 || row.tanh_squared != 0) {
+            // Not their difference: near 0 it would have no digits.
+            tanh = select(positive, -falling.less_one, falling.less_one) / whole;
+        }
     } else {
         // Which of 1 - m and m e^x is the larger one decides, so that x and the logarithm do not cancel.
         const auto above = x + row.logit > L(0);
@@ -392,13 +397,18 @@ FDU_FUNCTION Logistic<A> logistic_terms(const Row<Lane<A>>& row, A v) {
         if (row.softplus != 0) softplus = logarithm(whole, far * e.less_one) + select(above, x, A{});
         sigma = select(above, larger, smaller);
         rest = select(above, smaller, larger);
+        tanh = sigma - rest;
     }
     // softplus' = sigma (sigma + rest): written so, the softplus and the sigmoid of shifted_log cancel exactly.
     const A inner = row.softplus * sigma + (row.softplus + row.sigmoid) * rest;
-    return {
-        row.softplus * softplus + sigma * (row.sigmoid + row.sigmoid_squared * sigma),
-        row.scale * sigma * (inner + L(2) * row.sigmoid_squared * sigma * rest),
-    };
+    A value = row.softplus * softplus + row.sigmoid * sigma, slope = inner;
+    if (row.tanh != 0 || row.tanh_squared != 0) {
+        // T' = 2 sigma rest and T = sigma - rest: so the two terms of le_cam's A and B cancel exactly.
+        const L twice = L(2) * row.tanh_squared;
+        value += tanh * (row.tanh + row.tanh_squared * tanh);
+        slope += L(2) * rest * ((row.tanh + twice) * sigma + (row.tanh - twice) * rest);
+    }
+    return {value, row.scale * sigma * slope};
 }
 
 }  // namespace

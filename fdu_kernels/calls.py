@@ -48,7 +48,7 @@ class GaussianCall:
         "Tensor pred, Tensor target, float[] numbers, Tensor? symbolic, Tensor? table, Tensor? sigma, Tensor? weight, "
         "Tensor? mask, str distance, str reduction, Tensor? grad_scale"
     )
-    """What ``flat`` gives and ``of`` takes. numbers: c, k, linear_beyond, sigma and grad_scale, where they are no tensors;
+    """What ``flat`` gives and ``of`` takes. numbers: c, k, linear_beyond, sigma and grad_scale, where these are numbers.
     symbolic: the same as a tensor on the CPU, where compiled code does not hold them as constants."""
     __slots__ = ("distance", "grad_scale", "mask", "plain", "pred", "profile", "reduction", "sigma", "target", "weight")
 
@@ -134,7 +134,7 @@ class ExpectationCall:
     """
 
     SCHEMA = "Tensor v, float[] function, Tensor? weight, Tensor? mask, str reduction, float number, Tensor? grad_scale"
-    """What ``flat`` gives and ``of`` takes. function: the numbers of an ElementFunction; number: grad_scale, if it is one."""
+    """What ``flat`` gives and ``of`` takes. function: an ElementFunction's numbers; number: grad_scale, if it is one."""
     __slots__ = ("function", "grad_scale", "mask", "plain", "reduction", "v", "weight")
 
     def __init__(
@@ -200,7 +200,7 @@ def _split(number: float | Tensor) -> tuple[float, Tensor | None]:
 
 
 def _constant_or_not(numbers: list[float]) -> tuple[list[float], Tensor | None]:
-    """Numbers as they are; or as a tensor, where compiled code takes them for symbols: as an op's they would be guarded."""
+    """Numbers as they are; or as a tensor, where compiled code has symbols for them: an op's numbers would be guarded."""
     if not torch.compiler.is_compiling():
         return numbers, None
     if all(torch.fx.experimental.symbolic_shapes.has_static_value(number) for number in numbers):

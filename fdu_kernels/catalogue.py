@@ -166,7 +166,7 @@ def _total_variation() -> Divergence:
         generator=lambda u: (u - 1).abs() / 2,
         kinks=((1.0, 1.0),),
         log_ratio_rows=(CriticRow(const=-0.5, step=1), CriticRow(const=-0.5, step=1)),
-        fgan_rows=(CriticRow(const=-0.5, sigmoid=1, scale=2), CriticRow(const=-0.5, sigmoid=1, scale=2)),
+        fgan_rows=(CriticRow(tanh=0.5, scale=2), CriticRow(tanh=0.5, scale=2)),
     )
 
 
@@ -178,10 +178,7 @@ def _le_cam() -> Divergence:
         upper=1.0,
         generator=lambda u: (u - 1).square() / (2 * (u + 1)),
         log_curvature=lambda v: math.log(4) + 2 * logsigmoid(v) + logsigmoid(-v),
-        log_ratio_rows=(
-            CriticRow(const=0.5, sigmoid_squared=-2, scale=-1),
-            CriticRow(const=-0.5, sigmoid_squared=2),
-        ),
+        log_ratio_rows=(CriticRow(tanh=1, tanh_squared=-0.5), CriticRow(tanh=1, tanh_squared=0.5)),
     )
 
 
@@ -197,7 +194,7 @@ def _skew_jensen_shannon(w: float) -> Divergence:
         upper=-w * math.log(w) - (1 - w) * math.log1p(-w),
         generator=lambda u: w * torch.xlogy(u, u) - torch.xlogy(w * u + 1 - w, w * u + 1 - w),
         log_curvature=lambda v: math.log1p(-w) + logsigmoid(v + logit),
-        log_ratio_rows=(CriticRow(softplus=-w, scale=-1, mix=1 - w), CriticRow(softplus=1 - w, mix=w)),
+        log_ratio_rows=(CriticRow(softplus=-w, scale=-1, logit=-logit), CriticRow(softplus=1 - w, logit=logit)),
     )
 
 

@@ -26,13 +26,15 @@ DERIVATIVE, FIRST, SECOND = 0.0, 1.0, 2.0
 
 @dataclasses.dataclass(frozen=True)
 class CriticRow:
-    """Coefficients of one function of v over the basis; x = scale v, sigma = sigmoid(x + logit(mix)).
+    """Coefficients of one function of v over the basis; x = scale v, sigma = sigmoid(x + logit), T = 2 sigma - 1.
 
     row(v) = const + linear v + square v^2 + exp e^(exp_rate v) + expm1 (e^(expm1_rate v) - 1)
-             + softplus log(1 - mix + mix e^x) + sigmoid sigma + sigmoid_squared sigma^2 + step [v > threshold]
+             + softplus log(1 - mix + mix e^x) + sigmoid sigma + tanh T + tanh_squared T^2 + step [v > threshold]
 
-    The softplus is shifted to vanish at v = 0, the step is 1/2 at its threshold. Both an exponential and one less 1
-    are there because either alone loses its digits: the first near v = 0, the second where e^v is small.
+    mix is sigmoid(logit): so neither mix nor 1 - mix loses digits where it is small. The softplus is shifted to
+    vanish at v = 0, the step is 1/2 at its threshold. Both an exponential and one less 1
+    are there because either alone loses its digits: the first near v = 0, the second where e^v is small. So are both
+    a sigmoid and T = tanh((x + logit)/2), which keeps its digits near 0.
     """
 
     const: float = 0.0
@@ -44,11 +46,22 @@ class CriticRow:
     expm1_rate: float = 0.0
     softplus: float = 0.0
     sigmoid: float = 0.0
-    sigmoid_squared: float = 0.0
+    tanh: float = 0.0
+    tanh_squared: float = 0.0
     scale: float = 1.0
-    mix: float = 0.5
+    logit: float = 0.0
     step: float = 0.0
     threshold: float = 0.0
+
+    @property
+    def mix(self) -> float:
+        """sigmoid(logit)."""
+        return _sigmoid(self.logit)
+
+    @property
+    def rest_of_mix(self) -> float:
+        """1 - mix."""
+        return _sigmoid(-self.logit)
 
     @property
     def rate(self) -> float:
@@ -70,10 +83,12 @@ class CriticRow:
             positive = -torch.expm1(-x.clamp(min=0)) * torch.exp(tilt * v + x.clamp(min=0))
             result = result + self.expm1 * torch.where(x > 0, positive, torch.expm1(x.clamp(max=0)) * factor)
         if self.softplus:
-            result = result + self.softplus * _shifted_softplus(self.scale * v, self.mix) * factor
-        if self.sigmoid or self.sigmoid_squared:
-            sigma = torch.sigmoid(self.scale * v + _logit(self.mix))
-            result = result + (self.sigmoid * sigma + self.sigmoid_squared * sigma.square()) * factor
+            result = result + self.softplus * _shifted_softplus(self.scale * v, self.logit) * factor
+        if self.sigmoid:
+            result = result + self.sigmoid * torch.sigmoid(self.scale * v + self.logit) * factor
+        if self.tanh or self.tanh_squared:
+            tanh = torch.tanh((self.scale * v + self.logit) / 2)
+            result = result + tanh * (self.tanh + self.tanh_squared * tanh) * factor
         if self.step:
             result = result + self.step * (0.5 + 0.5 * torch.sign(v - self.threshold)) * factor
         return result
@@ -87,12 +102,14 @@ class CriticRow:
             result = result + self.exp * self.exp_rate * torch.exp(self.exp_rate * v)
         if self.expm1:
             result = result + self.expm1 * self.expm1_rate * torch.exp(self.expm1_rate * v)
-        if self.softplus or self.sigmoid or self.sigmoid_squared:
-            x = self.scale * v + _logit(self.mix)
+        if self.softplus or self.sigmoid or self.tanh or self.tanh_squared:
+            x = self.scale * v + self.logit
             sigma, rest = torch.sigmoid(x), torch.sigmoid(-x)
             # softplus' = sigma (sigma + rest): written so, the softplus and the sigmoid of shifted_log cancel exactly.
             inner = self.softplus * sigma + (self.softplus + self.sigmoid) * rest
-            result = result + self.scale * sigma * (inner + 2 * self.sigmoid_squared * sigma * rest)
+            # T' = 2 sigma rest and T = sigma - rest: so the two terms of le_cam's A and B cancel exactly.
+            above, below = self.tanh + 2 * self.tanh_squared, self.tanh - 2 * self.tanh_squared
+            result = result + self.scale * sigma * (inner + 2 * rest * (above * sigma + below * rest))
         return result
 
 
@@ -101,17 +118,18 @@ def _nothing(v: Tensor) -> Tensor:
     return torch.where(v == v, 0.0, v)
 
 
-def _logit(mix: float) -> float:
-    return math.log(mix / (1 - mix))
+def _sigmoid(x: float) -> float:
+    small = math.exp(-abs(x))
+    return (1 if x > 0 else small) / (1 + small)
 
 
-def _shifted_softplus(x: Tensor, mix: float) -> Tensor:
+def _shifted_softplus(x: Tensor, logit: float) -> Tensor:
     """log(1 - mix + mix e^x), to full relative accuracy also near x = 0."""
+    mix, rest = _sigmoid(logit), _sigmoid(-logit)
     # Where mix e^x is the larger summand, it is taken out of the logarithm: elsewhere x and the logarithm would cancel.
-    equal = -_logit(mix)
-    falling, rising = -x.clamp(min=equal), x.clamp(max=equal)
-    above = x + _logarithm(mix + (1 - mix) * torch.exp(falling), (1 - mix) * torch.expm1(falling))
-    return torch.where(x > equal, above, _logarithm((1 - mix) + mix * torch.exp(rising), mix * torch.expm1(rising)))
+    falling, rising = -x.clamp(min=-logit), x.clamp(max=-logit)
+    above = x + _logarithm(mix + rest * torch.exp(falling), rest * torch.expm1(falling))
+    return torch.where(x > -logit, above, _logarithm(rest + mix * torch.exp(rising), mix * torch.expm1(rising)))
 
 
 def _logarithm(u: Tensor, less_one: Tensor) -> Tensor:
@@ -121,7 +139,7 @@ def _logarithm(u: Tensor, less_one: Tensor) -> Tensor:
 
 ROW_FIELDS = tuple(field.name for field in dataclasses.fields(CriticRow))
 """The order in which a row's numbers are packed."""
-_COEFFICIENTS = ("const", "linear", "square", "exp", "expm1", "softplus", "sigmoid", "sigmoid_squared", "step")
+_COEFFICIENTS = ("const", "linear", "square", "exp", "expm1", "softplus", "sigmoid", "tanh", "tanh_squared", "step")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,8 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fdu_kernels.profiles import Curvature, Kinks
 from fdu_kernels.scalar import MAX_EXPONENT, Scalar, derivative, on_the_cpu
+from fdu_kernels.tabulation import Curvature, Kinks
 
 Generator = Callable[[Tensor], Tensor]
 """f(u), elementwise."""
@@ -71,7 +71,7 @@ def ratio_function(f: Generator, samples_from: str) -> OwnFunction:
 
 
 def examine(f: Generator, name: str, places: tuple[float, ...]) -> tuple[Kinks, Curvature]:
-    """The kinks of f that are real among the named places, and log kappa; see Divergence.from_generator for the errors."""
+    """The kinks of f that are real among the named places, and log kappa; errors: see Divergence.from_generator."""
     with on_the_cpu():
         return _examine(f, name, places)
 

@@ -15,8 +15,9 @@ from torch import Tensor
 from fdu_kernels import critic, custom
 from fdu_kernels.critic import CriticRow, ElementFunction
 from fdu_kernels.custom import OwnFunction
-from fdu_kernels.profiles import GaussianProfile, Kinks, tabulated_profile
+from fdu_kernels.profiles import GaussianProfile
 from fdu_kernels.scalar import derivative, on_the_cpu
+from fdu_kernels.tabulation import Kinks, tabulated_profile
 
 Rows = tuple[CriticRow, CriticRow]
 Function = ElementFunction | OwnFunction
@@ -120,7 +121,7 @@ class Divergence:
         """
         if self.exponential is not None:
             return GaussianProfile.exponential(*self.exponential)
-        return tabulated_profile(str(self), self.log_curvature, self.kinks)
+        return tabulated_profile(str(self), self.log_curvature, self.kinks, exact=self.custom is None)
 
     @functools.lru_cache(maxsize=1024)  # noqa: B019 - divergences are few, and found again by equality
     def critic_functions(self, parametrization: str) -> tuple[Function, Function]:

@@ -27,16 +27,16 @@ PLACES: dict[str, str | Backend] = {
     "cpu": "fdu_kernels.kernels.native:cpu",
     "torch": "fdu_kernels.kernels.reference",
 }
-"""Name -> module, module:object or the backend itself, the preferred first. A module is imported when first asked for."""
+"""Name -> module, module:object or the backend, the preferred first. A module is imported when it is first asked for."""
 
 
 class Backend(Protocol):
     """Six functions of a call; calls arrive checked. "acc" is float32, or float64 where an input is float64.
 
-    Sums are accumulated in acc or better, in a fixed order: a result is the same to the last bit on every run. On the CPU
-    the order depends on shapes, strides, dtypes and instruction set, and not on the number of threads; on a GPU on shapes,
-    strides, dtypes, alignment and the device. Nothing here makes the host wait. Gradients have the dtype of their input,
-    rounded once.
+    Sums are accumulated in acc or better, in a fixed order: a result is the same to the last bit on every run. On the
+    CPU the order depends on shapes, strides, dtypes and instruction set, and not on the number of threads; on a GPU on
+    shapes, strides, dtypes, alignment and the device. Nothing here makes the host wait. A gradient has the dtype of its
+    input and is rounded once.
     """
 
     FUSES_FORWARD: bool

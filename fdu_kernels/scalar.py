@@ -24,8 +24,8 @@ backend. exp(64) = 6e27 leaves the line ten further decades in float32."""
 class Scalar:
     """y(x) with y'(x), both elementwise; outside [low, high] a straight line with the slope of the end.
 
-    Every derivative of y(x), forward or reverse, is ``slope`` or a derivative of it: differentiating ``value`` would lose
-    digits in the tails, where the terms of its derivative cancel. NaN gives NaN.
+    Every derivative of y(x), forward or reverse, is ``slope`` or a derivative of it: differentiating ``value`` would
+    lose digits in the tails, where the terms of its derivative cancel. NaN gives NaN.
     """
 
     value: Callable[[Tensor], Tensor]

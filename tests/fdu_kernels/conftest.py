@@ -15,18 +15,27 @@ from torch import Tensor
 VECTORS = Path(__file__).parent / "vectors"
 
 
-def read_vectors(name: str) -> dict[str, Tensor]:
+def read_vectors(name: str, group: str = "divergences") -> dict[str, Tensor]:
     """Spelling of the divergence -> float64 columns."""
-    rows = json.loads((VECTORS / f"{name}.json").read_text())["divergences"]
+    rows = json.loads((VECTORS / f"{name}.json").read_text())[group]
     return {spelling: torch.tensor(values, dtype=torch.float64).T for spelling, values in rows.items()}
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """``gaussian_row`` is (spelling, s, h, h'), ``variational_row`` (spelling, v, A, B, A', B')."""
-    for name in ("gaussian", "variational"):
-        if f"{name}_row" in metafunc.fixturenames:
-            vectors = read_vectors(name)
-            metafunc.parametrize(f"{name}_row", [(key, *vectors[key]) for key in vectors], ids=list(vectors))
+    """``gaussian_row`` is (spelling, s, h, h'), ``variational_row`` (spelling, v, A, B, A', B').
+
+    ``extreme_profile`` is as gaussian_row, with 0 for what is below 1e-300; ``extreme_critic`` as variational_row, with
+    f(r) and f(r)/r behind. make_extremes.py makes them.
+    """
+    for fixture, place in {
+        "gaussian_row": ("gaussian",),
+        "variational_row": ("variational",),
+        "extreme_profile": ("extremes", "profiles"),
+        "extreme_critic": ("extremes", "ratios"),
+    }.items():
+        if fixture in metafunc.fixturenames:
+            vectors = read_vectors(*place)
+            metafunc.parametrize(fixture, [(key, *vectors[key]) for key in vectors], ids=list(vectors))
 
 
 @pytest.fixture(autouse=True)

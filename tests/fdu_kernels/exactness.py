@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from typing import Any
 
@@ -131,14 +130,15 @@ def check_gaussian(
 def size_of_terms(row: CriticRow, v: Tensor, tilt: float, slope: bool) -> Tensor:
     """The sum of the absolute values of a row's terms, or of its derivative's."""
     total = torch.zeros_like(v)
-    for name in ("const", "linear", "square", "exp", "expm1", "softplus", "sigmoid", "sigmoid_squared", "step"):
-        others = {"exp_rate": row.exp_rate, "expm1_rate": row.expm1_rate, "scale": row.scale, "mix": row.mix}
+    logistic = ("softplus", "sigmoid", "tanh", "tanh_squared")
+    for name in ("const", "linear", "square", "exp", "expm1", *logistic, "step"):
+        others = {"exp_rate": row.exp_rate, "expm1_rate": row.expm1_rate, "scale": row.scale, "logit": row.logit}
         one = CriticRow(**{name: getattr(row, name)}, **others, threshold=row.threshold)
         total += (one.slope(v) if slope else one.value(v, tilt)).abs()
     if row.softplus and not slope:
         # Itself a sum, x + log(...), where mix e^x is more than 1 - mix; its parts cancel where mix is small.
         x = row.scale * v
-        above = x + math.log(row.mix / (1 - row.mix)) > 0
+        above = x + row.logit > 0
         total += abs(row.softplus) * torch.where(above, x.abs(), 0.0) * torch.exp(tilt * v)
     return total
 

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from exactness import size_of_terms
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
@@ -27,6 +28,55 @@ def test_golden_values(variational_row: tuple[str, Tensor, Tensor, Tensor, Tenso
     (b_slope,) = torch.autograd.grad(b.sum(), v)
     for actual, column in zip((a, b, a_slope, b_slope), expected, strict=True):
         torch.testing.assert_close(actual.detach(), column, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_extremes(
+    extreme_critic: tuple[str, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], dtype: torch.dtype
+) -> None:
+    name, v, *columns = extreme_critic
+    divergence = fk.get_divergence(name)
+    terms, limits = critic_terms(divergence, "log_ratio"), torch.finfo(dtype)
+    ratios = ratio_terms(divergence, "q"), ratio_terms(divergence, "p")
+    functions = *(one.value_at for one in terms), *(one.slope_at for one in terms), *(one.value_at for one in ratios)
+    if dtype == torch.float32:
+        # v itself is rounded there: the truth is that of float64, which the other case of this test looks at.
+        columns = [function(v.to(dtype).double()) for function in functions]
+    found = [function(v.to(dtype)).double() for function in functions]
+    for actual, truth in zip(found[:4], columns, strict=False):
+        number = truth.abs() >= limits.smallest_normal
+        torch.testing.assert_close(actual[number], truth[number], rtol=32 * limits.eps, atol=0)
+    size = (torch.exp(v) * columns[0]).abs() + columns[1].abs()
+    for actual, truth, factor in zip(found[4:], columns[4:], (1.0, torch.exp(-v)), strict=True):
+        assert bool(((actual - truth).abs() <= 8 * limits.eps * size * factor).all())
+    narrow = v.to(dtype)
+    for ratio, truth, tilt in zip(ratios, columns[:2], (1, -1), strict=True):
+        slope = truth * torch.exp(tilt * narrow.double())
+        number = slope.abs() >= limits.smallest_normal
+        torch.testing.assert_close(ratio.slope_at(narrow).double()[number], slope[number], rtol=32 * limits.eps, atol=0)
+
+
+@pytest.mark.parametrize("name", WITH_CRITIC)
+def test_float32_keeps_its_digits(name: str) -> None:
+    size = torch.cat([torch.logspace(-30, 0, 301), torch.linspace(1, 30, 2000)])
+    v = torch.cat([-size, size])
+    rows, eps = fk.get_divergence(name).critic_rows("log_ratio"), torch.finfo(torch.float32).eps
+    assert rows is not None
+    for row in rows:
+        truth = row.value(v.double())
+        # Its terms may cancel; those of the others do nowhere.
+        scale = size_of_terms(row, v.double(), 0.0, False) if name == "shifted_log" else truth.abs()
+        tiny = torch.finfo(torch.float32).smallest_normal
+        assert bool(((row.value(v).double() - truth).abs() <= 32 * eps * scale + tiny).all())
+        slope = row.slope(v.double())
+        assert bool(((row.slope(v).double() - slope).abs() <= 32 * eps * slope.abs() + tiny).all())
+
+
+def test_a_bounded_critic_keeps_its_digits_near_0() -> None:
+    v = torch.tensor([-1e-3, -1e-20, 1e-30, 1e-6], dtype=torch.float64)
+    for term in critic_terms(fk.get_divergence("total_variation"), "fgan"):
+        torch.testing.assert_close(term.value_at(v), torch.tanh(v) / 2, rtol=1e-15, atol=0)
+        torch.testing.assert_close(term.value_at(v.float()), torch.tanh(v).float() / 2, rtol=2e-7, atol=0)
 
 
 def test_golden_values_through_the_api(variational_row: tuple[str, Tensor, Tensor, Tensor, Tensor, Tensor]) -> None:

@@ -23,6 +23,7 @@ from torch import Tensor
 import fdu_kernels as fk
 from fdu_kernels import build
 from fdu_kernels.backends.native import cpu
+from fdu_kernels.critic import critic_terms, ratio_terms
 from fdu_kernels.lowering import critic_functions, ratio_function
 
 REASON = fk.backends()["cpu"]
@@ -77,6 +78,46 @@ def test_golden_values(
     relative = unit(dtype) * condition(fk.get_divergence(name), s)
     assert_within(value, h, relative * h.abs())
     assert_within(grad, 2 * s * slope, relative * (2 * s * slope).abs())
+
+
+def test_extreme_profiles(instruction_set: str, extreme_profile: tuple[str, Tensor, Tensor, Tensor]) -> None:
+    name, s, h, slope = extreme_profile
+    pred = torch.ones(len(s), dtype=torch.float64)
+    value, grad = fk.gaussian_divergence_value_and_grad(
+        pred, torch.zeros_like(pred), name, sigma=s.rsqrt(), reduction="none", backend="cpu"
+    )
+    for found, truth in ((value, h), (grad, 2 * s * slope)):
+        number = truth > 1e-300
+        torch.testing.assert_close(found[number], truth[number], rtol=5e-12, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_extreme_critics(
+    instruction_set: str,
+    extreme_critic: tuple[str, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor],
+    dtype: torch.dtype,
+) -> None:
+    name, v, *columns = extreme_critic
+    divergence, limits, narrow = fk.get_divergence(name), torch.finfo(dtype), v.to(dtype)
+    functions, terms = critic_functions(divergence, "log_ratio"), critic_terms(divergence, "log_ratio")
+    ratios = [ratio_function(divergence, side) for side in "qp"]
+    assert functions is not None
+    for function, term, value, slope in zip(functions, terms, columns[:2], columns[2:4], strict=True):
+        truths = value, slope
+        if dtype == torch.float32:
+            truths = term.value_at(narrow.double()), term.slope_at(narrow.double())
+        found = cpu.expectation_value_and_grad(narrow, function, None, None, "none", 1.0)
+        for actual, truth in zip(found, truths, strict=True):
+            number = truth.abs() >= limits.smallest_normal
+            torch.testing.assert_close(actual.double()[number], truth[number], rtol=32 * limits.eps, atol=0)
+    size = (torch.exp(v) * columns[0]).abs() + columns[1].abs()
+    for function, truth, side in zip(ratios, columns[4:], "qp", strict=True):
+        assert function is not None
+        if dtype == torch.float32:
+            truth = ratio_terms(divergence, side).value_at(narrow.double())
+        actual, _ = cpu.expectation_value_and_grad(narrow, function, None, None, "none", 1.0)
+        bound = 8 * limits.eps * size * (1.0 if side == "q" else torch.exp(-v)) + limits.smallest_normal
+        assert bool(((actual.double() - truth).abs() <= bound).all())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -24,7 +24,7 @@ from torch import Tensor
 import fdu_kernels as fk
 from fdu_kernels.backends import reference
 from fdu_kernels.backends import triton as backend
-from fdu_kernels.critic import critic_terms
+from fdu_kernels.critic import critic_terms, ratio_terms
 from fdu_kernels.lowering import ElementFunction, critic_functions, gaussian_profile, ratio_function
 from fdu_kernels.scalar import Scalar
 
@@ -205,6 +205,30 @@ class TestInterpreted:
                 step = name in ("total_variation", "hockey_stick")
                 enough = error <= allowed + 2e-6 * truth.abs() + shift + 1e-37
                 assert bool((enough | ~inside | (step & (v.abs() < 1e-3))).all()), (name, error - allowed)
+
+    def test_extreme_critics(
+        self, extreme_critic: tuple[str, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+    ) -> None:
+        name, v, *_ = extreme_critic
+        divergence, limits = fk.get_divergence(name), torch.finfo(torch.float32)
+        functions, terms = critic_functions(divergence, "log_ratio"), critic_terms(divergence, "log_ratio")
+        assert functions is not None
+        for function, term in zip(functions, terms, strict=True):
+            found = backend.expectation_value_and_grad(v.float(), function, None, None, "none", 1.0)
+            for actual, exact in zip(found, (term.value_at, term.slope_at), strict=True):
+                truth = exact(v.float().double())
+                number = truth.abs() >= limits.smallest_normal
+                torch.testing.assert_close(actual.double()[number], truth[number], rtol=32 * limits.eps, atol=0)
+        (value_a, value_b), exact_v = (term.value_at(v.float().double()) for term in terms), v.float().double()
+        for side, size in (
+            ("q", (torch.exp(exact_v) * value_a).abs() + value_b.abs()),
+            ("p", value_a.abs() + (torch.exp(-exact_v) * value_b).abs()),
+        ):
+            ratio = ratio_function(divergence, side)
+            assert ratio is not None
+            actual, _ = backend.expectation_value_and_grad(v.float(), ratio, None, None, "none", 1.0)
+            error = (actual.double() - ratio_terms(divergence, side).value_at(exact_v)).abs()
+            assert bool((error <= 8 * limits.eps * size + limits.smallest_normal).all())
 
     @pytest.mark.parametrize("name", PROFILES)
     @pytest.mark.parametrize("shape", [(1,), (5,), (3, 7), (1, 33), (2, 8), (2, 3, 5, 7), (2, 1, 1), (3, 0)])

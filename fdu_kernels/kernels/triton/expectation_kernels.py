@@ -16,7 +16,7 @@ def _row(v: tl.tensor, row: tl.tuple) -> tl.tensor:
     """e^(tilt v) row(v), as fdu_kernels.critic.CriticRow.value; terms without a coefficient are skipped."""
     (
         tilt, const, linear, square, exponential, tilted_exp_rate, _exp_rate, minus_one, expm1_rate,
-        softplus, sigmoid, sigmoid_squared, scale, mix, rest_of_mix, logit, step, threshold,
+        softplus, sigmoid, tanh, tanh_squared, scale, mix, rest_of_mix, logit, step, threshold,
     ) = row  # fmt: skip
     factor = tl.full(v.shape, 1.0, tl.float32)
     if tilt != 0.0:
@@ -39,9 +39,15 @@ def _row(v: tl.tensor, row: tl.tuple) -> tl.tensor:
         near, far = tl.where(above, mix, rest_of_mix), tl.where(above, rest_of_mix, mix)
         part = tl.where(above, x, 0.0) + logarithm(near + far * exp(exponent), far * expm1(exponent))
         result += softplus * part * factor
-    if (sigmoid != 0.0) | (sigmoid_squared != 0.0):
+    if sigmoid != 0.0:
         sigma, _ = _sigmoids(scale * v + logit)
-        result += (sigmoid * sigma + sigmoid_squared * sigma * sigma) * factor
+        result += sigmoid * sigma * factor
+    if (tanh != 0.0) | (tanh_squared != 0.0):
+        x = scale * v + logit
+        # Not a difference of sigmoids: near 0 it would have no digits.
+        less_one = expm1(-tl.abs(x))
+        part = tl.where(x < 0.0, less_one, -less_one) / (2.0 + less_one)
+        result += part * (tanh + tanh_squared * part) * factor
     if step != 0.0:
         result += step * tl.where(v > threshold, 1.0, tl.where(v < threshold, 0.0, 0.5)) * factor
     return result
@@ -52,7 +58,7 @@ def _row_slope(v: tl.tensor, row: tl.tuple) -> tl.tensor:
     """row'(v), as fdu_kernels.critic.CriticRow.slope."""
     (
         _tilt, _const, linear, square, exponential, _tilted_exp_rate, exp_rate, minus_one, expm1_rate,
-        softplus, sigmoid, sigmoid_squared, scale, _mix, _rest_of_mix, logit, _step, _threshold,
+        softplus, sigmoid, tanh, tanh_squared, scale, _mix, _rest_of_mix, logit, _step, _threshold,
     ) = row  # fmt: skip
     result = linear + tl.where(v == v, 0.0, v)
     if square != 0.0:
@@ -61,10 +67,12 @@ def _row_slope(v: tl.tensor, row: tl.tuple) -> tl.tensor:
         result += exponential * exp_rate * exp(exp_rate * v)
     if minus_one != 0.0:
         result += minus_one * expm1_rate * exp(expm1_rate * v)
-    if (softplus != 0.0) | (sigmoid != 0.0) | (sigmoid_squared != 0.0):
+    if (softplus != 0.0) | (sigmoid != 0.0) | (tanh != 0.0) | (tanh_squared != 0.0):
         sigma, rest = _sigmoids(scale * v + logit)
         inner = softplus * sigma + (softplus + sigmoid) * rest
-        result += scale * sigma * (inner + 2.0 * sigmoid_squared * sigma * rest)
+        # T' = 2 sigma rest and T = sigma - rest: so the two terms of le_cam's A and B cancel exactly.
+        above, below = tanh + 2.0 * tanh_squared, tanh - 2.0 * tanh_squared
+        result += scale * sigma * (inner + 2.0 * rest * (above * sigma + below * rest))
     return result
 
 

@@ -7,7 +7,6 @@ before broadcasting.
 from __future__ import annotations
 
 import functools
-import math
 
 import torch
 from torch import Tensor
@@ -120,7 +119,7 @@ def _row(row: CriticRow, tilt: float) -> tuple[float, ...]:
     """In the order of expectation_kernels.py; what would lose digits in float32 is computed here."""
     numbers = (
         tilt, row.const, row.linear, row.square, row.exp, row.exp_rate + tilt, row.exp_rate, row.expm1, row.expm1_rate,
-        row.softplus, row.sigmoid, row.sigmoid_squared, row.scale, row.mix, 1 - row.mix,
-        math.log(row.mix / (1 - row.mix)), row.step, row.threshold,
+        row.softplus, row.sigmoid, row.tanh, row.tanh_squared, row.scale, row.mix, row.rest_of_mix, row.logit, row.step,
+        row.threshold,
     )  # fmt: skip
     return tuple(float(number) for number in numbers)
