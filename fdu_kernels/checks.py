@@ -30,14 +30,16 @@ def check_floating(name: str, tensor: Tensor) -> None:
         )
 
 
-def check_same(name: str, tensor: Tensor, other_name: str, other: Tensor, shape: bool = True) -> None:
-    """Raise unless two tensors agree in device, dtype and (if asked) shape."""
+def check_same(
+    name: str, tensor: Tensor, other_name: str, other: Tensor, shape: bool = True, dtype: bool = True
+) -> None:
+    """Raise unless two tensors agree in device and (if asked) in dtype and shape."""
     if shape and tensor.shape != other.shape:
         raise ValueError(
             f"{name} and {other_name} must have one shape, but {name} is {list(tensor.shape)} and {other_name} "
             f"{list(other.shape)}; expand one of them explicitly"
         )
-    if tensor.dtype != other.dtype:
+    if dtype and tensor.dtype != other.dtype:
         raise TypeError(
             f"{name} and {other_name} must have one dtype, but {name} is {_dtype(tensor)} and {other_name} "
             f"{_dtype(other)}; convert one: {other_name}.to({name}.dtype)"

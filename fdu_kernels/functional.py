@@ -245,7 +245,7 @@ def _plain(*tensors: Any) -> Any:
 def _check_pair(pred: Tensor, target: Tensor, sigma: float | Tensor, mask: Tensor | None, distance: str) -> None:
     checks.check_floating("pred", pred)
     checks.check_floating("target", target)
-    checks.check_same("pred", pred, "target", target)
+    checks.check_same("pred", pred, "target", target, dtype=False)
     checks.check_batch("pred", pred)
     checks.check_sigma(sigma, pred)
     checks.check_mask(mask, pred)

@@ -64,7 +64,7 @@ class CpuKernels(_Native):
         distance: str,
     ) -> tuple[Tensor, Tensor]:
         """weight h(s) and 2 weight h'(s) / (sigma^2 Z)."""
-        loss = _per_sample(pred)
+        loss = _per_sample(pred, target)
         coefficient = torch.empty_like(loss)
         self._compiled.gaussian(
             pred, target, profile.c, profile.k, profile.linear_beyond, profile.table, sigma, weight,
@@ -92,7 +92,7 @@ class CpuKernels(_Native):
         grad_out: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         """The reduced loss, and the gradient of its sum times grad_scale."""
-        value = _per_sample(pred) if reduction == "none" else _accumulated(pred)
+        value = _per_sample(pred, target) if reduction == "none" else _accumulated(pred, target)
         grad = torch.empty_like(pred) if grad_out is None else grad_out
         self._compiled.gaussian(
             pred, target, profile.c, profile.k, profile.linear_beyond, profile.table, sigma, weight,
@@ -358,12 +358,20 @@ def _contiguous(pred: Tensor, target: Tensor, mask: Tensor | None) -> tuple[Tens
     return pred.contiguous(), target.contiguous(), mask
 
 
-def _accumulated(tensor: Tensor) -> Tensor:
-    return torch.empty_like(_NUMBER64 if tensor.dtype is torch.float64 else _NUMBER)
+def _accumulated(*tensors: Tensor) -> Tensor:
+    return torch.empty_like(_number(*tensors))
 
 
-def _per_sample(tensor: Tensor) -> Tensor:
-    return (_NUMBER64 if tensor.dtype is torch.float64 else _NUMBER).new_empty(tensor.shape[:1])
+def _per_sample(*tensors: Tensor) -> Tensor:
+    return _number(*tensors).new_empty(tensors[0].shape[:1])
+
+
+def _number(*tensors: Tensor) -> Tensor:
+    """Of the dtype in which sums of all of them are taken."""
+    for tensor in tensors:
+        if tensor.dtype is torch.float64:
+            return _NUMBER64
+    return _NUMBER
 
 
 def _terms(v: Tensor, reduction: str) -> Tensor:
