@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import json
 import types
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -146,7 +147,7 @@ class CudaKernels(_Native):
     """The kernels for CUDA devices; see :class:`fdu_kernels.backends.kernels.Kernels`.
 
     They return before the device has done its work. Partial sums have a workspace of torch, so that a call can be
-    captured in a graph.
+    captured in a graph. Tensors that do not lie as the kernels read them, which these say, are copied.
     """
 
     FUSES_FORWARD = False
@@ -208,12 +209,13 @@ class CudaKernels(_Native):
 
     def gaussian_backward(self, pred: Tensor, target: Tensor, mask: Tensor | None, coefficient: Tensor) -> Tensor:
         """coefficient_b mask (pred - target). One launch."""
-        grad = filled = torch.empty_like(pred)
-        if pred.ndim > self._compiled.CUDA_DIMS:
-            pred, target, mask = _contiguous(pred, target, mask)
-            filled = torch.empty_like(pred)
-        self._call("cuda_gaussian_backward", pred.device, pred, target, mask, coefficient, filled)
-        return grad if filled is grad else grad.copy_(filled)
+        grad = torch.empty_like(pred)
+
+        def call(pred: Tensor, target: Tensor, mask: Tensor | None, grad: Tensor | None) -> bool:
+            return self._call("cuda_gaussian_backward", pred.device, pred, target, mask, coefficient, grad)
+
+        _launch(call, (pred, target, mask), (grad,))
+        return grad
 
     def gaussian_value_and_grad(
         self,
@@ -289,18 +291,16 @@ class CudaKernels(_Native):
         coefficient: Tensor | None,
         grad: Tensor | None,
     ) -> None:
-        filled = grad
-        if pred.ndim > self._compiled.CUDA_DIMS:
-            pred, target, mask = _contiguous(pred, target, mask)
-            filled = None if grad is None else torch.empty_like(pred)
-        self._call(
-            "cuda_gaussian", pred.device,
-            pred, target, profile.c, profile.k, profile.linear_beyond, profile.table_on(pred.device), sigma, weight,
-            mask, distance == "mean", _REDUCTIONS[reduction], _on(grad_scale, pred.device), value, coefficient, filled,
-            self._workspace(pred, len(pred)),
-        )  # fmt: skip
-        if grad is not None and filled is not None and filled is not grad:
-            grad.copy_(filled)
+        scale, workspace = _on(grad_scale, pred.device), self._workspace(pred, len(pred))
+
+        def call(pred: Tensor, target: Tensor, mask: Tensor | None, grad: Tensor | None) -> bool:
+            return self._call(
+                "cuda_gaussian", pred.device,
+                pred, target, profile.c, profile.k, profile.linear_beyond, profile.table_on(pred.device), sigma, weight,
+                mask, distance == "mean", _REDUCTIONS[reduction], scale, value, coefficient, grad, workspace,
+            )  # fmt: skip
+
+        _launch(call, (pred, target, mask), (grad,))
 
     def _expectation(
         self,
@@ -314,28 +314,30 @@ class CudaKernels(_Native):
         value: Tensor | None,
         grad: Tensor | None,
     ) -> None:
-        # The mask's sum, of the mask as the kernel gets it, before the first element of a gradient is written.
-        filled = [value, grad]
-        if v.ndim > self._compiled.CUDA_DIMS:
-            v, _, mask = _contiguous(v, v, mask)
-            upstream = None if upstream is None else upstream.contiguous()
-            filled = [None if made is None else made.contiguous() for made in filled]
-        total = mask.sum(dtype=torch.float32) if mask is not None and reduction == "mean" else None
-        self._call(
-            "cuda_expectation", v.device,
-            v, function.numbers, weight, mask, total, _REDUCTIONS[reduction], _on(grad_scale, v.device), upstream,
-            *filled, self._workspace(v, 0),
-        )  # fmt: skip
-        for made, computed in zip((value, grad), filled, strict=True):
-            if made is not None and computed is not None and computed is not made:
-                made.copy_(computed)
+        if weight is not None and weight.dtype is torch.float64:
+            weight = weight.float()
+        scale, workspace = _on(grad_scale, v.device), self._workspace(v, 0)
 
-    def _call(self, operation: str, device: torch.device, *arguments: object) -> None:
+        def call(
+            v: Tensor, mask: Tensor | None, upstream: Tensor | None, terms: Tensor | None, grad: Tensor | None
+        ) -> bool:
+            # The sum of the mask as the kernel gets it, before the first element of a gradient is written.
+            total = mask.sum(dtype=torch.float32) if mask is not None and reduction == "mean" else None
+            return self._call(
+                "cuda_expectation", v.device,
+                v, function.numbers, weight, mask, total, _REDUCTIONS[reduction], scale, upstream,
+                value if terms is None else terms, grad, workspace,
+            )  # fmt: skip
+
+        _launch(call, (v, mask, upstream), (value if reduction == "none" else None, grad))
+
+    def _call(self, operation: str, device: torch.device, *arguments: object) -> bool:
         # By torch, whose runtime is not the one that the module was linked with.
         if device.index != torch._C._cuda_getDevice():
             with torch.cuda.device(device):
                 return self._call(operation, device, *arguments)
-        getattr(self._compiled, operation)(*arguments)
+        launched: bool = getattr(self._compiled, operation)(*arguments)
+        return launched
 
     def _workspace(self, tensor: Tensor, batch: int) -> Tensor:
         once, each = self._compiled.CUDA_WORKSPACE
@@ -351,11 +353,37 @@ def _on(number: float | Tensor, device: torch.device) -> float | Tensor:
     return number if not isinstance(number, Tensor) or number.device == device else float(number)
 
 
-def _contiguous(pred: Tensor, target: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Copies that the kernels can walk over, whatever the number of dimensions."""
-    if mask is not None:
-        mask = mask.expand(pred.shape).contiguous()
-    return pred.contiguous(), target.contiguous(), mask
+def _launch(call: Callable[..., bool], read: tuple[Tensor | None, ...], written: tuple[Tensor | None, ...]) -> None:
+    """Call with what is read and then what is written: as it is, or, where the kernels do not take it so, with copies
+    in one order of memory, that of the first where its samples follow each other."""
+    if call(*read, *written):
+        return
+    assert read[0] is not None
+    order = torch.empty_like(read[0], device="meta")
+    if order.ndim and order.stride(0) * len(order) < order.numel():
+        order = torch.empty_like(order, memory_format=torch.contiguous_format)
+    copies = [
+        tensor if tensor is None or _lies_as(tensor, order) else _room(tensor, order).copy_(tensor.detach())
+        for tensor in read
+    ]
+    filled = [tensor if tensor is None or _lies_as(tensor, order) else _room(tensor, order) for tensor in written]
+    if not call(*copies, *filled):
+        raise RuntimeError("fdu_kernels: the CUDA kernels do not take these tensors, nor copies of them")
+    for tensor, computed in zip(written, filled, strict=True):
+        if tensor is not None and computed is not None and computed is not tensor:
+            tensor.copy_(computed)
+
+
+def _lies_as(tensor: Tensor, order: Tensor) -> bool:
+    """Whether the kernels can read it with others in this order."""
+    same = tensor.shape == order.shape and tensor.stride() == order.stride()
+    return same and tensor.data_ptr() % 16 == 0 and tensor.dtype is not torch.float64
+
+
+def _room(tensor: Tensor, order: Tensor) -> Tensor:
+    """Of the dtype that the kernels can read it in."""
+    dtype = torch.float32 if tensor.dtype is torch.float64 else tensor.dtype
+    return torch.empty_like(order, dtype=dtype, device=tensor.device)
 
 
 def _accumulated(*tensors: Tensor) -> Tensor:
