@@ -101,6 +101,12 @@ void prepare(
     }
 }
 
+const GaussianKernels& kernels_for(const DLTensor& pred, const DLTensor& target) {
+    const Type type = type_of(pred);
+    const Kernels& kernels = kernels_for(is_wide(target) ? Type::float64 : type);
+    return type == type_of(target) ? kernels.gaussian : kernels.mixed;
+}
+
 // What a thread takes at once of `count` pieces of `size` elements each.
 int64_t grain_of(int64_t size) { return std::max<int64_t>(1, thread_grain / std::max<int64_t>(size, 1)); }
 
@@ -110,7 +116,7 @@ void gaussian(const Gaussian& task) {
     const DLTensor& pred = *task.pred;
     GaussianWork work;
     prepare(work, pred, *task.target, task.mask, task.grad);
-    const Kernels& kernels = kernels_for(type_of(pred));
+    const GaussianKernels& kernels = kernels_for(pred, *task.target);
     const int64_t batch = pred.shape[0], size = work.size, groups = divide_up(size, group_size);
     const bool count = task.mean_distance && task.mask;
     const double plain_divisor = task.mean_distance ? double(std::max<int64_t>(size, 1)) : 1.0;
@@ -130,11 +136,11 @@ void gaussian(const Gaussian& task) {
 
     const auto sums_of_group = [&](int64_t sample, int64_t group) {
         const int64_t begin = group * group_size;
-        return kernels.gaussian_sums(work, sample, begin, std::min(begin + group_size, size), count);
+        return kernels.sums(work, sample, begin, std::min(begin + group_size, size), count);
     };
     const auto grad_of_group = [&](int64_t sample, int64_t group, double factor) {
         const int64_t begin = group * group_size;
-        kernels.gaussian_grad(work, sample, begin, std::min(begin + group_size, size), factor);
+        kernels.grad(work, sample, begin, std::min(begin + group_size, size), factor);
     };
     // The sample's loss; its factor of mask (pred - target) in the gradient.
     const auto finish = [&](int64_t sample, Sums sums, double& factor) {
@@ -209,13 +215,13 @@ void gaussian_backward(
     const DLTensor& pred, const DLTensor& target, const DLTensor* mask, const DLTensor& coefficient, const DLTensor& grad) {
     GaussianWork work;
     prepare(work, pred, target, mask, &grad);
-    const Kernels& kernels = kernels_for(type_of(pred));
+    const GaussianKernels& kernels = kernels_for(pred, target);
     const int64_t groups = divide_up(work.size, group_size);
     const Numbers factors = numbers_of(&coefficient, 0.0);
     parallel_for(pred.shape[0] * groups, grain_of(std::min(work.size, group_size)), [&](int64_t first, int64_t last) {
         for (int64_t i = first; i < last; ++i) {
             const int64_t begin = i % groups * group_size, end = std::min(begin + group_size, work.size);
-            kernels.gaussian_grad(work, i / groups, begin, end, number_at(factors, i / groups));
+            kernels.grad(work, i / groups, begin, end, number_at(factors, i / groups));
         }
     });
 }

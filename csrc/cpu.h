@@ -28,6 +28,7 @@ struct Gaussian {
     const DLTensor* grad;         // like pred
 };
 
+// pred and target may have two dtypes; "acc" is that of the wider.
 void gaussian(const Gaussian&);
 
 // grad = coefficient_b mask (pred - target), coefficient [B].

@@ -256,6 +256,23 @@ FDU_FUNCTION BFloat16 convert<BFloat16, BFloat16>(BFloat16 value) {
     return value;
 }
 
+// Cut off, with an odd last digit where something is lost: so a second rounding, to a half, is as if it were the only one.
+FDU_FUNCTION float cut_to_odd(double value) {
+    const float nearest = float(value);
+    const double excess = value < 0 ? value - nearest : nearest - value;
+    const uint32_t bits = bit_cast<uint32_t>(nearest) - (excess > 0);
+    return bit_cast<float>(value == nearest ? bits : bits | 1);
+}
+template <>
+FDU_FUNCTION Half convert<double, Half>(double value) {
+    return {narrow(cut_to_odd(value))};
+}
+template <>
+FDU_FUNCTION BFloat16 convert<double, BFloat16>(double value) {
+    const uint32_t bits = bit_cast<uint32_t>(cut_to_odd(value));
+    return {uint16_t(value == value ? (bits + 0x7fff + ((bits >> 16) & 1)) >> 16 : 0x7fc0)};
+}
+
 template <class From, class To>
 void gather_converted(const Space& space, const From* data, const int64_t* strides, int64_t begin, int64_t count, To* to) {
     Walk walk(space, strides, begin);
@@ -277,15 +294,15 @@ void gather_converted(const Space& space, const From* data, const int64_t* strid
     }
 }
 
-template <class T>
-void scatter(const Space& space, T* data, const int64_t* strides, int64_t begin, int64_t count, const T* from) {
+template <class From, class To>
+void scatter_converted(const Space& space, To* data, const int64_t* strides, int64_t begin, int64_t count, const From* from) {
     Walk walk(space, strides, begin);
     const int64_t stride = strides[0];
     for (int64_t done = 0; done < count; walk.next_run()) {
-        T* to = data + walk.offset + walk.inside * stride;
+        To* to = data + walk.offset + walk.inside * stride;
         int64_t length = walk.left();
         length = length < count - done ? length : count - done;
-        for (int64_t i = 0; i < length; ++i) to[i * stride] = from[done + i];
+        for (int64_t i = 0; i < length; ++i) to[i * stride] = convert<From, To>(from[done + i]);
         done += length;
     }
 }
@@ -336,6 +353,32 @@ const A* gathered_as(const Space& space, const Operand& operand, int64_t sample,
     return buffer;
 }
 
+// As Ts: an operand of that dtype; where T is an accumulation dtype, of any.
+template <class T>
+FDU_FUNCTION const T* gathered_for(const Space& space, const Operand& operand, int64_t sample, int64_t begin, int64_t count, T* buffer) {
+    if constexpr (sizeof(T) == sizeof(Accumulator<T>)) {
+        return gathered_as(space, operand, sample, begin, count, buffer);
+    } else {
+        return gathered(space, operand, sample, begin, count, buffer);
+    }
+}
+
+// Spreads `count` elements over an operand of their dtype; doubles over one of any.
+template <class T>
+void scatter(const Space& space, const Operand& operand, int64_t sample, int64_t begin, int64_t count, const T* from) {
+    const int64_t offset = sample * operand.batch_stride;
+    const int64_t* strides = operand.strides;
+    if constexpr (sizeof(T) == sizeof(double)) {
+        switch (operand.type) {
+            case Type::float16: return scatter_converted(space, (Half*)operand.data + offset, strides, begin, count, from);
+            case Type::bfloat16: return scatter_converted(space, (BFloat16*)operand.data + offset, strides, begin, count, from);
+            case Type::float32: return scatter_converted(space, (float*)operand.data + offset, strides, begin, count, from);
+            default: break;
+        }
+    }
+    scatter_converted(space, (T*)operand.data + offset, strides, begin, count, from);
+}
+
 constexpr int lanes = 64;
 
 // Adds the lanes' sums in double, in an order of its own that is always the same.
@@ -350,8 +393,9 @@ FDU_FUNCTION double total(const double* joined) {
     return ((joined[0] + joined[4]) + (joined[2] + joined[6])) + ((joined[1] + joined[5]) + (joined[3] + joined[7]));
 }
 
-template <class T, bool masked>
-FDU_FUNCTION void add_squares(const T* pred, const T* target, const Accumulator<T>* mask, int64_t count, double* joined) {
+// `Other`: what the target is read as, T or its accumulation dtype.
+template <class T, class Other, bool masked>
+FDU_FUNCTION void add_squares(const T* pred, const Other* target, const Accumulator<T>* mask, int64_t count, double* joined) {
     using A = Accumulator<T>;
     using V = Vector<T>;
     constexpr int w = width<T>, vectors = lanes / w;
@@ -360,7 +404,7 @@ FDU_FUNCTION void add_squares(const T* pred, const T* target, const Accumulator<
     for (; i + lanes <= count; i += lanes) {
 #pragma GCC unroll 16
         for (int j = 0; j < vectors; ++j) {
-            const V d = Element<T>::load(pred + i + j * w) - Element<T>::load(target + i + j * w);
+            const V d = Element<T>::load(pred + i + j * w) - Element<Other>::load(target + i + j * w);
             if (masked) {
                 sums[j] += Element<A>::load(mask + i + j * w) * d * d;
             } else {
@@ -393,22 +437,23 @@ FDU_FUNCTION void add(const A* values, int64_t count, double* joined) {
     join(sums, joined);
 }
 
-template <class T>
+template <class T, class Other>
 Sums gaussian_sums(const GaussianWork& work, int64_t sample, int64_t begin, int64_t end, bool count) {
     using A = Accumulator<T>;
-    alignas(64) T pred_buffer[chunk_size], target_buffer[chunk_size];
+    alignas(64) T pred_buffer[chunk_size];
+    alignas(64) Other target_buffer[chunk_size];
     alignas(64) A mask_buffer[chunk_size];
     double squares[8] = {}, masks[8] = {};
     for (int64_t i = begin; i < end; i += chunk_size) {
         const int64_t n = end - i < chunk_size ? end - i : chunk_size;
-        const T* pred = gathered(work.space, work.pred, sample, i, n, pred_buffer);
-        const T* target = gathered(work.space, work.target, sample, i, n, target_buffer);
+        const T* pred = gathered_for(work.space, work.pred, sample, i, n, pred_buffer);
+        const Other* target = gathered_for(work.space, work.target, sample, i, n, target_buffer);
         if (!work.mask.data) {
-            add_squares<T, false>(pred, target, nullptr, n, squares);
+            add_squares<T, Other, false>(pred, target, nullptr, n, squares);
             continue;
         }
         const A* mask = gathered_as(work.space, work.mask, sample, i, n, mask_buffer);
-        add_squares<T, true>(pred, target, mask, n, squares);
+        add_squares<T, Other, true>(pred, target, mask, n, squares);
         if (count) add(mask, n, masks);
     }
     return {total(squares), total(masks)};
@@ -419,31 +464,35 @@ Sums gaussian_sums(const GaussianWork& work, int64_t sample, int64_t begin, int6
 template <class T>
 struct Output {
     const Space& space;
-    T* const all;
-    const int64_t* const strides;
-    const int64_t begin, count;
+    const Operand& operand;
+    const int64_t sample, begin, count;
     T* const place;
     T* const data;
 
-    FDU_FUNCTION Output(const Space& walked, const Operand& operand, int64_t first, int64_t length, T* buffer, int64_t sample = 0)
-        : space(walked), all((T*)operand.data + (operand.data ? sample * operand.batch_stride : 0)), strides(operand.strides),
-          begin(first), count(length), place(all ? adjacent(space, all, strides, begin, count) : nullptr),
-          data(place || !all ? place : buffer) {}
+    FDU_FUNCTION Output(const Space& walked, const Operand& written, int64_t first, int64_t length, T* buffer, int64_t of_sample = 0)
+        : space(walked), operand(written), sample(of_sample), begin(first), count(length), place(find_place()),
+          data(place || !operand.data ? place : buffer) {}
+
+    FDU_FUNCTION T* find_place() const {
+        // Of all dtypes only doubles are written where they are of another one.
+        if (!operand.data || (sizeof(T) == sizeof(double) && operand.type != Type::float64)) return nullptr;
+        return adjacent(space, (T*)operand.data + sample * operand.batch_stride, operand.strides, begin, count);
+    }
 
     FDU_FUNCTION void finish() const {
-        if (data != place) scatter(space, all, strides, begin, count, data);
+        if (data != place) scatter(space, operand, sample, begin, count, data);
     }
 };
 
-template <class T, bool masked, bool streams>
+template <class T, class Other, bool masked, bool streams>
 void write_grad(
-    const T* pred, const T* target, const Accumulator<T>* mask, int64_t count, Accumulator<T> coefficient, T* grad) {
+    const T* pred, const Other* target, const Accumulator<T>* mask, int64_t count, Accumulator<T> coefficient, T* grad) {
     using A = Accumulator<T>;
     using V = Vector<T>;
     constexpr int w = width<T>;
     int64_t i = 0;
     for (; i + w <= count; i += w) {
-        V d = Element<T>::load(pred + i) - Element<T>::load(target + i);
+        V d = Element<T>::load(pred + i) - Element<Other>::load(target + i);
         if (masked) d *= Element<A>::load(mask + i);
         if (streams) {
             stream(grad + i, Element<T>::round(coefficient * d));
@@ -458,24 +507,25 @@ void write_grad(
     }
 }
 
-template <class T>
+template <class T, class Other>
 void gaussian_grad(const GaussianWork& work, int64_t sample, int64_t begin, int64_t end, double coefficient) {
     using A = Accumulator<T>;
-    alignas(64) T pred_buffer[chunk_size], target_buffer[chunk_size], grad_buffer[chunk_size];
+    alignas(64) T pred_buffer[chunk_size], grad_buffer[chunk_size];
+    alignas(64) Other target_buffer[chunk_size];
     alignas(64) A mask_buffer[chunk_size];
     using Packed = decltype(Element<T>::round(Vector<T>{}));
     bool streamed = false;
     for (int64_t i = begin; i < end; i += chunk_size) {
         const int64_t n = end - i < chunk_size ? end - i : chunk_size;
-        const T* pred = gathered(work.space, work.pred, sample, i, n, pred_buffer);
-        const T* target = gathered(work.space, work.target, sample, i, n, target_buffer);
+        const T* pred = gathered_for(work.space, work.pred, sample, i, n, pred_buffer);
+        const Other* target = gathered_for(work.space, work.target, sample, i, n, target_buffer);
         const Output<T> grad(work.space, work.grad, i, n, grad_buffer, sample);
         const bool streams = work.streams && grad.place && (uintptr_t)grad.place % sizeof(Packed) == 0;
         if (work.mask.data) {
             const A* mask = gathered_as(work.space, work.mask, sample, i, n, mask_buffer);
-            (streams ? write_grad<T, true, true> : write_grad<T, true, false>)(pred, target, mask, n, A(coefficient), grad.data);
+            (streams ? write_grad<T, Other, true, true> : write_grad<T, Other, true, false>)(pred, target, mask, n, A(coefficient), grad.data);
         } else {
-            (streams ? write_grad<T, false, true> : write_grad<T, false, false>)(pred, target, nullptr, n, A(coefficient), grad.data);
+            (streams ? write_grad<T, Other, false, true> : write_grad<T, Other, false, false>)(pred, target, nullptr, n, A(coefficient), grad.data);
         }
         grad.finish();
         streamed |= streams;
@@ -581,7 +631,8 @@ double sum(const Space& space, const Operand& operand, int64_t begin, int64_t en
 
 template <class T>
 constexpr Kernels table() {
-    return {gaussian_sums<T>, gaussian_grad<T>, elements<T>, sum<Accumulator<T>>};
+    using A = Accumulator<T>;
+    return {{gaussian_sums<T, T>, gaussian_grad<T, T>}, {gaussian_sums<T, A>, gaussian_grad<T, A>}, elements<T>, sum<A>};
 }
 
 }  // namespace

@@ -53,18 +53,23 @@ struct ElementWork {
     bool sums;
 };
 
-struct Kernels {
+struct GaussianKernels {
     // Sums of mask (pred - target)^2, and of the mask if asked for, over elements [begin, end) of one sample.
-    Sums (*gaussian_sums)(const GaussianWork&, int64_t sample, int64_t begin, int64_t end, bool count);
+    Sums (*sums)(const GaussianWork&, int64_t sample, int64_t begin, int64_t end, bool count);
     // grad = coefficient mask (pred - target) over the same.
-    void (*gaussian_grad)(const GaussianWork&, int64_t sample, int64_t begin, int64_t end, double coefficient);
+    void (*grad)(const GaussianWork&, int64_t sample, int64_t begin, int64_t end, double coefficient);
+};
+
+struct Kernels {
+    // For pred and target of one dtype, and for a target of any other that accumulates alike. Those of float64 take any two.
+    GaussianKernels gaussian, mixed;
     // Sum of factor y(v) over elements [begin, end); terms and grad are written where they have data.
     double (*elements)(const ElementWork&, int64_t begin, int64_t end);
     // Sum of the elements [begin, end) of one operand.
     double (*sum)(const Space&, const Operand&, int64_t begin, int64_t end);
 };
 
-// By the dtype of pred or v.
+// By the dtype of pred or v, or float64 if target is.
 extern const Kernels kernels_baseline[value_types];
 #if defined(FDU_X86)
 extern const Kernels kernels_avx2[value_types];

@@ -61,8 +61,8 @@ unsigned* tickets_for(const Context& context, int index, const Device& device, c
 
 // Calls with a value of the type that stands for the elements.
 template <class F>
-void with_type(Type type, bool vectors, const F& call) {
-    if (!vectors) return call(Any{});
+void with_type(Type type, Access access, const F& call) {
+    if (access == Access::groups) return call(Mixed{});
     switch (type) {
         case Type::float16: return call(Half{});
         case Type::bfloat16: return call(BFloat16{});
@@ -76,22 +76,20 @@ const Device& device_of(int index) {
     return known_device(index, reinterpret_cast<const void*>(static_cast<GaussianKernel>(gaussian_on_chip<float, false, 8>)));
 }
 
-template <class T, bool masked>
+// Of those that hold `elements` or more a thread, the first.
+template <class T, bool masked, int held = fewest_elements<T>>
 GaussianKernel on_chip_kernel(int elements) {
-    if (elements == 8) return gaussian_on_chip<T, masked, 8>;
-    if constexpr (!std::is_same_v<T, Any>) {
-        if (elements == 16) return gaussian_on_chip<T, masked, 16>;
-        if (elements == 32) return gaussian_on_chip<T, masked, 32>;
-        if (elements == 64) return gaussian_on_chip<T, masked, 64>;
+    if constexpr (held < most_elements<T>) {
+        if (held < elements) return on_chip_kernel<T, masked, 2 * held>(elements);
     }
-    throw std::logic_error("fdu_kernels: no such kernel");
+    return gaussian_on_chip<T, masked, held>;
 }
 
 enum class Kind { on_chip, sums, gradient };
 
-GaussianKernel choose(Kind kind, const GaussianTask& task, bool vectors, int elements = 0) {
+GaussianKernel choose(Kind kind, const GaussianTask& task, Access access, int elements = 0) {
     GaussianKernel chosen = nullptr;
-    with_type(task.pred.type, vectors, [&](auto element) {
+    with_type(task.pred.type, access, [&](auto element) {
         using T = decltype(element);
         const auto pick = [&](auto masked) {
             switch (kind) {
@@ -113,27 +111,26 @@ void launch_blocks(GaussianKernel kernel, GaussianTask& task, int cluster, const
     launch(kernel, blocks, int(samples) * task.warps * warp_size, cluster, stream, task);
 }
 
-void launch_walk(Kind kind, GaussianTask& task, bool vectors, const Device& device, void* stream) {
-    const int64_t vector = vectors ? 16 / size_of(task.pred.type) : 1;
-    const Walk shared = walk(task.size, task.batch, vector, device.multiprocessors);
+void launch_walk(Kind kind, GaussianTask& task, Access access, const Device& device, void* stream) {
+    const Walk shared = walk(task.size, task.batch, elements_of(access, task.pred.type), device.multiprocessors);
     task.warps = shared.warps;
     task.parts = shared.parts;
-    launch_blocks(choose(kind, task, vectors), task, 1, device, stream);
+    launch_blocks(choose(kind, task, access), task, 1, device, stream);
 }
 
 }  // namespace
 
 const int64_t workspace_bytes = ticket_bytes + most_partials * int64_t(sizeof(Sums));
 const int64_t workspace_bytes_per_sample = sizeof(double) + sizeof(float);
-const int most_dims = walk_dims;
 
-void gaussian(const GaussianCall& call, const Context& context) {
+bool gaussian(const GaussianCall& call, const Context& context) {
     const Gaussian& of = call.of;
     const int index = of.pred->device.device_id;
     follow(index);
     const Device& device = device_of(index);
     GaussianTask task{};
-    const bool vectors = plan(of, task);
+    const Access access = plan(of, task);
+    if (access == Access::none) return false;
     const Workspace workspace(*context.workspace, task.batch);
     task.profile = of.profile;
     task.sigma = numbers_of(of.sigma_tensor, of.sigma);
@@ -150,25 +147,28 @@ void gaussian(const GaussianCall& call, const Context& context) {
 
     OnChip held{};
     if (of.grad) {
-        const int most = vectors ? most_elements : most_elements_any;
-        const int64_t vector = vectors ? 16 / size_of(task.pred.type) : 1;
-        held = on_chip(task.size, task.batch, vector, most, device.multiprocessors, device.clusters);
+        with_type(task.pred.type, access, [&](auto element) {
+            using T = decltype(element);
+            held = on_chip(task.size, task.batch, lanes<T>, fewest_elements<T>, most_elements<T>, device.multiprocessors, device.clusters);
+        });
     }
     task.tickets = tickets_for(context, index, device, workspace, held.elements ? 1 : ticket_count);
     if (held.elements) {
         task.warps = held.warps;
         task.parts = held.parts;
-        return launch_blocks(choose(Kind::on_chip, task, vectors, held.elements), task, held.parts, device, context.stream);
+        launch_blocks(choose(Kind::on_chip, task, access, held.elements), task, held.parts, device, context.stream);
+        return true;
     }
     task.scaled_coefficient = of.grad ? workspace.coefficients : nullptr;
-    launch_walk(Kind::sums, task, vectors, device, context.stream);
-    if (!of.grad) return;
+    launch_walk(Kind::sums, task, access, device, context.stream);
+    if (!of.grad) return true;
     task.coefficient_in = workspace.coefficients;
     task.coefficient_in_stride = 1;
-    launch_walk(Kind::gradient, task, vectors, device, context.stream);
+    launch_walk(Kind::gradient, task, access, device, context.stream);
+    return true;
 }
 
-void gaussian_backward(
+bool gaussian_backward(
     const DLTensor& pred, const DLTensor& target, const DLTensor* mask, const DLTensor& coefficient, const DLTensor& grad,
     const Context& context) {
     const int index = pred.device.device_id;
@@ -179,19 +179,21 @@ void gaussian_backward(
     of.mask = mask;
     of.grad = &grad;
     GaussianTask task{};
-    const bool vectors = plan(of, task);
+    const Access access = plan(of, task);
+    if (access == Access::none) return false;
     const Numbers coefficients = numbers_of(&coefficient, 0.0);
     task.coefficient_in = reinterpret_cast<const float*>(coefficients.data);
     task.coefficient_in_stride = coefficients.stride;
-    launch_walk(Kind::gradient, task, vectors, device_of(index), context.stream);
+    launch_walk(Kind::gradient, task, access, device_of(index), context.stream);
+    return true;
 }
 
-void expectation(const ExpectationCall& call, const Context& context) {
+bool expectation(const ExpectationCall& call, const Context& context) {
     const Expectation& of = call.of;
     const int index = of.v->device.device_id;
     follow(index);
     ElementTask task{};
-    const bool vectors = plan(of, task);
+    if (!plan(of, task)) return false;
     const Workspace workspace(*context.workspace, 0);
     task.function = read_element_function<float>(of.numbers);
     task.divisor = of.reduction == Reduction::mean ? double(task.size) : 1.0;
@@ -207,11 +209,11 @@ void expectation(const ExpectationCall& call, const Context& context) {
     task.partials = reinterpret_cast<double*>(workspace.partials);
     if (task.sums) task.tickets = tickets_for(context, index, device_of(index), workspace, 1);
 
-    void (*const kernel)(ElementTask) = of.grad ? (vectors ? expectation_kernel<true, true> : expectation_kernel<true, false>)
-                                       : (vectors ? expectation_kernel<false, true> : expectation_kernel<false, false>);
+    void (*const kernel)(ElementTask) = of.grad ? expectation_kernel<true> : expectation_kernel<false>;
     // Even of no elements the sum is written.
     const int64_t steps = std::max<int64_t>(divide_up(task.size, int64_t(element_batch) * stream_threads), 1);
     launch(kernel, std::min(steps, wave(device_of(index).multiprocessors)), stream_threads, 1, context.stream, task);
+    return true;
 }
 
 std::string why_unusable(int device) {

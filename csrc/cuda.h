@@ -1,7 +1,8 @@
 // The operations of the CUDA backend on whole tensors; cuda_module.cpp binds them.
 //
 // They launch kernels on a stream of PyTorch's current device and return at once. Nothing is allocated: partial sums lie
-// in a workspace that the caller brings.
+// in a workspace that the caller brings. False: nothing was launched, since the operands do not lie as the kernels read
+// them; copies whose elements follow each other in one order, sample after sample and no float64 among them, always do.
 
 #pragma once
 
@@ -13,23 +14,21 @@ namespace fdu::cuda {
 
 // Bytes of a workspace, and more for each sample.
 extern const int64_t workspace_bytes, workspace_bytes_per_sample;
-// Dimensions of tensors that are taken as they are.
-extern const int most_dims;
 
 struct Context {
     void* stream;
     const DLTensor* workspace;
 };
 
-// As fdu::Gaussian; in addition grad_scale may be a tensor [], with which the number is multiplied.
+// As fdu::Gaussian, without float64; in addition grad_scale may be a tensor [], with which the number is multiplied.
 struct GaussianCall {
     fdu::Gaussian of;
     const DLTensor* scale_tensor;
 };
 
-void gaussian(const GaussianCall&, const Context&);
+bool gaussian(const GaussianCall&, const Context&);
 
-void gaussian_backward(
+bool gaussian_backward(
     const DLTensor& pred, const DLTensor& target, const DLTensor* mask, const DLTensor& coefficient, const DLTensor& grad,
     const Context&);
 
@@ -39,7 +38,7 @@ struct ExpectationCall {
     const DLTensor *mask_total, *scale_tensor;
 };
 
-void expectation(const ExpectationCall&, const Context&);
+bool expectation(const ExpectationCall&, const Context&);
 
 // Empty, or why the kernels cannot run on a device.
 std::string why_unusable(int device);

@@ -10,67 +10,56 @@ namespace fdu::cuda {
 constexpr int element_batch = 8;
 
 // The batch from a position on, `left` of it before the end.
-template <bool vectors>
-FDU_DEVICE void load_batch(
-    const Space& space, const Operand& operand, int64_t position, int64_t left, float (&x)[element_batch]) {
-    if (vectors && left >= element_batch) {
-        if (operand.type == Type::float32) {
-            const float* const from = reinterpret_cast<const float*>(operand.data) + position;
-            float low[4], high[4];
-            load(from, low);
-            load(from + 4, high);
+FDU_DEVICE void load_batch(const Operand& operand, int64_t position, int64_t left, float (&x)[element_batch]) {
+    if (left < element_batch) {
 #pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                x[i] = low[i];
-                x[4 + i] = high[i];
-            }
-        } else if (operand.type == Type::bfloat16) {
-            load(reinterpret_cast<const BFloat16*>(operand.data) + position, x);
-        } else {
-            load(reinterpret_cast<const Half*>(operand.data) + position, x);
+        for (int i = 0; i < element_batch; ++i) x[i] = i < left ? load_one(operand, position + i) : 0.0f;
+    } else if (operand.type == Type::float32) {
+        const float* const from = reinterpret_cast<const float*>(operand.data) + position;
+        float low[4], high[4];
+        load(from, low);
+        load(from + 4, high);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            x[i] = low[i];
+            x[4 + i] = high[i];
         }
-        return;
+    } else if (operand.type == Type::bfloat16) {
+        load(reinterpret_cast<const BFloat16*>(operand.data) + position, x);
+    } else {
+        load(reinterpret_cast<const Half*>(operand.data) + position, x);
     }
+}
+
+FDU_DEVICE void store_batch(const Operand& operand, int64_t position, int64_t left, const float (&x)[element_batch]) {
+    if (left < element_batch) {
+#pragma unroll
+        for (int i = 0; i < element_batch; ++i) {
+            if (i < left) store_one(operand, position + i, x[i]);
+        }
+    } else if (operand.type == Type::float32) {
+        float* const to = reinterpret_cast<float*>(operand.data) + position;
+        store(to, {x[0], x[1], x[2], x[3]});
+        store(to + 4, {x[4], x[5], x[6], x[7]});
+    } else if (operand.type == Type::bfloat16) {
+        store(reinterpret_cast<BFloat16*>(operand.data) + position, x);
+    } else {
+        store(reinterpret_cast<Half*>(operand.data) + position, x);
+    }
+}
+
+// The factors of a batch, one by one where an operand is not packed.
+FDU_DEVICE void load_factors_of_batch(
+    const Space& space, const Operand& operand, int64_t position, int64_t left, float (&x)[element_batch]) {
+    if (operand.packed && left >= element_batch) return load_factors(space, operand, 0, position, x);
 #pragma unroll
     for (int i = 0; i < element_batch; ++i) {
         x[i] = 0;
-        if (i < left) x[i] = load_factor(operand, vectors ? position + i : offsets(space, position + i, operand).of[0]);
+        if (i < left) x[i] = load_one(operand, offset_of(space, position + i, operand));
     }
 }
 
-template <bool vectors>
-FDU_DEVICE void store_batch(
-    const Space& space, const Operand& operand, int64_t position, int64_t left, const float (&x)[element_batch]) {
-    if (vectors && left >= element_batch) {
-        if (operand.type == Type::float32) {
-            float* const to = reinterpret_cast<float*>(operand.data) + position;
-            store(to, {x[0], x[1], x[2], x[3]});
-            store(to + 4, {x[4], x[5], x[6], x[7]});
-        } else if (operand.type == Type::bfloat16) {
-            store(reinterpret_cast<BFloat16*>(operand.data) + position, x);
-        } else {
-            store(reinterpret_cast<Half*>(operand.data) + position, x);
-        }
-        return;
-    }
-#pragma unroll
-    for (int i = 0; i < element_batch; ++i) {
-        if (i < left) store_as(operand, vectors ? position + i : offsets(space, position + i, operand).of[0], x[i]);
-    }
-}
-
-// The factors of a batch in an operand that broadcasts.
-FDU_DEVICE void load_factors(
-    const Space& space, const Operand& operand, int64_t position, int64_t left, float (&x)[element_batch]) {
-    if (operand.packed && left >= element_batch) return load_groups(space, operand, 0, position, x);
-#pragma unroll
-    for (int i = 0; i < element_batch; ++i) {
-        x[i] = 0;
-        if (i < left) x[i] = load_factor(operand, offsets(space, position + i, operand).of[0]);
-    }
-}
-
-template <bool sloped, bool vectors>
+template <bool sloped>
 FDU_KERNEL expectation_kernel(FDU_TASK(ElementTask) task) {
     SharedSums& shared = block_shared<SharedSums>();
     double divisor = task.divisor;
@@ -85,14 +74,14 @@ FDU_KERNEL expectation_kernel(FDU_TASK(ElementTask) task) {
     for (int64_t first = block_index() * step; first < task.size; first += grid_blocks() * step) {
         const int64_t position = first + int64_t(element_batch) * thread_index(), left = task.size - position;
         float v[element_batch], value[element_batch], slope[element_batch], factor[element_batch];
-        load_batch<vectors>(task.space, task.v, position, left, v);
+        load_batch(task.v, position, left, v);
         evaluate<Known::nothing, sloped>(task.function, v, value, slope);
         if (sloped) {
 #pragma unroll
             for (int i = 0; i < element_batch; ++i) slope[i] *= multiplier;
         }
         if (task.factor.data) {
-            load_factors(task.space, task.factor, position, left, factor);
+            load_factors_of_batch(task.space, task.factor, position, left, factor);
 #pragma unroll
             for (int i = 0; i < element_batch; ++i) {
                 value[i] *= factor[i];
@@ -100,12 +89,12 @@ FDU_KERNEL expectation_kernel(FDU_TASK(ElementTask) task) {
             }
         }
         if (sloped && task.upstream.data) {
-            load_factors(task.space, task.upstream, position, left, factor);
+            load_factors_of_batch(task.space, task.upstream, position, left, factor);
 #pragma unroll
             for (int i = 0; i < element_batch; ++i) slope[i] *= factor[i];
         }
-        if (task.terms.data) store_batch<vectors>(task.space, task.terms, position, left, value);
-        if (sloped) store_batch<vectors>(task.space, task.grad, position, left, slope);
+        if (task.terms.data) store_batch(task.terms, position, left, value);
+        if (sloped) store_batch(task.grad, position, left, slope);
         float some = 0;
 #pragma unroll
         for (int i = 0; i < element_batch; ++i) some += i < left ? value[i] : 0.0f;

@@ -21,50 +21,78 @@ struct Sample {
         target = sample * task.target.batch_stride;
         grad = sample * task.grad.batch_stride;
         mask = sample * task.mask.batch_stride;
-        head = 0;
-        if constexpr (n > 1) {
-            // All operands are equally far from a multiple of 16 bytes.
-            const int64_t beyond = int64_t(reinterpret_cast<uintptr_t>(task.pred.data) / sizeof(T) + uint64_t(pred)) & (n - 1);
-            head = beyond == 0 ? 0 : n - beyond < task.size ? n - beyond : task.size;
-        }
+        // All operands are equally far from a multiple of n elements.
+        const int64_t beyond = int64_t(elements_before(task.pred) + uint64_t(pred)) & (n - 1);
+        head = beyond == 0 ? 0 : n - beyond < task.size ? n - beyond : task.size;
         count = (task.size - head) / n;
         edges = int(task.size - count * n);
+    }
+
+    // How many would lie before an operand, from address 0 on.
+    FDU_DEVICE static uint64_t elements_before(const Operand& operand) {
+        const uint64_t address = reinterpret_cast<uintptr_t>(operand.data);
+        if constexpr (std::is_same_v<T, Mixed>) {
+            return address >> (operand.type == Type::float32 ? 2 : 1);
+        } else {
+            return address / sizeof(T);
+        }
     }
 
     FDU_DEVICE int64_t position(int64_t vector) const { return head + vector * n; }
     FDU_DEVICE int64_t edge_position(int edge) const { return edge < head ? edge : count * n + edge; }
 };
 
-// pred - target and the mask of n elements from a position on.
-template <class T, bool masked, int n>
-FDU_DEVICE void load_elements(
-    const GaussianTask& task, const Sample<T>& sample, int64_t position, float (&difference)[n], float (&factor)[n]) {
-    float other[n];
-    if constexpr (std::is_same_v<T, Any>) {
-        const auto found = offsets(task.space, position, task.pred, task.target, task.mask);
-        difference[0] = load_factor(task.pred, sample.pred + found.of[0]);
-        other[0] = load_factor(task.target, sample.target + found.of[1]);
-        if (masked) factor[0] = load_factor(task.mask, sample.mask + found.of[2]);
-    } else {
-        load(reinterpret_cast<const T*>(task.pred.data) + sample.pred + position, difference);
-        load(reinterpret_cast<const T*>(task.target.data) + sample.target + position, other);
-        if constexpr (masked && n > 1) {
-            load_groups(task.space, task.mask, sample.mask, position, factor);
-        } else if constexpr (masked) {
-            factor[0] = load_factor(task.mask, sample.mask + offsets(task.space, position, task.mask).of[0]);
-        }
+// pred - target of `rounds` vectors of n elements, `step` apart. Beyond the end the last one is read again, so that no load
+// waits for a branch.
+template <int rounds, class T, class Index, int n>
+FDU_DEVICE void load_differences(
+    const GaussianTask& task, const Sample<T>& sample, Index first, int step, Index count, float (*difference)[n]) {
+    const auto position = [&](int r) {
+        const Index vector = first + r * step;
+        return sample.position(vector < count ? vector : count - 1);
+    };
+    Words<4> pred[rounds], target[rounds];
+    if constexpr (std::is_same_v<T, Mixed>) {
+        load_groups<rounds>(task.pred, [&](int r) { return sample.pred + position(r); }, pred);
+        load_groups<rounds>(task.target, [&](int r) { return sample.target + position(r); }, target);
     }
 #pragma unroll
-    for (int i = 0; i < n; ++i) difference[i] -= other[i];
+    for (int r = 0; r < rounds; ++r) {
+        float other[n];
+        if constexpr (std::is_same_v<T, Mixed>) {
+            unpack(pred[r], task.pred.type, difference[r]);
+            unpack(target[r], task.target.type, other);
+        } else {
+            load(reinterpret_cast<const T*>(task.pred.data) + sample.pred + position(r), difference[r]);
+            load(reinterpret_cast<const T*>(task.target.data) + sample.target + position(r), other);
+        }
+#pragma unroll
+        for (int i = 0; i < n; ++i) difference[r][i] -= other[i];
+    }
+}
+
+// The same of one element outside of the vectors.
+template <class T>
+FDU_DEVICE float load_difference(const GaussianTask& task, const Sample<T>& sample, int64_t position) {
+    const int64_t pred = sample.pred + position, target = sample.target + position;
+    if constexpr (std::is_same_v<T, Mixed>) {
+        return load_one(task.pred, pred) - load_one(task.target, target);
+    } else {
+        return load_one(reinterpret_cast<const T*>(task.pred.data) + pred) -
+               load_one(reinterpret_cast<const T*>(task.target.data) + target);
+    }
 }
 
 template <class T, int n>
 FDU_DEVICE void store_gradient(
     const GaussianTask& task, const Sample<T>& sample, int64_t position, const float (&gradient)[n]) {
-    if constexpr (std::is_same_v<T, Any>) {
-        store_as(task.grad, sample.grad + offsets(task.space, position, task.grad).of[0], gradient[0]);
+    const int64_t offset = sample.grad + position;
+    if constexpr (!std::is_same_v<T, Mixed>) {
+        store(reinterpret_cast<T*>(task.grad.data) + offset, gradient);
+    } else if constexpr (n == 1) {
+        store_one(task.grad, offset, gradient[0]);
     } else {
-        store(reinterpret_cast<T*>(task.grad.data) + sample.grad + position, gradient);
+        store_group(task.grad, offset, gradient);
     }
 }
 
@@ -187,12 +215,14 @@ FDU_DEVICE void reduce_losses(const GaussianTask& task, SharedSums& shared) {
 template <class T, bool masked, int elements>
 FDU_KERNEL gaussian_on_chip(FDU_TASK(GaussianTask) task) {
     constexpr int n = lanes<T>, rounds = elements / n;
+    // A mask needs registers, too.
+    constexpr int at_once = masked && rounds > 4 ? 4 : rounds;
     SharedSums& shared = block_shared<SharedSums>();
     const Group group(task, block_index());
     const Sample<T> sample(task, group.sample < task.batch ? group.sample : task.batch - 1);
     const int thread = group.part * group.threads + group.thread, threads = task.parts * group.threads;
     const int count = int(sample.count);
-    const bool has_edge = n > 1 && thread < sample.edges;
+    const bool has_edge = thread < sample.edges;
 
     float differences[rounds][n], factors[n], edge[1] = {};
     Accumulator<n> accumulator;
@@ -202,9 +232,8 @@ FDU_KERNEL gaussian_on_chip(FDU_TASK(GaussianTask) task) {
         for (int r = 0; r < rounds; ++r) {
             const int vector = thread + r * threads;
             const bool there = vector < count;
-            // Beyond the end the last vector is read again, so that no load waits for a branch.
-            load_elements<T, masked>(task, sample, sample.position(there ? vector : count - 1),
-                differences[r], factors);
+            if (r % at_once == 0) load_differences<at_once>(task, sample, vector, threads, count, differences + r);
+            if (masked) load_factors(task.space, task.mask, sample.mask, sample.position(there ? vector : count - 1), factors);
 #pragma unroll
             for (int i = 0; i < n; ++i) {
                 differences[r][i] = there ? differences[r][i] : 0.0f;
@@ -216,7 +245,8 @@ FDU_KERNEL gaussian_on_chip(FDU_TASK(GaussianTask) task) {
     if (has_edge) {
         float factor[1];
         const int64_t position = sample.edge_position(thread);
-        load_elements<T, masked>(task, sample, position, edge, factor);
+        edge[0] = load_difference(task, sample, position);
+        if (masked) load_factors(task.space, task.mask, sample.mask, position, factor);
         edge_accumulator.template add<masked>(edge, factor);
     }
     Sums sums = accumulator.sums();
@@ -255,30 +285,30 @@ FDU_KERNEL gaussian_sums(FDU_TASK(GaussianTask) task) {
 
     Sums sums;
     for (int64_t first = group.part * step; first < sample.count; first += task.parts * step) {
-        float differences[rounds][n], factors[rounds][n];
+        float differences[rounds][n], factors[n];
+        const int64_t mine = first + group.thread;
+        load_differences<rounds>(task, sample, mine, group.threads, sample.count, differences);
+        Accumulator<n> accumulator;
 #pragma unroll
         for (int r = 0; r < rounds; ++r) {
-            const int64_t vector = first + r * group.threads + group.thread;
+            const int64_t vector = mine + r * group.threads;
             const bool there = vector < sample.count;
-            load_elements<T, masked>(task, sample, sample.position(there ? vector : sample.count - 1),
-                differences[r], factors[r]);
+            if (masked) load_factors(task.space, task.mask, sample.mask, sample.position(there ? vector : sample.count - 1), factors);
 #pragma unroll
             for (int i = 0; i < n; ++i) {
                 differences[r][i] = there ? differences[r][i] : 0.0f;
-                if (masked) factors[r][i] = there ? factors[r][i] : 0.0f;
+                if (masked) factors[i] = there ? factors[i] : 0.0f;
             }
+            accumulator.template add<masked>(differences[r], factors);
         }
-        Accumulator<n> accumulator;
-#pragma unroll
-        for (int r = 0; r < rounds; ++r) accumulator.template add<masked>(differences[r], factors[r]);
         const Sums some = accumulator.sums();
         sums.square += some.square;
         sums.mask += some.mask;
     }
-    if (n > 1 && group.part == 0 && group.thread < sample.edges) {
-        float edge[1], factor[1];
+    if (group.part == 0 && group.thread < sample.edges) {
         const int64_t position = sample.edge_position(group.thread);
-        load_elements<T, masked>(task, sample, position, edge, factor);
+        float edge[1] = {load_difference(task, sample, position)}, factor[1];
+        if (masked) load_factors(task.space, task.mask, sample.mask, position, factor);
         Accumulator<1> accumulator;
         accumulator.template add<masked>(edge, factor);
         sums.square += accumulator.sums().square;
@@ -322,11 +352,15 @@ FDU_KERNEL gaussian_gradient(FDU_TASK(GaussianTask) task) {
     for (int64_t turn = turns - 1; turn >= 0; --turn) {
         const int64_t first = group.part * step + turn * stride + group.thread;
         float differences[rounds][n];
+        load_differences<rounds>(task, sample, first, group.threads, sample.count, differences);
 #pragma unroll
         for (int r = 0; r < rounds; ++r) {
             const int64_t vector = first + r * group.threads;
             float factors[n];
-            load_elements<T, masked>(task, sample, sample.position(vector < sample.count ? vector : sample.count - 1), differences[r], factors);
+            if (masked) {
+                const int64_t position = sample.position(vector < sample.count ? vector : sample.count - 1);
+                load_factors(task.space, task.mask, sample.mask, position, factors);
+            }
 #pragma unroll
             for (int i = 0; i < n; ++i) {
                 if (masked) differences[r][i] *= factors[i];
@@ -341,11 +375,13 @@ FDU_KERNEL gaussian_gradient(FDU_TASK(GaussianTask) task) {
             }
         }
     }
-    if (n > 1 && group.part == 0 && group.thread < sample.edges) {
-        float edge[1], factor[1];
+    if (group.part == 0 && group.thread < sample.edges) {
         const int64_t position = sample.edge_position(group.thread);
-        load_elements<T, masked>(task, sample, position, edge, factor);
-        if (masked) edge[0] *= factor[0];
+        float edge[1] = {load_difference(task, sample, position)}, factor[1];
+        if (masked) {
+            load_factors(task.space, task.mask, sample.mask, position, factor);
+            edge[0] *= factor[0];
+        }
         edge[0] *= coefficient;
         store_gradient(task, sample, position, edge);
     }

@@ -75,16 +75,29 @@ FDU_DEVICE bool last_of(unsigned* ticket, unsigned count) {
 // Past the first-level cache, which does not see what other multiprocessors write.
 FDU_DEVICE double load_fresh(const double* from) { return __ldcg(from); }
 
-struct alignas(16) Words {
-    uint32_t at[4];
+// As many as are read or written at once, at an address that is a multiple of their size.
+template <int n>
+struct Words {
+    uint32_t at[n];
 };
 
-FDU_DEVICE Words load_words(const void* from) {
-    const uint4 words = __ldg(static_cast<const uint4*>(from));
-    return {{words.x, words.y, words.z, words.w}};
+template <int n>
+FDU_DEVICE Words<n> load_words(const void* from) {
+    if constexpr (n == 4) {
+        const uint4 words = __ldg(static_cast<const uint4*>(from));
+        return {{words.x, words.y, words.z, words.w}};
+    } else {
+        static_assert(n == 2);
+        const uint2 words = __ldg(static_cast<const uint2*>(from));
+        return {{words.x, words.y}};
+    }
 }
 // Said to be global memory: the compiler cannot know it of a pointer in a task.
-FDU_DEVICE void store_words(void* to, Words words) {
+FDU_DEVICE void store_words(void* to, Words<2> words) {
+    asm volatile("st.global.v2.u32 [%0], {%1, %2};" ::"l"(__cvta_generic_to_global(to)), "r"(words.at[0]), "r"(words.at[1])
+                 : "memory");
+}
+FDU_DEVICE void store_words(void* to, Words<4> words) {
     asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(to)), "r"(words.at[0]),
                  "r"(words.at[1]), "r"(words.at[2]), "r"(words.at[3])
                  : "memory");

@@ -24,7 +24,7 @@ struct Surroundings {
     }
 };
 
-void bind_gaussian(
+bool bind_gaussian(
     py::handle pred, py::handle target, double c, double k, double linear_beyond, py::handle table, py::handle sigma,
     py::handle weight, py::handle mask, bool mean_distance, int reduction, py::handle grad_scale, py::handle value,
     py::handle coefficient, py::handle grad, py::handle workspace) {
@@ -47,16 +47,16 @@ void bind_gaussian(
     of.value = value_.get();
     of.coefficient = coefficient_.get();
     of.grad = grad_.get();
-    gaussian(call, around.context);
+    return gaussian(call, around.context);
 }
 
-void bind_gaussian_backward(py::handle pred, py::handle target, py::handle mask, py::handle coefficient, py::handle grad) {
+bool bind_gaussian_backward(py::handle pred, py::handle target, py::handle mask, py::handle coefficient, py::handle grad) {
     const Borrowed pred_(pred), target_(target), mask_(mask), coefficient_(coefficient), grad_(grad);
     const Surroundings around(*pred_, py::none());
-    gaussian_backward(*pred_, *target_, mask_.get(), *coefficient_, *grad_, around.context);
+    return gaussian_backward(*pred_, *target_, mask_.get(), *coefficient_, *grad_, around.context);
 }
 
-void bind_expectation(
+bool bind_expectation(
     py::handle v, py::tuple numbers, py::handle weight, py::handle mask, py::handle mask_total, int reduction,
     py::handle grad_scale, py::handle upstream, py::handle value, py::handle grad, py::handle workspace) {
     const FunctionNumbers function(numbers);
@@ -67,7 +67,7 @@ void bind_expectation(
     ExpectationCall call{{}, mask_total_.get(), scale_.tensor()};
     call.of = {v_.get(), weight_.get(), mask_.get(), function.of, static_cast<Reduction>(reduction), scale_.number(),
                upstream_.get(), value_.get(), grad_.get()};
-    expectation(call, around.context);
+    return expectation(call, around.context);
 }
 
 }  // namespace
@@ -78,7 +78,6 @@ void bind(py::module_& module) {
     module.def("cuda_expectation", &bind_expectation);
     module.def("cuda_why_unusable", &why_unusable, "Empty, or why the kernels cannot run on a device of this index.");
     module.attr("CUDA_WORKSPACE") = py::make_tuple(workspace_bytes, workspace_bytes_per_sample);
-    module.attr("CUDA_DIMS") = most_dims;
 }
 
 }  // namespace fdu::cuda

@@ -11,62 +11,85 @@ namespace fdu::cuda {
 
 using Placement = fdu::Placement<Operand>;
 
-inline void collapse(const Placement& placement, int from, int used, Space& space) {
-    placement.collapse(from, used, space);
+inline bool collapse(const Placement& placement, int from, int used, Space& space) {
+    if (!placement.collapse(from, used, space)) return false;
     for (int d = 0; d < space.dims; ++d) space.divisors[d] = divisor_of(uint64_t(std::max<int64_t>(space.sizes[d], 1)));
+    return true;
 }
 
-inline bool are_linear(const Placement& placement, int count, const Space& space) {
-    for (int j = 0; j < count; ++j) {
-        if (placement.operands[j]->strides[0] != 1 && space.sizes[0] != 1) return false;
-    }
-    return space.dims == 1;
+// Whether the first `count` operands have their elements one after the other, in one order.
+inline bool are_linear(const Placement& placement, int from, int count, Space& space) {
+    if (!collapse(placement, from, count, space) || space.dims != 1) return false;
+    return std::all_of(placement.operands, placement.operands + count,
+                       [&](const Operand* operand) { return operand->strides[0] == 1 || space.sizes[0] == 1; });
 }
 
-// Elements by which the beginning of an operand misses a multiple of 16 bytes.
-inline int64_t shift_of(const Operand& operand, int vector) {
-    return int64_t(reinterpret_cast<uintptr_t>(operand.data) / uintptr_t(16 / vector) % uintptr_t(vector));
+// Elements by which the beginning of an operand misses an address of a multiple of n.
+inline int64_t shift_of(const Operand& operand, int64_t n) {
+    return int64_t(reinterpret_cast<uintptr_t>(operand.data) / uintptr_t(size_of(operand.type)) % uintptr_t(n));
 }
 
-// Whether groups of elements of `space` are side by side in an operand, or one and the same.
+// Whether two operands miss multiples of n elements by the same number in every sample.
+inline bool in_step(const Operand& one, const Operand& other, int64_t n, bool batched) {
+    return shift_of(one, n) == shift_of(other, n) && (!batched || (one.batch_stride - other.batch_stride) % n == 0);
+}
+
+// Whether groups of elements of `space`, counted from its first, are side by side in an operand, or one and the same.
 inline bool is_packed(const Operand& operand, const Space& space, bool batched) {
     if (space.dims > 1 && space.sizes[0] % factor_group) return false;
     if (operand.strides[0] == 0) return true;
-    if (operand.strides[0] != 1 || operand.type == Type::float64) return false;
-    if (reinterpret_cast<uintptr_t>(operand.data) % uintptr_t(factor_group * size_of(operand.type))) return false;
+    if (operand.strides[0] != 1 || shift_of(operand, factor_group)) return false;
     for (int d = 1; d < space.dims; ++d) {
         if (operand.strides[d] % factor_group) return false;
     }
     return !batched || operand.batch_stride % factor_group == 0;
 }
 
-// Fills in the space and operands; true if pred, target and grad can be read as vectors.
-inline bool plan(const Gaussian& of, GaussianTask& task) {
+// How pred, target and grad are read and written: as vectors of 16 bytes of one dtype, in groups of factor_group elements
+// each of its own dtype, or not at all, as they lie.
+enum class Access { none, vectors, groups };
+
+// Elements at once.
+inline int64_t elements_of(Access access, Type type) { return access == Access::vectors ? 16 / size_of(type) : factor_group; }
+
+// Fills in the space and operands.
+inline Access plan(const Gaussian& of, GaussianTask& task) {
     const DLTensor& pred = *of.pred;
     Placement placement(pred);
     // The gradient leads: what is written should be written in its order.
     placement.add(of.grad, task.grad);
     placement.add(of.pred, task.pred);
     placement.add(of.target, task.target);
-    const int data = placement.count, vector = int(16 / size_of(task.pred.type));
+    const int data = placement.count;
     placement.add(of.mask, task.mask);
     task.batch = pred.shape[0];
     task.size = elements_from(pred, 1);
-    collapse(placement, 1, data, task.space);
-    bool vectors = are_linear(placement, data, task.space), shifted = false;
-    const int64_t shift = shift_of(task.pred, vector);
-    const bool batched = task.batch > 1;
-    for (int j = 0; j < data && vectors; ++j) {
-        const Operand& operand = *placement.operands[j];
-        const int64_t apart = operand.batch_stride - task.pred.batch_stride;
-        vectors = shift_of(operand, vector) == shift && (!batched || apart % vector == 0);
-        shifted |= shift != 0 || (batched && operand.batch_stride % vector != 0);
+    bool alike = true;
+    for (int j = 0; j < data; ++j) {
+        const Type type = placement.operands[j]->type;
+        if (type == Type::float64) throw std::invalid_argument("fdu_kernels: the CUDA kernels compute in float32 and take no float64");
+        alike &= type == task.pred.type;
     }
-    if (!of.mask) return vectors;
-    collapse(placement, 1, placement.count, task.space);
-    return vectors && !shifted && is_packed(task.mask, task.space, batched);
+    if (task.size == 0) return Access::groups;
+    if (!are_linear(placement, 1, data, task.space)) return Access::none;
+    if (of.mask && (task.mask.type == Type::float64 || !collapse(placement, 1, placement.count, task.space))) return Access::none;
+
+    const bool batched = task.batch > 1;
+    const auto fits = [&](int64_t n) {
+        for (int j = 0; j < data; ++j) {
+            if (!in_step(*placement.operands[j], task.pred, n, batched)) return false;
+        }
+        if (!of.mask) return true;
+        // Groups of the mask begin where vectors do, which in samples that begin elsewhere only one in their order can.
+        if (task.space.dims == 1 && task.mask.strides[0] == 1) return in_step(task.mask, task.pred, factor_group, batched);
+        const bool shifted = shift_of(task.pred, n) || (batched && task.pred.batch_stride % n);
+        return is_packed(task.mask, task.space, batched) && (!shifted || task.mask.strides[0] == 0);
+    };
+    if (alike && fits(16 / size_of(task.pred.type))) return Access::vectors;
+    return fits(factor_group) ? Access::groups : Access::none;
 }
 
+// True if the operands fit; v, grad and terms are read and written 16 bytes at a time.
 inline bool plan(const Expectation& of, ElementTask& task) {
     const DLTensor& v = *of.v;
     const std::optional<WeightAsMask> weight = of.weight ? std::make_optional<WeightAsMask>(*of.weight, v) : std::nullopt;
@@ -78,14 +101,18 @@ inline bool plan(const Expectation& of, ElementTask& task) {
     placement.add(weight ? weight->get() : of.mask, task.factor);
     placement.add(of.upstream, task.upstream);
     task.size = elements_from(v, 0);
-    collapse(placement, 0, data, task.space);
-    bool vectors = are_linear(placement, data, task.space);
-    for (int j = 0; j < data && vectors; ++j) vectors = reinterpret_cast<uintptr_t>(placement.operands[j]->data) % 16 == 0;
-    if (placement.count > data) collapse(placement, 0, placement.count, task.space);
-    for (int j = data; j < placement.count; ++j) {
-        placement.operands[j]->packed = is_packed(*placement.operands[j], task.space, false);
+    if (task.size == 0) return true;
+    if (!are_linear(placement, 0, data, task.space)) return false;
+    for (int j = 0; j < data; ++j) {
+        if (reinterpret_cast<uintptr_t>(placement.operands[j]->data) % 16) return false;
     }
-    return vectors;
+    if (placement.count > data && !collapse(placement, 0, placement.count, task.space)) return false;
+    for (int j = data; j < placement.count; ++j) {
+        Operand& operand = *placement.operands[j];
+        if (operand.type == Type::float64) return false;
+        operand.packed = is_packed(operand, task.space, false);
+    }
+    return true;
 }
 
 // Blocks of a launch in which many blocks share the work: one wave, and no more than there are places for partial sums.
@@ -100,10 +127,10 @@ struct OnChip {
 
 constexpr int most_cluster = 8, small_part = 2048;
 
-// elements is 0 where it does not fit. `elements_most`: what a thread can hold.
-inline OnChip on_chip(int64_t size, int64_t batch, int64_t vector, int elements_most, int multiprocessors, bool clusters) {
-    const int64_t warp_most = std::min<int64_t>(elements_most, 16) * warp_size;
-    if (size <= warp_most) return {size <= 8 * warp_size ? 8 : 16, 1, 1};
+// elements is 0 where it does not fit. `fewest`, `elements_most`: what a thread can hold.
+inline OnChip on_chip(
+    int64_t size, int64_t batch, int64_t vector, int fewest, int elements_most, int multiprocessors, bool clusters) {
+    if (size <= 16 * warp_size) return {size <= fewest * warp_size ? fewest : 16, 1, 1};
     const int64_t block_most = int64_t(elements_most) * chip_threads;
     int parts = 1;
     while (size > parts * block_most) {
@@ -115,7 +142,7 @@ inline OnChip on_chip(int64_t size, int64_t batch, int64_t vector, int elements_
         parts *= 2;
     }
     const int64_t part = divide_up(size, parts);
-    int elements = 8;
+    int elements = fewest;
     while (elements < elements_most && part > elements * chip_threads / 2) elements *= 2;
     const int64_t threads = divide_up(divide_up(size, vector), int64_t(parts) * (elements / vector));
     // A single warp would be taken for one that has a sample of its own.

@@ -10,8 +10,8 @@
 
 namespace fdu::cuda {
 
-// Dimensions that no merging leaves; tensors with more of them are copied first.
-constexpr int walk_dims = 12;
+// Dimensions that no merging leaves, of what broadcasts; where there are more, it is copied first.
+constexpr int walk_dims = 6;
 constexpr int warp_size = 32;
 // Blocks that share the samples of a batch, where one block a sample would leave the device idle.
 constexpr int most_parts = 1024;
@@ -31,18 +31,26 @@ struct BFloat16 {
 template <class T>
 constexpr int lanes = 16 / int(sizeof(T));
 
-// Elements of any dtype, one at a time wherever they lie: fewer kernels for what is rare.
-struct Any {};
+// Elements of a mask or weight that are read at once, and of operands of several dtypes.
+constexpr int factor_group = 4;
+
+// Elements of operands each of a dtype of its own, known at run time: one kernel for all pairs.
+struct Mixed {};
 
 template <>
-inline constexpr int lanes<Any> = 1;
+inline constexpr int lanes<Mixed> = factor_group;
 
 // How many vectors a thread has under way in the kernels that walk over a sample.
 constexpr int stream_rounds = 4;
-// Elements of one sample that a thread can hold, where they come as vectors and where they do not.
-constexpr int most_elements = 64, most_elements_any = 8;
-// Elements of a mask or weight that are read at once.
-constexpr int factor_group = 4;
+// Elements of one sample that a thread holds: the fewest and the most, a power of two times as many.
+template <class T>
+constexpr int fewest_elements = 8;
+template <class T>
+constexpr int most_elements = 64;
+template <>
+inline constexpr int fewest_elements<Mixed> = 16;
+template <>
+inline constexpr int most_elements<Mixed> = 32;
 
 // Division of numbers below 2^63 by one that is known at the launch, as a multiplication.
 struct Divisor {
@@ -69,7 +77,7 @@ FDU_FUNCTION int64_t divide(int64_t number, const Divisor& by) {
     return int64_t((high_product(uint64_t(number), by.multiplier) + uint64_t(number)) >> by.shift);
 }
 
-// The order in which elements are visited: the innermost dimension first.
+// The order in which elements are visited: the innermost dimension first. Of one dimension, but for what broadcasts.
 struct Space {
     static constexpr int most_dims = walk_dims;
     int dims = 1;
@@ -85,23 +93,16 @@ struct Operand {
     int64_t strides[walk_dims];
 };
 
-template <int n>
-struct Offsets {
-    int64_t of[n];
-};
-
-// Where the element at a position lies in each operand.
-template <class... Operands>
-FDU_FUNCTION Offsets<sizeof...(Operands)> offsets(const Space& space, int64_t position, const Operands&... operands) {
-    Offsets<sizeof...(Operands)> found{};
+// Where the element at a position lies in an operand that broadcasts.
+FDU_FUNCTION int64_t offset_of(const Space& space, int64_t position, const Operand& operand) {
+    int64_t found = 0;
     for (int d = 0; d < space.dims; ++d) {
         int64_t at = position;
         if (d + 1 < space.dims) {
             position = divide(position, space.divisors[d]);
             at -= position * space.sizes[d];
         }
-        int i = 0;
-        ((found.of[i++] += at * operands.strides[d]), ...);
+        found += at * operand.strides[d];
     }
     return found;
 }
@@ -111,8 +112,7 @@ struct Sums {
 };
 
 struct GaussianTask {
-    // Of a sample: for all operands, or, where the others are read as vectors, for the mask.
-    Space space;
+    Space space;  // of a sample, for the mask
     Operand pred, target, mask, grad;
     int64_t size, batch;
     int warps;  // that share a sample; 1: each warp of a block has its own
@@ -139,7 +139,7 @@ struct GaussianTask {
 };
 
 struct ElementTask {
-    Space space;
+    Space space;  // for the factor and upstream
     Operand v, factor, upstream, terms, grad;
     int64_t size;
     ElementFunction<float> function;

@@ -87,7 +87,7 @@ struct Placement {
 
     const DLTensor& like;
     int count = 0;
-    Operand* operands[most];
+    Operand* operands[most] = {};
     std::array<int64_t, max_dims> strides[most];  // over all dimensions of `like`, the outermost first
 
     explicit Placement(const DLTensor& all) : like(all) {
@@ -107,9 +107,9 @@ struct Placement {
     }
 
     // Orders the dimensions from `from` on by the strides of the first operand, merges those that lie one after the other
-    // in each of the first `used`, and fills in the space and these operands' strides.
+    // in each of the first `used`, and fills in the space and these operands' strides. False: the space has too few.
     template <class Space>
-    void collapse(int from, int used, Space& space) const {
+    bool collapse(int from, int used, Space& space) const {
         int order[max_dims], kept = 0;
         for (int d = like.ndim - 1; d >= from; --d) {
             if (like.shape[d] == 1) continue;
@@ -126,7 +126,7 @@ struct Placement {
                 space.sizes[last] *= like.shape[d];
                 continue;
             }
-            if (space.dims == Space::most_dims) throw std::invalid_argument("fdu_kernels: too many dimensions for the kernels");
+            if (space.dims == Space::most_dims) return false;
             space.sizes[space.dims] = like.shape[d];
             for (int j = 0; j < used; ++j) operands[j]->strides[space.dims] = strides[j][d];
             ++space.dims;
@@ -136,6 +136,7 @@ struct Placement {
             space.sizes[0] = 1;
             for (int j = 0; j < used; ++j) operands[j]->strides[0] = 1;
         }
+        return true;
     }
 };
 

@@ -118,8 +118,9 @@ inline bool last_of(unsigned* ticket, unsigned count) {
 
 inline double load_fresh(const double* from) { return *from; }
 
+template <int n>
 struct Words {
-    uint32_t at[4];
+    uint32_t at[n];
 };
 
 inline void require_aligned(const void* address, size_t bytes) {
@@ -127,15 +128,18 @@ inline void require_aligned(const void* address, size_t bytes) {
     std::fprintf(stderr, "an access of %zu bytes at an address that is no multiple\n", bytes);
     std::abort();
 }
-inline Words load_words(const void* from) {
-    require_aligned(from, 16);
+// Of 16 bytes, or of 8 for a group of elements of two.
+template <int n>
+Words<n> load_words(const void* from) {
+    require_aligned(from, sizeof(Words<n>));
     ++emulated.wide_accesses;
-    Words words;
+    Words<n> words;
     memcpy(&words, from, sizeof(words));
     return words;
 }
-inline void store_words(void* to, Words words) {
-    require_aligned(to, 16);
+template <int n>
+void store_words(void* to, Words<n> words) {
+    require_aligned(to, sizeof(words));
     ++emulated.wide_accesses;
     memcpy(to, &words, sizeof(words));
 }

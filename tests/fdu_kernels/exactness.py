@@ -67,7 +67,10 @@ def check_gaussian(
     grad_out: Tensor | None = None,
     **options: Any,
 ) -> tuple[Tensor, Tensor]:
-    """Value and gradient of every way to call the loss, each against float64; returns those of value_and_grad."""
+    """Value and gradient of every way to call the loss, each against float64; returns those of value_and_grad.
+
+    The target may have another dtype than pred.
+    """
     divergence = fk.get_divergence(name)
     reduction = options.pop("reduction", "mean")
     wide = {key: doubled(value) for key, value in options.items()}
@@ -76,7 +79,7 @@ def check_gaussian(
     truth = fk.gaussian_divergence_value_and_grad(
         *pair, divergence, **wide, reduction=reduction, grad_scale=doubled(grad_scale), backend="torch"
     )
-    accumulation = torch.float64 if pred.dtype == torch.float64 else torch.float32
+    accumulation = torch.float64 if torch.float64 in (pred.dtype, target.dtype) else torch.float32
     distance = {key: value for key, value in wide.items() if key in ("sigma", "mask", "distance")}
     condition_of_s = condition(divergence, fk.squared_distance(*pair, **distance))
     # Squares below the smallest number are lost, those above the largest infinite.

@@ -23,7 +23,6 @@ BOTH = torch.ones(2, 2, 3)
         ({"target": torch.ones(2, 3, dtype=torch.bool)}, TypeError, "target must be float16.*not bool"),
         ({"pred": torch.ones(2, 3, dtype=torch.complex64)}, TypeError, "not complex64"),
         ({"target": torch.ones(2, 4)}, ValueError, r"pred is \[2, 3\] and target \[2, 4\]; expand"),
-        ({"target": ONES.double()}, TypeError, r"pred is float32 and target float64.*target\.to\(pred\.dtype\)"),
         ({"target": ONES.to("meta")}, ValueError, "pred is on cpu and target on meta; move it"),
         ({"pred": torch.ones(()), "target": torch.ones(())}, ValueError, r"pred must have shape \[B.*pred\[None\]"),
         ({"pred": torch.ones(0, 3), "target": torch.ones(0, 3)}, ValueError, "skip the empty batch"),
@@ -157,8 +156,9 @@ def test_every_function_refuses(function: Callable[..., Any]) -> None:
         if len(tensors) > 1:
             with pytest.raises(ValueError, match="must be on one device.*on meta"):
                 function(**{**tensors, name: ONES.to("meta")})
-            with pytest.raises(TypeError, match="must have one dtype"):
-                function(**{**tensors, name: ONES.double()})
+            if "target" not in tensors:
+                with pytest.raises(TypeError, match="must have one dtype"):
+                    function(**{**tensors, name: ONES.double()})
     if tensors.keys() & {"log_ratio", "log_ratio_q"}:
         with pytest.raises(ValueError, match='\'mse\'.*use "kl" or "jeffreys"'):
             function(**tensors, divergence="mse")

@@ -67,14 +67,19 @@ class EmulatedKernels(CudaKernels):
     def __init__(self, module: types.ModuleType) -> None:
         self._compiled = module
         self.tickets = torch.frombuffer(module.tickets(), dtype=torch.int32)
+        self.copies = 0  # calls that did not fit
 
     _reason = None
 
     def why_unsuitable(self, device: torch.device, dtype: torch.dtype) -> str | None:
         return None if dtype in self.DTYPES else "as on a GPU"
 
-    def _call(self, operation: str, device: torch.device, *arguments: object) -> None:
-        getattr(self._compiled, operation)(*arguments)
+    def _call(self, operation: str, device: torch.device, *arguments: object) -> bool:
+        launches = self._compiled.counts()[0]
+        launched: bool = getattr(self._compiled, operation)(*arguments)
+        assert launched or self._compiled.counts()[0] == launches
+        self.copies += not launched
+        return launched
 
     def _workspace(self, tensor: Tensor, batch: int) -> Tensor:
         return super()._workspace(tensor, batch).fill_(0xFF)  # NaN, and tickets that are none
@@ -95,6 +100,7 @@ def kernels(module: types.ModuleType) -> Iterator[EmulatedKernels]:
 def machine(request: pytest.FixtureRequest, kernels: EmulatedKernels) -> Iterator[None]:
     """Hopper, unless a test names others; afterwards all tickets are zeros again."""
     kernels._compiled.machine(*MACHINES[getattr(request, "param", "Hopper")], False, False)
+    kernels.copies = 0
     yield
     assert not kernels.tickets.any()
 
@@ -144,6 +150,36 @@ def test_sizes(kernels: EmulatedKernels, size: int, dtype: torch.dtype) -> None:
         check_gaussian("emulated", pred, target, "squared_hellinger")
         if size <= 70_000:
             check_gaussian("emulated", pred, target, "jensen_shannon", mask=mask, reduction="sum")
+
+
+@pytest.mark.parametrize("of_target", DTYPES, ids=str)
+@pytest.mark.parametrize("of_pred", DTYPES, ids=str)
+def test_every_pair_of_dtypes(kernels: EmulatedKernels, of_pred: torch.dtype, of_target: torch.dtype) -> None:
+    for shape in ((3, 1), (3, 5), (2, 511), (3, 512), (1, 513), (2, 2050), (1, 8191), (2, 16385), (1, 131_073)):
+        pred, target = pair(*shape)
+        pred, target = pred.to(of_pred), target.to(of_target)
+        mask = torch.rand(shape, generator=torch.Generator().manual_seed(1))
+        kernels.copies = 0
+        check_gaussian("emulated", pred, target, "squared_hellinger", grad_scale=64.0)
+        for number, of_mask in enumerate((torch.bool, torch.float16, torch.float32)):
+            if number == 0 or shape[1] < 3000:
+                check_gaussian("emulated", pred, target, "jensen_shannon", mask=(mask + 0.3).to(of_mask))
+        assert kernels.copies == 0
+        if shape[1] < 3000:
+            check_gaussian("emulated", pred, target, "jensen_shannon", mask=mask.double())
+            assert kernels.copies == 4  # of each call: float64 is not read
+
+
+@each_machine
+@pytest.mark.parametrize("size", [1, 3, 4, 5, 127, 129, 512, 513, 8193, 16_384, 16_388, 65_540])
+def test_sizes_of_two_dtypes(kernels: EmulatedKernels, size: int) -> None:
+    for batch in (1, 3) if size <= 10_000 else (2,):
+        pred, target = pair(batch, size)
+        mask = torch.rand(size, generator=torch.Generator().manual_seed(1)) > 0.3
+        check_gaussian("emulated", pred.bfloat16(), target)
+        check_gaussian("emulated", pred, target.half(), "jensen_shannon", mask=mask, reduction="sum")
+        # One mask for several samples: its groups and theirs are side by side where samples are whole groups.
+        assert kernels.copies == 0 or (batch > 1 and size % 4)
 
 
 @each_machine
@@ -209,6 +245,76 @@ def test_equal_shifts_are_read_as_vectors(module: types.ModuleType, shift: int, 
     check_gaussian("emulated", pred, target, "jensen_shannon", mask=torch.rand(size), grad_out=out)
 
 
+def shifted(tensor: Tensor, shift: int) -> Tensor:
+    """The same values, from the element of that number on in a buffer of NaN."""
+    buffer = torch.full((tensor.numel() + 16,), math.nan).to(tensor.dtype)
+    return buffer[shift : shift + tensor.numel()].view(tensor.shape).copy_(tensor)
+
+
+@pytest.mark.parametrize("of_pred, of_target", [(0, 1), (1, 0), (2, 1), (1, 1)], ids=str)
+@pytest.mark.parametrize("size", [2, 3, 64, 1001, 40_001])
+@pytest.mark.parametrize("shift", [1, 3, 4, 6])
+def test_equal_shifts_of_several_dtypes_are_read_in_groups(
+    kernels: EmulatedKernels, shift: int, size: int, of_pred: int, of_target: int
+) -> None:
+    pred, target = pair(2, size)
+    pred = shifted(pred.to(DTYPES[of_pred]), shift)
+    # A multiple of 4 elements apart is as good.
+    target = shifted(target.to(DTYPES[of_target]), shift % 4 + 4 * (of_pred != of_target))
+    out = shifted(torch.full_like(pred, math.nan), shift)
+    for mask in (None, torch.rand(2, size), torch.rand(2, size) > 0.3, torch.rand(2, 1)):
+        given = mask if mask is None or mask.shape[1] == 1 else shifted(mask, shift)
+        check_gaussian("emulated", pred, target, "jensen_shannon", grad_out=out, mask=given)
+        buffer = out.as_strided((2 * size + 16,), (1,), 0)
+        assert buffer[:shift].isnan().all() and buffer[shift + 2 * size :].isnan().all()
+        copies = kernels.copies
+        value_and_grad(kernels, pred, target, mask=given, grad_out=out)
+        assert kernels.copies == copies
+
+
+def strided(tensor: Tensor, layout: str) -> Tensor:
+    if layout == "expanded":
+        return tensor[:, :1].expand(tensor.shape)
+    return shifted(tensor, 1) if layout == "shifted" else laid_out(tensor, layout)
+
+
+@pytest.mark.parametrize("of_target", DTYPES, ids=str)
+@pytest.mark.parametrize("of_pred", DTYPES, ids=str)
+def test_what_does_not_fit_is_copied(kernels: EmulatedKernels, of_pred: torch.dtype, of_target: torch.dtype) -> None:
+    for shape in ((3, 5, 7, 9), (2, 4, 24, 40)):
+        pred, target = pair(*shape)
+        given = pred.to(of_pred), target.to(of_target), torch.rand(shape) > 0.4, torch.full(shape, math.nan).to(of_pred)
+        for moved in range(4):
+            for layout in ("permuted", "sliced", "shifted", "expanded", "channels_last"):
+                operands = list(given)
+                if layout == "channels_last":
+                    operands[moved] = operands[moved].contiguous(memory_format=torch.channels_last)
+                elif layout != "expanded" or moved < 3:
+                    operands[moved] = strided(operands[moved], layout)
+                one, other, mask, out = operands
+                kernels.copies = 0
+                check_gaussian("emulated", one, other, mask=mask, grad_out=out, grad_scale=16.0)
+                assert kernels.copies or layout == "expanded"
+                check_gaussian("emulated", one, other, "jensen_shannon", grad_out=out, grad_scale=16.0)
+
+
+def test_a_target_in_another_order_costs_one_copy(kernels: EmulatedKernels) -> None:
+    pred, target = pair(2, 4, 24, 40)
+    pred = pred.contiguous(memory_format=torch.channels_last)
+    created: list[Tensor] = []
+    create = torch.empty_like
+
+    def record(*arguments: Any, **options: Any) -> Tensor:
+        created.append(create(*arguments, **options))
+        return created[-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "empty_like", record)
+        _, grad = value_and_grad(kernels, pred, target)
+    assert grad.stride() == pred.stride()
+    assert [tensor.device.type for tensor in created] == ["cpu", "meta", "cpu"]  # gradient, order, target
+
+
 @pytest.mark.parametrize("size, launches", [(1, 1), (100, 1), (16_384, 1), (262_144, 1), (262_152, 2)])
 def test_launches_and_traffic(module: types.ModuleType, kernels: EmulatedKernels, size: int, launches: int) -> None:
     """Value with its reduction and gradient: one launch where a sample fits on chip, everything in 16 bytes."""
@@ -221,6 +327,20 @@ def test_launches_and_traffic(module: types.ModuleType, kernels: EmulatedKernels
     assert wide >= least - 6
     # Beyond the end of a sample its last vector is read again. Each thread of a gradient reads its coefficient.
     assert wide <= least + 2 * 2 * 8 * 512 and (narrow <= 12 or launches == 2)
+
+
+@pytest.mark.parametrize("size, launches", [(1, 1), (100, 1), (16_384, 1), (131_072, 1), (131_080, 2)])
+def test_launches_and_traffic_of_two_dtypes(
+    module: types.ModuleType, kernels: EmulatedKernels, size: int, launches: int
+) -> None:
+    """The same, in groups of four elements."""
+    pred, target = pair(2, size)
+    before = module.counts()
+    value_and_grad(kernels, pred.bfloat16(), target, name="squared_hellinger")
+    launched, wide, narrow = (now - then for now, then in zip(module.counts(), before, strict=True))
+    assert launched == launches
+    least = 3 * 2 * size // 4 if launches == 1 else 5 * 2 * size // 4
+    assert least - 6 <= wide <= least + 2 * 2 * 8 * 512 and (narrow <= 12 or launches == 2)
 
 
 @each_machine
@@ -366,14 +486,14 @@ def test_division_by_multiplication(module: types.ModuleType) -> None:
 
 @pytest.mark.parametrize("count, clusters", MACHINES.values(), ids=MACHINES)
 def test_plans(module: types.ModuleType, count: int, clusters: bool) -> None:
-    for vector, most in ((4, 64), (8, 64), (4, 32), (8, 32), (1, 8)):
+    for vector, fewest, most in ((4, 8, 64), (8, 8, 64), (4, 16, 32)):
         for size in (*SIZES, *LARGE, 2**20):
             for batch in (1, 2, 7, 64, 132, 1000, 65536):
-                elements, warps, parts = module.on_chip(size, batch, vector, most, count, clusters)
+                elements, warps, parts = module.on_chip(size, batch, vector, fewest, most, count, clusters)
                 if elements == 0:
                     assert size > most * 512 * (8 if clusters else 1)
                     continue
-                assert elements in (8, 16, 32, 64) and elements <= most and warps <= 16
+                assert elements in (8, 16, 32, 64) and fewest <= elements <= most and warps <= 16
                 assert parts in ((1, 2, 4, 8) if clusters else (1,))
                 assert warps > 1 or (parts == 1 and elements <= 16)
                 assert elements * 32 * warps * parts >= size

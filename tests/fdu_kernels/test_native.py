@@ -156,6 +156,61 @@ def test_every_divergence_and_dtype(instruction_set: str, name: str, dtype: torc
             check_density_ratio("cpu", 3 * pred, name, samples_from, grad_scale=256.0)
 
 
+@pytest.mark.parametrize("of_target", DTYPES, ids=str)
+@pytest.mark.parametrize("of_pred", DTYPES, ids=str)
+def test_every_pair_of_dtypes(instruction_set: str, of_pred: torch.dtype, of_target: torch.dtype) -> None:
+    for size in (1, 7, 65, 1025, 2 * 16384 + 33):
+        pred, target = pair(3, size)
+        pred, target = pred.to(of_pred), target.to(of_target)
+        mask = torch.rand(size, generator=torch.Generator().manual_seed(1))
+        check_gaussian("cpu", pred, target, "squared_hellinger", grad_scale=64.0 * size)
+        for of_mask in (torch.bool, torch.float16, torch.float64):
+            check_gaussian("cpu", pred, target, "jensen_shannon", mask=(mask + 0.3).to(of_mask), reduction="sum")
+
+
+@pytest.mark.parametrize("of_target", DTYPES, ids=str)
+@pytest.mark.parametrize("of_pred", DTYPES, ids=str)
+def test_layouts_and_threads_of_every_pair_of_dtypes(of_pred: torch.dtype, of_target: torch.dtype) -> None:
+    pred, target = pair(3, 2, 99, 175)  # a sample is more than a grain
+    pred, target = pred.to(of_pred), target.to(of_target)
+    mask = torch.rand(3, 1, 99, 175, generator=torch.Generator().manual_seed(1))
+    for moved in range(4):
+        for layout in ("permuted", "sliced", "offset"):
+            operands = [pred, target, mask, torch.full_like(pred, math.nan)]
+            operands[moved] = laid_out(operands[moved], layout)
+            a, b, m, buffer = operands
+            results = []
+            for threads in (1, 2, 3):
+                torch.set_num_threads(threads)
+                results.append(
+                    fk.gaussian_divergence_value_and_grad(a, b, mask=m, grad_out=buffer.clone(), backend="cpu")
+                )
+            check_gaussian("cpu", a, b, mask=m, grad_scale=2.0**10, grad_out=buffer)
+            for other in results[1:]:
+                assert all(torch.equal(one, same) for one, same in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_a_gradient_of_doubles_is_rounded_once(instruction_set: str, dtype: torch.dtype) -> None:
+    # A little beside the middle of two numbers, by less than float32 sees; subnormal, normal and large ones.
+    bits = torch.cat([torch.arange(1, 50), torch.arange(1, 30_000, 37)]).to(torch.int16)
+    below, above = bits.view(dtype).double(), (bits + 1).view(dtype).double()
+    below, above = below[above.isfinite()], above[above.isfinite()]
+    middle = (below + above) / 2
+    for sign in (-1, 1):
+        for nearer, factor in ((below, 1 - 2.0**-40), (above, 1 + 2.0**-40)):
+            pred = torch.zeros_like(middle, dtype=dtype)
+            _, grad = fk.gaussian_divergence_value_and_grad(
+                pred, -sign * middle * factor, "mse", reduction="none", backend="cpu", grad_scale=0.5
+            )
+            assert torch.equal(grad.double(), sign * nearer)
+    huge = torch.tensor([1e300, -1e300, math.inf, math.nan], dtype=torch.float64)
+    _, grad = fk.gaussian_divergence_value_and_grad(
+        torch.zeros(4, dtype=dtype), -huge, "kl", reduction="none", backend="cpu"
+    )
+    assert torch.equal(grad.nan_to_num(7.0, 1.0, -1.0), torch.tensor([1, -1, 1, 7], dtype=dtype))
+
+
 @pytest.mark.parametrize("dtype", NARROW, ids=str)
 @pytest.mark.parametrize("name", PROFILES)
 def test_narrow_gradients_are_no_worse_than_eager_ones_rounded_once(
@@ -235,6 +290,7 @@ def test_gradients_past_the_caches(instruction_set: str, dtype: torch.dtype) -> 
     # More than 12 MiB, in rows that begin at no multiple of a vector.
     size = 13 * 2**20 // (3 * torch.finfo(dtype).bits // 8) | 1
     pred, target = pair(3, size, dtype=dtype)
+    other = torch.bfloat16 if dtype == torch.float32 else torch.float32
     torch.set_num_threads(2)
     for layout in ("dense", "offset"):
         buffer = laid_out(torch.full_like(pred, math.nan), layout)
@@ -242,6 +298,11 @@ def test_gradients_past_the_caches(instruction_set: str, dtype: torch.dtype) -> 
             pred, target, "mse", distance="sum", reduction="sum", grad_scale=0.5, grad_out=buffer, backend="cpu"
         )
         assert torch.equal(grad, pred - target)
+        _, grad = fk.gaussian_divergence_value_and_grad(
+            pred, target.to(other), "mse", distance="sum", reduction="sum", grad_scale=0.5, grad_out=buffer,
+            backend="cpu",
+        )  # fmt: skip
+        assert torch.equal(grad, (pred - target.to(other)).to(dtype))
 
 
 @pytest.mark.parametrize("dtype", [*NARROW, torch.float32], ids=str)
