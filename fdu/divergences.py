@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 from fdu_kernels import Divergence, divergences, get_divergence
-from fdu_kernels.catalogue import CATALOGUE
+from fdu_kernels.catalogue import FAMILIES
 
 COLUMNS = {
     "name": "name",
@@ -46,11 +46,11 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def _row(divergence: Divergence) -> dict[str, Any]:
-    entry = CATALOGUE[divergence.name]
+    family = FAMILIES.get(divergence.name)
     return {
         "name": str(divergence),
-        "parameter": entry.parameter,
-        "aliases": list(entry.aliases),
+        "parameter": None if family is None else family.parameter,
+        "aliases": list(divergence.aliases),
         "generator": divergence.formula,
         "profile": _profile(divergence.exponential),
         "slope_at_zero": _finite(divergence.slope_at_zero),

@@ -10,6 +10,7 @@ from torch import Tensor
 from fdu_kernels import checks
 from fdu_kernels.critic import ElementFunction
 from fdu_kernels.divergence import Function
+from fdu_kernels.internals import are_constants, is_plain
 from fdu_kernels.profiles import GaussianProfile
 
 REDUCTIONS = ("none", "mean", "sum")
@@ -48,8 +49,8 @@ class GaussianCall:
         "Tensor pred, Tensor target, float[] numbers, Tensor? symbolic, Tensor? table, Tensor? sigma, Tensor? weight, "
         "Tensor? mask, str distance, str reduction, Tensor? grad_scale"
     )
-    """What ``flat`` gives and ``of`` takes. numbers: c, k, linear_beyond, sigma and grad_scale, where these are numbers.
-    symbolic: the same as a tensor on the CPU, where compiled code does not hold them as constants."""
+    """What ``flat`` gives and ``of`` takes. numbers: c, k, linear_beyond, sigma, grad_scale, where they are numbers.
+    symbolic: the same as a tensor on the CPU, where compiled code has no constants for them."""
     __slots__ = ("distance", "grad_scale", "mask", "plain", "pred", "profile", "reduction", "sigma", "target", "weight")
 
     def __init__(
@@ -105,7 +106,7 @@ class GaussianCall:
         checks.check_choice("reduction", self.reduction, REDUCTIONS)
         checks.check_grad_scale(self.grad_scale)
         checks.check_grad_out(grad_out, pred, self.target)
-        self.plain = checks.is_plain(pred)
+        self.plain = is_plain(pred)
         if self.plain:
             self.pred, self.target = _in_memory(pred), _in_memory(self.target)
             self.weight, self.mask = _in_memory(self.weight), _in_memory(self.mask)
@@ -134,7 +135,7 @@ class ExpectationCall:
     """
 
     SCHEMA = "Tensor v, float[] function, Tensor? weight, Tensor? mask, str reduction, float number, Tensor? grad_scale"
-    """What ``flat`` gives and ``of`` takes. function: an ElementFunction's numbers; number: grad_scale, if it is one."""
+    """What ``flat`` gives and ``of`` takes. function: an ElementFunction's numbers; number: grad_scale, if one."""
     __slots__ = ("function", "grad_scale", "mask", "plain", "reduction", "v", "weight")
 
     def __init__(
@@ -174,7 +175,7 @@ class ExpectationCall:
         checks.check_weight(self.weight, self.v, name)
         checks.check_mask(self.mask, self.v, name)
         checks.check_grad_scale(self.grad_scale)
-        self.plain = checks.is_plain(self.v)
+        self.plain = is_plain(self.v)
         if self.plain:
             self.v, self.weight, self.mask = _in_memory(self.v), _in_memory(self.weight), _in_memory(self.mask)
         return self
@@ -200,10 +201,8 @@ def _split(number: float | Tensor) -> tuple[float, Tensor | None]:
 
 
 def _constant_or_not(numbers: list[float]) -> tuple[list[float], Tensor | None]:
-    """Numbers as they are; or as a tensor, where compiled code has symbols for them: an op's numbers would be guarded."""
-    if not torch.compiler.is_compiling():
-        return numbers, None
-    if all(torch.fx.experimental.symbolic_shapes.has_static_value(number) for number in numbers):
+    """Numbers as they are; or as a tensor, where compiled code has symbols for them: an op's are guarded."""
+    if not torch.compiler.is_compiling() or are_constants(numbers):
         return numbers, None
     one = torch.ones((), dtype=torch.float64, device="cpu")
     return [], torch.stack([one * number for number in numbers])

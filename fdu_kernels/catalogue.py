@@ -22,105 +22,16 @@ from torch.nn.functional import logsigmoid
 
 from fdu_kernels.critic import CriticRow
 from fdu_kernels.divergence import MADE_BY_USERS, Divergence
+from fdu_kernels.internals import held_constant
 
 
 @dataclasses.dataclass(frozen=True)
-class Entry:
-    """One divergence, or one family of them with a parameter."""
+class Family:
+    """Divergences with a parameter."""
 
-    build: Callable[..., Divergence]
-    aliases: tuple[str, ...] = ()
-    parameter: str | None = None
-    default: float = math.nan
-
-
-def _mse() -> Divergence:
-    return Divergence(
-        "mse",
-        formula="h(s) = s",
-        advice="The usual regression loss; the baseline to compare with.",
-        exponential=(1.0, 0.0),
-    )
-
-
-def _kl() -> Divergence:
-    return Divergence(
-        "kl",
-        formula="u log u",
-        advice="Half the mean squared error: every sample pulls in proportion to its error.",
-        generator=lambda u: torch.xlogy(u, u),
-        log_curvature=lambda v: v,
-        exponential=(0.5, 0.0),
-        log_ratio_rows=(CriticRow(const=1, linear=1), CriticRow(exp=1, exp_rate=1)),
-        fgan_rows=(CriticRow(linear=1), CriticRow(exp=math.exp(-1), exp_rate=1)),
-    )
-
-
-def _reverse_kl() -> Divergence:
-    return Divergence(
-        "reverse_kl",
-        formula="-log u",
-        advice="The same loss as kl between Gaussians; with a critic it seeks modes.",
-        generator=lambda u: -torch.log(u),
-        log_curvature=torch.zeros_like,
-        exponential=(0.5, 0.0),
-        log_ratio_rows=(CriticRow(exp=-1, exp_rate=-1), CriticRow(const=-1, linear=1)),
-    )
-
-
-def _jeffreys() -> Divergence:
-    return Divergence(
-        "jeffreys",
-        formula="(u - 1) log u",
-        advice="kl + reverse_kl, equal to mse between Gaussians; symmetric.",
-        generator=lambda u: (u - 1) * torch.log(u),
-        log_curvature=lambda v: -logsigmoid(-v),
-        exponential=(1.0, 0.0),
-        log_ratio_rows=(
-            CriticRow(linear=1, expm1=-1, expm1_rate=-1),
-            CriticRow(linear=1, expm1=1, expm1_rate=1),
-        ),
-    )
-
-
-def _pearson_chi2() -> Divergence:
-    return Divergence(
-        "pearson_chi2",
-        formula="(u - 1)^2",
-        advice="Amplifies samples with a large error, so that few decide a step: the larger s0, the slower it erases.",
-        generator=lambda u: (u - 1).square(),
-        log_curvature=lambda v: math.log(2) + 2 * v,
-        exponential=(1.0, 1.0),
-        log_ratio_rows=(CriticRow(expm1=2, expm1_rate=1), CriticRow(expm1=1, expm1_rate=2)),
-        fgan_rows=(CriticRow(linear=1), CriticRow(linear=1, square=0.25)),
-    )
-
-
-def _neyman_chi2() -> Divergence:
-    return Divergence(
-        "neyman_chi2",
-        formula="(1 - u)^2 / u",
-        advice="Pearson's with p and q exchanged; the same loss between Gaussians.",
-        generator=lambda u: (1 - u).square() / u,
-        log_curvature=lambda v: math.log(2) - v,
-        exponential=(1.0, 1.0),
-        log_ratio_rows=(CriticRow(expm1=-1, expm1_rate=-2), CriticRow(expm1=-2, expm1_rate=-1)),
-        fgan_rows=(CriticRow(expm1=-1, expm1_rate=1), CriticRow(expm1=-2, expm1_rate=0.5)),
-    )
-
-
-def _squared_hellinger() -> Divergence:
-    return Divergence(
-        "squared_hellinger",
-        formula="(sqrt(u) - 1)^2 / 2",
-        advice="Damps samples with a large error: erases and preserves; the default.",
-        upper=1.0,
-        generator=lambda u: (torch.sqrt(u) - 1).square() / 2,
-        log_curvature=lambda v: v / 2 - math.log(4),
-        exponential=(0.125, -0.125),
-        log_ratio_rows=(CriticRow(expm1=-0.5, expm1_rate=-0.5), CriticRow(expm1=0.5, expm1_rate=0.5)),
-        fgan_rows=(CriticRow(expm1=-0.5, expm1_rate=-1), CriticRow(expm1=0.5, expm1_rate=1)),
-    )
+    build: Callable[[float], Divergence]
+    parameter: str
+    default: float
 
 
 def _alpha(alpha: float) -> Divergence:
@@ -132,6 +43,7 @@ def _alpha(alpha: float) -> Divergence:
     return Divergence(
         "alpha",
         (("alpha", alpha),),
+        aliases=("alpha_divergence",),
         formula="(u^a - a u + a - 1) / (a (a - 1))",
         advice="A knob: 0 < a < 1 damps large errors (most at 1/2), a < 0 or a > 1 amplifies them.",
         upper=1 / (alpha * (1 - alpha)) if 0 < alpha < 1 else math.inf,
@@ -145,43 +57,6 @@ def _alpha(alpha: float) -> Divergence:
     )
 
 
-def _jensen_shannon() -> Divergence:
-    return Divergence(
-        "jensen_shannon",
-        formula="(u log u - (u + 1) log((u + 1)/2)) / 2",
-        advice="Bounded and symmetric; damps large errors about as squared_hellinger does.",
-        upper=math.log(2),
-        generator=lambda u: (torch.xlogy(u, u) - (u + 1) * torch.log((u + 1) / 2)) / 2,
-        log_curvature=lambda v: logsigmoid(v) - math.log(2),
-        log_ratio_rows=(CriticRow(softplus=-0.5, scale=-1), CriticRow(softplus=0.5)),
-    )
-
-
-def _total_variation() -> Divergence:
-    return Divergence(
-        "total_variation",
-        formula="|u - 1| / 2",
-        advice="Every sample pulls alike however small its error: robust, but restless near the optimum.",
-        upper=1.0,
-        generator=lambda u: (u - 1).abs() / 2,
-        kinks=((1.0, 1.0),),
-        log_ratio_rows=(CriticRow(const=-0.5, step=1), CriticRow(const=-0.5, step=1)),
-        fgan_rows=(CriticRow(tanh=0.5, scale=2), CriticRow(tanh=0.5, scale=2)),
-    )
-
-
-def _le_cam() -> Divergence:
-    return Divergence(
-        "le_cam",
-        formula="(u - 1)^2 / (2 (u + 1))",
-        advice="Bounded and symmetric, twice as steep at 0 as jensen_shannon; damps large errors.",
-        upper=1.0,
-        generator=lambda u: (u - 1).square() / (2 * (u + 1)),
-        log_curvature=lambda v: math.log(4) + 2 * logsigmoid(v) + logsigmoid(-v),
-        log_ratio_rows=(CriticRow(tanh=1, tanh_squared=-0.5), CriticRow(tanh=1, tanh_squared=0.5)),
-    )
-
-
 def _skew_jensen_shannon(w: float) -> Divergence:
     if not 0 < w < 1:
         raise ValueError(f"w of skew_jensen_shannon must lie strictly between 0 and 1, not {w:g}")
@@ -189,24 +64,13 @@ def _skew_jensen_shannon(w: float) -> Divergence:
     return Divergence(
         "skew_jensen_shannon",
         (("w", w),),
+        aliases=("skew_js", "sjs"),
         formula="w u log u - (w u + 1 - w) log(w u + 1 - w)",
         advice="jensen_shannon with weights w and 1 - w; bounded, towards kl as w falls.",
         upper=-w * math.log(w) - (1 - w) * math.log1p(-w),
         generator=lambda u: w * torch.xlogy(u, u) - torch.xlogy(w * u + 1 - w, w * u + 1 - w),
         log_curvature=lambda v: math.log1p(-w) + logsigmoid(v + logit),
         log_ratio_rows=(CriticRow(softplus=-w, scale=-1, logit=-logit), CriticRow(softplus=1 - w, logit=logit)),
-    )
-
-
-def _shifted_log() -> Divergence:
-    return Divergence(
-        "shifted_log",
-        formula="log 2 - log(u + 1)",
-        advice="The same loss as jensen_shannon between Gaussians; its critic is bounded in (-1, 0).",
-        upper=math.log(2),
-        generator=lambda u: math.log(2) - torch.log1p(u),
-        log_curvature=lambda v: 2 * logsigmoid(v),
-        log_ratio_rows=(CriticRow(sigmoid=-1, scale=-1), CriticRow(softplus=1, sigmoid=-1)),
     )
 
 
@@ -218,6 +82,7 @@ def _hockey_stick(g: float) -> Divergence:
     return Divergence(
         "hockey_stick",
         (("g", g),),
+        aliases=("hockey",),
         formula="max(u - g, 0) - max(1 - g, 0)",
         advice="Counts only where p exceeds g q (differential privacy); for g > 1 small errors do not pull.",
         upper=min(1.0, g),
@@ -228,24 +93,135 @@ def _hockey_stick(g: float) -> Divergence:
     )
 
 
-CATALOGUE: dict[str, Entry] = {
-    "mse": Entry(_mse, ("l2", "squared_error")),
-    "kl": Entry(_kl, ("kl_divergence", "kullback_leibler", "forward_kl")),
-    "reverse_kl": Entry(_reverse_kl, ("rkl", "kl_reverse")),
-    "jeffreys": Entry(_jeffreys, ("j", "symmetric_kl")),
-    "pearson_chi2": Entry(_pearson_chi2, ("chi2", "chi_square", "chi_squared", "pearson")),
-    "neyman_chi2": Entry(_neyman_chi2, ("neyman", "reverse_chi2")),
-    "squared_hellinger": Entry(_squared_hellinger, ("hellinger", "h", "h2")),
-    "alpha": Entry(_alpha, ("alpha_divergence",), "alpha", 0.5),
-    "jensen_shannon": Entry(_jensen_shannon, ("js", "jsd")),
-    "total_variation": Entry(_total_variation, ("tv", "tvd")),
-    "le_cam": Entry(_le_cam, ("lecam", "triangular")),
-    "skew_jensen_shannon": Entry(_skew_jensen_shannon, ("skew_js", "sjs"), "w", 0.3),
-    "shifted_log": Entry(_shifted_log, ("sl",)),
-    "hockey_stick": Entry(_hockey_stick, ("hockey",), "g", 2.0),
+_ENTRIES: tuple[Divergence | Family, ...] = (
+    Divergence(
+        "mse",
+        aliases=("l2", "squared_error"),
+        formula="h(s) = s",
+        advice="The usual regression loss; the baseline to compare with.",
+        exponential=(1.0, 0.0),
+    ),
+    Divergence(
+        "kl",
+        aliases=("kl_divergence", "kullback_leibler", "forward_kl"),
+        formula="u log u",
+        advice="Half the mean squared error: every sample pulls in proportion to its error.",
+        generator=lambda u: torch.xlogy(u, u),
+        log_curvature=lambda v: v,
+        exponential=(0.5, 0.0),
+        log_ratio_rows=(CriticRow(const=1, linear=1), CriticRow(exp=1, exp_rate=1)),
+        fgan_rows=(CriticRow(linear=1), CriticRow(exp=math.exp(-1), exp_rate=1)),
+    ),
+    Divergence(
+        "reverse_kl",
+        aliases=("rkl", "kl_reverse"),
+        formula="-log u",
+        advice="The same loss as kl between Gaussians; with a critic it seeks modes.",
+        generator=lambda u: -torch.log(u),
+        log_curvature=torch.zeros_like,
+        exponential=(0.5, 0.0),
+        log_ratio_rows=(CriticRow(exp=-1, exp_rate=-1), CriticRow(const=-1, linear=1)),
+    ),
+    Divergence(
+        "jeffreys",
+        aliases=("j", "symmetric_kl"),
+        formula="(u - 1) log u",
+        advice="kl + reverse_kl, equal to mse between Gaussians; symmetric.",
+        generator=lambda u: (u - 1) * torch.log(u),
+        log_curvature=lambda v: -logsigmoid(-v),
+        exponential=(1.0, 0.0),
+        log_ratio_rows=(
+            CriticRow(linear=1, expm1=-1, expm1_rate=-1),
+            CriticRow(linear=1, expm1=1, expm1_rate=1),
+        ),
+    ),
+    Divergence(
+        "pearson_chi2",
+        aliases=("chi2", "chi_square", "chi_squared", "pearson"),
+        formula="(u - 1)^2",
+        advice="Amplifies samples with a large error, so that few decide a step: the larger s0, the slower it erases.",
+        generator=lambda u: (u - 1).square(),
+        log_curvature=lambda v: math.log(2) + 2 * v,
+        exponential=(1.0, 1.0),
+        log_ratio_rows=(CriticRow(expm1=2, expm1_rate=1), CriticRow(expm1=1, expm1_rate=2)),
+        fgan_rows=(CriticRow(linear=1), CriticRow(linear=1, square=0.25)),
+    ),
+    Divergence(
+        "neyman_chi2",
+        aliases=("neyman", "reverse_chi2"),
+        formula="(1 - u)^2 / u",
+        advice="Pearson's with p and q exchanged; the same loss between Gaussians.",
+        generator=lambda u: (1 - u).square() / u,
+        log_curvature=lambda v: math.log(2) - v,
+        exponential=(1.0, 1.0),
+        log_ratio_rows=(CriticRow(expm1=-1, expm1_rate=-2), CriticRow(expm1=-2, expm1_rate=-1)),
+        fgan_rows=(CriticRow(expm1=-1, expm1_rate=1), CriticRow(expm1=-2, expm1_rate=0.5)),
+    ),
+    Divergence(
+        "squared_hellinger",
+        aliases=("hellinger", "h", "h2"),
+        formula="(sqrt(u) - 1)^2 / 2",
+        advice="Damps samples with a large error: erases and preserves; the default.",
+        upper=1.0,
+        generator=lambda u: (torch.sqrt(u) - 1).square() / 2,
+        log_curvature=lambda v: v / 2 - math.log(4),
+        exponential=(0.125, -0.125),
+        log_ratio_rows=(CriticRow(expm1=-0.5, expm1_rate=-0.5), CriticRow(expm1=0.5, expm1_rate=0.5)),
+        fgan_rows=(CriticRow(expm1=-0.5, expm1_rate=-1), CriticRow(expm1=0.5, expm1_rate=1)),
+    ),
+    Family(_alpha, "alpha", 0.5),
+    Divergence(
+        "jensen_shannon",
+        aliases=("js", "jsd"),
+        formula="(u log u - (u + 1) log((u + 1)/2)) / 2",
+        advice="Bounded and symmetric; damps large errors about as squared_hellinger does.",
+        upper=math.log(2),
+        generator=lambda u: (torch.xlogy(u, u) - (u + 1) * torch.log((u + 1) / 2)) / 2,
+        log_curvature=lambda v: logsigmoid(v) - math.log(2),
+        log_ratio_rows=(CriticRow(softplus=-0.5, scale=-1), CriticRow(softplus=0.5)),
+    ),
+    Divergence(
+        "total_variation",
+        aliases=("tv", "tvd"),
+        formula="|u - 1| / 2",
+        advice="Every sample pulls alike however small its error: robust, but restless near the optimum.",
+        upper=1.0,
+        generator=lambda u: (u - 1).abs() / 2,
+        kinks=((1.0, 1.0),),
+        log_ratio_rows=(CriticRow(const=-0.5, step=1), CriticRow(const=-0.5, step=1)),
+        fgan_rows=(CriticRow(tanh=0.5, scale=2), CriticRow(tanh=0.5, scale=2)),
+    ),
+    Divergence(
+        "le_cam",
+        aliases=("lecam", "triangular"),
+        formula="(u - 1)^2 / (2 (u + 1))",
+        advice="Bounded and symmetric, twice as steep at 0 as jensen_shannon; damps large errors.",
+        upper=1.0,
+        generator=lambda u: (u - 1).square() / (2 * (u + 1)),
+        log_curvature=lambda v: math.log(4) + 2 * logsigmoid(v) + logsigmoid(-v),
+        log_ratio_rows=(CriticRow(tanh=1, tanh_squared=-0.5), CriticRow(tanh=1, tanh_squared=0.5)),
+    ),
+    Family(_skew_jensen_shannon, "w", 0.3),
+    Divergence(
+        "shifted_log",
+        aliases=("sl",),
+        formula="log 2 - log(u + 1)",
+        advice="The same loss as jensen_shannon between Gaussians; its critic is bounded in (-1, 0).",
+        upper=math.log(2),
+        generator=lambda u: math.log(2) - torch.log1p(u),
+        log_curvature=lambda v: 2 * logsigmoid(v),
+        log_ratio_rows=(CriticRow(sigmoid=-1, scale=-1), CriticRow(softplus=1, sigmoid=-1)),
+    ),
+    Family(_hockey_stick, "g", 2.0),
+)
+FAMILIES = {entry.build(entry.default).name: entry for entry in _ENTRIES if isinstance(entry, Family)}
+CATALOGUE = {
+    made.name: made
+    for made in (entry if isinstance(entry, Divergence) else entry.build(entry.default) for entry in _ENTRIES)
 }
+"""Name -> divergence; of a family, the one of the default."""
 
-_NAMES = {spelling: name for name, entry in CATALOGUE.items() for spelling in (name, *entry.aliases)}
+_NAMES = {spelling: name for name, made in CATALOGUE.items() for spelling in (name, *made.aliases)}
 
 
 def divergences() -> tuple[str, ...]:
@@ -279,7 +255,7 @@ def find_divergence(key: str) -> Divergence:
     return get_divergence(key) if made is None else made
 
 
-@torch.compiler.assume_constant_result
+@held_constant
 def _lookup(spelling: str, parameters: tuple[tuple[str, float], ...]) -> Divergence:
     # A function of its own: torch.compile would trace into the cached one.
     return _build(spelling, parameters)
@@ -296,24 +272,30 @@ def _build(spelling: str, parameters: tuple[tuple[str, float], ...]) -> Divergen
         hint = f"closest: {', '.join(dict.fromkeys(_NAMES[found] for found in close))}; " if close else ""
         raise ValueError(f"unknown divergence {spelling!r}; {hint}known: {', '.join(CATALOGUE)}")
     name = _NAMES[typed]
-    entry = CATALOGUE[name]
-    wanted = entry.parameter
+    family = FAMILIES.get(name)
+    wanted = None if family is None else family.parameter
     unexpected = [key for key, _ in parameters if key != wanted]
     if unexpected or (colon and wanted is None):
         takes = f"takes {wanted}" if wanted else "takes no parameter"
         raise TypeError(f"divergence {name!r} {takes}, but got {', '.join(unexpected) or suffix!r}")
-    if wanted is None:
-        return entry.build()
+    if family is None or not (colon or parameters):
+        return CATALOGUE[name]
     if colon and parameters:
         raise TypeError(f"{wanted} of {name!r} was given twice: in {spelling!r} and as {wanted}={parameters[0][1]!r}")
-    given: object = parameters[0][1] if parameters else suffix if colon else entry.default
+    given: object = parameters[0][1] if parameters else suffix
     try:
         value = float(given)  # type: ignore[arg-type]
     except (TypeError, ValueError):
         value = math.nan
     if not math.isfinite(value):
         raise ValueError(f"{wanted} of divergence {name!r} must be a finite number, not {given!r}; example: {name}:0.3")
-    return entry.build(value)
+    return CATALOGUE[name] if value == family.default else _member(family, value)
+
+
+@functools.lru_cache(maxsize=1024)
+def _member(family: Family, value: float) -> Divergence:
+    # Not once for every way to write it: a table takes a tenth of a second.
+    return family.build(value)
 
 
 def _reduce(divergence: Divergence) -> tuple[Callable[..., Divergence], tuple[object, ...]]:
@@ -332,4 +314,4 @@ def _reduce(divergence: Divergence) -> tuple[Callable[..., Divergence], tuple[ob
     return Divergence.from_generator, (f, divergence.name, tuple(place for place, _ in divergence.kinks))
 
 
-copyreg.pickle(Divergence, _reduce)  # type: ignore[arg-type]
+copyreg.pickle(Divergence, _reduce)

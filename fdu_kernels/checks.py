@@ -7,8 +7,9 @@ the CPU only: on an accelerator a look at them would make the host wait.
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
-from torch.autograd import forward_ad
+from torch import Tensor
+
+from fdu_kernels.internals import is_plain
 
 Number = float | int
 
@@ -18,21 +19,6 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 def accumulation_dtype(dtype: torch.dtype, other: torch.dtype | None = None) -> torch.dtype:
     """The dtype in which sums are taken and values returned: float32, or float64 if one of the dtypes is."""
     return torch.float64 if dtype is torch.float64 or other is torch.float64 else torch.float32
-
-
-def is_plain(tensor: Tensor) -> bool:
-    """Whether its memory can be read and written here and now.
-
-    Not so in compiled code, for subclasses (FakeTensor, DTensor), and under modes and transforms (make_fx, torch.func,
-    dual numbers), which have to see an operation.
-    """
-    return (
-        (type(tensor) is Tensor or type(tensor) is nn.Parameter)
-        and not torch.compiler.is_compiling()
-        and not torch._C._are_functorch_transforms_active()
-        and not torch._C._len_torch_dispatch_stack()
-        and forward_ad._current_level < 0
-    )
 
 
 def check_floating(name: str, tensor: Tensor) -> None:

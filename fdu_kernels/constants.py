@@ -6,20 +6,27 @@ numbers (c, k) of an elementary profile are no constants: a sweep of alpha is on
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from fdu_kernels import custom
 from fdu_kernels.catalogue import find_divergence
 from fdu_kernels.critic import ElementFunction
 from fdu_kernels.divergence import Divergence, Function
+from fdu_kernels.internals import held_constant
 from fdu_kernels.profiles import GaussianProfile, Grid
 
 
 def profile_of(divergence: Divergence, pred: Tensor) -> GaussianProfile:
     """h, for a call of that tensor."""
     if not torch.compiler.is_compiling():
-        return divergence.gaussian_profile
+        profile = divergence.gaussian_profile
+        if profile.table is None or not isinstance(pred, FakeTensor):
+            return profile
+        return dataclasses.replace(profile, table=pred.fake_mode.from_tensor(profile.table))
     if divergence.exponential is not None:
         c, k = divergence.exponential
         return GaussianProfile.exponential(c, k)
@@ -46,26 +53,26 @@ def ratio_function(divergence: Divergence, samples_from: str) -> Function:
     return ElementFunction.of(_ratio_numbers(divergence.key, samples_from))
 
 
-@torch.compiler.assume_constant_result
+@held_constant
 def _grid(key: str) -> Grid:
     grid = find_divergence(key).gaussian_profile.grid
     assert grid is not None
     return grid
 
 
-@torch.compiler.assume_constant_result
+@held_constant
 def _table(key: str, device: torch.device) -> Tensor | None:
     return find_divergence(key).gaussian_profile.table_on(device)
 
 
-@torch.compiler.assume_constant_result
+@held_constant
 def _critic_numbers(key: str, parametrization: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
     a, b = find_divergence(key).critic_functions(parametrization)
     assert a.numbers is not None and b.numbers is not None
     return a.numbers, b.numbers
 
 
-@torch.compiler.assume_constant_result
+@held_constant
 def _ratio_numbers(key: str, samples_from: str) -> tuple[float, ...]:
     numbers = find_divergence(key).ratio_function(samples_from).numbers
     assert numbers is not None

@@ -9,7 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fdu_kernels.scalar import MAX_EXPONENT, Scalar, derivative, on_the_cpu
+from fdu_kernels.internals import on_the_cpu
+from fdu_kernels.scalar import MAX_EXPONENT, Scalar, derivative
 from fdu_kernels.tabulation import Curvature, Kinks
 
 Generator = Callable[[Tensor], Tensor]

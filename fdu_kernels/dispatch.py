@@ -14,12 +14,11 @@ from types import ModuleType
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from fdu_kernels import autograd, formulas, sharded, torch_ops, transforms
 from fdu_kernels.calls import ExpectationCall, GaussianCall
+from fdu_kernels.internals import is_differentiated_in_place, is_functionalized
 from fdu_kernels.registry import backend_named, choose_backend
-from fdu_kernels.scalar import is_functionalized
 
 FORMULAS = "torch"
 """The backend that fdu_kernels.formulas is."""
@@ -53,7 +52,7 @@ def gaussian_value_and_grad(call: GaussianCall, grad_out: Tensor | None, backend
     elif way is transforms:
         value, grad = transforms.gaussian_value_and_grad(call, backend_named(name))
     else:
-        if not _transformed():
+        if not is_differentiated_in_place():
             call.pred = call.pred.detach()
         if way is formulas:
             value, grad = formulas.gaussian_value_and_grad(call)
@@ -94,21 +93,17 @@ def expectation_value_and_grad(call: ExpectationCall, backend: str | None) -> tu
     way = _way(name)
     if way is transforms:
         return formulas.expectation_value_and_grad(transforms.by_kernels(call, backend_named(name)))
-    if not _transformed():
+    if not is_differentiated_in_place():
         call.v = call.v.detach()
     if way is formulas:
         return formulas.expectation_value_and_grad(call)
     return torch_ops.expectation_value_and_grad(*call.flat(), name)
 
 
-def _transformed() -> bool:
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
-
-
 def _way(name: str) -> ModuleType:
     """The module that computes what is not plain: formulas, transforms or torch_ops."""
     if name == FORMULAS:
         return formulas
-    if not _transformed():
+    if not is_differentiated_in_place():
         return torch_ops
     return formulas if torch.compiler.is_compiling() or is_functionalized() else transforms

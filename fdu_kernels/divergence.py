@@ -15,8 +15,9 @@ from torch import Tensor
 from fdu_kernels import critic, custom
 from fdu_kernels.critic import CriticRow, ElementFunction
 from fdu_kernels.custom import OwnFunction
+from fdu_kernels.internals import on_the_cpu
 from fdu_kernels.profiles import GaussianProfile
-from fdu_kernels.scalar import derivative, on_the_cpu
+from fdu_kernels.scalar import derivative
 from fdu_kernels.tabulation import Kinks, tabulated_profile
 
 Rows = tuple[CriticRow, CriticRow]
@@ -39,6 +40,8 @@ class Divergence:
     parameters: tuple[tuple[str, float], ...] = ()
     custom: Callable[[Tensor], Tensor] | None = None
     """The user's f, where there is one."""
+    aliases: tuple[str, ...] = dataclasses.field(default=(), compare=False)
+    """Other names for it."""
     formula: str = dataclasses.field(default="", compare=False)
     """f(u) for people."""
     advice: str = dataclasses.field(default="", compare=False)

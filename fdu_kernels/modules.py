@@ -11,6 +11,7 @@ from torch import Tensor, distributed, nn
 from fdu_kernels import calls, checks, functional
 from fdu_kernels.catalogue import get_divergence
 from fdu_kernels.divergence import Divergence
+from fdu_kernels.internals import is_under_transforms
 
 CALIBRATION_SAMPLES = 1024
 """sigma="auto" takes the median of so many samples or quantiles, an equal number of places for each call."""
@@ -127,7 +128,7 @@ class GaussianDivergenceLoss(nn.Module):
         compiled = torch.compiler.is_compiling()
         if not compiled and int(self._calls) >= self.calibration_calls:
             return
-        if not compiled and torch._C._are_functorch_transforms_active():
+        if not compiled and is_under_transforms():
             raise RuntimeError(
                 'sigma="auto" cannot calibrate inside a transform of torch.func; make its first calls outside, or call '
                 "eval() on the loss to leave sigma as it is"

@@ -1,7 +1,7 @@
 """Gaussian profiles: the divergence of two Gaussians of one covariance as a function h of their distance s.
 
-With s the squared Mahalanobis distance, h(s) = E[f(e^v)] for every f, v normal with mean -s/2 and variance s. Where h is
-elementary, (c, k) give h(s) = c expm1(k s)/k. Everything else is read from a table (fdu_kernels.tabulation makes it).
+With s the squared Mahalanobis distance, h(s) = E[f(e^v)] for every f, v normal with mean -s/2 and variance s. Where h
+is elementary, (c, k) give h(s) = c expm1(k s)/k. All else is read from a table, which fdu_kernels.tabulation makes.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fdu_kernels.scalar import MAX_EXPONENT, Scalar, on_the_cpu
+from fdu_kernels.internals import on_the_cpu
+from fdu_kernels.scalar import MAX_EXPONENT, Scalar
 
 HEADER_ROWS = 4
 """Rows of a table before its first entry."""
@@ -27,9 +28,9 @@ SMALLEST_S = 1e-30
 class Grid(NamedTuple):
     """Where the rows of a table lie, and how it goes on beyond them.
 
-    Row i is at t = log s = first + i step. Between the rows bottom and top all 8 neighbours of a place are there. powers:
-    d log h/dt and d log h'/dt at ``bottom``. linear_beyond: the s beyond which h is a straight line; inf where h' has
-    vanished instead. smallest: the s below which h' is not evaluated.
+    Row i is at t = log s = first + i step. Between the rows bottom and top all 8 neighbours of a place are there.
+    powers: d log h/dt and d log h'/dt at ``bottom``. linear_beyond: the s beyond which h is a straight line; inf
+    where h' has vanished instead. smallest: the s below which h' is not evaluated.
     """
 
     first: float

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from fdu_kernels.calls import ExpectationCall, GaussianCall, Kind
+from fdu_kernels.internals import held_constant
 
 ENVIRONMENT_VARIABLE = "FDU_BACKEND"
 PLACES: dict[str, str | Backend] = {
@@ -27,7 +28,7 @@ PLACES: dict[str, str | Backend] = {
     "cpu": "fdu_kernels.kernels.native:cpu",
     "torch": "fdu_kernels.kernels.reference",
 }
-"""Name -> module, module:object or the backend, the preferred first. A module is imported when it is first asked for."""
+"""Name -> module, module:object or the backend, the preferred first. A module is imported when first asked for."""
 
 
 class Backend(Protocol):
@@ -116,7 +117,7 @@ def choose_backend(name: str | None, call: GaussianCall | ExpectationCall) -> st
     return _choose(name, *call.kind())
 
 
-@torch.compiler.assume_constant_result
+@held_constant
 def _choose(name: str | None, device: torch.device, dtype: torch.dtype, other: torch.dtype, form: str) -> str:
     origin = "backend"
     if name is None:

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C._functorch import TransformType, get_interpreter_stack
-from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.func import vjp
-from torch.utils._python_dispatch import _disable_current_modes
+
+from fdu_kernels.internals import is_functionalized, is_under_transforms
 
 MAX_EXPONENT = 64.0
 """Where exp(k x) occurs, the function continues as a straight line beyond k x = MAX_EXPONENT, in every dtype and
@@ -36,7 +34,7 @@ class Scalar:
     def __call__(self, x: Tensor) -> Tensor:
         """y(x), as often differentiable as ``slope`` is, and once more."""
         compiled = torch.compiler.is_compiling()
-        if is_functionalized() or (compiled and torch._C._are_functorch_transforms_active()):
+        if is_functionalized() or (compiled and is_under_transforms()):
             return self.value_at(x)
         result: Tensor = (_Evaluate if compiled else _EvaluateEitherWay).apply(x, self)
         return result
@@ -53,19 +51,6 @@ class Scalar:
         return self.slope(x.clamp(self.low, self.high))
 
 
-@contextlib.contextmanager
-def on_the_cpu() -> Iterator[None]:
-    """Make plain tensors on the CPU to keep, whatever modes, transforms and default device the caller has."""
-    with (
-        torch.inference_mode(False),
-        torch.no_grad(),
-        torch.device("cpu"),
-        _disable_current_modes(),
-        temporarily_clear_interpreter_stack(),
-    ):
-        yield
-
-
 def derivative(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     """x -> y'(x) of an elementwise function of PyTorch operations, differentiable itself."""
 
@@ -74,13 +59,6 @@ def derivative(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tenso
         return result
 
     return slope
-
-
-def is_functionalized() -> bool:
-    """Whether torch.func.functionalize, which has no rule for an autograd.Function, is one of the active transforms."""
-    if torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active():
-        return False
-    return any(level.key() == TransformType.Functionalize for level in get_interpreter_stack() or ())
 
 
 class _Evaluate(torch.autograd.Function):

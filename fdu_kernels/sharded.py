@@ -1,8 +1,8 @@
 """DTensors: each device computes its part of the samples or elements, and sums are joined.
 
-The samples of a Gaussian loss stay whole: a pred that is sharded over another dimension than the batch is gathered along
-it first. The elements of a density ratio may be sharded in any way. Results are DTensors; a reduced one is a partial sum
-until somebody reads it.
+The samples of a Gaussian loss stay whole: a pred that is sharded over another dimension than the batch is gathered
+along it first. The elements of a density ratio may be sharded in any way. Results are DTensors; a reduced one is a
+partial sum until somebody reads it.
 """
 
 from __future__ import annotations
@@ -71,13 +71,11 @@ def _local_gaussian(call: GaussianCall, parts: _Parts) -> GaussianCall:
 def _local_expectation(call: ExpectationCall, parts: _Parts) -> tuple[ExpectationCall, float | Tensor]:
     """The call of this device, without the mean's divisor; and that."""
     weight, mask = parts.of(call.weight, call.v.shape[:1]), parts.of(call.mask, call.v.shape)
-    divisor: float | Tensor = 1.0
-    if call.reduction == "mean" and mask is None:
-        divisor = float(call.v.numel())
-    elif call.reduction == "mean" and mask is not None:
+    divisor: float | Tensor = float(call.v.numel()) if call.reduction == "mean" else 1.0
+    if call.reduction == "mean" and mask is not None:
         own = mask.detach().to(call.accumulation).expand(parts.local.shape).sum()
-        divisor = parts.joined(own, parts.partial, ()).full_tensor()
-        divisor = torch.where(divisor == 0, torch.ones_like(divisor), divisor)
+        total: Tensor = parts.joined(own, parts.partial, ()).full_tensor()
+        divisor = torch.where(total == 0, torch.ones_like(total), total)
     reduction = "none" if call.reduction == "none" else "sum"
     return ExpectationCall(parts.local, call.function, weight, mask, reduction), divisor
 
@@ -89,7 +87,7 @@ class _Parts:
         from torch.distributed.tensor import Partial, Replicate
 
         self.mesh = tensor.device_mesh
-        self.placements = [
+        self.placements: list[Any] = [
             placement if any(placement.is_shard(dim) for dim in dims) else Replicate()
             for placement in tensor.placements
         ]

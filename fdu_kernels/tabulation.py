@@ -1,6 +1,6 @@
 """How a Gaussian profile is tabulated, once, in float64: quadrature for h', then the integral of h'.
 
-With v = log(p/q) under q normal of mean -s/2 and variance s, kappa(v) = r^2 f''(r) and r = e^v (docs/design.md, fact 1),
+With v = log(p/q) under q normal of mean -s/2 and variance s, kappa(v) = r^2 f''(r), r = e^v (docs/design.md, fact 1),
 
     h'(s) = e^(-s/8) / 2 * E[e^(-v/2) kappa(v)],    v ~ N(0, s):
 
@@ -17,8 +17,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fdu_kernels.internals import on_the_cpu
 from fdu_kernels.profiles import NEIGHBOURS, SMALLEST_S, GaussianProfile, Grid, lagrange_weights
-from fdu_kernels.scalar import MAX_EXPONENT, on_the_cpu
+from fdu_kernels.scalar import MAX_EXPONENT
 
 Curvature = Callable[[Tensor], Tensor]
 """v -> log kappa(v), without the kinks."""

@@ -1,7 +1,7 @@
 """The kernels of fused backends under torch.func and forward differentiation: vmap, grad, jvp and their compositions.
 
-vmap folds its dimension into the batch, so that many calls are one launch. Values and first derivatives are those of the
-kernels, higher ones those of fdu_kernels.formulas.
+vmap folds its dimension into the batch, so that many calls are one launch. Values and first derivatives are those of
+the kernels, higher ones those of fdu_kernels.formulas.
 """
 
 from __future__ import annotations
@@ -83,12 +83,8 @@ class _Losses(_Function):
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Tensor:
-        _, grad = _LossesAndGrad.apply(*ctx.saved_tensors, ctx.settings)
-        return (
-            (grad * tangents[0])
-            .reshape(len(grad), -1)
-            .sum(-1, dtype=ctx.settings.call(*ctx.saved_tensors).accumulation)
-        )
+        losses, grad = _LossesAndGrad.apply(*ctx.saved_tensors, ctx.settings)
+        return (grad * tangents[0]).reshape(len(grad), -1).sum(-1, dtype=losses.dtype)
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[Tensor, int]:
@@ -98,7 +94,7 @@ class _Losses(_Function):
 
 
 class _LossesAndGrad(_Function):
-    """weight h(s) [B], and the gradient of its sum times the scale in the settings; differentiable in weight as well."""
+    """weight h(s) [B], and the gradient of its sum times the settings' scale; differentiable in weight too."""
 
     @staticmethod
     def forward(*arguments: Any) -> tuple[Tensor, Tensor]:

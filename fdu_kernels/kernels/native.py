@@ -120,8 +120,8 @@ class CudaBackend(CpuBackend):
     """The kernels for CUDA devices.
 
     They return before the device has done its work. Partial sums have a workspace of torch, so that a call can be
-    captured in a graph. A Gaussian value and gradient is one launch where a sample fits on chip, else two; anything else
-    is one, beside that for the sum of a mask.
+    captured in a graph. A Gaussian value and gradient is one launch where a sample fits on chip, else two; anything
+    else is one, beside that for the sum of a mask.
     """
 
     FUSES_FORWARD = False

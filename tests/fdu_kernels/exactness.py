@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 import fdu_kernels as fk
-from fdu_kernels.critic import CriticRow
-from fdu_kernels.lowering import DERIVATIVE, FIRST, ElementFunction, critic_functions, ratio_function
+from fdu_kernels.critic import DERIVATIVE, FIRST, CriticRow, ElementFunction
 from fdu_kernels.scalar import MAX_EXPONENT
 
 # Triton's interpreter cuts bfloat16 off instead of rounding it.
@@ -197,8 +196,8 @@ def check_density_ratio(
 ) -> None:
     """Value and gradient of every way to call the estimate, each against float64."""
     arguments = (name, samples_from)
-    function = ratio_function(fk.get_divergence(name), samples_from)
-    assert function is not None
+    function = fk.get_divergence(name).ratio_function(samples_from)
+    assert isinstance(function, ElementFunction)
     truth = fk.density_ratio_divergence_value_and_grad(
         v.detach().double(), *arguments, doubled(weight), reduction, "torch", grad_scale
     )
@@ -230,8 +229,7 @@ def check_variational(
     grad_scale: float = 1.0,
 ) -> None:
     """Value and gradients of every way to call the bound and the model's term, each against float64."""
-    functions = critic_functions(fk.get_divergence(name), parametrization)
-    assert functions is not None
+    functions = fk.get_divergence(name).critic_functions(parametrization)
     arguments = (name, mask, parametrization, reduction)
     wide = name, doubled(mask), parametrization, reduction
     truth = fk.variational_divergence_value_and_grad(

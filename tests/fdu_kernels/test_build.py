@@ -15,7 +15,7 @@ import pytest
 
 import fdu_kernels as fk
 from fdu_kernels import build
-from fdu_kernels.backends.native import CudaKernels
+from fdu_kernels.kernels.native import CudaBackend
 
 ROOT = Path(__file__).parents[2]
 
@@ -259,7 +259,7 @@ def test_why_the_cuda_backend_cannot_run(
     monkeypatch.setattr(torch.cuda, "device", contextlib.nullcontext)
     module = types.SimpleNamespace(BUILD=json.dumps({"cuda": "there was no nvcc"}), **attributes)
     monkeypatch.setattr(build, "load", lambda: module)
-    kernels = CudaKernels()
+    kernels = CudaBackend()
     assert kernels.why_unavailable() == reason
     if devices:
         assert kernels.why_unsuitable(torch.device("cpu"), torch.float32) == (

@@ -19,10 +19,9 @@ from exactness import check_density_ratio, check_gaussian, check_variational, la
 from torch import Tensor
 
 import fdu_kernels as fk
-from fdu_kernels import build, ops
-from fdu_kernels.backends import REGISTRY
-from fdu_kernels.backends.native import CudaKernels
-from fdu_kernels.lowering import gaussian_profile, ratio_function
+from fdu_kernels import build, registry
+from fdu_kernels.calls import ExpectationCall, GaussianCall, Kind
+from fdu_kernels.kernels.native import CudaBackend
 
 HERE = Path(__file__).parent
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -61,7 +60,7 @@ def module(tmp_path_factory: pytest.TempPathFactory) -> types.ModuleType:
     return loaded
 
 
-class EmulatedKernels(CudaKernels):
+class EmulatedKernels(CudaBackend):
     """The backend "cuda" on CPU tensors."""
 
     def __init__(self, module: types.ModuleType) -> None:
@@ -71,8 +70,8 @@ class EmulatedKernels(CudaKernels):
 
     _reason = None
 
-    def why_unsuitable(self, device: torch.device, dtype: torch.dtype) -> str | None:
-        return None if dtype in self.DTYPES else "as on a GPU"
+    def why_unsuitable(self, kind: Kind) -> str | None:
+        return kind.why_not_fused()
 
     def _call(self, operation: str, device: torch.device, *arguments: object) -> bool:
         launches = self._compiled.counts()[0]
@@ -90,10 +89,11 @@ def kernels(module: types.ModuleType) -> Iterator[EmulatedKernels]:
     """Registered as the backend "emulated"."""
     patch = pytest.MonkeyPatch()
     made = EmulatedKernels(module)
-    patch.setitem(ops.KERNELS, "emulated", made)
-    patch.setitem(REGISTRY, "emulated", ops.FusedBackend("emulated"))
+    patch.setitem(registry.PLACES, "emulated", made)
+    registry.backend_named.cache_clear()
     yield made
     patch.undo()
+    registry.backend_named.cache_clear()
 
 
 @pytest.fixture(autouse=True)
@@ -114,14 +114,10 @@ def pair(*shape: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tenso
     return pred, target
 
 
-def value_and_grad(kernels: CudaKernels, pred: Tensor, target: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
-    arguments: dict[str, Any] = {
-        "sigma": 1.0, "weight": None, "mask": None, "distance": "mean", "reduction": "mean", "grad_scale": 1.0,
-        "grad_out": None,
-    }  # fmt: skip
-    name = options.pop("name", "jensen_shannon")
-    profile = gaussian_profile(fk.get_divergence(name))
-    return kernels.gaussian_value_and_grad(pred, target, profile, **{**arguments, **options})
+def value_and_grad(kernels: CudaBackend, pred: Tensor, target: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
+    name, grad_out = options.pop("name", "jensen_shannon"), options.pop("grad_out", None)
+    call = GaussianCall(pred, target, fk.get_divergence(name).gaussian_profile, **options)
+    return kernels.gaussian_value_and_grad(call, grad_out)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -348,15 +344,17 @@ def test_any_order_of_blocks_gives_the_same_bits(
     request: pytest.FixtureRequest, module: types.ModuleType, kernels: EmulatedKernels
 ) -> None:
     count, clusters = MACHINES[request.node.callspec.params["machine"]]
-    function = ratio_function(fk.get_divergence("kl"), "q")
-    assert function is not None
+    function = fk.get_divergence("kl").ratio_function("q")
     for shape in ((50, 700), (3, 9000), (1, 300_001)):
         pred, target = pair(*shape)
         results = []
         for backwards in (False, True):
             for capturing in (False, True):
                 module.machine(count, clusters, capturing, backwards)
-                found = *value_and_grad(kernels, pred, target), kernels.expectation(pred, function, None, None, "mean")
+                found = (
+                    *value_and_grad(kernels, pred, target),
+                    kernels.expectation_forward(ExpectationCall(pred, function)),
+                )
                 results.append(found)
         for other in results[1:]:
             assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))

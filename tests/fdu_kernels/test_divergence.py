@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -84,7 +85,11 @@ def test_equality_is_that_of_the_generator() -> None:
         (lambda u: (u - 1) * (u - 2) * (u - 3), ValueError, "is not convex"),
         (lambda u: torch.log(u - 0.5) - math.log(0.5), ValueError, "is not finite"),
         (lambda u: u.sum(), TypeError, "same shape"),
-        (lambda u: 0.0, TypeError, "same shape"),
+        (lambda u: 0.0, TypeError, "PyTorch operations, such as torch.log instead of math.log.*it returned float"),
+        (lambda u: torch.ones_like(u), TypeError, "PyTorch operations.*does not depend on u"),
+        (lambda u: u * math.log(u), TypeError, "PyTorch operations, such as torch.log"),
+        (lambda u: u * np.log(u), TypeError, "PyTorch operations.*numpy"),
+        (lambda u: torch.log(torch.from_numpy(np.asarray(u))), TypeError, "PyTorch operations.*numpy"),
         (lambda u: 3 * (u - 1), ValueError, "no finite, positive curvature"),
     ],
 )

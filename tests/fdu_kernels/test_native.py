@@ -22,9 +22,8 @@ from torch import Tensor
 
 import fdu_kernels as fk
 from fdu_kernels import build
-from fdu_kernels.backends.native import cpu
-from fdu_kernels.critic import critic_terms, ratio_terms
-from fdu_kernels.lowering import critic_functions, ratio_function
+from fdu_kernels.calls import ExpectationCall, GaussianCall
+from fdu_kernels.kernels.native import cpu
 
 REASON = fk.backends()["cpu"]
 SETS = () if REASON else build.load().instruction_sets()
@@ -99,23 +98,20 @@ def test_extreme_critics(
 ) -> None:
     name, v, *columns = extreme_critic
     divergence, limits, narrow = fk.get_divergence(name), torch.finfo(dtype), v.to(dtype)
-    functions, terms = critic_functions(divergence, "log_ratio"), critic_terms(divergence, "log_ratio")
-    ratios = [ratio_function(divergence, side) for side in "qp"]
-    assert functions is not None
-    for function, term, value, slope in zip(functions, terms, columns[:2], columns[2:4], strict=True):
-        truths = value, slope
+    for function, value, slope in zip(divergence.critic_functions("log_ratio"), columns[:2], columns[2:4], strict=True):
+        truths, term = (value, slope), function.scalar()
         if dtype == torch.float32:
             truths = term.value_at(narrow.double()), term.slope_at(narrow.double())
-        found = cpu.expectation_value_and_grad(narrow, function, None, None, "none", 1.0)
+        found = cpu.expectation_value_and_grad(ExpectationCall(narrow, function, reduction="none"))
         for actual, truth in zip(found, truths, strict=True):
             number = truth.abs() >= limits.smallest_normal
             torch.testing.assert_close(actual.double()[number], truth[number], rtol=32 * limits.eps, atol=0)
     size = (torch.exp(v) * columns[0]).abs() + columns[1].abs()
-    for function, truth, side in zip(ratios, columns[4:], "qp", strict=True):
-        assert function is not None
+    for truth, side in zip(columns[4:], "qp", strict=True):
+        function = divergence.ratio_function(side)
         if dtype == torch.float32:
-            truth = ratio_terms(divergence, side).value_at(narrow.double())
-        actual, _ = cpu.expectation_value_and_grad(narrow, function, None, None, "none", 1.0)
+            truth = function.scalar().value_at(narrow.double())
+        actual, _ = cpu.expectation_value_and_grad(ExpectationCall(narrow, function, reduction="none"))
         bound = 8 * limits.eps * size * (1.0 if side == "q" else torch.exp(-v)) + limits.smallest_normal
         assert bool(((actual.double() - truth).abs() <= bound).all())
 
@@ -125,13 +121,12 @@ def test_golden_critics(
     instruction_set: str, variational_row: tuple[str, Tensor, Tensor, Tensor, Tensor, Tensor], dtype: torch.dtype
 ) -> None:
     name, v, *columns = variational_row
-    functions = critic_functions(fk.get_divergence(name), "log_ratio")
-    assert functions is not None
+    functions = fk.get_divergence(name).critic_functions("log_ratio")
     narrow = v.to(dtype)
     bounds = []
     for function, value, slope in zip(functions, columns[:2], columns[2:], strict=True):
         value_bound, slope_bound = element_bounds(function, narrow)
-        found = cpu.expectation_value_and_grad(narrow, function, None, None, "none", 1.0)
+        found = cpu.expectation_value_and_grad(ExpectationCall(narrow, function, reduction="none"))
         # float32 rounds v itself; the truth moves with it.
         moved = value + slope * (narrow.double() - v)
         assert_within(found[0], moved, value_bound + 1e-9 * (narrow.double() - v).abs())
@@ -557,18 +552,22 @@ def test_a_nan_in_the_other_arguments(given: str) -> None:
 def calls(pred: Tensor, target: Tensor, mask: Tensor | None) -> dict[str, Callable[[], tuple[Tensor, ...]]]:
     """Everything that the kernels do, on one pair of tensors."""
     divergence = fk.get_divergence("jensen_shannon")
-    a = critic_functions(divergence, "log_ratio")
-    ratio = ratio_function(divergence, "p")
-    assert a is not None and ratio is not None
+    profile, (a, _), ratio = (
+        divergence.gaussian_profile,
+        divergence.critic_functions("log_ratio"),
+        divergence.ratio_function("p"),
+    )
     weight = torch.linspace(0.5, 1, len(pred))
     both = {"mask": mask, "backend": "cpu"}
     return {
         "mean": lambda: fk.gaussian_divergence_value_and_grad(pred, target, "jensen_shannon", weight=weight, **both),
         "none": lambda: fk.gaussian_divergence_value_and_grad(pred, target, "kl", reduction="none", **both),
-        "backward": lambda: (cpu.gaussian_backward(pred, target, mask, weight.to(torch.float32)),),
+        "backward": lambda: (
+            cpu.gaussian_backward(GaussianCall(pred, target, profile, mask=mask), weight.to(torch.float32)),
+        ),
         "critic": lambda: fk.variational_divergence_value_and_grad(pred, target, **both),
-        "ratio": lambda: cpu.expectation_value_and_grad(pred, ratio, weight, None, "mean", 1.0),
-        "back": lambda: (cpu.expectation_backward(pred, a[0], None, mask, "sum", torch.tensor(0.3)),),
+        "ratio": lambda: cpu.expectation_value_and_grad(ExpectationCall(pred, ratio, weight)),
+        "back": lambda: (cpu.expectation_backward(ExpectationCall(pred, a, None, mask, "sum"), torch.tensor(0.3)),),
     }
 
 

@@ -13,8 +13,9 @@ from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
 import fdu_kernels as fk
-from fdu_kernels.profiles import log_slope_by_quadrature, profile, profile_table
+from fdu_kernels.profiles import HEADER_ROWS, GaussianProfile
 from fdu_kernels.scalar import MAX_EXPONENT
+from fdu_kernels.tabulation import log_slope_by_quadrature
 
 TABULATED = ["jensen_shannon", "total_variation", "le_cam", "skew_jensen_shannon:0.3", "shifted_log"]
 
@@ -68,7 +69,7 @@ def test_tables_reproduce_elementary_profiles_and_quadrature(name: str) -> None:
     # From the curvature alone; for the elementary ones this compares (c, k) with f''.
     divergence = fk.get_divergence(name)
     s = torch.logspace(-8, math.log10(50), 333, dtype=torch.float64)
-    slopes = torch.exp(log_slope_by_quadrature(divergence, s))
+    slopes = torch.exp(log_slope_by_quadrature(divergence.log_curvature, divergence.kinks, s))
     representable = slopes > 1e-300
     torch.testing.assert_close(
         slopes[representable],
@@ -83,7 +84,7 @@ def test_interpolation_error(name: str) -> None:
     divergence = fk.get_divergence(name)
     # Between the grid's points, as far as h' is a normal number in float64.
     s = torch.exp(torch.linspace(math.log(1e-8), math.log(5000), 501, dtype=torch.float64) + 0.0031)
-    exact = log_slope_by_quadrature(divergence, s)
+    exact = log_slope_by_quadrature(divergence.log_curvature, divergence.kinks, s)
     normal = exact > -700
     torch.testing.assert_close(divergence.profile_grad(s)[normal], torch.exp(exact)[normal], rtol=1e-11, atol=0)
     assert bool((divergence.profile_grad(s)[~normal] < 1e-300).all())
@@ -155,7 +156,7 @@ def test_straight_line_beyond_the_largest_exponent(name: str) -> None:
 @pytest.mark.parametrize("name", ["squared_hellinger", "pearson_chi2", "kl", *TABULATED, "hockey_stick:2"])
 def test_derivatives(name: str) -> None:
     s = torch.tensor([0.2, 0.9, 3.0, 9.0], dtype=torch.float64, requires_grad=True)
-    h = profile(fk.get_divergence(name))
+    h = fk.get_divergence(name).gaussian_profile.scalar()
     assert gradcheck(h, (s,))
     assert gradgradcheck(h, (s,))
 
@@ -190,7 +191,7 @@ def test_the_table_ends_where_a_users_curvature_is_unknown() -> None:
     density = torch.exp(-z.square() / 2) / math.sqrt(2 * math.pi)
     expected = torch.trapezoid(density * f(torch.exp(v)) * torch.exp(-v), z)
     torch.testing.assert_close(mine.profile(s), expected, rtol=1e-8, atol=0)
-    end = profile_table(mine).linear_beyond
+    end = mine.gaussian_profile.linear_beyond
     assert 60 < end < 300
     beyond = torch.tensor([end, 2 * end, 1e6], dtype=torch.float64)
     h, slope = mine.profile(beyond), mine.profile_grad(beyond)
@@ -215,7 +216,7 @@ def test_devices_without_float64_read_in_float32(name: str, monkeypatch: pytest.
     s = torch.logspace(-6, 2, 401)
     exact = divergence.profile(s.double()), divergence.profile_grad(s.double())
     made = []
-    monkeypatch.setattr("fdu_kernels.profiles.NO_FLOAT64", ("cpu",))
+    monkeypatch.setattr(GaussianProfile, "table_on", lambda profile, device: profile.table.float())
     with monkeypatch.context() as patched:
         patched.setattr(Tensor, "double", lambda tensor: made.append(tensor))
         single = divergence.profile(s), divergence.profile_grad(s)
@@ -234,24 +235,57 @@ def test_tables_are_made_on_the_cpu() -> None:
     with torch.device("meta"):
         mine = fk.Divergence.from_generator(f)
         assert mine.slope_at_zero == 0.5
-        assert profile_table(mine).log_values.device.type == "cpu"
+        assert mine.gaussian_profile.table.device.type == "cpu"
 
 
 def test_tables_stay_small() -> None:
     for name in ("jensen_shannon", "hockey_stick:1.000000000000001", "hockey_stick:0.01", "skew_jensen_shannon:1e-30"):
-        assert len(profile_table(fk.get_divergence(name)).log_values) <= 5000
+        assert len(fk.get_divergence(name).gaussian_profile.table) <= 5000
     kink = (0.999999999999, 1.0)
     both = dataclasses.replace(fk.get_divergence("squared_hellinger"), name="both", exponential=None, kinks=(kink,))
-    assert len(profile_table(both).log_values) <= 40_000
+    assert len(both.gaussian_profile.table) <= 40_000
 
 
 def test_table_is_built_once_and_says_where_it_stands() -> None:
-    table = profile_table(fk.get_divergence("jensen_shannon"))
-    assert profile_table(fk.get_divergence("js")) is table
-    assert table.log_values.dtype == torch.float64
-    row = table.bottom + 100
-    s = torch.exp(torch.tensor(table.first + row * table.step, dtype=torch.float64))
+    profile = fk.get_divergence("jensen_shannon").gaussian_profile
+    assert fk.get_divergence("js").gaussian_profile is profile
+    table, grid = profile.table, profile.grid
+    assert table is not None and grid is not None and table.dtype == torch.float64 and table.is_contiguous()
+    assert table[:HEADER_ROWS].flatten().tolist() == [*grid[:4], *grid.powers, grid.linear_beyond, 1e-30]
+    row = grid.bottom + 100
+    s = torch.exp(torch.tensor(grid.first + row * grid.step, dtype=torch.float64))
     expected = torch.stack([fk.get_divergence("js").profile(s), fk.get_divergence("js").profile_grad(s)]).log()
-    torch.testing.assert_close(table.log_values[row], expected, rtol=1e-13, atol=0)
-    with pytest.raises(ValueError, match="'mse' has no generator"):
-        profile_table(fk.get_divergence("mse"))
+    torch.testing.assert_close(table[HEADER_ROWS + row], expected, rtol=1e-13, atol=0)
+    assert profile.table_on(torch.device("cpu")) is table
+    on_meta = profile.table_on(torch.device("meta"))
+    assert on_meta is profile.table_on(torch.device("meta")) and on_meta is not None and on_meta.is_meta
+
+
+@pytest.mark.parametrize("name", [name for name in fk.divergences() if fk.get_divergence(name).exponential])
+def test_elementary_profiles_are_numbers(name: str) -> None:
+    profile, exponential = fk.get_divergence(name).gaussian_profile, fk.get_divergence(name).exponential
+    assert (profile.c, profile.k) == exponential and profile.table_on(torch.device("cpu")) is None
+    assert profile.linear_beyond == (MAX_EXPONENT / profile.k if profile.k > 0 else math.inf)
+
+
+@pytest.mark.parametrize("circumstance", ["inference", "fake", "functionalize", "vmap", "default device"])
+def test_a_table_made_in_any_circumstances_serves_in_all(circumstance: str) -> None:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    w = 0.11 + 0.01 * len(circumstance)
+    divergence = fk.get_divergence("skew_jensen_shannon", w=w)
+    s = torch.tensor([0.5, 2.0])
+    if circumstance == "inference":
+        with torch.inference_mode():
+            divergence.profile(s)
+    elif circumstance == "fake":
+        with FakeTensorMode():
+            fk.gaussian_divergence(torch.ones(2, 3), torch.ones(2, 3), divergence, backend="torch")
+    elif circumstance == "default device":
+        with torch.device("meta"):
+            divergence.profile(torch.ones(2))
+    else:
+        transform = getattr(torch.func, circumstance)
+        transform(divergence.profile)(s)
+    again = torch.autograd.functional.jacobian(divergence.profile, s).diagonal()
+    torch.testing.assert_close(again, divergence.profile_grad(s))

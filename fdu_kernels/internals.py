@@ -1,0 +1,73 @@
+"""What of PyTorch is not public and used here: which modes and transforms are active, and how to leave them."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch._C._functorch import TransformType, get_interpreter_stack
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+from torch.autograd import forward_ad
+from torch.utils._python_dispatch import _disable_current_modes
+
+Function = TypeVar("Function", bound=Callable[..., object])
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """Whether its memory can be read and written here and now.
+
+    Not so in compiled code, for subclasses (FakeTensor, DTensor), and under modes and transforms (make_fx, torch.func,
+    dual numbers), which have to see an operation.
+    """
+    return (
+        (type(tensor) is Tensor or type(tensor) is nn.Parameter)
+        and not torch.compiler.is_compiling()
+        and not torch._C._are_functorch_transforms_active()
+        and not torch._C._len_torch_dispatch_stack()
+        and forward_ad._current_level < 0
+    )
+
+
+def is_under_transforms() -> bool:
+    """Whether a transform of torch.func is active."""
+    active: bool = torch._C._are_functorch_transforms_active()
+    return active
+
+
+def is_differentiated_in_place() -> bool:
+    """Whether derivatives may be taken of any operation: under transforms, or of dual numbers."""
+    return is_under_transforms() or forward_ad._current_level >= 0
+
+
+def is_functionalized() -> bool:
+    """Whether torch.func.functionalize, which has no rule for an autograd.Function, is one of the active transforms."""
+    if torch.compiler.is_compiling() or not is_under_transforms():
+        return False
+    return any(level.key() == TransformType.Functionalize for level in get_interpreter_stack() or ())
+
+
+@contextlib.contextmanager
+def on_the_cpu() -> Iterator[None]:
+    """Make plain tensors on the CPU to keep, whatever modes, transforms and default device the caller has."""
+    with (
+        torch.inference_mode(False),
+        torch.no_grad(),
+        torch.device("cpu"),
+        _disable_current_modes(),
+        temporarily_clear_interpreter_stack(),
+    ):
+        yield
+
+
+def held_constant(function: Function) -> Function:
+    """torch.compiler.assume_constant_result, which imports torch._dynamo, for more than a second."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+def are_constants(numbers: list[float]) -> bool:
+    """Whether compiled code has each of the numbers as a constant, and not as a symbol."""
+    return all(torch.fx.experimental.symbolic_shapes.has_static_value(number) for number in numbers)
