@@ -83,7 +83,11 @@ def test_gaussian_arguments(arguments: dict[str, Any], error: type[Exception], m
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"log_ratio_p": torch.ones(3).cfloat()}, TypeError, r"log_ratio_p must be float16.*view_as_real\(log_ratio_p\)"),
+        (
+            {"log_ratio_p": torch.ones(3).cfloat()},
+            TypeError,
+            r"log_ratio_p must be float16.*view_as_real\(log_ratio_p\)",
+        ),
         (
             {"log_ratio_p": torch.ones(4), "reduction": "none"},
             ValueError,

@@ -1,0 +1,197 @@
+"""torch.compile without a break, torch.export and packages of AOTInductor, for every loss, divergence and backend."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
+
+import fdu_kernels as fk
+
+OWN = fk.Divergence.from_generator(lambda u: (u - 1) ** 2 / (u + 3), "own")
+ALL = [*map(fk.get_divergence, fk.divergences()), OWN]
+BACKENDS = [name for name, reason in fk.backends().items() if reason is None]
+FORMS = ["gaussian", "value and grad", "variational", "model", "ratio", "ratio and grad"]
+
+
+@pytest.fixture(autouse=True)
+def fresh() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def tensors(*shape: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator).requires_grad_(), torch.randn(shape, generator=generator)
+
+
+def losses(form: str, backend: str) -> Callable[[Tensor, Tensor], list[Tensor]]:
+    """One loss of every divergence that has it."""
+
+    def each(a: Tensor, b: Tensor) -> list[Tensor]:
+        made = []
+        for divergence in ALL:
+            name = "torch" if divergence is OWN else backend
+            if "gaussian" in form:
+                weight = torch.ones(len(a), device=a.device)
+                made.append(fk.gaussian_divergence(2 * a, b, divergence, 0.7, weight, b[:1] > 0, backend=backend))
+            elif form == "value and grad":
+                made += fk.gaussian_divergence_value_and_grad(a, b, divergence, backend=backend)
+            elif divergence.generator is None:
+                continue
+            elif form == "variational":
+                made.append(fk.variational_divergence(2 * a, b, divergence, mask=b > 0, backend=name))
+            elif form == "model":
+                made.append(fk.variational_model_loss(a, divergence, parametrization="fgan", backend=name))
+            elif form == "ratio":
+                made.append(fk.density_ratio_divergence(a, divergence, reduction="none", backend=name).sum())
+            else:
+                made += fk.density_ratio_divergence_value_and_grad(a, divergence, "p", backend=name)
+        return made
+
+    return each
+
+
+def check(compiled: Callable[..., list[Tensor]], eager: Callable[..., list[Tensor]], a: Tensor, b: Tensor) -> None:
+    found, expected = compiled(a, b), eager(a, b)
+    torch.testing.assert_close(found, expected, rtol=2e-5, atol=2e-6)
+    assert [one.requires_grad for one in found] == [one.requires_grad for one in expected]
+    for one, other in zip(found, expected, strict=True):
+        if one.requires_grad:
+            grads = [torch.autograd.grad(x, a, retain_graph=True)[0] for x in (one, other)]
+            torch.testing.assert_close(*grads, rtol=2e-5, atol=2e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("form", FORMS)
+def test_every_loss_compiles_without_a_break(form: str, backend: str, compiler: str, dynamic: bool) -> None:
+    counter = CompileCounterWithBackend(compiler)
+    compiled = torch.compile(losses(form, backend), fullgraph=True, dynamic=dynamic, backend=counter)
+    for shape in ((3, 2, 4), (5, 3, 6)):
+        check(compiled, losses(form, backend), *tensors(*shape))
+    assert counter.frame_count == (1 if dynamic else 2)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_sweep_is_one_graph(backend: str) -> None:
+    counter = CompileCounterWithBackend("aot_eager")
+
+    def step(a: Tensor, b: Tensor, divergence: fk.Divergence, sigma: float) -> tuple[Tensor, Tensor]:
+        loss = fk.gaussian_divergence(a, b, divergence, sigma, backend=backend)
+        return loss, fk.gaussian_divergence_value_and_grad(a, b, divergence, sigma, backend=backend)[1]
+
+    compiled = torch.compile(step, fullgraph=True, dynamic=True, backend=counter)
+    a, b = tensors(3, 4)
+    for alphas in ((0.1, 0.3, 0.5, 0.8), (-1.0, -0.4, 1.5, 3.0)):
+        for i, alpha in enumerate(alphas):
+            divergence, sigma = fk.get_divergence("alpha", alpha=alpha), 0.5 + i
+            with torch._dynamo.config.patch(error_on_recompile=i > 0):
+                loss, grad = compiled(a, b, divergence, sigma)
+            expected = step(a, b, divergence, sigma)
+            torch.testing.assert_close((loss, grad), expected, rtol=1e-6, atol=1e-7)
+            torch.testing.assert_close(*(torch.autograd.grad(x, a)[0] for x in (loss, expected[0])))
+    # What damps and what amplifies.
+    assert counter.frame_count <= 3
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_sigma_may_be_a_tensor_of_any_value(backend: str) -> None:
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(fk.gaussian_divergence, fullgraph=True, backend=counter)
+    a, b = tensors(3, 4)
+    for value in (0.5, 1.0, 2.0, 3.0):
+        sigma = torch.tensor(value)
+        found = compiled(a, b, "jensen_shannon", sigma, backend=backend)
+        torch.testing.assert_close(found, fk.gaussian_divergence(a, b, "jensen_shannon", sigma, backend=backend))
+    assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_sigma_calibrates_in_one_graph_to_the_same_bits(backend: str, compiler: str) -> None:
+    eager, module = (fk.GaussianDivergenceLoss(sigma="auto", backend=backend) for _ in range(2))
+    counter = CompileCounterWithBackend(compiler)
+    compiled = torch.compile(module, fullgraph=True, backend=counter)
+    for call in range(11):
+        a, b = tensors(4, 5, 6, seed=call)
+        scale = torch.linspace(0.5, 2, 4)
+        values = [criterion(a, (call + 1) * b, sigma_scale=scale) for criterion in (eager, compiled)]
+        torch.testing.assert_close(*values)
+        torch.testing.assert_close(*(torch.autograd.grad(value, a)[0] for value in values))
+        for key, value in eager.state_dict().items():
+            assert torch.equal(module.state_dict()[key], value), (call, key)
+    assert counter.frame_count == 1 and int(module.calls) == module.calibration_calls
+    again = fk.GaussianDivergenceLoss(sigma="auto", backend=backend)
+    again.load_state_dict(module.state_dict())
+    assert torch.equal(again(a, b), module(a, b))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_compiled_transforms(backend: str) -> None:
+    _, b = tensors(3, 4)
+
+    def per_sample(x: Tensor) -> Tensor:
+        def loss(pred: Tensor) -> Tensor:
+            return fk.gaussian_divergence(pred, b, "jensen_shannon", backend=backend)
+
+        return torch.func.vmap(torch.func.grad(loss))(x)
+
+    x = tensors(5, 3, 4)[0].detach()
+    found = torch.compile(per_sample, fullgraph=True, backend="aot_eager")(x)
+    torch.testing.assert_close(found, per_sample(x), rtol=1e-5, atol=1e-7)
+
+
+class Loss(torch.nn.Module):
+    def __init__(self, name: str, backend: str) -> None:
+        super().__init__()
+        self.name, self.backend = name, backend
+
+    def forward(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        loss = fk.gaussian_divergence(a, b, self.name, 0.5, backend=self.backend)
+        return loss, fk.variational_divergence(a, b, self.name, backend=self.backend)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("name", ["squared_hellinger", "jensen_shannon"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_exports(backend: str, name: str, strict: bool) -> None:
+    module = Loss(name, backend)
+    batch = torch.export.Dim("batch", min=2)
+    a, b = (x.detach() for x in tensors(3, 4))
+    exported = torch.export.export(module, (a, b), dynamic_shapes=({0: batch}, {0: batch}), strict=strict)
+    for shape in ((3, 4), (7, 4)):
+        given = tuple(x.detach() for x in tensors(*shape, seed=1))
+        torch.testing.assert_close(exported.module()(*given), module(*given), rtol=1e-6, atol=1e-7)
+
+
+RUN = """
+import sys, torch
+import fdu_kernels  # makes its ops known
+package, inputs, expected = sys.argv[1:]
+found = torch._inductor.aoti_load_package(package)(*torch.load(inputs))
+torch.testing.assert_close(tuple(found), tuple(torch.load(expected)), rtol=1e-5, atol=1e-6)
+print("the same")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_package_runs_in_a_fresh_process(backend: str, tmp_path: Path) -> None:
+    module, given = Loss("jensen_shannon", backend), tuple(x.detach() for x in tensors(3, 4))
+    exported = torch.export.export(module, given)
+    package = torch._inductor.aoti_compile_and_package(exported, package_path=str(tmp_path / "loss.pt2"))
+    torch.save(given, tmp_path / "inputs.pt")
+    torch.save(module(*given), tmp_path / "expected.pt")
+    command = [sys.executable, "-c", RUN, package, str(tmp_path / "inputs.pt"), str(tmp_path / "expected.pt")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.stdout.strip() == "the same", done.stderr
