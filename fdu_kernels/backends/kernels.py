@@ -4,7 +4,8 @@ Sums are accumulated in float32 or better (float64 for float64) in a fixed order
 on every run. On the CPU the order depends on shapes, strides and instruction set, and not on the number of threads; on
 a GPU on shapes, strides, alignment and the device (its multiprocessors, and whether it has clusters). Nothing here
 makes the host wait.
-Arguments arrive checked (fdu_kernels.checks). "acc" is float32, or float64 for float64 inputs.
+Arguments arrive checked (fdu_kernels.checks); pred and target may have two dtypes. "acc" is float32, or float64 if an
+input is float64.
 """
 
 from __future__ import annotations
