@@ -359,6 +359,8 @@ template <class T>
 FDU_FUNCTION const T* gathered_for(
     const Space& space, const Operand& operand, int64_t sample, int64_t begin, int64_t count, T* buffer) {
     if constexpr (sizeof(T) == sizeof(Accumulator<T>)) {
+        constexpr Type own = sizeof(T) == sizeof(double) ? Type::float64 : Type::float32;
+        if (operand.type == own) return gathered(space, operand, sample, begin, count, buffer);
         return gathered_as(space, operand, sample, begin, count, buffer);
     } else {
         return gathered(space, operand, sample, begin, count, buffer);
