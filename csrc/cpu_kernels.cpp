@@ -295,7 +295,8 @@ void gather_converted(const Space& space, const From* data, const int64_t* strid
 }
 
 template <class From, class To>
-void scatter_converted(const Space& space, To* data, const int64_t* strides, int64_t begin, int64_t count, const From* from) {
+void scatter_converted(
+    const Space& space, To* data, const int64_t* strides, int64_t begin, int64_t count, const From* from) {
     Walk walk(space, strides, begin);
     const int64_t stride = strides[0];
     for (int64_t done = 0; done < count; walk.next_run()) {
@@ -355,8 +356,11 @@ const A* gathered_as(const Space& space, const Operand& operand, int64_t sample,
 
 // As Ts: an operand of that dtype; where T is an accumulation dtype, of any.
 template <class T>
-FDU_FUNCTION const T* gathered_for(const Space& space, const Operand& operand, int64_t sample, int64_t begin, int64_t count, T* buffer) {
+FDU_FUNCTION const T* gathered_for(
+    const Space& space, const Operand& operand, int64_t sample, int64_t begin, int64_t count, T* buffer) {
     if constexpr (sizeof(T) == sizeof(Accumulator<T>)) {
+        constexpr Type own = sizeof(T) == sizeof(double) ? Type::float64 : Type::float32;
+        if (operand.type == own) return gathered(space, operand, sample, begin, count, buffer);
         return gathered_as(space, operand, sample, begin, count, buffer);
     } else {
         return gathered(space, operand, sample, begin, count, buffer);
@@ -469,7 +473,8 @@ struct Output {
     T* const place;
     T* const data;
 
-    FDU_FUNCTION Output(const Space& walked, const Operand& written, int64_t first, int64_t length, T* buffer, int64_t of_sample = 0)
+    FDU_FUNCTION Output(
+        const Space& walked, const Operand& written, int64_t first, int64_t length, T* buffer, int64_t of_sample = 0)
         : space(walked), operand(written), sample(of_sample), begin(first), count(length), place(find_place()),
           data(place || !operand.data ? place : buffer) {}
 
@@ -523,9 +528,11 @@ void gaussian_grad(const GaussianWork& work, int64_t sample, int64_t begin, int6
         const bool streams = work.streams && grad.place && (uintptr_t)grad.place % sizeof(Packed) == 0;
         if (work.mask.data) {
             const A* mask = gathered_as(work.space, work.mask, sample, i, n, mask_buffer);
-            (streams ? write_grad<T, Other, true, true> : write_grad<T, Other, true, false>)(pred, target, mask, n, A(coefficient), grad.data);
+            const auto write = streams ? write_grad<T, Other, true, true> : write_grad<T, Other, true, false>;
+            write(pred, target, mask, n, A(coefficient), grad.data);
         } else {
-            (streams ? write_grad<T, Other, false, true> : write_grad<T, Other, false, false>)(pred, target, nullptr, n, A(coefficient), grad.data);
+            const auto write = streams ? write_grad<T, Other, false, true> : write_grad<T, Other, false, false>;
+            write(pred, target, nullptr, n, A(coefficient), grad.data);
         }
         grad.finish();
         streamed |= streams;

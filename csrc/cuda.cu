@@ -66,23 +66,23 @@ void with_type(Type type, Access access, const F& call) {
     switch (type) {
         case Type::float16: return call(Half{});
         case Type::bfloat16: return call(BFloat16{});
-        default: return call(float{});
+        default: return call(Float{});
     }
 }
 
 using GaussianKernel = void (*)(GaussianTask);
 
 const Device& device_of(int index) {
-    return known_device(index, reinterpret_cast<const void*>(static_cast<GaussianKernel>(gaussian_on_chip<float, false, 8>)));
+    return known_device(index, reinterpret_cast<const void*>(static_cast<GaussianKernel>(gaussian_on_chip<Float, false, 8>)));
 }
 
 // Of those that hold `elements` or more a thread, the first.
-template <class T, bool masked, int held = fewest_elements<T>>
+template <class T, bool masked, int most = held<T>.fewest>
 GaussianKernel on_chip_kernel(int elements) {
-    if constexpr (held < most_elements<T>) {
-        if (held < elements) return on_chip_kernel<T, masked, 2 * held>(elements);
+    if constexpr (most < held<T>.most) {
+        if (most < elements) return on_chip_kernel<T, masked, 2 * most>(elements);
     }
-    return gaussian_on_chip<T, masked, held>;
+    return gaussian_on_chip<T, masked, most>;
 }
 
 enum class Kind { on_chip, sums, gradient };
@@ -145,18 +145,18 @@ bool gaussian(const GaussianCall& call, const Context& context) {
     task.partials = workspace.partials;
     task.losses = workspace.losses;
 
-    OnChip held{};
+    OnChip place{};
     if (of.grad) {
         with_type(task.pred.type, access, [&](auto element) {
             using T = decltype(element);
-            held = on_chip(task.size, task.batch, lanes<T>, fewest_elements<T>, most_elements<T>, device.multiprocessors, device.clusters);
+            place = on_chip(task.size, task.batch, T::lanes, held<T>, device.multiprocessors, device.clusters);
         });
     }
-    task.tickets = tickets_for(context, index, device, workspace, held.elements ? 1 : ticket_count);
-    if (held.elements) {
-        task.warps = held.warps;
-        task.parts = held.parts;
-        launch_blocks(choose(Kind::on_chip, task, access, held.elements), task, held.parts, device, context.stream);
+    task.tickets = tickets_for(context, index, device, workspace, place.elements ? 1 : ticket_count);
+    if (place.elements) {
+        task.warps = place.warps;
+        task.parts = place.parts;
+        launch_blocks(choose(Kind::on_chip, task, access, place.elements), task, place.parts, device, context.stream);
         return true;
     }
     task.scaled_coefficient = of.grad ? workspace.coefficients : nullptr;

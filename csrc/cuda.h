@@ -2,7 +2,8 @@
 //
 // They launch kernels on a stream of PyTorch's current device and return at once. Nothing is allocated: partial sums lie
 // in a workspace that the caller brings. False: nothing was launched, since the operands do not lie as the kernels read
-// them; copies whose elements follow each other in one order, sample after sample and no float64 among them, always do.
+// them. Copies do, whose elements follow each other in one order, sample after sample, from a multiple of 16 bytes on, with
+// no float64 among them.
 
 #pragma once
 

@@ -1,153 +1,108 @@
-// Elements on the device: 16 bytes at a time, in groups or one by one, widened to float and rounded back.
+// Elements on the device: 16 bytes at a time, in groups or one by one, widened to float and rounded back. Their dtype is an
+// argument, which the compiler knows where a kernel is made for one.
 
 #pragma once
+
+#include <type_traits>
 
 #include "cuda_machine.h"
 
 namespace fdu::cuda {
 
+// That of T, or what an operand says.
+template <class T>
+FDU_DEVICE Type type_in(const Operand& operand) {
+    if constexpr (std::is_same_v<T, Mixed>) {
+        return operand.type;
+    } else {
+        return T::type;
+    }
+}
+
 FDU_DEVICE float low_bfloat(uint32_t word) { return bit_cast<float>(word << 16); }
-FDU_DEVICE float high_bfloat(uint32_t word) { return bit_cast<float>(word & 0xffff0000u); }
 
-FDU_DEVICE float widen(float x) { return x; }
-FDU_DEVICE float widen(Half x) { return widen_half(x.bits); }
-FDU_DEVICE float widen(BFloat16 x) { return low_bfloat(x.bits); }
-
-FDU_DEVICE void narrow(float value, float& to) { to = value; }
-FDU_DEVICE void narrow(float value, Half& to) { to.bits = narrow_half(value); }
-FDU_DEVICE void narrow(float value, BFloat16& to) { to.bits = narrow_bfloat(value); }
-
-FDU_DEVICE float load_one(const float* from) { return load_constant(from); }
-FDU_DEVICE float load_one(const Half* from) { return widen_half(load_constant(&from->bits)); }
-FDU_DEVICE float load_one(const BFloat16* from) { return low_bfloat(load_constant(&from->bits)); }
-
-FDU_DEVICE void unpack(const Words<4>& words, float (&x)[4], float) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) x[i] = bit_cast<float>(words.at[i]);
-}
-FDU_DEVICE void unpack(const Words<4>& words, float (&x)[8], Half) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-        x[2 * i] = widen_half(uint16_t(words.at[i]));
-        x[2 * i + 1] = widen_half(uint16_t(words.at[i] >> 16));
-    }
-}
-FDU_DEVICE void unpack(const Words<4>& words, float (&x)[8], BFloat16) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-        x[2 * i] = low_bfloat(words.at[i]);
-        x[2 * i + 1] = high_bfloat(words.at[i]);
+// Of any dtype but float64.
+FDU_DEVICE float load_one(const char* data, Type type, int64_t offset) {
+    switch (type) {
+        case Type::boolean: return load_constant(reinterpret_cast<const uint8_t*>(data) + offset) ? 1.0f : 0.0f;
+        case Type::float16: return widen_half(load_constant(reinterpret_cast<const uint16_t*>(data) + offset));
+        case Type::bfloat16: return low_bfloat(load_constant(reinterpret_cast<const uint16_t*>(data) + offset));
+        default: return load_constant(reinterpret_cast<const float*>(data) + offset);
     }
 }
 
-FDU_DEVICE Words<4> pack(const float (&x)[4], float) {
-    Words<4> words;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) words.at[i] = bit_cast<uint32_t>(x[i]);
-    return words;
-}
-FDU_DEVICE Words<4> pack(const float (&x)[8], Half) {
-    Words<4> words;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) words.at[i] = narrow_halves(x[2 * i], x[2 * i + 1]);
-    return words;
-}
-FDU_DEVICE Words<4> pack(const float (&x)[8], BFloat16) {
-    Words<4> words;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) words.at[i] = narrow_bfloats(x[2 * i], x[2 * i + 1]);
-    return words;
-}
-
-// n is 1, or a vector's worth at an address that is a multiple of 16 bytes.
-template <class T, int n>
-FDU_DEVICE void load(const T* from, float (&x)[n]) {
-    if constexpr (n == 1) {
-        x[0] = load_one(from);
+FDU_DEVICE void store_one(char* data, Type type, int64_t offset, float value) {
+    if (type == Type::float32) {
+        reinterpret_cast<float*>(data)[offset] = value;
     } else {
-        unpack(load_words<4>(from), x, T{});
+        reinterpret_cast<uint16_t*>(data)[offset] = type == Type::float16 ? narrow_half(value) : narrow_bfloat(value);
     }
 }
 
-template <class T, int n>
-FDU_DEVICE void store(T* to, const float (&x)[n]) {
-    if constexpr (n == 1) {
-        narrow(x[0], *to);
-    } else {
-        store_words(to, pack(x, T{}));
-    }
-}
-
-// An element of an operand of any dtype but float64.
-FDU_DEVICE float load_one(const Operand& operand, int64_t offset) {
-    switch (operand.type) {
-        case Type::boolean: return load_constant(reinterpret_cast<const uint8_t*>(operand.data) + offset) ? 1.0f : 0.0f;
-        case Type::float16: return load_one(reinterpret_cast<const Half*>(operand.data) + offset);
-        case Type::bfloat16: return load_one(reinterpret_cast<const BFloat16*>(operand.data) + offset);
-        default: return load_one(reinterpret_cast<const float*>(operand.data) + offset);
-    }
-}
-
-FDU_DEVICE void store_one(const Operand& operand, int64_t offset, float value) {
-    switch (operand.type) {
-        case Type::float16: return narrow(value, reinterpret_cast<Half*>(operand.data)[offset]);
-        case Type::bfloat16: return narrow(value, reinterpret_cast<BFloat16*>(operand.data)[offset]);
-        default: reinterpret_cast<float*>(operand.data)[offset] = value;
-    }
-}
-
-// The words of groups of floats, halves or bfloats, each at an address that is a multiple of its size.
-template <int count, class F>
-FDU_DEVICE void load_groups(const Operand& operand, const F& offset, Words<4>* groups) {
-    if (operand.type == Type::float32) {
+// The words of vectors of n floats, halves or bfloats, each at an address that is a multiple of its size.
+template <int n, int count, class F>
+FDU_DEVICE void load_vectors(const char* data, Type type, const F& offset, Words<4>* vectors) {
+    if (n == 8 || type == Type::float32) {
 #pragma unroll
-        for (int i = 0; i < count; ++i) groups[i] = load_words<4>(operand.data + 4 * offset(i));
+        for (int i = 0; i < count; ++i) vectors[i] = load_words<4>(data + 16 / n * offset(i));
     } else {
 #pragma unroll
         for (int i = 0; i < count; ++i) {
-            const Words<2> words = load_words<2>(operand.data + 2 * offset(i));
-            groups[i] = {{words.at[0], words.at[1]}};
+            const Words<2> words = load_words<2>(data + 2 * offset(i));
+            vectors[i] = {{words.at[0], words.at[1]}};
         }
     }
 }
 
 // What they say. Not told at once, so that no load waits for another to be widened.
-FDU_DEVICE void unpack(const Words<4>& group, Type type, float* x) {
+template <int n>
+FDU_DEVICE void unpack(const Words<4>& vector, Type type, float* x) {
 #pragma unroll
-    for (int i = 0; i < factor_group; ++i) {
-        const uint32_t bits = group.at[i / 2] >> (i % 2 * 16) & 0xffff;
+    for (int i = 0; i < n; ++i) {
+        const uint32_t bits = vector.at[i / 2] >> (i % 2 * 16) & 0xffff;
         const float narrow = type == Type::float16 ? widen_half(uint16_t(bits)) : low_bfloat(bits);
-        x[i] = type == Type::float32 ? bit_cast<float>(group.at[i]) : narrow;
+        x[i] = type == Type::float32 ? bit_cast<float>(vector.at[i % 4]) : narrow;
     }
 }
 
-FDU_DEVICE void store_group(const Operand& operand, int64_t offset, const float (&x)[factor_group]) {
-    if (operand.type == Type::float32) return store_words(operand.data + 4 * offset, pack(x, float{}));
-    const bool half = operand.type == Type::float16;
-    const Words<2> words{{half ? narrow_halves(x[0], x[1]) : narrow_bfloats(x[0], x[1]),
-                          half ? narrow_halves(x[2], x[3]) : narrow_bfloats(x[2], x[3])}};
-    store_words(operand.data + 2 * offset, words);
+// A vector of n elements, or of floats two of 4.
+template <int n>
+FDU_DEVICE void store_vector(char* data, Type type, int64_t offset, const float (&x)[n]) {
+    if (type == Type::float32) {
+#pragma unroll
+        for (int i = 0; i < n; i += 4) {
+            store_words(data + 4 * (offset + i), Words<4>{{bit_cast<uint32_t>(x[i]), bit_cast<uint32_t>(x[i + 1]),
+                                                           bit_cast<uint32_t>(x[i + 2]), bit_cast<uint32_t>(x[i + 3])}});
+        }
+        return;
+    }
+    Words<n / 2> words;
+#pragma unroll
+    for (int i = 0; i < n / 2; ++i) {
+        words.at[i] = type == Type::float16 ? narrow_halves(x[2 * i], x[2 * i + 1]) : narrow_bfloats(x[2 * i], x[2 * i + 1]);
+    }
+    store_words(data + 2 * offset, words);
 }
 
 // The factors of n elements from a position on, groups of them in an operand that broadcasts.
 template <int n>
 FDU_DEVICE void load_factors(const Space& space, const Operand& operand, int64_t base, int64_t position, float (&x)[n]) {
     if constexpr (n == 1) {
-        x[0] = load_one(operand, base + offset_of(space, position, operand));
+        x[0] = load_one(operand.data, operand.type, base + offset_of(space, position, operand));
     } else {
 #pragma unroll
         for (int i = 0; i < n; i += factor_group) {
             const int64_t offset = base + offset_of(space, position + i, operand);
             if (operand.strides[0] == 0) {
-                x[i] = x[i + 1] = x[i + 2] = x[i + 3] = load_one(operand, offset);
+                x[i] = x[i + 1] = x[i + 2] = x[i + 3] = load_one(operand.data, operand.type, offset);
             } else if (operand.type == Type::boolean) {
                 const uint32_t four = load_constant(reinterpret_cast<const uint32_t*>(operand.data + offset));
 #pragma unroll
                 for (int j = 0; j < factor_group; ++j) x[i + j] = (four >> (8 * j)) & 255 ? 1.0f : 0.0f;
             } else {
                 Words<4> group;
-                load_groups<1>(operand, [&](int) { return offset; }, &group);
-                unpack(group, operand.type, x + i);
+                load_vectors<factor_group, 1>(operand.data, operand.type, [&](int) { return offset; }, &group);
+                unpack<factor_group>(group, operand.type, x + i);
             }
         }
     }
@@ -156,12 +111,8 @@ FDU_DEVICE void load_factors(const Space& space, const Operand& operand, int64_t
 FDU_DEVICE double number_at(const Numbers& numbers, int64_t i) {
     if (!numbers.data) return numbers.otherwise;
     i *= numbers.stride;
-    switch (numbers.type) {
-        case Type::float16: return load_one(reinterpret_cast<const Half*>(numbers.data) + i);
-        case Type::bfloat16: return load_one(reinterpret_cast<const BFloat16*>(numbers.data) + i);
-        case Type::float32: return load_constant(reinterpret_cast<const float*>(numbers.data) + i);
-        default: return load_constant(reinterpret_cast<const double*>(numbers.data) + i);
-    }
+    if (numbers.type == Type::float64) return load_constant(reinterpret_cast<const double*>(numbers.data) + i);
+    return load_one(numbers.data, numbers.type, i);
 }
 
 }  // namespace fdu::cuda

@@ -11,40 +11,25 @@ constexpr int element_batch = 8;
 
 // The batch from a position on, `left` of it before the end.
 FDU_DEVICE void load_batch(const Operand& operand, int64_t position, int64_t left, float (&x)[element_batch]) {
+    Words<4> vectors[2];
     if (left < element_batch) {
 #pragma unroll
-        for (int i = 0; i < element_batch; ++i) x[i] = i < left ? load_one(operand, position + i) : 0.0f;
+        for (int i = 0; i < element_batch; ++i) x[i] = i < left ? load_one(operand.data, operand.type, position + i) : 0.0f;
     } else if (operand.type == Type::float32) {
-        const float* const from = reinterpret_cast<const float*>(operand.data) + position;
-        float low[4], high[4];
-        load(from, low);
-        load(from + 4, high);
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            x[i] = low[i];
-            x[4 + i] = high[i];
-        }
-    } else if (operand.type == Type::bfloat16) {
-        load(reinterpret_cast<const BFloat16*>(operand.data) + position, x);
+        load_vectors<4, 2>(operand.data, Type::float32, [&](int i) { return position + 4 * i; }, vectors);
+        unpack<4>(vectors[0], Type::float32, x);
+        unpack<4>(vectors[1], Type::float32, x + 4);
     } else {
-        load(reinterpret_cast<const Half*>(operand.data) + position, x);
+        load_vectors<8, 1>(operand.data, operand.type, [&](int) { return position; }, vectors);
+        unpack<8>(vectors[0], operand.type, x);
     }
 }
 
 FDU_DEVICE void store_batch(const Operand& operand, int64_t position, int64_t left, const float (&x)[element_batch]) {
-    if (left < element_batch) {
+    if (left >= element_batch) return store_vector(operand.data, operand.type, position, x);
 #pragma unroll
-        for (int i = 0; i < element_batch; ++i) {
-            if (i < left) store_one(operand, position + i, x[i]);
-        }
-    } else if (operand.type == Type::float32) {
-        float* const to = reinterpret_cast<float*>(operand.data) + position;
-        store(to, {x[0], x[1], x[2], x[3]});
-        store(to + 4, {x[4], x[5], x[6], x[7]});
-    } else if (operand.type == Type::bfloat16) {
-        store(reinterpret_cast<BFloat16*>(operand.data) + position, x);
-    } else {
-        store(reinterpret_cast<Half*>(operand.data) + position, x);
+    for (int i = 0; i < element_batch; ++i) {
+        if (i < left) store_one(operand.data, operand.type, position + i, x[i]);
     }
 }
 
@@ -55,7 +40,7 @@ FDU_DEVICE void load_factors_of_batch(
 #pragma unroll
     for (int i = 0; i < element_batch; ++i) {
         x[i] = 0;
-        if (i < left) x[i] = load_one(operand, offset_of(space, position + i, operand));
+        if (i < left) x[i] = load_one(operand.data, operand.type, offset_of(space, position + i, operand));
     }
 }
 

@@ -2,8 +2,6 @@
 
 #pragma once
 
-#include <type_traits>
-
 #include "cuda_profile.cuh"
 
 namespace fdu::cuda {
@@ -11,7 +9,7 @@ namespace fdu::cuda {
 // Where the elements of one sample lie: `count` vectors from position `head` on, and fewer than two vectors of others.
 template <class T>
 struct Sample {
-    static constexpr int n = lanes<T>;
+    static constexpr int n = T::lanes;
     int64_t pred, target, grad, mask;  // offsets
     int64_t head, count;
     int edges;
@@ -22,20 +20,11 @@ struct Sample {
         grad = sample * task.grad.batch_stride;
         mask = sample * task.mask.batch_stride;
         // All operands are equally far from a multiple of n elements.
-        const int64_t beyond = int64_t(elements_before(task.pred) + uint64_t(pred)) & (n - 1);
+        const int size_bits = type_in<T>(task.pred) == Type::float32 ? 2 : 1;
+        const int64_t beyond = int64_t((reinterpret_cast<uintptr_t>(task.pred.data) >> size_bits) + uint64_t(pred)) & (n - 1);
         head = beyond == 0 ? 0 : n - beyond < task.size ? n - beyond : task.size;
         count = (task.size - head) / n;
         edges = int(task.size - count * n);
-    }
-
-    // How many would lie before an operand, from address 0 on.
-    FDU_DEVICE static uint64_t elements_before(const Operand& operand) {
-        const uint64_t address = reinterpret_cast<uintptr_t>(operand.data);
-        if constexpr (std::is_same_v<T, Mixed>) {
-            return address >> (operand.type == Type::float32 ? 2 : 1);
-        } else {
-            return address / sizeof(T);
-        }
     }
 
     FDU_DEVICE int64_t position(int64_t vector) const { return head + vector * n; }
@@ -51,21 +40,22 @@ FDU_DEVICE void load_differences(
         const Index vector = first + r * step;
         return sample.position(vector < count ? vector : count - 1);
     };
+    const Type of_pred = type_in<T>(task.pred), of_target = type_in<T>(task.target);
+    // Past branches by dtype the compiler brings no load forward: those of all rounds come first.
     Words<4> pred[rounds], target[rounds];
     if constexpr (std::is_same_v<T, Mixed>) {
-        load_groups<rounds>(task.pred, [&](int r) { return sample.pred + position(r); }, pred);
-        load_groups<rounds>(task.target, [&](int r) { return sample.target + position(r); }, target);
+        load_vectors<n, rounds>(task.pred.data, of_pred, [&](int r) { return sample.pred + position(r); }, pred);
+        load_vectors<n, rounds>(task.target.data, of_target, [&](int r) { return sample.target + position(r); }, target);
     }
 #pragma unroll
     for (int r = 0; r < rounds; ++r) {
         float other[n];
-        if constexpr (std::is_same_v<T, Mixed>) {
-            unpack(pred[r], task.pred.type, difference[r]);
-            unpack(target[r], task.target.type, other);
-        } else {
-            load(reinterpret_cast<const T*>(task.pred.data) + sample.pred + position(r), difference[r]);
-            load(reinterpret_cast<const T*>(task.target.data) + sample.target + position(r), other);
+        if constexpr (!std::is_same_v<T, Mixed>) {
+            pred[r] = load_words<4>(task.pred.data + 16 / n * (sample.pred + position(r)));
+            target[r] = load_words<4>(task.target.data + 16 / n * (sample.target + position(r)));
         }
+        unpack<n>(pred[r], of_pred, difference[r]);
+        unpack<n>(target[r], of_target, other);
 #pragma unroll
         for (int i = 0; i < n; ++i) difference[r][i] -= other[i];
     }
@@ -74,26 +64,8 @@ FDU_DEVICE void load_differences(
 // The same of one element outside of the vectors.
 template <class T>
 FDU_DEVICE float load_difference(const GaussianTask& task, const Sample<T>& sample, int64_t position) {
-    const int64_t pred = sample.pred + position, target = sample.target + position;
-    if constexpr (std::is_same_v<T, Mixed>) {
-        return load_one(task.pred, pred) - load_one(task.target, target);
-    } else {
-        return load_one(reinterpret_cast<const T*>(task.pred.data) + pred) -
-               load_one(reinterpret_cast<const T*>(task.target.data) + target);
-    }
-}
-
-template <class T, int n>
-FDU_DEVICE void store_gradient(
-    const GaussianTask& task, const Sample<T>& sample, int64_t position, const float (&gradient)[n]) {
-    const int64_t offset = sample.grad + position;
-    if constexpr (!std::is_same_v<T, Mixed>) {
-        store(reinterpret_cast<T*>(task.grad.data) + offset, gradient);
-    } else if constexpr (n == 1) {
-        store_one(task.grad, offset, gradient[0]);
-    } else {
-        store_group(task.grad, offset, gradient);
-    }
+    return load_one(task.pred.data, type_in<T>(task.pred), sample.pred + position) -
+           load_one(task.target.data, type_in<T>(task.target), sample.target + position);
 }
 
 // Sums of a few elements, each lane for itself.
@@ -214,7 +186,7 @@ FDU_DEVICE void reduce_losses(const GaussianTask& task, SharedSums& shared) {
 // Losses and gradients of samples whose differences stay in registers, `elements` a thread.
 template <class T, bool masked, int elements>
 FDU_KERNEL gaussian_on_chip(FDU_TASK(GaussianTask) task) {
-    constexpr int n = lanes<T>, rounds = elements / n;
+    constexpr int n = T::lanes, rounds = elements / n;
     // A mask needs registers, too.
     constexpr int at_once = masked && rounds > 4 ? 4 : rounds;
     SharedSums& shared = block_shared<SharedSums>();
@@ -233,7 +205,8 @@ FDU_KERNEL gaussian_on_chip(FDU_TASK(GaussianTask) task) {
             const int vector = thread + r * threads;
             const bool there = vector < count;
             if (r % at_once == 0) load_differences<at_once>(task, sample, vector, threads, count, differences + r);
-            if (masked) load_factors(task.space, task.mask, sample.mask, sample.position(there ? vector : count - 1), factors);
+            const int64_t position = sample.position(there ? vector : count - 1);
+            if (masked) load_factors(task.space, task.mask, sample.mask, position, factors);
 #pragma unroll
             for (int i = 0; i < n; ++i) {
                 differences[r][i] = there ? differences[r][i] : 0.0f;
@@ -252,7 +225,7 @@ FDU_KERNEL gaussian_on_chip(FDU_TASK(GaussianTask) task) {
     Sums sums = accumulator.sums();
     sums.square += edge_accumulator.sums().square;
     sums.mask += edge_accumulator.sums().mask;
-    finish_block<masked, true, (elements <= 16)>(task, group, sums, shared, group.part == 0);
+    finish_block<masked, true, (elements <= held<T>.warp)>(task, group, sums, shared, group.part == 0);
 
     if (group.sample < task.batch) {
         const float coefficient = shared.coefficients[task.warps > 1 ? 0 : thread_index() / warp_size];
@@ -262,11 +235,11 @@ FDU_KERNEL gaussian_on_chip(FDU_TASK(GaussianTask) task) {
             if (vector >= count) break;
 #pragma unroll
             for (int i = 0; i < n; ++i) differences[r][i] *= coefficient;
-            store_gradient(task, sample, sample.position(vector), differences[r]);
+            store_vector(task.grad.data, type_in<T>(task.grad), sample.grad + sample.position(vector), differences[r]);
         }
         if (has_edge) {
             edge[0] *= coefficient;
-            store_gradient(task, sample, sample.edge_position(thread), edge);
+            store_one(task.grad.data, type_in<T>(task.grad), sample.grad + sample.edge_position(thread), edge[0]);
         }
     }
     if (group.part == 0) reduce_losses(task, shared);
@@ -277,7 +250,7 @@ FDU_KERNEL gaussian_on_chip(FDU_TASK(GaussianTask) task) {
 // Losses and coefficients of samples that several blocks may share.
 template <class T, bool masked>
 FDU_KERNEL gaussian_sums(FDU_TASK(GaussianTask) task) {
-    constexpr int n = lanes<T>, rounds = stream_rounds;
+    constexpr int n = T::lanes, rounds = stream_rounds;
     SharedSums& shared = block_shared<SharedSums>();
     const Group group(task, block_index());
     const Sample<T> sample(task, group.sample < task.batch ? group.sample : task.batch - 1);
@@ -293,7 +266,8 @@ FDU_KERNEL gaussian_sums(FDU_TASK(GaussianTask) task) {
         for (int r = 0; r < rounds; ++r) {
             const int64_t vector = mine + r * group.threads;
             const bool there = vector < sample.count;
-            if (masked) load_factors(task.space, task.mask, sample.mask, sample.position(there ? vector : sample.count - 1), factors);
+            const int64_t position = sample.position(there ? vector : sample.count - 1);
+            if (masked) load_factors(task.space, task.mask, sample.mask, position, factors);
 #pragma unroll
             for (int i = 0; i < n; ++i) {
                 differences[r][i] = there ? differences[r][i] : 0.0f;
@@ -340,7 +314,7 @@ FDU_KERNEL gaussian_sums(FDU_TASK(GaussianTask) task) {
 // Gradients from coefficients, the last elements first: what gaussian_sums read last may still be in the cache.
 template <class T, bool masked>
 FDU_KERNEL gaussian_gradient(FDU_TASK(GaussianTask) task) {
-    constexpr int n = lanes<T>, rounds = stream_rounds;
+    constexpr int n = T::lanes, rounds = stream_rounds;
     const Group group(task, grid_blocks() - 1 - block_index());
     if (group.sample >= task.batch) return;
     const Sample<T> sample(task, group.sample);
@@ -371,7 +345,7 @@ FDU_KERNEL gaussian_gradient(FDU_TASK(GaussianTask) task) {
         for (int r = 0; r < rounds; ++r) {
             const int64_t vector = first + r * group.threads;
             if (vector < sample.count) {
-                store_gradient(task, sample, sample.position(vector), differences[r]);
+                store_vector(task.grad.data, type_in<T>(task.grad), sample.grad + sample.position(vector), differences[r]);
             }
         }
     }
@@ -383,7 +357,7 @@ FDU_KERNEL gaussian_gradient(FDU_TASK(GaussianTask) task) {
             edge[0] *= factor[0];
         }
         edge[0] *= coefficient;
-        store_gradient(task, sample, position, edge);
+        store_one(task.grad.data, type_in<T>(task.grad), sample.grad + position, edge[0]);
     }
 }
 

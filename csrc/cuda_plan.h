@@ -50,7 +50,9 @@ inline bool is_packed(const Operand& operand, const Space& space, bool batched) 
 enum class Access { none, vectors, groups };
 
 // Elements at once.
-inline int64_t elements_of(Access access, Type type) { return access == Access::vectors ? 16 / size_of(type) : factor_group; }
+inline int64_t elements_of(Access access, Type type) {
+    return access == Access::vectors ? 16 / size_of(type) : factor_group;
+}
 
 // Fills in the space and operands.
 inline Access plan(const Gaussian& of, GaussianTask& task) {
@@ -67,12 +69,13 @@ inline Access plan(const Gaussian& of, GaussianTask& task) {
     bool alike = true;
     for (int j = 0; j < data; ++j) {
         const Type type = placement.operands[j]->type;
-        if (type == Type::float64) throw std::invalid_argument("fdu_kernels: the CUDA kernels compute in float32 and take no float64");
+        if (type == Type::float64) throw std::invalid_argument("fdu_kernels: the CUDA kernels take no float64");
         alike &= type == task.pred.type;
     }
     if (task.size == 0) return Access::groups;
     if (!are_linear(placement, 1, data, task.space)) return Access::none;
-    if (of.mask && (task.mask.type == Type::float64 || !collapse(placement, 1, placement.count, task.space))) return Access::none;
+    if (of.mask && task.mask.type == Type::float64) return Access::none;
+    if (of.mask && !collapse(placement, 1, placement.count, task.space)) return Access::none;
 
     const bool batched = task.batch > 1;
     const auto fits = [&](int64_t n) {
@@ -127,11 +130,10 @@ struct OnChip {
 
 constexpr int most_cluster = 8, small_part = 2048;
 
-// elements is 0 where it does not fit. `fewest`, `elements_most`: what a thread can hold.
-inline OnChip on_chip(
-    int64_t size, int64_t batch, int64_t vector, int fewest, int elements_most, int multiprocessors, bool clusters) {
-    if (size <= 16 * warp_size) return {size <= fewest * warp_size ? fewest : 16, 1, 1};
-    const int64_t block_most = int64_t(elements_most) * chip_threads;
+// elements is 0 where it does not fit.
+inline OnChip on_chip(int64_t size, int64_t batch, int64_t vector, Held held, int multiprocessors, bool clusters) {
+    if (size <= held.warp * warp_size) return {size <= held.fewest * warp_size ? held.fewest : held.warp, 1, 1};
+    const int64_t block_most = int64_t(held.most) * chip_threads;
     int parts = 1;
     while (size > parts * block_most) {
         if (!clusters || parts == most_cluster) return {0, 0, 0};
@@ -142,8 +144,8 @@ inline OnChip on_chip(
         parts *= 2;
     }
     const int64_t part = divide_up(size, parts);
-    int elements = fewest;
-    while (elements < elements_most && part > elements * chip_threads / 2) elements *= 2;
+    int elements = held.fewest;
+    while (elements < held.most && part > elements * chip_threads / 2) elements *= 2;
     const int64_t threads = divide_up(divide_up(size, vector), int64_t(parts) * (elements / vector));
     // A single warp would be taken for one that has a sample of its own.
     return {elements, int(std::max<int64_t>(divide_up(threads, warp_size), 2)), parts};

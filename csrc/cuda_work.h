@@ -20,37 +20,38 @@ constexpr int ticket_count = 1 + most_parts, ticket_streams = 64;
 // Threads that hold a sample on chip, or walk over one.
 constexpr int chip_threads = 512, stream_threads = 256;
 
-struct Half {
-    uint16_t bits;
-};
-struct BFloat16 {
-    uint16_t bits;
-};
-
-// Elements in 16 bytes.
-template <class T>
-constexpr int lanes = 16 / int(sizeof(T));
-
 // Elements of a mask or weight that are read at once, and of operands of several dtypes.
 constexpr int factor_group = 4;
 
-// Elements of operands each of a dtype of its own, known at run time: one kernel for all pairs.
-struct Mixed {};
-
-template <>
-inline constexpr int lanes<Mixed> = factor_group;
+// What a kernel is made for: operands of one dtype in vectors of 16 bytes, or, for all pairs of dtypes, each of its own, known
+// at run time, in groups.
+struct Half {
+    static constexpr Type type = Type::float16;
+    static constexpr int lanes = 8;
+};
+struct BFloat16 {
+    static constexpr Type type = Type::bfloat16;
+    static constexpr int lanes = 8;
+};
+struct Float {
+    static constexpr Type type = Type::float32;
+    static constexpr int lanes = 4;
+};
+struct Mixed {
+    static constexpr int lanes = factor_group;
+};
 
 // How many vectors a thread has under way in the kernels that walk over a sample.
 constexpr int stream_rounds = 4;
-// Elements of one sample that a thread holds: the fewest and the most, a power of two times as many.
+// Elements of one sample that a thread holds: the fewest, the most where a warp has a sample of its own, and the most, each
+// a power of two times the one before. One kernel for what is of several dtypes.
+struct Held {
+    int fewest, warp, most;
+};
 template <class T>
-constexpr int fewest_elements = 8;
-template <class T>
-constexpr int most_elements = 64;
+constexpr Held held = {8, 16, 64};
 template <>
-inline constexpr int fewest_elements<Mixed> = 16;
-template <>
-inline constexpr int most_elements<Mixed> = 32;
+inline constexpr Held held<Mixed> = {32, 32, 32};
 
 // Division of numbers below 2^63 by one that is known at the launch, as a multiplication.
 struct Divisor {

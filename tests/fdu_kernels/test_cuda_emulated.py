@@ -484,16 +484,17 @@ def test_division_by_multiplication(module: types.ModuleType) -> None:
 
 @pytest.mark.parametrize("count, clusters", MACHINES.values(), ids=MACHINES)
 def test_plans(module: types.ModuleType, count: int, clusters: bool) -> None:
-    for vector, fewest, most in ((4, 8, 64), (8, 8, 64), (4, 16, 32)):
+    for vector, mixed in ((4, False), (8, False), (4, True)):
+        of_warp, most = (32, 32) if mixed else (16, 64)
         for size in (*SIZES, *LARGE, 2**20):
             for batch in (1, 2, 7, 64, 132, 1000, 65536):
-                elements, warps, parts = module.on_chip(size, batch, vector, fewest, most, count, clusters)
+                elements, warps, parts = module.on_chip(size, batch, mixed, vector, count, clusters)
                 if elements == 0:
                     assert size > most * 512 * (8 if clusters else 1)
                     continue
-                assert elements in (8, 16, 32, 64) and fewest <= elements <= most and warps <= 16
+                assert elements in ((32,) if mixed else (8, 16, 32, 64)) and warps <= 16
                 assert parts in ((1, 2, 4, 8) if clusters else (1,))
-                assert warps > 1 or (parts == 1 and elements <= 16)
+                assert warps > 1 or (parts == 1 and elements <= of_warp)
                 assert elements * 32 * warps * parts >= size
                 shared, blocks = module.walk(size, batch, vector, count)
                 assert shared in (1, 8) and 1 <= blocks <= 1024 and (blocks == 1 or (shared == 8 and batch < 1024))
