@@ -7,6 +7,9 @@ numbers (c, k) of an elementary profile are no constants: a sweep of alpha is on
 from __future__ import annotations
 
 import dataclasses
+import functools
+import itertools
+import sys
 
 import torch
 from torch import Tensor
@@ -18,6 +21,9 @@ from fdu_kernels.critic import ElementFunction
 from fdu_kernels.divergence import Divergence, Function
 from fdu_kernels.internals import held_constant
 from fdu_kernels.profiles import GaussianProfile, Grid
+
+_THIS = sys.modules[__name__]
+_numbers = itertools.count()
 
 
 def profile_of(divergence: Divergence, pred: Tensor) -> GaussianProfile:
@@ -31,7 +37,9 @@ def profile_of(divergence: Divergence, pred: Tensor) -> GaussianProfile:
         c, k = divergence.exponential
         return GaussianProfile.exponential(c, k)
     grid = _grid(divergence.key)
-    return GaussianProfile(0.0, 0.0, grid.linear_beyond, _table(divergence.key, pred.device), grid)
+    return GaussianProfile(
+        0.0, 0.0, grid.linear_beyond, getattr(_THIS, _table_name(divergence.key, pred.device))(), grid
+    )
 
 
 def critic_functions(divergence: Divergence, parametrization: str) -> tuple[Function, Function]:
@@ -61,8 +69,24 @@ def _grid(key: str) -> Grid:
 
 
 @held_constant
-def _table(key: str, device: torch.device) -> Tensor | None:
-    return find_divergence(key).gaussian_profile.table_on(device)
+def _table_name(key: str, device: torch.device) -> str:
+    return _name_table(key, device)
+
+
+@functools.cache
+def _name_table(key: str, device: torch.device) -> str:
+    """The name of a function of this module that gives a table.
+
+    Dynamo tells constants apart by the names of the functions that give them, so that each table needs one.
+    """
+
+    def table() -> Tensor | None:
+        return find_divergence(key).gaussian_profile.table_on(device)
+
+    name = f"table_{next(_numbers)}"
+    table.__code__ = table.__code__.replace(co_name=name)
+    setattr(_THIS, name, held_constant(table))
+    return name
 
 
 @held_constant
