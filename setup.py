@@ -4,27 +4,17 @@ fdu_kernels/build.py has the recipe. Without a compiler, or without torch (as in
 comes without its compiled module, which is then built at first use; the install says so in one line.
 """
 
-import importlib.util
+import runpy
 import shutil
 import sys
 from pathlib import Path
-from types import ModuleType
+from types import SimpleNamespace
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
-
-
-def load_recipe() -> ModuleType:
-    """fdu_kernels/build.py by itself: the package would import torch."""
-    spec = importlib.util.spec_from_file_location("recipe_of_fdu_kernels", ROOT / "fdu_kernels" / "build.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 def warn(what: str, reason: str) -> None:
@@ -34,7 +24,8 @@ def warn(what: str, reason: str) -> None:
     print(f"fdu: no {what} in this build, they are built at first use: {told}", file=sys.stderr)
 
 
-build = load_recipe()
+# By itself: the package would import torch.
+build = SimpleNamespace(**runpy.run_path(str(ROOT / "fdu_kernels" / "build.py")))
 try:
     plan = build.recipe(build.architectures_to_distribute())
 except build.BuildError as error:

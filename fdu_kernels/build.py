@@ -1,19 +1,18 @@
 """How the extension module ``fdu_kernels._C`` is built: one recipe for setup.py and for the build at first use.
 
-Nothing but the standard library is imported at the top, so that setup.py can read this file by itself.
+Nothing but the standard library is imported at the top, so that setup.py can run this file by itself. What cannot be
+found or built raises a BuildError, with what mends it.
 """
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import hashlib
-import importlib
 import importlib.machinery
+import importlib.metadata
 import importlib.util
 import json
-import mmap
 import os
 import platform
 import re
@@ -23,32 +22,27 @@ import subprocess
 import sys
 import sysconfig
 import types
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 MODULE = "fdu_kernels._C"
-OLDEST_TORCH = (2, 10)
-"""The first whose stable ABI and DLPack exchange table have what the sources call."""
 COMPILERS = ("g++", "clang++", "c++")
-SOURCES = ("module.cpp", "cpu.cpp", "memory.cpp", "threads.cpp")
-KERNELS = "cpu_kernels.cpp"
-"""Compiled once per instruction set."""
-CUDA_SOURCES = ("cuda_module.cpp", "cuda.cu")
-"""Compiled where there is nvcc, for some architectures."""
+NVCC = ("nvcc", "/usr/local/cuda/bin/nvcc")
+OLDEST_NVCC = "12.4"  # the first with __maxnreg__
+OLDEST_TORCH = "2.10"  # the first whose stable ABI and DLPack exchange table have what the sources call
+OLDEST_ARCHITECTURE = (8, 0)
 ARCHITECTURES = ("8.0", "9.0", "10.0+PTX")
 """Of a build for any machine, as TORCH_CUDA_ARCH_LIST would name them, which takes their place. Code for 8.0 runs on
 all 8.x; newer devices than the last compile its PTX."""
-OLDEST_ARCHITECTURE = (8, 0)
-OLDEST_NVCC = (12, 4)
-"""The first with __maxnreg__."""
+SOURCES = ("module.cpp", "cpu.cpp", "memory.cpp", "threads.cpp")
+KERNELS = "cpu_kernels.cpp"  # compiled once per instruction set
+CUDA_MODULE, CUDA_KERNELS = "cuda_module.cpp", "cuda.cu"  # compiled where there is nvcc, for some architectures
 INSTRUCTION_SETS = {
     "baseline": (),
     "avx2": ("-mavx2", "-mfma", "-mf16c"),
-    "avx512": (
-        "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c", "-mprefer-vector-width=512",
-    ),
-}  # fmt: skip
+    "avx512": ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c", "-mprefer-vector-width=512"),
+}
 FLAGS = (
     "-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unknown-pragmas",
     "-Wno-uninitialized", "-Wno-maybe-uninitialized", # GCC's own intrinsics
@@ -61,73 +55,30 @@ NVCC_FLAGS = (
     "-Xcompiler=-Wno-subobject-linkage", "--diag-suppress=1675", # pragmas of GCC
 )  # fmt: skip
 NO_DEVICE = "the machine that built them has no CUDA device"
-LOG_LINES = 15
-"""Of the compiler's output, in an error."""
+LOG_LINES = 15  # of the compiler's output, in an error
 
 
 class BuildError(RuntimeError):
     """The extension module cannot be built, or was not; the message says why and what mends it."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Recipe:
+class Recipe(NamedTuple):
     """Everything a build depends on."""
 
-    compiler: str
-    compiler_version: str
     ninja: str
     sources: Path
-    objects: dict[str, tuple[str, str, tuple[str, ...]]]
-    """Object -> compiler, source and flags."""
-    linker: tuple[str, ...]
-    """The command and its flags."""
-    torch_version: str
-    cuda: str
-    """For which CUDA architectures, by which nvcc; or why for none."""
+    objects: dict[str, tuple[str, str, list[str]]]  # object -> compiler, source and flags
+    linker: list[str]  # the command and its flags
+    cuda: str  # for which CUDA architectures, by which nvcc; or why for none
     architectures: tuple[str, ...]
-
-    @property
-    def information(self) -> dict[str, object]:
-        """What the built module tells of itself."""
-        return {
-            "sources": digest_of_sources(self.sources),
-            "compiler": self.compiler_version,
-            "flags": list(FLAGS),
-            "instruction_sets": [name for name in INSTRUCTION_SETS if f"kernels_{name}.o" in self.objects],
-            "torch": self.torch_version,
-            "cuda": self.cuda,
-            "architectures": list(self.architectures),
-        }
+    information: dict[str, Any]  # what the built module tells of itself
 
     @property
     def key(self) -> str:
         """Two builds of one key are interchangeable on one machine."""
-        parts = [self.information, self.compiler, str(self.sources), sorted(self.objects.items()), self.linker]
+        parts = [self.information, str(self.sources), sorted(self.objects.items()), self.linker]
         parts += [sys.version, sysconfig.get_platform()]
-        return hashlib.sha256(json.dumps(parts, default=str).encode()).hexdigest()[:16]
-
-
-def sources_folder() -> Path:
-    """csrc/: beside the package in a checkout, inside it where it was installed.
-
-    Raises:
-        BuildError: there is none.
-    """
-    package = Path(__file__).resolve().parent
-    for folder in (package / "csrc", package.parent / "csrc"):
-        if (folder / KERNELS).is_file():
-            return folder
-    raise BuildError(f"the C++ sources are missing from {package}: pip install --force-reinstall fdu")
-
-
-@functools.cache
-def digest_of_sources(folder: Path) -> str:
-    """Changes with any source."""
-    digest = hashlib.sha256()
-    for path in sorted(folder.iterdir()):
-        if path.suffix in (".h", ".cpp", ".cu", ".cuh"):
-            digest.update(path.name.encode() + b"\0" + path.read_bytes())
-    return digest.hexdigest()[:16]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
 def recipe(architectures: Sequence[str] = (), why_none: str = NO_DEVICE) -> Recipe:
@@ -137,51 +88,54 @@ def recipe(architectures: Sequence[str] = (), why_none: str = NO_DEVICE) -> Reci
         architectures: of the CUDA kernels, such as ARCHITECTURES. They are left out, and the module says why, if there
             are none or no nvcc that can compile for one of them.
         why_none: why there are none.
-
-    Raises:
-        BuildError: something is missing; says what, and the command that mends it.
     """
     sources = sources_folder()
-    compiler = _find_compiler()
-    torch_folder, torch_version = _find_torch()
-    includes = [torch_folder / "include", _find_pybind11(), _find_python_headers()]
-    included = tuple(flag for include in includes for flag in ("-isystem", str(include)))
-    common = (*FLAGS, *included)
-    objects = {}
-    sets = INSTRUCTION_SETS if platform.machine().lower() in ("x86_64", "amd64") else {"baseline": ()}
-    if len(sets) > 1:
-        common = (*common, "-DFDU_X86")
-    linker: tuple[str, ...] = (compiler,)
-    libraries = ("-shared", f"-L{torch_folder / 'lib'}", "-ltorch_cpu")
-    cuda, toolkit = why_none, None
+    wished = os.environ.get("CXX")
+    missing = f"CXX names {wished}, which is not there" if wished else "there is no C++ compiler"
+    compiler = _find_program((wished,) if wished else COMPILERS, f"{missing}; on Debian or Ubuntu: apt install g++")
+    torch, torch_version = _find_torch()
+    pybind11 = _find_module("pybind11", "is not installed; pip install 'pybind11>=3.0'").parent
+    scripts = sysconfig.get_path("scripts")
+    ninja = _find_program((f"{scripts}/ninja", "ninja"), "ninja is not installed; pip install ninja")
+
+    x86 = platform.machine().lower() in ("x86_64", "amd64")
+    headers = (torch / "include", pybind11 / "include", _find_python_headers())
+    included = [flag for folder in headers for flag in ("-isystem", str(folder))]
+    common = [*FLAGS, *included, *(["-DFDU_X86"] if x86 else [])]
+    units, objects, linker = list(SOURCES), {}, [compiler]
+    cuda, taken = why_none, tuple[str, ...]()
     if architectures:
         try:
-            toolkit = _find_toolkit(architectures)
+            nvcc, version, taken = _find_nvcc(architectures)
         except BuildError as error:
             cuda = str(error)
-    if toolkit is not None:
-        cuda = f"for {', '.join(toolkit.architectures)} by nvcc {'.'.join(map(str, toolkit.version))}"
-        common = (*common, "-DFDU_CUDA")
-        flags = (*NVCC_FLAGS, f"-ccbin={compiler}", *_code_flags(toolkit.architectures), *included)
-        for source in CUDA_SOURCES:
-            made = (toolkit.nvcc, source, flags) if source.endswith(".cu") else (compiler, source, common)
-            objects[f"{Path(source).stem}.o"] = made
-        # nvcc links CUDA's runtime statically; its names must not meet those of the runtime that torch brings.
-        linker = (toolkit.nvcc, f"-ccbin={compiler}", "-nodlink", "-Xlinker=--exclude-libs=ALL")
-    for source in SOURCES:
-        objects[source.replace(".cpp", ".o")] = compiler, source, common
+        else:
+            cuda = f"for {', '.join(taken)} by nvcc {version}"
+            common.append("-DFDU_CUDA")
+            units.append(CUDA_MODULE)
+            objects["cuda.o"] = nvcc, CUDA_KERNELS, [*NVCC_FLAGS, f"-ccbin={compiler}", *_code_flags(taken), *included]
+            # nvcc links CUDA's runtime statically; its names must not meet those of the runtime that torch brings.
+            linker = [nvcc, f"-ccbin={compiler}", "-nodlink", "-Xlinker=--exclude-libs=ALL"]
+    objects |= {f"{Path(unit).stem}.o": (compiler, unit, common) for unit in units}
+    sets = {name: flags for name, flags in INSTRUCTION_SETS.items() if x86 or not flags}
     for name, flags in sets.items():
-        objects[f"kernels_{name}.o"] = compiler, KERNELS, (*common, *flags, f"-DFDU_KERNELS=kernels_{name}")
-    return Recipe(
-        compiler, _first_line(compiler, "--version"), _find_ninja(), sources, objects, (*linker, *libraries),
-        torch_version, cuda, () if toolkit is None else toolkit.architectures,
-    )  # fmt: skip
+        objects[f"kernels_{name}.o"] = compiler, KERNELS, [*common, *flags, f"-DFDU_KERNELS=kernels_{name}"]
+    linker += ["-shared", f"-L{torch / 'lib'}", "-ltorch_cpu"]
+    information = {
+        "sources": digest_of_sources(sources),
+        "compiler": _output(compiler, "--version").split("\n")[0],
+        "flags": FLAGS,
+        "instruction_sets": list(sets),
+        "torch": torch_version,
+        "cuda": cuda,
+        "architectures": taken,
+    }
+    return Recipe(ninja, sources, objects, linker, cuda, taken, information)
 
 
 def architectures_to_distribute() -> tuple[str, ...]:
     """ARCHITECTURES, or those that TORCH_CUDA_ARCH_LIST names instead."""
-    named = re.split(r"[;,\s]+", os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip())
-    return tuple(name for name in named if name) or ARCHITECTURES
+    return tuple(re.findall(r"[^;,\s]+", os.environ.get("TORCH_CUDA_ARCH_LIST", ""))) or ARCHITECTURES
 
 
 def architectures_of_devices() -> tuple[str, ...]:
@@ -196,11 +150,7 @@ def architectures_of_devices() -> tuple[str, ...]:
 
 
 def compile_module(recipe: Recipe, target: Path, folder: Path) -> None:
-    """Build the extension module as the file ``target``, with all that lies between in ``folder``.
-
-    Raises:
-        BuildError: the compiler failed; with its last lines and where the whole log is.
-    """
+    """Build the extension module as the file ``target``, with all that lies between in ``folder``."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "build_info.h").write_text(f'#define FDU_BUILD R"json({json.dumps(recipe.information)})json"\n')
     (folder / "build.ninja").write_text(_ninja_file(recipe, folder))
@@ -223,13 +173,9 @@ def load() -> types.ModuleType:
 
     What is built now has CUDA kernels for the devices of this machine, and none where there is no device: nvcc takes
     most of a minute.
-
-    Raises:
-        BuildError: there is none and none can be built.
     """
     architectures = architectures_of_devices()
-    installed = _installed_module(architectures)
-    if installed is not None:
+    if (installed := _installed_module(architectures)) is not None:
         return installed
     plan = recipe(architectures)
     try:
@@ -239,22 +185,20 @@ def load() -> types.ModuleType:
             raise
         # The CPU kernels need not suffer, but nobody should wonder where the others are.
         print(f"fdu_kernels: no CUDA kernels: {error}", file=sys.stderr)
-        why = f"the build with nvcc failed; its log is {_folder_of(plan) / 'build' / 'build.log'}"
+        why = f"the build with nvcc failed; its log is {cache_folder() / plan.key / 'build' / 'build.log'}"
         return _import_file(built(recipe(why_none=why)))
 
 
 def built(plan: Recipe) -> Path:
-    """The extension module by a recipe, built unless it is in the cache.
+    """The extension module by a recipe, built unless it is in the cache. A failure is remembered there, too."""
+    import fcntl
 
-    Raises:
-        BuildError: the build failed, now or before.
-    """
-    folder = _folder_of(plan)
-    target = folder / f"_C{extension_suffix()}"
-    failure = folder / "failure.txt"
+    folder = cache_folder() / plan.key
+    target, failure = folder / f"_C{extension_suffix()}", folder / "failure.txt"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with _locked(folder / "lock"):
+        with (folder / "lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # other processes wait until it is closed
             if failure.exists():
                 raise BuildError(f"{failure.read_text()}\nto try again, remove {folder}")
             if not target.exists():
@@ -265,221 +209,167 @@ def built(plan: Recipe) -> Path:
                     failure.write_text(str(error))
                     raise
     except OSError as error:
-        raise BuildError(
-            f"the C++ kernels cannot be built into {folder}: {error}; name another place: XDG_CACHE_HOME=..."
-        ) from error
+        remedy = "name another place: XDG_CACHE_HOME=..."
+        raise BuildError(f"the C++ kernels cannot be built into {folder}: {error}; {remedy}") from error
     return target
-
-
-def _folder_of(plan: Recipe) -> Path:
-    return cache_folder() / plan.key
 
 
 def cache_folder() -> Path:
     """Where builds at first use are kept, per user."""
-    root = os.environ.get("XDG_CACHE_HOME")
-    return (Path(root) if root else Path.home() / ".cache") / "fdu_kernels"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fdu_kernels"
 
 
 def _installed_module(architectures: Sequence[str]) -> types.ModuleType | None:
     """The module that was built with the distribution, unless the sources have changed since, or it lacks CUDA kernels
     for a device of these architectures and they can be built here."""
-    spec = importlib.util.find_spec(MODULE)
-    if spec is None or spec.origin is None:
-        return None
     try:
         # Looked at before it is imported: pybind11 makes but one module of a name, so another could not follow it.
-        information = information_of(Path(spec.origin))
-        fits = information["sources"] == digest_of_sources(sources_folder())
-        made: list[str] = information["architectures"]
-        if fits and not all(any(_runs_on(code, device) for code in made) for device in architectures):
+        information = information_of(_find_module(MODULE, "was not built with the distribution"))
+        if information["sources"] != digest_of_sources(sources_folder()):
+            return None
+        codes: list[str] = information["architectures"]
+        if not all(any(_runs_on(code, device) for code in codes) for device in architectures):
             with contextlib.suppress(BuildError):
-                _find_toolkit(architectures)
-                fits = False
-        return importlib.import_module(MODULE) if fits else None
+                _find_nvcc(architectures)
+                return None
+        return importlib.import_module(MODULE)
     except (ImportError, OSError, KeyError, ValueError, BuildError):
         return None
 
 
-def _runs_on(code: str, device: str) -> bool:
-    """Whether code for "8.0" or "9.0a", or that and its PTX as "10.0+PTX", runs on a device such as "8.6"."""
-    match = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", code)
-    if match is None:
-        return False
-    (major, minor), wanted = (int(match[1]), int(match[2])), tuple(map(int, device.split(".")))
-    if match[3] == "a":
-        return wanted == (major, minor)
-    return wanted >= (major, minor) and (wanted[0] == major or (bool(match[4]) and not match[3]))
-
-
 def information_of(module: Path) -> dict[str, Any]:
     """What a built module tells of itself, read from its file; empty if it tells nothing."""
-    with module.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        found = re.search(rb'\{"sources": [^\0]*\}', content)
-        read: dict[str, Any] = json.loads(found[0]) if found else {}
-    return read
+    found = re.search(rb'\{"sources": [^\0]*\}', module.read_bytes())
+    return json.loads(found[0]) if found else {}
 
 
 def _import_file(path: Path) -> types.ModuleType:
-    loader = importlib.machinery.ExtensionFileLoader(MODULE, str(path))
-    spec = importlib.util.spec_from_file_location(MODULE, path, loader=loader)
-    assert spec is not None
+    spec = importlib.util.spec_from_file_location(MODULE, path)
+    assert spec is not None and spec.loader is not None
     try:
         module = importlib.util.module_from_spec(spec)
-        loader.exec_module(module)
+        spec.loader.exec_module(module)
     except ImportError as error:
         raise BuildError(f"{path} was built but cannot be loaded: {error}; remove it and try again") from error
     return module
 
 
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    import fcntl
-
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
 def _ninja_file(recipe: Recipe, folder: Path) -> str:
-    def words(*parts: str | Path) -> str:
-        return " ".join(shlex.quote(str(part)) for part in parts).replace("$", "$$")
+    """It names no sources: a change of one makes another key, and with it another folder."""
 
-    def path(part: str | Path) -> str:
-        return str(part).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
+    def step(made: str, needed: Iterable[str], *command: str | Path) -> list[str]:
+        words = " ".join(shlex.quote(str(word)) for word in (*command, "-o", made)).replace("$", "$$")
+        return [f"build {made}: run {' '.join(needed)}", f"  command = {words}"]
 
-    lines = [
-        "ninja_required_version = 1.5",
-        "rule compile",
-        "  command = $compiler $flags -c $in -o $out",
-        "rule link",
-        # What is linked comes before the libraries.
-        f"  command = {words(recipe.linker[0])} $in {words(*recipe.linker[1:])} -o $out",
-    ]
+    lines = ["rule run", "  command = $command"]
     for made, (compiler, source, flags) in recipe.objects.items():
-        lines += [f"build {made}: compile {path(recipe.sources / source)}"]
-        lines += [f"  compiler = {words(compiler)}", f"  flags = {words('-I', folder, *flags)}"]
-    lines += [f"build _C.so: link {' '.join(recipe.objects)}", "default _C.so", ""]
-    return "\n".join(lines)
+        lines += step(made, (), compiler, "-I", folder, *flags, "-c", recipe.sources / source)
+    # What is linked comes before the libraries.
+    lines += step("_C.so", recipe.objects, recipe.linker[0], *recipe.objects, *recipe.linker[1:])
+    return "\n".join([*lines, ""])
 
 
-def _find_compiler() -> str:
-    wished = os.environ.get("CXX")
-    for name in (wished,) if wished else COMPILERS:
-        found = shutil.which(name)
-        if found:
-            return found
-    missing = f"CXX names {wished}, which is not there" if wished else "there is no C++ compiler"
-    raise BuildError(f"{missing}; on Debian or Ubuntu: apt install g++")
+def sources_folder() -> Path:
+    """csrc/: beside the package in a checkout, inside it where it was installed."""
+    package = Path(__file__).resolve().parent
+    for folder in (package / "csrc", package.parent / "csrc"):
+        if (folder / KERNELS).is_file():
+            return folder
+    raise BuildError(f"the C++ sources are missing from {package}: pip install --force-reinstall fdu")
+
+
+def digest_of_sources(folder: Path) -> str:
+    """Changes with any source."""
+    sources = (path for path in sorted(folder.iterdir()) if path.suffix in (".h", ".cpp", ".cu", ".cuh"))
+    content = b"".join(path.name.encode() + b"\0" + path.read_bytes() for path in sources)
+    return hashlib.sha256(content).hexdigest()[:16]
 
 
 def _find_torch() -> tuple[Path, str]:
-    spec = importlib.util.find_spec("torch")
-    if spec is None or spec.origin is None:
-        raise BuildError("torch is not installed beside the build; pip install torch, then build without isolation")
-    folder = Path(spec.origin).parent
-    from importlib.metadata import version
-
-    found = version("torch")
-    if tuple(int(part) for part in found.split(".")[:2]) < OLDEST_TORCH:
-        raise BuildError(f"torch {found} is too old for the C++ kernels; pip install 'torch>=2.10'")
-    if not (folder / "include/torch/csrc/stable/c/shim.h").is_file():
-        raise BuildError(f"torch {found} in {folder} came without its C++ headers: pip install torch")
-    return folder, found
+    """Its folder and version."""
+    remedy = "pip install torch, then build without isolation"
+    root = _find_module("torch", f"is not installed beside the build; {remedy}").parent
+    version = importlib.metadata.version("torch")
+    if _numbers(version) < _numbers(OLDEST_TORCH):
+        raise BuildError(f"torch {version} is too old for the C++ kernels; pip install 'torch>={OLDEST_TORCH}'")
+    if not (root / "include/torch/csrc/stable/c/shim.h").is_file():
+        raise BuildError(f"torch {version} in {root} came without its C++ headers: pip install torch")
+    return root, version
 
 
-@dataclasses.dataclass(frozen=True)
-class _Toolkit:
-    """The CUDA toolkit, and for what it compiles."""
-
-    nvcc: str
-    version: tuple[int, int]
-    architectures: tuple[str, ...]
-
-
-def _find_toolkit(architectures: Sequence[str]) -> _Toolkit:
+def _find_nvcc(architectures: Sequence[str]) -> tuple[str, str, tuple[str, ...]]:
+    """Path and version of nvcc, and the architectures as it takes them: instead of one that it does not know, the
+    newest that it knows, as PTX."""
     home = os.environ.get("CUDA_HOME")
-    wished = (f"{home}/bin/nvcc",) if home else ("nvcc", "/usr/local/cuda/bin/nvcc")
-    nvcc = next(filter(None, map(shutil.which, wished)), None)
-    if nvcc is None:
-        missing = f"CUDA_HOME names {home}, which has no bin/nvcc" if home else "there was no nvcc"
-        raise BuildError(f"{missing}; install the CUDA toolkit and build anew")
-    release = re.search(r"release (\d+)\.(\d+)", _output(nvcc, "--version"))
-    version = (int(release[1]), int(release[2])) if release else (0, 0)
-    if version < OLDEST_NVCC:
-        wanted = ".".join(map(str, OLDEST_NVCC))
-        raise BuildError(f"{nvcc} is of CUDA {version[0]}.{version[1]}, which is too old; install {wanted} or newer")
-    known = {_numbers(code) for code in re.findall(r"sm_(\d+)\b", _output(nvcc, "--list-gpu-code"))}
-    return _Toolkit(nvcc, version, _compilable(architectures, known))
-
-
-def _numbers(code: str) -> tuple[int, int]:
-    """Of "90" or "100"."""
-    return int(code[:-1]), int(code[-1])
-
-
-def _compilable(architectures: Sequence[str], known: set[tuple[int, int]]) -> tuple[str, ...]:
-    """Architectures as an nvcc takes them: the newest that it knows, as PTX, instead of one that it does not know."""
-    found: dict[str, None] = {}
+    missing = f"CUDA_HOME names {home}, which has no bin/nvcc" if home else "there was no nvcc"
+    nvcc = _find_program((f"{home}/bin/nvcc",) if home else NVCC, f"{missing}; install the CUDA toolkit and build anew")
+    release = re.search(r"release (\d+\.\d+)", _output(nvcc, "--version"))
+    version = release[1] if release else "0.0"
+    if _numbers(version) < _numbers(OLDEST_NVCC):
+        raise BuildError(f"{nvcc} is of CUDA {version}, which is too old; install {OLDEST_NVCC} or newer")
+    listed = re.findall(r"sm_(\d+)(\d)\b", _output(nvcc, "--list-gpu-code"))
+    known = [(int(major), int(minor)) for major, minor in listed]
+    taken = []
     for name in architectures:
-        match = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", name)
-        if match is None:
+        if not re.fullmatch(r"\d+\.\d[af]?(\+PTX)?", name):
             raise BuildError(f"TORCH_CUDA_ARCH_LIST names {name!r}; name architectures such as 9.0 or 10.0+PTX")
-        wanted = int(match[1]), int(match[2])
-        if wanted < OLDEST_ARCHITECTURE:
-            continue
-        older = [each for each in known if OLDEST_ARCHITECTURE <= each <= wanted]
-        if wanted in known:
-            found[name] = None
-        elif older:
-            found["{}.{}+PTX".format(*max(older))] = None
-    if not found:
+        usable = [each for each in known if OLDEST_ARCHITECTURE <= each <= _numbers(name)]
+        if usable:
+            taken.append(name if _numbers(name) in usable else "{}.{}+PTX".format(*max(usable)))
+    if not taken:
         raise BuildError(f"of the architectures {', '.join(architectures)} nvcc has none from 8.0 on")
-    return tuple(found)
+    return nvcc, version, tuple(dict.fromkeys(taken))
 
 
-def _code_flags(architectures: Sequence[str]) -> list[str]:
+def _code_flags(architectures: Sequence[str]) -> Iterable[str]:
     flags = []
     for name in architectures:
         number = name.removesuffix("+PTX").replace(".", "")
-        flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
-        if name.endswith("+PTX"):
-            flags.append(f"-gencode=arch=compute_{number},code=compute_{number}")
-    return list(dict.fromkeys(flags))
+        for kind in ("sm", "compute") if name.endswith("+PTX") else ("sm",):
+            flags.append(f"-gencode=arch=compute_{number},code={kind}_{number}")
+    return dict.fromkeys(flags)
 
 
-def _find_pybind11() -> Path:
-    spec = importlib.util.find_spec("pybind11")
-    if spec is None or spec.origin is None:
-        raise BuildError("pybind11 is not installed; pip install 'pybind11>=3.0'")
-    return Path(spec.origin).parent / "include"
+def _runs_on(code: str, device: str) -> bool:
+    """Whether code for "8.0" or "9.0a", or that and its PTX as "10.0+PTX", runs on a device such as "8.6"."""
+    own, wanted = _numbers(code), _numbers(device)
+    if "a" in code:  # for this architecture alone; "f" is for its family
+        return wanted == own
+    return wanted >= own and (wanted[0] == own[0] or ("+PTX" in code and "f" not in code))
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    """The first two of a version or architecture: (9, 0) of "9.0a+PTX"."""
+    return tuple(int(number) for number in re.findall(r"\d+", text)[:2])
 
 
 def _find_python_headers() -> Path:
-    folder = Path(sysconfig.get_paths()["include"])
+    folder = Path(sysconfig.get_path("include"))
     if not (folder / "Python.h").is_file():
-        raise BuildError(
-            f"the headers of Python are missing ({folder}/Python.h); "
-            f"on Debian or Ubuntu: apt install python{sys.version_info[0]}.{sys.version_info[1]}-dev"
-        )
+        remedy = f"on Debian or Ubuntu: apt install python{sysconfig.get_python_version()}-dev"
+        raise BuildError(f"the headers of Python are missing ({folder}/Python.h); {remedy}")
     return folder
 
 
-def _find_ninja() -> str:
-    beside = Path(sysconfig.get_path("scripts")) / "ninja"
-    found = str(beside) if beside.is_file() else shutil.which("ninja")
-    if not found:
-        raise BuildError("ninja is not installed; pip install ninja")
-    return found
+def _find_module(name: str, missing: str) -> Path:
+    """Its file. It is not imported, only the package around it."""
+    spec = importlib.util.find_spec(name)
+    if spec is None or spec.origin is None:
+        raise BuildError(f"{name} {missing}")
+    return Path(spec.origin)
+
+
+def _find_program(names: Iterable[str], missing: str) -> str:
+    """The first of these that is there."""
+    for name in names:
+        if found := shutil.which(name):
+            return found
+    raise BuildError(missing)
 
 
 def _output(*command: str) -> str:
     ran = subprocess.run(command, capture_output=True, text=True, check=False)
     return (ran.stdout or ran.stderr).strip()
-
-
-def _first_line(*command: str) -> str:
-    return _output(*command).split("\n")[0]
 
 
 def extension_suffix() -> str:

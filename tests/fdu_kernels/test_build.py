@@ -15,6 +15,7 @@ import pytest
 
 import fdu_kernels as fk
 from fdu_kernels import build
+from fdu_kernels.calls import Kind
 from fdu_kernels.kernels.native import CudaBackend
 
 ROOT = Path(__file__).parents[2]
@@ -50,7 +51,6 @@ def small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, plan: build.Recipe) -
     )
     monkeypatch.setattr(build, "sources_folder", lambda: folder)
     monkeypatch.setattr(build, "INSTRUCTION_SETS", {"baseline": ()})
-    build.digest_of_sources.cache_clear()
     return folder
 
 
@@ -80,7 +80,6 @@ def test_no_package(monkeypatch: pytest.MonkeyPatch, plan: build.Recipe, name: s
 
 def test_no_ninja(monkeypatch: pytest.MonkeyPatch, plan: build.Recipe) -> None:
     hide(monkeypatch, "ninja")
-    monkeypatch.setattr(build.sysconfig, "get_path", lambda name: "/nowhere")
     with pytest.raises(build.BuildError, match="ninja is not installed; pip install ninja"):
         build.recipe()
 
@@ -137,13 +136,11 @@ def test_a_build_is_made_once(small: Path, capsys: pytest.CaptureFixture[str]) -
     assert build.built(build.recipe()) == first and not capsys.readouterr().err
     assert build.information_of(first)["cuda"] == build.NO_DEVICE
     (small / "memory.cpp").write_text("// changed\n")
-    build.digest_of_sources.cache_clear()
     assert build.built(build.recipe()) != first
 
 
 def test_a_broken_source_is_told_with_the_compilers_words_and_remembered(small: Path) -> None:
     (small / "memory.cpp").write_text("#error this is broken\n")
-    build.digest_of_sources.cache_clear()
     with pytest.raises(
         build.BuildError, match="(?s)build of the C.. kernels failed:.*#error this is broken.*whole log"
     ):
@@ -180,9 +177,8 @@ print(build.built(build.recipe()))
 
 def test_a_failure_of_nvcc_leaves_the_cpu_kernels(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, small: Path) -> None:
     fake_nvcc(tmp_path, "13.0", "sm_90\\n")  # which compiles nothing
-    for name in build.CUDA_SOURCES:
+    for name in (build.CUDA_MODULE, build.CUDA_KERNELS):
         (small / name).write_text("")
-    build.digest_of_sources.cache_clear()
     monkeypatch.setenv("CUDA_HOME", str(tmp_path))
     monkeypatch.setattr(build, "architectures_of_devices", lambda: ("9.0",))
     monkeypatch.setattr(build, "_installed_module", lambda architectures: None)
@@ -259,12 +255,14 @@ def test_why_the_cuda_backend_cannot_run(
     monkeypatch.setattr(torch.cuda, "device", contextlib.nullcontext)
     module = types.SimpleNamespace(BUILD=json.dumps({"cuda": "there was no nvcc"}), **attributes)
     monkeypatch.setattr(build, "load", lambda: module)
-    kernels = CudaBackend()
-    assert kernels.why_unavailable() == reason
+    backend = CudaBackend()
+    assert backend.why_unavailable() == reason
     if devices:
-        assert kernels.why_unsuitable(torch.device("cpu"), torch.float32) == (
+        kind = Kind(torch.device("cuda", 0), torch.float32, torch.float32, "exponential")
+        assert backend.why_unsuitable(kind._replace(device=torch.device("cpu"))) == (
             "it computes on CUDA devices, and the tensor is on cpu"
         )
-        assert kernels.why_unsuitable(torch.device("cuda", 0), torch.float64) == (
+        assert backend.why_unsuitable(kind._replace(dtype=torch.float64)) == (
             "it computes in float32 and does not take float64"
         )
+        assert not attributes or backend.why_unsuitable(kind) == reason
