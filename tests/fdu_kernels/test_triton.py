@@ -22,17 +22,18 @@ from packaging.version import Version
 from torch import Tensor
 
 import fdu_kernels as fk
-from fdu_kernels.backends import reference
-from fdu_kernels.backends import triton as backend
-from fdu_kernels.critic import critic_terms
-from fdu_kernels.lowering import ElementFunction, critic_functions, gaussian_profile, ratio_function
-from fdu_kernels.scalar import Scalar
+from fdu_kernels import formulas
+from fdu_kernels.calls import ExpectationCall, GaussianCall, Kind
+from fdu_kernels.critic import ElementFunction
+from fdu_kernels.divergence import Function
+from fdu_kernels.kernels import reference
+from fdu_kernels.kernels import triton as backend
+from fdu_kernels.profiles import GaussianProfile
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 REDUCTIONS = ["none", "mean", "sum"]
 NAMES = [name for name in fk.divergences() if name != "mse"]
 PROFILES = ["mse", "squared_hellinger", "pearson_chi2", "jensen_shannon", "total_variation"]
-CPU = torch.device("cpu")
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
@@ -40,9 +41,9 @@ if INTERPRETED:
     import triton
     import triton.language as tl
 
-    from fdu_kernels.backends.triton.gaussian_kernels import _origin
-    from fdu_kernels.backends.triton.layout import SHIFTED
-    from fdu_kernels.backends.triton.scalars import strided_offsets
+    from fdu_kernels.kernels.triton.gaussian_kernels import _origin
+    from fdu_kernels.kernels.triton.layout import SHIFTED
+    from fdu_kernels.kernels.triton.scalars import strided_offsets
 
     @triton.jit
     def positions(
@@ -88,12 +89,27 @@ def test_interpreted() -> None:
 def test_says_where_it_runs() -> None:
     if INTERPRETED:
         assert backend.why_unavailable() is None
-        assert backend.why_unsuitable(CPU, torch.float32) is None
+        assert backend.why_unsuitable(kind("cpu")) is None
     else:
-        reason = backend.why_unsuitable(CPU, torch.float32)
+        reason = backend.why_unsuitable(kind("cpu"))
         assert reason is not None and "CUDA" in reason
-    reason = backend.why_unsuitable(CPU, torch.float64)
-    assert reason is not None and "float64" in reason
+    for dtypes in ((torch.float64, torch.float32), (torch.float16, torch.float64)):
+        reason = backend.why_unsuitable(Kind(torch.device("cpu"), *dtypes, "table"))
+        assert reason is not None and "float64" in reason
+
+
+def kind(device: str, form: str = "exponential", dtype: torch.dtype = torch.float32) -> Kind:
+    return Kind(torch.device(device), dtype, dtype, form)
+
+
+def profile_of(name: str) -> GaussianProfile:
+    return fk.get_divergence(name).gaussian_profile
+
+
+def functions_of(name: str, parametrization: str = "log_ratio") -> tuple[ElementFunction, ElementFunction]:
+    first, second = fk.get_divergence(name).critic_functions(parametrization)
+    assert isinstance(first, ElementFunction) and isinstance(second, ElementFunction)
+    return first, second
 
 
 @pytest.fixture(autouse=True)
@@ -141,28 +157,24 @@ def check_gaussian(
     spread: float = 0.0,
 ) -> None:
     """Every kernel against the reference in float64; ``spread`` is the largest |k| s."""
-    divergence = fk.get_divergence(name)
-    profile = gaussian_profile(divergence)
-    shared = (sigma, weight, mask, distance, reduction, grad_scale, None)
-    eager = reference.gaussian_divergence_value_and_grad(pred, target, divergence, *shared)
-    wide = [doubled(argument) for argument in (pred, target, divergence, *shared)]
-    truth = reference.gaussian_divergence_value_and_grad(*wide)
-    value, grad = backend.gaussian_value_and_grad(pred, target, profile, *shared)
+    profile = profile_of(name)
+    shared = (sigma, weight, mask, distance, reduction, grad_scale)
+    call = GaussianCall(pred, target, profile, *shared)
+    wide = GaussianCall(*(doubled(argument) for argument in (pred, target, profile, *shared)))
+    eager, truth = (reference.gaussian_value_and_grad(each, None) for each in (call, wide))
+    value, grad = backend.gaussian_value_and_grad(call, None)
     margin = 2e-6 * max(1.0, spread)
     assert value.shape == eager[0].shape and value.dtype == torch.float32
     assert grad.shape == pred.shape and grad.dtype == pred.dtype
     assert_as_exact(value, truth[0], eager[0], margin)
     assert_as_exact(grad, truth[1], eager[1], margin + units(pred.dtype))
 
-    losses, coefficients = backend.gaussian_forward(pred, target, profile, sigma, weight, mask, distance)
+    losses, coefficients = backend.gaussian_forward(call)
     assert losses.shape == coefficients.shape == pred.shape[:1]
-    per_sample = reference.gaussian_divergence(*wide[:3], *wide[3:7], "none")
-    eager_losses = reference.gaussian_divergence(pred, target, divergence, sigma, weight, mask, distance, "none")
-    assert_as_exact(losses, per_sample, eager_losses, margin)
-    coefficients = coefficients * grad_scale / (len(pred) if reduction == "mean" else 1)
-    assert_as_exact(
-        backend.gaussian_backward(pred, target, mask, coefficients), truth[1], eager[1], margin + units(pred.dtype)
-    )
+    assert_as_exact(losses, reference.gaussian_forward(wide)[0], reference.gaussian_forward(call)[0], margin)
+    grad = backend.gaussian_backward(call, coefficients * grad_scale / call.divisor)
+    assert grad.dtype == pred.dtype
+    assert_as_exact(grad, truth[1], eager[1], margin + units(pred.dtype))
 
 
 class TestInterpreted:
@@ -176,28 +188,22 @@ class TestInterpreted:
         s = pred.double().square()
         divergence = fk.get_divergence(name)
         spread = 1.0 if divergence.exponential is None else max(1.0, abs(divergence.exponential[1]) * float(s.max()))
-        profile = gaussian_profile(divergence)
-        losses, coefficients = backend.gaussian_forward(pred, torch.zeros_like(pred), profile, 1.0, None, None, "mean")
+        call = GaussianCall(pred, torch.zeros_like(pred), divergence.gaussian_profile, reduction="none")
+        losses, coefficients = backend.gaussian_forward(call)
         # float32 rounds the square root, too: h moves by s h'.
         torch.testing.assert_close(losses.double(), h, rtol=4e-6 * spread, atol=0)
         torch.testing.assert_close(coefficients.double(), 2 * slope, rtol=4e-6 * spread, atol=1e-44)
-        _, grad = backend.gaussian_value_and_grad(
-            pred, torch.zeros_like(pred), profile, 1.0, None, None, "mean", "none", 1.0, None
-        )
+        _, grad = backend.gaussian_value_and_grad(call, None)
         torch.testing.assert_close(grad.double(), 2 * pred.double() * slope, rtol=4e-6 * spread, atol=1e-44)
 
     def test_golden_critics(self, variational_row: tuple[str, Tensor, Tensor, Tensor, Tensor, Tensor]) -> None:
         name, v, *columns = variational_row
-        functions = critic_functions(fk.get_divergence(name), "log_ratio")
-        assert functions is not None
-        terms = fk.get_divergence(name).critic_rows("log_ratio")
-        assert terms is not None
         narrow = v.float()
-        for function, row, value, slope in zip(functions, terms, columns[:2], columns[2:], strict=True):
+        for function, value, slope in zip(functions_of(name), columns[:2], columns[2:], strict=True):
             inside = v.abs() <= function.limit
-            actual, grad = backend.expectation_value_and_grad(narrow, function, None, None, "none", 1.0)
+            actual, grad = backend.expectation_value_and_grad(ExpectationCall(narrow, function, reduction="none"))
             for result, truth, eager in (
-                (actual, value, row.value(narrow)), (grad, slope, row.slope(narrow)),
+                (actual, value, function.first.value(narrow)), (grad, slope, function.first.slope(narrow)),
             ):  # fmt: skip
                 # v itself is rounded: by as much as A and B move with it.
                 shift = (v - narrow.double()).abs() * (truth.abs() + slope.abs())
@@ -264,21 +270,20 @@ class TestInterpreted:
 
     def test_a_gradient_keeps_the_layout_or_fills_the_buffer(self) -> None:
         pred, target = (x.to(memory_format=torch.channels_last) for x in pair(2, 4, 6, 5))
-        profile = gaussian_profile(fk.get_divergence("kl"))
-        options = (profile, 1.0, None, None, "mean", "sum", 1.0)
-        _, grad = backend.gaussian_value_and_grad(pred, target, *options, None)
+        call = GaussianCall(pred, target, profile_of("kl"), reduction="sum")
+        _, grad = backend.gaussian_value_and_grad(call, None)
         assert grad.stride() == pred.stride()
         buffer = torch.full((4, 2, 5, 12), math.nan).permute(1, 0, 3, 2)[:, :, ::2]
-        _, filled = backend.gaussian_value_and_grad(pred, target, *options, buffer)
+        _, filled = backend.gaussian_value_and_grad(call, buffer)
         assert filled is buffer and torch.equal(filled, grad)
 
     def test_more_dimensions_than_the_kernels_take(self) -> None:
         pred, target = (x[:, ::2, ::2, ::2, ::2, ::2, ::2] for x in pair(2, 4, 4, 4, 4, 4, 4))
         check_gaussian(pred, target, mask=torch.rand(2, 1, 2, 1, 2, 1, 2))
-        function = ratio_function(fk.get_divergence("kl"), "q")
-        assert function is not None
-        value, grad = backend.expectation_value_and_grad(pred, function, None, None, "sum", 1.0)
-        expected = backend.expectation_value_and_grad(pred.contiguous(), function, None, None, "sum", 1.0)
+        function = fk.get_divergence("kl").ratio_function("q")
+        value, grad = backend.expectation_value_and_grad(ExpectationCall(pred, function, reduction="sum"))
+        call = ExpectationCall(pred.contiguous(), function, reduction="sum")
+        expected = backend.expectation_value_and_grad(call)
         torch.testing.assert_close(value, expected[0])
         torch.testing.assert_close(grad, expected[1])
 
@@ -289,21 +294,15 @@ class TestInterpreted:
         divergence = fk.get_divergence(name)
         spread = 64.0 if divergence.exponential is None or divergence.exponential[1] >= 0 else 90.0
         check_gaussian(pred, torch.zeros_like(pred), name, reduction="none", spread=spread)
-        losses, _ = backend.gaussian_forward(
-            pred, torch.zeros_like(pred), gaussian_profile(divergence), 1.0, None, None, "mean"
-        )
+        losses, _ = backend.gaussian_forward(GaussianCall(pred, torch.zeros_like(pred), profile_of(name)))
         assert bool(losses[-1].isnan()) and not bool(losses[:-1].isnan().any())
 
     def test_small_distances_keep_their_digits(self) -> None:
         pred = torch.logspace(-15, 0, 40).float()
         for alpha in (0.5, 3.0, 1e-4):
-            divergence = fk.get_divergence("alpha", alpha=alpha)
-            losses, _ = backend.gaussian_forward(
-                pred, torch.zeros_like(pred), gaussian_profile(divergence), 1.0, None, None, "mean"
-            )
-            truth = reference.gaussian_divergence(
-                pred.double(), torch.zeros(40).double(), divergence, 1.0, None, None, "mean", "none"
-            )
+            profile = profile_of(f"alpha:{alpha}")
+            losses, _ = backend.gaussian_forward(GaussianCall(pred, torch.zeros_like(pred), profile))
+            truth = profile.scalar().value_at(pred.double().square())
             torch.testing.assert_close(losses.double(), truth, rtol=2e-6, atol=0)
 
     @pytest.mark.parametrize("size", [7, 40001])
@@ -312,82 +311,55 @@ class TestInterpreted:
         pred[0, 3] = math.nan
         mask = torch.ones(2, size, dtype=torch.bool)
         mask[0, 3] = False
-        profile = gaussian_profile(fk.get_divergence("kl"))
-        value, grad = backend.gaussian_value_and_grad(pred, target, profile, 1.0, None, mask, "mean", "none", 1.0, None)
+        call = GaussianCall(pred, target, profile_of("kl"), mask=mask, reduction="none")
+        value, grad = backend.gaussian_value_and_grad(call, None)
         assert value.isnan().tolist() == [True, False]
         assert bool(grad[0].isnan().all()) and not bool(grad[1].isnan().any())
 
     @pytest.mark.parametrize("size", [100, 66001])
     def test_bitwise_repeatable(self, size: int) -> None:
         pred, target = pair(3, size, dtype=torch.bfloat16)
-        profile = gaussian_profile(fk.get_divergence("jensen_shannon"))
-        options = (profile, 1.0, None, None, "mean", "mean", 1.0, None)
-        first = backend.gaussian_value_and_grad(pred, target, *options)
-        again = backend.gaussian_value_and_grad(pred.clone(), target.clone(), *options)
+        profile = profile_of("jensen_shannon")
+        first = backend.gaussian_value_and_grad(GaussianCall(pred, target, profile), None)
+        again = backend.gaussian_value_and_grad(GaussianCall(pred.clone(), target.clone(), profile), None)
         assert torch.equal(first[0], again[0]) and torch.equal(first[1], again[1])
 
     @pytest.mark.parametrize("samples_from", ["q", "p"])
     @pytest.mark.parametrize("name", NAMES)
     def test_density_ratios(self, name: str, samples_from: str) -> None:
-        divergence = fk.get_divergence(name)
-        function = ratio_function(divergence, samples_from)
-        assert function is not None
+        function = fk.get_divergence(name).ratio_function(samples_from)
         v = 4 * torch.randn(3, 35, generator=torch.Generator().manual_seed(0))
         v[0, :6] = torch.tensor([0.0, 1e-6, -1e-3, 70.0, -90.0, math.nan])
-        weight = torch.tensor([1.0, 0.0, 2.5])
-        arguments = (divergence, samples_from, weight)
         for reduction in REDUCTIONS:
-            eager = reference.density_ratio_divergence_value_and_grad(v, *arguments, reduction, 0.5)
-            truth = reference.density_ratio_divergence_value_and_grad(
-                v.double(), divergence, samples_from, weight.double(), reduction, 0.5
-            )
-            actual = backend.expectation_value_and_grad(v, function, weight, None, reduction, 0.5)
-            sizes = [weight.double()[:, None] * size for size in sizes_of_terms(function, v)]
-            for result, exact, other, size in zip(
-                actual, truth, eager, (reference.reduce(sizes[0], reduction), sizes[1]), strict=True
-            ):
-                assert_as_exact(result, exact, other, 3e-6, size)
-            torch.testing.assert_close(
-                backend.expectation(v, function, weight, None, reduction), actual[0], rtol=0, atol=0, equal_nan=True
-            )
+            check_expectation(v, function, None, reduction, weight=torch.tensor([1.0, 0.0, 2.5]))
 
     @pytest.mark.parametrize(
         ("parametrization", "reduction"), [*(("log_ratio", reduction) for reduction in REDUCTIONS), ("fgan", "mean")]
     )
     @pytest.mark.parametrize("name", NAMES)
     def test_critics(self, name: str, parametrization: str, reduction: str) -> None:
-        divergence = fk.get_divergence(name)
-        functions = critic_functions(divergence, parametrization)
-        assert functions is not None
         v = 3 * torch.randn(2, 1, 5, 7, generator=torch.Generator().manual_seed(1))
-        terms = critic_terms(divergence, parametrization)
         for mask in (None, torch.rand(5, 7) > 0.5, torch.zeros(2, 1, 1, 1)):
-            for function, term in zip(functions, terms, strict=True):
-                check_expectation(v, function, term, mask, reduction)
+            for function in functions_of(name, parametrization):
+                check_expectation(v, function, mask, reduction)
 
     @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
     @pytest.mark.parametrize("shape", [(1,), (1023,), (4096,), (9001,), (5, 2000, 1), (0,)])
     def test_expectation_sizes(self, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
-        divergence = fk.get_divergence("jensen_shannon")
-        functions = critic_functions(divergence, "log_ratio")
-        assert functions is not None
+        function, _ = functions_of("jensen_shannon")
         v = torch.randn(shape).to(dtype)
-        term = critic_terms(divergence, "log_ratio")[0]
         for reduction in REDUCTIONS:
-            check_expectation(v, functions[0], term, None, reduction)
-        check_expectation(v, functions[0], term, torch.rand(shape[-1]), "mean")
+            check_expectation(v, function, None, reduction)
+        check_expectation(v, function, torch.rand(shape[-1]), "mean")
 
     @pytest.mark.parametrize("walk", ["channels_last", "sliced"])
     def test_expectation_strides(self, walk: str) -> None:
         v = torch.randn(2, 4, 6, 6)
         v = v.to(memory_format=torch.channels_last) if walk == "channels_last" else v[:, ::2, 1:, ::2]
-        divergence = fk.get_divergence("kl")
-        functions = critic_functions(divergence, "log_ratio")
-        assert functions is not None
-        term = critic_terms(divergence, "log_ratio")[0]
+        function, _ = functions_of("kl")
         for reduction in REDUCTIONS:
-            check_expectation(v, functions[0], term, torch.rand(v.shape[-2:]), reduction)
-            check_expectation(v, functions[0], term, None, reduction)
+            check_expectation(v, function, torch.rand(v.shape[-2:]), reduction)
+            check_expectation(v, function, None, reduction)
 
     def test_positions_past_two_to_the_31(self) -> None:
         start = torch.tensor(3 * 2**31 + 5)
@@ -402,19 +374,31 @@ class TestInterpreted:
         assert origin.tolist() == [begin - begin % 8, begin % 8]
 
 
-def check_expectation(v: Tensor, function: ElementFunction, term: Scalar, mask: Tensor | None, reduction: str) -> None:
-    value, grad = backend.expectation_value_and_grad(v, function, None, mask, reduction, 2.0)
-    eager = reference._expectation_and_grad(term, v, mask, reduction, 2.0)
-    truth = reference._expectation_and_grad(term, v.double(), doubled(mask), reduction, 2.0)
+def check_expectation(
+    v: Tensor, function: Function, mask: Tensor | None, reduction: str, weight: Tensor | None = None
+) -> None:
+    """Every kernel against the reference in float64."""
+    assert isinstance(function, ElementFunction)
+    call = ExpectationCall(v, function, weight, mask, reduction, 2.0)
+    wide = ExpectationCall(v.double(), function, doubled(weight), doubled(mask), reduction, 2.0)
+    value, grad = backend.expectation_value_and_grad(call)
+    eager, truth = (reference.expectation_value_and_grad(each) for each in (call, wide))
     assert value.shape == eager[0].shape and grad.shape == v.shape and grad.dtype == v.dtype
     value_terms, grad_terms = sizes_of_terms(function, v)
-    value_terms = reference._expectation(value_terms, doubled(mask), reduction).nan_to_num()
+    factor = formulas._factor(wide, value_terms)
+    if factor is not None:
+        value_terms, grad_terms = factor * value_terms, factor * grad_terms
+    if mask is None or reduction != "mean":
+        value_terms = formulas.reduce(value_terms, reduction).nan_to_num()
+    else:
+        value_terms = value_terms.sum()
     assert_as_exact(value, truth[0], eager[0], 3e-6, value_terms)
     assert_as_exact(grad, truth[1], eager[1], 3e-6 + units(v.dtype), 2 * grad_terms)
-    assert_as_exact(backend.expectation(v, function, None, mask, reduction), truth[0], eager[0], 3e-6, value_terms)
+    assert torch.equal(backend.expectation_forward(call).nan_to_num(), value.nan_to_num())
     upstream = torch.full(v.shape if reduction == "none" else (), 2.0)
-    back = backend.expectation_backward(v, function, None, mask, reduction, upstream)
+    call.grad_scale = 1.0
+    back = backend.expectation_backward(call, upstream)
     assert_as_exact(back, truth[1], eager[1], 3e-6 + units(v.dtype), 2 * grad_terms)
     if reduction == "none":
         spread = torch.tensor(2.0).expand(v.shape)
-        assert torch.equal(backend.expectation_backward(v, function, None, mask, reduction, spread), back)
+        assert torch.equal(backend.expectation_backward(call, spread).nan_to_num(), back.nan_to_num())

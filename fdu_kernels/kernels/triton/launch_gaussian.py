@@ -213,7 +213,7 @@ def reduced(losses: Tensor, reduction: str) -> Tensor:
 
 def launching_on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     """Triton launches on the current device."""
-    if device.type == "cpu":
+    if device.type not in ("cuda", "xpu"):  # interpreted
         return contextlib.nullcontext()
     module = torch.get_device_module(device)
     return contextlib.nullcontext() if device.index == module.current_device() else module.device(device)
