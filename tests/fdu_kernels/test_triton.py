@@ -6,14 +6,16 @@ tests of this file run in a process of their own, which the one test that is col
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import importlib.util
 import math
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -28,10 +30,12 @@ from fdu_kernels.critic import ElementFunction
 from fdu_kernels.divergence import Function
 from fdu_kernels.kernels import reference
 from fdu_kernels.kernels import triton as backend
+from fdu_kernels.kernels.triton import tuning
 from fdu_kernels.profiles import GaussianProfile
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 REDUCTIONS = ["none", "mean", "sum"]
+NARROW = [torch.float16, torch.bfloat16, torch.float32]
 NAMES = [name for name in fk.divergences() if name != "mse"]
 PROFILES = ["mse", "squared_hellinger", "pearson_chi2", "jensen_shannon", "total_variation"]
 
@@ -110,6 +114,81 @@ def functions_of(name: str, parametrization: str = "log_ratio") -> tuple[Element
     first, second = fk.get_divergence(name).critic_functions(parametrization)
     assert isinstance(first, ElementFunction) and isinstance(second, ElementFunction)
     return first, second
+
+
+@pytest.fixture
+def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
+    """Sets what PyTorch was built for and which devices there are; the backend's answers are forgotten."""
+    answers = (backend._why_unavailable, backend._why_unusable, tuning.target_of)
+
+    def is_now(
+        built: str = "cuda",
+        capability: tuple[int, int] = (9, 0),
+        float64: bool = True,
+        counts: tuple[int, int] = (1, 0),
+    ) -> None:
+        for answer in answers:
+            answer.cache_clear()
+        for name in ("cuda", "hip", "xpu"):
+            monkeypatch.setattr(torch.version, name, "1.0" if name == built else None)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: counts[0])
+        monkeypatch.setattr(torch.xpu, "device_count", lambda: counts[1])
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
+        warps = SimpleNamespace(warp_size=64)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: warps)
+        monkeypatch.setattr(torch.xpu, "get_device_properties", lambda index: SimpleNamespace(has_fp64=float64))
+
+    yield is_now
+    for answer in answers:
+        answer.cache_clear()
+
+
+def test_takes_a_gpu_by_what_it_is(device: Callable[..., None]) -> None:
+    device(capability=(7, 5))
+    assert "7.5, below 8.0" in str(backend.why_unsuitable(kind("cuda:0")))
+    assert "7.5, below 8.0" in str(backend._why_unavailable(False))
+    device(capability=(8, 0))
+    assert backend.why_unsuitable(kind("cuda:0")) is None and backend._why_unavailable(False) is None
+    # What ROCm calls a capability is that of another numbering.
+    device("hip", capability=(1, 0))
+    assert backend.why_unsuitable(kind("cuda:0", "table")) is None and backend._why_unavailable(False) is None
+    device("xpu", counts=(0, 1))
+    assert backend.why_unsuitable(kind("xpu:0", "table")) is None and backend._why_unavailable(False) is None
+    device("xpu", float64=False, counts=(0, 1))
+    assert "float64" in str(backend.why_unsuitable(kind("xpu:0", "table")))
+    assert backend.why_unsuitable(kind("xpu:0")) is None and backend.why_unsuitable(kind("xpu:0", "critic")) is None
+    assert backend._why_unavailable(False) is None
+    for built, reason in (("cuda", "no CUDA, ROCm or Intel GPU"), ("", "built without CUDA, ROCm and XPU")):
+        device(built, counts=(0, 0))
+        assert reason in str(backend._why_unavailable(False))
+    assert "not on mps" in str(backend.why_unsuitable(kind("mps:0")))
+    assert INTERPRETED or "not on cpu" in str(backend.why_unsuitable(kind("cpu")))
+
+
+def test_launches_as_many_threads_on_every_gpu(device: Callable[..., None]) -> None:
+    device()
+    assert tuning.target_of(torch.device("cuda:0")).options(32, 64) == {"num_warps": 32, "maxnreg": 64}
+    device("hip")
+    assert [tuning.target_of(torch.device("cuda:0")).options(warps, 128) for warps in (1, 4, 32)] == [
+        {"num_warps": warps} for warps in (1, 2, 16)
+    ]
+    device("xpu")
+    assert tuning.target_of(torch.device("xpu:0")).options(8, 128) == {"num_warps": 8}
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+@pytest.mark.parametrize("name", ["cuda", "xpu"])
+def test_launches_on_the_device_of_the_tensors(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from fdu_kernels.kernels.triton.launch_gaussian import launching_on
+
+    entered: list[torch.device] = []
+    module = getattr(torch, name)
+    monkeypatch.setattr(module, "current_device", lambda: 0)
+    monkeypatch.setattr(module, "device", lambda device: entered.append(device) or contextlib.nullcontext())
+    for index in (0, 1):
+        with launching_on(torch.device(name, index)):
+            pass
+    assert entered == [torch.device(name, 1)]
 
 
 @pytest.fixture(autouse=True)
@@ -217,7 +296,7 @@ class TestInterpreted:
     def test_shapes(self, name: str, shape: tuple[int, ...]) -> None:
         check_gaussian(*pair(*shape), name, spread=20)
 
-    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+    @pytest.mark.parametrize("dtype", NARROW)
     @pytest.mark.parametrize("size", [40000, 40001, 66001])
     def test_split_samples(self, dtype: torch.dtype, size: int) -> None:
         pred, target = pair(2, size, dtype=dtype)
@@ -226,6 +305,22 @@ class TestInterpreted:
         mask = torch.rand(2, size)
         mask[1] = 0
         check_gaussian(pred, target, mask=mask, weight=torch.tensor([0.5, 2.0]).double())
+
+    @pytest.mark.parametrize("of_target", NARROW)
+    @pytest.mark.parametrize("of_pred", NARROW)
+    def test_pairs_of_dtypes(self, of_pred: torch.dtype, of_target: torch.dtype) -> None:
+        # On chip, aligned and not; in parts, of which the second sample is shifted; and layouts of their own.
+        for shape in ((2, 3, 16), (3, 37), (2, 40001)):
+            pred, target = pair(*shape)
+            mask = torch.rand(shape[-1]) > 0.3
+            check_gaussian(pred.to(of_pred), target.to(of_target), mask=mask, weight=torch.rand(shape[0]))
+        pred, target = pair(2, 4, 6, 8)
+        pred, target = pred.to(of_pred), target.to(of_target, memory_format=torch.channels_last)
+        check_gaussian(pred, target, "jensen_shannon")
+        check_gaussian(pred[..., ::2], target[..., ::2], "jensen_shannon")
+        # Samples whose distance is a multiple of 16 bytes for one of the two only.
+        pred, target = pair(2, 44)
+        check_gaussian(pred.to(of_pred)[:, :40], target.to(of_target)[:, :40], "pearson_chi2", spread=10)
 
     @pytest.mark.parametrize("reduction", REDUCTIONS)
     @pytest.mark.parametrize("distance", ["mean", "sum"])
@@ -343,7 +438,7 @@ class TestInterpreted:
             for function in functions_of(name, parametrization):
                 check_expectation(v, function, mask, reduction)
 
-    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+    @pytest.mark.parametrize("dtype", NARROW)
     @pytest.mark.parametrize("shape", [(1,), (1023,), (4096,), (9001,), (5, 2000, 1), (0,)])
     def test_expectation_sizes(self, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
         function, _ = functions_of("jensen_shannon")

@@ -43,9 +43,14 @@ BUDGET = {
     "gaussian_gradient": {8: 96},
     "gaussian_finish": {4: 64},
     "expectation_kernel": {4: 128},
-    "expectation_total": {4: 40},
+    "expectation_total": {8: 64},
 }
 """Registers a thread by kernel and threads / 32. 64 is all that a program of 32 warps has, 128 of 16."""
+AMD_BUDGET = {**BUDGET, "gaussian_on_chip": {**BUDGET["gaussian_on_chip"], 32: 128}, "expectation_kernel": {4: 144}}
+"""There it is twice as much."""
+AMD_LANES = {"expectation_kernel": 110}
+"""Scalars, of which the kernel has more than there are scalar registers, that the compiler keeps in lanes of a vector
+register; they are not written to memory."""
 WIDE = {
     "cuda": {"load": r"ld\.global\S*\.v4\.b32\b", "store": r"st\.global\S*\.v4\.b32\b"},
     "hip": {kind: rf"(?:global|buffer)_{kind}_dwordx4\b" for kind in ("load", "store")},
@@ -170,13 +175,12 @@ class Recorder:
 @pytest.fixture
 def launches(monkeypatch: pytest.MonkeyPatch) -> list[Launch]:
     """The launches of the calls of a test."""
-    from fdu_kernels.kernels.triton import launch_expectation, launch_gaussian
+    from fdu_kernels.kernels.triton import expectation_kernels, gaussian_kernels
 
     recorded: list[Launch] = []
-    for module in (launch_gaussian, launch_expectation):
-        for name in BUDGET:
-            if hasattr(module, name):
-                monkeypatch.setattr(module, name, Recorder(getattr(module, name), recorded))
+    for name in BUDGET:
+        module = gaussian_kernels if name.startswith("gaussian") else expectation_kernels
+        monkeypatch.setattr(module, name, Recorder(getattr(module, name), recorded))
     return recorded
 
 
@@ -192,12 +196,17 @@ def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def resources(compiled: Any, gpu: str, folder: Path) -> tuple[int, int]:
+def resources(launch: Launch, gpu: str, folder: Path) -> tuple[int, int]:
     """Registers a thread, and what is spilled or on a stack."""
+    compiled = launch.compiled(gpu)
     if GPUS[gpu][0] == "hip":
-        found = {key: int(number) for key, number in re.findall(r"^ *\.(\w+): +(\d+)$", compiled.asm["amdgcn"], re.M)}
-        spills = ("vgpr_spill_count", "sgpr_spill_count", "private_segment_fixed_size")
-        return found["vgpr_count"] + found["agpr_count"], sum(found[spill] for spill in spills)
+        found = {
+            key: int(number) for key, number in re.findall(r"^[ -]*\.(\w+): +(\d+)$", compiled.asm["amdgcn"], re.M)
+        }
+        assert found["sgpr_spill_count"] <= AMD_LANES.get(launch.name, 0), (launch.name, gpu, found)
+        return found["vgpr_count"] + found["agpr_count"], found["vgpr_spill_count"] + found[
+            "private_segment_fixed_size"
+        ]
     cubin = folder / "kernel.cubin"
     cubin.write_bytes(compiled.asm["cubin"])
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -213,13 +222,12 @@ def check(launch: Launch, gpu: str, folder: Path) -> str:
     maker, _, warp_size = GPUS[gpu]
     threads = launch.options["num_warps"] * warp_size
     assert threads <= 1024 and ("maxnreg" not in launch.options or maker == "cuda")
-    compiled = launch.compiled(gpu)
-    registers, spilled = resources(compiled, gpu, folder)
-    if "FDU_REGISTERS" in os.environ:
-        print("REGISTERS", gpu, launch.name, threads, registers, spilled)
+    registers, spilled = resources(launch, gpu, folder)
+    print("REGISTERS", gpu, launch.name, threads, registers)  # seen with -s
     assert spilled == 0, (launch.name, gpu, spilled)
-    assert registers <= BUDGET[launch.name][threads // 32], (launch.name, threads, gpu, registers)
-    return str(compiled.asm["ptx" if maker == "cuda" else "amdgcn"])
+    budget = BUDGET if maker == "cuda" else AMD_BUDGET
+    assert registers <= budget[launch.name][threads // 32], (launch.name, threads, gpu, registers)
+    return str(launch.compiled(gpu).asm["ptx" if maker == "cuda" else "amdgcn"])
 
 
 def check_width(assembly: str, gpu: str, loads: int, stores: int, narrow: int) -> None:
@@ -264,7 +272,7 @@ def test_on_chip(launches: list[Launch], dtype: torch.dtype, gpu: str, tmp_path:
     for launch in launches:
         assembly = check(launch, gpu, tmp_path)
         # Besides: the loss, and sigma, weight, scale.
-        check_width(assembly, gpu, *((2, 1, 4) if launch.arguments[0].numel() > 512 else (0, 0, 4)))
+        check_width(assembly, gpu, *((2, 1, 4) if launch.arguments[0][0].numel() > 512 else (0, 0, 4)))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
@@ -336,7 +344,24 @@ def test_expectation(launches: list[Launch], dtype: torch.dtype, gpu: str, tmp_p
     for i, launch in enumerate(launches):
         assembly = check(launch, gpu, tmp_path)
         if i < odd and launch.name == "expectation_kernel":
-            check_width(assembly, gpu, 1, 0 if launch.arguments[2] is None else 1, 8)
+            check_width(assembly, gpu, 1, 0 if launch.arguments[0][2] is None else 1, 8)
+
+
+@pytest.mark.parametrize("dtypes", [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)], ids=str)
+def test_pairs_of_dtypes(launches: list[Launch], dtypes: tuple[torch.dtype, ...], gpu: str, tmp_path: Path) -> None:
+    for size in (4096, 16384, 2**18):
+        pred, target = (meta(2, size, dtype=dtype) for dtype in dtypes)
+        record(pred, target=target)
+    odd = len(launches)
+    pred, target = (meta(2, 4, 255, 255, dtype=dtype) for dtype in dtypes)
+    record(pred, target=target, mask=meta(2, 1, 255, 255, dtype=torch.bool))
+    pred, target = (meta(2, 4, 64, 64, dtype=dtype) for dtype in dtypes)
+    record(pred, "table", target=target.to(memory_format=torch.channels_last))
+    for i, launch in enumerate(launches):
+        assembly = check(launch, gpu, tmp_path)
+        if i < odd and launch.name != "gaussian_finish":
+            # bfloat16 in 16 bytes, float32 beside it in twice as many.
+            check_width(assembly, gpu, 3, 0 if launch.name == "gaussian_distance" else 1, 6)
 
 
 def test_no_divergence_and_no_number_compiles_anew(launches: list[Launch], sm_90: str) -> None:

@@ -62,9 +62,7 @@ def _why_unavailable(interpreted: bool) -> str | None:
     if interpreted:
         return None
     counts = {"cuda": torch.cuda.device_count(), "xpu": torch.xpu.device_count()}
-    reasons = [
-        _why_unusable(kind, index, "exponential") for kind, count in counts.items() for index in range(count)
-    ]
+    reasons = [_why_unusable(kind, index, "exponential") for kind, count in counts.items() for index in range(count)]
     if not reasons:
         built = torch.version.cuda or torch.version.hip or torch.version.xpu
         return "no CUDA, ROCm or Intel GPU" if built else "this PyTorch is built without CUDA, ROCm and XPU"

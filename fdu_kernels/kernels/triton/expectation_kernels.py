@@ -135,7 +135,7 @@ def expectation_kernel(
 ) -> None:  # fmt: skip
     """Of values (every element's), grad and partials (sums) those that are not None; a single partial is final.
 
-    tensors: v, values, grad, and by what an element's value (weight or mask) and its gradient (upstream) are multiplied.
+    tensors: v, values, grad, what both are multiplied by (a weight or mask), and what the gradient is (upstream).
     over: see _divisor. scale: a tensor and a number. function: rows, limit and kind of an ElementFunction.
     """
     v, values, grad, factor, upstream = tensors

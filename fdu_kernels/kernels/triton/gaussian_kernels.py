@@ -3,9 +3,9 @@
 A sample is walked over from an origin, which SHIFTED alignment moves down to a 16-byte boundary: its elements are the
 positions lead ... lead + size - 1 from there. Positions outside are guarded, and all blocks inside are not.
 
-What the kernels have in common: ``tensors`` and ``strides`` are those of pred, target, grad and mask, of which the last
-two may be None; ``numbers`` are (sigma, its stride, weight, table, profile, count, sigma_squared); ``scale`` are a tensor,
-a number and a divisor, by which gradients are multiplied.
+``tensors`` are pred, target, grad and mask, the last two of which may be None; ``numbers`` are sigma, its stride,
+weight, table, profile, count and sigma^2; ``scale`` is a tensor, a number and a divisor: what gradients are multiplied
+by; ``walk`` is (tensors, where each begins, sizes, strides).
 """
 
 from __future__ import annotations
@@ -20,9 +20,7 @@ VARYING = ["size", "pred_batch", "target_batch", "grad_batch", "mask_batch", "co
 
 
 @triton.jit
-def _origin(
-    sample: tl.tensor, stride: tl.tensor, ALIGN: tl.constexpr, VECTOR: tl.constexpr
-) -> tuple[tl.tensor, tl.tensor]:
+def _origin(sample: tl.tensor, stride: tl.tensor, ALIGN: tl.constexpr, VECTOR: tl.constexpr) -> tl.tuple:
     """Where the walk over a sample begins, and how many positions later the sample does; int64."""
     origin = sample.to(tl.int64) * stride
     lead = origin - origin
@@ -38,7 +36,7 @@ def _origin(
 def _begin(
     sample: tl.tensor, size: tl.tensor, pred_batch: tl.tensor, target_batch: tl.tensor, grad_batch: tl.tensor,
     mask_batch: tl.tensor, DIMS: tl.constexpr, ALIGN: tl.constexpr, VECTOR: tl.constexpr, MASK_VECTOR: tl.constexpr,
-) -> tuple[tl.tuple, tl.tensor, tl.tensor]:  # fmt: skip
+) -> tl.tuple:  # fmt: skip
     """(Origins of pred, target, grad and mask, and how many positions later than the others the mask's is); the first
     position of the sample, and the one past its last."""
     pred, lead = _origin(sample, pred_batch, ALIGN, VECTOR)
@@ -56,29 +54,35 @@ def _begin(
 
 
 @triton.jit
+def _pointers(
+    walk: tl.tuple, TENSOR: tl.constexpr, start: tl.tensor, BLOCK: tl.constexpr, LINEAR: tl.constexpr,
+    DIMS: tl.constexpr, WIDE: tl.constexpr,
+) -> tl.tensor:  # fmt: skip
+    """To a block of one of the tensors."""
+    tensors, begin, sizes, strides = walk
+    return addresses(tensors[TENSOR], begin[TENSOR], start, sizes, strides[TENSOR], BLOCK, LINEAR, DIMS, WIDE)
+
+
+@triton.jit
 def _difference(
-    tensors: tl.tuple, begin: tl.tuple, start: tl.tensor, valid: tl.tensor, sizes: tl.tuple, strides: tl.tuple,
-    BLOCK: tl.constexpr, LINEAR: tl.constexpr, DIMS: tl.constexpr, WIDE: tl.constexpr,
+    walk: tl.tuple, start: tl.tensor, valid: tl.tensor, BLOCK: tl.constexpr, LINEAR: tl.constexpr,
+    DIMS: tl.constexpr, WIDE: tl.constexpr,
 ) -> tl.tensor:  # fmt: skip
     """pred - target of a block."""
-    pred = load(addresses(tensors[0], begin[0], start, sizes, strides[0], BLOCK, LINEAR, DIMS, WIDE), valid)
-    return pred - load(addresses(tensors[1], begin[1], start, sizes, strides[1], BLOCK, LINEAR, DIMS, WIDE), valid)
+    pred = load(_pointers(walk, 0, start, BLOCK, LINEAR, DIMS, WIDE), valid)
+    return pred - load(_pointers(walk, 1, start, BLOCK, LINEAR, DIMS, WIDE), valid)
 
 
 @triton.jit
 def _factor(
-    tensors: tl.tuple, begin: tl.tuple, start: tl.tensor, valid: tl.tensor, sizes: tl.tuple, strides: tl.tuple,
-    BLOCK: tl.constexpr, DIMS: tl.constexpr, WIDE: tl.constexpr,
-) -> tl.tensor:  # fmt: skip
+    walk: tl.tuple, start: tl.tensor, valid: tl.tensor, BLOCK: tl.constexpr, DIMS: tl.constexpr, WIDE: tl.constexpr
+) -> tl.tensor:
     """The mask of a block."""
-    at = start - begin[4]
-    return load(addresses(tensors[3], begin[3], at, sizes, strides[3], BLOCK, DIMS == 0, DIMS, WIDE), valid)
+    return load(_pointers(walk, 3, start - walk[1][4], BLOCK, DIMS == 0, DIMS, WIDE), valid)
 
 
 @triton.jit
-def _finish(
-    total: tl.tensor, mask_total: tl.tensor, sample: tl.tensor, numbers: tl.tuple
-) -> tuple[tl.tensor, tl.tensor]:
+def _finish(total: tl.tensor, mask_total: tl.tensor, sample: tl.tensor, numbers: tl.tuple) -> tl.tuple:
     """The loss of a sample, and what its masked differences are to be multiplied by."""
     sigma, sigma_stride, weight, table, profile, count, sigma_squared = numbers
     divisor = tl.full([], 0.0, tl.float32) + count
@@ -102,7 +106,7 @@ def _finish(
 @triton.jit
 def _finish_partials(
     partials: tl.tuple, sample: tl.tensor, parts: tl.tensor, numbers: tl.tuple, PARTIALS: tl.constexpr
-) -> tuple[tl.tensor, tl.tensor]:
+) -> tl.tuple:
     """The same from partial sums."""
     mask_total = None
     if partials[1] is not None:
@@ -139,37 +143,35 @@ def gaussian_on_chip(
     begin, lead, end = _begin(
         sample, size, pred_batch, target_batch, grad_batch, mask_batch, DIMS, ALIGN, VECTOR, MASK_VECTOR
     )
+    walk = (tensors, begin, sizes, strides)
     lane = tl.arange(0, BLOCK)
     valid = lane < end
     if ALIGN == SHIFTED:
         valid = valid & (lane >= lead)
     start = lead - lead
-    difference = _difference(tensors, begin, start, valid, sizes, strides, BLOCK, LINEAR, DIMS, False)
+    difference = _difference(walk, start, valid, BLOCK, LINEAR, DIMS, False)
     masked, mask_total = difference, None
     if tensors[3] is not None:
-        factor = _factor(tensors, begin, start, valid, sizes, strides, BLOCK, DIMS, False)
+        factor = _factor(walk, start, valid, BLOCK, DIMS, False)
         masked, mask_total = factor * difference, tl.sum(factor)
     loss, coefficient = _finish(tl.sum(masked * difference), mask_total, sample, numbers)
     tl.store(losses + sample, loss)
-    pointers = addresses(tensors[2], begin[2], start, sizes, strides[2], BLOCK, LINEAR, DIMS, False)
-    store(pointers, _scaled(coefficient, scale) * masked, valid)
+    store(_pointers(walk, 2, start, BLOCK, LINEAR, DIMS, False), _scaled(coefficient, scale) * masked, valid)
 
 
 @triton.jit
 def _add(
-    sums: tl.tuple, tensors: tl.tuple, begin: tl.tuple, start: tl.tensor, valid: tl.tensor, sizes: tl.tuple,
-    strides: tl.tuple, BLOCK: tl.constexpr, LINEAR: tl.constexpr, DIMS: tl.constexpr, WIDE: tl.constexpr,
-) -> tuple[tl.tensor, tl.tensor]:  # fmt: skip
+    sums: tl.tuple, walk: tl.tuple, start: tl.tensor, valid: tl.tensor, BLOCK: tl.constexpr, LINEAR: tl.constexpr,
+    DIMS: tl.constexpr, WIDE: tl.constexpr,
+) -> tl.tuple:  # fmt: skip
     """The sums of squares and of the mask, with a block added."""
-    squares, mask_sums = sums
-    difference = _difference(tensors, begin, start, valid, sizes, strides, BLOCK, LINEAR, DIMS, WIDE)
-    if tensors[3] is not None:
-        factor = _factor(tensors, begin, start, valid, sizes, strides, BLOCK, DIMS, WIDE)
+    difference = _difference(walk, start, valid, BLOCK, LINEAR, DIMS, WIDE)
+    masked, mask_sums = difference, sums[1]
+    if walk[0][3] is not None:
+        factor = _factor(walk, start, valid, BLOCK, DIMS, WIDE)
+        masked = factor * difference
         mask_sums += factor
-        squares += factor * difference * difference
-    else:
-        squares += difference * difference
-    return squares, mask_sums
+    return sums[0] + masked * difference, mask_sums
 
 
 @triton.jit(do_not_specialize=VARYING)
@@ -182,9 +184,10 @@ def gaussian_distance(
     """Partial sums of parts of samples; without ``partials`` a part is a sample: its loss and coefficient at once."""
     program = tl.program_id(0)
     sample, part = program // parts, program % parts
-    begin, lead, end = _begin(
+    begin, lead, end = _begin(  # without a gradient
         sample, size, pred_batch, target_batch, pred_batch, mask_batch, DIMS, ALIGN, VECTOR, MASK_VECTOR
     )
+    walk = (tensors, begin, sizes, strides)
     lane = tl.arange(0, BLOCK)
     sums = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
     first = part.to(tl.int64) * blocks
@@ -192,10 +195,10 @@ def gaussian_distance(
     for block in range(first, last):
         start = block * BLOCK
         if (start >= lead) & (start + BLOCK <= end):
-            sums = _add(sums, tensors, begin, start, None, sizes, strides, BLOCK, LINEAR, DIMS, WIDE)
+            sums = _add(sums, walk, start, None, BLOCK, LINEAR, DIMS, WIDE)
         else:
             valid = (start + lane >= lead) & (start + lane < end)
-            sums = _add(sums, tensors, begin, start, valid, sizes, strides, BLOCK, LINEAR, DIMS, WIDE)
+            sums = _add(sums, walk, start, valid, BLOCK, LINEAR, DIMS, WIDE)
     total, mask_total = tl.sum(sums[0]), None
     if tensors[3] is not None:
         mask_total = tl.sum(sums[1])
@@ -223,15 +226,14 @@ def gaussian_finish(
 
 @triton.jit
 def _write(
-    coefficient: tl.tensor, tensors: tl.tuple, begin: tl.tuple, start: tl.tensor, valid: tl.tensor, sizes: tl.tuple,
-    strides: tl.tuple, BLOCK: tl.constexpr, LINEAR: tl.constexpr, DIMS: tl.constexpr, WIDE: tl.constexpr,
+    coefficient: tl.tensor, walk: tl.tuple, start: tl.tensor, valid: tl.tensor, BLOCK: tl.constexpr,
+    LINEAR: tl.constexpr, DIMS: tl.constexpr, WIDE: tl.constexpr,
 ) -> None:  # fmt: skip
     """The gradient of a block."""
-    difference = _difference(tensors, begin, start, valid, sizes, strides, BLOCK, LINEAR, DIMS, WIDE)
-    if tensors[3] is not None:
-        difference *= _factor(tensors, begin, start, valid, sizes, strides, BLOCK, DIMS, WIDE)
-    pointers = addresses(tensors[2], begin[2], start, sizes, strides[2], BLOCK, LINEAR, DIMS, WIDE)
-    store(pointers, coefficient * difference, valid)
+    difference = _difference(walk, start, valid, BLOCK, LINEAR, DIMS, WIDE)
+    if walk[0][3] is not None:
+        difference *= _factor(walk, start, valid, BLOCK, DIMS, WIDE)
+    store(_pointers(walk, 2, start, BLOCK, LINEAR, DIMS, WIDE), coefficient * difference, valid)
 
 
 @triton.jit(do_not_specialize=VARYING)
@@ -257,13 +259,14 @@ def gaussian_gradient(
     begin, lead, end = _begin(
         sample, size, pred_batch, target_batch, grad_batch, mask_batch, DIMS, ALIGN, VECTOR, MASK_VECTOR
     )
+    walk = (tensors, begin, sizes, strides)
     lane = tl.arange(0, BLOCK)
     first = part.to(tl.int64) * blocks
     last = tl.minimum(first + blocks, (end + BLOCK - 1) // BLOCK)
     for step in range(first, last):
         start = (first + last - 1 - step) * BLOCK
         if (start >= lead) & (start + BLOCK <= end):
-            _write(coefficient, tensors, begin, start, None, sizes, strides, BLOCK, LINEAR, DIMS, WIDE)
+            _write(coefficient, walk, start, None, BLOCK, LINEAR, DIMS, WIDE)
         else:
             valid = (start + lane >= lead) & (start + lane < end)
-            _write(coefficient, tensors, begin, start, valid, sizes, strides, BLOCK, LINEAR, DIMS, WIDE)
+            _write(coefficient, walk, start, valid, BLOCK, LINEAR, DIMS, WIDE)

@@ -14,96 +14,80 @@ from torch import Tensor
 
 from fdu_kernels.calls import ExpectationCall
 from fdu_kernels.critic import CriticRow, ElementFunction
-from fdu_kernels.kernels.triton import tuning
-from fdu_kernels.kernels.triton.expectation_kernels import expectation_kernel, expectation_total
+from fdu_kernels.kernels.triton import expectation_kernels, tuning
 from fdu_kernels.kernels.triton.launch_gaussian import launching_on, scale_on
 from fdu_kernels.kernels.triton.layout import ALIGNED, UNALIGNED, broadcast_strides, collapse
 
 
 def expectation_forward(call: ExpectationCall) -> Tensor:
     """See Backend.expectation_forward."""
-    values = torch.empty_like(call.v, dtype=torch.float32) if call.reduction == "none" else None
-    return _run(call, values, None)
+    value, _ = _run(call, gradient=False)
+    assert value is not None
+    return value
 
 
 def expectation_backward(call: ExpectationCall, upstream: Tensor) -> Tensor:
     """See Backend.expectation_backward."""
-    grad = torch.empty_like(call.v)
-    if call.reduction == "none":
-        _run(call, None, grad, 1.0, upstream, summed=False)
-    else:
-        _run(call, None, grad, upstream, summed=False)
+    each = call.reduction == "none"
+    _, grad = _run(call, 1.0 if each else upstream, upstream if each else None, value=False)
+    assert grad is not None
     return grad
 
 
 def expectation_value_and_grad(call: ExpectationCall) -> tuple[Tensor, Tensor]:
     """See Backend.expectation_value_and_grad."""
-    values = torch.empty_like(call.v, dtype=torch.float32) if call.reduction == "none" else None
-    grad = torch.empty_like(call.v)
-    return _run(call, values, grad, call.grad_scale), grad
+    value, grad = _run(call, call.grad_scale)
+    assert value is not None and grad is not None
+    return value, grad
 
 
 def _run(
-    call: ExpectationCall, values: Tensor | None, grad: Tensor | None, grad_scale: float | Tensor = 1.0,
-    upstream: Tensor | None = None, summed: bool = True,
-) -> Tensor:  # fmt: skip
-    """Fill values and grad. The values if there are any, else the reduced value, if summed."""
+    call: ExpectationCall, grad_scale: float | Tensor = 1.0, upstream: Tensor | None = None, value: bool = True,
+    gradient: bool = True,
+) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
+    """The value and the gradient, or None where not asked for; ``upstream``: every element's, besides grad_scale."""
     v, mask, shape, size = call.v, call.mask, tuple(call.v.shape), call.v.numel()
-    over: tuple[Tensor | None, float, float] = (None, 1.0, float(size) if call.reduction == "mean" else 1.0)
-    if call.reduction == "mean" and mask is not None:
-        over = (mask.sum(dtype=torch.float32), size / max(mask.numel(), 1), 1.0)
+    values = torch.empty_like(v, dtype=torch.float32) if value and call.reduction == "none" else None
+    grad = torch.empty_like(v) if gradient else None
     factor, factor_strides = mask, None if mask is None else broadcast_strides(mask, shape)
     if call.weight is not None:
         factor, factor_strides = call.weight, (call.weight.stride(0), *[0] * (v.ndim - 1))
-
     data = tuple(tensor.stride() for tensor in (v, values, grad) if tensor is not None)
     others = () if factor_strides is None else (factor_strides,)
     layout = collapse(shape, data, others if upstream is None else (*others, upstream.stride()))
-    if layout is None:
-        return _run_on_copies(call, values, grad, grad_scale, upstream, summed)
+    if layout is None:  # more than MAX_DIMS dimensions
+        mask = None if mask is None else mask.expand(shape).contiguous()
+        copy = ExpectationCall(v.contiguous(), call.function, call.weight, mask, call.reduction)
+        return _run(copy, grad_scale, None if upstream is None else upstream.contiguous(), value, gradient)
+
+    over: tuple[Tensor | None, float, float] = (None, 1.0, float(size) if call.reduction == "mean" else 1.0)
+    if call.reduction == "mean" and mask is not None:
+        over = (mask.sum(dtype=torch.float32), size / max(mask.numel(), 1), 1.0)
     tensors = (v, values, grad, factor, upstream)
     own = iter(layout.strides)
     strides = tuple(() if tensor is None else next(own) for tensor in tensors)
     vector = 16 // v.element_size()
     align = ALIGNED if layout.linear and size % vector == 0 else UNALIGNED
     split, target = tuning.expectation(size), tuning.target_of(v.device)
-    partials = v.new_empty(split.parts, dtype=torch.float32) if summed and values is None else None
+    partials = v.new_empty(split.parts, dtype=torch.float32) if value and values is None else None
     scale = (None, None) if grad is None else scale_on(grad_scale, v.device)
     function = call.function
     assert isinstance(function, ElementFunction), "why_unsuitable refuses Python code"
     with launching_on(v.device):
-        expectation_kernel[(split.parts,)](
+        expectation_kernels.expectation_kernel[(split.parts,)](
             tensors, strides, partials, over, scale, (*_rows(function), float(function.limit), float(function.slope)),
             size, layout.sizes, split.blocks, split.block, layout.linear, layout.dims, align, vector, layout.wide,
             **target.options(split.warps, tuning.EXPECTATION_REGISTERS),
         )  # fmt: skip
         if partials is None:
-            return v.new_empty(0, dtype=torch.float32) if values is None else values
+            return values, grad
         if split.parts == 1:
-            return partials.reshape(())
+            return partials.reshape(()), grad
         result = v.new_empty((), dtype=torch.float32)
-        expectation_total[(1,)](
+        expectation_kernels.expectation_total[(1,)](
             partials, result, over, split.parts, tuning.TOTAL_BLOCK, **target.options(tuning.TOTAL_WARPS)
         )
-    return result
-
-
-def _run_on_copies(
-    call: ExpectationCall, values: Tensor | None, grad: Tensor | None, grad_scale: float | Tensor,
-    upstream: Tensor | None, summed: bool,
-) -> Tensor:  # fmt: skip
-    """For strides that need more than MAX_DIMS dimensions."""
-    mask = None if call.mask is None else call.mask.expand(call.v.shape).contiguous()
-    copy = ExpectationCall(call.v.contiguous(), call.function, call.weight, mask, call.reduction)
-    own_values, own_grad = (
-        None if tensor is None else torch.empty_like(tensor, memory_format=torch.contiguous_format)
-        for tensor in (values, grad)
-    )
-    upstream = None if upstream is None else upstream.contiguous()
-    result = _run(copy, own_values, own_grad, grad_scale, upstream, summed)
-    if grad is not None and own_grad is not None:
-        grad.copy_(own_grad)
-    return result if values is None else values.copy_(result)
+    return result, grad
 
 
 @functools.lru_cache(maxsize=1024)

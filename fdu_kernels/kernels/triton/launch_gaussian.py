@@ -13,20 +13,12 @@ import torch
 from torch import Tensor
 
 from fdu_kernels.calls import GaussianCall
-from fdu_kernels.kernels.triton import tuning
-from fdu_kernels.kernels.triton.gaussian_kernels import (
-    gaussian_distance,
-    gaussian_finish,
-    gaussian_gradient,
-    gaussian_on_chip,
-)
+from fdu_kernels.kernels.triton import gaussian_kernels, tuning
 from fdu_kernels.kernels.triton.layout import ALIGNED, SHIFTED, Layout, alignment, broadcast_strides, collapse
 from fdu_kernels.kernels.triton.tuning import Split
 
 Partials = tuple[Tensor | None, Tensor | None]
-NO_PARTIALS = (None, None)
-NO_NUMBERS = (None,) * 7
-NO_SCALE = (None,) * 3
+NO_PARTIALS, NO_NUMBERS, NO_SCALE = (None,) * 2, (None,) * 7, (None,) * 3
 
 
 def gaussian_forward(call: GaussianCall) -> tuple[Tensor, Tensor]:
@@ -41,7 +33,7 @@ def gaussian_forward(call: GaussianCall) -> tuple[Tensor, Tensor]:
         else:
             partials = samples.workspace(split)
             _sum_squares(samples, split, partials)
-            gaussian_finish[(samples.batch,)](
+            gaussian_kernels.gaussian_finish[(samples.batch,)](
                 partials, losses, coefficients, numbers, split.parts, tuning.PARTIALS_BLOCK,
                 **samples.target.options(tuning.FINISH_WARPS),
             )  # fmt: skip
@@ -69,7 +61,7 @@ def gaussian_value_and_grad(call: GaussianCall, grad_out: Tensor | None) -> tupl
     with launching_on(pred.device):
         if fitting is not None:
             block, warps = fitting
-            gaussian_on_chip[(samples.batch,)](
+            gaussian_kernels.gaussian_on_chip[(samples.batch,)](
                 samples.tensors, losses, numbers, scale, samples.size, *samples.batches, samples.layout.sizes,
                 samples.strides, block, *samples.variant,
                 **samples.target.options(warps, tuning.ON_CHIP_REGISTERS[warps]),
@@ -86,7 +78,7 @@ class _Samples:
     """The tensors of one call as the kernels take them; copied where their strides need too many dimensions."""
 
     def __init__(self, call: GaussianCall, grad: Tensor | None) -> None:
-        data = (call.pred, call.target) if grad is None else (call.pred, call.target, grad)
+        data = tuple(tensor for tensor in (call.pred, call.target, grad) if tensor is not None)
         shape, mask = tuple(call.pred.shape), call.mask
         mask_strides = () if mask is None else broadcast_strides(mask, shape)
         layout = _collapsed(shape, data, mask_strides)
@@ -149,7 +141,7 @@ def _sum_squares(
     pred, target, _, mask = samples.tensors
     pred_batch, target_batch, _, mask_batch = samples.batches
     pred_strides, target_strides, _, mask_strides = samples.strides
-    gaussian_distance[(samples.batch * split.parts,)](
+    gaussian_kernels.gaussian_distance[(samples.batch * split.parts,)](
         (pred, target, None, mask), partials, losses, coefficients, numbers, samples.size, pred_batch, target_batch,
         mask_batch, samples.layout.sizes, (pred_strides, target_strides, (), mask_strides), split.parts, split.blocks,
         split.block, *samples.variant, samples.layout.wide, **samples.target.options(split.warps),
@@ -160,7 +152,7 @@ def _write_gradient(
     samples: _Samples, split: Split, coefficients: Tensor | None, partials: Partials, losses: Tensor | None,
     numbers: tuple[Any, ...], scale: tuple[Any, ...],
 ) -> None:  # fmt: skip
-    gaussian_gradient[(samples.batch * split.parts,)](
+    gaussian_kernels.gaussian_gradient[(samples.batch * split.parts,)](
         samples.tensors, coefficients, None if coefficients is None else coefficients.stride(0), partials, losses,
         numbers, scale, samples.size, *samples.batches, samples.layout.sizes, samples.strides, split.parts,
         split.blocks, split.block, *samples.variant, samples.layout.wide, tuning.PARTIALS_BLOCK,

@@ -21,18 +21,16 @@ ON_CHIP_LIMIT = {
 }  # fmt: skip
 """By the walk ("linear" without a mask; "masked"; or positions decomposed for the data, too) and the element size in
 bytes: the largest sample held in registers."""
-ON_CHIP_UNALIGNED_LIMIT = 8192
-"""The same where samples do not begin and end at 16 bytes, so that elements are loaded one by one."""
-ON_CHIP_TABLE_LIMIT = 16384
-"""The same with a tabulated profile, whose reading needs registers as well."""
+ON_CHIP_UNALIGNED_LIMIT, ON_CHIP_TABLE_LIMIT = 8192, 16384
+"""The same where samples do not begin and end at 16 bytes, so that elements are loaded one by one; and with a tabulated
+profile, whose reading needs registers as well."""
 
 STREAM_BLOCK = {
     ("linear", 2): 4096, ("masked", 2): 2048, ("strided", 2): 1024,
     ("linear", 4): 2048, ("masked", 4): 2048, ("strided", 4): 1024,
 }  # fmt: skip
 """Likewise: elements that a program of STREAM_WARPS takes at a time, up to 32 bytes a thread and tensor."""
-STREAM_WARPS = 8
-STREAM_PROGRAMS = 2048
+STREAM_WARPS, STREAM_PROGRAMS = 8, 2048
 """About as many programs as a sample or batch is cut into: some for each of up to 200 multiprocessors."""
 STREAM_MOST_BLOCKS = 32
 """A program takes no more blocks, so that no lane adds up more than 32 numbers one after the other in float32."""
@@ -41,11 +39,9 @@ WHOLE_LIMIT = 32768
 PARTIALS_BLOCK, FINISH_WARPS = 256, 4
 """Partial sums that a program adds up at a time."""
 
-EXPECTATION_BLOCK = 1024
-EXPECTATION_WARPS = 4
+EXPECTATION_BLOCK, EXPECTATION_WARPS, EXPECTATION_PROGRAMS = 1024, 4, 4096
 EXPECTATION_REGISTERS = 128
 """Stated for the same reason."""
-EXPECTATION_PROGRAMS = 4096
 TOTAL_BLOCK, TOTAL_WARPS = 4096, 8
 """As PARTIALS_BLOCK; up to as many programs their sums are one load."""
 
