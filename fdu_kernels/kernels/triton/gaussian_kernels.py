@@ -15,6 +15,7 @@ import triton.language as tl
 
 from fdu_kernels.kernels.triton.scalars import SHIFTED, addresses, load, profile_at, store
 
+PRED, TARGET, GRAD, MASK = (tl.constexpr(i) for i in range(4))
 VARYING = ["size", "pred_batch", "target_batch", "grad_batch", "mask_batch", "coefficient_stride", "parts", "blocks"]
 """Integers of which no value gets a compilation of its own, as the items of tuples do."""
 
@@ -54,31 +55,18 @@ def _begin(
 
 
 @triton.jit
-def _pointers(
+def _block(
     walk: tl.tuple, TENSOR: tl.constexpr, start: tl.tensor, BLOCK: tl.constexpr, LINEAR: tl.constexpr,
     DIMS: tl.constexpr, WIDE: tl.constexpr,
 ) -> tl.tensor:  # fmt: skip
-    """To a block of one of the tensors."""
+    """Pointers to the block of one of the tensors that begins at ``start``."""
     tensors, begin, sizes, strides = walk
-    return addresses(tensors[TENSOR], begin[TENSOR], start, sizes, strides[TENSOR], BLOCK, LINEAR, DIMS, WIDE)
-
-
-@triton.jit
-def _difference(
-    walk: tl.tuple, start: tl.tensor, valid: tl.tensor, BLOCK: tl.constexpr, LINEAR: tl.constexpr,
-    DIMS: tl.constexpr, WIDE: tl.constexpr,
-) -> tl.tensor:  # fmt: skip
-    """pred - target of a block."""
-    pred = load(_pointers(walk, 0, start, BLOCK, LINEAR, DIMS, WIDE), valid)
-    return pred - load(_pointers(walk, 1, start, BLOCK, LINEAR, DIMS, WIDE), valid)
-
-
-@triton.jit
-def _factor(
-    walk: tl.tuple, start: tl.tensor, valid: tl.tensor, BLOCK: tl.constexpr, DIMS: tl.constexpr, WIDE: tl.constexpr
-) -> tl.tensor:
-    """The mask of a block."""
-    return load(_pointers(walk, 3, start - walk[1][4], BLOCK, DIMS == 0, DIMS, WIDE), valid)
+    if TENSOR == MASK:
+        start -= begin[4]
+        pointers = addresses(tensors[3], begin[3], start, sizes, strides[3], BLOCK, DIMS == 0, DIMS, WIDE)
+    else:
+        pointers = addresses(tensors[TENSOR], begin[TENSOR], start, sizes, strides[TENSOR], BLOCK, LINEAR, DIMS, WIDE)
+    return pointers
 
 
 @triton.jit
@@ -149,14 +137,15 @@ def gaussian_on_chip(
     if ALIGN == SHIFTED:
         valid = valid & (lane >= lead)
     start = lead - lead
-    difference = _difference(walk, start, valid, BLOCK, LINEAR, DIMS, False)
+    difference = load(_block(walk, PRED, start, BLOCK, LINEAR, DIMS, False), valid)
+    difference -= load(_block(walk, TARGET, start, BLOCK, LINEAR, DIMS, False), valid)
     masked, mask_total = difference, None
     if tensors[3] is not None:
-        factor = _factor(walk, start, valid, BLOCK, DIMS, False)
+        factor = load(_block(walk, MASK, start, BLOCK, LINEAR, DIMS, False), valid)
         masked, mask_total = factor * difference, tl.sum(factor)
     loss, coefficient = _finish(tl.sum(masked * difference), mask_total, sample, numbers)
     tl.store(losses + sample, loss)
-    store(_pointers(walk, 2, start, BLOCK, LINEAR, DIMS, False), _scaled(coefficient, scale) * masked, valid)
+    store(_block(walk, GRAD, start, BLOCK, LINEAR, DIMS, False), _scaled(coefficient, scale) * masked, valid)
 
 
 @triton.jit
@@ -165,10 +154,11 @@ def _add(
     DIMS: tl.constexpr, WIDE: tl.constexpr,
 ) -> tl.tuple:  # fmt: skip
     """The sums of squares and of the mask, with a block added."""
-    difference = _difference(walk, start, valid, BLOCK, LINEAR, DIMS, WIDE)
+    difference = load(_block(walk, PRED, start, BLOCK, LINEAR, DIMS, WIDE), valid)
+    difference -= load(_block(walk, TARGET, start, BLOCK, LINEAR, DIMS, WIDE), valid)
     masked, mask_sums = difference, sums[1]
     if walk[0][3] is not None:
-        factor = _factor(walk, start, valid, BLOCK, DIMS, WIDE)
+        factor = load(_block(walk, MASK, start, BLOCK, LINEAR, DIMS, WIDE), valid)
         masked = factor * difference
         mask_sums += factor
     return sums[0] + masked * difference, mask_sums
@@ -230,10 +220,11 @@ def _write(
     LINEAR: tl.constexpr, DIMS: tl.constexpr, WIDE: tl.constexpr,
 ) -> None:  # fmt: skip
     """The gradient of a block."""
-    difference = _difference(walk, start, valid, BLOCK, LINEAR, DIMS, WIDE)
+    difference = load(_block(walk, PRED, start, BLOCK, LINEAR, DIMS, WIDE), valid)
+    difference -= load(_block(walk, TARGET, start, BLOCK, LINEAR, DIMS, WIDE), valid)
     if walk[0][3] is not None:
-        difference *= _factor(walk, start, valid, BLOCK, DIMS, WIDE)
-    store(_pointers(walk, 2, start, BLOCK, LINEAR, DIMS, WIDE), coefficient * difference, valid)
+        difference *= load(_block(walk, MASK, start, BLOCK, LINEAR, DIMS, WIDE), valid)
+    store(_block(walk, GRAD, start, BLOCK, LINEAR, DIMS, WIDE), coefficient * difference, valid)
 
 
 @triton.jit(do_not_specialize=VARYING)

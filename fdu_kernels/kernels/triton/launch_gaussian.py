@@ -107,7 +107,7 @@ class _Samples:
             self.walk = "strided"
         # Of pred, target, grad and mask, whichever there are.
         missing = 3 - len(data)
-        self.tensors = (*data, *[None] * missing, mask)
+        self.tensors: tuple[Any, ...] = (*data, *[None] * missing, mask)
         self.batches = (*batches, *[0] * missing, mask_batch)
         of_mask = layout.strides[len(data)] if mask is not None else ()
         self.strides = (*layout.strides[: len(data)], *[()] * missing, of_mask)
