@@ -6,14 +6,16 @@ tests of this file run in a process of their own, which the one test that is col
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import importlib.util
 import math
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,17 +24,20 @@ from packaging.version import Version
 from torch import Tensor
 
 import fdu_kernels as fk
-from fdu_kernels.backends import reference
-from fdu_kernels.backends import triton as backend
-from fdu_kernels.critic import critic_terms, ratio_terms
-from fdu_kernels.lowering import ElementFunction, critic_functions, gaussian_profile, ratio_function
-from fdu_kernels.scalar import Scalar
+from fdu_kernels import formulas
+from fdu_kernels.calls import ExpectationCall, GaussianCall, Kind
+from fdu_kernels.critic import ElementFunction
+from fdu_kernels.divergence import Function
+from fdu_kernels.kernels import reference
+from fdu_kernels.kernels import triton as backend
+from fdu_kernels.kernels.triton import tuning
+from fdu_kernels.profiles import GaussianProfile
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 REDUCTIONS = ["none", "mean", "sum"]
+NARROW = [torch.float16, torch.bfloat16, torch.float32]
 NAMES = [name for name in fk.divergences() if name != "mse"]
 PROFILES = ["mse", "squared_hellinger", "pearson_chi2", "jensen_shannon", "total_variation"]
-CPU = torch.device("cpu")
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
@@ -40,9 +45,9 @@ if INTERPRETED:
     import triton
     import triton.language as tl
 
-    from fdu_kernels.backends.triton.gaussian_kernels import _origin
-    from fdu_kernels.backends.triton.layout import SHIFTED
-    from fdu_kernels.backends.triton.scalars import strided_offsets
+    from fdu_kernels.kernels.triton.gaussian_kernels import _origin
+    from fdu_kernels.kernels.triton.layout import SHIFTED
+    from fdu_kernels.kernels.triton.scalars import strided_offsets
 
     @triton.jit
     def positions(
@@ -88,12 +93,102 @@ def test_interpreted() -> None:
 def test_says_where_it_runs() -> None:
     if INTERPRETED:
         assert backend.why_unavailable() is None
-        assert backend.why_unsuitable(CPU, torch.float32) is None
+        assert backend.why_unsuitable(kind("cpu")) is None
     else:
-        reason = backend.why_unsuitable(CPU, torch.float32)
+        reason = backend.why_unsuitable(kind("cpu"))
         assert reason is not None and "CUDA" in reason
-    reason = backend.why_unsuitable(CPU, torch.float64)
-    assert reason is not None and "float64" in reason
+    for dtypes in ((torch.float64, torch.float32), (torch.float16, torch.float64)):
+        reason = backend.why_unsuitable(Kind(torch.device("cpu"), *dtypes, "table"))
+        assert reason is not None and "float64" in reason
+
+
+def kind(device: str, form: str = "exponential", dtype: torch.dtype = torch.float32) -> Kind:
+    return Kind(torch.device(device), dtype, dtype, form)
+
+
+def profile_of(name: str) -> GaussianProfile:
+    return fk.get_divergence(name).gaussian_profile
+
+
+def functions_of(name: str, parametrization: str = "log_ratio") -> tuple[ElementFunction, ElementFunction]:
+    first, second = fk.get_divergence(name).critic_functions(parametrization)
+    assert isinstance(first, ElementFunction) and isinstance(second, ElementFunction)
+    return first, second
+
+
+@pytest.fixture
+def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
+    """Sets what PyTorch was built for and which devices there are; the backend's answers are forgotten."""
+    answers = (backend._why_unavailable, backend._why_unusable, tuning.target_of)
+
+    def is_now(
+        built: str = "cuda",
+        capability: tuple[int, int] = (9, 0),
+        float64: bool = True,
+        counts: tuple[int, int] = (1, 0),
+    ) -> None:
+        for answer in answers:
+            answer.cache_clear()
+        for name in ("cuda", "hip", "xpu"):
+            monkeypatch.setattr(torch.version, name, "1.0" if name == built else None)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: counts[0])
+        monkeypatch.setattr(torch.xpu, "device_count", lambda: counts[1])
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
+        warps = SimpleNamespace(warp_size=64)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: warps)
+        monkeypatch.setattr(torch.xpu, "get_device_properties", lambda index: SimpleNamespace(has_fp64=float64))
+
+    yield is_now
+    for answer in answers:
+        answer.cache_clear()
+
+
+def test_takes_a_gpu_by_what_it_is(device: Callable[..., None]) -> None:
+    device(capability=(7, 5))
+    assert "7.5, below 8.0" in str(backend.why_unsuitable(kind("cuda:0")))
+    assert "7.5, below 8.0" in str(backend._why_unavailable(False))
+    device(capability=(8, 0))
+    assert backend.why_unsuitable(kind("cuda:0")) is None and backend._why_unavailable(False) is None
+    # What ROCm calls a capability is that of another numbering.
+    device("hip", capability=(1, 0))
+    assert backend.why_unsuitable(kind("cuda:0", "table")) is None and backend._why_unavailable(False) is None
+    device("xpu", counts=(0, 1))
+    assert backend.why_unsuitable(kind("xpu:0", "table")) is None and backend._why_unavailable(False) is None
+    device("xpu", float64=False, counts=(0, 1))
+    assert "float64" in str(backend.why_unsuitable(kind("xpu:0", "table")))
+    assert backend.why_unsuitable(kind("xpu:0")) is None and backend.why_unsuitable(kind("xpu:0", "critic")) is None
+    assert backend._why_unavailable(False) is None
+    for built, reason in (("cuda", "no CUDA, ROCm or Intel GPU"), ("", "built without CUDA, ROCm and XPU")):
+        device(built, counts=(0, 0))
+        assert reason in str(backend._why_unavailable(False))
+    assert "not on mps" in str(backend.why_unsuitable(kind("mps:0")))
+    assert INTERPRETED or "not on cpu" in str(backend.why_unsuitable(kind("cpu")))
+
+
+def test_launches_as_many_threads_on_every_gpu(device: Callable[..., None]) -> None:
+    device()
+    assert tuning.target_of(torch.device("cuda:0")).options(32, 64) == {"num_warps": 32, "maxnreg": 64}
+    device("hip")
+    assert [tuning.target_of(torch.device("cuda:0")).options(warps, 128) for warps in (1, 4, 32)] == [
+        {"num_warps": warps} for warps in (1, 2, 16)
+    ]
+    device("xpu")
+    assert tuning.target_of(torch.device("xpu:0")).options(8, 128) == {"num_warps": 8}
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+@pytest.mark.parametrize("name", ["cuda", "xpu"])
+def test_launches_on_the_device_of_the_tensors(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from fdu_kernels.kernels.triton.launch_gaussian import launching_on
+
+    entered: list[torch.device] = []
+    module = getattr(torch, name)
+    monkeypatch.setattr(module, "current_device", lambda: 0)
+    monkeypatch.setattr(module, "device", lambda device: entered.append(device) or contextlib.nullcontext())
+    for index in (0, 1):
+        with launching_on(torch.device(name, index)):
+            pass
+    assert entered == [torch.device(name, 1)]
 
 
 @pytest.fixture(autouse=True)
@@ -141,28 +236,24 @@ def check_gaussian(
     spread: float = 0.0,
 ) -> None:
     """Every kernel against the reference in float64; ``spread`` is the largest |k| s."""
-    divergence = fk.get_divergence(name)
-    profile = gaussian_profile(divergence)
-    shared = (sigma, weight, mask, distance, reduction, grad_scale, None)
-    eager = reference.gaussian_divergence_value_and_grad(pred, target, divergence, *shared)
-    wide = [doubled(argument) for argument in (pred, target, divergence, *shared)]
-    truth = reference.gaussian_divergence_value_and_grad(*wide)
-    value, grad = backend.gaussian_value_and_grad(pred, target, profile, *shared)
+    profile = profile_of(name)
+    shared = (sigma, weight, mask, distance, reduction, grad_scale)
+    call = GaussianCall(pred, target, profile, *shared)
+    wide = GaussianCall(*(doubled(argument) for argument in (pred, target, profile, *shared)))
+    eager, truth = (reference.gaussian_value_and_grad(each, None) for each in (call, wide))
+    value, grad = backend.gaussian_value_and_grad(call, None)
     margin = 2e-6 * max(1.0, spread)
     assert value.shape == eager[0].shape and value.dtype == torch.float32
     assert grad.shape == pred.shape and grad.dtype == pred.dtype
     assert_as_exact(value, truth[0], eager[0], margin)
     assert_as_exact(grad, truth[1], eager[1], margin + units(pred.dtype))
 
-    losses, coefficients = backend.gaussian_forward(pred, target, profile, sigma, weight, mask, distance)
+    losses, coefficients = backend.gaussian_forward(call)
     assert losses.shape == coefficients.shape == pred.shape[:1]
-    per_sample = reference.gaussian_divergence(*wide[:3], *wide[3:7], "none")
-    eager_losses = reference.gaussian_divergence(pred, target, divergence, sigma, weight, mask, distance, "none")
-    assert_as_exact(losses, per_sample, eager_losses, margin)
-    coefficients = coefficients * grad_scale / (len(pred) if reduction == "mean" else 1)
-    assert_as_exact(
-        backend.gaussian_backward(pred, target, mask, coefficients), truth[1], eager[1], margin + units(pred.dtype)
-    )
+    assert_as_exact(losses, reference.gaussian_forward(wide)[0], reference.gaussian_forward(call)[0], margin)
+    grad = backend.gaussian_backward(call, coefficients * grad_scale / call.divisor)
+    assert grad.dtype == pred.dtype
+    assert_as_exact(grad, truth[1], eager[1], margin + units(pred.dtype))
 
 
 class TestInterpreted:
@@ -176,28 +267,22 @@ class TestInterpreted:
         s = pred.double().square()
         divergence = fk.get_divergence(name)
         spread = 1.0 if divergence.exponential is None else max(1.0, abs(divergence.exponential[1]) * float(s.max()))
-        profile = gaussian_profile(divergence)
-        losses, coefficients = backend.gaussian_forward(pred, torch.zeros_like(pred), profile, 1.0, None, None, "mean")
+        call = GaussianCall(pred, torch.zeros_like(pred), divergence.gaussian_profile, reduction="none")
+        losses, coefficients = backend.gaussian_forward(call)
         # float32 rounds the square root, too: h moves by s h'.
         torch.testing.assert_close(losses.double(), h, rtol=4e-6 * spread, atol=0)
         torch.testing.assert_close(coefficients.double(), 2 * slope, rtol=4e-6 * spread, atol=1e-44)
-        _, grad = backend.gaussian_value_and_grad(
-            pred, torch.zeros_like(pred), profile, 1.0, None, None, "mean", "none", 1.0, None
-        )
+        _, grad = backend.gaussian_value_and_grad(call, None)
         torch.testing.assert_close(grad.double(), 2 * pred.double() * slope, rtol=4e-6 * spread, atol=1e-44)
 
     def test_golden_critics(self, variational_row: tuple[str, Tensor, Tensor, Tensor, Tensor, Tensor]) -> None:
         name, v, *columns = variational_row
-        functions = critic_functions(fk.get_divergence(name), "log_ratio")
-        assert functions is not None
-        terms = fk.get_divergence(name).critic_rows("log_ratio")
-        assert terms is not None
         narrow = v.float()
-        for function, row, value, slope in zip(functions, terms, columns[:2], columns[2:], strict=True):
+        for function, value, slope in zip(functions_of(name), columns[:2], columns[2:], strict=True):
             inside = v.abs() <= function.limit
-            actual, grad = backend.expectation_value_and_grad(narrow, function, None, None, "none", 1.0)
+            actual, grad = backend.expectation_value_and_grad(ExpectationCall(narrow, function, reduction="none"))
             for result, truth, eager in (
-                (actual, value, row.value(narrow)), (grad, slope, row.slope(narrow)),
+                (actual, value, function.first.value(narrow)), (grad, slope, function.first.slope(narrow)),
             ):  # fmt: skip
                 # v itself is rounded: by as much as A and B move with it.
                 shift = (v - narrow.double()).abs() * (truth.abs() + slope.abs())
@@ -235,7 +320,7 @@ class TestInterpreted:
     def test_shapes(self, name: str, shape: tuple[int, ...]) -> None:
         check_gaussian(*pair(*shape), name, spread=20)
 
-    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+    @pytest.mark.parametrize("dtype", NARROW)
     @pytest.mark.parametrize("size", [40000, 40001, 66001])
     def test_split_samples(self, dtype: torch.dtype, size: int) -> None:
         pred, target = pair(2, size, dtype=dtype)
@@ -244,6 +329,22 @@ class TestInterpreted:
         mask = torch.rand(2, size)
         mask[1] = 0
         check_gaussian(pred, target, mask=mask, weight=torch.tensor([0.5, 2.0]).double())
+
+    @pytest.mark.parametrize("of_target", NARROW)
+    @pytest.mark.parametrize("of_pred", NARROW)
+    def test_pairs_of_dtypes(self, of_pred: torch.dtype, of_target: torch.dtype) -> None:
+        # On chip, aligned and not; in parts, of which the second sample is shifted; and layouts of their own.
+        for shape in ((2, 3, 16), (3, 37), (2, 40001)):
+            pred, target = pair(*shape)
+            mask = torch.rand(shape[-1]) > 0.3
+            check_gaussian(pred.to(of_pred), target.to(of_target), mask=mask, weight=torch.rand(shape[0]))
+        pred, target = pair(2, 4, 6, 8)
+        pred, target = pred.to(of_pred), target.to(of_target, memory_format=torch.channels_last)
+        check_gaussian(pred, target, "jensen_shannon")
+        check_gaussian(pred[..., ::2], target[..., ::2], "jensen_shannon")
+        # Samples whose distance is a multiple of 16 bytes for one of the two only.
+        pred, target = pair(2, 44)
+        check_gaussian(pred.to(of_pred)[:, :40], target.to(of_target)[:, :40], "pearson_chi2", spread=10)
 
     @pytest.mark.parametrize("reduction", REDUCTIONS)
     @pytest.mark.parametrize("distance", ["mean", "sum"])
@@ -288,21 +389,20 @@ class TestInterpreted:
 
     def test_a_gradient_keeps_the_layout_or_fills_the_buffer(self) -> None:
         pred, target = (x.to(memory_format=torch.channels_last) for x in pair(2, 4, 6, 5))
-        profile = gaussian_profile(fk.get_divergence("kl"))
-        options = (profile, 1.0, None, None, "mean", "sum", 1.0)
-        _, grad = backend.gaussian_value_and_grad(pred, target, *options, None)
+        call = GaussianCall(pred, target, profile_of("kl"), reduction="sum")
+        _, grad = backend.gaussian_value_and_grad(call, None)
         assert grad.stride() == pred.stride()
         buffer = torch.full((4, 2, 5, 12), math.nan).permute(1, 0, 3, 2)[:, :, ::2]
-        _, filled = backend.gaussian_value_and_grad(pred, target, *options, buffer)
+        _, filled = backend.gaussian_value_and_grad(call, buffer)
         assert filled is buffer and torch.equal(filled, grad)
 
     def test_more_dimensions_than_the_kernels_take(self) -> None:
         pred, target = (x[:, ::2, ::2, ::2, ::2, ::2, ::2] for x in pair(2, 4, 4, 4, 4, 4, 4))
         check_gaussian(pred, target, mask=torch.rand(2, 1, 2, 1, 2, 1, 2))
-        function = ratio_function(fk.get_divergence("kl"), "q")
-        assert function is not None
-        value, grad = backend.expectation_value_and_grad(pred, function, None, None, "sum", 1.0)
-        expected = backend.expectation_value_and_grad(pred.contiguous(), function, None, None, "sum", 1.0)
+        function = fk.get_divergence("kl").ratio_function("q")
+        value, grad = backend.expectation_value_and_grad(ExpectationCall(pred, function, reduction="sum"))
+        call = ExpectationCall(pred.contiguous(), function, reduction="sum")
+        expected = backend.expectation_value_and_grad(call)
         torch.testing.assert_close(value, expected[0])
         torch.testing.assert_close(grad, expected[1])
 
@@ -313,21 +413,15 @@ class TestInterpreted:
         divergence = fk.get_divergence(name)
         spread = 64.0 if divergence.exponential is None or divergence.exponential[1] >= 0 else 90.0
         check_gaussian(pred, torch.zeros_like(pred), name, reduction="none", spread=spread)
-        losses, _ = backend.gaussian_forward(
-            pred, torch.zeros_like(pred), gaussian_profile(divergence), 1.0, None, None, "mean"
-        )
+        losses, _ = backend.gaussian_forward(GaussianCall(pred, torch.zeros_like(pred), profile_of(name)))
         assert bool(losses[-1].isnan()) and not bool(losses[:-1].isnan().any())
 
     def test_small_distances_keep_their_digits(self) -> None:
         pred = torch.logspace(-15, 0, 40).float()
         for alpha in (0.5, 3.0, 1e-4):
-            divergence = fk.get_divergence("alpha", alpha=alpha)
-            losses, _ = backend.gaussian_forward(
-                pred, torch.zeros_like(pred), gaussian_profile(divergence), 1.0, None, None, "mean"
-            )
-            truth = reference.gaussian_divergence(
-                pred.double(), torch.zeros(40).double(), divergence, 1.0, None, None, "mean", "none"
-            )
+            profile = profile_of(f"alpha:{alpha}")
+            losses, _ = backend.gaussian_forward(GaussianCall(pred, torch.zeros_like(pred), profile))
+            truth = profile.scalar().value_at(pred.double().square())
             torch.testing.assert_close(losses.double(), truth, rtol=2e-6, atol=0)
 
     @pytest.mark.parametrize("size", [7, 40001])
@@ -336,82 +430,55 @@ class TestInterpreted:
         pred[0, 3] = math.nan
         mask = torch.ones(2, size, dtype=torch.bool)
         mask[0, 3] = False
-        profile = gaussian_profile(fk.get_divergence("kl"))
-        value, grad = backend.gaussian_value_and_grad(pred, target, profile, 1.0, None, mask, "mean", "none", 1.0, None)
+        call = GaussianCall(pred, target, profile_of("kl"), mask=mask, reduction="none")
+        value, grad = backend.gaussian_value_and_grad(call, None)
         assert value.isnan().tolist() == [True, False]
         assert bool(grad[0].isnan().all()) and not bool(grad[1].isnan().any())
 
     @pytest.mark.parametrize("size", [100, 66001])
     def test_bitwise_repeatable(self, size: int) -> None:
         pred, target = pair(3, size, dtype=torch.bfloat16)
-        profile = gaussian_profile(fk.get_divergence("jensen_shannon"))
-        options = (profile, 1.0, None, None, "mean", "mean", 1.0, None)
-        first = backend.gaussian_value_and_grad(pred, target, *options)
-        again = backend.gaussian_value_and_grad(pred.clone(), target.clone(), *options)
+        profile = profile_of("jensen_shannon")
+        first = backend.gaussian_value_and_grad(GaussianCall(pred, target, profile), None)
+        again = backend.gaussian_value_and_grad(GaussianCall(pred.clone(), target.clone(), profile), None)
         assert torch.equal(first[0], again[0]) and torch.equal(first[1], again[1])
 
     @pytest.mark.parametrize("samples_from", ["q", "p"])
     @pytest.mark.parametrize("name", NAMES)
     def test_density_ratios(self, name: str, samples_from: str) -> None:
-        divergence = fk.get_divergence(name)
-        function = ratio_function(divergence, samples_from)
-        assert function is not None
+        function = fk.get_divergence(name).ratio_function(samples_from)
         v = 4 * torch.randn(3, 35, generator=torch.Generator().manual_seed(0))
         v[0, :6] = torch.tensor([0.0, 1e-6, -1e-3, 70.0, -90.0, math.nan])
-        weight = torch.tensor([1.0, 0.0, 2.5])
-        arguments = (divergence, samples_from, weight)
         for reduction in REDUCTIONS:
-            eager = reference.density_ratio_divergence_value_and_grad(v, *arguments, reduction, 0.5)
-            truth = reference.density_ratio_divergence_value_and_grad(
-                v.double(), divergence, samples_from, weight.double(), reduction, 0.5
-            )
-            actual = backend.expectation_value_and_grad(v, function, weight, None, reduction, 0.5)
-            sizes = [weight.double()[:, None] * size for size in sizes_of_terms(function, v)]
-            for result, exact, other, size in zip(
-                actual, truth, eager, (reference.reduce(sizes[0], reduction), sizes[1]), strict=True
-            ):
-                assert_as_exact(result, exact, other, 3e-6, size)
-            torch.testing.assert_close(
-                backend.expectation(v, function, weight, None, reduction), actual[0], rtol=0, atol=0, equal_nan=True
-            )
+            check_expectation(v, function, None, reduction, weight=torch.tensor([1.0, 0.0, 2.5]))
 
     @pytest.mark.parametrize(
         ("parametrization", "reduction"), [*(("log_ratio", reduction) for reduction in REDUCTIONS), ("fgan", "mean")]
     )
     @pytest.mark.parametrize("name", NAMES)
     def test_critics(self, name: str, parametrization: str, reduction: str) -> None:
-        divergence = fk.get_divergence(name)
-        functions = critic_functions(divergence, parametrization)
-        assert functions is not None
         v = 3 * torch.randn(2, 1, 5, 7, generator=torch.Generator().manual_seed(1))
-        terms = critic_terms(divergence, parametrization)
         for mask in (None, torch.rand(5, 7) > 0.5, torch.zeros(2, 1, 1, 1)):
-            for function, term in zip(functions, terms, strict=True):
-                check_expectation(v, function, term, mask, reduction)
+            for function in functions_of(name, parametrization):
+                check_expectation(v, function, mask, reduction)
 
-    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+    @pytest.mark.parametrize("dtype", NARROW)
     @pytest.mark.parametrize("shape", [(1,), (1023,), (4096,), (9001,), (5, 2000, 1), (0,)])
     def test_expectation_sizes(self, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
-        divergence = fk.get_divergence("jensen_shannon")
-        functions = critic_functions(divergence, "log_ratio")
-        assert functions is not None
+        function, _ = functions_of("jensen_shannon")
         v = torch.randn(shape).to(dtype)
-        term = critic_terms(divergence, "log_ratio")[0]
         for reduction in REDUCTIONS:
-            check_expectation(v, functions[0], term, None, reduction)
-        check_expectation(v, functions[0], term, torch.rand(shape[-1]), "mean")
+            check_expectation(v, function, None, reduction)
+        check_expectation(v, function, torch.rand(shape[-1]), "mean")
 
     @pytest.mark.parametrize("walk", ["channels_last", "sliced"])
     def test_expectation_strides(self, walk: str) -> None:
         v = torch.randn(2, 4, 6, 6)
         v = v.to(memory_format=torch.channels_last) if walk == "channels_last" else v[:, ::2, 1:, ::2]
-        divergence = fk.get_divergence("kl")
-        functions = critic_functions(divergence, "log_ratio")
-        assert functions is not None
-        term = critic_terms(divergence, "log_ratio")[0]
+        function, _ = functions_of("kl")
         for reduction in REDUCTIONS:
-            check_expectation(v, functions[0], term, torch.rand(v.shape[-2:]), reduction)
-            check_expectation(v, functions[0], term, None, reduction)
+            check_expectation(v, function, torch.rand(v.shape[-2:]), reduction)
+            check_expectation(v, function, None, reduction)
 
     def test_positions_past_two_to_the_31(self) -> None:
         start = torch.tensor(3 * 2**31 + 5)
@@ -426,19 +493,31 @@ class TestInterpreted:
         assert origin.tolist() == [begin - begin % 8, begin % 8]
 
 
-def check_expectation(v: Tensor, function: ElementFunction, term: Scalar, mask: Tensor | None, reduction: str) -> None:
-    value, grad = backend.expectation_value_and_grad(v, function, None, mask, reduction, 2.0)
-    eager = reference._expectation_and_grad(term, v, mask, reduction, 2.0)
-    truth = reference._expectation_and_grad(term, v.double(), doubled(mask), reduction, 2.0)
+def check_expectation(
+    v: Tensor, function: Function, mask: Tensor | None, reduction: str, weight: Tensor | None = None
+) -> None:
+    """Every kernel against the reference in float64."""
+    assert isinstance(function, ElementFunction)
+    call = ExpectationCall(v, function, weight, mask, reduction, 2.0)
+    wide = ExpectationCall(v.double(), function, doubled(weight), doubled(mask), reduction, 2.0)
+    value, grad = backend.expectation_value_and_grad(call)
+    eager, truth = (reference.expectation_value_and_grad(each) for each in (call, wide))
     assert value.shape == eager[0].shape and grad.shape == v.shape and grad.dtype == v.dtype
     value_terms, grad_terms = sizes_of_terms(function, v)
-    value_terms = reference._expectation(value_terms, doubled(mask), reduction).nan_to_num()
+    factor = formulas._factor(wide, value_terms)
+    if factor is not None:
+        value_terms, grad_terms = factor * value_terms, factor * grad_terms
+    if mask is None or reduction != "mean":
+        value_terms = formulas.reduce(value_terms, reduction).nan_to_num()
+    else:
+        value_terms = value_terms.sum()
     assert_as_exact(value, truth[0], eager[0], 3e-6, value_terms)
     assert_as_exact(grad, truth[1], eager[1], 3e-6 + units(v.dtype), 2 * grad_terms)
-    assert_as_exact(backend.expectation(v, function, None, mask, reduction), truth[0], eager[0], 3e-6, value_terms)
+    assert torch.equal(backend.expectation_forward(call).nan_to_num(), value.nan_to_num())
     upstream = torch.full(v.shape if reduction == "none" else (), 2.0)
-    back = backend.expectation_backward(v, function, None, mask, reduction, upstream)
+    call.grad_scale = 1.0
+    back = backend.expectation_backward(call, upstream)
     assert_as_exact(back, truth[1], eager[1], 3e-6 + units(v.dtype), 2 * grad_terms)
     if reduction == "none":
         spread = torch.tensor(2.0).expand(v.shape)
-        assert torch.equal(backend.expectation_backward(v, function, None, mask, reduction, spread), back)
+        assert torch.equal(backend.expectation_backward(call, spread).nan_to_num(), back.nan_to_num())

@@ -106,10 +106,11 @@ def _evaluate(
 
 
 @triton.jit
-def _divisor(total: tl.tensor, repeats: tl.tensor, divisor: tl.tensor) -> tl.tensor:
+def _divisor(over: tl.tuple) -> tl.tensor:
     """What a mean divides by: the number of elements, or the mask's sum, or 1 instead of 0."""
+    total, repeats, number = over
     if total is None:
-        result = tl.full([], 0.0, tl.float32) + divisor
+        result = tl.full([], 0.0, tl.float32) + number
     else:
         result = tl.load(total).to(tl.float32) * repeats
         result = tl.where(result == 0.0, 1.0, result)
@@ -136,50 +137,30 @@ def _store_block(pointers: tl.tensor, values: tl.tensor, valid: tl.tensor, insid
 
 @triton.jit(do_not_specialize=["size", "blocks"])
 def expectation_kernel(
-    v: tl.tensor,
-    values: tl.tensor,
-    grad: tl.tensor,
-    factor: tl.tensor,
-    upstream: tl.tensor,
-    partials: tl.tensor,
-    total: tl.tensor,
-    repeats: tl.tensor,
-    divisor: tl.tensor,
-    scale: tl.tensor,
-    grad_scale: tl.tensor,
-    first: tl.tuple,
-    second: tl.tuple,
-    limit: tl.tensor,
-    kind: tl.tensor,
-    size: tl.tensor,
-    sizes: tl.tuple,
-    v_strides: tl.tuple,
-    values_strides: tl.tuple,
-    grad_strides: tl.tuple,
-    factor_strides: tl.tuple,
-    upstream_strides: tl.tuple,
-    blocks: tl.tensor,
-    BLOCK: tl.constexpr,
-    LINEAR: tl.constexpr,
-    DIMS: tl.constexpr,
-    ALIGN: tl.constexpr,
-    VECTOR: tl.constexpr,
-    WIDE: tl.constexpr,
-) -> None:
-    """Of values (every element's), partials (sums) and grad, those that are not None; a single partial is final."""
+    tensors: tl.tuple, strides: tl.tuple, partials: tl.tensor, over: tl.tuple, scale: tl.tuple, function: tl.tuple,
+    size: tl.tensor, sizes: tl.tuple, blocks: tl.tensor, BLOCK: tl.constexpr, LINEAR: tl.constexpr,
+    DIMS: tl.constexpr, ALIGN: tl.constexpr, VECTOR: tl.constexpr, WIDE: tl.constexpr,
+) -> None:  # fmt: skip
+    """Of values (every element's), grad and partials (sums) those that are not None; a single partial is final.
+
+    tensors: v, values, grad, what both are multiplied by (a weight or mask), and what the gradient is (upstream).
+    over: see _divisor. scale: a tensor and a number. function: rows, limit and kind of an ElementFunction.
+    """
+    v, values, grad, factor, upstream = tensors
+    first, second, limit, kind = function
     program = tl.program_id(0)
     size = size.to(tl.int64)
     if ALIGN == 1:
         size = size // VECTOR * VECTOR
     lane = tl.arange(0, BLOCK)
     sums = tl.zeros([BLOCK], tl.float32)
-    over = _divisor(total, repeats, divisor)
+    divisor = _divisor(over)
     multiplier = tl.full([], 0.0, tl.float32)
     if grad is not None:
-        multiplier += grad_scale
-        if scale is not None:
-            multiplier *= tl.load(scale).to(tl.float32)
-        multiplier = tl.div_rn(multiplier, over)
+        multiplier += scale[1]
+        if scale[0] is not None:
+            multiplier *= tl.load(scale[0]).to(tl.float32)
+        multiplier = tl.div_rn(multiplier, divisor)
     begin = program.to(tl.int64) * blocks
     end = tl.minimum(begin + blocks, (size + BLOCK - 1) // BLOCK)
     for block in range(begin, end):
@@ -187,45 +168,39 @@ def expectation_kernel(
         zero = start - start
         valid = start + lane < size
         inside = start + BLOCK <= size
-        x = _load_block(addresses(v, zero, start, sizes, v_strides, BLOCK, LINEAR, DIMS, WIDE), valid, inside)
+        x = _load_block(addresses(v, zero, start, sizes, strides[0], BLOCK, LINEAR, DIMS, WIDE), valid, inside)
         value, slope = _evaluate(x, first, second, limit, kind, grad is not None)
         slope *= multiplier
         if factor is not None:
-            pointers = addresses(factor, zero, start, sizes, factor_strides, BLOCK, DIMS == 0, DIMS, WIDE)
+            pointers = addresses(factor, zero, start, sizes, strides[3], BLOCK, DIMS == 0, DIMS, WIDE)
             weight = _load_block(pointers, valid, inside)
             value *= weight
             slope *= weight
         if upstream is not None:
-            pointers = addresses(upstream, zero, start, sizes, upstream_strides, BLOCK, DIMS == 0, DIMS, WIDE)
+            pointers = addresses(upstream, zero, start, sizes, strides[4], BLOCK, DIMS == 0, DIMS, WIDE)
             slope *= _load_block(pointers, valid, inside)
         if values is not None:
-            pointers = addresses(values, zero, start, sizes, values_strides, BLOCK, LINEAR, DIMS, WIDE)
+            pointers = addresses(values, zero, start, sizes, strides[1], BLOCK, LINEAR, DIMS, WIDE)
             _store_block(pointers, value, valid, inside)
         if partials is not None:
             sums += tl.where(valid, value, 0.0)
         if grad is not None:
-            pointers = addresses(grad, zero, start, sizes, grad_strides, BLOCK, LINEAR, DIMS, WIDE)
+            pointers = addresses(grad, zero, start, sizes, strides[2], BLOCK, LINEAR, DIMS, WIDE)
             _store_block(pointers, slope, valid, inside)
     if partials is not None:
         result = tl.sum(sums)
         if tl.num_programs(0) == 1:
-            result = tl.div_rn(result, over)
+            result = tl.div_rn(result, divisor)
         tl.store(partials + program, result)
 
 
 @triton.jit(do_not_specialize=["parts"])
 def expectation_total(
-    partials: tl.tensor,
-    result: tl.tensor,
-    total: tl.tensor,
-    repeats: tl.tensor,
-    divisor: tl.tensor,
-    parts: tl.tensor,
-    PARTIALS: tl.constexpr,
+    partials: tl.tensor, result: tl.tensor, over: tl.tuple, parts: tl.tensor, PARTIALS: tl.constexpr
 ) -> None:
     """The sum of the partial sums, divided; one program."""
     lane = tl.arange(0, PARTIALS)
     sums = tl.zeros([PARTIALS], tl.float32)
     for first in range(0, parts, PARTIALS):
         sums += tl.load(partials + first + lane, mask=first + lane < parts, other=0.0)
-    tl.store(result, tl.div_rn(tl.sum(sums), _divisor(total, repeats, divisor)))
+    tl.store(result, tl.div_rn(tl.sum(sums), _divisor(over)))

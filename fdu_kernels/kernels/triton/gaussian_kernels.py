@@ -1,7 +1,11 @@
 """The Gaussian kernels: squared distances, profiles and gradients, one or several programs a sample.
 
-A sample is walked over from ``origin``, which SHIFTED alignment moves down to a 16-byte boundary: its elements are the
+A sample is walked over from an origin, which SHIFTED alignment moves down to a 16-byte boundary: its elements are the
 positions lead ... lead + size - 1 from there. Positions outside are guarded, and all blocks inside are not.
+
+``tensors`` are pred, target, grad and mask, the last two of which may be None; ``numbers`` are sigma, its stride,
+weight, table, profile, count and sigma^2; ``scale`` is a tensor, a number and a divisor: what gradients are multiplied
+by; ``walk`` is (tensors, where each begins, sizes, strides).
 """
 
 from __future__ import annotations
@@ -11,11 +15,13 @@ import triton.language as tl
 
 from fdu_kernels.kernels.triton.scalars import SHIFTED, addresses, load, profile_at, store
 
+PRED, TARGET, GRAD, MASK = (tl.constexpr(i) for i in range(4))
+VARYING = ["size", "pred_batch", "target_batch", "grad_batch", "mask_batch", "coefficient_stride", "parts", "blocks"]
+"""Integers of which no value gets a compilation of its own, as the items of tuples do."""
+
 
 @triton.jit
-def _origin(
-    sample: tl.tensor, stride: tl.tensor, ALIGN: tl.constexpr, VECTOR: tl.constexpr
-) -> tuple[tl.tensor, tl.tensor]:
+def _origin(sample: tl.tensor, stride: tl.tensor, ALIGN: tl.constexpr, VECTOR: tl.constexpr) -> tl.tuple:
     """Where the walk over a sample begins, and how many positions later the sample does; int64."""
     origin = sample.to(tl.int64) * stride
     lead = origin - origin
@@ -28,38 +34,45 @@ def _origin(
 
 
 @triton.jit
-def _mask_origin(
-    sample: tl.tensor,
-    stride: tl.tensor,
-    lead: tl.tensor,
-    DIMS: tl.constexpr,
-    ALIGN: tl.constexpr,
-    MASK_VECTOR: tl.constexpr,
-) -> tuple[tl.tensor, tl.tensor]:
-    """Where the walk over a sample's mask begins, and how many positions later than that over the sample."""
-    origin = sample.to(tl.int64) * stride
+def _begin(
+    sample: tl.tensor, size: tl.tensor, pred_batch: tl.tensor, target_batch: tl.tensor, grad_batch: tl.tensor,
+    mask_batch: tl.tensor, DIMS: tl.constexpr, ALIGN: tl.constexpr, VECTOR: tl.constexpr, MASK_VECTOR: tl.constexpr,
+) -> tl.tuple:  # fmt: skip
+    """(Origins of pred, target, grad and mask, and how many positions later than the others the mask's is); the first
+    position of the sample, and the one past its last."""
+    pred, lead = _origin(sample, pred_batch, ALIGN, VECTOR)
+    target, _ = _origin(sample, target_batch, ALIGN, VECTOR)
+    grad, _ = _origin(sample, grad_batch, ALIGN, VECTOR)
+    mask = sample.to(tl.int64) * mask_batch
+    mask_lead = lead
     if DIMS == 0:
         if ALIGN == SHIFTED:
-            origin = origin - lead
-        lead = lead - lead
-    return tl.multiple_of(origin, MASK_VECTOR), lead
+            mask = mask - lead
+        mask_lead = lead - lead
+    if ALIGN == 1:
+        size = size // VECTOR * VECTOR
+    return (pred, target, grad, tl.multiple_of(mask, MASK_VECTOR), mask_lead), lead, lead + size
 
 
 @triton.jit
-def _finish(
-    total: tl.tensor,
-    mask_total: tl.tensor,
-    sample: tl.tensor,
-    sigma: tl.tensor,
-    weight: tl.tensor,
-    table: tl.tensor,
-    profile: tl.tuple,
-    count: tl.tensor,
-    sigma_squared: tl.tensor,
-    sigma_stride: tl.tensor,
-    weight_stride: tl.tensor,
-) -> tuple[tl.tensor, tl.tensor]:
+def _block(
+    walk: tl.tuple, TENSOR: tl.constexpr, start: tl.tensor, BLOCK: tl.constexpr, LINEAR: tl.constexpr,
+    DIMS: tl.constexpr, WIDE: tl.constexpr,
+) -> tl.tensor:  # fmt: skip
+    """Pointers to the block of one of the tensors that begins at ``start``."""
+    tensors, begin, sizes, strides = walk
+    if TENSOR == MASK:
+        start -= begin[4]
+        pointers = addresses(tensors[3], begin[3], start, sizes, strides[3], BLOCK, DIMS == 0, DIMS, WIDE)
+    else:
+        pointers = addresses(tensors[TENSOR], begin[TENSOR], start, sizes, strides[TENSOR], BLOCK, LINEAR, DIMS, WIDE)
+    return pointers
+
+
+@triton.jit
+def _finish(total: tl.tensor, mask_total: tl.tensor, sample: tl.tensor, numbers: tl.tuple) -> tl.tuple:
     """The loss of a sample, and what its masked differences are to be multiplied by."""
+    sigma, sigma_stride, weight, table, profile, count, sigma_squared = numbers
     divisor = tl.full([], 0.0, tl.float32) + count
     if mask_total is not None:
         # A count of 0 asks for the mask's sum. An empty row has s = 0/1, not 0/0.
@@ -72,17 +85,21 @@ def _finish(
     loss, slope = profile_at(tl.div_rn(total, divisor), table, profile)
     coefficient = tl.div_rn(2.0 * slope, divisor)
     if weight is not None:
-        omega = tl.load(weight + sample.to(tl.int64) * weight_stride).to(tl.float32)
+        omega = tl.load(weight + sample.to(tl.int64)).to(tl.float32)
         loss *= omega
         coefficient *= omega
     return loss, coefficient
 
 
 @triton.jit
-def _scaled(coefficient: tl.tensor, scale: tl.tensor, grad_scale: tl.tensor, grad_divisor: tl.tensor) -> tl.tensor:
-    if scale is not None:
-        coefficient *= tl.load(scale).to(tl.float32)
-    return tl.div_rn(coefficient * grad_scale, tl.full([], 0.0, tl.float32) + grad_divisor)
+def _finish_partials(
+    partials: tl.tuple, sample: tl.tensor, parts: tl.tensor, numbers: tl.tuple, PARTIALS: tl.constexpr
+) -> tl.tuple:
+    """The same from partial sums."""
+    mask_total = None
+    if partials[1] is not None:
+        mask_total = _partials_total(partials[1], sample, parts, PARTIALS)
+    return _finish(_partials_total(partials[0], sample, parts, PARTIALS), mask_total, sample, numbers)
 
 
 @triton.jit
@@ -95,342 +112,152 @@ def _partials_total(partials: tl.tensor, sample: tl.tensor, parts: tl.tensor, PA
     return tl.sum(total)
 
 
-@triton.jit(do_not_specialize=[
-    "pred_batch", "target_batch", "grad_batch", "mask_batch", "size", "sigma_stride", "weight_stride",
-])  # fmt: skip
+@triton.jit
+def _scaled(coefficient: tl.tensor, scale: tl.tuple) -> tl.tensor:
+    if scale[0] is not None:
+        coefficient *= tl.load(scale[0]).to(tl.float32)
+    return tl.div_rn(coefficient * scale[1], tl.full([], 0.0, tl.float32) + scale[2])
+
+
+@triton.jit(do_not_specialize=VARYING)
 def gaussian_on_chip(
-    pred: tl.tensor,
-    target: tl.tensor,
-    grad: tl.tensor,
-    mask: tl.tensor,
-    losses: tl.tensor,
-    sigma: tl.tensor,
-    weight: tl.tensor,
-    table: tl.tensor,
-    profile: tl.tuple,
-    count: tl.tensor,
-    sigma_squared: tl.tensor,
-    sigma_stride: tl.tensor,
-    weight_stride: tl.tensor,
-    scale: tl.tensor,
-    grad_scale: tl.tensor,
-    grad_divisor: tl.tensor,
-    size: tl.tensor,
-    pred_batch: tl.tensor,
-    target_batch: tl.tensor,
-    grad_batch: tl.tensor,
-    mask_batch: tl.tensor,
-    sizes: tl.tuple,
-    pred_strides: tl.tuple,
-    target_strides: tl.tuple,
-    grad_strides: tl.tuple,
-    mask_strides: tl.tuple,
-    BLOCK: tl.constexpr,
-    LINEAR: tl.constexpr,
-    DIMS: tl.constexpr,
-    ALIGN: tl.constexpr,
-    VECTOR: tl.constexpr,
+    tensors: tl.tuple, losses: tl.tensor, numbers: tl.tuple, scale: tl.tuple, size: tl.tensor, pred_batch: tl.tensor,
+    target_batch: tl.tensor, grad_batch: tl.tensor, mask_batch: tl.tensor, sizes: tl.tuple, strides: tl.tuple,
+    BLOCK: tl.constexpr, LINEAR: tl.constexpr, DIMS: tl.constexpr, ALIGN: tl.constexpr, VECTOR: tl.constexpr,
     MASK_VECTOR: tl.constexpr,
-) -> None:
+) -> None:  # fmt: skip
     """Losses and gradients, one program a sample, whose differences stay in registers: 3N bytes, one launch."""
     sample = tl.program_id(0)
-    origin, lead = _origin(sample, pred_batch, ALIGN, VECTOR)
-    target_origin, _ = _origin(sample, target_batch, ALIGN, VECTOR)
-    grad_origin, _ = _origin(sample, grad_batch, ALIGN, VECTOR)
+    begin, lead, end = _begin(
+        sample, size, pred_batch, target_batch, grad_batch, mask_batch, DIMS, ALIGN, VECTOR, MASK_VECTOR
+    )
+    walk = (tensors, begin, sizes, strides)
     lane = tl.arange(0, BLOCK)
-    if ALIGN == 1:
-        size = size // VECTOR * VECTOR
-    valid = lane < size + lead
+    valid = lane < end
     if ALIGN == SHIFTED:
         valid = valid & (lane >= lead)
     start = lead - lead
-    pointers = addresses(pred, origin, start, sizes, pred_strides, BLOCK, LINEAR, DIMS, False)
-    difference = load(pointers, valid)
-    pointers = addresses(target, target_origin, start, sizes, target_strides, BLOCK, LINEAR, DIMS, False)
-    difference -= load(pointers, valid)
-    mask_total = None
-    if mask is not None:
-        mask_origin, mask_lead = _mask_origin(sample, mask_batch, lead, DIMS, ALIGN, MASK_VECTOR)
-        pointers = addresses(mask, mask_origin, start - mask_lead, sizes, mask_strides, BLOCK, DIMS == 0, DIMS, False)
-        factor = load(pointers, valid)
-        mask_total = tl.sum(factor)
-        masked = factor * difference
-        total = tl.sum(masked * difference)
-    else:
-        masked = difference
-        total = tl.sum(masked * masked)
-    loss, coefficient = _finish(
-        total, mask_total, sample, sigma, weight, table, profile, count, sigma_squared, sigma_stride, weight_stride
-    )
+    difference = load(_block(walk, PRED, start, BLOCK, LINEAR, DIMS, False), valid)
+    difference -= load(_block(walk, TARGET, start, BLOCK, LINEAR, DIMS, False), valid)
+    masked, mask_total = difference, None
+    if tensors[3] is not None:
+        factor = load(_block(walk, MASK, start, BLOCK, LINEAR, DIMS, False), valid)
+        masked, mask_total = factor * difference, tl.sum(factor)
+    loss, coefficient = _finish(tl.sum(masked * difference), mask_total, sample, numbers)
     tl.store(losses + sample, loss)
-    coefficient = _scaled(coefficient, scale, grad_scale, grad_divisor)
-    pointers = addresses(grad, grad_origin, start, sizes, grad_strides, BLOCK, LINEAR, DIMS, False)
-    store(pointers, coefficient * masked, valid)
+    store(_block(walk, GRAD, start, BLOCK, LINEAR, DIMS, False), _scaled(coefficient, scale) * masked, valid)
 
 
 @triton.jit
-def _accumulate(
-    squares: tl.tensor,
-    mask_sums: tl.tensor,
-    pred: tl.tensor,
-    target: tl.tensor,
-    mask: tl.tensor,
-    origin: tl.tensor,
-    target_origin: tl.tensor,
-    mask_origin: tl.tensor,
-    start: tl.tensor,
-    mask_lead: tl.tensor,
-    valid: tl.tensor,
-    sizes: tl.tuple,
-    pred_strides: tl.tuple,
-    target_strides: tl.tuple,
-    mask_strides: tl.tuple,
-    BLOCK: tl.constexpr,
-    LINEAR: tl.constexpr,
-    DIMS: tl.constexpr,
-    WIDE: tl.constexpr,
-) -> tuple[tl.tensor, tl.tensor]:
-    """The sums of a block's squares and mask, added to those before."""
-    difference = load(addresses(pred, origin, start, sizes, pred_strides, BLOCK, LINEAR, DIMS, WIDE), valid)
-    difference -= load(addresses(target, target_origin, start, sizes, target_strides, BLOCK, LINEAR, DIMS, WIDE), valid)
-    if mask is not None:
-        pointers = addresses(mask, mask_origin, start - mask_lead, sizes, mask_strides, BLOCK, DIMS == 0, DIMS, WIDE)
-        factor = load(pointers, valid)
+def _add(
+    sums: tl.tuple, walk: tl.tuple, start: tl.tensor, valid: tl.tensor, BLOCK: tl.constexpr, LINEAR: tl.constexpr,
+    DIMS: tl.constexpr, WIDE: tl.constexpr,
+) -> tl.tuple:  # fmt: skip
+    """The sums of squares and of the mask, with a block added."""
+    difference = load(_block(walk, PRED, start, BLOCK, LINEAR, DIMS, WIDE), valid)
+    difference -= load(_block(walk, TARGET, start, BLOCK, LINEAR, DIMS, WIDE), valid)
+    masked, mask_sums = difference, sums[1]
+    if walk[0][3] is not None:
+        factor = load(_block(walk, MASK, start, BLOCK, LINEAR, DIMS, WIDE), valid)
+        masked = factor * difference
         mask_sums += factor
-        squares += factor * difference * difference
-    else:
-        squares += difference * difference
-    return squares, mask_sums
+    return sums[0] + masked * difference, mask_sums
 
 
-@triton.jit(do_not_specialize=[
-    "pred_batch", "target_batch", "mask_batch", "size", "sigma_stride", "weight_stride", "parts", "blocks",
-])  # fmt: skip
+@triton.jit(do_not_specialize=VARYING)
 def gaussian_distance(
-    pred: tl.tensor,
-    target: tl.tensor,
-    mask: tl.tensor,
-    partials: tl.tensor,
-    mask_partials: tl.tensor,
-    losses: tl.tensor,
-    coefficients: tl.tensor,
-    sigma: tl.tensor,
-    weight: tl.tensor,
-    table: tl.tensor,
-    profile: tl.tuple,
-    count: tl.tensor,
-    sigma_squared: tl.tensor,
-    sigma_stride: tl.tensor,
-    weight_stride: tl.tensor,
-    size: tl.tensor,
-    pred_batch: tl.tensor,
-    target_batch: tl.tensor,
-    mask_batch: tl.tensor,
-    sizes: tl.tuple,
-    pred_strides: tl.tuple,
-    target_strides: tl.tuple,
-    mask_strides: tl.tuple,
-    parts: tl.tensor,
-    blocks: tl.tensor,
-    BLOCK: tl.constexpr,
-    LINEAR: tl.constexpr,
-    DIMS: tl.constexpr,
-    ALIGN: tl.constexpr,
-    VECTOR: tl.constexpr,
-    MASK_VECTOR: tl.constexpr,
-    WIDE: tl.constexpr,
-) -> None:
-    """Sums of squares of parts of samples; where a part is a sample, its loss and coefficient at once."""
+    tensors: tl.tuple, partials: tl.tuple, losses: tl.tensor, coefficients: tl.tensor, numbers: tl.tuple,
+    size: tl.tensor, pred_batch: tl.tensor, target_batch: tl.tensor, mask_batch: tl.tensor, sizes: tl.tuple,
+    strides: tl.tuple, parts: tl.tensor, blocks: tl.tensor, BLOCK: tl.constexpr, LINEAR: tl.constexpr,
+    DIMS: tl.constexpr, ALIGN: tl.constexpr, VECTOR: tl.constexpr, MASK_VECTOR: tl.constexpr, WIDE: tl.constexpr,
+) -> None:  # fmt: skip
+    """Partial sums of parts of samples; without ``partials`` a part is a sample: its loss and coefficient at once."""
     program = tl.program_id(0)
     sample, part = program // parts, program % parts
-    origin, lead = _origin(sample, pred_batch, ALIGN, VECTOR)
-    target_origin, _ = _origin(sample, target_batch, ALIGN, VECTOR)
-    mask_origin, mask_lead = _mask_origin(sample, mask_batch, lead, DIMS, ALIGN, MASK_VECTOR)
-    if ALIGN == 1:
-        size = size // VECTOR * VECTOR
-    end = lead + size
+    begin, lead, end = _begin(  # without a gradient
+        sample, size, pred_batch, target_batch, pred_batch, mask_batch, DIMS, ALIGN, VECTOR, MASK_VECTOR
+    )
+    walk = (tensors, begin, sizes, strides)
     lane = tl.arange(0, BLOCK)
-    squares, mask_sums = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
+    sums = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
     first = part.to(tl.int64) * blocks
     last = tl.minimum(first + blocks, (end + BLOCK - 1) // BLOCK)
     for block in range(first, last):
         start = block * BLOCK
         if (start >= lead) & (start + BLOCK <= end):
-            squares, mask_sums = _accumulate(
-                squares, mask_sums, pred, target, mask, origin, target_origin, mask_origin, start, mask_lead, None,
-                sizes, pred_strides, target_strides, mask_strides, BLOCK, LINEAR, DIMS, WIDE,
-            )  # fmt: skip
+            sums = _add(sums, walk, start, None, BLOCK, LINEAR, DIMS, WIDE)
         else:
             valid = (start + lane >= lead) & (start + lane < end)
-            squares, mask_sums = _accumulate(
-                squares, mask_sums, pred, target, mask, origin, target_origin, mask_origin, start, mask_lead, valid,
-                sizes, pred_strides, target_strides, mask_strides, BLOCK, LINEAR, DIMS, WIDE,
-            )  # fmt: skip
-    total = tl.sum(squares)
-    if partials is not None:
-        tl.store(partials + program, total)
-        if mask is not None:
-            tl.store(mask_partials + program, tl.sum(mask_sums))
+            sums = _add(sums, walk, start, valid, BLOCK, LINEAR, DIMS, WIDE)
+    total, mask_total = tl.sum(sums[0]), None
+    if tensors[3] is not None:
+        mask_total = tl.sum(sums[1])
+    if partials[0] is not None:
+        tl.store(partials[0] + program, total)
+        if mask_total is not None:
+            tl.store(partials[1] + program, mask_total)
     else:
-        mask_total = None
-        if mask is not None:
-            mask_total = tl.sum(mask_sums)
-        loss, coefficient = _finish(
-            total, mask_total, sample, sigma, weight, table, profile, count, sigma_squared, sigma_stride, weight_stride
-        )
+        loss, coefficient = _finish(total, mask_total, sample, numbers)
         tl.store(losses + sample, loss)
         tl.store(coefficients + sample, coefficient)
 
 
-@triton.jit(do_not_specialize=["sigma_stride", "weight_stride", "parts"])
+@triton.jit(do_not_specialize=VARYING)
 def gaussian_finish(
-    partials: tl.tensor,
-    mask_partials: tl.tensor,
-    losses: tl.tensor,
-    coefficients: tl.tensor,
-    sigma: tl.tensor,
-    weight: tl.tensor,
-    table: tl.tensor,
-    profile: tl.tuple,
-    count: tl.tensor,
-    sigma_squared: tl.tensor,
-    sigma_stride: tl.tensor,
-    weight_stride: tl.tensor,
-    parts: tl.tensor,
+    partials: tl.tuple, losses: tl.tensor, coefficients: tl.tensor, numbers: tl.tuple, parts: tl.tensor,
     PARTIALS: tl.constexpr,
-) -> None:
+) -> None:  # fmt: skip
     """Losses and coefficients from partial sums, one program a sample."""
     sample = tl.program_id(0)
-    total = _partials_total(partials, sample, parts, PARTIALS)
-    mask_total = None
-    if mask_partials is not None:
-        mask_total = _partials_total(mask_partials, sample, parts, PARTIALS)
-    loss, coefficient = _finish(
-        total, mask_total, sample, sigma, weight, table, profile, count, sigma_squared, sigma_stride, weight_stride
-    )
+    loss, coefficient = _finish_partials(partials, sample, parts, numbers, PARTIALS)
     tl.store(losses + sample, loss)
     tl.store(coefficients + sample, coefficient)
 
 
 @triton.jit
-def _write_gradient(
-    coefficient: tl.tensor,
-    pred: tl.tensor,
-    target: tl.tensor,
-    grad: tl.tensor,
-    mask: tl.tensor,
-    origin: tl.tensor,
-    target_origin: tl.tensor,
-    grad_origin: tl.tensor,
-    mask_origin: tl.tensor,
-    start: tl.tensor,
-    mask_lead: tl.tensor,
-    valid: tl.tensor,
-    sizes: tl.tuple,
-    pred_strides: tl.tuple,
-    target_strides: tl.tuple,
-    grad_strides: tl.tuple,
-    mask_strides: tl.tuple,
-    BLOCK: tl.constexpr,
-    LINEAR: tl.constexpr,
-    DIMS: tl.constexpr,
-    WIDE: tl.constexpr,
-) -> None:
-    difference = load(addresses(pred, origin, start, sizes, pred_strides, BLOCK, LINEAR, DIMS, WIDE), valid)
-    difference -= load(addresses(target, target_origin, start, sizes, target_strides, BLOCK, LINEAR, DIMS, WIDE), valid)
-    if mask is not None:
-        pointers = addresses(mask, mask_origin, start - mask_lead, sizes, mask_strides, BLOCK, DIMS == 0, DIMS, WIDE)
-        difference *= load(pointers, valid)
-    pointers = addresses(grad, grad_origin, start, sizes, grad_strides, BLOCK, LINEAR, DIMS, WIDE)
-    store(pointers, coefficient * difference, valid)
+def _write(
+    coefficient: tl.tensor, walk: tl.tuple, start: tl.tensor, valid: tl.tensor, BLOCK: tl.constexpr,
+    LINEAR: tl.constexpr, DIMS: tl.constexpr, WIDE: tl.constexpr,
+) -> None:  # fmt: skip
+    """The gradient of a block."""
+    difference = load(_block(walk, PRED, start, BLOCK, LINEAR, DIMS, WIDE), valid)
+    difference -= load(_block(walk, TARGET, start, BLOCK, LINEAR, DIMS, WIDE), valid)
+    if walk[0][3] is not None:
+        difference *= load(_block(walk, MASK, start, BLOCK, LINEAR, DIMS, WIDE), valid)
+    store(_block(walk, GRAD, start, BLOCK, LINEAR, DIMS, WIDE), coefficient * difference, valid)
 
 
-@triton.jit(do_not_specialize=[
-    "pred_batch", "target_batch", "grad_batch", "mask_batch", "size", "sigma_stride", "weight_stride",
-    "coefficient_stride", "parts", "blocks",
-])  # fmt: skip
+@triton.jit(do_not_specialize=VARYING)
 def gaussian_gradient(
-    pred: tl.tensor,
-    target: tl.tensor,
-    grad: tl.tensor,
-    mask: tl.tensor,
-    coefficients: tl.tensor,
-    coefficient_stride: tl.tensor,
-    partials: tl.tensor,
-    mask_partials: tl.tensor,
-    losses: tl.tensor,
-    sigma: tl.tensor,
-    weight: tl.tensor,
-    table: tl.tensor,
-    profile: tl.tuple,
-    count: tl.tensor,
-    sigma_squared: tl.tensor,
-    sigma_stride: tl.tensor,
-    weight_stride: tl.tensor,
-    scale: tl.tensor,
-    grad_scale: tl.tensor,
-    grad_divisor: tl.tensor,
-    size: tl.tensor,
-    pred_batch: tl.tensor,
-    target_batch: tl.tensor,
-    grad_batch: tl.tensor,
-    mask_batch: tl.tensor,
-    sizes: tl.tuple,
-    pred_strides: tl.tuple,
-    target_strides: tl.tuple,
-    grad_strides: tl.tuple,
-    mask_strides: tl.tuple,
-    parts: tl.tensor,
-    blocks: tl.tensor,
-    BLOCK: tl.constexpr,
-    LINEAR: tl.constexpr,
-    DIMS: tl.constexpr,
-    ALIGN: tl.constexpr,
-    VECTOR: tl.constexpr,
-    MASK_VECTOR: tl.constexpr,
-    WIDE: tl.constexpr,
-    PARTIALS: tl.constexpr,
-) -> None:
+    tensors: tl.tuple, coefficients: tl.tensor, coefficient_stride: tl.tensor, partials: tl.tuple, losses: tl.tensor,
+    numbers: tl.tuple, scale: tl.tuple, size: tl.tensor, pred_batch: tl.tensor, target_batch: tl.tensor,
+    grad_batch: tl.tensor, mask_batch: tl.tensor, sizes: tl.tuple, strides: tl.tuple, parts: tl.tensor,
+    blocks: tl.tensor, BLOCK: tl.constexpr, LINEAR: tl.constexpr, DIMS: tl.constexpr, ALIGN: tl.constexpr,
+    VECTOR: tl.constexpr, MASK_VECTOR: tl.constexpr, WIDE: tl.constexpr, PARTIALS: tl.constexpr,
+) -> None:  # fmt: skip
     """Gradients from given coefficients, or from partial sums; then the first part of a sample writes its loss.
 
     The last programs and blocks come first: what gaussian_distance has read last is the most likely to be in L2.
     """
     program = tl.num_programs(0) - 1 - tl.program_id(0)
     sample, part = program // parts, program % parts
-    if partials is not None:
-        total = _partials_total(partials, sample, parts, PARTIALS)
-        mask_total = None
-        if mask_partials is not None:
-            mask_total = _partials_total(mask_partials, sample, parts, PARTIALS)
-        loss, coefficient = _finish(
-            total, mask_total, sample, sigma, weight, table, profile, count, sigma_squared, sigma_stride, weight_stride
-        )
+    if partials[0] is not None:
+        loss, coefficient = _finish_partials(partials, sample, parts, numbers, PARTIALS)
         tl.store(losses + sample, loss, mask=part == 0)
-        coefficient = _scaled(coefficient, scale, grad_scale, grad_divisor)
+        coefficient = _scaled(coefficient, scale)
     else:
         coefficient = tl.load(coefficients + sample.to(tl.int64) * coefficient_stride)
-    origin, lead = _origin(sample, pred_batch, ALIGN, VECTOR)
-    target_origin, _ = _origin(sample, target_batch, ALIGN, VECTOR)
-    grad_origin, _ = _origin(sample, grad_batch, ALIGN, VECTOR)
-    mask_origin, mask_lead = _mask_origin(sample, mask_batch, lead, DIMS, ALIGN, MASK_VECTOR)
-    if ALIGN == 1:
-        size = size // VECTOR * VECTOR
-    end = lead + size
+    begin, lead, end = _begin(
+        sample, size, pred_batch, target_batch, grad_batch, mask_batch, DIMS, ALIGN, VECTOR, MASK_VECTOR
+    )
+    walk = (tensors, begin, sizes, strides)
     lane = tl.arange(0, BLOCK)
     first = part.to(tl.int64) * blocks
     last = tl.minimum(first + blocks, (end + BLOCK - 1) // BLOCK)
     for step in range(first, last):
         start = (first + last - 1 - step) * BLOCK
         if (start >= lead) & (start + BLOCK <= end):
-            _write_gradient(
-                coefficient, pred, target, grad, mask, origin, target_origin, grad_origin, mask_origin, start,
-                mask_lead, None, sizes, pred_strides, target_strides, grad_strides, mask_strides, BLOCK, LINEAR, DIMS,
-                WIDE,
-            )  # fmt: skip
+            _write(coefficient, walk, start, None, BLOCK, LINEAR, DIMS, WIDE)
         else:
             valid = (start + lane >= lead) & (start + lane < end)
-            _write_gradient(
-                coefficient, pred, target, grad, mask, origin, target_origin, grad_origin, mask_origin, start,
-                mask_lead, valid, sizes, pred_strides, target_strides, grad_strides, mask_strides, BLOCK, LINEAR, DIMS,
-                WIDE,
-            )  # fmt: skip
+            _write(coefficient, walk, start, valid, BLOCK, LINEAR, DIMS, WIDE)

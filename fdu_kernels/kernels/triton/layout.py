@@ -42,12 +42,8 @@ class Layout:
 
 def broadcast_strides(tensor: Tensor, shape: Sequence[int]) -> tuple[int, ...]:
     """The strides of ``tensor.expand(shape)``."""
-    missing = len(shape) - tensor.ndim
-    own = (
-        0 if size == 1 else stride
-        for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
-    )  # fmt: skip
-    return (0,) * missing + tuple(own)
+    own = (0 if size == 1 else stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return (0,) * (len(shape) - tensor.ndim) + tuple(own)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -70,21 +66,24 @@ def collapse(
         if length != 1
     ]
     dims.sort(key=lambda dim: dim[1][::-1], reverse=True)
-    linear = _merged([(length, strides) for length, strides, _ in dims])
-    if len(linear) == 1 and all(stride == 1 for stride in linear[0][1]):
+    is_linear = _contiguous(_merged([(length, strides) for length, strides, _ in dims]))
+    if is_linear:
+        # Only the others' positions are decomposed, if any.
         merged = _merged([(length, strides) for length, _, strides in dims])
-        if not others or (len(merged) == 1 and all(stride == 1 for stride in merged[0][1])):
+        if not others or _contiguous(merged):
             return Layout(size, True, 0, (), ((),) * (len(data) + len(others)))
-        columns = [()] * len(data) + list(zip(*(strides for _, strides in reversed(merged)), strict=True))
-        is_linear = True
     else:
         merged = _merged([(length, data_strides + strides) for length, data_strides, strides in dims])
-        columns = list(zip(*(strides for _, strides in reversed(merged)), strict=True))
-        is_linear = False
     if len(merged) > MAX_DIMS:
         return None
-    sizes = tuple(length for length, _ in reversed(merged))[:-1]
-    return Layout(size, is_linear, len(merged), sizes, tuple(columns))
+    merged.reverse()
+    columns = tuple(zip(*(strides for _, strides in merged), strict=True))
+    sizes = tuple(length for length, _ in merged[:-1])
+    return Layout(size, is_linear, len(merged), sizes, ((),) * len(data) * is_linear + columns)
+
+
+def _contiguous(merged: list[tuple[int, tuple[int, ...]]]) -> bool:
+    return len(merged) == 1 and all(stride == 1 for stride in merged[0][1])
 
 
 def alignment(layout: Layout, batch: int, batch_strides: Sequence[int], addresses: Sequence[int], vector: int) -> int:

@@ -1,13 +1,11 @@
-"""Device functions: exponentials to full accuracy, Gaussian profiles, rows of the critic, addresses."""
+"""Device functions: exponentials and logarithms to full accuracy, Gaussian profiles, addresses."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-HEADER_ROWS = tl.constexpr(4)
-"""As in fdu_kernels.profiles."""
-NEIGHBOURS = tl.constexpr(8)
+HEADER_ROWS, NEIGHBOURS = tl.constexpr(4), tl.constexpr(8)
 """As in fdu_kernels.profiles."""
 SHIFTED = tl.constexpr(2)
 """As in .layout."""
@@ -27,14 +25,9 @@ def exp(x: tl.tensor) -> tl.tensor:
 def expm1_ratio(x: tl.tensor) -> tl.tensor:
     """expm1(x) / x for |x| <= 1/2, by its series: 1 at 0."""
     result = 1.0 + x * (1.0 / 10)
-    result = 1.0 + x * (1.0 / 9) * result
-    result = 1.0 + x * (1.0 / 8) * result
-    result = 1.0 + x * (1.0 / 7) * result
-    result = 1.0 + x * (1.0 / 6) * result
-    result = 1.0 + x * (1.0 / 5) * result
-    result = 1.0 + x * (1.0 / 4) * result
-    result = 1.0 + x * (1.0 / 3) * result
-    return 1.0 + x * 0.5 * result
+    for n in tl.static_range(9, 1, -1):
+        result = 1.0 + x * (1.0 / n) * result
+    return result
 
 
 @triton.jit
@@ -85,7 +78,7 @@ def _read_table(table: tl.tensor, s: tl.tensor, COLUMN: tl.constexpr) -> tl.tens
 
 
 @triton.jit
-def profile_at(s: tl.tensor, table: tl.tensor, profile: tl.tuple) -> tuple[tl.tensor, tl.tensor]:
+def profile_at(s: tl.tensor, table: tl.tensor, profile: tl.tuple) -> tl.tuple:
     """h(s) and h'(s), float32; profile is (c, k, c / k, linear_beyond)."""
     c, k, ratio, linear_beyond = profile
     if table is not None:
@@ -118,16 +111,9 @@ def strided_offsets(index: tl.tensor, sizes: tl.tuple, strides: tl.tuple, DIMS: 
 
 @triton.jit
 def addresses(
-    tensor: tl.tensor,
-    base: tl.tensor,
-    start: tl.tensor,
-    sizes: tl.tuple,
-    strides: tl.tuple,
-    BLOCK: tl.constexpr,
-    LINEAR: tl.constexpr,
-    DIMS: tl.constexpr,
-    WIDE: tl.constexpr,
-) -> tl.tensor:
+    tensor: tl.tensor, base: tl.tensor, start: tl.tensor, sizes: tl.tuple, strides: tl.tuple,
+    BLOCK: tl.constexpr, LINEAR: tl.constexpr, DIMS: tl.constexpr, WIDE: tl.constexpr,
+) -> tl.tensor:  # fmt: skip
     """Pointers to the positions start ... start + BLOCK - 1 of the sample at ``base``, both int64."""
     lane = tl.arange(0, BLOCK)
     if LINEAR:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from typing import NamedTuple
 
@@ -11,60 +10,40 @@ import torch
 TABLE_WARP = 32
 """Threads of a warp as the tables count them."""
 
-ON_CHIP: tuple[tuple[int, int], ...] = (
-    (256, 1),
-    (512, 2),
-    (1024, 4),
-    (2048, 4),
-    (4096, 8),
-    (8192, 16),
-    (16384, 16),
-    (32768, 32),
-)
+ON_CHIP = ((256, 1), (512, 2), (1024, 4), (2048, 4), (4096, 8), (8192, 16), (16384, 16), (32768, 32))
 """(elements, warps) of a program that holds a whole sample in registers: the first that is large enough."""
 ON_CHIP_REGISTERS = {1: 128, 2: 128, 4: 128, 8: 200, 16: 128, 32: None}
 """By warps: the most registers a thread may have. Stated, because the assembler would rather spill a few bytes than
 have more than 32 or 80; with 32 warps, of which each thread has 64 at most, it does better when left alone."""
 ON_CHIP_LIMIT = {
-    ("linear", 2): 32768,
-    ("linear", 4): 32768,
-    ("masked", 2): 16384,
-    ("masked", 4): 16384,
-    ("strided", 2): 4096,
-    ("strided", 4): 4096,
-}
+    ("linear", 2): 32768, ("masked", 2): 16384, ("strided", 2): 4096,
+    ("linear", 4): 32768, ("masked", 4): 16384, ("strided", 4): 4096,
+}  # fmt: skip
 """By the walk ("linear" without a mask; "masked"; or positions decomposed for the data, too) and the element size in
 bytes: the largest sample held in registers."""
-ON_CHIP_UNALIGNED_LIMIT = 8192
-"""The same where samples do not begin and end at 16 bytes, so that elements are loaded one by one."""
-ON_CHIP_TABLE_LIMIT = 16384
-"""The same with a tabulated profile, whose reading needs registers as well."""
+ON_CHIP_UNALIGNED_LIMIT, ON_CHIP_TABLE_LIMIT = 8192, 16384
+"""The same where samples do not begin and end at 16 bytes, so that elements are loaded one by one; and with a tabulated
+profile, whose reading needs registers as well."""
 
 STREAM_BLOCK = {
-    ("linear", 2): 4096,
-    ("linear", 4): 2048,
-    ("masked", 2): 2048,
-    ("masked", 4): 2048,
-    ("strided", 2): 1024,
-    ("strided", 4): 1024,
-}
+    ("linear", 2): 4096, ("masked", 2): 2048, ("strided", 2): 1024,
+    ("linear", 4): 2048, ("masked", 4): 2048, ("strided", 4): 1024,
+}  # fmt: skip
 """Likewise: elements that a program of STREAM_WARPS takes at a time, up to 32 bytes a thread and tensor."""
-STREAM_WARPS = 8
-STREAM_PROGRAMS = 2048
+STREAM_WARPS, STREAM_PROGRAMS = 8, 2048
 """About as many programs as a sample or batch is cut into: some for each of up to 200 multiprocessors."""
 STREAM_MOST_BLOCKS = 32
 """A program takes no more blocks, so that no lane adds up more than 32 numbers one after the other in float32."""
 WHOLE_LIMIT = 32768
 """Up to here the forward pass leaves a sample to one program, and needs a single launch."""
-PARTIALS_BLOCK = 256
+PARTIALS_BLOCK, FINISH_WARPS = 256, 4
 """Partial sums that a program adds up at a time."""
-FINISH_WARPS = 4
 
-EXPECTATION_BLOCK = 1024
-EXPECTATION_WARPS = 4
+EXPECTATION_BLOCK, EXPECTATION_WARPS, EXPECTATION_PROGRAMS = 1024, 4, 4096
 EXPECTATION_REGISTERS = 128
 """Stated for the same reason."""
-EXPECTATION_PROGRAMS = 4096
+TOTAL_BLOCK, TOTAL_WARPS = 4096, 8
+"""As PARTIALS_BLOCK; up to as many programs their sums are one load."""
 
 
 class Target(NamedTuple):
@@ -92,8 +71,7 @@ def target_of(device: torch.device) -> Target:
     return Target("cuda", TABLE_WARP)
 
 
-@dataclasses.dataclass(frozen=True)
-class Split:
+class Split(NamedTuple):
     """A sample cut into ``parts`` programs that take up to ``blocks`` blocks of ``block`` elements each."""
 
     block: int
