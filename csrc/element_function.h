@@ -78,7 +78,7 @@ FDU_FUNCTION void evaluate_row(const TiltedRow<Lane<A>>& tilted, const A (&v)[n]
     if (known == Known::softplus_alone) {
 #pragma unroll
         for (int i = 0; i < n; ++i) {
-            const Logistic<A> terms = logistic_terms<known>(row, v[i]);
+            const Logistic<A> terms = logistic_terms<known, false>(row, v[i]);
             value[i] = terms.value;
             if (sloped) slope[i] = terms.slope;
         }
@@ -107,10 +107,17 @@ FDU_FUNCTION void evaluate_row(const TiltedRow<Lane<A>>& tilted, const A (&v)[n]
             if (sloped) slope[i] += row.expm1 * row.expm1_rate * e.value;
         }
     }
-    if (row.softplus != 0 || row.sigmoid != 0 || row.tanh != 0 || row.tanh_squared != 0) {
+    if (row.tanh != 0 || row.tanh_squared != 0) {
 #pragma unroll
         for (int i = 0; i < n; ++i) {
-            const Logistic<A> terms = logistic_terms<Known::nothing>(row, v[i]);
+            const Logistic<A> terms = logistic_terms<Known::nothing, true>(row, v[i]);
+            value[i] += terms.value;
+            if (sloped) slope[i] += terms.slope;
+        }
+    } else if (row.softplus != 0 || row.sigmoid != 0) {
+#pragma unroll
+        for (int i = 0; i < n; ++i) {
+            const Logistic<A> terms = logistic_terms<Known::nothing, false>(row, v[i]);
             value[i] += terms.value;
             if (sloped) slope[i] += terms.slope;
         }

@@ -358,17 +358,17 @@ FDU_FUNCTION Row<A> read_row(const double* numbers) {
 enum class Known { nothing, softplus_alone };
 
 // The terms softplus log(1 - m + m e^x) + sigmoid sigma + tanh T + tanh_squared T^2 at x = scale v, T = 2 sigma - 1, and
-// their derivative.
+// their derivative; without those of T, where they have no coefficient.
 template <class A>
 struct Logistic {
     A value, slope;
 };
 
-template <Known known, class A>
+template <Known known, bool with_tanh, class A>
 FDU_FUNCTION Logistic<A> logistic_terms(const Row<Lane<A>>& row, A v) {
     using L = Lane<A>;
     const A x = row.scale * v;
-    A softplus{}, tanh{}, sigma, rest;  // rest = 1 - sigma
+    A softplus{}, sigma, rest, tanh;  // rest = 1 - sigma
     if (known == Known::softplus_alone || row.logit == 0) {
         const auto positive = x > L(0);
         const Exponential<A> falling = falling_exponential(minus_absolute(x));
@@ -383,10 +383,9 @@ FDU_FUNCTION Logistic<A> logistic_terms(const Row<Lane<A>>& row, A v) {
         const A larger = L(1) / whole, smaller = falling.value * larger;
         sigma = select(positive, larger, smaller);
         rest = select(positive, smaller, larger);
-        if (row.tanh != 0 || row.tanh_squared != 0) {
-            // Not their difference: near 0 it would have no digits.
-            tanh = select(positive, -falling.less_one, falling.less_one) / whole;
-        }
+        // Not their difference: near 0 it would have no digits. A quotient, by the reciprocal and a step of Newton's.
+        const A below = select(positive, -falling.less_one, falling.less_one), quotient = below * larger;
+        tanh = quotient + larger * (below - quotient * whole);
     } else {
         // Which of 1 - m and m e^x is the larger one decides, so that x and the logarithm do not cancel.
         const auto above = x + row.logit > L(0);
@@ -401,14 +400,14 @@ FDU_FUNCTION Logistic<A> logistic_terms(const Row<Lane<A>>& row, A v) {
     }
     // softplus' = sigma (sigma + rest): written so, the softplus and the sigmoid of shifted_log cancel exactly.
     const A inner = row.softplus * sigma + (row.softplus + row.sigmoid) * rest;
-    A value = row.softplus * softplus + row.sigmoid * sigma, slope = inner;
-    if (row.tanh != 0 || row.tanh_squared != 0) {
-        // T' = 2 sigma rest and T = sigma - rest: so the two terms of le_cam's A and B cancel exactly.
-        const L twice = L(2) * row.tanh_squared;
-        value += tanh * (row.tanh + row.tanh_squared * tanh);
-        slope += L(2) * rest * ((row.tanh + twice) * sigma + (row.tanh - twice) * rest);
-    }
-    return {value, row.scale * sigma * slope};
+    const A value = row.softplus * softplus + row.sigmoid * sigma;
+    if (!with_tanh) return {value, row.scale * sigma * inner};
+    // T' = 2 sigma rest and T = sigma - rest: so the two terms of le_cam's A and B cancel exactly.
+    const L of_sigma = L(2) * (row.tanh + L(2) * row.tanh_squared), of_rest = L(2) * (row.tanh - L(2) * row.tanh_squared);
+    return {
+        value + tanh * (row.tanh + row.tanh_squared * tanh),
+        row.scale * sigma * (inner + rest * (of_sigma * sigma + of_rest * rest)),
+    };
 }
 
 }  // namespace
