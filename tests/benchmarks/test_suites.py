@@ -13,10 +13,10 @@ import host_levels
 import memory_peak
 import pytest
 import torch
+from fdu_kernels.backends import native
 from torch import Tensor
 
 import fdu_kernels as fk
-from fdu_kernels.backends import native
 
 SHAPE = (3, 4, 8, 8)
 

@@ -296,10 +296,10 @@ class TestInterpreted:
     ) -> None:
         name, v, *_ = extreme_critic
         divergence, limits = fk.get_divergence(name), torch.finfo(torch.float32)
-        functions, terms = critic_functions(divergence, "log_ratio"), critic_terms(divergence, "log_ratio")
-        assert functions is not None
+        functions = divergence.critic_functions("log_ratio")
+        terms = [function.scalar() for function in functions]
         for function, term in zip(functions, terms, strict=True):
-            found = backend.expectation_value_and_grad(v.float(), function, None, None, "none", 1.0)
+            found = backend.expectation_value_and_grad(ExpectationCall(v.float(), function, reduction="none"))
             for actual, exact in zip(found, (term.value_at, term.slope_at), strict=True):
                 truth = exact(v.float().double())
                 number = truth.abs() >= limits.smallest_normal
@@ -309,10 +309,9 @@ class TestInterpreted:
             ("q", (torch.exp(exact_v) * value_a).abs() + value_b.abs()),
             ("p", value_a.abs() + (torch.exp(-exact_v) * value_b).abs()),
         ):
-            ratio = ratio_function(divergence, side)
-            assert ratio is not None
-            actual, _ = backend.expectation_value_and_grad(v.float(), ratio, None, None, "none", 1.0)
-            error = (actual.double() - ratio_terms(divergence, side).value_at(exact_v)).abs()
+            ratio = divergence.ratio_function(side)
+            actual, _ = backend.expectation_value_and_grad(ExpectationCall(v.float(), ratio, reduction="none"))
+            error = (actual.double() - ratio.scalar().value_at(exact_v)).abs()
             assert bool((error <= 8 * limits.eps * size + limits.smallest_normal).all())
 
     @pytest.mark.parametrize("name", PROFILES)
