@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -79,14 +80,14 @@ class GaussianCall:
         """The call whose ``flat`` form this is."""
         c, k, linear_beyond, number, scale = numbers if symbolic is None else symbolic.tolist()
         return GaussianCall(
-            pred, target, GaussianProfile(c, k, linear_beyond, table), number if sigma is None else sigma, weight, mask,
+            pred, target, GaussianProfile(c, k, linear_beyond or math.inf, table), number if sigma is None else sigma, weight, mask,
             distance, reduction, scale if grad_scale is None else grad_scale,
         )  # fmt: skip
 
     def flat(self) -> tuple[Any, ...]:
         """What an op takes."""
         h, (number, sigma), (scale, grad_scale) = self.profile, _split(self.sigma), _split(self.grad_scale)
-        numbers = [h.c, h.k, h.linear_beyond, number, scale]
+        numbers = [h.c, h.k, _finite(h.linear_beyond), number, scale]
         return (
             self.pred, self.target.detach(), *_constant_or_not(numbers), h.table, sigma, self.weight, self.mask,
             self.distance, self.reduction, grad_scale,
@@ -159,12 +160,13 @@ class ExpectationCall:
     ) -> ExpectationCall:  # fmt: skip
         """The call whose ``flat`` form this is."""
         scale = number if grad_scale is None else grad_scale
-        return ExpectationCall(v, ElementFunction.of(tuple(function)), weight, mask, reduction, scale)
+        made = ElementFunction.of((function[0] or math.inf, *function[1:]))
+        return ExpectationCall(v, made, weight, mask, reduction, scale)
 
     def flat(self) -> tuple[Any, ...]:
         """What an op takes."""
-        function = list(self.function.numbers or ())
-        return self.v, function, self.weight, self.mask, self.reduction, *_split(self.grad_scale)
+        limit, *others = self.function.numbers or ()
+        return self.v, [_finite(limit), *others], self.weight, self.mask, self.reduction, *_split(self.grad_scale)
 
     def checked(self, name: str) -> ExpectationCall:
         """Raise for what no backend may get; itself, with its constants in real memory. ``name``: what v is called."""
@@ -198,6 +200,11 @@ def _in_memory(tensor: Any) -> Any:
 
 def _split(number: float | Tensor) -> tuple[float, Tensor | None]:
     return (1.0, number.detach()) if isinstance(number, Tensor) else (number * 1.0, None)
+
+
+def _finite(limit: float) -> float:
+    """0 stands for no limit: packages of AOTInductor cannot hold infinity."""
+    return 0.0 if limit == math.inf else limit
 
 
 def _constant_or_not(numbers: list[float]) -> tuple[list[float], Tensor | None]:

@@ -46,7 +46,7 @@ def check_same(name: str, tensor: Tensor, other_name: str, other: Tensor, shape:
 
 def check_batch(name: str, tensor: Tensor) -> None:
     """Raise ValueError unless the tensor has a batch dimension with something in it."""
-    if not tensor.ndim or not len(tensor):
+    if tensor.ndim == 0 or tensor.shape[0] == 0:
         raise ValueError(
             f"{name} must have shape [B, ...] with B >= 1 samples, not {list(tensor.shape)}; "
             f"{'add a batch dimension: ' + name + '[None]' if tensor.ndim == 0 else 'skip the empty batch'}"

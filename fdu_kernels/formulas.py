@@ -15,7 +15,7 @@ from fdu_kernels.calls import ExpectationCall, GaussianCall
 
 def gaussian(call: GaussianCall) -> Tensor:
     """weight h(s), reduced; differentiable in pred."""
-    return reduce(gaussian_terms(call)[0], call.reduction)
+    return reduce(_weighted(call, call.profile.scalar()(distance_terms(call)[0])), call.reduction)
 
 
 def gaussian_value_and_grad(call: GaussianCall) -> tuple[Tensor, Tensor]:
@@ -32,11 +32,7 @@ def gaussian_terms(call: GaussianCall) -> tuple[Tensor, Tensor, Tensor]:
     """
     s, masked, divisor = distance_terms(call)
     h = call.profile.scalar()
-    losses, coefficient = h(s), 2 * h.slope_at(s) / divisor
-    if call.weight is not None:
-        weight = call.weight.detach().to(losses.dtype)
-        losses, coefficient = weight * losses, weight * coefficient
-    return losses, coefficient, masked
+    return _weighted(call, h(s)), _weighted(call, 2 * h.slope_at(s) / divisor), masked
 
 
 def distance_terms(call: GaussianCall) -> tuple[Tensor, Tensor, Tensor]:
@@ -109,6 +105,10 @@ def reduce(terms: Tensor, reduction: str) -> Tensor:
 def per_sample(numbers: Tensor, like: Tensor) -> Tensor:
     """[B] as [B, 1, ...] of the dimensions of another tensor."""
     return numbers.reshape(-1, *[1] * (like.ndim - 1))
+
+
+def _weighted(call: GaussianCall, numbers: Tensor) -> Tensor:
+    return numbers if call.weight is None else call.weight.detach().to(numbers.dtype) * numbers
 
 
 def _sum_per_sample(tensor: Tensor) -> Tensor:

@@ -43,12 +43,18 @@ class Scalar:
         """y(x), for use without autograd."""
         if self.low == -math.inf and self.high == math.inf:
             return self.value(x)
-        inside = x.clamp(self.low, self.high)
+        inside = self._inside(x)
         return self.value(inside) + self.slope(inside) * (x - inside)
 
     def slope_at(self, x: Tensor) -> Tensor:
         """y'(x), differentiable."""
-        return self.slope(x.clamp(self.low, self.high))
+        return self.slope(self._inside(x))
+
+    def _inside(self, x: Tensor) -> Tensor:
+        if torch.compiler.is_compiling() and self.low == -math.inf and self.high < math.inf:
+            # Compiled code would hold a bound that is a symbol as a constant.
+            return (x / self.high).clamp(max=1.0) * self.high
+        return x.clamp(self.low, self.high)
 
 
 def derivative(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
