@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fdu_kernels as fk
-from fdu_kernels.backends import REGISTRY
+from fdu_kernels.calls import Kind
+from fdu_kernels.registry import backend_named
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SIGMA = 0.7
@@ -131,8 +132,8 @@ def fused_backends(device: str | None = None) -> list[str]:
     found = [name for name, reason in fk.backends().items() if reason is None and name != "torch"]
     if device is None:
         return found
-    call = torch.device(device), torch.float32, None, "gaussian"
-    return [name for name in found if REGISTRY[name].why_unsuitable(*call) is None]
+    kind = Kind(torch.device(device), torch.float32, torch.float32, "exponential")
+    return [name for name in found if backend_named(name).why_unsuitable(kind) is None]
 
 
 def inputs(shape: tuple[int, ...], dtype: torch.dtype, device: str, seed: int = 0) -> tuple[Tensor, Tensor]:

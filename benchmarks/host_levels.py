@@ -1,10 +1,10 @@
 """What a call costs the host, by part: nested pieces of the call that really run, each timed for itself.
 
 ``python benchmarks/host_levels.py`` prints a JSON object of microseconds for this checkout. Four pieces, each of which
-contains the next: the function of ``fdu_kernels`` (its checks, the choice of a backend), the backend (dispatch between
-eager, autograd and ops), the kernels' own function (outputs allocated, arguments laid out) and the launch: the compiled
-operation, into buffers that exist. A part is what a piece takes beyond the one that it contains. On the CPU a launch
-computes as well; on a GPU it returns before the device has done its work.
+contains the next: the function of ``fdu_kernels`` (its checks), the dispatch (the choice of a backend and of the way to
+it), the backend's own function (outputs allocated, arguments laid out) and the launch: the compiled operation, into
+buffers that exist. A part is what a piece takes beyond the one that it contains. On the CPU a launch computes as well; on
+a GPU it returns before the device has done its work.
 """
 
 from __future__ import annotations
@@ -20,36 +20,35 @@ import torch
 from torch import Tensor
 
 import fdu_kernels as fk
-from fdu_kernels import functional
-from fdu_kernels.backends import REGISTRY, choose_backend, native
-from fdu_kernels.lowering import gaussian_profile
+from fdu_kernels import dispatch
+from fdu_kernels.calls import GaussianCall
+from fdu_kernels.kernels.native import CpuBackend
+from fdu_kernels.registry import backend_named, choose_backend
 
 DIVERGENCE = "squared_hellinger"
 SHAPES = ((1, 4, 64, 64), (4, 4, 64, 64), (1, 4, 128, 128))
 """Latents of Stable Diffusion 1.5, one and a batch, and of XL."""
-PIECES = ("call", "backend", "kernels", "launch")
-PARTS = ("checks and choice", "dispatch", "allocation and arguments", "launch")
+PIECES = ("call", "dispatch", "kernels", "launch")
+PARTS = ("checks", "choice and dispatch", "allocation and arguments", "launch")
 """What each piece takes beyond the next one."""
 Calls = dict[str, Callable[[], object]]
 
 
 def pieces(pred: Tensor, target: Tensor, name: str) -> Calls:
     """The pieces of value_and_grad, the outer ones first, and what lies beside them."""
-    divergence = fk.get_divergence(DIVERGENCE)
-    profile, backend = gaussian_profile(divergence), REGISTRY[name]
+    backend, held = backend_named(name), GaussianCall(pred, target, fk.get_divergence(DIVERGENCE).gaussian_profile)
+    held.checked()
     # Nobody names the backend that is chosen anyway.
-    asked = None if choose_backend(None, pred, divergence, "gaussian") is backend else name
-    kernels: Any = backend.kernels
-    arguments: tuple[Any, ...] = (1.0, None, None, "mean", "mean", 1.0, None)
+    asked = None if choose_backend(None, held) == name else name
     grad = torch.empty_like(pred)
     leaf = pred.detach().clone().requires_grad_()
     return {
         "call": lambda: fk.gaussian_divergence_value_and_grad(pred, target, DIVERGENCE, backend=asked),
-        "backend": lambda: backend.gaussian_divergence_value_and_grad(pred, target, divergence, *arguments),
-        "kernels": lambda: kernels.gaussian_value_and_grad(pred, target, profile, *arguments),
-        "launch": launch_of(pred, target, kernels, profile, arguments),
-        "checks alone": lambda: functional._check_gaussian(pred, target, 1.0, None, None, "mean", "mean"),
-        "choice alone": lambda: choose_backend(None, pred, divergence, "gaussian"),
+        "dispatch": lambda: dispatch.gaussian_value_and_grad(held, None, asked),
+        "kernels": lambda: backend.gaussian_value_and_grad(held, None),
+        "launch": launch_of(backend, held),
+        "checks alone": lambda: held.checked(),
+        "choice alone": lambda: choose_backend(None, held),
         "one allocation": lambda: torch.empty_like(pred),
         "call with grad_out": lambda: fk.gaussian_divergence_value_and_grad(
             pred, target, DIVERGENCE, backend=asked, grad_out=grad
@@ -63,27 +62,25 @@ def pieces(pred: Tensor, target: Tensor, name: str) -> Calls:
     }
 
 
-def launch_of(
-    pred: Tensor, target: Tensor, kernels: Any, profile: Any, arguments: tuple[Any, ...]
-) -> Callable[[], object]:
+def launch_of(backend: Any, call: GaussianCall) -> Callable[[], object]:
     """The last piece: the call of the compiled operation exactly as the kernels' function makes it, to be repeated."""
-    if isinstance(kernels, native._Native):
-        compiled = _Recorder(kernels._compiled)
-        vars(kernels)["_compiled"] = compiled
+    if isinstance(backend, CpuBackend):
+        compiled = _Recorder(backend._compiled)
+        vars(backend)["_compiled"] = compiled
         try:
-            kernels.gaussian_value_and_grad(pred, target, profile, *arguments)
+            backend.gaussian_value_and_grad(call, None)
         finally:
-            vars(kernels)["_compiled"] = compiled.real
+            vars(backend)["_compiled"] = compiled.real
         operation, given = compiled.calls[0]
         return lambda: operation(*given)
-    from fdu_kernels.backends.triton import launch_gaussian
+    from fdu_kernels.kernels.triton import launch_gaussian
 
     jitted = {name: kernel for name, kernel in vars(launch_gaussian).items() if hasattr(kernel, "run")}
     launches: list[Callable[[], object]] = []
     for name, kernel in jitted.items():
         setattr(launch_gaussian, name, _Launched(kernel, launches))
     try:
-        kernels.gaussian_value_and_grad(pred, target, profile, *arguments)
+        backend.gaussian_value_and_grad(call, None)
     finally:
         for name, kernel in jitted.items():
             setattr(launch_gaussian, name, kernel)

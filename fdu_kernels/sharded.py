@@ -103,7 +103,9 @@ class _Parts:
         missing = len(shape) - given.ndim
         placements = [
             Shard(placement.dim - missing)
-            if placement.is_shard() and placement.dim >= missing and given.shape[placement.dim - missing] > 1
+            if placement.is_shard()
+            and missing <= placement.dim < len(shape)
+            and given.shape[placement.dim - missing] > 1
             else Replicate()
             for placement in self.placements
         ]

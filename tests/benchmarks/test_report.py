@@ -52,7 +52,7 @@ def results(tmp_path: Path) -> Path:
     clone = {"form": "bandwidth", "dtype": "float32", "shape": [2, 4], "pairs": 2, "share": 0.9}
     clone["medians"] = {"clone": 1e-4, "value_and_grad": 2e-4}
     keep(folder, "losses", [losses, clone])
-    parts = {"checks and choice": 4.0, "dispatch": 1.0, "allocation and arguments": 2.0, "launch": 3.0}
+    parts = {"checks": 4.0, "choice and dispatch": 1.0, "allocation and arguments": 2.0, "launch": 3.0}
     host = {"form": "host", "shape": [1, 4, 64, 64], "backend": "cpu", "medians_us": {"call": 10.0}, "parts_us": parts}
     change = {"form": "host change", "commit": "fedcba9876543210", "before": {"call": 12.0}, "after": {"call": 10.0}}
     keep(folder, "host", [host, change])

@@ -13,10 +13,11 @@ import host_levels
 import memory_peak
 import pytest
 import torch
-from fdu_kernels.backends import native
 from torch import Tensor
 
 import fdu_kernels as fk
+from fdu_kernels.calls import GaussianCall
+from fdu_kernels.kernels.native import cpu
 
 SHAPE = (3, 4, 8, 8)
 
@@ -118,13 +119,13 @@ def test_the_pieces_of_a_call_do_the_same_work() -> None:
     for value, grad in outcomes[1:]:
         assert torch.equal(value, outcomes[0][0]) and torch.equal(grad, outcomes[0][1])
     # The module is as it was before its call was noted.
-    assert type(native.cpu._compiled).__name__ == "module"
+    assert type(cpu._compiled).__name__ == "module"
 
 
 def test_a_launch_is_the_call_that_the_kernels_make() -> None:
     pred, target = (torch.randn(SHAPE) for _ in range(2))
-    profile = host_levels.gaussian_profile(fk.get_divergence(host_levels.DIVERGENCE))
-    launch = host_levels.launch_of(pred, target, native.cpu, profile, (1.0, None, None, "mean", "mean", 1.0, None))
+    call = GaussianCall(pred, target, fk.get_divergence(host_levels.DIVERGENCE).gaussian_profile)
+    launch = host_levels.launch_of(cpu, call)
     (given,) = (cell.cell_contents for cell in launch.__closure__ if isinstance(cell.cell_contents, tuple))
     value, grad = given[-3], given[-1]
     grad.zero_()
@@ -134,9 +135,9 @@ def test_a_launch_is_the_call_that_the_kernels_make() -> None:
 
 
 def test_parts_add_up_to_the_call() -> None:
-    medians = {"call": 10.0, "backend": 6.0, "kernels": 5.0, "launch": 3.0}
+    medians = {"call": 10.0, "dispatch": 6.0, "kernels": 5.0, "launch": 3.0}
     parts = host_levels.parts(medians)
-    assert parts == {"checks and choice": 4.0, "dispatch": 1.0, "allocation and arguments": 2.0, "launch": 3.0}
+    assert parts == {"checks": 4.0, "choice and dispatch": 1.0, "allocation and arguments": 2.0, "launch": 3.0}
     assert sum(parts.values()) == medians["call"]
 
 
