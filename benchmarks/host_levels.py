@@ -3,8 +3,8 @@
 ``python benchmarks/host_levels.py`` prints a JSON object of microseconds for this checkout. Four pieces, each of which
 contains the next: the function of ``fdu_kernels`` (its checks), the dispatch (the choice of a backend and of the way to
 it), the backend's own function (outputs allocated, arguments laid out) and the launch: the compiled operation, into
-buffers that exist. A part is what a piece takes beyond the one that it contains. On the CPU a launch computes as well; on
-a GPU it returns before the device has done its work.
+buffers that exist. A part is what a piece takes beyond the one that it contains. On the CPU a launch computes as well;
+on a GPU it returns before the device has done its work.
 """
 
 from __future__ import annotations

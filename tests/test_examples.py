@@ -34,6 +34,17 @@ def test_the_loss_in_your_loop_erases() -> None:
     assert re.search(r"now drawn for .*: ((zero|one|two|three|four|five|six|seven|eight|nine)(, )?){16}$", printed)
 
 
+def test_per_sample_gradients() -> None:
+    shares = dict(re.findall(r"(\w+): the outlier has (\d+)%", run("per_sample_gradients.py")))
+    assert int(shares["squared_hellinger"]) < 5 < int(shares["mse"])
+
+
+def test_the_compiled_loop_is_one_graph_and_learns() -> None:
+    printed = run("compiled_loop.py", "--steps", "31", "--compiler", "aot_eager")
+    losses = [float(loss) for loss in re.findall(r"loss ([\d.]+)", printed)]
+    assert set(re.findall(r"graphs (\d+)", printed)) == {"1"} and losses[-1] < losses[0] / 2
+
+
 def test_the_embedded_example_saves_a_lora_that_plain_diffusers_draws_with(tmp_path: Path) -> None:
     run("erase_embedded.py", "--out", str(tmp_path / "erased"), "--steps", "2")
     with Image.open(tmp_path / "erased" / "drawn.png") as sheet:
@@ -56,7 +67,7 @@ def test_the_patch_is_one_import_and_one_line() -> None:
     removed = [line[1:].strip() for line in lines if line.startswith("-") and not line.startswith("---")]
     assert added == [
         "from fdu_kernels import gaussian_divergence",
-        'loss = gaussian_divergence(model_pred.float(), target.float(), "squared_hellinger", sigma=0.3)',
+        'loss = gaussian_divergence(model_pred, target, "squared_hellinger", sigma=0.3)',
     ]
     assert removed == ['loss = F.mse_loss(model_pred.float(), target.float(), reduction="mean")']
     assert f"index {UPSTREAM}.." in PATCH.read_text()

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import pickle
+import sys
+import types
 
 import numpy as np
 import pytest
@@ -69,6 +73,25 @@ def test_a_kink_away_from_one_has_to_be_named() -> None:
     mine = Divergence.from_generator(hockey, kinks=[2.0])
     s = torch.tensor([0.5, 2.0, 10.0], dtype=torch.float64)
     torch.testing.assert_close(mine.profile(s), fk.get_divergence("hockey_stick:2").profile(s), rtol=1e-12, atol=0)
+
+
+def chi2_of_this_module(u: Tensor) -> Tensor:
+    return (u - 1).square()
+
+
+def test_a_loss_with_a_generator_of_a_module_pickles_and_a_lambda_says_why_not() -> None:
+    loss = fk.GaussianDivergenceLoss(Divergence.from_generator(chi2_of_this_module, "mine"), sigma=0.5)
+    sys.modules.setdefault(__name__, sys.modules.get(__name__) or types.ModuleType(__name__))
+    sys.modules[__name__].chi2_of_this_module = chi2_of_this_module
+    again = pickle.loads(pickle.dumps(loss))
+    pred, target = torch.randn(2, 3, 4)
+    assert again.divergence == loss.divergence and torch.equal(again(pred, target), loss(pred, target))
+    own = fk.GaussianDivergenceLoss(Divergence.from_generator(lambda u: (u - 1).square(), "mine"))
+    with pytest.raises(pickle.PicklingError, match="generator of 'mine' is a lambda or a local function.*with def"):
+        pickle.dumps(own)
+    assert copy.deepcopy(own).divergence is own.divergence
+    named = fk.GaussianDivergenceLoss("alpha:0.3")
+    assert pickle.loads(pickle.dumps(named)).divergence is named.divergence
 
 
 def test_equality_is_that_of_the_generator() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 import subprocess
 import sys
@@ -217,6 +218,45 @@ def test_autocast_leaves_the_losses_alone(backend: str) -> None:
         assert torch.equal(inside, loss(a, b))
 
 
+def test_a_model_under_autocast_needs_no_casts(backend: str) -> None:
+    device = device_of(backend)
+    model, (x, target), results = nn.Linear(4, 4).to(device), pair(backend, 8, 4), []
+    for loss in (
+        lambda pred: fk.gaussian_divergence(pred, target, "mse", backend=backend),
+        lambda pred: nn.functional.mse_loss(pred, target),
+    ):
+        with torch.autocast(device, dtype=torch.bfloat16):
+            pred = model(x)
+            value = loss(pred)
+        assert pred.dtype == torch.bfloat16 and value.dtype == torch.float32
+        results.append([value.detach(), *torch.autograd.grad(value, model.weight)])
+    torch.testing.assert_close(*results, rtol=2e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize("dtypes", itertools.permutations((torch.float16, torch.bfloat16, torch.float32), 2), ids=str)
+def test_two_dtypes_are_promoted_without_a_copy(backend: str, dtypes: tuple[torch.dtype, torch.dtype]) -> None:
+    wide, wide_target = pair(backend, 3, 4, 5)
+    pred, target = wide.to(dtypes[0]), wide_target.to(dtypes[1])
+    value, grad = fk.gaussian_divergence_value_and_grad(pred, target, "le_cam", backend=backend)
+    exact = fk.gaussian_divergence_value_and_grad(pred.double(), target.double(), "le_cam", backend="torch")
+    assert value.dtype == nn.functional.mse_loss(pred.float(), target.float()).dtype and grad.dtype == pred.dtype
+    torch.testing.assert_close(value.double(), exact[0], rtol=2e-6, atol=0)
+    torch.testing.assert_close(grad.double(), exact[1], rtol=torch.finfo(pred.dtype).eps, atol=1e-7)
+    leaf = pred.requires_grad_()
+    (found,) = torch.autograd.grad(fk.gaussian_divergence(leaf, target, "le_cam", backend=backend), leaf)
+    torch.testing.assert_close(found, grad, rtol=torch.finfo(pred.dtype).eps, atol=1e-7)
+
+
+def test_float64_on_one_side_makes_the_value_float64() -> None:
+    pred, target = pair("cpu", 3, 4)
+    for backend in ["torch", *(name for name in runnable() if name == "cpu")]:
+        value, grad = fk.gaussian_divergence_value_and_grad(pred, target.double(), backend=backend)
+        exact = fk.gaussian_divergence_value_and_grad(pred.double(), target.double(), backend="torch")
+        assert value.dtype == torch.float64 and grad.dtype == torch.float32
+        torch.testing.assert_close(value, exact[0], rtol=1e-12, atol=0)
+        torch.testing.assert_close(grad, exact[1].float())
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_loss_scaling_reaches_the_gradient_before_it_is_rounded(backend: str, dtype: torch.dtype) -> None:
     pred, target = pair(backend, 2, 50_000, dtype=dtype)
@@ -301,6 +341,23 @@ def test_tensor_subclasses_go_through_the_ops(backend: str) -> None:
         assert loss.shape == ()
         (grad,) = torch.autograd.grad(loss, pred)
         assert grad.shape == pred.shape
+
+
+def test_a_meta_tensor_gives_a_meta_loss(backend: str) -> None:
+    pred = torch.empty(3, 4, device="meta", requires_grad=True)
+    for name in NAMES:
+        loss = fk.gaussian_divergence(pred, torch.empty(3, 4, device="meta"), name)
+        assert loss.is_meta and torch.autograd.grad(loss, pred)[0].is_meta
+
+
+def test_traced_graphs_hold_the_losses(backend: str) -> None:
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    for loss in losses(backend).values():
+        a, b = pair(backend, 3, 4)
+        graph = make_fx(loss)(a, b)
+        # Other inputs than those it was traced with: nothing of them was taken for a constant.
+        torch.testing.assert_close(graph(b, 2 * a), loss(b, 2 * a))
 
 
 MEMORY = """
