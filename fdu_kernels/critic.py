@@ -11,6 +11,7 @@ Novello et al. 2026, arXiv 2509.21167). The estimators follow from the same two 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 
 import torch
@@ -180,13 +181,8 @@ class ElementFunction:
 
     def scalar(self) -> Scalar:
         """The same in PyTorch operations."""
-
-        def first(v: Tensor) -> Tensor:
-            return self.first.value(v, self.first_tilt)
-
-        def second(v: Tensor) -> Tensor:
-            return self.second.value(v, self.second_tilt)
-
+        first = functools.partial(self.first.value, tilt=self.first_tilt)
+        second = functools.partial(self.second.value, tilt=self.second_tilt)
         if self.slope == DERIVATIVE:
             return Scalar(first, self.first.slope, -self.limit, self.limit)
         slope = first if self.slope == FIRST else second

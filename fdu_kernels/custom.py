@@ -45,22 +45,9 @@ def critic_functions(f: Generator) -> tuple[OwnFunction, OwnFunction]:
     """A(v) = f'(u) and B(v) = u f'(u) - f(u), u = e^v."""
     slope = derivative(f)
     second = derivative(slope)
-
-    def a(v: Tensor) -> Tensor:
-        return slope(torch.exp(v))
-
-    def a_slope(v: Tensor) -> Tensor:
-        u = torch.exp(v)
-        return u * second(u)
-
-    def b(v: Tensor) -> Tensor:
-        u = torch.exp(v)
-        return u * slope(u) - f(u)
-
-    def b_slope(v: Tensor) -> Tensor:
-        return torch.exp(v) * a_slope(v)
-
-    return OwnFunction(a, a_slope), OwnFunction(b, b_slope)
+    a = OwnFunction(lambda v: slope(torch.exp(v)), lambda v: torch.exp(v) * second(torch.exp(v)))
+    b = OwnFunction(lambda v: torch.exp(v) * a.value(v) - f(torch.exp(v)), lambda v: torch.exp(v) * a.slope(v))
+    return a, b
 
 
 def ratio_function(f: Generator, samples_from: str) -> OwnFunction:
@@ -71,13 +58,9 @@ def ratio_function(f: Generator, samples_from: str) -> OwnFunction:
     return OwnFunction(lambda v: torch.exp(-v) * f(torch.exp(v)), lambda v: torch.exp(-v) * b.value(v))
 
 
+@on_the_cpu()
 def examine(f: Generator, name: str, places: tuple[float, ...]) -> tuple[Kinks, Curvature]:
     """The kinks of f that are real among the named places, and log kappa; errors: see Divergence.from_generator."""
-    with on_the_cpu():
-        return _examine(f, name, places)
-
-
-def _examine(f: Generator, name: str, places: tuple[float, ...]) -> tuple[Kinks, Curvature]:
     if any(place <= 0 for place in places):
         raise ValueError(f"kinks of {name!r} must be points u > 0, not {places}")
     v = torch.linspace(-8, 8, 321, dtype=torch.float64)
@@ -96,13 +79,7 @@ def _examine(f: Generator, name: str, places: tuple[float, ...]) -> tuple[Kinks,
         raise ValueError(f"the generator of {name!r} is not convex: its slope falls near u = {where:.3g}")
 
     slope = derivative(f)
-    second = derivative(slope)
-
-    def curvature(v: Tensor) -> Tensor:
-        u = torch.exp(v)
-        return u.square() * second(u)
-
-    kinks = []
+    second, kinks = derivative(slope), []
     for place in places:
         sides = torch.tensor([1 - 1e-7, 1 + 1e-7], dtype=torch.float64) * place
         left, right = slope(sides).tolist()
@@ -110,7 +87,7 @@ def _examine(f: Generator, name: str, places: tuple[float, ...]) -> tuple[Kinks,
         if right - left > 1e-5:
             kinks.append((place, right - left))
     _check_kinks_are_named(f, name, tuple(kinks))
-    return tuple(kinks), _log_of_continued(curvature)
+    return tuple(kinks), _log_of_continued(lambda v: torch.exp(2 * v) * second(torch.exp(v)))
 
 
 def _values(f: Generator, name: str, u: Tensor) -> Tensor:
@@ -189,12 +166,9 @@ def _check_kinks_are_named(f: Generator, name: str, kinks: Kinks) -> None:
         v = torch.linspace(0, end, count, dtype=torch.float64)
         u = torch.exp(v)
         # Away from 1 itself, where a kink may be.
-        start = math.exp(math.copysign(1e-7, end))
-        one = torch.tensor([start], dtype=torch.float64)
-        expected = float(f(u[-1:])) - float(f(one))
-        expected -= float(slope(one)) * (float(u[-1]) - start)
-        integrand = (u[-1] - u) * second(u) * u
-        found = float(torch.trapezoid(integrand, v))
+        one = torch.exp(torch.tensor([math.copysign(1e-7, end)], dtype=torch.float64))
+        expected = float(f(u[-1:]) - f(one) - slope(one) * (u[-1] - one))
+        found = float(torch.trapezoid((u[-1] - u) * second(u) * u, v))
         for place, jump in kinks:
             if place != 1 and min(0.0, end) < math.log(place) < max(0.0, end):
                 found += jump * abs(float(u[-1]) - place)
