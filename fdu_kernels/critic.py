@@ -32,10 +32,9 @@ class CriticRow:
     row(v) = const + linear v + square v^2 + exp e^(exp_rate v) + expm1 (e^(expm1_rate v) - 1)
              + softplus log(1 - mix + mix e^x) + sigmoid sigma + tanh T + tanh_squared T^2 + step [v > threshold]
 
-    mix is sigmoid(logit): so neither mix nor 1 - mix loses digits where it is small. The softplus is shifted to
-    vanish at v = 0, the step is 1/2 at its threshold. Both an exponential and one less 1
-    are there because either alone loses its digits: the first near v = 0, the second where e^v is small. So are both
-    a sigmoid and T = tanh((x + logit)/2), which keeps its digits near 0.
+    mix is sigmoid(logit): so neither mix nor 1 - mix loses digits where it is small. The softplus is shifted to vanish
+    at v = 0, the step is 1/2 at its threshold. Both an exponential and one less 1 are there because either alone loses
+    its digits: the first near v = 0, the second where e^v is small. So are both a sigmoid and T, which is exact near 0.
     """
 
     const: float = 0.0
@@ -53,16 +52,6 @@ class CriticRow:
     logit: float = 0.0
     step: float = 0.0
     threshold: float = 0.0
-
-    @property
-    def mix(self) -> float:
-        """sigmoid(logit)."""
-        return _sigmoid(self.logit)
-
-    @property
-    def rest_of_mix(self) -> float:
-        """1 - mix."""
-        return _sigmoid(-self.logit)
 
     @property
     def rate(self) -> float:
@@ -119,14 +108,15 @@ def _nothing(v: Tensor) -> Tensor:
     return torch.where(v == v, 0.0, v)
 
 
-def _sigmoid(x: float) -> float:
+def sigmoid(x: float) -> float:
+    """To full relative accuracy."""
     small = math.exp(-abs(x))
     return (1 if x > 0 else small) / (1 + small)
 
 
 def _shifted_softplus(x: Tensor, logit: float) -> Tensor:
     """log(1 - mix + mix e^x), to full relative accuracy also near x = 0."""
-    mix, rest = _sigmoid(logit), _sigmoid(-logit)
+    mix, rest = sigmoid(logit), sigmoid(-logit)
     # Where mix e^x is the larger summand, it is taken out of the logarithm: elsewhere x and the logarithm would cancel.
     falling, rising = -x.clamp(min=-logit), x.clamp(max=-logit)
     above = x + _logarithm(mix + rest * torch.exp(falling), rest * torch.expm1(falling))

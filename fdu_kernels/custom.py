@@ -37,8 +37,7 @@ class OwnFunction(NamedTuple):
 
     def negated(self) -> OwnFunction:
         """-y(v)."""
-        value, slope = self.value, self.slope
-        return OwnFunction(lambda v: -value(v), lambda v: -slope(v))
+        return OwnFunction(lambda v: -self.value(v), lambda v: -self.slope(v))
 
 
 def critic_functions(f: Generator) -> tuple[OwnFunction, OwnFunction]:
@@ -131,13 +130,13 @@ def _end_of(curvature: Curvature, side: int) -> tuple[float, float]:
     a jump of a generator that is defined by parts shows at a few.
     """
     per_unit = round(1 / CURVATURE_STEP)
-    count = round(CURVATURE_LIMIT * per_unit)
-    values = curvature(side * CURVATURE_STEP * torch.arange(count + 1, dtype=torch.float64))
+    end = round(CURVATURE_LIMIT * per_unit)
+    values = curvature(side * CURVATURE_STEP * torch.arange(end + 1, dtype=torch.float64))
     logs = torch.log(values.clamp(min=0))
     rough = ((logs[2:] - 2 * logs[1:-1] + logs[:-2]).abs() > 0.05) | (values[1:-1] < 0)
     noisy = rough.unfold(0, 2 * per_unit, 1).sum(-1) > per_unit
     noisy[: 4 * per_unit] = False
-    end, noise = count, torch.nonzero(noisy)
+    noise = torch.nonzero(noisy)
     if len(noise):
         # Relative rounding is 1e-16 e^(rate v), 1e-2 here, and so 3e-6 at three quarters of the way.
         end = int(noise[0]) * 3 // 4
@@ -146,10 +145,8 @@ def _end_of(curvature: Curvature, side: int) -> tuple[float, float]:
         end, noise = int(overflow[0]) - per_unit, noise[:0]
     end = max(end, 2 * per_unit)
     near, middle, far = (float(logs[max(end - back * per_unit, 0)]) for back in (0, 4, 8))
-    slope = (near - middle) / 4
-    if near == -math.inf:
-        slope = 0.0
-    elif not len(noise) and not abs(slope - (middle - far) / 4) <= 1e-6:
+    slope = 0.0 if near == -math.inf else (near - middle) / 4
+    if near > -math.inf and not len(noise) and not abs(slope - (middle - far) / 4) <= 1e-6:
         slope = math.nan
     return side * end * CURVATURE_STEP, side * slope
 
@@ -160,18 +157,17 @@ def _check_kinks_are_named(f: Generator, name: str, kinks: Kinks) -> None:
     f(e^a) - f(1) - f'(1)(e^a - 1) is the integral of (e^a - u) f''(u), so that a kink that autograd does not see is
     missing there. Both sides are taken over each half of [-4, 4] in v.
     """
-    count, slope = 20_001, derivative(f)
+    slope = derivative(f)
     second = derivative(slope)
     for end in (-4.0, 4.0):
-        v = torch.linspace(0, end, count, dtype=torch.float64)
+        v = torch.linspace(0, end, 20_001, dtype=torch.float64)
         u = torch.exp(v)
         # Away from 1 itself, where a kink may be.
         one = torch.exp(torch.tensor([math.copysign(1e-7, end)], dtype=torch.float64))
         expected = float(f(u[-1:]) - f(one) - slope(one) * (u[-1] - one))
         found = float(torch.trapezoid((u[-1] - u) * second(u) * u, v))
-        for place, jump in kinks:
-            if place != 1 and min(0.0, end) < math.log(place) < max(0.0, end):
-                found += jump * abs(float(u[-1]) - place)
+        inside = [kink for kink in kinks if 0 < math.log(kink[0]) / end < 1]
+        found += sum(jump * abs(float(u[-1]) - place) for place, jump in inside)
         if not abs(found - expected) <= 1e-3 * max(abs(expected), 1e-6 * abs(float(f(u[-1:])))) + 1e-5:
             raise ValueError(
                 f"the second derivative of the generator of {name!r} does not add up to its values: f has a "

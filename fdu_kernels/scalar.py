@@ -53,12 +53,7 @@ class Scalar:
 
 def derivative(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     """x -> y'(x) of an elementwise function of PyTorch operations, differentiable itself."""
-
-    def slope(x: Tensor) -> Tensor:
-        result: Tensor = vjp(function, x)[1](torch.ones_like(x))[0]
-        return result
-
-    return slope
+    return lambda x: vjp(function, x)[1](torch.ones_like(x))[0]
 
 
 class _Evaluate(torch.autograd.Function):

@@ -91,11 +91,9 @@ def on_chip(extent: int, walk: str, itemsize: int, aligned: bool, tabulated: boo
 
 
 def stream(extent: int, batch: int, walk: str, itemsize: int, one_launch: bool = False) -> Split:
-    """How samples that no program holds are cut.
+    """How samples of ``extent`` elements that no program holds are cut.
 
-    Args:
-        extent: elements of a sample.
-        one_launch: prefer one program a sample where it is small enough, or where the batch fills the device.
+    one_launch: prefer one program a sample where it is small enough, or where the batch fills the device.
     """
     block = STREAM_BLOCK[walk, itemsize]
     count = max(-(-extent // block), 1)
@@ -108,7 +106,6 @@ def stream(extent: int, batch: int, walk: str, itemsize: int, one_launch: bool =
 def expectation(size: int) -> Split:
     """How all elements are cut for the elementwise kernels."""
     count = max(-(-size // EXPECTATION_BLOCK), 1)
-    blocks = min(max(count // EXPECTATION_PROGRAMS, 1), STREAM_MOST_BLOCKS)
-    if count <= STREAM_MOST_BLOCKS // 4:
-        blocks = count
+    few = count <= STREAM_MOST_BLOCKS // 4
+    blocks = count if few else min(max(count // EXPECTATION_PROGRAMS, 1), STREAM_MOST_BLOCKS)
     return Split(EXPECTATION_BLOCK, blocks, -(-count // blocks), EXPECTATION_WARPS)
