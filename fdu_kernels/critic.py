@@ -19,8 +19,6 @@ from torch import Tensor
 
 from fdu_kernels.scalar import MAX_EXPONENT, Scalar
 
-LARGEST_EXPONENT = 87.0
-"""Below the least and the largest normal number of float32."""
 DERIVATIVE, FIRST, SECOND = 0.0, 1.0, 2.0
 """What the slope of an :class:`ElementFunction` is."""
 
@@ -60,9 +58,9 @@ class CriticRow:
 
     def value(self, v: Tensor, tilt: float = 0.0) -> Tensor:
         """e^(tilt v) row(v). The factor joins each exponential's exponent, so that 0 times inf never arises."""
-        # A term without a coefficient is none, also at infinity.
+        # A term without a coefficient is none, also at infinity; a NaN stays one, whatever the terms.
         factor = torch.exp(tilt * v) if tilt else 1.0
-        result = self.const + _nothing(v)
+        result = self.const + torch.where(v == v, 0.0, v)
         if self.linear or self.square:
             result = result + v * (self.linear + self.square * v)
         result = result * factor
@@ -85,7 +83,7 @@ class CriticRow:
 
     def slope(self, v: Tensor) -> Tensor:
         """row'(v). The step counts for nothing, as in autograd."""
-        result = self.linear + _nothing(v)
+        result = self.linear + torch.where(v == v, 0.0, v)
         if self.square:
             result = result + 2 * self.square * v
         if self.exp:
@@ -101,11 +99,6 @@ class CriticRow:
             above, below = self.tanh + 2 * self.tanh_squared, self.tanh - 2 * self.tanh_squared
             result = result + self.scale * sigma * (inner + 2 * rest * (above * sigma + below * rest))
         return result
-
-
-def _nothing(v: Tensor) -> Tensor:
-    """0, and NaN for NaN: a NaN stays one, whatever the terms."""
-    return torch.where(v == v, 0.0, v)
 
 
 def sigmoid(x: float) -> float:
@@ -137,9 +130,8 @@ _COEFFICIENTS = ("const", "linear", "square", "exp", "expm1", "softplus", "sigmo
 class ElementFunction:
     """y(v) = e^(first_tilt v) first(v) - e^(second_tilt v) second(v), and its slope, for one element v.
 
-    slope: DERIVATIVE (first'(v); there is no second row and no tilt then), FIRST (the tilted first row itself) or
-    SECOND (the tilted second row). Beyond |v| = limit, y is a straight line with the slope of the end. A kernel that
-    evaluates this form computes every divergence of the catalogue.
+    slope: DERIVATIVE (first'(v); there is no second row and no tilt then), or the tilted FIRST or SECOND row itself.
+    Beyond |v| = limit, y is a straight line with the slope of the end. Every divergence of the catalogue has this form.
     """
 
     first: CriticRow
@@ -148,7 +140,6 @@ class ElementFunction:
     second_tilt: float
     slope: float
     limit: float
-
     numbers: tuple[float, ...] = dataclasses.field(init=False, repr=False, compare=False)
     """[limit, slope, first_tilt, *first, second_tilt, *second], rows in the order of ROW_FIELDS: what kernels get."""
 
@@ -159,7 +150,8 @@ class ElementFunction:
         for row, tilt in ((self.first, self.first_tilt), (self.second, self.second_tilt)):
             exponents = (tilt, row.exp_rate + tilt if row.exp else 0.0, row.expm1_rate if row.expm1 else 0.0)
             largest = max(map(abs, exponents))
-            assert largest * (self.limit if largest else 0.0) <= LARGEST_EXPONENT, "kernels trust the limit"
+            # e^87 and e^-87 are normal numbers of float32.
+            assert largest == 0 or largest * self.limit <= 87, "kernels trust the limit"
 
     @staticmethod
     def of(numbers: tuple[float, ...]) -> ElementFunction:

@@ -18,10 +18,6 @@ Generator = Callable[[Tensor], Tensor]
 
 CURVATURE_LIMIT = 150.0
 """A user's kappa is evaluated for |v| up to here, where u^4 still fits float64, and continued as a power law."""
-CURVATURE_STEP = 1 / 8
-"""In v, for finding where a user's kappa drowns in rounding."""
-OWN_LIMIT = MAX_EXPONENT / 2
-"""A user's critic terms are straight lines beyond |v| = 32: u^2 still fits float32 there."""
 
 
 class OwnFunction(NamedTuple):
@@ -32,8 +28,8 @@ class OwnFunction(NamedTuple):
     numbers: None = None
 
     def scalar(self) -> Scalar:
-        """The same, differentiable."""
-        return Scalar(self.value, self.slope, -OWN_LIMIT, OWN_LIMIT)
+        """The same, differentiable; straight lines beyond |v| = 32, where u^2 still fits float32."""
+        return Scalar(self.value, self.slope, -MAX_EXPONENT / 2, MAX_EXPONENT / 2)
 
     def negated(self) -> OwnFunction:
         """-y(v)."""
@@ -80,8 +76,7 @@ def examine(f: Generator, name: str, places: tuple[float, ...]) -> tuple[Kinks, 
     slope = derivative(f)
     second, kinks = derivative(slope), []
     for place in places:
-        sides = torch.tensor([1 - 1e-7, 1 + 1e-7], dtype=torch.float64) * place
-        left, right = slope(sides).tolist()
+        left, right = slope(torch.tensor([1 - 1e-7, 1 + 1e-7], dtype=torch.float64) * place).tolist()
         # A smooth f changes its slope by 2e-7 u f''(u) between the two.
         if right - left > 1e-5:
             kinks.append((place, right - left))
@@ -123,15 +118,13 @@ def _log_of_continued(curvature: Curvature) -> Curvature:
 
 
 def _end_of(curvature: Curvature, side: int) -> tuple[float, float]:
-    """The last v to one side at which kappa is accurate, and the slope d log kappa/dv there, NaN if it still changes.
-
-    Far out the terms of a second derivative by autograd may cancel (le_cam: 1/u for a result of 1/u^3), and their
-    rounding, times u^2, would outgrow the integrand. It shows as roughness of log kappa at most points of 2 units of v;
-    a jump of a generator that is defined by parts shows at a few.
-    """
-    per_unit = round(1 / CURVATURE_STEP)
+    """The last v to one side where kappa is accurate, and the slope d log kappa/dv there; NaN if it still changes."""
+    # Far out the terms of a second derivative by autograd may cancel (le_cam: 1/u for a result of 1/u^3), and their
+    # rounding, times u^2, would outgrow the integrand. It shows as roughness of log kappa at most points of 2 units of
+    # v; a jump of a generator that is defined by parts shows at a few.
+    per_unit = 8
     end = round(CURVATURE_LIMIT * per_unit)
-    values = curvature(side * CURVATURE_STEP * torch.arange(end + 1, dtype=torch.float64))
+    values = curvature(side / per_unit * torch.arange(end + 1, dtype=torch.float64))
     logs = torch.log(values.clamp(min=0))
     rough = ((logs[2:] - 2 * logs[1:-1] + logs[:-2]).abs() > 0.05) | (values[1:-1] < 0)
     noisy = rough.unfold(0, 2 * per_unit, 1).sum(-1) > per_unit
@@ -148,15 +141,12 @@ def _end_of(curvature: Curvature, side: int) -> tuple[float, float]:
     slope = 0.0 if near == -math.inf else (near - middle) / 4
     if near > -math.inf and not len(noise) and not abs(slope - (middle - far) / 4) <= 1e-6:
         slope = math.nan
-    return side * end * CURVATURE_STEP, side * slope
+    return side * end / per_unit, side * slope
 
 
 def _check_kinks_are_named(f: Generator, name: str, kinks: Kinks) -> None:
-    """Compare f(e) + f(1/e) with what the second derivative and the named kinks make of it.
-
-    f(e^a) - f(1) - f'(1)(e^a - 1) is the integral of (e^a - u) f''(u), so that a kink that autograd does not see is
-    missing there. Both sides are taken over each half of [-4, 4] in v.
-    """
+    """Over each half of [-4, 4] in v: f(e^a) - f(1) - f'(1)(e^a - 1) is the integral of (e^a - u) f''(u), where a kink
+    that autograd does not see is missing."""
     slope = derivative(f)
     second = derivative(slope)
     for end in (-4.0, 4.0):

@@ -36,8 +36,7 @@ class Scalar:
         compiled = torch.compiler.is_compiling()
         if is_functionalized() or (compiled and is_under_transforms()):
             return self.value_at(x)
-        result: Tensor = (_Evaluate if compiled else _EvaluateEitherWay).apply(x, self)
-        return result
+        return (_Evaluate if compiled else _EvaluateEitherWay).apply(x, self)
 
     def value_at(self, x: Tensor) -> Tensor:
         """y(x), for use without autograd."""
@@ -79,8 +78,7 @@ class _EvaluateEitherWay(_Evaluate):
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Tensor:
         (x,) = ctx.saved_tensors
-        product: Tensor = tangents[0] * ctx.function.slope_at(x)
-        return product
+        return tangents[0] * ctx.function.slope_at(x)
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], x: Tensor, function: Scalar) -> tuple[Tensor, Any]:

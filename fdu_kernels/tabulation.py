@@ -10,6 +10,7 @@ density of N(-s/2, s): so total variation and the hockey stick need no case of t
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Callable
@@ -26,22 +27,15 @@ Curvature = Callable[[Tensor], Tensor]
 Kinks = tuple[tuple[float, float], ...]
 """(u, jump of f' there)."""
 
-FIRST_S = 1e-12
-"""The table begins here; below, h and h' follow the power of s that they have here (exact to first order)."""
-LAST_S = 1e4
-"""And ends here, where h' of every saturating divergence is below e^(-1250)."""
+FIRST_S, LAST_S = 1e-12, 1e4
+"""Where the table begins (below, h and h' follow the power of s that they have there, exact to first order) and ends
+(where h' of every saturating divergence is below e^(-1250))."""
 STEP, SMALLEST_STEP, FINEST_STEP = 1 / 32, 1 / 128, 1 / 512
 """In log s. The polynomial through 8 neighbours then errs by less than 1e-12 also where log h' falls like -s/8. It is
 halved, down to the smallest, where h' bends more sharply (skew_jensen_shannon near s = -2 log w for a tiny w), and down
 to the finest where a kink at u != 1 takes over from something flatter."""
-LARGEST_ERROR = 1e-12
-"""Of log h' between two points of the grid: what halving the step brings down."""
 MARGIN = NEIGHBOURS // 2
 """Rows at either end that serve as neighbours only."""
-VANISHED, NEGLIGIBLE = 760.0, 120.0
-"""Of (log g)^2/(2 s): what a kink at u = g adds to h' is then below the smallest number, or nothing beside others."""
-SHORT = 1e-13
-"""Share of the largest term that the outermost usable term of the quadrature may have."""
 
 
 def _profile(t: Tensor, step: float, logs: tuple[Tensor, Tensor], power: float) -> GaussianProfile:
@@ -57,12 +51,8 @@ def _profile(t: Tensor, step: float, logs: tuple[Tensor, Tensor], power: float) 
 def tabulated_profile(name: str, log_curvature: Curvature | None, kinks: Kinks, exact: bool) -> GaussianProfile:
     """Tabulate h and h' from log kappa (None: f is piecewise linear) and the kinks, on the CPU.
 
-    Args:
-        name: for messages.
-        exact: whether log_curvature is, or has the rounding of a user's generator.
-
-    Raises:
-        ValueError: the curvature is not finite where the quadrature needs it, or f has none at all.
+    exact: whether log_curvature is, or has the rounding of a user's generator, which looks like error and which no step
+    mends. Raises ValueError where the curvature is not finite although the quadrature needs it, or f has none at all.
     """
     at_one, apart = (tuple(kink for kink in kinks if (kink[0] == 1) is one) for one in (True, False))
     if log_curvature is not None and apart:
@@ -76,13 +66,9 @@ def tabulated_profile(name: str, log_curvature: Curvature | None, kinks: Kinks, 
 
 def _tabulate_rest(name: str, log_curvature: Curvature | None, kinks: Kinks, exact: bool) -> GaussianProfile:
     """What the curvature and these kinks, at u = 1, make: a power law at s -> 0."""
-
-    def log_slope(s: Tensor) -> Tensor:
-        return log_slope_by_quadrature(log_curvature, kinks, s)
-
+    log_slope = functools.partial(log_slope_by_quadrature, log_curvature, kinks)
     step, t = STEP, _grid(math.log(FIRST_S), STEP)
     log_slopes = log_slope(torch.exp(t))
-    # A user's curvature has rounding, which looks like error and which no step mends.
     if exact and (step := _step_for(_error_of_reading(log_slopes), SMALLEST_STEP)) < STEP:
         t = _grid(math.log(FIRST_S), step)
         log_slopes = log_slope(torch.exp(t))
@@ -109,9 +95,9 @@ def _grid(start: float, step: float, last: float | None = None) -> Tensor:
 
 
 def _step_for(error: float, smallest: float) -> float:
-    """STEP, halved while log h' errs by too much, but not below the smallest."""
+    """STEP, halved while log h' errs by more than 1e-12 between two points, but not below the smallest."""
     step = STEP
-    while error > LARGEST_ERROR and step > smallest:
+    while error > 1e-12 and step > smallest:
         step, error = step / 2, error / 2**NEIGHBOURS
     return step
 
@@ -128,16 +114,14 @@ def _error_of_reading(log_slopes: Tensor) -> float:
 
 
 def _add_kinks(rest: GaussianProfile | None, kinks: Kinks) -> GaussianProfile:
-    """The table of a divergence with kinks at u = g != 1, from that of what else it has.
-
-    Their densities fall like e^(-y), y = (log g)^2/(2 s), and not like a power: so the table begins where the last of
-    them has vanished, or adds nothing to the rest.
-    """
+    """The table of a divergence with kinks at u = g != 1, from that of what else it has."""
+    # Their densities fall like e^(-y), y = (log g)^2/(2 s), and not like a power: so the table begins where the last of
+    # them is below the smallest number, or adds nothing to the rest.
     squares = torch.tensor([math.log(place) ** 2 / 2 for place, _ in kinks], dtype=torch.float64)
-    start = vanished = math.log(float(squares.min()) / VANISHED)
+    start = vanished = math.log(float(squares.min()) / 760)
     last, grid = None, None if rest is None else rest.grid
     if grid is not None:
-        start = min(math.log(FIRST_S), math.log(float(squares.min()) / NEGLIGIBLE))
+        start = min(math.log(FIRST_S), math.log(float(squares.min()) / 120))
         last = grid.first + grid.top * grid.step
     start = max(start, math.log(SMALLEST_S))
 
@@ -180,11 +164,10 @@ def _log_integrals(log_slope: Callable[[Tensor], Tensor], t: Tensor, step: float
 def log_slope_by_quadrature(log_curvature: Curvature | None, kinks: Kinks, s: Tensor) -> Tensor:
     """log h'(s) for ascending float64 s [n] by the trapezoidal rule, exponentially exact for analytic integrands.
 
-    The step in v resolves both the normal density (half a standard deviation) and the poles of kappa, which
-    lie at a distance of pi from the real line for every smooth entry of the catalogue (0.4). Where kappa grows like
-    e^(a v) the integrand's mass is at v = (a - 1/2) s, and the grid reaches 12 standard deviations beyond it.
-
-    NaN where the mass lies in part beyond what is known of a user's kappa; inf far beyond MAX_EXPONENT.
+    The step in v resolves both the normal density (half a standard deviation) and the poles of kappa, which lie at a
+    distance of pi from the real line for every smooth entry of the catalogue (0.4). Where kappa grows like e^(a v) the
+    integrand's mass is at v = (a - 1/2) s, and the grid reaches 12 standard deviations beyond it. NaN where the mass
+    lies in part beyond what is known of a user's kappa; inf far beyond MAX_EXPONENT.
     """
     of_kinks = _log_slope_of_kinks(kinks, s)
     if log_curvature is None:
@@ -206,7 +189,7 @@ def log_slope_by_quadrature(log_curvature: Curvature | None, kinks: Kinks, s: Te
         parts.append(log_mean - rows / 8 - math.log(2))
         if bool((parts[-1] > MAX_EXPONENT).all()):
             break
-    parts.append(s.new_full((len(s) - sum(map(len, parts)),), math.inf))
+    parts.append(torch.full_like(s[sum(map(len, parts)) :], math.inf))
     return torch.logaddexp(torch.cat(parts), of_kinks)
 
 
@@ -218,14 +201,14 @@ def _growth(log_curvature: Curvature) -> float:
 
 
 def _falls_short(log_terms: Tensor) -> Tensor:
-    """Which rows [n] have a NaN beside a term that counts."""
+    """Which rows [n] have a NaN beside a term that counts: more than 1e-13 of the largest."""
     unknown = log_terms.isnan()
     beside = torch.zeros_like(unknown)
     beside[:, 1:] |= unknown[:, :-1]
     beside[:, :-1] |= unknown[:, 1:]
     outermost = torch.where(beside & ~unknown, log_terms, -math.inf).amax(-1)
     largest = torch.where(unknown, -math.inf, log_terms).amax(-1)
-    return unknown.any(-1) & (outermost > largest + math.log(SHORT))
+    return unknown.any(-1) & (outermost > largest + math.log(1e-13))
 
 
 def _log_slope_of_kinks(kinks: Kinks, s: Tensor) -> Tensor:

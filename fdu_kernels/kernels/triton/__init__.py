@@ -44,9 +44,8 @@ def __getattr__(name: str) -> Any:
     form, _, _ = name.partition("_")
     if form not in ("gaussian", "expectation"):
         raise AttributeError(name)
-    function = getattr(importlib.import_module(f"{__name__}.launch_{form}"), name)
-    globals()[name] = function
-    return function
+    globals()[name] = getattr(importlib.import_module(f"{__name__}.launch_{form}"), name)
+    return globals()[name]
 
 
 @functools.cache

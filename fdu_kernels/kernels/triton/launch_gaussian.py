@@ -58,7 +58,7 @@ def gaussian_value_and_grad(call: GaussianCall, grad_out: Tensor | None) -> tupl
     numbers = _numbers(samples, call)
     scale = (*scale_on(call.grad_scale, pred.device), call.divisor)
     tabulated = call.profile.table is not None
-    fitting = tuning.on_chip(samples.extent, samples.walk, samples.itemsize, samples.align == ALIGNED, tabulated)
+    fitting = tuning.on_chip(samples.extent, samples.walk, samples.align == ALIGNED, tabulated)
     with launching_on(pred.device):
         if fitting is not None:
             block, warps = fitting
@@ -134,13 +134,11 @@ def _sum_squares(
     samples: _Samples, split: Split, partials: Partials, losses: Tensor | None = None,
     coefficients: Tensor | None = None, numbers: tuple[Any, ...] = NO_NUMBERS,
 ) -> None:  # fmt: skip
-    pred, target, _, mask = samples.tensors
-    pred_batch, target_batch, _, mask_batch = samples.batches
-    pred_strides, target_strides, _, mask_strides = samples.strides
+    tensors, batches, strides = samples.tensors, samples.batches, samples.strides
     gaussian_kernels.gaussian_distance[(samples.batch * split.parts,)](
-        (pred, target, None, mask), partials, losses, coefficients, numbers, samples.size, pred_batch, target_batch,
-        mask_batch, samples.layout.sizes, (pred_strides, target_strides, (), mask_strides), split.parts, split.blocks,
-        split.block, *samples.variant, samples.layout.wide, **samples.target.options(split.warps),
+        (*tensors[:2], None, tensors[3]), partials, losses, coefficients, numbers, samples.size, *batches[:2],
+        batches[3], samples.layout.sizes, (*strides[:2], (), strides[3]), split.parts, split.blocks, split.block,
+        *samples.variant, samples.layout.wide, **samples.target.options(split.warps),
     )  # fmt: skip
 
 
