@@ -27,198 +27,141 @@ from fdu_kernels.internals import held_constant
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """Divergences with a parameter."""
+    """Divergences with a parameter, built once and not for every way to write it: a table takes a tenth of a second."""
 
     build: Callable[[float], Divergence]
     parameter: str
     default: float
 
 
+@functools.lru_cache(maxsize=1024)
 def _alpha(alpha: float) -> Divergence:
     if alpha in (0, 1):
         instead = "reverse_kl" if alpha == 0 else "kl"
         raise ValueError(
             f'alpha must not be {alpha:g}, where its formula divides by 0; the limit is "{instead}": use that'
         )
+    row_a = CriticRow(expm1=1 / (alpha - 1), expm1_rate=alpha - 1)
     return Divergence(
-        "alpha",
-        (("alpha", alpha),),
-        aliases=("alpha_divergence",),
-        formula="(u^a - a u + a - 1) / (a (a - 1))",
+        "alpha", (("alpha", alpha),), aliases=("alpha_divergence",), formula="(u^a - a u + a - 1) / (a (a - 1))",
         advice="A knob: 0 < a < 1 damps large errors (most at 1/2), a < 0 or a > 1 amplifies them.",
         upper=1 / (alpha * (1 - alpha)) if 0 < alpha < 1 else math.inf,
         generator=lambda u: (u**alpha - alpha * u + alpha - 1) / (alpha * (alpha - 1)),
-        log_curvature=lambda v: alpha * v,
-        exponential=(0.5, alpha * (alpha - 1) / 2),
-        log_ratio_rows=(
-            CriticRow(expm1=1 / (alpha - 1), expm1_rate=alpha - 1),
-            CriticRow(expm1=1 / alpha, expm1_rate=alpha),
-        ),
-    )
+        log_curvature=lambda v: alpha * v, exponential=(0.5, alpha * (alpha - 1) / 2),
+        log_ratio_rows=(row_a, CriticRow(expm1=1 / alpha, expm1_rate=alpha)),
+    )  # fmt: skip
 
 
+@functools.lru_cache(maxsize=1024)
 def _skew_jensen_shannon(w: float) -> Divergence:
     if not 0 < w < 1:
         raise ValueError(f"w of skew_jensen_shannon must lie strictly between 0 and 1, not {w:g}")
     logit = math.log(w / (1 - w))
     return Divergence(
-        "skew_jensen_shannon",
-        (("w", w),),
-        aliases=("skew_js", "sjs"),
+        "skew_jensen_shannon", (("w", w),), aliases=("skew_js", "sjs"),
         formula="w u log u - (w u + 1 - w) log(w u + 1 - w)",
         advice="jensen_shannon with weights w and 1 - w; bounded, towards kl as w falls.",
         upper=-w * math.log(w) - (1 - w) * math.log1p(-w),
         generator=lambda u: w * torch.xlogy(u, u) - torch.xlogy(w * u + 1 - w, w * u + 1 - w),
         log_curvature=lambda v: math.log1p(-w) + logsigmoid(v + logit),
         log_ratio_rows=(CriticRow(softplus=-w, scale=-1, logit=-logit), CriticRow(softplus=1 - w, logit=logit)),
-    )
+    )  # fmt: skip
 
 
+@functools.lru_cache(maxsize=1024)
 def _hockey_stick(g: float) -> Divergence:
     if not g > 0:
         raise ValueError(f"g of hockey_stick must be positive, not {g:g}")
     offset = max(1 - g, 0.0)
     row_a, row_b = CriticRow(step=1, threshold=math.log(g)), CriticRow(const=offset, step=g, threshold=math.log(g))
     return Divergence(
-        "hockey_stick",
-        (("g", g),),
-        aliases=("hockey",),
-        formula="max(u - g, 0) - max(1 - g, 0)",
+        "hockey_stick", (("g", g),), aliases=("hockey",), formula="max(u - g, 0) - max(1 - g, 0)",
         advice="Counts only where p exceeds g q (differential privacy); for g > 1 small errors do not pull.",
-        upper=min(1.0, g),
-        generator=lambda u: torch.clamp(u - g, min=0) - offset,
-        kinks=((g, 1.0),),
-        log_ratio_rows=(row_a, row_b),
-        fgan_rows=(CriticRow(sigmoid=1), CriticRow(const=offset, sigmoid=g)),
-    )
+        upper=min(1.0, g), generator=lambda u: torch.clamp(u - g, min=0) - offset, kinks=((g, 1.0),),
+        log_ratio_rows=(row_a, row_b), fgan_rows=(CriticRow(sigmoid=1), CriticRow(const=offset, sigmoid=g)),
+    )  # fmt: skip
 
 
 _ENTRIES: tuple[Divergence | Family, ...] = (
     Divergence(
-        "mse",
-        aliases=("l2", "squared_error"),
-        formula="h(s) = s",
-        advice="The usual regression loss; the baseline to compare with.",
-        exponential=(1.0, 0.0),
+        "mse", aliases=("l2", "squared_error"), formula="h(s) = s",
+        advice="The usual regression loss; the baseline to compare with.", exponential=(1.0, 0.0),
     ),
     Divergence(
-        "kl",
-        aliases=("kl_divergence", "kullback_leibler", "forward_kl"),
-        formula="u log u",
+        "kl", aliases=("kl_divergence", "kullback_leibler", "forward_kl"), formula="u log u",
         advice="Half the mean squared error: every sample pulls in proportion to its error.",
-        generator=lambda u: torch.xlogy(u, u),
-        log_curvature=lambda v: v,
-        exponential=(0.5, 0.0),
+        generator=lambda u: torch.xlogy(u, u), log_curvature=lambda v: v, exponential=(0.5, 0.0),
         log_ratio_rows=(CriticRow(const=1, linear=1), CriticRow(exp=1, exp_rate=1)),
         fgan_rows=(CriticRow(linear=1), CriticRow(exp=math.exp(-1), exp_rate=1)),
     ),
     Divergence(
-        "reverse_kl",
-        aliases=("rkl", "kl_reverse"),
-        formula="-log u",
+        "reverse_kl", aliases=("rkl", "kl_reverse"), formula="-log u",
         advice="The same loss as kl between Gaussians; with a critic it seeks modes.",
-        generator=lambda u: -torch.log(u),
-        log_curvature=torch.zeros_like,
-        exponential=(0.5, 0.0),
+        generator=lambda u: -torch.log(u), log_curvature=torch.zeros_like, exponential=(0.5, 0.0),
         log_ratio_rows=(CriticRow(exp=-1, exp_rate=-1), CriticRow(const=-1, linear=1)),
     ),
     Divergence(
-        "jeffreys",
-        aliases=("j", "symmetric_kl"),
-        formula="(u - 1) log u",
+        "jeffreys", aliases=("j", "symmetric_kl"), formula="(u - 1) log u",
         advice="kl + reverse_kl, equal to mse between Gaussians; symmetric.",
-        generator=lambda u: (u - 1) * torch.log(u),
-        log_curvature=lambda v: -logsigmoid(-v),
-        exponential=(1.0, 0.0),
-        log_ratio_rows=(
-            CriticRow(linear=1, expm1=-1, expm1_rate=-1),
-            CriticRow(linear=1, expm1=1, expm1_rate=1),
-        ),
+        generator=lambda u: (u - 1) * torch.log(u), log_curvature=lambda v: -logsigmoid(-v), exponential=(1.0, 0.0),
+        log_ratio_rows=(CriticRow(linear=1, expm1=-1, expm1_rate=-1), CriticRow(linear=1, expm1=1, expm1_rate=1)),
     ),
     Divergence(
-        "pearson_chi2",
-        aliases=("chi2", "chi_square", "chi_squared", "pearson"),
-        formula="(u - 1)^2",
+        "pearson_chi2", aliases=("chi2", "chi_square", "chi_squared", "pearson"), formula="(u - 1)^2",
         advice="Amplifies samples with a large error, so that few decide a step: the larger s0, the slower it erases.",
-        generator=lambda u: (u - 1).square(),
-        log_curvature=lambda v: math.log(2) + 2 * v,
-        exponential=(1.0, 1.0),
+        generator=lambda u: (u - 1).square(), log_curvature=lambda v: math.log(2) + 2 * v, exponential=(1.0, 1.0),
         log_ratio_rows=(CriticRow(expm1=2, expm1_rate=1), CriticRow(expm1=1, expm1_rate=2)),
         fgan_rows=(CriticRow(linear=1), CriticRow(linear=1, square=0.25)),
     ),
     Divergence(
-        "neyman_chi2",
-        aliases=("neyman", "reverse_chi2"),
-        formula="(1 - u)^2 / u",
+        "neyman_chi2", aliases=("neyman", "reverse_chi2"), formula="(1 - u)^2 / u",
         advice="Pearson's with p and q exchanged; the same loss between Gaussians.",
-        generator=lambda u: (1 - u).square() / u,
-        log_curvature=lambda v: math.log(2) - v,
-        exponential=(1.0, 1.0),
+        generator=lambda u: (1 - u).square() / u, log_curvature=lambda v: math.log(2) - v, exponential=(1.0, 1.0),
         log_ratio_rows=(CriticRow(expm1=-1, expm1_rate=-2), CriticRow(expm1=-2, expm1_rate=-1)),
         fgan_rows=(CriticRow(expm1=-1, expm1_rate=1), CriticRow(expm1=-2, expm1_rate=0.5)),
     ),
     Divergence(
-        "squared_hellinger",
-        aliases=("hellinger", "h", "h2"),
-        formula="(sqrt(u) - 1)^2 / 2",
+        "squared_hellinger", aliases=("hellinger", "h", "h2"), formula="(sqrt(u) - 1)^2 / 2",
         advice="Damps samples with a large error: erases and preserves; the default.",
-        upper=1.0,
-        generator=lambda u: (torch.sqrt(u) - 1).square() / 2,
-        log_curvature=lambda v: v / 2 - math.log(4),
+        upper=1.0, generator=lambda u: (torch.sqrt(u) - 1).square() / 2, log_curvature=lambda v: v / 2 - math.log(4),
         exponential=(0.125, -0.125),
         log_ratio_rows=(CriticRow(expm1=-0.5, expm1_rate=-0.5), CriticRow(expm1=0.5, expm1_rate=0.5)),
         fgan_rows=(CriticRow(expm1=-0.5, expm1_rate=-1), CriticRow(expm1=0.5, expm1_rate=1)),
     ),
     Family(_alpha, "alpha", 0.5),
     Divergence(
-        "jensen_shannon",
-        aliases=("js", "jsd"),
-        formula="(u log u - (u + 1) log((u + 1)/2)) / 2",
+        "jensen_shannon", aliases=("js", "jsd"), formula="(u log u - (u + 1) log((u + 1)/2)) / 2",
         advice="Bounded and symmetric; damps large errors about as squared_hellinger does.",
-        upper=math.log(2),
-        generator=lambda u: (torch.xlogy(u, u) - (u + 1) * torch.log((u + 1) / 2)) / 2,
+        upper=math.log(2), generator=lambda u: (torch.xlogy(u, u) - (u + 1) * torch.log((u + 1) / 2)) / 2,
         log_curvature=lambda v: logsigmoid(v) - math.log(2),
         log_ratio_rows=(CriticRow(softplus=-0.5, scale=-1), CriticRow(softplus=0.5)),
     ),
     Divergence(
-        "total_variation",
-        aliases=("tv", "tvd"),
-        formula="|u - 1| / 2",
+        "total_variation", aliases=("tv", "tvd"), formula="|u - 1| / 2",
         advice="Every sample pulls alike however small its error: robust, but restless near the optimum.",
-        upper=1.0,
-        generator=lambda u: (u - 1).abs() / 2,
-        kinks=((1.0, 1.0),),
+        upper=1.0, generator=lambda u: (u - 1).abs() / 2, kinks=((1.0, 1.0),),
         log_ratio_rows=(CriticRow(const=-0.5, step=1), CriticRow(const=-0.5, step=1)),
         fgan_rows=(CriticRow(tanh=0.5, scale=2), CriticRow(tanh=0.5, scale=2)),
     ),
     Divergence(
-        "le_cam",
-        aliases=("lecam", "triangular"),
-        formula="(u - 1)^2 / (2 (u + 1))",
+        "le_cam", aliases=("lecam", "triangular"), formula="(u - 1)^2 / (2 (u + 1))",
         advice="Bounded and symmetric, twice as steep at 0 as jensen_shannon; damps large errors.",
-        upper=1.0,
-        generator=lambda u: (u - 1).square() / (2 * (u + 1)),
+        upper=1.0, generator=lambda u: (u - 1).square() / (2 * (u + 1)),
         log_curvature=lambda v: math.log(4) + 2 * logsigmoid(v) + logsigmoid(-v),
         log_ratio_rows=(CriticRow(tanh=1, tanh_squared=-0.5), CriticRow(tanh=1, tanh_squared=0.5)),
     ),
     Family(_skew_jensen_shannon, "w", 0.3),
     Divergence(
-        "shifted_log",
-        aliases=("sl",),
-        formula="log 2 - log(u + 1)",
+        "shifted_log", aliases=("sl",), formula="log 2 - log(u + 1)",
         advice="The same loss as jensen_shannon between Gaussians; its critic is bounded in (-1, 0).",
-        upper=math.log(2),
-        generator=lambda u: math.log(2) - torch.log1p(u),
-        log_curvature=lambda v: 2 * logsigmoid(v),
+        upper=math.log(2), generator=lambda u: math.log(2) - torch.log1p(u), log_curvature=lambda v: 2 * logsigmoid(v),
         log_ratio_rows=(CriticRow(sigmoid=-1, scale=-1), CriticRow(softplus=1, sigmoid=-1)),
     ),
     Family(_hockey_stick, "g", 2.0),
-)
+)  # fmt: skip
 FAMILIES = {entry.build(entry.default).name: entry for entry in _ENTRIES if isinstance(entry, Family)}
-CATALOGUE = {
-    made.name: made
-    for made in (entry if isinstance(entry, Divergence) else entry.build(entry.default) for entry in _ENTRIES)
-}
+_MADE = (entry if isinstance(entry, Divergence) else entry.build(entry.default) for entry in _ENTRIES)
+CATALOGUE = {made.name: made for made in _MADE}
 """Name -> divergence; of a family, the one of the default."""
 
 _NAMES = {spelling: name for name, made in CATALOGUE.items() for spelling in (name, *made.aliases)}
@@ -251,8 +194,7 @@ def get_divergence(name: str | Divergence, **parameters: float) -> Divergence:
 
 def find_divergence(key: str) -> Divergence:
     """The divergence whose ``key`` this is, of the catalogue or a user's own."""
-    made = MADE_BY_USERS.get(key)
-    return get_divergence(key) if made is None else made
+    return MADE_BY_USERS.get(key) or get_divergence(key)
 
 
 @held_constant
@@ -263,10 +205,8 @@ def _lookup(spelling: str, parameters: tuple[tuple[str, float], ...]) -> Diverge
 
 @functools.lru_cache(maxsize=1024)
 def _build(spelling: str, parameters: tuple[tuple[str, float], ...]) -> Divergence:
-    typed, colon, suffix = spelling.strip().lower().replace("-", "_").partition(":")
-    # A minus sign in the parameter is not a hyphen.
-    suffix = spelling.strip().partition(":")[2].strip()
-    typed = typed.strip().replace(" ", "_")
+    typed, colon, suffix = (part.strip() for part in spelling.partition(":"))
+    typed = typed.lower().replace("-", "_").replace(" ", "_")
     if typed not in _NAMES:
         close = difflib.get_close_matches(typed, _NAMES, n=3, cutoff=0.4)
         hint = f"closest: {', '.join(dict.fromkeys(_NAMES[found] for found in close))}; " if close else ""
@@ -289,13 +229,7 @@ def _build(spelling: str, parameters: tuple[tuple[str, float], ...]) -> Divergen
         value = math.nan
     if not math.isfinite(value):
         raise ValueError(f"{wanted} of divergence {name!r} must be a finite number, not {given!r}; example: {name}:0.3")
-    return CATALOGUE[name] if value == family.default else _member(family, value)
-
-
-@functools.lru_cache(maxsize=1024)
-def _member(family: Family, value: float) -> Divergence:
-    # Not once for every way to write it: a table takes a tenth of a second.
-    return family.build(value)
+    return CATALOGUE[name] if value == family.default else family.build(value)
 
 
 def _reduce(divergence: Divergence) -> tuple[Callable[..., Divergence], tuple[object, ...]]:

@@ -11,6 +11,7 @@ Novello et al. 2026, arXiv 2509.21167). The estimators follow from the same two 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 
 import torch
@@ -18,8 +19,6 @@ from torch import Tensor
 
 from fdu_kernels.scalar import MAX_EXPONENT, Scalar
 
-LARGEST_EXPONENT = 87.0
-"""Below the least and the largest normal number of float32."""
 DERIVATIVE, FIRST, SECOND = 0.0, 1.0, 2.0
 """What the slope of an :class:`ElementFunction` is."""
 
@@ -31,10 +30,9 @@ class CriticRow:
     row(v) = const + linear v + square v^2 + exp e^(exp_rate v) + expm1 (e^(expm1_rate v) - 1)
              + softplus log(1 - mix + mix e^x) + sigmoid sigma + tanh T + tanh_squared T^2 + step [v > threshold]
 
-    mix is sigmoid(logit): so neither mix nor 1 - mix loses digits where it is small. The softplus is shifted to
-    vanish at v = 0, the step is 1/2 at its threshold. Both an exponential and one less 1
-    are there because either alone loses its digits: the first near v = 0, the second where e^v is small. So are both
-    a sigmoid and T = tanh((x + logit)/2), which keeps its digits near 0.
+    mix is sigmoid(logit): so neither mix nor 1 - mix loses digits where it is small. The softplus is shifted to vanish
+    at v = 0, the step is 1/2 at its threshold. Both an exponential and one less 1 are there because either alone loses
+    its digits: the first near v = 0, the second where e^v is small. So are both a sigmoid and T, which is exact near 0.
     """
 
     const: float = 0.0
@@ -54,25 +52,15 @@ class CriticRow:
     threshold: float = 0.0
 
     @property
-    def mix(self) -> float:
-        """sigmoid(logit)."""
-        return _sigmoid(self.logit)
-
-    @property
-    def rest_of_mix(self) -> float:
-        """1 - mix."""
-        return _sigmoid(-self.logit)
-
-    @property
     def rate(self) -> float:
         """The largest rate of growth of its exponentials, 0 without any."""
         return max(abs(self.exp_rate) if self.exp else 0.0, abs(self.expm1_rate) if self.expm1 else 0.0)
 
     def value(self, v: Tensor, tilt: float = 0.0) -> Tensor:
         """e^(tilt v) row(v). The factor joins each exponential's exponent, so that 0 times inf never arises."""
-        # A term without a coefficient is none, also at infinity.
+        # A term without a coefficient is none, also at infinity; a NaN stays one, whatever the terms.
         factor = torch.exp(tilt * v) if tilt else 1.0
-        result = self.const + _nothing(v)
+        result = self.const + torch.where(v == v, 0.0, v)
         if self.linear or self.square:
             result = result + v * (self.linear + self.square * v)
         result = result * factor
@@ -95,7 +83,7 @@ class CriticRow:
 
     def slope(self, v: Tensor) -> Tensor:
         """row'(v). The step counts for nothing, as in autograd."""
-        result = self.linear + _nothing(v)
+        result = self.linear + torch.where(v == v, 0.0, v)
         if self.square:
             result = result + 2 * self.square * v
         if self.exp:
@@ -113,19 +101,15 @@ class CriticRow:
         return result
 
 
-def _nothing(v: Tensor) -> Tensor:
-    """0, and NaN for NaN: a NaN stays one, whatever the terms."""
-    return torch.where(v == v, 0.0, v)
-
-
-def _sigmoid(x: float) -> float:
+def sigmoid(x: float) -> float:
+    """To full relative accuracy."""
     small = math.exp(-abs(x))
     return (1 if x > 0 else small) / (1 + small)
 
 
 def _shifted_softplus(x: Tensor, logit: float) -> Tensor:
     """log(1 - mix + mix e^x), to full relative accuracy also near x = 0."""
-    mix, rest = _sigmoid(logit), _sigmoid(-logit)
+    mix, rest = sigmoid(logit), sigmoid(-logit)
     # Where mix e^x is the larger summand, it is taken out of the logarithm: elsewhere x and the logarithm would cancel.
     falling, rising = -x.clamp(min=-logit), x.clamp(max=-logit)
     above = x + _logarithm(mix + rest * torch.exp(falling), rest * torch.expm1(falling))
@@ -146,9 +130,8 @@ _COEFFICIENTS = ("const", "linear", "square", "exp", "expm1", "softplus", "sigmo
 class ElementFunction:
     """y(v) = e^(first_tilt v) first(v) - e^(second_tilt v) second(v), and its slope, for one element v.
 
-    slope: DERIVATIVE (first'(v); there is no second row and no tilt then), FIRST (the tilted first row itself) or
-    SECOND (the tilted second row). Beyond |v| = limit, y is a straight line with the slope of the end. A kernel that
-    evaluates this form computes every divergence of the catalogue.
+    slope: DERIVATIVE (first'(v); there is no second row and no tilt then), or the tilted FIRST or SECOND row itself.
+    Beyond |v| = limit, y is a straight line with the slope of the end. Every divergence of the catalogue has this form.
     """
 
     first: CriticRow
@@ -157,7 +140,6 @@ class ElementFunction:
     second_tilt: float
     slope: float
     limit: float
-
     numbers: tuple[float, ...] = dataclasses.field(init=False, repr=False, compare=False)
     """[limit, slope, first_tilt, *first, second_tilt, *second], rows in the order of ROW_FIELDS: what kernels get."""
 
@@ -168,7 +150,8 @@ class ElementFunction:
         for row, tilt in ((self.first, self.first_tilt), (self.second, self.second_tilt)):
             exponents = (tilt, row.exp_rate + tilt if row.exp else 0.0, row.expm1_rate if row.expm1 else 0.0)
             largest = max(map(abs, exponents))
-            assert largest * (self.limit if largest else 0.0) <= LARGEST_EXPONENT, "kernels trust the limit"
+            # e^87 and e^-87 are normal numbers of float32.
+            assert largest == 0 or largest * self.limit <= 87, "kernels trust the limit"
 
     @staticmethod
     def of(numbers: tuple[float, ...]) -> ElementFunction:
@@ -180,13 +163,8 @@ class ElementFunction:
 
     def scalar(self) -> Scalar:
         """The same in PyTorch operations."""
-
-        def first(v: Tensor) -> Tensor:
-            return self.first.value(v, self.first_tilt)
-
-        def second(v: Tensor) -> Tensor:
-            return self.second.value(v, self.second_tilt)
-
+        first = functools.partial(self.first.value, tilt=self.first_tilt)
+        second = functools.partial(self.second.value, tilt=self.second_tilt)
         if self.slope == DERIVATIVE:
             return Scalar(first, self.first.slope, -self.limit, self.limit)
         slope = first if self.slope == FIRST else second

@@ -18,10 +18,6 @@ Generator = Callable[[Tensor], Tensor]
 
 CURVATURE_LIMIT = 150.0
 """A user's kappa is evaluated for |v| up to here, where u^4 still fits float64, and continued as a power law."""
-CURVATURE_STEP = 1 / 8
-"""In v, for finding where a user's kappa drowns in rounding."""
-OWN_LIMIT = MAX_EXPONENT / 2
-"""A user's critic terms are straight lines beyond |v| = 32: u^2 still fits float32 there."""
 
 
 class OwnFunction(NamedTuple):
@@ -32,35 +28,21 @@ class OwnFunction(NamedTuple):
     numbers: None = None
 
     def scalar(self) -> Scalar:
-        """The same, differentiable."""
-        return Scalar(self.value, self.slope, -OWN_LIMIT, OWN_LIMIT)
+        """The same, differentiable; straight lines beyond |v| = 32, where u^2 still fits float32."""
+        return Scalar(self.value, self.slope, -MAX_EXPONENT / 2, MAX_EXPONENT / 2)
 
     def negated(self) -> OwnFunction:
         """-y(v)."""
-        value, slope = self.value, self.slope
-        return OwnFunction(lambda v: -value(v), lambda v: -slope(v))
+        return OwnFunction(lambda v: -self.value(v), lambda v: -self.slope(v))
 
 
 def critic_functions(f: Generator) -> tuple[OwnFunction, OwnFunction]:
     """A(v) = f'(u) and B(v) = u f'(u) - f(u), u = e^v."""
     slope = derivative(f)
     second = derivative(slope)
-
-    def a(v: Tensor) -> Tensor:
-        return slope(torch.exp(v))
-
-    def a_slope(v: Tensor) -> Tensor:
-        u = torch.exp(v)
-        return u * second(u)
-
-    def b(v: Tensor) -> Tensor:
-        u = torch.exp(v)
-        return u * slope(u) - f(u)
-
-    def b_slope(v: Tensor) -> Tensor:
-        return torch.exp(v) * a_slope(v)
-
-    return OwnFunction(a, a_slope), OwnFunction(b, b_slope)
+    a = OwnFunction(lambda v: slope(torch.exp(v)), lambda v: torch.exp(v) * second(torch.exp(v)))
+    b = OwnFunction(lambda v: torch.exp(v) * a.value(v) - f(torch.exp(v)), lambda v: torch.exp(v) * a.slope(v))
+    return a, b
 
 
 def ratio_function(f: Generator, samples_from: str) -> OwnFunction:
@@ -71,13 +53,9 @@ def ratio_function(f: Generator, samples_from: str) -> OwnFunction:
     return OwnFunction(lambda v: torch.exp(-v) * f(torch.exp(v)), lambda v: torch.exp(-v) * b.value(v))
 
 
+@on_the_cpu()
 def examine(f: Generator, name: str, places: tuple[float, ...]) -> tuple[Kinks, Curvature]:
     """The kinks of f that are real among the named places, and log kappa; errors: see Divergence.from_generator."""
-    with on_the_cpu():
-        return _examine(f, name, places)
-
-
-def _examine(f: Generator, name: str, places: tuple[float, ...]) -> tuple[Kinks, Curvature]:
     if any(place <= 0 for place in places):
         raise ValueError(f"kinks of {name!r} must be points u > 0, not {places}")
     v = torch.linspace(-8, 8, 321, dtype=torch.float64)
@@ -96,21 +74,14 @@ def _examine(f: Generator, name: str, places: tuple[float, ...]) -> tuple[Kinks,
         raise ValueError(f"the generator of {name!r} is not convex: its slope falls near u = {where:.3g}")
 
     slope = derivative(f)
-    second = derivative(slope)
-
-    def curvature(v: Tensor) -> Tensor:
-        u = torch.exp(v)
-        return u.square() * second(u)
-
-    kinks = []
+    second, kinks = derivative(slope), []
     for place in places:
-        sides = torch.tensor([1 - 1e-7, 1 + 1e-7], dtype=torch.float64) * place
-        left, right = slope(sides).tolist()
+        left, right = slope(torch.tensor([1 - 1e-7, 1 + 1e-7], dtype=torch.float64) * place).tolist()
         # A smooth f changes its slope by 2e-7 u f''(u) between the two.
         if right - left > 1e-5:
             kinks.append((place, right - left))
     _check_kinks_are_named(f, name, tuple(kinks))
-    return tuple(kinks), _log_of_continued(curvature)
+    return tuple(kinks), _log_of_continued(lambda v: torch.exp(2 * v) * second(torch.exp(v)))
 
 
 def _values(f: Generator, name: str, u: Tensor) -> Tensor:
@@ -147,20 +118,18 @@ def _log_of_continued(curvature: Curvature) -> Curvature:
 
 
 def _end_of(curvature: Curvature, side: int) -> tuple[float, float]:
-    """The last v to one side at which kappa is accurate, and the slope d log kappa/dv there, NaN if it still changes.
-
-    Far out the terms of a second derivative by autograd may cancel (le_cam: 1/u for a result of 1/u^3), and their
-    rounding, times u^2, would outgrow the integrand. It shows as roughness of log kappa at most points of 2 units of v;
-    a jump of a generator that is defined by parts shows at a few.
-    """
-    per_unit = round(1 / CURVATURE_STEP)
-    count = round(CURVATURE_LIMIT * per_unit)
-    values = curvature(side * CURVATURE_STEP * torch.arange(count + 1, dtype=torch.float64))
+    """The last v to one side where kappa is accurate, and the slope d log kappa/dv there; NaN if it still changes."""
+    # Far out the terms of a second derivative by autograd may cancel (le_cam: 1/u for a result of 1/u^3), and their
+    # rounding, times u^2, would outgrow the integrand. It shows as roughness of log kappa at most points of 2 units of
+    # v; a jump of a generator that is defined by parts shows at a few.
+    per_unit = 8
+    end = round(CURVATURE_LIMIT * per_unit)
+    values = curvature(side / per_unit * torch.arange(end + 1, dtype=torch.float64))
     logs = torch.log(values.clamp(min=0))
     rough = ((logs[2:] - 2 * logs[1:-1] + logs[:-2]).abs() > 0.05) | (values[1:-1] < 0)
     noisy = rough.unfold(0, 2 * per_unit, 1).sum(-1) > per_unit
     noisy[: 4 * per_unit] = False
-    end, noise = count, torch.nonzero(noisy)
+    noise = torch.nonzero(noisy)
     if len(noise):
         # Relative rounding is 1e-16 e^(rate v), 1e-2 here, and so 3e-6 at three quarters of the way.
         end = int(noise[0]) * 3 // 4
@@ -169,35 +138,26 @@ def _end_of(curvature: Curvature, side: int) -> tuple[float, float]:
         end, noise = int(overflow[0]) - per_unit, noise[:0]
     end = max(end, 2 * per_unit)
     near, middle, far = (float(logs[max(end - back * per_unit, 0)]) for back in (0, 4, 8))
-    slope = (near - middle) / 4
-    if near == -math.inf:
-        slope = 0.0
-    elif not len(noise) and not abs(slope - (middle - far) / 4) <= 1e-6:
+    slope = 0.0 if near == -math.inf else (near - middle) / 4
+    if near > -math.inf and not len(noise) and not abs(slope - (middle - far) / 4) <= 1e-6:
         slope = math.nan
-    return side * end * CURVATURE_STEP, side * slope
+    return side * end / per_unit, side * slope
 
 
 def _check_kinks_are_named(f: Generator, name: str, kinks: Kinks) -> None:
-    """Compare f(e) + f(1/e) with what the second derivative and the named kinks make of it.
-
-    f(e^a) - f(1) - f'(1)(e^a - 1) is the integral of (e^a - u) f''(u), so that a kink that autograd does not see is
-    missing there. Both sides are taken over each half of [-4, 4] in v.
-    """
-    count, slope = 20_001, derivative(f)
+    """Over each half of [-4, 4] in v: f(e^a) - f(1) - f'(1)(e^a - 1) is the integral of (e^a - u) f''(u), where a kink
+    that autograd does not see is missing."""
+    slope = derivative(f)
     second = derivative(slope)
     for end in (-4.0, 4.0):
-        v = torch.linspace(0, end, count, dtype=torch.float64)
+        v = torch.linspace(0, end, 20_001, dtype=torch.float64)
         u = torch.exp(v)
         # Away from 1 itself, where a kink may be.
-        start = math.exp(math.copysign(1e-7, end))
-        one = torch.tensor([start], dtype=torch.float64)
-        expected = float(f(u[-1:])) - float(f(one))
-        expected -= float(slope(one)) * (float(u[-1]) - start)
-        integrand = (u[-1] - u) * second(u) * u
-        found = float(torch.trapezoid(integrand, v))
-        for place, jump in kinks:
-            if place != 1 and min(0.0, end) < math.log(place) < max(0.0, end):
-                found += jump * abs(float(u[-1]) - place)
+        one = torch.exp(torch.tensor([math.copysign(1e-7, end)], dtype=torch.float64))
+        expected = float(f(u[-1:]) - f(one) - slope(one) * (u[-1] - one))
+        found = float(torch.trapezoid((u[-1] - u) * second(u) * u, v))
+        inside = [kink for kink in kinks if 0 < math.log(kink[0]) / end < 1]
+        found += sum(jump * abs(float(u[-1]) - place) for place, jump in inside)
         if not abs(found - expected) <= 1e-3 * max(abs(expected), 1e-6 * abs(float(f(u[-1:])))) + 1e-5:
             raise ValueError(
                 f"the second derivative of the generator of {name!r} does not add up to its values: f has a "

@@ -30,7 +30,7 @@ class Grid(NamedTuple):
 
     Row i is at t = log s = first + i step. Between the rows bottom and top all 8 neighbours of a place are there.
     powers: d log h/dt and d log h'/dt at ``bottom``. linear_beyond: the s beyond which h is a straight line; inf
-    where h' has vanished instead. smallest: the s below which h' is not evaluated.
+    where h' has vanished instead.
     """
 
     first: float
@@ -39,16 +39,15 @@ class Grid(NamedTuple):
     top: int
     powers: tuple[float, float]
     linear_beyond: float
-    smallest: float
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class GaussianProfile:
     """h(s) = c expm1(k s)/k, and c s for k = 0, continued as a straight line beyond ``linear_beyond``; or a table.
 
-    table: None, or float64 [HEADER_ROWS + n, 2] on the CPU, for kernels to read: the numbers of the grid in the rows
-    (first, step), (bottom, top), powers, (linear_beyond, smallest); then log h and log h' by row. Power laws at s -> 0
-    are straight lines in these variables.
+    table: None, or float64 [HEADER_ROWS + n, 2] on the CPU, for kernels to read: the rows (first, step),
+    (bottom, top), powers and (linear_beyond, SMALLEST_S) of the grid; then log h and log h' by row. Power laws at
+    s -> 0 are straight lines in these variables.
     """
 
     c: float
@@ -65,7 +64,7 @@ class GaussianProfile:
     @staticmethod
     def tabulated(grid: Grid, logs: Tensor) -> GaussianProfile:
         """A profile from log h and log h' [n, 2]."""
-        header = [grid[:2], grid[2:4], grid.powers, (grid.linear_beyond, grid.smallest)]
+        header = [grid[:2], grid[2:4], grid.powers, (grid.linear_beyond, SMALLEST_S)]
         table = torch.cat([torch.tensor(header, dtype=torch.float64), logs])
         return GaussianProfile(0.0, 0.0, grid.linear_beyond, table.contiguous(), grid)
 
@@ -84,23 +83,26 @@ class GaussianProfile:
 
     def _read(self, s: Tensor, column: int) -> Tensor:
         """h (column 0) or h' (column 1), interpolated in float64 where there is one, and returned in the dtype of s."""
-        table, grid = self.table_on(s.device), self.grid
-        assert table is not None and grid is not None
+        table = self.table_on(s.device)
+        assert table is not None
         wide = s.to(table.dtype)
-        inside = wide.clamp(min=grid.smallest)
-        t = (torch.log(inside) - grid.first) / grid.step
-        position = t.clamp(grid.bottom, grid.top)
+        result = torch.exp(self.log_at(torch.log(wide.clamp(min=SMALLEST_S)), column))
+        if column == 0:
+            # Not s / wide.clamp(min=SMALLEST_S), which is inf / inf for the largest s.
+            result = result * (wide.clamp(max=SMALLEST_S) / SMALLEST_S)
+        return result.to(s.dtype)
+
+    def log_at(self, t: Tensor, column: int) -> Tensor:
+        """log h (column 0) or log h' (column 1) at t = log s, as the table goes on below; up to its top."""
+        table, grid = self.table_on(t.device), self.grid
+        assert table is not None and grid is not None
+        place = (t - grid.first) / grid.step
+        position = place.clamp(grid.bottom, grid.top)
         # A NaN has no place in the table: it takes the first one and stays NaN through its offset.
         index = torch.nan_to_num(position.detach(), nan=grid.bottom).floor().long().clamp(max=grid.top - 1)
-        neighbours = torch.arange(1 - NEIGHBOURS // 2, NEIGHBOURS // 2 + 1, device=s.device) + HEADER_ROWS
-        rows = table[index[..., None] + neighbours, column]
-        result = torch.exp((lagrange_weights(position - index) * rows).sum(-1))
-        below = torch.exp(grid.powers[column] * grid.step * (t - grid.bottom).clamp(max=0))
-        result = result * below
-        if column == 0:
-            # Not s / inside, which is inf / inf for the largest s.
-            result = result * (wide.clamp(max=grid.smallest) / grid.smallest)
-        return result.to(s.dtype)
+        neighbours = torch.arange(1 - NEIGHBOURS // 2, NEIGHBOURS // 2 + 1, device=t.device) + HEADER_ROWS
+        read = (lagrange_weights(position - index) * table[index[..., None] + neighbours, column]).sum(-1)
+        return read + grid.powers[column] * grid.step * (place - grid.bottom).clamp(max=0)
 
 
 def lagrange_weights(x: Tensor) -> Tensor:

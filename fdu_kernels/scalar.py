@@ -36,8 +36,7 @@ class Scalar:
         compiled = torch.compiler.is_compiling()
         if is_functionalized() or (compiled and is_under_transforms()):
             return self.value_at(x)
-        result: Tensor = (_Evaluate if compiled else _EvaluateEitherWay).apply(x, self)
-        return result
+        return (_Evaluate if compiled else _EvaluateEitherWay).apply(x, self)
 
     def value_at(self, x: Tensor) -> Tensor:
         """y(x), for use without autograd."""
@@ -59,12 +58,7 @@ class Scalar:
 
 def derivative(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     """x -> y'(x) of an elementwise function of PyTorch operations, differentiable itself."""
-
-    def slope(x: Tensor) -> Tensor:
-        result: Tensor = vjp(function, x)[1](torch.ones_like(x))[0]
-        return result
-
-    return slope
+    return lambda x: vjp(function, x)[1](torch.ones_like(x))[0]
 
 
 class _Evaluate(torch.autograd.Function):
@@ -90,8 +84,7 @@ class _EvaluateEitherWay(_Evaluate):
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Tensor:
         (x,) = ctx.saved_tensors
-        product: Tensor = tangents[0] * ctx.function.slope_at(x)
-        return product
+        return tangents[0] * ctx.function.slope_at(x)
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], x: Tensor, function: Scalar) -> tuple[Tensor, Any]:

@@ -10,9 +10,10 @@ density of N(-s/2, s): so total variation and the hockey stick need no case of t
 
 from __future__ import annotations
 
+import functools
+import itertools
 import math
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,113 +27,79 @@ Curvature = Callable[[Tensor], Tensor]
 Kinks = tuple[tuple[float, float], ...]
 """(u, jump of f' there)."""
 
-FIRST_S = 1e-12
-"""The table begins here; below, h and h' follow the power of s that they have here (exact to first order)."""
-LAST_S = 1e4
-"""And ends here, where h' of every saturating divergence is below e^(-1250)."""
-STEP = 1 / 32
-"""In log s. The polynomial through 8 neighbours then errs by less than 1e-12 also where log h' falls like -s/8."""
-SMALLEST_STEP = STEP / 4
-"""Where h' bends more sharply (skew_jensen_shannon near s = -2 log w for a tiny w) the step is halved, up to twice."""
-LARGEST_ERROR = 1e-12
-"""Of log h' between two points of the grid: what halving the step brings down."""
-FINEST_STEP = STEP / 16
-"""Where a kink at u != 1 takes over from something flatter, the step is halved, but not below this."""
+FIRST_S, LAST_S = 1e-12, 1e4
+"""Where the table begins (below, h and h' follow the power of s that they have there, exact to first order) and ends
+(where h' of every saturating divergence is below e^(-1250))."""
+STEP, SMALLEST_STEP, FINEST_STEP = 1 / 32, 1 / 128, 1 / 512
+"""In log s. The polynomial through 8 neighbours then errs by less than 1e-12 also where log h' falls like -s/8. It is
+halved, down to the smallest, where h' bends more sharply (skew_jensen_shannon near s = -2 log w for a tiny w), and down
+to the finest where a kink at u != 1 takes over from something flatter."""
 MARGIN = NEIGHBOURS // 2
 """Rows at either end that serve as neighbours only."""
-VANISHED, NEGLIGIBLE = 760.0, 120.0
-"""Of (log g)^2/(2 s): what a kink at u = g adds to h' is then below the smallest number, or nothing beside others."""
-SHORT = 1e-13
-"""Share of the largest term that the outermost usable term of the quadrature may have."""
 
 
-class _Table(NamedTuple):
-    """A profile in the making."""
-
-    t: Tensor
-    """log s of the rows, at equal steps."""
-    step: float
-    logs: Tensor
-    """[n, 2]: log h and log h'."""
-    powers: tuple[float, float]
-
-    def log_on(self, t: Tensor, column: int) -> Tensor:
-        """log h (column 0) or log h' (column 1) at other t, up to the end."""
-        place = (t - self.t[0]) / self.step
-        index = place.clamp(min=MARGIN).floor().clamp(max=len(self.t) - 2 - MARGIN)
-        rows = self.logs[index.long()[:, None] + torch.arange(1 - MARGIN, MARGIN + 1), column]
-        read = (lagrange_weights(place.clamp(min=MARGIN) - index) * rows).sum(-1)
-        return read + self.powers[column] * self.step * (place - MARGIN).clamp(max=0)
-
-    def profile(self) -> GaussianProfile:
-        """What is made."""
-        top = len(self.t) - 1 - MARGIN
-        saturated = float(self.logs[top, 1]) < math.log(torch.finfo(torch.float64).tiny)
-        beyond = math.inf if saturated else math.exp(float(self.t[top]))
-        grid = Grid(float(self.t[0]), self.step, MARGIN, top, self.powers, beyond, SMALLEST_S)
-        return GaussianProfile.tabulated(grid, self.logs)
+def _profile(t: Tensor, step: float, logs: tuple[Tensor, Tensor], power: float) -> GaussianProfile:
+    """From log h and log h' at the equally spaced t = log s; at s -> 0 h' is like s^power."""
+    top = len(t) - 1 - MARGIN
+    saturated = float(logs[1][top]) < math.log(torch.finfo(torch.float64).tiny)
+    beyond = math.inf if saturated else math.exp(float(t[top]))
+    grid = Grid(float(t[0]), step, MARGIN, top, (power + 1, power), beyond)
+    return GaussianProfile.tabulated(grid, torch.stack(logs, -1))
 
 
+@on_the_cpu()
 def tabulated_profile(name: str, log_curvature: Curvature | None, kinks: Kinks, exact: bool) -> GaussianProfile:
     """Tabulate h and h' from log kappa (None: f is piecewise linear) and the kinks, on the CPU.
 
-    Args:
-        name: for messages.
-        exact: whether log_curvature is, or has the rounding of a user's generator.
-
-    Raises:
-        ValueError: the curvature is not finite where the quadrature needs it, or f has none at all.
+    exact: whether log_curvature is, or has the rounding of a user's generator, which looks like error and which no step
+    mends. Raises ValueError where the curvature is not finite although the quadrature needs it, or f has none at all.
     """
     at_one, apart = (tuple(kink for kink in kinks if (kink[0] == 1) is one) for one in (True, False))
-    with on_the_cpu():
-        if log_curvature is not None and apart:
-            between = log_curvature(torch.linspace(-20, 20, 401, dtype=torch.float64))
-            log_curvature = log_curvature if bool((between > -math.inf).any()) else None
-        rest = None
-        if not apart or at_one or log_curvature is not None:
-            rest = _tabulate_rest(name, log_curvature, at_one, exact)
-        table = rest if rest is not None and not apart else _add_kinks(rest, apart)
-        return table.profile()
+    if log_curvature is not None and apart:
+        between = log_curvature(torch.linspace(-20, 20, 401, dtype=torch.float64))
+        log_curvature = log_curvature if bool((between > -math.inf).any()) else None
+    rest = None
+    if not apart or at_one or log_curvature is not None:
+        rest = _tabulate_rest(name, log_curvature, at_one, exact)
+    return rest if rest is not None and not apart else _add_kinks(rest, apart)
 
 
-def _tabulate_rest(name: str, log_curvature: Curvature | None, kinks: Kinks, exact: bool) -> _Table:
+def _tabulate_rest(name: str, log_curvature: Curvature | None, kinks: Kinks, exact: bool) -> GaussianProfile:
     """What the curvature and these kinks, at u = 1, make: a power law at s -> 0."""
-    step = STEP
-    t, log_slopes = _log_slopes_from_first(log_curvature, kinks, step)
-    if exact:
-        # A user's curvature has rounding, which looks like error and which no step mends.
-        error = _error_of_reading(log_slopes)
-        while error > LARGEST_ERROR and step > SMALLEST_STEP:
-            step, error = step / 2, error / 2**NEIGHBOURS
-        if step < STEP:
-            t, log_slopes = _log_slopes_from_first(log_curvature, kinks, step)
-    margin, count = MARGIN, len(t)
-    # Grid points beyond the straight line's beginning serve as neighbours only.
-    growing = torch.nonzero(log_slopes > MAX_EXPONENT)
-    if len(growing):
-        count = min(count, int(growing[0]) + margin + 1)
-    unknown = torch.nonzero(log_slopes.isnan())
-    if len(unknown):
-        count = min(count, int(unknown[0]))
-    t, log_slopes = t[:count], log_slopes[:count]
-    if count <= 2 * margin or not bool(torch.isfinite(log_slopes).all()):
+    log_slope = functools.partial(log_slope_by_quadrature, log_curvature, kinks)
+    step, t = STEP, _grid(math.log(FIRST_S), STEP)
+    log_slopes = log_slope(torch.exp(t))
+    if exact and (step := _step_for(_error_of_reading(log_slopes), SMALLEST_STEP)) < STEP:
+        t = _grid(math.log(FIRST_S), step)
+        log_slopes = log_slope(torch.exp(t))
+    # Grid points beyond the straight line's beginning serve as neighbours only; none is beyond what is known.
+    for bad, kept in ((log_slopes > MAX_EXPONENT, MARGIN + 1), (log_slopes.isnan(), 0)):
+        if bool(bad.any()):
+            count = int(torch.nonzero(bad)[0]) + kept
+            t, log_slopes = t[:count], log_slopes[:count]
+    if len(t) <= 2 * MARGIN or not bool(torch.isfinite(log_slopes).all()):
         raise ValueError(f"the generator of {name!r} has no finite, positive curvature on which to build h")
 
     power = float(log_slopes[1] - log_slopes[0]) / step
     # Down there a rounding of the power would be multiplied by up to log(FIRST_S / SMALLEST_S).
     power = round(2 * power) / 2 if abs(2 * power - round(2 * power)) < 1e-9 else power
-    at_first = log_slopes[0] + t[0] - math.log1p(power)
-    panels = _log_integrals(lambda s: log_slope_by_quadrature(log_curvature, kinks, s), t, step)
-    log_values = torch.logcumsumexp(torch.cat([at_first[None], panels]), 0)
-    return _Table(t, step, torch.stack([log_values, log_slopes], -1), (power + 1, power))
+    panels = [(log_slopes[0] + t[0] - math.log1p(power))[None], _log_integrals(log_slope, t, step)]
+    return _profile(t, step, (torch.logcumsumexp(torch.cat(panels), 0), log_slopes), power)
 
 
-def _log_slopes_from_first(log_curvature: Curvature | None, kinks: Kinks, step: float) -> tuple[Tensor, Tensor]:
-    """The grid from FIRST_S to LAST_S, as log s, and log h' there."""
-    first = _first(math.log(FIRST_S), step)
-    count = math.ceil((math.log(LAST_S) - first) / step) + MARGIN + 1
-    t = first + step * torch.arange(count, dtype=torch.float64)
-    return t, log_slope_by_quadrature(log_curvature, kinks, torch.exp(t))
+def _grid(start: float, step: float, last: float | None = None) -> Tensor:
+    """t = log s at multiples of the step, so that each is exact, to be read from ``start`` to LAST_S; or up to last."""
+    first = (math.floor(start / step) - MARGIN) * step
+    last = math.log(LAST_S) + (MARGIN + 1) * step if last is None else last
+    return first + step * torch.arange(math.floor((last - first) / step) + 1, dtype=torch.float64)
+
+
+def _step_for(error: float, smallest: float) -> float:
+    """STEP, halved while log h' errs by more than 1e-12 between two points, but not below the smallest."""
+    step = STEP
+    while error > 1e-12 and step > smallest:
+        step, error = step / 2, error / 2**NEIGHBOURS
+    return step
 
 
 def _error_of_reading(log_slopes: Tensor) -> float:
@@ -146,82 +113,61 @@ def _error_of_reading(log_slopes: Tensor) -> float:
     return float((read[: len(between)] - between).abs().max()) / 2**NEIGHBOURS
 
 
-def _first(start: float, step: float) -> float:
-    """Where a grid begins that is to be read from ``start`` on: at a multiple of the step, so that each t is exact."""
-    return (math.floor(start / step) - MARGIN) * step
-
-
-def _add_kinks(rest: _Table | None, kinks: Kinks) -> _Table:
-    """The table of a divergence with kinks at u = g != 1, from that of what else it has.
-
-    Their densities fall like e^(-y), y = (log g)^2/(2 s), and not like a power: so the table begins where the last of
-    them has vanished, or adds nothing to the rest.
-    """
-    squares = [math.log(place) ** 2 / 2 for place, _ in kinks]
-    vanished = math.log(min(squares) / VANISHED)
-    start = vanished if rest is None else min(math.log(FIRST_S), math.log(min(squares) / NEGLIGIBLE))
+def _add_kinks(rest: GaussianProfile | None, kinks: Kinks) -> GaussianProfile:
+    """The table of a divergence with kinks at u = g != 1, from that of what else it has."""
+    # Their densities fall like e^(-y), y = (log g)^2/(2 s), and not like a power: so the table begins where the last of
+    # them is below the smallest number, or adds nothing to the rest.
+    squares = torch.tensor([math.log(place) ** 2 / 2 for place, _ in kinks], dtype=torch.float64)
+    start = vanished = math.log(float(squares.min()) / 760)
+    last, grid = None, None if rest is None else rest.grid
+    if grid is not None:
+        start = min(math.log(FIRST_S), math.log(float(squares.min()) / 120))
+        last = grid.first + grid.top * grid.step
     start = max(start, math.log(SMALLEST_S))
-    last = math.log(LAST_S) + MARGIN * STEP if rest is None else float(rest.t[-1 - MARGIN])
 
-    def grid(step: float) -> Tensor:
-        first = _first(start, step)
-        return first + step * torch.arange(math.floor((last - first) / step) + 1, dtype=torch.float64)
-
-    def log_slopes_on(t: Tensor) -> list[Tensor]:
+    def log_slopes_on(t: Tensor) -> Tensor:
         each = [_log_slope_of_kinks((kink,), torch.exp(t)) for kink in kinks]
-        return each if rest is None else [*each, rest.log_on(t, 1)]
+        return torch.stack(each if rest is None else [*each, rest.log_at(t, 1)])
 
-    step, t = STEP, grid(STEP)
-    each = torch.stack(log_slopes_on(t))
-    shares = torch.softmax(each, 0)[: len(kinks)]
+    t = _grid(start, STEP, last)
+    shares = torch.softmax(log_slopes_on(t), 0)[: len(kinks)]
     # Interpolating log(1 + e^-y) errs by about the eighth derivative's y^8, times this.
-    falls = torch.tensor(squares, dtype=torch.float64)[:, None] * torch.exp(-t) * step
-    error = float((1e-3 * shares * (1 - shares) * falls**8).amax())
-    while error > LARGEST_ERROR and step > FINEST_STEP:
-        step, error = step / 2, error / 2**8
-    t = grid(step)
-    log_slopes = torch.logsumexp(torch.stack(log_slopes_on(t)), 0)
+    falls = squares[:, None] * torch.exp(-t) * STEP
+    step = _step_for(float((1e-3 * shares * (1 - shares) * falls**8).amax()), FINEST_STEP)
+    t = _grid(start, step, last)
+    log_slopes = torch.logsumexp(log_slopes_on(t), 0)
 
     # Their integral begins well below the first row.
     before = max(2 * NEIGHBOURS, math.ceil((float(t[0]) - vanished) / step))
     wider = torch.cat([t[0] - step * torch.arange(before, 0, -1, dtype=torch.float64), t])
     # h' may grow by e^24 over an interval of STEP.
-    parts = round(32 * step / STEP)
-    panels = _log_integrals(lambda s: _log_slope_of_kinks(kinks, s), wider, step, parts)
+    panels = _log_integrals(lambda s: _log_slope_of_kinks(kinks, s), wider, step, parts=round(32 * step / STEP))
     log_values = torch.logcumsumexp(panels, 0)[before - 1 :]
-    if rest is None:
-        power = float(log_slopes[1] - log_slopes[0]) / step
-        return _Table(t, step, torch.stack([log_values, log_slopes], -1), (power + 1, power))
-    return _Table(t, step, torch.stack([torch.logaddexp(log_values, rest.log_on(t, 0)), log_slopes], -1), rest.powers)
+    if rest is None or grid is None:
+        return _profile(t, step, (log_values, log_slopes), float(log_slopes[1] - log_slopes[0]) / step)
+    return _profile(t, step, (torch.logaddexp(log_values, rest.log_at(t, 0)), log_slopes), grid.powers[1])
 
 
 def _log_integrals(log_slope: Callable[[Tensor], Tensor], t: Tensor, step: float, parts: int = 1) -> Tensor:
     """log of the integral of h' over each interval of the grid, by 5 Gauss-Legendre points in log s on each part."""
-    root = math.sqrt(10 / 7)
-    outer, inner = math.sqrt(5 + 2 * root) / 3, math.sqrt(5 - 2 * root) / 3
-    outer_weight, inner_weight = (322 - 13 * math.sqrt(70)) / 900, (322 + 13 * math.sqrt(70)) / 900
-    rule = [
-        (-outer, outer_weight), (-inner, inner_weight), (0.0, 128 / 225), (inner, inner_weight), (outer, outer_weight),
-    ]  # fmt: skip
-    beginnings = torch.exp(t[:-1])
+    nodes = (-0.9061798459386640, -0.5384693101056831, 0.0, 0.5384693101056831, 0.9061798459386640)
+    weights = (0.2369268850561891, 0.4786286704993665, 128 / 225, 0.4786286704993665, 0.2369268850561891)
     terms = []
-    for part in range(parts):
-        for node, weight in rule:
-            # From where the interval begins: the logarithm of a small s has fewer digits than s.
-            offset = step / parts * (part + (1 + node) / 2)
-            log_slopes = log_slope(beginnings * math.exp(offset))
-            terms.append(log_slopes + t[:-1] + (offset + math.log(weight * step / parts / 2)))
+    for part, (node, weight) in itertools.product(range(parts), zip(nodes, weights, strict=True)):
+        # From where the interval begins: the logarithm of a small s has fewer digits than s.
+        offset = step / parts * (part + (1 + node) / 2)
+        log_slopes = log_slope(torch.exp(t[:-1]) * math.exp(offset))
+        terms.append(log_slopes + t[:-1] + (offset + math.log(weight * step / parts / 2)))
     return torch.logsumexp(torch.stack(terms), 0)
 
 
 def log_slope_by_quadrature(log_curvature: Curvature | None, kinks: Kinks, s: Tensor) -> Tensor:
     """log h'(s) for ascending float64 s [n] by the trapezoidal rule, exponentially exact for analytic integrands.
 
-    The step in v resolves both the normal density (half a standard deviation) and the poles of kappa, which
-    lie at a distance of pi from the real line for every smooth entry of the catalogue (0.4). Where kappa grows like
-    e^(a v) the integrand's mass is at v = (a - 1/2) s, and the grid reaches 12 standard deviations beyond it.
-
-    NaN where the mass lies in part beyond what is known of a user's kappa; inf far beyond MAX_EXPONENT.
+    The step in v resolves both the normal density (half a standard deviation) and the poles of kappa, which lie at a
+    distance of pi from the real line for every smooth entry of the catalogue (0.4). Where kappa grows like e^(a v) the
+    integrand's mass is at v = (a - 1/2) s, and the grid reaches 12 standard deviations beyond it. NaN where the mass
+    lies in part beyond what is known of a user's kappa; inf far beyond MAX_EXPONENT.
     """
     of_kinks = _log_slope_of_kinks(kinks, s)
     if log_curvature is None:
@@ -243,7 +189,7 @@ def log_slope_by_quadrature(log_curvature: Curvature | None, kinks: Kinks, s: Te
         parts.append(log_mean - rows / 8 - math.log(2))
         if bool((parts[-1] > MAX_EXPONENT).all()):
             break
-    parts.append(s.new_full((len(s) - sum(map(len, parts)),), math.inf))
+    parts.append(torch.full_like(s[sum(map(len, parts)) :], math.inf))
     return torch.logaddexp(torch.cat(parts), of_kinks)
 
 
@@ -255,14 +201,14 @@ def _growth(log_curvature: Curvature) -> float:
 
 
 def _falls_short(log_terms: Tensor) -> Tensor:
-    """Which rows [n] have a NaN beside a term that counts."""
+    """Which rows [n] have a NaN beside a term that counts: more than 1e-13 of the largest."""
     unknown = log_terms.isnan()
     beside = torch.zeros_like(unknown)
     beside[:, 1:] |= unknown[:, :-1]
     beside[:, :-1] |= unknown[:, 1:]
     outermost = torch.where(beside & ~unknown, log_terms, -math.inf).amax(-1)
     largest = torch.where(unknown, -math.inf, log_terms).amax(-1)
-    return unknown.any(-1) & (outermost > largest + math.log(SHORT))
+    return unknown.any(-1) & (outermost > largest + math.log(1e-13))
 
 
 def _log_slope_of_kinks(kinks: Kinks, s: Tensor) -> Tensor:

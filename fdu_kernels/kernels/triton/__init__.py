@@ -44,9 +44,8 @@ def __getattr__(name: str) -> Any:
     form, _, _ = name.partition("_")
     if form not in ("gaussian", "expectation"):
         raise AttributeError(name)
-    function = getattr(importlib.import_module(f"{__name__}.launch_{form}"), name)
-    globals()[name] = function
-    return function
+    globals()[name] = getattr(importlib.import_module(f"{__name__}.launch_{form}"), name)
+    return globals()[name]
 
 
 @functools.cache
@@ -76,10 +75,7 @@ def _why_unusable(kind: str, index: int, form: str) -> str | None:
         if form == "table" and not torch.xpu.get_device_properties(index).has_fp64:
             return f"xpu:{index} has no float64, in which a tabulated profile is read"
         return None
-    if torch.version.hip is not None:
+    if torch.version.hip is not None or (capability := torch.cuda.get_device_capability(index)) >= LEAST_CAPABILITY:
         return None
-    capability = torch.cuda.get_device_capability(index)
-    if capability >= LEAST_CAPABILITY:
-        return None
-    wanted = ".".join(map(str, LEAST_CAPABILITY))
-    return f"cuda:{index} has compute capability {'.'.join(map(str, capability))}, below {wanted}"
+    found, wanted = (".".join(map(str, numbers)) for numbers in (capability, LEAST_CAPABILITY))
+    return f"cuda:{index} has compute capability {found}, below {wanted}"

@@ -7,12 +7,13 @@ before broadcasting.
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fdu_kernels.calls import ExpectationCall
-from fdu_kernels.critic import CriticRow, ElementFunction
+from fdu_kernels.critic import ElementFunction, sigmoid
 from fdu_kernels.kernels.triton import expectation_kernels, tuning
 from fdu_kernels.kernels.triton.launch_gaussian import launching_on, scale_on
 from fdu_kernels.kernels.triton.layout import ALIGNED, UNALIGNED, broadcast_strides, collapse
@@ -20,30 +21,24 @@ from fdu_kernels.kernels.triton.layout import ALIGNED, UNALIGNED, broadcast_stri
 
 def expectation_forward(call: ExpectationCall) -> Tensor:
     """See Backend.expectation_forward."""
-    value, _ = _run(call, gradient=False)
-    assert value is not None
-    return value
+    return _run(call, gradient=False)[0]
 
 
 def expectation_backward(call: ExpectationCall, upstream: Tensor) -> Tensor:
     """See Backend.expectation_backward."""
     each = call.reduction == "none"
-    _, grad = _run(call, 1.0 if each else upstream, upstream if each else None, value=False)
-    assert grad is not None
-    return grad
+    return _run(call, 1.0 if each else upstream, upstream if each else None, value=False)[1]
 
 
 def expectation_value_and_grad(call: ExpectationCall) -> tuple[Tensor, Tensor]:
     """See Backend.expectation_value_and_grad."""
-    value, grad = _run(call, call.grad_scale)
-    assert value is not None and grad is not None
-    return value, grad
+    return _run(call, call.grad_scale)
 
 
 def _run(
     call: ExpectationCall, grad_scale: float | Tensor = 1.0, upstream: Tensor | None = None, value: bool = True,
     gradient: bool = True,
-) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
+) -> tuple[Any, Any]:  # fmt: skip
     """The value and the gradient, or None where not asked for; ``upstream``: every element's, besides grad_scale."""
     v, mask, shape, size = call.v, call.mask, tuple(call.v.shape), call.v.numel()
     values = torch.empty_like(v, dtype=torch.float32) if value and call.reduction == "none" else None
@@ -90,15 +85,14 @@ def _run(
 
 
 @functools.lru_cache(maxsize=1024)
-def _rows(function: ElementFunction) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    return _row(function.first, function.first_tilt), _row(function.second, function.second_tilt)
-
-
-def _row(row: CriticRow, tilt: float) -> tuple[float, ...]:
+def _rows(function: ElementFunction) -> tuple[tuple[float, ...], ...]:
     """In the order of expectation_kernels.py; what would lose digits in float32 is computed here."""
-    numbers = (
-        tilt, row.const, row.linear, row.square, row.exp, row.exp_rate + tilt, row.exp_rate, row.expm1, row.expm1_rate,
-        row.softplus, row.sigmoid, row.tanh, row.tanh_squared, row.scale, row.mix, row.rest_of_mix, row.logit, row.step,
-        row.threshold,
+    rows = (
+        (
+            tilt, row.const, row.linear, row.square, row.exp, row.exp_rate + tilt, row.exp_rate, row.expm1,
+            row.expm1_rate, row.softplus, row.sigmoid, row.tanh, row.tanh_squared, row.scale, sigmoid(row.logit),
+            sigmoid(-row.logit), row.logit, row.step, row.threshold,
+        )
+        for row, tilt in ((function.first, function.first_tilt), (function.second, function.second_tilt))
     )  # fmt: skip
-    return tuple(float(number) for number in numbers)
+    return tuple(tuple(map(float, row)) for row in rows)

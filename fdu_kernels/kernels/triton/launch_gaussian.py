@@ -57,7 +57,8 @@ def gaussian_value_and_grad(call: GaussianCall, grad_out: Tensor | None) -> tupl
     losses = pred.new_empty(samples.batch, dtype=torch.float32)
     numbers = _numbers(samples, call)
     scale = (*scale_on(call.grad_scale, pred.device), call.divisor)
-    fitting = samples.on_chip(call.profile.table is not None)
+    tabulated = call.profile.table is not None
+    fitting = tuning.on_chip(samples.extent, samples.walk, samples.align == ALIGNED, tabulated)
     with launching_on(pred.device):
         if fitting is not None:
             block, warps = fitting
@@ -102,9 +103,7 @@ class _Samples:
         even = (mask_batch - (batches[0] if layout.dims == 0 else 0)) % vector == 0
         mask_vector = vector if mask is not None and self.align and (even or self.batch == 1) else 1
         self.variant = (layout.linear, layout.dims, self.align, vector, mask_vector)
-        self.walk = "linear" if mask is None else "masked"
-        if not layout.linear:
-            self.walk = "strided"
+        self.walk = "strided" if not layout.linear else "linear" if mask is None else "masked"
         # Of pred, target, grad and mask, whichever there are.
         missing = 3 - len(data)
         self.tensors: tuple[Any, ...] = (*data, *[None] * missing, mask)
@@ -114,9 +113,6 @@ class _Samples:
 
     def split(self, one_launch: bool = False) -> Split:
         return tuning.stream(self.extent, self.batch, self.walk, self.itemsize, one_launch)
-
-    def on_chip(self, tabulated: bool) -> tuple[int, int] | None:
-        return tuning.on_chip(self.extent, self.walk, self.itemsize, self.align == ALIGNED, tabulated)
 
     def workspace(self, split: Split) -> Partials:
         """For the partial sums of squares, and of the mask."""
@@ -138,13 +134,11 @@ def _sum_squares(
     samples: _Samples, split: Split, partials: Partials, losses: Tensor | None = None,
     coefficients: Tensor | None = None, numbers: tuple[Any, ...] = NO_NUMBERS,
 ) -> None:  # fmt: skip
-    pred, target, _, mask = samples.tensors
-    pred_batch, target_batch, _, mask_batch = samples.batches
-    pred_strides, target_strides, _, mask_strides = samples.strides
+    tensors, batches, strides = samples.tensors, samples.batches, samples.strides
     gaussian_kernels.gaussian_distance[(samples.batch * split.parts,)](
-        (pred, target, None, mask), partials, losses, coefficients, numbers, samples.size, pred_batch, target_batch,
-        mask_batch, samples.layout.sizes, (pred_strides, target_strides, (), mask_strides), split.parts, split.blocks,
-        split.block, *samples.variant, samples.layout.wide, **samples.target.options(split.warps),
+        (*tensors[:2], None, tensors[3]), partials, losses, coefficients, numbers, samples.size, *batches[:2],
+        batches[3], samples.layout.sizes, (*strides[:2], (), strides[3]), split.parts, split.blocks, split.block,
+        *samples.variant, samples.layout.wide, **samples.target.options(split.warps),
     )  # fmt: skip
 
 

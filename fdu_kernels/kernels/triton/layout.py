@@ -50,36 +50,32 @@ def broadcast_strides(tensor: Tensor, shape: Sequence[int]) -> tuple[int, ...]:
 def collapse(
     shape: tuple[int, ...], data: tuple[tuple[int, ...], ...], others: tuple[tuple[int, ...], ...] = ()
 ) -> Layout | None:
-    """The layout of tensors of one shape; None if it would need more than MAX_DIMS dimensions.
+    """The layout of tensors of one shape, a sample's or the whole tensor's; None where more than MAX_DIMS are left.
 
-    Args:
-        shape: of one sample, or of the whole tensor.
-        data: strides of the tensors as large as the shape. The last one decides the order of the walk.
-        others: strides of tensors that are smaller and broadcast.
+    data: strides of the tensors as large as the shape, of which the last decides the order of the walk; others: of
+    those that are smaller and broadcast.
     """
     size = math.prod(shape)
+    flat = Layout(size, True, 0, (), ((),) * (len(data) + len(others)))
     if size <= 1:
-        return Layout(size, True, 0, (), ((),) * (len(data) + len(others)))
-    dims = [
-        (length, tuple(strides[i] for strides in data), tuple(strides[i] for strides in others))
-        for i, length in enumerate(shape)
-        if length != 1
-    ]
+        return flat
+    columns = [*zip(*data, strict=True)], [*zip(*others, strict=True)] or [()] * len(shape)
+    dims = [dim for dim in zip(shape, *columns, strict=True) if dim[0] != 1]
     dims.sort(key=lambda dim: dim[1][::-1], reverse=True)
     is_linear = _contiguous(_merged([(length, strides) for length, strides, _ in dims]))
     if is_linear:
         # Only the others' positions are decomposed, if any.
         merged = _merged([(length, strides) for length, _, strides in dims])
         if not others or _contiguous(merged):
-            return Layout(size, True, 0, (), ((),) * (len(data) + len(others)))
+            return flat
     else:
         merged = _merged([(length, data_strides + strides) for length, data_strides, strides in dims])
     if len(merged) > MAX_DIMS:
         return None
     merged.reverse()
-    columns = tuple(zip(*(strides for _, strides in merged), strict=True))
-    sizes = tuple(length for length, _ in merged[:-1])
-    return Layout(size, is_linear, len(merged), sizes, ((),) * len(data) * is_linear + columns)
+    sizes, strides = zip(*merged, strict=True)
+    by_tensor = ((),) * len(data) * is_linear + tuple(zip(*strides, strict=True))
+    return Layout(size, is_linear, len(merged), sizes[:-1], by_tensor)
 
 
 def _contiguous(merged: list[tuple[int, tuple[int, ...]]]) -> bool:
@@ -87,12 +83,7 @@ def _contiguous(merged: list[tuple[int, tuple[int, ...]]]) -> bool:
 
 
 def alignment(layout: Layout, batch: int, batch_strides: Sequence[int], addresses: Sequence[int], vector: int) -> int:
-    """UNALIGNED, ALIGNED or SHIFTED, for the data tensors of a batch.
-
-    Args:
-        batch_strides, addresses: of the data tensors.
-        vector: elements in 16 bytes.
-    """
+    """UNALIGNED, ALIGNED or SHIFTED: of data tensors with these addresses; vector: elements in 16 bytes."""
     if not layout.linear or any(address % 16 for address in addresses):
         return UNALIGNED
     if batch == 1:

@@ -138,8 +138,4 @@ def load(pointers: tl.tensor, valid: tl.tensor) -> tl.tensor:
 @triton.jit
 def store(pointers: tl.tensor, values: tl.tensor, valid: tl.tensor) -> None:
     """Round once; write where ``valid``, if there is one, is true."""
-    values = values.to(pointers.dtype.element_ty)
-    if valid is None:
-        tl.store(pointers, values)
-    else:
-        tl.store(pointers, values, mask=valid)
+    tl.store(pointers, values.to(pointers.dtype.element_ty), mask=valid)

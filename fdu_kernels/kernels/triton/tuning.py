@@ -9,18 +9,13 @@ import torch
 
 TABLE_WARP = 32
 """Threads of a warp as the tables count them."""
-
 ON_CHIP = ((256, 1), (512, 2), (1024, 4), (2048, 4), (4096, 8), (8192, 16), (16384, 16), (32768, 32))
 """(elements, warps) of a program that holds a whole sample in registers: the first that is large enough."""
 ON_CHIP_REGISTERS = {1: 128, 2: 128, 4: 128, 8: 200, 16: 128, 32: None}
 """By warps: the most registers a thread may have. Stated, because the assembler would rather spill a few bytes than
 have more than 32 or 80; with 32 warps, of which each thread has 64 at most, it does better when left alone."""
-ON_CHIP_LIMIT = {
-    ("linear", 2): 32768, ("masked", 2): 16384, ("strided", 2): 4096,
-    ("linear", 4): 32768, ("masked", 4): 16384, ("strided", 4): 4096,
-}  # fmt: skip
-"""By the walk ("linear" without a mask; "masked"; or positions decomposed for the data, too) and the element size in
-bytes: the largest sample held in registers."""
+ON_CHIP_LIMIT = {"linear": 32768, "masked": 16384, "strided": 4096}
+"""By the walk ("linear" without a mask; "masked"; positions decomposed for the data, too): the largest sample in registers."""
 ON_CHIP_UNALIGNED_LIMIT, ON_CHIP_TABLE_LIMIT = 8192, 16384
 """The same where samples do not begin and end at 16 bytes, so that elements are loaded one by one; and with a tabulated
 profile, whose reading needs registers as well."""
@@ -29,7 +24,7 @@ STREAM_BLOCK = {
     ("linear", 2): 4096, ("masked", 2): 2048, ("strided", 2): 1024,
     ("linear", 4): 2048, ("masked", 4): 2048, ("strided", 4): 1024,
 }  # fmt: skip
-"""Likewise: elements that a program of STREAM_WARPS takes at a time, up to 32 bytes a thread and tensor."""
+"""By walk and element size: elements that STREAM_WARPS take at a time, up to 32 bytes a thread and tensor."""
 STREAM_WARPS, STREAM_PROGRAMS = 8, 2048
 """About as many programs as a sample or batch is cut into: some for each of up to 200 multiprocessors."""
 STREAM_MOST_BLOCKS = 32
@@ -39,9 +34,8 @@ WHOLE_LIMIT = 32768
 PARTIALS_BLOCK, FINISH_WARPS = 256, 4
 """Partial sums that a program adds up at a time."""
 
-EXPECTATION_BLOCK, EXPECTATION_WARPS, EXPECTATION_PROGRAMS = 1024, 4, 4096
-EXPECTATION_REGISTERS = 128
-"""Stated for the same reason."""
+EXPECTATION_BLOCK, EXPECTATION_WARPS, EXPECTATION_PROGRAMS, EXPECTATION_REGISTERS = 1024, 4, 4096, 128
+"""The registers stated for the same reason as above."""
 TOTAL_BLOCK, TOTAL_WARPS = 4096, 8
 """As PARTIALS_BLOCK; up to as many programs their sums are one load."""
 
@@ -80,9 +74,9 @@ class Split(NamedTuple):
     warps: int
 
 
-def on_chip(extent: int, walk: str, itemsize: int, aligned: bool, tabulated: bool) -> tuple[int, int] | None:
+def on_chip(extent: int, walk: str, aligned: bool, tabulated: bool) -> tuple[int, int] | None:
     """(elements, warps) of a program that holds ``extent`` elements; None if no program can."""
-    limit = ON_CHIP_LIMIT[walk, itemsize]
+    limit = ON_CHIP_LIMIT[walk]
     if not aligned:
         limit = min(limit, ON_CHIP_UNALIGNED_LIMIT)
     if tabulated:
@@ -91,12 +85,7 @@ def on_chip(extent: int, walk: str, itemsize: int, aligned: bool, tabulated: boo
 
 
 def stream(extent: int, batch: int, walk: str, itemsize: int, one_launch: bool = False) -> Split:
-    """How samples that no program holds are cut.
-
-    Args:
-        extent: elements of a sample.
-        one_launch: prefer one program a sample where it is small enough, or where the batch fills the device.
-    """
+    """How samples of ``extent`` elements are cut; one_launch: not at all, if they are small or fill the device."""
     block = STREAM_BLOCK[walk, itemsize]
     count = max(-(-extent // block), 1)
     if one_launch and (extent <= WHOLE_LIMIT or (batch >= STREAM_PROGRAMS // 8 and count <= STREAM_MOST_BLOCKS)):
@@ -108,7 +97,6 @@ def stream(extent: int, batch: int, walk: str, itemsize: int, one_launch: bool =
 def expectation(size: int) -> Split:
     """How all elements are cut for the elementwise kernels."""
     count = max(-(-size // EXPECTATION_BLOCK), 1)
-    blocks = min(max(count // EXPECTATION_PROGRAMS, 1), STREAM_MOST_BLOCKS)
-    if count <= STREAM_MOST_BLOCKS // 4:
-        blocks = count
+    few = count <= STREAM_MOST_BLOCKS // 4
+    blocks = count if few else min(max(count // EXPECTATION_PROGRAMS, 1), STREAM_MOST_BLOCKS)
     return Split(EXPECTATION_BLOCK, blocks, -(-count // blocks), EXPECTATION_WARPS)
