@@ -26,9 +26,8 @@ def check_floating(name: str, tensor: Tensor) -> None:
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a tensor, not {type(tensor).__name__}")
     if tensor.dtype not in DTYPES:
-        remedy = f"{name}.float()"
-        if tensor.dtype.is_complex:
-            remedy = f"torch.view_as_real({name}), which keeps both parts as real numbers"
+        parts = f"torch.view_as_real({name}), which keeps both parts as real numbers"
+        remedy = parts if tensor.dtype.is_complex else f"{name}.float()"
         raise TypeError(
             f"{name} must be float16, bfloat16, float32 or float64, not {_dtype(tensor)}; convert it with {remedy}"
         )
@@ -59,13 +58,19 @@ def check_sigma(sigma: Number | Tensor, pred: Tensor) -> None:
         return
     if isinstance(sigma, Tensor):
         _check_per_sample("sigma", sigma, pred, scalar=True)
-        if _readable(sigma) and bool((sigma <= 0).any()):
-            raise ValueError(f"sigma must be positive, but its smallest value is {sigma.min().item():g}")
+        _check_values("sigma", sigma, positive=True)
     elif isinstance(sigma, bool) or not isinstance(sigma, (int, float)):
         hint = "; GaussianDivergenceLoss takes 'auto'" if isinstance(sigma, str) else ""
         raise TypeError(f"sigma must be a number or a tensor [B], not {type(sigma).__name__} {sigma!r}{hint}")
     elif not sigma > 0:
         raise ValueError(f"sigma must be positive, not {sigma!r}; it is the standard deviation that scales s")
+
+
+def check_sigma_scale(sigma_scale: Tensor, pred: Tensor) -> None:
+    """Raise unless sigma_scale is a positive floating tensor [B]."""
+    check_floating("sigma_scale", sigma_scale)
+    _check_per_sample("sigma_scale", sigma_scale, pred, remedy="a number for all samples is sigma")
+    _check_values("sigma_scale", sigma_scale, positive=True)
 
 
 def check_weight(weight: Tensor | None, batch: Tensor, name: str = "pred") -> None:
@@ -77,8 +82,7 @@ def check_weight(weight: Tensor | None, batch: Tensor, name: str = "pred") -> No
             f"weight must be None or a tensor [B], not {type(weight).__name__}; use torch.full((B,), weight)"
         )
     _check_per_sample("weight", weight, batch, batch_name=name)
-    if _readable(weight) and bool((weight < 0).any()):
-        raise ValueError(f"weight must not be negative, but its smallest value is {weight.min().item():g}")
+    _check_values("weight", weight)
 
 
 def check_mask(mask: Tensor | None, tensor: Tensor, name: str = "pred") -> None:
@@ -92,17 +96,15 @@ def check_mask(mask: Tensor | None, tensor: Tensor, name: str = "pred") -> None:
             f"mask must be bool or floating, not {_dtype(mask)}; convert it with mask.bool() or mask.float()"
         )
     shape, wanted = mask.shape, tensor.shape
-    fits = len(shape) <= len(wanted) and all(
-        a in (1, b) for a, b in zip(reversed(shape), reversed(wanted), strict=False)
-    )
-    if not fits:
+    pairs = zip(reversed(shape), reversed(wanted), strict=False)
+    if len(shape) > len(wanted) or any(size not in (1, full) for size, full in pairs):
         raise ValueError(
             f"mask {list(shape)} does not broadcast to {name} {list(wanted)}; "
             "give it the dimensions of one sample, [B, 1, H, W], or the full shape"
         )
     _check_device("mask", mask, name, tensor)
-    if mask.dtype != torch.bool and _readable(mask) and bool((mask < 0).any()):
-        raise ValueError(f"mask must not be negative, but its smallest value is {mask.min().item():g}")
+    if mask.dtype != torch.bool:
+        _check_values("mask", mask)
 
 
 def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
@@ -125,9 +127,9 @@ def check_grad_out(grad_out: Tensor | None, pred: Tensor, target: Tensor) -> Non
     if grad_out.requires_grad:
         raise ValueError("grad_out is written in place and must not require grad; pass torch.empty_like(pred)")
     if is_plain(grad_out):
-        own = _storage(grad_out)
+        own = grad_out.untyped_storage()._cdata  # not data_ptr, which fake tensors do not have
         for name, tensor in (("pred", pred), ("target", target)):
-            if own == _storage(tensor):
+            if own == tensor.untyped_storage()._cdata:
                 raise ValueError(
                     f"grad_out must not share its storage with {name}, which is read while it is written; "
                     "pass torch.empty_like(pred)"
@@ -156,14 +158,15 @@ def check_grad_scale(grad_scale: Number | Tensor) -> None:
 
 
 def _check_per_sample(
-    name: str, tensor: Tensor, batch: Tensor, *, scalar: bool = False, batch_name: str = "pred"
+    name: str, tensor: Tensor, batch: Tensor, scalar: bool = False, batch_name: str = "pred", remedy: str | None = None
 ) -> None:
     if tensor.dtype not in DTYPES:
         raise TypeError(f"{name} must be a floating tensor, not {_dtype(tensor)}; convert it with {name}.float()")
     if tensor.shape != batch.shape[:1] and not (scalar and tensor.ndim == 0):
+        wanted = list(batch.shape[:1])
         raise ValueError(
-            f"{name} must have one number per sample, shape [{batch.shape[0]}], not {list(tensor.shape)}; "
-            f"reduce or flatten it to [{batch.shape[0]}]"
+            f"{name} must have one number per sample, shape {wanted}, not {list(tensor.shape)}; "
+            f"{remedy or f'reduce or flatten it to {wanted}'}"
         )
     _check_device(name, tensor, batch_name, batch)
 
@@ -176,13 +179,11 @@ def _check_device(name: str, tensor: Tensor, other_name: str, other: Tensor) -> 
         )
 
 
-def _storage(tensor: Tensor) -> int:
-    # Not data_ptr, which fake tensors do not have.
-    return tensor.untyped_storage()._cdata
-
-
-def _readable(tensor: Tensor) -> bool:
-    return tensor.device.type == "cpu" and is_plain(tensor)
+def _check_values(name: str, tensor: Tensor, positive: bool = False) -> None:
+    """Raise for a value < 0, or <= 0, where values can be read."""
+    if tensor.device.type == "cpu" and is_plain(tensor) and bool((tensor <= 0 if positive else tensor < 0).any()):
+        bound = "be positive" if positive else "not be negative"
+        raise ValueError(f"{name} must {bound}, but its smallest value is {tensor.min().item():g}")
 
 
 def _dtype(tensor: Tensor) -> str:

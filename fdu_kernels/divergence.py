@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from fdu_kernels import critic, custom
+from fdu_kernels import checks, critic, custom
 from fdu_kernels.critic import CriticRow, ElementFunction
 from fdu_kernels.custom import OwnFunction
 from fdu_kernels.internals import on_the_cpu
@@ -20,6 +20,7 @@ from fdu_kernels.profiles import GaussianProfile
 from fdu_kernels.scalar import derivative
 from fdu_kernels.tabulation import Kinks, tabulated_profile
 
+OnTensors = Callable[[Tensor], Tensor]
 Rows = tuple[CriticRow, CriticRow]
 Function = ElementFunction | OwnFunction
 
@@ -38,7 +39,7 @@ class Divergence:
 
     name: str
     parameters: tuple[tuple[str, float], ...] = ()
-    custom: Callable[[Tensor], Tensor] | None = None
+    custom: OnTensors | None = None
     """The user's f, where there is one."""
     aliases: tuple[str, ...] = dataclasses.field(default=(), compare=False)
     """Other names for it."""
@@ -48,9 +49,9 @@ class Divergence:
     """One line: when to use it."""
     upper: float = dataclasses.field(default=math.inf, compare=False)
     """The largest value: D_f lies in [0, upper]."""
-    generator: Callable[[Tensor], Tensor] | None = dataclasses.field(default=None, compare=False)
+    generator: OnTensors | None = dataclasses.field(default=None, compare=False)
     """f(u) on tensors; None for mse, which is a Gaussian profile only."""
-    log_curvature: Callable[[Tensor], Tensor] | None = dataclasses.field(default=None, compare=False)
+    log_curvature: OnTensors | None = dataclasses.field(default=None, compare=False)
     """v -> log kappa(v) = log(u^2 f''(u)), u = e^v, without the kinks; None where f is piecewise linear."""
     kinks: Kinks = dataclasses.field(default=(), compare=False)
     """(u, jump of f' there)."""
@@ -119,8 +120,7 @@ class Divergence:
     def gaussian_profile(self) -> GaussianProfile:
         """h as numbers, for kernels, and as PyTorch operations.
 
-        Raises:
-            ValueError: a user's generator whose curvature is not finite where the quadrature needs it.
+        Raises ValueError for a user's generator whose curvature is not finite where the quadrature needs it.
         """
         if self.exponential is not None:
             return GaussianProfile.exponential(*self.exponential)
@@ -137,8 +137,7 @@ class Divergence:
             ValueError: the divergence has no generator, or the parametrization is unknown.
         """
         self._require_generator()
-        if parametrization not in ("log_ratio", "fgan"):
-            raise ValueError(f'parametrization must be "log_ratio" or "fgan", not {parametrization!r}')
+        checks.check_choice("parametrization", parametrization, ("log_ratio", "fgan"))
         rows = (self.fgan_rows or self.log_ratio_rows) if parametrization == "fgan" else self.log_ratio_rows
         return custom.critic_functions(self.f) if rows is None else critic.critic_functions(rows)
 
@@ -164,9 +163,7 @@ class Divergence:
             )
 
     @classmethod
-    def from_generator(
-        cls, f: Callable[[Tensor], Tensor], name: str = "custom", kinks: Sequence[float] = (1.0,)
-    ) -> Divergence:
+    def from_generator(cls, f: OnTensors, name: str = "custom", kinks: Sequence[float] = (1.0,)) -> Divergence:
         """A divergence of your own: derivatives by differentiation, the Gaussian profile by quadrature.
 
         Args:

@@ -47,16 +47,10 @@ class GaussianDivergenceLoss(nn.Module):
     observed: Tensor
 
     def __init__(
-        self,
-        divergence: str | Divergence = "squared_hellinger",
-        sigma: float | str = 1.0,
-        s0: float = 1.0,
-        calibration_calls: int = 8,
-        distance: str = "mean",
-        reduction: str = "mean",
-        backend: str | None = None,
+        self, divergence: str | Divergence = "squared_hellinger", sigma: float | str = 1.0, s0: float = 1.0,
+        calibration_calls: int = 8, distance: str = "mean", reduction: str = "mean", backend: str | None = None,
         synchronize: bool = False,
-    ) -> None:
+    ) -> None:  # fmt: skip
         super().__init__()
         self.divergence = get_divergence(divergence)
         self.auto = sigma == "auto"
@@ -91,13 +85,9 @@ class GaussianDivergenceLoss(nn.Module):
             self.register_load_state_dict_post_hook(_read_calls)
 
     def forward(
-        self,
-        pred: Tensor,
-        target: Tensor,
-        weight: Tensor | None = None,
-        mask: Tensor | None = None,
+        self, pred: Tensor, target: Tensor, weight: Tensor | None = None, mask: Tensor | None = None,
         sigma_scale: Tensor | None = None,
-    ) -> Tensor:
+    ) -> Tensor:  # fmt: skip
         """The loss of [B, ...] denoiser outputs; ``target`` is a constant.
 
         Args:
@@ -106,7 +96,7 @@ class GaussianDivergenceLoss(nn.Module):
                 the timestep. "auto" puts the median of s, with this scale in it, at s0.
         """
         if sigma_scale is not None:
-            _check_sigma_scale(sigma_scale, pred)
+            checks.check_sigma_scale(sigma_scale, pred)
         if self.auto:
             self._follow(pred)
             if self.training:
@@ -151,34 +141,12 @@ class GaussianDivergenceLoss(nn.Module):
         return self
 
     def extra_repr(self) -> str:
-        scale = f'sigma="auto", s0={self.s0:g}, calibration_calls={self.calibration_calls}' if self.auto else None
-        if scale and self.synchronize:
-            scale += ", synchronize=True"
-        return ", ".join(
-            [
-                repr(str(self.divergence)),
-                scale or f"sigma={float(self.sigma):g}",
-                f"distance={self.distance!r}",
-                f"reduction={self.reduction!r}",
-            ]
-        )
-
-
-def _check_sigma_scale(sigma_scale: Tensor, pred: Tensor) -> None:
-    checks.check_floating("sigma_scale", sigma_scale)
-    if sigma_scale.shape != pred.shape[:1]:
-        raise ValueError(
-            f"sigma_scale must have one number per sample, shape {list(pred.shape[:1])}, not "
-            f"{list(sigma_scale.shape)}; a number for all samples is sigma"
-        )
-    if sigma_scale.device != pred.device:
-        raise ValueError(
-            f"sigma_scale and pred must be on one device, but sigma_scale is on {sigma_scale.device} and pred on "
-            f"{pred.device}; move it: sigma_scale.to(pred.device)"
-        )
-    # On an accelerator a look at the values would make the host wait.
-    if sigma_scale.device.type == "cpu" and not torch.compiler.is_compiling() and bool((sigma_scale <= 0).any()):
-        raise ValueError(f"sigma_scale must be positive, but its smallest value is {sigma_scale.min().item():g}")
+        if self.auto:
+            scale = f'sigma="auto", s0={self.s0:g}, calibration_calls={self.calibration_calls}'
+            scale += ", synchronize=True" if self.synchronize else ""
+        else:
+            scale = f"sigma={float(self.sigma):g}"
+        return f"{str(self.divergence)!r}, {scale}, distance={self.distance!r}, reduction={self.reduction!r}"
 
 
 def _calibrated(
@@ -226,9 +194,8 @@ def _quantiles(distances: Tensor, places: int) -> Tensor:
     return torch.where(place < samples, (lower + upper) / 2, torch.inf)
 
 
-def _read_calls(module: nn.Module, incompatible_keys: Any) -> None:
-    if isinstance(module, GaussianDivergenceLoss):
-        module._calls = module.calls.to("cpu", copy=True)
+def _read_calls(module: Any, incompatible_keys: object) -> None:
+    module._calls = module.calls.to("cpu", copy=True)
 
 
 class VariationalDivergenceLoss(nn.Module):
@@ -238,12 +205,9 @@ class VariationalDivergenceLoss(nn.Module):
     """
 
     def __init__(
-        self,
-        divergence: str | Divergence = "jensen_shannon",
-        parametrization: str = "log_ratio",
-        reduction: str = "mean",
-        backend: str | None = None,
-    ) -> None:
+        self, divergence: str | Divergence = "jensen_shannon", parametrization: str = "log_ratio",
+        reduction: str = "mean", backend: str | None = None,
+    ) -> None:  # fmt: skip
         super().__init__()
         self.divergence = get_divergence(divergence)
         self.divergence.critic_functions(parametrization)
@@ -272,12 +236,9 @@ class DensityRatioDivergenceLoss(nn.Module):
     """:func:`fdu_kernels.density_ratio_divergence` as a module."""
 
     def __init__(
-        self,
-        divergence: str | Divergence = "kl",
-        samples_from: str = "q",
-        reduction: str = "mean",
+        self, divergence: str | Divergence = "kl", samples_from: str = "q", reduction: str = "mean",
         backend: str | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         super().__init__()
         self.divergence = get_divergence(divergence)
         self.divergence.critic_functions("log_ratio")
