@@ -78,9 +78,8 @@ def check_weight(weight: Tensor | None, batch: Tensor, name: str = "pred") -> No
     if weight is None:
         return
     if not isinstance(weight, Tensor):
-        raise TypeError(
-            f"weight must be None or a tensor [B], not {type(weight).__name__}; use torch.full((B,), weight)"
-        )
+        kind = type(weight).__name__
+        raise TypeError(f"weight must be None or a tensor [B], not {kind}; use torch.full((B,), weight)")
     _check_per_sample("weight", weight, batch, batch_name=name)
     _check_values("weight", weight)
 
@@ -120,25 +119,22 @@ def check_grad_out(grad_out: Tensor | None, pred: Tensor, target: Tensor) -> Non
         return
     check_floating("grad_out", grad_out)
     check_same("grad_out", grad_out, "pred", pred)
+    remedy = "pass torch.empty_like(pred)"
     if grad_out.dtype != pred.dtype:
-        raise TypeError(
-            f"grad_out must have the dtype of pred, {_dtype(pred)}, not {_dtype(grad_out)}; pass torch.empty_like(pred)"
-        )
+        raise TypeError(f"grad_out must have the dtype of pred, {_dtype(pred)}, not {_dtype(grad_out)}; {remedy}")
     if grad_out.requires_grad:
-        raise ValueError("grad_out is written in place and must not require grad; pass torch.empty_like(pred)")
+        raise ValueError(f"grad_out is written in place and must not require grad; {remedy}")
     if is_plain(grad_out):
         own = grad_out.untyped_storage()._cdata  # not data_ptr, which fake tensors do not have
         for name, tensor in (("pred", pred), ("target", target)):
             if own == tensor.untyped_storage()._cdata:
-                raise ValueError(
-                    f"grad_out must not share its storage with {name}, which is read while it is written; "
-                    "pass torch.empty_like(pred)"
-                )
+                shared = f"its storage with {name}, which is read while it is written"
+                raise ValueError(f"grad_out must not share {shared}; {remedy}")
         if grad_out.is_neg():
-            raise ValueError("grad_out must not have the negative bit; pass torch.empty_like(pred)")
+            raise ValueError(f"grad_out must not have the negative bit; {remedy}")
     strides = grad_out.stride()
     if 0 in strides and any(not stride and size > 1 for size, stride in zip(grad_out.shape, strides, strict=True)):
-        raise ValueError("grad_out must not be an expanded tensor, whose elements overlap; pass torch.empty_like(pred)")
+        raise ValueError(f"grad_out must not be an expanded tensor, whose elements overlap; {remedy}")
 
 
 def check_grad_scale(grad_scale: Number | Tensor) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
+from torch.library import custom_op
 
 from fdu_kernels import calls, checks, functional
 from fdu_kernels.catalogue import get_divergence
@@ -66,12 +67,8 @@ class GaussianDivergenceLoss(nn.Module):
             raise ValueError(f"calibration_calls must be at least 1, not {calibration_calls!r}")
         checks.check_choice("distance", distance, calls.DISTANCES)
         checks.check_choice("reduction", reduction, calls.REDUCTIONS)
-        self.s0 = float(s0)
-        self.calibration_calls = calibration_calls
-        self.distance = distance
-        self.reduction = reduction
-        self.backend = backend
-        self.synchronize = synchronize
+        self.s0, self.calibration_calls, self.synchronize = float(s0), calibration_calls, synchronize
+        self.distance, self.reduction, self.backend = distance, reduction, backend
         if not self.auto:
             self.sigma = float(sigma)
         else:
@@ -98,7 +95,9 @@ class GaussianDivergenceLoss(nn.Module):
         if sigma_scale is not None:
             checks.check_sigma_scale(sigma_scale, pred)
         if self.auto:
-            self._follow(pred)
+            # Once, at the first call on a device. A meta tensor has no values, and would take the state's.
+            if isinstance(pred, Tensor) and pred.device.type != "meta" and pred.device != self.observed.device:
+                self.to(pred.device)
             if self.training:
                 self._calibrate(pred, target, mask, sigma_scale)
         sigma = self.sigma
@@ -108,11 +107,6 @@ class GaussianDivergenceLoss(nn.Module):
         return functional.gaussian_divergence(
             pred, target, self.divergence, sigma, weight, mask, self.distance, self.reduction, self.backend
         )
-
-    def _follow(self, pred: Tensor) -> None:
-        # Once, at the first call on a device. A meta tensor has no values, and would take the state's.
-        if isinstance(pred, Tensor) and pred.device.type != "meta" and pred.device != self.observed.device:
-            self.to(pred.device)
 
     def _calibrate(self, pred: Tensor, target: Tensor, mask: Tensor | None, sigma_scale: Tensor | None) -> None:
         compiled = torch.compiler.is_compiling()
@@ -175,9 +169,7 @@ def _calibrated(
     return torch.where(samples > 0, torch.sqrt(pool[middle].mean() / s0), sigma)
 
 
-_calibrated_op = torch.library.custom_op(
-    "fdu_kernels::calibrated", _calibrated, mutates_args=("observed", "calls", "counted")
-)
+_calibrated_op = custom_op("fdu_kernels::calibrated", _calibrated, mutates_args=("observed", "calls", "counted"))
 _calibrated_op.register_fake(lambda *arguments: torch.empty_like(arguments[4]))
 
 
@@ -212,9 +204,7 @@ class VariationalDivergenceLoss(nn.Module):
         self.divergence = get_divergence(divergence)
         self.divergence.critic_functions(parametrization)
         checks.check_choice("reduction", reduction, calls.REDUCTIONS)
-        self.parametrization = parametrization
-        self.reduction = reduction
-        self.backend = backend
+        self.parametrization, self.reduction, self.backend = parametrization, reduction, backend
 
     def forward(self, log_ratio_p: Tensor, log_ratio_q: Tensor, mask: Tensor | None = None) -> Tensor:
         """-(E_p[A(v)] - E_q[B(v)]), what the critic minimises."""
@@ -244,9 +234,7 @@ class DensityRatioDivergenceLoss(nn.Module):
         self.divergence.critic_functions("log_ratio")
         checks.check_choice("samples_from", samples_from, ("q", "p"))
         checks.check_choice("reduction", reduction, calls.REDUCTIONS)
-        self.samples_from = samples_from
-        self.reduction = reduction
-        self.backend = backend
+        self.samples_from, self.reduction, self.backend = samples_from, reduction, backend
 
     def forward(self, log_ratio: Tensor, weight: Tensor | None = None) -> Tensor:
         """The estimate from log density ratios [B, ...]."""
