@@ -293,8 +293,7 @@ def _find_nvcc(architectures: Sequence[str]) -> tuple[str, str, tuple[str, ...]]
     version = release[1] if release else "0.0"
     if _numbers(version) < _numbers(OLDEST_NVCC):
         raise BuildError(f"{nvcc} is of CUDA {version}, which is too old; install {OLDEST_NVCC} or newer")
-    listed = re.findall(r"sm_(\d+)(\d)\b", _output(nvcc, "--list-gpu-code"))
-    known = [(int(major), int(minor)) for major, minor in listed]
+    known = [tuple(map(int, found)) for found in re.findall(r"sm_(\d+)(\d)\b", _output(nvcc, "--list-gpu-code"))]
     taken = []
     for name in architectures:
         if not re.fullmatch(r"\d+\.\d[af]?(\+PTX)?", name):

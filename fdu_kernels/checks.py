@@ -28,28 +28,23 @@ def check_floating(name: str, tensor: Tensor) -> None:
     if tensor.dtype not in DTYPES:
         parts = f"torch.view_as_real({name}), which keeps both parts as real numbers"
         remedy = parts if tensor.dtype.is_complex else f"{name}.float()"
-        raise TypeError(
-            f"{name} must be float16, bfloat16, float32 or float64, not {_dtype(tensor)}; convert it with {remedy}"
-        )
+        wanted = "float16, bfloat16, float32 or float64"
+        raise TypeError(f"{name} must be {wanted}, not {_dtype(tensor)}; convert it with {remedy}")
 
 
 def check_same(name: str, tensor: Tensor, other_name: str, other: Tensor, shape: bool = True) -> None:
     """Raise unless two tensors agree in device and (if asked) shape."""
     if shape and tensor.shape != other.shape:
-        raise ValueError(
-            f"{name} and {other_name} must have one shape, but {name} is {list(tensor.shape)} and {other_name} "
-            f"{list(other.shape)}; expand one of them explicitly"
-        )
+        shapes = f"{name} is {list(tensor.shape)} and {other_name} {list(other.shape)}"
+        raise ValueError(f"{name} and {other_name} must have one shape, but {shapes}; expand one of them explicitly")
     _check_device(name, tensor, other_name, other)
 
 
 def check_batch(name: str, tensor: Tensor) -> None:
     """Raise ValueError unless the tensor has a batch dimension with something in it."""
     if not tensor.ndim or not len(tensor):
-        raise ValueError(
-            f"{name} must have shape [B, ...] with B >= 1 samples, not {list(tensor.shape)}; "
-            f"{'add a batch dimension: ' + name + '[None]' if tensor.ndim == 0 else 'skip the empty batch'}"
-        )
+        remedy = "skip the empty batch" if tensor.ndim else f"add a batch dimension: {name}[None]"
+        raise ValueError(f"{name} must have shape [B, ...] with B >= 1 samples, not {list(tensor.shape)}; {remedy}")
 
 
 def check_sigma(sigma: Number | Tensor, pred: Tensor) -> None:
@@ -91,16 +86,13 @@ def check_mask(mask: Tensor | None, tensor: Tensor, name: str = "pred") -> None:
     if not isinstance(mask, Tensor):
         raise TypeError(f"mask must be None or a tensor, not {type(mask).__name__}")
     if mask.dtype != torch.bool and mask.dtype not in DTYPES:
-        raise TypeError(
-            f"mask must be bool or floating, not {_dtype(mask)}; convert it with mask.bool() or mask.float()"
-        )
+        remedy = "convert it with mask.bool() or mask.float()"
+        raise TypeError(f"mask must be bool or floating, not {_dtype(mask)}; {remedy}")
     shape, wanted = mask.shape, tensor.shape
     pairs = zip(reversed(shape), reversed(wanted), strict=False)
     if len(shape) > len(wanted) or any(size not in (1, full) for size, full in pairs):
-        raise ValueError(
-            f"mask {list(shape)} does not broadcast to {name} {list(wanted)}; "
-            "give it the dimensions of one sample, [B, 1, H, W], or the full shape"
-        )
+        remedy = "give it the dimensions of one sample, [B, 1, H, W], or the full shape"
+        raise ValueError(f"mask {list(shape)} does not broadcast to {name} {list(wanted)}; {remedy}")
     _check_device("mask", mask, name, tensor)
     if mask.dtype != torch.bool:
         _check_values("mask", mask)
@@ -145,10 +137,8 @@ def check_grad_scale(grad_scale: Number | Tensor) -> None:
         if grad_scale.ndim:
             raise ValueError(f"grad_scale must be a number or a tensor [], not of shape {list(grad_scale.shape)}")
         if grad_scale.dtype not in DTYPES:
-            raise TypeError(
-                f"grad_scale must be a number or a floating tensor, not {_dtype(grad_scale)}; "
-                "convert it with grad_scale.float()"
-            )
+            remedy = "convert it with grad_scale.float()"
+            raise TypeError(f"grad_scale must be a number or a floating tensor, not {_dtype(grad_scale)}; {remedy}")
     elif isinstance(grad_scale, bool) or not isinstance(grad_scale, (int, float)):
         raise TypeError(f"grad_scale must be a number or a tensor [], not {type(grad_scale).__name__}")
 
@@ -160,19 +150,16 @@ def _check_per_sample(
         raise TypeError(f"{name} must be a floating tensor, not {_dtype(tensor)}; convert it with {name}.float()")
     if tensor.shape != batch.shape[:1] and not (scalar and tensor.ndim == 0):
         wanted = list(batch.shape[:1])
-        raise ValueError(
-            f"{name} must have one number per sample, shape {wanted}, not {list(tensor.shape)}; "
-            f"{remedy or f'reduce or flatten it to {wanted}'}"
-        )
+        remedy = remedy or f"reduce or flatten it to {wanted}"
+        raise ValueError(f"{name} must have one number per sample, shape {wanted}, not {list(tensor.shape)}; {remedy}")
     _check_device(name, tensor, batch_name, batch)
 
 
 def _check_device(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
     if tensor.device != other.device:
-        raise ValueError(
-            f"{name} and {other_name} must be on one device, but {name} is on {tensor.device} and {other_name} on "
-            f"{other.device}; move it: {name}.to({other_name}.device)"
-        )
+        places = f"{name} is on {tensor.device} and {other_name} on {other.device}"
+        remedy = f"move it: {name}.to({other_name}.device)"
+        raise ValueError(f"{name} and {other_name} must be on one device, but {places}; {remedy}")
 
 
 def _check_values(name: str, tensor: Tensor, positive: bool = False) -> None:

@@ -90,6 +90,8 @@ def variational_divergence(
 ) -> Tensor:  # fmt: skip
     """The variational lower bound E_p[A(v)] - E_q[B(v)] <= D_f(p || q). A critic maximises it.
 
+    Beyond |v| = 64 / (largest exponential rate) A and B are straight lines.
+
     Args:
         log_ratio_p: critic outputs v on samples of p, any shape; v estimates log p/q.
         log_ratio_q: the same on samples of q; another shape is allowed unless reduction is "none".
@@ -97,9 +99,6 @@ def variational_divergence(
         parametrization: "log_ratio": A(v) = f'(e^v), B(v) = f*(A(v)). "fgan": T = g_f(v) and f*(T) with f-GAN's
             output activation where table 6 has one that needs no special function; else as "log_ratio".
         reduction: over all elements.
-
-    Returns:
-        The bound. Beyond |v| = 64 / (largest exponential rate) A and B are straight lines.
 
     Raises:
         ValueError: "mse" (it has no generator; use "kl" or "jeffreys"), and see fdu_kernels.checks.
@@ -138,14 +137,13 @@ def density_ratio_divergence(
 ) -> Tensor:  # fmt: skip
     """The plug-in estimate of D_f(p || q) from log density ratios: E_q[f(r)], or E_p[f(r)/r] with samples from p.
 
+    Beyond |v| = 64 / (largest exponential rate) the terms are straight lines.
+
     Args:
         log_ratio: v = log p/q at the samples, [B, ...].
         samples_from: "q" or "p".
         weight: >= 0, [B], one factor per sample (not normalised).
         reduction: over all elements.
-
-    Returns:
-        The estimate. Beyond |v| = 64 / (largest exponential rate) the terms are straight lines.
 
     Raises:
         ValueError: "mse" (it has no generator; use "kl" or "jeffreys"), and see fdu_kernels.checks.

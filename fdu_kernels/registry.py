@@ -45,8 +45,7 @@ class Backend(Protocol):
     why_unsuitable: why it cannot take calls of this kind, or None.
     gaussian_forward: weight h(s) [B] and 2 weight h'(s) / (sigma^2 Z) [B], both acc. Reads pred and target once.
     gaussian_backward: coefficient_b mask (pred - target); coefficient [B] acc.
-    gaussian_value_and_grad: the reduced loss ([B] for "none", else []; acc) and the gradient of its sum, times
-        grad_scale.
+    gaussian_value_and_grad: the reduced loss ([B] for "none", else []; acc), its sum's gradient times grad_scale.
     expectation_forward: the value: of the shape of v for "none", else []; acc.
     expectation_backward: the gradient in v; upstream is [] acc, or of the shape of v for reduction "none".
     expectation_value_and_grad: the value, and the gradient of its sum times grad_scale, in one pass.

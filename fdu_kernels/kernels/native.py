@@ -51,7 +51,7 @@ class CpuBackend:
         return kind.why_not_fused(float64=True)
 
     def gaussian_forward(self, call: GaussianCall) -> tuple[Tensor, Tensor]:
-        losses = self._new(call, call.pred.shape[:1])
+        losses = self._losses(call)
         coefficient = torch.empty_like(losses)
         self._gaussian(call, "none", 1.0, losses, coefficient, None)
         return losses, coefficient
@@ -62,7 +62,7 @@ class CpuBackend:
         return grad
 
     def gaussian_value_and_grad(self, call: GaussianCall, grad_out: Tensor | None) -> tuple[Tensor, Tensor]:
-        value = self._new(call, call.pred.shape[:1] if call.reduction == "none" else ())
+        value = self._losses(call) if call.reduction == "none" else self._total(call)
         grad = torch.empty_like(call.pred) if grad_out is None else grad_out
         self._gaussian(call, call.reduction, call.grad_scale, value, None, grad)
         return value, grad
@@ -83,11 +83,14 @@ class CpuBackend:
         self._expectation(call, call.grad_scale, None, value, grad)
         return value, grad
 
-    def _new(self, call: GaussianCall | ExpectationCall, shape: Sequence[int]) -> Tensor:
-        return _NUMBERS[call.accumulation].new_empty(shape)
+    def _losses(self, call: GaussianCall) -> Tensor:
+        return _NUMBERS[call.accumulation].new_empty(call.pred.shape[:1])
+
+    def _total(self, call: GaussianCall | ExpectationCall) -> Tensor:
+        return torch.empty_like(_NUMBERS[call.accumulation])
 
     def _terms(self, call: ExpectationCall) -> Tensor:
-        return torch.empty_like(call.v, dtype=call.accumulation) if call.reduction == "none" else self._new(call, ())
+        return torch.empty_like(call.v, dtype=call.accumulation) if call.reduction == "none" else self._total(call)
 
     def _gaussian(self, call: GaussianCall, reduction: str, scale: Number, value: Tensor, *outputs: Output) -> None:
         h = call.profile
@@ -143,9 +146,12 @@ class CudaBackend(CpuBackend):
         built = json.loads(self._compiled.BUILD)["cuda"]
         return f"cuda:{index} (sm_{capability}) cannot run the CUDA kernels, built {built}: {reason}"
 
-    def _new(self, call: GaussianCall | ExpectationCall, shape: Sequence[int]) -> Tensor:
+    def _losses(self, call: GaussianCall) -> Tensor:
+        return call.pred.new_empty(call.pred.shape[:1], dtype=torch.float32)
+
+    def _total(self, call: GaussianCall | ExpectationCall) -> Tensor:
         tensor = call.pred if isinstance(call, GaussianCall) else call.v
-        return tensor.new_empty(shape, dtype=torch.float32)
+        return tensor.new_empty((), dtype=torch.float32)
 
     def _gaussian(self, call: GaussianCall, reduction: str, scale: Number, value: Tensor, *outputs: Output) -> None:
         h, device, scale = call.profile, call.pred.device, _number_on(scale, call.pred.device)
@@ -198,13 +204,11 @@ class CudaBackend(CpuBackend):
 
 
 def _run(launch: Callable[..., bool], read: Sequence[Tensor | None], written: Sequence[Tensor | None]) -> None:
-    """Launch; with copies in one order of memory where the kernels do not take the tensors as they are.
-
-    The order is that of the first tensor, where its samples follow each other.
-    """
+    """Launch; with copies in one order of memory where the kernels do not take the tensors as they are."""
     if launch(*read, *written):
         return
     assert read[0] is not None
+    # That of the first tensor, where its samples follow each other.
     order = torch.empty_like(read[0], device="meta")
     if order.ndim and order.stride(0) * len(order) < order.numel():
         order = torch.empty_like(order, memory_format=torch.contiguous_format)
