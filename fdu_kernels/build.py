@@ -82,24 +82,31 @@ class Recipe(NamedTuple):
 
 
 def recipe(architectures: Sequence[str] = (), why_none: str = NO_DEVICE) -> Recipe:
-    """The recipe for this machine.
+    """The recipe for this machine, with CUDA kernels for architectures such as ARCHITECTURES.
 
-    Args:
-        architectures: of the CUDA kernels, such as ARCHITECTURES. They are left out, and the module says why, if there
-            are none or no nvcc that can compile for one of them.
-        why_none: why there are none.
+    They are left out, and the module says why, if there are none (``why_none``) or no nvcc for any of them.
     """
     sources = sources_folder()
     wished = os.environ.get("CXX")
     missing = f"CXX names {wished}, which is not there" if wished else "there is no C++ compiler"
     compiler = _find_program((wished,) if wished else COMPILERS, f"{missing}; on Debian or Ubuntu: apt install g++")
-    torch, torch_version = _find_torch()
+    remedy = "pip install torch, then build without isolation"
+    torch = _find_module("torch", f"is not installed beside the build; {remedy}").parent
+    torch_version = importlib.metadata.version("torch")
+    if _numbers(torch_version) < _numbers(OLDEST_TORCH):
+        raise BuildError(f"torch {torch_version} is too old for the C++ kernels; pip install 'torch>={OLDEST_TORCH}'")
+    if not (torch / "include/torch/csrc/stable/c/shim.h").is_file():
+        raise BuildError(f"torch {torch_version} in {torch} came without its C++ headers: pip install torch")
     pybind11 = _find_module("pybind11", "is not installed; pip install 'pybind11>=3.0'").parent
+    python = Path(sysconfig.get_path("include"))
+    if not (python / "Python.h").is_file():
+        remedy = f"on Debian or Ubuntu: apt install python{sysconfig.get_python_version()}-dev"
+        raise BuildError(f"the headers of Python are missing ({python}/Python.h); {remedy}")
     scripts = sysconfig.get_path("scripts")
     ninja = _find_program((f"{scripts}/ninja", "ninja"), "ninja is not installed; pip install ninja")
 
     x86 = platform.machine().lower() in ("x86_64", "amd64")
-    headers = (torch / "include", pybind11 / "include", _find_python_headers())
+    headers = (torch / "include", pybind11 / "include", python)
     included = [flag for folder in headers for flag in ("-isystem", str(folder))]
     common = [*FLAGS, *included, *(["-DFDU_X86"] if x86 else [])]
     units, objects, linker = list(SOURCES), {}, [compiler]
@@ -122,14 +129,9 @@ def recipe(architectures: Sequence[str] = (), why_none: str = NO_DEVICE) -> Reci
         objects[f"kernels_{name}.o"] = compiler, KERNELS, [*common, *flags, f"-DFDU_KERNELS=kernels_{name}"]
     linker += ["-shared", f"-L{torch / 'lib'}", "-ltorch_cpu"]
     information = {
-        "sources": digest_of_sources(sources),
-        "compiler": _output(compiler, "--version").split("\n")[0],
-        "flags": FLAGS,
-        "instruction_sets": list(sets),
-        "torch": torch_version,
-        "cuda": cuda,
-        "architectures": taken,
-    }
+        "sources": digest_of_sources(sources), "compiler": _output(compiler, "--version").split("\n")[0],
+        "flags": FLAGS, "instruction_sets": list(sets), "torch": torch_version, "cuda": cuda, "architectures": taken,
+    }  # fmt: skip
     return Recipe(ninja, sources, objects, linker, cuda, taken, information)
 
 
@@ -169,11 +171,7 @@ def compile_module(recipe: Recipe, target: Path, folder: Path) -> None:
 
 @functools.cache
 def load() -> types.ModuleType:
-    """``fdu_kernels._C``: the installed one, else one built here before, else built now.
-
-    What is built now has CUDA kernels for the devices of this machine, and none where there is no device: nvcc takes
-    most of a minute.
-    """
+    """``fdu_kernels._C``: installed, else built here before, else built now, with CUDA kernels if there is a device."""
     architectures = architectures_of_devices()
     if (installed := _installed_module(architectures)) is not None:
         return installed
@@ -285,18 +283,6 @@ def digest_of_sources(folder: Path) -> str:
     return hashlib.sha256(content).hexdigest()[:16]
 
 
-def _find_torch() -> tuple[Path, str]:
-    """Its folder and version."""
-    remedy = "pip install torch, then build without isolation"
-    root = _find_module("torch", f"is not installed beside the build; {remedy}").parent
-    version = importlib.metadata.version("torch")
-    if _numbers(version) < _numbers(OLDEST_TORCH):
-        raise BuildError(f"torch {version} is too old for the C++ kernels; pip install 'torch>={OLDEST_TORCH}'")
-    if not (root / "include/torch/csrc/stable/c/shim.h").is_file():
-        raise BuildError(f"torch {version} in {root} came without its C++ headers: pip install torch")
-    return root, version
-
-
 def _find_nvcc(architectures: Sequence[str]) -> tuple[str, str, tuple[str, ...]]:
     """Path and version of nvcc, and the architectures as it takes them: instead of one that it does not know, the
     newest that it knows, as PTX."""
@@ -307,8 +293,7 @@ def _find_nvcc(architectures: Sequence[str]) -> tuple[str, str, tuple[str, ...]]
     version = release[1] if release else "0.0"
     if _numbers(version) < _numbers(OLDEST_NVCC):
         raise BuildError(f"{nvcc} is of CUDA {version}, which is too old; install {OLDEST_NVCC} or newer")
-    listed = re.findall(r"sm_(\d+)(\d)\b", _output(nvcc, "--list-gpu-code"))
-    known = [(int(major), int(minor)) for major, minor in listed]
+    known = [tuple(map(int, found)) for found in re.findall(r"sm_(\d+)(\d)\b", _output(nvcc, "--list-gpu-code"))]
     taken = []
     for name in architectures:
         if not re.fullmatch(r"\d+\.\d[af]?(\+PTX)?", name):
@@ -341,14 +326,6 @@ def _runs_on(code: str, device: str) -> bool:
 def _numbers(text: str) -> tuple[int, ...]:
     """The first two of a version or architecture: (9, 0) of "9.0a+PTX"."""
     return tuple(int(number) for number in re.findall(r"\d+", text)[:2])
-
-
-def _find_python_headers() -> Path:
-    folder = Path(sysconfig.get_path("include"))
-    if not (folder / "Python.h").is_file():
-        remedy = f"on Debian or Ubuntu: apt install python{sysconfig.get_python_version()}-dev"
-        raise BuildError(f"the headers of Python are missing ({folder}/Python.h); {remedy}")
-    return folder
 
 
 def _find_module(name: str, missing: str) -> Path:

@@ -26,31 +26,25 @@ def check_floating(name: str, tensor: Tensor) -> None:
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a tensor, not {type(tensor).__name__}")
     if tensor.dtype not in DTYPES:
-        remedy = f"{name}.float()"
-        if tensor.dtype.is_complex:
-            remedy = f"torch.view_as_real({name}), which keeps both parts as real numbers"
-        raise TypeError(
-            f"{name} must be float16, bfloat16, float32 or float64, not {_dtype(tensor)}; convert it with {remedy}"
-        )
+        parts = f"torch.view_as_real({name}), which keeps both parts as real numbers"
+        remedy = parts if tensor.dtype.is_complex else f"{name}.float()"
+        wanted = "float16, bfloat16, float32 or float64"
+        raise TypeError(f"{name} must be {wanted}, not {_dtype(tensor)}; convert it with {remedy}")
 
 
 def check_same(name: str, tensor: Tensor, other_name: str, other: Tensor, shape: bool = True) -> None:
     """Raise unless two tensors agree in device and (if asked) shape."""
     if shape and tensor.shape != other.shape:
-        raise ValueError(
-            f"{name} and {other_name} must have one shape, but {name} is {list(tensor.shape)} and {other_name} "
-            f"{list(other.shape)}; expand one of them explicitly"
-        )
+        shapes = f"{name} is {list(tensor.shape)} and {other_name} {list(other.shape)}"
+        raise ValueError(f"{name} and {other_name} must have one shape, but {shapes}; expand one of them explicitly")
     _check_device(name, tensor, other_name, other)
 
 
 def check_batch(name: str, tensor: Tensor) -> None:
     """Raise ValueError unless the tensor has a batch dimension with something in it."""
     if tensor.ndim == 0 or tensor.shape[0] == 0:
-        raise ValueError(
-            f"{name} must have shape [B, ...] with B >= 1 samples, not {list(tensor.shape)}; "
-            f"{'add a batch dimension: ' + name + '[None]' if tensor.ndim == 0 else 'skip the empty batch'}"
-        )
+        remedy = "skip the empty batch" if tensor.ndim else f"add a batch dimension: {name}[None]"
+        raise ValueError(f"{name} must have shape [B, ...] with B >= 1 samples, not {list(tensor.shape)}; {remedy}")
 
 
 def check_sigma(sigma: Number | Tensor, pred: Tensor) -> None:
@@ -59,8 +53,7 @@ def check_sigma(sigma: Number | Tensor, pred: Tensor) -> None:
         return
     if isinstance(sigma, Tensor):
         _check_per_sample("sigma", sigma, pred, scalar=True)
-        if _readable(sigma) and bool((sigma <= 0).any()):
-            raise ValueError(f"sigma must be positive, but its smallest value is {sigma.min().item():g}")
+        _check_values("sigma", sigma, positive=True)
     elif isinstance(sigma, bool) or not isinstance(sigma, (int, float)):
         hint = "; GaussianDivergenceLoss takes 'auto'" if isinstance(sigma, str) else ""
         raise TypeError(f"sigma must be a number or a tensor [B], not {type(sigma).__name__} {sigma!r}{hint}")
@@ -68,17 +61,22 @@ def check_sigma(sigma: Number | Tensor, pred: Tensor) -> None:
         raise ValueError(f"sigma must be positive, not {sigma!r}; it is the standard deviation that scales s")
 
 
+def check_sigma_scale(sigma_scale: Tensor, pred: Tensor) -> None:
+    """Raise unless sigma_scale is a positive floating tensor [B]."""
+    check_floating("sigma_scale", sigma_scale)
+    _check_per_sample("sigma_scale", sigma_scale, pred, remedy="a number for all samples is sigma")
+    _check_values("sigma_scale", sigma_scale, positive=True)
+
+
 def check_weight(weight: Tensor | None, batch: Tensor, name: str = "pred") -> None:
     """Raise unless weight is None or a non-negative floating tensor [B]."""
     if weight is None:
         return
     if not isinstance(weight, Tensor):
-        raise TypeError(
-            f"weight must be None or a tensor [B], not {type(weight).__name__}; use torch.full((B,), weight)"
-        )
+        kind = type(weight).__name__
+        raise TypeError(f"weight must be None or a tensor [B], not {kind}; use torch.full((B,), weight)")
     _check_per_sample("weight", weight, batch, batch_name=name)
-    if _readable(weight) and bool((weight < 0).any()):
-        raise ValueError(f"weight must not be negative, but its smallest value is {weight.min().item():g}")
+    _check_values("weight", weight)
 
 
 def check_mask(mask: Tensor | None, tensor: Tensor, name: str = "pred") -> None:
@@ -88,21 +86,16 @@ def check_mask(mask: Tensor | None, tensor: Tensor, name: str = "pred") -> None:
     if not isinstance(mask, Tensor):
         raise TypeError(f"mask must be None or a tensor, not {type(mask).__name__}")
     if mask.dtype != torch.bool and mask.dtype not in DTYPES:
-        raise TypeError(
-            f"mask must be bool or floating, not {_dtype(mask)}; convert it with mask.bool() or mask.float()"
-        )
+        remedy = "convert it with mask.bool() or mask.float()"
+        raise TypeError(f"mask must be bool or floating, not {_dtype(mask)}; {remedy}")
     shape, wanted = mask.shape, tensor.shape
-    fits = len(shape) <= len(wanted) and all(
-        a in (1, b) for a, b in zip(reversed(shape), reversed(wanted), strict=False)
-    )
-    if not fits:
-        raise ValueError(
-            f"mask {list(shape)} does not broadcast to {name} {list(wanted)}; "
-            "give it the dimensions of one sample, [B, 1, H, W], or the full shape"
-        )
+    pairs = zip(reversed(shape), reversed(wanted), strict=False)
+    if len(shape) > len(wanted) or any(size not in (1, full) for size, full in pairs):
+        remedy = "give it the dimensions of one sample, [B, 1, H, W], or the full shape"
+        raise ValueError(f"mask {list(shape)} does not broadcast to {name} {list(wanted)}; {remedy}")
     _check_device("mask", mask, name, tensor)
-    if mask.dtype != torch.bool and _readable(mask) and bool((mask < 0).any()):
-        raise ValueError(f"mask must not be negative, but its smallest value is {mask.min().item():g}")
+    if mask.dtype != torch.bool:
+        _check_values("mask", mask)
 
 
 def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
@@ -118,25 +111,22 @@ def check_grad_out(grad_out: Tensor | None, pred: Tensor, target: Tensor) -> Non
         return
     check_floating("grad_out", grad_out)
     check_same("grad_out", grad_out, "pred", pred)
+    remedy = "pass torch.empty_like(pred)"
     if grad_out.dtype != pred.dtype:
-        raise TypeError(
-            f"grad_out must have the dtype of pred, {_dtype(pred)}, not {_dtype(grad_out)}; pass torch.empty_like(pred)"
-        )
+        raise TypeError(f"grad_out must have the dtype of pred, {_dtype(pred)}, not {_dtype(grad_out)}; {remedy}")
     if grad_out.requires_grad:
-        raise ValueError("grad_out is written in place and must not require grad; pass torch.empty_like(pred)")
+        raise ValueError(f"grad_out is written in place and must not require grad; {remedy}")
     if is_plain(grad_out):
-        own = _storage(grad_out)
+        own = grad_out.untyped_storage()._cdata  # not data_ptr, which fake tensors do not have
         for name, tensor in (("pred", pred), ("target", target)):
-            if own == _storage(tensor):
-                raise ValueError(
-                    f"grad_out must not share its storage with {name}, which is read while it is written; "
-                    "pass torch.empty_like(pred)"
-                )
+            if own == tensor.untyped_storage()._cdata:
+                shared = f"its storage with {name}, which is read while it is written"
+                raise ValueError(f"grad_out must not share {shared}; {remedy}")
         if grad_out.is_neg():
-            raise ValueError("grad_out must not have the negative bit; pass torch.empty_like(pred)")
+            raise ValueError(f"grad_out must not have the negative bit; {remedy}")
     strides = grad_out.stride()
     if 0 in strides and any(not stride and size > 1 for size, stride in zip(grad_out.shape, strides, strict=True)):
-        raise ValueError("grad_out must not be an expanded tensor, whose elements overlap; pass torch.empty_like(pred)")
+        raise ValueError(f"grad_out must not be an expanded tensor, whose elements overlap; {remedy}")
 
 
 def check_grad_scale(grad_scale: Number | Tensor) -> None:
@@ -147,42 +137,36 @@ def check_grad_scale(grad_scale: Number | Tensor) -> None:
         if grad_scale.ndim:
             raise ValueError(f"grad_scale must be a number or a tensor [], not of shape {list(grad_scale.shape)}")
         if grad_scale.dtype not in DTYPES:
-            raise TypeError(
-                f"grad_scale must be a number or a floating tensor, not {_dtype(grad_scale)}; "
-                "convert it with grad_scale.float()"
-            )
+            remedy = "convert it with grad_scale.float()"
+            raise TypeError(f"grad_scale must be a number or a floating tensor, not {_dtype(grad_scale)}; {remedy}")
     elif isinstance(grad_scale, bool) or not isinstance(grad_scale, (int, float)):
         raise TypeError(f"grad_scale must be a number or a tensor [], not {type(grad_scale).__name__}")
 
 
 def _check_per_sample(
-    name: str, tensor: Tensor, batch: Tensor, *, scalar: bool = False, batch_name: str = "pred"
+    name: str, tensor: Tensor, batch: Tensor, scalar: bool = False, batch_name: str = "pred", remedy: str | None = None
 ) -> None:
     if tensor.dtype not in DTYPES:
         raise TypeError(f"{name} must be a floating tensor, not {_dtype(tensor)}; convert it with {name}.float()")
     if tensor.shape != batch.shape[:1] and not (scalar and tensor.ndim == 0):
-        raise ValueError(
-            f"{name} must have one number per sample, shape [{batch.shape[0]}], not {list(tensor.shape)}; "
-            f"reduce or flatten it to [{batch.shape[0]}]"
-        )
+        wanted = list(batch.shape[:1])
+        remedy = remedy or f"reduce or flatten it to {wanted}"
+        raise ValueError(f"{name} must have one number per sample, shape {wanted}, not {list(tensor.shape)}; {remedy}")
     _check_device(name, tensor, batch_name, batch)
 
 
 def _check_device(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
     if tensor.device != other.device:
-        raise ValueError(
-            f"{name} and {other_name} must be on one device, but {name} is on {tensor.device} and {other_name} on "
-            f"{other.device}; move it: {name}.to({other_name}.device)"
-        )
+        places = f"{name} is on {tensor.device} and {other_name} on {other.device}"
+        remedy = f"move it: {name}.to({other_name}.device)"
+        raise ValueError(f"{name} and {other_name} must be on one device, but {places}; {remedy}")
 
 
-def _storage(tensor: Tensor) -> int:
-    # Not data_ptr, which fake tensors do not have.
-    return tensor.untyped_storage()._cdata
-
-
-def _readable(tensor: Tensor) -> bool:
-    return tensor.device.type == "cpu" and is_plain(tensor)
+def _check_values(name: str, tensor: Tensor, positive: bool = False) -> None:
+    """Raise for a value < 0, or <= 0, where values can be read."""
+    if tensor.device.type == "cpu" and is_plain(tensor) and bool((tensor <= 0 if positive else tensor < 0).any()):
+        bound = "be positive" if positive else "not be negative"
+        raise ValueError(f"{name} must {bound}, but its smallest value is {tensor.min().item():g}")
 
 
 def _dtype(tensor: Tensor) -> str:

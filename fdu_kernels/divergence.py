@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import itertools
 import math
 import weakref
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from fdu_kernels import critic, custom
+from fdu_kernels import checks, critic, custom
 from fdu_kernels.critic import CriticRow, ElementFunction
 from fdu_kernels.custom import OwnFunction
 from fdu_kernels.internals import on_the_cpu
@@ -20,6 +20,7 @@ from fdu_kernels.profiles import GaussianProfile
 from fdu_kernels.scalar import derivative
 from fdu_kernels.tabulation import Kinks, tabulated_profile
 
+OnTensors = Callable[[Tensor], Tensor]
 Rows = tuple[CriticRow, CriticRow]
 Function = ElementFunction | OwnFunction
 
@@ -28,7 +29,7 @@ MADE_BY_USERS: weakref.WeakValueDictionary[str, Divergence] = weakref.WeakValueD
 _numbers = itertools.count(1)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Divergence:
     """An f-divergence D_f(p || q) = E_q[f(p/q)]. Two are equal if name, parameters and user's generator are.
 
@@ -38,37 +39,28 @@ class Divergence:
 
     name: str
     parameters: tuple[tuple[str, float], ...] = ()
-    custom: Callable[[Tensor], Tensor] | None = None
-    """The user's f, where there is one."""
-    aliases: tuple[str, ...] = dataclasses.field(default=(), compare=False)
-    """Other names for it."""
-    formula: str = dataclasses.field(default="", compare=False)
-    """f(u) for people."""
-    advice: str = dataclasses.field(default="", compare=False)
-    """One line: when to use it."""
-    upper: float = dataclasses.field(default=math.inf, compare=False)
-    """The largest value: D_f lies in [0, upper]."""
-    generator: Callable[[Tensor], Tensor] | None = dataclasses.field(default=None, compare=False)
-    """f(u) on tensors; None for mse, which is a Gaussian profile only."""
-    log_curvature: Callable[[Tensor], Tensor] | None = dataclasses.field(default=None, compare=False)
+    custom: OnTensors | None = None  # the user's f, where there is one
+    aliases: tuple[str, ...] = field(default=(), compare=False)  # other names for it
+    formula: str = field(default="", compare=False)  # f(u) for people
+    advice: str = field(default="", compare=False)  # one line: when to use it
+    upper: float = field(default=math.inf, compare=False)  # the largest value: D_f lies in [0, upper]
+    generator: OnTensors | None = field(default=None, compare=False)  # f(u); None for mse, a Gaussian profile only
+    log_curvature: OnTensors | None = field(default=None, compare=False)
     """v -> log kappa(v) = log(u^2 f''(u)), u = e^v, without the kinks; None where f is piecewise linear."""
-    kinks: Kinks = dataclasses.field(default=(), compare=False)
-    """(u, jump of f' there)."""
-    exponential: tuple[float, float] | None = dataclasses.field(default=None, compare=False)
+    kinks: Kinks = field(default=(), compare=False)  # (u, jump of f' there)
+    exponential: tuple[float, float] | None = field(default=None, compare=False)
     """(c, k) of an elementary profile h(s) = c expm1(k s) / k; None: h is tabulated."""
-    log_ratio_rows: Rows | None = dataclasses.field(default=None, compare=False)
-    """A and B of v = log p/q; None: by differentiation of the generator."""
-    fgan_rows: Rows | None = dataclasses.field(default=None, compare=False)
+    log_ratio_rows: Rows | None = field(default=None, compare=False)  # A, B of v = log p/q; None: by differentiation
+    fgan_rows: Rows | None = field(default=None, compare=False)
     """T = g_f(v) and f*(T) with f-GAN's output activation; None: log_ratio_rows, which are an activation as well."""
-    key: str = dataclasses.field(default="", compare=False, repr=False)
+    key: str = field(default="", compare=False, repr=False)
     """What :func:`fdu_kernels.catalogue.find_divergence` finds it by: compiled code holds strings, not functions."""
 
     def __post_init__(self) -> None:
-        if self.custom is None:
-            object.__setattr__(self, "key", str(self))
-            return
-        object.__setattr__(self, "key", f"{self.name}#{next(_numbers)}")
-        MADE_BY_USERS[self.key] = self
+        key = str(self) if self.custom is None else f"{self.name}#{next(_numbers)}"
+        object.__setattr__(self, "key", key)
+        if self.custom is not None:
+            MADE_BY_USERS[key] = self
 
     def __str__(self) -> str:
         return ":".join([self.name, *(repr(value).removesuffix(".0") for _, value in self.parameters)])
@@ -119,8 +111,7 @@ class Divergence:
     def gaussian_profile(self) -> GaussianProfile:
         """h as numbers, for kernels, and as PyTorch operations.
 
-        Raises:
-            ValueError: a user's generator whose curvature is not finite where the quadrature needs it.
+        Raises ValueError for a user's generator whose curvature is not finite where the quadrature needs it.
         """
         if self.exponential is not None:
             return GaussianProfile.exponential(*self.exponential)
@@ -130,15 +121,11 @@ class Divergence:
     def critic_functions(self, parametrization: str) -> tuple[Function, Function]:
         """A and B of the variational bound as functions of the critic output v.
 
-        Args:
-            parametrization: "log_ratio" (v estimates log p/q) or "fgan" (v passes f-GAN's output activation, table 6).
-
-        Raises:
-            ValueError: the divergence has no generator, or the parametrization is unknown.
+        ``parametrization``: "log_ratio" (v estimates log p/q) or "fgan" (v passes f-GAN's output activation, table 6).
+        Raises ValueError if the divergence has no generator, or the parametrization is unknown.
         """
         self._require_generator()
-        if parametrization not in ("log_ratio", "fgan"):
-            raise ValueError(f'parametrization must be "log_ratio" or "fgan", not {parametrization!r}')
+        checks.check_choice("parametrization", parametrization, ("log_ratio", "fgan"))
         rows = (self.fgan_rows or self.log_ratio_rows) if parametrization == "fgan" else self.log_ratio_rows
         return custom.critic_functions(self.f) if rows is None else critic.critic_functions(rows)
 
@@ -146,8 +133,7 @@ class Divergence:
     def ratio_function(self, samples_from: str) -> Function:
         """The density-ratio estimator's integrand as a function of v = log p/q: f(r) for "q", f(r)/r for "p".
 
-        Raises:
-            ValueError: the divergence has no generator, or samples_from is neither "q" nor "p".
+        Raises ValueError if the divergence has no generator, or samples_from is neither "q" nor "p".
         """
         self._require_generator()
         if samples_from not in ("q", "p"):
@@ -164,9 +150,7 @@ class Divergence:
             )
 
     @classmethod
-    def from_generator(
-        cls, f: Callable[[Tensor], Tensor], name: str = "custom", kinks: Sequence[float] = (1.0,)
-    ) -> Divergence:
+    def from_generator(cls, f: OnTensors, name: str = "custom", kinks: Sequence[float] = (1.0,)) -> Divergence:
         """A divergence of your own: derivatives by differentiation, the Gaussian profile by quadrature.
 
         Args:

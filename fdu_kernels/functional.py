@@ -22,11 +22,7 @@ _SQUARE = GaussianProfile.exponential(1.0, 0.0)
 
 
 def squared_distance(
-    pred: Tensor,
-    target: Tensor,
-    sigma: float | Tensor = 1.0,
-    mask: Tensor | None = None,
-    distance: str = "mean",
+    pred: Tensor, target: Tensor, sigma: float | Tensor = 1.0, mask: Tensor | None = None, distance: str = "mean"
 ) -> Tensor:
     """s_b = sum_j m_bj (pred_bj - target_bj)^2 / (sigma_b^2 Z_b), the squared Mahalanobis distance of each sample.
 
@@ -37,16 +33,10 @@ def squared_distance(
 
 
 def gaussian_divergence(
-    pred: Tensor,
-    target: Tensor,
-    divergence: str | Divergence = "squared_hellinger",
-    sigma: float | Tensor = 1.0,
-    weight: Tensor | None = None,
-    mask: Tensor | None = None,
-    distance: str = "mean",
-    reduction: str = "mean",
+    pred: Tensor, target: Tensor, divergence: str | Divergence = "squared_hellinger", sigma: float | Tensor = 1.0,
+    weight: Tensor | None = None, mask: Tensor | None = None, distance: str = "mean", reduction: str = "mean",
     backend: str | None = None,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """The f-divergence of N(target, sigma^2) from N(pred, sigma^2): weight_b h_f(s_b). Used like F.mse_loss.
 
     Args:
@@ -74,18 +64,10 @@ def gaussian_divergence(
 
 
 def gaussian_divergence_value_and_grad(
-    pred: Tensor,
-    target: Tensor,
-    divergence: str | Divergence = "squared_hellinger",
-    sigma: float | Tensor = 1.0,
-    weight: Tensor | None = None,
-    mask: Tensor | None = None,
-    distance: str = "mean",
-    reduction: str = "mean",
-    backend: str | None = None,
-    grad_scale: float | Tensor = 1.0,
-    grad_out: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+    pred: Tensor, target: Tensor, divergence: str | Divergence = "squared_hellinger", sigma: float | Tensor = 1.0,
+    weight: Tensor | None = None, mask: Tensor | None = None, distance: str = "mean", reduction: str = "mean",
+    backend: str | None = None, grad_scale: float | Tensor = 1.0, grad_out: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """:func:`gaussian_divergence` and its gradient in pred in one pass, without an autograd graph.
 
     Args:
@@ -102,15 +84,13 @@ def gaussian_divergence_value_and_grad(
 
 
 def variational_divergence(
-    log_ratio_p: Tensor,
-    log_ratio_q: Tensor,
-    divergence: str | Divergence = "jensen_shannon",
-    mask: Tensor | None = None,
-    parametrization: str = "log_ratio",
-    reduction: str = "mean",
+    log_ratio_p: Tensor, log_ratio_q: Tensor, divergence: str | Divergence = "jensen_shannon",
+    mask: Tensor | None = None, parametrization: str = "log_ratio", reduction: str = "mean",
     backend: str | None = None,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """The variational lower bound E_p[A(v)] - E_q[B(v)] <= D_f(p || q). A critic maximises it.
+
+    Beyond |v| = 64 / (largest exponential rate) A and B are straight lines.
 
     Args:
         log_ratio_p: critic outputs v on samples of p, any shape; v estimates log p/q.
@@ -119,9 +99,6 @@ def variational_divergence(
         parametrization: "log_ratio": A(v) = f'(e^v), B(v) = f*(A(v)). "fgan": T = g_f(v) and f*(T) with f-GAN's
             output activation where table 6 has one that needs no special function; else as "log_ratio".
         reduction: over all elements.
-
-    Returns:
-        The bound. Beyond |v| = 64 / (largest exponential rate) A and B are straight lines.
 
     Raises:
         ValueError: "mse" (it has no generator; use "kl" or "jeffreys"), and see fdu_kernels.checks.
@@ -133,15 +110,10 @@ def variational_divergence(
 
 
 def variational_divergence_value_and_grad(
-    log_ratio_p: Tensor,
-    log_ratio_q: Tensor,
-    divergence: str | Divergence = "jensen_shannon",
-    mask: Tensor | None = None,
-    parametrization: str = "log_ratio",
-    reduction: str = "mean",
-    backend: str | None = None,
-    grad_scale: float | Tensor = 1.0,
-) -> tuple[Tensor, Tensor, Tensor]:
+    log_ratio_p: Tensor, log_ratio_q: Tensor, divergence: str | Divergence = "jensen_shannon",
+    mask: Tensor | None = None, parametrization: str = "log_ratio", reduction: str = "mean",
+    backend: str | None = None, grad_scale: float | Tensor = 1.0,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """:func:`variational_divergence` with the gradients of its sum in log_ratio_p and in log_ratio_q, no graph."""
     calls = _terms_of_bound(log_ratio_p, log_ratio_q, divergence, mask, parametrization, reduction, grad_scale)
     (first, grad_p), (second, grad_q) = (dispatch.expectation_value_and_grad(call, backend) for call in calls)
@@ -149,17 +121,10 @@ def variational_divergence_value_and_grad(
 
 
 def variational_model_loss(
-    log_ratio_q: Tensor,
-    divergence: str | Divergence = "jensen_shannon",
-    mask: Tensor | None = None,
-    parametrization: str = "log_ratio",
-    reduction: str = "mean",
-    backend: str | None = None,
-) -> Tensor:
-    """-E_q[B(v)], the term of the bound that depends on the model's samples: the model minimises it.
-
-    Arguments as in :func:`variational_divergence`.
-    """
+    log_ratio_q: Tensor, divergence: str | Divergence = "jensen_shannon", mask: Tensor | None = None,
+    parametrization: str = "log_ratio", reduction: str = "mean", backend: str | None = None,
+) -> Tensor:  # fmt: skip
+    """-E_q[B(v)], the bound's term of the model's samples, to be minimised; see :func:`variational_divergence`."""
     checks.check_choice("parametrization", parametrization, PARAMETRIZATIONS)
     _, loss = critic_functions(get_divergence(divergence), parametrization)
     call = ExpectationCall(log_ratio_q, loss.negated(), None, mask, reduction)
@@ -167,14 +132,12 @@ def variational_model_loss(
 
 
 def density_ratio_divergence(
-    log_ratio: Tensor,
-    divergence: str | Divergence = "kl",
-    samples_from: str = "q",
-    weight: Tensor | None = None,
-    reduction: str = "mean",
-    backend: str | None = None,
-) -> Tensor:
+    log_ratio: Tensor, divergence: str | Divergence = "kl", samples_from: str = "q", weight: Tensor | None = None,
+    reduction: str = "mean", backend: str | None = None,
+) -> Tensor:  # fmt: skip
     """The plug-in estimate of D_f(p || q) from log density ratios: E_q[f(r)], or E_p[f(r)/r] with samples from p.
+
+    Beyond |v| = 64 / (largest exponential rate) the terms are straight lines.
 
     Args:
         log_ratio: v = log p/q at the samples, [B, ...].
@@ -182,58 +145,38 @@ def density_ratio_divergence(
         weight: >= 0, [B], one factor per sample (not normalised).
         reduction: over all elements.
 
-    Returns:
-        The estimate. Beyond |v| = 64 / (largest exponential rate) the terms are straight lines.
-
     Raises:
         ValueError: "mse" (it has no generator; use "kl" or "jeffreys"), and see fdu_kernels.checks.
     """
-    call = _ratio(log_ratio, divergence, samples_from, weight, reduction)
-    return dispatch.expectations((call,), backend)
+    return dispatch.expectations((_ratio(log_ratio, divergence, samples_from, weight, reduction),), backend)
 
 
 def density_ratio_divergence_value_and_grad(
-    log_ratio: Tensor,
-    divergence: str | Divergence = "kl",
-    samples_from: str = "q",
-    weight: Tensor | None = None,
-    reduction: str = "mean",
-    backend: str | None = None,
-    grad_scale: float | Tensor = 1.0,
-) -> tuple[Tensor, Tensor]:
+    log_ratio: Tensor, divergence: str | Divergence = "kl", samples_from: str = "q", weight: Tensor | None = None,
+    reduction: str = "mean", backend: str | None = None, grad_scale: float | Tensor = 1.0,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """:func:`density_ratio_divergence` with the gradient of its sum in log_ratio, without an autograd graph."""
     call = _ratio(log_ratio, divergence, samples_from, weight, reduction, grad_scale)
     return dispatch.expectation_value_and_grad(call, backend)
 
 
 def _terms_of_bound(
-    log_ratio_p: Tensor,
-    log_ratio_q: Tensor,
-    divergence: str | Divergence,
-    mask: Tensor | None,
-    parametrization: str,
-    reduction: str,
-    grad_scale: float | Tensor = 1.0,
-) -> tuple[ExpectationCall, ExpectationCall]:
+    log_ratio_p: Tensor, log_ratio_q: Tensor, divergence: str | Divergence, mask: Tensor | None, parametrization: str,
+    reduction: str, grad_scale: float | Tensor = 1.0,
+) -> tuple[ExpectationCall, ExpectationCall]:  # fmt: skip
     """E_p[A] and E_q[-B], which add up to the bound."""
     checks.check_choice("parametrization", parametrization, PARAMETRIZATIONS)
     gain, loss = critic_functions(get_divergence(divergence), parametrization)
-    calls = (
-        ExpectationCall(log_ratio_p, gain, None, mask, reduction, grad_scale).checked("log_ratio_p"),
-        ExpectationCall(log_ratio_q, loss.negated(), None, mask, reduction, grad_scale).checked("log_ratio_q"),
-    )
+    of_p = ExpectationCall(log_ratio_p, gain, None, mask, reduction, grad_scale).checked("log_ratio_p")
+    of_q = ExpectationCall(log_ratio_q, loss.negated(), None, mask, reduction, grad_scale).checked("log_ratio_q")
     checks.check_same("log_ratio_p", log_ratio_p, "log_ratio_q", log_ratio_q, shape=reduction == "none")
-    return calls
+    return of_p, of_q
 
 
 def _ratio(
-    log_ratio: Tensor,
-    divergence: str | Divergence,
-    samples_from: str,
-    weight: Tensor | None,
-    reduction: str,
+    log_ratio: Tensor, divergence: str | Divergence, samples_from: str, weight: Tensor | None, reduction: str,
     grad_scale: float | Tensor = 1.0,
-) -> ExpectationCall:
+) -> ExpectationCall:  # fmt: skip
     checks.check_choice("samples_from", samples_from, ("q", "p"))
     function = ratio_function(get_divergence(divergence), samples_from)
     return ExpectationCall(log_ratio, function, weight, None, reduction, grad_scale).checked("log_ratio")

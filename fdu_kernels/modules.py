@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
+from torch.library import custom_op
 
 from fdu_kernels import calls, checks, functional
 from fdu_kernels.catalogue import get_divergence
@@ -47,16 +48,10 @@ class GaussianDivergenceLoss(nn.Module):
     observed: Tensor
 
     def __init__(
-        self,
-        divergence: str | Divergence = "squared_hellinger",
-        sigma: float | str = 1.0,
-        s0: float = 1.0,
-        calibration_calls: int = 8,
-        distance: str = "mean",
-        reduction: str = "mean",
-        backend: str | None = None,
+        self, divergence: str | Divergence = "squared_hellinger", sigma: float | str = 1.0, s0: float = 1.0,
+        calibration_calls: int = 8, distance: str = "mean", reduction: str = "mean", backend: str | None = None,
         synchronize: bool = False,
-    ) -> None:
+    ) -> None:  # fmt: skip
         super().__init__()
         self.divergence = get_divergence(divergence)
         self.auto = sigma == "auto"
@@ -72,12 +67,8 @@ class GaussianDivergenceLoss(nn.Module):
             raise ValueError(f"calibration_calls must be at least 1, not {calibration_calls!r}")
         checks.check_choice("distance", distance, calls.DISTANCES)
         checks.check_choice("reduction", reduction, calls.REDUCTIONS)
-        self.s0 = float(s0)
-        self.calibration_calls = calibration_calls
-        self.distance = distance
-        self.reduction = reduction
-        self.backend = backend
-        self.synchronize = synchronize
+        self.s0, self.calibration_calls, self.synchronize = float(s0), calibration_calls, synchronize
+        self.distance, self.reduction, self.backend = distance, reduction, backend
         if not self.auto:
             self.sigma = float(sigma)
         else:
@@ -91,13 +82,9 @@ class GaussianDivergenceLoss(nn.Module):
             self.register_load_state_dict_post_hook(_read_calls)
 
     def forward(
-        self,
-        pred: Tensor,
-        target: Tensor,
-        weight: Tensor | None = None,
-        mask: Tensor | None = None,
+        self, pred: Tensor, target: Tensor, weight: Tensor | None = None, mask: Tensor | None = None,
         sigma_scale: Tensor | None = None,
-    ) -> Tensor:
+    ) -> Tensor:  # fmt: skip
         """The loss of [B, ...] denoiser outputs; ``target`` is a constant.
 
         Args:
@@ -106,9 +93,11 @@ class GaussianDivergenceLoss(nn.Module):
                 the timestep. "auto" puts the median of s, with this scale in it, at s0.
         """
         if sigma_scale is not None:
-            _check_sigma_scale(sigma_scale, pred)
+            checks.check_sigma_scale(sigma_scale, pred)
         if self.auto:
-            self._follow(pred)
+            # Once, at the first call on a device. A meta tensor has no values, and would take the state's.
+            if isinstance(pred, Tensor) and pred.device.type != "meta" and pred.device != self.observed.device:
+                self.to(pred.device)
             if self.training:
                 self._calibrate(pred, target, mask, sigma_scale)
         sigma = self.sigma
@@ -118,11 +107,6 @@ class GaussianDivergenceLoss(nn.Module):
         return functional.gaussian_divergence(
             pred, target, self.divergence, sigma, weight, mask, self.distance, self.reduction, self.backend
         )
-
-    def _follow(self, pred: Tensor) -> None:
-        # Once, at the first call on a device. A meta tensor has no values, and would take the state's.
-        if isinstance(pred, Tensor) and pred.device.type != "meta" and pred.device != self.observed.device:
-            self.to(pred.device)
 
     def _calibrate(self, pred: Tensor, target: Tensor, mask: Tensor | None, sigma_scale: Tensor | None) -> None:
         compiled = torch.compiler.is_compiling()
@@ -151,34 +135,12 @@ class GaussianDivergenceLoss(nn.Module):
         return self
 
     def extra_repr(self) -> str:
-        scale = f'sigma="auto", s0={self.s0:g}, calibration_calls={self.calibration_calls}' if self.auto else None
-        if scale and self.synchronize:
-            scale += ", synchronize=True"
-        return ", ".join(
-            [
-                repr(str(self.divergence)),
-                scale or f"sigma={float(self.sigma):g}",
-                f"distance={self.distance!r}",
-                f"reduction={self.reduction!r}",
-            ]
-        )
-
-
-def _check_sigma_scale(sigma_scale: Tensor, pred: Tensor) -> None:
-    checks.check_floating("sigma_scale", sigma_scale)
-    if sigma_scale.shape != pred.shape[:1]:
-        raise ValueError(
-            f"sigma_scale must have one number per sample, shape {list(pred.shape[:1])}, not "
-            f"{list(sigma_scale.shape)}; a number for all samples is sigma"
-        )
-    if sigma_scale.device != pred.device:
-        raise ValueError(
-            f"sigma_scale and pred must be on one device, but sigma_scale is on {sigma_scale.device} and pred on "
-            f"{pred.device}; move it: sigma_scale.to(pred.device)"
-        )
-    # On an accelerator a look at the values would make the host wait.
-    if sigma_scale.device.type == "cpu" and not torch.compiler.is_compiling() and bool((sigma_scale <= 0).any()):
-        raise ValueError(f"sigma_scale must be positive, but its smallest value is {sigma_scale.min().item():g}")
+        if self.auto:
+            scale = f'sigma="auto", s0={self.s0:g}, calibration_calls={self.calibration_calls}'
+            scale += ", synchronize=True" if self.synchronize else ""
+        else:
+            scale = f"sigma={float(self.sigma):g}"
+        return f"{str(self.divergence)!r}, {scale}, distance={self.distance!r}, reduction={self.reduction!r}"
 
 
 def _calibrated(
@@ -207,9 +169,7 @@ def _calibrated(
     return torch.where(samples > 0, torch.sqrt(pool[middle].mean() / s0), sigma)
 
 
-_calibrated_op = torch.library.custom_op(
-    "fdu_kernels::calibrated", _calibrated, mutates_args=("observed", "calls", "counted")
-)
+_calibrated_op = custom_op("fdu_kernels::calibrated", _calibrated, mutates_args=("observed", "calls", "counted"))
 _calibrated_op.register_fake(lambda *arguments: torch.empty_like(arguments[4]))
 
 
@@ -226,9 +186,8 @@ def _quantiles(distances: Tensor, places: int) -> Tensor:
     return torch.where(place < samples, (lower + upper) / 2, torch.inf)
 
 
-def _read_calls(module: nn.Module, incompatible_keys: Any) -> None:
-    if isinstance(module, GaussianDivergenceLoss):
-        module._calls = module.calls.to("cpu", copy=True)
+def _read_calls(module: Any, incompatible_keys: object) -> None:
+    module._calls = module.calls.to("cpu", copy=True)
 
 
 class VariationalDivergenceLoss(nn.Module):
@@ -238,19 +197,14 @@ class VariationalDivergenceLoss(nn.Module):
     """
 
     def __init__(
-        self,
-        divergence: str | Divergence = "jensen_shannon",
-        parametrization: str = "log_ratio",
-        reduction: str = "mean",
-        backend: str | None = None,
-    ) -> None:
+        self, divergence: str | Divergence = "jensen_shannon", parametrization: str = "log_ratio",
+        reduction: str = "mean", backend: str | None = None,
+    ) -> None:  # fmt: skip
         super().__init__()
         self.divergence = get_divergence(divergence)
         self.divergence.critic_functions(parametrization)
         checks.check_choice("reduction", reduction, calls.REDUCTIONS)
-        self.parametrization = parametrization
-        self.reduction = reduction
-        self.backend = backend
+        self.parametrization, self.reduction, self.backend = parametrization, reduction, backend
 
     def forward(self, log_ratio_p: Tensor, log_ratio_q: Tensor, mask: Tensor | None = None) -> Tensor:
         """-(E_p[A(v)] - E_q[B(v)]), what the critic minimises."""
@@ -272,20 +226,15 @@ class DensityRatioDivergenceLoss(nn.Module):
     """:func:`fdu_kernels.density_ratio_divergence` as a module."""
 
     def __init__(
-        self,
-        divergence: str | Divergence = "kl",
-        samples_from: str = "q",
-        reduction: str = "mean",
+        self, divergence: str | Divergence = "kl", samples_from: str = "q", reduction: str = "mean",
         backend: str | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         super().__init__()
         self.divergence = get_divergence(divergence)
         self.divergence.critic_functions("log_ratio")
         checks.check_choice("samples_from", samples_from, ("q", "p"))
         checks.check_choice("reduction", reduction, calls.REDUCTIONS)
-        self.samples_from = samples_from
-        self.reduction = reduction
-        self.backend = backend
+        self.samples_from, self.reduction, self.backend = samples_from, reduction, backend
 
     def forward(self, log_ratio: Tensor, weight: Tensor | None = None) -> Tensor:
         """The estimate from log density ratios [B, ...]."""

@@ -38,35 +38,29 @@ class Backend(Protocol):
     CPU the order depends on shapes, strides, dtypes and instruction set, and not on the number of threads; on a GPU on
     shapes, strides, dtypes, alignment and the device. Nothing here makes the host wait. A gradient has the dtype of its
     input and is rounded once.
+
+    FUSES_FORWARD: whether the forward of autograd should compute the gradient as well. It pays where reading the
+        upstream gradient costs nothing (the CPU): the usual 1.0 then needs no second pass.
+    why_unavailable: why it cannot run on this machine, or None. Cheap: the answer is asked for at every call.
+    why_unsuitable: why it cannot take calls of this kind, or None.
+    gaussian_forward: weight h(s) [B] and 2 weight h'(s) / (sigma^2 Z) [B], both acc. Reads pred and target once.
+    gaussian_backward: coefficient_b mask (pred - target); coefficient [B] acc.
+    gaussian_value_and_grad: the reduced loss ([B] for "none", else []; acc), its sum's gradient times grad_scale.
+    expectation_forward: the value: of the shape of v for "none", else []; acc.
+    expectation_backward: the gradient in v; upstream is [] acc, or of the shape of v for reduction "none".
+    expectation_value_and_grad: the value, and the gradient of its sum times grad_scale, in one pass.
     """
 
     FUSES_FORWARD: bool
-    """Whether the forward of autograd should compute the gradient as well. It pays where reading the upstream gradient
-    costs nothing (the CPU): the usual 1.0 then needs no second pass."""
 
-    def why_unavailable(self) -> str | None:
-        """Why it cannot run on this machine, or None. Cheap: the answer is asked for at every call."""
-
-    def why_unsuitable(self, kind: Kind) -> str | None:
-        """Why it cannot take calls of this kind, or None."""
-
-    def gaussian_forward(self, call: GaussianCall) -> tuple[Tensor, Tensor]:
-        """weight h(s) [B] and 2 weight h'(s) / (sigma^2 Z) [B], both acc. Reads pred and target once."""
-
-    def gaussian_backward(self, call: GaussianCall, coefficient: Tensor) -> Tensor:
-        """coefficient_b mask (pred - target); coefficient [B] acc."""
-
-    def gaussian_value_and_grad(self, call: GaussianCall, grad_out: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The reduced loss ([B] for "none", else []; acc) and the gradient of its sum, times grad_scale."""
-
-    def expectation_forward(self, call: ExpectationCall) -> Tensor:
-        """The value: of the shape of v for "none", else []; acc."""
-
-    def expectation_backward(self, call: ExpectationCall, upstream: Tensor) -> Tensor:
-        """The gradient in v: upstream is [] acc, or of the shape of v for reduction "none"."""
-
-    def expectation_value_and_grad(self, call: ExpectationCall) -> tuple[Tensor, Tensor]:
-        """The value, and the gradient of its sum times grad_scale, in one pass."""
+    def why_unavailable(self) -> str | None: ...
+    def why_unsuitable(self, kind: Kind) -> str | None: ...
+    def gaussian_forward(self, call: GaussianCall) -> tuple[Tensor, Tensor]: ...
+    def gaussian_backward(self, call: GaussianCall, coefficient: Tensor) -> Tensor: ...
+    def gaussian_value_and_grad(self, call: GaussianCall, grad_out: Tensor | None) -> tuple[Tensor, Tensor]: ...
+    def expectation_forward(self, call: ExpectationCall) -> Tensor: ...
+    def expectation_backward(self, call: ExpectationCall, upstream: Tensor) -> Tensor: ...
+    def expectation_value_and_grad(self, call: ExpectationCall) -> tuple[Tensor, Tensor]: ...
 
 
 _logger = logging.getLogger("fdu_kernels")
@@ -108,11 +102,8 @@ def use_backend(name: str) -> Iterator[None]:
 def choose_backend(name: str | None, call: GaussianCall | ExpectationCall) -> str:
     """The backend for one call: the argument, else use_backend, else FDU_BACKEND, else the first that fits.
 
-    Compiled code keeps the choice it was traced with.
-
-    Raises:
-        ValueError: a backend was asked for that does not exist.
-        RuntimeError: a backend was asked for that cannot run or cannot take this call.
+    Compiled code keeps the choice it was traced with. Raises ValueError for a backend that does not exist, RuntimeError
+    for one that cannot run or cannot take this call.
     """
     return _choose(name, *call.kind())
 

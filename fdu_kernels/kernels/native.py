@@ -16,13 +16,16 @@ from torch import Tensor
 from fdu_kernels import build
 from fdu_kernels.calls import ExpectationCall, GaussianCall, Kind
 
+Number = float | Tensor
+Output = Tensor | None
+
 _REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
 # To be like one of these costs half of stating dtype and device, which torch.set_default_device would decide otherwise.
 _NUMBERS = {dtype: torch.zeros((), dtype=dtype, device="cpu") for dtype in (torch.float32, torch.float64)}
 
 
 class CpuBackend:
-    """The kernels for the CPU; see :class:`fdu_kernels.registry.Backend`."""
+    """The kernels for the CPU; :class:`fdu_kernels.registry.Backend` says what the functions do."""
 
     FUSES_FORWARD = True
 
@@ -40,50 +43,42 @@ class CpuBackend:
         return None
 
     def why_unavailable(self) -> str | None:
-        """Why it cannot run here, and what mends it. The first call may build the module."""
         return self._reason
 
     def why_unsuitable(self, kind: Kind) -> str | None:
-        """Why it cannot take calls of this kind."""
         if kind.device.type != "cpu":
             return f"it computes on the CPU, and the tensor is on {kind.device}"
         return kind.why_not_fused(float64=True)
 
     def gaussian_forward(self, call: GaussianCall) -> tuple[Tensor, Tensor]:
-        """Losses and coefficients [B]."""
         losses = self._losses(call)
         coefficient = torch.empty_like(losses)
         self._gaussian(call, "none", 1.0, losses, coefficient, None)
         return losses, coefficient
 
     def gaussian_backward(self, call: GaussianCall, coefficient: Tensor) -> Tensor:
-        """The gradient of given coefficients."""
         grad = torch.empty_like(call.pred)
-        self._gaussian_backward(call, coefficient, grad)
+        self._compiled.gaussian_backward(call.pred, call.target, call.mask, coefficient, grad)
         return grad
 
     def gaussian_value_and_grad(self, call: GaussianCall, grad_out: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The reduced loss, and its gradient."""
         value = self._losses(call) if call.reduction == "none" else self._total(call)
         grad = torch.empty_like(call.pred) if grad_out is None else grad_out
         self._gaussian(call, call.reduction, call.grad_scale, value, None, grad)
         return value, grad
 
     def expectation_forward(self, call: ExpectationCall) -> Tensor:
-        """The reduced terms."""
         value = self._terms(call)
         self._expectation(call, 1.0, None, value, None)
         return value
 
     def expectation_backward(self, call: ExpectationCall, upstream: Tensor) -> Tensor:
-        """The gradient of a given upstream one."""
         grad = torch.empty_like(call.v)
         scale, elementwise = (1.0, upstream) if call.reduction == "none" else (upstream, None)
         self._expectation(call, scale, elementwise, None, grad)
         return grad
 
     def expectation_value_and_grad(self, call: ExpectationCall) -> tuple[Tensor, Tensor]:
-        """The reduced terms, and their gradient."""
         value, grad = self._terms(call), torch.empty_like(call.v)
         self._expectation(call, call.grad_scale, None, value, grad)
         return value, grad
@@ -97,21 +92,14 @@ class CpuBackend:
     def _terms(self, call: ExpectationCall) -> Tensor:
         return torch.empty_like(call.v, dtype=call.accumulation) if call.reduction == "none" else self._total(call)
 
-    def _gaussian(
-        self, call: GaussianCall, reduction: str, scale: float | Tensor, value: Tensor, *outputs: Tensor | None
-    ) -> None:
+    def _gaussian(self, call: GaussianCall, reduction: str, scale: Number, value: Tensor, *outputs: Output) -> None:
         h = call.profile
         self._compiled.gaussian(
             call.pred, call.target, h.c, h.k, h.linear_beyond, h.table, call.sigma, call.weight, call.mask,
             call.distance == "mean", _REDUCTIONS[reduction], scale, value, *outputs,
         )  # fmt: skip
 
-    def _gaussian_backward(self, call: GaussianCall, coefficient: Tensor, grad: Tensor) -> None:
-        self._compiled.gaussian_backward(call.pred, call.target, call.mask, coefficient, grad)
-
-    def _expectation(
-        self, call: ExpectationCall, scale: float | Tensor, upstream: Tensor | None, *outputs: Tensor | None
-    ) -> None:
+    def _expectation(self, call: ExpectationCall, scale: Number, upstream: Tensor | None, *outputs: Output) -> None:
         numbers, reduction = call.function.numbers, _REDUCTIONS[call.reduction]
         self._compiled.expectation(call.v, numbers, call.weight, call.mask, reduction, scale, upstream, *outputs)
 
@@ -142,7 +130,6 @@ class CudaBackend(CpuBackend):
         return None if None in reasons else reasons[0]
 
     def why_unsuitable(self, kind: Kind) -> str | None:
-        """Why it cannot take calls of this kind."""
         if reason := kind.why_not_fused():
             return reason
         if kind.device.type != "cuda":
@@ -166,11 +153,8 @@ class CudaBackend(CpuBackend):
         tensor = call.pred if isinstance(call, GaussianCall) else call.v
         return tensor.new_empty((), dtype=torch.float32)
 
-    def _gaussian(
-        self, call: GaussianCall, reduction: str, scale: float | Tensor, value: Tensor, *outputs: Tensor | None
-    ) -> None:
+    def _gaussian(self, call: GaussianCall, reduction: str, scale: Number, value: Tensor, *outputs: Output) -> None:
         h, device, scale = call.profile, call.pred.device, _number_on(scale, call.pred.device)
-
         coefficient, grad = outputs
 
         def launch(pred: Tensor, target: Tensor, mask: Tensor | None, grad: Tensor | None) -> bool:
@@ -182,15 +166,15 @@ class CudaBackend(CpuBackend):
 
         _run(launch, (call.pred, call.target, call.mask), (grad,))
 
-    def _gaussian_backward(self, call: GaussianCall, coefficient: Tensor, grad: Tensor) -> None:
+    def gaussian_backward(self, call: GaussianCall, coefficient: Tensor) -> Tensor:
         def launch(pred: Tensor, target: Tensor, mask: Tensor | None, grad: Tensor) -> bool:
             return self._call("cuda_gaussian_backward", pred.device, pred, target, mask, coefficient, grad)
 
+        grad = torch.empty_like(call.pred)
         _run(launch, (call.pred, call.target, call.mask), (grad,))
+        return grad
 
-    def _expectation(
-        self, call: ExpectationCall, scale: float | Tensor, upstream: Tensor | None, *outputs: Tensor | None
-    ) -> None:
+    def _expectation(self, call: ExpectationCall, scale: Number, upstream: Tensor | None, *outputs: Output) -> None:
         device, scale, (value, grad) = call.v.device, _number_on(scale, call.v.device), outputs
         weight = call.weight.float() if call.weight is not None and call.weight.dtype is torch.float64 else call.weight
         elementwise = call.reduction == "none"
@@ -220,23 +204,20 @@ class CudaBackend(CpuBackend):
 
 
 def _run(launch: Callable[..., bool], read: Sequence[Tensor | None], written: Sequence[Tensor | None]) -> None:
-    """Launch; with copies in one order of memory where the kernels do not take the tensors as they are.
-
-    The order is that of the first tensor, where its samples follow each other.
-    """
+    """Launch; with copies in one order of memory where the kernels do not take the tensors as they are."""
     if launch(*read, *written):
         return
     assert read[0] is not None
+    # That of the first tensor, where its samples follow each other.
     order = torch.empty_like(read[0], device="meta")
     if order.ndim and order.stride(0) * len(order) < order.numel():
         order = torch.empty_like(order, memory_format=torch.contiguous_format)
 
     def lying_so(tensor: Tensor | None, copied: bool) -> Tensor | None:
-        if tensor is None or (
-            (tensor.shape, tensor.stride()) == (order.shape, order.stride())
-            and tensor.data_ptr() % 16 == 0
-            and tensor.dtype is not torch.float64  # masks may be
-        ):
+        if tensor is None:
+            return None
+        taken = tensor.data_ptr() % 16 == 0 and tensor.dtype is not torch.float64  # masks may be
+        if taken and (tensor.shape, tensor.stride()) == (order.shape, order.stride()):
             return tensor
         dtype = torch.float32 if tensor.dtype is torch.float64 else tensor.dtype
         room = torch.empty_like(order, dtype=dtype, device=tensor.device)
@@ -250,12 +231,10 @@ def _run(launch: Callable[..., bool], read: Sequence[Tensor | None], written: Se
             tensor.copy_(computed)
 
 
-def _number_on(number: float | Tensor, device: torch.device) -> float | Tensor:
+def _number_on(number: Number, device: torch.device) -> Number:
     """A tensor on another device than the kernels' is one on the CPU: reading it makes nobody wait."""
     return number if not isinstance(number, Tensor) or number.device == device else float(number)
 
 
 cpu = CpuBackend()
-"""The backend "cpu"."""
 cuda = CudaBackend()
-"""The backend "cuda"."""
