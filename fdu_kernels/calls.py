@@ -79,10 +79,9 @@ class GaussianCall:
     ) -> GaussianCall:  # fmt: skip
         """The call whose ``flat`` form this is."""
         c, k, linear_beyond, number, scale = numbers if symbolic is None else symbolic.tolist()
-        return GaussianCall(
-            pred, target, GaussianProfile(c, k, linear_beyond or math.inf, table), number if sigma is None else sigma, weight, mask,
-            distance, reduction, scale if grad_scale is None else grad_scale,
-        )  # fmt: skip
+        profile = GaussianProfile(c, k, linear_beyond or math.inf, table)
+        deviation, scale = number if sigma is None else sigma, scale if grad_scale is None else grad_scale
+        return GaussianCall(pred, target, profile, deviation, weight, mask, distance, reduction, scale)
 
     def flat(self) -> tuple[Any, ...]:
         """What an op takes."""

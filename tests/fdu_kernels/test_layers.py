@@ -17,7 +17,7 @@ from fdu_kernels.critic import CriticRow
 
 PACKAGE = Path(fk.__file__).parent
 LAYERS = (
-    "internals", "scalar", "critic profiles", "tabulation", "custom", "divergence", "catalogue", "constants checks",
+    "internals", "scalar checks", "critic profiles", "tabulation", "custom", "divergence", "catalogue", "constants",
     "calls", "formulas", "registry build", "kernels", "autograd torch_ops transforms sharded", "dispatch", "functional",
     "modules", "",
 )  # fmt: skip
