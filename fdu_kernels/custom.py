@@ -80,7 +80,7 @@ def examine(f: Generator, name: str, places: tuple[float, ...]) -> tuple[Kinks, 
         # A smooth f changes its slope by 2e-7 u f''(u) between the two.
         if right - left > 1e-5:
             kinks.append((place, right - left))
-    _check_kinks_are_named(f, name, tuple(kinks))
+    _check_kinks_are_named(name, f, slope, second, tuple(kinks))
     return tuple(kinks), _log_of_continued(lambda v: torch.exp(2 * v) * second(torch.exp(v)))
 
 
@@ -144,11 +144,9 @@ def _end_of(curvature: Curvature, side: int) -> tuple[float, float]:
     return side * end / per_unit, side * slope
 
 
-def _check_kinks_are_named(f: Generator, name: str, kinks: Kinks) -> None:
+def _check_kinks_are_named(name: str, f: Generator, slope: Generator, second: Generator, kinks: Kinks) -> None:
     """Over each half of [-4, 4] in v: f(e^a) - f(1) - f'(1)(e^a - 1) is the integral of (e^a - u) f''(u), where a kink
     that autograd does not see is missing."""
-    slope = derivative(f)
-    second = derivative(slope)
     for end in (-4.0, 4.0):
         v = torch.linspace(0, end, 20_001, dtype=torch.float64)
         u = torch.exp(v)

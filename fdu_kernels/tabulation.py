@@ -136,7 +136,6 @@ def _add_kinks(rest: GaussianProfile | None, kinks: Kinks) -> GaussianProfile:
     step = _step_for(float((1e-3 * shares * (1 - shares) * falls**8).amax()), FINEST_STEP)
     t = _grid(start, step, last)
     log_slopes = torch.logsumexp(log_slopes_on(t), 0)
-
     # Their integral begins well below the first row.
     before = max(2 * NEIGHBOURS, math.ceil((float(t[0]) - vanished) / step))
     wider = torch.cat([t[0] - step * torch.arange(before, 0, -1, dtype=torch.float64), t])

@@ -15,7 +15,7 @@ ON_CHIP_REGISTERS = {1: 128, 2: 128, 4: 128, 8: 200, 16: 128, 32: None}
 """By warps: the most registers a thread may have. Stated, because the assembler would rather spill a few bytes than
 have more than 32 or 80; with 32 warps, of which each thread has 64 at most, it does better when left alone."""
 ON_CHIP_LIMIT = {"linear": 32768, "masked": 16384, "strided": 4096}
-"""By the walk ("linear" without a mask; "masked"; positions decomposed for the data, too): the largest sample in registers."""
+"""The largest sample by the walk: "linear" without a mask; "masked"; or positions decomposed for the data, too."""
 ON_CHIP_UNALIGNED_LIMIT, ON_CHIP_TABLE_LIMIT = 8192, 16384
 """The same where samples do not begin and end at 16 bytes, so that elements are loaded one by one; and with a tabulated
 profile, whose reading needs registers as well."""
