@@ -55,29 +55,19 @@ class GaussianCall:
     __slots__ = ("distance", "grad_scale", "mask", "plain", "pred", "profile", "reduction", "sigma", "target", "weight")
 
     def __init__(
-        self,
-        pred: Tensor,
-        target: Tensor,
-        profile: GaussianProfile,
-        sigma: float | Tensor = 1.0,
-        weight: Tensor | None = None,
-        mask: Tensor | None = None,
-        distance: str = "mean",
-        reduction: str = "mean",
+        self, pred: Tensor, target: Tensor, profile: GaussianProfile, sigma: float | Tensor = 1.0,
+        weight: Tensor | None = None, mask: Tensor | None = None, distance: str = "mean", reduction: str = "mean",
         grad_scale: float | Tensor = 1.0,
-    ) -> None:
+    ) -> None:  # fmt: skip
         self.pred, self.target, self.profile = pred, target, profile
         self.sigma, self.weight, self.mask = sigma, weight, mask
         self.distance, self.reduction, self.grad_scale = distance, reduction, grad_scale
         self.plain = False
 
     @staticmethod
-    def of(
-        pred: Tensor, target: Tensor, numbers: list[float], symbolic: Tensor | None, table: Tensor | None,
-        sigma: Tensor | None, weight: Tensor | None, mask: Tensor | None, distance: str, reduction: str,
-        grad_scale: Tensor | None,
-    ) -> GaussianCall:  # fmt: skip
+    def of(*flat: Any) -> GaussianCall:
         """The call whose ``flat`` form this is."""
+        pred, target, numbers, symbolic, table, sigma, weight, mask, distance, reduction, grad_scale = flat
         c, k, linear_beyond, number, scale = numbers if symbolic is None else symbolic.tolist()
         profile = GaussianProfile(c, k, linear_beyond or math.inf, table)
         deviation, scale = number if sigma is None else sigma, scale if grad_scale is None else grad_scale
@@ -139,25 +129,18 @@ class ExpectationCall:
     __slots__ = ("function", "grad_scale", "mask", "plain", "reduction", "v", "weight")
 
     def __init__(
-        self,
-        v: Tensor,
-        function: Function,
-        weight: Tensor | None = None,
-        mask: Tensor | None = None,
-        reduction: str = "mean",
-        grad_scale: float | Tensor = 1.0,
-    ) -> None:
+        self, v: Tensor, function: Function, weight: Tensor | None = None, mask: Tensor | None = None,
+        reduction: str = "mean", grad_scale: float | Tensor = 1.0,
+    ) -> None:  # fmt: skip
         self.v, self.function = v, function
         self.weight, self.mask = weight, mask
         self.reduction, self.grad_scale = reduction, grad_scale
         self.plain = False
 
     @staticmethod
-    def of(
-        v: Tensor, function: list[float], weight: Tensor | None, mask: Tensor | None, reduction: str, number: float,
-        grad_scale: Tensor | None,
-    ) -> ExpectationCall:  # fmt: skip
+    def of(*flat: Any) -> ExpectationCall:
         """The call whose ``flat`` form this is."""
+        v, function, weight, mask, reduction, number, grad_scale = flat
         scale = number if grad_scale is None else grad_scale
         made = ElementFunction.of((function[0] or math.inf, *function[1:]))
         return ExpectationCall(v, made, weight, mask, reduction, scale)

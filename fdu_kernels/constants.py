@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import itertools
 import sys
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ from fdu_kernels.catalogue import find_divergence
 from fdu_kernels.critic import ElementFunction
 from fdu_kernels.divergence import Divergence, Function
 from fdu_kernels.internals import held_constant
-from fdu_kernels.profiles import GaussianProfile, Grid
+from fdu_kernels.profiles import GaussianProfile
 
 _THIS = sys.modules[__name__]
 _numbers = itertools.count()
@@ -36,10 +37,8 @@ def profile_of(divergence: Divergence, pred: Tensor) -> GaussianProfile:
     if divergence.exponential is not None:
         c, k = divergence.exponential
         return GaussianProfile.exponential(c, k)
-    grid = _grid(divergence.key)
-    return GaussianProfile(
-        0.0, 0.0, grid.linear_beyond, getattr(_THIS, _table_name(divergence.key, pred.device))(), grid
-    )
+    grid, table = _grid(divergence.key), getattr(_THIS, _table_name(divergence.key, pred.device))()
+    return GaussianProfile(0.0, 0.0, grid.linear_beyond, table, grid)
 
 
 def critic_functions(divergence: Divergence, parametrization: str) -> tuple[Function, Function]:
@@ -48,7 +47,7 @@ def critic_functions(divergence: Divergence, parametrization: str) -> tuple[Func
         return divergence.critic_functions(parametrization)
     if divergence.custom is not None:
         return custom.critic_functions(divergence.custom)
-    a, b = _critic_numbers(divergence.key, parametrization)
+    a, b = (_numbers_of(divergence.key, parametrization, part) for part in (0, 1))
     return ElementFunction.of(a), ElementFunction.of(b)
 
 
@@ -58,14 +57,12 @@ def ratio_function(divergence: Divergence, samples_from: str) -> Function:
         return divergence.ratio_function(samples_from)
     if divergence.custom is not None:
         return custom.ratio_function(divergence.custom, samples_from)
-    return ElementFunction.of(_ratio_numbers(divergence.key, samples_from))
+    return ElementFunction.of(_numbers_of(divergence.key, samples_from))
 
 
 @held_constant
-def _grid(key: str) -> Grid:
-    grid = find_divergence(key).gaussian_profile.grid
-    assert grid is not None
-    return grid
+def _grid(key: str) -> Any:
+    return find_divergence(key).gaussian_profile.grid
 
 
 @held_constant
@@ -90,14 +87,9 @@ def _name_table(key: str, device: torch.device) -> str:
 
 
 @held_constant
-def _critic_numbers(key: str, parametrization: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    a, b = find_divergence(key).critic_functions(parametrization)
-    assert a.numbers is not None and b.numbers is not None
-    return a.numbers, b.numbers
-
-
-@held_constant
-def _ratio_numbers(key: str, samples_from: str) -> tuple[float, ...]:
-    numbers = find_divergence(key).ratio_function(samples_from).numbers
-    assert numbers is not None
-    return numbers
+def _numbers_of(key: str, form: str, part: int | None = None) -> tuple[float, ...]:
+    """Of the ratio function for samples from ``form``; with a part, 0 or 1, of A or B in a parametrization."""
+    divergence = find_divergence(key)
+    function = divergence.ratio_function(form) if part is None else divergence.critic_functions(form)[part]
+    assert function.numbers is not None
+    return function.numbers

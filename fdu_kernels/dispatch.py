@@ -63,7 +63,7 @@ def gaussian_value_and_grad(call: GaussianCall, grad_out: Tensor | None, backend
 
 def expectations(calls: tuple[ExpectationCall, ...], backend: str | None) -> Tensor:
     """The sum of the calls' values, differentiable in each v."""
-    name = choose_backend(backend, calls[-1])
+    name = choose_backend(backend, max(calls, key=lambda call: call.v.dtype.itemsize))
     if all(call.plain for call in calls):
         return autograd.expectations(calls, backend_named(name))
     terms = [_expectation(call, name) for call in calls]
@@ -87,9 +87,7 @@ def expectation_value_and_grad(call: ExpectationCall, backend: str | None) -> tu
     if call.plain:
         return backend_named(name).expectation_value_and_grad(call)
     if sharded.is_sharded(call.v):
-        return sharded.expectation_value_and_grad(
-            call, lambda local: expectation_value_and_grad(local.checked("v"), name)
-        )
+        return sharded.expectation_value_and_grad(call, lambda one: expectation_value_and_grad(one.checked("v"), name))
     way = _way(name)
     if way is transforms:
         return formulas.expectation_value_and_grad(transforms.by_kernels(call, backend_named(name)))

@@ -33,8 +33,7 @@ def is_plain(tensor: Tensor) -> bool:
 
 def is_under_transforms() -> bool:
     """Whether a transform of torch.func is active."""
-    active: bool = torch._C._are_functorch_transforms_active()
-    return active
+    return bool(torch._C._are_functorch_transforms_active())
 
 
 def is_differentiated_in_place() -> bool:

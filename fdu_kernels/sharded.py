@@ -17,42 +17,41 @@ from fdu_kernels import formulas
 from fdu_kernels.calls import ExpectationCall, GaussianCall
 
 
+Compute = Callable[[Any], Any]
+"""What is done with the call of this device's plain tensors."""
+
+
 def is_sharded(tensor: Tensor) -> bool:
     """Whether it is a DTensor, which costs a second to import."""
     return type(tensor).__name__ == "DTensor"
 
 
-def gaussian(call: GaussianCall, compute: Callable[[GaussianCall], Tensor]) -> Tensor:
-    """The loss; ``compute`` is given the calls of plain tensors."""
+def gaussian(call: GaussianCall, compute: Compute) -> Tensor:
+    """The loss."""
     parts = _Parts(call.pred, (0,))
     local = _local_gaussian(call, parts)
     value = compute(local) if len(local.pred) else formulas.gaussian(local)
     return parts.value(value, call.reduction, call.pred.shape[:1], call.divisor)
 
 
-def gaussian_value_and_grad(
-    call: GaussianCall, compute: Callable[[GaussianCall], tuple[Tensor, Tensor]]
-) -> tuple[Tensor, Tensor]:
+def gaussian_value_and_grad(call: GaussianCall, compute: Compute) -> tuple[Tensor, Tensor]:
     """The loss and its gradient."""
     parts = _Parts(call.pred.detach(), (0,))
     local = _local_gaussian(call, parts)
     local.grad_scale = parts.of(call.grad_scale, ()) / call.divisor
     value, grad = compute(local) if len(local.pred) else (formulas.gaussian(local), torch.empty_like(local.pred))
-    return parts.value(value, call.reduction, call.pred.shape[:1], call.divisor), parts.joined(
-        grad, parts.placements, call.pred.shape
-    )
+    grad = parts.joined(grad, parts.placements, call.pred.shape)
+    return parts.value(value, call.reduction, call.pred.shape[:1], call.divisor), grad
 
 
-def expectation(call: ExpectationCall, compute: Callable[[ExpectationCall], Tensor]) -> Tensor:
+def expectation(call: ExpectationCall, compute: Compute) -> Tensor:
     """The value."""
     parts = _Parts(call.v, range(call.v.ndim))
     local, divisor = _local_expectation(call, parts)
     return parts.value(compute(local), call.reduction, call.v.shape, divisor)
 
 
-def expectation_value_and_grad(
-    call: ExpectationCall, compute: Callable[[ExpectationCall], tuple[Tensor, Tensor]]
-) -> tuple[Tensor, Tensor]:
+def expectation_value_and_grad(call: ExpectationCall, compute: Compute) -> tuple[Tensor, Tensor]:
     """The value and its gradient."""
     parts = _Parts(call.v.detach(), range(call.v.ndim))
     local, divisor = _local_expectation(call, parts)

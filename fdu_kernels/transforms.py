@@ -22,8 +22,7 @@ from fdu_kernels.scalar import Scalar, derivative
 
 def gaussian(call: GaussianCall, backend: Backend) -> Tensor:
     """The loss, differentiable in pred."""
-    losses: Tensor = _Losses.apply(*_Settings.of(call, backend, 1.0))
-    return formulas.reduce(losses, call.reduction)
+    return formulas.reduce(_Losses.apply(*_Settings.of(call, backend, 1.0)), call.reduction)
 
 
 def gaussian_value_and_grad(call: GaussianCall, backend: Backend) -> tuple[Tensor, Tensor]:
@@ -45,8 +44,7 @@ class _Settings(NamedTuple):
     @staticmethod
     def of(call: GaussianCall, backend: Backend, grad_scale: float) -> tuple[Any, ...]:
         """The arguments of the functions below: the tensors of a call, each or None, and these."""
-        sigma = call.sigma if isinstance(call.sigma, Tensor) else None
-        number = None if isinstance(call.sigma, Tensor) else call.sigma
+        sigma, number = (call.sigma, None) if isinstance(call.sigma, Tensor) else (None, call.sigma)
         settings = _Settings(call.profile, number, call.distance, grad_scale, backend)
         return call.pred, call.target, sigma, call.weight, call.mask, settings
 
@@ -89,8 +87,7 @@ class _Losses(_Function):
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[Tensor, int]:
         *tensors, settings = arguments
-        losses: Tensor = _Losses.apply(*_folded(info.batch_size, in_dims, *tensors), settings)
-        return losses.reshape(info.batch_size, -1), 0
+        return _Losses.apply(*_folded(info.batch_size, in_dims, *tensors), settings).reshape(info.batch_size, -1), 0
 
 
 class _LossesAndGrad(_Function):
@@ -111,8 +108,7 @@ class _LossesAndGrad(_Function):
     def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor, Tensor]:
         pred, weight, formula = _formula(ctx)
         both = (torch.zeros_like(x) if t is None else t for x, t in ((pred, tangents[0]), (weight, tangents[3])))
-        losses, grad = jvp(formula, (pred, weight), tuple(both))[1]
-        return losses, grad
+        return jvp(formula, (pred, weight), tuple(both))[1]
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
@@ -146,7 +142,8 @@ def _folded(size: int, dims: tuple[Any, ...], *tensors: Any) -> list[Tensor | No
     wanted = (shape, shape, shape[:1], shape[:1], shape)  # of a single call
     folded: list[Tensor | None] = []
     for tensor, dim, full in zip(tensors, dims, wanted, strict=False):
-        if tensor is None or (dim is None and (tensor.ndim == 0 or (tensor is mask and _is_shared(mask, shape)))):
+        shared = tensor is mask and mask is not None and (mask.ndim < len(shape) or mask.shape[0] == 1)
+        if tensor is None or (dim is None and (tensor.ndim == 0 or shared)):
             folded.append(tensor)
             continue
         tensor = tensor[None] if dim is None else tensor.movedim(dim, 0)
@@ -156,11 +153,6 @@ def _folded(size: int, dims: tuple[Any, ...], *tensors: Any) -> list[Tensor | No
         each = [full[0], *(tensor.shape[2:] if len(full) > 1 else ())]
         folded.append(tensor.expand(size, *each).reshape(-1, *each[1:]))
     return folded
-
-
-def _is_shared(mask: Tensor, shape: list[int]) -> bool:
-    """Whether all samples have one mask."""
-    return mask.ndim < len(shape) or mask.shape[0] == 1
 
 
 class _Kernels(NamedTuple):
