@@ -27,20 +27,8 @@ from fdu_kernels.modules import DensityRatioDivergenceLoss, GaussianDivergenceLo
 from fdu_kernels.registry import backends, use_backend
 
 __all__ = [
-    "DensityRatioDivergenceLoss",
-    "Divergence",
-    "GaussianDivergenceLoss",
-    "VariationalDivergenceLoss",
-    "backends",
-    "density_ratio_divergence",
-    "density_ratio_divergence_value_and_grad",
-    "divergences",
-    "gaussian_divergence",
-    "gaussian_divergence_value_and_grad",
-    "get_divergence",
-    "squared_distance",
-    "use_backend",
-    "variational_divergence",
-    "variational_divergence_value_and_grad",
-    "variational_model_loss",
-]
+    "DensityRatioDivergenceLoss", "Divergence", "GaussianDivergenceLoss", "VariationalDivergenceLoss", "backends",
+    "density_ratio_divergence", "density_ratio_divergence_value_and_grad", "divergences", "gaussian_divergence",
+    "gaussian_divergence_value_and_grad", "get_divergence", "squared_distance", "use_backend",
+    "variational_divergence", "variational_divergence_value_and_grad", "variational_model_loss",
+]  # fmt: skip

@@ -19,16 +19,14 @@ from fdu_kernels.registry import Backend
 def gaussian(call: GaussianCall, backend: Backend) -> Tensor:
     """The loss, differentiable in pred."""
     if call.pred.requires_grad and torch.is_grad_enabled():
-        loss: Tensor = _Gaussian.apply(call.pred, call, backend)
-        return loss
+        return _Gaussian.apply(call.pred, call, backend)
     return formulas.reduce(backend.gaussian_forward(call)[0], call.reduction)
 
 
 def expectations(calls: tuple[ExpectationCall, ...], backend: Backend) -> Tensor:
     """The sum of the calls' values, differentiable in each v."""
     if torch.is_grad_enabled() and any(call.v.requires_grad for call in calls):
-        value: Tensor = _Expectations.apply(calls, backend, *(call.v for call in calls))
-        return value
+        return _Expectations.apply(calls, backend, *(call.v for call in calls))
     terms = [backend.expectation_forward(call) for call in calls]
     return terms[0] if len(terms) == 1 else terms[0] + terms[1]
 

@@ -16,7 +16,6 @@ from torch import Tensor
 from fdu_kernels import formulas
 from fdu_kernels.calls import ExpectationCall, GaussianCall
 
-
 Compute = Callable[[Any], Any]
 """What is done with the call of this device's plain tensors."""
 

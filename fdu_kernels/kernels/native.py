@@ -195,8 +195,7 @@ class CudaBackend(CpuBackend):
         if device.index != torch._C._cuda_getDevice():
             with torch.cuda.device(device):
                 return self._call(operation, device, *arguments)
-        launched: bool = getattr(self._compiled, operation)(*arguments)
-        return launched
+        return getattr(self._compiled, operation)(*arguments)
 
     def _workspace(self, tensor: Tensor, batch: int) -> Tensor:
         once, each = self._compiled.CUDA_WORKSPACE
