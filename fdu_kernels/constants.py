@@ -89,7 +89,6 @@ def _name_table(key: str, device: torch.device) -> str:
 @held_constant
 def _numbers_of(key: str, form: str, part: int | None = None) -> tuple[float, ...]:
     """Of the ratio function for samples from ``form``; with a part, 0 or 1, of A or B in a parametrization."""
-    divergence = find_divergence(key)
-    function = divergence.ratio_function(form) if part is None else divergence.critic_functions(form)[part]
-    assert function.numbers is not None
-    return function.numbers
+    one = find_divergence(key)
+    function = one.ratio_function(form) if part is None else one.critic_functions(form)[part]
+    return function.numbers or ()

@@ -94,8 +94,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 
 def _saved(ctx: Any) -> list[Any]:
     """The inputs again, and behind them the second output."""
-    pairs = zip(ctx.saved_tensors, ctx.others, strict=True)
-    return [other if tensor is None else tensor for tensor, other in pairs]
+    return [b if a is None else a for a, b in zip(ctx.saved_tensors, ctx.others, strict=True)]
 
 
 def _gaussian_grad(ctx: Any, upstream: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:

@@ -44,8 +44,7 @@ def __getattr__(name: str) -> Any:
     form, _, _ = name.partition("_")
     if form not in ("gaussian", "expectation"):
         raise AttributeError(name)
-    globals()[name] = getattr(importlib.import_module(f"{__name__}.launch_{form}"), name)
-    return globals()[name]
+    return globals().setdefault(name, getattr(importlib.import_module(f"{__name__}.launch_{form}"), name))
 
 
 @functools.cache
