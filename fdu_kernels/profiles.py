@@ -39,6 +39,7 @@ class Grid(NamedTuple):
     top: int
     powers: tuple[float, float]
     linear_beyond: float
+    smallest: float = SMALLEST_S  # a field: compiled code would have a symbol for a global number
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -46,7 +47,7 @@ class GaussianProfile:
     """h(s) = c expm1(k s)/k, and c s for k = 0, continued as a straight line beyond ``linear_beyond``; or a table.
 
     table: None, or float64 [HEADER_ROWS + n, 2] on the CPU, for kernels to read: the rows (first, step),
-    (bottom, top), powers and (linear_beyond, SMALLEST_S) of the grid; then log h and log h' by row. Power laws at
+    (bottom, top), powers and (linear_beyond, smallest) of the grid; then log h and log h' by row. Power laws at
     s -> 0 are straight lines in these variables.
     """
 
@@ -64,7 +65,7 @@ class GaussianProfile:
     @staticmethod
     def tabulated(grid: Grid, logs: Tensor) -> GaussianProfile:
         """A profile from log h and log h' [n, 2]."""
-        header = [grid[:2], grid[2:4], grid.powers, (grid.linear_beyond, SMALLEST_S)]
+        header = [grid[:2], grid[2:4], grid.powers, (grid.linear_beyond, grid.smallest)]
         table = torch.cat([torch.tensor(header, dtype=torch.float64), logs])
         return GaussianProfile(0.0, 0.0, grid.linear_beyond, table.contiguous(), grid)
 
@@ -83,13 +84,13 @@ class GaussianProfile:
 
     def _read(self, s: Tensor, column: int) -> Tensor:
         """h (column 0) or h' (column 1), interpolated in float64 where there is one, and returned in the dtype of s."""
-        table = self.table_on(s.device)
-        assert table is not None
+        table, grid = self.table_on(s.device), self.grid
+        assert table is not None and grid is not None
         wide = s.to(table.dtype)
-        result = torch.exp(self.log_at(torch.log(wide.clamp(min=SMALLEST_S)), column))
+        result = torch.exp(self.log_at(torch.log(wide.clamp(min=grid.smallest)), column))
         if column == 0:
-            # Not s / wide.clamp(min=SMALLEST_S), which is inf / inf for the largest s.
-            result = result * (wide.clamp(max=SMALLEST_S) / SMALLEST_S)
+            # Not s / wide.clamp(min=grid.smallest), which is inf / inf for the largest s.
+            result = result * (wide.clamp(max=grid.smallest) / grid.smallest)
         return result.to(s.dtype)
 
     def log_at(self, t: Tensor, column: int) -> Tensor:
