@@ -1,7 +1,7 @@
 """A training step under torch.compile: model and loss in one graph, while alpha and sigma change from step to step.
 
-``python examples/compiled_loop.py``; about a minute on a CPU, most of it compiling. A divergence that is an argument of the
-compiled function is data: its parameter may change without another compilation. A name is a constant.
+``python examples/compiled_loop.py``; about a minute on a CPU, most of it compiling. A divergence that is an argument of
+the compiled function is data: its parameter may change without another compilation. A name is a constant.
 """
 
 import argparse
@@ -27,6 +27,7 @@ counter = CompileCounterWithBackend(options.compiler)
 
 @torch.compile(fullgraph=True, dynamic=True, backend=counter)
 def training_loss(x, target, divergence, sigma):
+    """Model and loss."""
     return fdu_kernels.gaussian_divergence(model(x), target, divergence, sigma)
 
 
@@ -38,4 +39,5 @@ for step in range(options.steps):
     optimizer.step()
     optimizer.zero_grad()
     if step % 10 == 0 or step == options.steps - 1:
-        print(f"step {step}: alpha {alpha:.2f}, sigma {sigma:.2f}, loss {loss.item():.4f}, graphs {counter.frame_count}")
+        graphs = counter.frame_count
+        print(f"step {step}: alpha {alpha:.2f}, sigma {sigma:.2f}, loss {loss.item():.4f}, graphs {graphs}")

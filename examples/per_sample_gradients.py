@@ -19,6 +19,7 @@ targets[0] *= 10  # one sample that the model cannot explain
 for divergence in ("mse", "squared_hellinger"):
 
     def loss(parameters, x, target):
+        """Of one sample."""
         predicted = functional_call(model, parameters, x[None])
         return fdu_kernels.gaussian_divergence(predicted, target[None], divergence)  # noqa: B023
 

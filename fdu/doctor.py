@@ -38,6 +38,7 @@ BACKEND_REMEDIES = (
         "without cuda kernels|nvcc",
         "install the CUDA toolkit, 12.4 or newer, and run python -m fdu_kernels.build; or stay with the other backends",
     ),
+    ("without cuda, rocm", "with a GPU, install the CUDA, ROCm or XPU build of PyTorch for it; a CPU needs none"),
     ("cuda device|nvidia|gpu", "nothing to mend without an NVIDIA GPU; with one, see that `nvidia-smi` works"),
     ("cuda|cpu-only|driver", "install a CUDA build of PyTorch: pip install --force-reinstall torch"),
     ("triton", "pip install triton"),
@@ -139,16 +140,29 @@ def _devices() -> list[Finding]:
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
             properties = torch.cuda.get_device_properties(index)
-            memory, capability = properties.total_memory / 2**30, f"sm_{properties.major}{properties.minor}"
+            memory = properties.total_memory / 2**30
+            # Builds for AMD's GPUs call them cuda as well.
+            capability = (
+                f"sm_{properties.major}{properties.minor}" if torch.version.hip is None else properties.gcnArchName
+            )
             findings.append(Finding(f"cuda:{index}", "ok", f"{properties.name}, {memory:.0f} GiB, {capability}"))
-    elif torch.version.cuda is None:
+    elif torch.version.hip is not None:
+        remedy = "with an AMD GPU, see that `rocminfo` lists it"
+        findings.append(
+            Finding("rocm", "note", f"torch is built for ROCm {torch.version.hip} but finds no device", remedy)
+        )
+    elif torch.version.cuda is None and not torch.xpu.is_available():
         remedy = "with an NVIDIA GPU: pip install --force-reinstall torch"
         findings.append(Finding("cuda", "note", "this torch is a build without CUDA", remedy))
-    else:
+    elif torch.version.cuda is not None:
         remedy = "with an NVIDIA GPU, see that `nvidia-smi` works"
         findings.append(
             Finding("cuda", "note", f"torch is built for CUDA {torch.version.cuda} but finds no device", remedy)
         )
+    for index in range(torch.xpu.device_count()):
+        intel = torch.xpu.get_device_properties(index)
+        wide = "" if intel.has_fp64 else "; without float64"
+        findings.append(Finding(f"xpu:{index}", "ok", f"{intel.name}, {intel.total_memory / 2**30:.0f} GiB{wide}"))
     if torch.backends.mps.is_available():
         findings.append(Finding("mps", "ok", "Apple GPU"))
     return findings

@@ -5,12 +5,14 @@ from __future__ import annotations
 import importlib
 import re
 import shutil
+import types
 from collections import namedtuple
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import fdu_kernels
 from fdu import cli, doctor, embedded
@@ -56,6 +58,20 @@ def test_a_backend_that_cannot_run_is_a_note_with_a_remedy(monkeypatch: pytest.M
     assert finding(findings, "kernels: torch").state == "ok"
 
 
+def test_the_gpus_of_amd_and_intel_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    amd = types.SimpleNamespace(name="AMD Instinct", total_memory=2**37, gcnArchName="gfx942", major=9, minor=4)
+    intel = types.SimpleNamespace(name="Intel Arc", total_memory=2**34, has_fp64=False)
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: amd)
+    monkeypatch.setattr(torch.xpu, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.xpu, "get_device_properties", lambda index: intel)
+    found = doctor._devices()
+    assert finding(found, "cuda:0").detail == "AMD Instinct, 128 GiB, gfx942"
+    assert finding(found, "xpu:0").detail == "Intel Arc, 16 GiB; without float64"
+
+
 def test_without_the_reference_nothing_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fdu_kernels, "backends", lambda: {"torch": "broken"})
     assert not healthy(examine())
@@ -96,6 +112,8 @@ def test_a_missing_pipeline_and_a_full_disk_are_notes(monkeypatch: pytest.Monkey
         ("no CUDA device", "nvidia-smi"),
         ("torch was built without CUDA", "CUDA build of PyTorch"),
         ("this PyTorch is built without CUDA", "CUDA build of PyTorch"),
+        ("this PyTorch is built without CUDA, ROCm and XPU", "CUDA, ROCm or XPU build of PyTorch"),
+        ("no CUDA, ROCm or Intel GPU", "nothing to mend without"),
         ("built without CUDA kernels: there was no nvcc; install the CUDA toolkit", "CUDA toolkit, 12.4"),
         ("built without CUDA kernels: the machine that built them has no CUDA device", "CUDA toolkit, 12.4"),
         ("cuda:0 (sm_90) cannot run the CUDA kernels, built for 9.0 by nvcc 13.0: driver", "update the NVIDIA driver"),
