@@ -18,19 +18,10 @@ def _row(v: tl.tensor, row: tl.tuple) -> tl.tensor:
         tilt, const, linear, square, exponential, tilted_exp_rate, _exp_rate, minus_one, expm1_rate,
         softplus, sigmoid, tanh, tanh_squared, scale, mix, rest_of_mix, logit, step, threshold,
     ) = row  # fmt: skip
-    factor = tl.full(v.shape, 1.0, tl.float32)
-    if tilt != 0.0:
-        factor = exp(tilt * v)
     # A term without a coefficient is none, also at infinity; a NaN stays one, whatever the terms.
-    result = (const + tl.where(v == v, 0.0, v)) * factor
+    result = const + tl.where(v == v, 0.0, v)
     if (linear != 0.0) | (square != 0.0):
-        result += v * (linear + square * v) * factor
-    if exponential != 0.0:
-        result += exponential * exp(tilted_exp_rate * v)
-    if minus_one != 0.0:
-        x = expm1_rate * v
-        above, below = tl.where(x < 0.0, 0.0, x), tl.where(x > 0.0, 0.0, x)
-        result += minus_one * tl.where(x > 0.0, -expm1(-above) * exp(tilt * v + above), expm1(below) * factor)
+        result += v * (linear + square * v)
     if softplus != 0.0:
         x = scale * v
         # Which of 1 - mix and mix e^x is the larger one decides: else x and the logarithm would cancel.
@@ -38,18 +29,27 @@ def _row(v: tl.tensor, row: tl.tuple) -> tl.tensor:
         exponent = tl.where(above, -x, x)
         near, far = tl.where(above, mix, rest_of_mix), tl.where(above, rest_of_mix, mix)
         part = tl.where(above, x, 0.0) + logarithm(near + far * exp(exponent), far * expm1(exponent))
-        result += softplus * part * factor
+        result += softplus * part
     if sigmoid != 0.0:
         sigma, _ = _sigmoids(scale * v + logit)
-        result += sigmoid * sigma * factor
+        result += sigmoid * sigma
     if (tanh != 0.0) | (tanh_squared != 0.0):
         x = scale * v + logit
         # Not a difference of sigmoids: near 0 it would have no digits.
         less_one = expm1(-tl.abs(x))
         part = tl.where(x < 0.0, less_one, -less_one) / (2.0 + less_one)
-        result += part * (tanh + tanh_squared * part) * factor
+        result += part * (tanh + tanh_squared * part)
     if step != 0.0:
-        result += step * tl.where(v > threshold, 1.0, tl.where(v < threshold, 0.0, 0.5)) * factor
+        result += step * tl.where(v > threshold, 1.0, tl.where(v < threshold, 0.0, 0.5))
+    if tilt != 0.0:
+        result *= exp(tilt * v)
+    # The tilt joins each exponential's exponent.
+    if exponential != 0.0:
+        result += exponential * exp(tilted_exp_rate * v)
+    if minus_one != 0.0:
+        x = expm1_rate * v
+        less_one = expm1(-tl.abs(x))
+        result += minus_one * tl.where(x > 0.0, -less_one, less_one) * exp(tilt * v + tl.where(x > 0.0, x, 0.0))
     return result
 
 
