@@ -6,6 +6,7 @@ RESULTS := benchmarks/results
 SUITES := losses host memory scaling
 MACHINE := cpu
 ARGS   ?=
+WORKERS ?= 2
 
 VENV   := .venv
 INSIDE := $(VENV)/bin/python
@@ -27,8 +28,8 @@ install: $(STAMP) ## make .venv with the locked versions and this project
 demo: $(STAMP) ## erase a concept from the embedded pipeline, without network or GPU; report in demo-out/ (OUT=, ARGS=)
 	$(VENV)/bin/fdu demo --out "$(OUT)" $(ARGS)
 
-test: $(STAMP) ## run the tests (ARGS="-k name")
-	$(INSIDE) -m pytest $(ARGS)
+test: $(STAMP) ## run the tests, a file a process and a thread (ARGS="-k name" WORKERS=2)
+	OMP_NUM_THREADS=1 $(INSIDE) -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
 
 lint: $(STAMP) ## check style, formatting and types
 	$(INSIDE) -m ruff check

@@ -63,8 +63,7 @@ def gaussian_value_and_grad(call: GaussianCall, grad_out: Tensor | None, backend
 
 def expectations(calls: tuple[ExpectationCall, ...], backend: str | None) -> Tensor:
     """The sum of the calls' values, differentiable in each v."""
-    wider = calls[0].v.dtype == torch.float64
-    name = choose_backend(backend, calls[0] if wider else calls[-1])
+    name = choose_backend(backend, calls[0] if calls[0].v.dtype == torch.float64 else calls[-1])
     if all(call.plain for call in calls):
         return autograd.expectations(calls, backend_named(name))
     terms = [_expectation(call, name) for call in calls]

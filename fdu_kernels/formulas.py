@@ -64,9 +64,8 @@ def expectation(call: ExpectationCall) -> Tensor:
     """y(v) times weight or mask, reduced; differentiable in v."""
     terms = call.function.scalar()(call.v.to(call.accumulation))
     factor = _factor(call, terms)
-    if factor is None:
-        return reduce(terms, call.reduction)
-    terms = factor * terms
+    if factor is not None:
+        terms = factor * terms
     if call.mask is not None and call.reduction == "mean":
         return terms.sum()
     return reduce(terms, call.reduction)
