@@ -1,4 +1,7 @@
-"""The catalogue of divergences, as a table to read and as rows for JSON."""
+"""The catalogue of divergences, as a table to read, as rows for JSON and as the page docs/divergences.md.
+
+``python -m fdu.divergences > docs/divergences.md`` writes that page.
+"""
 
 from __future__ import annotations
 
@@ -45,6 +48,31 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join([*lines, "", EXPLANATION])
 
 
+def page(rows: list[dict[str, Any]]) -> str:
+    """The rows as a page of Markdown."""
+    lines = [
+        "# Divergences\n",
+        "Made by `python -m fdu.divergences > docs/divergences.md` from `fdu_kernels/catalogue.py`. u = p/q is the",
+        "density ratio. h(s) is the divergence of two Gaussians at squared Mahalanobis distance s; the training divides",
+        "it by h'(0). Where a divergence has a parameter, the row is that of its default.\n",
+        "| name | f(u) | h(s) | h'(0) | range | also called | |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        slope, interval = _number(row["slope_at_zero"]), _interval(*row["range"])
+        cells = (
+            f"`{row['name']}`",
+            row["generator"],
+            row["profile"],
+            slope,
+            interval,
+            ", ".join(row["aliases"]),
+            row["advice"],
+        )
+        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    return "\n".join(lines)
+
+
 def _row(divergence: Divergence) -> dict[str, Any]:
     family = FAMILIES.get(divergence.name)
     return {
@@ -84,3 +112,7 @@ def _interval(lower: float, upper: float | None) -> str:
 
 def _number(value: float | None) -> str:
     return "inf" if value is None else f"{value:.4g}"
+
+
+if __name__ == "__main__":
+    print(page(rows()))
