@@ -53,8 +53,8 @@ def page(rows: list[dict[str, Any]]) -> str:
     lines = [
         "# Divergences\n",
         "Made by `python -m fdu.divergences > docs/divergences.md` from `fdu_kernels/catalogue.py`. u = p/q is the",
-        "density ratio. h(s) is the divergence of two Gaussians at squared Mahalanobis distance s; the training divides",
-        "it by h'(0). Where a divergence has a parameter, the row is that of its default.\n",
+        "density ratio. h(s) is the divergence of two Gaussians at squared Mahalanobis distance s; the training",
+        "divides it by h'(0). Where a divergence has a parameter, the row is that of its default.\n",
         "| name | f(u) | h(s) | h'(0) | range | also called | |",
         "|---|---|---|---|---|---|---|",
     ]
