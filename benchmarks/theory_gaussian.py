@@ -15,6 +15,7 @@ from torch import Tensor
 
 import fdu_kernels as fk
 from fdu_kernels.divergence import Divergence
+from fdu_kernels.scalar import derivative
 
 SHOWN = ("squared_hellinger", "jensen_shannon", "le_cam", "kl", "alpha:0.3", "mse", "pearson_chi2")
 """The divergences of the figures, from the most damping to the most amplifying."""
@@ -292,7 +293,7 @@ def local_table() -> str:
 
 def ratio(divergence: Divergence, s: float) -> float:
     """h(s) / (f''(1) s / 2), with f''(1) from the generator: not from the profile that is to be checked."""
-    return value(divergence, s) / (float(divergence.second_derivative(torch.ones(()))) * s / 2)
+    return value(divergence, s) / (float(derivative(derivative(divergence.f))(torch.ones(()))) * s / 2)
 
 
 def local_claim() -> Claim:

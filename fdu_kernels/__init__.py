@@ -5,10 +5,7 @@
     loss = fk.gaussian_divergence(pred, target, "squared_hellinger")      # like F.mse_loss; target is a constant
     value, grad = fk.gaussian_divergence_value_and_grad(pred, target, "alpha:0.3")    # no autograd graph
 
-Layers, each built on those before: scalar -> critic, profiles, tabulation, custom -> divergence -> catalogue (every
-divergence as data) -> constants; checks -> calls (the arguments of a loss) -> formulas (in PyTorch operations) ->
-registry (which backend) -> kernels; autograd, torch_ops, transforms, sharded (what surrounds a backend) -> dispatch ->
-functional -> modules.
+docs/design.md, "Layers and layout", says what is where.
 """
 
 from fdu_kernels.catalogue import divergences, get_divergence

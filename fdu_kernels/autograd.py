@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fdu_kernels import formulas
 from fdu_kernels.calls import ExpectationCall, GaussianCall
+from fdu_kernels.internals import is_batched
 from fdu_kernels.registry import Backend
 
 
@@ -54,13 +55,14 @@ class _Gaussian(torch.autograd.Function):
         sigma = sigma if changing is None else changing
         call = GaussianCall(pred, target, profile, sigma, weight, mask, distance, reduction)
         ready, ctx.grad = ctx.grad, None
-        if torch.is_grad_enabled():  # create_graph
-            (grad,) = torch.autograd.grad(formulas.gaussian(call), pred, upstream, create_graph=True)
+        if torch.is_grad_enabled() or is_batched(upstream):  # create_graph, is_grads_batched
+            _, factor, masked = formulas.gaussian_terms(call)
+            grad = (formulas.per_sample(factor * upstream / call.divisor, masked) * masked).to(pred.dtype)
         elif coefficient is not None:
             scale = upstream / len(coefficient) if reduction == "mean" else upstream
             grad = ctx.backend.gaussian_backward(call, coefficient * scale)
         elif ready is not None and _multiplies_exactly(upstream, ready.dtype):
-            grad = _multiplied(ready, upstream)
+            grad = ready if upstream.item() == 1 else ready.mul_(upstream)
         else:  # scaled before it is rounded, or asked for once more
             call.grad_scale = upstream
             _, grad = ctx.backend.gaussian_value_and_grad(call, ready)
@@ -96,10 +98,10 @@ class _Expectations(torch.autograd.Function):
             call = ExpectationCall(v, function, weight, mask, reduction)
             if not needs:
                 grad = None
-            elif torch.is_grad_enabled():  # create_graph
-                (grad,) = torch.autograd.grad(formulas.expectation(call), v, upstream, create_graph=True)
+            elif torch.is_grad_enabled() or is_batched(upstream):  # create_graph, is_grads_batched
+                grad = formulas.expectation_grad(call, upstream).to(v.dtype)
             elif grad is not None and _multiplies_exactly(upstream, grad.dtype):
-                grad = _multiplied(grad, upstream)
+                grad = grad if upstream.item() == 1 else grad.mul_(upstream)
             else:
                 grad = ctx.backend.expectation_backward(call, upstream)
             grads.append(grad)
@@ -113,7 +115,3 @@ def _multiplies_exactly(upstream: Tensor, dtype: torch.dtype) -> bool:
     """
     size = abs(upstream.item())
     return size == 1 or (dtype.itemsize > 2 and math.frexp(size)[0] == 0.5)
-
-
-def _multiplied(ready: Tensor, upstream: Tensor) -> Tensor:
-    return ready if upstream.item() == 1 else ready.mul_(upstream)

@@ -23,20 +23,17 @@ class Kind(NamedTuple):
     """What of a call decides which backend can take it."""
 
     device: torch.device
-    dtype: torch.dtype
-    """Of pred or the log ratio."""
-    other: torch.dtype
-    """Of target."""
+    dtype: torch.dtype  # of pred or the log ratio
+    other: torch.dtype  # of target
     form: str
-    """"exponential" or "table", a Gaussian loss by the form of its profile; "critic", a function of the density ratio;
-    "python", one that only Python code can compute."""
+    """Of a Gaussian loss "exponential" or "table"; of a function of the density ratio "critic", or "python", for code."""
 
     def why_not_fused(self, float64: bool = False) -> str | None:
-        """What no fused backend takes, and float64 if this one does not."""
+        """Why a fused backend cannot take it, or None; ``float64``: whether that backend takes float64."""
         if self.form == "python":
             return (
-                "a generator of your own is Python code, of which only the Gaussian profile can be tabulated; "
-                'use backend="torch"'
+                "a generator of your own is Python code: fused backends take its Gaussian losses, but not its critics "
+                'or density ratios; use backend="torch"'
             )
         if not float64 and torch.float64 in (self.dtype, self.other):
             return "it computes in float32 and does not take float64"
@@ -98,8 +95,8 @@ class GaussianCall:
         checks.check_grad_out(grad_out, pred, self.target)
         self.plain = is_plain(pred)
         if self.plain:
-            self.pred, self.target = _in_memory(pred), _in_memory(self.target)
-            self.weight, self.mask = _in_memory(self.weight), _in_memory(self.mask)
+            self.pred, self.target = in_memory(pred), in_memory(self.target)
+            self.weight, self.mask = in_memory(self.weight), in_memory(self.mask)
         return self
 
     def kind(self) -> tuple[torch.device, torch.dtype, torch.dtype, str]:
@@ -161,7 +158,7 @@ class ExpectationCall:
         checks.check_grad_scale(self.grad_scale)
         self.plain = is_plain(self.v)
         if self.plain:
-            self.v, self.weight, self.mask = _in_memory(self.v), _in_memory(self.weight), _in_memory(self.mask)
+            self.v, self.weight, self.mask = in_memory(self.v), in_memory(self.weight), in_memory(self.mask)
         return self
 
     def kind(self) -> tuple[torch.device, torch.dtype, torch.dtype, str]:
@@ -175,7 +172,8 @@ class ExpectationCall:
         return checks.accumulation_dtype(self.v.dtype)
 
 
-def _in_memory(tensor: Any) -> Any:
+def in_memory(tensor: Any) -> Any:
+    """The tensor without what a pointer to it does not show."""
     # A pointer does not show the negative bit, which the imaginary part of a conjugate has.
     return tensor if tensor is None or not tensor.is_neg() else tensor.resolve_neg()
 

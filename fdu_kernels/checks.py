@@ -1,7 +1,7 @@
 """What callers may pass: every argument is checked here before any kernel runs.
 
 Shapes, dtypes and devices are always checked. The values of tensors (sigma > 0, weight and mask >= 0) are checked on
-the CPU only: on an accelerator a look at them would make the host wait.
+the CPU only, in eager mode: on an accelerator a look at them would make the host wait.
 """
 
 from __future__ import annotations

@@ -7,8 +7,6 @@ numbers (c, k) of an elementary profile are no constants: a sweep of alpha is on
 from __future__ import annotations
 
 import dataclasses
-import functools
-import itertools
 import sys
 from typing import Any
 
@@ -24,7 +22,6 @@ from fdu_kernels.internals import held_constant
 from fdu_kernels.profiles import GaussianProfile
 
 _THIS = sys.modules[__name__]
-_numbers = itertools.count()
 
 
 def profile_of(divergence: Divergence, pred: Tensor) -> GaussianProfile:
@@ -67,11 +64,6 @@ def _grid(key: str) -> Any:
 
 @held_constant
 def _table_name(key: str, device: torch.device) -> str:
-    return _name_table(key, device)
-
-
-@functools.cache
-def _name_table(key: str, device: torch.device) -> str:
     """The name of a function of this module that gives a table.
 
     Dynamo tells constants apart by the names of the functions that give them, so that each table needs one.
@@ -80,9 +72,9 @@ def _name_table(key: str, device: torch.device) -> str:
     def table() -> Tensor | None:
         return find_divergence(key).gaussian_profile.table_on(device)
 
-    name = f"table_{next(_numbers)}"
+    name = f"table_{abs(hash((key, device)))}"
     table.__code__ = table.__code__.replace(co_name=name)
-    setattr(_THIS, name, held_constant(table))
+    vars(_THIS).setdefault(name, held_constant(table))
     return name
 
 

@@ -1,11 +1,6 @@
 """Which way a call goes: straight to the kernels, to an op that compiled code can hold, or to one of the exceptions.
 
-| tensors | fused backend | backend "torch" |
-|---|---|---|
-| plain, in eager mode | its kernels, with autograd around them | the same |
-| compiled code, subclasses, modes | torch.library ops | formulas |
-| torch.func, dual numbers | its kernels, with rules for vmap and derivatives | formulas |
-| DTensor | the above on each shard | the same |
+docs/design.md, "Backends", has the table of ways.
 """
 
 from __future__ import annotations
@@ -17,11 +12,8 @@ from torch import Tensor
 
 from fdu_kernels import autograd, formulas, sharded, torch_ops, transforms
 from fdu_kernels.calls import ExpectationCall, GaussianCall
-from fdu_kernels.internals import is_differentiated_in_place, is_functionalized
+from fdu_kernels.internals import is_differentiated_in_place, needs_plain_operations
 from fdu_kernels.registry import backend_named, choose_backend
-
-FORMULAS = "torch"
-"""The backend that fdu_kernels.formulas is."""
 
 
 def gaussian(call: GaussianCall, backend: str | None) -> Tensor:
@@ -58,7 +50,7 @@ def gaussian_value_and_grad(call: GaussianCall, grad_out: Tensor | None, backend
             value, grad = formulas.gaussian_value_and_grad(call)
         else:
             value, grad = torch_ops.gaussian_value_and_grad(*call.flat(), name)
-    return value, grad if grad_out is None else grad_out.copy_(grad)
+    return value, grad if grad_out is None else grad_out.copy_(grad.detach())
 
 
 def expectations(calls: tuple[ExpectationCall, ...], backend: str | None) -> Tensor:
@@ -99,9 +91,9 @@ def expectation_value_and_grad(call: ExpectationCall, backend: str | None) -> tu
 
 
 def _way(name: str) -> ModuleType:
-    """The module that computes what is not plain: formulas, transforms or torch_ops."""
-    if name == FORMULAS:
+    """The module that handles tensors that are not plain: formulas, transforms or torch_ops."""
+    if name == "torch":
         return formulas
     if not is_differentiated_in_place():
         return torch_ops
-    return formulas if torch.compiler.is_compiling() or is_functionalized() else transforms
+    return formulas if torch.compiler.is_compiling() or needs_plain_operations() else transforms

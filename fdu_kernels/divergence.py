@@ -17,7 +17,6 @@ from fdu_kernels.critic import CriticRow, ElementFunction
 from fdu_kernels.custom import OwnFunction
 from fdu_kernels.internals import on_the_cpu
 from fdu_kernels.profiles import GaussianProfile
-from fdu_kernels.scalar import derivative
 from fdu_kernels.tabulation import Kinks, tabulated_profile
 
 OnTensors = Callable[[Tensor], Tensor]
@@ -98,14 +97,6 @@ class Divergence:
         """A(v), B(v) of the variational bound E_p[A] - E_q[B], of the shape of v (differentiable)."""
         a, b = self.critic_functions(parametrization)
         return a.scalar()(_tensor(v)), b.scalar()(_tensor(v))
-
-    def derivative(self, u: Tensor) -> Tensor:
-        """f'(u), differentiable."""
-        return derivative(self.f)(u)
-
-    def second_derivative(self, u: Tensor) -> Tensor:
-        """f''(u), differentiable; kinks do not show."""
-        return derivative(self.derivative)(u)
 
     @functools.cached_property
     def gaussian_profile(self) -> GaussianProfile:

@@ -7,6 +7,8 @@ traces for the backend "torch".
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -48,7 +50,7 @@ def distance_terms(call: GaussianCall) -> tuple[Tensor, Tensor, Tensor]:
             # An empty row has s = 0/1, not 0/0.
             divisor = torch.where(divisor == 0, torch.ones_like(divisor), divisor)
     elif call.distance == "mean":
-        divisor = divisor * max(difference[0].numel(), 1)
+        divisor = divisor * max(math.prod(difference.shape[1:]), 1)
     if isinstance(sigma, Tensor):
         sigma = sigma.detach().to(dtype)
     divisor = divisor * sigma**2

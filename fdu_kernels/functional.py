@@ -68,7 +68,8 @@ def gaussian_divergence_value_and_grad(
     weight: Tensor | None = None, mask: Tensor | None = None, distance: str = "mean", reduction: str = "mean",
     backend: str | None = None, grad_scale: float | Tensor = 1.0, grad_out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """:func:`gaussian_divergence` and its gradient in pred in one pass, without an autograd graph.
+    """:func:`gaussian_divergence` and its gradient in pred in one pass, without an autograd graph (under
+    torch.func and forward differentiation both are differentiable).
 
     Args:
         grad_scale: a number or a tensor [] that multiplies the gradient only (loss scaling, gradient accumulation).

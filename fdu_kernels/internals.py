@@ -8,7 +8,7 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch._C._functorch import TransformType, get_interpreter_stack
+from torch._C import _functorch
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import _disable_current_modes
@@ -31,6 +31,11 @@ def is_plain(tensor: Tensor) -> bool:
     )
 
 
+def is_batched(tensor: Tensor) -> bool:
+    """Whether it is many gradients, as autograd hands them with is_grads_batched."""
+    return bool(_functorch.is_legacy_batchedtensor(tensor) or _functorch.is_functorch_wrapped_tensor(tensor))
+
+
 def is_under_transforms() -> bool:
     """Whether a transform of torch.func is active."""
     return bool(torch._C._are_functorch_transforms_active())
@@ -41,11 +46,16 @@ def is_differentiated_in_place() -> bool:
     return is_under_transforms() or forward_ad._current_level >= 0
 
 
-def is_functionalized() -> bool:
-    """Whether torch.func.functionalize, which has no rule for an autograd.Function, is one of the active transforms."""
+def needs_plain_operations() -> bool:
+    """Whether the active transforms do not work on an autograd.Function.
+
+    functionalize has no rule for one, and of two levels of forward differentiation the outer is lost in its jvp.
+    """
     if torch.compiler.is_compiling() or not is_under_transforms():
         return False
-    return any(level.key() == TransformType.Functionalize for level in get_interpreter_stack() or ())
+    levels = [level.key() for level in _functorch.get_interpreter_stack() or ()]
+    kinds = _functorch.TransformType
+    return kinds.Functionalize in levels or levels.count(kinds.Jvp) > 1
 
 
 @contextlib.contextmanager

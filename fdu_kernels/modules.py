@@ -13,6 +13,7 @@ from fdu_kernels import calls, checks, functional
 from fdu_kernels.catalogue import get_divergence
 from fdu_kernels.divergence import Divergence
 from fdu_kernels.internals import is_under_transforms
+from fdu_kernels.sharded import is_sharded
 
 CALIBRATION_SAMPLES = 1024
 """sigma="auto" takes the median of so many samples or quantiles, an equal number of places for each call."""
@@ -94,13 +95,11 @@ class GaussianDivergenceLoss(nn.Module):
         """
         if sigma_scale is not None:
             checks.check_sigma_scale(sigma_scale, pred)
-        if self.auto:
-            # Once, at the first call on a device. A meta tensor has no values, and would take the state's.
-            if isinstance(pred, Tensor) and pred.device.type != "meta" and pred.device != self.observed.device:
-                self.to(pred.device)
-            if self.training:
-                self._calibrate(pred, target, mask, sigma_scale)
-        sigma = self.sigma
+        # Once, at the first call on a device. A meta tensor has no values, and would take the state's.
+        follows = self.auto and isinstance(pred, Tensor) and pred.device.type != "meta"
+        if follows and pred.device != self.observed.device:
+            self.to(pred.device)
+        sigma = self._calibrate(pred, target, mask, sigma_scale) if self.auto and self.training else self.sigma
         if sigma_scale is not None:
             # In half precision the product could vanish.
             sigma = sigma * sigma_scale.to(checks.accumulation_dtype(sigma_scale.dtype))
@@ -108,10 +107,10 @@ class GaussianDivergenceLoss(nn.Module):
             pred, target, self.divergence, sigma, weight, mask, self.distance, self.reduction, self.backend
         )
 
-    def _calibrate(self, pred: Tensor, target: Tensor, mask: Tensor | None, sigma_scale: Tensor | None) -> None:
+    def _calibrate(self, pred: Tensor, target: Tensor, mask: Tensor | None, sigma_scale: Tensor | None) -> Any:
         compiled = torch.compiler.is_compiling()
         if not compiled and int(self._calls) >= self.calibration_calls:
-            return
+            return self.sigma
         if not compiled and is_under_transforms():
             raise RuntimeError(
                 'sigma="auto" cannot calibrate inside a transform of torch.func; make its first calls outside, or call '
@@ -119,10 +118,15 @@ class GaussianDivergenceLoss(nn.Module):
             )
         # Compiled code holds an op: one graph for calls that calibrate and calls that do not, and the same bits.
         mask, sigma_scale = (None if given is None else given.detach() for given in (mask, sigma_scale))
-        self.sigma = (_calibrated_op if compiled else _calibrated)(
+        sigma = (_calibrated_op if compiled else _calibrated)(
             pred.detach(), target.detach(), mask, sigma_scale, self.get_buffer("sigma"), self.observed, self.calls,
             self._calls, self.s0, self.distance, self.synchronize,
         )  # fmt: skip
+        if compiled:  # in place: an exported program has only its buffers to remember by
+            self.get_buffer("sigma").copy_(sigma)
+        else:
+            self.sigma = sigma
+        return sigma
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> GaussianDivergenceLoss:
         # .half() and .double() are meant for the model; the calibration stays in float32 and moves only.
@@ -152,6 +156,7 @@ def _calibrated(
         return sigma.clone()
     scale = 1.0 if sigma_scale is None else sigma_scale
     distances = functional.squared_distance(pred, target, scale, mask, distance).to(observed.dtype)
+    distances = distances.full_tensor() if is_sharded(distances) else distances  # type: ignore[attr-defined]
     row = _quantiles(distances, observed.shape[1])
     if synchronize and distributed.is_available() and distributed.is_initialized():
         # Rows, not distances: these are of one length, also where batches are not.

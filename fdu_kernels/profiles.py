@@ -7,8 +7,8 @@ is elementary, (c, k) give h(s) = c expm1(k s)/k. All else is read from a table,
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
+import weakref
 from typing import NamedTuple
 
 import torch
@@ -71,7 +71,13 @@ class GaussianProfile:
 
     def table_on(self, device: torch.device) -> Tensor | None:
         """The table on a device, moved there once."""
-        return self.table if self.table is None or self.table.device == device else _moved(self, device)
+        if self.table is None or self.table.device == device:
+            return self.table
+        moved = _MOVED.setdefault(self, {})
+        if device not in moved:
+            with on_the_cpu():  # the dtype first: the device may not have that of the table
+                moved[device] = self.table.to(_reading_dtype(device)).to(device)
+        return moved[device]
 
     def scalar(self) -> Scalar:
         """h in PyTorch operations: twice differentiable at s >= 0 of any shape, in float32 or float64."""
@@ -119,12 +125,8 @@ def lagrange_weights(x: Tensor) -> Tensor:
     return torch.stack(weights, -1)
 
 
-@functools.cache
-def _moved(profile: GaussianProfile, device: torch.device) -> Tensor:
-    # For good: a captured graph may read it. The dtype first: the device may not have that of the table.
-    assert profile.table is not None
-    with on_the_cpu():
-        return profile.table.to(_reading_dtype(device)).to(device)
+_MOVED: weakref.WeakKeyDictionary[GaussianProfile, dict[torch.device, Tensor]] = weakref.WeakKeyDictionary()
+"""Tables on devices. They live as long as their profile: a captured graph may read them."""
 
 
 def _reading_dtype(device: torch.device) -> torch.dtype:

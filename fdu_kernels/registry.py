@@ -1,7 +1,7 @@
 """Which backend computes: their names, the ways to ask for one, and the choice.
 
-A backend is a module, or an object, that has what :class:`Backend` says. To add one, write its file and add its line to
-PLACES: eager calls, autograd, torch.compile, torch.func and the checks come with it.
+A backend is a module, or an object, that provides what :class:`Backend` lists. To add one, write its file and add its
+line to PLACES: eager calls, autograd, torch.compile, torch.func and the checks come with it.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ PLACES: dict[str, str | Backend] = {
     "triton": "fdu_kernels.kernels.triton",
     "cuda": "fdu_kernels.kernels.native:cuda",
     "cpu": "fdu_kernels.kernels.native:cpu",
-    "torch": "fdu_kernels.kernels.reference",
+    "torch": "fdu_kernels.kernels.reference:torch_backend",
 }
 """Name -> module, module:object or the backend, the preferred first. A module is imported when first asked for."""
 

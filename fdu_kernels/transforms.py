@@ -13,10 +13,10 @@ from torch import Tensor
 from torch.func import jvp, vjp
 
 from fdu_kernels import formulas
-from fdu_kernels.calls import ExpectationCall, GaussianCall
+from fdu_kernels.calls import ExpectationCall, GaussianCall, in_memory
 from fdu_kernels.divergence import Function
 from fdu_kernels.profiles import GaussianProfile
-from fdu_kernels.registry import Backend
+from fdu_kernels.registry import Backend, backend_named
 from fdu_kernels.scalar import Scalar, derivative
 
 
@@ -27,9 +27,13 @@ def gaussian(call: GaussianCall, backend: Backend) -> Tensor:
 
 def gaussian_value_and_grad(call: GaussianCall, backend: Backend) -> tuple[Tensor, Tensor]:
     """The loss and the gradient of its sum times grad_scale, both differentiable in pred."""
-    scale, after = (1.0, call.grad_scale) if isinstance(call.grad_scale, Tensor) else (call.grad_scale, None)
-    losses, grad = _LossesAndGrad.apply(*_Settings.of(call, backend, scale / call.divisor))
-    return formulas.reduce(losses, call.reduction), grad if after is None else (grad * after).to(grad.dtype)
+    if not isinstance(call.grad_scale, Tensor):
+        losses, grad = _LossesAndGrad.apply(*_Settings.of(call, backend, call.grad_scale / call.divisor))
+        return formulas.reduce(losses, call.reduction), grad
+    # A scale that is a tensor may differ from call to call: as a weight it enters before the gradient is rounded.
+    value, one = gaussian(call, backend), call.pred.new_ones(len(call.pred), dtype=call.accumulation)
+    call.weight = call.grad_scale * (one if call.weight is None else call.weight)
+    return value, _LossesAndGrad.apply(*_Settings.of(call, backend, 1.0 / call.divisor))[1]
 
 
 class _Settings(NamedTuple):
@@ -48,8 +52,13 @@ class _Settings(NamedTuple):
         settings = _Settings(call.profile, number, call.distance, grad_scale, backend)
         return call.pred, call.target, sigma, call.weight, call.mask, settings
 
+    def backend_for(self, pred: Tensor) -> Backend:
+        """Kernels take no empty batch, which vmap over no calls makes."""
+        return self.backend if len(pred) else backend_named("torch")
+
     def call(self, pred: Tensor, target: Tensor, sigma: Any, weight: Any, mask: Any) -> GaussianCall:
         """The call again, of losses that are not reduced."""
+        pred, target, sigma, weight, mask = (in_memory(tensor) for tensor in (pred, target, sigma, weight, mask))
         sigma = self.sigma if sigma is None else sigma
         return GaussianCall(pred, target, self.profile, sigma, weight, mask, self.distance, "none", self.grad_scale)
 
@@ -70,7 +79,7 @@ class _Losses(_Function):
     @staticmethod
     def forward(*arguments: Any) -> Tensor:
         *tensors, settings = arguments
-        return settings.backend.gaussian_forward(settings.call(*tensors))[0]
+        return settings.backend_for(tensors[0]).gaussian_forward(settings.call(*tensors))[0]
 
     @staticmethod
     def backward(ctx: Any, *upstreams: Tensor) -> tuple[Tensor | None, ...]:
@@ -81,13 +90,15 @@ class _Losses(_Function):
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Tensor:
-        losses, grad = _LossesAndGrad.apply(*ctx.saved_tensors, ctx.settings)
-        return (grad * tangents[0]).reshape(len(grad), -1).sum(-1, dtype=losses.dtype)
+        _, coefficient, masked = formulas.gaussian_terms(ctx.settings.call(*ctx.saved_tensors))
+        return coefficient * (masked * tangents[0]).reshape(len(masked), -1).sum(-1)
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[Tensor, int]:
         *tensors, settings = arguments
-        return _Losses.apply(*_folded(info.batch_size, in_dims, *tensors), settings).reshape(info.batch_size, -1), 0
+        folded, shape = _folded(info.batch_size, in_dims, *tensors)
+        losses = _Losses.apply(*folded, settings)
+        return losses.reshape(shape), 0
 
 
 class _LossesAndGrad(_Function):
@@ -96,7 +107,7 @@ class _LossesAndGrad(_Function):
     @staticmethod
     def forward(*arguments: Any) -> tuple[Tensor, Tensor]:
         *tensors, settings = arguments
-        return settings.backend.gaussian_value_and_grad(settings.call(*tensors), None)
+        return settings.backend_for(tensors[0]).gaussian_value_and_grad(settings.call(*tensors), None)
 
     @staticmethod
     def backward(ctx: Any, *upstreams: Tensor) -> tuple[Tensor | None, ...]:
@@ -113,9 +124,9 @@ class _LossesAndGrad(_Function):
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
         *tensors, settings = arguments
-        losses, grad = _LossesAndGrad.apply(*_folded(info.batch_size, in_dims, *tensors), settings)
-        size = info.batch_size
-        return (losses.reshape(size, -1), grad.reshape(size, -1, *grad.shape[1:])), (0, 0)
+        folded, shape = _folded(info.batch_size, in_dims, *tensors)
+        losses, grad = _LossesAndGrad.apply(*folded, settings)
+        return (losses.reshape(shape), grad.reshape(*shape, *grad.shape[1:])), (0, 0)
 
 
 def _formula(ctx: Any) -> tuple[Tensor, Tensor, Any]:
@@ -133,8 +144,8 @@ def _formula(ctx: Any) -> tuple[Tensor, Tensor, Any]:
     return pred, weight, formula
 
 
-def _folded(size: int, dims: tuple[Any, ...], *tensors: Any) -> list[Tensor | None]:
-    """pred, target, sigma, weight and mask of ``size`` calls as those of one, whose batch holds all samples."""
+def _folded(size: int, dims: tuple[Any, ...], *tensors: Any) -> tuple[list[Tensor | None], tuple[int, int]]:
+    """pred, target, sigma, weight and mask of ``size`` calls as those of one, and how its batch unfolds."""
     pred, _, _, _, mask = tensors
     shape = list(pred.shape)
     if dims[0] is not None:
@@ -152,7 +163,7 @@ def _folded(size: int, dims: tuple[Any, ...], *tensors: Any) -> list[Tensor | No
         # A mask keeps the dimensions along which it broadcasts.
         each = [full[0], *(tensor.shape[2:] if len(full) > 1 else ())]
         folded.append(tensor.expand(size, *each).reshape(-1, *each[1:]))
-    return folded
+    return folded, (size, shape[0])
 
 
 class _Kernels(NamedTuple):
@@ -170,7 +181,7 @@ class _Kernels(NamedTuple):
         """The kernels, differentiable as often as the function is."""
 
         def each(v: Tensor) -> ExpectationCall:
-            return ExpectationCall(v, self.function, reduction="none")
+            return ExpectationCall(in_memory(v), self.function, reduction="none")
 
         plain = self.function.scalar()
         slope = Scalar(lambda v: self.backend.expectation_value_and_grad(each(v))[1], derivative(plain.slope_at))

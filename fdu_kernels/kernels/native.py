@@ -15,13 +15,15 @@ from torch import Tensor
 
 from fdu_kernels import build
 from fdu_kernels.calls import ExpectationCall, GaussianCall, Kind
+from fdu_kernels.internals import on_the_cpu
 
 Number = float | Tensor
 Output = Tensor | None
 
 _REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
 # To be like one of these costs half of stating dtype and device, which torch.set_default_device would decide otherwise.
-_NUMBERS = {dtype: torch.zeros((), dtype=dtype, device="cpu") for dtype in (torch.float32, torch.float64)}
+with on_the_cpu():  # whatever mode the first call is made in
+    _NUMBERS = {dtype: torch.zeros((), dtype=dtype) for dtype in (torch.float32, torch.float64)}
 
 
 class CpuBackend:

@@ -11,7 +11,7 @@ import torch
 import fdu_kernels as fk
 from fdu_kernels import registry
 from fdu_kernels.calls import GaussianCall
-from fdu_kernels.kernels import reference
+from fdu_kernels.kernels.reference import torch_backend as reference
 from fdu_kernels.registry import choose_backend
 
 CALL = GaussianCall(torch.ones(2), torch.ones(2), fk.get_divergence("kl").gaussian_profile)

@@ -193,6 +193,34 @@ def test_exports(backend: str, name: str, strict: bool) -> None:
         torch.testing.assert_close(exported.module()(*given), module(*given), rtol=1e-6, atol=1e-7)
 
 
+def test_an_exported_loss_calibrates_as_it_does_in_eager_mode() -> None:
+    given = tuple(x.detach() for x in tensors(4, 5))
+    eager, module = (fk.GaussianDivergenceLoss(sigma="auto", calibration_calls=2) for _ in range(2))
+    exported = torch.export.export(module, given).module()
+    for call in range(1, 5):
+        a, b = given[0] * call, given[1]
+        torch.testing.assert_close(exported(a, b), eager(a, b))
+
+
+FIRST = """
+import torch, fdu_kernels as fk
+from torch._subclasses.fake_tensor import FakeTensorMode
+class Module(torch.nn.Module):
+    def forward(self, a, b):
+        return fk.gaussian_divergence(a, b, "jensen_shannon")
+a, b = torch.randn(3, 4), torch.randn(3, 4)
+with FakeTensorMode():
+    fk.gaussian_divergence(torch.empty(3, 4), torch.empty(3, 4), "jensen_shannon")
+found = torch.export.export(Module(), (a, b)).module()(a, b)
+torch.testing.assert_close(found, fk.gaussian_divergence(a, b, "jensen_shannon"))
+"""
+
+
+def test_the_first_use_may_be_a_traced_one() -> None:
+    done = subprocess.run([sys.executable, "-c", FIRST], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 RUN = """
 import sys, torch
 import fdu_kernels  # makes its ops known

@@ -241,3 +241,52 @@ def test_a_calibrating_loss_says_that_it_cannot_be_transformed() -> None:
         criterion(pred, target)
     expected = fk.gaussian_divergence_value_and_grad(pred, target, sigma=criterion.sigma)[1]
     torch.testing.assert_close(grad(criterion)(pred, target), expected)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("form", FORMS)
+def test_forward_differentiation_twice(form: str, backend: str) -> None:
+    loss, x = loss_of(form, fk.get_divergence("pearson_chi2"), backend), 0.3 * tensor(3, 2, 4)
+    torch.testing.assert_close(jacfwd(jacfwd(loss))(x), jacrev(jacrev(loss))(x), rtol=1e-4, atol=1e-5)
+    third = jacfwd(jacfwd(grad(loss)))(x)
+    torch.testing.assert_close(third, jacrev(jacrev(grad(loss)))(x), rtol=1e-3, atol=1e-4)
+
+
+def test_no_calls_make_an_empty_result(counted: Counted) -> None:
+    nothing = torch.empty(0, 2, 3)
+    loss = lambda x: fk.gaussian_divergence(x, x.detach(), backend="counted")  # noqa: E731
+    assert vmap(loss)(nothing).shape == (0,) and vmap(grad(loss))(nothing).shape == (0, 2, 3)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_negative_bit_is_seen_under_transforms(backend: str) -> None:
+    pred = torch.view_as_complex(tensor(3, 4, 2)).conj().imag
+    assert pred.is_neg()
+    found = vmap(lambda x, y: fk.gaussian_divergence(x[None], y[None], backend=backend))(pred, tensor(3, 4))
+    expected = fk.gaussian_divergence(pred, tensor(3, 4), reduction="none", backend="torch")
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_half_precision_under_transforms_is_rounded_once(backend: str) -> None:
+    pred, target = (tensor(4, 10_000) * 1e-2).half(), (tensor(4, 10_000, seed=1) * 1e-2).half()
+    loss = lambda x: fk.gaussian_divergence(x, target, "kl", reduction="none", backend=backend)  # noqa: E731
+    wide = lambda x: fk.gaussian_divergence(x, target.double(), "kl", reduction="none")  # noqa: E731
+    exact = jvp(wide, (pred.double(),), (pred.double(),))
+    torch.testing.assert_close(jvp(loss, (pred,), (pred,))[1].double(), exact[1], rtol=1e-5, atol=0)
+    scale = torch.tensor(65536.0)
+    both = lambda x, y: fk.gaussian_divergence_value_and_grad(x, y, grad_scale=scale, backend=backend)[1]  # noqa: E731
+    found = vmap(both)(pred[:, None], target[:, None])
+    expected = torch.stack([both(x, y) for x, y in zip(pred[:, None], target[:, None], strict=True)])
+    torch.testing.assert_close(found, expected, rtol=2e-3, atol=0)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("form", FORMS)
+def test_autograds_batched_gradients(form: str, backend: str) -> None:
+    loss, x = loss_of(form, fk.get_divergence("le_cam"), backend, "none"), tensor(3, 2, 4).requires_grad_()
+    value = loss(x)
+    upstream = torch.randn(5, *value.shape, generator=torch.Generator().manual_seed(1))
+    (found,) = torch.autograd.grad(value, x, upstream, is_grads_batched=True, retain_graph=True)
+    expected = torch.stack([torch.autograd.grad(value, x, one, retain_graph=True)[0] for one in upstream])
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)

@@ -28,8 +28,8 @@ from fdu_kernels import formulas
 from fdu_kernels.calls import ExpectationCall, GaussianCall, Kind
 from fdu_kernels.critic import ElementFunction
 from fdu_kernels.divergence import Function
-from fdu_kernels.kernels import reference
 from fdu_kernels.kernels import triton as backend
+from fdu_kernels.kernels.reference import torch_backend as reference
 from fdu_kernels.kernels.triton import tuning
 from fdu_kernels.profiles import GaussianProfile
 
