@@ -34,7 +34,7 @@ def profile_of(divergence: Divergence, pred: Tensor) -> GaussianProfile:
     if divergence.exponential is not None:
         c, k = divergence.exponential
         return GaussianProfile.exponential(c, k)
-    grid, table = _grid(divergence.key), getattr(_THIS, _table_name(divergence.key, pred.device))().view(-1, 2)
+    grid, table = _grid(divergence.key), getattr(_THIS, _table_name(divergence.key, pred.device))()
     return GaussianProfile(0.0, 0.0, grid.linear_beyond, table, grid)
 
 
@@ -69,10 +69,8 @@ def _table_name(key: str, device: torch.device) -> str:
     Dynamo tells constants apart by the names of the functions that give them, so that each table needs one.
     """
 
-    def table() -> Tensor:
-        # Flat: where shapes are symbols, a dimension of 2 would be taken for the table's 2 columns.
-        found: Any = find_divergence(key).gaussian_profile.table_on(device)
-        return found.flatten()
+    def table() -> Tensor | None:
+        return find_divergence(key).gaussian_profile.table_on(device)
 
     name = f"table_{abs(hash((key, device)))}"
     table.__code__ = table.__code__.replace(co_name=name)
