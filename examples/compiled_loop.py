@@ -1,7 +1,8 @@
 """A training step under torch.compile: model and loss in one graph, while alpha and sigma change from step to step.
 
 ``python examples/compiled_loop.py``; about a minute on a CPU, most of it compiling. A divergence that is an argument of
-the compiled function is data: its parameter may change without another compilation. A name is a constant.
+the compiled function is data: its parameter may change without another compilation, except at alpha = 1, which has
+another formula. A name is a constant.
 """
 
 import argparse

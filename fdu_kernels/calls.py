@@ -173,8 +173,7 @@ class ExpectationCall:
 
 
 def in_memory(tensor: Any) -> Any:
-    """The tensor without what a pointer to it does not show."""
-    # A pointer does not show the negative bit, which the imaginary part of a conjugate has.
+    """The tensor without a negative bit, which its pointer does not show; the imaginary part of a conjugate has one."""
     return tensor if tensor is None or not tensor.is_neg() else tensor.resolve_neg()
 
 

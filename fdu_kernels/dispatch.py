@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fdu_kernels import autograd, formulas, sharded, torch_ops, transforms
 from fdu_kernels.calls import ExpectationCall, GaussianCall
-from fdu_kernels.internals import is_differentiated_in_place, needs_plain_operations
+from fdu_kernels.internals import needs_plain_operations, takes_any_derivative
 from fdu_kernels.registry import backend_named, choose_backend
 
 
@@ -44,7 +44,7 @@ def gaussian_value_and_grad(call: GaussianCall, grad_out: Tensor | None, backend
     elif way is transforms:
         value, grad = transforms.gaussian_value_and_grad(call, backend_named(name))
     else:
-        if not is_differentiated_in_place():
+        if not takes_any_derivative():
             call.pred = call.pred.detach()
         if way is formulas:
             value, grad = formulas.gaussian_value_and_grad(call)
@@ -83,7 +83,7 @@ def expectation_value_and_grad(call: ExpectationCall, backend: str | None) -> tu
     way = _way(name)
     if way is transforms:
         return formulas.expectation_value_and_grad(transforms.by_kernels(call, backend_named(name)))
-    if not is_differentiated_in_place():
+    if not takes_any_derivative():
         call.v = call.v.detach()
     if way is formulas:
         return formulas.expectation_value_and_grad(call)
@@ -94,6 +94,6 @@ def _way(name: str) -> ModuleType:
     """The module that handles tensors that are not plain: formulas, transforms or torch_ops."""
     if name == "torch":
         return formulas
-    if not is_differentiated_in_place():
+    if not takes_any_derivative():
         return torch_ops
     return formulas if torch.compiler.is_compiling() or needs_plain_operations() else transforms

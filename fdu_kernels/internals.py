@@ -41,7 +41,7 @@ def is_under_transforms() -> bool:
     return bool(torch._C._are_functorch_transforms_active())
 
 
-def is_differentiated_in_place() -> bool:
+def takes_any_derivative() -> bool:
     """Whether derivatives may be taken of any operation: under transforms, or of dual numbers."""
     return is_under_transforms() or forward_ad._current_level >= 0
 
