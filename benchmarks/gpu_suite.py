@@ -42,7 +42,7 @@ SANITIZED = " or ".join(
 )
 """One of each: tables and critics, a block a sample that begins anywhere, mixed layouts with a mask, samples of several
 blocks, clusters. Compute-sanitizer makes everything many times slower."""
-COMPILED = "test_expectation and bfloat16-90"
+COMPILED = "test_expectation and sm_90-torch.bfloat16"
 """The kernels that a rehearsal compiles for a GPU."""
 SLOWER = 5
 """What a rehearsal may take, of a run's budgets."""

@@ -290,7 +290,7 @@ def test_unknown_sections_are_refused(tmp_path: Path) -> None:
 def test_only_backends_that_take_tensors_of_the_device_are_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(candidates.fk, "backends", lambda: dict.fromkeys(("cuda", "cpu", "torch")))
     assert candidates.fused_backends("cpu") == ["cpu"] and candidates.fused_backends() == ["cuda", "cpu"]
-    monkeypatch.setattr(type(candidates.REGISTRY["cuda"].kernels), "_why_unusable", lambda self, index: None)
+    monkeypatch.setattr(type(candidates.backend_named("cuda")), "_why_unusable", lambda self, index: None)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     assert candidates.fused_backends("cuda") == ["cuda"]
 

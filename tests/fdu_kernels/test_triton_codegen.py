@@ -48,9 +48,9 @@ BUDGET = {
 """Registers a thread by kernel and threads / 32. 64 is all that a program of 32 warps has, 128 of 16."""
 AMD_BUDGET = {**BUDGET, "gaussian_on_chip": {**BUDGET["gaussian_on_chip"], 32: 128}, "expectation_kernel": {4: 144}}
 """There it is twice as much."""
-AMD_LANES = {"expectation_kernel": 110}
-"""Scalars, of which the kernel has more than there are scalar registers, that the compiler keeps in lanes of a vector
-register; they are not written to memory."""
+AMD_LANES = {"expectation_kernel": 128}
+"""Scalars, of which the kernel has more than there are scalar registers, that the compiler keeps in the 64 lanes of a
+vector register; two such registers at most. They are not written to memory."""
 WIDE = {
     "cuda": {"load": r"ld\.global\S*\.v4\.b32\b", "store": r"st\.global\S*\.v4\.b32\b"},
     "hip": {kind: rf"(?:global|buffer)_{kind}_dwordx4\b" for kind in ("load", "store")},
