@@ -3,8 +3,9 @@
 The pieces are those of host_levels.py; they take turns, one thread, medians over rounds. The results of every piece's
 inputs are checked against the reference before.
 
-``test_before_and_after`` runs only with ``FDU_BEFORE=COMMIT``: it times this checkout and that commit in processes that
-take turns, so that a change of the host's work is judged in one run. Each commit is timed by its own host_levels.py.
+``test_before_and_after`` runs only with ``FDU_BEFORE=COMMIT``: it times this checkout and that commit in two processes
+that take turns, so that a change of the host's work is judged in one run. Each commit is timed by its own
+host_levels.py.
 """
 
 from __future__ import annotations
@@ -24,8 +25,22 @@ from pytest_benchmark.fixture import BenchmarkFixture
 
 ROOT = Path(__file__).parents[1]
 BEFORE = os.environ.get("FDU_BEFORE")
-TURNS = 5
-"""Processes of each commit."""
+PROCESSES, TURNS = 5, 100
+"""Of each commit, and of each process. A turn is 40 calls of each piece, so that both meet the same noise."""
+PIECES = ("call", "call with grad_out", "autograd, forward and backward")
+TAKES_TURNS = """
+import json, sys, torch, host_levels
+torch.set_num_threads(1)
+calls = {}
+for shape in host_levels.SHAPES:
+    name = "x".join(map(str, shape))
+    for piece, call in host_levels.pieces(torch.randn(shape), torch.randn(shape), "cpu").items():
+        if piece in sys.argv[1:]:
+            calls[f"{name}, {piece}"] = call
+for line in sys.stdin:
+    times = host_levels.microseconds(calls, 1, 40, lambda: None)
+    print(json.dumps({name: taken[0] for name, taken in times.items()}), flush=True)
+"""
 
 
 @pytest.mark.parametrize("shape", host_levels.SHAPES, ids=lambda shape: "x".join(map(str, shape)))
@@ -45,30 +60,40 @@ def test_parts(benchmark: BenchmarkFixture, backend: str, shape: tuple[int, ...]
 
 @pytest.mark.skipif(BEFORE is None, reason="FDU_BEFORE names no commit to compare with")
 def test_before_and_after(benchmark: BenchmarkFixture, tmp_path: Path) -> None:
-    """This checkout's call against another commit's."""
+    """This checkout's call against another commit's: medians, and the median of the ratios of turns."""
     assert BEFORE is not None
     archive = subprocess.run(["git", "archive", BEFORE], cwd=ROOT, stdout=subprocess.PIPE, check=True).stdout
     subprocess.run(["tar", "-x", "-C", str(tmp_path)], input=archive, check=True)
-    commits: dict[str, list[list[dict]]] = {"before": [], "after": []}
+    turns: list[list[dict[str, float]]] = []
 
-    def one_turn() -> None:
-        for name, folder in (("before", tmp_path), ("after", ROOT)):
-            done = subprocess.run(
-                [sys.executable, str(folder / "benchmarks" / "host_levels.py"), "--rounds", "100"],
-                env={**os.environ, "PYTHONPATH": str(folder)},
-                stdout=subprocess.PIPE,
-                text=True,
-                check=True,
-            )
-            commits[name].append(json.loads(done.stdout))
+    def one_pair_of_processes() -> None:
+        with _process(tmp_path) as before, _process(ROOT) as after:
+            turns.extend([_turn(before), _turn(after)] for _ in range(TURNS))
 
-    benchmark.pedantic(one_turn, rounds=TURNS)
+    benchmark.pedantic(one_pair_of_processes, rounds=PROCESSES)
     found = {
-        name: {
-            f"{'x'.join(map(str, shape))}, {piece}": statistics.median(turn[i]["medians_us"][piece] for turn in turns)
-            for i, shape in enumerate(host_levels.SHAPES)
-            for piece in ("call", "call with grad_out", "checks alone", "autograd, forward and backward")
+        piece: {
+            "before_us": statistics.median(before[piece] for before, _ in turns),
+            "after_us": statistics.median(after[piece] for _, after in turns),
+            "ratio": statistics.median(after[piece] / before[piece] for before, after in turns),
         }
-        for name, turns in commits.items()
+        for piece in turns[0][0]
     }
-    benchmark.extra_info.update(form="host change", commit=BEFORE, **found)
+    benchmark.extra_info.update(form="host change", commit=BEFORE, pieces=found)
+
+
+def _process(folder: Path) -> subprocess.Popen[str]:
+    """A process that times the pieces of a checkout whenever it reads a line."""
+    environment = {**os.environ, "PYTHONPATH": f"{folder}{os.pathsep}{folder / 'benchmarks'}"}
+    command = [sys.executable, "-c", TAKES_TURNS, *PIECES]
+    return subprocess.Popen(
+        command, env=environment, cwd=folder, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+
+
+def _turn(process: subprocess.Popen[str]) -> dict[str, float]:
+    """Microseconds of each piece at each shape."""
+    assert process.stdin is not None and process.stdout is not None
+    print(file=process.stdin, flush=True)
+    found: dict[str, float] = json.loads(process.stdout.readline())
+    return found

@@ -275,10 +275,10 @@ def host_part(records: Records, figures: Path) -> str:
 def change_table(note: dict[str, Any]) -> str:
     """Another commit's calls against the recorded one's."""
     rows = [
-        [name, f"{before:.1f}", f"{note['after'][name]:.1f}", f"{before / note['after'][name]:.2f}"]
-        for name, before in note["before"].items()
+        [name, f"{found['before_us']:.1f}", f"{found['after_us']:.1f}", f"{found['ratio']:.2f}"]
+        for name, found in note["pieces"].items()
     ]
-    table = markdown(["call", "before, us", "after, us", "times faster"], rows)
+    table = markdown(["call", "before, us", "after, us", "ratio"], rows)
     return CHANGE.format(commit=note["commit"][:10], table=table)
 
 

@@ -35,7 +35,7 @@ def expectations(calls: tuple[ExpectationCall, ...], backend: Backend) -> Tensor
 class _Gaussian(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, pred: Tensor, call: GaussianCall, backend: Backend) -> Tensor:
-        ctx.backend, ctx.grad, coefficient = backend, None, None
+        ctx.grad, coefficient = None, None
         if backend.FUSES_FORWARD and call.reduction != "none":
             value, ctx.grad = backend.gaussian_value_and_grad(call, None)
         else:
@@ -43,7 +43,7 @@ class _Gaussian(torch.autograd.Function):
             value = formulas.reduce(losses, call.reduction)
         # A tensor goes where a later change of it is noticed, and where hooks can move it.
         sigma, changing = (None, call.sigma) if isinstance(call.sigma, Tensor) else (call.sigma, None)
-        ctx.settings = call.profile, sigma, call.distance, call.reduction
+        ctx.settings = backend, call.profile, sigma, call.distance, call.reduction
         ctx.save_for_backward(pred, call.target, call.weight, call.mask, coefficient, changing)
         return value
 
@@ -51,21 +51,22 @@ class _Gaussian(torch.autograd.Function):
     def backward(ctx: Any, *upstreams: Tensor) -> tuple[Tensor | None, ...]:
         (upstream,) = upstreams
         pred, target, weight, mask, coefficient, changing = ctx.saved_tensors
-        profile, sigma, distance, reduction = ctx.settings
+        ready, ctx.grad = ctx.grad, None
+        differentiable = torch.is_grad_enabled() or is_batched(upstream)  # create_graph, is_grads_batched
+        if ready is not None and not differentiable and _scaled_exactly(ready, upstream):
+            return ready, None, None
+        backend, profile, sigma, distance, reduction = ctx.settings
         sigma = sigma if changing is None else changing
         call = GaussianCall(pred, target, profile, sigma, weight, mask, distance, reduction)
-        ready, ctx.grad = ctx.grad, None
-        if torch.is_grad_enabled() or is_batched(upstream):  # create_graph, is_grads_batched
+        if differentiable:
             _, factor, masked = formulas.gaussian_terms(call)
             grad = (formulas.per_sample(factor * upstream / call.divisor, masked) * masked).to(pred.dtype)
         elif coefficient is not None:
             scale = upstream / len(coefficient) if reduction == "mean" else upstream
-            grad = ctx.backend.gaussian_backward(call, coefficient * scale)
-        elif ready is not None and _multiplies_exactly(upstream, ready.dtype):
-            grad = ready if upstream.item() == 1 else ready.mul_(upstream)
+            grad = backend.gaussian_backward(call, coefficient * scale)
         else:  # scaled before it is rounded, or asked for once more
             call.grad_scale = upstream
-            _, grad = ctx.backend.gaussian_value_and_grad(call, ready)
+            _, grad = backend.gaussian_value_and_grad(call, ready)
         return grad, None, None
 
 
@@ -100,18 +101,20 @@ class _Expectations(torch.autograd.Function):
                 grad = None
             elif torch.is_grad_enabled() or is_batched(upstream):  # create_graph, is_grads_batched
                 grad = formulas.expectation_grad(call, upstream).to(v.dtype)
-            elif grad is not None and _multiplies_exactly(upstream, grad.dtype):
-                grad = grad if upstream.item() == 1 else grad.mul_(upstream)
-            else:
+            elif grad is None or not _scaled_exactly(grad, upstream):
                 grad = ctx.backend.expectation_backward(call, upstream)
             grads.append(grad)
         return None, None, *grads
 
 
-def _multiplies_exactly(upstream: Tensor, dtype: torch.dtype) -> bool:
-    """Whether what was rounded to ``dtype`` can be multiplied by ``upstream`` without a second rounding.
+def _scaled_exactly(grad: Tensor, upstream: Tensor) -> bool:
+    """Multiply ``grad`` in place, if that takes no second rounding; whether it was done.
 
     A power of two only moves the exponent; in half precision it may have been lost before.
     """
-    size = abs(upstream.item())
-    return size == 1 or (dtype.itemsize > 2 and math.frexp(size)[0] == 0.5)
+    scale = upstream.item()
+    if abs(scale) != 1 and (grad.dtype.itemsize == 2 or math.frexp(abs(scale))[0] != 0.5):
+        return False
+    if scale != 1:
+        grad.mul_(upstream)
+    return True

@@ -26,7 +26,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-MODULE = "fdu_kernels._C"
+MODULE, EXTENSION_SUFFIX = "fdu_kernels._C", importlib.machinery.EXTENSION_SUFFIXES[0]
 COMPILERS = ("g++", "clang++", "c++")
 NVCC = ("nvcc", "/usr/local/cuda/bin/nvcc")
 OLDEST_NVCC = "12.4"  # the first with __maxnreg__
@@ -192,7 +192,7 @@ def built(plan: Recipe) -> Path:
     import fcntl
 
     folder = cache_folder() / plan.key
-    target, failure = folder / f"_C{extension_suffix()}", folder / "failure.txt"
+    target, failure = folder / f"_C{EXTENSION_SUFFIX}", folder / "failure.txt"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with (folder / "lock").open("w") as lock:
@@ -347,11 +347,6 @@ def _find_program(names: Iterable[str], missing: str) -> str:
 def _output(*command: str) -> str:
     ran = subprocess.run(command, capture_output=True, text=True, check=False)
     return (ran.stdout or ran.stderr).strip()
-
-
-def extension_suffix() -> str:
-    """Of extension modules of this Python."""
-    return importlib.machinery.EXTENSION_SUFFIXES[0]
 
 
 def main() -> int:

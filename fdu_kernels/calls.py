@@ -92,8 +92,8 @@ class GaussianCall:
         checks.check_weight(self.weight, pred)
         checks.check_choice("reduction", self.reduction, REDUCTIONS)
         checks.check_grad_scale(self.grad_scale)
-        checks.check_grad_out(grad_out, pred, self.target)
         self.plain = is_plain(pred)
+        checks.check_grad_out(grad_out, pred, self.target, self.plain)
         if self.plain:
             self.pred, self.target = in_memory(pred), in_memory(self.target)
             self.weight, self.mask = in_memory(self.weight), in_memory(self.mask)

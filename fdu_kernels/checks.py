@@ -105,7 +105,7 @@ def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
         raise ValueError(f"{name} must be {listed}, not {value!r}")
 
 
-def check_grad_out(grad_out: Tensor | None, pred: Tensor, target: Tensor) -> None:
+def check_grad_out(grad_out: Tensor | None, pred: Tensor, target: Tensor, plain: bool) -> None:
     """Raise unless grad_out is None or a buffer like pred, outside autograd and in a storage of its own."""
     if grad_out is None:
         return
@@ -116,7 +116,7 @@ def check_grad_out(grad_out: Tensor | None, pred: Tensor, target: Tensor) -> Non
         raise TypeError(f"grad_out must have the dtype of pred, {_dtype(pred)}, not {_dtype(grad_out)}; {remedy}")
     if grad_out.requires_grad:
         raise ValueError(f"grad_out is written in place and must not require grad; {remedy}")
-    if is_plain(grad_out):
+    if plain:
         own = grad_out.untyped_storage()._cdata  # not data_ptr, which fake tensors do not have
         for name, tensor in (("pred", pred), ("target", target)):
             if own == tensor.untyped_storage()._cdata:

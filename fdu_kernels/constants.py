@@ -38,14 +38,15 @@ def profile_of(divergence: Divergence, pred: Tensor) -> GaussianProfile:
     return GaussianProfile(0.0, 0.0, grid.linear_beyond, table, grid)
 
 
-def critic_functions(divergence: Divergence, parametrization: str) -> tuple[Function, Function]:
-    """A and B of the variational bound."""
+def bound_terms(divergence: Divergence, parametrization: str) -> tuple[Function, Function]:
+    """A and -B of the variational bound."""
     if not torch.compiler.is_compiling():
-        return divergence.critic_functions(parametrization)
+        return divergence.bound_terms(parametrization)
     if divergence.custom is not None:
-        return custom.critic_functions(divergence.custom)
-    a, b = (_numbers_of(divergence.key, parametrization, part) for part in (0, 1))
-    return ElementFunction.of(a), ElementFunction.of(b)
+        own = custom.critic_functions(divergence.custom)
+        return own[0], own[1].negated()
+    a, minus_b = (ElementFunction.of(_numbers_of(divergence.key, parametrization, part)) for part in (0, 1))
+    return a, minus_b
 
 
 def ratio_function(divergence: Divergence, samples_from: str) -> Function:
@@ -80,7 +81,7 @@ def _table_name(key: str, device: torch.device) -> str:
 
 @held_constant
 def _numbers_of(key: str, form: str, part: int | None = None) -> tuple[float, ...]:
-    """Of the ratio function for samples from ``form``; with a part, 0 or 1, of A or B in a parametrization."""
+    """Of the ratio function for samples from ``form``; with a part, 0 or 1, of A or -B in a parametrization."""
     one = find_divergence(key)
-    function = one.ratio_function(form) if part is None else one.critic_functions(form)[part]
+    function = one.ratio_function(form) if part is None else one.bound_terms(form)[part]
     return function.numbers or ()

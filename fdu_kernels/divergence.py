@@ -108,7 +108,6 @@ class Divergence:
             return GaussianProfile.exponential(*self.exponential)
         return tabulated_profile(str(self), self.log_curvature, self.kinks, exact=self.custom is None)
 
-    @functools.lru_cache(maxsize=1024)  # noqa: B019 - divergences are few, and found again by equality
     def critic_functions(self, parametrization: str) -> tuple[Function, Function]:
         """A and B of the variational bound as functions of the critic output v.
 
@@ -119,6 +118,12 @@ class Divergence:
         checks.check_choice("parametrization", parametrization, ("log_ratio", "fgan"))
         rows = (self.fgan_rows or self.log_ratio_rows) if parametrization == "fgan" else self.log_ratio_rows
         return custom.critic_functions(self.f) if rows is None else critic.critic_functions(rows)
+
+    @functools.lru_cache(maxsize=1024)  # noqa: B019 - divergences are few, and found again by equality
+    def bound_terms(self, parametrization: str) -> tuple[Function, Function]:
+        """A and -B: the variational bound is the sum of their means."""
+        a, b = self.critic_functions(parametrization)
+        return a, b.negated()
 
     @functools.lru_cache(maxsize=1024)  # noqa: B019
     def ratio_function(self, samples_from: str) -> Function:

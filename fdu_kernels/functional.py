@@ -14,7 +14,7 @@ from torch import Tensor
 from fdu_kernels import checks, dispatch, formulas
 from fdu_kernels.calls import PARAMETRIZATIONS, ExpectationCall, GaussianCall
 from fdu_kernels.catalogue import get_divergence
-from fdu_kernels.constants import critic_functions, profile_of, ratio_function
+from fdu_kernels.constants import bound_terms, profile_of, ratio_function
 from fdu_kernels.divergence import Divergence
 from fdu_kernels.profiles import GaussianProfile
 
@@ -127,8 +127,8 @@ def variational_model_loss(
 ) -> Tensor:  # fmt: skip
     """-E_q[B(v)], the bound's term of the model's samples, to be minimised; see :func:`variational_divergence`."""
     checks.check_choice("parametrization", parametrization, PARAMETRIZATIONS)
-    _, loss = critic_functions(get_divergence(divergence), parametrization)
-    call = ExpectationCall(log_ratio_q, loss.negated(), None, mask, reduction)
+    _, minus_b = bound_terms(get_divergence(divergence), parametrization)
+    call = ExpectationCall(log_ratio_q, minus_b, None, mask, reduction)
     return dispatch.expectations((call.checked("log_ratio_q"),), backend)
 
 
@@ -167,9 +167,9 @@ def _terms_of_bound(
 ) -> tuple[ExpectationCall, ExpectationCall]:  # fmt: skip
     """E_p[A] and E_q[-B], which add up to the bound."""
     checks.check_choice("parametrization", parametrization, PARAMETRIZATIONS)
-    gain, loss = critic_functions(get_divergence(divergence), parametrization)
-    of_p = ExpectationCall(log_ratio_p, gain, None, mask, reduction, grad_scale).checked("log_ratio_p")
-    of_q = ExpectationCall(log_ratio_q, loss.negated(), None, mask, reduction, grad_scale).checked("log_ratio_q")
+    a, minus_b = bound_terms(get_divergence(divergence), parametrization)
+    of_p = ExpectationCall(log_ratio_p, a, None, mask, reduction, grad_scale).checked("log_ratio_p")
+    of_q = ExpectationCall(log_ratio_q, minus_b, None, mask, reduction, grad_scale).checked("log_ratio_q")
     checks.check_same("log_ratio_p", log_ratio_p, "log_ratio_q", log_ratio_q, shape=reduction == "none")
     return of_p, of_q
 

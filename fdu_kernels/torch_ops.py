@@ -10,55 +10,31 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.library import custom_op
+from torch.library import CustomOpDef, custom_op
 
 from fdu_kernels.calls import ExpectationCall, GaussianCall
 from fdu_kernels.checks import accumulation_dtype
 from fdu_kernels.registry import backend_named
 
-_GAUSSIAN, _EXPECTATION = (f"{kind.SCHEMA}, str backend" for kind in (GaussianCall, ExpectationCall))
+
+def _op(name: str, kind: type[GaussianCall] | type[ExpectationCall], returns: str, also: str = "") -> CustomOpDef:
+    """The op for that function of a backend. ``also``: the parameter that the function has beside the call."""
+
+    def compute(*arguments: Any) -> Any:
+        arguments, beside = (arguments[:-1], arguments[-1:]) if also else (arguments, ())
+        *flat, backend = arguments
+        return getattr(backend_named(backend), name)(kind.of(*flat), *beside)
+
+    schema = f"({kind.SCHEMA}, str backend{also}) -> {returns}"
+    return custom_op(f"fdu_kernels::{name}", compute, mutates_args=(), schema=schema)
 
 
-@custom_op("fdu_kernels::gaussian_forward", mutates_args=(), schema=f"({_GAUSSIAN}) -> (Tensor, Tensor)")
-def gaussian_forward(*arguments: Any) -> tuple[Tensor, Tensor]:
-    """The losses are differentiable in pred."""
-    *flat, backend = arguments
-    return backend_named(backend).gaussian_forward(GaussianCall.of(*flat))
-
-
-@custom_op("fdu_kernels::gaussian_backward", mutates_args=(), schema=f"({_GAUSSIAN}, Tensor coefficient) -> Tensor")
-def gaussian_backward(*arguments: Any) -> Tensor:
-    """The gradient of given coefficients."""
-    *flat, backend, coefficient = arguments
-    return backend_named(backend).gaussian_backward(GaussianCall.of(*flat), coefficient)
-
-
-@custom_op("fdu_kernels::gaussian_value_and_grad", mutates_args=(), schema=f"({_GAUSSIAN}) -> (Tensor, Tensor)")
-def gaussian_value_and_grad(*arguments: Any) -> tuple[Tensor, Tensor]:
-    """In one pass."""
-    *flat, backend = arguments
-    return backend_named(backend).gaussian_value_and_grad(GaussianCall.of(*flat), None)
-
-
-@custom_op("fdu_kernels::expectation_forward", mutates_args=(), schema=f"({_EXPECTATION}) -> Tensor")
-def expectation_forward(*arguments: Any) -> Tensor:
-    """The value, differentiable in v."""
-    *flat, backend = arguments
-    return backend_named(backend).expectation_forward(ExpectationCall.of(*flat))
-
-
-@custom_op("fdu_kernels::expectation_backward", mutates_args=(), schema=f"({_EXPECTATION}, Tensor upstream) -> Tensor")
-def expectation_backward(*arguments: Any) -> Tensor:
-    """The gradient of a given upstream one."""
-    *flat, backend, upstream = arguments
-    return backend_named(backend).expectation_backward(ExpectationCall.of(*flat), upstream)
-
-
-@custom_op("fdu_kernels::expectation_value_and_grad", mutates_args=(), schema=f"({_EXPECTATION}) -> (Tensor, Tensor)")
-def expectation_value_and_grad(*arguments: Any) -> tuple[Tensor, Tensor]:
-    """In one pass."""
-    *flat, backend = arguments
-    return backend_named(backend).expectation_value_and_grad(ExpectationCall.of(*flat))
+gaussian_forward = _op("gaussian_forward", GaussianCall, "(Tensor, Tensor)")
+gaussian_backward = _op("gaussian_backward", GaussianCall, "Tensor", ", Tensor coefficient")
+gaussian_value_and_grad = _op("gaussian_value_and_grad", GaussianCall, "(Tensor, Tensor)")
+expectation_forward = _op("expectation_forward", ExpectationCall, "Tensor")
+expectation_backward = _op("expectation_backward", ExpectationCall, "Tensor", ", Tensor upstream")
+expectation_value_and_grad = _op("expectation_value_and_grad", ExpectationCall, "(Tensor, Tensor)")
 
 
 def _losses(pred: Tensor, target: Tensor, reduction: str) -> Tensor:

@@ -70,7 +70,7 @@ def test_wheel_carries_the_compiled_kernels_and_their_platform(wheel: zipfile.Zi
         build.recipe()
     except build.BuildError as error:
         pytest.skip(str(error))
-    assert f"fdu_kernels/_C{build.extension_suffix()}" in wheel.namelist()
+    assert f"fdu_kernels/_C{build.EXTENSION_SUFFIX}" in wheel.namelist()
     tag = message_from_bytes(read_metadata(wheel, "WHEEL"))
     assert tag["Root-Is-Purelib"] == "false" and not tag["Tag"].endswith("any")
     wheel.extractall(tmp_path)

@@ -63,7 +63,7 @@ class CpuBackend:
         self._compiled.gaussian_backward(call.pred, call.target, call.mask, coefficient, grad)
         return grad
 
-    def gaussian_value_and_grad(self, call: GaussianCall, grad_out: Tensor | None) -> tuple[Tensor, Tensor]:
+    def gaussian_value_and_grad(self, call: GaussianCall, grad_out: Tensor | None = None) -> tuple[Tensor, Tensor]:
         value = self._losses(call) if call.reduction == "none" else self._total(call)
         grad = torch.empty_like(call.pred) if grad_out is None else grad_out
         self._gaussian(call, call.reduction, call.grad_scale, value, None, grad)

@@ -33,7 +33,7 @@ class TorchBackend:
         return _like(call.pred, formulas.per_sample(coefficient, masked) * masked)
 
     @torch.no_grad()
-    def gaussian_value_and_grad(self, call: GaussianCall, grad_out: Tensor | None) -> tuple[Tensor, Tensor]:
+    def gaussian_value_and_grad(self, call: GaussianCall, grad_out: Tensor | None = None) -> tuple[Tensor, Tensor]:
         value, grad = formulas.gaussian_value_and_grad(call)
         return value, _like(call.pred, grad, grad_out)
 

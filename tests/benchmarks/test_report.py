@@ -54,7 +54,8 @@ def results(tmp_path: Path) -> Path:
     keep(folder, "losses", [losses, clone])
     parts = {"checks": 4.0, "choice and dispatch": 1.0, "allocation and arguments": 2.0, "launch": 3.0}
     host = {"form": "host", "shape": [1, 4, 64, 64], "backend": "cpu", "medians_us": {"call": 10.0}, "parts_us": parts}
-    change = {"form": "host change", "commit": "fedcba9876543210", "before": {"call": 12.0}, "after": {"call": 10.0}}
+    pieces = {"call": {"before_us": 12.0, "after_us": 10.0, "ratio": 0.83}}
+    change = {"form": "host change", "commit": "fedcba9876543210", "pieces": pieces}
     keep(folder, "host", [host, change])
     one = {"input_bytes": 100, "gradient_bytes": 100}
     memory = {"eager": {**one, "extra_bytes": 400}, "cpu value_and_grad": {**one, "extra_bytes": 4}}
@@ -101,7 +102,7 @@ def test_every_record_is_shown_and_the_same_records_give_the_same_files(results:
         assert f"(performance/{name})" in text
     for said in (
         "commit 0123456789", "## A GPU", "580.1; torch 2.11; commit abcdef0123; today", "| 2 | 16 | 500 |",
-        "against commit fedcba9876, in", "| call | 12.0 | 10.0 | 1.20 |",
+        "against commit fedcba9876, in", "| call | 12.0 | 10.0 | 0.83 |",
         "0.90 of clone's bandwidth (promised 0.8) | holds",
         "| gaussian float32 | 2x50 | 4.000 | 0.040 |", "counts as 5N",
     ):  # fmt: skip

@@ -130,7 +130,7 @@ class Toy:
     def gaussian_backward(self, call: GaussianCall, coefficient: Tensor) -> Tensor:
         return coefficient.reshape(-1, *[1] * (call.pred.ndim - 1)) * (call.pred - call.target)
 
-    def gaussian_value_and_grad(self, call: GaussianCall, grad_out: Tensor | None) -> tuple[Tensor, Tensor]:
+    def gaussian_value_and_grad(self, call: GaussianCall, grad_out: Tensor | None = None) -> tuple[Tensor, Tensor]:
         losses, coefficient = self.gaussian_forward(call)
         grad = self.gaussian_backward(call, coefficient * call.grad_scale / call.divisor)
         value = losses if call.reduction == "none" else losses.sum() / call.divisor

@@ -49,7 +49,7 @@ def gaussian_backward(call: GaussianCall, coefficient: Tensor) -> Tensor:
     return samples.copied_to(grad)
 
 
-def gaussian_value_and_grad(call: GaussianCall, grad_out: Tensor | None) -> tuple[Tensor, Tensor]:
+def gaussian_value_and_grad(call: GaussianCall, grad_out: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """See Backend.gaussian_value_and_grad. One launch where a sample fits on chip, else two; then the reduction."""
     pred = call.pred
     grad = torch.empty_like(pred) if grad_out is None else grad_out
