@@ -199,8 +199,7 @@ def find_divergence(key: str) -> Divergence:
 
 @held_constant
 def _lookup(spelling: str, parameters: tuple[tuple[str, float], ...]) -> Divergence:
-    # A function of its own: torch.compile would trace into the cached one.
-    return _build(spelling, parameters)
+    return _build(spelling, parameters)  # torch.compile would trace into a cached function
 
 
 @functools.lru_cache(maxsize=1024)

@@ -30,6 +30,7 @@ def check_floating(name: str, tensor: Tensor) -> None:
         remedy = parts if tensor.dtype.is_complex else f"{name}.float()"
         wanted = "float16, bfloat16, float32 or float64"
         raise TypeError(f"{name} must be {wanted}, not {_dtype(tensor)}; convert it with {remedy}")
+    _check_dense(name, tensor)
 
 
 def check_same(name: str, tensor: Tensor, other_name: str, other: Tensor, shape: bool = True) -> None:
@@ -55,15 +56,14 @@ def check_sigma(sigma: Number | Tensor, pred: Tensor) -> None:
         _check_per_sample("sigma", sigma, pred, scalar=True)
         _check_values("sigma", sigma, positive=True)
     elif isinstance(sigma, bool) or not isinstance(sigma, (int, float)):
-        hint = "; GaussianDivergenceLoss takes 'auto'" if isinstance(sigma, str) else ""
-        raise TypeError(f"sigma must be a number or a tensor [B], not {type(sigma).__name__} {sigma!r}{hint}")
+        remedy = "GaussianDivergenceLoss takes 'auto'" if isinstance(sigma, str) else "convert it with float(sigma)"
+        raise TypeError(f"sigma must be a number or a tensor [B], not {type(sigma).__name__} {sigma!r}; {remedy}")
     elif not sigma > 0:
         raise ValueError(f"sigma must be positive, not {sigma!r}; it is the standard deviation that scales s")
 
 
 def check_sigma_scale(sigma_scale: Tensor, pred: Tensor) -> None:
     """Raise unless sigma_scale is a positive floating tensor [B]."""
-    check_floating("sigma_scale", sigma_scale)
     _check_per_sample("sigma_scale", sigma_scale, pred, remedy="a number for all samples is sigma")
     _check_values("sigma_scale", sigma_scale, positive=True)
 
@@ -88,6 +88,7 @@ def check_mask(mask: Tensor | None, tensor: Tensor, name: str = "pred") -> None:
     if mask.dtype != torch.bool and mask.dtype not in DTYPES:
         remedy = "convert it with mask.bool() or mask.float()"
         raise TypeError(f"mask must be bool or floating, not {_dtype(mask)}; {remedy}")
+    _check_dense("mask", mask)
     shape, wanted = mask.shape, tensor.shape
     pairs = zip(reversed(shape), reversed(wanted), strict=False)
     if len(shape) > len(wanted) or any(size not in (1, full) for size, full in pairs):
@@ -136,23 +137,26 @@ def check_grad_scale(grad_scale: Number | Tensor) -> None:
     if isinstance(grad_scale, Tensor):
         if grad_scale.ndim:
             raise ValueError(f"grad_scale must be a number or a tensor [], not of shape {list(grad_scale.shape)}")
-        if grad_scale.dtype not in DTYPES:
-            remedy = "convert it with grad_scale.float()"
-            raise TypeError(f"grad_scale must be a number or a floating tensor, not {_dtype(grad_scale)}; {remedy}")
+        check_floating("grad_scale", grad_scale)
     elif isinstance(grad_scale, bool) or not isinstance(grad_scale, (int, float)):
-        raise TypeError(f"grad_scale must be a number or a tensor [], not {type(grad_scale).__name__}")
+        raise TypeError(f"grad_scale must be a number or a tensor [], not {grad_scale!r}; pass float(grad_scale)")
 
 
 def _check_per_sample(
     name: str, tensor: Tensor, batch: Tensor, scalar: bool = False, batch_name: str = "pred", remedy: str | None = None
 ) -> None:
-    if tensor.dtype not in DTYPES:
-        raise TypeError(f"{name} must be a floating tensor, not {_dtype(tensor)}; convert it with {name}.float()")
+    check_floating(name, tensor)
     if tensor.shape != batch.shape[:1] and not (scalar and tensor.ndim == 0):
         wanted = list(batch.shape[:1])
         remedy = remedy or f"reduce or flatten it to {wanted}"
         raise ValueError(f"{name} must have one number per sample, shape {wanted}, not {list(tensor.shape)}; {remedy}")
     _check_device(name, tensor, batch_name, batch)
+
+
+def _check_dense(name: str, tensor: Tensor) -> None:
+    if tensor.layout is not torch.strided or tensor.is_nested:
+        remedy = f"torch.nested.to_padded_tensor({name}, 0.0) and a mask" if tensor.is_nested else f"{name}.to_dense()"
+        raise TypeError(f"{name} must be a dense tensor, not a nested or sparse one; pass {remedy}")
 
 
 def _check_device(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:

@@ -70,8 +70,13 @@ def _table_name(key: str, device: torch.device) -> str:
     Dynamo tells constants apart by the names of the functions that give them, so that each table needs one.
     """
 
-    def table() -> Tensor | None:
-        return find_divergence(key).gaussian_profile.table_on(device)
+    plain: Any = find_divergence(key).gaussian_profile.table_on(device)
+    # The sizes of a parameter are no symbols: its 2 columns are not taken for another dimension that is 2. What is
+    # exported has symbols for named dimensions only, and no parameters but those of modules.
+    constant = torch.nn.Parameter(plain, requires_grad=False)
+
+    def table() -> Tensor:
+        return plain if torch.compiler.is_exporting() else constant
 
     name = f"table_{abs(hash((key, device)))}"
     table.__code__ = table.__code__.replace(co_name=name)

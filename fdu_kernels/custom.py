@@ -99,8 +99,9 @@ def _values(f: Generator, name: str, u: Tensor) -> Tensor:
             f"the generator of {name!r} must be made of PyTorch operations, such as torch.log instead of math.log or "
             f"numpy.log: {reason}"
         )
-    if values.shape != u.shape:
-        raise TypeError(f"the generator of {name!r} must map a tensor to a tensor of the same shape, elementwise")
+    if (values.shape, values.dtype) != (u.shape, u.dtype):
+        kept = f"the same shape and dtype (it was given {u.dtype} and returned {values.dtype})"
+        raise TypeError(f"the generator of {name!r} must map a tensor to a tensor of {kept}, elementwise")
     return values.detach()
 
 

@@ -132,8 +132,7 @@ class Divergence:
         Raises ValueError if the divergence has no generator, or samples_from is neither "q" nor "p".
         """
         self._require_generator()
-        if samples_from not in ("q", "p"):
-            raise ValueError(f'samples_from must be "q" (E_q[f(r)]) or "p" (E_p[f(r)/r]), not {samples_from!r}')
+        checks.check_choice("samples_from", samples_from, ("q", "p"))
         if self.log_ratio_rows is None:
             return custom.ratio_function(self.f, samples_from)
         return critic.ratio_function(self.log_ratio_rows, samples_from)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +14,7 @@ from fdu_kernels import calls, checks, functional
 from fdu_kernels.catalogue import get_divergence
 from fdu_kernels.divergence import Divergence
 from fdu_kernels.internals import is_under_transforms
+from fdu_kernels.registry import check_backend
 from fdu_kernels.sharded import is_sharded
 
 CALIBRATION_SAMPLES = 1024
@@ -36,6 +38,7 @@ class GaussianDivergenceLoss(nn.Module):
         s0: the median of s that "auto" aims at, > 0.
         calibration_calls: for how many calls "auto" looks. 8 calls of one sample already place the median of a
             chi-square-like s within some 20 % of the truth, and a drift in training afterwards is left to be seen.
+            Activation checkpointing repeats a call and so counts it twice: call the loss outside of it.
         synchronize: whether "auto" takes the samples of all processes of torch.distributed's default group, where there
             is one, so that sigma is the same number in each. Every process then has to make the calibrating calls.
         distance, reduction, backend: as in the function.
@@ -62,12 +65,13 @@ class GaussianDivergenceLoss(nn.Module):
         elif isinstance(sigma, Tensor):
             raise TypeError('sigma of the module must be a number or "auto"; pass a tensor [B] to gaussian_divergence')
         checks.check_sigma(sigma, torch.empty(1))
-        if not s0 > 0:
-            raise ValueError(f"s0 must be positive, not {s0!r}; it is the median of s that sigma='auto' aims at")
-        if calibration_calls < 1:
-            raise ValueError(f"calibration_calls must be at least 1, not {calibration_calls!r}")
+        if not isinstance(s0, (int, float)) or not 0 < s0 < math.inf:
+            raise ValueError(f"s0 must be a positive number, not {s0!r}; it is the median of s that 'auto' aims at")
+        if not isinstance(calibration_calls, int) or calibration_calls < 1:
+            raise ValueError(f"calibration_calls must be an integer of at least 1, not {calibration_calls!r}")
         checks.check_choice("distance", distance, calls.DISTANCES)
         checks.check_choice("reduction", reduction, calls.REDUCTIONS)
+        check_backend(backend)
         self.s0, self.calibration_calls, self.synchronize = float(s0), calibration_calls, synchronize
         self.distance, self.reduction, self.backend = distance, reduction, backend
         if not self.auto:
@@ -209,6 +213,7 @@ class VariationalDivergenceLoss(nn.Module):
         self.divergence = get_divergence(divergence)
         self.divergence.critic_functions(parametrization)
         checks.check_choice("reduction", reduction, calls.REDUCTIONS)
+        check_backend(backend)
         self.parametrization, self.reduction, self.backend = parametrization, reduction, backend
 
     def forward(self, log_ratio_p: Tensor, log_ratio_q: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -239,6 +244,7 @@ class DensityRatioDivergenceLoss(nn.Module):
         self.divergence.critic_functions("log_ratio")
         checks.check_choice("samples_from", samples_from, ("q", "p"))
         checks.check_choice("reduction", reduction, calls.REDUCTIONS)
+        check_backend(backend)
         self.samples_from, self.reduction, self.backend = samples_from, reduction, backend
 
     def forward(self, log_ratio: Tensor, weight: Tensor | None = None) -> Tensor:

@@ -90,8 +90,10 @@ def use_backend(name: str) -> Iterator[None]:
 
     Raises:
         ValueError: there is no backend of that name.
-        RuntimeError: that backend cannot run here (with the reasons of all).
+        RuntimeError: that backend cannot run here (with the reasons of all); or the block is inside compiled code.
     """
+    if torch.compiler.is_compiling():
+        raise RuntimeError("use_backend cannot be in compiled code; pass backend=... or call that code in its block")
     _require(name, "use_backend")
     token = _wish.set(name)
     try:
@@ -138,9 +140,14 @@ def _fastest(device: torch.device, dtype: torch.dtype, other: torch.dtype, form:
     raise RuntimeError(f"no backend can take this call; {_report()}")
 
 
-def _require(name: str, origin: str) -> Backend:
-    if name not in PLACES:
+def check_backend(name: str | None, origin: str = "backend") -> None:
+    """Raise ValueError if there is no backend of that name; it may still be unable to run here."""
+    if name is not None and name not in PLACES:
         raise ValueError(f"{origin} asks for the unknown backend {name!r}; known: {', '.join(PLACES)}")
+
+
+def _require(name: str, origin: str) -> Backend:
+    check_backend(name, origin)
     backend = backend_named(name)
     if backend.why_unavailable() is not None:
         raise RuntimeError(f"{origin} asks for {name!r}, which cannot run here; {_report()}")

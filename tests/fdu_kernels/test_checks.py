@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -21,6 +22,12 @@ BOTH = torch.ones(2, 2, 3)
         ({"pred": [1.0]}, TypeError, "pred must be a tensor, not list"),
         ({"pred": torch.ones(2, 3, dtype=torch.int64)}, TypeError, r"pred must be float16.*not int64.*pred\.float\(\)"),
         ({"target": torch.ones(2, 3, dtype=torch.bool)}, TypeError, "target must be float16.*not bool"),
+        ({"pred": ONES.to_sparse()}, TypeError, r"pred must be a dense tensor.*pass pred\.to_dense\(\)"),
+        ({"target": ONES.to_mkldnn()}, TypeError, "target must be a dense tensor"),
+        ({"pred": torch.nested.nested_tensor([ONES], layout=torch.jagged)}, TypeError, "pred must be a dense.*padded"),
+        ({"weight": ONES[:, 0].to_sparse()}, TypeError, "weight must be a dense tensor"),
+        ({"mask": ONES.to_sparse()}, TypeError, "mask must be a dense tensor"),
+        ({"sigma": np.float32(0.7)}, TypeError, r"not float32.*float\(sigma\)"),
         ({"pred": torch.ones(2, 3, dtype=torch.complex64)}, TypeError, "not complex64"),
         ({"target": torch.ones(2, 4)}, ValueError, r"pred is \[2, 3\] and target \[2, 4\]; expand"),
         ({"target": ONES.to("meta")}, ValueError, "pred is on cpu and target on meta; move it"),
@@ -32,7 +39,7 @@ BOTH = torch.ones(2, 2, 3)
         ({"sigma": "1"}, TypeError, r"sigma must be a number or a tensor \[B\], not str '1'"),
         ({"sigma": torch.tensor([1.0, 0.0])}, ValueError, "sigma must be positive, but its smallest value is 0"),
         ({"sigma": torch.ones(3)}, ValueError, r"sigma must have one number per sample, shape \[2\], not \[3\]"),
-        ({"sigma": torch.ones(2, dtype=torch.int32)}, TypeError, r"sigma must be a floating tensor, not int32"),
+        ({"sigma": torch.ones(2, dtype=torch.int32)}, TypeError, r"sigma must be float16.* not int32"),
         ({"sigma": torch.ones(2, device="meta")}, ValueError, "sigma is on meta and pred on cpu"),
         ({"weight": 1.0}, TypeError, r"weight must be None or a tensor \[B\], not float"),
         (
@@ -56,6 +63,7 @@ BOTH = torch.ones(2, 2, 3)
         ({"reduction": "max"}, ValueError, 'reduction must be "none" or "mean" or "sum", not \'max\''),
         ({"divergence": "kll"}, ValueError, "unknown divergence 'kll'; closest: kl"),
         ({"grad_scale": "2"}, TypeError, "grad_scale must be a number"),
+        ({"grad_scale": np.float32(2)}, TypeError, r"not np.float32\(2.0\); pass float\(grad_scale\)"),
         (
             {"grad_scale": torch.ones(2)},
             ValueError,
@@ -123,7 +131,7 @@ WRONG: dict[str, list[tuple[Any, type[Exception], str]]] = {
     "sigma": [(0, ValueError, "sigma must be positive, not 0"), (-ONES[:, 0], ValueError, "smallest value is -1")],
     "weight": [
         (-ONES[:, 0], ValueError, "weight must not be negative, but its smallest value is -1"),
-        (ONES[:, 0].int(), TypeError, "weight must be a floating tensor, not int32"),
+        (ONES[:, 0].int(), TypeError, "weight must be float16.* not int32"),
         (ONES[0], ValueError, r"weight must have one number per sample, shape \[2\], not \[3\]"),
         (ONES[:, 0].to("meta"), ValueError, "weight is on meta and .* on cpu"),
     ],

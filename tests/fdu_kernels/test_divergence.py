@@ -108,6 +108,7 @@ def test_equality_is_that_of_the_generator() -> None:
         (lambda u: (u - 1) * (u - 2) * (u - 3), ValueError, "is not convex"),
         (lambda u: torch.log(u - 0.5) - math.log(0.5), ValueError, "is not finite"),
         (lambda u: u.sum(), TypeError, "same shape"),
+        (lambda u: (u.float() - 1) ** 2, TypeError, "same shape and dtype.*torch.float64 and returned torch.float32"),
         (lambda u: 0.0, TypeError, "PyTorch operations, such as torch.log instead of math.log.*it returned float"),
         (lambda u: torch.ones_like(u), TypeError, "PyTorch operations.*does not depend on u"),
         (lambda u: u * math.log(u), TypeError, "PyTorch operations, such as torch.log"),

@@ -90,6 +90,12 @@ module = torch.distributed.tensor.distribute_module(module, mesh)
 fk.gaussian_divergence(layer(pred[:4]), target[:4]).backward()
 fk.gaussian_divergence(module(spread(pred[:4], Shard(0))), spread(target[:4], Shard(0)), backend=backend).backward()
 same(module.weight.grad, layer.weight.grad)
+# sigma="auto" takes every device's samples.
+whole, parts = (fk.GaussianDivergenceLoss(sigma="auto", calibration_calls=2, backend=backend) for _ in range(2))
+for scale in (1.0, 3.0, 5.0):  # the third call no longer calibrates
+    expected, value = whole(scale * pred, target), parts(spread(scale * pred, Shard(0)), spread(target, Shard(0)))
+    same(value, expected)
+    same(parts.sigma, whole.sigma)
 # Fewer samples than devices.
 one = spread(pred[:1], Shard(0)).requires_grad_()
 value = fk.gaussian_divergence(one, spread(target[:1], Shard(0)), backend=backend)
