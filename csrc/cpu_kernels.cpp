@@ -547,6 +547,9 @@ FDU_FUNCTION V first_lanes(V value, int64_t count) {
     return load_some((const Lane<V>*)spread, count);
 }
 
+// Vectors that share the branches of a function's terms.
+constexpr int at_once = 4;
+
 template <class T, Known known, bool sloped>
 double elements_of(const ElementWork& work, int64_t begin, int64_t end) {
     using A = Accumulator<T>;
@@ -568,12 +571,13 @@ double elements_of(const ElementWork& work, int64_t begin, int64_t end) {
 
         V sums[lanes / w] = {};
         int64_t i = 0;
-        for (; i + 2 * w <= n; i += 2 * w) {
-            const V x[2] = {Element<T>::load(v + i), Element<T>::load(v + i + w)};
-            V value[2], slope[2];
+        for (; i + at_once * w <= n; i += at_once * w) {
+            V x[at_once], value[at_once], slope[at_once];
+#pragma GCC unroll 4
+            for (int j = 0; j < at_once; ++j) x[j] = Element<T>::load(v + i + j * w);
             evaluate<known, sloped>(function, x, value, slope);
-#pragma GCC unroll 2
-            for (int j = 0; j < 2; ++j) {
+#pragma GCC unroll 4
+            for (int j = 0; j < at_once; ++j) {
                 const int64_t at = i + j * w;
                 if (sloped) slope[j] *= scale;
                 if (sloped && upstream) slope[j] *= Element<A>::load(upstream + at);

@@ -87,13 +87,16 @@ class GaussianCall:
         checks.check_same("pred", pred, "target", self.target)
         checks.check_batch("pred", pred)
         checks.check_sigma(self.sigma, pred)
-        checks.check_mask(self.mask, pred)
+        if self.mask is not None:
+            checks.check_mask(self.mask, pred)
+        if self.weight is not None:
+            checks.check_weight(self.weight, pred)
         checks.check_choice("distance", self.distance, DISTANCES)
-        checks.check_weight(self.weight, pred)
         checks.check_choice("reduction", self.reduction, REDUCTIONS)
         checks.check_grad_scale(self.grad_scale)
         self.plain = is_plain(pred)
-        checks.check_grad_out(grad_out, pred, self.target, self.plain)
+        if grad_out is not None:
+            checks.check_grad_out(grad_out, pred, self.target, self.plain)
         if self.plain:
             self.pred, self.target = in_memory(pred), in_memory(self.target)
             self.weight, self.mask = in_memory(self.weight), in_memory(self.mask)
@@ -153,8 +156,10 @@ class ExpectationCall:
         checks.check_floating(name, self.v)
         if name == "log_ratio":
             checks.check_batch(name, self.v)
-        checks.check_weight(self.weight, self.v, name)
-        checks.check_mask(self.mask, self.v, name)
+        if self.weight is not None:
+            checks.check_weight(self.weight, self.v, name)
+        if self.mask is not None:
+            checks.check_mask(self.mask, self.v, name)
         checks.check_grad_scale(self.grad_scale)
         self.plain = is_plain(self.v)
         if self.plain:

@@ -43,9 +43,9 @@ def check_same(name: str, tensor: Tensor, other_name: str, other: Tensor, shape:
 
 def check_batch(name: str, tensor: Tensor) -> None:
     """Raise ValueError unless the tensor has a batch dimension with something in it."""
-    if tensor.ndim == 0 or tensor.shape[0] == 0:
-        remedy = "skip the empty batch" if tensor.ndim else f"add a batch dimension: {name}[None]"
-        raise ValueError(f"{name} must have shape [B, ...] with B >= 1 samples, not {list(tensor.shape)}; {remedy}")
+    if not (shape := tensor.shape) or shape[0] == 0:
+        remedy = "skip the empty batch" if shape else f"add a batch dimension: {name}[None]"
+        raise ValueError(f"{name} must have shape [B, ...] with B >= 1 samples, not {list(shape)}; {remedy}")
 
 
 def check_sigma(sigma: Number | Tensor, pred: Tensor) -> None:
@@ -68,10 +68,8 @@ def check_sigma_scale(sigma_scale: Tensor, pred: Tensor) -> None:
     _check_values("sigma_scale", sigma_scale, positive=True)
 
 
-def check_weight(weight: Tensor | None, batch: Tensor, name: str = "pred") -> None:
-    """Raise unless weight is None or a non-negative floating tensor [B]."""
-    if weight is None:
-        return
+def check_weight(weight: Tensor, batch: Tensor, name: str = "pred") -> None:
+    """Raise unless weight is a non-negative floating tensor [B]."""
     if not isinstance(weight, Tensor):
         kind = type(weight).__name__
         raise TypeError(f"weight must be None or a tensor [B], not {kind}; use torch.full((B,), weight)")
@@ -79,10 +77,8 @@ def check_weight(weight: Tensor | None, batch: Tensor, name: str = "pred") -> No
     _check_values("weight", weight)
 
 
-def check_mask(mask: Tensor | None, tensor: Tensor, name: str = "pred") -> None:
-    """Raise unless mask is None or a bool or non-negative floating tensor that broadcasts to the tensor's shape."""
-    if mask is None:
-        return
+def check_mask(mask: Tensor, tensor: Tensor, name: str = "pred") -> None:
+    """Raise unless mask is a bool or non-negative floating tensor that broadcasts to the tensor's shape."""
     if not isinstance(mask, Tensor):
         raise TypeError(f"mask must be None or a tensor, not {type(mask).__name__}")
     if mask.dtype != torch.bool and mask.dtype not in DTYPES:
@@ -106,10 +102,8 @@ def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
         raise ValueError(f"{name} must be {listed}, not {value!r}")
 
 
-def check_grad_out(grad_out: Tensor | None, pred: Tensor, target: Tensor, plain: bool) -> None:
-    """Raise unless grad_out is None or a buffer like pred, outside autograd and in a storage of its own."""
-    if grad_out is None:
-        return
+def check_grad_out(grad_out: Tensor, pred: Tensor, target: Tensor, plain: bool) -> None:
+    """Raise unless grad_out is a buffer like pred, outside autograd and in a storage of its own."""
     check_floating("grad_out", grad_out)
     check_same("grad_out", grad_out, "pred", pred)
     remedy = "pass torch.empty_like(pred)"

@@ -11,9 +11,15 @@ from torch import Tensor, nn
 from torch._C import _functorch
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.autograd import forward_ad
+from torch.compiler import is_compiling
 from torch.utils._python_dispatch import _disable_current_modes
 
 Function = TypeVar("Function", bound=Callable[..., object])
+
+
+is_under_transforms = torch._C._are_functorch_transforms_active
+"""Whether a transform of torch.func is active."""
+_active_modes = torch._C._len_torch_dispatch_stack
 
 
 def is_plain(tensor: Tensor) -> bool:
@@ -24,9 +30,9 @@ def is_plain(tensor: Tensor) -> bool:
     """
     return (
         (type(tensor) is Tensor or type(tensor) is nn.Parameter)
-        and not torch.compiler.is_compiling()
-        and not torch._C._are_functorch_transforms_active()
-        and not torch._C._len_torch_dispatch_stack()
+        and not is_compiling()
+        and not is_under_transforms()
+        and not _active_modes()
         and forward_ad._current_level < 0
     )
 
@@ -34,11 +40,6 @@ def is_plain(tensor: Tensor) -> bool:
 def is_batched(tensor: Tensor) -> bool:
     """Whether it is many gradients, as autograd hands them with is_grads_batched."""
     return bool(_functorch.is_legacy_batchedtensor(tensor) or _functorch.is_functorch_wrapped_tensor(tensor))
-
-
-def is_under_transforms() -> bool:
-    """Whether a transform of torch.func is active."""
-    return bool(torch._C._are_functorch_transforms_active())
 
 
 def takes_any_derivative() -> bool:
@@ -51,7 +52,7 @@ def needs_plain_operations() -> bool:
 
     functionalize has no rule for one, and of two levels of forward differentiation the outer is lost in its jvp.
     """
-    if torch.compiler.is_compiling() or not is_under_transforms():
+    if is_compiling() or not is_under_transforms():
         return False
     levels = [level.key() for level in _functorch.get_interpreter_stack() or ()]
     kinds = _functorch.TransformType
