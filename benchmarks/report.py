@@ -411,8 +411,8 @@ the ratio is the median of those of their turns.
 
 {table}
 
-*Learnt*: the larger part of the choice of a backend is the look into the environment for FDU_BACKEND. It stays, so that
-a change of that variable is never missed.
+*Learnt*: half of the choice of a backend was the look for a variable that is not set. `FDU_BACKEND` is still read at
+every call, so that a change of it is never missed.
 """
 MEMORY = """The most that a call holds at once beyond its inputs and the gradients it returns, in tensors as large as
 one input. Ours hold nothing of that size.
