@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fdu_kernels import formulas
 from fdu_kernels.calls import ExpectationCall, GaussianCall
-from fdu_kernels.internals import is_batched
+from fdu_kernels.internals import needs_formula
 from fdu_kernels.registry import Backend
 
 
@@ -52,13 +52,13 @@ class _Gaussian(torch.autograd.Function):
         (upstream,) = upstreams
         pred, target, weight, mask, coefficient, changing = ctx.saved_tensors
         ready, ctx.grad = ctx.grad, None
-        differentiable = torch.is_grad_enabled() or is_batched(upstream)  # create_graph, is_grads_batched
-        if ready is not None and not differentiable and _scaled_exactly(ready, upstream):
+        by_formula = needs_formula(upstream)
+        if ready is not None and not by_formula and _scaled_exactly(ready, upstream):
             return ready, None, None
         backend, profile, sigma, distance, reduction = ctx.settings
         sigma = sigma if changing is None else changing
         call = GaussianCall(pred, target, profile, sigma, weight, mask, distance, reduction)
-        if differentiable:
+        if by_formula:
             _, factor, masked = formulas.gaussian_terms(call)
             grad = (formulas.per_sample(factor * upstream / call.divisor, masked) * masked).to(pred.dtype)
         elif coefficient is not None:
@@ -99,7 +99,7 @@ class _Expectations(torch.autograd.Function):
             call = ExpectationCall(v, function, weight, mask, reduction)
             if not needs:
                 grad = None
-            elif torch.is_grad_enabled() or is_batched(upstream):  # create_graph, is_grads_batched
+            elif needs_formula(upstream):
                 grad = formulas.expectation_grad(call, upstream).to(v.dtype)
             elif grad is None or not _scaled_exactly(grad, upstream):
                 grad = ctx.backend.expectation_backward(call, upstream)
@@ -110,7 +110,7 @@ class _Expectations(torch.autograd.Function):
 def _scaled_exactly(grad: Tensor, upstream: Tensor) -> bool:
     """Multiply ``grad`` in place, if that takes no second rounding; whether it was done.
 
-    A power of two only moves the exponent; in half precision it may have been lost before.
+    A power of two only moves the exponent, of a normal number; in half precision it may have been lost before.
     """
     scale = upstream.item()
     if abs(scale) != 1 and (grad.dtype.itemsize == 2 or math.frexp(abs(scale))[0] != 0.5):

@@ -31,10 +31,8 @@ class Kind(NamedTuple):
     def why_not_fused(self, float64: bool = False) -> str | None:
         """Why a fused backend cannot take it, or None; ``float64``: whether that backend takes float64."""
         if self.form == "python":
-            return (
-                "a generator of your own is Python code: fused backends take its Gaussian losses, but not its critics "
-                'or density ratios; use backend="torch"'
-            )
+            limit = "fused backends take its Gaussian losses, but not its critics or density ratios"
+            return f'a generator of your own is Python code: {limit}; use backend="torch"'
         if not float64 and torch.float64 in (self.dtype, self.other):
             return "it computes in float32 and does not take float64"
         return None
@@ -75,7 +73,7 @@ class GaussianCall:
         h, (number, sigma), (scale, grad_scale) = self.profile, _split(self.sigma), _split(self.grad_scale)
         numbers = [h.c, h.k, _finite(h.linear_beyond), number, scale]
         return (
-            self.pred, self.target.detach(), *_constant_or_not(numbers), h.table, sigma, self.weight, self.mask,
+            self.pred, self.target, *_constant_or_not(numbers), h.table, sigma, self.weight, self.mask,
             self.distance, self.reduction, grad_scale,
         )  # fmt: skip
 
@@ -96,10 +94,11 @@ class GaussianCall:
         checks.check_grad_scale(self.grad_scale)
         self.plain = is_plain(pred)
         if grad_out is not None:
-            checks.check_grad_out(grad_out, pred, self.target, self.plain)
-        if self.plain:
-            self.pred, self.target = in_memory(pred), in_memory(self.target)
-            self.weight, self.mask = in_memory(self.weight), in_memory(self.mask)
+            read = {"pred": pred, "target": self.target, "mask": self.mask, "weight": self.weight, "sigma": self.sigma}
+            checks.check_grad_out(grad_out, read, self.plain)
+        fixed = in_memory if self.plain else _outside_autograd
+        self.target, self.weight, self.mask = fixed(self.target), fixed(self.weight), fixed(self.mask)
+        self.pred = in_memory(pred) if self.plain else pred
         return self
 
     def kind(self) -> tuple[torch.device, torch.dtype, torch.dtype, str]:
@@ -162,8 +161,9 @@ class ExpectationCall:
             checks.check_mask(self.mask, self.v, name)
         checks.check_grad_scale(self.grad_scale)
         self.plain = is_plain(self.v)
-        if self.plain:
-            self.v, self.weight, self.mask = in_memory(self.v), in_memory(self.weight), in_memory(self.mask)
+        fixed = in_memory if self.plain else _outside_autograd
+        self.weight, self.mask = fixed(self.weight), fixed(self.mask)
+        self.v = in_memory(self.v) if self.plain else self.v
         return self
 
     def kind(self) -> tuple[torch.device, torch.dtype, torch.dtype, str]:
@@ -180,6 +180,10 @@ class ExpectationCall:
 def in_memory(tensor: Any) -> Any:
     """The tensor without a negative bit, which its pointer does not show; the imaginary part of a conjugate has one."""
     return tensor if tensor is None or not tensor.is_neg() else tensor.resolve_neg()
+
+
+def _outside_autograd(tensor: Any) -> Any:
+    return None if tensor is None else tensor.detach()
 
 
 def _split(number: float | Tensor) -> tuple[float, Tensor | None]:

@@ -38,9 +38,7 @@ class Family:
 def _alpha(alpha: float) -> Divergence:
     if alpha in (0, 1):
         instead = "reverse_kl" if alpha == 0 else "kl"
-        raise ValueError(
-            f'alpha must not be {alpha:g}, where its formula divides by 0; the limit is "{instead}": use that'
-        )
+        raise ValueError(f'alpha must not be {alpha:g}: its formula divides by 0; the limit is "{instead}": use that')
     row_a = CriticRow(expm1=1 / (alpha - 1), expm1_rate=alpha - 1)
     return Divergence(
         "alpha", (("alpha", alpha),), aliases=("alpha_divergence",), formula="(u^a - a u + a - 1) / (a (a - 1))",
@@ -179,16 +177,16 @@ def get_divergence(name: str | Divergence, **parameters: float) -> Divergence:
         name: see :func:`divergences`; case, spaces and hyphens do not matter. A Divergence is returned as it is.
         parameters: alpha=0.3 for "alpha" (default 0.5), w for "skew_jensen_shannon" (0.3), g for "hockey_stick" (2).
 
-    Raises:
-        ValueError: unknown name (with the closest ones), or a parameter outside its range.
-        TypeError: not a name, or a parameter that this divergence does not have.
+    Raises ValueError for an unknown name (with the closest ones) or a parameter outside its range; TypeError for what
+    is no name, or a parameter that this divergence does not have.
     """
     if isinstance(name, Divergence):
         if parameters:
             raise TypeError(f"parameters {sorted(parameters)} were given beside a Divergence, which has its own")
         return name
     if not isinstance(name, str):
-        raise TypeError(f"divergence must be a name or a Divergence, not {type(name).__name__}")
+        remedy = "Divergence.from_generator makes one of a function f"
+        raise TypeError(f"divergence must be a name or a Divergence, not {type(name).__name__}; {remedy}")
     return _lookup(name, tuple(sorted(parameters.items())) if parameters else ())
 
 
@@ -240,10 +238,8 @@ def _reduce(divergence: Divergence) -> tuple[Callable[..., Divergence], tuple[ob
     for part in getattr(f, "__qualname__", "").split("."):
         found = getattr(found, part, None)
     if found is not f:
-        raise pickle.PicklingError(
-            f"the generator of {divergence.name!r} is a lambda or a local function, which pickle cannot find again; "
-            "define it with def at the top level of a module"
-        )
+        remedy = "define it with def at the top level of a module"
+        raise pickle.PicklingError(f"the generator of {divergence.name!r} is a lambda or a local function; {remedy}")
     return Divergence.from_generator, (f, divergence.name, tuple(place for place, _ in divergence.kinks))
 
 

@@ -6,12 +6,12 @@ the CPU only, in eager mode: on an accelerator a look at them would make the hos
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from fdu_kernels.internals import is_plain
-
-Number = float | int
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -24,7 +24,7 @@ def accumulation_dtype(dtype: torch.dtype, other: torch.dtype | None = None) -> 
 def check_floating(name: str, tensor: Tensor) -> None:
     """Raise TypeError unless it is a tensor of a supported floating dtype."""
     if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name} must be a tensor, not {type(tensor).__name__}")
+        raise TypeError(f"{name} must be a tensor, not {type(tensor).__name__}; pass torch.as_tensor({name})")
     if tensor.dtype not in DTYPES:
         parts = f"torch.view_as_real({name}), which keeps both parts as real numbers"
         remedy = parts if tensor.dtype.is_complex else f"{name}.float()"
@@ -48,7 +48,7 @@ def check_batch(name: str, tensor: Tensor) -> None:
         raise ValueError(f"{name} must have shape [B, ...] with B >= 1 samples, not {list(shape)}; {remedy}")
 
 
-def check_sigma(sigma: Number | Tensor, pred: Tensor) -> None:
+def check_sigma(sigma: float | Tensor, pred: Tensor) -> None:
     """Raise unless sigma is a positive number or a floating tensor [B] or []."""
     if type(sigma) is float and sigma > 0:
         return
@@ -56,7 +56,7 @@ def check_sigma(sigma: Number | Tensor, pred: Tensor) -> None:
         _check_per_sample("sigma", sigma, pred, scalar=True)
         _check_values("sigma", sigma, positive=True)
     elif isinstance(sigma, bool) or not isinstance(sigma, (int, float)):
-        remedy = "GaussianDivergenceLoss takes 'auto'" if isinstance(sigma, str) else "convert it with float(sigma)"
+        remedy = "GaussianDivergenceLoss takes 'auto'" if isinstance(sigma, str) else "pass torch.as_tensor(sigma)"
         raise TypeError(f"sigma must be a number or a tensor [B], not {type(sigma).__name__} {sigma!r}; {remedy}")
     elif not sigma > 0:
         raise ValueError(f"sigma must be positive, not {sigma!r}; it is the standard deviation that scales s")
@@ -72,7 +72,7 @@ def check_weight(weight: Tensor, batch: Tensor, name: str = "pred") -> None:
     """Raise unless weight is a non-negative floating tensor [B]."""
     if not isinstance(weight, Tensor):
         kind = type(weight).__name__
-        raise TypeError(f"weight must be None or a tensor [B], not {kind}; use torch.full((B,), weight)")
+        raise TypeError(f"weight must be None or a tensor [B], not {kind}; pass torch.as_tensor(weight).expand(B)")
     _check_per_sample("weight", weight, batch, batch_name=name)
     _check_values("weight", weight)
 
@@ -80,7 +80,7 @@ def check_weight(weight: Tensor, batch: Tensor, name: str = "pred") -> None:
 def check_mask(mask: Tensor, tensor: Tensor, name: str = "pred") -> None:
     """Raise unless mask is a bool or non-negative floating tensor that broadcasts to the tensor's shape."""
     if not isinstance(mask, Tensor):
-        raise TypeError(f"mask must be None or a tensor, not {type(mask).__name__}")
+        raise TypeError(f"mask must be None or a tensor, not {type(mask).__name__}; pass torch.as_tensor(mask)")
     if mask.dtype != torch.bool and mask.dtype not in DTYPES:
         remedy = "convert it with mask.bool() or mask.float()"
         raise TypeError(f"mask must be bool or floating, not {_dtype(mask)}; {remedy}")
@@ -102,8 +102,9 @@ def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
         raise ValueError(f"{name} must be {listed}, not {value!r}")
 
 
-def check_grad_out(grad_out: Tensor, pred: Tensor, target: Tensor, plain: bool) -> None:
-    """Raise unless grad_out is a buffer like pred, outside autograd and in a storage of its own."""
+def check_grad_out(grad_out: Tensor, read: dict[str, Any], plain: bool) -> None:
+    """Raise unless grad_out is a buffer like pred, outside autograd and in another storage than what is read."""
+    pred = read["pred"]
     check_floating("grad_out", grad_out)
     check_same("grad_out", grad_out, "pred", pred)
     remedy = "pass torch.empty_like(pred)"
@@ -112,9 +113,9 @@ def check_grad_out(grad_out: Tensor, pred: Tensor, target: Tensor, plain: bool) 
     if grad_out.requires_grad:
         raise ValueError(f"grad_out is written in place and must not require grad; {remedy}")
     if plain:
-        own = grad_out.untyped_storage()._cdata  # not data_ptr, which fake tensors do not have
-        for name, tensor in (("pred", pred), ("target", target)):
-            if own == tensor.untyped_storage()._cdata:
+        own = grad_out.untyped_storage()._cdata
+        for name, tensor in read.items():
+            if isinstance(tensor, Tensor) and own == tensor.untyped_storage()._cdata:
                 shared = f"its storage with {name}, which is read while it is written"
                 raise ValueError(f"grad_out must not share {shared}; {remedy}")
         if grad_out.is_neg():
@@ -124,7 +125,7 @@ def check_grad_out(grad_out: Tensor, pred: Tensor, target: Tensor, plain: bool) 
         raise ValueError(f"grad_out must not be an expanded tensor, whose elements overlap; {remedy}")
 
 
-def check_grad_scale(grad_scale: Number | Tensor) -> None:
+def check_grad_scale(grad_scale: float | Tensor) -> None:
     """Raise unless grad_scale is a number or a floating tensor []."""
     if type(grad_scale) is float:
         return
@@ -142,7 +143,7 @@ def _check_per_sample(
     check_floating(name, tensor)
     if tensor.shape != batch.shape[:1] and not (scalar and tensor.ndim == 0):
         wanted = list(batch.shape[:1])
-        remedy = remedy or f"reduce or flatten it to {wanted}"
+        remedy = remedy or f"reshape, reduce or expand it to {wanted}"
         raise ValueError(f"{name} must have one number per sample, shape {wanted}, not {list(tensor.shape)}; {remedy}")
     _check_device(name, tensor, batch_name, batch)
 

@@ -7,6 +7,7 @@ numbers (c, k) of an elementary profile are no constants: a sweep of alpha is on
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import sys
 from typing import Any
 
@@ -78,7 +79,7 @@ def _table_name(key: str, device: torch.device) -> str:
     def table() -> Tensor:
         return plain if torch.compiler.is_exporting() else constant
 
-    name = f"table_{abs(hash((key, device)))}"
+    name = f"table_{hashlib.blake2b(f'{key} {device}'.encode()).hexdigest()[:16]}"  # the same in every process
     table.__code__ = table.__code__.replace(co_name=name)
     vars(_THIS).setdefault(name, held_constant(table))
     return name

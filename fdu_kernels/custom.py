@@ -95,10 +95,8 @@ def _values(f: Generator, name: str, u: Tensor) -> Tensor:
     except (TypeError, ValueError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
     if reason is not None:
-        raise TypeError(
-            f"the generator of {name!r} must be made of PyTorch operations, such as torch.log instead of math.log or "
-            f"numpy.log: {reason}"
-        )
+        wanted = "PyTorch operations, such as torch.log instead of math.log or numpy.log"
+        raise TypeError(f"the generator of {name!r} must be made of {wanted}: {reason}")
     if (values.shape, values.dtype) != (u.shape, u.dtype):
         kept = f"the same shape and dtype (it was given {u.dtype} and returned {values.dtype})"
         raise TypeError(f"the generator of {name!r} must map a tensor to a tensor of {kept}, elementwise")
@@ -158,7 +156,5 @@ def _check_kinks_are_named(name: str, f: Generator, slope: Generator, second: Ge
         inside = [kink for kink in kinks if 0 < math.log(kink[0]) / end < 1]
         found += sum(jump * abs(float(u[-1]) - place) for place, jump in inside)
         if not abs(found - expected) <= 1e-3 * max(abs(expected), 1e-6 * abs(float(f(u[-1:])))) + 1e-5:
-            raise ValueError(
-                f"the second derivative of the generator of {name!r} does not add up to its values: f has a "
-                "kink that was not named (pass kinks=(u, ...)) or an operation without a derivative"
-            )
+            cause = "f has a kink that was not named (pass kinks=(u, ...)) or an operation without a derivative"
+            raise ValueError(f"the generator of {name!r}: its second derivative does not add up to its values: {cause}")

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fdu_kernels import autograd, formulas, sharded, torch_ops, transforms
 from fdu_kernels.calls import ExpectationCall, GaussianCall
-from fdu_kernels.internals import needs_plain_operations, takes_any_derivative
+from fdu_kernels.internals import is_under_transforms, needs_plain_operations, takes_any_derivative
 from fdu_kernels.registry import backend_named, choose_backend
 
 
@@ -35,6 +35,8 @@ def gaussian_value_and_grad(call: GaussianCall, grad_out: Tensor | None, backend
     """The reduced loss, and the gradient of its sum times grad_scale."""
     name = choose_backend(backend, call)
     if call.plain:
+        if grad_out is not None:
+            torch.autograd.graph.increment_version(grad_out)
         return backend_named(name).gaussian_value_and_grad(call, grad_out)
     way = _way(name)
     if sharded.is_sharded(call.pred):
@@ -92,8 +94,10 @@ def expectation_value_and_grad(call: ExpectationCall, backend: str | None) -> tu
 
 def _way(name: str) -> ModuleType:
     """The module that handles tensors that are not plain: formulas, transforms or torch_ops."""
+    if torch.jit.is_tracing():
+        raise RuntimeError("torch.jit.trace cannot record these losses; use torch.export or torch.compile")
     if name == "torch":
         return formulas
-    if not takes_any_derivative():
-        return torch_ops
-    return formulas if torch.compiler.is_compiling() or needs_plain_operations() else transforms
+    if not is_under_transforms():
+        return formulas if takes_any_derivative() else torch_ops
+    return formulas if needs_plain_operations() else transforms

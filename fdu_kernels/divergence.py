@@ -28,7 +28,7 @@ MADE_BY_USERS: weakref.WeakValueDictionary[str, Divergence] = weakref.WeakValueD
 _numbers = itertools.count(1)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Divergence:
     """An f-divergence D_f(p || q) = E_q[f(p/q)]. Two are equal if name, parameters and user's generator are.
 
@@ -38,7 +38,7 @@ class Divergence:
 
     name: str
     parameters: tuple[tuple[str, float], ...] = ()
-    custom: OnTensors | None = None  # the user's f, where there is one
+    custom: OnTensors | None = field(default=None, hash=False)  # the user's f, where there is one
     aliases: tuple[str, ...] = field(default=(), compare=False)  # other names for it
     formula: str = field(default="", compare=False)  # f(u) for people
     advice: str = field(default="", compare=False)  # one line: when to use it
@@ -63,6 +63,9 @@ class Divergence:
 
     def __str__(self) -> str:
         return ":".join([self.name, *(repr(value).removesuffix(".0") for _, value in self.parameters)])
+
+    def __repr__(self) -> str:
+        return f"Divergence({str(self)!r})"
 
     def __deepcopy__(self, memo: dict[int, object]) -> Divergence:
         return self
@@ -139,10 +142,8 @@ class Divergence:
 
     def _require_generator(self) -> None:
         if self.generator is None:
-            raise ValueError(
-                f"divergence {str(self)!r} is a Gaussian profile without a generator f, so it has no variational form "
-                'and no density-ratio estimate; use "kl" or "jeffreys", whose Gaussian profiles are proportional to it'
-            )
+            lacking = "is a Gaussian profile without a generator f: no variational form and no density-ratio estimate"
+            raise ValueError(f'divergence {str(self)!r} {lacking}; use "kl" or "jeffreys", proportional to it')
 
     @classmethod
     def from_generator(cls, f: OnTensors, name: str = "custom", kinks: Sequence[float] = (1.0,)) -> Divergence:
@@ -156,10 +157,8 @@ class Divergence:
 
         The curvature is evaluated for log u in [-150, 150], or as far as rounding leaves it, and continued as a power
         of u. Where it is none (u log^2 u), h is a straight line from the s on at which more of it would be needed.
-
-        Raises:
-            TypeError: f does not map a tensor to a tensor of its shape by PyTorch operations.
-            ValueError: f(1) is not 0, f is not convex, not finite, or has a kink that was not named.
+        Raises TypeError if f is not made of elementwise PyTorch operations that keep the dtype; ValueError if f(1) is
+        not 0, or f is not convex, not finite on [e^-8, e^8], or has a kink that was not named.
         """
         found, log_curvature = custom.examine(f, name, tuple(float(kink) for kink in kinks))
         return cls(name, custom=f, generator=f, kinks=found, log_curvature=log_curvature, formula=name)

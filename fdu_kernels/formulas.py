@@ -1,8 +1,7 @@
 """The losses as compositions of PyTorch operations: on any device and kind of tensor, differentiable as often as asked.
 
 float16, bfloat16 and float32 are computed in float32 and rounded once, at the end; float64 in float64. The backend
-"torch" is made of these, and what a fused backend cannot do comes here: second derivatives, and code that torch.compile
-traces for the backend "torch".
+"torch" is made of these, and what a fused backend cannot do comes here, such as second derivatives.
 """
 
 from __future__ import annotations

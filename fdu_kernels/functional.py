@@ -1,10 +1,9 @@
 """The losses as functions: arguments are checked, a backend is chosen, and it computes.
 
 Gaussian closed forms: Novello et al. 2026, arXiv 2509.21167. Variational bound: Nowozin et al. 2016, f-GAN,
-arXiv 1606.00709. All values come in float32 (float64 for float64 inputs); gradients in the dtype of their input.
-
-Every function takes ``divergence`` (a name such as "squared_hellinger" or "alpha:0.3", or a Divergence), ``reduction``
-("none", "mean" or "sum") and ``backend`` (None: use_backend, FDU_BACKEND, else the fastest that fits).
+arXiv 1606.00709. Values come in float32 (float64 for float64 inputs), gradients in the dtype of their input. Every
+function takes ``divergence`` (a name such as "alpha:0.3", or a Divergence), ``reduction`` ("none", "mean" or "sum") and
+``backend`` (None: use_backend, FDU_BACKEND, else the fastest that fits). Errors: fdu_kernels.checks, .registry.
 """
 
 from __future__ import annotations
@@ -51,16 +50,12 @@ def gaussian_divergence(
 
     Returns:
         The loss in [0, weight * divergence.upper]. Where h grows like exp(k s) it is a straight line beyond k s = 64.
-        NaN in gives NaN out, also under a zero mask.
-
-    Raises:
-        ValueError, TypeError, RuntimeError: see fdu_kernels.checks and fdu_kernels.registry.
+        NaN in gives NaN out, also under a zero mask; an infinite pred gives the limit, with a gradient of NaN.
 
     Source: Novello et al. 2026 (arXiv 2509.21167), for every f: h_f(s) = E[f(exp(sqrt(s) z - s/2))], z ~ N(0, 1).
     """
-    profile = profile_of(get_divergence(divergence), pred)
-    call = GaussianCall(pred, target, profile, sigma, weight, mask, distance, reduction)
-    return dispatch.gaussian(call.checked(), backend)
+    call = _gaussian(divergence, GaussianCall(pred, target, _SQUARE, sigma, weight, mask, distance, reduction))
+    return dispatch.gaussian(call, backend)
 
 
 def gaussian_divergence_value_and_grad(
@@ -79,9 +74,8 @@ def gaussian_divergence_value_and_grad(
     Returns:
         The value, and the gradient of the value's sum: the shape, dtype and device of pred.
     """
-    profile = profile_of(get_divergence(divergence), pred)
-    call = GaussianCall(pred, target, profile, sigma, weight, mask, distance, reduction, grad_scale)
-    return dispatch.gaussian_value_and_grad(call.checked(grad_out), grad_out, backend)
+    call = GaussianCall(pred, target, _SQUARE, sigma, weight, mask, distance, reduction, grad_scale)
+    return dispatch.gaussian_value_and_grad(_gaussian(divergence, call, grad_out), grad_out, backend)
 
 
 def variational_divergence(
@@ -98,11 +92,9 @@ def variational_divergence(
         log_ratio_q: the same on samples of q; another shape is allowed unless reduction is "none".
         mask: bool or floating, >= 0, broadcastable to both; the mean runs over its sum.
         parametrization: "log_ratio": A(v) = f'(e^v), B(v) = f*(A(v)). "fgan": T = g_f(v) and f*(T) with f-GAN's
-            output activation where table 6 has one that needs no special function; else as "log_ratio".
+            output activation where table 6 has one that needs no special function, else as "log_ratio"; v is then no
+            log ratio. total_variation and hockey_stick have steps for A and B: only "fgan" trains a critic.
         reduction: over all elements.
-
-    Raises:
-        ValueError: "mse" (it has no generator; use "kl" or "jeffreys"), and see fdu_kernels.checks.
 
     Source: Nowozin et al. 2016, eq. 4-6; Novello et al. 2026 (arXiv 2509.21167), variational losses.
     """
@@ -145,9 +137,6 @@ def density_ratio_divergence(
         samples_from: "q" or "p".
         weight: >= 0, [B], one factor per sample (not normalised).
         reduction: over all elements.
-
-    Raises:
-        ValueError: "mse" (it has no generator; use "kl" or "jeffreys"), and see fdu_kernels.checks.
     """
     return dispatch.expectations((_ratio(log_ratio, divergence, samples_from, weight, reduction),), backend)
 
@@ -159,6 +148,14 @@ def density_ratio_divergence_value_and_grad(
     """:func:`density_ratio_divergence` with the gradient of its sum in log_ratio, without an autograd graph."""
     call = _ratio(log_ratio, divergence, samples_from, weight, reduction, grad_scale)
     return dispatch.expectation_value_and_grad(call, backend)
+
+
+def _gaussian(divergence: str | Divergence, call: GaussianCall, grad_out: Tensor | None = None) -> GaussianCall:
+    """The call, checked, with the divergence's profile: only then, as Dynamo cannot raise with a table in its hands."""
+    divergence = get_divergence(divergence)
+    call.checked(grad_out)
+    call.profile = profile_of(divergence, call.pred)
+    return call
 
 
 def _terms_of_bound(

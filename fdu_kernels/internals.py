@@ -20,6 +20,7 @@ Function = TypeVar("Function", bound=Callable[..., object])
 is_under_transforms = torch._C._are_functorch_transforms_active
 """Whether a transform of torch.func is active."""
 _active_modes = torch._C._len_torch_dispatch_stack
+_is_tracing = torch._C._is_tracing
 
 
 def is_plain(tensor: Tensor) -> bool:
@@ -33,13 +34,19 @@ def is_plain(tensor: Tensor) -> bool:
         and not is_compiling()
         and not is_under_transforms()
         and not _active_modes()
+        and not _is_tracing()
         and forward_ad._current_level < 0
     )
 
 
-def is_batched(tensor: Tensor) -> bool:
-    """Whether it is many gradients, as autograd hands them with is_grads_batched."""
-    return bool(_functorch.is_legacy_batchedtensor(tensor) or _functorch.is_functorch_wrapped_tensor(tensor))
+def needs_formula(upstream: Tensor) -> bool:
+    """Whether a gradient has to be differentiable (create_graph, dual numbers), or is many (is_grads_batched)."""
+    return bool(
+        torch.is_grad_enabled()
+        or forward_ad._current_level >= 0
+        or _functorch.is_legacy_batchedtensor(upstream)
+        or _functorch.is_functorch_wrapped_tensor(upstream)
+    )
 
 
 def takes_any_derivative() -> bool:
@@ -50,10 +57,13 @@ def takes_any_derivative() -> bool:
 def needs_plain_operations() -> bool:
     """Whether the active transforms do not work on an autograd.Function.
 
-    functionalize has no rule for one, and of two levels of forward differentiation the outer is lost in its jvp.
+    Compiled code and modes such as make_fx's do not see into one, functionalize has no rule for one, and of two levels
+    of forward differentiation the outer is lost in its jvp.
     """
-    if is_compiling() or not is_under_transforms():
+    if not is_under_transforms():
         return False
+    if is_compiling() or _active_modes():
+        return True
     levels = [level.key() for level in _functorch.get_interpreter_stack() or ()]
     kinds = _functorch.TransformType
     return kinds.Functionalize in levels or levels.count(kinds.Jvp) > 1

@@ -25,22 +25,20 @@ class GaussianDivergenceLoss(nn.Module):
     """:func:`fdu_kernels.gaussian_divergence` as a module.
 
     With sigma="auto" the first ``calibration_calls`` calls in training mode set sigma^2 so that the median of s over
-    all their samples is s0; then sigma stays. Each call has 1024 / calibration_calls places (at least one): a larger
-    batch stands there with as many evenly spaced quantiles of its s. Samples at distance 0 (an empty mask row, equal
-    outputs) and non-finite ones do not count, and before there is any other sigma is 1. The state is in float32
-    buffers, whatever the module is cast to, which follow the inputs' device: a state_dict resumes it exactly, and the
-    device never makes the host wait. Among several processes each calibrates on its own samples, or with
-    ``synchronize`` all of them on everybody's.
+    all their samples is s0; then sigma stays. Each call has 1024 / calibration_calls places (at least one); a larger
+    batch is represented by evenly spaced quantiles of its s. Samples with s = 0 (an empty mask row, equal outputs) or
+    a non-finite s do not count; until there is another one sigma is 1. The state is in float32 buffers, whatever the
+    module is cast to. They follow the inputs' device, a state_dict resumes them exactly, and the device never makes
+    the host wait.
 
     Args:
         divergence: a name ("squared_hellinger", "alpha:0.3", ...) or a Divergence.
         sigma: a positive number, or "auto".
         s0: the median of s that "auto" aims at, > 0.
-        calibration_calls: for how many calls "auto" looks. 8 calls of one sample already place the median of a
-            chi-square-like s within some 20 % of the truth, and a drift in training afterwards is left to be seen.
-            Activation checkpointing repeats a call and so counts it twice: call the loss outside of it.
-        synchronize: whether "auto" takes the samples of all processes of torch.distributed's default group, where there
-            is one, so that sigma is the same number in each. Every process then has to make the calibrating calls.
+        calibration_calls: 8 calls of one sample place the median of a chi-square-like s within some 20 %. Activation
+            checkpointing repeats a call and so counts it twice: call the loss outside of it.
+        synchronize: calibrate on the samples of all processes of torch.distributed's default group, so that sigma is
+            the same in each; every process has to make the calibrating calls. Default: each on its own samples.
         distance, reduction, backend: as in the function.
 
     Attributes:
@@ -78,13 +76,20 @@ class GaussianDivergenceLoss(nn.Module):
             self.sigma = float(sigma)
         else:
             places = max(CALIBRATION_SAMPLES // calibration_calls, 1)
-            self.register_buffer("sigma", torch.tensor(1.0, dtype=torch.float32))
-            self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
+            self.register_buffer("sigma", torch.empty((), dtype=torch.float32))
+            self.register_buffer("calls", torch.empty((), dtype=torch.int64))
             # One row a call; free places are inf.
-            self.register_buffer("observed", torch.full((calibration_calls, places), torch.inf, dtype=torch.float32))
+            self.register_buffer("observed", torch.empty((calibration_calls, places), dtype=torch.float32))
             # The count is kept twice: reading the buffer at every call would make the host wait.
             self._calls = torch.zeros((), dtype=torch.int64, device="cpu")
+            self.reset_parameters()
             self.register_load_state_dict_post_hook(_read_calls)
+
+    def reset_parameters(self) -> None:
+        """Forget the calibration, as after ``to_empty``: the next calls make a new one."""
+        if self.auto:
+            for state, value in ((self.sigma, 1.0), (self.calls, 0), (self.observed, math.inf), (self._calls, 0)):
+                state.fill_(value)  # type: ignore[union-attr]
 
     def forward(
         self, pred: Tensor, target: Tensor, weight: Tensor | None = None, mask: Tensor | None = None,
@@ -100,8 +105,7 @@ class GaussianDivergenceLoss(nn.Module):
         if sigma_scale is not None:
             checks.check_sigma_scale(sigma_scale, pred)
         # Once, at the first call on a device. A meta tensor has no values, and would take the state's.
-        follows = self.auto and isinstance(pred, Tensor) and pred.device.type != "meta"
-        if follows and pred.device != self.observed.device:
+        if self.auto and isinstance(pred, Tensor) and pred.device not in (self.observed.device, torch.device("meta")):
             self.to(pred.device)
         sigma = self._calibrate(pred, target, mask, sigma_scale) if self.auto and self.training else self.sigma
         if sigma_scale is not None:
@@ -116,13 +120,13 @@ class GaussianDivergenceLoss(nn.Module):
         if not compiled and int(self._calls) >= self.calibration_calls:
             return self.sigma
         if not compiled and is_under_transforms():
-            raise RuntimeError(
-                'sigma="auto" cannot calibrate inside a transform of torch.func; make its first calls outside, or call '
-                "eval() on the loss to leave sigma as it is"
-            )
+            remedy = "make its first calls outside, or call eval() on the loss to leave sigma as it is"
+            raise RuntimeError(f'sigma="auto" cannot calibrate inside a transform of torch.func; {remedy}')
+        checks.check_floating("pred", pred)
+        checks.check_floating("target", target)
         # Compiled code holds an op: one graph for calls that calibrate and calls that do not, and the same bits.
         mask, sigma_scale = (None if given is None else given.detach() for given in (mask, sigma_scale))
-        sigma = (_calibrated_op if compiled else _calibrated)(
+        sigma = (_calibrated_op if compiled else _calibrated_now)(
             pred.detach(), target.detach(), mask, sigma_scale, self.get_buffer("sigma"), self.observed, self.calls,
             self._calls, self.s0, self.distance, self.synchronize,
         )  # fmt: skip
@@ -178,6 +182,7 @@ def _calibrated(
     return torch.where(samples > 0, torch.sqrt(pool[middle].mean() / s0), sigma)
 
 
+_calibrated_now = torch.inference_mode(False)(torch.no_grad()(_calibrated))
 _calibrated_op = custom_op("fdu_kernels::calibrated", _calibrated, mutates_args=("observed", "calls", "counted"))
 _calibrated_op.register_fake(lambda *arguments: torch.empty_like(arguments[4]))
 
@@ -200,10 +205,8 @@ def _read_calls(module: Any, incompatible_keys: object) -> None:
 
 
 class VariationalDivergenceLoss(nn.Module):
-    """The two losses of the variational game: the critic minimises ``forward``, the model ``model_loss``.
-
-    ``forward`` is minus :func:`fdu_kernels.variational_divergence`, so that both are minimised by an optimizer.
-    """
+    """The variational game: the critic minimises ``forward``, minus :func:`fdu_kernels.variational_divergence`, and the
+    model ``model_loss``."""
 
     def __init__(
         self, divergence: str | Divergence = "jensen_shannon", parametrization: str = "log_ratio",

@@ -88,9 +88,8 @@ def backends() -> dict[str, str | None]:
 def use_backend(name: str) -> Iterator[None]:
     """Compute with one backend inside the block. Blocks nest, and threads and tasks have their own choice.
 
-    Raises:
-        ValueError: there is no backend of that name.
-        RuntimeError: that backend cannot run here (with the reasons of all); or the block is inside compiled code.
+    Raises ValueError if there is no backend of that name; RuntimeError if it cannot run here (with the reasons of all),
+    or if the block is inside compiled code.
     """
     if torch.compiler.is_compiling():
         raise RuntimeError("use_backend cannot be in compiled code; pass backend=... or call that code in its block")
@@ -105,8 +104,7 @@ def use_backend(name: str) -> Iterator[None]:
 def choose_backend(name: str | None, call: GaussianCall | ExpectationCall) -> str:
     """The backend for one call: the argument, else use_backend, else FDU_BACKEND, else the first that fits.
 
-    Compiled code keeps the choice it was traced with. Raises ValueError for a backend that does not exist, RuntimeError
-    for one that cannot run or cannot take this call.
+    Compiled code keeps its choice. ValueError: there is no such backend; RuntimeError: it cannot run or take this call.
     """
     return _choose(name, *call.kind())
 
@@ -117,8 +115,8 @@ def _choose(name: str | None, device: torch.device, dtype: torch.dtype, other: t
     if name is None:
         name, origin = _wish.get(), "use_backend"
     # Asking os.environ for what is not there raises and catches an error inside: a microsecond of every call.
-    if name is None and _variable in os.environ._data:  # type: ignore[attr-defined]
-        name, origin = os.environ[ENVIRONMENT_VARIABLE] or None, ENVIRONMENT_VARIABLE
+    if name is None and _variable in getattr(os.environ, "_data", (_variable,)):
+        name, origin = os.environ.get(ENVIRONMENT_VARIABLE) or None, ENVIRONMENT_VARIABLE
     if name is None:
         return _fastest(device, dtype, other, form)
     reason = _require(name, origin).why_unsuitable(Kind(device, dtype, other, form))

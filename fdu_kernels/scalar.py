@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.func import vjp
 
-from fdu_kernels.internals import is_under_transforms, needs_plain_operations
+from fdu_kernels.internals import needs_plain_operations
 
 MAX_EXPONENT = 64.0
 """Where exp(k x) occurs, the function continues as a straight line beyond k x = MAX_EXPONENT, in every dtype and
@@ -33,10 +33,9 @@ class Scalar:
 
     def __call__(self, x: Tensor) -> Tensor:
         """y(x), as often differentiable as ``slope`` is, and once more."""
-        compiled = torch.compiler.is_compiling()
-        if needs_plain_operations() or (compiled and is_under_transforms()):
+        if needs_plain_operations():
             return self.value_at(x)
-        return (_Evaluate if compiled else _EvaluateEitherWay).apply(x, self)
+        return (_Evaluate if torch.compiler.is_compiling() else _EvaluateEitherWay).apply(x, self)
 
     def value_at(self, x: Tensor) -> Tensor:
         """y(x), for use without autograd."""

@@ -1,8 +1,7 @@
 """DTensors: each device computes its part of the samples or elements, and sums are joined.
 
-The samples of a Gaussian loss stay whole: a pred that is sharded over another dimension than the batch is gathered
-along it first. The elements of a density ratio may be sharded in any way. Results are DTensors; a reduced one is a
-partial sum until somebody reads it.
+A Gaussian loss keeps samples whole: a pred that is sharded over another dimension than the batch is gathered first. A
+density ratio may be sharded in any way. Results are DTensors; a reduced one is a partial sum until somebody reads it.
 """
 
 from __future__ import annotations

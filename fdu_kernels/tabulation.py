@@ -32,8 +32,7 @@ FIRST_S, LAST_S = 1e-12, 1e4
 (where h' of every saturating divergence is below e^(-1250))."""
 STEP, SMALLEST_STEP, FINEST_STEP = 1 / 32, 1 / 128, 1 / 512
 """In log s. The polynomial through 8 neighbours then errs by less than 1e-12 also where log h' falls like -s/8. It is
-halved, down to the smallest, where h' bends more sharply (skew_jensen_shannon near s = -2 log w for a tiny w), and down
-to the finest where a kink at u != 1 takes over from something flatter."""
+halved, down to the smallest, where h' bends more sharply, and to the finest where a kink at u != 1 takes over."""
 MARGIN = NEIGHBOURS // 2
 """Rows at either end that serve as neighbours only."""
 

@@ -59,13 +59,11 @@ for backward in (gaussian_backward, expectation_backward):
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     """Keep tensors where autograd looks after them, and what else there is beside them."""
-    ctx.others = [None if isinstance(given, Tensor) else given for given in inputs]
-    tensors = [given if isinstance(given, Tensor) else None for given in inputs]
     if isinstance(output, tuple):
         ctx.mark_non_differentiable(output[1])
-        ctx.others.append(None)
-        tensors.append(output[1])
-    ctx.save_for_backward(*tensors)
+        inputs = (*inputs, output[1])
+    ctx.others = [None if isinstance(kept, Tensor) else kept for kept in inputs]
+    ctx.save_for_backward(*(kept if isinstance(kept, Tensor) else None for kept in inputs))
 
 
 def _saved(ctx: Any) -> list[Any]:

@@ -1,4 +1,4 @@
-"""The kernels of fused backends under torch.func and forward differentiation: vmap, grad, jvp and their compositions.
+"""The kernels of fused backends under torch.func: vmap, grad, jvp and their compositions.
 
 vmap folds its dimension into the batch, so that many calls are one launch. Values and first derivatives are those of
 the kernels, higher ones those of fdu_kernels.formulas.
@@ -32,7 +32,7 @@ def gaussian_value_and_grad(call: GaussianCall, backend: Backend) -> tuple[Tenso
         return formulas.reduce(losses, call.reduction), grad
     # A scale that is a tensor may differ from call to call: as a weight it enters before the gradient is rounded.
     value, one = gaussian(call, backend), call.pred.new_ones(len(call.pred), dtype=call.accumulation)
-    call.weight = call.grad_scale * (one if call.weight is None else call.weight)
+    call.weight = call.grad_scale * (one if call.weight is None else one * call.weight)
     return value, _LossesAndGrad.apply(*_Settings.of(call, backend, 1.0 / call.divisor))[1]
 
 
@@ -152,8 +152,8 @@ def _folded(size: int, dims: tuple[Any, ...], *tensors: Any) -> tuple[list[Tenso
         shape.pop(dims[0])
     wanted = (shape, shape, shape[:1], shape[:1], shape)  # of a single call
     folded: list[Tensor | None] = []
-    for tensor, dim, full in zip(tensors, dims, wanted, strict=False):
-        shared = tensor is mask and mask is not None and (mask.ndim < len(shape) or mask.shape[0] == 1)
+    for place, (tensor, dim, full) in enumerate(zip(tensors, dims, wanted, strict=False)):
+        shared = place == 4 and mask is not None and (mask.ndim < len(shape) or mask.shape[0] == 1)
         if tensor is None or (dim is None and (tensor.ndim == 0 or shared)):
             folded.append(tensor)
             continue

@@ -109,9 +109,8 @@ class CpuBackend:
 class CudaBackend(CpuBackend):
     """The kernels for CUDA devices.
 
-    They return before the device has done its work. Partial sums have a workspace of torch, so that a call can be
-    captured in a graph. A Gaussian value and gradient is one launch where a sample fits on chip, else two; anything
-    else is one, beside that for the sum of a mask.
+    They return before the device has done its work, and can be captured in a graph. A Gaussian value and gradient is
+    one launch where a sample fits on chip, else two; anything else is one, beside that for the sum of a mask.
     """
 
     FUSES_FORWARD = False

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import types
 from collections.abc import Iterator
+from unittest import mock
 
 import pytest
 import torch
@@ -88,6 +89,8 @@ def test_refusals(modules: dict[str, object], monkeypatch: pytest.MonkeyPatch) -
         compiled()
     with pytest.raises(RuntimeError, match="backend asks for 'picky', which cannot take this call: only float8"):
         fk.gaussian_divergence(tensor, tensor, backend="picky")
+    with mock.patch("os.environ", {"FDU_BACKEND": "tritn"}), pytest.raises(ValueError, match="FDU_BACKEND asks for"):
+        fk.gaussian_divergence(tensor, tensor)
     monkeypatch.setenv("FDU_BACKEND", "absent")
     with pytest.raises(RuntimeError, match="FDU_BACKEND asks for 'absent'"):
         fk.gaussian_divergence(tensor, tensor)

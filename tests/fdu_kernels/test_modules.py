@@ -212,6 +212,27 @@ def test_settings_are_checked_at_construction(options: dict[str, object], error:
         fk.GaussianDivergenceLoss(**options)  # type: ignore[arg-type]
 
 
+def test_a_calibration_in_inference_mode_serves_training() -> None:
+    loss = fk.GaussianDivergenceLoss(sigma="auto", calibration_calls=1)
+    pred, target = torch.randn(4, 6), torch.zeros(4, 6)
+    with torch.inference_mode():
+        loss(pred, target)
+    loss(pred.requires_grad_(), target).backward()
+    loss.load_state_dict(loss.state_dict())
+
+
+def test_the_state_can_be_made_after_the_module() -> None:
+    with torch.device("meta"):
+        late = fk.GaussianDivergenceLoss(sigma="auto", calibration_calls=2)
+    late.to_empty(device="cpu").reset_parameters()
+    loss = fk.GaussianDivergenceLoss(sigma="auto", calibration_calls=2)
+    pred, target = torch.randn(4, 6), torch.zeros(4, 6)
+    for _ in range(3):
+        assert torch.equal(late(pred, target), loss(pred, target)) and torch.equal(late.sigma, loss.sigma)
+    with pytest.raises(TypeError, match="pred must be a tensor, not NoneType"):
+        fk.GaussianDivergenceLoss(sigma="auto")(None, target)
+
+
 def test_calls_while_calibrating_can_share_a_backward() -> None:
     generator = torch.Generator().manual_seed(0)
     first, second = (torch.randn(4, 6, generator=generator).requires_grad_() for _ in range(2))

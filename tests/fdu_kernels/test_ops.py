@@ -360,6 +360,46 @@ def test_traced_graphs_hold_the_losses(backend: str) -> None:
         torch.testing.assert_close(graph(b, 2 * a), loss(b, 2 * a))
 
 
+def test_traced_graphs_hold_transformed_losses(backend: str) -> None:
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    for loss in losses(backend).values():
+        a, b = pair(backend, 3, 4)
+        for transformed in (torch.func.grad(loss), torch.func.vmap(loss)):
+            given = (a, b) if transformed(a, b).shape == a.shape else (a[:, None], b[:, None])
+            graph = make_fx(transformed)(*given)
+            others = given[1], 2 * given[0]
+            torch.testing.assert_close(graph(*others), transformed(*others))
+
+
+def test_jit_trace_is_refused_with_a_remedy(backend: str) -> None:
+    with pytest.raises(RuntimeError, match="torch.jit.trace cannot record.*use torch.export"):
+        torch.jit.trace(lambda a, b: fk.gaussian_divergence(a, b, backend=backend), pair(backend, 3, 4))
+
+
+def test_writing_a_gradient_counts_as_a_change(backend: str) -> None:
+    a, b = (x.detach() for x in pair(backend, 3, 4))
+    out, leaf = torch.zeros_like(a), torch.ones_like(a, requires_grad=True)
+    product = (leaf * out).sum()
+    fk.gaussian_divergence_value_and_grad(a, b, backend=backend, grad_out=out)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        product.backward()
+
+
+def test_compiled_weights_and_masks_are_constants(backend: str) -> None:
+    a, b = (x.detach() for x in pair(backend, 3, 4))
+    weight, mask = torch.rand(3, device=a.device), torch.rand(3, 4, device=a.device)
+
+    def both(weight: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
+        first = fk.gaussian_divergence_value_and_grad(a, b, "kl", weight=weight, mask=mask, backend=backend)
+        return *first, *fk.density_ratio_divergence_value_and_grad(a, "kl", weight=weight, backend=backend)
+
+    compiled = torch.compile(both, backend="aot_eager", fullgraph=True)
+    found = compiled(weight.clone().requires_grad_(), mask.clone().requires_grad_())
+    assert not any(one.requires_grad for one in found)
+    torch.testing.assert_close(found, both(weight, mask))
+
+
 MEMORY = """
 import torch
 import fdu_kernels as fk

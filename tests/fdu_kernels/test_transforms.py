@@ -290,3 +290,38 @@ def test_autograds_batched_gradients(form: str, backend: str) -> None:
     (found,) = torch.autograd.grad(value, x, upstream, is_grads_batched=True, retain_graph=True)
     expected = torch.stack([torch.autograd.grad(value, x, one, retain_graph=True)[0] for one in upstream])
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", ["squared_hellinger", "le_cam"])
+def test_second_derivatives_with_dual_numbers(name: str, backend: str) -> None:
+    pred, target, tangent = tensor(3, 4), tensor(3, 4, seed=1), tensor(3, 4, seed=2)
+
+    def found(backend: str) -> list[Tensor]:
+        leaf = pred.clone().requires_grad_()
+        before = fk.gaussian_divergence(leaf, target, name, backend=backend)
+        with forward_ad.dual_level():
+            loss = fk.gaussian_divergence(forward_ad.make_dual(leaf, tangent), target, name, backend=backend)
+            dual = forward_ad.make_dual(pred, tangent)
+            _, grad = fk.gaussian_divergence_value_and_grad(dual, target, name, backend=backend)
+            upstream = forward_ad.make_dual(torch.tensor(1.0), torch.tensor(2.0))
+            grads = *torch.autograd.grad(loss, leaf), grad, *torch.autograd.grad(before, leaf, upstream)
+            return [forward_ad.unpack_dual(one).tangent for one in grads]
+
+    torch.testing.assert_close(found(backend), found("torch"))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_weights_are_constants_and_do_not_overflow(backend: str) -> None:
+    pred, target = tensor(3, 4), tensor(3, 4, seed=1)
+
+    def loss(weight: Tensor) -> Tensor:
+        return fk.gaussian_divergence_value_and_grad(pred, target, "le_cam", weight=weight, backend=backend)[0]
+
+    assert not grad(loss)(torch.ones(3)).any()
+
+    def gradient(pred: Tensor) -> Tensor:
+        options: Any = {"sigma": 20.0, "weight": torch.ones(3).half(), "grad_scale": torch.tensor(131072.0)}
+        return fk.gaussian_divergence_value_and_grad(pred, target, "le_cam", backend=backend, **options)[1]
+
+    torch.testing.assert_close(vmap(gradient)(pred[None])[0], gradient(pred))

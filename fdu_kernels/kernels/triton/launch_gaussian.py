@@ -1,7 +1,6 @@
 """Launches of the Gaussian kernels: what they get for given tensors, and how many programs.
 
-The reduction over the batch is left to torch.sum or torch.mean over [B]: its launch costs the host less than one of
-Triton's, and its order is fixed. For one sample there is none.
+torch.sum or torch.mean reduces [B]: its launch costs the host less than one of Triton's, and its order is fixed.
 """
 
 from __future__ import annotations

@@ -12,13 +12,12 @@ TABLE_WARP = 32
 ON_CHIP = ((256, 1), (512, 2), (1024, 4), (2048, 4), (4096, 8), (8192, 16), (16384, 16), (32768, 32))
 """(elements, warps) of a program that holds a whole sample in registers: the first that is large enough."""
 ON_CHIP_REGISTERS = {1: 128, 2: 128, 4: 128, 8: 200, 16: 128, 32: None}
-"""By warps: the most registers a thread may have. Stated, because the assembler would rather spill a few bytes than
-have more than 32 or 80; with 32 warps, of which each thread has 64 at most, it does better when left alone."""
+"""By warps: registers per thread. The assembler would rather spill a few bytes than take more than 32 or 80; with 32
+warps, which leave a thread 64 at most, it does better when left alone."""
 ON_CHIP_LIMIT = {"linear": 32768, "masked": 16384, "strided": 4096}
 """The largest sample by the walk: "linear" without a mask; "masked"; or positions decomposed for the data, too."""
 ON_CHIP_UNALIGNED_LIMIT, ON_CHIP_TABLE_LIMIT = 8192, 16384
-"""The same where samples do not begin and end at 16 bytes, so that elements are loaded one by one; and with a tabulated
-profile, whose reading needs registers as well."""
+"""The same where elements are loaded one by one, and with a tabulated profile, which needs registers as well."""
 
 STREAM_BLOCK = {
     ("linear", 2): 4096, ("masked", 2): 2048, ("strided", 2): 1024,
@@ -35,7 +34,6 @@ PARTIALS_BLOCK, FINISH_WARPS = 256, 4
 """Partial sums that a program adds up at a time."""
 
 EXPECTATION_BLOCK, EXPECTATION_WARPS, EXPECTATION_PROGRAMS, EXPECTATION_REGISTERS = 1024, 4, 4096, 128
-"""The registers stated for the same reason as above."""
 TOTAL_BLOCK, TOTAL_WARPS = 4096, 8
 """As PARTIALS_BLOCK; up to as many programs their sums are one load."""
 
