@@ -136,7 +136,7 @@ _ENTRIES: tuple[Divergence | Family, ...] = (
     ),
     Divergence(
         "total_variation", aliases=("tv", "tvd"), formula="|u - 1| / 2",
-        advice="Every sample pulls alike however small its error: robust, but restless near the optimum.",
+        advice="Every sample pulls equally, however small its error: robust, but restless near the optimum.",
         upper=1.0, generator=lambda u: (u - 1).abs() / 2, kinks=((1.0, 1.0),),
         log_ratio_rows=(CriticRow(const=-0.5, step=1), CriticRow(const=-0.5, step=1)),
         fgan_rows=(CriticRow(tanh=0.5, scale=2), CriticRow(tanh=0.5, scale=2)),
