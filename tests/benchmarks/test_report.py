@@ -102,7 +102,7 @@ def test_every_record_is_shown_and_the_same_records_give_the_same_files(results:
         assert f"(performance/{name})" in text
     for said in (
         "commit 0123456789", "## A GPU", "580.1; torch 2.11; commit abcdef0123; today", "| 2 | 16 | 500 |",
-        "against commit fedcba9876, in", "| call | 12.0 | 10.0 | 0.83 |",
+        "against commit fedcba9876: two", "| call | 12.0 | 10.0 | 0.83 |",
         "0.90 of clone's bandwidth (promised 0.8) | holds",
         "| gaussian float32 | 2x50 | 4.000 | 0.040 |", "counts as 5N",
     ):  # fmt: skip
