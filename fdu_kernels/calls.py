@@ -94,8 +94,9 @@ class GaussianCall:
         checks.check_grad_scale(self.grad_scale)
         self.plain = is_plain(pred)
         if grad_out is not None:
-            read = {"pred": pred, "target": self.target, "mask": self.mask, "weight": self.weight, "sigma": self.sigma}
-            checks.check_grad_out(grad_out, read, self.plain)
+            few = self.mask is None and self.weight is None and type(self.sigma) is float
+            others = () if few else (("mask", self.mask), ("weight", self.weight), ("sigma", self.sigma))
+            checks.check_grad_out(grad_out, (("pred", pred), ("target", self.target), *others), self.plain)
         fixed = in_memory if self.plain else _outside_autograd
         self.target, self.weight, self.mask = fixed(self.target), fixed(self.weight), fixed(self.mask)
         self.pred = in_memory(pred) if self.plain else pred

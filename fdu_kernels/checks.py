@@ -102,10 +102,11 @@ def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
         raise ValueError(f"{name} must be {listed}, not {value!r}")
 
 
-def check_grad_out(grad_out: Tensor, read: dict[str, Any], plain: bool) -> None:
+def check_grad_out(grad_out: Tensor, read: tuple[tuple[str, Any], ...], plain: bool) -> None:
     """Raise unless grad_out is a buffer like pred, outside autograd and in another storage than what is read."""
-    pred = read["pred"]
-    check_floating("grad_out", grad_out)
+    pred = read[0][1]
+    if not isinstance(grad_out, Tensor) or grad_out.dtype is not pred.dtype or grad_out.layout is not torch.strided:
+        check_floating("grad_out", grad_out)
     check_same("grad_out", grad_out, "pred", pred)
     remedy = "pass torch.empty_like(pred)"
     if grad_out.dtype != pred.dtype:
@@ -114,9 +115,8 @@ def check_grad_out(grad_out: Tensor, read: dict[str, Any], plain: bool) -> None:
         raise ValueError(f"grad_out is written in place and must not require grad; {remedy}")
     if plain:
         own = grad_out.untyped_storage()._cdata
-        for name, tensor in read.items():
-            given = tensor is not None and type(tensor) is not float  # isinstance alone is slow for what is no tensor
-            if given and isinstance(tensor, Tensor) and own == tensor.untyped_storage()._cdata:
+        for name, tensor in read:
+            if isinstance(tensor, Tensor) and own == tensor.untyped_storage()._cdata:
                 shared = f"its storage with {name}, which is read while it is written"
                 raise ValueError(f"grad_out must not share {shared}; {remedy}")
         if grad_out.is_neg():

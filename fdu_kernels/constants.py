@@ -72,8 +72,7 @@ def _table_name(key: str, device: torch.device) -> str:
     """
 
     plain: Any = find_divergence(key).gaussian_profile.table_on(device)
-    # The sizes of a parameter are no symbols: its 2 columns are not taken for another dimension that is 2. What is
-    # exported has symbols for named dimensions only, and no parameters but those of modules.
+    # A parameter's sizes are no symbols: its 2 columns are not taken for a dimension that is 2. Exports allow none.
     constant = torch.nn.Parameter(plain, requires_grad=False)
 
     def table() -> Tensor:
