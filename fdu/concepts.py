@@ -225,13 +225,23 @@ def _read(argument: str, value: ConceptLike) -> Concept:
 def _expand(target: str, anchor: Concept, concept_type: ConceptType) -> tuple[Concept, Concept]:
     """Put the target's name, and the anchor's where it has no prompts of its own, into the templates."""
     if concept_type == "object":
-        prompts = tuple(template.format(target) for template in OBJECT_TEMPLATES)
-        anchors = tuple(template.format(anchor.name) for template in OBJECT_TEMPLATES) if anchor.name else ("",)
+        prompts = tuple(_with_article(template, target).format(target) for template in OBJECT_TEMPLATES)
+        named = tuple(_with_article(template, anchor.name).format(anchor.name) for template in OBJECT_TEMPLATES)
+        anchors = named if anchor.name else ("",)
     else:
         base = anchor.name or "picture"
-        prompts = tuple(template.format(anchor=base, target=target) for template in STYLE_TEMPLATES)
-        anchors = tuple(_before_style(template).format(anchor=base) for template in STYLE_TEMPLATES)
+        templates = [_with_article(template, base) for template in STYLE_TEMPLATES]
+        prompts = tuple(template.format(anchor=base, target=target) for template in templates)
+        anchors = tuple(_before_style(template).format(anchor=base) for template in templates)
     return Concept(target, prompts), Concept(anchor.name, anchor.prompts or anchors)
+
+
+_VOWEL = re.compile(r"(?!uni[^mn]|us[eu]|uk[ue]|eu|ewe|one\b|once)[aeiou]|hour|honest|heir", re.IGNORECASE)
+
+
+def _with_article(template: str, name: str) -> str:
+    """The template with "an" for "a" before a name that begins with a vowel as it is spoken."""
+    return re.sub(r"\ba (?=\{(?:anchor)?\})", "an ", template) if _VOWEL.match(name) else template
 
 
 def _before_style(template: str) -> str:

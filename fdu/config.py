@@ -27,123 +27,126 @@ class EraseConfig:
     """Settings of one erasure. Names shared with diffusers' training examples mean what they mean there."""
 
     divergence: str = "squared_hellinger"
-    """The f-divergence to minimise: any name of `fdu divergences`, with its parameter as in alpha:0.3."""
+    """f-divergence to minimise: any name of `fdu divergences`; a parameter follows a colon, as in alpha:0.3."""
     sigma: float | Literal["auto"] = "auto"
-    """Scale in s = |pred - target|^2 / sigma^2, in units of the denoiser's output; "auto" sets it from s0."""
+    """Standard deviation in s = |pred - target|^2 / sigma^2, in units of the denoiser's output, > 0; "auto" sets it
+    from s0."""
     s0: float = 1.0
-    """With sigma "auto": the median of s at the start. The larger, the more divergences differ; near 0 all are mse."""
+    """Median of s at the start, > 0; used when sigma is "auto". Larger values make divergences differ more; near 0 all
+    of them act like mse."""
     distance: Literal["mean", "sum"] = "mean"
-    """The squared distance of a sample: its mean over elements (the paper's code) or its sum (the true divergence)."""
+    """Squared distance of a sample: mean over elements (the paper's code) or sum (the true divergence)."""
 
     objective: Literal["model", "noise"] = "model"
-    """What the trained denoiser is drawn to: the frozen one's output on the anchor's prompt, or the noise in the
-    anchor's own latents."""
+    """What the trained denoiser learns to output: the frozen denoiser's output on the anchor's prompt ("model"), or the
+    noise in the anchor's latents ("noise")."""
     negative_guidance: float = 0.0
-    """How far, with the objective "model", to go beyond the anchor and away from the target, as guidance does; 1 with
-    the anchor "" is the objective of ESD."""
+    """How far to go beyond the anchor and away from the target, >= 0; needs objective "model". 1 with anchor "" is
+    ESD's objective."""
     variational: bool = False
-    """Estimate the divergence by a critic in a min-max game, as the paper does where it has no closed form, instead of
-    the exact value between Gaussians."""
+    """Estimate the divergence with a critic in a min-max game, as the paper does where no closed form exists, instead
+    of the exact value between Gaussians."""
     critic_learning_rate: float = 1e-4
-    """Learning rate of the critic's AdamW."""
+    """Learning rate of the critic's AdamW, > 0."""
     critic_warmup_steps: int = 30
-    """Steps before the first one in which the critic alone learns."""
+    """Steps at the start in which only the critic learns, >= 0."""
     weighting: Literal["unit", "posterior", "min_snr", "p2"] = "unit"
-    """How timesteps count: alike (the paper's code), by the exact DDPM posterior, by min-SNR or by P2."""
+    """Weight of each timestep: equal ("unit", the paper's code), the exact DDPM posterior, min-SNR or P2."""
     snr_gamma: float = 5.0
-    """Bound of the signal-to-noise ratio in min_snr."""
+    """Cap on the signal-to-noise ratio in min_snr, > 0."""
     timestep_sampling: Literal["uniform", "importance"] = "uniform"
-    """Timesteps drawn alike, or more often where the loss is large, with weights that keep the expectation."""
+    """Draw timesteps uniformly, or more often where the loss is large ("importance"); weights keep the expectation."""
 
     train_method: Literal["lora", "dora", "cross_attention", "attention", "full", "text_encoder", "token"] = "lora"
-    """What is trained: low-rank adapters on the projections that read the prompt (lora, dora), these projections
-    themselves (cross_attention), all attention, the full denoiser, the text encoders, or the target's token alone."""
+    """Weights to train: low-rank adapters on the layers that read the prompt (lora, dora), those layers themselves
+    (cross_attention), all attention, the full denoiser, the text encoders, or only the target's token embedding."""
     rank: int = 16
-    """Rank of the LoRA matrices."""
+    """Rank of the LoRA matrices, >= 1."""
     lora_alpha: float = 16.0
-    """Scale of the LoRA update is lora_alpha / rank."""
+    """Scale of the LoRA update, > 0: the update is multiplied by lora_alpha / rank."""
 
     max_train_steps: int = 120
-    """Optimizer steps."""
+    """Optimizer steps, >= 0."""
     train_batch_size: int = 16
-    """Samples that erase, a step and a process. As many again preserve where preservation_weight > 0."""
+    """Erasing samples per step per process, >= 1; as many preserving samples are added when preservation_weight > 0."""
     gradient_accumulation_steps: int = 1
-    """Batches an optimizer step."""
+    """Batches accumulated per optimizer step, >= 1."""
     learning_rate: float = 2e-3
-    """Peak learning rate of AdamW."""
+    """Peak learning rate, > 0."""
     lr_scheduler: Literal["constant", "constant_with_warmup", "linear", "cosine"] = "cosine"
-    """Course of the learning rate after the warm-up."""
+    """Learning-rate schedule after the warm-up."""
     lr_warmup_steps: int = 0
-    """Steps over which the learning rate rises from 0."""
+    """Steps in which the learning rate rises from 0, >= 0."""
     optimizer: Literal["adamw", "adamw_8bit"] = "adamw"
-    """AdamW of torch, or with 8-bit moments (needs bitsandbytes)."""
+    """AdamW from torch, or with 8-bit moments (needs bitsandbytes)."""
     adam_beta1: float = 0.9
-    """First-moment decay of AdamW."""
+    """AdamW: decay of the first moment, in [0, 1)."""
     adam_beta2: float = 0.999
-    """Second-moment decay of AdamW."""
+    """AdamW: decay of the second moment, in [0, 1)."""
     adam_weight_decay: float = 0.0
-    """Decoupled weight decay of AdamW."""
+    """AdamW: decoupled weight decay, >= 0."""
     adam_epsilon: float = 1e-8
-    """Denominator offset of AdamW."""
+    """AdamW: term added to the denominator, > 0."""
     max_grad_norm: float = 1.0
-    """Norm at which the gradient is clipped."""
+    """Gradient norm to clip at, > 0."""
 
     preservation_weight: float = 1.0
-    """Weight of keeping the frozen outputs on the preserved prompts; 0 turns preservation off."""
+    """Weight of the loss that keeps the preserved prompts unchanged, >= 0; 0 turns preservation off."""
     preservation_prompts: tuple[str, ...] = ()
-    """Prompts to keep as they are, beside the empty prompt: the target's neighbours. None given, the anchor's."""
+    """Prompts to keep unchanged beside the empty prompt, such as the target's neighbours. Default: the anchor's
+    prompts."""
     gradient_surgery: bool = False
-    """Take from the erasing gradient what points against the preserving one."""
+    """Remove from the erasing gradient what opposes the preserving gradient."""
 
     num_latents: int = 96
-    """Latents to train on, sampled beforehand with the target's, the anchor's and the preserved prompts; at most as
-    many as the steps can use."""
+    """Latents to train on, >= 2, sampled before the training with the target's, the anchor's and the preserved prompts;
+    no more are sampled than the steps can use."""
     num_inference_steps: int = 15
-    """Denoising steps to sample those latents."""
+    """Denoising steps per sampled latent, >= 1."""
     guidance_scale: float = 3.0
-    """Classifier-free guidance to sample those latents."""
+    """Classifier-free guidance scale for sampling latents, >= 0."""
     sample_batch_size: int = 32
-    """Latents sampled at a time."""
+    """Latents sampled at a time, >= 1."""
     resolution: int | None = None
-    """Height and width in pixels; not given, the model's own."""
+    """Height and width in pixels. Default: the model's own."""
     frozen_batches: int = 0
-    """Batches to draw once, with their frozen outputs, and to use in turn; 0 draws every batch anew. With cache_dir,
-    runs that differ in what is trained, or by which divergence, share them. They wait in CPU memory, as
-    4 latents in float32 for each sample that erases."""
+    """Pre-draw N batches with their frozen outputs and cycle through them; 0 draws a fresh batch each step. With
+    cache_dir, runs that differ only in the trained weights or the divergence share them. They stay in CPU memory: 4
+    latents in float32 per erasing sample."""
     cache_dir: str | None = None
-    """Folder where prompts, latents and frozen outputs are kept for other runs on the same model."""
+    """Folder for prompts, latents and frozen outputs that later runs on the same model reuse."""
 
     mixed_precision: Literal["no", "fp16", "bf16"] = "no"
-    """Autocast of the training step; trained weights stay fp32."""
+    """Autocast dtype of the training step; trained weights stay float32."""
     gradient_checkpointing: bool = False
-    """Compute activations again in the backward pass instead of keeping them: less memory, more time."""
+    """Recompute activations in the backward pass: less memory, more time."""
     compile: bool = False
     """Compile the denoiser with torch.compile."""
     shard: bool = False
-    """Split the frozen weights of the denoiser between the processes (FSDP 2) instead of copying them into each. Taken
-    as true under accelerate launch --use_fsdp."""
+    """Split the denoiser's frozen weights across processes (FSDP 2) instead of copying them to each. accelerate launch
+    --use_fsdp implies it."""
 
     checkpoint_dir: str | None = None
-    """Folder for checkpoints, from which an interrupted run goes on; not given, none are written."""
+    """Folder for checkpoints, from which an interrupted run resumes. Default: no checkpoints."""
     checkpointing_steps: int = 100
-    """Steps from one checkpoint to the next."""
+    """Steps between checkpoints, >= 1."""
     checkpoints_total_limit: int = 2
-    """Checkpoints to keep; older ones are removed."""
+    """Checkpoints to keep, >= 1; older ones are deleted."""
     resume_from_checkpoint: str | None = None
-    """Go on from the "latest" checkpoint in checkpoint_dir, or from the folder of one. Where there is none yet,
-    "latest" begins."""
+    """Resume from the "latest" checkpoint in checkpoint_dir, or from a checkpoint's folder. "latest" starts from
+    scratch if there is none."""
 
     report_to: Literal["none", "tensorboard", "wandb"] = "none"
-    """Tracker that the course of the training is logged to."""
+    """Tracker to log the training to."""
     logging_dir: str = "logs"
-    """Folder of the tracker."""
+    """Folder of the tracker's logs."""
     validation_prompts: tuple[str, ...] = ()
-    """Prompts drawn with fixed seeds in the course of the training."""
+    """Prompts drawn with fixed seeds during the training."""
     validation_steps: int = 50
-    """Steps from one drawing of the validation prompts to the next."""
+    """Steps between drawings of the validation prompts, >= 1."""
 
     seed: int = 0
-    """Seed of everything random. The same seed gives the same weights, bit for bit on the CPU."""
+    """Random seed, >= 0. The same seed gives the same weights, bit for bit on the CPU."""
 
     def __post_init__(self) -> None:
         import fdu_kernels  # here, because it brings torch and the help of the command line should not wait for it

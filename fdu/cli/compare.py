@@ -17,7 +17,7 @@ from fdu.config import EraseConfig
 from fdu.loading import Dtype, check_dtype, check_encoder, check_model, choose_device, is_embedded
 
 DEFAULT = "mse,squared_hellinger,jensen_shannon,pearson_chi2"
-"""Compared if nothing is named: by how much they damp or amplify large errors they span what there is."""
+"""The default: the usual loss, two divergences that damp large errors, and one that amplifies them."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,11 +40,11 @@ class SharedSettings(Settings):
 
 @dataclasses.dataclass
 class Compare:
-    """Erase with several divergences and seeds, draw erased against retained, and recommend one.
+    """Erase with several divergences and seeds, plot erased against retained, and recommend one.
 
-    OUT receives comparison.html, its charts as .svg, comparison.md, comparison.json, a record a run in runs/, and in
-    cache/ what runs have in common, which may be deleted. The same command goes on where it was stopped; with further
-    divergences, values of s0 or seeds it makes what is missing.
+    OUT receives comparison.html, its charts as .svg, comparison.md, comparison.json, one record per run in runs/, and
+    in cache/ the data that runs share, which may be deleted. The same command resumes an interrupted comparison; with
+    more divergences, values of s0 or seeds it adds the missing runs.
     """
 
     examples: ClassVar[tuple[str, ...]] = (
@@ -57,41 +57,42 @@ class Compare:
     model: Positional[str]
     """A pipeline's folder, a hub id (org/name), or "embedded"."""
     target: str
-    """What to erase."""
+    """Concept to erase."""
     anchor: str
-    """What takes its place."""
+    """Concept that replaces it."""
     out: Path
-    """Folder for the results: empty, or that of a comparison with the same settings."""
+    """Folder for the results: a new or empty one, or that of a comparison with the same settings."""
     divergences: str | None = None
-    """Names of `fdu divergences`, with commas between them."""
+    """Names of `fdu divergences`, separated by commas."""
     alpha: str | None = None
     """Alpha divergences as low:high:count, such as -1:2:7; at 0 and 1 these are reverse_kl and kl."""
     s0: tuple[float, ...] = (EraseConfig.s0,)
-    """Values of s0: the median of s at the start. The larger, the more divergences differ."""
+    """Values of s0, the median of s at the start, > 0. Larger values make divergences differ more."""
     seeds: int = 3
-    """Runs of each, with the seeds from 0 on."""
+    """Runs per divergence and s0, with seeds 0, 1, ...; >= 1."""
     prefer: Literal["preservation", "balanced", "erasure"] = "balanced"
-    """What to recommend for; the page has all three."""
+    """Criterion of the recommendation; the page shows all three."""
     images_per_class: int = 32
-    """Images that the judge sees of every class, at least 2; fewer than 6 of the target decide nothing."""
+    """Images per class for the judge, >= 2; fewer than 6 of the target decide nothing."""
     prompts: str | None = None
-    """What to draw, as for `fdu evaluate`: a concept set of the package or a .txt file of that form; not given, the set
-    of the target's name, else the prompts of the training and everyday subjects. The embedded pipeline has its own."""
+    """Prompts to draw, as for `fdu evaluate`: a concept set of the package or a .txt file in that format. Default: the
+    set with the target's name, otherwise the training prompts and everyday subjects. The embedded pipeline has its
+    own."""
     judge: str | None = None
-    """The image-text encoder that judges, as for `fdu evaluate`. The embedded pipeline has its own judge."""
+    """Image-text encoder that judges, as for `fdu evaluate`. The embedded pipeline has its own judge."""
     judged_inference_steps: int | None = None
-    """Steps a judged image; not given, the pipeline's own default, and 20 for the embedded one."""
+    """Sampling steps per judged image. Default: the pipeline's own; 20 on the embedded pipeline."""
     judged_guidance_scale: float | None = None
-    """Guidance of judged images; not given, the pipeline's own default, and 3 for the embedded one."""
+    """Guidance scale of judged images. Default: the pipeline's own; 3 on the embedded pipeline."""
     workers: int | None = None
-    """Processes, of one thread each if they are several; not given, one, and for the embedded pipeline on a CPU as many
-    as there are cores."""
+    """Worker processes, each with one thread if there are several. Default: 1; on the embedded pipeline on a CPU, one
+    per core."""
     concept_type: Literal["object", "style"] = "object"
-    """The phrasings that names are put into. The embedded pipeline has its own."""
+    """Phrasings for the names. The embedded pipeline has its own."""
     dtype: Dtype = "auto"
-    """Type of the weights; auto is float32, or the type of --mixed_precision."""
+    """Dtype of the weights. auto: float32, or the dtype of --mixed_precision."""
     device: str = "auto"
-    """Device to run on: cpu, cuda, mps, or auto for the first accelerator there is."""
+    """Device to run on: cpu, cuda, mps, or auto for the first accelerator found."""
     settings: OmitArgPrefixes[SharedSettings] = dataclasses.field(default_factory=SharedSettings)
 
     def prepare(self, command: str) -> Callable[[], None]:

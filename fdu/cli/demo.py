@@ -31,11 +31,11 @@ class Demo:
     out: Path = Path("demo-out")
     """Folder for the results."""
     target: str = "three"
-    """What to erase: a digit (zero ... nine) or an ink (black, red, green, blue)."""
+    """Concept to erase: a digit (zero ... nine) or an ink (black, red, green, blue)."""
     anchor: str = "eight"
-    """What takes its place: another digit or ink, or "digit" for the superclass."""
+    """Concept that replaces it: another digit or ink, or "digit" for the superclass."""
     images_per_class: int = 32
-    """Images that the judge sees of every class, before and after."""
+    """Images per class for the judge, before and after, >= 1."""
     device: str = "cpu"
     """Device to run on: cpu, cuda, mps or auto."""
     settings: OmitArgPrefixes[Settings] = dataclasses.field(default_factory=Settings)

@@ -1,4 +1,4 @@
-"""``fdu doctor``: can fdu run here, and what mends it."""
+"""``fdu doctor``: check whether fdu can run here, and say how to fix what is missing."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fdu.cli.exits import FAILED
 
 @dataclasses.dataclass
 class Doctor:
-    """Look whether fdu can run here: versions, devices, kernels, disk; and how to mend what is missing.
+    """Check whether fdu can run here: versions, devices, kernels, disk; and say how to fix what is missing.
 
     Exits with 0 if fdu can run and with 1 if not.
     """

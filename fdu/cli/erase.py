@@ -45,24 +45,25 @@ class Erase:
     model: Positional[str]
     """A pipeline's folder, a hub id (org/name), or "embedded"."""
     target: UseAppendAction[tuple[str, ...]]
-    """What to erase: a name, or a .txt file of prompts, one a line. Give it again for a further concept."""
+    """Concept to erase: a name, or a .txt file with one prompt per line. Repeat the option for further concepts."""
     anchor: UseAppendAction[tuple[str, ...]]
-    """What takes its place, in the same forms: a superclass ("painting"), another concept, or "" for nothing; the
-    embedded pipeline does not know "" and takes "digit". One for all targets, or one each, in their order."""
+    """Concept that replaces the target, in the same forms: a superclass ("painting"), another concept, or "" for
+    nothing; the embedded pipeline does not know "", use "digit" there. One for all targets, or one per target in their
+    order."""
     out: Path
     """Folder for the result."""
     concept_type: UseAppendAction[tuple[Literal["object", "style"], ...]] = ()
-    """The phrasings that names are put into, object if not given; one for all targets, or one each. The embedded
-    pipeline has its own."""
+    """Phrasings for the names. Default: object. One for all targets, or one per target. The embedded pipeline has its
+    own."""
     save_as: SaveAs = "auto"
-    """Form of the result: lora (diffusers), kohya (ComfyUI, A1111, Forge), pipeline (a whole folder), delta (what
-    changed, in safetensors); auto is lora where adapters were trained, and pipeline elsewhere."""
+    """Format of the result: lora (diffusers), kohya (ComfyUI, A1111, Forge), pipeline (a whole folder) or delta (the
+    changed weights in safetensors). auto: lora if adapters were trained, otherwise pipeline."""
     overwrite: bool = False
     """Replace OUT if fdu wrote it; anything else is never replaced."""
     dtype: Dtype = "auto"
-    """Type of the weights; auto is float32, or the type of --mixed_precision."""
+    """Dtype of the weights. auto: float32, or the dtype of --mixed_precision."""
     device: str = "auto"
-    """Device to run on: cpu, cuda, mps, or auto for the first accelerator there is."""
+    """Device to run on: cpu, cuda, mps, or auto for the first accelerator found."""
     settings: OmitArgPrefixes[Settings] = dataclasses.field(default_factory=Settings)
 
     def prepare(self, command: str) -> Callable[[], None]:
@@ -71,6 +72,13 @@ class Erase:
         from fdu.output import check_output, clear_run, strangers, whole_folder
         from fdu.weights import choose_format
 
+        if not self.target:
+            raise ValueError("--target is missing; name the concept to erase, such as --target 'van gogh'")
+        if not self.anchor:
+            raise ValueError(
+                "--anchor is missing; name what takes the target's place, such as --anchor painting (a superclass), "
+                "another concept, or --anchor '' for nothing"
+            )
         types = self.concept_type[0] if len(self.concept_type) == 1 else self.concept_type or "object"
         pairs = concept_pairs(read_concepts(self.target), read_concepts(self.anchor), types)
         check_model(self.model)
@@ -143,6 +151,6 @@ def _tidy_checkpoints(folder: Path) -> None:
     from fdu.output import clear_run
 
     if any(folder.glob("checkpoint-*")):
-        print(f"fdu: its state is in {folder}; go on with --resume_from_checkpoint latest", file=sys.stderr)
+        print(f"fdu: checkpoint saved in {folder}; resume with --resume_from_checkpoint latest", file=sys.stderr)
     else:
         clear_run(folder)

@@ -1,4 +1,4 @@
-"""``fdu evaluate``: draw before and after an erasure, and let independent judges and metrics tell."""
+"""``fdu evaluate``: draw before and after an erasure, and measure both with independent judges and metrics."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass
 class Evaluate:
-    """Draw with a pipeline before and after an erasure, and tell whether the concept is gone and what else changed.
+    """Draw with a pipeline before and after an erasure; report whether the concept is gone and what else changed.
 
-    The embedded pipeline has a classifier of its own as judge; other models are judged by CLIP, zero-shot.
+    A classifier judges the embedded pipeline; CLIP, zero-shot, judges other models.
     """
 
     examples: ClassVar[tuple[str, ...]] = (
@@ -55,45 +55,43 @@ class Evaluate:
     base: Positional[str]
     """The pipeline before: a folder, a hub id (org/name), or "embedded"."""
     erased: Positional[str]
-    """The folder that `fdu erase` or ErasureResult.save wrote; or weights that others made, in any form that
+    """Folder written by `fdu erase` or ErasureResult.save; or weights from elsewhere, in any format that
     fdu.weights.load_weights reads."""
     target: str | None = None
-    """What was erased; need not be given if ERASED or --prompts tells. Of several concepts, the one to judge."""
+    """Erased concept. Default: the one recorded in ERASED or in --prompts. If several were erased: the one to judge."""
     prompts: str | None = None
-    """What to draw: a concept set of the package ("van gogh", monet, r2d2, snoopy, "grumpy cat", nemo), or a .txt file
-    of that form (see fdu/prompts). If not given, the set that has the target's name; else the prompts of the training,
-    with everyday subjects to be kept, but without neighbours. The embedded pipeline has its own."""
+    """Prompts to draw: a concept set of the package ("van gogh", monet, r2d2, snoopy, "grumpy cat", nemo), or a .txt
+    file in that format (see fdu/prompts). Default: the set with the target's name, otherwise the training prompts with
+    everyday subjects to retain, without neighbours. The embedded pipeline has its own."""
     judge: str | None = None
-    """The image-text encoder that judges: a folder or hub id of CLIP or SigLIP; if not given,
-    openai/clip-vit-base-patch32. For the embedded pipeline it computes distances and CLIP scores; its judge stays the
-    classifier."""
+    """Image-text encoder that judges: a folder or hub id of CLIP or SigLIP. Default: openai/clip-vit-base-patch32. On
+    the embedded pipeline it computes distances and CLIP scores, and the classifier still judges."""
     images_per_class: int = 32
-    """Images of every class, before and after."""
+    """Images per class, before and after, >= 1."""
     num_inference_steps: int | None = None
-    """Steps an image; if not given, the pipeline's own default, and 20 for the embedded one."""
+    """Sampling steps per image. Default: the pipeline's own; 20 on the embedded pipeline."""
     guidance_scale: float | None = None
-    """Classifier-free guidance; if not given, the pipeline's own default, and 3 for the embedded one."""
+    """Classifier-free guidance scale. Default: the pipeline's own; 3 on the embedded pipeline."""
     batch_size: int | None = None
-    """Images drawn at once; if not given, 4, and 32 for the embedded pipeline."""
+    """Images drawn at a time. Default: 4; 32 on the embedded pipeline."""
     seed: int = 0
-    """Images are drawn with the seeds from SEED + 1000 on; a training with the same SEED draws its own from SEED on."""
+    """Random seed, >= 0. Images use SEED + 1000 and up; a training with the same SEED used SEED and up."""
     robustness: tuple[Literal["phrasings", "attack", "relearning"], ...] | None = None
-    """Test also whether the erasure holds: against other phrasings, against an attack on what the denoiser reads,
-    against relearning from a few images; without names, against all three."""
+    """Also test whether the erasure holds: against other phrasings, against an attack on the text embedding, against
+    relearning from a few images. Without names: all three."""
     robustness_batch_size: int | None = None
-    """Images at once in these tests, which train as well and take more memory; if not given, BATCH_SIZE are drawn and
-    16 trained on."""
+    """Images at a time in the robustness tests, which also train and need more memory. Default: BATCH_SIZE to draw, 16
+    to train."""
     phrasings: Path | None = None
-    """Folder of .txt files, each a set of prompts for the test "phrasings", one a line; in place of those that come
-    with fdu."""
+    """Folder of .txt files for the test "phrasings", each a set with one prompt per line. Default: the sets of fdu."""
     out: Path | None = None
     """Folder for metrics.json, images and report.html."""
     overwrite: bool = False
     """Replace OUT if fdu wrote it; anything else is never replaced."""
     dtype: Dtype = "auto"
-    """Type of the pipeline's weights; auto is float32."""
+    """Dtype of the pipeline's weights. auto: float32."""
     device: str = "auto"
-    """Device to run on: cpu, cuda, mps, or auto for the first accelerator there is."""
+    """Device to run on: cpu, cuda, mps, or auto for the first accelerator found."""
 
     def prepare(self, command: str) -> Callable[[], None]:
         """Check everything; the work is what comes back."""

@@ -21,6 +21,7 @@ from fdu.cli.doctor import Doctor
 from fdu.cli.erase import Erase
 from fdu.cli.evaluate import Evaluate
 from fdu.cli.exits import FAILED, INTERRUPTED, OK, USAGE
+from fdu.cli.options import check_typed
 from fdu.cli.report import Report
 
 
@@ -92,8 +93,10 @@ def parse(arguments: list[str]) -> Command:
     """The command that the arguments describe.
 
     Raises:
+        ValueError: an unknown command or option.
         SystemExit: help, which ends with examples, or wrong usage; either is printed.
     """
+    check_typed(arguments, COMMANDS)
     try:
         return tyro.extras.subcommand_cli_from_dict(
             {**COMMANDS},

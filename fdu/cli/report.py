@@ -1,4 +1,4 @@
-"""``fdu report``: make the page of a run anew from what the run left."""
+"""``fdu report``: regenerate the page of a run from its figures and images."""
 
 from __future__ import annotations
 
@@ -12,10 +12,9 @@ from tyro.conf import Positional
 
 @dataclasses.dataclass
 class Report:
-    """Make the report of a run: one HTML page that needs nothing else, and a picture.
+    """Make the report of a run: one self-contained HTML page, and a picture.
 
-    `fdu evaluate --out` and `fdu demo` make it by themselves; this makes it anew, of the figures and images that they
-    left.
+    `fdu evaluate --out` and `fdu demo` make it too; this command regenerates it from their figures and images.
     """
 
     examples: ClassVar[tuple[str, ...]] = ("fdu report demo-out", "fdu report evaluation")

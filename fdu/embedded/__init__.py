@@ -7,6 +7,8 @@ scikit-learn's handwritten digits, for demonstrations, tests and studies that ru
 from __future__ import annotations
 
 import dataclasses
+import difflib
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -85,6 +87,11 @@ def features() -> ModuleFeatures:
     return ModuleFeatures(load_classifier(), CLASSIFIER_LAYERS, CLASSIFIER_FEATURES, JUDGE, 256)
 
 
+def _closest(name: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
 def concepts(target: str, anchor: str) -> tuple[Concept, Concept]:
     """Target and anchor in the words of the pipeline, prompts aligned.
 
@@ -97,9 +104,11 @@ def concepts(target: str, anchor: str) -> tuple[Concept, Concept]:
     """
     kind = DIGITS if target in DIGITS else INKS
     if target not in kind:
-        raise ValueError(f"target must be a digit ({', '.join(DIGITS)}) or an ink ({', '.join(INKS)}), got {target!r}")
+        names = f"a digit ({', '.join(DIGITS)}) or an ink ({', '.join(INKS)})"
+        raise ValueError(f"target must be {names}, got {target!r}{_closest(target, (*DIGITS, *INKS))}")
     if anchor != SUPERCLASS and anchor not in kind:
-        raise ValueError(f"anchor must be {SUPERCLASS!r} or one of {', '.join(kind)}, got {anchor!r}")
+        hint = _closest(anchor, (SUPERCLASS, *kind))
+        raise ValueError(f"anchor must be {SUPERCLASS!r} or one of {', '.join(kind)}, got {anchor!r}{hint}")
     if anchor == target:
         raise ValueError(f"target and anchor are the same, {target!r}; choose another anchor, such as {SUPERCLASS!r}")
     return Concept(target, _prompts(target, target)), Concept(anchor, _prompts(target, anchor))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -17,6 +18,7 @@ import fdu
 from fdu import cli, doctor, embedded
 from fdu.cli import main
 from fdu.cli.demo import Demo
+from fdu.cli.erase import Erase
 from fdu.output import SMALL_RESULT
 from fdu.training.loop import Training
 
@@ -227,6 +229,34 @@ def test_without_a_command_comes_the_help(capsys: pytest.CaptureFixture[str]) ->
     assert all(command in output for command in cli.COMMANDS)
 
 
+@pytest.mark.usefixtures("no_work")
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["dem"], "there is no command 'dem'; did you mean demo?"),
+        (["demo", "--steps", "3"], "no option --steps; did you mean --max_train_steps?; fdu demo --help"),
+        (["erase", "embedded", "--lr", "1"], "no option --lr; did you mean --learning_rate?"),
+        (["erase", "embedded", "--targt=three"], "no option --targt; did you mean --target?"),
+        (["compare", "embedded", "--divergence", "kl"], "no option --divergence; did you mean --divergences?"),
+        (["doctor", "--json"], "no option --json; fdu doctor --help"),
+        ([*ERASE[:2], "--target", "three", "five", *ERASE[4:]], "repeat the option.*: --target three --target five"),
+        ([*ERASE[:4], "--out", "out"], "--anchor is missing; name what takes the target's place"),
+        ([*ERASE[:2], *ERASE[4:]], "--target is missing"),
+        (with_option(ERASE, "--target", "thre"), "got 'thre'; did you mean 'three'?"),
+        (with_option(ERASE, "--anchor", "digits"), "got 'digits'; did you mean 'digit'?"),
+    ],
+)
+def test_near_misses_are_told_what_was_meant(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert re.search(message.replace("?", "[?]"), refused(arguments, capsys))
+
+
+def test_the_model_may_come_after_the_names() -> None:
+    command = cli.parse(["erase", "--target", "three", "embedded", "--anchor", "eight", "--out", "out"])
+    assert isinstance(command, Erase) and command.model == "embedded" and command.target == ("three",)
+
+
 @pytest.mark.parametrize("arguments", [["dem"], ["demo", "--max_steps", "3"], ["erase"], ["demo", "--seed", "x"]])
 def test_wrong_usage_exits_with_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(arguments) == cli.USAGE
@@ -398,7 +428,7 @@ def test_evaluate_draws_with_seeds_that_no_training_used(monkeypatch: pytest.Mon
 def test_the_help_tells_which_anchor_the_embedded_pipeline_does_not_know(capsys: pytest.CaptureFixture[str]) -> None:
     main(["erase", "--help"])
     words = " ".join(capsys.readouterr().out.replace("│", " ").split())
-    assert 'the embedded pipeline does not know "" and takes "digit"' in words
+    assert 'does not know "", use "digit" there' in words
 
 
 def test_an_output_that_appears_during_the_training_costs_nothing(
@@ -439,7 +469,7 @@ def test_an_interrupted_run_says_how_to_go_on(
     real = Training._stops
     monkeypatch.setattr(Training, "_stops", lambda self, stop: self.step == 3)
     assert main([*ERASE, *quick]) == cli.INTERRUPTED
-    assert "its state is in out.checkpoints; go on with --resume_from_checkpoint latest" in capsys.readouterr().err
+    assert "checkpoint saved in out.checkpoints; resume with --resume_from_checkpoint latest" in capsys.readouterr().err
     monkeypatch.setattr(Training, "_stops", real)
     assert main([*ERASE, *quick]) == cli.FAILED
     assert "go on with resume_from_checkpoint 'latest'" in capsys.readouterr().err

@@ -150,3 +150,14 @@ def test_names_that_lead_further_and_further_are_refused() -> None:
         concept_pairs(
             [Concept("a", ("one a",)), Concept("b", ("one b",))], [Concept("b", ("x b",)), Concept("a", ("x a",))]
         )
+
+
+@pytest.mark.parametrize(
+    ("name", "phrase"),
+    [("fox", "a photo of a fox"), ("apple", "a photo of an apple"), ("unicorn", "a photo of a unicorn")],
+)
+def test_the_article_goes_with_the_name(name: str, phrase: str) -> None:
+    target, anchor = concept_pair(name, "animal")
+    assert target.prompts[3] == phrase and anchor.prompts[3] == "a photo of an animal"
+    target, _ = concept_pair("van gogh", name, "style")
+    assert target.prompts[1] == f"{phrase.removeprefix('a photo of ')} of a house in the style of van gogh"

@@ -1,0 +1,71 @@
+"""What was typed and is no command or option: told in one line, with the one that was meant."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Collection, Mapping, Sequence
+
+OTHER_NAMES = {
+    "steps": "max_train_steps",
+    "num_train_steps": "max_train_steps",
+    "iterations": "max_train_steps",
+    "lr": "learning_rate",
+    "batch_size": "train_batch_size",
+    "method": "train_method",
+    "loss": "divergence",
+    "concept": "target",
+    "output": "out",
+    "output_dir": "out",
+    "size": "resolution",
+    "type": "concept_type",
+}
+"""What other programs call an option."""
+
+
+def check_typed(arguments: Sequence[str], commands: Mapping[str, type]) -> None:
+    """Raise ValueError for an unknown command, an unknown option, and names that follow one that an option takes."""
+    command, *rest = arguments
+    if command.startswith("-"):
+        return
+    if command not in commands:
+        hint = _meant(command, commands)
+        raise ValueError(f"there is no command {command!r}{hint}; the commands are {', '.join(commands)}")
+    options, repeated = _options(commands[command])
+    for i, word in enumerate(rest):
+        if not word.startswith("--") or word == "--":
+            continue
+        typed = word[2:].partition("=")[0]
+        name = typed.replace("-", "_")
+        if name not in (*options, "help"):
+            hint = _meant(name, options, "--")
+            raise ValueError(f"there is no option --{typed}{hint}; fdu {command} --help lists the options")
+        values = []
+        for value in rest[i + 1 :]:
+            if value.startswith("--"):
+                break
+            values.append(value)
+        # The model may come last: it is the first word otherwise.
+        if name in repeated and "=" not in word and len(values) > 1 and not rest[0].startswith("-"):
+            again = " ".join(f"--{typed} {value}" for value in values)
+            raise ValueError(f"--{typed} takes one name; repeat the option for each further one: {again}")
+
+
+def _options(command: type) -> tuple[set[str], set[str]]:
+    """The names of a command's options, and which of them can be repeated."""
+    names, repeated = set(), set()
+    for field in dataclasses.fields(command):
+        nested = field.default_factory
+        if isinstance(nested, type) and dataclasses.is_dataclass(nested):
+            names |= {one.name for one in dataclasses.fields(nested) if "Fixed" not in str(one.type)}
+        else:
+            names.add(field.name)
+        if "UseAppendAction" in str(field.type):
+            repeated.add(field.name)
+    return names, repeated
+
+
+def _meant(typed: str, known: Collection[str], prefix: str = "") -> str:
+    close = difflib.get_close_matches(typed, known, n=1, cutoff=0.5)
+    best = OTHER_NAMES.get(typed) if OTHER_NAMES.get(typed) in known else next(iter(close), None)
+    return f"; did you mean {prefix}{best}?" if best else ""
