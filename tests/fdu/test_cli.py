@@ -220,7 +220,7 @@ def test_every_setting_is_an_option_with_help(command: str, capsys: pytest.Captu
     output = capsys.readouterr().out
     for name in fdu.EraseConfig.field_names():
         assert f"--{name} " in output or f"--{name}\n" in output
-    assert "Optimizer steps." in output
+    assert "Optimizer steps" in output
 
 
 def test_without_a_command_comes_the_help(capsys: pytest.CaptureFixture[str]) -> None:
