@@ -25,8 +25,7 @@ class Kind(NamedTuple):
     device: torch.device
     dtype: torch.dtype  # of pred or the log ratio
     other: torch.dtype  # of target
-    form: str
-    """Of a Gaussian loss "exponential" or "table"; of a function of the density ratio "critic", "python" for code."""
+    form: str  # of a Gaussian loss "exponential" or "table"; of the density ratio "critic", or "python" for code
 
     def why_not_fused(self, float64: bool = False) -> str | None:
         """Why a fused backend cannot take it, or None; ``float64``: whether that backend takes float64."""

@@ -1,9 +1,7 @@
 """Every divergence of the package, each stated once: adding one touches this file and nothing else.
 
-u = p/q is the density ratio and v = log u. Generators are in the standard normalisation of the literature; Gaussian
-profiles (c, k) mean h(s) = c expm1(k s)/k, and a divergence without one is tabulated from its curvature
-log kappa(v) = log(u^2 f''(u)). The rows are A(v) = f'(u) and B(v) = u f'(u) - f(u) over the basis of CriticRow; f-GAN's
-output activations are those of Nowozin et al. 2016, table 6, in our normalisation.
+u = p/q is the density ratio and v = log u. Generators have the literature's standard normalisation. What the fields
+mean: fdu_kernels.divergence and .critic; f-GAN's output activations are those of Nowozin et al. 2016, table 6.
 """
 
 from __future__ import annotations

@@ -31,8 +31,8 @@ class CriticRow:
              + softplus log(1 - mix + mix e^x) + sigmoid sigma + tanh T + tanh_squared T^2 + step [v > threshold]
 
     mix is sigmoid(logit): so neither mix nor 1 - mix loses digits where it is small. The softplus is shifted to vanish
-    at v = 0, the step is 1/2 at its threshold. Both an exponential and one less 1 are there because either alone loses
-    its digits: the first near v = 0, the second where e^v is small. So are both a sigmoid and T, which is exact near 0.
+    at v = 0, the step is 1/2 at its threshold. exp loses digits near v = 0, expm1 where e^v
+    is small, so both are there; likewise a sigmoid and T, which is exact near 0.
     """
 
     const: float = 0.0

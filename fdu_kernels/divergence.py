@@ -17,6 +17,7 @@ from fdu_kernels.critic import CriticRow, ElementFunction
 from fdu_kernels.custom import OwnFunction
 from fdu_kernels.internals import on_the_cpu
 from fdu_kernels.profiles import GaussianProfile
+from fdu_kernels.scalar import derivative
 from fdu_kernels.tabulation import Kinks, tabulated_profile
 
 OnTensors = Callable[[Tensor], Tensor]
@@ -101,6 +102,18 @@ class Divergence:
         a, b = self.critic_functions(parametrization)
         return a.scalar()(_tensor(v)), b.scalar()(_tensor(v))
 
+    def critic_rows(self, parametrization: str) -> Rows | None:
+        """The rows of A and B over the critic basis; None for a user's generator."""
+        return (self.fgan_rows or self.log_ratio_rows) if parametrization == "fgan" else self.log_ratio_rows
+
+    def derivative(self, u: Tensor) -> Tensor:
+        """f'(u), differentiable."""
+        return derivative(self.f)(u)
+
+    def second_derivative(self, u: Tensor) -> Tensor:
+        """f''(u), differentiable; kinks do not show."""
+        return derivative(self.derivative)(u)
+
     @functools.cached_property
     def gaussian_profile(self) -> GaussianProfile:
         """h as numbers, for kernels, and as PyTorch operations.
@@ -119,7 +132,7 @@ class Divergence:
         """
         self._require_generator()
         checks.check_choice("parametrization", parametrization, ("log_ratio", "fgan"))
-        rows = (self.fgan_rows or self.log_ratio_rows) if parametrization == "fgan" else self.log_ratio_rows
+        rows = self.critic_rows(parametrization)
         return custom.critic_functions(self.f) if rows is None else critic.critic_functions(rows)
 
     @functools.lru_cache(maxsize=1024)  # noqa: B019 - divergences are few, and found again by equality

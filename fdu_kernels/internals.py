@@ -20,7 +20,6 @@ Function = TypeVar("Function", bound=Callable[..., object])
 is_under_transforms = torch._C._are_functorch_transforms_active
 """Whether a transform of torch.func is active."""
 _active_modes = torch._C._len_torch_dispatch_stack
-_is_tracing = torch._C._is_tracing
 
 
 def is_plain(tensor: Tensor) -> bool:
@@ -34,7 +33,7 @@ def is_plain(tensor: Tensor) -> bool:
         and not is_compiling()
         and not is_under_transforms()
         and not _active_modes()
-        and not _is_tracing()
+        and not torch._C._is_tracing()
         and forward_ad._current_level < 0
     )
 

@@ -98,14 +98,8 @@ class _Parts:
         if not isinstance(given, Tensor):
             return given
         missing = len(shape) - given.ndim
-        placements = [
-            Shard(placement.dim - missing)
-            if placement.is_shard()
-            and missing <= placement.dim < len(shape)
-            and given.shape[placement.dim - missing] > 1
-            else Replicate()
-            for placement in self.placements
-        ]
+        dims = [placement.dim - missing if placement.is_shard() else -1 for placement in self.placements]
+        placements = [Shard(dim) if 0 <= dim < given.ndim and given.shape[dim] > 1 else Replicate() for dim in dims]
         given = given.detach()
         if not isinstance(given, DTensor):
             given = DTensor.from_local(given, self.mesh, [Replicate()] * self.mesh.ndim, run_check=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import itertools
 from collections.abc import Collection, Mapping, Sequence
 
 OTHER_NAMES = {
@@ -40,11 +41,7 @@ def check_typed(arguments: Sequence[str], commands: Mapping[str, type]) -> None:
         if name not in (*options, "help"):
             hint = _meant(name, options, "--")
             raise ValueError(f"there is no option --{typed}{hint}; fdu {command} --help lists the options")
-        values = []
-        for value in rest[i + 1 :]:
-            if value.startswith("--"):
-                break
-            values.append(value)
+        values = list(itertools.takewhile(lambda value: not value.startswith("--"), rest[i + 1 :]))
         # The model may come last: it is the first word otherwise.
         if name in repeated and "=" not in word and len(values) > 1 and not rest[0].startswith("-"):
             again = " ".join(f"--{typed} {value}" for value in values)

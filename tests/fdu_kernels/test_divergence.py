@@ -125,3 +125,10 @@ def test_what_is_no_generator(f, error: type[Exception], message: str) -> None: 
 def test_kinks_are_ratios() -> None:
     with pytest.raises(ValueError, match="points u > 0"):
         Divergence.from_generator(lambda u: (u - 1).abs(), kinks=[0.0])
+
+
+def test_derivatives_of_the_generator_and_the_rows_of_its_critic() -> None:
+    one, u = fk.get_divergence("kl"), torch.tensor([0.5, 2.0], dtype=torch.float64)
+    torch.testing.assert_close(one.derivative(u), torch.log(u) + 1)
+    torch.testing.assert_close(one.second_derivative(u), 1 / u)
+    assert one.critic_rows("fgan") == one.fgan_rows and one.critic_rows("log_ratio") == one.log_ratio_rows

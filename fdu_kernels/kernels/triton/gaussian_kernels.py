@@ -3,9 +3,8 @@
 A sample is walked over from an origin, which SHIFTED alignment moves down to a 16-byte boundary: its elements are the
 positions lead ... lead + size - 1 from there. Positions outside are guarded, and all blocks inside are not.
 
-``tensors`` are pred, target, grad and mask, the last two of which may be None; ``numbers`` are sigma, its stride,
-weight, table, profile, count and sigma^2; ``scale`` is a tensor, a number and a divisor: what gradients are multiplied
-by; ``walk`` is (tensors, where each begins, sizes, strides).
+``tensors``: pred, target, grad, mask (the last two may be None). ``numbers``: sigma, its stride, weight, table,
+profile, count, sigma^2. ``scale``, of gradients: tensor, number, divisor. ``walk``: tensors, origins, sizes, strides.
 """
 
 from __future__ import annotations

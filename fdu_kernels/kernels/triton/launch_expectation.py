@@ -1,7 +1,6 @@
 """Launches of the expectation kernels: one for up to a few thousand elements, else two.
 
-A mean over a mask needs the mask's sum before the first gradient is written: torch.sum takes it, of the mask as it is
-before broadcasting.
+torch.sum takes the sum of a mask first, before broadcasting.
 """
 
 from __future__ import annotations

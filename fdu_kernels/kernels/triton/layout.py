@@ -12,8 +12,7 @@ from torch import Tensor
 MAX_DIMS = 5
 """Collapsed dimensions that a kernel takes; tensors that need more are copied first."""
 UNALIGNED, ALIGNED, SHIFTED = 0, 1, 2
-"""What a kernel may assume of 16-byte boundaries: nothing; each sample begins and ends at one; or all tensors of a
-sample begin equally far from one, so that all but the first and last block of a sample can be read in 16 bytes."""
+"""Of 16-byte boundaries: nothing known; each sample begins and ends at one; or all tensors begin equally far."""
 INDEX_LIMIT = 2**31 - 2**20
 """Positions from here on are decomposed in 64 bits. The margin is more than a block reaches beyond the end."""
 

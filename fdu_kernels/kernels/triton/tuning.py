@@ -41,8 +41,7 @@ TOTAL_BLOCK, TOTAL_WARPS = 4096, 8
 class Target(NamedTuple):
     """What a launch is compiled for."""
 
-    name: str
-    """Triton's: "cuda" (NVIDIA), "hip" (AMD), "xpu" (Intel)."""
+    name: str  # Triton's: "cuda" (NVIDIA), "hip" (AMD), "xpu" (Intel)
     warp_size: int
 
     def options(self, warps: int, registers: int | None = None) -> dict[str, int]:
