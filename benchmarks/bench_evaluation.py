@@ -15,11 +15,11 @@ import time
 from pathlib import Path
 
 import fdu
-from fdu import embedded
 from fdu.evaluation import JUDGED_SEED
-from fdu.loading import describe_device
-from fdu.output import write_json
-from fdu.versions import versions
+from fdu.models.loading import describe_device
+from fdu.storage.output import write_json
+from fdu.storage.versions import versions
+from fdu.subjects import digits
 
 BOUND = 120.0
 """Seconds on two CPU cores."""
@@ -32,8 +32,8 @@ def main() -> int:
     parser.add_argument("--check", action="store_true", help="fail beyond the bound")
     parser.add_argument("--record", type=Path, help="a JSON file to keep the figures in")
     options = parser.parse_args()
-    probes = [probe for probe in embedded.probes("three") if probe.role in ("target", "retained")]
-    features, pipeline = embedded.features(), embedded.load_pipeline()
+    probes = [probe for probe in digits.probes("three") if probe.role in ("target", "retained")]
+    features, pipeline = digits.features(), digits.load_pipeline()
     parts, drawn = {}, []
     for side in ("before", "after"):
         started = time.perf_counter()

@@ -110,11 +110,11 @@ def erasure_step(concepts: tuple[str, ...], steps: int = STEPS) -> dict[str, flo
     from torch.optim.optimizer import register_optimizer_step_post_hook
 
     import fdu
-    from fdu import embedded
+    from fdu.subjects import digits
 
-    pipeline = embedded.load_pipeline()
+    pipeline = digits.load_pipeline()
     pipeline.set_progress_bar_config(disable=True)
-    targets, anchors = zip(*(embedded.concepts(name, ANCHOR) for name in concepts), strict=True)
+    targets, anchors = zip(*(digits.concepts(name, ANCHOR) for name in concepts), strict=True)
     moments: list[float] = []
     hook = register_optimizer_step_post_hook(lambda *_: moments.append(time.perf_counter()))
     try:

@@ -22,7 +22,7 @@ from typing import Any
 
 from markdown_table import markdown
 
-from fdu.output import write_json
+from fdu.storage.output import write_json
 
 HERE = Path(__file__).parent
 PLAIN = "fdu"
@@ -42,7 +42,7 @@ def measure(name: str, threads: int, wrapper: str) -> Figures:
 
 def machine(threads: int) -> dict[str, Any]:
     """Device and versions."""
-    from fdu.versions import versions
+    from fdu.storage.versions import versions
 
     path = Path("/proc/cpuinfo")
     names = [line.partition(":")[2].strip() for line in path.read_text().splitlines() if line.startswith("model name")]

@@ -24,8 +24,8 @@ from erasure_runs import (
 from markdown_table import markdown
 
 import fdu
-from fdu import embedded
-from fdu.embedded.vocabulary import DIGITS, INKS
+from fdu.subjects import digits
+from fdu.subjects.digits.vocabulary import DIGITS, INKS
 
 Record = dict[str, Any]
 Baselines = dict[str, dict[str, float]]
@@ -118,7 +118,7 @@ def judged(record: Record, baselines: Baselines) -> list[Judged]:
         how = [way(record)] if several else [changes(record)] if run["settings"] else []
         words = ", ".join([*how, f"{target} to {anchor}", f"seed {run['seed']}"])
         kept = figures["retained_accuracy"] / baselines[target]["retained_accuracy"]
-        found.append(Judged(words, anchor == embedded.SUPERCLASS, figures, kept))
+        found.append(Judged(words, anchor == digits.SUPERCLASS, figures, kept))
     return found
 
 
@@ -163,7 +163,7 @@ SEEDS_HEADER = ["anchor", "target", "unseen", "retained, of before", "worst reta
 def divergence_rows(records: list[Record], baselines: Baselines) -> list[list[str]]:
     """A row a divergence and anchor, its seeds side by side."""
     rows = []
-    for anchor in (other_class("three"), embedded.SUPERCLASS):
+    for anchor in (other_class("three"), digits.SUPERCLASS):
         for divergence in DIVERGENCES:
             own = [r for r in records if r["run"]["anchor"] == anchor and setting(r, "divergence") == divergence]
             if own:

@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 
 import fdu
-from fdu import embedded
-from fdu.embedded.vocabulary import DIGITS, INKS
 from fdu.evaluation import JUDGED_SEED, Draws, Probe
-from fdu.output import write_json
-from fdu.versions import versions
-from fdu.weights import merge
+from fdu.storage.merging import merge
+from fdu.storage.output import write_json
+from fdu.storage.versions import versions
+from fdu.subjects import digits
+from fdu.subjects.digits.vocabulary import DIGITS, INKS
 
 BASELINE = "before.json"
 ROLES = ("target", "unseen", "retained", "cross_domain")
@@ -86,7 +86,7 @@ class Run:
 
     def config(self) -> fdu.EraseConfig:
         """All settings: the defaults, but for those of the run."""
-        settings = {"preservation_prompts": embedded.preserved(self.target), **dict(self.settings), "seed": self.seed}
+        settings = {"preservation_prompts": digits.preserved(self.target), **dict(self.settings), "seed": self.seed}
         return fdu.EraseConfig(**settings)
 
     @property
@@ -96,10 +96,10 @@ class Run:
 
     def make(self, cache_dir: str | None) -> dict[str, Any]:
         """Erase, draw and judge."""
-        target, anchor = embedded.concepts(self.target, self.anchor)
+        target, anchor = digits.concepts(self.target, self.anchor)
         config = dataclasses.replace(self.config(), cache_dir=cache_dir)
-        result = fdu.erase(embedded.load_pipeline(), target, anchor, config=config)
-        probes = [probe for role in self.roles for probe in embedded.probes(self.target) if probe.role == role]
+        result = fdu.erase(digits.load_pipeline(), target, anchor, config=config)
+        probes = [probe for role in self.roles for probe in digits.probes(self.target) if probe.role == role]
         drawn = [draw(result.pipeline, probe, self.images_of_target) for probe in probes]
         return {"figures": figures(probes, drawn), "sigma": result.sigma, "seconds": result.seconds}
 
@@ -116,7 +116,7 @@ class TwoConcepts:
 
     def config(self) -> fdu.EraseConfig:
         """All settings, for every erasure of the run."""
-        settings = {"preservation_prompts": embedded.preserved(*BOTH), **dict(self.settings), "seed": self.seed}
+        settings = {"preservation_prompts": digits.preserved(*BOTH), **dict(self.settings), "seed": self.seed}
         return fdu.EraseConfig(**settings)
 
     @property
@@ -126,16 +126,16 @@ class TwoConcepts:
 
     def make(self, cache_dir: str | None) -> dict[str, Any]:
         """Erase, draw and judge; in a sequence, the first concept also before the second erasure."""
-        pipeline = embedded.load_pipeline()
+        pipeline = digits.load_pipeline()
         config = dataclasses.replace(self.config(), cache_dir=cache_dir)
-        pairs = [embedded.concepts(*pair) for pair in BOTH.items()]
+        pairs = [digits.concepts(*pair) for pair in BOTH.items()]
         record: dict[str, Any] = {}
         if self.order == "at_once":
             targets, anchors = [target for target, _ in pairs], [without_targets(anchor) for _, anchor in pairs]
             results = [fdu.erase(pipeline, targets, anchors, config=config)]
         else:
             results = [fdu.erase(pipeline, *pairs[0], config=config)]
-            first = embedded.probes(*BOTH)[0]
+            first = digits.probes(*BOTH)[0]
             (record["first_alone"],) = shares([first], [draw(pipeline, first, IMAGES)]).values()
             if self.order == "merged":
                 merge(pipeline)
@@ -143,7 +143,7 @@ class TwoConcepts:
         record["figures"] = {}
         drawn: dict[tuple[str, ...], Tensor] = {}
         for target, other in (tuple(BOTH), tuple(BOTH)[::-1]):
-            probes = embedded.probes(target, other)
+            probes = digits.probes(target, other)
             for probe in probes:
                 if probe.prompts not in drawn:
                     drawn[probe.prompts] = draw(pipeline, probe, IMAGES)
@@ -184,11 +184,11 @@ def runs() -> list[AnyRun]:
         Run("concepts", target, anchor, seed, roles=ROLES if seed == 0 else ROLES[:3])
         for seed in SEEDS
         for target in (targets if seed == 0 else SEEDED)
-        for anchor in (embedded.SUPERCLASS, other_class(target))
+        for anchor in (digits.SUPERCLASS, other_class(target))
     ]
     divergences = [
         Run("concepts", "three", anchor, seed, (("divergence", divergence),), ROLES[:3])
-        for anchor in (other_class("three"), embedded.SUPERCLASS)
+        for anchor in (other_class("three"), digits.SUPERCLASS)
         for seed in SEEDS
         for divergence in DIVERGENCES
         if divergence != fdu.EraseConfig().divergence
@@ -208,14 +208,14 @@ def runs() -> list[AnyRun]:
     changed = [
         # Towards another class chance does not blur what is left of the target, and fewer images do.
         Run(suite, "three", anchor, seed, tuple(change.items()), ROLES[:3], images)
-        for anchor, images in ((other_class("three"), IMAGES), (embedded.SUPERCLASS, IMAGES_OF_TARGET))
+        for anchor, images in ((other_class("three"), IMAGES), (digits.SUPERCLASS, IMAGES_OF_TARGET))
         for suite, changes in CHANGES.items()
-        if anchor != embedded.SUPERCLASS or suite in ("objectives", "variational")
+        if anchor != digits.SUPERCLASS or suite in ("objectives", "variational")
         for seed in SEEDS
         for change in changes
     ]
     patient = [
-        Run(suite, "three", embedded.SUPERCLASS, seed, tuple(settings.items()), ROLES[:3])
+        Run(suite, "three", digits.SUPERCLASS, seed, tuple(settings.items()), ROLES[:3])
         for seed in SEEDS
         for suite, settings in (
             ("objectives", PATIENT_NOISE),
@@ -245,9 +245,9 @@ def shares(probes: list[Probe], drawn: list[Tensor]) -> dict[str, float]:
 def before(results: Path, workers: int, cache_dir: str | None) -> None:
     """Judge the pipeline as it ships: every class, and every target's unseen phrasings."""
     torch.set_num_threads(1)
-    pipeline = embedded.load_pipeline()
-    seen = [probe for probe in embedded.probes("three") if probe.role != "unseen"]
-    unseen = [probe for target in (*DIGITS, *INKS) for probe in embedded.probes(target) if probe.role == "unseen"]
+    pipeline = digits.load_pipeline()
+    seen = [probe for probe in digits.probes("three") if probe.role != "unseen"]
+    unseen = [probe for target in (*DIGITS, *INKS) for probe in digits.probes(target) if probe.role == "unseen"]
     counted = [shares(probes, [draw(pipeline, probe, IMAGES) for probe in probes]) for probes in (seen, unseen)]
     write_json(results / BASELINE, {"seen": counted[0], "unseen": counted[1], **conditions()})
 
@@ -273,7 +273,7 @@ def conditions() -> dict[str, Any]:
 @functools.cache
 def fingerprint() -> str:
     """The first digits of the SHA-256 of the embedded denoiser's weights."""
-    (weights,) = (embedded.PIPELINE_FOLDER / "unet").glob("*.safetensors")
+    (weights,) = (digits.PIPELINE_FOLDER / "unet").glob("*.safetensors")
     return hashlib.sha256(weights.read_bytes()).hexdigest()[:12]
 
 

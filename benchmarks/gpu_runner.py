@@ -27,7 +27,7 @@ ROOT = Path(__file__).parents[1]
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
-from fdu.output import write_json  # noqa: E402
+from fdu.storage.output import write_json  # noqa: E402
 
 RECORD, LOGS = "gpu_suite.json", "logs.tar.gz"
 GRACE = 6.0

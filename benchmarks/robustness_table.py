@@ -21,16 +21,16 @@ from markdown_table import markdown
 from torch import Tensor
 
 import fdu
-from fdu import embedded
-from fdu.denoisers import denoiser_of
 from fdu.evaluation import draw
-from fdu.output import write_json
-from fdu.robustness import Drawing, Examination, attack, read_sets, relearn
-from fdu.robustness.phrasings import SETS
-from fdu.robustness.subject import BACK, LEARNT_SEED
-from fdu.robustness.verdict import judge_robustness
-from fdu.verdict import ERASED_BELOW
-from fdu.versions import versions
+from fdu.evaluation.robustness import Drawing, Examination, attack, read_sets, relearn
+from fdu.evaluation.robustness.holding import judge_robustness
+from fdu.evaluation.robustness.judging import BACK, LEARNT_SEED
+from fdu.evaluation.robustness.phrasings import SETS
+from fdu.evaluation.verdict import ERASED_BELOW
+from fdu.models.families import denoiser_of
+from fdu.storage.output import write_json
+from fdu.storage.versions import versions
+from fdu.subjects import digits
 
 TARGET, ANCHOR = "three", "eight"
 DRAWING = Drawing(images=32, num_inference_steps=12)
@@ -56,16 +56,16 @@ def record_path(results: Path, name: str) -> Path:
 
 def examine(settings: dict[str, Any] | None) -> dict[str, Any]:
     """Erase, and examine the result."""
-    pipeline = embedded.load_pipeline()
+    pipeline = digits.load_pipeline()
     pipeline.set_progress_bar_config(disable=True)
-    probes = embedded.probes(TARGET)
+    probes = digits.probes(TARGET)
     examination = Examination(probes[0], read_sets(SETS / "digit", TARGET), drawing=DRAWING, latents=LATENTS)
     examination.before(pipeline)
     retained = None
     if settings is not None:
         chosen = dict(settings)
-        pair = embedded.concepts(TARGET, chosen.pop("anchor", ANCHOR))
-        fdu.erase(pipeline, *pair, preservation_prompts=embedded.preserved(TARGET), **chosen)
+        pair = digits.concepts(TARGET, chosen.pop("anchor", ANCHOR))
+        fdu.erase(pipeline, *pair, preservation_prompts=digits.preserved(TARGET), **chosen)
         kept = [probe for probe in probes if probe.role == "retained"]
         drawn = draw(pipeline, kept, 16, 1000, DRAWING.num_inference_steps)
         seen = [probe.judge(images).count(probe.name) / 16 for probe, images in zip(kept, drawn.images, strict=True)]
@@ -75,10 +75,10 @@ def examine(settings: dict[str, Any] | None) -> dict[str, Any]:
 
 def examine_unknown() -> dict[str, Any]:
     """Attack and relearning for threes as in a mirror."""
-    pipeline = embedded.load_pipeline()
+    pipeline = digits.load_pipeline()
     pipeline.set_progress_bar_config(disable=True)
     denoiser = denoiser_of(pipeline)
-    known = embedded.probes(TARGET)[0]
+    known = digits.probes(TARGET)[0]
     threes = draw(pipeline, [known], LATENTS, LEARNT_SEED, DRAWING.num_inference_steps).images[0]
 
     def judge(images: Tensor) -> list[str]:

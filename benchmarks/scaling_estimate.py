@@ -32,8 +32,8 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from fdu.config import EraseConfig
-from fdu.denoisers.unet import UNetDenoiser
-from fdu.versions import versions
+from fdu.models.unet import UNetDenoiser
+from fdu.storage.versions import versions
 
 HERE = Path(__file__).parent
 METHODS = ("lora", "cross_attention", "full")

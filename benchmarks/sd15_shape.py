@@ -17,7 +17,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from fdu.embedded.tokenizer import END, START, learn_tokenizer
+from fdu.subjects.digits.tokenizer import END, START, learn_tokenizer
 
 TOKENS = 77
 WIDTH, SIDE, TEXT_WIDTH = 4, 2, 8

@@ -14,7 +14,7 @@ from fdu.comparison.page import percent, table
 from fdu.comparison.plan import Candidate, Comparison
 from fdu.comparison.results import Results, read_results
 from fdu.comparison.runs import read_record
-from fdu.output import write_text
+from fdu.storage.output import write_text
 
 PICTURES = "results"
 """The folder of the charts, beside the page."""

@@ -53,8 +53,8 @@ from theory_gaussian import (
 )
 
 import fdu_kernels as fk
-from fdu.output import write_text
-from fdu.versions import versions
+from fdu.storage.output import write_text
+from fdu.storage.versions import versions
 
 HERE = Path(__file__).parent
 

@@ -10,25 +10,25 @@ import torch
 from diffusers import StableDiffusionPipeline
 
 import fdu
-from fdu import embedded
+from fdu.subjects import digits
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--out", type=Path, default=Path("erased"))
 parser.add_argument("--steps", type=int, default=fdu.EraseConfig().max_train_steps)
 options = parser.parse_args()
 
-target, anchor = embedded.concepts("three", "eight")
+target, anchor = digits.concepts("three", "eight")
 result = fdu.erase(
-    embedded.load_pipeline(),
+    digits.load_pipeline(),
     target,
     anchor,
-    preservation_prompts=embedded.preserved("three"),
+    preservation_prompts=digits.preserved("three"),
     max_train_steps=options.steps,
 )
 result.save(options.out)
 
 # From here on nothing of fdu is used to draw: the result is a LoRA like any other.
-pipeline = StableDiffusionPipeline.from_pretrained(embedded.PIPELINE_FOLDER, dtype=torch.float32)
+pipeline = StableDiffusionPipeline.from_pretrained(digits.PIPELINE_FOLDER, dtype=torch.float32)
 prompts = ["a photo of the digit three", "a photo of the digit seven"]
 drawn = []
 for _ in ("before", "after"):

@@ -11,7 +11,7 @@ import torch
 from diffusers import DDPMScheduler
 
 import fdu_kernels  # the loss
-from fdu import embedded
+from fdu.subjects import digits
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--steps", type=int, default=100)
@@ -19,7 +19,7 @@ parser.add_argument("--divergence", default="squared_hellinger", help="any of fd
 options = parser.parse_args()
 
 torch.manual_seed(0)
-pipeline = embedded.load_pipeline()
+pipeline = digits.load_pipeline()
 pipeline.set_progress_bar_config(disable=True)
 unet, frozen = pipeline.unet.requires_grad_(False), copy.deepcopy(pipeline.unet)
 noise_scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
@@ -52,6 +52,6 @@ for step in range(options.steps):
     if step % 20 == 0 or step == options.steps - 1:
         print(f"step {step}: loss {loss.item():.4f}")
 
-judge = embedded.judges()["digit"]
+judge = digits.judges()["digit"]
 images = pipeline(["a photo of the digit three"] * 16, num_inference_steps=12, guidance_scale=3.0, output_type="pt")
 print("now drawn for 'a photo of the digit three':", ", ".join(judge(images.images)))

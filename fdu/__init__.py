@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from fdu.erasure import erase
     from fdu.evaluation import Draws, Evaluation, Figures, Probe, draw, evaluate
     from fdu.result import ErasureResult
+    from fdu.storage.readers import load_weights
 
 __version__ = "0.1.0"
 
@@ -30,6 +31,7 @@ __all__ = [
     "draw",
     "erase",
     "evaluate",
+    "load_weights",
 ]
 
 _HOMES = {
@@ -37,6 +39,7 @@ _HOMES = {
     "EraseConfig": "fdu.config",
     "ErasureResult": "fdu.result",
     "erase": "fdu.erasure",
+    "load_weights": "fdu.storage.readers",
     **dict.fromkeys(("Draws", "Evaluation", "Figures", "Probe", "draw", "evaluate"), "fdu.evaluation"),
 }
 """Where each public name is defined. Imported at first use: diffusers takes seconds, `fdu --help` should not."""

@@ -15,19 +15,20 @@ from torch.nn import functional
 
 from fdu.concepts import Concept, ConceptLike, ConceptType, Pair, concept_pairs
 from fdu.config import EraseConfig
-from fdu.denoisers import Denoiser, denoiser_of
+from fdu.models.denoiser import Denoiser
+from fdu.models.families import denoiser_of
 from fdu.result import ErasureResult
-from fdu.trainable import Trainable, attach
+from fdu.storage.versions import versions
 from fdu.training.cache import Cache, model_key, tensor_key
 from fdu.training.checkpoint import Checkpoints
 from fdu.training.examples import prepare_examples
 from fdu.training.loop import Training
+from fdu.training.methods import Trainable, attach
 from fdu.training.objective import Objective
 from fdu.training.optimizer import check_optimizer
 from fdu.training.process import own_accelerator, seeded
 from fdu.training.sharding import check_shards, with_launcher
 from fdu.training.tracking import check_tracker
-from fdu.versions import versions
 
 
 def erase(

@@ -10,16 +10,17 @@ from typing import Any
 
 from diffusers import DiffusionPipeline
 
-from fdu.card import write_card
 from fdu.concepts import Concept, Pair, joined
 from fdu.config import PLACES, EraseConfig
-from fdu.denoisers import Denoiser
 from fdu.evaluation import Draws, Evaluation, Probe
-from fdu.output import RECORD_FILE, whole_folder, write_json
+from fdu.models.denoiser import Denoiser
 from fdu.report import Run, write_report
-from fdu.trainable import Trainable
-from fdu.versions import versions
-from fdu.weights import choose_format, fingerprint, public_name, write
+from fdu.report.card import write_card
+from fdu.storage.fingerprint import fingerprint
+from fdu.storage.output import RECORD_FILE, whole_folder, write_json
+from fdu.storage.versions import versions
+from fdu.storage.writers import choose_format, public_name, write
+from fdu.training.methods import Trainable
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,7 +106,7 @@ class ErasureResult:
             overwrite: whether a former result there is replaced.
             save_as: "lora" (diffusers), "kohya" (ComfyUI, A1111, Forge), "pipeline" (a whole folder) or "delta" (the
                 changed weights); "auto" is "lora" where adapters were trained, else "pipeline". How each loads is said
-                in :func:`fdu.weights.write` and in the card.
+                in :func:`fdu.storage.writers.write` and in the card.
             evaluation, probes: figures for the card.
             command: the command line that made the result, for the record.
 

@@ -116,7 +116,7 @@ def test_command_line_entry_point_resolves(wheel: zipfile.ZipFile) -> None:
 
 def test_entry_point_for_eval_unlearn(wheel: zipfile.ZipFile) -> None:
     written = read_metadata(wheel, "entry_points.txt").decode()
-    assert "[eval_unlearn.techniques]\nfdu = fdu.eval_unlearn:Technique\n" in written + "\n"
+    assert "[eval_unlearn.techniques]\nfdu = fdu.cli.eval_unlearn:Technique\n" in written + "\n"
 
 
 @pytest.mark.parametrize("unwanted", ["torchvision", "torchaudio"])

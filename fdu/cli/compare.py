@@ -14,7 +14,7 @@ from tyro.conf import Fixed, OmitArgPrefixes, Positional, Suppress
 
 from fdu.cli.settings import Settings
 from fdu.config import EraseConfig
-from fdu.loading import Dtype, check_dtype, check_encoder, check_model, choose_device, is_embedded
+from fdu.models.loading import Dtype, check_dtype, check_encoder, check_model, choose_device, is_embedded
 
 DEFAULT = "mse,squared_hellinger,jensen_shannon,pearson_chi2"
 """The default: the usual loss, two divergences that damp large errors, and one that amplifies them."""
@@ -97,8 +97,8 @@ class Compare:
 
     def prepare(self, command: str) -> Callable[[], None]:
         """Check everything; the work is what comes back."""
-        from fdu.comparison import subject
-        from fdu.comparison.folder import CACHE, RUNS, check_folder, write_record
+        from fdu.comparison import judged as subject
+        from fdu.comparison.output_folder import CACHE, RUNS, check_folder, write_record
         from fdu.comparison.plan import Candidate, Comparison, Drawing, distinct, read_alpha
 
         check_model(self.model)
@@ -135,11 +135,11 @@ class Compare:
         workers = self.workers or (1 if alone else _cores())
 
         def work() -> None:
-            from fdu import embedded
             from fdu.comparison.page import PAGE, describe, table, write_page
             from fdu.comparison.results import read_results
             from fdu.comparison.runs import make_runs
-            from fdu.evaluation.judges import CLIP_NOTES
+            from fdu.subjects import digits
+            from fdu.subjects.clip_judges import CLIP_NOTES
 
             for name, other in alike.items():
                 print(f"{name} trains the same model as {other} and is not run again.")
@@ -153,7 +153,7 @@ class Compare:
             chosen = results.recommendations[self.prefer]
             settings = chosen.candidate.settings
             again = self._erase_command({**base.as_dict(), **settings}, settings) if chosen.usable else ""
-            notes = embedded.NOTES if is_embedded(self.model) else CLIP_NOTES
+            notes = digits.NOTES if is_embedded(self.model) else CLIP_NOTES
             write_page(self.out, results, self.prefer, alike, command, again, notes)
             write_record(self.out, comparison, command, describe(results))
             print(f"\n{table(results.standings, alike)}\n{chosen.headline}. {' '.join(chosen.sentences)}")

@@ -11,7 +11,7 @@ from tyro.conf import OmitArgPrefixes
 
 from fdu.cli.printing import print_evaluation
 from fdu.cli.settings import Settings, check_images
-from fdu.loading import choose_device
+from fdu.models.loading import choose_device
 
 
 @dataclasses.dataclass
@@ -47,22 +47,25 @@ class Demo:
         concept_pair(self.target, self.anchor)
         check_images(self.images_per_class)
         config = self.settings.checked()
-        from fdu import demo, embedded
-        from fdu.output import METRICS_FILE
+        from fdu.cli import demonstration
         from fdu.report import PICTURE, REPORT
+        from fdu.storage.output import METRICS_FILE
+        from fdu.subjects import digits
 
-        demo.check_demo_output(self.out)
-        target, anchor = embedded.concepts(self.target, self.anchor)
-        config = embedded.with_preserved(config, target.name)
+        demonstration.check_demo_output(self.out)
+        target, anchor = digits.concepts(self.target, self.anchor)
+        config = digits.with_preserved(config, target.name)
         device = choose_device(self.device)
 
         def work() -> None:
-            evaluation, probes = demo.run_demo(self.out, target, anchor, config, self.images_per_class, device, command)
+            evaluation, probes = demonstration.run_demo(
+                self.out, target, anchor, config, self.images_per_class, device, command
+            )
             print_evaluation(evaluation, probes)
             print()
             print(f"report   {self.out / REPORT}")
             print(f"figures  {self.out / METRICS_FILE}")
             print(f"picture  {self.out / PICTURE}")
-            print(f"weights  {self.out / demo.WEIGHTS}")
+            print(f"weights  {self.out / demonstration.WEIGHTS}")
 
         return work

@@ -1,11 +1,32 @@
-"""``fdu divergences``: list the divergences."""
+"""``fdu divergences``: list the divergences as a table, as JSON, or as the page docs/divergences.md.
+
+``python -m fdu.cli.divergences > docs/divergences.md`` writes that page.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Callable
-from typing import ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
+
+if TYPE_CHECKING:
+    from fdu_kernels import Divergence
+
+COLUMNS = {
+    "name": "name",
+    "generator": "f(u)",
+    "profile": "between Gaussians: h(s)",
+    "slope": "h'(0)",
+    "range": "range",
+}
+"""Columns of the table and their headings; aliases and advice have a line of their own."""
+EXPLANATION = (
+    "h(s): the divergence of two Gaussians at squared Mahalanobis distance s. The training divides it by h'(0)\n"
+    "(by h'(1) where that is 0 or infinite), so that learning rate and preservation weight mean the same for all.\n"
+    "A parameter follows the name: --divergence alpha:0.3"
+)
 
 
 @dataclasses.dataclass
@@ -21,8 +42,102 @@ class Divergences:
         """Nothing to check; the work is what comes back."""
 
         def work() -> None:
-            from fdu.divergences import rows, table
-
             print(json.dumps(rows(), indent=1) if self.json else table(rows()))
 
         return work
+
+
+def rows() -> list[dict[str, Any]]:
+    """Name, parameter, aliases, generator, Gaussian profile, slope, range and advice of each divergence, for JSON.
+
+    ``slope_at_zero`` and the ends of ``range`` are None where they are infinite, which JSON cannot say. Where a
+    divergence has a parameter, profile, slope and range are those of its usual value, which ``name`` shows.
+    """
+    from fdu_kernels import divergences, get_divergence
+
+    return [_row(get_divergence(name)) for name in divergences()]
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """The rows as aligned text."""
+    cells = [{**row, "slope": _number(row["slope_at_zero"]), "range": _interval(*row["range"])} for row in rows]
+    widths = {key: max(len(heading), *(len(cell[key]) for cell in cells)) for key, heading in COLUMNS.items()}
+    lines = ["  ".join(heading.ljust(widths[key]) for key, heading in COLUMNS.items()).rstrip()]
+    for cell in cells:
+        lines.append("  ".join(cell[key].ljust(widths[key]) for key in COLUMNS).rstrip())
+        lines.append(f"    {cell['advice']}")
+        parameter = f"parameter {cell['parameter']}; " if cell["parameter"] else ""
+        lines.append(f"    {parameter}also called {', '.join(cell['aliases'])}")
+    return "\n".join([*lines, "", EXPLANATION])
+
+
+def page(rows: list[dict[str, Any]]) -> str:
+    """The rows as a page of Markdown."""
+    lines = [
+        "# Divergences\n",
+        "Made by `python -m fdu.cli.divergences > docs/divergences.md` from `fdu_kernels/catalogue.py`. u = p/q is the",
+        "density ratio. h(s) is the divergence of two Gaussians at squared Mahalanobis distance s; the training",
+        "divides it by h'(0). Where a divergence has a parameter, the row is that of its default.\n",
+        "| name | f(u) | h(s) | h'(0) | range | also called | |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        slope, interval = _number(row["slope_at_zero"]), _interval(*row["range"])
+        cells = (
+            f"`{row['name']}`",
+            row["generator"],
+            row["profile"],
+            slope,
+            interval,
+            ", ".join(row["aliases"]),
+            row["advice"],
+        )
+        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    return "\n".join(lines)
+
+
+def _row(divergence: Divergence) -> dict[str, Any]:
+    from fdu_kernels.catalogue import FAMILIES
+
+    family = FAMILIES.get(divergence.name)
+    return {
+        "name": str(divergence),
+        "parameter": None if family is None else family.parameter,
+        "aliases": list(divergence.aliases),
+        "generator": divergence.formula,
+        "profile": _profile(divergence.exponential),
+        "slope_at_zero": _finite(divergence.slope_at_zero),
+        "range": [0.0, _finite(divergence.upper)],
+        "advice": divergence.advice,
+    }
+
+
+def _profile(exponential: tuple[float, float] | None) -> str:
+    """c expm1(k s) / k as a formula."""
+    if exponential is None:
+        return "tabulated"
+    c, k = exponential
+    if k == 0:
+        return _times(c, "s")
+    body = f"1 - exp(-{_times(-k, 's')})" if k < 0 else f"exp({_times(k, 's')}) - 1"
+    return body if c == abs(k) else _times(c / abs(k), f"({body})")
+
+
+def _times(factor: float, term: str) -> str:
+    return term if factor == 1 else f"{factor:.4g} {term}"
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _interval(lower: float, upper: float | None) -> str:
+    return f"[{lower:g}, {_number(upper)}{')' if upper is None else ']'}"
+
+
+def _number(value: float | None) -> str:
+    return "inf" if value is None else f"{value:.4g}"
+
+
+if __name__ == "__main__":
+    print(page(rows()))

@@ -1,13 +1,58 @@
-"""``fdu doctor``: check whether fdu can run here, and say how to fix what is missing."""
+"""``fdu doctor``: check whether fdu can run here, and name the command that mends a fault."""
 
 from __future__ import annotations
 
 import dataclasses
+import importlib
+import platform
+import re
+import shutil
 import sys
 from collections.abc import Callable
-from typing import ClassVar
+from importlib.metadata import PackageNotFoundError, requires, version
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from fdu.cli.exits import FAILED
+
+if TYPE_CHECKING:
+    from packaging.specifiers import SpecifierSet
+
+OPTIONAL = {
+    "triton": ("the fused kernels on GPUs", "pip install triton"),
+    "ninja": ("building the compiled kernels", "pip install ninja"),
+    "pybind11": ("building the compiled kernels", "pip install pybind11"),
+    "scikit-learn": ("training the embedded pipeline anew", "pip install scikit-learn"),
+}
+"""Distributions that only some of fdu uses: for what, and how to get them. It runs without them."""
+MODULES = {"pillow": "PIL"}
+"""Import names that differ from the distribution's."""
+LITTLE_DISK = 2 << 30
+"""Bytes; a full pipeline of Stable Diffusion in fp16 takes about this much."""
+
+REBUILD = ".venv/bin/pip install --no-deps --no-build-isolation --editable ."
+"""What builds the compiled kernels of a checkout anew."""
+BACKEND_REMEDIES = (
+    (
+        "cannot run the cuda kernels",
+        "update the NVIDIA driver, or name an older CUDA toolkit: CUDA_HOME=... python -m fdu_kernels.build",
+    ),
+    (
+        "without cuda kernels|nvcc",
+        "install the CUDA toolkit, 12.4 or newer, and run python -m fdu_kernels.build; or stay with the other backends",
+    ),
+    ("without cuda, rocm", "with a GPU, install the CUDA, ROCm or XPU build of PyTorch for it; a CPU needs none"),
+    ("cuda device|nvidia|gpu", "nothing to mend without an NVIDIA GPU; with one, see that `nvidia-smi` works"),
+    ("cuda|cpu-only|driver", "install a CUDA build of PyTorch: pip install --force-reinstall torch"),
+    ("triton", "pip install triton"),
+    ("ninja", "pip install ninja"),
+    ("pybind11", "pip install pybind11"),
+    ("compiler|g\\+\\+|c\\+\\+|gcc|clang", "install a C++20 compiler, such as: apt install g++"),
+    ("compiled|built|build|extension|_c\\b", "pip install --force-reinstall --no-deps fdu; in a checkout, " + REBUILD),
+)
+"""First pattern found in the reason of a backend that cannot run, and what mends it."""
+
+State = Literal["ok", "note", "fault"]
 
 
 @dataclasses.dataclass
@@ -23,11 +68,164 @@ class Doctor:
         """Nothing to check; the work is what comes back."""
 
         def work() -> None:
-            from fdu.doctor import examine, healthy, render
-
             findings = examine()
             print(render(findings))
             if not healthy(findings):
                 sys.exit(FAILED)
 
         return work
+
+
+@dataclasses.dataclass(frozen=True)
+class Finding:
+    """One thing looked at."""
+
+    subject: str
+    state: State
+    """"note": fdu runs without it; "fault": it does not."""
+    detail: str
+    remedy: str = ""
+
+
+def examine() -> list[Finding]:
+    """Look at everything. Never raises: what cannot be looked at is a finding as well."""
+    findings = [Finding("python", "ok", f"{platform.python_version()} on {platform.platform()}")]
+    for look in (_packages, _devices, _kernels, _embedded, _disk):
+        try:
+            findings += look()
+        except Exception as error:
+            detail = f"{type(error).__name__}: {error}"
+            findings.append(Finding(look.__name__.strip("_"), "fault", detail, "pip install --force-reinstall fdu"))
+    return findings
+
+
+def healthy(findings: list[Finding]) -> bool:
+    """Whether fdu can run."""
+    return all(finding.state != "fault" for finding in findings)
+
+
+def render(findings: list[Finding]) -> str:
+    """The findings as aligned text, with a conclusion in words."""
+    marks = {"ok": "ok", "note": "note", "fault": "FAULT"}
+    width = max(len(finding.subject) for finding in findings)
+    lines = []
+    for finding in findings:
+        lines.append(f"{marks[finding.state]:5}  {finding.subject:{width}}  {finding.detail}")
+        if finding.remedy:
+            lines.append(f"{'':5}  {'':{width}}  -> {finding.remedy}")
+    faults = [finding.subject for finding in findings if finding.state == "fault"]
+    lines += ["", f"fdu cannot run here; mend first: {', '.join(faults)}" if faults else "fdu can run here."]
+    return "\n".join(lines)
+
+
+def requirements() -> dict[str, SpecifierSet]:
+    """The distributions that fdu's own metadata require here, extras left out, with the versions that will do."""
+    from packaging.requirements import Requirement
+
+    found = [Requirement(line) for line in requires("fdu") or ()]
+    return {one.name: one.specifier for one in found if one.marker is None or one.marker.evaluate({"extra": ""})}
+
+
+def _packages() -> list[Finding]:
+    try:
+        required = {name: versions for name, versions in requirements().items() if name not in OPTIONAL}
+    except PackageNotFoundError:
+        return [Finding("packages", "note", "fdu is not installed, so what it requires is not known", "pip install .")]
+    findings = [_required(name, versions) for name, versions in required.items()]
+    return findings + [_optional(name, *use) for name, use in OPTIONAL.items()]
+
+
+def _required(name: str, versions: SpecifierSet) -> Finding:
+    remedy = f"pip install --upgrade '{name}{versions}'"
+    try:
+        importlib.import_module(MODULES.get(name, name))
+    except Exception as error:  # an installed package can fail to import in any way
+        return Finding(name, "fault", f"cannot be imported: {error}", remedy)
+    try:
+        found = version(name)
+    except PackageNotFoundError:
+        return Finding(name, "ok", "version unknown")
+    if not versions.contains(found, prereleases=True):
+        return Finding(name, "fault", f"{found} is here but fdu needs {versions}", remedy)
+    return Finding(name, "ok", found)
+
+
+def _optional(name: str, use: str, remedy: str) -> Finding:
+    try:
+        return Finding(name, "ok", version(name))
+    except PackageNotFoundError:
+        return Finding(name, "note", f"not installed; only for {use}", remedy)
+
+
+def _devices() -> list[Finding]:
+    import torch
+
+    findings = [Finding("cpu", "ok", f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}")]
+    if torch.cuda.is_available():
+        for index in range(torch.cuda.device_count()):
+            properties = torch.cuda.get_device_properties(index)
+            memory = properties.total_memory / 2**30
+            # Builds for AMD's GPUs call them cuda as well.
+            capability = (
+                f"sm_{properties.major}{properties.minor}" if torch.version.hip is None else properties.gcnArchName
+            )
+            findings.append(Finding(f"cuda:{index}", "ok", f"{properties.name}, {memory:.0f} GiB, {capability}"))
+    elif torch.version.hip is not None:
+        remedy = "with an AMD GPU, see that `rocminfo` lists it"
+        findings.append(
+            Finding("rocm", "note", f"torch is built for ROCm {torch.version.hip} but finds no device", remedy)
+        )
+    elif torch.version.cuda is None and not torch.xpu.is_available():
+        remedy = "with an NVIDIA GPU: pip install --force-reinstall torch"
+        findings.append(Finding("cuda", "note", "this torch is a build without CUDA", remedy))
+    elif torch.version.cuda is not None:
+        remedy = "with an NVIDIA GPU, see that `nvidia-smi` works"
+        findings.append(
+            Finding("cuda", "note", f"torch is built for CUDA {torch.version.cuda} but finds no device", remedy)
+        )
+    for index in range(torch.xpu.device_count()):
+        intel = torch.xpu.get_device_properties(index)
+        wide = "" if intel.has_fp64 else "; without float64"
+        findings.append(Finding(f"xpu:{index}", "ok", f"{intel.name}, {intel.total_memory / 2**30:.0f} GiB{wide}"))
+    if torch.backends.mps.is_available():
+        findings.append(Finding("mps", "ok", "Apple GPU"))
+    return findings
+
+
+def _kernels() -> list[Finding]:
+    import fdu_kernels
+
+    findings = []
+    for name, reason in fdu_kernels.backends().items():
+        subject = f"kernels: {name}"
+        if reason is None:
+            findings.append(Finding(subject, "ok", "can run"))
+        else:
+            # The eager reference serves every device, so only its loss is one that nothing else makes good.
+            findings.append(Finding(subject, "fault" if name == "torch" else "note", reason, remedy_for(reason)))
+    return findings
+
+
+def remedy_for(reason: str) -> str:
+    """What mends a backend that cannot run for ``reason``; "" if nothing general is known."""
+    return next((remedy for pattern, remedy in BACKEND_REMEDIES if re.search(pattern, reason.lower())), "")
+
+
+def _embedded() -> list[Finding]:
+    from fdu.subjects.digits import pipeline as digits
+
+    files = (digits.PIPELINE_FOLDER / "model_index.json", digits.DATA / "classifier.safetensors")
+    missing = [path.name for path in files if not path.is_file()]
+    if missing:
+        detail = f"{', '.join(missing)} missing: no demo, but fdu runs on other models"
+        return [Finding("embedded pipeline", "note", detail, "pip install --force-reinstall --no-deps fdu")]
+    return [Finding("embedded pipeline", "ok", "there")]
+
+
+def _disk(folder: Callable[[], Path] = Path.cwd) -> list[Finding]:
+    free = shutil.disk_usage(folder()).free
+    detail = f"{free / 2**30:.1f} GiB free here"
+    if free < LITTLE_DISK:
+        detail += ": little for a full pipeline, enough for LoRA weights"
+        return [Finding("disk", "note", detail, "free some space")]
+    return [Finding("disk", "ok", detail)]

@@ -14,7 +14,7 @@ from tyro.conf import OmitArgPrefixes, Positional, UseAppendAction
 
 import fdu
 from fdu.cli.settings import Settings
-from fdu.loading import (
+from fdu.models.loading import (
     EMBEDDED,
     Dtype,
     SaveAs,
@@ -69,8 +69,8 @@ class Erase:
     def prepare(self, command: str) -> Callable[[], None]:
         """Check everything; the work is what comes back."""
         from fdu.concepts import concept_pairs, read_concepts
-        from fdu.output import check_output, clear_run, strangers, whole_folder
-        from fdu.weights import choose_format
+        from fdu.storage.output import check_output, clear_run, strangers, whole_folder
+        from fdu.storage.writers import choose_format
 
         if not self.target:
             raise ValueError("--target is missing; name the concept to erase, such as --target 'van gogh'")
@@ -96,12 +96,12 @@ class Erase:
         check_output(self.out, self.overwrite, result_bytes(self.model, config.train_method, self.save_as), inputs)
         dtype = check_dtype(self.dtype, config.mixed_precision)
         if is_embedded(self.model) and not files:
-            from fdu import embedded
+            from fdu.subjects import digits
 
             anchors = self.anchor * len(self.target) if len(self.anchor) == 1 else self.anchor
             named = zip(self.target, anchors, strict=True)
-            pairs = tuple(embedded.concepts(target.strip(), anchor.strip()) for target, anchor in named)
-            config = embedded.with_preserved(config, *(target.name for target, _ in pairs))
+            pairs = tuple(digits.concepts(target.strip(), anchor.strip()) for target, anchor in named)
+            config = digits.with_preserved(config, *(target.name for target, _ in pairs))
         device = choose_device(self.device)
 
         def work() -> None:
@@ -134,8 +134,10 @@ class Erase:
 
 def _loading_line(model: str, out: Path, format: str, train_method: str) -> str:
     """How the result is loaded."""
-    base = "fdu.embedded.load_pipeline()" if is_embedded(model) else f"DiffusionPipeline.from_pretrained({model!r})"
-    by_fdu = f"In Python:\n  pipeline = {base}; fdu.weights.load_weights(pipeline, {str(out)!r})"
+    base = (
+        "fdu.subjects.digits.load_pipeline()" if is_embedded(model) else f"DiffusionPipeline.from_pretrained({model!r})"
+    )
+    by_fdu = f"In Python:\n  pipeline = {base}; fdu.load_weights(pipeline, {str(out)!r})"
     if format == "kohya":
         programs = f"In ComfyUI, Forge or A1111: put {out / 'kohya_lora.safetensors'} into the folder for LoRAs."
         return by_fdu if train_method == "dora" else programs
@@ -148,7 +150,7 @@ def _loading_line(model: str, out: Path, format: str, train_method: str) -> str:
 
 def _tidy_checkpoints(folder: Path) -> None:
     """After a run that did not end well: say what can go on, or leave nothing."""
-    from fdu.output import clear_run
+    from fdu.storage.output import clear_run
 
     if any(folder.glob("checkpoint-*")):
         print(f"fdu: checkpoint saved in {folder}; resume with --resume_from_checkpoint latest", file=sys.stderr)

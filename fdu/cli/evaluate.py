@@ -13,7 +13,7 @@ import fdu
 from fdu.cli.printing import print_evaluation, print_robustness
 from fdu.cli.robustness import RobustnessTests, free_memory
 from fdu.cli.settings import check_images
-from fdu.loading import (
+from fdu.models.loading import (
     PIPELINE_FILE,
     Dtype,
     check_encoder,
@@ -31,9 +31,9 @@ from fdu.loading import (
 if TYPE_CHECKING:
     from fdu.evaluation import Sampling
     from fdu.evaluation.features import Features
-    from fdu.prompts import ConceptSet
-    from fdu.robustness import Examination
-    from fdu.robustness.phrasings import PromptSets
+    from fdu.evaluation.robustness import Examination
+    from fdu.evaluation.robustness.phrasings import PromptSets
+    from fdu.subjects.concept_sets import ConceptSet
 
 
 @dataclasses.dataclass
@@ -56,13 +56,13 @@ class Evaluate:
     """The pipeline before: a folder, a hub id (org/name), or "embedded"."""
     erased: Positional[str]
     """Folder written by `fdu erase` or ErasureResult.save; or weights from elsewhere, in any format that
-    fdu.weights.load_weights reads."""
+    fdu.load_weights reads."""
     target: str | None = None
     """Erased concept. Default: the one recorded in ERASED or in --prompts. If several were erased: the one to judge."""
     prompts: str | None = None
     """Prompts to draw: a concept set of the package ("van gogh", monet, r2d2, snoopy, "grumpy cat", nemo), or a .txt
-    file in that format (see fdu/prompts). Default: the set with the target's name, otherwise the training prompts with
-    everyday subjects to retain, without neighbours. The embedded pipeline has its own."""
+    file in that format (see fdu/subjects/prompts). Default: the set with the target's name, otherwise the training
+    prompts with everyday subjects to retain, without neighbours. The embedded pipeline has its own."""
     judge: str | None = None
     """Image-text encoder that judges: a folder or hub id of CLIP or SigLIP. Default: openai/clip-vit-base-patch32. On
     the embedded pipeline it computes distances and CLIP scores, and the classifier still judges."""
@@ -95,8 +95,8 @@ class Evaluate:
 
     def prepare(self, command: str) -> Callable[[], None]:
         """Check everything; the work is what comes back."""
-        from fdu.output import METRICS_FILE, check_output, whole_folder
-        from fdu.prompts import choose_set
+        from fdu.storage.output import METRICS_FILE, check_output, whole_folder
+        from fdu.subjects.concept_sets import choose_set
 
         check_model(self.base, "BASE")
         check_erased(self.erased)
@@ -119,13 +119,13 @@ class Evaluate:
         target = concepts.target.name if concepts else self._target(erased)
         if self.out is not None:
             check_output(self.out, self.overwrite, inputs=self._inputs())
-        from fdu import embedded
         from fdu.evaluation import JUDGED_SEED
         from fdu.evaluation.features import CLIP, ClipFeatures, as_features
-        from fdu.evaluation.judges import CLIP_NOTES, clip_probes
+        from fdu.subjects import digits
+        from fdu.subjects.clip_judges import CLIP_NOTES, clip_probes
 
         if embedded_base:
-            embedded.concepts(target, embedded.SUPERCLASS)
+            digits.concepts(target, digits.SUPERCLASS)
         device = choose_device(self.device)
         sampling = self._sampling(embedded_base)
         settings = {"images_per_class": self.images_per_class, "seed": self.seed + JUDGED_SEED, **sampling.settings()}
@@ -141,8 +141,8 @@ class Evaluate:
                 judge = f"{encoder.name}, zero-shot"
             else:
                 features = ClipFeatures.load(self.judge, device) if self.judge else as_features("embedded")
-                probes = embedded.probes(target, *(name for name in erased if name != target))
-                judge = embedded.JUDGE
+                probes = digits.probes(target, *(name for name in erased if name != target))
+                judge = digits.JUDGE
             dtype = "float32" if self.dtype == "auto" else self.dtype
             pipeline = load_model(self.base, dtype, device)
             before = fdu.draw(pipeline, probes, description="before", **settings)
@@ -161,7 +161,7 @@ class Evaluate:
 
             def write(overwrite: bool) -> None:
                 if self.out is not None:
-                    notes = [*(embedded.NOTES if embedded_base else CLIP_NOTES), *tests.notes()]
+                    notes = [*(digits.NOTES if embedded_base else CLIP_NOTES), *tests.notes()]
                     found = tests.found.as_dict() if tests.found is not None else None
                     conditions = Conditions(settings["seed"], sampling, judge, dtype)
                     told = (record, command, describe_device(device), notes, found, conditions)
@@ -217,8 +217,8 @@ class Evaluate:
             if self.phrasings is not None:
                 raise ValueError("phrasings belongs to the test of that name; add it to --robustness, or leave it out")
             return {}
-        from fdu.embedded.vocabulary import DIGITS
-        from fdu.robustness.phrasings import SETS, read_sets
+        from fdu.evaluation.robustness.phrasings import SETS, read_sets
+        from fdu.subjects.digits.vocabulary import DIGITS
 
         if concepts is None:
             kind = "digit" if target in DIGITS else "ink"
@@ -230,7 +230,7 @@ class Evaluate:
         """The tests of robustness that were asked for, each by itself, with images drawn as for the evaluation."""
         if self.robustness is None:
             return {}
-        from fdu.robustness import TESTS, AttackConfig, Drawing, Examination, RelearningConfig
+        from fdu.evaluation.robustness import TESTS, AttackConfig, Drawing, Examination, RelearningConfig
 
         size = self.robustness_batch_size
         settings = sampling.settings() | ({"batch_size": size} if size else {})

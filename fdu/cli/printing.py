@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING
 import fdu
 
 if TYPE_CHECKING:
-    from fdu.robustness import Robustness
+    from fdu.evaluation.robustness import Robustness
 
 
 def print_evaluation(evaluation: fdu.Evaluation, probes: Sequence[fdu.Probe]) -> None:
     """The tables of an evaluation, and its verdict in a line."""
-    from fdu.verdict import distance_table, judge, table
+    from fdu.evaluation.verdict import distance_table, judge, table
 
     print(f"\n{table(evaluation, probes)}")
     if evaluation.features:
@@ -23,7 +23,7 @@ def print_evaluation(evaluation: fdu.Evaluation, probes: Sequence[fdu.Probe]) ->
 
 def print_robustness(robustness: Robustness, target: str) -> None:
     """Whether the erasure holds, in sentences."""
-    from fdu.robustness.verdict import judge_robustness
+    from fdu.evaluation.robustness.holding import judge_robustness
 
     verdict = judge_robustness(robustness.as_dict(), target)
     print(f"\n{verdict.headline}.", *verdict.sentences, sep="\n  ")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
-    from fdu.robustness import Examination, Robustness
+    from fdu.evaluation.robustness import Examination, Robustness
 
 
 class RobustnessTests:

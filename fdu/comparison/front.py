@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from fdu.comparison.judged import Judged
 from fdu.comparison.plan import FEWEST_IMAGES, Candidate
-from fdu.comparison.subject import Judged
 from fdu.evaluation.intervals import LEVEL, RESAMPLES, reach_unseen
 
 DIGITS = 12

@@ -15,9 +15,9 @@ from fdu.comparison.front import FIGURES, Estimate, Standing
 from fdu.comparison.plan import KL_BY_ALPHA
 from fdu.comparison.recommendation import Preference
 from fdu.comparison.results import Results
-from fdu.output import write_text
-from fdu.pages import templates
-from fdu.report.page import setting_rows
+from fdu.report.render import setting_rows
+from fdu.report.templating import templates
+from fdu.storage.output import write_text
 
 PAGE, TABLE, PICTURE = "comparison.html", "comparison.md", "{}.svg"
 """Names of the files."""

@@ -95,8 +95,8 @@ class Comparison:
     dtype: str = "float32"
     device: str = "cpu"
     prompts: str | None = None
-    """The concept set that is drawn, as :func:`fdu.prompts.concept_set` takes it; None: that of the target's name, or
-    one of the training's prompts. The embedded pipeline has its own."""
+    """The concept set that is drawn, as :func:`fdu.subjects.concept_sets.concept_set` takes it; None: that of the
+    target's name, or one of the training's prompts. The embedded pipeline has its own."""
     judge: str | None = None
     """The image-text encoder that judges, a folder or hub id; None: the usual one. The embedded one has its own."""
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from fdu.comparison.front import Estimate, Sample, interval
 from fdu.comparison.plan import Candidate
-from fdu.verdict import DRAWN_BEFORE, percent
+from fdu.evaluation.verdict import DRAWN_BEFORE, percent
 
 Preference = Literal["preservation", "balanced", "erasure"]
 BETA: dict[Preference, float] = {"preservation": 2.0, "balanced": 1.0, "erasure": 0.5}

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from fdu.comparison.front import TARGET_ROLES, Sample, Standing, complete
+from fdu.comparison.judged import Judged
 from fdu.comparison.plan import Candidate, Comparison
 from fdu.comparison.recommendation import BETA, Preference, Recommendation, recommend
 from fdu.comparison.runs import read_before, read_record
-from fdu.comparison.subject import Judged
 
 JudgedRuns = dict[tuple[str, Candidate, int], tuple[Judged, ...]]
 

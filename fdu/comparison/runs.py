@@ -20,16 +20,16 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from fdu.comparison import subject
+from fdu.comparison import judged as subject
 from fdu.comparison.plan import Comparison, Run, slug
 from fdu.config import EraseConfig
 from fdu.erasure import erase
 from fdu.evaluation import Probe, draw
-from fdu.loading import describe_device, load_model
-from fdu.output import whole_file, write_json
+from fdu.models.loading import describe_device, load_model
+from fdu.storage.fingerprint import fingerprint
+from fdu.storage.output import whole_file, write_json
+from fdu.storage.versions import versions
 from fdu.training.loop import NotFinite
-from fdu.versions import versions
-from fdu.weights import fingerprint
 
 BEFORE = "before"
 """What the names of records, and of images, of the model as it is begin with."""

@@ -13,7 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fdu.evaluation.probes import Probe, check_prompts
-from fdu.progress import silent
+from fdu.models.calls import silent
 
 JUDGED_SEED = 1000
 """Offset of the seeds of judged images from the seed of a training, whose own images begin at that seed itself."""

@@ -187,7 +187,7 @@ def as_features(given: Features | nn.Module | str | None) -> Features | None:
     if isinstance(given, nn.Module):
         return ModuleFeatures(given)
     if given == "embedded":
-        from fdu.embedded import features
+        from fdu.subjects.digits import features
 
         return features()
     if isinstance(given, str):

@@ -59,8 +59,8 @@ def share_chart(
     Args:
         title, explanation: its words.
         courses: for each line its name, its class in the style sheet, and the shares after so many steps, each
-            with the keys of a :class:`fdu.robustness.shares.Share`. Lines of the class "smooth" have a band for their
-            intervals.
+            with the keys of a :class:`fdu.evaluation.robustness.shares.Share`. Lines of the class "smooth" have a band
+            for their intervals.
     """
     most = max((step for _, _, course in courses for step, _ in course), default=1) or 1
     width, height = WIDTH - LEFT - MARGIN, HEIGHT - BOTTOM - MARGIN

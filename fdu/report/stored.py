@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from fdu.evaluation import Evaluation, Group, Role, Sampling
-from fdu.loading import RECORD_KEYS
-from fdu.output import METRICS_FILE, METRICS_KEYS, RECORD_FILE
+from fdu.evaluation.robustness import Robustness
+from fdu.models.loading import RECORD_KEYS
 from fdu.report.reading import restored
-from fdu.robustness import Robustness
+from fdu.storage.output import METRICS_FILE, METRICS_KEYS, RECORD_FILE
 
 SHOWN = 8
 """Images a class that the page shows on either side, and the folder keeps."""
@@ -33,7 +33,7 @@ class Conditions:
     dtype: str = ""
     """Of the pipeline's weights."""
     versions: dict[str, str] = dataclasses.field(default_factory=dict)
-    """:func:`fdu.versions.versions` where it was evaluated."""
+    """:func:`fdu.storage.versions.versions` where it was evaluated."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -21,9 +21,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import fdu
-from fdu.denoisers import Denoiser
-from fdu.weights import fingerprint
-from fdu.weights.parts import TOKENIZERS
+from fdu.models.denoiser import Denoiser
+from fdu.storage.fingerprint import fingerprint
+from fdu.storage.parts import TOKENIZERS
 
 LOGGER = logging.getLogger(__name__)
 KINDS = ("prompts", "latents", "frozen")

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fdu.concepts import Pair, joined
 from fdu.config import EraseConfig
-from fdu.denoisers import Conditioning, Denoiser
+from fdu.models.denoiser import Conditioning, Denoiser
 from fdu.training.cache import Cache, token_key
 from fdu.training.timesteps import TimestepSampler
 

@@ -16,13 +16,13 @@ from tqdm import tqdm
 
 import fdu_kernels
 from fdu.config import EraseConfig
-from fdu.denoisers import Denoiser
-from fdu.trainable import Trainable
+from fdu.models.denoiser import Denoiser
 from fdu.training.cache import Cache, tensor_key
 from fdu.training.checkpoint import Checkpoints
 from fdu.training.examples import Batch, Examples, draw_batch, to_device
 from fdu.training.frozen_layers import keeping_less
 from fdu.training.interruption import Interruption, noticed
+from fdu.training.methods import Trainable
 from fdu.training.objective import Objective
 from fdu.training.optimizer import make_optimizer
 from fdu.training.sharding import sharded

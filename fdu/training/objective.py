@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import fdu_kernels
 from fdu.config import EraseConfig
-from fdu.denoisers import Denoiser
+from fdu.models.denoiser import Denoiser
 from fdu.training import weighting
 from fdu.training.critic import VariationalGame
 from fdu.training.examples import Batch, Examples, to_device

@@ -8,12 +8,13 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from diffusers.image_processor import VaeImageProcessor
+from diffusers.utils import make_image_grid
 from torch import Tensor
 
 from fdu.config import PLACES, EraseConfig
-from fdu.denoisers import Denoiser
-from fdu.pictures import strip
-from fdu.progress import silent
+from fdu.models.calls import silent
+from fdu.models.denoiser import Denoiser
 
 LOGGER = logging.getLogger(__name__)
 PROJECT = "fdu"
@@ -73,7 +74,8 @@ class Tracking:
     def _keep(self, step: int, images: Tensor) -> None:
         folder = Path(self.config.logging_dir) / "validation"
         folder.mkdir(parents=True, exist_ok=True)
-        strip(images, height=512).save(folder / f"step-{step:06d}.png")
+        pictures = VaeImageProcessor.numpy_to_pil(VaeImageProcessor.pt_to_numpy(images))
+        make_image_grid(pictures, rows=1, cols=len(pictures)).save(folder / f"step-{step:06d}.png")
         for tracker in self.accelerator.trackers:
             if tracker.name == "tensorboard":
                 tracker.writer.add_images("validation", images, step, dataformats="NCHW")

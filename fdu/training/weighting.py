@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from fdu.config import WEIGHTINGS
-from fdu.denoisers import PredictionType
+from fdu.models.denoiser import PredictionType
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,8 +10,8 @@ from typing import Any
 import erasure_page
 import erasure_runs
 
-from fdu.embedded.vocabulary import DIGITS, INKS
-from fdu.output import write_json
+from fdu.storage.output import write_json
+from fdu.subjects.digits.vocabulary import DIGITS, INKS
 
 
 def record(run: Any, **figures: Any) -> dict[str, Any]:

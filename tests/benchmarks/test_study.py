@@ -14,9 +14,9 @@ from judged_runs import runs
 
 from fdu.comparison import runs as runs_file
 from fdu.comparison.front import Estimate, Sample
+from fdu.comparison.judged import Judged
 from fdu.comparison.plan import Candidate, Comparison
 from fdu.comparison.runs import identity_of
-from fdu.comparison.subject import Judged
 
 IMAGES = 40
 

@@ -8,12 +8,12 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 
-from fdu import embedded
+from fdu.subjects import digits
 
 
 @pytest.fixture
 def pipeline() -> StableDiffusionPipeline:
-    loaded = embedded.load_pipeline()
+    loaded = digits.load_pipeline()
     loaded.set_progress_bar_config(disable=True)
     return loaded
 

@@ -15,24 +15,25 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 import fdu
-from fdu import embedded
-from fdu.denoisers import Denoiser, denoiser_of
+from fdu.models.denoiser import Denoiser
+from fdu.models.families import denoiser_of
+from fdu.storage import parts
+from fdu.subjects import digits
 from fdu.training import sharding
 from fdu.training.loop import Training
-from fdu.weights import parts
 
 RANK = os.environ.get("RANK", "0")
 torch.set_num_threads(1)
 
 
 def erase(pipeline: DiffusionPipeline, settings: dict[str, Any]) -> fdu.ErasureResult:
-    return fdu.erase(pipeline, *embedded.concepts("three", "eight"), **settings)
+    return fdu.erase(pipeline, *digits.concepts("three", "eight"), **settings)
 
 
 def train(folder: str, settings: str) -> None:
     """An erasure for each of the settings, and what it leaves, in ``folder/number-rank.pt``."""
     for number, one in enumerate(json.loads(settings)):
-        pipeline = embedded.load_pipeline()
+        pipeline = digits.load_pipeline()
         before = Before(pipeline)
         result = erase(pipeline, one)
         found = {name: parameter.data for name, parameter in result.trainable.named_parameters().items()}
@@ -61,7 +62,7 @@ def die_and_go_on(folder: str, settings: str) -> None:
 
 def fail_together(folder: str, settings: str) -> None:
     """Two erasures of one pipeline, the first of which diverges."""
-    pipeline = embedded.load_pipeline()
+    pipeline = digits.load_pipeline()
     before, error = Before(pipeline), None
     try:
         erase(pipeline, {**json.loads(settings), "learning_rate": 1e30})
@@ -86,7 +87,7 @@ def fail_alone(folder: str, settings: str) -> None:
     Training._step = failing  # type: ignore[assignment]
     sharding.PATIENCE /= 30
     try:
-        erase(embedded.load_pipeline(), json.loads(settings))
+        erase(digits.load_pipeline(), json.loads(settings))
     except RuntimeError as raised:
         (Path(folder) / f"{RANK}.json").write_text(json.dumps(str(raised)))
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from fdu.comparison.judged import Judged
 from fdu.comparison.plan import Candidate
-from fdu.comparison.subject import Judged
 
 IMAGES = 40
 Runs = dict[tuple[str, Candidate, int], tuple[Judged, ...]]

@@ -11,11 +11,12 @@ import torch
 from huggingface_hub import ModelCard
 from trained import ALPHA, CONTEXT, add_adapter, change_weights
 
-from fdu import embedded, weights
-from fdu.card import write_card
 from fdu.config import EraseConfig
 from fdu.evaluation import Draws, Probe, evaluate
-from fdu.versions import versions
+from fdu.report.card import write_card
+from fdu.storage.versions import versions
+from fdu.storage.writers import write
+from fdu.subjects import digits
 
 
 def record(base: str = "org/base", **settings: Any) -> dict[str, Any]:
@@ -54,12 +55,12 @@ def test_the_hub_reads_the_front_matter(form: Any, relation: str, tmp_path: Path
 
 @pytest.mark.parametrize("form", ["lora", "kohya", "pipeline", "delta"])
 def test_the_code_loads_what_was_written(form: Any, tmp_path: Path) -> None:
-    pipeline = embedded.load_pipeline()
+    pipeline = digits.load_pipeline()
     if form in ("lora", "kohya"):
         layers = {"unet": add_adapter(pipeline, "unet", CONTEXT["sd"])}
-        weights.write(tmp_path, form, pipeline, layers, lora_alpha=ALPHA)
+        write(tmp_path, form, pipeline, layers, lora_alpha=ALPHA)
     else:
-        weights.write(
+        write(
             tmp_path, form, pipeline, changed_weights=change_weights(pipeline, "unet", CONTEXT["sd"]), base="embedded"
         )
     page = write_card(tmp_path, form, pipeline, record("pipeline")).read_text(encoding="utf-8")

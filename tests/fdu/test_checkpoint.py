@@ -15,7 +15,7 @@ from diffusers import StableDiffusionPipeline
 from torch import Tensor
 
 import fdu
-from fdu import embedded
+from fdu.subjects import digits
 from fdu.training import checkpoint as checkpoint_file
 from fdu.training import loop
 from fdu.training.checkpoint import Checkpoints
@@ -24,10 +24,10 @@ RUN = """
 import sys
 import torch
 import fdu
-from fdu import embedded
+from fdu.subjects import digits
 torch.set_num_threads(1)
 folder, settings = sys.argv[1], eval(sys.argv[2])
-pipeline = embedded.load_pipeline()
+pipeline = digits.load_pipeline()
 result = fdu.erase(pipeline, "three", "eight", checkpoint_dir=folder + "/checkpoints", **settings)
 torch.save({**{n: p.data for n, p in result.trainable.named_parameters().items()}, **{
     n: torch.tensor(v) for n, v in result.history.items()}, "sigma": torch.tensor(result.sigma)}, folder + "/result.pt")
@@ -109,29 +109,27 @@ def test_latest_begins_where_there_is_none(pipeline: StableDiffusionPipeline, ru
 
 
 def test_another_runs_checkpoints_are_refused_before_any_work(run: dict[str, Any], tmp_path: Path) -> None:
-    fdu.erase(embedded.load_pipeline(), "three", "eight", **run)
+    fdu.erase(digits.load_pipeline(), "three", "eight", **run)
     with pytest.raises(FileExistsError, match="checkpoint_dir .* holds checkpoints of a former run.*'latest'"):
-        fdu.erase(embedded.load_pipeline(), "three", "eight", **run)
+        fdu.erase(digits.load_pipeline(), "three", "eight", **run)
     again = {**run, "resume_from_checkpoint": "latest"}
     with pytest.raises(ValueError, match=r"was made with learning_rate 0\.002, this run has 0\.1"):
-        fdu.erase(embedded.load_pipeline(), "three", "eight", **again, learning_rate=0.1)
+        fdu.erase(digits.load_pipeline(), "three", "eight", **again, learning_rate=0.1)
     with pytest.raises(ValueError, match="belongs to another run: it differs in concepts"):
-        fdu.erase(embedded.load_pipeline(), "four", "eight", **again)
-    other = embedded.load_pipeline()
+        fdu.erase(digits.load_pipeline(), "four", "eight", **again)
+    other = digits.load_pipeline()
     with torch.no_grad():
         other.unet.conv_in.bias[0] += 1
     with pytest.raises(ValueError, match="belongs to another run: it differs in base"):
         fdu.erase(other, "three", "eight", **again)
     with pytest.raises(FileNotFoundError, match="resume_from_checkpoint '.*none' holds no state.json"):
-        fdu.erase(
-            embedded.load_pipeline(), "three", "eight", **{**run, "resume_from_checkpoint": str(tmp_path / "none")}
-        )
+        fdu.erase(digits.load_pipeline(), "three", "eight", **{**run, "resume_from_checkpoint": str(tmp_path / "none")})
     newest = tmp_path / "kept" / "checkpoint-6" / "state.safetensors"
     newest.write_bytes(newest.read_bytes()[:1000])
     with pytest.raises(ValueError, match="checkpoint '.*checkpoint-6' cannot be read .*name an older one"):
-        fdu.erase(embedded.load_pipeline(), "three", "eight", **again)
+        fdu.erase(digits.load_pipeline(), "three", "eight", **again)
     older = {**run, "resume_from_checkpoint": str(tmp_path / "kept" / "checkpoint-4")}
-    assert len(fdu.erase(embedded.load_pipeline(), "three", "eight", **older).history["loss"]) == 6
+    assert len(fdu.erase(digits.load_pipeline(), "three", "eight", **older).history["loss"]) == 6
 
 
 def test_what_was_just_written_is_not_removed(tmp_path: Path) -> None:

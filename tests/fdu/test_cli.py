@@ -15,11 +15,12 @@ import pytest
 from diffusers import DiffusionPipeline
 
 import fdu
-from fdu import cli, doctor, embedded
+from fdu import cli, doctor
 from fdu.cli import main
 from fdu.cli.demo import Demo
 from fdu.cli.erase import Erase
-from fdu.output import SMALL_RESULT
+from fdu.storage.output import SMALL_RESULT
+from fdu.subjects import digits
 from fdu.training.loop import Training
 
 ERASE = ["erase", "embedded", "--target", "three", "--anchor", "eight", "--out", "out"]
@@ -38,9 +39,9 @@ def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
         raise AssertionError("work was done before the arguments were checked")
 
     monkeypatch.setattr(DiffusionPipeline, "from_pretrained", forbidden)
-    monkeypatch.setattr(embedded, "load_pipeline", forbidden)
+    monkeypatch.setattr(digits, "load_pipeline", forbidden)
     monkeypatch.setattr(fdu, "erase", forbidden)
-    monkeypatch.setattr("fdu.demo.erase", forbidden)
+    monkeypatch.setattr("fdu.cli.demonstration.erase", forbidden)
     monkeypatch.setattr(fdu, "draw", forbidden)
 
 
@@ -322,17 +323,17 @@ def test_erase_then_evaluate(capsys: pytest.CaptureFixture[str]) -> None:
     quick = ["--max_train_steps=2", "--train_batch_size=2", "--num_latents=4", "--num_inference_steps=2", "--rank=2"]
     assert main([*ERASE, *quick]) == cli.OK
     output = capsys.readouterr().out
-    assert "pipeline = fdu.embedded.load_pipeline(); pipeline.load_lora_weights('out')" in output
+    assert "pipeline = fdu.subjects.digits.load_pipeline(); pipeline.load_lora_weights('out')" in output
     record = json.loads(Path("out/fdu.json").read_text())
-    assert record["target"]["prompts"] == list(embedded.concepts("three", "eight")[0].prompts)
-    assert record["config"]["preservation_prompts"] == list(embedded.preserved("three"))
+    assert record["target"]["prompts"] == list(digits.concepts("three", "eight")[0].prompts)
+    assert record["config"]["preservation_prompts"] == list(digits.preserved("three"))
 
     assert main([*ERASE, *quick]) == cli.USAGE
     assert main([*ERASE, *quick, "--overwrite", "--train_method", "cross_attention"]) == cli.OK
     assert "DiffusionPipeline.from_pretrained('out')" in capsys.readouterr().out
 
     for save_as, words in (
-        ("delta", "fdu.weights.load_weights(pipeline, 'out')"),
+        ("delta", "fdu.load_weights(pipeline, 'out')"),
         ("kohya", "out/kohya_lora.safetensors"),
     ):
         assert main([*ERASE, *quick, "--overwrite", "--save_as", save_as]) == cli.OK

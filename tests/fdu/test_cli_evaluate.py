@@ -11,8 +11,9 @@ import pytest
 from clip import CONCEPTS, WORDS, save_clip
 
 import fdu
-from fdu import cli, embedded
+from fdu import cli
 from fdu.cli import main
+from fdu.subjects import digits
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +25,7 @@ def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The embedded pipeline in a folder of its own: to fdu a pipeline like any other."""
     folder = tmp_path_factory.mktemp("base")
-    embedded.load_pipeline().save_pretrained(folder)
+    digits.load_pipeline().save_pretrained(folder)
     return folder
 
 
@@ -43,7 +44,7 @@ def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
 
 def test_any_pipeline_is_judged_by_clip(base: Path, clip_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     result = fdu.erase(
-        embedded.load_pipeline(), "three", "eight", max_train_steps=2, train_batch_size=2, num_latents=4,
+        digits.load_pipeline(), "three", "eight", max_train_steps=2, train_batch_size=2, num_latents=4,
         num_inference_steps=2, rank=2, learning_rate=0.05, seed=0,
     )  # fmt: skip
     result.save("erased")
@@ -158,7 +159,7 @@ def test_a_test_of_robustness_that_fails_costs_nothing_else(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     import fdu.cli.evaluate
-    import fdu.robustness
+    import fdu.evaluation.robustness
 
     def fails_before(*given: Any, **named: Any) -> None:
         raise RuntimeError("CUDA out of memory.\nTried to allocate")
@@ -168,8 +169,8 @@ def test_a_test_of_robustness_that_fails_costs_nothing_else(
         assert Path("judged/report.html").is_file() and found["robustness"]["phrasings"]
         raise KeyError("fault")
 
-    monkeypatch.setattr(fdu.robustness, "attack", fails_before)
-    monkeypatch.setattr(fdu.robustness, "relearn", fails_after)
+    monkeypatch.setattr(fdu.evaluation.robustness, "attack", fails_before)
+    monkeypatch.setattr(fdu.evaluation.robustness, "relearn", fails_after)
     monkeypatch.setattr(fdu.cli.evaluate, "load_erased", lambda pipeline, *given: pipeline)
     arguments = ["embedded", "weights", *QUICK, "--out", "judged", "--robustness", "--robustness_batch_size", "1"]
     Path("sets").mkdir()
@@ -188,7 +189,7 @@ def test_robustness_with_clip_as_judge(
     dtype: str, base: Path, clip_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import fdu.cli.evaluate
-    import fdu.robustness as robustness
+    import fdu.evaluation.robustness as robustness
 
     real = robustness.Examination
     tiny = {
@@ -218,7 +219,7 @@ def test_two_pipelines_are_not_in_memory_together(base: Path, monkeypatch: pytes
         return pipeline
 
     monkeypatch.setattr(fdu.cli.evaluate, "load_model", load_model)
-    monkeypatch.setattr("fdu.loading.load_model", load_model)
+    monkeypatch.setattr("fdu.models.loading.load_model", load_model)
     assert main(["evaluate", "embedded", str(base), *QUICK]) == cli.OK
     assert len(loaded) == 2
 

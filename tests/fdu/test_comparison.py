@@ -18,21 +18,22 @@ from diffusers import StableDiffusionPipeline
 from judged_runs import runs as handmade
 
 import fdu
-from fdu import cli, embedded
+from fdu import cli
 from fdu.cli import main
 from fdu.cli.compare import Compare
 from fdu.cli.erase import Erase
 from fdu.cli.program import parse
 from fdu.comparison import runs as runs_file
 from fdu.comparison.chart import COLOURS, Curve, curve_chart, front_chart
-from fdu.comparison.folder import check_folder, write_record
 from fdu.comparison.front import Sample
+from fdu.comparison.output_folder import check_folder, write_record
 from fdu.comparison.page import alphas, describe, table, write_page
 from fdu.comparison.plan import Candidate, Comparison, Drawing
 from fdu.comparison.recommendation import BETA, recommend
 from fdu.comparison.results import Results, read_results
 from fdu.comparison.runs import make_runs, read_record
 from fdu.config import EraseConfig
+from fdu.subjects import digits
 from fdu.training.loop import NotFinite
 
 QUICK = {"max_train_steps": 3, "train_batch_size": 2, "num_latents": 4, "num_inference_steps": 2, "rank": 4}
@@ -85,7 +86,7 @@ def results_of(figures: dict[str, tuple[float, ...]], **others: Any) -> Results:
 
 def test_a_record_says_all(made: Path) -> None:
     record = json.loads((made / "runs" / "three_eight_divergence=mse_s0=1_seed=0.json").read_text())
-    assert record["identity"]["settings"]["preservation_prompts"] == list(embedded.preserved("three"))
+    assert record["identity"]["settings"]["preservation_prompts"] == list(digits.preserved("three"))
     assert record["device"].startswith("cpu") and record["versions"].keys() >= {"torch", "fdu"}
     assert record["core_seconds"] > 0
     assert record["sigma"] > 0 and len(record["distance"].split()) == 3
@@ -99,8 +100,8 @@ def test_a_record_says_all(made: Path) -> None:
 def test_a_run_trains_what_fdu_erase_trains(made: Path, pipeline: StableDiffusionPipeline) -> None:
     """Also the second run of one process, with latents and frozen outputs from the cache."""
     for run in PLAN.runs():
-        target, anchor = embedded.concepts("three", "eight")
-        settings = {**QUICK, **run.candidate.settings, "preservation_prompts": embedded.preserved("three")}
+        target, anchor = digits.concepts("three", "eight")
+        settings = {**QUICK, **run.candidate.settings, "preservation_prompts": digits.preserved("three")}
         result = fdu.erase(pipeline, target, anchor, **settings)
         result.trainable.remove()
         beforehand = fdu.erase(pipeline, target, anchor, **settings, frozen_batches=QUICK["max_train_steps"])
@@ -399,7 +400,7 @@ def test_other_models_are_judged_by_clip(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    embedded.load_pipeline().save_pretrained("base")  # a pipeline like any other
+    digits.load_pipeline().save_pretrained("base")  # a pipeline like any other
     save_clip(Path("clip"), WORDS)
     Path("set.txt").write_text(CONCEPTS)
     given = ["compare", "base", *COMPARE[2:], "--judge", "clip", "--prompts", "set.txt", "--seeds", "1"]
@@ -447,7 +448,7 @@ def test_the_command_refuses_before_any_work(
 ) -> None:
     (tmp_path / "empty").mkdir()
     monkeypatch.chdir(tmp_path / "empty")
-    monkeypatch.setattr(embedded, "load_pipeline", None)
+    monkeypatch.setattr(digits, "load_pipeline", None)
     assert main([change.get(word, word) for word in COMPARE]) == cli.USAGE
     output = capsys.readouterr()
     assert message in output.err and output.err.count("\n") == 1 and output.out == ""

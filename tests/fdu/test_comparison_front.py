@@ -11,8 +11,8 @@ from judged_runs import IMAGES, judged, runs
 from scipy import stats
 
 from fdu.comparison.front import Sample, complete, undominated
+from fdu.comparison.judged import Judged
 from fdu.comparison.plan import Candidate
-from fdu.comparison.subject import Judged
 
 
 def test_undominated_is_what_looking_at_every_pair_says() -> None:

@@ -9,9 +9,9 @@ import pytest
 from judged_runs import judged, runs
 
 from fdu.comparison.front import Sample
+from fdu.comparison.judged import Judged
 from fdu.comparison.plan import Candidate
 from fdu.comparison.recommendation import BETA, Recommendation, f_measure, recommend
-from fdu.comparison.subject import Judged
 
 
 def chosen(figures: dict[str, tuple[float, ...]], prefer: str = "balanced", **how: int) -> Recommendation:

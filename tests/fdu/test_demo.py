@@ -13,10 +13,11 @@ import pytest
 from diffusers import StableDiffusionPipeline
 from PIL import Image
 
-from fdu import cli, embedded
-from fdu import demo as demo_file
+from fdu import cli
+from fdu.cli import demonstration as demo_file
 from fdu.cli import main
 from fdu.evaluation import JUDGED_SEED
+from fdu.subjects import digits
 
 QUICK = [
     "--max_train_steps=2",
@@ -57,7 +58,7 @@ def test_twice_in_a_row(capsys: pytest.CaptureFixture[str], pipeline: StableDiff
     assert metrics["command"] == "fdu demo " + " ".join(QUICK)
     assert (metrics["target"], metrics["anchor"], metrics["images_per_class"]) == ("three", "eight", 1)
     assert (metrics["divergence"], metrics["steps"], metrics["seed"]) == ("squared_hellinger", 2, 0)
-    assert metrics["settings"]["preservation_prompts"] == list(embedded.preserved("three"))
+    assert metrics["settings"]["preservation_prompts"] == list(digits.preserved("three"))
     assert metrics["sigma"] > 0 and metrics["seconds"] > 0
     assert metrics["device"].startswith("cpu") and "torch" in metrics["versions"]
     assert len(metrics["before"]["per_class"]) == 14

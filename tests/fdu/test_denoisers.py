@@ -14,9 +14,10 @@ import torch
 from diffusers import DDPMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from torch import Tensor, nn
 
-from fdu.denoisers import FAMILIES, Conditioning, Denoiser, denoiser_of
-from fdu.denoisers.flow import shifted_sigmas
-from fdu.denoisers.flux import pack, position_ids, unpack
+from fdu.models.denoiser import Conditioning, Denoiser
+from fdu.models.families import FAMILIES, denoiser_of
+from fdu.models.flow import shifted_sigmas
+from fdu.models.flux import pack, position_ids, unpack
 
 PROMPT = "the digit three"
 UNITS = {"sd": 8, "sdxl": 8, "sd3": 4, "flux": 4, "pixart": 8, "sana": 32}

@@ -15,9 +15,10 @@ import pytest
 import torch
 
 import fdu_kernels
-from fdu import cli, doctor, embedded
+from fdu import cli
+from fdu.cli import doctor
 from fdu.cli import main
-from fdu.doctor import Finding, examine, healthy, remedy_for, render
+from fdu.cli.doctor import Finding, examine, healthy, remedy_for, render
 
 
 def finding(findings: list[Finding], subject: str) -> Finding:
@@ -99,7 +100,7 @@ def test_optional_packages_are_no_fault(monkeypatch: pytest.MonkeyPatch) -> None
 def test_a_missing_pipeline_and_a_full_disk_are_notes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10, 9, 1))
-    monkeypatch.setattr(embedded, "PIPELINE_FOLDER", tmp_path)
+    monkeypatch.setattr("fdu.subjects.digits.pipeline.PIPELINE_FOLDER", tmp_path)
     findings = examine()
     assert healthy(findings)
     assert finding(findings, "disk").state == "note"

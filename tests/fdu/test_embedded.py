@@ -10,12 +10,12 @@ from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file
 
 import fdu
-from fdu import embedded
-from fdu.embedded.vocabulary import DIGITS, INKS, MEDIA, corpus, medium_phrases, prompt
+from fdu.subjects import digits
+from fdu.subjects.digits.vocabulary import DIGITS, INKS, MEDIA, corpus, medium_phrases, prompt
 
 
 def test_it_ships_as_an_ordinary_small_half_precision_folder() -> None:
-    files = [path for path in embedded.PIPELINE_FOLDER.rglob("*") if path.is_file()]
+    files = [path for path in digits.PIPELINE_FOLDER.rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) < 8 * 2**20
     assert {path.suffix for path in files} <= {".json", ".txt", ".safetensors"}
     weights = [load_file(path) for path in files if path.suffix == ".safetensors"]
@@ -31,15 +31,15 @@ def test_every_word_is_one_token_and_every_prompt_fits(pipeline: StableDiffusion
 
 
 def test_class_prompts_draw_what_they_ask_for(pipeline: StableDiffusionPipeline) -> None:
-    digit, medium = embedded.judges()["digit"], embedded.judges()["medium"]
-    digits = [fdu.Probe(name, (prompt(f"the digit {name}"),), "retained", digit) for name in DIGITS]
+    digit, medium = digits.judges()["digit"], digits.judges()["medium"]
+    numbers = [fdu.Probe(name, (prompt(f"the digit {name}"),), "retained", digit) for name in DIGITS]
     inks = [
         fdu.Probe(ink, (prompt("a digit", medium_phrase=medium_phrases(ink)[0]),), "retained", medium) for ink in INKS
     ]
-    draws = fdu.draw(pipeline, digits + inks, images_per_class=20)
+    draws = fdu.draw(pipeline, numbers + inks, images_per_class=20)
     shares = [
         sum(seen == probe.name for seen in probe.judge(images)) / len(images)
-        for probe, images in zip(digits + inks, draws.images, strict=True)
+        for probe, images in zip(numbers + inks, draws.images, strict=True)
     ]
     # 200 digit samples: 0.98 measured on 1,000 (data/quality.json) allows 4 wrong here, and a little for chance.
     assert sum(shares[:10]) / 10 >= 0.965
@@ -47,7 +47,7 @@ def test_class_prompts_draw_what_they_ask_for(pipeline: StableDiffusionPipeline)
 
 
 def test_the_recorded_quality_holds_the_promise() -> None:
-    quality = json.loads((embedded.DATA / "quality.json").read_text())
+    quality = json.loads((digits.DATA / "quality.json").read_text())
     assert quality["judge_on_held_out_digits"]["digit"] >= 0.98
     measured = quality["pipeline"]
     assert measured["digit_accuracy"] >= 0.98
@@ -61,8 +61,8 @@ def test_the_prompts_of_target_and_anchor_are_in_its_vocabulary() -> None:
     known = set(corpus())
     for target in (*DIGITS, *INKS):
         others = DIGITS if target in DIGITS else INKS
-        for anchor in (embedded.SUPERCLASS, *(other for other in others if other != target)):
-            pair = embedded.concepts(target, anchor)
+        for anchor in (digits.SUPERCLASS, *(other for other in others if other != target)):
+            pair = digits.concepts(target, anchor)
             assert len(pair[0].prompts) == len(pair[1].prompts)
             assert set(pair[0].prompts) | set(pair[1].prompts) <= known
             assert not any(target in text.split() for text in pair[1].prompts)
@@ -71,9 +71,9 @@ def test_the_prompts_of_target_and_anchor_are_in_its_vocabulary() -> None:
 
 @pytest.mark.parametrize("target", ["three", "red"])
 def test_unseen_phrasings_are_unseen(target: str) -> None:
-    probes = embedded.probes(target)
+    probes = digits.probes(target)
     trained = {text for anchor in ("eight", "black") if (anchor in DIGITS) == (target in DIGITS)
-               for concept in embedded.concepts(target, anchor) for text in concept.prompts}  # fmt: skip
+               for concept in digits.concepts(target, anchor) for text in concept.prompts}  # fmt: skip
     (unseen,) = [probe for probe in probes if probe.role == "unseen"]
     assert not trained & set(unseen.prompts) and set(unseen.prompts) <= set(corpus())
     assert all(target in text.split() for text in unseen.prompts)
@@ -83,19 +83,19 @@ def test_unseen_phrasings_are_unseen(target: str) -> None:
 
 def test_what_it_does_not_know_is_refused() -> None:
     with pytest.raises(ValueError, match="target must be a digit .* or an ink .*, got 'cat'"):
-        embedded.concepts("cat", "eight")
+        digits.concepts("cat", "eight")
     with pytest.raises(ValueError, match="anchor must be 'digit' or one of zero.*got 'red'"):
-        embedded.concepts("three", "red")
+        digits.concepts("three", "red")
     with pytest.raises(ValueError, match="target and anchor are the same"):
-        embedded.concepts("three", "three")
+        digits.concepts("three", "three")
 
 
 def test_the_judge_reads_real_digits_it_never_saw() -> None:
     pytest.importorskip("sklearn")
-    from fdu.embedded.digits import draw, load_glyphs
+    from fdu.subjects.digits.handwriting import draw, load_glyphs
 
     glyphs, labels = load_glyphs(test=True)
     media = torch.arange(len(labels)) % len(MEDIA)
-    digit_logits, medium_logits = embedded.load_classifier()(draw(glyphs, media))
+    digit_logits, medium_logits = digits.load_classifier()(draw(glyphs, media))
     assert (digit_logits.argmax(1) == labels).float().mean() >= 0.98
     assert (medium_logits.argmax(1) == media).float().mean() == 1.0

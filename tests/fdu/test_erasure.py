@@ -14,8 +14,8 @@ from peft import LoraConfig
 from torch import Tensor
 
 import fdu
-from fdu import embedded
-from fdu.denoisers import Denoiser
+from fdu.models.denoiser import Denoiser
+from fdu.subjects import digits
 from fdu.training import examples, loop
 
 TRAIN_METHODS = ["lora", "cross_attention"]
@@ -65,7 +65,7 @@ def test_a_seed_makes_a_run_repeatable_bit_for_bit(quick: dict[str, Any], method
     runs = []
     for global_seed, seed in ((1, 0), (2, 0), (1, 7)):
         torch.manual_seed(global_seed)
-        pipeline = embedded.load_pipeline()
+        pipeline = digits.load_pipeline()
         result = fdu.erase(pipeline, "three", "eight", train_method=method, **{**quick, "seed": seed})
         runs.append((weights(pipeline), result.history, result.sigma))
     first, again, other = runs
@@ -83,7 +83,7 @@ def test_the_global_random_state_is_the_users(pipeline: StableDiffusionPipeline,
 
 def test_training_brings_the_target_to_the_anchor(pipeline: StableDiffusionPipeline, quick: dict[str, Any]) -> None:
     settings = {**quick, "max_train_steps": 60, "train_batch_size": 8, "learning_rate": 1e-3}
-    history = fdu.erase(pipeline, *embedded.concepts("three", "eight"), **settings).history
+    history = fdu.erase(pipeline, *digits.concepts("three", "eight"), **settings).history
     start, end = sum(history["distance"][:10]), sum(history["distance"][-10:])
     assert end < 0.6 * start
 
@@ -137,14 +137,14 @@ def test_prompts_are_encoded_once_and_latents_drawn_once(
 def test_preservation_holds_what_it_names(quick: dict[str, Any]) -> None:
     moved = []
     for weight in (0.0, 3.0):
-        pipeline = embedded.load_pipeline()
+        pipeline = digits.load_pipeline()
         before = picture(pipeline, "a digit")
         settings = {**quick, "max_train_steps": 40, "train_batch_size": 8}
         fdu.erase(
             pipeline,
-            *embedded.concepts("three", "eight"),
+            *digits.concepts("three", "eight"),
             preservation_weight=weight,
-            preservation_prompts=embedded.preserved("three"),
+            preservation_prompts=digits.preserved("three"),
             **settings,
         )
         moved.append((picture(pipeline, "a digit") - before).abs().mean().item())
@@ -177,7 +177,7 @@ def test_divergences_are_standardised(quick: dict[str, Any]) -> None:
     # At a small s0 all are mse: with h'(0) = 1 their training terms agree, without it they differ eightfold.
     starts = []
     for divergence in ("mse", "kl", "squared_hellinger", "jensen_shannon"):
-        result = fdu.erase(embedded.load_pipeline(), "three", "eight", divergence=divergence, s0=1e-4, **quick)
+        result = fdu.erase(digits.load_pipeline(), "three", "eight", divergence=divergence, s0=1e-4, **quick)
         starts.append(result.history["divergence"][0])
     assert max(starts) / min(starts) < 1.01
 
@@ -185,7 +185,7 @@ def test_divergences_are_standardised(quick: dict[str, Any]) -> None:
 def test_gradient_accumulation_is_one_larger_batch(quick: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     steps, real = [], torch.optim.AdamW.step
     monkeypatch.setattr(torch.optim.AdamW, "step", lambda *a, **k: (steps.append(1), real(*a, **k))[1])
-    pipeline = embedded.load_pipeline()
+    pipeline = digits.load_pipeline()
     result = fdu.erase(pipeline, "three", "eight", gradient_accumulation_steps=3, **quick)
     assert len(steps) == len(result.history["loss"]) == quick["max_train_steps"]
 
@@ -193,14 +193,14 @@ def test_gradient_accumulation_is_one_larger_batch(quick: dict[str, Any], monkey
 def test_precisions_may_differ_within_one_process(quick: dict[str, Any]) -> None:
     own = Accelerator(cpu=True, gradient_accumulation_steps=4)
     for precision in ("no", "bf16", "no"):
-        result = fdu.erase(embedded.load_pipeline(), "three", "eight", mixed_precision=precision, **quick)
+        result = fdu.erase(digits.load_pipeline(), "three", "eight", mixed_precision=precision, **quick)
         assert len(result.history["loss"]) == quick["max_train_steps"]
     assert own.mixed_precision == "no" and own.device.type == "cpu" and own.gradient_accumulation_steps == 4
 
 
 @pytest.mark.parametrize("method", TRAIN_METHODS)
 def test_half_precision_pipelines_need_autocast(quick: dict[str, Any], method: str) -> None:
-    pipeline = embedded.load_pipeline(torch.bfloat16)
+    pipeline = digits.load_pipeline(torch.bfloat16)
     with pytest.raises(ValueError, match=r"pipeline is in torch\.bfloat16 but mixed_precision is 'no'"):
         fdu.erase(pipeline, "three", "eight", **quick)
     before = picture(pipeline)
@@ -214,7 +214,7 @@ def test_autocast_trains_the_weights_that_change(quick: dict[str, Any], method: 
     """A cache of cast weights must not serve the frozen weights to the trained pass."""
     settings = {**quick, "max_train_steps": 40, "learning_rate": 1e-2, "train_method": method}
     distances = [
-        fdu.erase(embedded.load_pipeline(), "three", "eight", mixed_precision=precision, **settings).history["distance"]
+        fdu.erase(digits.load_pipeline(), "three", "eight", mixed_precision=precision, **settings).history["distance"]
         for precision in ("no", "bf16")
     ]
     exact, cast = torch.tensor(distances)
@@ -225,7 +225,7 @@ def test_autocast_trains_the_weights_that_change(quick: dict[str, Any], method: 
 
 def test_half_floats_need_a_gpu(quick: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="mixed_precision 'fp16' needs a GPU"):
-        fdu.erase(embedded.load_pipeline(), "three", "eight", mixed_precision="fp16", **quick)
+        fdu.erase(digits.load_pipeline(), "three", "eight", mixed_precision="fp16", **quick)
 
 
 @pytest.fixture

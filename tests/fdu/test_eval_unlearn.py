@@ -21,9 +21,9 @@ from PIL import Image
 from setuptools.config.pyprojecttoml import load_file
 
 import fdu
-from fdu import embedded
-from fdu.eval_unlearn import Technique
-from fdu.weights import LORA_FILE
+from fdu.cli.eval_unlearn import Technique
+from fdu.storage.lora import LORA_FILE
+from fdu.subjects import digits
 
 GROUP = "eval_unlearn.techniques"
 PROMPTS = ["a photo of the digit three in red ink", "a photo of the digit five"]
@@ -113,9 +113,9 @@ def test_a_saved_erasure_is_loaded(
 
 
 def test_nothing_is_blacked_out(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    loaded = embedded.load_pipeline()
+    loaded = digits.load_pipeline()
     loaded.safety_checker = torch.nn.Identity()
-    monkeypatch.setattr("fdu.eval_unlearn.load_model", lambda *_: loaded)
+    monkeypatch.setattr("fdu.cli.eval_unlearn.load_model", lambda *_: loaded)
     (tmp_path / "model_index.json").write_text("{}")
     technique = Technique(**BASE, load_path=str(tmp_path))
     assert technique.pipeline is loaded and loaded.safety_checker is None
@@ -150,7 +150,7 @@ def test_wrong_configurations_are_refused_before_anything_is_loaded(
         raise AssertionError("loaded")
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("fdu.eval_unlearn.load_model", load)
+    monkeypatch.setattr("fdu.cli.eval_unlearn.load_model", load)
     with pytest.raises(error, match=message):
         Technique(**{**ERASING, **changes})
 

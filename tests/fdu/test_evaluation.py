@@ -13,9 +13,9 @@ from diffusers import StableDiffusionPipeline
 from torch import Tensor
 
 import fdu
-from fdu.denoisers import denoiser_of
 from fdu.evaluation import Draws, Probe
-from fdu.robustness.subject import Drawing, count
+from fdu.evaluation.robustness.judging import Drawing, count
+from fdu.models.families import denoiser_of
 
 
 def judge(images: Tensor) -> list[str]:

@@ -12,7 +12,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 
 import fdu
-from fdu.weights import load_weights
+from fdu.storage.readers import load_weights
 
 NAMES = families.FAMILY_NAMES
 LORA_NAMES = [name for name in NAMES if name != "pixart"]

@@ -12,12 +12,12 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import CLIPModel
 
-from fdu import embedded
 from fdu.concepts import Concept
 from fdu.evaluation.features import ClipFeatures, Features, ModuleFeatures, as_features
-from fdu.evaluation.judges import ClipJudge, clip_probes
 from fdu.evaluation.metrics import perceptual_distance
-from fdu.prompts import ConceptSet
+from fdu.subjects import digits
+from fdu.subjects.clip_judges import ClipJudge, clip_probes
+from fdu.subjects.concept_sets import ConceptSet
 
 WORDS = "a photo of cat dog lynx violin painting"
 
@@ -95,15 +95,15 @@ def test_an_encoder_that_is_not_there_is_told(tmp_path: Path, clip_folder: Path)
     with pytest.raises(OSError, match="could not be loaded"):  # no tokenizer
         ClipFeatures.load(str(tmp_path))
     with pytest.raises(OSError, match="a CLIPTextModel is no image-text encoder"):
-        ClipFeatures.load(str(embedded.PIPELINE_FOLDER / "text_encoder"))
+        ClipFeatures.load(str(digits.PIPELINE_FOLDER / "text_encoder"))
 
 
 def test_the_embedded_features_lead_to_the_judgement() -> None:
-    classifier, images = embedded.load_classifier(), noise(7)
-    features = embedded.features()
+    classifier, images = digits.load_classifier(), noise(7)
+    features = digits.features()
     shape, colour = features(images).split([64 * 16, 24], 1)
-    digits, media = classifier(images)
-    torch.testing.assert_close(classifier.digit[-1](shape), digits, rtol=1e-4, atol=1e-4)
+    shown, media = classifier(images)
+    torch.testing.assert_close(classifier.digit[-1](shape), shown, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(classifier.medium[-1](colour), media, rtol=1e-4, atol=1e-4)
     assert features.texts(["three"]) is None
     _, layers = features.extract(images)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from trained import add_adapter
 
 import fdu
-from fdu import embedded
+from fdu.subjects import digits
 from fdu.training import loop
 from fdu.training.frozen_layers import keeping_less
 
@@ -152,7 +152,7 @@ def test_a_denoiser_with_an_adapter(name: str, checkpointed: bool) -> None:
     unet.train()
     if checkpointed:
         unet.enable_gradient_checkpointing()
-    model = fdu.denoisers.denoiser_of(pipeline)
+    model = fdu.models.denoiser_of(pipeline)
     conditioning = model.encode(["a photo of the digit three"])
     noisy = torch.randn(1, *model.latent_shape, generator=torch.Generator().manual_seed(1))
 
@@ -180,8 +180,8 @@ def test_a_denoiser_with_an_adapter(name: str, checkpointed: bool) -> None:
 @pytest.mark.parametrize("others", [{}, {"mixed_precision": "bf16"}, {"gradient_checkpointing": True}], ids=str)
 def test_an_erasure_is_the_same(quick: dict[str, Any], monkeypatch: pytest.MonkeyPatch, others: dict[str, Any]) -> None:
     def erase() -> dict[str, Tensor]:
-        pipeline = embedded.load_pipeline()
-        result = fdu.erase(pipeline, *embedded.concepts("three", "eight"), **{**quick, **others})
+        pipeline = digits.load_pipeline()
+        result = fdu.erase(pipeline, *digits.concepts("three", "eight"), **{**quick, **others})
         assert not any("_conv_forward" in vars(part) for part in pipeline.unet.modules())
         return {name: tensor.detach().clone() for name, tensor in result.trainable.named_parameters().items()}
 

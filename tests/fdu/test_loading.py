@@ -10,8 +10,7 @@ from typing import Any
 import pytest
 from diffusers import StableDiffusionPipeline
 
-from fdu import embedded
-from fdu.loading import (
+from fdu.models.loading import (
     HUB_PIPELINE,
     RECORD_KEYS,
     check_model,
@@ -20,8 +19,9 @@ from fdu.loading import (
     read_record,
     result_bytes,
 )
-from fdu.output import RECORD_FILE, SMALL_RESULT
-from fdu.weights import LORA_FILE
+from fdu.storage.lora import LORA_FILE
+from fdu.storage.output import RECORD_FILE, SMALL_RESULT
+from fdu.subjects import digits
 
 RECORD: dict[str, Any] = {
     "target": {"name": "three", "prompts": ["three"]},
@@ -99,4 +99,4 @@ def test_truncated_weights_are_an_error_in_one_line(tmp_path: Path, pipeline: St
 def test_a_full_pipeline_takes_the_place_of_the_first(tmp_path: Path, pipeline: StableDiffusionPipeline) -> None:
     pipeline.save_pretrained(tmp_path / "full")
     assert load_erased(pipeline, str(tmp_path / "full")) is not pipeline
-    assert embedded.PIPELINE_FOLDER.is_dir()
+    assert digits.PIPELINE_FOLDER.is_dir()

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from fdu.output import RECORD_FILE, check_output, whole_folder, write_json
+from fdu.storage.output import RECORD_FILE, check_output, whole_folder, write_json
 
 
 def test_a_new_and_an_empty_folder_are_fine(tmp_path: Path) -> None:

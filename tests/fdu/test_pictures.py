@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 import fdu
-from fdu.pictures import before_after, data_uri, strip, to_pil
+from fdu.report.pictures import before_after, data_uri, strip, to_pil
 
 
 def test_pixels_survive() -> None:

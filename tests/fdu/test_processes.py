@@ -17,12 +17,12 @@ RUN = """
 import sys
 import torch
 import fdu
-from fdu import embedded
+from fdu.subjects import digits
 torch.set_num_threads(1)
 folder, settings = sys.argv[1], eval(sys.argv[2])
 import os
 rank = os.environ.get("RANK", "0")
-result = fdu.erase(embedded.load_pipeline(), *embedded.concepts("three", "eight"), **settings)
+result = fdu.erase(digits.load_pipeline(), *digits.concepts("three", "eight"), **settings)
 torch.save({**{n: p.data for n, p in result.trainable.named_parameters().items()}, **{
     "history " + n: torch.tensor(v) for n, v in result.history.items()}, "sigma": torch.tensor(result.sigma)},
     folder + f"/{rank}.pt")
@@ -68,9 +68,9 @@ def test_two_processes_are_one_with_the_whole_batch(
 
 
 AFTER_ANOTHER = RUN.replace(
-    "result = fdu.erase(embedded.load_pipeline(),",
-    """pipeline = embedded.load_pipeline()
-fdu.erase(pipeline, *embedded.concepts("three", "eight"), **{**settings, "train_method": "text_encoder"})
+    "result = fdu.erase(digits.load_pipeline(),",
+    """pipeline = digits.load_pipeline()
+fdu.erase(pipeline, *digits.concepts("three", "eight"), **{**settings, "train_method": "text_encoder"})
 result = fdu.erase(pipeline,""",
 )
 

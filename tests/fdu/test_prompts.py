@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-import fdu.prompts
-from fdu.prompts import concept_set, concept_sets, set_of_record
+import fdu.subjects.concept_sets
+from fdu.subjects.concept_sets import concept_set, concept_sets, set_of_record
 
 ANCHORS = {
     "van gogh": ("painting", 5),
@@ -138,7 +138,7 @@ def test_what_was_erased_as_well_is_not_to_be_kept() -> None:
 
 
 def test_the_documented_form_is_read_as_it_stands(tmp_path: Path) -> None:
-    lines = [line[4:] for line in (fdu.prompts.__doc__ or "").splitlines() if line.startswith("    ")]
+    lines = [line[4:] for line in (fdu.subjects.concept_sets.__doc__ or "").splitlines() if line.startswith("    ")]
     concepts = concept_set(write(tmp_path, "\n".join(lines)))
     assert (concepts.target.name, concepts.anchor.name) == ("van gogh", "painting")
     assert [one.name for one in concepts.near] == ["monet", "salvador dali"]

@@ -16,8 +16,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from trained import ALPHA, CONTEXT, add_adapter, change_weights, output, tensors_of
 
-from fdu import weights
-from fdu.weights import kohya_names, lora, parts
+from fdu.storage import kohya_names, lora, parts
+from fdu.storage.readers import Loaded, load_weights
+from fdu.storage.writers import write
 
 
 def after_erasure(name: str, endings: tuple[str, ...] | None = None) -> tuple[Any, dict[str, Tensor]]:
@@ -37,7 +38,7 @@ def assert_refused(name: str, file: Path, match: str, error: type[Exception] = V
     """The file is refused, and the pipeline as before, with no adapter and no changed weight."""
     pipeline = families.build(name)
     with pytest.raises(error, match=match):
-        weights.load_weights(pipeline, file, **settings)
+        load_weights(pipeline, file, **settings)
     assert_same(pipeline, families.build(name))
     assert not any(lora._adapted(model) for model in parts.models(pipeline).values())
 
@@ -50,7 +51,7 @@ def test_concept_ablation_delta(tmp_path: Path) -> None:
     # torch.save of parameters, by the UNet's own names.
     torch.save({"unet": {key: torch.nn.Parameter(tensor) for key, tensor in after.items()}}, tmp_path / "delta.bin")
     plain = families.build("sd")
-    assert weights.load_weights(plain, tmp_path) == weights.Loaded("changed weights", len(after), ("unet",))
+    assert load_weights(plain, tmp_path) == Loaded("changed weights", len(after), ("unet",))
     assert_same(plain, pipeline)
 
 
@@ -61,7 +62,7 @@ def test_concept_ablation_delta_of_the_text_encoder_with_the_names_of_its_time(t
     state["text_model.embeddings.position_ids"] = torch.arange(16)[None]
     torch.save({"unet": {}, "text_encoder": OrderedDict(state)}, tmp_path / "delta.bin")
     plain = families.build("sd")
-    assert weights.load_weights(plain, tmp_path / "delta.bin").attributes == ("text_encoder",)
+    assert load_weights(plain, tmp_path / "delta.bin").attributes == ("text_encoder",)
     assert_same(plain, pipeline)
 
 
@@ -82,7 +83,7 @@ def test_concept_ablation_delta_in_compvis_names(tmp_path: Path) -> None:
     torch.save({"state_dict": state, "global_step": 800}, tmp_path / "delta.ckpt")
     assert any(key.startswith("model.diffusion_model.middle_block.1.transformer_blocks.0.attn2.to_k") for key in state)
     plain = families.build("sd")
-    assert weights.load_weights(plain, tmp_path / "delta.ckpt").attributes == ("unet",)
+    assert load_weights(plain, tmp_path / "delta.ckpt").attributes == ("unet",)
     assert_same(plain, pipeline)
 
 
@@ -91,7 +92,7 @@ def test_esd_and_uce_safetensors(name: str, tmp_path: Path) -> None:
     pipeline, after = after_erasure(name, ("attn2.to_q", "attn2.to_k", "attn2.to_v", "attn2.to_out.0"))
     save_file(after, tmp_path / "esd-van_gogh-from-van_gogh-esdx.safetensors")
     plain = families.build(name)
-    assert weights.load_weights(plain, tmp_path).tensors == len(after)
+    assert load_weights(plain, tmp_path).tensors == len(after)
     assert_same(plain, pipeline)
 
 
@@ -99,7 +100,7 @@ def test_uce_of_flux_safetensors(tmp_path: Path) -> None:
     pipeline, after = after_erasure("flux", ("context_embedder", "text_embedder.linear_1"))
     save_file(after, tmp_path / "uce.safetensors")
     plain = families.build("flux")
-    assert weights.load_weights(plain, tmp_path).attributes == ("transformer",)
+    assert load_weights(plain, tmp_path).attributes == ("transformer",)
     assert_same(plain, pipeline)
 
 
@@ -108,7 +109,7 @@ def test_former_esd_pickles_hold_the_state_of_each_module(tmp_path: Path) -> Non
     modules = {f"unet.{key.removesuffix('.weight')}": OrderedDict(weight=tensor) for key, tensor in after.items()}
     torch.save(modules, tmp_path / "esd.pt")
     plain = families.build("sd")
-    weights.load_weights(plain, tmp_path / "esd.pt")
+    load_weights(plain, tmp_path / "esd.pt")
     assert_same(plain, pipeline)
 
 
@@ -116,7 +117,7 @@ def test_former_uce_pickles_hold_the_whole_unet(tmp_path: Path) -> None:
     pipeline, _ = after_erasure("sd")
     torch.save(pipeline.unet.state_dict(), tmp_path / "erased.pt")
     plain = families.build("sd")
-    weights.load_weights(plain, tmp_path / "erased.pt")
+    load_weights(plain, tmp_path / "erased.pt")
     assert_same(plain, pipeline)
 
 
@@ -124,7 +125,7 @@ def test_half_precision_weights_take_the_dtype_of_the_pipeline(tmp_path: Path) -
     _, after = after_erasure("sd")
     save_file({key: tensor.bfloat16() for key, tensor in after.items()}, tmp_path / "esd.safetensors")
     plain = families.build("sd")
-    weights.load_weights(plain, tmp_path)
+    load_weights(plain, tmp_path)
     key, tensor = next(iter(after.items()))
     assert torch.equal(parts.weights(plain)[f"unet.{key}"], tensor.bfloat16().float())
 
@@ -134,7 +135,7 @@ def test_weights_go_under_adapters(tmp_path: Path) -> None:
     save_file(after, tmp_path / "esd.safetensors")
     plain = families.build("sd")
     add_adapter(plain, "unet", CONTEXT["sd"])
-    weights.load_weights(plain, tmp_path)
+    load_weights(plain, tmp_path)
     assert_same(plain, pipeline)
 
 
@@ -144,7 +145,7 @@ def test_strength_of_weights_goes_part_of_the_way(tmp_path: Path) -> None:
     before = {key: tensor.detach().clone() for key, tensor in parts.weights(families.build("sd")).items()}
     for strength in (0.0, 0.25, 2.0):
         plain = families.build("sd")
-        weights.load_weights(plain, tmp_path, strength=strength)
+        load_weights(plain, tmp_path, strength=strength)
         for key, tensor in after.items():
             expected = before[f"unet.{key}"] + strength * (tensor - before[f"unet.{key}"])
             assert torch.allclose(parts.weights(plain)[f"unet.{key}"], expected, atol=1e-6)
@@ -156,14 +157,14 @@ def test_strength_of_weights_goes_part_of_the_way(tmp_path: Path) -> None:
 def test_diffusers_lora_by_folder_and_by_file_with_its_strength(tmp_path: Path) -> None:
     pipeline = families.build("sd")
     layers = {"unet": add_adapter(pipeline, "unet", CONTEXT["sd"])}
-    file = weights.write(tmp_path, "lora", pipeline, layers, lora_alpha=ALPHA)
+    file = write(tmp_path, "lora", pipeline, layers, lora_alpha=ALPHA)
     for path in (tmp_path, file):
         plain = families.build("sd")
-        loaded = weights.load_weights(plain, path, adapter_name="erasure")
-        assert loaded == weights.Loaded("diffusers LoRA", len(layers["unet"]), ("unet",), "erasure")
+        loaded = load_weights(plain, path, adapter_name="erasure")
+        assert loaded == Loaded("diffusers LoRA", len(layers["unet"]), ("unet",), "erasure")
         assert torch.allclose(output(plain, "sd"), output(pipeline, "sd"), atol=1e-5)
     half = families.build("sd")
-    weights.load_weights(half, file, strength=0.5)
+    load_weights(half, file, strength=0.5)
     pipeline.set_adapters("fdu", 0.5)
     assert torch.allclose(output(half, "sd"), output(pipeline, "sd"), atol=1e-5)
 
@@ -181,7 +182,7 @@ def test_lora_of_former_diffusers_with_text_encoder(tmp_path: Path) -> None:
     assert any("q_proj.lora_linear_layer.up.weight" in key for key in former)
     save_file(former, tmp_path / "lora.safetensors")
     plain = families.build("sd")
-    weights.load_weights(plain, tmp_path)
+    load_weights(plain, tmp_path)
     for model in (pipeline.unet, pipeline.text_encoder):
         for layer in lora._adapted(model):
             layer.set_scale("fdu", layer.r["fdu"] / ALPHA)  # such a file tells no alpha: it is the rank
@@ -213,7 +214,7 @@ def test_kohya_lora_of_a_slider(tmp_path: Path) -> None:
         file[f"{name}.alpha"] = torch.tensor(ALPHA)
     save_file(file, tmp_path / "slider.safetensors")
     plain = families.build("sd")
-    assert weights.load_weights(plain, tmp_path).format == "kohya LoRA"
+    assert load_weights(plain, tmp_path).format == "kohya LoRA"
     assert torch.allclose(output(plain, "sd"), output(pipeline, "sd"), atol=1e-5)
 
 
@@ -223,12 +224,12 @@ def test_erasures_stack_and_part_again(tmp_path: Path) -> None:
         pipeline = families.build("sd")
         layers = {"unet": add_adapter(pipeline, "unet", endings)}
         (tmp_path / str(index)).mkdir()
-        files.append(weights.write(tmp_path / str(index), "lora", pipeline, layers, lora_alpha=ALPHA))
+        files.append(write(tmp_path / str(index), "lora", pipeline, layers, lora_alpha=ALPHA))
     plain = families.build("sd")
     before = output(plain, "sd")
-    first = weights.load_weights(plain, files[0], strength=0.5).adapter_name
+    first = load_weights(plain, files[0], strength=0.5).adapter_name
     one = output(plain, "sd")
-    second = weights.load_weights(plain, files[1]).adapter_name
+    second = load_weights(plain, files[1]).adapter_name
     both = output(plain, "sd")
     assert first != second and not torch.equal(one, both)
     plain.set_adapters([first, second], [0.5, 1.0])
@@ -244,11 +245,11 @@ def test_erasures_stack_and_part_again(tmp_path: Path) -> None:
 
 def test_an_adapter_name_that_is_taken(tmp_path: Path) -> None:
     pipeline = families.build("sd")
-    file = weights.write(tmp_path, "lora", pipeline, {"unet": add_adapter(pipeline, "unet", CONTEXT["sd"])})
+    file = write(tmp_path, "lora", pipeline, {"unet": add_adapter(pipeline, "unet", CONTEXT["sd"])})
     plain = families.build("sd")
-    weights.load_weights(plain, file, adapter_name="it")
+    load_weights(plain, file, adapter_name="it")
     with pytest.raises(ValueError, match="'it' is taken"):
-        weights.load_weights(plain, file, adapter_name="it")
+        load_weights(plain, file, adapter_name="it")
 
 
 def test_a_pickle_that_would_execute_code(tmp_path: Path) -> None:
@@ -305,7 +306,7 @@ def test_one_wrong_shape_changes_nothing(tmp_path: Path) -> None:
 def test_lora_of_another_family(form: Any, tmp_path: Path) -> None:
     pipeline = families.build("sdxl")
     layers = {"unet": add_adapter(pipeline, "unet", CONTEXT["sdxl"])}
-    weights.write(tmp_path, form, pipeline, layers, lora_alpha=ALPHA)
+    write(tmp_path, form, pipeline, layers, lora_alpha=ALPHA)
     assert_refused("sd", tmp_path, r"the update of unet\.\S+attn2.to_., down \(3, 32\) .*does not fit its weight")
     assert_refused(
         "sd3", tmp_path, "which this StableDiffusion3Pipeline does not have|StableDiffusion3Pipeline does not"
@@ -315,7 +316,7 @@ def test_lora_of_another_family(form: Any, tmp_path: Path) -> None:
 def test_incomplete_and_foreign_updates(tmp_path: Path) -> None:
     pipeline = families.build("sd")
     layers = {"unet": add_adapter(pipeline, "unet", CONTEXT["sd"])}
-    good = load_file(weights.write(tmp_path, "kohya", pipeline, layers, lora_alpha=ALPHA))
+    good = load_file(write(tmp_path, "kohya", pipeline, layers, lora_alpha=ALPHA))
     down = next(key for key in good if key.endswith("lora_down.weight"))
     name = down.partition(".")[0]
     for tensors, match in (
@@ -344,7 +345,7 @@ def test_a_failure_while_the_second_model_is_loaded_takes_the_first_off(
     pipeline = families.build("sd")
     layers = {"unet": add_adapter(pipeline, "unet", CONTEXT["sd"])}
     layers["text_encoder"] = add_adapter(pipeline, "text_encoder", ("q_proj",))
-    file = weights.write(tmp_path, "lora", pipeline, layers, lora_alpha=ALPHA)
+    file = write(tmp_path, "lora", pipeline, layers, lora_alpha=ALPHA)
 
     def fail(*_: Any, **__: Any) -> None:
         raise RuntimeError("out of memory")
@@ -356,7 +357,7 @@ def test_a_failure_while_the_second_model_is_loaded_takes_the_first_off(
 @pytest.mark.parametrize("strength", [float("nan"), "1", True])
 def test_a_strength_that_is_no_number(strength: Any, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="strength must be a finite number"):
-        weights.load_weights(families.build("sd"), tmp_path, strength=strength)
+        load_weights(families.build("sd"), tmp_path, strength=strength)
 
 
 def test_full_checkpoints_have_another_way(tmp_path: Path) -> None:

@@ -333,7 +333,7 @@ def test_a_course_that_is_not_finite_is_drawn_where_it_is(tmp_path: Path, lost: 
 
 
 def found(after: float) -> dict[str, Any]:
-    """Figures of robustness as :meth:`fdu.robustness.Robustness.as_dict` gives them."""
+    """Figures of robustness as :meth:`fdu.evaluation.robustness.Robustness.as_dict` gives them."""
 
     def share(value: float) -> dict[str, Any]:
         return {"value": value, "images": 32, "interval": [max(value - 0.1, 0), min(value + 0.1, 1)]}

@@ -78,7 +78,7 @@ def test_a_wrong_target(runs: Path, tmp_path: Path) -> None:
 
 def test_an_evaluation_with_robustness(runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tiny: dict[str, Any] = {"num_inference_steps": 2, "images": 1}
-    import fdu.robustness as robustness
+    import fdu.evaluation.robustness as robustness
 
     real = robustness.Examination
     configs = {

@@ -12,8 +12,9 @@ from diffusers import DiffusionPipeline, StableDiffusionPipeline
 from torch import Tensor
 
 import fdu
-from fdu import embedded
-from fdu.weights import lora, public_name
+from fdu.storage import lora
+from fdu.storage.writers import public_name
+from fdu.subjects import digits
 
 
 def picture(pipeline: DiffusionPipeline) -> Tensor:
@@ -27,7 +28,7 @@ def test_lora_loads_with_plain_diffusers(
     before = picture(pipeline)
     result = fdu.erase(pipeline, "three", "eight", train_method="lora", lora_alpha=2.0, **quick)
     assert result.save(tmp_path / "out") == tmp_path / "out"
-    plain = StableDiffusionPipeline.from_pretrained(embedded.PIPELINE_FOLDER, dtype=torch.float32)
+    plain = StableDiffusionPipeline.from_pretrained(digits.PIPELINE_FOLDER, dtype=torch.float32)
     assert torch.equal(picture(plain), before)
     plain.load_lora_weights(tmp_path / "out")
     torch.testing.assert_close(picture(plain), picture(pipeline), rtol=0, atol=1e-5)
@@ -50,7 +51,7 @@ def test_no_file_of_a_result_tells_where_the_model_lay(
         result = fdu.erase(pipeline, "three", "eight", train_method=method, cache_dir=str(tmp_path / "cache"), **quick)
         folder = result.save(tmp_path / f"{method}-{save_as}", save_as=save_as)
         result.trainable.remove()
-        place, cache = str(embedded.PIPELINE_FOLDER.parent).encode(), str(tmp_path).encode()
+        place, cache = str(digits.PIPELINE_FOLDER.parent).encode(), str(tmp_path).encode()
         assert not [
             file
             for file in folder.rglob("*")

@@ -14,11 +14,9 @@ from scipy import stats
 from torch import Tensor
 
 import fdu
-from fdu import embedded
 from fdu.cli.robustness import RobustnessTests
-from fdu.denoisers import denoiser_of
 from fdu.evaluation.intervals import wilson
-from fdu.robustness import (
+from fdu.evaluation.robustness import (
     AttackConfig,
     Drawing,
     Examination,
@@ -32,9 +30,11 @@ from fdu.robustness import (
     relearn,
     target_latents,
 )
-from fdu.robustness.subject import Conditioned, back_after, count, spaced
-from fdu.robustness.verdict import judge_robustness
-from fdu.trainable.perturbation import Perturbation
+from fdu.evaluation.robustness.holding import judge_robustness
+from fdu.evaluation.robustness.judging import Conditioned, back_after, count, spaced
+from fdu.models.families import denoiser_of
+from fdu.subjects import digits
+from fdu.training.methods.perturbation import Perturbation
 
 QUICK = Drawing(images=2, num_inference_steps=2)
 THREE = fdu.Probe("three", ("a photo of the digit three", "three"), "target", lambda images: ["three"] * len(images))
@@ -205,7 +205,7 @@ def test_an_examination_from_end_to_end(pipeline: StableDiffusionPipeline, quick
     examination = Examination(THREE, sets, **settings)
     with pytest.raises(RuntimeError, match="call before"):
         examination.after(pipeline)
-    result = fdu.erase(pipeline, *embedded.concepts("three", "eight"), **quick)
+    result = fdu.erase(pipeline, *digits.concepts("three", "eight"), **quick)
     weights = weights_of(pipeline)
     with result.original() as original:
         examination.before(original)
@@ -287,7 +287,7 @@ def test_an_attack_has_nothing_to_bring_back_where_nothing_was_erased() -> None:
 
 def test_relearning_is_measured_by_what_was_drawn_before_the_attack(pipeline: StableDiffusionPipeline) -> None:
     """The tests of the command are examinations of their own; the attack's images and share serve relearning."""
-    probe = embedded.probes("three")[0]
+    probe = digits.probes("three")[0]
     seldom = dataclasses.replace(probe, judge=lambda images: ["three", "eight", "eight"][: len(images)])
     drawing = Drawing(images=3, num_inference_steps=2)
     configs: dict[str, Any] = {

@@ -18,7 +18,7 @@ from torch import Tensor, distributed, nn
 from torch.distributed.tensor import DTensor
 
 import fdu
-from fdu import embedded
+from fdu.subjects import digits
 from fdu.training.sharding import check_shards, sharded
 
 CASES: dict[str, dict[str, Any]] = {
@@ -196,5 +196,5 @@ def test_the_launcher_may_ask_for_shards(
 ) -> None:
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(ValueError, match="shard splits the denoiser between processes, and there is one"):
-        fdu.erase(pipeline, *embedded.concepts("three", "eight"), **quick)
+        fdu.erase(pipeline, *digits.concepts("three", "eight"), **quick)
     assert os.environ["ACCELERATE_USE_FSDP"] == "true"

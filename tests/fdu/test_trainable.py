@@ -15,11 +15,12 @@ from peft import LoKrConfig, LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from fdu import embedded
 from fdu.config import ADAPTER_METHODS, TRAIN_METHODS
-from fdu.denoisers import Denoiser, denoiser_of
-from fdu.trainable import Trainable, attach
-from fdu.weights import parts
+from fdu.models.denoiser import Denoiser
+from fdu.models.families import denoiser_of
+from fdu.storage import parts
+from fdu.subjects import digits
+from fdu.training.methods import Trainable, attach
 
 FAMILIES = ("sd", "sdxl", "sd3", "flux", "pixart", "sana")
 KINDS = ("lora", "dora", "cross_attention", "full", "token")
@@ -139,7 +140,7 @@ def belongs(name: str, method: str, denoiser: Denoiser) -> bool:
 
 @pytest.mark.parametrize("method", TRAIN_METHODS)
 def test_an_erasure_under_way_is_undone_too(method: str) -> None:
-    pipeline = embedded.load_pipeline()
+    pipeline = digits.load_pipeline()
     denoiser = wrapped(pipeline)
     before = trace(pipeline)
     trainable = attached(denoiser, method)

@@ -16,9 +16,10 @@ from diffusers import DDIMParallelScheduler, DDIMScheduler, StableDiffusionPipel
 from torch import Tensor, nn
 
 import fdu
-from fdu import embedded
 from fdu.concepts import Pair, joined
-from fdu.denoisers import Denoiser, denoiser_of
+from fdu.models.denoiser import Denoiser
+from fdu.models.families import denoiser_of
+from fdu.subjects import digits
 from fdu.training import examples, loop, objective, tracking
 from fdu.training.cache import Cache
 from fdu.training.timesteps import TimestepSampler
@@ -35,7 +36,7 @@ def trained(result: fdu.ErasureResult) -> dict[str, Tensor]:
 
 def erase(settings: dict[str, Any], **others: Any) -> fdu.ErasureResult:
     """ "three" towards "eight" on a pipeline of its own."""
-    return fdu.erase(embedded.load_pipeline(), *embedded.concepts("three", "eight"), **{**settings, **others})
+    return fdu.erase(digits.load_pipeline(), *digits.concepts("three", "eight"), **{**settings, **others})
 
 
 def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
@@ -63,9 +64,9 @@ def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
     ids=lambda others: "-".join(map(str, others.values())),
 )
 def test_every_way_trains_and_comes_back(quick: dict[str, Any], others: dict[str, Any]) -> None:
-    pipeline = embedded.load_pipeline()
+    pipeline = digits.load_pipeline()
     state = {name: tensor.clone() for name, tensor in pipeline.unet.state_dict().items()}
-    result = fdu.erase(pipeline, *embedded.concepts("three", "eight"), **{**quick, "max_train_steps": 6, **others})
+    result = fdu.erase(pipeline, *digits.concepts("three", "eight"), **{**quick, "max_train_steps": 6, **others})
     assert all(value == value and abs(value) < 1e6 for values in result.history.values() for value in values)
     assert any(bool(tensor.any()) for tensor in trained(result).values())
     with result.original() as original:
@@ -89,7 +90,7 @@ def a_batch(denoiser: Denoiser, prepared: examples.Examples, config: fdu.EraseCo
 def test_what_is_wanted_of_the_trained_denoiser(pipeline: StableDiffusionPipeline, others: dict[str, Any]) -> None:
     config = fdu.EraseConfig(train_batch_size=3, num_latents=8, num_inference_steps=2, **others)
     denoiser = denoiser_of(pipeline)
-    prepared = prepare(denoiser, config, embedded.concepts("three", "eight"))
+    prepared = prepare(denoiser, config, digits.concepts("three", "eight"))
     batch = a_batch(denoiser, prepared, config)
     wanted = objective.Objective(denoiser, config).wanted(denoiser, prepared, batch)
     with torch.no_grad():
@@ -114,12 +115,12 @@ def test_noise_is_paired_with_the_prompt_it_was_drawn_with(pipeline: StableDiffu
     denoiser, drawn = denoiser_of(pipeline), []
     real = denoiser.draw_latents
     denoiser.draw_latents = lambda given, chosen, *rest: (drawn.extend(chosen), real(given, chosen, *rest))[1]  # type: ignore
-    prepared = prepare(denoiser, config, embedded.concepts("three", "eight"))
+    prepared = prepare(denoiser, config, digits.concepts("three", "eight"))
     assert prepared.anchor[prepared.pair].tolist() == drawn[: len(prepared.pair)]
 
 
 def test_several_concepts_share_steps_and_latents(pipeline: StableDiffusionPipeline) -> None:
-    pairs = (embedded.concepts("three", "eight"), embedded.concepts("red", "black"))
+    pairs = (digits.concepts("three", "eight"), digits.concepts("red", "black"))
     config = fdu.EraseConfig(num_latents=32, num_inference_steps=1, train_batch_size=64, preservation_weight=0.0)
     denoiser = denoiser_of(pipeline)
     prepared = prepare(denoiser, config, *pairs)
@@ -140,7 +141,7 @@ def test_importance_sampling_leaves_preservation_as_it_is(pipeline: StableDiffus
         timestep_sampling="importance", train_batch_size=4000, num_latents=8, num_inference_steps=1
     )
     denoiser = denoiser_of(pipeline)
-    prepared = prepare(denoiser, config, embedded.concepts("three", "eight"))
+    prepared = prepare(denoiser, config, digits.concepts("three", "eight"))
     sampler = TimestepSampler("importance", len(denoiser.signal))
     places = torch.arange(1000)
     sampler.observe(places, (places / 1000.0) ** 3)
@@ -153,7 +154,7 @@ def test_importance_sampling_leaves_preservation_as_it_is(pipeline: StableDiffus
 
 def test_two_concepts_at_once_are_recorded(quick: dict[str, Any], tmp_path: Path) -> None:
     targets, anchors = [fdu.Concept("three"), fdu.Concept("red")], [fdu.Concept("eight"), fdu.Concept("black")]
-    result = fdu.erase(embedded.load_pipeline(), targets, anchors, concept_type=["object", "style"], **quick)
+    result = fdu.erase(digits.load_pipeline(), targets, anchors, concept_type=["object", "style"], **quick)
     record = result.record()
     assert record["target"]["name"] == "three, red" and record["anchor"]["name"] == "eight, black"
     assert record["concepts"] == [["three", "eight"], ["red", "black"]]
@@ -197,7 +198,7 @@ def test_the_cache_serves_other_runs(quick: dict[str, Any], tmp_path: Path, monk
     first = trained(erase(settings))
     assert same(first, plain)
     assert sorted(path.name.split("-")[0] for path in tmp_path.iterdir()) == ["frozen", "latents", "prompts"]
-    denoiser = type(denoiser_of(embedded.load_pipeline()))
+    denoiser = type(denoiser_of(digits.load_pipeline()))
     with monkeypatch.context() as patch:
         for name in ("sample", "encode_batch"):
             patch.setattr(denoiser, name, lambda *_: pytest.fail("the cache has it"))
@@ -206,10 +207,10 @@ def test_the_cache_serves_other_runs(quick: dict[str, Any], tmp_path: Path, monk
         assert not same(trained(erase(settings, divergence="pearson_chi2", learning_rate=1e-3)), first)
     # The same prompts as one concept or two, another sampler, another seed or another model are other entries.
     erase(settings, seed=1)
-    pipeline = embedded.load_pipeline()
+    pipeline = digits.load_pipeline()
     with torch.no_grad():
         pipeline.unet.conv_in.bias.add_(1)
-    fdu.erase(pipeline, *embedded.concepts("three", "eight"), **settings)
+    fdu.erase(pipeline, *digits.concepts("three", "eight"), **settings)
     assert len([path for path in tmp_path.iterdir() if path.name.startswith("latents")]) == 3
     for path in tmp_path.iterdir():
         path.write_bytes(b"broken")
@@ -217,7 +218,7 @@ def test_the_cache_serves_other_runs(quick: dict[str, Any], tmp_path: Path, monk
 
 
 def test_the_cache_tells_groups_of_prompts_and_samplers_apart(quick: dict[str, Any], tmp_path: Path) -> None:
-    pairs = [embedded.concepts("three", "eight"), embedded.concepts("four", "nine")]
+    pairs = [digits.concepts("three", "eight"), digits.concepts("four", "nine")]
     targets, anchors = ([pair[side] for pair in pairs] for side in (0, 1))
     settings = {**quick, "frozen_batches": 2}
 
@@ -226,13 +227,13 @@ def test_the_cache_tells_groups_of_prompts_and_samplers_apart(quick: dict[str, A
         return {kind: kinds.count(kind) for kind in sorted(set(kinds))}
 
     cached = {**settings, "cache_dir": str(tmp_path / "cache")}
-    fdu.erase(embedded.load_pipeline(), targets, anchors, **cached)
+    fdu.erase(digits.load_pipeline(), targets, anchors, **cached)
     one = [joined(targets), joined(anchors)]
-    again = fdu.erase(embedded.load_pipeline(), *one, **cached)
-    assert same(trained(again), trained(fdu.erase(embedded.load_pipeline(), *one, **settings)))
+    again = fdu.erase(digits.load_pipeline(), *one, **cached)
+    assert same(trained(again), trained(fdu.erase(digits.load_pipeline(), *one, **settings)))
     before = kept()
     for scheduler in (DDIMScheduler, DDIMParallelScheduler):
-        pipeline = embedded.load_pipeline()
+        pipeline = digits.load_pipeline()
         pipeline.scheduler = scheduler.from_config(pipeline.scheduler.config)
         fdu.erase(pipeline, *one, **cached)
     assert kept()["latents"] == before["latents"] + 1
@@ -248,19 +249,19 @@ def test_a_cache_that_cannot_be_written_costs_the_entries_only(
 
 
 def test_the_cache_tells_stacked_erasures_apart(quick: dict[str, Any], tmp_path: Path) -> None:
-    pipeline = embedded.load_pipeline()
+    pipeline = digits.load_pipeline()
     settings = {**quick, "cache_dir": str(tmp_path), "learning_rate": 0.1}
-    fdu.erase(pipeline, *embedded.concepts("three", "eight"), **settings)
-    fdu.erase(pipeline, *embedded.concepts("four", "nine"), **settings)
+    fdu.erase(pipeline, *digits.concepts("three", "eight"), **settings)
+    fdu.erase(pipeline, *digits.concepts("four", "nine"), **settings)
     before = len(list(tmp_path.iterdir()))
-    fdu.erase(embedded.load_pipeline(), *embedded.concepts("four", "nine"), **settings)
+    fdu.erase(digits.load_pipeline(), *digits.concepts("four", "nine"), **settings)
     assert len([path for path in tmp_path.iterdir() if path.name.startswith("latents")]) == 3
     assert len(list(tmp_path.iterdir())) > before
 
 
 def test_checkpointed_activations_give_the_same_weights(quick: dict[str, Any]) -> None:
-    pipeline = embedded.load_pipeline()
-    result = fdu.erase(pipeline, *embedded.concepts("three", "eight"), gradient_checkpointing=True, **quick)
+    pipeline = digits.load_pipeline()
+    result = fdu.erase(pipeline, *digits.concepts("three", "eight"), gradient_checkpointing=True, **quick)
     assert not pipeline.unet.is_gradient_checkpointing
     plain = trained(erase(quick))
     for name, tensor in trained(result).items():
@@ -284,9 +285,9 @@ def test_a_mask_leaves_out_what_it_hides(pipeline: StableDiffusionPipeline, quic
     mask = torch.zeros(32, 32)
     mask[:, 16:] = 1
     settings = {**quick, "preservation_weight": 0.0, "learning_rate": 1e-12, "sigma": 1.0}
-    whole = fdu.erase(embedded.load_pipeline(), "three", "eight", **settings).history["distance"]
-    right = fdu.erase(embedded.load_pipeline(), "three", "eight", mask=mask, **settings).history["distance"]
-    left = fdu.erase(embedded.load_pipeline(), "three", "eight", mask=1 - mask, **settings).history["distance"]
+    whole = fdu.erase(digits.load_pipeline(), "three", "eight", **settings).history["distance"]
+    right = fdu.erase(digits.load_pipeline(), "three", "eight", mask=mask, **settings).history["distance"]
+    left = fdu.erase(digits.load_pipeline(), "three", "eight", mask=1 - mask, **settings).history["distance"]
     assert right != left
     assert fdu.erase(pipeline, "three", "eight", mask=torch.ones(8, 8), **settings).history[
         "distance"
@@ -294,18 +295,18 @@ def test_a_mask_leaves_out_what_it_hides(pipeline: StableDiffusionPipeline, quic
 
 
 def test_the_text_encoders_are_trained_alone(quick: dict[str, Any]) -> None:
-    pipeline = embedded.load_pipeline()
+    pipeline = digits.load_pipeline()
     unet = {name: tensor.clone() for name, tensor in pipeline.unet.state_dict().items()}
     text = {name: tensor.clone() for name, tensor in pipeline.text_encoder.state_dict().items()}
-    fdu.erase(pipeline, *embedded.concepts("three", "eight"), train_method="text_encoder", **quick)
+    fdu.erase(pipeline, *digits.concepts("three", "eight"), train_method="text_encoder", **quick)
     assert same(pipeline.unet.state_dict(), unet) and not same(pipeline.text_encoder.state_dict(), text)
 
 
 def test_one_erasure_after_another(quick: dict[str, Any]) -> None:
-    pipeline = embedded.load_pipeline()
-    first = fdu.erase(pipeline, *embedded.concepts("three", "eight"), **quick)
+    pipeline = digits.load_pipeline()
+    first = fdu.erase(pipeline, *digits.concepts("three", "eight"), **quick)
     before = {name: parameter.detach().clone() for name, parameter in pipeline.unet.named_parameters()}
-    second = fdu.erase(pipeline, *embedded.concepts("red", "black"), **quick)
+    second = fdu.erase(pipeline, *digits.concepts("red", "black"), **quick)
     after = dict(pipeline.unet.named_parameters())
     assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
     assert first.trainable.named_parameters().keys() and not same(trained(first), trained(second))
@@ -384,7 +385,7 @@ def test_the_last_validation_draws_what_the_pipeline_draws_afterwards(
 
 def test_a_second_run_computes_in_the_first_ones_precision(quick: dict[str, Any]) -> None:
     """accelerate takes a module that it has had for done, and would leave it out."""
-    pipeline, seen = embedded.load_pipeline(), []
+    pipeline, seen = digits.load_pipeline(), []
 
     class Watched(nn.Conv2d):
         def forward(self, images: Tensor) -> Tensor:
@@ -452,7 +453,7 @@ def test_joined_batches_part_again(pipeline: StableDiffusionPipeline, what: dict
         num_latents=8, num_inference_steps=1, train_batch_size=2, preservation_weight=weight, **what
     )
     denoiser = denoiser_of(pipeline)
-    prepared = prepare(denoiser, config, embedded.concepts("three", "eight"))
+    prepared = prepare(denoiser, config, digits.concepts("three", "eight"))
     goal = objective.Objective(denoiser, config)
     generator, sampler = torch.Generator().manual_seed(0), TimestepSampler("uniform", len(denoiser.signal))
     batches = [examples.draw_batch(denoiser, prepared, config, sampler, generator) for _ in range(3)]
@@ -488,14 +489,14 @@ def test_what_a_tracker_hears_names_no_place(
 
 
 def test_the_users_own_forward_stays(quick: dict[str, Any]) -> None:
-    pipeline = embedded.load_pipeline()
+    pipeline = digits.load_pipeline()
     real = pipeline.unet.forward
 
     def forward(*given: Any, **named: Any) -> Any:
         return real(*given, **named)
 
     pipeline.unet.forward = forward
-    fdu.erase(pipeline, *embedded.concepts("three", "eight"), **quick)
+    fdu.erase(pipeline, *digits.concepts("three", "eight"), **quick)
     assert vars(pipeline.unet)["forward"] is forward
 
 

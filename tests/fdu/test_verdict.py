@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import fdu
-from fdu.verdict import comparison, distance_table, judge, percent, table, uncertainty
+from fdu.evaluation.verdict import comparison, distance_table, judge, percent, table, uncertainty
 
 CLASSES = {"zero": "retained", "nine": "retained", "red": "cross_domain"}
 

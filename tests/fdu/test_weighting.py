@@ -11,7 +11,7 @@ from diffusers.training_utils import compute_snr
 from torch import Tensor
 
 import fdu_kernels as fk
-from fdu.denoisers.base import PredictionType
+from fdu.models.denoiser import PredictionType
 from fdu.training.weighting import WEIGHTINGS, weights
 
 PREDICTIONS: tuple[PredictionType, ...] = ("epsilon", "v_prediction", "sample", "flow")

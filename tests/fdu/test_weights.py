@@ -23,9 +23,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from trained import ALPHA, CONTEXT, RANK, add_adapter, change_weights, output, tensors_of
 
-from fdu import weights
-from fdu.weights import kohya, kohya_names, lora, parts
-from fdu.weights.merging import merged
+from fdu.storage import kohya, kohya_names, lora, parts
+from fdu.storage.fingerprint import fingerprint
+from fdu.storage.merging import merge, merged
+from fdu.storage.readers import Loaded, load_weights
+from fdu.storage.writers import choose_format, write
 
 ATTENTION = {
     "sd": ("to_q", "to_k", "to_v", "to_out.0"),
@@ -56,7 +58,7 @@ def trained_with_lora(name: str, endings: Any = None, dora: bool = False) -> tup
 @pytest.mark.parametrize("name", ["sd", "sdxl", "sd3", "flux", "sana"])
 def test_plain_diffusers_loads_a_lora_and_drops_it_without_a_trace(name: str, dora: bool, tmp_path: Path) -> None:
     pipeline, layers, after = trained_with_lora(name, dora=dora)
-    file = weights.write(tmp_path, "lora", pipeline, layers, lora_alpha=ALPHA)
+    file = write(tmp_path, "lora", pipeline, layers, lora_alpha=ALPHA)
     assert file == tmp_path / "pytorch_lora_weights.safetensors" and file.is_file()
     plain = families.build(name)
     before, weights_before = output(plain, name), tensors_of(trained.denoiser(plain))
@@ -76,7 +78,7 @@ def test_text_encoders_come_back_and_are_named_as_other_programs_name_them(
     pipeline = families.build(name)
     layers = {attribute: add_adapter(pipeline, attribute, ("q_proj", "v_proj")) for attribute in attributes}
     layers["unet"] = add_adapter(pipeline, "unet", CONTEXT[name])
-    file = weights.write(tmp_path, "lora", pipeline, layers, lora_alpha=ALPHA)
+    file = write(tmp_path, "lora", pipeline, layers, lora_alpha=ALPHA)
     assert f"{attributes[-1]}.text_model.encoder.layers.0.self_attn.q_proj.lora_A.weight" in load_file(file)
     plain = families.build(name)
     plain.load_lora_weights(tmp_path)
@@ -88,7 +90,7 @@ def test_layers_of_different_ranks_keep_their_scales(tmp_path: Path) -> None:
     first = next(iter(layers["unet"])).split(".lora_")[0]
     layers["unet"][f"{first}.lora_A.weight"] = layers["unet"][f"{first}.lora_A.weight"][:2]
     layers["unet"][f"{first}.lora_B.weight"] = layers["unet"][f"{first}.lora_B.weight"][:, :2]
-    weights.write(tmp_path, "lora", pipeline, layers, lora_alpha=ALPHA)
+    write(tmp_path, "lora", pipeline, layers, lora_alpha=ALPHA)
     plain = families.build("sd")
     plain.load_lora_weights(tmp_path, adapter_name="it")
     scalings = {layer.r["it"]: layer.scaling["it"] for layer in lora._adapted(plain.unet)}
@@ -101,7 +103,7 @@ def test_layers_of_different_ranks_keep_their_scales(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["sd", "sdxl", "flux"])
 def test_plain_diffusers_loads_a_kohya_file(name: str, tmp_path: Path) -> None:
     pipeline, layers, after = trained_with_lora(name)
-    file = weights.write(tmp_path, "kohya", pipeline, layers, lora_alpha=ALPHA)
+    file = write(tmp_path, "kohya", pipeline, layers, lora_alpha=ALPHA)
     plain = families.build(name)
     plain.load_lora_weights(str(file))
     assert close(output(plain, name), after)
@@ -114,10 +116,10 @@ def test_plain_diffusers_loads_text_encoders_of_a_kohya_file(name: str, tmp_path
     for attribute in ("text_encoder", "text_encoder_2"):
         if hasattr(pipeline, attribute):
             layers[attribute] = add_adapter(pipeline, attribute, ("q_proj", "out_proj", "fc1"))
-    file = weights.write(tmp_path, "kohya", pipeline, layers, lora_alpha=ALPHA)
+    file = write(tmp_path, "kohya", pipeline, layers, lora_alpha=ALPHA)
     first = "lora_te" if name == "sd" else "lora_te1"
     assert f"{first}_text_model_encoder_layers_0_self_attn_q_proj.lora_up.weight" in load_file(file)
-    for load in (lambda plain: plain.load_lora_weights(str(file)), lambda plain: weights.load_weights(plain, file)):
+    for load in (lambda plain: plain.load_lora_weights(str(file)), lambda plain: load_weights(plain, file)):
         plain = families.build(name)
         load(plain)
         assert close(output(plain, name), output(pipeline, name))
@@ -133,7 +135,7 @@ def test_kohya_files_come_back_bit_for_bit(name: str, endings: str, dora: bool, 
     everything = (*ATTENTION[name], "proj", "net.2", "linear", "linear_1", "context_embedder", "proj_out", "proj_mlp")
     chosen = {"context": CONTEXT[name], "attention": ATTENTION[name], "everything": everything}[endings]
     pipeline, layers, after = trained_with_lora(name, chosen, dora)
-    file = weights.write(tmp_path, "kohya", pipeline, layers, lora_alpha=ALPHA)
+    file = write(tmp_path, "kohya", pipeline, layers, lora_alpha=ALPHA)
     attribute = parts.denoiser_name(pipeline)
     written = lora.from_layers(layers, ALPHA)[attribute]
     read = kohya.from_file(families.build(name), load_file(file))[attribute]
@@ -144,7 +146,7 @@ def test_kohya_files_come_back_bit_for_bit(name: str, endings: str, dora: bool, 
         assert read[layer].alpha == pytest.approx(update.alpha)
         assert update.magnitude is None or torch.equal(read[layer].magnitude, update.magnitude)
     plain = families.build(name)
-    weights.load_weights(plain, file)
+    load_weights(plain, file)
     assert close(output(plain, name), after)
 
 
@@ -225,7 +227,7 @@ def test_kohya_metadata_tells_the_family_and_the_rank(tmp_path: Path) -> None:
         ("flux", "flux1", "networks.lora_flux"),
     ):
         pipeline, layers, _ = trained_with_lora(name)
-        file = weights.write(tmp_path, "kohya", pipeline, layers, lora_alpha=ALPHA, metadata={"fdu_target": "three"})
+        file = write(tmp_path, "kohya", pipeline, layers, lora_alpha=ALPHA, metadata={"fdu_target": "three"})
         with safe_open(file, "pt") as content:
             metadata = content.metadata()
         assert metadata["ss_base_model_version"] == version and metadata["ss_network_module"] == module
@@ -279,7 +281,7 @@ def test_diffusers_reads_every_layer_of_a_flux_of_full_width(tmp_path: Path) -> 
 def test_kohya_names_of_an_unknown_family_are_refused(tmp_path: Path) -> None:
     pipeline, layers, _ = trained_with_lora("sana")
     with pytest.raises(ValueError, match="not for SanaTransformer2DModel"):
-        weights.write(tmp_path, "kohya", pipeline, layers, lora_alpha=ALPHA)
+        write(tmp_path, "kohya", pipeline, layers, lora_alpha=ALPHA)
 
 
 # Full pipelines and deltas
@@ -290,7 +292,7 @@ def test_a_pipeline_folder_has_the_changed_weights(name: str, tmp_path: Path) ->
     pipeline = families.build(name)
     before = output(pipeline, name)
     change_weights(pipeline, parts.denoiser_name(pipeline), CONTEXT.get(name, ("attn2.to_k", "attn2.to_v")))
-    weights.write(tmp_path, "pipeline", pipeline)
+    write(tmp_path, "pipeline", pipeline)
     plain = DiffusionPipeline.from_pretrained(tmp_path)
     own = parts.weights(pipeline)
     assert all(torch.equal(tensor, own[key]) for key, tensor in parts.weights(plain).items())
@@ -308,7 +310,7 @@ def test_a_pipeline_folder_has_adapters_merged_and_the_pipeline_keeps_them(
         after = output(pipeline, name)
     attributes = list(layers)
     own = {attribute: tensors_of(getattr(pipeline, attribute)) for attribute in attributes}
-    weights.write(tmp_path, "pipeline", pipeline, layers, lora_alpha=ALPHA)
+    write(tmp_path, "pipeline", pipeline, layers, lora_alpha=ALPHA)
     plain = DiffusionPipeline.from_pretrained(tmp_path)
     assert close(output(plain, name), after)
     assert not any("lora" in key for key in trained.denoiser(plain).state_dict())
@@ -333,11 +335,11 @@ def test_a_delta_gives_the_same_weights_bit_for_bit_and_is_small(name: str, tmp_
     pipeline = families.build(name)
     attribute = parts.denoiser_name(pipeline)
     changed = change_weights(pipeline, attribute, CONTEXT.get(name, ("attn2.to_k", "attn2.to_v")))
-    file = weights.write(tmp_path, "delta", pipeline, changed_weights=changed, base="org/base")
+    file = write(tmp_path, "delta", pipeline, changed_weights=changed, base="org/base")
     assert load_file(file).keys() == changed.keys()
     plain = families.build(name)
-    loaded = weights.load_weights(plain, tmp_path)
-    assert loaded == weights.Loaded("fdu delta", len(changed), (attribute,))
+    loaded = load_weights(plain, tmp_path)
+    assert loaded == Loaded("fdu delta", len(changed), (attribute,))
     assert torch.equal(output(plain, name), output(pipeline, name))
     after = tensors_of(trained.denoiser(plain))
     assert all(torch.equal(after[key], tensor) for key, tensor in tensors_of(trained.denoiser(pipeline)).items())
@@ -346,10 +348,10 @@ def test_a_delta_gives_the_same_weights_bit_for_bit_and_is_small(name: str, tmp_
 def test_a_delta_in_half_precision_is_stored_in_it(tmp_path: Path) -> None:
     pipeline = families.build("sd").to(torch.float16)
     changed = change_weights(pipeline, "unet", CONTEXT["sd"])
-    file = weights.write(tmp_path, "delta", pipeline, changed_weights=changed)
+    file = write(tmp_path, "delta", pipeline, changed_weights=changed)
     assert {tensor.dtype for tensor in load_file(file).values()} == {torch.float16}
     plain = families.build("sd").to(torch.float16)
-    weights.load_weights(plain, file)
+    load_weights(plain, file)
     after = tensors_of(plain.unet)
     assert all(torch.equal(after[key], tensor) for key, tensor in tensors_of(pipeline.unet).items())
 
@@ -361,10 +363,10 @@ def test_a_delta_of_few_rows_holds_these_alone(tmp_path: Path) -> None:
     embedding.data[[5, 9]] += 1
     name = next(key for key in parts.weights(pipeline) if key.endswith("token_embedding.weight"))
     changed = {name: (before, embedding.detach().clone())}
-    file = weights.write(tmp_path, "delta", pipeline, changed_weights=changed)
+    file = write(tmp_path, "delta", pipeline, changed_weights=changed)
     assert sum(tensor.numel() for tensor in load_file(file).values()) == 2 * before.shape[1] + 2
     plain = families.build("sd")
-    assert weights.load_weights(plain, file).attributes == ("text_encoder",)
+    assert load_weights(plain, file).attributes == ("text_encoder",)
     assert torch.equal(plain.text_encoder.get_input_embeddings().weight, embedding)
 
 
@@ -375,9 +377,9 @@ def test_a_delta_of_a_weight_that_modules_share(tmp_path: Path) -> None:
     assert len(names) == 2
     before = weight.detach().clone()
     weight.data[3] += 1
-    file = weights.write(tmp_path, "delta", pipeline, changed_weights={names[0]: (before, weight.detach().clone())})
+    file = write(tmp_path, "delta", pipeline, changed_weights={names[0]: (before, weight.detach().clone())})
     plain = families.build("flux")
-    weights.load_weights(plain, file)
+    load_weights(plain, file)
     assert torch.equal(plain.text_encoder_2.encoder.embed_tokens.weight, weight)
 
 
@@ -386,27 +388,25 @@ def test_a_delta_holds_merged_adapters_on_top_of_changed_weights(tmp_path: Path)
     changed = change_weights(pipeline, "unet", CONTEXT["sd"])
     add_adapter(pipeline, "unet", CONTEXT["sd"])
     after = output(pipeline, "sd")
-    file = weights.write(tmp_path, "delta", pipeline, changed_weights=changed)
+    file = write(tmp_path, "delta", pipeline, changed_weights=changed)
     assert torch.equal(output(pipeline, "sd"), after)
     plain = families.build("sd")
-    weights.load_weights(plain, file)
+    load_weights(plain, file)
     assert close(output(plain, "sd"), after)
 
 
 def test_a_delta_is_refused_on_another_base_unless_asked_for(tmp_path: Path) -> None:
     pipeline = families.build("sd")
-    base = weights.fingerprint(pipeline)
+    base = fingerprint(pipeline)
     changed = change_weights(pipeline, "unet", CONTEXT["sd"])
-    file = weights.write(tmp_path, "delta", pipeline, changed_weights=changed, base="org/base")
+    file = write(tmp_path, "delta", pipeline, changed_weights=changed, base="org/base")
     other = families.build("sd")
     other.unet.conv_in.weight.data += 1
     own = tensors_of(other.unet)
-    with pytest.raises(
-        ValueError, match=f"org/base with fingerprint {base[:16]}.*has {weights.fingerprint(other)[:16]}"
-    ):
-        weights.load_weights(other, file)
+    with pytest.raises(ValueError, match=f"org/base with fingerprint {base[:16]}.*has {fingerprint(other)[:16]}"):
+        load_weights(other, file)
     assert all(torch.equal(tensor, own[key]) for key, tensor in tensors_of(other.unet).items())
-    weights.load_weights(other, file, check_base=False)
+    load_weights(other, file, check_base=False)
     key = next(iter(changed))
     assert torch.equal(parts.weights(other)[key], changed[key][1])
 
@@ -414,16 +414,16 @@ def test_a_delta_is_refused_on_another_base_unless_asked_for(tmp_path: Path) -> 
 def test_a_delta_of_a_later_format_is_refused(tmp_path: Path) -> None:
     save_file({"unet.conv_in.weight": torch.zeros(1)}, tmp_path / "delta.safetensors", {"fdu_format": "delta 2"})
     with pytest.raises(ValueError, match="delta 2.*update fdu"):
-        weights.load_weights(families.build("sd"), tmp_path)
+        load_weights(families.build("sd"), tmp_path)
 
 
 def test_nothing_to_save_is_an_error(tmp_path: Path) -> None:
     pipeline = families.build("sd")
     weight = pipeline.unet.conv_in.weight
     with pytest.raises(ValueError, match="nothing to save"):
-        weights.write(tmp_path, "delta", pipeline, changed_weights={"unet.conv_in.weight": (weight, weight)})
+        write(tmp_path, "delta", pipeline, changed_weights={"unet.conv_in.weight": (weight, weight)})
     with pytest.raises(ValueError, match='needs LoRA layers.*"delta" or "pipeline"'):
-        weights.write(tmp_path, "lora", pipeline)
+        write(tmp_path, "lora", pipeline)
 
 
 # The choice of a format
@@ -442,24 +442,24 @@ def test_nothing_to_save_is_an_error(tmp_path: Path) -> None:
     ],
 )
 def test_the_format_that_save_as_means(save_as: str, train_method: str, expected: str) -> None:
-    assert weights.choose_format(save_as, train_method) == expected
+    assert choose_format(save_as, train_method) == expected
 
 
 def test_the_format_depends_on_what_the_family_can_have() -> None:
     pixart, sana = families.build("pixart"), families.build("sana")
-    assert weights.choose_format("auto", "lora", pixart) == "pipeline"
-    assert weights.choose_format("auto", "lora", sana) == "lora"
+    assert choose_format("auto", "lora", pixart) == "pipeline"
+    assert choose_format("auto", "lora", sana) == "lora"
     with pytest.raises(ValueError, match="no LoRA format for PixArtAlphaPipeline.*delta"):
-        weights.choose_format("lora", "lora", pixart)
+        choose_format("lora", "lora", pixart)
     with pytest.raises(ValueError, match="not for SanaTransformer2DModel.*delta"):
-        weights.choose_format("kohya", "lora", sana)
+        choose_format("kohya", "lora", sana)
 
 
 def test_a_format_that_cannot_be_is_refused_with_the_remedy() -> None:
     with pytest.raises(ValueError, match='train_method "full" changes the weights.*"delta"'):
-        weights.choose_format("kohya", "full")
+        choose_format("kohya", "full")
     with pytest.raises(ValueError, match="save_as must be one of auto, lora, kohya, pipeline, delta, got 'pt'"):
-        weights.choose_format("pt", "lora")
+        choose_format("pt", "lora")
 
 
 # Merging
@@ -468,18 +468,18 @@ def test_a_format_that_cannot_be_is_refused_with_the_remedy() -> None:
 @pytest.mark.parametrize("name", ["sd", "sdxl", "sd3", "flux", "sana"])
 def test_merging_leaves_a_plain_model_that_computes_the_same(name: str, tmp_path: Path) -> None:
     pipeline, layers, _ = trained_with_lora(name)
-    weights.write(tmp_path, "lora", pipeline, layers, lora_alpha=ALPHA)
+    write(tmp_path, "lora", pipeline, layers, lora_alpha=ALPHA)
     plain = families.build(name)
     keys = trained.denoiser(plain).state_dict().keys()
-    weights.load_weights(plain, tmp_path, strength=0.5)
+    load_weights(plain, tmp_path, strength=0.5)
     half = output(plain, name)
-    weights.merge(plain)
+    merge(plain)
     assert close(output(plain, name), half) and trained.denoiser(plain).state_dict().keys() == keys
 
 
 def test_merging_where_it_cannot_be_is_refused() -> None:
     with pytest.raises(ValueError, match="no active adapter"):
-        weights.merge(families.build("sd"))
+        merge(families.build("sd"))
 
 
 # The fingerprint
@@ -487,39 +487,39 @@ def test_merging_where_it_cannot_be_is_refused() -> None:
 
 def test_a_fingerprint_tells_any_changed_value_and_nothing_else() -> None:
     pipeline = families.build("sd3")
-    found = weights.fingerprint(pipeline)
-    assert found == weights.fingerprint(families.build("sd3")) and len(found) == 64
+    found = fingerprint(pipeline)
+    assert found == fingerprint(families.build("sd3")) and len(found) == 64
     pipeline.vae.encoder.conv_in.weight.data += 1
-    assert weights.fingerprint(pipeline) == found
+    assert fingerprint(pipeline) == found
     weight = pipeline.transformer.transformer_blocks[1].attn.to_k.weight
     weight.data[3, 5] += 1e-6
-    assert weights.fingerprint(pipeline) != found
+    assert fingerprint(pipeline) != found
     weight.data[3, 5] -= 1e-6
     text = pipeline.text_encoder_3.get_input_embeddings().weight
     text.data[-1, -1] += 1
-    assert weights.fingerprint(pipeline) != found
+    assert fingerprint(pipeline) != found
 
 
 def test_a_fingerprint_depends_on_the_dtype_but_not_on_the_layout() -> None:
     pipeline = families.build("sd")
-    found = weights.fingerprint(pipeline)
+    found = fingerprint(pipeline)
     pipeline.unet.to(memory_format=torch.channels_last)
-    assert weights.fingerprint(pipeline) == found
-    assert weights.fingerprint(pipeline.to(torch.bfloat16)) != found
+    assert fingerprint(pipeline) == found
+    assert fingerprint(pipeline.to(torch.bfloat16)) != found
 
 
 def test_adapters_do_not_count_in_a_fingerprint_and_replaced_weights_do() -> None:
     pipeline = families.build("flux")
-    found = weights.fingerprint(pipeline)
+    found = fingerprint(pipeline)
     add_adapter(pipeline, "transformer", CONTEXT["flux"])
-    assert weights.fingerprint(pipeline) == found
+    assert fingerprint(pipeline) == found
     name = next(iter(parts.weights(pipeline)))
     before = parts.weights(pipeline)[name].detach().clone()
     parts.weights(pipeline)[name].data += 1
-    assert weights.fingerprint(pipeline) != found
-    assert weights.fingerprint(pipeline, {name: before}) == found
+    assert fingerprint(pipeline) != found
+    assert fingerprint(pipeline, {name: before}) == found
     with pytest.raises(ValueError, match="'unet.no'"):
-        weights.fingerprint(pipeline, {"unet.no": before})
+        fingerprint(pipeline, {"unet.no": before})
 
 
 def test_weights_have_the_same_names_under_adapters() -> None:
@@ -533,20 +533,20 @@ def test_weights_have_the_same_names_under_adapters() -> None:
 
 def test_lora_metadata_of_the_file_is_what_diffusers_looks_for(tmp_path: Path) -> None:
     pipeline, layers, _ = trained_with_lora("sd")
-    with safe_open(weights.write(tmp_path, "lora", pipeline, layers, lora_alpha=ALPHA), "pt") as content:
+    with safe_open(write(tmp_path, "lora", pipeline, layers, lora_alpha=ALPHA), "pt") as content:
         metadata = json.loads(content.metadata()["lora_adapter_metadata"])
     assert metadata["unet.r"] == RANK and metadata["unet.lora_alpha"] == ALPHA
 
 
 def test_a_fingerprint_counts_adapters_if_asked() -> None:
     pipeline = families.build("sd")
-    plain = weights.fingerprint(pipeline, adapters=True)
-    assert plain == weights.fingerprint(pipeline)
+    plain = fingerprint(pipeline, adapters=True)
+    assert plain == fingerprint(pipeline)
     config = LoraConfig(r=2, target_modules=["attn2.to_k"], init_lora_weights=False)
     pipeline.unet.add_adapter(config, adapter_name="mine")
-    with_adapter = weights.fingerprint(pipeline, adapters=True)
-    assert with_adapter != plain == weights.fingerprint(pipeline)
+    with_adapter = fingerprint(pipeline, adapters=True)
+    assert with_adapter != plain == fingerprint(pipeline)
     pipeline.unet.set_adapters(["mine"], weights=[0.5])
-    assert weights.fingerprint(pipeline, adapters=True) not in (plain, with_adapter)
+    assert fingerprint(pipeline, adapters=True) not in (plain, with_adapter)
     pipeline.unet.disable_lora()
-    assert weights.fingerprint(pipeline, adapters=True) == plain
+    assert fingerprint(pipeline, adapters=True) == plain

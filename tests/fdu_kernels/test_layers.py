@@ -171,7 +171,7 @@ def test_a_backend_is_one_object_of_six_functions(monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_divergence_is_one_entry_of_the_catalogue(monkeypatch: pytest.MonkeyPatch) -> None:
-    from fdu.divergences import rows, table
+    from fdu.cli.divergences import rows, table
 
     made = fk.Divergence(
         "three_kl",

@@ -1,0 +1,151 @@
+"""The technique ``fdu`` of eval-unlearn, a benchmark of concept erasure: it finds this class by its entry point.
+
+Written for eval-unlearn 1.1.2. Its techniques have no base class: one is made of the keys of ``technique.config`` and
+asked to ``generate`` images. So nothing of eval-unlearn is imported here, and torch and diffusers not before use.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_args
+
+from fdu.concepts import ConceptType, concept_pairs
+from fdu.config import EraseConfig
+from fdu.models.loading import (
+    PIPELINE_FILE,
+    Dtype,
+    check_dtype,
+    check_erased,
+    check_model,
+    choose_device,
+    load_erased,
+    load_model,
+)
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+    from PIL.Image import Image
+
+BASE_MODEL = "CompVis/stable-diffusion-v1-4"
+"""What most of eval-unlearn's own techniques erase from."""
+
+
+class Technique:
+    """A pipeline with a concept erased, by ``fdu.erase`` or by weights that are there already.
+
+    Names that eval-unlearn's own techniques have mean what they mean there.
+    """
+
+    def __init__(
+        self,
+        *,
+        erase_concept: str = "",
+        anchor_concept: str | None = None,
+        concept_type: ConceptType = "object",
+        settings: dict[str, Any] | None = None,
+        load_path: str | None = None,
+        model_id: str = BASE_MODEL,
+        device: str | None = None,
+        dtype: Dtype = "auto",
+        num_inference_steps: int = 50,
+        guidance_scale: float = 7.5,
+        **unknown: Any,
+    ) -> None:
+        """Erase, or load what was erased.
+
+        Args:
+            erase_concept: the target: a name, or a ``.txt`` file of prompts. Beside ``load_path`` eval-unlearn alone
+                reads it, for its reports and to allow metrics.
+            anchor_concept: what takes its place, in the same forms; "" for nothing.
+            concept_type: "object" or "style": the phrasings that names are put into.
+            settings: those of the erasure, by the names of :class:`fdu.EraseConfig`.
+            load_path: weights that :func:`fdu.load_weights` reads, or an erased pipeline's folder.
+            model_id: the pipeline to erase from, or that the weights are for: a folder or a hub id.
+            device: cpu, cuda or mps; None: the first accelerator there is.
+            dtype: of the weights; "auto" is float32, or the type of the setting ``mixed_precision``.
+            num_inference_steps: denoising steps an image of the benchmark. Those of the erasure are in ``settings``.
+            guidance_scale: of classifier-free guidance, likewise.
+
+        Raises:
+            ValueError, TypeError, FileNotFoundError: a wrong argument, named, before any work is done.
+            OSError: the model or the weights cannot be loaded.
+            RuntimeError: the erasure failed, see :func:`fdu.erase`.
+        """
+        if unknown:
+            raise TypeError(_unknown(next(iter(unknown))))
+        if dtype not in get_args(Dtype):
+            raise ValueError(f"dtype must be one of {', '.join(get_args(Dtype))}, got {dtype!r}")
+        check_model(model_id, "model_id")
+        EraseConfig(num_inference_steps=num_inference_steps, guidance_scale=guidance_scale)  # checks these two
+        place = choose_device(device or "auto")
+        if load_path is None:
+            concepts = _concepts(erase_concept, anchor_concept, concept_type)
+            pipeline = _erase(
+                model_id, place, dtype, *concepts, concept_type, EraseConfig.from_settings(settings or {})
+            )
+        else:
+            if anchor_concept is not None or settings:
+                raise ValueError("load_path holds a finished erasure; leave out anchor_concept and settings")
+            check_erased(load_path)
+            pipeline = _load(model_id, place, "float32" if dtype == "auto" else dtype, load_path)
+        if getattr(pipeline, "safety_checker", None) is not None:
+            pipeline.safety_checker = None  # it would black out what the benchmark is to count
+        pipeline.set_progress_bar_config(disable=True)
+        self.pipeline: DiffusionPipeline = pipeline
+        self.drawing = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
+
+    def generate(self, prompts: Sequence[str], seed: int | None = None, **drawing: Any) -> list[Image]:
+        """Draw an image of each prompt, one at a time.
+
+        Image i has the noise of ``seed + i``, drawn on the pipeline's device, as in eval-unlearn's technique
+        ``free_run``: with the same seed that one shows what the model drew before. Without a seed, torch's own state.
+
+        Args:
+            prompts: what to draw.
+            seed: of the first image.
+            drawing: further arguments of the pipeline, also in place of those in the configuration.
+        """
+        import torch
+
+        images: list[Image] = []
+        for index, prompt in enumerate(prompts):
+            generator = None if seed is None else torch.Generator(self.pipeline.device).manual_seed(seed + index)
+            images += self.pipeline(prompt, **{**self.drawing, **drawing}, generator=generator).images
+        return images
+
+
+def _concepts(erase_concept: str, anchor_concept: str | None, concept_type: ConceptType) -> tuple[str, str]:
+    """Target and anchor, once it is sure that they make a pair."""
+    if not erase_concept:
+        raise ValueError("erase_concept is missing; name the concept to erase, or give load_path")
+    if anchor_concept is None:
+        raise ValueError("anchor_concept is missing; name what takes the place of erase_concept, or '' for nothing")
+    concept_pairs(erase_concept, anchor_concept, concept_type)
+    return erase_concept, anchor_concept
+
+
+def _erase(
+    model: str, device: str, dtype: Dtype, target: str, anchor: str, concept_type: ConceptType, config: EraseConfig
+) -> DiffusionPipeline:
+    """The pipeline ``model`` without the target."""
+    precision = check_dtype(dtype, config.mixed_precision)
+    from fdu.erasure import erase
+
+    pipeline = load_model(model, precision, device)
+    return erase(pipeline, target, anchor, concept_type=concept_type, config=config).pipeline
+
+
+def _load(model: str, device: str, dtype: str, path: str) -> DiffusionPipeline:
+    """The pipeline that ``path`` holds, or ``model`` with the weights there."""
+    if (Path(path) / PIPELINE_FILE).is_file():
+        return load_model(path, dtype, device)
+    return load_erased(load_model(model, dtype, device), path, device, dtype)
+
+
+def _unknown(name: str) -> str:
+    """What to say of a key that eval-unlearn's own techniques would pass over."""
+    if name in EraseConfig.field_names():
+        return f"{name} is a setting of the erasure; put it into settings: {{{name!r}: ...}}"
+    known = [key for key in Technique.__init__.__annotations__ if key not in ("unknown", "return")]
+    return f"unknown key {name!r} in the configuration of the technique fdu; the keys are {', '.join(known)}"

@@ -1,0 +1,29 @@
+"""Does an erasure hold? Other phrasings, an attack on what the denoiser reads, and relearning from a few images."""
+
+from __future__ import annotations
+
+from fdu.evaluation.robustness.attack import AttackConfig, AttackFigures, attack
+from fdu.evaluation.robustness.examination import TESTS, Examination, Robustness, Test, check_tests
+from fdu.evaluation.robustness.judging import Drawing, target_latents
+from fdu.evaluation.robustness.phrasings import SetFigures, read_sets
+from fdu.evaluation.robustness.relearning import RelearningConfig, RelearningFigures, relearn
+from fdu.evaluation.robustness.shares import Share
+
+__all__ = [
+    "TESTS",
+    "AttackConfig",
+    "AttackFigures",
+    "Drawing",
+    "Examination",
+    "RelearningConfig",
+    "RelearningFigures",
+    "Robustness",
+    "SetFigures",
+    "Share",
+    "Test",
+    "attack",
+    "check_tests",
+    "read_sets",
+    "relearn",
+    "target_latents",
+]

@@ -1,0 +1,147 @@
+"""A white-box attack: a perturbation of what the denoiser reads is optimised until it draws the target again.
+
+In the manner of concept inversion (Pham et al. 2023, arXiv 2308.01508), UnlearnDiffAtk (Zhang et al. 2023, arXiv
+2310.11868) and Ring-A-Bell (Tsai et al. 2023, arXiv 2310.10012): the loss is the erased denoiser's own, on images of
+the target that the model drew before. Here one perturbation serves all prompts and all images, and it is not confined
+to the embeddings of words: an upper bound of what prompts can do.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fdu.evaluation import Probe
+from fdu.evaluation.robustness.finetuning import check_settings, fine_tune
+from fdu.evaluation.robustness.judging import Course, Drawing, back_after, count, spaced
+from fdu.evaluation.robustness.shares import Share
+from fdu.models.denoiser import Denoiser
+from fdu.training.methods.perturbation import Perturbation
+
+START = 0.5
+"""Where restarts begin: noise of this size, in the unit of the perturbation. The first attempt begins at 0."""
+
+
+@dataclasses.dataclass(frozen=True)
+class AttackConfig:
+    """Settings of the attack."""
+
+    tokens: int = 4
+    """How many of the first embeddings of a prompt it may move."""
+    steps: int = 60
+    """Optimizer steps of an attempt."""
+    learning_rate: float = 0.1
+    """Of AdamW, in units of the embeddings' root mean square."""
+    batch_size: int = 16
+    """Noised images a step."""
+    restarts: int = 2
+    """Attempts; the one with the lowest loss counts."""
+    looks: int = 4
+    """How often in its course each attempt is judged, the steps doubling from look to look."""
+
+    def __post_init__(self) -> None:
+        check_settings(self, ("tokens", "steps", "batch_size", "restarts", "looks"))
+
+
+@dataclasses.dataclass(frozen=True)
+class Attempt:
+    """One optimisation from one start."""
+
+    course: Course
+    loss: float
+    """The denoiser's loss on the target's images at the end, the mean of a quarter of the steps."""
+    size: float
+    """Root mean square of the perturbation at the end, in that of the embeddings."""
+
+
+@dataclasses.dataclass(frozen=True)
+class AttackFigures:
+    """What the attack reached."""
+
+    before: Share
+    """The share of images of the target's prompts that show it without an attack."""
+    after: Share
+    """The same under the attempt with the lowest loss: chosen without the judge, so that the interval holds."""
+    attempts: list[Attempt]
+    """All of them, in order."""
+    chosen: int
+    """Which of them counts."""
+    back_after: int | None
+    """The steps of that attempt after which half of ``drawn_before`` is reached; 0 without attack, None for never."""
+    config: AttackConfig
+    drawn_before: float = 1.0
+    """The share of images that showed the target before the erasure, without an attack."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.chosen < len(self.attempts):
+            raise ValueError(f"chosen must be one of {len(self.attempts)} attempts, got {self.chosen}")
+
+    def against(self, drawn_before: float) -> AttackFigures:
+        """The same with another ``drawn_before``."""
+        course = [(0, self.before), *self.attempts[self.chosen].course]
+        return dataclasses.replace(self, back_after=back_after(course, drawn_before), drawn_before=drawn_before)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Ready for JSON."""
+        return dataclasses.asdict(self)
+
+
+def attack(
+    denoiser: Denoiser,
+    probe: Probe,
+    latents: Tensor,
+    config: AttackConfig | None = None,
+    drawing: Drawing | None = None,
+    drawn_before: float | None = None,
+) -> AttackFigures:
+    """Attack a pipeline, which is as before afterwards.
+
+    Args:
+        denoiser: of the pipeline, erased or not.
+        probe: the target's prompts, and who judges the images.
+        latents: clean latents [M, C, H, W] of the target, of :func:`fdu.evaluation.robustness.judging.target_latents`.
+        config: the settings.
+        drawing: how judged images are drawn.
+        drawn_before: the share that the target's prompts alone drew before the erasure, half of which counts as back;
+            None: all images.
+
+    Raises:
+        ValueError: more tokens than the denoiser reads.
+    """
+    config, drawing = config or AttackConfig(), drawing or Drawing()
+    before = count(denoiser, probe, drawing)
+    attempts = [_attempt(denoiser, probe, latents, config, drawing, number) for number in range(config.restarts)]
+    chosen = min(range(len(attempts)), key=lambda number: attempts[number].loss)
+    course = attempts[chosen].course
+    found = AttackFigures(before, course[-1][1], attempts, chosen, None, config)
+    return found.against(1.0 if drawn_before is None else drawn_before)
+
+
+def _attempt(
+    denoiser: Denoiser, probe: Probe, latents: Tensor, config: AttackConfig, drawing: Drawing, number: int
+) -> Attempt:
+    generator = torch.Generator().manual_seed(drawing.seed + number)
+    start = START if number else 0.0
+    perturbation = Perturbation(denoiser, probe.prompts[0], config.tokens, start, generator)
+    course: Course = []
+    try:
+        losses = fine_tune(
+            denoiser,
+            perturbation,
+            probe.prompts,
+            latents,
+            steps=config.steps,
+            learning_rate=config.learning_rate,
+            batch_size=config.batch_size,
+            seed=drawing.seed + number,
+            description="attack",
+            watched=spaced(config.steps, config.looks),
+            watch=lambda step: course.append((step, count(denoiser, probe, drawing))),
+        )
+        last = losses[-max(1, len(losses) // 4) :]
+        return Attempt(course, sum(last) / len(last), perturbation.size)
+    finally:
+        perturbation.remove()

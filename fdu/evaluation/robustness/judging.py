@@ -1,0 +1,116 @@
+"""What the tests of robustness have in common: images of the target to learn from, and images to be judged."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from fdu.evaluation import JUDGED_SEED, Probe, Sampling, draw
+from fdu.evaluation.drawing import unchecked
+from fdu.evaluation.robustness.shares import Share
+from fdu.models.calls import silent
+from fdu.models.denoiser import Denoiser, call_default
+
+LEARNT_SEED = 3000
+"""Offset of the seeds of the target's images that attack and relearning learn from: none that are judged."""
+
+BACK = 0.5
+"""The target is back once this part of the share before the erasure shows it."""
+
+Course = list[tuple[int, Share]]
+"""Steps, and the share of images that show the target after them."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Drawing(Sampling):
+    """How judged images are drawn.
+
+    Raises:
+        ValueError: no image, or as :class:`Sampling`.
+    """
+
+    images: int = 32
+    """Images whose share is counted."""
+    seed: int = 0
+    """Of everything random; the images begin with ``seed + JUDGED_SEED``."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.images < 1:
+            raise ValueError(f"images must be >= 1, got {self.images!r}")
+
+
+def target_latents(denoiser: Denoiser, probe: Probe, number: int = 32, drawing: Drawing | None = None) -> Tensor:
+    """Clean latents [number, C, H, W] of the target, drawn by a pipeline that still knows it.
+
+    Latent i is of prompt i, modulo their number. For images of your own, take ``denoiser.encode_images``.
+
+    Raises:
+        ValueError: number < 1.
+    """
+    if number < 1:
+        raise ValueError(f"number of latents must be >= 1, got {number}")
+    drawing = drawing or Drawing()
+    conditioning = denoiser.encode([*probe.prompts, ""])
+    chosen = [index % len(probe.prompts) for index in range(number)]
+    seeds = [drawing.seed + LEARNT_SEED + index for index in range(number)]
+    steps: int = drawing.num_inference_steps or call_default(denoiser.pipeline, "num_inference_steps")
+    guidance = drawing.guidance_scale
+    if guidance is None:
+        guidance = call_default(denoiser.pipeline, "guidance_scale")
+    empty = len(probe.prompts)
+    return denoiser.draw_latents(conditioning, chosen, empty, steps, guidance, seeds, drawing.batch_size)
+
+
+class Conditioned:
+    """A pipeline that is handed what its denoiser encodes, perturbed or not, instead of the prompts themselves."""
+
+    def __init__(self, denoiser: Denoiser) -> None:
+        self.denoiser = denoiser
+
+    def set_progress_bar_config(self, **settings: Any) -> None:
+        """Nothing to set: the pipeline has no bar of its own in a call, and keeps its settings."""
+
+    def __call__(self, prompts: Sequence[str], **settings: Any) -> Any:
+        """Draw the images of prompts, with settings of the pipeline's call."""
+        conditioning = self.denoiser.encode(prompts)
+        with silent(self.denoiser.pipeline), unchecked(self.denoiser.pipeline):
+            return self.denoiser.pipeline(**self.denoiser.call_arguments(conditioning), **settings)
+
+
+def count(denoiser: Denoiser, probe: Probe, drawing: Drawing) -> Share:
+    """The share of images of the probe's prompts that show what they ask for, by the probe's judge."""
+    images = draw(
+        Conditioned(denoiser),
+        [probe],
+        drawing.images,
+        drawing.seed + JUDGED_SEED,
+        **drawing.settings(),
+        description=f"judged: {probe.name}",
+    ).images[0]
+    return Share.of(probe.judge(images), probe.name)
+
+
+def spaced(steps: int, looks: int) -> tuple[int, ...]:
+    """The steps after which to look: the last one, half of it, a quarter, ..., ``looks`` in all at most.
+
+    >>> spaced(60, 4)
+    (7, 15, 30, 60)
+    """
+    return tuple(sorted({steps // 2**look for look in range(looks)} - {0}))
+
+
+def back_after(course: Course, drawn_before: float) -> int | None:
+    """The first number of steps after which the target is back; None if none is.
+
+    >>> back_after([(0, Share.of("ba", "a")), (5, Share.of("aa", "a"))], 1.0)
+    0
+
+    Args:
+        course: the shares by steps.
+        drawn_before: the share that its prompts alone drew before the erasure.
+    """
+    return next((step for step, share in course if share.value and share.value >= BACK * drawn_before), None)

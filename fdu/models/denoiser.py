@@ -1,0 +1,352 @@
+"""What the training needs of a denoiser: encode prompts, draw and noise latents, predict. One subclass a family.
+
+The loop talks to this interface only, so it never asks which family of models it has.
+"""
+
+from __future__ import annotations
+
+import inspect
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, ClassVar, Literal
+
+import torch
+from diffusers import DiffusionPipeline
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from fdu.models.autoencoder import encode_images
+from fdu.models.calls import silent
+from fdu.storage.parts import TEXT_ENCODERS
+
+PredictionType = Literal["epsilon", "v_prediction", "sample", "flow"]
+ENCODE_BATCH = 64
+"""Prompts encoded at a time where no gradient is asked for."""
+PIPELINE_ARGUMENTS = {
+    "embeddings": "prompt_embeds",
+    "pooled": "pooled_prompt_embeds",
+    "mask": "prompt_attention_mask",
+}
+"""What diffusers' pipelines call the tensors of a conditioning."""
+
+
+class Conditioning:
+    """What a denoiser reads beside x_t and t, for N prompts: tensors named as in PIPELINE_ARGUMENTS, each [N, ...]."""
+
+    def __init__(self, tensors: dict[str, Tensor]) -> None:
+        self.tensors = tensors
+
+    def __len__(self) -> int:
+        return len(next(iter(self.tensors.values())))
+
+    def __getitem__(self, chosen: Tensor | slice) -> Conditioning:
+        """The prompts at indices [M] or in a slice."""
+        return Conditioning({name: tensor[chosen] for name, tensor in self.tensors.items()})
+
+    def to(self, device: torch.device) -> Conditioning:
+        return Conditioning({name: tensor.to(device) for name, tensor in self.tensors.items()})
+
+    @staticmethod
+    def cat(parts: Sequence[Conditioning]) -> Conditioning:
+        """The prompts of all parts, in order."""
+        names = parts[0].tensors
+        return Conditioning({name: torch.cat([part.tensors[name] for part in parts]) for name in names})
+
+
+class Denoiser(ABC):
+    """The denoiser behind a pipeline, on a grid of T training timesteps, noisiest last.
+
+    x_t = signal[i] x_0 + noise[i] epsilon at index i of the grid, for every family: sqrt(abar) and sqrt(1 - abar) in
+    diffusion, 1 - sigma and sigma in rectified flow.
+    """
+
+    family: ClassVar[str]
+    """The name that users know."""
+    module_name: ClassVar[Literal["unet", "transformer"]]
+    """The pipeline's attribute that holds the module."""
+    module_class: ClassVar[type[nn.Module]]
+    parts: ClassVar[tuple[str, ...]] = ("scheduler", "vae", "tokenizer", "text_encoder")
+    """What a pipeline must have beside the module."""
+    packing: ClassVar[int] = 1
+    """Latent pixels a side that the module takes together as channels of one."""
+    call_settings: ClassVar[dict[str, Any]] = {}
+    """What the pipeline's call must be told for every sample."""
+    guided_by_empty: ClassVar[bool] = True
+    """Whether guidance is by a second prediction, for the prompt ""."""
+    context_projections: ClassVar[tuple[str, ...]]
+    """Name endings of the linear layers of the module that read the prompt (keys and values, as a rule)."""
+    attention_projections: ClassVar[tuple[str, ...]]
+    """Name endings of all linear layers of attention."""
+
+    signal: Tensor
+    """[T] float32."""
+    noise: Tensor
+    """[T] float32."""
+    prediction_type: PredictionType
+    """What the module predicts."""
+
+    def __init__(self, pipeline: DiffusionPipeline, resolution: int | None = None) -> None:
+        """A denoiser for images of ``resolution`` pixels a side, by default of the model's native size.
+
+        Raises:
+            TypeError: resolution is not an integer.
+            ValueError: the pipeline lacks a part, or is a variant that makes images from more than prompts; or
+                resolution does not suit the model.
+        """
+        self.check(pipeline)
+        self.pipeline = pipeline
+        self.module: nn.Module = getattr(pipeline, self.module_name)
+        """What predicts; the training may put a wrapper of it here."""
+        self.config: Any = self.module.config
+        self.dtype: torch.dtype = self.module.dtype
+        """Of the module as it came; what is trained in it may be of another."""
+        self.height, self.width = self._image_size(resolution)
+        """Pixels of an image."""
+
+    @classmethod
+    def fits(cls, pipeline: DiffusionPipeline) -> bool:
+        """Whether the pipeline is of this family."""
+        module = getattr(pipeline, cls.module_name, None)
+        return isinstance(module, cls.module_class) and hasattr(pipeline, "encode_prompt") and callable(pipeline)
+
+    @classmethod
+    def check(cls, pipeline: DiffusionPipeline) -> None:
+        """Refuse a pipeline of this family that cannot be trained.
+
+        Raises:
+            ValueError: it lacks a part, takes images as input, or is being offloaded.
+        """
+        name = type(pipeline).__name__
+        missing = [part for part in cls.parts if getattr(pipeline, part, None) is None]
+        if missing:
+            raise ValueError(f"pipeline, a {name}, has no {' and no '.join(missing)}; load it with all its parts")
+        inputs = inspect.signature(type(pipeline).__call__).parameters
+        images = [given for given in inputs if given in ("image", "mask_image", "control_image")]
+        channels = pipeline.vae.config.latent_channels * cls.packing**2
+        taken = getattr(pipeline, cls.module_name).config.in_channels
+        if images or taken != channels:
+            reason = f"takes {images[0]}" if images else f"feeds its {cls.module_name} {taken} channels, not {channels}"
+            raise ValueError(
+                f"pipeline is a {name}, which {reason}; editing, inpainting and ControlNet pipelines cannot be "
+                "trained, load the model with AutoPipelineForText2Image"
+            )
+        if any(_moves_itself(part) for part in pipeline.components.values()):
+            raise ValueError(
+                "pipeline moves its parts between devices by itself; before the training call "
+                "pipeline.remove_all_hooks() and pipeline.to(device)"
+            )
+
+    @abstractmethod
+    def encode_batch(self, prompts: list[str]) -> Conditioning:
+        """The conditioning of prompts; differentiable in the text encoders."""
+
+    @abstractmethod
+    def predict(self, noisy: Tensor, indices: Tensor, conditioning: Conditioning) -> Tensor:
+        """The denoiser's output [N, C, H, W] for x_t [N, C, H, W] at indices [N] of the grid."""
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.module.parameters()).device
+
+    @property
+    def native_size(self) -> tuple[int, int] | None:
+        """Height and width in pixels that the model was made for; None if it does not say."""
+        size, scale = self.config.sample_size, self.pipeline.vae_scale_factor
+        if size is None:
+            return None
+        height, width = (size, size) if isinstance(size, int) else size
+        return height * scale, width * scale
+
+    @property
+    def size_unit(self) -> int:
+        """Pixels that height and width must be multiples of."""
+        return self.pipeline.vae_scale_factor * self.packing
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """[C, H, W] of a latent."""
+        scale = self.pipeline.vae_scale_factor
+        return self.config.in_channels // self.packing**2, self.height // scale, self.width // scale
+
+    @property
+    def text_encoders(self) -> dict[str, nn.Module]:
+        """The pipeline's text encoders by attribute."""
+        found = {name: getattr(self.pipeline, name, None) for name in TEXT_ENCODERS}
+        return {name: encoder for name, encoder in found.items() if encoder is not None}
+
+    @torch.no_grad()
+    def encode(self, prompts: Sequence[str]) -> Conditioning:
+        """The conditioning of any number of prompts, a constant, in the type of the module."""
+        starts = range(0, len(prompts), ENCODE_BATCH)
+        parts = [self.encode_batch(list(prompts[start : start + ENCODE_BATCH])) for start in starts]
+        tensors = Conditioning.cat(parts).tensors
+        return Conditioning(
+            {name: tensor.to(self.dtype) if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
+        )
+
+    @torch.no_grad()
+    def draw_latents(
+        self,
+        conditioning: Conditioning,
+        chosen: Sequence[int],
+        empty: int,
+        steps: int,
+        guidance_scale: float,
+        seeds: Sequence[int],
+        batch_size: int,
+        progress: bool = True,
+    ) -> Tensor:
+        """Sample clean latents, fp32 [N, C, H, W]; each depends on its prompt and its seed alone.
+
+        Args:
+            conditioning: of any prompts.
+            chosen: N of them, by index.
+            empty: the index of the prompt "", which guidance leads away from.
+            steps, guidance_scale: of the pipeline's own sampler.
+            seeds: N of them.
+            batch_size: latents sampled at a time.
+            progress: whether to show a progress bar.
+        """
+        batches = []
+        with silent(self.pipeline), self._module_alone():
+            starts = range(0, len(chosen), batch_size)
+            for start in tqdm(starts, desc="latents", unit="batch", disable=not progress):
+                some = chosen[start : start + batch_size]
+                given = conditioning[torch.tensor([*some, *[empty] * len(some)], device=self.device)]
+                generators = [torch.Generator().manual_seed(seed) for seed in seeds[start : start + batch_size]]
+                # Half precision would round the noise away at the first timesteps.
+                batches.append(self.sample(given, steps, guidance_scale, generators).float())
+        return torch.cat(batches)
+
+    def sample(
+        self, conditioning: Conditioning, steps: int, guidance_scale: float, generators: list[torch.Generator]
+    ) -> Tensor:
+        """Clean latents [N, C, H, W] of one batch, by the pipeline's own sampler, without decoding them.
+
+        Args:
+            conditioning: of N prompts, and as many times of "".
+            steps, guidance_scale: as for :meth:`draw_latents`.
+            generators: N of them.
+        """
+        count = len(generators)
+        given = self.call_arguments(conditioning[:count])
+        if self.guided_by_empty and guidance_scale > 1:
+            empty = conditioning[count:].tensors
+            given |= {f"negative_{PIPELINE_ARGUMENTS[name]}": tensor for name, tensor in empty.items()}
+        return self.pipeline(
+            **given,
+            negative_prompt=None,
+            num_inference_steps=steps,
+            guidance_scale=guidance_scale,
+            generator=generators,
+            output_type="latent",
+        ).images
+
+    def call_arguments(self, conditioning: Conditioning) -> dict[str, Any]:
+        """What the pipeline's call takes in place of prompts, to draw an image of the denoiser's size for each."""
+        given = {PIPELINE_ARGUMENTS[name]: tensor for name, tensor in conditioning.tensors.items()}
+        return {**given, "height": self.height, "width": self.width, **self.call_settings}
+
+    def encode_images(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Clean latents, fp32 [N, C, H, W], of images [N, 3, height, width] in [0, 1]."""
+        return encode_images(self.pipeline.vae, images, generator)
+
+    def without_encoders(self, keep: Collection[str] = ()) -> AbstractContextManager[None]:
+        """Leave the device to the denoiser: within, all other parts of the pipeline but ``keep`` are in CPU memory."""
+        return self._others_on(torch.device("cpu"), keep)
+
+    def with_encoders(self) -> AbstractContextManager[None]:
+        """Take back what :meth:`without_encoders` put away: within, the whole pipeline is on the denoiser's device."""
+        return self._others_on(self.device)
+
+    @contextmanager
+    def _module_alone(self) -> Iterator[None]:
+        """Within this context the pipeline has no part with weights but the denoiser.
+
+        It needs none where prompts come encoded and latents are wanted, and takes the device of the first that it has,
+        which may be away.
+        """
+        others = {
+            name: part
+            for name, part in self.pipeline.components.items()
+            if isinstance(part, nn.Module) and name != self.module_name
+        }
+        # Not by setattr, at which the pipeline would forget the parts' classes.
+        vars(self.pipeline).update(dict.fromkeys(others))
+        try:
+            yield
+        finally:
+            vars(self.pipeline).update(others)
+
+    @contextmanager
+    def _others_on(self, wanted: torch.device, keep: Collection[str] = ()) -> Iterator[None]:
+        others = [
+            (part, next(part.parameters()).device)
+            for name, part in self.pipeline.components.items()
+            if isinstance(part, nn.Module) and name != self.module_name and name not in keep
+            if not getattr(part, "is_loaded_in_8bit", False)  # which transformers keeps where it is
+        ]
+        try:
+            for part, _ in others:
+                part.to(wanted)
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()  # what the parts held can now go to other processes, and to larger blocks
+            yield
+        finally:
+            for part, device in others:
+                part.to(device)
+
+    def add_noise(self, latents: Tensor, noise: Tensor, indices: Tensor) -> Tensor:
+        """x_t [N, C, H, W] from clean latents, noise epsilon and indices [N]."""
+        signal, level = self._at(indices, latents)
+        return signal * latents + level * noise
+
+    def true_output(self, latents: Tensor, noise: Tensor, indices: Tensor) -> Tensor:
+        """What a denoiser that knew x_0 and epsilon would predict, [N, C, H, W]."""
+        if self.prediction_type == "epsilon":
+            return noise
+        if self.prediction_type == "sample":
+            return latents
+        if self.prediction_type == "flow":
+            return noise - latents
+        signal, level = self._at(indices, latents)
+        return signal * noise - level * latents
+
+    def _image_size(self, resolution: int | None) -> tuple[int, int]:
+        """Height and width in pixels."""
+        if resolution is None:
+            if self.native_size is None:
+                raise ValueError(f"{self.module_name} does not tell its sample_size; give resolution, in pixels")
+            return self.native_size
+        if isinstance(resolution, bool) or not isinstance(resolution, int):
+            raise TypeError(f"resolution must be a number of pixels or None, got {resolution!r}")
+        unit = self.size_unit
+        if resolution <= 0 or resolution % unit:
+            nearest = max(1, round(resolution / unit)) * unit
+            raise ValueError(
+                f"resolution must be a positive multiple of {unit} pixels for this model, got {resolution}; "
+                f"try {nearest}"
+            )
+        return resolution, resolution
+
+    def _at(self, indices: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+        """signal and noise of indices [N], shaped to multiply ``like`` [N, ...]."""
+        shape = (-1, *[1] * (like.ndim - 1))
+        self.signal, self.noise = self.signal.to(like.device), self.noise.to(like.device)
+        return self.signal[indices].view(shape).to(like.dtype), self.noise[indices].view(shape).to(like.dtype)
+
+
+def _moves_itself(part: Any) -> bool:
+    """Whether hooks move a part between devices: those of accelerate, or diffusers' group offloading."""
+    if hasattr(part, "_hf_hook"):
+        return True
+    registries = (
+        [getattr(layer, "_diffusers_hook", None) for layer in part.modules()] if isinstance(part, nn.Module) else []
+    )
+    return any(registry is not None and registry.get_hook("group_offloading") for registry in registries)
+
+
+def call_default(pipeline: DiffusionPipeline, argument: str) -> Any:
+    """What a pipeline's call takes for an argument that is not given."""
+    return inspect.signature(type(pipeline).__call__).parameters[argument].default

@@ -1,0 +1,52 @@
+"""The families of denoisers that can be trained. A new one is a file beside this one and a line in ``FAMILIES``."""
+
+from __future__ import annotations
+
+from diffusers import DiffusionPipeline
+
+from fdu.models.denoiser import Denoiser
+from fdu.models.flux import FluxDenoiser
+from fdu.models.pixart import PixArtDenoiser
+from fdu.models.sana import SanaDenoiser
+from fdu.models.sd3 import SD3Denoiser
+from fdu.models.sdxl import SDXLDenoiser
+from fdu.models.unet import UNetDenoiser
+from fdu.storage.parts import DENOISERS
+
+FAMILIES: tuple[type[Denoiser], ...] = (
+    UNetDenoiser,
+    SDXLDenoiser,
+    SD3Denoiser,
+    FluxDenoiser,
+    PixArtDenoiser,
+    SanaDenoiser,
+)
+"""The first that fits a pipeline takes it."""
+
+
+def denoiser_of(pipeline: DiffusionPipeline, resolution: int | None = None) -> Denoiser:
+    """The denoiser of a pipeline, for images of ``resolution`` pixels a side, by default of the model's native size.
+
+    Raises:
+        TypeError: not a pipeline, or its family is not known here; resolution is not an integer.
+        ValueError: the pipeline lacks a part, or is a variant that makes images from more than prompts; or resolution
+            does not suit the model.
+    """
+    if not isinstance(pipeline, DiffusionPipeline):
+        raise TypeError(
+            f"pipeline must be a diffusers pipeline, got {type(pipeline).__name__}; load it with from_pretrained"
+        )
+    for family in FAMILIES:
+        if family.fits(pipeline):
+            return family(pipeline, resolution)
+    for name in DENOISERS:
+        if hasattr(getattr(pipeline, name, None), "_orig_mod"):
+            raise TypeError(
+                f"pipeline.{name} is compiled; set pipeline.{name} = pipeline.{name}._orig_mod before training, and "
+                "let it compile for itself with compile=True"
+            )
+    raise TypeError(
+        f"pipeline is a {type(pipeline).__name__}, whose family is not supported yet; supported: "
+        f"{'; '.join(family.family for family in FAMILIES)}. "
+        "To add a family, write a subclass of Denoiser in fdu/models/ and name it in FAMILIES"
+    )

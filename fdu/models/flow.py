@@ -1,0 +1,61 @@
+"""Denoisers of rectified flow models: x_t = (1 - sigma) x_0 + sigma epsilon, the module predicts epsilon - x_0."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+from torch import Tensor
+
+from fdu.models.denoiser import Denoiser
+
+
+class FlowDenoiser(Denoiser):
+    """A denoiser that predicts the flow, on a grid shifted towards noise as the pipeline's scheduler shifts its own."""
+
+    prediction_type = "flow"
+
+    def __init__(self, pipeline: DiffusionPipeline, resolution: int | None = None) -> None:
+        super().__init__(pipeline, resolution)
+        _, height, width = self.latent_shape
+        patch = self.packing * self.config.patch_size
+        self.noise = shifted_sigmas(pipeline.scheduler, (height // patch) * (width // patch))
+        self.signal = 1 - self.noise
+        self._timesteps = self.noise * pipeline.scheduler.config.num_train_timesteps
+
+    @classmethod
+    def check(cls, pipeline: DiffusionPipeline) -> None:
+        super().check(pipeline)
+        scheduler = pipeline.scheduler
+        if not (type(scheduler).__name__.startswith("FlowMatch") or scheduler.config.get("use_flow_sigmas")):
+            raise ValueError(
+                f"pipeline's scheduler, a {type(scheduler).__name__}, does not follow a rectified flow; give the "
+                "pipeline the one that the model came with, or a FlowMatchEulerDiscreteScheduler"
+            )
+
+    def timesteps(self, indices: Tensor) -> Tensor:
+        """sigma times the number of training timesteps, float32 [N], at indices [N] of the grid."""
+        self._timesteps = self._timesteps.to(indices.device)
+        return self._timesteps[indices]
+
+
+def shifted_sigmas(scheduler: Any, tokens: int) -> Tensor:
+    """sigma on the training grid, float32 [T] ascending to 1, for images of ``tokens`` tokens.
+
+    The shift is that of Esser et al. 2024 (arXiv 2403.03206), section 5.3.2.
+    """
+    config = scheduler.config
+    sigmas = torch.arange(1, config.num_train_timesteps + 1, dtype=torch.float32) / config.num_train_timesteps
+    if config.get("use_dynamic_shifting"):
+        mu = calculate_shift(
+            tokens,
+            config.get("base_image_seq_len", 256),
+            config.get("max_image_seq_len", 4096),
+            config.get("base_shift", 0.5),
+            config.get("max_shift", 1.15),
+        )
+        return scheduler.time_shift(mu, 1.0, sigmas)
+    shift = config.get("shift", config.get("flow_shift", 1.0))
+    return shift * sigmas / (1 + (shift - 1) * sigmas)

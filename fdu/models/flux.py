@@ -1,0 +1,82 @@
+"""FLUX.1: a transformer over 2x2 patches of the latents that attends jointly to image and text."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from diffusers import FluxTransformer2DModel
+from torch import Tensor
+
+from fdu.models.denoiser import Conditioning
+from fdu.models.flow import FlowDenoiser
+
+GUIDANCE = 3.5
+"""The guidance scale told to a guidance-distilled model in training: the pipeline's default when it samples."""
+
+
+class FluxDenoiser(FlowDenoiser):
+    """A FluxTransformer2DModel; what is packed for it is unpacked again here."""
+
+    family = "FLUX.1 (a FluxTransformer2DModel)"
+    module_name: ClassVar[Literal["unet", "transformer"]] = "transformer"
+    module_class = FluxTransformer2DModel
+    parts = ("scheduler", "vae", "tokenizer", "text_encoder", "tokenizer_2", "text_encoder_2")
+    packing = 2
+    guided_by_empty = False  # its guidance is an input
+    # Of the double blocks alone: single blocks project text and image by one to_k and to_v, so those would not be the
+    # prompt's alone. ESD trains these two, EraseAnything the keys.
+    context_projections = ("attn.add_k_proj", "attn.add_v_proj")
+    attention_projections = (
+        *("to_q", "to_k", "to_v", "to_out.0"),
+        *("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),
+    )
+
+    @property
+    def native_size(self) -> tuple[int, int] | None:
+        side = self.pipeline.default_sample_size * self.pipeline.vae_scale_factor
+        return side, side
+
+    def encode_batch(self, prompts: list[str]) -> Conditioning:
+        embeddings, pooled, _ = self.pipeline.encode_prompt(prompts, device=self.device)
+        return Conditioning({"embeddings": embeddings, "pooled": pooled})
+
+    def sample(
+        self, conditioning: Conditioning, steps: int, guidance_scale: float, generators: list[torch.Generator]
+    ) -> Tensor:
+        _, height, width = self.latent_shape
+        return unpack(super().sample(conditioning, steps, guidance_scale, generators), height, width)
+
+    def predict(self, noisy: Tensor, indices: Tensor, conditioning: Conditioning) -> Tensor:
+        height, width = noisy.shape[-2:]
+        embeddings = conditioning.tensors["embeddings"]
+        guidance = noisy.new_full((len(noisy),), GUIDANCE, dtype=torch.float32) if self.config.guidance_embeds else None
+        packed = self.module(
+            pack(noisy),
+            embeddings,
+            conditioning.tensors["pooled"],
+            self.timesteps(indices) / 1000,
+            img_ids=position_ids(height // 2, width // 2, noisy.device),
+            txt_ids=noisy.new_zeros(embeddings.shape[1], 3),
+            guidance=guidance,
+        ).sample
+        return unpack(packed, height, width)
+
+
+def pack(latents: Tensor) -> Tensor:
+    """Patches [N, (H/2) (W/2), 4 C] of latents [N, C, H, W]."""
+    return F.pixel_unshuffle(latents, 2).flatten(2).transpose(1, 2)
+
+
+def unpack(packed: Tensor, height: int, width: int) -> Tensor:
+    """Latents [N, C, H, W] of patches [N, (H/2) (W/2), 4 C]."""
+    return F.pixel_shuffle(packed.transpose(1, 2).unflatten(2, (height // 2, width // 2)), 2)
+
+
+def position_ids(rows: int, columns: int, device: torch.device) -> Tensor:
+    """(0, row, column) of every patch, [rows * columns, 3]."""
+    ids = torch.zeros(rows, columns, 3, device=device)
+    ids[..., 1] = torch.arange(rows, device=device)[:, None]
+    ids[..., 2] = torch.arange(columns, device=device)
+    return ids.flatten(0, 1)

@@ -1,0 +1,257 @@
+"""The models that the command line names: a folder, a hub id or the embedded pipeline; checked first, loaded later."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import textwrap
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from fdu.storage.output import RECORD_FILE, SMALL_RESULT
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+EMBEDDED = "embedded"
+"""The name of the pipeline in the package."""
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+PIPELINE_FILE = "model_index.json"
+HUB_PIPELINE = 6 << 30
+"""Bytes taken for a pipeline that is not here yet; Stable Diffusion 1.5 takes 5.5 GB in float32."""
+RECORD_KEYS: dict[str, tuple[type, ...]] = {
+    "target.name": (str,),
+    "target.prompts": (list, tuple),
+    "anchor.name": (str,),
+    "anchor.prompts": (list, tuple),
+    "config.divergence": (str,),
+    "config.max_train_steps": (int,),
+    "config.seed": (int,),
+    "sigma": (int, float),
+    "seconds": (int, float),
+    "history": (dict,),
+    "versions": (dict,),
+}
+"""What is used of the record beside saved weights, and its types."""
+
+Dtype = Literal["auto", "float32", "float16", "bfloat16"]
+SaveAs = Literal["auto", "lora", "kohya", "pipeline", "delta"]
+
+
+def check_model(model: str, argument: str = "MODEL") -> None:
+    """Refuse, before anything is loaded, a model that cannot be there.
+
+    Raises:
+        ValueError: no name.
+        FileNotFoundError: neither a pipeline's folder, nor "embedded", nor of the form of a hub id.
+    """
+    if not model.strip():
+        raise ValueError(f"{argument} is empty; give a pipeline's folder, a hub id (org/name) or {EMBEDDED!r}")
+    if model == EMBEDDED:
+        return
+    if Path(model).is_dir():
+        if not (Path(model) / PIPELINE_FILE).is_file():
+            raise FileNotFoundError(
+                f"{argument} {model!r} is not the folder of a diffusers pipeline: no {PIPELINE_FILE}"
+            )
+    elif not HUB_ID.fullmatch(model):
+        raise FileNotFoundError(
+            f"{argument} {model!r} does not exist; give a pipeline's folder, a hub id (org/name) or {EMBEDDED!r}"
+        )
+    elif Path(model).parent.is_dir():
+        raise FileNotFoundError(
+            f"{argument} {model!r} does not exist: there is a folder {str(Path(model).parent)!r}, but no "
+            f"{Path(model).name!r} in it; for the hub's {model!r}, run in another folder"
+        )
+
+
+def is_embedded(model: str) -> bool:
+    """Whether ``model``, which :func:`check_model` accepted, is the embedded pipeline, by name or by its folder."""
+    if model == EMBEDDED or not Path(model).is_dir():
+        return model == EMBEDDED
+    from fdu.subjects.digits import PIPELINE_FOLDER
+
+    return Path(model).resolve() == PIPELINE_FOLDER.resolve()
+
+
+def model_folder(model: str) -> Path | None:
+    """The folder of ``model``, which :func:`check_model` accepted; None for a hub id."""
+    if model == EMBEDDED:
+        from fdu.subjects.digits import PIPELINE_FOLDER
+
+        return PIPELINE_FOLDER
+    return Path(model) if Path(model).is_dir() else None
+
+
+def result_bytes(model: str, train_method: str, save_as: str = "auto") -> int:
+    """Bytes that saving an erasure of ``model`` takes: LoRA weights are small, other forms up to a pipeline.
+
+    Raises:
+        ValueError: a form that the method's result cannot have.
+    """
+    from fdu.storage.writers import choose_format
+
+    if choose_format(save_as, train_method) in ("lora", "kohya"):
+        return SMALL_RESULT
+    folder = model_folder(model)
+    if folder is None:
+        return HUB_PIPELINE
+    return SMALL_RESULT + sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def check_erased(path: str) -> None:
+    """Refuse what holds no erasure: neither a pipeline nor weights that :func:`fdu.load_weights` reads.
+
+    Raises:
+        FileNotFoundError: there is nothing there, or no weights.
+        ValueError: several files of weights, or a file of another kind.
+    """
+    if not Path(path).exists():
+        raise FileNotFoundError(f"ERASED {path!r} does not exist; give a folder that `fdu erase` wrote, or weights")
+    if not (Path(path) / PIPELINE_FILE).is_file():
+        from fdu.storage.files import weights_file
+
+        weights_file(path)
+
+
+def check_encoder(name: str, argument: str = "judge") -> None:
+    """Refuse, before anything is loaded, an image-text encoder that cannot be there.
+
+    Raises:
+        FileNotFoundError: neither a folder with a model, nor of the form of a hub id.
+    """
+    if Path(name).is_dir():
+        if not (Path(name) / "config.json").is_file():
+            raise FileNotFoundError(f"{argument} {name!r} is not the folder of a transformers model: no config.json")
+    elif not HUB_ID.fullmatch(name):
+        raise FileNotFoundError(f"{argument} {name!r} does not exist; give a CLIP model's folder or hub id (org/name)")
+
+
+def read_record(folder: str) -> dict | None:
+    """What ``fdu erase`` noted beside the weights; None if it did not write the folder.
+
+    Raises:
+        ValueError: the record cannot be read, or lacks something that is used of it.
+    """
+    path = Path(folder) / RECORD_FILE
+    if not path.is_file():
+        return None
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{str(path)!r} is not valid JSON ({error}); write the folder anew") from error
+    wrong = [key for key, types in RECORD_KEYS.items() if not isinstance(_entry(record, key), types)]
+    if not wrong and not all(isinstance(course, list) for course in record["history"].values()):
+        wrong = ["history"]
+    if wrong:
+        raise ValueError(
+            f"{str(path)!r} is not a record of an erasure ({wrong[0]} is missing or wrong); "
+            "write the folder anew with `fdu erase`"
+        )
+    return record
+
+
+def choose_device(device: str) -> str:
+    """The device to run on; "auto" takes the first accelerator there is.
+
+    Raises:
+        ValueError: there is no such device here.
+    """
+    import torch
+
+    if device == "auto":
+        if torch.cuda.is_available():
+            # One device for each of the processes that accelerate launch or torchrun started.
+            return f"cuda:{os.environ['LOCAL_RANK']}" if "LOCAL_RANK" in os.environ else "cuda"
+        return "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(
+            f"device {device!r} cannot be used ({_first_line(error)}); choose auto or cpu, and see `fdu doctor`"
+        ) from error
+    return device
+
+
+def is_main_process() -> bool:
+    """Whether this process writes the results; it is the only one, or the first that accelerate launch started."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def describe_device(device: str) -> str:
+    """A device in words, for records."""
+    import torch
+
+    if device.startswith("cuda"):
+        return f"{device}: {torch.cuda.get_device_name(device)}"
+    if device == "cpu":
+        threads = torch.get_num_threads()
+        return f"cpu: {torch.backends.cpu.get_cpu_capability()}, {threads} thread{'s' if threads > 1 else ''}"
+    return device
+
+
+def check_dtype(dtype: Dtype, mixed_precision: str) -> str:
+    """The dtype to load the model in; "auto" fits ``mixed_precision``.
+
+    Raises:
+        ValueError: half precision weights without autocast.
+    """
+    if dtype == "auto":
+        return {"no": "float32", "fp16": "float16", "bf16": "bfloat16"}[mixed_precision]
+    if dtype != "float32" and mixed_precision == "no":
+        raise ValueError(f"dtype {dtype} needs mixed_precision fp16 or bf16; add that, or use dtype float32")
+    return dtype
+
+
+def load_model(model: str, dtype: str = "float32", device: str = "cpu") -> DiffusionPipeline:
+    """Load a pipeline.
+
+    Raises:
+        OSError: it cannot be loaded; the first line of the reason.
+    """
+    import torch
+    from diffusers import DiffusionPipeline
+    from safetensors import SafetensorError
+
+    torch_dtype = getattr(torch, dtype)
+    try:
+        if is_embedded(model):
+            from fdu.subjects.digits import load_pipeline
+
+            return load_pipeline(torch_dtype).to(device)
+        return DiffusionPipeline.from_pretrained(model, dtype=torch_dtype).to(device)
+    except (OSError, ValueError, RuntimeError, KeyError, AttributeError, SafetensorError) as error:
+        raise OSError(f"model {model!r} could not be loaded: {_first_line(error)}") from error
+
+
+def load_erased(
+    pipeline: DiffusionPipeline, path: str, device: str = "cpu", dtype: str = "float32"
+) -> DiffusionPipeline:
+    """``pipeline`` with the weights of ``path``, which :func:`check_erased` accepted, or the pipeline in it.
+
+    Raises:
+        OSError: it cannot be loaded; the first line of the reason.
+    """
+    from fdu.storage.readers import load_weights
+
+    if (Path(path) / PIPELINE_FILE).is_file():
+        return load_model(path, dtype, device)
+    try:
+        load_weights(pipeline, path)
+    except (OSError, ValueError, TypeError, RuntimeError, KeyError) as error:
+        raise OSError(f"weights {path!r} could not be loaded: {_first_line(error)}") from error
+    return pipeline
+
+
+def _entry(record: Any, key: str) -> Any:
+    """The entry of nested dicts at a key with dots; None if there is none."""
+    for name in key.split("."):
+        record = record.get(name) if isinstance(record, dict) else None
+    return record
+
+
+def _first_line(error: BaseException) -> str:
+    """The first line of a message, shortened: libraries tell whole stories."""
+    line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return textwrap.shorten(line, 160, placeholder=" ...").rstrip(".")

@@ -1,0 +1,62 @@
+"""Sana: a transformer with linear attention that reads Gemma through cross-attention."""
+
+from __future__ import annotations
+
+import math
+from typing import ClassVar, Literal
+
+import torch
+from diffusers import DiffusionPipeline, SanaTransformer2DModel
+from torch import Tensor
+
+from fdu.models.denoiser import Conditioning, call_default
+from fdu.models.flow import FlowDenoiser
+
+
+class SanaDenoiser(FlowDenoiser):
+    """A SanaTransformer2DModel. Its conditioning holds the attention mask of the prompt, an integer tensor."""
+
+    family = "Sana (a SanaTransformer2DModel)"
+    module_name: ClassVar[Literal["unet", "transformer"]] = "transformer"
+    module_class = SanaTransformer2DModel
+    call_settings: ClassVar = {"use_resolution_binning": False}
+    context_projections = ("attn2.to_k", "attn2.to_v")
+    attention_projections = ("to_q", "to_k", "to_v", "to_out.0")
+
+    @classmethod
+    def check(cls, pipeline: DiffusionPipeline) -> None:
+        super().check(pipeline)
+        if pipeline.transformer.config.guidance_embeds:
+            raise ValueError("pipeline is distilled (Sana Sprint); train the model it was distilled from")
+
+    @property
+    def size_unit(self) -> int:
+        return math.lcm(32, super().size_unit * self.config.patch_size)
+
+    def encode_batch(self, prompts: list[str]) -> Conditioning:
+        embeddings, mask = self._encode(prompts, call_default(self.pipeline, "complex_human_instruction"))
+        if "" in prompts:
+            # The pipeline puts its instruction to Gemma before every prompt but the empty one of guidance.
+            empty = torch.tensor([prompt == "" for prompt in prompts], device=self.device)[:, None]
+            without_embeddings, without_mask = self._encode([""], None)
+            embeddings = embeddings.where(~empty[..., None], without_embeddings)
+            mask = mask.where(~empty, without_mask)
+        return Conditioning({"embeddings": embeddings, "mask": mask})
+
+    def predict(self, noisy: Tensor, indices: Tensor, conditioning: Conditioning) -> Tensor:
+        return self.module(
+            noisy,
+            conditioning.tensors["embeddings"],
+            self.timesteps(indices) * self.config.timestep_scale,
+            encoder_attention_mask=conditioning.tensors["mask"],
+        ).sample
+
+    def _encode(self, prompts: list[str], instruction: list[str] | None) -> tuple[Tensor, Tensor]:
+        embeddings, mask, _, _ = self.pipeline.encode_prompt(
+            prompts,
+            do_classifier_free_guidance=False,
+            device=self.device,
+            max_sequence_length=call_default(self.pipeline, "max_sequence_length"),
+            complex_human_instruction=instruction,
+        )
+        return embeddings, mask

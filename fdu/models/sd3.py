@@ -1,0 +1,56 @@
+"""Stable Diffusion 3 and 3.5: a transformer that attends jointly to image and text (MMDiT)."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from diffusers import DiffusionPipeline, SD3Transformer2DModel
+from torch import Tensor
+
+from fdu.models.denoiser import Conditioning
+from fdu.models.flow import FlowDenoiser
+
+
+class SD3Denoiser(FlowDenoiser):
+    """An SD3Transformer2DModel with two CLIP text encoders and, as in the pipeline, with or without T5."""
+
+    family = "Stable Diffusion 3 (an SD3Transformer2DModel)"
+    module_name: ClassVar[Literal["unet", "transformer"]] = "transformer"
+    module_class = SD3Transformer2DModel
+    parts = ("scheduler", "vae", "tokenizer", "text_encoder", "tokenizer_2", "text_encoder_2")
+    # The text's own keys and values: what attn2.to_k and to_v are to a UNet. ESD trains them, EraseAnything the keys.
+    context_projections = ("attn.add_k_proj", "attn.add_v_proj")
+    attention_projections = (
+        *("to_q", "to_k", "to_v", "to_out.0"),
+        *("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),
+    )
+
+    def __init__(self, pipeline: DiffusionPipeline, resolution: int | None = None) -> None:
+        super().__init__(pipeline, resolution)
+        largest = self.config.pos_embed_max_size * self.size_unit
+        if max(self.height, self.width) > largest:
+            raise ValueError(f"resolution must be at most {largest} pixels for this model, got {resolution}")
+
+    @classmethod
+    def check(cls, pipeline: DiffusionPipeline) -> None:
+        super().check(pipeline)
+        if pipeline.text_encoder_3 is not None and pipeline.tokenizer_3 is None:
+            raise ValueError("pipeline has a text_encoder_3 but no tokenizer_3; load it with both or with neither")
+
+    @property
+    def size_unit(self) -> int:
+        return super().size_unit * self.config.patch_size
+
+    def encode_batch(self, prompts: list[str]) -> Conditioning:
+        embeddings, _, pooled, _ = self.pipeline.encode_prompt(
+            prompts, None, None, device=self.device, do_classifier_free_guidance=False
+        )
+        return Conditioning({"embeddings": embeddings, "pooled": pooled})
+
+    def predict(self, noisy: Tensor, indices: Tensor, conditioning: Conditioning) -> Tensor:
+        return self.module(
+            noisy,
+            conditioning.tensors["embeddings"],
+            conditioning.tensors["pooled"],
+            self.timesteps(indices),
+        ).sample

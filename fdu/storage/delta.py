@@ -1,0 +1,162 @@
+"""The changed weights alone, in one safetensors file: exact on the base that they were trained on, refused on others.
+
+New values are stored, not differences: an addition would round. Of a matrix in which few rows changed, such as the
+token embeddings after one token was trained, only these rows are stored, with their indices.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from diffusers import DiffusionPipeline
+from safetensors.torch import save_file
+from torch import Tensor
+
+from fdu.storage import parts
+from fdu.storage.fingerprint import fingerprint
+
+DELTA_FILE = "delta.safetensors"
+FORMAT_KEY, FORMAT = "fdu_format", "delta 1"
+"""Metadata by which a file is known, with the version of the format."""
+BASE_KEY, FINGERPRINT_KEY = "base", "base_fingerprint"
+ROWS, INDICES = ":rows", ":indices"
+"""What is added to the names of changed rows and their indices; no parameter's name has a colon."""
+BUFFER = "position_ids"
+"""In text encoders of transformers 4; no weight."""
+FEW = 8
+"""Rows are stored by themselves if at most one in so many changed."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Change:
+    """New values of a parameter."""
+
+    name: str
+    """ "attribute.parameter", by the pipeline's own names."""
+    values: Tensor
+    rows: Tensor | None = None
+    """[N] indices of the rows that ``values`` are; None for all."""
+
+
+def write(
+    folder: Path,
+    pipeline: DiffusionPipeline,
+    changed_weights: Mapping[str, tuple[Tensor, Tensor]],
+    base: str,
+    metadata: Mapping[str, str],
+) -> Path:
+    """Write the weights that differ.
+
+    Args:
+        folder: where :data:`DELTA_FILE` goes.
+        pipeline: the pipeline, with the weights after or before the erasure.
+        changed_weights: "attribute.parameter" -> (before, after), in the model's dtype.
+        base: the base model's name, for messages.
+        metadata: of the file, beside what is needed to apply it.
+
+    Raises:
+        ValueError: nothing changed.
+    """
+    tensors = {}
+    for name, (before, after) in changed_weights.items():
+        differs = before != after
+        if not differs.any():
+            continue
+        rows = differs.reshape(len(differs), -1).any(1).nonzero()[:, 0] if differs.ndim else differs
+        if after.ndim >= 2 and FEW * len(rows) <= len(after):
+            tensors[name + ROWS], tensors[name + INDICES] = after[rows], rows
+        else:
+            tensors[name] = after
+    if not tensors:
+        raise ValueError("nothing to save: no weight differs from before")
+    known = {
+        FORMAT_KEY: FORMAT,
+        BASE_KEY: base,
+        FINGERPRINT_KEY: fingerprint(pipeline, {name: before for name, (before, _) in changed_weights.items()}),
+    }
+    path = folder / DELTA_FILE
+    stored = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    save_file(stored, path, {"format": "pt", **metadata, **known})
+    return path
+
+
+def is_delta(metadata: Mapping[str, str]) -> bool:
+    """Whether a file was written here."""
+    return metadata.get(FORMAT_KEY, "").startswith("delta ")
+
+
+def check_version(metadata: Mapping[str, str]) -> None:
+    """Raise ValueError for a version of the format that is not known here."""
+    if metadata[FORMAT_KEY] != FORMAT:
+        raise ValueError(f"the file is a {metadata[FORMAT_KEY]!r}, this version of fdu reads {FORMAT!r}; update fdu")
+
+
+def check_base(pipeline: DiffusionPipeline, metadata: Mapping[str, str]) -> None:
+    """Raise ValueError if a delta was made on another base than the pipeline."""
+    expected, found = metadata.get(FINGERPRINT_KEY, "none"), fingerprint(pipeline)
+    if expected != found:
+        name = pipeline.config.get("_name_or_path") or type(pipeline).__name__
+        raise ValueError(
+            f"the delta was made on {metadata.get(BASE_KEY) or 'a base'} with fingerprint {expected[:16]}, but this "
+            f"pipeline, {name}, has {found[:16]}; load that base in the dtype that it was trained in, without other "
+            "changes, or pass check_base=False to apply it all the same"
+        )
+
+
+def changes(pipeline: DiffusionPipeline, tensors: Mapping[str, Tensor]) -> list[Change]:
+    """The changes that a file's tensors mean, under the pipeline's own names. Nothing is changed yet.
+
+    Args:
+        pipeline: whose weights they are.
+        tensors: new values by parameter, the denoiser's without or all with the pipeline's attribute before it.
+
+    Raises:
+        ValueError: a parameter that the pipeline does not have, or a shape that does not fit.
+    """
+    found = []
+    own = parts.weights(pipeline)
+    by_attribute: dict[str, dict[str, str]] = {}
+    for full in own:
+        attribute, _, name = full.partition(".")
+        by_attribute.setdefault(attribute, {})[name] = full
+    for key, tensor in tensors.items():
+        if key.endswith((INDICES, BUFFER)):
+            continue
+        attribute, name = parts.split(pipeline, key.removesuffix(ROWS))
+        target = parts.find(by_attribute.get(attribute, {}), name)
+        if target is None:
+            raise ValueError(
+                f"the file changes {attribute}.{name}, which this {type(pipeline).__name__} does not have; "
+                "load it on the family of models that it was made for"
+            )
+        rows = tensors.get(key.removesuffix(ROWS) + INDICES) if key.endswith(ROWS) else None
+        _check_shape(target, tensor, own[target], rows)
+        found.append(Change(target, tensor, rows))
+    return found
+
+
+@torch.no_grad()
+def apply(pipeline: DiffusionPipeline, wanted: list[Change], strength: float = 1.0) -> None:
+    """Set the new values; with ``strength`` below or above 1, part of the way or beyond."""
+    own = parts.weights(pipeline)
+    for change in wanted:
+        weight = own[change.name]
+        values = change.values.to(weight)
+        rows = slice(None) if change.rows is None else change.rows.to(weight.device)
+        if strength != 1:
+            values = torch.lerp(weight[rows].float(), values.float(), strength).to(weight)
+        weight[rows] = values
+
+
+def _check_shape(name: str, tensor: Tensor, weight: Tensor, rows: Tensor | None) -> None:
+    expected = weight.shape if rows is None else (len(rows), *weight.shape[1:])
+    if tensor.shape != expected or not tensor.is_floating_point():
+        raise ValueError(
+            f"{name} is {tuple(weight.shape)} here, the file has {tuple(tensor.shape)} of {tensor.dtype}; "
+            "load it on the model that it was made for"
+        )
+    if rows is not None and len(rows) and not 0 <= int(rows.min()) <= int(rows.max()) < len(weight):
+        raise ValueError(f"the file changes rows of {name} beyond its {len(weight)}; it is broken")

@@ -1,0 +1,123 @@
+"""A finished erasure written so that diffusers, ComfyUI and the rest load it: the format, and its files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal
+
+from diffusers import DiffusionPipeline
+from torch import Tensor
+
+from fdu.config import ADAPTER_METHODS
+from fdu.storage import delta, kohya, kohya_names, lora
+from fdu.storage.files import PIPELINE_FILE
+from fdu.storage.merging import merged
+
+Format = Literal["lora", "kohya", "pipeline", "delta"]
+
+
+def choose_format(save_as: str, train_method: str, pipeline: DiffusionPipeline | None = None) -> Format:
+    """The format that ``save_as`` means for a training method; "auto" is what plain diffusers loads in one line.
+
+    Args:
+        save_as: "auto" or a format.
+        train_method: of :class:`fdu.EraseConfig`.
+        pipeline: whose family is to have the format; None does not look at it.
+
+    Raises:
+        ValueError: an unknown format, or one that the method's result, or the family, cannot have.
+    """
+    trains_adapter = train_method in ADAPTER_METHODS
+    has_lora = pipeline is None or hasattr(pipeline, "save_lora_weights")
+    if save_as == "auto":
+        return "lora" if trains_adapter and has_lora else "pipeline"
+    if save_as == "lora" or save_as == "kohya":
+        if save_as == "lora" and not has_lora:
+            raise ValueError(
+                f'save_as "lora": diffusers has no LoRA format for {type(pipeline).__name__}; '
+                'choose save_as "delta" or "pipeline", which merge adapters'
+            )
+        if save_as == "kohya" and pipeline is not None:
+            kohya_names.table(pipeline)
+        if not trains_adapter:
+            raise ValueError(
+                f'save_as "{save_as}" needs an adapter, but train_method "{train_method}" changes the weights '
+                'themselves; choose save_as "delta" (the changed weights alone) or "pipeline", or train_method "lora"'
+            )
+        return "lora" if save_as == "lora" else "kohya"
+    if save_as == "pipeline" or save_as == "delta":
+        return "pipeline" if save_as == "pipeline" else "delta"
+    raise ValueError(f"save_as must be one of auto, lora, kohya, pipeline, delta, got {save_as!r}")
+
+
+def write(
+    folder: str | Path,
+    format: Format,
+    pipeline: DiffusionPipeline,
+    lora_layers: Mapping[str, Mapping[str, Tensor]] | None = None,
+    changed_weights: Mapping[str, tuple[Tensor, Tensor]] | None = None,
+    lora_alpha: float | None = None,
+    base: str = "",
+    metadata: Mapping[str, str] | None = None,
+) -> Path:
+    """Write the erasure that ``pipeline`` carries into an existing folder; returns the file that loads it.
+
+    | format | file | loads with |
+    |---|---|---|
+    | lora | pytorch_lora_weights.safetensors | ``pipeline.load_lora_weights(folder)`` |
+    | kohya | kohya_lora.safetensors | ComfyUI, Forge, AUTOMATIC1111, sd-scripts; diffusers, except SD3 and DoRA |
+    | pipeline | model_index.json and a folder a model | ``DiffusionPipeline.from_pretrained(folder)`` |
+    | delta | delta.safetensors | ``fdu.load_weights(pipeline, folder)`` |
+
+    With "pipeline" and "delta", active adapters are merged in what is written, and only there.
+
+    Args:
+        folder: such as :func:`fdu.storage.output.whole_folder` yields.
+        format: of :func:`choose_format`.
+        pipeline: the pipeline after the training.
+        lora_layers: of :meth:`fdu.training.methods.trainable.Trainable.lora_layers`.
+        changed_weights: of :meth:`fdu.training.methods.trainable.Trainable.changed_weights`.
+        lora_alpha: of every LoRA layer; None means its rank.
+        base: the base model's name, without its place on this machine.
+        metadata: strings for the header of a kohya file or a delta, such as what was erased.
+
+    Raises:
+        ValueError: a format that this result cannot have, or that does not exist for the family; nothing changed.
+        OSError: it cannot be written.
+    """
+    folder, metadata = Path(folder), metadata or {}
+    if format == "lora" or format == "kohya":
+        if not lora_layers:
+            raise ValueError(
+                f'format "{format}" needs LoRA layers, but weights were trained; choose "delta" or "pipeline"'
+            )
+        updates = lora.check(pipeline, lora.from_layers(lora_layers, lora_alpha))
+        if format == "lora":
+            return lora.write(folder, pipeline, updates)
+        return kohya.write(folder, pipeline, updates, metadata)
+    with merged(pipeline) as by_adapters:
+        if format == "delta":
+            changed = dict(changed_weights or {})
+            for name, (before, after) in by_adapters.items():
+                changed[name] = (changed[name][0] if name in changed else before, after)
+            return delta.write(folder, pipeline, changed, base, metadata)
+        pipeline.save_pretrained(folder)
+        _leave_out_places(folder)
+        return folder / PIPELINE_FILE
+
+
+def public_name(name: str) -> str:
+    """A hub id, or the mere name of a local folder: where it lay is nobody's business but its owner's."""
+    return Path(name).resolve().name if name and (Path(name).is_absolute() or Path(name).is_dir()) else name
+
+
+def _leave_out_places(folder: Path) -> None:
+    """Where the models came from is noted in their configs: the names may stay."""
+    for path in folder.rglob("*.json"):
+        content = json.loads(path.read_text(encoding="utf-8"))
+        place = content.get("_name_or_path") if isinstance(content, dict) else None
+        if isinstance(place, str) and public_name(place) != place:
+            content["_name_or_path"] = public_name(place)
+            path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

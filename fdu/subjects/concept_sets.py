@@ -1,0 +1,241 @@
+"""Concept sets: what to draw to judge the erasure of a concept, in text files that anybody can read and replace.
+
+    # Lines that begin with # are for the reader.
+    [target] van gogh
+    a painting of a cornfield in the style of {}
+    # The target once more, in phrasings that the training never saw.
+    [unseen]
+    {} style, a harbour at dusk
+    # What the target is erased towards, and what it is told from.
+    [anchor] painting
+    a painting of a cornfield
+    # Neighbours, to be kept; without prompts of their own they take those of the target.
+    [near] monet
+    [near] salvador dali
+    # An everyday subject, to be kept.
+    [generic] street
+    a photo of a busy street
+    # A subject that has nothing to do with the target.
+    [unrelated] violin
+    a violin on a chair
+
+``{}`` stands for the name of the class, and a name is what an image-text encoder reads. A file with neither generic nor
+unrelated subjects is given those of the package, ``generic.txt`` and ``unrelated.txt``, that it does not name itself.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from fdu.concepts import Concept, read_lines
+
+FOLDER = Path(__file__).parent / "prompts"
+SHARED = ("generic", "unrelated")
+"""The groups that all sets share, each in a file of its name."""
+SECTIONS = ("target", "unseen", "anchor", "near", *SHARED)
+HEADING = re.compile(r"\[([^\]]*)\]\s*(.*)")
+
+
+@dataclasses.dataclass(frozen=True)
+class ConceptSet:
+    """A concept to erase, its anchor, and what is to be kept."""
+
+    target: Concept
+    anchor: Concept
+    unseen: tuple[str, ...] = ()
+    near: tuple[Concept, ...] = ()
+    generic: tuple[Concept, ...] = ()
+    unrelated: tuple[Concept, ...] = ()
+
+    def without(self, names: Iterable[str]) -> ConceptSet:
+        """The set with none of these names among what is to be kept: they were erased, too."""
+        gone = {_folded(name) for name in names}
+        kept: dict[str, Any] = {
+            group: tuple(concept for concept in getattr(self, group) if _folded(concept.name) not in gone)
+            for group in ("near", *SHARED)
+        }
+        return dataclasses.replace(self, **kept)
+
+
+def concept_sets() -> tuple[str, ...]:
+    """The names of the sets in the package: those of concept ablation (Kumari et al. 2023, arXiv 2303.13516)."""
+    return tuple(sorted(path.stem.replace("_", " ") for path in FOLDER.glob("*.txt") if path.stem not in SHARED))
+
+
+def concept_set(name: str | Path) -> ConceptSet:
+    """The set of that name, or in that ``.txt`` file.
+
+    Raises:
+        ValueError: neither a name of a set nor a file, or a file that is no set; the message names the line.
+        FileNotFoundError: there is no such file.
+    """
+    if str(name).endswith(".txt"):
+        return read_set(name)
+    stem = str(name).strip().lower().replace(" ", "_")
+    if stem.replace("_", " ") not in concept_sets():
+        raise ValueError(
+            f"there is no concept set {str(name)!r}; choose one of {', '.join(concept_sets())}, or give a .txt file"
+        )
+    return read_set(FOLDER / f"{stem}.txt")
+
+
+def choose_set(
+    target: str | None, prompts: str | Path | None = None, record: Mapping[str, Any] | None = None
+) -> ConceptSet:
+    """The set to judge an erasure by: the one named, else that of the target's name, else the training's prompts.
+
+    Args:
+        target: what was erased; None: whatever ``prompts`` says.
+        prompts: as :func:`concept_set` takes it, if one was named.
+        record: as :func:`set_of_record` takes it, if the training is recorded.
+
+    Raises:
+        ValueError: ``prompts`` is the set of another target; or there is nothing to judge by.
+    """
+    if prompts is not None:
+        found = concept_set(prompts)
+        if target is not None and _folded(target) != _folded(found.target.name):
+            raise ValueError(
+                f"prompts {str(prompts)!r} is the set of {found.target.name!r}, not of {target!r}; name that target, "
+                "or another set"
+            )
+        return found
+    if target is None:
+        raise ValueError("target is missing; name it, or a concept set")
+    if _folded(target) in concept_sets():
+        return concept_set(target)
+    if record is None:
+        raise ValueError(
+            f"prompts is missing: there is no concept set {target!r} in the package, and no record of a training; "
+            "write a set and give it with --prompts"
+        )
+    return set_of_record(record, target)
+
+
+def read_set(path: str | Path) -> ConceptSet:
+    """Read a file of the form above.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is not text in UTF-8, or a line or section of it cannot be used.
+    """
+    shown = f"concept set {str(path)!r}"
+    found = _sections(path, shown)
+    for section in ("target", "anchor"):
+        if len(found[section]) != 1:
+            raise ValueError(f"{shown} must hold one section [{section}], got {len(found[section])}")
+    (target,), (anchor,) = found["target"], found["anchor"]
+    kept = {group: found[group] for group in ("near", *SHARED)}
+    if not any(kept[group] for group in SHARED):
+        own = {_folded(concept.name) for concept in (target, anchor, *kept["near"])}
+        kept |= {group: [one for one in shared_concepts(group) if _folded(one.name) not in own] for group in SHARED}
+    named = [concept.name for concepts in ([target, anchor], *kept.values()) for concept in concepts]
+    unnamed = not all(named)
+    folded = [_folded(name) for name in named]
+    twice = sorted({name for name in named if folded.count(_folded(name)) > 1})
+    if unnamed or twice:
+        raise ValueError(f"{shown} " + ("has a section without a name" if unnamed else f"names {twice[0]!r} twice"))
+    concepts = {
+        group: tuple(Concept(concept.name, _filled(concept, target, shown)) for concept in members)
+        for group, members in {"target": [target], "anchor": [anchor], **kept}.items()
+    }
+    unseen = tuple(prompt for section in found["unseen"] for prompt in section.prompts)
+    return ConceptSet(
+        target=concepts["target"][0],
+        anchor=concepts["anchor"][0],
+        unseen=tuple(prompt.replace("{}", target.name) for prompt in unseen),
+        near=concepts["near"],
+        generic=concepts["generic"],
+        unrelated=concepts["unrelated"],
+    )
+
+
+def shared_concepts(group: str) -> tuple[Concept, ...]:
+    """The everyday ("generic") or "unrelated" subjects of the package."""
+    found = _sections(FOLDER / f"{group}.txt", group)[group]
+    return tuple(Concept(one.name, tuple(prompt.replace("{}", one.name) for prompt in one.prompts)) for one in found)
+
+
+def set_of_record(record: Mapping[str, Any], target: str) -> ConceptSet:
+    """A set for what ``fdu erase`` noted: the prompts of the training, and the subjects of the package; no neighbours.
+
+    Args:
+        record: as :meth:`fdu.ErasureResult.record` makes it.
+        target: which of the erased concepts.
+
+    Raises:
+        ValueError: it was not erased, its anchor has no name, of several concepts no prompt names it, or the numbers
+            of prompts differ.
+    """
+    anchors = dict(record.get("concepts") or [[record["target"]["name"], record["anchor"]["name"]]])
+    if target not in anchors:
+        raise ValueError(f"target {target!r} was not erased; the record names {', '.join(anchors)}")
+    sides = [record[side]["prompts"] for side in ("target", "anchor")]
+    if len(sides[0]) != len(sides[1]):
+        raise ValueError(
+            f"the record is damaged: {len(sides[0])} prompts of the target and {len(sides[1])} of the anchor; erase "
+            "anew, or give a concept set with --prompts"
+        )
+    pairs = list(zip(*sides, strict=True))
+    if len(anchors) > 1:
+        longer = [name for name in anchors if name != target and _names(name, target)]
+        own = [_names(pair[0], target) and not any(_names(pair[0], name) for name in longer) for pair in pairs]
+        pairs = list(itertools.compress(pairs, own))
+    if not anchors[target] or not pairs:
+        what = f"no prompt names {target!r}" if anchors[target] else f"the anchor of {target!r} has no name"
+        raise ValueError(f"the record gives nothing to judge by, since {what}; add a concept set with --prompts")
+    prompts = [tuple(dict.fromkeys(pair[side] for pair in pairs)) for side in (0, 1)]
+    taken = {_folded(target), _folded(anchors[target])}
+    generic, unrelated = (
+        tuple(concept for concept in shared_concepts(group) if _folded(concept.name) not in taken) for group in SHARED
+    )
+    return ConceptSet(
+        Concept(target, prompts[0]), Concept(anchors[target], prompts[1]), generic=generic, unrelated=unrelated
+    )
+
+
+def _names(text: str, name: str) -> bool:
+    """Whether a text holds a name as words of its own."""
+    return re.search(rf"(?<!\w){re.escape(name)}(?!\w)", text, re.IGNORECASE) is not None
+
+
+def _folded(name: str) -> str:
+    """A name as names are compared."""
+    return name.strip().casefold()
+
+
+def _sections(path: str | Path, shown: str) -> dict[str, list[Concept]]:
+    """The sections of a file by their kind, prompts as they stand."""
+    sections: list[tuple[str, str, list[str]]] = []
+    for number, line in read_lines(path):
+        heading = HEADING.fullmatch(line)
+        if heading:
+            section = heading[1].strip()
+            if section not in SECTIONS:
+                raise ValueError(f"{shown}, line {number}: [{section}] is none of {', '.join(SECTIONS)}")
+            sections.append((section, heading[2], []))
+        elif line.startswith("["):
+            raise ValueError(f"{shown}, line {number}: {line!r} lacks the ] of a section, such as [target] name")
+        elif not sections:
+            raise ValueError(f"{shown}, line {number}: a prompt stands before the first section, such as [target] name")
+        else:
+            sections[-1][2].append(line)
+    found: dict[str, list[Concept]] = {section: [] for section in SECTIONS}
+    for section, name, prompts in sections:
+        found[section].append(Concept(name, tuple(prompts)))
+    return found
+
+
+def _filled(concept: Concept, target: Concept, shown: str) -> tuple[str, ...]:
+    """The prompts of a section, or those of the target in its stead, with the name in its place."""
+    prompts = concept.prompts or tuple(prompt for prompt in target.prompts if "{}" in prompt)
+    if not prompts:
+        raise ValueError(
+            f"{shown}: {concept.name!r} has no prompts, and those of the target do not hold {{}} to put the name into"
+        )
+    return tuple(prompt.replace("{}", concept.name) for prompt in prompts)

@@ -1,0 +1,176 @@
+"""The embedded pipeline: a real latent text-to-image pipeline of handwritten digits in coloured ink, and its judge.
+
+An ordinary diffusers ``StableDiffusionPipeline`` folder of 3 MB, trained from scratch by ``train.py`` on scikit-learn's
+handwritten digits, for demonstrations, tests and studies that run anywhere in a minute.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from diffusers import StableDiffusionPipeline
+from safetensors.torch import load_file
+from torch import Tensor
+
+from fdu.concepts import Concept
+from fdu.config import EraseConfig
+from fdu.evaluation import Judge, Probe
+from fdu.evaluation.features import ModuleFeatures
+from fdu.subjects.digits.classifier import FEATURES as CLASSIFIER_FEATURES
+from fdu.subjects.digits.classifier import LAYERS as CLASSIFIER_LAYERS
+from fdu.subjects.digits.classifier import DigitClassifier
+from fdu.subjects.digits.vocabulary import (
+    DIGIT_NOUNS,
+    DIGITS,
+    FRAMES,
+    GENERIC_NOUNS,
+    INKS,
+    MEDIA,
+    medium_phrases,
+    prompt,
+)
+
+DATA = Path(__file__).parent / "data"
+PIPELINE_FOLDER = DATA / "pipeline"
+
+SUPERCLASS = "digit"
+"""The anchor that names no digit and no ink."""
+SEEN_FRAMES, UNSEEN_FRAMES = FRAMES[:4], FRAMES[4:]
+SEEN_NOUNS, UNSEEN_NOUNS = DIGIT_NOUNS[:3], DIGIT_NOUNS[3:]
+SUPERCLASS_NOUNS = GENERIC_NOUNS[:3]
+"""Phrasings that erasures train on, others of the vocabulary that they never see, and the superclass's own."""
+
+
+NOTES = (
+    "The images come from the pipeline that is embedded in fdu, trained from scratch on the handwritten digits of "
+    "scikit-learn (E. Alpaydin and C. Kaynak, Optical Recognition of Handwritten Digits, UCI Machine Learning "
+    "Repository, CC BY 4.0), inked in one of four colours. The judge is a classifier trained on the real digits alone.",
+    "The text embeddings of this small pipeline are far more separable than those of a real CLIP, so a concept can be "
+    "erased here with less harm to its neighbours than in Stable Diffusion. Take these figures as a demonstration of "
+    "the method and a check of the installation, not as a measure of what it does to a large model.",
+)
+"""What a reader of results on the embedded pipeline has to know."""
+JUDGE = "embedded classifier"
+
+
+def load_pipeline(dtype: torch.dtype = torch.float32) -> StableDiffusionPipeline:
+    """The pipeline, on the CPU."""
+    return StableDiffusionPipeline.from_pretrained(PIPELINE_FOLDER, dtype=dtype)
+
+
+def load_classifier() -> DigitClassifier:
+    """The judge, which learnt from real digits and never saw the pipeline."""
+    classifier = DigitClassifier()
+    classifier.load_state_dict(load_file(DATA / "classifier.safetensors"))
+    return classifier.eval().requires_grad_(False)
+
+
+def judges() -> dict[str, Judge]:
+    """The judge of "digit" and the judge of "medium"."""
+    classifier = load_classifier()
+
+    def judge_digit(images: Tensor) -> list[str]:
+        return [DIGITS[index] for index in classifier(images)[0].argmax(1)]
+
+    def judge_medium(images: Tensor) -> list[str]:
+        return [MEDIA[index] for index in classifier(images)[1].argmax(1)]
+
+    return {"digit": judge_digit, "medium": judge_medium}
+
+
+def features() -> ModuleFeatures:
+    """The judge's penultimate features, of shape and colour, with the outputs of its convolutional blocks as layers."""
+    return ModuleFeatures(load_classifier(), CLASSIFIER_LAYERS, CLASSIFIER_FEATURES, JUDGE, 256)
+
+
+def _closest(name: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def concepts(target: str, anchor: str) -> tuple[Concept, Concept]:
+    """Target and anchor in the words of the pipeline, prompts aligned.
+
+    Args:
+        target: a digit ("three") or an ink ("red").
+        anchor: another digit or ink, or "digit": the superclass, which names neither digit nor ink.
+
+    Raises:
+        ValueError: a name the pipeline does not know, or an anchor that does not go with the target.
+    """
+    kind = DIGITS if target in DIGITS else INKS
+    if target not in kind:
+        names = f"a digit ({', '.join(DIGITS)}) or an ink ({', '.join(INKS)})"
+        raise ValueError(f"target must be {names}, got {target!r}{_closest(target, (*DIGITS, *INKS))}")
+    if anchor != SUPERCLASS and anchor not in kind:
+        hint = _closest(anchor, (SUPERCLASS, *kind))
+        raise ValueError(f"anchor must be {SUPERCLASS!r} or one of {', '.join(kind)}, got {anchor!r}{hint}")
+    if anchor == target:
+        raise ValueError(f"target and anchor are the same, {target!r}; choose another anchor, such as {SUPERCLASS!r}")
+    return Concept(target, _prompts(target, target)), Concept(anchor, _prompts(target, anchor))
+
+
+def preserved(*targets: str) -> tuple[str, ...]:
+    """Prompts to keep when ``targets`` are erased: the superclass, and the neighbours of the targets' own kinds."""
+    digits = [digit for digit in DIGITS if digit not in targets]
+    media = [medium for medium in MEDIA if medium not in targets]
+    neighbours = []
+    if len(digits) < len(DIGITS):
+        neighbours += [prompt(SEEN_NOUNS[1].format(digit)) for digit in digits]
+    if len(media) < len(MEDIA):
+        phrases = [medium_phrases(medium)[0] for medium in media]
+        nouns = [SEEN_NOUNS[1].format(digit) for digit in digits]
+        neighbours += [prompt(noun, medium_phrase=phrase) for noun in nouns for phrase in phrases]
+    return tuple(dict.fromkeys((*(prompt(noun) for noun in SUPERCLASS_NOUNS), *neighbours)))
+
+
+def with_preserved(config: EraseConfig, *targets: str) -> EraseConfig:
+    """The settings with the pipeline's own prompts to keep, unless they name some."""
+    if config.preservation_prompts:
+        return config
+    return dataclasses.replace(config, preservation_prompts=preserved(*targets))
+
+
+def probes(target: str, *others: str) -> list[Probe]:
+    """What to draw to judge the erasure of ``target``: itself, seen and unseen, its kind, and the other kind.
+
+    ``others`` were erased as well, and are neither to be retained nor lost.
+    """
+    judge = judges()
+    digit_erased = target in DIGITS
+    kinds = {"digit": DIGITS, "medium": INKS}
+    own, other = ("digit", "medium") if digit_erased else ("medium", "digit")
+    retained = [name for name in kinds[own] if name not in (target, *others)]
+    cross_domain = [name for name in kinds[other] if name not in others]
+    return [
+        Probe(target, _prompts(target, target), "target", judge[own]),
+        Probe(target, _unseen_prompts(target), "unseen", judge[own]),
+        *(Probe(name, _prompts(name, name), "retained", judge[own]) for name in retained),
+        *(Probe(name, _prompts(name, name), "cross_domain", judge[other]) for name in cross_domain),
+    ]
+
+
+def _prompts(target: str, name: str) -> tuple[str, ...]:
+    """The seen phrasings of ``target``, with ``name`` in its place."""
+    if target in DIGITS:
+        nouns = SUPERCLASS_NOUNS if name == SUPERCLASS else tuple(noun.format(name) for noun in SEEN_NOUNS)
+        phrases = ("", *(medium_phrases(ink)[0] for ink in INKS))
+    else:
+        nouns = ("a digit", *(SEEN_NOUNS[2].format(digit) for digit in DIGITS))
+        phrases = ("",) if name == SUPERCLASS else medium_phrases(name)[:1]
+    return tuple(prompt(noun, frame, phrase) for frame in SEEN_FRAMES for noun in nouns for phrase in phrases)
+
+
+def _unseen_prompts(target: str) -> tuple[str, ...]:
+    """Phrasings of ``target`` that share no frame and no noun, or no ink phrase, with the seen ones."""
+    if target in DIGITS:
+        nouns = tuple(noun.format(target) for noun in UNSEEN_NOUNS)
+        phrases = ("", *(medium_phrases(ink)[1] for ink in INKS))
+    else:
+        nouns = ("a number", *(UNSEEN_NOUNS[0].format(digit) for digit in DIGITS))
+        phrases = medium_phrases(target)[1:]
+    return tuple(prompt(noun, frame, phrase) for frame in UNSEEN_FRAMES for noun in nouns for phrase in phrases)

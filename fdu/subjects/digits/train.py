@@ -1,0 +1,390 @@
+"""Train the embedded pipeline and its judge from scratch: ``python -m fdu.subjects.digits.train --out FOLDER``.
+
+About half an hour on one CPU core, and one is all it uses: with more the sums round otherwise, and so do the weights.
+Needs scikit-learn. The stages: judge, autoencoder, then text encoder and denoiser together. Each starts from the seed
+by itself and from the files of the stages before it, so one can be repeated alone; a measurement of what is stored ends
+the run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+import transformers
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from tqdm import tqdm
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from fdu.storage.versions import versions
+from fdu.subjects.digits.classifier import DigitClassifier
+from fdu.subjects.digits.handwriting import draw, jitter, load_glyphs, strength
+from fdu.subjects.digits.tokenizer import END, START, learn_tokenizer, save_vocabulary
+from fdu.subjects.digits.vocabulary import (
+    DIGIT_NOUNS,
+    DIGITS,
+    FRAMES,
+    GENERIC_NOUNS,
+    MEDIA,
+    corpus,
+    medium_phrases,
+    prompt,
+)
+
+MAX_TOKENS = 16
+PIPELINE_FOLDER, CLASSIFIER_FILE = "pipeline", "classifier.safetensors"
+GUIDANCE = 3.0
+EMPTY_SHARE, GENERIC_SHARE, MEDIUM_NAMED_SHARE = 0.12, 0.20, 0.60
+AVERAGE_DECAY = 0.99
+"""Of the moving average of the weights. With 0.999 a twentieth of the result would be the weights of step 1, which pull
+all samples towards their mean: a generic prompt then draws hardly any red, and hardly a one."""
+UNNAMED_MEDIA = torch.tensor([0.05, 0.05, 0.05, 0.05, 0.8])
+"""How often each medium of MEDIA is drawn when a prompt names none: mostly pencil."""
+
+
+def optimise(
+    parameters: Iterator[nn.Parameter], steps: int, learning_rate: float, what: str
+) -> Iterator[torch.optim.Optimizer]:
+    """Yield an AdamW optimizer ``steps`` times; after each, clip to norm 1 and step with warm-up and cosine decay."""
+    trained = list(parameters)
+    optimizer = torch.optim.AdamW(trained, lr=learning_rate, weight_decay=1e-2)
+    schedule = transformers.get_cosine_schedule_with_warmup(optimizer, min(100, steps // 10), steps)
+    for _ in tqdm(range(steps), desc=what):
+        optimizer.zero_grad(set_to_none=True)
+        yield optimizer
+        nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        schedule.step()
+
+
+def train_classifier(steps: int, generator: torch.Generator) -> DigitClassifier:
+    """The judge. It sees real digits only, jittered, softened and with noise."""
+    classifier = DigitClassifier().train()
+    glyphs, labels = load_glyphs(test=False)
+    for _ in optimise(classifier.parameters(), steps, 3e-3, "judge"):
+        chosen = torch.randint(len(labels), (128,), generator=generator)
+        media = torch.randint(len(MEDIA), (128,), generator=generator)
+        images = draw(jitter(glyphs[chosen], generator, degrees=12, scale=0.12, shift=0.06), media)
+        softened = F.avg_pool2d(F.pad(images, (1,) * 4, mode="replicate"), 3, stride=1)
+        blur = torch.rand(128, 1, 1, 1, generator=generator) * 0.7
+        images = images.lerp(softened, blur) + 0.05 * torch.randn(images.shape, generator=generator)
+        digit_logits, medium_logits = classifier(images.clamp(0, 1))
+        (F.cross_entropy(digit_logits, labels[chosen]) + F.cross_entropy(medium_logits, media)).backward()
+    return classifier.eval()
+
+
+@torch.no_grad()
+def held_out_accuracy(classifier: DigitClassifier) -> dict[str, float]:
+    """The judge's accuracy on real digits that neither it nor the pipeline was trained on."""
+    glyphs, labels = load_glyphs(test=True)
+    media = torch.arange(len(labels)) % len(MEDIA)
+    digit_logits, medium_logits = classifier(draw(glyphs, media))
+    return {
+        "digit": (digit_logits.argmax(1) == labels).float().mean().item(),
+        "medium": (medium_logits.argmax(1) == media).float().mean().item(),
+    }
+
+
+def train_autoencoder(steps: int, generator: torch.Generator) -> AutoencoderKL:
+    """A 32x32x3 to 8x8x4 autoencoder whose latents have mean 0 and standard deviation 1 in every channel."""
+    autoencoder = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=(16, 32, 32),
+        norm_num_groups=8,
+        mid_block_add_attention=False,
+        sample_size=32,
+        scaling_factor=1.0,
+    )
+    glyphs, labels = load_glyphs(test=False)
+    for _ in optimise(autoencoder.parameters(), steps, 2e-3, "autoencoder"):
+        chosen = torch.randint(len(labels), (64,), generator=generator)
+        media = torch.randint(len(MEDIA), (64,), generator=generator)
+        images = draw(jitter(glyphs[chosen], generator), media) * 2 - 1
+        posterior = autoencoder.encode(images).latent_dist
+        decoded = autoencoder.decode(posterior.sample(generator)).sample
+        (
+            (decoded - images).abs().mean() + (decoded - images).square().mean() + 1e-4 * posterior.kl().mean() / 256
+        ).backward()
+    autoencoder.eval().requires_grad_(False)
+    standardise_latents(autoencoder, encode(autoencoder, draw_all_media(glyphs).flatten(0, 1)))
+    return autoencoder
+
+
+def standardise_latents(autoencoder: AutoencoderKL, latents: Tensor) -> None:
+    """Fold the mean and standard deviation of each latent channel into the two 1x1 convolutions around the latents."""
+    mean, deviation = latents.mean((0, 2, 3)), latents.std((0, 2, 3))
+    encode_convolution, decode_convolution = autoencoder.quant_conv, autoencoder.post_quant_conv
+    channels = len(mean)
+    decode_convolution.bias += decode_convolution.weight[:, :, 0, 0] @ mean
+    decode_convolution.weight *= deviation[None, :, None, None]
+    encode_convolution.weight[:channels] /= deviation[:, None, None, None]
+    encode_convolution.bias[:channels] = (encode_convolution.bias[:channels] - mean) / deviation
+    encode_convolution.bias[channels:] -= 2 * deviation.log()
+
+
+def draw_all_media(glyphs: Tensor) -> Tensor:
+    """Glyphs [N, 1, H, W] in every medium: images [media, N, 3, H, W] in [0, 1]."""
+    return torch.stack([draw(glyphs, torch.full((len(glyphs),), medium)) for medium in range(len(MEDIA))])
+
+
+@torch.no_grad()
+def encode(autoencoder: AutoencoderKL, images: Tensor) -> Tensor:
+    """The mean latents [N, 4, 8, 8] of images [N, 3, 32, 32] in [0, 1]."""
+    return torch.cat([autoencoder.encode(batch * 2 - 1).latent_dist.mean for batch in images.split(256)])
+
+
+class PromptSampler:
+    """Draws training prompts and the (digit, medium) that each one asks for."""
+
+    def __init__(self, tokenizer: CLIPTokenizer, generator: torch.Generator) -> None:
+        self.tokenizer, self.generator = tokenizer, generator
+
+    def choose(self, options: tuple[str, ...]) -> str:
+        return options[int(torch.randint(len(options), (), generator=self.generator))]
+
+    def tokens(self, prompts: list[str]) -> Tensor:
+        encoded = self.tokenizer(
+            prompts, padding="max_length", truncation=True, max_length=MAX_TOKENS, return_tensors="pt"
+        )
+        return encoded.input_ids
+
+    def batch(self, size: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Token ids [size, 16], digits [size] and media [size]."""
+        digits = torch.randint(len(DIGITS), (size,), generator=self.generator)
+        named = torch.rand(size, generator=self.generator) < MEDIUM_NAMED_SHARE
+        kind = torch.rand(size, generator=self.generator)
+        named &= kind >= EMPTY_SHARE
+        media = torch.where(
+            named,
+            torch.randint(len(MEDIA), (size,), generator=self.generator),
+            torch.multinomial(UNNAMED_MEDIA, size, replacement=True, generator=self.generator),
+        )
+        prompts = []
+        for digit, medium, is_named, share in zip(digits, media, named, kind, strict=True):
+            noun = self.choose(DIGIT_NOUNS).format(DIGITS[digit])
+            if share < EMPTY_SHARE + GENERIC_SHARE:
+                noun = self.choose(GENERIC_NOUNS)
+            phrase = self.choose(medium_phrases(MEDIA[medium])) if is_named else ""
+            prompts.append("" if share < EMPTY_SHARE else prompt(noun, self.choose(FRAMES), phrase))
+        return self.tokens(prompts), digits, media
+
+    def siblings(self) -> list[Tensor]:
+        """Token ids of one phrasing with every digit, and of one with every medium."""
+        noun, frame, digit = self.choose(DIGIT_NOUNS), self.choose(FRAMES), self.choose(DIGITS)
+        phrase = self.choose(("", *(p for m in MEDIA for p in medium_phrases(m))))
+        position = int(torch.randint(len(medium_phrases(MEDIA[0])), (), generator=self.generator))
+        return [
+            self.tokens([prompt(noun.format(other), frame, phrase) for other in DIGITS]),
+            self.tokens([prompt(noun.format(digit), frame, medium_phrases(other)[position]) for other in MEDIA]),
+        ]
+
+
+def overlap(text_encoder: CLIPTextModel, tokens: Tensor) -> Tensor:
+    """Mean squared cosine between the embeddings of sibling prompts, from the first position where they differ.
+
+    Without this term the ten digits end up at cosine 0.8 to 0.98 of each other, and no digit could be erased alone.
+    """
+    first = int((tokens != tokens[:1]).any(0).nonzero()[0])
+    states = F.normalize(text_encoder(tokens).last_hidden_state[:, first:].flatten(1), dim=1)
+    cosines = states @ states.T
+    return (cosines.square().sum() - cosines.diagonal().square().sum()) / (len(tokens) * (len(tokens) - 1))
+
+
+def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
+    """A two-layer CLIP text encoder, its token embeddings far apart from the start."""
+    text_encoder = CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=64,
+            intermediate_size=128,
+            projection_dim=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=MAX_TOKENS,
+            bos_token_id=tokenizer.convert_tokens_to_ids(START),
+            eos_token_id=tokenizer.convert_tokens_to_ids(END),
+            pad_token_id=tokenizer.convert_tokens_to_ids(END),
+        )
+    )
+    nn.init.normal_(text_encoder.get_input_embeddings().weight, std=1.0)
+    return text_encoder
+
+
+def build_denoiser() -> UNet2DConditionModel:
+    """A two-level UNet over 8x8x4 latents with cross-attention at both levels."""
+    return UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(32, 64),
+        layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock2D",) * 2,
+        up_block_types=("CrossAttnUpBlock2D",) * 2,
+        cross_attention_dim=64,
+        attention_head_dim=16,
+        norm_num_groups=8,
+    )
+
+
+def train_denoiser(
+    autoencoder: AutoencoderKL, tokenizer: CLIPTokenizer, steps: int, generator: torch.Generator
+) -> tuple[CLIPTextModel, UNet2DConditionModel, DDIMScheduler]:
+    """Text encoder and denoiser together, epsilon prediction, exponential moving average of the weights."""
+    scheduler = DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+    )
+    models = nn.ModuleDict({"text_encoder": build_text_encoder(tokenizer), "unet": build_denoiser()}).train()
+    average = AveragedModel(models, multi_avg_fn=get_ema_multi_avg_fn(AVERAGE_DECAY))
+
+    glyphs, labels = load_glyphs(test=False)
+    members = [(labels == digit).nonzero()[:, 0] for digit in range(len(DIGITS))]
+    a_digit = 400
+    chosen = torch.cat([own[torch.randint(len(own), (a_digit,), generator=generator)] for own in members])
+    images = draw_all_media(jitter(glyphs[chosen], generator))
+    latents = torch.stack([encode(autoencoder, medium) for medium in images])
+
+    prompts = PromptSampler(tokenizer, generator)
+    for _ in optimise(models.parameters(), steps, 1.5e-3, "denoiser"):
+        tokens, digits, media = prompts.batch(64)
+        copies = torch.randint(a_digit, (64,), generator=generator)
+        clean = latents[media, digits * a_digit + copies]
+        noise = torch.randn(clean.shape, generator=generator)
+        timesteps = torch.randint(len(scheduler.alphas_cumprod), (64,), generator=generator)
+        noisy = scheduler.add_noise(clean, noise, timesteps)
+        states = models["text_encoder"](tokens).last_hidden_state
+        predicted = models["unet"](noisy, timesteps, states).sample
+        separation = sum(overlap(models["text_encoder"], siblings) for siblings in prompts.siblings())
+        (F.mse_loss(predicted, noise) + 0.05 * separation).backward()
+        average.update_parameters(models)
+    trained = cast(nn.ModuleDict, average.module.eval().requires_grad_(False))
+    return cast(CLIPTextModel, trained["text_encoder"]), cast(UNet2DConditionModel, trained["unet"]), scheduler
+
+
+def measure(pipeline: StableDiffusionPipeline, classifier: DigitClassifier, a_class: int, seed: int) -> dict[str, Any]:
+    """The share of samples that the judge, and a support vector machine, call what the prompt asked for."""
+    from sklearn.svm import SVC
+
+    def shrink(glyphs: Tensor) -> Tensor:
+        return F.interpolate(strength(1 - glyphs.expand(-1, 3, -1, -1)), size=8, mode="area").flatten(1)
+
+    glyphs, labels = load_glyphs(test=False)
+    machine = SVC(C=10).fit(shrink(glyphs).numpy(), labels.numpy())
+    pipeline.set_progress_bar_config(disable=True)
+    right, agreed, inks = [], [], []
+    for index, digit in enumerate(tqdm(DIGITS, desc="samples of each digit")):
+        images = sample(pipeline, prompt(f"the digit {digit}"), a_class, seed)
+        right.append((classifier(images)[0].argmax(1) == index).float().mean().item())
+        agreed.append(float((machine.predict(shrink(1 - images.amin(1, keepdim=True)).numpy()) == index).mean()))
+    for index, medium in enumerate(tqdm(MEDIA, desc="samples of each medium")):
+        images = sample(pipeline, prompt("a digit", medium_phrase=medium_phrases(medium)[0]), a_class, seed)
+        inks.append((classifier(images)[1].argmax(1) == index).float().mean().item())
+    digit_logits, medium_logits = classifier(sample(pipeline, prompt("a digit"), 4 * a_class, seed))
+    return {
+        "images_per_class": a_class,
+        "guidance_scale": GUIDANCE,
+        "digit_accuracy": sum(right) / len(right),
+        "digit_accuracy_by_svm": sum(agreed) / len(agreed),
+        "per_digit": dict(zip(DIGITS, right, strict=True)),
+        "per_medium": dict(zip(MEDIA, inks, strict=True)),
+        "digits_of_generic_prompt": torch.bincount(digit_logits.argmax(1), minlength=10).div(4 * a_class).tolist(),
+        "media_of_generic_prompt": torch.bincount(medium_logits.argmax(1), minlength=5).div(4 * a_class).tolist(),
+    }
+
+
+@torch.no_grad()
+def sample(pipeline: StableDiffusionPipeline, text: str, count: int, seed: int) -> Tensor:
+    """Images [count, 3, 32, 32] in [0, 1] of one prompt."""
+    generator = torch.Generator().manual_seed(seed)
+    return pipeline(
+        text,
+        num_images_per_prompt=count,
+        guidance_scale=GUIDANCE,
+        num_inference_steps=20,
+        generator=generator,
+        output_type="pt",
+    ).images
+
+
+def judge_stage(options: argparse.Namespace, generator: torch.Generator) -> None:
+    """Write FOLDER/classifier.safetensors."""
+    classifier = train_classifier(options.judge_steps, generator)
+    save_file(classifier.state_dict(), options.out / CLASSIFIER_FILE)
+
+
+def autoencoder_stage(options: argparse.Namespace, generator: torch.Generator) -> None:
+    """Write FOLDER/pipeline/vae."""
+    autoencoder = train_autoencoder(options.autoencoder_steps, generator)
+    autoencoder.to(torch.float16).save_pretrained(options.out / PIPELINE_FOLDER / "vae")
+
+
+def denoiser_stage(options: argparse.Namespace, generator: torch.Generator) -> None:
+    """Write FOLDER/pipeline, with the autoencoder that is in it."""
+    folder = options.out / PIPELINE_FOLDER
+    autoencoder = AutoencoderKL.from_pretrained(folder / "vae", torch_dtype=torch.float32)
+    autoencoder.register_to_config(_name_or_path="")
+    tokenizer = learn_tokenizer(corpus(), MAX_TOKENS)
+    text_encoder, unet, scheduler = train_denoiser(autoencoder, tokenizer, options.denoiser_steps, generator)
+    pipeline = StableDiffusionPipeline(
+        vae=autoencoder,
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        unet=unet,
+        scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipeline.to(dtype=torch.float16).save_pretrained(folder)
+    save_vocabulary(tokenizer, folder / "tokenizer")
+
+
+STAGES = {"judge": judge_stage, "autoencoder": autoencoder_stage, "denoiser": denoiser_stage}
+
+
+def main() -> None:
+    """Run the stages asked for, then measure what is stored and write FOLDER/quality.json."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "data")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--judge_steps", type=int, default=1000)
+    parser.add_argument("--autoencoder_steps", type=int, default=2000)
+    parser.add_argument("--denoiser_steps", type=int, default=3000)
+    parser.add_argument("--images_per_class", type=int, default=100, help="samples a class for the measurement")
+    parser.add_argument("--stages", nargs="*", choices=STAGES, default=list(STAGES), help="none: measure only")
+    options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(1)
+    for stage in options.stages:
+        torch.manual_seed(options.seed)
+        STAGES[stage](options, torch.Generator().manual_seed(options.seed))
+
+    pipeline = StableDiffusionPipeline.from_pretrained(options.out / PIPELINE_FOLDER, dtype=torch.float32)
+    classifier = DigitClassifier()
+    classifier.load_state_dict(load_file(options.out / CLASSIFIER_FILE))
+    classifier.eval().requires_grad_(False)
+    record = {
+        "options": {key: value for key, value in vars(options).items() if key not in ("out", "stages")},
+        "judge_on_held_out_digits": held_out_accuracy(classifier),
+        "pipeline": measure(pipeline, classifier, options.images_per_class, options.seed),
+        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
+        "versions": versions(),
+    }
+    (options.out / "quality.json").write_text(json.dumps(record, indent=1) + "\n")
+    print(json.dumps(record, indent=1))
+
+
+if __name__ == "__main__":
+    main()

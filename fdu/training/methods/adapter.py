@@ -1,0 +1,225 @@
+"""Low-rank adapters: LoRA and DoRA through peft, beside adapters that the pipeline may carry already."""
+
+from __future__ import annotations
+
+import itertools
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.loaders import PeftAdapterMixin
+from diffusers.utils import convert_state_dict_to_diffusers
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import get_peft_model_state_dict
+from peft.utils.integrations import dequantize_module_weight
+from torch import Tensor, nn
+
+from fdu.storage import parts
+from fdu.training.methods.trainable import Trainable
+
+ADAPTER_NAME = "fdu"
+"""The adapter's name in the pipeline; if that is taken, fdu_2, fdu_3, ..."""
+MARK = "_hf_peft_config_loaded"
+"""What diffusers sets on a model with adapters, and sees none without."""
+
+
+class LayerState(NamedTuple):
+    """What a peft layer computed before the erasure."""
+
+    active: list[str]
+    disabled: bool
+    merged: list[str]
+
+    @property
+    def applied(self) -> list[str]:
+        """The adapters that it added to its base layer; peft adds none where one is fused."""
+        return [] if self.disabled or self.merged else self.active
+
+
+class Adapter(Trainable):
+    """Low-rank adapters on linear layers (LoRA: Hu et al. 2022, arXiv 2106.09685; DoRA: Liu et al. 2024, arXiv
+    2402.09353).
+
+    Switching them on and off changes which names peft finds active, and no tensor: under torch.compile that is one
+    graph for the trained and one for the frozen module.
+
+    A fused former adapter stays in the weights. As long as this erasure is in place, peft knows nothing of the fusing:
+    unfuse it before the erasure or after :meth:`remove`.
+    """
+
+    trains_text = False
+
+    def __init__(
+        self,
+        pipeline: DiffusionPipeline,
+        attribute: str,
+        layers: Sequence[str],
+        *,
+        rank: int,
+        lora_alpha: float,
+        dora: bool,
+    ) -> None:
+        super().__init__(pipeline)
+        self.attribute = attribute
+        self.module: Any = getattr(pipeline, attribute)
+        self.name = _fresh_name(pipeline)
+        known = set(self.module.modules())
+        self.marked = MARK in vars(self.module)
+        former = _tuner_layers(self.module)
+        for layer in former:
+            if layer.merged and layer.disable_adapters:
+                layer.unmerge()  # as its next forward pass would
+        self.before = {
+            layer: LayerState(list(layer.active_adapters), layer.disable_adapters, list(layer.merged_adapters))
+            for layer in former
+        }
+        for layer in former:
+            layer.merged_adapters = []  # or peft would unfuse them
+        config = LoraConfig(
+            r=rank, lora_alpha=lora_alpha, target_modules=list(layers), init_lora_weights="gaussian", use_dora=dora
+        )
+        try:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "Already found a `peft_config` attribute")
+                inject_adapter_in_model(config, self.module, self.name)
+        except BaseException:
+            self.layers = self._find_layers()
+            self._let_the_former_be()
+            self._undo()
+            raise
+        self.layers = self._find_layers()
+        self._let_the_former_be()
+        if isinstance(self.module, PeftAdapterMixin):
+            setattr(self.module, MARK, True)
+        for module in self.module.modules():
+            if module not in known:
+                module.training = self.module.training
+        if dora:
+            self._refine_magnitudes()
+        for parameter in self.module.parameters():
+            parameter.requires_grad_(False)
+        for parameter in self.named_parameters().values():
+            # fp32 also beside a half-precision model: peft casts what flows through them.
+            parameter.data = parameter.data.float()
+            parameter.requires_grad_(True)
+
+    def named_parameters(self) -> dict[str, nn.Parameter]:
+        return {
+            f"{self.attribute}.{name.replace(f'.{self.name}.', '.')}": parameter
+            for name, parameter in self.module.named_parameters()
+            if f".{self.name}." in name
+        }
+
+    def lora_layers(self) -> dict[str, dict[str, Tensor]]:
+        layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(self.module, adapter_name=self.name))
+        return {self.attribute: layers}
+
+    def _find_layers(self) -> list[Any]:
+        """The peft layers that hold this adapter."""
+        return [layer for layer in _tuner_layers(self.module) if self.name in getattr(layer, "lora_A", {})]
+
+    def _let_the_former_be(self) -> None:
+        """peft has switched every other adapter off: back to what was on, and this one beside it."""
+        for layer, state in self.before.items():
+            layer.set_adapter(state.active)
+            layer.merged_adapters = list(state.merged)
+        for layer in self.layers:
+            state = self.before.get(layer, LayerState([], False, []))
+            layer.merged_adapters = []  # where peft believes something fused, it applies nothing else
+            layer.enable_adapters(True)
+            layer.set_adapter([*state.applied, self.name])
+
+    def _refine_magnitudes(self) -> None:
+        """peft takes DoRA's magnitudes in the model's dtype; in fp32 the adapter starts out changing nothing."""
+        for layer in self.layers:
+            weight = dequantize_module_weight(layer.get_base_layer()).float()
+            layer.lora_magnitude_vector[self.name].weight.data = torch.linalg.norm(weight, dim=1)
+
+    @contextmanager
+    def _off(self) -> Iterator[None]:
+        self._refuse_if_fused()
+        active = [list(layer.active_adapters) for layer in self.layers]
+        self._activate([[name for name in names if name != self.name] for names in active])
+        try:
+            yield
+        finally:
+            self._activate(active)
+
+    def _activate(self, active: list[list[str]]) -> None:
+        # peft's own set_adapter makes what it activates trainable, and takes milliseconds in every step.
+        for layer, names in zip(self.layers, active, strict=True):
+            layer._active_adapter = names
+        if self.layers[0].active_adapters != active[0]:
+            raise RuntimeError("this version of peft switches adapters in another way; install another one")
+
+    def _settle(self) -> None:
+        for layer in self.layers:
+            weight = layer.get_base_layer().weight
+            # Weights of less than 16 bits are stored so, and computed with in another type.
+            plain = weight.is_floating_point() and weight.itemsize >= 2
+            dtype = weight.dtype if plain else torch.float32
+            for name, parameter in layer.named_parameters():
+                if f".{self.name}." in name:
+                    parameter.requires_grad_(False)
+                    parameter.grad = None
+                    parameter.data = parameter.data.to(dtype)
+
+    def _undo(self) -> None:
+        self._refuse_if_fused()
+        names = {module: name for name, module in self.module.named_modules()}
+        with _kept_flags(self.module.parameters()):
+            for layer in _tuner_layers(self.module):
+                # First switched off: peft would choose another one to switch on in its place.
+                layer.set_adapter([name for name in layer.active_adapters if name != self.name])
+            for layer in self.layers:
+                layer.delete_adapter(self.name)
+                if not layer.lora_magnitude_vector:
+                    vars(layer).pop("adapter_layer_names", None)  # the first DoRA adapter left its own here
+                if not layer.lora_A:
+                    parent, _, child = names[layer].rpartition(".")
+                    setattr(self.module.get_submodule(parent), child, layer.base_layer)
+                elif layer in self.before and (self.before[layer].disabled or self.before[layer].merged):
+                    state = self.before[layer]
+                    layer.set_adapter(state.active)
+                    layer.enable_adapters(not state.disabled)
+                    layer.merged_adapters = list(state.merged)
+        configs = getattr(self.module, "peft_config", {})
+        configs.pop(self.name, None)
+        if not configs:
+            vars(self.module).pop("peft_config", None)
+            vars(self.module).pop(MARK, None)
+            if self.marked:
+                setattr(self.module, MARK, None)  # as diffusers itself leaves it
+
+    def _refuse_if_fused(self) -> None:
+        if any(self.name in layer.merged_adapters for layer in self.layers):
+            raise RuntimeError(
+                f"adapter {self.name!r} has been fused into the weights, so what the pipeline was before cannot be had "
+                "exactly; call pipeline.unfuse_lora() first (exact up to rounding), or load the pipeline afresh"
+            )
+
+
+def _tuner_layers(module: nn.Module) -> list[Any]:
+    return [layer for layer in module.modules() if isinstance(layer, BaseTunerLayer)]
+
+
+@contextmanager
+def _kept_flags(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Whatever happens within, the parameters' requires_grad flags are the same afterwards."""
+    flags = [(parameter, parameter.requires_grad) for parameter in parameters]
+    try:
+        yield
+    finally:
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+
+
+def _fresh_name(pipeline: DiffusionPipeline) -> str:
+    """The first adapter name that no model of the pipeline has."""
+    taken = {name for model in parts.models(pipeline).values() for name in getattr(model, "peft_config", {})}
+    names = itertools.chain([ADAPTER_NAME], (f"{ADAPTER_NAME}_{number}" for number in itertools.count(2)))
+    return next(name for name in names if name not in taken)

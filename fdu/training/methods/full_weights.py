@@ -1,0 +1,86 @@
+"""Weights of the pipeline themselves, trained as fp32 masters while the originals wait beside them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from torch import Tensor, nn
+
+from fdu.storage import parts
+from fdu.training.methods.trainable import Trainable
+
+
+class Weights(Trainable):
+    """Chosen weights of the pipeline.
+
+    The modules get fp32 masters in place of their parameters, and the user's parameters are kept for the frozen model:
+    one further copy of what is trained (for "full", of the whole module) and of nothing else. In a half-precision
+    module the masters need autocast. The frozen model has the user's own parameters back, so no tensor that autograd
+    saved is touched, and a cache of cast weights cannot mix the two up; under torch.compile it has a graph of its own.
+    """
+
+    def __init__(self, pipeline: DiffusionPipeline, chosen: Mapping[str, nn.Parameter], *, trains_text: bool) -> None:
+        super().__init__(pipeline)
+        self.trains_text = trains_text
+        self.originals = dict(chosen)
+        self.trained = {
+            name: nn.Parameter(original.detach().to(torch.float32, copy=True)) for name, original in chosen.items()
+        }
+        names = {id(original): name for name, original in chosen.items()}
+        self.places: dict[str, list[tuple[dict[str, Any], str]]] = {name: [] for name in chosen}
+        """Where each weight stands: its module's registered parameters, and its name there. Modules may share it."""
+        for model in parts.models(pipeline).values():
+            for module in model.modules():
+                for attribute, parameter in module._parameters.items():
+                    if id(parameter) in names:
+                        self.places[names[id(parameter)]].append((module._parameters, attribute))
+        self._put(self.trained)
+
+    def named_parameters(self) -> dict[str, nn.Parameter]:
+        return dict(self.trained)
+
+    def changed_weights(self) -> dict[str, tuple[Tensor, Tensor]]:
+        self._follow()
+        return {
+            name: (original.detach(), self.trained[name].detach().to(original.dtype))
+            for name, original in self.originals.items()
+        }
+
+    @contextmanager
+    def _off(self) -> Iterator[None]:
+        self._follow()
+        current = {name: places[0][0][places[0][1]] for name, places in self.places.items()}
+        self._put(self.originals)
+        try:
+            yield
+        finally:
+            self._put(current)
+
+    def _settle(self) -> None:
+        flags = {id(parameter): flag for parameter, flag in self._flags}
+        for name, original in self.originals.items():
+            trained = self.trained[name]
+            trained.requires_grad_(flags[id(original)])
+            trained.grad = None
+            trained.data = trained.data.to(original.dtype)
+
+    def _undo(self) -> None:
+        self._follow()
+        self._put(self.originals)
+
+    def _put(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        for name, places in self.places.items():
+            for registered, attribute in places:
+                registered[attribute] = parameters[name]  # what setattr does, without its many checks
+
+    def _follow(self) -> None:
+        """The originals go where the user has moved the pipeline, and after the training to its dtype."""
+        for name, original in self.originals.items():
+            trained = self.trained[name]
+            dtype = original.dtype if self.state == "training" else trained.dtype
+            if original.device != trained.device or original.dtype != dtype:
+                original.data = original.data.to(trained.device, dtype)
