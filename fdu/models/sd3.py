@@ -9,6 +9,37 @@ from torch import Tensor
 
 from fdu.models.denoiser import Conditioning
 from fdu.models.flow import FlowDenoiser
+from fdu.models.kohya_names import IMAGE_QKV, TEXT_QKV, KohyaNames, transformer_layers
+
+BLOCK = {
+    IMAGE_QKV: "x_block_attn_qkv",
+    ("attn2.to_q", "attn2.to_k", "attn2.to_v"): "x_block_attn2_qkv",
+    TEXT_QKV: "context_block_attn_qkv",
+    ("attn.to_out.0",): "x_block_attn_proj",
+    ("attn2.to_out.0",): "x_block_attn2_proj",
+    ("attn.to_add_out",): "context_block_attn_proj",
+    ("ff.net.0.proj",): "x_block_mlp_fc1",
+    ("ff.net.2",): "x_block_mlp_fc2",
+    ("ff_context.net.0.proj",): "context_block_mlp_fc1",
+    ("ff_context.net.2",): "context_block_mlp_fc2",
+    ("norm1.linear",): "x_block_adaLN_modulation_1",
+    ("norm1_context.linear",): "context_block_adaLN_modulation_1",
+}
+OTHERS = {
+    "context_embedder": "context_embedder",
+    "pos_embed.proj": "x_embedder_proj",
+    "proj_out": "final_layer_linear",
+    "norm_out.linear": "final_layer_adaLN_modulation_1",
+    "time_text_embed.timestep_embedder.linear_1": "t_embedder_mlp_0",
+    "time_text_embed.timestep_embedder.linear_2": "t_embedder_mlp_2",
+    "time_text_embed.text_embedder.linear_1": "y_embedder_mlp_0",
+    "time_text_embed.text_embedder.linear_2": "y_embedder_mlp_2",
+}
+KOHYA = KohyaNames(
+    transformer_layers({"joint_blocks": ("transformer_blocks", BLOCK)}, OTHERS),
+    version=lambda pipeline: "sd3",
+    network="networks.lora_sd3",
+)
 
 
 class SD3Denoiser(FlowDenoiser):
@@ -17,6 +48,7 @@ class SD3Denoiser(FlowDenoiser):
     family = "Stable Diffusion 3 (an SD3Transformer2DModel)"
     module_name: ClassVar[Literal["unet", "transformer"]] = "transformer"
     module_class = SD3Transformer2DModel
+    kohya = KOHYA
     parts = ("scheduler", "vae", "tokenizer", "text_encoder", "tokenizer_2", "text_encoder_2")
     # The text's own keys and values: what attn2.to_k and to_v are to a UNet. ESD trains them, EraseAnything the keys.
     context_projections = ("attn.add_k_proj", "attn.add_v_proj")

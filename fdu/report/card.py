@@ -93,7 +93,7 @@ def _code(format: Format, pipeline: DiffusionPipeline, train_method: str, base_i
     family = type(pipeline).__name__
     base = f'{family}.from_pretrained("{base_id or "path/to/the/base/model"}")'
     lines = ["import fdu.subjects.digits"] if embedded else [f"from diffusers import {family}"]
-    lines += ["from fdu.storage import load_weights"] if by_fdu else []
+    lines += ["from fdu import load_weights"] if by_fdu else []
     lines += ["", f"pipeline = {'fdu.subjects.digits.load_pipeline()' if embedded else base}"]
     if by_fdu:
         lines += ['load_weights(pipeline, "path/to/this/folder")']

@@ -18,7 +18,7 @@ from diffusers.utils import delete_adapter_layers
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from fdu.storage import parts
+from fdu.models import parts
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 METADATA_KEY = "lora_adapter_metadata"

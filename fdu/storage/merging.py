@@ -11,7 +11,7 @@ from diffusers import DiffusionPipeline
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from fdu.storage import parts
+from fdu.models import parts
 
 
 def merge(pipeline: DiffusionPipeline) -> None:

@@ -11,7 +11,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from fdu.config import ADAPTER_METHODS
-from fdu.storage import delta, kohya, kohya_names, lora
+from fdu.storage import delta, kohya, lora
 from fdu.storage.files import PIPELINE_FILE
 from fdu.storage.merging import merged
 
@@ -40,7 +40,7 @@ def choose_format(save_as: str, train_method: str, pipeline: DiffusionPipeline |
                 'choose save_as "delta" or "pipeline", which merge adapters'
             )
         if save_as == "kohya" and pipeline is not None:
-            kohya_names.table(pipeline)
+            kohya.table(pipeline)
         if not trains_adapter:
             raise ValueError(
                 f'save_as "{save_as}" needs an adapter, but train_method "{train_method}" changes the weights '

@@ -16,7 +16,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from trained import ALPHA, CONTEXT, add_adapter, change_weights, output, tensors_of
 
-from fdu.storage import kohya_names, lora, parts
+from fdu.models import parts
+from fdu.models.unet import original_name
+from fdu.storage import lora
 from fdu.storage.readers import Loaded, load_weights
 from fdu.storage.writers import write
 
@@ -73,7 +75,7 @@ def test_concept_ablation_delta_in_compvis_names(tmp_path: Path) -> None:
     state = {}
     for key, tensor in after.items():
         layer, _, parameter = key.rpartition(".")
-        block = kohya_names.original_unet_name(layer.split(".transformer_blocks")[0] + ".norm", config)
+        block = original_name(layer.split(".transformer_blocks")[0] + ".norm", config)
         dotted = (
             block.removesuffix("_norm").replace("blocks_", "blocks.").replace("block_", "block.").replace("_1", ".1")
         )

@@ -16,9 +16,9 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from fdu.config import ADAPTER_METHODS, TRAIN_METHODS
+from fdu.models import parts
 from fdu.models.denoiser import Denoiser
 from fdu.models.families import denoiser_of
-from fdu.storage import parts
 from fdu.subjects import digits
 from fdu.training.methods import Trainable, attach
 

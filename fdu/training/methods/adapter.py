@@ -18,7 +18,7 @@ from peft.utils import get_peft_model_state_dict
 from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 
-from fdu.storage import parts
+from fdu.models import parts
 from fdu.training.methods.trainable import Trainable
 
 ADAPTER_NAME = "fdu"

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from torch import nn
 
 from fdu.config import ADAPTER_METHODS, TRAIN_METHODS
+from fdu.models import parts
 from fdu.models.denoiser import Denoiser
-from fdu.storage import parts
 from fdu.training.methods.adapter import Adapter
 from fdu.training.methods.full_weights import Weights
 from fdu.training.methods.token_rows import TokenRows, own_tokens

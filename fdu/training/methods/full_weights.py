@@ -10,7 +10,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
-from fdu.storage import parts
+from fdu.models import parts
 from fdu.training.methods.trainable import Trainable
 
 

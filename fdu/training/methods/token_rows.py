@@ -13,7 +13,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fdu.storage.parts import TOKENIZERS
+from fdu.models.parts import TOKENIZERS
 from fdu.training.methods.trainable import Trainable
 
 
