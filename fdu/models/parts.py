@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TypeVar
 
 from diffusers import DiffusionPipeline
@@ -70,6 +70,11 @@ def split(pipeline: DiffusionPipeline, key: str) -> tuple[str, str]:
     if attribute in (*DENOISERS, *TEXT_ENCODERS):
         return attribute, rest
     return denoiser_name(pipeline), key
+
+
+def ends_with(name: str, endings: Sequence[str]) -> bool:
+    """Whether the last parts of a dotted name are one of the endings."""
+    return f".{name}".endswith(tuple(f".{ending}" for ending in endings))
 
 
 def find(known: Mapping[str, Found], name: str) -> Found | None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from diffusers import DiffusionPipeline, StableDiffusion3Pipeline
 
-from fdu.config import PLACES
+from fdu.config import PLACES, TRAIN_METHODS
 from fdu.evaluation import Evaluation, Probe
 from fdu.evaluation.verdict import comparison, judge, percent, uncertainty
 from fdu.models.loading import HUB_ID, is_embedded
@@ -89,7 +89,7 @@ def _code(format: Format, pipeline: DiffusionPipeline, train_method: str, base_i
         )
     by_fdu = format == "delta"
     if format == "kohya":  # diffusers reads no magnitudes, and no SD3, in these names
-        by_fdu = train_method == "dora" or isinstance(pipeline, StableDiffusion3Pipeline)
+        by_fdu = TRAIN_METHODS[train_method].result == "dora" or isinstance(pipeline, StableDiffusion3Pipeline)
     family = type(pipeline).__name__
     base = f'{family}.from_pretrained("{base_id or "path/to/the/base/model"}")'
     lines = ["import fdu.subjects.digits"] if embedded else [f"from diffusers import {family}"]
@@ -113,7 +113,7 @@ def _advice(format: Format, train_method: str) -> list[str]:
         f"For ComfyUI, Forge or AUTOMATIC1111 put `{KOHYA_FILE}` into the folder for LoRAs, under a name you like, and "
         "load it at strength 1."
     ]
-    if train_method == "dora":
+    if TRAIN_METHODS[train_method].result == "dora":
         advice += [
             "It is a DoRA with one magnitude an output, as LyCORIS writes it. diffusers' own loader leaves these out, "
             "AUTOMATIC1111 and ComfyUI take them differently: use the code above or a program that follows LyCORIS."

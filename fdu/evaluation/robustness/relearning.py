@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fdu.config import TRAIN_METHODS
+from fdu.config import TRAIN_METHODS, check_choice
 from fdu.evaluation import Probe
 from fdu.evaluation.robustness.finetuning import check_settings, fine_tune
 from fdu.evaluation.robustness.judging import Course, Drawing, back_after, count, spaced
@@ -34,8 +34,7 @@ class RelearningConfig:
     """How often the pipeline is judged on the way, the steps doubling from look to look."""
 
     def __post_init__(self) -> None:
-        if self.train_method not in TRAIN_METHODS:
-            raise ValueError(f"train_method must be one of {', '.join(TRAIN_METHODS)}, got {self.train_method!r}")
+        check_choice("train_method", self.train_method, TRAIN_METHODS)
         check_settings(self, ("rank", "steps", "batch_size", "looks"))
 
 

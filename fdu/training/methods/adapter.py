@@ -19,12 +19,28 @@ from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 
 from fdu.models import parts
-from fdu.training.methods.trainable import Trainable
+from fdu.models.denoiser import Denoiser
+from fdu.training.methods.trainable import Request, Trainable
 
 ADAPTER_NAME = "fdu"
 """The adapter's name in the pipeline; if that is taken, fdu_2, fdu_3, ..."""
 MARK = "_hf_peft_config_loaded"
 """What diffusers sets on a model with adapters, and sees none without."""
+
+
+def make(denoiser: Denoiser, request: Request) -> Trainable:
+    """The methods "lora" and "dora": an adapter on every layer of the denoiser that reads the prompt."""
+    layers = parts.layers(parts.models(denoiser.pipeline)[denoiser.module_name])
+    names = [name for name in layers if parts.ends_with(name, denoiser.context_projections)]
+    request.check_found(names, denoiser)
+    return Adapter(
+        denoiser.pipeline,
+        denoiser.module_name,
+        names,
+        rank=request.rank,
+        lora_alpha=request.lora_alpha,
+        dora=request.method == "dora",
+    )
 
 
 class LayerState(NamedTuple):
