@@ -19,7 +19,7 @@ from fdu.config import TRAIN_METHODS
 from fdu.models import parts
 from fdu.models.denoiser import Denoiser
 from fdu.models.families import denoiser_of
-from fdu.subjects import digits
+from fdu.subjects.digits import pipeline as digits
 from fdu.training.methods import Trainable, attach
 
 ADAPTER_METHODS = [name for name, method in TRAIN_METHODS.items() if method.result != "weights"]

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from fdu.config import EraseConfig
 from fdu.evaluation import Probe
-from fdu.evaluation.robustness.judging import Course, Drawing, count, spaced
+from fdu.evaluation.robustness.judging import Course, JudgedSampling, count, spaced
 from fdu.evaluation.robustness.shares import Share
 from fdu.models.denoiser import Denoiser
 from fdu.training.cache import Cache
@@ -28,15 +28,6 @@ AUTOCAST: dict[torch.dtype, Literal["no", "fp16", "bf16"]] = {
     torch.bfloat16: "bf16",
 }
 """The mixed precision that suits the dtype of a model's weights."""
-
-
-class Tuning(Protocol):
-    """Settings of a fine-tuning, as :class:`AttackConfig` and :class:`RelearningConfig` have them."""
-
-    steps: int
-    learning_rate: float
-    batch_size: int
-    looks: int
 
 
 def check_settings(config: Any, counts: Sequence[str]) -> None:
@@ -64,7 +55,7 @@ class Lesson:
     latents: Tensor
     """Clean latents [M, C, H, W] of the target, of :func:`fdu.evaluation.robustness.judging.target_latents`; latent i
     shows prompt i, modulo their number."""
-    drawing: Drawing = Drawing()
+    drawing: JudgedSampling = dataclasses.field(default_factory=JudgedSampling)
     """How judged images are drawn."""
     drawn_before: float = 1.0
     """The share that the target's prompts alone drew before the erasure, half of which counts as back."""
@@ -73,12 +64,12 @@ class Lesson:
         """The share of images that show the target now."""
         return count(self.denoiser, self.probe, self.drawing)
 
-    def learn(self, trainable: Trainable, config: Tuning, course: Course, seed: int, description: str) -> list[float]:
+    def learn(self, trainable: Trainable, config: Any, course: Course, seed: int, description: str) -> list[float]:
         """Minimise the squared error of the denoiser on noised latents, by AdamW at a constant rate.
 
         Args:
             trainable: what is trained.
-            config: the settings.
+            config: has ``steps``, ``learning_rate``, ``batch_size``, and ``looks``: how often the pipeline is judged.
             course: gets the steps at which the pipeline is judged, and the shares.
             seed: of timesteps and noise.
             description: what the progress bar says.
