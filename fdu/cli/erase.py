@@ -15,7 +15,7 @@ from tyro.conf import OmitArgPrefixes, Positional, UseAppendAction
 import fdu
 from fdu.cli.settings import Settings
 from fdu.config import TRAIN_METHODS
-from fdu.models.loading import Dtype, SaveAs, check_dtype, choose_device, is_main_process, result_bytes
+from fdu.storage.loading import Dtype, SaveAs, check_dtype, choose_device, is_main_process, result_bytes
 from fdu.subjects.registry import subject_of
 from fdu.subjects.subject import Subject
 

@@ -12,9 +12,9 @@ from diffusers import DiffusionPipeline, StableDiffusion3Pipeline
 from fdu.config import PLACES, TRAIN_METHODS
 from fdu.evaluation import Evaluation, Probe
 from fdu.evaluation.verdict import comparison, judge, percent, uncertainty
-from fdu.models.loading import HUB_ID
 from fdu.report.templating import templates
 from fdu.storage.kohya import KOHYA_FILE
+from fdu.storage.loading import HUB_ID
 from fdu.storage.writers import Format
 from fdu.subjects.registry import find_subject
 from fdu.subjects.subject import Subject

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from fdu.concepts import ConceptType, Pair, concept_pairs, read_concepts
-from fdu.models.loading import load_model
+from fdu.storage.loading import load_model
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
