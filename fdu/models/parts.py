@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from diffusers import DiffusionPipeline
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -49,6 +49,11 @@ def layers(model: nn.Module) -> dict[str, nn.Module]:
         elif not name.startswith(wrapped):
             found[name] = module
     return found
+
+
+def adapted(model: nn.Module) -> list[Any]:
+    """The layers of peft: those with adapters on them."""
+    return [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
 
 
 def weights(pipeline: DiffusionPipeline) -> dict[str, nn.Parameter]:

@@ -48,7 +48,6 @@ class SD3Denoiser(FlowDenoiser):
     family = "Stable Diffusion 3 (an SD3Transformer2DModel)"
     module_name: ClassVar[Literal["unet", "transformer"]] = "transformer"
     module_class = SD3Transformer2DModel
-    kohya = KOHYA
     parts = ("scheduler", "vae", "tokenizer", "text_encoder", "tokenizer_2", "text_encoder_2")
     # The text's own keys and values: what attn2.to_k and to_v are to a UNet. ESD trains them, EraseAnything the keys.
     context_projections = ("attn.add_k_proj", "attn.add_v_proj")
@@ -56,6 +55,7 @@ class SD3Denoiser(FlowDenoiser):
         *("to_q", "to_k", "to_v", "to_out.0"),
         *("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),
     )
+    kohya = KOHYA
 
     def __init__(self, pipeline: DiffusionPipeline, resolution: int | None = None) -> None:
         super().__init__(pipeline, resolution)

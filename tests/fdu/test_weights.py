@@ -95,7 +95,7 @@ def test_layers_of_different_ranks_keep_their_scales(tmp_path: Path) -> None:
     write(tmp_path, "lora", pipeline, layers, lora_alpha=ALPHA)
     plain = families.build("sd")
     plain.load_lora_weights(tmp_path, adapter_name="it")
-    scalings = {layer.r["it"]: layer.scaling["it"] for layer in lora._adapted(plain.unet)}
+    scalings = {layer.r["it"]: layer.scaling["it"] for layer in parts.adapted(plain.unet)}
     assert scalings == {2: ALPHA / 2, RANK: ALPHA / RANK}
 
 

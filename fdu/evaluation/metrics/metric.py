@@ -16,14 +16,17 @@ from fdu.evaluation.intervals import Interval
 
 @dataclasses.dataclass(frozen=True)
 class Metric:
-    """A metric of any kind."""
+    """A metric of any kind.
+
+    Args:
+        name: where it stands in metrics.json: "distances.kid".
+        title: how tables call it.
+        meaning: what it tells, and its range, for the report.
+    """
 
     name: str
-    """Where it stands in metrics.json: "distances.kid"."""
     title: str
-    """How tables call it."""
     meaning: str
-    """What it tells, and which values are good, for the report."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,9 +50,8 @@ class SetMetric(Metric):
         """What each two pairs contribute to the squared maximum mean discrepancy: [N, N], zero on the diagonal.
 
         The mean over its off-diagonal entries is the unbiased estimate from pairs (Gretton et al. 2012, lemma 6): no
-        image is compared with itself, nor with its own counterpart. So images that depend on one another through prompt
-        and seed do not bias it, it is exactly 0 where nothing changed, and like all unbiased estimates it can fall
-        below 0. Of several classes drawn with the same seeds,
+        image is compared with itself or with its counterpart. So images that share prompt and seed do not bias it; it
+        is exactly 0 where nothing changed, and it can fall below 0. Of several classes drawn with the same seeds,
         :meth:`fdu.evaluation.intervals.Bootstrap.pair_means` leaves out the pairs of one seed, too.
         """
         matrix = self.kernel(before, before) + self.kernel(after, after)
