@@ -11,7 +11,7 @@ from tyro.conf import OmitArgPrefixes
 
 from fdu.cli.printing import print_evaluation
 from fdu.cli.settings import Settings, check_images
-from fdu.models.loading import choose_device
+from fdu.storage.loading import choose_device
 from fdu.subjects.registry import subject_of
 
 

@@ -23,7 +23,7 @@ import torch
 from accelerate.utils import parse_flag_from_env, patch_environment
 from torch import distributed, nn
 
-from fdu.config import EraseConfig
+from fdu.config import TRAIN_METHODS, EraseConfig
 
 LAUNCHER_FLAG = "ACCELERATE_USE_FSDP"
 """What accelerate's launcher sets in the environment when it is told to use FSDP."""
@@ -55,9 +55,10 @@ def check_shards(module: nn.Module, config: EraseConfig, processes: int) -> None
             "shard splits the denoiser between processes, and there is one; "
             "start several with accelerate launch --num_processes N, or leave shard out"
         )
-    if config.train_method == "full":
+    if TRAIN_METHODS[config.train_method].trains_whole_denoiser:
         raise ValueError(
-            "shard splits what stays frozen of the denoiser, and train_method 'full' trains all of it; "
+            "shard splits what stays frozen of the denoiser, and train_method "
+            f"{config.train_method!r} trains all of it; "
             "choose train_method 'lora', or leave shard out"
         )
     if config.compile:
