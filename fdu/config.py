@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from fdu_kernels import Divergence
 
 LR_SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine")
 TRAIN_METHODS = ("lora", "dora", "cross_attention", "attention", "full", "text_encoder", "token")
@@ -149,9 +153,7 @@ class EraseConfig:
     """Random seed, >= 0. The same seed gives the same weights, bit for bit on the CPU."""
 
     def __post_init__(self) -> None:
-        import fdu_kernels  # here, because it brings torch and the help of the command line should not wait for it
-
-        divergence = fdu_kernels.get_divergence(self.divergence)
+        divergence = read_divergence(self.divergence)
         if isinstance(self.sigma, str):
             if self.sigma != "auto":
                 raise ValueError(f"sigma must be a finite number > 0 or 'auto', got {self.sigma!r}")
@@ -215,7 +217,7 @@ class EraseConfig:
                 object.__setattr__(self, name, str(getattr(self, name)))
         self._require_sense(divergence)
 
-    def _require_sense(self, divergence: Any) -> None:
+    def _require_sense(self, divergence: Divergence) -> None:
         """Refuse settings that contradict each other."""
         if self.objective == "noise" and self.negative_guidance:
             raise ValueError("negative_guidance goes with the objective 'model'; set one of the two back")
@@ -271,3 +273,27 @@ class EraseConfig:
     def field_names(cls) -> tuple[str, ...]:
         """The names of all settings."""
         return tuple(field.name for field in dataclasses.fields(cls))
+
+
+def read_divergence(name: str) -> Divergence:
+    """The divergence of this name, with a colon before its parameter: "alpha:0.3".
+
+    Raises:
+        ValueError: unknown; names the closest, also for "alpha=0.3".
+        TypeError: a parameter for a divergence without one.
+    """
+    import fdu_kernels  # not at the top: it imports torch, and --help should not wait for that
+
+    try:
+        return fdu_kernels.get_divergence(name)
+    except ValueError as error:
+        spelling = r"\s*([a-z_]+)(?![a-z_])[\s:=(]*(?:[a-z]+\s*=)?\s*([-+\d.e]*\d[.]?)\)?\s*"
+        parts = re.fullmatch(spelling, str(name).lower())
+        if parts is None:
+            raise
+        meant = ":".join(parts.groups())
+        try:
+            fdu_kernels.get_divergence(meant)
+        except (ValueError, TypeError):
+            raise error from None
+        raise ValueError(f"unknown divergence {name!r}; did you mean {meant}?") from None

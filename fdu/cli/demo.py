@@ -5,13 +5,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
-from tyro.conf import OmitArgPrefixes
+from tyro.conf import OmitArgPrefixes, arg
 
 from fdu.cli.printing import print_evaluation
-from fdu.cli.settings import Settings, check_images
-from fdu.models.loading import choose_device
+from fdu.cli.settings import Settings, check_images, grouped
+from fdu.models.loading import EMBEDDED, check_resolution, choose_device
 
 
 @dataclasses.dataclass
@@ -38,7 +38,7 @@ class Demo:
     """Images per class for the judge, before and after, >= 1."""
     device: str = "cpu"
     """Device to run on: cpu, cuda, mps or auto."""
-    settings: OmitArgPrefixes[Settings] = dataclasses.field(default_factory=Settings)
+    settings: Annotated[OmitArgPrefixes[Settings], arg(name="")] = dataclasses.field(default_factory=grouped())
 
     def prepare(self, command: str) -> Callable[[], None]:
         """Check everything; the work is what comes back."""
@@ -47,6 +47,7 @@ class Demo:
         concept_pair(self.target, self.anchor)
         check_images(self.images_per_class)
         config = self.settings.checked()
+        check_resolution(EMBEDDED, config.resolution)
         from fdu.cli import demonstration
         from fdu.report import PICTURE, REPORT
         from fdu.storage.output import METRICS_FILE

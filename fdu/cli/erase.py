@@ -8,18 +8,19 @@ import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
-from tyro.conf import OmitArgPrefixes, Positional, UseAppendAction
+from tyro.conf import OmitArgPrefixes, Positional, UseAppendAction, arg
 
 import fdu
-from fdu.cli.settings import Settings
+from fdu.cli.settings import Settings, grouped
 from fdu.models.loading import (
     EMBEDDED,
     Dtype,
     SaveAs,
     check_dtype,
     check_model,
+    check_resolution,
     choose_device,
     is_embedded,
     is_main_process,
@@ -64,7 +65,7 @@ class Erase:
     """Dtype of the weights. auto: float32, or the dtype of --mixed_precision."""
     device: str = "auto"
     """Device to run on: cpu, cuda, mps, or auto for the first accelerator found."""
-    settings: OmitArgPrefixes[Settings] = dataclasses.field(default_factory=Settings)
+    settings: Annotated[OmitArgPrefixes[Settings], arg(name="")] = dataclasses.field(default_factory=grouped())
 
     def prepare(self, command: str) -> Callable[[], None]:
         """Check everything; the work is what comes back."""
@@ -84,7 +85,8 @@ class Erase:
         check_model(self.model)
         checkpoints = Path(f"{self.out}.checkpoints")
         config = self.settings.checked(checkpoint_dir=str(checkpoints))
-        keeps = self.settings.checkpoint_dir is None
+        check_resolution(self.model, config.resolution)
+        keeps = self.settings.typed()["checkpoint_dir"] is None
         if keeps and strangers(checkpoints):
             raise FileExistsError(
                 f"{str(checkpoints)!r}, where the run would keep its checkpoints, holds "

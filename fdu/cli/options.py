@@ -52,9 +52,8 @@ def _options(command: type) -> tuple[set[str], set[str]]:
     """The names of a command's options, and which of them can be repeated."""
     names, repeated = set(), set()
     for field in dataclasses.fields(command):
-        nested = field.default_factory
-        if isinstance(nested, type) and dataclasses.is_dataclass(nested):
-            names |= {one.name for one in dataclasses.fields(nested) if "Fixed" not in str(one.type)}
+        if field.name == "settings":
+            names |= set(field.default_factory().typed())
         else:
             names.add(field.name)
         if "UseAppendAction" in str(field.type):

@@ -23,6 +23,7 @@ from fdu.cli.evaluate import Evaluate
 from fdu.cli.exits import FAILED, INTERRUPTED, OK, USAGE
 from fdu.cli.options import check_typed
 from fdu.cli.report import Report
+from fdu.cli.settings import described
 
 
 class Command(Protocol):
@@ -97,15 +98,13 @@ def parse(arguments: list[str]) -> Command:
         SystemExit: help, which ends with examples, or wrong usage; either is printed.
     """
     check_typed(arguments, COMMANDS)
+    config = (tyro.conf.PositionalMetavarFromFieldName, tyro.conf.DisallowNone, tyro.conf.FlagCreatePairsOff)
+    typed, *rest = arguments
     try:
-        return tyro.extras.subcommand_cli_from_dict(
-            {**COMMANDS},
-            prog="fdu",
-            description=DESCRIPTION,
-            args=arguments,
-            use_underscores=True,
-            config=(tyro.conf.PositionalMetavarFromFieldName, tyro.conf.DisallowNone, tyro.conf.FlagCreatePairsOff),
-        )
+        if typed in COMMANDS:
+            kind = described(COMMANDS[typed])
+            return tyro.cli(kind, prog=f"fdu {typed}", args=rest, use_underscores=True, config=config)
+        return tyro.extras.subcommand_cli_from_dict({**COMMANDS}, prog="fdu", description=DESCRIPTION, args=arguments)
     except SystemExit as stop:
         if stop.code in (OK, None):
             examples = COMMANDS[arguments[0]].examples if arguments[0] in COMMANDS else EXAMPLES

@@ -11,7 +11,7 @@ import torch
 
 import fdu_kernels as fk
 from fdu.concepts import ConceptType
-from fdu.config import PLACES, EraseConfig
+from fdu.config import PLACES, EraseConfig, read_divergence
 from fdu.evaluation import JUDGED_SEED, Sampling
 
 KL_BY_ALPHA = {0.0: "reverse_kl", 1.0: "kl"}
@@ -206,7 +206,7 @@ def distinct(divergences: Sequence[str], variational: bool = False) -> tuple[lis
     found: dict[Any, str] = {}
     others: dict[str, str] = {}
     for name in divergences:
-        divergence = fk.get_divergence(name)
+        divergence = read_divergence(name)
         shape = str(divergence) if variational else _shape(divergence)
         first = found.setdefault(shape, name)
         if first != name:

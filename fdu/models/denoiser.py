@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from fdu.models.autoencoder import encode_images
 from fdu.models.calls import silent
+from fdu.models.loading import check_size
 from fdu.storage.parts import TEXT_ENCODERS
 
 PredictionType = Literal["epsilon", "v_prediction", "sample", "flow"]
@@ -321,13 +322,7 @@ class Denoiser(ABC):
             return self.native_size
         if isinstance(resolution, bool) or not isinstance(resolution, int):
             raise TypeError(f"resolution must be a number of pixels or None, got {resolution!r}")
-        unit = self.size_unit
-        if resolution <= 0 or resolution % unit:
-            nearest = max(1, round(resolution / unit)) * unit
-            raise ValueError(
-                f"resolution must be a positive multiple of {unit} pixels for this model, got {resolution}; "
-                f"try {nearest}"
-            )
+        check_size(resolution, self.size_unit, self.native_size)
         return resolution, resolution
 
     def _at(self, indices: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import textwrap
@@ -64,6 +65,35 @@ def check_model(model: str, argument: str = "MODEL") -> None:
             f"{argument} {model!r} does not exist: there is a folder {str(Path(model).parent)!r}, but no "
             f"{Path(model).name!r} in it; for the hub's {model!r}, run in another folder"
         )
+
+
+def check_resolution(model: str, resolution: int | None) -> None:
+    """Refuse a resolution that ``model`` cannot have, as far as the configs in its folder tell.
+
+    Raises:
+        ValueError: it is not a multiple of what the model needs.
+    """
+    folder = model_folder(model)
+    if resolution is None or folder is None:
+        return
+    vae, denoiser = _config(folder / "vae"), _config(folder / "unet") or _config(folder / "transformer")
+    blocks = vae.get("block_out_channels") or vae.get("encoder_block_out_channels")
+    if blocks:
+        scale, side = 2 ** (len(blocks) - 1), denoiser.get("sample_size")
+        native = (side * scale, side * scale) if isinstance(side, int) else None
+        check_size(resolution, math.lcm(8, scale * denoiser.get("patch_size", 1)), native)
+
+
+def check_size(resolution: int, unit: int, native: tuple[int, int] | None) -> None:
+    """Refuse a resolution in pixels that is not a positive multiple of ``unit``.
+
+    Raises:
+        ValueError: it is not; names the nearest one that is, and the model's own.
+    """
+    if resolution <= 0 or resolution % unit:
+        hint = f"try {max(1, round(resolution / unit)) * unit}"
+        hint += f"; the model's own is {native[0]} x {native[1]}" if native else ""
+        raise ValueError(f"resolution must be a positive multiple of {unit} pixels, got {resolution}; {hint}")
 
 
 def is_embedded(model: str) -> bool:
@@ -242,6 +272,15 @@ def load_erased(
     except (OSError, ValueError, TypeError, RuntimeError, KeyError) as error:
         raise OSError(f"weights {path!r} could not be loaded: {_first_line(error)}") from error
     return pipeline
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    """The config.json of a model in ``folder``; empty if it cannot be read, which loading will tell."""
+    try:
+        found = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _entry(record: Any, key: str) -> Any:

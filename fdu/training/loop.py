@@ -175,7 +175,7 @@ class Training:
             last, stopping = self.step == config.max_train_steps, self._stops(stop)
             saving = last or stopping or self.step % config.checkpointing_steps == 0
             if saving or step % CHECK_EVERY == 0:
-                progress.set_postfix(loss=f"{self._look(tracking):.4f}")
+                progress.set_postfix(s=f"{self._look(tracking):.3g}")
             if saving:
                 self._save()
             if config.validation_prompts and (last or self.step % config.validation_steps == 0):
@@ -335,14 +335,16 @@ class Training:
             self.frozen_batches = [(batch.pinned(), wanted.pin_memory()) for batch, wanted in self.frozen_batches]
 
     def _look(self, tracking: Tracking) -> float:
-        """Wait for the losses since the last look, take their means over the processes, log them, return the last.
+        """Wait for the losses since the last look, average them over the processes and log them.
+
+        Returns the last median of s, which starts at s0 and means the same for all divergences; the loss does not.
 
         Raises:
             NotFinite: one of them is NaN or infinite.
         """
         recent = self.course[self.looked :]
         if not recent:
-            return float(self.course[-1][0]) if self.course else math.nan
+            return self._s(self.course[-1]) if self.course else math.nan
         values = self.accelerator.reduce(torch.stack(recent), "mean")
         self.course[self.looked :] = list(values)
         wrong = (~torch.isfinite(values[:, 0])).nonzero()
@@ -352,14 +354,18 @@ class Training:
         learning_rate = self.schedule.get_last_lr()[0]
         figures = dict(zip(COLUMNS, values[-1].tolist(), strict=True))
         tracking.log(self.step, {**figures, "sigma": self.objective.sigma, "learning_rate": float(learning_rate)})
-        return figures["loss"]
+        return self._s(values[-1])
+
+    def _s(self, values: Tensor) -> float:
+        """The median of s in one step's values of ``COLUMNS``."""
+        return float(values[COLUMNS.index("distance")]) / self.objective.sigma**2
 
     def _not_finite(self, what: str, step: int) -> NotFinite:
         kept = self.checkpoints.all() if self.checkpoints else []
         return NotFinite(
             f"{what} at step {step}; the pipeline draws as before"
-            + (f", and the last good state is in {str(kept[-1])!r}" if kept else "")
-            + ". Begin anew with a lower learning_rate, or a lower s0 if the divergence grows exponentially "
+            + (f", and the last good checkpoint is {str(kept[-1])!r}" if kept else "")
+            + ". Restart with a lower learning_rate, or with a lower s0 if the divergence grows exponentially "
             "(pearson_chi2, alpha > 1)"
         )
 
