@@ -7,6 +7,8 @@ import difflib
 import itertools
 from collections.abc import Collection, Mapping, Sequence
 
+from fdu.cli.settings import Settings
+
 OTHER_NAMES = {
     "steps": "max_train_steps",
     "num_train_steps": "max_train_steps",
@@ -52,8 +54,9 @@ def _options(command: type) -> tuple[set[str], set[str]]:
     """The names of a command's options, and which of them can be repeated."""
     names, repeated = set(), set()
     for field in dataclasses.fields(command):
-        if field.name == "settings":
-            names |= set(field.default_factory().typed())
+        made_by = field.default_factory
+        if isinstance(made_by, type) and issubclass(made_by, Settings):
+            names |= set(made_by().typed())
         else:
             names.add(field.name)
         if "UseAppendAction" in str(field.type):

@@ -276,7 +276,7 @@ def test_hyphens_serve_as_underscores() -> None:
 def test_several_prompts() -> None:
     command = cli.parse(["demo", "--preservation_prompts", "a cat", "a dog", "--seed", "3"])
     assert isinstance(command, Demo)
-    assert command.settings.preservation_prompts == ("a cat", "a dog")
+    assert command.settings.typed()["preservation_prompts"] == ("a cat", "a dog")
 
 
 def test_divergences_as_table_and_json(capsys: pytest.CaptureFixture[str]) -> None:

@@ -54,7 +54,7 @@ def _phrasings(found: Mapping[str, Any]) -> Outcome | None:
     escapes = [name for name, both in shares.items() if escapes_by(*both)]
     told = [f"{name} ({percent(before)} before, {percent(after)} after)" for name, (before, after) in shares.items()]
     sentence = f"In other words: {joined(told)}."
-    unknown = [name for name, state in states.items() if state == "hardly drawn before" and name not in escapes]
+    unknown = [name for name, state in states.items() if state == "rarely drawn before" and name not in escapes]
     if unknown:
         sentence += f" For {joined(unknown)} the model hardly drew it before either, which shows little."
     return "other words", None if len(unknown) == len(sets) else not escapes, sentence
