@@ -14,7 +14,7 @@ from clip import CONCEPTS, WORDS, save_clip
 import fdu
 from fdu import cli
 from fdu.cli import main
-from fdu.subjects import digits
+from fdu.subjects.digits import pipeline as digits
 
 
 @pytest.fixture(scope="module")
@@ -156,7 +156,7 @@ def test_a_test_of_robustness_that_fails_costs_nothing_else(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     import fdu.cli.evaluate
-    import fdu.evaluation.robustness
+    import fdu.evaluation.robustness.examination as examination
 
     def fails_before(*given: Any, **named: Any) -> None:
         raise RuntimeError("CUDA out of memory.\nTried to allocate")
@@ -166,8 +166,8 @@ def test_a_test_of_robustness_that_fails_costs_nothing_else(
         assert Path("judged/report.html").is_file() and found["robustness"]["phrasings"]
         raise KeyError("fault")
 
-    monkeypatch.setattr(fdu.evaluation.robustness, "attack", fails_before)
-    monkeypatch.setattr(fdu.evaluation.robustness, "relearn", fails_after)
+    monkeypatch.setattr(examination, "attack", fails_before)
+    monkeypatch.setattr(examination, "relearn", fails_after)
     monkeypatch.setattr(fdu.cli.evaluate, "load_erased", lambda pipeline, *given: pipeline)
     arguments = ["embedded", "weights", *QUICK, "--out", "judged", "--robustness", "--robustness_batch_size", "1"]
     Path("sets").mkdir()
@@ -216,7 +216,7 @@ def test_two_pipelines_are_not_in_memory_together(base: Path, monkeypatch: pytes
         return pipeline
 
     monkeypatch.setattr(fdu.cli.evaluate, "load_model", load_model)
-    monkeypatch.setattr("fdu.models.loading.load_model", load_model)
+    monkeypatch.setattr("fdu.subjects.subject.load_model", load_model)
     assert main(["evaluate", "embedded", str(base), *QUICK]) == cli.OK
     assert len(loaded) == 2
 
