@@ -278,7 +278,7 @@ def _rest_part(evaluation: Evaluation, probes: Sequence[Probe]) -> _Part:
         headline = "the retained classes were rarely drawn even before"
     else:
         rest = "the rest" if all(first >= DRAWN_BEFORE for first, _ in by_group.values()) else "what else it could draw"
-        doubt = "" if sure else f" (a mean may have dropped by {100 * lost:.0f} points)"
+        doubt = "" if sure else f" (the intervals allow a drop of {100 * lost:.0f} points)"
         headline = f"{rest} is {'' if sure else 'probably '}kept" + (doubt if lost > MEAN_DROP else "")
         headline += "" if near else " (no neighbours were tested)"
     return _Part("kept" if drawn and not broken and not fell else "not kept", sure, headline, sentences)
