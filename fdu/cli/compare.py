@@ -145,7 +145,7 @@ class Compare:
             try:
                 make_runs(comparison, self.out / RUNS, self.out / CACHE, min(workers, len(comparison.runs())))
             except KeyboardInterrupt:
-                print(f"\nfdu: what is done is in {self.out}; the same command goes on", file=sys.stderr)
+                print(f"\nfdu: finished runs are in {self.out}; resume with the same command", file=sys.stderr)
                 raise
             results = read_results(comparison, self.out / RUNS)
             chosen = results.recommendations[self.prefer]
@@ -156,7 +156,7 @@ class Compare:
             print(f"\n{table(results.standings, alike)}\n{chosen.headline}. {' '.join(chosen.sentences)}")
             if results.mixed:
                 print(results.mixed_note)
-            print(f"\npage     {self.out / PAGE}" + (f"\nto make it: {again}" if again else ""))
+            print(f"\npage     {self.out / PAGE}" + (f"\nto run it: {again}" if again else ""))
 
         return work
 

@@ -17,10 +17,10 @@ from fdu.subjects.registry import subject_of
 
 @dataclasses.dataclass
 class Demo:
-    """Erase a digit or an ink from the embedded pipeline, judge it, and write figures and a report.
+    """Erase a digit or an ink colour from the embedded pipeline, evaluate the result, and write a report.
 
     Needs no download and no GPU. OUT receives metrics.json, report.html, before-after.png and the weights in erased/.
-    A folder of a former demo is replaced.
+    The output of an earlier demo is replaced.
     """
 
     examples: ClassVar[tuple[str, ...]] = (
@@ -32,9 +32,9 @@ class Demo:
     out: Path = Path("demo-out")
     """Folder for the results."""
     target: str = "three"
-    """Concept to erase: a digit (zero ... nine) or an ink (black, red, green, blue)."""
+    """Concept to erase: a digit (zero ... nine) or an ink colour (black, red, green, blue)."""
     anchor: str = "eight"
-    """Concept that replaces it: another digit or ink, or "digit" for the superclass."""
+    """Concept that replaces it: another digit or ink colour, or "digit" for the superclass."""
     images_per_class: int = 32
     """Images per class for the judge, before and after, >= 1."""
     device: str = "cpu"

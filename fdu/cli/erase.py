@@ -73,8 +73,8 @@ class Erase:
             raise ValueError("--target is missing; name the concept to erase, such as --target 'van gogh'")
         if not self.anchor:
             raise ValueError(
-                "--anchor is missing; name what takes the target's place, such as --anchor painting (a superclass), "
-                "another concept, or --anchor '' for nothing"
+                "--anchor is missing; name the concept that replaces the target: a superclass such as --anchor "
+                "painting, another concept, or --anchor '' for nothing"
             )
         types = self.concept_type[0] if len(self.concept_type) == 1 else self.concept_type or "object"
         model = subject_of(self.model)

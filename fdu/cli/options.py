@@ -1,4 +1,4 @@
-"""What was typed and is no command or option: told in one line, with the one that was meant."""
+"""Unknown commands and options: refused in one line, with the closest match."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ OTHER_NAMES = {
     "size": "resolution",
     "type": "concept_type",
 }
-"""What other programs call an option."""
+"""Names of options in other programs."""
 
 
 def check_typed(arguments: Sequence[str], commands: Mapping[str, type]) -> None:
@@ -47,7 +47,7 @@ def check_typed(arguments: Sequence[str], commands: Mapping[str, type]) -> None:
         # The model may come last: it is the first word otherwise.
         if name in repeated and "=" not in word and len(values) > 1 and not rest[0].startswith("-"):
             again = " ".join(f"--{typed} {value}" for value in values)
-            raise ValueError(f"--{typed} takes one name; repeat the option for each further one: {again}")
+            raise ValueError(f"--{typed} takes one name; repeat the option for each further name: {again}")
 
 
 def _options(command: type) -> tuple[set[str], set[str]]:

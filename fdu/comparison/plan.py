@@ -106,17 +106,15 @@ class Comparison:
             if not given:
                 raise ValueError(f"{name} is empty; a comparison needs at least one")
             if len(set(given)) < len(given):
-                raise ValueError(f"{name} names one thing twice: {given!r}; take one out")
+                raise ValueError(f"{name} contains a duplicate: {given!r}; remove it")
         if len({target for target, _ in self.pairs}) < len(self.pairs):
-            raise ValueError(
-                f"pairs names one target twice: {self.pairs!r}; compare anchors in comparisons of their own"
-            )
+            raise ValueError(f"pairs names a target twice: {self.pairs!r}; compare anchors in separate comparisons")
         if isinstance(self.base.sigma, float | int) and len({one.s0 for one in self.candidates}) > 1:
-            raise ValueError("s0 has several values but sigma is a number, so that s0 has no effect; use sigma 'auto'")
+            raise ValueError("s0 has several values but sigma is a number, so s0 has no effect; use sigma 'auto'")
         for name in ("images_per_class", "images_of_target"):
             if getattr(self.drawing, name) < FEWEST_IMAGES:
                 raise ValueError(
-                    f"{name} must be >= {FEWEST_IMAGES}, since one image says nothing of how much images differ, "
+                    f"{name} must be >= {FEWEST_IMAGES}, since one image cannot show how much images vary, "
                     f"got {getattr(self.drawing, name)}"
                 )
         runs = self.runs()

@@ -155,14 +155,13 @@ def read_record(folder: str) -> dict | None:
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{str(path)!r} is not valid JSON ({error}); write the folder anew") from error
+        raise ValueError(f"{str(path)!r} is not valid JSON ({error}); run `fdu erase` again") from error
     wrong = [key for key, types in RECORD_KEYS.items() if not isinstance(_entry(record, key), types)]
     if not wrong and not all(isinstance(course, list) for course in record["history"].values()):
         wrong = ["history"]
     if wrong:
         raise ValueError(
-            f"{str(path)!r} is not a record of an erasure ({wrong[0]} is missing or wrong); "
-            "write the folder anew with `fdu erase`"
+            f"{str(path)!r} is not a record of an erasure ({wrong[0]} is missing or wrong); run `fdu erase` again"
         )
     return record
 

@@ -32,11 +32,11 @@ from fdu.training.tracking import Tracking
 
 LOGGER = logging.getLogger(__name__)
 CHECK_EVERY = 10
-"""Steps between looks at the loss, each of which waits for the device."""
+"""Steps between reads of the loss; each read waits for the device."""
 PREPARED = ("forward", "_original_forward", "_is_accelerate_prepared")
 """Attributes that accelerate gives a module that it prepares."""
 COLUMNS = ("loss", "divergence", "preservation", "distance", "critic")
-"""The course of the training: a value a step."""
+"""The history of the training: one value per step each."""
 
 
 class NotFinite(RuntimeError):
@@ -380,7 +380,7 @@ class Training:
             try:
                 self.checkpoints.save(self.step, self._state())
             except OSError as error:
-                LOGGER.warning("checkpoint after step %d could not be written (%s); going on", self.step, error)
+                LOGGER.warning("checkpoint after step %d could not be written (%s); continuing", self.step, error)
         self.accelerator.wait_for_everyone()
 
     def _state(self) -> dict[str, Any]:
@@ -406,7 +406,7 @@ class Training:
         if len(set(steps)) > 1:
             raise RuntimeError(
                 f"the processes find different checkpoints (after steps {', '.join(map(str, steps))}); checkpoint_dir "
-                "has to be storage that all machines share"
+                "must be storage that all machines share"
             )
         if found is None:
             return
