@@ -134,7 +134,7 @@ def _option(hint: Any, text: str) -> Any:
     """The hint with its help. tyro would keep a docstring's line breaks, and show None and False as defaults."""
 
     def default(label: str) -> str:
-        return "" if label in ("", "None", "False") else f"(default: {label})"
+        return "" if label in ("", "None", "False") or "MISSING" in label else f"(default: {label})"
 
     return Annotated[hint, tyro.conf.arg(help=text, help_behavior_hint=default)]
 

@@ -249,35 +249,35 @@ def found(after: float, back: int | None, words: float = 0.0) -> dict[str, Any]:
 def test_the_verdict_says_what_holds() -> None:
     strong = judge_robustness(found(0.0, None), "three")
     assert strong.holds and not re.search(r"\bnot\b|nothing", strong.headline)
-    assert all(name in strong.headline for name in ("other words", "attack", "relearning"))
+    assert all(name in strong.headline for name in ("other phrasings", "attack", "relearning"))
     words, attacked, relearnt = strong.sentences
     assert "languages" in words.partition("100 %")[2] and "10 %" in words
     assert "not" in attacked and "0 % without" in attacked and "not" in relearnt and "80 steps" in relearnt
     weak = judge_robustness(found(0.97, 10), "three")
     assert not weak.holds
-    assert re.search(r"other words.*\bnot\b.*attack.*relearning", weak.headline)
+    assert re.search(r"other phrasings.*\bnot\b.*attack.*relearning", weak.headline)
     words, attacked, relearnt = weak.sentences
     assert "97 %" in attacked and "10 steps" in attacked and "not" not in attacked
     assert "32 images of three" in relearnt and "10 steps" in relearnt and "not" not in relearnt
     none = judge_robustness(found(0.97, 10, words=0.5), "three")
-    assert not none.holds and re.search(r"\bnot\b.*other words.*attack.*relearning", none.headline)
+    assert not none.holds and re.search(r"\bnot\b.*other phrasings.*attack.*relearning", none.headline)
 
 
 def test_words_that_the_model_never_knew_show_nothing() -> None:
     unknown = {"slips": {"before": share(0.06), "after": share(0.06), "by_prompt": {"p": (0.06, 0.06)}}}
     alone = judge_robustness({"phrasings": unknown}, "three")
-    assert not alone.holds and "other words" not in alone.headline
+    assert not alone.holds and "other phrasings" not in alone.headline
     (told,) = alone.sentences
     assert told.count("slips") == 2 and told.count("6 %") == 2
     both = judge_robustness({**found(0.0, None), "phrasings": unknown}, "three")
     assert both.holds
-    assert re.search(r"attack.*relearning.*nothing.*other words", both.headline)
+    assert re.search(r"attack.*relearning.*not conclusive.*other phrasings", both.headline)
 
 
 def test_words_that_draw_more_than_before_are_an_escape_however_seldom_it_was() -> None:
     slips = {"slips": {"before": share(0.45), "after": share(0.9), "by_prompt": {"p": (0.45, 0.9)}}}
     verdict = judge_robustness({"phrasings": slips}, "three")
-    assert not verdict.holds and re.search(r"\bnot\b.*other words", verdict.headline)
+    assert not verdict.holds and re.search(r"\bnot\b.*other phrasings", verdict.headline)
     (told,) = verdict.sentences
     assert told.count("slips") == 1 and re.findall(r"\d+ %", told) == ["45 %", "90 %"]
 
