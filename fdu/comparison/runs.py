@@ -1,4 +1,4 @@
-"""Make the runs of a comparison, a record each: what is there is not made again, and a kill loses one run at most."""
+"""Run a comparison, one record per run. Finished runs are not repeated, and a kill loses at most one run."""
 
 from __future__ import annotations
 

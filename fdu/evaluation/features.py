@@ -75,7 +75,7 @@ class ClipFeatures(Features):
         try:
             model = AutoModel.from_pretrained(name, dtype=torch.float32)
             if not (hasattr(model, "get_image_features") and hasattr(model, "get_text_features")):
-                raise ValueError(f"a {type(model).__name__} is no image-text encoder such as CLIP")
+                raise ValueError(f"a {type(model).__name__} is not an image-text encoder such as CLIP")
             tokenizer = AutoTokenizer.from_pretrained(name)
             # The backend of Pillow needs no torchvision, and reads images alike wherever it runs.
             processor = AutoImageProcessor.from_pretrained(name, backend="pil")

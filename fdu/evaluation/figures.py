@@ -1,4 +1,4 @@
-"""The figures of an evaluation: what judges counted and metrics found, before and after, each with its interval."""
+"""The figures of an evaluation: judged shares and metrics, before and after, each with its interval."""
 
 from __future__ import annotations
 
@@ -22,61 +22,60 @@ from fdu.evaluation.probes import Probe, check_probes, groups
 
 @dataclasses.dataclass(frozen=True)
 class Figures:
-    """What the judges counted. Every accuracy is a share of images in [0, 1]."""
+    """The judges' counts on one side of an erasure. Each accuracy is a share of images in [0, 1]."""
 
     target_accuracy: float
-    """Of the target's prompts: the share that still shows the target. Lower is a better erasure."""
+    """Share of images for the target's prompts that show the target; lower is better after an erasure."""
     unseen_accuracy: float | None
-    """The same for phrasings that training never saw; None if none were drawn."""
+    """The same for phrasings that the training never used; None if none were drawn."""
     retained_accuracy: float
-    """The mean over the retained classes of the share that shows what was asked for."""
+    """Share of images that show the requested class, averaged over the retained classes."""
     worst_retained_accuracy: float
     """The lowest of these shares."""
     worst_retained_class: str
-    """The class it belongs to."""
+    """The class with that share."""
     cross_domain_accuracy: float | None
-    """The mean over classes of another kind (colours, if a digit was erased); None if none were drawn."""
+    """The same for classes of another kind (colours if a digit was erased); None if none were drawn."""
     per_class: dict[str, float]
-    """The share of every class, target and retained."""
+    """Share of images that show the requested class, by class."""
     target_became: dict[str, float]
-    """What the judge saw in the target's images: class -> share, most frequent first."""
+    """The judge's answers on the target's images: shares by class, most frequent first."""
     retained_by_group: dict[str, float] = dataclasses.field(default_factory=dict)
-    """The mean share of the retained classes that are "near", "generic" and "unrelated"."""
+    """Mean share of the retained classes of each group: "near", "generic", "unrelated"."""
     clip_score: dict[str, float] = dataclasses.field(default_factory=dict)
-    """CLIPScore of the images with the name of what was asked for, by role and group; empty without a text encoder."""
+    """CLIPScore between images and the name of the requested class, by role and group; empty without a text encoder."""
     intervals: dict[str, Interval] = dataclasses.field(default_factory=dict)
-    """The 95 % interval of every figure, by its name: "target_accuracy", "per_class.three"; of CLIP scores only where
-    there are two images a class."""
+    """95 % intervals by figure: "target_accuracy", "per_class.three". CLIP scores need two images per class for one."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """Figures before and after, on images that share prompts and seeds."""
+    """Figures before and after an erasure, on images with the same prompts and seeds."""
 
     before: Figures
     after: Figures
     change: dict[str, float]
-    """Mean absolute difference of the images, of pixel range [0, 1], by role and group."""
+    """Mean absolute pixel difference of the images, in [0, 1], by role and group."""
     images_per_class: int
     difference: dict[str, float] = dataclasses.field(default_factory=dict)
-    """After minus before, of the accuracies and CLIP scores, by the figure's name."""
+    """After minus before, for accuracies and CLIP scores, by figure."""
     distances: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
-    """How far the images moved in the space of ``features``, by role and group: "kid" and "cmmd" of the two sets,
-    "perceptual" of each image from its counterpart. Empty without features."""
+    """Distances in the space of ``features``, by role and group: "kid" and "cmmd" between the two sets, "perceptual"
+    between each image and its counterpart. Empty without features."""
     unlearn_canvas: dict[str, float] = dataclasses.field(default_factory=dict)
     """UA, IRA and CRA after the erasure: see ``fdu/evaluation/metrics/unlearn_canvas.py``."""
     features: str = ""
-    """The extractor that distances and CLIP scores come from; they compare with those of the same one only."""
+    """Extractor of the distances and CLIP scores, which are comparable only for the same extractor."""
     intervals: dict[str, Interval] = dataclasses.field(default_factory=dict)
-    """The 95 % interval of every figure of this object: "change.target", "difference.retained_accuracy",
-    "distances.kid.retained", "unlearn_canvas.UA"; of changes and distances only where there are two images a class."""
+    """95 % intervals of the figures of this object: "change.target", "difference.retained_accuracy",
+    "distances.kid.retained", "unlearn_canvas.UA". Changes and distances need two images per class for one."""
 
     def measured(self, name: str) -> dict[str, float] | None:
         """The figures of a metric that compares images, by role and group; None if it was not computed."""
         return self.change if name == "change" else self.distances.get(name.partition(".")[2])
 
     def as_dict(self) -> dict[str, Any]:
-        """Ready for JSON."""
+        """As a dict for JSON."""
         return dataclasses.asdict(self)
 
 
@@ -87,16 +86,17 @@ def evaluate(
     features: Features | nn.Module | str | None = None,
     **settings: Any,
 ) -> Evaluation:
-    """Compare two pipelines, or what was drawn from them with :func:`draw`, on the same probes.
+    """Compare two pipelines, or images that :func:`draw` made with them, on the same probes.
 
     Args:
-        before, after: pipelines to draw from, with ``settings`` as :func:`draw` takes them, or finished draws.
-        probes: what to draw and who judges it; exactly one has the role "target", at least one is "retained".
-        features: what distances, and for image-text encoders CLIP scores, are computed with: an extractor, a module, a
-            CLIP model's folder or hub id, or "embedded". None: the judges' shares and the change of pixels alone.
+        before, after: pipelines, or images from :func:`draw`.
+        probes: prompts and judges; exactly one has the role "target", at least one the role "retained".
+        features: extractor for distances and, if it reads text, CLIP scores: an extractor, a module, a CLIP model's
+            folder or hub id, or "embedded". None: judged shares and pixel changes only.
+        settings: arguments of :func:`draw`.
 
     Raises:
-        ValueError: probes without a target or retained class, or draws that do not belong together.
+        ValueError: probes without a target or without a retained class, or images that do not match.
     """
     check_probes(probes)
     extractor = as_features(features)
@@ -107,7 +107,7 @@ def evaluate(
     counts = [[len(images) for images in one.images] for one in drawn]
     if counts[0] != counts[1] or len(counts[0]) != len(probes):
         raise ValueError(
-            f"before and after must hold the same number of images a probe, got {counts[0]} and {counts[1]}"
+            f"before and after must hold the same number of images per probe, got {counts[0]} and {counts[1]}"
         )
     bootstrap, places = Bootstrap(counts[0]), groups(probes)
     found, pairs = _Found(places, bootstrap), list(zip(drawn[0].images, drawn[1].images, strict=True))

@@ -1,4 +1,4 @@
-"""The model card beside saved weights: what was erased, how to load it, what was measured, what it cannot do."""
+"""The model card beside saved weights: the erasure, how to load it, its figures and its limits."""
 
 from __future__ import annotations
 
@@ -36,15 +36,15 @@ def write_card(
     evaluation: Evaluation | None = None,
     probes: Sequence[Probe] = (),
 ) -> Path:
-    """Write README.md, with the front matter that the Hugging Face hub reads. It names no place on this machine.
+    """Write README.md with the front matter of the Hugging Face hub. It contains no path of this machine.
 
     Args:
-        folder: where :func:`fdu.storage.writers.write` wrote.
-        format: in this format.
+        folder: where :func:`fdu.storage.writers.write` wrote the weights.
+        format: their format.
         pipeline: the pipeline with the erasure.
         record: :meth:`fdu.ErasureResult.record`.
-        evaluation: the figures, if there are any.
-        probes: what was drawn for them.
+        evaluation: the figures, if any.
+        probes: the probes of the evaluation.
     """
     environment = templates()
     environment.filters.update(percent=percent, line=_line)
@@ -83,7 +83,7 @@ def write_card(
 
 
 def _code(format: Format, pipeline: DiffusionPipeline, train_method: str, base_id: str | None, subject: Subject) -> str:
-    """The lines of Python that load the weights."""
+    """Python code that loads the weights."""
     if format == "pipeline":
         return (
             "from diffusers import DiffusionPipeline\n\n"
@@ -106,23 +106,23 @@ def _code(format: Format, pipeline: DiffusionPipeline, train_method: str, base_i
 
 
 def _advice(format: Format, train_method: str) -> list[str]:
-    """What else to know for loading."""
+    """Advice on loading."""
     if format == "delta":
-        return ["Loaded in the dtype that it was trained in, the base becomes the erased model bit for bit."]
+        return ["If the base is loaded in the dtype of the training, the result is the erased model bit for bit."]
     if format != "kohya":
         return []
     advice = [
-        f"For ComfyUI, Forge or AUTOMATIC1111 put `{KOHYA_FILE}` into the folder for LoRAs, under a name you like, and "
-        "load it at strength 1."
+        f"For ComfyUI, Forge or AUTOMATIC1111, put `{KOHYA_FILE}` into the LoRA folder under any name and load it at "
+        "strength 1."
     ]
     if TRAIN_METHODS[train_method].result == "dora":
         advice += [
-            "It is a DoRA with one magnitude an output, as LyCORIS writes it. diffusers' own loader leaves these out, "
-            "AUTOMATIC1111 and ComfyUI take them differently: use the code above or a program that follows LyCORIS."
+            "It is a DoRA with one magnitude per output, in LyCORIS's format. diffusers drops the magnitudes, and "
+            "AUTOMATIC1111 and ComfyUI read them differently: use the code above or a program that follows LyCORIS."
         ]
     return advice
 
 
 def _line(text: str) -> str:
-    """Text in one line that breaks no table."""
+    """Text in one line, safe in a Markdown table."""
     return " ".join(text.split()).replace("|", "\\|").replace("`", "'")

@@ -1,4 +1,4 @@
-"""A fingerprint of a pipeline's weights: the same weights give the same one, any changed value another."""
+"""A fingerprint of a pipeline's weights: equal for equal weights, different if any value differs."""
 
 from __future__ import annotations
 

@@ -136,7 +136,7 @@ def from_file(pipeline: DiffusionPipeline, tensors: Mapping[str, Tensor]) -> Upd
                 "load it on the family of models that it was made for"
             )
         if end not in ENDS:
-            raise ValueError(f"the tensor {key!r} is no part of a LoRA or DoRA update, the only ones that can be read")
+            raise ValueError(f"the tensor {key!r} is not part of a LoRA or DoRA update; other kinds cannot be read")
         found.setdefault(name, {})[end] = tensor
     updates: Updates = {}
     for name, update in found.items():
@@ -228,8 +228,8 @@ def _magnitude(name: str, dora_scale: Tensor | None, outputs: int) -> Tensor | N
         return None
     if dora_scale.shape[0] != outputs or dora_scale.numel() != outputs:
         raise ValueError(
-            f"the magnitude of {name!r} is {tuple(dora_scale.shape)}, not one for each output as in peft, so this DoRA "
-            "cannot be loaded; merge it into a model with the program that it comes from"
+            f"the magnitude of {name!r} is {tuple(dora_scale.shape)}, not one per output as in peft, so this DoRA "
+            "cannot be loaded; merge it into a model with the program that made it"
         )
     return dora_scale.reshape(-1)
 

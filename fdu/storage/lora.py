@@ -1,4 +1,4 @@
-"""LoRA and DoRA updates, whatever a file calls them: read from diffusers' names, put on a pipeline, written for it."""
+"""LoRA and DoRA updates: read from diffusers' names, load into a pipeline, and write for it."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def from_file(pipeline: DiffusionPipeline, tensors: Mapping[str, Tensor], metada
             stated = _alpha(config.get("alpha_pattern"), layer)
             value = config.get("lora_alpha", rank) if stated is None else stated
             if not isinstance(value, (int, float)):
-                raise ValueError(f"its metadata states the alpha {value!r} for {layer}, which is no number")
+                raise ValueError(f"its metadata states the alpha {value!r} for {layer}, which is not a number")
             return value * math.sqrt(rank) if config.get("use_rslora") else value
 
         found = _pair(by_attribute[attribute], alpha)
@@ -263,7 +263,7 @@ def _pair(tensors: Mapping[str, Tensor], alpha_of: Any) -> dict[str, Update]:
     for key, tensor in tensors.items():
         match = PARTS.fullmatch(key)
         if match is None:
-            raise ValueError(f"the tensor {key!r} is no part of a LoRA or DoRA update")
+            raise ValueError(f"the tensor {key!r} is not part of a LoRA or DoRA update")
         layer = match["layer"].replace(".processor.", ".")
         layer = f"{layer}.0" if layer.endswith(".to_out") else layer
         found.setdefault(layer, {})[next(part for part in FORMS if match[part])] = tensor

@@ -1,4 +1,4 @@
-"""Adapters made part of the weights, for good or for as long as a pipeline is written."""
+"""Merge adapters into the weights, permanently or only while a pipeline is written."""
 
 from __future__ import annotations
 

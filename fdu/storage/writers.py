@@ -1,4 +1,4 @@
-"""A finished erasure written so that diffusers, ComfyUI and the rest load it: the format, and its files."""
+"""Write a finished erasure in the formats of diffusers, ComfyUI and others."""
 
 from __future__ import annotations
 

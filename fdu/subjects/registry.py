@@ -4,12 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-<<<<<<< HEAD
-from fdu.models.loading import check_model
-=======
 from fdu.storage.loading import check_model
-from fdu.subjects.any_pipeline import AnyPipeline
->>>>>>> registries
 from fdu.subjects.digits.embedded import NAME, EmbeddedDigits
 from fdu.subjects.subject import Subject
 

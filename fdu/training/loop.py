@@ -22,7 +22,7 @@ from fdu.training.tracking import Tracking
 
 LOGGER = logging.getLogger(__name__)
 CHECK_EVERY = 10
-"""Steps between looks at the loss, each of which waits for the device."""
+"""Steps between reads of the loss; each read waits for the device."""
 PREPARED = ("forward", "_original_forward", "_is_accelerate_prepared")
 """Attributes that accelerate gives a module that it prepares."""
 
@@ -143,7 +143,7 @@ class Training:
             last, stopping = self.step == config.max_train_steps, self._stops(stop)
             saving = last or stopping or self.step % config.checkpointing_steps == 0
             if saving or step % CHECK_EVERY == 0:
-                progress.set_postfix(loss=f"{self._look(tracking):.4f}")
+                progress.set_postfix(s=f"{self._look(tracking):.3g}")
             if saving:
                 self._save()
             if config.validation_prompts and (last or self.step % config.validation_steps == 0):
@@ -159,14 +159,16 @@ class Training:
         return self.stepper.step(self.step)
 
     def _look(self, tracking: Tracking) -> float:
-        """Wait for the losses since the last look, take their means over the processes, log them, return the last.
+        """Wait for the losses since the last look, average them over the processes and log them.
+
+        Returns the last median of s, which starts at s0 and means the same for all divergences; the loss does not.
 
         Raises:
             NotFinite: one of them is NaN or infinite.
         """
         recent = self.course[self.looked :]
         if not recent:
-            return float(self.course[-1][0]) if self.course else math.nan
+            return self._s(self.course[-1]) if self.course else math.nan
         values = self.accelerator.reduce(torch.stack(recent), "mean")
         self.course[self.looked :] = list(values)
         wrong = (~torch.isfinite(values[:, 0])).nonzero()
@@ -176,14 +178,18 @@ class Training:
         learning_rate = self.stepper.schedule.get_last_lr()[0]
         figures = dict(zip(COLUMNS, values[-1].tolist(), strict=True))
         tracking.log(self.step, {**figures, "sigma": self.objective.sigma, "learning_rate": float(learning_rate)})
-        return figures["loss"]
+        return self._s(values[-1])
+
+    def _s(self, values: Tensor) -> float:
+        """The median of s in one step's values of ``COLUMNS``."""
+        return float(values[COLUMNS.index("distance")]) / self.objective.sigma**2
 
     def _not_finite(self, what: str, step: int) -> NotFinite:
         kept = self.checkpoints.all() if self.checkpoints else []
         return NotFinite(
             f"{what} at step {step}; the pipeline draws as before"
-            + (f", and the last good state is in {str(kept[-1])!r}" if kept else "")
-            + ". Begin anew with a lower learning_rate, or a lower s0 if the divergence grows exponentially "
+            + (f", and the last good checkpoint is {str(kept[-1])!r}" if kept else "")
+            + ". Restart with a lower learning_rate, or with a lower s0 if the divergence grows exponentially "
             "(pearson_chi2, alpha > 1)"
         )
 
@@ -198,7 +204,7 @@ class Training:
             try:
                 self.checkpoints.save(self.step, self._state())
             except OSError as error:
-                LOGGER.warning("checkpoint after step %d could not be written (%s); going on", self.step, error)
+                LOGGER.warning("checkpoint after step %d could not be written (%s); continuing", self.step, error)
         self.accelerator.wait_for_everyone()
 
     def _state(self) -> dict[str, Any]:
@@ -224,7 +230,7 @@ class Training:
         if len(set(steps)) > 1:
             raise RuntimeError(
                 f"the processes find different checkpoints (after steps {', '.join(map(str, steps))}); checkpoint_dir "
-                "has to be storage that all machines share"
+                "must be storage that all machines share"
             )
         if found is None:
             return

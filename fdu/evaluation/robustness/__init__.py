@@ -1,4 +1,4 @@
-"""Does an erasure hold? Other phrasings, an attack on what the denoiser reads, and relearning from a few images."""
+"""Robustness of an erasure: other phrasings, an attack on the embeddings, and relearning from a few images."""
 
 from __future__ import annotations
 

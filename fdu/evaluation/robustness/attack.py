@@ -1,4 +1,4 @@
-"""A white-box attack: a perturbation of what the denoiser reads is optimised until it draws the target again.
+"""A white-box attack: optimise a perturbation of the embeddings until the denoiser draws the target again.
 
 In the manner of concept inversion (Pham et al. 2023, arXiv 2308.01508), UnlearnDiffAtk (Zhang et al. 2023, arXiv
 2310.11868) and Ring-A-Bell (Tsai et al. 2023, arXiv 2310.10012): the loss is the erased denoiser's own, on images of

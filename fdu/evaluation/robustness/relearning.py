@@ -1,4 +1,4 @@
-"""Relearning: how many steps of fine-tuning on images of the target bring it back."""
+"""Relearning: the number of fine-tuning steps on images of the target that restore it."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class RelearningFigures:
 
     def __post_init__(self) -> None:
         if not self.course:
-            raise ValueError("course must begin with what was drawn at step 0")
+            raise ValueError("course must start at step 0")
 
     def as_dict(self) -> dict[str, Any]:
         """Ready for JSON."""

@@ -169,7 +169,7 @@ class Adapter(Trainable):
         for layer, names in zip(self.layers, active, strict=True):
             layer._active_adapter = names
         if self.layers[0].active_adapters != active[0]:
-            raise RuntimeError("this version of peft switches adapters in another way; install another one")
+            raise RuntimeError("this version of peft is not supported; install another one")
 
     def _settle(self) -> None:
         for layer in self.layers:
@@ -213,7 +213,7 @@ class Adapter(Trainable):
     def _refuse_if_fused(self) -> None:
         if any(self.name in layer.merged_adapters for layer in self.layers):
             raise RuntimeError(
-                f"adapter {self.name!r} has been fused into the weights, so what the pipeline was before cannot be had "
+                f"adapter {self.name!r} is fused into the weights, so the original pipeline cannot be restored "
                 "exactly; call pipeline.unfuse_lora() first (exact up to rounding), or load the pipeline afresh"
             )
 

@@ -98,7 +98,7 @@ class Trainable(ABC):
         if self.state == "removed":
             return
         if self._later():
-            raise RuntimeError("another erasure was made on top of this one; remove that one first")
+            raise RuntimeError("a later erasure is on top of this one; remove that one first")
         self._undo()
         if self.state == "training":
             self._restore_flags()
@@ -140,7 +140,7 @@ class Trainable(ABC):
         found = [trainable for trainable in later if trainable is not None]
         if len(found) < len(later):
             raise RuntimeError(
-                "another erasure was made on top of this one and its result is gone, so it cannot be switched off; "
+                "a later erasure on top of this one was discarded, so it cannot be switched off; "
                 "keep every result as long as you need an earlier one, or load the pipeline afresh"
             )
         return found
@@ -161,7 +161,7 @@ def refuse_while_training(pipeline: DiffusionPipeline) -> None:
         trainable = reference()
         if trainable is not None and trainable.state == "training":
             raise RuntimeError(
-                "another erasure of this pipeline is still being trained; call finish() or remove() of it first"
+                "another erasure of this pipeline is still in training; call its finish() or remove() first"
             )
 
 
