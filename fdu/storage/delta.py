@@ -1,4 +1,4 @@
-"""The changed weights alone, in one safetensors file: exact on the base that they were trained on, refused on others.
+"""A delta: only the changed weights, in one safetensors file; exact on its own base model, refused on others.
 
 New values are stored, not differences: an addition would round. Of a matrix in which few rows changed, such as the
 token embeddings after one token was trained, only these rows are stored, with their indices.
@@ -15,7 +15,7 @@ from diffusers import DiffusionPipeline
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fdu.storage import parts
+from fdu.models import parts
 from fdu.storage.fingerprint import fingerprint
 
 DELTA_FILE = "delta.safetensors"
@@ -101,8 +101,8 @@ def check_base(pipeline: DiffusionPipeline, metadata: Mapping[str, str]) -> None
         name = pipeline.config.get("_name_or_path") or type(pipeline).__name__
         raise ValueError(
             f"the delta was made on {metadata.get(BASE_KEY) or 'a base'} with fingerprint {expected[:16]}, but this "
-            f"pipeline, {name}, has {found[:16]}; load that base in the dtype that it was trained in, without other "
-            "changes, or pass check_base=False to apply it all the same"
+            f"pipeline, {name}, has {found[:16]}; load that base in the dtype of the training, without other "
+            "changes, or pass check_base=False to apply it anyway"
         )
 
 
