@@ -10,12 +10,13 @@ from typing import Any
 import numpy as np
 
 import fdu_kernels as fk
-from fdu.comparison.chart import COLOURS, Curve, Key, curve_chart, curve_entries, front_chart, mark
+from fdu.comparison.chart import COLOURS, Curve, Key, curve_chart, curve_entries, front_chart
 from fdu.comparison.front import FIGURES, Estimate, Standing
 from fdu.comparison.plan import KL_BY_ALPHA
 from fdu.comparison.recommendation import Preference
 from fdu.comparison.results import Results
 from fdu.report.render import setting_rows
+from fdu.report.svg import Captioned
 from fdu.report.templating import templates
 from fdu.storage.output import write_text
 
@@ -29,16 +30,13 @@ Alike = Mapping[str, str]
 """Divergences that were not run, each with the one that trains the same model."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Picture:
-    """A chart: inline, and as a file."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Picture(Captioned):
+    """A chart of the page that is also a file."""
 
     name: str
-    title: str
-    explanation: str
-    inline: str
     whole: str
-    legend: list[tuple[str, str]]
+    """The SVG with its legend."""
 
 
 def write_page(
@@ -83,7 +81,7 @@ def write_page(
             comparison=comparison,
             chosen=results.recommendations[prefer],
             rows=[
-                (mark(key.shape(one), 7, 7, key.colour(one), hollow=not one.on_front), one, also(one, alike))
+                (key.mark(one, 7, 7, hollow=not one.on_front), one, also(one, alike))
                 for one in ordered(results.standings)
             ],
             pictures=drawn,
@@ -105,31 +103,26 @@ def write_page(
 
 def pictures(results: Results, alike: Alike) -> list[Picture]:
     """The charts that the results allow."""
-    standings = results.standings
-    entries = Key(standings).entries()
-    found = [
-        Picture(
+    standings, entries = results.standings, Key(results.standings).entries()
+    captions = {
+        "retained": (
             FRONT,
             "Erased against retained",
             "Up and to the right is better. Filled marks lie on the Pareto front: no other candidate both erases and "
             "retains more. Crosses are 95 % intervals.",
-            front_chart(standings),
-            front_chart(standings, whole=True),
-            entries,
-        )
-    ]
-    if not np.isnan(results.sample.values["change"]).any():
-        found.append(
-            Picture(
-                CHANGE,
-                "Erased against the change of other classes",
-                "Down and to the right is better. Pixels change before the judge sees a wrong class, so this chart "
-                "separates candidates that retain everything.",
-                front_chart(standings, "change"),
-                front_chart(standings, "change", whole=True),
-                entries,
-            )
-        )
+        ),
+        "change": (
+            CHANGE,
+            "Erased against the change of other classes",
+            "Down and to the right is better. Pixels change before the judge sees a wrong class, so this chart "
+            "separates candidates that retain everything.",
+        ),
+    }
+    found = []
+    for figure, (name, title, explanation) in captions.items():
+        if not np.isnan(results.sample.values[figure]).any():
+            inline, whole = (front_chart(standings, figure, whole) for whole in (False, True))
+            found.append(Picture(title, explanation, inline, entries, name=name, whole=whole))
     for s0, points in alphas(standings, alike).items():
         if len(points) < FEWEST_ALPHAS:
             continue
@@ -137,11 +130,10 @@ def pictures(results: Results, alike: Alike) -> list[Picture]:
             Curve(name, [(alpha, getattr(one, name)) for alpha, one in points], colour)
             for name, colour in (("erased", COLOURS[1]), ("retained", COLOURS[0]))
         ]
-        drawn = [curve_chart(curves, "alpha", "share of images (%)", whole) for whole in (False, True)]
+        inline, whole = (curve_chart(curves, "alpha", "share of images (%)", whole) for whole in (False, True))
         explanation = "alpha and 1 - alpha have the same loss between Gaussians, so the curves are symmetric about 1/2."
-        title = f"By alpha, s0 {s0:g}"
-        name = BY_ALPHA.format(f"{s0:g}")
-        found.append(Picture(name, title, explanation, drawn[0], drawn[1], curve_entries(curves)))
+        title, name = f"By alpha, s0 {s0:g}", BY_ALPHA.format(f"{s0:g}")
+        found.append(Picture(title, explanation, inline, curve_entries(curves), name=name, whole=whole))
     return found
 
 

@@ -1,14 +1,15 @@
-"""The line charts of a report, as points in the units of an SVG view box."""
+"""The line charts of a report. The page's style sheet gives their lines a look by class."""
 
 from __future__ import annotations
 
-import dataclasses
-import math
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeGuard
+from typing import Any
 
-WIDTH, HEIGHT, LEFT, BOTTOM, MARGIN = 360, 190, 46, 30, 10
-"""Sizes of a chart in its own units."""
+import numpy as np
+
+from fdu.report.svg import Captioned, Chart, Frame, Scale
+
+SMALL = Frame(width=360, height=204, left=46, top=10, right=10, bottom=44)
 CURVES = {
     "divergence": ("Divergence", "from the frozen model's output for the anchor; scaled so that h'(0) = 1"),
     "distance": ("Distance", "median squared distance from that output, in squared units of the denoiser's output"),
@@ -18,42 +19,37 @@ CURVES = {
 """The training curves: title and explanation."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Line:
-    """One polyline."""
-
-    points: str
-    look: str
-    """Its class in the style sheet."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Chart:
-    """A line chart."""
-
-    title: str
-    explanation: str
-    summary: str
-    """The curve in words, for screen readers."""
-    lines: list[Line]
-    y_ticks: list[tuple[float, str]]
-    x_ticks: list[tuple[float, str]]
-    bands: list[str] = dataclasses.field(default_factory=list)
-    """Polygons behind the lines: intervals."""
-
-
-def training_charts(history: Mapping[str, Sequence[float | None]]) -> list[Chart]:
+def training_charts(history: Mapping[str, Sequence[float | None]]) -> list[Captioned]:
     """The training curves, one chart per column: each step faint, the running mean solid."""
+    # None is NaN, which JSON lacks.
+    courses = {name: np.array(history.get(name, ()), dtype=float) for name in CURVES}
     return [
-        _training_chart(title, explanation, history[name])
-        for name, (title, explanation) in CURVES.items()
-        if any(_drawable(value) and value > 0 for value in history.get(name, ()))
+        _training_chart(*CURVES[name], course)
+        for name, course in courses.items()
+        if (course[np.isfinite(course)] > 0).any()
     ]
+
+
+def _training_chart(title: str, explanation: str, course: np.ndarray) -> Captioned:
+    """A curve over the steps, where it is finite; its mean is over a window of a twentieth of the curve."""
+    finite, reach = np.isfinite(course), max(len(course) // 40, 1)
+    sums, counts = (
+        np.convolve(one, np.ones(2 * reach + 1))[reach:-reach] for one in (np.where(finite, course, 0), finite)
+    )
+    mean = np.divide(sums, counts, out=np.full_like(sums, np.nan), where=counts > 0.5)
+    chart = Chart(Scale.to(len(course)), Scale.to(course[finite].max()), "steps", frame=SMALL)
+    for values, look in ((course, "raw"), (mean, "smooth")):
+        points = [(step, max(value, 0)) for step, value in enumerate(values, 1) if np.isfinite(value)]
+        chart.line(points, f'class="{look}"')
+    known = mean[np.isfinite(mean)]
+    lost = "" if finite.all() else f"; {len(course) - finite.sum()} were not finite"
+    told = f"smoothed: {known[0]:.3g} at the start, {known[-1]:.3g} at the end{lost}"
+    return Captioned(title, explanation, chart.svg(f"{title} over {len(course)} steps, {told}"))
 
 
 def share_chart(
     title: str, explanation: str, courses: Sequence[tuple[str, str, Sequence[tuple[int, Mapping[str, Any]]]]]
-) -> Chart:
+) -> Captioned:
     """Shares in [0, 1] against steps.
 
     Args:
@@ -63,80 +59,15 @@ def share_chart(
             intervals.
     """
     most = max((step for _, _, course in courses for step, _ in course), default=1) or 1
-    width, height = WIDTH - LEFT - MARGIN, HEIGHT - BOTTOM - MARGIN
-
-    def place(step: float, share: float) -> str:
-        return f"{LEFT + width * step / most:.1f},{MARGIN + height * (1 - share):.1f}"
-
-    lines, bands, words = [], [], []
-    for name, look, course in courses:
-        lines.append(Line(" ".join(place(step, share["value"]) for step, share in course), look))
+    percents = Scale(0, 100, range(0, 101, 25))
+    chart = Chart(Scale.to(most, beyond=False), percents, "steps", unit=" %", frame=SMALL)
+    for _, look, course in courses:
         if look == "smooth":
-            upper = [place(step, share["interval"][1]) for step, share in course]
-            lower = [place(step, share["interval"][0]) for step, share in reversed(course)]
-            bands.append(" ".join(upper + lower))
-        if course:
-            told = ", ".join(f"{100 * share['value']:.0f} % after {step}" for step, share in course)
-            words.append(f"{name}: {told} steps")
-    _, steps = _ticks(most)
-    ticks = [0.0, 0.25, 0.5, 0.75, 1.0]
-    return Chart(
-        title,
-        explanation,
-        f"{title}. " + "; ".join(words),
-        lines,
-        [(MARGIN + height * (1 - tick), f"{100 * tick:.0f} %") for tick in ticks],
-        [(LEFT + width * step / most, f"{step:g}") for step in steps if step <= most],
-        bands,
-    )
-
-
-def _training_chart(title: str, explanation: str, values: Sequence[float | None]) -> Chart:
-    smooth = _smoothed(values)
-    drawn = [value for value in values if _drawable(value)]
-    ends = [value for value in smooth if value is not None]
-    lost = f"; {len(values) - len(drawn)} were not finite" if len(drawn) < len(values) else ""
-    top, ticks = _ticks(max(drawn))
-    width, height = WIDTH - LEFT - MARGIN, HEIGHT - BOTTOM - MARGIN
-
-    def x(step: float) -> float:
-        return LEFT + width * step / max(len(values) - 1, 1)
-
-    def y(value: float) -> float:
-        return MARGIN + height * (1 - min(max(value, 0.0), top) / top)
-
-    def line(course: Sequence[float | None]) -> str:
-        return " ".join(f"{x(step):.1f},{y(value):.1f}" for step, value in enumerate(course) if _drawable(value))
-
-    _, steps = _ticks(len(values))
-    return Chart(
-        title,
-        explanation,
-        f"{title} over {len(values)} steps, smoothed: {ends[0]:.3g} at the start, {ends[-1]:.3g} at the end{lost}",
-        [Line(line(values), "raw"), Line(line(smooth), "smooth")],
-        [(y(value), f"{value:g}") for value in ticks],
-        [(x(step - 1 if step else 0), f"{step:g}") for step in steps if step <= len(values)],
-    )
-
-
-def _drawable(value: float | None) -> TypeGuard[float]:
-    """Whether a value is finite; records hold NaN and infinities, or null instead."""
-    return value is not None and math.isfinite(value)
-
-
-def _smoothed(values: Sequence[float | None]) -> list[float | None]:
-    """The mean of the finite values in a window of a twentieth of the curve; None where there are none."""
-    reach = max(len(values) // 40, 1)
-    smooth: list[float | None] = []
-    for step in range(len(values)):
-        window = [value for value in values[max(step - reach, 0) : step + reach + 1] if _drawable(value)]
-        smooth.append(sum(value / len(window) for value in window) if window else None)
-    return smooth
-
-
-def _ticks(largest: float) -> tuple[float, list[float]]:
-    """A round number >= ``largest``, and ticks from 0 to it in three to five round steps."""
-    unit = 10.0 ** math.floor(math.log10(largest))
-    step = next(unit * factor for factor in (0.2, 0.25, 0.5, 1.0, 2.0, 2.5) if unit * factor * 5 >= largest)
-    count = math.ceil(largest / step - 1e-9)
-    return count * step, [round(index * step, 12) for index in range(count + 1)]
+            chart.band([(step, *(100 * end for end in share["interval"])) for step, share in course], 'class="band"')
+    for _, look, course in courses:
+        chart.line([(step, 100 * share["value"]) for step, share in course], f'class="{look}"')
+    told = [
+        f"{name}: " + ", ".join(f"{100 * share['value']:.0f} % after {step}" for step, share in course)
+        for name, _, course in courses
+    ]
+    return Captioned(title, explanation, chart.svg(f"{title}. {' steps; '.join(told)} steps"))

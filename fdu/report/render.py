@@ -19,6 +19,7 @@ from fdu.report import charts
 from fdu.report.content import EvaluatedRun
 from fdu.report.pictures import data_uri, strip
 from fdu.report.stored import SHOWN, SIDES
+from fdu.report.svg import Captioned
 from fdu.report.templating import templates
 
 HEADINGS = {
@@ -98,7 +99,6 @@ def render(run: EvaluatedRun) -> str:
         robustness=_robustness(run.robustness) if run.robustness else None,
         charts=charts.training_charts(record["history"]) if record else [],
         settings=setting_rows(record["config"]) if record else [],
-        chart=(charts.WIDTH, charts.HEIGHT, charts.LEFT, charts.BOTTOM, charts.MARGIN),
         shown=min(SHOWN, evaluation.images_per_class),
         commands=[("The erasure:", (record or {}).get("command", "")), ("This report:", run.command)],
         facts=[("The erasure", _erasure_facts(record) if record else []), ("The evaluation", _evaluation_facts(run))],
@@ -222,7 +222,7 @@ def _distances(evaluation: Evaluation) -> dict[str, Any] | None:
 
 def _robustness(found: Mapping[str, Any]) -> dict[str, Any]:
     """The robustness tests for the page."""
-    drawn: list[charts.Chart] = []
+    drawn: list[Captioned] = []
     if found.get("attack"):
         attacked, before = found["attack"], found.get("attack_before")
         courses = []
