@@ -11,7 +11,6 @@ from tyro.conf import Positional, arg
 
 import fdu
 from fdu.cli.printing import print_evaluation, print_robustness
-from fdu.cli.robustness import RobustnessTests, free_memory
 from fdu.cli.settings import check_images
 from fdu.storage.loading import (
     PIPELINE_FILE,
@@ -120,6 +119,8 @@ class Evaluate:
         sets = self._phrasing_sets(exam)
 
         def work() -> None:
+            from accelerate.utils import release_memory
+
             from fdu.report import REPORT, Conditions, EvaluatedRun, write_run
 
             panel = exam.panel(device)
@@ -127,12 +128,13 @@ class Evaluate:
             dtype = "float32" if self.dtype == "auto" else self.dtype
             pipeline = base.load(dtype, device)
             before = fdu.draw(pipeline, probes, description="before", **settings)
-            tests = RobustnessTests(self._examinations(probes[0], sets, sampling))
-            tests.before(pipeline)
+            tests = self._examination(probes[0], sets, sampling)
+            if tests is not None:
+                tests.before(pipeline)
             if (Path(self.erased) / PIPELINE_FILE).is_file():
                 # Two models would not fit where one does.
                 del pipeline
-                free_memory()
+                release_memory()
                 pipeline = load_model(self.erased, dtype, device)
             else:
                 pipeline = load_erased(pipeline, self.erased, device, dtype)
@@ -142,8 +144,8 @@ class Evaluate:
 
             def write(overwrite: bool) -> None:
                 if self.out is not None:
-                    notes = [*base.notes, *tests.notes()]
-                    found = tests.found.as_dict() if tests.found is not None else None
+                    notes = [*base.notes, *(tests.notes() if tests else ())]
+                    found = tests.found.as_dict() if tests and tests.found else None
                     conditions = Conditions(settings["seed"], sampling, panel.judge, dtype)
                     told = (record, command, describe_device(device), notes, found, conditions)
                     with whole_folder(self.out, overwrite) as folder:
@@ -151,13 +153,14 @@ class Evaluate:
 
             # The tests take long and more memory: what is known is kept before each of them.
             write(self.overwrite)
-            for _ in tests.after(pipeline):
+            for _ in tests.each_after(pipeline) if tests else ():
                 write(overwrite=True)
-            if tests.found is not None:
+            if tests and tests.found:
                 print_robustness(tests.found, exam.target)
             if self.out is not None:
                 print(f"\nreport   {self.out / REPORT}\nfigures  {self.out / METRICS_FILE}")
-            tests.check()
+            if tests:
+                tests.check()
 
         return work
 
@@ -200,22 +203,21 @@ class Evaluate:
 
         return read_sets(self.phrasings or SETS / exam.kind, exam.target)
 
-    def _examinations(self, probe: fdu.Probe, sets: PromptSets, sampling: Sampling) -> dict[str, Examination]:
-        """The tests of robustness that were asked for, each by itself, with images drawn as for the evaluation."""
+    def _examination(self, probe: fdu.Probe, sets: PromptSets, sampling: Sampling) -> Examination | None:
+        """The tests of robustness that were asked for, with images drawn as for the evaluation."""
         if self.robustness is None:
-            return {}
+            return None
         from fdu.evaluation.robustness import TESTS, AttackConfig, Examination, JudgedSampling, RelearningConfig
 
-        size = self.robustness_batch_size
-        settings = sampling.settings() | ({"batch_size": size} if size else {})
-        drawing = JudgedSampling(images=self.images_per_class, seed=self.seed, **settings)
-        configs: dict[str, Any] = {"drawing": drawing}
-        if size:
-            configs |= {
-                "attack_config": AttackConfig(batch_size=size),
-                "relearning_config": RelearningConfig(batch_size=size),
-            }
-        return {test: Examination(probe, sets, (test,), **configs) for test in self.robustness or TESTS}
+        size: dict[str, Any] = {"batch_size": self.robustness_batch_size} if self.robustness_batch_size else {}
+        return Examination(
+            probe,
+            sets,
+            self.robustness or tuple(TESTS),
+            attack_config=AttackConfig(**size),
+            relearning_config=RelearningConfig(**size),
+            drawing=JudgedSampling(images=self.images_per_class, seed=self.seed, **{**sampling.settings(), **size}),
+        )
 
 
 def _erased_concepts(record: dict[str, Any] | None) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,10 @@ from torch.nn import functional
 
 from fdu.evaluation import Draws, Evaluation, Probe
 from fdu.evaluation.probes import check_probes
+from fdu.evaluation.robustness import Robustness
 from fdu.report.pictures import strip
 from fdu.report.reading import restored
-from fdu.report.stored import SHOWN, SIDES, Conditions, Told, check_counts, check_record, read_metrics
+from fdu.report.stored import SHOWN, SIDES, Class, Conditions, Told, check_counts, check_record, read_metrics
 from fdu.storage.output import METRICS_FILE, write_json
 from fdu.storage.versions import versions
 
@@ -28,26 +29,13 @@ KEPT_HEIGHT = 256
 """Pixels; larger images are stored reduced to this."""
 
 
-@dataclasses.dataclass(frozen=True)
-class EvaluatedRun:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvaluatedRun(Told):
     """An evaluated erasure with everything that its report shows."""
 
     evaluation: Evaluation
-    probes: list[Probe]
     images: dict[str, list[Tensor]]
     """By side, the first images of every probe, [<= SHOWN, 3, H, W] in [0, 1]."""
-    seen: dict[str, list[list[str]]]
-    """By side, the judge's answer for each of them."""
-    robustness: Mapping[str, Any] | None = None
-    """:meth:`fdu.evaluation.robustness.Robustness.as_dict`, if the erasure was examined."""
-    record: Mapping[str, Any] | None = None
-    """:meth:`fdu.ErasureResult.record`, or the ``fdu.json`` beside saved weights."""
-    command: str = ""
-    """The command line that reproduces this."""
-    device: str = ""
-    notes: tuple[str, ...] = ()
-    """Closing paragraphs, such as the source of the data."""
-    conditions: Conditions = dataclasses.field(default_factory=Conditions)
 
     @classmethod
     def of(
@@ -56,11 +44,11 @@ class EvaluatedRun:
         probes: Sequence[Probe],
         before: Draws,
         after: Draws,
-        record: Mapping[str, Any] | None = None,
+        record: dict[str, Any] | None = None,
         command: str = "",
         device: str = "",
         notes: Sequence[str] = (),
-        robustness: Mapping[str, Any] | None = None,
+        robustness: dict[str, Any] | None = None,
         conditions: Conditions | None = None,
     ) -> EvaluatedRun:
         """The run of an evaluation; the judges judge the shown images again.
@@ -69,25 +57,37 @@ class EvaluatedRun:
             evaluation: the figures of ``before`` and ``after``.
             probes: the probes, in the order of the draws.
             before, after: the images of every probe, [N, 3, H, W] in [0, 1].
-            record: without it the page has no training curves and no settings.
-            command, device, notes, robustness: see the fields.
-            conditions: see the field; missing versions are those of this machine.
+            record, command, device, notes, robustness, conditions: see the fields; missing versions in ``conditions``
+                are those of this machine.
 
         Raises:
             ValueError: the draws do not belong to the probes.
         """
-        if not len(probes) == len(before.images) == len(after.images):
+        sides = dict(zip(SIDES, (before.images, after.images), strict=True))
+        if any(len(images) != len(probes) for images in sides.values()):
             counts = f"{len(before.images)} and {len(after.images)}"
             raise ValueError(f"before and after must hold the images of {len(probes)} probes, got {counts}")
-        images: dict[str, list[Tensor]] = {}
-        seen: dict[str, list[list[str]]] = {}
-        for side, draws in zip(SIDES, (before, after), strict=True):
-            shown = [drawn[:SHOWN] for drawn in draws.images]
-            seen[side] = [probe.judge(one) for probe, one in zip(probes, shown, strict=True)]
-            images[side] = [_reduced(one) for one in shown]
         known = conditions or Conditions()
-        known = dataclasses.replace(known, versions=known.versions or versions())
-        return cls(evaluation, list(probes), images, seen, robustness, record, command, device, tuple(notes), known)
+        classes = []
+        for place, one in enumerate(probes):
+            seen = {side: one.judge(images[place][:SHOWN]) for side, images in sides.items()}
+            classes.append(Class(one.name, one.role, one.group, one.prompts[:SHOWN], seen))
+        return cls(
+            evaluation=evaluation,
+            probes=classes,
+            images={side: [_reduced(one[:SHOWN]) for one in images] for side, images in sides.items()},
+            record=record,
+            command=command,
+            device=device,
+            notes=tuple(notes),
+            robustness=robustness,
+            conditions=dataclasses.replace(known, versions=known.versions or versions()),
+        )
+
+    @property
+    def asked(self) -> list[Probe]:
+        """The probes, without the judges, whose answers are in ``seen``."""
+        return [Probe(one.name, one.prompts, one.role, _cannot_judge, one.group) for one in self.probes]
 
     @property
     def target(self) -> str:
@@ -111,8 +111,6 @@ class EvaluatedRun:
     def metrics(self) -> dict[str, Any]:
         """Everything but the images, for JSON."""
         metrics = {"target": self.target, **self.evaluation.as_dict()}
-        if self.robustness is not None:
-            metrics["robustness"] = self.robustness
         if self.record is not None:
             config = dict(self.record["config"])
             metrics |= {
@@ -124,18 +122,11 @@ class EvaluatedRun:
                 "seconds": self.record["seconds"],
                 "settings": config,
             }
-        probes = [
-            {
-                **{name: getattr(probe, name) for name in ("name", "role", "group")},
-                "prompts": list(probe.prompts[:SHOWN]),
-                "seen": {side: self.seen[side][place] for side in SIDES},
-            }
-            for place, probe in enumerate(self.probes)
-        ]
-        told: dict[str, Any] = {"device": self.device, "command": self.command, "notes": list(self.notes)}
         # The versions once more, where those who read no conditions look for them.
-        told |= {"conditions": dataclasses.asdict(self.conditions), "versions": self.conditions.versions}
-        return metrics | {**told, "probes": probes, "record": self.record}
+        metrics["versions"] = self.conditions.versions
+        told = {field.name: getattr(self, field.name) for field in dataclasses.fields(Told)}
+        probes, conditions = map(dataclasses.asdict, self.probes), dataclasses.asdict(self.conditions)
+        return {**metrics, **told, "probes": list(probes), "conditions": conditions}
 
     def write(self, folder: Path) -> None:
         """Write metrics and images into a folder."""
@@ -158,37 +149,22 @@ class EvaluatedRun:
         folder = Path(folder)
         metrics = read_metrics(folder)
         try:
-            evaluation = restored(Evaluation, metrics, "metrics")
-            told = restored(Told, metrics, "metrics")
+            evaluation, told = restored(Evaluation, metrics, "metrics"), restored(Told, metrics, "metrics")
             if told.record is not None:
                 check_record(told.record, "metrics.record")
-            probes = [Probe(one.name, one.prompts, one.role, _cannot_judge, one.group) for one in told.probes]
-            check_probes(probes)
-            check_counts(evaluation, told.probes)
-            run = cls(
-                evaluation=evaluation,
-                probes=probes,
-                images={side: [] for side in SIDES},
-                seen={side: [one.seen[side] for one in told.probes] for side in SIDES},
-                robustness=told.robustness.as_dict() if told.robustness else None,
-                record=told.record,
-                command=told.command,
-                device=told.device,
-                notes=told.notes,
-                conditions=told.conditions,
-            )
+            if told.robustness is not None:
+                restored(Robustness, told.robustness, "metrics.robustness")
+            run = cls(evaluation=evaluation, images={side: [] for side in SIDES}, **vars(told))
+            check_probes(run.asked)
+            check_counts(evaluation, run.probes)
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(
                 f"{str(folder / METRICS_FILE)!r} does not match this version of fdu ({error}); run `fdu evaluate` again"
             ) from error
-        for side in SIDES:
-            for place, seen in enumerate(run.seen[side]):
-                run.images[side].append(_cut(folder / IMAGES_FOLDER / run._file(side, place), len(seen)))
+        for side, images in run.images.items():
+            for place, one in enumerate(run.probes):
+                images.append(_cut(folder / IMAGES_FOLDER / run._file(side, place), len(one.seen[side])))
         return run
-
-    def draws(self, side: str) -> Draws:
-        """The shown images of one side."""
-        return Draws(self.images[side])
 
     def _file(self, side: str, place: int) -> str:
         probe = self.probes[place]
@@ -206,7 +182,7 @@ def _reduced(images: Tensor) -> Tensor:
 
 
 def _cannot_judge(images: Tensor) -> list[str]:
-    raise RuntimeError("a run read from a folder has no judge; its answers are in EvaluatedRun.seen")
+    raise RuntimeError("a report's probes have no judges; the answers are in EvaluatedRun.probes")
 
 
 def _cut(path: Path, count: int) -> Tensor:

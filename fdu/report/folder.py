@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from fdu.evaluation import Draws
 from fdu.report.content import EvaluatedRun
 from fdu.report.pictures import save_before_after
 from fdu.report.render import render
+from fdu.report.stored import SIDES
 from fdu.storage.output import whole_file, write_text
 
 REPORT, PICTURE = "report.html", "before-after.png"
@@ -43,8 +45,8 @@ def make_report(folder: str | Path) -> Path:
     """
     folder = Path(folder)
     run = EvaluatedRun.read(folder)
-    page = render(run)
+    page, (before, after) = render(run), (Draws(run.images[side]) for side in SIDES)
     with whole_file(folder / REPORT) as page_file, whole_file(folder / PICTURE) as picture_file:
         page_file.write_text(page, encoding="utf-8")
-        save_before_after(picture_file, run.draws("before"), run.draws("after"), run.probes, run.evaluation)
+        save_before_after(picture_file, before, after, run.asked, run.evaluation)
     return folder / REPORT

@@ -8,7 +8,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from fdu.config import EraseConfig
-from fdu.evaluation import Evaluation, Figures, Probe
+from fdu.evaluation import Evaluation, Figures
 from fdu.evaluation.metrics.catalogue import metrics_of
 from fdu.evaluation.metrics.clip_score import CLIP_SCORE
 from fdu.evaluation.metrics.metric import Metric, PairMetric, SetMetric, ShareMetric
@@ -18,7 +18,7 @@ from fdu.evaluation.verdict import Row as Compared
 from fdu.report import charts
 from fdu.report.content import EvaluatedRun
 from fdu.report.pictures import data_uri, strip
-from fdu.report.stored import SHOWN, SIDES
+from fdu.report.stored import SHOWN, SIDES, Class
 from fdu.report.svg import Captioned
 from fdu.report.templating import templates
 
@@ -85,7 +85,7 @@ def render(run: EvaluatedRun) -> str:
         anchor=run.anchor,
         others=joined([name for name, _ in run.erased]) if run.anchor is None else "",
         evaluation=evaluation,
-        verdict=judge(evaluation, run.probes),
+        verdict=judge(evaluation, run.asked),
         holds=judge_robustness(run.robustness, run.target) if run.robustness else None,
         summary=_summary(run),
         groups=groups,
@@ -165,27 +165,28 @@ def _summary(run: EvaluatedRun) -> list[tuple[Compared, Figure | None]]:
     """The rows of the comparison, each with its difference if known."""
     evaluation = run.evaluation
     apart = {name: Figure.of(evaluation, f"difference.{name}", value) for name, value in evaluation.difference.items()}
-    return [(row, apart.get(row.figure)) for row in comparison(evaluation, run.probes)]
+    return [(row, apart.get(row.figure)) for row in comparison(evaluation, run.asked)]
 
 
 def _groups(run: EvaluatedRun) -> list[tuple[str, list[ClassRow]]]:
     """The rows of classes under their headings."""
     found: dict[tuple[str, str], list[ClassRow]] = {key: [] for key in HEADINGS}
     for place, probe in enumerate(run.probes):
-        sides = [_side(probe, run.images[side][place], run.seen[side][place], side) for side in SIDES]
+        sides = [_side(probe, run.images[side][place], side) for side in SIDES]
         figures = [_figure(one, probe) for one in (run.evaluation.before, run.evaluation.after)]
         key = (probe.role, probe.group if probe.role == "retained" else "")
         found[key].append(ClassRow(probe.role, probe.name, figures[0], figures[1], sides))
     return [(HEADINGS[key], rows) for key, rows in found.items() if rows]
 
 
-def _figure(figures: Figures, probe: Probe) -> Figure:
+def _figure(figures: Figures, probe: Class) -> Figure:
     if probe.role == "unseen":
         return Figure.of(figures, "unseen_accuracy", figures.unseen_accuracy or 0.0)
     return Figure.of(figures, f"per_class.{probe.name}", figures.per_class[probe.name])
 
 
-def _side(probe: Probe, images: Any, seen: Sequence[str], when: str) -> Side:
+def _side(probe: Class, images: Any, when: str) -> Side:
+    seen = probe.seen[when]
     counted = ", ".join(
         f"{name} {count} times" if count > 1 else f"{name} once" for name, count in Counter(seen).most_common()
     )

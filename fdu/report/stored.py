@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from fdu.evaluation import Evaluation, Group, Role, Sampling
-from fdu.evaluation.robustness import Robustness
 from fdu.report.reading import restored
 from fdu.storage.loading import RECORD_KEYS
 from fdu.storage.output import METRICS_FILE, METRICS_KEYS, RECORD_FILE
@@ -44,19 +43,26 @@ class Class:
     role: Role
     group: Group
     prompts: tuple[str, ...]
+    """The first prompts."""
     seen: dict[str, list[str]]
+    """By side, the judge's answer for each shown image."""
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Told:
     """The metrics without the evaluation."""
 
     probes: list[Class]
-    record: dict[str, Any] | None
-    command: str
-    device: str
-    notes: tuple[str, ...]
-    robustness: Robustness | None = None
+    record: dict[str, Any] | None = None
+    """:meth:`fdu.ErasureResult.record`, or the ``fdu.json`` beside saved weights; without it the page has no training
+    curves and no settings."""
+    command: str = ""
+    """The command line that reproduces this."""
+    device: str = ""
+    notes: tuple[str, ...] = ()
+    """Closing paragraphs, such as the source of the data."""
+    robustness: dict[str, Any] | None = None
+    """:meth:`fdu.evaluation.robustness.Robustness.as_dict`, if the erasure was examined."""
     conditions: Conditions = dataclasses.field(default_factory=Conditions)
 
 

@@ -15,7 +15,6 @@ from scipy import stats
 from torch import Tensor
 
 import fdu
-from fdu.cli.robustness import RobustnessTests
 from fdu.evaluation.intervals import wilson
 from fdu.evaluation.robustness import (
     AttackConfig,
@@ -136,7 +135,7 @@ def test_sets_are_compared_prompt_by_prompt() -> None:
     (figures,) = phrasings.compare_sets(sets, "x", before, after).values()
     assert (figures.before.value, figures.after.value) == (0.75, 0.5)
     assert list(figures.by_prompt.items()) == [("q", (0.5, 1.0)), ("p", (1.0, 0.0))]
-    with pytest.raises(ValueError, match="as many images of every set"):
+    with pytest.raises(ValueError, match="same number of images per set"):
         phrasings.compare_sets(sets, "x", before, {"words": ["x"]})
 
 
@@ -293,7 +292,7 @@ def test_an_attack_has_nothing_to_bring_back_where_nothing_was_erased() -> None:
 
 
 def test_relearning_is_measured_by_what_was_drawn_before_the_attack(pipeline: StableDiffusionPipeline) -> None:
-    """The tests of the command are examinations of their own; the attack's images and share serve relearning."""
+    """What the attack drew and counted before the erasure serves relearning."""
     probe = digits.probes("three")[0]
     seldom = dataclasses.replace(probe, judge=lambda images: ["three", "eight", "eight"][: len(images)])
     drawing = JudgedSampling(images=3, num_inference_steps=2)
@@ -303,14 +302,31 @@ def test_relearning_is_measured_by_what_was_drawn_before_the_attack(pipeline: St
         "drawing": drawing,
         "latents": 1,
     }
-    tests = RobustnessTests({test: Examination(seldom, {}, (test,), **configs) for test in ("attack", "relearning")})
-    tests.before(pipeline)
-    assert tests.examinations["relearning"].drawn_before == pytest.approx(1 / 3)
-    assert tests.examinations["relearning"].latents is tests.examinations["attack"].latents
-    assert len(list(tests.after(pipeline))) == 2
-    tests.check()
-    assert tests.found is not None and tests.found.relearning is not None
-    assert tests.found.relearning.drawn_before == pytest.approx(1 / 3)
+    examination = Examination(seldom, {}, ("attack", "relearning"), **configs)
+    examination.before(pipeline)
+    assert examination.drawn_before == pytest.approx(1 / 3)
+    assert len(list(examination.each_after(pipeline))) == 2
+    examination.check()
+    assert examination.found is not None and examination.found.relearning is not None
+    assert examination.found.relearning.drawn_before == pytest.approx(1 / 3)
+
+
+def test_a_test_that_fails_is_named_and_stops_no_other(
+    pipeline: StableDiffusionPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*given: Any) -> None:
+        raise RuntimeError("CUDA out of memory.\nTried to allocate")
+
+    monkeypatch.setattr("fdu.evaluation.robustness.examination.attack", fails)
+    examination = Examination(THREE, {"words": ("three",)}, ("attack", "phrasings"), drawing=QUICK, latents=1)
+    examination.before(pipeline)
+    with pytest.raises(RuntimeError, match=r"'attack'.*CUDA out of memory\b") as raised:
+        examination.after(pipeline)
+    assert "Tried to allocate" in str(raised.value.__cause__)
+    assert examination.found is not None and set(examination.found.phrasings or {}) == {"words"}
+    assert examination.found.attack is None
+    (note,) = examination.notes()
+    assert "'attack'" in note
 
 
 def test_an_attack_that_fails_without_an_erasure_shows_nothing_by_failing() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fdu.evaluation.robustness.attack import AttackConfig, AttackFigures, attack
-from fdu.evaluation.robustness.examination import TESTS, Examination, Robustness, Test, check_tests
+from fdu.evaluation.robustness.examination import TESTS, Examination, Robustness
 from fdu.evaluation.robustness.finetuning import Lesson
 from fdu.evaluation.robustness.judging import JudgedSampling, target_latents
 from fdu.evaluation.robustness.phrasings import SetFigures, read_sets
@@ -22,9 +22,7 @@ __all__ = [
     "Robustness",
     "SetFigures",
     "Share",
-    "Test",
     "attack",
-    "check_tests",
     "read_sets",
     "relearn",
     "target_latents",

@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection
-from typing import Any, Literal, get_args
+import traceback
+from collections.abc import Callable, Collection, Iterator
+from typing import Any, Protocol
 
+from accelerate.utils import release_memory
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from fdu.evaluation import Probe
 from fdu.evaluation.robustness.attack import AttackConfig, AttackFigures, attack
 from fdu.evaluation.robustness.finetuning import Lesson
-from fdu.evaluation.robustness.judging import JudgedSampling, count, target_latents
+from fdu.evaluation.robustness.judging import JudgedSampling, target_latents
 from fdu.evaluation.robustness.phrasings import PromptSets, SetFigures, compare_sets, seen_in_sets
 from fdu.evaluation.robustness.relearning import RelearningConfig, RelearningFigures, relearn
+from fdu.models.denoiser import Denoiser
 from fdu.models.families import denoiser_of
-
-Test = Literal["phrasings", "attack", "relearning"]
-TESTS: tuple[Test, ...] = get_args(Test)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,10 +38,54 @@ class Robustness:
         return dataclasses.asdict(self)
 
 
+class Test(Protocol):
+    """A test, which keeps what it has to compare with."""
+
+    def before(self, exam: Examination, denoiser: Denoiser) -> None:
+        """Look at the pipeline before the erasure."""
+
+    def after(self, exam: Examination, denoiser: Denoiser) -> dict[str, Any]:
+        """Test the erased pipeline and leave it as it was. Returns fields of :class:`Robustness`."""
+
+
+class _Phrasings:
+    def before(self, exam: Examination, denoiser: Denoiser) -> None:
+        self.seen = seen_in_sets(denoiser, exam.sets, exam.probe.judge, exam.drawing)
+
+    def after(self, exam: Examination, denoiser: Denoiser) -> dict[str, Any]:
+        seen = seen_in_sets(denoiser, exam.sets, exam.probe.judge, exam.drawing)
+        return {"phrasings": compare_sets(exam.sets, exam.probe.name, self.seen, seen)}
+
+
+class _Attack:
+    def before(self, exam: Examination, denoiser: Denoiser) -> None:
+        found = attack(exam.lesson(denoiser), dataclasses.replace(exam.attack_config, restarts=1))
+        exam.drawn_before = found.before.value
+        self.reference = found.against(exam.drawn_before)
+
+    def after(self, exam: Examination, denoiser: Denoiser) -> dict[str, Any]:
+        return {"attack_before": self.reference, "attack": attack(exam.lesson(denoiser), exam.attack_config)}
+
+
+class _Relearning:
+    def before(self, exam: Examination, denoiser: Denoiser) -> None:
+        lesson = exam.lesson(denoiser)
+        if exam.drawn_before is None:
+            exam.drawn_before = lesson.judged().value
+
+    def after(self, exam: Examination, denoiser: Denoiser) -> dict[str, Any]:
+        return {"relearning": relearn(exam.lesson(denoiser), exam.relearning_config)}
+
+
+TESTS: dict[str, type[Test]] = {"phrasings": _Phrasings, "attack": _Attack, "relearning": _Relearning}
+"""The tests by name, in the order in which they are made."""
+
+
 class Examination:
     """The tests of one erasure: call :meth:`before` with the pipeline as it was, then :meth:`after` as it is.
 
     The two need not be in memory together: one pipeline can be both, one after the other, as in ``result.original()``.
+    A test that fails does not stop the others; :meth:`check` tells of it.
 
     Args:
         probe: the target's prompts, and who judges the images.
@@ -59,72 +103,95 @@ class Examination:
         self,
         probe: Probe,
         sets: PromptSets | None = None,
-        tests: Collection[str] = TESTS,
+        tests: Collection[str] = tuple(TESTS),
         attack_config: AttackConfig | None = None,
         relearning_config: RelearningConfig | None = None,
         drawing: JudgedSampling | None = None,
         latents: int = 32,
     ) -> None:
-        check_tests(tests)
+        unknown = [name for name in tests if name not in TESTS]
+        if unknown or not tests:
+            got = f"got {unknown[0]!r}" if unknown else "got none"
+            raise ValueError(f"robustness must name tests among {', '.join(TESTS)}; {got}")
         if "phrasings" in tests and not sets:
             raise ValueError(
                 "the test 'phrasings' needs prompt sets; read them with fdu.evaluation.robustness.read_sets"
             )
-        self.probe, self.sets, self.tests = probe, sets or {}, tuple(tests)
+        self.probe, self.sets, self.number = probe, sets or {}, latents
         self.attack_config = attack_config or AttackConfig()
         self.relearning_config = relearning_config or RelearningConfig()
-        self.drawing, self.number = drawing or JudgedSampling(), latents
-        self.seen: dict[str, list[str]] = {}
+        self.drawing = drawing or JudgedSampling()
+        self.tests = {name: kind() for name, kind in TESTS.items() if name in tests}
+        self.found: Robustness | None = None
+        """What the finished tests found."""
         self.latents: Tensor | None = None
-        self.attack_before: AttackFigures | None = None
         self.drawn_before: float | None = None
+        """The share of images that showed the target before the erasure, once attack or relearning has counted it."""
+        self._begun = False
+        # Words, not exceptions: their frames would hold the memory that the next test needs.
+        self._failed: dict[str, str] = {}
+        self._traces: list[str] = []
 
     def before(self, pipeline: DiffusionPipeline) -> None:
         """Draw the target's images and what the later figures are compared with."""
+        denoiser, self._begun = denoiser_of(pipeline), True
+        for name, test in self.tests.items():
+            self._tried(name, test.before, denoiser)
+
+    def each_after(self, pipeline: DiffusionPipeline) -> Iterator[None]:
+        """Test the erased pipeline, which is as before afterwards; yields whenever ``found`` is up to date.
+
+        Raises:
+            RuntimeError: :meth:`before` was not called.
+        """
+        if not self._begun:
+            raise RuntimeError("call before() with the pipeline as it was before the erasure, then after()")
         denoiser = denoiser_of(pipeline)
-        if "phrasings" in self.tests:
-            self.seen = seen_in_sets(denoiser, self.sets, self.probe.judge, self.drawing)
-        if set(self.tests) & {"attack", "relearning"}:
-            self.latents = target_latents(denoiser, self.probe, self.number, self.drawing)
-            if "attack" in self.tests:
-                config = dataclasses.replace(self.attack_config, restarts=1)
-                found = attack(Lesson(denoiser, self.probe, self.latents, self.drawing), config)
-                plain = found.before
-                self.attack_before = found.against(plain.value)
-            else:
-                plain = count(denoiser, self.probe, self.drawing)
-            self.drawn_before = plain.value
+        for name, test in self.tests.items():
+            found = None if name in self._failed else self._tried(name, test.after, denoiser)
+            if found:
+                self.found = dataclasses.replace(self.found or Robustness(), **found)
+            yield
 
     def after(self, pipeline: DiffusionPipeline) -> Robustness:
         """Test the erased pipeline, which is as before afterwards.
 
         Raises:
-            RuntimeError: :meth:`before` was not called.
+            RuntimeError: :meth:`before` was not called, or a test failed; the others are in ``found``.
         """
-        if not self.seen and self.latents is None:
-            raise RuntimeError("call before() with the pipeline as it was before the erasure, then after()")
-        denoiser = denoiser_of(pipeline)
-        phrasings = attacked = relearnt = None
-        if "phrasings" in self.tests:
-            seen = seen_in_sets(denoiser, self.sets, self.probe.judge, self.drawing)
-            phrasings = compare_sets(self.sets, self.probe.name, self.seen, seen)
-        if self.latents is not None:
-            known = 1.0 if self.drawn_before is None else self.drawn_before
-            lesson = Lesson(denoiser, self.probe, self.latents, self.drawing, known)
-            if "attack" in self.tests:
-                attacked = attack(lesson, self.attack_config)
-            if "relearning" in self.tests:
-                relearnt = relearn(lesson, self.relearning_config)
-        return Robustness(phrasings, self.attack_before, attacked, relearnt)
+        for _ in self.each_after(pipeline):
+            pass
+        self.check()
+        return self.found or Robustness()
 
+    def notes(self) -> list[str]:
+        """Sentences on the tests that failed."""
+        return [f"The robustness test {told}." for told in self._failed.values()]
 
-def check_tests(tests: Collection[str]) -> None:
-    """Refuse names of tests that there are not.
+    def check(self) -> None:
+        """Report failed tests.
 
-    Raises:
-        ValueError: an unknown test, or none.
-    """
-    unknown = [name for name in tests if name not in TESTS]
-    if unknown or not tests:
-        got = f"got {unknown[0]!r}" if unknown else "got none"
-        raise ValueError(f"robustness must name tests among {', '.join(TESTS)}; {got}")
+        Raises:
+            RuntimeError: a test failed; the cause is its traceback.
+        """
+        if self._failed:
+            cause = RuntimeError("\n".join(self._traces))
+            raise RuntimeError(f"robustness: the test {'; the test '.join(self._failed.values())}") from cause
+
+    def lesson(self, denoiser: Denoiser) -> Lesson:
+        """What attack and relearning learn from: images of the target by the first pipeline that was asked."""
+        if self.latents is None:
+            self.latents = target_latents(denoiser, self.probe, self.number, self.drawing)
+        known = 1.0 if self.drawn_before is None else self.drawn_before
+        return Lesson(denoiser, self.probe, self.latents, self.drawing, known)
+
+    def _tried(self, name: str, make: Callable[[Examination, Denoiser], Any], denoiser: Denoiser) -> Any:
+        """What ``make`` returns; None if it fails, which is noted."""
+        try:
+            return make(self, denoiser)
+        except Exception as error:
+            line = (str(error).strip().splitlines() or [""])[0].rstrip(".")
+            self._failed[name] = f"{name!r} failed: {line or type(error).__name__}"
+            self._traces.append(traceback.format_exc())
+        release_memory()
+        return None
