@@ -12,7 +12,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from tyro.conf import OmitArgPrefixes, Positional, arg
 
-from fdu.cli.settings import Settings, grouped
+from fdu.cli.settings import GROUPS, Settings, grouped
 from fdu.config import EraseConfig
 from fdu.storage.loading import Dtype, check_dtype, check_encoder, check_resolution, choose_device
 from fdu.subjects.registry import subject_of
@@ -20,21 +20,7 @@ from fdu.subjects.registry import subject_of
 DEFAULT = "mse,squared_hellinger,jensen_shannon,pearson_chi2"
 """The default: the usual loss, two divergences that damp large errors, and one that amplifies them."""
 
-
-OWN = (
-    "divergence",
-    "s0",
-    "seed",
-    "cache_dir",
-    "checkpoint_dir",
-    "checkpointing_steps",
-    "checkpoints_total_limit",
-    "resume_from_checkpoint",
-    "report_to",
-    "logging_dir",
-    "validation_prompts",
-    "validation_steps",
-)
+OWN = ("divergence", "s0", "seed", *GROUPS["files"])
 """Settings of an erasure that a comparison sets itself."""
 
 

@@ -12,68 +12,21 @@ import tyro
 from fdu.config import EraseConfig
 
 GROUPS = {
-    "basic": (
-        "train_method",
-        "rank",
-        "lora_alpha",
-        "max_train_steps",
-        "train_batch_size",
-        "learning_rate",
-        "preservation_weight",
-        "preservation_prompts",
-        "resolution",
-        "seed",
-    ),
-    "divergence": (
-        "divergence",
-        "sigma",
-        "s0",
-        "distance",
-        "objective",
-        "negative_guidance",
-        "weighting",
-        "snr_gamma",
-        "timestep_sampling",
-        "variational",
-        "critic_learning_rate",
-        "critic_warmup_steps",
-    ),
-    "training": (
-        "gradient_accumulation_steps",
-        "lr_scheduler",
-        "lr_warmup_steps",
-        "optimizer",
-        "adam_beta1",
-        "adam_beta2",
-        "adam_weight_decay",
-        "adam_epsilon",
-        "max_grad_norm",
-        "gradient_surgery",
-        "num_latents",
-        "num_inference_steps",
+    title: names.split()
+    for title, names in {
+        "basic": "train_method rank lora_alpha max_train_steps train_batch_size learning_rate preservation_weight "
+        "preservation_prompts resolution seed",
+        "divergence": "divergence sigma s0 distance objective negative_guidance weighting snr_gamma timestep_sampling "
+        "variational critic_learning_rate critic_warmup_steps",
+        "training": "gradient_accumulation_steps lr_scheduler lr_warmup_steps optimizer adam_beta1 adam_beta2 "
+        "adam_weight_decay adam_epsilon max_grad_norm gradient_surgery num_latents num_inference_steps "
         "guidance_scale",
-    ),
-    "memory": (
-        "mixed_precision",
-        "gradient_checkpointing",
-        "compile",
-        "shard",
-        "sample_batch_size",
-        "frozen_batches",
-    ),
-    "files": (
-        "cache_dir",
-        "checkpoint_dir",
-        "checkpointing_steps",
-        "checkpoints_total_limit",
-        "resume_from_checkpoint",
-        "report_to",
-        "logging_dir",
-        "validation_prompts",
-        "validation_steps",
-    ),
+        "memory": "mixed_precision gradient_checkpointing compile shard sample_batch_size frozen_batches",
+        "files": "cache_dir checkpoint_dir checkpointing_steps checkpoints_total_limit resume_from_checkpoint "
+        "report_to logging_dir validation_prompts validation_steps",
+    }.items()
 }
-"""Every setting, by the title that the help puts it under."""
+"""The names of all settings, by the title that the help puts them under."""
 
 
 class Settings:

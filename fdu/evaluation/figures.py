@@ -111,33 +111,31 @@ def evaluate(
             f"before and after must hold the same number of images per probe, got {counts[0]} and {counts[1]}"
         )
     bootstrap, places = Bootstrap(counts[0]), groups(probes)
-    found, pairs = _Found(places, bootstrap), list(zip(drawn[0].images, drawn[1].images, strict=True))
+    found, pairs = _Found(bootstrap), list(zip(drawn[0].images, drawn[1].images, strict=True))
     # Pairs first: the features of their images are then known, also to judges with the same encoder.
     of_pairs = [one for one in metrics_of(PairMetric) if extractor or not one.needs_features]
     of_sets = metrics_of(SetMetric) if extractor else []
     for metric in of_pairs:
-        found.means(metric.name, [metric.values(*pair, extractor).numpy() for pair in pairs])
+        found.means(metric.name, [metric.values(*pair, extractor).numpy() for pair in pairs], places)
     for one in of_sets:
-        found.discrepancies(one, drawn, extractor)
-    sides = [_side(one, probes, extractor, bootstrap, places) for one in drawn]
-    for name, resampled in sides[1].resampled.items():
-        if name in sides[0].resampled:
-            key = f"difference.{name}"
-            found.figures[key] = sides[1].values[name] - sides[0].values[name]
-            apart = resampled - sides[0].resampled[name]
-            images = sides[1].images.get(name)
-            if images:
-                found.intervals[key] = share_interval(found.figures[key], apart, images, -1)
-            elif name in sides[1].figures.intervals:
+        found.discrepancies(one, drawn, extractor, places)
+    before, after = (_side(one, probes, extractor, bootstrap, places) for one in drawn)
+    for name, resampled in after.resampled.items():
+        # Which class is worst, and which ones appear in the target's place, differs before and after.
+        if name in before.resampled and name != "worst_retained_accuracy" and not name.startswith("target_became."):
+            key, apart = f"difference.{name}", resampled - before.resampled[name]
+            found.figures[key] = after.figures[name] - before.figures[name]
+            if name in after.counted:
+                found.intervals[key] = share_interval(found.figures[key], apart, after.counted[name], -1)
+            elif name in after.intervals:
                 found.intervals[key] = interval(apart)
-    shares, intervals = sides[1].values, sides[1].figures.intervals
     for given in metrics_of(ShareMetric):
-        if given.figure in shares:
-            share = given.of(shares[given.figure], intervals[given.figure])
+        if given.figure in after.figures:
+            share = given.of(after.figures[given.figure], after.intervals[given.figure])
             found.figures[given.name], found.intervals[given.name] = share
     return Evaluation(
-        before=sides[0].figures,
-        after=sides[1].figures,
+        before=before.side(probes),
+        after=after.side(probes),
         change=found.under("change"),
         images_per_class=counts[0][0],
         difference=found.under("difference"),
@@ -153,12 +151,15 @@ def evaluate(
 
 
 class _Found:
-    """Figures by name, and their intervals."""
+    """Figures by name, their intervals and resamples."""
 
-    def __init__(self, places: Mapping[str, Sequence[int]], bootstrap: Bootstrap) -> None:
-        self.places, self.bootstrap = places, bootstrap
+    def __init__(self, bootstrap: Bootstrap) -> None:
+        self.bootstrap = bootstrap
         self.figures: dict[str, float] = {}
         self.intervals: dict[str, Interval] = {}
+        self.resampled: dict[str, np.ndarray] = {}
+        self.counted: dict[str, int] = {}
+        """On how many images each share was counted."""
 
     def under(self, name: str) -> dict[str, float]:
         """The figures whose names begin with this one, by what follows."""
@@ -166,17 +167,27 @@ class _Found:
             key.removeprefix(f"{name}."): value for key, value in self.figures.items() if key.startswith(f"{name}.")
         }
 
-    def means(self, name: str, values: Sequence[np.ndarray]) -> None:
-        """The mean over classes of a value an image, by role and group."""
-        for part, chosen in self.places.items():
-            own = {place: values[place] for place in chosen}
-            self.figures[f"{name}.{part}"] = float(np.mean([one.mean() for one in own.values()]))
-            if self.bootstrap.tells(chosen):
-                self.intervals[f"{name}.{part}"] = interval(self.bootstrap.means(own))
+    def share(self, name: str, hits: Mapping[int, np.ndarray]) -> None:
+        """The mean over classes of the share of hits; an image is 1 or 0."""
+        share = self.figures[name] = float(np.mean([one.mean() for one in hits.values()]))
+        images = self.counted[name] = sum(map(len, hits.values()))
+        resampled = self.resampled[name] = self.bootstrap.means(hits)
+        self.intervals[name] = wilson(share, images) if len(hits) == 1 else share_interval(share, resampled, images)
 
-    def discrepancies(self, metric: SetMetric, drawn: Sequence[Draws], extractor: Any) -> None:
+    def means(self, name: str, values: Sequence[np.ndarray], places: Mapping[str, Sequence[int]]) -> None:
+        """The mean over classes of a value an image, by role and group."""
+        for part, chosen in places.items():
+            key, own = f"{name}.{part}", {place: values[place] for place in chosen}
+            self.figures[key] = float(np.mean([one.mean() for one in own.values()]))
+            self.resampled[key] = self.bootstrap.means(own)
+            if self.bootstrap.tells(chosen):
+                self.intervals[key] = interval(self.resampled[key])
+
+    def discrepancies(
+        self, metric: SetMetric, drawn: Sequence[Draws], extractor: Any, places: Mapping[str, Sequence[int]]
+    ) -> None:
         """The distance of two sets of features, by role and group; of images that began as one noise there is none."""
-        for part, chosen in self.places.items():
+        for part, chosen in places.items():
             before, after = (cat([extractor(one.images[place]) for place in chosen]) for one in drawn)
             value, resampled = self.bootstrap.pair_means(metric.discrepancies(before, after).numpy(), chosen)
             if not math.isnan(value):
@@ -185,17 +196,23 @@ class _Found:
                 if self.bootstrap.tells(chosen, FEWEST + 1):
                     self.intervals[f"{metric.name}.{part}"] = interval(resampled)
 
-
-@dataclasses.dataclass(frozen=True)
-class _Side:
-    """What was found on one side of the erasure."""
-
-    figures: Figures
-    values: dict[str, float]
-    resampled: dict[str, np.ndarray]
-    """The mean figures in every resample, by name."""
-    images: dict[str, int]
-    """On how many images each share was counted."""
+    def side(self, probes: Sequence[Probe]) -> Figures:
+        """The figures of one side of the erasure."""
+        per_class = self.under("per_class")
+        worst = min((probe.name for probe in probes if probe.role == "retained"), key=per_class.__getitem__)
+        return Figures(
+            target_accuracy=self.figures["target_accuracy"],
+            unseen_accuracy=self.figures.get("unseen_accuracy"),
+            retained_accuracy=self.figures["retained_accuracy"],
+            worst_retained_accuracy=per_class[worst],
+            worst_retained_class=worst,
+            cross_domain_accuracy=self.figures.get("cross_domain_accuracy"),
+            per_class=per_class,
+            target_became=self.under("target_became"),
+            retained_by_group=self.under("retained_by_group"),
+            intervals=self.intervals,
+            **{metric.name: self.under(metric.name) for metric in metrics_of(ScoreMetric)},
+        )
 
 
 def _side(
@@ -204,80 +221,24 @@ def _side(
     extractor: Features | None,
     bootstrap: Bootstrap,
     places: Mapping[str, Sequence[int]],
-) -> _Side:
-    seen = [probe.judge(images) for probe, images in zip(probes, draws.images, strict=True)]
-    right = [
-        np.array([name == probe.name for name in names], dtype=np.float64)
-        for probe, names in zip(probes, seen, strict=True)
-    ]
-    shares = [float(one.mean()) for one in right]
-    values: dict[str, float] = {}
-    resampled: dict[str, np.ndarray] = {}
-    intervals: dict[str, Interval] = {}
-    counted: dict[str, int] = {}
-
-    def share(name: str, chosen: Sequence[int], hits: Mapping[int, np.ndarray]) -> float:
-        value = float(np.mean([hits[place].mean() for place in chosen]))
-        resampled[name] = bootstrap.means({place: hits[place] for place in chosen})
-        counted[name] = sum(len(hits[place]) for place in chosen)
-        one = len(chosen) == 1
-        intervals[name] = wilson(value, counted[name]) if one else share_interval(value, resampled[name], counted[name])
-        values[name] = value
-        return value
-
-    by_place = dict(enumerate(right))
-    for role in ("target", "unseen", "retained", "cross_domain"):
-        if role in places:
-            share(f"{role}_accuracy", places[role], by_place)
-    by_group = {
-        group: share(f"retained_by_group.{group}", places[group], by_place)
-        for group in ("near", "generic", "unrelated")
-        if group in places
-    }
-    classes = [place for place, probe in enumerate(probes) if probe.role != "unseen"]
-    per_class = {probes[place].name: share(f"per_class.{probes[place].name}", [place], by_place) for place in classes}
-    worst = min(places["retained"], key=lambda place: shares[place])
-    share("worst_retained_accuracy", [worst], by_place)
-
+) -> _Found:
+    """The judges' counts and the scores on one side of the erasure."""
+    found = _Found(bootstrap)
+    seen = [np.array(probe.judge(images)) for probe, images in zip(probes, draws.images, strict=True)]
+    hits = [(names == probe.name).astype(float) for probe, names in zip(probes, seen, strict=True)]
+    shares = {f"{role}_accuracy": places.get(role, ()) for role in ("target", "unseen", "retained", "cross_domain")}
+    shares |= {f"retained_by_group.{group}": places.get(group, ()) for group in ("near", "generic", "unrelated")}
+    shares |= {f"per_class.{probe.name}": [place] for place, probe in enumerate(probes) if probe.role != "unseen"}
+    shares["worst_retained_accuracy"] = [min(places["retained"], key=lambda place: hits[place].mean())]
+    for name, chosen in shares.items():
+        if chosen:
+            found.share(name, {place: hits[place] for place in chosen})
     (target,) = places["target"]
-    became = {}
-    for name, _ in Counter(seen[target]).most_common():
-        hits = {target: np.array([one == name for one in seen[target]], dtype=np.float64)}
-        became[name] = share(f"target_became.{name}", [target], hits)
-
-    scores: dict[str, dict[str, float]] = {}
+    for name, _ in Counter(seen[target].tolist()).most_common():
+        found.share(f"target_became.{name}", {target: (seen[target] == name).astype(float)})
     texts = extractor.texts([probe.name for probe in probes]) if extractor else None
-    for metric in metrics_of(ScoreMetric):
-        if extractor is None or texts is None:
-            break
-        scores[metric.name] = {}
-        pairs = zip(map(extractor, draws.images), texts, strict=True)
-        per_image = [metric.values(images, text[None]).numpy() for images, text in pairs]
-        for part, chosen in places.items():
-            own = {place: per_image[place] for place in chosen}
-            name = f"{metric.name}.{part}"
-            values[name] = scores[metric.name][part] = float(np.mean([one.mean() for one in own.values()]))
-            resampled[name] = bootstrap.means(own)
-            if bootstrap.tells(chosen):
-                intervals[name] = interval(resampled[name])
-
-    figures = Figures(
-        target_accuracy=values["target_accuracy"],
-        unseen_accuracy=values.get("unseen_accuracy"),
-        retained_accuracy=values["retained_accuracy"],
-        worst_retained_accuracy=shares[worst],
-        worst_retained_class=probes[worst].name,
-        cross_domain_accuracy=values.get("cross_domain_accuracy"),
-        per_class=per_class,
-        target_became=became,
-        retained_by_group=by_group,
-        intervals=intervals,
-        **scores,
-    )
-    # Which class is worst, and which ones appear in the target's place, differs before and after.
-    lasting = {
-        name: one
-        for name, one in resampled.items()
-        if name.rpartition(".")[0] != "target_became" and name != "worst_retained_accuracy"
-    }
-    return _Side(figures, values, lasting, counted)
+    if extractor is not None and texts is not None:
+        for metric in metrics_of(ScoreMetric):
+            pairs = zip(map(extractor, draws.images), texts, strict=True)
+            found.means(metric.name, [metric.values(images, text[None]).numpy() for images, text in pairs], places)
+    return found
