@@ -61,45 +61,52 @@ def recommend(sample: Sample, prefer: Preference, before: Mapping[str, float] | 
     """
     if prefer not in BETA:
         raise ValueError(f"prefer must be one of {', '.join(BETA)}, got {prefer!r}")
-    values = f_measure(sample.values["erased"], sample.values["retained"], BETA[prefer])
+    candidates, erased = sample.candidates, sample.values["erased"]
+    values = f_measure(erased, sample.values["retained"], BETA[prefer])
     resampled = f_measure(sample.resampled["erased"], sample.resampled["retained"], BETA[prefer])
-    order = np.argsort(-values, kind="stable")
-    best = int(order[0])
+    best, *others = np.argsort(-values, kind="stable").tolist()
     behind = {
-        int(place): interval(float(values[best] - values[place]), resampled[:, best] - resampled[:, place])
-        for place in order[1:]
+        place: interval(float(values[best] - values[place]), resampled[:, best] - resampled[:, place])
+        for place in others
     }
-    tied = [place for place, difference in behind.items() if difference.sign <= 0]
-    candidates, alike = sample.candidates, [best, *tied]
-    erased = sample.values["erased"]
-    able = [place for place in alike if erased[place] >= HARDLY]
-    chosen, certain, why = best, not tied, ""
-    if tied and able:
-        chosen, certain, why = _of_those_alike(sample, alike, able, values, prefer)
-    one = candidates[chosen]
-    score = interval(float(values[chosen]), resampled[:, chosen])
-    others = tuple(candidates[place] for place in alike if place != chosen)
+    alike = [best, *(place for place, difference in behind.items() if difference.sign <= 0)]
+    chosen, certain, why = best, True, ""
+    if len(alike) > 1:
+        chosen, certain, why = _among_ties(sample, alike, values, prefer)
+    one, score = candidates[chosen], interval(float(values[chosen]), resampled[:, chosen])
     undrawn = {target: share for target, share in (before or {}).items() if share < DRAWN_BEFORE}
     few = min(sample.images["erased"], sample.images["retained"]) < FEWEST_TO_TELL
     usable = bool(erased[chosen] >= HARDLY) and not undrawn
     certain = certain and usable and len(candidates) > 1 and not few
+    tied = tuple(candidates[place] for place in alike if place != chosen)
     if undrawn:
-        headline = f"Nothing to recommend: {_undrawn(undrawn)}"
-    elif few and len(candidates) > 1 and erased[chosen] >= HARDLY:
+        shares = [f"only {percent(share)} of the images of {name!r} show it" for name, share in undrawn.items()]
+        headline = f"Nothing to recommend: {_listed(shares)} before the erasure"
+    elif few and usable and len(candidates) > 1:
         headline = f"Too few images for a winner; {one.label} will do"
     else:
-        headline = _headline(sample, chosen, others, certain)
-    sentences = [
-        *_figures_of(sample, one, score, prefer),
-        *(
-            ["A concept that is rarely drawn counts as erased even if nothing is done: use prompts that draw it."]
-            if undrawn
-            else []
-        ),
-        *([f"Fewer than {FEWEST_TO_TELL} images cannot decide: draw more (images_per_class)."] if few else []),
-        *_alike_and_behind([candidates[place].label for place in alike], why, sample, behind, tied),
-    ]
-    return Recommendation(prefer, one, certain, score, others, headline, tuple(sentences), usable)
+        headline = _headline(sample, chosen, tied, certain)
+    sentences = _figures_of(sample, one, score, prefer)
+    if undrawn:
+        sentences.append(
+            "A concept that is rarely drawn counts as erased even if nothing is done: use prompts that draw it."
+        )
+    if few:
+        sentences.append(f"Fewer than {FEWEST_TO_TELL} images cannot decide: draw more (images_per_class).")
+    if tied:
+        names = _listed([candidates[place].label for place in alike])
+        sentences.append(
+            f"With these seeds and images, chance may explain the differences in score between {names}. {why}".rstrip()
+        )
+    lost = {place: difference for place, difference in behind.items() if place not in alike}
+    if lost:
+        following, gap = min(lost.items(), key=lambda item: item[1].value)
+        more = f"; {len(lost) - 1} more score lower" if len(lost) > 1 else ""
+        than = "the best of them" if tied else "that"
+        sentences.append(
+            f"{candidates[following].label} scores {gap.value:.3f} ({_range(gap, 1, 3)}) less than {than}{more}."
+        )
+    return Recommendation(prefer, one, certain, score, tied, headline, tuple(sentences), usable)
 
 
 def f_measure(erased: np.ndarray, retained: np.ndarray, beta: float) -> np.ndarray:
@@ -110,53 +117,30 @@ def f_measure(erased: np.ndarray, retained: np.ndarray, beta: float) -> np.ndarr
     return np.divide(product, below, out=np.zeros_like(product), where=below > 0)
 
 
-def _of_those_alike(
-    sample: Sample, alike: list[int], able: list[int], values: np.ndarray, prefer: Preference
-) -> tuple[int, bool, str]:
-    """The candidate to use among tied ones, of which ``able`` erased at least half; whether it beats the others by more
-    than chance explains; and the reason in words."""
+def _among_ties(sample: Sample, alike: list[int], values: np.ndarray, prefer: Preference) -> tuple[int, bool, str]:
+    """The candidate to use among tied ones, whether it is better by more than chance explains, and why."""
+    erased, change = sample.values["erased"], sample.values["change"]
+    able = [place for place in alike if erased[place] >= HARDLY]
+    if not able:
+        return alike[0], False, ""
     passed = [sample.candidates[place].label for place in alike if place not in able]
-    words = [f"Skipped, because they erased less than half: {_listed(passed)}."] if passed else []
-    chosen, certain = able[0], False
-    if len(able) > 1 and prefer == "erasure":
-        words.append("Any of them will do." if not passed else "Any of the others will do.")
-    elif len(able) > 1:
-        chosen, certain, told = _least_change(sample, able, values)
-        words.append(told)
-    return chosen, certain and not passed, " ".join(words)
-
-
-def _least_change(sample: Sample, alike: list[int], values: np.ndarray) -> tuple[int, bool, str]:
-    """The tied candidate that changes the other classes' images least, or the first if chance may explain that; whether
-    it is more than chance; and the reason in words."""
-    change = sample.values["change"]
-    if np.isnan(change[alike]).any():
-        return alike[0], False, "Any of them will do."
-    chosen = min(alike, key=lambda place: (change[place], -values[place]))
+    skipped = f"Skipped, because they erased less than half: {_listed(passed)}. " if passed else ""
+    if len(able) == 1:
+        return able[0], False, skipped
+    if prefer == "erasure" or np.isnan(change[able]).any():
+        return able[0], False, f"{skipped}Any of {'the others' if passed else 'them'} will do."
+    chosen = min(able, key=lambda place: (change[place], -values[place]))
     one = sample.candidates[chosen]
-    gaps = [sample.difference("change", sample.candidates[place], one) for place in alike if place != chosen]
+    gaps = [sample.difference("change", sample.candidates[place], one) for place in able if place != chosen]
     if any(gap.sign <= 0 for gap in gaps):
-        return (
-            alike[0],
-            False,
-            "Chance may also explain how much they change the images of other classes: any of them will do.",
-        )
+        chance = "Chance may also explain how much they change the images of other classes: any of them will do."
+        return able[0], False, skipped + chance
     least = min(gaps, key=lambda gap: gap.value)
     words = (
         f"Of these, {one.label} changed the images of other classes least: by {100 * change[chosen]:.2f} % of the "
         f"pixel range. The next changed them by {100 * least.value:.2f} points more ({_range(least, 100, 2)})."
     )
-    return chosen, True, words
-
-
-def _undrawn(shares: Mapping[str, float]) -> str:
-    """The targets that the model rarely draws even before the erasure."""
-    return _listed(
-        [
-            f"only {percent(share)} of the images of {target!r} show it before the erasure"
-            for target, share in shares.items()
-        ]
-    )
+    return chosen, not passed, skipped + words
 
 
 def _headline(sample: Sample, chosen: int, others: Sequence[Candidate], certain: bool) -> str:
@@ -190,25 +174,6 @@ def _figures_of(sample: Sample, one: Candidate, score: Estimate, prefer: Prefere
         found.append("Most images still show the target: train longer (max_train_steps) before you choose.")
     if sample.seeds == 1:
         found.append("One seed cannot show how much results vary between seeds: run more (seeds).")
-    return found
-
-
-def _alike_and_behind(
-    names: list[str], why: str, sample: Sample, behind: dict[int, Estimate], tied: list[int]
-) -> list[str]:
-    found = []
-    if tied:
-        found.append(
-            f"With these seeds and images, chance may explain the differences in score between {_listed(names)}. "
-            f"{why}".rstrip()
-        )
-    lost = {place: difference for place, difference in behind.items() if place not in tied}
-    if lost:
-        following, gap = min(lost.items(), key=lambda item: item[1].value)
-        more = f"; {len(lost) - 1} more score lower" if len(lost) > 1 else ""
-        label = sample.candidates[following].label
-        whom = "the best of them" if tied else "that"
-        found.append(f"{label} scores {gap.value:.3f} ({_range(gap, 1, 3)}) less than {whom}{more}.")
     return found
 
 

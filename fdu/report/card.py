@@ -17,7 +17,6 @@ from fdu.storage.kohya import KOHYA_FILE
 from fdu.storage.loading import HUB_ID
 from fdu.storage.writers import Format
 from fdu.subjects.registry import find_subject
-from fdu.subjects.subject import Subject
 
 CARD_FILE = "README.md"
 WHAT = {
@@ -51,6 +50,7 @@ def write_card(
     config = record["config"]
     subject = find_subject(str(pipeline.config.get("_name_or_path", "")))
     base_id = record["base"] if HUB_ID.fullmatch(record["base"]) and not subject.title else None
+    dora = TRAIN_METHODS[config["train_method"]].result == "dora"
     rows: dict[str, Any] = {"rows": []}
     if evaluation is not None:
         rows = {
@@ -69,8 +69,11 @@ def write_card(
         what=WHAT[format],
         concepts=record.get("concepts") or [[record["target"]["name"], record["anchor"]["name"]]],
         pipeline_class=type(pipeline).__name__,
-        code=_code(format, pipeline, config["train_method"], base_id, subject),
-        advice=_advice(format, config["train_method"]),
+        subject=subject,
+        kohya_file=KOHYA_FILE,
+        dora=dora,
+        # In kohya's names, diffusers reads no magnitudes, and no SD3.
+        by_fdu=format == "delta" or (format == "kohya" and (dora or isinstance(pipeline, StableDiffusion3Pipeline))),
         settings=[
             (name, _line(json.dumps(value, ensure_ascii=False))) for name, value in config.items() if name not in PLACES
         ],
@@ -80,47 +83,6 @@ def write_card(
     path = Path(folder) / CARD_FILE
     path.write_text(page, encoding="utf-8")
     return path
-
-
-def _code(format: Format, pipeline: DiffusionPipeline, train_method: str, base_id: str | None, subject: Subject) -> str:
-    """Python code that loads the weights."""
-    if format == "pipeline":
-        return (
-            "from diffusers import DiffusionPipeline\n\n"
-            'pipeline = DiffusionPipeline.from_pretrained("path/to/this/folder", dtype="auto")'
-        )
-    by_fdu = format == "delta"
-    if format == "kohya":  # diffusers reads no magnitudes, and no SD3, in these names
-        by_fdu = TRAIN_METHODS[train_method].result == "dora" or isinstance(pipeline, StableDiffusion3Pipeline)
-    family = type(pipeline).__name__
-    base = f'{family}.from_pretrained("{base_id or "path/to/the/base/model"}")'
-    lines = ["import fdu"] if by_fdu or subject.title else []
-    lines += [] if subject.title else [f"from diffusers import {family}"]
-    lines += ["", f"pipeline = {subject.loading_code if subject.title else base}"]
-    if by_fdu:
-        lines += ['fdu.load_weights(pipeline, "path/to/this/folder")']
-    else:
-        name = f', weight_name="{KOHYA_FILE}"' if format == "kohya" else ""
-        lines += [f'pipeline.load_lora_weights("path/to/this/folder"{name})']
-    return "\n".join(lines)
-
-
-def _advice(format: Format, train_method: str) -> list[str]:
-    """Advice on loading."""
-    if format == "delta":
-        return ["If the base is loaded in the dtype of the training, the result is the erased model bit for bit."]
-    if format != "kohya":
-        return []
-    advice = [
-        f"For ComfyUI, Forge or AUTOMATIC1111, put `{KOHYA_FILE}` into the LoRA folder under any name and load it at "
-        "strength 1."
-    ]
-    if TRAIN_METHODS[train_method].result == "dora":
-        advice += [
-            "It is a DoRA with one magnitude per output, in LyCORIS's format. diffusers drops the magnitudes, and "
-            "AUTOMATIC1111 and ComfyUI read them differently: use the code above or a program that follows LyCORIS."
-        ]
-    return advice
 
 
 def _line(text: str) -> str:

@@ -149,7 +149,8 @@ class EvaluatedRun(Told):
         folder = Path(folder)
         metrics = read_metrics(folder)
         try:
-            evaluation, told = restored(Evaluation, metrics, "metrics"), restored(Told, metrics, "metrics")
+            evaluation: Evaluation = restored(Evaluation, metrics, "metrics")
+            told: Told = restored(Told, metrics, "metrics")
             if told.record is not None:
                 check_record(told.record, "metrics.record")
             if told.robustness is not None:

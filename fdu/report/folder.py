@@ -6,7 +6,7 @@ from pathlib import Path
 
 from fdu.evaluation import Draws
 from fdu.report.content import EvaluatedRun
-from fdu.report.pictures import save_before_after
+from fdu.report.pictures import before_after
 from fdu.report.render import render
 from fdu.report.stored import SIDES
 from fdu.storage.output import whole_file, write_text
@@ -48,5 +48,5 @@ def make_report(folder: str | Path) -> Path:
     page, (before, after) = render(run), (Draws(run.images[side]) for side in SIDES)
     with whole_file(folder / REPORT) as page_file, whole_file(folder / PICTURE) as picture_file:
         page_file.write_text(page, encoding="utf-8")
-        save_before_after(picture_file, before, after, run.asked, run.evaluation)
+        before_after(before, after, run.asked, run.evaluation).save(picture_file, "PNG", optimize=True)
     return folder / REPORT

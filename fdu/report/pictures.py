@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from PIL import Image, ImageDraw, ImageFont
@@ -76,13 +75,6 @@ def before_after(before: Draws, after: Draws, probes: Sequence[Probe], evaluatio
             for column, image in enumerate(draws.images[index][:COLUMNS]):
                 picture.paste(_fit(to_pil(image), CELL), (start + column * (CELL + GAP), top))
     return picture
-
-
-def save_before_after(
-    path: str | Path, before: Draws, after: Draws, probes: Sequence[Probe], evaluation: Evaluation
-) -> None:
-    """Write :func:`before_after` as a PNG."""
-    before_after(before, after, probes, evaluation).save(path, "PNG", optimize=True)
 
 
 def _chosen(probes: Sequence[Probe], evaluation: Evaluation) -> list[int]:

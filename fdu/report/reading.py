@@ -5,12 +5,10 @@ from __future__ import annotations
 import dataclasses
 import math
 import types
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
-
-Kind = TypeVar("Kind")
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 
-def restored(kind: type[Kind], value: Any, where: str) -> Kind:
+def restored(kind: Any, value: Any, where: str) -> Any:
     """The output of ``json.loads`` as a dataclass. Unknown keys are ignored; missing fields take their defaults.
 
     Args:
@@ -21,48 +19,38 @@ def restored(kind: type[Kind], value: Any, where: str) -> Kind:
     Raises:
         ValueError: the data does not fit; names the place.
     """
-    restored_value: Kind = _restored(kind, value, where)
-    return restored_value
-
-
-def _restored(kind: Any, value: Any, where: str) -> Any:
     origin, arguments = get_origin(kind), get_args(kind)
     if kind is Any:
         return value
     if origin in (Union, types.UnionType):
         (given,) = (one for one in arguments if one is not type(None))
-        return None if value is None else _restored(given, value, where)
-    if dataclasses.is_dataclass(kind):
-        return _dataclass(kind, _checked(value, dict, where), where)
+        return None if value is None else restored(given, value, where)
+    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
+        _checked(value, dict, where)
+        hints, fields = get_type_hints(kind), dataclasses.fields(kind)
+        for field in fields:
+            if field.name not in value and field.default is field.default_factory is dataclasses.MISSING:
+                raise ValueError(f"{where}.{field.name} is missing")
+        names = [field.name for field in fields if field.name in value]
+        return kind(**{name: restored(hints[name], value[name], f"{where}.{name}") for name in names})
     if origin is Literal:
         if value not in arguments:
             raise ValueError(f"{where} is none of {', '.join(map(str, arguments))}: {value!r}")
         return value
     if origin is dict:
         return {
-            name: _restored(arguments[1], one, f"{where}.{name}") for name, one in _checked(value, dict, where).items()
+            name: restored(arguments[1], one, f"{where}.{name}") for name, one in _checked(value, dict, where).items()
         }
     if origin in (list, tuple):
-        members = list(_checked(value, (list, tuple), where))
+        members = _checked(value, (list, tuple), where)
         fixed = origin is tuple and arguments[-1] is not Ellipsis
         if fixed and len(members) != len(arguments):
             raise ValueError(f"{where} must hold {len(arguments)} entries, got {len(members)}")
         kinds = arguments if fixed else [arguments[0]] * len(members)
-        places = enumerate(zip(kinds, members, strict=True))
-        return origin(_restored(one, member, f"{where}[{place}]") for place, (one, member) in places)
+        return origin(restored(kinds[place], one, f"{where}[{place}]") for place, one in enumerate(members))
     if kind is float:
         return math.nan if value is None else _checked(value, (int, float), where)
     return _checked(value, kind, where)
-
-
-def _dataclass(kind: Any, value: dict[str, Any], where: str) -> Any:
-    hints, given = get_type_hints(kind), {}
-    for field in dataclasses.fields(kind):
-        if field.name in value:
-            given[field.name] = _restored(hints[field.name], value[field.name], f"{where}.{field.name}")
-        elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
-            raise ValueError(f"{where}.{field.name} is missing")
-    return kind(**given)
 
 
 def _checked(value: Any, kind: Any, where: str) -> Any:
