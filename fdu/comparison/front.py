@@ -133,14 +133,9 @@ class Sample:
         shares = undominated(self.resampled["erased"], self.resampled["retained"]).mean(0)
         return [
             Standing(
-                candidate,
-                self.estimate("erased", candidate),
-                self.estimate("retained", candidate),
-                self.estimate("change", candidate),
-                bool(on_front[place]),
-                float(shares[place]),
+                one, on_front=bool(on), front_share=float(share), **{name: self.estimate(name, one) for name in FIGURES}
             )
-            for place, candidate in enumerate(self.candidates)
+            for one, on, share in zip(self.candidates, on_front, shares, strict=True)
         ]
 
 
@@ -176,13 +171,7 @@ def interval(value: float, resampled: Array) -> Estimate:
 class _Figures:
     """The figures of one target: means [1 + resamples, candidates], of all images first, then of each resample."""
 
-    def __init__(
-        self,
-        runs: Runs,
-        target: str,
-        candidates: Sequence[Candidate],
-        deviations: _Deviations,
-    ) -> None:
+    def __init__(self, runs: Runs, target: str, candidates: Sequence[Candidate], deviations: _Deviations) -> None:
         seeds = list(dict.fromkeys(seed for one, _, seed in runs if one == target))
         missing = [(one.label, seed) for one in candidates for seed in seeds if (target, one, seed) not in runs]
         if missing:
@@ -190,41 +179,29 @@ class _Figures:
                 f"runs lacks {target!r} with {missing[0][0]}, seed {missing[0][1]}; filter them with complete()"
             )
         self.seeds = len(seeds)
-        grid = [[runs[target, one, seed] for seed in seeds] for one in candidates]
+        self.images = dict.fromkeys(FIGURES, 0)
         seed_weights = deviations.of_seeds(len(seeds))
         parts: dict[str, list[Array]] = {name: [] for name in FIGURES}
-        self.images = dict.fromkeys(FIGURES, 0)
-        for place, probe in enumerate(grid[0][0]):
-            judged = [[run[place] for run in row] for row in grid]
-            alike = {(one.role, one.name, len(one.hits), one.change is None) for row in judged for one in row}
-            if len(alike) > 1:
+        for judged in zip(*(runs[target, one, seed] for one in candidates for seed in seeds), strict=True):
+            probe, images = judged[0], len(judged[0].hits)
+            if len({(one.role, one.name, len(one.hits), one.change is None) for one in judged}) > 1:
                 raise ValueError(f"the runs of {target!r} were judged on different images; run them again")
-            if len(probe.hits) < FEWEST_IMAGES:
-                raise ValueError(
-                    f"runs has {len(probe.hits)} image of {probe.name!r}; draw at least {FEWEST_IMAGES} per class"
-                )
-            weights = deviations.of_images(len(probe.hits))
-
-            def mean(values: list[list[Sequence[float]]], weights: Array = weights) -> Array:
-                """Over seeds and images of [candidates, seeds, images]."""
-                found = np.asarray(values, float)
-                by_seed, by_image = found.mean(2), found.mean(1)
-                resampled = by_seed.mean(1) + seed_weights @ by_seed.T + weights @ by_image.T
-                return np.concatenate([by_seed.mean(1)[None], resampled])
-
-            hits = mean([[one.hits for one in row] for row in judged])
-            if probe.role in TARGET_ROLES:
-                self._add(parts, "erased", 1 - hits, len(probe.hits))
-                continue
-            self._add(parts, "retained", hits, len(probe.hits))
-            if probe.change is not None:
-                self._add(parts, "change", mean([[one.change or () for one in row] for row in judged]), len(probe.hits))
+            if images < FEWEST_IMAGES:
+                raise ValueError(f"runs has {images} image of {probe.name!r}; draw at least {FEWEST_IMAGES} per class")
+            is_target = probe.role in TARGET_ROLES
+            found = {"erased" if is_target else "retained": [one.hits for one in judged]}
+            if probe.change is not None and not is_target:
+                found["change"] = [one.change for one in judged]
+            for name, values in found.items():
+                grid = np.array(values, float).reshape(len(candidates), len(seeds), images)
+                by_seed, by_image = grid.mean(2), grid.mean(1)
+                mean = by_seed.mean(1)
+                resampled = mean + seed_weights @ by_seed.T + deviations.of_images(images) @ by_image.T
+                means = np.concatenate([mean[None], resampled])
+                parts[name].append(1 - means if name == "erased" else means)
+                self.images[name] += images
         nothing = np.full((1 + deviations.resamples, len(candidates)), math.nan)
         self.means = {name: np.mean(found, axis=0) if found else nothing for name, found in parts.items()}
-
-    def _add(self, parts: dict[str, list[Array]], name: str, means: Array, images: int) -> None:
-        parts[name].append(means)
-        self.images[name] += images
 
 
 class _Deviations:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -155,20 +156,15 @@ class ModuleFeatures(Features):
     def _watched(self) -> Any:
         """The outputs of the named submodules, by name, filled while the module runs."""
         seen: dict[str, Tensor] = {}
-        named = dict(self.module.named_modules())
 
-        def watch(name: str) -> Any:
-            def keep(module: nn.Module, inputs: Any, output: Tensor) -> None:
-                seen[name] = output
+        def keep(name: str, module: nn.Module, inputs: Any, output: Tensor) -> None:
+            seen[name] = output
 
-            return named[name].register_forward_hook(keep)
-
-        hooks = [watch(name) for name in dict.fromkeys((*self.layers, *self.features))]
-        try:
+        with ExitStack() as hooks:
+            for name in {*self.layers, *self.features}:
+                module = self.module.get_submodule(name)
+                hooks.enter_context(module.register_forward_hook(functools.partial(keep, name)))
             yield seen
-        finally:
-            for hook in hooks:
-                hook.remove()
 
 
 def as_features(given: Features | nn.Module | str | None) -> Features | None:

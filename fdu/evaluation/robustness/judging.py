@@ -81,17 +81,19 @@ class Conditioned:
             return self.denoiser.pipeline(**self.denoiser.call_arguments(conditioning), **settings)
 
 
+def seen_by_judge(
+    denoiser: Denoiser, probes: Sequence[Probe], drawing: JudgedSampling, description: str
+) -> list[list[str]]:
+    """What the judge of each probe sees in its images."""
+    seed, settings = drawing.seed + JUDGED_SEED, drawing.settings()
+    drawn = draw(Conditioned(denoiser), probes, drawing.images, seed, **settings, description=description)
+    return [probe.judge(images) for probe, images in zip(probes, drawn.images, strict=True)]
+
+
 def count(denoiser: Denoiser, probe: Probe, drawing: JudgedSampling) -> Share:
     """The share of images of the probe's prompts that show what they ask for, by the probe's judge."""
-    images = draw(
-        Conditioned(denoiser),
-        [probe],
-        drawing.images,
-        drawing.seed + JUDGED_SEED,
-        **drawing.settings(),
-        description=f"judged: {probe.name}",
-    ).images[0]
-    return Share.of(probe.judge(images), probe.name)
+    (seen,) = seen_by_judge(denoiser, [probe], drawing, f"judged: {probe.name}")
+    return Share.of(seen, probe.name)
 
 
 def spaced(steps: int, looks: int) -> tuple[int, ...]:

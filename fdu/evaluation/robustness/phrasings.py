@@ -10,11 +10,10 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from fdu.concepts import Concept
-from fdu.evaluation import JUDGED_SEED, Judge, Probe, draw
-from fdu.evaluation.robustness.judging import Conditioned, JudgedSampling
+from fdu.evaluation import Judge, Probe
+from fdu.evaluation.robustness.judging import JudgedSampling, seen_by_judge
 from fdu.evaluation.robustness.shares import Share
 from fdu.models.denoiser import Denoiser
 
@@ -39,15 +38,14 @@ def read_sets(folder: str | Path, target: str) -> PromptSets:
     files = sorted(folder.glob("*.txt")) if folder.is_dir() else []
     if not files:
         raise FileNotFoundError(f"prompt sets {str(folder)!r}: no folder with .txt files; write one prompt per line")
-    return {file.stem: _read(file, target) for file in files}
-
-
-def _read(file: Path, target: str) -> tuple[str, ...]:
-    prompts: list[str] = []
-    for line in Concept.from_file(file).prompts:
-        names = misspellings(target) if MISSPELT in line else (target,)
-        prompts += [line.replace(MISSPELT, name).replace(NAME, target) for name in names]
-    return tuple(dict.fromkeys(prompts))
+    sets = {}
+    for file in files:
+        prompts: list[str] = []
+        for line in Concept.from_file(file).prompts:
+            names = misspellings(target) if MISSPELT in line else (target,)
+            prompts += [line.replace(MISSPELT, name).replace(NAME, target) for name in names]
+        sets[file.stem] = tuple(dict.fromkeys(prompts))
+    return sets
 
 
 def misspellings(name: str) -> tuple[str, ...]:
@@ -95,23 +93,11 @@ class SetFigures:
         if not self.by_prompt:
             raise ValueError("by_prompt must hold at least one prompt")
 
-    def as_dict(self) -> dict[str, Any]:
-        """Ready for JSON."""
-        return dataclasses.asdict(self)
-
 
 def seen_in_sets(denoiser: Denoiser, sets: PromptSets, judge: Judge, drawing: JudgedSampling) -> dict[str, list[str]]:
     """What a judge sees in the images of each set, which its :func:`drawn_prompts` take in turn."""
     probes = [Probe(name, drawn_prompts(prompts, drawing.images), "unseen", judge) for name, prompts in sets.items()]
-    drawn = draw(
-        Conditioned(denoiser),
-        probes,
-        drawing.images,
-        drawing.seed + JUDGED_SEED,
-        **drawing.settings(),
-        description="phrasings",
-    )
-    return {probe.name: judge(images) for probe, images in zip(probes, drawn.images, strict=True)}
+    return dict(zip(sets, seen_by_judge(denoiser, probes, drawing, "phrasings"), strict=True))
 
 
 def drawn_prompts(prompts: Sequence[str], images: int) -> tuple[str, ...]:
@@ -137,15 +123,13 @@ def compare_sets(
         raise ValueError(
             f"before and after must hold the same number of images per set, got {counts[0]} and {counts[1]}"
         )
-    return {name: _compare(prompts, target, before[name], after[name]) for name, prompts in sets.items()}
-
-
-def _compare(prompts: Sequence[str], target: str, before: Sequence[str], after: Sequence[str]) -> SetFigures:
-    drawn = drawn_prompts(prompts, len(after))
-    shares = {}
-    for place, prompt in enumerate(drawn):
-        own = [seen[place :: len(drawn)] for seen in (before, after)]
-        shares[prompt] = tuple(sum(one == target for one in seen) / len(seen) for seen in own)
-    ordered = sorted(shares, key=lambda prompt: -shares[prompt][1])
-    by_prompt = {prompt: (shares[prompt][0], shares[prompt][1]) for prompt in ordered}
-    return SetFigures(Share.of(before, target), Share.of(after, target), by_prompt)
+    found = {}
+    for name, prompts in sets.items():
+        drawn = drawn_prompts(prompts, len(after[name]))
+        by_prompt = {}
+        for place, prompt in enumerate(drawn):
+            own = [seen[name][place :: len(drawn)] for seen in (before, after)]
+            by_prompt[prompt] = Share.of(own[0], target).value, Share.of(own[1], target).value
+        by_prompt = dict(sorted(by_prompt.items(), key=lambda item: -item[1][1]))
+        found[name] = SetFigures(Share.of(before[name], target), Share.of(after[name], target), by_prompt)
+    return found
