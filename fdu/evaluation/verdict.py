@@ -72,11 +72,6 @@ def percent(share: float) -> str:
     return f"{100 * share:.0f} %"
 
 
-def within(interval: Interval) -> str:
-    """The ends of a share's interval in percent, rounded."""
-    return f"[{100 * interval[0]:.0f}, {100 * interval[1]:.0f}]"
-
-
 def uncertainty(images: int) -> float:
     """Half the width of a share's 95 % interval on ``images`` images, at its widest (a share of 1/2)."""
     return 1.96 * math.sqrt(0.25 / images)
@@ -92,7 +87,7 @@ def comparison(evaluation: Evaluation, probes: Sequence[Probe]) -> list[Row]:
     worst = evaluation.after.worst_retained_class
 
     def row(label: str, figure: str, detail: bool = False) -> Row:
-        before, after = (_figure(side, figure) for side in sides)
+        before, after = (figure_of(side, figure) for side in sides)
         known = all(figure in side.intervals for side in sides)
         intervals = (sides[0].intervals[figure], sides[1].intervals[figure]) if known else None
         return Row(label, before, after, detail, intervals, figure)
@@ -111,7 +106,7 @@ def comparison(evaluation: Evaluation, probes: Sequence[Probe]) -> list[Row]:
     return rows
 
 
-def _figure(figures: Figures, name: str) -> float:
+def figure_of(figures: Figures, name: str) -> float:
     """A figure by its name; a dot picks one of several: "per_class.three"."""
     field, _, part = name.partition(".")
     value = getattr(figures, field)
@@ -123,8 +118,8 @@ def table(evaluation: Evaluation, probes: Sequence[Probe]) -> str:
     lines = [["", "before", "after"]]
     for row in comparison(evaluation, probes):
         cells = [percent(row.before), percent(row.after)]
-        if row.intervals:
-            cells = [f"{cell} {within(one):>9}" for cell, one in zip(cells, row.intervals, strict=True)]
+        for place, (low, high) in enumerate(row.intervals or ()):
+            cells[place] += f" {f'[{100 * low:.0f}, {100 * high:.0f}]':>9}"
         lines.append([("  " if row.detail else "") + row.label, *cells])
     return _aligned(lines)
 
@@ -135,20 +130,17 @@ PARTS = ("target", "unseen", "near", "generic", "unrelated", "cross_domain")
 
 def distance_table(evaluation: Evaluation) -> str:
     """Distances between the images before and after, and their CLIP scores, as aligned text with 95 % intervals."""
-    scores = evaluation.before.clip_score, evaluation.after.clip_score
     found = [(one, evaluation.measured(one.name)) for one in metrics_of(PairMetric, SetMetric)]
     measures = [(one, values) for one, values in found if values is not None]
-    lines = [["", *([f"{CLIP_SCORE.title} before", "after"] if scores[1] else []), *(one.title for one, _ in measures)]]
+    columns = [(one.title, one.name, values, evaluation.intervals) for one, values in measures]
+    if evaluation.after.clip_score:
+        sides = ((f"{CLIP_SCORE.title} before", evaluation.before), ("after", evaluation.after))
+        columns = [(title, CLIP_SCORE.name, side.clip_score, side.intervals) for title, side in sides] + columns
+    lines = [["", *(title for title, *_ in columns)]]
     for part in PARTS:
-        if part not in evaluation.change:
-            continue
-        cells = []
-        if scores[1]:
-            for side in (evaluation.before, evaluation.after):
-                cells.append(_measured(side.clip_score[part], side.intervals.get(f"clip_score.{part}")))
-        for one, values in measures:
-            cells.append(_measured(values.get(part), evaluation.intervals.get(f"{one.name}.{part}")))
-        lines.append([part.replace("_", " "), *cells])
+        if part in evaluation.change:
+            cells = [_measured(values.get(part), known.get(f"{name}.{part}")) for _, name, values, known in columns]
+            lines.append([part.replace("_", " "), *cells])
     return _aligned(lines)
 
 
@@ -160,10 +152,10 @@ def _measured(value: float | None, interval: Interval | None) -> str:
 
 def _aligned(lines: Sequence[Sequence[str]]) -> str:
     """Cells in columns, the first aligned left, the others right."""
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    first, *others = (max(map(len, column)) for column in zip(*lines, strict=True))
     return "\n".join(
-        "  ".join(cell.ljust(width) if place == 0 else cell.rjust(max(width, 7)) for place, (cell, width) in cells)
-        for cells in (list(enumerate(zip(line, widths, strict=True))) for line in lines)
+        "  ".join([name.ljust(first), *(cell.rjust(max(width, 7)) for cell, width in zip(cells, others, strict=True))])
+        for name, *cells in lines
     )
 
 
@@ -241,7 +233,10 @@ def _rest_part(evaluation: Evaluation, probes: Sequence[Probe]) -> _Part:
     retained, others = _names(probes, "retained"), _names(probes, "cross_domain")
     by_group = {group: (share, after.retained_by_group[group]) for group, share in before.retained_by_group.items()}
     figures = ["retained_accuracy", *(f"retained_by_group.{group}" for group in by_group)]
-    sentences = _retained_sentences(evaluation, retained, by_group)
+    falls = {name: before.per_class[name] - after.per_class[name] for name in (*retained, *others)}
+    large = sorted((name for name in falls if falls[name] > CLASS_DROP), key=lambda name: -falls[name])
+    broken = [name for name in large if _fell(evaluation, f"per_class.{name}", CLASS_DROP)]
+    sentences = _retained_sentences(evaluation, retained, [name for name in broken if name in retained], by_group)
     near = any(probe.role == "retained" and probe.group == "near" for probe in probes)
     if not near:
         sentences.append("No neighbours of the target were tested, and they suffer first.")
@@ -249,24 +244,20 @@ def _rest_part(evaluation: Evaluation, probes: Sequence[Probe]) -> _Part:
         figures.append("cross_domain_accuracy")
         shares = _shares(before.cross_domain_accuracy, after.cross_domain_accuracy)
         sentences.append(f"Classes of another kind ({', '.join(others)}): {shares}.")
-        if _broken(evaluation, others):
-            sentences.append(_loss_sentence(evaluation, others))
-    broken = _broken(evaluation, retained) or _broken(evaluation, others)
-    certain = dict(_broken(evaluation, (*retained, *others)))
-    doubtful = [
-        f"{name} ({_shares(before.per_class[name], after.per_class[name])})"
-        for name in (*retained, *others)
-        if name not in certain and before.per_class[name] - after.per_class[name] > CLASS_DROP
-    ]
+        if any(name in others for name in broken):
+            sentences.append(_loss_sentence(evaluation, [name for name in broken if name in others]))
+    doubtful = [name for name in falls if name in large and name not in broken]
     if doubtful:
-        sentences.append(f"With so few images, these drops may be chance: {joined(doubtful)}.")
+        named = [_with_shares(evaluation, name) for name in doubtful]
+        sentences.append(f"With so few images, these drops may be chance: {joined(named)}.")
 
     fell = [figure for figure in figures if _fell(evaluation, figure, MEAN_DROP)]
     drawn = before.retained_accuracy >= DRAWN_BEFORE
     lost = max(0.0, *(-evaluation.intervals.get(f"difference.{figure}", (0.0, 0.0))[0] for figure in figures))
     sure = bool(broken or fell) or not (doubtful or lost > MEAN_DROP)
     if broken:
-        headline = f"{joined([name for name, _ in broken[:NAMED_CLASSES]])} lost accuracy"
+        worst = [name for name in broken if name in retained] or broken
+        headline = f"{joined(worst[:NAMED_CLASSES])} lost accuracy"
     elif fell:
         groups = [group for group in by_group if f"retained_by_group.{group}" in fell]
         some = groups if len(groups) < len(by_group) and "cross_domain_accuracy" not in fell else []
@@ -282,7 +273,10 @@ def _rest_part(evaluation: Evaluation, probes: Sequence[Probe]) -> _Part:
 
 
 def _retained_sentences(
-    evaluation: Evaluation, retained: Sequence[str], by_group: Mapping[str, tuple[float, float]]
+    evaluation: Evaluation,
+    retained: Sequence[str],
+    broken: Sequence[str],
+    by_group: Mapping[str, tuple[float, float]],
 ) -> list[str]:
     """What became of the retained classes, all together and by group."""
     before, after = evaluation.before, evaluation.after
@@ -290,9 +284,9 @@ def _retained_sentences(
     suffered = [group for group in by_group if _fell(evaluation, f"retained_by_group.{group}", MEAN_DROP)]
     drawn = before.retained_accuracy >= DRAWN_BEFORE
     sentences = []
-    if _broken(evaluation, retained):
+    if broken:
         sentences += [
-            _loss_sentence(evaluation, retained),
+            _loss_sentence(evaluation, broken),
             f"Mean of the {_count(retained)} to retain: {shares}.",
         ]
     else:
@@ -339,25 +333,20 @@ def _names(probes: Sequence[Probe], role: str) -> list[str]:
     return [probe.name for probe in probes if probe.role == role]
 
 
-def _broken(evaluation: Evaluation, names: Sequence[str]) -> list[tuple[str, float]]:
-    """Classes whose share dropped by more than CLASS_DROP, with the drop, the worst first."""
-    before, after = evaluation.before.per_class, evaluation.after.per_class
-    falls = [(name, before[name] - after[name]) for name in names if _fell(evaluation, f"per_class.{name}", CLASS_DROP)]
-    return sorted(falls, key=lambda fall: -fall[1])
-
-
 def _fell(evaluation: Evaluation, figure: str, drop: float) -> bool:
     """Whether a share dropped by more than ``drop`` and by more than chance explains."""
-    fall = _figure(evaluation.before, figure) - _figure(evaluation.after, figure)
+    fall = figure_of(evaluation.before, figure) - figure_of(evaluation.after, figure)
     interval = evaluation.intervals.get(f"difference.{figure}")
     return fall > drop and (interval is None or interval[1] < 0)
 
 
-def _loss_sentence(evaluation: Evaluation, names: Sequence[str]) -> str:
-    """The broken ones of these classes, with their shares."""
-    broken = _broken(evaluation, names)
-    before, after = evaluation.before.per_class, evaluation.after.per_class
-    named = [f"{name} ({_shares(before[name], after[name])})" for name, _ in broken[:NAMED_CLASSES]]
+def _with_shares(evaluation: Evaluation, name: str) -> str:
+    return f"{name} ({_shares(evaluation.before.per_class[name], evaluation.after.per_class[name])})"
+
+
+def _loss_sentence(evaluation: Evaluation, broken: Sequence[str]) -> str:
+    """The broken classes with their shares, the worst first."""
+    named = [_with_shares(evaluation, name) for name in broken[:NAMED_CLASSES]]
     more = [f"{len(broken) - NAMED_CLASSES} more"] if len(broken) > NAMED_CLASSES else []
     return f"These classes lost more than {100 * CLASS_DROP:.0f} points: {joined(named + more)}."
 

@@ -7,13 +7,16 @@ from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
+from torch import Tensor
+
 from fdu.config import EraseConfig
 from fdu.evaluation import Evaluation, Figures
 from fdu.evaluation.metrics.catalogue import metrics_of
 from fdu.evaluation.metrics.clip_score import CLIP_SCORE
 from fdu.evaluation.metrics.metric import Metric, PairMetric, SetMetric, ShareMetric
+from fdu.evaluation.robustness import Robustness
 from fdu.evaluation.robustness.holding import judge_robustness
-from fdu.evaluation.verdict import GROUPS, PARTS, comparison, joined, judge, percent
+from fdu.evaluation.verdict import GROUPS, PARTS, comparison, figure_of, joined, judge, percent
 from fdu.evaluation.verdict import Row as Compared
 from fdu.report import charts
 from fdu.report.content import EvaluatedRun
@@ -49,17 +52,6 @@ class Figure:
 
 
 @dataclasses.dataclass(frozen=True)
-class Side:
-    """The images of one probe on one side of the erasure."""
-
-    source: str
-    """The images as a PNG data URI."""
-    alt: str
-    right: list[bool]
-    """Per image: whether the judge saw the requested class."""
-
-
-@dataclasses.dataclass(frozen=True)
 class ClassRow:
     """A class, before and after."""
 
@@ -67,7 +59,8 @@ class ClassRow:
     name: str
     before: Figure
     after: Figure
-    sides: list[Side]
+    sides: list[tuple[str, str, list[bool]]]
+    """The images on each side as a PNG data URI, in words, and whether the judge saw the requested class in each."""
 
 
 def render(run: EvaluatedRun) -> str:
@@ -172,26 +165,22 @@ def _groups(run: EvaluatedRun) -> list[tuple[str, list[ClassRow]]]:
     """The rows of classes under their headings."""
     found: dict[tuple[str, str], list[ClassRow]] = {key: [] for key in HEADINGS}
     for place, probe in enumerate(run.probes):
-        sides = [_side(probe, run.images[side][place], side) for side in SIDES]
-        figures = [_figure(one, probe) for one in (run.evaluation.before, run.evaluation.after)]
+        name = "unseen_accuracy" if probe.role == "unseen" else f"per_class.{probe.name}"
+        sides = (run.evaluation.before, run.evaluation.after)
+        before, after = (Figure.of(side, name, figure_of(side, name)) for side in sides)
+        drawn = [_side(probe, run.images[side][place], side) for side in SIDES]
         key = (probe.role, probe.group if probe.role == "retained" else "")
-        found[key].append(ClassRow(probe.role, probe.name, figures[0], figures[1], sides))
+        found[key].append(ClassRow(probe.role, probe.name, before, after, drawn))
     return [(HEADINGS[key], rows) for key, rows in found.items() if rows]
 
 
-def _figure(figures: Figures, probe: Class) -> Figure:
-    if probe.role == "unseen":
-        return Figure.of(figures, "unseen_accuracy", figures.unseen_accuracy or 0.0)
-    return Figure.of(figures, f"per_class.{probe.name}", figures.per_class[probe.name])
-
-
-def _side(probe: Class, images: Any, when: str) -> Side:
+def _side(probe: Class, images: Tensor, when: str) -> tuple[str, str, list[bool]]:
     seen = probe.seen[when]
     counted = ", ".join(
         f"{name} {count} times" if count > 1 else f"{name} once" for name, count in Counter(seen).most_common()
     )
     alt = f"{len(seen)} images for {probe.name} {when} the erasure; the judge saw {counted}"
-    return Side(data_uri(strip(images)), alt, [name == probe.name for name in seen])
+    return data_uri(strip(images)), alt, [name == probe.name for name in seen]
 
 
 def _distances(evaluation: Evaluation) -> dict[str, Any] | None:
@@ -238,17 +227,7 @@ def _robustness(found: Mapping[str, Any]) -> dict[str, Any]:
         course = found["relearning"]["course"]
         explanation = "share of images that show the target, by steps of fine-tuning on its images"
         drawn.append(charts.share_chart("Relearning", explanation, [("erased", "smooth", course)]))
-    phrasings = [
-        {"name": name, **figures, "worst": next(iter(figures["by_prompt"].items()))}
-        for name, figures in (found.get("phrasings") or {}).items()
-    ]
-    return {
-        "phrasings": phrasings,
-        "charts": drawn,
-        "attack": found.get("attack"),
-        "attack_before": found.get("attack_before"),
-        "relearning": found.get("relearning"),
-    }
+    return {**Robustness().as_dict(), **found, "charts": drawn}
 
 
 def _course(attacked: Mapping[str, Any], number: int | None = None) -> list[tuple[int, Mapping[str, Any]]]:
