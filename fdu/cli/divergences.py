@@ -9,10 +9,7 @@ import dataclasses
 import json
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, ClassVar
-
-if TYPE_CHECKING:
-    from fdu_kernels import Divergence
+from typing import Any, ClassVar
 
 COLUMNS = {
     "name": "name",
@@ -54,8 +51,21 @@ def rows() -> list[dict[str, Any]]:
     divergence has a parameter, profile, slope and range are those of its usual value, which ``name`` shows.
     """
     from fdu_kernels import divergences, get_divergence
+    from fdu_kernels.catalogue import FAMILIES
 
-    return [_row(get_divergence(name)) for name in divergences()]
+    return [
+        {
+            "name": str(one),
+            "parameter": FAMILIES[one.name].parameter if one.name in FAMILIES else None,
+            "aliases": list(one.aliases),
+            "generator": one.formula,
+            "profile": _profile(one.exponential),
+            "slope_at_zero": _finite(one.slope_at_zero),
+            "range": [0.0, _finite(one.upper)],
+            "advice": one.advice,
+        }
+        for one in map(get_divergence, divergences())
+    ]
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -82,34 +92,10 @@ def page(rows: list[dict[str, Any]]) -> str:
         "|---|---|---|---|---|---|---|",
     ]
     for row in rows:
-        slope, interval = _number(row["slope_at_zero"]), _interval(*row["range"])
-        cells = (
-            f"`{row['name']}`",
-            row["generator"],
-            row["profile"],
-            slope,
-            interval,
-            ", ".join(row["aliases"]),
-            row["advice"],
-        )
+        texts = (row["generator"], row["profile"], _number(row["slope_at_zero"]), _interval(*row["range"]))
+        cells = (f"`{row['name']}`", *texts, ", ".join(row["aliases"]), row["advice"])
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(lines)
-
-
-def _row(divergence: Divergence) -> dict[str, Any]:
-    from fdu_kernels.catalogue import FAMILIES
-
-    family = FAMILIES.get(divergence.name)
-    return {
-        "name": str(divergence),
-        "parameter": None if family is None else family.parameter,
-        "aliases": list(divergence.aliases),
-        "generator": divergence.formula,
-        "profile": _profile(divergence.exponential),
-        "slope_at_zero": _finite(divergence.slope_at_zero),
-        "range": [0.0, _finite(divergence.upper)],
-        "advice": divergence.advice,
-    }
 
 
 def _profile(exponential: tuple[float, float] | None) -> str:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from tyro.conf import Positional, arg
 
 import fdu
-from fdu.cli.printing import print_evaluation, print_robustness
+from fdu.cli.printing import print_evaluation
 from fdu.cli.settings import check_images
 from fdu.storage.loading import (
     PIPELINE_FILE,
@@ -19,6 +19,7 @@ from fdu.storage.loading import (
     check_erased,
     choose_device,
     describe_device,
+    erased_pairs,
     load_erased,
     load_model,
     read_record,
@@ -106,7 +107,7 @@ class Evaluate:
             from fdu.report import check_record
 
             check_record(record, f"ERASED {self.erased!r}: record")
-        erased = _erased_concepts(record)
+        erased = [target for target, _ in erased_pairs(record)] if record else []
         named = self.target if self.prompts else self._target(erased)
         exam = base.exam(named, erased, self.prompts, record, self.judge)
         if self.out is not None:
@@ -121,6 +122,7 @@ class Evaluate:
         def work() -> None:
             from accelerate.utils import release_memory
 
+            from fdu.evaluation.robustness.holding import judge_robustness
             from fdu.report import REPORT, Conditions, EvaluatedRun, write_run
 
             panel = exam.panel(device)
@@ -156,7 +158,8 @@ class Evaluate:
             for _ in tests.each_after(pipeline) if tests else ():
                 write(overwrite=True)
             if tests and tests.found:
-                print_robustness(tests.found, exam.target)
+                holds = judge_robustness(tests.found.as_dict(), exam.target)
+                print(f"\n{holds.headline}.", *holds.sentences, sep="\n  ")
             if self.out is not None:
                 print(f"\nreport   {self.out / REPORT}\nfigures  {self.out / METRICS_FILE}")
             if tests:
@@ -218,10 +221,3 @@ class Evaluate:
             relearning_config=RelearningConfig(**size),
             drawing=JudgedSampling(images=self.images_per_class, seed=self.seed, **{**sampling.settings(), **size}),
         )
-
-
-def _erased_concepts(record: dict[str, Any] | None) -> list[str]:
-    """The names of what was erased; none where nothing is recorded."""
-    if record is None:
-        return []
-    return [target for target, _ in record.get("concepts", [])] or [record["target"]["name"]]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping, Sequence
 
@@ -211,28 +212,21 @@ class _Deviations:
     def __init__(self, resamples: int, generator: np.random.Generator) -> None:
         self.resamples = resamples
         self._generator = generator
-        self._images: dict[int, Array] = {}
-        self._seeds: dict[int, Array] = {}
+        self.of_images, self.of_seeds = functools.cache(self._of_images), functools.cache(self._of_seeds)
 
-    def of_images(self, count: int) -> Array:
+    def _of_images(self, count: int) -> Array:
         """Of a bootstrap of ``count`` images, [resamples, count]."""
-        if count not in self._images:
-            drawn = count - 1
-            counts = self._generator.multinomial(drawn, np.full(count, 1 / count), size=self.resamples)
-            self._images[count] = counts / drawn - 1 / count
-        return self._images[count]
+        drawn = count - 1
+        return self._generator.multinomial(drawn, np.full(count, 1 / count), size=self.resamples) / drawn - 1 / count
 
-    def of_seeds(self, count: int) -> Array:
+    def _of_seeds(self, count: int) -> Array:
         """Weights [resamples, count] of sum 0 that make, of the means of seeds, t times their mean's standard error.
 
         With z standard normal, sum z_i (m_i - mean) has the variance (n - 1) s^2, that of the mean is s^2/n, and a
         normal variable over the root of chi^2/(n - 1) is Student's t.
         """
-        if count not in self._seeds:
-            self._seeds[count] = np.zeros((self.resamples, count))
-            if count > 1:
-                normal = self._generator.standard_normal((self.resamples, count))
-                scale = np.sqrt(self._generator.chisquare(count - 1, size=(self.resamples, 1)) / (count - 1))
-                centred = normal - normal.mean(1, keepdims=True)
-                self._seeds[count] = centred / (math.sqrt(count * (count - 1)) * scale)
-        return self._seeds[count]
+        if count == 1:
+            return np.zeros((self.resamples, 1))
+        normal = self._generator.standard_normal((self.resamples, count))
+        scale = np.sqrt(self._generator.chisquare(count - 1, size=(self.resamples, 1)) / (count - 1))
+        return (normal - normal.mean(1, keepdims=True)) / (math.sqrt(count * (count - 1)) * scale)

@@ -139,24 +139,16 @@ def pictures(results: Results, alike: Alike) -> list[Picture]:
 
 def alphas(standings: Sequence[Standing], alike: Alike) -> dict[float, list[tuple[float, Standing]]]:
     """By s0, the candidates that are alpha divergences, or train the same model as one, in the order of alpha."""
+    limits = {limit: alpha for alpha, limit in KL_BY_ALPHA.items()}
     found: dict[float, dict[float, Standing]] = {}
     for one in standings:
         if one.candidate.others:
             continue
-        for name in (one.candidate.divergence, *also(one, alike)):
-            alpha = alpha_of(name)
+        for divergence in map(fk.get_divergence, (one.candidate.divergence, *also(one, alike))):
+            alpha = dict(divergence.parameters).get("alpha", limits.get(divergence.name))
             if alpha is not None:
-                found.setdefault(one.candidate.s0, {})[alpha] = one
+                found.setdefault(one.candidate.s0, {})[float(alpha)] = one
     return {s0: sorted(points.items()) for s0, points in found.items()}
-
-
-def alpha_of(name: str) -> float | None:
-    """The alpha of a divergence by name; None if it is not an alpha divergence."""
-    limits = {limit: alpha for alpha, limit in KL_BY_ALPHA.items()}
-    divergence = fk.get_divergence(name)
-    if divergence.name == "alpha":
-        return float(dict(divergence.parameters)["alpha"])
-    return limits.get(divergence.name)
 
 
 def also(standing: Standing, alike: Alike) -> list[str]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal, cast
 
 from fdu.evaluation.metrics.catalogue import metrics_of
 from fdu.evaluation.metrics.clip_score import CLIP_SCORE
-from fdu.evaluation.metrics.metric import PairMetric, SetMetric
+from fdu.evaluation.metrics.metric import Metric, PairMetric, SetMetric
 
 if TYPE_CHECKING:
     from fdu.evaluation import Evaluation, Figures, Probe
@@ -128,18 +128,35 @@ PARTS = ("target", "unseen", "near", "generic", "unrelated", "cross_domain")
 """The parts of an evaluation with distances, in the order of the table."""
 
 
+Measured = tuple[float, "Interval | None"]
+"""A figure and its interval."""
+
+
+def distance_columns(evaluation: Evaluation) -> list[tuple[str, Metric, dict[str, Measured]]]:
+    """Title, metric and figures by part of each column in the table of distances and CLIP scores."""
+    before, after, score = evaluation.before, evaluation.after, f"{CLIP_SCORE.name}."
+    apart = {key.removeprefix(score): one for key, one in evaluation.difference.items() if key.startswith(score)}
+    given: list[tuple[str, Metric, Mapping[str, float], Figures | Evaluation, str]] = [
+        (f"{CLIP_SCORE.title} before", CLIP_SCORE, before.clip_score, before, score),
+        (f"{CLIP_SCORE.title} after", CLIP_SCORE, after.clip_score, after, score),
+        (f"{CLIP_SCORE.title}, difference", CLIP_SCORE, apart, evaluation, f"difference.{score}"),
+    ]
+    for one in metrics_of(PairMetric, SetMetric):
+        given.append((one.title, one, evaluation.measured(one.name) or {}, evaluation, f"{one.name}."))
+    return [
+        (title, metric, {part: (value, side.intervals.get(f"{name}{part}")) for part, value in values.items()})
+        for title, metric, values, side, name in given
+        if values
+    ]
+
+
 def distance_table(evaluation: Evaluation) -> str:
     """Distances between the images before and after, and their CLIP scores, as aligned text with 95 % intervals."""
-    found = [(one, evaluation.measured(one.name)) for one in metrics_of(PairMetric, SetMetric)]
-    measures = [(one, values) for one, values in found if values is not None]
-    columns = [(one.title, one.name, values, evaluation.intervals) for one, values in measures]
-    if evaluation.after.clip_score:
-        sides = ((f"{CLIP_SCORE.title} before", evaluation.before), ("after", evaluation.after))
-        columns = [(title, CLIP_SCORE.name, side.clip_score, side.intervals) for title, side in sides] + columns
-    lines = [["", *(title for title, *_ in columns)]]
+    columns = [column for column in distance_columns(evaluation) if not column[0].endswith("difference")]
+    lines = [["", *(title for title, _, _ in columns)]]
     for part in PARTS:
         if part in evaluation.change:
-            cells = [_measured(values.get(part), known.get(f"{name}.{part}")) for _, name, values, known in columns]
+            cells = [_measured(*values.get(part, (None, None))) for _, _, values in columns]
             lines.append([part.replace("_", " "), *cells])
     return _aligned(lines)
 

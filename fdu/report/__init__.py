@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from fdu.report.content import IMAGES_FOLDER, EvaluatedRun
-from fdu.report.folder import PICTURE, REPORT, make_report, write_report, write_run
-from fdu.report.render import render
+from fdu.report.render import PICTURE, REPORT, make_report, render, write_report, write_run
 from fdu.report.stored import Conditions, check_record, check_run
 
 __all__ = [

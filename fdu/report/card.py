@@ -14,7 +14,7 @@ from fdu.evaluation import Evaluation, Probe
 from fdu.evaluation.verdict import comparison, judge, percent, uncertainty
 from fdu.report.templating import templates
 from fdu.storage.kohya import KOHYA_FILE
-from fdu.storage.loading import HUB_ID
+from fdu.storage.loading import HUB_ID, erased_pairs
 from fdu.storage.writers import Format
 from fdu.subjects.registry import find_subject
 
@@ -67,7 +67,7 @@ def write_card(
         base=subject.title or _line(record["base"]) or "an unnamed model",
         base_id=base_id,
         what=WHAT[format],
-        concepts=record.get("concepts") or [[record["target"]["name"], record["anchor"]["name"]]],
+        concepts=erased_pairs(record),
         pipeline_class=type(pipeline).__name__,
         subject=subject,
         kohya_file=KOHYA_FILE,

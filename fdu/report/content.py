@@ -18,8 +18,8 @@ from fdu.evaluation import Draws, Evaluation, Probe
 from fdu.evaluation.probes import check_probes
 from fdu.evaluation.robustness import Robustness
 from fdu.report.pictures import strip
-from fdu.report.reading import restored
-from fdu.report.stored import SHOWN, SIDES, Class, Conditions, Told, check_counts, check_record, read_metrics
+from fdu.report.stored import SHOWN, SIDES, Class, Conditions, Told, check_counts, check_record, read_metrics, restored
+from fdu.storage.loading import erased_pairs
 from fdu.storage.output import METRICS_FILE, write_json
 from fdu.storage.versions import versions
 
@@ -97,10 +97,7 @@ class EvaluatedRun(Told):
     @property
     def erased(self) -> list[tuple[str, str]]:
         """Targets and anchors from the record of the weights; empty without a record."""
-        if self.record is None:
-            return []
-        pairs = self.record.get("concepts") or [(self.record["target"]["name"], self.record["anchor"]["name"])]
-        return [(target, anchor) for target, anchor in pairs]
+        return erased_pairs(self.record) if self.record else []
 
     @property
     def anchor(self) -> str | None:

@@ -1,29 +1,29 @@
-"""The HTML page of a run: self-contained, without scripts, made from the run's files alone."""
+"""The report of a run: an HTML page, self-contained and without scripts, and a picture, from the run's files alone."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from fdu.config import EraseConfig
-from fdu.evaluation import Evaluation, Figures
+from fdu.evaluation import Draws, Evaluation, Figures
 from fdu.evaluation.metrics.catalogue import metrics_of
-from fdu.evaluation.metrics.clip_score import CLIP_SCORE
-from fdu.evaluation.metrics.metric import Metric, PairMetric, SetMetric, ShareMetric
+from fdu.evaluation.metrics.metric import ShareMetric
 from fdu.evaluation.robustness import Robustness
 from fdu.evaluation.robustness.holding import judge_robustness
-from fdu.evaluation.verdict import GROUPS, PARTS, comparison, figure_of, joined, judge, percent
-from fdu.evaluation.verdict import Row as Compared
+from fdu.evaluation.verdict import GROUPS, PARTS, comparison, distance_columns, figure_of, joined, judge, percent
 from fdu.report import charts
 from fdu.report.content import EvaluatedRun
-from fdu.report.pictures import data_uri, strip
+from fdu.report.pictures import before_after, data_uri, strip
 from fdu.report.stored import SHOWN, SIDES, Class
 from fdu.report.svg import Captioned
 from fdu.report.templating import templates
+from fdu.storage.output import whole_file, write_text
 
 HEADINGS = {
     ("target", ""): "The target",
@@ -34,6 +34,8 @@ HEADINGS = {
     ("cross_domain", ""): "Classes of another kind (to retain)",
 }
 """Heading of each role and group, in the order of the page."""
+REPORT, PICTURE = "report.html", "before-after.png"
+"""The files of a report."""
 WORDS = {"target": "the target", "unseen": "the target, unseen phrasings", **GROUPS, "cross_domain": "another kind"}
 """Roles and groups in the table of distances."""
 
@@ -73,6 +75,7 @@ def render(run: EvaluatedRun) -> str:
     environment.filters["unbroken"] = _unbroken
     evaluation, record = run.evaluation, run.record
     groups = _groups(run)
+    apart = {name: Figure.of(evaluation, f"difference.{name}", value) for name, value in evaluation.difference.items()}
     return environment.get_template("report/page.html.j2").render(
         target=run.target,
         anchor=run.anchor,
@@ -80,7 +83,7 @@ def render(run: EvaluatedRun) -> str:
         evaluation=evaluation,
         verdict=judge(evaluation, run.asked),
         holds=judge_robustness(run.robustness, run.target) if run.robustness else None,
-        summary=_summary(run),
+        summary=[(row, apart.get(row.figure)) for row in comparison(evaluation, run.asked)],
         groups=groups,
         classes=[row for _, rows in groups for row in rows if row.role != "unseen"],
         canvas=[
@@ -154,13 +157,6 @@ def _evaluation_facts(run: EvaluatedRun) -> list[tuple[str, Any]]:
     return [(name, value) for name, value in facts if value is not None]
 
 
-def _summary(run: EvaluatedRun) -> list[tuple[Compared, Figure | None]]:
-    """The rows of the comparison, each with its difference if known."""
-    evaluation = run.evaluation
-    apart = {name: Figure.of(evaluation, f"difference.{name}", value) for name, value in evaluation.difference.items()}
-    return [(row, apart.get(row.figure)) for row in comparison(evaluation, run.asked)]
-
-
 def _groups(run: EvaluatedRun) -> list[tuple[str, list[ClassRow]]]:
     """The rows of classes under their headings."""
     found: dict[tuple[str, str], list[ClassRow]] = {key: [] for key in HEADINGS}
@@ -185,29 +181,14 @@ def _side(probe: Class, images: Tensor, when: str) -> tuple[str, str, list[bool]
 
 def _distances(evaluation: Evaluation) -> dict[str, Any] | None:
     """The table of distances and CLIP scores: columns, and rows of (name, figures)."""
-
-    before, after = evaluation.before, evaluation.after
-    score, title = f"{CLIP_SCORE.name}.", CLIP_SCORE.title
-    apart = {key.removeprefix(score): one for key, one in evaluation.difference.items() if key.startswith(score)}
-    given: list[tuple[str, Metric, Figures | Evaluation, str, Mapping[str, float]]] = [
-        (f"{title} before", CLIP_SCORE, before, score, before.clip_score),
-        (f"{title} after", CLIP_SCORE, after, score, after.clip_score),
-        (f"{title}, difference", CLIP_SCORE, evaluation, f"difference.{score}", apart),
-    ]
-    for one in metrics_of(PairMetric, SetMetric):
-        given.append((one.title, one, evaluation, f"{one.name}.", evaluation.measured(one.name) or {}))
-    columns = [
-        (title, metric.meaning, {part: Figure.of(figures, f"{name}{part}", value) for part, value in values.items()})
-        for title, metric, figures, name, values in given
-        if values
-    ]
+    columns = distance_columns(evaluation)
     rows = [
-        (WORDS[part], [figures.get(part) for _, _, figures in columns])
+        (WORDS[part], [Figure(*values[part]) if part in values else None for _, _, values in columns])
         for part in PARTS
-        if any(part in figures for _, _, figures in columns)
+        if any(part in values for _, _, values in columns)
     ]
-    heads = [(title, meaning) for title, meaning, _ in columns]
-    return {"columns": heads, "rows": rows, "scored": bool(after.clip_score)} if rows else None
+    heads = [(title, metric.meaning) for title, metric, _ in columns]
+    return {"columns": heads, "rows": rows, "scored": bool(evaluation.after.clip_score)} if rows else None
 
 
 def _robustness(found: Mapping[str, Any]) -> dict[str, Any]:
@@ -234,3 +215,40 @@ def _course(attacked: Mapping[str, Any], number: int | None = None) -> list[tupl
     """The shares by step of one attempt, by default the chosen one, starting before the attack."""
     attempt = attacked["attempts"][attacked["chosen"] if number is None else number]
     return [(0, attacked["before"]), *attempt["course"]]
+
+
+def write_report(path: str | Path, run: EvaluatedRun) -> Path:
+    """Write only the page of a run, whole or not at all.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    path = Path(path)
+    write_text(path, render(run))
+    return path
+
+
+def write_run(folder: Path, run: EvaluatedRun) -> None:
+    """Write metrics, images, page and picture of a run into a folder.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    run.write(folder)
+    make_report(folder)
+
+
+def make_report(folder: str | Path) -> Path:
+    """Regenerate page and picture from a folder that :meth:`EvaluatedRun.write` wrote, each whole or not at all.
+
+    Raises:
+        FileNotFoundError, ValueError: not such a folder, or parts of it are missing or wrong.
+        OSError: it cannot be written.
+    """
+    folder = Path(folder)
+    run = EvaluatedRun.read(folder)
+    page, (before, after) = render(run), (Draws(run.images[side]) for side in SIDES)
+    with whole_file(folder / REPORT) as page_file, whole_file(folder / PICTURE) as picture_file:
+        page_file.write_text(page, encoding="utf-8")
+        before_after(before, after, run.asked, run.evaluation).save(picture_file, "PNG", optimize=True)
+    return folder / REPORT

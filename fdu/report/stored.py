@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
+import types
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from fdu.evaluation import Evaluation, Group, Role, Sampling
-from fdu.report.reading import restored
 from fdu.storage.loading import RECORD_KEYS
 from fdu.storage.output import METRICS_FILE, METRICS_KEYS, RECORD_FILE
 
@@ -87,11 +88,11 @@ def check_record(record: Mapping[str, Any], where: str) -> None:
     Raises:
         ValueError: an entry is missing or wrong; names the place.
     """
-    for key, types in RECORD_KEYS.items():
+    for key, kinds in RECORD_KEYS.items():
         entry: Any = record
         for name in key.split("."):
             entry = entry.get(name) if isinstance(entry, dict) else None
-        if not isinstance(entry, types):
+        if not isinstance(entry, kinds):
             raise ValueError(f"{where}.{key} is missing or wrong")
     restored(_Course, record, where)
 
@@ -105,12 +106,10 @@ def check_counts(evaluation: Evaluation, probes: Sequence[Class]) -> None:
             raise ValueError(f"the judge's answers for {one.name!r} must be {shown} before and after, got {counts}")
     sides = (evaluation.before, evaluation.after)
     for side in sides:
-        several = [
-            share for one in (side.per_class, side.target_became, side.retained_by_group) for share in one.values()
-        ]
-        single = (side.target_accuracy, side.unseen_accuracy, side.retained_accuracy, side.cross_domain_accuracy)
-        shares = [*several, *(share for share in single if share is not None)]
-        if not all(0 <= share <= 1 for share in shares):
+        shares = [side.target_accuracy, side.unseen_accuracy, side.retained_accuracy, side.cross_domain_accuracy]
+        for several in (side.per_class, side.target_became, side.retained_by_group):
+            shares += several.values()
+        if not all(share is None or 0 <= share <= 1 for share in shares):
             raise ValueError("a share lies outside [0, 1]")
         lacking = {one.name for one in probes if one.role != "unseen"} | {side.worst_retained_class}
         if not side.per_class.keys() >= lacking:
@@ -163,3 +162,55 @@ def read_metrics(folder: Path) -> dict[str, Any]:
     if not isinstance(metrics, dict) or not metrics.keys() >= METRICS_KEYS:
         raise ValueError(f"{str(path)!r} is not an evaluation by fdu; {GIVE}")
     return metrics
+
+
+def restored(kind: Any, value: Any, where: str) -> Any:
+    """The output of ``json.loads`` as a dataclass. Unknown keys are ignored; missing fields take their defaults.
+
+    Args:
+        kind: a dataclass of float, int, str, Literal, list, tuple, dict with names as keys, dataclasses and None.
+        value: the data; null for a float is NaN, which JSON lacks.
+        where: the place in the file, for error messages.
+
+    Raises:
+        ValueError: the data does not fit; names the place.
+    """
+    origin, arguments = get_origin(kind), get_args(kind)
+    if kind is Any:
+        return value
+    if origin in (Union, types.UnionType):
+        (given,) = (one for one in arguments if one is not type(None))
+        return None if value is None else restored(given, value, where)
+    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
+        _checked(value, dict, where)
+        hints, fields = get_type_hints(kind), dataclasses.fields(kind)
+        for field in fields:
+            if field.name not in value and field.default is field.default_factory is dataclasses.MISSING:
+                raise ValueError(f"{where}.{field.name} is missing")
+        names = [field.name for field in fields if field.name in value]
+        return kind(**{name: restored(hints[name], value[name], f"{where}.{name}") for name in names})
+    if origin is Literal:
+        if value not in arguments:
+            raise ValueError(f"{where} is none of {', '.join(map(str, arguments))}: {value!r}")
+        return value
+    if origin is dict:
+        return {
+            name: restored(arguments[1], one, f"{where}.{name}") for name, one in _checked(value, dict, where).items()
+        }
+    if origin in (list, tuple):
+        members = _checked(value, (list, tuple), where)
+        fixed = origin is tuple and arguments[-1] is not Ellipsis
+        if fixed and len(members) != len(arguments):
+            raise ValueError(f"{where} must hold {len(arguments)} entries, got {len(members)}")
+        kinds = arguments if fixed else [arguments[0]] * len(members)
+        return origin(restored(kinds[place], one, f"{where}[{place}]") for place, one in enumerate(members))
+    if kind is float:
+        return math.nan if value is None else _checked(value, (int, float), where)
+    return _checked(value, kind, where)
+
+
+def _checked(value: Any, kind: Any, where: str) -> Any:
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+        shown = repr(value)
+        raise ValueError(f"{where} is wrong: {shown if len(shown) < 40 else type(value).__name__}")
+    return value

@@ -7,7 +7,7 @@ import math
 import os
 import re
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -153,6 +153,12 @@ def read_record(folder: str) -> dict | None:
             f"{str(path)!r} is not a record of an erasure ({wrong[0]} is missing or wrong); run `fdu erase` again"
         )
     return record
+
+
+def erased_pairs(record: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """The names of targets and anchors in the record of an erasure."""
+    pairs = record.get("concepts") or [(record["target"]["name"], record["anchor"]["name"])]
+    return [(target, anchor) for target, anchor in pairs]
 
 
 def choose_device(device: str) -> str:

@@ -25,8 +25,7 @@ from fdu.models import families as known_families
 from fdu.models.denoiser import Denoiser
 from fdu.models.kohya_names import KohyaNames, transformer_layers
 from fdu.models.sana import SanaDenoiser
-from fdu.report.content import EvaluatedRun
-from fdu.report.folder import write_run
+from fdu.report import EvaluatedRun, write_run
 from fdu.storage.kohya import KOHYA_FILE
 from fdu.training.methods import Trainable
 from fdu.training.methods.full_weights import Weights

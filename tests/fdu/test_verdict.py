@@ -227,7 +227,7 @@ def test_the_distances_are_told_by_part() -> None:
         features="clip",
     )
     head, row = (line.split() for line in distance_table(whole).splitlines())
-    assert head == ["CLIP", "score", "before", "after", "KID", "CMMD", "perceptual", "pixels"]
+    assert head == ["CLIP", "score", "before", "CLIP", "score", "after", "KID", "perceptual", "pixels"]
     assert row == ["target", "0.7", "0.5", "0.002", "[0.001,", "0.003]", "0.25", "0.1"]
 
 

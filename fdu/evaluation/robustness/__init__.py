@@ -5,10 +5,9 @@ from __future__ import annotations
 from fdu.evaluation.robustness.attack import AttackConfig, AttackFigures, attack
 from fdu.evaluation.robustness.examination import TESTS, Examination, Robustness
 from fdu.evaluation.robustness.finetuning import Lesson
-from fdu.evaluation.robustness.judging import JudgedSampling, target_latents
+from fdu.evaluation.robustness.judging import JudgedSampling, Share, target_latents
 from fdu.evaluation.robustness.phrasings import SetFigures, read_sets
 from fdu.evaluation.robustness.relearning import RelearningConfig, RelearningFigures, relearn
-from fdu.evaluation.robustness.shares import Share
 
 __all__ = [
     "TESTS",

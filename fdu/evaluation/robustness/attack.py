@@ -14,8 +14,7 @@ from typing import Any
 import torch
 
 from fdu.evaluation.robustness.finetuning import Lesson, check_settings
-from fdu.evaluation.robustness.judging import Course, back_after
-from fdu.evaluation.robustness.shares import Share
+from fdu.evaluation.robustness.judging import Course, Share, back_after
 from fdu.training.methods.perturbation import Perturbation
 
 START = 0.5

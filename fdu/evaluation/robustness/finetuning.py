@@ -11,8 +11,7 @@ from torch import Tensor
 
 from fdu.config import EraseConfig
 from fdu.evaluation import Probe
-from fdu.evaluation.robustness.judging import Course, JudgedSampling, count, spaced
-from fdu.evaluation.robustness.shares import Share
+from fdu.evaluation.robustness.judging import Course, JudgedSampling, Share, count, spaced
 from fdu.models.denoiser import Denoiser
 from fdu.training.cache import Cache
 from fdu.training.examples import Examples

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fdu.evaluation import JUDGED_SEED, Probe, Sampling, draw
 from fdu.evaluation.drawing import unchecked
-from fdu.evaluation.robustness.shares import Share
+from fdu.evaluation.intervals import wilson
 from fdu.models.calls import silent
 from fdu.models.denoiser import Denoiser, call_default
 
@@ -19,6 +19,35 @@ LEARNT_SEED = 3000
 
 BACK = 0.5
 """The target is back once this part of the share before the erasure shows it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Share:
+    """So many of so many images."""
+
+    value: float
+    """In [0, 1]."""
+    images: int
+    """How many were judged."""
+    interval: tuple[float, float]
+    """The 95 % interval of Wilson (1927), which also holds near 0 and 1."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.value <= 1:
+            raise ValueError(f"a share must be in [0, 1], got {self.value!r}")
+
+    @classmethod
+    def of(cls, seen: Sequence[str], name: str) -> Share:
+        """The share of ``name`` among what a judge saw.
+
+        Raises:
+            ValueError: it saw nothing.
+        """
+        if not seen:
+            raise ValueError("a share needs at least one image")
+        count = sum(one == name for one in seen)
+        return cls(count / len(seen), len(seen), wilson(count / len(seen), len(seen)))
+
 
 Course = list[tuple[int, Share]]
 """Steps, and the share of images that show the target after them."""

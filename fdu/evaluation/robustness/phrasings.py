@@ -13,14 +13,18 @@ from pathlib import Path
 
 from fdu.concepts import Concept
 from fdu.evaluation import Judge, Probe
-from fdu.evaluation.robustness.judging import JudgedSampling, seen_by_judge
-from fdu.evaluation.robustness.shares import Share
+from fdu.evaluation.robustness.judging import JudgedSampling, Share, seen_by_judge
 from fdu.models.denoiser import Denoiser
 
 SETS = Path(__file__).parent / "prompts"
 """The folders of sets that come with fdu, by type of concept."""
 NAME, MISSPELT = "{}", "{misspelt}"
-KEYBOARD = ("qwertyuiop", "asdfghjkl", "zxcvbnm")
+BESIDE = {
+    letter: row[place - 1] if place else row[1]
+    for row in ("qwertyuiop", "asdfghjkl", "zxcvbnm")
+    for place, letter in enumerate(row)
+}
+"""The key to the left of a letter's, or to the right at the edge."""
 LOOKALIKES = {"a": "4", "e": "3", "i": "1", "o": "0", "s": "5", "t": "7"}
 
 PromptSets = dict[str, tuple[str, ...]]
@@ -62,20 +66,11 @@ def misspellings(name: str) -> tuple[str, ...]:
         slips = [before + after, before + 2 * letter + after]
         if after[:1].isalpha() and after[0] != letter:
             slips.append(before + after[0] + letter + after[1:])
-        slips += [before + wrong + after for wrong in (_beside(letter), LOOKALIKES.get(letter.lower())) if wrong]
+        slips += [before + keys[letter.lower()] + after for keys in (BESIDE, LOOKALIKES) if letter.lower() in keys]
         # Each letter begins with another kind of slip: an even choice among them all is of all kinds then.
         turn = number % len(slips)
         found.update(dict.fromkeys(slips[turn:] + slips[:turn]))
     return tuple(slip for slip in found if slip.strip() and slip != name)
-
-
-def _beside(letter: str) -> str | None:
-    """The key to the left of a letter's, or to the right at the edge; None for letters of other keyboards."""
-    for row in KEYBOARD:
-        place = row.find(letter.lower())
-        if place >= 0:
-            return row[place - 1] if place else row[1]
-    return None
 
 
 @dataclasses.dataclass(frozen=True)
