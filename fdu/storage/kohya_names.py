@@ -2,7 +2,7 @@
 
 Stable Diffusion 1.x and 2.x go by diffusers' names, SDXL by those of its original code ("input_blocks"), SD3 and FLUX
 by those of theirs, where query, key and value are one layer. The table is made from the layers that a pipeline has, so
-that it serves writing and reading alike.
+that it serves both writing and reading.
 """
 
 from __future__ import annotations

@@ -269,7 +269,7 @@ def test_broken_and_missing_files(tmp_path: Path) -> None:
     (tmp_path / "a.safetensors").write_bytes(b"no")
     assert_refused("sd", tmp_path / "a.safetensors", "safetensors.*damaged")
     (tmp_path / "b.bin").write_bytes(b"")
-    assert_refused("sd", tmp_path / "b.bin", "cannot be read .EOFError.; the file is broken")
+    assert_refused("sd", tmp_path / "b.bin", "cannot be read .EOFError.; the file is damaged")
     torch.save({"step": 3}, tmp_path / "c.bin")
     assert_refused("sd", tmp_path / "c.bin", "hold no tensors")
     assert_refused("sd", tmp_path / "none.bin", "do not exist", FileNotFoundError)
