@@ -13,7 +13,8 @@ from fdu.cli import parse
 
 ROOT = Path(__file__).parents[1]
 README, USAGE, LOSSES = ROOT / "README.md", ROOT / "docs/usage.md", ROOT / "docs/losses.md"
-PAGES = [README, USAGE, LOSSES, ROOT / "docs/design.md", ROOT / "examples/README.md"]
+OTHERS = ("docs/design.md", "examples/README.md", "CONTRIBUTING.md")
+PAGES = [README, USAGE, LOSSES, *(ROOT / name for name in OTHERS)]
 SMALLER = {
     "path/or/hub-id": "model",
     'device="cuda"': 'device="cpu"',
