@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -13,9 +13,6 @@ if TYPE_CHECKING:
     from fdu_kernels import Divergence
 
 LR_SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine")
-TRAIN_METHODS = ("lora", "dora", "cross_attention", "attention", "full", "text_encoder", "token")
-ADAPTER_METHODS = ("lora", "dora")
-"""The training methods whose result is a LoRA file."""
 OBJECTIVES = ("model", "noise")
 WEIGHTINGS = ("unit", "posterior", "min_snr", "p2")
 TIMESTEP_SAMPLINGS = ("uniform", "importance")
@@ -24,6 +21,39 @@ MIXED_PRECISIONS = ("no", "fp16", "bf16")
 TRACKERS = ("none", "tensorboard", "wandb")
 PLACES = ("cache_dir", "checkpoint_dir", "resume_from_checkpoint", "logging_dir")
 """Settings that are paths; records and model cards leave them out."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainMethod:
+    """A training method, as far as it must be known without importing it."""
+
+    module: str
+    """Its file in fdu/training/methods, which defines the function ``make`` that ``attach`` calls."""
+    result: Literal["weights", "lora", "dora"] = "weights"
+    """Changed weights, or an adapter: low-rank matrices alone (LoRA), or with magnitudes (DoRA)."""
+    trains_whole_denoiser: bool = False
+
+
+TRAIN_METHODS: dict[str, TrainMethod] = {
+    "lora": TrainMethod("adapter", result="lora"),
+    "dora": TrainMethod("adapter", result="dora"),
+    "cross_attention": TrainMethod("full_weights"),
+    "attention": TrainMethod("full_weights"),
+    "full": TrainMethod("full_weights", trains_whole_denoiser=True),
+    "text_encoder": TrainMethod("full_weights"),
+    "token": TrainMethod("token_rows"),
+}
+"""What can be trained, by name. A new method is a file in fdu/training/methods and a line here."""
+if TYPE_CHECKING:
+    TrainMethodName = str
+else:
+    TrainMethodName = Literal[tuple(TRAIN_METHODS)]
+
+
+def check_choice(name: str, value: Any, choices: Collection[str]) -> None:
+    """Raise ValueError if ``value`` is none of ``choices``."""
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +91,7 @@ class EraseConfig:
     timestep_sampling: Literal["uniform", "importance"] = "uniform"
     """Draw timesteps uniformly, or more often where the loss is large ("importance"); weights keep the expectation."""
 
-    train_method: Literal["lora", "dora", "cross_attention", "attention", "full", "text_encoder", "token"] = "lora"
+    train_method: TrainMethodName = "lora"
     """Weights to train: low-rank adapters on the layers that read the prompt (lora, dora), those layers themselves
     (cross_attention), all attention, the full denoiser, the text encoders, or only the target's token embedding."""
     rank: int = 16
@@ -159,6 +189,7 @@ class EraseConfig:
         else:
             self._require_number("sigma", self.sigma, above=0)
         self._require_number("s0", self.s0, above=0)
+        choices: Collection[str]
         for name, choices in (
             ("distance", ("mean", "sum")),
             ("objective", OBJECTIVES),
@@ -170,7 +201,7 @@ class EraseConfig:
             ("mixed_precision", MIXED_PRECISIONS),
             ("report_to", TRACKERS),
         ):
-            self._require_choice(name, getattr(self, name), choices)
+            check_choice(name, getattr(self, name), choices)
         for name in ("variational", "gradient_surgery", "gradient_checkpointing", "compile", "shard"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")
@@ -232,11 +263,6 @@ class EraseConfig:
             raise ValueError("frozen_batches fixes the timesteps; use timestep_sampling 'uniform' with it")
         if self.resume_from_checkpoint is not None and self.checkpoint_dir is None:
             raise ValueError("resume_from_checkpoint needs checkpoint_dir for further checkpoints; add it")
-
-    @staticmethod
-    def _require_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
-        if value not in choices:
-            raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
 
     @staticmethod
     def _require_integer(name: str, value: Any, at_least: int) -> None:

@@ -28,6 +28,7 @@ from fdu.training.objective import Objective
 from fdu.training.optimizer import check_optimizer
 from fdu.training.process import own_accelerator, seeded
 from fdu.training.sharding import check_shards, with_launcher
+from fdu.training.step import Stepper
 from fdu.training.tracking import check_tracker
 
 
@@ -82,8 +83,8 @@ def erase(
             objective = Objective(denoiser, config, _latent_mask(mask, examples.latents))
             trainable = _attach(denoiser, pairs, config)
         try:
-            training = Training(accelerator, denoiser, trainable, examples, objective, config, cache, checkpoints)
-            history = training.run()
+            stepper = Stepper(accelerator, denoiser, trainable, examples, objective, config, cache)
+            history = Training(stepper, checkpoints).run()
         except BaseException:
             trainable.remove()
             raise

@@ -14,7 +14,7 @@ from tyro.conf import OmitArgPrefixes, Positional, arg
 
 from fdu.cli.settings import Settings, grouped
 from fdu.config import EraseConfig
-from fdu.models.loading import Dtype, check_dtype, check_encoder, check_resolution, choose_device
+from fdu.storage.loading import Dtype, check_dtype, check_encoder, check_resolution, choose_device
 from fdu.subjects.registry import subject_of
 
 DEFAULT = "mse,squared_hellinger,jensen_shannon,pearson_chi2"

@@ -11,7 +11,7 @@ from tyro.conf import OmitArgPrefixes, arg
 
 from fdu.cli.printing import print_evaluation
 from fdu.cli.settings import Settings, check_images, grouped
-from fdu.models.loading import check_resolution, choose_device
+from fdu.storage.loading import check_resolution, choose_device
 from fdu.subjects.registry import subject_of
 
 

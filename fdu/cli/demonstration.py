@@ -8,8 +8,8 @@ from fdu.concepts import Pair
 from fdu.config import EraseConfig
 from fdu.erasure import erase
 from fdu.evaluation import JUDGED_SEED, Evaluation, Probe, draw, evaluate
-from fdu.models.loading import describe_device
 from fdu.report import IMAGES_FOLDER, PICTURE, REPORT, Conditions, EvaluatedRun, write_run
+from fdu.storage.loading import describe_device
 from fdu.storage.output import METRICS_FILE, check_output, whole_folder, written_by_fdu
 from fdu.subjects.subject import Subject
 

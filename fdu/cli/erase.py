@@ -14,7 +14,8 @@ from tyro.conf import OmitArgPrefixes, Positional, UseAppendAction, arg
 
 import fdu
 from fdu.cli.settings import Settings, grouped
-from fdu.models.loading import (
+from fdu.config import TRAIN_METHODS
+from fdu.storage.loading import (
     Dtype,
     SaveAs,
     check_dtype,
@@ -128,7 +129,7 @@ def _loading_line(model: Subject, out: Path, format: str, train_method: str) -> 
     by_fdu = f"In Python:\n  pipeline = {base}; fdu.load_weights(pipeline, {str(out)!r})"
     if format == "kohya":
         programs = f"In ComfyUI, Forge or A1111: put {out / 'kohya_lora.safetensors'} into the folder for LoRAs."
-        return by_fdu if train_method == "dora" else programs
+        return by_fdu if TRAIN_METHODS[train_method].result == "dora" else programs
     return {
         "lora": f"In plain diffusers:\n  pipeline = {base}; pipeline.load_lora_weights({str(out)!r})",
         "pipeline": f"In plain diffusers:\n  pipeline = DiffusionPipeline.from_pretrained({str(out)!r})",

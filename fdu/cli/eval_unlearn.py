@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from fdu.concepts import ConceptType, concept_pairs
 from fdu.config import EraseConfig
-from fdu.models.loading import (
+from fdu.storage.loading import (
     PIPELINE_FILE,
     Dtype,
     check_dtype,

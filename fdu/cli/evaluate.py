@@ -13,7 +13,7 @@ import fdu
 from fdu.cli.printing import print_evaluation, print_robustness
 from fdu.cli.robustness import RobustnessTests, free_memory
 from fdu.cli.settings import check_images
-from fdu.models.loading import (
+from fdu.storage.loading import (
     PIPELINE_FILE,
     Dtype,
     check_encoder,

@@ -10,12 +10,13 @@ from typing import Any
 
 import numpy as np
 from diffusers import DiffusionPipeline
-from torch import Tensor, cat, nn
+from torch import cat, nn
 
 from fdu.evaluation.drawing import Draws, draw
 from fdu.evaluation.features import Features, as_features
 from fdu.evaluation.intervals import FEWEST, Bootstrap, Interval, interval, share_interval, wilson
-from fdu.evaluation.metrics import KERNELS, clip_score, discrepancies, unlearn_canvas
+from fdu.evaluation.metrics.catalogue import metrics_of
+from fdu.evaluation.metrics.metric import PairMetric, ScoreMetric, SetMetric, ShareMetric
 from fdu.evaluation.probes import Probe, check_probes, groups
 
 
@@ -62,13 +63,17 @@ class Evaluation:
     """Distances in the space of ``features``, by role and group: "kid" and "cmmd" between the two sets, "perceptual"
     between each image and its counterpart. Empty without features."""
     unlearn_canvas: dict[str, float] = dataclasses.field(default_factory=dict)
-    """UA, IRA and CRA after the erasure: :func:`fdu.evaluation.metrics.unlearn_canvas`."""
+    """UA, IRA and CRA after the erasure: see ``fdu/evaluation/metrics/unlearn_canvas.py``."""
     features: str = ""
     """Extractor of the distances and CLIP scores, which are comparable only for the same extractor."""
     intervals: dict[str, Interval] = dataclasses.field(default_factory=dict)
     """95 % intervals of the figures of this object: "change.target", "difference.retained_accuracy",
     "distances.kid.retained", "unlearn_canvas.UA". Changes and distances need two images
     per class."""
+
+    def measured(self, name: str) -> dict[str, float] | None:
+        """The figures of a metric that compares images, by role and group; None if it was not computed."""
+        return self.change if name == "change" else self.distances.get(name.partition(".")[2])
 
     def as_dict(self) -> dict[str, Any]:
         """As a dict for JSON."""
@@ -106,14 +111,14 @@ def evaluate(
             f"before and after must hold the same number of images per probe, got {counts[0]} and {counts[1]}"
         )
     bootstrap, places = Bootstrap(counts[0]), groups(probes)
-    found = _Found()
-    pairs = list(zip(drawn[0].images, drawn[1].images, strict=True))
-    found.means("change", [_pixels(*pair) for pair in pairs], places, bootstrap)
-    if extractor:
-        # Before the judges, which may ask the same encoder for features that are then known.
-        found.means("distances.perceptual", [extractor.distances(*pair).numpy() for pair in pairs], places, bootstrap)
-        for name in KERNELS:
-            found.discrepancies(name, drawn, extractor, places, bootstrap)
+    found, pairs = _Found(places, bootstrap), list(zip(drawn[0].images, drawn[1].images, strict=True))
+    # Pairs first: the features of their images are then known, also to judges with the same encoder.
+    of_pairs = [one for one in metrics_of(PairMetric) if extractor or not one.needs_features]
+    of_sets = metrics_of(SetMetric) if extractor else []
+    for metric in of_pairs:
+        found.means(metric.name, [metric.values(*pair, extractor).numpy() for pair in pairs])
+    for one in of_sets:
+        found.discrepancies(one, drawn, extractor)
     sides = [_side(one, probes, extractor, bootstrap, places) for one in drawn]
     for name, resampled in sides[1].resampled.items():
         if name in sides[0].resampled:
@@ -125,35 +130,33 @@ def evaluate(
                 found.intervals[key] = share_interval(found.figures[key], apart, images, -1)
             elif name in sides[1].figures.intervals:
                 found.intervals[key] = interval(apart)
-    after_figures = sides[1].figures
-    canvas = unlearn_canvas(after_figures)
-    low, high = after_figures.intervals["target_accuracy"]
-    found.intervals["unlearn_canvas.UA"] = (1 - high, 1 - low)
-    for accuracy, name in (("IRA", "retained_by_group.near"), ("CRA", "cross_domain_accuracy")):
-        if accuracy in canvas:
-            found.intervals[f"unlearn_canvas.{accuracy}"] = after_figures.intervals[name]
+    shares, intervals = sides[1].values, sides[1].figures.intervals
+    for given in metrics_of(ShareMetric):
+        if given.figure in shares:
+            share = given.of(shares[given.figure], intervals[given.figure])
+            found.figures[given.name], found.intervals[given.name] = share
     return Evaluation(
         before=sides[0].figures,
-        after=after_figures,
+        after=sides[1].figures,
         change=found.under("change"),
         images_per_class=counts[0][0],
         difference=found.under("difference"),
-        distances={name: found.under(f"distances.{name}") for name in ("perceptual", *KERNELS)} if extractor else {},
-        unlearn_canvas=canvas,
+        distances={
+            metric.name.partition(".")[2]: found.under(metric.name)
+            for metric in (*of_pairs, *of_sets)
+            if metric.name.startswith("distances.")
+        },
+        unlearn_canvas=found.under("unlearn_canvas"),
         features=extractor.name if extractor else "",
         intervals=found.intervals,
     )
 
 
-def _pixels(before: Tensor, after: Tensor) -> np.ndarray:
-    """The mean absolute difference of each image from its counterpart, [N]."""
-    return (before - after).abs().flatten(1).double().mean(1).numpy()
-
-
 class _Found:
     """Figures by name, and their intervals."""
 
-    def __init__(self) -> None:
+    def __init__(self, places: Mapping[str, Sequence[int]], bootstrap: Bootstrap) -> None:
+        self.places, self.bootstrap = places, bootstrap
         self.figures: dict[str, float] = {}
         self.intervals: dict[str, Interval] = {}
 
@@ -163,34 +166,24 @@ class _Found:
             key.removeprefix(f"{name}."): value for key, value in self.figures.items() if key.startswith(f"{name}.")
         }
 
-    def means(
-        self, name: str, values: Sequence[np.ndarray], places: Mapping[str, Sequence[int]], bootstrap: Bootstrap
-    ) -> None:
+    def means(self, name: str, values: Sequence[np.ndarray]) -> None:
         """The mean over classes of a value an image, by role and group."""
-        for part, chosen in places.items():
+        for part, chosen in self.places.items():
             own = {place: values[place] for place in chosen}
             self.figures[f"{name}.{part}"] = float(np.mean([one.mean() for one in own.values()]))
-            if bootstrap.tells(chosen):
-                self.intervals[f"{name}.{part}"] = interval(bootstrap.means(own))
+            if self.bootstrap.tells(chosen):
+                self.intervals[f"{name}.{part}"] = interval(self.bootstrap.means(own))
 
-    def discrepancies(
-        self,
-        name: str,
-        drawn: Sequence[Draws],
-        extractor: Features,
-        places: Mapping[str, Sequence[int]],
-        bootstrap: Bootstrap,
-    ) -> None:
+    def discrepancies(self, metric: SetMetric, drawn: Sequence[Draws], extractor: Any) -> None:
         """The distance of two sets of features, by role and group; of images that began as one noise there is none."""
-        for part, chosen in places.items():
+        for part, chosen in self.places.items():
             before, after = (cat([extractor(one.images[place]) for place in chosen]) for one in drawn)
-            matrix = discrepancies(KERNELS[name], before, after).numpy()
-            value, resampled = bootstrap.pair_means(matrix, chosen)
+            value, resampled = self.bootstrap.pair_means(metric.discrepancies(before, after).numpy(), chosen)
             if not math.isnan(value):
-                self.figures[f"distances.{name}.{part}"] = value
+                self.figures[f"{metric.name}.{part}"] = value
                 # Of two noises there is one pair, and nothing to tell how others would differ from it.
-                if bootstrap.tells(chosen, FEWEST + 1):
-                    self.intervals[f"distances.{name}.{part}"] = interval(resampled)
+                if self.bootstrap.tells(chosen, FEWEST + 1):
+                    self.intervals[f"{metric.name}.{part}"] = interval(resampled)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -252,16 +245,18 @@ def _side(
         hits = {target: np.array([one == name for one in seen[target]], dtype=np.float64)}
         became[name] = share(f"target_became.{name}", [target], hits)
 
-    scores: dict[str, float] = {}
+    scores: dict[str, dict[str, float]] = {}
     texts = extractor.texts([probe.name for probe in probes]) if extractor else None
-    if extractor and texts is not None:
-        per_image = [
-            clip_score(extractor(images), text[None]).numpy() for images, text in zip(draws.images, texts, strict=True)
-        ]
+    for metric in metrics_of(ScoreMetric):
+        if extractor is None or texts is None:
+            break
+        scores[metric.name] = {}
+        pairs = zip(map(extractor, draws.images), texts, strict=True)
+        per_image = [metric.values(images, text[None]).numpy() for images, text in pairs]
         for part, chosen in places.items():
             own = {place: per_image[place] for place in chosen}
-            name = f"clip_score.{part}"
-            values[name] = scores[part] = float(np.mean([one.mean() for one in own.values()]))
+            name = f"{metric.name}.{part}"
+            values[name] = scores[metric.name][part] = float(np.mean([one.mean() for one in own.values()]))
             resampled[name] = bootstrap.means(own)
             if bootstrap.tells(chosen):
                 intervals[name] = interval(resampled[name])
@@ -276,8 +271,8 @@ def _side(
         per_class=per_class,
         target_became=became,
         retained_by_group=by_group,
-        clip_score=scores,
         intervals=intervals,
+        **scores,
     )
     # Which class is worst, and which ones appear in the target's place, differs before and after.
     lasting = {

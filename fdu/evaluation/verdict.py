@@ -7,6 +7,10 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Literal, cast
 
+from fdu.evaluation.metrics.catalogue import metrics_of
+from fdu.evaluation.metrics.clip_score import CLIP_SCORE
+from fdu.evaluation.metrics.metric import PairMetric, SetMetric
+
 if TYPE_CHECKING:
     from fdu.evaluation import Evaluation, Figures, Probe
     from fdu.evaluation.intervals import Interval
@@ -127,20 +131,14 @@ def table(evaluation: Evaluation, probes: Sequence[Probe]) -> str:
 
 PARTS = ("target", "unseen", "near", "generic", "unrelated", "cross_domain")
 """The parts of an evaluation with distances, in the order of the table."""
-MEASURES = {
-    "distances.kid": "KID",
-    "distances.cmmd": "CMMD",
-    "distances.perceptual": "perceptual",
-    "change": "pixels",
-}
-"""Distances between the images before and after, with their headings in the table."""
 
 
 def distance_table(evaluation: Evaluation) -> str:
     """Distances between the images before and after, and their CLIP scores, as aligned text with 95 % intervals."""
     scores = evaluation.before.clip_score, evaluation.after.clip_score
-    measures = {name: label for name, label in MEASURES.items() if name == "change" or evaluation.distances}
-    lines = [["", *(["CLIP score before", "after"] if scores[1] else []), *measures.values()]]
+    found = [(one, evaluation.measured(one.name)) for one in metrics_of(PairMetric, SetMetric)]
+    measures = [(one, values) for one, values in found if values is not None]
+    lines = [["", *([f"{CLIP_SCORE.title} before", "after"] if scores[1] else []), *(one.title for one, _ in measures)]]
     for part in PARTS:
         if part not in evaluation.change:
             continue
@@ -148,9 +146,8 @@ def distance_table(evaluation: Evaluation) -> str:
         if scores[1]:
             for side in (evaluation.before, evaluation.after):
                 cells.append(_measured(side.clip_score[part], side.intervals.get(f"clip_score.{part}")))
-        for name in measures:
-            values = evaluation.change if name == "change" else evaluation.distances[name.partition(".")[2]]
-            cells.append(_measured(values.get(part), evaluation.intervals.get(f"{name}.{part}")))
+        for one, values in measures:
+            cells.append(_measured(values.get(part), evaluation.intervals.get(f"{one.name}.{part}")))
         lines.append([part.replace("_", " "), *cells])
     return _aligned(lines)
 

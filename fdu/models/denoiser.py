@@ -18,8 +18,9 @@ from tqdm import tqdm
 
 from fdu.models.autoencoder import encode_images
 from fdu.models.calls import silent
-from fdu.models.loading import check_size
-from fdu.storage.parts import TEXT_ENCODERS
+from fdu.models.kohya_names import KohyaNames
+from fdu.models.parts import TEXT_ENCODERS
+from fdu.models.size import check_size
 
 PredictionType = Literal["epsilon", "v_prediction", "sample", "flow"]
 ENCODE_BATCH = 64
@@ -79,6 +80,8 @@ class Denoiser(ABC):
     """Name endings of the linear layers of the module that read the prompt (keys and values, as a rule)."""
     attention_projections: ClassVar[tuple[str, ...]]
     """Name endings of all linear layers of attention."""
+    kohya: ClassVar[KohyaNames | None] = None
+    """How kohya's sd-scripts name the layers; None if they do not know the family."""
 
     signal: Tensor
     """[T] float32."""
@@ -106,10 +109,15 @@ class Denoiser(ABC):
         """Pixels of an image."""
 
     @classmethod
+    def owns(cls, module: Any) -> bool:
+        """Whether a pipeline's denoiser is of this family."""
+        return isinstance(module, cls.module_class)
+
+    @classmethod
     def fits(cls, pipeline: DiffusionPipeline) -> bool:
-        """Whether the pipeline is of this family."""
+        """Whether the pipeline is of this family, and draws from prompts."""
         module = getattr(pipeline, cls.module_name, None)
-        return isinstance(module, cls.module_class) and hasattr(pipeline, "encode_prompt") and callable(pipeline)
+        return cls.owns(module) and hasattr(pipeline, "encode_prompt") and callable(pipeline)
 
     @classmethod
     def check(cls, pipeline: DiffusionPipeline) -> None:

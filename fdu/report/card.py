@@ -9,12 +9,12 @@ from typing import Any
 
 from diffusers import DiffusionPipeline, StableDiffusion3Pipeline
 
-from fdu.config import PLACES
+from fdu.config import PLACES, TRAIN_METHODS
 from fdu.evaluation import Evaluation, Probe
 from fdu.evaluation.verdict import comparison, judge, percent, uncertainty
-from fdu.models.loading import HUB_ID
 from fdu.report.templating import templates
 from fdu.storage.kohya import KOHYA_FILE
+from fdu.storage.loading import HUB_ID
 from fdu.storage.writers import Format
 from fdu.subjects.registry import find_subject
 from fdu.subjects.subject import Subject
@@ -91,7 +91,7 @@ def _code(format: Format, pipeline: DiffusionPipeline, train_method: str, base_i
         )
     by_fdu = format == "delta"
     if format == "kohya":  # diffusers reads no magnitudes, and no SD3, in these names
-        by_fdu = train_method == "dora" or isinstance(pipeline, StableDiffusion3Pipeline)
+        by_fdu = TRAIN_METHODS[train_method].result == "dora" or isinstance(pipeline, StableDiffusion3Pipeline)
     family = type(pipeline).__name__
     base = f'{family}.from_pretrained("{base_id or "path/to/the/base/model"}")'
     lines = ["import fdu"] if by_fdu or subject.title else []
@@ -115,7 +115,7 @@ def _advice(format: Format, train_method: str) -> list[str]:
         f"For ComfyUI, Forge or AUTOMATIC1111, put `{KOHYA_FILE}` into the LoRA folder under any name and load it at "
         "strength 1."
     ]
-    if train_method == "dora":
+    if TRAIN_METHODS[train_method].result == "dora":
         advice += [
             "It is a DoRA with one magnitude per output, in LyCORIS's format. diffusers drops the magnitudes, and "
             "AUTOMATIC1111 and ComfyUI read them differently: use the code above or a program that follows LyCORIS."

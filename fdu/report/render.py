@@ -9,8 +9,11 @@ from typing import Any
 
 from fdu.config import EraseConfig
 from fdu.evaluation import Evaluation, Figures, Probe
+from fdu.evaluation.metrics.catalogue import metrics_of
+from fdu.evaluation.metrics.clip_score import CLIP_SCORE
+from fdu.evaluation.metrics.metric import Metric, PairMetric, SetMetric, ShareMetric
 from fdu.evaluation.robustness.holding import judge_robustness
-from fdu.evaluation.verdict import GROUPS, MEASURES, PARTS, comparison, joined, judge, percent
+from fdu.evaluation.verdict import GROUPS, PARTS, comparison, joined, judge, percent
 from fdu.evaluation.verdict import Row as Compared
 from fdu.report import charts
 from fdu.report.content import EvaluatedRun
@@ -29,12 +32,6 @@ HEADINGS = {
 """Heading of each role and group, in the order of the page."""
 WORDS = {"target": "the target", "unseen": "the target, unseen phrasings", **GROUPS, "cross_domain": "another kind"}
 """Roles and groups in the table of distances."""
-CANVAS = {
-    "UA": "unlearning accuracy: share of the target's images in which the judge sees another class",
-    "IRA": "in-domain retain accuracy: share of its neighbours' images that show the requested class",
-    "CRA": "cross-domain retain accuracy: the same for classes of another kind",
-}
-"""The accuracies of UnlearnCanvas in words."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,9 +90,9 @@ def render(run: EvaluatedRun) -> str:
         groups=groups,
         classes=[row for _, rows in groups for row in rows if row.role != "unseen"],
         canvas=[
-            (name, words, Figure.of(evaluation, f"unlearn_canvas.{name}", evaluation.unlearn_canvas[name]))
-            for name, words in CANVAS.items()
-            if name in evaluation.unlearn_canvas
+            (one.title, one.meaning, Figure.of(evaluation, one.name, evaluation.unlearn_canvas[one.title]))
+            for one in metrics_of(ShareMetric)
+            if one.title in evaluation.unlearn_canvas
         ],
         distances=_distances(evaluation),
         robustness=_robustness(run.robustness) if run.robustness else None,
@@ -199,31 +196,28 @@ def _side(probe: Probe, images: Any, seen: Sequence[str], when: str) -> Side:
 def _distances(evaluation: Evaluation) -> dict[str, Any] | None:
     """The table of distances and CLIP scores: columns, and rows of (name, figures)."""
 
-    def column(
-        title: str, figures: Figures | Evaluation, name: str, values: Mapping[str, float]
-    ) -> tuple[str, dict[str, Figure]]:
-        return title, {part: Figure.of(figures, f"{name}.{part}", values[part]) for part in PARTS if part in values}
-
     before, after = evaluation.before, evaluation.after
-    score = "clip_score"
-    apart = {
-        key.removeprefix(f"{score}."): value for key, value in evaluation.difference.items() if key.startswith(score)
-    }
-    tables = {"change": evaluation.change}
-    tables |= {f"distances.{name}": values for name, values in evaluation.distances.items()}
-    given = [
-        column("CLIP score before", before, score, before.clip_score),
-        column("CLIP score after", after, score, after.clip_score),
-        column("CLIP score, difference", evaluation, f"difference.{score}", apart),
-        *(column(title, evaluation, name, tables.get(name, {})) for name, title in MEASURES.items()),
+    score, title = f"{CLIP_SCORE.name}.", CLIP_SCORE.title
+    apart = {key.removeprefix(score): one for key, one in evaluation.difference.items() if key.startswith(score)}
+    given: list[tuple[str, Metric, Figures | Evaluation, str, Mapping[str, float]]] = [
+        (f"{title} before", CLIP_SCORE, before, score, before.clip_score),
+        (f"{title} after", CLIP_SCORE, after, score, after.clip_score),
+        (f"{title}, difference", CLIP_SCORE, evaluation, f"difference.{score}", apart),
     ]
-    columns = {title: figures for title, figures in given if figures}
+    for one in metrics_of(PairMetric, SetMetric):
+        given.append((one.title, one, evaluation, f"{one.name}.", evaluation.measured(one.name) or {}))
+    columns = [
+        (title, metric.meaning, {part: Figure.of(figures, f"{name}{part}", value) for part, value in values.items()})
+        for title, metric, figures, name, values in given
+        if values
+    ]
     rows = [
-        (WORDS[part], [figures.get(part) for figures in columns.values()])
+        (WORDS[part], [figures.get(part) for _, _, figures in columns])
         for part in PARTS
-        if any(part in figures for figures in columns.values())
+        if any(part in figures for _, _, figures in columns)
     ]
-    return {"columns": list(columns), "rows": rows, "scored": bool(after.clip_score)} if rows else None
+    heads = [(title, meaning) for title, meaning, _ in columns]
+    return {"columns": heads, "rows": rows, "scored": bool(after.clip_score)} if rows else None
 
 
 def _robustness(found: Mapping[str, Any]) -> dict[str, Any]:

@@ -11,8 +11,8 @@ from typing import Any
 
 from fdu.evaluation import Evaluation, Group, Role, Sampling
 from fdu.evaluation.robustness import Robustness
-from fdu.models.loading import RECORD_KEYS
 from fdu.report.reading import restored
+from fdu.storage.loading import RECORD_KEYS
 from fdu.storage.output import METRICS_FILE, METRICS_KEYS, RECORD_FILE
 
 SHOWN = 8

@@ -15,7 +15,7 @@ from diffusers import DiffusionPipeline
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fdu.storage import parts
+from fdu.models import parts
 from fdu.storage.fingerprint import fingerprint
 
 DELTA_FILE = "delta.safetensors"

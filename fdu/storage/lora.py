@@ -15,10 +15,9 @@ from typing import Any
 
 from diffusers import DiffusionPipeline
 from diffusers.utils import delete_adapter_layers
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from fdu.storage import parts
+from fdu.models import parts
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 METADATA_KEY = "lora_adapter_metadata"
@@ -179,7 +178,7 @@ def attach(pipeline: DiffusionPipeline, updates: Updates, adapter_name: str | No
         adapter_name = next(name for index in range(len(taken) + 1) if (name := f"erased_{index}") not in taken)
     elif adapter_name in taken:
         raise ValueError(f"adapter_name {adapter_name!r} is taken; choose another, or delete that adapter first")
-    active = {layer: list(layer.active_adapters) for model in models.values() for layer in _adapted(model)}
+    active = {layer: list(layer.active_adapters) for model in models.values() for layer in parts.adapted(model)}
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Already found a `peft_config` attribute")  # several are the purpose
@@ -189,7 +188,7 @@ def attach(pipeline: DiffusionPipeline, updates: Updates, adapter_name: str | No
         detach(pipeline, adapter_name)
         raise
     for model in models.values():
-        for layer in _adapted(model):
+        for layer in parts.adapted(model):
             # Loading makes the newest adapter the only active one.
             layer.set_adapter([*active.get(layer, []), adapter_name], inference_mode=True)
             layer.set_scale(adapter_name, strength)
@@ -298,10 +297,6 @@ def _check_shapes(name: str, layer: nn.Module, update: Update) -> None:
             f"the update of {name}, {shapes}, does not fit its weight {tuple(weight.shape)}; "
             "load it into the model it was made for"
         )
-
-
-def _adapted(model: nn.Module) -> list[Any]:
-    return [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
 
 
 def _inject(

@@ -10,7 +10,9 @@ from pathlib import Path
 from diffusers import DiffusionPipeline, UNet2DConditionModel
 from torch import Tensor
 
-from fdu.storage import delta, files, kohya, kohya_names, lora, parts
+from fdu.models import parts
+from fdu.models.unet import original_name
+from fdu.storage import delta, files, kohya, lora
 
 COMPVIS_PREFIX = "model.diffusion_model."
 """Prefix of the UNet's weights in the original code of Stable Diffusion."""
@@ -133,9 +135,7 @@ def _in_diffusers_names(pipeline: DiffusionPipeline, tensors: Mapping[str, Tenso
     if not isinstance(unet, UNet2DConditionModel):
         return tensors
     diffusers_names = {
-        original: layer
-        for layer in parts.layers(unet)
-        if (original := kohya_names.original_unet_name(layer, unet.config)) is not None
+        original: layer for layer in parts.layers(unet) if (original := original_name(layer, unet.config)) is not None
     }
 
     def renamed(name: str) -> str:

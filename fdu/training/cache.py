@@ -22,8 +22,8 @@ from torch import Tensor
 
 import fdu
 from fdu.models.denoiser import Denoiser
+from fdu.models.parts import TOKENIZERS
 from fdu.storage.fingerprint import fingerprint
-from fdu.storage.parts import TOKENIZERS
 
 LOGGER = logging.getLogger(__name__)
 KINDS = ("prompts", "latents", "frozen")

@@ -23,7 +23,7 @@ import torch
 from accelerate.utils import parse_flag_from_env, patch_environment
 from torch import distributed, nn
 
-from fdu.config import EraseConfig
+from fdu.config import TRAIN_METHODS, EraseConfig
 
 LAUNCHER_FLAG = "ACCELERATE_USE_FSDP"
 """What accelerate's launcher sets in the environment when it is told to use FSDP."""
@@ -55,9 +55,9 @@ def check_shards(module: nn.Module, config: EraseConfig, processes: int) -> None
             "shard splits the denoiser across processes, and there is only one; "
             "start several with accelerate launch --num_processes N, or leave shard out"
         )
-    if config.train_method == "full":
+    if TRAIN_METHODS[config.train_method].trains_whole_denoiser:
         raise ValueError(
-            "shard splits the frozen weights, and train_method 'full' leaves none; "
+            f"shard splits the frozen weights, and train_method {config.train_method!r} leaves none; "
             "choose train_method 'lora', or leave shard out"
         )
     if config.compile:

@@ -21,6 +21,7 @@ from fdu.evaluation.robustness import (
     AttackConfig,
     Examination,
     JudgedSampling,
+    Lesson,
     RelearningConfig,
     RelearningFigures,
     Robustness,
@@ -176,8 +177,9 @@ def test_attack_and_relearning_leave_every_family_as_it_was(name: str) -> None:
     latents = torch.randn(3, *denoiser.latent_shape, generator=torch.Generator().manual_seed(0))
     drawing = JudgedSampling(images=1, num_inference_steps=2)
     probe = fdu.Probe("three", ("three",), "target", lambda images: ["three"])
-    attacked = attack(denoiser, probe, latents, AttackConfig(2, 2, restarts=1, batch_size=2, looks=1), drawing)
-    relearnt = relearn(denoiser, probe, latents, RelearningConfig(rank=2, steps=1, batch_size=2, looks=1), drawing)
+    lesson = Lesson(denoiser, probe, latents, drawing)
+    attacked = attack(lesson, AttackConfig(2, 2, restarts=1, batch_size=2, looks=1))
+    relearnt = relearn(lesson, RelearningConfig(rank=2, steps=1, batch_size=2, looks=1))
     assert attacked.attempts[0].size > 0 and [step for step, _ in attacked.attempts[0].course] == [2]
     assert [step for step, _ in relearnt.course] == [0, 1] and relearnt.back_after == 0
     assert unchanged(pipeline, before)
@@ -190,8 +192,8 @@ def test_the_attack_lowers_the_denoisers_loss(pipeline: StableDiffusionPipeline)
     latents = target_latents(denoiser, eight, 4, QUICK)
     one = fdu.Probe("eight", ("the digit one",), "target", lambda images: ["one"] * len(images))
     config = AttackConfig(steps=16, restarts=1, batch_size=8, looks=1)
-    attacked = attack(denoiser, one, latents, config, QUICK)
-    idle = attack(denoiser, one, latents, dataclasses.replace(config, learning_rate=1e-9), QUICK)
+    attacked = attack(Lesson(denoiser, one, latents, QUICK), config)
+    idle = attack(Lesson(denoiser, one, latents, QUICK), dataclasses.replace(config, learning_rate=1e-9))
     assert attacked.attempts[0].loss < 0.9 * idle.attempts[0].loss
 
 
@@ -373,6 +375,6 @@ def test_what_makes_no_sense_is_refused(pipeline: StableDiffusionPipeline) -> No
     before = weights_of(pipeline)
     denoiser = denoiser_of(pipeline)
     with pytest.raises(ValueError, match="tokens.*1.*16"):
-        attack(denoiser, THREE, torch.zeros(1, *denoiser.latent_shape), AttackConfig(tokens=17), QUICK)
+        attack(Lesson(denoiser, THREE, torch.zeros(1, *denoiser.latent_shape), QUICK), AttackConfig(tokens=17))
     assert unchanged(pipeline, before)
     assert Robustness().as_dict()["attack"] is None

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from fdu.models.size import check_size
 from fdu.storage.output import RECORD_FILE, SMALL_RESULT
 
 if TYPE_CHECKING:
@@ -82,18 +83,6 @@ def check_resolution(folder: Path | None, resolution: int | None) -> None:
         scale, side = 2 ** (len(blocks) - 1), denoiser.get("sample_size")
         native = (side * scale, side * scale) if isinstance(side, int) else None
         check_size(resolution, math.lcm(8, scale * denoiser.get("patch_size", 1)), native)
-
-
-def check_size(resolution: int, unit: int, native: tuple[int, int] | None) -> None:
-    """Refuse a resolution in pixels that is not a positive multiple of ``unit``.
-
-    Raises:
-        ValueError: it is not; names the nearest one that is, and the model's own.
-    """
-    if resolution <= 0 or resolution % unit:
-        hint = f"try {max(1, round(resolution / unit)) * unit}"
-        hint += f"; the model's own is {native[0]} x {native[1]}" if native else ""
-        raise ValueError(f"resolution must be a positive multiple of {unit} pixels, got {resolution}; {hint}")
 
 
 def result_bytes(folder: Path | None, train_method: str, save_as: str = "auto") -> int:
