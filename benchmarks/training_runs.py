@@ -1,4 +1,4 @@
-"""One measured run of the training benchmark, in a process of its own: which there are, and what each measures.
+"""One measured run of the training benchmark, in a process of its own: which runs there are and what each measures.
 
 ``python benchmarks/training_runs.py NAME`` prints the figures as JSON.
 """
@@ -21,12 +21,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import reference_loop
-import sd15_shape
+import shapes
 import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
 from torch import nn
-from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import fdu
@@ -34,70 +33,39 @@ import fdu
 TARGET, ANCHOR = "van gogh", "painting"
 FULL = reference_loop.Settings()
 JOB_SHARE = 50
-"""The measured job is this part of the published one: of its images, prompts, latents and steps alike."""
+"""The measured job is this part of the published one: of its images, prompts, latents and steps."""
 STEPS = 8
 """Optimizer steps of a run that measures the step; the first is not counted."""
 LATENTS = fdu.EraseConfig().num_latents
+SHARED = (
+    "train_batch_size", "gradient_accumulation_steps", "max_train_steps", "learning_rate", "adam_weight_decay",
+    "max_grad_norm", "preservation_weight", "sample_batch_size", "guidance_scale", "mixed_precision", "seed",
+)  # fmt: skip
+"""Settings that mean the same in both loops."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """A loop, "reference" or "fdu", and what is measured: the "step", or the whole "job"."""
+    """A loop, "reference" or "fdu", with the settings of the reference, which fdu shares."""
 
     loop: str
-    what: str
-    settings: tuple[tuple[str, Any], ...] = ()
-    """Of fdu, beside those that both loops share."""
-    preservation_weight: float = 0.0
-    copies: bool = True
-    """Whether the reference's frozen denoiser is a copy."""
-    batch: int = FULL.train_batch_size
-    accumulation: int = FULL.gradient_accumulation_steps
-    precision: str = "no"
-    steps: int = STEPS
-    workers: int = 0
-    """Processes that load the reference's images."""
-
-    @property
-    def shared(self) -> reference_loop.Settings:
-        """What both loops are told."""
-        share = JOB_SHARE if self.what == "job" else 1
-        return dataclasses.replace(
-            FULL,
-            num_images=FULL.num_images // share if self.what == "job" else self.steps * self.batch,
-            max_train_steps=FULL.max_train_steps // share if self.what == "job" else self.steps,
-            preservation_weight=self.preservation_weight,
-            copies=self.copies,
-            train_batch_size=self.batch,
-            gradient_accumulation_steps=self.accumulation,
-            mixed_precision=self.precision,
-            dataloader_num_workers=self.workers,
-        )
+    shared: reference_loop.Settings
+    own: tuple[tuple[str, Any], ...] = ()
+    """Further settings of fdu."""
+    job: bool = False
+    """Whether the whole job is measured, with its sampling, and not the step alone."""
 
     def config(self) -> fdu.EraseConfig:
-        """The same for fdu."""
-        names = (
-            "train_batch_size",
-            "gradient_accumulation_steps",
-            "max_train_steps",
-            "learning_rate",
-            "adam_weight_decay",
-            "max_grad_norm",
-            "preservation_weight",
-            "sample_batch_size",
-            "guidance_scale",
-            "mixed_precision",
-            "seed",
-        )
+        """The settings of fdu."""
         settings: dict[str, Any] = {
-            **{name: getattr(self.shared, name) for name in names},
-            "num_inference_steps": self.shared.num_inference_steps if self.what == "job" else 1,
-            "num_latents": max(2, round(LATENTS / JOB_SHARE)) if self.what == "job" else 4,
+            **{name: getattr(self.shared, name) for name in SHARED},
+            "num_inference_steps": self.shared.num_inference_steps if self.job else 1,
+            "num_latents": max(2, round(LATENTS / JOB_SHARE)) if self.job else 4,
             "train_method": "cross_attention",
             "divergence": "squared_hellinger",
             "sigma": 1.0,
             "lr_scheduler": "constant",
-            **dict(self.settings),
+            **dict(self.own),
         }
         return fdu.EraseConfig(**settings)
 
@@ -105,29 +73,40 @@ class Run:
     def sampling_calls(self) -> int:
         """Calls of the denoiser that sample."""
         config = self.config()
-        drawn = config.num_latents if self.loop == "fdu" else self.shared.num_images if self.what == "job" else 0
+        drawn = config.num_latents if self.loop == "fdu" else self.shared.num_images if self.job else 0
         return math.ceil(drawn / self.shared.sample_batch_size) * config.num_inference_steps
 
 
+def a_step(steps: int = STEPS, batch: int = FULL.train_batch_size, **changes: Any) -> reference_loop.Settings:
+    """The published settings, but for so many steps of a batch."""
+    return dataclasses.replace(
+        FULL, max_train_steps=steps, train_batch_size=batch, num_images=steps * batch, **changes
+    )  # fmt: skip
+
+
+STEP, PRESERVING = a_step(), a_step(preservation_weight=1.0)
+PART = dataclasses.replace(
+    FULL, num_images=FULL.num_images // JOB_SHARE, max_train_steps=FULL.max_train_steps // JOB_SHARE
+)
 # Half of the batches: each is used twice, as often as the published runs take each of their images.
 KEPT = ("frozen_batches", STEPS * FULL.gradient_accumulation_steps // 2)
 CHECKPOINTED = ("gradient_checkpointing", True)
 RUNS = {
-    "reference": Run("reference", "step"),
-    "reference, without a copy": Run("reference", "step", copies=False),
-    "fdu": Run("fdu", "step"),
-    "fdu, frozen outputs kept": Run("fdu", "step", (KEPT,)),
-    "fdu, checkpointed": Run("fdu", "step", (CHECKPOINTED,)),
-    "fdu, frozen outputs kept, checkpointed": Run("fdu", "step", (KEPT, CHECKPOINTED)),
-    "reference, preserving": Run("reference", "step", preservation_weight=1.0),
-    "fdu, preserving": Run("fdu", "step", preservation_weight=1.0),
-    "reference job": Run("reference", "job"),
-    "fdu job": Run("fdu", "job"),
+    "reference": Run("reference", STEP),
+    "reference, without a copy": Run("reference", a_step(copies=False)),
+    "fdu": Run("fdu", STEP),
+    "fdu, frozen outputs kept": Run("fdu", STEP, (KEPT,)),
+    "fdu, checkpointed": Run("fdu", STEP, (CHECKPOINTED,)),
+    "fdu, frozen outputs kept, checkpointed": Run("fdu", STEP, (KEPT, CHECKPOINTED)),
+    "reference, preserving": Run("reference", PRESERVING),
+    "fdu, preserving": Run("fdu", PRESERVING),
+    "reference job": Run("reference", PART, job=True),
+    "fdu job": Run("fdu", PART, job=True),
 }
 
 
 class Moment(NamedTuple):
-    """Seconds on the clock on the wall, and those of all cores for this process."""
+    """Seconds on the wall clock, and those that all cores spent on this process."""
 
     wall: float
     cores: float
@@ -137,53 +116,35 @@ class Moment(NamedTuple):
         return cls(time.perf_counter(), time.process_time())
 
 
-class HostMemory:
-    """MiB that this process holds, from Linux."""
+class Memory:
+    """MiB that this process holds (from Linux), or its tensors on the GPU."""
+
+    def __init__(self, device: str = "cpu") -> None:
+        self.device = device
 
     def now(self) -> float:
         """At this moment."""
-        return self._read("VmRSS")
+        return torch.cuda.memory_allocated() / 2**20 if self.device == "cuda" else self._read("VmRSS")
 
     def peak(self) -> float:
-        """The most since the last :meth:`forget`."""
-        return self._read("VmHWM")
+        """The most since the last :meth:`forget`; on a GPU, once it has done its work."""
+        if self.device != "cuda":
+            return self._read("VmHWM")
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() / 2**20
 
     def forget(self) -> None:
-        """Give freed memory back and start the peak anew."""
+        """Start the peak again, without memory that is free."""
+        if self.device == "cuda":
+            return torch.cuda.reset_peak_memory_stats()
         ctypes.CDLL(None).malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")
-
-    def wait(self) -> None:
-        """Until all is done: it is."""
 
     @staticmethod
     def _read(field: str) -> float:
         lines = Path("/proc/self/status").read_text().splitlines()
         (line,) = [line for line in lines if line.startswith(f"{field}:")]
         return int(line.split()[1]) / 1024
-
-
-class DeviceMemory:
-    """MiB of tensors on the GPU."""
-
-    def now(self) -> float:
-        """At this moment."""
-        return torch.cuda.memory_allocated() / 2**20
-
-    def peak(self) -> float:
-        """The most since the last :meth:`forget`."""
-        return torch.cuda.max_memory_allocated() / 2**20
-
-    def forget(self) -> None:
-        """Start the peak anew."""
-        torch.cuda.reset_peak_memory_stats()
-
-    def wait(self) -> None:
-        """Until the device has done its work."""
-        torch.cuda.synchronize()
-
-
-Memory = HostMemory | DeviceMemory
 
 
 class Watch:
@@ -199,40 +160,38 @@ class Watch:
         self._hooks = [
             # A function, which a copy of the denoiser shares; a bound method it would copy with all this.
             denoiser.register_forward_pre_hook(lambda *_: self._called()),
-            register_optimizer_step_post_hook(self._stepped),
+            register_optimizer_step_post_hook(lambda *_: self._stepped()),
         ]
 
     def _called(self) -> None:
         self.calls.append((Moment.now(), torch.is_grad_enabled()))
+
+    def _stepped(self) -> None:
+        peak = self.memory.peak()
+        self.steps.append(Moment.now())
+        self.highest = max(self.highest, peak)
+        if len(self.steps) == 1:
+            self.memory.forget()
+        self.peak = self.memory.peak()
 
     def stop(self) -> None:
         """Watch no more."""
         for hook in self._hooks:
             hook.remove()
 
-    def _stepped(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        self.memory.wait()
-        self.steps.append(Moment.now())
-        self.highest = max(self.highest, self.memory.peak())
-        if len(self.steps) == 1:
-            self.memory.forget()
-        self.peak = self.memory.peak()
 
-
-def measure(
-    run: Run, build: Callable[[], DiffusionPipeline] | None = None, memory: Memory | None = None
-) -> dict[str, float]:
+def measure(run: Run, build: Callable[[], DiffusionPipeline] | None = None, device: str = "cpu") -> dict[str, float]:
     """The figures of one run. A step is the median from the end of one to that of the next; where frozen outputs are
     kept, with its share of the time that making them took.
 
     Args:
-        build: makes the pipeline, by default the scaled one of sd15_shape.py.
-        memory: which memory to watch, by default that of this process.
+        build: makes the pipeline, by default the scaled one of shapes.py.
+        device: whose memory to watch.
     """
     assert callable(fdu.erase)  # which imports all that it needs, for both loops, before memory is counted
-    memory = memory or HostMemory()
+    memory = Memory(device)
     imported = memory.now()
-    pipeline = sd15_shape.build() if build is None else build()
+    pipeline = (build or shapes.sd15)()
     watch = Watch(pipeline.unet, memory)
     memory.forget()
     started = Moment.now()
@@ -261,23 +220,21 @@ def measure(
 
 def reference(run: Run, pipeline: DiffusionPipeline, folder: Path) -> list[float]:
     """The reference loop. Where the step alone is measured, its images are noise."""
-    prompts = sd15_shape.anchor_prompts(200 // JOB_SHARE)
-    if run.what == "job":
-        return reference_loop.erase(pipeline, TARGET, prompts, folder, run.shared)
-    shape = (pipeline.vae.config.sample_size,) * 2
-    noise = np.random.default_rng(0).integers(0, 256, (*shape, 3), dtype=np.uint8)
-    for number in range(run.shared.num_images):
-        path = reference_loop.image_path(folder, number)
-        if number:
-            shutil.copyfile(reference_loop.image_path(folder, 0), path)
-        else:
-            Image.fromarray(noise).save(path)
+    prompts = shapes.anchor_prompts(200 // JOB_SHARE)
+    if run.job:
+        reference_loop.sample_images(pipeline, prompts, folder, run.shared)
+        return reference_loop.train(pipeline, TARGET, prompts, folder, run.shared)
+    side = pipeline.vae.config.sample_size
+    noise = np.random.default_rng(0).integers(0, 256, (side, side, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(reference_loop.image_path(folder, 0))
+    for number in range(1, run.shared.num_images):
+        shutil.copyfile(reference_loop.image_path(folder, 0), reference_loop.image_path(folder, number))
     return reference_loop.train(pipeline, TARGET, prompts, folder, run.shared)
 
 
 def ours(run: Run, pipeline: DiffusionPipeline, folder: Path) -> list[float]:
     """The loop of fdu."""
-    prompts = sd15_shape.anchor_prompts(200 // JOB_SHARE)
+    prompts = shapes.anchor_prompts(200 // JOB_SHARE)
     texts = [template.format(prompt=one, target=TARGET) for template in reference_loop.TEMPLATES for one in prompts]
     target, anchor = fdu.Concept(TARGET, tuple(texts)), fdu.Concept(ANCHOR, (*prompts, *prompts))
     return fdu.erase(pipeline, target, anchor, config=run.config()).history["loss"]
