@@ -25,10 +25,11 @@ from fdu.comparison.plan import Comparison, Run, slug
 from fdu.config import EraseConfig
 from fdu.erasure import erase
 from fdu.evaluation import Probe, draw
-from fdu.models.loading import describe_device, load_model
+from fdu.models.loading import describe_device
 from fdu.storage.fingerprint import fingerprint
 from fdu.storage.output import whole_file, write_json
 from fdu.storage.versions import versions
+from fdu.subjects.registry import subject_of
 from fdu.training.loop import NotFinite
 
 BEFORE = "before"
@@ -208,9 +209,7 @@ def _identity_before(comparison: Comparison, target: str) -> dict[str, Any]:
 
 def _asked(comparison: Comparison, target: str) -> dict[str, Any]:
     """Of which model, and what is drawn: a file of prompts may have changed under its name."""
-    concepts = subject.drawn(comparison, target)
-    digest = None if concepts is None else hashlib.sha256(repr(concepts).encode()).hexdigest()[:16]
-    return {"weights": _weights_of(comparison), "concept_set": digest}
+    return {"weights": _weights_of(comparison), "concept_set": subject.exam(comparison, target).digest}
 
 
 def _path_before(records: Path, target: str) -> Path:
@@ -224,7 +223,7 @@ def _weights_of(comparison: Comparison) -> str:
 @functools.cache
 def _pipeline(model: str, dtype: str, device: str) -> DiffusionPipeline:
     """The pipeline of this process; runs leave it as they found it."""
-    return load_model(model, dtype, device)
+    return subject_of(model).load(dtype, device)
 
 
 @functools.cache

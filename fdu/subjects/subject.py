@@ -1,0 +1,164 @@
+"""A subject: a model that concepts are erased from, with its words, its probes and its judges.
+
+:class:`Subject` serves any diffusers pipeline: concept sets say what to draw, and CLIP judges zero-shot. A pipeline
+that comes with fdu overrides what it knows better.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fdu.concepts import ConceptType, Pair, concept_pairs, read_concepts
+from fdu.models.loading import load_model
+from fdu.subjects.concept_sets import ConceptSet, choose_set
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+    from fdu.config import EraseConfig
+    from fdu.evaluation import Probe, Sampling
+    from fdu.evaluation.features import ClipFeatures, Features
+
+
+@dataclasses.dataclass(frozen=True)
+class Panel:
+    """The judges of one erasure, loaded."""
+
+    probes: list[Probe]
+    """The images to draw, and who judges them; the target's probe comes first."""
+    features: Features
+    """Features for the distances between images."""
+    judge: str
+    """The judge in words, for reports."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Exam:
+    """The questions that judge the erasure of one target, checked; nothing is loaded yet."""
+
+    target: str
+    kind: str
+    """The folder of prompt sets for robustness that suits the target: digit, ink, object or style."""
+    judge: str | None
+    """An image-text encoder by folder or hub id; None: the default."""
+    concepts: ConceptSet | None = None
+    """The prompts, where they do not follow from the names alone."""
+
+    @property
+    def digest(self) -> str | None:
+        """Changes with the prompts of ``concepts``."""
+        return hashlib.sha256(repr(self.concepts).encode()).hexdigest()[:16] if self.concepts else None
+
+    def panel(self, device: str = "cpu") -> Panel:
+        """Load the judges.
+
+        Raises:
+            OSError: an encoder cannot be loaded.
+        """
+        from fdu.evaluation.features import CLIP
+        from fdu.subjects.clip_judges import clip_probes
+
+        assert self.concepts is not None
+        encoder = clip_encoder(self.judge or CLIP, device)
+        return Panel(clip_probes(self.concepts, encoder), encoder, f"{encoder.name}, zero-shot")
+
+
+class Subject:
+    """A pipeline's folder or hub id, to erase from. Making one loads nothing."""
+
+    title = ""
+    """Its name in prose, if it comes with fdu."""
+    light = False
+    """Whether it is small enough for one process per CPU core."""
+    judges_itself = False
+    """Whether it has a judge of its own, so that an encoder measures distances only."""
+
+    def __init__(self, model: str) -> None:
+        self.model = self.location = model
+        """Its name for the command line, and the argument for ``from_pretrained``."""
+
+    @property
+    def sampling(self) -> Sampling:
+        """How judged images are drawn by default."""
+        from fdu.evaluation import Sampling
+
+        return Sampling(num_inference_steps=None, guidance_scale=None, batch_size=4)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Paragraphs that a reader of its results needs."""
+        from fdu.subjects.clip_judges import CLIP_NOTES
+
+        return CLIP_NOTES
+
+    @property
+    def loading_code(self) -> str:
+        """The Python expression that loads it."""
+        return f"DiffusionPipeline.from_pretrained({self.model!r})"
+
+    @property
+    def folder(self) -> Path | None:
+        """The pipeline's folder; None for a hub id."""
+        return Path(self.location) if Path(self.location).is_dir() else None
+
+    def load(self, dtype: str = "float32", device: str = "cpu") -> DiffusionPipeline:
+        """Load the pipeline.
+
+        Raises:
+            OSError: it cannot be loaded; the message gives the first line of the reason.
+        """
+        return load_model(self.location, dtype, device)
+
+    def pairs(
+        self,
+        targets: Sequence[str],
+        anchors: Sequence[str],
+        concept_type: ConceptType | Sequence[ConceptType] = "object",
+    ) -> tuple[Pair, ...]:
+        """Targets and their anchors in the words of the model: names, or ``.txt`` files of prompts.
+
+        Raises:
+            ValueError, FileNotFoundError: as ``concept_pairs``, or a name that the model does not know.
+        """
+        return concept_pairs(read_concepts(targets), read_concepts(anchors), concept_type)
+
+    def with_preserved(self, config: EraseConfig, targets: Sequence[str]) -> EraseConfig:
+        """The settings with the model's own prompts to preserve, if it has any and the settings name none."""
+        return config
+
+    def exam(
+        self,
+        target: str | None,
+        erased: Sequence[str] = (),
+        prompts: str | Path | None = None,
+        record: Mapping[str, Any] | None = None,
+        judge: str | None = None,
+    ) -> Exam:
+        """The questions that judge an erasure.
+
+        Args:
+            target: the erased concept; None: the one that ``prompts`` names.
+            erased: all erased concepts; the others are neither retained nor lost.
+            prompts: a concept set by name or file, as :func:`fdu.subjects.concept_sets.choose_set` takes it.
+            record: the record of the erasure, if there is one.
+            judge: an image-text encoder, by folder or hub id.
+
+        Raises:
+            ValueError, FileNotFoundError: a target or prompts that do not go with the model.
+        """
+        concepts = choose_set(target, prompts, record).without(erased)
+        kind = "style" if any("style" in prompt for prompt in concepts.target.prompts) else "object"
+        return Exam(concepts.target.name, kind, judge, concepts)
+
+
+@functools.cache
+def clip_encoder(name: str, device: str) -> ClipFeatures:
+    """The image-text encoder of that folder or hub id, loaded once per process."""
+    from fdu.evaluation.features import ClipFeatures
+
+    return ClipFeatures.load(name, device)
