@@ -13,7 +13,7 @@ import itertools
 import math
 import statistics
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
 import timing
@@ -34,17 +34,13 @@ STEPS = 8
 """Steps of an erasure that is timed; the first is not counted."""
 
 
-def sweep(shape: Shape, rounds: int | None = None, size: int = timing.ROTATING) -> dict[str, Any]:
-    """All competitors at one size; fewer rounds for what takes long."""
-    found = competitors_of("gaussian", [*fused_backends("cpu"), "torch"], (FUSED,))
-    runs = {name.removesuffix(f" {FUSED}"): run for name, run in found.items()}
-    rounds = rounds or max(9, min(101, 100_000_000 // math.prod(shape)))
-    return timing.sweep("gaussian", runs, rotating("gaussian", shape, torch.float32, "cpu", size), rounds)
-
-
-def note(benchmark: BenchmarkFixture, form: str, shape: Shape) -> None:
-    """Sweep, keep and print."""
-    found = benchmark.pedantic(sweep, (shape,), rounds=1)
+def sweep(benchmark: BenchmarkFixture, form: str, shape: Shape) -> None:
+    """Time all competitors at one size, with fewer rounds for what takes long; keep and print the figures."""
+    named = competitors_of("gaussian", [*fused_backends("cpu"), "torch"], (FUSED,))
+    runs = {name.removesuffix(f" {FUSED}"): run for name, run in named.items()}
+    pairs = rotating("gaussian", shape, torch.float32, "cpu", timing.ROTATING)
+    rounds = max(9, min(101, 100_000_000 // math.prod(shape)))
+    found = benchmark.pedantic(timing.sweep, ("gaussian", runs, pairs, rounds), rounds=1)
     benchmark.extra_info.update(form=form, **found)
     timing.show("gaussian", shape, torch.float32, found["medians"])
 
@@ -52,13 +48,13 @@ def note(benchmark: BenchmarkFixture, form: str, shape: Shape) -> None:
 @pytest.mark.parametrize("batch", BATCHES)
 def test_batch(benchmark: BenchmarkFixture, batch: int) -> None:
     """Latents of Stable Diffusion 1.5."""
-    note(benchmark, "batch", (batch, 4, 64, 64))
+    sweep(benchmark, "batch", (batch, 4, 64, 64))
 
 
 @pytest.mark.parametrize("elements", ELEMENTS)
 def test_elements(benchmark: BenchmarkFixture, elements: int) -> None:
     """A few samples of ever more elements."""
-    note(benchmark, "elements", (SAMPLES, elements))
+    sweep(benchmark, "elements", (SAMPLES, elements))
 
 
 def erasure_step(concepts: tuple[str, ...], steps: int = STEPS) -> dict[str, float]:

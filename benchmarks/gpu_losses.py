@@ -22,7 +22,7 @@ import gpu_timing
 import torch
 from bench_memory import bytes_of, peak_bytes
 from competitors import COMPILED, DTYPES, EAGER, FORMS, FUSED, Call, Pair, Shape, competitors_of, fused_backends
-from gpu_timing import Plan, Rows, described, device_us, graph_us, host_us, l2_bytes, wall_us
+from gpu_timing import Plan, described, device_us, graph_us, host_us, l2_bytes, wall_us
 
 import fdu_kernels as fk
 
@@ -118,10 +118,10 @@ def measure(plan: Plan, tasks: list[Task], with_host: bool) -> None:
     import torch._inductor.config
 
     torch._inductor.config.compile_threads = 1
-    kept, bench, cache = Rows(plan), Bench(plan, with_host), l2_bytes(plan.device)
+    bench, cache = Bench(plan, with_host), l2_bytes(plan.device)
     for task in tasks:
-        if not kept.may_begin(LEAST):
-            kept.left_out.append(task[:3])
+        if not plan.may_begin(LEAST):
+            plan.left_out.append(task[:3])
             continue
         form, dtype, shape, _ = task
         most = 2 if plan.rehearsal else MOST_PAIRS
@@ -131,17 +131,17 @@ def measure(plan: Plan, tasks: list[Task], with_host: bool) -> None:
         cloned = 0.0
         for name, run in runs_of(task, plan).items():
             kind, least = (COMPILED, LEAST_COMPILED) if name == COMPILED else ("", LEAST)
-            if not kept.may_begin(least, kind):
-                kept.left_out.append([*task[:3], name])
+            if not plan.may_begin(least, kind):
+                plan.left_out.append([*task[:3], name])
                 continue
             row = {"shape": list(shape), "dtype": dtype, "form": form, "candidate": name}
-            kept.add(row, functools.partial(bench.figures, form, name, run, pairs, turns), kind)
+            plan.add(row, functools.partial(bench.figures, form, name, run, pairs, turns), kind)
             if name == "clone" and "cold_us" in row:
                 cloned = competitors.CLONE_PASSES / row["cold_us"]
             elif cloned and FUSED in name and "cold_us" in row:
                 row.update(passes=passes, share_of_copy=passes / row["cold_us"] / cloned)
         del pairs, turns
-    kept.keep(True)
+    plan.keep()
 
 
 def latents(plan: Plan) -> None:
@@ -183,14 +183,13 @@ def host(plan: Plan) -> None:
     """What a call costs the host, by part (bench_host.py)."""
     shapes = (TOY,) if plan.rehearsal else bench_host.SHAPES
     rounds, iterations = (2, 2) if plan.rehearsal else (100, 10)
-    kept = Rows(plan)
     for name, shape in itertools.product(fused_backends(plan.device), shapes):
-        if kept.may_begin(2.0):
+        if plan.may_begin(2.0):
             measured = functools.partial(bench_host.measure, shape, name, plan.device, rounds, iterations)
-            kept.add({"shape": list(shape), "backend": name}, measured)
+            plan.add({"shape": list(shape), "backend": name}, measured)
         else:
-            kept.left_out.append([name, shape])
-    kept.keep(True)
+            plan.left_out.append([name, shape])
+    plan.keep()
 
 
 if __name__ == "__main__":

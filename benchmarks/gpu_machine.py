@@ -43,7 +43,7 @@ def machine(plan: Plan) -> None:
         of = torch.cuda.get_device_properties(0)
         described.update(device=of.name, multiprocessors=of.multi_processor_count)
         described.update(l2_bytes=of.L2_cache_size, memory_bytes=of.total_memory)
-    plan.keep(described)
+    plan.write(described)
 
 
 def source() -> dict[str, Any]:

@@ -37,14 +37,14 @@ SANITIZED = " or ".join(
         "peak_memory",
     )
 )
-"""One of each: tables and critics, a block a sample that begins anywhere, mixed layouts with a mask, samples of several
+"""One of each: tables and critics, one block per sample with any alignment, mixed layouts with a mask, samples of several
 blocks, clusters. Compute-sanitizer makes everything many times slower."""
 COMPILED = "test_expectation and sm_90-torch.bfloat16"
 """The kernels that a rehearsal compiles for a GPU."""
 SLOWER = 5
-"""What a rehearsal may take, of a run's budgets."""
+"""A rehearsal may take so many times the budgets of a run."""
 WORKERS = 6
-"""Processes that test at once: most of the time goes into compiling Triton's kernels, on the host."""
+"""Parallel test processes: most of the time goes into compiling Triton's kernels, on the host."""
 LAST_LOGS = 4
 """Of builds, with nvcc and, where that failed, without."""
 INTERRUPTED = 130

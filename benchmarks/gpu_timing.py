@@ -30,24 +30,45 @@ LEADS = (3e-4, 2e-3)
 Run = Callable[[Tensor, Tensor], object]
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class Plan:
-    """What a section is told: until when it may run, where it keeps results, and whether it is only rehearsed."""
+    """What a section is told, and the rows that it keeps as they come: one that fails loses no other, and none is begun
+    that may take too long."""
 
     deadline: float
     """By time.monotonic()."""
-    keep: Callable[[Any], None]
+    write: Callable[[Any], object]
     """Writes the section's result so far."""
     rehearsal: bool = False
+    rows: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    left_out: list[Any] = dataclasses.field(default_factory=list)
+    longest: dict[str, float] = dataclasses.field(default_factory=dict)
+    """Seconds of the longest row so far, by kind."""
 
     @property
     def device(self) -> str:
         """Where to measure."""
         return "cpu" if self.rehearsal else "cuda"
 
-    def left(self) -> float:
-        """Seconds."""
-        return self.deadline - time.monotonic()
+    def may_begin(self, least: float, kind: str = "") -> bool:
+        """Whether there is time for another row: ``least`` seconds, and a little more than the longest of its kind."""
+        wanted = max(0.0 if self.rehearsal else least, 1.2 * self.longest.get(kind, 0.0))
+        return self.deadline - time.monotonic() > wanted
+
+    def add(self, row: dict[str, Any], measure: Callable[[], dict[str, Any]], kind: str = "") -> None:
+        """Put the figures, or the error, into a row and keep it."""
+        began = time.monotonic()
+        self.rows.append(row)
+        try:
+            row.update(measure())
+        except Exception as error:  # out of memory, or what does not run on this device
+            row["error"] = described(error)
+        self.longest[kind] = max(self.longest.get(kind, 0.0), time.monotonic() - began)
+        self.keep(False)
+
+    def keep(self, complete: bool = True) -> None:
+        """Write what there is."""
+        self.write({"complete": complete and not self.left_out, "left_out": self.left_out, "rows": self.rows})
 
 
 def main(sections: Mapping[str, Callable[[Plan], None]]) -> None:
@@ -64,36 +85,6 @@ def main(sections: Mapping[str, Callable[[Plan], None]]) -> None:
     sections[sys.argv[1]](Plan(float(os.environ.get("FDU_DEADLINE", time.monotonic() + 60)), keep, rehearsal))
     if found:
         print(json.dumps(found, indent=1))
-
-
-class Rows:
-    """The rows of a section, kept as they come. One that fails loses no other; none is begun that may take too long."""
-
-    def __init__(self, plan: Plan) -> None:
-        self.plan = plan
-        self.rows: list[dict[str, Any]] = []
-        self.left_out: list[Any] = []
-        self.longest: dict[str, float] = {}
-        """Seconds of the longest row so far, by kind."""
-
-    def may_begin(self, least: float, kind: str = "") -> bool:
-        """Whether there is time for another row: ``least`` seconds, and a little more than the longest of its kind."""
-        return self.plan.left() > max(0.0 if self.plan.rehearsal else least, 1.2 * self.longest.get(kind, 0.0))
-
-    def add(self, row: dict[str, Any], measure: Callable[[], dict[str, Any]], kind: str = "") -> None:
-        """Put the figures, or the error, into a row and keep it."""
-        began = time.monotonic()
-        self.rows.append(row)
-        try:
-            row.update(measure())
-        except Exception as error:  # out of memory, or what does not run on this device
-            row["error"] = described(error)
-        self.longest[kind] = max(self.longest.get(kind, 0.0), time.monotonic() - began)
-        self.keep(False)
-
-    def keep(self, complete: bool) -> None:
-        """Write what there is."""
-        self.plan.keep({"complete": complete and not self.left_out, "left_out": self.left_out, "rows": self.rows})
 
 
 def described(error: Exception) -> str:

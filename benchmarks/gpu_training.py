@@ -1,6 +1,6 @@
 """The training step at full shape on a GPU: fdu's loop against the reference loop, in time and in memory.
 
-Stable Diffusion 1.5 and XL with random weights. A row is a run of training_runs.py with one batch per step: seconds per
+Stable Diffusion 1.5 and XL with random weights. A row is a run of bench_training.py, one batch per step: seconds per
 step, images per second, MiB at the peak. What is compared first comes first: the published loops' batch of two in bf16,
 then the ways of fdu, then fp32, and batches from one to what fits. torch.compile, which takes minutes, is a section by
 itself.
@@ -17,9 +17,9 @@ from typing import Any, NamedTuple
 import gpu_timing
 import shapes
 import torch
+from bench_training import CHECKPOINTED, Run, a_step, measure
 from diffusers import DiffusionPipeline
-from gpu_timing import Plan, Rows, wall_us
-from training_runs import CHECKPOINTED, Run, a_step, measure
+from gpu_timing import Plan, wall_us
 
 import fdu_kernels as fk
 
@@ -82,24 +82,24 @@ def toy_rows() -> list[Row]:
 
 def measure_rows(model: str, plan: Plan, wanted: list[Row], least: float = LEAST) -> None:
     """As many rows as time and memory allow; larger batches of what was out of memory are not tried."""
-    kept, full = Rows(plan), set()
+    full: set[str] = set()
     for one in wanted:
         if one.name in full:
             continue
-        if not kept.may_begin(least):
-            kept.left_out.append([one.name, one.run.shared.mixed_precision, one.run.shared.train_batch_size])
+        if not plan.may_begin(least):
+            plan.left_out.append([one.name, one.run.shared.mixed_precision, one.run.shared.train_batch_size])
             continue
         noted = {
             "model": model, "name": one.name, "loop": one.run.loop, "precision": one.run.shared.mixed_precision,
             "batch": one.run.shared.train_batch_size, "kept": KEPT in one.run.own,
         }  # fmt: skip
-        kept.add(noted, functools.partial(figures_of, model, one, plan))
+        plan.add(noted, functools.partial(figures_of, model, one, plan))
         if "OutOfMemory" in noted.get("error", ""):
             full.add(one.name)
         gc.collect()
         if plan.device == "cuda":
             torch.cuda.empty_cache()
-    kept.keep(True)
+    plan.keep()
 
 
 def figures_of(model: str, one: Row, plan: Plan) -> dict[str, Any]:

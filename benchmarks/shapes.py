@@ -108,7 +108,7 @@ def xl_unet_config(width: int, side: int, text_width: int) -> dict[str, Any]:
 def sdxl(
     seed: int = 0, width: int = 1, side: int = 1, text_width: int = 1, device: str = "cpu"
 ) -> StableDiffusionXLPipeline:
-    """Stable Diffusion XL, fp32, likewise."""
+    """Stable Diffusion XL, fp32, with the same sampler and words."""
     tokenizer = make_tokenizer()
     ids = special_ids(tokenizer)
     second = CLIPTextConfig(

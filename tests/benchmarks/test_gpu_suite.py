@@ -291,7 +291,7 @@ def test_a_section_learns_from_its_environment_what_to_do(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     plans: list[gpu_timing.Plan] = []
-    sections = {"one": lambda plan: (plans.append(plan), plan.keep({"rows": [1]}))}
+    sections = {"one": lambda plan: (plans.append(plan), plan.write({"rows": [1]}))}
     monkeypatch.setattr(signal, "signal", lambda *_: None)
     monkeypatch.setattr(sys, "argv", ["script.py", "one"])
     for name, value in {"FDU_PART": str(tmp_path / "part.json"), "FDU_DEADLINE": "5.0"}.items():
@@ -306,7 +306,7 @@ def test_a_section_learns_from_its_environment_what_to_do(
     for name in ("FDU_PART", "FDU_DEADLINE", "FDU_REHEARSAL"):
         monkeypatch.delenv(name)
     gpu_timing.main(sections)
-    assert json.loads(capsys.readouterr().out) == {"rows": [1]} and plans[2].left() > 50
+    assert json.loads(capsys.readouterr().out) == {"rows": [1]} and plans[2].may_begin(50)
     monkeypatch.setattr(sys, "argv", ["script.py", "two"])
     with pytest.raises(SystemExit, match="one"):
         gpu_timing.main(sections)
@@ -379,9 +379,9 @@ def test_latents_are_compiled_at_the_first_shapes() -> None:
 
 
 def test_without_time_to_compile_the_other_rows_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    may_begin = gpu_timing.Rows.may_begin
+    may_begin = gpu_timing.Plan.may_begin
     monkeypatch.setattr(
-        gpu_timing.Rows,
+        gpu_timing.Plan,
         "may_begin",
         lambda self, least, kind="": kind != competitors.COMPILED and may_begin(self, least),
     )
@@ -392,21 +392,21 @@ def test_without_time_to_compile_the_other_rows_are_measured(monkeypatch: pytest
 
 
 def test_a_row_that_may_take_too_long_is_not_begun() -> None:
-    rows = gpu_timing.Rows(plan_of([], 20, rehearsal=False))
+    rows = plan_of([], 20, rehearsal=False)
     assert rows.may_begin(3.0) and rows.may_begin(12.0, "compiled") and not rows.may_begin(21.0)
     rows.longest = {"compiled": 18.0, "": 2.0}
     assert rows.may_begin(3.0) and not rows.may_begin(12.0, "compiled")
 
 
 def test_training_stops_before_a_row_that_may_take_too_long(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = itertools.count(step=10.0)
+    clock = itertools.count()  # a row takes a second, and every look at the clock another
     monkeypatch.setattr(gpu_training, "figures_of", lambda model, row, plan: {})
     monkeypatch.setattr(gpu_training, "gc", SimpleNamespace(collect=lambda: 0))
-    monkeypatch.setattr(gpu_timing, "time", SimpleNamespace(monotonic=lambda: next(clock)))
-    left = itertools.chain([30.0, 13.0], itertools.repeat(11.0))
-    plan = SimpleNamespace(left=left.__next__, keep=(kept := []).append, rehearsal=False, device="cpu")
+    monkeypatch.setattr(gpu_timing, "time", SimpleNamespace(monotonic=lambda: float(next(clock))))
+    plan = gpu_timing.Plan(10.0, (kept := []).append, rehearsal=True)
     gpu_training.measure_rows("sd15", plan, gpu_training.rows())
-    assert len(kept[-1]["rows"]) == 2 and len(kept[-1]["left_out"]) == len(gpu_training.rows()) - 2
+    measured, left_out = len(kept[-1]["rows"]), len(kept[-1]["left_out"])
+    assert measured == 3 and left_out == len(gpu_training.rows()) - 3 and not kept[-1]["complete"]
 
 
 def test_what_was_out_of_memory_is_not_tried_with_larger_batches(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -435,7 +435,7 @@ def test_any_error_of_a_row_is_noted(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail() -> dict[str, Any]:
         raise TypeError("not this one")
 
-    rows = gpu_timing.Rows(plan_of(kept := []))
+    rows = plan_of(kept := [])
     rows.add({"name": "bad"}, fail)
     rows.add({"name": "good"}, lambda: {"step_s": 1.0})
     bad, good = kept[-1]["rows"]

@@ -17,7 +17,6 @@ import reference_loop
 import report
 import shapes
 import torch
-import training_runs
 
 import fdu_kernels
 
@@ -91,7 +90,7 @@ def test_no_part_of_the_scaled_model_is_heavier_beside_its_denoiser_than_in_stab
 
 
 def test_both_loops_get_the_same_task() -> None:
-    runs = training_runs
+    runs = bench_training
     for run in runs.RUNS.values():
         config, shared = run.config(), run.shared
         for field in dataclasses.fields(shared):
@@ -109,7 +108,7 @@ def test_both_loops_get_the_same_task() -> None:
 
 @pytest.mark.parametrize("name", ["reference", "fdu, frozen outputs kept", "fdu job"])
 def test_a_run_measures_its_steps_and_memory(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    runs = training_runs
+    runs = bench_training
     monkeypatch.setattr(shapes, "sd15", lambda: families.build("sd"))
     run = runs.RUNS[name]
     figures = runs.measure(run)
@@ -126,7 +125,7 @@ def proportions() -> dict[str, dict[str, float]]:
 
 def a_record(**changes: float) -> dict[str, Any]:
     """A record in which every bound holds, but for ``changes``."""
-    runs = training_runs
+    runs = bench_training
     figures = {"wall_step": 1.0, "wall_training": 8.0, "wall_sampling": 10.0, "peak": 50.0, "highest": 50.0}
     reference = {"wall_step": 1.7, "wall_training": 20.0, "wall_sampling": 80.0, "peak": 100.0, "highest": 100.0}
     for each in (figures, reference):
