@@ -37,8 +37,8 @@ SANITIZED = " or ".join(
         "peak_memory",
     )
 )
-"""One of each: tables and critics, one block per sample with any alignment, mixed layouts with a mask, samples of several
-blocks, clusters. Compute-sanitizer makes everything many times slower."""
+"""One of each: tables and critics, one block per sample with any alignment, mixed layouts with a mask, samples of
+several blocks, clusters. Compute-sanitizer makes everything many times slower."""
 COMPILED = "test_expectation and sm_90-torch.bfloat16"
 """The kernels that a rehearsal compiles for a GPU."""
 SLOWER = 5
