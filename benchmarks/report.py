@@ -48,8 +48,9 @@ def render(name: str, **parts: Any) -> str:
     pages.filters["us"] = lambda seconds: f"{seconds * 1e6:.1f}"
     pages.filters["shape"] = name_of
     pages.filters["listed"] = listed
-    text = pages.get_template(f"{name}.md.j2").render(**parts).strip()
-    return re.sub(r"\n{3,}", "\n\n", text) + "\n"
+    texts = pages.get_template(f"{name}.md.j2").render(**parts).strip().split("```")
+    texts[::2] = [re.sub(r"\n{3,}", "\n\n", text) for text in texts[::2]]  # between blocks of code
+    return "```".join(texts) + "\n"
 
 
 def performance(records: Records, figures: Path) -> str:
