@@ -42,9 +42,9 @@ class SharedSettings(Settings):
 class Compare:
     """Erase with several divergences and seeds, plot erased against retained, and recommend one.
 
-    OUT receives comparison.html, its charts as .svg, comparison.md, comparison.json, one record per run in runs/, and
-    in cache/ the data that runs share, which may be deleted. The same command resumes an interrupted comparison; with
-    more divergences, values of s0 or seeds it adds the missing runs.
+    OUT receives comparison.html, its charts as .svg, comparison.md, comparison.json, one line per run in runs.jsonl,
+    and in cache/ the data that runs share, which may be deleted. The same command resumes an interrupted comparison;
+    with more divergences, values of s0 or seeds it adds the missing runs.
     """
 
     examples: ClassVar[tuple[str, ...]] = (
