@@ -19,7 +19,7 @@ from fdu.evaluation import JUDGED_SEED
 from fdu.models.loading import describe_device
 from fdu.storage.output import write_json
 from fdu.storage.versions import versions
-from fdu.subjects import digits
+from fdu.subjects.digits import pipeline as digits
 
 BOUND = 120.0
 """Seconds on two CPU cores."""

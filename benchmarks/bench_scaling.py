@@ -110,7 +110,7 @@ def erasure_step(concepts: tuple[str, ...], steps: int = STEPS) -> dict[str, flo
     from torch.optim.optimizer import register_optimizer_step_post_hook
 
     import fdu
-    from fdu.subjects import digits
+    from fdu.subjects.digits import pipeline as digits
 
     pipeline = digits.load_pipeline()
     pipeline.set_progress_bar_config(disable=True)

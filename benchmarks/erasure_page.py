@@ -24,7 +24,7 @@ from erasure_runs import (
 from markdown_table import markdown
 
 import fdu
-from fdu.subjects import digits
+from fdu.subjects.digits import pipeline as digits
 from fdu.subjects.digits.vocabulary import DIGITS, INKS
 
 Record = dict[str, Any]

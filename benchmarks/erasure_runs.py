@@ -19,7 +19,7 @@ from fdu.evaluation import JUDGED_SEED, Draws, Probe
 from fdu.storage.merging import merge
 from fdu.storage.output import write_json
 from fdu.storage.versions import versions
-from fdu.subjects import digits
+from fdu.subjects.digits import pipeline as digits
 from fdu.subjects.digits.vocabulary import DIGITS, INKS
 
 BASELINE = "before.json"

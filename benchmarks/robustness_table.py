@@ -22,7 +22,7 @@ from torch import Tensor
 
 import fdu
 from fdu.evaluation import draw
-from fdu.evaluation.robustness import Drawing, Examination, attack, read_sets, relearn
+from fdu.evaluation.robustness import Examination, JudgedSampling, attack, read_sets, relearn
 from fdu.evaluation.robustness.holding import judge_robustness
 from fdu.evaluation.robustness.judging import BACK, LEARNT_SEED
 from fdu.evaluation.robustness.phrasings import SETS
@@ -30,10 +30,10 @@ from fdu.evaluation.verdict import ERASED_BELOW
 from fdu.models.families import denoiser_of
 from fdu.storage.output import write_json
 from fdu.storage.versions import versions
-from fdu.subjects import digits
+from fdu.subjects.digits import pipeline as digits
 
 TARGET, ANCHOR = "three", "eight"
-DRAWING = Drawing(images=32, num_inference_steps=12)
+DRAWING = JudgedSampling(images=32, num_inference_steps=12)
 LATENTS = 32
 ERASURES: dict[str, dict[str, Any] | None] = {
     "not erased": None,

@@ -10,7 +10,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 
 import fdu
-from fdu.subjects import digits
+from fdu.subjects.digits import pipeline as digits
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--out", type=Path, default=Path("erased"))

@@ -11,7 +11,7 @@ import torch
 from diffusers import DDPMScheduler
 
 import fdu_kernels  # the loss
-from fdu.subjects import digits
+from fdu.subjects.digits import pipeline as digits
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--steps", type=int, default=100)

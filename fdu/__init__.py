@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from fdu.evaluation import Draws, Evaluation, Figures, Probe, draw, evaluate
     from fdu.result import ErasureResult
     from fdu.storage.readers import load_weights
+    from fdu.subjects.registry import load_pipeline
 
 __version__ = "0.1.0"
 
@@ -31,6 +32,7 @@ __all__ = [
     "draw",
     "erase",
     "evaluate",
+    "load_pipeline",
     "load_weights",
 ]
 
@@ -39,6 +41,7 @@ _HOMES = {
     "EraseConfig": "fdu.config",
     "ErasureResult": "fdu.result",
     "erase": "fdu.erasure",
+    "load_pipeline": "fdu.subjects.registry",
     "load_weights": "fdu.storage.readers",
     **dict.fromkeys(("Draws", "Evaluation", "Figures", "Probe", "draw", "evaluate"), "fdu.evaluation"),
 }

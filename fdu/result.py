@@ -14,7 +14,7 @@ from fdu.concepts import Concept, Pair, joined
 from fdu.config import PLACES, EraseConfig
 from fdu.evaluation import Draws, Evaluation, Probe
 from fdu.models.denoiser import Denoiser
-from fdu.report import Run, write_report
+from fdu.report import EvaluatedRun, write_report
 from fdu.report.card import write_card
 from fdu.storage.fingerprint import fingerprint
 from fdu.storage.output import RECORD_FILE, whole_folder, write_json
@@ -137,4 +137,4 @@ class ErasureResult:
         self, path: str | Path, evaluation: Evaluation, probes: Sequence[Probe], before: Draws, after: Draws
     ) -> Path:
         """Write the HTML page of this erasure: :func:`fdu.report.write_report` with its record."""
-        return write_report(path, Run.of(evaluation, probes, before, after, self.record()))
+        return write_report(path, EvaluatedRun.of(evaluation, probes, before, after, self.record()))

@@ -14,7 +14,8 @@ from tyro.conf import Fixed, OmitArgPrefixes, Positional, Suppress
 
 from fdu.cli.settings import Settings
 from fdu.config import EraseConfig
-from fdu.models.loading import Dtype, check_dtype, check_encoder, check_model, choose_device, is_embedded
+from fdu.models.loading import Dtype, check_dtype, check_encoder, choose_device
+from fdu.subjects.registry import subject_of
 
 DEFAULT = "mse,squared_hellinger,jensen_shannon,pearson_chi2"
 """The default: the usual loss, two divergences that damp large errors, and one that amplifies them."""
@@ -101,7 +102,7 @@ class Compare:
         from fdu.comparison.output_folder import CACHE, RUNS, check_folder, write_record
         from fdu.comparison.plan import Candidate, Comparison, Drawing, distinct, read_alpha
 
-        check_model(self.model)
+        model = subject_of(self.model)
         if self.judge is not None:
             check_encoder(self.judge)
         if self.seeds < 1:
@@ -131,15 +132,12 @@ class Compare:
         )
         subject.check(comparison)
         check_folder(self.out, comparison)
-        alone = comparison.device != "cpu" or not is_embedded(self.model)
-        workers = self.workers or (1 if alone else _cores())
+        workers = self.workers or (_cores() if comparison.device == "cpu" and model.light else 1)
 
         def work() -> None:
             from fdu.comparison.page import PAGE, describe, table, write_page
             from fdu.comparison.results import read_results
             from fdu.comparison.runs import make_runs
-            from fdu.subjects import digits
-            from fdu.subjects.clip_judges import CLIP_NOTES
 
             for name, other in alike.items():
                 print(f"{name} trains the same model as {other} and is not run again.")
@@ -153,8 +151,7 @@ class Compare:
             chosen = results.recommendations[self.prefer]
             settings = chosen.candidate.settings
             again = self._erase_command({**base.as_dict(), **settings}, settings) if chosen.usable else ""
-            notes = digits.NOTES if is_embedded(self.model) else CLIP_NOTES
-            write_page(self.out, results, self.prefer, alike, command, again, notes)
+            write_page(self.out, results, self.prefer, alike, command, again, model.notes)
             write_record(self.out, comparison, command, describe(results))
             print(f"\n{table(results.standings, alike)}\n{chosen.headline}. {' '.join(chosen.sentences)}")
             if results.mixed:
@@ -165,15 +162,13 @@ class Compare:
 
     def _draw_settings(self) -> dict[str, Any]:
         """How judged images are drawn."""
-        from fdu.evaluation import Sampling
-
         chosen: dict[str, Any] = {
             "num_inference_steps": self.judged_inference_steps,
             "guidance_scale": self.judged_guidance_scale,
         }
         given = {name: value for name, value in chosen.items() if value is not None}
         try:
-            return dataclasses.replace(Sampling.of(is_embedded(self.model)), **given).settings()
+            return dataclasses.replace(subject_of(self.model).sampling, **given).settings()
         except ValueError as error:
             raise ValueError(f"judged_{str(error).removeprefix('num_')}") from None
 

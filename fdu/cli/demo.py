@@ -12,6 +12,7 @@ from tyro.conf import OmitArgPrefixes
 from fdu.cli.printing import print_evaluation
 from fdu.cli.settings import Settings, check_images
 from fdu.models.loading import choose_device
+from fdu.subjects.registry import subject_of
 
 
 @dataclasses.dataclass
@@ -42,24 +43,20 @@ class Demo:
 
     def prepare(self, command: str) -> Callable[[], None]:
         """Check everything; the work is what comes back."""
-        from fdu.concepts import concept_pair
-
-        concept_pair(self.target, self.anchor)
         check_images(self.images_per_class)
-        config = self.settings.checked()
+        model = subject_of("embedded")
+        pairs = model.pairs([self.target], [self.anchor])
+        config = model.with_preserved(self.settings.checked(), [self.target])
         from fdu.cli import demonstration
         from fdu.report import PICTURE, REPORT
         from fdu.storage.output import METRICS_FILE
-        from fdu.subjects import digits
 
         demonstration.check_demo_output(self.out)
-        target, anchor = digits.concepts(self.target, self.anchor)
-        config = digits.with_preserved(config, target.name)
         device = choose_device(self.device)
 
         def work() -> None:
             evaluation, probes = demonstration.run_demo(
-                self.out, target, anchor, config, self.images_per_class, device, command
+                self.out, model, pairs[0], config, self.images_per_class, device, command
             )
             print_evaluation(evaluation, probes)
             print()

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from fdu.concepts import Concept
+from fdu.concepts import Pair
 from fdu.config import EraseConfig
 from fdu.erasure import erase
-from fdu.evaluation import JUDGED_SEED, Evaluation, Probe, Sampling, draw, evaluate
-from fdu.models.loading import describe_device, load_model
-from fdu.report import IMAGES_FOLDER, PICTURE, REPORT, Conditions, Run, write_run
+from fdu.evaluation import JUDGED_SEED, Evaluation, Probe, draw, evaluate
+from fdu.models.loading import describe_device
+from fdu.report import IMAGES_FOLDER, PICTURE, REPORT, Conditions, EvaluatedRun, write_run
 from fdu.storage.output import METRICS_FILE, check_output, whole_folder, written_by_fdu
-from fdu.subjects import digits
+from fdu.subjects.subject import Subject
 
 WEIGHTS = "erased"
 """What a demonstration's folder holds beside metrics, images and report."""
@@ -35,18 +35,19 @@ def check_demo_output(folder: str | Path) -> None:
 
 def run_demo(
     out: str | Path,
-    target: Concept,
-    anchor: Concept,
+    model: Subject,
+    pair: Pair,
     config: EraseConfig,
     images_per_class: int = 32,
     device: str = "cpu",
     command: str = "",
 ) -> tuple[Evaluation, list[Probe]]:
-    """Erase ``target`` from the embedded pipeline, compare before and after, and write the folder ``out`` as a whole.
+    """Erase one concept, compare before and after, and write the folder ``out`` as a whole.
 
     Args:
         out: the folder; it must be empty or a former demonstration's.
-        target, anchor: of :func:`fdu.subjects.digits.concepts`.
+        model: what to erase from.
+        pair: target and anchor, of :meth:`Subject.pairs`.
         config: the settings.
         images_per_class: images that the judge sees of every class, before and after.
         device: where to run.
@@ -58,16 +59,17 @@ def run_demo(
     """
     check_demo_output(out)
     with whole_folder(out, overwrite=True) as folder:
-        result = erase(load_model("embedded", device=device), target, anchor, config=config)
-        probes = digits.probes(target.name)
-        seed = config.seed + JUDGED_SEED
+        result = erase(model.load(device=device), *pair, config=config)
+        panel = model.exam(pair[0].name).panel(device)
+        probes = panel.probes
+        seed, drawn = config.seed + JUDGED_SEED, model.sampling.settings()
         with result.original() as original:
-            before = draw(original, probes, images_per_class, seed, description="before")
-        after = draw(result.pipeline, probes, images_per_class, seed, description="after")
-        evaluation = evaluate(before, after, probes, "embedded")
+            before = draw(original, probes, images_per_class, seed, **drawn, description="before")
+        after = draw(result.pipeline, probes, images_per_class, seed, **drawn, description="after")
+        evaluation = evaluate(before, after, probes, panel.features)
         result.save(folder / WEIGHTS)
-        told = (result.record(), command, describe_device(device), digits.NOTES)
+        told = (result.record(), command, describe_device(device), model.notes)
         dtype = str(result.pipeline.dtype).removeprefix("torch.")
-        conditions = Conditions(seed, Sampling(), digits.JUDGE, dtype)
-        write_run(folder, Run.of(evaluation, probes, before, after, *told, conditions=conditions))
+        conditions = Conditions(seed, model.sampling, panel.judge, dtype)
+        write_run(folder, EvaluatedRun.of(evaluation, probes, before, after, *told, conditions=conditions))
     return evaluation, probes

@@ -14,19 +14,9 @@ from tyro.conf import OmitArgPrefixes, Positional, UseAppendAction
 
 import fdu
 from fdu.cli.settings import Settings
-from fdu.models.loading import (
-    EMBEDDED,
-    Dtype,
-    SaveAs,
-    check_dtype,
-    check_model,
-    choose_device,
-    is_embedded,
-    is_main_process,
-    load_model,
-    model_folder,
-    result_bytes,
-)
+from fdu.models.loading import Dtype, SaveAs, check_dtype, choose_device, is_main_process, result_bytes
+from fdu.subjects.registry import subject_of
+from fdu.subjects.subject import Subject
 
 
 @dataclasses.dataclass
@@ -68,7 +58,6 @@ class Erase:
 
     def prepare(self, command: str) -> Callable[[], None]:
         """Check everything; the work is what comes back."""
-        from fdu.concepts import concept_pairs, read_concepts
         from fdu.storage.output import check_output, clear_run, strangers, whole_folder
         from fdu.storage.writers import choose_format
 
@@ -80,8 +69,8 @@ class Erase:
                 "another concept, or --anchor '' for nothing"
             )
         types = self.concept_type[0] if len(self.concept_type) == 1 else self.concept_type or "object"
-        pairs = concept_pairs(read_concepts(self.target), read_concepts(self.anchor), types)
-        check_model(self.model)
+        model = subject_of(self.model)
+        pairs = model.pairs(self.target, self.anchor, types)
         checkpoints = Path(f"{self.out}.checkpoints")
         config = self.settings.checked(checkpoint_dir=str(checkpoints))
         keeps = self.settings.checkpoint_dir is None
@@ -92,23 +81,17 @@ class Erase:
                 "name another folder with --checkpoint_dir"
             )
         files = [name for name in (*self.target, *self.anchor) if name.endswith(".txt")]
-        inputs = files + [str(folder) for folder in [model_folder(self.model)] if folder]
-        check_output(self.out, self.overwrite, result_bytes(self.model, config.train_method, self.save_as), inputs)
+        inputs = files + [str(folder) for folder in [model.folder] if folder]
+        check_output(self.out, self.overwrite, result_bytes(model.folder, config.train_method, self.save_as), inputs)
         dtype = check_dtype(self.dtype, config.mixed_precision)
-        if is_embedded(self.model) and not files:
-            from fdu.subjects import digits
-
-            anchors = self.anchor * len(self.target) if len(self.anchor) == 1 else self.anchor
-            named = zip(self.target, anchors, strict=True)
-            pairs = tuple(digits.concepts(target.strip(), anchor.strip()) for target, anchor in named)
-            config = digits.with_preserved(config, *(target.name for target, _ in pairs))
+        config = model.with_preserved(config, [target.name for target, _ in pairs])
         device = choose_device(self.device)
 
         def work() -> None:
             writes = is_main_process()
             try:
                 with whole_folder(self.out, self.overwrite) if writes else nullcontext() as folder:
-                    pipeline = load_model(self.model, dtype, device)
+                    pipeline = model.load(dtype, device)
                     format = choose_format(self.save_as, config.train_method, pipeline)
                     targets, anchors = ([pair[side] for pair in pairs] for side in (0, 1))
                     result = fdu.erase(pipeline, targets, anchors, config=config)
@@ -122,21 +105,18 @@ class Erase:
                 return
             if keeps:
                 clear_run(checkpoints)
-            loading = _loading_line(self.model, self.out, format, config.train_method)
+            loading = _loading_line(model, self.out, format, config.train_method)
             print(f"Saved to {self.out} after {result.seconds:.0f} s. {loading}")
             if not config.max_train_steps:
                 print("Nothing was trained: max_train_steps is 0.")
-            if is_embedded(self.model):
-                print(f"Judge it with: {shlex.join(['fdu', 'evaluate', EMBEDDED, str(self.out)])}")
+            print(f"Judge it with: {shlex.join(['fdu', 'evaluate', self.model, str(self.out)])}")
 
         return work
 
 
-def _loading_line(model: str, out: Path, format: str, train_method: str) -> str:
+def _loading_line(model: Subject, out: Path, format: str, train_method: str) -> str:
     """How the result is loaded."""
-    base = (
-        "fdu.subjects.digits.load_pipeline()" if is_embedded(model) else f"DiffusionPipeline.from_pretrained({model!r})"
-    )
+    base = model.loading_code
     by_fdu = f"In Python:\n  pipeline = {base}; fdu.load_weights(pipeline, {str(out)!r})"
     if format == "kohya":
         programs = f"In ComfyUI, Forge or A1111: put {out / 'kohya_lora.safetensors'} into the folder for LoRAs."

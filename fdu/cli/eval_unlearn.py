@@ -17,11 +17,12 @@ from fdu.models.loading import (
     Dtype,
     check_dtype,
     check_erased,
-    check_model,
     choose_device,
     load_erased,
     load_model,
 )
+from fdu.subjects.registry import subject_of
+from fdu.subjects.subject import Subject
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -76,19 +77,17 @@ class Technique:
             raise TypeError(_unknown(next(iter(unknown))))
         if dtype not in get_args(Dtype):
             raise ValueError(f"dtype must be one of {', '.join(get_args(Dtype))}, got {dtype!r}")
-        check_model(model_id, "model_id")
+        model = subject_of(model_id, "model_id")
         EraseConfig(num_inference_steps=num_inference_steps, guidance_scale=guidance_scale)  # checks these two
         place = choose_device(device or "auto")
         if load_path is None:
             concepts = _concepts(erase_concept, anchor_concept, concept_type)
-            pipeline = _erase(
-                model_id, place, dtype, *concepts, concept_type, EraseConfig.from_settings(settings or {})
-            )
+            pipeline = _erase(model, place, dtype, *concepts, concept_type, EraseConfig.from_settings(settings or {}))
         else:
             if anchor_concept is not None or settings:
                 raise ValueError("load_path holds a finished erasure; leave out anchor_concept and settings")
             check_erased(load_path)
-            pipeline = _load(model_id, place, "float32" if dtype == "auto" else dtype, load_path)
+            pipeline = _load(model, place, "float32" if dtype == "auto" else dtype, load_path)
         if getattr(pipeline, "safety_checker", None) is not None:
             pipeline.safety_checker = None  # it would black out what the benchmark is to count
         pipeline.set_progress_bar_config(disable=True)
@@ -126,21 +125,21 @@ def _concepts(erase_concept: str, anchor_concept: str | None, concept_type: Conc
 
 
 def _erase(
-    model: str, device: str, dtype: Dtype, target: str, anchor: str, concept_type: ConceptType, config: EraseConfig
+    model: Subject, device: str, dtype: Dtype, target: str, anchor: str, concept_type: ConceptType, config: EraseConfig
 ) -> DiffusionPipeline:
-    """The pipeline ``model`` without the target."""
+    """The pipeline of ``model`` without the target."""
     precision = check_dtype(dtype, config.mixed_precision)
     from fdu.erasure import erase
 
-    pipeline = load_model(model, precision, device)
+    pipeline = model.load(precision, device)
     return erase(pipeline, target, anchor, concept_type=concept_type, config=config).pipeline
 
 
-def _load(model: str, device: str, dtype: str, path: str) -> DiffusionPipeline:
+def _load(model: Subject, device: str, dtype: str, path: str) -> DiffusionPipeline:
     """The pipeline that ``path`` holds, or ``model`` with the weights there."""
     if (Path(path) / PIPELINE_FILE).is_file():
         return load_model(path, dtype, device)
-    return load_erased(load_model(model, dtype, device), path, device, dtype)
+    return load_erased(model.load(dtype, device), path, device, dtype)
 
 
 def _unknown(name: str) -> str:

@@ -18,22 +18,19 @@ from fdu.models.loading import (
     Dtype,
     check_encoder,
     check_erased,
-    check_model,
     choose_device,
     describe_device,
-    is_embedded,
     load_erased,
     load_model,
-    model_folder,
     read_record,
 )
+from fdu.subjects.registry import subject_of
+from fdu.subjects.subject import Exam, Subject
 
 if TYPE_CHECKING:
     from fdu.evaluation import Sampling
-    from fdu.evaluation.features import Features
     from fdu.evaluation.robustness import Examination
     from fdu.evaluation.robustness.phrasings import PromptSets
-    from fdu.subjects.concept_sets import ConceptSet
 
 
 @dataclasses.dataclass
@@ -96,55 +93,36 @@ class Evaluate:
     def prepare(self, command: str) -> Callable[[], None]:
         """Check everything; the work is what comes back."""
         from fdu.storage.output import METRICS_FILE, check_output, whole_folder
-        from fdu.subjects.concept_sets import choose_set
 
-        check_model(self.base, "BASE")
+        base = subject_of(self.base, "BASE")
         check_erased(self.erased)
         check_images(self.images_per_class)
-        embedded_base = is_embedded(self.base)
         if self.judge is not None:
             check_encoder(self.judge)
-        if embedded_base and self.prompts is not None:
-            raise ValueError("prompts: the embedded pipeline knows its own words only; leave --prompts out")
         record = read_record(self.erased)
         if record is not None:
             from fdu.report import check_record
 
             check_record(record, f"ERASED {self.erased!r}: record")
         erased = _erased_concepts(record)
-        concepts = None
-        if not embedded_base:
-            named = self.target if self.prompts else self._target(erased)
-            concepts = choose_set(named, self.prompts, record).without(erased)
-        target = concepts.target.name if concepts else self._target(erased)
+        named = self.target if self.prompts else self._target(erased)
+        exam = base.exam(named, erased, self.prompts, record, self.judge)
         if self.out is not None:
-            check_output(self.out, self.overwrite, inputs=self._inputs())
+            check_output(self.out, self.overwrite, inputs=self._inputs(base))
         from fdu.evaluation import JUDGED_SEED
-        from fdu.evaluation.features import CLIP, ClipFeatures, as_features
-        from fdu.subjects import digits
-        from fdu.subjects.clip_judges import CLIP_NOTES, clip_probes
 
-        if embedded_base:
-            digits.concepts(target, digits.SUPERCLASS)
         device = choose_device(self.device)
-        sampling = self._sampling(embedded_base)
+        sampling = self._sampling(base)
         settings = {"images_per_class": self.images_per_class, "seed": self.seed + JUDGED_SEED, **sampling.settings()}
-        sets = self._phrasing_sets(target, concepts)
+        sets = self._phrasing_sets(exam)
 
         def work() -> None:
-            from fdu.report import REPORT, Conditions, Run, write_run
+            from fdu.report import REPORT, Conditions, EvaluatedRun, write_run
 
-            features: Features | None
-            if concepts:
-                features = encoder = ClipFeatures.load(self.judge or CLIP, device)
-                probes = clip_probes(concepts, encoder)
-                judge = f"{encoder.name}, zero-shot"
-            else:
-                features = ClipFeatures.load(self.judge, device) if self.judge else as_features("embedded")
-                probes = digits.probes(target, *(name for name in erased if name != target))
-                judge = digits.JUDGE
+            panel = exam.panel(device)
+            probes = panel.probes
             dtype = "float32" if self.dtype == "auto" else self.dtype
-            pipeline = load_model(self.base, dtype, device)
+            pipeline = base.load(dtype, device)
             before = fdu.draw(pipeline, probes, description="before", **settings)
             tests = RobustnessTests(self._examinations(probes[0], sets, sampling))
             tests.before(pipeline)
@@ -156,45 +134,43 @@ class Evaluate:
             else:
                 pipeline = load_erased(pipeline, self.erased, device, dtype)
             after = fdu.draw(pipeline, probes, description="after", **settings)
-            evaluation = fdu.evaluate(before, after, probes, features)
+            evaluation = fdu.evaluate(before, after, probes, panel.features)
             print_evaluation(evaluation, probes)
 
             def write(overwrite: bool) -> None:
                 if self.out is not None:
-                    notes = [*(digits.NOTES if embedded_base else CLIP_NOTES), *tests.notes()]
+                    notes = [*base.notes, *tests.notes()]
                     found = tests.found.as_dict() if tests.found is not None else None
-                    conditions = Conditions(settings["seed"], sampling, judge, dtype)
+                    conditions = Conditions(settings["seed"], sampling, panel.judge, dtype)
                     told = (record, command, describe_device(device), notes, found, conditions)
                     with whole_folder(self.out, overwrite) as folder:
-                        write_run(folder, Run.of(evaluation, probes, before, after, *told))
+                        write_run(folder, EvaluatedRun.of(evaluation, probes, before, after, *told))
 
             # The tests take long and more memory: what is known is kept before each of them.
             write(self.overwrite)
             for _ in tests.after(pipeline):
                 write(overwrite=True)
             if tests.found is not None:
-                print_robustness(tests.found, target)
+                print_robustness(tests.found, exam.target)
             if self.out is not None:
                 print(f"\nreport   {self.out / REPORT}\nfigures  {self.out / METRICS_FILE}")
             tests.check()
 
         return work
 
-    def _inputs(self) -> list[str | Path]:
+    def _inputs(self, base: Subject) -> list[str | Path]:
         """The files and folders that the work reads."""
-        named = [model_folder(self.base), self.erased, self.phrasings]
+        named = [base.folder, self.erased, self.phrasings]
         prompts = self.prompts if self.prompts and self.prompts.endswith(".txt") else None
         judge = self.judge if self.judge and Path(self.judge).is_dir() else None
         return [path for path in (*named, prompts, judge) if path is not None]
 
-    def _sampling(self, embedded_base: bool) -> Sampling:
+    def _sampling(self, base: Subject) -> Sampling:
         """How images are drawn."""
-        from fdu.evaluation import Sampling
-
         size = self.robustness_batch_size
         if size is not None and size < 1:
             raise ValueError(f"robustness_batch_size must be >= 1, got {size}")
-        defaults = Sampling.of(embedded_base)
+        defaults = base.sampling
         given = {name: getattr(self, name) for name in defaults.settings()}
         return dataclasses.replace(defaults, **{name: value for name, value in given.items() if value is not None})
 
@@ -206,7 +182,7 @@ class Evaluate:
             raise ValueError(f"target is missing: ERASED {self.erased!r} {told}; add --target")
         return target
 
-    def _phrasing_sets(self, target: str, concepts: ConceptSet | None) -> PromptSets:
+    def _phrasing_sets(self, exam: Exam) -> PromptSets:
         """The prompt sets of the test "phrasings"; none if it is not asked for."""
         if self.robustness is None:
             for name in ("phrasings", "robustness_batch_size"):
@@ -218,23 +194,18 @@ class Evaluate:
                 raise ValueError("phrasings belongs to the test of that name; add it to --robustness, or leave it out")
             return {}
         from fdu.evaluation.robustness.phrasings import SETS, read_sets
-        from fdu.subjects.digits.vocabulary import DIGITS
 
-        if concepts is None:
-            kind = "digit" if target in DIGITS else "ink"
-        else:
-            kind = "style" if any("style" in prompt for prompt in concepts.target.prompts) else "object"
-        return read_sets(self.phrasings or SETS / kind, target)
+        return read_sets(self.phrasings or SETS / exam.kind, exam.target)
 
     def _examinations(self, probe: fdu.Probe, sets: PromptSets, sampling: Sampling) -> dict[str, Examination]:
         """The tests of robustness that were asked for, each by itself, with images drawn as for the evaluation."""
         if self.robustness is None:
             return {}
-        from fdu.evaluation.robustness import TESTS, AttackConfig, Drawing, Examination, RelearningConfig
+        from fdu.evaluation.robustness import TESTS, AttackConfig, Examination, JudgedSampling, RelearningConfig
 
         size = self.robustness_batch_size
         settings = sampling.settings() | ({"batch_size": size} if size else {})
-        drawing = Drawing(images=self.images_per_class, seed=self.seed, **settings)
+        drawing = JudgedSampling(images=self.images_per_class, seed=self.seed, **settings)
         configs: dict[str, Any] = {"drawing": drawing}
         if size:
             configs |= {

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from typing import Any
 
 from torch import Tensor
 from torch.nn import functional
 
 from fdu.comparison.plan import Comparison
-from fdu.concepts import Pair, concept_pair
+from fdu.concepts import Pair
 from fdu.config import EraseConfig
 from fdu.evaluation import Probe
-from fdu.evaluation.features import CLIP, ClipFeatures
-from fdu.models.loading import is_embedded
-from fdu.subjects.clip_judges import clip_probes
-from fdu.subjects.concept_sets import ConceptSet, choose_set
+from fdu.subjects.registry import subject_of
+from fdu.subjects.subject import Exam
 
 SIDE = 64
 """Pixels to which larger images are reduced before the change of retained ones is taken."""
@@ -47,73 +44,52 @@ class Judged:
 
 
 def check(comparison: Comparison) -> None:
-    """Refuse what can be neither erased nor judged, before anything is loaded.
+    """Refuse concepts that can be neither erased nor judged, before anything is loaded.
 
     Raises:
-        ValueError: names or a concept set that do not go with the model.
+        ValueError: names, a concept set or a judge that do not go with the model.
     """
+    if comparison.judge is not None and subject_of(comparison.model).judges_itself:
+        raise ValueError("judge: the embedded pipeline has its own; leave it out")
     for target, anchor in comparison.pairs:
         concepts(comparison, target, anchor)
-        drawn(comparison, target)
+        exam(comparison, target)
 
 
 def concepts(comparison: Comparison, target: str, anchor: str) -> Pair:
     """Target and anchor in the words of the model.
 
     Raises:
-        ValueError: names that the model, or :func:`fdu.concepts.concept_pair`, does not take.
+        ValueError: names that the model does not know.
     """
-    if is_embedded(comparison.model):
-        from fdu.subjects import digits
-
-        return digits.concepts(target, anchor)
-    return concept_pair(target, anchor, comparison.concept_type)
+    (pair,) = subject_of(comparison.model).pairs((target,), (anchor,), comparison.concept_type)
+    return pair
 
 
 def with_preserved(comparison: Comparison, target: str, config: EraseConfig) -> EraseConfig:
-    """The settings with the model's own prompts to keep, unless they name some."""
-    if not is_embedded(comparison.model):
-        return config
-    from fdu.subjects import digits
-
-    return digits.with_preserved(config, target)
+    """The settings with the model's own prompts to preserve, unless they name some."""
+    return subject_of(comparison.model).with_preserved(config, (target,))
 
 
-def drawn(comparison: Comparison, target: str) -> ConceptSet | None:
-    """The concept set that is drawn to judge an erasure; None for the embedded pipeline, which has probes of its own.
+def exam(comparison: Comparison, target: str) -> Exam:
+    """The questions that judge an erasure.
 
     Raises:
-        ValueError: a set for the embedded pipeline or for another target, or nothing to judge by.
+        ValueError: a concept set that does not go with the model or the target, or no prompts to judge by.
     """
-    named = [name for name in ("prompts", "judge") if getattr(comparison, name) is not None]
-    if is_embedded(comparison.model):
-        if named:
-            raise ValueError(f"{named[0]}: the embedded pipeline has its own; leave it out")
-        return None
-    pair = concepts(comparison, target, dict(comparison.pairs)[target])
-    sides = zip(("target", "anchor"), pair, strict=True)
+    sides = zip(("target", "anchor"), concepts(comparison, target, dict(comparison.pairs)[target]), strict=True)
     record = {side: dataclasses.asdict(concept) for side, concept in sides}
-    return choose_set(pair[0].name, comparison.prompts, record)
+    return subject_of(comparison.model).exam(target, (), comparison.prompts, record, comparison.judge)
 
 
 def probes(comparison: Comparison, target: str) -> list[Probe]:
-    """What to draw, and who judges it.
+    """The images to draw, and who judges them.
 
     Raises:
-        ValueError: of :func:`drawn`.
+        ValueError: as :func:`exam`.
         OSError: the encoder cannot be loaded.
     """
-    found = drawn(comparison, target)
-    if found is None:
-        from fdu.subjects import digits
-
-        return digits.probes(target)
-    return clip_probes(found, _encoder(comparison.judge or CLIP, comparison.device))
-
-
-@functools.cache
-def _encoder(judge: str, device: str) -> ClipFeatures:
-    return ClipFeatures.load(judge, device)
+    return exam(comparison, target).panel(comparison.device).probes
 
 
 def judge(probe: Probe, images: Tensor, before: Tensor | None = None) -> Judged:

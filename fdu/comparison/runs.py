@@ -21,10 +21,10 @@ from fdu.comparison.sweep import Job, Record, Records, digest, settings_identity
 from fdu.config import PLACES, EraseConfig
 from fdu.erasure import erase
 from fdu.evaluation import Probe, draw
-from fdu.models.loading import load_model
 from fdu.storage.fingerprint import fingerprint
 from fdu.storage.output import whole_file
 from fdu.storage.versions import versions
+from fdu.subjects.registry import subject_of
 
 BEFORE = "before"
 """What the names of records, and of images, of the model as it is begin with."""
@@ -176,17 +176,14 @@ def _identity_before(comparison: Comparison, target: str) -> Record:
 
 def _asked(comparison: Comparison, target: str) -> Record:
     """Of which model, and what is drawn: a file of prompts may have changed under its name."""
-    concepts = subject.drawn(comparison, target)
-    return {
-        "weights": weights(comparison.model, comparison.dtype, comparison.device),
-        "concept_set": None if concepts is None else digest(concepts),
-    }
+    weights_now = weights(comparison.model, comparison.dtype, comparison.device)
+    return {"weights": weights_now, "concept_set": subject.exam(comparison, target).digest}
 
 
 @functools.cache
 def _pipeline(model: str, dtype: str, device: str) -> DiffusionPipeline:
     """The pipeline of this process; runs leave it as they found it."""
-    return load_model(model, dtype, device)
+    return subject_of(model).load(dtype, device)
 
 
 @functools.cache

@@ -40,11 +40,6 @@ class Sampling:
             if value is not None and not value >= least:
                 raise ValueError(f"{name} must be >= {least}, got {value}")
 
-    @classmethod
-    def of(cls, embedded: bool) -> Sampling:
-        """What is taken if nothing is said: for the embedded pipeline, or any other, as that does by itself."""
-        return cls() if embedded else cls(num_inference_steps=None, guidance_scale=None, batch_size=4)
-
     def settings(self) -> dict[str, Any]:
         """By the names of :func:`draw`'s arguments."""
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(Sampling)}

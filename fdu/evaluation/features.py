@@ -176,7 +176,7 @@ class ModuleFeatures(Features):
 
 
 def as_features(given: Features | nn.Module | str | None) -> Features | None:
-    """Features as a user gives them: an extractor, a module, a folder or hub id of a CLIP model, or "embedded".
+    """Features as a user gives them: an extractor, a module, or a folder or hub id of a CLIP model.
 
     Raises:
         TypeError: anything else.
@@ -186,10 +186,6 @@ def as_features(given: Features | nn.Module | str | None) -> Features | None:
         return given
     if isinstance(given, nn.Module):
         return ModuleFeatures(given)
-    if given == "embedded":
-        from fdu.subjects.digits import features
-
-        return features()
     if isinstance(given, str):
         return ClipFeatures.load(given)
     raise TypeError(f"features must be an extractor, a module or a name, got {type(given).__name__}")

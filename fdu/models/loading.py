@@ -1,4 +1,4 @@
-"""The models that the command line names: a folder, a hub id or the embedded pipeline; checked first, loaded later."""
+"""Pipelines by folder or hub id: checked first, loaded later."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import os
 import re
 import textwrap
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -14,8 +15,6 @@ from fdu.storage.output import RECORD_FILE, SMALL_RESULT
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
-EMBEDDED = "embedded"
-"""The name of the pipeline in the package."""
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 PIPELINE_FILE = "model_index.json"
 HUB_PIPELINE = 6 << 30
@@ -39,26 +38,28 @@ Dtype = Literal["auto", "float32", "float16", "bfloat16"]
 SaveAs = Literal["auto", "lora", "kohya", "pipeline", "delta"]
 
 
-def check_model(model: str, argument: str = "MODEL") -> None:
+def check_model(model: str, argument: str = "MODEL", embedded: Sequence[str] = ()) -> None:
     """Refuse, before anything is loaded, a model that cannot be there.
+
+    Args:
+        model: a pipeline's folder or a hub id.
+        argument: its name in errors.
+        embedded: names of embedded pipelines, which errors offer as well.
 
     Raises:
         ValueError: no name.
-        FileNotFoundError: neither a pipeline's folder, nor "embedded", nor of the form of a hub id.
+        FileNotFoundError: neither a pipeline's folder nor of the form of a hub id.
     """
+    choices = f"a pipeline's folder, a hub id (org/name){''.join(f' or {name!r}' for name in embedded)}"
     if not model.strip():
-        raise ValueError(f"{argument} is empty; give a pipeline's folder, a hub id (org/name) or {EMBEDDED!r}")
-    if model == EMBEDDED:
-        return
+        raise ValueError(f"{argument} is empty; give {choices}")
     if Path(model).is_dir():
         if not (Path(model) / PIPELINE_FILE).is_file():
             raise FileNotFoundError(
                 f"{argument} {model!r} is not the folder of a diffusers pipeline: no {PIPELINE_FILE}"
             )
     elif not HUB_ID.fullmatch(model):
-        raise FileNotFoundError(
-            f"{argument} {model!r} does not exist; give a pipeline's folder, a hub id (org/name) or {EMBEDDED!r}"
-        )
+        raise FileNotFoundError(f"{argument} {model!r} does not exist; give {choices}")
     elif Path(model).parent.is_dir():
         raise FileNotFoundError(
             f"{argument} {model!r} does not exist: there is a folder {str(Path(model).parent)!r}, but no "
@@ -66,26 +67,12 @@ def check_model(model: str, argument: str = "MODEL") -> None:
         )
 
 
-def is_embedded(model: str) -> bool:
-    """Whether ``model``, which :func:`check_model` accepted, is the embedded pipeline, by name or by its folder."""
-    if model == EMBEDDED or not Path(model).is_dir():
-        return model == EMBEDDED
-    from fdu.subjects.digits import PIPELINE_FOLDER
+def result_bytes(folder: Path | None, train_method: str, save_as: str = "auto") -> int:
+    """Bytes that a saved erasure takes: LoRA weights are small, other forms reach the size of the pipeline.
 
-    return Path(model).resolve() == PIPELINE_FOLDER.resolve()
-
-
-def model_folder(model: str) -> Path | None:
-    """The folder of ``model``, which :func:`check_model` accepted; None for a hub id."""
-    if model == EMBEDDED:
-        from fdu.subjects.digits import PIPELINE_FOLDER
-
-        return PIPELINE_FOLDER
-    return Path(model) if Path(model).is_dir() else None
-
-
-def result_bytes(model: str, train_method: str, save_as: str = "auto") -> int:
-    """Bytes that saving an erasure of ``model`` takes: LoRA weights are small, other forms up to a pipeline.
+    Args:
+        folder: the pipeline's; None for a pipeline on the hub.
+        train_method, save_as: how it was trained, and in which form it is saved.
 
     Raises:
         ValueError: a form that the method's result cannot have.
@@ -94,7 +81,6 @@ def result_bytes(model: str, train_method: str, save_as: str = "auto") -> int:
 
     if choose_format(save_as, train_method) in ("lora", "kohya"):
         return SMALL_RESULT
-    folder = model_folder(model)
     if folder is None:
         return HUB_PIPELINE
     return SMALL_RESULT + sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
@@ -216,10 +202,6 @@ def load_model(model: str, dtype: str = "float32", device: str = "cpu") -> Diffu
 
     torch_dtype = getattr(torch, dtype)
     try:
-        if is_embedded(model):
-            from fdu.subjects.digits import load_pipeline
-
-            return load_pipeline(torch_dtype).to(device)
         return DiffusionPipeline.from_pretrained(model, dtype=torch_dtype).to(device)
     except (OSError, ValueError, RuntimeError, KeyError, AttributeError, SafetensorError) as error:
         raise OSError(f"model {model!r} could not be loaded: {_first_line(error)}") from error

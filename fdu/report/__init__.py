@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fdu.report.content import IMAGES_FOLDER, Run
+from fdu.report.content import IMAGES_FOLDER, EvaluatedRun
 from fdu.report.folder import PICTURE, REPORT, make_report, write_report, write_run
 from fdu.report.render import render
 from fdu.report.stored import Conditions, check_record, check_run
@@ -12,7 +12,7 @@ __all__ = [
     "PICTURE",
     "REPORT",
     "Conditions",
-    "Run",
+    "EvaluatedRun",
     "check_record",
     "check_run",
     "make_report",

@@ -12,10 +12,12 @@ from diffusers import DiffusionPipeline, StableDiffusion3Pipeline
 from fdu.config import PLACES
 from fdu.evaluation import Evaluation, Probe
 from fdu.evaluation.verdict import comparison, judge, percent, uncertainty
-from fdu.models.loading import HUB_ID, is_embedded
+from fdu.models.loading import HUB_ID
 from fdu.report.templating import templates
 from fdu.storage.kohya import KOHYA_FILE
 from fdu.storage.writers import Format
+from fdu.subjects.registry import find_subject
+from fdu.subjects.subject import Subject
 
 CARD_FILE = "README.md"
 WHAT = {
@@ -47,8 +49,8 @@ def write_card(
     environment = templates()
     environment.filters.update(percent=percent, line=_line)
     config = record["config"]
-    embedded = is_embedded(str(pipeline.config.get("_name_or_path", "")))
-    base_id = record["base"] if HUB_ID.fullmatch(record["base"]) and not embedded else None
+    subject = find_subject(str(pipeline.config.get("_name_or_path", "")))
+    base_id = record["base"] if HUB_ID.fullmatch(record["base"]) and not subject.title else None
     rows: dict[str, Any] = {"rows": []}
     if evaluation is not None:
         rows = {
@@ -62,12 +64,12 @@ def write_card(
         format=format,
         adapter=format in ("lora", "kohya"),
         title=_line(record["target"]["name"]),
-        base="the embedded pipeline of fdu" if embedded else _line(record["base"]) or "an unnamed model",
+        base=subject.title or _line(record["base"]) or "an unnamed model",
         base_id=base_id,
         what=WHAT[format],
         concepts=record.get("concepts") or [[record["target"]["name"], record["anchor"]["name"]]],
         pipeline_class=type(pipeline).__name__,
-        code=_code(format, pipeline, config["train_method"], base_id, embedded),
+        code=_code(format, pipeline, config["train_method"], base_id, subject),
         advice=_advice(format, config["train_method"]),
         settings=[
             (name, _line(json.dumps(value, ensure_ascii=False))) for name, value in config.items() if name not in PLACES
@@ -80,7 +82,7 @@ def write_card(
     return path
 
 
-def _code(format: Format, pipeline: DiffusionPipeline, train_method: str, base_id: str | None, embedded: bool) -> str:
+def _code(format: Format, pipeline: DiffusionPipeline, train_method: str, base_id: str | None, subject: Subject) -> str:
     """The lines of Python that load the weights."""
     if format == "pipeline":
         return (
@@ -92,11 +94,11 @@ def _code(format: Format, pipeline: DiffusionPipeline, train_method: str, base_i
         by_fdu = train_method == "dora" or isinstance(pipeline, StableDiffusion3Pipeline)
     family = type(pipeline).__name__
     base = f'{family}.from_pretrained("{base_id or "path/to/the/base/model"}")'
-    lines = ["import fdu.subjects.digits"] if embedded else [f"from diffusers import {family}"]
-    lines += ["from fdu.storage import load_weights"] if by_fdu else []
-    lines += ["", f"pipeline = {'fdu.subjects.digits.load_pipeline()' if embedded else base}"]
+    lines = ["import fdu"] if by_fdu or subject.title else []
+    lines += [] if subject.title else [f"from diffusers import {family}"]
+    lines += ["", f"pipeline = {subject.loading_code if subject.title else base}"]
     if by_fdu:
-        lines += ['load_weights(pipeline, "path/to/this/folder")']
+        lines += ['fdu.load_weights(pipeline, "path/to/this/folder")']
     else:
         name = f', weight_name="{KOHYA_FILE}"' if format == "kohya" else ""
         lines += [f'pipeline.load_lora_weights("path/to/this/folder"{name})']

@@ -29,7 +29,7 @@ KEPT_HEIGHT = 256
 
 
 @dataclasses.dataclass(frozen=True)
-class Run:
+class EvaluatedRun:
     """An evaluated erasure, as its report tells it."""
 
     evaluation: Evaluation
@@ -62,7 +62,7 @@ class Run:
         notes: Sequence[str] = (),
         robustness: Mapping[str, Any] | None = None,
         conditions: Conditions | None = None,
-    ) -> Run:
+    ) -> EvaluatedRun:
         """The run of an evaluation; the judges look at the shown images once more.
 
         Args:
@@ -148,7 +148,7 @@ class Run:
                 )
 
     @classmethod
-    def read(cls, folder: str | Path) -> Run:
+    def read(cls, folder: str | Path) -> EvaluatedRun:
         """What :meth:`write` wrote.
 
         Raises:
@@ -206,7 +206,7 @@ def _reduced(images: Tensor) -> Tensor:
 
 
 def _cannot_judge(images: Tensor) -> list[str]:
-    raise RuntimeError("the judge of a run that was read is not there; what it saw is in Run.seen")
+    raise RuntimeError("the judge of a run that was read is not there; what it saw is in EvaluatedRun.seen")
 
 
 def _cut(path: Path, count: int) -> Tensor:

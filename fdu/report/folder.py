@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from fdu.report.content import Run
+from fdu.report.content import EvaluatedRun
 from fdu.report.pictures import save_before_after
 from fdu.report.render import render
 from fdu.storage.output import whole_file, write_text
@@ -13,7 +13,7 @@ REPORT, PICTURE = "report.html", "before-after.png"
 """What a report consists of."""
 
 
-def write_report(path: str | Path, run: Run) -> Path:
+def write_report(path: str | Path, run: EvaluatedRun) -> Path:
     """Write the page of a run alone, whole or not at all.
 
     Raises:
@@ -24,7 +24,7 @@ def write_report(path: str | Path, run: Run) -> Path:
     return path
 
 
-def write_run(folder: Path, run: Run) -> None:
+def write_run(folder: Path, run: EvaluatedRun) -> None:
     """Write metrics, images, page and picture of a run into a folder.
 
     Raises:
@@ -35,14 +35,14 @@ def write_run(folder: Path, run: Run) -> None:
 
 
 def make_report(folder: str | Path) -> Path:
-    """Make page and picture of a run's folder, of what :meth:`Run.write` left in it; each appears whole.
+    """Make page and picture of a run's folder, of what :meth:`EvaluatedRun.write` left in it; each appears whole.
 
     Raises:
         FileNotFoundError, ValueError: it is no such folder, or parts of it are missing or wrong.
         OSError: it cannot be written.
     """
     folder = Path(folder)
-    run = Run.read(folder)
+    run = EvaluatedRun.read(folder)
     page = render(run)
     with whole_file(folder / REPORT) as page_file, whole_file(folder / PICTURE) as picture_file:
         page_file.write_text(page, encoding="utf-8")

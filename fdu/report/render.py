@@ -13,7 +13,7 @@ from fdu.evaluation.robustness.holding import judge_robustness
 from fdu.evaluation.verdict import GROUPS, MEASURES, PARTS, comparison, joined, judge, percent
 from fdu.evaluation.verdict import Row as Compared
 from fdu.report import charts
-from fdu.report.content import Run
+from fdu.report.content import EvaluatedRun
 from fdu.report.pictures import data_uri, strip
 from fdu.report.stored import SHOWN, SIDES
 from fdu.report.templating import templates
@@ -62,7 +62,7 @@ class Side:
 
 
 @dataclasses.dataclass(frozen=True)
-class Row:
+class ClassRow:
     """A class, before and after."""
 
     role: str
@@ -72,7 +72,7 @@ class Row:
     sides: list[Side]
 
 
-def render(run: Run) -> str:
+def render(run: EvaluatedRun) -> str:
     """The page as HTML."""
     environment = templates()
     environment.filters["percent"] = lambda share: _unbroken(percent(share))
@@ -149,7 +149,7 @@ def _erasure_facts(record: Mapping[str, Any]) -> list[tuple[str, Any]]:
     ]
 
 
-def _evaluation_facts(run: Run) -> list[tuple[str, Any]]:
+def _evaluation_facts(run: EvaluatedRun) -> list[tuple[str, Any]]:
     """How the images were drawn and judged, as far as it is known."""
     conditions = run.conditions
     sampling = conditions.sampling.settings() if conditions.sampling else {}
@@ -164,21 +164,21 @@ def _evaluation_facts(run: Run) -> list[tuple[str, Any]]:
     return [(name, value) for name, value in facts if value is not None]
 
 
-def _summary(run: Run) -> list[tuple[Compared, Figure | None]]:
+def _summary(run: EvaluatedRun) -> list[tuple[Compared, Figure | None]]:
     """The rows of the comparison, each with the difference of its figure where that is known."""
     evaluation = run.evaluation
     apart = {name: Figure.of(evaluation, f"difference.{name}", value) for name, value in evaluation.difference.items()}
     return [(row, apart.get(row.figure)) for row in comparison(evaluation, run.probes)]
 
 
-def _groups(run: Run) -> list[tuple[str, list[Row]]]:
+def _groups(run: EvaluatedRun) -> list[tuple[str, list[ClassRow]]]:
     """The rows of classes under their headings."""
-    found: dict[tuple[str, str], list[Row]] = {key: [] for key in HEADINGS}
+    found: dict[tuple[str, str], list[ClassRow]] = {key: [] for key in HEADINGS}
     for place, probe in enumerate(run.probes):
         sides = [_side(probe, run.images[side][place], run.seen[side][place], side) for side in SIDES]
         figures = [_figure(one, probe) for one in (run.evaluation.before, run.evaluation.after)]
         key = (probe.role, probe.group if probe.role == "retained" else "")
-        found[key].append(Row(probe.role, probe.name, figures[0], figures[1], sides))
+        found[key].append(ClassRow(probe.role, probe.name, figures[0], figures[1], sides))
     return [(HEADINGS[key], rows) for key, rows in found.items() if rows]
 
 

@@ -121,7 +121,7 @@ def check_run(folder: str | Path) -> None:
     """Refuse a folder of which no report can be made.
 
     Raises:
-        FileNotFoundError, ValueError: as :meth:`Run.read`.
+        FileNotFoundError, ValueError: as :meth:`EvaluatedRun.read`.
         PermissionError: nothing can be written there.
     """
     metrics = read_metrics(Path(folder))

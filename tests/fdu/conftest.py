@@ -8,7 +8,7 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 
-from fdu.subjects import digits
+from fdu.subjects.digits import pipeline as digits
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ import fdu
 from fdu.models.denoiser import Denoiser
 from fdu.models.families import denoiser_of
 from fdu.storage import parts
-from fdu.subjects import digits
+from fdu.subjects.digits import pipeline as digits
 from fdu.training import sharding
 from fdu.training.loop import Training
 

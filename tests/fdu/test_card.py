@@ -16,7 +16,7 @@ from fdu.evaluation import Draws, Probe, evaluate
 from fdu.report.card import write_card
 from fdu.storage.versions import versions
 from fdu.storage.writers import write
-from fdu.subjects import digits
+from fdu.subjects.digits import pipeline as digits
 
 
 def record(base: str = "org/base", **settings: Any) -> dict[str, Any]:

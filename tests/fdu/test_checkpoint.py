@@ -15,7 +15,7 @@ from diffusers import StableDiffusionPipeline
 from torch import Tensor
 
 import fdu
-from fdu.subjects import digits
+from fdu.subjects.digits import pipeline as digits
 from fdu.training import checkpoint as checkpoint_file
 from fdu.training import loop
 from fdu.training.checkpoint import Checkpoints
@@ -24,7 +24,7 @@ RUN = """
 import sys
 import torch
 import fdu
-from fdu.subjects import digits
+from fdu.subjects.digits import pipeline as digits
 torch.set_num_threads(1)
 folder, settings = sys.argv[1], eval(sys.argv[2])
 pipeline = digits.load_pipeline()

@@ -15,12 +15,12 @@ import pytest
 from diffusers import DiffusionPipeline
 
 import fdu
-from fdu import cli, doctor
-from fdu.cli import main
+from fdu import cli
+from fdu.cli import doctor, main
 from fdu.cli.demo import Demo
 from fdu.cli.erase import Erase
 from fdu.storage.output import SMALL_RESULT
-from fdu.subjects import digits
+from fdu.subjects.digits import pipeline as digits
 from fdu.training.loop import Training
 
 ERASE = ["erase", "embedded", "--target", "three", "--anchor", "eight", "--out", "out"]
@@ -323,7 +323,7 @@ def test_erase_then_evaluate(capsys: pytest.CaptureFixture[str]) -> None:
     quick = ["--max_train_steps=2", "--train_batch_size=2", "--num_latents=4", "--num_inference_steps=2", "--rank=2"]
     assert main([*ERASE, *quick]) == cli.OK
     output = capsys.readouterr().out
-    assert "pipeline = fdu.subjects.digits.load_pipeline(); pipeline.load_lora_weights('out')" in output
+    assert 'pipeline = fdu.load_pipeline("embedded"); pipeline.load_lora_weights' in output
     record = json.loads(Path("out/fdu.json").read_text())
     assert record["target"]["prompts"] == list(digits.concepts("three", "eight")[0].prompts)
     assert record["config"]["preservation_prompts"] == list(digits.preserved("three"))

@@ -13,7 +13,7 @@ from clip import CONCEPTS, WORDS, save_clip
 import fdu
 from fdu import cli
 from fdu.cli import main
-from fdu.subjects import digits
+from fdu.subjects.digits import pipeline as digits
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +126,7 @@ def test_what_cannot_be_judged_is_refused(base: Path, capsys: pytest.CaptureFixt
     )
     assert "batch_size must be >= 1, got 0" in refused([*monet, "--batch_size", "0"], capsys)
     assert "guidance_scale must be >= 0, got -1" in refused([*monet, "--guidance_scale", "-1"], capsys)
-    assert "leave --prompts out" in refused(["embedded", "weights", "--prompts", "monet"], capsys)
+    assert "leave it out" in refused(["embedded", "weights", "--prompts", "monet"], capsys)
     assert "robustness_batch_size belongs to" in refused([*monet, "--robustness_batch_size", "2"], capsys)
     lone = [*monet, "--robustness", "--robustness_batch_size", "0"]
     assert "robustness_batch_size must be >= 1, got 0" in refused(lone, capsys)
@@ -159,7 +159,7 @@ def test_a_test_of_robustness_that_fails_costs_nothing_else(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     import fdu.cli.evaluate
-    import fdu.evaluation.robustness
+    import fdu.evaluation.robustness.examination as examination
 
     def fails_before(*given: Any, **named: Any) -> None:
         raise RuntimeError("CUDA out of memory.\nTried to allocate")
@@ -169,8 +169,8 @@ def test_a_test_of_robustness_that_fails_costs_nothing_else(
         assert Path("judged/report.html").is_file() and found["robustness"]["phrasings"]
         raise KeyError("fault")
 
-    monkeypatch.setattr(fdu.evaluation.robustness, "attack", fails_before)
-    monkeypatch.setattr(fdu.evaluation.robustness, "relearn", fails_after)
+    monkeypatch.setattr(examination, "attack", fails_before)
+    monkeypatch.setattr(examination, "relearn", fails_after)
     monkeypatch.setattr(fdu.cli.evaluate, "load_erased", lambda pipeline, *given: pipeline)
     arguments = ["embedded", "weights", *QUICK, "--out", "judged", "--robustness", "--robustness_batch_size", "1"]
     Path("sets").mkdir()
@@ -219,7 +219,7 @@ def test_two_pipelines_are_not_in_memory_together(base: Path, monkeypatch: pytes
         return pipeline
 
     monkeypatch.setattr(fdu.cli.evaluate, "load_model", load_model)
-    monkeypatch.setattr("fdu.models.loading.load_model", load_model)
+    monkeypatch.setattr("fdu.subjects.subject.load_model", load_model)
     assert main(["evaluate", "embedded", str(base), *QUICK]) == cli.OK
     assert len(loaded) == 2
 

@@ -33,7 +33,7 @@ from fdu.comparison.recommendation import BETA, recommend
 from fdu.comparison.results import Results, read_results
 from fdu.comparison.runs import make_runs, read_record
 from fdu.config import EraseConfig
-from fdu.subjects import digits
+from fdu.subjects.digits import pipeline as digits
 from fdu.training.loop import NotFinite
 
 QUICK = {"max_train_steps": 3, "train_batch_size": 2, "num_latents": 4, "num_inference_steps": 2, "rank": 4}

@@ -17,7 +17,7 @@ from fdu import cli
 from fdu.cli import demonstration as demo_file
 from fdu.cli import main
 from fdu.evaluation import JUDGED_SEED
-from fdu.subjects import digits
+from fdu.subjects.digits import pipeline as digits
 
 QUICK = [
     "--max_train_steps=2",
@@ -37,7 +37,7 @@ def in_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def few_inference_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     """Judging takes 20 steps an image; whether the images are good is not the question here."""
     real = demo_file.draw
-    monkeypatch.setattr(demo_file, "draw", lambda *given, **named: real(*given, num_inference_steps=2, **named))
+    monkeypatch.setattr(demo_file, "draw", lambda *given, **named: real(*given, **named | {"num_inference_steps": 2}))
 
 
 def test_twice_in_a_row(capsys: pytest.CaptureFixture[str], pipeline: StableDiffusionPipeline) -> None:

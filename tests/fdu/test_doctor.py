@@ -16,8 +16,7 @@ import torch
 
 import fdu_kernels
 from fdu import cli
-from fdu.cli import doctor
-from fdu.cli import main
+from fdu.cli import doctor, main
 from fdu.cli.doctor import Finding, examine, healthy, remedy_for, render
 
 

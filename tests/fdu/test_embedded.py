@@ -10,7 +10,7 @@ from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file
 
 import fdu
-from fdu.subjects import digits
+from fdu.subjects.digits import pipeline as digits
 from fdu.subjects.digits.vocabulary import DIGITS, INKS, MEDIA, corpus, medium_phrases, prompt
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 import fdu
 from fdu.models.denoiser import Denoiser
-from fdu.subjects import digits
+from fdu.subjects.digits import pipeline as digits
 from fdu.training import examples, loop
 
 TRAIN_METHODS = ["lora", "cross_attention"]

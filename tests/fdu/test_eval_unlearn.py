@@ -23,7 +23,7 @@ from setuptools.config.pyprojecttoml import load_file
 import fdu
 from fdu.cli.eval_unlearn import Technique
 from fdu.storage.lora import LORA_FILE
-from fdu.subjects import digits
+from fdu.subjects.digits import pipeline as digits
 
 GROUP = "eval_unlearn.techniques"
 PROMPTS = ["a photo of the digit three in red ink", "a photo of the digit five"]

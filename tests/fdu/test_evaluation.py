@@ -14,7 +14,7 @@ from torch import Tensor
 
 import fdu
 from fdu.evaluation import Draws, Probe
-from fdu.evaluation.robustness.judging import Drawing, count
+from fdu.evaluation.robustness.judging import JudgedSampling, count
 from fdu.models.families import denoiser_of
 
 
@@ -191,6 +191,6 @@ def test_a_safety_checker_blackens_nothing(pipeline: StableDiffusionPipeline) ->
     looking = dataclasses.replace(
         probe, judge=lambda images: (seen.extend(images.flatten(1).std(1).tolist()), ["a"])[1]
     )
-    count(denoiser_of(pipeline), looking, Drawing(images=1, num_inference_steps=1))
+    count(denoiser_of(pipeline), looking, JudgedSampling(images=1, num_inference_steps=1))
     assert min(seen) > 0.01
     assert pipeline.safety_checker is blackens and dict(pipeline.config) == config

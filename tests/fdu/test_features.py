@@ -15,9 +15,9 @@ from transformers import CLIPModel
 from fdu.concepts import Concept
 from fdu.evaluation.features import ClipFeatures, Features, ModuleFeatures, as_features
 from fdu.evaluation.metrics import perceptual_distance
-from fdu.subjects import digits
 from fdu.subjects.clip_judges import ClipJudge, clip_probes
 from fdu.subjects.concept_sets import ConceptSet
+from fdu.subjects.digits import pipeline as digits
 
 WORDS = "a photo of cat dog lynx violin painting"
 
@@ -140,7 +140,7 @@ def test_a_module_of_the_user() -> None:
 def test_features_are_given_in_several_ways(clip_folder: Path) -> None:
     assert as_features(None) is None
     assert isinstance(as_features(str(clip_folder)), ClipFeatures)
-    named = as_features("embedded")
+    named = digits.features()
     assert isinstance(named, Features) and as_features(named) is named
     with pytest.raises(TypeError, match="features must be an extractor, a module or a name, got int"):
         as_features(3)  # type: ignore[arg-type]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from trained import add_adapter
 
 import fdu
-from fdu.subjects import digits
+from fdu.subjects.digits import pipeline as digits
 from fdu.training import loop
 from fdu.training.frozen_layers import keeping_less
 

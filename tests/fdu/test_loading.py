@@ -21,7 +21,8 @@ from fdu.models.loading import (
 )
 from fdu.storage.lora import LORA_FILE
 from fdu.storage.output import RECORD_FILE, SMALL_RESULT
-from fdu.subjects import digits
+from fdu.subjects.digits import pipeline as digits
+from fdu.subjects.digits.embedded import EmbeddedDigits
 
 RECORD: dict[str, Any] = {
     "target": {"name": "three", "prompts": ["three"]},
@@ -78,10 +79,10 @@ def test_other_json_is_no_record(tmp_path: Path, text: str) -> None:
 def test_room_for_a_result(tmp_path: Path) -> None:
     (tmp_path / "unet").mkdir()
     (tmp_path / "unet" / "weights").write_bytes(b"x" * 1000)
-    assert result_bytes(str(tmp_path), "cross_attention") == SMALL_RESULT + 1000
-    assert result_bytes(str(tmp_path), "lora") == result_bytes("org/model", "lora") == SMALL_RESULT
-    assert result_bytes("org/model", "cross_attention") == HUB_PIPELINE
-    assert result_bytes("embedded", "cross_attention") > SMALL_RESULT + 1_000_000
+    assert result_bytes(tmp_path, "cross_attention") == SMALL_RESULT + 1000
+    assert result_bytes(tmp_path, "lora") == result_bytes(None, "lora") == SMALL_RESULT
+    assert result_bytes(None, "cross_attention") == HUB_PIPELINE
+    assert result_bytes(EmbeddedDigits.data, "cross_attention") > SMALL_RESULT + 1_000_000
 
 
 def test_truncated_weights_are_an_error_in_one_line(tmp_path: Path, pipeline: StableDiffusionPipeline) -> None:

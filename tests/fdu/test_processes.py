@@ -17,7 +17,7 @@ RUN = """
 import sys
 import torch
 import fdu
-from fdu.subjects import digits
+from fdu.subjects.digits import pipeline as digits
 torch.set_num_threads(1)
 folder, settings = sys.argv[1], eval(sys.argv[2])
 import os

@@ -19,7 +19,7 @@ import fdu
 from fdu.comparison.page import write_page
 from fdu.evaluation import Sampling
 from fdu.evaluation.features import Features
-from fdu.report import Conditions, Run, check_record, check_run, make_report, render, write_report
+from fdu.report import Conditions, EvaluatedRun, check_record, check_run, make_report, render, write_report
 
 VOID = {"meta", "img", "br", "rect", "line", "polyline", "polygon", "link", "input", "hr"}
 
@@ -101,7 +101,7 @@ def make_page(tmp_path: Path, after: fdu.Draws | None = None, **settings: Any) -
     after = after or make_draws(0.5, 0.5, 0.9)
     settings.setdefault("record", make_record())
     evaluation = fdu.evaluate(before, after, PROBES, settings.pop("features", None))
-    run = Run.of(evaluation, PROBES, before, after, **settings)
+    run = EvaluatedRun.of(evaluation, PROBES, before, after, **settings)
     path = write_report(tmp_path / "report.html", run)
     return Page(path.read_text(encoding="utf-8"))
 
@@ -317,7 +317,7 @@ def test_draws_of_other_probes_are_refused(tmp_path: Path) -> None:
     draws = make_draws(0.1, 0.5, 0.9)
     evaluation = fdu.evaluate(draws, draws, PROBES)
     with pytest.raises(ValueError, match="images of 3 probes, got 3 and 1"):
-        Run.of(evaluation, PROBES, draws, make_draws(0.1))
+        EvaluatedRun.of(evaluation, PROBES, draws, make_draws(0.1))
     assert not list(tmp_path.iterdir())
 
 
@@ -385,7 +385,7 @@ def make_run(folder: Path, **settings: Any) -> Path:
     evaluation = fdu.evaluate(before, after, PROBES)
     folder.mkdir()
     record = settings.pop("record", make_record())
-    run = Run.of(evaluation, PROBES, before, after, record, "fdu evaluate x", "cpu", ("note",), **settings)
+    run = EvaluatedRun.of(evaluation, PROBES, before, after, record, "fdu evaluate x", "cpu", ("note",), **settings)
     run.write(folder)
     return folder
 
@@ -394,7 +394,7 @@ def make_run(folder: Path, **settings: Any) -> Path:
 def test_a_report_can_be_made_anew(tmp_path: Path, robustness: dict[str, Any] | None) -> None:
     before, after = make_draws(0.1, 0.5, 0.9), make_draws(0.5, 0.5, 0.9)
     evaluation = fdu.evaluate(before, after, PROBES)
-    run = Run.of(evaluation, PROBES, before, after, make_record(), "fdu evaluate x", "cpu", ("n",), robustness)
+    run = EvaluatedRun.of(evaluation, PROBES, before, after, make_record(), "fdu evaluate x", "cpu", ("n",), robustness)
     folder = tmp_path / "run"
     folder.mkdir()
     run.write(folder)
@@ -409,10 +409,10 @@ def test_a_report_can_be_made_anew(tmp_path: Path, robustness: dict[str, Any] | 
 
 def test_a_run_keeps_what_a_png_can_hold(tmp_path: Path) -> None:
     large = fdu.Draws([torch.rand(3, 3, 512, 384) for _ in PROBES])
-    run = Run.of(fdu.evaluate(large, large, PROBES), PROBES, large, large)
+    run = EvaluatedRun.of(fdu.evaluate(large, large, PROBES), PROBES, large, large)
     (tmp_path / "run").mkdir()
     run.write(tmp_path / "run")
-    again = Run.read(tmp_path / "run")
+    again = EvaluatedRun.read(tmp_path / "run")
     assert again.images["after"][0].shape == (3, 3, 256, 192)
     for side in ("before", "after"):
         for one, other in zip(run.images[side], again.images[side], strict=True):
@@ -516,6 +516,8 @@ def test_groups_have_headings_of_their_own(tmp_path: Path) -> None:
         *(dataclasses.replace(probe, group=group) for probe, group in zip(PROBES[1:], kinds, strict=True)),
     ]
     draws = make_draws(0.1, 0.5, 0.9)
-    path = write_report(tmp_path / "report.html", Run.of(fdu.evaluate(draws, draws, probes), probes, draws, draws))
+    path = write_report(
+        tmp_path / "report.html", EvaluatedRun.of(fdu.evaluate(draws, draws, probes), probes, draws, draws)
+    )
     text = Page(path.read_text(encoding="utf-8")).text
     assert "Its neighbours, to be kept eight" in text and "everyday subjects, to be kept nine" in text

@@ -84,7 +84,7 @@ def test_an_evaluation_with_robustness(runs: Path, tmp_path: Path, monkeypatch: 
     configs = {
         "attack_config": robustness.AttackConfig(steps=1, restarts=1, looks=1, batch_size=1),
         "relearning_config": robustness.RelearningConfig(steps=1, looks=1, batch_size=1),
-        "drawing": robustness.Drawing(**tiny),
+        "drawing": robustness.JudgedSampling(**tiny),
         "latents": 1,
     }
     monkeypatch.setattr(robustness, "Examination", lambda *given, **named: real(*given, **{**named, **configs}))

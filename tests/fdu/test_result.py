@@ -14,7 +14,7 @@ from torch import Tensor
 import fdu
 from fdu.storage import lora
 from fdu.storage.writers import public_name
-from fdu.subjects import digits
+from fdu.subjects.digits import pipeline as digits
 
 
 def picture(pipeline: DiffusionPipeline) -> Tensor:

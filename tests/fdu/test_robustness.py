@@ -18,8 +18,8 @@ from fdu.cli.robustness import RobustnessTests
 from fdu.evaluation.intervals import wilson
 from fdu.evaluation.robustness import (
     AttackConfig,
-    Drawing,
     Examination,
+    JudgedSampling,
     RelearningConfig,
     RelearningFigures,
     Robustness,
@@ -33,10 +33,10 @@ from fdu.evaluation.robustness import (
 from fdu.evaluation.robustness.holding import judge_robustness
 from fdu.evaluation.robustness.judging import Conditioned, back_after, count, spaced
 from fdu.models.families import denoiser_of
-from fdu.subjects import digits
+from fdu.subjects.digits import pipeline as digits
 from fdu.training.methods.perturbation import Perturbation
 
-QUICK = Drawing(images=2, num_inference_steps=2)
+QUICK = JudgedSampling(images=2, num_inference_steps=2)
 THREE = fdu.Probe("three", ("a photo of the digit three", "three"), "target", lambda images: ["three"] * len(images))
 
 
@@ -122,7 +122,7 @@ def test_what_is_drawn_of_a_long_set_is_what_is_compared(pipeline: StableDiffusi
     real = denoiser.encode
     denoiser.encode = lambda prompts: (asked.extend(prompts), real(prompts))[1]  # type: ignore[method-assign]
     seen = phrasings.seen_in_sets(
-        denoiser, sets, lambda images: ["x"] * len(images), Drawing(images=3, num_inference_steps=1)
+        denoiser, sets, lambda images: ["x"] * len(images), JudgedSampling(images=3, num_inference_steps=1)
     )
     (figures,) = phrasings.compare_sets(sets, "x", seen, seen).values()
     assert [text for text in asked if text] == ["p0", "p3", "p6"] == list(figures.by_prompt)
@@ -173,7 +173,7 @@ def test_attack_and_relearning_leave_every_family_as_it_was(name: str) -> None:
     denoiser = denoiser_of(pipeline, families.resolution(name))
     before = weights_of(pipeline)
     latents = torch.randn(3, *denoiser.latent_shape, generator=torch.Generator().manual_seed(0))
-    drawing = Drawing(images=1, num_inference_steps=2)
+    drawing = JudgedSampling(images=1, num_inference_steps=2)
     probe = fdu.Probe("three", ("three",), "target", lambda images: ["three"])
     attacked = attack(denoiser, probe, latents, AttackConfig(2, 2, restarts=1, batch_size=2, looks=1), drawing)
     relearnt = relearn(denoiser, probe, latents, RelearningConfig(rank=2, steps=1, batch_size=2, looks=1), drawing)
@@ -289,7 +289,7 @@ def test_relearning_is_measured_by_what_was_drawn_before_the_attack(pipeline: St
     """The tests of the command are examinations of their own; the attack's images and share serve relearning."""
     probe = digits.probes("three")[0]
     seldom = dataclasses.replace(probe, judge=lambda images: ["three", "eight", "eight"][: len(images)])
-    drawing = Drawing(images=3, num_inference_steps=2)
+    drawing = JudgedSampling(images=3, num_inference_steps=2)
     configs: dict[str, Any] = {
         "attack_config": AttackConfig(steps=1, restarts=1, looks=1, batch_size=1),
         "relearning_config": RelearningConfig(steps=1, looks=1, batch_size=1),
@@ -364,7 +364,7 @@ def test_what_makes_no_sense_is_refused(pipeline: StableDiffusionPipeline) -> No
     with pytest.raises(ValueError, match="number of latents must be >= 1"):
         target_latents(denoiser_of(pipeline), THREE, 0)
     with pytest.raises(ValueError, match="images must be >= 1, got 0"):
-        Drawing(images=0)
+        JudgedSampling(images=0)
     before = weights_of(pipeline)
     denoiser = denoiser_of(pipeline)
     with pytest.raises(ValueError, match="tokens must be from 1 to 16"):

@@ -18,7 +18,7 @@ from torch import Tensor, distributed, nn
 from torch.distributed.tensor import DTensor
 
 import fdu
-from fdu.subjects import digits
+from fdu.subjects.digits import pipeline as digits
 from fdu.training.sharding import check_shards, sharded
 
 CASES: dict[str, dict[str, Any]] = {

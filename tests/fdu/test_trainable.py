@@ -19,7 +19,7 @@ from fdu.config import ADAPTER_METHODS, TRAIN_METHODS
 from fdu.models.denoiser import Denoiser
 from fdu.models.families import denoiser_of
 from fdu.storage import parts
-from fdu.subjects import digits
+from fdu.subjects.digits import pipeline as digits
 from fdu.training.methods import Trainable, attach
 
 FAMILIES = ("sd", "sdxl", "sd3", "flux", "pixart", "sana")

@@ -19,7 +19,7 @@ import fdu
 from fdu.concepts import Pair, joined
 from fdu.models.denoiser import Denoiser
 from fdu.models.families import denoiser_of
-from fdu.subjects import digits
+from fdu.subjects.digits import pipeline as digits
 from fdu.training import examples, loop, objective, tracking
 from fdu.training.cache import Cache
 from fdu.training.timesteps import TimestepSampler

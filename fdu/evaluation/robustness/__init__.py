@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fdu.evaluation.robustness.attack import AttackConfig, AttackFigures, attack
 from fdu.evaluation.robustness.examination import TESTS, Examination, Robustness, Test, check_tests
-from fdu.evaluation.robustness.judging import Drawing, target_latents
+from fdu.evaluation.robustness.judging import JudgedSampling, target_latents
 from fdu.evaluation.robustness.phrasings import SetFigures, read_sets
 from fdu.evaluation.robustness.relearning import RelearningConfig, RelearningFigures, relearn
 from fdu.evaluation.robustness.shares import Share
@@ -13,8 +13,8 @@ __all__ = [
     "TESTS",
     "AttackConfig",
     "AttackFigures",
-    "Drawing",
     "Examination",
+    "JudgedSampling",
     "RelearningConfig",
     "RelearningFigures",
     "Robustness",

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fdu.evaluation import Probe
 from fdu.evaluation.robustness.finetuning import check_settings, fine_tune
-from fdu.evaluation.robustness.judging import Course, Drawing, back_after, count, spaced
+from fdu.evaluation.robustness.judging import Course, JudgedSampling, back_after, count, spaced
 from fdu.evaluation.robustness.shares import Share
 from fdu.models.denoiser import Denoiser
 from fdu.training.methods.perturbation import Perturbation
@@ -94,7 +94,7 @@ def attack(
     probe: Probe,
     latents: Tensor,
     config: AttackConfig | None = None,
-    drawing: Drawing | None = None,
+    drawing: JudgedSampling | None = None,
     drawn_before: float | None = None,
 ) -> AttackFigures:
     """Attack a pipeline, which is as before afterwards.
@@ -111,7 +111,7 @@ def attack(
     Raises:
         ValueError: more tokens than the denoiser reads.
     """
-    config, drawing = config or AttackConfig(), drawing or Drawing()
+    config, drawing = config or AttackConfig(), drawing or JudgedSampling()
     before = count(denoiser, probe, drawing)
     attempts = [_attempt(denoiser, probe, latents, config, drawing, number) for number in range(config.restarts)]
     chosen = min(range(len(attempts)), key=lambda number: attempts[number].loss)
@@ -121,7 +121,7 @@ def attack(
 
 
 def _attempt(
-    denoiser: Denoiser, probe: Probe, latents: Tensor, config: AttackConfig, drawing: Drawing, number: int
+    denoiser: Denoiser, probe: Probe, latents: Tensor, config: AttackConfig, drawing: JudgedSampling, number: int
 ) -> Attempt:
     generator = torch.Generator().manual_seed(drawing.seed + number)
     start = START if number else 0.0

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fdu.evaluation import Probe
 from fdu.evaluation.robustness.attack import AttackConfig, AttackFigures, attack
-from fdu.evaluation.robustness.judging import Drawing, count, target_latents
+from fdu.evaluation.robustness.judging import JudgedSampling, count, target_latents
 from fdu.evaluation.robustness.phrasings import PromptSets, SetFigures, compare_sets, seen_in_sets
 from fdu.evaluation.robustness.relearning import RelearningConfig, RelearningFigures, relearn
 from fdu.models.families import denoiser_of
@@ -61,7 +61,7 @@ class Examination:
         tests: Collection[str] = TESTS,
         attack_config: AttackConfig | None = None,
         relearning_config: RelearningConfig | None = None,
-        drawing: Drawing | None = None,
+        drawing: JudgedSampling | None = None,
         latents: int = 32,
     ) -> None:
         check_tests(tests)
@@ -72,7 +72,7 @@ class Examination:
         self.probe, self.sets, self.tests = probe, sets or {}, tuple(tests)
         self.attack_config = attack_config or AttackConfig()
         self.relearning_config = relearning_config or RelearningConfig()
-        self.drawing, self.number = drawing or Drawing(), latents
+        self.drawing, self.number = drawing or JudgedSampling(), latents
         self.seen: dict[str, list[str]] = {}
         self.latents: Tensor | None = None
         self.attack_before: AttackFigures | None = None

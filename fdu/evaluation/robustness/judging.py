@@ -25,7 +25,7 @@ Course = list[tuple[int, Share]]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Drawing(Sampling):
+class JudgedSampling(Sampling):
     """How judged images are drawn.
 
     Raises:
@@ -43,7 +43,7 @@ class Drawing(Sampling):
             raise ValueError(f"images must be >= 1, got {self.images!r}")
 
 
-def target_latents(denoiser: Denoiser, probe: Probe, number: int = 32, drawing: Drawing | None = None) -> Tensor:
+def target_latents(denoiser: Denoiser, probe: Probe, number: int = 32, drawing: JudgedSampling | None = None) -> Tensor:
     """Clean latents [number, C, H, W] of the target, drawn by a pipeline that still knows it.
 
     Latent i is of prompt i, modulo their number. For images of your own, take ``denoiser.encode_images``.
@@ -53,7 +53,7 @@ def target_latents(denoiser: Denoiser, probe: Probe, number: int = 32, drawing: 
     """
     if number < 1:
         raise ValueError(f"number of latents must be >= 1, got {number}")
-    drawing = drawing or Drawing()
+    drawing = drawing or JudgedSampling()
     conditioning = denoiser.encode([*probe.prompts, ""])
     chosen = [index % len(probe.prompts) for index in range(number)]
     seeds = [drawing.seed + LEARNT_SEED + index for index in range(number)]
@@ -81,7 +81,7 @@ class Conditioned:
             return self.denoiser.pipeline(**self.denoiser.call_arguments(conditioning), **settings)
 
 
-def count(denoiser: Denoiser, probe: Probe, drawing: Drawing) -> Share:
+def count(denoiser: Denoiser, probe: Probe, drawing: JudgedSampling) -> Share:
     """The share of images of the probe's prompts that show what they ask for, by the probe's judge."""
     images = draw(
         Conditioned(denoiser),

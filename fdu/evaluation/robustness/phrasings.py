@@ -14,7 +14,7 @@ from typing import Any
 
 from fdu.concepts import Concept
 from fdu.evaluation import JUDGED_SEED, Judge, Probe, draw
-from fdu.evaluation.robustness.judging import Conditioned, Drawing
+from fdu.evaluation.robustness.judging import Conditioned, JudgedSampling
 from fdu.evaluation.robustness.shares import Share
 from fdu.models.denoiser import Denoiser
 
@@ -100,7 +100,7 @@ class SetFigures:
         return dataclasses.asdict(self)
 
 
-def seen_in_sets(denoiser: Denoiser, sets: PromptSets, judge: Judge, drawing: Drawing) -> dict[str, list[str]]:
+def seen_in_sets(denoiser: Denoiser, sets: PromptSets, judge: Judge, drawing: JudgedSampling) -> dict[str, list[str]]:
     """What a judge sees in the images of each set, which its :func:`drawn_prompts` take in turn."""
     probes = [Probe(name, drawn_prompts(prompts, drawing.images), "unseen", judge) for name, prompts in sets.items()]
     drawn = draw(

@@ -10,7 +10,7 @@ from torch import Tensor
 from fdu.config import TRAIN_METHODS
 from fdu.evaluation import Probe
 from fdu.evaluation.robustness.finetuning import check_settings, fine_tune
-from fdu.evaluation.robustness.judging import Course, Drawing, back_after, count, spaced
+from fdu.evaluation.robustness.judging import Course, JudgedSampling, back_after, count, spaced
 from fdu.models.denoiser import Denoiser
 from fdu.training.methods import attach
 from fdu.training.process import seeded
@@ -67,7 +67,7 @@ def relearn(
     probe: Probe,
     latents: Tensor,
     config: RelearningConfig | None = None,
-    drawing: Drawing | None = None,
+    drawing: JudgedSampling | None = None,
     drawn_before: float | None = None,
 ) -> RelearningFigures:
     """Fine-tune a pipeline on images of the target, judge it on the way, and undo it all: the pipeline is as before.
@@ -81,7 +81,7 @@ def relearn(
         drawn_before: the share that the target's prompts drew before the erasure, half of which counts as back; None:
             all images.
     """
-    config, drawing = config or RelearningConfig(), drawing or Drawing()
+    config, drawing = config or RelearningConfig(), drawing or JudgedSampling()
     course: Course = [(0, count(denoiser, probe, drawing))]
     with seeded(drawing.seed, denoiser.device):
         trainable = attach(

@@ -1,0 +1,53 @@
+"""The subject that a model's name means, on the command line and in :func:`fdu.load_pipeline`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from fdu.models.loading import check_model
+from fdu.subjects.any_pipeline import AnyPipeline
+from fdu.subjects.digits.embedded import NAME, EmbeddedDigits
+from fdu.subjects.subject import Subject
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+EMBEDDED = {NAME: EmbeddedDigits}
+"""The pipelines that come with fdu, by name. A new one is a folder beside ``digits`` and a line here."""
+
+
+def find_subject(model: str) -> Subject:
+    """The subject of that name, which need not exist."""
+    return next((kind(model) for kind in EMBEDDED.values() if kind.answers_to(model)), None) or AnyPipeline(model)
+
+
+def subject_of(model: str, argument: str = "MODEL") -> Subject:
+    """The subject of that name; nothing is loaded.
+
+    Args:
+        model: a pipeline's folder, a hub id (org/name), or the name of an embedded pipeline.
+        argument: its name in errors.
+
+    Raises:
+        ValueError: no name.
+        FileNotFoundError: neither a pipeline's folder, nor an embedded pipeline, nor of the form of a hub id.
+    """
+    subject = find_subject(model)
+    if isinstance(subject, AnyPipeline):
+        check_model(model, argument, tuple(EMBEDDED))
+    return subject
+
+
+def load_pipeline(model: str, dtype: str = "float32", device: str = "cpu") -> DiffusionPipeline:
+    """Load a pipeline by the name that the command line takes.
+
+    Args:
+        model: a pipeline's folder, a hub id (org/name), or "embedded".
+        dtype: of the weights: "float32", "float16" or "bfloat16".
+        device: where to put it.
+
+    Raises:
+        ValueError, FileNotFoundError: as :func:`subject_of`.
+        OSError: it cannot be loaded; the message gives the first line of the reason.
+    """
+    return subject_of(model).load(dtype, device)
