@@ -60,10 +60,11 @@ class Records:
                 line = json.loads(text)
             except ValueError:
                 continue
-            if "name" in line:
-                self.found[line.pop("name")] = line if line.pop("whole", False) else _merged(self.header, line)
-            else:
+            name = line.pop("name", None)
+            if name is None:
                 self.header = line
+            else:
+                self.found[name] = line if line.pop("whole", False) else _merged(self.header, line)
 
     def of(self, name: str, identity: Record) -> Record | None:
         """The record of this name if it was made with this identity, else None."""

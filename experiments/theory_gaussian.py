@@ -7,13 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from markdown_table import markdown
-from matplotlib import pyplot as plt
+from experiment import Claim
+from scipy.integrate import quad
 from scipy.special import exp1, expi
-from theory_claim import Claim, listed, power, save
 from torch import Tensor
 
 import fdu_kernels as fk
+from fdu.comparison.page import markdown
 from fdu_kernels.divergence import Divergence
 from fdu_kernels.scalar import derivative
 
