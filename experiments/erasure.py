@@ -14,27 +14,9 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from erasure_runs import (
-    BASELINE,
-    BOTH,
-    DIVERGENCES,
-    DRAW,
-    IMAGES,
-    IMAGES_OF_TARGET,
-    SIGMA_DIVERGENCES,
-    SIGMA_SETTINGS,
-    AnyRun,
-    OneConcept,
-    conditions,
-    config_of,
-    identity_of,
-    jobs,
-    name_of,
-    other_class,
-    runs,
-)
-from experiment import conditions as made_on
-from experiment import of_total, run, template
+import erasure_runs as plan
+from erasure_runs import Erasure, other_class
+from experiment import conditions, fill, of_total, run
 
 from fdu.comparison.page import markdown
 from fdu.comparison.sweep import Record, Records
@@ -47,7 +29,7 @@ from fdu.subjects.digits.vocabulary import DIGITS, INKS
 class Outcome:
     """One target of one run that has a record."""
 
-    run: AnyRun
+    run: Erasure
     target: str
     figures: dict[str, Any]
     """Shares of images, as :class:`fdu.evaluation.Figures` names them."""
@@ -58,7 +40,7 @@ class Outcome:
 
     @property
     def anchor(self) -> str:
-        return self.run.pairs[self.target]
+        return dict(self.run.pairs)[self.target]
 
     @property
     def kind(self) -> str:
@@ -78,8 +60,7 @@ class Outcome:
     @property
     def words(self) -> str:
         """The run in a few words."""
-        single = isinstance(self.run, OneConcept)
-        how = ([self.changes] if self.run.settings else []) if single else [self.way]
+        how = [self.way] if len(self.run.pairs) > 1 else [self.changes] if self.run.settings else []
         return ", ".join([*how, f"{self.target} to {self.anchor}", f"seed {self.run.seed}"])
 
 
@@ -128,7 +109,7 @@ def baseline(shares: Record, target: str) -> dict[str, float]:
 
 def outcomes(records: Records, before: Record) -> list[Outcome]:
     """Everything with a record that is up to date, in the order of :func:`erasure_runs.runs`."""
-    found = [(run, records.of(name_of(run), identity_of(run))) for run in runs()]
+    found = [(run, records.of(run.name, run.identity)) for run in plan.runs()]
     return [
         Outcome(run, target, figures, baseline(before, target), None if place else record.get("first_alone"))
         for run, record in found
@@ -189,8 +170,8 @@ def seeds_cells(ones: Outcomes) -> list[str]:
 
 def divergence_rows(ones: Outcomes) -> list[list[str]]:
     """One row per divergence and anchor, its seeds side by side."""
-    found = grouped(ones, lambda one: (one.anchor, config_of(one.run).divergence))
-    order = [(anchor, name) for anchor in (other_class("three"), SUPERCLASS) for name in DIVERGENCES]
+    found = grouped(ones, lambda one: (one.anchor, one.run.config.divergence))
+    order = [(anchor, name) for anchor in (other_class("three"), SUPERCLASS) for name in plan.DIVERGENCES]
     return [[key[1], key[0], *seeds_cells(found[key])] for key in order if key in found]
 
 
@@ -205,7 +186,7 @@ def several_rows(ones: Outcomes) -> list[list[str]]:
     return [
         [
             way,
-            f"{target} to {BOTH[target]}",
+            f"{target} to {own[0].anchor}",
             shares(one.alone for one in own if one.alone is not None),
             *seeds_cells(own),
         ]
@@ -221,8 +202,8 @@ def sigma_rows(ones: Outcomes) -> list[list[str]]:
         return shares(one.figures["target_accuracy"] for one in own)
 
     return [
-        [label, *(left({"divergence": divergence, **scale}) for divergence in SIGMA_DIVERGENCES)]
-        for label, scale in SIGMA_SETTINGS.items()
+        [label, *(left({"divergence": divergence, **scale}) for divergence in plan.SIGMA_DIVERGENCES)]
+        for label, scale in plan.SIGMA_SETTINGS.items()
     ]
 
 
@@ -245,13 +226,13 @@ def bound_rows(suite: str, ones: Outcomes) -> list[list[str]]:
 def write_page(results: Path, docs: Path) -> None:
     """Write the tables of all runs that have a record."""
     records = Records(results / "erasure.jsonl")
-    before = records.of(BASELINE, conditions())
+    before = records.of(plan.BASELINE, plan.conditions())
     everything = [] if before is None else outcomes(records, before)
     suites = grouped(everything, lambda one: one.run.suite)
     if before is None or "concepts" not in suites:
         return
-    used = config_of(everything[0].run)
-    concepts = [one for one in suites["concepts"] if config_of(one.run).divergence == used.divergence]
+    used = everything[0].run.config
+    concepts = [one for one in suites["concepts"] if one.run.config.divergence == used.divergence]
     unchanged = [one for one in concepts if one.target == "three"]
     towards_class = [one for one in unchanged if one.anchor == other_class("three")]
     checked = ("objectives", "variational", "ways", "methods", "several")
@@ -261,14 +242,12 @@ def write_page(results: Path, docs: Path) -> None:
     def changed(suite: str, beside: Outcomes, label: str) -> str:
         return markdown([label, *SEEDS_HEADER], change_rows([*beside, *suites[suite]] if suite in suites else []))
 
-    page = template("erasure.md").format(
-        made=of_total(len({name_of(one.run) for one in everything}), len(runs())),
-        images=IMAGES,
-        images_of_target=IMAGES_OF_TARGET,
-        steps=DRAW["num_inference_steps"],
-        guidance=DRAW["guidance_scale"],
+    page = fill(
+        "erasure.md",
+        plan=plan,
+        made=of_total(len({one.run.name for one in everything}), len(plan.runs())),
         settings=", ".join(f"{name} {used.as_dict()[name]}" for name in SHOWN_SETTINGS),
-        **made_on(before, without=("fdu",)),
+        **conditions(before, without=("fdu",)),
         checks=markdown(
             ["runs", "figure", "anchor", "bound", "inside", "worst"],
             [row for suite, ones in bounds.items() for row in bound_rows(suite, ones)],
@@ -288,11 +267,11 @@ def write_page(results: Path, docs: Path) -> None:
         several=markdown(
             ["way", "concept", "after the first alone", *SEEDS_HEADER[1:]], several_rows(suites.get("several", []))
         ),
-        sigma=markdown(["sigma", *SIGMA_DIVERGENCES], sigma_rows(sigma)),
+        sigma=markdown(["sigma", *plan.SIGMA_DIVERGENCES], sigma_rows(sigma)),
         sigma_retained=share(min((one.figures["retained_accuracy"] for one in sigma), default=None)) or "-",
     )
     write_text(docs / "erasure.md", page)
 
 
 if __name__ == "__main__":
-    run(__doc__, lambda cache: {"erasure": jobs(cache)}, write_page)
+    run(__doc__, lambda cache: {"erasure": plan.jobs(cache)}, write_page)

@@ -11,9 +11,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 from torch import Tensor
 
@@ -72,104 +71,74 @@ PATIENT: dict[str, tuple[dict[str, Any], ...]] = {
     "variational": tuple({**game, "max_train_steps": 240} for game in GAMES),
 }
 """Longer runs towards the superclass, where noise as the target, or a critic that learns too, needs more samples."""
-BOTH = {"three": "eight", "red": "black"}
+BOTH = (("three", "eight"), ("red", "black"))
 """Two concepts of different kinds and their anchors, in the order of erasure."""
 ORDERS = ("at_once", "in_sequence", "merged")
 """Together; the second with the first one's adapter in place; or the second with that merged into the weights."""
 
 
 @dataclasses.dataclass(frozen=True)
-class OneConcept:
-    """One concept erased and judged."""
+class Erasure:
+    """One run: concepts erased from the pipeline, and each of them judged."""
 
     suite: str
-    target: str
-    anchor: str
+    pairs: tuple[tuple[str, str], ...]
+    """Targets and their anchors."""
     seed: int
     settings: tuple[tuple[str, Any], ...] = ()
+    """Those that are not the default."""
     roles: tuple[str, ...] = ROLES
     images_of_target: int = IMAGES_OF_TARGET
+    order: str = "at_once"
+    """One of ``ORDERS``."""
 
     @property
-    def pairs(self) -> dict[str, str]:
-        """Targets and their anchors."""
-        return {self.target: self.anchor}
+    def name(self) -> str:
+        """The name of its record: suite, concepts, settings and seed."""
+        targets, anchors = zip(*self.pairs, strict=True)
+        what = ["-".join(targets), self.order if len(targets) > 1 else anchors[0]]
+        words = [*what, *(f"{key}={value}" for key, value in self.settings), f"seed={self.seed}"]
+        return f"{self.suite}/{'_'.join(words)}".replace(":", "-").replace(" ", "")
+
+    @property
+    def config(self) -> fdu.EraseConfig:
+        """All settings, for each of its erasures."""
+        preserved = digits.preserved(*dict(self.pairs))
+        return fdu.EraseConfig(**{"preservation_prompts": preserved, **dict(self.settings), "seed": self.seed})
+
+    @property
+    def identity(self) -> Record:
+        """Everything that its figures depend on except versions and device."""
+        settings = settings_identity(self.config, without=PLACES)
+        return {**dataclasses.asdict(self), "settings": settings, **conditions()}
 
     def make(self, cache: Path) -> Record:
-        """Erase, draw and judge."""
-        config = dataclasses.replace(config_of(self), cache_dir=str(cache))
-        result = fdu.erase(digits.load_pipeline(), *digits.concepts(self.target, self.anchor), config=config)
-        probes = [probe for role in self.roles for probe in digits.probes(self.target) if probe.role == role]
-        drawn = [draw(result.pipeline, probe, self.images_of_target) for probe in probes]
-        return {"figures": {self.target: figures(probes, drawn)}, "sigma": result.sigma, "seconds": result.seconds}
-
-
-@dataclasses.dataclass(frozen=True)
-class TwoConcepts:
-    """Both concepts erased from one pipeline, each judged."""
-
-    order: str
-    """One of ``ORDERS``."""
-    seed: int
-    settings: tuple[tuple[str, Any], ...] = ()
-    suite: ClassVar[str] = "several"
-    pairs: ClassVar[Mapping[str, str]] = BOTH
-    roles: ClassVar[tuple[str, ...]] = ROLES
-    images_of_target: ClassVar[int] = IMAGES
-
-    def make(self, cache: Path) -> Record:
-        """Erase, draw and judge; in a sequence, judge the first concept before the second erasure, too."""
+        """Erase, draw and judge; of two erasures in sequence, judge the first concept before the second, too."""
         pipeline = digits.load_pipeline()
-        config = dataclasses.replace(config_of(self), cache_dir=str(cache))
-        pairs = [digits.concepts(*pair) for pair in BOTH.items()]
+        config = dataclasses.replace(self.config, cache_dir=str(cache))
+        pairs = [digits.concepts(*pair) for pair in self.pairs]
         record: Record = {}
         if self.order == "at_once":
-            targets, anchors = [target for target, _ in pairs], [without_targets(anchor) for _, anchor in pairs]
+            targets, anchors = [target for target, _ in pairs], [without_targets(anchor, self) for _, anchor in pairs]
             results = [fdu.erase(pipeline, targets, anchors, config=config)]
         else:
             results = [fdu.erase(pipeline, *pairs[0], config=config)]
-            record["first_alone"] = share(pipeline, digits.probes(*BOTH)[0])
+            record["first_alone"] = share(pipeline, digits.probes(*dict(self.pairs))[0])
             if self.order == "merged":
                 merge(pipeline)
             results.append(fdu.erase(pipeline, *pairs[1], config=config))
-        record["figures"] = {}
         drawn: dict[tuple[str, ...], Tensor] = {}
-        for target, other in (tuple(BOTH), tuple(BOTH)[::-1]):
-            probes = digits.probes(target, other)
+        figures = {}
+        for target, _ in self.pairs:
+            others = [other for other, _ in self.pairs if other != target]
+            probes = [probe for probe in digits.probes(target, *others) if probe.role in self.roles]
             for probe in probes:
                 if probe.prompts not in drawn:
-                    drawn[probe.prompts] = draw(pipeline, probe, IMAGES)
-            record["figures"][target] = figures(probes, [drawn[probe.prompts] for probe in probes])
-        return {**record, "sigma": [result.sigma for result in results], "seconds": sum(r.seconds for r in results)}
-
-
-AnyRun = OneConcept | TwoConcepts
-
-
-def config_of(run: AnyRun) -> fdu.EraseConfig:
-    """All settings of a run, for each of its erasures."""
-    preserved = digits.preserved(*run.pairs)
-    return fdu.EraseConfig(**{"preservation_prompts": preserved, **dict(run.settings), "seed": run.seed})
-
-
-def name_of(run: AnyRun) -> str:
-    """The name of a run's record: suite, concepts, settings and seed."""
-    what = [run.target, run.anchor] if isinstance(run, OneConcept) else ["-".join(BOTH), run.order]
-    words = [*what, *(f"{key}={value}" for key, value in run.settings), f"seed={run.seed}"]
-    return f"{run.suite}/{'_'.join(words)}".replace(":", "-").replace(" ", "")
-
-
-def identity_of(run: AnyRun) -> Record:
-    """Everything that a run's figures depend on except versions and device."""
-    return {
-        "targets": list(run.pairs),
-        "anchors": list(run.pairs.values()),
-        **({"order": run.order} if isinstance(run, TwoConcepts) else {}),
-        "settings": settings_identity(config_of(run), without=PLACES),
-        "roles": list(run.roles),
-        "images_of_target": run.images_of_target,
-        **conditions(),
-    }
+                    drawn[probe.prompts] = draw(pipeline, probe, self.images_of_target)
+            images = Draws([drawn[probe.prompts] for probe in probes])
+            figures[target] = dataclasses.asdict(fdu.evaluate(images, images, probes).after)
+        sigmas, seconds = [result.sigma for result in results], sum(result.seconds for result in results)
+        return {**record, "figures": figures, "sigma": sigmas, "seconds": seconds}
 
 
 def conditions() -> Record:
@@ -179,39 +148,42 @@ def conditions() -> Record:
 
 def jobs(cache: Path) -> list[Job]:
     """The pipeline as it ships, then all runs."""
-    made = [Job(name_of(run), identity_of(run), functools.partial(run.make, cache)) for run in runs()]
+    made = [Job(run.name, run.identity, functools.partial(run.make, cache)) for run in runs()]
     return [Job(BASELINE, conditions(), before, first=True), *made]
 
 
-def runs() -> list[AnyRun]:
+def runs() -> list[Erasure]:
     """All runs, in the order in which they are made."""
+    neighbour, superclass = (("three", other_class("three")),), (("three", digits.SUPERCLASS),)
     concepts = [
-        OneConcept("concepts", target, anchor, seed, roles=ROLES if seed == 0 else ROLES[:3])
+        Erasure("concepts", ((target, anchor),), seed, roles=ROLES if seed == 0 else ROLES[:3])
         for seed in SEEDS
         for target in ((*DIGITS, *INKS) if seed == 0 else SEEDED)
         for anchor in (digits.SUPERCLASS, other_class(target))
     ]
     sigma = [
-        OneConcept("sigma", "three", "eight", seed, tuple({"divergence": name, **scale, **SHORT}.items()), ROLES[::2])
+        Erasure("sigma", neighbour, seed, tuple({"divergence": name, **scale, **SHORT}.items()), ROLES[::2])
         for seed in SEEDS
         for scale in SIGMA_SETTINGS.values()
         for name in SIGMA_DIVERGENCES
     ]
     divergences = [
-        OneConcept("concepts", "three", anchor, seed, (("divergence", divergence),), ROLES[:3])
-        for anchor in (other_class("three"), digits.SUPERCLASS)
+        Erasure("concepts", pairs, seed, (("divergence", divergence),), ROLES[:3])
+        for pairs in (neighbour, superclass)
         for seed in SEEDS
         for divergence in DIVERGENCES
         if divergence != fdu.EraseConfig().divergence
     ]
-    several = [TwoConcepts(order, seed) for seed in SEEDS for order in ORDERS]
+    several = [
+        Erasure("several", BOTH, seed, images_of_target=IMAGES, order=order) for seed in SEEDS for order in ORDERS
+    ]
     changed = [
-        OneConcept(suite, "three", anchor, seed, tuple(change.items()), ROLES[:3], images)
+        Erasure(suite, pairs, seed, tuple(change.items()), ROLES[:3], images)
         # Only towards the superclass does chance blur what is left of the target, which takes more images.
-        for changes, anchor, images in (
-            (CHANGES, other_class("three"), IMAGES),
-            ({suite: CHANGES[suite] for suite in PATIENT}, digits.SUPERCLASS, IMAGES_OF_TARGET),
-            (PATIENT, digits.SUPERCLASS, IMAGES_OF_TARGET),
+        for changes, pairs, images in (
+            (CHANGES, neighbour, IMAGES),
+            ({suite: CHANGES[suite] for suite in PATIENT}, superclass, IMAGES_OF_TARGET),
+            (PATIENT, superclass, IMAGES_OF_TARGET),
         )
         for suite in changes
         for seed in SEEDS
@@ -226,13 +198,15 @@ def other_class(target: str) -> str:
     return "eight" if target == "three" else kind[(kind.index(target) + 1) % len(kind)]
 
 
-def without_targets(anchor: fdu.Concept) -> fdu.Concept:
+def without_targets(anchor: fdu.Concept, run: Erasure) -> fdu.Concept:
     """The anchor with every target in its prompts replaced by that target's own anchor.
 
     The prompts of "three" name inks: as long as "a three in red ink" leads to "an eight in red ink", red is taught.
     """
-    names = re.compile(rf"\b({'|'.join(BOTH)})\b")
-    return fdu.Concept(anchor.name, tuple(names.sub(lambda found: BOTH[found[0]], prompt) for prompt in anchor.prompts))
+    anchors = dict(run.pairs)
+    names = re.compile(rf"\b({'|'.join(anchors)})\b")
+    prompts = tuple(names.sub(lambda found: anchors[found[0]], prompt) for prompt in anchor.prompts)
+    return fdu.Concept(anchor.name, prompts)
 
 
 def before() -> Record:
@@ -254,8 +228,3 @@ def share(pipeline: Any, probe: Probe) -> float:
     """The share of a probe's images that show it."""
     images = draw(pipeline, probe)
     return probe.judge(images).count(probe.name) / len(images)
-
-
-def figures(probes: list[Probe], drawn: list[Tensor]) -> Record:
-    """What the judge counts in images."""
-    return dataclasses.asdict(fdu.evaluate(Draws(drawn), Draws(drawn), probes).after)

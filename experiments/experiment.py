@@ -1,4 +1,4 @@
-"""Parts that all experiments share: the command line, claims, and what pages are made of."""
+"""Parts that all experiments share: the command line, and what pages are made of."""
 
 from __future__ import annotations
 
@@ -6,33 +6,13 @@ import argparse
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
 import torch
 
 from fdu.comparison.sweep import Job, Record, sweep
 
 HERE = Path(__file__).parent
-
-
-class Claim(NamedTuple):
-    """A claim and whether it holds."""
-
-    title: str
-    said: str
-    verdict: str
-    """In a few words."""
-    reasons: str
-    """Sentences or a table with the numbers."""
-    source: str = ""
-    """Who says so."""
-    section: str = ""
-    """The heading of the section that checks it."""
-
-    @property
-    def told(self) -> str:
-        """The verdict as a sentence in bold."""
-        return f"**{self.verdict[0].upper()}{self.verdict[1:]}.**"
 
 
 def run(
@@ -67,15 +47,20 @@ def run(
     write_page(options.results, options.docs)
 
 
-def template(name: str) -> str:
-    """A page with fields for :meth:`str.format`."""
-    return (HERE / "templates" / name).read_text(encoding="utf-8")
+def fill(name: str, **fields: Any) -> str:
+    """The page of a template, whose fields are those of :meth:`str.format`."""
+    return (HERE / "templates" / name).read_text(encoding="utf-8").format(**fields)
+
+
+def finding(verdict: str, **fields: Any) -> dict[str, Any]:
+    """The outcome of a claim for a template: the verdict in a few words, as the start of a sentence, and figures."""
+    return {"verdict": verdict, "said": verdict[0].upper() + verdict[1:], **fields}
 
 
 def conditions(record: Record, without: Sequence[str] = ()) -> dict[str, str]:
     """Device and versions of a record, in words."""
-    named = {name: number for name, number in record["versions"].items() if name not in without}
-    return {"device": record["device"], "versions": ", ".join(f"{name} {number}" for name, number in named.items())}
+    named = [f"{name} {number}" for name, number in record["versions"].items() if name not in without]
+    return {"device": record["device"], "versions": ", ".join(named)}
 
 
 def of_total(made: int, total: int) -> str:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from experiment import conditions, of_total, run, template
+from experiment import conditions, fill, of_total, run
 from torch import Tensor
 
 import fdu
@@ -148,26 +148,23 @@ def write_page(results: Path, docs: Path) -> None:
 def page(rows: Rows) -> str:
     """docs/robustness.md."""
     first = next(iter(rows.values()))
-    config = first["attack"]["config"]
     sets = list(next(row["phrasings"] for row in rows.values() if row.get("phrasings")))
     header = ["erasure", "retained", "prompts alone", *sets, "attack", "back after", "relearnt", "back after"]
     erasures = {name: row for name, row in rows.items() if name in ERASURES}
-    return template("robustness.md").format(
+    return fill(
+        "robustness.md",
         made=of_total(len(rows), len(ERASURES) + 2),
         **conditions(first),
         target=TARGET,
         anchor=ANCHOR,
-        images=DRAWING.images,
-        steps=DRAWING.num_inference_steps,
-        tokens=config["tokens"],
-        attack_steps=config["steps"],
-        restarts=config["restarts"],
+        drawing=DRAWING,
+        attack=first["attack"]["config"],
         latents=LATENTS,
-        back=100 * BACK,
+        back=BACK,
         reading=reading(rows),
         erasures=len(erasures),
         held=held(erasures),
-        threshold=100 * ERASED_BELOW,
+        threshold=ERASED_BELOW,
         table=markdown(header, [cells(name, row, sets) for name, row in rows.items()]),
     )
 

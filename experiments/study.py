@@ -15,8 +15,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from experiment import Claim, of_total, run, template
-from study_claims import game_claims, study_claims
+import study_claims as claims
+from experiment import conditions, fill, of_total, run
 
 from fdu.comparison.chart import COLOURS, Curve, curve_chart, front_chart
 from fdu.comparison.front import Estimate, Sample, complete
@@ -87,39 +87,27 @@ def write_page(folder: Path, docs: Path) -> None:
 
 def page(main: Results, games: Results | None, made: str) -> str:
     """docs/results.md."""
-    claims = study_claims(main.sample) + (game_claims(games.sample) if games is not None else [])
-    comparison = main.comparison
-    conditions, config, drawing = main.conditions, comparison.base, comparison.drawing
-    return template("results.md").format(
+    contrasts = {name: getattr(claims, name)(main.sample) for name in claims.CLAIMS}
+    contrasts |= {name: getattr(claims, name)(games.sample) if games else [] for name in claims.GAME_CLAIMS}
+    return fill(
+        "results.md",
         made=made,
-        device=conditions["device"],
+        **conditions(main.conditions, without=("fdu",)),
+        main=main.comparison,
         core_seconds=main.core_seconds,
         mixed=f" {main.mixed_note}" if main.mixed else "",
-        versions=", ".join(f"{name} {version}" for name, version in conditions["versions"].items() if name != "fdu"),
-        pairs=", ".join(f"{target} to {anchor}" for target, anchor in comparison.pairs),
-        steps=config.max_train_steps,
-        batch=config.train_batch_size,
-        learning_rate=f"{config.learning_rate:g}",
-        seeds=len(comparison.seeds),
+        pairs=", ".join(f"{target} to {anchor}" for target, anchor in main.comparison.pairs),
+        seeds=len(main.comparison.seeds),
         compared=compared(main),
-        images_of_target=drawing.images_of_target,
-        images=drawing.images_per_class,
-        inference_steps=drawing.num_inference_steps,
-        verdicts="\n".join(f"| {one.title} | {one.verdict} |" for one in claims),
         table=table(main.standings).strip(),
         by_target=by_target(main),
         recommendations="\n".join(
             f"* **{prefer}**: {one.headline}. {' '.join(one.sentences)}" for prefer, one in main.recommendations.items()
         ),
-        claims="\n\n".join(map(section, claims)),
-        games="Not measured yet." if games is None else template("games.md") + table(games.standings).strip(),
+        **{name: claims.judged(found) for name, found in contrasts.items()},
+        games=table(games.standings).strip() if games else "Not measured yet.",
         failed=failed(main, games),
     )
-
-
-def section(claim: Claim) -> str:
-    """A claim, its verdict and the table behind it."""
-    return f"### {claim.title}\n\n{claim.said}\n\n{claim.told}\n\n{claim.reasons}"
 
 
 def compared(results: Results) -> str:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Sequence
+from typing import Any
 
-from experiment import Claim
+from experiment import finding
 
 from fdu.comparison.front import Estimate, Sample
 from fdu.comparison.page import markdown, percent
@@ -16,6 +17,9 @@ MORE_OF = {"erased": 1, "retained": 1, "change": -1}
 """Whether more or less of a figure is better."""
 DIGITS = {"erased": 1, "retained": 1, "change": 2}
 """Digits of a figure in percent."""
+CLAIMS = ("dominance", "keeps_best", "larger_gradient", "scale_decides")
+GAME_CLAIMS = ("games_erase_faster", "games_hurt_more")
+"""Names of the functions that compare what a claim is about, and of its fields in the page."""
 WORDS = {1: "as claimed", 0: "undecided", -1: "the opposite", None: "what keeps more erases less"}
 HELLINGER, MSE, CHI2 = "squared_hellinger", "mse", "pearson_chi2"
 
@@ -35,70 +39,14 @@ class Contrast:
 Contrasts = list[Contrast]
 
 
-def study_claims(sample: Sample) -> list[Claim]:
-    """The claims about exact losses."""
-    return [
-        claim(
-            "Hellinger dominates MSE",
-            "The paper: in many scenarios the squared Hellinger is better than MSE. Here: at equal steps it is better "
-            "in at least one of the three figures and worse in none (squared_hellinger minus mse, mean over targets).",
-            dominance(sample),
-        ),
-        claim(
-            "Hellinger keeps retained concepts best",
-            "The paper: of all divergences the squared Hellinger keeps other concepts best. Here: at equal steps more "
-            "of the other classes is retained than by any other divergence, or their images change less and none is "
-            "lost. What erases less also harms less, so it counts only where what keeps more does not clearly erase "
-            "less.",
-            keeps_best(sample),
-        ),
-        claim(
-            "A larger gradient erases faster",
-            "The paper: gradients grow from Hellinger over MSE to chi-square, and with them the speed of unlearning. "
-            "The first half is a theorem (docs/theory.md). Here the second: more is erased in equal steps, under Adam.",
-            larger_gradient(sample),
-        ),
-        claim(
-            "The scale sigma decides whether the divergence matters",
-            "docs/design.md: near s = 0 all divergences are one. Here: squared_hellinger and pearson_chi2 differ more "
-            "in what is erased at the larger s0 (shown is the difference of the two differences, squared_hellinger "
-            "minus pearson_chi2; their size has grown where it and their sum have one sign).",
-            scale_decides(sample),
-        ),
-    ]
-
-
-def game_claims(sample: Sample) -> list[Claim]:
-    """The claims about variational losses."""
-    return [
-        claim(
-            "Variational losses erase faster",
-            "The paper: they are the aggressive ones. Here: more is erased than by the exact loss of the same "
-            "divergence in equal steps (variational minus exact).",
-            [Contrast(where, found, found["erased"].sign) for where, found in games(sample)],
-        ),
-        claim(
-            "Variational losses hurt fidelity more",
-            "The paper: what they erase faster costs fidelity. Here: fewer of the other classes are retained than by "
-            "the exact loss in equal steps, or their images change more and none is gained (variational minus exact); "
-            "counted only where what keeps more does not clearly erase less, which would explain it.",
-            [
-                Contrast(where, found, None if (kept := kept_sign(found)) is None else -kept)
-                for where, found in games(sample)
-            ],
-        ),
-    ]
-
-
-def claim(title: str, said: str, contrasts: Contrasts) -> Claim:
-    """The claim with its verdict and a table of the contrasts, in points of percent."""
+def judged(contrasts: Contrasts) -> dict[str, Any]:
+    """The verdict on a claim, and a table of its contrasts in points of percent."""
     rows = [
         [one.where, *(percent(one.differences[name], digits) for name, digits in DIGITS.items()), WORDS[one.bears]]
         for one in contrasts
     ]
-    return Claim(
-        title, said, verdict([one.bears for one in contrasts]), markdown(["", "erased", "retained", "change", ""], rows)
-    )
+    header = ["", "erased", "retained", "change", ""]
+    return finding(verdict([one.bears for one in contrasts]), table=markdown(header, rows) if rows else "")
 
 
 def verdict(bears: Sequence[int | None]) -> str:
@@ -175,6 +123,17 @@ def scale_decides(sample: Sample) -> Contrasts:
         both = gaps("erased", high, low, 1.0)
         contrasts.append(Contrast(f"s0 {high:g} minus s0 {low:g}", grown, grown["erased"].sign * both.sign))
     return contrasts
+
+
+def games_erase_faster(sample: Sample) -> Contrasts:
+    """The variational loss against the exact one: how much is erased in equal steps."""
+    return [Contrast(where, found, found["erased"].sign) for where, found in games(sample)]
+
+
+def games_hurt_more(sample: Sample) -> Contrasts:
+    """The variational loss against the exact one: how well the other classes are kept."""
+    kept = [(where, found, kept_sign(found)) for where, found in games(sample)]
+    return [Contrast(where, found, None if sign is None else -sign) for where, found, sign in kept]
 
 
 def games(sample: Sample) -> list[tuple[str, dict[str, Estimate]]]:

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
-from markdown_table import markdown
-from matplotlib import pyplot as plt
-from theory_claim import Claim, between, power, save
-from theory_gaussian import EXACT, definition_error, smooth, value
+from experiment import finding
+from theory_gaussian import EXACT, Finding, definition_error, power, smooth, span, value
 from torch import Tensor
 
 import fdu_kernels as fk
+from fdu.comparison.page import markdown
 from fdu_kernels.divergence import Divergence
 
 ESTIMATED = ("kl", "jensen_shannon", "squared_hellinger", "le_cam")
@@ -22,11 +22,13 @@ DIMENSIONS = 16
 SAMPLES = (256, 512, 1024, 2048, 4096, 8192)
 FRESH = 20_000
 TRIALS = 40
-Estimates = dict[str, dict[int, dict[str, tuple[float, float]]]]
-"""By divergence, number of samples and critic: mean and standard deviation over the trials."""
+Estimate = dict[str, Sequence[float]]
+"""By critic: mean and standard deviation over the trials."""
+Estimates = dict[str, dict[str, Estimate]]
+"""By divergence and number of samples (as text, as in JSON)."""
 
 
-def estimate(divergence: Divergence) -> dict[int, dict[str, tuple[float, float]]]:
+def estimate(divergence: Divergence) -> dict[str, Estimate]:
     """By number of samples: mean and standard deviation over trials of the bound, for two critics.
 
     "true" is the true density ratio; "fitted" the best critic of the right form, v = a x + b, for the samples it is
@@ -48,7 +50,7 @@ def estimate(divergence: Divergence) -> dict[int, dict[str, tuple[float, float]]
             trials["loss"].append(trials["fresh"][-1] - float(bound(weights, *fresh, divergence)))
         # On the same samples, so that their chance does not count.
         trials["gain"] = [fitted - true for fitted, true in zip(trials["fitted"], trials["true"], strict=True)]
-        found[samples] = {name: (float(np.mean(values)), float(np.std(values))) for name, values in trials.items()}
+        found[str(samples)] = {name: [float(np.mean(one)), float(np.std(one))] for name, one in trials.items()}
     return found
 
 
@@ -118,23 +120,23 @@ def estimate_table(estimates: Estimates) -> str:
     for name, by_samples in estimates.items():
         exact = value(fk.get_divergence(name), ESTIMATE_AT)
         for samples in SAMPLES[::2]:
-            judged = [by_samples[samples][critic] for critic in ("true", "fitted", "fresh")]
+            judged = [by_samples[str(samples)][critic] for critic in ("true", "fitted", "fresh")]
             cells = [f"{mean - exact:+.4f} ± {deviation:.4f}" for mean, deviation in judged]
             rows.append([f"`{name}`", f"{exact:.4f}", str(samples), *cells])
     return markdown(["divergence", "exact h", "samples", "true critic", "fitted critic", "fitted, fresh samples"], rows)
 
 
-def fall(by_samples: dict[int, dict[str, tuple[float, float]]]) -> tuple[float, float, float]:
+def fall(by_samples: dict[str, Estimate]) -> list[float]:
     """The powers of n with which spread, gain and loss fall, from the last four numbers of samples."""
     last = SAMPLES[-4:]
     kinds = (("true", 1), ("gain", 0), ("loss", 0))
-    return tuple(power(last, [by_samples[samples][kind][which] for samples in last]) for kind, which in kinds)
+    return [power(last, [by_samples[str(n)][kind][which] for n in last]) for kind, which in kinds]
 
 
-def measured(by_samples: dict[int, dict[str, tuple[float, float]]]) -> tuple[float, float]:
+def measured(by_samples: dict[str, Estimate]) -> tuple[float, float]:
     """What expected() gives, at the largest number of samples."""
     n = SAMPLES[-1]
-    return math.sqrt(n) * by_samples[n]["true"][1], n * by_samples[n]["gain"][0]
+    return math.sqrt(n) * by_samples[str(n)]["true"][1], n * by_samples[str(n)]["gain"][0]
 
 
 def rates(estimates: Estimates) -> str:
@@ -148,71 +150,57 @@ def rates(estimates: Estimates) -> str:
     return markdown(["divergence", *head], rows)
 
 
-def game_claim(estimates: Estimates) -> Claim:
+def game_claim(estimates: Estimates) -> Finding:
     """Whether what has no elementary closed form needs a critic, and what the critic costs."""
     tabulated = [divergence for divergence in smooth() if divergence.exponential is None]
     known = [f"`{divergence}`" for divergence in tabulated if definition_error(divergence) < EXACT]
-    few = SAMPLES[0]
     exact = {name: value(fk.get_divergence(name), ESTIMATE_AT) for name in estimates}
-    gains = [by_samples[few]["gain"][0] / exact[name] for name, by_samples in estimates.items()]
-    spreads = [by_samples[few]["true"][1] / exact[name] for name, by_samples in estimates.items()]
-    return Claim(
-        "What has no elementary closed form takes a min-max game with a critic",
-        "What a critic costs",
-        "the paper",
-        "the other divergences go through the variational form, as a min-max game with a critic.",
+    few = {name: by_samples[str(SAMPLES[0])] for name, by_samples in estimates.items()}
+    return finding(
         "corrected: between Gaussians no critic is needed" if len(known) == len(tabulated) else "confirmed in part",
-        f"Of {len(tabulated)} smooth divergences without an elementary form, the package's table of h has the value of "
-        f"the definition to a relative {EXACT:g} for {len(known)}: {', '.join(known) or 'none'}. A game estimates it: "
-        f"at {few} samples even the best critic of the right family exceeds the true one by {min(gains):.0%} to "
-        f"{max(gains):.0%} of h on its samples, and the true one spreads by {min(spreads):.0%} to {max(spreads):.0%}. "
-        "That says nothing against a game as another, more aggressive objective: [results.md](results.md).",
+        tabulated=len(tabulated),
+        known=f"{len(known)}: {', '.join(known) or 'none'}",
+        gains=span(one["gain"][0] / exact[name] for name, one in few.items()),
+        spreads=span(one["true"][1] / exact[name] for name, one in few.items()),
     )
 
 
-def estimate_claim(estimates: Estimates) -> Claim:
+def estimate_claim(estimates: Estimates) -> Finding:
     """Whether bias and spread are of the orders the asymptotic theory says."""
-    errors = [
-        abs(mean - value(fk.get_divergence(name), ESTIMATE_AT)) / (deviation / math.sqrt(TRIALS))
-        for name, by_samples in estimates.items()
-        for mean, deviation in (by_samples[samples]["true"] for samples in SAMPLES)
-    ]
-    high = all(
-        by_samples[n]["gain"][0] > 0 > by_samples[n]["loss"][0] for by_samples in estimates.values() for n in SAMPLES
-    )
+    every = [(name, one) for name, by_samples in estimates.items() for one in by_samples.values()]
+    exact = {name: value(fk.get_divergence(name), ESTIMATE_AT) for name in estimates}
+    errors = max(abs(one["true"][0] - exact[name]) / (one["true"][1] / math.sqrt(TRIALS)) for name, one in every)
+    high = all(one["gain"][0] > 0 > one["loss"][0] for _, one in every)
     spread, gain, loss = zip(*map(fall, estimates.values()), strict=True)
-    shares = [
+    shares = span(
         found / formula
         for name, by_samples in estimates.items()
         for found, formula in zip(measured(by_samples), expected(fk.get_divergence(name)), strict=True)
-    ]
+    )
     # Of 40 trials a standard deviation is known to 11 %, the mean of the gain to about 6 %.
-    near = 0.7 < min(shares) and max(shares) < 1.4
+    near = 0.7 < shares[0] and shares[1] < 1.4
     orders = all(abs(one + 0.5) < 0.15 for one in spread) and all(abs(one + 1) < 0.25 for one in (*gain, *loss))
-    unbiased = max(errors) < 3.5
-    return Claim(
-        "The estimate's bias is of order 1/n, its spread of order n^-1/2",
-        "What a critic costs",
-        "our addition",
-        "with the true ratio the bound is unbiased with a spread of order n^-1/2; a fitted critic is too high on its "
-        "own samples and too low on others, both of order 1/n.",
+    unbiased = errors < 3.5
+    return finding(
         "confirmed" if unbiased and high and orders and near else "refuted in part",
-        f"The mean of the true critic is at most {max(errors):.1f} standard errors from h: "
-        f"{'no bias shows' if unbiased else 'it is biased'}. Its spread falls like n to the power {between(spread)}. "
-        f"The fitted one is {'always' if high else 'not always'} higher than the true one on its samples and lower on "
-        f"others; this falls with the powers {between(gain)} and {between(loss)}. At {SAMPLES[-1]} samples spread and "
-        f"gain are {min(shares):.2f} to {max(shares):.2f} times what the formulas say.",
+        errors=errors,
+        unbiased="no bias shows" if unbiased else "it is biased",
+        high="always" if high else "not always",
+        spread=span(spread),
+        gain=span(gain),
+        loss=span(loss),
+        most=SAMPLES[-1],
+        shares=shares,
     )
 
 
-def draw_estimates(path: Path, estimates: Estimates) -> None:
+def draw_estimates(axes: Any, estimates: Estimates) -> None:
     """Gain and spread against the number of samples."""
-    figure, axes = plt.subplots(figsize=(6.4, 3.4))
     for name, by_samples in estimates.items():
         exact = value(fk.get_divergence(name), ESTIMATE_AT)
-        bias = [by_samples[samples]["gain"][0] / exact for samples in SAMPLES]
+        bias, spread = (
+            [by_samples[str(n)][kind][place] / exact for n in SAMPLES] for kind, place in (("gain", 0), ("true", 1))
+        )
         (line,) = axes.loglog(SAMPLES, bias, marker="o", label=f"{name}: gain of the fitted critic")
-        spread = [by_samples[samples]["true"][1] / exact for samples in SAMPLES]
         axes.loglog(SAMPLES, spread, linestyle=":", color=line.get_color(), label=f"{name}: spread, true critic")
     axes.set(xlabel="samples", ylabel="share of the exact value")
-    save(figure, axes, path)
