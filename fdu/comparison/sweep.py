@@ -89,9 +89,8 @@ class Records:
 
     def write(self, jobs: Sequence[Job]) -> None:
         """Write the whole file, with a header that fits these jobs."""
-        entries: list[Record] = [{"identity": job.identity} for job in jobs]
-        entries += [{"device": one["device"], "versions": one["versions"]} for one in self.found.values()]
-        self.header = _usual(entries)
+        conditions = [{"device": one["device"], "versions": one["versions"]} for one in self.found.values()]
+        self.header = {"identity": _usual([job.identity for job in jobs]), **_usual(conditions)}
         write_text(self.path, to_json(self.header) + "\n" + "".join(map(self._line, self.found)))
 
     def _line(self, name: str) -> str:
@@ -178,15 +177,15 @@ def _record(job: Job) -> Record:
 
 
 def _usual(entries: Sequence[Record]) -> Record:
-    """The values that more than half of those have that have such an entry; of nested dicts entry by entry."""
+    """The values that more than half of the entries share; of nested dicts value by value."""
     found: Record = {}
     for key in dict.fromkeys(key for entry in entries for key in entry):
         values = [entry[key] for entry in entries if key in entry]
         if all(isinstance(value, dict) for value in values):
-            found[key] = _usual(values)
+            found |= {key: _usual(values)} if 2 * len(values) > len(entries) else {}
         else:
             ((text, count),) = collections.Counter(map(to_json, values)).most_common(1)
-            found |= {key: json.loads(text)} if 2 * count > len(values) else {}
+            found |= {key: json.loads(text)} if 2 * count > len(entries) else {}
     return found
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,26 +14,17 @@ from judged_runs import runs
 from fdu.comparison import runs as runs_file
 from fdu.comparison.front import Estimate, Sample
 from fdu.comparison.judged import Judged
-from fdu.comparison.plan import Candidate, Comparison
-from fdu.comparison.runs import identity_of
+from fdu.comparison.plan import Candidate
+from fdu.comparison.runs import identity_of, jobs
+from fdu.comparison.sweep import Records
 
 IMAGES = 40
-
-
-def test_the_committed_records_are_those_of_todays_runs_and_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A setting or a weight that changed would make all of docs/results.md old."""
-    monkeypatch.undo()
-    root = Path(__file__).parents[2]
-    for name, comparison in study.comparisons().items():
-        folder = root / "benchmarks" / "results" / "study" / name
-        assert all(runs_file.read_record(comparison, folder, run) for run in comparison.runs())
-    assert "(all 216 runs;" in (root / "docs" / "results.md").read_text()
 
 
 @pytest.fixture(autouse=True)
 def one_model(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is loaded to tell whose records these are."""
-    monkeypatch.setattr(runs_file, "_weights", lambda *model: "0123456789abcdef")
+    monkeypatch.setattr(runs_file, "weights", lambda *model: "0123456789abcdef")
 
 
 def judged(erased: float, retained: float, change: float) -> list[dict[str, Any]]:
@@ -46,14 +36,15 @@ def judged(erased: float, retained: float, change: float) -> list[dict[str, Any]
 
 
 def write_records(
-    comparison: Comparison,
+    name: str,
     folder: Path,
     figures: Callable[[Candidate], tuple[float, float, float]],
     most: int | None = None,
 ) -> None:
-    folder.mkdir(parents=True)
+    comparison = study.comparisons()[name]
+    records = Records(folder / f"{name}.jsonl")
     for run in comparison.runs()[:most]:
-        record = {
+        records.found[run.name] = {
             "identity": identity_of(comparison, run),
             "judged": judged(*figures(run.candidate)),
             "sigma": 0.1,
@@ -62,7 +53,7 @@ def write_records(
             "device": "cpu: AVX512, 1 thread",
             "versions": {"fdu": "0", "torch": "9.9"},
         }
-        (folder / f"{run.name}.json").write_text(json.dumps(record))
+    records.write(jobs(comparison, folder))
 
 
 def as_the_paper_says(candidate: Candidate) -> tuple[float, float, float]:
@@ -75,21 +66,24 @@ def as_the_paper_says(candidate: Candidate) -> tuple[float, float, float]:
 
 
 def test_the_study_is_what_was_asked_for() -> None:
-    main = study.comparisons()["divergences"]
+    main = study.comparisons()[study.MAIN]
     assert len(main.runs()) == 3 * 6 * 3 * 3
     assert {target for target, _ in main.pairs} == {"three", "seven", "red"}
     assert all(one.s0 in study.S0 for one in main.candidates) and main.base.sigma == "auto"
-    games = study.comparisons()["variational"]
+    games = study.comparisons()[study.GAMES]
     settings = [dict(one.others) for one in games.candidates]
-    assert sum("variational" in one for one in settings) == len(settings) / 2 == len(study.GAMES) * len(study.STEPS)
+    assert (
+        sum("variational" in one for one in settings)
+        == len(settings) / 2
+        == len(study.GAME_DIVERGENCES) * len(study.STEPS)
+    )
     names = [run.name for suite in study.comparisons().values() for run in suite.runs()]
     assert len(set(names)) == len(names) == 162 + 54
 
 
 def test_verdicts_are_those_of_the_intervals() -> None:
-    def verdict(*bears: int) -> str:
-        contrasts = tuple(study_claims.Contrast(str(place), {}, one) for place, one in enumerate(bears))
-        return study_claims.Claim("", "", contrasts).verdict
+    def verdict(*bears: int | None) -> str:
+        return study_claims.verdict(bears)
 
     assert verdict(1, 1) == "holds: in all 2 comparisons"
     assert verdict(-1, -1) == "does not hold: the opposite in all 2 comparisons"
@@ -109,20 +103,20 @@ def test_what_keeps_more_counts_only_where_it_does_not_erase_less() -> None:
     flat = Estimate(0.0, -1.0, 1.0)
     up, down = Estimate(1.0, 0.5, 1.5), Estimate(-1.0, -1.5, -0.5)
     for erased in (flat, up):
-        assert study_claims._kept_sign({"erased": erased, "retained": up, "change": flat}) == 1
+        assert study_claims.kept_sign({"erased": erased, "retained": up, "change": flat}) == 1
     for erased in (flat, down):
-        assert study_claims._kept_sign({"erased": erased, "retained": down, "change": flat}) == -1
-    assert study_claims._kept_sign({"erased": down, "retained": up, "change": flat}) is None
-    assert study_claims._kept_sign({"erased": up, "retained": flat, "change": up}) is None
+        assert study_claims.kept_sign({"erased": erased, "retained": down, "change": flat}) == -1
+    assert study_claims.kept_sign({"erased": down, "retained": up, "change": flat}) is None
+    assert study_claims.kept_sign({"erased": up, "retained": flat, "change": up}) is None
     found, candidates = runs({"squared_hellinger": (0.9, 1.0, 0.05), "mse": (0.5, 1.0, 0.01)})
-    (traded,) = study_claims.dominance(Sample(found, candidates), (1.0,)).contrasts
+    (traded,) = study_claims.dominance(Sample(found, candidates))
     assert traded.bears is None  # more is erased, but more is changed
     undecided = study_claims.Contrast("here", dict.fromkeys(study_claims.DIGITS, flat), None)
-    assert study_claims.rows(study_claims.Claim("", "", (undecided,)))[0][-1] == "what keeps more erases less"
-    assert study_claims._kept_sign({"erased": flat, "retained": up, "change": up}) == 1
-    assert study_claims._kept_sign({"erased": flat, "retained": flat, "change": down}) == 1
-    assert study_claims._kept_sign({"erased": flat, "retained": flat, "change": up}) == -1
-    assert study_claims._kept_sign({"erased": flat, "retained": flat, "change": flat}) == 0
+    assert study_claims.judged([undecided])["table"].endswith("| what keeps more erases less |")
+    assert study_claims.kept_sign({"erased": flat, "retained": up, "change": up}) == 1
+    assert study_claims.kept_sign({"erased": flat, "retained": flat, "change": down}) == 1
+    assert study_claims.kept_sign({"erased": flat, "retained": flat, "change": up}) == -1
+    assert study_claims.kept_sign({"erased": flat, "retained": flat, "change": flat}) == 0
 
 
 @pytest.mark.parametrize(
@@ -145,16 +139,15 @@ def test_the_scale_decides_only_where_the_difference_grows(gaps: tuple[float, fl
         for candidate, share in zip(candidates, shares, strict=True)
         for seed in range(3)
     }
-    (contrast,) = study_claims.scale_decides(Sample(found, candidates), (1.0, 10.0)).contrasts
+    (contrast,) = study_claims.scale_decides(Sample(found, candidates))
     assert contrast.bears == wanted
     assert contrast.differences["erased"].value == pytest.approx(gaps[1] - gaps[0], abs=0.03)
 
 
 def test_the_page_says_what_the_records_say(tmp_path: Path) -> None:
-    suites = study.comparisons()
-    for name, comparison in suites.items():
-        write_records(comparison, tmp_path / "records" / name, as_the_paper_says)
-    study.write_page(suites, tmp_path / "records", tmp_path / "docs" / "results.md")
+    for name in study.comparisons():
+        write_records(name, tmp_path / "records", as_the_paper_says)
+    study.write_page(tmp_path / "records", tmp_path / "docs")
     page = (tmp_path / "docs" / "results.md").read_text()
     assert "(all 216 runs;" in page and "cpu: AVX512, 1 thread; torch 9.9." in page
     for row in (
@@ -175,25 +168,23 @@ def test_the_page_says_what_the_records_say(tmp_path: Path) -> None:
 
 
 def test_the_page_is_not_fooled_by_records_that_say_the_opposite(tmp_path: Path) -> None:
-    suites = study.comparisons()
     write_records(
-        suites["divergences"],
-        tmp_path / "records" / "divergences",
+        study.MAIN,
+        tmp_path / "records",
         lambda one: (0.3, 0.7, 0.05) if one.divergence == "squared_hellinger" else (0.6, 0.9, 0.01),
     )
-    study.write_page(suites, tmp_path / "records", tmp_path / "results.md")
+    study.write_page(tmp_path / "records", tmp_path)
     page = (tmp_path / "results.md").read_text()
     assert "| Hellinger dominates MSE | does not hold: the opposite in all 3 comparisons |" in page
     assert "| Hellinger keeps retained concepts best | does not hold: the opposite in all 15 comparisons |" in page
-    assert "(162 of 216 runs;" in page and "Not measured yet." in page and "Variational losses" not in page
+    assert "(162 of 216 runs;" in page and page.count("not measured yet |") == 2
 
 
 def test_a_study_that_is_not_finished_says_so(tmp_path: Path, capsys: Any) -> None:
-    suites = study.comparisons()
     page = tmp_path / "results.md"
-    write_records(suites["divergences"], tmp_path / "few" / "divergences", as_the_paper_says, most=5)
-    study.write_page(suites, tmp_path / "few", page)
+    write_records(study.MAIN, tmp_path / "few", as_the_paper_says, most=5)
+    study.write_page(tmp_path / "few", tmp_path)
     assert not page.exists() and "nothing to compare yet" in capsys.readouterr().out
-    write_records(suites["divergences"], tmp_path / "some" / "divergences", as_the_paper_says, most=40)
-    study.write_page(suites, tmp_path / "some", page)
+    write_records(study.MAIN, tmp_path / "some", as_the_paper_says, most=40)
+    study.write_page(tmp_path / "some", tmp_path)
     assert "(40 of 216 runs;" in page.read_text() and "So far 2 of 9 pairs of target and seed" in page.read_text()

@@ -4,25 +4,20 @@ from __future__ import annotations
 
 import math
 import re
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
+import theory
+import theory_critic
+import theory_gaussian
 import torch
 from scipy.integrate import quad, solve_ivp, trapezoid
 from scipy.optimize import minimize
 from scipy.special import expit
 
 import fdu_kernels as fk
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-import theory
-import theory_claim
-import theory_critic
-import theory_gaussian
 
 DOCS = Path(theory.__file__).parents[1] / "docs"
 PAGE = (DOCS / "theory.md").read_text(encoding="utf-8")
@@ -129,8 +124,8 @@ def test_the_formula_of_the_time_agrees_with_quadrature(name: str) -> None:
 @pytest.mark.parametrize("name", ["mse", "squared_hellinger", "pearson_chi2", "le_cam"])
 def test_the_simulated_flow_takes_the_time_of_the_formula(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(theory_gaussian, "FLOW_TO", 1.0)
-    exact, simulated = theory_gaussian.flow(fk.get_divergence(name))
-    assert simulated == pytest.approx(exact, rel=1e-3)
+    found = theory_gaussian.flow(fk.get_divergence(name))
+    assert found["simulated"] == pytest.approx(found["exact"], rel=1e-3)
 
 
 def test_the_ratios_of_the_page_are_integrals_of_slopes_derived_by_hand() -> None:
@@ -198,7 +193,7 @@ def made_up(power_of_gain: float, sign_of_loss: float = -1.0) -> theory_critic.E
         spread, gain = theory_critic.expected(divergence)
         exact = theory_gaussian.value(divergence, theory_critic.ESTIMATE_AT)
         found[name] = {
-            n: {
+            str(n): {
                 "true": (exact, spread / math.sqrt(n)),
                 "gain": (gain / n * (n / theory_critic.SAMPLES[-1]) ** (power_of_gain + 1), 0.0),
                 "loss": (sign_of_loss * gain / n, 0.0),
@@ -209,68 +204,45 @@ def made_up(power_of_gain: float, sign_of_loss: float = -1.0) -> theory_critic.E
 
 
 def test_the_verdict_on_the_estimate_follows_the_numbers() -> None:
-    assert theory_critic.estimate_claim(made_up(-1.0)).verdict == "confirmed"
+    assert theory_critic.estimate_claim(made_up(-1.0))["verdict"] == "confirmed"
     for wrong in (made_up(-0.5), made_up(-1.0, sign_of_loss=1.0)):
-        assert theory_critic.estimate_claim(wrong).verdict == "refuted in part"
+        assert theory_critic.estimate_claim(wrong)["verdict"] == "refuted in part"
     biased = made_up(-1.0)
-    mean, spread = biased["kl"][256]["true"]
-    biased["kl"][256]["true"] = (mean + spread, spread)
-    assert theory_critic.estimate_claim(biased).verdict == "refuted in part"
-    assert "it is biased" in theory_critic.estimate_claim(biased).reasons
+    mean, spread = biased["kl"]["256"]["true"]
+    biased["kl"]["256"]["true"] = (mean + spread, spread)
+    assert theory_critic.estimate_claim(biased)["verdict"] == "refuted in part"
+    assert "it is biased" in theory_critic.estimate_claim(biased)["unbiased"]
 
 
 def test_the_verdict_on_the_flow_follows_the_numbers() -> None:
+    def verdict(times: dict[str, float], wrong: float = 1.0) -> str:
+        flows = {name: {"exact": time, "simulated": wrong * time} for name, time in times.items()}
+        return theory_gaussian.flow_claim(flows)["verdict"]
+
     times = {"squared_hellinger": 1.29, "mse": 1.15, "pearson_chi2": 0.67}
-    verdict = theory_gaussian.flow_claim({name: (time, time) for name, time in times.items()}).verdict
-    assert verdict == "confirmed for the flow far from its end, not near it"
-    assert theory_gaussian.flow_claim({name: (time, 1.01 * time) for name, time in times.items()}).verdict.startswith(
-        "refuted"
-    )
-    assert theory_gaussian.flow_claim({name: (1.0, 1.0) for name in times}).verdict.startswith("refuted")
+    assert verdict(times) == "confirmed for the flow far from its end, not near it"
+    assert verdict(times, wrong=1.01).startswith("refuted")
+    assert verdict(dict.fromkeys(times, 1.0)).startswith("refuted")
 
 
 def test_the_verdicts_on_divergences_follow_the_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert theory_gaussian.gradient_claim(("pearson_chi2", "mse", "squared_hellinger")).verdict.startswith("refuted")
+    assert theory_gaussian.gradient_claim(("pearson_chi2", "mse", "squared_hellinger"))["verdict"].startswith("refuted")
     wrong = theory_gaussian.by_definition
     monkeypatch.setattr(theory_gaussian, "by_definition", lambda divergence, s: wrong(divergence, s) * (1 + 1e-9))
-    assert theory_gaussian.kl_claim().verdict == "refuted"
-    assert theory_gaussian.alpha_claim().verdict.startswith("refuted for alpha = -1, 0.3")
-    assert theory_critic.game_claim(made_up(-1.0)).verdict == "confirmed in part"
+    assert theory_gaussian.kl_claim()["verdict"] == "refuted"
+    assert theory_gaussian.alpha_claim()["verdict"].startswith("refuted for alpha = -1, 0.3")
+    assert theory_critic.game_claim(made_up(-1.0))["verdict"] == "confirmed in part"
     monkeypatch.setattr(theory_gaussian, "ratio", lambda divergence, s: 1.001 + s)
-    assert theory_gaussian.local_claim().verdict == "refuted"
-
-
-def test_the_page_in_docs_is_that_of_the_script() -> None:
-    for part in (
-        theory_gaussian.definition_table(),
-        theory_gaussian.gradient_table(),
-        theory_gaussian.local_table(),
-        theory_gaussian.kinks(),
-    ):
-        assert part in PAGE
-    claims = [
-        theory_gaussian.kl_claim(),
-        theory_gaussian.alpha_claim(),
-        theory_gaussian.gradient_claim(),
-        theory_gaussian.local_claim(),
-    ]
-    for claim in claims:
-        assert claim.text() in PAGE
-        assert f"| [{claim.title}](#{theory_claim.anchor(claim.section)}) | {claim.source} | {claim.verdict} |" in PAGE
-    for figure in ("gradient", "flow", "estimate"):
-        assert (DOCS / "theory" / f"{figure}.svg").is_file()
+    assert theory_gaussian.local_claim()["verdict"] == "refuted"
 
 
 def test_the_table_of_claims_links_to_sections_that_state_them() -> None:
-    anchors = {theory_claim.anchor(heading): heading for heading in re.findall(r"^## (.+)$", PAGE, flags=re.MULTILINE)}
+    headings = re.findall(r"^## (.+)$", PAGE, flags=re.MULTILINE)
+    # What GitHub makes of a heading.
+    anchors = {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-"): heading for heading in headings}
     links = re.findall(r"^\| \[(.+?)\]\(#(.+?)\) \| (.+?) \| (.+?) \|$", PAGE, flags=re.MULTILINE)
     assert len(links) == 7 and {link for _, link, _, _ in links} == set(anchors)
     for _, link, source, verdict in links:
         section = PAGE.split(f"## {anchors[link]}\n")[1].split("\n## ")[0]
         assert f"*Claim ({source}): " in section
         assert f"**{verdict[0].upper() + verdict[1:]}.**" in section
-
-
-def test_help_needs_no_computation() -> None:
-    ran = subprocess.run([sys.executable, theory.__file__, "--help"], capture_output=True, text=True)
-    assert ran.returncode == 0 and "docs/theory.md" in ran.stdout
