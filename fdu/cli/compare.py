@@ -137,13 +137,14 @@ class Compare:
         def work() -> None:
             from fdu.comparison.page import PAGE, describe, table, write_page
             from fdu.comparison.results import read_results
-            from fdu.comparison.runs import make_runs
+            from fdu.comparison.runs import jobs
+            from fdu.comparison.sweep import sweep
 
             for name, other in alike.items():
                 print(f"{name} trains the same model as {other} and is not run again.")
             write_record(self.out, comparison, command)
             try:
-                make_runs(comparison, self.out / RUNS, self.out / CACHE, min(workers, len(comparison.runs())))
+                sweep(jobs(comparison, self.out / CACHE), self.out / RUNS, min(workers, len(comparison.runs())))
             except KeyboardInterrupt:
                 print(f"\nfdu: what is done is in {self.out}; the same command goes on", file=sys.stderr)
                 raise

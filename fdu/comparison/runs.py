@@ -6,7 +6,6 @@ import dataclasses
 import functools
 import json
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from fdu.comparison import judged as subject
 from fdu.comparison.plan import Comparison, Run, slug
-from fdu.comparison.sweep import Job, Record, Records, digest, settings_identity, sweep
+from fdu.comparison.sweep import Job, Record, Records, digest, settings_identity
 from fdu.config import PLACES, EraseConfig
 from fdu.erasure import erase
 from fdu.evaluation import Probe, draw
@@ -30,27 +29,13 @@ BEFORE = "before"
 """What the names of records, and of images, of the model as it is begin with."""
 
 
-def make_runs(
-    comparison: Comparison,
-    records: Path,
-    cache: Path,
-    workers: int = 1,
-    most: int | None = None,
-    tell: Callable[[str], None] = print,
-) -> None:
-    """Make the records that are missing, as :func:`fdu.comparison.sweep.sweep` does.
+def jobs(comparison: Comparison, cache: Path) -> list[Job]:
+    """One job per target for the model as it is, then one per run.
 
     Args:
         comparison: what to make.
-        records: the JSON Lines file of the records.
         cache: a folder for latents, frozen outputs and images before the erasure.
-        workers, most, tell: as in :func:`fdu.comparison.sweep.sweep`.
     """
-    sweep(jobs(comparison, cache), records, workers, most, tell)
-
-
-def jobs(comparison: Comparison, cache: Path) -> list[Job]:
-    """One job per target for the model as it is, then one per run."""
     before = [
         Job(
             before_name(target),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import concurrent.futures
+import copy
 import dataclasses
 import hashlib
 import json
@@ -64,7 +65,7 @@ class Records:
             if name is None:
                 self.header = line
             else:
-                self.found[name] = line if line.pop("whole", False) else _merged(self.header, line)
+                self.found[name] = line if line.pop("whole", False) else _merged(copy.deepcopy(self.header), line)
 
     def of(self, name: str, identity: Record) -> Record | None:
         """The record of this name if it was made with this identity, else None."""
@@ -192,15 +193,19 @@ def _usual(entries: Sequence[Record]) -> Record:
 def _differences(common: Record, own: Record) -> Record:
     """The entries of ``own`` that ``common`` has otherwise or not; :func:`_merged` undoes it."""
     return {
-        key: _differences(common[key], value) if isinstance(value, dict) and key in common else value
+        key: _differences(common[key], value) if _nested(common, key, value) else value
         for key, value in own.items()
         if key not in common or common[key] != value
     }
 
 
 def _merged(common: Record, own: Record) -> Record:
-    both = {key: _merged(common[key], value) for key, value in own.items() if isinstance(value, dict) and key in common}
+    both = {key: _merged(common[key], value) for key, value in own.items() if _nested(common, key, value)}
     return {**common, **own, **both}
+
+
+def _nested(common: Record, key: str, value: Any) -> bool:
+    return isinstance(value, dict) and isinstance(common.get(key), dict)
 
 
 def _holds(found: Record, wanted: Record) -> bool:

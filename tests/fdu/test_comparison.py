@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import html.parser
 import json
@@ -33,8 +32,8 @@ from fdu.comparison.page import alphas, describe, table, write_page
 from fdu.comparison.plan import Candidate, Comparison, Drawing
 from fdu.comparison.recommendation import BETA, recommend
 from fdu.comparison.results import Results, read_results
-from fdu.comparison.runs import jobs, make_runs, read_record
-from fdu.comparison.sweep import Records, digest
+from fdu.comparison.runs import jobs, read_record
+from fdu.comparison.sweep import Records, digest, sweep
 from fdu.config import EraseConfig
 from fdu.subjects.digits import pipeline as digits
 from fdu.training.loop import NotFinite
@@ -50,6 +49,10 @@ PLAN = Comparison(
 )
 
 
+def make_runs(comparison: Comparison, path: Path, cache: Path, **named: Any) -> None:
+    sweep(jobs(comparison, cache), path, **named)
+
+
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of the finished comparison; not to be changed."""
@@ -63,7 +66,6 @@ def changed(made: Path, folder: Path, change: Callable[[str, dict[str, Any]], No
     """The records of the finished comparison with a change, in another folder."""
     records = Records(made / RUNS)
     records.path = folder / RUNS
-    records.found = copy.deepcopy(records.found)
     for name, record in records.found.items():
         change(name, record)
     records.write(jobs(PLAN, folder))
