@@ -28,6 +28,7 @@ from fdu.evaluation.robustness import (
     AttackConfig,
     Examination,
     JudgedSampling,
+    Lesson,
     RelearningConfig,
     attack,
     read_sets,
@@ -132,8 +133,8 @@ def examine_unknown() -> Record:
     # The words ask for any digit: a digit's own name already has an image.
     prompts = tuple(dict.fromkeys(prompt.replace(TARGET, "digit") for prompt in known.prompts))
     probe = fdu.Probe(TARGET, prompts, "target", judge)
-    found = {"attack": attack(denoiser, probe, latents, drawing=DRAWING).as_dict()}
-    return {"retained": None, **found, "relearning": relearn(denoiser, probe, latents, drawing=DRAWING).as_dict()}
+    lesson = Lesson(denoiser, probe, latents, DRAWING)
+    return {"retained": None, "attack": attack(lesson).as_dict(), "relearning": relearn(lesson).as_dict()}
 
 
 def write_page(results: Path, docs: Path) -> None:

@@ -1,7 +1,7 @@
-"""How the extension module ``fdu_kernels._C`` is built: one recipe for setup.py and for the build at first use.
+"""Build the extension module ``fdu_kernels._C``: one recipe for setup.py and for the build at first use.
 
-Nothing but the standard library is imported at the top, so that setup.py can run this file by itself. What cannot be
-found or built raises a BuildError, with what mends it.
+Nothing but the standard library is imported at the top, so that setup.py can run this file by itself. A missing
+tool or a failed build raises a BuildError that names the fix.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ def recipe(architectures: Sequence[str] = (), why_none: str = NO_DEVICE) -> Reci
     if _numbers(torch_version) < _numbers(OLDEST_TORCH):
         raise BuildError(f"torch {torch_version} is too old for the C++ kernels; pip install 'torch>={OLDEST_TORCH}'")
     if not (torch / "include/torch/csrc/stable/c/shim.h").is_file():
-        raise BuildError(f"torch {torch_version} in {torch} came without its C++ headers: pip install torch")
+        raise BuildError(f"torch {torch_version} in {torch} has no C++ headers: pip install torch")
     pybind11 = _find_module("pybind11", "is not installed; pip install 'pybind11>=3.0'").parent
     python = Path(sysconfig.get_path("include"))
     if not (python / "Python.h").is_file():

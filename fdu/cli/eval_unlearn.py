@@ -1,7 +1,7 @@
 """The technique ``fdu`` of eval-unlearn, a benchmark of concept erasure: it finds this class by its entry point.
 
-Written for eval-unlearn 1.1.2. Its techniques have no base class: one is made of the keys of ``technique.config`` and
-asked to ``generate`` images. So nothing of eval-unlearn is imported here, and torch and diffusers not before use.
+Written for eval-unlearn 1.1.2. Techniques there have no base class: eval-unlearn constructs one from the keys of
+``technique.config`` and calls ``generate``. So this file imports nothing from it, and torch and diffusers only on use.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from fdu.concepts import ConceptType, concept_pairs
 from fdu.config import EraseConfig
-from fdu.models.loading import (
+from fdu.storage.loading import (
     PIPELINE_FILE,
     Dtype,
     check_dtype,
@@ -119,7 +119,7 @@ def _concepts(erase_concept: str, anchor_concept: str | None, concept_type: Conc
     if not erase_concept:
         raise ValueError("erase_concept is missing; name the concept to erase, or give load_path")
     if anchor_concept is None:
-        raise ValueError("anchor_concept is missing; name what takes the place of erase_concept, or '' for nothing")
+        raise ValueError("anchor_concept is missing; name the concept that replaces erase_concept, or '' for nothing")
     concept_pairs(erase_concept, anchor_concept, concept_type)
     return erase_concept, anchor_concept
 

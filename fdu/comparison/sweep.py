@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from fdu.config import EraseConfig
-from fdu.models.loading import describe_device
+from fdu.storage.loading import describe_device
 from fdu.storage.output import to_json, write_text
 from fdu.storage.versions import versions
 from fdu.training.loop import NotFinite

@@ -1,10 +1,10 @@
-"""The subject that a model's name means, on the command line and in :func:`fdu.load_pipeline`."""
+"""The subject of a model name, for the command line and :func:`fdu.load_pipeline`."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from fdu.models.loading import check_model
+from fdu.storage.loading import check_model
 from fdu.subjects.digits.embedded import NAME, EmbeddedDigits
 from fdu.subjects.subject import Subject
 

@@ -1,13 +1,13 @@
-"""A denoiser in shards: each process keeps a share of the frozen weights, and has a block whole only while it computes.
+"""A sharded denoiser: each process holds a share of the frozen weights, and gathers a block only while it computes.
 
-FSDP 2 (torch.distributed.fsdp.fully_shard). What is trained stays whole in every process, with its gradients and
-moments: an adapter is small, and optimizer, clipping, gradient surgery and checkpoints are so those of a run without
-shards. Training averages its gradients over the processes.
+FSDP 2 (torch.distributed.fsdp.fully_shard). Trained weights stay whole in every process, with gradients and
+moments: an adapter is small, and optimizer, clipping, gradient surgery and checkpoints work as without shards. The
+training averages the gradients over the processes.
 
 Autocast keeps a copy in half precision of every float32 weight until the backward pass, which undoes the saving: load
 the pipeline in half precision, or set gradient_checkpointing.
 
-Has run on CPUs with gloo only; on GPUs the same code sends the weights through NCCL, which has not been tried.
+Tested only on CPUs with gloo; on GPUs the same code would use NCCL, which is untested.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import torch
 from accelerate.utils import parse_flag_from_env, patch_environment
 from torch import distributed, nn
 
-from fdu.config import EraseConfig
+from fdu.config import TRAIN_METHODS, EraseConfig
 
 LAUNCHER_FLAG = "ACCELERATE_USE_FSDP"
 """What accelerate's launcher sets in the environment when it is told to use FSDP."""
@@ -52,12 +52,12 @@ def check_shards(module: nn.Module, config: EraseConfig, processes: int) -> None
         return
     if processes == 1:
         raise ValueError(
-            "shard splits the denoiser between processes, and there is one; "
+            "shard splits the denoiser across processes, and there is only one; "
             "start several with accelerate launch --num_processes N, or leave shard out"
         )
-    if config.train_method == "full":
+    if TRAIN_METHODS[config.train_method].trains_whole_denoiser:
         raise ValueError(
-            "shard splits what stays frozen of the denoiser, and train_method 'full' trains all of it; "
+            f"shard splits the frozen weights, and train_method {config.train_method!r} leaves none; "
             "choose train_method 'lora', or leave shard out"
         )
     if config.compile:
@@ -112,7 +112,7 @@ def sharded(module: nn.Module, trained: Collection[nn.Parameter]) -> Iterator[No
             shards.join(group)
         except RuntimeError as error:
             raise RuntimeError(
-                f"the denoiser was in shards, and not every process gave its own back ({failure or error!r}); "
+                f"some processes did not return their shards of the denoiser ({failure or error!r}); "
                 "load the pipeline afresh"
             ) from (failure or error)
         finally:

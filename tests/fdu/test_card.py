@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -48,9 +49,9 @@ def test_the_hub_reads_the_front_matter(form: Any, relation: str, tmp_path: Path
     assert {"concept-erasure", "machine-unlearning"} <= set(data["tags"]) and ("lora" in data["tags"]) == (
         relation == "adapter"
     )
-    assert card.text.lstrip().startswith("# van gogh erased from org/base")
+    assert card.text.lstrip().startswith("# van gogh")
     assert "| van gogh | painting |" in card.text and "2509.21167" in card.text and "0.1235" in card.text
-    assert "licence and terms of use" in card.text
+    assert "org/base" in card.text and "licence" in card.text
 
 
 @pytest.mark.parametrize("form", ["lora", "kohya", "pipeline", "delta"])
@@ -64,7 +65,7 @@ def test_the_code_loads_what_was_written(form: Any, tmp_path: Path) -> None:
             tmp_path, form, pipeline, changed_weights=change_weights(pipeline, "unet", CONTEXT["sd"]), base="embedded"
         )
     page = write_card(tmp_path, form, pipeline, record("pipeline")).read_text(encoding="utf-8")
-    assert "base_model:" not in page and "the embedded pipeline of fdu" in page
+    assert "base_model:" not in page and "embedded pipeline" in page
     namespace: dict[str, Any] = {}
     exec(code_of(page).replace("path/to/this/folder", str(tmp_path)), namespace)
     inputs = torch.randn(1, 4, 8, 8), 10, torch.randn(1, 16, 64)
@@ -100,7 +101,7 @@ def test_figures_stand_in_the_card(tmp_path: Path) -> None:
     draws = Draws([torch.rand(2, 3, 16, 16) for _ in probes])
     evaluation = evaluate(draws, draws, probes)
     page = write_card(tmp_path, "lora", families.build("sd"), record(), evaluation, probes).read_text()
-    assert "| three | 100 % | 100 % |" in page and "2 images a class" in page and "Not measured" not in page
+    assert "| three | 100 % | 100 % |" in page and re.search(r"\b2 images", page) and "Not measured" not in page
     assert "Not measured" in write_card(tmp_path, "lora", families.build("sd"), record()).read_text()
 
 

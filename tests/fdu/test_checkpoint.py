@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import subprocess
 import sys
@@ -110,23 +111,23 @@ def test_latest_begins_where_there_is_none(pipeline: StableDiffusionPipeline, ru
 
 def test_another_runs_checkpoints_are_refused_before_any_work(run: dict[str, Any], tmp_path: Path) -> None:
     fdu.erase(digits.load_pipeline(), "three", "eight", **run)
-    with pytest.raises(FileExistsError, match="checkpoint_dir .* holds checkpoints of a former run.*'latest'"):
+    with pytest.raises(FileExistsError, match="checkpoint_dir.*'latest'"):
         fdu.erase(digits.load_pipeline(), "three", "eight", **run)
     again = {**run, "resume_from_checkpoint": "latest"}
-    with pytest.raises(ValueError, match=r"was made with learning_rate 0\.002, this run has 0\.1"):
+    with pytest.raises(ValueError, match=r"learning_rate 0\.002.*0\.1"):
         fdu.erase(digits.load_pipeline(), "three", "eight", **again, learning_rate=0.1)
-    with pytest.raises(ValueError, match="belongs to another run: it differs in concepts"):
+    with pytest.raises(ValueError, match="another run.*concepts"):
         fdu.erase(digits.load_pipeline(), "four", "eight", **again)
     other = digits.load_pipeline()
     with torch.no_grad():
         other.unet.conv_in.bias[0] += 1
-    with pytest.raises(ValueError, match="belongs to another run: it differs in base"):
+    with pytest.raises(ValueError, match="another run.*base"):
         fdu.erase(other, "three", "eight", **again)
-    with pytest.raises(FileNotFoundError, match="resume_from_checkpoint '.*none' holds no state.json"):
+    with pytest.raises(FileNotFoundError, match="resume_from_checkpoint.*none'.*state.json"):
         fdu.erase(digits.load_pipeline(), "three", "eight", **{**run, "resume_from_checkpoint": str(tmp_path / "none")})
     newest = tmp_path / "kept" / "checkpoint-6" / "state.safetensors"
     newest.write_bytes(newest.read_bytes()[:1000])
-    with pytest.raises(ValueError, match="checkpoint '.*checkpoint-6' cannot be read .*name an older one"):
+    with pytest.raises(ValueError, match="checkpoint-6'.*older"):
         fdu.erase(digits.load_pipeline(), "three", "eight", **again)
     older = {**run, "resume_from_checkpoint": str(tmp_path / "kept" / "checkpoint-4")}
     assert len(fdu.erase(digits.load_pipeline(), "three", "eight", **older).history["loss"]) == 6
@@ -155,7 +156,7 @@ def test_a_full_disk_costs_the_checkpoint_and_not_the_run(
     monkeypatch.setattr(checkpoint_file, "save_file", full)
     result = fdu.erase(pipeline, "three", "eight", **run)
     assert len(result.history["loss"]) == 6
-    assert "checkpoint after step 4 could not be written ([Errno 28] No space left on device); going on" in caplog.text
+    assert re.search("step 4.*No space left on device", caplog.text)
     assert sorted(path.name for path in (tmp_path / "kept").glob("*checkpoint*")) == ["checkpoint-2", "checkpoint-6"]
 
 
@@ -171,7 +172,7 @@ def test_a_loss_that_is_not_finite_keeps_the_last_good_state(
 
     monkeypatch.setattr(loop.Training, "_step", broken)
     before = {name: tensor.clone() for name, tensor in pipeline.unet.state_dict().items()}
-    with pytest.raises(RuntimeError, match=r"the loss became nan at step 4;.*last good state is in '.*checkpoint-4'"):
+    with pytest.raises(RuntimeError, match="nan at step 4.*checkpoint-4'"):
         fdu.erase(pipeline, "three", "eight", **run)
     assert all(torch.equal(tensor, before[name]) for name, tensor in pipeline.unet.state_dict().items())
     assert [path.name for path in Checkpoints(tmp_path / "kept", 2, {}).all()][-1] == "checkpoint-4"

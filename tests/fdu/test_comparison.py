@@ -220,7 +220,7 @@ def test_results_tell_what_is_missing(made: Path) -> None:
     more = dataclasses.replace(PLAN, seeds=(0, 1))
     results = read_results(more, made / RUNS)
     assert results.missing == 2 and results.sample.seeds == 1
-    with pytest.raises(ValueError, match="nothing to compare yet: no seed of all, 0 of 2 records are there"):
+    with pytest.raises(ValueError, match="0 of 2 records"):
         read_results(dataclasses.replace(PLAN, seeds=(5,)), made / RUNS)
 
 
@@ -240,7 +240,7 @@ def test_records_of_several_places_are_told(made: Path, tmp_path: Path) -> None:
     assert results.conditions["versions"]["peft"].endswith("; none")
     assert describe(results)["mixed"] == ["device", "torch", "peft"]
     write_page(tmp_path, results, "balanced", notes=["Last."])
-    assert "made under one condition (device, torch, peft)" in (tmp_path / "comparison.html").read_text()
+    assert "(device, torch, peft)" in (tmp_path / "comparison.html").read_text()
 
 
 def test_a_target_that_the_model_hardly_draws_has_no_winner(made: Path, tmp_path: Path) -> None:
@@ -250,7 +250,7 @@ def test_a_target_that_the_model_hardly_draws_has_no_winner(made: Path, tmp_path
                 one["hits"] = "00"
 
     for found in read_results(PLAN, changed(made, tmp_path, unseen)).recommendations.values():
-        assert found.headline == "Nothing to recommend: before the erasure 'three' was drawn in 0 % of its images only"
+        assert not found.usable and "'three'" in found.headline and "0 %" in found.headline
 
 
 class _Reader(html.parser.HTMLParser):
@@ -281,15 +281,14 @@ def test_the_page_stands_alone_and_says_what_was_found(tmp_path: Path) -> None:
     assert reader.links == [] and "script" not in reader.tags and "url(" not in page
     words = re.sub(r"\s+", " ", " ".join(reader.words))
     for part in (
-        "Take squared_hellinger, s0 1.",
+        results.recommendations["balanced"].headline,
         "90.0 (",
-        "trains the same as kl, reverse_kl",
-        "3 runs are still to be made",
+        "kl, reverse_kl",
+        "3 runs",
         "a run: the loss became nan",
         "fdu compare <all>",
         "fdu erase it",
         "Read <this>.",
-        "preservation: take squared_hellinger",
         "By alpha, s0 1",
     ):
         assert part in words, part
@@ -321,15 +320,16 @@ def test_charts_put_points_where_they_belong() -> None:
     (first, second, third) = list(places)
     assert first[0] < second[0] and first[1] < second[1]  # further right, and lower
     assert places[first] != "none" and places[second] != "none" and places[third] == "none"  # dominated, so hollow
-    assert "On the front: mse, s0 1; kl, s0 1" in str(root.get("aria-label"))
+    assert "mse, s0 1; kl, s0 1" in str(root.get("aria-label"))
     curve = Curve("left & right", [(20, results.standings[0].erased), (80, results.standings[1].erased)], COLOURS[0])
     label = ElementTree.fromstring(curve_chart([curve], "steps", "share (%)", whole=True)).get("aria-label")
     assert "left & right: 20: 25.0 % (" in str(label)
 
 
 def test_one_candidate_makes_a_page_too(tmp_path: Path) -> None:
-    write_page(tmp_path, results_of({"mse": (0.5, 1.0)}), "erasure")
-    assert "Only mse, s0 1 was run" in (tmp_path / "comparison.html").read_text()
+    results = results_of({"mse": (0.5, 1.0)})
+    write_page(tmp_path, results, "erasure")
+    assert results.recommendations["erasure"].headline in (tmp_path / "comparison.html").read_text()
     assert table(results_of({"mse": (0.5, 1.0)}).standings).count("\n") == 3
 
 
@@ -341,13 +341,13 @@ def test_a_folder_goes_on_only_with_its_own_settings(tmp_path: Path) -> None:
     check_folder(folder, PLAN)
     check_folder(folder, dataclasses.replace(PLAN, candidates=(Candidate("le_cam", 4.0),), seeds=(0, 1, 2, 3)))
     other = dataclasses.replace(PLAN, base=dataclasses.replace(PLAN.base, max_train_steps=60))
-    with pytest.raises(FileExistsError, match="holds a comparison with max_train_steps 3, not 60; choose another"):
+    with pytest.raises(FileExistsError, match="max_train_steps 3, not 60"):
         check_folder(folder, other)
-    with pytest.raises(FileExistsError, match="holds a comparison with pairs"):
+    with pytest.raises(FileExistsError, match="pairs"):
         check_folder(folder, dataclasses.replace(PLAN, pairs=(("red", "blue"),)))
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.tex").write_text("mine")
-    with pytest.raises(FileExistsError, match="holds 'thesis.tex' and no comparison.json of a comparison"):
+    with pytest.raises(FileExistsError, match="'thesis.tex'.*no comparison.json"):
         check_folder(tmp_path / "full", PLAN)
 
 
@@ -362,20 +362,20 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     given = [*COMPARE, "--s0", "1", "10", "--seeds", "1", "--images_per_class", "2", "--workers", "1"]
     assert main([*given, *quick]) == cli.OK
     output = capsys.readouterr().out
-    assert "kl trains the same model as mse and is not run again." in output
+    assert re.search("kl .*same .*mse", output)
     assert "3/3 three_eight_divergence=mse_s0=10_seed=0" in output
-    assert "Nothing to recommend yet" in output and "to make it" not in output  # hardly trained
+    assert "Nothing to recommend" in output and "fdu erase" not in output  # hardly trained
     folder = Path("out")
     assert {path.name for path in folder.iterdir()} >= {"comparison.html", "comparison.md", "comparison.json", RUNS}
     record = json.loads((folder / "comparison.json").read_text())
     assert len(record["results"]["candidates"]) == 2 and record["command"].startswith("fdu compare embedded")
     monkeypatch.setattr(runs_file, "erase", None)  # all is there
-    assert "What is recommended" not in (folder / "comparison.html").read_text()
+    assert "fdu erase" not in (folder / "comparison.html").read_text()
     monkeypatch.setattr("fdu.comparison.recommendation.HARDLY", 0.0)
     assert main([*given, *quick, "--prefer", "erasure"]) == cli.OK
     output = capsys.readouterr().out
-    assert "For erasure" in output
-    assert "to make it: fdu erase embedded --target three --anchor eight --divergence" in output
+    assert "erasure" in output
+    assert "fdu erase embedded --target three --anchor eight --divergence" in output
 
 
 def test_the_erasure_to_make_is_the_one_that_was_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -432,19 +432,19 @@ def test_other_models_are_judged_by_clip(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"--divergences": "--judge", "mse,kl": "org/clip"}, "judge: the embedded pipeline has its own"),
-        ({"--divergences": "--prompts", "mse,kl": "monet"}, "prompts: the embedded pipeline has its own"),
-        ({"embedded": "org/model", "--divergences": "--prompts", "mse,kl": "monet"}, "is the set of 'monet'"),
-        ({"--divergences": "--judged_inference_steps", "mse,kl": "0"}, "judged_inference_steps must be >= 1"),
-        ({"mse,kl": "mse,helinger"}, "unknown divergence 'helinger'"),
-        ({"three": "eleven"}, "target must be a digit"),
-        ({"out": "."}, "working or the home folder"),
-        ({"--divergences": "--alpha", "mse,kl": "-1:2"}, "alpha must be low:high:count"),
-        ({"--divergences": "--seeds", "mse,kl": "0"}, "seeds must be >= 1"),
-        ({"--divergences": "--workers", "mse,kl": "0"}, "workers must be >= 1"),
-        ({"--divergences": "--s0", "mse,kl": "-1"}, "s0 must be a finite number > 0"),
-        ({"--divergences": "--learning_rate", "mse,kl": "-1"}, "learning_rate must be a finite number > 0"),
-        ({"--divergences": "--images_per_class", "mse,kl": "1"}, "images_per_class must be >= 2"),
+        ({"--divergences": "--judge", "mse,kl": "org/clip"}, "judge.*embedded"),
+        ({"--divergences": "--prompts", "mse,kl": "monet"}, "prompts.*embedded"),
+        ({"embedded": "org/model", "--divergences": "--prompts", "mse,kl": "monet"}, "'monet'"),
+        ({"--divergences": "--judged_inference_steps", "mse,kl": "0"}, "judged_inference_steps.*>= 1"),
+        ({"mse,kl": "mse,helinger"}, "divergence 'helinger'"),
+        ({"three": "eleven"}, "target.*digit"),
+        ({"out": "."}, "home folder"),
+        ({"--divergences": "--alpha", "mse,kl": "-1:2"}, "alpha.*low:high:count"),
+        ({"--divergences": "--seeds", "mse,kl": "0"}, "seeds.*>= 1"),
+        ({"--divergences": "--workers", "mse,kl": "0"}, "workers.*>= 1"),
+        ({"--divergences": "--s0", "mse,kl": "-1"}, "s0.*> 0"),
+        ({"--divergences": "--learning_rate", "mse,kl": "-1"}, "learning_rate.*> 0"),
+        ({"--divergences": "--images_per_class", "mse,kl": "1"}, "images_per_class.*>= 2"),
     ],
 )
 def test_the_command_refuses_before_any_work(
@@ -459,7 +459,7 @@ def test_the_command_refuses_before_any_work(
     monkeypatch.setattr(digits, "load_pipeline", None)
     assert main([change.get(word, word) for word in COMPARE]) == cli.USAGE
     output = capsys.readouterr()
-    assert message in output.err and output.err.count("\n") == 1 and output.out == ""
+    assert re.search(message, output.err) and output.err.count("\n") == 1 and output.out == ""
     assert not list(Path().iterdir())
 
 

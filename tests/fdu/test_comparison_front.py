@@ -93,7 +93,7 @@ def test_rounding_decides_no_front() -> None:
 
 def test_a_class_of_one_image_is_refused() -> None:
     found = {("three", Candidate("mse"), 0): (Judged("target", "three", (True,)), *judged(0, 1)[2:])}
-    with pytest.raises(ValueError, match="runs has 1 image of 'three'; draw at least 2 of every class"):
+    with pytest.raises(ValueError, match="1 image.*'three'.*2"):
         Sample(found, [Candidate("mse")])
 
 
@@ -171,7 +171,7 @@ def test_targets_count_alike() -> None:
 def test_only_seeds_that_every_candidate_has_are_compared() -> None:
     found, (one, other) = runs({"mse": (0.5, 1.0), "kl": (0.9, 1.0)})
     del found["three", other, 2]
-    with pytest.raises(ValueError, match=r"lacks 'three' with kl, s0 1, seed 2; give complete\(\) ones"):
+    with pytest.raises(ValueError, match="'three'.*kl, s0 1, seed 2"):
         Sample(found, [one, other])
     whole = complete(found, [one, other])
     assert {seed for _, _, seed in whole} == {0, 1}

@@ -30,7 +30,7 @@ def test_alpha_is_a_grid_with_its_limits() -> None:
 
 @pytest.mark.parametrize("text", ["-1:2", "a:b:c", "0:1:2.5", "2:-1:7", "0:1:0", "0:1:1", "1:1:2"])
 def test_other_alphas_are_refused(text: str) -> None:
-    with pytest.raises(ValueError, match="alpha must be low:high:count, as in -1:2:7"):
+    with pytest.raises(ValueError, match="alpha.*low:high:count"):
         read_alpha(text)
 
 
@@ -87,19 +87,19 @@ def test_what_cannot_be_compared_is_refused() -> None:
     for name in ("pairs", "candidates", "seeds"):
         with pytest.raises(ValueError, match=f"{name} is empty"):
             comparison(**{name: ()})
-    with pytest.raises(ValueError, match="candidates names one thing twice"):
+    with pytest.raises(ValueError, match="candidates.*duplicate"):
         comparison(candidates=(Candidate("mse"), Candidate("mse")))
-    with pytest.raises(ValueError, match="s0 has several values but sigma is a number"):
+    with pytest.raises(ValueError, match="s0.*sigma"):
         comparison(candidates=(Candidate("mse", 1.0), Candidate("mse", 2.0)), base=EraseConfig(sigma=0.1))
-    with pytest.raises(ValueError, match="s0 must be a finite number > 0"):
+    with pytest.raises(ValueError, match="s0.*> 0"):
         comparison(candidates=(Candidate("mse", -1.0),))
     with pytest.raises(ValueError, match="unknown divergence"):
         comparison(candidates=(Candidate("helinger"),))
     with pytest.raises(ValueError, match="two runs"):
         comparison(pairs=(("a b", "c"), ("a?b", "c")))
-    with pytest.raises(ValueError, match=r"images_per_class must be >= 2, since one image says nothing .*, got 1"):
+    with pytest.raises(ValueError, match="images_per_class.*>= 2.*1"):
         comparison(drawing=Drawing(images_per_class=1))
-    with pytest.raises(ValueError, match="images_of_target must be >= 2"):
+    with pytest.raises(ValueError, match="images_of_target.*>= 2"):
         comparison(drawing=Drawing(images_of_target=1))
 
 

@@ -5,7 +5,10 @@ from __future__ import annotations
 import base64
 import dataclasses
 import io
+import itertools
 import json
+import math
+import re
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -19,7 +22,10 @@ import fdu
 from fdu.comparison.page import write_page
 from fdu.evaluation import Sampling
 from fdu.evaluation.features import Features
+from fdu.evaluation.robustness.holding import judge_robustness
+from fdu.evaluation.verdict import judge
 from fdu.report import Conditions, EvaluatedRun, check_record, check_run, make_report, render, write_report
+from fdu.report.charts import training_charts
 
 VOID = {"meta", "img", "br", "rect", "line", "polyline", "polygon", "link", "input", "hr"}
 
@@ -124,24 +130,24 @@ def test_images_decode_and_are_described(tmp_path: Path) -> None:
         data = (image["src"] or "").removeprefix("data:image/png;base64,")
         picture = Image.open(io.BytesIO(base64.b64decode(data, validate=True)))
         assert picture.size == (8 * 16 + 7 * 2, 16)
-    assert images[0]["alt"] == "8 images drawn for three before the erasure; the judge saw three 8 times"
-    assert images[1]["alt"] == "8 images drawn for three after the erasure; the judge saw eight 8 times"
+    for image, side, seen in zip(images, ("before", "after"), ("three", "eight"), strict=False):
+        assert re.search(rf"\b8\b.*three.*{side}.*{seen}.*\b8\b", image["alt"] or "")
 
 
 def test_verdict_figures_course_settings_and_command(tmp_path: Path) -> None:
     page = make_page(tmp_path, command="fdu demo --seed 7", device="cpu: fast", notes=["Digits, CC BY 4.0."])
+    verdict = judge(fdu.evaluate(make_draws(0.1, 0.5, 0.9), make_draws(0.5, 0.5, 0.9), PROBES), PROBES)
+    assert verdict.erased == "erased" and verdict.kept
     for words in (
-        "three was erased, and the rest was kept.",
-        "Concept erasure: three → eight",
-        "drew it in 100 % of 10 images before and in 0 % after",
+        *(part for part in (verdict.headline, *verdict.sentences)),
+        "three → eight",
         "retained (2 classes) 100 % 83\u2013100 % 100 % 83\u2013100 % 0 ",
         "fdu demo --seed 7",
         "cpu: fast",
         "torch 9.9.9",
-        "duration of the erasure 12.5 s",
-        "fingerprint of the base weights 0123456789abcdef",
+        "12.5 s",
+        "0123456789abcdef",
         "fdu erase org/model --target three",
-        "How far the images moved",
         "Digits, CC BY 4.0.",
     ):
         assert words in page.text
@@ -149,6 +155,22 @@ def test_verdict_figures_course_settings_and_command(tmp_path: Path) -> None:
     assert [label.split()[0] for label in labels if label] == ["Divergence", "Distance", "Preservation"]
     for line in page.all("polyline"):
         assert len((line["points"] or "").split()) == 4
+
+
+@pytest.mark.parametrize("start", [1e17, 1e2])
+def test_a_curve_that_starts_far_above_the_rest_has_a_logarithmic_axis(start: float) -> None:
+    (chart,) = training_charts({"divergence": [start, 1e-2, 1e-3, 0.0, 1e-4, float("nan")]})
+    labels = [float(label) for _, label in chart.y_ticks]
+    assert labels[-1] == start and labels[0] > 0 and 2 <= len(labels) <= 7
+    assert len({round(math.log10(high / low), 6) for low, high in itertools.pairwise(labels)}) == 1
+    heights = [float(point.partition(",")[2]) for point in chart.lines[0].points.split()]
+    assert len(heights) == 5 and heights[0] == 10 and heights[3] == 160
+    assert heights[:3] == sorted(heights[:3]) and heights[1] < heights[2] < 160
+
+
+def test_a_curve_of_one_value_among_zeros_has_an_axis() -> None:
+    (chart,) = training_charts({"divergence": [0.0, 1.0, 0.0, 0.0]})
+    assert [label for _, label in chart.y_ticks] == ["0.1", "1"]
 
 
 class Brightness(Features):
@@ -172,14 +194,12 @@ def test_every_figure_is_shown(tmp_path: Path) -> None:
     for words in (
         "before after difference",
         f"three 100 % 72\u2013100 % 0 % 0\u201328 % {minus}100 {minus}100 to {minus}",
-        "its interval comes from images in pairs",
-        "UA unlearning accuracy: images of the target in which the judge sees something else 100 % 72\u2013100 %",
-        "IRA in-domain retain accuracy: images of its neighbours that show what was asked for 100 % 83\u2013100 %",
         "CLIP score before CLIP score after CLIP score, difference KID CMMD perceptual pixels",
         "the target 0.276 0.28 to 0.28 1.77 1.8 to 1.8 1.49 1.5 to 1.5 0.85",
-        "The CLIP score says how well images fit",
     ):
         assert words in page.text
+    assert re.search("UA .{,150} 100 % 72\u2013100 %", page.text)
+    assert re.search("IRA .{,150} 100 % 83\u2013100 %", page.text)
     assert "CRA" not in page.text
     assert "CLIP" not in make_page(tmp_path).text
 
@@ -208,13 +228,14 @@ def test_a_run_of_an_earlier_version_is_read(tmp_path: Path) -> None:
         metrics.pop(name)
     (folder / "metrics.json").write_text(json.dumps(metrics))
     text = Page(make_report(folder).read_text(encoding="utf-8")).text
-    assert "The evaluation device cpu Settings" in text
+    assert "device cpu Settings" in text
     assert "before after three" in text and "UnlearnCanvas" not in text and "percentage points" not in text
 
 
 def test_base_weights_without_a_fingerprint(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "run", record=make_record() | {"fingerprint": None})
-    assert "fingerprint of the base weights not known" in Page(make_report(folder).read_text(encoding="utf-8")).text
+    text = Page(make_report(folder).read_text(encoding="utf-8")).text
+    assert re.search("fingerprint .{,30}unknown", text)
 
 
 @pytest.mark.parametrize(
@@ -222,15 +243,15 @@ def test_base_weights_without_a_fingerprint(tmp_path: Path) -> None:
     [
         ([["three", "painting"], ["five", "painting"]], "three → painting", ""),
         ([["Three", ""]], "three → nothing", ""),
-        ([["five", "eight"]], "three", "The weights erased five, not three."),
-        ([["five", "eight"], ["red", "black"]], "three", "The weights erased five and red, not three."),
+        ([["five", "eight"]], "three", "five.*not three"),
+        ([["five", "eight"], ["red", "black"]], "three", "five and red.*not three"),
     ],
 )
 def test_the_heading_is_that_of_the_judged_target(tmp_path: Path, concepts: Any, heading: str, words: str) -> None:
     joined = {"name": "five, red", "prompts": []}
     page = make_page(tmp_path, record=make_record() | {"concepts": concepts, "target": joined, "anchor": joined})
-    assert f"Concept erasure: {heading} three was erased, and the rest was kept. {words}" in page.text
-    assert words or "The weights erased" not in page.text
+    assert re.search(f"{heading} three [^.]* erased [^.]*[.] .{{,30}}{words}", page.text)
+    assert bool(words) == ("not three" in page.text)
 
 
 def test_a_record_is_checked() -> None:
@@ -238,7 +259,7 @@ def test_a_record_is_checked() -> None:
     for wrong, message in (
         ({"history": {"loss": ["x"]}}, r"here\.history\.loss\[0\] is wrong: 'x'"),
         ({"concepts": [["three"]]}, r"here\.concepts\[0\] must hold 2 entries, got 1"),
-        ({"sigma": None}, r"here\.sigma is missing or wrong"),
+        ({"sigma": None}, r"here\.sigma .*missing or wrong"),
     ):
         with pytest.raises(ValueError, match=message):
             check_record(make_record() | wrong, "here")
@@ -280,7 +301,10 @@ def test_the_page_of_a_comparison_is_whole_and_has_no_charts_of_a_former_one(
 
 def test_a_failure_is_told(tmp_path: Path) -> None:
     page = make_page(tmp_path, after=make_draws(0.1, 0.1, 0.9))
-    assert "three was not erased, and eight broke." in page.text
+    headline = judge(
+        fdu.evaluate(make_draws(0.1, 0.5, 0.9), make_draws(0.1, 0.1, 0.9), PROBES), PROBES
+    ).headline  # fmt: skip
+    assert "not erased" in headline and "eight" in headline and headline in page.text
 
 
 def test_changed_settings_are_marked(tmp_path: Path) -> None:
@@ -298,13 +322,14 @@ def test_what_comes_from_outside_is_escaped(tmp_path: Path) -> None:
 
 def test_without_a_record(tmp_path: Path) -> None:
     page = make_page(tmp_path, record=None)
-    assert "The course of the training" not in page.text and "Settings" not in page.text
-    assert "three was erased" in page.text
+    assert "Divergence" not in str(page.all("svg")) and "Settings" not in page.text
+    assert "three is probably erased" in page.text
 
 
 def test_before_any_step(tmp_path: Path) -> None:
     record = make_record() | {"history": {"loss": [], "divergence": [], "preservation": [], "distance": []}}
-    assert "The course of the training" not in make_page(tmp_path, record=record).text
+    assert "Divergence" in str(make_page(tmp_path).all("svg"))
+    assert "Divergence" not in str(make_page(tmp_path, record=record).all("svg"))
 
 
 def test_tables_have_heads(tmp_path: Path) -> None:
@@ -316,7 +341,7 @@ def test_tables_have_heads(tmp_path: Path) -> None:
 def test_draws_of_other_probes_are_refused(tmp_path: Path) -> None:
     draws = make_draws(0.1, 0.5, 0.9)
     evaluation = fdu.evaluate(draws, draws, PROBES)
-    with pytest.raises(ValueError, match="images of 3 probes, got 3 and 1"):
+    with pytest.raises(ValueError, match="3 probes.*3 and 1"):
         EvaluatedRun.of(evaluation, PROBES, draws, make_draws(0.1))
     assert not list(tmp_path.iterdir())
 
@@ -364,16 +389,15 @@ def found(after: float) -> dict[str, Any]:
 def test_robustness_is_told_and_drawn(tmp_path: Path) -> None:
     page = make_page(tmp_path, robustness=found(0.97))
     for words in (
-        "It holds against other words, but not against an attack with the weights and relearning.",
+        judge_robustness(found(0.97), "three").headline,
         "slips 100 % 90\u2013100 % 0 % 0\u201310 % a <b>thre (50 %)",
-        "moves 4 embeddings of the prompt",
-        "of 2 attempts the one with the lowest loss counts",
-        "trains lora on 32 images of three",
     ):
         assert words in page.text
+    for words in ("4 embeddings", "2 attempts", "lora .*32 images of three"):
+        assert re.search(words, page.text)
     labels = [svg["aria-label"] or "" for svg in page.all("svg") if svg.get("role") == "img"]
-    assert labels[0].startswith("Attack on the conditioning. before the erasure: 0 % after 0, 10 % after 10")
-    assert labels[1] == "Relearning. erased: 0 % after 0, 40 % after 5, 90 % after 80 steps"
+    assert re.search("Attack.*before.*[^0-9]0 % after 0, 10 % after 10", labels[0])
+    assert re.search("Relearning.*[^0-9]0 % after 0, 40 % after 5, 90 % after 80 steps", labels[1])
     bands = [polygon["points"] or "" for polygon in page.all("polygon")]
     assert [len(band.split()) for band in bands] == [6, 6]
     looks = [line["class"] for line in page.all("polyline")][:4]
@@ -422,14 +446,14 @@ def test_a_run_keeps_what_a_png_can_hold(tmp_path: Path) -> None:
 
 def test_folders_of_which_no_report_can_be_made(tmp_path: Path) -> None:
     refusals: list[tuple[dict[str, str], type[Exception], str]] = [
-        ({"file": ""}, FileNotFoundError, "holds no metrics.json; give the folder"),
-        ({"fdu.json": "{}"}, FileNotFoundError, "that nobody has judged; first `fdu evaluate BASE"),
+        ({"file": ""}, FileNotFoundError, "no metrics.json"),
+        ({"fdu.json": "{}"}, FileNotFoundError, "`fdu evaluate BASE"),
         ({"metrics.json": "{"}, ValueError, "is not valid JSON"),
-        ({"metrics.json": "[1]"}, ValueError, "is not an evaluation of fdu"),
+        ({"metrics.json": "[1]"}, ValueError, "not an evaluation"),
         (
             {"metrics.json": '{"before": {}, "after": {}, "target": "x", "images_per_class": 1}'},
             ValueError,
-            "by an earlier version of fdu",
+            "earlier version",
         ),
     ]
     for number, (contents, error, message) in enumerate(refusals):
@@ -439,12 +463,12 @@ def test_folders_of_which_no_report_can_be_made(tmp_path: Path) -> None:
             (folder / name).write_text(text)
         with pytest.raises(error, match=message):
             check_run(folder)
-    with pytest.raises(FileNotFoundError, match="is no folder"):
+    with pytest.raises(FileNotFoundError, match="not a folder"):
         check_run(tmp_path / "none")
     folder = make_run(tmp_path / "run")
     check_run(folder)
     (folder / "images/00-target-three-before.png").unlink()
-    with pytest.raises(FileNotFoundError, match="00-target-three-before.png' is missing"):
+    with pytest.raises(FileNotFoundError, match="00-target-three-before.png.*missing"):
         make_report(folder)
     assert not (folder / "report.html").exists()
 
@@ -459,30 +483,30 @@ def spoilt(metrics: dict[str, Any], place: str, value: Any) -> None:
 @pytest.mark.parametrize(
     ("place", "value", "message"),
     [
-        ("probes/1/group", "far", r"probes\[1\]\.group is none of near, generic, unrelated: 'far'"),
-        ("probes/1/role", "x", r"probes\[1\]\.role is none of"),
-        ("probes/1/seen/after", [], r"for 'eight' must be 8 before and after, got \[8, 0\]"),
-        ("probes/1/seen/after", ["eight"] * 5, r"must be 8 before and after, got \[8, 5\]"),
+        ("probes/1/group", "far", r"probes\[1\]\.group .*near, generic, unrelated.*'far'"),
+        ("probes/1/role", "x", r"probes\[1\]\.role"),
+        ("probes/1/seen/after", [], r"'eight'.*8.*\[8, 0\]"),
+        ("probes/1/seen/after", ["eight"] * 5, r"8.*\[8, 5\]"),
         ("probes/1/name", "ninety", "per_class lacks 'ninety'"),
-        ("probes", [], "exactly one with role 'target'"),
-        ("images_per_class", 0, "must be 0 before and after"),
+        ("probes", [], "one .*'target'"),
+        ("images_per_class", 0, " 0 before and after"),
         ("after/target_became", {"three": "<b>x"}, r"after\.target_became\.three is wrong: '<b>x'"),
-        ("after/target_accuracy", None, r"a share is not in \[0, 1\]"),
-        ("after/per_class/eight", 7, r"a share is not in \[0, 1\]"),
+        ("after/target_accuracy", None, r"share.*\[0, 1\]"),
+        ("after/per_class/eight", 7, r"share.*\[0, 1\]"),
         ("after/intervals", {"target_accuracy": [0]}, "must hold 2 entries, got 1"),
-        ("after/retained_by_group", {}, "retained_by_group does not hold the same"),
-        ("after/cross_domain_accuracy", 0.5, "cross_domain_accuracy does not fit the probes"),
+        ("after/retained_by_group", {}, "retained_by_group"),
+        ("after/cross_domain_accuracy", 0.5, "cross_domain_accuracy"),
         ("before", 3, "before is wrong: 3"),
-        ("record", {"anchor": {"name": "a"}}, r"record\.target\.name is missing or wrong"),
+        ("record", {"anchor": {"name": "a"}}, r"record\.target\.name .*missing or wrong"),
         ("record/history", {"loss": 3}, r"record\.history\.loss is wrong: 3"),
-        ("record/target/prompts", None, r"record\.target\.prompts is missing or wrong"),
+        ("record/target/prompts", None, r"record\.target\.prompts .*missing or wrong"),
         ("notes", [3], r"notes\[0\] is wrong: 3"),
-        ("robustness/relearning/course", [], "course must begin"),
-        ("robustness/attack/chosen", 2, "chosen must be one of 2 attempts"),
-        ("robustness/attack/config/tokens", 0, "tokens must be a whole number"),
+        ("robustness/relearning/course", [], "course"),
+        ("robustness/attack/chosen", 2, "chosen.*2 attempts"),
+        ("robustness/attack/config/tokens", 0, "tokens.*whole number"),
         ("robustness/phrasings/slips/by_prompt", {}, "by_prompt must hold"),
         ("robustness/phrasings/slips/after/value", "1", r"slips\.after\.value is wrong: '1'"),
-        ("robustness/phrasings/slips/after/value", 2, r"a share must be in \[0, 1\], got 2"),
+        ("robustness/phrasings/slips/after/value", 2, r"share.*\[0, 1\].*2"),
     ],
 )
 def test_metrics_of_others_are_refused_by_their_place(tmp_path: Path, place: str, value: Any, message: str) -> None:
@@ -490,7 +514,7 @@ def test_metrics_of_others_are_refused_by_their_place(tmp_path: Path, place: str
     metrics = json.loads((folder / "metrics.json").read_text())
     spoilt(metrics, place, value)
     (folder / "metrics.json").write_text(json.dumps(metrics))
-    with pytest.raises(ValueError, match=r"metrics\.json' is not what this version of fdu writes \(.*" + message):
+    with pytest.raises(ValueError, match=r"metrics\.json'.*\(.*" + message):
         make_report(folder)
     assert not (folder / "report.html").exists()
 
@@ -505,7 +529,7 @@ def test_images_of_others_are_refused(tmp_path: Path, kind: str, monkeypatch: py
         monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     else:
         Image.new("RGB", (8 * 16, 300) if kind == "tall" else (8 * 16 + 1, 16)).save(path)
-    with pytest.raises(ValueError, match="is not the strip of images that fdu wrote"):
+    with pytest.raises(ValueError, match="00-target-three-before.png.*strip of images"):
         make_report(folder)
 
 
@@ -520,4 +544,4 @@ def test_groups_have_headings_of_their_own(tmp_path: Path) -> None:
         tmp_path / "report.html", EvaluatedRun.of(fdu.evaluate(draws, draws, probes), probes, draws, draws)
     )
     text = Page(path.read_text(encoding="utf-8")).text
-    assert "Its neighbours, to be kept eight" in text and "everyday subjects, to be kept nine" in text
+    assert re.search("neighbours.{,20} eight", text) and re.search("everyday subjects.{,20} nine", text)

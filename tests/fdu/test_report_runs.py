@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -47,10 +48,9 @@ def evaluate(erased: Path, out: Path, *more: str, images: int = IMAGES) -> Page:
 
 def test_a_run_of_no_step_did_not_erase(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     page = evaluate(runs / "idle", tmp_path / "judged")
-    assert "three was not erased; the rest was kept." in page.text
-    assert f"drew it in 100 % of {IMAGES} images before and in 100 % after" in page.text
-    assert "The course of the training" not in page.text
-    assert "three was not erased; the rest was kept." in capsys.readouterr().out
+    assert "three is not erased" in page.text and "three is not erased" in capsys.readouterr().out
+    assert re.search(rf"100 % of {IMAGES} images before.{{,40}}100 % after", page.text)
+    assert not [svg for svg in page.all("svg") if (svg.get("aria-label") or "").startswith("Divergence")]
     metrics = json.loads((tmp_path / "judged/metrics.json").read_text())
     assert set(metrics["change"].values()) == {0.0}
     assert metrics["record"]["command"].startswith("fdu erase embedded --target three")
@@ -64,15 +64,15 @@ def test_a_run_of_no_step_did_not_erase(runs: Path, tmp_path: Path, capsys: pyte
 def test_a_run_that_broke_its_neighbours(runs: Path, tmp_path: Path) -> None:
     page = evaluate(runs / "trampled", tmp_path / "judged", images=4)  # fewer could not tell whether it erased
     headline = page.text.partition("three → eight")[2].partition(".")[0]
-    assert "three was erased, but" in headline and "broke" in headline
-    assert "It broke " in page.text and "more" in page.text
-    assert "fingerprint of the base weights" in page.text and "The course of the training" in page.text
+    assert "three" in headline and "erased" in headline and "but" in headline
+    assert re.search(r"\(\d+ % before, \d+ % after\)", page.text)
+    assert "fingerprint" in page.text
+    assert [svg for svg in page.all("svg") if (svg.get("aria-label") or "").startswith("Divergence")]
 
 
 def test_a_wrong_target(runs: Path, tmp_path: Path) -> None:
     page = evaluate(runs / "trampled", tmp_path / "judged", "--target", "five")
-    assert "Concept erasure: five" in page.text and "five →" not in page.text
-    assert "The weights erased three, not five. Asked for five" in page.text
+    assert "five →" not in page.text and re.search("three, not five", page.text)
     assert json.loads((tmp_path / "judged/metrics.json").read_text())["anchor"] is None
 
 
@@ -91,9 +91,9 @@ def test_an_evaluation_with_robustness(runs: Path, tmp_path: Path, monkeypatch: 
     (tmp_path / "sets").mkdir()
     (tmp_path / "sets/mine.txt").write_text("a {}\n", encoding="utf-8")
     page = evaluate(runs / "idle", tmp_path / "judged", "--robustness", "--phrasings", str(tmp_path / "sets"))
-    assert "Does it hold?" in page.text and "mine" in page.text
+    assert "Robustness" in page.text and "mine" in page.text
     labels = [svg["aria-label"] or "" for svg in page.all("svg") if svg.get("role") == "img"]
-    assert [label.partition(".")[0] for label in labels] == ["Attack on the conditioning", "Relearning"]
+    assert [label.partition(".")[0] for label in labels] == ["Attack on the embeddings", "Relearning"]
     found = json.loads((tmp_path / "judged/metrics.json").read_text())["robustness"]
     assert found.keys() == {"phrasings", "attack_before", "attack", "relearning"}
 
@@ -107,13 +107,13 @@ def test_report_and_robustness_refuse_before_any_work(
     (tmp_path / "damaged/pytorch_lora_weights.safetensors").touch()
     refusals = [
         (["evaluate", "embedded", str(tmp_path / "damaged")], "record.history.loss[0] is wrong: 'x'"),
-        (["report", str(tmp_path / "none")], "is no folder"),
-        (["report", str(runs / "idle")], "holds an erasure that nobody has judged"),
+        (["report", str(tmp_path / "none")], "not a folder"),
+        (["report", str(runs / "idle")], "fdu evaluate"),
         (
             ["evaluate", "embedded", str(runs / "idle"), "--phrasings", "x"],
-            "phrasings belongs to the tests",
+            "--robustness",
         ),
-        (["evaluate", "embedded", str(runs / "idle"), "--robustness", "--phrasings", "x"], "no folder with .txt files"),
+        (["evaluate", "embedded", str(runs / "idle"), "--robustness", "--phrasings", "x"], ".txt files"),
     ]
     capsys.readouterr()
     for arguments, message in refusals:

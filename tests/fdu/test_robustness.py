@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from fdu.evaluation.robustness import (
     AttackConfig,
     Examination,
     JudgedSampling,
+    Lesson,
     RelearningConfig,
     RelearningFigures,
     Robustness,
@@ -134,7 +136,7 @@ def test_sets_are_compared_prompt_by_prompt() -> None:
     (figures,) = phrasings.compare_sets(sets, "x", before, after).values()
     assert (figures.before.value, figures.after.value) == (0.75, 0.5)
     assert list(figures.by_prompt.items()) == [("q", (0.5, 1.0)), ("p", (1.0, 0.0))]
-    with pytest.raises(ValueError, match="as many images of every set"):
+    with pytest.raises(ValueError, match="same number of images"):
         phrasings.compare_sets(sets, "x", before, {"words": ["x"]})
 
 
@@ -175,8 +177,9 @@ def test_attack_and_relearning_leave_every_family_as_it_was(name: str) -> None:
     latents = torch.randn(3, *denoiser.latent_shape, generator=torch.Generator().manual_seed(0))
     drawing = JudgedSampling(images=1, num_inference_steps=2)
     probe = fdu.Probe("three", ("three",), "target", lambda images: ["three"])
-    attacked = attack(denoiser, probe, latents, AttackConfig(2, 2, restarts=1, batch_size=2, looks=1), drawing)
-    relearnt = relearn(denoiser, probe, latents, RelearningConfig(rank=2, steps=1, batch_size=2, looks=1), drawing)
+    lesson = Lesson(denoiser, probe, latents, drawing)
+    attacked = attack(lesson, AttackConfig(2, 2, restarts=1, batch_size=2, looks=1))
+    relearnt = relearn(lesson, RelearningConfig(rank=2, steps=1, batch_size=2, looks=1))
     assert attacked.attempts[0].size > 0 and [step for step, _ in attacked.attempts[0].course] == [2]
     assert [step for step, _ in relearnt.course] == [0, 1] and relearnt.back_after == 0
     assert unchanged(pipeline, before)
@@ -189,8 +192,8 @@ def test_the_attack_lowers_the_denoisers_loss(pipeline: StableDiffusionPipeline)
     latents = target_latents(denoiser, eight, 4, QUICK)
     one = fdu.Probe("eight", ("the digit one",), "target", lambda images: ["one"] * len(images))
     config = AttackConfig(steps=16, restarts=1, batch_size=8, looks=1)
-    attacked = attack(denoiser, one, latents, config, QUICK)
-    idle = attack(denoiser, one, latents, dataclasses.replace(config, learning_rate=1e-9), QUICK)
+    attacked = attack(Lesson(denoiser, one, latents, QUICK), config)
+    idle = attack(Lesson(denoiser, one, latents, QUICK), dataclasses.replace(config, learning_rate=1e-9))
     assert attacked.attempts[0].loss < 0.9 * idle.attempts[0].loss
 
 
@@ -247,42 +250,46 @@ def found(after: float, back: int | None, words: float = 0.0) -> dict[str, Any]:
 
 def test_the_verdict_says_what_holds() -> None:
     strong = judge_robustness(found(0.0, None), "three")
-    assert strong.holds and strong.headline == "It holds against other words, an attack with the weights and relearning"
-    assert "For languages the model hardly drew it before either" in strong.sentences[0]
-    assert "does not bring it back" in strong.sentences[1] and "do not bring it back" in strong.sentences[2]
+    assert strong.holds and not re.search(r"\bnot\b|nothing", strong.headline)
+    assert all(name in strong.headline for name in ("other phrasings", "attack", "relearning"))
+    words, attacked, relearnt = strong.sentences
+    assert "languages" in words.partition("100 %")[2] and "10 %" in words
+    assert "not" in attacked and "0 % without" in attacked and "not" in relearnt and "80 steps" in relearnt
     weak = judge_robustness(found(0.97, 10), "three")
     assert not weak.holds
-    assert weak.headline == "It holds against other words, but not against an attack with the weights and relearning"
-    assert "brings it back: 0 % without it, 97 % with it" in weak.sentences[1]
-    assert "within 10 steps" in weak.sentences[2]
+    assert re.search(r"other phrasings.*\bnot\b.*attack.*relearning", weak.headline)
+    words, attacked, relearnt = weak.sentences
+    assert "97 %" in attacked and "10 steps" in attacked and "not" not in attacked
+    assert "32 images of three" in relearnt and "10 steps" in relearnt and "not" not in relearnt
     none = judge_robustness(found(0.97, 10, words=0.5), "three")
-    assert none.headline.startswith("It does not hold against other words")
+    assert not none.holds and re.search(r"\bnot\b.*other phrasings.*attack.*relearning", none.headline)
 
 
 def test_words_that_the_model_never_knew_show_nothing() -> None:
     unknown = {"slips": {"before": share(0.06), "after": share(0.06), "by_prompt": {"p": (0.06, 0.06)}}}
     alone = judge_robustness({"phrasings": unknown}, "three")
-    assert not alone.holds and alone.headline == "Whether it holds was not shown"
-    assert "slips (6 % before, 6 % after). For slips the model hardly drew it before either" in alone.sentences[0]
+    assert not alone.holds and "other phrasings" not in alone.headline
+    (told,) = alone.sentences
+    assert told.count("slips") == 2 and told.count("6 %") == 2
     both = judge_robustness({**found(0.0, None), "phrasings": unknown}, "three")
     assert both.holds
-    expected = "It holds against an attack with the weights and relearning; nothing was shown by other words"
-    assert both.headline == expected
+    assert re.search(r"attack.*relearning.*not conclusive.*other phrasings", both.headline)
 
 
 def test_words_that_draw_more_than_before_are_an_escape_however_seldom_it_was() -> None:
     slips = {"slips": {"before": share(0.45), "after": share(0.9), "by_prompt": {"p": (0.45, 0.9)}}}
     verdict = judge_robustness({"phrasings": slips}, "three")
-    assert not verdict.holds and verdict.headline == "It does not hold against other words"
-    assert verdict.sentences == ("In other words: slips (45 % before, 90 % after).",)
+    assert not verdict.holds and re.search(r"\bnot\b.*other phrasings", verdict.headline)
+    (told,) = verdict.sentences
+    assert told.count("slips") == 1 and re.findall(r"\d+ %", told) == ["45 %", "90 %"]
 
 
 def test_an_attack_has_nothing_to_bring_back_where_nothing_was_erased() -> None:
     figures = found(1.0, 0)
     figures["attack"] |= {"before": share(1.0), "back_after": 0}
     attacked, relearnt = judge_robustness({**figures, "phrasings": None}, "three").sentences
-    assert "finds nothing to bring back: 100 % without it, 100 % with it" in attacked
-    assert "nothing to relearn" in relearnt
+    assert "nothing" in attacked and re.findall(r"\d+ %", attacked)[:2] == ["100 %", "100 %"]
+    assert "nothing" in relearnt
 
 
 def test_relearning_is_measured_by_what_was_drawn_before_the_attack(pipeline: StableDiffusionPipeline) -> None:
@@ -313,7 +320,7 @@ def test_an_attack_that_fails_without_an_erasure_shows_nothing_by_failing() -> N
         judge_robustness({"attack": figures["attack"], "attack_before": figures["attack_before"]}, "x").holds is False
     )
     figures["attack"] |= {"after": share(0.9)}
-    assert judge_robustness(figures, "x").headline.endswith("but not against an attack with the weights")
+    assert re.search(r"\bnot\b.*attack", judge_robustness(figures, "x").headline)
 
 
 def test_attempts_that_are_not_alike_are_told() -> None:
@@ -321,7 +328,7 @@ def test_attempts_that_are_not_alike_are_told() -> None:
     assert "attempt" not in judge_robustness(figures, "three").sentences[1]
     figures["attack"] |= {"attempts": figures["attack"]["attempts"] * 2}
     told = judge_robustness(figures, "three").sentences[1]
-    assert told.endswith("on the pipeline before the erasure, 100 % (of 1 attempt there, the best of 2 here).")
+    assert re.search(r"100 %.*\b1 attempt\b.*\b2\b", told)
 
 
 @pytest.mark.parametrize(
@@ -345,7 +352,7 @@ def test_back_is_half_of_what_was_drawn_before(
     holding = judge_robustness({"relearning": figures.as_dict()}, "three")
     assert holding.holds is holds
     if known < 0.5:
-        assert holding.headline == "Whether it holds was not shown" and "hardly drew it (10 %)" in holding.sentences[0]
+        assert "relearning" not in holding.headline and "10 %" in holding.sentences[0]
 
 
 def test_what_was_never_drawn_is_not_back() -> None:
@@ -353,21 +360,21 @@ def test_what_was_never_drawn_is_not_back() -> None:
 
 
 def test_what_makes_no_sense_is_refused(pipeline: StableDiffusionPipeline) -> None:
-    with pytest.raises(ValueError, match="must name tests among phrasings, attack, relearning; got 'atack'"):
+    with pytest.raises(ValueError, match="phrasings, attack, relearning.*'atack'"):
         Examination(THREE, {"a": ("b",)}, ["atack"])
     with pytest.raises(ValueError, match="needs prompt sets"):
         Examination(THREE)
-    with pytest.raises(ValueError, match="tokens must be a whole number >= 1, got 0"):
+    with pytest.raises(ValueError, match="tokens.*>= 1.*0"):
         AttackConfig(tokens=0)
-    with pytest.raises(ValueError, match="train_method must be one of lora"):
+    with pytest.raises(ValueError, match="train_method.*lora"):
         RelearningConfig(train_method="magic")
-    with pytest.raises(ValueError, match="number of latents must be >= 1"):
+    with pytest.raises(ValueError, match="latents.*>= 1"):
         target_latents(denoiser_of(pipeline), THREE, 0)
-    with pytest.raises(ValueError, match="images must be >= 1, got 0"):
+    with pytest.raises(ValueError, match="images.*>= 1.*0"):
         JudgedSampling(images=0)
     before = weights_of(pipeline)
     denoiser = denoiser_of(pipeline)
-    with pytest.raises(ValueError, match="tokens must be from 1 to 16"):
-        attack(denoiser, THREE, torch.zeros(1, *denoiser.latent_shape), AttackConfig(tokens=17), QUICK)
+    with pytest.raises(ValueError, match="tokens.*1.*16"):
+        attack(Lesson(denoiser, THREE, torch.zeros(1, *denoiser.latent_shape), QUICK), AttackConfig(tokens=17))
     assert unchanged(pipeline, before)
     assert Robustness().as_dict()["attack"] is None

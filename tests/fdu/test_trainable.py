@@ -15,13 +15,14 @@ from peft import LoKrConfig, LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from fdu.config import ADAPTER_METHODS, TRAIN_METHODS
+from fdu.config import TRAIN_METHODS
+from fdu.models import parts
 from fdu.models.denoiser import Denoiser
 from fdu.models.families import denoiser_of
-from fdu.storage import parts
 from fdu.subjects.digits import pipeline as digits
 from fdu.training.methods import Trainable, attach
 
+ADAPTER_METHODS = [name for name, method in TRAIN_METHODS.items() if method.result != "weights"]
 FAMILIES = ("sd", "sdxl", "sd3", "flux", "pixart", "sana")
 KINDS = ("lora", "dora", "cross_attention", "full", "token")
 """Methods that differ in how they work, not only in which weights they take."""
@@ -226,7 +227,7 @@ def test_a_result_that_is_gone_costs_no_memory() -> None:
 def test_one_erasure_is_trained_at_a_time() -> None:
     denoiser = wrapped(families.build("sd"))
     trainable = attached(denoiser, "lora")
-    with pytest.raises(RuntimeError, match="still being trained; call finish"):
+    with pytest.raises(RuntimeError, match="call its finish"):
         attached(denoiser, "lora")
     trainable.finish()
     attached(denoiser, "lora")

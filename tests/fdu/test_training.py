@@ -20,7 +20,7 @@ from fdu.concepts import Pair, joined
 from fdu.models.denoiser import Denoiser
 from fdu.models.families import denoiser_of
 from fdu.subjects.digits import pipeline as digits
-from fdu.training import examples, loop, objective, tracking
+from fdu.training import examples, objective, step, tracking
 from fdu.training.cache import Cache
 from fdu.training.timesteps import TimestepSampler
 
@@ -181,13 +181,13 @@ def test_frozen_outputs_computed_beforehand_change_nothing(quick: dict[str, Any]
 
 def test_frozen_batches_are_used_in_turn(quick: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[float] = []
-    real = loop.Training._predict
+    real = step.Stepper._predict
 
-    def predict(self: loop.Training, batch: examples.Batch, part: slice) -> Tensor:
+    def predict(self: step.Stepper, batch: examples.Batch, part: slice) -> Tensor:
         seen.append(float(batch.noisy.sum()))
         return real(self, batch, part)
 
-    monkeypatch.setattr(loop.Training, "_predict", predict)
+    monkeypatch.setattr(step.Stepper, "_predict", predict)
     erase(quick, frozen_batches=3, max_train_steps=7)
     assert len(set(seen)) == 3 and seen[0] == seen[3] == seen[6] and seen[1] == seen[4]
 
@@ -314,10 +314,10 @@ def test_one_erasure_after_another(quick: dict[str, Any]) -> None:
 
 def test_settings_that_contradict_each_other_are_refused(pipeline: StableDiffusionPipeline) -> None:
     for settings, message in (
-        ({"objective": "noise", "negative_guidance": 1.0}, "negative_guidance goes with the objective 'model'"),
+        ({"objective": "noise", "negative_guidance": 1.0}, "negative_guidance.*'model'"),
         ({"variational": True, "divergence": "mse"}, "'mse' has no generator f"),
         ({"gradient_surgery": True, "preservation_weight": 0.0}, "gradient_surgery needs preservation"),
-        ({"frozen_batches": 2, "timestep_sampling": "importance"}, "frozen_batches holds timesteps fixed"),
+        ({"frozen_batches": 2, "timestep_sampling": "importance"}, "frozen_batches.*timestep_sampling"),
         (
             {"lr_warmup_steps": 5, "lr_scheduler": "constant"},
             "lr_warmup_steps needs lr_scheduler 'constant_with_warmup'",
@@ -507,7 +507,7 @@ def test_what_the_launcher_says_must_fit(
     monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
     assert same(trained(erase(quick)), plain)
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
-    with pytest.raises(ValueError, match="accelerate launch says mixed_precision 'bf16'.*add mixed_precision 'bf16'"):
+    with pytest.raises(ValueError, match="accelerate launch.*mixed_precision 'bf16'.*'no'"):
         fdu.erase(pipeline, "three", "eight", **quick)
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")

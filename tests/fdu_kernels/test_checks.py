@@ -70,7 +70,7 @@ BOTH = torch.ones(2, 2, 3)
             r"grad_scale must be a number or a tensor \[\], not of shape \[2\]",
         ),
         ({"grad_out": ONES.to_sparse()}, TypeError, "grad_out must be a dense tensor"),
-        ({"grad_out": torch.ones(3, 2)}, ValueError, "grad_out and pred must have one shape"),
+        ({"grad_out": torch.ones(3, 2)}, ValueError, "grad_out and pred must have equal shapes"),
         ({"grad_out": ONES.double()}, TypeError, "grad_out must have the dtype of pred, float32, not float64"),
         ({"grad_out": ONES.clone().requires_grad_()}, ValueError, "grad_out is written in place"),
         ({"grad_out": ONES}, ValueError, r"grad_out must not share its storage with pred.*empty_like\(pred\)"),

@@ -1,4 +1,4 @@
-"""The tests of one erasure: each is made before it, then after it."""
+"""The robustness tests of one erasure, each run before and after it."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fdu.evaluation import Probe
 from fdu.evaluation.robustness.attack import AttackConfig, AttackFigures, attack
+from fdu.evaluation.robustness.finetuning import Lesson
 from fdu.evaluation.robustness.judging import JudgedSampling, count, target_latents
 from fdu.evaluation.robustness.phrasings import PromptSets, SetFigures, compare_sets, seen_in_sets
 from fdu.evaluation.robustness.relearning import RelearningConfig, RelearningFigures, relearn
@@ -22,14 +23,14 @@ TESTS: tuple[Test, ...] = get_args(Test)
 
 @dataclasses.dataclass(frozen=True)
 class Robustness:
-    """What an examination found; None for a test that was not made."""
+    """The results of an examination; None for a test that was not run."""
 
     phrasings: dict[str, SetFigures] | None = None
     """By prompt set."""
     attack_before: AttackFigures | None = None
-    """On the pipeline before the erasure: what the attack reaches where nothing was erased."""
+    """The same attack before the erasure, for reference."""
     attack: AttackFigures | None = None
-    """On the erased pipeline."""
+    """The attack on the erased pipeline."""
     relearning: RelearningFigures | None = None
 
     def as_dict(self) -> dict[str, Any]:
@@ -38,17 +39,17 @@ class Robustness:
 
 
 class Examination:
-    """The tests of one erasure: call :meth:`before` with the pipeline as it was, then :meth:`after` as it is.
+    """The tests of one erasure: call :meth:`before` with the original pipeline, then :meth:`after` with the erased one.
 
-    The two need not be in memory together: one pipeline can be both, one after the other, as in ``result.original()``.
+    The two need not be in memory together; one pipeline can serve as both, as with ``result.original()``.
 
     Args:
-        probe: the target's prompts, and who judges the images.
-        sets: prompt sets for "phrasings", of :func:`read_sets`.
-        tests: which of ``TESTS`` to make.
-        attack_config, relearning_config: their settings.
+        probe: the target's prompts and their judge.
+        sets: prompt sets for "phrasings", from :func:`read_sets`.
+        tests: the tests to run, from ``TESTS``.
+        attack_config, relearning_config: settings of these tests.
         drawing: how judged images are drawn.
-        latents: how many images of the target attack and relearning learn from.
+        latents: number of images of the target for attack and relearning, >= 1.
 
     Raises:
         ValueError: an unknown test, none, or phrasings without a prompt set.
@@ -87,7 +88,7 @@ class Examination:
             self.latents = target_latents(denoiser, self.probe, self.number, self.drawing)
             if "attack" in self.tests:
                 config = dataclasses.replace(self.attack_config, restarts=1)
-                found = attack(denoiser, self.probe, self.latents, config, self.drawing)
+                found = attack(Lesson(denoiser, self.probe, self.latents, self.drawing), config)
                 plain = found.before
                 self.attack_before = found.against(plain.value)
             else:
@@ -95,7 +96,7 @@ class Examination:
             self.drawn_before = plain.value
 
     def after(self, pipeline: DiffusionPipeline) -> Robustness:
-        """Test the erased pipeline, which is as before afterwards.
+        """Test the erased pipeline, and leave it unchanged.
 
         Raises:
             RuntimeError: :meth:`before` was not called.
@@ -108,19 +109,17 @@ class Examination:
             seen = seen_in_sets(denoiser, self.sets, self.probe.judge, self.drawing)
             phrasings = compare_sets(self.sets, self.probe.name, self.seen, seen)
         if self.latents is not None:
+            known = 1.0 if self.drawn_before is None else self.drawn_before
+            lesson = Lesson(denoiser, self.probe, self.latents, self.drawing, known)
             if "attack" in self.tests:
-                attacked = attack(
-                    denoiser, self.probe, self.latents, self.attack_config, self.drawing, self.drawn_before
-                )
+                attacked = attack(lesson, self.attack_config)
             if "relearning" in self.tests:
-                relearnt = relearn(
-                    denoiser, self.probe, self.latents, self.relearning_config, self.drawing, self.drawn_before
-                )
+                relearnt = relearn(lesson, self.relearning_config)
         return Robustness(phrasings, self.attack_before, attacked, relearnt)
 
 
 def check_tests(tests: Collection[str]) -> None:
-    """Refuse names of tests that there are not.
+    """Refuse unknown tests.
 
     Raises:
         ValueError: an unknown test, or none.
