@@ -1,7 +1,4 @@
-"""``fdu divergences``: list the divergences as a table, as JSON, or as the page docs/divergences.md.
-
-``python -m fdu.cli.divergences > docs/divergences.md`` writes that page.
-"""
+"""``fdu divergences``: list the divergences as a table, as JSON, or as the page docs/divergences.md."""
 
 from __future__ import annotations
 
@@ -37,12 +34,15 @@ class Divergences:
 
     json: bool = False
     """Print JSON instead of a table."""
+    markdown: bool = False
+    """Print the page docs/divergences.md instead."""
 
     def prepare(self, command: str) -> Callable[[], None]:
         """Return the work; there is nothing to check."""
 
         def work() -> None:
-            print(json.dumps(rows(), indent=1) if self.json else table(rows()))
+            found = rows()
+            print(json.dumps(found, indent=1) if self.json else page(found) if self.markdown else table(found))
 
         return work
 
@@ -75,7 +75,7 @@ def page(rows: list[dict[str, Any]]) -> str:
     """The rows as a page of Markdown."""
     lines = [
         "# Divergences\n",
-        "`python -m fdu.cli.divergences > docs/divergences.md` writes this page from `fdu_kernels/catalogue.py`.\n",
+        "`fdu divergences --markdown > docs/divergences.md` writes this page from `fdu_kernels/catalogue.py`.\n",
         "u = p/q is the density ratio. h(s) is the divergence of two Gaussians at squared Mahalanobis distance s;",
         "training divides it by h'(0). [losses.md](losses.md#mathematics) derives h. If a divergence has a parameter,",
         "its row shows the default.\n",
@@ -138,7 +138,3 @@ def _interval(lower: float, upper: float | None) -> str:
 
 def _number(value: float | None) -> str:
     return "inf" if value is None else f"{value:.4g}"
-
-
-if __name__ == "__main__":
-    print(page(rows()))
