@@ -10,6 +10,9 @@ import numpy as np
 from fdu.report.svg import Captioned, Chart, Frame, Scale
 
 SMALL = Frame(width=360, height=204, left=46, top=10, right=10, bottom=44)
+LOG_SPREAD = 1000
+"""A curve whose largest value exceeds its median this many times has a logarithmic axis: pearson_chi2 can start at
+1e17."""
 CURVES = {
     "divergence": ("Divergence", "from the frozen model's output for the anchor; scaled so that h'(0) = 1"),
     "distance": ("Distance", "median squared distance from that output, in squared units of the denoiser's output"),
@@ -37,9 +40,11 @@ def _training_chart(title: str, explanation: str, course: np.ndarray) -> Caption
         np.convolve(one, np.ones(2 * reach + 1))[reach:-reach] for one in (np.where(finite, course, 0), finite)
     )
     mean = np.divide(sums, counts, out=np.full_like(sums, np.nan), where=counts > 0.5)
-    chart = Chart(Scale.to(len(course)), Scale.to(course[finite].max()), "steps", frame=SMALL)
+    wide = course[finite].max() > LOG_SPREAD * np.median(course[finite])
+    y = Scale.powers(course[finite & (course > 0)]) if wide else Scale.to(course[finite].max())
+    chart = Chart(Scale.to(len(course)), y, "steps", frame=SMALL)
     for values, look in ((course, "raw"), (mean, "smooth")):
-        points = [(step, max(value, 0)) for step, value in enumerate(values, 1) if np.isfinite(value)]
+        points = [(step, max(value, y.low)) for step, value in enumerate(values, 1) if np.isfinite(value)]
         chart.line(points, f'class="{look}"')
     known = mean[np.isfinite(mean)]
     lost = "" if finite.all() else f"; {len(course) - finite.sum()} were not finite"

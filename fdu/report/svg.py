@@ -25,6 +25,12 @@ class Scale(NamedTuple):
     low: float
     high: float
     ticks: Sequence[float]
+    log: bool = False
+
+    def share(self, value: float) -> float:
+        """Where a value lies, from 0 at the low end to 1 at the high one."""
+        low, high, value = map(math.log10, (self.low, self.high, value)) if self.log else (self.low, self.high, value)
+        return (value - low) / (high - low)
 
     @classmethod
     def around(cls, values: Sequence[float]) -> Scale:
@@ -42,6 +48,15 @@ class Scale(NamedTuple):
         step = _step(largest, 5)
         ticks = _multiples(step, 0, math.ceil(largest / step - 1e-9) if beyond else math.floor(largest / step + 1e-9))
         return cls(0.0, ticks[-1] if beyond else largest, ticks)
+
+    @classmethod
+    def powers(cls, positive: Sequence[float]) -> Scale:
+        """A logarithmic axis between powers of ten around all values, with six ticks at most."""
+        low, high = math.floor(math.log10(min(positive))), math.ceil(math.log10(max(positive)))
+        step = max(math.ceil((high - low) / 5), 1)
+        steps = max(math.ceil((high - low) / step), 1)
+        ticks = [10.0**exponent for exponent in range(high - step * steps, high + 1, step)]
+        return cls(ticks[0], ticks[-1], ticks, log=True)
 
 
 class Frame(NamedTuple):
@@ -102,8 +117,8 @@ class Chart:
     def place(self, x: float, y: float) -> tuple[float, float]:
         """A point in the view box, from the left and from the top."""
         frame = self.frame
-        across = (frame.width - frame.left - frame.right) * (x - self.x.low) / (self.x.high - self.x.low)
-        up = (frame.height - frame.bottom - frame.top) * (y - self.y.low) / (self.y.high - self.y.low)
+        across = (frame.width - frame.left - frame.right) * self.x.share(x)
+        up = (frame.height - frame.bottom - frame.top) * self.y.share(y)
         return frame.left + across, frame.height - frame.bottom - up
 
     def line(self, points: Points, style: str) -> None:

@@ -1,4 +1,4 @@
-"""The tests of one erasure: each is made before it, then after it."""
+"""The robustness tests of one erasure, each run before and after it."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from fdu.models.families import denoiser_of
 
 @dataclasses.dataclass(frozen=True)
 class Robustness:
-    """What an examination found; None for a test that was not made."""
+    """The results of an examination; None for a test that was not run."""
 
     phrasings: dict[str, SetFigures] | None = None
     """By prompt set."""
     attack_before: AttackFigures | None = None
-    """On the pipeline before the erasure: what the attack reaches where nothing was erased."""
+    """The same attack before the erasure, for reference."""
     attack: AttackFigures | None = None
-    """On the erased pipeline."""
+    """The attack on the erased pipeline."""
     relearning: RelearningFigures | None = None
 
     def as_dict(self) -> dict[str, Any]:
@@ -82,18 +82,18 @@ TESTS: dict[str, type[Test]] = {"phrasings": _Phrasings, "attack": _Attack, "rel
 
 
 class Examination:
-    """The tests of one erasure: call :meth:`before` with the pipeline as it was, then :meth:`after` as it is.
+    """The tests of one erasure: call :meth:`before` with the original pipeline, then :meth:`after` with the erased one.
 
-    The two need not be in memory together: one pipeline can be both, one after the other, as in ``result.original()``.
+    The two need not be in memory together; one pipeline can serve as both, as with ``result.original()``.
     A test that fails does not stop the others; :meth:`check` tells of it.
 
     Args:
-        probe: the target's prompts, and who judges the images.
-        sets: prompt sets for "phrasings", of :func:`read_sets`.
-        tests: which of ``TESTS`` to make.
-        attack_config, relearning_config: their settings.
+        probe: the target's prompts and their judge.
+        sets: prompt sets for "phrasings", from :func:`read_sets`.
+        tests: the tests to run, from ``TESTS``.
+        attack_config, relearning_config: settings of these tests.
         drawing: how judged images are drawn.
-        latents: how many images of the target attack and relearning learn from.
+        latents: number of images of the target for attack and relearning, >= 1.
 
     Raises:
         ValueError: an unknown test, none, or phrasings without a prompt set.
@@ -154,7 +154,7 @@ class Examination:
             yield
 
     def after(self, pipeline: DiffusionPipeline) -> Robustness:
-        """Test the erased pipeline, which is as before afterwards.
+        """Test the erased pipeline, and leave it unchanged.
 
         Raises:
             RuntimeError: :meth:`before` was not called, or a test failed; the others are in ``found``.
