@@ -3,22 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
 
 if TYPE_CHECKING:
     from fdu_kernels import Divergence
 
-LR_SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine")
-OBJECTIVES = ("model", "noise")
-WEIGHTINGS = ("unit", "posterior", "min_snr", "p2")
-TIMESTEP_SAMPLINGS = ("uniform", "importance")
-OPTIMIZERS = ("adamw", "adamw_8bit")
-MIXED_PRECISIONS = ("no", "fp16", "bf16")
-TRACKERS = ("none", "tensorboard", "wandb")
 PLACES = ("cache_dir", "checkpoint_dir", "resume_from_checkpoint", "logging_dir")
 """Settings that are paths; records and model cards leave them out."""
 
@@ -189,21 +183,10 @@ class EraseConfig:
         else:
             self._require_number("sigma", self.sigma, above=0)
         self._require_number("s0", self.s0, above=0)
-        choices: Collection[str]
-        for name, choices in (
-            ("distance", ("mean", "sum")),
-            ("objective", OBJECTIVES),
-            ("weighting", WEIGHTINGS),
-            ("timestep_sampling", TIMESTEP_SAMPLINGS),
-            ("train_method", TRAIN_METHODS),
-            ("lr_scheduler", LR_SCHEDULERS),
-            ("optimizer", OPTIMIZERS),
-            ("mixed_precision", MIXED_PRECISIONS),
-            ("report_to", TRACKERS),
-        ):
-            check_choice(name, getattr(self, name), choices)
-        for name in ("variational", "gradient_surgery", "gradient_checkpointing", "compile", "shard"):
-            if not isinstance(getattr(self, name), bool):
+        for name, hint in _hints().items():
+            if get_origin(hint) is Literal:
+                check_choice(name, getattr(self, name), get_args(hint))
+            elif hint is bool and not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")
         for name in (
             "rank",
@@ -322,3 +305,9 @@ def read_divergence(name: str) -> Divergence:
         except (ValueError, TypeError):
             raise error from None
         raise ValueError(f"unknown divergence {name!r}; did you mean {meant}?") from None
+
+
+@functools.cache
+def _hints() -> dict[str, Any]:
+    """The type of each setting."""
+    return get_type_hints(EraseConfig)

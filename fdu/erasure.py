@@ -158,7 +158,7 @@ def _checkpoints(
     }
     checkpoints = Checkpoints(config.checkpoint_dir, config.checkpoints_total_limit, manifest)
     if config.resume_from_checkpoint is not None:
-        checkpoints.check(config.resume_from_checkpoint)
+        checkpoints.load(config.resume_from_checkpoint, header_only=True)
     elif checkpoints.all():
         raise FileExistsError(
             f"checkpoint_dir {config.checkpoint_dir!r} holds checkpoints of an earlier run; resume with "

@@ -51,11 +51,6 @@ class PatchCritic(nn.Module):
         return self.layers[-1](x)
 
 
-def resize_mask(mask: Tensor, size: tuple[int, int]) -> Tensor:
-    """A mask [N, 1, H, W] at another size, [N, 1, *size]: each patch has the mean over its area."""
-    return adaptive_avg_pool2d(mask, size)
-
-
 @dataclasses.dataclass(frozen=True)
 class Outputs:
     """What the game is played on."""
@@ -198,8 +193,8 @@ def _full_mask(mask: Tensor | None, output: Tensor) -> Tensor:
 
 
 def _patch_weight(mask: Tensor, weight: Tensor | None, ratio: Tensor) -> Tensor:
-    """What each patch counts, [N, 1, h, w]."""
-    patches = resize_mask(mask, (ratio.shape[2], ratio.shape[3]))
+    """What each patch counts, [N, 1, h, w]: the mean of the mask over its area, times the weight of its sample."""
+    patches = adaptive_avg_pool2d(mask, (ratio.shape[2], ratio.shape[3]))
     return patches if weight is None else patches * weight.to(patches.dtype).view(-1, 1, 1, 1)
 
 

@@ -125,7 +125,8 @@ class Objective(nn.Module):
         """omega and the relative sigma of the samples that erase; None where all are 1."""
         if self.weighting is None:
             return batch.timestep_weight, None
-        omega, scale = self.weighting.at(batch.indices[: batch.size])
+        indices = batch.indices[: batch.size]
+        omega, scale = self.weighting.omega[indices], self.weighting.scale[indices]
         return omega if batch.timestep_weight is None else omega * batch.timestep_weight, scale
 
     def kept(self, predicted: Tensor, wanted: Tensor) -> Tensor:

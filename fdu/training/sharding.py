@@ -15,12 +15,12 @@ from __future__ import annotations
 import dataclasses
 import gc
 from collections.abc import Collection, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, NamedTuple
 
 import torch
-from accelerate.utils import parse_flag_from_env, patch_environment
+from accelerate.utils import parse_flag_from_env
 from torch import distributed, nn
 
 from fdu.config import TRAIN_METHODS, EraseConfig
@@ -34,11 +34,6 @@ PATIENCE = timedelta(seconds=60)
 def with_launcher(config: EraseConfig) -> EraseConfig:
     """The settings, with ``shard`` where accelerate's launcher or its configuration asks for FSDP."""
     return dataclasses.replace(config, shard=True) if parse_flag_from_env(LAUNCHER_FLAG) else config
-
-
-def own_shards() -> AbstractContextManager[None]:
-    """Within this context accelerate does not hear that it should use FSDP: it would shard a second time."""
-    return patch_environment(**{LAUNCHER_FLAG: "false"})
 
 
 def check_shards(module: nn.Module, config: EraseConfig, processes: int) -> None:

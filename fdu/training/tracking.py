@@ -94,20 +94,18 @@ class Tracking:
 @torch.no_grad()
 def draw_validation(denoiser: Denoiser, config: EraseConfig) -> Tensor:
     """An image of every validation prompt, [N, 3, H, W] in [0, 1]; the seeds are the same each time."""
+    images = []
     with silent(denoiser.pipeline):
-        numbered = enumerate(config.validation_prompts)
-        return torch.cat([_draw(denoiser, prompt, index, config) for index, prompt in numbered])
-
-
-def _draw(denoiser: Denoiser, prompt: str, index: int, config: EraseConfig) -> Tensor:
-    images: Tensor = denoiser.pipeline(
-        prompt,
-        height=denoiser.height,
-        width=denoiser.width,
-        num_inference_steps=config.num_inference_steps,
-        guidance_scale=config.guidance_scale,
-        generator=torch.Generator().manual_seed(VALIDATION_SEED + index),
-        output_type="pt",
-        **denoiser.call_settings,
-    ).images
-    return images.float().cpu()
+        for index, prompt in enumerate(config.validation_prompts):
+            drawn = denoiser.pipeline(
+                prompt,
+                height=denoiser.height,
+                width=denoiser.width,
+                num_inference_steps=config.num_inference_steps,
+                guidance_scale=config.guidance_scale,
+                generator=torch.Generator().manual_seed(VALIDATION_SEED + index),
+                output_type="pt",
+                **denoiser.call_settings,
+            )
+            images.append(drawn.images.float().cpu())
+    return torch.cat(images)

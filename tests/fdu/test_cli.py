@@ -42,7 +42,6 @@ def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(DiffusionPipeline, "from_pretrained", forbidden)
     monkeypatch.setattr(digits, "load_pipeline", forbidden)
     monkeypatch.setattr(fdu, "erase", forbidden)
-    monkeypatch.setattr("fdu.cli.demonstration.erase", forbidden)
     monkeypatch.setattr(fdu, "draw", forbidden)
 
 
@@ -417,7 +416,7 @@ def test_a_record_that_is_none_is_refused_before_any_work(capsys: pytest.Capture
     Path("lora").mkdir()
     Path("lora/pytorch_lora_weights.safetensors").touch()
     Path("lora/fdu.json").write_text('{"a": 1}')
-    assert "target.name" in refused(["evaluate", "embedded", "lora"], capsys)
+    assert "record.target" in refused(["evaluate", "embedded", "lora"], capsys)
 
 
 def test_truncated_weights_are_told_in_a_line(capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import fdu_kernels as fk
-from fdu.training.critic import Outputs, PatchCritic, VariationalGame, resize_mask
+from fdu.training.critic import Outputs, PatchCritic, VariationalGame
 
 
 def outputs(count: int = 6, channels: int = 4, size: int = 8, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -39,13 +39,6 @@ def test_the_spectral_norm_of_every_layer_is_1() -> None:
         game.critic_step(Outputs(*outputs()))
     for layer in game.critic.layers:
         assert torch.linalg.matrix_norm(layer.weight.flatten(1), 2).item() == pytest.approx(1, rel=0.1)
-
-
-def test_a_resized_mask_has_the_mean_of_each_area() -> None:
-    mask = torch.zeros(1, 1, 8, 8)
-    mask[..., :4, :2] = 1
-    assert torch.equal(resize_mask(mask, (2, 2)), torch.tensor([[[[0.5, 0.0], [0.0, 0.0]]]]))
-    assert resize_mask(torch.rand(2, 1, 9, 7), (3, 2)).shape == (2, 1, 3, 2)
 
 
 def test_the_critic_raises_the_bound() -> None:
