@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import math
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
 
@@ -40,8 +40,10 @@ TRAIN_METHODS: dict[str, TrainMethod] = {
 """What can be trained, by name. A new method is a file in fdu/training/methods and a line here."""
 if TYPE_CHECKING:
     TrainMethodName = str
+    Prompts = Sequence[str]
 else:
     TrainMethodName = Literal[tuple(TRAIN_METHODS)]
+    Prompts = tuple[str, ...]
 
 
 def check_choice(name: str, value: Any, choices: Collection[str]) -> None:
@@ -50,7 +52,7 @@ def check_choice(name: str, value: Any, choices: Collection[str]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class EraseConfig:
     """Settings of an erasure. Names shared with diffusers' training examples have the same meaning."""
 
@@ -120,7 +122,7 @@ class EraseConfig:
 
     preservation_weight: float = 1.0
     """Weight of the preservation loss, >= 0; 0 turns preservation off."""
-    preservation_prompts: tuple[str, ...] = ()
+    preservation_prompts: Prompts = ()
     """Prompts to preserve besides the empty prompt, such as the target's neighbours. Default: the anchor's prompts."""
     gradient_surgery: bool = False
     """Remove the component of the erasing gradient that opposes the preserving gradient."""
@@ -167,7 +169,7 @@ class EraseConfig:
     """Tracker to log the training to."""
     logging_dir: str = "logs"
     """Folder for the tracker's logs and the validation images."""
-    validation_prompts: tuple[str, ...] = ()
+    validation_prompts: Prompts = ()
     """Prompts to draw during the training, with fixed seeds."""
     validation_steps: int = 50
     """Steps between validation images, >= 1."""

@@ -114,26 +114,14 @@ def sharded(module: nn.Module, trained: Collection[nn.Parameter]) -> Iterator[No
             distributed.destroy_process_group(group)
 
 
-class _Place(NamedTuple):
-    """Where a frozen parameter stands."""
-
-    registered: dict[str, nn.Parameter | None]
-    name: str
-    parameter: nn.Parameter
-
-
 class _Form(NamedTuple):
-    """What FSDP changes of a module beside its parameters."""
+    """What FSDP changes of a module."""
 
     module: nn.Module
     type: type[nn.Module]
-    attributes: frozenset[str]
-    hooks: dict[str, frozenset[int]]
-
-    @classmethod
-    def of(cls, module: nn.Module) -> _Form:
-        hooks = {name: frozenset(found) for name, found in _hooks(module).items()}
-        return cls(module, type(module), frozenset(vars(module)), hooks)
+    attributes: set[str]
+    tables: dict[str, dict[Any, Any]]
+    """Its parameters and its hooks, by attribute."""
 
 
 class _Shards:
@@ -143,12 +131,9 @@ class _Shards:
         self.module = module
         # FSDP has no shards of a scalar.
         self.whole = {*trained, *(parameter for parameter in module.parameters() if not parameter.ndim)}
-        self.forms = [_Form.of(part) for part in module.modules()]
-        self.places = [
-            _Place(part._parameters, name, parameter)
+        self.forms = [
+            _Form(part, type(part), set(vars(part)), {name: dict(table) for name, table in _tables(part).items()})
             for part in module.modules()
-            for name, parameter in part._parameters.items()
-            if parameter is not None and parameter not in self.whole
         ]
         self.shards: dict[nn.Parameter, Any] = {}
 
@@ -164,12 +149,13 @@ class _Shards:
         # The inner ones first, the module itself last.
         for block in dict.fromkeys([*reversed(blocks), self.module]):
             fully_shard(block, mesh=mesh, ignored_params=self.whole)
-            for registered, name, parameter in self.places:
-                shard: Any = registered[name]
-                if shard is not parameter and parameter.numel():
-                    self.shards[parameter] = shard
-                    # Others hold this object too: it stays, and gets its values back in the end.
-                    parameter.data = parameter.data.new_empty(0)
+            for form in self.forms:
+                for name, parameter in form.tables["_parameters"].items():
+                    shard = form.module._parameters[name]
+                    if shard is not parameter and parameter.numel():
+                        self.shards[parameter] = shard
+                        # Others hold this object too: it stays, and gets its values back in the end.
+                        parameter.data = parameter.data.new_empty(0)
 
     def take_apart(self) -> None:
         """Give the module its form and its parameters back, not yet their values. FSDP has no way back itself."""
@@ -180,11 +166,9 @@ class _Shards:
             _module_state_mapping.pop(form.module, None)
             for name in set(vars(form.module)) - form.attributes:
                 del vars(form.module)[name]
-            for name, hooks in _hooks(form.module).items():
-                for added in set(hooks) - form.hooks.get(name, frozenset()):
-                    del hooks[added]
-        for registered, name, parameter in self.places:
-            registered[name] = parameter
+            for name, table in _tables(form.module).items():
+                table.clear()
+                table.update(form.tables[name])
 
     @torch.no_grad()
     def join(self, group: Any) -> None:
@@ -201,6 +185,10 @@ class _Shards:
         gc.collect()  # FSDP's own objects hold the shards, in cycles
 
 
-def _hooks(module: nn.Module) -> dict[str, dict[int, Any]]:
-    """All dicts of hooks that a module has."""
-    return {name: value for name, value in vars(module).items() if "_hooks" in name and isinstance(value, dict)}
+def _tables(module: nn.Module) -> dict[str, dict[Any, Any]]:
+    """The dicts of a module's parameters and hooks, by attribute."""
+    return {
+        name: value
+        for name, value in vars(module).items()
+        if isinstance(value, dict) and (name == "_parameters" or "_hooks" in name)
+    }
