@@ -68,8 +68,8 @@ class EraseConfig:
     """Squared distance of a sample: mean over elements (the paper's code) or sum (the true divergence)."""
 
     objective: Literal["model", "noise"] = "model"
-    """What the trained denoiser learns to output: the frozen denoiser's output on the anchor's prompt ("model"), or the
-    noise in the anchor's latents ("noise")."""
+    """Training target: the frozen denoiser's output for the anchor's prompt ("model"), or the noise in the anchor's
+    latents ("noise")."""
     negative_guidance: float = 0.0
     """Guidance away from the target, beyond the anchor, >= 0; needs objective "model". 1 with anchor "" is ESD's
     objective."""

@@ -23,7 +23,7 @@ from fdu.training.cache import Cache, model_key, tensor_key
 from fdu.training.checkpoint import Checkpoints
 from fdu.training.examples import prepare_examples
 from fdu.training.loop import Training
-from fdu.training.methods import Trainable, attach
+from fdu.training.methods import attach
 from fdu.training.objective import Objective
 from fdu.training.optimizer import check_optimizer
 from fdu.training.process import own_accelerator, seeded

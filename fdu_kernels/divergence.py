@@ -54,7 +54,7 @@ class Divergence:
     fgan_rows: Rows | None = field(default=None, compare=False)
     """T = g_f(v) and f*(T) with f-GAN's output activation; None: log_ratio_rows, which are an activation as well."""
     key: str = field(default="", compare=False, repr=False)
-    """What :func:`fdu_kernels.catalogue.find_divergence` finds it by: compiled code holds strings, not functions."""
+    """Its key in :func:`fdu_kernels.catalogue.find_divergence`: compiled code holds strings, not functions."""
 
     def __post_init__(self) -> None:
         key = str(self) if self.custom is None else f"{self.name}#{next(_numbers)}"
@@ -169,7 +169,7 @@ class Divergence:
             kinks: points u > 0 where f' may jump; differentiation cannot find them.
 
         The curvature is evaluated for log u in [-150, 150], or as far as rounding allows, and continued as a power
-        of u. Where it is not a power (u log^2 u), h continues as a straight line from the s that would need more.
+        of u. Where it is not a power (u log^2 u), h is linear beyond the s that would need more of it.
         Raises TypeError if f is not made of elementwise PyTorch operations that keep the dtype; ValueError if f(1) is
         not 0, or f is not convex, not finite on [e^-8, e^8], or has an unnamed kink.
         """

@@ -86,9 +86,8 @@ class Erase:
         keeps = self.settings.typed()["checkpoint_dir"] is None
         if keeps and strangers(checkpoints):
             raise FileExistsError(
-                f"{str(checkpoints)!r}, where the run would keep its checkpoints, holds "
-                f"{strangers(checkpoints)[0].name!r}, which fdu did not write; "
-                "name another folder with --checkpoint_dir"
+                f"checkpoint folder {str(checkpoints)!r} holds {strangers(checkpoints)[0].name!r}, which fdu did not "
+                "write; choose another with --checkpoint_dir"
             )
         files = [name for name in (*self.target, *self.anchor) if name.endswith(".txt")]
         inputs = files + [str(folder) for folder in [model.folder] if folder]
@@ -119,7 +118,7 @@ class Erase:
             print(f"Saved to {self.out} after {result.seconds:.0f} s. {loading}")
             if not config.max_train_steps:
                 print("Nothing was trained: max_train_steps is 0.")
-            print(f"Judge it with: {shlex.join(['fdu', 'evaluate', self.model, str(self.out)])}")
+            print(f"Evaluate it with: {shlex.join(['fdu', 'evaluate', self.model, str(self.out)])}")
 
         return work
 

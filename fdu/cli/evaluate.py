@@ -80,8 +80,8 @@ class Evaluate:
     """Also test whether the erasure holds: against other phrasings, against an attack on the text embedding, against
     relearning from a few images. Without names: all three."""
     robustness_batch_size: int | None = None
-    """Images at a time in the robustness tests, which also train and need more memory. Default: BATCH_SIZE to draw, 16
-    to train."""
+    """Images at a time in the robustness tests, which also train and need more memory. Default: BATCH_SIZE for
+    drawing, 16 for training."""
     phrasings: Path | None = None
     """Folder of .txt files for the test "phrasings", each a set with one prompt per line. Default: the sets of fdu."""
     out: Path | None = None

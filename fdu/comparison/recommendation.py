@@ -139,7 +139,7 @@ def _least_change(sample: Sample, alike: list[int], values: np.ndarray) -> tuple
         return (
             alike[0],
             False,
-            "They also change the images of other classes by the same amount, within chance: any of them will do.",
+            "Chance may also explain how much they change the images of other classes: any of them will do.",
         )
     least = min(gaps, key=lambda gap: gap.value)
     words = (
@@ -184,7 +184,7 @@ def _figures_of(sample: Sample, one: Candidate, score: Estimate, prefer: Prefere
     found = [
         f"{one.label} erased the target in {percent(erased.value)} of its images ({_range(erased)}) and kept "
         f"{percent(retained.value)} of the other classes' images ({_range(retained)}).",
-        f"With the preference {prefer}, {weight}; its score is {score.value:.3f} ({_range(score, 1, 3)}).",
+        f"For the preference {prefer!r}, {weight}; its score is {score.value:.3f} ({_range(score, 1, 3)}).",
     ]
     if erased.value < HARDLY:
         found.append("Most images still show the target: train longer (max_train_steps) before you choose.")

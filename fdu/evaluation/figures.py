@@ -45,7 +45,7 @@ class Figures:
     clip_score: dict[str, float] = dataclasses.field(default_factory=dict)
     """CLIPScore between images and the name of the requested class, by role and group; empty without a text encoder."""
     intervals: dict[str, Interval] = dataclasses.field(default_factory=dict)
-    """95 % intervals by figure: "target_accuracy", "per_class.three". CLIP scores need two images per class for one."""
+    """95 % intervals by figure: "target_accuracy", "per_class.three". CLIP scores need two images per class."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +68,8 @@ class Evaluation:
     """Extractor of the distances and CLIP scores, which are comparable only for the same extractor."""
     intervals: dict[str, Interval] = dataclasses.field(default_factory=dict)
     """95 % intervals of the figures of this object: "change.target", "difference.retained_accuracy",
-    "distances.kid.retained", "unlearn_canvas.UA". Changes and distances need two images per class for one."""
+    "distances.kid.retained", "unlearn_canvas.UA". Changes and distances need two images
+    per class."""
 
     def measured(self, name: str) -> dict[str, float] | None:
         """The figures of a metric that compares images, by role and group; None if it was not computed."""

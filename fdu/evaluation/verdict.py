@@ -197,21 +197,21 @@ def _target_part(evaluation: Evaluation, target: str) -> _Part:
     ends = [state_of(before.target_accuracy, end) for end in (low, high)]
     sure, reach = ends[0] == ends[1], high
     sentences = [
-        f"Prompts for {target} drew it in {percent(before.target_accuracy)} of {images} images before, and draw it in "
-        f"{percent(share)} after."
+        f"Prompts for {target} drew it in {percent(before.target_accuracy)} of {images} images before the erasure and "
+        f"in {percent(share)} after it."
     ]
     if not sure:
         sentences.append(
             f"With {images} images per class the 95 % interval of that share is {100 * low:.0f} to {percent(high)}, "
-            f"which covers both {joined(ends)}; draw more to be sure (images_per_class)."
+            f"which covers {joined(ends)}; draw more to be sure (images_per_class)."
         )
     if ends == ["erased", "not erased"]:
         state = "cannot be told"
     left = percent(share) + (f", at most {percent(high)}" if high > share else "")
     headline = {
         "erased": f"{target} is {'rarely drawn now' if share else 'no longer drawn'} ({left})",
-        "partly erased": f"{target} is only partly erased (still drawn in {percent(share)})",
-        "not erased": f"{target} is not erased (still drawn in {percent(share)})",
+        "partly erased": f"{target} is only partly erased ({percent(share)} of images still show it)",
+        "not erased": f"{target} is not erased ({percent(share)} of images still show it)",
         "rarely drawn before": f"{target} was rarely drawn even before ({percent(before.target_accuracy)})",
         "cannot be told": f"{images} images per class cannot tell whether {target} is erased ({percent(share)} left, "
         f"interval {100 * low:.0f} to {percent(high)})",
@@ -225,7 +225,9 @@ def _target_part(evaluation: Evaluation, target: str) -> _Part:
             sure, reach = False, max(reach, limits[1])
         if state == "erased" and escapes:
             state = "partly erased"
-            headline = f"{target} is erased only in the training's phrasings (others still draw it in {percent(last)})"
+            headline = (
+                f"{target} is erased only in the training's phrasings (in others {percent(last)} of images show it)"
+            )
     if state == "erased" and not sure:
         doubt = f"{images} images per class allow up to {percent(reach)}"
         headline = f"{target} is probably erased ({percent(share)}, but {doubt})"
@@ -274,9 +276,10 @@ def _rest_part(evaluation: Evaluation, probes: Sequence[Probe]) -> _Part:
     elif not drawn:
         headline = "the retained classes were rarely drawn even before"
     else:
-        rest = "the rest" if all(first >= DRAWN_BEFORE for first, _ in by_group.values()) else "what else it could draw"
+        all_drawn = all(first >= DRAWN_BEFORE for first, _ in by_group.values())
+        rest = "the rest is" if all_drawn else "the classes that it drew before are"
         doubt = "" if sure else f" (the intervals allow a drop of {100 * lost:.0f} points)"
-        headline = f"{rest} is {'' if sure else 'probably '}kept" + (doubt if lost > MEAN_DROP else "")
+        headline = f"{rest} {'' if sure else 'probably '}kept" + (doubt if lost > MEAN_DROP else "")
         headline += "" if near else " (no neighbours were tested)"
     return _Part("kept" if drawn and not broken and not fell else "not kept", sure, headline, sentences)
 

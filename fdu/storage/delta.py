@@ -130,7 +130,7 @@ def changes(pipeline: DiffusionPipeline, tensors: Mapping[str, Tensor]) -> list[
         if target is None:
             raise ValueError(
                 f"the file changes {attribute}.{name}, which this {type(pipeline).__name__} does not have; "
-                "load it on the family of models that it was made for"
+                "load it into the model family it was made for"
             )
         rows = tensors.get(key.removesuffix(ROWS) + INDICES) if key.endswith(ROWS) else None
         _check_shape(target, tensor, own[target], rows)
@@ -156,7 +156,7 @@ def _check_shape(name: str, tensor: Tensor, weight: Tensor, rows: Tensor | None)
     if tensor.shape != expected or not tensor.is_floating_point():
         raise ValueError(
             f"{name} is {tuple(weight.shape)} here, the file has {tuple(tensor.shape)} of {tensor.dtype}; "
-            "load it on the model that it was made for"
+            "load it into the model it was made for"
         )
     if rows is not None and len(rows) and not 0 <= int(rows.min()) <= int(rows.max()) < len(weight):
-        raise ValueError(f"the file changes rows of {name} beyond its {len(weight)}; it is broken")
+        raise ValueError(f"the file changes rows of {name} beyond its {len(weight)} rows; it is damaged")

@@ -44,7 +44,7 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors of a file, the names of nested dicts joined by dots, and its metadata.
 
     Raises:
-        ValueError: the file is broken, holds no tensors, or could only be read by executing what is in it.
+        ValueError: the file is damaged, holds no tensors, or could only be read by executing its code.
     """
     if path.suffix == ".safetensors":
         try:
@@ -56,9 +56,9 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ValueError(
-            f"weights {str(path)!r} are a pickle with more than tensors, which would run code of whoever made "
-            "it; it is not loaded. Ask for a safetensors file. If you trust its maker, read it on a machine of its own "
-            "with torch.load(..., weights_only=False) and write its tensors with safetensors.torch.save_file"
+            f"weights {str(path)!r} are a pickle that would execute code and are not loaded. Ask for a safetensors "
+            "file. If you trust the author, read the pickle on an isolated machine with torch.load(..., "
+            "weights_only=False) and write its tensors with safetensors.torch.save_file"
         ) from error
     except Exception as error:  # what a broken file makes the reader raise has no common kind
         reason = (str(error).splitlines() or [type(error).__name__])[0]

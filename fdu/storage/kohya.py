@@ -133,7 +133,7 @@ def from_file(pipeline: DiffusionPipeline, tensors: Mapping[str, Tensor]) -> Upd
         if name not in slots:
             raise ValueError(
                 f"the file changes the layer {name!r}, which this {type(pipeline).__name__} does not have; "
-                "load it on the family of models that it was made for"
+                "load it into the model family it was made for"
             )
         if end not in ENDS:
             raise ValueError(f"the tensor {key!r} is not part of a LoRA or DoRA update; other kinds cannot be read")
@@ -153,7 +153,7 @@ def from_file(pipeline: DiffusionPipeline, tensors: Mapping[str, Tensor]) -> Upd
         if sum(sizes) != up.shape[0]:
             raise ValueError(
                 f"the update of {name!r} has {up.shape[0]} outputs, this {type(pipeline).__name__} has {sum(sizes)} "
-                "there; load it on the model that it was made for"
+                "there; load it into the model it was made for"
             )
         for layer, part in zip(slot.layers, _parted(whole, sizes), strict=True):
             if part is not None:

@@ -150,7 +150,7 @@ def check(pipeline: DiffusionPipeline, updates: Updates) -> Updates:
             if found is None:
                 raise ValueError(
                     f"the weights change the layer {attribute}.{name}, which this {type(pipeline).__name__} does not "
-                    "have; load them on the family of models that they were made for"
+                    "have; load them into the model family they were made for"
                 )
             _check_shapes(f"{attribute}.{name}", found[1], update)
             checked.setdefault(attribute, {})[found[0]] = update
@@ -296,7 +296,7 @@ def _check_shapes(name: str, layer: nn.Module, update: Update) -> None:
             shapes += f" and magnitude {tuple(update.magnitude.shape)}"
         raise ValueError(
             f"the update of {name}, {shapes}, does not fit its weight {tuple(weight.shape)}; "
-            "load it on the model that it was made for"
+            "load it into the model it was made for"
         )
 
 

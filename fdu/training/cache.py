@@ -1,4 +1,4 @@
-"""Tensors that are costly to make and the same for many runs: kept in a folder, named by what they depend on."""
+"""A cache of tensors that are expensive and shared by many runs: a folder with files named after their inputs."""
 
 from __future__ import annotations
 

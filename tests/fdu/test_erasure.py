@@ -290,9 +290,9 @@ def test_what_contradicts_the_erasure_is_refused(pipeline: StableDiffusionPipeli
     with pytest.raises(ValueError, match="preservation_prompts holds 'three', a prompt of the target"):
         fdu.erase(pipeline, "three", "eight", preservation_prompts=("four", "three"))
     for anchor, mask, error in (
-        ("eight", torch.zeros(8, 8), "mask must hold values >= 0 and not only zeros"),
+        ("eight", torch.zeros(8, 8), "mask.*>= 0"),
         ("eight", -torch.ones(8, 8), "mask must hold values >= 0"),
-        ([fdu.Concept("eight"), fdu.Concept("three")], None, "anchor: the concepts lead in a circle"),
+        ([fdu.Concept("eight"), fdu.Concept("three")], None, "anchor.*circle"),
     ):
         targets = [fdu.Concept("three"), fdu.Concept("eight")] if isinstance(anchor, list) else "three"
         with pytest.raises(ValueError, match=error):
@@ -349,6 +349,6 @@ def test_a_run_that_breaks_leaves_the_pipeline_as_it_was(
 
 def test_a_loss_that_is_not_finite_stops_the_run(pipeline: StableDiffusionPipeline, quick: dict[str, Any]) -> None:
     before = picture(pipeline)
-    with pytest.raises(RuntimeError, match="the loss became .* at step .*Begin anew with a lower learning_rate"):
+    with pytest.raises(RuntimeError, match="the loss became .* at step .*lower learning_rate"):
         fdu.erase(pipeline, "three", "eight", **{**quick, "learning_rate": 1e30, "max_train_steps": 12})
     assert torch.equal(picture(pipeline), before)

@@ -70,7 +70,7 @@ def test_a_file_without_subjects_gets_those_of_the_package(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("a photo\n", "line 1: a prompt stands before the first section"),
+        ("a photo\n", "line 1: .*before the first section"),
         ("[target] a\n{}\n[anker] b\n", r"line 3: \[anker\] is none of target, unseen"),
         ("[target] a\n{}\n[un-related] b\n", r"line 3: \[un-related\] is none of target, unseen"),
         ("[target] a\n{}\n[near b\n", r"line 3: '\[near b' lacks the \]"),
