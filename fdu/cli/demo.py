@@ -98,6 +98,7 @@ def check_demo_output(folder: Path) -> None:
     others = sorted({path.name for path in folder.iterdir()} - former) if folder.is_dir() else []
     if others:
         raise FileExistsError(
-            f"output folder {str(folder)!r} holds {others[0]!r}, which was not written by a demo; choose another with --out"
+            f"output folder {str(folder)!r} holds {others[0]!r}, which was not written by a demo; "
+            "choose another with --out"
         )
     check_output(folder, overwrite=True)
