@@ -34,7 +34,7 @@ from fdu.training.tracking import check_tracker
 Settings = ParamSpec("Settings")
 
 
-class Erase(Protocol[Settings]):
+class ErasureFunction(Protocol[Settings]):
     """:func:`erase` as editors and type checkers see it: every setting is an argument with a name and a type."""
 
     def __call__(
@@ -52,7 +52,7 @@ class Erase(Protocol[Settings]):
 
 def _with_settings(
     config: Callable[Settings, EraseConfig],
-) -> Callable[[Callable[..., ErasureResult]], Erase[Settings]]:
+) -> Callable[[Callable[..., ErasureResult]], ErasureFunction[Settings]]:
     return lambda function: function
 
 

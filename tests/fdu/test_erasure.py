@@ -237,9 +237,9 @@ def no_work(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def test_editors_see_the_arguments_of_erase_and_every_setting() -> None:
-    shown, real = (inspect.signature(one).parameters for one in (erasure.Erase.__call__, fdu.erase))
+    shown, real = (inspect.signature(one).parameters for one in (erasure.ErasureFunction.__call__, fdu.erase))
     assert set(shown) - {"self", "args"} == set(real)
-    assert erasure.Erase.__parameters__[0].__name__ == "Settings"
+    assert erasure.ErasureFunction.__parameters__[0].__name__ == "Settings"
 
 
 @pytest.mark.usefixtures("no_work")
