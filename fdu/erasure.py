@@ -92,7 +92,9 @@ def erase(
             saved there.
     """
     pairs = concept_pairs(target, anchor, concept_type)
-    config = with_launcher(_settle(config, settings))
+    if config is not None and settings:
+        raise TypeError(f"give either config or single settings, not both; got config and {', '.join(settings)}")
+    config = with_launcher(config or EraseConfig.from_settings(settings))
     denoiser = denoiser_of(pipeline, config.resolution)
     _check_run(denoiser, pairs, mask, config)
     started = time.perf_counter()
@@ -193,12 +195,3 @@ def _latent_mask(mask: Tensor | None, latents: Tensor) -> Tensor | None:
     if mask is None:
         return None
     return functional.interpolate(mask[None, None].float(), size=latents.shape[-2:], mode="area")[0]
-
-
-def _settle(config: EraseConfig | None, settings: dict[str, Any]) -> EraseConfig:
-    """The settings from ``config`` or from single settings."""
-    if config is None:
-        return EraseConfig.from_settings(settings)
-    if settings:
-        raise TypeError(f"give either config or single settings, not both; got config and {', '.join(settings)}")
-    return config

@@ -11,7 +11,8 @@ from tyro.conf import OmitArgPrefixes, arg
 
 import fdu
 from fdu.cli.printing import print_evaluation
-from fdu.cli.settings import Settings, check_images, grouped
+from fdu.cli.settings import Settings, grouped
+from fdu.config import Count, check_number
 from fdu.storage.loading import check_resolution, choose_device, describe_device
 from fdu.subjects.registry import subject_of
 
@@ -47,7 +48,7 @@ class Demo:
 
     def prepare(self, command: str) -> Callable[[], None]:
         """Check everything; the work is what comes back."""
-        check_images(self.images_per_class)
+        check_number("images_per_class", self.images_per_class, Count)
         model = subject_of("embedded")
         ((target, anchor),) = model.pairs([self.target], [self.anchor])
         config = model.with_preserved(self.settings.checked(), [self.target])

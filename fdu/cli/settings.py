@@ -83,13 +83,3 @@ def _option(hint: Any, text: str) -> Any:
         return "" if label in ("", "None", "False") or "MISSING" in label else f"(default: {label})"
 
     return Annotated[hint, tyro.conf.arg(help=text, help_behavior_hint=default)]
-
-
-def check_images(images_per_class: int) -> None:
-    """Refuse a number of images too small to count on.
-
-    Raises:
-        ValueError: it is below 1.
-    """
-    if images_per_class < 1:
-        raise ValueError(f"images_per_class must be >= 1, got {images_per_class}")
