@@ -30,7 +30,7 @@ KINDS = ("prompts", "latents", "frozen")
 
 
 class Cache:
-    """A folder of tensors. Without a folder everything is made anew.
+    """A folder of tensors. Without a folder, everything is computed.
 
     Args:
         folder: where the files lie; it is made when something is first kept.
@@ -48,7 +48,7 @@ class Cache:
     ) -> dict[str, Tensor]:
         """The tensors of ``kind`` that depend on ``key`` alone, from the folder or from ``make``; on the CPU if read.
 
-        A file appears whole or not at all. One that cannot be read is made anew; a folder that cannot be written costs
+        A file appears whole or not at all. An unreadable one is replaced; a folder that cannot be written costs
         the entry only. With ``every_process`` each process has an entry of its own, which ``key`` has to tell.
         """
         if self.folder is None:

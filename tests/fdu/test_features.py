@@ -94,7 +94,7 @@ def test_an_encoder_that_is_not_there_is_told(tmp_path: Path, clip_folder: Path)
     CLIPModel.from_pretrained(clip_folder).save_pretrained(tmp_path)
     with pytest.raises(OSError, match="could not be loaded"):  # no tokenizer
         ClipFeatures.load(str(tmp_path))
-    with pytest.raises(OSError, match="a CLIPTextModel is no image-text encoder"):
+    with pytest.raises(OSError, match="a CLIPTextModel.*image-text encoder"):
         ClipFeatures.load(str(digits.PIPELINE_FOLDER / "text_encoder"))
 
 
