@@ -19,7 +19,7 @@ from fdu import cli
 from fdu.cli import doctor, main
 from fdu.cli.demo import Demo
 from fdu.cli.erase import Erase
-from fdu.cli.settings import GROUPS
+from fdu.cli.settings import GROUPS, grouped
 from fdu.storage.output import SMALL_RESULT
 from fdu.subjects.digits import pipeline as digits
 from fdu.training.loop import Training
@@ -226,8 +226,9 @@ def test_every_setting_is_an_option_with_help(command: str, capsys: pytest.Captu
 
 
 def test_every_setting_is_in_one_group() -> None:
-    names = [name for group in GROUPS.values() for name in group]
-    assert sorted(names) == sorted(fdu.EraseConfig.field_names())
+    starts = [fdu.EraseConfig.field_names().index(first) for first in GROUPS.values()]
+    assert starts[0] == 0 and starts == sorted(starts)
+    assert tuple(grouped()().typed()) == fdu.EraseConfig.field_names()
 
 
 def test_a_comparison_leaves_out_the_settings_that_it_sets_itself(capsys: pytest.CaptureFixture[str]) -> None:
