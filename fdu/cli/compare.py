@@ -20,7 +20,8 @@ from fdu.subjects.registry import subject_of
 DEFAULT = "mse,squared_hellinger,jensen_shannon,pearson_chi2"
 """The default: the usual loss, two divergences that damp large errors, and one that amplifies them."""
 
-OWN = ("divergence", "s0", "seed", *GROUPS["files"])
+_SETTINGS = EraseConfig.field_names()
+OWN = ("divergence", "s0", "seed", *_SETTINGS[_SETTINGS.index(GROUPS["files"]) :])
 """Settings of an erasure that a comparison sets itself."""
 
 

@@ -12,6 +12,7 @@ import re
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -157,20 +158,28 @@ def test_verdict_figures_course_settings_and_command(tmp_path: Path) -> None:
         assert len((line["points"] or "").split()) == 4
 
 
+def drawn(svg: str) -> tuple[list[str], list[list[float]]]:
+    """The labels of the vertical axis, from below, and the heights of the points of each line."""
+    parts = list(ElementTree.fromstring(svg).iter())
+    labels = [one.text or "" for one in parts if one.get("text-anchor") == "end"]
+    lines = [one.get("points", "").split() for one in parts if one.tag.endswith("polyline")]
+    return labels, [[float(point.partition(",")[2]) for point in points] for points in lines]
+
+
 @pytest.mark.parametrize("start", [1e17, 1e2])
 def test_a_curve_that_starts_far_above_the_rest_has_a_logarithmic_axis(start: float) -> None:
     (chart,) = training_charts({"divergence": [start, 1e-2, 1e-3, 0.0, 1e-4, float("nan")]})
-    labels = [float(label) for _, label in chart.y_ticks]
+    words, (heights, _) = drawn(chart.svg)
+    labels = [float(label) for label in words]
     assert labels[-1] == start and labels[0] > 0 and 2 <= len(labels) <= 7
     assert len({round(math.log10(high / low), 6) for low, high in itertools.pairwise(labels)}) == 1
-    heights = [float(point.partition(",")[2]) for point in chart.lines[0].points.split()]
     assert len(heights) == 5 and heights[0] == 10 and heights[3] == 160
     assert heights[:3] == sorted(heights[:3]) and heights[1] < heights[2] < 160
 
 
 def test_a_curve_of_one_value_among_zeros_has_an_axis() -> None:
     (chart,) = training_charts({"divergence": [0.0, 1.0, 0.0, 0.0]})
-    assert [label for _, label in chart.y_ticks] == ["0.1", "1"]
+    assert drawn(chart.svg)[0] == ["0.1", "1"]
 
 
 class Brightness(Features):
@@ -259,7 +268,7 @@ def test_a_record_is_checked() -> None:
     for wrong, message in (
         ({"history": {"loss": ["x"]}}, r"here\.history\.loss\[0\] is wrong: 'x'"),
         ({"concepts": [["three"]]}, r"here\.concepts\[0\] must hold 2 entries, got 1"),
-        ({"sigma": None}, r"here\.sigma .*missing or wrong"),
+        ({"sigma": None}, r"here.*sigma"),
     ):
         with pytest.raises(ValueError, match=message):
             check_record(make_record() | wrong, "here")
@@ -497,9 +506,9 @@ def spoilt(metrics: dict[str, Any], place: str, value: Any) -> None:
         ("after/retained_by_group", {}, "retained_by_group"),
         ("after/cross_domain_accuracy", 0.5, "cross_domain_accuracy"),
         ("before", 3, "before is wrong: 3"),
-        ("record", {"anchor": {"name": "a"}}, r"record\.target\.name .*missing or wrong"),
+        ("record", {"anchor": {"name": "a"}}, r"record\.target .*missing"),
         ("record/history", {"loss": 3}, r"record\.history\.loss is wrong: 3"),
-        ("record/target/prompts", None, r"record\.target\.prompts .*missing or wrong"),
+        ("record/target/prompts", None, r"record\.target\.prompts .*wrong"),
         ("notes", [3], r"notes\[0\] is wrong: 3"),
         ("robustness/relearning/course", [], "course"),
         ("robustness/attack/chosen", 2, "chosen.*2 attempts"),
