@@ -6,9 +6,10 @@ import dataclasses
 import math
 import operator
 import re
+import types
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 if TYPE_CHECKING:
     from fdu_kernels import Divergence
@@ -68,6 +69,20 @@ def check_number(name: str, value: Any, hint: Any) -> None:
         if not right or not SIGNS[sign](value, bound):
             whole = "whole" if kind is int else "finite"
             raise ValueError(f"{name} must be a {whole} number {sign} {bound}, got {value!r}")
+
+
+def check_fields(settings: Any) -> None:
+    """Raise ValueError or TypeError if a field of a dataclass of settings does not fit its annotation."""
+    for name, hint in get_type_hints(type(settings), include_extras=True).items():
+        value = getattr(settings, name)
+        if get_origin(hint) in (Union, types.UnionType):
+            hint = None if value is None else get_args(hint)[0]
+        if get_origin(hint) is Literal:
+            check_choice(name, value, get_args(hint))
+        elif get_origin(hint) is Annotated:
+            check_number(name, value, hint)
+        elif hint is bool and not isinstance(value, bool):
+            raise TypeError(f"{name} must be True or False, got {value!r}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -196,14 +211,7 @@ class EraseConfig:
             if isinstance(self.sigma, str):
                 raise ValueError(f"sigma must be a finite number > 0 or 'auto', got {self.sigma!r}")
             check_number("sigma", self.sigma, Positive)
-        for name, hint in get_type_hints(EraseConfig, include_extras=True).items():
-            value = getattr(self, name)
-            if get_origin(hint) is Literal:
-                check_choice(name, value, get_args(hint))
-            elif get_origin(hint) is Annotated:
-                check_number(name, value, hint)
-            elif hint is bool and not isinstance(value, bool):
-                raise TypeError(f"{name} must be True or False, got {value!r}")
+        check_fields(self)
         if self.resolution is not None:
             check_number("resolution", self.resolution, Count)
         for name in ("preservation_prompts", "validation_prompts"):

@@ -12,6 +12,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 from tqdm import tqdm
 
+from fdu.config import Count, NotNegative, check_fields, check_number
 from fdu.evaluation.probes import Probe, check_prompts
 from fdu.models.calls import silent
 
@@ -27,18 +28,15 @@ class Sampling:
         ValueError: a step count or batch size below 1, or a negative guidance scale.
     """
 
-    num_inference_steps: int | None = 20
+    num_inference_steps: Count | None = 20
     """Sampling steps per image. None: the pipeline's default."""
-    guidance_scale: float | None = 3.0
+    guidance_scale: NotNegative | None = 3.0
     """Classifier-free guidance scale; 0 and 1 turn guidance off. None: the pipeline's default."""
-    batch_size: int = 32
+    batch_size: Count = 32
     """Images drawn at a time, >= 1; fewer need less memory."""
 
     def __post_init__(self) -> None:
-        for name, least in (("num_inference_steps", 1), ("guidance_scale", 0), ("batch_size", 1)):
-            value = getattr(self, name)
-            if value is not None and not value >= least:
-                raise ValueError(f"{name} must be >= {least}, got {value}")
+        check_fields(self)
 
     def settings(self) -> dict[str, Any]:
         """The settings as arguments of :func:`draw`."""
@@ -98,8 +96,7 @@ def draw(
     if not probes:
         raise ValueError("probes is empty; give at least the target's")
     check_prompts(probes)
-    if images_per_class < 1:
-        raise ValueError(f"images_per_class must be >= 1, got {images_per_class}")
+    check_number("images_per_class", images_per_class, Count)
     sampling = Sampling(
         num_inference_steps=num_inference_steps, guidance_scale=guidance_scale, batch_size=batch_size
     ).settings()

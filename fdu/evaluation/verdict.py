@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from fdu.evaluation.metrics.catalogue import metrics_of
 from fdu.evaluation.metrics.clip_score import CLIP_SCORE
@@ -29,7 +29,7 @@ GROUPS = {"near": "its neighbours", "generic": "everyday subjects", "unrelated":
 """The groups of retained classes in words."""
 NAMED_CLASSES = 3
 """Broken classes named in a sentence, the worst first; of further ones the number is given."""
-State = Literal["erased", "partly erased", "not erased", "rarely drawn before"]
+State = Literal["erased", "partly erased", "not erased", "rarely drawn before", "cannot be told"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Row:
 class Verdict:
     """The meaning of the figures."""
 
-    erased: State | Literal["cannot be told"]
+    erased: State
     """State of the target, over seen and unseen phrasings."""
     kept: bool
     """Whether the retained classes, each group of them, and the classes of another kind are drawn as before; False if
@@ -176,11 +176,10 @@ def _aligned(lines: Sequence[Sequence[str]]) -> str:
     )
 
 
-@dataclasses.dataclass(frozen=True)
-class _Part:
+class _Part(NamedTuple):
     """One half of a verdict: on the target, or on everything else."""
 
-    state: State | Literal["cannot be told", "kept", "not kept"]
+    state: Any
     sure: bool
     headline: str
     sentences: list[str]
@@ -192,9 +191,8 @@ def judge(evaluation: Evaluation, probes: Sequence[Probe]) -> Verdict:
     erased, kept = target.state == "erased", rest.state == "kept"
     # "and" for what an erasure should do, "but" for what it should not, ";" where the two do not contrast.
     joint = (", and" if kept else ", but") if erased else (";" if kept else ", and")
-    state = cast("State | Literal['cannot be told']", target.state)
     headline = f"{target.headline}{joint} {rest.headline}"
-    return Verdict(state, kept, target.sure and rest.sure, headline, (*target.sentences, *rest.sentences))
+    return Verdict(target.state, kept, target.sure and rest.sure, headline, (*target.sentences, *rest.sentences))
 
 
 def _target_part(evaluation: Evaluation, target: str) -> _Part:
@@ -202,7 +200,7 @@ def _target_part(evaluation: Evaluation, target: str) -> _Part:
     before, after, images = evaluation.before, evaluation.after, evaluation.images_per_class
     share = after.target_accuracy
     low, high = after.intervals.get("target_accuracy", (share, share))
-    state: State | Literal["cannot be told"] = state_of(before.target_accuracy, share)
+    state: State = state_of(before.target_accuracy, share)
     ends = [state_of(before.target_accuracy, end) for end in (low, high)]
     sure, reach = ends[0] == ends[1], high
     sentences = [

@@ -117,7 +117,7 @@ def test_what_does_not_belong_together_is_refused(pipeline: StableDiffusionPipel
         fdu.evaluate(draws, Draws(draws.images[:3]), PROBES)
     with pytest.raises(ValueError, match="name the class 'dog' twice"):
         fdu.evaluate(draws, draws, [*PROBES[:3], PROBES[2]])
-    with pytest.raises(ValueError, match="images_per_class must be >= 1, got 0"):
+    with pytest.raises(ValueError, match="images_per_class must be .*>= 1, got 0"):
         fdu.draw(pipeline, PROBES, 0)
     with pytest.raises(ValueError, match="probes is empty"):
         fdu.draw(pipeline, [])

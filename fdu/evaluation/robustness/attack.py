@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-from fdu.evaluation.robustness.finetuning import Lesson, check_settings
+from fdu.config import Count, Positive, check_fields
+from fdu.evaluation.robustness.finetuning import Lesson
 from fdu.evaluation.robustness.judging import Course, Share, back_after
 from fdu.training.methods.perturbation import Perturbation
 
@@ -25,21 +26,21 @@ START = 0.5
 class AttackConfig:
     """Settings of the attack."""
 
-    tokens: int = 4
+    tokens: Count = 4
     """Number of embeddings that the attack may move, from the start of the prompt."""
-    steps: int = 60
+    steps: Count = 60
     """Optimizer steps of an attempt."""
-    learning_rate: float = 0.1
+    learning_rate: Positive = 0.1
     """Of AdamW, in units of the embeddings' root mean square."""
-    batch_size: int = 16
+    batch_size: Count = 16
     """Noised images per step, >= 1."""
-    restarts: int = 2
+    restarts: Count = 2
     """Attempts; the one with the lowest loss counts."""
-    looks: int = 4
+    looks: Count = 4
     """How often in its course each attempt is judged, the steps doubling from look to look."""
 
     def __post_init__(self) -> None:
-        check_settings(self, ("tokens", "steps", "batch_size", "restarts", "looks"))
+        check_fields(self)
 
 
 @dataclasses.dataclass(frozen=True)

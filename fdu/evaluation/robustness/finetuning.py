@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -27,20 +26,6 @@ AUTOCAST: dict[torch.dtype, Literal["no", "fp16", "bf16"]] = {
     torch.bfloat16: "bf16",
 }
 """The mixed precision that suits the dtype of a model's weights."""
-
-
-def check_settings(config: Any, counts: Sequence[str]) -> None:
-    """Refuse settings that cannot be.
-
-    Raises:
-        ValueError: one of ``counts`` is no whole number >= 1, or learning_rate is not > 0.
-    """
-    for name in counts:
-        value = getattr(config, name)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"{name} must be a whole number >= 1, got {value!r}")
-    if not config.learning_rate > 0:
-        raise ValueError(f"learning_rate must be > 0, got {config.learning_rate!r}")
 
 
 @dataclasses.dataclass(frozen=True)

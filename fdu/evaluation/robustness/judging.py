@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from fdu.config import Count, Natural, check_number
 from fdu.evaluation import JUDGED_SEED, Probe, Sampling, draw
 from fdu.evaluation.drawing import unchecked
 from fdu.evaluation.intervals import wilson
@@ -61,15 +62,10 @@ class JudgedSampling(Sampling):
         ValueError: no image, or as :class:`Sampling`.
     """
 
-    images: int = 32
+    images: Count = 32
     """Images whose share is counted."""
-    seed: int = 0
+    seed: Natural = 0
     """Of everything random; the images begin with ``seed + JUDGED_SEED``."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.images < 1:
-            raise ValueError(f"images must be >= 1, got {self.images!r}")
 
 
 def target_latents(denoiser: Denoiser, probe: Probe, number: int = 32, drawing: JudgedSampling | None = None) -> Tensor:
@@ -80,8 +76,7 @@ def target_latents(denoiser: Denoiser, probe: Probe, number: int = 32, drawing: 
     Raises:
         ValueError: number < 1.
     """
-    if number < 1:
-        raise ValueError(f"number of latents must be >= 1, got {number}")
+    check_number("latents", number, Count)
     drawing = drawing or JudgedSampling()
     conditioning = denoiser.encode([*probe.prompts, ""])
     chosen = [index % len(probe.prompts) for index in range(number)]

@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from fdu.config import TRAIN_METHODS, check_choice
-from fdu.evaluation.robustness.finetuning import Lesson, check_settings
+from fdu.config import TRAIN_METHODS, Count, Positive, check_choice, check_fields
+from fdu.evaluation.robustness.finetuning import Lesson
 from fdu.evaluation.robustness.judging import Course, back_after
 from fdu.training.methods import attach
 from fdu.training.process import seeded
@@ -18,20 +18,20 @@ class RelearningConfig:
 
     train_method: str = "lora"
     """What is trained, as in an erasure."""
-    rank: int = 16
+    rank: Count = 16
     """Rank of LoRA and DoRA."""
-    steps: int = 80
+    steps: Count = 80
     """Optimizer steps at most."""
-    learning_rate: float = 1e-3
+    learning_rate: Positive = 1e-3
     """Of AdamW, constant."""
-    batch_size: int = 16
+    batch_size: Count = 16
     """Noised images per step, >= 1."""
-    looks: int = 6
+    looks: Count = 6
     """How often the pipeline is judged on the way, the steps doubling from look to look."""
 
     def __post_init__(self) -> None:
         check_choice("train_method", self.train_method, TRAIN_METHODS)
-        check_settings(self, ("rank", "steps", "batch_size", "looks"))
+        check_fields(self)
 
 
 @dataclasses.dataclass(frozen=True)
