@@ -10,7 +10,6 @@ from typing import Annotated, ClassVar
 from tyro.conf import OmitArgPrefixes, arg
 
 import fdu
-from fdu.cli.printing import print_evaluation
 from fdu.cli.settings import Settings, grouped
 from fdu.config import Count, check_number
 from fdu.storage.loading import check_resolution, choose_device, describe_device
@@ -58,6 +57,7 @@ class Demo:
 
         def work() -> None:
             from fdu.evaluation import JUDGED_SEED
+            from fdu.evaluation.verdict import summary
             from fdu.report import PICTURE, REPORT, Conditions, EvaluatedRun, write_run
             from fdu.storage.output import METRICS_FILE, whole_folder
 
@@ -75,7 +75,7 @@ class Demo:
                 conditions = Conditions(seed, model.sampling, panel.judge, "float32")
                 run = EvaluatedRun.of(evaluation, panel.probes, before, after, *told, conditions=conditions)
                 write_run(folder, run)
-            print_evaluation(evaluation, panel.probes)
+            print(f"\n{summary(evaluation, panel.probes)}")
             print()
             print(f"report   {self.out / REPORT}")
             print(f"figures  {self.out / METRICS_FILE}")

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from tyro.conf import Positional, arg
 
 import fdu
-from fdu.cli.printing import print_evaluation
 from fdu.config import Count, check_number
 from fdu.storage.loading import (
     PIPELINE_FILE,
@@ -123,6 +122,7 @@ class Evaluate:
             from accelerate.utils import release_memory
 
             from fdu.evaluation.robustness.holding import judge_robustness
+            from fdu.evaluation.verdict import summary
             from fdu.report import REPORT, Conditions, EvaluatedRun, write_run
 
             panel = exam.panel(device)
@@ -142,7 +142,7 @@ class Evaluate:
                 pipeline = load_erased(pipeline, self.erased, device, dtype)
             after = fdu.draw(pipeline, probes, description="after", **settings)
             evaluation = fdu.evaluate(before, after, probes, panel.features)
-            print_evaluation(evaluation, probes)
+            print(f"\n{summary(evaluation, probes)}")
 
             def write(overwrite: bool) -> None:
                 if self.out is not None:

@@ -32,6 +32,15 @@ NAMED_CLASSES = 3
 State = Literal["erased", "partly erased", "not erased", "rarely drawn before", "cannot be told"]
 
 
+def summary(evaluation: Evaluation, probes: Sequence[Probe]) -> str:
+    """The tables of an evaluation and the headline of its verdict."""
+    parts = [table(evaluation, probes)]
+    if evaluation.features:
+        name = evaluation.features
+        parts.append(f"Images after against before, in the features of {name}:\n{distance_table(evaluation)}")
+    return "\n\n".join([*parts, f"{judge(evaluation, probes).headline}."])
+
+
 @dataclasses.dataclass(frozen=True)
 class Row:
     """One line of the comparison: shares in [0, 1] before and after, None where nothing was drawn."""

@@ -61,16 +61,11 @@ def before_after(before: Draws, after: Draws, probes: Sequence[Probe], evaluatio
     font, small = ImageFont.load_default(15), ImageFont.load_default(12)
     canvas.text((left, 10), "before", INK, font)
     canvas.text((right, 10), "after", INK, font)
-    notes = {
-        "target": "to erase",
-        "unseen": "unseen phrasings",
-        "retained": "to retain",
-        "cross_domain": "another kind",
-    }
+    told = {"target": "to erase", "unseen": "unseen phrasings", "retained": "to retain", "cross_domain": "another kind"}
     for row, index in enumerate(chosen):
         top = HEADER + row * (CELL + GAP)
         canvas.text((10, top + 14), probes[index].name, INK, font)
-        canvas.text((10, top + 34), notes[probes[index].role], MUTED, small)
+        canvas.text((10, top + 34), told[probes[index].role], MUTED, small)
         for start, draws in ((left, before), (right, after)):
             for column, image in enumerate(draws.images[index][:COLUMNS]):
                 picture.paste(_fit(to_pil(image), CELL), (start + column * (CELL + GAP), top))
@@ -83,8 +78,8 @@ def _chosen(probes: Sequence[Probe], evaluation: Evaluation) -> list[int]:
     def of(role: str) -> list[int]:
         return [index for index, probe in enumerate(probes) if probe.role == role]
 
-    worst = [index for index in of("retained") if probes[index].name == evaluation.after.worst_retained_class]
-    neighbours = [*worst, *(index for index in of("retained") if index not in worst)][:NEIGHBOURS]
+    worst = evaluation.after.worst_retained_class
+    neighbours = sorted(of("retained"), key=lambda index: probes[index].name != worst)[:NEIGHBOURS]
     return [*of("target"), *of("unseen"), *sorted(neighbours), *of("cross_domain")[:OTHERS]]
 
 
