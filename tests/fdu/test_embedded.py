@@ -36,14 +36,14 @@ def test_class_prompts_draw_what_they_ask_for(pipeline: StableDiffusionPipeline)
     inks = [
         fdu.Probe(ink, (prompt("a digit", medium_phrase=medium_phrases(ink)[0]),), "retained", medium) for ink in INKS
     ]
-    draws = fdu.draw(pipeline, numbers + inks, images_per_class=20)
+    draws = fdu.draw(pipeline, numbers + inks, images_per_class=10)
     shares = [
         sum(seen == probe.name for seen in probe.judge(images)) / len(images)
         for probe, images in zip(numbers + inks, draws.images, strict=True)
     ]
-    # 200 digit samples: 0.98 measured on 1,000 (data/quality.json) allows 4 wrong here, and a little for chance.
-    assert sum(shares[:10]) / 10 >= 0.965
-    assert min(shares[10:]) >= 0.95
+    # 100 digit samples: 0.98 measured on 1,000 (data/quality.json) allows 2 wrong here, and a little for chance.
+    assert sum(shares[:10]) / 10 >= 0.96
+    assert min(shares[10:]) == 1
 
 
 def test_the_recorded_quality_holds_the_promise() -> None:

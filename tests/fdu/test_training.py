@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import warnings
 from pathlib import Path
 from typing import Any
@@ -405,7 +406,12 @@ def test_a_second_run_computes_in_the_first_ones_precision(quick: dict[str, Any]
 def test_two_runs_on_a_half_precision_pipeline() -> None:
     pipeline = families.build("sd").to(torch.bfloat16)
     for target in ("three", "eight"):
-        fdu.erase(pipeline, target, "digit", **TINY, mixed_precision="bf16")
+        result = fdu.erase(pipeline, target, "digit", **TINY, mixed_precision="bf16")
+        assert all(math.isfinite(loss) for loss in result.history["loss"])
+    assert {parameter.dtype for parameter in trained(result).values()} == {torch.float32}
+    assert {parameter.dtype for name, parameter in pipeline.unet.named_parameters() if "lora" not in name} == {
+        torch.bfloat16
+    }
 
 
 def test_text_encoders_may_be_of_another_type_than_the_denoiser() -> None:
@@ -413,7 +419,11 @@ def test_text_encoders_may_be_of_another_type_than_the_denoiser() -> None:
         pipeline = families.build(name)
         for part, encoder in denoiser_of(pipeline, families.resolution(name)).text_encoders.items():
             setattr(pipeline, part, encoder.to(torch.bfloat16))
-        fdu.erase(pipeline, "three", "eight", **TINY, resolution=families.resolution(name))
+        result = fdu.erase(pipeline, "three", "eight", **TINY, resolution=families.resolution(name))
+        assert result.history["loss"] and all(math.isfinite(loss) for loss in result.history["loss"]), name
+        assert all(encoder.dtype == torch.bfloat16 for encoder in denoiser_of(pipeline, 16).text_encoders.values()), (
+            name
+        )
 
 
 def test_an_adapter_is_not_stored_in_eight_bits() -> None:

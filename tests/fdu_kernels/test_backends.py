@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import types
 from collections.abc import Iterator
 from unittest import mock
@@ -44,8 +45,19 @@ def modules(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, object]]:
         cache.cache_clear()
 
 
-def test_the_reference_can_run_here() -> None:
-    assert fk.backends()["torch"] is None
+def test_what_can_run_here_computes_and_what_cannot_says_why() -> None:
+    pred, target = torch.tensor([[0.5, 2.0]]), torch.zeros(1, 2)
+    expected = 1 - math.exp(-(0.25 + 4) / 2 / 8)  # squared_hellinger of the mean of squares
+    computed = set()
+    for name, reason in fk.backends().items():
+        try:
+            value = fk.gaussian_divergence(pred, target, backend=name)
+        except RuntimeError as error:
+            assert reason is None or reason in str(error)  # it cannot run here, or takes no tensors of the CPU
+        else:
+            assert reason is None and value.item() == pytest.approx(expected, rel=1e-5)
+            computed.add(name)
+    assert "torch" in computed
 
 
 def test_reasons(modules: dict[str, object]) -> None:

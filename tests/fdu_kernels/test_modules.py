@@ -217,8 +217,12 @@ def test_a_calibration_in_inference_mode_serves_training() -> None:
     pred, target = torch.randn(4, 6), torch.zeros(4, 6)
     with torch.inference_mode():
         loss(pred, target)
+    sigma = loss.sigma.clone()
     loss(pred.requires_grad_(), target).backward()
-    loss.load_state_dict(loss.state_dict())
+    assert pred.grad is not None and bool(pred.grad.isfinite().all()) and bool(pred.grad.any())
+    again = fk.GaussianDivergenceLoss(sigma="auto", calibration_calls=1)
+    again.load_state_dict(loss.state_dict())
+    assert torch.equal(again.sigma, sigma) and torch.equal(loss.sigma, sigma)
 
 
 def test_the_state_can_be_made_after_the_module() -> None:
