@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from fdu.models.loading import check_model
-from fdu.subjects.any_pipeline import AnyPipeline
 from fdu.subjects.digits.embedded import NAME, EmbeddedDigits
 from fdu.subjects.subject import Subject
 
@@ -18,7 +17,7 @@ EMBEDDED = {NAME: EmbeddedDigits}
 
 def find_subject(model: str) -> Subject:
     """The subject of that name, which need not exist."""
-    return next((kind(model) for kind in EMBEDDED.values() if kind.answers_to(model)), None) or AnyPipeline(model)
+    return next((kind(model) for kind in EMBEDDED.values() if kind.answers_to(model)), None) or Subject(model)
 
 
 def subject_of(model: str, argument: str = "MODEL") -> Subject:
@@ -33,7 +32,7 @@ def subject_of(model: str, argument: str = "MODEL") -> Subject:
         FileNotFoundError: neither a pipeline's folder, nor an embedded pipeline, nor of the form of a hub id.
     """
     subject = find_subject(model)
-    if isinstance(subject, AnyPipeline):
+    if not subject.title:
         check_model(model, argument, tuple(EMBEDDED))
     return subject
 

@@ -1,22 +1,28 @@
-"""A subject: a model that concepts are erased from, with its words, its probes and its judges."""
+"""A subject: a model that concepts are erased from, with its words, its probes and its judges.
+
+:class:`Subject` serves any diffusers pipeline: concept sets say what to draw, and CLIP judges zero-shot. A pipeline
+that comes with fdu overrides what it knows better.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-from abc import ABC, abstractmethod
+import functools
+import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 from fdu.concepts import ConceptType, Pair, concept_pairs, read_concepts
 from fdu.models.loading import load_model
+from fdu.subjects.concept_sets import ConceptSet, choose_set
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
     from fdu.config import EraseConfig
     from fdu.evaluation import Probe, Sampling
-    from fdu.evaluation.features import Features
+    from fdu.evaluation.features import ClipFeatures, Features
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,56 +38,68 @@ class Panel:
 
 
 @dataclasses.dataclass(frozen=True)
-class Exam(ABC):
+class Exam:
     """The questions that judge the erasure of one target, checked; nothing is loaded yet."""
 
     target: str
     kind: str
     """The folder of prompt sets for robustness that suits the target: digit, ink, object or style."""
-    digest: str | None
-    """Changes with the prompts, where these do not follow from the names alone."""
+    judge: str | None
+    """An image-text encoder by folder or hub id; None: the default."""
+    concepts: ConceptSet | None = None
+    """The prompts, where they do not follow from the names alone."""
 
-    @abstractmethod
+    @property
+    def digest(self) -> str | None:
+        """Changes with the prompts of ``concepts``."""
+        return hashlib.sha256(repr(self.concepts).encode()).hexdigest()[:16] if self.concepts else None
+
     def panel(self, device: str = "cpu") -> Panel:
         """Load the judges.
 
         Raises:
             OSError: an encoder cannot be loaded.
         """
+        from fdu.evaluation.features import CLIP
+        from fdu.subjects.clip_judges import clip_probes
+
+        assert self.concepts is not None
+        encoder = clip_encoder(self.judge or CLIP, device)
+        return Panel(clip_probes(self.concepts, encoder), encoder, f"{encoder.name}, zero-shot")
 
 
-class Subject(ABC):
-    """A model to erase from. Making one checks its name and loads nothing."""
+class Subject:
+    """A pipeline's folder or hub id, to erase from. Making one loads nothing."""
 
-    title: ClassVar[str] = ""
-    """Its name in prose, where it has one."""
-    light: ClassVar[bool] = False
+    title = ""
+    """Its name in prose, if it comes with fdu."""
+    light = False
     """Whether it is small enough for one process per CPU core."""
-    judges_itself: ClassVar[bool] = False
+    judges_itself = False
     """Whether it has a judge of its own, so that an encoder measures distances only."""
 
     def __init__(self, model: str) -> None:
-        self.model = model
+        self.model = self.location = model
+        """Its name for the command line, and the argument for ``from_pretrained``."""
 
     @property
-    @abstractmethod
-    def location(self) -> str:
-        """The argument for ``from_pretrained``: a folder or a hub id."""
-
-    @property
-    @abstractmethod
     def sampling(self) -> Sampling:
         """How judged images are drawn by default."""
+        from fdu.evaluation import Sampling
+
+        return Sampling(num_inference_steps=None, guidance_scale=None, batch_size=4)
 
     @property
-    @abstractmethod
     def notes(self) -> tuple[str, ...]:
         """Paragraphs that a reader of its results needs."""
+        from fdu.subjects.clip_judges import CLIP_NOTES
+
+        return CLIP_NOTES
 
     @property
-    @abstractmethod
     def loading_code(self) -> str:
         """The Python expression that loads it."""
+        return f"DiffusionPipeline.from_pretrained({self.model!r})"
 
     @property
     def folder(self) -> Path | None:
@@ -113,7 +131,6 @@ class Subject(ABC):
         """The settings with the model's own prompts to preserve, if it has any and the settings name none."""
         return config
 
-    @abstractmethod
     def exam(
         self,
         target: str | None,
@@ -134,3 +151,14 @@ class Subject(ABC):
         Raises:
             ValueError, FileNotFoundError: a target or prompts that do not go with the model.
         """
+        concepts = choose_set(target, prompts, record).without(erased)
+        kind = "style" if any("style" in prompt for prompt in concepts.target.prompts) else "object"
+        return Exam(concepts.target.name, kind, judge, concepts)
+
+
+@functools.cache
+def clip_encoder(name: str, device: str) -> ClipFeatures:
+    """The image-text encoder of that folder or hub id, loaded once per process."""
+    from fdu.evaluation.features import ClipFeatures
+
+    return ClipFeatures.load(name, device)

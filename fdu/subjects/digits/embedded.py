@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fdu.concepts import ConceptType, Pair, concept_pairs
-from fdu.subjects.subject import Exam, Panel, Subject
+from fdu.subjects.subject import Exam, Panel, Subject, clip_encoder
 
 if TYPE_CHECKING:
     from fdu.config import EraseConfig
@@ -21,15 +21,14 @@ NAME = "embedded"
 class DigitExam(Exam):
     """Digits or inks that the classifier judges; an encoder, if one is named, measures the distances."""
 
-    others: tuple[str, ...]
-    encoder: str | None
+    others: tuple[str, ...] = ()
+    """What was erased beside the target."""
 
     def panel(self, device: str = "cpu") -> Panel:
         """See :meth:`Exam.panel`."""
-        from fdu.evaluation.features import ClipFeatures
         from fdu.subjects.digits import pipeline
 
-        features = ClipFeatures.load(self.encoder, device) if self.encoder else pipeline.features()
+        features = clip_encoder(self.judge, device) if self.judge else pipeline.features()
         return Panel(pipeline.probes(self.target, *self.others), features, pipeline.JUDGE)
 
 
@@ -37,19 +36,17 @@ class EmbeddedDigits(Subject):
     """The pipeline of handwritten digits in coloured ink that comes with fdu."""
 
     title = "the embedded pipeline of fdu"
-    light = True
-    judges_itself = True
+    light = judges_itself = True
     data = Path(__file__).parent / "data" / "pipeline"
+
+    def __init__(self, model: str = NAME) -> None:
+        super().__init__(model)
+        self.location = str(self.data)
 
     @classmethod
     def answers_to(cls, model: str) -> bool:
         """Whether ``model`` names it, by name or by its folder."""
         return model == NAME or (Path(model).is_dir() and Path(model).resolve() == cls.data.resolve())
-
-    @property
-    def location(self) -> str:
-        """See :attr:`Subject.location`."""
-        return str(self.data)
 
     @property
     def sampling(self) -> Sampling:
@@ -76,23 +73,23 @@ class EmbeddedDigits(Subject):
         anchors: Sequence[str],
         concept_type: ConceptType | Sequence[ConceptType] = "object",
     ) -> tuple[Pair, ...]:
-        """See :meth:`Subject.pairs`; names are digits and inks, and concept_type says nothing here."""
+        """See :meth:`Subject.pairs`; names are digits and inks, and ``concept_type`` does not matter."""
         pairs = super().pairs(targets, anchors, concept_type)
         if any(name.endswith(".txt") for name in (*targets, *anchors)):
             return pairs
         from fdu.subjects.digits.pipeline import concepts
 
-        given = [name.strip() for name in anchors] * (len(targets) if len(anchors) == 1 else 1)
-        known = [concepts(target.strip(), anchor) for target, anchor in zip(targets, given, strict=True)]
+        known = [concepts(target.name, anchor.name) for target, anchor in pairs]
         return concept_pairs([target for target, _ in known], [anchor for _, anchor in known])
 
     def with_preserved(self, config: EraseConfig, targets: Sequence[str]) -> EraseConfig:
         """See :meth:`Subject.with_preserved`: the superclass and the neighbours of the targets' own kinds."""
-        from fdu.subjects.digits.pipeline import with_preserved
+        from fdu.subjects.digits.pipeline import preserved
         from fdu.subjects.digits.vocabulary import DIGITS, INKS
 
-        known = all(target in (*DIGITS, *INKS) for target in targets)
-        return with_preserved(config, *targets) if known else config
+        if config.preservation_prompts or not all(target in (*DIGITS, *INKS) for target in targets):
+            return config
+        return dataclasses.replace(config, preservation_prompts=preserved(*targets))
 
     def exam(
         self,
@@ -108,8 +105,6 @@ class EmbeddedDigits(Subject):
         from fdu.subjects.digits.pipeline import SUPERCLASS, concepts
         from fdu.subjects.digits.vocabulary import DIGITS
 
-        if target is None:
-            raise ValueError("target is missing; name the erased digit or ink")
-        concepts(target, SUPERCLASS)
+        concepts(target or "", SUPERCLASS)
         others = tuple(name for name in erased if name != target)
-        return DigitExam(target, "digit" if target in DIGITS else "ink", None, others, judge)
+        return DigitExam(target or "", "digit" if target in DIGITS else "ink", judge, others=others)

@@ -6,7 +6,6 @@ handwritten digits, for demonstrations, tests and studies that run anywhere in a
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +16,6 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from fdu.concepts import Concept
-from fdu.config import EraseConfig
 from fdu.evaluation import Judge, Probe
 from fdu.evaluation.features import ModuleFeatures
 from fdu.subjects.digits.classifier import FEATURES as CLASSIFIER_FEATURES
@@ -126,13 +124,6 @@ def preserved(*targets: str) -> tuple[str, ...]:
         nouns = [SEEN_NOUNS[1].format(digit) for digit in digits]
         neighbours += [prompt(noun, medium_phrase=phrase) for noun in nouns for phrase in phrases]
     return tuple(dict.fromkeys((*(prompt(noun) for noun in SUPERCLASS_NOUNS), *neighbours)))
-
-
-def with_preserved(config: EraseConfig, *targets: str) -> EraseConfig:
-    """The settings with the pipeline's own prompts to keep, unless they name some."""
-    if config.preservation_prompts:
-        return config
-    return dataclasses.replace(config, preservation_prompts=preserved(*targets))
 
 
 def probes(target: str, *others: str) -> list[Probe]:
