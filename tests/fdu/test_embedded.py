@@ -82,11 +82,11 @@ def test_unseen_phrasings_are_unseen(target: str) -> None:
 
 
 def test_what_it_does_not_know_is_refused() -> None:
-    with pytest.raises(ValueError, match="target must be a digit .* or an ink .*, got 'cat'"):
+    with pytest.raises(ValueError, match="target.*digit .*ink .*, got 'cat'"):
         digits.concepts("cat", "eight")
-    with pytest.raises(ValueError, match="anchor must be 'digit' or one of zero.*got 'red'"):
+    with pytest.raises(ValueError, match="anchor.*'digit'.*one.*zero.*got 'red'"):
         digits.concepts("three", "red")
-    with pytest.raises(ValueError, match="target and anchor are the same"):
+    with pytest.raises(ValueError, match="target.*anchor.*same"):
         digits.concepts("three", "three")
 
 

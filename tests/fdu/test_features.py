@@ -94,7 +94,7 @@ def test_an_encoder_that_is_not_there_is_told(tmp_path: Path, clip_folder: Path)
     CLIPModel.from_pretrained(clip_folder).save_pretrained(tmp_path)
     with pytest.raises(OSError, match="could not be loaded"):  # no tokenizer
         ClipFeatures.load(str(tmp_path))
-    with pytest.raises(OSError, match="a CLIPTextModel is no image-text encoder"):
+    with pytest.raises(OSError, match="a CLIPTextModel.*no image-text encoder"):
         ClipFeatures.load(str(digits.PIPELINE_FOLDER / "text_encoder"))
 
 
@@ -142,7 +142,7 @@ def test_features_are_given_in_several_ways(clip_folder: Path) -> None:
     assert isinstance(as_features(str(clip_folder)), ClipFeatures)
     named = digits.features()
     assert isinstance(named, Features) and as_features(named) is named
-    with pytest.raises(TypeError, match="features must be an extractor, a module or a name, got int"):
+    with pytest.raises(TypeError, match="features.*extractor.*module.*name, got int"):
         as_features(3)  # type: ignore[arg-type]
 
 

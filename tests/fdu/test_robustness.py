@@ -89,7 +89,7 @@ def test_own_sets(tmp_path: Path) -> None:
     sets = read_sets(tmp_path, "ox")
     assert sets["mine"] == ("ox and ox", "verbatim")
     assert sets["slips"] == tuple(f"a {slip}" for slip in phrasings.misspellings("ox"))
-    with pytest.raises(FileNotFoundError, match="no folder with .txt files"):
+    with pytest.raises(FileNotFoundError, match="no folder.*.txt files"):
         read_sets(tmp_path / "none", "ox")
 
 
@@ -135,7 +135,7 @@ def test_sets_are_compared_prompt_by_prompt() -> None:
     (figures,) = phrasings.compare_sets(sets, "x", before, after).values()
     assert (figures.before.value, figures.after.value) == (0.75, 0.5)
     assert list(figures.by_prompt.items()) == [("q", (0.5, 1.0)), ("p", (1.0, 0.0))]
-    with pytest.raises(ValueError, match="as many images of every set"):
+    with pytest.raises(ValueError, match="as many images.*every set"):
         phrasings.compare_sets(sets, "x", before, {"words": ["x"]})
 
 

@@ -141,10 +141,10 @@ def test_losses_of_zero_leave_it_alike() -> None:
 
 
 def test_an_unknown_sampling_is_refused() -> None:
-    with pytest.raises(ValueError, match="sampling must be one of uniform, importance, not 'loss'"):
+    with pytest.raises(ValueError, match="sampling.*one.*uniform, importance, not 'loss'"):
         TimestepSampler("loss", 1000)
 
 
 def test_a_state_of_another_grid_is_refused() -> None:
-    with pytest.raises(ValueError, match=f"the state has {BINS} bins of timesteps and this sampler 5"):
+    with pytest.raises(ValueError, match=f"the state has {BINS} bins.*sampler 5"):
         TimestepSampler("importance", 5).load_state_dict(trained(1).state_dict())

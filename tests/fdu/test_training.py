@@ -315,7 +315,7 @@ def test_one_erasure_after_another(quick: dict[str, Any]) -> None:
 
 def test_settings_that_contradict_each_other_are_refused(pipeline: StableDiffusionPipeline) -> None:
     for settings, message in (
-        ({"objective": "noise", "negative_guidance": 1.0}, "negative_guidance goes with the objective 'model'"),
+        ({"objective": "noise", "negative_guidance": 1.0}, "negative_guidance goes.*objective 'model'"),
         ({"variational": True, "divergence": "mse"}, "'mse' has no generator f"),
         ({"gradient_surgery": True, "preservation_weight": 0.0}, "gradient_surgery needs preservation"),
         ({"frozen_batches": 2, "timestep_sampling": "importance"}, "frozen_batches holds timesteps fixed"),
@@ -429,7 +429,7 @@ def test_text_encoders_may_be_of_another_type_than_the_denoiser() -> None:
 def test_an_adapter_is_not_stored_in_eight_bits() -> None:
     pipeline = families.build("sd")
     pipeline.unet.enable_layerwise_casting(torch.float8_e4m3fn, torch.float32)
-    with pytest.raises(ValueError, match="stored as torch.float8_e4m3fn; load the pipeline without.*layerwise casting"):
+    with pytest.raises(ValueError, match="stored.*torch.float8_e4m3fn; load.*pipeline without.*layerwise casting"):
         fdu.erase(pipeline, "three", "eight", **TINY, train_method="cross_attention")
     result = fdu.erase(pipeline, "three", "eight", **TINY)
     assert {parameter.dtype for parameter in result.trainable.named_parameters().values()} == {torch.float32}
@@ -521,5 +521,5 @@ def test_what_the_launcher_says_must_fit(
         fdu.erase(pipeline, "three", "eight", **quick)
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
-    with pytest.raises(ValueError, match="DeepSpeed, which is not supported"):
+    with pytest.raises(ValueError, match="DeepSpeed.*not supported"):
         fdu.erase(pipeline, "three", "eight", **quick)

@@ -88,33 +88,31 @@ def test_the_context_ends_with_an_error(modules: dict[str, object]) -> None:
 def test_refusals(modules: dict[str, object], monkeypatch: pytest.MonkeyPatch) -> None:
     tensor = torch.ones(2)
     everything = r"absent \(no such device\), picky \(can run\), other \(can run\), torch \(can run\)"
-    with pytest.raises(
-        ValueError, match="backend asks for the unknown backend 'tritn'; known: absent, picky, other, to"
-    ):
+    with pytest.raises(ValueError, match="backend asks.*unknown backend 'tritn'; known: absent, picky, other,"):
         fk.gaussian_divergence(tensor, tensor, backend="tritn")
-    with pytest.raises(ValueError, match="use_backend asks for the unknown backend 'tritn'"):
+    with pytest.raises(ValueError, match="use_backend asks.*unknown backend 'tritn'"):
         fk.use_backend("tritn").__enter__()
     with pytest.raises(RuntimeError, match=f"use_backend asks for 'absent', which cannot run here.*{everything}"):
         fk.use_backend("absent").__enter__()
     compiled = torch.compile(lambda: fk.use_backend("other").__enter__(), fullgraph=True, backend="eager")
-    with pytest.raises(Unsupported, match="use_backend cannot be in compiled code; pass backend=..."):
+    with pytest.raises(Unsupported, match="use_backend cannot.*compiled code; pass backend=..."):
         compiled()
-    with pytest.raises(RuntimeError, match="backend asks for 'picky', which cannot take this call: only float8"):
+    with pytest.raises(RuntimeError, match="backend asks.*'picky'.*cannot take.*call: only float8"):
         fk.gaussian_divergence(tensor, tensor, backend="picky")
     with mock.patch("os.environ", {"FDU_BACKEND": "tritn"}), pytest.raises(ValueError, match="FDU_BACKEND asks for"):
         fk.gaussian_divergence(tensor, tensor)
     monkeypatch.setenv("FDU_BACKEND", "absent")
-    with pytest.raises(RuntimeError, match="FDU_BACKEND asks for 'absent'"):
+    with pytest.raises(RuntimeError, match="FDU_BACKEND asks.*'absent'"):
         fk.gaussian_divergence(tensor, tensor)
 
 
 def test_nothing_fits(modules: dict[str, object], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(registry, "PLACES", {name: modules[name] for name in ("absent", "picky")})
-    with pytest.raises(RuntimeError, match=r"no backend can take this call.*absent \(no such device\)"):
+    with pytest.raises(RuntimeError, match=r"no backend.*take.*call.*absent \(no.*device\)"):
         choose_backend(None, CALL)
 
 
 def test_a_module_can_name_its_backend(modules: dict[str, object]) -> None:
     loss = fk.GaussianDivergenceLoss(backend="absent")
-    with pytest.raises(RuntimeError, match="backend asks for 'absent', which cannot run here"):
+    with pytest.raises(RuntimeError, match="backend asks.*'absent'.*cannot run here"):
         loss(torch.ones(2), torch.zeros(2))

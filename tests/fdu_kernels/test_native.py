@@ -63,7 +63,7 @@ def pair(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> tupl
 
 def test_an_instruction_set_is_chosen_by_name(instruction_set: str) -> None:
     assert build.load().instruction_set() == instruction_set
-    with pytest.raises(ValueError, match="not an instruction set of this machine: sse9"):
+    with pytest.raises(ValueError, match="not.*instruction set.*machine: sse9"):
         build.load().use_instruction_set("sse9")
     assert build.load().instruction_set() == instruction_set
 
