@@ -19,6 +19,8 @@ from fdu.models.families import FAMILIES, denoiser_of
 from fdu.models.flow import shifted_sigmas
 from fdu.models.flux import pack, position_ids, unpack
 
+pytestmark = pytest.mark.quick(name=["sd", "sd3", "flux", "pixart"])
+
 PROMPT = "the digit three"
 UNITS = {"sd": 8, "sdxl": 8, "sd3": 4, "flux": 4, "pixart": 8, "sana": 32}
 """Pixels that a side must be a multiple of."""

@@ -30,6 +30,7 @@ def test_every_word_is_one_token_and_every_prompt_fits(pipeline: StableDiffusion
         assert len(tokenizer(words).input_ids) == len(words.split()) + 2 <= tokenizer.model_max_length
 
 
+@pytest.mark.slow
 def test_class_prompts_draw_what_they_ask_for(pipeline: StableDiffusionPipeline) -> None:
     digit, medium = digits.judges()["digit"], digits.judges()["medium"]
     numbers = [fdu.Probe(name, (prompt(f"the digit {name}"),), "retained", digit) for name in DIGITS]

@@ -37,6 +37,8 @@ from fdu.models.families import denoiser_of
 from fdu.subjects.digits import pipeline as digits
 from fdu.training.methods.perturbation import Perturbation
 
+pytestmark = pytest.mark.quick(name=["sd", "sd3", "flux", "pixart"])
+
 QUICK = JudgedSampling(images=2, num_inference_steps=2)
 THREE = fdu.Probe("three", ("a photo of the digit three", "three"), "target", lambda images: ["three"] * len(images))
 

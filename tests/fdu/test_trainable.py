@@ -22,6 +22,8 @@ from fdu.storage import parts
 from fdu.subjects.digits import pipeline as digits
 from fdu.training.methods import Trainable, attach
 
+pytestmark = pytest.mark.quick(family=["sd", "sd3"], method=["lora", "cross_attention", "token"])
+
 FAMILIES = ("sd", "sdxl", "sd3", "flux", "pixart", "sana")
 KINDS = ("lora", "dora", "cross_attention", "full", "token")
 """Methods that differ in how they work, not only in which weights they take."""

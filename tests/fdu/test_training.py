@@ -25,6 +25,8 @@ from fdu.training import examples, loop, objective, tracking
 from fdu.training.cache import Cache
 from fdu.training.timesteps import TimestepSampler
 
+pytestmark = pytest.mark.quick(name=["sd", "sd3", "flux", "pixart"])
+
 TINY: dict[str, Any] = {
     "max_train_steps": 2, "train_batch_size": 1, "num_latents": 2, "num_inference_steps": 2, "rank": 2,
 }  # fmt: skip

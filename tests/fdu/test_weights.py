@@ -29,6 +29,8 @@ from fdu.storage.merging import merge, merged
 from fdu.storage.readers import Loaded, load_weights
 from fdu.storage.writers import choose_format, write
 
+pytestmark = pytest.mark.quick(name=["sd", "flux"])
+
 ATTENTION = {
     "sd": ("to_q", "to_k", "to_v", "to_out.0"),
     "sdxl": ("to_q", "to_k", "to_v", "to_out.0"),
