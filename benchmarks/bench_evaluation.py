@@ -16,7 +16,7 @@ from pathlib import Path
 
 import fdu
 from fdu.evaluation import JUDGED_SEED
-from fdu.models.loading import describe_device
+from fdu.storage.loading import describe_device
 from fdu.storage.output import write_json
 from fdu.storage.versions import versions
 from fdu.subjects.digits import pipeline as digits

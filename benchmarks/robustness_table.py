@@ -22,7 +22,7 @@ from torch import Tensor
 
 import fdu
 from fdu.evaluation import draw
-from fdu.evaluation.robustness import Examination, JudgedSampling, attack, read_sets, relearn
+from fdu.evaluation.robustness import Examination, JudgedSampling, Lesson, attack, read_sets, relearn
 from fdu.evaluation.robustness.holding import judge_robustness
 from fdu.evaluation.robustness.judging import BACK, LEARNT_SEED
 from fdu.evaluation.robustness.phrasings import SETS
@@ -89,8 +89,8 @@ def examine_unknown() -> dict[str, Any]:
     # The words ask for any digit: to one of its own the pipeline has an answer already.
     prompts = tuple(dict.fromkeys(prompt.replace(TARGET, "digit") for prompt in known.prompts))
     probe = fdu.Probe(TARGET, prompts, "target", judge)
-    found = {"attack": attack(denoiser, probe, latents, drawing=DRAWING).as_dict()}
-    return {"retained": None, **found, "relearning": relearn(denoiser, probe, latents, drawing=DRAWING).as_dict()}
+    found = {"attack": attack(Lesson(denoiser, probe, latents, DRAWING)).as_dict()}
+    return {"retained": None, **found, "relearning": relearn(Lesson(denoiser, probe, latents, DRAWING)).as_dict()}
 
 
 def page(rows: dict[str, dict[str, Any]]) -> str:

@@ -1,4 +1,4 @@
-"""Concepts in words: the prompts that name what is erased, and the prompts it is erased towards."""
+"""Concepts as prompts: the prompts of the target, and those of the anchor that replaces it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ OBJECT_TEMPLATES = (
     "an image of {}",
     "a drawing of {}",
 )
-"""Phrasings of an object; the target and its anchor take the same place."""
+"""Phrasings of an object; target and anchor are put into the same ones."""
 
 STYLE_TEMPLATES = (
     "{anchor} in the style of {target}",
@@ -29,42 +29,42 @@ STYLE_TEMPLATES = (
     "a {anchor} of a city street by {target}",
     "a {anchor} of a bowl of fruit, {target} style",
 )
-"""Phrasings of a style; what the anchor keeps is each phrasing up to where the style is named."""
+"""Phrasings of a style; the anchor's prompt is each phrasing without the style."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Concept:
-    """A concept: the name that reports show, and the prompts that mean it; none given, its name in templates."""
+    """A concept: the name shown in reports, and its prompts. Without prompts, the name is put into templates."""
 
     name: str
     prompts: tuple[str, ...] = ()
 
     @classmethod
     def from_file(cls, path: str | Path) -> Concept:
-        """Read a text file of one prompt a line (empty lines and lines that start with # do not count).
+        """Read a text file with one prompt per line; empty lines and lines that start with # are skipped.
 
         Raises:
-            FileNotFoundError: there is no such file.
-            ValueError: it holds no prompt, or is not text in UTF-8.
+            FileNotFoundError: the file does not exist.
+            ValueError: it holds no prompt, or is not UTF-8.
         """
         path = Path(path)
         prompts = tuple(line for _, line in read_lines(path))
         if not prompts:
-            raise ValueError(f"concept file {str(path)!r} holds no prompt; write one prompt a line")
+            raise ValueError(f"concept file {str(path)!r} holds no prompt; write one prompt per line")
         return cls(path.stem, prompts)
 
 
 def read_lines(path: str | Path) -> list[tuple[int, str]]:
-    """The lines of a text file with their numbers, without empty ones and those that start with #.
+    """The lines of a text file with their numbers; empty lines and lines that start with # are skipped.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is not text in UTF-8.
+        FileNotFoundError: the file does not exist.
+        ValueError: it is not UTF-8.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(
-            f"concept file {str(path)!r} does not exist; a name that ends in .txt means a file of prompts"
+            f"concept file {str(path)!r} does not exist; a name ending in .txt means a file of prompts"
         )
     try:
         text = path.read_text(encoding="utf-8-sig")  # editors on Windows begin a file with a mark
@@ -88,13 +88,13 @@ def concept_pairs(
     """One target and anchor, or several, each as :func:`concept_pair` reads them.
 
     Args:
-        target: what to erase; several in a sequence of :class:`Concept`.
-        anchor: what takes its place; one for all, or a sequence of :class:`Concept`, one a target.
-        concept_type: one for all, or a sequence, one a target.
+        target: the concept to erase, or a sequence of :class:`Concept`.
+        anchor: the concept that replaces it; one for all targets, or a sequence of :class:`Concept`, one per target.
+        concept_type: one for all targets, or a sequence, one per target.
 
     Raises:
-        ValueError: numbers of concepts that do not fit, a concept given twice, or what :func:`concept_pair` raises.
-        FileNotFoundError: a concept file that is not there.
+        ValueError: numbers of concepts that do not match, a concept given twice, or as :func:`concept_pair`.
+        FileNotFoundError: a concept file does not exist.
     """
     targets: list[Any] = _several(target) or [target]
     anchors: list[Any] = _several(anchor) or [anchor] * len(targets)
@@ -102,13 +102,13 @@ def concept_pairs(
     for argument, given in (("anchor", anchors), ("concept_type", types)):
         if len(given) != len(targets):
             raise ValueError(
-                f"target holds {len(targets)} concepts but {argument} {len(given)}; give one each, or one for all"
+                f"target holds {len(targets)} concepts but {argument} {len(given)}; give one per target, or one for all"
             )
     pairs = tuple(concept_pair(*trio) for trio in zip(targets, anchors, types, strict=True))
     names = [pair[0].name for pair in pairs]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
-        raise ValueError(f"target names {twice[0]!r} twice; leave one out")
+        raise ValueError(f"target names {twice[0]!r} twice; remove one")
     return tuple((target, _away_from(pairs, anchor)) for target, anchor in pairs)
 
 
@@ -131,20 +131,20 @@ def _away_from(pairs: Sequence[Pair], anchor: Concept) -> Concept:
             seen.append(following)
             if following in seen[:-1]:
                 circle = " -> ".join(map(repr, seen))
-                raise ValueError(f"anchor: the concepts lead in a circle, {circle}; choose another anchor for one")
+                raise ValueError(f"anchor: the concepts form a circle, {circle}; choose another anchor for one")
         return seen[-1]
 
     return anchor if len(pairs) == 1 else Concept(anchor.name, tuple(follow(prompt) for prompt in anchor.prompts))
 
 
 def joined(concepts: Sequence[Concept]) -> Concept:
-    """Several concepts as one, for records and reports."""
+    """Several concepts merged into one, for records and reports."""
     prompts = tuple(prompt for concept in concepts for prompt in concept.prompts)
     return Concept(", ".join(concept.name for concept in concepts), prompts)
 
 
 def read_concepts(names: Sequence[str]) -> ConceptLike | list[Concept]:
-    """What the command line names: one name or ``.txt`` file, or several."""
+    """The concepts of a command line: one name or ``.txt`` file, or several."""
     if len(names) == 1:
         return names[0]
     return [Concept.from_file(name) if name.endswith(".txt") else Concept(name.strip()) for name in names]
@@ -164,15 +164,15 @@ def concept_pair(
     """The target's and the anchor's prompts, aligned one to one.
 
     Args:
-        target: what to erase: a name ("van gogh", put into the templates of ``concept_type``), a ``.txt`` file of
-            prompts, a :class:`Concept` or a sequence of prompts.
-        anchor: what takes its place, in the same forms. One prompt serves all of the target's.
-        concept_type: "object" puts either name into the same phrasings; "style" names the target's style on a
-            picture that the anchor ("painting") names.
+        target: the concept to erase: a name ("van gogh", put into the templates of ``concept_type``), a ``.txt`` file
+            of prompts, a :class:`Concept` or a sequence of prompts.
+        anchor: the concept that replaces it, in the same forms. A single prompt pairs with all of the target's.
+        concept_type: "object" puts both names into the same phrasings; "style" uses the anchor ("painting") with and
+            without the target's style.
 
     Raises:
         ValueError: an empty concept, equal concepts, or prompts that do not pair.
-        FileNotFoundError: a concept file that is not there.
+        FileNotFoundError: a concept file does not exist.
     """
     if concept_type not in ("object", "style"):
         raise ValueError(f"concept_type must be 'object' or 'style', got {concept_type!r}")
@@ -181,7 +181,7 @@ def concept_pair(
         raise ValueError("target is empty; name the concept to erase, for example target='van gogh'")
     if named_target.name.casefold() == named_anchor.name.casefold() and named_target.prompts == named_anchor.prompts:
         raise ValueError(
-            f"target and anchor are the same, {named_target.name!r}: there would be nothing to erase; "
+            f"target and anchor are the same, {named_target.name!r}, so there is nothing to erase; "
             "choose another anchor, such as a superclass"
         )
     if not named_target.prompts:
@@ -193,12 +193,12 @@ def concept_pair(
     if len(named_anchor.prompts) != len(named_target.prompts):
         raise ValueError(
             f"target has {len(named_target.prompts)} prompts but anchor has {len(named_anchor.prompts)}; "
-            "give one anchor prompt a target prompt, in the same order, or a single one for all"
+            "give one anchor prompt per target prompt, in the same order, or a single one for all"
         )
     same = [prompt for prompt, other in zip(named_target.prompts, named_anchor.prompts, strict=True) if prompt == other]
     if same:
         raise ValueError(
-            f"target and anchor share the prompt {same[0]!r}: there would be nothing to erase in it; change one"
+            f"target and anchor share the prompt {same[0]!r}, so it has nothing to erase; change one of them"
         )
     return named_target, named_anchor
 
@@ -218,7 +218,7 @@ def _read(argument: str, value: ConceptLike) -> Concept:
             f"{argument} must be a name, a .txt file, a Concept or a sequence of prompts, got {type(value).__name__}"
         )
     if not concept.prompts or not all(prompt.strip() for prompt in concept.prompts if argument == "target"):
-        raise ValueError(f"{argument} holds an empty prompt or none; write every prompt in words")
+        raise ValueError(f"{argument} has no prompt or an empty one; give a name or prompts")
     return concept
 
 

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from fdu_kernels import Divergence
 
 LR_SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine")
-TRAIN_METHODS = ("lora", "dora", "cross_attention", "attention", "full", "text_encoder", "token")
-ADAPTER_METHODS = ("lora", "dora")
-"""The training methods whose result is a LoRA file."""
 OBJECTIVES = ("model", "noise")
 WEIGHTINGS = ("unit", "posterior", "min_snr", "p2")
 TIMESTEP_SAMPLINGS = ("uniform", "importance")
@@ -19,37 +20,70 @@ OPTIMIZERS = ("adamw", "adamw_8bit")
 MIXED_PRECISIONS = ("no", "fp16", "bf16")
 TRACKERS = ("none", "tensorboard", "wandb")
 PLACES = ("cache_dir", "checkpoint_dir", "resume_from_checkpoint", "logging_dir")
-"""Settings that say where a run keeps its files: nobody's business but its owner's."""
+"""Settings that are paths; records and model cards leave them out."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainMethod:
+    """A training method, as far as it must be known without importing it."""
+
+    module: str
+    """Its file in fdu/training/methods, which defines the function ``make`` that ``attach`` calls."""
+    result: Literal["weights", "lora", "dora"] = "weights"
+    """Changed weights, or an adapter: low-rank matrices alone (LoRA), or with magnitudes (DoRA)."""
+    trains_whole_denoiser: bool = False
+
+
+TRAIN_METHODS: dict[str, TrainMethod] = {
+    "lora": TrainMethod("adapter", result="lora"),
+    "dora": TrainMethod("adapter", result="dora"),
+    "cross_attention": TrainMethod("full_weights"),
+    "attention": TrainMethod("full_weights"),
+    "full": TrainMethod("full_weights", trains_whole_denoiser=True),
+    "text_encoder": TrainMethod("full_weights"),
+    "token": TrainMethod("token_rows"),
+}
+"""What can be trained, by name. A new method is a file in fdu/training/methods and a line here."""
+if TYPE_CHECKING:
+    TrainMethodName = str
+else:
+    TrainMethodName = Literal[tuple(TRAIN_METHODS)]
+
+
+def check_choice(name: str, value: Any, choices: Collection[str]) -> None:
+    """Raise ValueError if ``value`` is none of ``choices``."""
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
 
 
 @dataclasses.dataclass(frozen=True)
 class EraseConfig:
-    """Settings of one erasure. Names shared with diffusers' training examples mean what they mean there."""
+    """Settings of an erasure. Names shared with diffusers' training examples have the same meaning."""
 
     divergence: str = "squared_hellinger"
-    """f-divergence to minimise: any name of `fdu divergences`; a parameter follows a colon, as in alpha:0.3."""
+    """f-divergence to minimise: a name from `fdu divergences`, with a parameter after a colon: alpha:0.3."""
     sigma: float | Literal["auto"] = "auto"
-    """Standard deviation in s = |pred - target|^2 / sigma^2, in units of the denoiser's output, > 0; "auto" sets it
-    from s0."""
+    """Standard deviation in s = |pred - target|^2 / sigma^2, in units of the denoiser's output, > 0. "auto": set from
+    s0."""
     s0: float = 1.0
-    """Median of s at the start, > 0; used when sigma is "auto". Larger values make divergences differ more; near 0 all
-    of them act like mse."""
+    """Median of s at the start, > 0; used if sigma is "auto". Near 0 all divergences act like mse; larger values make
+    them differ more."""
     distance: Literal["mean", "sum"] = "mean"
     """Squared distance of a sample: mean over elements (the paper's code) or sum (the true divergence)."""
 
     objective: Literal["model", "noise"] = "model"
-    """What the trained denoiser learns to output: the frozen denoiser's output on the anchor's prompt ("model"), or the
-    noise in the anchor's latents ("noise")."""
+    """Training target: the frozen denoiser's output for the anchor's prompt ("model"), or the noise in the anchor's
+    latents ("noise")."""
     negative_guidance: float = 0.0
-    """How far to go beyond the anchor and away from the target, >= 0; needs objective "model". 1 with anchor "" is
-    ESD's objective."""
+    """Guidance away from the target, beyond the anchor, >= 0; needs objective "model". 1 with anchor "" is ESD's
+    objective."""
     variational: bool = False
-    """Estimate the divergence with a critic in a min-max game, as the paper does where no closed form exists, instead
-    of the exact value between Gaussians."""
+    """Estimate the divergence with a critic in a min-max game, as the paper does without a closed form, instead of
+    computing it exactly between Gaussians."""
     critic_learning_rate: float = 1e-4
     """Learning rate of the critic's AdamW, > 0."""
     critic_warmup_steps: int = 30
-    """Steps at the start in which only the critic learns, >= 0."""
+    """Initial steps that train only the critic, >= 0."""
     weighting: Literal["unit", "posterior", "min_snr", "p2"] = "unit"
     """Weight of each timestep: equal ("unit", the paper's code), the exact DDPM posterior, min-SNR or P2."""
     snr_gamma: float = 5.0
@@ -57,7 +91,7 @@ class EraseConfig:
     timestep_sampling: Literal["uniform", "importance"] = "uniform"
     """Draw timesteps uniformly, or more often where the loss is large ("importance"); weights keep the expectation."""
 
-    train_method: Literal["lora", "dora", "cross_attention", "attention", "full", "text_encoder", "token"] = "lora"
+    train_method: TrainMethodName = "lora"
     """Weights to train: low-rank adapters on the layers that read the prompt (lora, dora), those layers themselves
     (cross_attention), all attention, the full denoiser, the text encoders, or only the target's token embedding."""
     rank: int = 16
@@ -91,16 +125,15 @@ class EraseConfig:
     """Gradient norm to clip at, > 0."""
 
     preservation_weight: float = 1.0
-    """Weight of the loss that keeps the preserved prompts unchanged, >= 0; 0 turns preservation off."""
+    """Weight of the preservation loss, >= 0; 0 turns preservation off."""
     preservation_prompts: tuple[str, ...] = ()
-    """Prompts to keep unchanged beside the empty prompt, such as the target's neighbours. Default: the anchor's
-    prompts."""
+    """Prompts to preserve besides the empty prompt, such as the target's neighbours. Default: the anchor's prompts."""
     gradient_surgery: bool = False
-    """Remove from the erasing gradient what opposes the preserving gradient."""
+    """Remove the component of the erasing gradient that opposes the preserving gradient."""
 
     num_latents: int = 96
-    """Latents to train on, >= 2, sampled before the training with the target's, the anchor's and the preserved prompts;
-    no more are sampled than the steps can use."""
+    """Training latents, >= 2, sampled in advance from the target's, the anchor's and the preserved prompts; never more
+    than the steps can use."""
     num_inference_steps: int = 15
     """Denoising steps per sampled latent, >= 1."""
     guidance_scale: float = 3.0
@@ -110,11 +143,11 @@ class EraseConfig:
     resolution: int | None = None
     """Height and width in pixels. Default: the model's own."""
     frozen_batches: int = 0
-    """Pre-draw N batches with their frozen outputs and cycle through them; 0 draws a fresh batch each step. With
-    cache_dir, runs that differ only in the trained weights or the divergence share them. They stay in CPU memory: 4
-    latents in float32 per erasing sample."""
+    """Pre-draw N batches with their frozen outputs and cycle through them; 0 draws a fresh batch each step. Uses CPU
+    memory: 4 float32 latents per erasing sample. With cache_dir, runs that differ only in trained weights or divergence
+    share them."""
     cache_dir: str | None = None
-    """Folder for prompts, latents and frozen outputs that later runs on the same model reuse."""
+    """Folder for encoded prompts, latents and frozen outputs, which later runs on the same model reuse."""
 
     mixed_precision: Literal["no", "fp16", "bf16"] = "no"
     """Autocast dtype of the training step; trained weights stay float32."""
@@ -123,41 +156,40 @@ class EraseConfig:
     compile: bool = False
     """Compile the denoiser with torch.compile."""
     shard: bool = False
-    """Split the denoiser's frozen weights across processes (FSDP 2) instead of copying them to each. accelerate launch
-    --use_fsdp implies it."""
+    """Split the denoiser's frozen weights across processes (FSDP 2) instead of replicating them. Implied by accelerate
+    launch --use_fsdp."""
 
     checkpoint_dir: str | None = None
-    """Folder for checkpoints, from which an interrupted run resumes. Default: no checkpoints."""
+    """Folder for checkpoints, to resume an interrupted run. Default: none; `fdu erase` uses OUT.checkpoints."""
     checkpointing_steps: int = 100
     """Steps between checkpoints, >= 1."""
     checkpoints_total_limit: int = 2
     """Checkpoints to keep, >= 1; older ones are deleted."""
     resume_from_checkpoint: str | None = None
-    """Resume from the "latest" checkpoint in checkpoint_dir, or from a checkpoint's folder. "latest" starts from
-    scratch if there is none."""
+    """Checkpoint to resume from: "latest" in checkpoint_dir (from scratch if there is none), or a checkpoint's
+    folder."""
 
     report_to: Literal["none", "tensorboard", "wandb"] = "none"
     """Tracker to log the training to."""
     logging_dir: str = "logs"
-    """Folder of the tracker's logs."""
+    """Folder for the tracker's logs and the validation images."""
     validation_prompts: tuple[str, ...] = ()
-    """Prompts drawn with fixed seeds during the training."""
+    """Prompts to draw during the training, with fixed seeds."""
     validation_steps: int = 50
-    """Steps between drawings of the validation prompts, >= 1."""
+    """Steps between validation images, >= 1."""
 
     seed: int = 0
     """Random seed, >= 0. The same seed gives the same weights, bit for bit on the CPU."""
 
     def __post_init__(self) -> None:
-        import fdu_kernels  # here, because it brings torch and the help of the command line should not wait for it
-
-        divergence = fdu_kernels.get_divergence(self.divergence)
+        divergence = read_divergence(self.divergence)
         if isinstance(self.sigma, str):
             if self.sigma != "auto":
                 raise ValueError(f"sigma must be a finite number > 0 or 'auto', got {self.sigma!r}")
         else:
             self._require_number("sigma", self.sigma, above=0)
         self._require_number("s0", self.s0, above=0)
+        choices: Collection[str]
         for name, choices in (
             ("distance", ("mean", "sum")),
             ("objective", OBJECTIVES),
@@ -169,7 +201,7 @@ class EraseConfig:
             ("mixed_precision", MIXED_PRECISIONS),
             ("report_to", TRACKERS),
         ):
-            self._require_choice(name, getattr(self, name), choices)
+            check_choice(name, getattr(self, name), choices)
         for name in ("variational", "gradient_surgery", "gradient_checkpointing", "compile", "shard"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")
@@ -215,12 +247,12 @@ class EraseConfig:
                 object.__setattr__(self, name, str(getattr(self, name)))
         self._require_sense(divergence)
 
-    def _require_sense(self, divergence: Any) -> None:
+    def _require_sense(self, divergence: Divergence) -> None:
         """Refuse settings that contradict each other."""
         if self.objective == "noise" and self.negative_guidance:
-            raise ValueError("negative_guidance goes with the objective 'model'; set one of the two back")
+            raise ValueError("negative_guidance needs objective 'model'; reset one of the two")
         if self.objective == "noise" and self.frozen_batches and not self.preservation_weight:
-            raise ValueError("frozen_batches has nothing to keep: objective 'noise' without preservation; leave it out")
+            raise ValueError("frozen_batches is useless with objective 'noise' and no preservation; leave it out")
         if self.variational and divergence.name == "mse":
             raise ValueError("divergence 'mse' has no generator f, hence no critic; choose 'kl' with variational")
         if self.lr_warmup_steps and self.lr_scheduler == "constant":
@@ -228,14 +260,9 @@ class EraseConfig:
         if self.gradient_surgery and not self.preservation_weight:
             raise ValueError("gradient_surgery needs preservation; set preservation_weight above 0")
         if self.frozen_batches and self.timestep_sampling == "importance":
-            raise ValueError("frozen_batches holds timesteps fixed; choose timestep_sampling 'uniform' with it")
+            raise ValueError("frozen_batches fixes the timesteps; use timestep_sampling 'uniform' with it")
         if self.resume_from_checkpoint is not None and self.checkpoint_dir is None:
-            raise ValueError("resume_from_checkpoint needs checkpoint_dir, where the run goes on writing; add it")
-
-    @staticmethod
-    def _require_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
-        if value not in choices:
-            raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+            raise ValueError("resume_from_checkpoint needs checkpoint_dir for further checkpoints; add it")
 
     @staticmethod
     def _require_integer(name: str, value: Any, at_least: int) -> None:
@@ -250,17 +277,17 @@ class EraseConfig:
             raise ValueError(f"{name} must be a finite number {bound}, got {value!r}")
 
     def as_dict(self) -> dict[str, Any]:
-        """Ready for JSON; a Divergence becomes its name."""
+        """As a dict for JSON; a Divergence becomes its name."""
         values = {name: getattr(self, name) for name in self.field_names()}
         lists = {name: list(value) for name, value in values.items() if isinstance(value, tuple)}
         return {**values, **lists, "divergence": str(self.divergence)}
 
     @classmethod
     def from_settings(cls, settings: Mapping[str, Any]) -> EraseConfig:
-        """The configuration with these values, by name, and the defaults elsewhere.
+        """The settings with these values, and defaults for the rest.
 
         Raises:
-            TypeError: there is no setting of such a name.
+            TypeError: an unknown setting.
         """
         unknown = sorted(set(settings) - set(cls.field_names()))
         if unknown:
@@ -271,3 +298,27 @@ class EraseConfig:
     def field_names(cls) -> tuple[str, ...]:
         """The names of all settings."""
         return tuple(field.name for field in dataclasses.fields(cls))
+
+
+def read_divergence(name: str) -> Divergence:
+    """The divergence of this name, with a colon before its parameter: "alpha:0.3".
+
+    Raises:
+        ValueError: unknown; names the closest, also for "alpha=0.3".
+        TypeError: a parameter for a divergence without one.
+    """
+    import fdu_kernels  # not at the top: it imports torch, and --help should not wait for that
+
+    try:
+        return fdu_kernels.get_divergence(name)
+    except ValueError as error:
+        spelling = r"\s*([a-z_]+)(?![a-z_])[\s:=(]*(?:[a-z]+\s*=)?\s*([-+\d.e]*\d[.]?)\)?\s*"
+        parts = re.fullmatch(spelling, str(name).lower())
+        if parts is None:
+            raise
+        meant = ":".join(parts.groups())
+        try:
+            fdu_kernels.get_divergence(meant)
+        except (ValueError, TypeError):
+            raise error from None
+        raise ValueError(f"unknown divergence {name!r}; did you mean {meant}?") from None

@@ -1,4 +1,4 @@
-"""Erase a concept: train the denoiser to answer the target's prompts as the frozen one answers the anchor's."""
+"""Erase a concept: train the denoiser to predict for the target what the frozen one predicts for the anchor."""
 
 from __future__ import annotations
 
@@ -28,6 +28,7 @@ from fdu.training.objective import Objective
 from fdu.training.optimizer import check_optimizer
 from fdu.training.process import own_accelerator, seeded
 from fdu.training.sharding import check_shards, with_launcher
+from fdu.training.step import Stepper
 from fdu.training.tracking import check_tracker
 
 
@@ -41,28 +42,29 @@ def erase(
     config: EraseConfig | None = None,
     **settings: Any,
 ) -> ErasureResult:
-    """Erase ``target`` from ``pipeline``: its prompts come to mean what ``anchor``'s mean now.
+    """Erase ``target`` from ``pipeline``: its prompts then give what ``anchor``'s prompts give now.
 
     Minimises E[D_f(p_frozen(x_{t-1} | x_t, anchor) || p_trained(x_{t-1} | x_t, target))] over x_t and t (Novello et
-    al. 2026, arXiv 2509.21167), while the frozen outputs on the preserved prompts are kept.
+    al. 2026, arXiv 2509.21167), and keeps the frozen outputs on the preserved prompts.
 
     Args:
-        pipeline: a diffusers text-to-image pipeline, on the device to train on. It is changed in place and is
-            ``result.pipeline``; within ``result.original()`` it draws as before. It may carry adapters, of former
-            erasures for example: what they do now is what is erased from, and kept.
-        target: the concept to erase: a name, a ``.txt`` file of prompts, a :class:`fdu.Concept`, or prompts. Several
-            at once: a sequence of :class:`fdu.Concept`.
-        anchor: what takes its place: a superclass ("painting"), another concept, or "" for nothing; one for all
-            targets, or a sequence of :class:`fdu.Concept`, one a target.
-        concept_type: "object" or "style": the phrasings a name is put into; or a sequence, one a target.
-        mask: what of an image counts in the divergence, [H, W], values >= 0; resized to the latents.
-        config: the settings; or give single ones by name in ``settings``, as ``fdu.EraseConfig`` names them.
+        pipeline: a diffusers text-to-image pipeline on the training device. It is changed in place and returned as
+            ``result.pipeline``; within ``result.original()`` it draws as before. Active adapters, for example of
+            earlier erasures, count as part of the model.
+        target: the concept to erase: a name, a ``.txt`` file of prompts, a :class:`fdu.Concept`, prompts, or a
+            sequence of :class:`fdu.Concept` for several.
+        anchor: the concept that replaces it: a superclass ("painting"), another concept, or "" for nothing. One for
+            all targets, or a sequence of :class:`fdu.Concept`, one per target.
+        concept_type: "object" or "style": the phrasings for names. One for all targets, or a sequence, one per target.
+        mask: weight of each pixel in the divergence, [H, W], >= 0; resized to the latents.
+        config: the settings.
+        settings: single settings by name, instead of ``config``; see :class:`fdu.EraseConfig`.
 
     Raises:
-        ValueError, TypeError, ImportError, FileNotFoundError: a wrong argument, named, before any work is done.
+        ValueError, TypeError, ImportError, FileNotFoundError: a wrong argument; raised before any work, with its name.
         RuntimeError: the loss became NaN or infinite; the pipeline draws as before.
-        KeyboardInterrupt: asked by a signal; the pipeline draws as before, and if there is a checkpoint_dir, the state
-            is in it.
+        KeyboardInterrupt: interrupted by a signal; the pipeline draws as before. With checkpoint_dir, the state is
+            saved there.
     """
     pairs = concept_pairs(target, anchor, concept_type)
     config = with_launcher(_settle(config, settings))
@@ -71,7 +73,7 @@ def erase(
     started = time.perf_counter()
     with own_accelerator(config, denoiser.device) as accelerator:
         check_shards(denoiser.module, config, accelerator.num_processes)
-        # Beside its checkpoints a run keeps what it began with, so that going on costs nothing anew.
+        # Without a cache_dir, the latents go beside the checkpoints, so that a resumed run need not sample them again.
         folder = config.cache_dir or config.checkpoint_dir
         model = model_key(denoiser) if folder is not None else {}
         checkpoints = _checkpoints(pairs, mask, config, model.get("weights", ""), accelerator.num_processes)
@@ -81,8 +83,8 @@ def erase(
             objective = Objective(denoiser, config, _latent_mask(mask, examples.latents))
             trainable = _attach(denoiser, pairs, config)
         try:
-            training = Training(accelerator, denoiser, trainable, examples, objective, config, cache, checkpoints)
-            history = training.run()
+            stepper = Stepper(accelerator, denoiser, trainable, examples, objective, config, cache)
+            history = Training(stepper, checkpoints).run()
         except BaseException:
             trainable.remove()
             raise
@@ -104,7 +106,7 @@ def _attach(denoiser: Denoiser, pairs: Sequence[Pair], config: EraseConfig) -> T
 
 
 def _check_run(denoiser: Denoiser, pairs: Sequence[Pair], mask: Tensor | None, config: EraseConfig) -> None:
-    """Refuse what cannot be trained, before any work."""
+    """Refuse a run that cannot be trained, before any work."""
     if config.mixed_precision == "no" and denoiser.module.dtype != torch.float32:
         raise ValueError(
             f"pipeline is in {denoiser.module.dtype} but mixed_precision is 'no'; "
@@ -113,36 +115,36 @@ def _check_run(denoiser: Denoiser, pairs: Sequence[Pair], mask: Tensor | None, c
     if config.mixed_precision == "fp16" and denoiser.device.type == "cpu":
         raise ValueError("mixed_precision 'fp16' needs a GPU, and the pipeline is on the CPU; use 'bf16' or 'no'")
     if config.gradient_checkpointing and not hasattr(denoiser.module, "enable_gradient_checkpointing"):
-        raise ValueError(f"gradient_checkpointing: {type(denoiser.module).__name__} does not offer it; leave it out")
+        raise ValueError(f"gradient_checkpointing: {type(denoiser.module).__name__} does not support it; leave it out")
     launched = os.environ.get("ACCELERATE_MIXED_PRECISION", config.mixed_precision)
     if launched != config.mixed_precision and launched != "no":
         raise ValueError(
-            f"accelerate launch says mixed_precision {launched!r} and the settings {config.mixed_precision!r}; "
-            f"add mixed_precision {launched!r}"
+            f"accelerate launch sets mixed_precision {launched!r} but the settings say {config.mixed_precision!r}; "
+            f"set mixed_precision {launched!r}"
         )
     if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
-        raise ValueError("accelerate launch asks for DeepSpeed, which is not supported; use DDP or FSDP")
+        raise ValueError("accelerate launch requests DeepSpeed, which is not supported; use DDP or FSDP")
     check_optimizer(config, denoiser.device)
     check_tracker(config.report_to)
     if mask is not None:
         if not isinstance(mask, Tensor) or mask.ndim != 2:
             raise TypeError(f"mask must be a tensor [H, W], got {getattr(mask, 'shape', type(mask).__name__)}")
         if not bool((mask >= 0).all() & (mask.sum() > 0)):
-            raise ValueError("mask must hold values >= 0 and not only zeros")
+            raise ValueError("mask must hold values >= 0, at least one of them > 0")
     targets = {prompt for target, _ in pairs for prompt in target.prompts}
     contradicted = sorted(set(config.preservation_prompts) & targets)
     if contradicted:
-        raise ValueError(f"preservation_prompts holds {contradicted[0]!r}, a prompt of the target; take it out")
+        raise ValueError(f"preservation_prompts holds {contradicted[0]!r}, a prompt of the target; remove it")
 
 
 def _checkpoints(
     pairs: Sequence[Pair], mask: Tensor | None, config: EraseConfig, base: str, processes: int
 ) -> Checkpoints | None:
-    """Where the run keeps its state.
+    """The run's checkpoints; None without checkpoint_dir.
 
     Raises:
-        FileExistsError: another run did there, which is not to go on.
-        FileNotFoundError, ValueError: the checkpoint to go on from is not there, or is another run's.
+        FileExistsError: checkpoint_dir holds checkpoints and the run is not to resume.
+        FileNotFoundError, ValueError: the checkpoint to resume from does not exist, or belongs to another run.
     """
     if config.checkpoint_dir is None:
         return None
@@ -159,7 +161,7 @@ def _checkpoints(
         checkpoints.check(config.resume_from_checkpoint)
     elif checkpoints.all():
         raise FileExistsError(
-            f"checkpoint_dir {config.checkpoint_dir!r} holds checkpoints of a former run; go on with "
+            f"checkpoint_dir {config.checkpoint_dir!r} holds checkpoints of an earlier run; resume with "
             "resume_from_checkpoint 'latest', or choose another folder"
         )
     return checkpoints
@@ -173,7 +175,7 @@ def _latent_mask(mask: Tensor | None, latents: Tensor) -> Tensor | None:
 
 
 def _settle(config: EraseConfig | None, settings: dict[str, Any]) -> EraseConfig:
-    """The one configuration that ``config`` or the single settings describe."""
+    """The settings from ``config`` or from single settings."""
     if config is None:
         return EraseConfig.from_settings(settings)
     if settings:

@@ -1,4 +1,4 @@
-"""What an erasure gives back: the changed pipeline, how it came about, and how to keep it."""
+"""The result of an erasure: the changed pipeline, its record, and how to save it."""
 
 from __future__ import annotations
 
@@ -28,20 +28,20 @@ class ErasureResult:
     """A finished erasure."""
 
     denoiser: Denoiser
-    """The denoiser of the pipeline, with the concept erased."""
+    """The denoiser, with the concept erased."""
     pairs: tuple[Pair, ...]
-    """What was erased, and what took its place; one or several."""
+    """Targets and their anchors."""
     config: EraseConfig
     """All settings."""
     trainable: Trainable
-    """The trained part."""
+    """The trained weights."""
     history: dict[str, list[float]]
-    """A value a step: "loss", its parts "divergence" and "preservation", "distance", the median squared error, and with
-    a critic "critic", its bound of the divergence."""
+    """One value per step: "loss", its parts "divergence" and "preservation", "distance" (the median squared error) and,
+    with a critic, "critic" (its lower bound on the divergence)."""
     sigma: float
-    """The scale of the denoiser's error that was used, in units of its output."""
+    """Standard deviation sigma in s = |pred - target|^2 / sigma^2, in units of the denoiser's output."""
     seconds: float
-    """How long the erasure took; of a run that was resumed, its last part."""
+    """Duration of the erasure; for a resumed run, of its last part."""
 
     @property
     def pipeline(self) -> DiffusionPipeline:
@@ -50,22 +50,22 @@ class ErasureResult:
 
     @property
     def target(self) -> Concept:
-        """What was erased; several concepts as one."""
+        """The erased concept; several are merged into one."""
         return joined([target for target, _ in self.pairs])
 
     @property
     def anchor(self) -> Concept:
-        """What took its place."""
+        """The concept that replaced it; several are merged into one."""
         return joined([anchor for _, anchor in self.pairs])
 
     @contextmanager
     def original(self) -> Iterator[DiffusionPipeline]:
-        """Within this context the pipeline draws as before the erasure."""
+        """Context in which the pipeline draws as before the erasure."""
         with self.trainable.frozen():
             yield self.pipeline
 
     def fingerprint(self) -> str | None:
-        """That of the weights before the erasure; None if the erasure cannot be switched off any more."""
+        """Fingerprint of the weights before the erasure; None if the erasure can no longer be switched off."""
         try:
             with self.original() as pipeline:
                 return fingerprint(pipeline)
@@ -73,7 +73,7 @@ class ErasureResult:
             return None
 
     def record(self, command: str = "") -> dict[str, Any]:
-        """Everything but the weights, ready for JSON; with the command line that made it, if there was one."""
+        """Everything but the weights, for JSON, with the command line if there was one."""
         return {
             "base": public_name(str(self.pipeline.config.get("_name_or_path", ""))),
             "fingerprint": self.fingerprint(),
@@ -97,24 +97,22 @@ class ErasureResult:
         probes: Sequence[Probe] = (),
         command: str = "",
     ) -> Path:
-        """Write the result, whole or not at all.
-
-        Beside the weights lie ``fdu.json``, which records how they were made, and a model card, README.md.
+        """Write the weights, ``fdu.json`` (the record) and README.md (a model card), whole or not at all.
 
         Args:
-            folder: where to.
-            overwrite: whether a former result there is replaced.
-            save_as: "lora" (diffusers), "kohya" (ComfyUI, A1111, Forge), "pipeline" (a whole folder) or "delta" (the
-                changed weights); "auto" is "lora" where adapters were trained, else "pipeline". How each loads is said
-                in :func:`fdu.storage.writers.write` and in the card.
+            folder: the folder to write.
+            overwrite: replace an earlier result there.
+            save_as: "lora" (diffusers), "kohya" (ComfyUI, A1111, Forge), "pipeline" (a full pipeline) or "delta" (the
+                changed weights). "auto": "lora" if adapters were trained, otherwise "pipeline". The card and
+                :func:`fdu.storage.writers.write` tell how to load each.
             evaluation, probes: figures for the card.
             command: the command line that made the result, for the record.
 
         Raises:
-            FileExistsError: the folder is not empty and either ``overwrite`` is false or fdu did not write it.
-            ValueError: it is a mount point, or holds the working or the home folder; or a form that this result cannot
-                have.
-            OSError: it cannot be written.
+            FileExistsError: the folder is not empty, and ``overwrite`` is false or fdu did not write it.
+            ValueError: the folder is a mount point or contains the working or home folder, or ``save_as`` does not fit
+                the result.
+            OSError: the folder cannot be written.
         """
         format = choose_format(save_as, self.config.train_method, self.pipeline)
         record = self.record(command)
@@ -136,5 +134,5 @@ class ErasureResult:
     def report(
         self, path: str | Path, evaluation: Evaluation, probes: Sequence[Probe], before: Draws, after: Draws
     ) -> Path:
-        """Write the HTML page of this erasure: :func:`fdu.report.write_report` with its record."""
+        """Write the HTML report of this erasure; see :func:`fdu.report.write_report`."""
         return write_report(path, EvaluatedRun.of(evaluation, probes, before, after, self.record()))

@@ -5,7 +5,7 @@
     loss = fk.gaussian_divergence(pred, target, "squared_hellinger")      # like F.mse_loss; target is a constant
     value, grad = fk.gaussian_divergence_value_and_grad(pred, target, "alpha:0.3")    # no autograd graph
 
-docs/design.md, "Layers and layout", says what is where.
+Layout of the package: docs/design.md, "Layers and layout".
 """
 
 from fdu_kernels.catalogue import divergences, get_divergence

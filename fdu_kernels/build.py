@@ -96,7 +96,7 @@ def recipe(architectures: Sequence[str] = (), why_none: str = NO_DEVICE) -> Reci
     if _numbers(torch_version) < _numbers(OLDEST_TORCH):
         raise BuildError(f"torch {torch_version} is too old for the C++ kernels; pip install 'torch>={OLDEST_TORCH}'")
     if not (torch / "include/torch/csrc/stable/c/shim.h").is_file():
-        raise BuildError(f"torch {torch_version} in {torch} came without its C++ headers: pip install torch")
+        raise BuildError(f"torch {torch_version} in {torch} has no C++ headers: pip install torch")
     pybind11 = _find_module("pybind11", "is not installed; pip install 'pybind11>=3.0'").parent
     python = Path(sysconfig.get_path("include"))
     if not (python / "Python.h").is_file():

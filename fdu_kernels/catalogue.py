@@ -164,7 +164,7 @@ _NAMES = {spelling: name for name, made in CATALOGUE.items() for spelling in (na
 
 
 def divergences() -> tuple[str, ...]:
-    """The names of the catalogue. Those with a parameter are families; :func:`get_divergence` has a default for it."""
+    """The names of the catalogue. Some take a parameter, with a default in :func:`get_divergence`."""
     return tuple(CATALOGUE)
 
 
@@ -172,15 +172,15 @@ def get_divergence(name: str | Divergence, **parameters: float) -> Divergence:
     """A divergence by name, alias or spelling with parameter: ``get_divergence("alpha:0.3")``.
 
     Args:
-        name: see :func:`divergences`; case, spaces and hyphens do not matter. A Divergence is returned as it is.
+        name: see :func:`divergences`; case, spaces and hyphens are ignored. A Divergence is returned unchanged.
         parameters: alpha=0.3 for "alpha" (default 0.5), w for "skew_jensen_shannon" (0.3), g for "hockey_stick" (2).
 
-    Raises ValueError for an unknown name (with the closest ones) or a parameter outside its range; TypeError for what
-    is no name, or a parameter that this divergence does not have.
+    Raises ValueError for an unknown name (with the closest ones) or a parameter outside its range; TypeError
+    for anything but a name, or for a parameter that this divergence does not have.
     """
     if isinstance(name, Divergence):
         if parameters:
-            raise TypeError(f"parameters {sorted(parameters)} were given beside a Divergence, which has its own")
+            raise TypeError(f"parameters {sorted(parameters)} were given with a Divergence, which has its own")
         return name
     if not isinstance(name, str):
         remedy = "Divergence.from_generator makes one of a function f"

@@ -1,7 +1,7 @@
-"""What callers may pass: every argument is checked here before any kernel runs.
+"""Checks of the arguments, all made before any kernel runs.
 
 Shapes, dtypes and devices are always checked. The values of tensors (sigma > 0, weight and mask >= 0) are checked on
-the CPU only, in eager mode: on an accelerator a look at them would make the host wait.
+the CPU only, in eager mode: on an accelerator, reading them would make the host wait.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def check_same(name: str, tensor: Tensor, other_name: str, other: Tensor, shape:
     """Raise unless two tensors agree in device and (if asked) shape."""
     if shape and tensor.shape != other.shape:
         shapes = f"{name} is {list(tensor.shape)} and {other_name} {list(other.shape)}"
-        raise ValueError(f"{name} and {other_name} must have one shape, but {shapes}; expand one of them explicitly")
+        raise ValueError(f"{name} and {other_name} must have equal shapes, but {shapes}; expand one explicitly")
     _check_device(name, tensor, other_name, other)
 
 

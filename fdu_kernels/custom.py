@@ -1,4 +1,4 @@
-"""Generators of your own: what follows from an f that is Python code, and whether it is one."""
+"""Custom generators: check an f written in Python, and derive its functions."""
 
 from __future__ import annotations
 
@@ -157,4 +157,4 @@ def _check_kinks_are_named(name: str, f: Generator, slope: Generator, second: Ge
         found += sum(jump * abs(float(u[-1]) - place) for place, jump in inside)
         if not abs(found - expected) <= 1e-3 * max(abs(expected), 1e-6 * abs(float(f(u[-1:])))) + 1e-5:
             cause = "f has a kink that was not named (pass kinks=(u, ...)) or an operation without a derivative"
-            raise ValueError(f"the generator of {name!r}: its second derivative does not add up to its values: {cause}")
+            raise ValueError(f"the generator of {name!r}: its second derivative contradicts its values: {cause}")

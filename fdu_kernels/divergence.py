@@ -1,4 +1,4 @@
-"""What a divergence is: a frozen record of data, and the functions that follow from it."""
+"""A divergence: a frozen record of data, and the functions derived from it."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ _numbers = itertools.count(1)
 
 @dataclass(frozen=True, repr=False)
 class Divergence:
-    """An f-divergence D_f(p || q) = E_q[f(p/q)]. Two are equal if name, parameters and user's generator are.
+    """An f-divergence D_f(p || q) = E_q[f(p/q)]. Equality compares name, parameters and user's generator.
 
-    Get one by :func:`fdu_kernels.get_divergence` or :meth:`from_generator`; ``str`` gives the spelling that
+    Made by :func:`fdu_kernels.get_divergence` or :meth:`from_generator`; ``str`` gives the spelling that
     get_divergence reads.
     """
 
@@ -54,7 +54,7 @@ class Divergence:
     fgan_rows: Rows | None = field(default=None, compare=False)
     """T = g_f(v) and f*(T) with f-GAN's output activation; None: log_ratio_rows, which are an activation as well."""
     key: str = field(default="", compare=False, repr=False)
-    """What :func:`fdu_kernels.catalogue.find_divergence` finds it by: compiled code holds strings, not functions."""
+    """Its key in :func:`fdu_kernels.catalogue.find_divergence`: compiled code holds strings, not functions."""
 
     def __post_init__(self) -> None:
         key = str(self) if self.custom is None else f"{self.name}#{next(_numbers)}"
@@ -94,7 +94,7 @@ class Divergence:
         return self.gaussian_profile.scalar()(_tensor(s))
 
     def profile_grad(self, s: Tensor) -> Tensor:
-        """h'(s), same shape (differentiable). Evaluated at s >= 1e-30, so that it is finite for every divergence."""
+        """h'(s), same shape (differentiable). Evaluated at s >= 1e-30, where it is finite for every divergence."""
         return self.gaussian_profile.scalar().slope_at(_tensor(s))
 
     def critic(self, v: Tensor, parametrization: str = "log_ratio") -> tuple[Tensor, Tensor]:
@@ -164,14 +164,14 @@ class Divergence:
 
         Args:
             f: convex on (0, inf) with f(1) = 0, elementwise on float64 tensors, made of differentiable PyTorch
-                operations. For pickling it has to be a function of a module, no lambda.
-            name: how it is called in messages.
-            kinks: where f' may jump, u > 0. Differentiation cannot find them.
+                operations. To be picklable, it must be a module-level function, not a lambda.
+            name: its name in messages.
+            kinks: points u > 0 where f' may jump; differentiation cannot find them.
 
-        The curvature is evaluated for log u in [-150, 150], or as far as rounding leaves it, and continued as a power
-        of u. Where it is none (u log^2 u), h is a straight line from the s on at which more of it would be needed.
+        The curvature is evaluated for log u in [-150, 150], or as far as rounding allows, and continued as a power
+        of u. Where it is not a power (u log^2 u), h is linear beyond the s that would need more of it.
         Raises TypeError if f is not made of elementwise PyTorch operations that keep the dtype; ValueError if f(1) is
-        not 0, or f is not convex, not finite on [e^-8, e^8], or has a kink that was not named.
+        not 0, or f is not convex, not finite on [e^-8, e^8], or has an unnamed kink.
         """
         found, log_curvature = custom.examine(f, name, tuple(float(kink) for kink in kinks))
         return cls(name, custom=f, generator=f, kinks=found, log_curvature=log_curvature, formula=name)

@@ -1,7 +1,7 @@
-"""The losses as functions: arguments are checked, a backend is chosen, and it computes.
+"""The losses as functions: check the arguments, choose a backend, compute.
 
 Gaussian closed forms: Novello et al. 2026, arXiv 2509.21167. Variational bound: Nowozin et al. 2016, f-GAN,
-arXiv 1606.00709. Values come in float32 (float64 for float64 inputs), gradients in the dtype of their input. Every
+arXiv 1606.00709. Values are float32 (float64 for float64 inputs), gradients have the dtype of their input. Every
 function takes ``divergence`` (a name such as "alpha:0.3", or a Divergence), ``reduction`` ("none", "mean" or "sum") and
 ``backend`` (None: use_backend, FDU_BACKEND, else the fastest that fits). Errors: fdu_kernels.checks, .registry.
 """
@@ -39,18 +39,18 @@ def gaussian_divergence(
     """The f-divergence of N(target, sigma^2) from N(pred, sigma^2): weight_b h_f(s_b). Used like F.mse_loss.
 
     Args:
-        pred: [B, ...] of any trailing shape and strides; float16, bfloat16, float32 or float64.
-        target: like pred. A constant, as are sigma, weight and mask: no gradient flows into them.
+        pred: [B, ...], any trailing shape and strides; float16, bfloat16, float32 or float64.
+        target: like pred. No gradient flows into target, sigma, weight or mask.
         divergence: see :func:`fdu_kernels.divergences`.
         sigma: standard deviation, > 0: a number, or a tensor [B] or [].
         weight: omega_b >= 0, [B].
-        mask: bool or floating, >= 0, broadcastable to pred: [B, 1, H, W], [H, W], ... An empty row counts 0.
+        mask: bool or floating, >= 0, broadcastable to pred: [B, 1, H, W], [H, W], ... An empty row gives 0.
         distance: "mean" divides s by the mask's sum (the paper's code), "sum" does not (the true divergence).
         reduction: over the batch; "none" returns [B].
 
     Returns:
-        The loss in [0, weight * divergence.upper]. Where h grows like exp(k s) it is a straight line beyond k s = 64.
-        NaN in gives NaN out, also under a zero mask; an infinite pred gives the limit, with a gradient of NaN.
+        The loss in [0, weight * divergence.upper]. If h grows like exp(k s), it is linear beyond k s = 64.
+        NaN inputs give NaN, even under a zero mask; an infinite pred gives the limit, and its gradient is NaN.
 
     Source: Novello et al. 2026 (arXiv 2509.21167), for every f: h_f(s) = E[f(exp(sqrt(s) z - s/2))], z ~ N(0, 1).
     """
@@ -63,16 +63,16 @@ def gaussian_divergence_value_and_grad(
     weight: Tensor | None = None, mask: Tensor | None = None, distance: str = "mean", reduction: str = "mean",
     backend: str | None = None, grad_scale: float | Tensor = 1.0, grad_out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """:func:`gaussian_divergence` and its gradient in pred in one pass, without an autograd graph (under
-    torch.func and forward differentiation both are differentiable).
+    """:func:`gaussian_divergence` and its gradient in pred in one pass, without an autograd graph. Under
+    torch.func and forward-mode differentiation, both are differentiable.
 
     Args:
-        grad_scale: a number or a tensor [] that multiplies the gradient only (loss scaling, gradient accumulation).
-        grad_out: a buffer like pred to write the gradient into, instead of a new tensor; its storage is neither
-            pred's nor target's.
+        grad_scale: factor on the gradient only, a number or a tensor [] (loss scaling, gradient accumulation).
+        grad_out: a buffer like pred that receives the gradient, instead of a new tensor; it must not share storage
+            with pred or target.
 
     Returns:
-        The value, and the gradient of the value's sum: the shape, dtype and device of pred.
+        The value, and the gradient of its sum with the shape, dtype and device of pred.
     """
     call = GaussianCall(pred, target, _SQUARE, sigma, weight, mask, distance, reduction, grad_scale)
     return dispatch.gaussian_value_and_grad(_gaussian(divergence, call, grad_out), grad_out, backend)
@@ -85,15 +85,15 @@ def variational_divergence(
 ) -> Tensor:  # fmt: skip
     """The variational lower bound E_p[A(v)] - E_q[B(v)] <= D_f(p || q). A critic maximises it.
 
-    Beyond |v| = 64 / (largest exponential rate) A and B are straight lines.
+    Beyond |v| = 64 / (largest exponential rate), A and B continue as straight lines.
 
     Args:
         log_ratio_p: critic outputs v on samples of p, any shape; v estimates log p/q.
-        log_ratio_q: the same on samples of q; another shape is allowed unless reduction is "none".
-        mask: bool or floating, >= 0, broadcastable to both; the mean runs over its sum.
+        log_ratio_q: the same on samples of q; the shapes may differ unless reduction is "none".
+        mask: bool or floating, >= 0, broadcastable to both; the mean divides by its sum.
         parametrization: "log_ratio": A(v) = f'(e^v), B(v) = f*(A(v)). "fgan": T = g_f(v) and f*(T) with f-GAN's
             output activation where table 6 has one that needs no special function, else as "log_ratio"; v is then no
-            log ratio. total_variation and hockey_stick have steps for A and B: only "fgan" trains a critic.
+            log ratio. A and B of total_variation and hockey_stick are steps, so only "fgan" trains a critic.
         reduction: over all elements.
 
     Source: Nowozin et al. 2016, eq. 4-6; Novello et al. 2026 (arXiv 2509.21167), variational losses.
@@ -117,7 +117,7 @@ def variational_model_loss(
     log_ratio_q: Tensor, divergence: str | Divergence = "jensen_shannon", mask: Tensor | None = None,
     parametrization: str = "log_ratio", reduction: str = "mean", backend: str | None = None,
 ) -> Tensor:  # fmt: skip
-    """-E_q[B(v)], the bound's term of the model's samples, to be minimised; see :func:`variational_divergence`."""
+    """-E_q[B(v)], the model's term of the bound, to be minimised; see :func:`variational_divergence`."""
     checks.check_choice("parametrization", parametrization, PARAMETRIZATIONS)
     _, minus_b = bound_terms(get_divergence(divergence), parametrization)
     call = ExpectationCall(log_ratio_q, minus_b, None, mask, reduction)
@@ -130,7 +130,7 @@ def density_ratio_divergence(
 ) -> Tensor:  # fmt: skip
     """The plug-in estimate of D_f(p || q) from log density ratios: E_q[f(r)], or E_p[f(r)/r] with samples from p.
 
-    Beyond |v| = 64 / (largest exponential rate) the terms are straight lines.
+    Beyond |v| = 64 / (largest exponential rate), the terms continue as straight lines.
 
     Args:
         log_ratio: v = log p/q at the samples, [B, ...].

@@ -1,4 +1,4 @@
-"""The losses as modules, and the scale sigma that sets itself from the first calls."""
+"""The losses as modules, and sigma="auto", which calibrates sigma on the first calls."""
 
 from __future__ import annotations
 
@@ -24,25 +24,25 @@ CALIBRATION_SAMPLES = 1024
 class GaussianDivergenceLoss(nn.Module):
     """:func:`fdu_kernels.gaussian_divergence` as a module.
 
-    With sigma="auto" the first ``calibration_calls`` calls in training mode set sigma^2 so that the median of s over
-    all their samples is s0; then sigma stays. Each call has 1024 / calibration_calls places (at least one); a larger
-    batch is represented by evenly spaced quantiles of its s. Samples with s = 0 (an empty mask row, equal outputs) or
-    a non-finite s do not count; until there is another one sigma is 1. The state is in float32 buffers, whatever the
-    module is cast to. They follow the inputs' device, a state_dict resumes them exactly, and the device never makes
-    the host wait.
+    With sigma="auto", the first ``calibration_calls`` calls in training mode set sigma^2 so that the median of s over
+    all their samples is s0; then sigma is fixed. Each call contributes 1024 / calibration_calls values of s (at least
+    1); a larger batch contributes evenly spaced quantiles. Samples with s = 0 (an empty mask row, equal outputs) or a
+    non-finite s do not count; until one counts, sigma is 1. The state is in float32 buffers, whatever the module is
+    cast to. They follow the inputs' device, a state_dict resumes them exactly, and the host never waits for the
+    device.
 
     Args:
         divergence: a name ("squared_hellinger", "alpha:0.3", ...) or a Divergence.
         sigma: a positive number, or "auto".
-        s0: the median of s that "auto" aims at, > 0.
-        calibration_calls: 8 calls of one sample place the median of a chi-square-like s within some 20 %. Activation
-            checkpointing repeats a call and so counts it twice: call the loss outside of it.
-        synchronize: calibrate on the samples of all processes of torch.distributed's default group, so that sigma is
-            the same in each; every process has to make the calibrating calls. Default: each on its own samples.
+        s0: target of "auto" for the median of s, > 0.
+        calibration_calls: 8 calls with one sample each estimate the median of a chi-square-like s to about 20 %.
+            Activation checkpointing repeats calls, so each counts twice: call the loss outside of it.
+        synchronize: calibrate on the samples of all processes in torch.distributed's default group, so that they share
+            one sigma; every process must make the calibrating calls. Default: each uses its own samples.
         distance, reduction, backend: as in the function.
 
     Attributes:
-        sigma: the given number, or with "auto" a float32 tensor []; an argument that the functions take.
+        sigma: the given number, or with "auto" a float32 tensor []; both are valid arguments of the functions.
     """
 
     sigma: float | Tensor
@@ -64,7 +64,7 @@ class GaussianDivergenceLoss(nn.Module):
             raise TypeError('sigma of the module must be a number or "auto"; pass a tensor [B] to gaussian_divergence')
         checks.check_sigma(sigma, torch.empty(1))
         if not isinstance(s0, (int, float)) or not 0 < s0 < math.inf:
-            raise ValueError(f"s0 must be a positive number, not {s0!r}; it is the median of s that 'auto' aims at")
+            raise ValueError(f"s0 must be a positive number, not {s0!r}; 'auto' sets the median of s to it")
         if not isinstance(calibration_calls, int) or calibration_calls < 1:
             raise ValueError(f"calibration_calls must be an integer of at least 1, not {calibration_calls!r}")
         checks.check_choice("distance", distance, calls.DISTANCES)
@@ -86,7 +86,7 @@ class GaussianDivergenceLoss(nn.Module):
             self.register_load_state_dict_post_hook(_read_calls)
 
     def reset_parameters(self) -> None:
-        """Forget the calibration, as after ``to_empty``: the next calls make a new one."""
+        """Forget the calibration, for example after ``to_empty``; the next calls calibrate again."""
         if self.auto:
             for state, value in ((self.sigma, 1.0), (self.calls, 0), (self.observed, math.inf), (self._calls, 0)):
                 state.fill_(value)  # type: ignore[union-attr]
@@ -99,8 +99,8 @@ class GaussianDivergenceLoss(nn.Module):
 
         Args:
             pred, target, weight, mask: as in the function.
-            sigma_scale: > 0, [B]: the standard deviation of sample b is sigma * sigma_scale_b, as where it depends on
-                the timestep. "auto" puts the median of s, with this scale in it, at s0.
+            sigma_scale: > 0, [B]: sample b has standard deviation sigma * sigma_scale_b, for example by timestep.
+                "auto" calibrates the median of s with this scale included.
         """
         if sigma_scale is not None:
             checks.check_sigma_scale(sigma_scale, pred)
@@ -205,8 +205,8 @@ def _read_calls(module: Any, incompatible_keys: object) -> None:
 
 
 class VariationalDivergenceLoss(nn.Module):
-    """The variational game: the critic minimises ``forward``, minus :func:`fdu_kernels.variational_divergence`, and the
-    model ``model_loss``."""
+    """The variational game: the critic minimises ``forward``, which is -:func:`fdu_kernels.variational_divergence`; the
+    model minimises ``model_loss``."""
 
     def __init__(
         self, divergence: str | Divergence = "jensen_shannon", parametrization: str = "log_ratio",
@@ -220,13 +220,13 @@ class VariationalDivergenceLoss(nn.Module):
         self.parametrization, self.reduction, self.backend = parametrization, reduction, backend
 
     def forward(self, log_ratio_p: Tensor, log_ratio_q: Tensor, mask: Tensor | None = None) -> Tensor:
-        """-(E_p[A(v)] - E_q[B(v)]), what the critic minimises."""
+        """-(E_p[A(v)] - E_q[B(v)]), the loss of the critic."""
         return -functional.variational_divergence(
             log_ratio_p, log_ratio_q, self.divergence, mask, self.parametrization, self.reduction, self.backend
         )
 
     def model_loss(self, log_ratio_q: Tensor, mask: Tensor | None = None) -> Tensor:
-        """-E_q[B(v)], what the model minimises."""
+        """-E_q[B(v)], the loss of the model."""
         return functional.variational_model_loss(
             log_ratio_q, self.divergence, mask, self.parametrization, self.reduction, self.backend
         )

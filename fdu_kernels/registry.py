@@ -1,4 +1,4 @@
-"""Which backend computes: their names, the ways to ask for one, and the choice.
+"""The choice of a backend: the names, the ways to request one, and the order of preference.
 
 A backend is a module, or an object, that provides what :class:`Backend` lists. To add one, write its file and add its
 line to PLACES: eager calls, autograd, torch.compile, torch.func and the checks come with it.
@@ -80,19 +80,19 @@ def backend_named(name: str) -> Backend:
 
 
 def backends() -> dict[str, str | None]:
-    """Every backend by name: None if it can run here, else the reason why not. The preferred comes first."""
+    """Each backend by name: None if it can run here, else the reason why not. The preferred comes first."""
     return {name: backend_named(name).why_unavailable() for name in PLACES}
 
 
 @contextlib.contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Compute with one backend inside the block. Blocks nest, and threads and tasks have their own choice.
+    """Use this backend inside the block. Blocks nest; threads and tasks each have their own choice.
 
-    Raises ValueError if there is no backend of that name; RuntimeError if it cannot run here (with the reasons of all),
+    Raises ValueError for an unknown backend; RuntimeError if it cannot run here (with the reasons of all backends),
     or if the block is inside compiled code.
     """
     if torch.compiler.is_compiling():
-        raise RuntimeError("use_backend cannot be in compiled code; pass backend=... or call that code in its block")
+        raise RuntimeError("compiled code cannot call use_backend; pass backend=... or call that code in its block")
     _require(name, "use_backend")
     token = _wish.set(name)
     try:

@@ -8,35 +8,34 @@ import shlex
 import sys
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from tyro.conf import Fixed, OmitArgPrefixes, Positional, Suppress
+from tyro.conf import OmitArgPrefixes, Positional, arg
 
-from fdu.cli.settings import Settings
+from fdu.cli.settings import Settings, grouped
 from fdu.config import EraseConfig
-from fdu.models.loading import Dtype, check_dtype, check_encoder, choose_device
+from fdu.storage.loading import Dtype, check_dtype, check_encoder, check_resolution, choose_device
 from fdu.subjects.registry import subject_of
 
 DEFAULT = "mse,squared_hellinger,jensen_shannon,pearson_chi2"
 """The default: the usual loss, two divergences that damp large errors, and one that amplifies them."""
 
 
-@dataclasses.dataclass(frozen=True)
-class SharedSettings(Settings):
-    """Settings that all runs share, named as in diffusers' training examples."""
-
-    divergence: Suppress[Fixed[str]] = EraseConfig.divergence
-    s0: Suppress[Fixed[float]] = EraseConfig.s0
-    seed: Suppress[Fixed[int]] = EraseConfig.seed
-    cache_dir: Suppress[Fixed[str | None]] = None
-    checkpoint_dir: Suppress[Fixed[str | None]] = None
-    checkpointing_steps: Suppress[Fixed[int]] = EraseConfig.checkpointing_steps
-    checkpoints_total_limit: Suppress[Fixed[int]] = EraseConfig.checkpoints_total_limit
-    resume_from_checkpoint: Suppress[Fixed[str | None]] = None
-    report_to: Suppress[Fixed[Literal["none", "tensorboard", "wandb"]]] = "none"
-    logging_dir: Suppress[Fixed[str]] = EraseConfig.logging_dir
-    validation_prompts: Suppress[Fixed[tuple[str, ...]]] = ()
-    validation_steps: Suppress[Fixed[int]] = EraseConfig.validation_steps
+OWN = (
+    "divergence",
+    "s0",
+    "seed",
+    "cache_dir",
+    "checkpoint_dir",
+    "checkpointing_steps",
+    "checkpoints_total_limit",
+    "resume_from_checkpoint",
+    "report_to",
+    "logging_dir",
+    "validation_prompts",
+    "validation_steps",
+)
+"""Settings of an erasure that a comparison sets itself."""
 
 
 @dataclasses.dataclass
@@ -94,7 +93,7 @@ class Compare:
     """Dtype of the weights. auto: float32, or the dtype of --mixed_precision."""
     device: str = "auto"
     """Device to run on: cpu, cuda, mps, or auto for the first accelerator found."""
-    settings: OmitArgPrefixes[SharedSettings] = dataclasses.field(default_factory=SharedSettings)
+    settings: Annotated[OmitArgPrefixes[Settings], arg(name="")] = dataclasses.field(default_factory=grouped(OWN))
 
     def prepare(self, command: str) -> Callable[[], None]:
         """Check everything; the work is what comes back."""
@@ -110,6 +109,7 @@ class Compare:
         if self.workers is not None and self.workers < 1:
             raise ValueError(f"workers must be >= 1, got {self.workers}")
         base = self.settings.checked()
+        check_resolution(model.folder, base.resolution)
         names = [] if self.divergences is None else [name.strip() for name in self.divergences.split(",")]
         names += [] if self.alpha is None else read_alpha(self.alpha)
         divergences, alike = distinct(names or DEFAULT.split(","), base.variational)
@@ -145,7 +145,7 @@ class Compare:
             try:
                 make_runs(comparison, self.out / RUNS, self.out / CACHE, min(workers, len(comparison.runs())))
             except KeyboardInterrupt:
-                print(f"\nfdu: what is done is in {self.out}; the same command goes on", file=sys.stderr)
+                print(f"\nfdu: finished runs are in {self.out}; resume with the same command", file=sys.stderr)
                 raise
             results = read_results(comparison, self.out / RUNS)
             chosen = results.recommendations[self.prefer]
@@ -156,7 +156,7 @@ class Compare:
             print(f"\n{table(results.standings, alike)}\n{chosen.headline}. {' '.join(chosen.sentences)}")
             if results.mixed:
                 print(results.mixed_note)
-            print(f"\npage     {self.out / PAGE}" + (f"\nto make it: {again}" if again else ""))
+            print(f"\npage     {self.out / PAGE}" + (f"\nto run it: {again}" if again else ""))
 
         return work
 

@@ -5,22 +5,22 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
-from tyro.conf import OmitArgPrefixes
+from tyro.conf import OmitArgPrefixes, arg
 
 from fdu.cli.printing import print_evaluation
-from fdu.cli.settings import Settings, check_images
-from fdu.models.loading import choose_device
+from fdu.cli.settings import Settings, check_images, grouped
+from fdu.storage.loading import check_resolution, choose_device
 from fdu.subjects.registry import subject_of
 
 
 @dataclasses.dataclass
 class Demo:
-    """Erase a digit or an ink from the embedded pipeline, judge it, and write figures and a report.
+    """Erase a digit or an ink colour from the embedded pipeline, evaluate the result, and write a report.
 
     Needs no download and no GPU. OUT receives metrics.json, report.html, before-after.png and the weights in erased/.
-    A folder of a former demo is replaced.
+    The output of an earlier demo is replaced.
     """
 
     examples: ClassVar[tuple[str, ...]] = (
@@ -32,14 +32,14 @@ class Demo:
     out: Path = Path("demo-out")
     """Folder for the results."""
     target: str = "three"
-    """Concept to erase: a digit (zero ... nine) or an ink (black, red, green, blue)."""
+    """Concept to erase: a digit (zero ... nine) or an ink colour (black, red, green, blue)."""
     anchor: str = "eight"
-    """Concept that replaces it: another digit or ink, or "digit" for the superclass."""
+    """Concept that replaces it: another digit or ink colour, or "digit" for the superclass."""
     images_per_class: int = 32
     """Images per class for the judge, before and after, >= 1."""
     device: str = "cpu"
     """Device to run on: cpu, cuda, mps or auto."""
-    settings: OmitArgPrefixes[Settings] = dataclasses.field(default_factory=Settings)
+    settings: Annotated[OmitArgPrefixes[Settings], arg(name="")] = dataclasses.field(default_factory=grouped())
 
     def prepare(self, command: str) -> Callable[[], None]:
         """Check everything; the work is what comes back."""
@@ -47,6 +47,7 @@ class Demo:
         model = subject_of("embedded")
         pairs = model.pairs([self.target], [self.anchor])
         config = model.with_preserved(self.settings.checked(), [self.target])
+        check_resolution(model.folder, config.resolution)
         from fdu.cli import demonstration
         from fdu.report import PICTURE, REPORT
         from fdu.storage.output import METRICS_FILE

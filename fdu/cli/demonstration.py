@@ -8,8 +8,8 @@ from fdu.concepts import Pair
 from fdu.config import EraseConfig
 from fdu.erasure import erase
 from fdu.evaluation import JUDGED_SEED, Evaluation, Probe, draw, evaluate
-from fdu.models.loading import describe_device
 from fdu.report import IMAGES_FOLDER, PICTURE, REPORT, Conditions, EvaluatedRun, write_run
+from fdu.storage.loading import describe_device
 from fdu.storage.output import METRICS_FILE, check_output, whole_folder, written_by_fdu
 from fdu.subjects.subject import Subject
 
@@ -28,8 +28,10 @@ def check_demo_output(folder: str | Path) -> None:
     if folder.is_dir() and any(folder.iterdir()):
         strangers = {path.name for path in folder.iterdir()} - {METRICS_FILE, REPORT, PICTURE, IMAGES_FOLDER, WEIGHTS}
         if strangers or not written_by_fdu(folder):
-            reason = f"holds {sorted(strangers)[0]!r}, which" if strangers else "is not empty, and"
-            raise FileExistsError(f"output folder {str(folder)!r} {reason} no demo wrote; choose another with --out")
+            found = f"holds {sorted(strangers)[0]!r}, which" if strangers else "is not empty and"
+            raise FileExistsError(
+                f"output folder {str(folder)!r} {found} was not written by a demo; choose another with --out"
+            )
     check_output(folder, overwrite=True)
 
 

@@ -1,4 +1,4 @@
-"""``fdu doctor``: check whether fdu can run here, and name the command that mends a fault."""
+"""``fdu doctor``: check whether fdu can run here, and name the fix for each fault."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ OPTIONAL = {
     "triton": ("the fused kernels on GPUs", "pip install triton"),
     "ninja": ("building the compiled kernels", "pip install ninja"),
     "pybind11": ("building the compiled kernels", "pip install pybind11"),
-    "scikit-learn": ("training the embedded pipeline anew", "pip install scikit-learn"),
+    "scikit-learn": ("retraining the embedded pipeline", "pip install scikit-learn"),
 }
 """Distributions that only some of fdu uses: for what, and how to get them. It runs without them."""
 MODULES = {"pillow": "PIL"}
@@ -31,7 +31,7 @@ LITTLE_DISK = 2 << 30
 """Bytes; a full pipeline of Stable Diffusion in fp16 takes about this much."""
 
 REBUILD = ".venv/bin/pip install --no-deps --no-build-isolation --editable ."
-"""What builds the compiled kernels of a checkout anew."""
+"""Rebuilds the compiled kernels of a checkout."""
 BACKEND_REMEDIES = (
     (
         "cannot run the cuda kernels",
@@ -42,7 +42,7 @@ BACKEND_REMEDIES = (
         "install the CUDA toolkit, 12.4 or newer, and run python -m fdu_kernels.build; or stay with the other backends",
     ),
     ("without cuda, rocm", "with a GPU, install the CUDA, ROCm or XPU build of PyTorch for it; a CPU needs none"),
-    ("cuda device|nvidia|gpu", "nothing to mend without an NVIDIA GPU; with one, see that `nvidia-smi` works"),
+    ("cuda device|nvidia|gpu", "nothing to fix without an NVIDIA GPU; with one, check that `nvidia-smi` works"),
     ("cuda|cpu-only|driver", "install a CUDA build of PyTorch: pip install --force-reinstall torch"),
     ("triton", "pip install triton"),
     ("ninja", "pip install ninja"),
@@ -57,9 +57,9 @@ State = Literal["ok", "note", "fault"]
 
 @dataclasses.dataclass
 class Doctor:
-    """Check whether fdu can run here: versions, devices, kernels, disk; and say how to fix what is missing.
+    """Check whether fdu can run here: versions, devices, kernels, disk; and how to fix each fault.
 
-    Exits with 0 if fdu can run and with 1 if not.
+    Exit code 0 if fdu can run, otherwise 1.
     """
 
     examples: ClassVar[tuple[str, ...]] = ("fdu doctor",)
@@ -114,7 +114,7 @@ def render(findings: list[Finding]) -> str:
         if finding.remedy:
             lines.append(f"{'':5}  {'':{width}}  -> {finding.remedy}")
     faults = [finding.subject for finding in findings if finding.state == "fault"]
-    lines += ["", f"fdu cannot run here; mend first: {', '.join(faults)}" if faults else "fdu can run here."]
+    lines += ["", f"fdu cannot run here; fix first: {', '.join(faults)}" if faults else "fdu can run here."]
     return "\n".join(lines)
 
 
@@ -171,7 +171,7 @@ def _devices() -> list[Finding]:
             )
             findings.append(Finding(f"cuda:{index}", "ok", f"{properties.name}, {memory:.0f} GiB, {capability}"))
     elif torch.version.hip is not None:
-        remedy = "with an AMD GPU, see that `rocminfo` lists it"
+        remedy = "with an AMD GPU, check that `rocminfo` lists it"
         findings.append(
             Finding("rocm", "note", f"torch is built for ROCm {torch.version.hip} but finds no device", remedy)
         )
@@ -179,7 +179,7 @@ def _devices() -> list[Finding]:
         remedy = "with an NVIDIA GPU: pip install --force-reinstall torch"
         findings.append(Finding("cuda", "note", "this torch is a build without CUDA", remedy))
     elif torch.version.cuda is not None:
-        remedy = "with an NVIDIA GPU, see that `nvidia-smi` works"
+        remedy = "with an NVIDIA GPU, check that `nvidia-smi` works"
         findings.append(
             Finding("cuda", "note", f"torch is built for CUDA {torch.version.cuda} but finds no device", remedy)
         )

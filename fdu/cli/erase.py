@@ -8,13 +8,22 @@ import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
-from tyro.conf import OmitArgPrefixes, Positional, UseAppendAction
+from tyro.conf import OmitArgPrefixes, Positional, UseAppendAction, arg
 
 import fdu
-from fdu.cli.settings import Settings
-from fdu.models.loading import Dtype, SaveAs, check_dtype, choose_device, is_main_process, result_bytes
+from fdu.cli.settings import Settings, grouped
+from fdu.config import TRAIN_METHODS
+from fdu.storage.loading import (
+    Dtype,
+    SaveAs,
+    check_dtype,
+    check_resolution,
+    choose_device,
+    is_main_process,
+    result_bytes,
+)
 from fdu.subjects.registry import subject_of
 from fdu.subjects.subject import Subject
 
@@ -54,7 +63,7 @@ class Erase:
     """Dtype of the weights. auto: float32, or the dtype of --mixed_precision."""
     device: str = "auto"
     """Device to run on: cpu, cuda, mps, or auto for the first accelerator found."""
-    settings: OmitArgPrefixes[Settings] = dataclasses.field(default_factory=Settings)
+    settings: Annotated[OmitArgPrefixes[Settings], arg(name="")] = dataclasses.field(default_factory=grouped())
 
     def prepare(self, command: str) -> Callable[[], None]:
         """Check everything; the work is what comes back."""
@@ -65,20 +74,20 @@ class Erase:
             raise ValueError("--target is missing; name the concept to erase, such as --target 'van gogh'")
         if not self.anchor:
             raise ValueError(
-                "--anchor is missing; name what takes the target's place, such as --anchor painting (a superclass), "
-                "another concept, or --anchor '' for nothing"
+                "--anchor is missing; name the concept that replaces the target: a superclass such as --anchor "
+                "painting, another concept, or --anchor '' for nothing"
             )
         types = self.concept_type[0] if len(self.concept_type) == 1 else self.concept_type or "object"
         model = subject_of(self.model)
         pairs = model.pairs(self.target, self.anchor, types)
         checkpoints = Path(f"{self.out}.checkpoints")
         config = self.settings.checked(checkpoint_dir=str(checkpoints))
-        keeps = self.settings.checkpoint_dir is None
+        check_resolution(model.folder, config.resolution)
+        keeps = self.settings.typed()["checkpoint_dir"] is None
         if keeps and strangers(checkpoints):
             raise FileExistsError(
-                f"{str(checkpoints)!r}, where the run would keep its checkpoints, holds "
-                f"{strangers(checkpoints)[0].name!r}, which fdu did not write; "
-                "name another folder with --checkpoint_dir"
+                f"checkpoint folder {str(checkpoints)!r} holds {strangers(checkpoints)[0].name!r}, which fdu did not "
+                "write; choose another with --checkpoint_dir"
             )
         files = [name for name in (*self.target, *self.anchor) if name.endswith(".txt")]
         inputs = files + [str(folder) for folder in [model.folder] if folder]
@@ -109,7 +118,7 @@ class Erase:
             print(f"Saved to {self.out} after {result.seconds:.0f} s. {loading}")
             if not config.max_train_steps:
                 print("Nothing was trained: max_train_steps is 0.")
-            print(f"Judge it with: {shlex.join(['fdu', 'evaluate', self.model, str(self.out)])}")
+            print(f"Evaluate it with: {shlex.join(['fdu', 'evaluate', self.model, str(self.out)])}")
 
         return work
 
@@ -120,7 +129,7 @@ def _loading_line(model: Subject, out: Path, format: str, train_method: str) -> 
     by_fdu = f"In Python:\n  pipeline = {base}; fdu.load_weights(pipeline, {str(out)!r})"
     if format == "kohya":
         programs = f"In ComfyUI, Forge or A1111: put {out / 'kohya_lora.safetensors'} into the folder for LoRAs."
-        return by_fdu if train_method == "dora" else programs
+        return by_fdu if TRAIN_METHODS[train_method].result == "dora" else programs
     return {
         "lora": f"In plain diffusers:\n  pipeline = {base}; pipeline.load_lora_weights({str(out)!r})",
         "pipeline": f"In plain diffusers:\n  pipeline = DiffusionPipeline.from_pretrained({str(out)!r})",

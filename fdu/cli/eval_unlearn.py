@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from fdu.concepts import ConceptType, concept_pairs
 from fdu.config import EraseConfig
-from fdu.models.loading import (
+from fdu.storage.loading import (
     PIPELINE_FILE,
     Dtype,
     check_dtype,
@@ -119,7 +119,7 @@ def _concepts(erase_concept: str, anchor_concept: str | None, concept_type: Conc
     if not erase_concept:
         raise ValueError("erase_concept is missing; name the concept to erase, or give load_path")
     if anchor_concept is None:
-        raise ValueError("anchor_concept is missing; name what takes the place of erase_concept, or '' for nothing")
+        raise ValueError("anchor_concept is missing; name the concept that replaces erase_concept, or '' for nothing")
     concept_pairs(erase_concept, anchor_concept, concept_type)
     return erase_concept, anchor_concept
 

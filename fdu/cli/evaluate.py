@@ -5,15 +5,15 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from tyro.conf import Positional
+from tyro.conf import Positional, arg
 
 import fdu
 from fdu.cli.printing import print_evaluation, print_robustness
 from fdu.cli.robustness import RobustnessTests, free_memory
 from fdu.cli.settings import check_images
-from fdu.models.loading import (
+from fdu.storage.loading import (
     PIPELINE_FILE,
     Dtype,
     check_encoder,
@@ -73,12 +73,15 @@ class Evaluate:
     """Images drawn at a time. Default: 4; 32 on the embedded pipeline."""
     seed: int = 0
     """Random seed, >= 0. Images use SEED + 1000 and up; a training with the same SEED used SEED and up."""
-    robustness: tuple[Literal["phrasings", "attack", "relearning"], ...] | None = None
+    robustness: Annotated[
+        tuple[Literal["phrasings", "attack", "relearning"], ...] | None,
+        arg(metavar="[{phrasings,attack,relearning} ...]"),
+    ] = None
     """Also test whether the erasure holds: against other phrasings, against an attack on the text embedding, against
     relearning from a few images. Without names: all three."""
     robustness_batch_size: int | None = None
-    """Images at a time in the robustness tests, which also train and need more memory. Default: BATCH_SIZE to draw, 16
-    to train."""
+    """Images at a time in the robustness tests, which also train and need more memory. Default: BATCH_SIZE for
+    drawing, 16 for training."""
     phrasings: Path | None = None
     """Folder of .txt files for the test "phrasings", each a set with one prompt per line. Default: the sets of fdu."""
     out: Path | None = None

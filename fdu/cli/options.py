@@ -1,4 +1,4 @@
-"""What was typed and is no command or option: told in one line, with the one that was meant."""
+"""Unknown commands and options: refused in one line, with the closest match."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import dataclasses
 import difflib
 import itertools
 from collections.abc import Collection, Mapping, Sequence
+
+from fdu.cli.settings import Settings
 
 OTHER_NAMES = {
     "steps": "max_train_steps",
@@ -21,7 +23,7 @@ OTHER_NAMES = {
     "size": "resolution",
     "type": "concept_type",
 }
-"""What other programs call an option."""
+"""Names of options in other programs."""
 
 
 def check_typed(arguments: Sequence[str], commands: Mapping[str, type]) -> None:
@@ -45,16 +47,16 @@ def check_typed(arguments: Sequence[str], commands: Mapping[str, type]) -> None:
         # The model may come last: it is the first word otherwise.
         if name in repeated and "=" not in word and len(values) > 1 and not rest[0].startswith("-"):
             again = " ".join(f"--{typed} {value}" for value in values)
-            raise ValueError(f"--{typed} takes one name; repeat the option for each further one: {again}")
+            raise ValueError(f"--{typed} takes one name; repeat the option for each further name: {again}")
 
 
 def _options(command: type) -> tuple[set[str], set[str]]:
     """The names of a command's options, and which of them can be repeated."""
     names, repeated = set(), set()
     for field in dataclasses.fields(command):
-        nested = field.default_factory
-        if isinstance(nested, type) and dataclasses.is_dataclass(nested):
-            names |= {one.name for one in dataclasses.fields(nested) if "Fixed" not in str(one.type)}
+        made_by = field.default_factory
+        if isinstance(made_by, type) and issubclass(made_by, Settings):
+            names |= set(made_by().typed())
         else:
             names.add(field.name)
         if "UseAppendAction" in str(field.type):

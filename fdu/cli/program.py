@@ -1,4 +1,4 @@
-"""From the arguments to a command, and from what became of it to an exit code."""
+"""Parse the arguments, run the command, and turn its outcome into an exit code."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from fdu.cli.evaluate import Evaluate
 from fdu.cli.exits import FAILED, INTERRUPTED, OK, USAGE
 from fdu.cli.options import check_typed
 from fdu.cli.report import Report
+from fdu.cli.settings import described
 
 
 class Command(Protocol):
@@ -52,7 +53,7 @@ EXAMPLES = (
 )
 """Command lines that end the help of ``fdu`` itself."""
 USER_ERRORS = (ValueError, TypeError, OSError, RuntimeError)
-"""What a user can cause, told in a line or two; anything else is a fault of fdu and keeps its traceback."""
+"""Errors that a user can cause, shown in a line or two; anything else is a bug and keeps its traceback."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -73,10 +74,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else OK
     except KeyboardInterrupt:
-        print("\nfdu: interrupted; nothing half-written is left behind", file=sys.stderr)
+        print("\nfdu: interrupted; no partial output is left", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:
-        # Whoever read our output has seen enough; what is still buffered has nowhere to go.
+        # The reader of our output has closed the pipe; what is still buffered has nowhere to go.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return OK
     except USER_ERRORS as error:
@@ -84,7 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             traceback.print_exc()
         print(f"fdu: error: {error}", file=sys.stderr)
         if phase == FAILED and not debug:
-            print("fdu: --debug shows where it happened", file=sys.stderr)
+            print("fdu: add --debug for the traceback", file=sys.stderr)
         return phase
     return OK
 
@@ -97,15 +98,13 @@ def parse(arguments: list[str]) -> Command:
         SystemExit: help, which ends with examples, or wrong usage; either is printed.
     """
     check_typed(arguments, COMMANDS)
+    config = (tyro.conf.PositionalMetavarFromFieldName, tyro.conf.DisallowNone, tyro.conf.FlagCreatePairsOff)
+    typed, *rest = arguments
     try:
-        return tyro.extras.subcommand_cli_from_dict(
-            {**COMMANDS},
-            prog="fdu",
-            description=DESCRIPTION,
-            args=arguments,
-            use_underscores=True,
-            config=(tyro.conf.PositionalMetavarFromFieldName, tyro.conf.DisallowNone, tyro.conf.FlagCreatePairsOff),
-        )
+        if typed in COMMANDS:
+            kind = described(COMMANDS[typed])
+            return tyro.cli(kind, prog=f"fdu {typed}", args=rest, use_underscores=True, config=config)
+        return tyro.extras.subcommand_cli_from_dict({**COMMANDS}, prog="fdu", description=DESCRIPTION, args=arguments)
     except SystemExit as stop:
         if stop.code in (OK, None):
             examples = COMMANDS[arguments[0]].examples if arguments[0] in COMMANDS else EXAMPLES

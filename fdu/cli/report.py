@@ -12,15 +12,15 @@ from tyro.conf import Positional
 
 @dataclasses.dataclass
 class Report:
-    """Make the report of a run: one self-contained HTML page, and a picture.
+    """Regenerate the report of an evaluation: a self-contained HTML page and a picture.
 
-    `fdu evaluate --out` and `fdu demo` make it too; this command regenerates it from their figures and images.
+    `fdu evaluate --out` and `fdu demo` write it too; this command uses their figures and images.
     """
 
     examples: ClassVar[tuple[str, ...]] = ("fdu report demo-out", "fdu report evaluation")
 
     run: Positional[Path]
-    """The folder that `fdu evaluate --out` or `fdu demo` wrote. It receives report.html and before-after.png."""
+    """Folder written by `fdu evaluate --out` or `fdu demo`. It receives report.html and before-after.png."""
 
     def prepare(self, command: str) -> Callable[[], None]:
         """Check everything; the work is what comes back."""

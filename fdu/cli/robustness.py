@@ -1,4 +1,4 @@
-"""The tests of robustness of ``fdu evaluate``, one after the other, so that one that fails costs itself alone."""
+"""The robustness tests of ``fdu evaluate``, one after the other, so that a failing test does not stop the others."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class RobustnessTests:
 
     def notes(self) -> list[str]:
         """What a reader has to know of tests that failed."""
-        return [f"The test of robustness {told}." for told in self._failed.values()]
+        return [f"The robustness test {told}." for told in self._failed.values()]
 
     def check(self) -> None:
         """Tell of failed tests, in the end.

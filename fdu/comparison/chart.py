@@ -15,9 +15,9 @@ WIDTH, HEIGHT, LEFT, BOTTOM, TOP, RIGHT = 560, 370, 58, 48, 34, 16
 LEGEND_WIDTH, LEGEND_LINE = 230, 17
 """Sizes in the units of the view box."""
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#b8860b", "#cc79a7", "#4aa3d9", "#7a5195", "#5f6b6d")
-"""Of the divergences, in turn: those of Okabe and Ito, which all kinds of eyes tell apart, a little darker."""
+"""Colours of the divergences, in turn: Okabe and Ito's, distinct for colour-blind readers, a little darker."""
 SHAPES = ("circle", "square", "triangle", "diamond")
-"""Of the values of s0 and whatever else differs, in turn."""
+"""Shapes of the marks, in turn, for s0 and other settings."""
 AXES = {
     "erased": "target erased (%)",
     "retained": "other classes retained (%)",
@@ -38,7 +38,7 @@ class Curve:
 
 
 class Key:
-    """Which colour and which shape a candidate has."""
+    """The colour and shape of each candidate."""
 
     def __init__(self, standings: Sequence[Standing]) -> None:
         self.divergences = list(dict.fromkeys(one.candidate.divergence for one in standings))
@@ -99,12 +99,12 @@ class Axes:
 
 
 def front_chart(standings: Sequence[Standing], figure: str = "retained", whole: bool = False) -> str:
-    """What is erased against what is retained, or against the change of images, with intervals and the Pareto front.
+    """Erased against retained, or against the change of images, with intervals and the Pareto front.
 
     Args:
         standings: the candidates.
-        figure: "retained", of which more is better, or "change", of which less is.
-        whole: with a legend and a ground of its own, to be a file; else for a page that has both.
+        figure: "retained" (more is better) or "change" (less is better).
+        whole: add a legend and a background, for a file of its own.
     """
     key = Key(standings)
     xs = [_percent(one.erased) for one in standings]
@@ -130,11 +130,11 @@ def front_chart(standings: Sequence[Standing], figure: str = "retained", whole: 
 
 
 def curve_chart(curves: Sequence[Curve], x_label: str, y_label: str, whole: bool = False) -> str:
-    """Figures with their intervals along one number, in percent.
+    """Figures with their intervals against a number, in percent.
 
     Args:
-        curves: what to draw.
-        x_label, y_label: what the axes show.
+        curves: the curves.
+        x_label, y_label: labels of the axes.
         whole: as in :func:`front_chart`.
     """
     scaled = [(curve, [(x, _percent(one)) for x, one in curve.points]) for curve in curves]
@@ -161,7 +161,7 @@ def curve_entries(curves: Sequence[Curve]) -> list[tuple[str, str]]:
 
 
 def mark(shape: str, x: float, y: float, colour: str, hollow: bool = False) -> str:
-    """A point; hollow if something dominates it."""
+    """A mark; hollow if the candidate is dominated."""
     fill = "none" if hollow else colour
     style = f'fill="{fill}" stroke="{colour}" stroke-width="1.6"'
     if shape == "circle":
@@ -176,7 +176,7 @@ def mark(shape: str, x: float, y: float, colour: str, hollow: bool = False) -> s
 
 
 def _variant(standing: Standing) -> str:
-    """What of a candidate's label is not its divergence."""
+    """A candidate's label without its divergence."""
     return standing.candidate.label.removeprefix(f"{standing.candidate.divergence}, ")
 
 
@@ -193,7 +193,7 @@ def _ends(estimates: Sequence[Estimate]) -> list[float]:
 
 
 def _scale(values: Sequence[float]) -> tuple[float, float, list[float]]:
-    """Ends of an axis a little beyond all finite values, and round ticks between them."""
+    """Ends of an axis, a little beyond all finite values, and round ticks between them."""
     finite = [value for value in values if math.isfinite(value)] or [0.0]
     low, high = min(finite), max(finite)
     reach = max(0.06 * (high - low), 1e-3 * abs(high), 1e-6)

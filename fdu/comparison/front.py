@@ -1,4 +1,4 @@
-"""Erased against retained: figures with intervals over seeds and images, and which candidates nothing dominates."""
+"""Erased against retained: figures with intervals over seeds and images, and the Pareto front."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ class Sample:
         self.candidates = tuple(candidates)
         targets = list(dict.fromkeys(target for target, _, _ in runs))
         if not targets or not self.candidates:
-            raise ValueError("runs is empty; make some first")
+            raise ValueError("runs is empty; finish some first")
         deviations = _Deviations(resamples, np.random.default_rng(0))
         parts = [_Figures(runs, target, self.candidates, deviations) for target in targets]
         self.resampled: dict[str, Array] = {}
@@ -186,7 +186,9 @@ class _Figures:
         seeds = list(dict.fromkeys(seed for one, _, seed in runs if one == target))
         missing = [(one.label, seed) for one in candidates for seed in seeds if (target, one, seed) not in runs]
         if missing:
-            raise ValueError(f"runs lacks {target!r} with {missing[0][0]}, seed {missing[0][1]}; give complete() ones")
+            raise ValueError(
+                f"runs lacks {target!r} with {missing[0][0]}, seed {missing[0][1]}; filter them with complete()"
+            )
         self.seeds = len(seeds)
         grid = [[runs[target, one, seed] for seed in seeds] for one in candidates]
         seed_weights = deviations.of_seeds(len(seeds))
@@ -196,10 +198,10 @@ class _Figures:
             judged = [[run[place] for run in row] for row in grid]
             alike = {(one.role, one.name, len(one.hits), one.change is None) for row in judged for one in row}
             if len(alike) > 1:
-                raise ValueError(f"the runs of {target!r} were judged on different images; make them again")
+                raise ValueError(f"the runs of {target!r} were judged on different images; run them again")
             if len(probe.hits) < FEWEST_IMAGES:
                 raise ValueError(
-                    f"runs has {len(probe.hits)} image of {probe.name!r}; draw at least {FEWEST_IMAGES} of every class"
+                    f"runs has {len(probe.hits)} image of {probe.name!r}; draw at least {FEWEST_IMAGES} per class"
                 )
             weights = deviations.of_images(len(probe.hits))
 

@@ -1,4 +1,4 @@
-"""What a comparison has to know of a model: its concepts, what to keep of it, and who judges its images."""
+"""What a comparison needs from a model: its concepts, its preserved prompts and its judges."""
 
 from __future__ import annotations
 

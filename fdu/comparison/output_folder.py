@@ -1,4 +1,4 @@
-"""The folder of a comparison: what it holds, when it may be gone on with, and what is refused."""
+"""The folder of a comparison: its files, and the checks before resuming it."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def check_folder(folder: Path, comparison: Comparison) -> None:
         if name in found and found[name] != value:
             raise FileExistsError(
                 f"output folder {str(folder)!r} holds a comparison with {name} {found[name]!r}, not {value!r}; "
-                "choose another with --out, or compare with the settings it was begun with"
+                "choose another with --out, or use its settings"
             )
 
 

@@ -24,7 +24,7 @@ PAGE, TABLE, PICTURE = "comparison.html", "comparison.md", "{}.svg"
 FRONT, CHANGE, BY_ALPHA = "front", "change", "alpha-s0-{}"
 """Names of the charts."""
 FEWEST_ALPHAS = 3
-"""Values of alpha from which on they get a chart."""
+"""Fewest values of alpha for a chart."""
 Alike = Mapping[str, str]
 """Divergences that were not run, each with the one that trains the same model."""
 
@@ -50,15 +50,15 @@ def write_page(
     erase_command: str = "",
     notes: Sequence[str] = (),
 ) -> None:
-    """Write page, table and charts into ``folder``, each whole; charts of a former call that are no more are removed.
+    """Write page, table and charts into ``folder``, each whole or not at all; outdated charts are removed.
 
     Args:
         folder: an existing folder.
-        results: what the records say.
-        prefer: whose recommendation comes first.
+        results: the figures of the records.
+        prefer: the preference whose recommendation comes first.
         alike: divergences that were not run, as :func:`fdu.comparison.plan.distinct` gives them.
-        command: the command line that makes this again, and that makes what it recommends.
-        erase_command: the command line that makes the recommended erasure.
+        command: the command line that regenerates the comparison.
+        erase_command: the command line of the recommended erasure.
         notes: paragraphs to end with.
     """
     alike = alike or {}
@@ -69,9 +69,9 @@ def write_page(
     facts = [
         ("runs", len(comparison.runs())),
         ("seeds", ", ".join(map(str, comparison.seeds))),
-        ("an erasure takes", f"{results.seconds:.1f} s"),
+        ("time per erasure", f"{results.seconds:.1f} s"),
         ("images of the target", f"2 x {comparison.drawing.images_of_target}"),
-        ("images of every other class", comparison.drawing.images_per_class),
+        ("images per other class", comparison.drawing.images_per_class),
         ("device", results.conditions["device"]),
         *results.conditions["versions"].items(),
     ]
@@ -88,7 +88,7 @@ def write_page(
             ],
             pictures=drawn,
             percent=percent,
-            commands=[("What is recommended:", erase_command), ("This comparison:", command)],
+            commands=[("The recommended erasure:", erase_command), ("This comparison:", command)],
             facts=[("", facts)],
             settings=setting_rows(comparison.base.as_dict(), without=varied),
             notes=[*([results.mixed_note] if results.mixed else []), *notes],
@@ -111,8 +111,8 @@ def pictures(results: Results, alike: Alike) -> list[Picture]:
         Picture(
             FRONT,
             "Erased against retained",
-            "Up and to the right is better. Filled marks lie on the Pareto front: nothing else both erases and retains "
-            "more. Crosses are 95 % intervals.",
+            "Up and to the right is better. Filled marks lie on the Pareto front: no other candidate both erases and "
+            "retains more. Crosses are 95 % intervals.",
             front_chart(standings),
             front_chart(standings, whole=True),
             entries,
@@ -122,9 +122,9 @@ def pictures(results: Results, alike: Alike) -> list[Picture]:
         found.append(
             Picture(
                 CHANGE,
-                "Erased against the change of what was to stay",
-                "Down and to the right is better. Where the judge still counts every class as right, this shows which "
-                "erasure touches it least.",
+                "Erased against the change of other classes",
+                "Down and to the right is better. Pixels change before the judge sees a wrong class, so this chart "
+                "separates candidates that retain everything.",
                 front_chart(standings, "change"),
                 front_chart(standings, "change", whole=True),
                 entries,
@@ -138,7 +138,7 @@ def pictures(results: Results, alike: Alike) -> list[Picture]:
             for name, colour in (("erased", COLOURS[1]), ("retained", COLOURS[0]))
         ]
         drawn = [curve_chart(curves, "alpha", "share of images (%)", whole) for whole in (False, True)]
-        explanation = "alpha and 1 - alpha have one loss between Gaussians, so the curves are mirrored at 1/2."
+        explanation = "alpha and 1 - alpha have the same loss between Gaussians, so the curves are symmetric about 1/2."
         title = f"By alpha, s0 {s0:g}"
         name = BY_ALPHA.format(f"{s0:g}")
         found.append(Picture(name, title, explanation, drawn[0], drawn[1], curve_entries(curves)))
@@ -146,7 +146,7 @@ def pictures(results: Results, alike: Alike) -> list[Picture]:
 
 
 def alphas(standings: Sequence[Standing], alike: Alike) -> dict[float, list[tuple[float, Standing]]]:
-    """By s0, the candidates that are alpha divergences, or train as one that was asked for, in the order of alpha."""
+    """By s0, the candidates that are alpha divergences, or train the same model as one, in the order of alpha."""
     found: dict[float, dict[float, Standing]] = {}
     for one in standings:
         if one.candidate.others:
@@ -159,7 +159,7 @@ def alphas(standings: Sequence[Standing], alike: Alike) -> dict[float, list[tupl
 
 
 def alpha_of(name: str) -> float | None:
-    """The alpha of a divergence's name; None if it is none of that family."""
+    """The alpha of a divergence by name; None if it is not an alpha divergence."""
     limits = {limit: alpha for alpha, limit in KL_BY_ALPHA.items()}
     divergence = fk.get_divergence(name)
     if divergence.name == "alpha":
@@ -168,23 +168,23 @@ def alpha_of(name: str) -> float | None:
 
 
 def also(standing: Standing, alike: Alike) -> list[str]:
-    """Divergences that were asked for and train what this one trains."""
+    """The requested divergences that train the same model as this candidate."""
     return [name for name, run in alike.items() if run == standing.candidate.divergence]
 
 
 def ordered(standings: Sequence[Standing]) -> list[Standing]:
-    """The front first, then by what is erased."""
+    """The front first, then by the erased share."""
     return sorted(standings, key=lambda one: (not one.on_front, -one.erased.value))
 
 
 def table(standings: Sequence[Standing], alike: Alike | None = None) -> str:
     """All candidates as a Markdown table."""
     lines = [
-        "| candidate | erased | retained | change of the others | on the front |",
+        "| candidate | erased | retained | change of other classes | on the front |",
         "| --- | --- | --- | --- | --- |",
     ]
     for one in ordered(standings):
-        names = "".join(f", as {name}" for name in also(one, alike or {}))
+        names = "".join(f", same as {name}" for name in also(one, alike or {}))
         front = f"{'yes' if one.on_front else 'no'} ({100 * one.front_share:.0f} %)"
         cells = [one.candidate.label + names, percent(one.erased), percent(one.retained), percent(one.change, 2), front]
         lines.append("| " + " | ".join(cells) + " |")
@@ -192,7 +192,7 @@ def table(standings: Sequence[Standing], alike: Alike | None = None) -> str:
 
 
 def percent(share: Estimate, digits: int = 1) -> str:
-    """A share with its interval, in percents."""
+    """A share with its interval, in percent."""
     if share.value != share.value:
         return "-"
     # Adding 0 makes 0 of -0.

@@ -11,7 +11,7 @@ import torch
 
 import fdu_kernels as fk
 from fdu.concepts import ConceptType
-from fdu.config import PLACES, EraseConfig
+from fdu.config import PLACES, EraseConfig, read_divergence
 from fdu.evaluation import JUDGED_SEED, Sampling
 
 KL_BY_ALPHA = {0.0: "reverse_kl", 1.0: "kl"}
@@ -106,17 +106,15 @@ class Comparison:
             if not given:
                 raise ValueError(f"{name} is empty; a comparison needs at least one")
             if len(set(given)) < len(given):
-                raise ValueError(f"{name} names one thing twice: {given!r}; take one out")
+                raise ValueError(f"{name} contains a duplicate: {given!r}; remove it")
         if len({target for target, _ in self.pairs}) < len(self.pairs):
-            raise ValueError(
-                f"pairs names one target twice: {self.pairs!r}; compare anchors in comparisons of their own"
-            )
+            raise ValueError(f"pairs names a target twice: {self.pairs!r}; compare anchors in separate comparisons")
         if isinstance(self.base.sigma, float | int) and len({one.s0 for one in self.candidates}) > 1:
-            raise ValueError("s0 has several values but sigma is a number, so that s0 has no effect; use sigma 'auto'")
+            raise ValueError("s0 has several values but sigma is a number, so s0 has no effect; use sigma 'auto'")
         for name in ("images_per_class", "images_of_target"):
             if getattr(self.drawing, name) < FEWEST_IMAGES:
                 raise ValueError(
-                    f"{name} must be >= {FEWEST_IMAGES}, since one image says nothing of how much images differ, "
+                    f"{name} must be >= {FEWEST_IMAGES}, since one image cannot show how much images vary, "
                     f"got {getattr(self.drawing, name)}"
                 )
         runs = self.runs()
@@ -206,7 +204,7 @@ def distinct(divergences: Sequence[str], variational: bool = False) -> tuple[lis
     found: dict[Any, str] = {}
     others: dict[str, str] = {}
     for name in divergences:
-        divergence = fk.get_divergence(name)
+        divergence = read_divergence(name)
         shape = str(divergence) if variational else _shape(divergence)
         first = found.setdefault(shape, name)
         if first != name:

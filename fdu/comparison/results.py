@@ -1,4 +1,4 @@
-"""What the records of a comparison say: the figures of its candidates, and what to take."""
+"""The results of a comparison: the figures of its candidates and the recommendations."""
 
 from __future__ import annotations
 
@@ -18,46 +18,46 @@ JudgedRuns = dict[tuple[str, Candidate, int], tuple[Judged, ...]]
 
 @dataclasses.dataclass(frozen=True)
 class Results:
-    """Everything that the page of a comparison shows."""
+    """The content of a comparison's page."""
 
     comparison: Comparison
     runs: JudgedRuns
-    """What the judge saw in each run that is there and did not fail."""
+    """The judge's answers for each finished run."""
     failed: dict[str, str]
-    """The names of the runs whose loss became NaN or infinite, and what was said."""
+    """Runs whose loss became NaN or infinite, with the message."""
     missing: int
-    """Runs that have no record yet."""
+    """Number of runs without a record."""
     before: dict[str, tuple[float, float]]
-    """By target: the shares that the model as it is draws as asked, of the target and of the other classes."""
+    """By target: shares drawn as asked before any erasure, of the target and of the other classes."""
     sample: Sample
-    """The figures of the candidates without a failed run, on the seeds that all of them have."""
+    """The figures of the candidates without a failed run, on the seeds that all of them share."""
     standings: tuple[Standing, ...]
     recommendations: dict[Preference, Recommendation]
     conditions: dict[str, Any]
-    """Device and versions of the records; where they differ, all there are: "first; second"."""
+    """Device and versions of the records; several are joined as "first; second"."""
     mixed: tuple[str, ...]
-    """What differs between records: "device", or the names of packages."""
+    """Conditions that differ between records: "device", or names of packages."""
     seconds: float
-    """How long an erasure took, on average."""
+    """Mean seconds per erasure."""
     core_seconds: float
-    """What a run cost with its judging, in seconds of one core, on average."""
+    """Mean cost of a run with its judging, in core seconds."""
 
     @property
     def mixed_note(self) -> str:
-        """That records were made in several places, if they were; else nothing."""
+        """A warning if the records were made under different conditions; otherwise empty."""
         if not self.mixed:
             return ""
         return (
-            f"Not all records were made under one condition ({', '.join(self.mixed)}); some of what candidates differ "
-            "by may come from that."
+            f"The records were made under different conditions ({', '.join(self.mixed)}), which may explain some "
+            "differences between candidates."
         )
 
 
 def read_results(comparison: Comparison, records: Path) -> Results:
-    """Read the records that are there.
+    """Read the records.
 
     Raises:
-        ValueError: too few of them to compare anything.
+        ValueError: too few to compare.
     """
     found = {run: read_record(comparison, records, run) for run in comparison.runs()}
     there = {run: record for run, record in found.items() if record is not None}
@@ -71,10 +71,12 @@ def read_results(comparison: Comparison, records: Path) -> Results:
     candidates = [one for one in comparison.candidates if one not in lost]
     compared = complete(runs, candidates)
     if not compared:
-        problem = "every candidate has a run whose loss became NaN or infinite" if not candidates else "no seed of all"
+        problem = (
+            "every candidate has a run whose loss became NaN or infinite" if not candidates else "no seed is complete"
+        )
         raise ValueError(
-            f"there is nothing to compare yet: {problem}, {len(there)} of {len(found)} records are there; "
-            + ("lower s0 or the learning rate" if not candidates else "make the runs first")
+            f"nothing to compare yet: {problem} ({len(there)} of {len(found)} records exist); "
+            + ("lower s0 or learning_rate" if not candidates else "finish the runs first")
         )
     sample = Sample(compared, candidates)
     before_it = {target: read_before(comparison, records, target) for target, _ in comparison.pairs}
@@ -102,7 +104,7 @@ def read_results(comparison: Comparison, records: Path) -> Results:
 
 
 def conditions_of(records: Sequence[Mapping[str, Any]]) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """Device and versions of records that may have been made in several places, and what of it differs."""
+    """Device and versions of the records, and the names of those that differ."""
     devices = dict.fromkeys(str(record["device"]) for record in records)
     versions: dict[str, dict[str, None]] = {}
     for name in dict.fromkeys(name for record in records for name in record["versions"]):
@@ -116,7 +118,7 @@ def conditions_of(records: Sequence[Mapping[str, Any]]) -> tuple[dict[str, Any],
 
 
 def shares(judged: tuple[Judged, ...]) -> tuple[float, float]:
-    """The mean shares drawn as asked, of the target and of the other classes."""
+    """Mean shares drawn as asked, of the target and of the other classes."""
     own = [sum(one.hits) / len(one.hits) for one in judged if one.role in TARGET_ROLES]
     others = [sum(one.hits) / len(one.hits) for one in judged if one.role not in TARGET_ROLES]
     return sum(own) / len(own), sum(others) / len(others)

@@ -1,4 +1,4 @@
-"""Make the runs of a comparison, a record each: what is there is not made again, and a kill loses one run at most."""
+"""Run a comparison, one record per run. Finished runs are not repeated, and a kill loses at most one run."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ from fdu.comparison.plan import Comparison, Run, slug
 from fdu.config import EraseConfig
 from fdu.erasure import erase
 from fdu.evaluation import Probe, draw
-from fdu.models.loading import describe_device
 from fdu.storage.fingerprint import fingerprint
+from fdu.storage.loading import describe_device
 from fdu.storage.output import whole_file, write_json
 from fdu.storage.versions import versions
 from fdu.subjects.registry import subject_of

@@ -1,4 +1,4 @@
-"""Did it work, and what else broke? Draws before and after with the same seeds, for judges and metrics to compare."""
+"""Evaluation: draw before and after an erasure with the same seeds, and compare with judges and metrics."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Draws the images of probes, so that two pipelines can be compared image by image."""
+"""Draw the images of probes, so that two pipelines can be compared image by image."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ from fdu.evaluation.probes import Probe, check_prompts
 from fdu.models.calls import silent
 
 JUDGED_SEED = 1000
-"""Offset of the seeds of judged images from the seed of a training, whose own images begin at that seed itself."""
+"""Offset of the judged images' seeds from the seed of the training, whose own images start at that seed."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How an image is drawn; the defaults are those of the embedded pipeline.
+    """Sampling settings; the defaults are those of the embedded pipeline.
 
     Raises:
-        ValueError: less than one step or image at once, or a negative guidance.
+        ValueError: a step count or batch size below 1, or a negative guidance scale.
     """
 
     num_inference_steps: int | None = 20
-    """Steps of the scheduler an image; None: the pipeline's own default."""
+    """Sampling steps per image. None: the pipeline's default."""
     guidance_scale: float | None = 3.0
-    """Of classifier-free guidance, where 0 and 1 mean none; None: the pipeline's own default."""
+    """Classifier-free guidance scale; 0 and 1 turn guidance off. None: the pipeline's default."""
     batch_size: int = 32
-    """Images drawn at once; fewer take less memory."""
+    """Images drawn at a time, >= 1; fewer need less memory."""
 
     def __post_init__(self) -> None:
         for name, least in (("num_inference_steps", 1), ("guidance_scale", 0), ("batch_size", 1)):
@@ -41,25 +41,25 @@ class Sampling:
                 raise ValueError(f"{name} must be >= {least}, got {value}")
 
     def settings(self) -> dict[str, Any]:
-        """By the names of :func:`draw`'s arguments."""
+        """The settings as arguments of :func:`draw`."""
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(Sampling)}
 
 
 @dataclasses.dataclass(frozen=True)
 class Draws:
-    """The images of every probe, in the probes' order: one tensor [N, 3, H, W] in [0, 1] each."""
+    """The images of each probe, in the order of the probes: one tensor [N, 3, H, W] in [0, 1] per probe."""
 
     images: list[Tensor]
 
 
 @contextmanager
 def unchecked(pipeline: DiffusionPipeline) -> Iterator[None]:
-    """Within this context no safety checker blackens what the pipeline draws: a judge would take it for a change."""
+    """Switch the safety checker off within this context: a judge would count its black images as a change."""
     checker = getattr(pipeline, "safety_checker", None)
     if checker is None:
         yield
         return
-    # Past the pipeline's own way to set a part, which would note in its config that there is none.
+    # Set past the pipeline's own setter, which would record None in its config.
     vars(pipeline)["safety_checker"] = None
     try:
         yield
@@ -78,26 +78,25 @@ def draw(
     batch_size: int = Sampling.batch_size,
     description: str = "images",
 ) -> Draws:
-    """Draw ``images_per_class`` images of every probe.
+    """Draw ``images_per_class`` images of each probe, without the safety checker.
 
-    Image i of a probe depends on its prompt and on ``seed + i`` alone, so two pipelines can be compared image by image.
-    A safety checker is left out.
+    Image i of a probe depends only on its prompt and on ``seed + i``, so two pipelines can be compared image by image.
 
     Args:
-        pipeline: any diffusers pipeline that draws images from prompts.
-        probes: what to draw.
-        images_per_class: images of each probe.
-        seed: of the first image of each probe.
-        num_inference_steps: steps of the scheduler an image; None: the pipeline's own default.
-        guidance_scale: of classifier-free guidance; None: the pipeline's own default.
-        batch_size: images drawn at once; fewer take less memory.
-        description: words beside the progress bar.
+        pipeline: any diffusers text-to-image pipeline.
+        probes: the prompts to draw, one probe per class.
+        images_per_class: images per probe, >= 1.
+        seed: seed of the first image of each probe.
+        num_inference_steps: sampling steps per image. None: the pipeline's default.
+        guidance_scale: classifier-free guidance scale. None: the pipeline's default.
+        batch_size: images drawn at a time; fewer need less memory.
+        description: label of the progress bar.
 
     Raises:
-        ValueError: no probes, one without prompts, no images, or as :class:`Sampling`.
+        ValueError: no probes, a probe without prompts, ``images_per_class`` below 1, or as :class:`Sampling`.
     """
     if not probes:
-        raise ValueError("probes is empty; name at least the target")
+        raise ValueError("probes is empty; give at least the target's")
     check_prompts(probes)
     if images_per_class < 1:
         raise ValueError(f"images_per_class must be >= 1, got {images_per_class}")

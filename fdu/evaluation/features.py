@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
-
-from fdu.evaluation.metrics import perceptual_distance
 
 CLIP = "openai/clip-vit-base-patch32"
 """The image-text encoder if none is named: that of the published figures of concept ablation and its successors."""
@@ -45,18 +43,16 @@ class Features:
         return self._known[images]
 
     @torch.no_grad()
-    def distances(self, before: Tensor, after: Tensor) -> Tensor:
-        """The perceptual distance [N] of images [N, 3, H, W] from their counterparts; features are kept on the way."""
+    def layers_of_pairs(self, before: Tensor, after: Tensor) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
+        """The layers of images [N, 3, H, W] and of their counterparts, by batches; features are kept on the way."""
         features: tuple[list[Tensor], list[Tensor]] = ([], [])
-        found = []
         for pair in zip(before.split(self.batch_size), after.split(self.batch_size), strict=True):
             extracted = [self.extract(batch) for batch in pair]
             for kept, (batch, _) in zip(features, extracted, strict=True):
                 kept.append(batch)
-            found.append(perceptual_distance(extracted[0][1], extracted[1][1]))
+            yield extracted[0][1], extracted[1][1]
         for images, kept in zip((before, after), features, strict=True):
             self._known[images] = torch.cat(kept)
-        return torch.cat(found)
 
 
 class ClipFeatures(Features):
@@ -79,7 +75,7 @@ class ClipFeatures(Features):
         try:
             model = AutoModel.from_pretrained(name, dtype=torch.float32)
             if not (hasattr(model, "get_image_features") and hasattr(model, "get_text_features")):
-                raise ValueError(f"a {type(model).__name__} is no image-text encoder such as CLIP")
+                raise ValueError(f"a {type(model).__name__} is not an image-text encoder such as CLIP")
             tokenizer = AutoTokenizer.from_pretrained(name)
             # The backend of Pillow needs no torchvision, and reads images alike wherever it runs.
             processor = AutoImageProcessor.from_pretrained(name, backend="pil")

@@ -1,4 +1,4 @@
-"""The figures of an evaluation: what judges counted and metrics found, before and after, each with its interval."""
+"""The figures of an evaluation: judged shares and metrics, before and after, each with its interval."""
 
 from __future__ import annotations
 
@@ -10,68 +10,73 @@ from typing import Any
 
 import numpy as np
 from diffusers import DiffusionPipeline
-from torch import Tensor, cat, nn
+from torch import cat, nn
 
 from fdu.evaluation.drawing import Draws, draw
 from fdu.evaluation.features import Features, as_features
 from fdu.evaluation.intervals import FEWEST, Bootstrap, Interval, interval, share_interval, wilson
-from fdu.evaluation.metrics import KERNELS, clip_score, discrepancies, unlearn_canvas
+from fdu.evaluation.metrics.catalogue import metrics_of
+from fdu.evaluation.metrics.metric import PairMetric, ScoreMetric, SetMetric, ShareMetric
 from fdu.evaluation.probes import Probe, check_probes, groups
 
 
 @dataclasses.dataclass(frozen=True)
 class Figures:
-    """What the judges counted. Every accuracy is a share of images in [0, 1]."""
+    """The judges' counts on one side of an erasure. Each accuracy is a share of images in [0, 1]."""
 
     target_accuracy: float
-    """Of the target's prompts: the share that still shows the target. Lower is a better erasure."""
+    """Share of images for the target's prompts that show the target; lower is better after an erasure."""
     unseen_accuracy: float | None
-    """The same for phrasings that training never saw; None if none were drawn."""
+    """The same for phrasings that the training never used; None if none were drawn."""
     retained_accuracy: float
-    """The mean over the retained classes of the share that shows what was asked for."""
+    """Share of images that show the requested class, averaged over the retained classes."""
     worst_retained_accuracy: float
     """The lowest of these shares."""
     worst_retained_class: str
-    """The class it belongs to."""
+    """The class with that share."""
     cross_domain_accuracy: float | None
-    """The mean over classes of another kind (colours, if a digit was erased); None if none were drawn."""
+    """The same for classes of another kind (colours if a digit was erased); None if none were drawn."""
     per_class: dict[str, float]
-    """The share of every class, target and retained."""
+    """Share of images that show the requested class, by class."""
     target_became: dict[str, float]
-    """What the judge saw in the target's images: class -> share, most frequent first."""
+    """The judge's answers on the target's images: shares by class, most frequent first."""
     retained_by_group: dict[str, float] = dataclasses.field(default_factory=dict)
-    """The mean share of the retained classes that are "near", "generic" and "unrelated"."""
+    """Mean share of the retained classes of each group: "near", "generic", "unrelated"."""
     clip_score: dict[str, float] = dataclasses.field(default_factory=dict)
-    """CLIPScore of the images with the name of what was asked for, by role and group; empty without a text encoder."""
+    """CLIPScore between images and the name of the requested class, by role and group; empty without a text encoder."""
     intervals: dict[str, Interval] = dataclasses.field(default_factory=dict)
-    """The 95 % interval of every figure, by its name: "target_accuracy", "per_class.three"; of CLIP scores only where
-    there are two images a class."""
+    """95 % intervals by figure: "target_accuracy", "per_class.three". CLIP scores need two images per class."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """Figures before and after, on images that share prompts and seeds."""
+    """Figures before and after an erasure, on images with the same prompts and seeds."""
 
     before: Figures
     after: Figures
     change: dict[str, float]
-    """Mean absolute difference of the images, of pixel range [0, 1], by role and group."""
+    """Mean absolute pixel difference of the images, in [0, 1], by role and group."""
     images_per_class: int
     difference: dict[str, float] = dataclasses.field(default_factory=dict)
-    """After minus before, of the accuracies and CLIP scores, by the figure's name."""
+    """After minus before, for accuracies and CLIP scores, by figure."""
     distances: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
-    """How far the images moved in the space of ``features``, by role and group: "kid" and "cmmd" of the two sets,
-    "perceptual" of each image from its counterpart. Empty without features."""
+    """Distances in the space of ``features``, by role and group: "kid" and "cmmd" between the two sets, "perceptual"
+    between each image and its counterpart. Empty without features."""
     unlearn_canvas: dict[str, float] = dataclasses.field(default_factory=dict)
-    """UA, IRA and CRA after the erasure: :func:`fdu.evaluation.metrics.unlearn_canvas`."""
+    """UA, IRA and CRA after the erasure: see ``fdu/evaluation/metrics/unlearn_canvas.py``."""
     features: str = ""
-    """The extractor that distances and CLIP scores come from; they compare with those of the same one only."""
+    """Extractor of the distances and CLIP scores, which are comparable only for the same extractor."""
     intervals: dict[str, Interval] = dataclasses.field(default_factory=dict)
-    """The 95 % interval of every figure of this object: "change.target", "difference.retained_accuracy",
-    "distances.kid.retained", "unlearn_canvas.UA"; of changes and distances only where there are two images a class."""
+    """95 % intervals of the figures of this object: "change.target", "difference.retained_accuracy",
+    "distances.kid.retained", "unlearn_canvas.UA". Changes and distances need two images
+    per class."""
+
+    def measured(self, name: str) -> dict[str, float] | None:
+        """The figures of a metric that compares images, by role and group; None if it was not computed."""
+        return self.change if name == "change" else self.distances.get(name.partition(".")[2])
 
     def as_dict(self) -> dict[str, Any]:
-        """Ready for JSON."""
+        """As a dict for JSON."""
         return dataclasses.asdict(self)
 
 
@@ -82,16 +87,17 @@ def evaluate(
     features: Features | nn.Module | str | None = None,
     **settings: Any,
 ) -> Evaluation:
-    """Compare two pipelines, or what was drawn from them with :func:`draw`, on the same probes.
+    """Compare two pipelines, or images that :func:`draw` made with them, on the same probes.
 
     Args:
-        before, after: pipelines to draw from, with ``settings`` as :func:`draw` takes them, or finished draws.
-        probes: what to draw and who judges it; exactly one has the role "target", at least one is "retained".
-        features: what distances, and for image-text encoders CLIP scores, are computed with: an extractor, a module, a
-            CLIP model's folder or hub id, or "embedded". None: the judges' shares and the change of pixels alone.
+        before, after: pipelines, or images from :func:`draw`.
+        probes: prompts and judges; exactly one has the role "target", at least one the role "retained".
+        features: extractor for distances and, if it reads text, CLIP scores: an extractor, a module, a CLIP model's
+            folder or hub id, or "embedded". None: judged shares and pixel changes only.
+        settings: arguments of :func:`draw`.
 
     Raises:
-        ValueError: probes without a target or retained class, or draws that do not belong together.
+        ValueError: probes without a target or without a retained class, or images that do not match.
     """
     check_probes(probes)
     extractor = as_features(features)
@@ -102,17 +108,17 @@ def evaluate(
     counts = [[len(images) for images in one.images] for one in drawn]
     if counts[0] != counts[1] or len(counts[0]) != len(probes):
         raise ValueError(
-            f"before and after must hold the same number of images a probe, got {counts[0]} and {counts[1]}"
+            f"before and after must hold the same number of images per probe, got {counts[0]} and {counts[1]}"
         )
     bootstrap, places = Bootstrap(counts[0]), groups(probes)
-    found = _Found()
-    pairs = list(zip(drawn[0].images, drawn[1].images, strict=True))
-    found.means("change", [_pixels(*pair) for pair in pairs], places, bootstrap)
-    if extractor:
-        # Before the judges, which may ask the same encoder for features that are then known.
-        found.means("distances.perceptual", [extractor.distances(*pair).numpy() for pair in pairs], places, bootstrap)
-        for name in KERNELS:
-            found.discrepancies(name, drawn, extractor, places, bootstrap)
+    found, pairs = _Found(places, bootstrap), list(zip(drawn[0].images, drawn[1].images, strict=True))
+    # Pairs first: the features of their images are then known, also to judges with the same encoder.
+    of_pairs = [one for one in metrics_of(PairMetric) if extractor or not one.needs_features]
+    of_sets = metrics_of(SetMetric) if extractor else []
+    for metric in of_pairs:
+        found.means(metric.name, [metric.values(*pair, extractor).numpy() for pair in pairs])
+    for one in of_sets:
+        found.discrepancies(one, drawn, extractor)
     sides = [_side(one, probes, extractor, bootstrap, places) for one in drawn]
     for name, resampled in sides[1].resampled.items():
         if name in sides[0].resampled:
@@ -124,35 +130,33 @@ def evaluate(
                 found.intervals[key] = share_interval(found.figures[key], apart, images, -1)
             elif name in sides[1].figures.intervals:
                 found.intervals[key] = interval(apart)
-    after_figures = sides[1].figures
-    canvas = unlearn_canvas(after_figures)
-    low, high = after_figures.intervals["target_accuracy"]
-    found.intervals["unlearn_canvas.UA"] = (1 - high, 1 - low)
-    for accuracy, name in (("IRA", "retained_by_group.near"), ("CRA", "cross_domain_accuracy")):
-        if accuracy in canvas:
-            found.intervals[f"unlearn_canvas.{accuracy}"] = after_figures.intervals[name]
+    shares, intervals = sides[1].values, sides[1].figures.intervals
+    for given in metrics_of(ShareMetric):
+        if given.figure in shares:
+            share = given.of(shares[given.figure], intervals[given.figure])
+            found.figures[given.name], found.intervals[given.name] = share
     return Evaluation(
         before=sides[0].figures,
-        after=after_figures,
+        after=sides[1].figures,
         change=found.under("change"),
         images_per_class=counts[0][0],
         difference=found.under("difference"),
-        distances={name: found.under(f"distances.{name}") for name in ("perceptual", *KERNELS)} if extractor else {},
-        unlearn_canvas=canvas,
+        distances={
+            metric.name.partition(".")[2]: found.under(metric.name)
+            for metric in (*of_pairs, *of_sets)
+            if metric.name.startswith("distances.")
+        },
+        unlearn_canvas=found.under("unlearn_canvas"),
         features=extractor.name if extractor else "",
         intervals=found.intervals,
     )
 
 
-def _pixels(before: Tensor, after: Tensor) -> np.ndarray:
-    """The mean absolute difference of each image from its counterpart, [N]."""
-    return (before - after).abs().flatten(1).double().mean(1).numpy()
-
-
 class _Found:
     """Figures by name, and their intervals."""
 
-    def __init__(self) -> None:
+    def __init__(self, places: Mapping[str, Sequence[int]], bootstrap: Bootstrap) -> None:
+        self.places, self.bootstrap = places, bootstrap
         self.figures: dict[str, float] = {}
         self.intervals: dict[str, Interval] = {}
 
@@ -162,34 +166,24 @@ class _Found:
             key.removeprefix(f"{name}."): value for key, value in self.figures.items() if key.startswith(f"{name}.")
         }
 
-    def means(
-        self, name: str, values: Sequence[np.ndarray], places: Mapping[str, Sequence[int]], bootstrap: Bootstrap
-    ) -> None:
+    def means(self, name: str, values: Sequence[np.ndarray]) -> None:
         """The mean over classes of a value an image, by role and group."""
-        for part, chosen in places.items():
+        for part, chosen in self.places.items():
             own = {place: values[place] for place in chosen}
             self.figures[f"{name}.{part}"] = float(np.mean([one.mean() for one in own.values()]))
-            if bootstrap.tells(chosen):
-                self.intervals[f"{name}.{part}"] = interval(bootstrap.means(own))
+            if self.bootstrap.tells(chosen):
+                self.intervals[f"{name}.{part}"] = interval(self.bootstrap.means(own))
 
-    def discrepancies(
-        self,
-        name: str,
-        drawn: Sequence[Draws],
-        extractor: Features,
-        places: Mapping[str, Sequence[int]],
-        bootstrap: Bootstrap,
-    ) -> None:
+    def discrepancies(self, metric: SetMetric, drawn: Sequence[Draws], extractor: Any) -> None:
         """The distance of two sets of features, by role and group; of images that began as one noise there is none."""
-        for part, chosen in places.items():
+        for part, chosen in self.places.items():
             before, after = (cat([extractor(one.images[place]) for place in chosen]) for one in drawn)
-            matrix = discrepancies(KERNELS[name], before, after).numpy()
-            value, resampled = bootstrap.pair_means(matrix, chosen)
+            value, resampled = self.bootstrap.pair_means(metric.discrepancies(before, after).numpy(), chosen)
             if not math.isnan(value):
-                self.figures[f"distances.{name}.{part}"] = value
+                self.figures[f"{metric.name}.{part}"] = value
                 # Of two noises there is one pair, and nothing to tell how others would differ from it.
-                if bootstrap.tells(chosen, FEWEST + 1):
-                    self.intervals[f"distances.{name}.{part}"] = interval(resampled)
+                if self.bootstrap.tells(chosen, FEWEST + 1):
+                    self.intervals[f"{metric.name}.{part}"] = interval(resampled)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -251,16 +245,18 @@ def _side(
         hits = {target: np.array([one == name for one in seen[target]], dtype=np.float64)}
         became[name] = share(f"target_became.{name}", [target], hits)
 
-    scores: dict[str, float] = {}
+    scores: dict[str, dict[str, float]] = {}
     texts = extractor.texts([probe.name for probe in probes]) if extractor else None
-    if extractor and texts is not None:
-        per_image = [
-            clip_score(extractor(images), text[None]).numpy() for images, text in zip(draws.images, texts, strict=True)
-        ]
+    for metric in metrics_of(ScoreMetric):
+        if extractor is None or texts is None:
+            break
+        scores[metric.name] = {}
+        pairs = zip(map(extractor, draws.images), texts, strict=True)
+        per_image = [metric.values(images, text[None]).numpy() for images, text in pairs]
         for part, chosen in places.items():
             own = {place: per_image[place] for place in chosen}
-            name = f"clip_score.{part}"
-            values[name] = scores[part] = float(np.mean([one.mean() for one in own.values()]))
+            name = f"{metric.name}.{part}"
+            values[name] = scores[metric.name][part] = float(np.mean([one.mean() for one in own.values()]))
             resampled[name] = bootstrap.means(own)
             if bootstrap.tells(chosen):
                 intervals[name] = interval(resampled[name])
@@ -275,8 +271,8 @@ def _side(
         per_class=per_class,
         target_became=became,
         retained_by_group=by_group,
-        clip_score=scores,
         intervals=intervals,
+        **scores,
     )
     # Which class is worst, and which ones appear in the target's place, differs before and after.
     lasting = {

@@ -1,4 +1,4 @@
-"""Confidence intervals: the percentile bootstrap over images, paired before and after; of one share, Wilson's."""
+"""Confidence intervals: percentile bootstrap over images, paired before and after; Wilson's for a single share."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is drawn to judge an erasure: prompts of one class each, and the part it plays."""
+"""Probes: the prompts that judge an erasure, one class per probe, and the role of each class."""
 
 from __future__ import annotations
 
@@ -9,30 +9,30 @@ from typing import Literal
 from torch import Tensor
 
 Judge = Callable[[Tensor], list[str]]
-"""Images [N, 3, H, W] in [0, 1] -> the name of the class that each one shows."""
+"""Maps images [N, 3, H, W] in [0, 1] to the name of the class that each shows."""
 Role = Literal["target", "unseen", "retained", "cross_domain"]
-"""The erased concept; the same in phrasings that training never saw; what is to be kept; concepts of another kind."""
+"""The erased concept; the same in phrasings that the training never used; a class to retain; one of another kind."""
 Group = Literal["near", "generic", "unrelated"]
-"""Of what is to be kept: the target's neighbours (hard negatives); the anchor and everyday subjects, where an erasure
-shows that reaches beyond its concept; and what has nothing to do with it."""
+"""Groups of retained classes: neighbours of the target (hard negatives), the anchor and everyday subjects (which show
+whether an erasure reaches too far), and unrelated subjects."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Probe:
-    """Prompts that all ask for one class, and the judge who tells whether it was drawn."""
+    """Prompts for one class, and the judge that recognises it."""
 
     name: str
-    """The class, as the judge names it, and as an image-text encoder reads it."""
+    """Name of the class, as the judge returns it and as an image-text encoder reads it."""
     prompts: tuple[str, ...]
-    """Phrasings, used in turn."""
+    """Prompts of the class, used in turn."""
     role: Role
     judge: Judge
     group: Group = "near"
-    """Of a retained class; the others have none."""
+    """Group of a retained class; ignored for other roles."""
 
 
 def groups(probes: Sequence[Probe]) -> dict[str, list[int]]:
-    """The places of the probes by role, and those of the retained ones by group as well.
+    """Indices of the probes by role, and of the retained ones also by group.
 
     >>> groups([Probe("cat", ("a cat",), "target", list), Probe("lynx", ("a lynx",), "retained", list)])
     {'target': [0], 'retained': [1], 'near': [1]}
@@ -46,10 +46,10 @@ def groups(probes: Sequence[Probe]) -> dict[str, list[int]]:
 
 
 def check_probes(probes: Sequence[Probe]) -> None:
-    """Refuse probes that tell nothing about an erasure.
+    """Refuse probes that cannot judge an erasure.
 
     Raises:
-        ValueError: not exactly one target, nothing retained, two classes of one name, or a class without a prompt.
+        ValueError: not exactly one target, no retained class, two classes with one name, or a class without prompts.
     """
     check_prompts(probes)
     roles = [probe.role for probe in probes]
@@ -58,14 +58,14 @@ def check_probes(probes: Sequence[Probe]) -> None:
     names = [probe.name for probe in probes if probe.role != "unseen"]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
-        raise ValueError(f"probes name the class {twice[0]!r} twice; give every class one probe")
+        raise ValueError(f"probes name the class {twice[0]!r} twice; give each class one probe")
 
 
 def check_prompts(probes: Sequence[Probe]) -> None:
-    """Refuse probes of which nothing can be drawn.
+    """Refuse probes without prompts.
 
     Raises:
-        ValueError: a class without a prompt.
+        ValueError: a class has no prompts.
     """
     for probe in probes:
         if not probe.prompts:

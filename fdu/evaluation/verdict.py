@@ -1,31 +1,35 @@
-"""An evaluation in words and in one small table, computed from its figures."""
+"""An evaluation as a verdict in words and as a small table, both computed from its figures."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Literal, cast
+
+from fdu.evaluation.metrics.catalogue import metrics_of
+from fdu.evaluation.metrics.clip_score import CLIP_SCORE
+from fdu.evaluation.metrics.metric import PairMetric, SetMetric
 
 if TYPE_CHECKING:
     from fdu.evaluation import Evaluation, Figures, Probe
     from fdu.evaluation.intervals import Interval
 
 DRAWN_BEFORE = 0.5
-"""A target drawn less often than this before the erasure was hardly there to erase."""
+"""Share before the erasure below which a class was rarely drawn, so that its share after shows little."""
 ERASED_BELOW = 0.15
-"""Erased: at most this part of the target's share before is left. The superclass itself draws one digit in ten."""
+"""Erased: at most this fraction of the target's share before is left. The superclass itself draws 1 digit in 10."""
 PARTLY_BELOW = 0.6
-"""Partly erased: at most this part is left."""
+"""Partly erased: at most this fraction is left."""
 CLASS_DROP = 0.15
-"""A class is broken if its share falls by more than this."""
+"""A class is broken if its share drops by more than this."""
 MEAN_DROP = 0.05
-"""A group of classes has suffered if its mean falls by more than this."""
+"""A group of classes loses accuracy if its mean share drops by more than this."""
 GROUPS = {"near": "its neighbours", "generic": "everyday subjects", "unrelated": "unrelated subjects"}
-"""The groups of what is to be kept, in words."""
+"""The groups of retained classes in words."""
 NAMED_CLASSES = 3
-"""So many broken classes are named, the worst first."""
-State = Literal["erased", "partly erased", "not erased", "hardly drawn before"]
+"""Broken classes named in a sentence, the worst first; of further ones the number is given."""
+State = Literal["erased", "partly erased", "not erased", "rarely drawn before"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,48 +42,50 @@ class Row:
     detail: bool = False
     """Whether it details the row above it."""
     intervals: tuple[Interval, Interval] | None = None
-    """The 95 % intervals of both; None where none were computed."""
+    """95 % intervals of both shares; None if none were computed."""
     figure: str = ""
     """The name of the shares in :class:`fdu.Figures`: "per_class.three"."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
-    """What the figures mean."""
+    """The meaning of the figures."""
 
     erased: State | Literal["cannot be told"]
-    """Of the target, in seen and unseen phrasings."""
+    """State of the target, over seen and unseen phrasings."""
     kept: bool
-    """Whether the retained classes, each group of them, and those of another kind are drawn as before; not if they
-    hardly were."""
+    """Whether the retained classes, each group of them, and the classes of another kind are drawn as before; False if
+    they were rarely drawn before."""
+    sure: bool
+    """Whether both ends of the 95 % intervals lead to the same verdict."""
     headline: str
     sentences: tuple[str, ...]
 
     @property
     def good(self) -> bool:
-        """Whether the target is gone and everything else is still there."""
-        return self.erased == "erased" and self.kept
+        """Whether the target is surely gone and everything else is surely kept."""
+        return self.erased == "erased" and self.kept and self.sure
 
 
 def percent(share: float) -> str:
-    """A share in [0, 1] as whole percents."""
+    """A share in [0, 1] in percent, rounded."""
     return f"{100 * share:.0f} %"
 
 
 def within(interval: Interval) -> str:
-    """The ends of a share's interval as whole percents."""
+    """The ends of a share's interval in percent, rounded."""
     return f"[{100 * interval[0]:.0f}, {100 * interval[1]:.0f}]"
 
 
 def uncertainty(images: int) -> float:
-    """Half the width of the 95 % interval of a share counted on ``images`` images, at its widest (a share of 1/2)."""
+    """Half the width of a share's 95 % interval on ``images`` images, at its widest (a share of 1/2)."""
     return 1.96 * math.sqrt(0.25 / images)
 
 
 def comparison(evaluation: Evaluation, probes: Sequence[Probe]) -> list[Row]:
-    """The rows of the table: target, unseen phrasings, retained with the worst of them, classes of another kind.
+    """The rows of the table: target, unseen phrasings, retained classes and the worst of them, classes of another kind.
 
-    Where there are several groups of retained classes, each has its row.
+    Several groups of retained classes have a row each.
     """
     sides = (evaluation.before, evaluation.after)
     retained, others = _names(probes, "retained"), _names(probes, "cross_domain")
@@ -106,7 +112,7 @@ def comparison(evaluation: Evaluation, probes: Sequence[Probe]) -> list[Row]:
 
 
 def _figure(figures: Figures, name: str) -> float:
-    """A figure by its name, also one of several: "per_class.three"."""
+    """A figure by its name; a dot picks one of several: "per_class.three"."""
     field, _, part = name.partition(".")
     value = getattr(figures, field)
     return value[part] if part else value
@@ -124,21 +130,15 @@ def table(evaluation: Evaluation, probes: Sequence[Probe]) -> str:
 
 
 PARTS = ("target", "unseen", "near", "generic", "unrelated", "cross_domain")
-"""The parts of an evaluation whose images are compared, in the order of the table."""
-MEASURES = {
-    "distances.kid": "KID",
-    "distances.cmmd": "CMMD",
-    "distances.perceptual": "perceptual",
-    "change": "pixels",
-}
-"""The distances of the images after from those before, and how the table calls them."""
+"""The parts of an evaluation with distances, in the order of the table."""
 
 
 def distance_table(evaluation: Evaluation) -> str:
-    """How far the images moved, and what CLIP says of them, as aligned text with 95 % intervals."""
+    """Distances between the images before and after, and their CLIP scores, as aligned text with 95 % intervals."""
     scores = evaluation.before.clip_score, evaluation.after.clip_score
-    measures = {name: label for name, label in MEASURES.items() if name == "change" or evaluation.distances}
-    lines = [["", *(["CLIP score before", "after"] if scores[1] else []), *measures.values()]]
+    found = [(one, evaluation.measured(one.name)) for one in metrics_of(PairMetric, SetMetric)]
+    measures = [(one, values) for one, values in found if values is not None]
+    lines = [["", *([f"{CLIP_SCORE.title} before", "after"] if scores[1] else []), *(one.title for one, _ in measures)]]
     for part in PARTS:
         if part not in evaluation.change:
             continue
@@ -146,9 +146,8 @@ def distance_table(evaluation: Evaluation) -> str:
         if scores[1]:
             for side in (evaluation.before, evaluation.after):
                 cells.append(_measured(side.clip_score[part], side.intervals.get(f"clip_score.{part}")))
-        for name in measures:
-            values = evaluation.change if name == "change" else evaluation.distances[name.partition(".")[2]]
-            cells.append(_measured(values.get(part), evaluation.intervals.get(f"{name}.{part}")))
+        for one, values in measures:
+            cells.append(_measured(values.get(part), evaluation.intervals.get(f"{one.name}.{part}")))
         lines.append([part.replace("_", " "), *cells])
     return _aligned(lines)
 
@@ -160,7 +159,7 @@ def _measured(value: float | None, interval: Interval | None) -> str:
 
 
 def _aligned(lines: Sequence[Sequence[str]]) -> str:
-    """Cells in columns, the first one to the left, the others to the right."""
+    """Cells in columns, the first aligned left, the others right."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join(
         "  ".join(cell.ljust(width) if place == 0 else cell.rjust(max(width, 7)) for place, (cell, width) in cells)
@@ -168,113 +167,166 @@ def _aligned(lines: Sequence[Sequence[str]]) -> str:
     )
 
 
+@dataclasses.dataclass(frozen=True)
+class _Part:
+    """One half of a verdict: on the target, or on everything else."""
+
+    state: State | Literal["cannot be told", "kept", "not kept"]
+    sure: bool
+    headline: str
+    sentences: list[str]
+
+
 def judge(evaluation: Evaluation, probes: Sequence[Probe]) -> Verdict:
-    """What the figures mean: whether the target was erased, and what else broke."""
-    before, after = evaluation.before, evaluation.after
-    target = _names(probes, "target")[0]
-    erased: State | Literal["cannot be told"] = state_of(before.target_accuracy, after.target_accuracy)
-    low, high = after.intervals.get("target_accuracy", (after.target_accuracy, after.target_accuracy))
-    possible = [state_of(before.target_accuracy, share) for share in (low, high)]
-    if possible == ["erased", "not erased"]:
-        erased = "cannot be told"
-    drew = f"{percent(before.target_accuracy)} of {evaluation.images_per_class} images before"
-    sentences = [f"Asked for {target}, the pipeline drew it in {drew} and in {percent(after.target_accuracy)} after."]
+    """The verdict on an erasure: whether the target is erased, and what else changed."""
+    target, rest = _target_part(evaluation, _names(probes, "target")[0]), _rest_part(evaluation, probes)
+    erased, kept = target.state == "erased", rest.state == "kept"
+    # "and" for what an erasure should do, "but" for what it should not, ";" where the two do not contrast.
+    joint = (", and" if kept else ", but") if erased else (";" if kept else ", and")
+    state = cast("State | Literal['cannot be told']", target.state)
+    headline = f"{target.headline}{joint} {rest.headline}"
+    return Verdict(state, kept, target.sure and rest.sure, headline, (*target.sentences, *rest.sentences))
+
+
+def _target_part(evaluation: Evaluation, target: str) -> _Part:
+    """Whether the target is erased. The headline names the share left and, from the interval, how sure that is."""
+    before, after, images = evaluation.before, evaluation.after, evaluation.images_per_class
+    share = after.target_accuracy
+    low, high = after.intervals.get("target_accuracy", (share, share))
+    state: State | Literal["cannot be told"] = state_of(before.target_accuracy, share)
+    ends = [state_of(before.target_accuracy, end) for end in (low, high)]
+    sure, reach = ends[0] == ends[1], high
+    sentences = [
+        f"Prompts for {target} drew it in {percent(before.target_accuracy)} of {images} images before the erasure and "
+        f"in {percent(share)} after it."
+    ]
+    if not sure:
+        sentences.append(
+            f"With {images} images per class the 95 % interval of that share is {100 * low:.0f} to {percent(high)}, "
+            f"which covers {joined(ends)}; draw more to be sure (images_per_class)."
+        )
+    if ends == ["erased", "not erased"]:
+        state = "cannot be told"
+    left = percent(share) + (f", at most {percent(high)}" if high > share else "")
     headline = {
-        "erased": f"{target} was erased",
-        "partly erased": f"{target} was only partly erased",
-        "not erased": f"{target} was not erased",
-        "hardly drawn before": f"{target} was hardly drawn to begin with",
-        "cannot be told": f"whether {target} was erased cannot be told from so few images",
-    }[erased]
-    if possible[0] != possible[1]:
-        reach = f"{100 * low:.0f} to {percent(high)}"
-        sentences.append(f"By the interval of the latter, {reach}, both {joined(possible)} is possible.")
-
+        "erased": f"{target} is {'rarely drawn now' if share else 'no longer drawn'} ({left})",
+        "partly erased": f"{target} is only partly erased ({percent(share)} of images still show it)",
+        "not erased": f"{target} is not erased ({percent(share)} of images still show it)",
+        "rarely drawn before": f"{target} was rarely drawn even before ({percent(before.target_accuracy)})",
+        "cannot be told": f"{images} images per class cannot tell whether {target} is erased ({percent(share)} left, "
+        f"interval {100 * low:.0f} to {percent(high)})",
+    }[state]
     if before.unseen_accuracy is not None and after.unseen_accuracy is not None:
-        unseen = f"{percent(before.unseen_accuracy)} before and {percent(after.unseen_accuracy)} after"
-        escapes = escapes_by(before.unseen_accuracy, after.unseen_accuracy)
-        if erased == "erased" and escapes:
-            erased = "partly erased"
-            headline = f"{target} was erased only in the phrasings of the training"
-        sentences.append(f"In phrasings that the training never saw: {unseen}.")
+        first, last = before.unseen_accuracy, after.unseen_accuracy
+        sentences.append(f"In phrasings that the training never used: {_shares(first, last)}.")
+        limits = after.intervals.get("unseen_accuracy", (last, last))
+        escapes = escapes_by(first, last)
+        if escapes != escapes_by(first, limits[0]) or escapes != escapes_by(first, limits[1]):
+            sure, reach = False, max(reach, limits[1])
+        if state == "erased" and escapes:
+            state = "partly erased"
+            headline = f"{target} is erased only in the training's phrasings (others still draw it in {percent(last)})"
+    if state == "erased" and not sure:
+        doubt = f"{images} images per class allow up to {percent(reach)}"
+        headline = f"{target} is probably erased ({percent(share)}, but {doubt})"
+    became = [(name, one) for name, one in after.target_became.items() if name != target]
+    if became and state in ("erased", "partly erased"):
+        sentences.append(f"These prompts now draw {became[0][0]} most often ({percent(became[0][1])}).")
+    return _Part(state, sure, headline, sentences)
 
-    became = [(name, share) for name, share in after.target_became.items() if name != target]
-    if became and erased in ("erased", "partly erased"):
-        sentences.append(f"In its place it now draws {became[0][0]} most often ({percent(became[0][1])}).")
 
+def _rest_part(evaluation: Evaluation, probes: Sequence[Probe]) -> _Part:
+    """Whether everything but the target is drawn as before."""
+    before, after = evaluation.before, evaluation.after
     retained, others = _names(probes, "retained"), _names(probes, "cross_domain")
-    broken = _broken(evaluation, retained)
     by_group = {group: (share, after.retained_by_group[group]) for group, share in before.retained_by_group.items()}
+    figures = ["retained_accuracy", *(f"retained_by_group.{group}" for group in by_group)]
+    sentences = _retained_sentences(evaluation, retained, by_group)
+    near = any(probe.role == "retained" and probe.group == "near" for probe in probes)
+    if not near:
+        sentences.append("No neighbours of the target were tested, and they suffer first.")
+    if before.cross_domain_accuracy is not None and after.cross_domain_accuracy is not None:
+        figures.append("cross_domain_accuracy")
+        shares = _shares(before.cross_domain_accuracy, after.cross_domain_accuracy)
+        sentences.append(f"Classes of another kind ({', '.join(others)}): {shares}.")
+        if _broken(evaluation, others):
+            sentences.append(_loss_sentence(evaluation, others))
+    broken = _broken(evaluation, retained) or _broken(evaluation, others)
+    certain = dict(_broken(evaluation, (*retained, *others)))
+    doubtful = [
+        f"{name} ({_shares(before.per_class[name], after.per_class[name])})"
+        for name in (*retained, *others)
+        if name not in certain and before.per_class[name] - after.per_class[name] > CLASS_DROP
+    ]
+    if doubtful:
+        sentences.append(f"With so few images, these drops may be chance: {joined(doubtful)}.")
+
+    fell = [figure for figure in figures if _fell(evaluation, figure, MEAN_DROP)]
     drawn = before.retained_accuracy >= DRAWN_BEFORE
-    hardly = [group for group, (first, _) in by_group.items() if first < DRAWN_BEFORE]
-    suffered = [group for group in by_group if _fell(evaluation, f"retained_by_group.{group}", MEAN_DROP)]
-    fell = bool(suffered) or _fell(evaluation, "retained_accuracy", MEAN_DROP)
-    shares = _shares(before.retained_accuracy, after.retained_accuracy)
-    worst = after.worst_retained_class
+    lost = max(0.0, *(-evaluation.intervals.get(f"difference.{figure}", (0.0, 0.0))[0] for figure in figures))
+    sure = bool(broken or fell) or not (doubtful or lost > MEAN_DROP)
     if broken:
-        harm = _listed(evaluation, broken)
-        sentences.append(f"It broke {harm}; over all {_count(retained)} that it should keep: {shares}.")
+        headline = f"{joined([name for name, _ in broken[:NAMED_CLASSES]])} lost accuracy"
+    elif fell:
+        groups = [group for group in by_group if f"retained_by_group.{group}" in fell]
+        some = groups if len(groups) < len(by_group) and "cross_domain_accuracy" not in fell else []
+        headline = f"{joined([GROUPS[group] for group in some]) or 'other classes'} lost accuracy"
+    elif not drawn:
+        headline = "the retained classes were rarely drawn even before"
     else:
-        state = "suffered a little" if fell else ("were kept" if drawn else "were hardly drawn before either")
-        worst_shares = _shares(before.per_class[worst], after.per_class[worst])
-        detail = "" if worst_shares == shares else f"; the worst of them, {worst}: {worst_shares}"
-        sentences.append(f"The {_count(retained)} that it should keep {state}: {shares}{detail}.")
+        rest = "the rest" if all(first >= DRAWN_BEFORE for first, _ in by_group.values()) else "what else it could draw"
+        doubt = "" if sure else f" (the intervals allow a drop of {100 * lost:.0f} points)"
+        headline = f"{rest} is {'' if sure else 'probably '}kept" + (doubt if lost > MEAN_DROP else "")
+        headline += "" if near else " (no neighbours were tested)"
+    return _Part("kept" if drawn and not broken and not fell else "not kept", sure, headline, sentences)
+
+
+def _retained_sentences(
+    evaluation: Evaluation, retained: Sequence[str], by_group: Mapping[str, tuple[float, float]]
+) -> list[str]:
+    """What became of the retained classes, all together and by group."""
+    before, after = evaluation.before, evaluation.after
+    shares, worst = _shares(before.retained_accuracy, after.retained_accuracy), after.worst_retained_class
+    suffered = [group for group in by_group if _fell(evaluation, f"retained_by_group.{group}", MEAN_DROP)]
+    drawn = before.retained_accuracy >= DRAWN_BEFORE
+    sentences = []
+    if _broken(evaluation, retained):
+        sentences += [
+            _loss_sentence(evaluation, retained),
+            f"Mean of the {_count(retained)} to retain: {shares}.",
+        ]
+    else:
+        fell = suffered or _fell(evaluation, "retained_accuracy", MEAN_DROP)
+        state = "lost some accuracy" if fell else ("are kept" if drawn else "were rarely drawn even before")
+        lowest = _shares(before.per_class[worst], after.per_class[worst])
+        detail = "" if lowest == shares else f"; the lowest, {worst}: {lowest}"
+        sentences.append(f"The {_count(retained)} to retain {state}: {shares}{detail}.")
     if suffered and len(by_group) > 1:
         told = [f"{GROUPS[group]} ({_shares(*by_group[group])})" for group in suffered]
-        sentences.append(f"Of these suffered {joined(told)}.")
-    if hardly and drawn:
-        told = [f"{GROUPS[group]} ({percent(by_group[group][0])})" for group in hardly]
-        sentences.append(f"Hardly drawn before, so that little can be told of them: {joined(told)}.")
-    neighbours = any(probe.role == "retained" and probe.group == "near" for probe in probes)
-    if not neighbours:
-        sentences.append("No neighbours of the target were drawn, which suffer first.")
-
-    broken_others = _broken(evaluation, others)
-    others_fell = False
-    if before.cross_domain_accuracy is not None and after.cross_domain_accuracy is not None:
-        others_fell = _fell(evaluation, "cross_domain_accuracy", MEAN_DROP)
-        shares = _shares(before.cross_domain_accuracy, after.cross_domain_accuracy)
-        harm = f"; it broke {_listed(evaluation, broken_others)}" if broken_others else ""
-        sentences.append(f"Classes of another kind ({', '.join(others)}): {shares}{harm}.")
-
-    fallen = [name for name in (*retained, *others) if before.per_class[name] - after.per_class[name] > CLASS_DROP]
-    doubtful = [name for name in fallen if name not in dict(broken + broken_others)]
-    if doubtful:
-        told = [f"{name} ({_shares(before.per_class[name], after.per_class[name])})" for name in doubtful]
-        sentences.append(f"On so few images chance may be all that befell {joined(told)}.")
-
-    harmed = bool(broken or fell or broken_others or others_fell)
-    kept = drawn and not harmed
-    # "and" for the expected, "but" for what an erasure should not do, ";" where the one does not contrast the other.
-    joint = (", and" if kept else ", but") if erased == "erased" else (";" if kept else ", and")
-    if broken or broken_others:
-        named = [name for name, _ in (broken or broken_others)[:NAMED_CLASSES]]
-        headline += f"{joint} {joined(named)} broke"
-    elif harmed:
-        some = suffered if len(suffered) < len(by_group) and not others_fell else []
-        headline += f"{joint} {joined([GROUPS[group] for group in some]) or 'other classes'} suffered"
-    elif not drawn:
-        headline += f"{joint} the classes to be kept were hardly drawn to begin with"
-    else:
-        rest = "what else it could draw" if hardly else "the rest"
-        headline += f"{joint} {rest} was kept" + ("" if neighbours else " (no neighbours were drawn)")
-    return Verdict(erased, kept, headline, tuple(sentences))
+        sentences.append(f"These groups lost accuracy: {joined(told)}.")
+    rare = [f"{GROUPS[group]} ({percent(first)})" for group, (first, _) in by_group.items() if first < DRAWN_BEFORE]
+    if rare and drawn:
+        sentences.append(f"These groups were rarely drawn even before, so their shares show little: {joined(rare)}.")
+    return sentences
 
 
 def state_of(before: float, after: float) -> State:
-    """What became of a share of images that show the target."""
+    """The state of a concept, from its shares of images before and after."""
     if before < DRAWN_BEFORE:
-        return "hardly drawn before"
+        return "rarely drawn before"
     if after <= ERASED_BELOW * before:
         return "erased"
     return "partly erased" if after <= PARTLY_BELOW * before else "not erased"
 
 
 def escapes_by(before: float, after: float) -> bool:
-    """Whether other words still draw what was erased, given the shares that show it; also where they hardly drew it
-    before, if it is too much for an erasure of what is drawn half of the time."""
+    """Whether a phrasing still draws the erased concept, given its shares before and after.
+
+    A phrasing that rarely drew it before escapes if it draws it more often than an erasure of a concept at
+    ``DRAWN_BEFORE`` may leave.
+    """
     state = state_of(before, after)
-    if state == "hardly drawn before":
+    if state == "rarely drawn before":
         return state_of(DRAWN_BEFORE, after) == "not erased"
     return state != "erased"
 
@@ -288,28 +340,30 @@ def _names(probes: Sequence[Probe], role: str) -> list[str]:
 
 
 def _broken(evaluation: Evaluation, names: Sequence[str]) -> list[tuple[str, float]]:
-    """The classes whose share fell too far, with how far, the worst first."""
+    """Classes whose share dropped by more than CLASS_DROP, with the drop, the worst first."""
     before, after = evaluation.before.per_class, evaluation.after.per_class
     falls = [(name, before[name] - after[name]) for name in names if _fell(evaluation, f"per_class.{name}", CLASS_DROP)]
     return sorted(falls, key=lambda fall: -fall[1])
 
 
 def _fell(evaluation: Evaluation, figure: str, drop: float) -> bool:
-    """Whether a share is lower after by more than ``drop``, and by more than chance explains."""
+    """Whether a share dropped by more than ``drop`` and by more than chance explains."""
     fall = _figure(evaluation.before, figure) - _figure(evaluation.after, figure)
     interval = evaluation.intervals.get(f"difference.{figure}")
     return fall > drop and (interval is None or interval[1] < 0)
 
 
-def _listed(evaluation: Evaluation, broken: Sequence[tuple[str, float]]) -> str:
+def _loss_sentence(evaluation: Evaluation, names: Sequence[str]) -> str:
+    """The broken ones of these classes, with their shares."""
+    broken = _broken(evaluation, names)
     before, after = evaluation.before.per_class, evaluation.after.per_class
-    named = [f"{name} ({_shares(before[name], after[name])})" for name, _ in broken]
-    more = len(broken) - NAMED_CLASSES
-    return joined(named[:NAMED_CLASSES] + ([f"{more} more"] if more > 0 else []))
+    named = [f"{name} ({_shares(before[name], after[name])})" for name, _ in broken[:NAMED_CLASSES]]
+    more = [f"{len(broken) - NAMED_CLASSES} more"] if len(broken) > NAMED_CLASSES else []
+    return f"These classes lost more than {100 * CLASS_DROP:.0f} points: {joined(named + more)}."
 
 
 def joined(words: Sequence[str]) -> str:
-    """Words as a list in a sentence."""
+    """Words as a list: "a, b and c"."""
     return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
 
 

@@ -1,4 +1,4 @@
-"""Progress bars: a pipeline's own are off where a longer one tells more."""
+"""Switch off a pipeline's own progress bars where a longer one runs."""
 
 from __future__ import annotations
 

@@ -18,7 +18,9 @@ from tqdm import tqdm
 
 from fdu.models.autoencoder import encode_images
 from fdu.models.calls import silent
-from fdu.storage.parts import TEXT_ENCODERS
+from fdu.models.kohya_names import KohyaNames
+from fdu.models.parts import TEXT_ENCODERS
+from fdu.models.size import check_size
 
 PredictionType = Literal["epsilon", "v_prediction", "sample", "flow"]
 ENCODE_BATCH = 64
@@ -78,6 +80,8 @@ class Denoiser(ABC):
     """Name endings of the linear layers of the module that read the prompt (keys and values, as a rule)."""
     attention_projections: ClassVar[tuple[str, ...]]
     """Name endings of all linear layers of attention."""
+    kohya: ClassVar[KohyaNames | None] = None
+    """How kohya's sd-scripts name the layers; None if they do not know the family."""
 
     signal: Tensor
     """[T] float32."""
@@ -105,10 +109,15 @@ class Denoiser(ABC):
         """Pixels of an image."""
 
     @classmethod
+    def owns(cls, module: Any) -> bool:
+        """Whether a pipeline's denoiser is of this family."""
+        return isinstance(module, cls.module_class)
+
+    @classmethod
     def fits(cls, pipeline: DiffusionPipeline) -> bool:
-        """Whether the pipeline is of this family."""
+        """Whether the pipeline is of this family, and draws from prompts."""
         module = getattr(pipeline, cls.module_name, None)
-        return isinstance(module, cls.module_class) and hasattr(pipeline, "encode_prompt") and callable(pipeline)
+        return cls.owns(module) and hasattr(pipeline, "encode_prompt") and callable(pipeline)
 
     @classmethod
     def check(cls, pipeline: DiffusionPipeline) -> None:
@@ -120,7 +129,7 @@ class Denoiser(ABC):
         name = type(pipeline).__name__
         missing = [part for part in cls.parts if getattr(pipeline, part, None) is None]
         if missing:
-            raise ValueError(f"pipeline, a {name}, has no {' and no '.join(missing)}; load it with all its parts")
+            raise ValueError(f"pipeline, a {name}, has no {' and no '.join(missing)}; load it with all of them")
         inputs = inspect.signature(type(pipeline).__call__).parameters
         images = [given for given in inputs if given in ("image", "mask_image", "control_image")]
         channels = pipeline.vae.config.latent_channels * cls.packing**2
@@ -133,7 +142,7 @@ class Denoiser(ABC):
             )
         if any(_moves_itself(part) for part in pipeline.components.values()):
             raise ValueError(
-                "pipeline moves its parts between devices by itself; before the training call "
+                "pipeline moves its models between devices itself; before the training, call "
                 "pipeline.remove_all_hooks() and pipeline.to(device)"
             )
 
@@ -317,17 +326,11 @@ class Denoiser(ABC):
         """Height and width in pixels."""
         if resolution is None:
             if self.native_size is None:
-                raise ValueError(f"{self.module_name} does not tell its sample_size; give resolution, in pixels")
+                raise ValueError(f"{self.module_name} has no sample_size; give resolution in pixels")
             return self.native_size
         if isinstance(resolution, bool) or not isinstance(resolution, int):
             raise TypeError(f"resolution must be a number of pixels or None, got {resolution!r}")
-        unit = self.size_unit
-        if resolution <= 0 or resolution % unit:
-            nearest = max(1, round(resolution / unit)) * unit
-            raise ValueError(
-                f"resolution must be a positive multiple of {unit} pixels for this model, got {resolution}; "
-                f"try {nearest}"
-            )
+        check_size(resolution, self.size_unit, self.native_size)
         return resolution, resolution
 
     def _at(self, indices: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:

@@ -26,5 +26,5 @@ class DiffusionDenoiser(Denoiser):
         if "beta_start" not in scheduler.config or prediction_type not in ("epsilon", "v_prediction", "sample"):
             raise ValueError(
                 f"pipeline's scheduler, a {type(scheduler).__name__} with prediction_type {prediction_type!r}, does "
-                "not noise as DDPM does; if the model was trained so, give the pipeline a scheduler like DDIMScheduler"
+                "not add noise as DDPM does; if the model was trained with DDPM, use a scheduler like DDIMScheduler"
             )

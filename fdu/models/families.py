@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from diffusers import DiffusionPipeline
 
 from fdu.models.denoiser import Denoiser
 from fdu.models.flux import FluxDenoiser
+from fdu.models.parts import DENOISERS
 from fdu.models.pixart import PixArtDenoiser
 from fdu.models.sana import SanaDenoiser
 from fdu.models.sd3 import SD3Denoiser
 from fdu.models.sdxl import SDXLDenoiser
 from fdu.models.unet import UNetDenoiser
-from fdu.storage.parts import DENOISERS
 
 FAMILIES: tuple[type[Denoiser], ...] = (
     UNetDenoiser,
@@ -22,6 +24,11 @@ FAMILIES: tuple[type[Denoiser], ...] = (
     SanaDenoiser,
 )
 """The first that fits a pipeline takes it."""
+
+
+def family_of(module: Any) -> type[Denoiser] | None:
+    """The family of a pipeline's denoiser; None if it is not known here."""
+    return next((family for family in FAMILIES if family.owns(module)), None)
 
 
 def denoiser_of(pipeline: DiffusionPipeline, resolution: int | None = None) -> Denoiser:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from fdu.models.denoiser import Conditioning
-from fdu.models.unet import UNetDenoiser
+from fdu.models.kohya_names import KohyaNames
+from fdu.models.unet import UNetDenoiser, kohya_layers
 
 
 class SDXLDenoiser(UNetDenoiser):
@@ -16,6 +19,7 @@ class SDXLDenoiser(UNetDenoiser):
     family = "Stable Diffusion XL (a UNet2DConditionModel with two text encoders)"
     parts = ("scheduler", "vae", "tokenizer", "text_encoder", "tokenizer_2", "text_encoder_2")
     addition_embed_type = "text_time"
+    kohya = KohyaNames(partial(kohya_layers, original_last=True), lambda pipeline: "sdxl_base_v1-0")
 
     @classmethod
     def check(cls, pipeline: DiffusionPipeline) -> None:

@@ -1,4 +1,4 @@
-"""The model card beside saved weights: what was erased, how to load it, what was measured, what it cannot do."""
+"""The model card beside saved weights: the erasure, how to load it, its figures and its limits."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Any
 
 from diffusers import DiffusionPipeline, StableDiffusion3Pipeline
 
-from fdu.config import PLACES
+from fdu.config import PLACES, TRAIN_METHODS
 from fdu.evaluation import Evaluation, Probe
 from fdu.evaluation.verdict import comparison, judge, percent, uncertainty
-from fdu.models.loading import HUB_ID
 from fdu.report.templating import templates
 from fdu.storage.kohya import KOHYA_FILE
+from fdu.storage.loading import HUB_ID
 from fdu.storage.writers import Format
 from fdu.subjects.registry import find_subject
 from fdu.subjects.subject import Subject
@@ -36,15 +36,15 @@ def write_card(
     evaluation: Evaluation | None = None,
     probes: Sequence[Probe] = (),
 ) -> Path:
-    """Write README.md, with the front matter that the Hugging Face hub reads. It names no place on this machine.
+    """Write README.md with the front matter of the Hugging Face hub. It contains no path of this machine.
 
     Args:
-        folder: where :func:`fdu.storage.writers.write` wrote.
-        format: in this format.
+        folder: where :func:`fdu.storage.writers.write` wrote the weights.
+        format: their format.
         pipeline: the pipeline with the erasure.
         record: :meth:`fdu.ErasureResult.record`.
-        evaluation: the figures, if there are any.
-        probes: what was drawn for them.
+        evaluation: the figures, if any.
+        probes: the probes of the evaluation.
     """
     environment = templates()
     environment.filters.update(percent=percent, line=_line)
@@ -83,7 +83,7 @@ def write_card(
 
 
 def _code(format: Format, pipeline: DiffusionPipeline, train_method: str, base_id: str | None, subject: Subject) -> str:
-    """The lines of Python that load the weights."""
+    """Python code that loads the weights."""
     if format == "pipeline":
         return (
             "from diffusers import DiffusionPipeline\n\n"
@@ -91,7 +91,7 @@ def _code(format: Format, pipeline: DiffusionPipeline, train_method: str, base_i
         )
     by_fdu = format == "delta"
     if format == "kohya":  # diffusers reads no magnitudes, and no SD3, in these names
-        by_fdu = train_method == "dora" or isinstance(pipeline, StableDiffusion3Pipeline)
+        by_fdu = TRAIN_METHODS[train_method].result == "dora" or isinstance(pipeline, StableDiffusion3Pipeline)
     family = type(pipeline).__name__
     base = f'{family}.from_pretrained("{base_id or "path/to/the/base/model"}")'
     lines = ["import fdu"] if by_fdu or subject.title else []
@@ -106,23 +106,23 @@ def _code(format: Format, pipeline: DiffusionPipeline, train_method: str, base_i
 
 
 def _advice(format: Format, train_method: str) -> list[str]:
-    """What else to know for loading."""
+    """Advice on loading."""
     if format == "delta":
-        return ["Loaded in the dtype that it was trained in, the base becomes the erased model bit for bit."]
+        return ["If the base is loaded in the dtype of the training, the result is the erased model bit for bit."]
     if format != "kohya":
         return []
     advice = [
-        f"For ComfyUI, Forge or AUTOMATIC1111 put `{KOHYA_FILE}` into the folder for LoRAs, under a name you like, and "
-        "load it at strength 1."
+        f"For ComfyUI, Forge or AUTOMATIC1111, put `{KOHYA_FILE}` into the LoRA folder under any name and load it at "
+        "strength 1."
     ]
-    if train_method == "dora":
+    if TRAIN_METHODS[train_method].result == "dora":
         advice += [
-            "It is a DoRA with one magnitude an output, as LyCORIS writes it. diffusers' own loader leaves these out, "
-            "AUTOMATIC1111 and ComfyUI take them differently: use the code above or a program that follows LyCORIS."
+            "It is a DoRA with one magnitude per output, in LyCORIS's format. diffusers drops the magnitudes, and "
+            "AUTOMATIC1111 and ComfyUI read them differently: use the code above or a program that follows LyCORIS."
         ]
     return advice
 
 
 def _line(text: str) -> str:
-    """Text in one line that breaks no table."""
+    """Text in one line, safe in a Markdown table."""
     return " ".join(text.split()).replace("|", "\\|").replace("`", "'")

@@ -10,12 +10,12 @@ from typing import Any, TypeGuard
 WIDTH, HEIGHT, LEFT, BOTTOM, MARGIN = 360, 190, 46, 30, 10
 """Sizes of a chart in its own units."""
 CURVES = {
-    "divergence": ("Divergence", "from the frozen model's answer to the anchor; scaled so that h'(0) = 1"),
-    "distance": ("Distance", "median squared distance from that answer, in units of the denoiser's output"),
-    "preservation": ("Preservation", "squared error on the prompts to keep, in the same scale as the divergence"),
-    "critic": ("Critic", "its bound of the divergence"),
+    "divergence": ("Divergence", "from the frozen model's output for the anchor; scaled so that h'(0) = 1"),
+    "distance": ("Distance", "median squared distance from that output, in squared units of the denoiser's output"),
+    "preservation": ("Preservation", "squared error on the preserved prompts, on the same scale as the divergence"),
+    "critic": ("Critic", "its lower bound on the divergence"),
 }
-"""The curves of the training's course: title and explanation."""
+"""The training curves: title and explanation."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Chart:
     title: str
     explanation: str
     summary: str
-    """The course in words, for those who cannot see it."""
+    """The curve in words, for screen readers."""
     lines: list[Line]
     y_ticks: list[tuple[float, str]]
     x_ticks: list[tuple[float, str]]
@@ -43,7 +43,7 @@ class Chart:
 
 
 def training_charts(history: Mapping[str, Sequence[float | None]]) -> list[Chart]:
-    """The course of a training: a chart a column, each step in faint and its running mean in full."""
+    """The training curves, one chart per column: each step faint, the running mean solid."""
     return [
         _training_chart(title, explanation, history[name])
         for name, (title, explanation) in CURVES.items()
@@ -57,10 +57,10 @@ def share_chart(
     """Shares in [0, 1] against steps.
 
     Args:
-        title, explanation: its words.
-        courses: for each line its name, its class in the style sheet, and the shares after so many steps, each
-            with the keys of a :class:`fdu.evaluation.robustness.shares.Share`. Lines of the class "smooth" have a band
-            for their intervals.
+        title, explanation: the caption.
+        courses: for each line its name, its class in the style sheet, and (step, share) pairs, each share with the keys
+            of a :class:`fdu.evaluation.robustness.shares.Share`. Lines of the class "smooth" get a band for their
+            intervals.
     """
     most = max((step for _, _, course in courses for step, _ in course), default=1) or 1
     width, height = WIDTH - LEFT - MARGIN, HEIGHT - BOTTOM - MARGIN
@@ -112,7 +112,7 @@ def _training_chart(title: str, explanation: str, values: Sequence[float | None]
     return Chart(
         title,
         explanation,
-        f"{title} over {len(values)} steps, smoothed: {ends[0]:.3g} at first, {ends[-1]:.3g} at the end{lost}",
+        f"{title} over {len(values)} steps, smoothed: {ends[0]:.3g} at the start, {ends[-1]:.3g} at the end{lost}",
         [Line(line(values), "raw"), Line(line(smooth), "smooth")],
         [(y(value), f"{value:g}") for value in ticks],
         [(x(step - 1 if step else 0), f"{step:g}") for step in steps if step <= len(values)],
@@ -120,12 +120,12 @@ def _training_chart(title: str, explanation: str, values: Sequence[float | None]
 
 
 def _drawable(value: float | None) -> TypeGuard[float]:
-    """Whether a value has a place on a chart: records hold NaN and infinities, or null in their stead."""
+    """Whether a value is finite; records hold NaN and infinities, or null instead."""
     return value is not None and math.isfinite(value)
 
 
 def _smoothed(values: Sequence[float | None]) -> list[float | None]:
-    """The mean of what is finite in a twentieth of the course around each step; None where nothing is."""
+    """The mean of the finite values in a window of a twentieth of the curve; None where there are none."""
     reach = max(len(values) // 40, 1)
     smooth: list[float | None] = []
     for step in range(len(values)):
@@ -135,7 +135,7 @@ def _smoothed(values: Sequence[float | None]) -> list[float | None]:
 
 
 def _ticks(largest: float) -> tuple[float, list[float]]:
-    """A round number not below ``largest``, and 0 and three to five round steps up to it."""
+    """A round number >= ``largest``, and ticks from 0 to it in three to five round steps."""
     unit = 10.0 ** math.floor(math.log10(largest))
     step = next(unit * factor for factor in (0.2, 0.25, 0.5, 1.0, 2.0, 2.5) if unit * factor * 5 >= largest)
     count = math.ceil(largest / step - 1e-9)

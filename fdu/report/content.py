@@ -1,4 +1,4 @@
-"""What a run leaves so that its report can be made anew: metrics.json, and the images that the page shows."""
+"""The files that regenerate a report: metrics.json and the images on the page."""
 
 from __future__ import annotations
 
@@ -23,30 +23,30 @@ from fdu.storage.output import METRICS_FILE, write_json
 from fdu.storage.versions import versions
 
 IMAGES_FOLDER = "images"
-"""Strips of the shown images as PNG, one a probe and side, beside the metrics."""
+"""Folder with the shown images beside the metrics: one PNG strip per probe and side."""
 KEPT_HEIGHT = 256
-"""Pixels; larger images are kept reduced to this."""
+"""Pixels; larger images are stored reduced to this."""
 
 
 @dataclasses.dataclass(frozen=True)
 class EvaluatedRun:
-    """An evaluated erasure, as its report tells it."""
+    """An evaluated erasure with everything that its report shows."""
 
     evaluation: Evaluation
     probes: list[Probe]
     images: dict[str, list[Tensor]]
     """By side, the first images of every probe, [<= SHOWN, 3, H, W] in [0, 1]."""
     seen: dict[str, list[list[str]]]
-    """By side, what the judge saw in each of them."""
+    """By side, the judge's answer for each of them."""
     robustness: Mapping[str, Any] | None = None
     """:meth:`fdu.evaluation.robustness.Robustness.as_dict`, if the erasure was examined."""
     record: Mapping[str, Any] | None = None
     """:meth:`fdu.ErasureResult.record`, or the ``fdu.json`` beside saved weights."""
     command: str = ""
-    """The command line that makes this again."""
+    """The command line that reproduces this."""
     device: str = ""
     notes: tuple[str, ...] = ()
-    """Paragraphs to end with, such as the source of the data."""
+    """Closing paragraphs, such as the source of the data."""
     conditions: Conditions = dataclasses.field(default_factory=Conditions)
 
     @classmethod
@@ -63,15 +63,15 @@ class EvaluatedRun:
         robustness: Mapping[str, Any] | None = None,
         conditions: Conditions | None = None,
     ) -> EvaluatedRun:
-        """The run of an evaluation; the judges look at the shown images once more.
+        """The run of an evaluation; the judges judge the shown images again.
 
         Args:
             evaluation: the figures of ``before`` and ``after``.
-            probes: what was drawn, in the order of the draws.
+            probes: the probes, in the order of the draws.
             before, after: the images of every probe, [N, 3, H, W] in [0, 1].
-            record: without it the page has no course of the training and no settings.
-            command, device, notes, robustness: as the fields.
-            conditions: as the field; versions, if they hold none, are those of this machine.
+            record: without it the page has no training curves and no settings.
+            command, device, notes, robustness: see the fields.
+            conditions: see the field; missing versions are those of this machine.
 
         Raises:
             ValueError: the draws do not belong to the probes.
@@ -91,12 +91,12 @@ class EvaluatedRun:
 
     @property
     def target(self) -> str:
-        """The class that was to be erased."""
+        """The erased class."""
         return next(probe.name for probe in self.probes if probe.role == "target")
 
     @property
     def erased(self) -> list[tuple[str, str]]:
-        """What the weights erased according to their record, each with its anchor; empty without a record."""
+        """Targets and anchors from the record of the weights; empty without a record."""
         if self.record is None:
             return []
         pairs = self.record.get("concepts") or [(self.record["target"]["name"], self.record["anchor"]["name"])]
@@ -104,12 +104,12 @@ class EvaluatedRun:
 
     @property
     def anchor(self) -> str | None:
-        """What took the target's place; None if the weights did not erase it, or nothing is recorded."""
+        """The target's anchor; None if the record is missing or does not name the target."""
         named = self.target.strip().casefold()
         return next((anchor for target, anchor in self.erased if target.strip().casefold() == named), None)
 
     def metrics(self) -> dict[str, Any]:
-        """Everything but the images, ready for JSON."""
+        """Everything but the images, for JSON."""
         metrics = {"target": self.target, **self.evaluation.as_dict()}
         if self.robustness is not None:
             metrics["robustness"] = self.robustness
@@ -149,11 +149,11 @@ class EvaluatedRun:
 
     @classmethod
     def read(cls, folder: str | Path) -> EvaluatedRun:
-        """What :meth:`write` wrote.
+        """Read what :meth:`write` wrote.
 
         Raises:
-            FileNotFoundError: no evaluation lies there, or images are missing.
-            ValueError: metrics or images cannot be read, do not fit together, or are of another version of fdu.
+            FileNotFoundError: the folder holds no evaluation, or images are missing.
+            ValueError: metrics or images are unreadable, inconsistent, or from another version of fdu.
         """
         folder = Path(folder)
         metrics = read_metrics(folder)
@@ -179,7 +179,7 @@ class EvaluatedRun:
             )
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(
-                f"{str(folder / METRICS_FILE)!r} is not what this version of fdu writes ({error}); evaluate anew"
+                f"{str(folder / METRICS_FILE)!r} does not match this version of fdu ({error}); run `fdu evaluate` again"
             ) from error
         for side in SIDES:
             for place, seen in enumerate(run.seen[side]):
@@ -197,7 +197,7 @@ class EvaluatedRun:
 
 
 def _reduced(images: Tensor) -> Tensor:
-    """Images as they are kept: not too large, and of the values that a PNG has."""
+    """Images as they are stored: reduced, and rounded to 8 bits."""
     height, width = images.shape[-2:]
     if height > KEPT_HEIGHT:
         size = (KEPT_HEIGHT, round(width * KEPT_HEIGHT / height))
@@ -206,18 +206,20 @@ def _reduced(images: Tensor) -> Tensor:
 
 
 def _cannot_judge(images: Tensor) -> list[str]:
-    raise RuntimeError("the judge of a run that was read is not there; what it saw is in EvaluatedRun.seen")
+    raise RuntimeError("a run read from a folder has no judge; its answers are in EvaluatedRun.seen")
 
 
 def _cut(path: Path, count: int) -> Tensor:
     """The images [count, 3, H, W] in [0, 1] of a strip."""
     if not path.is_file():
-        raise FileNotFoundError(f"{str(path)!r} is missing, which the report shows; evaluate anew")
+        raise FileNotFoundError(f"{str(path)!r}, which the report shows, is missing; run `fdu evaluate` again")
     try:
         with Image.open(path) as picture:
             if picture.width % count or picture.height > KEPT_HEIGHT:
                 raise ValueError(f"{picture.width} x {picture.height} pixels for {count} images")
             pixels = torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1).float() / 255
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{str(path)!r} is not the strip of images that fdu wrote ({error}); evaluate anew") from error
+        raise ValueError(
+            f"{str(path)!r} is not the strip of images that fdu wrote ({error}); run `fdu evaluate` again"
+        ) from error
     return torch.stack(pixels.chunk(count, dim=2))

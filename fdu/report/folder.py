@@ -10,11 +10,11 @@ from fdu.report.render import render
 from fdu.storage.output import whole_file, write_text
 
 REPORT, PICTURE = "report.html", "before-after.png"
-"""What a report consists of."""
+"""The files of a report."""
 
 
 def write_report(path: str | Path, run: EvaluatedRun) -> Path:
-    """Write the page of a run alone, whole or not at all.
+    """Write only the page of a run, whole or not at all.
 
     Raises:
         OSError: the file cannot be written.
@@ -28,17 +28,17 @@ def write_run(folder: Path, run: EvaluatedRun) -> None:
     """Write metrics, images, page and picture of a run into a folder.
 
     Raises:
-        OSError: they cannot be written.
+        OSError: the folder cannot be written.
     """
     run.write(folder)
     make_report(folder)
 
 
 def make_report(folder: str | Path) -> Path:
-    """Make page and picture of a run's folder, of what :meth:`EvaluatedRun.write` left in it; each appears whole.
+    """Regenerate page and picture from a folder that :meth:`EvaluatedRun.write` wrote, each whole or not at all.
 
     Raises:
-        FileNotFoundError, ValueError: it is no such folder, or parts of it are missing or wrong.
+        FileNotFoundError, ValueError: not such a folder, or parts of it are missing or wrong.
         OSError: it cannot be written.
     """
     folder = Path(folder)

@@ -1,4 +1,4 @@
-"""Drawn images as pictures to look at: strips, PNG data, and one before-and-after picture."""
+"""Pictures of drawn images: strips, PNG data URIs, and the before-and-after picture."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 CELL, GAP, LABEL_WIDTH, HEADER = 64, 4, 118, 34
 """Sizes of the before-and-after picture, in pixels."""
 COLUMNS = 5
-"""Images a class on either side of it: 876 pixels in all."""
+"""Images per class on each side; the picture is 876 pixels wide."""
 NEIGHBOURS, OTHERS = 3, 2
-"""Retained classes and classes of another kind that it shows."""
+"""Retained classes and classes of another kind in it."""
 PAPER, INK, MUTED = "#ffffff", "#1f1e1c", "#76736c"
 
 
@@ -31,7 +31,7 @@ def to_pil(image: Tensor) -> Image.Image:
 
 
 def strip(images: Tensor, gap: int = 2, height: int = 128) -> Image.Image:
-    """Images [N, 3, H, W] side by side with transparent gaps, in RGBA; larger ones are reduced to ``height``."""
+    """Images [N, 3, H, W] side by side with transparent gaps, in RGBA; taller ones are reduced to ``height``."""
     pictures = [_fit(to_pil(image), min(height, image.shape[1])) for image in images]
     width = sum(picture.width for picture in pictures) + gap * (len(pictures) - 1)
     joined = Image.new("RGBA", (width, pictures[0].height), (0, 0, 0, 0))
@@ -50,10 +50,9 @@ def data_uri(picture: Image.Image) -> str:
 
 
 def before_after(before: Draws, after: Draws, probes: Sequence[Probe], evaluation: Evaluation) -> Image.Image:
-    """The picture for a README: a few classes a row, the same seeds left (before) and right (after).
+    """The picture for a README: one class per row, the same seeds on the left (before) and on the right (after).
 
-    It shows the target, its unseen phrasings, the retained class that fared worst and its neighbours in order, and
-    classes of another kind.
+    It shows the target, its unseen phrasings, retained classes including the worst one, and classes of another kind.
     """
     chosen = _chosen(probes, evaluation)
     side = COLUMNS * (CELL + GAP) - GAP
@@ -63,7 +62,12 @@ def before_after(before: Draws, after: Draws, probes: Sequence[Probe], evaluatio
     font, small = ImageFont.load_default(15), ImageFont.load_default(12)
     canvas.text((left, 10), "before", INK, font)
     canvas.text((right, 10), "after", INK, font)
-    notes = {"target": "to erase", "unseen": "unseen phrasings", "retained": "to keep", "cross_domain": "another kind"}
+    notes = {
+        "target": "to erase",
+        "unseen": "unseen phrasings",
+        "retained": "to retain",
+        "cross_domain": "another kind",
+    }
     for row, index in enumerate(chosen):
         top = HEADER + row * (CELL + GAP)
         canvas.text((10, top + 14), probes[index].name, INK, font)
@@ -93,7 +97,7 @@ def _chosen(probes: Sequence[Probe], evaluation: Evaluation) -> list[int]:
 
 
 def _fit(picture: Image.Image, height: int) -> Image.Image:
-    """Scaled to ``height``: whole pixels when it grows, smoothly when it shrinks."""
+    """Scaled to ``height``: nearest neighbour when enlarged, Lanczos when reduced."""
     if picture.height == height:
         return picture
     width = round(picture.width * height / picture.height)

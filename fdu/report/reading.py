@@ -1,4 +1,4 @@
-"""JSON back into the dataclasses that it was written of; what does not fit their annotations is refused by place."""
+"""Restore dataclasses from JSON; a value that does not fit its annotation is refused by its place in the file."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ Kind = TypeVar("Kind")
 
 
 def restored(kind: type[Kind], value: Any, where: str) -> Kind:
-    """What ``json.loads`` gave, as a dataclass; unknown keys are ignored, absent fields take their defaults.
+    """The output of ``json.loads`` as a dataclass. Unknown keys are ignored; missing fields take their defaults.
 
     Args:
         kind: a dataclass of float, int, str, Literal, list, tuple, dict with names as keys, dataclasses and None.
-        value: what was read; null for a float is NaN, as JSON has none.
-        where: the place in the file, for messages.
+        value: the data; null for a float is NaN, which JSON lacks.
+        where: the place in the file, for error messages.
 
     Raises:
-        ValueError: it does not fit; names the place.
+        ValueError: the data does not fit; names the place.
     """
     restored_value: Kind = _restored(kind, value, where)
     return restored_value

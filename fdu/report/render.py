@@ -1,4 +1,4 @@
-"""The HTML page of a run: self-contained, without scripts, made of nothing but what the run left."""
+"""The HTML page of a run: self-contained, without scripts, made from the run's files alone."""
 
 from __future__ import annotations
 
@@ -9,8 +9,11 @@ from typing import Any
 
 from fdu.config import EraseConfig
 from fdu.evaluation import Evaluation, Figures, Probe
+from fdu.evaluation.metrics.catalogue import metrics_of
+from fdu.evaluation.metrics.clip_score import CLIP_SCORE
+from fdu.evaluation.metrics.metric import Metric, PairMetric, SetMetric, ShareMetric
 from fdu.evaluation.robustness.holding import judge_robustness
-from fdu.evaluation.verdict import GROUPS, MEASURES, PARTS, comparison, joined, judge, percent
+from fdu.evaluation.verdict import GROUPS, PARTS, comparison, joined, judge, percent
 from fdu.evaluation.verdict import Row as Compared
 from fdu.report import charts
 from fdu.report.content import EvaluatedRun
@@ -20,45 +23,39 @@ from fdu.report.templating import templates
 
 HEADINGS = {
     ("target", ""): "The target",
-    ("unseen", ""): "The target in phrasings that the training never saw",
-    ("retained", "near"): "Its neighbours, to be kept",
-    ("retained", "generic"): "The anchor and everyday subjects, to be kept",
-    ("retained", "unrelated"): "What has nothing to do with it, to be kept",
-    ("cross_domain", ""): "Classes of another kind, to be kept",
+    ("unseen", ""): "The target in phrasings that the training never used",
+    ("retained", "near"): "Its neighbours (to retain)",
+    ("retained", "generic"): "The anchor and everyday subjects (to retain)",
+    ("retained", "unrelated"): "Unrelated subjects (to retain)",
+    ("cross_domain", ""): "Classes of another kind (to retain)",
 }
-"""Heading of each role and group, in the page's order."""
+"""Heading of each role and group, in the order of the page."""
 WORDS = {"target": "the target", "unseen": "the target, unseen phrasings", **GROUPS, "cross_domain": "another kind"}
-"""Roles and groups, as the table of distances calls them."""
-CANVAS = {
-    "UA": "unlearning accuracy: images of the target in which the judge sees something else",
-    "IRA": "in-domain retain accuracy: images of its neighbours that show what was asked for",
-    "CRA": "cross-domain retain accuracy: the same of classes of another kind",
-}
-"""The accuracies of UnlearnCanvas in words."""
+"""Roles and groups in the table of distances."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Figure:
-    """A figure, with its interval where there is one."""
+    """A figure with its interval, if any."""
 
     value: float
     interval: Sequence[float] | None
 
     @classmethod
     def of(cls, figures: Figures | Evaluation, name: str, value: float) -> Figure:
-        """The value of a figure, with the interval that stands under its name."""
+        """A figure by name, with its interval."""
         return cls(value, figures.intervals.get(name))
 
 
 @dataclasses.dataclass(frozen=True)
 class Side:
-    """What one probe drew on one side of the erasure."""
+    """The images of one probe on one side of the erasure."""
 
     source: str
     """The images as a PNG data URI."""
     alt: str
     right: list[bool]
-    """A flag an image: whether the judge saw what was asked for."""
+    """Per image: whether the judge saw the requested class."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,9 +90,9 @@ def render(run: EvaluatedRun) -> str:
         groups=groups,
         classes=[row for _, rows in groups for row in rows if row.role != "unseen"],
         canvas=[
-            (name, words, Figure.of(evaluation, f"unlearn_canvas.{name}", evaluation.unlearn_canvas[name]))
-            for name, words in CANVAS.items()
-            if name in evaluation.unlearn_canvas
+            (one.title, one.meaning, Figure.of(evaluation, one.name, evaluation.unlearn_canvas[one.title]))
+            for one in metrics_of(ShareMetric)
+            if one.title in evaluation.unlearn_canvas
         ],
         distances=_distances(evaluation),
         robustness=_robustness(run.robustness) if run.robustness else None,
@@ -110,11 +107,11 @@ def render(run: EvaluatedRun) -> str:
 
 
 def setting_rows(config: Mapping[str, Any], without: Collection[str] = ()) -> list[tuple[str, str, bool]]:
-    """Name and value of every setting of an erasure, and whether it differs from the default.
+    """Name and value of each setting of an erasure, and whether it differs from the default.
 
     Args:
-        config: :meth:`fdu.EraseConfig.as_dict`, or what was read of a record.
-        without: names of settings to leave out.
+        config: :meth:`fdu.EraseConfig.as_dict`, or the one in a record.
+        without: settings to leave out.
     """
     defaults = EraseConfig().as_dict()
 
@@ -129,7 +126,7 @@ def setting_rows(config: Mapping[str, Any], without: Collection[str] = ()) -> li
 
 
 def _unbroken(text: str) -> str:
-    """With percentages that no line break divides."""
+    """With no-break spaces in percentages."""
     return text.replace(" %", "\N{NO-BREAK SPACE}%")
 
 
@@ -140,17 +137,17 @@ def _points(difference: float) -> str:
 
 
 def _erasure_facts(record: Mapping[str, Any]) -> list[tuple[str, Any]]:
-    """What a record tells of an erasure beside its settings."""
+    """Facts of an erasure's record beside its settings."""
     return [
         ("duration of the erasure", f"{record['seconds']:.1f} s"),
         ("sigma", f"{record['sigma']:.4g}"),
-        ("fingerprint of the base weights", (record.get("fingerprint") or "not known")[:16]),
+        ("fingerprint of the base weights", (record.get("fingerprint") or "unknown")[:16]),
         *record["versions"].items(),
     ]
 
 
 def _evaluation_facts(run: EvaluatedRun) -> list[tuple[str, Any]]:
-    """How the images were drawn and judged, as far as it is known."""
+    """How the images were drawn and judged, as far as known."""
     conditions = run.conditions
     sampling = conditions.sampling.settings() if conditions.sampling else {}
     facts = [
@@ -165,7 +162,7 @@ def _evaluation_facts(run: EvaluatedRun) -> list[tuple[str, Any]]:
 
 
 def _summary(run: EvaluatedRun) -> list[tuple[Compared, Figure | None]]:
-    """The rows of the comparison, each with the difference of its figure where that is known."""
+    """The rows of the comparison, each with its difference if known."""
     evaluation = run.evaluation
     apart = {name: Figure.of(evaluation, f"difference.{name}", value) for name, value in evaluation.difference.items()}
     return [(row, apart.get(row.figure)) for row in comparison(evaluation, run.probes)]
@@ -192,42 +189,39 @@ def _side(probe: Probe, images: Any, seen: Sequence[str], when: str) -> Side:
     counted = ", ".join(
         f"{name} {count} times" if count > 1 else f"{name} once" for name, count in Counter(seen).most_common()
     )
-    alt = f"{len(seen)} images drawn for {probe.name} {when} the erasure; the judge saw {counted}"
+    alt = f"{len(seen)} images for {probe.name} {when} the erasure; the judge saw {counted}"
     return Side(data_uri(strip(images)), alt, [name == probe.name for name in seen])
 
 
 def _distances(evaluation: Evaluation) -> dict[str, Any] | None:
-    """The table of how far the images moved, and of what CLIP says of them: columns, and rows of (name, figures)."""
-
-    def column(
-        title: str, figures: Figures | Evaluation, name: str, values: Mapping[str, float]
-    ) -> tuple[str, dict[str, Figure]]:
-        return title, {part: Figure.of(figures, f"{name}.{part}", values[part]) for part in PARTS if part in values}
+    """The table of distances and CLIP scores: columns, and rows of (name, figures)."""
 
     before, after = evaluation.before, evaluation.after
-    score = "clip_score"
-    apart = {
-        key.removeprefix(f"{score}."): value for key, value in evaluation.difference.items() if key.startswith(score)
-    }
-    tables = {"change": evaluation.change}
-    tables |= {f"distances.{name}": values for name, values in evaluation.distances.items()}
-    given = [
-        column("CLIP score before", before, score, before.clip_score),
-        column("CLIP score after", after, score, after.clip_score),
-        column("CLIP score, difference", evaluation, f"difference.{score}", apart),
-        *(column(title, evaluation, name, tables.get(name, {})) for name, title in MEASURES.items()),
+    score, title = f"{CLIP_SCORE.name}.", CLIP_SCORE.title
+    apart = {key.removeprefix(score): one for key, one in evaluation.difference.items() if key.startswith(score)}
+    given: list[tuple[str, Metric, Figures | Evaluation, str, Mapping[str, float]]] = [
+        (f"{title} before", CLIP_SCORE, before, score, before.clip_score),
+        (f"{title} after", CLIP_SCORE, after, score, after.clip_score),
+        (f"{title}, difference", CLIP_SCORE, evaluation, f"difference.{score}", apart),
     ]
-    columns = {title: figures for title, figures in given if figures}
+    for one in metrics_of(PairMetric, SetMetric):
+        given.append((one.title, one, evaluation, f"{one.name}.", evaluation.measured(one.name) or {}))
+    columns = [
+        (title, metric.meaning, {part: Figure.of(figures, f"{name}{part}", value) for part, value in values.items()})
+        for title, metric, figures, name, values in given
+        if values
+    ]
     rows = [
-        (WORDS[part], [figures.get(part) for figures in columns.values()])
+        (WORDS[part], [figures.get(part) for _, _, figures in columns])
         for part in PARTS
-        if any(part in figures for figures in columns.values())
+        if any(part in figures for _, _, figures in columns)
     ]
-    return {"columns": list(columns), "rows": rows, "scored": bool(after.clip_score)} if rows else None
+    heads = [(title, meaning) for title, meaning, _ in columns]
+    return {"columns": heads, "rows": rows, "scored": bool(after.clip_score)} if rows else None
 
 
 def _robustness(found: Mapping[str, Any]) -> dict[str, Any]:
-    """The tests of robustness, as the page shows them."""
+    """The robustness tests for the page."""
     drawn: list[charts.Chart] = []
     if found.get("attack"):
         attacked, before = found["attack"], found.get("attack_before")
@@ -237,11 +231,11 @@ def _robustness(found: Mapping[str, Any]) -> dict[str, Any]:
         others = [number for number in range(len(attacked["attempts"])) if number != attacked["chosen"]]
         courses += [(f"erased, attempt {number + 1}", "raw", _course(attacked, number)) for number in others]
         courses.append(("erased", "smooth", _course(attacked)))
-        explanation = "images that show the target, by steps of the attack; dashed: the pipeline before the erasure"
-        drawn.append(charts.share_chart("Attack on the conditioning", explanation, courses))
+        explanation = "share of images that show the target, by steps of the attack; dashed: before the erasure"
+        drawn.append(charts.share_chart("Attack on the embeddings", explanation, courses))
     if found.get("relearning"):
         course = found["relearning"]["course"]
-        explanation = "images that show the target, by steps of fine-tuning on images of it"
+        explanation = "share of images that show the target, by steps of fine-tuning on its images"
         drawn.append(charts.share_chart("Relearning", explanation, [("erased", "smooth", course)]))
     phrasings = [
         {"name": name, **figures, "worst": next(iter(figures["by_prompt"].items()))}
@@ -257,6 +251,6 @@ def _robustness(found: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _course(attacked: Mapping[str, Any], number: int | None = None) -> list[tuple[int, Mapping[str, Any]]]:
-    """The shares by steps of one attempt, the chosen one by default, from before the attack on."""
+    """The shares by step of one attempt, by default the chosen one, starting before the attack."""
     attempt = attacked["attempts"][attacked["chosen"] if number is None else number]
     return [(0, attacked["before"]), *attempt["course"]]

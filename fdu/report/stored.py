@@ -1,4 +1,4 @@
-"""What a run leaves in metrics.json: read, and refused where it is wrong or does not fit together."""
+"""Read metrics.json of a run, and refuse it if it is wrong or inconsistent."""
 
 from __future__ import annotations
 
@@ -11,34 +11,34 @@ from typing import Any
 
 from fdu.evaluation import Evaluation, Group, Role, Sampling
 from fdu.evaluation.robustness import Robustness
-from fdu.models.loading import RECORD_KEYS
 from fdu.report.reading import restored
+from fdu.storage.loading import RECORD_KEYS
 from fdu.storage.output import METRICS_FILE, METRICS_KEYS, RECORD_FILE
 
 SHOWN = 8
-"""Images a class that the page shows on either side, and the folder keeps."""
+"""Images per class and side that the page shows and the folder stores."""
 SIDES = ("before", "after")
 GIVE = "give the folder that `fdu evaluate --out` or `fdu demo` wrote"
 
 
 @dataclasses.dataclass(frozen=True)
 class Conditions:
-    """How the images of a run were drawn and judged; what is not known is empty."""
+    """How the images of a run were drawn and judged; unknown fields are empty."""
 
     seed: int | None = None
-    """Of the first image of every class."""
+    """Seed of the first image of every class."""
     sampling: Sampling | None = None
     judge: str = ""
-    """Who told what the images show, in words."""
+    """The judge in words."""
     dtype: str = ""
-    """Of the pipeline's weights."""
+    """Dtype of the pipeline's weights."""
     versions: dict[str, str] = dataclasses.field(default_factory=dict)
-    """:func:`fdu.storage.versions.versions` where it was evaluated."""
+    """:func:`fdu.storage.versions.versions` of the machine that evaluated."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Class:
-    """One probe, as the metrics tell it."""
+    """One probe in the metrics."""
 
     name: str
     role: Role
@@ -49,7 +49,7 @@ class Class:
 
 @dataclasses.dataclass(frozen=True)
 class Told:
-    """What the metrics hold beside the evaluation."""
+    """The metrics without the evaluation."""
 
     probes: list[Class]
     record: dict[str, Any] | None
@@ -62,7 +62,7 @@ class Told:
 
 @dataclasses.dataclass(frozen=True)
 class _Course:
-    """What the page takes of a record beside RECORD_KEYS."""
+    """Fields of a record that the page uses beside RECORD_KEYS."""
 
     history: dict[str, list[float]]
     versions: dict[str, str]
@@ -72,14 +72,14 @@ class _Course:
 
 
 def check_record(record: Mapping[str, Any], where: str) -> None:
-    """Refuse a record of an erasure that the page could not tell.
+    """Refuse a record of an erasure that the page could not show.
 
     Args:
-        record: :meth:`fdu.ErasureResult.record`, or what was read of ``fdu.json``.
-        where: what holds it, for messages.
+        record: :meth:`fdu.ErasureResult.record`, or the content of ``fdu.json``.
+        where: its place, for error messages.
 
     Raises:
-        ValueError: something is missing or wrong; names the place.
+        ValueError: an entry is missing or wrong; names the place.
     """
     for key, types in RECORD_KEYS.items():
         entry: Any = record
@@ -91,12 +91,12 @@ def check_record(record: Mapping[str, Any], where: str) -> None:
 
 
 def check_counts(evaluation: Evaluation, probes: Sequence[Class]) -> None:
-    """Refuse figures and probes that do not belong together, and shares that are none."""
+    """Refuse figures that do not match the probes, and shares outside [0, 1]."""
     shown = min(SHOWN, evaluation.images_per_class)
     for one in probes:
         counts = [len(one.seen.get(side, ())) for side in SIDES]
         if shown < 1 or counts != [shown] * len(SIDES):
-            raise ValueError(f"the judge's words for {one.name!r} must be {shown} before and after, got {counts}")
+            raise ValueError(f"the judge's answers for {one.name!r} must be {shown} before and after, got {counts}")
     sides = (evaluation.before, evaluation.after)
     for side in sides:
         several = [
@@ -105,55 +105,55 @@ def check_counts(evaluation: Evaluation, probes: Sequence[Class]) -> None:
         single = (side.target_accuracy, side.unseen_accuracy, side.retained_accuracy, side.cross_domain_accuracy)
         shares = [*several, *(share for share in single if share is not None)]
         if not all(0 <= share <= 1 for share in shares):
-            raise ValueError("a share is not in [0, 1]")
+            raise ValueError("a share lies outside [0, 1]")
         lacking = {one.name for one in probes if one.role != "unseen"} | {side.worst_retained_class}
         if not side.per_class.keys() >= lacking:
             raise ValueError(f"per_class lacks {sorted(lacking - side.per_class.keys())[0]!r}")
     roles = {one.role for one in probes}
     for role, figure in (("unseen", "unseen_accuracy"), ("cross_domain", "cross_domain_accuracy")):
         if any((getattr(side, figure) is not None) != (role in roles) for side in sides):
-            raise ValueError(f"{figure} does not fit the probes")
+            raise ValueError(f"{figure} does not match the probes")
     if sides[0].retained_by_group.keys() != sides[1].retained_by_group.keys():
-        raise ValueError("retained_by_group does not hold the same before and after")
+        raise ValueError("retained_by_group has different groups before and after")
 
 
 def check_run(folder: str | Path) -> None:
-    """Refuse a folder of which no report can be made.
+    """Refuse a folder from which no report can be made.
 
     Raises:
         FileNotFoundError, ValueError: as :meth:`EvaluatedRun.read`.
-        PermissionError: nothing can be written there.
+        PermissionError: the folder cannot be written.
     """
     metrics = read_metrics(Path(folder))
     if "probes" not in metrics:
         raise ValueError(
-            f"RUN {str(folder)!r} was written by an earlier version of fdu, which kept no images; evaluate anew"
+            f"RUN {str(folder)!r} is from an earlier version of fdu, which stored no images; run `fdu evaluate` again"
         )
     if not os.access(folder, os.W_OK):
-        raise PermissionError(f"RUN {str(folder)!r} cannot be written; copy it to a place of your own")
+        raise PermissionError(f"RUN {str(folder)!r} is not writable; copy it to a folder of your own")
 
 
 def read_metrics(folder: Path) -> dict[str, Any]:
     """The metrics.json of a run's folder.
 
     Raises:
-        FileNotFoundError: the folder, or the file in it, is not there.
+        FileNotFoundError: the folder, or the file in it, does not exist.
         ValueError: it is not JSON, or not an evaluation.
     """
     path = folder / METRICS_FILE
     if not path.is_file():
         if not folder.is_dir():
-            raise FileNotFoundError(f"RUN {str(folder)!r} is no folder; {GIVE}")
+            raise FileNotFoundError(f"RUN {str(folder)!r} is not a folder; {GIVE}")
         if (folder / RECORD_FILE).is_file():
             raise FileNotFoundError(
-                f"RUN {str(folder)!r} holds an erasure that nobody has judged; first `fdu evaluate BASE {folder} --out "
+                f"RUN {str(folder)!r} holds an erasure without an evaluation; run `fdu evaluate BASE {folder} --out "
                 "DIR`, then `fdu report DIR`"
             )
-        raise FileNotFoundError(f"RUN {str(folder)!r} holds no {METRICS_FILE}; {GIVE}")
+        raise FileNotFoundError(f"RUN {str(folder)!r} has no {METRICS_FILE}; {GIVE}")
     try:
         metrics = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{str(path)!r} is not valid JSON ({error}); evaluate anew") from error
+        raise ValueError(f"{str(path)!r} is not valid JSON ({error}); run `fdu evaluate` again") from error
     if not isinstance(metrics, dict) or not metrics.keys() >= METRICS_KEYS:
-        raise ValueError(f"{str(path)!r} is not an evaluation of fdu; {GIVE}")
+        raise ValueError(f"{str(path)!r} is not an evaluation by fdu; {GIVE}")
     return metrics

@@ -1,4 +1,4 @@
-"""The templates in fdu/report/templates, of which pages and cards are made."""
+"""The jinja2 templates of pages and cards, in fdu/report/templates."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""What lies on disk: weights in every format, and folders and files that are written whole or not at all."""
+"""Files on disk: weights in every format; folders and files are written whole or not at all."""

@@ -1,4 +1,4 @@
-"""The changed weights alone, in one safetensors file: exact on the base that they were trained on, refused on others.
+"""A delta: only the changed weights, in one safetensors file; exact on its own base model, refused on others.
 
 New values are stored, not differences: an addition would round. Of a matrix in which few rows changed, such as the
 token embeddings after one token was trained, only these rows are stored, with their indices.
@@ -15,7 +15,7 @@ from diffusers import DiffusionPipeline
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fdu.storage import parts
+from fdu.models import parts
 from fdu.storage.fingerprint import fingerprint
 
 DELTA_FILE = "delta.safetensors"
@@ -101,8 +101,8 @@ def check_base(pipeline: DiffusionPipeline, metadata: Mapping[str, str]) -> None
         name = pipeline.config.get("_name_or_path") or type(pipeline).__name__
         raise ValueError(
             f"the delta was made on {metadata.get(BASE_KEY) or 'a base'} with fingerprint {expected[:16]}, but this "
-            f"pipeline, {name}, has {found[:16]}; load that base in the dtype that it was trained in, without other "
-            "changes, or pass check_base=False to apply it all the same"
+            f"pipeline, {name}, has {found[:16]}; load that base in the dtype of the training, without other "
+            "changes, or pass check_base=False to apply it anyway"
         )
 
 
@@ -130,7 +130,7 @@ def changes(pipeline: DiffusionPipeline, tensors: Mapping[str, Tensor]) -> list[
         if target is None:
             raise ValueError(
                 f"the file changes {attribute}.{name}, which this {type(pipeline).__name__} does not have; "
-                "load it on the family of models that it was made for"
+                "load it into the model family it was made for"
             )
         rows = tensors.get(key.removesuffix(ROWS) + INDICES) if key.endswith(ROWS) else None
         _check_shape(target, tensor, own[target], rows)
@@ -156,7 +156,7 @@ def _check_shape(name: str, tensor: Tensor, weight: Tensor, rows: Tensor | None)
     if tensor.shape != expected or not tensor.is_floating_point():
         raise ValueError(
             f"{name} is {tuple(weight.shape)} here, the file has {tuple(tensor.shape)} of {tensor.dtype}; "
-            "load it on the model that it was made for"
+            "load it into the model it was made for"
         )
     if rows is not None and len(rows) and not 0 <= int(rows.min()) <= int(rows.max()) < len(weight):
-        raise ValueError(f"the file changes rows of {name} beyond its {len(weight)}; it is broken")
+        raise ValueError(f"the file changes rows of {name} beyond its {len(weight)} rows; it is damaged")

@@ -1,4 +1,4 @@
-"""Weights in files of any maker, as named tensors; nothing in a file is ever executed."""
+"""Read weights from files of any origin as named tensors, without executing code in them."""
 
 from __future__ import annotations
 
@@ -34,7 +34,9 @@ def weights_file(path: str | Path) -> Path:
     if not path.is_file():
         raise FileNotFoundError(f"weights {str(path)!r} do not exist; give a file or a folder of weights")
     if path.suffix not in (".safetensors", *PICKLES):
-        raise ValueError(f"weights {str(path)!r} end in none of .safetensors, {', '.join(PICKLES)}; give such a file")
+        raise ValueError(
+            f"weights {str(path)!r} have none of the endings .safetensors, {', '.join(PICKLES)}; give such a file"
+        )
     return path
 
 
@@ -49,18 +51,18 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             with safe_open(path, framework="pt", device="cpu") as file:
                 return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
         except SafetensorError as error:
-            raise ValueError(f"weights {str(path)!r} are no safetensors file, or broken ({error})") from error
+            raise ValueError(f"weights {str(path)!r} are not a safetensors file, or are damaged ({error})") from error
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ValueError(
-            f"weights {str(path)!r} are a pickle that holds more than tensors, and would execute code of whoever made "
-            "it; it is not loaded. Ask for a safetensors file. If you trust its maker, read it on a machine of its own "
-            "with torch.load(..., weights_only=False) and write its tensors with safetensors.torch.save_file"
+            f"weights {str(path)!r} are a pickle that would execute code and are not loaded. Ask for a safetensors "
+            "file. If you trust the author, read the pickle on an isolated machine with torch.load(..., "
+            "weights_only=False) and write its tensors with safetensors.torch.save_file"
         ) from error
     except Exception as error:  # what a broken file makes the reader raise has no common kind
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"weights {str(path)!r} cannot be read ({reason}); the file is broken") from error
+        raise ValueError(f"weights {str(path)!r} cannot be read ({reason}); the file is damaged") from error
     tensors = dict(_flat(content, ""))
     if not tensors:
         raise ValueError(f"weights {str(path)!r} hold no tensors")
@@ -77,7 +79,7 @@ def _in_folder(folder: Path) -> Path:
         )
     found = sorted(path for path in folder.iterdir() if path.suffix in (".safetensors", *PICKLES) and path.is_file())
     if not found:
-        raise FileNotFoundError(f"weights {str(folder)!r} hold no file that ends in .safetensors, {', '.join(PICKLES)}")
+        raise FileNotFoundError(f"weights {str(folder)!r} contain no file ending in .safetensors, {', '.join(PICKLES)}")
     if len(found) > 1:
         names = ", ".join(path.name for path in found[:5])
         raise ValueError(f"weights {str(folder)!r} hold several files ({names}); name the one to load")

@@ -1,4 +1,4 @@
-"""A fingerprint of a pipeline's weights: the same weights give the same one, any changed value another."""
+"""A fingerprint of a pipeline's weights: equal for equal weights, different if any value differs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from diffusers import DiffusionPipeline
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
 
-from fdu.storage import parts
+from fdu.models import parts
 
 SAMPLES = 256
 """Bytes of each tensor that are hashed themselves, evenly spread, beside the sum over all of its words."""

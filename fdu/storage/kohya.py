@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -9,15 +10,66 @@ from pathlib import Path
 
 import torch
 from diffusers import DiffusionPipeline
+from diffusers.models.normalization import AdaLayerNormContinuous
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
-from fdu.storage import kohya_names, parts
+from fdu.models import parts
+from fdu.models.families import FAMILIES, family_of
+from fdu.models.kohya_names import KohyaNames
 from fdu.storage.lora import Update, Updates
 
 KOHYA_FILE = "kohya_lora.safetensors"
-NETWORK_MODULES = {"sd3": "networks.lora_sd3", "flux1": "networks.lora_flux"}
 ENDS = ("lora_down.weight", "lora_up.weight", "alpha", "dora_scale")
+
+
+@dataclasses.dataclass(frozen=True)
+class Slot:
+    """One layer of the original code: one or several of diffusers', their outputs one after another."""
+
+    attribute: str
+    layers: tuple[str, ...]
+    halves_swapped: bool = False
+    """Whether the halves of the outputs change places: scale and shift there, shift and scale here."""
+
+
+def table(pipeline: DiffusionPipeline) -> dict[str, Slot]:
+    """Kohya's names of all layers that have weights. Of several names of a layer the last is the one to write.
+
+    Raises:
+        ValueError: no program names the layers of this family in kohya's way.
+    """
+    names, attribute = _family_names(pipeline), parts.denoiser_name(pipeline)
+    module = getattr(pipeline, attribute)
+    modules, present = parts.layers(module), set(_with_weights(module))
+    found = {}
+    for name, layers in names.layers(module):
+        if present.issuperset(layers):
+            swapped = isinstance(modules[layers[0].rpartition(".")[0]], AdaLayerNormContinuous)
+            found[f"lora_unet_{name}"] = Slot(attribute, layers, swapped)
+    for encoder, prefixes in names.text_prefixes.items():
+        model = parts.models(pipeline).get(encoder)
+        for layer in _with_weights(model) if model is not None else ():
+            full = f"text_model.{layer}" if parts.lost_prefix(model) else layer
+            for prefix in prefixes:
+                found[f"{prefix}_{full.replace('.', '_')}"] = Slot(encoder, (layer,))
+    return found
+
+
+def _family_names(pipeline: DiffusionPipeline) -> KohyaNames:
+    module = getattr(pipeline, parts.denoiser_name(pipeline))
+    family = family_of(module)
+    if family is None or family.kohya is None:
+        known = ", ".join(one.family.partition(" (")[0] for one in FAMILIES if one.kohya is not None)
+        raise ValueError(
+            f"kohya's names are known for {known}, not for {type(module).__name__}; "
+            'choose save_as "delta" or "pipeline"'
+        )
+    return family.kohya
+
+
+def _with_weights(model: nn.Module) -> list[str]:
+    return [name for name, layer in parts.layers(model).items() if isinstance(getattr(layer, "weight", None), Tensor)]
 
 
 def is_kohya_lora(names: Mapping[str, Tensor]) -> bool:
@@ -35,7 +87,7 @@ def write(folder: Path, pipeline: DiffusionPipeline, updates: Updates, metadata:
     Raises:
         ValueError: the family or a layer has no name there.
     """
-    slots = {slot: name for name, slot in kohya_names.table(pipeline).items()}
+    slots = {slot: name for name, slot in table(pipeline).items()}
     weights = parts.weights(pipeline)
     tensors: dict[str, Tensor] = {}
     written: set[tuple[str, str]] = set()
@@ -74,17 +126,17 @@ def from_file(pipeline: DiffusionPipeline, tensors: Mapping[str, Tensor]) -> Upd
         ValueError: a layer that the pipeline does not have, a kind of update other than LoRA and DoRA, or shapes that
             do not fit.
     """
-    table, weights = kohya_names.table(pipeline), parts.weights(pipeline)
+    slots, weights = table(pipeline), parts.weights(pipeline)
     found: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         name, _, end = key.partition(".")
-        if name not in table:
+        if name not in slots:
             raise ValueError(
                 f"the file changes the layer {name!r}, which this {type(pipeline).__name__} does not have; "
-                "load it on the family of models that it was made for"
+                "load it into the model family it was made for"
             )
         if end not in ENDS:
-            raise ValueError(f"the tensor {key!r} is no part of a LoRA or DoRA update, the only ones that can be read")
+            raise ValueError(f"the tensor {key!r} is not part of a LoRA or DoRA update; other kinds cannot be read")
         found.setdefault(name, {})[end] = tensor
     updates: Updates = {}
     for name, update in found.items():
@@ -93,7 +145,7 @@ def from_file(pipeline: DiffusionPipeline, tensors: Mapping[str, Tensor]) -> Upd
         down, up = update["lora_down.weight"], update["lora_up.weight"]
         alpha = float(update["alpha"].item()) if "alpha" in update else float(down.shape[0])
         magnitude = _magnitude(name, update.get("dora_scale"), up.shape[0])
-        slot = table[name]
+        slot = slots[name]
         whole = Update(down, up, alpha, magnitude)
         if slot.halves_swapped:
             whole = _with_halves_swapped(whole)
@@ -101,7 +153,7 @@ def from_file(pipeline: DiffusionPipeline, tensors: Mapping[str, Tensor]) -> Upd
         if sum(sizes) != up.shape[0]:
             raise ValueError(
                 f"the update of {name!r} has {up.shape[0]} outputs, this {type(pipeline).__name__} has {sum(sizes)} "
-                "there; load it on the model that it was made for"
+                "there; load it into the model it was made for"
             )
         for layer, part in zip(slot.layers, _parted(whole, sizes), strict=True):
             if part is not None:
@@ -176,20 +228,21 @@ def _magnitude(name: str, dora_scale: Tensor | None, outputs: int) -> Tensor | N
         return None
     if dora_scale.shape[0] != outputs or dora_scale.numel() != outputs:
         raise ValueError(
-            f"the magnitude of {name!r} is {tuple(dora_scale.shape)}, not one for each output as in peft, so this DoRA "
-            "cannot be loaded; merge it into a model with the program that it comes from"
+            f"the magnitude of {name!r} is {tuple(dora_scale.shape)}, not one per output as in peft, so this DoRA "
+            "cannot be loaded; merge it into a model with the program that made it"
         )
     return dora_scale.reshape(-1)
 
 
 def _metadata(pipeline: DiffusionPipeline, updates: Updates) -> dict[str, str]:
     """What sd-scripts and the programs that read its files look for."""
-    version = kohya_names.base_model_version(pipeline)
+    names = _family_names(pipeline)
+    version = names.version(pipeline)
     every = [update for by_layer in updates.values() for update in by_layer.values()]
     return {
-        "ss_v2": str(kohya_names.is_version_2(pipeline)),
+        "ss_v2": str(version.startswith("sd_v2")),
         "ss_base_model_version": version,
-        "ss_network_module": NETWORK_MODULES.get(version, "networks.lora"),
+        "ss_network_module": names.network,
         "ss_network_dim": str(Counter(update.rank for update in every).most_common()[0][0]),
         "ss_network_alpha": str(Counter(update.alpha for update in every).most_common()[0][0]),
         "ss_network_args": json.dumps({}),

@@ -1,4 +1,4 @@
-"""LoRA and DoRA updates, whatever a file calls them: read from diffusers' names, put on a pipeline, written for it."""
+"""LoRA and DoRA updates: read from diffusers' names, load into a pipeline, and write for it."""
 
 from __future__ import annotations
 
@@ -15,10 +15,9 @@ from typing import Any
 
 from diffusers import DiffusionPipeline
 from diffusers.utils import delete_adapter_layers
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from fdu.storage import parts
+from fdu.models import parts
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 METADATA_KEY = "lora_adapter_metadata"
@@ -102,7 +101,7 @@ def from_file(pipeline: DiffusionPipeline, tensors: Mapping[str, Tensor], metada
             stated = _alpha(config.get("alpha_pattern"), layer)
             value = config.get("lora_alpha", rank) if stated is None else stated
             if not isinstance(value, (int, float)):
-                raise ValueError(f"its metadata states the alpha {value!r} for {layer}, which is no number")
+                raise ValueError(f"its metadata states the alpha {value!r} for {layer}, which is not a number")
             return value * math.sqrt(rank) if config.get("use_rslora") else value
 
         found = _pair(by_attribute[attribute], alpha)
@@ -151,7 +150,7 @@ def check(pipeline: DiffusionPipeline, updates: Updates) -> Updates:
             if found is None:
                 raise ValueError(
                     f"the weights change the layer {attribute}.{name}, which this {type(pipeline).__name__} does not "
-                    "have; load them on the family of models that they were made for"
+                    "have; load them into the model family they were made for"
                 )
             _check_shapes(f"{attribute}.{name}", found[1], update)
             checked.setdefault(attribute, {})[found[0]] = update
@@ -179,7 +178,7 @@ def attach(pipeline: DiffusionPipeline, updates: Updates, adapter_name: str | No
         adapter_name = next(name for index in range(len(taken) + 1) if (name := f"erased_{index}") not in taken)
     elif adapter_name in taken:
         raise ValueError(f"adapter_name {adapter_name!r} is taken; choose another, or delete that adapter first")
-    active = {layer: list(layer.active_adapters) for model in models.values() for layer in _adapted(model)}
+    active = {layer: list(layer.active_adapters) for model in models.values() for layer in parts.adapted(model)}
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Already found a `peft_config` attribute")  # several are the purpose
@@ -189,7 +188,7 @@ def attach(pipeline: DiffusionPipeline, updates: Updates, adapter_name: str | No
         detach(pipeline, adapter_name)
         raise
     for model in models.values():
-        for layer in _adapted(model):
+        for layer in parts.adapted(model):
             # Loading makes the newest adapter the only active one.
             layer.set_adapter([*active.get(layer, []), adapter_name], inference_mode=True)
             layer.set_scale(adapter_name, strength)
@@ -264,7 +263,7 @@ def _pair(tensors: Mapping[str, Tensor], alpha_of: Any) -> dict[str, Update]:
     for key, tensor in tensors.items():
         match = PARTS.fullmatch(key)
         if match is None:
-            raise ValueError(f"the tensor {key!r} is no part of a LoRA or DoRA update")
+            raise ValueError(f"the tensor {key!r} is not part of a LoRA or DoRA update")
         layer = match["layer"].replace(".processor.", ".")
         layer = f"{layer}.0" if layer.endswith(".to_out") else layer
         found.setdefault(layer, {})[next(part for part in FORMS if match[part])] = tensor
@@ -296,12 +295,8 @@ def _check_shapes(name: str, layer: nn.Module, update: Update) -> None:
             shapes += f" and magnitude {tuple(update.magnitude.shape)}"
         raise ValueError(
             f"the update of {name}, {shapes}, does not fit its weight {tuple(weight.shape)}; "
-            "load it on the model that it was made for"
+            "load it into the model it was made for"
         )
-
-
-def _adapted(model: nn.Module) -> list[Any]:
-    return [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
 
 
 def _inject(

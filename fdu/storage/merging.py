@@ -1,4 +1,4 @@
-"""Adapters made part of the weights, for good or for as long as a pipeline is written."""
+"""Merge adapters into the weights, permanently or only while a pipeline is written."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from diffusers import DiffusionPipeline
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from fdu.storage import parts
+from fdu.models import parts
 
 
 def merge(pipeline: DiffusionPipeline) -> None:
@@ -21,7 +21,8 @@ def merge(pipeline: DiffusionPipeline) -> None:
         ValueError: no adapter is active.
         TypeError: diffusers cannot merge adapters in this kind of pipeline.
     """
-    if not any(layer.active_adapters for layer in _adapted(pipeline)):
+    layers = [layer for model in parts.models(pipeline).values() for layer in parts.adapted(model)]
+    if not any(layer.active_adapters for layer in layers):
         raise ValueError("pipeline has no active adapter to merge; load one with load_lora_weights or load_weights")
     if not hasattr(pipeline, "fuse_lora"):
         raise TypeError(
@@ -72,12 +73,3 @@ def merged(pipeline: DiffusionPipeline) -> Iterator[dict[str, tuple[Tensor, Tens
                     layer.get_base_layer().weight.data = before  # unmerging rounds
         for attribute, flag in flags.items():
             getattr(pipeline, attribute)._hf_peft_config_loaded = flag
-
-
-def _adapted(pipeline: DiffusionPipeline) -> list[BaseTunerLayer]:
-    return [
-        module
-        for model in parts.models(pipeline).values()
-        for module in model.modules()
-        if isinstance(module, BaseTunerLayer)
-    ]

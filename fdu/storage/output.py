@@ -46,13 +46,13 @@ def check_output(
     if any(_holds(folder, kept) for kept in _kept_folders()):
         raise ValueError(
             f"output folder {shown} is, or holds, the working or the home folder, which would be replaced; "
-            "choose a folder of its own"
+            "choose a separate folder"
         )
     for path in inputs:
         if _holds(folder, Path(path)):
             raise ValueError(
                 f"output folder {shown} is, or holds, the input {str(path)!r}, which would be replaced; "
-                "choose a folder of its own"
+                "choose a separate folder"
             )
     if os.path.ismount(folder):
         raise ValueError(f"output folder {shown} is a mount point, which cannot be replaced; choose a folder inside it")
@@ -66,7 +66,7 @@ def check_output(
     except OSError as error:
         raise type(error)(
             f"output folder {shown} cannot be written ({error.strerror or error}); "
-            "choose another, or mend its disk or rights"
+            "choose another, or fix its disk or permissions"
         ) from error
     free = shutil.disk_usage(parent).free
     if free < needed_bytes:
@@ -179,8 +179,8 @@ def _check_replaceable(folder: Path, shown: str, overwrite: bool) -> None:
         )
     if not written_by_fdu(folder):
         raise FileExistsError(
-            f"output folder {shown} holds what fdu did not write (no {RECORD_FILE} or {METRICS_FILE} of its own), "
-            "which is never overwritten; choose another, or remove it yourself"
+            f"output folder {shown} holds files not written by fdu (no {RECORD_FILE} or {METRICS_FILE} of its own), "
+            "which it never overwrites; choose another, or remove it yourself"
         )
 
 
@@ -204,7 +204,7 @@ def _put_in_place(fresh: Path, folder: Path, shown: str, overwrite: bool) -> Non
         if aside is not None and not former:
             aside.rmdir()
         raise type(error)(
-            f"the result is complete but could not be moved to its place ({error.strerror or error}); "
+            f"the result is complete but could not be moved into place ({error.strerror or error}); "
             f"it is kept in {str(fresh)!r}{former}"
         ) from error
     if aside is not None:

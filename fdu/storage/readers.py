@@ -1,4 +1,4 @@
-"""Anybody's erasure put on a pipeline: what a file is shows in the names of its tensors."""
+"""Load an erasure into a pipeline; the names of the tensors reveal the format of the file."""
 
 from __future__ import annotations
 
@@ -10,24 +10,26 @@ from pathlib import Path
 from diffusers import DiffusionPipeline, UNet2DConditionModel
 from torch import Tensor
 
-from fdu.storage import delta, files, kohya, kohya_names, lora, parts
+from fdu.models import parts
+from fdu.models.unet import original_name
+from fdu.storage import delta, files, kohya, lora
 
 COMPVIS_PREFIX = "model.diffusion_model."
-"""Before the names of the UNet's weights in the code that Stable Diffusion came with."""
+"""Prefix of the UNet's weights in the original code of Stable Diffusion."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Loaded:
-    """What was recognised and put on the pipeline."""
+    """The loaded weights."""
 
     format: str
-    """The kind of file, in words."""
+    """Format of the file in words."""
     tensors: int
-    """How many tensors it holds."""
+    """Number of tensors in it."""
     attributes: tuple[str, ...]
-    """The models of the pipeline that it changed."""
+    """The pipeline's models that it changes."""
     adapter_name: str | None = None
-    """The adapter that carries it; None if the weights themselves were changed."""
+    """Name of the adapter; None if the weights themselves changed."""
 
 
 def load_weights(
@@ -37,23 +39,23 @@ def load_weights(
     strength: float = 1.0,
     check_base: bool = True,
 ) -> Loaded:
-    """Put an erasure on ``pipeline``, whole or not at all.
+    """Load an erasure into ``pipeline``, whole or not at all.
 
-    Reads LoRA and DoRA files (diffusers, peft and kohya names), deltas of fdu, and changed weights in dicts: those of
-    concept ablation (``delta.bin``), ESD, UCE and f-DMU, and any other state dict of a part of the models, in
-    diffusers' or CompVis' names. LoRA becomes an adapter beside those that are active, everything else new weights.
+    Reads LoRA and DoRA files (diffusers, peft or kohya names), fdu's deltas, and state dicts of changed weights
+    (diffusers or CompVis names): concept ablation's ``delta.bin``, ESD, UCE, f-DMU and others. LoRA becomes a further
+    active adapter; everything else replaces weights.
 
     Args:
         pipeline: the pipeline that the file was made for.
-        path: a .safetensors, .bin, .pt, .pth or .ckpt file, or a folder with one. Nothing in it is executed.
-        adapter_name: for LoRA; None finds a free name.
-        strength: 1 is what was trained, 0 nothing.
-        check_base: whether a delta of fdu is refused on another base than its own.
+        path: a .safetensors, .bin, .pt, .pth or .ckpt file, or a folder with one. No code in it is executed.
+        adapter_name: name of the LoRA adapter. None: a free one.
+        strength: factor on the change; 1 is the trained erasure, 0 none.
+        check_base: refuse fdu's delta on a base other than its own.
 
     Raises:
-        FileNotFoundError: there are no weights.
-        ValueError: weights of an unknown kind, for other models or of other shapes, or a pickle that would execute
-            code; nothing has been changed.
+        FileNotFoundError: no weights at ``path``.
+        ValueError: an unknown format, another model family, other shapes, or a pickle that would execute code; the
+            pipeline is unchanged.
         TypeError: the pipeline cannot carry LoRA weights.
     """
     if isinstance(strength, bool) or not isinstance(strength, (int, float)) or not math.isfinite(strength):
@@ -81,7 +83,7 @@ def load_weights(
         raise ValueError(f"weights {str(file)!r}: {error}") from error
     first = ", ".join(repr(name) for name in list(tensors)[:3])
     raise ValueError(
-        f"weights {str(file)!r} are of no known kind: neither LoRA in diffusers', peft's or kohya's names, nor a delta "
+        f"weights {str(file)!r} have no known format: neither LoRA in diffusers', peft's or kohya's names, nor a delta "
         f"of fdu, nor weights by the names that they have in this {type(pipeline).__name__}; first tensors: {first}"
     )
 
@@ -133,9 +135,7 @@ def _in_diffusers_names(pipeline: DiffusionPipeline, tensors: Mapping[str, Tenso
     if not isinstance(unet, UNet2DConditionModel):
         return tensors
     diffusers_names = {
-        original: layer
-        for layer in parts.layers(unet)
-        if (original := kohya_names.original_unet_name(layer, unet.config)) is not None
+        original: layer for layer in parts.layers(unet) if (original := original_name(layer, unet.config)) is not None
     }
 
     def renamed(name: str) -> str:

@@ -1,4 +1,4 @@
-"""A finished erasure written so that diffusers, ComfyUI and the rest load it: the format, and its files."""
+"""Write a finished erasure in the formats of diffusers, ComfyUI and others."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import Literal
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
-from fdu.config import ADAPTER_METHODS
-from fdu.storage import delta, kohya, kohya_names, lora
+from fdu.config import TRAIN_METHODS
+from fdu.storage import delta, kohya, lora
 from fdu.storage.files import PIPELINE_FILE
 from fdu.storage.merging import merged
 
@@ -29,7 +29,7 @@ def choose_format(save_as: str, train_method: str, pipeline: DiffusionPipeline |
     Raises:
         ValueError: an unknown format, or one that the method's result, or the family, cannot have.
     """
-    trains_adapter = train_method in ADAPTER_METHODS
+    trains_adapter = TRAIN_METHODS[train_method].result != "weights"
     has_lora = pipeline is None or hasattr(pipeline, "save_lora_weights")
     if save_as == "auto":
         return "lora" if trains_adapter and has_lora else "pipeline"
@@ -40,7 +40,7 @@ def choose_format(save_as: str, train_method: str, pipeline: DiffusionPipeline |
                 'choose save_as "delta" or "pipeline", which merge adapters'
             )
         if save_as == "kohya" and pipeline is not None:
-            kohya_names.table(pipeline)
+            kohya.table(pipeline)
         if not trains_adapter:
             raise ValueError(
                 f'save_as "{save_as}" needs an adapter, but train_method "{train_method}" changes the weights '

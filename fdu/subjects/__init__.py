@@ -1,1 +1,1 @@
-"""What a concept is erased from: a pipeline embedded in fdu, or any other; its prompts, probes and judges."""
+"""Subjects of an erasure: the embedded pipeline or any other, with prompts, probes and judges."""

@@ -1,4 +1,4 @@
-"""Judges for models without a classifier of their own: zero-shot classification by an image-text encoder."""
+"""Judges for models without their own classifier: zero-shot classification by an image-text encoder."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from fdu.evaluation.probes import Probe
 from fdu.subjects.concept_sets import ConceptSet
 
 CLIP_NOTES = (
-    "Counted zero-shot by an image-text encoder: an image counts as a class if the class's name lies nearer to it than "
-    "other names do. The target and its neighbours are each told from the anchor, the anchor from the target; everyday "
-    "and unrelated subjects from one another, the anchor and the target. Such a judge errs, before as after, so look "
-    "at the pictures, and at the difference of the two.",
+    "The judge is an image-text encoder, zero-shot: an image counts as the class whose name is closest to it. The "
+    "target and each neighbour are judged against the anchor, the anchor against the target, and everyday and "
+    "unrelated subjects against one another, the anchor and the target. Such a judge makes mistakes, both before and "
+    "after the erasure: look at the images, and trust differences more than shares.",
 )
-"""What a reader of results that CLIP judged has to know."""
+"""Notes on results judged by CLIP."""
 
 
 class ClipJudge:
-    """Names the class whose text lies nearest to the image (Radford et al. 2021, arXiv 2103.00020, zero-shot).
+    """Names the class whose text is closest to the image (Radford et al. 2021, arXiv 2103.00020, zero-shot).
 
     Args:
         encoder: the image-text encoder.
-        classes: the names of the classes, which are also the texts, as in the published evaluations.
+        classes: names of the classes, which also serve as texts, as in published evaluations.
 
     Raises:
         ValueError: fewer than two classes.
@@ -32,7 +32,7 @@ class ClipJudge:
     def __init__(self, encoder: ClipFeatures, classes: tuple[str, ...]) -> None:
         self.encoder, self.classes = encoder, tuple(dict.fromkeys(classes))
         if len(self.classes) < 2:
-            raise ValueError(f"classes must hold two or more names to choose from, got {self.classes}")
+            raise ValueError(f"classes must hold at least two names, got {self.classes}")
         self.texts = torch.nn.functional.normalize(encoder.texts(self.classes), dim=-1)
 
     def __call__(self, images: Tensor) -> list[str]:
@@ -44,9 +44,9 @@ class ClipJudge:
 def clip_probes(concepts: ConceptSet, encoder: ClipFeatures) -> list[Probe]:
     """The probes of a concept set, judged by an image-text encoder.
 
-    As in the published evaluations, target and neighbours are each judged against the anchor ("monet" or "painting"?):
-    the share judged as the target is its CLIP accuracy. The anchor is judged against the target. Everyday and unrelated
-    subjects are told from one another and from the target, which is what an erasure could turn them into.
+    As in published evaluations, target and neighbours are each judged against the anchor ("monet" or "painting"?); the
+    share judged as the target is its CLIP accuracy. The anchor is judged against the target. Everyday and unrelated
+    subjects are judged against one another, the anchor and the target, since an erasure could turn them into these.
     """
     target, anchor = concepts.target.name, concepts.anchor.name
     others = [*concepts.generic, *concepts.unrelated]

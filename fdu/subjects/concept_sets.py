@@ -1,4 +1,4 @@
-"""Concept sets: what to draw to judge the erasure of a concept, in text files that anybody can read and replace.
+"""Concept sets: the prompts that judge the erasure of a concept, in text files that can be replaced.
 
     # Lines that begin with # are for the reader.
     [target] van gogh
@@ -179,7 +179,7 @@ def set_of_record(record: Mapping[str, Any], target: str) -> ConceptSet:
     if len(sides[0]) != len(sides[1]):
         raise ValueError(
             f"the record is damaged: {len(sides[0])} prompts of the target and {len(sides[1])} of the anchor; erase "
-            "anew, or give a concept set with --prompts"
+            "again, or give a concept set with --prompts"
         )
     pairs = list(zip(*sides, strict=True))
     if len(anchors) > 1:
@@ -222,7 +222,7 @@ def _sections(path: str | Path, shown: str) -> dict[str, list[Concept]]:
         elif line.startswith("["):
             raise ValueError(f"{shown}, line {number}: {line!r} lacks the ] of a section, such as [target] name")
         elif not sections:
-            raise ValueError(f"{shown}, line {number}: a prompt stands before the first section, such as [target] name")
+            raise ValueError(f"{shown}, line {number}: a prompt comes before the first section, such as [target] name")
         else:
             sections[-1][2].append(line)
     found: dict[str, list[Concept]] = {section: [] for section in SECTIONS}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from fdu.models.loading import check_model
+from fdu.storage.loading import check_model
 from fdu.subjects.digits.embedded import NAME, EmbeddedDigits
 from fdu.subjects.subject import Subject
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fdu.concepts import ConceptType, Pair, concept_pairs, read_concepts
-from fdu.models.loading import load_model
+from fdu.storage.loading import load_model
 from fdu.subjects.concept_sets import ConceptSet, choose_set
 
 if TYPE_CHECKING:

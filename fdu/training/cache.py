@@ -22,8 +22,8 @@ from torch import Tensor
 
 import fdu
 from fdu.models.denoiser import Denoiser
+from fdu.models.parts import TOKENIZERS
 from fdu.storage.fingerprint import fingerprint
-from fdu.storage.parts import TOKENIZERS
 
 LOGGER = logging.getLogger(__name__)
 KINDS = ("prompts", "latents", "frozen")
@@ -82,7 +82,7 @@ class Cache:
             fresh.chmod(0o666 & ~mask)  # temporary files are their owner's alone
             os.replace(fresh, path)
         except (OSError, SafetensorError) as error:
-            LOGGER.warning("cache entry %s could not be written (%s); going on", path, error)
+            LOGGER.warning("cache entry %s could not be written (%s); continuing", path, error)
             if fresh is not None:
                 fresh.unlink(missing_ok=True)
 

@@ -1,4 +1,4 @@
-"""Checkpoints: all that a run needs to go on as if it had never stopped; safetensors and JSON, whole or not at all."""
+"""Checkpoints: everything a run needs to resume bit for bit; safetensors and JSON, whole or not at all."""
 
 from __future__ import annotations
 
@@ -153,7 +153,7 @@ class Checkpoints:
 
 
 def _unreadable(path: Path, error: Exception) -> ValueError:
-    return ValueError(f"checkpoint {str(path)!r} cannot be read ({error}); name an older one, or begin anew")
+    return ValueError(f"checkpoint {str(path)!r} cannot be read ({error}); use an older one, or start from scratch")
 
 
 def _pack(value: Any, tensors: dict[str, Tensor], name: str) -> Any:

@@ -7,6 +7,7 @@ critic v raises the bound, the denoiser, whose outputs are the samples of q, low
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from typing import Any
 
@@ -55,13 +56,29 @@ def resize_mask(mask: Tensor, size: tuple[int, int]) -> Tensor:
     return adaptive_avg_pool2d(mask, size)
 
 
+@dataclasses.dataclass(frozen=True)
+class Outputs:
+    """What the game is played on."""
+
+    predicted: Tensor
+    """Of the trained denoiser, [N, C, H, W]."""
+    wanted: Tensor
+    """Of the frozen one, [N, C, H, W]; a constant here."""
+    weight: Tensor | None = None
+    """Of each sample, >= 0, [N]."""
+    mask: Tensor | None = None
+    """What of a sample counts, >= 0, broadcastable to [N, 1, H, W]."""
+    sigma_scale: Tensor | None = None
+    """Relative standard deviation of each sample, [N], as in GaussianDivergenceLoss."""
+
+
 class VariationalGame:
     """The critic with its optimizer, and the loss that the denoiser is trained by.
 
     In every training step the critic moves first, the denoiser follows:
 
-        bound = game.critic_step(predicted, wanted, weight, mask)
-        loss = game.model_loss(predicted, wanted, weight, mask)
+        bound = game.critic_step(outputs)
+        loss = game.model_loss(outputs)
 
     At first, for some steps (30 in the paper), the critic should learn alone.
 
@@ -111,32 +128,18 @@ class VariationalGame:
         self._mean_square = torch.zeros((), device=device)
         self._calls = 0
 
-    def critic_step(
-        self,
-        predicted: Tensor,
-        wanted: Tensor,
-        weight: Tensor | None = None,
-        mask: Tensor | None = None,
-        sigma_scale: Tensor | None = None,
-    ) -> Tensor:
-        """Train the critic by one step, and return the bound before it, a constant [].
-
-        Args:
-            predicted, wanted: outputs of the trained and of the frozen denoiser, [N, C, H, W]; both are constants here.
-            weight: of each sample, >= 0, [N].
-            mask: what of a sample counts, >= 0, broadcastable to [N, 1, H, W].
-            sigma_scale: relative standard deviation of each sample, [N], as in GaussianDivergenceLoss.
-        """
-        predicted, wanted = predicted.detach().float(), wanted.detach().float()
-        mask = _full_mask(mask, predicted)
+    def critic_step(self, outputs: Outputs) -> Tensor:
+        """Train the critic by one step on constant outputs, and return the bound before it, a constant []."""
+        predicted, wanted = outputs.predicted.detach().float(), outputs.wanted.detach().float()
+        mask, scale = _full_mask(outputs.mask, predicted), outputs.sigma_scale
         if self._calls < UNIT_CALLS:
-            self._measure(_relative(predicted - wanted, sigma_scale), mask)
+            self._measure(_relative(predicted - wanted, scale), mask)
         with torch.enable_grad(), torch.autocast(predicted.device.type, enabled=False):
-            shown = [self._show(output, wanted, mask, sigma_scale) for output in (wanted, predicted)]
+            shown = [self._show(output, wanted, mask, scale) for output in (wanted, predicted)]
             # Together, for one power iteration of the spectral norm.
             ratios = self.critic.train()(torch.cat(shown), torch.cat([mask, mask]))
             ratio_p, ratio_q = ratios.chunk(2)
-            loss = self.loss(ratio_p, ratio_q, _patch_weight(mask, weight, ratio_q))
+            loss = self.loss(ratio_p, ratio_q, _patch_weight(mask, outputs.weight, ratio_q))
             self.optimizer.zero_grad(set_to_none=True)
             loss.backward()
         _average([parameter.grad for parameter in self.critic.parameters() if parameter.grad is not None])
@@ -144,24 +147,17 @@ class VariationalGame:
         self.optimizer.zero_grad(set_to_none=True)
         return -loss.detach()
 
-    def model_loss(
-        self,
-        predicted: Tensor,
-        wanted: Tensor,
-        weight: Tensor | None = None,
-        mask: Tensor | None = None,
-        sigma_scale: Tensor | None = None,
-    ) -> Tensor:
-        """-E_q[B(v)], what the denoiser minimises, []; only ``predicted`` gets a gradient. Arguments as above."""
-        predicted, wanted = predicted.float(), wanted.detach().float()
-        mask = _full_mask(mask, predicted)
+    def model_loss(self, outputs: Outputs) -> Tensor:
+        """-E_q[B(v)], what the denoiser minimises, []; only ``predicted`` gets a gradient."""
+        predicted, wanted = outputs.predicted.float(), outputs.wanted.detach().float()
+        mask = _full_mask(outputs.mask, predicted)
         self.critic.eval().requires_grad_(False)
         try:
             with torch.autocast(predicted.device.type, enabled=False):
-                ratio = self.critic(self._show(predicted, wanted, mask, sigma_scale), mask)
+                ratio = self.critic(self._show(predicted, wanted, mask, outputs.sigma_scale), mask)
         finally:
             self.critic.requires_grad_(True)
-        return self.loss.model_loss(ratio, _patch_weight(mask, weight, ratio))
+        return self.loss.model_loss(ratio, _patch_weight(mask, outputs.weight, ratio))
 
     def _show(self, output: Tensor, wanted: Tensor, mask: Tensor, sigma_scale: Tensor | None) -> Tensor:
         return _relative(output - wanted, sigma_scale).square() * mask / self._mean_square.clamp(min=1e-20)

@@ -1,4 +1,4 @@
-"""Ctrl-C, or a scheduler's SIGTERM, in the middle of a step: noted, and obeyed between two steps."""
+"""Ctrl-C or a scheduler's SIGTERM during a step: noted at once, obeyed after the step."""
 
 from __future__ import annotations
 

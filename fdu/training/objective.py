@@ -12,7 +12,7 @@ import fdu_kernels
 from fdu.config import EraseConfig
 from fdu.models.denoiser import Denoiser
 from fdu.training import weighting
-from fdu.training.critic import VariationalGame
+from fdu.training.critic import Outputs, VariationalGame
 from fdu.training.examples import Batch, Examples, to_device
 
 
@@ -98,13 +98,15 @@ class Objective(nn.Module):
         with torch.no_grad():
             self.erased(predicted, wanted, batch)
         bound = self.teach(predicted, wanted, batch)
-        omega, scale = self._weights(batch)
-        return self._game().model_loss(predicted, wanted, omega, self.mask, scale) / self.slope, bound
+        return self._game().model_loss(self._outputs(predicted, wanted, batch)) / self.slope, bound
 
     def teach(self, predicted: Tensor, wanted: Tensor, batch: Batch) -> Tensor:
         """Train the critic alone by one step, and return its bound before, standardised, []."""
+        return self._game().critic_step(self._outputs(predicted, wanted, batch)) / self.slope
+
+    def _outputs(self, predicted: Tensor, wanted: Tensor, batch: Batch) -> Outputs:
         omega, scale = self._weights(batch)
-        return self._game().critic_step(predicted, wanted, omega, self.mask, scale) / self.slope
+        return Outputs(predicted, wanted, omega, self.mask, scale)
 
     def _game(self) -> VariationalGame:
         assert self.game is not None

@@ -1,4 +1,4 @@
-"""What a run takes of its process and gives back: an Accelerator of its own, and torch's random numbers."""
+"""Process state that a run borrows and restores: its own Accelerator, and torch's random state."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ import torch
 from accelerate.utils import parse_flag_from_env, patch_environment
 from torch import distributed, nn
 
-from fdu.config import EraseConfig
+from fdu.config import TRAIN_METHODS, EraseConfig
 
 LAUNCHER_FLAG = "ACCELERATE_USE_FSDP"
 """What accelerate's launcher sets in the environment when it is told to use FSDP."""
@@ -52,12 +52,12 @@ def check_shards(module: nn.Module, config: EraseConfig, processes: int) -> None
         return
     if processes == 1:
         raise ValueError(
-            "shard splits the denoiser between processes, and there is one; "
+            "shard splits the denoiser across processes, and there is only one; "
             "start several with accelerate launch --num_processes N, or leave shard out"
         )
-    if config.train_method == "full":
+    if TRAIN_METHODS[config.train_method].trains_whole_denoiser:
         raise ValueError(
-            "shard splits what stays frozen of the denoiser, and train_method 'full' trains all of it; "
+            f"shard splits the frozen weights, and train_method {config.train_method!r} leaves none; "
             "choose train_method 'lora', or leave shard out"
         )
     if config.compile:
@@ -112,7 +112,7 @@ def sharded(module: nn.Module, trained: Collection[nn.Parameter]) -> Iterator[No
             shards.join(group)
         except RuntimeError as error:
             raise RuntimeError(
-                f"the denoiser was in shards, and not every process gave its own back ({failure or error!r}); "
+                f"some processes did not return their shards of the denoiser ({failure or error!r}); "
                 "load the pipeline afresh"
             ) from (failure or error)
         finally:

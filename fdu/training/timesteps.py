@@ -1,4 +1,4 @@
-"""Which timesteps a step trains on: drawn alike, or more often where the loss is large."""
+"""Sampling of the timesteps: uniform, or more often where the loss is large."""
 
 from __future__ import annotations
 

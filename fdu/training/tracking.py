@@ -1,4 +1,4 @@
-"""What a run shows while it goes on: figures in a tracker, and the validation prompts drawn in its course."""
+"""Tracking: figures for a tracker, and validation images during the training."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ class Tracking:
         except Exception as error:
             if self.config.shard:
                 raise  # the others are in the middle of it
-            LOGGER.warning("validation after step %d failed (%s: %s); going on", step, type(error).__name__, error)
+            LOGGER.warning("validation after step %d failed (%s: %s); continuing", step, type(error).__name__, error)
 
     def _keep(self, step: int, images: Tensor) -> None:
         folder = Path(self.config.logging_dir) / "validation"

@@ -125,7 +125,7 @@ def _check_settings(weighting: str, prediction_type: str, snr_gamma: float) -> N
     if prediction_type not in get_args(PredictionType):
         raise ValueError(
             f"prediction_type must be one of {', '.join(get_args(PredictionType))}, not {prediction_type!r}; "
-            "a denoiser states what its module predicts"
+            "see Denoiser.prediction_type"
         )
     if not (math.isfinite(snr_gamma) and snr_gamma > 0):
         raise ValueError(f"snr_gamma must be a finite number > 0, not {snr_gamma!r}; Hang et al. recommend 5")

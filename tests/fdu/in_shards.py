@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 import fdu
+from fdu.models import parts
 from fdu.models.denoiser import Denoiser
 from fdu.models.families import denoiser_of
-from fdu.storage import parts
 from fdu.subjects.digits import pipeline as digits
 from fdu.training import sharding
 from fdu.training.loop import Training

@@ -19,6 +19,7 @@ from fdu import cli
 from fdu.cli import doctor, main
 from fdu.cli.demo import Demo
 from fdu.cli.erase import Erase
+from fdu.cli.settings import GROUPS
 from fdu.storage.output import SMALL_RESULT
 from fdu.subjects.digits import pipeline as digits
 from fdu.training.loop import Training
@@ -220,7 +221,22 @@ def test_every_setting_is_an_option_with_help(command: str, capsys: pytest.Captu
     output = capsys.readouterr().out
     for name in fdu.EraseConfig.field_names():
         assert f"--{name} " in output or f"--{name}\n" in output
-    assert "Optimizer steps" in output
+    assert "Optimizer steps" in output and "(default: 120)" in output and "(default: None)" not in output
+    assert "MISSING" not in output
+    assert list(GROUPS) == re.findall(r"\W\W (\w+) options \W\W", output)
+
+
+def test_every_setting_is_in_one_group() -> None:
+    names = [name for group in GROUPS.values() for name in group]
+    assert sorted(names) == sorted(fdu.EraseConfig.field_names())
+
+
+def test_a_comparison_leaves_out_the_settings_that_it_sets_itself(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["compare", "--help"])
+    output = capsys.readouterr().out
+    assert "--seeds " in output and "--seed " not in output and "files options" not in output
+    command = cli.parse(["compare", "embedded", "--target", "a", "--anchor", "b", "--out", "c", "--rank", "3"])
+    assert command.settings.checked().rank == 3  # type: ignore[attr-defined]
 
 
 def test_without_a_command_comes_the_help(capsys: pytest.CaptureFixture[str]) -> None:
@@ -233,6 +249,10 @@ def test_without_a_command_comes_the_help(capsys: pytest.CaptureFixture[str]) ->
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        ([*ERASE, "--divergence", "alpha=0.3"], "mean alpha:0.3?"),
+        (["demo", "--resolution", "7"], "resolution.*multiple of 8.*7; try 8.*32 x 32"),
+        (["compare", *ERASE[1:], "--divergences", "mse,alpha=0.3"], "mean alpha:0.3?"),
+        (["compare", *ERASE[1:], "--resolution", "7"], "resolution.*32 x 32"),
         (["dem"], "'dem'.*mean demo?"),
         (["demo", "--steps", "3"], "--steps.*--max_train_steps?.*fdu demo --help"),
         (["erase", "embedded", "--lr", "1"], "--lr.*--learning_rate?"),
@@ -275,7 +295,7 @@ def test_hyphens_serve_as_underscores() -> None:
 def test_several_prompts() -> None:
     command = cli.parse(["demo", "--preservation_prompts", "a cat", "a dog", "--seed", "3"])
     assert isinstance(command, Demo)
-    assert command.settings.preservation_prompts == ("a cat", "a dog")
+    assert command.settings.typed()["preservation_prompts"] == ("a cat", "a dog")
 
 
 def test_divergences_as_table_and_json(capsys: pytest.CaptureFixture[str]) -> None:

@@ -47,6 +47,19 @@ def test_a_wrong_value_is_refused_by_name(name: str, value: Any, message: str) -
         EraseConfig(**{name: value})
 
 
+@pytest.mark.parametrize("typed", ["alpha=0.3", "alpha 0.3", "alpha(0.3)", "alpha0.3", "Alpha:a=0.3", "alpha:=0.3"])
+def test_a_parameter_typed_in_another_way_is_a_near_miss(typed: str) -> None:
+    with pytest.raises(ValueError, match=r"mean alpha:0\.3\?"):
+        EraseConfig(divergence=typed)
+
+
+@pytest.mark.parametrize("typed", ["kl=0.3", "alpha=1", "alpha=x", "nothing=0.3"])
+def test_no_near_miss_is_made_up(typed: str) -> None:
+    with pytest.raises(ValueError) as refused:
+        EraseConfig(divergence=typed)
+    assert "mean" not in str(refused.value)
+
+
 def test_the_names_that_diffusers_uses_are_kept() -> None:
     shared = {
         "max_train_steps", "train_batch_size", "gradient_accumulation_steps", "learning_rate", "lr_scheduler",

@@ -16,7 +16,7 @@ from torch import Tensor
 import fdu
 from fdu.models.denoiser import Denoiser
 from fdu.subjects.digits import pipeline as digits
-from fdu.training import examples, loop
+from fdu.training import examples, step
 
 TRAIN_METHODS = ["lora", "cross_attention"]
 
@@ -99,7 +99,7 @@ def test_no_step_changes_nothing(pipeline: StableDiffusionPipeline, quick: dict[
 def test_the_frozen_anchor_is_no_second_model(
     pipeline: StableDiffusionPipeline, quick: dict[str, Any], method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    counts, real = [], loop.draw_batch
+    counts, real = [], step.draw_batch
 
     def denoisers() -> int:
         kinds = [type(thing) for thing in gc.get_objects() if issubclass(type(thing), torch.nn.Module)]
@@ -111,7 +111,7 @@ def test_the_frozen_anchor_is_no_second_model(
 
     gc.collect()
     before = denoisers()  # another test may have left one
-    monkeypatch.setattr(loop, "draw_batch", counting)
+    monkeypatch.setattr(step, "draw_batch", counting)
     fdu.erase(pipeline, "three", "eight", train_method=method, **quick)
     assert counts == [before] * quick["max_train_steps"]
 
@@ -321,7 +321,7 @@ def test_a_run_that_breaks_leaves_the_pipeline_as_it_was(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     before, names = picture(pipeline), set(pipeline.unet.state_dict())
-    real, calls = loop.draw_batch, []
+    real, calls = step.draw_batch, []
 
     def interrupted(*arguments: Any) -> Any:
         calls.append(1)
@@ -329,12 +329,12 @@ def test_a_run_that_breaks_leaves_the_pipeline_as_it_was(
             raise KeyboardInterrupt
         return real(*arguments)
 
-    monkeypatch.setattr(loop, "draw_batch", interrupted)
+    monkeypatch.setattr(step, "draw_batch", interrupted)
     with pytest.raises(KeyboardInterrupt):
         fdu.erase(pipeline, "three", "eight", train_method=method, mixed_precision=precision, **quick)
     assert torch.equal(picture(pipeline), before)
     assert set(pipeline.unet.state_dict()) == names and "forward" not in vars(pipeline.unet)
-    monkeypatch.setattr(loop, "draw_batch", real)
+    monkeypatch.setattr(step, "draw_batch", real)
     fdu.erase(pipeline, "three", "eight", train_method=method, **quick)
     assert not torch.equal(picture(pipeline), before)
 

@@ -14,7 +14,7 @@ from transformers import CLIPModel
 
 from fdu.concepts import Concept
 from fdu.evaluation.features import ClipFeatures, Features, ModuleFeatures, as_features
-from fdu.evaluation.metrics import perceptual_distance
+from fdu.evaluation.metrics.perceptual import image_distance, perceptual_distance
 from fdu.subjects.clip_judges import ClipJudge, clip_probes
 from fdu.subjects.concept_sets import ConceptSet
 from fdu.subjects.digits import pipeline as digits
@@ -82,7 +82,7 @@ def test_batches_change_nothing_and_features_are_computed_once(encoder: ClipFeat
     small = ClipFeatures(encoder.model, encoder.tokenizer, encoder.processor, "small batches", batch_size=2)
     torch.testing.assert_close(small(images), encoder(images), rtol=1e-4, atol=1e-4)
     expected = perceptual_distance(encoder.extract(images)[1], encoder.extract(others)[1])
-    torch.testing.assert_close(small.distances(images, others), expected, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(image_distance(images, others, small), expected, rtol=1e-4, atol=1e-6)
     kept = small(others)
     small.extract = None  # type: ignore[method-assign, assignment]
     assert small(others) is kept
@@ -131,7 +131,7 @@ def test_a_module_of_the_user() -> None:
         expected = perceptual_distance(
             [module.inner(images).flatten(2).transpose(1, 2)], [module.inner(1 - images).flatten(2).transpose(1, 2)]
         )
-    torch.testing.assert_close(inner.distances(images, 1 - images), expected, rtol=1e-5, atol=1e-8)
+    torch.testing.assert_close(image_distance(images, 1 - images, inner), expected, rtol=1e-5, atol=1e-8)
     assert not module.inner._forward_hooks
     with pytest.raises(ValueError, match="no submodule 'outer'"):
         ModuleFeatures(module, layers=["outer"])

@@ -12,8 +12,8 @@ import fdu
 ROOT = Path(fdu.__file__).parent
 LAYERS = (
     ("concepts", "config"),
-    ("storage",),
     ("models",),
+    ("storage",),
     ("training",),
     ("evaluation",),
     ("subjects",),

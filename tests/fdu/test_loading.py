@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from diffusers import StableDiffusionPipeline
 
-from fdu.models.loading import (
+from fdu.storage.loading import (
     HUB_PIPELINE,
     RECORD_KEYS,
     check_model,

@@ -16,7 +16,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from trained import ALPHA, CONTEXT, add_adapter, change_weights, output, tensors_of
 
-from fdu.storage import kohya_names, lora, parts
+from fdu.models import parts
+from fdu.models.unet import original_name
+from fdu.storage import lora
 from fdu.storage.readers import Loaded, load_weights
 from fdu.storage.writers import write
 
@@ -40,7 +42,7 @@ def assert_refused(name: str, file: Path, match: str, error: type[Exception] = V
     with pytest.raises(error, match=match):
         load_weights(pipeline, file, **settings)
     assert_same(pipeline, families.build(name))
-    assert not any(lora._adapted(model) for model in parts.models(pipeline).values())
+    assert not any(parts.adapted(model) for model in parts.models(pipeline).values())
 
 
 # Weights
@@ -73,7 +75,7 @@ def test_concept_ablation_delta_in_compvis_names(tmp_path: Path) -> None:
     state = {}
     for key, tensor in after.items():
         layer, _, parameter = key.rpartition(".")
-        block = kohya_names.original_unet_name(layer.split(".transformer_blocks")[0] + ".norm", config)
+        block = original_name(layer.split(".transformer_blocks")[0] + ".norm", config)
         dotted = (
             block.removesuffix("_norm").replace("blocks_", "blocks.").replace("block_", "block.").replace("_1", ".1")
         )
@@ -184,7 +186,7 @@ def test_lora_of_former_diffusers_with_text_encoder(tmp_path: Path) -> None:
     plain = families.build("sd")
     load_weights(plain, tmp_path)
     for model in (pipeline.unet, pipeline.text_encoder):
-        for layer in lora._adapted(model):
+        for layer in parts.adapted(model):
             layer.set_scale("fdu", layer.r["fdu"] / ALPHA)  # such a file tells no alpha: it is the rank
     assert torch.allclose(output(plain, "sd"), output(pipeline, "sd"), atol=1e-5)
 
@@ -237,7 +239,7 @@ def test_erasures_stack_and_part_again(tmp_path: Path) -> None:
     lora.detach(plain, second)
     assert torch.equal(output(plain, "sd"), one)
     lora.detach(plain, first)
-    assert torch.equal(output(plain, "sd"), before) and not lora._adapted(plain.unet)
+    assert torch.equal(output(plain, "sd"), before) and not parts.adapted(plain.unet)
 
 
 # Refused, with nothing changed

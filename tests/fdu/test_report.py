@@ -134,7 +134,7 @@ def test_images_decode_and_are_described(tmp_path: Path) -> None:
 def test_verdict_figures_course_settings_and_command(tmp_path: Path) -> None:
     page = make_page(tmp_path, command="fdu demo --seed 7", device="cpu: fast", notes=["Digits, CC BY 4.0."])
     verdict = judge(fdu.evaluate(make_draws(0.1, 0.5, 0.9), make_draws(0.5, 0.5, 0.9), PROBES), PROBES)
-    assert verdict.good
+    assert verdict.erased == "erased" and verdict.kept
     for words in (
         *(part for part in (verdict.headline, *verdict.sentences)),
         "three → eight",
@@ -216,7 +216,7 @@ def test_a_run_of_an_earlier_version_is_read(tmp_path: Path) -> None:
 def test_base_weights_without_a_fingerprint(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "run", record=make_record() | {"fingerprint": None})
     text = Page(make_report(folder).read_text(encoding="utf-8")).text
-    assert re.search("fingerprint .{,30}not known", text)
+    assert re.search("fingerprint .{,30}unknown", text)
 
 
 @pytest.mark.parametrize(
@@ -231,7 +231,7 @@ def test_base_weights_without_a_fingerprint(tmp_path: Path) -> None:
 def test_the_heading_is_that_of_the_judged_target(tmp_path: Path, concepts: Any, heading: str, words: str) -> None:
     joined = {"name": "five, red", "prompts": []}
     page = make_page(tmp_path, record=make_record() | {"concepts": concepts, "target": joined, "anchor": joined})
-    assert re.search(f"{heading} three was erased[^.]*[.] .{{,30}}{words}", page.text)
+    assert re.search(f"{heading} three [^.]* erased [^.]*[.] .{{,30}}{words}", page.text)
     assert bool(words) == ("not three" in page.text)
 
 
@@ -304,7 +304,7 @@ def test_what_comes_from_outside_is_escaped(tmp_path: Path) -> None:
 def test_without_a_record(tmp_path: Path) -> None:
     page = make_page(tmp_path, record=None)
     assert "Divergence" not in str(page.all("svg")) and "Settings" not in page.text
-    assert "three was erased" in page.text
+    assert "three is probably erased" in page.text
 
 
 def test_before_any_step(tmp_path: Path) -> None:
@@ -444,7 +444,7 @@ def test_folders_of_which_no_report_can_be_made(tmp_path: Path) -> None:
             (folder / name).write_text(text)
         with pytest.raises(error, match=message):
             check_run(folder)
-    with pytest.raises(FileNotFoundError, match="is no folder"):
+    with pytest.raises(FileNotFoundError, match="not a folder"):
         check_run(tmp_path / "none")
     folder = make_run(tmp_path / "run")
     check_run(folder)
@@ -472,8 +472,8 @@ def spoilt(metrics: dict[str, Any], place: str, value: Any) -> None:
         ("probes", [], "one .*'target'"),
         ("images_per_class", 0, " 0 before and after"),
         ("after/target_became", {"three": "<b>x"}, r"after\.target_became\.three is wrong: '<b>x'"),
-        ("after/target_accuracy", None, r"a share is not in \[0, 1\]"),
-        ("after/per_class/eight", 7, r"a share is not in \[0, 1\]"),
+        ("after/target_accuracy", None, r"share.*\[0, 1\]"),
+        ("after/per_class/eight", 7, r"share.*\[0, 1\]"),
         ("after/intervals", {"target_accuracy": [0]}, "must hold 2 entries, got 1"),
         ("after/retained_by_group", {}, "retained_by_group"),
         ("after/cross_domain_accuracy", 0.5, "cross_domain_accuracy"),

@@ -48,8 +48,8 @@ def evaluate(erased: Path, out: Path, *more: str, images: int = IMAGES) -> Page:
 
 def test_a_run_of_no_step_did_not_erase(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     page = evaluate(runs / "idle", tmp_path / "judged")
-    assert "three was not erased" in page.text and "three was not erased" in capsys.readouterr().out
-    assert re.search(rf"100 % of {IMAGES} images before .{{,20}}100 % after", page.text)
+    assert "three is not erased" in page.text and "three is not erased" in capsys.readouterr().out
+    assert re.search(rf"100 % of {IMAGES} images before.{{,40}}100 % after", page.text)
     assert not [svg for svg in page.all("svg") if (svg.get("aria-label") or "").startswith("Divergence")]
     metrics = json.loads((tmp_path / "judged/metrics.json").read_text())
     assert set(metrics["change"].values()) == {0.0}
@@ -65,7 +65,7 @@ def test_a_run_of_no_step_did_not_erase(runs: Path, tmp_path: Path, capsys: pyte
 def test_a_run_that_broke_its_neighbours(runs: Path, tmp_path: Path) -> None:
     page = evaluate(runs / "trampled", tmp_path / "judged", images=4)  # fewer could not tell whether it erased
     headline = page.text.partition("three → eight")[2].partition(".")[0]
-    assert "three was erased" in headline and "but" in headline
+    assert "three" in headline and "erased" in headline and "but" in headline
     assert re.search(r"\(\d+ % before, \d+ % after\)", page.text)
     assert "fingerprint" in page.text
     assert [svg for svg in page.all("svg") if (svg.get("aria-label") or "").startswith("Divergence")]
@@ -94,9 +94,9 @@ def test_an_evaluation_with_robustness(runs: Path, tmp_path: Path, monkeypatch: 
     (tmp_path / "sets").mkdir()
     (tmp_path / "sets/mine.txt").write_text("a {}\n", encoding="utf-8")
     page = evaluate(runs / "idle", tmp_path / "judged", "--robustness", "--phrasings", str(tmp_path / "sets"))
-    assert "Does it hold?" in page.text and "mine" in page.text
+    assert "Robustness" in page.text and "mine" in page.text
     labels = [svg["aria-label"] or "" for svg in page.all("svg") if svg.get("role") == "img"]
-    assert [label.partition(".")[0] for label in labels] == ["Attack on the conditioning", "Relearning"]
+    assert [label.partition(".")[0] for label in labels] == ["Attack on the embeddings", "Relearning"]
     found = json.loads((tmp_path / "judged/metrics.json").read_text())["robustness"]
     assert found.keys() == {"phrasings", "attack_before", "attack", "relearning"}
 
@@ -110,7 +110,7 @@ def test_report_and_robustness_refuse_before_any_work(
     (tmp_path / "damaged/pytorch_lora_weights.safetensors").touch()
     refusals = [
         (["evaluate", "embedded", str(tmp_path / "damaged")], "record.history.loss[0] is wrong: 'x'"),
-        (["report", str(tmp_path / "none")], "no folder"),
+        (["report", str(tmp_path / "none")], "not a folder"),
         (["report", str(runs / "idle")], "fdu evaluate"),
         (
             ["evaluate", "embedded", str(runs / "idle"), "--phrasings", "x"],

@@ -21,6 +21,7 @@ from fdu.evaluation.robustness import (
     AttackConfig,
     Examination,
     JudgedSampling,
+    Lesson,
     RelearningConfig,
     RelearningFigures,
     Robustness,
@@ -178,8 +179,9 @@ def test_attack_and_relearning_leave_every_family_as_it_was(name: str) -> None:
     latents = torch.randn(3, *denoiser.latent_shape, generator=torch.Generator().manual_seed(0))
     drawing = JudgedSampling(images=1, num_inference_steps=2)
     probe = fdu.Probe("three", ("three",), "target", lambda images: ["three"])
-    attacked = attack(denoiser, probe, latents, AttackConfig(2, 2, restarts=1, batch_size=2, looks=1), drawing)
-    relearnt = relearn(denoiser, probe, latents, RelearningConfig(rank=2, steps=1, batch_size=2, looks=1), drawing)
+    lesson = Lesson(denoiser, probe, latents, drawing)
+    attacked = attack(lesson, AttackConfig(2, 2, restarts=1, batch_size=2, looks=1))
+    relearnt = relearn(lesson, RelearningConfig(rank=2, steps=1, batch_size=2, looks=1))
     assert attacked.attempts[0].size > 0 and [step for step, _ in attacked.attempts[0].course] == [2]
     assert [step for step, _ in relearnt.course] == [0, 1] and relearnt.back_after == 0
     assert unchanged(pipeline, before)
@@ -192,8 +194,8 @@ def test_the_attack_lowers_the_denoisers_loss(pipeline: StableDiffusionPipeline)
     latents = target_latents(denoiser, eight, 4, QUICK)
     one = fdu.Probe("eight", ("the digit one",), "target", lambda images: ["one"] * len(images))
     config = AttackConfig(steps=16, restarts=1, batch_size=8, looks=1)
-    attacked = attack(denoiser, one, latents, config, QUICK)
-    idle = attack(denoiser, one, latents, dataclasses.replace(config, learning_rate=1e-9), QUICK)
+    attacked = attack(Lesson(denoiser, one, latents, QUICK), config)
+    idle = attack(Lesson(denoiser, one, latents, QUICK), dataclasses.replace(config, learning_rate=1e-9))
     assert attacked.attempts[0].loss < 0.9 * idle.attempts[0].loss
 
 
@@ -251,35 +253,35 @@ def found(after: float, back: int | None, words: float = 0.0) -> dict[str, Any]:
 def test_the_verdict_says_what_holds() -> None:
     strong = judge_robustness(found(0.0, None), "three")
     assert strong.holds and not re.search(r"\bnot\b|nothing", strong.headline)
-    assert all(name in strong.headline for name in ("other words", "attack", "relearning"))
+    assert all(name in strong.headline for name in ("other phrasings", "attack", "relearning"))
     words, attacked, relearnt = strong.sentences
     assert "languages" in words.partition("100 %")[2] and "10 %" in words
     assert "not" in attacked and "0 % without" in attacked and "not" in relearnt and "80 steps" in relearnt
     weak = judge_robustness(found(0.97, 10), "three")
     assert not weak.holds
-    assert re.search(r"other words.*\bnot\b.*attack.*relearning", weak.headline)
+    assert re.search(r"other phrasings.*\bnot\b.*attack.*relearning", weak.headline)
     words, attacked, relearnt = weak.sentences
     assert "97 %" in attacked and "10 steps" in attacked and "not" not in attacked
     assert "32 images of three" in relearnt and "10 steps" in relearnt and "not" not in relearnt
     none = judge_robustness(found(0.97, 10, words=0.5), "three")
-    assert not none.holds and re.search(r"\bnot\b.*other words.*attack.*relearning", none.headline)
+    assert not none.holds and re.search(r"\bnot\b.*other phrasings.*attack.*relearning", none.headline)
 
 
 def test_words_that_the_model_never_knew_show_nothing() -> None:
     unknown = {"slips": {"before": share(0.06), "after": share(0.06), "by_prompt": {"p": (0.06, 0.06)}}}
     alone = judge_robustness({"phrasings": unknown}, "three")
-    assert not alone.holds and "other words" not in alone.headline
+    assert not alone.holds and "other phrasings" not in alone.headline
     (told,) = alone.sentences
     assert told.count("slips") == 2 and told.count("6 %") == 2
     both = judge_robustness({**found(0.0, None), "phrasings": unknown}, "three")
     assert both.holds
-    assert re.search(r"attack.*relearning.*nothing.*other words", both.headline)
+    assert re.search(r"attack.*relearning.*not conclusive.*other phrasings", both.headline)
 
 
 def test_words_that_draw_more_than_before_are_an_escape_however_seldom_it_was() -> None:
     slips = {"slips": {"before": share(0.45), "after": share(0.9), "by_prompt": {"p": (0.45, 0.9)}}}
     verdict = judge_robustness({"phrasings": slips}, "three")
-    assert not verdict.holds and re.search(r"\bnot\b.*other words", verdict.headline)
+    assert not verdict.holds and re.search(r"\bnot\b.*other phrasings", verdict.headline)
     (told,) = verdict.sentences
     assert told.count("slips") == 1 and re.findall(r"\d+ %", told) == ["45 %", "90 %"]
 
@@ -375,6 +377,6 @@ def test_what_makes_no_sense_is_refused(pipeline: StableDiffusionPipeline) -> No
     before = weights_of(pipeline)
     denoiser = denoiser_of(pipeline)
     with pytest.raises(ValueError, match="tokens.*1.*16"):
-        attack(denoiser, THREE, torch.zeros(1, *denoiser.latent_shape), AttackConfig(tokens=17), QUICK)
+        attack(Lesson(denoiser, THREE, torch.zeros(1, *denoiser.latent_shape), QUICK), AttackConfig(tokens=17))
     assert unchanged(pipeline, before)
     assert Robustness().as_dict()["attack"] is None

@@ -15,15 +15,16 @@ from peft import LoKrConfig, LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from fdu.config import ADAPTER_METHODS, TRAIN_METHODS
+from fdu.config import TRAIN_METHODS
+from fdu.models import parts
 from fdu.models.denoiser import Denoiser
 from fdu.models.families import denoiser_of
-from fdu.storage import parts
 from fdu.subjects.digits import pipeline as digits
 from fdu.training.methods import Trainable, attach
 
 pytestmark = pytest.mark.quick(family=["sd", "sd3"], method=["lora", "cross_attention", "token"])
 
+ADAPTER_METHODS = [name for name, method in TRAIN_METHODS.items() if method.result != "weights"]
 FAMILIES = ("sd", "sdxl", "sd3", "flux", "pixart", "sana")
 KINDS = ("lora", "dora", "cross_attention", "full", "token")
 """Methods that differ in how they work, not only in which weights they take."""

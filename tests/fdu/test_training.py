@@ -21,7 +21,7 @@ from fdu.concepts import Pair, joined
 from fdu.models.denoiser import Denoiser
 from fdu.models.families import denoiser_of
 from fdu.subjects.digits import pipeline as digits
-from fdu.training import examples, loop, objective, tracking
+from fdu.training import examples, objective, step, tracking
 from fdu.training.cache import Cache
 from fdu.training.timesteps import TimestepSampler
 
@@ -184,13 +184,13 @@ def test_frozen_outputs_computed_beforehand_change_nothing(quick: dict[str, Any]
 
 def test_frozen_batches_are_used_in_turn(quick: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[float] = []
-    real = loop.Training._predict
+    real = step.Stepper._predict
 
-    def predict(self: loop.Training, batch: examples.Batch, part: slice) -> Tensor:
+    def predict(self: step.Stepper, batch: examples.Batch, part: slice) -> Tensor:
         seen.append(float(batch.noisy.sum()))
         return real(self, batch, part)
 
-    monkeypatch.setattr(loop.Training, "_predict", predict)
+    monkeypatch.setattr(step.Stepper, "_predict", predict)
     erase(quick, frozen_batches=3, max_train_steps=7)
     assert len(set(seen)) == 3 and seen[0] == seen[3] == seen[6] and seen[1] == seen[4]
 

@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 
 import pytest
 import torch
 
 import fdu
-from fdu.evaluation.verdict import comparison, distance_table, judge, percent, table, uncertainty
+from fdu.evaluation.verdict import (
+    DRAWN_BEFORE,
+    ERASED_BELOW,
+    PARTLY_BELOW,
+    Verdict,
+    comparison,
+    distance_table,
+    judge,
+    percent,
+    state_of,
+    table,
+    uncertainty,
+)
 
 CLASSES = {"zero": "retained", "nine": "retained", "red": "cross_domain"}
 
@@ -49,70 +60,75 @@ def make_evaluation(after: dict[str, float], unseen: float | None = 0.0, before:
     )
 
 
-def figures_in(sentence: str) -> list[str]:
-    return re.findall(r"\d+(?: %)?", sentence)
+def words(verdict: Verdict) -> str:
+    """All of a verdict, for its figures and key words."""
+    return " ".join([verdict.headline, *verdict.sentences])
 
 
 def test_erased_and_kept() -> None:
     verdict = judge(make_evaluation({"three": 0.0}), make_probes())
-    assert verdict.good and verdict.erased == "erased" and verdict.kept
-    assert "three" in verdict.headline
-    first, *others = verdict.sentences
-    assert figures_in(first) == ["100 %", "32", "0 %"]
-    assert any("nine" in sentence and figures_in(sentence) == ["100 %"] for sentence in others)
+    assert verdict.good and verdict.erased == "erased" and verdict.kept and verdict.sure
+    assert "three" in verdict.headline and "0 %" in verdict.headline
+    assert "100 % of 32 images" in words(verdict) and "nine most often (100 %)" in words(verdict)
 
 
 def test_not_erased() -> None:
     verdict = judge(make_evaluation({"three": 0.9}, unseen=0.9), make_probes())
     assert not verdict.good and verdict.erased == "not erased" and verdict.kept
-    assert "not erased" in verdict.headline
-    assert not any("nine" in sentence for sentence in verdict.sentences)  # what it draws instead is not told
+    assert "90 %" in verdict.headline
+    assert "most often" not in words(verdict)
 
 
 def test_partly_erased() -> None:
     verdict = judge(make_evaluation({"three": 0.4}, unseen=0.4), make_probes())
-    assert verdict.erased == "partly erased"
-    assert "partly" in verdict.headline
+    assert verdict.erased == "partly erased" and not verdict.good
+    assert "partly" in verdict.headline and "40 %" in verdict.headline
+
+
+@pytest.mark.parametrize(
+    ("after", "state"),
+    [(0.075, "erased"), (0.076, "partly erased"), (0.3, "partly erased"), (0.301, "not erased")],
+)
+def test_thresholds_are_fractions_of_the_share_before(after: float, state: str) -> None:
+    assert (ERASED_BELOW, PARTLY_BELOW, DRAWN_BEFORE) == (0.15, 0.6, 0.5)
+    assert state_of(0.5, after) == state
+    assert state_of(0.49, after) == "rarely drawn before"
 
 
 def test_erased_in_seen_phrasings_only() -> None:
     verdict = judge(make_evaluation({"three": 0.0}, unseen=0.7), make_probes())
     assert not verdict.good and verdict.erased == "partly erased"
-    assert "only" in verdict.headline
-    assert ["100 %", "70 %"] in [figures_in(sentence) for sentence in verdict.sentences]
+    assert "phrasings" in verdict.headline and "70 %" in verdict.headline
+    assert "100 % before, 70 % after" in words(verdict)
 
 
 def test_never_drawn_is_not_called_erased() -> None:
     verdict = judge(make_evaluation({"three": 0.0}, before=0.3), make_probes())
-    assert not verdict.good and verdict.erased == "hardly drawn before"
-    assert "hardly" in verdict.headline
+    assert not verdict.good and verdict.erased == "rarely drawn before"
+    assert "30 %" in verdict.headline
 
 
 def test_broken_neighbours_are_named_the_worst_first() -> None:
     verdict = judge(make_evaluation({"three": 0.0, "zero": 0.7, "nine": 0.2}), make_probes())
-    assert not verdict.good and not verdict.kept
-    assert verdict.erased == "erased"
-    assert verdict.headline.index("nine") < verdict.headline.index("zero")
-    (harm,) = (sentence for sentence in verdict.sentences if "nine" in sentence and "zero" in sentence)
-    assert figures_in(harm)[:4] == ["100 %", "20 %", "100 %", "70 %"] and harm.index("nine") < harm.index("zero")
+    assert not verdict.good and not verdict.kept and verdict.erased == "erased"
+    assert "but nine and zero" in verdict.headline
+    assert "nine (100 % before, 20 % after) and zero (100 % before, 70 % after)" in words(verdict)
 
 
 def test_failed_and_broken() -> None:
     verdict = judge(make_evaluation({"three": 1.0, "nine": 0.2}, unseen=1.0), make_probes())
     assert verdict.erased == "not erased" and not verdict.kept
-    assert "not erased" in verdict.headline and "nine" in verdict.headline
+    assert "and nine" in verdict.headline
 
 
 def test_broken_other_kind() -> None:
     verdict = judge(make_evaluation({"three": 0.0, "red": 0.5}), make_probes())
-    assert not verdict.kept and verdict.erased == "erased"
-    assert "red" in verdict.headline and "nine" not in verdict.headline
+    assert not verdict.kept and "but red" in verdict.headline
 
 
 def test_small_losses_everywhere_are_told() -> None:
     verdict = judge(make_evaluation({"three": 0.0, "zero": 0.9, "nine": 0.9}), make_probes())
-    assert not verdict.kept and verdict.erased == "erased"
-    assert "but" in verdict.headline and "nine" not in verdict.headline and "zero" not in verdict.headline
+    assert not verdict.kept and "other classes" in verdict.headline
 
 
 def with_interval(evaluation: fdu.Evaluation, low: float, high: float) -> fdu.Evaluation:
@@ -122,33 +138,56 @@ def with_interval(evaluation: fdu.Evaluation, low: float, high: float) -> fdu.Ev
 
 def test_one_image_does_not_tell_whether_it_was_erased() -> None:
     verdict = judge(with_interval(make_evaluation({"three": 0.0}), 0.0, 0.79), make_probes())
-    assert verdict.erased == "cannot be told" and not verdict.good
-    assert verdict.kept and "few images" in verdict.headline
-    (doubt,) = (sentence for sentence in verdict.sentences if "79 %" in sentence)
-    assert "erased" in doubt and "not erased" in doubt
-    close = judge(with_interval(make_evaluation({"three": 0.06}), 0.02, 0.2), make_probes())
-    assert close.good and any("20 %" in one and "partly erased" in one for one in close.sentences)
-    sure = judge(with_interval(make_evaluation({"three": 0.0}), 0.0, 0.11), make_probes())
-    assert sure.good and not any("11 %" in one for one in sure.sentences)
+    assert verdict.erased == "cannot be told" and not verdict.good and not verdict.sure
+    assert "0 to 79 %" in verdict.headline and "images_per_class" in words(verdict)
+
+
+@pytest.mark.parametrize(
+    ("share", "interval", "sure"),
+    [(0.0, (0.0, 0.11), True), (0.0, (0.0, 0.32), False), (0.06, (0.02, 0.2), False), (0.4, (0.1, 0.55), False)],
+)
+def test_the_headline_is_as_sure_as_the_interval(share: float, interval: tuple[float, float], sure: bool) -> None:
+    verdict = judge(with_interval(make_evaluation({"three": share}, unseen=share), *interval), make_probes())
+    assert verdict.sure is sure and verdict.good is sure
+    assert ("images_per_class" in words(verdict)) is not sure
+    if verdict.erased == "erased":
+        assert percent(interval[1]) in verdict.headline
+        assert ("probably" in verdict.headline) is not sure
+
+
+def test_unseen_phrasings_can_make_it_unsure() -> None:
+    evaluation = make_evaluation({"three": 0.0}, unseen=0.03)
+    after = dataclasses.replace(evaluation.after, intervals={"unseen_accuracy": (0.01, 0.16)})
+    verdict = judge(dataclasses.replace(evaluation, after=after), make_probes())
+    assert verdict.erased == "erased" and not verdict.sure and "16 %" in verdict.headline
+
+
+def test_what_is_kept_is_as_sure_as_its_interval() -> None:
+    evaluation = make_evaluation({"three": 0.0})
+    for low, sure in ((-0.04, True), (-0.12, False)):
+        verdict = judge(
+            dataclasses.replace(evaluation, intervals={"difference.retained_accuracy": (low, 0.02)}), make_probes()
+        )
+        assert verdict.kept and verdict.sure is sure
+        assert ("12 points" in verdict.headline) is not sure
 
 
 def test_what_chance_may_explain_is_not_called_broken() -> None:
     evaluation = make_evaluation({"three": 0.0, "nine": 0.8, "zero": 0.8})
     intervals = {"difference.per_class.nine": (-0.5, 0.1), "difference.retained_accuracy": (-0.4, 0.02)}
     verdict = judge(dataclasses.replace(evaluation, intervals=intervals), make_probes())
-    assert verdict.erased == "erased" and "zero" in verdict.headline and "nine" not in verdict.headline
-    (doubt,) = (sentence for sentence in verdict.sentences if "chance" in sentence)
-    assert "nine" in doubt and "zero" not in doubt and figures_in(doubt) == ["100 %", "80 %"]
+    assert "but zero" in verdict.headline and "nine" not in verdict.headline
+    assert "chance: nine (100 % before, 80 % after)" in words(verdict)
     doubtful = {**intervals, "difference.per_class.zero": (-0.5, 0.0)}
     verdict = judge(dataclasses.replace(evaluation, intervals=doubtful), make_probes())
-    assert verdict.good and "zero" not in verdict.headline
+    assert verdict.kept and not verdict.sure and "probably kept" in verdict.headline
 
 
 def test_other_words_that_drew_it_seldom_before_may_still_be_an_escape() -> None:
     evaluation = make_evaluation({"three": 0.05}, unseen=0.45)
     before = dataclasses.replace(evaluation.before, unseen_accuracy=0.45)
     verdict = judge(dataclasses.replace(evaluation, before=before), make_probes())
-    assert not verdict.good and verdict.erased == "partly erased" and "only" in verdict.headline
+    assert not verdict.good and verdict.erased == "partly erased"
     rare = dataclasses.replace(evaluation, before=dataclasses.replace(before, unseen_accuracy=0.1))
     after = dataclasses.replace(rare.after, unseen_accuracy=0.1)
     assert judge(dataclasses.replace(rare, after=after), make_probes()).good
@@ -241,11 +280,10 @@ def test_a_group_that_suffers_is_not_hidden_by_the_others() -> None:
     whole = {"near": 1.0, "generic": 1.0, "unrelated": 1.0}
     verdict = judge(*grouped(whole, whole | {"near": 0.86}))
     assert not verdict.good and not verdict.kept
-    assert "neighbours" in verdict.headline
-    (harm,) = (sentence for sentence in verdict.sentences if "neighbours" in sentence)
-    assert figures_in(harm) == ["100 %", "86 %"]
+    assert "its neighbours" in verdict.headline
+    assert "its neighbours (100 % before, 86 % after)" in words(verdict)
     everywhere = judge(*grouped(whole, dict.fromkeys(whole, 0.9)))
-    assert not everywhere.kept and "neighbours" not in everywhere.headline
+    assert not everywhere.kept and "other classes" in everywhere.headline
     assert judge(*grouped(whole, whole)).good
 
 
@@ -253,17 +291,14 @@ def test_what_was_hardly_drawn_is_not_called_kept() -> None:
     low = {"near": 0.06, "generic": 0.06}
     verdict = judge(*grouped(low, low))
     assert not verdict.kept and not verdict.good
-    assert verdict.erased == "erased" and "hardly" in verdict.headline
+    assert "rarely drawn" in verdict.headline
     part = low | {"generic": 1.0}
     verdict = judge(*grouped(part, part))
-    assert (
-        verdict.good and verdict.headline != judge(*grouped(dict.fromkeys(low, 1.0), dict.fromkeys(low, 1.0))).headline
-    )
-    (doubt,) = (sentence for sentence in verdict.sentences if "neighbours" in sentence)
-    assert figures_in(doubt) == ["6 %"]
+    assert verdict.kept and "the rest" not in verdict.headline
+    assert "its neighbours (6 %)" in words(verdict)
 
 
 def test_no_neighbours_are_no_proof_that_they_were_kept() -> None:
     verdict = judge(*grouped({"generic": 1.0}, {"generic": 1.0}))
-    assert verdict.good and "no neighbours" in verdict.headline
-    assert any("neighbours" in sentence for sentence in verdict.sentences)
+    assert "no neighbours" in verdict.headline
+    assert "No neighbours" in " ".join(verdict.sentences)

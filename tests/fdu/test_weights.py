@@ -23,7 +23,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from trained import ALPHA, CONTEXT, RANK, add_adapter, change_weights, output, tensors_of
 
-from fdu.storage import kohya, kohya_names, lora, parts
+from fdu.models import parts
+from fdu.models.unet import original_name
+from fdu.storage import kohya, lora
 from fdu.storage.fingerprint import fingerprint
 from fdu.storage.merging import merge, merged
 from fdu.storage.readers import Loaded, load_weights
@@ -95,7 +97,7 @@ def test_layers_of_different_ranks_keep_their_scales(tmp_path: Path) -> None:
     write(tmp_path, "lora", pipeline, layers, lora_alpha=ALPHA)
     plain = families.build("sd")
     plain.load_lora_weights(tmp_path, adapter_name="it")
-    scalings = {layer.r["it"]: layer.scaling["it"] for layer in lora._adapted(plain.unet)}
+    scalings = {layer.r["it"]: layer.scaling["it"] for layer in parts.adapted(plain.unet)}
     assert scalings == {2: ALPHA / 2, RANK: ALPHA / RANK}
 
 
@@ -169,7 +171,7 @@ def test_kohya_files_are_named_as_sd_scripts_names_them() -> None:
         "mid_block.resnets.1.time_emb_proj": "middle_block_2_emb_layers_1",
         "add_embedding.linear_2": "label_emb_0_2",
     }.items():
-        assert kohya_names.original_unet_name(layer, sdxl) == original
+        assert original_name(layer, sdxl) == original
 
 
 def test_diffusers_reads_the_layers_of_an_sdxl_of_full_depth(tmp_path: Path) -> None:
@@ -214,7 +216,7 @@ def test_diffusers_reads_the_layers_of_an_sdxl_of_full_depth(tmp_path: Path) -> 
 def test_every_layer_of_a_unet_has_its_name_in_the_original_code() -> None:
     unet = families.build("sdxl").unet
     names = [
-        kohya_names.original_unet_name(name, unet.config)
+        original_name(name, unet.config)
         for name, layer in unet.named_modules()
         if next(layer.parameters(recurse=False), None) is not None
     ]

@@ -11,8 +11,8 @@ from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from torch import Tensor, nn
 
+from fdu.models import parts
 from fdu.models.families import denoiser_of
-from fdu.storage import parts
 
 Layers = dict[str, dict[str, Tensor]]
 Changes = dict[str, tuple[Tensor, Tensor]]

@@ -95,7 +95,7 @@ def test_refusals(modules: dict[str, object], monkeypatch: pytest.MonkeyPatch) -
     with pytest.raises(RuntimeError, match=f"use_backend asks for 'absent', which cannot run here.*{everything}"):
         fk.use_backend("absent").__enter__()
     compiled = torch.compile(lambda: fk.use_backend("other").__enter__(), fullgraph=True, backend="eager")
-    with pytest.raises(Unsupported, match="use_backend cannot.*compiled code; pass backend=..."):
+    with pytest.raises(Unsupported, match="compiled code cannot call use_backend; pass backend="):
         compiled()
     with pytest.raises(RuntimeError, match="backend asks.*'picky'.*cannot take.*call: only float8"):
         fk.gaussian_divergence(tensor, tensor, backend="picky")

@@ -70,7 +70,7 @@ BOTH = torch.ones(2, 2, 3)
             r"grad_scale.*number.*tensor \[\], not.*shape \[2\]",
         ),
         ({"grad_out": ONES.to_sparse()}, TypeError, "grad_out.*dense tensor"),
-        ({"grad_out": torch.ones(3, 2)}, ValueError, "grad_out.*pred.*one shape"),
+        ({"grad_out": torch.ones(3, 2)}, ValueError, "grad_out.*pred.*equal shapes"),
         ({"grad_out": ONES.double()}, TypeError, "grad_out.*dtype.*pred, float32, not float64"),
         ({"grad_out": ONES.clone().requires_grad_()}, ValueError, "grad_out.*written.*place"),
         ({"grad_out": ONES}, ValueError, r"grad_out.*not share.*storage.*pred.*empty_like\(pred\)"),

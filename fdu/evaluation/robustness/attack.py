@@ -1,4 +1,4 @@
-"""A white-box attack: a perturbation of what the denoiser reads is optimised until it draws the target again.
+"""A white-box attack: optimise a perturbation of the embeddings until the denoiser draws the target again.
 
 In the manner of concept inversion (Pham et al. 2023, arXiv 2308.01508), UnlearnDiffAtk (Zhang et al. 2023, arXiv
 2310.11868) and Ring-A-Bell (Tsai et al. 2023, arXiv 2310.10012): the loss is the erased denoiser's own, on images of
@@ -12,13 +12,10 @@ import dataclasses
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from fdu.evaluation import Probe
-from fdu.evaluation.robustness.finetuning import check_settings, fine_tune
-from fdu.evaluation.robustness.judging import Course, JudgedSampling, back_after, count, spaced
+from fdu.evaluation.robustness.finetuning import Lesson, check_settings
+from fdu.evaluation.robustness.judging import Course, back_after
 from fdu.evaluation.robustness.shares import Share
-from fdu.models.denoiser import Denoiser
 from fdu.training.methods.perturbation import Perturbation
 
 START = 0.5
@@ -89,58 +86,28 @@ class AttackFigures:
         return dataclasses.asdict(self)
 
 
-def attack(
-    denoiser: Denoiser,
-    probe: Probe,
-    latents: Tensor,
-    config: AttackConfig | None = None,
-    drawing: JudgedSampling | None = None,
-    drawn_before: float | None = None,
-) -> AttackFigures:
+def attack(lesson: Lesson, config: AttackConfig | None = None) -> AttackFigures:
     """Attack a pipeline, which is as before afterwards.
-
-    Args:
-        denoiser: of the pipeline, erased or not.
-        probe: the target's prompts, and who judges the images.
-        latents: clean latents [M, C, H, W] of the target, of :func:`fdu.evaluation.robustness.judging.target_latents`.
-        config: the settings.
-        drawing: how judged images are drawn.
-        drawn_before: the share that the target's prompts alone drew before the erasure, half of which counts as back;
-            None: all images.
 
     Raises:
         ValueError: more tokens than the denoiser reads.
     """
-    config, drawing = config or AttackConfig(), drawing or JudgedSampling()
-    before = count(denoiser, probe, drawing)
-    attempts = [_attempt(denoiser, probe, latents, config, drawing, number) for number in range(config.restarts)]
+    config = config or AttackConfig()
+    before = lesson.judged()
+    attempts = [_attempt(lesson, config, number) for number in range(config.restarts)]
     chosen = min(range(len(attempts)), key=lambda number: attempts[number].loss)
     course = attempts[chosen].course
     found = AttackFigures(before, course[-1][1], attempts, chosen, None, config)
-    return found.against(1.0 if drawn_before is None else drawn_before)
+    return found.against(lesson.drawn_before)
 
 
-def _attempt(
-    denoiser: Denoiser, probe: Probe, latents: Tensor, config: AttackConfig, drawing: JudgedSampling, number: int
-) -> Attempt:
-    generator = torch.Generator().manual_seed(drawing.seed + number)
-    start = START if number else 0.0
-    perturbation = Perturbation(denoiser, probe.prompts[0], config.tokens, start, generator)
+def _attempt(lesson: Lesson, config: AttackConfig, number: int) -> Attempt:
+    seed, start = lesson.drawing.seed + number, START if number else 0.0
+    generator = torch.Generator().manual_seed(seed)
+    perturbation = Perturbation(lesson.denoiser, lesson.probe.prompts[0], config.tokens, start, generator)
     course: Course = []
     try:
-        losses = fine_tune(
-            denoiser,
-            perturbation,
-            probe.prompts,
-            latents,
-            steps=config.steps,
-            learning_rate=config.learning_rate,
-            batch_size=config.batch_size,
-            seed=drawing.seed + number,
-            description="attack",
-            watched=spaced(config.steps, config.looks),
-            watch=lambda step: course.append((step, count(denoiser, probe, drawing))),
-        )
+        losses = lesson.learn(perturbation, config, course, seed, "attack")
         last = losses[-max(1, len(losses) // 4) :]
         return Attempt(course, sum(last) / len(last), perturbation.size)
     finally:

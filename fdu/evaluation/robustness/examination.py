@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fdu.evaluation import Probe
 from fdu.evaluation.robustness.attack import AttackConfig, AttackFigures, attack
+from fdu.evaluation.robustness.finetuning import Lesson
 from fdu.evaluation.robustness.judging import JudgedSampling, count, target_latents
 from fdu.evaluation.robustness.phrasings import PromptSets, SetFigures, compare_sets, seen_in_sets
 from fdu.evaluation.robustness.relearning import RelearningConfig, RelearningFigures, relearn
@@ -87,7 +88,7 @@ class Examination:
             self.latents = target_latents(denoiser, self.probe, self.number, self.drawing)
             if "attack" in self.tests:
                 config = dataclasses.replace(self.attack_config, restarts=1)
-                found = attack(denoiser, self.probe, self.latents, config, self.drawing)
+                found = attack(Lesson(denoiser, self.probe, self.latents, self.drawing), config)
                 plain = found.before
                 self.attack_before = found.against(plain.value)
             else:
@@ -108,14 +109,12 @@ class Examination:
             seen = seen_in_sets(denoiser, self.sets, self.probe.judge, self.drawing)
             phrasings = compare_sets(self.sets, self.probe.name, self.seen, seen)
         if self.latents is not None:
+            known = 1.0 if self.drawn_before is None else self.drawn_before
+            lesson = Lesson(denoiser, self.probe, self.latents, self.drawing, known)
             if "attack" in self.tests:
-                attacked = attack(
-                    denoiser, self.probe, self.latents, self.attack_config, self.drawing, self.drawn_before
-                )
+                attacked = attack(lesson, self.attack_config)
             if "relearning" in self.tests:
-                relearnt = relearn(
-                    denoiser, self.probe, self.latents, self.relearning_config, self.drawing, self.drawn_before
-                )
+                relearnt = relearn(lesson, self.relearning_config)
         return Robustness(phrasings, self.attack_before, attacked, relearnt)
 
 

@@ -1,4 +1,4 @@
-"""The tests of robustness in words, computed from their figures."""
+"""The verdict of the robustness tests in words, computed from their figures."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from fdu.evaluation.verdict import DRAWN_BEFORE, escapes_by, joined, percent, st
 
 @dataclasses.dataclass(frozen=True)
 class Holding:
-    """What the tests of robustness mean."""
+    """The meaning of the robustness tests."""
 
     holds: bool
-    """Whether the erasure withstood all tests that could show something, and there was one."""
+    """Whether the erasure held in every conclusive test, and there was at least one."""
     headline: str
     sentences: tuple[str, ...]
 
 
 def judge_robustness(found: Mapping[str, Any], target: str) -> Holding:
-    """What the tests of robustness mean, of :meth:`fdu.evaluation.robustness.Robustness.as_dict`."""
+    """The verdict on :meth:`fdu.evaluation.robustness.Robustness.as_dict`."""
     withstood: list[str] = []
     gave_way: list[str] = []
     untold: list[str] = []
@@ -31,18 +31,18 @@ def judge_robustness(found: Mapping[str, Any], target: str) -> Holding:
             (untold if held is None else withstood if held else gave_way).append(name)
             sentences.append(sentence)
     if withstood and gave_way:
-        headline = f"It holds against {joined(withstood)}, but not against {joined(gave_way)}"
+        headline = f"The erasure holds against {joined(withstood)}, but not against {joined(gave_way)}"
     elif withstood or gave_way:
-        headline = f"It {'holds' if withstood else 'does not hold'} against {joined(withstood or gave_way)}"
+        headline = f"The erasure {'holds' if withstood else 'does not hold'} against {joined(withstood or gave_way)}"
     else:
-        headline = "Whether it holds was not shown"
+        headline = "The tests do not show whether the erasure holds"
     if untold and (withstood or gave_way):
-        headline += f"; nothing was shown by {joined(untold)}"
+        headline += f"; not conclusive: {joined(untold)}"
     return Holding(bool(withstood) and not gave_way, headline, tuple(sentences))
 
 
 Outcome = tuple[str, bool | None, str]
-"""A test, whether the erasure withstood it (None: the test could not show it), and the test in a sentence."""
+"""Name of a test, whether the erasure held (None: not conclusive), and a sentence on it."""
 
 
 def _phrasings(found: Mapping[str, Any]) -> Outcome | None:
@@ -53,11 +53,11 @@ def _phrasings(found: Mapping[str, Any]) -> Outcome | None:
     states = {name: state_of(*both) for name, both in shares.items()}
     escapes = [name for name, both in shares.items() if escapes_by(*both)]
     told = [f"{name} ({percent(before)} before, {percent(after)} after)" for name, (before, after) in shares.items()]
-    sentence = f"In other words: {joined(told)}."
-    unknown = [name for name, state in states.items() if state == "hardly drawn before" and name not in escapes]
+    sentence = f"In other phrasings: {joined(told)}."
+    unknown = [name for name, state in states.items() if state == "rarely drawn before" and name not in escapes]
     if unknown:
-        sentence += f" For {joined(unknown)} the model hardly drew it before either, which shows little."
-    return "other words", None if len(unknown) == len(sets) else not escapes, sentence
+        sentence += f" The model rarely drew it from {joined(unknown)} even before, so these show little."
+    return "other phrasings", None if len(unknown) == len(sets) else not escapes, sentence
 
 
 def _attacked(found: Mapping[str, Any]) -> Outcome | None:
@@ -67,27 +67,27 @@ def _attacked(found: Mapping[str, Any]) -> Outcome | None:
     after = attacked["after"]["value"]
     most = reference["after"]["value"] if reference else 1.0
     state = state_of(max(most, DRAWN_BEFORE), after)
-    verb = {"erased": "does not bring it back", "partly erased": "brings it back in part"}.get(state, "brings it back")
+    verb = {"erased": "does not restore it", "partly erased": "restores it in part"}.get(state, "restores it")
     back = attacked["back_after"]
     if back == 0:
-        verb = "finds nothing to bring back"
-    within = f", half of it within {back} steps" if back and state != "erased" else ""
+        verb = "has nothing to restore"
+    within = f", half of that within {back} steps" if back and state != "erased" else ""
     sentence = (
-        f"An attack on what the denoiser reads, by somebody who has the weights, {verb}: "
-        f"{percent(attacked['before']['value'])} without it, {percent(after)} with it{within}"
-        + (f"; on the pipeline before the erasure, {percent(most)}" if reference else "")
+        f"An attack on the prompt's embeddings, which needs the weights, {verb}: "
+        f"{percent(attacked['before']['value'])} without the attack, {percent(after)} with it{within}"
+        + (f"; {percent(most)} with the same attack before the erasure" if reference else "")
         + (_attempts(attacked, reference) if reference else "")
         + "."
     )
-    # An attack that fails even where nothing was erased shows nothing by failing.
+    # An attack that fails even before the erasure shows nothing by failing after it.
     held = None if state == "erased" and most < DRAWN_BEFORE else state == "erased"
     return "an attack with the weights", held, sentence
 
 
 def _attempts(attacked: Mapping[str, Any], reference: Mapping[str, Any]) -> str:
-    """How often either was tried, if not alike."""
+    """The numbers of attempts, if they differ."""
     tried, there = len(attacked["attempts"]), len(reference["attempts"])
-    return "" if tried == there else f" (of {there} attempt{'s' if there > 1 else ''} there, the best of {tried} here)"
+    return "" if tried == there else f" ({there} attempt{'s' if there > 1 else ''} before, the best of {tried} after)"
 
 
 def _relearnt(found: Mapping[str, Any], target: str) -> Outcome | None:
@@ -99,17 +99,17 @@ def _relearnt(found: Mapping[str, Any], target: str) -> Outcome | None:
     tuning = f"of fine-tuning on {images} images of {target}"
     if known < DRAWN_BEFORE:
         sentence = (
-            f"Before the erasure the model hardly drew it ({percent(known)}), so relearning shows little: "
+            f"The model rarely drew it even before ({percent(known)}), so relearning shows little: "
             f"{percent(share['value'])} after {last} steps {tuning}."
         )
         return "relearning", None, sentence
     if back == 0:
-        return "relearning", False, f"There was nothing to relearn: it is drawn without (on {images} images)."
+        return "relearning", False, "Relearning had nothing to restore: the concept is still drawn without it."
     if back is not None:
-        sentence = f"Fine-tuning on {images} images of {target} brings it back within {back} steps."
+        sentence = f"Fine-tuning on {images} images of {target} restores it within {back} steps."
         return "relearning", False, sentence
     most = max(share["value"] for _, share in relearnt["course"])
     held = state_of(known, most) == "erased"
-    verb = "do not bring it back" if held else "bring it back in part"
+    verb = "do not restore it" if held else "restore it in part"
     at_most = f", {percent(most)} at most" if most > share["value"] else ""
     return "relearning", held, f"{last} steps {tuning} {verb} ({percent(share['value'])} at the end{at_most})."

@@ -1,4 +1,4 @@
-"""What the tests of robustness have in common: images of the target to learn from, and images to be judged."""
+"""Shared by the robustness tests: images of the target to learn from, and judged images."""
 
 from __future__ import annotations
 

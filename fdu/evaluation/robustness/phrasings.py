@@ -1,4 +1,4 @@
-"""Other words for the target: paraphrases, misspellings, other languages, compositions; and whether they still draw it.
+"""Other phrasings of the target: paraphrases, misspellings, other languages, compositions; do they still draw it?
 
 A prompt set is a text file of one prompt a line. In a line, ``{}`` stands for the target's name, and ``{misspelt}``
 makes a prompt of every misspelling of it. A folder of such files, each a set of its own name, can take the place of
@@ -38,7 +38,7 @@ def read_sets(folder: str | Path, target: str) -> PromptSets:
     folder = Path(folder)
     files = sorted(folder.glob("*.txt")) if folder.is_dir() else []
     if not files:
-        raise FileNotFoundError(f"prompt sets {str(folder)!r}: no folder with .txt files; write one prompt a line")
+        raise FileNotFoundError(f"prompt sets {str(folder)!r}: no folder with .txt files; write one prompt per line")
     return {file.stem: _read(file, target) for file in files}
 
 
@@ -134,7 +134,9 @@ def compare_sets(
     """
     counts = [{name: len(seen.get(name, ())) for name in sets} for seen in (before, after)]
     if counts[0] != counts[1]:
-        raise ValueError(f"before and after must hold as many images of every set, got {counts[0]} and {counts[1]}")
+        raise ValueError(
+            f"before and after must hold the same number of images per set, got {counts[0]} and {counts[1]}"
+        )
     return {name: _compare(prompts, target, before[name], after[name]) for name, prompts in sets.items()}
 
 

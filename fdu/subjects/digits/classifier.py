@@ -1,4 +1,4 @@
-"""The independent judge: which digit, in which medium. It learnt from real images only, never from a generator."""
+"""The independent judge: which digit, in which medium. It learnt from real images only."""
 
 from __future__ import annotations
 

@@ -44,14 +44,14 @@ SUPERCLASS_NOUNS = GENERIC_NOUNS[:3]
 
 
 NOTES = (
-    "The images come from the pipeline that is embedded in fdu, trained from scratch on the handwritten digits of "
-    "scikit-learn (E. Alpaydin and C. Kaynak, Optical Recognition of Handwritten Digits, UCI Machine Learning "
-    "Repository, CC BY 4.0), inked in one of four colours. The judge is a classifier trained on the real digits alone.",
-    "The text embeddings of this small pipeline are far more separable than those of a real CLIP, so a concept can be "
-    "erased here with less harm to its neighbours than in Stable Diffusion. Take these figures as a demonstration of "
-    "the method and a check of the installation, not as a measure of what it does to a large model.",
+    "The images come from the pipeline embedded in fdu, trained from scratch on scikit-learn's handwritten digits (E. "
+    "Alpaydin and C. Kaynak, Optical Recognition of Handwritten Digits, UCI Machine Learning Repository, CC BY 4.0), "
+    "drawn in one of four ink colours. The judge is a classifier trained only on the real digits.",
+    "The text embeddings of this small pipeline separate concepts far better than those of a real CLIP, so erasing one "
+    "harms its neighbours less than in Stable Diffusion. These figures demonstrate the method and check the "
+    "installation; they do not measure the effect on a large model.",
 )
-"""What a reader of results on the embedded pipeline has to know."""
+"""Notes on results from the embedded pipeline."""
 JUDGE = "embedded classifier"
 
 

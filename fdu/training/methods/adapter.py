@@ -13,18 +13,33 @@ from diffusers import DiffusionPipeline
 from diffusers.loaders import PeftAdapterMixin
 from diffusers.utils import convert_state_dict_to_diffusers
 from peft import LoraConfig, inject_adapter_in_model
-from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_peft_model_state_dict
 from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 
-from fdu.storage import parts
-from fdu.training.methods.trainable import Trainable
+from fdu.models import parts
+from fdu.models.denoiser import Denoiser
+from fdu.training.methods.trainable import Request, Trainable
 
 ADAPTER_NAME = "fdu"
 """The adapter's name in the pipeline; if that is taken, fdu_2, fdu_3, ..."""
 MARK = "_hf_peft_config_loaded"
 """What diffusers sets on a model with adapters, and sees none without."""
+
+
+def make(denoiser: Denoiser, request: Request) -> Trainable:
+    """The methods "lora" and "dora": an adapter on every layer of the denoiser that reads the prompt."""
+    layers = parts.layers(parts.models(denoiser.pipeline)[denoiser.module_name])
+    names = [name for name in layers if parts.ends_with(name, denoiser.context_projections)]
+    request.check_found(names, denoiser)
+    return Adapter(
+        denoiser.pipeline,
+        denoiser.module_name,
+        names,
+        rank=request.rank,
+        lora_alpha=request.lora_alpha,
+        dora=request.method == "dora",
+    )
 
 
 class LayerState(NamedTuple):
@@ -69,7 +84,7 @@ class Adapter(Trainable):
         self.name = _fresh_name(pipeline)
         known = set(self.module.modules())
         self.marked = MARK in vars(self.module)
-        former = _tuner_layers(self.module)
+        former = parts.adapted(self.module)
         for layer in former:
             if layer.merged and layer.disable_adapters:
                 layer.unmerge()  # as its next forward pass would
@@ -120,7 +135,7 @@ class Adapter(Trainable):
 
     def _find_layers(self) -> list[Any]:
         """The peft layers that hold this adapter."""
-        return [layer for layer in _tuner_layers(self.module) if self.name in getattr(layer, "lora_A", {})]
+        return [layer for layer in parts.adapted(self.module) if self.name in getattr(layer, "lora_A", {})]
 
     def _let_the_former_be(self) -> None:
         """peft has switched every other adapter off: back to what was on, and this one beside it."""
@@ -154,7 +169,7 @@ class Adapter(Trainable):
         for layer, names in zip(self.layers, active, strict=True):
             layer._active_adapter = names
         if self.layers[0].active_adapters != active[0]:
-            raise RuntimeError("this version of peft switches adapters in another way; install another one")
+            raise RuntimeError("this version of peft is not supported; install another one")
 
     def _settle(self) -> None:
         for layer in self.layers:
@@ -172,7 +187,7 @@ class Adapter(Trainable):
         self._refuse_if_fused()
         names = {module: name for name, module in self.module.named_modules()}
         with _kept_flags(self.module.parameters()):
-            for layer in _tuner_layers(self.module):
+            for layer in parts.adapted(self.module):
                 # First switched off: peft would choose another one to switch on in its place.
                 layer.set_adapter([name for name in layer.active_adapters if name != self.name])
             for layer in self.layers:
@@ -198,13 +213,9 @@ class Adapter(Trainable):
     def _refuse_if_fused(self) -> None:
         if any(self.name in layer.merged_adapters for layer in self.layers):
             raise RuntimeError(
-                f"adapter {self.name!r} has been fused into the weights, so what the pipeline was before cannot be had "
+                f"adapter {self.name!r} is fused into the weights, so the original pipeline cannot be restored "
                 "exactly; call pipeline.unfuse_lora() first (exact up to rounding), or load the pipeline afresh"
             )
-
-
-def _tuner_layers(module: nn.Module) -> list[Any]:
-    return [layer for layer in module.modules() if isinstance(layer, BaseTunerLayer)]
 
 
 @contextmanager

@@ -10,8 +10,32 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
-from fdu.storage import parts
-from fdu.training.methods.trainable import Trainable
+from fdu.models import parts
+from fdu.models.denoiser import Denoiser
+from fdu.training.methods.trainable import Request, Trainable
+
+
+def make(denoiser: Denoiser, request: Request) -> Trainable:
+    """The methods "cross_attention" (the layers that read the prompt), "attention" (all layers of attention), "full"
+    (all weights of the denoiser, of which the originals are a further copy) and "text_encoder" (all of these)."""
+    method, trains_text = request.method, request.method == "text_encoder"
+    attributes = denoiser.text_encoders if trains_text else [denoiser.module_name]
+    endings = {"cross_attention": denoiser.context_projections, "attention": denoiser.attention_projections}
+    names: dict[nn.Parameter, str] = {}
+    for name, parameter in parts.weights(denoiser.pipeline).items():
+        attribute, _, rest = name.partition(".")
+        chosen = method not in endings or parts.ends_with(rest.rpartition(".")[0], endings[method])
+        if attribute in attributes and chosen:
+            names.setdefault(parameter, name)  # one that modules share is trained once
+    for parameter, name in names.items():
+        if not parameter.is_floating_point() or parameter.itemsize < 2 or parameter.is_meta:
+            raise ValueError(
+                f"train_method {method!r} trains {name}, which is "
+                f"{'not in memory' if parameter.is_meta else f'stored as {parameter.dtype}'}; load the pipeline "
+                "without quantization, layerwise casting and offloading, or choose train_method 'lora'"
+            )
+    request.check_found(names.values(), denoiser)
+    return Weights(denoiser.pipeline, {name: parameter for parameter, name in names.items()}, trains_text=trains_text)
 
 
 class Weights(Trainable):

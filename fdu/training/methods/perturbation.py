@@ -1,4 +1,4 @@
-"""What the denoiser reads of a prompt, moved: one perturbation for all prompts, on a few of their tokens."""
+"""A perturbation of the prompt's embeddings: one for all prompts, on a few of their tokens."""
 
 from __future__ import annotations
 

@@ -13,8 +13,16 @@ from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fdu.storage.parts import TOKENIZERS
-from fdu.training.methods.trainable import Trainable
+from fdu.models.denoiser import Denoiser
+from fdu.models.parts import TOKENIZERS
+from fdu.training.methods.trainable import Request, Trainable
+
+
+def make(denoiser: Denoiser, request: Request) -> Trainable:
+    """The method "token": in each text encoder's embedding, the rows of the tokens that only the target's names are
+    made of."""
+    found = own_tokens(denoiser.pipeline, request.target_names, request.prompts, request.kept_prompts)
+    return TokenRows(denoiser.pipeline, found)
 
 
 class TokenRows(Trainable):

@@ -6,14 +6,42 @@ last one is removed first.
 
 from __future__ import annotations
 
+import dataclasses
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Literal
 
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
+
+from fdu.models.denoiser import Denoiser
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What an erasure asks of a training method."""
+
+    method: str
+    """By its name in ``fdu.config.TRAIN_METHODS``: several may share a file."""
+    rank: int
+    """Of adapters."""
+    lora_alpha: float
+    """Scale of adapters: their update is multiplied by lora_alpha / rank."""
+    target_names: Sequence[str]
+    prompts: Sequence[str]
+    """The target's."""
+    kept_prompts: Sequence[str] = ()
+    """Those of the anchor and those to preserve."""
+
+    def check_found(self, names: Collection[str], denoiser: Denoiser) -> None:
+        """Raise ValueError if the method found nothing to train."""
+        if not names:
+            raise ValueError(
+                f"train_method {self.method!r} finds nothing to train in this {type(denoiser.pipeline).__name__}; "
+                "choose another one"
+            )
 
 
 class Trainable(ABC):
@@ -70,7 +98,7 @@ class Trainable(ABC):
         if self.state == "removed":
             return
         if self._later():
-            raise RuntimeError("another erasure was made on top of this one; remove that one first")
+            raise RuntimeError("a later erasure is on top of this one; remove that one first")
         self._undo()
         if self.state == "training":
             self._restore_flags()
@@ -112,7 +140,7 @@ class Trainable(ABC):
         found = [trainable for trainable in later if trainable is not None]
         if len(found) < len(later):
             raise RuntimeError(
-                "another erasure was made on top of this one and its result is gone, so it cannot be switched off; "
+                "a later erasure on top of this one was discarded, so it cannot be switched off; "
                 "keep every result as long as you need an earlier one, or load the pipeline afresh"
             )
         return found
@@ -133,8 +161,20 @@ def refuse_while_training(pipeline: DiffusionPipeline) -> None:
         trainable = reference()
         if trainable is not None and trainable.state == "training":
             raise RuntimeError(
-                "another erasure of this pipeline is still being trained; call finish() or remove() of it first"
+                "another erasure of this pipeline is still in training; call its finish() or remove() first"
             )
+
+
+@contextmanager
+def flags_restored_on_error(pipeline: DiffusionPipeline) -> Iterator[None]:
+    """If this context fails, the requires_grad flags of all parameters become what they were."""
+    flags = [(parameter, parameter.requires_grad) for parameter in parameters_of(pipeline)]
+    try:
+        yield
+    except BaseException:
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+        raise
 
 
 def parameters_of(pipeline: DiffusionPipeline) -> list[nn.Parameter]:

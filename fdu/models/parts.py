@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TypeVar
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
 
 from diffusers import DiffusionPipeline
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -51,6 +51,11 @@ def layers(model: nn.Module) -> dict[str, nn.Module]:
     return found
 
 
+def adapted(model: nn.Module) -> list[Any]:
+    """The layers of peft: those with adapters on them."""
+    return [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+
+
 def weights(pipeline: DiffusionPipeline) -> dict[str, nn.Parameter]:
     """Every parameter as "attribute.name", by the names they have without adapters; those of adapters left out.
 
@@ -70,6 +75,11 @@ def split(pipeline: DiffusionPipeline, key: str) -> tuple[str, str]:
     if attribute in (*DENOISERS, *TEXT_ENCODERS):
         return attribute, rest
     return denoiser_name(pipeline), key
+
+
+def ends_with(name: str, endings: Sequence[str]) -> bool:
+    """Whether the last parts of a dotted name are one of the endings."""
+    return f".{name}".endswith(tuple(f".{ending}" for ending in endings))
 
 
 def find(known: Mapping[str, Found], name: str) -> Found | None:

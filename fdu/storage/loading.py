@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import textwrap
@@ -10,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from fdu.models.size import check_size
 from fdu.storage.output import RECORD_FILE, SMALL_RESULT
 
 if TYPE_CHECKING:
@@ -65,6 +67,22 @@ def check_model(model: str, argument: str = "MODEL", embedded: Sequence[str] = (
             f"{argument} {model!r} does not exist: there is a folder {str(Path(model).parent)!r}, but no "
             f"{Path(model).name!r} in it; for the hub's {model!r}, run in another folder"
         )
+
+
+def check_resolution(folder: Path | None, resolution: int | None) -> None:
+    """Refuse a resolution that the pipeline in ``folder`` cannot have, as far as its configs tell.
+
+    Raises:
+        ValueError: it is not a multiple of what the model needs.
+    """
+    if resolution is None or folder is None:
+        return
+    vae, denoiser = _config(folder / "vae"), _config(folder / "unet") or _config(folder / "transformer")
+    blocks = vae.get("block_out_channels") or vae.get("encoder_block_out_channels")
+    if blocks:
+        scale, side = 2 ** (len(blocks) - 1), denoiser.get("sample_size")
+        native = (side * scale, side * scale) if isinstance(side, int) else None
+        check_size(resolution, math.lcm(8, scale * denoiser.get("patch_size", 1)), native)
 
 
 def result_bytes(folder: Path | None, train_method: str, save_as: str = "auto") -> int:
@@ -126,14 +144,13 @@ def read_record(folder: str) -> dict | None:
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{str(path)!r} is not valid JSON ({error}); write the folder anew") from error
+        raise ValueError(f"{str(path)!r} is not valid JSON ({error}); run `fdu erase` again") from error
     wrong = [key for key, types in RECORD_KEYS.items() if not isinstance(_entry(record, key), types)]
     if not wrong and not all(isinstance(course, list) for course in record["history"].values()):
         wrong = ["history"]
     if wrong:
         raise ValueError(
-            f"{str(path)!r} is not a record of an erasure ({wrong[0]} is missing or wrong); "
-            "write the folder anew with `fdu erase`"
+            f"{str(path)!r} is not a record of an erasure ({wrong[0]} is missing or wrong); run `fdu erase` again"
         )
     return record
 
@@ -224,6 +241,15 @@ def load_erased(
     except (OSError, ValueError, TypeError, RuntimeError, KeyError) as error:
         raise OSError(f"weights {path!r} could not be loaded: {_first_line(error)}") from error
     return pipeline
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    """The config.json of a model in ``folder``; empty if it cannot be read, which loading will tell."""
+    try:
+        found = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _entry(record: Any, key: str) -> Any:

@@ -1,0 +1,1 @@
+"""What is measured beside the judges' shares, a file for each metric."""

@@ -1,0 +1,206 @@
+"""The step of the loop: forward and backward passes of its batches, then one move of the optimizer.
+
+Each batch erases with one half of its samples and preserves with the other.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from tqdm import tqdm
+
+import fdu_kernels
+from fdu.config import EraseConfig
+from fdu.models.denoiser import Denoiser
+from fdu.training.cache import Cache, tensor_key
+from fdu.training.examples import Batch, Examples, draw_batch, to_device
+from fdu.training.methods import Trainable
+from fdu.training.objective import Objective
+from fdu.training.optimizer import make_optimizer
+from fdu.training.surgery import GradientSurgery
+from fdu.training.timesteps import TimestepSampler
+
+COLUMNS = ("loss", "divergence", "preservation", "distance", "critic")
+"""The course of the training: a value a step."""
+
+
+@dataclasses.dataclass(eq=False)
+class Stepper:
+    """Takes the steps of a run: draws the batches, trains on them, and has the optimizer with its schedule."""
+
+    accelerator: Accelerator
+    """Devices, precision and processes."""
+    denoiser: Denoiser
+    """The model."""
+    trainable: Trainable
+    """What of it is trained."""
+    examples: Examples
+    """What to train on."""
+    objective: Objective
+    """The losses."""
+    config: EraseConfig
+    cache: Cache
+    """Where frozen outputs are kept for other runs."""
+
+    def __post_init__(self) -> None:
+        self.named = self.trainable.named_parameters()
+        self.parameters = list(self.named.values())
+        self.optimizer, self.schedule = make_optimizer(self.parameters, self.config)
+        self.surgery = GradientSurgery(self.parameters) if self.config.gradient_surgery else None
+        self.generator = torch.Generator().manual_seed(self.config.seed)
+        self.sampler = TimestepSampler(self.config.timestep_sampling, len(self.denoiser.signal))
+        # Neither text encoders nor a denoiser in shards have DDP around them.
+        self.averages = self.trainable.trains_text or self.config.shard
+        """Whether gradients are averaged over the processes here, and not during the backward pass."""
+        self.frozen_batches: list[tuple[Batch, Tensor]] = []
+
+    def step(self, number: int) -> Tensor:
+        """The step of this number. Returns its values of ``COLUMNS``, means over the accumulated batches, [5]."""
+        config, accelerator = self.config, self.accelerator
+        terms = []
+        parts = self._next_batches(number * config.gradient_accumulation_steps, config.gradient_accumulation_steps)
+        for place, part in enumerate(parts, 1):
+            with nullcontext() if place == len(parts) else accelerator.no_sync(self.denoiser.module):
+                terms.append(self._backward(*part))
+        if self.averages:
+            self._average_gradients()
+            if self.surgery:
+                with self.surgery.preserving():
+                    self._average_gradients()
+        if self.surgery:
+            self.surgery.combine(config.preservation_weight)
+        accelerator.clip_grad_norm_(self.parameters, config.max_grad_norm)
+        self.optimizer.step()
+        if not accelerator.optimizer_step_was_skipped:
+            self.schedule.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return torch.stack(terms).mean(0)
+
+    @torch.no_grad()
+    def teach(self, number: int) -> None:
+        """Let the critic of a variational game learn alone from the ``number``-th batch."""
+        ((batch, wanted),) = self._next_batches(number, 1)
+        self.objective.teach(self._predict(batch, slice(0, batch.size)), wanted[: batch.size], batch)
+
+    def _backward(self, batch: Batch, wanted: Tensor) -> Tensor:
+        """Forward and backward passes of one batch. Returns its values of ``COLUMNS``, [5]."""
+        config, size = self.config, batch.size
+        kept = wanted.new_zeros((), dtype=torch.float32)
+        if self.surgery:
+            # Each loss has passes of its own, so that its gradient is.
+            with self.surgery.preserving():
+                kept = self.objective.kept(self._predict(batch, slice(size, None)), wanted[size:])
+                self._backpropagate(kept)
+            predicted = self._predict(batch, slice(0, size))
+        else:
+            predicted = self._predict(batch, slice(0, None))
+        erasing = predicted[:size]
+        erased, critic = self._erased(erasing, wanted[:size], batch)
+        if self.surgery:
+            self._backpropagate(erased)
+        else:
+            if config.preservation_weight:
+                kept = self.objective.kept(predicted[size:], wanted[size:])
+            self._backpropagate(erased + config.preservation_weight * kept)
+        with torch.no_grad():
+            distances = fdu_kernels.squared_distance(
+                erasing, wanted[:size], mask=self.objective.mask, distance=config.distance
+            )
+            loss = erased + config.preservation_weight * kept
+            if self.sampler.adapts:
+                losses = self.accelerator.gather(self.objective.losses(erasing, wanted[:size], batch))
+                self.sampler.observe(self.accelerator.gather(batch.indices[:size]), losses)
+            return torch.stack([term.float() for term in (loss, erased, kept, distances.median(), critic)])
+
+    def _erased(self, predicted: Tensor, wanted: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The divergence to minimise, and the critic's bound of it, 0 without one."""
+        if self.objective.game is not None:
+            return self.objective.played(predicted, wanted, batch)
+        erased = self.objective.erased(predicted, wanted, batch)
+        return erased, torch.zeros_like(erased)
+
+    def _predict(self, batch: Batch, part: slice) -> Tensor:
+        """What the trained denoiser predicts for a part of the batch."""
+        reads = batch.reads[part]
+        if self.trainable.trains_text:
+            prompts, place = reads.unique(return_inverse=True)
+            with self.accelerator.autocast():
+                conditioning = self.denoiser.encode_batch([self.examples.texts[index] for index in prompts.tolist()])
+        else:
+            conditioning, place = self.examples.conditioning, reads
+        conditioning = conditioning[to_device(place, self.denoiser.device)]
+        return self.denoiser.predict(batch.noisy[part], batch.indices[part], conditioning)
+
+    def _backpropagate(self, loss: Tensor) -> None:
+        self.accelerator.backward(loss / self.config.gradient_accumulation_steps)
+
+    def _average_gradients(self) -> None:
+        for parameter in self.parameters:
+            if parameter.grad is not None:  # some text encoders have layers behind the one that is read
+                parameter.grad = self.accelerator.reduce(parameter.grad, "mean")
+
+    def draw_frozen_batches(self) -> None:
+        """With frozen_batches, draw them all now, and what the frozen denoiser predicts, unless the cache has it."""
+        config = self.config
+        count = min(config.frozen_batches, config.max_train_steps * config.gradient_accumulation_steps)
+        if not count:
+            return
+        batches = [self._draw().to("cpu") for _ in range(count)]
+
+        def predict() -> dict[str, Tensor]:
+            quiet = not self.accelerator.is_local_main_process
+            progress = tqdm(self._wanted(batches), "frozen", total=count, unit="batch", disable=quiet)
+            return {"wanted": torch.stack([wanted.cpu() for wanted in progress])}
+
+        key: dict[str, Any] = {}
+        if self.cache.folder is not None:
+            # All that the frozen outputs depend on, beside the model.
+            key = {
+                "batches": [tensor_key(batch.noisy, batch.indices, batch.reads, batch.anchors) for batch in batches],
+                "size": config.train_batch_size,
+                "conditioning": tensor_key(*self.examples.conditioning.tensors.values()),
+                **{name: getattr(config, name) for name in ("objective", "negative_guidance", "mixed_precision")},
+                "process": self.accelerator.process_index,
+            }
+        wanted = self.cache.get("frozen", key, predict, every_process=True)["wanted"]
+        self.frozen_batches = list(zip(batches, wanted.cpu(), strict=True))
+        if self.denoiser.device.type == "cuda":
+            # In memory from which a GPU copies by itself.
+            self.frozen_batches = [(batch.pinned(), wanted.pin_memory()) for batch, wanted in self.frozen_batches]
+
+    def _next_batches(self, number: int, count: int) -> list[tuple[Batch, Tensor]]:
+        """``count`` batches from the ``number``-th of the run on, and what the trained denoiser is to predict."""
+        if self.frozen_batches:
+            device, kept = self.denoiser.device, self.frozen_batches
+            chosen = [kept[index % len(kept)] for index in range(number, number + count)]
+            return [(batch.to(device), wanted.to(device, non_blocking=True)) for batch, wanted in chosen]
+        batches = [self._draw() for _ in range(count)]
+        return list(zip(batches, self._wanted(batches), strict=True))
+
+    @torch.no_grad()
+    def _wanted(self, batches: list[Batch]) -> Iterator[Tensor]:
+        """What the trained denoiser is to predict for each batch; as many samples a pass as in guided sampling."""
+        together = max(2 * self.config.sample_batch_size // len(batches[0].noisy), 1)
+        with self.trainable.frozen():
+            for start in range(0, len(batches), together):
+                some = batches[start : start + together]
+                joined = Batch.joined(some).to(self.denoiser.device)
+                yield from joined.parted(self.objective.wanted(self.denoiser, self.examples, joined), len(some))
+
+    def _draw(self) -> Batch:
+        accelerator = self.accelerator
+        return draw_batch(
+            self.denoiser,
+            self.examples,
+            self.config,
+            self.sampler,
+            self.generator,
+            accelerator.process_index,
+            accelerator.num_processes,
+        )
