@@ -9,14 +9,15 @@ import pytest
 
 
 @pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Mark as slow what ``quick`` does not name, and keep together what shares a fixture of its module."""
+    in_parallel = config.pluginmanager.hasplugin("xdist")
     for item in items:
         if not _is_quick(item):
             item.add_marker(pytest.mark.slow)
         fixtures = item._fixtureinfo.name2fixturedefs if isinstance(item, pytest.Function) else {}
         costly = [name for name, (*_, last) in fixtures.items() if last.scope == "module" and name != "own_cache"]
-        if costly:
+        if costly and in_parallel:
             item.add_marker(pytest.mark.xdist_group(str(item.path)))
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 import fdu_kernels as fk
 from fdu.config import EraseConfig
+from fdu.training.critic import Outputs
 from fdu.training.examples import Batch
 from fdu.training.objective import Objective
 from fdu.training.weighting import weights
@@ -179,9 +180,10 @@ def test_the_critic_moves_first_and_both_values_are_standardised() -> None:
     assert goal.slope == pytest.approx(0.5) and goal.sigma != 1.0  # and sigma has seen the samples
     game, (omega, scale) = twin.game, twin._weights(given)
     assert game is not None
-    expected = game.critic_step(predicted, wanted, omega, mask[None], scale) / 0.5
+    shown = Outputs(predicted, wanted, omega, mask[None], scale)
+    expected = game.critic_step(shown) / 0.5
     assert bound.item() == pytest.approx(expected.item(), rel=1e-5)
-    expected = game.model_loss(predicted, wanted, omega, mask[None], scale) / 0.5
+    expected = game.model_loss(shown) / 0.5
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
     assert loss.requires_grad and not bound.requires_grad
     other = objective(mask, **settings)
