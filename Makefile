@@ -53,13 +53,10 @@ bench: $(STAMP) ## time this CPU, some ten minutes (leave it alone; SUITES="loss
 	        *) $(INSIDE) -m pytest -q "benchmarks/bench_$$suite.py" --benchmark-json="$$record" $(ARGS) ;; \
 	    esac || exit 1; \
 	done
-	$(if $(filter losses,$(SUITES)),$(INSIDE) benchmarks/compare.py "$(RESULTS)/losses/$(MACHINE).json" --check)
+	$(if $(filter losses,$(SUITES)),$(INSIDE) benchmarks/promises.py "$(RESULTS)/losses/$(MACHINE).json")
 
-bench-report: $(STAMP) ## write the pages and figures on speed anew from the records; nothing is measured
+bench-report: $(STAMP) ## write docs/performance.md and docs/training.md from the records; nothing is measured
 	$(INSIDE) benchmarks/report.py --results "$(RESULTS)" --machine $(MACHINE)
-	$(INSIDE) benchmarks/scaling_estimate.py >/dev/null
-	@record="$(RESULTS)/training/$(MACHINE).json"; [ ! -e "$$record" ] || \
-	    $(INSIDE) benchmarks/bench_training.py --page_only --record "$$record" --docs docs/training.md >/dev/null
 
 wheel: $(STAMP) ## build the wheel into dist/
 	rm -rf build dist

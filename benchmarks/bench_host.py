@@ -1,11 +1,13 @@
-"""What a call costs the host at the size of latents, by part: ``pytest benchmarks/bench_host.py``.
+"""What a call costs the host at the size of latents, by part: ``python bench_host.py``.
 
-The pieces are those of host_levels.py; they take turns, one thread, medians over rounds. The results of every piece's
-inputs are checked against the reference before.
+Nested pieces of one call that really run, each timed for itself in turn, on one thread: the function of ``fdu_kernels``
+(its checks), the dispatch (the choice of a backend and of the way to it), the backend's own function (outputs
+allocated, arguments laid out) and the launch: the compiled operation, into buffers that exist. A part is what a piece
+takes beyond the one inside it. On the CPU a launch computes as well; on a GPU it returns before the device has done its
+work.
 
-``test_before_and_after`` runs only with ``FDU_BEFORE=COMMIT``: it times this checkout and that commit in two processes
-that take turns, so that a change of the host's work is judged in one run. Each commit is timed by its own
-host_levels.py.
+``test_before_and_after`` runs only with ``FDU_BEFORE=COMMIT``: it times the public calls of this checkout and of that
+commit in two processes that take turns, so that a change of the host's work is judged in one run.
 """
 
 from __future__ import annotations
@@ -15,47 +17,174 @@ import os
 import statistics
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-import host_levels
 import pytest
+import timing
 import torch
-from candidates import fused_backends
-from pytest_benchmark.fixture import BenchmarkFixture
+from competitors import Shape, fused_backends
+from torch import Tensor
+
+import fdu_kernels as fk
+from fdu_kernels import dispatch
+from fdu_kernels.calls import GaussianCall
+from fdu_kernels.kernels.native import CpuBackend
+from fdu_kernels.registry import backend_named, choose_backend
+
+if TYPE_CHECKING:
+    from pytest_benchmark.fixture import BenchmarkFixture
 
 ROOT = Path(__file__).parents[1]
 BEFORE = os.environ.get("FDU_BEFORE")
 PROCESSES, TURNS = 5, 100
 """Of each commit, and of each process. A turn is 40 calls of each piece, so that both meet the same noise."""
-PIECES = ("call", "call with grad_out", "autograd, forward and backward")
-TAKES_TURNS = """
-import json, sys, torch, host_levels
+DIVERGENCE = "squared_hellinger"
+SHAPES = ((1, 4, 64, 64), (4, 4, 64, 64), (1, 4, 128, 128))
+"""Latents of Stable Diffusion 1.5, one and a batch, and of XL."""
+PIECES = ("call", "dispatch", "kernels", "launch")
+PARTS = ("checks", "choice and dispatch", "allocation and arguments", "launch")
+"""What each piece takes beyond the next one."""
+TAKES_TURNS = f"""
+import json, sys, time, torch
+import fdu_kernels as fk
 torch.set_num_threads(1)
-calls = {}
-for shape in host_levels.SHAPES:
-    name = "x".join(map(str, shape))
-    for piece, call in host_levels.pieces(torch.randn(shape), torch.randn(shape), "cpu").items():
-        if piece in sys.argv[1:]:
-            calls[f"{name}, {piece}"] = call
+calls = {{}}
+for shape in {SHAPES}:
+    pred, target, grad = (torch.randn(shape) for _ in range(3))
+    leaf, name = pred.clone().requires_grad_(), "x".join(map(str, shape))
+    value_and_grad = lambda a=pred, b=target, **o: fk.gaussian_divergence_value_and_grad(a, b, "{DIVERGENCE}", **o)
+    loss = lambda a=leaf, b=target: torch.autograd.grad(fk.gaussian_divergence(a, b, "{DIVERGENCE}"), a)
+    calls[name + ", call"] = value_and_grad
+    calls[name + ", call with grad_out"] = lambda f=value_and_grad, g=grad: f(grad_out=g)
+    calls[name + ", autograd, forward and backward"] = loss
 for line in sys.stdin:
-    times = host_levels.microseconds(calls, 1, 40, lambda: None)
-    print(json.dumps({name: taken[0] for name, taken in times.items()}), flush=True)
+    times = {{}}
+    for name, call in calls.items():
+        call()
+        start = time.perf_counter()
+        for _ in range(40):
+            call()
+        times[name] = (time.perf_counter() - start) / 40 * 1e6
+    print(json.dumps(times), flush=True)
 """
+"""Public calls alone, so that any commit can run it. It prints microseconds whenever it reads a line."""
 
 
-@pytest.mark.parametrize("shape", host_levels.SHAPES, ids=lambda shape: "x".join(map(str, shape)))
+def pieces(pred: Tensor, target: Tensor, name: str) -> dict[str, Callable[[], object]]:
+    """The pieces of value_and_grad, the outer ones first, and what lies beside them."""
+    backend, held = backend_named(name), GaussianCall(pred, target, fk.get_divergence(DIVERGENCE).gaussian_profile)
+    held.checked()
+    # Nobody names the backend that is chosen anyway.
+    asked = None if choose_backend(None, held) == name else name
+    grad, leaf = torch.empty_like(pred), pred.detach().clone().requires_grad_()
+    mse = torch.nn.functional.mse_loss
+
+    def call(**options: Any) -> object:
+        return fk.gaussian_divergence_value_and_grad(pred, target, DIVERGENCE, backend=asked, **options)
+
+    def autograd() -> object:
+        return torch.autograd.grad(fk.gaussian_divergence(leaf, target, DIVERGENCE, backend=asked), leaf)
+
+    return {
+        "call": lambda: fk.gaussian_divergence_value_and_grad(pred, target, DIVERGENCE, backend=asked),
+        "dispatch": lambda: dispatch.gaussian_value_and_grad(held, None, asked),
+        "kernels": lambda: backend.gaussian_value_and_grad(held, None),
+        "launch": launch_of(backend, held),
+        "checks alone": held.checked,
+        "choice alone": lambda: choose_backend(None, held),
+        "one allocation": lambda: torch.empty_like(pred),
+        "call with grad_out": lambda: call(grad_out=grad),
+        "autograd, forward and backward": autograd,
+        "F.mse_loss, forward and backward": lambda: torch.autograd.grad(mse(leaf, target), leaf),
+    }
+
+
+def launch_of(backend: Any, call: GaussianCall) -> Callable[[], object]:
+    """The last piece: the compiled operation called exactly as the kernels' function calls it, to be repeated."""
+    launches: list[Callable[[], object]] = []
+    if isinstance(backend, CpuBackend):
+        recorded: dict[str, Any] = {"_compiled": _Recorder(backend._compiled, launches)}
+        holder: Any = backend
+    else:
+        from fdu_kernels.kernels.triton import launch_gaussian as holder
+
+        kernels = {name: kernel for name, kernel in vars(holder).items() if hasattr(kernel, "run")}
+        recorded = {name: _Recorder(kernel, launches) for name, kernel in kernels.items()}
+    vars(holder).update(recorded)
+    try:
+        backend.gaussian_value_and_grad(call, None)
+    finally:
+        vars(holder).update({name: recorder.real for name, recorder in recorded.items()})
+    assert launches, f"{holder} launched nothing"
+    return launches[0] if len(launches) == 1 else lambda: [launch() for launch in launches]
+
+
+class _Recorder:
+    """A compiled module, or a Triton kernel, whose calls are noted."""
+
+    def __init__(self, real: Any, launches: list[Callable[[], object]]) -> None:
+        self.real, self.launches = real, launches
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(self.real, name)
+        return self._noted(found) if callable(found) else found
+
+    def __getitem__(self, grid: Any) -> Callable[..., object]:
+        return self._noted(self.real[grid])
+
+    def _noted(self, function: Callable[..., object]) -> Callable[..., object]:
+        def call(*given: Any, **options: Any) -> object:
+            self.launches.append(lambda: function(*given, **options))
+            return function(*given, **options)
+
+        return call
+
+
+def measure(shape: Shape, backend: str, device: str = "cpu", rounds: int = 200, iterations: int = 20) -> dict[str, Any]:
+    """Medians and least values of pieces, and the medians' differences as parts."""
+    generator = torch.Generator(device).manual_seed(0)
+    pred, target = (torch.randn(shape, generator=generator, device=device) for _ in range(2))
+    value, grad = fk.gaussian_divergence_value_and_grad(pred, target, DIVERGENCE, backend=backend)
+    true, true_grad = fk.gaussian_divergence_value_and_grad(pred, target, DIVERGENCE, backend="torch")
+    torch.testing.assert_close((value, grad), (true, true_grad), rtol=1e-4, atol=1e-7)
+
+    def wait(call: object) -> None:
+        if device == "cuda":
+            torch.cuda.synchronize()
+
+    times = timing.take_turns(pieces(pred, target, backend), rounds, iterations, before=wait)
+    medians = {name: seconds * 1e6 for name, seconds in timing.medians(times).items()}
+    return {
+        "shape": list(shape),
+        "backend": backend,
+        "medians_us": medians,
+        "least_us": {name: min(taken) * 1e6 for name, taken in times.items()},
+        "parts_us": parts(medians),
+    }
+
+
+def parts(medians: dict[str, float]) -> dict[str, float]:
+    """What each piece takes beyond the one that it contains."""
+    inner = [*(medians[name] for name in PIECES[1:]), 0.0]
+    return {part: medians[name] - inside for part, name, inside in zip(PARTS, PIECES, inner, strict=True)}
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "x".join(map(str, shape)))
 @pytest.mark.parametrize("backend", fused_backends())
-def test_parts(benchmark: BenchmarkFixture, backend: str, shape: tuple[int, ...]) -> None:
+def test_parts(benchmark: BenchmarkFixture, backend: str, shape: Shape) -> None:
     """Checks, dispatch, allocation and launch of value_and_grad."""
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+    torch.set_num_threads(1)  # at these sizes a second one is not woken
     try:
-        found = benchmark.pedantic(
-            host_levels.measure, (shape, backend, "cpu" if backend == "cpu" else "cuda"), rounds=1
-        )
+        found = benchmark.pedantic(measure, (shape, backend, "cpu" if backend == "cpu" else "cuda"), rounds=1)
     finally:
         torch.set_num_threads(threads)
     benchmark.extra_info.update(form="host", **found)
+    print(f"\n{backend} {'x'.join(map(str, shape))}, us of the host: parts of a call, then pieces")
+    for name, taken in [*found["parts_us"].items(), *found["medians_us"].items()]:
+        print(f"  {name:<34}{taken:8.1f}")
 
 
 @pytest.mark.skipif(BEFORE is None, reason="FDU_BEFORE names no commit to compare with")
@@ -80,20 +209,24 @@ def test_before_and_after(benchmark: BenchmarkFixture, tmp_path: Path) -> None:
         for piece in turns[0][0]
     }
     benchmark.extra_info.update(form="host change", commit=BEFORE, pieces=found)
+    print(f"\nsince {BEFORE}: " + ", ".join(f"{piece} x {one['ratio']:.2f}" for piece, one in found.items()))
 
 
 def _process(folder: Path) -> subprocess.Popen[str]:
-    """A process that times the pieces of a checkout whenever it reads a line."""
-    environment = {**os.environ, "PYTHONPATH": f"{folder}{os.pathsep}{folder / 'benchmarks'}"}
-    command = [sys.executable, "-c", TAKES_TURNS, *PIECES]
+    """A process that times the calls of a checkout whenever it reads a line."""
     return subprocess.Popen(
-        command, env=environment, cwd=folder, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
-    )
+        [sys.executable, "-c", TAKES_TURNS], env={**os.environ, "PYTHONPATH": str(folder)}, cwd=folder, text=True,
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+    )  # fmt: skip
 
 
 def _turn(process: subprocess.Popen[str]) -> dict[str, float]:
-    """Microseconds of each piece at each shape."""
+    """Microseconds of each call at each shape."""
     assert process.stdin is not None and process.stdout is not None
     print(file=process.stdin, flush=True)
     found: dict[str, float] = json.loads(process.stdout.readline())
     return found
+
+
+if __name__ == "__main__":
+    raise SystemExit(timing.run_alone(__file__))

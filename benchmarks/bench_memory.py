@@ -1,53 +1,83 @@
-"""Peak memory of a call beyond its inputs and gradients: ``pytest benchmarks/bench_memory.py``.
+"""Peak memory of a call beyond its inputs and gradients: ``python bench_memory.py``.
 
-What a call needs beside the gradient it returns is what a training step has to have free when the loss is computed. By
-the byte model ours need none of the size of the inputs; eager PyTorch holds several buffers of that size, in float32
-also where the inputs are not. memory_peak.py says how it is measured; a call is timed once, and that figure is no
-benchmark.
+That much must be free when a training step computes the loss. By the byte model ours need nothing of the inputs' size;
+eager PyTorch holds several buffers of that size, in float32 even where the inputs are not. On the CPU torch's profiler
+reports every allocation and release (but not the kilobytes of partial sums in C++); on a GPU the caching allocator
+keeps the peak itself. The time that pytest-benchmark notes is no benchmark.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
 import pytest
+import timing
 import torch
-from candidates import DTYPES, FORMS, candidate, check, fused_backends, inputs
-from memory_peak import bytes_of, peak_bytes
-from pytest_benchmark.fixture import BenchmarkFixture
+from competitors import DTYPES, FORMS, Call, Shape, check, competitors_of, fused_backends, inputs
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+if TYPE_CHECKING:
+    from pytest_benchmark.fixture import BenchmarkFixture
 
 SHAPES = [(2, 4, 64, 64), (16, 16, 128, 128)]
-OURS = ("autograd", "value_and_grad")
+MEMORY_EVENT = "[memory]"
 
 
-def measure(form: str, which: str, backend: str, dtype: str, shape: tuple[int, ...], where: str) -> dict[str, int]:
+def peak_bytes(call: Callable[[], object], device: str) -> int:
+    """The most bytes of tensors that a call holds at once, with what it returns, beyond those before it. The call is
+    made twice; the second one counts."""
+    call()
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as watched:
+        kept = call()
+    del kept
+    events = [event for event in watched.profiler.kineto_results.events() if event.name() == MEMORY_EVENT]
+    held = highest = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        highest = max(highest, held)
+    return highest
+
+
+def bytes_of(tensors: Sequence[Tensor]) -> int:
+    """That their elements take up."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def measure(run: Call, form: str, dtype: str, shape: Shape, device: str) -> dict[str, int]:
     """Bytes of one of the inputs, of the gradients, and of the peak beyond both."""
-    a, b = inputs(shape, DTYPES[dtype], where)
-    if FORMS[form].wanted == 1:
-        b.requires_grad_(False)
-    run = candidate(form, which, backend)
+    a, b = inputs(shape, DTYPES[dtype], device, wanted=FORMS[form].wanted)
     check(run, form, a, b)
-    value, *gradients = run(a, b)
-    gradient = bytes_of(gradients)
-    del value, gradients
-    return {
-        "input_bytes": bytes_of([a]),
-        "gradient_bytes": gradient,
-        "extra_bytes": peak_bytes(lambda: run(a, b), where) - gradient,
-    }
+    gradient = bytes_of(run(a, b)[1:])
+    extra = peak_bytes(lambda: run(a, b), device) - gradient
+    return {"input_bytes": bytes_of([a]), "gradient_bytes": gradient, "extra_bytes": extra}
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "x".join(map(str, shape)))
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("form", FORMS)
-def test_memory(benchmark: BenchmarkFixture, form: str, dtype: str, shape: tuple[int, ...]) -> None:
-    """Eager and compiled PyTorch, and each of our backends by autograd and without."""
-    where = "cuda" if torch.cuda.is_available() else "cpu"
-    names = {which: (which, "torch") for which in ("eager", "compiled")}
-    names.update({f"{name} {which}": (which, name) for name in fused_backends(where) for which in OURS})
-    found: dict[str, dict[str, int]] = {}
+def test_memory(benchmark: BenchmarkFixture, form: str, dtype: str, shape: Shape) -> None:
+    """All competitors of a form, ours on every backend by autograd and without."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    runs = competitors_of(form, fused_backends(device))
 
-    def every_candidate() -> None:
-        for label, (which, backend) in names.items():
-            found[label] = measure(form, which, backend, dtype, shape, where)
+    def every_run() -> dict[str, dict[str, int]]:
+        return {name: measure(run, form, dtype, shape, device) for name, run in runs.items()}
 
-    benchmark.pedantic(every_candidate, rounds=1)
+    found = benchmark.pedantic(every_run, rounds=1)
     benchmark.extra_info.update(form=form, dtype=dtype, shape=list(shape), memory=found)
+    print(f"\n{form} {dtype} {'x'.join(map(str, shape))}: peak beyond inputs and gradients, in tensors of their size")
+    for name, one in found.items():
+        print(f"  {name:<20}{one['extra_bytes'] / one['input_bytes']:8.3f}  ({one['extra_bytes']} bytes)")
+
+
+if __name__ == "__main__":
+    raise SystemExit(timing.run_alone(__file__))

@@ -1,38 +1,264 @@
 """Time fdu's training against the published loops: ``python benchmarks/bench_training.py [--check]``.
 
-Every run is a fresh process (benchmarks/training_runs.py). Those of the steps take turns, --rounds times, and medians
-count; whole jobs, which differ by far more than they vary, are measured once. Writes the record, prints the page, and
-with --docs writes it. --check exits with 1 if a bound is missed; --page_only measures nothing. Some ten minutes on two
-cores; leave the machine alone.
+Every run is a fresh process (``--run NAME``). The runs that measure steps take turns, --rounds times, and medians
+count; whole jobs, which differ by far more than they vary, are measured once. Writes the record, of which
+``make bench-report`` writes docs/training.md, and prints it. Takes ten minutes on two cores; leave the machine alone.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
+import dataclasses
 import datetime
+import itertools
 import json
+import math
 import os
 import platform
 import shlex
+import shutil
 import statistics
 import subprocess
 import sys
+import tempfile
+import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from markdown_table import markdown
+import numpy as np
+import promises
+import reference_loop
+import shapes
+import timing
+import torch
+from diffusers import DiffusionPipeline
+from PIL import Image
+from torch import nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
+import fdu
 from fdu.storage.output import write_json
+from fdu.storage.versions import versions
 
-HERE = Path(__file__).parent
-PLAIN = "fdu"
-KEPT, JOB, REFERENCE_JOB = "fdu, frozen outputs kept", "fdu job", "reference job"
+RECORD = Path(__file__).parent / "results" / "training" / "cpu.json"
 Figures = dict[str, float]
 
 
-def measure(name: str, threads: int, wrapper: str) -> Figures:
+TARGET, ANCHOR = "van gogh", "painting"
+FULL = reference_loop.Settings()
+JOB_SHARE = 50
+"""The measured job is this part of the published one: of its images, prompts, latents and steps."""
+STEPS = 8
+"""Optimizer steps of a run that measures the step; the first is not counted."""
+LATENTS = fdu.EraseConfig().num_latents
+SHARED = (
+    "train_batch_size", "gradient_accumulation_steps", "max_train_steps", "learning_rate", "adam_weight_decay",
+    "max_grad_norm", "preservation_weight", "sample_batch_size", "guidance_scale", "mixed_precision", "seed",
+)  # fmt: skip
+"""Settings that mean the same in both loops."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A loop, "reference" or "fdu", with the settings of the reference, which fdu shares."""
+
+    loop: str
+    shared: reference_loop.Settings
+    own: tuple[tuple[str, Any], ...] = ()
+    """Further settings of fdu."""
+    job: bool = False
+    """Whether the whole job is measured, with its sampling, and not the step alone."""
+
+    def config(self) -> fdu.EraseConfig:
+        """The settings of fdu."""
+        settings: dict[str, Any] = {
+            **{name: getattr(self.shared, name) for name in SHARED},
+            "num_inference_steps": self.shared.num_inference_steps if self.job else 1,
+            "num_latents": max(2, round(LATENTS / JOB_SHARE)) if self.job else 4,
+            "train_method": "cross_attention",
+            "divergence": "squared_hellinger",
+            "sigma": 1.0,
+            "lr_scheduler": "constant",
+            **dict(self.own),
+        }
+        return fdu.EraseConfig(**settings)
+
+    @property
+    def sampling_calls(self) -> int:
+        """Calls of the denoiser that sample."""
+        config = self.config()
+        drawn = config.num_latents if self.loop == "fdu" else self.shared.num_images if self.job else 0
+        return math.ceil(drawn / self.shared.sample_batch_size) * config.num_inference_steps
+
+
+def a_step(steps: int = STEPS, batch: int = FULL.train_batch_size, **changes: Any) -> reference_loop.Settings:
+    """The published settings, but for so many steps of a batch."""
+    return dataclasses.replace(
+        FULL, max_train_steps=steps, train_batch_size=batch, num_images=steps * batch, **changes
+    )  # fmt: skip
+
+
+STEP, PRESERVING = a_step(), a_step(preservation_weight=1.0)
+PART = dataclasses.replace(
+    FULL, num_images=FULL.num_images // JOB_SHARE, max_train_steps=FULL.max_train_steps // JOB_SHARE
+)
+# Half of the batches: each is used twice, as often as the published runs take each of their images.
+KEPT = ("frozen_batches", STEPS * FULL.gradient_accumulation_steps // 2)
+CHECKPOINTED = ("gradient_checkpointing", True)
+RUNS = {
+    "reference": Run("reference", STEP),
+    "reference, without a copy": Run("reference", a_step(copies=False)),
+    "fdu": Run("fdu", STEP),
+    "fdu, frozen outputs kept": Run("fdu", STEP, (KEPT,)),
+    "fdu, checkpointed": Run("fdu", STEP, (CHECKPOINTED,)),
+    "fdu, frozen outputs kept, checkpointed": Run("fdu", STEP, (KEPT, CHECKPOINTED)),
+    "reference, preserving": Run("reference", PRESERVING),
+    "fdu, preserving": Run("fdu", PRESERVING),
+    "reference job": Run("reference", PART, job=True),
+    "fdu job": Run("fdu", PART, job=True),
+}
+
+
+class Moment(NamedTuple):
+    """Seconds on the wall clock, and those that all cores spent on this process."""
+
+    wall: float
+    cores: float
+
+    @classmethod
+    def now(cls) -> Moment:
+        return cls(time.perf_counter(), time.process_time())
+
+
+class Memory:
+    """MiB that this process holds (from Linux), or its tensors on the GPU."""
+
+    def __init__(self, device: str = "cpu") -> None:
+        self.device = device
+
+    def now(self) -> float:
+        """At this moment."""
+        return torch.cuda.memory_allocated() / 2**20 if self.device == "cuda" else self._read("VmRSS")
+
+    def peak(self) -> float:
+        """The most since the last :meth:`forget`; on a GPU, once it has done its work."""
+        if self.device != "cuda":
+            return self._read("VmHWM")
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() / 2**20
+
+    def forget(self) -> None:
+        """Start the peak again, without memory that is free."""
+        if self.device == "cuda":
+            return torch.cuda.reset_peak_memory_stats()
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")
+
+    @staticmethod
+    def _read(field: str) -> float:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        (line,) = [line for line in lines if line.startswith(f"{field}:")]
+        return int(line.split()[1]) / 1024
+
+
+class Watch:
+    """When the denoisers were called and the optimizer stepped, and the memory between the first and last step."""
+
+    def __init__(self, denoiser: nn.Module, memory: Memory) -> None:
+        self.memory = memory
+        self.calls: list[tuple[Moment, bool]] = []
+        """When, and whether a graph was made."""
+        self.steps: list[Moment] = []
+        self.peak = self.highest = 0.0
+        """MiB: the most between the first and the last step; the most so far."""
+        self._hooks = [
+            # A function, which a copy of the denoiser shares; a bound method it would copy with all this.
+            denoiser.register_forward_pre_hook(lambda *_: self._called()),
+            register_optimizer_step_post_hook(lambda *_: self._stepped()),
+        ]
+
+    def _called(self) -> None:
+        self.calls.append((Moment.now(), torch.is_grad_enabled()))
+
+    def _stepped(self) -> None:
+        peak = self.memory.peak()
+        self.steps.append(Moment.now())
+        self.highest = max(self.highest, peak)
+        if len(self.steps) == 1:
+            self.memory.forget()
+        self.peak = self.memory.peak()
+
+    def stop(self) -> None:
+        """Watch no more."""
+        for hook in self._hooks:
+            hook.remove()
+
+
+def measure(run: Run, build: Callable[[], DiffusionPipeline] | None = None, device: str = "cpu") -> dict[str, float]:
+    """The figures of one run. A step is the median from the end of one to that of the next; where frozen outputs are
+    kept, with its share of the time that making them took.
+
+    Args:
+        build: makes the pipeline, by default the scaled one of shapes.py.
+        device: whose memory to watch.
+    """
+    assert callable(fdu.erase)  # which imports all that it needs, for both loops, before memory is counted
+    memory = Memory(device)
+    imported = memory.now()
+    pipeline = (build or shapes.sd15)()
+    watch = Watch(pipeline.unet, memory)
+    memory.forget()
+    started = Moment.now()
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            losses = (reference if run.loop == "reference" else ours)(run, pipeline, Path(folder))
+        ended = Moment.now()
+    finally:
+        watch.stop()
+    steps = run.shared.max_train_steps
+    assert len(losses) == steps == len(watch.steps) and all(map(math.isfinite, losses))
+    training = watch.calls[run.sampling_calls][0]
+    kept = run.config().frozen_batches > 0
+    first_trained = next(moment for moment, graph in watch.calls if graph)
+    figures = {"peak": watch.peak - imported, "highest": max(watch.highest, watch.peak) - imported}
+    for unit in Moment._fields:
+        times = [getattr(moment, unit) for moment in watch.steps]
+        step = statistics.median(after - before for before, after in itertools.pairwise(times))
+        if kept:
+            step += (getattr(first_trained, unit) - getattr(training, unit)) / steps
+        figures[f"{unit}_step"] = step
+        figures[f"{unit}_sampling"] = getattr(training, unit) - getattr(started, unit)
+        figures[f"{unit}_training"] = getattr(ended, unit) - getattr(training, unit)
+    return figures
+
+
+def reference(run: Run, pipeline: DiffusionPipeline, folder: Path) -> list[float]:
+    """The reference loop. Where the step alone is measured, its images are noise."""
+    prompts = shapes.anchor_prompts(200 // JOB_SHARE)
+    if run.job:
+        reference_loop.sample_images(pipeline, prompts, folder, run.shared)
+        return reference_loop.train(pipeline, TARGET, prompts, folder, run.shared)
+    side = pipeline.vae.config.sample_size
+    noise = np.random.default_rng(0).integers(0, 256, (side, side, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(reference_loop.image_path(folder, 0))
+    for number in range(1, run.shared.num_images):
+        shutil.copyfile(reference_loop.image_path(folder, 0), reference_loop.image_path(folder, number))
+    return reference_loop.train(pipeline, TARGET, prompts, folder, run.shared)
+
+
+def ours(run: Run, pipeline: DiffusionPipeline, folder: Path) -> list[float]:
+    """The loop of fdu."""
+    prompts = shapes.anchor_prompts(200 // JOB_SHARE)
+    texts = [template.format(prompt=one, target=TARGET) for template in reference_loop.TEMPLATES for one in prompts]
+    target, anchor = fdu.Concept(TARGET, tuple(texts)), fdu.Concept(ANCHOR, (*prompts, *prompts))
+    return fdu.erase(pipeline, target, anchor, config=run.config()).history["loss"]
+
+
+def run_apart(name: str, threads: int, wrapper: str) -> Figures:
     """One run, in a process of its own."""
-    command = [*shlex.split(wrapper), sys.executable, str(HERE / "training_runs.py"), name]
+    command = [*shlex.split(wrapper), sys.executable, __file__, "--run", name]
     # Threads that wait sleep: spinning would take the cores from those that compute.
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE"}
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
@@ -40,220 +266,56 @@ def measure(name: str, threads: int, wrapper: str) -> Figures:
     return figures
 
 
-def machine(threads: int) -> dict[str, Any]:
-    """Device and versions."""
-    from fdu.storage.versions import versions
-
-    path = Path("/proc/cpuinfo")
-    names = [line.partition(":")[2].strip() for line in path.read_text().splitlines() if line.startswith("model name")]
-    cpu = names[0] if names else platform.processor()
-    return {"device": f"{platform.machine()} CPU ({cpu}), {threads} threads", "versions": versions()}
-
-
 def make_record(rounds: int, threads: int, wrapper: str) -> dict[str, Any]:
     """Run everything."""
-    import sd15_shape
-    import torch
-    from training_runs import JOB_SHARE, LATENTS, RUNS
-
     runs: dict[str, list[Figures]] = {name: [] for name in RUNS}
     for turn in range(rounds):
-        for name in RUNS if turn == 0 else [name for name, run in RUNS.items() if run.what == "step"]:
-            runs[name].append(measure(name, threads, wrapper))
+        for name in RUNS if turn == 0 else [name for name, run in RUNS.items() if not run.job]:
+            runs[name].append(run_apart(name, threads, wrapper))
             print(f"round {turn + 1}, {name}: {runs[name][-1]}", file=sys.stderr)
     return {
-        **machine(threads),
+        "device": f"{platform.machine()} CPU ({timing.cpu_name()}), {threads} threads",
+        "versions": versions(),
         "capability": torch.backends.cpu.get_cpu_capability(),
         "date": datetime.date.today().isoformat(),
         "rounds": rounds,
         "job_share": JOB_SHARE,
         "latents": LATENTS,
-        "job_latents": RUNS[JOB].config().num_latents,
-        "proportions": {"1": sd15_shape.proportions(1, 1, 1), "scaled": sd15_shape.proportions()},
+        "job_latents": RUNS[promises.JOB].config().num_latents,
+        "proportions": {"1": shapes.proportions(1, 1, 1), "scaled": shapes.proportions()},
         "runs": runs,
     }
 
 
-def median(record: dict[str, Any], name: str, figure: str) -> float:
-    """Of one figure over the rounds."""
-    return statistics.median(figures[figure] for figures in record["runs"][name])
-
-
-def job(record: dict[str, Any], name: str) -> float:
-    """Seconds of the whole job."""
-    return median(record, name, "wall_sampling") + median(record, name, "wall_training")
-
-
-def bounds(record: dict[str, Any]) -> list[tuple[str, float, str, float, bool]]:
-    """What is promised: in words, the figure, the sense of the bound, the bound, and whether it holds."""
-    rate = median(record, "reference", "wall_step") / median(record, KEPT, "wall_step")
-    peak = median(record, KEPT, "peak") / median(record, "reference", "peak")
-    factor = job(record, REFERENCE_JOB) / job(record, JOB)
-    return [
-        ("step rate, of the reference loop's", rate, ">=", 1.6, rate >= 1.6),
-        ("peak memory of the steps, of the reference loop's", peak, "<=", 0.6, peak <= 0.6),
-        ("whole job, times faster", factor, ">=", 4.0, factor >= 4.0),
-    ]
-
-
-def step_rows(record: dict[str, Any]) -> list[list[str]]:
-    """A row a way of training: its step and its memory, and both against the reference in its own setting."""
-    rows = []
+def show(record: dict[str, Any]) -> None:
+    """Print device, runs and promises."""
+    print(f"{record['device']}, {record['capability']}; medians of {record['rounds']} rounds")
     for name in record["runs"]:
-        if name in (JOB, REFERENCE_JOB):
-            continue
-        base = "reference, preserving" if "preserving" in name else "reference"
-        cells = [name]
-        for unit in ("wall", "cores"):
-            seconds = median(record, name, f"{unit}_step")
-            cells += [f"{seconds:.2f}", f"{median(record, base, f'{unit}_step') / seconds:.2f}"]
-        peak = median(record, name, "peak")
-        rows.append([*cells, f"{peak:.0f}", f"{peak / median(record, base, 'peak'):.2f}"])
-    return rows
-
-
-def job_rows(record: dict[str, Any]) -> list[list[str]]:
-    """A row a loop: the measured job, its parts and its memory."""
-    rows = []
-    for name in (REFERENCE_JOB, JOB):
-        parts = [median(record, name, f"wall_{part}") for part in ("sampling", "training")]
-        rows.append([name, *(f"{part:.1f}" for part in (*parts, sum(parts))), f"{median(record, name, 'highest'):.0f}"])
-    return rows
-
-
-def job_factor(record: dict[str, Any], latents: int) -> float:
-    """By how much the whole job is faster if fdu samples so many latents, from the seconds for one."""
-    one = median(record, JOB, "wall_sampling") / record["job_latents"]
-    estimate = one * latents / record["job_share"] + median(record, JOB, "wall_training")
-    return job(record, REFERENCE_JOB) / estimate
-
-
-def latents_rows(record: dict[str, Any]) -> list[list[str]]:
-    """How the factor of the whole job depends on how many latents fdu samples."""
-    return [[str(latents), f"{job_factor(record, latents):.1f}"] for latents in (record["latents"], 200, 500, 1000)]
-
-
-def proportion_rows(record: dict[str, Any]) -> list[list[str]]:
-    """The denoiser's own count, and every other part's as a share of it, in Stable Diffusion 1.5 and as measured."""
-    full, scaled = record["proportions"]["1"], record["proportions"]["scaled"]
-    rows = []
-    for unit in ("GFLOP", "M parameters"):
-        base = f"denoiser, {unit}"
-        rows.append([base, f"{full[base]:.1f}", f"{scaled[base]:.2f}", f"1/{full[base] / scaled[base]:.1f}"])
-        for name in full:
-            if name.endswith(unit) and name != base:
-                label = f"{name.removesuffix(f', {unit}')}, of the denoiser's {unit.removeprefix('M ')}"
-                rows.append([label, f"{full[name] / full[base]:.3f}", f"{scaled[name] / scaled[base]:.3f}", ""])
-    return rows
-
-
-STEP_HEADER = ["loop", "s a step", "x rate", "core s a step", "x rate", "peak, MiB", "of reference's"]
-PAGE = """# How fast the training is
-
-Made by `python benchmarks/bench_training.py --docs docs/training.md`; the record is `{path}`.
-{device}, {capability};
-{versions};
-{date}. Steps: medians of {rounds} rounds, every run in a fresh process, taking turns. Whole jobs: measured once.
-
-The **reference** (`benchmarks/reference_loop.py`) does what the published loops of concept ablation and f-DMU do, with
-the settings of f-DMU's published runs: images of the anchor sampled to pixels (1000, of 200 prompts, 25 steps,
-guidance 6) and kept as JPEG files; in every batch the autoencoder encodes the images and the text encoder both
-prompts; a deep copy of the denoiser is the frozen one, as in f-DMU ("without a copy": the trained one without a
-gradient, as in concept ablation). **fdu** is `fdu.erase` with its defaults for what to sample
-({latents} latents, here at the reference's 25 steps and guidance too). Both train keys and values of cross-attention
-with AdamW, batch 2, two batches a step, the squared Hellinger loss, no preservation unless said, in fp32.
-
-The model has the shape of Stable Diffusion 1.5 with random weights, every width a quarter and every side a half
-(`benchmarks/sd15_shape.py`), so that all parts keep their shares, see [below](#proportions). What cannot be seen here
-is what a GPU adds: mixed precision (f-DMU's frozen pass has it), fused attention, launches, 8-bit moments.
-
-## Bounds
-
-{bounds}
-
-The first two are of "{kept}": `frozen_batches` draws half of the run's batches beforehand, with the frozen outputs,
-and uses each of them twice; so often the published loops take each of their images, though they noise it anew. The
-time to make the outputs counts. Without it, each batch drawn afresh as in the reference, the step rate is {plain:.2f}
-of the reference's. What `frozen_batches` does to an erasure is in docs/erasure.md, "Weightings, timesteps, surgery,
-kept outputs". The job is of fdu without it, with {latents} latents, see [below](#whole-job) for more of them.
-
-## Steps
-
-{steps}
-
-Seconds a step are medians from the end of one optimizer step to that of the next (where frozen outputs are kept, with
-its share of the time to make them), on the clock and, which other processes disturb less, as the cores count them;
-"x rate" is against the reference. Peak memory is the most that the process held between the end of the first step and
-that of the last, less what it held after the imports: weights, optimizer, activations. "Checkpointed" computes
-activations again (`gradient_checkpointing`); "preserving" adds a second batch that keeps what the model knows: the
-denoising loss in the reference, the frozen outputs in fdu, which cost a forward pass more.
-
-## Whole job
-
-The published job in {share} parts, one of them measured: images, prompts, latents and steps in proportion.
-
-{jobs}
-
-Most of the factor is what is sampled. The reference samples its 1000 images whatever the run consumes; fdu samples
-{latents} by default (`num_latents`). From the seconds for one latent, here sampled {job_latents} at a time and so at a
-higher price than in full batches, the factor with more of them:
-
-{by_latents}
-
-## Proportions
-
-{proportions}
-"""
-
-
-def page(record: dict[str, Any], path: Path) -> str:
-    """The record as Markdown."""
-    verdicts = [
-        [label, f"{value:.2f}", f"{sense} {bound:g}", "holds" if holds else "**fails**"]
-        for label, value, sense, bound, holds in bounds(record)
-    ]
-    return PAGE.format(
-        path=path,
-        device=record["device"],
-        capability=record["capability"],
-        versions=", ".join(f"{name} {version}" for name, version in record["versions"].items()),
-        date=record["date"],
-        rounds=record["rounds"],
-        latents=record["latents"],
-        share=record["job_share"],
-        job_latents=record["job_latents"],
-        kept=KEPT,
-        plain=median(record, "reference", "wall_step") / median(record, PLAIN, "wall_step"),
-        bounds=markdown(["figure", "measured", "promised", ""], verdicts),
-        steps=markdown(STEP_HEADER, step_rows(record)),
-        jobs=markdown(["loop", "sampling, s", "training, s", "all, s", "peak, MiB"], job_rows(record)),
-        by_latents=markdown(["latents", "times faster"], latents_rows(record)),
-        proportions=markdown(["", "Stable Diffusion 1.5", "measured", "scale"], proportion_rows(record)),
-    )
+        step, peak = (promises.median(record, name, figure) for figure in ("wall_step", "peak"))
+        print(f"  {name:<42}{step:8.2f} s per step{peak:8.0f} MiB at the peak")
+    for name in (promises.REFERENCE_JOB, promises.JOB):
+        print(f"  {name:<42}{promises.job_seconds(record, name):8.1f} s in all")
 
 
 def main() -> int:
-    """Measure, write and print."""
+    """Measure, write and print; 1 if a promise is broken under ``--check``."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--record", type=Path, default=HERE / "results" / "training" / "cpu.json", help="JSON")
-    parser.add_argument("--docs", type=Path, help="a page to write")
-    parser.add_argument("--rounds", type=int, default=3, help="how often every run is made")
-    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="threads of each run")
+    parser.add_argument("--record", type=Path, default=RECORD, help="the JSON file to write (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=3, help="runs of each kind (default: %(default)s)")
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="threads per run (default: all)")
     parser.add_argument("--wrapper", default="", help="put before each run's command, such as 'taskset -c 0,1'")
-    parser.add_argument("--page_only", action="store_true", help="measure nothing, read the record")
-    parser.add_argument("--check", action="store_true", help="exit with 1 if a bound is missed")
+    parser.add_argument("--run", choices=RUNS, metavar="NAME", help=f"one of: {'; '.join(RUNS)}; prints its figures")
+    parser.add_argument("--show", action="store_true", help="measure nothing; print the record")
+    parser.add_argument("--check", action="store_true", help="exit with 1 if a promise is broken")
     options = parser.parse_args()
-    if not options.page_only:
-        record = make_record(options.rounds, options.threads, options.wrapper)
-        write_json(options.record, record)
+    if options.run:
+        print(json.dumps(measure(RUNS[options.run])))
+        return 0
+    if not options.show:
+        write_json(options.record, make_record(options.rounds, options.threads, options.wrapper))
     record = json.loads(options.record.read_text())
-    root = HERE.parent
-    shown = options.record.resolve()
-    text = page(record, shown.relative_to(root) if shown.is_relative_to(root) else options.record)
-    print(text)
-    if options.docs:
-        options.docs.write_text(text)
-    return int(options.check and not all(holds for *_, holds in bounds(record)))
+    show(record)
+    return promises.judge(list(promises.training(record))) * options.check
 
 
 if __name__ == "__main__":

@@ -1,23 +1,25 @@
-"""One allocator for all candidates, and what every record notes: versions, threads, device, backends."""
+"""One allocator for all competitors, competitors of your own, and what every record notes of the machine."""
 
 from __future__ import annotations
 
 import ctypes
 import platform
+import runpy
 import sys
 from typing import Any
 
+import pytest
 import torch
 
 import fdu_kernels as fk
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 KEPT, MAPPED = 1 << 30, 32 << 20
-"""Bytes: what glibc keeps of freed memory at the top of its heap; the most it takes from there and not anew."""
+"""Bytes: what glibc keeps of freed memory at the top of its heap; the largest block that it takes from there."""
 
 
 def keep_freed_memory() -> bool:
-    """Have glibc keep it. By default it depends on what ran before whether a fresh output costs page faults."""
+    """Have glibc keep it. By default what ran before decides whether a fresh output costs page faults."""
     if not sys.platform.startswith("linux"):
         return False
     library = ctypes.CDLL(None)
@@ -27,6 +29,17 @@ def keep_freed_memory() -> bool:
 
 
 KEEPS_FREED_MEMORY = keep_freed_memory()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """``--competitors``."""
+    parser.addoption("--competitors", metavar="FILE", help="Python file that enters competitors (competitors.py)")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Enter them before tests are collected."""
+    if config.getoption("--competitors"):
+        runpy.run_path(config.getoption("--competitors"))
 
 
 def pytest_benchmark_update_machine_info(config: Any, machine_info: dict[str, Any]) -> None:

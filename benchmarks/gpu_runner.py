@@ -1,29 +1,27 @@
 """Sections of the GPU suite, each in a process and a time budget of its own; what they say goes into one record.
 
-A section is a function of a module, in a process forked from this one, or a command. Whatever it starts belongs to its
-process group and ends with it.
+A section is a command, and whatever it starts belongs to its process group and ends with it. A command that measures
+(gpu_timing.main) finds in its environment where to keep its rows and until when it may run.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import importlib
 import json
 import math
-import multiprocessing
 import os
 import signal
 import subprocess
 import sys
 import tarfile
 import time
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[1]
+HERE = Path(__file__).parent
+ROOT = HERE.parent
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
@@ -31,11 +29,9 @@ from fdu.storage.output import write_json  # noqa: E402
 
 RECORD, LOGS = "gpu_suite.json", "logs.tar.gz"
 GRACE = 6.0
-"""Seconds that a section may go on after its deadline, before it is killed."""
-PATIENCE = 5.0
-"""Seconds of its budget in which an interrupted command may say what it has found."""
+"""Seconds after its budget in which an interrupted section may say what it has found, before it is killed."""
 LOOK = 5.0
-"""Seconds after which the record has what a section has kept meanwhile."""
+"""Seconds between looks at what a section has kept meanwhile."""
 TAIL = 20
 """Lines of a log in the record."""
 
@@ -47,69 +43,15 @@ class Section:
     name: str
     seconds: float
     """The most it may take."""
-    function: str = ""
-    """As "module.name"; it gets a gpu_timing.Plan."""
-    command: tuple[str, ...] = ()
+    command: tuple[str, ...]
+    """Empty where its program is not installed."""
+    measures: bool = False
+    """Whether it keeps rows; it looks at its deadline itself."""
     environment: tuple[tuple[str, str], ...] = ()
-    """Of the command."""
     after: Callable[[Path], str] | None = None
     """Called with the folder of the logs when the command has ended: what is wrong with its work, or ""."""
     spare: float = 0.0
     """If not 0, it begins only with so many seconds left over, and a run without it is complete."""
-
-
-class Command:
-    """A section's command, which runs from now on."""
-
-    def __init__(self, section: Section, log: Path) -> None:
-        paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-        environment = {**os.environ, "PYTHONPATH": paths, **dict(section.environment)}
-        environment.pop("TRITON_INTERPRET", None)
-        self.log, self.began = log, time.monotonic()
-        with log.open("w") as stream:
-            self.process = subprocess.Popen(
-                section.command, cwd=ROOT, stdout=stream, stderr=subprocess.STDOUT, env=environment,
-                start_new_session=True, preexec_fn=_interruptible,
-            )  # fmt: skip
-
-    def result(self, budget: float) -> dict[str, Any]:
-        """Its exit code, None if it took longer than its budget."""
-        try:
-            code = self._wait(budget)
-        finally:
-            self.end()
-        return {"exit": code, "seconds": round(time.monotonic() - self.began, 1), "tail": tail(self.log)}
-
-    def _wait(self, budget: float) -> int | None:
-        patience = min(PATIENCE, budget / 2)
-        try:
-            return self.process.wait(budget - patience)
-        except subprocess.TimeoutExpired:
-            os.killpg(self.process.pid, signal.SIGINT)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self.process.wait(patience)
-        return None
-
-    def end(self) -> None:
-        """It and all that it started."""
-        kill_group(self.process.pid)
-        self.process.wait()
-
-
-def _interruptible() -> None:
-    """A shell that starts the suite in the background has it, and all that it starts, ignore SIGINT."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-
-def kill_group(leader: int) -> None:
-    """What is left of a process group."""
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(leader, signal.SIGKILL)
-
-
-def tail(log: Path) -> list[str]:
-    """The last lines."""
-    return log.read_text(errors="replace").splitlines()[-TAIL:]
 
 
 @dataclasses.dataclass
@@ -124,8 +66,8 @@ class Suite:
     """By time.monotonic()."""
     rehearsal: bool = False
     record: dict[str, Any] = dataclasses.field(default_factory=dict)
-    begun: dict[str, Command] = dataclasses.field(default_factory=dict)
-    """Commands that run already, by section."""
+    begun: dict[str, subprocess.Popen[bytes]] = dataclasses.field(default_factory=dict)
+    """Processes that run already, by section."""
 
     def left(self) -> float:
         """Seconds until the deadline."""
@@ -143,14 +85,22 @@ class Suite:
             packed.add(self.work, arcname="logs")
         os.replace(partial, self.out / LOGS)
 
-    def begin(self, section: Section) -> None:
-        """Start a section's command, whose budget counts from its turn on."""
-        self.begun[section.name] = Command(section, self._log(section))
+    def begin(self, section: Section, budget: float = math.inf) -> None:
+        """Start a section's process. Begun early, its budget counts from its turn on."""
+        paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+        told = {"PYTHONPATH": paths, "FDU_PART": str(self.work / f"{section.name}.json")}
+        told["FDU_DEADLINE"] = str(time.monotonic() + budget)
+        environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+        with (self.work / f"{section.name}.log").open("w") as stream:
+            self.begun[section.name] = subprocess.Popen(
+                section.command, cwd=ROOT, stdout=stream, stderr=subprocess.STDOUT, start_new_session=True,
+                env={**environment, **told, **dict(section.environment)}, preexec_fn=_interruptible,
+            )  # fmt: skip
 
     def close(self) -> None:
         """End what has begun and had no turn, and pack."""
-        for command in self.begun.values():
-            command.end()
+        for process in self.begun.values():
+            end(process)
         self.archive()
 
     def run(self, section: Section, reserved: float = math.inf) -> bool:
@@ -162,14 +112,48 @@ class Suite:
         budget = min(max(section.seconds, left - reserved), left)
         if budget < (section.spare or (1 if self.rehearsal else 5)):
             self.keep(section.name, {"skipped": "no time left"})
-        elif section.function:
-            self._call(section, budget)
         elif section.command:
-            self._command(section, budget)
+            self.keep(section.name, self._result(section, budget))
         else:
             self.keep(section.name, {"skipped": "its program is not installed"})
         self.archive()
         return self._said(section)
+
+    def _result(self, section: Section, budget: float) -> dict[str, Any]:
+        """Wait for a section's process, interrupt it when its budget is spent, and kill what is left of it."""
+        began = time.monotonic()
+        if section.name not in self.begun:
+            self.begin(section, budget)
+        process = self.begun.pop(section.name)
+        try:
+            while process.poll() is None and (left := began + budget - time.monotonic()) > 0:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(min(left, LOOK))
+                if section.measures:
+                    self.keep(section.name, self._part(section))
+            code = process.poll()
+            if code is None:
+                os.killpg(process.pid, signal.SIGINT)
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(GRACE)
+                code = process.poll() if section.measures else None
+        finally:
+            end(process)
+        result = self._part(section) if section.measures else {}
+        if code != 0 or not section.measures:
+            log = (self.work / f"{section.name}.log").read_text(errors="replace")
+            result.update(exit=code, tail=log.splitlines()[-TAIL:])
+        if code != 0 and section.measures:
+            result["complete"] = False
+        wrong = section.after(self.work) if section.after else ""
+        if wrong:
+            result.update(complete=False, wrong=wrong)
+        return {**result, "seconds": round(time.monotonic() - began, 1)}
+
+    def _part(self, section: Section) -> dict[str, Any]:
+        """What a section has kept."""
+        part = self.work / f"{section.name}.json"
+        return json.loads(part.read_text()) if part.exists() else {"complete": False}
 
     def _said(self, section: Section) -> bool:
         """Whether it succeeded, after a word about it."""
@@ -183,81 +167,14 @@ class Suite:
             print(f"  {line}", flush=True)
         return succeeded or bool(skipped and section.spare)
 
-    def _log(self, section: Section) -> Path:
-        return self.work / f"{section.name}.log"
 
-    def _call(self, section: Section, budget: float) -> None:
-        """In a forked process, which has what is imported here already and a GPU of its own."""
-        part, log = self.work / f"{section.name}.json", self._log(section)
-        began = time.monotonic()
-        process = multiprocessing.get_context("fork").Process(
-            target=_in_child, args=(section.function, part, log, began + budget, self.rehearsal)
-        )
-        process.start()
-        assert process.pid is not None
-        try:
-            while process.is_alive() and (left := began + budget + GRACE - time.monotonic()) > 0:
-                process.join(min(left, LOOK))
-                self.keep(section.name, _read(part))
-            ended = not process.is_alive()
-        finally:
-            kill_group(process.pid)
-            process.join()
-        result = _read(part)
-        if not ended:
-            result.update(complete=False, killed=True)
-        if process.exitcode:
-            result.update(complete=False, exit=process.exitcode, tail=tail(log) if log.exists() else [])
-        self.keep(section.name, {**result, "seconds": round(time.monotonic() - began, 1)})
-
-    def _command(self, section: Section, budget: float) -> None:
-        if section.name not in self.begun:
-            self.begin(section)
-        result = self.begun.pop(section.name).result(budget)
-        wrong = section.after(self.work) if section.after else ""
-        if wrong:
-            result.update(complete=False, wrong=wrong)
-        self.keep(section.name, result)
+def _interruptible() -> None:
+    """A shell that starts the suite in the background has it, and all that it starts, ignore SIGINT."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
-def _read(part: Path) -> dict[str, Any]:
-    """What a section has kept."""
-    return json.loads(part.read_text()) if part.exists() else {"complete": False}
-
-
-def _in_child(function: str, part: Path, log: Path, deadline: float, rehearsal: bool) -> None:
-    """The forked process: everything printed goes into the log."""
-    os.setsid()  # whoever kills its group kills the processes that it starts
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # by which loaders of images end their workers
-    with log.open("w") as stream:
-        os.dup2(stream.fileno(), 1)
-        os.dup2(stream.fileno(), 2)
-    import torch
-
-    if getattr(torch._C, "_cuda_isInBadFork", bool)():
-        # Something imported has looked at the GPU before the fork: a new process, which imports everything anew.
-        os.execv(sys.executable, [sys.executable, __file__, function, str(part), str(deadline)])
-    _measure(function, part, deadline, rehearsal)
-
-
-def _measure(function: str, part: Path, deadline: float, rehearsal: bool) -> None:
-    import torch
-    from gpu_timing import Plan
-
-    if rehearsal:
-        torch.set_num_threads(1)  # nothing in it is large enough for two
-    module, _, name = function.rpartition(".")
-    try:
-        plan = Plan(deadline, lambda result: write_json(part, result), rehearsal)
-        getattr(importlib.import_module(module), name)(plan)
-    except BaseException:
-        traceback.print_exc()
-        sys.stderr.flush()
-        os._exit(1)
-    # Without the parent's finalizers, which are not this process's to run.
-    sys.stdout.flush()
-    os._exit(0)
-
-
-if __name__ == "__main__":
-    _measure(sys.argv[1], Path(sys.argv[2]), float(sys.argv[3]), rehearsal=False)
+def end(process: subprocess.Popen[bytes]) -> None:
+    """A section's process and all that it started."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()

@@ -1,57 +1,95 @@
-"""How the GPU suite measures: device time cold and hot, time with the host, graphs, and what a section is told.
+"""How the GPU suite measures: device time cold and hot, time with the host, graphs; what a section is told and keeps.
 
-Everything runs on the CPU as well, with the clock on the wall, for the rehearsal.
+Everything runs on the CPU as well, with the wall clock, for the rehearsal.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
-import itertools
+import json
+import os
+import signal
 import statistics
+import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
+from competitors import Pair
 from torch import Tensor
 
-CACHES = 4
-"""Inputs that rotate are together as large as so many L2 caches."""
+from fdu.storage.output import write_json
+
 CLOCK_HZ = 2e9
 """Of a GPU, roughly."""
 LEADS = (3e-4, 2e-3)
 """Seconds by which the host may get ahead of the device, at least and at most."""
-GRAPHED = 20
-"""Calls in a captured graph."""
-Pair = tuple[Tensor, Tensor]
 Run = Callable[[Tensor, Tensor], object]
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class Plan:
-    """What a section is told: until when it may run, where it keeps results, and whether it is only rehearsed."""
+    """What a section is told, and the rows that it keeps as they come: one that fails loses no other, and none is begun
+    that may take too long."""
 
     deadline: float
     """By time.monotonic()."""
-    keep: Callable[[Any], None]
+    write: Callable[[Any], object]
     """Writes the section's result so far."""
     rehearsal: bool = False
+    rows: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    left_out: list[Any] = dataclasses.field(default_factory=list)
+    longest: dict[str, float] = dataclasses.field(default_factory=dict)
+    """Seconds of the longest row so far, by kind."""
 
     @property
     def device(self) -> str:
         """Where to measure."""
         return "cpu" if self.rehearsal else "cuda"
 
-    @property
-    def compiler(self) -> str:
-        """torch.compile's backend; in a rehearsal one that compiles nothing."""
-        return "eager" if self.rehearsal else "inductor"
+    def may_begin(self, least: float, kind: str = "") -> bool:
+        """Whether there is time for another row: ``least`` seconds, and a little more than the longest of its kind."""
+        wanted = max(0.0 if self.rehearsal else least, 1.2 * self.longest.get(kind, 0.0))
+        return self.deadline - time.monotonic() > wanted
 
-    def left(self) -> float:
-        """Seconds."""
-        return self.deadline - time.monotonic()
+    def add(self, row: dict[str, Any], measure: Callable[[], dict[str, Any]], kind: str = "") -> None:
+        """Put the figures, or the error, into a row and keep it."""
+        began = time.monotonic()
+        self.rows.append(row)
+        try:
+            row.update(measure())
+        except Exception as error:  # out of memory, or what does not run on this device
+            row["error"] = described(error)
+        self.longest[kind] = max(self.longest.get(kind, 0.0), time.monotonic() - began)
+        self.keep(False)
+
+    def keep(self, complete: bool = True) -> None:
+        """Write what there is."""
+        self.write({"complete": complete and not self.left_out, "left_out": self.left_out, "rows": self.rows})
+
+
+def main(sections: Mapping[str, Callable[[Plan], None]]) -> None:
+    """Run the section that the command line names. gpu_suite.py says in the environment until when, and where it keeps
+    its rows; ``python benchmarks/gpu_losses.py large`` alone has a minute and prints them."""
+    if len(sys.argv) != 2 or sys.argv[1] not in sections:
+        sys.exit(f"name one section: {', '.join(sections)}")
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # it looks at its deadline itself
+    part, found = os.environ.get("FDU_PART"), {}
+    rehearsal = "FDU_REHEARSAL" in os.environ if part else not torch.cuda.is_available()
+    if rehearsal:
+        torch.set_num_threads(1)  # nothing in it is large enough for two
+    keep = functools.partial(write_json, Path(part)) if part else found.update
+    sections[sys.argv[1]](Plan(float(os.environ.get("FDU_DEADLINE", time.monotonic() + 60)), keep, rehearsal))
+    if found:
+        print(json.dumps(found, indent=1))
+
+
+def described(error: Exception) -> str:
+    """In a record."""
+    return f"{type(error).__name__}: {error}"[:400]
 
 
 def wait(device: str) -> None:
@@ -61,12 +99,12 @@ def wait(device: str) -> None:
 
 
 def l2_bytes(device: str) -> int:
-    """Of the device's L2 cache; of a CPU a number that rehearses one."""
+    """Of the device's L2 cache; of a CPU a number for the rehearsal."""
     return torch.cuda.get_device_properties(0).L2_cache_size if device == "cuda" else 1 << 20
 
 
 def device_us(run: Run, turns: Iterator[Pair], rounds: int, device: str) -> list[float]:
-    """Microseconds of each call on the device, on the next inputs each, after a few that are not timed.
+    """Microseconds of each call on the device, on the next inputs each, after three that are not timed.
 
     The device sleeps before each call, while the host prepares it: else a short kernel would wait for the host between
     the two events, and that would be timed.
@@ -90,14 +128,14 @@ def device_us(run: Run, turns: Iterator[Pair], rounds: int, device: str) -> list
 
 
 def span_us(call: Callable[[], object]) -> float:
-    """Microseconds of one call on the wall."""
+    """Microseconds of one call on the wall clock."""
     began = time.perf_counter()
     call()
     return (time.perf_counter() - began) * 1e6
 
 
 def host_us(run: Run, pair: Pair, rounds: int, device: str) -> float:
-    """Microseconds until a call returns, onto a device that is idle."""
+    """Microseconds until a call returns, onto an idle device."""
     spans = []
     for _ in range(rounds):
         wait(device)
@@ -106,7 +144,7 @@ def host_us(run: Run, pair: Pair, rounds: int, device: str) -> float:
 
 
 def wall_us(run: Run, turns: Iterator[Pair], calls: int, device: str, repeats: int = 7) -> float:
-    """Microseconds a call, of many one after the other until the device is done: the longer of host and device."""
+    """Microseconds per call, of many in a row until the device is done: the longer of host and device."""
 
     def many() -> None:
         for _ in range(calls):
@@ -118,26 +156,12 @@ def wall_us(run: Run, turns: Iterator[Pair], calls: int, device: str, repeats: i
 
 
 def graph_us(run: Run, pair: Pair) -> float:
-    """Microseconds of a call inside a replayed CUDA graph.
+    """Microseconds per call inside a replayed CUDA graph.
 
     Raises:
         Exception: it cannot be captured; the current stream is the one it was.
     """
-    before = torch.cuda.current_stream()
-    try:
-        side = torch.cuda.Stream()
-        side.wait_stream(before)
-        with torch.cuda.stream(side):
-            for _ in range(3):
-                run(*pair)
-        before.wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            for _ in range(GRAPHED):
-                run(*pair)
-    except Exception:
-        torch.cuda.set_stream(before)  # a capture that fails at its end leaves its own
-        with contextlib.suppress(RuntimeError):
-            torch.cuda.synchronize()
-        raise
-    return statistics.median(device_us(lambda *_: graph.replay(), itertools.repeat(pair), 20, "cuda")) / GRAPHED
+    from triton.testing import do_bench_cudagraph
+
+    torch.cuda.synchronize()
+    return 1e3 * do_bench_cudagraph(lambda: run(*pair), return_mode="median")

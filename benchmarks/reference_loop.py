@@ -1,14 +1,14 @@
-"""What the published loops of concept ablation and f-DMU do, step by step, to compare the loop of ``fdu`` with.
+"""What the published loops of concept ablation and f-DMU do, for comparison with the loop of ``fdu``.
 
-After concept ablation (Kumari et al. 2023, arXiv 2303.13516; nupurkmr9/concept-ablation, diffusers/train.py) and f-DMU
-(Novello et al. 2026, arXiv 2509.21167; nicolaNovello/f-DMU, train.py), written anew: anchor images are sampled to
-pixels and kept as files; every batch encodes its images by the autoencoder and both its prompts by the text encoder;
-the frozen denoiser has a forward pass of its own beside each batch's, in f-DMU as a whole copy of the trained one,
-while concept ablation asks the trained one. What they share with ``fdu`` is the same here: AdamW on the keys and values
-of cross-attention, the batch and its accumulation, the squared Hellinger loss, the precision. What slows them down
-needlessly elsewhere is left out (masks of augmented images, statistics of every gradient, models loaded twice,
-attention that keeps its scores). Files are decoded in the process that trains, as f-DMU's default is, unless
-``dataloader_num_workers`` says otherwise; concept ablation has two more for that.
+Written from concept ablation (Kumari et al. 2023, arXiv 2303.13516; nupurkmr9/concept-ablation, diffusers/train.py) and
+f-DMU (Novello et al. 2026, arXiv 2509.21167; nicolaNovello/f-DMU, train.py): anchor images are sampled to pixels and
+kept as files; for every batch the autoencoder encodes its images and the text encoder both its prompts; the frozen
+denoiser has a forward pass of its own per batch, in f-DMU as a whole copy of the trained one, while concept ablation
+asks the trained one. The rest is as in ``fdu``: AdamW on the keys and values of cross-attention, batch and
+accumulation, the squared Hellinger loss, the precision. What slows the originals down needlessly is left out (masks of
+augmented images, statistics of every gradient, models loaded twice, attention that keeps its scores). The training
+process decodes the files, as is f-DMU's default, unless ``dataloader_num_workers`` says otherwise; concept ablation has
+two more processes for that.
 """
 
 from __future__ import annotations
@@ -59,16 +59,8 @@ class Settings:
     seed: int = 0
 
 
-def erase(
-    pipeline: StableDiffusionPipeline, target: str, prompts: Sequence[str], folder: Path, settings: Settings
-) -> list[float]:
-    """The whole job: sample the anchor's images, then train. Returns the loss of every step."""
-    sample_images(pipeline, prompts, folder, settings)
-    return train(pipeline, target, prompts, folder, settings)
-
-
 def sample_images(pipeline: StableDiffusionPipeline, prompts: Sequence[str], folder: Path, settings: Settings) -> None:
-    """Draw the anchor's images, prompt by prompt again and again, and write them as JPEG files."""
+    """Draw the anchor's images, cycling through the prompts, and write them as JPEG files."""
     folder.mkdir(parents=True, exist_ok=True)
     pipeline.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(settings.seed)
@@ -110,10 +102,8 @@ class AnchorImages(Dataset):
         }
 
     def _tokens(self, prompt: str) -> Tensor:
-        length = self.tokenizer.model_max_length
-        return self.tokenizer(
-            prompt, truncation=True, padding="max_length", max_length=length, return_tensors="pt"
-        ).input_ids[0]
+        options = {"truncation": True, "padding": "max_length", "max_length": self.tokenizer.model_max_length}
+        return self.tokenizer(prompt, return_tensors="pt", **options).input_ids[0]
 
 
 def train(
@@ -137,14 +127,9 @@ def train(
     optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=settings.adam_weight_decay)
     schedule = get_scheduler("constant", optimizer)
     images = AnchorImages(folder, settings.num_images, prompts, target, pipeline.tokenizer)
-    workers = settings.dataloader_num_workers
+    workers, batch_size = settings.dataloader_num_workers, settings.train_batch_size
     loader = DataLoader(
-        images,
-        settings.train_batch_size,
-        shuffle=True,
-        drop_last=True,
-        num_workers=workers,
-        persistent_workers=workers > 0,
+        images, batch_size, shuffle=True, drop_last=True, num_workers=workers, persistent_workers=workers > 0
     )
     batches = _endless(loader)
     losses = []

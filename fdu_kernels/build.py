@@ -1,7 +1,7 @@
-"""How the extension module ``fdu_kernels._C`` is built: one recipe for setup.py and for the build at first use.
+"""Build the extension module ``fdu_kernels._C``: one recipe for setup.py and for the build at first use.
 
-Nothing but the standard library is imported at the top, so that setup.py can run this file by itself. What cannot be
-found or built raises a BuildError, with what mends it.
+Nothing but the standard library is imported at the top, so that setup.py can run this file by itself. A missing
+tool or a failed build raises a BuildError that names the fix.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a backend computes: one object holds the arguments of a loss, checked."""
+"""Calls: one object holds the checked arguments of a loss for a backend."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A divergence as what a call holds: its profile, or its functions of the density ratio.
+"""The constants of a divergence in a call: its profile, or its functions of the density ratio.
 
 Compiled code holds a table and a row of numbers as constants. It can find them by a string, not by a divergence. The
 numbers (c, k) of an elementary profile are no constants: a sweep of alpha is one graph.

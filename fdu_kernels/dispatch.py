@@ -1,4 +1,4 @@
-"""Which way a call goes: straight to the kernels, to an op that compiled code can hold, or to one of the exceptions.
+"""Dispatch of a call: straight to the kernels, to an op that compiled code can hold, or to a special case.
 
 docs/design.md, "Backends", has the table of ways.
 """

@@ -1,4 +1,4 @@
-"""What of PyTorch is not public and used here: which modes and transforms are active, and how to leave them."""
+"""PyTorch internals used here: the active modes and transforms, and how to leave them."""
 
 from __future__ import annotations
 

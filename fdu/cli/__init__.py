@@ -1,4 +1,4 @@
-"""The command ``fdu``: each subcommand is a dataclass in a file of its own that checks everything, then works."""
+"""The command ``fdu``: each subcommand is a dataclass in its own file that checks its arguments, then works."""
 
 from __future__ import annotations
 

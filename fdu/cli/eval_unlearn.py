@@ -1,7 +1,7 @@
 """The technique ``fdu`` of eval-unlearn, a benchmark of concept erasure: it finds this class by its entry point.
 
-Written for eval-unlearn 1.1.2. Its techniques have no base class: one is made of the keys of ``technique.config`` and
-asked to ``generate`` images. So nothing of eval-unlearn is imported here, and torch and diffusers not before use.
+Written for eval-unlearn 1.1.2. Techniques there have no base class: eval-unlearn constructs one from the keys of
+``technique.config`` and calls ``generate``. So this file imports nothing from it, and torch and diffusers only on use.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The runs of a comparison: candidates times targets times seeds, each with a name and all that it depends on."""
+"""The runs of a comparison: candidates times targets times seeds, each with a name and its settings."""
 
 from __future__ import annotations
 

@@ -225,7 +225,9 @@ def _target_part(evaluation: Evaluation, target: str) -> _Part:
             sure, reach = False, max(reach, limits[1])
         if state == "erased" and escapes:
             state = "partly erased"
-            headline = f"{target} is erased only in the training's phrasings (others still draw it in {percent(last)})"
+            headline = (
+                f"{target} is erased only in the training's phrasings (in others {percent(last)} of images show it)"
+            )
     if state == "erased" and not sure:
         doubt = f"{images} images per class allow up to {percent(reach)}"
         headline = f"{target} is probably erased ({percent(share)}, but {doubt})"
@@ -274,9 +276,10 @@ def _rest_part(evaluation: Evaluation, probes: Sequence[Probe]) -> _Part:
     elif not drawn:
         headline = "the retained classes were rarely drawn even before"
     else:
-        rest = "the rest" if all(first >= DRAWN_BEFORE for first, _ in by_group.values()) else "what else it could draw"
+        all_drawn = all(first >= DRAWN_BEFORE for first, _ in by_group.values())
+        rest = "the rest is" if all_drawn else "the classes that it drew before are"
         doubt = "" if sure else f" (the intervals allow a drop of {100 * lost:.0f} points)"
-        headline = f"{rest} is {'' if sure else 'probably '}kept" + (doubt if lost > MEAN_DROP else "")
+        headline = f"{rest} {'' if sure else 'probably '}kept" + (doubt if lost > MEAN_DROP else "")
         headline += "" if near else " (no neighbours were tested)"
     return _Part("kept" if drawn and not broken and not fell else "not kept", sure, headline, sentences)
 

@@ -1,4 +1,4 @@
-"""What the training needs of a denoiser: encode prompts, draw and noise latents, predict. One subclass a family.
+"""The interface of a denoiser: encode prompts, sample and noise latents, predict; one subclass per family.
 
 The loop talks to this interface only, so it never asks which family of models it has.
 """

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+import statistics
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeGuard
 
 WIDTH, HEIGHT, LEFT, BOTTOM, MARGIN = 360, 190, 46, 30, 10
 """Sizes of a chart in its own units."""
+LOG_SPREAD = 1000
+"""A curve whose largest value exceeds its median this many times has a logarithmic axis: pearson_chi2 can start at
+1e17."""
 CURVES = {
     "divergence": ("Divergence", "from the frozen model's output for the anchor; scaled so that h'(0) = 1"),
     "distance": ("Distance", "median squared distance from that output, in squared units of the denoiser's output"),
@@ -96,14 +100,19 @@ def _training_chart(title: str, explanation: str, values: Sequence[float | None]
     drawn = [value for value in values if _drawable(value)]
     ends = [value for value in smooth if value is not None]
     lost = f"; {len(values) - len(drawn)} were not finite" if len(drawn) < len(values) else ""
+    scale: Callable[[float], float] = float
     top, ticks = _ticks(max(drawn))
+    if max(drawn) > LOG_SPREAD * statistics.median(drawn):
+        scale, ticks = math.log10, _powers([value for value in drawn if value > 0])
+        top = ticks[-1]
+    bottom = scale(ticks[0])
     width, height = WIDTH - LEFT - MARGIN, HEIGHT - BOTTOM - MARGIN
 
     def x(step: float) -> float:
         return LEFT + width * step / max(len(values) - 1, 1)
 
     def y(value: float) -> float:
-        return MARGIN + height * (1 - min(max(value, 0.0), top) / top)
+        return MARGIN + height * (1 - (scale(min(max(value, ticks[0]), top)) - bottom) / (scale(top) - bottom))
 
     def line(course: Sequence[float | None]) -> str:
         return " ".join(f"{x(step):.1f},{y(value):.1f}" for step, value in enumerate(course) if _drawable(value))
@@ -117,6 +126,14 @@ def _training_chart(title: str, explanation: str, values: Sequence[float | None]
         [(y(value), f"{value:g}") for value in ticks],
         [(x(step - 1 if step else 0), f"{step:g}") for step in steps if step <= len(values)],
     )
+
+
+def _powers(positive: Sequence[float]) -> list[float]:
+    """Powers of ten around all values, at most six."""
+    low, high = math.floor(math.log10(min(positive))), math.ceil(math.log10(max(positive)))
+    step = max(math.ceil((high - low) / 5), 1)
+    steps = max(math.ceil((high - low) / step), 1)
+    return [10.0**exponent for exponent in range(high - step * steps, high + 1, step)]
 
 
 def _drawable(value: float | None) -> TypeGuard[float]:

@@ -44,7 +44,7 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors of a file, the names of nested dicts joined by dots, and its metadata.
 
     Raises:
-        ValueError: the file is broken, holds no tensors, or could only be read by executing what is in it.
+        ValueError: the file is damaged, holds no tensors, or could only be read by executing its code.
     """
     if path.suffix == ".safetensors":
         try:

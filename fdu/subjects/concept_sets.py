@@ -3,24 +3,24 @@
     # Lines that begin with # are for the reader.
     [target] van gogh
     a painting of a cornfield in the style of {}
-    # The target once more, in phrasings that the training never saw.
+    # The target in phrasings that the training never used.
     [unseen]
     {} style, a harbour at dusk
-    # What the target is erased towards, and what it is told from.
+    # The anchor that replaces the target, and against which it is judged.
     [anchor] painting
     a painting of a cornfield
-    # Neighbours, to be kept; without prompts of their own they take those of the target.
+    # Neighbours to retain; without their own prompts they use the target's.
     [near] monet
     [near] salvador dali
-    # An everyday subject, to be kept.
+    # An everyday subject to retain.
     [generic] street
     a photo of a busy street
-    # A subject that has nothing to do with the target.
+    # An unrelated subject to retain.
     [unrelated] violin
     a violin on a chair
 
 ``{}`` stands for the name of the class, and a name is what an image-text encoder reads. A file with neither generic nor
-unrelated subjects is given those of the package, ``generic.txt`` and ``unrelated.txt``, that it does not name itself.
+unrelated subjects gets those of the package, ``generic.txt`` and ``unrelated.txt``, except the ones it names itself.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ HEADING = re.compile(r"\[([^\]]*)\]\s*(.*)")
 
 @dataclasses.dataclass(frozen=True)
 class ConceptSet:
-    """A concept to erase, its anchor, and what is to be kept."""
+    """A concept to erase, its anchor, and the classes to retain."""
 
     target: Concept
     anchor: Concept
@@ -53,7 +53,7 @@ class ConceptSet:
     unrelated: tuple[Concept, ...] = ()
 
     def without(self, names: Iterable[str]) -> ConceptSet:
-        """The set with none of these names among what is to be kept: they were erased, too."""
+        """The set without these names among the classes to retain, since they were erased too."""
         gone = {_folded(name) for name in names}
         kept: dict[str, Any] = {
             group: tuple(concept for concept in getattr(self, group) if _folded(concept.name) not in gone)

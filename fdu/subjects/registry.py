@@ -1,4 +1,4 @@
-"""The subject that a model's name means, on the command line and in :func:`fdu.load_pipeline`."""
+"""The subject of a model name, for the command line and :func:`fdu.load_pipeline`."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""The training loop and its parts, a file each."""
+"""The training loop and its parts, one file per part."""

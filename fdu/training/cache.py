@@ -1,4 +1,4 @@
-"""Tensors that are costly to make and the same for many runs: kept in a folder, named by what they depend on."""
+"""A cache of tensors that are expensive and shared by many runs: a folder with files named after their inputs."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ KINDS = ("prompts", "latents", "frozen")
 
 
 class Cache:
-    """A folder of tensors. Without a folder everything is made anew.
+    """A folder of tensors. Without a folder, everything is computed.
 
     Args:
         folder: where the files lie; it is made when something is first kept.
@@ -49,7 +49,7 @@ class Cache:
     ) -> dict[str, Tensor]:
         """The tensors of ``kind`` that depend on ``key`` alone, from the folder or from ``make``; on the CPU if read.
 
-        A file appears whole or not at all. One that cannot be read is made anew; a folder that cannot be written costs
+        A file appears whole or not at all. An unreadable one is replaced; a folder that cannot be written costs
         the entry only. With ``every_process`` each process has an entry of its own, which ``key`` has to tell.
         """
         if self.folder is None:

@@ -1,4 +1,4 @@
-"""What the loop trains on: conditionings and latents, made once by the frozen model; and batches of them."""
+"""Training data: conditionings and latents, made once with the frozen model, and batches of them."""
 
 from __future__ import annotations
 

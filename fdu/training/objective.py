@@ -1,4 +1,4 @@
-"""The losses of a batch: the divergence from what the trained denoiser is to predict, and what preservation costs."""
+"""The losses of a batch: the divergence from the training target, and the preservation loss."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The optimizer and the course of its learning rate."""
+"""The optimizer and its learning-rate schedule."""
 
 from __future__ import annotations
 

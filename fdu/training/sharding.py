@@ -1,13 +1,13 @@
-"""A denoiser in shards: each process keeps a share of the frozen weights, and has a block whole only while it computes.
+"""A sharded denoiser: each process holds a share of the frozen weights, and gathers a block only while it computes.
 
-FSDP 2 (torch.distributed.fsdp.fully_shard). What is trained stays whole in every process, with its gradients and
-moments: an adapter is small, and optimizer, clipping, gradient surgery and checkpoints are so those of a run without
-shards. Training averages its gradients over the processes.
+FSDP 2 (torch.distributed.fsdp.fully_shard). Trained weights stay whole in every process, with gradients and
+moments: an adapter is small, and optimizer, clipping, gradient surgery and checkpoints work as without shards. The
+training averages the gradients over the processes.
 
 Autocast keeps a copy in half precision of every float32 weight until the backward pass, which undoes the saving: load
 the pipeline in half precision, or set gradient_checkpointing.
 
-Has run on CPUs with gloo only; on GPUs the same code sends the weights through NCCL, which has not been tried.
+Tested only on CPUs with gloo; on GPUs the same code would use NCCL, which is untested.
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ from fdu.training.surgery import GradientSurgery
 from fdu.training.timesteps import TimestepSampler
 
 COLUMNS = ("loss", "divergence", "preservation", "distance", "critic")
-"""The course of the training: a value a step."""
+"""The history of the training: one value per step each."""
 
 
 @dataclasses.dataclass(eq=False)

@@ -1,6 +1,6 @@
-"""Gradient surgery: what erasing would undo of the preservation is taken out of its gradient.
+"""Gradient surgery: remove the component of the erasing gradient that opposes preservation.
 
-The projection of PCGrad (Yu et al. 2020, arXiv 2001.06782), to one side: preservation gives way to nothing.
+The projection of PCGrad (Yu et al. 2020, arXiv 2001.06782), applied only to the erasing gradient.
 """
 
 from __future__ import annotations

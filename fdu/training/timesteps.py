@@ -22,7 +22,7 @@ REFRESH_EVERY = 10
 class TimestepSampler:
     """Draws indices of a denoiser's grid, with weights that keep the mean of the loss what it is for uniform draws.
 
-    "uniform": every timestep alike.
+    "uniform": all timesteps equally often.
 
     "importance": a bin of the grid is drawn in proportion to the root of its mean squared loss, which makes the
     weighted loss vary least (Nichol and Dhariwal 2021, arXiv 2102.09672, section 3.3), with moving averages over bins

@@ -1,4 +1,4 @@
-"""How much each timestep counts: weightings of the loss as two tables over the denoiser's grid.
+"""Weights of the timesteps in the loss, as two tables over the denoiser's grid.
 
 With x_t = a x_0 + b epsilon (a = signal, b = noise) and SNR = (a/b)^2, a change d of the denoiser's output means, at
 one x_t, the change e d of epsilon and g d of x_0 in magnitude, e = (a/b) g:
@@ -49,7 +49,7 @@ def weights(
 ) -> Weighting:
     """The tables of a weighting.
 
-    "unit": every timestep alike, the code of Novello et al. 2026 (arXiv 2509.21167).
+    "unit": all timesteps equal, as in the code of Novello et al. 2026 (arXiv 2509.21167).
 
     "posterior": h(s) is the divergence of the Gaussians p(x_{t-1} | x_t) that the two outputs stand for. The means
     of the DDPM posterior differ by sqrt(abar_{t-1}) beta_t / (1 - abar_t) g d. Divided by its variance, beta_t

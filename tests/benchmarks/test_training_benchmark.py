@@ -4,41 +4,32 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import importlib
 import json
 import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import bench_training
 import families
 import pytest
+import reference_loop
+import report
+import shapes
 import torch
 
 import fdu_kernels
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="memory is read from Linux's /proc")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def on_path() -> Any:
-    sys.path.insert(0, str(BENCHMARKS))
-    yield
-    sys.path.remove(str(BENCHMARKS))
-
-
-def module(name: str) -> Any:
-    return importlib.import_module(name)
 
 
 def tiny(**settings: Any) -> Any:
     small = {"num_images": 4, "num_inference_steps": 2, "sample_batch_size": 2, "max_train_steps": 2}
-    return module("reference_loop").Settings(**{**small, **settings})
+    return reference_loop.Settings(**{**small, **settings})
 
 
 def test_the_reference_encodes_every_batch_and_asks_a_copy_for_the_frozen_output(tmp_path: Path) -> None:
-    loop, pipeline, calls = module("reference_loop"), families.build("sd"), Counter[str]()
+    loop, pipeline, calls = reference_loop, families.build("sd"), Counter[str]()
     settings = tiny()
     loop.sample_images(pipeline, ["a photo"], tmp_path, settings)
     assert len(list(tmp_path.glob("*.jpg"))) == settings.num_images
@@ -64,9 +55,11 @@ def test_the_reference_encodes_every_batch_and_asks_a_copy_for_the_frozen_output
 def test_the_reference_trains_keys_and_values_of_cross_attention_alone(
     tmp_path: Path, preservation_weight: float
 ) -> None:
-    loop, pipeline = module("reference_loop"), families.build("sd")
+    loop, pipeline = reference_loop, families.build("sd")
     before = {name: weight.clone() for name, weight in pipeline.unet.named_parameters()}
-    losses = loop.erase(pipeline, "van gogh", ["a photo"], tmp_path, tiny(preservation_weight=preservation_weight))
+    settings = tiny(preservation_weight=preservation_weight)
+    loop.sample_images(pipeline, ["a photo"], tmp_path, settings)
+    losses = loop.train(pipeline, "van gogh", ["a photo"], tmp_path, settings)
     changed = {name for name, weight in pipeline.unet.named_parameters() if not torch.equal(weight, before[name])}
     assert changed == {name for name in before if "attn2.to_k" in name or "attn2.to_v" in name}
     assert len(losses) == 2 and all(map(torch.isfinite, map(torch.tensor, losses)))
@@ -75,7 +68,7 @@ def test_the_reference_trains_keys_and_values_of_cross_attention_alone(
 def test_the_reference_minimises_the_loss_that_fdu_minimises() -> None:
     predicted, wanted = torch.randn(2, 3, 4, 8, 8)
     gradients = []
-    for loss in (module("reference_loop").squared_hellinger, fdu_kernels.gaussian_divergence):
+    for loss in (reference_loop.squared_hellinger, fdu_kernels.gaussian_divergence):
         leaf = predicted.clone().requires_grad_(True)
         loss(leaf, wanted).backward()
         gradients.append(leaf.grad)
@@ -97,7 +90,7 @@ def test_no_part_of_the_scaled_model_is_heavier_beside_its_denoiser_than_in_stab
 
 
 def test_both_loops_get_the_same_task() -> None:
-    runs = module("training_runs")
+    runs = bench_training
     for run in runs.RUNS.values():
         config, shared = run.config(), run.shared
         for field in dataclasses.fields(shared):
@@ -115,9 +108,8 @@ def test_both_loops_get_the_same_task() -> None:
 
 @pytest.mark.parametrize("name", ["reference", "fdu, frozen outputs kept", "fdu job"])
 def test_a_run_measures_its_steps_and_memory(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    runs = module("training_runs")
-    monkeypatch.setattr(runs.sd15_shape, "build", lambda: families.build("sd"))
-    monkeypatch.setattr(runs.sd15_shape, "vae_config", lambda: {"sample_size": 16})
+    runs = bench_training
+    monkeypatch.setattr(shapes, "sd15", lambda: families.build("sd"))
     run = runs.RUNS[name]
     figures = runs.measure(run)
     for unit in ("wall", "cores"):
@@ -128,13 +120,12 @@ def test_a_run_measures_its_steps_and_memory(name: str, monkeypatch: pytest.Monk
 
 @functools.cache
 def proportions() -> dict[str, dict[str, float]]:
-    shape = module("sd15_shape")
-    return {"1": shape.proportions(1, 1, 1), "scaled": shape.proportions()}
+    return {"1": shapes.proportions(1, 1, 1), "scaled": shapes.proportions()}
 
 
 def a_record(**changes: float) -> dict[str, Any]:
     """A record in which every bound holds, but for ``changes``."""
-    runs = module("training_runs")
+    runs = bench_training
     figures = {"wall_step": 1.0, "wall_training": 8.0, "wall_sampling": 10.0, "peak": 50.0, "highest": 50.0}
     reference = {"wall_step": 1.7, "wall_training": 20.0, "wall_sampling": 80.0, "peak": 100.0, "highest": 100.0}
     for each in (figures, reference):
@@ -156,9 +147,8 @@ def a_record(**changes: float) -> dict[str, Any]:
 def test_check_fails_if_a_bound_is_missed(
     changes: dict[str, float], code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    bench, path, docs = module("bench_training"), tmp_path / "record.json", tmp_path / "page.md"
+    path = tmp_path / "record.json"
     path.write_text(json.dumps(a_record(**changes)))
-    command = ["bench_training.py", "--page_only", "--check", "--record", str(path), "--docs", str(docs)]
-    monkeypatch.setattr(sys, "argv", command)
-    assert bench.main() == code
-    assert docs.read_text().count("**fails**") == code
+    monkeypatch.setattr(sys, "argv", ["bench_training.py", "--show", "--check", "--record", str(path)])
+    assert bench_training.main() == code
+    assert report.training(a_record(**changes), "cpu").count("**fails**") == code

@@ -176,7 +176,7 @@ def test_a_test_of_robustness_that_fails_costs_nothing_else(
     assert main(["evaluate", *arguments, "--phrasings", "sets"]) == cli.FAILED
     output = capsys.readouterr()
     assert re.search("attack.*CUDA out of memory.*relearning.*fault", output.err)
-    assert "retained (9 classes)" in output.out and "other words" in output.out and "report   judged" in output.out
+    assert "retained (9 classes)" in output.out and "other phrasings" in output.out and "report   judged" in output.out
     metrics = json.loads(Path("judged/metrics.json").read_text())
     assert set(metrics["robustness"]["phrasings"]) == {"mine"} and metrics["robustness"]["attack"] is None
     assert any(re.search("attack.*CUDA out of memory", note) for note in metrics["notes"])

@@ -87,7 +87,7 @@ def test_what_cannot_be_compared_is_refused() -> None:
     for name in ("pairs", "candidates", "seeds"):
         with pytest.raises(ValueError, match=f"{name} is empty"):
             comparison(**{name: ()})
-    with pytest.raises(ValueError, match="candidates.*twice"):
+    with pytest.raises(ValueError, match="candidates.*duplicate"):
         comparison(candidates=(Candidate("mse"), Candidate("mse")))
     with pytest.raises(ValueError, match="s0.*sigma"):
         comparison(candidates=(Candidate("mse", 1.0), Candidate("mse", 2.0)), base=EraseConfig(sigma=0.1))

@@ -55,7 +55,7 @@ def test_a_file_holds_one_prompt_a_line(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("empty", ["", "   ", [], [""], ["a cat", " "]])
 def test_an_empty_target_is_refused(empty: object) -> None:
-    with pytest.raises(ValueError, match="^target (is|holds an) empty"):
+    with pytest.raises(ValueError, match="^target.*empty"):
         concept_pair(empty, "pet")  # type: ignore[arg-type]
 
 
@@ -129,7 +129,7 @@ def test_several_concepts_that_do_not_fit_are_refused() -> None:
         concept_pairs(cats, "pet", ["object"])
     with pytest.raises(ValueError, match="target names 'cat' twice"):
         concept_pairs([Concept("cat"), Concept("cat")], "pet")
-    with pytest.raises(ValueError, match="lead.*circle, 'dog' -> 'cat' -> 'dog'"):
+    with pytest.raises(ValueError, match="circle, 'dog' -> 'cat' -> 'dog'"):
         concept_pairs(cats, [Concept("dog"), Concept("cat")])
 
 
@@ -146,7 +146,7 @@ def test_an_anchor_that_names_another_target_is_led_on() -> None:
 
 
 def test_names_that_lead_further_and_further_are_refused() -> None:
-    with pytest.raises(ValueError, match="lead in a circle"):
+    with pytest.raises(ValueError, match="circle"):
         concept_pairs(
             [Concept("a", ("one a",)), Concept("b", ("one b",))], [Concept("b", ("x b",)), Concept("a", ("x a",))]
         )

@@ -181,7 +181,7 @@ def test_group_offloading_is_refused() -> None:
     pipeline = families.build("flux")
     cpu = torch.device("cpu")
     pipeline.transformer.enable_group_offload(cpu, cpu, offload_type="leaf_level")
-    with pytest.raises(ValueError, match="moves.*parts between devices.*itself"):
+    with pytest.raises(ValueError, match="remove_all_hooks"):
         denoiser_of(pipeline, 16)
 
 
@@ -479,7 +479,7 @@ def test_a_unet_that_is_not_square_keeps_its_shape() -> None:
     pipeline.unet.register_to_config(sample_size=(8, 12))
     assert denoiser_of(pipeline).latent_shape == (4, 8, 12)
     pipeline.unet.register_to_config(sample_size=None)
-    with pytest.raises(ValueError, match="does not tell.*sample_size; give resolution"):
+    with pytest.raises(ValueError, match="sample_size; give resolution"):
         denoiser_of(pipeline)
 
 
@@ -488,7 +488,7 @@ def test_a_unet_that_is_not_square_keeps_its_shape() -> None:
 def test_a_pipeline_without_one_of_its_parts_is_refused(name: str, part: str) -> None:
     pipeline = families.build(name)
     setattr(pipeline, part, None)
-    with pytest.raises(ValueError, match=f"has no {part}; load it with all its parts"):
+    with pytest.raises(ValueError, match=f"has no {part}"):
         denoiser_of(pipeline)
 
 
@@ -581,7 +581,7 @@ def test_a_pipeline_that_offloads_its_parts_is_refused() -> None:
 
     pipeline = families.build("sd")
     add_hook_to_module(pipeline.unet, ModelHook())
-    with pytest.raises(ValueError, match="moves.*parts between devices .*remove_all_hooks"):
+    with pytest.raises(ValueError, match="moves .*remove_all_hooks"):
         denoiser_of(pipeline)
 
 

@@ -44,7 +44,7 @@ def test_a_package_that_cannot_be_imported(monkeypatch: pytest.MonkeyPatch, caps
     assert main(["doctor"]) == cli.FAILED
     output = capsys.readouterr().out
     assert "FAULT  peft" in output and "no peft here" in output and "-> pip install --upgrade 'peft>=" in output
-    assert output.endswith("fdu cannot run here; mend first: peft\n")
+    assert output.endswith("fdu cannot run here; fix first: peft\n")
 
 
 def test_a_backend_that_cannot_run_is_a_note_with_a_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -113,7 +113,7 @@ def test_a_missing_pipeline_and_a_full_disk_are_notes(monkeypatch: pytest.Monkey
         ("torch was built without CUDA", "CUDA build of PyTorch"),
         ("this PyTorch is built without CUDA", "CUDA build of PyTorch"),
         ("this PyTorch is built without CUDA, ROCm and XPU", "CUDA, ROCm or XPU build of PyTorch"),
-        ("no CUDA, ROCm or Intel GPU", "nothing to mend without"),
+        ("no CUDA, ROCm or Intel GPU", "nothing to fix without"),
         ("built without CUDA kernels: there was no nvcc; install the CUDA toolkit", "CUDA toolkit, 12.4"),
         ("built without CUDA kernels: the machine that built them has no CUDA device", "CUDA toolkit, 12.4"),
         ("cuda:0 (sm_90) cannot run the CUDA kernels, built for 9.0 by nvcc 13.0: driver", "update the NVIDIA driver"),

@@ -282,9 +282,9 @@ def test_what_contradicts_the_erasure_is_refused(pipeline: StableDiffusionPipeli
     with pytest.raises(ValueError, match="preservation_prompts holds 'three'.*prompt.*target"):
         fdu.erase(pipeline, "three", "eight", preservation_prompts=("four", "three"))
     for anchor, mask, error in (
-        ("eight", torch.zeros(8, 8), "mask.*hold values >= 0.*not only zeros"),
+        ("eight", torch.zeros(8, 8), "mask.*>= 0"),
         ("eight", -torch.ones(8, 8), "mask must hold values >= 0"),
-        ([fdu.Concept("eight"), fdu.Concept("three")], None, "anchor.*concepts lead.*circle"),
+        ([fdu.Concept("eight"), fdu.Concept("three")], None, "anchor.*circle"),
     ):
         targets = [fdu.Concept("three"), fdu.Concept("eight")] if isinstance(anchor, list) else "three"
         with pytest.raises(ValueError, match=error):

@@ -113,7 +113,7 @@ def test_what_does_not_belong_together_is_refused(pipeline: StableDiffusionPipel
     draws = Draws([image_of(0), image_of(0), image_of(1), image_of(2)])
     with pytest.raises(ValueError, match="exactly one.*role 'target'"):
         fdu.evaluate(draws, draws, PROBES[1:])
-    with pytest.raises(ValueError, match="same number.*images.*probe"):
+    with pytest.raises(ValueError, match="same number of images"):
         fdu.evaluate(draws, Draws(draws.images[:3]), PROBES)
     with pytest.raises(ValueError, match="name.*class 'dog' twice"):
         fdu.evaluate(draws, draws, [*PROBES[:3], PROBES[2]])

@@ -94,7 +94,7 @@ def test_an_encoder_that_is_not_there_is_told(tmp_path: Path, clip_folder: Path)
     CLIPModel.from_pretrained(clip_folder).save_pretrained(tmp_path)
     with pytest.raises(OSError, match="could not be loaded"):  # no tokenizer
         ClipFeatures.load(str(tmp_path))
-    with pytest.raises(OSError, match="a CLIPTextModel.*no image-text encoder"):
+    with pytest.raises(OSError, match="a CLIPTextModel.*image-text encoder"):
         ClipFeatures.load(str(digits.PIPELINE_FOLDER / "text_encoder"))
 
 
@@ -153,7 +153,7 @@ def test_the_judge_names_the_nearest_text(encoder: ClipFeatures) -> None:
     nearest = cosine_similarity(encoder(images), encoder.texts(classes)).argmax(1)
     seen = ClipJudge(encoder, classes)(images)
     assert seen == [classes[place] for place in nearest]
-    with pytest.raises(ValueError, match="two or more names"):
+    with pytest.raises(ValueError, match="at least two"):
         ClipJudge(encoder, ("cat", "cat"))
 
 

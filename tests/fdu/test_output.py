@@ -32,7 +32,7 @@ def test_what_is_there_is_not_overwritten_unasked(tmp_path: Path) -> None:
 def test_what_fdu_did_not_write_is_never_overwritten(tmp_path: Path, name: str) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / name).write_text('{"accuracy": 0.5}')
-    with pytest.raises(FileExistsError, match="holds.*fdu did not write.*never overwritten"):
+    with pytest.raises(FileExistsError, match="not written.*fdu.*never overwrites"):
         check_output(tmp_path / "out", overwrite=True)
 
 

@@ -70,7 +70,7 @@ def test_a_file_without_subjects_gets_those_of_the_package(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("a photo\n", "line 1.*prompt stands before.*first section"),
+        ("a photo\n", "line 1: .*before.*first section"),
         ("[target] a\n{}\n[anker] b\n", r"line 3: \[anker\].*none.*target, unseen"),
         ("[target] a\n{}\n[un-related] b\n", r"line 3: \[un-related\].*none.*target, unseen"),
         ("[target] a\n{}\n[near b\n", r"line 3: '\[near b' lacks the \]"),

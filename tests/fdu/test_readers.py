@@ -269,24 +269,24 @@ def test_a_pickle_that_would_execute_code(tmp_path: Path) -> None:
 
 def test_broken_and_missing_files(tmp_path: Path) -> None:
     (tmp_path / "a.safetensors").write_bytes(b"no")
-    assert_refused("sd", tmp_path / "a.safetensors", "no safetensors file, or broken")
+    assert_refused("sd", tmp_path / "a.safetensors", "safetensors.*damaged")
     (tmp_path / "b.bin").write_bytes(b"")
-    assert_refused("sd", tmp_path / "b.bin", "cannot be read .EOFError.; the file is broken")
+    assert_refused("sd", tmp_path / "b.bin", "cannot be read .EOFError.; the file is damaged")
     torch.save({"step": 3}, tmp_path / "c.bin")
     assert_refused("sd", tmp_path / "c.bin", "hold no tensors")
     assert_refused("sd", tmp_path / "none.bin", "do not exist", FileNotFoundError)
     assert_refused("sd", tmp_path, "several files.*a.safetensors")
     (tmp_path / "d.txt").write_text("no")
-    assert_refused("sd", tmp_path / "d.txt", r"end in none of \.safetensors")
+    assert_refused("sd", tmp_path / "d.txt", r"none of .*\.safetensors")
     (tmp_path / "empty").mkdir()
-    assert_refused("sd", tmp_path / "empty", "hold no file", FileNotFoundError)
+    assert_refused("sd", tmp_path / "empty", "no file", FileNotFoundError)
     families.build("sd").save_pretrained(tmp_path / "whole")
     assert_refused("sd", tmp_path / "whole", "full pipeline.*from_pretrained")
 
 
 def test_unknown_tensors(tmp_path: Path) -> None:
     save_file({"encoder.weight": torch.zeros(1), "step": torch.zeros(1)}, tmp_path / "x.safetensors")
-    assert_refused("sd", tmp_path, "no known kind: neither LoRA.*delta of fdu.*'encoder.weight', 'step'")
+    assert_refused("sd", tmp_path, "neither LoRA.*delta of fdu.*'encoder.weight', 'step'")
 
 
 def test_weights_of_another_family(tmp_path: Path) -> None:
@@ -323,8 +323,8 @@ def test_incomplete_and_foreign_updates(tmp_path: Path) -> None:
     name = down.partition(".")[0]
     for tensors, match in (
         ({key: tensor for key, tensor in good.items() if key != down}, "lacks its up or down matrix"),
-        ({**good, f"{name}.hada_w1_a": torch.zeros(1)}, "no part of a LoRA or DoRA update"),
-        ({**good, f"{name}.dora_scale": torch.ones(1, 16)}, "not one for each output"),
+        ({**good, f"{name}.hada_w1_a": torch.zeros(1)}, "not part of a LoRA"),
+        ({**good, f"{name}.dora_scale": torch.ones(1, 16)}, "not one per output"),
     ):
         save_file(tensors, tmp_path / "bad.safetensors")
         assert_refused("sd", tmp_path / "bad.safetensors", match)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import base64
 import dataclasses
 import io
+import itertools
 import json
+import math
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -23,6 +25,7 @@ from fdu.evaluation.features import Features
 from fdu.evaluation.robustness.holding import judge_robustness
 from fdu.evaluation.verdict import judge
 from fdu.report import Conditions, EvaluatedRun, check_record, check_run, make_report, render, write_report
+from fdu.report.charts import training_charts
 
 VOID = {"meta", "img", "br", "rect", "line", "polyline", "polygon", "link", "input", "hr"}
 
@@ -152,6 +155,22 @@ def test_verdict_figures_course_settings_and_command(tmp_path: Path) -> None:
     assert [label.split()[0] for label in labels if label] == ["Divergence", "Distance", "Preservation"]
     for line in page.all("polyline"):
         assert len((line["points"] or "").split()) == 4
+
+
+@pytest.mark.parametrize("start", [1e17, 1e2])
+def test_a_curve_that_starts_far_above_the_rest_has_a_logarithmic_axis(start: float) -> None:
+    (chart,) = training_charts({"divergence": [start, 1e-2, 1e-3, 0.0, 1e-4, float("nan")]})
+    labels = [float(label) for _, label in chart.y_ticks]
+    assert labels[-1] == start and labels[0] > 0 and 2 <= len(labels) <= 7
+    assert len({round(math.log10(high / low), 6) for low, high in itertools.pairwise(labels)}) == 1
+    heights = [float(point.partition(",")[2]) for point in chart.lines[0].points.split()]
+    assert len(heights) == 5 and heights[0] == 10 and heights[3] == 160
+    assert heights[:3] == sorted(heights[:3]) and heights[1] < heights[2] < 160
+
+
+def test_a_curve_of_one_value_among_zeros_has_an_axis() -> None:
+    (chart,) = training_charts({"divergence": [0.0, 1.0, 0.0, 0.0]})
+    assert [label for _, label in chart.y_ticks] == ["0.1", "1"]
 
 
 class Brightness(Features):

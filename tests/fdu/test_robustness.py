@@ -138,7 +138,7 @@ def test_sets_are_compared_prompt_by_prompt() -> None:
     (figures,) = phrasings.compare_sets(sets, "x", before, after).values()
     assert (figures.before.value, figures.after.value) == (0.75, 0.5)
     assert list(figures.by_prompt.items()) == [("q", (0.5, 1.0)), ("p", (1.0, 0.0))]
-    with pytest.raises(ValueError, match="as many images.*every set"):
+    with pytest.raises(ValueError, match="same number of images"):
         phrasings.compare_sets(sets, "x", before, {"words": ["x"]})
 
 

@@ -195,6 +195,6 @@ def test_the_launcher_may_ask_for_shards(
     pipeline: StableDiffusionPipeline, quick: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    with pytest.raises(ValueError, match="shard splits.*denoiser between processes.*one"):
+    with pytest.raises(ValueError, match="shard.*only one"):
         fdu.erase(pipeline, *digits.concepts("three", "eight"), **quick)
     assert os.environ["ACCELERATE_USE_FSDP"] == "true"

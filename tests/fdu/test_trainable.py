@@ -229,7 +229,7 @@ def test_a_result_that_is_gone_costs_no_memory() -> None:
 def test_one_erasure_is_trained_at_a_time() -> None:
     denoiser = wrapped(families.build("sd"))
     trainable = attached(denoiser, "lora")
-    with pytest.raises(RuntimeError, match="still being trained; call finish"):
+    with pytest.raises(RuntimeError, match="call its finish"):
         attached(denoiser, "lora")
     trainable.finish()
     attached(denoiser, "lora")

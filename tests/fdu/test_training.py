@@ -317,10 +317,10 @@ def test_one_erasure_after_another(quick: dict[str, Any]) -> None:
 
 def test_settings_that_contradict_each_other_are_refused(pipeline: StableDiffusionPipeline) -> None:
     for settings, message in (
-        ({"objective": "noise", "negative_guidance": 1.0}, "negative_guidance goes.*objective 'model'"),
+        ({"objective": "noise", "negative_guidance": 1.0}, "negative_guidance.*'model'"),
         ({"variational": True, "divergence": "mse"}, "'mse' has no generator f"),
         ({"gradient_surgery": True, "preservation_weight": 0.0}, "gradient_surgery needs preservation"),
-        ({"frozen_batches": 2, "timestep_sampling": "importance"}, "frozen_batches holds timesteps fixed"),
+        ({"frozen_batches": 2, "timestep_sampling": "importance"}, "frozen_batches.*timestep_sampling"),
         (
             {"lr_warmup_steps": 5, "lr_scheduler": "constant"},
             "lr_warmup_steps needs lr_scheduler 'constant_with_warmup'",
@@ -519,7 +519,7 @@ def test_what_the_launcher_says_must_fit(
     monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
     assert same(trained(erase(quick)), plain)
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
-    with pytest.raises(ValueError, match="accelerate launch says mixed_precision 'bf16'.*add mixed_precision 'bf16'"):
+    with pytest.raises(ValueError, match="accelerate launch.*mixed_precision 'bf16'.*'no'"):
         fdu.erase(pipeline, "three", "eight", **quick)
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")

@@ -148,7 +148,7 @@ def test_bad_spellings(spelling: str, parameters: dict[str, float], error: type[
 def test_what_is_no_divergence() -> None:
     with pytest.raises(TypeError, match="must.*name.*Divergence, not int"):
         fk.get_divergence(3)  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match="beside a Divergence"):
+    with pytest.raises(TypeError, match="with a Divergence"):
         fk.get_divergence(fk.get_divergence("alpha"), alpha=0.3)
     with pytest.raises(ValueError, match="'mse' has no generator"):
         fk.get_divergence("mse").f(torch.ones(1))

@@ -21,5 +21,5 @@ def clip_score(images: Tensor, texts: Tensor) -> Tensor:
 
 
 CLIP_SCORE = ScoreMetric(
-    "clip_score", "CLIP score", "How well images fit the name of what was asked for, from 0 to 2.5.", clip_score
+    "clip_score", "CLIP score", "How well images match the name of the requested class, from 0 to 2.5.", clip_score
 )

@@ -27,13 +27,13 @@ class AttackConfig:
     """Settings of the attack."""
 
     tokens: int = 4
-    """How many of the first embeddings of a prompt it may move."""
+    """Number of embeddings that the attack may move, from the start of the prompt."""
     steps: int = 60
     """Optimizer steps of an attempt."""
     learning_rate: float = 0.1
     """Of AdamW, in units of the embeddings' root mean square."""
     batch_size: int = 16
-    """Noised images a step."""
+    """Noised images per step, >= 1."""
     restarts: int = 2
     """Attempts; the one with the lowest loss counts."""
     looks: int = 4

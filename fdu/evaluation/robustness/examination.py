@@ -1,4 +1,4 @@
-"""The tests of one erasure: each is made before it, then after it."""
+"""The robustness tests of one erasure, each run before and after it."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ TESTS: tuple[Test, ...] = get_args(Test)
 
 @dataclasses.dataclass(frozen=True)
 class Robustness:
-    """What an examination found; None for a test that was not made."""
+    """The results of an examination; None for a test that was not run."""
 
     phrasings: dict[str, SetFigures] | None = None
     """By prompt set."""
     attack_before: AttackFigures | None = None
-    """On the pipeline before the erasure: what the attack reaches where nothing was erased."""
+    """The same attack before the erasure, for reference."""
     attack: AttackFigures | None = None
-    """On the erased pipeline."""
+    """The attack on the erased pipeline."""
     relearning: RelearningFigures | None = None
 
     def as_dict(self) -> dict[str, Any]:
@@ -39,17 +39,17 @@ class Robustness:
 
 
 class Examination:
-    """The tests of one erasure: call :meth:`before` with the pipeline as it was, then :meth:`after` as it is.
+    """The tests of one erasure: call :meth:`before` with the original pipeline, then :meth:`after` with the erased one.
 
-    The two need not be in memory together: one pipeline can be both, one after the other, as in ``result.original()``.
+    The two need not be in memory together; one pipeline can serve as both, as with ``result.original()``.
 
     Args:
-        probe: the target's prompts, and who judges the images.
-        sets: prompt sets for "phrasings", of :func:`read_sets`.
-        tests: which of ``TESTS`` to make.
-        attack_config, relearning_config: their settings.
+        probe: the target's prompts and their judge.
+        sets: prompt sets for "phrasings", from :func:`read_sets`.
+        tests: the tests to run, from ``TESTS``.
+        attack_config, relearning_config: settings of these tests.
         drawing: how judged images are drawn.
-        latents: how many images of the target attack and relearning learn from.
+        latents: number of images of the target for attack and relearning, >= 1.
 
     Raises:
         ValueError: an unknown test, none, or phrasings without a prompt set.
@@ -96,7 +96,7 @@ class Examination:
             self.drawn_before = plain.value
 
     def after(self, pipeline: DiffusionPipeline) -> Robustness:
-        """Test the erased pipeline, which is as before afterwards.
+        """Test the erased pipeline, and leave it unchanged.
 
         Raises:
             RuntimeError: :meth:`before` was not called.
@@ -119,7 +119,7 @@ class Examination:
 
 
 def check_tests(tests: Collection[str]) -> None:
-    """Refuse names of tests that there are not.
+    """Refuse unknown tests.
 
     Raises:
         ValueError: an unknown test, or none.

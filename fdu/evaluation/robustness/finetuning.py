@@ -1,4 +1,4 @@
-"""Fine-tuning on images of the target, by the training loop of an erasure: what attack and relearning share."""
+"""Fine-tuning on images of the target with the erasure's training loop; shared by attack and relearning."""
 
 from __future__ import annotations
 

@@ -56,7 +56,7 @@ def _phrasings(found: Mapping[str, Any]) -> Outcome | None:
     sentence = f"In other phrasings: {joined(told)}."
     unknown = [name for name, state in states.items() if state == "rarely drawn before" and name not in escapes]
     if unknown:
-        sentence += f" The model rarely drew it from {joined(unknown)} even before, so these show little."
+        sentence += f" Not conclusive: {joined(unknown)}, since the model rarely drew it from these even before."
     return "other phrasings", None if len(unknown) == len(sets) else not escapes, sentence
 
 

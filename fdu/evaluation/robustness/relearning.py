@@ -25,7 +25,7 @@ class RelearningConfig:
     learning_rate: float = 1e-3
     """Of AdamW, constant."""
     batch_size: int = 16
-    """Noised images a step."""
+    """Noised images per step, >= 1."""
     looks: int = 6
     """How often the pipeline is judged on the way, the steps doubling from look to look."""
 

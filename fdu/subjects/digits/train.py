@@ -1,9 +1,8 @@
 """Train the embedded pipeline and its judge from scratch: ``python -m fdu.subjects.digits.train --out FOLDER``.
 
-About half an hour on one CPU core, and one is all it uses: with more the sums round otherwise, and so do the weights.
-Needs scikit-learn. The stages: judge, autoencoder, then text encoder and denoiser together. Each starts from the seed
-by itself and from the files of the stages before it, so one can be repeated alone; a measurement of what is stored ends
-the run.
+Takes about half an hour on one CPU core; it uses only one, since more would round sums differently. Needs scikit-learn.
+The stages: judge, autoencoder, then text encoder and denoiser together. Each starts from the seed and from the files of
+the earlier stages, so it can be repeated alone. The run ends with a measurement of the stored pipeline.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What is trained, a file for each kind of method, and the frozen model beside it."""
+"""Training methods, one file per kind, and the frozen model beside the trained one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Weights of the pipeline themselves, trained as fp32 masters while the originals wait beside them."""
+"""Train the pipeline's own weights as float32 masters, with the originals kept beside them."""
 
 from __future__ import annotations
 

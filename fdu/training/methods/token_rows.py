@@ -1,4 +1,4 @@
-"""The embeddings of a concept's own tokens in every text encoder, and no other row of the embedding matrices."""
+"""Train the embeddings of a concept's own tokens in each text encoder, and no other row of the matrices."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""What a training method is: trained parameters, and the frozen model beside them in one and the same backbone.
+"""The interface of a training method: trained parameters, and the frozen model in the same backbone.
 
-Erasures of one pipeline lie on each other: the frozen model of an earlier one is without the later ones too, and the
-last one is removed first.
+Erasures of one pipeline stack: the frozen model of an earlier one excludes the later ones, and the last one must be
+removed first.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Trainable(ABC):
     """
 
     trains_text: bool
-    """Whether text encoders are trained, so that prompts have to be encoded anew in every step."""
+    """Whether text encoders are trained, so that each step must encode its prompts again."""
 
     def __init__(self, pipeline: DiffusionPipeline) -> None:
         self.state: Literal["training", "finished", "removed"] = "training"

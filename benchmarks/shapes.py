@@ -1,9 +1,10 @@
-"""A pipeline of the shape of Stable Diffusion 1.5 with random weights, every width a quarter and every side a half.
+"""Pipelines of the shape of Stable Diffusion 1.5 and XL with random weights, full or with all widths and sides divided.
 
-Each count of Stable Diffusion 1.5 then comes out the same fraction of itself: parameters and activations a sixteenth,
-multiplications and softmax elements a sixty-fourth, so that the shares of denoiser, autoencoder and text encoder, of
-weights and activations, are the original's. Group norms keep their channels a group and attention heads their size;
-the text encoder, whose 77 tokens stay 77, has an eighth of its width, for its share of the multiplications.
+By default every width of Stable Diffusion 1.5 is a quarter and every side a half. Each of its counts is then the same
+fraction of itself: parameters and activations a sixteenth, multiplications and softmax elements a sixty-fourth. So
+denoiser, autoencoder and text encoder, weights and activations, keep their shares. Group norms keep their channels per
+group and attention heads their size; the text encoder, whose 77 tokens stay 77, has an eighth of its width, which gives
+it its share of the multiplications.
 """
 
 from __future__ import annotations
@@ -12,28 +13,32 @@ import functools
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from torch import nn
+from diffusers import (
+    AutoencoderKL,
+    DPMSolverMultistepScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from fdu.subjects.digits.tokenizer import END, START, learn_tokenizer
 
 TOKENS = 77
 WIDTH, SIDE, TEXT_WIDTH = 4, 2, 8
-"""By what the widths of denoiser and autoencoder, the sides of an image and the width of the text are divided."""
+"""Divisors of the widths of denoiser and autoencoder, of the sides of an image, and of the width of the text."""
+XL_TEXT = (768, 1280)
+"""Widths of XL's two text encoders; the denoiser reads both."""
 THINGS = ("house", "tree", "woman", "man", "street", "boat", "bridge", "garden", "mountain", "horse")
 SETTINGS = ("at dawn", "at night", "in the rain", "in winter", "by the sea", "in a valley", "from above", "in sunlight")
 
 
 def unet_config(width: int = WIDTH, side: int = SIDE, text_width: int = TEXT_WIDTH) -> dict[str, Any]:
-    """The denoiser's; with 1, 1 and 1 that of Stable Diffusion 1.5."""
+    """The denoiser's, beside the defaults; with 1, 1 and 1 that of Stable Diffusion 1.5."""
     return {
         "sample_size": 64 // side,
         "block_out_channels": tuple(channels // width for channels in (320, 640, 1280, 1280)),
-        "layers_per_block": 2,
-        "down_block_types": (*("CrossAttnDownBlock2D",) * 3, "DownBlock2D"),
-        "up_block_types": ("UpBlock2D", *("CrossAttnUpBlock2D",) * 3),
         "attention_head_dim": max(1, 8 // width),  # as this family of configs calls the number of heads
         "cross_attention_dim": 768 // text_width,
         "norm_num_groups": max(1, 32 // width),
@@ -48,7 +53,6 @@ def vae_config(width: int = WIDTH, side: int = SIDE) -> dict[str, Any]:
         "layers_per_block": 2,
         "down_block_types": ("DownEncoderBlock2D",) * 4,
         "up_block_types": ("UpDecoderBlock2D",) * 4,
-        "latent_channels": 4,
         "norm_num_groups": max(1, 32 // width),
     }
 
@@ -56,21 +60,17 @@ def vae_config(width: int = WIDTH, side: int = SIDE) -> dict[str, Any]:
 def text_config(text_width: int = TEXT_WIDTH) -> dict[str, Any]:
     """The text encoder's."""
     return {
-        "vocab_size": 49408,
         "hidden_size": 768 // text_width,
         "intermediate_size": 3072 // text_width,
-        "num_hidden_layers": 12,
         "num_attention_heads": 12,
-        "max_position_embeddings": TOKENS,
-        "hidden_act": "quick_gelu",
     }
 
 
-def build(
+def sd15(
     seed: int = 0, width: int = WIDTH, side: int = SIDE, text_width: int = TEXT_WIDTH, device: str = "cpu"
 ) -> StableDiffusionPipeline:
-    """The pipeline, fp32, with the sampler that both loops use; with 1, 1 and 1 of the full shape. Its random weights
-    are drawn on ``device``, which takes seconds where a CPU would take a minute."""
+    """Stable Diffusion 1.5, fp32, with the sampler that both loops use; with 1, 1 and 1 of the full shape. Its random
+    weights are drawn on ``device``: a GPU takes seconds where a CPU would take a minute."""
     tokenizer = make_tokenizer()
     with torch.random.fork_rng(), torch.device(device):
         torch.manual_seed(seed)
@@ -83,6 +83,55 @@ def build(
             safety_checker=None,
             feature_extractor=None,
             requires_safety_checker=False,
+        )
+
+
+def xl_unet_config(width: int, side: int, text_width: int) -> dict[str, Any]:
+    """XL's denoiser's; with 1, 1 and 1 the full one."""
+    time_ids = 256 // width
+    return {
+        "sample_size": 128 // side,
+        "block_out_channels": tuple(channels // width for channels in (320, 640, 1280)),
+        "transformer_layers_per_block": (1, 2, 10),
+        "down_block_types": ("DownBlock2D", *("CrossAttnDownBlock2D",) * 2),
+        "up_block_types": (*("CrossAttnUpBlock2D",) * 2, "UpBlock2D"),
+        "attention_head_dim": tuple(max(1, heads // width) for heads in (5, 10, 20)),
+        "cross_attention_dim": sum(XL_TEXT) // text_width,
+        "use_linear_projection": True,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": time_ids,
+        "projection_class_embeddings_input_dim": 6 * time_ids + XL_TEXT[1] // text_width,
+        "norm_num_groups": max(1, 32 // width),
+    }
+
+
+def sdxl(
+    seed: int = 0, width: int = 1, side: int = 1, text_width: int = 1, device: str = "cpu"
+) -> StableDiffusionXLPipeline:
+    """Stable Diffusion XL, fp32, with the same sampler and words."""
+    tokenizer = make_tokenizer()
+    ids = special_ids(tokenizer)
+    second = CLIPTextConfig(
+        hidden_size=XL_TEXT[1] // text_width,
+        intermediate_size=4 * XL_TEXT[1] // text_width,
+        num_hidden_layers=32,
+        num_attention_heads=max(1, 20 // text_width),
+        projection_dim=XL_TEXT[1] // text_width,
+        hidden_act="gelu",
+        **ids,
+    )
+    with torch.random.fork_rng(), torch.device(device):
+        torch.manual_seed(seed)
+        vae = {**vae_config(width, side), "sample_size": 1024 // side, "scaling_factor": 0.13025}
+        return StableDiffusionXLPipeline(
+            vae=AutoencoderKL(**vae).eval(),
+            text_encoder=CLIPTextModel(CLIPTextConfig(**text_config(text_width), **ids)).eval(),
+            tokenizer=tokenizer,
+            text_encoder_2=CLIPTextModelWithProjection(second).eval(),
+            tokenizer_2=tokenizer,
+            unet=UNet2DConditionModel(**xl_unet_config(width, side, text_width)).eval(),
+            scheduler=make_scheduler(),
+            add_watermarker=False,
         )
 
 
@@ -136,9 +185,5 @@ def proportions(width: int = WIDTH, side: int = SIDE, text_width: int = TEXT_WID
                 call()
             found[f"{name}, GFLOP"] = counter.get_total_flops() / 1e9
     for name, module in (("denoiser", unet), ("autoencoder", vae), ("text encoder", text)):
-        found[f"{name}, M parameters"] = _parameters(module) / 1e6
+        found[f"{name}, M parameters"] = sum(parameter.numel() for parameter in module.parameters()) / 1e6
     return found
-
-
-def _parameters(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
