@@ -410,10 +410,8 @@ def test_two_runs_on_a_half_precision_pipeline() -> None:
     for target in ("three", "eight"):
         result = fdu.erase(pipeline, target, "digit", **TINY, mixed_precision="bf16")
         assert all(math.isfinite(loss) for loss in result.history["loss"])
-    assert {parameter.dtype for parameter in trained(result).values()} == {torch.float32}
-    assert {parameter.dtype for name, parameter in pipeline.unet.named_parameters() if "lora" not in name} == {
-        torch.bfloat16
-    }
+        assert any(bool(weight.any()) for name, weight in trained(result).items() if "lora_B" in name)
+    assert {parameter.dtype for parameter in pipeline.unet.parameters()} == {torch.bfloat16}
 
 
 def test_text_encoders_may_be_of_another_type_than_the_denoiser() -> None:
