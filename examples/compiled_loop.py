@@ -1,8 +1,8 @@
-"""A training step under torch.compile: model and loss in one graph, while alpha and sigma change from step to step.
+"""A training step under torch.compile: model and loss in one graph, while alpha and sigma change every step.
 
-``python examples/compiled_loop.py``; about a minute on a CPU, most of it compiling. A divergence that is an argument of
-the compiled function is data: its parameter may change without another compilation, except at alpha = 1, which has
-another formula. A name is a constant.
+``python examples/compiled_loop.py`` takes about a minute on a CPU, most of it for compiling. A divergence passed as an
+argument of the compiled function is data: its parameter may change without another compilation as long as alpha stays
+between 0 and 1. A name is a constant.
 """
 
 import argparse
@@ -33,7 +33,7 @@ def training_loss(x, target, divergence, sigma):
 
 
 for step in range(options.steps):
-    # From close to squared_hellinger (alpha 1/2) towards kl (alpha 1), on a scale that narrows.
+    # From squared_hellinger (alpha 1/2) towards kl (alpha 1), while sigma shrinks.
     alpha, sigma = 0.5 + 0.49 * step / options.steps, 1.0 - 0.5 * step / options.steps
     loss = training_loss(inputs, targets, fdu_kernels.get_divergence("alpha", alpha=alpha), sigma)
     loss.backward()

@@ -1,6 +1,6 @@
-"""Erase, save, load in plain diffusers, draw: the whole way, on the embedded pipeline.
+"""Erase "three" from the embedded pipeline, save the LoRA, load it in plain diffusers and draw.
 
-``python examples/erase_embedded.py --out erased``; a minute on two CPU cores, no download.
+``python examples/erase_embedded.py --out erased`` takes a minute on two CPU cores and downloads nothing.
 """
 
 import argparse
@@ -19,7 +19,7 @@ options = parser.parse_args()
 
 target, anchor = digits.concepts("three", "eight")
 result = fdu.erase(
-    digits.load_pipeline(),
+    fdu.load_pipeline("embedded"),
     target,
     anchor,
     preservation_prompts=digits.preserved("three"),
@@ -27,7 +27,7 @@ result = fdu.erase(
 )
 result.save(options.out)
 
-# From here on nothing of fdu is used to draw: the result is a LoRA like any other.
+# Drawing needs plain diffusers only: the result is a LoRA like any other.
 pipeline = StableDiffusionPipeline.from_pretrained(digits.PIPELINE_FOLDER, dtype=torch.float32)
 prompts = ["a photo of the digit three", "a photo of the digit seven"]
 drawn = []

@@ -1,8 +1,7 @@
-"""Erase a style from Stable Diffusion XL on one GPU, with checkpoints: settings for a real model, as a start.
+"""Erase a style from Stable Diffusion XL on one GPU, with checkpoints. The settings are a start, not tuned.
 
-``python examples/erase_sdxl.py --target "van gogh" --anchor painting --out erased``. Any other pipeline that fdu knows
-goes the same way: change the model, and the resolution if it has another. The command line does the same
-(``fdu erase MODEL --target ... --out ...``).
+``python examples/erase_sdxl.py --target "van gogh" --anchor painting --out erased``. For another model change --model
+and, if its images have another size, --resolution. The command line does the same: ``fdu erase MODEL --target ...``.
 """
 
 import argparse
@@ -29,12 +28,12 @@ result = fdu.erase(
     options.target,
     options.anchor,
     concept_type="style",
-    # What else should stay as it is: the neighbours of what is erased.
+    # Neighbours of the target, which should stay as they are.
     preservation_prompts=("a painting by claude monet", "a painting by rembrandt", "a photo of a street"),
     resolution=options.resolution,
     max_train_steps=options.steps,
-    learning_rate=2e-4,  # a large model needs smaller steps than the embedded one
-    train_batch_size=2,  # as many again preserve
+    learning_rate=2e-4,  # below the default, which suits the small embedded pipeline
+    train_batch_size=2,  # plus 2 preserving samples
     gradient_accumulation_steps=2,
     mixed_precision="bf16",
     gradient_checkpointing=True,
@@ -43,7 +42,7 @@ result = fdu.erase(
     guidance_scale=6.0,
     sample_batch_size=4,
     checkpoint_dir=f"{options.out}-checkpoints",
-    resume_from_checkpoint="latest",  # called again, an interrupted run goes on
+    resume_from_checkpoint="latest",  # the same command resumes an interrupted run
 )
 result.save(options.out)
 print(f"pipeline.load_lora_weights({str(options.out)!r}) loads it in plain diffusers")

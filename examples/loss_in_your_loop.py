@@ -1,7 +1,7 @@
-"""The loss in a loop of your own: erase "three" from the embedded pipeline with PyTorch alone.
+"""The loss in your own loop: erase "three" from the embedded pipeline in plain PyTorch.
 
-``python examples/loss_in_your_loop.py``; half a minute on two CPU cores. ``fdu.erase`` does the same and more; this is
-what to look at if you have a trainer already. The lines that are not those of any trainer are marked.
+``python examples/loss_in_your_loop.py`` takes half a minute on two CPU cores. ``fdu.erase`` does the same and more;
+start here if you already have a trainer. The lines that differ from any other trainer are marked "the loss".
 """
 
 import argparse
@@ -10,6 +10,7 @@ import copy
 import torch
 from diffusers import DDPMScheduler
 
+import fdu
 import fdu_kernels  # the loss
 from fdu.subjects.digits import pipeline as digits
 
@@ -19,7 +20,7 @@ parser.add_argument("--divergence", default="squared_hellinger", help="any of fd
 options = parser.parse_args()
 
 torch.manual_seed(0)
-pipeline = digits.load_pipeline()
+pipeline = fdu.load_pipeline("embedded")
 pipeline.set_progress_bar_config(disable=True)
 unet, frozen = pipeline.unet.requires_grad_(False), copy.deepcopy(pipeline.unet)
 noise_scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
@@ -28,14 +29,14 @@ for weight in trained:
     weight.requires_grad_(True)
 optimizer = torch.optim.AdamW(trained, lr=1e-3)
 
-# What the target's prompt is to mean, and prompts to keep as they are: neighbours and the empty prompt.
+# The target's prompt should mean the anchor's; neighbours and the empty prompt should stay as they are.
 kept = ["", *(f"a photo of the digit {digit}" for digit in ("eight", "two", "five", "nine"))]
 prompts = {"target": ["a photo of the digit three"], "anchor": ["a photo of the digit eight"], "kept": kept}
 latents = pipeline(prompts["target"] + kept, num_inference_steps=12, output_type="latent").images
 with torch.no_grad():
     embeddings = {name: pipeline.encode_prompt(texts, "cpu", 1, False)[0] for name, texts in prompts.items()}
 
-# sigma sets itself from the first steps, so that the choice of the divergence matters; see docs/design.md.
+# sigma="auto" sets the scale from the first steps, so that the divergence matters: docs/losses.md, "sigma".
 criterion = fdu_kernels.GaussianDivergenceLoss(options.divergence, sigma="auto")  # the loss
 for step in range(options.steps):
     clean = latents[torch.randint(len(latents), (16,))]
@@ -45,7 +46,7 @@ for step in range(options.steps):
     predicted = unet(noisy, timesteps, torch.cat([embeddings["target"].expand(8, -1, -1), others])).sample
     with torch.no_grad():
         wanted = frozen(noisy, timesteps, torch.cat([embeddings["anchor"].expand(8, -1, -1), others])).sample
-    loss = criterion(predicted, wanted)  # the loss, where F.mse_loss(predicted, wanted) was
+    loss = criterion(predicted, wanted)  # the loss, instead of F.mse_loss(predicted, wanted)
     loss.backward()
     optimizer.step()
     optimizer.zero_grad()

@@ -1,7 +1,7 @@
-"""Per-sample gradients by torch.func: which samples pull hardest, and how much of each a divergence lets through.
+"""Per-sample gradients with torch.func: how much a divergence damps an outlier.
 
-``python examples/per_sample_gradients.py``; a few seconds on a CPU. The same lines serve for differentially private
-training or influence functions: vmap over the samples folds them into one launch of the loss.
+``python examples/per_sample_gradients.py`` takes a few seconds on a CPU. The same lines serve differentially private
+training and influence functions: vmap over the samples makes one launch of the loss.
 """
 
 import torch
@@ -19,7 +19,7 @@ targets[0] *= 10  # one sample that the model cannot explain
 for divergence in ("mse", "squared_hellinger"):
 
     def loss(parameters, x, target):
-        """Of one sample."""
+        """The loss of one sample."""
         predicted = functional_call(model, parameters, x[None])
         return fdu_kernels.gaussian_divergence(predicted, target[None], divergence)  # noqa: B023
 

@@ -40,7 +40,7 @@ def _alpha(alpha: float) -> Divergence:
     row_a = CriticRow(expm1=1 / (alpha - 1), expm1_rate=alpha - 1)
     return Divergence(
         "alpha", (("alpha", alpha),), aliases=("alpha_divergence",), formula="(u^a - a u + a - 1) / (a (a - 1))",
-        advice="A knob: 0 < a < 1 damps large errors (most at 1/2), a < 0 or a > 1 amplifies them.",
+        advice="Tunable: 0 < a < 1 damps large errors (most at 1/2); a < 0 and a > 1 amplify them.",
         upper=1 / (alpha * (1 - alpha)) if 0 < alpha < 1 else math.inf,
         generator=lambda u: (u**alpha - alpha * u + alpha - 1) / (alpha * (alpha - 1)),
         log_curvature=lambda v: alpha * v, exponential=(0.5, alpha * (alpha - 1) / 2),
@@ -56,7 +56,7 @@ def _skew_jensen_shannon(w: float) -> Divergence:
     return Divergence(
         "skew_jensen_shannon", (("w", w),), aliases=("skew_js", "sjs"),
         formula="w u log u - (w u + 1 - w) log(w u + 1 - w)",
-        advice="jensen_shannon with weights w and 1 - w; bounded, towards kl as w falls.",
+        advice="jensen_shannon with weights w and 1 - w: bounded; close to kl for small w.",
         upper=-w * math.log(w) - (1 - w) * math.log1p(-w),
         generator=lambda u: w * torch.xlogy(u, u) - torch.xlogy(w * u + 1 - w, w * u + 1 - w),
         log_curvature=lambda v: math.log1p(-w) + logsigmoid(v + logit),
@@ -72,7 +72,7 @@ def _hockey_stick(g: float) -> Divergence:
     row_a, row_b = CriticRow(step=1, threshold=math.log(g)), CriticRow(const=offset, step=g, threshold=math.log(g))
     return Divergence(
         "hockey_stick", (("g", g),), aliases=("hockey",), formula="max(u - g, 0) - max(1 - g, 0)",
-        advice="Counts only where p exceeds g q (differential privacy); for g > 1 small errors do not pull.",
+        advice="Counts only where p > g q (differential privacy); for g > 1 small errors have no gradient.",
         upper=min(1.0, g), generator=lambda u: torch.clamp(u - g, min=0) - offset, kinks=((g, 1.0),),
         log_ratio_rows=(row_a, row_b), fgan_rows=(CriticRow(sigmoid=1), CriticRow(const=offset, sigmoid=g)),
     )  # fmt: skip
@@ -81,11 +81,11 @@ def _hockey_stick(g: float) -> Divergence:
 _ENTRIES: tuple[Divergence | Family, ...] = (
     Divergence(
         "mse", aliases=("l2", "squared_error"), formula="h(s) = s",
-        advice="The usual regression loss; the baseline to compare with.", exponential=(1.0, 0.0),
+        advice="The usual regression loss, and the baseline for comparisons.", exponential=(1.0, 0.0),
     ),
     Divergence(
         "kl", aliases=("kl_divergence", "kullback_leibler", "forward_kl"), formula="u log u",
-        advice="Half the mean squared error: every sample pulls in proportion to its error.",
+        advice="Half the mean squared error: the gradient is proportional to the error.",
         generator=lambda u: torch.xlogy(u, u), log_curvature=lambda v: v, exponential=(0.5, 0.0),
         log_ratio_rows=(CriticRow(const=1, linear=1), CriticRow(exp=1, exp_rate=1)),
         fgan_rows=(CriticRow(linear=1), CriticRow(exp=math.exp(-1), exp_rate=1)),
@@ -98,27 +98,27 @@ _ENTRIES: tuple[Divergence | Family, ...] = (
     ),
     Divergence(
         "jeffreys", aliases=("j", "symmetric_kl"), formula="(u - 1) log u",
-        advice="kl + reverse_kl, equal to mse between Gaussians; symmetric.",
+        advice="kl + reverse_kl: symmetric; equal to mse between Gaussians.",
         generator=lambda u: (u - 1) * torch.log(u), log_curvature=lambda v: -logsigmoid(-v), exponential=(1.0, 0.0),
         log_ratio_rows=(CriticRow(linear=1, expm1=-1, expm1_rate=-1), CriticRow(linear=1, expm1=1, expm1_rate=1)),
     ),
     Divergence(
         "pearson_chi2", aliases=("chi2", "chi_square", "chi_squared", "pearson"), formula="(u - 1)^2",
-        advice="Amplifies samples with a large error, so that few decide a step: the larger s0, the slower it erases.",
+        advice="Amplifies large errors, so that a few samples dominate each step: the larger s0, the slower it erases.",
         generator=lambda u: (u - 1).square(), log_curvature=lambda v: math.log(2) + 2 * v, exponential=(1.0, 1.0),
         log_ratio_rows=(CriticRow(expm1=2, expm1_rate=1), CriticRow(expm1=1, expm1_rate=2)),
         fgan_rows=(CriticRow(linear=1), CriticRow(linear=1, square=0.25)),
     ),
     Divergence(
         "neyman_chi2", aliases=("neyman", "reverse_chi2"), formula="(1 - u)^2 / u",
-        advice="Pearson's with p and q exchanged; the same loss between Gaussians.",
+        advice="pearson_chi2 with p and q exchanged; the same loss between Gaussians.",
         generator=lambda u: (1 - u).square() / u, log_curvature=lambda v: math.log(2) - v, exponential=(1.0, 1.0),
         log_ratio_rows=(CriticRow(expm1=-1, expm1_rate=-2), CriticRow(expm1=-2, expm1_rate=-1)),
         fgan_rows=(CriticRow(expm1=-1, expm1_rate=1), CriticRow(expm1=-2, expm1_rate=0.5)),
     ),
     Divergence(
         "squared_hellinger", aliases=("hellinger", "h", "h2"), formula="(sqrt(u) - 1)^2 / 2",
-        advice="Damps samples with a large error: erases and preserves; the default.",
+        advice="The default. Bounded; damps large errors, so that it erases and preserves.",
         upper=1.0, generator=lambda u: (torch.sqrt(u) - 1).square() / 2, log_curvature=lambda v: v / 2 - math.log(4),
         exponential=(0.125, -0.125),
         log_ratio_rows=(CriticRow(expm1=-0.5, expm1_rate=-0.5), CriticRow(expm1=0.5, expm1_rate=0.5)),
@@ -127,21 +127,21 @@ _ENTRIES: tuple[Divergence | Family, ...] = (
     Family(_alpha, "alpha", 0.5),
     Divergence(
         "jensen_shannon", aliases=("js", "jsd"), formula="(u log u - (u + 1) log((u + 1)/2)) / 2",
-        advice="Bounded and symmetric; damps large errors about as squared_hellinger does.",
+        advice="Bounded and symmetric; damps large errors about as much as squared_hellinger.",
         upper=math.log(2), generator=lambda u: (torch.xlogy(u, u) - (u + 1) * torch.log((u + 1) / 2)) / 2,
         log_curvature=lambda v: logsigmoid(v) - math.log(2),
         log_ratio_rows=(CriticRow(softplus=-0.5, scale=-1), CriticRow(softplus=0.5)),
     ),
     Divergence(
         "total_variation", aliases=("tv", "tvd"), formula="|u - 1| / 2",
-        advice="Every sample pulls equally, however small its error: robust, but restless near the optimum.",
+        advice="Robust to outliers, but noisy near the optimum: the gradient does not vanish with the error.",
         upper=1.0, generator=lambda u: (u - 1).abs() / 2, kinks=((1.0, 1.0),),
         log_ratio_rows=(CriticRow(const=-0.5, step=1), CriticRow(const=-0.5, step=1)),
         fgan_rows=(CriticRow(tanh=0.5, scale=2), CriticRow(tanh=0.5, scale=2)),
     ),
     Divergence(
         "le_cam", aliases=("lecam", "triangular"), formula="(u - 1)^2 / (2 (u + 1))",
-        advice="Bounded and symmetric, twice as steep at 0 as jensen_shannon; damps large errors.",
+        advice="Bounded and symmetric; damps large errors; twice as steep at 0 as jensen_shannon.",
         upper=1.0, generator=lambda u: (u - 1).square() / (2 * (u + 1)),
         log_curvature=lambda v: math.log(4) + 2 * logsigmoid(v) + logsigmoid(-v),
         log_ratio_rows=(CriticRow(tanh=1, tanh_squared=-0.5), CriticRow(tanh=1, tanh_squared=0.5)),

@@ -42,9 +42,9 @@ OWN = (
 class Compare:
     """Erase with several divergences and seeds, plot erased against retained, and recommend one.
 
-    OUT receives comparison.html, its charts as .svg, comparison.md, comparison.json, one record per run in runs/, and
-    in cache/ the data that runs share, which may be deleted. The same command resumes an interrupted comparison; with
-    more divergences, values of s0 or seeds it adds the missing runs.
+    OUT receives comparison.html, its charts as .svg, comparison.md, comparison.json, one line per run in runs.jsonl,
+    and in cache/ the data that runs share, which may be deleted. The same command resumes an interrupted comparison;
+    with more divergences, values of s0 or seeds it adds the missing runs.
     """
 
     examples: ClassVar[tuple[str, ...]] = (
@@ -137,13 +137,14 @@ class Compare:
         def work() -> None:
             from fdu.comparison.page import PAGE, describe, table, write_page
             from fdu.comparison.results import read_results
-            from fdu.comparison.runs import make_runs
+            from fdu.comparison.runs import jobs
+            from fdu.comparison.sweep import sweep
 
             for name, other in alike.items():
                 print(f"{name} trains the same model as {other} and is not run again.")
             write_record(self.out, comparison, command)
             try:
-                make_runs(comparison, self.out / RUNS, self.out / CACHE, min(workers, len(comparison.runs())))
+                sweep(jobs(comparison, self.out / CACHE), self.out / RUNS, min(workers, len(comparison.runs())))
             except KeyboardInterrupt:
                 print(f"\nfdu: finished runs are in {self.out}; resume with the same command", file=sys.stderr)
                 raise

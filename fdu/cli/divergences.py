@@ -1,7 +1,4 @@
-"""``fdu divergences``: list the divergences as a table, as JSON, or as the page docs/divergences.md.
-
-``python -m fdu.cli.divergences > docs/divergences.md`` writes that page.
-"""
+"""``fdu divergences``: list the divergences as a table, as JSON, or as the page docs/divergences.md."""
 
 from __future__ import annotations
 
@@ -23,9 +20,9 @@ COLUMNS = {
 }
 """Columns of the table and their headings; aliases and advice have a line of their own."""
 EXPLANATION = (
-    "h(s): the divergence of two Gaussians at squared Mahalanobis distance s. The training divides it by h'(0)\n"
-    "(by h'(1) where that is 0 or infinite), so that learning rate and preservation weight mean the same for all.\n"
-    "A parameter follows the name: --divergence alpha:0.3"
+    "h(s) is the divergence of two Gaussians at squared Mahalanobis distance s. Training divides it by h'(0), or by\n"
+    "h'(1) if h'(0) is 0 or infinite, so learning rate and preservation weight mean the same for every divergence.\n"
+    "A parameter follows the name, as in --divergence alpha:0.3."
 )
 
 
@@ -37,12 +34,15 @@ class Divergences:
 
     json: bool = False
     """Print JSON instead of a table."""
+    markdown: bool = False
+    """Print the page docs/divergences.md instead."""
 
     def prepare(self, command: str) -> Callable[[], None]:
-        """Nothing to check; the work is what comes back."""
+        """Return the work; there is nothing to check."""
 
         def work() -> None:
-            print(json.dumps(rows(), indent=1) if self.json else table(rows()))
+            found = rows()
+            print(json.dumps(found, indent=1) if self.json else page(found) if self.markdown else table(found))
 
         return work
 
@@ -50,8 +50,8 @@ class Divergences:
 def rows() -> list[dict[str, Any]]:
     """Name, parameter, aliases, generator, Gaussian profile, slope, range and advice of each divergence, for JSON.
 
-    ``slope_at_zero`` and the ends of ``range`` are None where they are infinite, which JSON cannot say. Where a
-    divergence has a parameter, profile, slope and range are those of its usual value, which ``name`` shows.
+    ``slope_at_zero`` and the ends of ``range`` are None if infinite, which JSON cannot express. If a divergence has a
+    parameter, profile, slope and range are those of its default, which ``name`` shows.
     """
     from fdu_kernels import divergences, get_divergence
 
@@ -75,10 +75,11 @@ def page(rows: list[dict[str, Any]]) -> str:
     """The rows as a page of Markdown."""
     lines = [
         "# Divergences\n",
-        "Made by `python -m fdu.cli.divergences > docs/divergences.md` from `fdu_kernels/catalogue.py`. u = p/q is the",
-        "density ratio. h(s) is the divergence of two Gaussians at squared Mahalanobis distance s; the training",
-        "divides it by h'(0). Where a divergence has a parameter, the row is that of its default.\n",
-        "| name | f(u) | h(s) | h'(0) | range | also called | |",
+        "`fdu divergences --markdown > docs/divergences.md` writes this page from `fdu_kernels/catalogue.py`.\n",
+        "u = p/q is the density ratio. h(s) is the divergence of two Gaussians at squared Mahalanobis distance s;",
+        "training divides it by h'(0). [losses.md](losses.md#mathematics) derives h. If a divergence has a parameter,",
+        "its row shows the default.\n",
+        "| name | f(u) | h(s) | h'(0) | range | also called | when to use it |",
         "|---|---|---|---|---|---|---|",
     ]
     for row in rows:
@@ -137,7 +138,3 @@ def _interval(lower: float, upper: float | None) -> str:
 
 def _number(value: float | None) -> str:
     return "inf" if value is None else f"{value:.4g}"
-
-
-if __name__ == "__main__":
-    print(page(rows()))

@@ -12,8 +12,8 @@ from fdu.storage.output import SMALL_RESULT, check_output, write_json
 
 RECORD = "comparison.json"
 """What the folder was begun for, and in the end what came out."""
-RUNS, CACHE = "runs", "cache"
-"""The records, and what runs have in common, which a later call can make again."""
+RUNS, CACHE = "runs.jsonl", "cache"
+"""The records, and the data that runs share, which a later call can make again."""
 
 
 def check_folder(folder: Path, comparison: Comparison) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -179,16 +179,18 @@ def ordered(standings: Sequence[Standing]) -> list[Standing]:
 
 def table(standings: Sequence[Standing], alike: Alike | None = None) -> str:
     """All candidates as a Markdown table."""
-    lines = [
-        "| candidate | erased | retained | change of other classes | on the front |",
-        "| --- | --- | --- | --- | --- |",
-    ]
+    rows = []
     for one in ordered(standings):
         names = "".join(f", same as {name}" for name in also(one, alike or {}))
         front = f"{'yes' if one.on_front else 'no'} ({100 * one.front_share:.0f} %)"
-        cells = [one.candidate.label + names, percent(one.erased), percent(one.retained), percent(one.change, 2), front]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+        figures = [percent(one.erased), percent(one.retained), percent(one.change, 2)]
+        rows.append([one.candidate.label + names, *figures, front])
+    return markdown(["candidate", "erased", "retained", "change of other classes", "on the front"], rows) + "\n"
+
+
+def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table."""
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in [header, ["---"] * len(header), *rows])
 
 
 def percent(share: Estimate, digits: int = 1) -> str:

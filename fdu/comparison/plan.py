@@ -11,7 +11,7 @@ import torch
 
 import fdu_kernels as fk
 from fdu.concepts import ConceptType
-from fdu.config import PLACES, EraseConfig, read_divergence
+from fdu.config import EraseConfig, read_divergence
 from fdu.evaluation import JUDGED_SEED, Sampling
 
 KL_BY_ALPHA = {0.0: "reverse_kl", 1.0: "kl"}
@@ -121,7 +121,7 @@ class Comparison:
         if len(runs) > MOST_RUNS:
             raise ValueError(f"{len(runs)} runs are more than {MOST_RUNS}; compare fewer divergences, s0 or seeds")
         if len({run.name for run in runs}) < len(runs):
-            raise ValueError("two runs would have one file; use targets and settings that differ in letters and digits")
+            raise ValueError("two runs would have one name; use targets and settings that differ in letters and digits")
         for run in runs:
             self.config(run)
 
@@ -151,11 +151,10 @@ class Comparison:
         del drawing["batch_size"]
         return {"dtype": self.dtype, "drawing": drawing, "prompts": self.prompts, "judge": self.judge}
 
-    def identity(self, run: Run, settings: EraseConfig) -> dict[str, Any]:
-        """All that a run's figures depend on but model, versions and machine, ready for JSON."""
-        kept = {name: value for name, value in settings.as_dict().items() if name not in PLACES}
+    def identity(self, run: Run) -> dict[str, Any]:
+        """What is erased in a run, and how it is judged, ready for JSON."""
         asked = {"target": run.target, "anchor": run.anchor, "concept_type": self.concept_type}
-        return {**asked, **self.conditions(), "settings": kept}
+        return {**asked, **self.conditions()}
 
 
 def slug(words: str) -> str:

@@ -12,6 +12,7 @@ from fdu.comparison.judged import Judged
 from fdu.comparison.plan import Candidate, Comparison
 from fdu.comparison.recommendation import BETA, Preference, Recommendation, recommend
 from fdu.comparison.runs import read_before, read_record
+from fdu.comparison.sweep import Records
 
 JudgedRuns = dict[tuple[str, Candidate, int], tuple[Judged, ...]]
 
@@ -53,12 +54,13 @@ class Results:
         )
 
 
-def read_results(comparison: Comparison, records: Path) -> Results:
-    """Read the records.
+def read_results(comparison: Comparison, path: Path) -> Results:
+    """Read the records in a JSON Lines file.
 
     Raises:
         ValueError: too few to compare.
     """
+    records = Records(path)
     found = {run: read_record(comparison, records, run) for run in comparison.runs()}
     there = {run: record for run, record in found.items() if record is not None}
     failed = {run.name: record["failed"] for run, record in there.items() if "failed" in record}

@@ -145,9 +145,13 @@ def written_by_fdu(folder: Path) -> bool:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write JSON, whole or not at all, that every reader takes: NaN and infinities, which it does not know, become
-    null."""
-    write_text(path, json.dumps(_finite(content), indent=1, allow_nan=False) + "\n")
+    """Write JSON as of :func:`to_json`, whole or not at all."""
+    write_text(path, to_json(content, indent=1) + "\n")
+
+
+def to_json(content: Any, indent: int | None = None) -> str:
+    """JSON that every reader takes: NaN and infinities, which it does not know, become null."""
+    return json.dumps(_finite(content), indent=indent, allow_nan=False)
 
 
 def _finite(value: Any) -> Any:

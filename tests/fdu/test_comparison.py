@@ -8,6 +8,7 @@ import json
 import re
 import shlex
 import xml.etree.ElementTree as ElementTree
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +27,13 @@ from fdu.cli.program import parse
 from fdu.comparison import runs as runs_file
 from fdu.comparison.chart import COLOURS, Curve, curve_chart, front_chart
 from fdu.comparison.front import Sample
-from fdu.comparison.output_folder import check_folder, write_record
+from fdu.comparison.output_folder import RUNS, check_folder, write_record
 from fdu.comparison.page import alphas, describe, table, write_page
 from fdu.comparison.plan import Candidate, Comparison, Drawing
 from fdu.comparison.recommendation import BETA, recommend
 from fdu.comparison.results import Results, read_results
-from fdu.comparison.runs import make_runs, read_record
+from fdu.comparison.runs import jobs, read_record
+from fdu.comparison.sweep import Records, digest, sweep
 from fdu.config import EraseConfig
 from fdu.subjects.digits import pipeline as digits
 from fdu.training.loop import NotFinite
@@ -47,13 +49,27 @@ PLAN = Comparison(
 )
 
 
+def make_runs(comparison: Comparison, path: Path, cache: Path, **named: Any) -> None:
+    sweep(jobs(comparison, cache), path, **named)
+
+
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of the finished comparison; not to be changed."""
     folder = tmp_path_factory.mktemp("comparison")
     torch.set_num_threads(1)  # as in the tests, or sums would round differently
-    make_runs(PLAN, folder / "runs", folder / "cache", tell=lambda line: None)
+    make_runs(PLAN, folder / RUNS, folder / "cache", tell=lambda line: None)
     return folder
+
+
+def changed(made: Path, folder: Path, change: Callable[[str, dict[str, Any]], None]) -> Path:
+    """The records of the finished comparison with a change, in another folder."""
+    records = Records(made / RUNS)
+    records.path = folder / RUNS
+    for name, record in records.found.items():
+        change(name, record)
+    records.write(jobs(PLAN, folder))
+    return records.path
 
 
 @pytest.fixture
@@ -85,16 +101,17 @@ def results_of(figures: dict[str, tuple[float, ...]], **others: Any) -> Results:
 
 
 def test_a_record_says_all(made: Path) -> None:
-    record = json.loads((made / "runs" / "three_eight_divergence=mse_s0=1_seed=0.json").read_text())
-    assert record["identity"]["settings"]["preservation_prompts"] == list(digits.preserved("three"))
+    records = Records(made / RUNS).found
+    record = records["three_eight_divergence=mse_s0=1_seed=0"]
+    assert record["identity"]["settings"]["preservation_prompts"] == digest(list(digits.preserved("three")))
     assert record["device"].startswith("cpu") and record["versions"].keys() >= {"torch", "fdu"}
     assert record["core_seconds"] > 0
     assert record["sigma"] > 0 and len(record["distance"].split()) == 3
     roles = [(one["role"], len(one["hits"]), len(one["change"].split())) for one in record["judged"]]
     assert roles == [("target", 2, 2), ("unseen", 2, 2)] + [("retained", 2, 2)] * 9 + [("cross_domain", 2, 2)] * 4
-    before = json.loads((made / "runs" / "before_three.json").read_text())
+    before = records["before_three"]
     assert len(before["judged"]) == 15 and before["judged"][0]["change"] is None
-    assert {path.name[0] for path in (made / "runs").iterdir()} == {"t", "b"}  # and nothing half-written
+    assert len(records) == 3 and {path.name for path in made.iterdir()} == {RUNS, "cache"}
 
 
 def test_a_run_trains_what_fdu_erase_trains(made: Path, pipeline: StableDiffusionPipeline) -> None:
@@ -108,7 +125,7 @@ def test_a_run_trains_what_fdu_erase_trains(made: Path, pipeline: StableDiffusio
         beforehand.trainable.remove()
         for column, values in beforehand.history.items():  # frozen outputs of several batches a pass round differently
             assert values == pytest.approx(result.history[column], rel=1e-3, abs=1e-6)
-        record = json.loads((made / "runs" / f"{run.name}.json").read_text())
+        record = Records(made / RUNS).found[run.name]
         assert record["distance"] == " ".join(f"{value:.4g}" for value in beforehand.history["distance"])
         assert record["sigma"] == beforehand.sigma
     assert {path.name.split("-")[0] for path in (made / "cache").iterdir()} == {
@@ -121,33 +138,27 @@ def test_a_run_trains_what_fdu_erase_trains(made: Path, pipeline: StableDiffusio
 
 
 @pytest.mark.usefixtures("no_erasure")
-def test_what_is_there_is_not_made_again(made: Path) -> None:
-    make_runs(PLAN, made / "runs", made / "cache")
+def test_what_is_there_is_not_made_again(made: Path, tmp_path: Path) -> None:
+    make_runs(PLAN, made / RUNS, made / "cache")
+    records = Records(made / RUNS)
+    path = changed(made, tmp_path, lambda name, record: None)
     for change in ({"learning_rate": 1.0}, {"max_train_steps": 4}):
         other = dataclasses.replace(PLAN, base=dataclasses.replace(PLAN.base, **change))
         with pytest.raises(AssertionError, match="an erasure was made"):
-            make_runs(other, made / "runs", made / "cache")
+            make_runs(other, path, made / "cache")
     more = dataclasses.replace(PLAN, candidates=(*PLAN.candidates, Candidate("le_cam")))
-    found = [read_record(more, made / "runs", run) is not None for run in more.runs()]
-    assert found == [True, True, False]
+    assert [read_record(more, records, run) is not None for run in more.runs()] == [True, True, False]
     redrawn = dataclasses.replace(PLAN, drawing=Drawing(num_inference_steps=3))
-    assert all(read_record(redrawn, made / "runs", run) is None for run in redrawn.runs())
+    assert all(read_record(redrawn, records, run) is None for run in redrawn.runs())
 
 
-def test_a_setting_that_a_record_lacks_had_its_default_and_a_broken_record_counts_not(
-    made: Path, tmp_path: Path
-) -> None:
+def test_a_setting_that_a_record_lacks_had_its_default(made: Path, tmp_path: Path) -> None:
     run = PLAN.runs()[0]
-    content = json.loads((made / "runs" / f"{run.name}.json").read_text())
-    path = tmp_path / f"{run.name}.json"
-    del content["identity"]["settings"]["snr_gamma"]
-    path.write_text(json.dumps(content))
-    assert read_record(PLAN, tmp_path, run) is not None
-    del content["identity"]["settings"]["max_train_steps"]  # of which the run has another
-    path.write_text(json.dumps(content))
-    assert read_record(PLAN, tmp_path, run) is None
-    path.write_text(json.dumps(content)[:-30])
-    assert read_record(PLAN, tmp_path, run) is None
+    path = changed(made, tmp_path, lambda name, record: record["identity"].get("settings", {}).pop("snr_gamma", None))
+    assert read_record(PLAN, Records(path), run) is not None
+    # Of this one the run has another value.
+    path = changed(made, tmp_path, lambda name, record: record["identity"].get("settings", {}).pop("rank", None))
+    assert read_record(PLAN, Records(path), run) is None
 
 
 def test_a_stop_loses_one_run_and_a_loss_that_is_not_finite_its_candidate(
@@ -163,20 +174,20 @@ def test_a_stop_loses_one_run_and_a_loss_that_is_not_finite_its_candidate(
 
     monkeypatch.setattr(runs_file, "erase", stopped)
     with pytest.raises(KeyboardInterrupt):
-        make_runs(PLAN, tmp_path, made / "cache", tell=lambda line: None)
-    assert [read_record(PLAN, tmp_path, run) is not None for run in PLAN.runs()] == [True, False]
+        make_runs(PLAN, tmp_path / RUNS, made / "cache", tell=lambda line: None)
+    assert [read_record(PLAN, Records(tmp_path / RUNS), run) is not None for run in PLAN.runs()] == [True, False]
 
     def lost(*given: Any, **named: Any) -> None:
         raise NotFinite("the loss became nan at step 1; the pipeline draws as before")
 
     monkeypatch.setattr(runs_file, "erase", lost)
     told: list[str] = []
-    make_runs(PLAN, tmp_path, made / "cache", tell=told.append)
+    make_runs(PLAN, tmp_path / RUNS, made / "cache", tell=told.append)
     assert told == ["1/1 three_eight_divergence=pearson_chi2_s0=10_seed=0"]
-    results = read_results(PLAN, tmp_path)
+    results = read_results(PLAN, tmp_path / RUNS)
     assert results.failed == {PLAN.runs()[1].name: "the loss became nan at step 1"}
     assert [one.candidate for one in results.standings] == [Candidate("mse")]
-    make_runs(PLAN, tmp_path, made / "cache", tell=told.append)
+    make_runs(PLAN, tmp_path / RUNS, made / "cache", tell=told.append)
     assert len(told) == 1
 
 
@@ -184,47 +195,46 @@ def test_a_stop_loses_one_run_and_a_loss_that_is_not_finite_its_candidate(
 def test_without_a_cache_the_images_before_are_still_those_of_the_model_as_it_is(made: Path, tmp_path: Path) -> None:
     """A run that is gone on with elsewhere, from the records alone."""
     run = PLAN.runs()[1]
-    (tmp_path / "runs").mkdir()
-    for path in (made / "runs").iterdir():
-        if path.stem != run.name:
-            (tmp_path / "runs" / path.name).write_bytes(path.read_bytes())
+    records = Records(made / RUNS)
+    records.path = tmp_path / RUNS
+    first = records.found.pop(run.name)
+    records.write(jobs(PLAN, tmp_path))
     told: list[str] = []
-    make_runs(PLAN, tmp_path / "runs", tmp_path / "cache", tell=told.append)
+    make_runs(PLAN, tmp_path / RUNS, tmp_path / "cache", tell=told.append)
     assert told == [f"1/1 {run.name}"]
-    again, first = (json.loads((folder / "runs" / f"{run.name}.json").read_text()) for folder in (tmp_path, made))
-    assert again["judged"] == first["judged"]
+    assert Records(tmp_path / RUNS).found[run.name]["judged"] == first["judged"]
     (kept,), (true,) = ((folder / "cache").glob("before-*") for folder in (tmp_path, made))
     assert kept.name == true.name and kept.read_bytes() == true.read_bytes()
 
 
 @pytest.mark.slow
 def test_processes_make_what_one_makes(made: Path, tmp_path: Path) -> None:
-    make_runs(PLAN, tmp_path, tmp_path / "cache", workers=2, tell=lambda line: None)
-    for path in (made / "runs").iterdir():
-        records = [json.loads((folder / path.name).read_text()) for folder in (made / "runs", tmp_path)]
-        for one in records:
-            one.pop("seconds", None), one.pop("core_seconds", None), one.pop("device")
-        assert records[0] == records[1]
+    make_runs(PLAN, tmp_path / RUNS, tmp_path / "cache", workers=2, tell=lambda line: None)
+    one, several = (Records(folder / RUNS).found for folder in (made, tmp_path))
+    for records in (one, several):
+        for record in records.values():
+            record.pop("seconds", None), record.pop("core_seconds", None), record.pop("device")
+    assert one == several
 
 
 def test_results_tell_what_is_missing(made: Path) -> None:
     more = dataclasses.replace(PLAN, seeds=(0, 1))
-    results = read_results(more, made / "runs")
+    results = read_results(more, made / RUNS)
     assert results.missing == 2 and results.sample.seeds == 1
     with pytest.raises(ValueError, match="0 of 2 records"):
-        read_results(dataclasses.replace(PLAN, seeds=(5,)), made / "runs")
+        read_results(dataclasses.replace(PLAN, seeds=(5,)), made / RUNS)
 
 
 def test_records_of_several_places_are_told(made: Path, tmp_path: Path) -> None:
-    assert read_results(PLAN, made / "runs").mixed == ()
-    for path in (made / "runs").iterdir():
-        record = json.loads(path.read_text())
-        if "pearson" in path.name:
+    assert read_results(PLAN, made / RUNS).mixed == ()
+
+    def elsewhere(name: str, record: dict[str, Any]) -> None:
+        if "pearson" in name:
             record["device"] = "cuda: another"
             record["versions"]["torch"] = "0.1"
             del record["versions"]["peft"]
-        (tmp_path / path.name).write_text(json.dumps(record))
-    results = read_results(PLAN, tmp_path)
+
+    results = read_results(PLAN, changed(made, tmp_path, elsewhere))
     assert results.mixed == ("device", "torch", "peft")
     assert re.fullmatch(r"cpu: .*; cuda: another", results.conditions["device"])
     assert results.conditions["versions"]["torch"].endswith("; 0.1")
@@ -235,13 +245,12 @@ def test_records_of_several_places_are_told(made: Path, tmp_path: Path) -> None:
 
 
 def test_a_target_that_the_model_hardly_draws_has_no_winner(made: Path, tmp_path: Path) -> None:
-    for path in (made / "runs").iterdir():
-        record = json.loads(path.read_text())
+    def unseen(name: str, record: dict[str, Any]) -> None:
         for one in record["judged"]:
             if one["role"] in ("target", "unseen"):
                 one["hits"] = "00"
-        (tmp_path / path.name).write_text(json.dumps(record))
-    for found in read_results(PLAN, tmp_path).recommendations.values():
+
+    for found in read_results(PLAN, changed(made, tmp_path, unseen)).recommendations.values():
         assert not found.usable and "'three'" in found.headline and "0 %" in found.headline
 
 
@@ -358,7 +367,7 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     assert "3/3 three_eight_divergence=mse_s0=10_seed=0" in output
     assert "Nothing to recommend" in output and "fdu erase" not in output  # hardly trained
     folder = Path("out")
-    assert {path.name for path in folder.iterdir()} >= {"comparison.html", "comparison.md", "comparison.json", "runs"}
+    assert {path.name for path in folder.iterdir()} >= {"comparison.html", "comparison.md", "comparison.json", RUNS}
     record = json.loads((folder / "comparison.json").read_text())
     assert len(record["results"]["candidates"]) == 2 and record["command"].startswith("fdu compare embedded")
     monkeypatch.setattr(runs_file, "erase", None)  # all is there
@@ -410,8 +419,7 @@ def test_other_models_are_judged_by_clip(
     quick = [f"--{name}={value}" for name, value in QUICK.items()]
     assert main([*given, *drawn, *quick]) == cli.OK
     assert "2/2 three_eight_divergence=mse_s0=1_seed=0" in capsys.readouterr().out
-    (path,) = Path("out/runs").glob("three_*.json")
-    record = json.loads(path.read_text())
+    (record,) = (record for name, record in Records(Path("out") / RUNS).found.items() if name.startswith("three_"))
     roles = [(one["role"], one["name"]) for one in record["judged"]]
     assert roles == [("target", "three"), ("unseen", "three")] + [
         ("retained", name) for name in ("two", "eight", "zero", "ink")

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import pytest
 import torch
 
 import fdu_kernels as fk
+from fdu.comparison import runs as runs_file
 from fdu.comparison.plan import Candidate, Comparison, Drawing, Run, alpha_divergences, distinct, read_alpha
 from fdu.config import EraseConfig
 
@@ -95,7 +95,7 @@ def test_what_cannot_be_compared_is_refused() -> None:
         comparison(candidates=(Candidate("mse", -1.0),))
     with pytest.raises(ValueError, match="unknown divergence"):
         comparison(candidates=(Candidate("helinger"),))
-    with pytest.raises(ValueError, match="one file"):
+    with pytest.raises(ValueError, match="two runs"):
         comparison(pairs=(("a b", "c"), ("a?b", "c")))
     with pytest.raises(ValueError, match="images_per_class.*>= 2.*1"):
         comparison(drawing=Drawing(images_per_class=1))
@@ -119,12 +119,14 @@ def test_settings_are_those_of_the_candidate_and_batches_are_shared_where_that_c
     assert comparison(base=EraseConfig(frozen_batches=5)).config(run).frozen_batches == 5
 
 
-def test_a_runs_identity_is_all_but_where_its_files_lie() -> None:
-    plan = comparison()
-    (run,) = plan.runs()[:1]
-    config = plan.config(run)
-    identity = plan.identity(run, config)
-    assert identity == plan.identity(run, dataclasses.replace(config, cache_dir="elsewhere"))
-    assert identity != plan.identity(run, dataclasses.replace(config, learning_rate=1.0))
-    assert identity != comparison(drawing=Drawing(num_inference_steps=7)).identity(run, config)
-    assert identity["settings"]["divergence"] == "mse" and identity["target"] == "three"
+def test_a_runs_identity_is_all_but_where_its_files_lie(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runs_file, "weights", lambda *model: "0123456789abcdef")
+
+    def identity(**changes: Any) -> dict[str, Any]:
+        plan = comparison(**changes)
+        return runs_file.identity_of(plan, plan.runs()[0])
+
+    assert identity() == identity(base=EraseConfig(cache_dir="elsewhere"))
+    assert identity() != identity(base=EraseConfig(learning_rate=1.0))
+    assert identity() != identity(drawing=Drawing(num_inference_steps=7))
+    assert identity()["settings"]["divergence"] == "mse" and identity()["target"] == "three"

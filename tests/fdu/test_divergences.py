@@ -11,6 +11,6 @@ PAGE = Path(__file__).parents[2] / "docs" / "divergences.md"
 
 
 def test_the_page_is_made_from_the_catalogue() -> None:
-    assert PAGE.read_text() == page(rows()) + "\n", "python -m fdu.cli.divergences > docs/divergences.md"
+    assert PAGE.read_text() == page(rows()) + "\n", "fdu divergences --markdown > docs/divergences.md"
     for name in fk.divergences():
         assert f"| `{fk.get_divergence(name)}` |" in PAGE.read_text()

@@ -1,4 +1,4 @@
-"""What a fused result may differ by from the reference in float64: the accuracy rules of docs/design.md, Backends."""
+"""What a fused result may differ by from the reference in float64: the rules of docs/losses.md, "Accuracy"."""
 
 from __future__ import annotations
 

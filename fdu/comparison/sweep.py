@@ -1,0 +1,216 @@
+"""The engine of every sweep: named jobs, and their records in one JSON Lines file. A kill loses one job at most."""
+
+from __future__ import annotations
+
+import collections
+import concurrent.futures
+import copy
+import dataclasses
+import hashlib
+import json
+import multiprocessing
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from fdu.config import EraseConfig
+from fdu.storage.loading import describe_device
+from fdu.storage.output import to_json, write_text
+from fdu.storage.versions import versions
+from fdu.training.loop import NotFinite
+
+WORKER = {"OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1", "TRANSFORMERS_VERBOSITY": "error"}
+"""Environment of worker processes: spinning threads slow each other down, and bars and notices would mix."""
+
+Record = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """One record to make."""
+
+    name: str
+    """Of its record; no two jobs of a sweep share one."""
+    identity: Record
+    """Everything that the figures depend on except versions and device, ready for JSON."""
+    make: Callable[[], Record]
+    """Returns the figures, ready for JSON. Worker processes get it pickled."""
+    device: str = "cpu"
+    first: bool = False
+    """All other jobs wait for it."""
+
+
+class Records:
+    """The records in a JSON Lines file.
+
+    The first line, the header, holds what most records share: settings, device and versions. Every other line holds a
+    record's name, its figures, and the entries that differ from the header; or, marked ``whole``, all entries, if it
+    lacks one of the header's. Of two lines with one name the later one counts. A line that a kill cut short is ignored.
+
+    Attributes:
+        found: all records by name, each merged with the header.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.header: Record = {}
+        self.found: dict[str, Record] = {}
+        for text in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+            try:
+                line = json.loads(text)
+            except ValueError:
+                continue
+            name = line.pop("name", None)
+            if name is None:
+                self.header = line
+            else:
+                self.found[name] = line if line.pop("whole", False) else _merged(copy.deepcopy(self.header), line)
+
+    def of(self, name: str, identity: Record) -> Record | None:
+        """The record of this name if it was made with this identity, else None."""
+        record = self.found.get(name)
+        if record is None:
+            return None
+        # A setting that a record lacks did not exist when it was made; its default is what was done.
+        settings = {**EraseConfig().as_dict(), **record["identity"].get("settings", {})}
+        found = {**record["identity"], "settings": settings}
+        return record if _holds(found, json.loads(to_json(identity))) else None
+
+    def add(self, name: str, record: Record, jobs: Sequence[Job]) -> None:
+        """Write a record: as one more line, or with the whole file if it is the first."""
+        first = not self.found
+        self.found[name] = json.loads(to_json(record))
+        if first:
+            return self.write(jobs)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(self._line(name))
+            file.flush()
+            os.fsync(file.fileno())
+
+    def write(self, jobs: Sequence[Job]) -> None:
+        """Write the whole file, with a header that fits these jobs."""
+        conditions = [{"device": one["device"], "versions": one["versions"]} for one in self.found.values()]
+        self.header = {"identity": _usual([job.identity for job in jobs]), **_usual(conditions)}
+        write_text(self.path, to_json(self.header) + "\n" + "".join(map(self._line, self.found)))
+
+    def _line(self, name: str) -> str:
+        record = self.found[name]
+        line = _differences(self.header, record)
+        if _merged(self.header, line) != record:  # it lacks an entry of the header
+            line = {"whole": True, **record}
+        return to_json({"name": name, **line}) + "\n"
+
+
+def sweep(
+    jobs: Sequence[Job],
+    path: Path,
+    workers: int = 1,
+    most: int | None = None,
+    tell: Callable[[str], None] = print,
+) -> Records:
+    """Make the records that are missing or were made with another identity.
+
+    A job whose loss became NaN or infinite leaves a record with ``failed``, and is not repeated.
+
+    Args:
+        jobs: what to make.
+        path: the JSON Lines file of the records.
+        workers: processes, of one thread each if there are several; only this one writes.
+        most: make at most so many jobs, besides those that go first.
+        tell: gets a line per record.
+
+    Raises:
+        OSError: a record cannot be written.
+        KeyboardInterrupt: a signal asked for it; all written records stay.
+    """
+    records = Records(path)
+    todo = [job for job in jobs if records.of(job.name, job.identity) is None]
+    parts = [job for job in todo if job.first], [job for job in todo if not job.first][:most]
+    done, total = 0, sum(map(len, parts))
+    if total and records.found:
+        records.write(jobs)
+    context = multiprocessing.get_context("spawn")
+    pool = concurrent.futures.ProcessPoolExecutor(workers, mp_context=context) if workers > 1 else None
+    try:
+        for part in parts:
+            for job, record in _made(part, pool):
+                records.add(job.name, record, jobs)
+                done += 1
+                tell(f"{done}/{total} {job.name}")
+    finally:
+        if pool is not None:
+            pool.shutdown(wait=True, cancel_futures=True)
+    return records
+
+
+def digest(content: Any) -> str:
+    """16 digits that stand for content whose text is too long to repeat in every record."""
+    return hashlib.sha256(repr(content).encode()).hexdigest()[:16]
+
+
+def settings_identity(settings: EraseConfig, without: Sequence[str] = ()) -> Record:
+    """The settings of an erasure as a part of an identity; a digest stands for the prompts to preserve."""
+    found = {name: value for name, value in settings.as_dict().items() if name not in without}
+    prompts = found["preservation_prompts"]
+    return {**found, "preservation_prompts": digest(prompts) if prompts else []}
+
+
+def _made(jobs: Sequence[Job], pool: concurrent.futures.Executor | None) -> Iterator[tuple[Job, Record]]:
+    """Every job with its record, as they come."""
+    if pool is None:
+        yield from ((job, _record(job)) for job in jobs)
+        return
+    kept = dict(os.environ)
+    os.environ.update(WORKER)  # processes start when jobs are submitted
+    futures = {pool.submit(_record, job): job for job in jobs}
+    os.environ.clear()
+    os.environ.update(kept)
+    yield from ((futures[future], future.result()) for future in concurrent.futures.as_completed(futures))
+
+
+def _record(job: Job) -> Record:
+    try:
+        figures = job.make()
+    except NotFinite as error:
+        figures = {"failed": str(error).split(";")[0]}
+    return {"identity": job.identity, **figures, "device": describe_device(job.device), "versions": versions()}
+
+
+def _usual(entries: Sequence[Record]) -> Record:
+    """The values that more than half of the entries share; of nested dicts value by value."""
+    found: Record = {}
+    for key in dict.fromkeys(key for entry in entries for key in entry):
+        values = [entry[key] for entry in entries if key in entry]
+        if all(isinstance(value, dict) for value in values):
+            found |= {key: _usual(values)} if 2 * len(values) > len(entries) else {}
+        else:
+            ((text, count),) = collections.Counter(map(to_json, values)).most_common(1)
+            found |= {key: json.loads(text)} if 2 * count > len(entries) else {}
+    return found
+
+
+def _differences(common: Record, own: Record) -> Record:
+    """The entries of ``own`` that ``common`` has otherwise or not; :func:`_merged` undoes it."""
+    return {
+        key: _differences(common[key], value) if _nested(common, key, value) else value
+        for key, value in own.items()
+        if key not in common or common[key] != value
+    }
+
+
+def _merged(common: Record, own: Record) -> Record:
+    both = {key: _merged(common[key], value) for key, value in own.items() if _nested(common, key, value)}
+    return {**common, **own, **both}
+
+
+def _nested(common: Record, key: str, value: Any) -> bool:
+    return isinstance(value, dict) and isinstance(common.get(key), dict)
+
+
+def _holds(found: Record, wanted: Record) -> bool:
+    """Whether ``found`` has every entry of ``wanted``; it may have more."""
+    return all(
+        key in found and (_holds(found[key], value) if isinstance(value, dict) else found[key] == value)
+        for key, value in wanted.items()
+    )

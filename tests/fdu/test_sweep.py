@@ -1,0 +1,170 @@
+"""The engine of sweeps: what it makes and keeps, what a kill loses, and what its file looks like."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fdu.comparison.sweep import Job, Records, digest, settings_identity, sweep
+from fdu.config import EraseConfig
+from fdu.training.loop import NotFinite
+
+SHARED = {"weights": "0123", "settings": {"steps": 40, "rate": 0.1}}
+
+
+def square(number: int) -> dict[str, Any]:
+    return {"square": number**2, "pid": os.getpid(), "threads": os.environ.get("OMP_NUM_THREADS")}
+
+
+def lost() -> dict[str, Any]:
+    raise NotFinite("the loss became nan at step 3; lower the learning rate")
+
+
+def job(number: int, first: bool = False, **settings: Any) -> Job:
+    identity = {**SHARED, "number": number, "settings": {**SHARED["settings"], **settings}}
+    return Job(f"square {number}", identity, functools.partial(square, number), first=first)
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "records.jsonl"
+
+
+def test_the_header_holds_what_most_share_and_a_line_what_differs(path: Path) -> None:
+    jobs = [job(1), job(2), job(3, steps=80)]
+    assert not sweep(jobs[:1], path, tell=lambda line: None).of("square 2", jobs[1].identity)
+    sweep(jobs, path, tell=lambda line: None)
+    header, *rest = lines(path)
+    assert header["identity"]["settings"] == SHARED["settings"] and "torch" in header["versions"]
+    assert [line["identity"] for line in rest] == [
+        {"number": 1},
+        {"number": 2},
+        {"number": 3, "settings": {"steps": 80}},
+    ]
+    assert not any("versions" in line or "device" in line for line in rest)
+    found = Records(path).of("square 3", jobs[2].identity)
+    assert found is not None and found["square"] == 9 and found["identity"] == jobs[2].identity
+    assert found["device"] == header["device"]
+
+
+def test_a_record_that_lacks_an_entry_of_the_header_is_written_whole(path: Path) -> None:
+    before = Job("before", {"weights": "0123"}, functools.partial(square, 0), first=True)
+    sweep([before, *map(job, range(1, 4))], path, tell=lambda line: None)
+    by_name = {line.get("name"): line for line in lines(path)}
+    assert by_name["before"]["whole"] and by_name["before"]["identity"] == before.identity
+    assert Records(path).found["before"]["identity"] == before.identity
+
+
+def test_what_is_there_is_not_made_again_and_a_changed_setting_is(path: Path) -> None:
+    told: list[str] = []
+    sweep([job(1), job(2)], path, tell=told.append)
+    sweep([job(1), job(2)], path, tell=told.append)
+    assert told == ["1/2 square 1", "2/2 square 2"]
+    content = path.read_text()
+    sweep([job(1), job(2, rate=0.2)], path, tell=told.append)
+    assert told[2:] == ["1/1 square 2"] and path.read_text() != content
+    records = Records(path)
+    assert records.of("square 2", job(2).identity) is None and records.of("square 1", job(1).identity)
+    sweep([job(1), job(2, rate=0.2), job(3)], path, tell=told.append)  # the replaced line goes
+    assert [line.get("name") for line in lines(path)] == [None, "square 1", "square 2", "square 3"]
+
+
+def test_a_line_cut_short_is_ignored_and_rewritten(path: Path) -> None:
+    sweep(list(map(job, range(4))), path, tell=lambda line: None)
+    whole = path.read_text()
+    path.write_text(whole[:-25])
+    assert list(Records(path).found) == ["square 0", "square 1", "square 2"]
+    told: list[str] = []
+    sweep(list(map(job, range(4))), path, tell=told.append)
+    assert told == ["1/1 square 3"]
+    assert path.read_text() == whole
+
+
+def test_a_loss_that_is_not_finite_leaves_a_record_and_is_not_repeated(path: Path) -> None:
+    jobs = [job(1), Job("lost", SHARED, lost)]
+    told: list[str] = []
+    sweep(jobs, path, tell=told.append)
+    sweep(jobs, path, tell=told.append)
+    assert len(told) == 2
+    assert Records(path).found["lost"]["failed"] == "the loss became nan at step 3"
+
+
+def test_first_jobs_come_first_and_most_counts_the_others(path: Path) -> None:
+    told: list[str] = []
+    sweep([job(1), job(2), job(3), job(0, first=True)], path, most=2, tell=told.append)
+    assert told == ["1/3 square 0", "2/3 square 1", "3/3 square 2"]
+
+
+def test_a_setting_that_a_record_lacks_had_its_default(path: Path) -> None:
+    def erasure(**settings: Any) -> Job:
+        identity = {"settings": settings_identity(EraseConfig(**settings))}
+        return Job("erasure", identity, functools.partial(square, 1))
+
+    older = erasure()
+    del older.identity["settings"]["snr_gamma"]
+    sweep([older], path, tell=lambda line: None)
+    records = Records(path)
+    assert records.of("erasure", erasure().identity) is not None
+    assert records.of("erasure", erasure(snr_gamma=2.0).identity) is None
+    # Also once others of the file have that setting, and most of them another value.
+    others = [Job(f"other {n}", erasure(snr_gamma=2.0).identity, functools.partial(square, n)) for n in range(3)]
+    sweep([older, *others], path, tell=lambda line: None)
+    assert lines(path)[0]["identity"]["settings"]["snr_gamma"] == 2.0
+    assert Records(path).of("erasure", erasure(snr_gamma=2.0).identity) is None
+
+
+def test_prompts_to_preserve_are_told_apart_by_a_digest() -> None:
+    one, other = (settings_identity(EraseConfig(preservation_prompts=(word,))) for word in ("a cat", "a dog"))
+    assert one["preservation_prompts"] == digest(["a cat"]) != other["preservation_prompts"]
+    assert settings_identity(EraseConfig())["preservation_prompts"] == []
+    assert "logging_dir" not in settings_identity(EraseConfig(), without=("logging_dir",))
+
+
+def test_infinite_figures_become_null(path: Path) -> None:
+    sweep([Job("wild", SHARED, functools.partial(dict, value=float("inf")))], path, tell=lambda line: None)
+    assert Records(path).found["wild"]["value"] is None and lines(path)[1]["value"] is None
+
+
+def test_processes_make_what_one_makes_and_only_this_one_writes(path: Path) -> None:
+    sweep([job(number) for number in range(5)], path, workers=2, tell=lambda line: None)
+    found = Records(path).found
+    assert {name: record["square"] for name, record in found.items()} == {f"square {n}": n**2 for n in range(5)}
+    assert os.getpid() not in {record["pid"] for record in found.values()}
+    assert {record["threads"] for record in found.values()} == {"1"}
+
+
+KILLED = """
+import functools, os, signal, sys
+from pathlib import Path
+from fdu.comparison.sweep import Job, sweep
+
+def make(number):
+    if number == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return {"number": number}
+
+jobs = [Job(f"job {number}", {"number": number}, functools.partial(make, number)) for number in range(4)]
+sweep(jobs, Path(sys.argv[1]))
+"""
+
+
+def test_a_kill_loses_one_job_at_most(path: Path) -> None:
+    ran = subprocess.run([sys.executable, "-c", KILLED, str(path)], capture_output=True)
+    assert ran.returncode == -signal.SIGKILL
+    assert list(Records(path).found) == ["job 0", "job 1"]
+    jobs = [Job(f"job {number}", {"number": number}, functools.partial(dict, number=number)) for number in range(4)]
+    told: list[str] = []
+    sweep(jobs, path, tell=told.append)
+    assert told == ["1/2 job 2", "2/2 job 3"]
