@@ -38,6 +38,8 @@ from fdu.models.families import denoiser_of
 from fdu.subjects.digits import pipeline as digits
 from fdu.training.methods.perturbation import Perturbation
 
+pytestmark = pytest.mark.quick(name=["sd", "sd3", "flux", "pixart"])
+
 QUICK = JudgedSampling(images=2, num_inference_steps=2)
 THREE = fdu.Probe("three", ("a photo of the digit three", "three"), "target", lambda images: ["three"] * len(images))
 
@@ -90,7 +92,7 @@ def test_own_sets(tmp_path: Path) -> None:
     sets = read_sets(tmp_path, "ox")
     assert sets["mine"] == ("ox and ox", "verbatim")
     assert sets["slips"] == tuple(f"a {slip}" for slip in phrasings.misspellings("ox"))
-    with pytest.raises(FileNotFoundError, match="no folder with .txt files"):
+    with pytest.raises(FileNotFoundError, match="no folder.*.txt files"):
         read_sets(tmp_path / "none", "ox")
 
 
