@@ -6,7 +6,7 @@ RESULTS := benchmarks/results
 SUITES := losses host memory scaling
 MACHINE := cpu
 ARGS   ?=
-WORKERS ?= 2
+WORKERS ?= $(shell nproc 2>/dev/null || echo 2)
 
 VENV   := .venv
 INSIDE := $(VENV)/bin/python
@@ -18,7 +18,7 @@ STAMP := $(VENV)/installed-$(KEY)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test lint bench bench-report wheel lock clean
+.PHONY: help install demo test test-all mutation lint bench bench-report wheel lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -28,8 +28,17 @@ install: $(STAMP) ## make .venv with the locked versions and this project
 demo: $(STAMP) ## erase a concept from the embedded pipeline, without network or GPU; report in demo-out/ (OUT=, ARGS=)
 	$(VENV)/bin/fdu demo --out "$(OUT)" $(ARGS)
 
-test: $(STAMP) ## run the tests, a file a process and a thread (ARGS="-k name" WORKERS=2)
-	OMP_NUM_THREADS=1 $(INSIDE) -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
+# One thread per worker; threads that wait sleep. Items that share a costly fixture stay in one worker (tests/conftest.py).
+PYTEST = OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(INSIDE) -m pytest -n $(WORKERS) --dist loadgroup
+
+test: $(STAMP) ## test every subject, at most 5 minutes on two cores (ARGS="-k name" WORKERS=2)
+	$(PYTEST) -m "not slow" $(ARGS)
+
+test-all: $(STAMP) ## test every combination, at most 15 minutes on two cores (ARGS= WORKERS=)
+	$(PYTEST) $(ARGS)
+
+mutation: $(STAMP) ## count the changes to the core files that their tests notice, some minutes (ARGS="FILE --sample 20")
+	$(INSIDE) tests/mutation.py $(ARGS)
 
 lint: $(STAMP) ## check style, formatting and types
 	$(INSIDE) -m ruff check

@@ -134,7 +134,8 @@ def examine_unknown() -> Record:
     prompts = tuple(dict.fromkeys(prompt.replace(TARGET, "digit") for prompt in known.prompts))
     probe = fdu.Probe(TARGET, prompts, "target", judge)
     lesson = Lesson(denoiser, probe, latents, DRAWING)
-    return {"retained": None, "attack": attack(lesson).as_dict(), "relearning": relearn(lesson).as_dict()}
+    attacked, relearnt = dataclasses.asdict(attack(lesson)), dataclasses.asdict(relearn(lesson))
+    return {"retained": None, "attack": attacked, "relearning": relearnt}
 
 
 def write_page(results: Path, docs: Path) -> None:

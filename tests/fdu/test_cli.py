@@ -369,6 +369,7 @@ def test_erase_then_evaluate(capsys: pytest.CaptureFixture[str]) -> None:
     assert names == {"metrics.json", "images", "report.html", "before-after.png"}
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("few_inference_steps")
 def test_evaluate_loads_lora_weights() -> None:
     quick = ["--max_train_steps=8", "--train_batch_size=2", "--num_latents=4", "--num_inference_steps=2"]
@@ -469,6 +470,7 @@ def test_an_output_that_appears_during_the_training_costs_nothing(
     assert (kept / "fdu.json").is_file() and [path.name for path in Path("out").iterdir()] == ["mine"]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("few_inference_steps")
 def test_two_concepts_are_judged_one_at_a_time(capsys: pytest.CaptureFixture[str]) -> None:
     quick = ["--max_train_steps=2", "--train_batch_size=2", "--num_latents=4", "--num_inference_steps=2", "--rank=2"]

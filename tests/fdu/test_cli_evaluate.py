@@ -152,6 +152,7 @@ def test_the_device_is_chosen_as_for_an_erasure() -> None:
 QUICK = ["--images_per_class", "1", "--num_inference_steps", "1", "--target", "three", "--device", "cpu"]
 
 
+@pytest.mark.slow
 def test_a_test_of_robustness_that_fails_costs_nothing_else(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -181,6 +182,7 @@ def test_a_test_of_robustness_that_fails_costs_nothing_else(
     assert any(re.search("attack.*CUDA out of memory", note) for note in metrics["notes"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_robustness_with_clip_as_judge(
     dtype: str, base: Path, clip_folder: Path, monkeypatch: pytest.MonkeyPatch

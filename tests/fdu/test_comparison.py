@@ -191,6 +191,7 @@ def test_a_stop_loses_one_run_and_a_loss_that_is_not_finite_its_candidate(
     assert len(told) == 1
 
 
+@pytest.mark.slow
 def test_without_a_cache_the_images_before_are_still_those_of_the_model_as_it_is(made: Path, tmp_path: Path) -> None:
     """A run that is gone on with elsewhere, from the records alone."""
     run = PLAN.runs()[1]
@@ -405,6 +406,7 @@ def test_the_erasure_to_make_is_the_one_that_was_run(tmp_path: Path, monkeypatch
     assert erase.settings.checked() == dataclasses.replace(base, **candidate)
 
 
+@pytest.mark.slow
 def test_other_models_are_judged_by_clip(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

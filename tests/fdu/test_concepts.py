@@ -61,7 +61,7 @@ def test_an_empty_target_is_refused(empty: object) -> None:
 
 @pytest.mark.parametrize("anchor", ["cat", "Cat", " cat "])
 def test_the_target_as_its_own_anchor_is_refused(anchor: str) -> None:
-    with pytest.raises(ValueError, match="target and anchor are the same, 'cat'.*superclass"):
+    with pytest.raises(ValueError, match="target.*anchor.*same, 'cat'.*superclass"):
         concept_pair("cat", anchor)
 
 
@@ -71,12 +71,12 @@ def test_a_prompt_on_both_sides_is_refused() -> None:
 
 
 def test_prompts_that_do_not_pair_are_refused() -> None:
-    with pytest.raises(ValueError, match="target has 3 prompts but anchor has 2"):
+    with pytest.raises(ValueError, match="target.*3 prompts.*anchor.*2"):
         concept_pair(["a", "b", "c"], ["d", "e"])
 
 
 def test_a_missing_file_is_refused_by_name(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"concept file '.*gone\.txt' does not exist"):
+    with pytest.raises(FileNotFoundError, match=r"concept file '.*gone\.txt'.*not exist"):
         concept_pair(str(tmp_path / "gone.txt"), "pet")
 
 
@@ -87,9 +87,9 @@ def test_a_file_without_prompts_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_wrong_type_and_a_wrong_concept_type_are_refused() -> None:
-    with pytest.raises(TypeError, match="target must be a name.*got int"):
+    with pytest.raises(TypeError, match="target.*name.*got int"):
         concept_pair(3, "pet")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="concept_type must be 'object' or 'style', got 'person'"):
+    with pytest.raises(ValueError, match="concept_type.*'object'.*'style', got 'person'"):
         concept_pair("cat", "pet", "person")  # type: ignore[arg-type]
 
 
@@ -100,7 +100,7 @@ def test_the_mark_of_windows_editors_is_no_part_of_a_prompt(tmp_path: Path) -> N
 
 def test_a_file_in_another_encoding_is_refused_by_name(tmp_path: Path) -> None:
     (tmp_path / "cats.txt").write_bytes("ein Kätzchen".encode("latin-1"))
-    with pytest.raises(ValueError, match=r"cats\.txt' is not text in UTF-8"):
+    with pytest.raises(ValueError, match=r"cats\.txt'.*not text.*UTF-8"):
         Concept.from_file(tmp_path / "cats.txt")
 
 
@@ -123,9 +123,9 @@ def test_concepts_that_meet_lead_to_one_end() -> None:
 
 def test_several_concepts_that_do_not_fit_are_refused() -> None:
     cats = [Concept("cat"), Concept("dog")]
-    with pytest.raises(ValueError, match="target holds 2 concepts but anchor 3"):
+    with pytest.raises(ValueError, match="target holds 2 concepts.*anchor 3"):
         concept_pairs(cats, [Concept("a"), Concept("b"), Concept("c")])
-    with pytest.raises(ValueError, match="target holds 2 concepts but concept_type 1"):
+    with pytest.raises(ValueError, match="target holds 2 concepts.*concept_type 1"):
         concept_pairs(cats, "pet", ["object"])
     with pytest.raises(ValueError, match="target names 'cat' twice"):
         concept_pairs([Concept("cat"), Concept("cat")], "pet")

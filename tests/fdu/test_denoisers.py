@@ -19,6 +19,8 @@ from fdu.models.families import FAMILIES, denoiser_of
 from fdu.models.flow import shifted_sigmas
 from fdu.models.flux import pack, position_ids, unpack
 
+pytestmark = pytest.mark.quick(name=["sd", "sd3", "flux", "pixart"])
+
 PROMPT = "the digit three"
 UNITS = {"sd": 8, "sdxl": 8, "sd3": 4, "flux": 4, "pixart": 8, "sana": 32}
 """Pixels that a side must be a multiple of."""
@@ -171,7 +173,7 @@ def test_latents_are_the_pipelines_own_and_need_the_denoiser_alone(denoiser: Den
 def test_a_compiled_module_is_refused_with_the_remedy() -> None:
     pipeline = families.build("sd")
     pipeline.unet = torch.compile(pipeline.unet)
-    with pytest.raises(TypeError, match=r"pipeline.unet is compiled; set pipeline.unet = pipeline.unet._orig_mod"):
+    with pytest.raises(TypeError, match="pipeline.unet.*compiled; set pipeline.unet = pipeline.unet._orig_mod"):
         denoiser_of(pipeline)
 
 
@@ -372,7 +374,7 @@ def test_an_autoencoder_that_overflows_in_half_precision_encodes_in_float32() ->
 @pytest.mark.parametrize(
     ("images", "error", "message"),
     [
-        (torch.zeros(1, 3, 16, 16, dtype=torch.uint8), TypeError, "floating-point tensor in .0, 1., got torch.uint8"),
+        (torch.zeros(1, 3, 16, 16, dtype=torch.uint8), TypeError, "floating-point tensor.*.0, 1., got torch.uint8"),
         (torch.zeros(3, 16, 16), ValueError, r"\[N, 3, H, W\], got \[3, 16, 16\]"),
         (torch.full((1, 3, 16, 16), -1.0), ValueError, r"in \[0, 1\], got \[-1, -1\]"),
     ],
@@ -462,13 +464,13 @@ def test_a_resolution_that_does_not_suit_the_model_is_refused(name: str, unit: i
         message = f"resolution must be a positive multiple of {unit} .*got {wrong}; try {unit}$"
         with pytest.raises(ValueError, match=message):
             denoiser_of(pipeline, wrong)
-    with pytest.raises(TypeError, match="resolution must be a number of pixels or None, got '16'"):
+    with pytest.raises(TypeError, match="resolution.*number.*pixels.*None, got '16'"):
         denoiser_of(pipeline, "16")  # type: ignore[arg-type]
 
 
 def test_a_resolution_beyond_the_position_embedding_of_sd3_is_refused() -> None:
     assert denoiser_of(families.build("sd3"), 64).height == 64
-    with pytest.raises(ValueError, match="resolution must be at most 64 pixels for this model, got 68"):
+    with pytest.raises(ValueError, match="resolution.*most 64 pixels.*model, got 68"):
         denoiser_of(families.build("sd3"), 68)
 
 
@@ -493,7 +495,7 @@ def test_a_pipeline_without_one_of_its_parts_is_refused(name: str, part: str) ->
 def test_a_text_encoder_without_tokenizer_is_refused() -> None:
     pipeline = families.build("sd3")
     pipeline.tokenizer_3 = None
-    with pytest.raises(ValueError, match="text_encoder_3 but no tokenizer_3"):
+    with pytest.raises(ValueError, match="text_encoder_3.*no tokenizer_3"):
         denoiser_of(pipeline)
 
 
@@ -514,36 +516,36 @@ def test_a_controlnet_is_refused() -> None:
     pipeline = families.build("sd")
     controlnet = diffusers.ControlNetModel.from_unet(pipeline.unet, conditioning_embedding_out_channels=(4, 4))
     variant = diffusers.StableDiffusionControlNetPipeline.from_pipe(pipeline, controlnet=controlnet)
-    with pytest.raises(ValueError, match="which takes image; editing, inpainting and ControlNet"):
+    with pytest.raises(ValueError, match="which takes image; editing, inpainting.*ControlNet"):
         denoiser_of(variant)
 
 
 def test_an_inpainting_model_is_refused_in_any_pipeline() -> None:
     pipeline = families.build("sd")
     pipeline.unet.register_to_config(in_channels=9)
-    with pytest.raises(ValueError, match="which feeds its unet 9 channels, not 4; editing, inpainting"):
+    with pytest.raises(ValueError, match="which feeds.*unet 9 channels, not 4; editing, inpainting"):
         denoiser_of(pipeline)
 
 
 @pytest.mark.parametrize(
     ("name", "part", "setting", "value", "message"),
     [
-        ("sd", "unet", "time_cond_proj_dim", 8, "reads more than x_t, t and prompts .*time_cond_proj_dim"),
-        ("sd", "unet", "class_embed_type", "projection", "reads more than x_t, t and prompts .*class_embed_type"),
+        ("sd", "unet", "time_cond_proj_dim", 8, "reads more.*x_t, t.*prompts .*time_cond_proj_dim"),
+        ("sd", "unet", "class_embed_type", "projection", "reads more.*x_t, t.*prompts .*class_embed_type"),
         ("sd", "unet", "encoder_hid_dim_type", "ip_image_proj", "unload_ip_adapter"),
         (
             "sd",
             "scheduler",
             "prediction_type",
             "flow_prediction",
-            "'flow_prediction', does not noise as",
+            "'flow_prediction'.*not noise",
         ),
         (
             "sdxl",
             "unet",
             "projection_class_embeddings_input_dim",
             56,
-            "takes 56 numbers .* make 64; train a base",
+            "takes 56 numbers .*make 64; train.*base",
         ),
         ("sana", "transformer", "guidance_embeds", True, "pipeline is distilled"),
     ],
@@ -561,16 +563,16 @@ def test_an_sdxl_refiner_is_refused() -> None:
     base = families.build("sdxl")
     parts = {**base.components, "text_encoder": None, "tokenizer": None}
     refiner = diffusers.StableDiffusionXLImg2ImgPipeline(**parts, requires_aesthetics_score=True, add_watermarker=False)
-    with pytest.raises(ValueError, match="pipeline is an SDXL refiner, which only finishes images"):
+    with pytest.raises(ValueError, match="pipeline.*SDXL refiner.*only finishes images"):
         denoiser_of(refiner)
 
 
 def test_a_scheduler_of_another_kind_is_refused() -> None:
     diffusion, flow = families.build("sd"), families.build("sd3")
     diffusion.scheduler, flow.scheduler = flow.scheduler, diffusion.scheduler
-    with pytest.raises(ValueError, match="a FlowMatchEulerDiscreteScheduler .* does not noise as DDPM does"):
+    with pytest.raises(ValueError, match="a FlowMatchEulerDiscreteScheduler .*not noise.*DDPM"):
         denoiser_of(diffusion)
-    with pytest.raises(ValueError, match="a DDIMScheduler, does not follow a rectified flow"):
+    with pytest.raises(ValueError, match="a DDIMScheduler.*not follow.*rectified flow"):
         denoiser_of(flow)
 
 
@@ -587,9 +589,9 @@ def test_an_unknown_family_is_told_how_to_add_it() -> None:
     class Unknown(DiffusionPipeline):
         pass
 
-    with pytest.raises(TypeError, match="Unknown, whose family is not supported yet; .*write a subclass of Denoiser"):
+    with pytest.raises(TypeError, match="Unknown, whose family.*not supported yet; .*write.*subclass.*Denoiser"):
         denoiser_of(Unknown())
-    with pytest.raises(TypeError, match="must be a diffusers pipeline, got str"):
+    with pytest.raises(TypeError, match="must.*diffusers pipeline, got str"):
         denoiser_of("a/model")  # type: ignore[arg-type]
 
 

@@ -17,11 +17,10 @@ from fdu.subjects.digits.vocabulary import DIGITS, INKS, MEDIA, corpus, medium_p
 def test_it_ships_as_an_ordinary_small_half_precision_folder() -> None:
     files = [path for path in digits.PIPELINE_FOLDER.rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) < 8 * 2**20
-    assert {path.suffix for path in files} <= {".json", ".txt", ".safetensors"}
+    assert {path.suffix for path in files} <= {".json", ".safetensors"}
     weights = [load_file(path) for path in files if path.suffix == ".safetensors"]
     assert len(weights) == 3
     assert {tensor.dtype for stored in weights for tensor in stored.values()} == {torch.float16}
-    assert {"vocab.json", "merges.txt"} <= {path.name for path in files}
 
 
 def test_every_word_is_one_token_and_every_prompt_fits(pipeline: StableDiffusionPipeline) -> None:
@@ -30,20 +29,21 @@ def test_every_word_is_one_token_and_every_prompt_fits(pipeline: StableDiffusion
         assert len(tokenizer(words).input_ids) == len(words.split()) + 2 <= tokenizer.model_max_length
 
 
+@pytest.mark.slow
 def test_class_prompts_draw_what_they_ask_for(pipeline: StableDiffusionPipeline) -> None:
     digit, medium = digits.judges()["digit"], digits.judges()["medium"]
     numbers = [fdu.Probe(name, (prompt(f"the digit {name}"),), "retained", digit) for name in DIGITS]
     inks = [
         fdu.Probe(ink, (prompt("a digit", medium_phrase=medium_phrases(ink)[0]),), "retained", medium) for ink in INKS
     ]
-    draws = fdu.draw(pipeline, numbers + inks, images_per_class=20)
+    draws = fdu.draw(pipeline, numbers + inks, images_per_class=10)
     shares = [
         sum(seen == probe.name for seen in probe.judge(images)) / len(images)
         for probe, images in zip(numbers + inks, draws.images, strict=True)
     ]
-    # 200 digit samples: 0.98 measured on 1,000 (data/quality.json) allows 4 wrong here, and a little for chance.
-    assert sum(shares[:10]) / 10 >= 0.965
-    assert min(shares[10:]) >= 0.95
+    # 100 digit samples: 0.98 measured on 1,000 (data/quality.json) allows 2 wrong here, and a little for chance.
+    assert sum(shares[:10]) / 10 >= 0.96
+    assert min(shares[10:]) == 1
 
 
 def test_the_recorded_quality_holds_the_promise() -> None:
@@ -82,11 +82,11 @@ def test_unseen_phrasings_are_unseen(target: str) -> None:
 
 
 def test_what_it_does_not_know_is_refused() -> None:
-    with pytest.raises(ValueError, match="target must be a digit .* or an ink .*, got 'cat'"):
+    with pytest.raises(ValueError, match="target.*digit .*ink .*, got 'cat'"):
         digits.concepts("cat", "eight")
-    with pytest.raises(ValueError, match="anchor must be 'digit' or one of zero.*got 'red'"):
+    with pytest.raises(ValueError, match="anchor.*'digit'.*one.*zero.*got 'red'"):
         digits.concepts("three", "red")
-    with pytest.raises(ValueError, match="target and anchor are the same"):
+    with pytest.raises(ValueError, match="target.*anchor.*same"):
         digits.concepts("three", "three")
 
 

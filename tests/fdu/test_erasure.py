@@ -203,7 +203,7 @@ def test_precisions_may_differ_within_one_process(quick: dict[str, Any]) -> None
 @pytest.mark.parametrize("method", TRAIN_METHODS)
 def test_half_precision_pipelines_need_autocast(quick: dict[str, Any], method: str) -> None:
     pipeline = digits.load_pipeline(torch.bfloat16)
-    with pytest.raises(ValueError, match=r"pipeline is in torch\.bfloat16 but mixed_precision is 'no'"):
+    with pytest.raises(ValueError, match=r"pipeline.*torch\.bfloat16.*mixed_precision.*'no'"):
         fdu.erase(pipeline, "three", "eight", **quick)
     before = picture(pipeline)
     fdu.erase(pipeline, "three", "eight", mixed_precision="bf16", train_method=method, **quick)
@@ -226,7 +226,7 @@ def test_autocast_trains_the_weights_that_change(quick: dict[str, Any], method: 
 
 
 def test_half_floats_need_a_gpu(quick: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match="mixed_precision 'fp16' needs a GPU"):
+    with pytest.raises(ValueError, match="mixed_precision 'fp16' needs.*GPU"):
         fdu.erase(digits.load_pipeline(), "three", "eight", mixed_precision="fp16", **quick)
 
 
@@ -246,13 +246,13 @@ def test_editors_see_the_arguments_of_erase_and_every_setting() -> None:
 def test_wrong_arguments_are_refused_before_any_work(pipeline: StableDiffusionPipeline) -> None:
     with pytest.raises(ValueError, match="target is empty"):
         fdu.erase(pipeline, "", "eight")
-    with pytest.raises(ValueError, match="target and anchor are the same"):
+    with pytest.raises(ValueError, match="target.*anchor.*same"):
         fdu.erase(pipeline, "three", "three")
     with pytest.raises(TypeError, match="unknown setting 'learning_rat'.*learning_rate"):
         fdu.erase(pipeline, "three", "eight", learning_rat=1.0)
-    with pytest.raises(TypeError, match="give either config or single settings"):
+    with pytest.raises(TypeError, match="give either config.*single settings"):
         fdu.erase(pipeline, "three", "eight", config=fdu.EraseConfig(), seed=1)
-    with pytest.raises(TypeError, match="pipeline must be a diffusers pipeline, got str"):
+    with pytest.raises(TypeError, match="pipeline.*diffusers pipeline, got str"):
         fdu.erase("a/model", "three", "eight")  # type: ignore[arg-type]
 
 
@@ -267,7 +267,7 @@ def test_an_unknown_family_is_refused(pipeline: StableDiffusionPipeline) -> None
                 pipeline.text_encoder,
             )
 
-    with pytest.raises(TypeError, match="TwoEncoders, whose family is not supported yet; supported: Stable Diffusion"):
+    with pytest.raises(TypeError, match="TwoEncoders, whose family.*not supported yet; supported: Stable Diffusion"):
         fdu.erase(TwoEncoders(), "three", "eight")
 
 
@@ -287,7 +287,7 @@ def test_adapters_of_the_user_go_on_working(
 
 @pytest.mark.usefixtures("no_work")
 def test_what_contradicts_the_erasure_is_refused(pipeline: StableDiffusionPipeline) -> None:
-    with pytest.raises(ValueError, match="preservation_prompts holds 'three', a prompt of the target"):
+    with pytest.raises(ValueError, match="preservation_prompts holds 'three'.*prompt.*target"):
         fdu.erase(pipeline, "three", "eight", preservation_prompts=("four", "three"))
     for anchor, mask, error in (
         ("eight", torch.zeros(8, 8), "mask.*>= 0"),
@@ -349,6 +349,6 @@ def test_a_run_that_breaks_leaves_the_pipeline_as_it_was(
 
 def test_a_loss_that_is_not_finite_stops_the_run(pipeline: StableDiffusionPipeline, quick: dict[str, Any]) -> None:
     before = picture(pipeline)
-    with pytest.raises(RuntimeError, match="the loss became .* at step .*lower learning_rate"):
+    with pytest.raises(RuntimeError, match="the loss became .*step .*lower learning_rate"):
         fdu.erase(pipeline, "three", "eight", **{**quick, "learning_rate": 1e30, "max_train_steps": 12})
     assert torch.equal(picture(pipeline), before)

@@ -111,13 +111,13 @@ def test_images_do_not_depend_on_the_batch(pipeline: StableDiffusionPipeline) ->
 
 def test_what_does_not_belong_together_is_refused(pipeline: StableDiffusionPipeline) -> None:
     draws = Draws([image_of(0), image_of(0), image_of(1), image_of(2)])
-    with pytest.raises(ValueError, match="exactly one with role 'target'"):
+    with pytest.raises(ValueError, match="exactly one.*role 'target'"):
         fdu.evaluate(draws, draws, PROBES[1:])
     with pytest.raises(ValueError, match="same number of images"):
         fdu.evaluate(draws, Draws(draws.images[:3]), PROBES)
-    with pytest.raises(ValueError, match="name the class 'dog' twice"):
+    with pytest.raises(ValueError, match="name.*class 'dog' twice"):
         fdu.evaluate(draws, draws, [*PROBES[:3], PROBES[2]])
-    with pytest.raises(ValueError, match="images_per_class must be .*>= 1, got 0"):
+    with pytest.raises(ValueError, match="images_per_class.*>= 1, got 0"):
         fdu.draw(pipeline, PROBES, 0)
     with pytest.raises(ValueError, match="probes is empty"):
         fdu.draw(pipeline, [])
@@ -170,7 +170,7 @@ def test_a_class_without_prompts_is_refused(pipeline: StableDiffusionPipeline) -
     probes = [*PROBES[:3], Probe("cow", (), "retained", judge)]
     draws = Draws([image_of(0), image_of(0), image_of(1), image_of(2)])
     for call in (lambda: fdu.evaluate(draws, draws, probes), lambda: fdu.draw(pipeline, probes)):
-        with pytest.raises(ValueError, match="the class 'cow' has no prompts"):
+        with pytest.raises(ValueError, match="the class 'cow'.*no prompts"):
             call()
 
 

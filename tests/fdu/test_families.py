@@ -14,6 +14,8 @@ from torch import Tensor
 import fdu
 from fdu.storage.readers import load_weights
 
+pytestmark = pytest.mark.quick(name=["sd", "sd3", "flux", "pixart"], method=["dora"])
+
 NAMES = families.FAMILY_NAMES
 LORA_NAMES = [name for name in NAMES if name != "pixart"]
 """diffusers has no LoRA files for PixArt; its adapters are saved merged."""

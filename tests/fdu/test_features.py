@@ -142,7 +142,7 @@ def test_features_are_given_in_several_ways(clip_folder: Path) -> None:
     assert isinstance(as_features(str(clip_folder)), ClipFeatures)
     named = digits.features()
     assert isinstance(named, Features) and as_features(named) is named
-    with pytest.raises(TypeError, match="features must be an extractor, a module or a name, got int"):
+    with pytest.raises(TypeError, match="features.*extractor.*module.*name, got int"):
         as_features(3)  # type: ignore[arg-type]
 
 

@@ -39,7 +39,7 @@ def test_a_folder_that_is_missing_is_no_hub_id(tmp_path: Path, monkeypatch: pyte
     monkeypatch.chdir(tmp_path)
     check_model("models/missing")
     Path("models").mkdir()
-    with pytest.raises(FileNotFoundError, match="MODEL 'models/missing' does not exist: there is a folder 'models'"):
+    with pytest.raises(FileNotFoundError, match="MODEL 'models/missing'.*not exist.*folder 'models'"):
         check_model("models/missing")
     for name in ("./missing", "../missing", "/missing/model", "~/missing"):
         with pytest.raises(FileNotFoundError, match="does not exist"):
@@ -89,12 +89,12 @@ def test_room_for_a_result(tmp_path: Path) -> None:
 def test_truncated_weights_are_an_error_in_one_line(tmp_path: Path, pipeline: StableDiffusionPipeline) -> None:
     (tmp_path / "lora").mkdir()
     (tmp_path / "lora" / LORA_FILE).write_bytes(b"\xff" * 40)
-    with pytest.raises(OSError, match="weights '.*lora' could not be loaded: .*damaged"):
+    with pytest.raises(OSError, match="weights '.*lora'.*not.*loaded: .*damaged"):
         load_erased(pipeline, str(tmp_path / "lora"))
     pipeline.save_pretrained(tmp_path / "full")
     weights = next((tmp_path / "full" / "unet").glob("*.safetensors"))
     weights.write_bytes(weights.read_bytes()[:-1000])
-    with pytest.raises(OSError, match="model '.*full' could not be loaded"):
+    with pytest.raises(OSError, match="model '.*full'.*not.*loaded"):
         load_model(str(tmp_path / "full"))
 
 

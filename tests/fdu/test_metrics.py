@@ -68,9 +68,9 @@ def test_equal_images_are_at_distance_zero_and_shifted_ones_are_not(metric: SetM
 
 
 def test_what_is_no_pair_of_sets_is_refused() -> None:
-    with pytest.raises(ValueError, match="two or more pairs, got"):
+    with pytest.raises(ValueError, match="two.*more pairs, got"):
         KID.between(features(0, 1), features(1, 1))
-    with pytest.raises(ValueError, match="two or more pairs, got"):
+    with pytest.raises(ValueError, match="two.*more pairs, got"):
         CMMD.between(features(0, 4), features(1, 5))
 
 

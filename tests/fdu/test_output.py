@@ -22,7 +22,7 @@ def test_a_new_and_an_empty_folder_are_fine(tmp_path: Path) -> None:
 def test_what_is_there_is_not_overwritten_unasked(tmp_path: Path) -> None:
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / RECORD_FILE).write_text("kept")
-    with pytest.raises(FileExistsError, match="exists and is not empty.*--overwrite"):
+    with pytest.raises(FileExistsError, match="exists.*not empty.*--overwrite"):
         check_output(tmp_path / "full")
     check_output(tmp_path / "full", overwrite=True)
     assert (tmp_path / "full" / RECORD_FILE).read_text() == "kept"
@@ -32,7 +32,7 @@ def test_what_is_there_is_not_overwritten_unasked(tmp_path: Path) -> None:
 def test_what_fdu_did_not_write_is_never_overwritten(tmp_path: Path, name: str) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / name).write_text('{"accuracy": 0.5}')
-    with pytest.raises(FileExistsError, match="not written by fdu.*never overwrites"):
+    with pytest.raises(FileExistsError, match="not written.*fdu.*never overwrites"):
         check_output(tmp_path / "out", overwrite=True)
 
 
@@ -49,7 +49,7 @@ def test_the_inputs_are_never_replaced(tmp_path: Path, out: str) -> None:
     (tmp_path / "models" / "sd").mkdir()
     (tmp_path / "models" / "sd" / RECORD_FILE).touch()
     (tmp_path / "link").symlink_to(tmp_path / "models")
-    with pytest.raises(ValueError, match="is, or holds, the input '.*sd'"):
+    with pytest.raises(ValueError, match="is.*holds.*input '.*sd'"):
         check_output(tmp_path / out, overwrite=True, inputs=[tmp_path / "models" / "sd"])
 
 
@@ -69,7 +69,7 @@ def test_beside_and_inside_an_input_is_fine(tmp_path: Path) -> None:
 
 def test_a_mount_point_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os.path, "ismount", lambda path: Path(path) == tmp_path / "disk")
-    with pytest.raises(ValueError, match="disk' is a mount point.*a folder inside it"):
+    with pytest.raises(ValueError, match="disk'.*mount point.*a folder inside"):
         check_output(tmp_path / "disk")
 
 
@@ -101,13 +101,13 @@ def test_an_unwritable_folder_is_refused(tmp_path: Path, monkeypatch: pytest.Mon
         raise OSError(errno.EROFS, "Read-only file system")
 
     monkeypatch.setattr(os, "fsync", refuse)
-    with pytest.raises(OSError, match=r"out' cannot be written \(Read-only file system\)"):
+    with pytest.raises(OSError, match=r"out' cannot.*written \(Read-only file system\)"):
         check_output(tmp_path / "out")
 
 
 def test_a_full_disk_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(100, 99, 1))
-    with pytest.raises(OSError, match="0 MiB free but 5 MiB are needed"):
+    with pytest.raises(OSError, match="0 MiB free.*5 MiB.*needed"):
         check_output(tmp_path / "out", needed_bytes=5 << 20)
 
 
@@ -181,7 +181,7 @@ def test_a_rename_that_fails_costs_neither_result(
 
     monkeypatch.setattr(os, "replace", busy)
     with (
-        pytest.raises(OSError, match="complete but could not be moved .*Device or resource busy") as caught,
+        pytest.raises(OSError, match="complete.*not.*moved .*Device.*resource busy") as caught,
         whole_folder(tmp_path / "out", overwrite=True) as fresh,
     ):
         (fresh / "trained").write_text("for hours")

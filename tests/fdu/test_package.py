@@ -14,5 +14,5 @@ def test_every_public_name_is_there() -> None:
 
 
 def test_unknown_names_are_attribute_errors() -> None:
-    with pytest.raises(AttributeError, match="module 'fdu' has no attribute 'eraser'"):
+    with pytest.raises(AttributeError, match="module 'fdu'.*no attribute 'eraser'"):
         fdu.eraser  # noqa: B018

@@ -20,43 +20,50 @@ import torch
 import fdu
 from fdu.subjects.digits import pipeline as digits
 torch.set_num_threads(1)
-folder, settings = sys.argv[1], eval(sys.argv[2])
+folder, runs = sys.argv[1], eval(sys.argv[2])
 import os
 rank = os.environ.get("RANK", "0")
-result = fdu.erase(digits.load_pipeline(), *digits.concepts("three", "eight"), **settings)
-torch.save({**{n: p.data for n, p in result.trainable.named_parameters().items()}, **{
-    "history " + n: torch.tensor(v) for n, v in result.history.items()}, "sigma": torch.tensor(result.sigma)},
-    folder + f"/{rank}.pt")
+for number, settings in enumerate(runs):
+    result = fdu.erase(digits.load_pipeline(), *digits.concepts("three", "eight"), **settings)
+    torch.save({**{n: p.data for n, p in result.trainable.named_parameters().items()}, **{
+        "history " + n: torch.tensor(v) for n, v in result.history.items()}, "sigma": torch.tensor(result.sigma)},
+        folder + f"/{number}-{rank}.pt")
 """
+CASES: dict[str, dict[str, Any]] = {
+    "lora": {},
+    "weights": {"train_method": "cross_attention", "gradient_accumulation_steps": 2, "gradient_surgery": True},
+    "token": {"train_method": "token"},
+    "critic": {"variational": True, "divergence": "jensen_shannon", "critic_warmup_steps": 2},
+    "importance": {"timestep_sampling": "importance", "frozen_batches": 0},
+}
 
 
-def launch(folder: Path, processes: int, **settings: Any) -> list[dict[str, Tensor]]:
-    """What each process of a run ends with."""
-    folder.mkdir()
-    for ended in run(RUN, processes, str(folder), repr(settings)):
-        assert ended.returncode == 0, ended.error
-    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(processes)]
+@pytest.fixture(scope="module")
+def ends(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, list[dict[str, Tensor]]]]:
+    """What each process ends with, by case: of one process with the whole batch, of two, and before the first step."""
+    quick = {"max_train_steps": 12, "num_latents": 16, "num_inference_steps": 2, "rank": 4, "learning_rate": 1e-4}
+    found: dict[str, dict[str, list[dict[str, Tensor]]]] = {name: {} for name in CASES}
+    for kind, processes, settings in (
+        ("one", 1, {"train_batch_size": 8}),
+        ("two", 2, {"train_batch_size": 4}),
+        ("start", 1, {"train_batch_size": 8, "max_train_steps": 0}),
+    ):
+        folder = tmp_path_factory.mktemp(kind)
+        runs = [{**quick, **others, **settings} for others in CASES.values()]
+        for ended in run(RUN, processes, str(folder), repr(runs)):
+            assert ended.returncode == 0, ended.error
+        for number, name in enumerate(CASES):
+            paths = [folder / f"{number}-{rank}.pt" for rank in range(processes)]
+            found[name][kind] = [torch.load(path, weights_only=True) for path in paths]
+    return found
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "others",
-    [
-        {},
-        {"train_method": "cross_attention", "gradient_accumulation_steps": 2, "gradient_surgery": True},
-        {"train_method": "token"},
-        {"variational": True, "divergence": "jensen_shannon", "critic_warmup_steps": 2},
-        {"timestep_sampling": "importance", "frozen_batches": 0},
-    ],
-    ids=lambda others: "-".join(map(str, others.values())) or "lora",
-)
+@pytest.mark.parametrize("case", CASES)
 def test_two_processes_are_one_with_the_whole_batch(
-    quick: dict[str, Any], tmp_path: Path, others: dict[str, Any]
+    ends: dict[str, dict[str, list[dict[str, Tensor]]]], case: str
 ) -> None:
-    settings = {**quick, "max_train_steps": 12, "num_latents": 16, "learning_rate": 1e-4, **others}
-    (one,) = launch(tmp_path / "one", 1, **{**settings, "train_batch_size": 8})
-    two = launch(tmp_path / "two", 2, **{**settings, "train_batch_size": 4})
-    (start,) = launch(tmp_path / "start", 1, **{**settings, "max_train_steps": 0})
+    (one,), two, (start,) = (ends[case][kind] for kind in ("one", "two", "start"))
     for name in one:
         torch.testing.assert_close(two[0][name], two[1][name], rtol=0, atol=0)
         if name.startswith("history") or name == "sigma":
@@ -71,16 +78,16 @@ def test_two_processes_are_one_with_the_whole_batch(
 AFTER_ANOTHER = RUN.replace(
     "result = fdu.erase(digits.load_pipeline(),",
     """pipeline = digits.load_pipeline()
-fdu.erase(pipeline, *digits.concepts("three", "eight"), **{**settings, "train_method": "text_encoder"})
-result = fdu.erase(pipeline,""",
+    fdu.erase(pipeline, *digits.concepts("three", "eight"), **{**settings, "train_method": "text_encoder"})
+    result = fdu.erase(pipeline,""",
 )
 
 
 @pytest.mark.slow
 def test_a_run_after_one_of_another_method_still_averages_its_gradients(quick: dict[str, Any], tmp_path: Path) -> None:
-    for ended in run(AFTER_ANOTHER, 2, str(tmp_path), repr(quick)):
+    for ended in run(AFTER_ANOTHER, 2, str(tmp_path), repr([quick])):
         assert ended.returncode == 0, ended.error
-    one, other = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
+    one, other = (torch.load(tmp_path / f"0-{rank}.pt", weights_only=True) for rank in range(2))
     for name in one:
         torch.testing.assert_close(one[name], other[name], rtol=0, atol=0)
 

@@ -70,9 +70,9 @@ def test_a_file_without_subjects_gets_those_of_the_package(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("a photo\n", "line 1: .*before the first section"),
-        ("[target] a\n{}\n[anker] b\n", r"line 3: \[anker\] is none of target, unseen"),
-        ("[target] a\n{}\n[un-related] b\n", r"line 3: \[un-related\] is none of target, unseen"),
+        ("a photo\n", "line 1: .*before.*first section"),
+        ("[target] a\n{}\n[anker] b\n", r"line 3: \[anker\].*none.*target, unseen"),
+        ("[target] a\n{}\n[un-related] b\n", r"line 3: \[un-related\].*none.*target, unseen"),
         ("[target] a\n{}\n[near b\n", r"line 3: '\[near b' lacks the \]"),
         ("[target] a\n{}\n", r"must hold one section \[anchor\], got 0"),
         ("[target] a\n{}\n[target] c\n{}\n[anchor] b\nb\n", r"must hold one section \[target\], got 2"),
@@ -87,9 +87,9 @@ def test_faults_are_named(text: str, message: str, tmp_path: Path) -> None:
 
 
 def test_an_unknown_set() -> None:
-    with pytest.raises(ValueError, match="no concept set 'van go'; choose one of grumpy cat, monet"):
+    with pytest.raises(ValueError, match="no concept set 'van go'; choose one.*grumpy cat, monet"):
         concept_set("van go")
-    with pytest.raises(FileNotFoundError, match=r"'gone\.txt' does not exist"):
+    with pytest.raises(FileNotFoundError, match=r"'gone\.txt'.*not exist"):
         concept_set("gone.txt")
 
 
@@ -118,13 +118,13 @@ def test_names_within_names_and_names_in_capitals_are_told_apart() -> None:
 
 
 def test_a_record_that_gives_none() -> None:
-    with pytest.raises(ValueError, match="'fox' was not erased; the record names lynx"):
+    with pytest.raises(ValueError, match="'fox'.*not erased.*record names lynx"):
         set_of_record(record(("lynx", "cat")), "fox")
-    with pytest.raises(ValueError, match="the anchor of 'lynx' has no name; add a concept set with --prompts"):
+    with pytest.raises(ValueError, match="the anchor.*'lynx'.*no name; add.*concept set.*--prompts"):
         set_of_record(record(("lynx", "")), "lynx")
     damaged = record(("lynx", "cat"))
     damaged["anchor"]["prompts"].pop()
-    with pytest.raises(ValueError, match="the record is damaged: 2 prompts of the target and 1 of the anchor"):
+    with pytest.raises(ValueError, match="the record.*damaged: 2 prompts.*target.*1.*anchor"):
         set_of_record(damaged, "lynx")
 
 

@@ -358,7 +358,7 @@ def test_a_failure_while_the_second_model_is_loaded_takes_the_first_off(
 
 @pytest.mark.parametrize("strength", [float("nan"), "1", True])
 def test_a_strength_that_is_no_number(strength: Any, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="strength must be a finite number"):
+    with pytest.raises(ValueError, match="strength.*finite number"):
         load_weights(families.build("sd"), tmp_path, strength=strength)
 
 

@@ -42,7 +42,7 @@ def test_a_new_training_method_trains(
         weight = denoiser.pipeline.unet.conv_in.weight
         return Weights(denoiser.pipeline, {"unet.conv_in.weight": weight}, trains_text=False)
 
-    with pytest.raises(ValueError, match="train_method must be one of lora"):
+    with pytest.raises(ValueError, match="train_method.*one.*lora"):
         fdu.EraseConfig(train_method="toy")
     file = types.ModuleType("fdu.training.methods.toy")
     vars(file)["make"] = make

@@ -266,8 +266,8 @@ def test_the_heading_is_that_of_the_judged_target(tmp_path: Path, concepts: Any,
 def test_a_record_is_checked() -> None:
     check_record(make_record() | {"fingerprint": None, "concepts": [["three", "eight"]]}, "record")
     for wrong, message in (
-        ({"history": {"loss": ["x"]}}, r"here\.history\.loss\[0\] is wrong: 'x'"),
-        ({"concepts": [["three"]]}, r"here\.concepts\[0\] must hold 2 entries, got 1"),
+        ({"history": {"loss": ["x"]}}, r"here\.history\.loss\[0\].*wrong: 'x'"),
+        ({"concepts": [["three"]]}, r"here\.concepts\[0\].*hold 2 entries, got 1"),
         ({"sigma": None}, r"here.*sigma"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -538,7 +538,7 @@ def test_images_of_others_are_refused(tmp_path: Path, kind: str, monkeypatch: py
         monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     else:
         Image.new("RGB", (8 * 16, 300) if kind == "tall" else (8 * 16 + 1, 16)).save(path)
-    with pytest.raises(ValueError, match="00-target-three-before.png.*strip of images"):
+    with pytest.raises(ValueError, match="00-target-three-before.png.*strip.*images"):
         make_report(folder)
 
 

@@ -61,6 +61,7 @@ def test_a_run_of_no_step_did_not_erase(runs: Path, tmp_path: Path, capsys: pyte
     assert conditions == {"seed": 1000, "sampling": sampling, "judge": "embedded classifier", "dtype": "float32"}
 
 
+@pytest.mark.slow
 def test_a_run_that_broke_its_neighbours(runs: Path, tmp_path: Path) -> None:
     page = evaluate(runs / "trampled", tmp_path / "judged", images=4)  # fewer could not tell whether it erased
     headline = page.text.partition("three → eight")[2].partition(".")[0]
@@ -70,12 +71,14 @@ def test_a_run_that_broke_its_neighbours(runs: Path, tmp_path: Path) -> None:
     assert [svg for svg in page.all("svg") if (svg.get("aria-label") or "").startswith("Divergence")]
 
 
+@pytest.mark.slow
 def test_a_wrong_target(runs: Path, tmp_path: Path) -> None:
     page = evaluate(runs / "trampled", tmp_path / "judged", "--target", "five")
     assert "five →" not in page.text and re.search("three, not five", page.text)
     assert json.loads((tmp_path / "judged/metrics.json").read_text())["anchor"] is None
 
 
+@pytest.mark.slow
 def test_an_evaluation_with_robustness(runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tiny: dict[str, Any] = {"num_inference_steps": 2, "images": 1}
     import fdu.evaluation.robustness as robustness

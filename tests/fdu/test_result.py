@@ -134,4 +134,4 @@ def test_report(pipeline: StableDiffusionPipeline, quick: dict[str, Any], tmp_pa
     draws = fdu.Draws([torch.rand(2, 3, 16, 16) for _ in probes])
     path = result.report(tmp_path / "page.html", fdu.evaluate(draws, draws, probes), probes, draws, draws)
     page = path.read_text(encoding="utf-8")
-    assert "three → eight" in page and "Training curves" in page and "max_train_steps" in page
+    assert "three → eight" in page and "<svg" in page and "max_train_steps" in page

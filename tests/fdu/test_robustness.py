@@ -37,6 +37,8 @@ from fdu.models.families import denoiser_of
 from fdu.subjects.digits import pipeline as digits
 from fdu.training.methods.perturbation import Perturbation
 
+pytestmark = pytest.mark.quick(name=["sd", "sd3", "flux", "pixart"])
+
 QUICK = JudgedSampling(images=2, num_inference_steps=2)
 THREE = fdu.Probe("three", ("a photo of the digit three", "three"), "target", lambda images: ["three"] * len(images))
 
@@ -89,7 +91,7 @@ def test_own_sets(tmp_path: Path) -> None:
     sets = read_sets(tmp_path, "ox")
     assert sets["mine"] == ("ox and ox", "verbatim")
     assert sets["slips"] == tuple(f"a {slip}" for slip in phrasings.misspellings("ox"))
-    with pytest.raises(FileNotFoundError, match="no folder with .txt files"):
+    with pytest.raises(FileNotFoundError, match="no folder.*.txt files"):
         read_sets(tmp_path / "none", "ox")
 
 
@@ -365,7 +367,7 @@ def test_back_is_half_of_what_was_drawn_before(
     steps_of = list(zip((0, 40, 80), shares, strict=True))
     assert back_after(steps_of, known) == steps
     figures = RelearningFigures(steps_of, steps, 32, RelearningConfig(), known)
-    holding = judge_robustness({"relearning": figures.as_dict()}, "three")
+    holding = judge_robustness({"relearning": dataclasses.asdict(figures)}, "three")
     assert holding.holds is holds
     if known < 0.5:
         assert "relearning" not in holding.headline and "10 %" in holding.sentences[0]

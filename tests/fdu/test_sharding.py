@@ -188,7 +188,7 @@ def test_what_cannot_be_split_is_refused(pipeline: StableDiffusionPipeline) -> N
     assert "contiguous_format" in refused(unet)
     unet.to(memory_format=torch.contiguous_format)
     unet.conv_in.bias = nn.Parameter(torch.zeros(3, dtype=torch.uint8), requires_grad=False)
-    assert "conv_in.bias, which is a Parameter of torch.uint8" in refused(unet)
+    assert "conv_in.bias" in refused(unet)
 
 
 def test_the_launcher_may_ask_for_shards(

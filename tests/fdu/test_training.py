@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import warnings
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,8 @@ from fdu.subjects.digits import pipeline as digits
 from fdu.training import examples, objective, step, tracking
 from fdu.training.cache import Cache
 from fdu.training.timesteps import TimestepSampler
+
+pytestmark = pytest.mark.quick(name=["sd", "sd3", "flux", "pixart"])
 
 TINY: dict[str, Any] = {
     "max_train_steps": 2, "train_batch_size": 1, "num_latents": 2, "num_inference_steps": 2, "rank": 2,
@@ -405,7 +408,10 @@ def test_a_second_run_computes_in_the_first_ones_precision(quick: dict[str, Any]
 def test_two_runs_on_a_half_precision_pipeline() -> None:
     pipeline = families.build("sd").to(torch.bfloat16)
     for target in ("three", "eight"):
-        fdu.erase(pipeline, target, "digit", **TINY, mixed_precision="bf16")
+        result = fdu.erase(pipeline, target, "digit", **TINY, mixed_precision="bf16")
+        assert all(math.isfinite(loss) for loss in result.history["loss"])
+        assert any(bool(weight.any()) for name, weight in trained(result).items() if "lora_B" in name)
+    assert {parameter.dtype for parameter in pipeline.unet.parameters()} == {torch.bfloat16}
 
 
 def test_text_encoders_may_be_of_another_type_than_the_denoiser() -> None:
@@ -413,13 +419,16 @@ def test_text_encoders_may_be_of_another_type_than_the_denoiser() -> None:
         pipeline = families.build(name)
         for part, encoder in denoiser_of(pipeline, families.resolution(name)).text_encoders.items():
             setattr(pipeline, part, encoder.to(torch.bfloat16))
-        fdu.erase(pipeline, "three", "eight", **TINY, resolution=families.resolution(name))
+        result = fdu.erase(pipeline, "three", "eight", **TINY, resolution=families.resolution(name))
+        assert result.history["loss"] and all(math.isfinite(loss) for loss in result.history["loss"]), name
+        read = denoiser_of(pipeline, families.resolution(name)).text_encoders.values()
+        assert all(encoder.dtype == torch.bfloat16 for encoder in read), name
 
 
 def test_an_adapter_is_not_stored_in_eight_bits() -> None:
     pipeline = families.build("sd")
     pipeline.unet.enable_layerwise_casting(torch.float8_e4m3fn, torch.float32)
-    with pytest.raises(ValueError, match="stored as torch.float8_e4m3fn; load the pipeline without.*layerwise casting"):
+    with pytest.raises(ValueError, match="stored.*torch.float8_e4m3fn; load.*pipeline without.*layerwise casting"):
         fdu.erase(pipeline, "three", "eight", **TINY, train_method="cross_attention")
     result = fdu.erase(pipeline, "three", "eight", **TINY)
     assert {parameter.dtype for parameter in result.trainable.named_parameters().values()} == {torch.float32}
@@ -511,5 +520,5 @@ def test_what_the_launcher_says_must_fit(
         fdu.erase(pipeline, "three", "eight", **quick)
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
-    with pytest.raises(ValueError, match="DeepSpeed, which is not supported"):
+    with pytest.raises(ValueError, match="DeepSpeed.*not supported"):
         fdu.erase(pipeline, "three", "eight", **quick)

@@ -31,6 +31,8 @@ from fdu.storage.merging import merge, merged
 from fdu.storage.readers import Loaded, load_weights
 from fdu.storage.writers import choose_format, write
 
+pytestmark = pytest.mark.quick(name=["sd", "flux"])
+
 ATTENTION = {
     "sd": ("to_q", "to_k", "to_v", "to_out.0"),
     "sdxl": ("to_q", "to_k", "to_v", "to_out.0"),
@@ -424,7 +426,7 @@ def test_nothing_to_save_is_an_error(tmp_path: Path) -> None:
     weight = pipeline.unet.conv_in.weight
     with pytest.raises(ValueError, match="nothing to save"):
         write(tmp_path, "delta", pipeline, changed_weights={"unet.conv_in.weight": (weight, weight)})
-    with pytest.raises(ValueError, match='needs LoRA layers.*"delta" or "pipeline"'):
+    with pytest.raises(ValueError, match='needs LoRA layers.*"delta".*"pipeline"'):
         write(tmp_path, "lora", pipeline)
 
 
@@ -451,16 +453,16 @@ def test_the_format_depends_on_what_the_family_can_have() -> None:
     pixart, sana = families.build("pixart"), families.build("sana")
     assert choose_format("auto", "lora", pixart) == "pipeline"
     assert choose_format("auto", "lora", sana) == "lora"
-    with pytest.raises(ValueError, match="no LoRA format for PixArtAlphaPipeline.*delta"):
+    with pytest.raises(ValueError, match="no LoRA format.*PixArtAlphaPipeline.*delta"):
         choose_format("lora", "lora", pixart)
-    with pytest.raises(ValueError, match="not for SanaTransformer2DModel.*delta"):
+    with pytest.raises(ValueError, match="not.*SanaTransformer2DModel.*delta"):
         choose_format("kohya", "lora", sana)
 
 
 def test_a_format_that_cannot_be_is_refused_with_the_remedy() -> None:
-    with pytest.raises(ValueError, match='train_method "full" changes the weights.*"delta"'):
+    with pytest.raises(ValueError, match='train_method "full" changes.*weights.*"delta"'):
         choose_format("kohya", "full")
-    with pytest.raises(ValueError, match="save_as must be one of auto, lora, kohya, pipeline, delta, got 'pt'"):
+    with pytest.raises(ValueError, match="save_as.*one.*auto, lora, kohya, pipeline, delta, got 'pt'"):
         choose_format("pt", "lora")
 
 

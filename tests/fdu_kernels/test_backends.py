@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import types
 from collections.abc import Iterator
 from unittest import mock
@@ -44,8 +45,19 @@ def modules(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, object]]:
         cache.cache_clear()
 
 
-def test_the_reference_can_run_here() -> None:
-    assert fk.backends()["torch"] is None
+def test_what_can_run_here_computes_and_what_cannot_says_why() -> None:
+    pred, target = torch.tensor([[0.5, 2.0]]), torch.zeros(1, 2)
+    expected = 1 - math.exp(-(0.25 + 4) / 2 / 8)  # squared_hellinger of the mean of squares
+    computed = set()
+    for name, reason in fk.backends().items():
+        try:
+            value = fk.gaussian_divergence(pred, target, backend=name)
+        except RuntimeError as error:
+            assert reason is None or reason in str(error)  # it cannot run here, or takes no tensors of the CPU
+        else:
+            assert reason is None and value.item() == pytest.approx(expected, rel=1e-5)
+            computed.add(name)
+    assert "torch" in computed
 
 
 def test_reasons(modules: dict[str, object]) -> None:
@@ -76,33 +88,31 @@ def test_the_context_ends_with_an_error(modules: dict[str, object]) -> None:
 def test_refusals(modules: dict[str, object], monkeypatch: pytest.MonkeyPatch) -> None:
     tensor = torch.ones(2)
     everything = r"absent \(no such device\), picky \(can run\), other \(can run\), torch \(can run\)"
-    with pytest.raises(
-        ValueError, match="backend asks for the unknown backend 'tritn'; known: absent, picky, other, to"
-    ):
+    with pytest.raises(ValueError, match="backend asks.*unknown backend 'tritn'; known: absent, picky, other,"):
         fk.gaussian_divergence(tensor, tensor, backend="tritn")
-    with pytest.raises(ValueError, match="use_backend asks for the unknown backend 'tritn'"):
+    with pytest.raises(ValueError, match="use_backend asks.*unknown backend 'tritn'"):
         fk.use_backend("tritn").__enter__()
     with pytest.raises(RuntimeError, match=f"use_backend asks for 'absent', which cannot run here.*{everything}"):
         fk.use_backend("absent").__enter__()
     compiled = torch.compile(lambda: fk.use_backend("other").__enter__(), fullgraph=True, backend="eager")
     with pytest.raises(Unsupported, match="compiled code cannot call use_backend; pass backend="):
         compiled()
-    with pytest.raises(RuntimeError, match="backend asks for 'picky', which cannot take this call: only float8"):
+    with pytest.raises(RuntimeError, match="backend asks.*'picky'.*cannot take.*call: only float8"):
         fk.gaussian_divergence(tensor, tensor, backend="picky")
     with mock.patch("os.environ", {"FDU_BACKEND": "tritn"}), pytest.raises(ValueError, match="FDU_BACKEND asks for"):
         fk.gaussian_divergence(tensor, tensor)
     monkeypatch.setenv("FDU_BACKEND", "absent")
-    with pytest.raises(RuntimeError, match="FDU_BACKEND asks for 'absent'"):
+    with pytest.raises(RuntimeError, match="FDU_BACKEND asks.*'absent'"):
         fk.gaussian_divergence(tensor, tensor)
 
 
 def test_nothing_fits(modules: dict[str, object], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(registry, "PLACES", {name: modules[name] for name in ("absent", "picky")})
-    with pytest.raises(RuntimeError, match=r"no backend can take this call.*absent \(no such device\)"):
+    with pytest.raises(RuntimeError, match=r"no backend.*take.*call.*absent \(no.*device\)"):
         choose_backend(None, CALL)
 
 
 def test_a_module_can_name_its_backend(modules: dict[str, object]) -> None:
     loss = fk.GaussianDivergenceLoss(backend="absent")
-    with pytest.raises(RuntimeError, match="backend asks for 'absent', which cannot run here"):
+    with pytest.raises(RuntimeError, match="backend asks.*'absent'.*cannot run here"):
         loss(torch.ones(2), torch.zeros(2))

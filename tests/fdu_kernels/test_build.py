@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -61,10 +62,10 @@ def hide(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
 
 def test_no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     hide(monkeypatch, *build.COMPILERS)
-    with pytest.raises(build.BuildError, match="there is no C\\+\\+ compiler; .*apt install g\\+\\+"):
+    with pytest.raises(build.BuildError, match=r"there.*no C\+\+ compiler; .*apt install g\+\+"):
         build.recipe()
     monkeypatch.setenv("CXX", "mycc")
-    with pytest.raises(build.BuildError, match="CXX names mycc, which is not there"):
+    with pytest.raises(build.BuildError, match="CXX names mycc.*not"):
         build.recipe()
 
 
@@ -80,17 +81,17 @@ def test_no_package(monkeypatch: pytest.MonkeyPatch, plan: build.Recipe, name: s
 
 def test_no_ninja(monkeypatch: pytest.MonkeyPatch, plan: build.Recipe) -> None:
     hide(monkeypatch, "ninja")
-    with pytest.raises(build.BuildError, match="ninja is not installed; pip install ninja"):
+    with pytest.raises(build.BuildError, match="ninja.*not installed; pip install ninja"):
         build.recipe()
 
 
 def test_no_nvcc_leaves_the_cuda_kernels_out(monkeypatch: pytest.MonkeyPatch, plan: build.Recipe) -> None:
     hide(monkeypatch, "nvcc")
     without = build.recipe(build.ARCHITECTURES)
-    assert without.cuda == "there was no nvcc; install the CUDA toolkit and build anew"
+    assert re.search("no nvcc.*CUDA toolkit", without.cuda)
     assert without.architectures == () and "cuda.o" not in without.objects
     monkeypatch.setenv("CUDA_HOME", "/opt/none")
-    assert build.recipe(build.ARCHITECTURES).cuda.startswith("CUDA_HOME names /opt/none, which has no bin/nvcc")
+    assert re.match("CUDA_HOME.*/opt/none.*bin/nvcc", build.recipe(build.ARCHITECTURES).cuda)
     assert build.recipe().cuda == build.NO_DEVICE
 
 
@@ -121,12 +122,12 @@ def test_architectures_that_nvcc_knows(monkeypatch: pytest.MonkeyPatch, tmp_path
 def test_an_old_nvcc_is_not_used(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, plan: build.Recipe) -> None:
     fake_nvcc(tmp_path, "11.8", "sm_80\\n")
     monkeypatch.setenv("CUDA_HOME", str(tmp_path))
-    assert "is of CUDA 11.8, which is too old; install 12.4 or newer" in build.recipe(("8.0",)).cuda
+    assert re.search("11[.]8.*12[.]4", build.recipe(("8.0",)).cuda)
 
 
 def test_no_sources(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(build, "__file__", str(tmp_path / "fdu_kernels" / "build.py"))
-    with pytest.raises(build.BuildError, match="sources are missing.*pip install --force-reinstall fdu"):
+    with pytest.raises(build.BuildError, match="sources.*missing.*pip install --force-reinstall fdu"):
         build.sources_folder()
 
 
@@ -141,17 +142,15 @@ def test_a_build_is_made_once(small: Path, capsys: pytest.CaptureFixture[str]) -
 
 def test_a_broken_source_is_told_with_the_compilers_words_and_remembered(small: Path) -> None:
     (small / "memory.cpp").write_text("#error this is broken\n")
-    with pytest.raises(
-        build.BuildError, match="(?s)build of the C.. kernels failed:.*#error this is broken.*whole log"
-    ):
+    with pytest.raises(build.BuildError, match="(?s)build.*C.. kernels failed.*#error.*broken.*whole log"):
         build.built(build.recipe())
-    with pytest.raises(build.BuildError, match="(?s)#error this is broken.*to try again, remove .*fdu_kernels"):
+    with pytest.raises(build.BuildError, match="(?s)#error.*broken.*to try again, remove .*fdu_kernels"):
         build.built(build.recipe())
 
 
 def test_a_cache_that_cannot_be_written(monkeypatch: pytest.MonkeyPatch, small: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(small / "memory.cpp"))
-    with pytest.raises(build.BuildError, match="cannot be built into .*name another place: XDG_CACHE_HOME"):
+    with pytest.raises(build.BuildError, match="cannot.*built.*name another place: XDG_CACHE_HOME"):
         build.built(build.recipe())
 
 
@@ -259,10 +258,6 @@ def test_why_the_cuda_backend_cannot_run(
     assert backend.why_unavailable() == reason
     if devices:
         kind = Kind(torch.device("cuda", 0), torch.float32, torch.float32, "exponential")
-        assert backend.why_unsuitable(kind._replace(device=torch.device("cpu"))) == (
-            "it computes on CUDA devices, and the tensor is on cpu"
-        )
-        assert backend.why_unsuitable(kind._replace(dtype=torch.float64)) == (
-            "it computes in float32 and does not take float64"
-        )
+        assert re.search("CUDA.*cpu", backend.why_unsuitable(kind._replace(device=torch.device("cpu"))) or "")
+        assert re.search("float32.*float64", backend.why_unsuitable(kind._replace(dtype=torch.float64)) or "")
         assert not attributes or backend.why_unsuitable(kind) == reason

@@ -129,15 +129,15 @@ def test_limits_of_alpha() -> None:
     ("spelling", "parameters", "error", "message"),
     [
         ("helinger", {}, ValueError, "unknown divergence 'helinger'; closest: squared_hellinger.*known: mse, kl"),
-        ("alpha:0", {}, ValueError, 'alpha must not be 0.*"reverse_kl"'),
-        ("alpha:1", {}, ValueError, 'alpha must not be 1.*"kl"'),
-        ("alpha:x", {}, ValueError, "alpha of divergence 'alpha' must be a finite number, not 'x'"),
+        ("alpha:0", {}, ValueError, 'alpha.*not.*0.*"reverse_kl"'),
+        ("alpha:1", {}, ValueError, 'alpha.*not.*1.*"kl"'),
+        ("alpha:x", {}, ValueError, "alpha.*divergence 'alpha'.*finite number, not 'x'"),
         ("alpha:inf", {}, ValueError, "must be a finite number"),
-        ("alpha", {"beta": 1.0}, TypeError, "'alpha' takes alpha, but got 'beta'"),
+        ("alpha", {"beta": 1.0}, TypeError, "'alpha' takes alpha.*got 'beta'"),
         ("alpha:0.3", {"alpha": 0.3}, TypeError, "given twice"),
-        ("kl:2", {}, TypeError, "'kl' takes no parameter, but got '2'"),
+        ("kl:2", {}, TypeError, "'kl' takes no parameter.*got '2'"),
         ("skew_jensen_shannon:1", {}, ValueError, "strictly between 0 and 1, not 1"),
-        ("hockey_stick:-1", {}, ValueError, "g of hockey_stick must be positive, not -1"),
+        ("hockey_stick:-1", {}, ValueError, "g.*hockey_stick.*positive, not -1"),
     ],
 )
 def test_bad_spellings(spelling: str, parameters: dict[str, float], error: type[Exception], message: str) -> None:
@@ -146,7 +146,7 @@ def test_bad_spellings(spelling: str, parameters: dict[str, float], error: type[
 
 
 def test_what_is_no_divergence() -> None:
-    with pytest.raises(TypeError, match="must be a name or a Divergence, not int"):
+    with pytest.raises(TypeError, match="must.*name.*Divergence, not int"):
         fk.get_divergence(3)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="with a Divergence"):
         fk.get_divergence(fk.get_divergence("alpha"), alpha=0.3)

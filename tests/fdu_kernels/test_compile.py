@@ -9,11 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from covering import pairs
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import fdu_kernels as fk
 
+pytestmark = pytest.mark.quick(backend=["cpu"], strict=[False])
 OWN = fk.Divergence.from_generator(lambda u: (u - 1) ** 2 / (u + 3), "own")
 ALL = [*map(fk.get_divergence, fk.divergences()), OWN]
 BACKENDS = [name for name, reason in fk.backends().items() if reason is None]
@@ -80,9 +82,7 @@ def test_any_shape_is_one_graph(name: str, backend: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("name", ["alpha", "jensen_shannon"])
+@pytest.mark.parametrize("name, backend, dynamic", pairs(["alpha", "jensen_shannon"], BACKENDS, [False, True]))
 def test_inductor(name: str, backend: str, dynamic: bool) -> None:
     eager = every_loss(fk.get_divergence(name), backend)
     compiled = torch.compile(eager, fullgraph=True, dynamic=dynamic)
@@ -95,7 +95,7 @@ def test_inductor(name: str, backend: str, dynamic: bool) -> None:
 def test_a_wrong_argument_has_the_same_message(name: str) -> None:
     divergence = OWN if name == "own" else fk.get_divergence(name)
     compiled = torch.compile(lambda a, b: fk.gaussian_divergence(a, b, divergence), backend="eager")
-    with pytest.raises(ValueError, match="pred and target must have equal shapes"):
+    with pytest.raises(ValueError, match="pred.*target.*equal shapes"):
         compiled(torch.ones(3, 4), torch.ones(2, 4))
     with pytest.raises(TypeError, match="pred must be a tensor"):
         compiled([1.0], torch.ones(2, 4))
@@ -146,6 +146,7 @@ def test_sigma_may_be_a_tensor_of_any_value(backend: str) -> None:
     assert counter.frame_count == 1
 
 
+@pytest.mark.quick(compiler=["aot_eager"])
 @pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_sigma_calibrates_in_one_graph_to_the_same_bits(backend: str, compiler: str) -> None:

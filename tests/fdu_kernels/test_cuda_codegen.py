@@ -13,7 +13,7 @@ import torch
 
 from fdu_kernels import build
 
-# The three architectures take some minutes, once; afterwards they are in the cache.
+# The three architectures take some minutes, once; afterwards they are in the cache. So is what `make wheel` built.
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 ROOT = Path(__file__).parents[2]
 MOST_REGISTERS = 128
@@ -30,6 +30,8 @@ def module() -> Path:
         pytest.skip(str(error))
     if not plan.architectures:
         pytest.skip(plan.cuda)
+    for left in ROOT.glob(f"build/temp*/{plan.key}/_C.so"):
+        return left
     return build.built(plan)
 
 

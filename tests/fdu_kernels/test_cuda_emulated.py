@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from covering import pairs
 from exactness import check_density_ratio, check_gaussian, check_variational, laid_out
 from torch import Tensor
 
@@ -29,7 +30,12 @@ MACHINES = {"small": (3, False), "Ampere": (108, False), "Hopper": (132, True)}
 """Multiprocessors, clusters."""
 CRITICS = [name for name in fk.divergences() if name != "mse"]
 
-pytestmark = pytest.mark.usefixtures("poisoned")
+pytestmark = [
+    pytest.mark.usefixtures("poisoned"),
+    pytest.mark.quick(
+        machine=["Hopper"], dtype=[torch.bfloat16], of_pred=[torch.bfloat16, "dense"], mask_dtype=[torch.bool]
+    ),
+]
 
 
 @pytest.fixture(scope="module")
@@ -136,9 +142,10 @@ SIZES = [1, 3, 4, 5, 7, 8, 9, 31, 32, 33, 255, 256, 257, 511, 512, 513, 1023, 10
 LARGE = [8193, 16385, 32768, 32769, 65537, 262144, 262145]
 
 
-@each_machine
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("size", [*SIZES, *LARGE])
+@pytest.mark.parametrize(
+    "machine, size, dtype",
+    pairs(list(MACHINES), [*SIZES, *LARGE], [torch.float32, torch.bfloat16]), indirect=["machine"], ids=str,
+)  # fmt: skip
 def test_sizes(kernels: EmulatedKernels, size: int, dtype: torch.dtype) -> None:
     for batch in (1, 3) if size <= 10_000 else (2,):
         pred, target = pair(batch, size, dtype=dtype)
@@ -166,6 +173,7 @@ def test_every_pair_of_dtypes(kernels: EmulatedKernels, of_pred: torch.dtype, of
             assert kernels.copies == 4  # of each call: float64 is not read
 
 
+@pytest.mark.quick(machine=["Hopper"], size=[1, 5, 129, 513, 8193])
 @each_machine
 @pytest.mark.parametrize("size", [1, 3, 4, 5, 127, 129, 512, 513, 8193, 16_384, 16_388, 65_540])
 def test_sizes_of_two_dtypes(kernels: EmulatedKernels, size: int) -> None:
@@ -186,13 +194,13 @@ def test_batches(shape: tuple[int, ...]) -> None:
         check_gaussian("emulated", pred, target, "jensen_shannon", reduction=reduction)
 
 
+MASKS = [(3, 1, 8, 12), (8, 12), (3, 4, 8, 12), (12,), (3, 1, 1, 1), (4, 1, 12)]
+
+
+# With a size of 1 a sample is one block, with 4 several.
 @pytest.mark.parametrize(
-    "mask_dtype", [torch.bool, torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str
+    "mask_shape, mask_dtype, size", pairs(MASKS, [torch.bool, *DTYPES, torch.float64], [1, 4]), ids=str
 )
-@pytest.mark.parametrize(
-    "mask_shape", [(3, 1, 8, 12), (8, 12), (3, 4, 8, 12), (12,), (3, 1, 1, 1), (4, 1, 12)], ids=str
-)
-@pytest.mark.parametrize("size", [1, 4], ids=["one block", "several"])
 def test_masks(mask_shape: tuple[int, ...], mask_dtype: torch.dtype, size: int) -> None:
     shape = tuple(side * size if i >= len(mask_shape) - 2 and side > 4 else side for i, side in enumerate(mask_shape))
     pred, target = pair(3, 4, 8 * size, 12 * size, dtype=torch.bfloat16 if size == 1 else torch.float32)
@@ -247,12 +255,14 @@ def shifted(tensor: Tensor, shift: int) -> Tensor:
     return buffer[shift : shift + tensor.numel()].view(tensor.shape).copy_(tensor)
 
 
-@pytest.mark.parametrize("of_pred, of_target", [(0, 1), (1, 0), (2, 1), (1, 1)], ids=str)
-@pytest.mark.parametrize("size", [2, 3, 64, 1001, 40_001])
-@pytest.mark.parametrize("shift", [1, 3, 4, 6])
+@pytest.mark.parametrize(
+    "shift, size, dtypes",
+    pairs([1, 3, 4, 6], [2, 3, 64, 1001, 40_001], [(0, 1), (1, 0), (2, 1), (1, 1)]), ids=str,
+)  # fmt: skip
 def test_equal_shifts_of_several_dtypes_are_read_in_groups(
-    kernels: EmulatedKernels, shift: int, size: int, of_pred: int, of_target: int
+    kernels: EmulatedKernels, shift: int, size: int, dtypes: tuple[int, int]
 ) -> None:
+    of_pred, of_target = dtypes
     pred, target = pair(2, size)
     pred = shifted(pred.to(DTYPES[of_pred]), shift)
     # A multiple of 4 elements apart is as good.
@@ -410,9 +420,10 @@ def test_extreme_density_ratios(name: str) -> None:
     check_variational("emulated", v, v.flip(0), name, reduction="none")
 
 
-@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
-@pytest.mark.parametrize("shape", [(1,), (7,), (3, 5), (2, 8, 16), (3, 6007), (20_000,)], ids=str)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "shape, reduction, dtype",
+    pairs([(1,), (7,), (3, 5), (2, 8, 16), (3, 6007), (20_000,)], ["none", "mean", "sum"], DTYPES), ids=str,
+)  # fmt: skip
 def test_density_ratios(shape: tuple[int, ...], reduction: str, dtype: torch.dtype) -> None:
     p, q = pair(*shape, dtype=dtype)
     generator = torch.Generator().manual_seed(1)

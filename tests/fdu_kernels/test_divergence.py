@@ -68,7 +68,7 @@ def test_a_kink_away_from_one_has_to_be_named() -> None:
     def hockey(u: Tensor) -> Tensor:
         return torch.clamp(u - 2, min=0)
 
-    with pytest.raises(ValueError, match="kink that was not named"):
+    with pytest.raises(ValueError, match="kink.*not named"):
         Divergence.from_generator(hockey)
     mine = Divergence.from_generator(hockey, kinks=[2.0])
     s = torch.tensor([0.5, 2.0, 10.0], dtype=torch.float64)
@@ -87,7 +87,7 @@ def test_a_loss_with_a_generator_of_a_module_pickles_and_a_lambda_says_why_not()
     pred, target = torch.randn(2, 3, 4)
     assert again.divergence == loss.divergence and torch.equal(again(pred, target), loss(pred, target))
     own = fk.GaussianDivergenceLoss(Divergence.from_generator(lambda u: (u - 1).square(), "mine"))
-    with pytest.raises(pickle.PicklingError, match="generator of 'mine' is a lambda or a local function.*with def"):
+    with pytest.raises(pickle.PicklingError, match="generator.*'mine'.*lambda.*local function.*with def"):
         pickle.dumps(own)
     assert copy.deepcopy(own).divergence is own.divergence
     named = fk.GaussianDivergenceLoss("alpha:0.3")
@@ -104,14 +104,14 @@ def test_equality_is_that_of_the_generator() -> None:
     ("f", "error", "message"),
     [
         (lambda u: u * torch.log(u) + 1, ValueError, r"must have f\(1\) = 0, but f\(1\) = 1"),
-        (lambda u: torch.log(u), ValueError, "is not convex: its slope falls near u"),
+        (lambda u: torch.log(u), ValueError, "is not convex.*slope falls near u"),
         (lambda u: (u - 1) * (u - 2) * (u - 3), ValueError, "is not convex"),
         (lambda u: torch.log(u - 0.5) - math.log(0.5), ValueError, "is not finite"),
         (lambda u: u.sum(), TypeError, "same shape"),
-        (lambda u: (u.float() - 1) ** 2, TypeError, "same shape and dtype.*torch.float64 and returned torch.float32"),
-        (lambda u: 0.0, TypeError, "PyTorch operations, such as torch.log instead of math.log.*it returned float"),
-        (lambda u: torch.ones_like(u), TypeError, "PyTorch operations.*does not depend on u"),
-        (lambda u: u * math.log(u), TypeError, "PyTorch operations, such as torch.log"),
+        (lambda u: (u.float() - 1) ** 2, TypeError, "same shape.*dtype.*torch.float64.*returned torch.float32"),
+        (lambda u: 0.0, TypeError, "PyTorch operations.*torch.log instead.*math.log.*it returned float"),
+        (lambda u: torch.ones_like(u), TypeError, "PyTorch operations.*does not depend.*u"),
+        (lambda u: u * math.log(u), TypeError, "PyTorch operations.*torch.log"),
         (lambda u: u * np.log(u), TypeError, "PyTorch operations.*numpy"),
         (lambda u: torch.log(torch.from_numpy(np.asarray(u))), TypeError, "PyTorch operations.*numpy"),
         (lambda u: 3 * (u - 1), ValueError, "no finite, positive curvature"),

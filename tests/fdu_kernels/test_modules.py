@@ -168,7 +168,7 @@ def test_auto_follows_the_device_of_its_inputs() -> None:
         module(*batches(1)[0])
     assert {buffer.device.type for buffer in module.buffers()} == {"cpu"}
     kept = fk.GaussianDivergenceLoss(sigma="auto").eval()
-    with pytest.raises(ValueError, match="sigma is on cpu and pred on meta"):
+    with pytest.raises(ValueError, match="sigma.*cpu.*pred.*meta"):
         kept(*(x.to("meta") for x in batches(1)[0]))
     assert kept.sigma == 1
 
@@ -195,12 +195,12 @@ def test_repr() -> None:
     [
         ({"sigma": "automatic"}, ValueError, "sigma must be .*auto"),
         ({"sigma": 0.0}, ValueError, "sigma must be positive"),
-        ({"sigma": torch.ones(2)}, TypeError, r"pass a tensor \[B\] to gaussian_divergence"),
-        ({"s0": 0.0}, ValueError, "s0 must be a positive number, not 0"),
-        ({"s0": "1"}, ValueError, "s0 must be a positive number, not '1'"),
-        ({"s0": float("inf")}, ValueError, "s0 must be a positive number, not inf"),
-        ({"calibration_calls": 0}, ValueError, "calibration_calls must be an integer of at least 1, not 0"),
-        ({"calibration_calls": 2.5}, ValueError, "calibration_calls must be an integer of at least 1, not 2.5"),
+        ({"sigma": torch.ones(2)}, TypeError, r"pass.*tensor \[B\].*gaussian_divergence"),
+        ({"s0": 0.0}, ValueError, "s0.*positive number, not 0"),
+        ({"s0": "1"}, ValueError, "s0.*positive number, not '1'"),
+        ({"s0": float("inf")}, ValueError, "s0.*positive number, not inf"),
+        ({"calibration_calls": 0}, ValueError, "calibration_calls.*integer.*least 1, not 0"),
+        ({"calibration_calls": 2.5}, ValueError, "calibration_calls.*integer.*least 1, not 2.5"),
         ({"backend": "cudda"}, ValueError, "unknown backend 'cudda'; known: .*torch"),
         ({"distance": "median"}, ValueError, "distance must be"),
         ({"reduction": "max"}, ValueError, "reduction must be"),
@@ -217,8 +217,12 @@ def test_a_calibration_in_inference_mode_serves_training() -> None:
     pred, target = torch.randn(4, 6), torch.zeros(4, 6)
     with torch.inference_mode():
         loss(pred, target)
+    sigma = loss.sigma.clone()
     loss(pred.requires_grad_(), target).backward()
-    loss.load_state_dict(loss.state_dict())
+    assert pred.grad is not None and bool(pred.grad.isfinite().all()) and bool(pred.grad.any())
+    again = fk.GaussianDivergenceLoss(sigma="auto", calibration_calls=1)
+    again.load_state_dict(loss.state_dict())
+    assert torch.equal(again.sigma, sigma) and torch.equal(loss.sigma, sigma)
 
 
 def test_the_state_can_be_made_after_the_module() -> None:
@@ -229,7 +233,7 @@ def test_the_state_can_be_made_after_the_module() -> None:
     pred, target = torch.randn(4, 6), torch.zeros(4, 6)
     for _ in range(3):
         assert torch.equal(late(pred, target), loss(pred, target)) and torch.equal(late.sigma, loss.sigma)
-    with pytest.raises(TypeError, match="pred must be a tensor, not NoneType"):
+    with pytest.raises(TypeError, match="pred.*tensor, not NoneType"):
         fk.GaussianDivergenceLoss(sigma="auto")(None, target)
 
 
@@ -271,12 +275,12 @@ def test_auto_calibrates_with_the_scale_in_it() -> None:
 @pytest.mark.parametrize(
     ("scale", "error", "message"),
     [
-        (2.0, TypeError, "sigma_scale must be a tensor"),
-        (torch.ones(5, dtype=torch.int64), TypeError, "sigma_scale must be float16"),
-        (torch.ones(()), ValueError, r"sigma_scale must have one number per sample, shape \[5\], not \[\]"),
-        (torch.ones(5, 1), ValueError, r"sigma_scale must have one number per sample, shape \[5\], not \[5, 1\]"),
-        (torch.ones(5, device="meta"), ValueError, "sigma_scale is on meta and pred on cpu"),
-        (torch.tensor([1.0, 1, 1, 0, 1]), ValueError, "sigma_scale must be positive, but its smallest value is 0"),
+        (2.0, TypeError, "sigma_scale.*tensor"),
+        (torch.ones(5, dtype=torch.int64), TypeError, "sigma_scale.*float16"),
+        (torch.ones(()), ValueError, r"sigma_scale.*one number per sample, shape \[5\], not \[\]"),
+        (torch.ones(5, 1), ValueError, r"sigma_scale.*one number per sample, shape \[5\], not \[5, 1\]"),
+        (torch.ones(5, device="meta"), ValueError, "sigma_scale.*meta.*pred.*cpu"),
+        (torch.tensor([1.0, 1, 1, 0, 1]), ValueError, "sigma_scale.*positive.*smallest value.*0"),
     ],
 )
 def test_sigma_scale_is_checked(sigma: float | str, scale: Tensor, error: type[Exception], message: str) -> None:

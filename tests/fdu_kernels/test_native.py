@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from covering import pairs
 from exactness import (
     assert_within,
     check_density_ratio,
@@ -39,7 +41,9 @@ SIZES += [16383, 16384, 16385, 16447, 32767, 32768, 32769, 49153, 65535, 65537]
 pytestmark = [
     pytest.mark.skipif(REASON is not None, reason=str(REASON)),
     pytest.mark.usefixtures("poisoned"),
+    pytest.mark.quick(instruction_set=SETS[-1:] or ["none"]),
 ]
+on_every_set = functools.partial(pytest.mark.parametrize, indirect=["instruction_set"], ids=str)
 
 
 @pytest.fixture(params=SETS or ["none"])
@@ -59,7 +63,7 @@ def pair(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> tupl
 
 def test_an_instruction_set_is_chosen_by_name(instruction_set: str) -> None:
     assert build.load().instruction_set() == instruction_set
-    with pytest.raises(ValueError, match="not an instruction set of this machine: sse9"):
+    with pytest.raises(ValueError, match="not.*instruction set.*machine: sse9"):
         build.load().use_instruction_set("sse9")
     assert build.load().instruction_set() == instruction_set
 
@@ -140,8 +144,7 @@ def test_golden_critics(
         assert_within(grad, slope, element_bounds(function, narrow)[1] + slope.abs() * unit(dtype))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("name", fk.divergences())
+@on_every_set("instruction_set, name, dtype", pairs(SETS, fk.divergences(), DTYPES))
 def test_every_divergence_and_dtype(instruction_set: str, name: str, dtype: torch.dtype) -> None:
     pred, target = pair(5, 3, 7, 11, dtype=dtype)
     check_gaussian("cpu", pred, target, name, grad_scale=256.0)
@@ -151,8 +154,7 @@ def test_every_divergence_and_dtype(instruction_set: str, name: str, dtype: torc
             check_density_ratio("cpu", 3 * pred, name, samples_from, grad_scale=256.0)
 
 
-@pytest.mark.parametrize("of_target", DTYPES, ids=str)
-@pytest.mark.parametrize("of_pred", DTYPES, ids=str)
+@on_every_set("instruction_set, of_pred, of_target", pairs(SETS, DTYPES, DTYPES))
 def test_every_pair_of_dtypes(instruction_set: str, of_pred: torch.dtype, of_target: torch.dtype) -> None:
     for size in (1, 7, 65, 1025, 2 * 16384 + 33):
         pred, target = pair(3, size)
@@ -206,8 +208,7 @@ def test_a_gradient_of_doubles_is_rounded_once(instruction_set: str, dtype: torc
     assert torch.equal(grad.nan_to_num(7.0, 1.0, -1.0), torch.tensor([1, -1, 1, 7], dtype=dtype))
 
 
-@pytest.mark.parametrize("dtype", NARROW, ids=str)
-@pytest.mark.parametrize("name", PROFILES)
+@on_every_set("instruction_set, name, dtype", pairs(SETS, PROFILES, NARROW))
 def test_narrow_gradients_are_no_worse_than_eager_ones_rounded_once(
     instruction_set: str, name: str, dtype: torch.dtype
 ) -> None:
@@ -243,8 +244,7 @@ def test_narrow_critic_gradients_are_no_worse_than_eager_ones_rounded_once(
             assert error.square().mean() <= eager.square().mean() * 1.001, name
 
 
-@pytest.mark.parametrize("dtype", NARROW, ids=str)
-@pytest.mark.parametrize("scale", [1.0, 0.7, 3e-4, 1e-7, 77.0, 4e4, -1.3])
+@on_every_set("instruction_set, dtype, scale", pairs(SETS, NARROW, [1.0, 0.7, 3e-4, 1e-7, 77.0, 4e4, -1.3]))
 def test_every_number_is_rounded_to_the_nearest(instruction_set: str, dtype: torch.dtype, scale: float) -> None:
     every = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype)
     zeros = torch.zeros_like(every)
@@ -257,13 +257,12 @@ def test_every_number_is_rounded_to_the_nearest(instruction_set: str, dtype: tor
     assert torch.equal(grad.nan_to_num(nan=0).view(torch.int16), expected.nan_to_num(nan=0).view(torch.int16))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("size", SIZES)
+@on_every_set("instruction_set, size, dtype", pairs(SETS, SIZES, DTYPES))
 def test_sizes(instruction_set: str, size: int, dtype: torch.dtype) -> None:
     pred, target = pair(2, size, dtype=dtype)
     mask = torch.rand(size, generator=torch.Generator().manual_seed(1))
     name = "squared_hellinger"
-    torch.set_num_threads(2)
+    torch.set_num_threads(2 if 2 * size >= 32_000 else 1)  # fewer elements are not shared out
     check_gaussian("cpu", pred, target, name, distance="sum", sigma=math.sqrt(size), grad_scale=64.0 * size)
     check_gaussian("cpu", pred, target, name, mask=mask, reduction="sum", grad_scale=float(size))
     check_variational("cpu", pred, target, "jensen_shannon", reduction="sum", grad_scale=16.0)
@@ -300,8 +299,7 @@ def test_gradients_past_the_caches(instruction_set: str, dtype: torch.dtype) -> 
         assert torch.equal(grad, (pred - target.to(other)).to(dtype))
 
 
-@pytest.mark.parametrize("dtype", [*NARROW, torch.float32], ids=str)
-@pytest.mark.parametrize("layout", ["permuted", "sliced", "offset"])
+@on_every_set("instruction_set, layout, dtype", pairs(SETS, ["permuted", "sliced", "offset"], [*NARROW, torch.float32]))
 def test_layouts_of_every_operand(instruction_set: str, layout: str, dtype: torch.dtype) -> None:
     pred, target = pair(3, 5, 17, 19, dtype=dtype)
     mask = torch.rand(3, 1, 17, 19, generator=torch.Generator().manual_seed(1))
@@ -453,8 +451,7 @@ def test_one_number_and_many_dimensions() -> None:
 BEYOND = {"pearson_chi2": 64.0, "neyman_chi2": 64.0, "alpha:3": 64 / 3, "alpha:-2": 64 / 3, "alpha:12": 64 / 66}
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("name", BEYOND)
+@on_every_set("instruction_set, name, dtype", pairs(SETS, list(BEYOND), [torch.float32, torch.float64, torch.bfloat16]))
 def test_the_straight_line_beyond_the_largest_exponent(instruction_set: str, name: str, dtype: torch.dtype) -> None:
     end = BEYOND[name]
     divergence = fk.get_divergence(name)
@@ -482,8 +479,9 @@ def test_the_straight_line_beyond_the_largest_exponent(instruction_set: str, nam
     assert bool((value.diff() > 0).all())
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("name", [*fk.divergences(), "alpha:3", "alpha:0.001", "alpha:-1"])
+@on_every_set(
+    "instruction_set, name, dtype", pairs(SETS, [*fk.divergences(), "alpha:3", "alpha:0.001", "alpha:-1"], DTYPES)
+)
 def test_extremes(instruction_set: str, name: str, dtype: torch.dtype) -> None:
     numbers = [0.0, -0.0, 1e-40, 1e-30, 1e-20, 1e-8, 1e-3, 1.0, 7.9, 8.1, 30.0, 1e4, 1e10, 1e18, 3e19, 3e38, math.inf]
     pred = torch.tensor([*numbers, math.nan], dtype=torch.float64).to(dtype)
@@ -571,8 +569,10 @@ def calls(pred: Tensor, target: Tensor, mask: Tensor | None) -> dict[str, Callab
     }
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", [(1, 200_001), (3, 70_001), (7, 3, 64, 65), (5000, 17), (2, 40_000)], ids=str)
+@on_every_set(
+    "instruction_set, shape, dtype",
+    pairs(SETS, [(1, 200_001), (3, 70_001), (7, 3, 64, 65), (5000, 17), (2, 40_000)], DTYPES),
+)
 def test_the_same_bits_for_any_number_of_threads_and_on_every_run(
     instruction_set: str, shape: tuple[int, ...], dtype: torch.dtype
 ) -> None:

@@ -110,7 +110,7 @@ def test_changed_inputs_are_noticed(backend: str) -> None:
     pred.requires_grad_()
     loss = fk.gaussian_divergence(pred * 1, target, backend=backend)
     target.add_(1)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+    with pytest.raises(RuntimeError, match="modified.*inplace operation"):
         loss.backward()
 
 
@@ -119,7 +119,7 @@ def test_a_changed_sigma_is_noticed(backend: str) -> None:
     sigma = torch.ones(3, device=pred.device)
     loss = fk.gaussian_divergence(pred.requires_grad_(), target, sigma=sigma, backend=backend)
     sigma.mul_(2)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+    with pytest.raises(RuntimeError, match="modified.*inplace operation"):
         (loss / 3).backward()
 
 
@@ -382,7 +382,7 @@ def test_writing_a_gradient_counts_as_a_change(backend: str) -> None:
     out, leaf = torch.zeros_like(a), torch.ones_like(a, requires_grad=True)
     product = (leaf * out).sum()
     fk.gaussian_divergence_value_and_grad(a, b, backend=backend, grad_out=out)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+    with pytest.raises(RuntimeError, match="modified.*inplace operation"):
         product.backward()
 
 

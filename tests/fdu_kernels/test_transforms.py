@@ -235,7 +235,7 @@ def test_constants_stay_constants_under_transforms(backend: str) -> None:
 def test_a_calibrating_loss_says_that_it_cannot_be_transformed() -> None:
     criterion = fk.GaussianDivergenceLoss(sigma="auto")
     pred, target = tensor(3, 4), tensor(3, 4, seed=1)
-    with pytest.raises(RuntimeError, match="cannot calibrate inside a transform of torch.func.*eval"):
+    with pytest.raises(RuntimeError, match="cannot calibrate inside.*transform.*torch.func.*eval"):
         grad(criterion)(pred, target)
     for _ in range(criterion.calibration_calls):
         criterion(pred, target)

@@ -1,7 +1,8 @@
 """The Triton kernels, interpreted on the CPU: golden values, gradients, masks, strides, extremes, repeatability.
 
 Triton decides how to run a kernel when it decorates it. So that other tests see the kernels as they are compiled, the
-tests of this file run in a process of their own, which the one test that is collected without TRITON_INTERPRET starts.
+tests of this file run in processes of their own, which the tests that are collected without TRITON_INTERPRET start: one
+for the sample that ``make test`` runs, three for all others.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from covering import pairs
 from exactness import doubled, sizes_of_terms
 from packaging.version import Version
 from torch import Tensor
@@ -37,9 +39,26 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 REDUCTIONS = ["none", "mean", "sum"]
 NARROW = [torch.float16, torch.bfloat16, torch.float32]
 NAMES = [name for name in fk.divergences() if name != "mse"]
+PARTS = {
+    "the sample": ("test_triton.py", "-m", "not slow"),
+    "Gaussian losses": ("test_triton.py", "-m", "slow", "-k", "not (ratio or critic or expectation)"),
+    "expectations": ("test_triton.py", "-m", "slow", "-k", "ratio or critic or expectation"),
+    "properties": ("test_properties.py",),
+}
+"""The processes of the interpreter: a file and what of it."""
 PROFILES = ["mse", "squared_hellinger", "pearson_chi2", "jensen_shannon", "total_variation"]
 
-pytestmark = pytest.mark.usefixtures("poisoned")
+pytestmark = [
+    pytest.mark.usefixtures("poisoned"),
+    pytest.mark.quick(
+        dtype=[torch.bfloat16],
+        of_pred=[torch.bfloat16],
+        of_target=[torch.float32],
+        reduction=["mean"],
+        size=[7, 100, 40001],
+        walk=["mixed", "channels_last"],
+    ),
+]
 
 if INTERPRETED:
     import triton
@@ -81,13 +100,17 @@ def why_not_interpreted() -> str:
 
 @pytest.mark.skipif(why_not_interpreted() != "", reason=why_not_interpreted())
 @pytest.mark.skipif(INTERPRETED, reason="runs the others")
+@pytest.mark.quick(part=["the sample"])
+@pytest.mark.parametrize("part", PARTS)
 @pytest.mark.timeout(900)
-def test_interpreted() -> None:
-    properties = Path(__file__).with_name("test_properties.py")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, str(properties)]
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=800)
+def test_interpreted(part: str) -> None:
+    file, *options = PARTS[part]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(Path(__file__).with_name(file))]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
+    environment |= {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*command, *options], env=environment, capture_output=True, text=True, timeout=800)
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
+    assert " passed" in done.stdout
 
 
 def test_says_where_it_runs() -> None:
@@ -261,6 +284,7 @@ class TestInterpreted:
 
     __test__ = INTERPRETED
 
+    @pytest.mark.quick(gaussian_row=["kl", "jensen_shannon", "pearson_chi2"])
     def test_golden_values(self, gaussian_row: tuple[str, Tensor, Tensor, Tensor]) -> None:
         name, s, h, slope = gaussian_row
         pred = s.sqrt().float()
@@ -275,6 +299,7 @@ class TestInterpreted:
         _, grad = backend.gaussian_value_and_grad(call, None)
         torch.testing.assert_close(grad.double(), 2 * pred.double() * slope, rtol=4e-6 * spread, atol=1e-44)
 
+    @pytest.mark.quick(variational_row=["kl", "jensen_shannon", "total_variation"])
     def test_golden_critics(self, variational_row: tuple[str, Tensor, Tensor, Tensor, Tensor, Tensor]) -> None:
         name, v, *columns = variational_row
         narrow = v.float()
@@ -314,6 +339,7 @@ class TestInterpreted:
             error = (actual.double() - ratio.scalar().value_at(exact_v)).abs()
             assert bool((error <= 8 * limits.eps * size + limits.smallest_normal).all())
 
+    @pytest.mark.quick(name=["squared_hellinger", "jensen_shannon"], shape=[(5,), (3, 7), (2, 3, 5, 7)])
     @pytest.mark.parametrize("name", PROFILES)
     @pytest.mark.parametrize("shape", [(1,), (5,), (3, 7), (1, 33), (2, 8), (2, 3, 5, 7), (2, 1, 1), (3, 0)])
     def test_shapes(self, name: str, shape: tuple[int, ...]) -> None:
@@ -345,9 +371,8 @@ class TestInterpreted:
         pred, target = pair(2, 44)
         check_gaussian(pred.to(of_pred)[:, :40], target.to(of_target)[:, :40], "pearson_chi2", spread=10)
 
-    @pytest.mark.parametrize("reduction", REDUCTIONS)
-    @pytest.mark.parametrize("distance", ["mean", "sum"])
-    @pytest.mark.parametrize("name", PROFILES)
+    @pytest.mark.quick(name=["squared_hellinger"])
+    @pytest.mark.parametrize("name, distance, reduction", pairs(PROFILES, ["mean", "sum"], REDUCTIONS))
     def test_options(self, name: str, distance: str, reduction: str) -> None:
         pred, target = pair(4, 3, 2, 2)
         sigma = torch.tensor([1.5, 1.0, 2.0, 3.0], dtype=torch.float64)
@@ -405,6 +430,7 @@ class TestInterpreted:
         torch.testing.assert_close(value, expected[0])
         torch.testing.assert_close(grad, expected[1])
 
+    @pytest.mark.quick(name=["squared_hellinger", "jensen_shannon"])
     @pytest.mark.parametrize("name", [*PROFILES, "alpha:0.001", "alpha:3.0"])
     def test_extremes(self, name: str) -> None:
         s = torch.tensor([0, 1e-40, 1e-30, 1e-20, 1e-8, 1e-3, 1, 20, 63.9, 64.1, 88, 200, 1e4, 1e10, 1e25])
@@ -442,6 +468,7 @@ class TestInterpreted:
         again = backend.gaussian_value_and_grad(GaussianCall(pred.clone(), target.clone(), profile), None)
         assert torch.equal(first[0], again[0]) and torch.equal(first[1], again[1])
 
+    @pytest.mark.quick(name=["kl", "jensen_shannon"])
     @pytest.mark.parametrize("samples_from", ["q", "p"])
     @pytest.mark.parametrize("name", NAMES)
     def test_density_ratios(self, name: str, samples_from: str) -> None:
@@ -451,6 +478,7 @@ class TestInterpreted:
         for reduction in REDUCTIONS:
             check_expectation(v, function, None, reduction, weight=torch.tensor([1.0, 0.0, 2.5]))
 
+    @pytest.mark.quick(name=["kl", "le_cam"])
     @pytest.mark.parametrize(
         ("parametrization", "reduction"), [*(("log_ratio", reduction) for reduction in REDUCTIONS), ("fgan", "mean")]
     )

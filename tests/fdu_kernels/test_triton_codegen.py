@@ -25,9 +25,10 @@ from fdu_kernels.kernels.triton import tuning
 from fdu_kernels.kernels.triton.tuning import Target
 
 triton = pytest.importorskip("triton")
-pytestmark = pytest.mark.skipif(
-    os.environ.get("TRITON_INTERPRET", "0") != "0", reason="TRITON_INTERPRET is set: nothing is compiled"
-)
+pytestmark = [
+    pytest.mark.skipif(os.environ.get("TRITON_INTERPRET", "0") != "0", reason="TRITON_INTERPRET: nothing is compiled"),
+    pytest.mark.quick(gpu=["sm_90"], dtype=[torch.bfloat16], dtypes=[(torch.bfloat16, torch.float32)]),
+]
 
 GPUS = {
     **{f"sm_{number}": ("cuda", number, 32) for number in (80, 90, 100)},

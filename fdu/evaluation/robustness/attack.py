@@ -9,7 +9,6 @@ to the embeddings of words: an upper bound of what prompts can do.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import torch
 
@@ -80,10 +79,6 @@ class AttackFigures:
         """The same with another ``drawn_before``."""
         course = [(0, self.before), *self.attempts[self.chosen].course]
         return dataclasses.replace(self, back_after=back_after(course, drawn_before), drawn_before=drawn_before)
-
-    def as_dict(self) -> dict[str, Any]:
-        """Ready for JSON."""
-        return dataclasses.asdict(self)
 
 
 def attack(lesson: Lesson, config: AttackConfig | None = None) -> AttackFigures:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 from fdu.config import TRAIN_METHODS, Count, Positive, check_choice, check_fields
 from fdu.evaluation.robustness.finetuning import Lesson
@@ -51,10 +50,6 @@ class RelearningFigures:
     def __post_init__(self) -> None:
         if not self.course:
             raise ValueError("course must start at step 0")
-
-    def as_dict(self) -> dict[str, Any]:
-        """Ready for JSON."""
-        return dataclasses.asdict(self)
 
 
 def relearn(lesson: Lesson, config: RelearningConfig | None = None) -> RelearningFigures:

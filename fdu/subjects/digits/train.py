@@ -28,7 +28,7 @@ from fdu.storage.versions import versions
 from fdu.subjects.digits.classifier import DigitClassifier
 from fdu.subjects.digits.handwriting import draw, jitter, load_glyphs, strength
 from fdu.subjects.digits.pipeline import CLASSIFIER_FILE, PIPELINE_FOLDER, load_classifier
-from fdu.subjects.digits.tokenizer import END, START, learn_tokenizer, save_vocabulary
+from fdu.subjects.digits.tokenizer import END, START, learn_tokenizer
 from fdu.subjects.digits.vocabulary import (
     DIGIT_NOUNS,
     DIGITS,
@@ -347,7 +347,6 @@ def denoiser_stage(options: argparse.Namespace, generator: torch.Generator) -> N
         requires_safety_checker=False,
     )
     pipeline.to(dtype=torch.float16).save_pretrained(folder)
-    save_vocabulary(tokenizer, folder / "tokenizer")
 
 
 STAGES = {"judge": judge_stage, "autoencoder": autoencoder_stage, "denoiser": denoiser_stage}
