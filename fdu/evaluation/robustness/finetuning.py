@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,11 +20,7 @@ from fdu.training.objective import Objective
 from fdu.training.process import own_accelerator
 from fdu.training.step import Stepper
 
-AUTOCAST: dict[torch.dtype, Literal["no", "fp16", "bf16"]] = {
-    torch.float32: "no",
-    torch.float16: "fp16",
-    torch.bfloat16: "bf16",
-}
+AUTOCAST: dict[torch.dtype, Any] = {torch.float32: "no", torch.float16: "fp16", torch.bfloat16: "bf16"}
 """The mixed precision that suits the dtype of a model's weights."""
 
 
