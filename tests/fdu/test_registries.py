@@ -7,7 +7,7 @@ import subprocess
 import sys
 import types
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import families
 import pytest
@@ -48,6 +48,7 @@ def test_a_new_training_method_trains(
     vars(file)["make"] = make
     monkeypatch.setitem(sys.modules, file.__name__, file)
     monkeypatch.setitem(TRAIN_METHODS, "toy", TrainMethod("toy"))
+    monkeypatch.setattr("fdu.config.TrainMethodName", Literal[tuple(TRAIN_METHODS)])  # as when it is imported
     before = {name: tensor.clone() for name, tensor in pipeline.unet.state_dict().items()}
     result = fdu.erase(pipeline, "three", "eight", **{**quick, "max_train_steps": 1}, train_method="toy")
     changed = [name for name, tensor in pipeline.unet.state_dict().items() if not torch.equal(tensor, before[name])]
