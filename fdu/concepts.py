@@ -232,21 +232,15 @@ def _expand(target: str, anchor: Concept, concept_type: ConceptType) -> tuple[Co
         base = anchor.name or "picture"
         templates = [_with_article(template, base) for template in STYLE_TEMPLATES]
         prompts = tuple(template.format(anchor=base, target=target) for template in templates)
-        anchors = tuple(_before_style(template).format(anchor=base) for template in templates)
+        anchors = tuple(_NAMED_STYLE.sub("", template).format(anchor=base) for template in templates)
     return Concept(target, prompts), Concept(anchor.name, anchor.prompts or anchors)
 
 
+_NAMED_STYLE = re.compile(r",? (in the style of \{target\}|by \{target\}|\{target\} style)$")
+"""The end of a style template, which names the style."""
 _VOWEL = re.compile(r"(?!uni[^mn]|us[eu]|uk[ue]|eu|ewe|one\b|once)[aeiou]|hour|honest|heir", re.IGNORECASE)
 
 
 def _with_article(template: str, name: str) -> str:
     """The template with "an" for "a" before a name that begins with a vowel as it is spoken."""
     return re.sub(r"\ba (?=\{(?:anchor)?\})", "an ", template) if _VOWEL.match(name) else template
-
-
-def _before_style(template: str) -> str:
-    """A style template without its last words, those that name the style."""
-    for ending in (" in the style of {target}", " by {target}", " {target} style"):
-        if template.endswith(ending):
-            return template.removesuffix(ending).rstrip(",")
-    raise ValueError(f"style template {template!r} does not end by naming {{target}}")

@@ -4,21 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import operator
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 if TYPE_CHECKING:
     from fdu_kernels import Divergence
 
-LR_SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine")
-OBJECTIVES = ("model", "noise")
-WEIGHTINGS = ("unit", "posterior", "min_snr", "p2")
-TIMESTEP_SAMPLINGS = ("uniform", "importance")
-OPTIMIZERS = ("adamw", "adamw_8bit")
-MIXED_PRECISIONS = ("no", "fp16", "bf16")
-TRACKERS = ("none", "tensorboard", "wandb")
 PLACES = ("cache_dir", "checkpoint_dir", "resume_from_checkpoint", "logging_dir")
 """Settings that are paths; records and model cards leave them out."""
 
@@ -46,8 +40,10 @@ TRAIN_METHODS: dict[str, TrainMethod] = {
 """What can be trained, by name. A new method is a file in fdu/training/methods and a line here."""
 if TYPE_CHECKING:
     TrainMethodName = str
+    Prompts = Sequence[str]
 else:
     TrainMethodName = Literal[tuple(TRAIN_METHODS)]
+    Prompts = tuple[str, ...]
 
 
 def check_choice(name: str, value: Any, choices: Collection[str]) -> None:
@@ -56,98 +52,107 @@ def check_choice(name: str, value: Any, choices: Collection[str]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
 
 
-@dataclasses.dataclass(frozen=True)
+Natural = Annotated[int, (">=", 0)]
+Count = Annotated[int, (">=", 1)]
+NotNegative = Annotated[float, (">=", 0)]
+Positive = Annotated[float, (">", 0)]
+Decay = Annotated[float, (">=", 0), ("<", 1)]
+SIGNS = {">=": operator.ge, ">": operator.gt, "<": operator.lt}
+
+
+def check_number(name: str, value: Any, hint: Any) -> None:
+    """Raise ValueError if ``value`` is not a finite number of an annotated type, within its bounds."""
+    kind, *bounds = get_args(hint)
+    right = isinstance(value, (int, kind)) and not isinstance(value, bool) and math.isfinite(value)
+    for sign, bound in bounds:
+        if not right or not SIGNS[sign](value, bound):
+            whole = "whole" if kind is int else "finite"
+            raise ValueError(f"{name} must be a {whole} number {sign} {bound}, got {value!r}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class EraseConfig:
     """Settings of an erasure. Names shared with diffusers' training examples have the same meaning."""
+
+    train_method: TrainMethodName = "lora"
+    """Weights to train: low-rank adapters on the layers that read the prompt (lora, dora), those layers themselves
+    (cross_attention), all attention, the full denoiser, the text encoders, or only the target's token embedding."""
+    rank: Count = 16
+    """Rank of the LoRA matrices, >= 1."""
+    lora_alpha: Positive = 16.0
+    """Scale of the LoRA update, > 0: the update is multiplied by lora_alpha / rank."""
+    max_train_steps: Natural = 120
+    """Optimizer steps, >= 0."""
+    train_batch_size: Count = 16
+    """Erasing samples per step per process, >= 1; as many preserving samples are added when preservation_weight > 0."""
+    learning_rate: Positive = 2e-3
+    """Peak learning rate, > 0."""
+    preservation_weight: NotNegative = 1.0
+    """Weight of the preservation loss, >= 0; 0 turns preservation off."""
+    preservation_prompts: Prompts = ()
+    """Prompts to preserve besides the empty prompt, such as the target's neighbours. Default: the anchor's prompts."""
+    resolution: int | None = None
+    """Height and width in pixels. Default: the model's own."""
+    seed: Natural = 0
+    """Random seed, >= 0. The same seed gives the same weights, bit for bit on the CPU."""
 
     divergence: str = "squared_hellinger"
     """f-divergence to minimise: a name from `fdu divergences`, with a parameter after a colon: alpha:0.3."""
     sigma: float | Literal["auto"] = "auto"
     """Standard deviation in s = |pred - target|^2 / sigma^2, in units of the denoiser's output, > 0. "auto": set from
     s0."""
-    s0: float = 1.0
+    s0: Positive = 1.0
     """Median of s at the start, > 0; used if sigma is "auto". Near 0 all divergences act like mse; larger values make
     them differ more."""
     distance: Literal["mean", "sum"] = "mean"
     """Squared distance of a sample: mean over elements (the paper's code) or sum (the true divergence)."""
-
     objective: Literal["model", "noise"] = "model"
     """Training target: the frozen denoiser's output for the anchor's prompt ("model"), or the noise in the anchor's
     latents ("noise")."""
-    negative_guidance: float = 0.0
+    negative_guidance: NotNegative = 0.0
     """Guidance away from the target, beyond the anchor, >= 0; needs objective "model". 1 with anchor "" is ESD's
     objective."""
-    variational: bool = False
-    """Estimate the divergence with a critic in a min-max game, as the paper does without a closed form, instead of
-    computing it exactly between Gaussians."""
-    critic_learning_rate: float = 1e-4
-    """Learning rate of the critic's AdamW, > 0."""
-    critic_warmup_steps: int = 30
-    """Initial steps that train only the critic, >= 0."""
     weighting: Literal["unit", "posterior", "min_snr", "p2"] = "unit"
     """Weight of each timestep: equal ("unit", the paper's code), the exact DDPM posterior, min-SNR or P2."""
-    snr_gamma: float = 5.0
+    snr_gamma: Positive = 5.0
     """Cap on the signal-to-noise ratio in min_snr, > 0."""
     timestep_sampling: Literal["uniform", "importance"] = "uniform"
     """Draw timesteps uniformly, or more often where the loss is large ("importance"); weights keep the expectation."""
+    variational: bool = False
+    """Estimate the divergence with a critic in a min-max game, as the paper does without a closed form, instead of
+    computing it exactly between Gaussians."""
+    critic_learning_rate: Positive = 1e-4
+    """Learning rate of the critic's AdamW, > 0."""
+    critic_warmup_steps: Natural = 30
+    """Initial steps that train only the critic, >= 0."""
 
-    train_method: TrainMethodName = "lora"
-    """Weights to train: low-rank adapters on the layers that read the prompt (lora, dora), those layers themselves
-    (cross_attention), all attention, the full denoiser, the text encoders, or only the target's token embedding."""
-    rank: int = 16
-    """Rank of the LoRA matrices, >= 1."""
-    lora_alpha: float = 16.0
-    """Scale of the LoRA update, > 0: the update is multiplied by lora_alpha / rank."""
-
-    max_train_steps: int = 120
-    """Optimizer steps, >= 0."""
-    train_batch_size: int = 16
-    """Erasing samples per step per process, >= 1; as many preserving samples are added when preservation_weight > 0."""
-    gradient_accumulation_steps: int = 1
+    gradient_accumulation_steps: Count = 1
     """Batches accumulated per optimizer step, >= 1."""
-    learning_rate: float = 2e-3
-    """Peak learning rate, > 0."""
     lr_scheduler: Literal["constant", "constant_with_warmup", "linear", "cosine"] = "cosine"
     """Learning-rate schedule after the warm-up."""
-    lr_warmup_steps: int = 0
+    lr_warmup_steps: Natural = 0
     """Steps in which the learning rate rises from 0, >= 0."""
     optimizer: Literal["adamw", "adamw_8bit"] = "adamw"
     """AdamW from torch, or with 8-bit moments (needs bitsandbytes)."""
-    adam_beta1: float = 0.9
+    adam_beta1: Decay = 0.9
     """AdamW: decay of the first moment, in [0, 1)."""
-    adam_beta2: float = 0.999
+    adam_beta2: Decay = 0.999
     """AdamW: decay of the second moment, in [0, 1)."""
-    adam_weight_decay: float = 0.0
+    adam_weight_decay: NotNegative = 0.0
     """AdamW: decoupled weight decay, >= 0."""
-    adam_epsilon: float = 1e-8
+    adam_epsilon: Positive = 1e-8
     """AdamW: term added to the denominator, > 0."""
-    max_grad_norm: float = 1.0
+    max_grad_norm: Positive = 1.0
     """Gradient norm to clip at, > 0."""
-
-    preservation_weight: float = 1.0
-    """Weight of the preservation loss, >= 0; 0 turns preservation off."""
-    preservation_prompts: tuple[str, ...] = ()
-    """Prompts to preserve besides the empty prompt, such as the target's neighbours. Default: the anchor's prompts."""
     gradient_surgery: bool = False
     """Remove the component of the erasing gradient that opposes the preserving gradient."""
-
-    num_latents: int = 96
+    num_latents: Annotated[int, (">=", 2)] = 96
     """Training latents, >= 2, sampled in advance from the target's, the anchor's and the preserved prompts; never more
     than the steps can use."""
-    num_inference_steps: int = 15
+    num_inference_steps: Count = 15
     """Denoising steps per sampled latent, >= 1."""
-    guidance_scale: float = 3.0
+    guidance_scale: NotNegative = 3.0
     """Classifier-free guidance scale for sampling latents, >= 0."""
-    sample_batch_size: int = 32
-    """Latents sampled at a time, >= 1."""
-    resolution: int | None = None
-    """Height and width in pixels. Default: the model's own."""
-    frozen_batches: int = 0
-    """Pre-draw N batches with their frozen outputs and cycle through them; 0 draws a fresh batch each step. Uses CPU
-    memory: 4 float32 latents per erasing sample. With cache_dir, runs that differ only in trained weights or divergence
-    share them."""
-    cache_dir: str | None = None
-    """Folder for encoded prompts, latents and frozen outputs, which later runs on the same model reuse."""
 
     mixed_precision: Literal["no", "fp16", "bf16"] = "no"
     """Autocast dtype of the training step; trained weights stay float32."""
@@ -158,84 +163,49 @@ class EraseConfig:
     shard: bool = False
     """Split the denoiser's frozen weights across processes (FSDP 2) instead of replicating them. Implied by accelerate
     launch --use_fsdp."""
+    sample_batch_size: Count = 32
+    """Latents sampled at a time, >= 1."""
+    frozen_batches: Natural = 0
+    """Pre-draw N batches with their frozen outputs and cycle through them; 0 draws a fresh batch each step. Uses CPU
+    memory: 4 float32 latents per erasing sample. With cache_dir, runs that differ only in trained weights or divergence
+    share them."""
 
+    cache_dir: str | None = None
+    """Folder for encoded prompts, latents and frozen outputs, which later runs on the same model reuse."""
     checkpoint_dir: str | None = None
     """Folder for checkpoints, to resume an interrupted run. Default: none; `fdu erase` uses OUT.checkpoints."""
-    checkpointing_steps: int = 100
+    checkpointing_steps: Count = 100
     """Steps between checkpoints, >= 1."""
-    checkpoints_total_limit: int = 2
+    checkpoints_total_limit: Count = 2
     """Checkpoints to keep, >= 1; older ones are deleted."""
     resume_from_checkpoint: str | None = None
     """Checkpoint to resume from: "latest" in checkpoint_dir (from scratch if there is none), or a checkpoint's
     folder."""
-
     report_to: Literal["none", "tensorboard", "wandb"] = "none"
     """Tracker to log the training to."""
     logging_dir: str = "logs"
     """Folder for the tracker's logs and the validation images."""
-    validation_prompts: tuple[str, ...] = ()
+    validation_prompts: Prompts = ()
     """Prompts to draw during the training, with fixed seeds."""
-    validation_steps: int = 50
+    validation_steps: Count = 50
     """Steps between validation images, >= 1."""
-
-    seed: int = 0
-    """Random seed, >= 0. The same seed gives the same weights, bit for bit on the CPU."""
 
     def __post_init__(self) -> None:
         divergence = read_divergence(self.divergence)
-        if isinstance(self.sigma, str):
-            if self.sigma != "auto":
+        if self.sigma != "auto":
+            if isinstance(self.sigma, str):
                 raise ValueError(f"sigma must be a finite number > 0 or 'auto', got {self.sigma!r}")
-        else:
-            self._require_number("sigma", self.sigma, above=0)
-        self._require_number("s0", self.s0, above=0)
-        choices: Collection[str]
-        for name, choices in (
-            ("distance", ("mean", "sum")),
-            ("objective", OBJECTIVES),
-            ("weighting", WEIGHTINGS),
-            ("timestep_sampling", TIMESTEP_SAMPLINGS),
-            ("train_method", TRAIN_METHODS),
-            ("lr_scheduler", LR_SCHEDULERS),
-            ("optimizer", OPTIMIZERS),
-            ("mixed_precision", MIXED_PRECISIONS),
-            ("report_to", TRACKERS),
-        ):
-            check_choice(name, getattr(self, name), choices)
-        for name in ("variational", "gradient_surgery", "gradient_checkpointing", "compile", "shard"):
-            if not isinstance(getattr(self, name), bool):
-                raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")
-        for name in (
-            "rank",
-            "train_batch_size",
-            "gradient_accumulation_steps",
-            "num_inference_steps",
-            "sample_batch_size",
-            "checkpointing_steps",
-            "checkpoints_total_limit",
-            "validation_steps",
-        ):
-            self._require_integer(name, getattr(self, name), at_least=1)
-        for name in ("max_train_steps", "lr_warmup_steps", "critic_warmup_steps", "frozen_batches", "seed"):
-            self._require_integer(name, getattr(self, name), at_least=0)
-        self._require_integer("num_latents", self.num_latents, at_least=2)
+            check_number("sigma", self.sigma, Positive)
+        for name, hint in get_type_hints(EraseConfig, include_extras=True).items():
+            value = getattr(self, name)
+            if get_origin(hint) is Literal:
+                check_choice(name, value, get_args(hint))
+            elif get_origin(hint) is Annotated:
+                check_number(name, value, hint)
+            elif hint is bool and not isinstance(value, bool):
+                raise TypeError(f"{name} must be True or False, got {value!r}")
         if self.resolution is not None:
-            self._require_integer("resolution", self.resolution, at_least=1)
-        for name in (
-            "learning_rate",
-            "critic_learning_rate",
-            "snr_gamma",
-            "lora_alpha",
-            "adam_epsilon",
-            "max_grad_norm",
-        ):
-            self._require_number(name, getattr(self, name), above=0)
-        for name in ("preservation_weight", "negative_guidance", "adam_weight_decay", "guidance_scale"):
-            self._require_number(name, getattr(self, name), at_least=0)
-        for name in ("adam_beta1", "adam_beta2"):
-            self._require_number(name, getattr(self, name), at_least=0)
-            if getattr(self, name) >= 1:
-                raise ValueError(f"{name} must be below 1, got {getattr(self, name)!r}")
+            check_number("resolution", self.resolution, Count)
         for name in ("preservation_prompts", "validation_prompts"):
             if isinstance(getattr(self, name), str):
                 raise TypeError(f"{name} must be a sequence of prompts, got one string; put it in a list")
@@ -263,18 +233,6 @@ class EraseConfig:
             raise ValueError("frozen_batches fixes the timesteps; use timestep_sampling 'uniform' with it")
         if self.resume_from_checkpoint is not None and self.checkpoint_dir is None:
             raise ValueError("resume_from_checkpoint needs checkpoint_dir for further checkpoints; add it")
-
-    @staticmethod
-    def _require_integer(name: str, value: Any, at_least: int) -> None:
-        if not isinstance(value, int) or isinstance(value, bool) or value < at_least:
-            raise ValueError(f"{name} must be a whole number >= {at_least}, got {value!r}")
-
-    @staticmethod
-    def _require_number(name: str, value: Any, at_least: float | None = None, above: float | None = None) -> None:
-        bound = f">= {at_least:g}" if at_least is not None else f"> {above:g}"
-        right = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-        if not right or (at_least is not None and value < at_least) or (above is not None and value <= above):
-            raise ValueError(f"{name} must be a finite number {bound}, got {value!r}")
 
     def as_dict(self) -> dict[str, Any]:
         """As a dict for JSON; a Divergence becomes its name."""

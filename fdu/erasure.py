@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, ParamSpec, Protocol
 
 import torch
 from accelerate.utils import parse_flag_from_env
@@ -13,7 +13,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 from torch.nn import functional
 
-from fdu.concepts import Concept, ConceptLike, ConceptType, Pair, concept_pairs
+from fdu.concepts import Concept, ConceptLike, ConceptType, Pair, concept_pairs, joined
 from fdu.config import EraseConfig
 from fdu.models.denoiser import Denoiser
 from fdu.models.families import denoiser_of
@@ -23,7 +23,7 @@ from fdu.training.cache import Cache, model_key, tensor_key
 from fdu.training.checkpoint import Checkpoints
 from fdu.training.examples import prepare_examples
 from fdu.training.loop import Training
-from fdu.training.methods import Trainable, attach
+from fdu.training.methods import attach
 from fdu.training.objective import Objective
 from fdu.training.optimizer import check_optimizer
 from fdu.training.process import own_accelerator, seeded
@@ -31,7 +31,32 @@ from fdu.training.sharding import check_shards, with_launcher
 from fdu.training.step import Stepper
 from fdu.training.tracking import check_tracker
 
+Settings = ParamSpec("Settings")
 
+
+class ErasureFunction(Protocol[Settings]):
+    """:func:`erase` as editors and type checkers see it: every setting is an argument with a name and a type."""
+
+    def __call__(
+        self,
+        pipeline: DiffusionPipeline,
+        target: ConceptLike | Sequence[Concept],
+        anchor: ConceptLike | Sequence[Concept],
+        concept_type: ConceptType | Sequence[ConceptType] = "object",
+        mask: Tensor | None = None,
+        config: EraseConfig | None = None,
+        *args: Settings.args,
+        **settings: Settings.kwargs,
+    ) -> ErasureResult: ...
+
+
+def _with_settings(
+    config: Callable[Settings, EraseConfig],
+) -> Callable[[Callable[..., ErasureResult]], ErasureFunction[Settings]]:
+    return lambda function: function
+
+
+@_with_settings(EraseConfig)
 def erase(
     pipeline: DiffusionPipeline,
     target: ConceptLike | Sequence[Concept],
@@ -67,7 +92,9 @@ def erase(
             saved there.
     """
     pairs = concept_pairs(target, anchor, concept_type)
-    config = with_launcher(_settle(config, settings))
+    if config is not None and settings:
+        raise TypeError(f"give either config or single settings, not both; got config and {', '.join(settings)}")
+    config = with_launcher(config or EraseConfig.from_settings(settings))
     denoiser = denoiser_of(pipeline, config.resolution)
     _check_run(denoiser, pairs, mask, config)
     started = time.perf_counter()
@@ -81,7 +108,15 @@ def erase(
         examples = prepare_examples(denoiser, pairs, config, accelerator, cache)
         with seeded(config.seed, denoiser.device):
             objective = Objective(denoiser, config, _latent_mask(mask, examples.latents))
-            trainable = _attach(denoiser, pairs, config)
+            trainable = attach(
+                denoiser,
+                config.train_method,
+                rank=config.rank,
+                lora_alpha=config.lora_alpha,
+                target_name=[target.name for target, _ in pairs],
+                prompts=joined([target for target, _ in pairs]).prompts,
+                kept_prompts=[*joined([anchor for _, anchor in pairs]).prompts, *config.preservation_prompts],
+            )
         try:
             stepper = Stepper(accelerator, denoiser, trainable, examples, objective, config, cache)
             history = Training(stepper, checkpoints).run()
@@ -91,18 +126,6 @@ def erase(
     trainable.finish()
     seconds = time.perf_counter() - started
     return ErasureResult(denoiser, pairs, config, trainable, history, objective.sigma, seconds)
-
-
-def _attach(denoiser: Denoiser, pairs: Sequence[Pair], config: EraseConfig) -> Trainable:
-    return attach(
-        denoiser,
-        config.train_method,
-        rank=config.rank,
-        lora_alpha=config.lora_alpha,
-        target_name=[target.name for target, _ in pairs],
-        prompts=[prompt for target, _ in pairs for prompt in target.prompts],
-        kept_prompts=[*(prompt for _, anchor in pairs for prompt in anchor.prompts), *config.preservation_prompts],
-    )
 
 
 def _check_run(denoiser: Denoiser, pairs: Sequence[Pair], mask: Tensor | None, config: EraseConfig) -> None:
@@ -158,7 +181,7 @@ def _checkpoints(
     }
     checkpoints = Checkpoints(config.checkpoint_dir, config.checkpoints_total_limit, manifest)
     if config.resume_from_checkpoint is not None:
-        checkpoints.check(config.resume_from_checkpoint)
+        checkpoints.load(config.resume_from_checkpoint, header_only=True)
     elif checkpoints.all():
         raise FileExistsError(
             f"checkpoint_dir {config.checkpoint_dir!r} holds checkpoints of an earlier run; resume with "
@@ -172,12 +195,3 @@ def _latent_mask(mask: Tensor | None, latents: Tensor) -> Tensor | None:
     if mask is None:
         return None
     return functional.interpolate(mask[None, None].float(), size=latents.shape[-2:], mode="area")[0]
-
-
-def _settle(config: EraseConfig | None, settings: dict[str, Any]) -> EraseConfig:
-    """The settings from ``config`` or from single settings."""
-    if config is None:
-        return EraseConfig.from_settings(settings)
-    if settings:
-        raise TypeError(f"give either config or single settings, not both; got config and {', '.join(settings)}")
-    return config

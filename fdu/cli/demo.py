@@ -9,10 +9,15 @@ from typing import Annotated, ClassVar
 
 from tyro.conf import OmitArgPrefixes, arg
 
+import fdu
 from fdu.cli.printing import print_evaluation
-from fdu.cli.settings import Settings, check_images, grouped
-from fdu.storage.loading import check_resolution, choose_device
+from fdu.cli.settings import Settings, grouped
+from fdu.config import Count, check_number
+from fdu.storage.loading import check_resolution, choose_device, describe_device
 from fdu.subjects.registry import subject_of
+
+WEIGHTS = "erased"
+"""The folder of the weights, within OUT."""
 
 
 @dataclasses.dataclass
@@ -43,27 +48,58 @@ class Demo:
 
     def prepare(self, command: str) -> Callable[[], None]:
         """Check everything; the work is what comes back."""
-        check_images(self.images_per_class)
+        check_number("images_per_class", self.images_per_class, Count)
         model = subject_of("embedded")
-        pairs = model.pairs([self.target], [self.anchor])
+        ((target, anchor),) = model.pairs([self.target], [self.anchor])
         config = model.with_preserved(self.settings.checked(), [self.target])
         check_resolution(model.folder, config.resolution)
-        from fdu.cli import demonstration
-        from fdu.report import PICTURE, REPORT
-        from fdu.storage.output import METRICS_FILE
-
-        demonstration.check_demo_output(self.out)
+        check_demo_output(self.out)
         device = choose_device(self.device)
 
         def work() -> None:
-            evaluation, probes = demonstration.run_demo(
-                self.out, model, pairs[0], config, self.images_per_class, device, command
-            )
-            print_evaluation(evaluation, probes)
+            from fdu.evaluation import JUDGED_SEED
+            from fdu.report import PICTURE, REPORT, Conditions, EvaluatedRun, write_run
+            from fdu.storage.output import METRICS_FILE, whole_folder
+
+            with whole_folder(self.out, overwrite=True) as folder:
+                result = fdu.erase(model.load(device=device), target, anchor, config=config)
+                panel = model.exam(self.target).panel(device)
+                seed = config.seed + JUDGED_SEED
+                drawing = {"images_per_class": self.images_per_class, "seed": seed, **model.sampling.settings()}
+                with result.original() as original:
+                    before = fdu.draw(original, panel.probes, description="before", **drawing)
+                after = fdu.draw(result.pipeline, panel.probes, description="after", **drawing)
+                evaluation = fdu.evaluate(before, after, panel.probes, panel.features)
+                result.save(folder / WEIGHTS)
+                told = (result.record(), command, describe_device(device), model.notes)
+                conditions = Conditions(seed, model.sampling, panel.judge, "float32")
+                run = EvaluatedRun.of(evaluation, panel.probes, before, after, *told, conditions=conditions)
+                write_run(folder, run)
+            print_evaluation(evaluation, panel.probes)
             print()
             print(f"report   {self.out / REPORT}")
             print(f"figures  {self.out / METRICS_FILE}")
             print(f"picture  {self.out / PICTURE}")
-            print(f"weights  {self.out / demonstration.WEIGHTS}")
+            print(f"weights  {self.out / WEIGHTS}")
 
         return work
+
+
+def check_demo_output(folder: Path) -> None:
+    """As :func:`fdu.storage.output.check_output`, but the output of an earlier demo may be replaced.
+
+    Raises:
+        FileExistsError: the folder holds anything else.
+        OSError: it cannot be written.
+    """
+    from fdu.report import IMAGES_FOLDER, PICTURE, REPORT
+    from fdu.storage.output import METRICS_FILE, check_output, written_by_fdu
+
+    former = {METRICS_FILE, REPORT, PICTURE, IMAGES_FOLDER, WEIGHTS} if written_by_fdu(folder) else set()
+    others = sorted({path.name for path in folder.iterdir()} - former) if folder.is_dir() else []
+    if others:
+        raise FileExistsError(
+            f"output folder {str(folder)!r} holds {others[0]!r}, which was not written by a demo; "
+            "choose another with --out"
+        )
+    check_output(folder, overwrite=True)

@@ -160,29 +160,24 @@ def _optional(name: str, use: str, remedy: str) -> Finding:
 def _devices() -> list[Finding]:
     import torch
 
+    hip, cuda = torch.version.hip, torch.version.cuda
     findings = [Finding("cpu", "ok", f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}")]
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
-            properties = torch.cuda.get_device_properties(index)
-            memory = properties.total_memory / 2**30
+            gpu = torch.cuda.get_device_properties(index)
             # Builds for AMD's GPUs call them cuda as well.
-            capability = (
-                f"sm_{properties.major}{properties.minor}" if torch.version.hip is None else properties.gcnArchName
-            )
-            findings.append(Finding(f"cuda:{index}", "ok", f"{properties.name}, {memory:.0f} GiB, {capability}"))
-    elif torch.version.hip is not None:
-        remedy = "with an AMD GPU, check that `rocminfo` lists it"
-        findings.append(
-            Finding("rocm", "note", f"torch is built for ROCm {torch.version.hip} but finds no device", remedy)
-        )
-    elif torch.version.cuda is None and not torch.xpu.is_available():
+            capability = f"sm_{gpu.major}{gpu.minor}" if hip is None else gpu.gcnArchName
+            detail = f"{gpu.name}, {gpu.total_memory / 2**30:.0f} GiB, {capability}"
+            findings.append(Finding(f"cuda:{index}", "ok", detail))
+    elif hip is not None:
+        detail, remedy = f"torch is built for ROCm {hip} but finds no device", "with an AMD GPU, run `rocminfo`"
+        findings.append(Finding("rocm", "note", detail, f"{remedy}, which should list it"))
+    elif cuda is not None:
+        detail, remedy = f"torch is built for CUDA {cuda} but finds no device", "check that `nvidia-smi` works"
+        findings.append(Finding("cuda", "note", detail, f"with an NVIDIA GPU, {remedy}"))
+    elif not torch.xpu.is_available():
         remedy = "with an NVIDIA GPU: pip install --force-reinstall torch"
         findings.append(Finding("cuda", "note", "this torch is a build without CUDA", remedy))
-    elif torch.version.cuda is not None:
-        remedy = "with an NVIDIA GPU, check that `nvidia-smi` works"
-        findings.append(
-            Finding("cuda", "note", f"torch is built for CUDA {torch.version.cuda} but finds no device", remedy)
-        )
     for index in range(torch.xpu.device_count()):
         intel = torch.xpu.get_device_properties(index)
         wide = "" if intel.has_fp64 else "; without float64"
@@ -214,7 +209,7 @@ def remedy_for(reason: str) -> str:
 def _embedded() -> list[Finding]:
     from fdu.subjects.digits import pipeline as digits
 
-    files = (digits.PIPELINE_FOLDER / "model_index.json", digits.DATA / "classifier.safetensors")
+    files = (digits.PIPELINE_FOLDER / "model_index.json", digits.DATA / digits.CLASSIFIER_FILE)
     missing = [path.name for path in files if not path.is_file()]
     if missing:
         detail = f"{', '.join(missing)} missing: no demo, but fdu runs on other models"
@@ -222,8 +217,8 @@ def _embedded() -> list[Finding]:
     return [Finding("embedded pipeline", "ok", "there")]
 
 
-def _disk(folder: Callable[[], Path] = Path.cwd) -> list[Finding]:
-    free = shutil.disk_usage(folder()).free
+def _disk() -> list[Finding]:
+    free = shutil.disk_usage(Path.cwd()).free
     detail = f"{free / 2**30:.1f} GiB free here"
     if free < LITTLE_DISK:
         detail += ": little for a full pipeline, enough for LoRA weights"

@@ -10,8 +10,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
+import fdu
 from fdu.concepts import ConceptType, concept_pairs
-from fdu.config import EraseConfig
+from fdu.config import EraseConfig, check_choice
 from fdu.storage.loading import (
     PIPELINE_FILE,
     Dtype,
@@ -22,7 +23,6 @@ from fdu.storage.loading import (
     load_model,
 )
 from fdu.subjects.registry import subject_of
-from fdu.subjects.subject import Subject
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -75,19 +75,28 @@ class Technique:
         """
         if unknown:
             raise TypeError(_unknown(next(iter(unknown))))
-        if dtype not in get_args(Dtype):
-            raise ValueError(f"dtype must be one of {', '.join(get_args(Dtype))}, got {dtype!r}")
+        check_choice("dtype", dtype, get_args(Dtype))
         model = subject_of(model_id, "model_id")
         EraseConfig(num_inference_steps=num_inference_steps, guidance_scale=guidance_scale)  # checks these two
         place = choose_device(device or "auto")
         if load_path is None:
-            concepts = _concepts(erase_concept, anchor_concept, concept_type)
-            pipeline = _erase(model, place, dtype, *concepts, concept_type, EraseConfig.from_settings(settings or {}))
+            if not erase_concept:
+                raise ValueError("erase_concept is missing; name the concept to erase, or give load_path")
+            if anchor_concept is None:
+                raise ValueError("anchor_concept is missing; name what replaces erase_concept, or '' for nothing")
+            concept_pairs(erase_concept, anchor_concept, concept_type)
+            config = EraseConfig.from_settings(settings or {})
+            pipeline = model.load(check_dtype(dtype, config.mixed_precision), place)
+            fdu.erase(pipeline, erase_concept, anchor_concept, concept_type=concept_type, config=config)
         else:
             if anchor_concept is not None or settings:
                 raise ValueError("load_path holds a finished erasure; leave out anchor_concept and settings")
             check_erased(load_path)
-            pipeline = _load(model, place, "float32" if dtype == "auto" else dtype, load_path)
+            precision = "float32" if dtype == "auto" else dtype
+            if (Path(load_path) / PIPELINE_FILE).is_file():
+                pipeline = load_model(load_path, precision, place)
+            else:
+                pipeline = load_erased(model.load(precision, place), load_path)
         if getattr(pipeline, "safety_checker", None) is not None:
             pipeline.safety_checker = None  # it would black out what the benchmark is to count
         pipeline.set_progress_bar_config(disable=True)
@@ -112,34 +121,6 @@ class Technique:
             generator = None if seed is None else torch.Generator(self.pipeline.device).manual_seed(seed + index)
             images += self.pipeline(prompt, **{**self.drawing, **drawing}, generator=generator).images
         return images
-
-
-def _concepts(erase_concept: str, anchor_concept: str | None, concept_type: ConceptType) -> tuple[str, str]:
-    """Target and anchor, once it is sure that they make a pair."""
-    if not erase_concept:
-        raise ValueError("erase_concept is missing; name the concept to erase, or give load_path")
-    if anchor_concept is None:
-        raise ValueError("anchor_concept is missing; name the concept that replaces erase_concept, or '' for nothing")
-    concept_pairs(erase_concept, anchor_concept, concept_type)
-    return erase_concept, anchor_concept
-
-
-def _erase(
-    model: Subject, device: str, dtype: Dtype, target: str, anchor: str, concept_type: ConceptType, config: EraseConfig
-) -> DiffusionPipeline:
-    """The pipeline of ``model`` without the target."""
-    precision = check_dtype(dtype, config.mixed_precision)
-    from fdu.erasure import erase
-
-    pipeline = model.load(precision, device)
-    return erase(pipeline, target, anchor, concept_type=concept_type, config=config).pipeline
-
-
-def _load(model: Subject, device: str, dtype: str, path: str) -> DiffusionPipeline:
-    """The pipeline that ``path`` holds, or ``model`` with the weights there."""
-    if (Path(path) / PIPELINE_FILE).is_file():
-        return load_model(path, dtype, device)
-    return load_erased(model.load(dtype, device), path, device, dtype)
 
 
 def _unknown(name: str) -> str:

@@ -12,7 +12,7 @@ from tyro.conf import Positional, arg
 import fdu
 from fdu.cli.printing import print_evaluation, print_robustness
 from fdu.cli.robustness import RobustnessTests, free_memory
-from fdu.cli.settings import check_images
+from fdu.config import Count, check_number
 from fdu.storage.loading import (
     PIPELINE_FILE,
     Dtype,
@@ -99,7 +99,7 @@ class Evaluate:
 
         base = subject_of(self.base, "BASE")
         check_erased(self.erased)
-        check_images(self.images_per_class)
+        check_number("images_per_class", self.images_per_class, Count)
         if self.judge is not None:
             check_encoder(self.judge)
         record = read_record(self.erased)
@@ -171,8 +171,8 @@ class Evaluate:
     def _sampling(self, base: Subject) -> Sampling:
         """How images are drawn."""
         size = self.robustness_batch_size
-        if size is not None and size < 1:
-            raise ValueError(f"robustness_batch_size must be >= 1, got {size}")
+        if size is not None:
+            check_number("robustness_batch_size", size, Count)
         defaults = base.sampling
         given = {name: getattr(self, name) for name in defaults.settings()}
         return dataclasses.replace(defaults, **{name: value for name, value in given.items() if value is not None})

@@ -12,68 +12,13 @@ import tyro
 from fdu.config import EraseConfig
 
 GROUPS = {
-    "basic": (
-        "train_method",
-        "rank",
-        "lora_alpha",
-        "max_train_steps",
-        "train_batch_size",
-        "learning_rate",
-        "preservation_weight",
-        "preservation_prompts",
-        "resolution",
-        "seed",
-    ),
-    "divergence": (
-        "divergence",
-        "sigma",
-        "s0",
-        "distance",
-        "objective",
-        "negative_guidance",
-        "weighting",
-        "snr_gamma",
-        "timestep_sampling",
-        "variational",
-        "critic_learning_rate",
-        "critic_warmup_steps",
-    ),
-    "training": (
-        "gradient_accumulation_steps",
-        "lr_scheduler",
-        "lr_warmup_steps",
-        "optimizer",
-        "adam_beta1",
-        "adam_beta2",
-        "adam_weight_decay",
-        "adam_epsilon",
-        "max_grad_norm",
-        "gradient_surgery",
-        "num_latents",
-        "num_inference_steps",
-        "guidance_scale",
-    ),
-    "memory": (
-        "mixed_precision",
-        "gradient_checkpointing",
-        "compile",
-        "shard",
-        "sample_batch_size",
-        "frozen_batches",
-    ),
-    "files": (
-        "cache_dir",
-        "checkpoint_dir",
-        "checkpointing_steps",
-        "checkpoints_total_limit",
-        "resume_from_checkpoint",
-        "report_to",
-        "logging_dir",
-        "validation_prompts",
-        "validation_steps",
-    ),
+    "basic": "train_method",
+    "divergence": "divergence",
+    "training": "gradient_accumulation_steps",
+    "memory": "mixed_precision",
+    "files": "cache_dir",
 }
-"""Every setting, by the title that the help puts it under."""
+"""The groups of settings in the help, each with its first setting in the order of EraseConfig."""
 
 
 class Settings:
@@ -98,10 +43,11 @@ def grouped(without: Collection[str] = ()) -> type[Settings]:
     """The class of the settings on a command line, all but those ``without``."""
     hints, help_texts, fields = get_type_hints(EraseConfig), helps(EraseConfig), EraseConfig.__dataclass_fields__
     groups = []
-    for title, names in GROUPS.items():
+    starts = [*map(list(fields).index, GROUPS.values()), len(fields)]
+    for title, start, end in zip(GROUPS, starts, starts[1:], strict=False):
         options = [
             (name, _option(hints[name], help_texts[name]), dataclasses.field(default=fields[name].default))
-            for name in names
+            for name in list(fields)[start:end]
             if name not in without
         ]
         if options:
@@ -137,13 +83,3 @@ def _option(hint: Any, text: str) -> Any:
         return "" if label in ("", "None", "False") or "MISSING" in label else f"(default: {label})"
 
     return Annotated[hint, tyro.conf.arg(help=text, help_behavior_hint=default)]
-
-
-def check_images(images_per_class: int) -> None:
-    """Refuse a number of images too small to count on.
-
-    Raises:
-        ValueError: it is below 1.
-    """
-    if images_per_class < 1:
-        raise ValueError(f"images_per_class must be >= 1, got {images_per_class}")

@@ -233,10 +233,7 @@ class Denoiser(ABC):
     ) -> Tensor:
         """Clean latents [N, C, H, W] of one batch, by the pipeline's own sampler, without decoding them.
 
-        Args:
-            conditioning: of N prompts, and as many times of "".
-            steps, guidance_scale: as for :meth:`draw_latents`.
-            generators: N of them.
+        ``conditioning`` is that of N prompts, and N times of "".
         """
         count = len(generators)
         given = self.call_arguments(conditioning[:count])
@@ -344,9 +341,8 @@ def _moves_itself(part: Any) -> bool:
     """Whether hooks move a part between devices: those of accelerate, or diffusers' group offloading."""
     if hasattr(part, "_hf_hook"):
         return True
-    registries = (
-        [getattr(layer, "_diffusers_hook", None) for layer in part.modules()] if isinstance(part, nn.Module) else []
-    )
+    modules = part.modules() if isinstance(part, nn.Module) else ()
+    registries = (getattr(module, "_diffusers_hook", None) for module in modules)
     return any(registry is not None and registry.get_hook("group_offloading") for registry in registries)
 
 

@@ -11,11 +11,7 @@ from torch import nn
 
 DENOISERS = ("unet", "transformer")
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
-TOKENIZERS = {
-    "text_encoder": "tokenizer",
-    "text_encoder_2": "tokenizer_2",
-    "text_encoder_3": "tokenizer_3",
-}
+TOKENIZERS = {name: name.replace("text_encoder", "tokenizer") for name in TEXT_ENCODERS}
 """The tokenizer of each text encoder."""
 
 Found = TypeVar("Found")

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from fdu.evaluation import Evaluation, Group, Role, Sampling
 from fdu.evaluation.robustness import Robustness
 from fdu.report.reading import restored
-from fdu.storage.loading import RECORD_KEYS
 from fdu.storage.output import METRICS_FILE, METRICS_KEYS, RECORD_FILE
 
 SHOWN = 8
@@ -61,9 +61,31 @@ class Told:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Course:
-    """Fields of a record that the page uses beside RECORD_KEYS."""
+class _Named:
+    """A concept in a record."""
 
+    name: str
+    prompts: list[str]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Settings:
+    """Settings that the page uses."""
+
+    divergence: str
+    max_train_steps: int
+    seed: int
+
+
+@dataclasses.dataclass(frozen=True)
+class _Record:
+    """What is used of the record of an erasure."""
+
+    target: _Named
+    anchor: _Named
+    config: _Settings
+    sigma: float
+    seconds: float
     history: dict[str, list[float]]
     versions: dict[str, str]
     command: str = ""
@@ -71,23 +93,19 @@ class _Course:
     concepts: list[tuple[str, str]] = dataclasses.field(default_factory=list)
 
 
-def check_record(record: Mapping[str, Any], where: str) -> None:
+def check_record(record: Any, where: str) -> None:
     """Refuse a record of an erasure that the page could not show.
 
     Args:
-        record: :meth:`fdu.ErasureResult.record`, or the content of ``fdu.json``.
+        record: the content of ``fdu.json``.
         where: its place, for error messages.
 
     Raises:
         ValueError: an entry is missing or wrong; names the place.
     """
-    for key, types in RECORD_KEYS.items():
-        entry: Any = record
-        for name in key.split("."):
-            entry = entry.get(name) if isinstance(entry, dict) else None
-        if not isinstance(entry, types):
-            raise ValueError(f"{where}.{key} is missing or wrong")
-    restored(_Course, record, where)
+    found = restored(_Record, record, where)
+    if math.isnan(found.sigma + found.seconds):
+        raise ValueError(f"{where}: sigma and seconds must be numbers")
 
 
 def check_counts(evaluation: Evaluation, probes: Sequence[Class]) -> None:

@@ -21,21 +21,6 @@ HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 PIPELINE_FILE = "model_index.json"
 HUB_PIPELINE = 6 << 30
 """Bytes taken for a pipeline that is not here yet; Stable Diffusion 1.5 takes 5.5 GB in float32."""
-RECORD_KEYS: dict[str, tuple[type, ...]] = {
-    "target.name": (str,),
-    "target.prompts": (list, tuple),
-    "anchor.name": (str,),
-    "anchor.prompts": (list, tuple),
-    "config.divergence": (str,),
-    "config.max_train_steps": (int,),
-    "config.seed": (int,),
-    "sigma": (int, float),
-    "seconds": (int, float),
-    "history": (dict,),
-    "versions": (dict,),
-}
-"""What is used of the record beside saved weights, and its types."""
-
 Dtype = Literal["auto", "float32", "float16", "bfloat16"]
 SaveAs = Literal["auto", "lora", "kohya", "pipeline", "delta"]
 
@@ -132,27 +117,19 @@ def check_encoder(name: str, argument: str = "judge") -> None:
         raise FileNotFoundError(f"{argument} {name!r} does not exist; give a CLIP model's folder or hub id (org/name)")
 
 
-def read_record(folder: str) -> dict | None:
-    """What ``fdu erase`` noted beside the weights; None if it did not write the folder.
+def read_record(folder: str) -> Any:
+    """What ``fdu erase`` noted beside the weights, which :func:`fdu.report.check_record` checks; None if it did not.
 
     Raises:
-        ValueError: the record cannot be read, or lacks something that is used of it.
+        ValueError: it is not valid JSON.
     """
     path = Path(folder) / RECORD_FILE
     if not path.is_file():
         return None
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{str(path)!r} is not valid JSON ({error}); run `fdu erase` again") from error
-    wrong = [key for key, types in RECORD_KEYS.items() if not isinstance(_entry(record, key), types)]
-    if not wrong and not all(isinstance(course, list) for course in record["history"].values()):
-        wrong = ["history"]
-    if wrong:
-        raise ValueError(
-            f"{str(path)!r} is not a record of an erasure ({wrong[0]} is missing or wrong); run `fdu erase` again"
-        )
-    return record
 
 
 def choose_device(device: str) -> str:
@@ -250,13 +227,6 @@ def _config(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
-
-
-def _entry(record: Any, key: str) -> Any:
-    """The entry of nested dicts at a key with dots; None if there is none."""
-    for name in key.split("."):
-        record = record.get(name) if isinstance(record, dict) else None
-    return record
 
 
 def _first_line(error: BaseException) -> str:

@@ -247,12 +247,13 @@ def config(by_layer: Mapping[str, Update]) -> dict[str, Any]:
     """The arguments of the ``peft.LoraConfig`` of updates."""
     rank = Counter(update.rank for update in by_layer.values()).most_common()[0][0]
     alpha = Counter(update.alpha for update in by_layer.values()).most_common()[0][0]
+    # ^ so that a pattern fits this layer alone, not one whose name ends likewise.
     return {
         "r": rank,
         "lora_alpha": alpha,
         "target_modules": sorted(by_layer),
-        "rank_pattern": {_exactly(name): update.rank for name, update in by_layer.items() if update.rank != rank},
-        "alpha_pattern": {_exactly(name): update.alpha for name, update in by_layer.items() if update.alpha != alpha},
+        "rank_pattern": {f"^{name}": update.rank for name, update in by_layer.items() if update.rank != rank},
+        "alpha_pattern": {f"^{name}": update.alpha for name, update in by_layer.items() if update.alpha != alpha},
         "use_dora": any(update.magnitude is not None for update in by_layer.values()),
     }
 
@@ -324,8 +325,3 @@ def _inject(
         _pipeline=pipeline,
         low_cpu_mem_usage=True,
     )
-
-
-def _exactly(layer: str) -> str:
-    """A pattern of peft's that fits this layer alone, not one whose name ends likewise."""
-    return f"^{layer}"

@@ -43,16 +43,13 @@ def check_output(
     shown, folder = repr(str(folder)), Path(folder).resolve()
     if os.path.exists(folder) and not os.path.isdir(folder):
         raise FileExistsError(f"output folder {shown} is a file; choose another name")
-    if any(_holds(folder, kept) for kept in _kept_folders()):
-        raise ValueError(
-            f"output folder {shown} is, or holds, the working or the home folder, which would be replaced; "
-            "choose a separate folder"
-        )
-    for path in inputs:
-        if _holds(folder, Path(path)):
+    protected = {"the working folder": Path.cwd(), **{f"the input {str(path)!r}": Path(path) for path in inputs}}
+    with suppress(RuntimeError):  # not everybody has a home
+        protected["the home folder"] = Path.home()
+    for what, path in protected.items():
+        if _holds(folder, path):
             raise ValueError(
-                f"output folder {shown} is, or holds, the input {str(path)!r}, which would be replaced; "
-                "choose a separate folder"
+                f"output folder {shown} is, or holds, {what}, which would be replaced; choose a separate folder"
             )
     if os.path.ismount(folder):
         raise ValueError(f"output folder {shown} is a mount point, which cannot be replaced; choose a folder inside it")
@@ -105,6 +102,7 @@ def whole_file(path: Path) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix=f".{path.stem[:40]}-", dir=path.parent) as folder:
         fresh = Path(folder) / path.name
         yield fresh
+        _open_to_readers(fresh)
         os.replace(fresh, path)
 
 
@@ -162,13 +160,6 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _kept_folders() -> list[Path]:
-    kept = [Path.cwd()]
-    with suppress(RuntimeError):  # not everybody has a home
-        kept.append(Path.home())
-    return kept
-
-
 def _holds(folder: Path, path: Path) -> bool:
     """Whether the resolved ``folder`` is or contains ``path``, or the link that ``path`` is."""
     return any(folder in (place, *place.parents) for place in (path.resolve(), path.parent.resolve() / path.name))
@@ -215,9 +206,9 @@ def _put_in_place(fresh: Path, folder: Path, shown: str, overwrite: bool) -> Non
         shutil.rmtree(aside, ignore_errors=True)
 
 
-def _open_to_readers(folder: Path) -> None:
+def _open_to_readers(written: Path) -> None:
     """Give the usual rights: temporary folders, and the files of safetensors, begin as their owner's alone."""
     mask = os.umask(0)
     os.umask(mask)
-    for path in (folder, *folder.rglob("*")):
+    for path in (written, *written.rglob("*")):
         path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 
 import fdu
@@ -14,8 +15,6 @@ def versions() -> dict[str, str]:
     """Name to version of fdu, Python and every installed package that a result depends on."""
     found = {"fdu": fdu.__version__, "python": platform.python_version()}
     for package in PACKAGES:
-        try:
+        with suppress(PackageNotFoundError):
             found[package] = version(package)
-        except PackageNotFoundError:
-            continue
     return found

@@ -28,6 +28,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -134,25 +135,21 @@ def read_set(path: str | Path) -> ConceptSet:
     if not any(kept[group] for group in SHARED):
         own = {_folded(concept.name) for concept in (target, anchor, *kept["near"])}
         kept |= {group: [one for one in shared_concepts(group) if _folded(one.name) not in own] for group in SHARED}
-    named = [concept.name for concepts in ([target, anchor], *kept.values()) for concept in concepts]
-    unnamed = not all(named)
-    folded = [_folded(name) for name in named]
-    twice = sorted({name for name in named if folded.count(_folded(name)) > 1})
-    if unnamed or twice:
-        raise ValueError(f"{shown} " + ("has a section without a name" if unnamed else f"names {twice[0]!r} twice"))
-    concepts = {
-        group: tuple(Concept(concept.name, _filled(concept, target, shown)) for concept in members)
-        for group, members in {"target": [target], "anchor": [anchor], **kept}.items()
-    }
-    unseen = tuple(prompt for section in found["unseen"] for prompt in section.prompts)
-    return ConceptSet(
-        target=concepts["target"][0],
-        anchor=concepts["anchor"][0],
-        unseen=tuple(prompt.replace("{}", target.name) for prompt in unseen),
-        near=concepts["near"],
-        generic=concepts["generic"],
-        unrelated=concepts["unrelated"],
-    )
+    names = [concept.name for concepts in ([target, anchor], *kept.values()) for concept in concepts]
+    if not all(names):
+        raise ValueError(f"{shown} has a section without a name")
+    counts = Counter(map(_folded, names))
+    twice = [name for name in names if counts[_folded(name)] > 1]
+    if twice:
+        raise ValueError(f"{shown} names {twice[0]!r} twice")
+    unseen = tuple(prompt.replace("{}", target.name) for section in found["unseen"] for prompt in section.prompts)
+
+    def filled(members: Iterable[Concept]) -> tuple[Concept, ...]:
+        return tuple(Concept(one.name, _filled(one, target, shown)) for one in members)
+
+    target_in_words, anchor_in_words = filled((target, anchor))
+    groups: dict[str, Any] = {group: filled(members) for group, members in kept.items()}
+    return ConceptSet(target_in_words, anchor_in_words, unseen, **groups)
 
 
 def shared_concepts(group: str) -> tuple[Concept, ...]:
@@ -190,13 +187,9 @@ def set_of_record(record: Mapping[str, Any], target: str) -> ConceptSet:
         what = f"no prompt names {target!r}" if anchors[target] else f"the anchor of {target!r} has no name"
         raise ValueError(f"the record gives nothing to judge by, since {what}; add a concept set with --prompts")
     prompts = [tuple(dict.fromkeys(pair[side] for pair in pairs)) for side in (0, 1)]
-    taken = {_folded(target), _folded(anchors[target])}
-    generic, unrelated = (
-        tuple(concept for concept in shared_concepts(group) if _folded(concept.name) not in taken) for group in SHARED
-    )
-    return ConceptSet(
-        Concept(target, prompts[0]), Concept(anchors[target], prompts[1]), generic=generic, unrelated=unrelated
-    )
+    shared: dict[str, Any] = {group: shared_concepts(group) for group in SHARED}
+    ends = Concept(target, prompts[0]), Concept(anchors[target], prompts[1])
+    return ConceptSet(*ends, **shared).without([target, anchors[target]])
 
 
 def _names(text: str, name: str) -> bool:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,6 +22,7 @@ import fdu
 from fdu.models.denoiser import Denoiser
 from fdu.models.parts import TOKENIZERS
 from fdu.storage.fingerprint import fingerprint
+from fdu.storage.output import whole_file
 
 LOGGER = logging.getLogger(__name__)
 KINDS = ("prompts", "latents", "frozen")
@@ -71,20 +70,11 @@ class Cache:
         return made
 
     def _keep(self, path: Path, tensors: dict[str, Tensor], text: str) -> None:
-        fresh = None
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile(prefix=f".{path.name}-", dir=path.parent, delete=False) as file:
-                fresh = Path(file.name)
-            save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, fresh, {"key": text})
-            mask = os.umask(0)
-            os.umask(mask)
-            fresh.chmod(0o666 & ~mask)  # temporary files are their owner's alone
-            os.replace(fresh, path)
+            with whole_file(path) as fresh:
+                save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, fresh, {"key": text})
         except (OSError, SafetensorError) as error:
             LOGGER.warning("cache entry %s could not be written (%s); continuing", path, error)
-            if fresh is not None:
-                fresh.unlink(missing_ok=True)
 
 
 def model_key(denoiser: Denoiser) -> dict[str, Any]:

@@ -10,22 +10,18 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
-TENSORS_FILE = "state.safetensors"
-STATE_FILE = "state.json"
+from fdu.config import PLACES
+
+STATE_FILE = "state.safetensors"
+"""Its header holds, as JSON, all that is no tensor."""
+HEADER = "checkpoint"
 PREFIX = "checkpoint-"
 FREE_SETTINGS = {
-    "cache_dir",
-    "checkpoint_dir",
-    "checkpointing_steps",
-    "checkpoints_total_limit",
-    "resume_from_checkpoint",
-    "report_to",
-    "logging_dir",
-    "validation_prompts",
-    "validation_steps",
+    *PLACES,
+    *("checkpointing_steps", "checkpoints_total_limit", "report_to", "validation_prompts", "validation_steps"),
 }
 """Settings that may change between a run and its continuation, which they do not touch."""
 
@@ -58,12 +54,11 @@ class Checkpoints:
         try:
             tensors: dict[str, Tensor] = {}
             content = {"step": step, "manifest": self.manifest, "state": _pack(state, tensors, "")}
-            (fresh / STATE_FILE).write_text(json.dumps(content), encoding="utf-8")
             try:
-                save_file(tensors, fresh / TENSORS_FILE)
+                save_file(tensors, fresh / STATE_FILE, {HEADER: json.dumps(content)})
             except SafetensorError as error:
                 raise OSError(str(error)) from error
-            for path in (*fresh.iterdir(), fresh):
+            for path in (fresh / STATE_FILE, fresh):
                 _to_disk(path)
             shutil.rmtree(final, ignore_errors=True)
             os.replace(fresh, final)
@@ -81,24 +76,12 @@ class Checkpoints:
         found = [path for path in self.folder.glob(f"{PREFIX}*") if path.name.removeprefix(PREFIX).isdigit()]
         return sorted(found, key=lambda path: int(path.name.removeprefix(PREFIX)))
 
-    def check(self, wish: str) -> None:
-        """Refuse what :meth:`load` would refuse; reads no tensor.
-
-        Raises:
-            FileNotFoundError, ValueError: as :meth:`load`.
-        """
-        path = self._find(wish)
-        if path is None:
-            return
-        self._content(path)
-        try:
-            with safe_open(path / TENSORS_FILE, "pt"):
-                pass  # what opens is as long as its header says
-        except (OSError, SafetensorError) as error:
-            raise _unreadable(path, error) from error
-
-    def load(self, wish: str) -> tuple[int, dict[str, Any]] | None:
+    def load(self, wish: str, header_only: bool = False) -> tuple[int, dict[str, Any]] | None:
         """The step and the state of the "latest" checkpoint (None if there is none), or of the folder named.
+
+        Args:
+            wish: "latest" or a folder.
+            header_only: check the checkpoint without reading its tensors; the state is empty.
 
         Raises:
             FileNotFoundError: there is no checkpoint in the folder named.
@@ -107,11 +90,18 @@ class Checkpoints:
         path = self._find(wish)
         if path is None:
             return None
-        content = self._content(path)
         try:
-            return content["step"], _unpack(content["state"], load_file(path / TENSORS_FILE))
+            with safe_open(path / STATE_FILE, "pt") as file:  # what opens is as long as its header says
+                content = json.loads(file.metadata()[HEADER])
+                tensors = {} if header_only else {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            step, manifest = content["step"], content["manifest"]
+            state = {} if header_only else _unpack(content["state"], tensors)
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-            raise _unreadable(path, error) from error
+            raise ValueError(
+                f"checkpoint {str(path)!r} cannot be read ({error}); use an older one, or start from scratch"
+            ) from error
+        self._check_same_run(path, manifest)
+        return step, state
 
     def _find(self, wish: str) -> Path | None:
         if wish == "latest":
@@ -122,16 +112,6 @@ class Checkpoints:
                 f"resume_from_checkpoint {str(path)!r} holds no {STATE_FILE}; give a folder {PREFIX}N, or 'latest'"
             )
         return path
-
-    def _content(self, path: Path) -> dict[str, Any]:
-        """All but the tensors of a checkpoint that is one of this run."""
-        try:
-            content: dict[str, Any] = json.loads((path / STATE_FILE).read_text(encoding="utf-8"))
-            manifest = content["manifest"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise _unreadable(path, error) from error
-        self._check_same_run(path, manifest)
-        return content
 
     def _check_same_run(self, path: Path, other: dict[str, Any]) -> None:
         mine = json.loads(json.dumps(self.manifest))
@@ -150,10 +130,6 @@ class Checkpoints:
                     f"checkpoint {str(path)!r} was made with {name} {theirs[name]!r}, this run has {value!r}; "
                     "resume with the same settings, or choose another checkpoint_dir"
                 )
-
-
-def _unreadable(path: Path, error: Exception) -> ValueError:
-    return ValueError(f"checkpoint {str(path)!r} cannot be read ({error}); use an older one, or start from scratch")
 
 
 def _pack(value: Any, tensors: dict[str, Tensor], name: str) -> Any:

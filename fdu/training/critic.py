@@ -51,11 +51,6 @@ class PatchCritic(nn.Module):
         return self.layers[-1](x)
 
 
-def resize_mask(mask: Tensor, size: tuple[int, int]) -> Tensor:
-    """A mask [N, 1, H, W] at another size, [N, 1, *size]: each patch has the mean over its area."""
-    return adaptive_avg_pool2d(mask, size)
-
-
 @dataclasses.dataclass(frozen=True)
 class Outputs:
     """What the game is played on."""
@@ -96,8 +91,6 @@ class VariationalGame:
         divergence: any with a generator f (not "mse").
         channels: C of the denoiser's outputs.
         learning_rate: of the critic's AdamW.
-        parametrization: "log_ratio" or "fgan", as in fdu_kernels.variational_divergence; None: "log_ratio", or "fgan"
-            where f is piecewise linear, so that A and B have no slope to follow.
         seed: of the critic's weights.
         device: where the outputs are.
 
@@ -110,15 +103,13 @@ class VariationalGame:
         divergence: str | Divergence,
         channels: int,
         learning_rate: float = 1e-4,
-        parametrization: str | None = None,
         seed: int = 0,
         device: torch.device | str = "cpu",
     ) -> None:
         divergence = get_divergence(divergence)
-        if parametrization is None:
-            smooth = divergence.custom is not None or divergence.log_curvature is not None
-            parametrization = "log_ratio" if smooth else "fgan"
-        self.loss = VariationalDivergenceLoss(divergence, parametrization)
+        # Where f is piecewise linear, A and B of the log ratio have no slope to follow.
+        smooth = divergence.custom is not None or divergence.log_curvature is not None
+        self.loss = VariationalDivergenceLoss(divergence, "log_ratio" if smooth else "fgan")
         # On the CPU, so that the weights do not depend on the device.
         with torch.random.fork_rng(devices=[]), torch.device("cpu"):
             torch.default_generator.manual_seed(seed)
@@ -198,8 +189,8 @@ def _full_mask(mask: Tensor | None, output: Tensor) -> Tensor:
 
 
 def _patch_weight(mask: Tensor, weight: Tensor | None, ratio: Tensor) -> Tensor:
-    """What each patch counts, [N, 1, h, w]."""
-    patches = resize_mask(mask, (ratio.shape[2], ratio.shape[3]))
+    """What each patch counts, [N, 1, h, w]: the mean of the mask over its area, times the weight of its sample."""
+    patches = adaptive_avg_pool2d(mask, (ratio.shape[2], ratio.shape[3]))
     return patches if weight is None else patches * weight.to(patches.dtype).view(-1, 1, 1, 1)
 
 

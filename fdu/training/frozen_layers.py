@@ -29,23 +29,20 @@ def keeping_less(module: nn.Module) -> Iterator[None]:
     changed: list[tuple[nn.Module, str]] = []
     try:
         for part in module.modules():
-            name, replacement = _replacement(part)
-            if replacement is not None and name not in vars(part):
+            replacement: Callable[..., Tensor]
+            if type(part) is nn.Conv2d and part.padding_mode == "zeros" and not isinstance(part.padding, str):
+                name, replacement = "_conv_forward", _convolve(part)
+            elif type(part) is GEGLU:
+                name, replacement = "forward", _gate(part)
+            else:
+                continue
+            if name not in vars(part):
                 vars(part)[name] = replacement
                 changed.append((part, name))
         yield
     finally:
         for part, name in changed:
             del vars(part)[name]
-
-
-def _replacement(part: nn.Module) -> tuple[str, Callable[..., Tensor] | None]:
-    """The method that keeps less, and its name; None where the layer is of another kind."""
-    if type(part) is nn.Conv2d and part.padding_mode == "zeros" and not isinstance(part.padding, str):
-        return "_conv_forward", _convolve(part)
-    if type(part) is GEGLU:
-        return "forward", _gate(part)
-    return "", None
 
 
 def _convolve(layer: nn.Conv2d) -> Callable[..., Tensor]:

@@ -11,29 +11,25 @@ from types import FrameType
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
-class Interruption:
-    """Whether a signal has asked the run to stop."""
-
-    def __init__(self) -> None:
-        self.asked = False
-
-    def note(self, number: int, frame: FrameType | None) -> None:
-        """The first signal is noted; a second one does not wait."""
-        if self.asked:
-            raise KeyboardInterrupt
-        self.asked = True
-
-
 @contextmanager
-def noticed() -> Iterator[Interruption]:
-    """Within this context signals are noted instead of obeyed; in threads other than the main one they are not seen."""
-    interruption = Interruption()
+def noticed() -> Iterator[threading.Event]:
+    """Within this context the first signal sets the event instead of being obeyed; a second one does not wait.
+
+    In threads other than the main one signals are not seen.
+    """
+    asked = threading.Event()
+
+    def note(number: int, frame: FrameType | None) -> None:
+        if asked.is_set():
+            raise KeyboardInterrupt
+        asked.set()
+
     if threading.current_thread() is not threading.main_thread():
-        yield interruption
+        yield asked
         return
-    former = {number: signal.signal(number, interruption.note) for number in SIGNALS}
+    former = {number: signal.signal(number, note) for number in SIGNALS}
     try:
-        yield interruption
+        yield asked
     finally:
         for number, handler in former.items():
             if handler is not None:  # one that was not set by Python cannot be set again

@@ -6,6 +6,7 @@ import logging
 import math
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, nullcontext
+from threading import Event
 from typing import Any, cast
 
 import torch
@@ -15,7 +16,7 @@ from tqdm import tqdm
 
 from fdu.training.checkpoint import Checkpoints
 from fdu.training.frozen_layers import keeping_less
-from fdu.training.interruption import Interruption, noticed
+from fdu.training.interruption import noticed
 from fdu.training.sharding import sharded
 from fdu.training.step import COLUMNS, Stepper
 from fdu.training.tracking import Tracking
@@ -114,7 +115,7 @@ class Training:
         if "forward" in self.unprepared:
             attributes["forward"] = self.unprepared["forward"]
         if dtype.itemsize == 2:  # what is trained is still in float32
-            attributes["forward"] = _under_autocast(self.module.forward, self.denoiser.device, dtype)
+            attributes["forward"] = torch.autocast(self.denoiser.device.type, dtype)(self.module.forward)
         try:
             with self.denoiser.with_encoders():
                 yield
@@ -123,7 +124,7 @@ class Training:
             if prepared is not None:
                 attributes["forward"] = prepared
 
-    def _loop(self, tracking: Tracking, stop: Interruption) -> None:
+    def _loop(self, tracking: Tracking, stop: Event) -> None:
         config = self.config
         if self.objective.game is not None and self.step == 0:
             quiet = not self.accelerator.is_local_main_process
@@ -207,17 +208,24 @@ class Training:
                 LOGGER.warning("checkpoint after step %d could not be written (%s); continuing", self.step, error)
         self.accelerator.wait_for_everyone()
 
+    @property
+    def _stateful(self) -> dict[str, Any]:
+        """What has a state of its own."""
+        found = {
+            "optimizer": self.stepper.optimizer,
+            "schedule": self.stepper.schedule,
+            "scaler": self.accelerator.scaler,
+            "criterion": self.objective.criterion,
+            "game": self.objective.game,
+            "sampler": self.stepper.sampler,
+        }
+        return {name: one for name, one in found.items() if one is not None}
+
     def _state(self) -> dict[str, Any]:
         """All that changes from step to step."""
-        scaler, game = self.accelerator.scaler, self.objective.game
         return {
+            **{name: one.state_dict() for name, one in self._stateful.items()},
             "trained": {name: parameter.data for name, parameter in self.stepper.named.items()},
-            "optimizer": self.stepper.optimizer.state_dict(),
-            "schedule": self.stepper.schedule.state_dict(),
-            "scaler": scaler.state_dict() if scaler is not None else None,
-            "criterion": self.objective.criterion.state_dict(),
-            "game": game.state_dict() if game is not None else None,
-            "sampler": self.stepper.sampler.state_dict(),
             "generator": self.stepper.generator.get_state(),
             "course": torch.stack(self.course),
         }
@@ -238,34 +246,20 @@ class Training:
         with torch.no_grad():
             for name, parameter in self.stepper.named.items():
                 parameter.data.copy_(state["trained"][name])
-        self.stepper.optimizer.load_state_dict(state["optimizer"])
-        self.stepper.schedule.load_state_dict(state["schedule"])
-        self.objective.criterion.load_state_dict(state["criterion"])
-        self.stepper.sampler.load_state_dict(state["sampler"])
+        for name, one in self._stateful.items():
+            one.load_state_dict(state[name])
         self.stepper.generator.set_state(state["generator"])
-        if self.accelerator.scaler is not None:
-            self.accelerator.scaler.load_state_dict(state["scaler"])
-        if self.objective.game is not None:
-            self.objective.game.load_state_dict(state["game"])
         self.course = list(state["course"].to(self.denoiser.device))
         self.looked = len(self.course)
 
-    def _stops(self, stop: Interruption) -> bool:
+    def _stops(self, stop: Event) -> bool:
         """Whether to stop: at once where one process is alone, else when all have heard of it."""
         if self.accelerator.num_processes == 1:
-            return stop.asked
+            return stop.is_set()
         if self.step % CHECK_EVERY:
             return False
-        asked = torch.tensor(float(stop.asked), device=self.denoiser.device)
+        asked = torch.tensor(float(stop.is_set()), device=self.denoiser.device)
         return bool(self.accelerator.reduce(asked, "sum") > 0)
-
-
-def _under_autocast(forward: Callable[..., Any], device: torch.device, dtype: torch.dtype) -> Callable[..., Any]:
-    def computed(*args: Any, **kwargs: Any) -> Any:
-        with torch.autocast(device.type, dtype):
-            return forward(*args, **kwargs)
-
-    return computed
 
 
 @contextmanager

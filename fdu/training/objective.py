@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -85,32 +86,24 @@ class Objective(nn.Module):
         away = outputs[:size] + self.config.negative_guidance * (outputs[:size] - target)
         return torch.cat([away, outputs[size:]])
 
-    def erased(self, predicted: Tensor, wanted: Tensor, batch: Batch) -> Tensor:
-        """The divergence of the samples that erase, []; weighted by timestep, standardised to the slope 1 at 0."""
-        omega, scale = self._weights(batch)
-        return self.criterion(predicted, wanted, omega, self.mask, scale) / self.slope
+    def erased(self, predicted: Tensor, wanted: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The divergence of the samples that erase, [], and before that the critic's bound of it, [], 0 without one.
 
-    def played(self, predicted: Tensor, wanted: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-        """The same against the critic, which moves first; and the critic's bound before, standardised, [].
-
-        The samples also set sigma, as without a critic: preservation needs it.
+        Both are weighted by timestep and standardised to the slope 1 at 0. A critic moves first.
         """
-        with torch.no_grad():
-            self.erased(predicted, wanted, batch)
+        omega, scale = self._weights(batch)
+        with nullcontext() if self.game is None else torch.no_grad():  # beside a critic for sigma alone
+            erased = self.criterion(predicted, wanted, omega, self.mask, scale) / self.slope
+        if self.game is None:
+            return erased, torch.zeros_like(erased)
         bound = self.teach(predicted, wanted, batch)
-        return self._game().model_loss(self._outputs(predicted, wanted, batch)) / self.slope, bound
+        return self.game.model_loss(Outputs(predicted, wanted, omega, self.mask, scale)) / self.slope, bound
 
     def teach(self, predicted: Tensor, wanted: Tensor, batch: Batch) -> Tensor:
         """Train the critic alone by one step, and return its bound before, standardised, []."""
-        return self._game().critic_step(self._outputs(predicted, wanted, batch)) / self.slope
-
-    def _outputs(self, predicted: Tensor, wanted: Tensor, batch: Batch) -> Outputs:
-        omega, scale = self._weights(batch)
-        return Outputs(predicted, wanted, omega, self.mask, scale)
-
-    def _game(self) -> VariationalGame:
         assert self.game is not None
-        return self.game
+        omega, scale = self._weights(batch)
+        return self.game.critic_step(Outputs(predicted, wanted, omega, self.mask, scale)) / self.slope
 
     @torch.no_grad()
     def losses(self, predicted: Tensor, wanted: Tensor, batch: Batch) -> Tensor:
@@ -125,7 +118,8 @@ class Objective(nn.Module):
         """omega and the relative sigma of the samples that erase; None where all are 1."""
         if self.weighting is None:
             return batch.timestep_weight, None
-        omega, scale = self.weighting.at(batch.indices[: batch.size])
+        indices = batch.indices[: batch.size]
+        omega, scale = self.weighting.omega[indices], self.weighting.scale[indices]
         return omega if batch.timestep_weight is None else omega * batch.timestep_weight, scale
 
     def kept(self, predicted: Tensor, wanted: Tensor) -> Tensor:

@@ -8,10 +8,10 @@ from contextlib import contextmanager
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
-from accelerate.utils import GradientAccumulationPlugin
+from accelerate.utils import GradientAccumulationPlugin, patch_environment
 
 from fdu.config import EraseConfig
-from fdu.training.sharding import own_shards
+from fdu.training.sharding import LAUNCHER_FLAG
 
 
 @contextmanager
@@ -34,7 +34,7 @@ def own_accelerator(config: EraseConfig, device: torch.device) -> Iterator[Accel
     for state in states:
         state._reset_state()
     try:
-        with own_shards():
+        with patch_environment(**{LAUNCHER_FLAG: "false"}):  # accelerate would shard a second time
             accelerator = Accelerator(
                 mixed_precision=config.mixed_precision,
                 cpu=device.type == "cpu",

@@ -15,12 +15,12 @@ from __future__ import annotations
 import dataclasses
 import gc
 from collections.abc import Collection, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, NamedTuple
 
 import torch
-from accelerate.utils import parse_flag_from_env, patch_environment
+from accelerate.utils import parse_flag_from_env
 from torch import distributed, nn
 
 from fdu.config import TRAIN_METHODS, EraseConfig
@@ -34,11 +34,6 @@ PATIENCE = timedelta(seconds=60)
 def with_launcher(config: EraseConfig) -> EraseConfig:
     """The settings, with ``shard`` where accelerate's launcher or its configuration asks for FSDP."""
     return dataclasses.replace(config, shard=True) if parse_flag_from_env(LAUNCHER_FLAG) else config
-
-
-def own_shards() -> AbstractContextManager[None]:
-    """Within this context accelerate does not hear that it should use FSDP: it would shard a second time."""
-    return patch_environment(**{LAUNCHER_FLAG: "false"})
 
 
 def check_shards(module: nn.Module, config: EraseConfig, processes: int) -> None:
@@ -119,26 +114,14 @@ def sharded(module: nn.Module, trained: Collection[nn.Parameter]) -> Iterator[No
             distributed.destroy_process_group(group)
 
 
-class _Place(NamedTuple):
-    """Where a frozen parameter stands."""
-
-    registered: dict[str, nn.Parameter | None]
-    name: str
-    parameter: nn.Parameter
-
-
 class _Form(NamedTuple):
-    """What FSDP changes of a module beside its parameters."""
+    """What FSDP changes of a module."""
 
     module: nn.Module
     type: type[nn.Module]
-    attributes: frozenset[str]
-    hooks: dict[str, frozenset[int]]
-
-    @classmethod
-    def of(cls, module: nn.Module) -> _Form:
-        hooks = {name: frozenset(found) for name, found in _hooks(module).items()}
-        return cls(module, type(module), frozenset(vars(module)), hooks)
+    attributes: set[str]
+    tables: dict[str, dict[Any, Any]]
+    """Its parameters and its hooks, by attribute."""
 
 
 class _Shards:
@@ -148,12 +131,9 @@ class _Shards:
         self.module = module
         # FSDP has no shards of a scalar.
         self.whole = {*trained, *(parameter for parameter in module.parameters() if not parameter.ndim)}
-        self.forms = [_Form.of(part) for part in module.modules()]
-        self.places = [
-            _Place(part._parameters, name, parameter)
+        self.forms = [
+            _Form(part, type(part), set(vars(part)), {name: dict(table) for name, table in _tables(part).items()})
             for part in module.modules()
-            for name, parameter in part._parameters.items()
-            if parameter is not None and parameter not in self.whole
         ]
         self.shards: dict[nn.Parameter, Any] = {}
 
@@ -169,12 +149,13 @@ class _Shards:
         # The inner ones first, the module itself last.
         for block in dict.fromkeys([*reversed(blocks), self.module]):
             fully_shard(block, mesh=mesh, ignored_params=self.whole)
-            for registered, name, parameter in self.places:
-                shard: Any = registered[name]
-                if shard is not parameter and parameter.numel():
-                    self.shards[parameter] = shard
-                    # Others hold this object too: it stays, and gets its values back in the end.
-                    parameter.data = parameter.data.new_empty(0)
+            for form in self.forms:
+                for name, parameter in form.tables["_parameters"].items():
+                    shard = form.module._parameters[name]
+                    if shard is not parameter and parameter.numel():
+                        self.shards[parameter] = shard
+                        # Others hold this object too: it stays, and gets its values back in the end.
+                        parameter.data = parameter.data.new_empty(0)
 
     def take_apart(self) -> None:
         """Give the module its form and its parameters back, not yet their values. FSDP has no way back itself."""
@@ -185,11 +166,9 @@ class _Shards:
             _module_state_mapping.pop(form.module, None)
             for name in set(vars(form.module)) - form.attributes:
                 del vars(form.module)[name]
-            for name, hooks in _hooks(form.module).items():
-                for added in set(hooks) - form.hooks.get(name, frozenset()):
-                    del hooks[added]
-        for registered, name, parameter in self.places:
-            registered[name] = parameter
+            for name, table in _tables(form.module).items():
+                table.clear()
+                table.update(form.tables[name])
 
     @torch.no_grad()
     def join(self, group: Any) -> None:
@@ -206,6 +185,10 @@ class _Shards:
         gc.collect()  # FSDP's own objects hold the shards, in cycles
 
 
-def _hooks(module: nn.Module) -> dict[str, dict[int, Any]]:
-    """All dicts of hooks that a module has."""
-    return {name: value for name, value in vars(module).items() if "_hooks" in name and isinstance(value, dict)}
+def _tables(module: nn.Module) -> dict[str, dict[Any, Any]]:
+    """The dicts of a module's parameters and hooks, by attribute."""
+    return {
+        name: value
+        for name, value in vars(module).items()
+        if isinstance(value, dict) and (name == "_parameters" or "_hooks" in name)
+    }

@@ -101,7 +101,7 @@ class Stepper:
         else:
             predicted = self._predict(batch, slice(0, None))
         erasing = predicted[:size]
-        erased, critic = self._erased(erasing, wanted[:size], batch)
+        erased, critic = self.objective.erased(erasing, wanted[:size], batch)
         if self.surgery:
             self._backpropagate(erased)
         else:
@@ -117,13 +117,6 @@ class Stepper:
                 losses = self.accelerator.gather(self.objective.losses(erasing, wanted[:size], batch))
                 self.sampler.observe(self.accelerator.gather(batch.indices[:size]), losses)
             return torch.stack([term.float() for term in (loss, erased, kept, distances.median(), critic)])
-
-    def _erased(self, predicted: Tensor, wanted: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-        """The divergence to minimise, and the critic's bound of it, 0 without one."""
-        if self.objective.game is not None:
-            return self.objective.played(predicted, wanted, batch)
-        erased = self.objective.erased(predicted, wanted, batch)
-        return erased, torch.zeros_like(erased)
 
     def _predict(self, batch: Batch, part: slice) -> Tensor:
         """What the trained denoiser predicts for a part of the batch."""

@@ -19,21 +19,9 @@ outputs are equal then, up to the order of sums in passes of different sizes."""
 class GradientSurgery:
     """Keeps the gradients of erasing and of preserving apart, and joins them when both are complete.
 
-    In a training step, each loss has its own forward and backward pass, which costs what one pass of both halves does:
-
-        with accelerator.accumulate(module):
-            with surgery.preserving():
-                accelerator.backward(preservation)      # unweighted
-            accelerator.backward(divergence)
-            if accelerator.sync_gradients:
-                surgery.combine(weight)                 # then clip, and step as usual
-            optimizer.step()
-            optimizer.zero_grad()
-
-    Gradients may accumulate over any number of batches before ``combine``. DDP averages each of the two backward passes
-    over the ranks, because a forward pass of its own precedes it, so ``combine`` sees and gives the same on every rank.
-    Loss scaling may stay on: with both losses scaled alike the result is scaled alike, and what is not finite in either
-    gradient stays so for the GradScaler to find.
+    Each loss has its own forward and backward pass, over any number of batches; DDP averages each of them over the
+    ranks. Loss scaling may stay on: with both losses scaled alike the result is scaled alike, and what is not finite in
+    either gradient stays so for the GradScaler to find.
 
     Args:
         parameters: what is trained, whole in every process; the result is left in their ``.grad``.

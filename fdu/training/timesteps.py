@@ -5,8 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fdu.config import TIMESTEP_SAMPLINGS
-
 BINS = 20
 """Neighbouring timesteps are alike: the loss is known by bins of the grid."""
 DECAY = 0.98
@@ -32,14 +30,9 @@ class TimestepSampler:
     Args:
         sampling: "uniform" or "importance".
         timesteps: T, the length of the grid.
-
-    Raises:
-        ValueError: an unknown sampling.
     """
 
     def __init__(self, sampling: str, timesteps: int) -> None:
-        if sampling not in TIMESTEP_SAMPLINGS:
-            raise ValueError(f"sampling must be one of {', '.join(TIMESTEP_SAMPLINGS)}, not {sampling!r}")
         self.sampling, self.timesteps = sampling, timesteps
         bins = min(BINS, timesteps)
         self.edges = torch.arange(bins + 1) * timesteps // bins
@@ -57,11 +50,7 @@ class TimestepSampler:
         return self.sampling == "importance"
 
     def draw(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor | None]:
-        """``count`` indices, int64 [N], and the weights of their losses, float32 [N] or None for all 1; on the CPU.
-
-        Args:
-            generator: on the CPU.
-        """
+        """``count`` indices, int64 [N], and the weights of their losses, float32 [N] or None for all 1; on the CPU."""
         if not self.adapts:
             return torch.randint(self.timesteps, (count,), generator=generator), None
         if self._draws % REFRESH_EVERY == 0:
@@ -77,8 +66,6 @@ class TimestepSampler:
 
         Losses that are not finite do not count.
         """
-        if not self.adapts:
-            return
         self._observed = self._observed.to(losses.device)
         edges = self.edges.to(losses.device, non_blocking=True)
         losses = losses.float()
@@ -105,16 +92,7 @@ class TimestepSampler:
         }
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Continue from :meth:`state_dict`.
-
-        Raises:
-            ValueError: the state is of another grid.
-        """
-        if state["probabilities"].shape != self.probabilities.shape:
-            raise ValueError(
-                f"the state has {len(state['probabilities'])} bins of timesteps and this sampler "
-                f"{len(self.probabilities)}; resume with the denoiser it was made with"
-            )
+        """Continue from :meth:`state_dict`."""
         self._observed = state["observed"].clone()
         self.probabilities = state["probabilities"].cpu().clone()
         self._draws = int(state["draws"])

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils import make_image_grid
 from torch import Tensor
@@ -20,8 +20,6 @@ LOGGER = logging.getLogger(__name__)
 PROJECT = "fdu"
 VALIDATION_SEED = 500
 """Seed of the first validation image: none that a training or an evaluation uses."""
-NEEDS = {"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",)}
-"""The packages of which a tracker needs one."""
 
 
 def check_tracker(report_to: str) -> None:
@@ -30,9 +28,8 @@ def check_tracker(report_to: str) -> None:
     Raises:
         ImportError: it is not.
     """
-    packages = NEEDS.get(report_to, ())
-    if packages and not any(importlib.util.find_spec(package) for package in packages):
-        raise ImportError(f"report_to {report_to!r} needs {packages[0]}; pip install {packages[0]}, or choose 'none'")
+    if report_to not in ("none", *map(str, get_available_trackers())):
+        raise ImportError(f"report_to {report_to!r} needs {report_to}; pip install {report_to}, or choose 'none'")
 
 
 class Tracking:
@@ -94,20 +91,18 @@ class Tracking:
 @torch.no_grad()
 def draw_validation(denoiser: Denoiser, config: EraseConfig) -> Tensor:
     """An image of every validation prompt, [N, 3, H, W] in [0, 1]; the seeds are the same each time."""
+    images = []
     with silent(denoiser.pipeline):
-        numbered = enumerate(config.validation_prompts)
-        return torch.cat([_draw(denoiser, prompt, index, config) for index, prompt in numbered])
-
-
-def _draw(denoiser: Denoiser, prompt: str, index: int, config: EraseConfig) -> Tensor:
-    images: Tensor = denoiser.pipeline(
-        prompt,
-        height=denoiser.height,
-        width=denoiser.width,
-        num_inference_steps=config.num_inference_steps,
-        guidance_scale=config.guidance_scale,
-        generator=torch.Generator().manual_seed(VALIDATION_SEED + index),
-        output_type="pt",
-        **denoiser.call_settings,
-    ).images
-    return images.float().cpu()
+        for index, prompt in enumerate(config.validation_prompts):
+            drawn = denoiser.pipeline(
+                prompt,
+                height=denoiser.height,
+                width=denoiser.width,
+                num_inference_steps=config.num_inference_steps,
+                guidance_scale=config.guidance_scale,
+                generator=torch.Generator().manual_seed(VALIDATION_SEED + index),
+                output_type="pt",
+                **denoiser.call_settings,
+            )
+            images.append(drawn.images.float().cpu())
+    return torch.cat(images)

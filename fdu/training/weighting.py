@@ -16,13 +16,10 @@ scaling x_t, so one formula serves every schedule.
 from __future__ import annotations
 
 import dataclasses
-import math
-from typing import get_args
 
 import torch
 from torch import Tensor
 
-from fdu.config import WEIGHTINGS
 from fdu.models.denoiser import PredictionType
 
 
@@ -38,10 +35,6 @@ class Weighting:
     def to(self, device: torch.device) -> Weighting:
         """The same tables there."""
         return Weighting(self.omega.to(device), self.scale.to(device))
-
-    def at(self, indices: Tensor) -> tuple[Tensor, Tensor]:
-        """omega and scale of samples at indices [N], on the tables' device."""
-        return self.omega[indices], self.scale[indices]
 
 
 def weights(
@@ -66,7 +59,7 @@ def weights(
     meaning.
 
     Args:
-        weighting: one of ``WEIGHTINGS``.
+        weighting: one of the above.
         signal, noise: [T], T >= 2, of a grid that is noisiest last: signal >= 0, noise > 0. The signal of the last
             timestep may be 0; with "epsilon", whose output then says nothing of x_0, "posterior" gives the last
             timestep what the one before it has.
@@ -74,9 +67,8 @@ def weights(
         snr_gamma: bound of the SNR in "min_snr", > 0.
 
     Raises:
-        ValueError: an unknown weighting or prediction type, or a grid that is not as above.
+        ValueError: a grid that is not as above.
     """
-    _check_settings(weighting, prediction_type, snr_gamma)
     ones = torch.ones_like(signal, dtype=torch.float32)
     if weighting == "unit":
         return Weighting(ones, ones)
@@ -119,23 +111,7 @@ def _posterior_precision(snr: Tensor, g: Tensor) -> Tensor:
     return precision
 
 
-def _check_settings(weighting: str, prediction_type: str, snr_gamma: float) -> None:
-    if weighting not in WEIGHTINGS:
-        raise ValueError(f"weighting must be one of {', '.join(WEIGHTINGS)}, not {weighting!r}")
-    if prediction_type not in get_args(PredictionType):
-        raise ValueError(
-            f"prediction_type must be one of {', '.join(get_args(PredictionType))}, not {prediction_type!r}; "
-            "see Denoiser.prediction_type"
-        )
-    if not (math.isfinite(snr_gamma) and snr_gamma > 0):
-        raise ValueError(f"snr_gamma must be a finite number > 0, not {snr_gamma!r}; Hang et al. recommend 5")
-
-
 def _check_grid(signal: Tensor, noise: Tensor) -> None:
-    if signal.ndim != 1 or signal.shape != noise.shape or len(signal) < 2:
-        raise ValueError(
-            f"signal and noise must be two tables [T] with T >= 2, not {list(signal.shape)} and {list(noise.shape)}"
-        )
     if not bool(((noise > 0) & (signal >= 0)).all()):
         raise ValueError("signal must be >= 0 and noise > 0 at every timestep; leave x_0 itself out of the grid")
     if not bool((torch.diff(signal / noise) < 0).all()):

@@ -121,7 +121,7 @@ def test_another_runs_checkpoints_are_refused_before_any_work(run: dict[str, Any
         other.unet.conv_in.bias[0] += 1
     with pytest.raises(ValueError, match="another run.*base"):
         fdu.erase(other, "three", "eight", **again)
-    with pytest.raises(FileNotFoundError, match="resume_from_checkpoint.*none'.*state.json"):
+    with pytest.raises(FileNotFoundError, match="resume_from_checkpoint.*none'.*state.safetensors"):
         fdu.erase(digits.load_pipeline(), "three", "eight", **{**run, "resume_from_checkpoint": str(tmp_path / "none")})
     newest = tmp_path / "kept" / "checkpoint-6" / "state.safetensors"
     newest.write_bytes(newest.read_bytes()[:1000])
@@ -144,9 +144,9 @@ def test_a_full_disk_costs_the_checkpoint_and_not_the_run(
 ) -> None:  # fmt: skip
     real, calls = checkpoint_file.save_file, []
 
-    def full(tensors: dict[str, Tensor], path: Path) -> None:
+    def full(tensors: dict[str, Tensor], path: Path, header: dict[str, str]) -> None:
         calls.append(1)
-        real(tensors, path)
+        real(tensors, path, header)
         if len(calls) == 2:
             path.write_bytes(path.read_bytes()[:100])
             raise OSError(28, "No space left on device")
@@ -191,7 +191,7 @@ def test_nothing_in_a_checkpoint_is_a_pickle(
     pipeline: StableDiffusionPipeline, run: dict[str, Any], tmp_path: Path
 ) -> None:
     fdu.erase(pipeline, "three", "eight", **run)
-    assert {path.suffix for path in (tmp_path / "kept").rglob("*") if path.is_file()} == {".json", ".safetensors"}
+    assert {path.suffix for path in (tmp_path / "kept").rglob("*") if path.is_file()} == {".safetensors"}
 
 
 def test_keys_and_kinds_survive(tmp_path: Path) -> None:

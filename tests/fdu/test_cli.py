@@ -19,7 +19,7 @@ from fdu import cli
 from fdu.cli import doctor, main
 from fdu.cli.demo import Demo
 from fdu.cli.erase import Erase
-from fdu.cli.settings import GROUPS
+from fdu.cli.settings import GROUPS, grouped
 from fdu.storage.output import SMALL_RESULT
 from fdu.subjects.digits import pipeline as digits
 from fdu.training.loop import Training
@@ -42,7 +42,6 @@ def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(DiffusionPipeline, "from_pretrained", forbidden)
     monkeypatch.setattr(digits, "load_pipeline", forbidden)
     monkeypatch.setattr(fdu, "erase", forbidden)
-    monkeypatch.setattr("fdu.cli.demonstration.erase", forbidden)
     monkeypatch.setattr(fdu, "draw", forbidden)
 
 
@@ -227,8 +226,9 @@ def test_every_setting_is_an_option_with_help(command: str, capsys: pytest.Captu
 
 
 def test_every_setting_is_in_one_group() -> None:
-    names = [name for group in GROUPS.values() for name in group]
-    assert sorted(names) == sorted(fdu.EraseConfig.field_names())
+    starts = [fdu.EraseConfig.field_names().index(first) for first in GROUPS.values()]
+    assert starts[0] == 0 and starts == sorted(starts)
+    assert tuple(grouped()().typed()) == fdu.EraseConfig.field_names()
 
 
 def test_a_comparison_leaves_out_the_settings_that_it_sets_itself(capsys: pytest.CaptureFixture[str]) -> None:
@@ -418,7 +418,7 @@ def test_a_record_that_is_none_is_refused_before_any_work(capsys: pytest.Capture
     Path("lora").mkdir()
     Path("lora/pytorch_lora_weights.safetensors").touch()
     Path("lora/fdu.json").write_text('{"a": 1}')
-    assert "target.name" in refused(["evaluate", "embedded", "lora"], capsys)
+    assert "record.target" in refused(["evaluate", "embedded", "lora"], capsys)
 
 
 def test_truncated_weights_are_told_in_a_line(capsys: pytest.CaptureFixture[str]) -> None:

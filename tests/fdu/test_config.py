@@ -20,7 +20,7 @@ from fdu import EraseConfig
         ("sigma", 0.0, "sigma.*> 0.*0.0"),
         ("sigma", float("inf"), "sigma.*> 0"),
         ("sigma", True, "sigma.*> 0"),
-        ("adam_beta1", 1.5, "adam_beta1.*below 1.*1.5"),
+        ("adam_beta1", 1.5, "adam_beta1.*< 1.*1.5"),
         ("adam_beta2", -0.1, "adam_beta2.*>= 0"),
         ("preservation_prompts", ("a", 3), "preservation_prompts.*strings"),
         ("sigma", "median", "sigma"),

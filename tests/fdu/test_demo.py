@@ -14,8 +14,8 @@ import pytest
 from diffusers import StableDiffusionPipeline
 from PIL import Image
 
+import fdu
 from fdu import cli
-from fdu.cli import demonstration as demo_file
 from fdu.cli import main
 from fdu.evaluation import JUDGED_SEED
 from fdu.subjects.digits import pipeline as digits
@@ -37,8 +37,8 @@ def in_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(autouse=True)
 def few_inference_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     """Judging takes 20 steps an image; whether the images are good is not the question here."""
-    real = demo_file.draw
-    monkeypatch.setattr(demo_file, "draw", lambda *given, **named: real(*given, **named | {"num_inference_steps": 2}))
+    real = fdu.draw
+    monkeypatch.setattr(fdu, "draw", lambda *given, **named: real(*given, **named | {"num_inference_steps": 2}))
 
 
 def test_twice_in_a_row(capsys: pytest.CaptureFixture[str], pipeline: StableDiffusionPipeline) -> None:
@@ -86,7 +86,7 @@ def test_a_run_that_fails_leaves_the_former_one(
     def fails(*given: Any, **named: Any) -> None:
         raise RuntimeError("the loss became nan at step 3")
 
-    monkeypatch.setattr(demo_file, "erase", fails)
+    monkeypatch.setattr(fdu, "erase", fails)
     assert main(["demo", *QUICK]) == cli.FAILED
     assert "the loss became nan at step 3" in capsys.readouterr().err
     assert [path.name for path in folder.iterdir()] == ["metrics.json"]
@@ -95,7 +95,7 @@ def test_a_run_that_fails_leaves_the_former_one(
 
 def test_a_report_that_fails_leaves_the_former_one(monkeypatch: pytest.MonkeyPatch) -> None:
     folder = make_former()
-    monkeypatch.setattr(demo_file, "write_run", lambda *given, **named: (_ for _ in ()).throw(OSError("disk full")))
+    monkeypatch.setattr("fdu.report.write_run", lambda *given, **named: (_ for _ in ()).throw(OSError("disk full")))
     assert main(["demo", *QUICK]) == cli.FAILED
     assert [path.name for path in folder.iterdir()] == ["metrics.json"]
     assert list(Path().iterdir()) == [folder]
@@ -134,13 +134,13 @@ def make_former() -> Path:
 
 
 def test_the_judge_sees_no_noise_that_the_training_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    real, seeds = demo_file.draw, []
+    real, seeds = fdu.draw, []
 
-    def draw(pipeline: Any, probes: Any, images_per_class: int, seed: int, **named: Any) -> Any:
+    def draw(pipeline: Any, probes: Any, seed: int, **named: Any) -> Any:
         seeds.append(seed)
-        return real(pipeline, probes, images_per_class, seed, **named)
+        return real(pipeline, probes, seed=seed, **named)
 
-    monkeypatch.setattr(demo_file, "draw", draw)
+    monkeypatch.setattr(fdu, "draw", draw)
     assert main(["demo", *QUICK, "--seed", "7"]) == cli.OK
     assert seeds == [7 + JUDGED_SEED] * 2
 
@@ -148,14 +148,14 @@ def test_the_judge_sees_no_noise_that_the_training_used(monkeypatch: pytest.Monk
 def test_an_output_that_appears_during_the_training_costs_nothing(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    real = demo_file.evaluate
+    real = fdu.evaluate
 
     def evaluate(*given: Any) -> Any:
         Path("demo-out").mkdir()
         Path("demo-out/mine").touch()
         return real(*given)
 
-    monkeypatch.setattr(demo_file, "evaluate", evaluate)
+    monkeypatch.setattr(fdu, "evaluate", evaluate)
     assert main(["demo", *QUICK]) == cli.FAILED
     (kept,) = (path for path in map(Path, re.findall("'(.+?)'", capsys.readouterr().err)) if path.name != "demo-out")
     assert (kept / "erased" / "fdu.json").is_file() and (kept / "report.html").is_file()

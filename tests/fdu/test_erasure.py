@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import inspect
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,6 +15,7 @@ from peft import LoraConfig
 from torch import Tensor
 
 import fdu
+from fdu import erasure
 from fdu.models.denoiser import Denoiser
 from fdu.subjects.digits import pipeline as digits
 from fdu.training import examples, step
@@ -232,6 +234,12 @@ def test_half_floats_need_a_gpu(quick: dict[str, Any]) -> None:
 def no_work(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(Denoiser, "encode", lambda *_: pytest.fail("work before the refusal"))
     yield
+
+
+def test_editors_see_the_arguments_of_erase_and_every_setting() -> None:
+    shown, real = (inspect.signature(one).parameters for one in (erasure.ErasureFunction.__call__, fdu.erase))
+    assert set(shown) - {"self", "args"} == set(real)
+    assert erasure.ErasureFunction.__parameters__[0].__name__ == "Settings"
 
 
 @pytest.mark.usefixtures("no_work")

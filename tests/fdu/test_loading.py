@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 from diffusers import StableDiffusionPipeline
 
+from fdu.report import check_record
 from fdu.storage.loading import (
     HUB_PIPELINE,
-    RECORD_KEYS,
     check_model,
     load_erased,
     load_model,
@@ -52,9 +52,12 @@ def test_a_whole_record_is_read(tmp_path: Path) -> None:
     assert read_record(str(tmp_path)) == RECORD
 
 
-@pytest.mark.parametrize("key", RECORD_KEYS)
+@pytest.mark.parametrize(
+    "key", ["target.name", "anchor.prompts", "config.seed", "sigma", "seconds", "history", "versions"]
+)
 @pytest.mark.parametrize("wrong", ["absent", "null"])
-def test_a_record_that_lacks_what_is_used_is_refused(tmp_path: Path, key: str, wrong: str) -> None:
+def test_a_record_that_lacks_what_is_used_is_refused(key: str, wrong: str) -> None:
+    check_record(RECORD, "here")
     record = copy.deepcopy(RECORD)
     *path, last = key.split(".")
     entry = record
@@ -64,16 +67,14 @@ def test_a_record_that_lacks_what_is_used_is_refused(tmp_path: Path, key: str, w
         del entry[last]
     else:
         entry[last] = None
-    (tmp_path / RECORD_FILE).write_text(json.dumps(record))
-    with pytest.raises(ValueError, match=rf"fdu\.json'.*\({key} .*\)"):
-        read_record(str(tmp_path))
+    with pytest.raises(ValueError, match=rf"here.*{last}"):
+        check_record(record, "here")
 
 
-@pytest.mark.parametrize("text", ['{"a": 1}', "[]", "3", json.dumps(RECORD | {"history": {"loss": 3}})])
-def test_other_json_is_no_record(tmp_path: Path, text: str) -> None:
-    (tmp_path / RECORD_FILE).write_text(text)
-    with pytest.raises(ValueError, match="is not.*record.*erasure"):
-        read_record(str(tmp_path))
+@pytest.mark.parametrize("other", [{"a": 1}, [], 3, RECORD | {"history": {"loss": 3}}])
+def test_other_json_is_no_record(other: Any) -> None:
+    with pytest.raises(ValueError, match="here"):
+        check_record(other, "here")
 
 
 def test_room_for_a_result(tmp_path: Path) -> None:

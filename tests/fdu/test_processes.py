@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from processes import free_port, run
+from safetensors import safe_open
 from torch import Tensor
 
 RUN = """
@@ -104,6 +105,7 @@ def test_accelerate_launch_saves_one_result(tmp_path: Path, kind: str) -> None:
     assert ran.stdout.count("Saved to out") == 1
     assert (tmp_path / "out" / "pytorch_lora_weights.safetensors").is_file()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "state"]
-    manifest = json.loads((tmp_path / "state" / "checkpoint-2" / "state.json").read_text())["manifest"]
+    with safe_open(tmp_path / "state" / "checkpoint-2" / "state.safetensors", "pt") as file:
+        manifest = json.loads(file.metadata()["checkpoint"])["manifest"]
     assert manifest["processes"] == 2
     assert manifest["config"]["shard"] is (kind == "use_fsdp")

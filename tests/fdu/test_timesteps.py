@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fdu.training.timesteps import BINS, REFRESH_EVERY, UNIFORM_SHARE, TimestepSampler
+from fdu.training.timesteps import REFRESH_EVERY, UNIFORM_SHARE, TimestepSampler
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -138,13 +138,3 @@ def test_losses_of_zero_leave_it_alike() -> None:
     sampler.observe(torch.arange(1000), torch.zeros(1000))
     _, weights = sampler.draw(4, generator())
     assert weights is not None and torch.equal(weights, torch.ones(4))
-
-
-def test_an_unknown_sampling_is_refused() -> None:
-    with pytest.raises(ValueError, match="sampling.*one.*uniform, importance, not 'loss'"):
-        TimestepSampler("loss", 1000)
-
-
-def test_a_state_of_another_grid_is_refused() -> None:
-    with pytest.raises(ValueError, match=f"the state has {BINS} bins.*sampler 5"):
-        TimestepSampler("importance", 5).load_state_dict(trained(1).state_dict())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+from typing import get_args, get_type_hints
 
 import pytest
 import torch
@@ -11,10 +11,12 @@ from diffusers.training_utils import compute_snr
 from torch import Tensor
 
 import fdu_kernels as fk
+from fdu.config import EraseConfig
 from fdu.models.denoiser import PredictionType
-from fdu.training.weighting import WEIGHTINGS, weights
+from fdu.training.weighting import weights
 
 PREDICTIONS: tuple[PredictionType, ...] = ("epsilon", "v_prediction", "sample", "flow")
+WEIGHTINGS = get_args(get_type_hints(EraseConfig)["weighting"])
 STEPS = 50
 
 
@@ -156,26 +158,14 @@ def test_p2_weighs_epsilon_by_1_minus_abar() -> None:
     torch.testing.assert_close(omega.double(), expected / expected.mean(), rtol=1e-5, atol=0)
 
 
-def test_samples_read_the_tables_at_their_indices() -> None:
-    _, signal, noise = diffusion()
-    made = weights("posterior", signal, noise, "epsilon").to(torch.device("cpu"))
-    omega, scale = made.at(torch.tensor([3, 3, 49]))
-    assert torch.equal(omega, torch.ones(3)) and torch.equal(scale, made.scale[[3, 3, 49]])
-
-
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"weighting": "snr"}, "weighting.*one.*unit, posterior, min_snr, p2, not 'snr'"),
-        ({"prediction_type": "velocity"}, "prediction_type.*one.*epsilon, .*, not 'velocity'"),
-        ({"snr_gamma": 0.0}, "snr_gamma.*finite number > 0"),
-        ({"snr_gamma": math.nan}, "snr_gamma.*finite number > 0"),
         ({"noise": torch.tensor([0.0, 0.5, 0.9])}, "noise > 0 at every timestep"),
-        ({"noise": torch.tensor([0.1, 0.5])}, r"two tables \[T\]"),
         ({"signal": torch.tensor([0.1, 0.5, 0.9])}, "signal / noise must fall"),
     ],
 )
-def test_what_is_no_grid_or_weighting_is_refused(changes: dict[str, object], message: str) -> None:
+def test_what_is_no_grid_is_refused(changes: dict[str, object], message: str) -> None:
     settings = {
         "weighting": "posterior",
         "signal": torch.tensor([0.9, 0.5, 0.1]),

@@ -33,7 +33,7 @@ from fdu.subjects.digits.vocabulary import (
 )
 
 DATA = Path(__file__).parent / "data"
-PIPELINE_FOLDER = DATA / "pipeline"
+PIPELINE_FOLDER, CLASSIFIER_FILE = DATA / "pipeline", "classifier.safetensors"
 
 SUPERCLASS = "digit"
 """The anchor that names no digit and no ink."""
@@ -60,10 +60,10 @@ def load_pipeline(dtype: torch.dtype = torch.float32) -> StableDiffusionPipeline
     return StableDiffusionPipeline.from_pretrained(PIPELINE_FOLDER, dtype=dtype)
 
 
-def load_classifier() -> DigitClassifier:
+def load_classifier(folder: Path = DATA) -> DigitClassifier:
     """The judge, which learnt from real digits and never saw the pipeline."""
     classifier = DigitClassifier()
-    classifier.load_state_dict(load_file(DATA / "classifier.safetensors"))
+    classifier.load_state_dict(load_file(folder / CLASSIFIER_FILE))
     return classifier.eval().requires_grad_(False)
 
 

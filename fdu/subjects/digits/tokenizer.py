@@ -27,18 +27,7 @@ def learn_tokenizer(corpus: list[str], max_length: int) -> CLIPTokenizer:
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokens = [*alphabet, *(letter + "</w>" for letter in alphabet), *("".join(merge) for merge in merges), START, END]
     vocabulary = {token: index for index, token in enumerate(tokens)}
-    with tempfile.TemporaryDirectory() as folder:
-        write_vocabulary(Path(folder), vocabulary, merges)
+    with tempfile.TemporaryDirectory() as folder:  # of the files that CLIP's tokenizers are published in
+        (Path(folder) / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False))
+        (Path(folder) / "merges.txt").write_text("#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in merges))
         return CLIPTokenizer.from_pretrained(folder, model_max_length=max_length)
-
-
-def write_vocabulary(folder: Path, vocabulary: dict[str, int], merges: list[tuple[str, str]]) -> None:
-    """Write ``vocab.json`` and ``merges.txt``, the files every version of transformers reads."""
-    (folder / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False))
-    (folder / "merges.txt").write_text("#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in merges))
-
-
-def save_vocabulary(tokenizer: CLIPTokenizer, folder: Path) -> None:
-    """Write ``vocab.json`` and ``merges.txt`` beside the ``tokenizer.json`` of a saved tokenizer."""
-    model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
-    write_vocabulary(folder, model["vocab"], [tuple(merge) for merge in model["merges"]])

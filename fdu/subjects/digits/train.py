@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
@@ -27,7 +27,8 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from fdu.storage.versions import versions
 from fdu.subjects.digits.classifier import DigitClassifier
 from fdu.subjects.digits.handwriting import draw, jitter, load_glyphs, strength
-from fdu.subjects.digits.tokenizer import END, START, learn_tokenizer, save_vocabulary
+from fdu.subjects.digits.pipeline import CLASSIFIER_FILE, PIPELINE_FOLDER, load_classifier
+from fdu.subjects.digits.tokenizer import END, START, learn_tokenizer
 from fdu.subjects.digits.vocabulary import (
     DIGIT_NOUNS,
     DIGITS,
@@ -40,7 +41,6 @@ from fdu.subjects.digits.vocabulary import (
 )
 
 MAX_TOKENS = 16
-PIPELINE_FOLDER, CLASSIFIER_FILE = "pipeline", "classifier.safetensors"
 GUIDANCE = 3.0
 EMPTY_SHARE, GENERIC_SHARE, MEDIUM_NAMED_SHARE = 0.12, 0.20, 0.60
 AVERAGE_DECAY = 0.99
@@ -326,12 +326,12 @@ def judge_stage(options: argparse.Namespace, generator: torch.Generator) -> None
 def autoencoder_stage(options: argparse.Namespace, generator: torch.Generator) -> None:
     """Write FOLDER/pipeline/vae."""
     autoencoder = train_autoencoder(options.autoencoder_steps, generator)
-    autoencoder.to(torch.float16).save_pretrained(options.out / PIPELINE_FOLDER / "vae")
+    autoencoder.to(torch.float16).save_pretrained(options.out / PIPELINE_FOLDER.name / "vae")
 
 
 def denoiser_stage(options: argparse.Namespace, generator: torch.Generator) -> None:
     """Write FOLDER/pipeline, with the autoencoder that is in it."""
-    folder = options.out / PIPELINE_FOLDER
+    folder = options.out / PIPELINE_FOLDER.name
     autoencoder = AutoencoderKL.from_pretrained(folder / "vae", torch_dtype=torch.float32)
     autoencoder.register_to_config(_name_or_path="")
     tokenizer = learn_tokenizer(corpus(), MAX_TOKENS)
@@ -347,7 +347,6 @@ def denoiser_stage(options: argparse.Namespace, generator: torch.Generator) -> N
         requires_safety_checker=False,
     )
     pipeline.to(dtype=torch.float16).save_pretrained(folder)
-    save_vocabulary(tokenizer, folder / "tokenizer")
 
 
 STAGES = {"judge": judge_stage, "autoencoder": autoencoder_stage, "denoiser": denoiser_stage}
@@ -370,10 +369,8 @@ def main() -> None:
         torch.manual_seed(options.seed)
         STAGES[stage](options, torch.Generator().manual_seed(options.seed))
 
-    pipeline = StableDiffusionPipeline.from_pretrained(options.out / PIPELINE_FOLDER, dtype=torch.float32)
-    classifier = DigitClassifier()
-    classifier.load_state_dict(load_file(options.out / CLASSIFIER_FILE))
-    classifier.eval().requires_grad_(False)
+    pipeline = StableDiffusionPipeline.from_pretrained(options.out / PIPELINE_FOLDER.name, dtype=torch.float32)
+    classifier = load_classifier(options.out)
     record = {
         "options": {key: value for key, value in vars(options).items() if key not in ("out", "stages")},
         "judge_on_held_out_digits": held_out_accuracy(classifier),
