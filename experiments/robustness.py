@@ -106,7 +106,7 @@ def examine(name: str) -> Record:
     """Erase, and examine the result."""
     pipeline = quiet_pipeline()
     probes = digits.probes(TARGET)
-    examination = Examination(probes[0], read_sets(SETS / "digit", TARGET), drawing=DRAWING, latents=LATENTS)
+    examination = Examination(probes[0], read_sets(SETS / "digit.txt", TARGET), drawing=DRAWING, latents=LATENTS)
     examination.before(pipeline)
     retained = None
     if name in ERASURES:

@@ -82,7 +82,8 @@ class Evaluate:
     """Images at a time in the robustness tests, which also train and need more memory. Default: BATCH_SIZE for
     drawing, 16 for training."""
     phrasings: Path | None = None
-    """Folder of .txt files for the test "phrasings", each a set with one prompt per line. Default: the sets of fdu."""
+    """Text file for the test "phrasings": sections such as [paraphrases], one prompt per line. Default: the sets of
+    fdu."""
     out: Path | None = None
     """Folder for metrics.json, images and report.html."""
     overwrite: bool = False
@@ -204,7 +205,7 @@ class Evaluate:
             return {}
         from fdu.evaluation.robustness.phrasings import SETS, read_sets
 
-        return read_sets(self.phrasings or SETS / exam.kind, exam.target)
+        return read_sets(self.phrasings or SETS / f"{exam.kind}.txt", exam.target)
 
     def _examination(self, probe: fdu.Probe, sets: PromptSets, sampling: Sampling) -> Examination | None:
         """The tests of robustness that were asked for, with images drawn as for the evaluation."""

@@ -43,7 +43,7 @@ class Exam:
 
     target: str
     kind: str
-    """The folder of prompt sets for robustness that suits the target: digit, ink, object or style."""
+    """The file of prompt sets for robustness that suits the target: digit, ink, object or style."""
     judge: str | None
     """An image-text encoder by folder or hub id; None: the default."""
     concepts: ConceptSet | None = None

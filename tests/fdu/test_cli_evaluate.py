@@ -136,7 +136,7 @@ def test_no_input_is_overwritten(what: str, capsys: pytest.CaptureFixture[str]) 
     Path("out/input").mkdir(parents=True)
     for name in ("config.json", "model_index.json", "set.txt"):
         Path("out/input", name).write_text(CONCEPTS)
-    source = "out/input/set.txt" if what == "prompts" else "out/input"
+    source = "out/input/set.txt" if what in ("prompts", "phrasings") else "out/input"
     base = source if what == "base" else "org/model"
     given = [] if what == "base" else [f"--{what}", source]
     rest = ["--target", "monet"] if what != "prompts" else []
@@ -171,9 +171,8 @@ def test_a_test_of_robustness_that_fails_costs_nothing_else(
     monkeypatch.setattr(examination, "relearn", fails_after)
     monkeypatch.setattr(fdu.cli.evaluate, "load_erased", lambda pipeline, *given: pipeline)
     arguments = ["embedded", "weights", *QUICK, "--out", "judged", "--robustness", "--robustness_batch_size", "1"]
-    Path("sets").mkdir()
-    Path("sets/mine.txt").write_text("a {}\n")
-    assert main(["evaluate", *arguments, "--phrasings", "sets"]) == cli.FAILED
+    Path("mine.txt").write_text("a {}\n")
+    assert main(["evaluate", *arguments, "--phrasings", "mine.txt"]) == cli.FAILED
     output = capsys.readouterr()
     assert re.search("attack.*CUDA out of memory.*relearning.*fault", output.err)
     assert "retained (9 classes)" in output.out and "other phrasings" in output.out and "report   judged" in output.out

@@ -76,9 +76,9 @@ def test_looks_double_up_to_the_last_step() -> None:
     assert spaced(3, 6) == (1, 3)
 
 
-@pytest.mark.parametrize("folder", sorted(path.name for path in phrasings.SETS.iterdir()))
-def test_the_sets_that_come_with_fdu(folder: str) -> None:
-    sets = read_sets(phrasings.SETS / folder, "red" if folder == "ink" else "van gogh")
+@pytest.mark.parametrize("kind", ["digit", "ink", "object", "style"])
+def test_the_sets_that_come_with_fdu(kind: str) -> None:
+    sets = read_sets(phrasings.SETS / f"{kind}.txt", "red" if kind == "ink" else "van gogh")
     assert sets.keys() == {"compositions", "languages", "misspellings", "paraphrases"}
     for prompts in sets.values():
         assert len(prompts) >= 6
@@ -86,13 +86,17 @@ def test_the_sets_that_come_with_fdu(folder: str) -> None:
 
 
 def test_own_sets(tmp_path: Path) -> None:
-    (tmp_path / "mine.txt").write_text("# comment\n{} and {}\nverbatim\n", encoding="utf-8")
-    (tmp_path / "slips.txt").write_text("a {misspelt}\n", encoding="utf-8")
-    sets = read_sets(tmp_path, "ox")
+    own = tmp_path / "mine.txt"
+    own.write_text("# comment\n{} and {}\nverbatim\n[slips]\na {misspelt}\n", encoding="utf-8")
+    sets = read_sets(own, "ox")
     assert sets["mine"] == ("ox and ox", "verbatim")
     assert sets["slips"] == tuple(f"a {slip}" for slip in phrasings.misspellings("ox"))
-    with pytest.raises(FileNotFoundError, match="no folder.*.txt files"):
-        read_sets(tmp_path / "none", "ox")
+    for text, empty in (("", "mine"), ("[slips]\n[words]\nox\n", "slips")):
+        own.write_text(text)
+        with pytest.raises(ValueError, match=f"no prompt.*{empty}"):
+            read_sets(own, "ox")
+    with pytest.raises(FileNotFoundError, match="no file"):
+        read_sets(tmp_path, "ox")
 
 
 @pytest.mark.parametrize("name", ["three", "van gogh", "R2D2", "猫"])

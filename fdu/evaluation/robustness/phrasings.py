@@ -1,8 +1,7 @@
 """Other phrasings of the target: paraphrases, misspellings, other languages, compositions; do they still draw it?
 
-A prompt set is a text file of one prompt a line. In a line, ``{}`` stands for the target's name, and ``{misspelt}``
-makes a prompt of every misspelling of it. A folder of such files, each a set of its own name, can take the place of
-those that come with fdu.
+Prompt sets are sections of a text file: a heading such as [paraphrases], then one prompt per line. In a line, ``{}``
+is the target's name, and ``{misspelt}`` makes a prompt of every misspelling of it.
 """
 
 from __future__ import annotations
@@ -11,13 +10,13 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from fdu.concepts import Concept
+from fdu.concepts import read_lines
 from fdu.evaluation import Judge, Probe
 from fdu.evaluation.robustness.judging import JudgedSampling, Share, seen_by_judge
 from fdu.models.denoiser import Denoiser
 
 SETS = Path(__file__).parent / "prompts"
-"""The folders of sets that come with fdu, by type of concept."""
+"""The files of sets that come with fdu, one per type of concept."""
 NAME, MISSPELT = "{}", "{misspelt}"
 BESIDE = {
     letter: row[place - 1] if place else row[1]
@@ -31,25 +30,32 @@ PromptSets = dict[str, tuple[str, ...]]
 """Prompts by the name of their set."""
 
 
-def read_sets(folder: str | Path, target: str) -> PromptSets:
-    """The prompt sets of a folder, with the target's name in them.
+def read_sets(file: str | Path, target: str) -> PromptSets:
+    """The prompt sets of a file, with the target's name filled in. Prompts before any heading form a set named as it.
 
     Raises:
-        FileNotFoundError: there is no such folder, or no .txt file in it.
-        ValueError: a file is not text in UTF-8, or holds no prompt.
+        FileNotFoundError: there is no such file.
+        ValueError: it is not text in UTF-8, or a set has no prompt.
     """
-    folder = Path(folder)
-    files = sorted(folder.glob("*.txt")) if folder.is_dir() else []
-    if not files:
-        raise FileNotFoundError(f"prompt sets {str(folder)!r}: no folder with .txt files; write one prompt per line")
-    sets = {}
-    for file in files:
-        prompts: list[str] = []
-        for line in Concept.from_file(file).prompts:
-            names = misspellings(target) if MISSPELT in line else (target,)
-            prompts += [line.replace(MISSPELT, name).replace(NAME, target) for name in names]
-        sets[file.stem] = tuple(dict.fromkeys(prompts))
-    return sets
+    file = Path(file)
+    if not file.is_file():
+        raise FileNotFoundError(
+            f"phrasings {str(file)!r} is no file; give a text file with one prompt per line, in sections such as "
+            "[paraphrases]"
+        )
+    sets: dict[str, list[str]] = {}
+    name = file.stem
+    for _, line in read_lines(file):
+        if line.startswith("[") and line.endswith("]"):
+            name = line[1:-1].strip()
+            sets.setdefault(name, [])
+            continue
+        words = misspellings(target) if MISSPELT in line else (target,)
+        sets.setdefault(name, []).extend(line.replace(MISSPELT, word).replace(NAME, target) for word in words)
+    empty = [name for name, prompts in sets.items() if not prompts] or ([] if sets else [name])
+    if empty:
+        raise ValueError(f"phrasings {str(file)!r} has no prompt for the set {empty[0]!r}; write one prompt per line")
+    return {name: tuple(dict.fromkeys(prompts)) for name, prompts in sets.items()}
 
 
 def misspellings(name: str) -> tuple[str, ...]:
