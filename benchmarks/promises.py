@@ -96,9 +96,12 @@ def losses(record: dict[str, Any]) -> Iterator[Bound]:
     """The losses against eager PyTorch, torch.compile and torch.clone (bench_losses.py)."""
     for form, dtype, which, baseline, statistic, least in LOSSES:
         times = [note["medians"] for note in notes(record, form) if note["dtype"] == dtype]
-        ratios = [one[baseline] / one[which] for one in times if which in one and baseline in one]
+        # A competitor that is missing from a shape breaks the promise: NaN is not >= anything.
+        ratios = [one.get(baseline, math.nan) / one.get(which, math.nan) for one in times]
         if ratios:
-            value = min(ratios) if statistic == "least" else statistics.geometric_mean(ratios)
+            value = min(ratios, key=lambda ratio: (not math.isnan(ratio), ratio))
+            if statistic != "least" and not math.isnan(value):
+                value = statistics.geometric_mean(ratios)
             yield Bound(f"{form} {dtype}, {which}, {statistic}: x {baseline}", ">=", least, value)
     for note in notes(record, "bandwidth"):
         what = f"{name_of(note['shape'])}, {FUSED}: share of clone's bandwidth"

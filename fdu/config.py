@@ -64,7 +64,8 @@ SIGNS = {">=": operator.ge, ">": operator.gt, "<": operator.lt}
 def check_number(name: str, value: Any, hint: Any) -> None:
     """Raise ValueError if ``value`` is not a finite number of an annotated type, within its bounds."""
     kind, *bounds = get_args(hint)
-    right = isinstance(value, (int, kind)) and not isinstance(value, bool) and math.isfinite(value)
+    right = isinstance(value, (int, kind)) and not isinstance(value, bool)
+    right = right and (isinstance(value, int) or math.isfinite(value))
     for sign, bound in bounds:
         if not right or not SIGNS[sign](value, bound):
             whole = "whole" if kind is int else "finite"
@@ -125,8 +126,8 @@ class EraseConfig:
     """Training target: the frozen denoiser's output for the anchor's prompt ("model"), or the noise in the anchor's
     latents ("noise")."""
     negative_guidance: NotNegative = 0.0
-    """Guidance away from the target, beyond the anchor, >= 0; needs objective "model". 1 with anchor "" is ESD's
-    objective."""
+    """Guidance away from the target, beyond the anchor, >= 0; needs objective "model". With anchor "", 1 gives
+    ESD's objective."""
     weighting: Literal["unit", "posterior", "min_snr", "p2"] = "unit"
     """Weight of each timestep: equal ("unit", the paper's code), the exact DDPM posterior, min-SNR or P2."""
     snr_gamma: Positive = 5.0

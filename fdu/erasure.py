@@ -61,7 +61,6 @@ def erase(
     pipeline: DiffusionPipeline,
     target: ConceptLike | Sequence[Concept],
     anchor: ConceptLike | Sequence[Concept],
-    *,
     concept_type: ConceptType | Sequence[ConceptType] = "object",
     mask: Tensor | None = None,
     config: EraseConfig | None = None,

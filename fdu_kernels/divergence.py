@@ -31,7 +31,7 @@ _numbers = itertools.count(1)
 
 @dataclass(frozen=True, repr=False)
 class Divergence:
-    """An f-divergence D_f(p || q) = E_q[f(p/q)]. Equality compares name, parameters and user's generator.
+    """An f-divergence D_f(p || q) = E_q[f(p/q)]. Equality compares name, parameters and the user's generator.
 
     Made by :func:`fdu_kernels.get_divergence` or :meth:`from_generator`; ``str`` gives the spelling that
     get_divergence reads.

@@ -50,7 +50,7 @@ class Compare:
     out: Path
     """Folder for the results: a new or empty one, or that of a comparison with the same settings."""
     divergences: str | None = None
-    """Names of `fdu divergences`, separated by commas."""
+    """Names listed by `fdu divergences`, separated by commas."""
     alpha: str | None = None
     """Alpha divergences as low:high:count, such as -1:2:7; at 0 and 1 these are reverse_kl and kl."""
     s0: tuple[float, ...] = (EraseConfig.s0,)
@@ -60,7 +60,7 @@ class Compare:
     prefer: Literal["preservation", "balanced", "erasure"] = "balanced"
     """Criterion of the recommendation; the page shows all three."""
     images_per_class: int = 32
-    """Images per class for the judge, >= 2; fewer than 6 of the target decide nothing."""
+    """Images per class for the judge, >= 2; fewer than 6 of the target are too few to name a winner."""
     prompts: str | None = None
     """Prompts to draw, as for `fdu evaluate`: a concept set of the package or a .txt file in that format. Default: the
     set with the target's name, otherwise the training prompts and everyday subjects. The embedded pipeline has its

@@ -50,7 +50,8 @@ class Demo:
         check_number("images_per_class", self.images_per_class, Count)
         model = subject_of("embedded")
         ((target, anchor),) = model.pairs([self.target], [self.anchor])
-        config = model.with_preserved(self.settings.checked(), [self.target])
+        config = model.with_preserved(self.settings.checked(), [target.name])
+        exam = model.exam(target.name)
         check_resolution(model.folder, config.resolution)
         check_demo_output(self.out)
         device = choose_device(self.device)
@@ -63,7 +64,7 @@ class Demo:
 
             with whole_folder(self.out, overwrite=True) as folder:
                 result = fdu.erase(model.load(device=device), target, anchor, config=config)
-                panel = model.exam(self.target).panel(device)
+                panel = exam.panel(device)
                 seed = config.seed + JUDGED_SEED
                 drawing = {"images_per_class": self.images_per_class, "seed": seed, **model.sampling.settings()}
                 with result.original() as original:

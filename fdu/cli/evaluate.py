@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from tyro.conf import Positional, arg
 
 import fdu
-from fdu.config import Count, check_number
+from fdu.config import Count, Natural, check_number
 from fdu.storage.loading import (
     PIPELINE_FILE,
     Dtype,
@@ -100,6 +100,7 @@ class Evaluate:
         base = subject_of(self.base, "BASE")
         check_erased(self.erased)
         check_number("images_per_class", self.images_per_class, Count)
+        check_number("seed", self.seed, Natural)
         if self.judge is not None:
             check_encoder(self.judge)
         record = read_record(self.erased)

@@ -115,7 +115,7 @@ def curve_entries(curves: Sequence[Curve]) -> list[tuple[str, str]]:
 
 def _variant(standing: Standing) -> str:
     """A candidate's label without its divergence."""
-    return standing.candidate.label.removeprefix(f"{standing.candidate.divergence}, ")
+    return standing.candidate.label.removeprefix(f"{standing.candidate.divergence} (").removesuffix(")")
 
 
 def _percent(share: Estimate) -> Estimate:

@@ -77,9 +77,9 @@ def exam(comparison: Comparison, target: str) -> Exam:
     Raises:
         ValueError: a concept set that does not go with the model or the target, or no prompts to judge by.
     """
-    sides = zip(("target", "anchor"), concepts(comparison, target, dict(comparison.pairs)[target]), strict=True)
-    record = {side: dataclasses.asdict(concept) for side, concept in sides}
-    return subject_of(comparison.model).exam(target, (), comparison.prompts, record, comparison.judge)
+    pair = concepts(comparison, target, dict(comparison.pairs)[target])
+    record = {side: dataclasses.asdict(concept) for side, concept in zip(("target", "anchor"), pair, strict=True)}
+    return subject_of(comparison.model).exam(pair[0].name, (), comparison.prompts, record, comparison.judge)
 
 
 def probes(comparison: Comparison, target: str) -> list[Probe]:

@@ -43,7 +43,7 @@ class Candidate:
     def label(self) -> str:
         """The settings in a few words."""
         others = [name if value is True else f"{name} {value}" for name, value in self.others]
-        return ", ".join([self.divergence, f"s0 {self.s0:g}", *others])
+        return f"{self.divergence} ({', '.join([f's0 {self.s0:g}', *others])})"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -121,7 +121,9 @@ class Comparison:
         if len(runs) > MOST_RUNS:
             raise ValueError(f"{len(runs)} runs are more than {MOST_RUNS}; compare fewer divergences, s0 or seeds")
         if len({run.name for run in runs}) < len(runs):
-            raise ValueError("two runs would have one name; use targets and settings that differ in letters and digits")
+            raise ValueError(
+                "two runs would have the same name; use targets and settings that differ in letters or digits"
+            )
         for run in runs:
             self.config(run)
 

@@ -80,7 +80,7 @@ def recommend(sample: Sample, prefer: Preference, before: Mapping[str, float] | 
     certain = certain and usable and len(candidates) > 1 and not few
     tied = tuple(candidates[place] for place in alike if place != chosen)
     if undrawn:
-        shares = [f"only {percent(share)} of the images of {name!r} show it" for name, share in undrawn.items()]
+        shares = [f"only {percent(share)} of the images of {name!r} showed it" for name, share in undrawn.items()]
         headline = f"Nothing to recommend: {_listed(shares)} before the erasure"
     elif few and usable and len(candidates) > 1:
         headline = f"Too few images for a winner; {one.label} will do"
@@ -92,7 +92,7 @@ def recommend(sample: Sample, prefer: Preference, before: Mapping[str, float] | 
             "A concept that is rarely drawn counts as erased even if nothing is done: use prompts that draw it."
         )
     if few:
-        sentences.append(f"Fewer than {FEWEST_TO_TELL} images cannot decide: draw more (images_per_class).")
+        sentences.append(f"Fewer than {FEWEST_TO_TELL} images are too few for a winner: draw more (images_per_class).")
     if tied:
         names = _listed([candidates[place].label for place in alike])
         sentences.append(
@@ -101,7 +101,8 @@ def recommend(sample: Sample, prefer: Preference, before: Mapping[str, float] | 
     lost = {place: difference for place, difference in behind.items() if place not in alike}
     if lost:
         following, gap = min(lost.items(), key=lambda item: item[1].value)
-        more = f"; {len(lost) - 1} more score lower" if len(lost) > 1 else ""
+        rest = len(lost) - 1
+        more = f"; {rest} other{'s' if rest > 1 else ''} score{'' if rest > 1 else 's'} lower" if rest else ""
         than = "the best of them" if tied else "that"
         sentences.append(
             f"{candidates[following].label} scores {gap.value:.3f} ({_range(gap, 1, 3)}) less than {than}{more}."
@@ -161,9 +162,9 @@ def _headline(sample: Sample, chosen: int, others: Sequence[Candidate], certain:
 def _figures_of(sample: Sample, one: Candidate, score: Estimate, prefer: Preference) -> list[str]:
     erased, retained = sample.estimate("erased", one), sample.estimate("retained", one)
     weight = {
-        "preservation": f"retaining counts {BETA[prefer]:g} times as much as erasing",
+        "preservation": f"retaining counts {_times(BETA[prefer])} as much as erasing",
         "balanced": "erasing and retaining count the same",
-        "erasure": f"erasing counts {1 / BETA[prefer]:g} times as much as retaining",
+        "erasure": f"erasing counts {_times(1 / BETA[prefer])} as much as retaining",
     }[prefer]
     found = [
         f"{one.label} erased the target in {percent(erased.value)} of its images ({_range(erased)}) and kept "
@@ -175,6 +176,10 @@ def _figures_of(sample: Sample, one: Candidate, score: Estimate, prefer: Prefere
     if sample.seeds == 1:
         found.append("One seed cannot show how much results vary between seeds: run more (seeds).")
     return found
+
+
+def _times(factor: float) -> str:
+    return "twice" if factor == 2 else f"{factor:g} times"
 
 
 def _range(estimate: Estimate, scale: float = 100, digits: int = 0) -> str:

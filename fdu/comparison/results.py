@@ -120,7 +120,7 @@ def conditions_of(records: Sequence[Mapping[str, Any]]) -> tuple[dict[str, Any],
 
 
 def shares(judged: tuple[Judged, ...]) -> tuple[float, float]:
-    """Mean shares drawn as asked, of the target and of the other classes."""
+    """Mean shares of images that show what was asked for, of the target and of the other classes."""
     own = [sum(one.hits) / len(one.hits) for one in judged if one.role in TARGET_ROLES]
     others = [sum(one.hits) / len(one.hits) for one in judged if one.role not in TARGET_ROLES]
     return sum(own) / len(own), sum(others) / len(others)

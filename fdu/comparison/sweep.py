@@ -6,11 +6,13 @@ import collections
 import concurrent.futures
 import copy
 import dataclasses
+import fcntl
 import hashlib
 import json
 import multiprocessing
 import os
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -56,16 +58,20 @@ class Records:
         self.path = path
         self.header: Record = {}
         self.found: dict[str, Record] = {}
-        for text in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+        for text in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else ():
             try:
                 line = json.loads(text)
             except ValueError:
+                continue
+            if not isinstance(line, dict):
                 continue
             name = line.pop("name", None)
             if name is None:
                 self.header = line
             else:
-                self.found[name] = line if line.pop("whole", False) else _merged(copy.deepcopy(self.header), line)
+                record = line if line.pop("whole", False) else _merged(copy.deepcopy(self.header), line)
+                if record.keys() >= {"identity", "device", "versions"}:  # else the header is damaged
+                    self.found[name] = record
 
     def of(self, name: str, identity: Record) -> Record | None:
         """The record of this name if it was made with this identity, else None."""
@@ -79,7 +85,7 @@ class Records:
 
     def add(self, name: str, record: Record, jobs: Sequence[Job]) -> None:
         """Write a record: as one more line, or with the whole file if it is the first."""
-        first = not self.found
+        first = not self.found or not self.path.is_file()
         self.found[name] = json.loads(to_json(record))
         if first:
             return self.write(jobs)
@@ -124,6 +130,11 @@ def sweep(
         OSError: a record cannot be written.
         KeyboardInterrupt: a signal asked for it; all written records stay.
     """
+    with _alone(path):
+        return _sweep(jobs, path, workers, most, tell)
+
+
+def _sweep(jobs: Sequence[Job], path: Path, workers: int, most: int | None, tell: Callable[[str], None]) -> Records:
     records = Records(path)
     todo = [job for job in jobs if records.of(job.name, job.identity) is None]
     parts = [job for job in todo if job.first], [job for job in todo if not job.first][:most]
@@ -132,16 +143,32 @@ def sweep(
         records.write(jobs)
     context = multiprocessing.get_context("spawn")
     pool = concurrent.futures.ProcessPoolExecutor(workers, mp_context=context) if workers > 1 else None
+    futures: dict[concurrent.futures.Future[Record], Job] = {}
     try:
         for part in parts:
-            for job, record in _made(part, pool):
+            for job, record in _made(part, pool, futures):
                 records.add(job.name, record, jobs)
                 done += 1
                 tell(f"{done}/{total} {job.name}")
     finally:
         if pool is not None:
             pool.shutdown(wait=True, cancel_futures=True)
+            for future, job in futures.items():  # what the others finished while one failed
+                if not future.cancelled() and future.exception() is None:
+                    records.add(job.name, future.result(), jobs)
     return records
+
+
+@contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """Hold the records against other processes."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.with_suffix(".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise FileExistsError(f"another process is writing {str(path)!r}; wait for it to end") from None
+        yield
 
 
 def digest(content: Any) -> str:
@@ -156,17 +183,24 @@ def settings_identity(settings: EraseConfig, without: Sequence[str] = ()) -> Rec
     return {**found, "preservation_prompts": digest(prompts) if prompts else []}
 
 
-def _made(jobs: Sequence[Job], pool: concurrent.futures.Executor | None) -> Iterator[tuple[Job, Record]]:
-    """Every job with its record, as they come."""
+def _made(
+    jobs: Sequence[Job],
+    pool: concurrent.futures.Executor | None,
+    futures: dict[concurrent.futures.Future[Record], Job],
+) -> Iterator[tuple[Job, Record]]:
+    """Every job with its record, as they come; ``futures`` holds those that are still to come."""
     if pool is None:
         yield from ((job, _record(job)) for job in jobs)
         return
     kept = dict(os.environ)
     os.environ.update(WORKER)  # processes start when jobs are submitted
-    futures = {pool.submit(_record, job): job for job in jobs}
-    os.environ.clear()
-    os.environ.update(kept)
-    yield from ((futures[future], future.result()) for future in concurrent.futures.as_completed(futures))
+    try:
+        futures.update({pool.submit(_record, job): job for job in jobs})
+    finally:
+        os.environ.clear()
+        os.environ.update(kept)
+    for future in concurrent.futures.as_completed(list(futures)):
+        yield futures.pop(future), future.result()
 
 
 def _record(job: Job) -> Record:
@@ -210,7 +244,7 @@ def _nested(common: Record, key: str, value: Any) -> bool:
 
 def _holds(found: Record, wanted: Record) -> bool:
     """Whether ``found`` has every entry of ``wanted``; it may have more."""
-    return all(
+    return isinstance(found, dict) and all(
         key in found and (_holds(found[key], value) if isinstance(value, dict) else found[key] == value)
         for key, value in wanted.items()
     )

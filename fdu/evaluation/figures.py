@@ -93,7 +93,7 @@ def evaluate(
         before, after: pipelines, or images from :func:`draw`.
         probes: prompts and judges; exactly one has the role "target", at least one the role "retained".
         features: extractor for distances and, if it reads text, CLIP scores: an extractor, a module, a CLIP model's
-            folder or hub id, or "embedded". None: judged shares and pixel changes only.
+            folder or hub id. None: judged shares and pixel changes only.
         settings: arguments of :func:`draw`.
 
     Raises:

@@ -20,7 +20,7 @@ FEWEST = 2
 class Bootstrap:
     """Resamples of the images of several probes; each probe keeps its number of images.
 
-    A resample is told by how often it holds each image, so that every figure is resampled in the same way: figures
+    A resample is described by how often it holds each image, so that every figure is resampled in the same way: figures
     before and after, and their differences, fit together. Image i of every probe begins as the same noise, and what
     befalls one befalls the others: so a resample holds i in one probe as often as in another, as if i were drawn, and
     not an image. Resampled apart, classes would seem to know more than they do together.

@@ -224,13 +224,14 @@ def _target_part(evaluation: Evaluation, target: str) -> _Part:
     if ends == ["erased", "not erased"]:
         state = "cannot be told"
     left = percent(share) + (f", at most {percent(high)}" if high > share else "")
+    doubt, bounds = ("", "") if sure else ("probably ", f", interval {100 * low:.0f} to {percent(high)}")
     headline = {
         "erased": f"{target} is {'rarely drawn now' if share else 'no longer drawn'} ({left})",
-        "partly erased": f"{target} is only partly erased ({percent(share)} of images still show it)",
-        "not erased": f"{target} is not erased ({percent(share)} of images still show it)",
+        "partly erased": f"{target} is {doubt}only partly erased ({percent(share)} of images still show it{bounds})",
+        "not erased": f"{target} is {doubt}not erased ({percent(share)} of images still show it{bounds})",
         "rarely drawn before": f"{target} was rarely drawn even before ({percent(before.target_accuracy)})",
-        "cannot be told": f"{images} images per class cannot tell whether {target} is erased ({percent(share)} left, "
-        f"interval {100 * low:.0f} to {percent(high)})",
+        "cannot be told": f"{images} images per class are too few to tell whether {target} is erased "
+        f"({percent(share)} left, interval {100 * low:.0f} to {percent(high)})",
     }[state]
     if before.unseen_accuracy is not None and after.unseen_accuracy is not None:
         first, last = before.unseen_accuracy, after.unseen_accuracy
@@ -245,8 +246,8 @@ def _target_part(evaluation: Evaluation, target: str) -> _Part:
                 f"{target} is erased only in the training's phrasings (in others {percent(last)} of images show it)"
             )
     if state == "erased" and not sure:
-        doubt = f"{images} images per class allow up to {percent(reach)}"
-        headline = f"{target} is probably erased ({percent(share)}, but {doubt})"
+        few = f"{images} images per class allow up to {percent(reach)}"
+        headline = f"{target} is probably erased ({percent(share)}, but {few})"
     became = [(name, one) for name, one in after.target_became.items() if name != target]
     if became and state in ("erased", "partly erased"):
         sentences.append(f"These prompts now draw {became[0][0]} most often ({percent(became[0][1])}).")
@@ -318,16 +319,22 @@ def _retained_sentences(
         ]
     else:
         fell = suffered or _fell(evaluation, "retained_accuracy", MEAN_DROP)
-        state = "lost some accuracy" if fell else ("are kept" if drawn else "were rarely drawn even before")
+        state = (
+            "lost some accuracy"
+            if fell
+            else (f"{_be(retained)} kept" if drawn else f"{_be(retained, past=True)} rarely drawn even before")
+        )
         lowest = _shares(before.per_class[worst], after.per_class[worst])
         detail = "" if lowest == shares else f"; the lowest, {worst}: {lowest}"
         sentences.append(f"The {_count(retained)} to retain {state}: {shares}{detail}.")
     if suffered and len(by_group) > 1:
         told = [f"{GROUPS[group]} ({_shares(*by_group[group])})" for group in suffered]
-        sentences.append(f"These groups lost accuracy: {joined(told)}.")
+        sentences.append(f"{_these(told, 'group')} lost accuracy: {joined(told)}.")
     rare = [f"{GROUPS[group]} ({percent(first)})" for group, (first, _) in by_group.items() if first < DRAWN_BEFORE]
     if rare and drawn:
-        sentences.append(f"These groups were rarely drawn even before, so their shares show little: {joined(rare)}.")
+        sentences.append(
+            f"{_these(rare, 'group')} {_be(rare, past=True)} rarely drawn before, which shows little: {joined(rare)}."
+        )
     return sentences
 
 
@@ -375,7 +382,7 @@ def _loss_sentence(evaluation: Evaluation, broken: Sequence[str]) -> str:
     """The broken classes with their shares, the worst first."""
     named = [_with_shares(evaluation, name) for name in broken[:NAMED_CLASSES]]
     more = [f"{len(broken) - NAMED_CLASSES} more"] if len(broken) > NAMED_CLASSES else []
-    return f"These classes lost more than {100 * CLASS_DROP:.0f} points: {joined(named + more)}."
+    return f"{_these(broken, 'class')} lost more than {100 * CLASS_DROP:.0f} points: {joined(named + more)}."
 
 
 def joined(words: Sequence[str]) -> str:
@@ -385,3 +392,11 @@ def joined(words: Sequence[str]) -> str:
 
 def _count(names: Sequence[str]) -> str:
     return f"{len(names)} class" + ("es" if len(names) != 1 else "")
+
+
+def _these(names: Sequence[str], noun: str) -> str:
+    return f"This {noun}" if len(names) == 1 else f"These {noun}{'es' if noun.endswith('s') else 's'}"
+
+
+def _be(names: Sequence[str], past: bool = False) -> str:
+    return (("was", "were") if past else ("is", "are"))[len(names) != 1]

@@ -138,7 +138,7 @@ class Denoiser(ABC):
             reason = f"takes {images[0]}" if images else f"feeds its {cls.module_name} {taken} channels, not {channels}"
             raise ValueError(
                 f"pipeline is a {name}, which {reason}; editing, inpainting and ControlNet pipelines cannot be "
-                "trained, load the model with AutoPipelineForText2Image"
+                "trained; load the model with AutoPipelineForText2Image"
             )
         if any(_moves_itself(part) for part in pipeline.components.values()):
             raise ValueError(

@@ -50,7 +50,7 @@ def denoiser_of(pipeline: DiffusionPipeline, resolution: int | None = None) -> D
         if hasattr(getattr(pipeline, name, None), "_orig_mod"):
             raise TypeError(
                 f"pipeline.{name} is compiled; set pipeline.{name} = pipeline.{name}._orig_mod before training, and "
-                "let it compile for itself with compile=True"
+                "pass compile=True, so that fdu compiles it"
             )
     raise TypeError(
         f"pipeline is a {type(pipeline).__name__}, whose family is not supported yet; supported: "

@@ -42,7 +42,7 @@ def transformer_layers(
     """:attr:`KohyaNames.layers` of a transformer.
 
     Args:
-        blocks: by kohya's name of a list of blocks: diffusers' name of it, and kohya's names of a block's layers.
+        blocks: {kohya's prefix of the blocks: (diffusers' attribute, {diffusers' layers: kohya's layer name})}.
         others: kohya's names of the layers outside of blocks.
     """
 

@@ -151,7 +151,8 @@ class EvaluatedRun(Told):
             if told.record is not None:
                 check_record(told.record, "metrics.record")
             if told.robustness is not None:
-                restored(Robustness, told.robustness, "metrics.robustness")
+                robustness = restored(Robustness, told.robustness, "metrics.robustness").as_dict()
+                told = dataclasses.replace(told, robustness=robustness)
             run = cls(evaluation=evaluation, images={side: [] for side in SIDES}, **vars(told))
             check_probes(run.asked)
             check_counts(evaluation, run.probes)

@@ -50,7 +50,7 @@ def check_model(model: str, argument: str = "MODEL", embedded: Sequence[str] = (
     elif Path(model).parent.is_dir():
         raise FileNotFoundError(
             f"{argument} {model!r} does not exist: there is a folder {str(Path(model).parent)!r}, but no "
-            f"{Path(model).name!r} in it; for the hub's {model!r}, run in another folder"
+            f"{Path(model).name!r} in it; for the hub id {model!r}, run where there is no such folder"
         )
 
 
@@ -67,7 +67,8 @@ def check_resolution(folder: Path | None, resolution: int | None) -> None:
     if blocks:
         scale, side = 2 ** (len(blocks) - 1), denoiser.get("sample_size")
         native = (side * scale, side * scale) if isinstance(side, int) else None
-        check_size(resolution, math.lcm(8, scale * denoiser.get("patch_size", 1)), native)
+        patch = denoiser.get("patch_size")
+        check_size(resolution, math.lcm(8, scale * (patch if isinstance(patch, int) else 1)), native)
 
 
 def result_bytes(folder: Path | None, train_method: str, save_as: str = "auto") -> int:

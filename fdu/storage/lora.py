@@ -120,7 +120,7 @@ def _configs(metadata: Mapping[str, str]) -> dict[str, Any]:
     """
     configs = json.loads(metadata.get(METADATA_KEY, "null")) or {}
     if not isinstance(configs, dict):
-        raise ValueError(f"its metadata {METADATA_KEY!r} is a {type(configs).__name__}, not settings by name")
+        raise ValueError(f"its metadata {METADATA_KEY!r} is a {type(configs).__name__}, not a JSON object of settings")
     return configs
 
 

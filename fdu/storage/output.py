@@ -103,6 +103,8 @@ def whole_file(path: Path) -> Iterator[Path]:
         fresh = Path(folder) / path.name
         yield fresh
         _open_to_readers(fresh)
+        with fresh.open("rb") as file:
+            os.fsync(file.fileno())  # or a power cut could leave an empty file under the name
         os.replace(fresh, path)
 
 

@@ -91,7 +91,7 @@ def write(
     if format == "lora" or format == "kohya":
         if not lora_layers:
             raise ValueError(
-                f'format "{format}" needs LoRA layers, but weights were trained; choose "delta" or "pipeline"'
+                f'format "{format}" needs LoRA layers, but the run trained weights; choose "delta" or "pipeline"'
             )
         updates = lora.check(pipeline, lora.from_layers(lora_layers, lora_alpha))
         if format == "lora":

@@ -210,7 +210,7 @@ def _sections(path: str | Path, shown: str) -> dict[str, list[Concept]]:
         if heading:
             section = heading[1].strip()
             if section not in SECTIONS:
-                raise ValueError(f"{shown}, line {number}: [{section}] is none of {', '.join(SECTIONS)}")
+                raise ValueError(f"{shown}, line {number}: [{section}] is not one of {', '.join(SECTIONS)}")
             sections.append((section, heading[2], []))
         elif line.startswith("["):
             raise ValueError(f"{shown}, line {number}: {line!r} lacks the ] of a section, such as [target] name")

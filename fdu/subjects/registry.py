@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fdu.storage.loading import check_model
+from fdu.config import check_choice
+from fdu.storage.loading import check_model, choose_device
 from fdu.subjects.digits.embedded import NAME, EmbeddedDigits
 from fdu.subjects.subject import Subject
 
 if TYPE_CHECKING:
+    import torch
     from diffusers import DiffusionPipeline
 
 EMBEDDED = {NAME: EmbeddedDigits}
@@ -37,16 +40,18 @@ def subject_of(model: str, argument: str = "MODEL") -> Subject:
     return subject
 
 
-def load_pipeline(model: str, dtype: str = "float32", device: str = "cpu") -> DiffusionPipeline:
+def load_pipeline(model: str | Path, dtype: str | torch.dtype = "float32", device: str = "cpu") -> DiffusionPipeline:
     """Load a pipeline by the name that the command line takes.
 
     Args:
         model: a pipeline's folder, a hub id (org/name), or "embedded".
-        dtype: of the weights: "float32", "float16" or "bfloat16".
-        device: where to put it.
+        dtype: of the weights: float32, float16 or bfloat16, by name or from torch.
+        device: where to put it: cpu, cuda, mps or auto.
 
     Raises:
-        ValueError, FileNotFoundError: as :func:`subject_of`.
+        ValueError, FileNotFoundError: as :func:`subject_of`, or an unknown dtype or device.
         OSError: it cannot be loaded; the message gives the first line of the reason.
     """
-    return subject_of(model).load(dtype, device)
+    dtype = str(dtype).removeprefix("torch.")
+    check_choice("dtype", dtype, ("float32", "float16", "bfloat16"))
+    return subject_of(str(model)).load(dtype, choose_device(device))

@@ -23,7 +23,7 @@ FREE_SETTINGS = {
     *PLACES,
     *("checkpointing_steps", "checkpoints_total_limit", "report_to", "validation_prompts", "validation_steps"),
 }
-"""Settings that may change between a run and its continuation, which they do not touch."""
+"""Settings that may change between a run and its continuation, because they do not affect the weights."""
 
 
 class Checkpoints:
@@ -92,7 +92,7 @@ class Checkpoints:
             return None
         try:
             with safe_open(path / STATE_FILE, "pt") as file:  # what opens is as long as its header says
-                content = json.loads(file.metadata()[HEADER])
+                content = json.loads((file.metadata() or {})[HEADER])
                 tensors = {} if header_only else {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             step, manifest = content["step"], content["manifest"]
             state = {} if header_only else _unpack(content["state"], tensors)

@@ -11,18 +11,24 @@ from types import FrameType
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
+class Interruption:
+    """Whether a signal asked to stop. A plain flag: the lock of an event could deadlock a handler."""
+
+    noted = False
+
+
 @contextmanager
-def noticed() -> Iterator[threading.Event]:
-    """Within this context the first signal sets the event instead of being obeyed; a second one does not wait.
+def noticed() -> Iterator[Interruption]:
+    """Within this context the first signal is noted instead of being obeyed; a second one does not wait.
 
     In threads other than the main one signals are not seen.
     """
-    asked = threading.Event()
+    asked = Interruption()
 
     def note(number: int, frame: FrameType | None) -> None:
-        if asked.is_set():
+        if asked.noted:
             raise KeyboardInterrupt
-        asked.set()
+        asked.noted = True
 
     if threading.current_thread() is not threading.main_thread():
         yield asked

@@ -6,7 +6,6 @@ import logging
 import math
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, nullcontext
-from threading import Event
 from typing import Any, cast
 
 import torch
@@ -16,7 +15,7 @@ from tqdm import tqdm
 
 from fdu.training.checkpoint import Checkpoints
 from fdu.training.frozen_layers import keeping_less
-from fdu.training.interruption import noticed
+from fdu.training.interruption import Interruption, noticed
 from fdu.training.sharding import sharded
 from fdu.training.step import COLUMNS, Stepper
 from fdu.training.tracking import Tracking
@@ -124,7 +123,7 @@ class Training:
             if prepared is not None:
                 attributes["forward"] = prepared
 
-    def _loop(self, tracking: Tracking, stop: Event) -> None:
+    def _loop(self, tracking: Tracking, stop: Interruption) -> None:
         config = self.config
         if self.objective.game is not None and self.step == 0:
             quiet = not self.accelerator.is_local_main_process
@@ -252,13 +251,13 @@ class Training:
         self.course = list(state["course"].to(self.denoiser.device))
         self.looked = len(self.course)
 
-    def _stops(self, stop: Event) -> bool:
+    def _stops(self, stop: Interruption) -> bool:
         """Whether to stop: at once where one process is alone, else when all have heard of it."""
         if self.accelerator.num_processes == 1:
-            return stop.is_set()
+            return stop.noted
         if self.step % CHECK_EVERY:
             return False
-        asked = torch.tensor(float(stop.is_set()), device=self.denoiser.device)
+        asked = torch.tensor(float(stop.noted), device=self.denoiser.device)
         return bool(self.accelerator.reduce(asked, "sum") > 0)
 
 

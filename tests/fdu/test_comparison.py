@@ -298,7 +298,7 @@ def test_the_page_stands_alone_and_says_what_was_found(tmp_path: Path) -> None:
     for path in tmp_path.glob("*.svg"):
         assert ElementTree.parse(path).getroot().tag.endswith("svg")
     rows = (tmp_path / "comparison.md").read_text().splitlines()
-    assert len(rows) == 5 and rows[2].startswith("| squared_hellinger, s0 1 | 90.0 (") and "| yes (" in rows[2]
+    assert len(rows) == 5 and rows[2].startswith("| squared_hellinger (s0 1) | 90.0 (") and "| yes (" in rows[2]
     described = describe(results)
     assert described["recommendations"]["erasure"]["settings"] == {"divergence": "squared_hellinger", "s0": 1.0}
     json.dumps(described)
@@ -321,7 +321,7 @@ def test_charts_put_points_where_they_belong() -> None:
     (first, second, third) = list(places)
     assert first[0] < second[0] and first[1] < second[1]  # further right, and lower
     assert places[first] != "none" and places[second] != "none" and places[third] == "none"  # dominated, so hollow
-    assert "mse, s0 1; kl, s0 1" in str(root.get("aria-label"))
+    assert "mse (s0 1); kl (s0 1)" in str(root.get("aria-label"))
     curve = Curve("left & right", [(20, results.standings[0].erased), (80, results.standings[1].erased)], COLOURS[0])
     label = ElementTree.fromstring(curve_chart([curve], "steps", "share (%)", whole=True)).get("aria-label")
     assert "left & right: 20: 25.0 % (" in str(label)

@@ -171,7 +171,7 @@ def test_targets_count_alike() -> None:
 def test_only_seeds_that_every_candidate_has_are_compared() -> None:
     found, (one, other) = runs({"mse": (0.5, 1.0), "kl": (0.9, 1.0)})
     del found["three", other, 2]
-    with pytest.raises(ValueError, match="'three'.*kl, s0 1, seed 2"):
+    with pytest.raises(ValueError, match=r"'three'.*kl \(s0 1\), seed 2"):
         Sample(found, [one, other])
     whole = complete(found, [one, other])
     assert {seed for _, _, seed in whole} == {0, 1}

@@ -79,7 +79,7 @@ def test_runs_are_candidates_times_targets_times_seeds_with_names_of_their_own()
     assert len(runs) == 12 and len({run.name for run in runs}) == 12
     assert runs[0].name == "three_eight_divergence=alpha-0.3_s0=10_seed=0"
     assert [run.seed for run in runs] == sorted(run.seed for run in runs)
-    assert runs[1].candidate.label == "kl, s0 1, variational"
+    assert runs[1].candidate.label == "kl (s0 1, variational)"
     assert Run("van gogh", "", Candidate("mse"), 0).name == "van-gogh_nothing_divergence=mse_s0=1_seed=0"
 
 

@@ -461,7 +461,7 @@ def test_without_a_resolution_the_size_is_the_models_own(name: str) -> None:
 def test_a_resolution_that_does_not_suit_the_model_is_refused(name: str, unit: int) -> None:
     pipeline = families.build(name)
     for wrong in (0, -unit, unit + 1):
-        message = f"resolution must be a positive multiple of {unit} .*got {wrong}; try {unit}$"
+        message = f"resolution must be a positive multiple of {unit} .*got {wrong}; try {unit}"
         with pytest.raises(ValueError, match=message):
             denoiser_of(pipeline, wrong)
     with pytest.raises(TypeError, match="resolution.*number.*pixels.*None, got '16'"):
@@ -538,7 +538,7 @@ def test_an_inpainting_model_is_refused_in_any_pipeline() -> None:
             "scheduler",
             "prediction_type",
             "flow_prediction",
-            "'flow_prediction'.*not noise",
+            "'flow_prediction'.*not.*noise",
         ),
         (
             "sdxl",
@@ -570,7 +570,7 @@ def test_an_sdxl_refiner_is_refused() -> None:
 def test_a_scheduler_of_another_kind_is_refused() -> None:
     diffusion, flow = families.build("sd"), families.build("sd3")
     diffusion.scheduler, flow.scheduler = flow.scheduler, diffusion.scheduler
-    with pytest.raises(ValueError, match="a FlowMatchEulerDiscreteScheduler .*not noise.*DDPM"):
+    with pytest.raises(ValueError, match="a FlowMatchEulerDiscreteScheduler .*not.*noise.*DDPM"):
         denoiser_of(diffusion)
     with pytest.raises(ValueError, match="a DDIMScheduler.*not follow.*rectified flow"):
         denoiser_of(flow)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from trained import add_adapter
 
 import fdu
+from fdu.models.families import denoiser_of
 from fdu.subjects.digits import pipeline as digits
 from fdu.training import loop
 from fdu.training.frozen_layers import keeping_less
@@ -152,7 +153,7 @@ def test_a_denoiser_with_an_adapter(name: str, checkpointed: bool) -> None:
     unet.train()
     if checkpointed:
         unet.enable_gradient_checkpointing()
-    model = fdu.models.denoiser_of(pipeline)
+    model = denoiser_of(pipeline)
     conditioning = model.encode(["a photo of the digit three"])
     noisy = torch.randn(1, *model.latent_shape, generator=torch.Generator().manual_seed(1))
 

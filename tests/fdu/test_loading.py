@@ -89,7 +89,7 @@ def test_room_for_a_result(tmp_path: Path) -> None:
 def test_truncated_weights_are_an_error_in_one_line(tmp_path: Path, pipeline: StableDiffusionPipeline) -> None:
     (tmp_path / "lora").mkdir()
     (tmp_path / "lora" / LORA_FILE).write_bytes(b"\xff" * 40)
-    with pytest.raises(OSError, match="weights '.*lora'.*not.*loaded: .*damaged"):
+    with pytest.raises(OSError, match="weights '.*lora'.*not.*loaded: .*lora"):
         load_erased(pipeline, str(tmp_path / "lora"))
     pipeline.save_pretrained(tmp_path / "full")
     weights = next((tmp_path / "full" / "unet").glob("*.safetensors"))

@@ -71,8 +71,8 @@ def test_a_file_without_subjects_gets_those_of_the_package(tmp_path: Path) -> No
     ("text", "message"),
     [
         ("a photo\n", "line 1: .*before.*first section"),
-        ("[target] a\n{}\n[anker] b\n", r"line 3: \[anker\].*none.*target, unseen"),
-        ("[target] a\n{}\n[un-related] b\n", r"line 3: \[un-related\].*none.*target, unseen"),
+        ("[target] a\n{}\n[anker] b\n", r"line 3: \[anker\].*not one.*target, unseen"),
+        ("[target] a\n{}\n[un-related] b\n", r"line 3: \[un-related\].*not one.*target, unseen"),
         ("[target] a\n{}\n[near b\n", r"line 3: '\[near b' lacks the \]"),
         ("[target] a\n{}\n", r"must hold one section \[anchor\], got 0"),
         ("[target] a\n{}\n[target] c\n{}\n[anchor] b\nb\n", r"must hold one section \[target\], got 2"),

@@ -99,12 +99,12 @@ def test_own_sets(tmp_path: Path) -> None:
         read_sets(tmp_path, "ox")
 
 
-@pytest.mark.parametrize("name", ["three", "van gogh", "R2D2", "猫"])
-def test_misspellings_are_near_the_name_and_never_it(name: str) -> None:
-    found = phrasings.misspellings(name)
-    assert name not in found and len(found) == len(set(found))
-    assert all(abs(len(slip) - len(name)) <= 1 for slip in found)
-    assert len(found) >= 2 * sum(letter.isalpha() for letter in name) - 2
+@pytest.mark.parametrize("word", ["three", "van gogh", "R2D2", "猫"])
+def test_misspellings_are_near_the_name_and_never_it(word: str) -> None:
+    found = phrasings.misspellings(word)
+    assert word not in found and len(found) == len(set(found))
+    assert all(abs(len(slip) - len(word)) <= 1 for slip in found)
+    assert len(found) >= 2 * sum(letter.isalpha() for letter in word) - 2
 
 
 def test_fewer_images_than_misspellings_reach_all_letters_and_all_kinds_of_slips() -> None:

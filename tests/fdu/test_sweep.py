@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import functools
 import json
 import os
@@ -168,3 +169,32 @@ def test_a_kill_loses_one_job_at_most(path: Path) -> None:
     told: list[str] = []
     sweep(jobs, path, tell=told.append)
     assert told == ["1/2 job 2", "2/2 job 3"]
+
+
+def broken() -> dict[str, Any]:
+    raise OSError("no such encoder")
+
+
+def test_a_job_that_fails_costs_no_other_that_ends(path: Path) -> None:
+    jobs = [Job("broken", SHARED, broken), job(1), job(2)]
+    with pytest.raises(OSError, match="encoder"):
+        sweep(jobs, path, workers=2, tell=lambda line: None)
+    assert Records(path).found  # those that were running meanwhile
+
+
+def test_two_sweeps_do_not_share_a_file(path: Path) -> None:
+    with path.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(FileExistsError, match="another process"):
+            sweep([job(1)], path)
+    sweep([job(1)], path, tell=lambda line: None)
+
+
+@pytest.mark.parametrize("damage", ["{", "[]", "\xff"])
+def test_records_with_a_damaged_header_are_made_again(path: Path, damage: str) -> None:
+    sweep([job(1), job(2)], path, tell=lambda line: None)
+    _, *rest = path.read_text().splitlines()
+    path.write_bytes((damage + "\n" + "\n".join(rest) + "\n").encode("latin-1"))
+    told: list[str] = []
+    sweep([job(1), job(2)], path, tell=told.append)
+    assert len(told) == 2

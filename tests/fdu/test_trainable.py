@@ -213,7 +213,7 @@ def test_an_earlier_erasure_needs_the_later_ones_to_be_switched_off() -> None:
     lower = trained(denoiser, "cross_attention")
     trained(denoiser, "lora")
     gc.collect()
-    with pytest.raises(RuntimeError, match="its result is gone"), lower.frozen():
+    with pytest.raises(RuntimeError, match="discarded"), lower.frozen():
         pass
 
 
@@ -353,9 +353,9 @@ def test_a_fused_erasure_says_so() -> None:
     pipeline = families.build("sd")
     trainable = trained(wrapped(pipeline), "lora")
     pipeline.fuse_lora()
-    with pytest.raises(RuntimeError, match="'fdu'.*been fused.*unfuse_lora"), trainable.frozen():
+    with pytest.raises(RuntimeError, match="'fdu'.*fused.*unfuse_lora"), trainable.frozen():
         pass
-    with pytest.raises(RuntimeError, match="'fdu'.*been fused.*unfuse_lora"):
+    with pytest.raises(RuntimeError, match="'fdu'.*fused.*unfuse_lora"):
         trainable.remove()
     pipeline.unfuse_lora()
     trainable.remove()
@@ -581,7 +581,7 @@ def test_what_the_token_method_cannot_isolate_is_refused() -> None:
     refused("none of its prompts contains 'thre'", target_name="thre")
     refused("none of its prompts contains ''", target_name="")
     refused("'three' has no token of its own in text_encoder: every one of 'three</w>'", kept_prompts=["three eights"])
-    refused("cannot erase the prompt 'a painting', which contains no token", prompts=[TARGET, "a painting"])
+    refused("cannot erase.*'a painting'.*no token", prompts=[TARGET, "a painting"])
 
 
 def test_wrong_methods_are_refused_before_anything_is_done() -> None:

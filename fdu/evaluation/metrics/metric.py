@@ -47,7 +47,7 @@ class SetMetric(Metric):
     """Features [N, D] and [M, D] -> [N, M]."""
 
     def discrepancies(self, before: Tensor, after: Tensor) -> Tensor:
-        """What each two pairs contribute to the squared maximum mean discrepancy: [N, N], zero on the diagonal.
+        """What any two pairs contribute to the squared maximum mean discrepancy: [N, N], zero on the diagonal.
 
         The mean over its off-diagonal entries is the unbiased estimate from pairs (Gretton et al. 2012, lemma 6): no
         image is compared with itself or with its counterpart. So images that share prompt and seed do not bias it; it

@@ -134,9 +134,9 @@ class Examination:
 
     def before(self, pipeline: DiffusionPipeline) -> None:
         """Draw the target's images and what the later figures are compared with."""
-        denoiser, self._begun = denoiser_of(pipeline), True
+        self._begun = True
         for name, test in self.tests.items():
-            self._tried(name, test.before, denoiser)
+            self._tried(name, test.before, pipeline)
 
     def each_after(self, pipeline: DiffusionPipeline) -> Iterator[None]:
         """Test the erased pipeline, which is as before afterwards; yields whenever ``found`` is up to date.
@@ -146,9 +146,8 @@ class Examination:
         """
         if not self._begun:
             raise RuntimeError("call before() with the pipeline as it was before the erasure, then after()")
-        denoiser = denoiser_of(pipeline)
         for name, test in self.tests.items():
-            found = None if name in self._failed else self._tried(name, test.after, denoiser)
+            found = None if name in self._failed else self._tried(name, test.after, pipeline)
             if found:
                 self.found = dataclasses.replace(self.found or Robustness(), **found)
             yield
@@ -185,10 +184,10 @@ class Examination:
         known = 1.0 if self.drawn_before is None else self.drawn_before
         return Lesson(denoiser, self.probe, self.latents, self.drawing, known)
 
-    def _tried(self, name: str, make: Callable[[Examination, Denoiser], Any], denoiser: Denoiser) -> Any:
+    def _tried(self, name: str, make: Callable[[Examination, Denoiser], Any], pipeline: DiffusionPipeline) -> Any:
         """What ``make`` returns; None if it fails, which is noted."""
         try:
-            return make(self, denoiser)
+            return make(self, denoiser_of(pipeline))
         except Exception as error:
             line = (str(error).strip().splitlines() or [""])[0].rstrip(".")
             self._failed[name] = f"{name!r} failed: {line or type(error).__name__}"

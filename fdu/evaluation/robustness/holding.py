@@ -51,7 +51,7 @@ def _phrasings(found: Mapping[str, Any]) -> Outcome | None:
     sentence = f"In other phrasings: {joined(told)}."
     unknown = [name for name, state in states.items() if state == "rarely drawn before" and name not in escapes]
     if unknown:
-        sentence += f" Not conclusive: {joined(unknown)}, since the model rarely drew it from these even before."
+        sentence += f" Not conclusive: {joined(unknown)}, since the model rarely drew the target from them even before."
     return "other phrasings", None if len(unknown) == len(sets) else not escapes, sentence
 
 
@@ -97,7 +97,7 @@ def _relearnt(found: Mapping[str, Any], target: str) -> Outcome | None:
     if back == 0:
         return "relearning", False, "Relearning had nothing to restore: the concept is still drawn without it."
     if back is not None:
-        sentence = f"Fine-tuning on {images} images of {target} restores it within {back} steps."
+        sentence = f"Fine-tuning on {images} images of {target} brings half of it back within {back} steps."
         return "relearning", False, sentence
     most = max(share["value"] for _, share in relearnt["course"])
     held = state_of(known, most) == "erased"

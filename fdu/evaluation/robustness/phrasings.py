@@ -46,7 +46,7 @@ def read_sets(file: str | Path, target: str) -> PromptSets:
     sets: dict[str, list[str]] = {}
     name = file.stem
     for _, line in read_lines(file):
-        if line.startswith("[") and line.endswith("]"):
+        if line.startswith("[") and line.endswith("]") and line[1:-1].strip():
             name = line[1:-1].strip()
             sets.setdefault(name, [])
             continue

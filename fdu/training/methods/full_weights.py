@@ -32,7 +32,7 @@ def make(denoiser: Denoiser, request: Request) -> Trainable:
             raise ValueError(
                 f"train_method {method!r} trains {name}, which is "
                 f"{'not in memory' if parameter.is_meta else f'stored as {parameter.dtype}'}; load the pipeline "
-                "without quantization, layerwise casting and offloading, or choose train_method 'lora'"
+                "without quantization, layerwise casting or offloading, or choose train_method 'lora'"
             )
     request.check_found(names.values(), denoiser)
     return Weights(denoiser.pipeline, {name: parameter for parameter, name in names.items()}, trains_text=trains_text)

@@ -182,7 +182,7 @@ def _ids(
     for prompt in prompts:
         if not chosen & {token for token, _, _ in read[prompt]}:
             raise ValueError(
-                f"train_method 'token' cannot erase the prompt {prompt!r}, which contains no token of its own of "
+                f"train_method 'token' cannot erase the prompt {prompt!r}, which has no token that belongs only to "
                 f"{', '.join(map(repr, names))}; reword it, leave it out, or choose another train_method"
             )
     return sorted(chosen)
