@@ -45,6 +45,7 @@ def test_the_compiled_loop_is_one_graph_and_learns() -> None:
     assert set(re.findall(r"graphs (\d+)", printed)) == {"1"} and losses[-1] < losses[0] / 2
 
 
+@pytest.mark.slow
 def test_the_embedded_example_saves_a_lora_that_plain_diffusers_draws_with(tmp_path: Path) -> None:
     run("erase_embedded.py", "--out", str(tmp_path / "erased"), "--steps", "2")
     with Image.open(tmp_path / "erased" / "drawn.png") as sheet:

@@ -77,6 +77,7 @@ def test_without_records_the_page_stays(name: str, tmp_path: Path) -> None:
     assert not (tmp_path / "docs").exists()
 
 
+@pytest.mark.slow
 def test_a_command_has_help() -> None:
     command = [sys.executable, erasure.__file__, "--help"]
     ran = subprocess.run(command, capture_output=True, text=True)

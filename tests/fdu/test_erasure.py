@@ -136,6 +136,7 @@ def test_prompts_are_encoded_once_and_latents_drawn_once(
     assert counts[1]["unet"] - counts[0]["unet"] == 2 * 4
 
 
+@pytest.mark.slow
 def test_preservation_holds_what_it_names(quick: dict[str, Any]) -> None:
     moved = []
     for weight in (0.0, 3.0):
@@ -211,6 +212,7 @@ def test_half_precision_pipelines_need_autocast(quick: dict[str, Any], method: s
     assert torch.isfinite(picture(pipeline)).all() and not torch.equal(picture(pipeline), before)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", TRAIN_METHODS)
 def test_autocast_trains_the_weights_that_change(quick: dict[str, Any], method: str) -> None:
     """A cache of cast weights must not serve the frozen weights to the trained pass."""

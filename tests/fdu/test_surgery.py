@@ -190,6 +190,7 @@ print(json.dumps(replicated))
 """
 
 
+@pytest.mark.slow
 def test_two_processes_join_the_gradients_of_the_whole_batch(tmp_path: Path) -> None:
     command = [sys.executable, "-c", TRAIN_IN_ONE_OF_TWO_PROCESSES]
     arguments = [[], *([str(rank), str(tmp_path / "store")] for rank in range(2))]

@@ -138,6 +138,7 @@ def test_infinite_figures_become_null(path: Path) -> None:
     assert Records(path).found["wild"]["value"] is None and lines(path)[1]["value"] is None
 
 
+@pytest.mark.slow
 def test_processes_make_what_one_makes_and_only_this_one_writes(path: Path) -> None:
     sweep([job(number) for number in range(5)], path, workers=2, tell=lambda line: None)
     found = Records(path).found

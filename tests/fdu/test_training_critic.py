@@ -228,6 +228,7 @@ print(json.dumps([torch.stack(bounds).tolist(), weights]))
 """
 
 
+@pytest.mark.slow
 def test_two_processes_have_one_critic(tmp_path: Path) -> None:
     command = [sys.executable, "-c", PLAY_IN_ONE_OF_TWO_PROCESSES]
     arguments = [[], *([str(rank), str(tmp_path / "store")] for rank in range(2))]

@@ -154,6 +154,7 @@ def test_a_cache_that_cannot_be_written(monkeypatch: pytest.MonkeyPatch, small: 
         build.built(build.recipe())
 
 
+@pytest.mark.slow
 def test_two_processes_at_once(small: Path) -> None:
     script = f"""
 from pathlib import Path
@@ -174,6 +175,7 @@ print(build.built(build.recipe()))
     assert sum("building the C++ kernels" in errors for _, errors in outputs) == 1
 
 
+@pytest.mark.slow
 def test_a_failure_of_nvcc_leaves_the_cpu_kernels(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, small: Path) -> None:
     fake_nvcc(tmp_path, "13.0", "sm_90\\n")  # which compiles nothing
     for name in (build.CUDA_MODULE, build.CUDA_KERNELS):

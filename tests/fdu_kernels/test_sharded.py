@@ -106,6 +106,7 @@ torch.distributed.destroy_process_group()
 '''
 
 
+@pytest.mark.quick(backend=["torch"])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_losses_of_distributed_tensors(backend: str, tmp_path: Path) -> None:
     command = [sys.executable, "-W", "ignore", "-c", RUN]
