@@ -34,15 +34,16 @@ def machine(plan: Plan) -> None:
         "driver": _output(["nvidia-smi", "--query-gpu=name,driver_version,clocks.max.mem", "--format=csv,noheader"]),
         "backends": fk.backends(),
     }
+    if plan.device == "cuda":
+        of = torch.cuda.get_device_properties(0)
+        described.update(device=of.name, multiprocessors=of.multi_processor_count)
+        described.update(l2_bytes=of.L2_cache_size, memory_bytes=of.total_memory)
+    plan.write(described)  # the imports below may take all the time that is left
     for package in ("triton", "diffusers", "transformers", "peft", "accelerate"):
         try:
             described[package] = importlib.import_module(package).__version__
         except Exception:  # diffusers says by a RuntimeError that it cannot be imported
             described[package] = None
-    if plan.device == "cuda":
-        of = torch.cuda.get_device_properties(0)
-        described.update(device=of.name, multiprocessors=of.multi_processor_count)
-        described.update(l2_bytes=of.L2_cache_size, memory_bytes=of.total_memory)
     plan.write(described)
 
 

@@ -145,7 +145,10 @@ class Suite:
             result.update(exit=code, tail=log.splitlines()[-TAIL:])
         if code != 0 and section.measures:
             result["complete"] = False
-        wrong = section.after(self.work) if section.after else ""
+        try:
+            wrong = section.after(self.work) if section.after else ""
+        except Exception as error:  # costs this section, not those that follow
+            wrong = f"{type(error).__name__}: {error}"
         if wrong:
             result.update(complete=False, wrong=wrong)
         return {**result, "seconds": round(time.monotonic() - began, 1)}

@@ -93,7 +93,8 @@ class Erase:
         inputs = files + [str(folder) for folder in [model.folder] if folder]
         check_output(self.out, self.overwrite, result_bytes(model.folder, config.train_method, self.save_as), inputs)
         dtype = check_dtype(self.dtype, config.mixed_precision)
-        config = model.with_preserved(config, [target.name for target, _ in pairs])
+        if not files:  # what prompts of a file mean, the pipeline cannot know
+            config = model.with_preserved(config, [target.name for target, _ in pairs])
         device = choose_device(self.device)
 
         def work() -> None:
