@@ -195,8 +195,8 @@ def reading(rows: Rows) -> str:
     below = [name for name, row in rows.items() if row is not unknown and row["attack"]["after"]["value"] <= attacked]
     return (
         f"The attack draws it in {100 * attacked:.0f} % of the images, and relearning, after all its steps, in "
-        f"{100 * relearnt:.0f} %.\nHow far a row lies above these shows what the erasure left behind."
-        + (f" Under the attack these do not lie above: {', '.join(below)}." if below else "")
+        f"{100 * relearnt:.0f} %.\nHow far a row lies above these two shares shows what the erasure left behind."
+        + (f" Rows that do not exceed this under the attack: {', '.join(below)}." if below else "")
     )
 
 

@@ -56,8 +56,12 @@ def verdict(bears: Sequence[int | None]) -> str:
     if not bears:
         return "not measured yet"
     if not told:
-        return f"cannot be told: in all {silent} comparisons what keeps more erases less"
-    end = f"; {silent} more say{'s' * (silent == 1)} nothing, as what keeps more there erases less" if silent else ""
+        return f"cannot be told: in all {silent} comparisons the candidate that retains more erases less"
+    end = (
+        f"; {silent} more say{'s' * (silent == 1)} nothing, since the candidate that retains more there also erases less"
+        if silent
+        else ""
+    )
     total, for_it, against = len(told), told.count(1), told.count(-1)
     undecided = f", undecided in {total - for_it - against}" if total > for_it + against else ""
     if for_it == total:

@@ -4,7 +4,7 @@
 
 Five questions, for every divergence between Gaussians N(mean, sigma^2 I) at squared distance s: whether h is what the
 definition says; how large the gradient is; how long the gradient flow on the prediction takes, by its formula and by
-simulation; whether all divergences are one near s = 0; and how far the variational estimate is from the exact value,
+simulation; whether all divergences coincide near s = 0; and how far the variational estimate is from the exact value,
 by the number of samples. Each ends in a claim and a verdict, which follows from the numbers.
 """
 
