@@ -58,7 +58,7 @@ def verdict(bears: Sequence[int | None]) -> str:
     if not told:
         return f"cannot be told: in all {silent} comparisons the candidate that retains more erases less"
     end = (
-        f"; {silent} more say{'s' * (silent == 1)} nothing, since the candidate that retains more there also erases less"
+        f"; {silent} more say{'s' * (silent == 1)} nothing, since the candidate that retains more also erases less"
         if silent
         else ""
     )

@@ -151,7 +151,9 @@ def test_your_own_loss_is_checked_timed_and_printed(tmp_path: Path) -> None:
     mine.write_text(MINE)
     chosen = ["-k", "(gaussian or mse) and float32 and 2x4x64x64", "--competitors", str(mine)]
     command = [sys.executable, str(LOSSES), *chosen, f"--benchmark-json={record}"]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    # Not as a worker of xdist: pytest-benchmark would keep no record.
+    own = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    done = subprocess.run(command, capture_output=True, text=True, env={**own, "OMP_NUM_THREADS": "1"})
     # The wrong one of mse fails by itself.
     assert done.returncode == 1 and "1 failed, 1 passed" in done.stdout, done.stdout + done.stderr
     (entry,) = json.loads(record.read_text())["benchmarks"]

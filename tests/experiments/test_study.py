@@ -94,9 +94,9 @@ def test_verdicts_are_those_of_the_intervals() -> None:
     assert verdict() == "not measured yet"
     assert (
         verdict(None, 1, None)
-        == "holds: in all 1 comparisons; 2 more say nothing, as what keeps more there erases less"
+        == "holds: in all 1 comparisons; 2 more say nothing, since the candidate that retains more also erases less"
     )
-    assert verdict(None, None) == "cannot be told: in all 2 comparisons what keeps more erases less"
+    assert verdict(None, None) == "cannot be told: in all 2 comparisons the candidate that retains more erases less"
 
 
 def test_what_keeps_more_counts_only_where_it_does_not_erase_less() -> None:
@@ -156,7 +156,7 @@ def test_the_page_says_what_the_records_say(tmp_path: Path) -> None:
         "| A larger gradient erases faster | does not hold: the opposite in 3 of 6 comparisons, undecided in 3 |",
         "| The scale sigma decides whether the divergence matters | not seen: none of 2 comparisons differs by more",
         "| Variational losses erase faster | holds: in all 9 comparisons |",
-        "| Variational losses hurt fidelity more | cannot be told: in all 9 comparisons what keeps more erases less |",
+        "| Variational losses hurt fidelity more | cannot be told: in all 9 comparisons the candidate that retains more erases less |",
     ):
         assert row in page, row
     recommended = [line for line in page.splitlines() if line.startswith("* **")]

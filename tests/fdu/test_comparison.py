@@ -111,7 +111,7 @@ def test_a_record_says_all(made: Path) -> None:
     assert roles == [("target", 2, 2), ("unseen", 2, 2)] + [("retained", 2, 2)] * 9 + [("cross_domain", 2, 2)] * 4
     before = records["before_three"]
     assert len(before["judged"]) == 15 and before["judged"][0]["change"] is None
-    assert len(records) == 3 and {path.name for path in made.iterdir()} == {RUNS, "cache"}
+    assert len(records) == 3 and {path.name for path in made.iterdir()} == {RUNS, "runs.lock", "cache"}
 
 
 def test_a_run_trains_what_fdu_erase_trains(made: Path, pipeline: StableDiffusionPipeline) -> None:

@@ -91,9 +91,8 @@ def test_an_evaluation_with_robustness(runs: Path, tmp_path: Path, monkeypatch: 
         "latents": 1,
     }
     monkeypatch.setattr(robustness, "Examination", lambda *given, **named: real(*given, **{**named, **configs}))
-    (tmp_path / "sets").mkdir()
-    (tmp_path / "sets/mine.txt").write_text("a {}\n", encoding="utf-8")
-    page = evaluate(runs / "idle", tmp_path / "judged", "--robustness", "--phrasings", str(tmp_path / "sets"))
+    (tmp_path / "mine.txt").write_text("a {}\n", encoding="utf-8")
+    page = evaluate(runs / "idle", tmp_path / "judged", "--robustness", "--phrasings", str(tmp_path / "mine.txt"))
     assert "Robustness" in page.text and "mine" in page.text
     labels = [svg["aria-label"] or "" for svg in page.all("svg") if svg.get("role") == "img"]
     assert [label.partition(".")[0] for label in labels] == ["Attack on the embeddings", "Relearning"]
