@@ -156,7 +156,8 @@ def test_the_page_says_what_the_records_say(tmp_path: Path) -> None:
         "| A larger gradient erases faster | does not hold: the opposite in 3 of 6 comparisons, undecided in 3 |",
         "| The scale sigma decides whether the divergence matters | not seen: none of 2 comparisons differs by more",
         "| Variational losses erase faster | holds: in all 9 comparisons |",
-        "| Variational losses hurt fidelity more | cannot be told: in all 9 comparisons the candidate that retains more erases less |",
+        "| Variational losses hurt fidelity more | cannot be told: in all 9 comparisons the candidate "
+        "that retains more erases less |",
     ):
         assert row in page, row
     recommended = [line for line in page.splitlines() if line.startswith("* **")]
