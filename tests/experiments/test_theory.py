@@ -129,7 +129,7 @@ def test_the_simulated_flow_takes_the_time_of_the_formula(name: str, monkeypatch
 
 
 def test_the_ratios_of_the_page_are_integrals_of_slopes_derived_by_hand() -> None:
-    shown = cells("Near s = 0 all divergences are one", "divergence | s = 1")
+    shown = cells("Near s = 0 all divergences coincide", "divergence | s = 1")
     assert set(shown) == set(KAPPA) - {"mse"}, "mse has no generator and says nothing here"
     for name, row in shown.items():
         for s, cell in zip(theory_gaussian.LOCAL, row, strict=True):
