@@ -84,7 +84,7 @@ class Compare:
 
     def prepare(self, command: str) -> Callable[[], None]:
         """Check everything; the work is what comes back."""
-        from fdu.comparison import judged as subject
+        from fdu.comparison import judged as judging
         from fdu.comparison.output_folder import CACHE, RUNS, check_folder, write_record
         from fdu.comparison.plan import Candidate, Comparison, Drawing, distinct, read_alpha
 
@@ -117,7 +117,7 @@ class Compare:
             prompts=self.prompts,
             judge=self.judge,
         )
-        subject.check(comparison)
+        judging.check(comparison)
         check_folder(self.out, comparison)
         workers = self.workers or (_cores() if comparison.device == "cpu" and model.light else 1)
 

@@ -21,7 +21,7 @@ SIDE = 64
 
 @dataclasses.dataclass(frozen=True)
 class Judged:
-    """What one probe's images show. Every list has a value an image."""
+    """What one probe's images show. Every list has one value per image."""
 
     role: str
     name: str

@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from fdu.comparison import judged as subject
+from fdu.comparison import judged as judging
 from fdu.comparison.plan import Comparison, Run, slug
 from fdu.comparison.sweep import Job, Record, Records, digest, settings_identity
 from fdu.config import PLACES, EraseConfig
@@ -80,16 +80,16 @@ def identity_of(comparison: Comparison, run: Run) -> Record:
 
 def judge_before(target: str, comparison: Comparison, cache: Path) -> Record:
     """The judge's view of the model as it is."""
-    probes = subject.probes(comparison, target)
+    probes = judging.probes(comparison, target)
     images = _before(comparison, target, cache)
-    judged = [subject.judge(probe, drawn.float()).as_dict() for probe, drawn in zip(probes, images, strict=True)]
+    judged = [judging.judge(probe, drawn.float()).as_dict() for probe, drawn in zip(probes, images, strict=True)]
     return {"judged": judged}
 
 
 def make_run(run: Run, comparison: Comparison, cache: Path) -> Record:
     """Erase, draw and judge."""
     pipeline = _pipeline(comparison.model, comparison.dtype, comparison.device)
-    target, anchor = subject.concepts(comparison, run.target, run.anchor)
+    target, anchor = judging.concepts(comparison, run.target, run.anchor)
     # Now, and not when they are compared: what the cache lacks is drawn with this pipeline, as it is until erase().
     before = _before(comparison, run.target, cache)
     began = time.process_time()
@@ -109,8 +109,8 @@ def make_run(run: Run, comparison: Comparison, cache: Path) -> Record:
 
 
 def settings_of(comparison: Comparison, run: Run) -> EraseConfig:
-    """:meth:`Comparison.config` with the model's own prompts to keep."""
-    return subject.with_preserved(comparison, run.target, comparison.config(run))
+    """:meth:`Comparison.config` with the model's own prompts to preserve."""
+    return judging.with_preserved(comparison, run.target, comparison.config(run))
 
 
 def _judged(
@@ -118,8 +118,8 @@ def _judged(
 ) -> list[dict[str, Any]]:
     """The judge's view of all probes, one after the other: their images are not needed together."""
     return [
-        subject.judge(probe, _draw(comparison, pipeline, probe), images).as_dict()
-        for probe, images in zip(subject.probes(comparison, target), before, strict=True)
+        judging.judge(probe, _draw(comparison, pipeline, probe), images).as_dict()
+        for probe, images in zip(judging.probes(comparison, target), before, strict=True)
     ]
 
 
@@ -138,7 +138,7 @@ def _draw(comparison: Comparison, pipeline: DiffusionPipeline, probe: Probe) -> 
 
 def _before(comparison: Comparison, target: str, cache: Path) -> list[Tensor]:
     """The images of every probe before the erasure, as they are compared; from the cache if they are there."""
-    probes = subject.probes(comparison, target)
+    probes = judging.probes(comparison, target)
     key = {
         **_identity_before(comparison, target),
         "prompts": [probe.prompts for probe in probes],
@@ -149,7 +149,7 @@ def _before(comparison: Comparison, target: str, cache: Path) -> list[Tensor]:
         found = load_file(path)
     except (OSError, SafetensorError):
         pipeline = _pipeline(comparison.model, comparison.dtype, comparison.device)
-        found = {str(place): subject.small(_draw(comparison, pipeline, probe)) for place, probe in enumerate(probes)}
+        found = {str(place): judging.small(_draw(comparison, pipeline, probe)) for place, probe in enumerate(probes)}
         with whole_file(path) as fresh:
             save_file(found, fresh)
     return [found[str(place)] for place in range(len(probes))]
@@ -162,7 +162,8 @@ def _identity_before(comparison: Comparison, target: str) -> Record:
 def _asked(comparison: Comparison, target: str) -> Record:
     """Of which model, and what is drawn: a file of prompts may have changed under its name."""
     weights_now = weights(comparison.model, comparison.dtype, comparison.device)
-    return {"weights": weights_now, "concept_set": subject.exam(comparison, target).digest}
+    concepts = judging.exam(comparison, target).concepts
+    return {"weights": weights_now, "concept_set": digest(concepts) if concepts else None}
 
 
 @functools.cache

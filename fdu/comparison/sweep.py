@@ -127,6 +127,7 @@ def sweep(
         tell: gets a line per record.
 
     Raises:
+        FileExistsError: another process is writing the file.
         OSError: a record cannot be written.
         KeyboardInterrupt: a signal asked for it; all written records stay.
     """

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -48,11 +47,6 @@ class Exam:
     """An image-text encoder by folder or hub id; None: the default."""
     concepts: ConceptSet | None = None
     """The prompts, where they do not follow from the names alone."""
-
-    @property
-    def digest(self) -> str | None:
-        """Changes with the prompts of ``concepts``."""
-        return hashlib.sha256(repr(self.concepts).encode()).hexdigest()[:16] if self.concepts else None
 
     def panel(self, device: str = "cpu") -> Panel:
         """Load the judges.
