@@ -7,6 +7,7 @@ handwritten digits, for demonstrations, tests and studies that run anywhere in a
 from __future__ import annotations
 
 import difflib
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -67,6 +68,7 @@ def load_classifier(folder: Path = DATA) -> DigitClassifier:
     return classifier.eval().requires_grad_(False)
 
 
+@functools.cache
 def judges() -> dict[str, Judge]:
     """The judge of "digit" and the judge of "medium"."""
     classifier = load_classifier()
