@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -159,7 +158,7 @@ def game_claim(estimates: Estimates) -> Finding:
     return finding(
         "corrected: between Gaussians no critic is needed" if len(known) == len(tabulated) else "confirmed in part",
         tabulated=len(tabulated),
-        known=f"{len(known)}: {', '.join(known) or 'none'}",
+        known=", ".join(known) or "none of them",
         gains=span(one["gain"][0] / exact[name] for name, one in few.items()),
         spreads=span(one["true"][1] / exact[name] for name, one in few.items()),
     )
@@ -192,15 +191,3 @@ def estimate_claim(estimates: Estimates) -> Finding:
         most=SAMPLES[-1],
         shares=shares,
     )
-
-
-def draw_estimates(axes: Any, estimates: Estimates) -> None:
-    """Gain and spread against the number of samples."""
-    for name, by_samples in estimates.items():
-        exact = value(fk.get_divergence(name), ESTIMATE_AT)
-        bias, spread = (
-            [by_samples[str(n)][kind][place] / exact for n in SAMPLES] for kind, place in (("gain", 0), ("true", 1))
-        )
-        (line,) = axes.loglog(SAMPLES, bias, marker="o", label=f"{name}: gain of the fitted critic")
-        axes.loglog(SAMPLES, spread, linestyle=":", color=line.get_color(), label=f"{name}: spread, true critic")
-    axes.set(xlabel="samples", ylabel="share of the exact value")
