@@ -13,6 +13,7 @@ batches) and "methods" (which weights are trained).
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import functools
 import re
@@ -48,40 +49,47 @@ SEEDS = (0, 1, 2)
 SEEDED = ("three", "seven", "red")
 """The targets that the suite "concepts" runs with all seeds."""
 DIVERGENCES = ("mse", "kl", "squared_hellinger", "jensen_shannon", "alpha:0.3", "pearson_chi2")
-SIGMA_DIVERGENCES = ("squared_hellinger", "mse", "pearson_chi2")
-SIGMA_SETTINGS: dict[str, dict[str, Any]] = {
-    "1": {"sigma": 1.0},
-    "auto, s0 = 1": {"sigma": "auto", "s0": 1.0},
-    "auto, s0 = 10": {"sigma": "auto", "s0": 10.0},
-}
+SCALES: tuple[dict[str, Any], ...] = ({"sigma": 1.0}, {"sigma": "auto", "s0": 1.0}, {"sigma": "auto", "s0": 10.0})
 SHORT = {"max_train_steps": 40, "preservation_weight": 0.0}
-GAMES = tuple({"variational": True, "divergence": name} for name in ("jensen_shannon", "kl", "squared_hellinger"))
-CHANGES: dict[str, tuple[dict[str, Any], ...]] = {
-    "objectives": ({"objective": "noise"}, {"negative_guidance": 1.0}),
-    "variational": GAMES,
-    "methods": (
+GAMES = [{"variational": True, "divergence": name} for name in ("jensen_shannon", "kl", "squared_hellinger")]
+OBJECTIVES = [{"objective": "noise"}, {"negative_guidance": 1.0}]
+OTHER_DIVERGENCES = [{"divergence": name} for name in DIVERGENCES if name != fdu.EraseConfig().divergence]
+TO_CLASS, TO_SUPERCLASS = (("three", "eight"),), (("three", SUPERCLASS),)
+CHANGES: tuple[tuple[str, tuple[tuple[str, str], ...], int, Sequence[dict[str, Any]]], ...] = (
+    ("sigma", TO_CLASS, IMAGES_OF_TARGET, [
+        {"divergence": name, **scale, **SHORT}
+        for scale in SCALES
+        for name in ("squared_hellinger", "mse", "pearson_chi2")
+    ]),
+    ("concepts", TO_CLASS, IMAGES_OF_TARGET, OTHER_DIVERGENCES),
+    ("concepts", TO_SUPERCLASS, IMAGES_OF_TARGET, OTHER_DIVERGENCES),
+    ("objectives", TO_CLASS, IMAGES, OBJECTIVES),
+    ("variational", TO_CLASS, IMAGES, GAMES),
+    ("methods", TO_CLASS, IMAGES, [
         {"train_method": "dora"},
         {"train_method": "cross_attention", "learning_rate": 1e-3},
         {"train_method": "attention", "learning_rate": 5e-4},
         {"train_method": "full", "learning_rate": 2e-4},
         {"train_method": "text_encoder", "learning_rate": 5e-4},
         {"train_method": "token", "learning_rate": 0.2},
-    ),
-    "ways": (
+    ]),
+    ("ways", TO_CLASS, IMAGES, [
         {"weighting": "posterior"},
         {"weighting": "min_snr"},
         {"weighting": "p2"},
         {"timestep_sampling": "importance"},
         {"gradient_surgery": True},
         {"frozen_batches": 40},
-    ),
-}
-"""Changes of the default settings, by suite; all seeds."""
-PATIENT: dict[str, tuple[dict[str, Any], ...]] = {
-    "objectives": ({"objective": "noise", "max_train_steps": 240, "train_batch_size": 32},),
-    "variational": tuple({**game, "max_train_steps": 240} for game in GAMES),
-}
-"""Longer runs towards the superclass, where noise as the target, or a critic that learns too, needs more samples."""
+    ]),
+    ("objectives", TO_SUPERCLASS, IMAGES_OF_TARGET, OBJECTIVES),
+    ("variational", TO_SUPERCLASS, IMAGES_OF_TARGET, GAMES),
+    # Noise as the target, or a critic that learns too, needs more samples towards the superclass.
+    ("objectives", TO_SUPERCLASS, IMAGES_OF_TARGET, [
+        {"objective": "noise", "max_train_steps": 240, "train_batch_size": 32},
+    ]),
+    ("variational", TO_SUPERCLASS, IMAGES_OF_TARGET, [{**game, "max_train_steps": 240} for game in GAMES]),
+)  # fmt: skip
+"""Suite, pairs, images of the target, and changes of the default settings; each change runs with all seeds."""
 BOTH = (("three", "eight"), ("red", "black"))
 """Two concepts of different kinds and their anchors, in the order of erasure."""
 ORDERS = ("at_once", "in_sequence", "merged")
@@ -166,42 +174,22 @@ def jobs(cache: Path) -> list[Job]:
 @functools.cache
 def runs() -> list[Erasure]:
     """All runs, in the order in which they are made."""
-    neighbour, superclass = (("three", other_class("three")),), (("three", SUPERCLASS),)
     concepts = [
         Erasure("concepts", ((target, anchor),), seed, roles=ROLES if seed == 0 else ROLES[:3])
         for seed in SEEDS
         for target in ((*DIGITS, *INKS) if seed == 0 else SEEDED)
         for anchor in (SUPERCLASS, other_class(target))
     ]
-    sigma = [
-        Erasure("sigma", neighbour, seed, tuple({"divergence": name, **scale, **SHORT}.items()), ROLES[::2])
-        for seed in SEEDS
-        for scale in SIGMA_SETTINGS.values()
-        for name in SIGMA_DIVERGENCES
-    ]
-    divergences = [
-        Erasure("concepts", pairs, seed, (("divergence", divergence),), ROLES[:3])
-        for pairs in (neighbour, superclass)
-        for seed in SEEDS
-        for divergence in DIVERGENCES
-        if divergence != fdu.EraseConfig().divergence
-    ]
     several = [
         Erasure("several", BOTH, seed, images_of_target=IMAGES, order=order) for seed in SEEDS for order in ORDERS
     ]
     changed = [
-        Erasure(suite, pairs, seed, tuple(change.items()), ROLES[:3], images)
-        # Only towards the superclass does chance blur what is left of the target, which takes more images.
-        for changes, pairs, images in (
-            (CHANGES, neighbour, IMAGES),
-            ({suite: CHANGES[suite] for suite in PATIENT}, superclass, IMAGES_OF_TARGET),
-            (PATIENT, superclass, IMAGES_OF_TARGET),
-        )
-        for suite in changes
+        Erasure(suite, pairs, seed, tuple(change.items()), ROLES[::2] if suite == "sigma" else ROLES[:3], images)
+        for suite, pairs, images, changes in CHANGES
         for seed in SEEDS
-        for change in changes[suite]
+        for change in changes
     ]
-    return [*concepts, *sigma, *divergences, *several, *changed]
+    return [*concepts, *several, *changed]
 
 
 def other_class(target: str) -> str:
@@ -251,7 +239,8 @@ class Outcome:
     run: Erasure
     target: str
     figures: dict[str, Any]
-    """Shares of images, as :class:`fdu.evaluation.Figures` names them."""
+    """Shares of images, as :class:`fdu.evaluation.Figures` names them. "kept" is the retained accuracy divided by that
+    before; "rise" is the rise of the first concept's accuracy when the second was erased."""
     before: dict[str, float]
     """Target, unseen and retained accuracy before the erasure."""
     alone: float | None
@@ -272,6 +261,11 @@ class Outcome:
         return ", ".join(f"{name} {value}" for name, value in self.run.settings) or "default"
 
     @property
+    def scale(self) -> str:
+        """The settings of sigma, in words."""
+        return ", ".join(f"{name} {value}" for name, value in self.run.settings if name in ("sigma", "s0"))
+
+    @property
     def way(self) -> str:
         """How two concepts were erased, in words."""
         return self.run.order.replace("_", " ")
@@ -286,29 +280,18 @@ class Outcome:
 Outcomes = Sequence[Outcome]
 
 
-def kept(one: Outcome) -> float:
-    """Retained accuracy as a share of what it was before."""
-    return one.figures["retained_accuracy"] / one.before["retained_accuracy"]
-
-
-def rise(one: Outcome) -> float | None:
-    """By how much the first concept's accuracy rose when the second was erased."""
-    return None if one.alone is None else one.figures["target_accuracy"] - one.alone
-
-
-Figure = Callable[[Outcome], Any]
-BOUNDS: tuple[tuple[str, str, Figure, float, bool], ...] = (
-    ("retained accuracy, share of before", "both", kept, 0.95, True),
-    ("worst retained class", "both", lambda one: one.figures["worst_retained_accuracy"], 0.85, True),
-    ("target accuracy", "superclass", lambda one: one.figures["target_accuracy"], 0.20, False),
-    ("target accuracy, unseen phrasings", "superclass", lambda one: one.figures["unseen_accuracy"], 0.20, False),
-    ("target accuracy", "another class", lambda one: one.figures["target_accuracy"], 0.05, False),
-    ("target accuracy, unseen phrasings", "another class", lambda one: one.figures["unseen_accuracy"], 0.05, False),
-    ("rise of the first concept", "another class", rise, 0.05, False),
+BOUNDS = (
+    ("retained accuracy, share of before", "kept", "both", 0.95, True),
+    ("worst retained class", "worst_retained_accuracy", "both", 0.85, True),
+    ("target accuracy", "target_accuracy", "superclass", 0.20, False),
+    ("target accuracy, unseen phrasings", "unseen_accuracy", "superclass", 0.20, False),
+    ("target accuracy", "target_accuracy", "another class", 0.05, False),
+    ("target accuracy, unseen phrasings", "unseen_accuracy", "another class", 0.05, False),
+    ("rise of the first concept", "rise", "another class", 0.05, False),
 )
-"""Figure, kind of the anchor, and the lowest (True) or highest (False) value that it may have."""
+"""Label, figure, kind of the anchor, and the lowest (True) or highest (False) value that the figure may have."""
 KEPT = {"variational": 0.90, "several": 0.93}
-"""The lowest ``kept`` of suites that may keep less."""
+"""The lowest "kept" of suites that may keep less."""
 SHOWN_SETTINGS = (
     "divergence", "sigma", "s0", "train_method", "rank", "max_train_steps", "train_batch_size", "learning_rate",
     "lr_scheduler", "preservation_weight", "num_latents",
@@ -316,25 +299,27 @@ SHOWN_SETTINGS = (
 NOT_MEASURED = "Not measured yet."
 
 
-def baseline(found: Record, target: str) -> dict[str, float]:
-    """The figures before the erasure of ``target``, from the record of the pipeline as it ships."""
-    retained = [found["seen"][name] for name in (DIGITS if target in DIGITS else INKS) if name != target]
-    return {
-        "target_accuracy": found["seen"][target],
-        "unseen_accuracy": found["unseen"][target],
-        "retained_accuracy": sum(retained) / len(retained),
-    }
-
-
 def outcomes(found: dict[str, Record]) -> list[Outcome]:
     """The targets of all runs that have a record, in the order of :func:`runs`."""
-    shares_before = found[BASELINE]
     return [
-        Outcome(one, target, figures, baseline(shares_before, target), None if place else record.get("first_alone"))
+        outcome(one, target, figures, found[BASELINE], None if place else record.get("first_alone"))
         for one in runs()
         if (record := found.get(one.name)) is not None
         for place, (target, figures) in enumerate(record["figures"].items())
     ]
+
+
+def outcome(run: Erasure, target: str, figures: Record, baseline: Record, alone: float | None) -> Outcome:
+    """One target of one run, with the figures that compare it with the pipeline as it ships."""
+    retained = [baseline["seen"][name] for name in (DIGITS if target in DIGITS else INKS) if name != target]
+    before = {
+        "target_accuracy": baseline["seen"][target],
+        "unseen_accuracy": baseline["unseen"][target],
+        "retained_accuracy": sum(retained) / len(retained),
+    }
+    kept = figures["retained_accuracy"] / before["retained_accuracy"]
+    rise = None if alone is None else figures["target_accuracy"] - alone
+    return Outcome(run, target, {**figures, "kept": kept, "rise": rise}, before, alone)
 
 
 def grouped(ones: Outcomes, key: Callable[[Outcome], Any]) -> dict[Any, list[Outcome]]:
@@ -345,14 +330,14 @@ def grouped(ones: Outcomes, key: Callable[[Outcome], Any]) -> dict[Any, list[Out
     return found
 
 
+def side_by_side(values: Iterable[float | None]) -> str:
+    """Shares of images that were measured, one per seed."""
+    return " ".join(share(value) for value in values if value is not None)
+
+
 def share(value: float | None) -> str:
     """A share of images, with three digits."""
     return "" if value is None else f"{value:.3f}"
-
-
-def side_by_side(values: Iterable[float | None]) -> str:
-    """Shares of images side by side, one per seed."""
-    return " ".join(map(share, values))
 
 
 def median_and_worst(values: list[float]) -> str:
@@ -369,7 +354,7 @@ def concept_table(ones: Outcomes) -> str:
             one.anchor,
             str(one.run.seed),
             *(f"{share(one.before[kind])} -> {share(one.figures[kind])}" for kind in kinds),
-            share(kept(one)),
+            share(one.figures["kept"]),
             f"{share(one.figures['worst_retained_accuracy'])} {one.figures['worst_retained_class']}",
             share(one.figures["cross_domain_accuracy"]),
         ]
@@ -386,10 +371,10 @@ def seeds_table(ones: Outcomes, **columns: Callable[[Outcome], str]) -> str:
     rows = [
         [
             *key,
-            *([side_by_side(one.alone for one in own if one.alone is not None)] if len(ones[0].run.pairs) > 1 else []),
+            *([side_by_side(one.alone for one in own)] if len(ones[0].run.pairs) > 1 else []),
             side_by_side(one.figures["target_accuracy"] for one in own),
             side_by_side(one.figures["unseen_accuracy"] for one in own),
-            median_and_worst([kept(one) for one in own]),
+            median_and_worst([one.figures["kept"] for one in own]),
             median_and_worst([one.figures["worst_retained_accuracy"] for one in own]),
         ]
         for key, own in grouped(ones, lambda one: tuple(column(one) for column in columns.values())).items()
@@ -398,33 +383,18 @@ def seeds_table(ones: Outcomes, **columns: Callable[[Outcome], str]) -> str:
     return markdown([*columns, *alone, "target", "unseen", "retained, of before", "worst retained"], rows)
 
 
-def sigma_table(ones: Outcomes) -> str:
-    """One row per scale, one column per divergence: the target accuracy that is left."""
-
-    def left(wanted: dict[str, Any]) -> str:
-        own = [one for one in ones if wanted.items() <= dict(one.run.settings).items()]
-        return side_by_side(one.figures["target_accuracy"] for one in own)
-
-    rows = [
-        [label, *(left({"divergence": divergence, **scale}) for divergence in SIGMA_DIVERGENCES)]
-        for label, scale in SIGMA_SETTINGS.items()
-    ]
-    return markdown(["sigma", *SIGMA_DIVERGENCES], rows)
-
-
 def bound_rows(suite: str, ones: Outcomes) -> list[list[str]]:
     """The bounds that every run of a suite must keep, and the worst run of each."""
     rows = []
-    for label, anchor, figure, bound, lowest in BOUNDS:
-        limit = KEPT.get(suite, bound) if figure is kept else bound
-        own = [one for one in ones if anchor in ("both", one.kind) and figure(one) is not None]
+    for label, figure, anchor, bound, lowest in BOUNDS:
+        limit = KEPT.get(suite, bound) if figure == "kept" else bound
+        own = [one for one in ones if anchor in ("both", one.kind) and one.figures[figure] is not None]
         if own:
-            worst = (min if lowest else max)(own, key=figure)
-            inside = sum(figure(one) >= limit if lowest else figure(one) <= limit for one in own)
+            worst = (min if lowest else max)(own, key=lambda one, figure=figure: one.figures[figure])
+            inside = sum(one.figures[figure] >= limit if lowest else one.figures[figure] <= limit for one in own)
             shown = f"{'>=' if lowest else '<='} {limit:.2f}"
-            rows.append(
-                [suite, label, anchor, shown, f"{inside} of {len(own)}", f"{figure(worst):.3f} ({worst.words})"]
-            )
+            said = f"{worst.figures[figure]:.3f} ({worst.words})"
+            rows.append([suite, label, anchor, shown, f"{inside} of {len(own)}", said])
     return rows
 
 
@@ -436,16 +406,15 @@ def write_page(results: Path, docs: Path) -> None:
         return
     everything = outcomes(found)
     default = fdu.EraseConfig()
-    suites = grouped(everything, lambda one: one.run.suite)
-    concepts = [one for one in suites.get("concepts", []) if one.run.config.divergence == default.divergence]
+    suites = collections.defaultdict(list, grouped(everything, lambda one: one.run.suite))
+    concepts = [one for one in suites["concepts"] if one.run.config.divergence == default.divergence]
     unchanged = [one for one in concepts if one.target == "three"]
     towards_class = [one for one in unchanged if one.anchor == other_class("three")]
     checked = ("objectives", "variational", "ways", "methods", "several")
-    bounds = {"concepts": concepts, **{suite: suites.get(suite, []) for suite in checked}}
-    sigma = suites.get("sigma", [])
+    bounds = {"concepts": concepts, **{suite: suites[suite] for suite in checked}}
 
     def changed(suite: str, beside: Outcomes, label: str) -> str:
-        ones = [*beside, *suites[suite]] if suite in suites else []
+        ones = [*beside, *suites[suite]] if suites[suite] else []
         return seeds_table(ones, **{label: lambda one: one.changes, "anchor": lambda one: one.anchor})
 
     page = fill(
@@ -463,7 +432,7 @@ def write_page(results: Path, docs: Path) -> None:
         concepts=concept_table(concepts),
         divergences=seeds_table(
             sorted(
-                (one for one in suites.get("concepts", []) if one.target == "three"),
+                (one for one in suites["concepts"] if one.target == "three"),
                 key=lambda one: (one.anchor == SUPERCLASS, DIVERGENCES.index(one.run.config.divergence)),
             ),
             divergence=lambda one: one.run.config.divergence,
@@ -474,10 +443,11 @@ def write_page(results: Path, docs: Path) -> None:
         ways=changed("ways", towards_class, "settings"),
         methods=changed("methods", towards_class, "method"),
         several=seeds_table(
-            suites.get("several", []), way=lambda one: one.way, concept=lambda one: f"{one.target} to {one.anchor}"
+            suites["several"], way=lambda one: one.way, concept=lambda one: f"{one.target} to {one.anchor}"
         ),
-        sigma=sigma_table(sigma),
-        sigma_retained=share(min((one.figures["retained_accuracy"] for one in sigma), default=None)) or "-",
+        sigma=seeds_table(
+            suites["sigma"], scale=lambda one: one.scale, divergence=lambda one: one.run.config.divergence
+        ),
     )
     write_text(docs / "erasure.md", page)
 

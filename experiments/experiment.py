@@ -31,26 +31,25 @@ def run(
         description: for ``--help``.
         name: of the JSON Lines file.
         jobs: returns all jobs, given a folder for shared data.
-        write_page: writes the page into a folder (second argument) from the records in a folder (first one).
+        write_page: writes the page into the folder docs (second argument) from the records in a folder (first one).
     """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes of one thread each")
-    parser.add_argument("--only", default="", help="make only the records whose name contains this")
-    parser.add_argument("--most", type=int, help="make at most this many records")
+    parser.add_argument("--only", default="", help="make only records whose name contains this, and the baseline")
     parser.add_argument("--page_only", action="store_true", help="make no record, only the page")
     parser.add_argument("--results", type=Path, default=HERE / "results", help="folder of the records")
-    parser.add_argument("--docs", type=Path, default=HERE.parent / "docs", help="folder of the page")
     options = parser.parse_args()
     torch.set_num_threads(1)
     every = jobs(HERE / "cache")
     if not options.page_only:
-        chosen = [job for job in every if options.only in job.name]
+        chosen = [job for job in every if options.only in job.name or job.first]
         tell = functools.partial(print, flush=True)
-        sweep(chosen, options.results / f"{name}.jsonl", options.workers, options.most, tell)
-    missing = [job.name for job in every if job.name not in current(options.results, name, every)]
+        sweep(chosen, options.results / f"{name}.jsonl", options.workers, tell=tell)
+    there = current(options.results, name, every)
+    missing = [job.name for job in every if job.name not in there]
     if missing:
         print(f"{len(missing)} of {len(every)} records are missing, outdated or failed, such as {missing[0]!r}")
-    write_page(options.results, options.docs)
+    write_page(options.results, HERE.parent / "docs")
 
 
 def current(results: Path, name: str, jobs: Sequence[Job]) -> dict[str, Record]:
@@ -68,15 +67,13 @@ def dated(job: Job, *pairs: tuple[str, str], **content: Any) -> Job:
         pairs: targets and anchors; the figures depend on their prompts and on the judge.
         content: whatever else the figures depend on, by name.
     """
+    digests = {name: digest(one) for name, one in content.items()}
     divergence = {**job.identity, **job.identity.get("settings", {})}.get("divergence")
     if divergence:
-        content["losses"] = losses(divergence)
+        digests["losses"] = digest(losses(divergence))
     if pairs:
-        content["asked"] = [asked(*pair) for pair in pairs]
-        content["judge"] = (digits.DATA / digits.CLASSIFIER_FILE).read_bytes()
-    return dataclasses.replace(
-        job, identity={**job.identity, "content": {name: digest(one) for name, one in content.items()}}
-    )
+        digests |= {"asked": digest([asked(*pair) for pair in pairs]), "judge": judge()}
+    return dataclasses.replace(job, identity={**job.identity, "content": digests})
 
 
 @functools.cache
@@ -94,6 +91,12 @@ def losses(name: str) -> list[str]:
 def asked(target: str, anchor: str) -> list[tuple[str, ...]]:
     """The prompts of an erasure from the embedded pipeline, and those that judge it."""
     return [one.prompts for one in (*digits.concepts(target, anchor), *digits.probes(target))]
+
+
+@functools.cache
+def judge() -> str:
+    """A digest of the judge of the embedded pipeline."""
+    return digest((digits.DATA / digits.CLASSIFIER_FILE).read_bytes())
 
 
 def fill(name: str, **fields: Any) -> str:

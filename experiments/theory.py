@@ -11,6 +11,7 @@ ends in a claim and a verdict, which follows from the numbers.
 from __future__ import annotations
 
 import functools
+import math
 from pathlib import Path
 
 import theory_critic as critic
@@ -23,6 +24,9 @@ from fdu.comparison.chart import COLOURS
 from fdu.comparison.sweep import Job, Record
 from fdu.report.svg import Chart, Scale, mark
 from fdu.storage.output import write_text
+
+SHOWN = ("squared_hellinger", "jensen_shannon", "le_cam", "alpha:0.3", "mse", "pearson_chi2")
+"""The divergences of the figure."""
 
 
 def jobs(cache: Path) -> list[Job]:
@@ -56,22 +60,21 @@ def write_page(results: Path, docs: Path) -> None:
         {name.removeprefix(kind): record["figures"] for name, record in found.items() if name.startswith(kind)}
         for kind in ("flow/", "estimate/")
     )
-    slopes = chart(gaussian.gradient_curves(), Scale(0.01, 60, [0.01, 0.1, 1, 10], log=True), "s", "h'(s)/h'(0)")
-    times = chart(gaussian.flow_curves(), Scale.to(1.7), "time, of losses with h'(0) = 1", "s")
-    write_text(docs / "theory" / "gradient.svg", slopes)
-    write_text(docs / "theory" / "flow.svg", times)
+    write_text(docs / "theory" / "gradient.svg", gradient_chart())
     write_text(docs / "theory.md", page(flows, estimates, conditions(found[every[0].name])))
 
 
-def chart(curves: gaussian.Curves, x: Scale, x_label: str, y_label: str) -> str:
-    """Curves as SVG, with a logarithmic axis for y."""
-    y = Scale.powers([value for points in curves.values() for _, value in points])
-    drawn = Chart(x, y, x_label, y_label)
+def gradient_chart() -> str:
+    """h'(s)/h'(0) against s as SVG, from 1e-4 to 1e3."""
+    chart = Chart(Scale(0.01, 60, [0.01, 0.1, 1, 10], log=True), Scale.powers([1e-4, 1e3]), "s", "h'(s)/h'(0)")
+    s = torch.logspace(-2, math.log10(60), 60)
     legend = []
-    for (name, points), colour in zip(curves.items(), COLOURS, strict=False):
-        drawn.line(points, f'fill="none" stroke="{colour}" stroke-width="1.6"')
+    for name, colour in zip(SHOWN, COLOURS, strict=False):
+        slopes = gaussian.relative_slope(fk.get_divergence(name), s)
+        points = [(x, y) for x, y in zip(s.tolist(), slopes.tolist(), strict=True) if 1e-4 < y < 1e3]
+        chart.line(points, f'fill="none" stroke="{colour}" stroke-width="1.6"')
         legend.append((mark("circle", 0, 0, colour), name))
-    return drawn.svg(f"{y_label} against {x_label}, by divergence", legend)
+    return chart.svg("h'(s)/h'(0) against s, by divergence", legend)
 
 
 def page(flows: gaussian.Flows, estimates: critic.Estimates, made_on: dict[str, str]) -> str:

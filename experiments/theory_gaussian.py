@@ -17,8 +17,6 @@ from fdu.comparison.page import markdown
 from fdu_kernels.divergence import Divergence
 from fdu_kernels.scalar import derivative
 
-SHOWN = ("squared_hellinger", "jensen_shannon", "le_cam", "kl", "alpha:0.3", "mse", "pearson_chi2")
-"""The divergences of the figures, from the most damping to the most amplifying."""
 KINKED = ("total_variation", "hockey_stick")
 DISTANCES = (0.01, 0.1, 1.0, 10.0, 60.0)
 EXACT = 1e-12
@@ -32,8 +30,6 @@ FLOW_STEP = 1e-3
 FLOW_SIZE = 64
 """Elements of the prediction that the simulation moves."""
 Finding = dict[str, Any]
-Curves = dict[str, list[tuple[float, float]]]
-"""By divergence: the points of a curve."""
 Flows = dict[str, dict[str, float]]
 """By divergence: the time by the integral ("exact"), and as simulated."""
 
@@ -174,16 +170,6 @@ def gradient_claim(names: tuple[str, str, str] = ("squared_hellinger", "mse", "p
     )
 
 
-def gradient_curves() -> Curves:
-    """h'(s)/h'(0) against s, where it is between 1e-4 and 1e3."""
-    s = torch.logspace(-2, math.log10(60), 60)
-    slopes = {name: relative_slope(fk.get_divergence(name), s) for name in SHOWN}
-    return {
-        name: [(x, y) for x, y in zip(s.tolist(), found.tolist(), strict=True) if 1e-4 < y < 1e3]
-        for name, found in slopes.items()
-    }
-
-
 # Gradient flow
 
 
@@ -246,17 +232,6 @@ def flow_claim(flows: Flows) -> Finding:
         chi2=times["pearson_chi2"] / times["mse"],
         hellinger=times["squared_hellinger"] / times["mse"],
     )
-
-
-def flow_curves() -> Curves:
-    """s against time, for losses with h'(0) = 1."""
-    found = {}
-    for divergence in map(fk.get_divergence, SHOWN):
-        log_s = torch.linspace(math.log(FLOW_FROM), math.log(FLOW_TO), 61)
-        rates = 4 * slope(divergence, log_s.exp()) / divergence.slope_at_zero
-        times = torch.cumulative_trapezoid(-1 / rates, log_s)
-        found[str(divergence)] = [(0.0, FLOW_FROM), *zip(times.tolist(), log_s[1:].exp().tolist(), strict=True)]
-    return found
 
 
 # Near s = 0

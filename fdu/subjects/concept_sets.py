@@ -152,12 +152,16 @@ def _set_of(sections: Sections, shown: str) -> ConceptSet:
         raise ValueError(f"{shown} names {twice[0]!r} twice")
     unseen = tuple(prompt.replace("{}", target.name) for section in found["unseen"] for prompt in section.prompts)
 
-    def filled(members: Iterable[Concept]) -> tuple[Concept, ...]:
-        return tuple(Concept(one.name, _filled(one, target, shown)) for one in members)
+    def filled(one: Concept) -> Concept:
+        prompts = one.prompts or tuple(prompt for prompt in target.prompts if "{}" in prompt)
+        if not prompts:
+            raise ValueError(
+                f"{shown}: {one.name!r} has no prompts, and those of the target do not hold {{}} to put the name into"
+            )
+        return Concept(one.name, tuple(prompt.replace("{}", one.name) for prompt in prompts))
 
-    target_in_words, anchor_in_words = filled((target, anchor))
-    groups: dict[str, Any] = {group: filled(members) for group, members in kept.items()}
-    return ConceptSet(target_in_words, anchor_in_words, unseen, **groups)
+    groups: dict[str, Any] = {group: tuple(map(filled, members)) for group, members in kept.items()}
+    return ConceptSet(filled(target), filled(anchor), unseen, **groups)
 
 
 def shared_concepts(group: str) -> tuple[Concept, ...]:
@@ -230,13 +234,3 @@ def _sections(path: str | Path, shown: str) -> Sections:
         else:
             found[-1][2].append(line)
     return [(kind, Concept(name, tuple(prompts))) for kind, name, prompts in found]
-
-
-def _filled(concept: Concept, target: Concept, shown: str) -> tuple[str, ...]:
-    """The prompts of a section, else those of the target, with the section's name filled in."""
-    prompts = concept.prompts or tuple(prompt for prompt in target.prompts if "{}" in prompt)
-    if not prompts:
-        raise ValueError(
-            f"{shown}: {concept.name!r} has no prompts, and those of the target do not hold {{}} to put the name into"
-        )
-    return tuple(prompt.replace("{}", concept.name) for prompt in prompts)

@@ -12,7 +12,7 @@ import json
 import platform
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -25,9 +25,8 @@ from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from fdu.storage.versions import versions
-from fdu.subjects.digits.classifier import DigitClassifier
 from fdu.subjects.digits.handwriting import draw, jitter, load_glyphs, strength
-from fdu.subjects.digits.pipeline import CLASSIFIER_FILE, PIPELINE_FOLDER, load_classifier
+from fdu.subjects.digits.pipeline import CLASSIFIER_FILE, PIPELINE_FOLDER, DigitClassifier, load_classifier
 from fdu.subjects.digits.vocabulary import (
     DIGIT_NOUNS,
     DIGITS,
@@ -272,11 +271,13 @@ def train_pipeline(autoencoder: AutoencoderKL, steps: int, generator: torch.Gene
         separation = sum(overlap(models["text_encoder"], siblings) for siblings in prompts.siblings())
         (F.mse_loss(predicted, noise) + 0.05 * separation).backward()
         average.update_parameters(models)
+    trained = cast(nn.ModuleDict, average.module.eval().requires_grad_(False))
     return StableDiffusionPipeline(
         vae=autoencoder,
+        text_encoder=trained["text_encoder"],
         tokenizer=tokenizer,
+        unet=trained["unet"],
         scheduler=scheduler,
-        **average.module.eval().requires_grad_(False),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
