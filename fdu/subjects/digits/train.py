@@ -253,16 +253,16 @@ def train_pipeline(autoencoder: AutoencoderKL, steps: int, generator: torch.Gene
 
     glyphs, labels = load_glyphs(test=False)
     members = [(labels == digit).nonzero()[:, 0] for digit in range(len(DIGITS))]
-    a_digit = 400
-    chosen = torch.cat([own[torch.randint(len(own), (a_digit,), generator=generator)] for own in members])
+    per_digit = 400
+    chosen = torch.cat([own[torch.randint(len(own), (per_digit,), generator=generator)] for own in members])
     images = draw_all_media(jitter(glyphs[chosen], generator))
     latents = torch.stack([encode(autoencoder, medium) for medium in images])
 
     prompts = PromptSampler(tokenizer, generator)
     for _ in optimise(models.parameters(), steps, 1.5e-3, "denoiser"):
         tokens, digits, media = prompts.batch(64)
-        copies = torch.randint(a_digit, (64,), generator=generator)
-        clean = latents[media, digits * a_digit + copies]
+        copies = torch.randint(per_digit, (64,), generator=generator)
+        clean = latents[media, digits * per_digit + copies]
         noise = torch.randn(clean.shape, generator=generator)
         timesteps = torch.randint(len(scheduler.alphas_cumprod), (64,), generator=generator)
         noisy = scheduler.add_noise(clean, noise, timesteps)
@@ -284,7 +284,7 @@ def train_pipeline(autoencoder: AutoencoderKL, steps: int, generator: torch.Gene
     )
 
 
-def measure(pipeline: StableDiffusionPipeline, classifier: DigitClassifier, a_class: int, seed: int) -> dict[str, Any]:
+def measure(pipeline: StableDiffusionPipeline, judge: DigitClassifier, per_class: int, seed: int) -> dict[str, Any]:
     """The share of samples that the judge, and a support vector machine, call what the prompt asked for."""
     from sklearn.svm import SVC
 
@@ -296,22 +296,22 @@ def measure(pipeline: StableDiffusionPipeline, classifier: DigitClassifier, a_cl
     pipeline.set_progress_bar_config(disable=True)
     right, agreed, inks = [], [], []
     for index, digit in enumerate(tqdm(DIGITS, desc="samples of each digit")):
-        images = sample(pipeline, prompt(f"the digit {digit}"), a_class, seed)
-        right.append((classifier(images)[0].argmax(1) == index).float().mean().item())
+        images = sample(pipeline, prompt(f"the digit {digit}"), per_class, seed)
+        right.append((judge(images)[0].argmax(1) == index).float().mean().item())
         agreed.append(float((machine.predict(shrink(1 - images.amin(1, keepdim=True)).numpy()) == index).mean()))
     for index, medium in enumerate(tqdm(MEDIA, desc="samples of each medium")):
-        images = sample(pipeline, prompt("a digit", medium_phrase=medium_phrases(medium)[0]), a_class, seed)
-        inks.append((classifier(images)[1].argmax(1) == index).float().mean().item())
-    digit_logits, medium_logits = classifier(sample(pipeline, prompt("a digit"), 4 * a_class, seed))
+        images = sample(pipeline, prompt("a digit", medium_phrase=medium_phrases(medium)[0]), per_class, seed)
+        inks.append((judge(images)[1].argmax(1) == index).float().mean().item())
+    digit_logits, medium_logits = judge(sample(pipeline, prompt("a digit"), 4 * per_class, seed))
     return {
-        "images_per_class": a_class,
+        "images_per_class": per_class,
         "guidance_scale": GUIDANCE,
         "digit_accuracy": sum(right) / len(right),
         "digit_accuracy_by_svm": sum(agreed) / len(agreed),
         "per_digit": dict(zip(DIGITS, right, strict=True)),
         "per_medium": dict(zip(MEDIA, inks, strict=True)),
-        "digits_of_generic_prompt": torch.bincount(digit_logits.argmax(1), minlength=10).div(4 * a_class).tolist(),
-        "media_of_generic_prompt": torch.bincount(medium_logits.argmax(1), minlength=5).div(4 * a_class).tolist(),
+        "digits_of_generic_prompt": torch.bincount(digit_logits.argmax(1), minlength=10).div(4 * per_class).tolist(),
+        "media_of_generic_prompt": torch.bincount(medium_logits.argmax(1), minlength=5).div(4 * per_class).tolist(),
     }
 
 
