@@ -23,7 +23,6 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from diffusers.optimization import get_scheduler
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional
@@ -125,11 +124,15 @@ def train(
             module.to(torch.bfloat16)
     noise_scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
     optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=settings.adam_weight_decay)
-    schedule = get_scheduler("constant", optimizer)
     images = AnchorImages(folder, settings.num_images, prompts, target, pipeline.tokenizer)
-    workers, batch_size = settings.dataloader_num_workers, settings.train_batch_size
+    workers = settings.dataloader_num_workers
     loader = DataLoader(
-        images, batch_size, shuffle=True, drop_last=True, num_workers=workers, persistent_workers=workers > 0
+        images,
+        settings.train_batch_size,
+        shuffle=True,
+        drop_last=True,
+        num_workers=workers,
+        persistent_workers=workers > 0,
     )
     batches = _endless(loader)
     losses = []
@@ -142,7 +145,6 @@ def train(
             (loss / settings.gradient_accumulation_steps).backward()
         nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm)
         optimizer.step()
-        schedule.step()
         optimizer.zero_grad()
         losses.append(loss.item())
         progress.set_postfix(loss=losses[-1])
