@@ -14,7 +14,6 @@ import itertools
 import json
 import math
 import os
-import shutil
 import statistics
 import subprocess
 import sys
@@ -120,42 +119,17 @@ class Moment(NamedTuple):
         return cls(time.perf_counter(), time.process_time())
 
 
-class Memory:
-    """MiB that this process holds (from Linux), or its tensors on the GPU."""
-
-    def __init__(self, device: str = "cpu") -> None:
-        self.device = device
-
-    def now(self) -> float:
-        """At this moment."""
-        return torch.cuda.memory_allocated() / 2**20 if self.device == "cuda" else self._read("VmRSS")
-
-    def peak(self) -> float:
-        """The most since the last :meth:`forget`; on a GPU, once it has done its work."""
-        if self.device != "cuda":
-            return self._read("VmHWM")
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() / 2**20
-
-    def forget(self) -> None:
-        """Start the peak again, without memory that is free."""
-        if self.device == "cuda":
-            return torch.cuda.reset_peak_memory_stats()
-        ctypes.CDLL(None).malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")
-
-    @staticmethod
-    def _read(field: str) -> float:
-        lines = Path("/proc/self/status").read_text().splitlines()
-        (line,) = [line for line in lines if line.startswith(f"{field}:")]
-        return int(line.split()[1]) / 1024
+def memory(field: str) -> float:
+    """MiB that this process holds ("VmRSS") or has held at most ("VmHWM"), from Linux."""
+    (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(f"{field}:")]
+    return int(line.split()[1]) / 1024
 
 
 class Watch:
     """When the denoisers were called and the optimizer stepped, and the memory between the first and last step."""
 
-    def __init__(self, denoiser: nn.Module, memory: Memory) -> None:
-        self.memory = memory
+    def __init__(self, denoiser: nn.Module, device: str) -> None:
+        self.device = device
         self.calls: list[tuple[Moment, bool]] = []
         """When, and whether a graph was made."""
         self.steps: list[Moment] = []
@@ -166,17 +140,32 @@ class Watch:
             denoiser.register_forward_pre_hook(lambda *_: self._called()),
             register_optimizer_step_post_hook(lambda *_: self._stepped()),
         ]
+        self._forget()
 
     def _called(self) -> None:
         self.calls.append((Moment.now(), torch.is_grad_enabled()))
 
     def _stepped(self) -> None:
-        peak = self.memory.peak()
+        peak = self._peak()
         self.steps.append(Moment.now())
         self.highest = max(self.highest, peak)
         if len(self.steps) == 1:
-            self.memory.forget()
-        self.peak = self.memory.peak()
+            self._forget()
+        self.peak = self._peak()
+
+    def _peak(self) -> float:
+        """MiB since the last :meth:`_forget`; on a GPU, of tensors, once it has done its work."""
+        if self.device != "cuda":
+            return memory("VmHWM")
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() / 2**20
+
+    def _forget(self) -> None:
+        """Start the peak again, without memory that is free."""
+        if self.device == "cuda":
+            return torch.cuda.reset_peak_memory_stats()
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")
 
     def stop(self) -> None:
         """Watch no more."""
@@ -193,11 +182,9 @@ def measure(run: Run, build: Callable[[], DiffusionPipeline] | None = None, devi
         device: whose memory to watch.
     """
     assert callable(fdu.erase)  # which imports all that it needs, for both loops, before memory is counted
-    memory = Memory(device)
-    imported = memory.now()
+    imported = torch.cuda.memory_allocated() / 2**20 if device == "cuda" else memory("VmRSS")
     pipeline = (build or shapes.sd15)()
-    watch = Watch(pipeline.unet, memory)
-    memory.forget()
+    watch = Watch(pipeline.unet, device)
     started = Moment.now()
     try:
         with tempfile.TemporaryDirectory() as folder:
@@ -227,12 +214,11 @@ def reference(run: Run, pipeline: DiffusionPipeline, folder: Path) -> list[float
     prompts = shapes.anchor_prompts(200 // JOB_SHARE)
     if run.job:
         reference_loop.sample_images(pipeline, prompts, folder, run.shared)
-        return reference_loop.train(pipeline, TARGET, prompts, folder, run.shared)
-    side = pipeline.vae.config.sample_size
-    noise = np.random.default_rng(0).integers(0, 256, (side, side, 3), dtype=np.uint8)
-    Image.fromarray(noise).save(reference_loop.image_path(folder, 0))
-    for number in range(1, run.shared.num_images):
-        shutil.copyfile(reference_loop.image_path(folder, 0), reference_loop.image_path(folder, number))
+    else:
+        side = pipeline.vae.config.sample_size
+        noise = np.random.default_rng(0).integers(0, 256, (side, side, 3), dtype=np.uint8)
+        for number in range(run.shared.num_images):
+            Image.fromarray(noise).save(reference_loop.image_path(folder, number))
     return reference_loop.train(pipeline, TARGET, prompts, folder, run.shared)
 
 

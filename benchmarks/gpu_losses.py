@@ -93,15 +93,14 @@ def measure(make_tasks: Callable[[], list[Task]], rows: Rows, with_host: bool = 
         most = 2 if rows.rehearsal else MOST_PAIRS
         pairs = competitors.rotating(task.form, task.shape, DTYPES[task.dtype], rows.device, CACHES * cache, most)
         turns = itertools.cycle(pairs)  # across all competitors: none finds in the cache what the one before has read
-        passes, cloned = FORMS[task.form].passes_for(task.shape, DTYPES[task.dtype], cache), 0.0
+        passes = FORMS[task.form].passes_for(task.shape, DTYPES[task.dtype], cache)
+        copy: Row = {}
         for name, run in runs_of(task, rows).items():
-            row = {"shape": task.shape, "dtype": task.dtype, "form": task.form, "candidate": name}
-            figures = functools.partial(figures_of, row, run, pairs, turns, rows, with_host)
+            row = {"shape": task.shape, "dtype": task.dtype, "form": task.form, "candidate": name, "passes": passes}
+            if name == "clone":
+                copy = row
+            figures = functools.partial(figures_of, row, copy, run, pairs, turns, rows, with_host)
             rows.add(row, figures, **({"least": LEAST_COMPILED, "kind": COMPILED} if name == COMPILED else {}))
-            if name == "clone" and "cold_us" in row:
-                cloned = competitors.CLONE_PASSES / row["cold_us"]
-            elif cloned and FUSED in name and "cold_us" in row:
-                row.update(passes=passes, share_of_copy=passes / row["cold_us"] / cloned)
         del pairs, turns
 
 
@@ -118,8 +117,10 @@ def runs_of(task: Task, rows: Rows) -> dict[str, Call]:
     return runs
 
 
-def figures_of(row: Row, run: Call, pairs: list[Pair], turns: Iterator[Pair], rows: Rows, with_host: bool) -> Row:
-    """The figures of a row, except its share of the bandwidth."""
+def figures_of(
+    row: Row, copy: Row, run: Call, pairs: list[Pair], turns: Iterator[Pair], rows: Rows, with_host: bool
+) -> Row:
+    """The figures of a row; ``copy`` is the row of clone on the same inputs."""
     device, toy, (a, b) = rows.device, rows.rehearsal, pairs[0]
     checked = row["candidate"] != "clone" and not row["candidate"].endswith("tabulated")
     if checked:
@@ -128,6 +129,9 @@ def figures_of(row: Row, run: Call, pairs: list[Pair], turns: Iterator[Pair], ro
     cold = device_us(run, turns, rounds, device)
     figures: Row = {"checked": checked, "cold_us": statistics.median(cold)}
     figures["quartiles_us"] = statistics.quantiles(cold, n=4)[::2]
+    if FUSED in row["candidate"] and "cold_us" in copy:
+        share = row["passes"] / competitors.CLONE_PASSES * copy["cold_us"] / figures["cold_us"]
+        figures["share_of_copy"] = share
     if with_host:
         figures["hot_us"] = statistics.median(device_us(run, itertools.repeat((a, b)), rounds, device))
         figures["wall_us"] = wall_us(run, turns, calls, device, repeats=1 if toy else 7)

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import itertools
 import random
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,7 +28,6 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
 from transformers import CLIPTokenizer
 
 TEMPLATES = ("{prompt}, in the style of {target}", "in {target}'s style, {prompt}")
@@ -63,7 +63,7 @@ def sample_images(pipeline: StableDiffusionPipeline, prompts: Sequence[str], fol
     folder.mkdir(parents=True, exist_ok=True)
     pipeline.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(settings.seed)
-    for start in tqdm(range(0, settings.num_images, settings.sample_batch_size), "images", unit="batch"):
+    for start in range(0, settings.num_images, settings.sample_batch_size):
         numbers = range(start, min(start + settings.sample_batch_size, settings.num_images))
         images = pipeline(
             [prompts[number % len(prompts)] for number in numbers],
@@ -126,18 +126,11 @@ def train(
     optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=settings.adam_weight_decay)
     images = AnchorImages(folder, settings.num_images, prompts, target, pipeline.tokenizer)
     workers = settings.dataloader_num_workers
-    loader = DataLoader(
-        images,
-        settings.train_batch_size,
-        shuffle=True,
-        drop_last=True,
-        num_workers=workers,
-        persistent_workers=workers > 0,
-    )
-    batches = _endless(loader)
+    options = {"shuffle": True, "drop_last": True, "num_workers": workers, "persistent_workers": workers > 0}
+    loader = DataLoader(images, settings.train_batch_size, **options)
+    batches = itertools.chain.from_iterable(itertools.repeat(loader))
     losses = []
-    progress = tqdm(range(settings.max_train_steps), "reference", unit="step")
-    for _ in progress:
+    for _ in range(settings.max_train_steps):
         for _ in range(settings.gradient_accumulation_steps):
             batch = {name: value.to(unet.device) for name, value in next(batches).items()}
             with torch.autocast(unet.device.type, torch.bfloat16, enabled=settings.mixed_precision == "bf16"):
@@ -147,7 +140,6 @@ def train(
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())
-        progress.set_postfix(loss=losses[-1])
     return losses
 
 
@@ -208,8 +200,3 @@ def context_projections(unet: UNet2DConditionModel) -> list[nn.Parameter]:
     """The weights that make keys and values of the prompt."""
     names = ("attn2.to_k", "attn2.to_v")
     return [parameter for name, parameter in unet.named_parameters() if any(part in name for part in names)]
-
-
-def _endless(loader: DataLoader):
-    while True:
-        yield from loader

@@ -48,61 +48,67 @@ THINGS = ("house", "tree", "woman", "man", "street", "boat", "bridge", "garden",
 SETTINGS = ("at dawn", "at night", "in the rain", "in winter", "by the sea", "in a valley", "from above", "in sunlight")
 
 
-def unet_config(scale: Scale) -> dict[str, Any]:
-    """The denoiser's settings in Stable Diffusion 1.5, beside the defaults."""
-    return {
-        "sample_size": 64 // scale.side,
-        "block_out_channels": tuple(channels // scale.width for channels in (320, 640, 1280, 1280)),
-        "attention_head_dim": max(1, 8 // scale.width),  # as this family of configs calls the number of heads
-        "cross_attention_dim": 768 // scale.text_width,
-        "norm_num_groups": max(1, 32 // scale.width),
-    }
+def make_unet(scale: Scale) -> UNet2DConditionModel:
+    """The denoiser of Stable Diffusion 1.5."""
+    return UNet2DConditionModel(
+        sample_size=64 // scale.side,
+        block_out_channels=tuple(channels // scale.width for channels in (320, 640, 1280, 1280)),
+        attention_head_dim=max(1, 8 // scale.width),  # as this family of configs calls the number of heads
+        cross_attention_dim=768 // scale.text_width,
+        norm_num_groups=max(1, 32 // scale.width),
+    ).eval()
 
 
-def xl_unet_config(scale: Scale) -> dict[str, Any]:
-    """The denoiser's settings in Stable Diffusion XL."""
+def make_xl_unet(scale: Scale) -> UNet2DConditionModel:
+    """The denoiser of Stable Diffusion XL."""
     time_ids = 256 // scale.width
-    return {
-        "sample_size": 128 // scale.side,
-        "block_out_channels": tuple(channels // scale.width for channels in (320, 640, 1280)),
-        "transformer_layers_per_block": (1, 2, 10),
-        "down_block_types": ("DownBlock2D", *("CrossAttnDownBlock2D",) * 2),
-        "up_block_types": (*("CrossAttnUpBlock2D",) * 2, "UpBlock2D"),
-        "attention_head_dim": tuple(max(1, heads // scale.width) for heads in (5, 10, 20)),
-        "cross_attention_dim": sum(XL_TEXT) // scale.text_width,
-        "use_linear_projection": True,
-        "addition_embed_type": "text_time",
-        "addition_time_embed_dim": time_ids,
-        "projection_class_embeddings_input_dim": 6 * time_ids + XL_TEXT[1] // scale.text_width,
-        "norm_num_groups": max(1, 32 // scale.width),
-    }
+    return UNet2DConditionModel(
+        sample_size=128 // scale.side,
+        block_out_channels=tuple(channels // scale.width for channels in (320, 640, 1280)),
+        transformer_layers_per_block=(1, 2, 10),
+        down_block_types=("DownBlock2D", *("CrossAttnDownBlock2D",) * 2),
+        up_block_types=(*("CrossAttnUpBlock2D",) * 2, "UpBlock2D"),
+        attention_head_dim=tuple(max(1, heads // scale.width) for heads in (5, 10, 20)),
+        cross_attention_dim=sum(XL_TEXT) // scale.text_width,
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=time_ids,
+        projection_class_embeddings_input_dim=6 * time_ids + XL_TEXT[1] // scale.text_width,
+        norm_num_groups=max(1, 32 // scale.width),
+    ).eval()
 
 
-def vae_config(scale: Scale) -> dict[str, Any]:
-    """The autoencoder's settings."""
-    return {
-        "sample_size": 512 // scale.side,
-        "block_out_channels": tuple(channels // scale.width for channels in (128, 256, 512, 512)),
-        "layers_per_block": 2,
-        "down_block_types": ("DownEncoderBlock2D",) * 4,
-        "up_block_types": ("UpDecoderBlock2D",) * 4,
-        "norm_num_groups": max(1, 32 // scale.width),
-    }
+def make_vae(scale: Scale, side: int = 512, **settings: Any) -> AutoencoderKL:
+    """The autoencoder, for images of this side before it is scaled."""
+    return AutoencoderKL(
+        sample_size=side // scale.side,
+        block_out_channels=tuple(channels // scale.width for channels in (128, 256, 512, 512)),
+        layers_per_block=2,
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        norm_num_groups=max(1, 32 // scale.width),
+        **settings,
+    ).eval()
 
 
-def text_config(scale: Scale) -> dict[str, Any]:
-    """The first text encoder's settings."""
-    width = 768 // scale.text_width
-    return {"hidden_size": width, "intermediate_size": 4 * width, "num_attention_heads": 12, **special_ids()}
+def text_config(width: int, heads: int = 12, **settings: Any) -> CLIPTextConfig:
+    """A text encoder's config, with the tokenizer's special tokens."""
+    special = {"bos_token_id": START, "eos_token_id": END, "pad_token_id": END}
+    ids = {name: make_tokenizer().convert_tokens_to_ids(token) for name, token in special.items()}
+    sizes = {"hidden_size": width, "intermediate_size": 4 * width, "num_attention_heads": heads}
+    return CLIPTextConfig(**sizes, **ids, **settings)
 
 
-def xl_text_config(scale: Scale) -> dict[str, Any]:
-    """The second text encoder's settings in Stable Diffusion XL."""
-    width = XL_TEXT[1] // scale.text_width
-    return {
-        "hidden_size": width, "intermediate_size": 4 * width, "projection_dim": width, "num_hidden_layers": 32,
-        "num_attention_heads": max(1, 20 // scale.text_width), "hidden_act": "gelu", **special_ids(),
-    }  # fmt: skip
+def make_text_encoder(scale: Scale) -> CLIPTextModel:
+    """The text encoder of Stable Diffusion 1.5, the first one of XL."""
+    return CLIPTextModel(text_config(XL_TEXT[0] // scale.text_width)).eval()
+
+
+def make_second_text_encoder(scale: Scale) -> CLIPTextModelWithProjection:
+    """The second text encoder of Stable Diffusion XL."""
+    width, heads = XL_TEXT[1] // scale.text_width, max(1, 20 // scale.text_width)
+    config = text_config(width, heads, projection_dim=width, num_hidden_layers=32, hidden_act="gelu")
+    return CLIPTextModelWithProjection(config).eval()
 
 
 def sd15(scale: Scale = SCALED, device: str = "cpu") -> StableDiffusionPipeline:
@@ -111,10 +117,10 @@ def sd15(scale: Scale = SCALED, device: str = "cpu") -> StableDiffusionPipeline:
     with torch.random.fork_rng(), torch.device(device):
         torch.manual_seed(0)
         return StableDiffusionPipeline(
-            vae=AutoencoderKL(**vae_config(scale)).eval(),
-            text_encoder=CLIPTextModel(CLIPTextConfig(**text_config(scale))).eval(),
+            vae=make_vae(scale),
+            text_encoder=make_text_encoder(scale),
             tokenizer=make_tokenizer(),
-            unet=UNet2DConditionModel(**unet_config(scale)).eval(),
+            unet=make_unet(scale),
             scheduler=DPMSolverMultistepScheduler(**SCHEDULE),
             safety_checker=None,
             feature_extractor=None,
@@ -126,23 +132,16 @@ def sdxl(scale: Scale, device: str) -> StableDiffusionXLPipeline:
     """Stable Diffusion XL in fp32, with the same sampler and words."""
     with torch.random.fork_rng(), torch.device(device):
         torch.manual_seed(0)
-        vae = {**vae_config(scale), "sample_size": 1024 // scale.side, "scaling_factor": 0.13025}
         return StableDiffusionXLPipeline(
-            vae=AutoencoderKL(**vae).eval(),
-            text_encoder=CLIPTextModel(CLIPTextConfig(**text_config(scale))).eval(),
+            vae=make_vae(scale, 1024, scaling_factor=0.13025),
+            text_encoder=make_text_encoder(scale),
             tokenizer=make_tokenizer(),
-            text_encoder_2=CLIPTextModelWithProjection(CLIPTextConfig(**xl_text_config(scale))).eval(),
+            text_encoder_2=make_second_text_encoder(scale),
             tokenizer_2=make_tokenizer(),
-            unet=UNet2DConditionModel(**xl_unet_config(scale)).eval(),
+            unet=make_xl_unet(scale),
             scheduler=DPMSolverMultistepScheduler(**SCHEDULE),
             add_watermarker=False,
         )
-
-
-def special_ids() -> dict[str, int]:
-    """The tokenizer's special tokens, as a text encoder's config names them."""
-    special = {"bos_token_id": START, "eos_token_id": END, "pad_token_id": END}
-    return {name: make_tokenizer().convert_tokens_to_ids(token) for name, token in special.items()}
 
 
 @functools.cache
@@ -160,9 +159,7 @@ def anchor_prompts(count: int = 200) -> list[str]:
 def proportions(scale: Scale) -> dict[str, float]:
     """Parameters in millions, and 10^9 floating-point operations for one sample, by part; nothing is computed."""
     with torch.device("meta"):
-        unet = UNet2DConditionModel(**unet_config(scale))
-        vae = AutoencoderKL(**vae_config(scale))
-        text = CLIPTextModel(CLIPTextConfig(**text_config(scale)))
+        unet, vae, text = make_unet(scale), make_vae(scale), make_text_encoder(scale)
         latent = torch.empty(1, 4, 64 // scale.side, 64 // scale.side)
         context = torch.empty(1, TOKENS, 768 // scale.text_width)
         calls = {
