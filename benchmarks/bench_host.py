@@ -1,10 +1,10 @@
 """What a call costs the host at the size of latents, by part: ``python bench_host.py``.
 
-Nested pieces of one call that really run, each timed for itself in turn, on one thread: the function of ``fdu_kernels``
-(its checks), the dispatch (the choice of a backend and of the way to it), the backend's own function (outputs
-allocated, arguments laid out) and the launch: the compiled operation, into buffers that exist. A part is what a piece
-takes beyond the one inside it. On the CPU a launch computes as well; on a GPU it returns before the device has done its
-work.
+Times four nested pieces of one call, in turn, on one thread. The first is the function of ``fdu_kernels`` with its
+checks. The second is the dispatch: the choice of a backend and of the way to it. The third is the backend's own
+function, which allocates outputs and lays out arguments. The last is the launch of the compiled operation into buffers
+that exist. A part is the time of a piece minus that of the piece inside it. On the CPU the launch includes the
+computation. On a GPU it returns before the device has finished.
 """
 
 from __future__ import annotations

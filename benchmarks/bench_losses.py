@@ -3,9 +3,9 @@
 Options are pytest's: ``-k "gaussian and float32"`` picks comparisons, ``--record FILE`` keeps the figures,
 ``--competitors FILE`` enters yours (competitors.py). gpu_suite.py times the losses on a GPU.
 
-``test_losses`` times calls on the same inputs, each after a call that is not timed. ``test_bandwidth`` compares with
-torch.clone, the speed of the memory, on inputs that rotate through more than the caches hold: clone moves 2N bytes,
-value_and_grad 3N.
+``test_losses`` times calls on the same inputs, each after a call that is not timed. ``test_bandwidth`` compares
+value_and_grad with torch.clone, the speed of the memory, on inputs that rotate through more than the caches hold. Clone
+moves 2N bytes, value_and_grad 3N.
 """
 
 from __future__ import annotations

@@ -1,9 +1,8 @@
 """Peak memory of a call beyond its inputs and gradients: ``python bench_memory.py``.
 
-That much must be free when a training step computes the loss. By the byte model ours need nothing of the inputs' size;
-eager PyTorch holds several buffers of that size, in float32 even where the inputs are not. On the CPU torch's profiler
-reports every allocation and release (but not the kilobytes of partial sums in C++); on a GPU the caching allocator
-keeps the peak itself.
+A training step needs this much free memory to compute the loss. Our losses hold no buffer of the inputs' size. Eager
+PyTorch holds several, in float32 even if the inputs are in half precision. On the CPU torch's profiler reports every
+allocation and release, except the kilobytes of partial sums in C++. On a GPU the caching allocator keeps the peak.
 """
 
 from __future__ import annotations

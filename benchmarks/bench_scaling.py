@@ -1,10 +1,10 @@
 """How cost grows with the batch, with the elements per sample, and with the concepts erased at once:
 ``python bench_scaling.py``, on the CPU; gpu_suite.py sweeps the same sizes on a GPU.
 
-The sweeps time value_and_grad on every backend beside eager PyTorch, torch.compile and torch.clone, each call on the
-next of several random inputs, which together exceed the caches where tensors are large enough. "share" is the share of
-clone's bandwidth by the byte model (3N bytes whatever a competitor really moves, 2N for clone): the distance from the
-physical limit. ``test_concepts`` times steps of ``fdu.erase`` on the embedded pipeline.
+The sweeps time value_and_grad on every backend beside eager PyTorch, torch.compile and torch.clone. Each call takes the
+next of several random inputs. Large inputs together exceed the caches. "share" is the share of clone's bandwidth by the
+byte model, which counts 3N bytes for every competitor and 2N for clone. ``test_concepts`` times steps of ``fdu.erase``
+on the embedded pipeline.
 """
 
 from __future__ import annotations

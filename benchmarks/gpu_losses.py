@@ -80,7 +80,7 @@ def sweep_tasks() -> list[Task]:
 
 def measure(make_tasks: Callable[[], list[Task]], rows: Rows, with_host: bool = False) -> None:
     """Rows for every task, in order. A rehearsal takes the first and the third task, at toy size."""
-    # No pool of compilers beside what is timed; in both places, as something imported may have read the environment.
+    # No pool of compilers may run during the timing. An imported module may already have read the environment.
     os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
     import torch._inductor.config
 

@@ -183,7 +183,7 @@ def gpu_losses(record: dict[str, Any]) -> Iterator[Bound]:
     large = gpu_rows(record, "cold_us", "large")
     fastest = [row for _, row in speed_ups(large, "clone", "cold_us") if size_of(row) == FULL]
     for form, dtype in itertools.product(("gaussian", "variational"), ("float32", "bfloat16")):
-        # Of the best backend at each shape, the worst: long samples count as much as many samples.
+        # The worst shape counts, with its best backend.
         best = [(row["share_of_copy"], row) for row in fastest if (row["form"], row["dtype"]) == (form, dtype)]
         yield Bound(f"{form} {dtype}, 512 MiB: share of the copy bandwidth", ">=", 0.9, *extreme(min, best))
     latents = gpu_rows(record, "wall_us", "latents")

@@ -1,14 +1,13 @@
-"""What the published loops of concept ablation and f-DMU do, for comparison with the loop of ``fdu``.
+"""A loop that does what the published loops of concept ablation and f-DMU do, for comparison with the loop of ``fdu``.
 
 Written from concept ablation (Kumari et al. 2023, arXiv 2303.13516; nupurkmr9/concept-ablation, diffusers/train.py) and
-f-DMU (Novello et al. 2026, arXiv 2509.21167; nicolaNovello/f-DMU, train.py): anchor images are sampled to pixels and
-kept as files; for every batch the autoencoder encodes its images and the text encoder both its prompts; the frozen
-denoiser has a forward pass of its own per batch, in f-DMU as a whole copy of the trained one, while concept ablation
-asks the trained one. The rest is as in ``fdu``: AdamW on the keys and values of cross-attention, batch and
-accumulation, the squared Hellinger loss, the precision. What slows the originals down needlessly is left out (masks of
-augmented images, statistics of every gradient, models loaded twice, attention that keeps its scores). The training
-process decodes the files, as is f-DMU's default, unless ``dataloader_num_workers`` says otherwise; concept ablation has
-two more processes for that.
+f-DMU (Novello et al. 2026, arXiv 2509.21167; nicolaNovello/f-DMU, train.py). The loop samples anchor images and keeps
+them as files. For every batch, the autoencoder encodes its images, the text encoder encodes both its prompts, and the
+frozen denoiser has a forward pass of its own. In f-DMU the frozen denoiser is a copy; concept ablation uses the trained
+one. The rest is as in ``fdu``: AdamW on the keys and values of cross-attention, batch and accumulation, the squared
+Hellinger loss, the precision. The loop leaves out what slows the originals down needlessly: masks of augmented images,
+statistics of every gradient, models loaded twice, attention that keeps its scores. The training process decodes the
+files, as in f-DMU. Concept ablation has two more processes for that (``dataloader_num_workers``).
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ TEMPLATES = ("{prompt}, in the style of {target}", "in {target}'s style, {prompt
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """Those of the published runs, but for the learning rate's scaling and the optimizer's precision."""
+    """The settings of the published runs, except the learning rate's scaling and the optimizer's precision."""
 
     num_images: int = 1000
     num_inference_steps: int = 25
@@ -178,8 +177,8 @@ def batch_loss(
 
 
 def read(encoders: Sequence[nn.Module], ids: Tensor, side: int) -> dict[str, Any]:
-    """What a denoiser gets of prompts: of one text encoder its last layer; of two, as Stable Diffusion XL has them,
-    their last layers but one, the second's pooled embedding, and the sides of the image."""
+    """A denoiser's inputs from prompts. With one text encoder they are its last layer. With the two of Stable Diffusion
+    XL they are the last layers but one, the second encoder's pooled embedding, and the sides of the image."""
     if len(encoders) == 1:
         return {"encoder_hidden_states": encoders[0](input_ids=ids)[0]}
     outputs = [encoder(input_ids=ids, output_hidden_states=True) for encoder in encoders]

@@ -1,5 +1,5 @@
-"""How the benchmarks of the CPU measure and what they print: competitors take turns, so that all of them see the same
-state of the machine."""
+"""How the benchmarks of the CPU measure, and what they print. Competitors take turns, so all of them see the same state
+of the machine."""
 
 from __future__ import annotations
 

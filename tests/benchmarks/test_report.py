@@ -1,4 +1,4 @@
-"""Records, what is promised about them, and docs/performance.md, which is written from them alone."""
+"""Records, the promises about them, and docs/performance.md, which report.py writes from the records alone."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The training benchmark: the reference does what is said of it, and both loops get the same task."""
+"""The training benchmark: the reference does what its page says, and both loops get the same task."""
 
 from __future__ import annotations
 
