@@ -136,10 +136,10 @@ def run(section: Section, out: Path, limit: float) -> dict[str, Any]:
             os.killpg(process.pid, signal.SIGKILL)
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(GRACE)  # a process that is stuck in the driver does not end
+    code = -signal.SIGKILL if process.returncode is None else process.returncode
     lines = log.read_text(errors="replace").splitlines()
-    tail = [] if section.measures and process.returncode == 0 else lines[-TAIL:]
-    seconds = round(time.monotonic() - began, 1)
-    return {"exit": process.returncode, "tail": tail, "seconds": seconds, **records.read(rows)}
+    tail = [] if section.measures and code == 0 else lines[-TAIL:]
+    return {"exit": code, "tail": tail, "seconds": round(time.monotonic() - began, 1), **records.read(rows)}
 
 
 def keep_build_logs(out: Path) -> None:
