@@ -1,10 +1,10 @@
 """How cost grows with the batch, with the elements per sample, and with the concepts erased at once:
 ``python bench_scaling.py``, on the CPU; gpu_suite.py sweeps the same sizes on a GPU.
 
-The sweeps time value_and_grad on every backend beside eager PyTorch, torch.compile and torch.clone, each call on the
-next of several random inputs, which together exceed the caches where tensors are large enough. "share" is the share of
-clone's bandwidth by the byte model (3N bytes whatever a competitor really moves, 2N for clone): the distance from the
-physical limit. ``test_concepts`` times steps of ``fdu.erase`` on the embedded pipeline.
+The sweeps time value_and_grad on every backend beside eager PyTorch, torch.compile and torch.clone. Each call takes the
+next of several random inputs. Large inputs together exceed the caches. "share" is the share of clone's bandwidth by the
+byte model, which counts 3N bytes for every competitor and 2N for clone. ``test_concepts`` times steps of ``fdu.erase``
+on the embedded pipeline.
 """
 
 from __future__ import annotations
@@ -13,15 +13,12 @@ import itertools
 import math
 import statistics
 import time
-from typing import TYPE_CHECKING
+from collections.abc import Callable
 
 import pytest
 import timing
 import torch
 from competitors import FUSED, Shape, competitors_of, fused_backends, rotating
-
-if TYPE_CHECKING:
-    from pytest_benchmark.fixture import BenchmarkFixture
 
 BATCHES = (1, 4, 16, 64, 256, 1024, 8192)
 """Of 4x64x64 latents: from 64 KiB to 512 MiB per tensor."""
@@ -34,27 +31,27 @@ STEPS = 8
 """Steps of an erasure that is timed; the first is not counted."""
 
 
-def sweep(benchmark: BenchmarkFixture, form: str, shape: Shape) -> None:
+def sweep(note: Callable[..., None], form: str, shape: Shape) -> None:
     """Time all competitors at one size, with fewer rounds for what takes long; keep and print the figures."""
     named = competitors_of("gaussian", [*fused_backends("cpu"), "torch"], (FUSED,))
     runs = {name.removesuffix(f" {FUSED}"): run for name, run in named.items()}
     pairs = rotating("gaussian", shape, torch.float32, "cpu", timing.ROTATING)
     rounds = max(9, min(101, 100_000_000 // math.prod(shape)))
-    found = benchmark.pedantic(timing.sweep, ("gaussian", runs, pairs, rounds), rounds=1)
-    benchmark.extra_info.update(form=form, **found)
+    found = timing.sweep("gaussian", runs, pairs, rounds)
+    note(form=form, **found)
     timing.show("gaussian", shape, torch.float32, found["medians"])
 
 
 @pytest.mark.parametrize("batch", BATCHES)
-def test_batch(benchmark: BenchmarkFixture, batch: int) -> None:
+def test_batch(note: Callable[..., None], batch: int) -> None:
     """Latents of Stable Diffusion 1.5."""
-    sweep(benchmark, "batch", (batch, 4, 64, 64))
+    sweep(note, "batch", (batch, 4, 64, 64))
 
 
 @pytest.mark.parametrize("elements", ELEMENTS)
-def test_elements(benchmark: BenchmarkFixture, elements: int) -> None:
+def test_elements(note: Callable[..., None], elements: int) -> None:
     """A few samples of ever more elements."""
-    sweep(benchmark, "elements", (SAMPLES, elements))
+    sweep(note, "elements", (SAMPLES, elements))
 
 
 def erasure_step(concepts: tuple[str, ...], steps: int = STEPS) -> dict[str, float]:
@@ -85,10 +82,10 @@ def erasure_step(concepts: tuple[str, ...], steps: int = STEPS) -> dict[str, flo
 
 
 @pytest.mark.parametrize("count", (1, 2, 4))
-def test_concepts(benchmark: BenchmarkFixture, count: int) -> None:
+def test_concepts(note: Callable[..., None], count: int) -> None:
     """A step of the embedded pipeline; the concepts share its batch."""
-    found = benchmark.pedantic(erasure_step, (CONCEPTS[:count],), rounds=3)
-    benchmark.extra_info.update(form="concepts", **found)
+    found = erasure_step(CONCEPTS[:count])
+    note(form="concepts", **found)
     print(f"\n{count} concepts, batch {found['batch']}: {found['step'] * 1e3:.0f} ms per step of fdu.erase")
 
 
