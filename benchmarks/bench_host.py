@@ -16,6 +16,7 @@ import pytest
 import timing
 import torch
 from competitors import Shape, fused_backends
+from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 
 import fdu_kernels as fk
@@ -130,15 +131,15 @@ def parts(medians: dict[str, float]) -> dict[str, float]:
 
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "x".join(map(str, shape)))
 @pytest.mark.parametrize("backend", fused_backends())
-def test_parts(note: Callable[..., None], backend: str, shape: Shape) -> None:
+def test_parts(benchmark: BenchmarkFixture, backend: str, shape: Shape) -> None:
     """Checks, dispatch, allocation and launch of value_and_grad."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # at these sizes a second one is not woken
     try:
-        found = measure(shape, backend, "cpu" if backend == "cpu" else "cuda")
+        found = benchmark.pedantic(measure, (shape, backend, "cpu" if backend == "cpu" else "cuda"), rounds=1)
     finally:
         torch.set_num_threads(threads)
-    note(form="host", **found)
+    benchmark.extra_info.update(form="host", **found)
     print(f"\n{backend} {'x'.join(map(str, shape))}, us of the host: parts of a call, then pieces")
     for name, taken in [*found["parts_us"].items(), *found["medians_us"].items()]:
         print(f"  {name:<34}{taken:8.1f}")

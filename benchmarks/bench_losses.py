@@ -13,12 +13,12 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Callable
 
 import pytest
 import timing
 import torch
 from competitors import DTYPES, FORMS, FUSED, SIGMA, Shape, candidate, check, competitors_of, inputs, rotating
+from pytest_benchmark.fixture import BenchmarkFixture
 
 import fdu_kernels as fk
 
@@ -30,7 +30,7 @@ CASES = [*(("gaussian", dtype) for dtype in DTYPES), *((form, "float32") for for
 
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "x".join(map(str, shape)))
 @pytest.mark.parametrize(("form", "dtype"), CASES)
-def test_losses(note: Callable[..., None], form: str, dtype: str, shape: Shape) -> None:
+def test_losses(benchmark: BenchmarkFixture, form: str, dtype: str, shape: Shape) -> None:
     """All competitors of a form take turns."""
     a, b = inputs(shape, DTYPES[dtype], BACKEND, wanted=FORMS[form].wanted)
     found = competitors_of(form, [BACKEND])
@@ -42,21 +42,23 @@ def test_losses(note: Callable[..., None], form: str, dtype: str, shape: Shape) 
         check(run, form, a, b)
     rounds, iterations = max(15, min(150, 60_000_000 // a.numel())), max(1, 200_000 // a.numel())
     turns = itertools.repeat((a, b))
-    times = timing.take_turns(runs, rounds, iterations, turns, before=lambda call, *given: call(*given))
+    times = benchmark.pedantic(
+        timing.take_turns, (runs, rounds, iterations, turns, lambda call, *given: call(*given)), rounds=1
+    )
     medians = timing.medians(times)
-    note(form=form, dtype=dtype, shape=shape, medians=medians)
+    benchmark.extra_info.update(form=form, dtype=dtype, shape=shape, medians=medians)
     timing.show(form, shape, a.dtype, medians)
 
 
 @pytest.mark.parametrize("shape", SHAPES[-2:], ids=lambda shape: "x".join(map(str, shape)))
-def test_bandwidth(note: Callable[..., None], shape: Shape) -> None:
+def test_bandwidth(benchmark: BenchmarkFixture, shape: Shape) -> None:
     """Squared Hellinger in float32 against torch.clone; both allocate what they return."""
     pairs = rotating("gaussian", shape, torch.float32, BACKEND, 2 * timing.ROTATING)
     rounds = max(41, min(401, 1_600_000_000 // math.prod(shape)))
     runs = {FUSED: candidate("gaussian", FUSED, BACKEND)}
-    found = timing.sweep("gaussian", runs, pairs, rounds)
+    found = benchmark.pedantic(timing.sweep, ("gaussian", runs, pairs, rounds), rounds=1)
     found["share"] = found["share"][FUSED]
-    note(form="bandwidth", dtype="float32", **found)
+    benchmark.extra_info.update(form="bandwidth", dtype="float32", **found)
     timing.show("gaussian", shape, torch.float32, found["medians"])
 
 

@@ -13,6 +13,7 @@ import pytest
 import timing
 import torch
 from competitors import DTYPES, FORMS, Call, Shape, check, competitors_of, fused_backends, inputs
+from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
@@ -52,15 +53,21 @@ def measure(run: Call, a: Tensor, b: Tensor) -> dict[str, int]:
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "x".join(map(str, shape)))
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("form", FORMS)
-def test_memory(note: Callable[..., None], form: str, dtype: str, shape: Shape) -> None:
+def test_memory(benchmark: BenchmarkFixture, form: str, dtype: str, shape: Shape) -> None:
     """All competitors of a form, ours on every backend by autograd and without."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    found = {}
-    for name, run in competitors_of(form, fused_backends(device)).items():
-        a, b = inputs(shape, DTYPES[dtype], device, wanted=FORMS[form].wanted)
-        check(run, form, a, b)
-        found[name] = measure(run, a, b)
-    note(form=form, dtype=dtype, shape=shape, memory=found)
+    runs = competitors_of(form, fused_backends(device))
+
+    def every_run() -> dict[str, dict[str, int]]:
+        found = {}
+        for name, run in runs.items():
+            a, b = inputs(shape, DTYPES[dtype], device, wanted=FORMS[form].wanted)
+            check(run, form, a, b)
+            found[name] = measure(run, a, b)
+        return found
+
+    found = benchmark.pedantic(every_run, rounds=1)
+    benchmark.extra_info.update(form=form, dtype=dtype, shape=shape, memory=found)
     print(f"\n{form} {dtype} {'x'.join(map(str, shape))}: peak beyond inputs and gradients, in tensors of their size")
     for name, one in found.items():
         print(f"  {name:<20}{one['extra_bytes'] / one['input_bytes']:8.3f}  ({one['extra_bytes']} bytes)")

@@ -13,12 +13,12 @@ import itertools
 import math
 import statistics
 import time
-from collections.abc import Callable
 
 import pytest
 import timing
 import torch
 from competitors import FUSED, Shape, competitors_of, fused_backends, rotating
+from pytest_benchmark.fixture import BenchmarkFixture
 
 BATCHES = (1, 4, 16, 64, 256, 1024, 8192)
 """Of 4x64x64 latents: from 64 KiB to 512 MiB per tensor."""
@@ -31,27 +31,27 @@ STEPS = 8
 """Steps of an erasure that is timed; the first is not counted."""
 
 
-def sweep(note: Callable[..., None], form: str, shape: Shape) -> None:
+def sweep(benchmark: BenchmarkFixture, form: str, shape: Shape) -> None:
     """Time all competitors at one size, with fewer rounds for what takes long; keep and print the figures."""
     named = competitors_of("gaussian", [*fused_backends("cpu"), "torch"], (FUSED,))
     runs = {name.removesuffix(f" {FUSED}"): run for name, run in named.items()}
     pairs = rotating("gaussian", shape, torch.float32, "cpu", timing.ROTATING)
     rounds = max(9, min(101, 100_000_000 // math.prod(shape)))
-    found = timing.sweep("gaussian", runs, pairs, rounds)
-    note(form=form, **found)
+    found = benchmark.pedantic(timing.sweep, ("gaussian", runs, pairs, rounds), rounds=1)
+    benchmark.extra_info.update(form=form, **found)
     timing.show("gaussian", shape, torch.float32, found["medians"])
 
 
 @pytest.mark.parametrize("batch", BATCHES)
-def test_batch(note: Callable[..., None], batch: int) -> None:
+def test_batch(benchmark: BenchmarkFixture, batch: int) -> None:
     """Latents of Stable Diffusion 1.5."""
-    sweep(note, "batch", (batch, 4, 64, 64))
+    sweep(benchmark, "batch", (batch, 4, 64, 64))
 
 
 @pytest.mark.parametrize("elements", ELEMENTS)
-def test_elements(note: Callable[..., None], elements: int) -> None:
+def test_elements(benchmark: BenchmarkFixture, elements: int) -> None:
     """A few samples of ever more elements."""
-    sweep(note, "elements", (SAMPLES, elements))
+    sweep(benchmark, "elements", (SAMPLES, elements))
 
 
 def erasure_step(concepts: tuple[str, ...], steps: int = STEPS) -> dict[str, float]:
@@ -82,10 +82,10 @@ def erasure_step(concepts: tuple[str, ...], steps: int = STEPS) -> dict[str, flo
 
 
 @pytest.mark.parametrize("count", (1, 2, 4))
-def test_concepts(note: Callable[..., None], count: int) -> None:
+def test_concepts(benchmark: BenchmarkFixture, count: int) -> None:
     """A step of the embedded pipeline; the concepts share its batch."""
-    found = erasure_step(CONCEPTS[:count])
-    note(form="concepts", **found)
+    found = benchmark.pedantic(erasure_step, (CONCEPTS[:count],), rounds=1)
+    benchmark.extra_info.update(form="concepts", **found)
     print(f"\n{count} concepts, batch {found['batch']}: {found['step'] * 1e3:.0f} ms per step of fdu.erase")
 
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import ctypes
 import runpy
 import sys
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import records
+from pytest_benchmark.fixture import BenchmarkFixture
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 KEPT, MAPPED = 1 << 30, 32 << 20
@@ -36,11 +37,13 @@ def pytest_configure(config: pytest.Config) -> None:
         runpy.run_path(config.getoption("--competitors"))
 
 
-@pytest.fixture
-def note(request: pytest.FixtureRequest) -> Callable[..., None]:
-    """Keep figures as a row of the record."""
-    suite = request.path.stem.removeprefix("bench_")
-    return lambda **row: request.config.stash[ROWS].setdefault(suite, []).append(row)
+@pytest.fixture(autouse=True)
+def _row(request: pytest.FixtureRequest, benchmark: BenchmarkFixture) -> Iterator[None]:
+    """Keep the figures in ``benchmark.extra_info`` as a row of the record."""
+    yield
+    if benchmark.extra_info:
+        suite = request.path.stem.removeprefix("bench_")
+        request.config.stash[ROWS].setdefault(suite, []).append(benchmark.extra_info)
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

@@ -92,4 +92,4 @@ def run_alone(file: str) -> int:
     """``python benchmarks/bench_NAME.py [options of pytest]``: print the device, then each comparison as it ends."""
     found = records.machine()
     print(f"{found['device']}; torch {found['versions']['torch']}", flush=True)
-    return pytest.main([file, "-q", "-s", "--disable-warnings", *sys.argv[1:]])
+    return pytest.main([file, "-q", "-s", "--benchmark-quiet", "--disable-warnings", *sys.argv[1:]])
