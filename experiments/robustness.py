@@ -31,12 +31,11 @@ from fdu.evaluation.robustness import (
     Lesson,
     RelearningConfig,
     attack,
-    read_sets,
     relearn,
 )
 from fdu.evaluation.robustness.holding import judge_robustness
-from fdu.evaluation.robustness.judging import BACK, LEARNT_SEED
-from fdu.evaluation.robustness.phrasings import SETS
+from fdu.evaluation.robustness.phrasings import packaged_sets
+from fdu.evaluation.robustness.relearning import BACK, LEARNT_SEED
 from fdu.evaluation.verdict import ERASED_BELOW
 from fdu.models.families import denoiser_of
 from fdu.storage.output import write_text
@@ -106,7 +105,7 @@ def examine(name: str) -> Record:
     """Erase, and examine the result."""
     pipeline = quiet_pipeline()
     probes = digits.probes(TARGET)
-    examination = Examination(probes[0], read_sets(SETS / "digit.txt", TARGET), drawing=DRAWING, latents=LATENTS)
+    examination = Examination(probes[0], packaged_sets("digit", TARGET), drawing=DRAWING, latents=LATENTS)
     examination.before(pipeline)
     retained = None
     if name in ERASURES:

@@ -28,7 +28,7 @@ TARGETS = {
     "fdu_kernels/functional.py": ["tests/fdu_kernels/test_checks.py", "tests/fdu_kernels/test_functional.py"],
     "fdu/training/objective.py": ["tests/fdu/test_objective.py", "--noconftest"],
     "fdu/evaluation/verdict.py": ["tests/fdu/test_verdict.py", "--noconftest"],
-    "fdu/evaluation/intervals.py": ["tests/fdu/test_intervals.py", "--noconftest"],
+    "fdu/evaluation/intervals.py": ["tests/fdu/test_metrics.py", "--noconftest"],
 }
 """Each core file and the tests that must notice its changes. What these need no conftest.py for starts faster."""
 MINIMUM = 0.8

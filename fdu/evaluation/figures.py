@@ -12,12 +12,11 @@ import numpy as np
 from diffusers import DiffusionPipeline
 from torch import cat, nn
 
-from fdu.evaluation.drawing import Draws, draw
+from fdu.evaluation.drawing import Draws, Probe, check_probes, draw, groups
 from fdu.evaluation.features import Features, as_features
 from fdu.evaluation.intervals import FEWEST, Bootstrap, Interval, interval, share_interval, wilson
 from fdu.evaluation.metrics.catalogue import metrics_of
 from fdu.evaluation.metrics.metric import PairMetric, ScoreMetric, SetMetric, ShareMetric
-from fdu.evaluation.probes import Probe, check_probes, groups
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +46,12 @@ class Figures:
     intervals: dict[str, Interval] = dataclasses.field(default_factory=dict)
     """95 % intervals by figure: "target_accuracy", "per_class.three". CLIP scores need two images per class."""
 
+    def value(self, name: str) -> float:
+        """A figure by its name; a dot picks one of several: "per_class.three"."""
+        field, _, part = name.partition(".")
+        value = getattr(self, field)
+        return value[part] if part else value
+
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
@@ -71,9 +76,9 @@ class Evaluation:
     "distances.kid.retained", "unlearn_canvas.UA". Changes and distances need two images
     per class."""
 
-    def measured(self, name: str) -> dict[str, float] | None:
-        """The figures of a metric that compares images, by role and group; None if it was not computed."""
-        return self.change if name == "change" else self.distances.get(name.partition(".")[2])
+    def measured(self, name: str) -> dict[str, float]:
+        """The figures of a metric that compares images, by role and group; empty if it was not computed."""
+        return self.change if name == "change" else self.distances.get(name.removeprefix("distances."), {})
 
     def as_dict(self) -> dict[str, Any]:
         """As a dict for JSON."""

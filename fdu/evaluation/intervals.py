@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from statistics import NormalDist
@@ -12,6 +13,8 @@ Interval = tuple[float, float]
 """Lower and upper end."""
 LEVEL = 0.95
 """The share of repetitions of the evaluation whose interval holds the true value."""
+Z = NormalDist().inv_cdf((1 + LEVEL) / 2)
+"""Standard deviations on either side that hold this share of a normal distribution."""
 RESAMPLES = 2000
 FEWEST = 2
 """Images of a class below which resamples cannot tell how a measured value scatters."""
@@ -82,12 +85,38 @@ def interval(resampled: np.ndarray) -> Interval:
 
 def wilson(share: float, images: int) -> Interval:
     """The interval of one share counted on ``images`` images (Wilson 1927), which also holds near 0 and 1."""
-    z = NormalDist().inv_cdf((1 + LEVEL) / 2)
-    weight = z * z / images
+    weight = Z * Z / images
     middle = (share + weight / 2) / (1 + weight)
-    half = z * math.sqrt(share * (1 - share) / images + weight / (4 * images)) / (1 + weight)
+    half = Z * math.sqrt(share * (1 - share) / images + weight / (4 * images)) / (1 + weight)
     # At the ends the bound is 0 or 1 itself, which rounding would miss.
     return (0.0 if share == 0 else middle - half), (1.0 if share == 1 else middle + half)
+
+
+@dataclasses.dataclass(frozen=True)
+class Share:
+    """A share counted on a number of images."""
+
+    value: float
+    """In [0, 1]."""
+    images: int
+    """How many were judged."""
+    interval: Interval
+    """The 95 % interval of Wilson (1927), which also holds near 0 and 1."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.value <= 1:
+            raise ValueError(f"a share must be in [0, 1], got {self.value!r}")
+
+    @classmethod
+    def of(cls, seen: Sequence[str], name: str) -> Share:
+        """The share of ``name`` in a judge's answers, at least one."""
+        value = sum(one == name for one in seen) / len(seen)
+        return cls(value, len(seen), wilson(value, len(seen)))
+
+
+def uncertainty(images: int) -> float:
+    """Half the width of a share's 95 % interval on ``images`` images, at its widest (a share of 1/2)."""
+    return Z * math.sqrt(0.25 / images)
 
 
 def reach_unseen(images: int) -> float:
