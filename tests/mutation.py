@@ -34,7 +34,7 @@ TARGETS = {
 MINIMUM = 0.8
 TIMEOUT = 120.0
 """Seconds after which a change that makes the tests hang counts as killed."""
-LIBRARIES = ("torch", "diffusers", "peft", "scipy.stats", "hypothesis", "pytest", "xdist", "pytest_benchmark.plugin")
+LIBRARIES = ("torch", "diffusers", "peft", "scipy.stats", "sklearn.metrics.pairwise", "hypothesis", "pytest_benchmark")
 """Imported before the forks, where they are installed. Nothing of this project."""
 
 SWAPS: dict[type, type] = {

@@ -32,7 +32,11 @@ JUDGED_SEED = 1000
 
 @dataclasses.dataclass(frozen=True)
 class Probe:
-    """Prompts for one class, and the judge that recognises it."""
+    """Prompts for one class, and the judge that recognises it.
+
+    Raises:
+        ValueError: no prompts.
+    """
 
     name: str
     """Name of the class, as the judge returns it and as an image-text encoder reads it."""
@@ -42,6 +46,10 @@ class Probe:
     judge: Judge
     group: Group = "near"
     """Group of a retained class; ignored for other roles."""
+
+    def __post_init__(self) -> None:
+        if not self.prompts:
+            raise ValueError(f"probes: the class {self.name!r} has no prompts; give it at least one")
 
 
 def groups(probes: Sequence[Probe]) -> dict[str, list[int]]:
@@ -62,9 +70,8 @@ def check_probes(probes: Sequence[Probe]) -> None:
     """Refuse probes that cannot judge an erasure.
 
     Raises:
-        ValueError: not exactly one target, no retained class, two classes with one name, or a class without prompts.
+        ValueError: not exactly one target, no retained class, or two classes with one name.
     """
-    _check_prompts(probes)
     roles = [probe.role for probe in probes]
     if roles.count("target") != 1 or "retained" not in roles:
         raise ValueError("probes must hold exactly one with role 'target' and at least one with role 'retained'")
@@ -72,12 +79,6 @@ def check_probes(probes: Sequence[Probe]) -> None:
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise ValueError(f"probes name the class {twice[0]!r} twice; give each class one probe")
-
-
-def _check_prompts(probes: Sequence[Probe]) -> None:
-    for probe in probes:
-        if not probe.prompts:
-            raise ValueError(f"probes: the class {probe.name!r} has no prompts; give it at least one")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -150,11 +151,10 @@ def draw(
         description: label of the progress bar.
 
     Raises:
-        ValueError: no probes, a probe without prompts, ``images_per_class`` below 1, or as :class:`Sampling`.
+        ValueError: no probes, ``images_per_class`` below 1, or as :class:`Sampling`.
     """
     if not probes:
         raise ValueError("probes is empty; give at least the target's")
-    _check_prompts(probes)
     check_number("images_per_class", images_per_class, Count)
     Sampling(num_inference_steps=num_inference_steps, guidance_scale=guidance_scale, batch_size=batch_size)
     given = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
