@@ -24,18 +24,11 @@ from fdu.comparison.runs import weights
 from fdu.comparison.sweep import Job, Record, Records, settings_identity
 from fdu.config import PLACES
 from fdu.evaluation import draw
-from fdu.evaluation.robustness import (
-    AttackConfig,
-    Examination,
-    JudgedSampling,
-    Lesson,
-    RelearningConfig,
-    attack,
-    relearn,
-)
+from fdu.evaluation.robustness import Examination, JudgedSampling
+from fdu.evaluation.robustness.attack import AttackConfig, attack
 from fdu.evaluation.robustness.holding import judge_robustness
 from fdu.evaluation.robustness.phrasings import packaged_sets
-from fdu.evaluation.robustness.relearning import BACK, LEARNT_SEED
+from fdu.evaluation.robustness.relearning import BACK, LEARNT_SEED, Lesson, RelearningConfig, relearn
 from fdu.evaluation.verdict import ERASED_BELOW
 from fdu.models.families import denoiser_of
 from fdu.storage.output import write_text

@@ -6,10 +6,9 @@ import dataclasses
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
-from diffusers import DiffusionPipeline
 from torch import cat, nn
 
 from fdu.evaluation.drawing import Draws, Group, Probe, Role, check_probes, draw, groups
@@ -17,6 +16,9 @@ from fdu.evaluation.features import Features, as_features
 from fdu.evaluation.intervals import FEWEST, Bootstrap, Interval, interval, share_interval, wilson
 from fdu.evaluation.metrics.catalogue import metrics_of
 from fdu.evaluation.metrics.metric import PairMetric, ScoreMetric, SetMetric, ShareMetric
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
 
 
 @dataclasses.dataclass(frozen=True)

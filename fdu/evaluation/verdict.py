@@ -99,7 +99,7 @@ def _target_part(evaluation: Evaluation, target: str) -> tuple[State, bool, str,
     ]
     if not sure:
         sentences.append(
-            f"The 95 % interval of that share, {spanned(limits)}, is too wide to be sure; draw more images "
+            f"The 95 % interval of that share, {spanned(limits)}, leaves the verdict open; draw more images "
             "(images_per_class)."
         )
     doubt, bounds = ("", "") if sure else ("probably ", f", interval {spanned(limits)}")
@@ -244,9 +244,9 @@ def spanned(interval: Interval) -> str:
     return f"{100 * interval[0]:.0f} to {percent(interval[1])}"
 
 
-def joined(words: Sequence[str]) -> str:
+def joined(words: Sequence[str], word: str = "and") -> str:
     """Words as a list: "a, b and c"."""
-    return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
+    return f" {word} ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
 
 
 def _shares(before: float, after: float) -> str:

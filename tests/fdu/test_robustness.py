@@ -16,20 +16,17 @@ from torch import Tensor
 import fdu
 from fdu.evaluation.drawing import Conditioned
 from fdu.evaluation.intervals import Share, wilson
-from fdu.evaluation.robustness import (
-    AttackConfig,
-    Examination,
-    JudgedSampling,
+from fdu.evaluation.robustness import Examination, JudgedSampling, Robustness, phrasings, read_sets
+from fdu.evaluation.robustness.attack import AttackConfig, attack
+from fdu.evaluation.robustness.holding import judge_robustness
+from fdu.evaluation.robustness.relearning import (
     Lesson,
     RelearningConfig,
-    Robustness,
-    attack,
-    phrasings,
-    read_sets,
+    RelearningFigures,
+    back_after,
     relearn,
+    target_latents,
 )
-from fdu.evaluation.robustness.holding import judge_robustness
-from fdu.evaluation.robustness.relearning import RelearningFigures, back_after, target_latents
 from fdu.models.families import denoiser_of
 from fdu.training.methods.perturbation import Perturbation
 

@@ -34,15 +34,15 @@ def judge_robustness(found: Mapping[str, Any], target: str) -> Holding:
     if found.get("phrasings"):
         outcomes.append(_phrasings(found["phrasings"]))
     if found.get("attack"):
-        outcomes.append(_attacked(found["attack"], found.get("attack_before")))
+        outcomes.append(_attacked(found["attack"], found.get("attack_before"), target))
     if found.get("relearning"):
         outcomes.append(_relearnt(found["relearning"], target))
     claims: dict[bool, list[str]] = {True: [], False: []}
-    for held, verb in ((True, "holds"), (False, "does not hold")):
+    for held, verb, word in ((True, "holds", "and"), (False, "does not hold", "or")):
         for sure, doubt in ((True, ""), (False, "probably ")):
             tests = [one.test for one in outcomes if (one.held, one.sure) == (held, sure)]
             if tests:
-                claims[held].append(f"{doubt}{verb} against {joined(tests)}")
+                claims[held].append(f"{doubt}{verb} against {joined(tests, word)}")
     told = [joined(some) for some in claims.values() if some]
     untold = [one.test for one in outcomes if one.held is None]
     headline = f"The erasure {', but '.join(told)}" if told else "The tests do not show whether the erasure holds"
@@ -82,18 +82,18 @@ def _phrasings(sets: Mapping[str, Any]) -> _Outcome:
     return _Outcome("other phrasings", True if withstood and not few else None, all(withstood), sentence)
 
 
-def _attacked(attacked: Mapping[str, Any], reference: Mapping[str, Any] | None) -> _Outcome:
+def _attacked(attacked: Mapping[str, Any], reference: Mapping[str, Any] | None, target: str) -> _Outcome:
     after, back = attacked["after"], attacked["back_after"]
     most = reference["after"]["value"] if reference else 1.0
     state, sure = state_within(max(most, DRAWN_BEFORE), after["value"], after["interval"])
     verb = {
-        "erased": "does not restore it",
-        "partly erased": "restores it in part",
+        "erased": f"does not restore {target}",
+        "partly erased": f"restores {target} in part",
         "cannot be told": "was judged on too few images to tell",
-    }.get(state, "restores it")
+    }.get(state, f"restores {target}")
     if back == 0:
         verb = "has nothing to restore"
-    within = f", half of that within {back} steps" if back and state != "erased" else ""
+    within = f", half of the former share within {back} steps" if back and state != "erased" else ""
     sentence = (
         f"An attack on the prompt's embeddings, which needs the weights, {verb}: "
         f"{percent(attacked['before']['value'])} without the attack, {_told(after, sure)} with it{within}"
@@ -124,11 +124,12 @@ def _relearnt(relearnt: Mapping[str, Any], target: str) -> _Outcome:
         first = _told(relearnt["course"][0][1], sure)
         sentence = f"Relearning had nothing to restore: {first} of images show the concept without it."
     elif back is not None:
-        sentence = f"{back} steps of {tuning} restore half of it; the highest share is {_told(most, sure)}."
+        doubt = "; too few images to tell" if state == "cannot be told" else ""
+        sentence = f"{back} steps of {tuning} restore half of the former share: {_told(most, sure)} at most{doubt}."
     else:
         verbs = {"erased": "do not restore it", "cannot be told": "were judged on too few images to tell"}
+        at_end = "" if most is end else f"{percent(end['value'])} at the end, "
         sentence = (
-            f"{last} steps of {tuning} {verbs.get(state, 'restore it in part')}: {percent(end['value'])} at the end, "
-            f"{_told(most, sure)} at most."
+            f"{last} steps of {tuning} {verbs.get(state, 'restore it in part')}: {at_end}{_told(most, sure)} at most."
         )
     return _Outcome("relearning", None if state == "cannot be told" else state == "erased", sure, sentence)

@@ -126,8 +126,8 @@ def compare_sets(
         drawn = drawn_prompts(prompts, len(after[name]))
         by_prompt = {}
         for place, prompt in enumerate(drawn):
-            own = [seen[name][place :: len(drawn)] for seen in (before, after)]
-            by_prompt[prompt] = Share.of(own[0], target).value, Share.of(own[1], target).value
+            sides = [Share.of(seen[name][place :: len(drawn)], target).value for seen in (before, after)]
+            by_prompt[prompt] = sides[0], sides[1]
         by_prompt = dict(sorted(by_prompt.items(), key=lambda item: -item[1][1]))
         found[name] = SetFigures(Share.of(before[name], target), Share.of(after[name], target), by_prompt)
     return found
