@@ -65,7 +65,7 @@ def words(verdict: Verdict) -> str:
 def test_erased_and_kept() -> None:
     verdict = judge(make_evaluation({"three": 0.0}), make_probes())
     assert verdict.good and verdict.erased == "erased" and verdict.kept and verdict.sure
-    assert "three" in verdict.headline and "0 %" in verdict.headline
+    assert "three" in verdict.headline and "0 %" in verdict.headline and "neighbours" not in words(verdict)
     assert "100 % of 32 images" in words(verdict) and "nine most often (100 %)" in words(verdict)
 
 
@@ -79,7 +79,9 @@ def test_not_erased() -> None:
 def test_partly_erased() -> None:
     verdict = judge(make_evaluation({"three": 0.4}, unseen=0.4), make_probes())
     assert verdict.erased == "partly erased" and not verdict.good
-    assert "partly" in verdict.headline and "40 %" in verdict.headline
+    assert "partly" in verdict.headline and "40 %" in verdict.headline and "probably" not in verdict.headline
+    doubtful = judge(with_interval(make_evaluation({"three": 0.4}, unseen=0.4), 0.1, 0.55), make_probes())
+    assert "probably only partly" in doubtful.headline and "interval 10 to 55 %" in doubtful.headline
 
 
 @pytest.mark.parametrize(
@@ -138,6 +140,8 @@ def test_the_worst_classes_are_named_and_the_others_counted() -> None:
     verdict = judge(fdu.Evaluation(figures(1.0, whole), figures(0.0, falls), {}, 32), probes)
     assert "but five, one and four lost" in verdict.headline
     assert "four (100 % before, 30 % after) and 2 more" in words(verdict)
+    three = judge(fdu.Evaluation(figures(1.0, whole), figures(0.0, falls | {"zero": 1.0, "two": 1.0}), {}, 32), probes)
+    assert "five, one and four lost" in three.headline and "more" not in words(three).replace("more than", "")
     assert "(5), on average: 90 % before, 90 % after; the lowest, five: 100 % before, 10 % after" in words(verdict)
 
 
@@ -322,7 +326,7 @@ def test_a_group_that_suffers_is_not_hidden_by_the_others() -> None:
     verdict = judge(*grouped(whole, whole | {"near": 0.86}))
     assert not verdict.good and not verdict.kept
     assert "its neighbours" in verdict.headline
-    assert "its neighbours (100 % before, 86 % after)" in words(verdict)
+    assert "5 points on average: its neighbours (100 % before, 86 % after)" in words(verdict)
     everywhere = judge(*grouped(whole, dict.fromkeys(whole, 0.9)))
     assert not everywhere.kept and "other classes" in everywhere.headline
     assert judge(*grouped(whole, whole)).good
@@ -337,6 +341,12 @@ def test_what_was_hardly_drawn_is_not_called_kept() -> None:
     verdict = judge(*grouped(part, part))
     assert verdict.kept and "the rest" not in verdict.headline
     assert "its neighbours (6 %)" in words(verdict)
+
+
+def test_half_of_the_images_before_are_enough_to_tell() -> None:
+    half = dict.fromkeys(("near", "generic"), 0.5)
+    verdict = judge(*grouped(half, half))
+    assert verdict.good and "the rest is kept" in verdict.headline and "rarely" not in words(verdict).lower()
 
 
 def test_no_neighbours_are_no_proof_that_they_were_kept() -> None:
