@@ -26,7 +26,7 @@ def summary(evaluation: Evaluation, probes: Sequence[Probe]) -> str:
     parts = [table(evaluation, probes)]
     if evaluation.features:
         name = evaluation.features
-        parts.append(f"Distances between the images before and after (features: {name}):\n{distance_table(evaluation)}")
+        parts.append(f"Images before and after, in the features of {name}:\n{distance_table(evaluation)}")
     return "\n\n".join([*parts, f"{judge(evaluation, probes).headline}."])
 
 
