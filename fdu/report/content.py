@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from fdu.evaluation import Draws, Evaluation, Probe
-from fdu.evaluation.probes import check_probes
+from fdu.evaluation.drawing import check_probes
 from fdu.evaluation.robustness import Robustness
 from fdu.report.pictures import strip
 from fdu.report.stored import SHOWN, SIDES, Class, Conditions, Told, check_counts, check_record, read_metrics, restored

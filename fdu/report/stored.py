@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from fdu.evaluation import Evaluation, Group, Role, Sampling
+from fdu.evaluation import Evaluation, Sampling
+from fdu.evaluation.drawing import Group, Role
 from fdu.storage.output import METRICS_FILE, METRICS_KEYS, RECORD_FILE
 
 SHOWN = 8

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from clip import CONCEPTS, WORDS, save_clip
+from families import CONCEPTS, WORDS, save_clip
 
 import fdu
 from fdu import cli
