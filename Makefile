@@ -28,8 +28,8 @@ install: $(STAMP) ## make .venv with the locked versions and this project
 demo: $(STAMP) ## erase a concept from the embedded pipeline, without network or GPU; report in demo-out/ (OUT=, ARGS=)
 	$(VENV)/bin/fdu demo --out "$(OUT)" $(ARGS)
 
-# One thread per worker; threads that wait sleep. Items that share a costly fixture stay in one worker (tests/conftest.py).
-PYTEST = OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(INSIDE) -m pytest -n $(WORKERS) --dist loadgroup
+# One thread per worker; threads that wait sleep. Bytecode is kept: rewriting the tests is a third of collecting them.
+PYTEST = PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(INSIDE) -m pytest -n $(WORKERS)
 
 test: $(STAMP) ## test every subject, at most 5 minutes on two cores (ARGS="-k name" WORKERS=2)
 	$(PYTEST) -m "not slow" $(ARGS)

@@ -136,12 +136,12 @@ def test_a_build_is_made_once(small: Path, capsys: pytest.CaptureFixture[str]) -
     assert "building the C++ kernels, once, into" in capsys.readouterr().err
     assert build.built(build.recipe()) == first and not capsys.readouterr().err
     assert build.information_of(first)["cuda"] == build.NO_DEVICE
-    (small / "memory.cpp").write_text("// changed\n")
+    (small / "host.cpp").write_text("// changed\n")
     assert build.built(build.recipe()) != first
 
 
 def test_a_broken_source_is_told_with_the_compilers_words_and_remembered(small: Path) -> None:
-    (small / "memory.cpp").write_text("#error this is broken\n")
+    (small / "host.cpp").write_text("#error this is broken\n")
     with pytest.raises(build.BuildError, match="(?s)build.*C.. kernels failed.*#error.*broken.*whole log"):
         build.built(build.recipe())
     with pytest.raises(build.BuildError, match="(?s)#error.*broken.*to try again, remove .*fdu_kernels"):
@@ -149,7 +149,7 @@ def test_a_broken_source_is_told_with_the_compilers_words_and_remembered(small: 
 
 
 def test_a_cache_that_cannot_be_written(monkeypatch: pytest.MonkeyPatch, small: Path) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(small / "memory.cpp"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(small / "host.cpp"))
     with pytest.raises(build.BuildError, match="cannot.*built.*name another place: XDG_CACHE_HOME"):
         build.built(build.recipe())
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from covering import pairs
+from kernel_testing import pairs
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 

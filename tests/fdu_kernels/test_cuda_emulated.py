@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import importlib.util
 import math
-import subprocess
 import types
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,8 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from covering import pairs
-from exactness import check_density_ratio, check_gaussian, check_variational, laid_out
+from kernel_testing import check_density_ratio, check_gaussian, check_variational, laid_out, pairs
 from torch import Tensor
 
 import fdu_kernels as fk
@@ -39,27 +37,22 @@ pytestmark = [
 
 
 @pytest.fixture(scope="module")
-def module(tmp_path_factory: pytest.TempPathFactory) -> types.ModuleType:
-    """The operations on CPU tensors."""
+def module() -> types.ModuleType:
+    """The operations on CPU tensors. Like the kernels themselves, the module is kept until its sources change."""
     try:
         plan = build.recipe()
     except build.BuildError as error:
         pytest.skip(str(error))
-    folder = tmp_path_factory.mktemp("emulation")
     compiler, _, flags = plan.objects["module.o"]
-    common = [compiler, *flags, "-O1", "-I", str(plan.sources), "-I", str(HERE), '-DFDU_EMULATION="cuda_emulation.h"']
-    sources = [plan.sources / "cuda.cu", plan.sources / "cuda_module.cpp", HERE / "cuda_emulation.cpp"]
-    made = folder / "cuda_emulation.so"
-    parts = [f"{source.stem}_{source.suffix[1:]}.o" for source in sources]
-    running = [
-        subprocess.Popen([*common, "-x", "c++", "-c", str(source), "-o", str(folder / part)], stderr=subprocess.PIPE)
-        for source, part in zip(sources, parts, strict=True)
-    ]
-    for one in running:
-        _, errors = one.communicate()
-        assert one.returncode == 0 and not errors, errors.decode()
-    subprocess.run([compiler, "-shared", *(str(folder / part) for part in parts), "-o", str(made)], check=True)
-    spec = importlib.util.spec_from_file_location("cuda_emulation", made)
+    # Ubuntu's compiler would check that longjmp stays on one stack.
+    flags = [*flags, "-O1", "-Werror", "-U_FORTIFY_SOURCE", "-I", str(plan.sources), "-I", str(HERE)]
+    flags += ['-DFDU_EMULATION="cuda_emulation.h"', "-x", "c++"]
+    units = plan.sources / "cuda.cu", HERE / "cuda_emulation.cpp"
+    plan = plan._replace(
+        objects={f"{unit.stem}.o": (compiler, str(unit), flags) for unit in units},
+        information={**plan.information, "emulation": build.digest_of_sources(HERE)},
+    )
+    spec = importlib.util.spec_from_file_location("cuda_emulation", build.built(plan))
     assert spec is not None and spec.loader is not None
     loaded = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(loaded)

@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from covering import pairs
-from exactness import (
+from kernel_testing import (
     assert_within,
     check_density_ratio,
     check_gaussian,
@@ -18,6 +17,7 @@ from exactness import (
     condition,
     element_bounds,
     laid_out,
+    pairs,
     unit,
 )
 from torch import Tensor

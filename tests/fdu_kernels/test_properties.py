@@ -12,9 +12,9 @@ from typing import Any, TypeVar
 
 import pytest
 import torch
-from exactness import check_density_ratio, check_gaussian, check_variational, laid_out
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
+from kernel_testing import check_density_ratio, check_gaussian, check_variational, laid_out
 from torch import Tensor
 
 import fdu_kernels as fk

@@ -20,8 +20,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from covering import pairs
-from exactness import doubled, sizes_of_terms
+from kernel_testing import doubled, pairs, sizes_of_terms
 from packaging.version import Version
 from torch import Tensor
 
@@ -64,7 +63,7 @@ if INTERPRETED:
     import triton
     import triton.language as tl
 
-    from fdu_kernels.kernels.triton.gaussian_kernels import _origin
+    from fdu_kernels.kernels.triton.gaussian import _origin
     from fdu_kernels.kernels.triton.layout import SHIFTED
     from fdu_kernels.kernels.triton.scalars import strided_offsets
 
@@ -202,7 +201,7 @@ def test_launches_as_many_threads_on_every_gpu(device: Callable[..., None]) -> N
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 @pytest.mark.parametrize("name", ["cuda", "xpu"])
 def test_launches_on_the_device_of_the_tensors(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from fdu_kernels.kernels.triton.launch_gaussian import launching_on
+    from fdu_kernels.kernels.triton.gaussian import launching_on
 
     entered: list[torch.device] = []
     module = getattr(torch, name)

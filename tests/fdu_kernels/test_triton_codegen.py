@@ -176,11 +176,11 @@ class Recorder:
 @pytest.fixture
 def launches(monkeypatch: pytest.MonkeyPatch) -> list[Launch]:
     """The launches of the calls of a test."""
-    from fdu_kernels.kernels.triton import expectation_kernels, gaussian_kernels
+    from fdu_kernels.kernels.triton import expectation, gaussian
 
     recorded: list[Launch] = []
     for name in BUDGET:
-        module = gaussian_kernels if name.startswith("gaussian") else expectation_kernels
+        module = gaussian if name.startswith("gaussian") else expectation
         monkeypatch.setattr(module, name, Recorder(getattr(module, name), recorded))
     return recorded
 
