@@ -12,7 +12,7 @@ VENV   := .venv
 INSIDE := $(VENV)/bin/python
 LOCK   := requirements.lock
 
-# The stamp names what was installed and where: a changed lock, a moved checkout or another build installs anew.
+# The stamp names what was installed and where: a changed lock, checkout or build reinstalls.
 KEY   := $(shell { cat $(LOCK) pyproject.toml setup.py; pwd; } | cksum | cut -d' ' -f1)
 STAMP := $(VENV)/installed-$(KEY)
 
@@ -64,7 +64,7 @@ wheel: $(STAMP) ## build the wheel into dist/
 	@ls dist
 
 lock: SHELL := bash
-lock: ## resolve requirements.lock anew from pyproject.toml (needs uv; ARGS=--upgrade for the newest versions)
+lock: ## resolve requirements.lock from pyproject.toml (needs uv; ARGS=--upgrade for the newest versions)
 	@command -v uv >/dev/null || { echo "make lock needs uv: pip install uv" >&2; exit 1; }
 	uv pip compile pyproject.toml --all-extras --universal --python-version 3.10 --prerelease disallow \
 	    --constraint <(grep '^torch==' $(LOCK); echo 'mpmath<1.4 # as sympy asks') \

@@ -288,7 +288,7 @@ def _find_nvcc(architectures: Sequence[str]) -> tuple[str, str, tuple[str, ...]]
     newest that it knows, as PTX."""
     home = os.environ.get("CUDA_HOME")
     missing = f"CUDA_HOME names {home}, which has no bin/nvcc" if home else "there was no nvcc"
-    nvcc = _find_program((f"{home}/bin/nvcc",) if home else NVCC, f"{missing}; install the CUDA toolkit and build anew")
+    nvcc = _find_program((f"{home}/bin/nvcc",) if home else NVCC, f"{missing}; install the CUDA toolkit and rebuild")
     release = re.search(r"release (\d+\.\d+)", _output(nvcc, "--version"))
     version = release[1] if release else "0.0"
     if _numbers(version) < _numbers(OLDEST_NVCC):

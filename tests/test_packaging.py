@@ -1,4 +1,4 @@
-"""What the wheel holds, and what it asks of whoever installs it."""
+"""The content of the wheel and its requirements."""
 
 from __future__ import annotations
 

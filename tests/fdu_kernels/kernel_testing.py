@@ -282,12 +282,12 @@ def laid_out(tensor: Tensor, layout: str) -> Tensor:
 def pairs(*axes: Sequence[Any]) -> list[tuple[Any, ...]]:
     """Combinations of one value of each axis in which any two values of different axes occur together.
 
-    The same ones for the same axes, in the order of the product; with two axes the whole product.
+    Equal axes give equal combinations, in the order of the product. Two axes give the whole product.
     """
     places = list(itertools.combinations(range(len(axes)), 2))
     indices = list(itertools.product(*(range(len(axis)) for axis in axes)))
     open_pairs = {(a, b, one[a], one[b]) for one in indices for a, b in places}
-    # Whoever comes first of equals would repeat the first values: begin where each axis has moved on by one.
+    # Among equals max takes the first: in this order it has other values on every axis.
     order = sorted(indices, key=lambda one: (sum(one) % max(map(len, axes)), one))
     taken = []
     while open_pairs:

@@ -170,11 +170,8 @@ def made(name: str) -> Divergence:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_reproduces_the_catalogue(name: str) -> None:
+def test_a_users_generator_reproduces_the_critic_of_the_catalogue(name: str) -> None:
     mine, own = made(name), fk.get_divergence(name)
-    s = torch.logspace(-6, math.log10(40), 40, dtype=torch.float64)
-    torch.testing.assert_close(mine.profile(s), own.profile(s), rtol=1e-9, atol=0)
-    torch.testing.assert_close(mine.profile_grad(s), own.profile_grad(s), rtol=1e-9, atol=0)
     v = torch.linspace(-4, 4, 33, dtype=torch.float64)
     for actual, expected in zip(mine.critic(v), own.critic(v), strict=True):
         torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-12)

@@ -359,7 +359,7 @@ class _Samples:
         mask_vector = vector if mask is not None and self.align and (even or self.batch == 1) else 1
         self.variant = (layout.linear, layout.dims, self.align, vector, mask_vector)
         self.walk = "strided" if not layout.linear else "linear" if mask is None else "masked"
-        # Of pred, target, grad and mask, whichever there are.
+        # pred, target, grad and mask; None for those that are not given.
         missing = 3 - len(data)
         self.tensors: tuple[Any, ...] = (*data, *[None] * missing, mask)
         self.batches = (*batches, *[0] * missing, mask_batch)
