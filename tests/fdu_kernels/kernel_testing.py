@@ -21,6 +21,13 @@ from fdu_kernels.scalar import MAX_EXPONENT
 ROUNDING = 1.0 if os.environ.get("TRITON_INTERPRET") == "1" else 0.5
 
 
+def pair(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Two tensors of normal numbers, the same ones for the same shape and seed."""
+    generator = torch.Generator().manual_seed(seed)
+    pred, target = (torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for _ in range(2))
+    return pred, target
+
+
 def doubled(argument: Any) -> Any:
     return argument.double() if isinstance(argument, Tensor) and argument.is_floating_point() else argument
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import math
 from collections.abc import Callable
 from typing import Any
 
+import kernel_testing
 import numpy as np
 import pytest
 import torch
@@ -21,10 +23,7 @@ SMOOTH = ["mse", "kl", "squared_hellinger", "pearson_chi2", "alpha:0.3", "jensen
 SHAPES = [(1,), (5,), (3, 7), (2, 4, 3, 3), (2, 2, 2, 3, 2)]
 
 
-def pair(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    pred, target = (torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for _ in range(2))
-    return pred, target
+pair = functools.partial(kernel_testing.pair, dtype=torch.float64)
 
 
 def test_golden_values_and_gradients(gaussian_row: tuple[str, Tensor, Tensor, Tensor]) -> None:

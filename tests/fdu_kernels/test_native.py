@@ -17,6 +17,7 @@ from kernel_testing import (
     condition,
     element_bounds,
     laid_out,
+    pair,
     pairs,
     unit,
 )
@@ -53,12 +54,6 @@ def instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
     module.use_instruction_set(request.param)
     yield request.param
     module.use_instruction_set(before)
-
-
-def pair(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    pred, target = (torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for _ in range(2))
-    return pred, target
 
 
 def test_an_instruction_set_is_chosen_by_name(instruction_set: str) -> None:
