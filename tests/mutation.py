@@ -26,7 +26,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 TARGETS = {
-    "fdu_kernels/functional.py": ["tests/fdu_kernels/test_checks.py", "tests/fdu_kernels/test_functional.py"],
+    "fdu_kernels/functional.py": ["tests/fdu_kernels/test_functional.py"],
     "fdu/training/objective.py": ["tests/fdu/test_objective.py", "--noconftest"],
     "fdu/evaluation/verdict.py": ["tests/fdu/test_verdict.py", "--noconftest"],
     "fdu/evaluation/intervals.py": ["tests/fdu/test_metrics.py", "--noconftest"],
