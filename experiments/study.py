@@ -18,12 +18,11 @@ from pathlib import Path
 import study_claims as claims
 from experiment import conditions, fill, of_total, run
 
-from fdu.comparison.chart import COLOURS, Curve, curve_chart, front_chart
 from fdu.comparison.front import Estimate, Sample, complete
-from fdu.comparison.page import markdown, percent, table
+from fdu.comparison.page import COLOURS, Curve, curve_chart, front_chart, markdown, percent, table
 from fdu.comparison.plan import Candidate, Comparison, Drawing
 from fdu.comparison.results import Results, read_results
-from fdu.comparison.runs import jobs, read_record
+from fdu.comparison.runs import identity_of, jobs
 from fdu.comparison.sweep import Records
 from fdu.config import EraseConfig
 from fdu.storage.output import write_text
@@ -66,7 +65,7 @@ def write_page(folder: Path, docs: Path) -> None:
     for name, comparison in comparisons().items():
         path = folder / f"{name}.jsonl"
         records = Records(path)
-        made += sum(read_record(comparison, records, run) is not None for run in comparison.runs())
+        made += sum(records.of(run.name, identity_of(comparison, run)) is not None for run in comparison.runs())
         total += len(comparison.runs())
         try:
             found[name] = read_results(comparison, path)
@@ -77,11 +76,11 @@ def write_page(folder: Path, docs: Path) -> None:
     if main is None:
         return
     pictures = docs / "results"
-    write_text(pictures / "front.svg", front_chart(main.standings, whole=True))
-    write_text(pictures / "change.svg", front_chart(main.standings, "change", whole=True))
+    write_text(pictures / "front.svg", front_chart(main.standings).svg(whole=True))
+    write_text(pictures / "change.svg", front_chart(main.standings, "change").svg(whole=True))
     if games is not None:
-        chart = curve_chart(curves(games), "steps", "share of the target's images that show it (%)", whole=True)
-        write_text(pictures / "variational.svg", chart)
+        chart = curve_chart(curves(games), "steps", "share of the target's images that show it (%)")
+        write_text(pictures / "variational.svg", chart.svg(whole=True))
     write_text(docs / "results.md", page(main, games, of_total(made, total)))
 
 

@@ -12,7 +12,7 @@ from diffusers import DiffusionPipeline, StableDiffusion3Pipeline
 from fdu.config import PLACES, TRAIN_METHODS
 from fdu.evaluation import Evaluation, Probe
 from fdu.evaluation.verdict import comparison, judge, percent, uncertainty
-from fdu.report.templating import templates
+from fdu.report.render import templates
 from fdu.storage.kohya import KOHYA_FILE
 from fdu.storage.loading import HUB_ID, erased_pairs
 from fdu.storage.writers import Format

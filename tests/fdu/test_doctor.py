@@ -136,7 +136,7 @@ def test_a_package_that_is_too_old_is_a_fault(monkeypatch: pytest.MonkeyPatch) -
     real = doctor.version
     monkeypatch.setattr(doctor, "version", lambda name: "0.1.0" if name == "diffusers" else real(name))
     found = finding(examine(), "diffusers")
-    assert found.state == "fault" and found.detail.startswith("0.1.0 is here but fdu needs >=0.")
+    assert found.state == "fault" and found.detail.startswith("0.1.0 is installed, but fdu needs >=0.")
     assert found.remedy.startswith("pip install --upgrade 'diffusers>=0.")
 
 
