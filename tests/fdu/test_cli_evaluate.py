@@ -59,7 +59,7 @@ def idle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def evaluate(erased: Path, *more: str) -> tuple[Page, dict[str, Any]]:
     """The page and the metrics of an evaluation; `fdu report` makes the same page."""
-    quick = ["--num_inference_steps=8", "--out=judged"]  # enough to draw the requested class
+    quick = ["--num_inference_steps=3", "--out=judged"]  # enough to draw the requested class
     assert main(["evaluate", "embedded", str(erased), *quick, *more]) == cli.OK
     page = Path("judged/report.html").read_text(encoding="utf-8")
     Path("judged/report.html").unlink()
@@ -80,7 +80,7 @@ def test_a_run_of_no_step_did_not_erase(idle: Path, capsys: pytest.CaptureFixtur
     assert len(metrics["record"]["fingerprint"]) == 64
     conditions = metrics["conditions"]
     assert conditions.pop("versions") == metrics["versions"] == metrics["record"]["versions"]
-    sampling = {"num_inference_steps": 8, "guidance_scale": 3.0, "batch_size": 32}
+    sampling = {"num_inference_steps": 3, "guidance_scale": 3.0, "batch_size": 32}
     assert conditions == {"seed": 1000, "sampling": sampling, "judge": "embedded classifier", "dtype": "float32"}
     names = {path.name for path in Path("judged").iterdir()}
     assert names == {"metrics.json", "images", "report.html", "before-after.png"}
@@ -90,9 +90,8 @@ def test_a_run_of_no_step_did_not_erase(idle: Path, capsys: pytest.CaptureFixtur
 def test_a_run_that_broke_its_neighbours() -> None:
     trampling = ["--max_train_steps=12", "--learning_rate=0.03", "--preservation_weight=0"]
     assert main([*ERASE, *trampling, "--out=trampled"]) == cli.OK
-    page, _ = evaluate(Path("trampled"), "--images_per_class=4")  # fewer could not tell whether it erased
-    headline = page.text.partition("three → eight")[2].partition(".")[0]
-    assert "three" in headline and "erased" in headline and "but" in headline
+    page, _ = evaluate(Path("trampled"), "--images_per_class=4")  # fewer could not show a loss
+    assert re.search("three → eight [^.]*lost accuracy", page.text)
     assert re.search(r"\(\d+ % before, \d+ % after\)", page.text)
     assert "fingerprint" in page.text
     assert [svg for svg in page.all("svg") if (svg.get("aria-label") or "").startswith("Divergence")]
@@ -131,7 +130,7 @@ def test_any_pipeline_is_judged_by_clip(base: Path, clip_folder: Path, capsys: p
         num_inference_steps=2, rank=2, learning_rate=0.05, seed=0,
     )  # fmt: skip
     result.save("erased")
-    quick = ["--images_per_class", "3", "--num_inference_steps", "2", "--batch_size", "2"]
+    quick = ["--images_per_class=2", "--num_inference_steps=1"]
     arguments = [str(base), "erased", "--prompts", "set.txt", "--judge", str(clip_folder), "--out", "judged"]
     assert main(["evaluate", *arguments, *quick]) == cli.OK
     output = capsys.readouterr().out
@@ -143,11 +142,11 @@ def test_any_pipeline_is_judged_by_clip(base: Path, clip_folder: Path, capsys: p
     assert set(metrics["after"]["per_class"]) == {"three", "two", "eight", "zero", "ink"}
     assert Path("judged/report.html").is_file()
 
-    assert main(["evaluate", *arguments[:2], *arguments[4:6], "--target", "three", *quick]) == cli.OK
+    assert main(["evaluate", *arguments[:2], *arguments[4:6], "--target=three", *quick]) == cli.OK
     output = capsys.readouterr().out  # the prompts of the training, and the subjects of the package
     assert "generic (5 classes)" in output and "near" not in output
 
-    assert main(["evaluate", "embedded", "erased", *arguments[4:6], "--images_per_class", "2", *quick[2:]]) == cli.OK
+    assert main(["evaluate", "embedded", "erased", *arguments[4:6], *quick]) == cli.OK
     output = capsys.readouterr().out
     assert "retained (9 classes)" in output and "CLIP score before" in output
 

@@ -47,10 +47,10 @@ PLAN = Comparison(
     candidates=(Candidate("mse", 10.0), Candidate("pearson_chi2", 10.0)),
     seeds=(0,),
     base=EraseConfig(**QUICK),
-    drawing=Drawing(images_per_class=2, images_of_target=2, num_inference_steps=2),
+    drawing=Drawing(images_per_class=2, images_of_target=2, num_inference_steps=1),
 )
 COMPARE = ["compare", "embedded", "--target", "three", "--anchor", "eight", "--out", "out", "--divergences", "mse,kl"]
-SMALL = ["--seeds=1", "--images_per_class=2", "--judged_inference_steps=2", "--workers=1"]
+SMALL = ["--seeds=1", "--images_per_class=2", "--judged_inference_steps=1", "--workers=1"]
 SMALL += [f"--{name}={value}" for name, value in QUICK.items()]
 PLANNED = [*COMPARE[:-1], "mse,kl,pearson_chi2", "--s0=10", *SMALL]
 """The command line of PLAN."""
@@ -469,19 +469,20 @@ def test_the_command(
     made, output = command
     assert re.search("kl .*same .*mse", output)
     assert "3/3 three_eight_divergence=pearson_chi2_s0=10_seed=0" in output
-    assert "Nothing to recommend" in output and "fdu erase" not in output  # hardly trained
     assert {path.name for path in made.iterdir()} >= {"comparison.html", "comparison.md", "comparison.json", RUNS}
     record = json.loads((made / "comparison.json").read_text())
     assert len(record["results"]["candidates"]) == 2 and record["command"].startswith("fdu compare embedded")
-    assert "fdu erase" not in (made / "comparison.html").read_text()
     shutil.copytree(made, tmp_path / "out")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(runs_file, "erase", None)  # all is there
-    monkeypatch.setattr("fdu.comparison.recommendation.HARDLY", 0.0)
-    assert main([*PLANNED, "--prefer", "erasure"]) == cli.OK
-    output = capsys.readouterr().out
-    assert "erasure" in output
-    assert re.search("fdu erase embedded --target three --anchor eight .*--divergence", output)
+    monkeypatch.setattr("fdu.comparison.recommendation.DRAWN_BEFORE", 0.0)
+    for hardly, recommended in ((0.0, True), (1.1, False)):
+        monkeypatch.setattr("fdu.comparison.recommendation.HARDLY", hardly)
+        assert main([*PLANNED, "--prefer", "erasure"]) == cli.OK
+        page, output = Path("out/comparison.html").read_text(), capsys.readouterr().out
+        assert ("fdu erase" in page) == recommended and ("Nothing to recommend" in output) == (not recommended)
+        command_line = "fdu erase embedded --target three --anchor eight .*--divergence"
+        assert bool(re.search(command_line, output)) == recommended
 
 
 @pytest.mark.usefixtures("no_erasure")
