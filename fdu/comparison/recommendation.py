@@ -15,6 +15,12 @@ from fdu.evaluation.verdict import DRAWN_BEFORE, percent
 Preference = Literal["preservation", "balanced", "erasure"]
 BETA: dict[Preference, float] = {"preservation": 2.0, "balanced": 1.0, "erasure": 0.5}
 """Weight of retaining relative to erasing in the F-measure (van Rijsbergen, 1979)."""
+WEIGHTS: dict[Preference, str] = {
+    "preservation": "retaining counts twice as much as erasing",
+    "balanced": "erasing and retaining count the same",
+    "erasure": "erasing counts twice as much as retaining",
+}
+"""The same in words."""
 HARDLY = 0.5
 """Erased share below which the target is still there."""
 FEWEST_TO_TELL = 6
@@ -165,15 +171,10 @@ def _headline(sample: Sample, chosen: int, others: Sequence[Candidate], certain:
 
 def _figures_of(sample: Sample, one: Candidate, score: Estimate, prefer: Preference) -> list[str]:
     erased, retained = sample.estimate("erased", one), sample.estimate("retained", one)
-    weight = {
-        "preservation": f"retaining counts {_times(BETA[prefer])} as much as erasing",
-        "balanced": "erasing and retaining count the same",
-        "erasure": f"erasing counts {_times(1 / BETA[prefer])} as much as retaining",
-    }[prefer]
     found = [
         f"{one.label} erased the target in {percent(erased.value)} of its images ({_range(erased)}) and kept "
         f"{percent(retained.value)} of the other classes' images ({_range(retained)}).",
-        f"For the preference {prefer!r}, {weight}; its score is {score.value:.3f} ({_range(score, 1, 3)}).",
+        f"For the preference {prefer!r}, {WEIGHTS[prefer]}; its score is {score.value:.3f} ({_range(score, 1, 3)}).",
     ]
     if erased.value < HARDLY:
         found.append("Most images still show the target: train longer (max_train_steps) before you choose.")
@@ -185,10 +186,6 @@ def _figures_of(sample: Sample, one: Candidate, score: Estimate, prefer: Prefere
     if sample.seeds == 1:
         found.append("One seed cannot show how much results vary between seeds: run more (seeds).")
     return found
-
-
-def _times(factor: float) -> str:
-    return "twice" if factor == 2 else f"{factor:g} times"
 
 
 def _range(estimate: Estimate, scale: float = 100, digits: int = 0) -> str:

@@ -18,7 +18,6 @@ import fdu
 import fdu_kernels
 from fdu import cli
 from fdu.cli import doctor, main
-from fdu.cli.demo import Demo
 from fdu.cli.divergences import page, rows
 from fdu.cli.erase import Erase, _loading_line
 from fdu.cli.options import GROUPS, grouped
@@ -203,11 +202,6 @@ def test_interruption(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFix
     assert "interrupted" in line
 
 
-def test_version(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["--version"]) == cli.OK
-    assert capsys.readouterr().out == f"fdu {fdu.__version__}\n"
-
-
 @pytest.mark.parametrize("command", ["", *cli.COMMANDS])
 def test_help_ends_with_examples(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*([command] if command else []), "--help"]) == cli.OK
@@ -279,18 +273,11 @@ def test_wrong_usage_exits_with_2(arguments: list[str], capsys: pytest.CaptureFi
     assert output.out == "" and output.err and "Traceback" not in output.err
 
 
-def test_hyphens_serve_as_underscores() -> None:
-    command = cli.parse(["demo", "--max-train-steps", "3", "--train_batch_size", "2", "--sigma", "0.5"])
-    assert isinstance(command, Demo)
-    config = command.settings.checked()
+def test_settings_are_read_and_hyphens_serve_as_underscores() -> None:
+    given = ["demo", "--max-train-steps", "3", "--preservation_prompts", "a cat", "a dog", "--sigma", "0.5"]
+    config = cli.parse(given).settings.checked()  # type: ignore[attr-defined]
     assert type(config) is fdu.EraseConfig
-    assert (config.max_train_steps, config.train_batch_size, config.sigma) == (3, 2, 0.5)
-
-
-def test_several_prompts() -> None:
-    command = cli.parse(["demo", "--preservation_prompts", "a cat", "a dog", "--seed", "3"])
-    assert isinstance(command, Demo)
-    assert command.settings.typed()["preservation_prompts"] == ("a cat", "a dog")
+    assert (config.max_train_steps, config.preservation_prompts, config.sigma) == (3, ("a cat", "a dog"), 0.5)
 
 
 def test_divergences_as_table_and_json(capsys: pytest.CaptureFixture[str]) -> None:
@@ -394,14 +381,6 @@ def test_a_full_pipeline_needs_its_room(monkeypatch: pytest.MonkeyPatch, capsys:
     cli.parse(ERASE).prepare("")
 
 
-@pytest.mark.usefixtures("no_work")
-def test_a_record_that_is_none_is_refused_before_any_work(capsys: pytest.CaptureFixture[str]) -> None:
-    Path("lora").mkdir()
-    Path("lora/pytorch_lora_weights.safetensors").touch()
-    Path("lora/fdu.json").write_text('{"a": 1}')
-    assert "record.target" in refused(["evaluate", "embedded", "lora"], capsys)
-
-
 def test_truncated_weights_are_told_in_a_line(capsys: pytest.CaptureFixture[str]) -> None:
     Path("lora").mkdir()
     Path("lora/pytorch_lora_weights.safetensors").write_bytes(b"\x10\0\0")
@@ -409,25 +388,6 @@ def test_truncated_weights_are_told_in_a_line(capsys: pytest.CaptureFixture[str]
     assert main(["evaluate", "embedded", "lora", *quick]) == cli.FAILED
     error = capsys.readouterr().err
     assert "'lora'" in error and "Traceback" not in error
-
-
-def test_evaluate_draws_with_seeds_that_no_training_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    Path("lora").mkdir()
-    Path("lora/pytorch_lora_weights.safetensors").touch()
-
-    def draw(*given: Any, seed: int, **named: Any) -> None:
-        raise RuntimeError(f"seed {seed}")
-
-    monkeypatch.setattr(fdu, "draw", draw)
-    work = cli.parse(["evaluate", "embedded", "lora", "--target", "three", "--seed", "5"]).prepare("")
-    with pytest.raises(RuntimeError, match="seed 1005"):
-        work()
-
-
-def test_the_help_tells_which_anchor_the_embedded_pipeline_does_not_know(capsys: pytest.CaptureFixture[str]) -> None:
-    main(["erase", "--help"])
-    words = " ".join(capsys.readouterr().out.replace("│", " ").split())
-    assert re.search('embedded.*"".*"digit"', words)
 
 
 def test_an_output_that_appears_during_the_training_costs_nothing(

@@ -110,11 +110,14 @@ def test_two_concepts_are_judged_one_at_a_time(capsys: pytest.CaptureFixture[str
 
 def test_unfit_folders_are_refused_before_any_work(idle: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shutil.copytree(idle, "damaged")
+    shutil.copytree(idle, "empty")
+    Path("empty/fdu.json").write_text('{"a": 1}')
     record = json.loads(Path("damaged/fdu.json").read_text())
     Path("damaged/fdu.json").write_text(json.dumps(record | {"history": {"loss": ["x"]}}))
     capsys.readouterr()
     for arguments, message in (
         (["evaluate", "embedded", "damaged"], "record.history.loss[0] is wrong: 'x'"),
+        (["evaluate", "embedded", "empty"], "record.target"),
         (["report", "none"], "not a folder"),
         (["report", str(idle)], "fdu evaluate"),
         (["evaluate", "embedded", str(idle), "--phrasings", "x"], "--robustness"),
@@ -319,11 +322,3 @@ def test_two_pipelines_are_not_in_memory_together(base: Path, monkeypatch: pytes
     monkeypatch.setattr("fdu.subjects.subject.load_model", load_model)
     assert main(["evaluate", "embedded", str(base), *QUICK]) == cli.OK
     assert len(loaded) == 2
-
-
-def test_a_set_in_the_output_folder_is_kept(capsys: pytest.CaptureFixture[str], base: Path) -> None:
-    model = [str(base), "weights"]
-    Path("kept").mkdir()
-    Path("set.txt").rename("kept/set.txt")
-    inside = [*model, "--prompts", "kept/set.txt", "--out", "kept", "--overwrite"]
-    assert "input 'kept/set.txt'" in refused(inside, capsys)

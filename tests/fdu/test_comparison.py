@@ -480,7 +480,9 @@ def test_the_command(
         monkeypatch.setattr("fdu.comparison.recommendation.HARDLY", hardly)
         assert main([*PLANNED, "--prefer", "erasure"]) == cli.OK
         page, output = Path("out/comparison.html").read_text(), capsys.readouterr().out
-        assert ("fdu erase" in page) == recommended and ("Nothing to recommend" in output) == (not recommended)
+        assert ("The recommended erasure" in page) == recommended and ("Nothing to recommend" in output) == (
+            not recommended
+        )
         command_line = "fdu erase embedded --target three --anchor eight .*--divergence"
         assert bool(re.search(command_line, output)) == recommended
 

@@ -110,20 +110,14 @@ def test_the_spread_over_images_is_the_binomial_one() -> None:
     assert (estimate.low, estimate.high) == pytest.approx((exact.low, exact.high), abs=0.012)
 
 
-def test_where_all_images_agree_the_interval_is_the_exact_binomial_one() -> None:
-    found, candidates = runs({"mse": (1.0, 1.0)}, seeds=7)
-    sample = Sample(found, candidates)
-    images = 2 * IMAGES
+@pytest.mark.parametrize("targets", ["a", "abc"])
+def test_where_all_images_agree_the_interval_is_the_exact_binomial_one(targets: str) -> None:
+    one = Candidate("mse")
+    found = {key: run for target in targets for key, run in runs({"mse": (1.0, 1.0)}, target=target)[0].items()}
+    images = len(targets) * 2 * IMAGES
     exact = stats.binomtest(images, images).proportion_ci(method="exact")
-    estimate = sample.estimate("erased", candidates[0])
-    assert (estimate.low, estimate.high) == pytest.approx((exact.low, 1.0))
-
-
-def test_three_targets_that_all_agree_have_no_point_for_an_interval() -> None:
-    found = {key: run for target in "abc" for key, run in runs({"mse": (1.0, 1.0)}, target=target)[0].items()}
-    for figure, images in (("erased", 3 * 2 * IMAGES), ("retained", 3 * 2 * IMAGES)):
-        estimate = Sample(found, [Candidate("mse")]).estimate(figure, Candidate("mse"))
-        exact = stats.binomtest(images, images).proportion_ci(method="exact")
+    for figure in ("erased", "retained"):
+        estimate = Sample(found, [one]).estimate(figure, one)
         assert (estimate.low, estimate.high) == pytest.approx((exact.low, 1.0))
 
 
