@@ -143,11 +143,11 @@ class Sample:
         return found
 
     def difference(self, figure: str, one: Candidate, other: Candidate) -> Estimate:
-        """By how much ``one`` has more of a figure than ``other``."""
+        """The figure of ``one`` minus that of ``other``."""
         return self.contrast(figure, ((one, 1.0), (other, -1.0)))
 
     def contrast(self, figure: str, weights: Sequence[tuple[Candidate, float]]) -> Estimate:
-        """A sum of a figure over candidates, each with a weight."""
+        """A weighted sum of a figure over candidates."""
         row = np.zeros(len(self.candidates))
         for candidate, weight in weights:
             row[self.candidates.index(candidate)] += weight

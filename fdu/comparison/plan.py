@@ -38,7 +38,7 @@ class Candidate:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """By name of a field of :class:`fdu.EraseConfig`."""
+        """The settings by the names of :class:`fdu.EraseConfig`."""
         return {"divergence": self.divergence, "s0": self.s0, **dict(self.others)}
 
     @property
@@ -82,7 +82,7 @@ class Run:
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """What is compared, on what, and how it is judged.
+    """A comparison: its model, concepts, candidates and seeds, and how its images are drawn and judged.
 
     Raises:
         ValueError: nothing to compare, settings that a run would refuse, or two runs of one name.
@@ -134,7 +134,7 @@ class Comparison:
             self.config(run)
 
     def runs(self) -> list[Run]:
-        """All runs. Seed by seed, so that whatever is there early compares all candidates."""
+        """All runs, seed by seed, so that an unfinished comparison covers all candidates."""
         return [
             Run(target, anchor, candidate, seed)
             for seed in self.seeds

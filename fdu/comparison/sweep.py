@@ -33,11 +33,11 @@ class Job:
     """One record to make."""
 
     name: str
-    """Of its record; no two jobs of a sweep share one."""
+    """The name of its record, unique in a sweep."""
     identity: Record
     """Everything that the figures depend on except versions and device, ready for JSON."""
     make: Callable[[], Record]
-    """Returns the figures, ready for JSON. Worker processes get it pickled."""
+    """Returns the figures, ready for JSON. It is pickled for worker processes."""
     device: str = "cpu"
     first: bool = False
     """All other jobs wait for it."""
@@ -79,7 +79,7 @@ class Records:
         record = self.found.get(name)
         if record is None:
             return None
-        # A setting that a record lacks did not exist when it was made; the run used what is its default now.
+        # A setting that a record lacks did not exist when it was made; the run used its default.
         settings = {**EraseConfig().as_dict(), **record["identity"].get("settings", {})}
         found = {**record["identity"], "settings": settings}
         return record if _holds(found, json.loads(to_json(identity))) else None

@@ -101,7 +101,7 @@ class _Settings:
 
 @dataclasses.dataclass(frozen=True)
 class _Record:
-    """What is used of the record of an erasure."""
+    """The parts of the record of an erasure that the page uses."""
 
     target: _Named
     anchor: _Named
