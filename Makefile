@@ -2,9 +2,8 @@
 
 PYTHON ?= python3
 OUT    := demo-out
-RESULTS := benchmarks/results
+RECORD := benchmarks/results/cpu.json
 SUITES := losses host memory scaling
-MACHINE := cpu
 ARGS   ?=
 WORKERS ?= $(shell nproc 2>/dev/null || echo 2)
 
@@ -47,16 +46,12 @@ lint: $(STAMP) ## check style, formatting and types
 
 bench: $(STAMP) ## time this CPU, some ten minutes (leave it alone; SUITES="losses host memory scaling training evaluation")
 	@for suite in $(SUITES); do \
-	    record="$(RESULTS)/$$suite/$(MACHINE).json"; mkdir -p "$(RESULTS)/$$suite"; echo "$$suite"; \
-	    case $$suite in \
-	        training | evaluation) $(INSIDE) "benchmarks/bench_$$suite.py" --check --record "$$record" $(ARGS) ;; \
-	        *) $(INSIDE) -m pytest -q "benchmarks/bench_$$suite.py" --benchmark-json="$$record" $(ARGS) ;; \
-	    esac || exit 1; \
+	    echo "$$suite"; $(INSIDE) "benchmarks/bench_$$suite.py" --record "$(RECORD)" $(ARGS) || exit 1; \
 	done
-	$(if $(filter losses,$(SUITES)),$(INSIDE) benchmarks/promises.py "$(RESULTS)/losses/$(MACHINE).json")
+	$(INSIDE) benchmarks/promises.py "$(RECORD)"
 
-bench-report: $(STAMP) ## write docs/performance.md and docs/training.md from the records; nothing is measured
-	$(INSIDE) benchmarks/report.py --results "$(RESULTS)" --machine $(MACHINE)
+bench-report: $(STAMP) ## write docs/performance.md from the records; nothing is measured
+	$(INSIDE) benchmarks/report.py --record "$(RECORD)"
 
 wheel: $(STAMP) ## build the wheel into dist/
 	rm -rf build dist

@@ -1,30 +1,22 @@
 """What a call costs the host at the size of latents, by part: ``python bench_host.py``.
 
-Nested pieces of one call that really run, each timed for itself in turn, on one thread: the function of ``fdu_kernels``
-(its checks), the dispatch (the choice of a backend and of the way to it), the backend's own function (outputs
-allocated, arguments laid out) and the launch: the compiled operation, into buffers that exist. A part is what a piece
-takes beyond the one inside it. On the CPU a launch computes as well; on a GPU it returns before the device has done its
-work.
-
-``test_before_and_after`` runs only with ``FDU_BEFORE=COMMIT``: it times the public calls of this checkout and of that
-commit in two processes that take turns, so that a change of the host's work is judged in one run.
+Times four nested pieces of one call, in turn, on one thread. The first is the function of ``fdu_kernels`` with its
+checks. The second is the dispatch: the choice of a backend and of the way to it. The third is the backend's own
+function, which allocates outputs and lays out arguments. The last is the launch of the compiled operation into buffers
+that exist. A part is the time of a piece minus that of the piece inside it. On the CPU the launch includes the
+computation. On a GPU it returns before the device has finished.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import statistics
-import subprocess
-import sys
 from collections.abc import Callable
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 import timing
 import torch
 from competitors import Shape, fused_backends
+from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 
 import fdu_kernels as fk
@@ -33,43 +25,12 @@ from fdu_kernels.calls import GaussianCall
 from fdu_kernels.kernels.native import CpuBackend
 from fdu_kernels.registry import backend_named, choose_backend
 
-if TYPE_CHECKING:
-    from pytest_benchmark.fixture import BenchmarkFixture
-
-ROOT = Path(__file__).parents[1]
-BEFORE = os.environ.get("FDU_BEFORE")
-PROCESSES, TURNS = 5, 100
-"""Of each commit, and of each process. A turn is 40 calls of each piece, so that both meet the same noise."""
 DIVERGENCE = "squared_hellinger"
 SHAPES = ((1, 4, 64, 64), (4, 4, 64, 64), (1, 4, 128, 128))
 """Latents of Stable Diffusion 1.5, one and a batch, and of XL."""
 PIECES = ("call", "dispatch", "kernels", "launch")
 PARTS = ("checks", "choice and dispatch", "allocation and arguments", "launch")
 """What each piece takes beyond the next one."""
-TAKES_TURNS = f"""
-import json, sys, time, torch
-import fdu_kernels as fk
-torch.set_num_threads(1)
-calls = {{}}
-for shape in {SHAPES}:
-    pred, target, grad = (torch.randn(shape) for _ in range(3))
-    leaf, name = pred.clone().requires_grad_(), "x".join(map(str, shape))
-    value_and_grad = lambda a=pred, b=target, **o: fk.gaussian_divergence_value_and_grad(a, b, "{DIVERGENCE}", **o)
-    loss = lambda a=leaf, b=target: torch.autograd.grad(fk.gaussian_divergence(a, b, "{DIVERGENCE}"), a)
-    calls[name + ", call"] = value_and_grad
-    calls[name + ", call with grad_out"] = lambda f=value_and_grad, g=grad: f(grad_out=g)
-    calls[name + ", autograd, forward and backward"] = loss
-for line in sys.stdin:
-    times = {{}}
-    for name, call in calls.items():
-        call()
-        start = time.perf_counter()
-        for _ in range(40):
-            call()
-        times[name] = (time.perf_counter() - start) / 40 * 1e6
-    print(json.dumps(times), flush=True)
-"""
-"""Public calls alone, so that any commit can run it. It prints microseconds whenever it reads a line."""
 
 
 def pieces(pred: Tensor, target: Tensor, name: str) -> dict[str, Callable[[], object]]:
@@ -79,23 +40,20 @@ def pieces(pred: Tensor, target: Tensor, name: str) -> dict[str, Callable[[], ob
     # Nobody names the backend that is chosen anyway.
     asked = None if choose_backend(None, held) == name else name
     grad, leaf = torch.empty_like(pred), pred.detach().clone().requires_grad_()
-    mse = torch.nn.functional.mse_loss
-
-    def call(**options: Any) -> object:
-        return fk.gaussian_divergence_value_and_grad(pred, target, DIVERGENCE, backend=asked, **options)
+    value_and_grad, mse = fk.gaussian_divergence_value_and_grad, torch.nn.functional.mse_loss
 
     def autograd() -> object:
         return torch.autograd.grad(fk.gaussian_divergence(leaf, target, DIVERGENCE, backend=asked), leaf)
 
     return {
-        "call": lambda: fk.gaussian_divergence_value_and_grad(pred, target, DIVERGENCE, backend=asked),
+        "call": lambda: value_and_grad(pred, target, DIVERGENCE, backend=asked),
         "dispatch": lambda: dispatch.gaussian_value_and_grad(held, None, asked),
         "kernels": lambda: backend.gaussian_value_and_grad(held, None),
         "launch": launch_of(backend, held),
         "checks alone": held.checked,
         "choice alone": lambda: choose_backend(None, held),
         "one allocation": lambda: torch.empty_like(pred),
-        "call with grad_out": lambda: call(grad_out=grad),
+        "call with grad_out": lambda: value_and_grad(pred, target, DIVERGENCE, backend=asked, grad_out=grad),
         "autograd, forward and backward": autograd,
         "F.mse_loss, forward and backward": lambda: torch.autograd.grad(mse(leaf, target), leaf),
     }
@@ -185,47 +143,6 @@ def test_parts(benchmark: BenchmarkFixture, backend: str, shape: Shape) -> None:
     print(f"\n{backend} {'x'.join(map(str, shape))}, us of the host: parts of a call, then pieces")
     for name, taken in [*found["parts_us"].items(), *found["medians_us"].items()]:
         print(f"  {name:<34}{taken:8.1f}")
-
-
-@pytest.mark.skipif(BEFORE is None, reason="FDU_BEFORE names no commit to compare with")
-def test_before_and_after(benchmark: BenchmarkFixture, tmp_path: Path) -> None:
-    """This checkout's call against another commit's: medians, and the median of the ratios of turns."""
-    assert BEFORE is not None
-    archive = subprocess.run(["git", "archive", BEFORE], cwd=ROOT, stdout=subprocess.PIPE, check=True).stdout
-    subprocess.run(["tar", "-x", "-C", str(tmp_path)], input=archive, check=True)
-    turns: list[list[dict[str, float]]] = []
-
-    def one_pair_of_processes() -> None:
-        with _process(tmp_path) as before, _process(ROOT) as after:
-            turns.extend([_turn(before), _turn(after)] for _ in range(TURNS))
-
-    benchmark.pedantic(one_pair_of_processes, rounds=PROCESSES)
-    found = {
-        piece: {
-            "before_us": statistics.median(before[piece] for before, _ in turns),
-            "after_us": statistics.median(after[piece] for _, after in turns),
-            "ratio": statistics.median(after[piece] / before[piece] for before, after in turns),
-        }
-        for piece in turns[0][0]
-    }
-    benchmark.extra_info.update(form="host change", commit=BEFORE, pieces=found)
-    print(f"\nsince {BEFORE}: " + ", ".join(f"{piece} x {one['ratio']:.2f}" for piece, one in found.items()))
-
-
-def _process(folder: Path) -> subprocess.Popen[str]:
-    """A process that times the calls of a checkout whenever it reads a line."""
-    return subprocess.Popen(
-        [sys.executable, "-c", TAKES_TURNS], env={**os.environ, "PYTHONPATH": str(folder)}, cwd=folder, text=True,
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-    )  # fmt: skip
-
-
-def _turn(process: subprocess.Popen[str]) -> dict[str, float]:
-    """Microseconds of each call at each shape."""
-    assert process.stdin is not None and process.stdout is not None
-    print(file=process.stdin, flush=True)
-    found: dict[str, float] = json.loads(process.stdout.readline())
-    return found
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
 """Value and gradient of the losses on the CPU against eager PyTorch and torch.compile: ``python bench_losses.py``.
 
-Options are pytest's: ``-k "gaussian and float32"`` picks comparisons, ``--benchmark-json=FILE`` keeps the figures,
-``--competitors=FILE`` enters yours (competitors.py). gpu_suite.py times the losses on a GPU.
+Options are pytest's: ``-k "gaussian and float32"`` picks comparisons, ``--record FILE`` keeps the figures,
+``--competitors FILE`` enters yours (competitors.py). gpu_suite.py times the losses on a GPU.
 
-``test_losses`` times calls on the same inputs, each after a call that is not timed. ``test_bandwidth`` compares with
-torch.clone, the speed of the memory, on inputs that rotate through more than the caches hold: clone moves 2N bytes,
-value_and_grad 3N.
+``test_losses`` times calls on the same inputs, each after a call that is not timed. ``test_bandwidth`` compares
+value_and_grad with torch.clone, the speed of the memory, on inputs that rotate through more than the caches hold. Clone
+moves 2N bytes, value_and_grad 3N.
 """
 
 from __future__ import annotations
@@ -13,17 +13,14 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from typing import TYPE_CHECKING
 
 import pytest
 import timing
 import torch
 from competitors import DTYPES, FORMS, FUSED, SIGMA, Shape, candidate, check, competitors_of, inputs, rotating
+from pytest_benchmark.fixture import BenchmarkFixture
 
 import fdu_kernels as fk
-
-if TYPE_CHECKING:
-    from pytest_benchmark.fixture import BenchmarkFixture
 
 SHAPES = [(2, 4, 64, 64), (16, 4, 64, 64), (64, 4, 64, 64), (16, 16, 128, 128), (64, 16, 128, 128)]
 BACKEND = "cpu"

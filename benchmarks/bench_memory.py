@@ -1,25 +1,21 @@
 """Peak memory of a call beyond its inputs and gradients: ``python bench_memory.py``.
 
-That much must be free when a training step computes the loss. By the byte model ours need nothing of the inputs' size;
-eager PyTorch holds several buffers of that size, in float32 even where the inputs are not. On the CPU torch's profiler
-reports every allocation and release (but not the kilobytes of partial sums in C++); on a GPU the caching allocator
-keeps the peak itself. The time that pytest-benchmark notes is no benchmark.
+A training step needs this much free memory to compute the loss. Our losses hold no buffer of the inputs' size. Eager
+PyTorch holds several, in float32 even if the inputs are in half precision. On the CPU torch's profiler reports every
+allocation and release, except the kilobytes of partial sums in C++. On a GPU the caching allocator keeps the peak.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable
 
 import pytest
 import timing
 import torch
 from competitors import DTYPES, FORMS, Call, Shape, check, competitors_of, fused_backends, inputs
+from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
-
-if TYPE_CHECKING:
-    from pytest_benchmark.fixture import BenchmarkFixture
 
 SHAPES = [(2, 4, 64, 64), (16, 16, 128, 128)]
 MEMORY_EVENT = "[memory]"
@@ -47,18 +43,11 @@ def peak_bytes(call: Callable[[], object], device: str) -> int:
     return highest
 
 
-def bytes_of(tensors: Sequence[Tensor]) -> int:
-    """That their elements take up."""
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-
-
-def measure(run: Call, form: str, dtype: str, shape: Shape, device: str) -> dict[str, int]:
+def measure(run: Call, a: Tensor, b: Tensor) -> dict[str, int]:
     """Bytes of one of the inputs, of the gradients, and of the peak beyond both."""
-    a, b = inputs(shape, DTYPES[dtype], device, wanted=FORMS[form].wanted)
-    check(run, form, a, b)
-    gradient = bytes_of(run(a, b)[1:])
-    extra = peak_bytes(lambda: run(a, b), device) - gradient
-    return {"input_bytes": bytes_of([a]), "gradient_bytes": gradient, "extra_bytes": extra}
+    gradient = sum(tensor.nbytes for tensor in run(a, b)[1:])
+    extra = peak_bytes(lambda: run(a, b), a.device.type) - gradient
+    return {"input_bytes": a.nbytes, "gradient_bytes": gradient, "extra_bytes": extra}
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "x".join(map(str, shape)))
@@ -70,10 +59,15 @@ def test_memory(benchmark: BenchmarkFixture, form: str, dtype: str, shape: Shape
     runs = competitors_of(form, fused_backends(device))
 
     def every_run() -> dict[str, dict[str, int]]:
-        return {name: measure(run, form, dtype, shape, device) for name, run in runs.items()}
+        found = {}
+        for name, run in runs.items():
+            a, b = inputs(shape, DTYPES[dtype], device, wanted=FORMS[form].wanted)
+            check(run, form, a, b)
+            found[name] = measure(run, a, b)
+        return found
 
     found = benchmark.pedantic(every_run, rounds=1)
-    benchmark.extra_info.update(form=form, dtype=dtype, shape=list(shape), memory=found)
+    benchmark.extra_info.update(form=form, dtype=dtype, shape=shape, memory=found)
     print(f"\n{form} {dtype} {'x'.join(map(str, shape))}: peak beyond inputs and gradients, in tensors of their size")
     for name, one in found.items():
         print(f"  {name:<20}{one['extra_bytes'] / one['input_bytes']:8.3f}  ({one['extra_bytes']} bytes)")

@@ -1,10 +1,10 @@
 """How cost grows with the batch, with the elements per sample, and with the concepts erased at once:
 ``python bench_scaling.py``, on the CPU; gpu_suite.py sweeps the same sizes on a GPU.
 
-The sweeps time value_and_grad on every backend beside eager PyTorch, torch.compile and torch.clone, each call on the
-next of several random inputs, which together exceed the caches where tensors are large enough. "share" is the share of
-clone's bandwidth by the byte model (3N bytes whatever a competitor really moves, 2N for clone): the distance from the
-physical limit. ``test_concepts`` times steps of ``fdu.erase`` on the embedded pipeline.
+The sweeps time value_and_grad on every backend beside eager PyTorch, torch.compile and torch.clone. Each call takes the
+next of several random inputs. Large inputs together exceed the caches. "share" is the share of clone's bandwidth by the
+byte model, which counts 3N bytes for every competitor and 2N for clone. ``test_concepts`` times steps of ``fdu.erase``
+on the embedded pipeline.
 """
 
 from __future__ import annotations
@@ -13,15 +13,12 @@ import itertools
 import math
 import statistics
 import time
-from typing import TYPE_CHECKING
 
 import pytest
 import timing
 import torch
 from competitors import FUSED, Shape, competitors_of, fused_backends, rotating
-
-if TYPE_CHECKING:
-    from pytest_benchmark.fixture import BenchmarkFixture
+from pytest_benchmark.fixture import BenchmarkFixture
 
 BATCHES = (1, 4, 16, 64, 256, 1024, 8192)
 """Of 4x64x64 latents: from 64 KiB to 512 MiB per tensor."""
@@ -87,7 +84,7 @@ def erasure_step(concepts: tuple[str, ...], steps: int = STEPS) -> dict[str, flo
 @pytest.mark.parametrize("count", (1, 2, 4))
 def test_concepts(benchmark: BenchmarkFixture, count: int) -> None:
     """A step of the embedded pipeline; the concepts share its batch."""
-    found = benchmark.pedantic(erasure_step, (CONCEPTS[:count],), rounds=3)
+    found = benchmark.pedantic(erasure_step, (CONCEPTS[:count],), rounds=1)
     benchmark.extra_info.update(form="concepts", **found)
     print(f"\n{count} concepts, batch {found['batch']}: {found['step'] * 1e3:.0f} ms per step of fdu.erase")
 

@@ -1,8 +1,8 @@
-"""Time fdu's training against the published loops: ``python benchmarks/bench_training.py [--check]``.
+"""Time fdu's training against the published loops: ``python benchmarks/bench_training.py [--record FILE]``.
 
-Every run is a fresh process (``--run NAME``). The runs that measure steps take turns, --rounds times, and medians
-count; whole jobs, which differ by far more than they vary, are measured once. Writes the record, of which
-``make bench-report`` writes docs/training.md, and prints it. Takes ten minutes on two cores; leave the machine alone.
+Every run has a fresh process (``--run NAME``). The runs that measure steps take turns, --rounds times, and medians
+count. The two whole jobs differ by far more than they vary, so each is measured once. Takes ten minutes on two cores;
+leave the machine alone.
 """
 
 from __future__ import annotations
@@ -10,14 +10,10 @@ from __future__ import annotations
 import argparse
 import ctypes
 import dataclasses
-import datetime
 import itertools
 import json
 import math
 import os
-import platform
-import shlex
-import shutil
 import statistics
 import subprocess
 import sys
@@ -29,9 +25,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import promises
+import records
 import reference_loop
 import shapes
-import timing
 import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
@@ -39,12 +35,8 @@ from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import fdu
-from fdu.storage.output import write_json
-from fdu.storage.versions import versions
 
-RECORD = Path(__file__).parent / "results" / "training" / "cpu.json"
 Figures = dict[str, float]
-
 
 TARGET, ANCHOR = "van gogh", "painting"
 FULL = reference_loop.Settings()
@@ -53,11 +45,8 @@ JOB_SHARE = 50
 STEPS = 8
 """Optimizer steps of a run that measures the step; the first is not counted."""
 LATENTS = fdu.EraseConfig().num_latents
-SHARED = (
-    "train_batch_size", "gradient_accumulation_steps", "max_train_steps", "learning_rate", "adam_weight_decay",
-    "max_grad_norm", "preservation_weight", "sample_batch_size", "guidance_scale", "mixed_precision", "seed",
-)  # fmt: skip
-"""Settings that mean the same in both loops."""
+REFERENCE_ONLY = ("num_images", "num_inference_steps", "copies", "dataloader_num_workers")
+"""Settings of the reference that fdu does not have, or sets otherwise."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,24 +55,23 @@ class Run:
 
     loop: str
     shared: reference_loop.Settings
-    own: tuple[tuple[str, Any], ...] = ()
+    own: dict[str, Any] = dataclasses.field(default_factory=dict)
     """Further settings of fdu."""
     job: bool = False
-    """Whether the whole job is measured, with its sampling, and not the step alone."""
+    """Whether to measure the whole job with its sampling, instead of the step alone."""
 
     def config(self) -> fdu.EraseConfig:
         """The settings of fdu."""
+        shared = {name: value for name, value in vars(self.shared).items() if name not in REFERENCE_ONLY}
         settings: dict[str, Any] = {
-            **{name: getattr(self.shared, name) for name in SHARED},
             "num_inference_steps": self.shared.num_inference_steps if self.job else 1,
             "num_latents": max(2, round(LATENTS / JOB_SHARE)) if self.job else 4,
             "train_method": "cross_attention",
             "divergence": "squared_hellinger",
             "sigma": 1.0,
             "lr_scheduler": "constant",
-            **dict(self.own),
         }
-        return fdu.EraseConfig(**settings)
+        return fdu.EraseConfig(**shared, **settings, **self.own)
 
     @property
     def sampling_calls(self) -> int:
@@ -94,10 +82,9 @@ class Run:
 
 
 def a_step(steps: int = STEPS, batch: int = FULL.train_batch_size, **changes: Any) -> reference_loop.Settings:
-    """The published settings, but for so many steps of a batch."""
-    return dataclasses.replace(
-        FULL, max_train_steps=steps, train_batch_size=batch, num_images=steps * batch, **changes
-    )  # fmt: skip
+    """The published settings with this number of steps and this batch."""
+    images = {"max_train_steps": steps, "train_batch_size": batch, "num_images": steps * batch}
+    return dataclasses.replace(FULL, **images, **changes)
 
 
 STEP, PRESERVING = a_step(), a_step(preservation_weight=1.0)
@@ -105,15 +92,15 @@ PART = dataclasses.replace(
     FULL, num_images=FULL.num_images // JOB_SHARE, max_train_steps=FULL.max_train_steps // JOB_SHARE
 )
 # Half of the batches: each is used twice, as often as the published runs take each of their images.
-KEPT = ("frozen_batches", STEPS * FULL.gradient_accumulation_steps // 2)
-CHECKPOINTED = ("gradient_checkpointing", True)
+KEPT = {"frozen_batches": STEPS * FULL.gradient_accumulation_steps // 2}
+CHECKPOINTED = {"gradient_checkpointing": True}
 RUNS = {
     "reference": Run("reference", STEP),
     "reference, without a copy": Run("reference", a_step(copies=False)),
     "fdu": Run("fdu", STEP),
-    "fdu, frozen outputs kept": Run("fdu", STEP, (KEPT,)),
-    "fdu, checkpointed": Run("fdu", STEP, (CHECKPOINTED,)),
-    "fdu, frozen outputs kept, checkpointed": Run("fdu", STEP, (KEPT, CHECKPOINTED)),
+    "fdu, frozen outputs kept": Run("fdu", STEP, KEPT),
+    "fdu, checkpointed": Run("fdu", STEP, CHECKPOINTED),
+    "fdu, frozen outputs kept, checkpointed": Run("fdu", STEP, {**KEPT, **CHECKPOINTED}),
     "reference, preserving": Run("reference", PRESERVING),
     "fdu, preserving": Run("fdu", PRESERVING),
     "reference job": Run("reference", PART, job=True),
@@ -132,42 +119,17 @@ class Moment(NamedTuple):
         return cls(time.perf_counter(), time.process_time())
 
 
-class Memory:
-    """MiB that this process holds (from Linux), or its tensors on the GPU."""
-
-    def __init__(self, device: str = "cpu") -> None:
-        self.device = device
-
-    def now(self) -> float:
-        """At this moment."""
-        return torch.cuda.memory_allocated() / 2**20 if self.device == "cuda" else self._read("VmRSS")
-
-    def peak(self) -> float:
-        """The most since the last :meth:`forget`; on a GPU, once it has done its work."""
-        if self.device != "cuda":
-            return self._read("VmHWM")
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() / 2**20
-
-    def forget(self) -> None:
-        """Start the peak again, without memory that is free."""
-        if self.device == "cuda":
-            return torch.cuda.reset_peak_memory_stats()
-        ctypes.CDLL(None).malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")
-
-    @staticmethod
-    def _read(field: str) -> float:
-        lines = Path("/proc/self/status").read_text().splitlines()
-        (line,) = [line for line in lines if line.startswith(f"{field}:")]
-        return int(line.split()[1]) / 1024
+def memory(field: str) -> float:
+    """MiB that this process holds ("VmRSS") or has held at most ("VmHWM"), from Linux."""
+    (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(f"{field}:")]
+    return int(line.split()[1]) / 1024
 
 
 class Watch:
     """When the denoisers were called and the optimizer stepped, and the memory between the first and last step."""
 
-    def __init__(self, denoiser: nn.Module, memory: Memory) -> None:
-        self.memory = memory
+    def __init__(self, denoiser: nn.Module, device: str) -> None:
+        self.device = device
         self.calls: list[tuple[Moment, bool]] = []
         """When, and whether a graph was made."""
         self.steps: list[Moment] = []
@@ -178,17 +140,32 @@ class Watch:
             denoiser.register_forward_pre_hook(lambda *_: self._called()),
             register_optimizer_step_post_hook(lambda *_: self._stepped()),
         ]
+        self._forget()
 
     def _called(self) -> None:
         self.calls.append((Moment.now(), torch.is_grad_enabled()))
 
     def _stepped(self) -> None:
-        peak = self.memory.peak()
+        peak = self._peak()
         self.steps.append(Moment.now())
         self.highest = max(self.highest, peak)
         if len(self.steps) == 1:
-            self.memory.forget()
-        self.peak = self.memory.peak()
+            self._forget()
+        self.peak = self._peak()
+
+    def _peak(self) -> float:
+        """MiB since the last :meth:`_forget`; on a GPU, of tensors, once it has done its work."""
+        if self.device != "cuda":
+            return memory("VmHWM")
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() / 2**20
+
+    def _forget(self) -> None:
+        """Start the peak again, without memory that is free."""
+        if self.device == "cuda":
+            return torch.cuda.reset_peak_memory_stats()
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")
 
     def stop(self) -> None:
         """Watch no more."""
@@ -205,11 +182,9 @@ def measure(run: Run, build: Callable[[], DiffusionPipeline] | None = None, devi
         device: whose memory to watch.
     """
     assert callable(fdu.erase)  # which imports all that it needs, for both loops, before memory is counted
-    memory = Memory(device)
-    imported = memory.now()
+    imported = torch.cuda.memory_allocated() / 2**20 if device == "cuda" else memory("VmRSS")
     pipeline = (build or shapes.sd15)()
-    watch = Watch(pipeline.unet, memory)
-    memory.forget()
+    watch = Watch(pipeline.unet, device)
     started = Moment.now()
     try:
         with tempfile.TemporaryDirectory() as folder:
@@ -239,12 +214,11 @@ def reference(run: Run, pipeline: DiffusionPipeline, folder: Path) -> list[float
     prompts = shapes.anchor_prompts(200 // JOB_SHARE)
     if run.job:
         reference_loop.sample_images(pipeline, prompts, folder, run.shared)
-        return reference_loop.train(pipeline, TARGET, prompts, folder, run.shared)
-    side = pipeline.vae.config.sample_size
-    noise = np.random.default_rng(0).integers(0, 256, (side, side, 3), dtype=np.uint8)
-    Image.fromarray(noise).save(reference_loop.image_path(folder, 0))
-    for number in range(1, run.shared.num_images):
-        shutil.copyfile(reference_loop.image_path(folder, 0), reference_loop.image_path(folder, number))
+    else:
+        side = pipeline.vae.config.sample_size
+        noise = np.random.default_rng(0).integers(0, 256, (side, side, 3), dtype=np.uint8)
+        for number in range(run.shared.num_images):
+            Image.fromarray(noise).save(reference_loop.image_path(folder, number))
     return reference_loop.train(pipeline, TARGET, prompts, folder, run.shared)
 
 
@@ -256,67 +230,49 @@ def ours(run: Run, pipeline: DiffusionPipeline, folder: Path) -> list[float]:
     return fdu.erase(pipeline, target, anchor, config=run.config()).history["loss"]
 
 
-def run_apart(name: str, threads: int, wrapper: str) -> Figures:
+def run_apart(name: str) -> Figures:
     """One run, in a process of its own."""
-    command = [*shlex.split(wrapper), sys.executable, __file__, "--run", name]
     # Threads that wait sleep: spinning would take the cores from those that compute.
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE"}
+    environment = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE"}
+    command = [sys.executable, __file__, "--run", name]
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
     figures: Figures = json.loads(done.stdout.splitlines()[-1])
     return figures
 
 
-def make_record(rounds: int, threads: int, wrapper: str) -> dict[str, Any]:
-    """Run everything."""
+def measure_all(rounds: int) -> dict[str, Any]:
+    """All runs in turn, and what the page says about them."""
     runs: dict[str, list[Figures]] = {name: [] for name in RUNS}
     for turn in range(rounds):
-        for name in RUNS if turn == 0 else [name for name, run in RUNS.items() if not run.job]:
-            runs[name].append(run_apart(name, threads, wrapper))
-            print(f"round {turn + 1}, {name}: {runs[name][-1]}", file=sys.stderr)
+        for name, run in RUNS.items():
+            if turn == 0 or not run.job:
+                runs[name].append(run_apart(name))
+                print(f"round {turn + 1}, {name}: {runs[name][-1]}", flush=True)
     return {
-        "device": f"{platform.machine()} CPU ({timing.cpu_name()}), {threads} threads",
-        "versions": versions(),
-        "capability": torch.backends.cpu.get_cpu_capability(),
-        "date": datetime.date.today().isoformat(),
         "rounds": rounds,
         "job_share": JOB_SHARE,
         "latents": LATENTS,
         "job_latents": RUNS[promises.JOB].config().num_latents,
-        "proportions": {"1": shapes.proportions(1, 1, 1), "scaled": shapes.proportions()},
+        "proportions": {"1": shapes.proportions(shapes.FULL), "scaled": shapes.proportions(shapes.SCALED)},
         "runs": runs,
     }
 
 
-def show(record: dict[str, Any]) -> None:
-    """Print device, runs and promises."""
-    print(f"{record['device']}, {record['capability']}; medians of {record['rounds']} rounds")
-    for name in record["runs"]:
-        step, peak = (promises.median(record, name, figure) for figure in ("wall_step", "peak"))
-        print(f"  {name:<42}{step:8.2f} s per step{peak:8.0f} MiB at the peak")
-    for name in (promises.REFERENCE_JOB, promises.JOB):
-        print(f"  {name:<42}{promises.job_seconds(record, name):8.1f} s in all")
-
-
-def main() -> int:
-    """Measure, write and print; 1 if a promise is broken under ``--check``."""
+def main() -> None:
+    """Measure, print and keep."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--record", type=Path, default=RECORD, help="the JSON file to write (default: %(default)s)")
+    parser.add_argument("--record", type=Path, metavar="FILE", help="JSON file whose part of this suite to write")
     parser.add_argument("--rounds", type=int, default=3, help="runs of each kind (default: %(default)s)")
-    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="threads per run (default: all)")
-    parser.add_argument("--wrapper", default="", help="put before each run's command, such as 'taskset -c 0,1'")
     parser.add_argument("--run", choices=RUNS, metavar="NAME", help=f"one of: {'; '.join(RUNS)}; prints its figures")
-    parser.add_argument("--show", action="store_true", help="measure nothing; print the record")
-    parser.add_argument("--check", action="store_true", help="exit with 1 if a promise is broken")
     options = parser.parse_args()
     if options.run:
         print(json.dumps(measure(RUNS[options.run])))
-        return 0
-    if not options.show:
-        write_json(options.record, make_record(options.rounds, options.threads, options.wrapper))
-    record = json.loads(options.record.read_text())
-    show(record)
-    return promises.judge(list(promises.training(record))) * options.check
+        return
+    found = measure_all(options.rounds)
+    promises.judge(promises.training(found))
+    if options.record:
+        records.keep(options.record, "training", **found)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

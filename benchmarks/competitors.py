@@ -1,8 +1,8 @@
-"""What the benchmarks compare: each loss in plain PyTorch, the same compiled, ours, and whatever you add.
+"""What the benchmarks compare: each loss in plain PyTorch, the same compiled, ours, and your own.
 
-A *form* is a loss. :func:`loss` makes one out of its PyTorch code, which is both its reference and its first two
-competitors, "eager" and "compiled". :func:`competitor` enters another implementation. Every competitor takes the form's
-two tensors and is checked against the reference in float64 before it is timed.
+A *form* is a loss. :func:`loss` makes a form from PyTorch code. This code is the reference of the form and its
+competitors "eager" and "compiled". :func:`competitor` enters another implementation. Every competitor takes the form's
+two tensors. A benchmark checks it against the reference in float64 before it times it.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ class Form:
 
     reference: Loss
     wanted: int
-    """Gradients are computed in so many of its arguments."""
+    """The number of arguments, counted from the first, that need a gradient."""
     passes: int
-    """Tensors of N elements that value and gradients move, each read or written once."""
+    """The number of tensors that value and gradients read or write, each once."""
     passes_of_long: int
-    """The same where a sample exceeds chip and cache, so that inputs needed after their sum are read twice."""
+    """The same if a sample exceeds the cache. A gradient that needs the sum over the sample then reads it twice."""
     ours: tuple[Any, ...] = ()
     """Our function in fdu_kernels and its arguments after the tensors."""
     tensors: int = 2
@@ -50,8 +50,8 @@ class Form:
     others: dict[str, Call] = dataclasses.field(default_factory=dict)
     """Entered by :func:`competitor`."""
 
-    def passes_for(self, shape: Shape, dtype: torch.dtype, cache: float = math.inf) -> int:
-        """Passes at this size on a device with so many bytes of cache."""
+    def passes_for(self, shape: Shape, dtype: torch.dtype, cache: int) -> int:
+        """Passes at this size on a device with a cache of this many bytes."""
         return self.passes_of_long if 2 * math.prod(shape[1:]) * dtype.itemsize > cache else self.passes
 
 
@@ -165,7 +165,7 @@ def competitors_of(
 
 
 def fused_backends(device: str | None = None) -> list[str]:
-    """Ours that can run here, if a device is named on its tensors; the preferred one first."""
+    """Our backends that can run here, or on the tensors of a device; the preferred one comes first."""
     found = [name for name, reason in fk.backends().items() if reason is None and name != "torch"]
     if device is None:
         return found
@@ -181,7 +181,7 @@ def inputs(shape: Shape, dtype: torch.dtype, device: str, seed: int = 0, wanted:
 
 
 def rotating(form: str, shape: Shape, dtype: torch.dtype, device: str, size: int, most: int = 64) -> list[Pair]:
-    """Random inputs that exceed ``size`` bytes together, where ``most`` pairs do; at least two pairs."""
+    """Two to ``most`` pairs of random inputs, enough to fill ``size`` bytes."""
     count = max(2, min(most, -(-size // (2 * math.prod(shape) * dtype.itemsize))))
     return [inputs(shape, dtype, device, seed, FORMS[form].wanted) for seed in range(count)]
 

@@ -1,63 +1,54 @@
-"""One allocator for all competitors, competitors of your own, and what every record notes of the machine."""
+"""Options of the benchmarks that run under pytest, the record they write, and one allocator for all competitors."""
 
 from __future__ import annotations
 
 import ctypes
-import platform
 import runpy
 import sys
-from typing import Any
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
-import torch
-
-import fdu_kernels as fk
+import records
+from pytest_benchmark.fixture import BenchmarkFixture
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 KEPT, MAPPED = 1 << 30, 32 << 20
 """Bytes: what glibc keeps of freed memory at the top of its heap; the largest block that it takes from there."""
-
-
-def keep_freed_memory() -> bool:
-    """Have glibc keep it. By default what ran before decides whether a fresh output costs page faults."""
-    if not sys.platform.startswith("linux"):
-        return False
-    library = ctypes.CDLL(None)
-    return hasattr(library, "mallopt") and bool(
-        library.mallopt(M_TRIM_THRESHOLD, KEPT) and library.mallopt(M_MMAP_THRESHOLD, MAPPED)
-    )
-
-
-KEEPS_FREED_MEMORY = keep_freed_memory()
+ROWS = pytest.StashKey[dict[str, list[records.Row]]]()
+"""By suite."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """``--competitors``."""
+    """``--competitors`` and ``--record``."""
     parser.addoption("--competitors", metavar="FILE", help="Python file that enters competitors (competitors.py)")
+    parser.addoption("--record", type=Path, metavar="FILE", help="JSON file whose part of this suite to write")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Enter them before tests are collected."""
+    """Set the allocator, and enter competitors before tests are collected."""
+    # By default, what ran before decides whether a fresh output costs page faults.
+    library = ctypes.CDLL(None) if sys.platform.startswith("linux") else None
+    if hasattr(library, "mallopt"):
+        library.mallopt(M_TRIM_THRESHOLD, KEPT)
+        library.mallopt(M_MMAP_THRESHOLD, MAPPED)
+    config.stash[ROWS] = {}
     if config.getoption("--competitors"):
         runpy.run_path(config.getoption("--competitors"))
 
 
-def pytest_benchmark_update_machine_info(config: Any, machine_info: dict[str, Any]) -> None:
-    """pytest-benchmark's own hook."""
-    try:
-        from triton import __version__ as triton
-    except ImportError:
-        triton = None
-    machine_info.pop("node", None)  # the machine's name says nothing about its speed
-    machine_info["versions"] = {"python": platform.python_version(), "torch": torch.__version__, "triton": triton}
-    machine_info["threads"] = torch.get_num_threads()
-    machine_info["capability"] = torch.backends.cpu.get_cpu_capability()
-    machine_info["device"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-    machine_info["backends"] = fk.backends()
-    machine_info["keeps_freed_memory"] = KEEPS_FREED_MEMORY
+@pytest.fixture(autouse=True)
+def _row(request: pytest.FixtureRequest, benchmark: BenchmarkFixture) -> Iterator[None]:
+    """Keep the figures in ``benchmark.extra_info`` as a row of the record."""
+    yield
+    if benchmark.extra_info:
+        suite = request.path.stem.removeprefix("bench_")
+        request.config.stash[ROWS].setdefault(suite, []).append(benchmark.extra_info)
 
 
-def pytest_benchmark_update_json(config: Any, benchmarks: Any, output_json: dict[str, Any]) -> None:
-    """Keep the statistics and not every single time."""
-    for entry in output_json["benchmarks"]:
-        entry["stats"].pop("data", None)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Write the record."""
+    path = session.config.getoption("--record")
+    for suite, rows in session.config.stash[ROWS].items():
+        if path:
+            records.keep(path, suite, rows=rows)

@@ -1,10 +1,10 @@
-"""The losses on a GPU: at the size of latents with the host's time, large ones against the bandwidth, a sweep of sizes.
+"""The losses on a GPU: ``python benchmarks/gpu_losses.py latents``, or "large", "sweep", "host" or "machine".
 
-A row is a competitor at a shape and dtype: ``cold_us`` on inputs that rotate through several times the L2 cache, with
-quartiles, ``extra_bytes`` at the peak beyond inputs and gradients, and ``share_of_copy``: of the bandwidth that
-torch.clone reaches on the same inputs, by the byte model (competitors.py) with ``passes``. At the size of latents also
-``hot_us`` on the same inputs, ``wall_us`` per call with the host's time, ``host_us`` until a call returns and
-``graph_us`` in a replayed CUDA graph.
+A row is a competitor at a shape and dtype. ``cold_us`` is its time on inputs that rotate through several times the L2
+cache, with quartiles. ``extra_bytes`` is the peak memory beyond inputs and gradients. ``share_of_copy`` compares the
+bandwidth by the byte model (competitors.py), with ``passes``, with that of torch.clone on the same inputs. At the size
+of latents a row also has ``hot_us`` on the same inputs, ``wall_us`` per call with the host's time, ``host_us`` until a
+call returns and ``graph_us`` in a replayed CUDA graph. With ``--rehearsal`` all of this runs at toy size on the CPU.
 """
 
 from __future__ import annotations
@@ -13,16 +13,17 @@ import functools
 import itertools
 import os
 import statistics
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+import time
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import bench_host
+import bench_memory
 import competitors
-import gpu_timing
+import records
 import torch
-from bench_memory import bytes_of, peak_bytes
 from competitors import COMPILED, DTYPES, EAGER, FORMS, FUSED, Call, Pair, Shape, competitors_of, fused_backends
-from gpu_timing import Plan, described, device_us, graph_us, host_us, l2_bytes, wall_us
+from records import Row, Rows
 
 import fdu_kernels as fk
 
@@ -32,37 +33,83 @@ FULL, LEAST_LARGE = 512 << 20, 64 << 20
 SWEEP = tuple(2**exponent for exponent in range(16, 30))
 """Bytes per tensor: 64 KiB to 512 MiB."""
 TOY: Shape = (2, 4, 4, 4)
-LEAST, LEAST_COMPILED = 3.0, 12.0
-"""Seconds that must be left for a row to be begun."""
+LEAST_COMPILED = 12.0
+"""Seconds that must be left for a row with torch.compile."""
 CACHES, MOST_PAIRS = 4, 2048
-"""Inputs that rotate are together as large as so many L2 caches, but at most so many pairs."""
-ROUNDS = 60
-"""Calls that are timed at most, each after a sleep of the device."""
+"""Inputs that rotate are together as large as this many L2 caches, but at most this many pairs."""
+MOST_ROUNDS = 60
+CLOCK_HZ = 2e9
+"""The clock rate of a GPU, roughly."""
+LEADS = (3e-4, 2e-3)
+"""Seconds by which the host may get ahead of the device, at least and at most."""
 
 
 class Task(NamedTuple):
-    """What is measured together, on the same inputs."""
+    """Competitors that are measured on the same inputs."""
 
     form: str
     dtype: str
     shape: Shape
     baselines: tuple[str, ...] = (EAGER, COMPILED)
-    """Without any, ours by value_and_grad alone."""
+    """If empty, only clone and our value_and_grad run."""
 
 
-def large_shapes(dtype: torch.dtype) -> list[Shape]:
-    """64 and 512 MiB of latents, and 512 MiB in four long samples."""
-    size = dtype.itemsize
-    latents = [(bytes_ // (16 * 128 * 128 * size), 16, 128, 128) for bytes_ in (FULL, LEAST_LARGE)]
-    return [*latents, (4, FULL // size // 4)]
+def latents_tasks() -> list[Task]:
+    """The first shape of every form and dtype comes first. The last shape goes without torch.compile, which is slow."""
+    kinds = [("gaussian", "float32"), ("gaussian", "bfloat16"), ("variational", "float32"), ("mse", "float32")]
+    baselines = [(EAGER, COMPILED)] * (len(LATENTS) - 1) + [(EAGER,)]
+    return [Task(*kind, *at) for at in zip(LATENTS, baselines, strict=True) for kind in kinds]
 
 
-def runs_of(task: Task, plan: Plan) -> dict[str, Call]:
-    """All competitors, with clone before and tabulated divergences of ours behind."""
-    backends, ours = fused_backends(plan.device), ("autograd", FUSED) if task.baselines else (FUSED,)
-    compiler = "eager" if plan.rehearsal else "inductor"
-    clone: dict[str, Call] = {"clone": lambda a, b: (a.detach().clone(),)}
-    runs = clone | competitors_of(task.form, backends, ours, task.baselines, compiler)
+def large_tasks() -> list[Task]:
+    """512 and 64 MiB of latents, then 512 MiB in four long samples; the density ratio comes last."""
+    kinds = [(form, dtype) for form in ("gaussian", "variational") for dtype in ("float32", "bfloat16")]
+    tasks = []
+    for size, samples in ((FULL, None), (LEAST_LARGE, None), (FULL, 4)):
+        for form, dtype in kinds:
+            elements = size // DTYPES[dtype].itemsize
+            shape = (samples, elements // samples) if samples else (elements // (16 * 128 * 128), 16, 128, 128)
+            tasks.append(Task(form, dtype, shape))
+    return [*tasks, tasks[0]._replace(form="density_ratio")]
+
+
+def sweep_tasks() -> list[Task]:
+    """Ours and clone at all sizes, for the figure of the speed of light."""
+    return [Task("gaussian", "float32", (size // 65536, 4, 64, 64), ()) for size in SWEEP]
+
+
+def measure(make_tasks: Callable[[], list[Task]], rows: Rows, with_host: bool = False) -> None:
+    """Rows for every task, in order. A rehearsal takes the first and the third task, at toy size."""
+    # No pool of compilers may run during the timing. An imported module may already have read the environment.
+    os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
+    import torch._inductor.config
+
+    torch._inductor.config.compile_threads = 1
+    tasks = make_tasks()
+    if rows.rehearsal:
+        tasks = [task._replace(shape=TOY) for task in tasks[:3:2]]
+    cache = torch.cuda.get_device_properties(0).L2_cache_size if rows.device == "cuda" else 1 << 20
+    for task in tasks:
+        most = 2 if rows.rehearsal else MOST_PAIRS
+        pairs = competitors.rotating(task.form, task.shape, DTYPES[task.dtype], rows.device, CACHES * cache, most)
+        turns = itertools.cycle(pairs)  # across all competitors: none finds in the cache what the one before has read
+        passes = FORMS[task.form].passes_for(task.shape, DTYPES[task.dtype], cache)
+        copy: Row = {}
+        for name, run in runs_of(task, rows).items():
+            row = {"shape": task.shape, "dtype": task.dtype, "form": task.form, "candidate": name, "passes": passes}
+            if name == "clone":
+                copy = row
+            figures = functools.partial(figures_of, row, copy, run, pairs, turns, rows, with_host)
+            rows.add(row, figures, **({"least": LEAST_COMPILED, "kind": COMPILED} if name == COMPILED else {}))
+        del pairs, turns
+
+
+def runs_of(task: Task, rows: Rows) -> dict[str, Call]:
+    """clone, all competitors, and tabulated divergences of ours."""
+    backends, ours = fused_backends(rows.device), ("autograd", FUSED) if task.baselines else (FUSED,)
+    runs: dict[str, Call] = {"clone": lambda a, b: (a, a.detach().clone())}
+    compiler = "eager" if rows.rehearsal else "inductor"
+    runs.update(competitors_of(task.form, backends, ours, task.baselines, compiler))
     if task.form == "gaussian" and task.baselines:
         for name in backends:
             tabulated = functools.partial(fk.gaussian_divergence_value_and_grad, backend=name)
@@ -70,127 +117,122 @@ def runs_of(task: Task, plan: Plan) -> dict[str, Call]:
     return runs
 
 
-class Bench:
-    """Measures what a section wants of a competitor."""
-
-    def __init__(self, plan: Plan, with_host: bool) -> None:
-        self.plan, self.with_host = plan, with_host
-        self.graph_error = ""
-        """Why a call could not be captured: after one that could not, none is."""
-
-    def figures(self, form: str, name: str, run: Call, pairs: list[Pair], turns: Iterator[Pair]) -> dict[str, Any]:
-        """Those of a row, without its share."""
-        device, toy, (a, b) = self.plan.device, self.plan.rehearsal, pairs[0]
-        checked = name != "clone" and not name.endswith("tabulated")
-        if checked:
-            competitors.check(run, form, a, b)
-        rounds, calls = (3, 2) if toy else (max(20, min(ROUNDS, 2**33 // a.nbytes)), 100)
-        cold = device_us(run, turns, rounds, device)
-        quartiles = statistics.quantiles(cold, n=4)[::2]
-        figures = {"checked": checked, "cold_us": statistics.median(cold), "quartiles_us": quartiles}
-        if self.with_host:
-            figures["hot_us"] = statistics.median(device_us(run, itertools.repeat((a, b)), rounds, device))
-            figures["wall_us"] = wall_us(run, turns, calls, device, repeats=1 if toy else 7)
-            figures["host_us"] = host_us(run, (a, b), calls, device)
-            figures.update(self.graph(run, (a, b)))
-        if device == "cuda":  # on the CPU the profiler's start takes longer than all the rest
-            outcome = run(a, b)
-            gradients = bytes_of(outcome[1:] if checked else outcome[-1:])
-            del outcome
-            figures["extra_bytes"] = peak_bytes(lambda: run(a, b), device) - gradients
-        return figures
-
-    def graph(self, run: Call, pair: Pair) -> dict[str, Any]:
-        """The time in a graph, or why there is none."""
-        if self.plan.device != "cuda" or self.graph_error:
-            return {}
-        try:
-            return {"graph_us": graph_us(run, pair)}
-        except Exception as error:
-            self.graph_error = described(error)
-            return {"graph_error": self.graph_error}
+def figures_of(
+    row: Row, copy: Row, run: Call, pairs: list[Pair], turns: Iterator[Pair], rows: Rows, with_host: bool
+) -> Row:
+    """The figures of a row; ``copy`` is the row of clone on the same inputs."""
+    device, toy, (a, b) = rows.device, rows.rehearsal, pairs[0]
+    checked = row["candidate"] != "clone" and not row["candidate"].endswith("tabulated")
+    if checked:
+        competitors.check(run, row["form"], a, b)
+    rounds, calls = (3, 2) if toy else (max(20, min(MOST_ROUNDS, 2**33 // a.nbytes)), 100)
+    cold = device_us(run, turns, rounds, device)
+    figures: Row = {"checked": checked, "cold_us": statistics.median(cold)}
+    figures["quartiles_us"] = statistics.quantiles(cold, n=4)[::2]
+    if FUSED in row["candidate"] and "cold_us" in copy:
+        share = row["passes"] / competitors.CLONE_PASSES * copy["cold_us"] / figures["cold_us"]
+        figures["share_of_copy"] = share
+    if with_host:
+        figures["hot_us"] = statistics.median(device_us(run, itertools.repeat((a, b)), rounds, device))
+        figures["wall_us"] = wall_us(run, turns, calls, device, repeats=1 if toy else 7)
+        figures["host_us"] = host_us(run, (a, b), calls, device)
+        if device == "cuda" and not any("graph_error" in other for other in rows.rows):
+            figures.update(graph(run, (a, b)))
+    if device == "cuda":  # on the CPU the profiler's start takes longer than all the rest
+        figures["extra_bytes"] = bench_memory.measure(run, a, b)["extra_bytes"]
+    return figures
 
 
-def measure(plan: Plan, tasks: list[Task], with_host: bool) -> None:
-    """Rows for every task, in their order, as far as the time goes."""
-    # No pool of compilers beside what is timed; in both places, as something imported may have read the environment.
-    os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
-    import torch._inductor.config
-
-    torch._inductor.config.compile_threads = 1
-    bench, cache = Bench(plan, with_host), l2_bytes(plan.device)
-    for task in tasks:
-        if not plan.may_begin(LEAST):
-            plan.left_out.append(task[:3])
-            continue
-        form, dtype, shape, _ = task
-        most = 2 if plan.rehearsal else MOST_PAIRS
-        pairs = competitors.rotating(form, shape, DTYPES[dtype], plan.device, CACHES * cache, most)
-        turns = itertools.cycle(pairs)  # across all competitors: none finds in the cache what the one before has read
-        passes = FORMS[form].passes_for(shape, DTYPES[dtype], cache)
-        cloned = 0.0
-        for name, run in runs_of(task, plan).items():
-            kind, least = (COMPILED, LEAST_COMPILED) if name == COMPILED else ("", LEAST)
-            if not plan.may_begin(least, kind):
-                plan.left_out.append([*task[:3], name])
-                continue
-            row = {"shape": list(shape), "dtype": dtype, "form": form, "candidate": name}
-            plan.add(row, functools.partial(bench.figures, form, name, run, pairs, turns), kind)
-            if name == "clone" and "cold_us" in row:
-                cloned = competitors.CLONE_PASSES / row["cold_us"]
-            elif cloned and FUSED in name and "cold_us" in row:
-                row.update(passes=passes, share_of_copy=passes / row["cold_us"] / cloned)
-        del pairs, turns
-    plan.keep()
+def wait(device: str) -> None:
+    """Until the device has done its work."""
+    if device == "cuda":
+        torch.cuda.synchronize()
 
 
-def latents(plan: Plan) -> None:
-    """The size of latents, with the host's time."""
-    measure(plan, latents_tasks(plan.rehearsal), with_host=True)
+def device_us(run: Call, turns: Iterator[Pair], rounds: int, device: str) -> list[float]:
+    """Microseconds of each call on the device, on the next inputs each, after three that are not timed.
+
+    The device sleeps before each call, while the host prepares it. Otherwise a short kernel would wait for the host
+    between the two events, and that would be timed.
+    """
+    for _ in range(3):
+        run(*next(turns))
+    wait(device)
+    if device != "cuda":
+        return [span_us(functools.partial(run, *next(turns))) for _ in range(rounds)]
+    lead = min(max(LEADS[0], 2e-6 * span_us(functools.partial(run, *next(turns)))), LEADS[1])
+    events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(rounds)]
+    torch.cuda.synchronize()
+    for start, end in events:
+        a, b = next(turns)
+        torch.cuda._sleep(int(lead * CLOCK_HZ))
+        start.record()
+        run(a, b)
+        end.record()
+    torch.cuda.synchronize()
+    return [start.elapsed_time(end) * 1e3 for start, end in events]
 
 
-def latents_tasks(rehearsal: bool = False) -> list[Task]:
-    """The first shape of every form and dtype comes first; the last one without torch.compile, which takes longest."""
-    kinds = [("gaussian", "float32"), ("gaussian", "bfloat16"), ("variational", "float32"), ("mse", "float32")]
-    if rehearsal:
-        return [Task(*kind, TOY) for kind in kinds[::2]]
-    baselines = [(EAGER, COMPILED)] * (len(LATENTS) - 1) + [(EAGER,)]
-    return [Task(*kind, *at) for at in zip(LATENTS, baselines, strict=True) for kind in kinds]
+def span_us(call: Callable[[], object]) -> float:
+    """Microseconds of one call on the wall clock."""
+    began = time.perf_counter()
+    call()
+    return (time.perf_counter() - began) * 1e6
 
 
-def large(plan: Plan) -> None:
-    """64 MiB and 512 MiB per tensor."""
-    measure(plan, large_tasks(plan.rehearsal), with_host=False)
+def host_us(run: Call, pair: Pair, rounds: int, device: str) -> float:
+    """Microseconds until a call returns, onto an idle device."""
+    spans = []
+    for _ in range(rounds):
+        wait(device)
+        spans.append(span_us(lambda: run(*pair)))
+    return statistics.median(spans)
 
 
-def large_tasks(rehearsal: bool = False) -> list[Task]:
-    """What is promised at 512 MiB comes first, long samples and the density ratio last."""
-    kinds = [(form, dtype) for form in ("gaussian", "variational") for dtype in ("float32", "bfloat16")]
-    if rehearsal:
-        return [Task(*kind, TOY) for kind in kinds[:2]]
-    per_kind = [[Task(*kind, shape) for shape in large_shapes(DTYPES[kind[1]])] for kind in kinds]
-    tasks = [task for at in zip(*per_kind, strict=True) for task in at]
-    return [*tasks, tasks[0]._replace(form="density_ratio")]
+def wall_us(run: Call, turns: Iterator[Pair], calls: int, device: str, repeats: int = 7) -> float:
+    """Microseconds per call, of many in a row until the device is done: the longer of host and device."""
+
+    def many() -> None:
+        for _ in range(calls):
+            run(*next(turns))
+        wait(device)
+
+    many()
+    return statistics.median(span_us(many) for _ in range(repeats)) / calls
 
 
-def sweep(plan: Plan) -> None:
-    """Ours and clone over all sizes, for the speed-of-light plot."""
-    shapes = [TOY] if plan.rehearsal else [(max(1, size // 65536), 4, 64, 64) for size in SWEEP]
-    measure(plan, [Task("gaussian", "float32", shape, ()) for shape in shapes], with_host=False)
+def graph(run: Call, pair: Pair) -> Row:
+    """Microseconds per call inside a replayed CUDA graph, or why there is none."""
+    from triton.testing import do_bench_cudagraph
+
+    torch.cuda.synchronize()
+    try:
+        return {"graph_us": 1e3 * do_bench_cudagraph(lambda: run(*pair), return_mode="median")}
+    except Exception as error:  # after a failed capture, none is tried
+        return {"graph_error": f"{type(error).__name__}: {error}"[:400]}
 
 
-def host(plan: Plan) -> None:
+def host(rows: Rows) -> None:
     """What a call costs the host, by part (bench_host.py)."""
-    shapes = (TOY,) if plan.rehearsal else bench_host.SHAPES
-    rounds, iterations = (2, 2) if plan.rehearsal else (100, 10)
-    for name, shape in itertools.product(fused_backends(plan.device), shapes):
-        if plan.may_begin(2.0):
-            measured = functools.partial(bench_host.measure, shape, name, plan.device, rounds, iterations)
-            plan.add({"shape": list(shape), "backend": name}, measured)
-        else:
-            plan.left_out.append([name, shape])
-    plan.keep()
+    shapes = (TOY,) if rows.rehearsal else bench_host.SHAPES
+    rounds, iterations = (2, 2) if rows.rehearsal else (100, 10)
+    for name, shape in itertools.product(fused_backends(rows.device), shapes):
+        measured = functools.partial(bench_host.measure, shape, name, rows.device, rounds, iterations)
+        rows.add({"shape": shape, "backend": name}, measured)
 
+
+def machine(rows: Rows) -> None:
+    """The machine, and which backends run on it."""
+    rows.add({}, lambda: {**records.machine(), "backends": fk.backends()})
+
+
+SECTIONS: dict[str, Callable[[Rows], None]] = {
+    "machine": machine,
+    "latents": functools.partial(measure, latents_tasks, with_host=True),
+    "large": functools.partial(measure, large_tasks),
+    "sweep": functools.partial(measure, sweep_tasks),
+    "host": host,
+}
 
 if __name__ == "__main__":
-    gpu_timing.main({section.__name__: section for section in (latents, large, sweep, host)})
+    records.run_section(SECTIONS)

@@ -1,33 +1,41 @@
 """Build, test and time everything on a GPU machine in one command: ``python benchmarks/gpu_suite.py --out DIR``.
 
-Needs torch, triton, numpy, pytest and a C++ compiler (nvcc for the CUDA kernels); the training steps also need
-diffusers, transformers, peft and accelerate, which PYTHONPATH may name; with pytest-xdist the tests use several cores.
-Nothing is installed. Every section has a process and a time budget of its own, so that none can take another's, and
-writes what it has as it comes: a run that is cut off keeps all of it. DIR/gpu_suite.json is the record, which belongs
-in benchmarks/results/gpu/; ``make bench-report`` draws it. DIR/logs.tar.gz holds what the sections printed, and the
-logs of builds. Where there is no git, FDU_COMMIT names the commit.
+Needs torch, triton, numpy, pytest and a C++ compiler, and nvcc for the CUDA kernels. The training steps also need
+diffusers, transformers, peft and accelerate. With pytest-xdist the tests use several cores. Nothing is installed. Every
+section is a process with a time limit. Its log is DIR/SECTION.log, and a section that measures writes its rows into
+DIR/SECTION.json as they come, so a run that is cut off keeps them. DIR/gpu_suite.json collects all results; as
+benchmarks/results/gpu-NAME.json it appears in docs/performance.md. Where there is no git, FDU_COMMIT names the commit.
 
-``--rehearsal`` runs every section at toy size on the CPU, the Triton kernels interpreted, and compiles some of them for
-a GPU that is not there. ``--only`` picks sections.
+``--rehearsal`` runs the sections at toy size on the CPU, "latents" with interpreted Triton kernels. ``--only`` picks
+sections.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
-import functools
-import importlib
 import importlib.util
+import os
+import re
 import shutil
 import signal
+import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
-import promises
-from gpu_runner import HERE, RECORD, Section, Suite
+HERE = Path(__file__).parent
+ROOT = HERE.parent
+sys.path.insert(0, str(ROOT))  # nothing has to be installed
 
+import promises  # noqa: E402
+import records  # noqa: E402
+
+from fdu.storage.output import write_json  # noqa: E402
+
+RECORD = "gpu_suite.json"
 SANITIZED = " or ".join(
     (
         "golden and le_cam",
@@ -39,81 +47,124 @@ SANITIZED = " or ".join(
 )
 """One of each: tables and critics, one block per sample with any alignment, mixed layouts with a mask, samples of
 several blocks, clusters. Compute-sanitizer makes everything many times slower."""
-COMPILED = "test_expectation and sm_90-torch.bfloat16"
-"""The kernels that a rehearsal compiles for a GPU."""
-SLOWER = 5
-"""A rehearsal may take so many times the budgets of a run."""
+GRACE = 6.0
+"""Seconds after its limit in which an interrupted section may end by itself."""
+SHORTEST = 5.0
+"""No section starts with less time."""
+TAIL = 20
+"""Lines of a log in the record."""
 WORKERS = 6
 """Parallel test processes: most of the time goes into compiling Triton's kernels, on the host."""
-LAST_LOGS = 4
-"""Of builds, with nvcc and, where that failed, without."""
-INTERRUPTED = 130
+
+
+@dataclasses.dataclass(frozen=True)
+class Section:
+    """A part of the suite."""
+
+    name: str
+    seconds: float
+    """Time limit. A section may also use what earlier ones left over."""
+    command: tuple[str, ...]
+    """Empty if its program is not installed."""
+    environment: dict[str, str] = dataclasses.field(default_factory=dict)
+    least: float = SHORTEST
+    """Seconds that must be left for it."""
+    measures: bool = False
+    """Whether it writes rows and takes the options of records.run_section."""
 
 
 def sections(rehearsal: bool) -> list[Section]:
-    """All, in order: what is right before what is fast. Together less than nine minutes; a rehearsal gets more, for a
-    busy machine."""
+    """All sections in order, correctness before speed; together they take less than nine minutes."""
     options = "-q --tb=short --maxfail=15 -o addopts= -p no:cacheprovider --import-mode=importlib"
     pytest = (sys.executable, "-m", "pytest", *options.split())
-    xdist = importlib.util.find_spec("xdist") is not None
-    parallel = ("-p", "xdist.plugin", "-n", str(1 if rehearsal else WORKERS)) if xdist else ()
+    parallel = ("-p", "xdist.plugin", "-n", str(WORKERS)) if importlib.util.find_spec("xdist") else ()
     sanitizer = shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
-    # Errors of the API that torch expects and handles are none; under the tool Python takes long to start.
+    # torch expects and handles some errors of the API; under the tool Python takes long to start.
     checks = ("--tool", "memcheck", "--error-exitcode", "9", "--report-api-errors", "no", "--launch-timeout", "120")
     memcheck = (sanitizer, *checks, *pytest, "tests/gpu", "-k", SANITIZED) if sanitizer else ()
-    # Other plugins cost their import, and may bring what an installation lacks.
-    plain = (("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1"),)
+    # Other plugins cost their import, and may need what is not installed.
+    plain = {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
     # Behind torch's cache the sanitizer would see large blocks and not their tensors.
-    uncached = (*plain, ("PYTORCH_NO_CUDA_MEMORY_CACHING", "1"))
-    judged = functools.partial(judge_build, cuda=not rehearsal)
+    uncached = {**plain, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
 
-    def measured(script: str, name: str, seconds: float, spare: float = 0.0) -> Section:
-        toy = (("TRITON_INTERPRET", "1"), ("FDU_REHEARSAL", "1")) if rehearsal else ()
-        return Section(name, seconds, (sys.executable, str(HERE / script), name), True, toy, spare=spare)
+    def measured(script: str, name: str, seconds: float, least: float = SHORTEST) -> Section:
+        command = (sys.executable, str(HERE / script), name, *(["--rehearsal"] if rehearsal else []))
+        interpreted = {"TRITON_INTERPRET": "1"} if rehearsal and name == "latents" else {}
+        return Section(name, seconds, command, interpreted, least, measures=True)
 
-    common = [
-        Section("build", 80, (sys.executable, "-m", "fdu_kernels.build"), after=judged),
-        measured("gpu_machine.py", "machine", 12),
-        Section("tests", 80, (*pytest, *parallel, "tests/gpu"), environment=plain),
+    found = [
+        Section("build", 80, (sys.executable, "-m", "fdu_kernels.build")),
+        measured("gpu_losses.py", "machine", 12),
+        Section("tests", 80, (*pytest, *(() if rehearsal else parallel), "tests/gpu"), plain),
         measured("gpu_losses.py", "large", 95),
         measured("gpu_losses.py", "latents", 75),
         measured("gpu_training.py", "sd15", 60),
         measured("gpu_losses.py", "host", 12),
         measured("gpu_losses.py", "sweep", 15),
+        measured("gpu_training.py", "sdxl", 40),
     ]
-    sdxl = measured("gpu_training.py", "sdxl", 40)
     if rehearsal:
-        codegen = (*pytest, "-x", "tests/fdu_kernels/test_triton_codegen.py", "-k", COMPILED)
-        wanted = [*common, sdxl, Section("codegen", 30, codegen)]
-        return [dataclasses.replace(one, seconds=SLOWER * one.seconds) for one in wanted]
-    compiled = measured("gpu_training.py", "compiled", 0, spare=150)
-    return [*common, Section("sanitizer", 60, memcheck, environment=uncached), sdxl, compiled]
+        return found
+    return [
+        *found[:-1],
+        Section("sanitizer", 60, memcheck, uncached),
+        found[-1],
+        measured("gpu_training.py", "compiled", 0, least=150),
+    ]
 
 
-def judge_build(logs: Path, cuda: bool) -> str:
-    """Take the logs of the last builds from the cache; what is wrong with the one that was made or found, or "".
+def run(section: Section, out: Path, limit: float) -> dict[str, Any]:
+    """Run a section's process; when its time is over, interrupt it and then kill whatever it started."""
+    log, rows, began = out / f"{section.name}.log", out / f"{section.name}.json", time.monotonic()
+    rows.unlink(missing_ok=True)  # of an earlier run
+    options = ("--rows", str(rows), "--until", str(time.time() + limit)) if section.measures else ()
+    paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    with log.open("w") as stream:
+        process = subprocess.Popen(
+            (*section.command, *options), cwd=ROOT, stdout=stream, stderr=subprocess.STDOUT, start_new_session=True,
+            env={**os.environ, "PYTHONPATH": paths, **section.environment},
+        )  # fmt: skip
+    try:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(limit)
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGINT)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(GRACE)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(GRACE)  # a process that is stuck in the driver does not end
+    code = -signal.SIGKILL if process.returncode is None else process.returncode
+    lines = log.read_text(errors="replace").splitlines()
+    tail = [] if section.measures and code == 0 else lines[-TAIL:]
+    return {"exit": code, "tail": tail, "seconds": round(time.monotonic() - began, 1), **records.read(rows)}
 
-    Args:
-        cuda: whether it has to have CUDA kernels.
-    """
+
+def keep_build_logs(out: Path) -> None:
+    """Copy the logs of the last builds, with nvcc and, if that failed, without."""
     from fdu_kernels.build import cache_folder
 
     found = [*cache_folder().glob("*/failure.txt"), *cache_folder().glob("*/build/build.log")]
-    for path in sorted(found, key=lambda path: path.stat().st_mtime)[-LAST_LOGS:]:
-        shutil.copyfile(path, logs / f"build-{path.relative_to(cache_folder()).parts[0]}-{path.name}")
-    told = dict(line.partition(": ")[::2] for line in (logs / "build.log").read_text(errors="replace").splitlines())
-    if not cuda or told.get("architectures", "").strip():
-        return ""
-    return f"no CUDA kernels: {told.get('cuda') or 'see the logs'}"
+    for path in sorted(found, key=lambda path: path.stat().st_mtime)[-4:]:
+        shutil.copyfile(path, out / f"build-{path.relative_to(cache_folder()).parts[0]}-{path.name}")
+
+
+def succeeded(name: str, result: dict[str, Any], rehearsal: bool) -> bool:
+    """Whether a section ended well. A build for a GPU needs CUDA kernels."""
+    if name == "build" and not rehearsal and not re.search(r"^architectures: \S", "\n".join(result["tail"]), re.M):
+        return False
+    return result["exit"] == 0 and result.get("complete", True)
 
 
 def arguments() -> tuple[argparse.Namespace, list[Section]]:
-    """Of the command line, and the sections that it wants."""
+    """The command line, and the sections that it wants."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="a folder for the record and the logs")
+    parser.add_argument("--out", type=Path, required=True, help="a folder for the record, the rows and the logs")
     parser.add_argument("--minutes", type=float, default=9.0, help="time limit (default: %(default)s)")
     parser.add_argument("--rehearsal", action="store_true", help="toy sizes on the CPU")
-    parser.add_argument("--only", nargs="+", metavar="SECTION", help="these sections alone (default: all)")
+    parser.add_argument("--only", nargs="+", metavar="SECTION", help="run these sections (default: all)")
     options = parser.parse_args()
     wanted = {section.name: section for section in sections(options.rehearsal)}
     unknown = set(options.only or ()) - set(wanted)
@@ -123,32 +174,39 @@ def arguments() -> tuple[argparse.Namespace, list[Section]]:
 
 
 def main() -> int:
-    """Run what is wanted; 0 if all of it came to its end."""
+    """Run the sections; 0 if all that ran succeeded."""
     options, wanted = arguments()
-    deadline = time.monotonic() + 60 * options.minutes * (SLOWER if options.rehearsal else 1)
+    deadline = time.monotonic() + 60 * options.minutes
     options.out.mkdir(parents=True, exist_ok=True)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # what comes from outside ends the sections as well
-    with tempfile.TemporaryDirectory(prefix="gpu_suite-", ignore_cleanup_errors=True) as work:
-        suite = Suite(options.out, Path(work), deadline, options.rehearsal)
-        if options.rehearsal:
-            suite.keep("rehearsal", True)
-        try:
-            if wanted[0].after:
-                suite.begin(wanted[0])  # the build, meanwhile
-            seconds = [section.seconds for section in wanted]
-            complete = all([suite.run(one, sum(seconds[number + 1 :])) for number, one in enumerate(wanted)])
-        except KeyboardInterrupt:
-            suite.keep("interrupted", True)
-            print("interrupted", flush=True)
-            return INTERRUPTED
-        finally:
-            suite.close()
+    for number in (signal.SIGINT, signal.SIGTERM):  # also in a shell's background, where SIGINT would be ignored
+        signal.signal(number, signal.default_int_handler)
+    record: dict[str, Any] = {"rehearsal": True} if options.rehearsal else {}
+    incomplete = []
+    for number, section in enumerate(wanted):
+        left = deadline - time.monotonic() - GRACE
+        limit = min(left, max(section.seconds, left - sum(later.seconds for later in wanted[number + 1 :])))
+        if not section.command:
+            result = {"skipped": "its program is not installed"}
+        elif limit < section.least:
+            result = {"skipped": "no time left"}
+        else:
+            result = run(section, options.out, limit)
+        record[section.name] = result
+        write_json(options.out / RECORD, record)
+        if section.name == "build" and not options.rehearsal:
+            keep_build_logs(options.out)
+        if not result.get("skipped") and not succeeded(section.name, result, options.rehearsal):
+            incomplete.append(section.name)
+            print(*result["tail"], sep="\n")
+        outcome = result.get("skipped") or f"exit code {result['exit']}, {result['seconds']} s"
+        print(f"{section.name}: {outcome}", flush=True)
     if options.rehearsal:
         print("A rehearsal: its figures mean nothing.")
     else:
-        promises.judge(list(promises.gpu(suite.record)))
-    print(f"{'complete' if complete else 'INCOMPLETE'}; {suite.left():.0f} s left; {options.out / RECORD}")
-    return int(not complete)
+        promises.judge(promises.gpu(record))
+    left = deadline - time.monotonic()
+    print(f"incomplete: {', '.join(incomplete) or 'none'}; {left:.0f} s left; {options.out / RECORD}")
+    return int(bool(incomplete))
 
 
 if __name__ == "__main__":

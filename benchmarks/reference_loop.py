@@ -1,20 +1,20 @@
-"""What the published loops of concept ablation and f-DMU do, for comparison with the loop of ``fdu``.
+"""A loop that does what the published loops of concept ablation and f-DMU do, for comparison with the loop of ``fdu``.
 
 Written from concept ablation (Kumari et al. 2023, arXiv 2303.13516; nupurkmr9/concept-ablation, diffusers/train.py) and
-f-DMU (Novello et al. 2026, arXiv 2509.21167; nicolaNovello/f-DMU, train.py): anchor images are sampled to pixels and
-kept as files; for every batch the autoencoder encodes its images and the text encoder both its prompts; the frozen
-denoiser has a forward pass of its own per batch, in f-DMU as a whole copy of the trained one, while concept ablation
-asks the trained one. The rest is as in ``fdu``: AdamW on the keys and values of cross-attention, batch and
-accumulation, the squared Hellinger loss, the precision. What slows the originals down needlessly is left out (masks of
-augmented images, statistics of every gradient, models loaded twice, attention that keeps its scores). The training
-process decodes the files, as is f-DMU's default, unless ``dataloader_num_workers`` says otherwise; concept ablation has
-two more processes for that.
+f-DMU (Novello et al. 2026, arXiv 2509.21167; nicolaNovello/f-DMU, train.py). The loop samples anchor images and keeps
+them as files. For every batch, the autoencoder encodes its images, the text encoder encodes both its prompts, and the
+frozen denoiser has a forward pass of its own. In f-DMU the frozen denoiser is a copy; concept ablation uses the trained
+one. The rest is as in ``fdu``: AdamW on the keys and values of cross-attention, batch and accumulation, the squared
+Hellinger loss, the precision. The loop leaves out what slows the originals down needlessly: masks of augmented images,
+statistics of every gradient, models loaded twice, attention that keeps its scores. The training process decodes the
+files, as in f-DMU. Concept ablation has two more processes for that (``dataloader_num_workers``).
 """
 
 from __future__ import annotations
 
 import copy
 import dataclasses
+import itertools
 import random
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,12 +23,10 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from diffusers.optimization import get_scheduler
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
 from transformers import CLIPTokenizer
 
 TEMPLATES = ("{prompt}, in the style of {target}", "in {target}'s style, {prompt}")
@@ -36,7 +34,7 @@ TEMPLATES = ("{prompt}, in the style of {target}", "in {target}'s style, {prompt
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """Those of the published runs, but for the learning rate's scaling and the optimizer's precision."""
+    """The settings of the published runs, except the learning rate's scaling and the optimizer's precision."""
 
     num_images: int = 1000
     num_inference_steps: int = 25
@@ -64,7 +62,7 @@ def sample_images(pipeline: StableDiffusionPipeline, prompts: Sequence[str], fol
     folder.mkdir(parents=True, exist_ok=True)
     pipeline.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(settings.seed)
-    for start in tqdm(range(0, settings.num_images, settings.sample_batch_size), "images", unit="batch"):
+    for start in range(0, settings.num_images, settings.sample_batch_size):
         numbers = range(start, min(start + settings.sample_batch_size, settings.num_images))
         images = pipeline(
             [prompts[number % len(prompts)] for number in numbers],
@@ -125,16 +123,13 @@ def train(
             module.to(torch.bfloat16)
     noise_scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
     optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=settings.adam_weight_decay)
-    schedule = get_scheduler("constant", optimizer)
     images = AnchorImages(folder, settings.num_images, prompts, target, pipeline.tokenizer)
-    workers, batch_size = settings.dataloader_num_workers, settings.train_batch_size
-    loader = DataLoader(
-        images, batch_size, shuffle=True, drop_last=True, num_workers=workers, persistent_workers=workers > 0
-    )
-    batches = _endless(loader)
+    workers = settings.dataloader_num_workers
+    options = {"shuffle": True, "drop_last": True, "num_workers": workers, "persistent_workers": workers > 0}
+    loader = DataLoader(images, settings.train_batch_size, **options)
+    batches = itertools.chain.from_iterable(itertools.repeat(loader))
     losses = []
-    progress = tqdm(range(settings.max_train_steps), "reference", unit="step")
-    for _ in progress:
+    for _ in range(settings.max_train_steps):
         for _ in range(settings.gradient_accumulation_steps):
             batch = {name: value.to(unet.device) for name, value in next(batches).items()}
             with torch.autocast(unet.device.type, torch.bfloat16, enabled=settings.mixed_precision == "bf16"):
@@ -142,10 +137,8 @@ def train(
             (loss / settings.gradient_accumulation_steps).backward()
         nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm)
         optimizer.step()
-        schedule.step()
         optimizer.zero_grad()
         losses.append(loss.item())
-        progress.set_postfix(loss=losses[-1])
     return losses
 
 
@@ -184,8 +177,8 @@ def batch_loss(
 
 
 def read(encoders: Sequence[nn.Module], ids: Tensor, side: int) -> dict[str, Any]:
-    """What a denoiser gets of prompts: of one text encoder its last layer; of two, as Stable Diffusion XL has them,
-    their last layers but one, the second's pooled embedding, and the sides of the image."""
+    """A denoiser's inputs from prompts. With one text encoder they are its last layer. With the two of Stable Diffusion
+    XL they are the last layers but one, the second encoder's pooled embedding, and the sides of the image."""
     if len(encoders) == 1:
         return {"encoder_hidden_states": encoders[0](input_ids=ids)[0]}
     outputs = [encoder(input_ids=ids, output_hidden_states=True) for encoder in encoders]
@@ -206,8 +199,3 @@ def context_projections(unet: UNet2DConditionModel) -> list[nn.Parameter]:
     """The weights that make keys and values of the prompt."""
     names = ("attn2.to_k", "attn2.to_v")
     return [parameter for name, parameter in unet.named_parameters() if any(part in name for part in names)]
-
-
-def _endless(loader: DataLoader):
-    while True:
-        yield from loader

@@ -1,18 +1,18 @@
-"""How the benchmarks of the CPU measure and what they print: competitors take turns, so that all of them see the same
-state of the machine."""
+"""How the benchmarks of the CPU measure, and what they print. Competitors take turns, so all of them see the same state
+of the machine."""
 
 from __future__ import annotations
 
 import itertools
 import math
-import platform
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
+import pytest
+import records
 import torch
 from competitors import CLONE_PASSES, FORMS, Call, Pair, check
 
@@ -84,27 +84,12 @@ def show(form: str, shape: Sequence[int], dtype: torch.dtype, seconds: Mapping[s
           f" {size / 2**20:.3g} MiB move {passes * size / 2**20:.3g} MiB")  # fmt: skip
     for name, taken in seconds.items():
         moved = (CLONE_PASSES if name == "clone" else passes) * size
-        ratio = f"{seconds['eager'] / taken:8.2f} x eager" if "eager" in seconds else ""
+        ratio = f"{seconds['eager'] / taken:8.2f} times as fast as eager" if "eager" in seconds else ""
         print(f"  {name:<20}{taken * 1e6:12.1f} us{moved / taken / 1e9:10.1f} GB/s{ratio}")
-
-
-def cpu_name() -> str:
-    """The processor's, as the system gives it."""
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text().splitlines() if path.exists() else []
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
-
-
-def device_line() -> str:
-    """Device and versions."""
-    gpu = f"{torch.cuda.get_device_name()}; " if torch.cuda.is_available() else ""
-    capability, threads = torch.backends.cpu.get_cpu_capability(), torch.get_num_threads()
-    return f"{gpu}CPU ({cpu_name()}, {capability}), {threads} threads; torch {torch.__version__}"
 
 
 def run_alone(file: str) -> int:
     """``python benchmarks/bench_NAME.py [options of pytest]``: print the device, then each comparison as it ends."""
-    import pytest
-
-    print(device_line(), flush=True)
+    found = records.machine()
+    print(f"{found['device']}; torch {found['versions']['torch']}", flush=True)
     return pytest.main([file, "-q", "-s", "--benchmark-quiet", "--disable-warnings", *sys.argv[1:]])

@@ -1,50 +1,102 @@
-"""Parts that all experiments share: the command line, and what pages are made of."""
+"""Parts that all experiments share: the command line, what makes a record outdated, and what pages are made of."""
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import functools
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from fdu.comparison.sweep import Job, Record, sweep
+import fdu_kernels as fk
+from fdu.comparison.sweep import Job, Record, Records, digest, sweep
+from fdu.subjects.digits import pipeline as digits
 
 HERE = Path(__file__).parent
 
 
 def run(
     description: str | None,
-    suites: Callable[[Path], Mapping[str, Sequence[Job]]],
+    name: str,
+    jobs: Callable[[Path], Sequence[Job]],
     write_page: Callable[[Path, Path], None],
 ) -> None:
-    """The command of an experiment: make the records that are missing, then the page.
+    """The command of an experiment: make the records that are missing or outdated, then the page.
 
     Args:
         description: for ``--help``.
-        suites: given a folder for shared data, the jobs by the name of their JSON Lines file.
-        write_page: writes the page into a folder (second argument) from the records in a folder (first one).
+        name: of the JSON Lines file.
+        jobs: returns all jobs, given a folder for shared data.
+        write_page: writes the page into the folder docs (second argument) from the records in a folder (first one).
     """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes of one thread each")
-    parser.add_argument("--only", default="", help="make only the records whose name contains this")
-    parser.add_argument("--most", type=int, help="make at most this many records per file")
+    parser.add_argument("--only", default="", help="make only records whose name contains this, and the baseline")
     parser.add_argument("--page_only", action="store_true", help="make no record, only the page")
     parser.add_argument("--results", type=Path, default=HERE / "results", help="folder of the records")
-    parser.add_argument("--docs", type=Path, default=HERE.parent / "docs", help="folder of the page")
     options = parser.parse_args()
     torch.set_num_threads(1)
+    every = jobs(HERE / "cache")
     if not options.page_only:
-        for suite, jobs in suites(HERE / "cache").items():
-            chosen = [job for job in jobs if options.only in f"{suite}/{job.name}"]
+        chosen = [job for job in every if options.only in job.name or job.first]
+        tell = functools.partial(print, flush=True)
+        sweep(chosen, options.results / f"{name}.jsonl", options.workers, tell=tell)
+    there = current(options.results, name, every)
+    missing = [job.name for job in every if job.name not in there]
+    if missing:
+        print(f"{len(missing)} of {len(every)} records are missing, outdated or failed, such as {missing[0]!r}")
+    write_page(options.results, HERE.parent / "docs")
 
-            def tell(line: str, suite: str = suite) -> None:
-                print(f"{suite} {line}", flush=True)
 
-            sweep(chosen, options.results / f"{suite}.jsonl", options.workers, options.most, tell)
-    write_page(options.results, options.docs)
+def current(results: Path, name: str, jobs: Sequence[Job]) -> dict[str, Record]:
+    """The records that are up to date and did not fail, by name, in the order of the jobs."""
+    records = Records(results / f"{name}.jsonl")
+    found = {job.name: records.of(job.name, job.identity) for job in jobs}
+    return {name: record for name, record in found.items() if record is not None and "failed" not in record}
+
+
+def dated(job: Job, *pairs: tuple[str, str], **content: Any) -> Job:
+    """The job with digests of what its figures depend on beside settings and weights: a fix makes its record outdated.
+
+    Args:
+        job: if its identity or the settings in it name a divergence, the figures depend on that divergence's losses.
+        pairs: targets and anchors; the figures depend on their prompts and on the judge.
+        content: whatever else the figures depend on, by name.
+    """
+    digests = {name: digest(one) for name, one in content.items()}
+    divergence = {**job.identity, **job.identity.get("settings", {})}.get("divergence")
+    if divergence:
+        digests["losses"] = digest(losses(divergence))
+    if pairs:
+        digests |= {"asked": digest([asked(*pair) for pair in pairs]), "judge": judge()}
+    return dataclasses.replace(job, identity={**job.identity, "content": digests})
+
+
+@functools.cache
+def losses(name: str) -> list[str]:
+    """Values and gradients of the losses of a divergence, to six digits: they change with a fix, not with a rewrite."""
+    divergence = fk.get_divergence(name)
+    far = torch.tensor([0.1, 0.5, 1.0, 3.0], dtype=torch.float64)
+    computed = [*fk.gaussian_divergence_value_and_grad(far[:, None], torch.zeros_like(far)[:, None], divergence)]
+    if divergence.generator is not None:
+        computed += fk.variational_divergence_value_and_grad(far, -far, divergence)
+    return [f"{number:.5e}" for tensor in computed for number in tensor.flatten().tolist()]
+
+
+@functools.cache
+def asked(target: str, anchor: str) -> list[tuple[str, ...]]:
+    """The prompts of an erasure from the embedded pipeline, and those that judge it."""
+    return [one.prompts for one in (*digits.concepts(target, anchor), *digits.probes(target))]
+
+
+@functools.cache
+def judge() -> str:
+    """A digest of the judge of the embedded pipeline."""
+    return digest((digits.DATA / digits.CLASSIFIER_FILE).read_bytes())
 
 
 def fill(name: str, **fields: Any) -> str:
@@ -57,9 +109,9 @@ def finding(verdict: str, **fields: Any) -> dict[str, Any]:
     return {"verdict": verdict, "said": verdict[0].upper() + verdict[1:], **fields}
 
 
-def conditions(record: Record, without: Sequence[str] = ()) -> dict[str, str]:
-    """Device and versions of a record, in words."""
-    named = [f"{name} {number}" for name, number in record["versions"].items() if name not in without]
+def conditions(record: Record) -> dict[str, str]:
+    """Device and versions of a record, in words, without the version of fdu."""
+    named = [f"{name} {number}" for name, number in record["versions"].items() if name != "fdu"]
     return {"device": record["device"], "versions": ", ".join(named)}
 
 

@@ -2,9 +2,9 @@
 
     python experiments/robustness.py        # resumes where it was stopped
 
-Two rows are no erasures. "not erased" shows what the tests find where nothing was erased. "never known" lets the attack
-and relearning ask the untouched pipeline for a shape that it has never seen, threes as in a mirror: that much comes not
-from what an erasure left behind, but from how much a perturbation or fine-tuning can teach.
+Two rows are not erasures. "not erased" shows the figures of the pipeline as it is. For "never known", the attack and
+relearning ask that pipeline for mirrored threes, which it has never seen. That row shows how much a perturbation or
+fine-tuning can teach where an erasure left nothing behind.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from experiment import conditions, fill, of_total, run
+from experiment import conditions, current, dated, fill, of_total, run
 from torch import Tensor
 
 import fdu
 from fdu.comparison.page import markdown
 from fdu.comparison.runs import weights
-from fdu.comparison.sweep import Job, Record, Records, settings_identity
+from fdu.comparison.sweep import Job, Record, settings_identity
 from fdu.config import PLACES
 from fdu.evaluation import draw
 from fdu.evaluation.robustness import (
@@ -36,7 +36,7 @@ from fdu.evaluation.robustness import (
 )
 from fdu.evaluation.robustness.holding import judge_robustness
 from fdu.evaluation.robustness.judging import BACK, LEARNT_SEED
-from fdu.evaluation.robustness.phrasings import SETS
+from fdu.evaluation.robustness.phrasings import SETS, PromptSets
 from fdu.evaluation.verdict import ERASED_BELOW
 from fdu.models.families import denoiser_of
 from fdu.storage.output import write_text
@@ -47,17 +47,17 @@ DRAWING = JudgedSampling(images=32, num_inference_steps=12)
 LATENTS = 32
 KEPT_IMAGES, KEPT_SEED = 16, 1000
 """Images of each retained class, and the seed of the first."""
-ERASURES: dict[str, dict[str, Any]] = {
-    "token": {"train_method": "token", "learning_rate": 0.2},
-    "text_encoder": {"train_method": "text_encoder", "learning_rate": 1e-3},
-    "lora": {},
-    "cross_attention": {"train_method": "cross_attention", "learning_rate": 1e-3},
-    "full": {"train_method": "full", "learning_rate": 2e-4},
-    "full, 480 steps": {"train_method": "full", "learning_rate": 2e-4, "max_train_steps": 480},
-    "lora towards the superclass": {},
+FULL = {"train_method": "full", "learning_rate": 2e-4}
+ERASURES: dict[str, tuple[str, dict[str, Any]]] = {
+    "token": (ANCHOR, {"train_method": "token", "learning_rate": 0.2}),
+    "text_encoder": (ANCHOR, {"train_method": "text_encoder", "learning_rate": 1e-3}),
+    "lora": (ANCHOR, {}),
+    "cross_attention": (ANCHOR, {"train_method": "cross_attention", "learning_rate": 1e-3}),
+    "full": (ANCHOR, FULL),
+    "full, 480 steps": (ANCHOR, {**FULL, "max_train_steps": 480}),
+    "lora towards the superclass": (digits.SUPERCLASS, {}),
 }
-"""Name of each row -> settings of the erasure that differ from the defaults."""
-ANCHORS = {"lora towards the superclass": digits.SUPERCLASS}
+"""Name of each row -> anchor, and settings that differ from the defaults."""
 NOT_ERASED, NEVER_KNOWN = "not erased", "never known"
 Rows = dict[str, Record]
 
@@ -72,45 +72,41 @@ def jobs(cache: Path) -> list[Job]:
         "attack": dataclasses.asdict(AttackConfig()),
         "relearning": dataclasses.asdict(RelearningConfig()),
     }
+    first = Job(NOT_ERASED, {**shared, "settings": {}}, functools.partial(examine, NOT_ERASED))
+    last = Job(NEVER_KNOWN, {**shared, "settings": {}, "mirrored": True}, examine_unknown)
     erasures = [
         Job(
             name,
-            {**shared, "anchor": anchor_of(name), "settings": settings_identity(config_of(name), without=PLACES)},
+            {**shared, "anchor": anchor, "settings": settings_identity(config_of(name), without=PLACES)},
             functools.partial(examine, name),
         )
-        for name in ERASURES
+        for name, (anchor, _) in ERASURES.items()
     ]
-    first = Job(NOT_ERASED, {**shared, "settings": {}}, functools.partial(examine, NOT_ERASED))
-    last = Job(NEVER_KNOWN, {**shared, "settings": {}, "mirrored": True}, examine_unknown)
-    return [first, *erasures, last]
-
-
-def anchor_of(name: str) -> str:
-    """The anchor of a row's erasure."""
-    return ANCHORS.get(name, ANCHOR)
+    return [
+        dated(job, (TARGET, job.identity.get("anchor", ANCHOR)), phrasings=phrasings())
+        for job in (first, *erasures, last)
+    ]
 
 
 def config_of(name: str) -> fdu.EraseConfig:
     """All settings of a row's erasure."""
-    return fdu.EraseConfig(preservation_prompts=digits.preserved(TARGET), **ERASURES[name])
+    return fdu.EraseConfig(preservation_prompts=digits.preserved(TARGET), **ERASURES[name][1])
 
 
-def quiet_pipeline() -> Any:
-    """The embedded pipeline without progress bars."""
-    pipeline = digits.load_pipeline()
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
+def phrasings() -> PromptSets:
+    """The target in other words."""
+    return read_sets(SETS / "digit.txt", TARGET)
 
 
 def examine(name: str) -> Record:
     """Erase, and examine the result."""
-    pipeline = quiet_pipeline()
+    pipeline = digits.load_pipeline()
     probes = digits.probes(TARGET)
-    examination = Examination(probes[0], read_sets(SETS / "digit.txt", TARGET), drawing=DRAWING, latents=LATENTS)
+    examination = Examination(probes[0], phrasings(), drawing=DRAWING, latents=LATENTS)
     examination.before(pipeline)
     retained = None
     if name in ERASURES:
-        fdu.erase(pipeline, *digits.concepts(TARGET, anchor_of(name)), config=config_of(name))
+        fdu.erase(pipeline, *digits.concepts(TARGET, ERASURES[name][0]), config=config_of(name))
         kept = [probe for probe in probes if probe.role == "retained"]
         drawn = draw(pipeline, kept, KEPT_IMAGES, KEPT_SEED, DRAWING.num_inference_steps)
         seen = [probe.judge(images).count(probe.name) for probe, images in zip(kept, drawn.images, strict=True)]
@@ -119,8 +115,8 @@ def examine(name: str) -> Record:
 
 
 def examine_unknown() -> Record:
-    """Attack and relearning for threes as in a mirror."""
-    pipeline = quiet_pipeline()
+    """Attack and relearning for mirrored threes."""
+    pipeline = digits.load_pipeline()
     denoiser = denoiser_of(pipeline)
     known = digits.probes(TARGET)[0]
     threes = draw(pipeline, [known], LATENTS, LEARNT_SEED, DRAWING.num_inference_steps).images[0]
@@ -140,9 +136,7 @@ def examine_unknown() -> Record:
 
 def write_page(results: Path, docs: Path) -> None:
     """Write the table of all rows that have a record."""
-    records = Records(results / "robustness.jsonl")
-    found = {job.name: records.of(job.name, job.identity) for job in jobs(Path())}
-    rows = {name: row for name, row in found.items() if row is not None and "failed" not in row}
+    rows = current(results, "robustness", jobs(Path()))
     if rows:
         write_text(docs / "robustness.md", page(rows))
 
@@ -153,6 +147,9 @@ def page(rows: Rows) -> str:
     sets = list(next(row["phrasings"] for row in rows.values() if row.get("phrasings")))
     header = ["erasure", "retained", "prompts alone", *sets, "attack", "back after", "relearnt", "back after"]
     erasures = {name: row for name, row in rows.items() if name in ERASURES}
+    attacked = {name: row["attack"]["after"]["value"] for name, row in rows.items()}
+    taught = attacked.get(NEVER_KNOWN, 0.0)
+    below = [name for name, share in attacked.items() if share <= taught and name != NEVER_KNOWN]
     return fill(
         "robustness.md",
         made=of_total(len(rows), len(ERASURES) + 2),
@@ -163,7 +160,7 @@ def page(rows: Rows) -> str:
         attack=first["attack"]["config"],
         latents=LATENTS,
         back=BACK,
-        reading=reading(rows),
+        below=", ".join(below) or "none",
         erasures=len(erasures),
         held=held(erasures),
         threshold=ERASED_BELOW,
@@ -173,12 +170,12 @@ def page(rows: Rows) -> str:
 
 def cells(name: str, row: Record, sets: list[str]) -> list[str]:
     """One row of the table."""
-    phrasings = row.get("phrasings")
+    told = row.get("phrasings")
     return [
         name,
         "" if row["retained"] is None else f"{row['retained']:.2f}",
         shown(row["attack"]["before"]),
-        *(shown(phrasings[one]["after"]) if phrasings else "" for one in sets),
+        *(shown(told[one]["after"]) if told else "" for one in sets),
         shown(row["attack"]["after"]),
         steps(row["attack"]["back_after"]),
         shown(row["relearning"]["course"][-1][1]),
@@ -186,31 +183,14 @@ def cells(name: str, row: Record, sets: list[str]) -> list[str]:
     ]
 
 
-def reading(rows: Rows) -> str:
-    """How to read the other rows against "never known"."""
-    unknown = rows.get(NEVER_KNOWN)
-    if unknown is None:
-        return ""
-    attacked, relearnt = unknown["attack"]["after"]["value"], unknown["relearning"]["course"][-1][1]["value"]
-    below = [name for name, row in rows.items() if row is not unknown and row["attack"]["after"]["value"] <= attacked]
-    return (
-        f"The attack draws it in {100 * attacked:.0f} % of the images, and relearning, after all its steps, in "
-        f"{100 * relearnt:.0f} %.\nHow far a row lies above these two shares shows what the erasure left behind."
-        + (f" Rows that do not exceed this under the attack: {', '.join(below)}." if below else "")
-    )
-
-
 def held(erasures: Rows) -> str:
     """How many erasures hold, by the criterion of the report."""
-    tests = {"other words": "phrasings", "the attack": "attack", "relearning": "relearning"}
-    counts = {
-        words: sum(
-            judge_robustness({name: row[name] for name in {test, f"{test}_before"} & row.keys()}, TARGET).holds
-            for row in erasures.values()
-        )
-        for words, test in tests.items()
-    }
-    return ", ".join(f"{count} hold against {words}" for words, count in counts.items())
+    counts = []
+    for words, test in (("other words", "phrasings"), ("the attack", "attack"), ("relearning", "relearning")):
+        parts = [{name: row[name] for name in (test, f"{test}_before") if name in row} for row in erasures.values()]
+        count = sum(judge_robustness(part, TARGET).holds for part in parts)
+        counts.append(f"{count} hold{'s' * (count == 1)} against {words}")
+    return ", ".join(counts)
 
 
 def shown(share: Record) -> str:
@@ -224,4 +204,4 @@ def steps(count: int | None) -> str:
 
 
 if __name__ == "__main__":
-    run(__doc__, lambda cache: {"robustness": jobs(cache)}, write_page)
+    run(__doc__, "robustness", jobs, write_page)

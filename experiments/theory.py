@@ -2,71 +2,80 @@
 
     python experiments/theory.py        # about a minute on one core
 
-Five questions, for every divergence between Gaussians N(mean, sigma^2 I) at squared distance s: whether h is what the
-definition says; how large the gradient is; how long the gradient flow on the prediction takes, by its formula and by
-simulation; whether all divergences coincide near s = 0; and how far the variational estimate is from the exact value,
-by the number of samples. Each ends in a claim and a verdict, which follows from the numbers.
+Five questions about every divergence between Gaussians N(mean, sigma^2 I) at squared distance s. Does h follow from the
+definition? How large is the gradient? How long does the gradient flow on the prediction take? Do all divergences
+coincide near s = 0? How far is the variational estimate from the exact value, by the number of samples? Each question
+ends in a claim and a verdict, which follows from the numbers.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import math
 from pathlib import Path
-from typing import Any
 
 import theory_critic as critic
 import theory_gaussian as gaussian
 import torch
-from experiment import conditions, fill, run
+from experiment import conditions, current, dated, fill, run
 
 import fdu_kernels as fk
-from fdu.comparison.sweep import Job, Record, Records
+from fdu.comparison.page import COLOURS
+from fdu.comparison.sweep import Job, Record
+from fdu.report.charts import Chart, Scale, mark
 from fdu.storage.output import write_text
 
-STYLE = {"font.size": 9, "svg.hashsalt": "fdu", "axes.spines.top": False, "axes.spines.right": False}
+SHOWN = ("squared_hellinger", "jensen_shannon", "le_cam", "alpha:0.3", "mse", "pearson_chi2")
+"""The divergences of the figure."""
 
 
 def jobs(cache: Path) -> list[Job]:
     """The slow computations: every flow and every estimate."""
-    identity = {
-        "flow": [gaussian.FLOW_FROM, gaussian.FLOW_TO, gaussian.FLOW_STEP, gaussian.FLOW_SIZE],
-        "estimate": [critic.ESTIMATE_AT, critic.DIMENSIONS, critic.SAMPLES, critic.FRESH, critic.TRIALS],
-    }
-    names = {"flow": map(str, gaussian.smooth()), "estimate": critic.ESTIMATED}
+    flow = [gaussian.FLOW_FROM, gaussian.FLOW_TO, gaussian.FLOW_STEP, gaussian.FLOW_SIZE]
+    estimate = [critic.ESTIMATE_AT, critic.DIMENSIONS, critic.SAMPLES, critic.FRESH, critic.TRIALS]
+    kinds = (("flow", flow, map(str, gaussian.smooth())), ("estimate", estimate, critic.ESTIMATED))
     return [
-        Job(f"{kind}/{name}", {**identity, "divergence": name}, functools.partial(compute, kind, name))
-        for kind in names
-        for name in names[kind]
+        dated(Job(f"{kind}/{name}", {kind: settings, "divergence": name}, functools.partial(compute, kind, name)))
+        for kind, settings, names in kinds
+        for name in names
     ]
 
 
 def compute(kind: str, name: str) -> Record:
     """One flow or estimate, in float64."""
     torch.set_default_dtype(torch.float64)
-    function: Callable[..., Any] = {"flow": gaussian.flow, "estimate": critic.estimate}[kind]
+    function = gaussian.flow if kind == "flow" else critic.estimate
     return {"figures": function(fk.get_divergence(name))}
 
 
 def write_page(results: Path, docs: Path) -> None:
     """Write page and figures, once all computations have a record."""
     torch.set_default_dtype(torch.float64)
-    found = Records(results / "theory.jsonl")
-    records = {job.name: found.of(job.name, job.identity) for job in jobs(Path())}
-    missing = [name for name, record in records.items() if record is None]
-    if missing:
-        print(f"docs/theory.md is left as it is: {missing[0]} and {len(missing) - 1} others have no record yet")
+    every = jobs(Path())
+    found = current(results, "theory", every)
+    if len(found) < len(every):
+        print("docs/theory.md is left as it is: it needs all records")
         return
-    figures: dict[str, dict[str, Any]] = {"flow": {}, "estimate": {}}
-    for name, record in records.items():
-        kind, _, divergence = name.partition("/")
-        figures[kind][divergence] = record["figures"]
-    flows, estimates = figures["flow"], figures["estimate"]
-    folder = docs / "theory"
-    save(gaussian.draw_gradients, folder / "gradient.svg")
-    save(gaussian.draw_flows, folder / "flow.svg")
-    save(functools.partial(critic.draw_estimates, estimates=estimates), folder / "estimate.svg")
-    write_text(docs / "theory.md", page(flows, estimates, conditions(records[next(iter(records))])))
+    flows, estimates = (
+        {name.removeprefix(kind): record["figures"] for name, record in found.items() if name.startswith(kind)}
+        for kind in ("flow/", "estimate/")
+    )
+    write_text(docs / "theory" / "gradient.svg", gradient_chart())
+    write_text(docs / "theory.md", page(flows, estimates, conditions(found[every[0].name])))
+
+
+def gradient_chart() -> str:
+    """h'(s)/h'(0) against s as SVG, from 1e-4 to 1e3."""
+    chart = Chart(Scale(0.01, 60, [0.01, 0.1, 1, 10], log=True), Scale.powers([1e-4, 1e3]), "s", "h'(s)/h'(0)")
+    s = torch.logspace(-2, math.log10(60), 60)
+    legend = []
+    for name, colour in zip(SHOWN, COLOURS, strict=False):
+        slopes = gaussian.relative_slope(fk.get_divergence(name), s)
+        points = [(x, y) for x, y in zip(s.tolist(), slopes.tolist(), strict=True) if 1e-4 < y < 1e3]
+        chart.line(points, f'fill="none" stroke="{colour}" stroke-width="1.6"')
+        legend.append((mark("circle", 0, 0, colour), name))
+    chart.summary, chart.legend = "h'(s)/h'(0) against s, by divergence", legend
+    return chart.svg(whole=True)
 
 
 def page(flows: gaussian.Flows, estimates: critic.Estimates, made_on: dict[str, str]) -> str:
@@ -94,19 +103,5 @@ def page(flows: gaussian.Flows, estimates: critic.Estimates, made_on: dict[str, 
     )
 
 
-def save(draw: Callable[[Any], None], path: Path) -> None:
-    """Write a figure; the same numbers give the same file."""
-    from matplotlib import pyplot as plt
-
-    with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(figsize=(6.4, 3.4))
-        draw(axes)
-        axes.legend(fontsize=7, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
-        axes.grid(alpha=0.2)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, bbox_inches="tight", metadata={"Date": None})
-        plt.close(figure)
-
-
 if __name__ == "__main__":
-    run(__doc__, lambda cache: {"theory": jobs(cache)}, write_page)
+    run(__doc__, "theory", jobs, write_page)

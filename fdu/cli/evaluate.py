@@ -57,7 +57,7 @@ class Evaluate:
     """Erased concept. Default: the one recorded in ERASED or in --prompts. Required if several were erased."""
     prompts: str | None = None
     """Prompts to draw: a concept set of the package ("van gogh", monet, r2d2, snoopy, "grumpy cat", nemo), or a .txt
-    file in that format (see fdu/subjects/prompts). Default: the set with the target's name, otherwise the training
+    file in that format (see fdu/subjects/prompts.txt). Default: the set with the target's name, otherwise the training
     prompts with everyday subjects to retain, without neighbours. The embedded pipeline has its own."""
     judge: str | None = None
     """Image-text encoder that judges: a folder or hub id of CLIP or SigLIP. Default: openai/clip-vit-base-patch32. On

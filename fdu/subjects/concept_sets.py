@@ -1,4 +1,4 @@
-"""Concept sets: the prompts that judge the erasure of a concept, in text files that can be replaced.
+"""Concept sets: the prompts that judge the erasure of a concept, as text that can be replaced.
 
     # Lines that begin with # are for the reader.
     [target] van gogh
@@ -19,13 +19,15 @@
     [unrelated] violin
     a violin on a chair
 
-``{}`` stands for the name of the class, and a name is what an image-text encoder reads. A file with neither generic nor
-unrelated subjects gets those of the package, ``generic.txt`` and ``unrelated.txt``, except the ones it names itself.
+``{}`` stands for the name of the class, and an image-text encoder reads that name. A file with neither generic nor
+unrelated subjects gets those of the package, except the ones that it names itself. ``prompts.txt`` holds the sets of
+the package one after another.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import re
 from collections import Counter
@@ -35,11 +37,12 @@ from typing import Any
 
 from fdu.concepts import Concept, read_lines
 
-FOLDER = Path(__file__).parent / "prompts"
 SHARED = ("generic", "unrelated")
-"""The groups that all sets share, each in a file of its name."""
+"""The groups that the sets of the package share."""
 SECTIONS = ("target", "unseen", "anchor", "near", *SHARED)
 HEADING = re.compile(r"\[([^\]]*)\]\s*(.*)")
+Sections = list[tuple[str, Concept]]
+"""The sections of a text in their order: kind, name and prompts as they stand."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,24 +68,24 @@ class ConceptSet:
 
 def concept_sets() -> tuple[str, ...]:
     """The names of the sets in the package: those of concept ablation (Kumari et al. 2023, arXiv 2303.13516)."""
-    return tuple(sorted(path.stem.replace("_", " ") for path in FOLDER.glob("*.txt") if path.stem not in SHARED))
+    return tuple(sorted(name for name in _package() if name))
 
 
 def concept_set(name: str | Path) -> ConceptSet:
     """The set of that name, or in that ``.txt`` file.
 
     Raises:
-        ValueError: neither a name of a set nor a file, or a file that is no set; the message names the line.
+        ValueError: neither a name of a set nor a file, or a file that is not UTF-8 or not a set; the message names the
+            line or section.
         FileNotFoundError: there is no such file.
     """
+    shown = f"concept set {str(name)!r}"
     if str(name).endswith(".txt"):
-        return read_set(name)
-    stem = str(name).strip().lower().replace(" ", "_")
-    if stem.replace("_", " ") not in concept_sets():
-        raise ValueError(
-            f"there is no concept set {str(name)!r}; choose one of {', '.join(concept_sets())}, or give a .txt file"
-        )
-    return read_set(FOLDER / f"{stem}.txt")
+        return _set_of(_sections(name, shown), shown)
+    folded = _folded(str(name)).replace("_", " ")
+    if folded not in concept_sets():
+        raise ValueError(f"there is no {shown}; choose one of {', '.join(concept_sets())}, or give a .txt file")
+    return _set_of(_package()[folded], shown)
 
 
 def choose_set(
@@ -118,18 +121,23 @@ def choose_set(
     return set_of_record(record, target)
 
 
-def read_set(path: str | Path) -> ConceptSet:
-    """Read a file of the form above.
+@functools.cache
+def _package() -> dict[str, Sections]:
+    """The sections of each set of the package by the name of its target; under "" those that all sets share."""
+    found: dict[str, Sections] = {}
+    target = ""
+    for kind, concept in _sections(Path(__file__).parent / "prompts.txt", "prompts.txt"):
+        target = concept.name if kind == "target" else target
+        found.setdefault(target, []).append((kind, concept))
+    return found
 
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is not text in UTF-8, or a line or section of it cannot be used.
-    """
-    shown = f"concept set {str(path)!r}"
-    found = _sections(path, shown)
-    for section in ("target", "anchor"):
-        if len(found[section]) != 1:
-            raise ValueError(f"{shown} must hold one section [{section}], got {len(found[section])}")
+
+def _set_of(sections: Sections, shown: str) -> ConceptSet:
+    """The set of these sections, with the names filled in; ``shown`` names it in errors."""
+    found = {kind: [concept for own, concept in sections if own == kind] for kind in SECTIONS}
+    for kind in ("target", "anchor"):
+        if len(found[kind]) != 1:
+            raise ValueError(f"{shown} must hold one section [{kind}], got {len(found[kind])}")
     (target,), (anchor,) = found["target"], found["anchor"]
     kept = {group: found[group] for group in ("near", *SHARED)}
     if not any(kept[group] for group in SHARED):
@@ -144,18 +152,25 @@ def read_set(path: str | Path) -> ConceptSet:
         raise ValueError(f"{shown} names {twice[0]!r} twice")
     unseen = tuple(prompt.replace("{}", target.name) for section in found["unseen"] for prompt in section.prompts)
 
-    def filled(members: Iterable[Concept]) -> tuple[Concept, ...]:
-        return tuple(Concept(one.name, _filled(one, target, shown)) for one in members)
+    def filled(one: Concept) -> Concept:
+        prompts = one.prompts or tuple(prompt for prompt in target.prompts if "{}" in prompt)
+        if not prompts:
+            raise ValueError(
+                f"{shown}: {one.name!r} has no prompts, and those of the target do not hold {{}} to put the name into"
+            )
+        return Concept(one.name, tuple(prompt.replace("{}", one.name) for prompt in prompts))
 
-    target_in_words, anchor_in_words = filled((target, anchor))
-    groups: dict[str, Any] = {group: filled(members) for group, members in kept.items()}
-    return ConceptSet(target_in_words, anchor_in_words, unseen, **groups)
+    groups: dict[str, Any] = {group: tuple(map(filled, members)) for group, members in kept.items()}
+    return ConceptSet(filled(target), filled(anchor), unseen, **groups)
 
 
 def shared_concepts(group: str) -> tuple[Concept, ...]:
     """The everyday ("generic") or "unrelated" subjects of the package."""
-    found = _sections(FOLDER / f"{group}.txt", group)[group]
-    return tuple(Concept(one.name, tuple(prompt.replace("{}", one.name) for prompt in one.prompts)) for one in found)
+    return tuple(
+        Concept(one.name, tuple(prompt.replace("{}", one.name) for prompt in one.prompts))
+        for kind, one in _package()[""]
+        if kind == group
+    )
 
 
 def set_of_record(record: Mapping[str, Any], target: str) -> ConceptSet:
@@ -202,33 +217,20 @@ def _folded(name: str) -> str:
     return name.strip().casefold()
 
 
-def _sections(path: str | Path, shown: str) -> dict[str, list[Concept]]:
-    """The sections of a file by their kind, prompts as they stand."""
-    sections: list[tuple[str, str, list[str]]] = []
+def _sections(path: str | Path, shown: str) -> Sections:
+    """The sections of a file."""
+    found: list[tuple[str, str, list[str]]] = []
     for number, line in read_lines(path):
         heading = HEADING.fullmatch(line)
         if heading:
-            section = heading[1].strip()
-            if section not in SECTIONS:
-                raise ValueError(f"{shown}, line {number}: [{section}] is not one of {', '.join(SECTIONS)}")
-            sections.append((section, heading[2], []))
+            kind = heading[1].strip()
+            if kind not in SECTIONS:
+                raise ValueError(f"{shown}, line {number}: [{kind}] is not one of {', '.join(SECTIONS)}")
+            found.append((kind, heading[2], []))
         elif line.startswith("["):
             raise ValueError(f"{shown}, line {number}: {line!r} lacks the ] of a section, such as [target] name")
-        elif not sections:
+        elif not found:
             raise ValueError(f"{shown}, line {number}: a prompt comes before the first section, such as [target] name")
         else:
-            sections[-1][2].append(line)
-    found: dict[str, list[Concept]] = {section: [] for section in SECTIONS}
-    for section, name, prompts in sections:
-        found[section].append(Concept(name, tuple(prompts)))
-    return found
-
-
-def _filled(concept: Concept, target: Concept, shown: str) -> tuple[str, ...]:
-    """The prompts of a section, or those of the target in its stead, with the name in its place."""
-    prompts = concept.prompts or tuple(prompt for prompt in target.prompts if "{}" in prompt)
-    if not prompts:
-        raise ValueError(
-            f"{shown}: {concept.name!r} has no prompts, and those of the target do not hold {{}} to put the name into"
-        )
-    return tuple(prompt.replace("{}", concept.name) for prompt in prompts)
+            found[-1][2].append(line)
+    return [(kind, Concept(name, tuple(prompts))) for kind, name, prompts in found]

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import runpy
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import erasure
-import erasure_runs
 import experiment
 import pytest
 import robustness
@@ -17,24 +15,13 @@ import study
 import theory
 import torch
 
-from fdu.comparison.runs import jobs
 from fdu.comparison.sweep import Job, Records
 
 ROOT = Path(experiment.__file__).parents[1]
 RESULTS = ROOT / "experiments" / "results"
 PAGES = {"erasure": erasure, "results": study, "robustness": robustness, "theory": theory}
-FIGURES = ["results/change.svg", "results/front.svg", "results/variational.svg"]
-FIGURES += ["theory/estimate.svg", "theory/flow.svg", "theory/gradient.svg"]
-
-
-def suites() -> dict[str, Sequence[Job]]:
-    """All jobs of all experiments, by the name of their file."""
-    found = {name: jobs(comparison, Path()) for name, comparison in study.comparisons().items()}
-    return found | {
-        "erasure": erasure_runs.jobs(Path()),
-        "robustness": robustness.jobs(Path()),
-        "theory": theory.jobs(Path()),
-    }
+RECORDS = {"erasure": erasure, "study": study, "robustness": robustness, "theory": theory}
+FIGURES = ["results/front.svg", "results/variational.svg", "theory/gradient.svg"]
 
 
 @pytest.fixture(autouse=True)
@@ -48,11 +35,11 @@ def as_the_script() -> Iterator[None]:
 
 def test_the_records_are_those_of_todays_settings_and_model() -> None:
     """A setting or a weight that changed would make the pages old."""
-    assert {path.stem for path in RESULTS.iterdir()} == set(suites())
-    for name, own in suites().items():
-        records = Records(RESULTS / f"{name}.jsonl")
-        assert {job.name for job in own} == set(records.found)
-        assert [job.name for job in own if records.of(job.name, job.identity) is None] == []
+    assert {path.stem for path in RESULTS.iterdir()} == set(RECORDS)
+    for name, module in RECORDS.items():
+        jobs = module.jobs(Path())
+        assert {job.name for job in jobs} == set(Records(RESULTS / f"{name}.jsonl").found)
+        assert set(experiment.current(RESULTS, name, jobs)) == {job.name for job in jobs}
 
 
 def test_a_header_holds_what_most_records_share() -> None:
@@ -71,20 +58,38 @@ def test_the_page_is_that_of_the_records(name: str, tmp_path: Path) -> None:
     assert drawn == [figure for figure in FIGURES if figure.startswith(f"{name}/")]
 
 
-@pytest.mark.parametrize("name", PAGES)
+@pytest.mark.parametrize("name", ["robustness", "theory"])  # test_erasure.py and test_study.py have the others
 def test_without_records_the_page_stays(name: str, tmp_path: Path) -> None:
     PAGES[name].write_page(tmp_path / "results", tmp_path / "docs")
     assert not (tmp_path / "docs").exists()
 
 
-@pytest.mark.slow
-def test_a_command_has_help() -> None:
-    command = [sys.executable, erasure.__file__, "--help"]
-    ran = subprocess.run(command, capture_output=True, text=True)
-    assert ran.returncode == 0 and "--page_only" in ran.stdout and "docs/erasure.md" in ran.stdout
+def test_every_row_on_robustness_shows_its_figures_and_a_missing_row_is_counted() -> None:
+    rows = Records(RESULTS / "robustness.jsonl").found
+    rows["lora"] = {**rows["not erased"], "retained": 0.25}
+    rows["lora"]["attack"] = {**rows["lora"]["attack"], "back_after": None}
+    page = robustness.page(rows)
+    for name, row in rows.items():
+        (line,) = (line for line in page.splitlines() if line.startswith(f"| {name} |"))
+        assert f"{row['attack']['after']['value']:.2f} (" in line
+        assert ("| never |" in line and "| 0.25 |" in line) or name != "lora"
+    del rows[robustness.NEVER_KNOWN]
+    page = robustness.page(rows)
+    assert "8 of 9 rows" in page and "under the attack: none" in page
 
 
-def test_a_command_makes_what_is_missing_and_then_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", RECORDS)
+def test_a_command_has_help(name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("sys.argv", [f"{name}.py", "--help"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(RECORDS[name].__file__), run_name="__main__")
+    told = capsys.readouterr().out
+    assert not ended.value.code and "--page_only" in told and f"python experiments/{name}.py" in told
+
+
+def test_a_command_makes_what_is_missing_and_then_the_page(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     made: list[int] = []
     seen: list[list[str]] = []
 
@@ -95,20 +100,23 @@ def test_a_command_makes_what_is_missing_and_then_the_page(tmp_path: Path, monke
     def own(number: int) -> Callable[[], dict[str, int]]:
         return lambda: work(number)
 
-    def all_jobs(cache: Path) -> Mapping[str, Sequence[Job]]:
-        return {"suite": [Job(f"job {number}", {"number": number}, own(number)) for number in range(3)]}
+    def all_jobs(cache: Path) -> Sequence[Job]:
+        return [Job(f"job {number}", {"number": number}, own(number)) for number in range(3)]
 
     def write_page(results: Path, docs: Path) -> None:
         seen.append(sorted(Records(results / "suite.jsonl").found))
 
     def command(*words: str) -> None:
         monkeypatch.setattr("sys.argv", ["experiment.py", "--workers", "1", "--results", str(tmp_path), *words])
-        experiment.run("", all_jobs, write_page)
+        experiment.run("", "suite", all_jobs, write_page)
 
     command("--page_only")
+    assert "3 of 3 records are missing" in capsys.readouterr().out
     command("--only", "job 1")
-    command("--most", "1")
+    assert "2 of 3 records are missing" in capsys.readouterr().out
+    command("--only", "job 0")
     command()
     command()
+    assert "missing" not in capsys.readouterr().out.splitlines()[-1]
     assert made == [1, 0, 2]
     assert seen == [[], ["job 1"], ["job 0", "job 1"], *[["job 0", "job 1", "job 2"]] * 2]

@@ -21,7 +21,7 @@ import fdu_kernels as fk
 
 DOCS = Path(theory.__file__).parents[1] / "docs"
 PAGE = (DOCS / "theory.md").read_text(encoding="utf-8")
-Z = np.linspace(-40, 40, 20_001)
+Z = np.linspace(-40, 40, 4_001)
 
 KAPPA: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "mse": lambda v: 2 + 0 * v,
@@ -106,23 +106,13 @@ def test_the_times_of_the_page_are_those_of_an_ode_solver(name: str) -> None:
         rtol=1e-8,
         atol=1e-10,
     )
-    formula, simulated = map(float, cells("How fast the gradient flow converges", "divergence | time, formula")[name])
-    assert formula == pytest.approx(solved.t_events[0][0], abs=6e-5)
+    integral, simulated = map(float, cells("How fast the gradient flow converges", "divergence | time, integral")[name])
+    assert integral == pytest.approx(solved.t_events[0][0], abs=6e-5)
     assert simulated == pytest.approx(solved.t_events[0][0], abs=2e-4)
 
 
-@pytest.mark.parametrize("name", ["kl", "squared_hellinger", "pearson_chi2", "alpha:1.5", "alpha:0.3", "le_cam"])
-def test_the_formula_of_the_time_agrees_with_quadrature(name: str) -> None:
-    divergence = fk.get_divergence(name)
-    for start, end in ((4.0, 0.04), (0.04, 0.004), (20.0, 1.0)):
-        expected, _ = quad(
-            lambda s: 1 / (4 * s * float(theory_gaussian.slope(divergence, s))), end, start, epsabs=0, epsrel=1e-9
-        )
-        assert theory_gaussian.flow_time(divergence, start, end) == pytest.approx(expected, rel=1e-7)
-
-
 @pytest.mark.parametrize("name", ["mse", "squared_hellinger", "pearson_chi2", "le_cam"])
-def test_the_simulated_flow_takes_the_time_of_the_formula(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_simulated_flow_takes_the_time_of_the_integral(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(theory_gaussian, "FLOW_TO", 1.0)
     found = theory_gaussian.flow(fk.get_divergence(name))
     assert found["simulated"] == pytest.approx(found["exact"], rel=1e-3)
@@ -154,7 +144,7 @@ def fit(name: str, p: np.ndarray, q: np.ndarray) -> tuple[float, float]:
 
 
 @pytest.mark.parametrize("name", TERMS)
-def test_bias_and_spread_of_the_page_at_1024_samples_are_derived_anew(name: str) -> None:
+def test_bias_and_spread_of_the_page_at_1024_samples_agree_with_another_derivation(name: str) -> None:
     samples = 1024
     found = []
     for trial in range(theory_critic.TRIALS):

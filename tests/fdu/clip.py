@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
 
-from fdu.subjects.digits.tokenizer import learn_tokenizer
+from fdu.subjects.digits.vocabulary import learn_tokenizer
 
 SIZE = 32
 """Height and width of the images that its image encoder takes."""

@@ -46,7 +46,7 @@ from transformers import (
     T5Tokenizer,
 )
 
-from fdu.subjects.digits.tokenizer import END, START, learn_tokenizer
+from fdu.subjects.digits.vocabulary import END, START, learn_tokenizer
 
 CORPUS = ["a photo of the digit three", "a photo of the digit eight", "a painting in the style of van gogh"]
 CLIP_WIDTH, T5_WIDTH = 16, 32

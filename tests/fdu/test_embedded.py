@@ -36,13 +36,13 @@ def test_class_prompts_draw_what_they_ask_for(pipeline: StableDiffusionPipeline)
     inks = [
         fdu.Probe(ink, (prompt("a digit", medium_phrase=medium_phrases(ink)[0]),), "retained", medium) for ink in INKS
     ]
-    draws = fdu.draw(pipeline, numbers + inks, images_per_class=10)
+    draws = fdu.draw(pipeline, numbers + inks, images_per_class=5)
     shares = [
         sum(seen == probe.name for seen in probe.judge(images)) / len(images)
         for probe, images in zip(numbers + inks, draws.images, strict=True)
     ]
-    # 100 digit samples: 0.98 measured on 1,000 (data/quality.json) allows 2 wrong here, and a little for chance.
-    assert sum(shares[:10]) / 10 >= 0.96
+    # 50 samples of digits: 0.98 measured on 1,000 (data/quality.json) allows one wrong here, and a little for chance.
+    assert sum(shares[:10]) / 10 >= 0.94
     assert min(shares[10:]) == 1
 
 
@@ -53,7 +53,7 @@ def test_the_recorded_quality_holds_the_promise() -> None:
     assert measured["digit_accuracy"] >= 0.98
     assert abs(measured["digit_accuracy"] - measured["digit_accuracy_by_svm"]) < 0.03
     assert min(measured["per_medium"].values()) >= 0.98
-    # What an erasure towards the superclass can at best come down to: no digit is a favourite of the generic prompt.
+    # No digit is a favourite of the generic prompt, which bounds what an erasure towards the superclass can leave.
     assert max(measured["digits_of_generic_prompt"]) <= 0.16
 
 

@@ -7,20 +7,20 @@ handwritten digits, for demonstrations, tests and studies that run anywhere in a
 from __future__ import annotations
 
 import difflib
+import functools
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import torch
 from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from fdu.concepts import Concept
 from fdu.evaluation import Judge, Probe
 from fdu.evaluation.features import ModuleFeatures
-from fdu.subjects.digits.classifier import FEATURES as CLASSIFIER_FEATURES
-from fdu.subjects.digits.classifier import LAYERS as CLASSIFIER_LAYERS
-from fdu.subjects.digits.classifier import DigitClassifier
+from fdu.subjects.digits.handwriting import strength
 from fdu.subjects.digits.vocabulary import (
     DIGIT_NOUNS,
     DIGITS,
@@ -53,6 +53,39 @@ NOTES = (
 )
 """Notes on results from the embedded pipeline."""
 JUDGE = "embedded classifier"
+JUDGE_LAYERS = ("digit.3", "digit.7", "digit.11", "medium.3", "medium.7")
+"""Submodules of the classifier: the outputs of its convolutional blocks."""
+JUDGE_FEATURES = ("digit.12", "medium.9")
+"""The inputs of its last layers: the flattened outputs of the blocks."""
+
+
+def _convolutions(channels: tuple[int, ...]) -> list[nn.Module]:
+    layers: list[nn.Module] = []
+    for before, after in pairwise(channels):
+        layers += [
+            nn.Conv2d(before, after, 3, padding=1, bias=False),
+            nn.BatchNorm2d(after),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+        ]
+    return layers
+
+
+class DigitClassifier(nn.Module):
+    """The judge: one small convolutional network reads the shape of the ink without its colour, one the colours."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.digit = nn.Sequential(
+            *_convolutions((1, 24, 48, 64)), nn.Flatten(), nn.Dropout(0.3), nn.Linear(64 * 16, len(DIGITS))
+        )
+        self.medium = nn.Sequential(
+            *_convolutions((3, 12, 24)), nn.AdaptiveMaxPool2d(1), nn.Flatten(), nn.Linear(24, len(MEDIA))
+        )
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits over digits [N, 10] and over media [N, 5] of images [N, 3, 32, 32] in [0, 1]."""
+        return self.digit(strength(images)), self.medium(images)
 
 
 def load_pipeline(dtype: torch.dtype = torch.float32) -> StableDiffusionPipeline:
@@ -67,6 +100,7 @@ def load_classifier(folder: Path = DATA) -> DigitClassifier:
     return classifier.eval().requires_grad_(False)
 
 
+@functools.cache
 def judges() -> dict[str, Judge]:
     """The judge of "digit" and the judge of "medium"."""
     classifier = load_classifier()
@@ -82,7 +116,7 @@ def judges() -> dict[str, Judge]:
 
 def features() -> ModuleFeatures:
     """The judge's penultimate features, of shape and colour, with the outputs of its convolutional blocks as layers."""
-    return ModuleFeatures(load_classifier(), CLASSIFIER_LAYERS, CLASSIFIER_FEATURES, JUDGE, 256)
+    return ModuleFeatures(load_classifier(), JUDGE_LAYERS, JUDGE_FEATURES, JUDGE, 256)
 
 
 def _closest(name: str, known: Sequence[str]) -> str:

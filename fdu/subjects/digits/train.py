@@ -1,8 +1,8 @@
 """Train the embedded pipeline and its judge from scratch: ``python -m fdu.subjects.digits.train --out FOLDER``.
 
 Takes about half an hour on one CPU core; it uses only one, since more would round sums differently. Needs scikit-learn.
-The stages: judge, autoencoder, then text encoder and denoiser together. Each starts from the seed and from the files of
-the earlier stages, so it can be repeated alone. The run ends with a measurement of the stored pipeline.
+It trains the judge, then the autoencoder, then text encoder and denoiser together, each from the same seed. It ends by
+measuring the stored pipeline.
 """
 
 from __future__ import annotations
@@ -25,17 +25,19 @@ from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from fdu.storage.versions import versions
-from fdu.subjects.digits.classifier import DigitClassifier
 from fdu.subjects.digits.handwriting import draw, jitter, load_glyphs, strength
-from fdu.subjects.digits.pipeline import CLASSIFIER_FILE, PIPELINE_FOLDER, load_classifier
-from fdu.subjects.digits.tokenizer import END, START, learn_tokenizer
+from fdu.subjects.digits.pipeline import CLASSIFIER_FILE, PIPELINE_FOLDER, DigitClassifier, load_classifier
 from fdu.subjects.digits.vocabulary import (
     DIGIT_NOUNS,
     DIGITS,
+    END,
     FRAMES,
     GENERIC_NOUNS,
     MEDIA,
+    START,
+    all_phrases,
     corpus,
+    learn_tokenizer,
     medium_phrases,
     prompt,
 )
@@ -44,8 +46,8 @@ MAX_TOKENS = 16
 GUIDANCE = 3.0
 EMPTY_SHARE, GENERIC_SHARE, MEDIUM_NAMED_SHARE = 0.12, 0.20, 0.60
 AVERAGE_DECAY = 0.99
-"""Of the moving average of the weights. With 0.999 a twentieth of the result would be the weights of step 1, which pull
-all samples towards their mean: a generic prompt then draws hardly any red, and hardly a one."""
+"""Decay of the moving average of the weights. At 0.999 a twentieth of the result would be the weights of step 1. They
+pull all samples towards their mean: a generic prompt would draw hardly any red and hardly any one."""
 UNNAMED_MEDIA = torch.tensor([0.05, 0.05, 0.05, 0.05, 0.8])
 """How often each medium of MEDIA is drawn when a prompt names none: mostly pencil."""
 
@@ -94,7 +96,10 @@ def held_out_accuracy(classifier: DigitClassifier) -> dict[str, float]:
 
 
 def train_autoencoder(steps: int, generator: torch.Generator) -> AutoencoderKL:
-    """A 32x32x3 to 8x8x4 autoencoder whose latents have mean 0 and standard deviation 1 in every channel."""
+    """A 32x32x3 to 8x8x4 autoencoder whose latents have mean 0 and standard deviation 1 in every channel.
+
+    Its weights are rounded to half precision, in which they are stored.
+    """
     autoencoder = AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 3,
         up_block_types=("UpDecoderBlock2D",) * 3,
@@ -111,12 +116,11 @@ def train_autoencoder(steps: int, generator: torch.Generator) -> AutoencoderKL:
         images = draw(jitter(glyphs[chosen], generator), media) * 2 - 1
         posterior = autoencoder.encode(images).latent_dist
         decoded = autoencoder.decode(posterior.sample(generator)).sample
-        (
-            (decoded - images).abs().mean() + (decoded - images).square().mean() + 1e-4 * posterior.kl().mean() / 256
-        ).backward()
+        error = decoded - images
+        (error.abs().mean() + error.square().mean() + 1e-4 * posterior.kl().mean() / 256).backward()
     autoencoder.eval().requires_grad_(False)
     standardise_latents(autoencoder, encode(autoencoder, draw_all_media(glyphs).flatten(0, 1)))
-    return autoencoder
+    return autoencoder.half().float()
 
 
 def standardise_latents(autoencoder: AutoencoderKL, latents: Tensor) -> None:
@@ -180,7 +184,7 @@ class PromptSampler:
     def siblings(self) -> list[Tensor]:
         """Token ids of one phrasing with every digit, and of one with every medium."""
         noun, frame, digit = self.choose(DIGIT_NOUNS), self.choose(FRAMES), self.choose(DIGITS)
-        phrase = self.choose(("", *(p for m in MEDIA for p in medium_phrases(m))))
+        phrase = self.choose(all_phrases())
         position = int(torch.randint(len(medium_phrases(MEDIA[0])), (), generator=self.generator))
         return [
             self.tokens([prompt(noun.format(other), frame, phrase) for other in DIGITS]),
@@ -233,10 +237,9 @@ def build_denoiser() -> UNet2DConditionModel:
     )
 
 
-def train_denoiser(
-    autoencoder: AutoencoderKL, tokenizer: CLIPTokenizer, steps: int, generator: torch.Generator
-) -> tuple[CLIPTextModel, UNet2DConditionModel, DDIMScheduler]:
-    """Text encoder and denoiser together, epsilon prediction, exponential moving average of the weights."""
+def train_pipeline(autoencoder: AutoencoderKL, steps: int, generator: torch.Generator) -> StableDiffusionPipeline:
+    """Train text encoder and denoiser together: epsilon prediction, moving average of the weights."""
+    tokenizer = learn_tokenizer(corpus(), MAX_TOKENS)
     scheduler = DDIMScheduler(
         beta_start=0.00085,
         beta_end=0.012,
@@ -250,16 +253,16 @@ def train_denoiser(
 
     glyphs, labels = load_glyphs(test=False)
     members = [(labels == digit).nonzero()[:, 0] for digit in range(len(DIGITS))]
-    a_digit = 400
-    chosen = torch.cat([own[torch.randint(len(own), (a_digit,), generator=generator)] for own in members])
+    per_digit = 400
+    chosen = torch.cat([own[torch.randint(len(own), (per_digit,), generator=generator)] for own in members])
     images = draw_all_media(jitter(glyphs[chosen], generator))
     latents = torch.stack([encode(autoencoder, medium) for medium in images])
 
     prompts = PromptSampler(tokenizer, generator)
     for _ in optimise(models.parameters(), steps, 1.5e-3, "denoiser"):
         tokens, digits, media = prompts.batch(64)
-        copies = torch.randint(a_digit, (64,), generator=generator)
-        clean = latents[media, digits * a_digit + copies]
+        copies = torch.randint(per_digit, (64,), generator=generator)
+        clean = latents[media, digits * per_digit + copies]
         noise = torch.randn(clean.shape, generator=generator)
         timesteps = torch.randint(len(scheduler.alphas_cumprod), (64,), generator=generator)
         noisy = scheduler.add_noise(clean, noise, timesteps)
@@ -269,10 +272,19 @@ def train_denoiser(
         (F.mse_loss(predicted, noise) + 0.05 * separation).backward()
         average.update_parameters(models)
     trained = cast(nn.ModuleDict, average.module.eval().requires_grad_(False))
-    return cast(CLIPTextModel, trained["text_encoder"]), cast(UNet2DConditionModel, trained["unet"]), scheduler
+    return StableDiffusionPipeline(
+        vae=autoencoder,
+        text_encoder=trained["text_encoder"],
+        tokenizer=tokenizer,
+        unet=trained["unet"],
+        scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
 
 
-def measure(pipeline: StableDiffusionPipeline, classifier: DigitClassifier, a_class: int, seed: int) -> dict[str, Any]:
+def measure(pipeline: StableDiffusionPipeline, judge: DigitClassifier, per_class: int, seed: int) -> dict[str, Any]:
     """The share of samples that the judge, and a support vector machine, call what the prompt asked for."""
     from sklearn.svm import SVC
 
@@ -284,22 +296,22 @@ def measure(pipeline: StableDiffusionPipeline, classifier: DigitClassifier, a_cl
     pipeline.set_progress_bar_config(disable=True)
     right, agreed, inks = [], [], []
     for index, digit in enumerate(tqdm(DIGITS, desc="samples of each digit")):
-        images = sample(pipeline, prompt(f"the digit {digit}"), a_class, seed)
-        right.append((classifier(images)[0].argmax(1) == index).float().mean().item())
+        images = sample(pipeline, prompt(f"the digit {digit}"), per_class, seed)
+        right.append((judge(images)[0].argmax(1) == index).float().mean().item())
         agreed.append(float((machine.predict(shrink(1 - images.amin(1, keepdim=True)).numpy()) == index).mean()))
     for index, medium in enumerate(tqdm(MEDIA, desc="samples of each medium")):
-        images = sample(pipeline, prompt("a digit", medium_phrase=medium_phrases(medium)[0]), a_class, seed)
-        inks.append((classifier(images)[1].argmax(1) == index).float().mean().item())
-    digit_logits, medium_logits = classifier(sample(pipeline, prompt("a digit"), 4 * a_class, seed))
+        images = sample(pipeline, prompt("a digit", medium_phrase=medium_phrases(medium)[0]), per_class, seed)
+        inks.append((judge(images)[1].argmax(1) == index).float().mean().item())
+    digit_logits, medium_logits = judge(sample(pipeline, prompt("a digit"), 4 * per_class, seed))
     return {
-        "images_per_class": a_class,
+        "images_per_class": per_class,
         "guidance_scale": GUIDANCE,
         "digit_accuracy": sum(right) / len(right),
         "digit_accuracy_by_svm": sum(agreed) / len(agreed),
         "per_digit": dict(zip(DIGITS, right, strict=True)),
         "per_medium": dict(zip(MEDIA, inks, strict=True)),
-        "digits_of_generic_prompt": torch.bincount(digit_logits.argmax(1), minlength=10).div(4 * a_class).tolist(),
-        "media_of_generic_prompt": torch.bincount(medium_logits.argmax(1), minlength=5).div(4 * a_class).tolist(),
+        "digits_of_generic_prompt": torch.bincount(digit_logits.argmax(1), minlength=10).div(4 * per_class).tolist(),
+        "media_of_generic_prompt": torch.bincount(medium_logits.argmax(1), minlength=5).div(4 * per_class).tolist(),
     }
 
 
@@ -317,62 +329,31 @@ def sample(pipeline: StableDiffusionPipeline, text: str, count: int, seed: int) 
     ).images
 
 
-def judge_stage(options: argparse.Namespace, generator: torch.Generator) -> None:
-    """Write FOLDER/classifier.safetensors."""
-    classifier = train_classifier(options.judge_steps, generator)
-    save_file(classifier.state_dict(), options.out / CLASSIFIER_FILE)
-
-
-def autoencoder_stage(options: argparse.Namespace, generator: torch.Generator) -> None:
-    """Write FOLDER/pipeline/vae."""
-    autoencoder = train_autoencoder(options.autoencoder_steps, generator)
-    autoencoder.to(torch.float16).save_pretrained(options.out / PIPELINE_FOLDER.name / "vae")
-
-
-def denoiser_stage(options: argparse.Namespace, generator: torch.Generator) -> None:
-    """Write FOLDER/pipeline, with the autoencoder that is in it."""
-    folder = options.out / PIPELINE_FOLDER.name
-    autoencoder = AutoencoderKL.from_pretrained(folder / "vae", torch_dtype=torch.float32)
-    autoencoder.register_to_config(_name_or_path="")
-    tokenizer = learn_tokenizer(corpus(), MAX_TOKENS)
-    text_encoder, unet, scheduler = train_denoiser(autoencoder, tokenizer, options.denoiser_steps, generator)
-    pipeline = StableDiffusionPipeline(
-        vae=autoencoder,
-        text_encoder=text_encoder,
-        tokenizer=tokenizer,
-        unet=unet,
-        scheduler=scheduler,
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
-    pipeline.to(dtype=torch.float16).save_pretrained(folder)
-
-
-STAGES = {"judge": judge_stage, "autoencoder": autoencoder_stage, "denoiser": denoiser_stage}
-
-
 def main() -> None:
-    """Run the stages asked for, then measure what is stored and write FOLDER/quality.json."""
+    """Train and store everything, then measure what is stored and write FOLDER/quality.json."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "data")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "data", help="default: the package's own")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--judge_steps", type=int, default=1000)
     parser.add_argument("--autoencoder_steps", type=int, default=2000)
     parser.add_argument("--denoiser_steps", type=int, default=3000)
-    parser.add_argument("--images_per_class", type=int, default=100, help="samples a class for the measurement")
-    parser.add_argument("--stages", nargs="*", choices=STAGES, default=list(STAGES), help="none: measure only")
+    parser.add_argument("--images_per_class", type=int, default=100, help="samples per class for the measurement")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
-    for stage in options.stages:
-        torch.manual_seed(options.seed)
-        STAGES[stage](options, torch.Generator().manual_seed(options.seed))
+
+    def seeded() -> torch.Generator:
+        return torch.manual_seed(options.seed).clone_state()
+
+    save_file(train_classifier(options.judge_steps, seeded()).state_dict(), options.out / CLASSIFIER_FILE)
+    autoencoder = train_autoencoder(options.autoencoder_steps, seeded())
+    trained = train_pipeline(autoencoder, options.denoiser_steps, seeded())
+    trained.to(dtype=torch.float16).save_pretrained(options.out / PIPELINE_FOLDER.name)
 
     pipeline = StableDiffusionPipeline.from_pretrained(options.out / PIPELINE_FOLDER.name, dtype=torch.float32)
     classifier = load_classifier(options.out)
     record = {
-        "options": {key: value for key, value in vars(options).items() if key not in ("out", "stages")},
+        "options": {key: value for key, value in vars(options).items() if key != "out"},
         "judge_on_held_out_digits": held_out_accuracy(classifier),
         "pipeline": measure(pipeline, classifier, options.images_per_class, options.seed),
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
