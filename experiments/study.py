@@ -19,9 +19,8 @@ from typing import Any
 
 from experiment import conditions, dated, fill, finding, of_total, run
 
-from fdu.comparison.chart import COLOURS, Curve, curve_chart, front_chart
 from fdu.comparison.front import Estimate, Sample, complete
-from fdu.comparison.page import markdown, percent, table
+from fdu.comparison.page import COLOURS, Curve, curve_chart, front_chart, markdown, percent, table
 from fdu.comparison.plan import Candidate, Comparison, Drawing
 from fdu.comparison.results import Results, read_results
 from fdu.comparison.runs import jobs as jobs_of
@@ -83,10 +82,10 @@ def write_page(results: Path, docs: Path) -> None:
     main, games = found
     if main is None:
         return
-    write_text(docs / "results" / "front.svg", front_chart(main.standings, whole=True))
+    write_text(docs / "results" / "front.svg", front_chart(main.standings).svg(whole=True))
     if games is not None:
-        chart = curve_chart(curves(games), "steps", "share of the target's images that show it (%)", whole=True)
-        write_text(docs / "results" / "variational.svg", chart)
+        chart = curve_chart(curves(games), "steps", "share of the target's images that show it (%)")
+        write_text(docs / "results" / "variational.svg", chart.svg(whole=True))
     write_text(docs / "results.md", page(main, games, sum(len(one.runs()) for one in both)))
 
 

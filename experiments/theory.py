@@ -20,9 +20,9 @@ import torch
 from experiment import conditions, current, dated, fill, run
 
 import fdu_kernels as fk
-from fdu.comparison.chart import COLOURS
+from fdu.comparison.page import COLOURS
 from fdu.comparison.sweep import Job, Record
-from fdu.report.svg import Chart, Scale, mark
+from fdu.report.charts import Chart, Scale, mark
 from fdu.storage.output import write_text
 
 SHOWN = ("squared_hellinger", "jensen_shannon", "le_cam", "alpha:0.3", "mse", "pearson_chi2")
@@ -74,7 +74,8 @@ def gradient_chart() -> str:
         points = [(x, y) for x, y in zip(s.tolist(), slopes.tolist(), strict=True) if 1e-4 < y < 1e3]
         chart.line(points, f'fill="none" stroke="{colour}" stroke-width="1.6"')
         legend.append((mark("circle", 0, 0, colour), name))
-    return chart.svg("h'(s)/h'(0) against s, by divergence", legend)
+    chart.summary, chart.legend = "h'(s)/h'(0) against s, by divergence", legend
+    return chart.svg(whole=True)
 
 
 def page(flows: gaussian.Flows, estimates: critic.Estimates, made_on: dict[str, str]) -> str:

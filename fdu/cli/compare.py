@@ -12,26 +12,26 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from tyro.conf import OmitArgPrefixes, Positional, arg
 
-from fdu.cli.settings import GROUPS, Settings, grouped
-from fdu.config import EraseConfig
+from fdu.cli.options import GROUPS, Settings, grouped
+from fdu.config import Count, EraseConfig, check_number
 from fdu.storage.loading import Dtype, check_dtype, check_encoder, check_resolution, choose_device
 from fdu.subjects.registry import subject_of
 
 DEFAULT = "mse,squared_hellinger,jensen_shannon,pearson_chi2"
-"""The default: the usual loss, two divergences that damp large errors, and one that amplifies them."""
+"""The default divergences: the usual loss, two that damp large errors, and one that amplifies them."""
 
 _SETTINGS = EraseConfig.field_names()
 OWN = ("divergence", "s0", "seed", *_SETTINGS[_SETTINGS.index(GROUPS["files"]) :])
-"""Settings of an erasure that a comparison sets itself."""
+"""Settings of an erasure that the comparison sets itself."""
 
 
 @dataclasses.dataclass
 class Compare:
     """Erase with several divergences and seeds, plot erased against retained, and recommend one.
 
-    OUT receives comparison.html, its charts as .svg, comparison.md, comparison.json, one line per run in runs.jsonl,
-    and in cache/ the data that runs share, which may be deleted. The same command resumes an interrupted comparison;
-    with more divergences, values of s0 or seeds it adds the missing runs.
+    OUT receives comparison.html, its charts as .svg, comparison.md, comparison.json and runs.jsonl with one line per
+    run. Its folder cache/ holds data that runs share; you may delete it. The same command resumes an interrupted
+    comparison. With more divergences, values of s0 or seeds, it adds the missing runs.
     """
 
     examples: ClassVar[tuple[str, ...]] = (
@@ -48,19 +48,20 @@ class Compare:
     anchor: str
     """Concept that replaces it."""
     out: Path
-    """Folder for the results: a new or empty one, or that of a comparison with the same settings."""
+    """Folder for the results: a new or empty folder, or the folder of a comparison with the same settings."""
     divergences: str | None = None
-    """Names listed by `fdu divergences`, separated by commas."""
+    """Names listed by `fdu divergences`, separated by commas. Default without --alpha:
+    mse,squared_hellinger,jensen_shannon,pearson_chi2."""
     alpha: str | None = None
-    """Alpha divergences as low:high:count, such as -1:2:7; at 0 and 1 these are reverse_kl and kl."""
+    """Alpha divergences as low:high:count, such as -1:2:7. At 0 and 1 these are reverse_kl and kl."""
     s0: tuple[float, ...] = (EraseConfig.s0,)
     """Values of s0, the median of s at the start, > 0. Larger values make divergences differ more."""
     seeds: int = 3
-    """Runs per divergence and s0, with seeds 0, 1, ...; >= 1."""
+    """Runs per divergence and value of s0, >= 1. They use the seeds 0, 1, ..."""
     prefer: Literal["preservation", "balanced", "erasure"] = "balanced"
-    """Criterion of the recommendation; the page shows all three."""
+    """Criterion of the recommendation. The page shows all three."""
     images_per_class: int = 32
-    """Images per class for the judge, >= 2; fewer than 6 of the target are too few to name a winner."""
+    """Images per class for the judge, >= 2. Naming a winner takes at least 6."""
     prompts: str | None = None
     """Prompts to draw, as for `fdu evaluate`: a concept set of the package or a .txt file in that format. Default: the
     set with the target's name, otherwise the training prompts and everyday subjects. The embedded pipeline has its
@@ -83,23 +84,20 @@ class Compare:
     settings: Annotated[OmitArgPrefixes[Settings], arg(name="")] = dataclasses.field(default_factory=grouped(OWN))
 
     def prepare(self, command: str) -> Callable[[], None]:
-        """Check everything; the work is what comes back."""
-        from fdu.comparison import judged as judging
-        from fdu.comparison.output_folder import CACHE, RUNS, check_folder, write_record
+        """Check the arguments and return the work."""
         from fdu.comparison.plan import Candidate, Comparison, Drawing, distinct, read_alpha
 
         model = subject_of(self.model)
         if self.judge is not None:
             check_encoder(self.judge)
-        if self.seeds < 1:
-            raise ValueError(f"seeds must be >= 1, got {self.seeds}")
-        if self.workers is not None and self.workers < 1:
-            raise ValueError(f"workers must be >= 1, got {self.workers}")
+        check_number("seeds", self.seeds, Count)
+        if self.workers is not None:
+            check_number("workers", self.workers, Count)
         base = self.settings.checked()
         check_resolution(model.folder, base.resolution)
         names = [] if self.divergences is None else [name.strip() for name in self.divergences.split(",")]
         names += [] if self.alpha is None else read_alpha(self.alpha)
-        divergences, alike = distinct(names or DEFAULT.split(","), base.variational)
+        divergences, same_as = distinct(names or DEFAULT.split(","), base.variational)
         comparison = Comparison(
             model=self.model,
             pairs=((self.target, self.anchor),),
@@ -117,18 +115,21 @@ class Compare:
             prompts=self.prompts,
             judge=self.judge,
         )
-        judging.check(comparison)
+        comparison.check_names()
+        from fdu.comparison.results import CACHE, RUNS, check_folder, former_runs, read_results, write_record
+
         check_folder(self.out, comparison)
         workers = self.workers or (_cores() if comparison.device == "cpu" and model.light else 1)
 
         def work() -> None:
-            from fdu.comparison.page import PAGE, describe, table, write_page
-            from fdu.comparison.results import read_results
+            from fdu.comparison.page import PAGE, table, write_page
             from fdu.comparison.runs import jobs
             from fdu.comparison.sweep import sweep
 
-            for name, other in alike.items():
+            for name, other in same_as.items():
                 print(f"{name} trains the same model as {other} and is not run again.")
+            if former := former_runs(self.out):
+                print(f"{self.out} holds {former} runs that this version of fdu cannot read; all runs are made again.")
             write_record(self.out, comparison, command)
             try:
                 sweep(jobs(comparison, self.out / CACHE), self.out / RUNS, min(workers, len(comparison.runs())))
@@ -139,9 +140,9 @@ class Compare:
             chosen = results.recommendations[self.prefer]
             settings = chosen.candidate.settings
             again = self._erase_command({**base.as_dict(), **settings}, settings) if chosen.usable else ""
-            write_page(self.out, results, self.prefer, alike, command, again, model.notes)
-            write_record(self.out, comparison, command, describe(results))
-            print(f"\n{table(results.standings, alike)}\n{chosen.headline}. {' '.join(chosen.sentences)}")
+            write_page(self.out, results, self.prefer, same_as, command, again, model.notes)
+            write_record(self.out, comparison, command, results)
+            print(f"\n{table(results.standings, same_as)}\n{chosen.headline}. {' '.join(chosen.sentences)}")
             if results.mixed:
                 print(results.mixed_note)
             print(f"\npage     {self.out / PAGE}" + (f"\nto run it: {again}" if again else ""))
@@ -149,19 +150,16 @@ class Compare:
         return work
 
     def _draw_settings(self) -> dict[str, Any]:
-        """How judged images are drawn."""
-        chosen: dict[str, Any] = {
-            "num_inference_steps": self.judged_inference_steps,
-            "guidance_scale": self.judged_guidance_scale,
-        }
-        given = {name: value for name, value in chosen.items() if value is not None}
+        """The settings of sampling for judged images."""
+        typed = {"num_inference_steps": self.judged_inference_steps, "guidance_scale": self.judged_guidance_scale}
+        given: dict[str, Any] = {name: value for name, value in typed.items() if value is not None}
         try:
             return dataclasses.replace(subject_of(self.model).sampling, **given).settings()
         except ValueError as error:
             raise ValueError(f"judged_{str(error).removeprefix('num_')}") from None
 
     def _erase_command(self, settings: Mapping[str, Any], always: Collection[str]) -> str:
-        """The command line of an erasure as the runs made it: what ``always`` names, and what is not the default."""
+        """The command line of such an erasure, with the settings in ``always`` and all that are not the default."""
         words = ["fdu", "erase", self.model, "--target", self.target, "--anchor", self.anchor]
         defaults = EraseConfig().as_dict()
         for name, value in settings.items():
@@ -172,10 +170,10 @@ class Compare:
             words += ["--concept_type", self.concept_type]
         if self.dtype != "auto":
             words += ["--dtype", self.dtype]
-        # Always: the two commands need not have one default, nor auto find the same device twice.
+        # The device is always named, because auto may find another device next time.
         return shlex.join([*words, "--device", choose_device(self.device), "--out", "erased"])
 
 
 def _cores() -> int:
-    """The cores that this process may use."""
+    """The number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

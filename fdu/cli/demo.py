@@ -1,4 +1,4 @@
-"""``fdu demo``: erase a concept from the embedded pipeline, judge it, report it."""
+"""``fdu demo``: erase a concept from the embedded pipeline, judge the result, and report it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Annotated, ClassVar
 from tyro.conf import OmitArgPrefixes, arg
 
 import fdu
-from fdu.cli.settings import Settings, grouped
+from fdu.cli.options import Settings, grouped
 from fdu.config import Count, check_number
 from fdu.storage.loading import check_resolution, choose_device, describe_device
 from fdu.subjects.registry import subject_of
@@ -24,7 +24,7 @@ class Demo:
     """Erase a digit or an ink colour from the embedded pipeline, evaluate the result, and write a report.
 
     Needs no download and no GPU. OUT receives metrics.json, report.html, before-after.png and the weights in erased/.
-    The output of an earlier demo is replaced.
+    A demo replaces the output of an earlier demo.
     """
 
     examples: ClassVar[tuple[str, ...]] = (
@@ -46,7 +46,7 @@ class Demo:
     settings: Annotated[OmitArgPrefixes[Settings], arg(name="")] = dataclasses.field(default_factory=grouped())
 
     def prepare(self, command: str) -> Callable[[], None]:
-        """Check everything; the work is what comes back."""
+        """Check the arguments and return the work."""
         check_number("images_per_class", self.images_per_class, Count)
         model = subject_of("embedded")
         ((target, anchor),) = model.pairs([self.target], [self.anchor])
@@ -76,18 +76,16 @@ class Demo:
                 conditions = Conditions(seed, model.sampling, panel.judge, "float32")
                 run = EvaluatedRun.of(evaluation, panel.probes, before, after, *told, conditions=conditions)
                 write_run(folder, run)
-            print(f"\n{summary(evaluation, panel.probes)}")
-            print()
-            print(f"report   {self.out / REPORT}")
-            print(f"figures  {self.out / METRICS_FILE}")
-            print(f"picture  {self.out / PICTURE}")
-            print(f"weights  {self.out / WEIGHTS}")
+            print(f"\n{summary(evaluation, panel.probes)}\n")
+            written = {"report": REPORT, "figures": METRICS_FILE, "picture": PICTURE, "weights": WEIGHTS}
+            for name, file in written.items():
+                print(f"{name:8} {self.out / file}")
 
         return work
 
 
 def check_demo_output(folder: Path) -> None:
-    """As :func:`fdu.storage.output.check_output`, but the output of an earlier demo may be replaced.
+    """Like :func:`fdu.storage.output.check_output`, but allow the output of an earlier demo.
 
     Raises:
         FileExistsError: the folder holds anything else.

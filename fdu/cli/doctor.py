@@ -13,8 +13,6 @@ from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from fdu.cli.exits import FAILED
-
 if TYPE_CHECKING:
     from packaging.specifiers import SpecifierSet
 
@@ -24,14 +22,12 @@ OPTIONAL = {
     "pybind11": ("building the compiled kernels", "pip install pybind11"),
     "scikit-learn": ("retraining the embedded pipeline", "pip install scikit-learn"),
 }
-"""Distributions that only some of fdu uses: for what, and how to get them. It runs without them."""
+"""Optional distributions, with their use and the command that installs them."""
 MODULES = {"pillow": "PIL"}
 """Import names that differ from the distribution's."""
 LITTLE_DISK = 2 << 30
 """Bytes; a full pipeline of Stable Diffusion in fp16 takes about this much."""
 
-REBUILD = ".venv/bin/pip install --no-deps --no-build-isolation --editable ."
-"""Rebuilds the compiled kernels of a checkout."""
 BACKEND_REMEDIES = (
     (
         "cannot run the cuda kernels",
@@ -48,16 +44,20 @@ BACKEND_REMEDIES = (
     ("ninja", "pip install ninja"),
     ("pybind11", "pip install pybind11"),
     ("compiler|g\\+\\+|c\\+\\+|gcc|clang", "install a C++20 compiler, such as: apt install g++"),
-    ("compiled|built|build|extension|_c\\b", "pip install --force-reinstall --no-deps fdu; in a checkout, " + REBUILD),
+    (
+        "compiled|built|build|extension|_c\\b",
+        "pip install --force-reinstall --no-deps fdu; in a checkout, "
+        ".venv/bin/pip install --no-deps --no-build-isolation --editable .",
+    ),
 )
-"""First pattern found in the reason of a backend that cannot run, and what mends it."""
+"""Patterns in the reason why a backend cannot run, each with its remedy; the first match counts."""
 
 State = Literal["ok", "note", "fault"]
 
 
 @dataclasses.dataclass
 class Doctor:
-    """Check whether fdu can run here: versions, devices, kernels, disk; and how to fix each fault.
+    """Check whether fdu can run here: versions, devices, kernels, disk. Show how to fix each fault.
 
     Exit code 0 if fdu can run, otherwise 1.
     """
@@ -65,30 +65,29 @@ class Doctor:
     examples: ClassVar[tuple[str, ...]] = ("fdu doctor",)
 
     def prepare(self, command: str) -> Callable[[], None]:
-        """Nothing to check; the work is what comes back."""
+        """Return the work; there is nothing to check."""
 
         def work() -> None:
             findings = examine()
             print(render(findings))
-            if not healthy(findings):
-                sys.exit(FAILED)
+            sys.exit(0 if healthy(findings) else 1)
 
         return work
 
 
 @dataclasses.dataclass(frozen=True)
 class Finding:
-    """One thing looked at."""
+    """The outcome of one check."""
 
     subject: str
     state: State
-    """"note": fdu runs without it; "fault": it does not."""
+    """"note": fdu runs without it; "fault": fdu cannot run."""
     detail: str
     remedy: str = ""
 
 
 def examine() -> list[Finding]:
-    """Look at everything. Never raises: what cannot be looked at is a finding as well."""
+    """Make all checks. Never raises: a check that fails is a finding, too."""
     findings = [Finding("python", "ok", f"{platform.python_version()} on {platform.platform()}")]
     for look in (_packages, _devices, _kernels, _embedded, _disk):
         try:
@@ -119,7 +118,7 @@ def render(findings: list[Finding]) -> str:
 
 
 def requirements() -> dict[str, SpecifierSet]:
-    """The distributions that fdu's own metadata require here, extras left out, with the versions that will do."""
+    """The distributions that fdu's metadata require here, without extras, and the versions allowed."""
     from packaging.requirements import Requirement
 
     found = [Requirement(line) for line in requires("fdu") or ()]
@@ -130,7 +129,7 @@ def _packages() -> list[Finding]:
     try:
         required = {name: versions for name, versions in requirements().items() if name not in OPTIONAL}
     except PackageNotFoundError:
-        return [Finding("packages", "note", "fdu is not installed, so what it requires is not known", "pip install .")]
+        return [Finding("packages", "note", "fdu is not installed, so its requirements are unknown", "pip install .")]
     findings = [_required(name, versions) for name, versions in required.items()]
     return findings + [_optional(name, *use) for name, use in OPTIONAL.items()]
 
@@ -146,7 +145,7 @@ def _required(name: str, versions: SpecifierSet) -> Finding:
     except PackageNotFoundError:
         return Finding(name, "ok", "version unknown")
     if not versions.contains(found, prereleases=True):
-        return Finding(name, "fault", f"{found} is here but fdu needs {versions}", remedy)
+        return Finding(name, "fault", f"{found} is installed, but fdu needs {versions}", remedy)
     return Finding(name, "ok", found)
 
 
@@ -165,7 +164,7 @@ def _devices() -> list[Finding]:
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
             gpu = torch.cuda.get_device_properties(index)
-            # Builds for AMD's GPUs call them cuda as well.
+            # Builds for AMD's GPUs use the name cuda, too.
             capability = f"sm_{gpu.major}{gpu.minor}" if hip is None else gpu.gcnArchName
             detail = f"{gpu.name}, {gpu.total_memory / 2**30:.0f} GiB, {capability}"
             findings.append(Finding(f"cuda:{index}", "ok", detail))
@@ -196,13 +195,13 @@ def _kernels() -> list[Finding]:
         if reason is None:
             findings.append(Finding(subject, "ok", "can run"))
         else:
-            # The eager reference serves every device, so only its loss is one that nothing else makes good.
+            # The eager reference serves every device, so fdu can run without any other backend.
             findings.append(Finding(subject, "fault" if name == "torch" else "note", reason, remedy_for(reason)))
     return findings
 
 
 def remedy_for(reason: str) -> str:
-    """What mends a backend that cannot run for ``reason``; "" if nothing general is known."""
+    """The remedy if a backend cannot run for ``reason``; "" if none is known."""
     return next((remedy for pattern, remedy in BACKEND_REMEDIES if re.search(pattern, reason.lower())), "")
 
 
@@ -221,6 +220,6 @@ def _disk() -> list[Finding]:
     free = shutil.disk_usage(Path.cwd()).free
     detail = f"{free / 2**30:.1f} GiB free here"
     if free < LITTLE_DISK:
-        detail += ": little for a full pipeline, enough for LoRA weights"
+        detail += ": enough for LoRA weights, too little for a full pipeline"
         return [Finding("disk", "note", detail, "free some space")]
     return [Finding("disk", "ok", detail)]

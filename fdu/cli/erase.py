@@ -13,7 +13,7 @@ from typing import Annotated, ClassVar, Literal
 from tyro.conf import OmitArgPrefixes, Positional, UseAppendAction, arg
 
 import fdu
-from fdu.cli.settings import Settings, grouped
+from fdu.cli.options import Settings, grouped
 from fdu.config import TRAIN_METHODS
 from fdu.storage.loading import (
     Dtype,
@@ -47,18 +47,18 @@ class Erase:
     """Concept to erase: a name, or a .txt file with one prompt per line. Repeat the option for further concepts."""
     anchor: UseAppendAction[tuple[str, ...]]
     """Concept that replaces the target, in the same forms: a superclass ("painting"), another concept, or "" for
-    nothing; the embedded pipeline does not know "", use "digit" there. One for all targets, or one per target in their
-    order."""
+    nothing. The embedded pipeline does not know ""; use "digit" there. Give one anchor for all targets, or one per
+    target in the same order."""
     out: Path
     """Folder for the result."""
     concept_type: UseAppendAction[tuple[Literal["object", "style"], ...]] = ()
-    """Phrasings for the names. Default: object. One for all targets, or one per target. The embedded pipeline has its
+    """Phrasings for the names, one for all targets or one per target. Default: object. The embedded pipeline has its
     own."""
     save_as: SaveAs = "auto"
     """Format of the result: lora (diffusers), kohya (ComfyUI, A1111, Forge), pipeline (a whole folder) or delta (the
     changed weights in safetensors). auto: lora if adapters were trained, otherwise pipeline."""
     overwrite: bool = False
-    """Replace OUT if fdu wrote it; anything else is never replaced."""
+    """Replace OUT if fdu wrote it. Other files are never replaced."""
     dtype: Dtype = "auto"
     """Dtype of the weights. auto: float32, or the dtype of --mixed_precision."""
     device: str = "auto"
@@ -66,7 +66,7 @@ class Erase:
     settings: Annotated[OmitArgPrefixes[Settings], arg(name="")] = dataclasses.field(default_factory=grouped())
 
     def prepare(self, command: str) -> Callable[[], None]:
-        """Check everything; the work is what comes back."""
+        """Check the arguments and return the work."""
         from fdu.storage.output import check_output, clear_run, strangers, whole_folder
         from fdu.storage.writers import choose_format
 
@@ -93,7 +93,7 @@ class Erase:
         inputs = files + [str(folder) for folder in [model.folder] if folder]
         check_output(self.out, self.overwrite, result_bytes(model.folder, config.train_method, self.save_as), inputs)
         dtype = check_dtype(self.dtype, config.mixed_precision)
-        if not files:  # what prompts of a file mean, the pipeline cannot know
+        if not files:  # the pipeline cannot know the meaning of prompts from a file
             config = model.with_preserved(config, [target.name for target, _ in pairs])
         device = choose_device(self.device)
 
@@ -125,7 +125,7 @@ class Erase:
 
 
 def _loading_line(model: Subject, out: Path, format: str, train_method: str) -> str:
-    """How the result is loaded."""
+    """How to load the result."""
     base = model.loading_code
     by_fdu = f"In Python:\n  pipeline = {base}; fdu.load_weights(pipeline, {str(out)!r})"
     if format == "kohya":
@@ -139,7 +139,7 @@ def _loading_line(model: Subject, out: Path, format: str, train_method: str) -> 
 
 
 def _tidy_checkpoints(folder: Path) -> None:
-    """After a run that did not end well: say what can go on, or leave nothing."""
+    """After a run that failed: name the checkpoint to resume from, or remove the empty folder."""
     from fdu.storage.output import clear_run
 
     if any(folder.glob("checkpoint-*")):

@@ -1,7 +1,7 @@
-"""The technique ``fdu`` of eval-unlearn, a benchmark of concept erasure: it finds this class by its entry point.
+"""The technique ``fdu`` of eval-unlearn, a benchmark of concept erasure, which finds this class by an entry point.
 
-Written for eval-unlearn 1.1.2. Techniques there have no base class: eval-unlearn constructs one from the keys of
-``technique.config`` and calls ``generate``. So this file imports nothing from it, and torch and diffusers only on use.
+Written for eval-unlearn 1.1.2. Its techniques have no base class: eval-unlearn constructs one from the keys of
+``technique.config`` and calls ``generate``. This file imports nothing from it, and torch and diffusers only on use.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 BASE_MODEL = "CompVis/stable-diffusion-v1-4"
-"""What most of eval-unlearn's own techniques erase from."""
+"""The model that most of eval-unlearn's own techniques erase from."""
 
 
 class Technique:
-    """A pipeline with a concept erased, by ``fdu.erase`` or by weights that are there already.
+    """A pipeline with a concept erased, by ``fdu.erase`` or by saved weights.
 
-    Names that eval-unlearn's own techniques have mean what they mean there.
+    Arguments that eval-unlearn's own techniques have, too, have the same meaning.
     """
 
     def __init__(
@@ -53,23 +53,23 @@ class Technique:
         guidance_scale: float = 7.5,
         **unknown: Any,
     ) -> None:
-        """Erase, or load what was erased.
+        """Erase a concept, or load an erasure.
 
         Args:
-            erase_concept: the target: a name, or a ``.txt`` file of prompts. Beside ``load_path`` eval-unlearn alone
+            erase_concept: the target: a name, or a ``.txt`` file of prompts. With ``load_path``, only eval-unlearn
                 reads it, for its reports and to allow metrics.
-            anchor_concept: what takes its place, in the same forms; "" for nothing.
-            concept_type: "object" or "style": the phrasings that names are put into.
-            settings: those of the erasure, by the names of :class:`fdu.EraseConfig`.
-            load_path: weights that :func:`fdu.load_weights` reads, or an erased pipeline's folder.
-            model_id: the pipeline to erase from, or that the weights are for: a folder or a hub id.
-            device: cpu, cuda or mps; None: the first accelerator there is.
-            dtype: of the weights; "auto" is float32, or the type of the setting ``mixed_precision``.
-            num_inference_steps: denoising steps an image of the benchmark. Those of the erasure are in ``settings``.
-            guidance_scale: of classifier-free guidance, likewise.
+            anchor_concept: the concept that replaces it, in the same forms; "" for nothing.
+            concept_type: the phrasings for names, "object" or "style".
+            settings: settings of the erasure, by the names of :class:`fdu.EraseConfig`.
+            load_path: weights that :func:`fdu.load_weights` reads, or the folder of an erased pipeline.
+            model_id: the pipeline to erase from, or the base of the weights: a folder or a hub id.
+            device: cpu, cuda or mps. None: the first accelerator found.
+            dtype: dtype of the weights. "auto": float32, or the dtype of the setting ``mixed_precision``.
+            num_inference_steps: sampling steps per image of the benchmark; ``settings`` has those of the erasure.
+            guidance_scale: classifier-free guidance scale of the benchmark's images.
 
         Raises:
-            ValueError, TypeError, FileNotFoundError: a wrong argument, named, before any work is done.
+            ValueError, TypeError, FileNotFoundError: a wrong argument; raised before any work.
             OSError: the model or the weights cannot be loaded.
             RuntimeError: the erasure failed, see :func:`fdu.erase`.
         """
@@ -98,21 +98,21 @@ class Technique:
             else:
                 pipeline = load_erased(model.load(precision, place), load_path)
         if getattr(pipeline, "safety_checker", None) is not None:
-            pipeline.safety_checker = None  # it would black out what the benchmark is to count
+            pipeline.safety_checker = None  # it would black out images that the benchmark counts
         pipeline.set_progress_bar_config(disable=True)
         self.pipeline: DiffusionPipeline = pipeline
         self.drawing = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
 
     def generate(self, prompts: Sequence[str], seed: int | None = None, **drawing: Any) -> list[Image]:
-        """Draw an image of each prompt, one at a time.
+        """Draw one image per prompt, one at a time.
 
-        Image i has the noise of ``seed + i``, drawn on the pipeline's device, as in eval-unlearn's technique
-        ``free_run``: with the same seed that one shows what the model drew before. Without a seed, torch's own state.
+        Image i has the noise of ``seed + i``, drawn on the pipeline's device, as eval-unlearn's technique ``free_run``
+        draws it: with the same seed it shows the images before the erasure. Without a seed, torch's state decides.
 
         Args:
-            prompts: what to draw.
-            seed: of the first image.
-            drawing: further arguments of the pipeline, also in place of those in the configuration.
+            prompts: the prompts.
+            seed: seed of the first image.
+            drawing: further arguments of the pipeline, which override those in the configuration.
         """
         import torch
 
@@ -124,7 +124,7 @@ class Technique:
 
 
 def _unknown(name: str) -> str:
-    """What to say of a key that eval-unlearn's own techniques would pass over."""
+    """The message for a key that eval-unlearn's own techniques would ignore."""
     if name in EraseConfig.field_names():
         return f"{name} is a setting of the erasure; put it into settings: {{{name!r}: ...}}"
     known = [key for key in Technique.__init__.__annotations__ if key not in ("unknown", "return")]

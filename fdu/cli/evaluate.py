@@ -1,4 +1,4 @@
-"""``fdu evaluate``: draw before and after an erasure, and measure both with independent judges and metrics."""
+"""``fdu evaluate`` draws before and after an erasure and measures both; ``fdu report`` regenerates its page."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass
 class Evaluate:
-    """Draw with a pipeline before and after an erasure; report whether the concept is gone and what else changed.
+    """Draw images before and after an erasure; report whether the concept is gone and what else changed.
 
-    A classifier judges the embedded pipeline; CLIP, zero-shot, judges other models.
+    A classifier judges the embedded pipeline. CLIP, used zero-shot, judges other models.
     """
 
     examples: ClassVar[tuple[str, ...]] = (
@@ -51,10 +51,10 @@ class Evaluate:
     base: Positional[str]
     """The pipeline before: a folder, a hub id (org/name), or "embedded"."""
     erased: Positional[str]
-    """Folder written by `fdu erase` or ErasureResult.save; or weights from elsewhere, in any format that
+    """Folder written by `fdu erase` or ErasureResult.save, or weights from another program in any format that
     fdu.load_weights reads."""
     target: str | None = None
-    """Erased concept. Default: the one recorded in ERASED or in --prompts. If several were erased: the one to judge."""
+    """Erased concept. Default: the one recorded in ERASED or in --prompts. Required if several were erased."""
     prompts: str | None = None
     """Prompts to draw: a concept set of the package ("van gogh", monet, r2d2, snoopy, "grumpy cat", nemo), or a .txt
     file in that format (see fdu/subjects/prompts.txt). Default: the set with the target's name, otherwise the training
@@ -76,25 +76,25 @@ class Evaluate:
         tuple[Literal["phrasings", "attack", "relearning"], ...] | None,
         arg(metavar="[{phrasings,attack,relearning} ...]"),
     ] = None
-    """Also test whether the erasure holds: against other phrasings, against an attack on the text embedding, against
-    relearning from a few images. Without names: all three."""
+    """Also test whether the erasure holds against other phrasings, an attack on the text embedding, and relearning
+    from a few images. Without names: all three."""
     robustness_batch_size: int | None = None
     """Images at a time in the robustness tests, which also train and need more memory. Default: BATCH_SIZE for
     drawing, 16 for training."""
     phrasings: Path | None = None
-    """Text file for the test "phrasings": sections such as [paraphrases], one prompt per line. Default: the sets of
-    fdu."""
+    """Text file for the test "phrasings": sections such as [paraphrases], one prompt per line. Default: the prompt sets
+    of fdu."""
     out: Path | None = None
     """Folder for metrics.json, images and report.html."""
     overwrite: bool = False
-    """Replace OUT if fdu wrote it; anything else is never replaced."""
+    """Replace OUT if fdu wrote it. Other files are never replaced."""
     dtype: Dtype = "auto"
     """Dtype of the pipeline's weights. auto: float32."""
     device: str = "auto"
     """Device to run on: cpu, cuda, mps, or auto for the first accelerator found."""
 
     def prepare(self, command: str) -> Callable[[], None]:
-        """Check everything; the work is what comes back."""
+        """Check the arguments and return the work."""
         from fdu.storage.output import METRICS_FILE, check_output, whole_folder
 
         base = subject_of(self.base, "BASE")
@@ -136,7 +136,7 @@ class Evaluate:
             if tests is not None:
                 tests.before(pipeline)
             if (Path(self.erased) / PIPELINE_FILE).is_file():
-                # Two models would not fit where one does.
+                # Two models may not fit into memory.
                 del pipeline
                 release_memory()
                 pipeline = load_model(self.erased, dtype, device)
@@ -155,7 +155,7 @@ class Evaluate:
                     with whole_folder(self.out, overwrite) as folder:
                         write_run(folder, EvaluatedRun.of(evaluation, probes, before, after, *told))
 
-            # The tests take long and more memory: what is known is kept before each of them.
+            # The tests take long and need more memory, so all results so far are saved before each of them.
             write(self.overwrite)
             for _ in tests.each_after(pipeline) if tests else ():
                 write(overwrite=True)
@@ -186,30 +186,30 @@ class Evaluate:
         return dataclasses.replace(defaults, **{name: value for name, value in given.items() if value is not None})
 
     def _target(self, erased: list[str]) -> str:
-        """What was erased, from what was typed or from the record."""
+        """The erased concept, from the command line or from the record."""
         target = self.target or (erased[0] if len(erased) == 1 else None)
         if target is None:
-            told = f"says that it erased {' and '.join(erased)}" if erased else "does not tell what was erased"
+            told = f"records that it erased {' and '.join(erased)}" if erased else "does not record the erased concept"
             raise ValueError(f"target is missing: ERASED {self.erased!r} {told}; add --target")
         return target
 
     def _phrasing_sets(self, exam: Exam) -> PromptSets:
-        """The prompt sets of the test "phrasings"; none if it is not asked for."""
+        """The prompt sets of the test "phrasings"; empty without that test."""
         if self.robustness is None:
             for name in ("phrasings", "robustness_batch_size"):
                 if getattr(self, name) is not None:
-                    raise ValueError(f"{name} belongs to the tests of --robustness; add that, or leave it out")
+                    raise ValueError(f"{name} has no effect without --robustness; add that option, or leave {name} out")
             return {}
         if self.robustness and "phrasings" not in self.robustness:
             if self.phrasings is not None:
-                raise ValueError("phrasings belongs to the test of that name; add it to --robustness, or leave it out")
+                raise ValueError("phrasings has no effect without the test of that name; add it to --robustness")
             return {}
         from fdu.evaluation.robustness.phrasings import packaged_sets, read_sets
 
         return read_sets(self.phrasings, exam.target) if self.phrasings else packaged_sets(exam.kind, exam.target)
 
     def _examination(self, probe: fdu.Probe, sets: PromptSets, sampling: Sampling) -> Examination | None:
-        """The tests of robustness that were asked for, with images drawn as for the evaluation."""
+        """The requested tests of robustness, with images drawn as for the evaluation; None if there are none."""
         if self.robustness is None:
             return None
         from fdu.evaluation.robustness import TESTS, AttackConfig, Examination, JudgedSampling, RelearningConfig
@@ -223,3 +223,28 @@ class Evaluate:
             relearning_config=RelearningConfig(**size),
             drawing=JudgedSampling(images=self.images_per_class, seed=self.seed, **{**sampling.settings(), **size}),
         )
+
+
+@dataclasses.dataclass
+class Report:
+    """Regenerate the report of an evaluation, a self-contained HTML page, and its picture.
+
+    `fdu evaluate --out` and `fdu demo` write both, too; this command uses their figures and images.
+    """
+
+    examples: ClassVar[tuple[str, ...]] = ("fdu report demo-out", "fdu report evaluation")
+
+    run: Positional[Path]
+    """Folder written by `fdu evaluate --out` or `fdu demo`. It receives report.html and before-after.png."""
+
+    def prepare(self, command: str) -> Callable[[], None]:
+        """Check the arguments and return the work."""
+        from fdu.report import PICTURE, check_run, make_report
+
+        check_run(self.run)
+
+        def work() -> None:
+            path = make_report(self.run)
+            print(f"report   {path}\npicture  {self.run / PICTURE}")
+
+        return work

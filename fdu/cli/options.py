@@ -1,4 +1,4 @@
-"""Unknown commands and options: refused in one line, with the closest match."""
+"""The options of the commands: the settings of an erasure in groups, the help, and the hints for mistyped names."""
 
 from __future__ import annotations
 
@@ -6,9 +6,21 @@ import dataclasses
 import difflib
 import itertools
 from collections.abc import Collection, Mapping, Sequence
+from functools import cache
+from typing import Annotated, Any, get_type_hints
 
-from fdu.cli.settings import Settings
+import tyro
 
+from fdu.config import EraseConfig
+
+GROUPS = {
+    "basic": "train_method",
+    "divergence": "divergence",
+    "training": "gradient_accumulation_steps",
+    "memory": "mixed_precision",
+    "files": "cache_dir",
+}
+"""The groups of settings in the help, each with its first setting; the order is that of EraseConfig."""
 OTHER_NAMES = {
     "steps": "max_train_steps",
     "num_train_steps": "max_train_steps",
@@ -26,8 +38,72 @@ OTHER_NAMES = {
 """Names of options in other programs."""
 
 
+class Settings:
+    """The settings on a command line: a dataclass with one dataclass per group. See :func:`grouped`."""
+
+    def typed(self) -> dict[str, Any]:
+        """Every setting by name."""
+        return {name: value for group in vars(self).values() for name, value in vars(group).items()}
+
+    def checked(self, **others: Any) -> EraseConfig:
+        """The settings, checked; ``others`` replace those that are None.
+
+        Raises:
+            ValueError, TypeError: as :class:`fdu.EraseConfig`.
+        """
+        typed = self.typed()
+        return EraseConfig(**typed | {name: value for name, value in others.items() if typed[name] is None})
+
+
+@cache
+def grouped(without: Collection[str] = ()) -> type[Settings]:
+    """The class of the settings on a command line, except those in ``without``."""
+    hints, help_texts, fields = get_type_hints(EraseConfig), helps(EraseConfig), EraseConfig.__dataclass_fields__
+    groups = []
+    starts = [*map(list(fields).index, GROUPS.values()), len(fields)]
+    for title, start, end in zip(GROUPS, starts, starts[1:], strict=False):
+        options = [
+            (name, _option(hints[name], help_texts[name]), dataclasses.field(default=fields[name].default))
+            for name in list(fields)[start:end]
+            if name not in without
+        ]
+        if options:
+            group = dataclasses.make_dataclass(title, options, frozen=True)
+            groups.append((title, Annotated[group, tyro.conf.arg(help="")], dataclasses.field(default_factory=group)))
+    return dataclasses.make_dataclass("Settings", groups, bases=(Settings,), frozen=True)
+
+
+def described(command: type) -> type:
+    """The command's dataclass with the help of its own options as tyro should print it."""
+    hints, help_texts = get_type_hints(command, include_extras=True), helps(command)
+    options = [
+        (field.name, _option(hints[field.name], help_texts[field.name]), field)
+        for field in dataclasses.fields(command)
+        if field.name in help_texts
+    ]
+    namespace = {"__doc__": command.__doc__, "__module__": command.__module__}
+    return dataclasses.make_dataclass(command.__name__, options, bases=(command,), namespace=namespace)
+
+
+def helps(kind: type) -> dict[str, str]:
+    """The docstrings of a dataclass's fields, each in one paragraph."""
+    import docstring_parser
+
+    found = docstring_parser.parse_from_object(kind).params
+    return {one.arg_name: " ".join(one.description.split()) for one in found if one.description}
+
+
+def _option(hint: Any, text: str) -> Any:
+    """The hint with its help. By itself, tyro would show None and False as defaults."""
+
+    def default(label: str) -> str:
+        return "" if label in ("", "None", "False") or "MISSING" in label else f"(default: {label})"
+
+    return Annotated[hint, tyro.conf.arg(help=text, help_behavior_hint=default)]
+
+
 def check_typed(arguments: Sequence[str], commands: Mapping[str, type]) -> None:
-    """Raise ValueError for an unknown command, an unknown option, and names that follow one that an option takes."""
+    """Raise ValueError for an unknown command, an unknown option, or several names after an option that takes one."""
     command, *rest = arguments
     if command.startswith("-"):
         return
@@ -44,7 +120,7 @@ def check_typed(arguments: Sequence[str], commands: Mapping[str, type]) -> None:
             hint = _meant(name, options, "--")
             raise ValueError(f"there is no option --{typed}{hint}; fdu {command} --help lists the options")
         values = list(itertools.takewhile(lambda value: not value.startswith("--"), rest[i + 1 :]))
-        # The model may come last: it is the first word otherwise.
+        # If the first word is an option, the last value may be the model.
         if name in repeated and "=" not in word and len(values) > 1 and not rest[0].startswith("-"):
             again = " ".join(f"--{typed} {value}" for value in values)
             raise ValueError(f"--{typed} takes one name; repeat the option for each further name: {again}")

@@ -19,21 +19,21 @@ from fdu.cli.demo import Demo
 from fdu.cli.divergences import Divergences
 from fdu.cli.doctor import Doctor
 from fdu.cli.erase import Erase
-from fdu.cli.evaluate import Evaluate
-from fdu.cli.exits import FAILED, INTERRUPTED, OK, USAGE
-from fdu.cli.options import check_typed
-from fdu.cli.report import Report
-from fdu.cli.settings import described
+from fdu.cli.evaluate import Evaluate, Report
+from fdu.cli.options import check_typed, described
+
+OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
+"""The exit codes: done; a run failed; wrong arguments, nothing was done; Ctrl-C."""
 
 
 class Command(Protocol):
     """A subcommand: a dataclass whose fields are its arguments and whose docstring is its help."""
 
     examples: ClassVar[tuple[str, ...]]
-    """Command lines that end the help."""
+    """Command lines at the end of the help."""
 
     def prepare(self, command: str) -> Callable[[], None]:
-        """Check everything, before any work; the work is what comes back. ``command`` is the line that was typed."""
+        """Check all arguments of the command line ``command`` and return a function that does the work."""
 
 
 COMMANDS: dict[str, type[Command]] = {
@@ -51,9 +51,9 @@ EXAMPLES = (
     "fdu erase org/model --target 'van gogh' --anchor painting --concept_type style --out erased",
     "fdu doctor",
 )
-"""Command lines that end the help of ``fdu`` itself."""
+"""Command lines at the end of the help of ``fdu`` itself."""
 USER_ERRORS = (ValueError, TypeError, OSError, RuntimeError)
-"""Errors that a user can cause, shown in a line or two; anything else is a bug and keeps its traceback."""
+"""Errors that a user can cause, shown in one or two lines. Any other error is a bug and keeps its traceback."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -77,7 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("\nfdu: interrupted; no partial output is left", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:
-        # The reader of our output has closed the pipe; what is still buffered has nowhere to go.
+        # The reader has closed the pipe, so the rest of the output is discarded.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return OK
     except USER_ERRORS as error:
@@ -95,7 +95,7 @@ def parse(arguments: list[str]) -> Command:
 
     Raises:
         ValueError: an unknown command or option.
-        SystemExit: help, which ends with examples, or wrong usage; either is printed.
+        SystemExit: after the help, which ends with examples, or after the message for wrong usage.
     """
     check_typed(arguments, COMMANDS)
     config = (tyro.conf.PositionalMetavarFromFieldName, tyro.conf.DisallowNone, tyro.conf.FlagCreatePairsOff)
@@ -114,11 +114,11 @@ def parse(arguments: list[str]) -> Command:
 
 
 def _quiet() -> None:
-    """Silence what transformers and diffusers say on every start and nobody can act on; nothing else."""
-    beside_the_point = ("requires torchvision", "You have disabled the safety checker")
+    """Silence only the warnings of transformers and diffusers that come at every start and need no action."""
+    silenced = ("requires torchvision", "You have disabled the safety checker")
 
     def relevant(record: logging.LogRecord) -> bool:
-        return not any(words in record.getMessage() for words in beside_the_point)
+        return not any(words in record.getMessage() for words in silenced)
 
     for name in (
         "transformers.utils.import_utils",

@@ -6,21 +6,47 @@ import dataclasses
 import functools
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
-from fdu.comparison.judged import Judged
 from fdu.comparison.plan import FEWEST_IMAGES, Candidate
 from fdu.evaluation.intervals import LEVEL, RESAMPLES, reach_unseen
 
 DIGITS = 12
-"""Of figures; the rest is rounding."""
+"""Decimal places of figures; beyond them is rounding error."""
 FIGURES = ("erased", "retained", "change")
 TARGET_ROLES = ("target", "unseen")
 
 Array = np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Judged:
+    """The judge's view of one probe's images. Every list has one value per image."""
+
+    role: str
+    name: str
+    hits: tuple[bool, ...]
+    """Whether the judge saw the requested class."""
+    change: tuple[float, ...] | None = None
+    """Mean absolute difference from the same image before the erasure, in pixel range [0, 1]."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """Ready for JSON, and short: hits as "0110...", changes as "0.0123 0.0045 ..."."""
+        hits = "".join("1" if hit else "0" for hit in self.hits)
+        change = None if self.change is None else " ".join(f"{value:.4f}" for value in self.change)
+        return {"role": self.role, "name": self.name, "hits": hits, "change": change}
+
+    @classmethod
+    def from_dict(cls, saved: dict[str, Any]) -> Judged:
+        """Undo :meth:`as_dict`."""
+        change = None if saved["change"] is None else tuple(map(float, saved["change"].split()))
+        return cls(saved["role"], saved["name"], tuple(hit == "1" for hit in saved["hits"]), change)
+
+
 Runs = Mapping[tuple[str, Candidate, int], Sequence[Judged]]
-"""By target, candidate and seed: what the judge saw of every probe, in one order for all runs of a target."""
+"""By target, candidate and seed: the judge's view of every probe, in one order for all runs of a target."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,58 +59,58 @@ class Estimate:
 
     @property
     def sign(self) -> int:
-        """1 or -1 where the interval is all above or all below 0, else 0."""
+        """1 if the whole interval is above 0, -1 if it is below 0, otherwise 0."""
         return int(self.low > 0) - int(self.high < 0)
 
 
 @dataclasses.dataclass(frozen=True)
 class Standing:
-    """Where a candidate stands."""
+    """The figures of a candidate."""
 
     candidate: Candidate
     erased: Estimate
-    """The share of the target's images, in seen and unseen phrasings, that do not show it."""
+    """Share of the target's images, in seen and unseen phrasings, that do not show it."""
     retained: Estimate
-    """The mean over all other classes of the share that shows what was asked for."""
+    """Share of images that show the requested class, averaged over all other classes."""
     change: Estimate
-    """Mean absolute change of the other classes' images, of pixel range [0, 1]: harm that no judge counts yet."""
+    """Mean absolute change of the other classes' images, in pixel range [0, 1]: harm that the judge may not count."""
     on_front: bool
     """No other candidate both erases and retains more."""
     front_share: float
-    """In what share of the resamples that is so."""
+    """Share of the resamples in which it is on the front."""
 
 
 class Sample:
     """All figures of candidates that were run on the same targets with the same seeds, and their resamples.
 
-    A resample is the figure plus two deviations from it, the same for every candidate: they share seeds and noise, so
-    differences between candidates are more certain than the figures are.
+    A resample is the figure plus two deviations from it. All candidates share seeds and noise, so they share the
+    deviations, and differences between candidates are more certain than the figures.
 
-    - Over images, a bootstrap of the noise that image i of every class began as: what befalls one befalls the others.
-      Of n it draws n - 1, which makes the spread of a mean right (McCarthy and Snowden, The bootstrap and finite
-      population sampling, 1985).
-    - Over seeds, of which there are few, Student's t with n - 1 degrees of freedom, times the standard error of the
-      seeds' mean: percentiles of a bootstrap of three lie within the three and cover less than 80 %. Trainings of one
-      seed share their noise whatever the target, so all targets deviate with the same seeds. One seed says nothing of
-      the spread over seeds.
+    - Over images: a bootstrap of the initial noise. Image i of every class starts from the same noise, so all classes
+      deviate together. It draws n - 1 of n images, which makes the spread of a mean right (McCarthy and Snowden, The
+      bootstrap and finite population sampling, 1985).
+    - Over seeds, of which there are few: Student's t with n - 1 degrees of freedom, times the standard error of the
+      seeds' mean. The percentiles of a bootstrap of three seeds would lie within the three and cover less than 80 %.
+      Trainings with one seed share their noise for every target, so all targets deviate with the same seeds. One seed
+      cannot show the spread over seeds.
 
-    What is a matter of one seed and one image adds to both, so that intervals are rather too wide than too narrow
-    (Owen, The pigeonhole bootstrap, 2007, who has a third such term). Resamples of shares may leave [0, 1]; so do no
-    figures and no intervals.
+    Noise of a single seed and image adds to both, so the intervals are too wide rather than too narrow (Owen, The
+    pigeonhole bootstrap, 2007, has a third such term). Resamples of shares may leave [0, 1]; figures and intervals do
+    not.
 
     Args:
-        runs: what the judge saw; every combination of target, candidate and seed.
-        candidates: those to compare, in the order of all arrays.
+        runs: the judge's view of every combination of target, candidate and seed.
+        candidates: the candidates to compare, in the order of all arrays.
 
     Raises:
-        ValueError: a combination that is missing, runs that were judged on different images, or a class of fewer than
+        ValueError: a combination is missing, runs were judged on different images, or a class has fewer images than
             ``FEWEST_IMAGES``.
 
     Attributes:
-        values: [candidates] by the name of a figure: "erased", "retained", "change", as :class:`Standing` has them.
+        values: [candidates] by the name of a figure: "erased", "retained", "change", as in :class:`Standing`.
         resampled: [resamples, candidates] by the same names.
         images: how many images of a run each figure counts.
-        seeds: of the target with the fewest.
+        seeds: the number of seeds of the target with the fewest.
     """
 
     def __init__(self, runs: Runs, candidates: Sequence[Candidate], resamples: int = RESAMPLES) -> None:
@@ -100,7 +126,7 @@ class Sample:
         self.seeds = min(part.seeds for part in parts)
         for name in FIGURES:
             means = np.mean([part.means[name] for part in parts], axis=0)
-            # Sums of weights are 1 but for rounding, which must decide no front.
+            # Sums of weights are 1 up to rounding error, which must not decide who is on the front.
             self.values[name], self.resampled[name] = means[0].round(DIGITS), means[1:].round(DIGITS)
             self.images[name] = sum(part.images[name] for part in parts)
 
@@ -110,18 +136,18 @@ class Sample:
         found = interval(float(self.values[figure][place]), self.resampled[figure][:, place])
         highest = math.inf if figure == "change" else 1.0
         found = Estimate(found.value, max(found.low, 0.0), min(found.high, highest))
-        # Where all images show the same, resampling cannot tell how rare exceptions are.
+        # If all images agree, resampling cannot tell how rare exceptions are.
         if figure != "change" and found.low == found.high and found.value in (0.0, 1.0):
             reach = reach_unseen(self.images[figure])
             return Estimate(found.value, 0.0, reach) if found.value == 0 else Estimate(found.value, 1 - reach, 1.0)
         return found
 
     def difference(self, figure: str, one: Candidate, other: Candidate) -> Estimate:
-        """By how much ``one`` has more of a figure than ``other``."""
+        """The figure of ``one`` minus that of ``other``."""
         return self.contrast(figure, ((one, 1.0), (other, -1.0)))
 
     def contrast(self, figure: str, weights: Sequence[tuple[Candidate, float]]) -> Estimate:
-        """A sum of a figure over candidates, each with a weight."""
+        """A weighted sum of a figure over candidates."""
         row = np.zeros(len(self.candidates))
         for candidate, weight in weights:
             row[self.candidates.index(candidate)] += weight
@@ -141,20 +167,20 @@ class Sample:
 
 
 def complete(runs: Runs, candidates: Sequence[Candidate]) -> dict[tuple[str, Candidate, int], Sequence[Judged]]:
-    """The runs of those targets and seeds of which every candidate has one, so that like is compared with like."""
+    """The runs of the targets and seeds that every candidate has."""
     blocks = list(dict.fromkeys((target, seed) for target, _, seed in runs))
     whole = [(target, seed) for target, seed in blocks if all((target, one, seed) in runs for one in candidates)]
     return {(target, one, seed): runs[target, one, seed] for target, seed in whole for one in candidates}
 
 
 def undominated(erased: Array, retained: Array) -> Array:
-    """Which points no other one dominates, by being no worse in both figures and better in one.
+    """Which points no other point dominates. A point dominates if it is no worse in both figures and better in one.
 
     Args:
         erased, retained: [..., candidates].
 
     Returns:
-        Flags of the same shape. Equal points are all on the front, or none is.
+        Flags of the same shape. Of equal points, all are on the front or none is.
     """
     more_erased = erased[..., None, :] >= erased[..., :, None]
     more_retained = retained[..., None, :] >= retained[..., :, None]
@@ -206,8 +232,10 @@ class _Figures:
 
 
 class _Deviations:
-    """By how much the weights of images and seeds differ from equal ones in each resample; by their number, always the
-    same, as image i of whatever class began as the same noise."""
+    """How much the weights of images and seeds deviate from equal weights in each resample.
+
+    They depend only on the number of images or seeds, because image i of every class starts from the same noise.
+    """
 
     def __init__(self, resamples: int, generator: np.random.Generator) -> None:
         self.resamples = resamples
@@ -215,15 +243,15 @@ class _Deviations:
         self.of_images, self.of_seeds = functools.cache(self._of_images), functools.cache(self._of_seeds)
 
     def _of_images(self, count: int) -> Array:
-        """Of a bootstrap of ``count`` images, [resamples, count]."""
+        """The weights of a bootstrap of ``count`` images, [resamples, count]."""
         drawn = count - 1
         return self._generator.multinomial(drawn, np.full(count, 1 / count), size=self.resamples) / drawn - 1 / count
 
     def _of_seeds(self, count: int) -> Array:
-        """Weights [resamples, count] of sum 0 that make, of the means of seeds, t times their mean's standard error.
+        """Weights [resamples, count] of sum 0 that turn the means of seeds into t times their mean's standard error.
 
-        With z standard normal, sum z_i (m_i - mean) has the variance (n - 1) s^2, that of the mean is s^2/n, and a
-        normal variable over the root of chi^2/(n - 1) is Student's t.
+        With z standard normal, sum z_i (m_i - mean) has the variance (n - 1) s^2, the mean has s^2/n, and a normal
+        variable divided by the root of chi^2/(n - 1) is Student's t.
         """
         if count == 1:
             return np.zeros((self.resamples, 1))

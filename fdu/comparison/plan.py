@@ -10,9 +10,11 @@ from typing import Any
 import torch
 
 import fdu_kernels as fk
-from fdu.concepts import ConceptType
+from fdu.concepts import ConceptType, Pair
 from fdu.config import EraseConfig, read_divergence
 from fdu.evaluation import JUDGED_SEED, Sampling
+from fdu.subjects.registry import subject_of
+from fdu.subjects.subject import Exam, Subject
 
 KL_BY_ALPHA = {0.0: "reverse_kl", 1.0: "kl"}
 """The limits of the alpha divergence, which has no formula there; read here and nowhere else."""
@@ -22,38 +24,42 @@ MOST_FROZEN = 256
 """Batches whose frozen outputs runs share at most; longer runs draw their own."""
 MOST_RUNS = 10_000
 FEWEST_IMAGES = 2
-"""Of a class; one says nothing of how much images differ."""
+"""Images per class; one image cannot show how much images vary."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Candidate:
-    """Settings that stand for election."""
+    """The settings of one competitor."""
 
     divergence: str
     s0: float = 1.0
     others: tuple[tuple[str, Any], ...] = ()
-    """Further settings by which candidates differ."""
+    """Further settings in which candidates differ."""
 
     @property
     def settings(self) -> dict[str, Any]:
-        """By name of a field of :class:`fdu.EraseConfig`."""
+        """The settings by the names of :class:`fdu.EraseConfig`."""
         return {"divergence": self.divergence, "s0": self.s0, **dict(self.others)}
+
+    @property
+    def variant(self) -> str:
+        """The settings beside the divergence in a few words."""
+        others = [name if value is True else f"{name} {value}" for name, value in self.others]
+        return ", ".join([f"s0 {self.s0:g}", *others])
 
     @property
     def label(self) -> str:
         """The settings in a few words."""
-        others = [name if value is True else f"{name} {value}" for name, value in self.others]
-        return f"{self.divergence} ({', '.join([f's0 {self.s0:g}', *others])})"
+        return f"{self.divergence} ({self.variant})"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Drawing(Sampling):
-    """How the judged images are drawn. Image i of a class depends on its prompt and on ``judged_seed + i``
-    alone."""
+    """How the judged images are drawn. Image i of a class depends only on its prompt and on ``judged_seed + i``."""
 
     images_per_class: int = 32
     images_of_target: int = 32
-    """Images of the target, and as many in phrasings that training never saw."""
+    """Images of the target in the phrasings of training; the unseen phrasings get the same number."""
     judged_seed: int = JUDGED_SEED
 
 
@@ -76,7 +82,7 @@ class Run:
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """What is compared, on what, and how it is judged.
+    """A comparison: its model, concepts, candidates and seeds, and how its images are drawn and judged.
 
     Raises:
         ValueError: nothing to compare, settings that a run would refuse, or two runs of one name.
@@ -89,16 +95,16 @@ class Comparison:
     candidates: tuple[Candidate, ...]
     seeds: tuple[int, ...] = (0, 1, 2)
     base: EraseConfig = dataclasses.field(default_factory=EraseConfig)
-    """The settings that all runs have in common."""
+    """The settings that all runs share."""
     concept_type: ConceptType = "object"
     drawing: Drawing = dataclasses.field(default_factory=Drawing)
     dtype: str = "float32"
     device: str = "cpu"
     prompts: str | None = None
-    """The concept set that is drawn, as :func:`fdu.subjects.concept_sets.concept_set` takes it; None: that of the
-    target's name, or one of the training's prompts. The embedded pipeline has its own."""
+    """The concept set to draw, as :func:`fdu.subjects.concept_sets.concept_set` takes it. None: the set with the
+    target's name, otherwise the training prompts. The embedded pipeline has its own."""
     judge: str | None = None
-    """The image-text encoder that judges, a folder or hub id; None: the usual one. The embedded one has its own."""
+    """The image-text encoder that judges: a folder or hub id. None: the default. The embedded pipeline has its own."""
 
     def __post_init__(self) -> None:
         for name in ("pairs", "candidates", "seeds"):
@@ -128,7 +134,7 @@ class Comparison:
             self.config(run)
 
     def runs(self) -> list[Run]:
-        """All runs. Seed by seed, so that whatever is there early compares all candidates."""
+        """All runs, seed by seed, so that an unfinished comparison covers all candidates."""
         return [
             Run(target, anchor, candidate, seed)
             for seed in self.seeds
@@ -136,9 +142,53 @@ class Comparison:
             for candidate in self.candidates
         ]
 
+    @property
+    def subject(self) -> Subject:
+        """The model with its words and judges."""
+        return subject_of(self.model)
+
+    @property
+    def varied(self) -> set[str]:
+        """Names of the settings in which runs differ."""
+        return {"divergence", "s0", "seed", *(name for one in self.candidates for name, _ in one.others)}
+
+    def check_names(self) -> None:
+        """Refuse concepts that can be neither erased nor judged, before anything is loaded.
+
+        Raises:
+            ValueError: names, a concept set or a judge that do not go with the model.
+        """
+        if self.judge is not None and self.subject.judges_itself:
+            raise ValueError("judge: the embedded pipeline has its own; leave it out")
+        for target, _ in self.pairs:
+            self.exam(target)
+
+    def pair(self, target: str) -> Pair:
+        """Target and anchor in the words of the model.
+
+        Raises:
+            ValueError: names that the model does not know.
+        """
+        (pair,) = self.subject.pairs((target,), (dict(self.pairs)[target],), self.concept_type)
+        return pair
+
+    def exam(self, target: str) -> Exam:
+        """The questions that judge an erasure.
+
+        Raises:
+            ValueError: as :meth:`pair`, or a concept set that does not go with the model or the target.
+        """
+        pair = self.pair(target)
+        record = {side: dataclasses.asdict(concept) for side, concept in zip(("target", "anchor"), pair, strict=True)}
+        return self.subject.exam(pair[0].name, (), self.prompts, record, self.judge)
+
     def config(self, run: Run) -> EraseConfig:
-        """All settings of a run. Batches are drawn beforehand, which changes nothing but lets runs share them."""
+        """All settings of a run, with the model's own prompts to preserve unless the settings name some.
+
+        Batches are drawn in advance where that changes nothing, so that runs share them.
+        """
         config = dataclasses.replace(self.base, **{**run.candidate.settings, "seed": run.seed})
+        config = self.subject.with_preserved(config, (run.target,))
         steps = config.max_train_steps * config.gradient_accumulation_steps
         nothing = config.objective == "noise" and not config.preservation_weight
         # A critic that learns alone at first takes batches of its own for that.
@@ -148,15 +198,10 @@ class Comparison:
         return dataclasses.replace(config, frozen_batches=steps)
 
     def conditions(self) -> dict[str, Any]:
-        """What all figures depend on beside model and settings, ready for JSON."""
+        """Everything beside model and settings that all figures depend on, ready for JSON."""
         drawing = dataclasses.asdict(self.drawing)
         del drawing["batch_size"]
         return {"dtype": self.dtype, "drawing": drawing, "prompts": self.prompts, "judge": self.judge}
-
-    def identity(self, run: Run) -> dict[str, Any]:
-        """What is erased in a run, and how it is judged, ready for JSON."""
-        asked = {"target": run.target, "anchor": run.anchor, "concept_type": self.concept_type}
-        return {**asked, **self.conditions()}
 
 
 def slug(words: str) -> str:
@@ -164,43 +209,35 @@ def slug(words: str) -> str:
     return re.sub(r"[^\w.=-]+", "-", words)[:80]
 
 
-def alpha_divergences(low: float, high: float, count: int) -> list[str]:
-    """The alpha divergences at ``count`` evenly spaced values of alpha; at 0 and 1 the limits, reverse_kl and kl.
+def read_alpha(text: str) -> list[str]:
+    """The alpha divergences of "low:high:count", evenly spaced; at 0 and 1 the limits, reverse_kl and kl.
 
     Raises:
         ValueError: no such grid.
     """
-    if count < 1 or not low <= high or (count == 1) != (low == high):
-        raise ValueError(f"alpha must be low:high:count, as in -1:2:7, got {low:g}:{high:g}:{count}")
+    try:
+        lowest, highest, number = text.split(":")
+        low, high, count = float(lowest), float(highest), int(number)
+        fits = count >= 1 and low <= high and (count == 1) == (low == high)
+    except ValueError:
+        fits = False
+    if not fits:
+        raise ValueError(f"alpha must be low:high:count, as in -1:2:7, got {text!r}")
     step = (high - low) / max(count - 1, 1)
-    # Rounded, so that a grid meets 0 and 1 where decimals say so.
+    # Rounded, so that the grid meets 0 and 1 where decimals say so.
     values = [round(low + step * index, 9) for index in range(count)]
     return [KL_BY_ALPHA.get(value, f"alpha:{value:g}") for value in values]
 
 
-def read_alpha(text: str) -> list[str]:
-    """:func:`alpha_divergences` of "low:high:count".
-
-    Raises:
-        ValueError: a text of another form.
-    """
-    try:
-        low, high, count = text.split(":")
-        numbers = float(low), float(high), int(count)
-    except ValueError:
-        raise ValueError(f"alpha must be low:high:count, as in -1:2:7, got {text!r}") from None
-    return alpha_divergences(*numbers)
-
-
 def distinct(divergences: Sequence[str], variational: bool = False) -> tuple[list[str], dict[str, str]]:
-    """Those that train different models, in their order; and the others, each with the one that it trains as.
+    """The divergences that train different models, in order; and each of the others with the one it equals.
 
-    Between Gaussians an f-divergence is a function h of one distance, and the training divides it by its slope: what
-    remains is the shape of h'. It is the same for a divergence and its reverse, so for alpha and 1 - alpha, and for kl,
-    reverse_kl and mse. With a critic every generator trains its own.
+    Between Gaussians an f-divergence is a function h of one distance, and training divides it by its slope, so only the
+    shape of h' matters. A divergence and its reverse share it, so alpha and 1 - alpha do, and kl, reverse_kl and mse.
+    With a critic, every generator trains a model of its own.
 
     Raises:
-        ValueError: a divergence that is not known.
+        ValueError: an unknown divergence.
     """
     found: dict[Any, str] = {}
     others: dict[str, str] = {}

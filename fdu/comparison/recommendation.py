@@ -15,12 +15,18 @@ from fdu.evaluation.verdict import DRAWN_BEFORE, percent
 Preference = Literal["preservation", "balanced", "erasure"]
 BETA: dict[Preference, float] = {"preservation": 2.0, "balanced": 1.0, "erasure": 0.5}
 """Weight of retaining relative to erasing in the F-measure (van Rijsbergen, 1979)."""
+WEIGHTS: dict[Preference, str] = {
+    "preservation": "retaining counts twice as much as erasing",
+    "balanced": "erasing and retaining count the same",
+    "erasure": "erasing counts twice as much as retaining",
+}
+"""The same in words."""
 HARDLY = 0.5
 """Erased share below which the target is still there."""
 FEWEST_TO_TELL = 6
-"""Images that a sign test at 5 % needs: with five, all in one direction, p is 2 / 2^5 = 6 %."""
+"""Fewest images for a sign test at 5 %: if five all point in one direction, p is still 2 / 2^5 = 6 %."""
 NAMED = 4
-"""Candidates named in a sentence; of further ones the number is given."""
+"""Most candidates named in a sentence; it gives the number of the others."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,10 +36,11 @@ class Recommendation:
     prefer: Preference
     candidate: Candidate
     certain: bool
-    """Whether it beats every other candidate by more than chance explains, in the score or in the change of images."""
+    """Whether it clearly erased at least half of the target and beats every other candidate by more than chance
+    explains, in the score or in the change of images."""
     score: Estimate
     """Its F-measure of erased and retained."""
-    alike: tuple[Candidate, ...]
+    tied: tuple[Candidate, ...]
     """Other candidates whose score differs from the best by no more than chance explains."""
     headline: str
     sentences: tuple[str, ...]
@@ -45,10 +52,10 @@ def recommend(sample: Sample, prefer: Preference, before: Mapping[str, float] | 
     """The candidate with the best F-measure of erased and retained; among ties, the one that changes images least.
 
     F = (1 + b^2) e r / (b^2 e + r) of the erased share e and the retained share r is 0 if either is 0, so neither
-    doing nothing nor destroying everything can win. Candidates tie if the interval of their difference to the best
-    contains 0. Among ties, those that erased less than half are skipped if others erased more. The tie goes to the
-    candidate that clearly changed the images of other classes least, except for the preference "erasure": what erases
-    less also changes less.
+    doing nothing nor destroying everything can win. Candidates tie if the interval of their difference from the best
+    contains 0. Among ties, candidates that erased less than half are skipped if others erased more. The tie goes to the
+    candidate that clearly changed the images of other classes least, except for the preference "erasure", because a
+    candidate that erases less also changes less.
 
     Args:
         sample: the figures.
@@ -69,21 +76,24 @@ def recommend(sample: Sample, prefer: Preference, before: Mapping[str, float] | 
         place: interval(float(values[best] - values[place]), resampled[:, best] - resampled[:, place])
         for place in others
     }
-    alike = [best, *(place for place, difference in behind.items() if difference.sign <= 0)]
-    chosen, certain, why = best, True, ""
-    if len(alike) > 1:
-        chosen, certain, why = _among_ties(sample, alike, values, prefer)
+    ties = [best, *(place for place, difference in behind.items() if difference.sign <= 0)]
+    chosen, ahead, why = best, True, ""
+    if len(ties) > 1:
+        chosen, ahead, why = _among_ties(sample, ties, values, prefer)
     one, score = candidates[chosen], interval(float(values[chosen]), resampled[:, chosen])
     undrawn = {target: share for target, share in (before or {}).items() if share < DRAWN_BEFORE}
     few = min(sample.images["erased"], sample.images["retained"]) < FEWEST_TO_TELL
     usable = bool(erased[chosen] >= HARDLY) and not undrawn
-    certain = certain and usable and len(candidates) > 1 and not few
-    tied = tuple(candidates[place] for place in alike if place != chosen)
+    doubtful = sample.estimate("erased", one).low < HARDLY
+    certain = ahead and usable and len(candidates) > 1 and not few and not doubtful
+    tied = tuple(candidates[place] for place in ties if place != chosen)
     if undrawn:
         shares = [f"only {percent(share)} of the images of {name!r} showed it" for name, share in undrawn.items()]
         headline = f"Nothing to recommend: {_listed(shares)} before the erasure"
     elif few and usable and len(candidates) > 1:
         headline = f"Too few images for a winner; {one.label} will do"
+    elif ahead and usable and len(candidates) > 1 and doubtful:
+        headline = f"No certain winner: {one.label} is best, but it may have erased less than half"
     else:
         headline = _headline(sample, chosen, tied, certain)
     sentences = _figures_of(sample, one, score, prefer)
@@ -94,11 +104,11 @@ def recommend(sample: Sample, prefer: Preference, before: Mapping[str, float] | 
     if few:
         sentences.append(f"Fewer than {FEWEST_TO_TELL} images are too few for a winner: draw more (images_per_class).")
     if tied:
-        names = _listed([candidates[place].label for place in alike])
+        names = _listed([candidates[place].label for place in ties])
         sentences.append(
             f"With these seeds and images, chance may explain the differences in score between {names}. {why}".rstrip()
         )
-    lost = {place: difference for place, difference in behind.items() if place not in alike}
+    lost = {place: difference for place, difference in behind.items() if place not in ties}
     if lost:
         following, gap = min(lost.items(), key=lambda item: item[1].value)
         rest = len(lost) - 1
@@ -118,13 +128,13 @@ def f_measure(erased: np.ndarray, retained: np.ndarray, beta: float) -> np.ndarr
     return np.divide(product, below, out=np.zeros_like(product), where=below > 0)
 
 
-def _among_ties(sample: Sample, alike: list[int], values: np.ndarray, prefer: Preference) -> tuple[int, bool, str]:
+def _among_ties(sample: Sample, ties: list[int], values: np.ndarray, prefer: Preference) -> tuple[int, bool, str]:
     """The candidate to use among tied ones, whether it is better by more than chance explains, and why."""
     erased, change = sample.values["erased"], sample.values["change"]
-    able = [place for place in alike if erased[place] >= HARDLY]
+    able = [place for place in ties if erased[place] >= HARDLY]
     if not able:
-        return alike[0], False, ""
-    passed = [sample.candidates[place].label for place in alike if place not in able]
+        return ties[0], False, ""
+    passed = [sample.candidates[place].label for place in ties if place not in able]
     skipped = f"Skipped, because they erased less than half: {_listed(passed)}. " if passed else ""
     if len(able) == 1:
         return able[0], False, skipped
@@ -161,25 +171,21 @@ def _headline(sample: Sample, chosen: int, others: Sequence[Candidate], certain:
 
 def _figures_of(sample: Sample, one: Candidate, score: Estimate, prefer: Preference) -> list[str]:
     erased, retained = sample.estimate("erased", one), sample.estimate("retained", one)
-    weight = {
-        "preservation": f"retaining counts {_times(BETA[prefer])} as much as erasing",
-        "balanced": "erasing and retaining count the same",
-        "erasure": f"erasing counts {_times(1 / BETA[prefer])} as much as retaining",
-    }[prefer]
     found = [
         f"{one.label} erased the target in {percent(erased.value)} of its images ({_range(erased)}) and kept "
         f"{percent(retained.value)} of the other classes' images ({_range(retained)}).",
-        f"For the preference {prefer!r}, {weight}; its score is {score.value:.3f} ({_range(score, 1, 3)}).",
+        f"For the preference {prefer!r}, {WEIGHTS[prefer]}; its score is {score.value:.3f} ({_range(score, 1, 3)}).",
     ]
     if erased.value < HARDLY:
         found.append("Most images still show the target: train longer (max_train_steps) before you choose.")
+    elif erased.low < HARDLY:
+        found.append(
+            "The interval of its erased share reaches below one half: train longer (max_train_steps) or draw more "
+            "images (images_per_class)."
+        )
     if sample.seeds == 1:
         found.append("One seed cannot show how much results vary between seeds: run more (seeds).")
     return found
-
-
-def _times(factor: float) -> str:
-    return "twice" if factor == 2 else f"{factor:g} times"
 
 
 def _range(estimate: Estimate, scale: float = 100, digits: int = 0) -> str:

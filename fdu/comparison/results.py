@@ -1,18 +1,27 @@
-"""The results of a comparison: the figures of its candidates and the recommendations."""
+"""The folder of a comparison: the check before it is written, and the results of its records."""
 
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fdu.comparison.front import TARGET_ROLES, Sample, Standing, complete
-from fdu.comparison.judged import Judged
+from fdu.comparison.front import FIGURES, TARGET_ROLES, Judged, Sample, Standing, complete
 from fdu.comparison.plan import Candidate, Comparison
 from fdu.comparison.recommendation import BETA, Preference, Recommendation, recommend
-from fdu.comparison.runs import read_before, read_record
-from fdu.comparison.sweep import Records
+from fdu.comparison.runs import before_name, identity_before, identity_of
+from fdu.comparison.sweep import Record, Records
+from fdu.config import PLACES
+from fdu.storage.output import SMALL_RESULT, check_output, to_json, write_json
+
+RECORD = "comparison.json"
+"""The settings of the comparison, and its results once there are some."""
+RUNS, CACHE = "runs.jsonl", "cache"
+"""The records, and the data that runs share, which a later call can make again."""
+FORMER_RUNS = "runs"
+"""The folder in which earlier versions of fdu stored one JSON file per run."""
 
 JudgedRuns = dict[tuple[str, Candidate, int], tuple[Judged, ...]]
 
@@ -23,13 +32,14 @@ class Results:
 
     comparison: Comparison
     runs: JudgedRuns
-    """The judge's answers for each finished run."""
+    """The judge's view of each finished run."""
     failed: dict[str, str]
     """Runs whose loss became NaN or infinite, with the message."""
     missing: int
     """Number of runs without a record."""
     before: dict[str, tuple[float, float]]
-    """By target: shares drawn as asked before any erasure, of the target and of the other classes."""
+    """By target: shares of images that show the requested class before any erasure, of the target and of the other
+    classes."""
     sample: Sample
     """The figures of the candidates without a failed run, on the seeds that all of them share."""
     standings: tuple[Standing, ...]
@@ -61,34 +71,27 @@ def read_results(comparison: Comparison, path: Path) -> Results:
         ValueError: too few to compare.
     """
     records = Records(path)
-    found = {run: read_record(comparison, records, run) for run in comparison.runs()}
+    found = {run: records.of(run.name, identity_of(comparison, run)) for run in comparison.runs()}
     there = {run: record for run, record in found.items() if record is not None}
     failed = {run.name: record["failed"] for run, record in there.items() if "failed" in record}
+    finished = {run: record for run, record in there.items() if "failed" not in record}
+    runs = {(run.target, run.candidate, run.seed): _judged(record) for run, record in finished.items()}
     lost = {run.candidate for run in there if run.name in failed}
-    judged = {run: record for run, record in there.items() if "failed" not in record}
-    runs = {
-        (run.target, run.candidate, run.seed): tuple(map(Judged.from_dict, record["judged"]))
-        for run, record in judged.items()
-    }
     candidates = [one for one in comparison.candidates if one not in lost]
     compared = complete(runs, candidates)
     if not compared:
-        problem = (
-            "every candidate has a run whose loss became NaN or infinite" if not candidates else "no seed is complete"
-        )
-        raise ValueError(
-            f"nothing to compare yet: {problem} ({len(there)} of {len(found)} records exist); "
-            + ("lower s0 or learning_rate" if not candidates else "finish the runs first")
-        )
+        problem, remedy = "no seed is complete", "finish the runs first"
+        if not candidates:
+            problem = "every candidate has a run whose loss became NaN or infinite"
+            remedy = "lower s0 or learning_rate"
+        raise ValueError(f"nothing to compare yet: {problem} ({len(there)} of {len(found)} records exist); {remedy}")
     sample = Sample(compared, candidates)
-    before_it = {target: read_before(comparison, records, target) for target, _ in comparison.pairs}
-    before = {
-        target: shares(tuple(map(Judged.from_dict, record["judged"])))
-        for target, record in before_it.items()
-        if record is not None
-    }
-    conditions, mixed = conditions_of([*judged.values(), *(one for one in before_it.values() if one is not None)])
-    drawn = {target: own for target, (own, _) in before.items()}
+    targets = [target for target, _ in comparison.pairs]
+    drawn = {target: records.of(before_name(target), identity_before(comparison, target)) for target in targets}
+    drawn_records = {target: record for target, record in drawn.items() if record is not None}
+    before = {target: shares(_judged(record)) for target, record in drawn_records.items()}
+    conditions, mixed = conditions_of([*finished.values(), *drawn_records.values()])
+    target_shares = {target: own for target, (own, _) in before.items()}
     return Results(
         comparison=comparison,
         runs=runs,
@@ -97,11 +100,11 @@ def read_results(comparison: Comparison, path: Path) -> Results:
         before=before,
         sample=sample,
         standings=tuple(sample.standings()),
-        recommendations={prefer: recommend(sample, prefer, drawn) for prefer in BETA},
+        recommendations={prefer: recommend(sample, prefer, target_shares) for prefer in BETA},
         conditions=conditions,
         mixed=mixed,
-        seconds=sum(record["seconds"] for record in judged.values()) / len(judged),
-        core_seconds=sum(record["core_seconds"] for record in judged.values()) / len(judged),
+        seconds=sum(record["seconds"] for record in finished.values()) / len(finished),
+        core_seconds=sum(record["core_seconds"] for record in finished.values()) / len(finished),
     )
 
 
@@ -111,16 +114,99 @@ def conditions_of(records: Sequence[Mapping[str, Any]]) -> tuple[dict[str, Any],
     versions: dict[str, dict[str, None]] = {}
     for name in dict.fromkeys(name for record in records for name in record["versions"]):
         versions[name] = dict.fromkeys(str(record["versions"].get(name, "none")) for record in records)
-    mixed = [*(["device"] if len(devices) > 1 else []), *(name for name, found in versions.items() if len(found) > 1)]
-    conditions = {
-        "device": "; ".join(devices),
-        "versions": {name: "; ".join(found) for name, found in versions.items()},
-    }
-    return conditions, tuple(mixed)
+    mixed = tuple(name for name, found in {"device": devices, **versions}.items() if len(found) > 1)
+    joined = {name: "; ".join(found) for name, found in versions.items()}
+    return {"device": "; ".join(devices), "versions": joined}, mixed
 
 
 def shares(judged: tuple[Judged, ...]) -> tuple[float, float]:
-    """Mean shares of images that show what was asked for, of the target and of the other classes."""
+    """Mean shares of images that show the requested class, of the target and of the other classes."""
     own = [sum(one.hits) / len(one.hits) for one in judged if one.role in TARGET_ROLES]
     others = [sum(one.hits) / len(one.hits) for one in judged if one.role not in TARGET_ROLES]
     return sum(own) / len(own), sum(others) / len(others)
+
+
+def check_folder(folder: Path, comparison: Comparison) -> None:
+    """Refuse a folder that this comparison can neither start nor resume in. Changes nothing.
+
+    Other divergences, values of s0 and seeds are no obstacle: finished runs serve both.
+
+    Raises:
+        FileExistsError: it holds anything else, or a comparison of another model or with other settings.
+        ValueError, OSError: as :func:`fdu.storage.output.check_output`.
+    """
+    begun = _read(folder / RECORD)
+    if begun is None:
+        if folder.is_dir() and any(folder.iterdir()):
+            raise FileExistsError(
+                f"output folder {str(folder)!r} holds {min(path.name for path in folder.iterdir())!r} and no "
+                f"{RECORD} of a comparison; choose another with --out"
+            )
+        check_output(folder, needed_bytes=SMALL_RESULT)
+        return
+    wanted, found = _flat(common(comparison)), _flat(begun)
+    for name, value in wanted.items():
+        # A file of an earlier version may lack a setting; then the records of the runs decide.
+        if name in found and found[name] != value:
+            raise FileExistsError(
+                f"output folder {str(folder)!r} holds a comparison with {name} {found[name]!r}, not {value!r}; "
+                "choose another with --out, or use its settings"
+            )
+
+
+def write_record(folder: Path, comparison: Comparison, command: str, results: Results | None = None) -> None:
+    """Write the settings of the comparison and its results, if there are some yet; whole or not at all."""
+    found = None if results is None else describe(results)
+    write_json(folder / RECORD, {"common": common(comparison), "command": command, "results": found})
+
+
+def describe(results: Results) -> dict[str, Any]:
+    """The figures and the recommendations, ready for JSON."""
+    return {
+        "candidates": [
+            {**one.candidate.settings, **{name: dataclasses.asdict(getattr(one, name)) for name in FIGURES}}
+            | {"on_front": one.on_front, "front_share": one.front_share}
+            for one in results.standings
+        ],
+        "recommendations": {
+            prefer: {"settings": one.candidate.settings, "certain": one.certain, "why": [one.headline, *one.sentences]}
+            for prefer, one in results.recommendations.items()
+        },
+        "failed": results.failed,
+        **results.conditions,
+        "mixed": list(results.mixed),
+    }
+
+
+def former_runs(folder: Path) -> int:
+    """The number of runs that an earlier version of fdu stored here, in a form that this version cannot read."""
+    return 0 if (folder / RUNS).exists() else len(list((folder / FORMER_RUNS).glob("*.json")))
+
+
+def common(comparison: Comparison) -> dict[str, Any]:
+    """Everything that all runs of a folder share, ready for JSON."""
+    varied = {*comparison.varied, *PLACES}
+    settings = {name: value for name, value in comparison.base.as_dict().items() if name not in varied}
+    about = {"model": comparison.model, "pairs": comparison.pairs, "concept_type": comparison.concept_type}
+    return json.loads(to_json({**about, **comparison.conditions(), "settings": settings}))
+
+
+def _judged(record: Record) -> tuple[Judged, ...]:
+    return tuple(map(Judged.from_dict, record["judged"]))
+
+
+def _flat(nested: dict[str, Any]) -> dict[str, Any]:
+    """The entries of a dict and of the dicts in it, by their own names."""
+    flat: dict[str, Any] = {}
+    for name, value in nested.items():
+        flat |= _flat(value) if isinstance(value, dict) else {name: value}
+    return flat
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    """The settings in the file of a comparison; None if it is not one."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))["common"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return found if isinstance(found, dict) else None

@@ -7,17 +7,17 @@ import functools
 import json
 import time
 from pathlib import Path
-from typing import Any
 
 from diffusers import DiffusionPipeline
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.nn import functional
 
-from fdu.comparison import judged as judging
+from fdu.comparison.front import TARGET_ROLES, Judged
 from fdu.comparison.plan import Comparison, Run, slug
-from fdu.comparison.sweep import Job, Record, Records, digest, settings_identity
-from fdu.config import PLACES, EraseConfig
+from fdu.comparison.sweep import Job, Record, digest, settings_identity
+from fdu.config import PLACES
 from fdu.erasure import erase
 from fdu.evaluation import Probe, draw
 from fdu.storage.fingerprint import fingerprint
@@ -26,7 +26,9 @@ from fdu.storage.versions import versions
 from fdu.subjects.registry import subject_of
 
 BEFORE = "before"
-"""What the names of records, and of images, of the model as it is begin with."""
+"""Start of the names of records and images of the model as it is."""
+SIDE = 64
+"""Larger images are reduced to this many pixels before the change of retained ones is measured."""
 
 
 def jobs(comparison: Comparison, cache: Path) -> list[Job]:
@@ -39,7 +41,7 @@ def jobs(comparison: Comparison, cache: Path) -> list[Job]:
     before = [
         Job(
             before_name(target),
-            _identity_before(comparison, target),
+            identity_before(comparison, target),
             functools.partial(judge_before, target, comparison, cache),
             comparison.device,
             first=True,
@@ -62,45 +64,50 @@ def before_name(target: str) -> str:
     return f"{BEFORE}_{slug(target)}"
 
 
-def read_record(comparison: Comparison, records: Records, run: Run) -> Record | None:
-    """The record of a run if it has today's settings, model and drawing, else None."""
-    return records.of(run.name, identity_of(comparison, run))
-
-
-def read_before(comparison: Comparison, records: Records, target: str) -> Record | None:
-    """The record of the model as it is, for one target; None if it has to be made."""
-    return records.of(before_name(target), _identity_before(comparison, target))
+def identity_before(comparison: Comparison, target: str) -> Record:
+    """Everything that the figures of the model as it is depend on except versions and device, ready for JSON."""
+    concepts = comparison.exam(target).concepts  # a file of prompts may have changed under its name
+    return {
+        "target": target,
+        **comparison.conditions(),
+        "weights": weights(comparison.model, comparison.dtype, comparison.device),
+        "concept_set": digest(concepts) if concepts else None,
+    }
 
 
 def identity_of(comparison: Comparison, run: Run) -> Record:
     """Everything that a run's figures depend on except versions and device, ready for JSON."""
-    settings = settings_identity(settings_of(comparison, run), without=PLACES)
-    return {**comparison.identity(run), "settings": settings, **_asked(comparison, run.target)}
+    erased = {"anchor": run.anchor, "concept_type": comparison.concept_type}
+    settings = settings_identity(comparison.config(run), without=PLACES)
+    return {**identity_before(comparison, run.target), **erased, "settings": settings}
 
 
 def judge_before(target: str, comparison: Comparison, cache: Path) -> Record:
     """The judge's view of the model as it is."""
-    probes = judging.probes(comparison, target)
-    images = _before(comparison, target, cache)
-    judged = [judging.judge(probe, drawn.float()).as_dict() for probe, drawn in zip(probes, images, strict=True)]
-    return {"judged": judged}
+    probes = _probes(comparison, target)
+    before = _before(comparison, target, probes, cache)
+    return {"judged": [judged(probe, drawn.float()).as_dict() for probe, drawn in zip(probes, before, strict=True)]}
 
 
 def make_run(run: Run, comparison: Comparison, cache: Path) -> Record:
     """Erase, draw and judge."""
     pipeline = _pipeline(comparison.model, comparison.dtype, comparison.device)
-    target, anchor = judging.concepts(comparison, run.target, run.anchor)
-    # Now, and not when they are compared: what the cache lacks is drawn with this pipeline, as it is until erase().
-    before = _before(comparison, run.target, cache)
+    probes = _probes(comparison, run.target)
+    # Before the erasure: images that the cache lacks are drawn with this pipeline.
+    before = _before(comparison, run.target, probes, cache)
     began = time.process_time()
-    config = dataclasses.replace(settings_of(comparison, run), cache_dir=str(cache))
-    result = erase(pipeline, target, anchor, config=config)
+    config = dataclasses.replace(comparison.config(run), cache_dir=str(cache))
+    result = erase(pipeline, *comparison.pair(run.target), config=config)
     try:
-        judged = _judged(comparison, run.target, pipeline, before)
+        # One probe after the other, so that only one probe's images are in memory.
+        found = [
+            judged(probe, _draw(comparison, pipeline, probe), images).as_dict()
+            for probe, images in zip(probes, before, strict=True)
+        ]
     finally:
         result.trainable.remove()
     return {
-        "judged": judged,
+        "judged": found,
         "sigma": result.sigma,
         "seconds": round(result.seconds, 1),
         "distance": " ".join(f"{value:.4g}" for value in result.history["distance"]),
@@ -108,19 +115,32 @@ def make_run(run: Run, comparison: Comparison, cache: Path) -> Record:
     }
 
 
-def settings_of(comparison: Comparison, run: Run) -> EraseConfig:
-    """:meth:`Comparison.config` with the model's own prompts to preserve."""
-    return judging.with_preserved(comparison, run.target, comparison.config(run))
+def judged(probe: Probe, images: Tensor, before: Tensor | None = None) -> Judged:
+    """The judge's view of a probe's images.
+
+    Args:
+        probe: the requested class, and its judge.
+        images: [N, 3, H, W] in [0, 1].
+        before: the same images before the erasure, as :func:`small` makes them.
+    """
+    hits = tuple(name == probe.name for name in probe.judge(images))
+    change = None
+    if before is not None:
+        change = tuple((small(images).float() - before.float()).abs().mean((1, 2, 3)).tolist())
+    return Judged(probe.role, probe.name, hits, change)
 
 
-def _judged(
-    comparison: Comparison, target: str, pipeline: DiffusionPipeline, before: list[Tensor]
-) -> list[dict[str, Any]]:
-    """The judge's view of all probes, one after the other: their images are not needed together."""
-    return [
-        judging.judge(probe, _draw(comparison, pipeline, probe), images).as_dict()
-        for probe, images in zip(judging.probes(comparison, target), before, strict=True)
-    ]
+def small(images: Tensor) -> Tensor:
+    """Images as they are stored for comparison: [N, 3, h, w] in float16, h and w at most ``SIDE``."""
+    height, width = images.shape[-2:]
+    if max(height, width) > SIDE:
+        scale = SIDE / max(height, width)
+        images = functional.interpolate(images, (round(height * scale), round(width * scale)), mode="area")
+    return images.half()
+
+
+def _probes(comparison: Comparison, target: str) -> list[Probe]:
+    return comparison.exam(target).panel(comparison.device).probes
 
 
 def _draw(comparison: Comparison, pipeline: DiffusionPipeline, probe: Probe) -> Tensor:
@@ -128,7 +148,7 @@ def _draw(comparison: Comparison, pipeline: DiffusionPipeline, probe: Probe) -> 
     (images,) = draw(
         pipeline,
         [probe],
-        drawing.images_of_target if probe.role in ("target", "unseen") else drawing.images_per_class,
+        drawing.images_of_target if probe.role in TARGET_ROLES else drawing.images_per_class,
         drawing.judged_seed,
         **drawing.settings(),
         description=f"{probe.role}: {probe.name}",
@@ -136,11 +156,10 @@ def _draw(comparison: Comparison, pipeline: DiffusionPipeline, probe: Probe) -> 
     return images
 
 
-def _before(comparison: Comparison, target: str, cache: Path) -> list[Tensor]:
-    """The images of every probe before the erasure, as they are compared; from the cache if they are there."""
-    probes = judging.probes(comparison, target)
+def _before(comparison: Comparison, target: str, probes: list[Probe], cache: Path) -> list[Tensor]:
+    """Each probe's images before the erasure, as :func:`small` makes them; from the cache if they are there."""
     key = {
-        **_identity_before(comparison, target),
+        **identity_before(comparison, target),
         "prompts": [probe.prompts for probe in probes],
         "versions": [versions().get(name) for name in ("torch", "diffusers", "transformers")],
     }
@@ -149,26 +168,15 @@ def _before(comparison: Comparison, target: str, cache: Path) -> list[Tensor]:
         found = load_file(path)
     except (OSError, SafetensorError):
         pipeline = _pipeline(comparison.model, comparison.dtype, comparison.device)
-        found = {str(place): judging.small(_draw(comparison, pipeline, probe)) for place, probe in enumerate(probes)}
+        found = {str(place): small(_draw(comparison, pipeline, probe)) for place, probe in enumerate(probes)}
         with whole_file(path) as fresh:
             save_file(found, fresh)
     return [found[str(place)] for place in range(len(probes))]
 
 
-def _identity_before(comparison: Comparison, target: str) -> Record:
-    return {"target": target, **comparison.conditions(), **_asked(comparison, target)}
-
-
-def _asked(comparison: Comparison, target: str) -> Record:
-    """Of which model, and what is drawn: a file of prompts may have changed under its name."""
-    weights_now = weights(comparison.model, comparison.dtype, comparison.device)
-    concepts = judging.exam(comparison, target).concepts
-    return {"weights": weights_now, "concept_set": digest(concepts) if concepts else None}
-
-
 @functools.cache
 def _pipeline(model: str, dtype: str, device: str) -> DiffusionPipeline:
-    """The pipeline of this process; runs leave it as they found it."""
+    """The pipeline of this process; every run leaves it as it was."""
     return subject_of(model).load(dtype, device)
 
 

@@ -23,7 +23,7 @@ from fdu.storage.versions import versions
 from fdu.training.loop import NotFinite
 
 WORKER = {"OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1", "TRANSFORMERS_VERBOSITY": "error"}
-"""Environment of worker processes: spinning threads slow each other down, and bars and notices would mix."""
+"""Environment of worker processes: spinning threads would slow each other down; bars and notices would mix."""
 
 Record = dict[str, Any]
 
@@ -33,11 +33,11 @@ class Job:
     """One record to make."""
 
     name: str
-    """Of its record; no two jobs of a sweep share one."""
+    """The name of its record, unique in a sweep."""
     identity: Record
     """Everything that the figures depend on except versions and device, ready for JSON."""
     make: Callable[[], Record]
-    """Returns the figures, ready for JSON. Worker processes get it pickled."""
+    """Returns the figures, ready for JSON. It is pickled for worker processes."""
     device: str = "cpu"
     first: bool = False
     """All other jobs wait for it."""
@@ -46,9 +46,10 @@ class Job:
 class Records:
     """The records in a JSON Lines file.
 
-    The first line, the header, holds what most records share: settings, device and versions. Every other line holds a
-    record's name, its figures, and the entries that differ from the header; or, marked ``whole``, all entries, if it
-    lacks one of the header's. Of two lines with one name the later one counts. A line that a kill cut short is ignored.
+    The first line, the header, holds the entries that most records share: settings, device and versions. Every other
+    line holds a record's name, its figures, and the entries that differ from the header. A record that lacks an entry
+    of the header is written with all its entries and marked ``whole``. If two lines have the same name, the later one
+    counts. An incomplete line, as a kill leaves it, is ignored.
 
     Attributes:
         found: all records by name, each merged with the header.
@@ -78,7 +79,7 @@ class Records:
         record = self.found.get(name)
         if record is None:
             return None
-        # A setting that a record lacks did not exist when it was made; its default is what was done.
+        # A setting that a record lacks did not exist when it was made; the run used its default.
         settings = {**EraseConfig().as_dict(), **record["identity"].get("settings", {})}
         found = {**record["identity"], "settings": settings}
         return record if _holds(found, json.loads(to_json(identity))) else None
@@ -120,10 +121,10 @@ def sweep(
     A job whose loss became NaN or infinite leaves a record with ``failed``, and is not repeated.
 
     Args:
-        jobs: what to make.
+        jobs: the records to make.
         path: the JSON Lines file of the records.
-        workers: processes, of one thread each if there are several; only this one writes.
-        most: make at most so many jobs, besides those that go first.
+        workers: number of processes, each with one thread if there are several; only this process writes.
+        most: the largest number of jobs to make, not counting those that go first.
         tell: gets a line per record.
 
     Raises:
@@ -132,37 +133,33 @@ def sweep(
         KeyboardInterrupt: a signal asked for it; all written records stay.
     """
     with _alone(path):
-        return _sweep(jobs, path, workers, most, tell)
-
-
-def _sweep(jobs: Sequence[Job], path: Path, workers: int, most: int | None, tell: Callable[[str], None]) -> Records:
-    records = Records(path)
-    todo = [job for job in jobs if records.of(job.name, job.identity) is None]
-    parts = [job for job in todo if job.first], [job for job in todo if not job.first][:most]
-    done, total = 0, sum(map(len, parts))
-    if total and records.found:
-        records.write(jobs)
-    context = multiprocessing.get_context("spawn")
-    pool = concurrent.futures.ProcessPoolExecutor(workers, mp_context=context) if workers > 1 else None
-    futures: dict[concurrent.futures.Future[Record], Job] = {}
-    try:
-        for part in parts:
-            for job, record in _made(part, pool, futures):
-                records.add(job.name, record, jobs)
-                done += 1
-                tell(f"{done}/{total} {job.name}")
-    finally:
-        if pool is not None:
-            pool.shutdown(wait=True, cancel_futures=True)
-            for future, job in futures.items():  # what the others finished while one failed
-                if not future.cancelled() and future.exception() is None:
-                    records.add(job.name, future.result(), jobs)
-    return records
+        records = Records(path)
+        todo = [job for job in jobs if records.of(job.name, job.identity) is None]
+        parts = [job for job in todo if job.first], [job for job in todo if not job.first][:most]
+        done, total = 0, sum(map(len, parts))
+        if total and records.found:
+            records.write(jobs)
+        context = multiprocessing.get_context("spawn")
+        pool = concurrent.futures.ProcessPoolExecutor(workers, mp_context=context) if workers > 1 else None
+        futures: dict[concurrent.futures.Future[Record], Job] = {}
+        try:
+            for part in parts:
+                for job, record in _made(part, pool, futures):
+                    records.add(job.name, record, jobs)
+                    done += 1
+                    tell(f"{done}/{total} {job.name}")
+        finally:
+            if pool is not None:
+                pool.shutdown(wait=True, cancel_futures=True)
+                for future, job in futures.items():  # jobs that others finished while one failed
+                    if not future.cancelled() and future.exception() is None:
+                        records.add(job.name, future.result(), jobs)
+        return records
 
 
 @contextmanager
 def _alone(path: Path) -> Iterator[None]:
-    """Hold the records against other processes."""
+    """Lock the records against other processes."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.with_suffix(".lock").open("w") as lock:
         try:
@@ -173,7 +170,7 @@ def _alone(path: Path) -> Iterator[None]:
 
 
 def digest(content: Any) -> str:
-    """16 digits that stand for content whose text is too long to repeat in every record."""
+    """16 digits that identify content too long to repeat in every record."""
     return hashlib.sha256(repr(content).encode()).hexdigest()[:16]
 
 
@@ -189,7 +186,7 @@ def _made(
     pool: concurrent.futures.Executor | None,
     futures: dict[concurrent.futures.Future[Record], Job],
 ) -> Iterator[tuple[Job, Record]]:
-    """Every job with its record, as they come; ``futures`` holds those that are still to come."""
+    """Every job with its record as soon as it is made; ``futures`` holds the jobs still in progress."""
     if pool is None:
         yield from ((job, _record(job)) for job in jobs)
         return
@@ -213,7 +210,7 @@ def _record(job: Job) -> Record:
 
 
 def _usual(entries: Sequence[Record]) -> Record:
-    """The values that more than half of the entries share; of nested dicts value by value."""
+    """The values that more than half of the entries share; nested dicts value by value."""
     found: Record = {}
     for key in dict.fromkeys(key for entry in entries for key in entry):
         values = [entry[key] for entry in entries if key in entry]
@@ -226,7 +223,7 @@ def _usual(entries: Sequence[Record]) -> Record:
 
 
 def _differences(common: Record, own: Record) -> Record:
-    """The entries of ``own`` that ``common`` has otherwise or not; :func:`_merged` undoes it."""
+    """The entries of ``own`` that ``common`` lacks or has with another value; :func:`_merged` undoes it."""
     return {
         key: _differences(common[key], value) if _nested(common, key, value) else value
         for key, value in own.items()

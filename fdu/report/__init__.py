@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from fdu.report.content import IMAGES_FOLDER, EvaluatedRun
 from fdu.report.render import PICTURE, REPORT, make_report, render, write_report, write_run
-from fdu.report.stored import Conditions, check_record, check_run
+from fdu.report.run import IMAGES_FOLDER, Conditions, EvaluatedRun, check_record, check_run
 
 __all__ = [
     "IMAGES_FOLDER",

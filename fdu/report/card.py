@@ -14,7 +14,7 @@ from fdu.evaluation import Evaluation, Probe
 from fdu.evaluation.intervals import uncertainty
 from fdu.evaluation.tables import comparison
 from fdu.evaluation.verdict import judge, percent
-from fdu.report.templating import templates
+from fdu.report.render import templates
 from fdu.storage.kohya import KOHYA_FILE
 from fdu.storage.loading import HUB_ID, erased_pairs
 from fdu.storage.writers import Format

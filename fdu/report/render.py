@@ -8,6 +8,7 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from jinja2 import Environment, PackageLoader, StrictUndefined
 from torch import Tensor
 
 from fdu.config import EraseConfig
@@ -18,12 +19,9 @@ from fdu.evaluation.robustness import Robustness
 from fdu.evaluation.robustness.holding import judge_robustness
 from fdu.evaluation.tables import PARTS, comparison, distance_columns
 from fdu.evaluation.verdict import GROUPS, joined, judge, percent
-from fdu.report import charts
-from fdu.report.content import EvaluatedRun
+from fdu.report.charts import Captioned, share_chart, training_charts
 from fdu.report.pictures import before_after, data_uri, strip
-from fdu.report.stored import SHOWN, SIDES, Class
-from fdu.report.svg import Captioned
-from fdu.report.templating import templates
+from fdu.report.run import SHOWN, SIDES, Class, EvaluatedRun
 from fdu.storage.output import whole_file, write_text
 
 HEADINGS = {
@@ -39,6 +37,17 @@ REPORT, PICTURE = "report.html", "before-after.png"
 """The files of a report."""
 WORDS = {"target": "the target", "unseen": "the target, unseen phrasings", **GROUPS, "cross_domain": "another kind"}
 """Roles and groups in the table of distances."""
+
+
+def templates() -> Environment:
+    """The templates in fdu/report/templates; values in HTML are escaped."""
+    return Environment(
+        loader=PackageLoader("fdu.report"),
+        autoescape=lambda name: name is not None and name.endswith(".html.j2"),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +72,7 @@ class ClassRow:
     before: Figure
     after: Figure
     sides: list[tuple[str, str, list[bool]]]
-    """The images on each side as a PNG data URI, in words, and whether the judge saw the requested class in each."""
+    """For each side: the images as a PNG data URI, their description, and whether the judge saw the requested class."""
 
 
 def render(run: EvaluatedRun) -> str:
@@ -77,7 +86,7 @@ def render(run: EvaluatedRun) -> str:
     evaluation, record = run.evaluation, run.record
     groups = _groups(run)
     apart = {name: Figure.of(evaluation, f"difference.{name}", value) for name, value in evaluation.difference.items()}
-    return environment.get_template("report/page.html.j2").render(
+    return environment.get_template("report.html.j2").render(
         target=run.target,
         anchor=run.anchor,
         others=joined([name for name, _ in run.erased]) if run.anchor is None else "",
@@ -94,7 +103,7 @@ def render(run: EvaluatedRun) -> str:
         ],
         distances=_distances(evaluation),
         robustness=_robustness(run.robustness) if run.robustness else None,
-        charts=charts.training_charts(record["history"]) if record else [],
+        charts=training_charts(record["history"]) if record else [],
         settings=setting_rows(record["config"]) if record else [],
         shown=min(SHOWN, evaluation.images_per_class),
         commands=[("The erasure:", (record or {}).get("command", "")), ("This report:", run.command)],
@@ -107,7 +116,7 @@ def setting_rows(config: Mapping[str, Any], without: Collection[str] = ()) -> li
     """Name and value of each setting of an erasure, and whether it differs from the default.
 
     Args:
-        config: :meth:`fdu.EraseConfig.as_dict`, or the one in a record.
+        config: :meth:`fdu.EraseConfig.as_dict`, or the settings in a record.
         without: settings to leave out.
     """
     defaults = EraseConfig().as_dict()
@@ -204,11 +213,11 @@ def _robustness(found: Mapping[str, Any]) -> dict[str, Any]:
         courses += [(f"erased, attempt {number + 1}", "raw", _course(attacked, number)) for number in others]
         courses.append(("erased", "smooth", _course(attacked)))
         explanation = "share of images that show the target, by steps of the attack; dashed: before the erasure"
-        drawn.append(charts.share_chart("Attack on the embeddings", explanation, courses))
+        drawn.append(share_chart("Attack on the embeddings", explanation, courses))
     if found.get("relearning"):
         course = found["relearning"]["course"]
         explanation = "share of images that show the target, by steps of fine-tuning on its images"
-        drawn.append(charts.share_chart("Relearning", explanation, [("erased", "smooth", course)]))
+        drawn.append(share_chart("Relearning", explanation, [("erased", "smooth", course)]))
     return {**Robustness().as_dict(), **found, "charts": drawn}
 
 

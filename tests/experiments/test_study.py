@@ -12,8 +12,7 @@ import study
 from judged_runs import runs
 
 from fdu.comparison import runs as runs_file
-from fdu.comparison.front import Estimate, Sample
-from fdu.comparison.judged import Judged
+from fdu.comparison.front import Estimate, Judged, Sample
 from fdu.comparison.plan import Candidate
 from fdu.comparison.runs import identity_of
 from fdu.comparison.sweep import Records

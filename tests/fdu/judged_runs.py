@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fdu.comparison.judged import Judged
+from fdu.comparison.front import Judged
 from fdu.comparison.plan import Candidate
 
 IMAGES = 40

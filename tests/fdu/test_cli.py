@@ -1,4 +1,4 @@
-"""The command line: what it refuses and when, its exit codes, its help; the work itself is tested with the demo."""
+"""The command line: what it refuses and when, exit codes, help, `fdu erase` and `fdu divergences`."""
 
 from __future__ import annotations
 
@@ -15,13 +15,15 @@ import pytest
 from diffusers import DiffusionPipeline
 
 import fdu
+import fdu_kernels
 from fdu import cli
 from fdu.cli import doctor, main
-from fdu.cli.demo import Demo
-from fdu.cli.erase import Erase
-from fdu.cli.settings import GROUPS, grouped
+from fdu.cli.divergences import page, rows
+from fdu.cli.erase import Erase, _loading_line
+from fdu.cli.options import GROUPS, grouped
 from fdu.storage.output import SMALL_RESULT
 from fdu.subjects.digits import pipeline as digits
+from fdu.subjects.registry import subject_of
 from fdu.training.loop import Training
 
 ERASE = ["erase", "embedded", "--target", "three", "--anchor", "eight", "--out", "out"]
@@ -200,11 +202,6 @@ def test_interruption(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFix
     assert "interrupted" in line
 
 
-def test_version(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["--version"]) == cli.OK
-    assert capsys.readouterr().out == f"fdu {fdu.__version__}\n"
-
-
 @pytest.mark.parametrize("command", ["", *cli.COMMANDS])
 def test_help_ends_with_examples(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*([command] if command else []), "--help"]) == cli.OK
@@ -229,14 +226,6 @@ def test_every_setting_is_in_one_group() -> None:
     starts = [fdu.EraseConfig.field_names().index(first) for first in GROUPS.values()]
     assert starts[0] == 0 and starts == sorted(starts)
     assert tuple(grouped()().typed()) == fdu.EraseConfig.field_names()
-
-
-def test_a_comparison_leaves_out_the_settings_that_it_sets_itself(capsys: pytest.CaptureFixture[str]) -> None:
-    main(["compare", "--help"])
-    output = capsys.readouterr().out
-    assert "--seeds " in output and "--seed " not in output and "files options" not in output
-    command = cli.parse(["compare", "embedded", "--target", "a", "--anchor", "b", "--out", "c", "--rank", "3"])
-    assert command.settings.checked().rank == 3  # type: ignore[attr-defined]
 
 
 def test_without_a_command_comes_the_help(capsys: pytest.CaptureFixture[str]) -> None:
@@ -284,31 +273,29 @@ def test_wrong_usage_exits_with_2(arguments: list[str], capsys: pytest.CaptureFi
     assert output.out == "" and output.err and "Traceback" not in output.err
 
 
-def test_hyphens_serve_as_underscores() -> None:
-    command = cli.parse(["demo", "--max-train-steps", "3", "--train_batch_size", "2", "--sigma", "0.5"])
-    assert isinstance(command, Demo)
-    config = command.settings.checked()
+def test_settings_are_read_and_hyphens_serve_as_underscores() -> None:
+    given = ["demo", "--max-train-steps", "3", "--preservation_prompts", "a cat", "a dog", "--sigma", "0.5"]
+    config = cli.parse(given).settings.checked()  # type: ignore[attr-defined]
     assert type(config) is fdu.EraseConfig
-    assert (config.max_train_steps, config.train_batch_size, config.sigma) == (3, 2, 0.5)
-
-
-def test_several_prompts() -> None:
-    command = cli.parse(["demo", "--preservation_prompts", "a cat", "a dog", "--seed", "3"])
-    assert isinstance(command, Demo)
-    assert command.settings.typed()["preservation_prompts"] == ("a cat", "a dog")
+    assert (config.max_train_steps, config.preservation_prompts, config.sigma) == (3, ("a cat", "a dog"), 0.5)
 
 
 def test_divergences_as_table_and_json(capsys: pytest.CaptureFixture[str]) -> None:
-    import fdu_kernels
-
     assert main(["divergences"]) == cli.OK
     table = capsys.readouterr().out
     assert main(["divergences", "--json"]) == cli.OK
-    rows = json.loads(capsys.readouterr().out)
-    assert [row["name"].partition(":")[0] for row in rows] == list(fdu_kernels.divergences())
-    for row in rows:
+    found = json.loads(capsys.readouterr().out)
+    assert [row["name"].partition(":")[0] for row in found] == list(fdu_kernels.divergences())
+    for row in found:
         assert row["name"] in table and row["advice"] in table and row["profile"] in table
         assert fdu_kernels.get_divergence(row["name"]) == fdu_kernels.get_divergence(row["aliases"][0])
+
+
+def test_the_page_of_divergences_is_that_of_the_catalogue() -> None:
+    written = (Path(__file__).parents[2] / "docs" / "divergences.md").read_text()
+    assert written == page(rows()) + "\n", "fdu divergences --markdown > docs/divergences.md"
+    for name in fdu_kernels.divergences():
+        assert f"| `{fdu_kernels.get_divergence(name)}` |" in written
 
 
 def run_python(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -330,54 +317,35 @@ def test_python_dash_m() -> None:
     assert (ran.returncode, ran.stdout) == (0, f"fdu {fdu.__version__}\n")
 
 
-@pytest.fixture
-def few_inference_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Judging takes 20 steps an image; whether the images are good is not the question here."""
-    real = fdu.draw
-    monkeypatch.setattr(fdu, "draw", lambda *given, **named: real(*given, **{**named, "num_inference_steps": 2}))
+QUICK = ["--max_train_steps=2", "--train_batch_size=2", "--num_latents=4", "--num_inference_steps=2", "--rank=2"]
 
 
-@pytest.mark.usefixtures("few_inference_steps")
-def test_erase_then_evaluate(capsys: pytest.CaptureFixture[str]) -> None:
-    quick = ["--max_train_steps=2", "--train_batch_size=2", "--num_latents=4", "--num_inference_steps=2", "--rank=2"]
-    assert main([*ERASE, *quick]) == cli.OK
+def test_erase_saves_and_says_how_to_load(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*ERASE, *QUICK]) == cli.OK
     output = capsys.readouterr().out
     assert 'pipeline = fdu.load_pipeline("embedded"); pipeline.load_lora_weights' in output
     record = json.loads(Path("out/fdu.json").read_text())
     assert record["target"]["prompts"] == list(digits.concepts("three", "eight")[0].prompts)
     assert record["config"]["preservation_prompts"] == list(digits.preserved("three"))
 
-    assert main([*ERASE, *quick]) == cli.USAGE
-    assert main([*ERASE, *quick, "--overwrite", "--train_method", "cross_attention"]) == cli.OK
+    assert main([*ERASE, *QUICK]) == cli.USAGE
+    assert main([*ERASE, *QUICK, "--overwrite", "--train_method", "cross_attention"]) == cli.OK
     assert "DiffusionPipeline.from_pretrained('out')" in capsys.readouterr().out
 
-    for save_as, words in (
-        ("delta", "fdu.load_weights(pipeline, 'out')"),
-        ("kohya", "out/kohya_lora.safetensors"),
-    ):
-        assert main([*ERASE, *quick, "--overwrite", "--save_as", save_as]) == cli.OK
-        assert words in capsys.readouterr().out
-        assert len([path for path in Path("out").iterdir() if path.suffix == ".safetensors"]) == 1
     assert not Path("out.checkpoints").exists()
 
-    assert main(["evaluate", "embedded", "out", "--images_per_class", "1", "--out", "judged"]) == cli.OK
-    output = capsys.readouterr().out
-    assert "before" in output and "retained (9 classes)" in output
-    metrics = json.loads(Path("judged/metrics.json").read_text())
-    assert metrics["target"] == "three" and metrics["command"].startswith("fdu evaluate embedded out")
-    names = {path.name for path in Path("judged").iterdir()}
-    assert names == {"metrics.json", "images", "report.html", "before-after.png"}
 
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("few_inference_steps")
-def test_evaluate_loads_lora_weights() -> None:
-    quick = ["--max_train_steps=8", "--train_batch_size=2", "--num_latents=4", "--num_inference_steps=2"]
-    assert main([*ERASE, *quick, "--learning_rate=0.05"]) == cli.OK
-    assert main(["evaluate", "embedded", "out", "--images_per_class", "1", "--out", "judged"]) == cli.OK
-    # A violent erasure: were the weights not loaded, the images after would equal those before.
-    change = json.loads(Path("judged/metrics.json").read_text())["change"]
-    assert change["target"] > 0.01
+@pytest.mark.parametrize(
+    ("format", "method", "words"),
+    [
+        ("delta", "full", "fdu.load_weights(pipeline, 'out')"),
+        ("kohya", "lora", "ComfyUI.*out/kohya_lora.safetensors"),
+        ("kohya", "dora", "fdu.load_weights(pipeline, 'out')"),
+    ],
+)
+def test_every_format_can_be_loaded(format: str, method: str, words: str) -> None:
+    line = _loading_line(subject_of("embedded"), Path("out"), format, method)
+    assert re.search(words.replace("(", "[(]").replace(")", "[)]"), line)
 
 
 @pytest.mark.usefixtures("no_work")
@@ -413,43 +381,13 @@ def test_a_full_pipeline_needs_its_room(monkeypatch: pytest.MonkeyPatch, capsys:
     cli.parse(ERASE).prepare("")
 
 
-@pytest.mark.usefixtures("no_work")
-def test_a_record_that_is_none_is_refused_before_any_work(capsys: pytest.CaptureFixture[str]) -> None:
-    Path("lora").mkdir()
-    Path("lora/pytorch_lora_weights.safetensors").touch()
-    Path("lora/fdu.json").write_text('{"a": 1}')
-    assert "record.target" in refused(["evaluate", "embedded", "lora"], capsys)
-
-
 def test_truncated_weights_are_told_in_a_line(capsys: pytest.CaptureFixture[str]) -> None:
     Path("lora").mkdir()
     Path("lora/pytorch_lora_weights.safetensors").write_bytes(b"\x10\0\0")
-    quick = ["--target", "three", "--images_per_class", "1"]
-    real = fdu.draw
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(fdu, "draw", lambda *given, **named: real(*given, **{**named, "num_inference_steps": 1}))
-        assert main(["evaluate", "embedded", "lora", *quick]) == cli.FAILED
+    quick = ["--target=three", "--images_per_class=1", "--num_inference_steps=1"]
+    assert main(["evaluate", "embedded", "lora", *quick]) == cli.FAILED
     error = capsys.readouterr().err
     assert "'lora'" in error and "Traceback" not in error
-
-
-def test_evaluate_draws_with_seeds_that_no_training_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    Path("lora").mkdir()
-    Path("lora/pytorch_lora_weights.safetensors").touch()
-
-    def draw(*given: Any, seed: int, **named: Any) -> None:
-        raise RuntimeError(f"seed {seed}")
-
-    monkeypatch.setattr(fdu, "draw", draw)
-    work = cli.parse(["evaluate", "embedded", "lora", "--target", "three", "--seed", "5"]).prepare("")
-    with pytest.raises(RuntimeError, match="seed 1005"):
-        work()
-
-
-def test_the_help_tells_which_anchor_the_embedded_pipeline_does_not_know(capsys: pytest.CaptureFixture[str]) -> None:
-    main(["erase", "--help"])
-    words = " ".join(capsys.readouterr().out.replace("│", " ").split())
-    assert re.search('embedded.*"".*"digit"', words)
 
 
 def test_an_output_that_appears_during_the_training_costs_nothing(
@@ -464,30 +402,15 @@ def test_an_output_that_appears_during_the_training_costs_nothing(
         return result
 
     monkeypatch.setattr(fdu, "erase", erase)
-    quick = ["--max_train_steps=1", "--train_batch_size=2", "--num_latents=4", "--num_inference_steps=2", "--rank=2"]
-    assert main([*ERASE, *quick]) == cli.FAILED
+    assert main([*ERASE, *QUICK]) == cli.FAILED
     (kept,) = (path for path in map(Path, re.findall("'(.+?)'", capsys.readouterr().err)) if path.name != "out")
     assert (kept / "fdu.json").is_file() and [path.name for path in Path("out").iterdir()] == ["mine"]
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("few_inference_steps")
-def test_two_concepts_are_judged_one_at_a_time(capsys: pytest.CaptureFixture[str]) -> None:
-    quick = ["--max_train_steps=2", "--train_batch_size=2", "--num_latents=4", "--num_inference_steps=2", "--rank=2"]
-    both = ["erase", "embedded", "--target", "three", "--target", "red", "--anchor", "eight", "--anchor", "black"]
-    assert main([*both, "--out", "out", *quick]) == cli.OK
-    preserved = json.loads(Path("out/fdu.json").read_text())["config"]["preservation_prompts"]
-    assert not any("three" in prompt or "red" in prompt for prompt in preserved)
-    capsys.readouterr()
-    assert re.search("three and red.*--target", refused(["evaluate", "embedded", "out"], capsys))
-    assert main(["evaluate", "embedded", "out", "--target", "red", "--images_per_class", "1"]) == cli.OK
-    assert "retained (3 classes)" in capsys.readouterr().out
 
 
 def test_an_interrupted_run_says_how_to_go_on(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    quick = ["--max_train_steps=6", "--train_batch_size=2", "--num_latents=4", "--num_inference_steps=2", "--rank=2"]
+    quick = [*QUICK, "--max_train_steps=6"]
     real = Training._stops
     monkeypatch.setattr(Training, "_stops", lambda self, stop: self.step == 3)
     assert main([*ERASE, *quick]) == cli.INTERRUPTED

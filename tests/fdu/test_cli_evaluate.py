@@ -1,15 +1,17 @@
-"""`fdu evaluate` on pipelines that are not the embedded one: concept sets, CLIP as judge, what is refused."""
+"""`fdu evaluate` and `fdu report`: from erasures to pages, concept sets, CLIP as judge, robustness, what is refused."""
 
 from __future__ import annotations
 
 import json
 import re
+import shutil
 import weakref
 from pathlib import Path
 from typing import Any
 
 import pytest
 from families import CONCEPTS, WORDS, save_clip
+from test_report import Page
 
 import fdu
 from fdu import cli
@@ -43,13 +45,95 @@ def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     return capsys.readouterr().err
 
 
+ERASE = ["erase", "embedded", "--target=three", "--anchor=eight", "--num_inference_steps=4", "--rank=4"]
+ERASE += ["--train_batch_size=4", "--num_latents=8"]
+
+
+@pytest.fixture(scope="module")
+def idle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An erasure of no step."""
+    out = tmp_path_factory.mktemp("runs") / "idle"
+    assert main([*ERASE, "--max_train_steps=0", f"--out={out}"]) == cli.OK
+    return out
+
+
+def evaluate(erased: Path, *more: str) -> tuple[Page, dict[str, Any]]:
+    """The page and the metrics of an evaluation; `fdu report` makes the same page."""
+    quick = ["--num_inference_steps=3", "--out=judged"]  # enough to draw the requested class
+    assert main(["evaluate", "embedded", str(erased), *quick, *more]) == cli.OK
+    page = Path("judged/report.html").read_text(encoding="utf-8")
+    Path("judged/report.html").unlink()
+    assert main(["report", "judged"]) == cli.OK
+    assert Path("judged/report.html").read_text(encoding="utf-8") == page
+    return Page(page), json.loads(Path("judged/metrics.json").read_text())
+
+
+def test_a_run_of_no_step_did_not_erase(idle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    page, metrics = evaluate(idle, "--images_per_class=2")
+    output = capsys.readouterr().out
+    assert "not erased" in page.text and "not erased" in output and "retained (9 classes)" in output
+    assert re.search("100 % of 2 images before.{,40}100 % after", page.text)
+    assert not [svg for svg in page.all("svg") if (svg.get("aria-label") or "").startswith("Divergence")]
+    assert set(metrics["change"].values()) == {0.0} and metrics["target"] == "three"
+    assert metrics["command"].startswith("fdu evaluate embedded")
+    assert metrics["record"]["command"].startswith("fdu erase embedded --target=three")
+    assert len(metrics["record"]["fingerprint"]) == 64
+    conditions = metrics["conditions"]
+    assert conditions.pop("versions") == metrics["versions"] == metrics["record"]["versions"]
+    sampling = {"num_inference_steps": 3, "guidance_scale": 3.0, "batch_size": 32}
+    assert conditions == {"seed": 1000, "sampling": sampling, "judge": "embedded classifier", "dtype": "float32"}
+    names = {path.name for path in Path("judged").iterdir()}
+    assert names == {"metrics.json", "images", "report.html", "before-after.png"}
+
+
+@pytest.mark.slow
+def test_a_run_that_broke_its_neighbours() -> None:
+    trampling = ["--max_train_steps=12", "--learning_rate=0.03", "--preservation_weight=0"]
+    assert main([*ERASE, *trampling, "--out=trampled"]) == cli.OK
+    page, _ = evaluate(Path("trampled"), "--images_per_class=4")  # fewer could not show a loss
+    assert re.search("three → eight [^.]*lost accuracy", page.text)
+    assert re.search(r"\(\d+ % before, \d+ % after\)", page.text)
+    assert "fingerprint" in page.text
+    assert [svg for svg in page.all("svg") if (svg.get("aria-label") or "").startswith("Divergence")]
+
+
+@pytest.mark.slow
+def test_two_concepts_are_judged_one_at_a_time(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*ERASE, "--target=red", "--anchor=black", "--max_train_steps=2", "--out=out"]) == cli.OK
+    preserved = json.loads(Path("out/fdu.json").read_text())["config"]["preservation_prompts"]
+    assert not any("three" in prompt or "red" in prompt for prompt in preserved)
+    capsys.readouterr()
+    assert re.search("three and red.*--target", refused(["embedded", "out"], capsys))
+    assert main(["evaluate", "embedded", "out", *QUICK[:4], "--target=red"]) == cli.OK
+    assert "retained (3 classes)" in capsys.readouterr().out
+
+
+def test_unfit_folders_are_refused_before_any_work(idle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(idle, "damaged")
+    shutil.copytree(idle, "empty")
+    Path("empty/fdu.json").write_text('{"a": 1}')
+    record = json.loads(Path("damaged/fdu.json").read_text())
+    Path("damaged/fdu.json").write_text(json.dumps(record | {"history": {"loss": ["x"]}}))
+    capsys.readouterr()
+    for arguments, message in (
+        (["evaluate", "embedded", "damaged"], "record.history.loss[0] is wrong: 'x'"),
+        (["evaluate", "embedded", "empty"], "record.target"),
+        (["report", "none"], "not a folder"),
+        (["report", str(idle)], "fdu evaluate"),
+        (["evaluate", "embedded", str(idle), "--phrasings", "x"], "--robustness"),
+        (["evaluate", "embedded", str(idle), "--robustness", "--phrasings", "x"], "no file"),
+    ):
+        assert main(arguments) == cli.USAGE
+        assert message in capsys.readouterr().err
+
+
 def test_any_pipeline_is_judged_by_clip(base: Path, clip_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     result = fdu.erase(
         digits.load_pipeline(), "three", "eight", max_train_steps=2, train_batch_size=2, num_latents=4,
         num_inference_steps=2, rank=2, learning_rate=0.05, seed=0,
     )  # fmt: skip
     result.save("erased")
-    quick = ["--images_per_class", "3", "--num_inference_steps", "2", "--batch_size", "2"]
+    quick = ["--images_per_class=2", "--num_inference_steps=1"]
     arguments = [str(base), "erased", "--prompts", "set.txt", "--judge", str(clip_folder), "--out", "judged"]
     assert main(["evaluate", *arguments, *quick]) == cli.OK
     output = capsys.readouterr().out
@@ -61,11 +145,11 @@ def test_any_pipeline_is_judged_by_clip(base: Path, clip_folder: Path, capsys: p
     assert set(metrics["after"]["per_class"]) == {"three", "two", "eight", "zero", "ink"}
     assert Path("judged/report.html").is_file()
 
-    assert main(["evaluate", *arguments[:2], *arguments[4:6], "--target", "three", *quick]) == cli.OK
+    assert main(["evaluate", *arguments[:2], *arguments[4:6], "--target=three", *quick]) == cli.OK
     output = capsys.readouterr().out  # the prompts of the training, and the subjects of the package
     assert "generic (5 classes)" in output and "near" not in output
 
-    assert main(["evaluate", "embedded", "erased", *arguments[4:6], "--images_per_class", "2", *quick[2:]]) == cli.OK
+    assert main(["evaluate", "embedded", "erased", *arguments[4:6], *quick]) == cli.OK
     output = capsys.readouterr().out
     assert "retained (9 classes)" in output and "CLIP score before" in output
 
@@ -181,23 +265,41 @@ def test_a_test_of_robustness_that_fails_costs_nothing_else(
     assert any(re.search("attack.*CUDA out of memory", note) for note in metrics["notes"])
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_robustness_with_clip_as_judge(
-    dtype: str, base: Path, clip_folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    import fdu.cli.evaluate
+@pytest.fixture
+def tiny_tests(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tests of robustness of one step each."""
     import fdu.evaluation.robustness as robustness
 
     real = robustness.Examination
     tiny = {
         "attack_config": robustness.AttackConfig(steps=1, restarts=1, looks=1, batch_size=1),
         "relearning_config": robustness.RelearningConfig(steps=1, looks=1, batch_size=1),
+        "drawing": robustness.JudgedSampling(num_inference_steps=2, images=1),
         "latents": 1,
     }
     monkeypatch.setattr(robustness, "Examination", lambda *given, **named: real(*given, **{**named, **tiny}))
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("tiny_tests")
+def test_an_evaluation_with_robustness(idle: Path) -> None:
+    Path("mine.txt").write_text("a {}\n", encoding="utf-8")
+    page, metrics = evaluate(idle, "--images_per_class=1", "--robustness", "--phrasings=mine.txt")
+    assert "Robustness" in page.text and "mine" in page.text
+    labels = [svg["aria-label"] or "" for svg in page.all("svg") if svg.get("role") == "img"]
+    assert [label.partition(".")[0] for label in labels] == ["Attack on the embeddings", "Relearning"]
+    assert metrics["robustness"].keys() == {"phrasings", "attack_before", "attack", "relearning"}
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("tiny_tests")
+def test_robustness_in_half_precision_with_clip_as_judge(
+    base: Path, clip_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import fdu.cli.evaluate
+
     monkeypatch.setattr(fdu.cli.evaluate, "load_erased", lambda pipeline, *given: pipeline)
-    arguments = [str(base), "weights", "--prompts", "set.txt", "--judge", str(clip_folder), "--dtype", dtype]
+    arguments = [str(base), "weights", "--prompts=set.txt", f"--judge={clip_folder}", "--dtype=bfloat16"]
     assert main(["evaluate", *arguments, *QUICK, "--robustness", "--out", "judged"]) == cli.OK
     found = json.loads(Path("judged/metrics.json").read_text())
     assert {"paraphrases", "misspellings"} <= found["robustness"]["phrasings"].keys()
@@ -220,11 +322,3 @@ def test_two_pipelines_are_not_in_memory_together(base: Path, monkeypatch: pytes
     monkeypatch.setattr("fdu.subjects.subject.load_model", load_model)
     assert main(["evaluate", "embedded", str(base), *QUICK]) == cli.OK
     assert len(loaded) == 2
-
-
-def test_a_set_in_the_output_folder_is_kept(capsys: pytest.CaptureFixture[str], base: Path) -> None:
-    model = [str(base), "weights"]
-    Path("kept").mkdir()
-    Path("set.txt").rename("kept/set.txt")
-    inside = [*model, "--prompts", "kept/set.txt", "--out", "kept", "--overwrite"]
-    assert "input 'kept/set.txt'" in refused(inside, capsys)

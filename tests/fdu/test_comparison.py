@@ -1,12 +1,14 @@
-"""A comparison from end to end, small: its records, how it goes on, its folder, its page, and what is refused."""
+"""A comparison: its plan, its runs and records, its folder, its page, and the command from end to end."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import html.parser
+import io
 import json
 import re
 import shlex
+import shutil
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable
 from pathlib import Path
@@ -17,23 +19,23 @@ import torch
 from diffusers import StableDiffusionPipeline
 from families import CONCEPTS, WORDS, save_clip
 from judged_runs import runs as handmade
+from test_report import Page
 
 import fdu
+import fdu_kernels as fk
 from fdu import cli
 from fdu.cli import main
 from fdu.cli.compare import Compare
 from fdu.cli.erase import Erase
 from fdu.cli.program import parse
 from fdu.comparison import runs as runs_file
-from fdu.comparison.chart import COLOURS, Curve, curve_chart, front_chart
 from fdu.comparison.front import Sample
-from fdu.comparison.output_folder import RUNS, check_folder, write_record
-from fdu.comparison.page import alphas, describe, table, write_page
-from fdu.comparison.plan import Candidate, Comparison, Drawing
+from fdu.comparison.page import COLOURS, Curve, alphas, curve_chart, front_chart, table, write_page
+from fdu.comparison.plan import Candidate, Comparison, Drawing, Run, distinct, read_alpha
 from fdu.comparison.recommendation import BETA, recommend
-from fdu.comparison.results import Results, read_results
-from fdu.comparison.runs import jobs, read_record
-from fdu.comparison.sweep import Records, digest, sweep
+from fdu.comparison.results import RUNS, Results, check_folder, describe, read_results, write_record
+from fdu.comparison.runs import identity_of, jobs
+from fdu.comparison.sweep import Record, Records, digest, sweep
 from fdu.config import EraseConfig
 from fdu.subjects.digits import pipeline as digits
 from fdu.training.loop import NotFinite
@@ -42,24 +44,46 @@ QUICK = {"max_train_steps": 3, "train_batch_size": 2, "num_latents": 4, "num_inf
 PLAN = Comparison(
     model="embedded",
     pairs=(("three", "eight"),),
-    candidates=(Candidate("mse"), Candidate("pearson_chi2", 10.0)),
+    candidates=(Candidate("mse", 10.0), Candidate("pearson_chi2", 10.0)),
     seeds=(0,),
     base=EraseConfig(**QUICK),
-    drawing=Drawing(images_per_class=2, images_of_target=2, num_inference_steps=2),
+    drawing=Drawing(images_per_class=2, images_of_target=2, num_inference_steps=1),
 )
+COMPARE = ["compare", "embedded", "--target", "three", "--anchor", "eight", "--out", "out", "--divergences", "mse,kl"]
+SMALL = ["--seeds=1", "--images_per_class=2", "--judged_inference_steps=1", "--workers=1"]
+SMALL += [f"--{name}={value}" for name, value in QUICK.items()]
+PLANNED = [*COMPARE[:-1], "mse,kl,pearson_chi2", "--s0=10", *SMALL]
+"""The command line of PLAN."""
 
 
 def make_runs(comparison: Comparison, path: Path, cache: Path, **named: Any) -> None:
     sweep(jobs(comparison, cache), path, **named)
 
 
+def record_of(records: Records, comparison: Comparison, run: Run) -> Record | None:
+    return records.of(run.name, identity_of(comparison, run))
+
+
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of the finished comparison; not to be changed."""
-    folder = tmp_path_factory.mktemp("comparison")
+def command(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """The folder and the output of the finished command; not to be changed."""
     torch.set_num_threads(1)  # as in the tests, or sums would round differently
-    make_runs(PLAN, folder / RUNS, folder / "cache", tell=lambda line: None)
-    return folder
+    output = io.StringIO()
+    with pytest.MonkeyPatch.context() as patched, contextlib.redirect_stdout(output):
+        patched.chdir(tmp_path_factory.mktemp("comparison"))
+        assert main(PLANNED) == cli.OK
+        return Path("out").resolve(), output.getvalue()
+
+
+@pytest.fixture(scope="module")
+def made(command: tuple[Path, str]) -> Path:
+    """The folder of the finished comparison."""
+    return command[0]
+
+
+def comparison(**others: Any) -> Comparison:
+    given = {"model": "embedded", "pairs": (("three", "eight"),), "candidates": (Candidate("mse"),), **others}
+    return Comparison(**given)
 
 
 def changed(made: Path, folder: Path, change: Callable[[str, dict[str, Any]], None]) -> Path:
@@ -100,9 +124,123 @@ def results_of(figures: dict[str, tuple[float, ...]], **others: Any) -> Results:
     )
 
 
+def test_alpha_is_a_grid_with_its_limits() -> None:
+    names = ["alpha:-1", "alpha:-0.5", "reverse_kl", "alpha:0.5", "kl", "alpha:1.5", "alpha:2"]
+    assert read_alpha("-1:2:7") == names
+    assert read_alpha("0.1:0.3:3") == ["alpha:0.1", "alpha:0.2", "alpha:0.3"]
+    assert read_alpha("0.7:1.3:7")[3] == "kl"  # 0.7 + 3 * 0.1 is not 1 in binary
+    assert read_alpha("3:3:1") == ["alpha:3"]
+    for name in names:
+        fk.get_divergence(name)
+
+
+@pytest.mark.parametrize("text", ["-1:2", "a:b:c", "0:1:2.5", "2:-1:7", "0:1:0", "0:1:1", "1:1:2"])
+def test_other_alphas_are_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="alpha.*low:high:count"):
+        read_alpha(text)
+
+
+def test_divergences_that_train_alike_are_run_once() -> None:
+    kept, alike = distinct(["mse", *read_alpha("-1:2:7"), "squared_hellinger", "pearson_chi2", "le_cam"])
+    assert kept == ["mse", "alpha:-1", "alpha:-0.5", "alpha:0.5", "le_cam"]
+    assert alike == {
+        "reverse_kl": "mse",
+        "kl": "mse",
+        "alpha:1.5": "alpha:-0.5",
+        "alpha:2": "alpha:-1",
+        "squared_hellinger": "alpha:0.5",
+        "pearson_chi2": "alpha:-1",
+    }
+
+
+def test_alike_are_those_whose_gradients_are_multiples() -> None:
+    """Against the losses themselves."""
+    names = [str(fk.get_divergence(name)) for name in fk.divergences()]
+    kept, alike = distinct(names)
+    target = torch.zeros(12, 1, dtype=torch.float64)
+    pred = torch.logspace(-1, 0.9, 12, dtype=torch.float64)[:, None]
+    gradient = {name: fk.gaussian_divergence_value_and_grad(pred, target, name)[1] for name in names}
+
+    def multiple(one: str, other: str) -> bool:
+        ratio = gradient[one] / gradient[other]
+        return torch.allclose(ratio, ratio[0].expand_as(ratio), rtol=1e-6)
+
+    assert all(multiple(name, run) for name, run in alike.items())
+    assert not any(multiple(one, other) for place, one in enumerate(kept) for other in kept[:place])
+
+
+def test_with_a_critic_every_generator_trains_its_own() -> None:
+    assert distinct(["kl", "reverse_kl", "kl"], variational=True) == (["kl", "reverse_kl"], {})
+    with pytest.raises(ValueError, match="helinger"):
+        distinct(["helinger"])
+
+
+def test_runs_are_candidates_times_targets_times_seeds_with_names_of_their_own() -> None:
+    plan = comparison(
+        pairs=(("three", "eight"), ("red", "green")),
+        candidates=(Candidate("alpha:0.3", 10.0), Candidate("kl", 1.0, (("variational", True),))),
+        seeds=(0, 1, 2),
+    )
+    runs = plan.runs()
+    assert len(runs) == 12 and len({run.name for run in runs}) == 12
+    assert runs[0].name == "three_eight_divergence=alpha-0.3_s0=10_seed=0"
+    assert [run.seed for run in runs] == sorted(run.seed for run in runs)
+    assert runs[1].candidate.label == "kl (s0 1, variational)"
+    assert Run("van gogh", "", Candidate("mse"), 0).name == "van-gogh_nothing_divergence=mse_s0=1_seed=0"
+
+
+def test_what_cannot_be_compared_is_refused() -> None:
+    for name in ("pairs", "candidates", "seeds"):
+        with pytest.raises(ValueError, match=f"{name} is empty"):
+            comparison(**{name: ()})
+    with pytest.raises(ValueError, match="candidates.*duplicate"):
+        comparison(candidates=(Candidate("mse"), Candidate("mse")))
+    with pytest.raises(ValueError, match="s0.*sigma"):
+        comparison(candidates=(Candidate("mse", 1.0), Candidate("mse", 2.0)), base=EraseConfig(sigma=0.1))
+    with pytest.raises(ValueError, match="s0.*> 0"):
+        comparison(candidates=(Candidate("mse", -1.0),))
+    with pytest.raises(ValueError, match="unknown divergence"):
+        comparison(candidates=(Candidate("helinger"),))
+    with pytest.raises(ValueError, match="two runs"):
+        comparison(pairs=(("a b", "c"), ("a?b", "c")))
+    with pytest.raises(ValueError, match="images_per_class.*>= 2.*1"):
+        comparison(drawing=Drawing(images_per_class=1))
+    with pytest.raises(ValueError, match="images_of_target.*>= 2"):
+        comparison(drawing=Drawing(images_of_target=1))
+
+
+def test_settings_are_those_of_the_candidate_and_batches_are_shared_where_that_changes_nothing() -> None:
+    plan = comparison(base=EraseConfig(max_train_steps=30, gradient_accumulation_steps=2, divergence="kl", seed=9))
+    (run,) = plan.runs()[:1]
+    config = plan.config(run)
+    assert (config.divergence, config.s0, config.seed, config.frozen_batches) == ("mse", 1.0, 0, 60)
+    for kept in (
+        EraseConfig(timestep_sampling="importance"),
+        EraseConfig(objective="noise", preservation_weight=0.0),
+        EraseConfig(max_train_steps=300),
+        EraseConfig(variational=True),
+    ):
+        candidates = (Candidate("kl"),)
+        assert comparison(base=kept, candidates=candidates).config(Run("a", "b", candidates[0], 0)).frozen_batches == 0
+    assert comparison(base=EraseConfig(frozen_batches=5)).config(run).frozen_batches == 5
+
+
+def test_a_runs_identity_is_all_but_where_its_files_lie(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runs_file, "weights", lambda *model: "0123456789abcdef")
+
+    def identity(**changes: Any) -> dict[str, Any]:
+        plan = comparison(**changes)
+        return identity_of(plan, plan.runs()[0])
+
+    assert identity() == identity(base=EraseConfig(cache_dir="elsewhere"))
+    assert identity() != identity(base=EraseConfig(learning_rate=1.0))
+    assert identity() != identity(drawing=Drawing(num_inference_steps=7))
+    assert identity()["settings"]["divergence"] == "mse" and identity()["target"] == "three"
+
+
 def test_a_record_says_all(made: Path) -> None:
     records = Records(made / RUNS).found
-    record = records["three_eight_divergence=mse_s0=1_seed=0"]
+    record = records["three_eight_divergence=mse_s0=10_seed=0"]
     assert record["identity"]["settings"]["preservation_prompts"] == digest(list(digits.preserved("three")))
     assert record["device"].startswith("cpu") and record["versions"].keys() >= {"torch", "fdu"}
     assert record["core_seconds"] > 0
@@ -111,30 +249,20 @@ def test_a_record_says_all(made: Path) -> None:
     assert roles == [("target", 2, 2), ("unseen", 2, 2)] + [("retained", 2, 2)] * 9 + [("cross_domain", 2, 2)] * 4
     before = records["before_three"]
     assert len(before["judged"]) == 15 and before["judged"][0]["change"] is None
-    assert len(records) == 3 and {path.name for path in made.iterdir()} == {RUNS, "runs.lock", "cache"}
+    assert len(records) == 3
 
 
 def test_a_run_trains_what_fdu_erase_trains(made: Path, pipeline: StableDiffusionPipeline) -> None:
-    """Also the second run of one process, with latents and frozen outputs from the cache."""
-    for run in PLAN.runs():
-        target, anchor = digits.concepts("three", "eight")
-        settings = {**QUICK, **run.candidate.settings, "preservation_prompts": digits.preserved("three")}
-        result = fdu.erase(pipeline, target, anchor, **settings)
-        result.trainable.remove()
-        beforehand = fdu.erase(pipeline, target, anchor, **settings, frozen_batches=QUICK["max_train_steps"])
-        beforehand.trainable.remove()
-        for column, values in beforehand.history.items():  # frozen outputs of several batches a pass round differently
-            assert values == pytest.approx(result.history[column], rel=1e-3, abs=1e-6)
-        record = Records(made / RUNS).found[run.name]
-        assert record["distance"] == " ".join(f"{value:.4g}" for value in beforehand.history["distance"])
-        assert record["sigma"] == beforehand.sigma
-    assert {path.name.split("-")[0] for path in (made / "cache").iterdir()} == {
-        "prompts",
-        "latents",
-        "frozen",
-        "before",
-    }
-    assert len(list((made / "cache").glob("frozen-*"))) == len(list((made / "cache").glob("latents-*"))) == 1
+    """The second run of a process, with latents and frozen outputs from the cache."""
+    run = PLAN.runs()[1]
+    target, anchor = digits.concepts("three", "eight")
+    settings = {**QUICK, **run.candidate.settings, "preservation_prompts": digits.preserved("three")}
+    result = fdu.erase(pipeline, target, anchor, **settings, frozen_batches=QUICK["max_train_steps"])
+    record = Records(made / RUNS).found[run.name]
+    assert record["distance"] == " ".join(f"{value:.4g}" for value in result.history["distance"])
+    assert record["sigma"] == result.sigma
+    kinds = [path.name.split("-")[0] for path in (made / "cache").iterdir()]
+    assert sorted(kinds) == ["before", "frozen", "latents", "prompts"]
 
 
 @pytest.mark.usefixtures("no_erasure")
@@ -147,18 +275,9 @@ def test_what_is_there_is_not_made_again(made: Path, tmp_path: Path) -> None:
         with pytest.raises(AssertionError, match="an erasure was made"):
             make_runs(other, path, made / "cache")
     more = dataclasses.replace(PLAN, candidates=(*PLAN.candidates, Candidate("le_cam")))
-    assert [read_record(more, records, run) is not None for run in more.runs()] == [True, True, False]
+    assert [record_of(records, more, run) is not None for run in more.runs()] == [True, True, False]
     redrawn = dataclasses.replace(PLAN, drawing=Drawing(num_inference_steps=3))
-    assert all(read_record(redrawn, records, run) is None for run in redrawn.runs())
-
-
-def test_a_setting_that_a_record_lacks_had_its_default(made: Path, tmp_path: Path) -> None:
-    run = PLAN.runs()[0]
-    path = changed(made, tmp_path, lambda name, record: record["identity"].get("settings", {}).pop("snr_gamma", None))
-    assert read_record(PLAN, Records(path), run) is not None
-    # Of this one the run has another value.
-    path = changed(made, tmp_path, lambda name, record: record["identity"].get("settings", {}).pop("rank", None))
-    assert read_record(PLAN, Records(path), run) is None
+    assert all(record_of(records, redrawn, run) is None for run in redrawn.runs())
 
 
 def test_a_stop_loses_one_run_and_a_loss_that_is_not_finite_its_candidate(
@@ -175,7 +294,7 @@ def test_a_stop_loses_one_run_and_a_loss_that_is_not_finite_its_candidate(
     monkeypatch.setattr(runs_file, "erase", stopped)
     with pytest.raises(KeyboardInterrupt):
         make_runs(PLAN, tmp_path / RUNS, made / "cache", tell=lambda line: None)
-    assert [read_record(PLAN, Records(tmp_path / RUNS), run) is not None for run in PLAN.runs()] == [True, False]
+    assert [record_of(Records(tmp_path / RUNS), PLAN, run) is not None for run in PLAN.runs()] == [True, False]
 
     def lost(*given: Any, **named: Any) -> None:
         raise NotFinite("the loss became nan at step 1; the pipeline draws as before")
@@ -186,7 +305,7 @@ def test_a_stop_loses_one_run_and_a_loss_that_is_not_finite_its_candidate(
     assert told == ["1/1 three_eight_divergence=pearson_chi2_s0=10_seed=0"]
     results = read_results(PLAN, tmp_path / RUNS)
     assert results.failed == {PLAN.runs()[1].name: "the loss became nan at step 1"}
-    assert [one.candidate for one in results.standings] == [Candidate("mse")]
+    assert [one.candidate for one in results.standings] == [Candidate("mse", 10.0)]
     make_runs(PLAN, tmp_path / RUNS, made / "cache", tell=told.append)
     assert len(told) == 1
 
@@ -213,7 +332,9 @@ def test_processes_make_what_one_makes(made: Path, tmp_path: Path) -> None:
     one, several = (Records(folder / RUNS).found for folder in (made, tmp_path))
     for records in (one, several):
         for record in records.values():
-            record.pop("seconds", None), record.pop("core_seconds", None), record.pop("device")
+            assert record.pop("device").endswith("1 thread")
+            record.pop("seconds", None)
+            record.pop("core_seconds", None)
     assert one == several
 
 
@@ -254,33 +375,15 @@ def test_a_target_that_the_model_hardly_draws_has_no_winner(made: Path, tmp_path
         assert not found.usable and "'three'" in found.headline and "0 %" in found.headline
 
 
-class _Reader(html.parser.HTMLParser):
-    """What a page refers to, and its text."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.links: list[str] = []
-        self.words: list[str] = []
-        self.tags: list[str] = []
-
-    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
-        self.tags.append(tag)
-        self.links += [value or "" for name, value in attributes if name in ("src", "href")]
-
-    def handle_data(self, data: str) -> None:
-        self.words.append(data)
-
-
 def test_the_page_stands_alone_and_says_what_was_found(tmp_path: Path) -> None:
     figures = {"mse": (0.6, 1.0, 0.02), "squared_hellinger": (0.9, 1.0, 0.01), "alpha:1.5": (0.5, 0.9, 0.03)}
     results = results_of(figures, failed={"a run": "the loss became nan"}, missing=3)
     alike = {"kl": "mse", "reverse_kl": "mse", "alpha:-0.5": "alpha:1.5"}
     write_page(tmp_path, results, "balanced", alike, "fdu compare <all>", "fdu erase it", ["Read <this>."])
-    page = (tmp_path / "comparison.html").read_text()
-    reader = _Reader()
-    reader.feed(page)
-    assert reader.links == [] and "script" not in reader.tags and "url(" not in page
-    words = re.sub(r"\s+", " ", " ".join(reader.words))
+    text = (tmp_path / "comparison.html").read_text()
+    page = Page(text)
+    assert not page.open and not page.all("script") and "url(" not in text
+    assert not any(name in attributes for _, attributes in page.elements for name in ("src", "href"))
     for part in (
         results.recommendations["balanced"].headline,
         "90.0 (",
@@ -292,7 +395,7 @@ def test_the_page_stands_alone_and_says_what_was_found(tmp_path: Path) -> None:
         "Read <this>.",
         "By alpha, s0 1",
     ):
-        assert part in words, part
+        assert part in page.text, part
     files = {path.name for path in tmp_path.iterdir()}
     assert files == {"comparison.html", "comparison.md", "front.svg", "change.svg", "alpha-s0-1.svg"}
     for path in tmp_path.glob("*.svg"):
@@ -315,7 +418,7 @@ def test_alphas_are_found_under_every_name() -> None:
 
 def test_charts_put_points_where_they_belong() -> None:
     results = results_of({"mse": (0.25, 1.0), "kl": (0.75, 0.5), "le_cam": (0.2, 0.4)})
-    root = ElementTree.fromstring(front_chart(results.standings))
+    root = ElementTree.fromstring(front_chart(results.standings).svg())
     circles = [one for one in root.iter() if one.tag.endswith("circle")]
     places = {(float(one.get("cx", 0)), float(one.get("cy", 0))): one.get("fill") for one in circles}
     (first, second, third) = list(places)
@@ -323,15 +426,23 @@ def test_charts_put_points_where_they_belong() -> None:
     assert places[first] != "none" and places[second] != "none" and places[third] == "none"  # dominated, so hollow
     assert "mse (s0 1); kl (s0 1)" in str(root.get("aria-label"))
     curve = Curve("left & right", [(20, results.standings[0].erased), (80, results.standings[1].erased)], COLOURS[0])
-    label = ElementTree.fromstring(curve_chart([curve], "steps", "share (%)", whole=True)).get("aria-label")
+    label = ElementTree.fromstring(curve_chart([curve], "steps", "share (%)").svg(whole=True)).get("aria-label")
     assert "left & right: 20: 25.0 % (" in str(label)
 
 
-def test_one_candidate_makes_a_page_too(tmp_path: Path) -> None:
+def test_one_candidate_makes_a_page_without_the_charts_of_a_former_page(tmp_path: Path) -> None:
+    alphas = results_of({"alpha:1.5": (0.5, 0.9), "alpha:0.3": (0.6, 0.9), "alpha:0.1": (0.7, 0.9)})
+    write_page(tmp_path, alphas, "balanced")
+    assert (tmp_path / "alpha-s0-1.svg").is_file()
+    (tmp_path / "mine.svg").write_text("kept")
     results = results_of({"mse": (0.5, 1.0)})
-    write_page(tmp_path, results, "erasure")
-    assert results.recommendations["erasure"].headline in (tmp_path / "comparison.html").read_text()
-    assert table(results_of({"mse": (0.5, 1.0)}).standings).count("\n") == 3
+    write_page(tmp_path, results, "erasure", command="fdu compare x")
+    page = (tmp_path / "comparison.html").read_text()
+    assert results.recommendations["erasure"].headline in page
+    assert "<pre><span>fdu</span> <span>compare</span> <span>x</span></pre>" in page
+    assert table(results.standings).count("\n") == 3
+    files = {"comparison.html", "comparison.md", "front.svg", "change.svg", "mine.svg"}
+    assert {path.name for path in tmp_path.iterdir()} == files
 
 
 def test_a_folder_goes_on_only_with_its_own_settings(tmp_path: Path) -> None:
@@ -352,31 +463,42 @@ def test_a_folder_goes_on_only_with_its_own_settings(tmp_path: Path) -> None:
         check_folder(tmp_path / "full", PLAN)
 
 
-COMPARE = ["compare", "embedded", "--target", "three", "--anchor", "eight", "--out", "out", "--divergences", "mse,kl"]
-
-
-def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.chdir(tmp_path)
-    real = runs_file.draw
-    monkeypatch.setattr(runs_file, "draw", lambda *given, **named: real(*given, **{**named, "num_inference_steps": 2}))
-    quick = [f"--{name}={value}" for name, value in QUICK.items()]
-    given = [*COMPARE, "--s0", "1", "10", "--seeds", "1", "--images_per_class", "2", "--workers", "1"]
-    assert main([*given, *quick]) == cli.OK
-    output = capsys.readouterr().out
+def test_the_command(
+    command: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made, output = command
     assert re.search("kl .*same .*mse", output)
-    assert "3/3 three_eight_divergence=mse_s0=10_seed=0" in output
-    assert "Nothing to recommend" in output and "fdu erase" not in output  # hardly trained
-    folder = Path("out")
-    assert {path.name for path in folder.iterdir()} >= {"comparison.html", "comparison.md", "comparison.json", RUNS}
-    record = json.loads((folder / "comparison.json").read_text())
+    assert "3/3 three_eight_divergence=pearson_chi2_s0=10_seed=0" in output
+    assert {path.name for path in made.iterdir()} >= {"comparison.html", "comparison.md", "comparison.json", RUNS}
+    record = json.loads((made / "comparison.json").read_text())
     assert len(record["results"]["candidates"]) == 2 and record["command"].startswith("fdu compare embedded")
+    shutil.copytree(made, tmp_path / "out")
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(runs_file, "erase", None)  # all is there
-    assert "fdu erase" not in (folder / "comparison.html").read_text()
-    monkeypatch.setattr("fdu.comparison.recommendation.HARDLY", 0.0)
-    assert main([*given, *quick, "--prefer", "erasure"]) == cli.OK
-    output = capsys.readouterr().out
-    assert "erasure" in output
-    assert re.search("fdu erase embedded --target three --anchor eight .*--divergence", output)
+    monkeypatch.setattr("fdu.comparison.recommendation.DRAWN_BEFORE", 0.0)
+    for hardly, recommended in ((0.0, True), (1.1, False)):
+        monkeypatch.setattr("fdu.comparison.recommendation.HARDLY", hardly)
+        assert main([*PLANNED, "--prefer", "erasure"]) == cli.OK
+        page, output = Path("out/comparison.html").read_text(), capsys.readouterr().out
+        assert ("The recommended erasure" in page) == recommended and ("Nothing to recommend" in output) == (
+            not recommended
+        )
+        command_line = "fdu erase embedded --target three --anchor eight .*--divergence"
+        assert bool(re.search(command_line, output)) == recommended
+
+
+@pytest.mark.usefixtures("no_erasure")
+def test_runs_in_the_format_of_an_earlier_version_are_announced(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(made, tmp_path / "out")
+    (tmp_path / "out" / RUNS).unlink()
+    (tmp_path / "out" / "runs").mkdir()
+    (tmp_path / "out" / "runs" / "three.json").write_text("{}")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(AssertionError, match="an erasure was made"):
+        main(PLANNED)
+    assert re.search("1 run.* cannot read.* again", capsys.readouterr().out)
 
 
 def test_the_erasure_to_make_is_the_one_that_was_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -385,16 +507,7 @@ def test_the_erasure_to_make_is_the_one_that_was_run(tmp_path: Path, monkeypatch
     Path("base").mkdir()
     Path("base/model_index.json").write_text("{}")
     words = ["compare", "base", "--target", "monet's", "--anchor", "", "--out", "out", "--concept_type", "style"]
-    words += [
-        "--dtype",
-        "bfloat16",
-        "--mixed_precision",
-        "bf16",
-        "--device",
-        "cpu",
-        "--learning_rate",
-        "0.000123456789",
-    ]
+    words += ["--dtype=bfloat16", "--mixed_precision=bf16", "--device=cpu", "--learning_rate=0.000123456789"]
     compare = parse([*words, "--preservation_prompts", "a cat", "two dogs", "--gradient_checkpointing"])
     assert isinstance(compare, Compare)
     base, candidate = compare.settings.checked(), {"divergence": "alpha:0.3", "s0": 1.23456789}
@@ -414,10 +527,8 @@ def test_other_models_are_judged_by_clip(
     digits.load_pipeline().save_pretrained("base")  # a pipeline like any other
     save_clip(Path("clip"), WORDS)
     Path("set.txt").write_text(CONCEPTS)
-    given = ["compare", "base", *COMPARE[2:], "--judge", "clip", "--prompts", "set.txt", "--seeds", "1"]
-    drawn = ["--images_per_class", "2", "--judged_inference_steps", "2", "--judged_guidance_scale", "3"]
-    quick = [f"--{name}={value}" for name, value in QUICK.items()]
-    assert main([*given, *drawn, *quick]) == cli.OK
+    given = ["compare", "base", *COMPARE[2:], "--judge=clip", "--prompts=set.txt", "--judged_guidance_scale=3", *SMALL]
+    assert main(given) == cli.OK
     assert "2/2 three_eight_divergence=mse_s0=1_seed=0" in capsys.readouterr().out
     (record,) = (record for name, record in Records(Path("out") / RUNS).found.items() if name.startswith("three_"))
     roles = [(one["role"], one["name"]) for one in record["judged"]]
@@ -426,9 +537,9 @@ def test_other_models_are_judged_by_clip(
     ]
     assert record["identity"]["judge"] == "clip" and record["identity"]["concept_set"]
     monkeypatch.setattr(runs_file, "erase", None)
-    assert main([*given, *drawn, *quick]) == cli.OK  # all is there
+    assert main(given) == cli.OK  # all is there
     Path("set.txt").write_text(CONCEPTS.replace("a scan of", "a drawing of"))
-    assert main([*given, *drawn, *quick]) == cli.FAILED  # runs are to be made anew, which this test forbids
+    assert main(given) == cli.FAILED  # runs are to be made anew, which this test forbids
 
 
 @pytest.mark.parametrize(

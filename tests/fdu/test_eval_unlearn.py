@@ -27,9 +27,10 @@ from fdu.subjects.digits import pipeline as digits
 
 GROUP = "eval_unlearn.techniques"
 PROMPTS = ["a photo of the digit three in red ink", "a photo of the digit five"]
-DRAWING: dict[str, Any] = {"num_inference_steps": 3, "guidance_scale": 2.0}
+DRAWING: dict[str, Any] = {"num_inference_steps": 2, "guidance_scale": 2.0}
 BASE: dict[str, Any] = {"model_id": "embedded", "device": "cpu", **DRAWING}
 ERASING: dict[str, Any] = {**BASE, "erase_concept": "three", "anchor_concept": "eight"}
+QUICK = {"max_train_steps": 4, "train_batch_size": 4, "num_latents": 8, "num_inference_steps": 2, "rank": 4}
 
 
 def entry_point() -> EntryPoint:
@@ -72,15 +73,29 @@ def expected(pipeline: StableDiffusionPipeline, prompts: list[str], seed: int) -
     ]
 
 
+@pytest.fixture(scope="module")
+def erased() -> fdu.ErasureResult:
+    torch.set_num_threads(1)
+    pipeline = digits.load_pipeline()
+    pipeline.set_progress_bar_config(disable=True)
+    return fdu.erase(pipeline, "three", "eight", **QUICK)
+
+
+@pytest.fixture(scope="module")
+def wanted(erased: fdu.ErasureResult) -> list[Image.Image]:
+    """The images of the erased pipeline."""
+    return expected(erased.pipeline, PROMPTS, seed=5)
+
+
 def test_the_benchmark_sees_what_fdu_erased(
-    tmp_path: Path, pipeline: StableDiffusionPipeline, quick: dict[str, Any]
+    tmp_path: Path, erased: fdu.ErasureResult, wanted: list[Image.Image]
 ) -> None:
-    before = expected(pipeline, PROMPTS, seed=5)
-    result = fdu.erase(pipeline, "three", "eight", **quick)
-    report, images = Runner({**ERASING, "settings": quick}, tmp_path, seed=5).run([PROMPTS, PROMPTS[:1]])
+    with erased.original() as original:
+        before = expected(original, PROMPTS[:1], seed=5)
+    report, images = Runner({**ERASING, "settings": QUICK}, tmp_path, seed=5).run([PROMPTS, PROMPTS[:1]])
     assert report == {"erase_concept": "three"}
     assert all(isinstance(image, Image.Image) and image.mode == "RGB" for image in images)
-    assert images[:2] == expected(result.pipeline, PROMPTS, seed=5) and images[2] == images[0]
+    assert images == [*wanted, wanted[0]]
     assert images[0] != before[0]
     assert {path.name for path in tmp_path.iterdir()} == {"0.png", "1.png", "2.png"}
 
@@ -98,12 +113,10 @@ def test_without_a_seed_images_differ_and_follow_torch(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("save_as", ["lora", "pipeline"])
 def test_a_saved_erasure_is_loaded(
-    tmp_path: Path, pipeline: StableDiffusionPipeline, quick: dict[str, Any], save_as: str
+    tmp_path: Path, erased: fdu.ErasureResult, wanted: list[Image.Image], save_as: str
 ) -> None:
-    result = fdu.erase(pipeline, "three", "eight", **quick)
-    saved = result.save(tmp_path / "erased", save_as=save_as)
-    drawn = Technique(**BASE, load_path=str(saved), erase_concept="Three").generate(PROMPTS, seed=2)
-    wanted = expected(result.pipeline, PROMPTS, seed=2)
+    saved = erased.save(tmp_path / "erased", save_as=save_as)
+    drawn = Technique(**BASE, load_path=str(saved), erase_concept="Three").generate(PROMPTS, seed=5)
     if save_as == "lora":
         assert drawn == wanted
     else:  # merged into the weights, which rounds differently
@@ -186,15 +199,15 @@ def registry() -> Iterator[Any]:
 
 
 def test_its_own_runner(
-    tmp_path: Path, registry: list[Image.Image], pipeline: StableDiffusionPipeline, quick: dict[str, Any]
+    tmp_path: Path, registry: list[Image.Image], erased: fdu.ErasureResult, wanted: list[Image.Image]
 ) -> None:
     from eval_unlearn.runners import SingleBenchmarkRunner
 
-    saved = fdu.erase(pipeline, "three", "eight", **quick).save(tmp_path / "erased")
+    saved = erased.save(tmp_path / "erased")
     assert (saved / LORA_FILE).is_file()
     config = {**BASE, "load_path": str(saved), "erase_concept": "Three"}
-    runner = SingleBenchmarkRunner("fdu", "keep", config, {}, str(tmp_path / "results"), seed=2)
+    runner = SingleBenchmarkRunner("fdu", "keep", config, {}, str(tmp_path / "results"), seed=5)
     report = runner.run()
     assert report["erase_concept"] == "three" and report["metric_result"]["value"] == 2
-    assert registry == expected(pipeline, PROMPTS, seed=2)
+    assert registry == wanted
     assert len(list((tmp_path / "results").rglob("*.png"))) == 2

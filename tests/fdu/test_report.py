@@ -1,4 +1,4 @@
-"""The page is whole, self-contained and honest."""
+"""The page of a run is whole, self-contained and honest; its charts and pictures show the data."""
 
 from __future__ import annotations
 
@@ -17,16 +17,15 @@ from xml.etree import ElementTree
 import pytest
 import torch
 from PIL import Image
-from test_comparison import results_of
 
 import fdu
-from fdu.comparison.page import write_page
 from fdu.evaluation import Sampling
 from fdu.evaluation.features import Features
 from fdu.evaluation.robustness.holding import judge_robustness
 from fdu.evaluation.verdict import judge
 from fdu.report import Conditions, EvaluatedRun, check_record, check_run, make_report, render, write_report
 from fdu.report.charts import training_charts
+from fdu.report.pictures import before_after, data_uri, strip, to_pil
 
 VOID = {"meta", "img", "br", "rect", "line", "polyline", "polygon", "link", "input", "hr"}
 
@@ -169,7 +168,7 @@ def drawn(svg: str) -> tuple[list[str], list[list[float]]]:
 @pytest.mark.parametrize("start", [1e17, 1e2])
 def test_a_curve_that_starts_far_above_the_rest_has_a_logarithmic_axis(start: float) -> None:
     (chart,) = training_charts({"divergence": [start, 1e-2, 1e-3, 0.0, 1e-4, float("nan")]})
-    words, (heights, _) = drawn(chart.svg)
+    words, (heights, _) = drawn(chart.chart.svg())
     labels = [float(label) for label in words]
     assert labels[-1] == start and labels[0] > 0 and 2 <= len(labels) <= 7
     assert len({round(math.log10(high / low), 6) for low, high in itertools.pairwise(labels)}) == 1
@@ -179,7 +178,7 @@ def test_a_curve_that_starts_far_above_the_rest_has_a_logarithmic_axis(start: fl
 
 def test_a_curve_of_one_value_among_zeros_has_an_axis() -> None:
     (chart,) = training_charts({"divergence": [0.0, 1.0, 0.0, 0.0]})
-    assert drawn(chart.svg)[0] == ["0.1", "1"]
+    assert drawn(chart.chart.svg())[0] == ["0.1", "1"]
 
 
 class Brightness(Features):
@@ -289,25 +288,6 @@ def test_a_page_that_cannot_be_written_leaves_the_former(tmp_path: Path, monkeyp
     assert (tmp_path / "report.html").read_text(encoding="utf-8") == page and len(list(tmp_path.iterdir())) == 1
 
 
-def test_the_page_of_a_comparison_is_whole_and_has_no_charts_of_a_former_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    alphas = results_of({"alpha:1.5": (0.5, 0.9), "alpha:0.3": (0.6, 0.9), "alpha:0.1": (0.7, 0.9)})
-    write_page(tmp_path, alphas, "balanced", command="fdu compare x")
-    (tmp_path / "mine.svg").write_text("kept")
-    assert (tmp_path / "alpha-s0-1.svg").is_file()
-    write_page(tmp_path, results_of({"mse": (0.5, 0.9)}), "balanced", command="fdu compare x")
-    page = (tmp_path / "comparison.html").read_text(encoding="utf-8")
-    assert "<pre><span>fdu</span> <span>compare</span> <span>x</span></pre>" in page
-    files = {"comparison.html", "comparison.md", "front.svg", "change.svg", "mine.svg"}
-    assert {path.name for path in tmp_path.iterdir()} == files
-    monkeypatch.setattr(Path, "write_text", fails_half_way)
-    with pytest.raises(OSError, match="disk full"):
-        write_page(tmp_path, alphas, "balanced")
-    assert (tmp_path / "comparison.html").read_text(encoding="utf-8") == page
-    assert {path.name for path in tmp_path.iterdir()} == files
-
-
 def test_a_failure_is_told(tmp_path: Path) -> None:
     page = make_page(tmp_path, after=make_draws(0.1, 0.1, 0.9))
     headline = judge(
@@ -347,12 +327,11 @@ def test_tables_have_heads(tmp_path: Path) -> None:
     assert {head.get("scope") for head in page.all("th")} == {"row", "col"}
 
 
-def test_draws_of_other_probes_are_refused(tmp_path: Path) -> None:
+def test_draws_of_other_probes_are_refused() -> None:
     draws = make_draws(0.1, 0.5, 0.9)
     evaluation = fdu.evaluate(draws, draws, PROBES)
     with pytest.raises(ValueError, match="3 probes.*3 and 1"):
         EvaluatedRun.of(evaluation, PROBES, draws, make_draws(0.1))
-    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("lost", [float("inf"), float("nan"), None])
@@ -417,22 +396,16 @@ def make_run(folder: Path, **settings: Any) -> Path:
     before, after = make_draws(0.1, 0.5, 0.9), make_draws(0.5, 0.5, 0.9)
     evaluation = fdu.evaluate(before, after, PROBES)
     folder.mkdir()
-    record = settings.pop("record", make_record())
-    run = EvaluatedRun.of(evaluation, PROBES, before, after, record, "fdu evaluate x", "cpu", ("note",), **settings)
-    run.write(folder)
+    told = {"record": make_record(), "command": "fdu evaluate x", "device": "cpu", "notes": ("note",), **settings}
+    EvaluatedRun.of(evaluation, PROBES, before, after, **told).write(folder)
     return folder
 
 
 @pytest.mark.parametrize("robustness", [None, found(0.2)])
-def test_a_report_can_be_made_anew(tmp_path: Path, robustness: dict[str, Any] | None) -> None:
-    before, after = make_draws(0.1, 0.5, 0.9), make_draws(0.5, 0.5, 0.9)
-    evaluation = fdu.evaluate(before, after, PROBES)
-    run = EvaluatedRun.of(evaluation, PROBES, before, after, make_record(), "fdu evaluate x", "cpu", ("n",), robustness)
-    folder = tmp_path / "run"
-    folder.mkdir()
-    run.write(folder)
+def test_a_report_can_be_made_again(tmp_path: Path, robustness: dict[str, Any] | None) -> None:
+    folder = make_run(tmp_path / "run", robustness=robustness)
     page = make_report(folder).read_text(encoding="utf-8")
-    assert page == render(run)
+    assert page == render(EvaluatedRun.read(folder))
     assert Image.open(folder / "before-after.png").width > 800
     (folder / "report.html").unlink()
     assert make_report(folder).read_text(encoding="utf-8") == page
@@ -554,3 +527,38 @@ def test_groups_have_headings_of_their_own(tmp_path: Path) -> None:
     )
     text = Page(path.read_text(encoding="utf-8")).text
     assert re.search("neighbours.{,20} eight", text) and re.search("everyday subjects.{,20} nine", text)
+
+
+def test_pixels_survive() -> None:
+    image = torch.tensor([1.0, 0.5, 0.0]).reshape(3, 1, 1).expand(3, 4, 4)
+    assert to_pil(image).getpixel((0, 0)) == (255, 128, 0)
+
+
+def test_strip_has_transparent_gaps_and_shrinks_large_images() -> None:
+    picture = strip(torch.ones(3, 3, 256, 256), gap=2, height=128)
+    assert picture.size == (3 * 128 + 2 * 2, 128)
+    assert picture.getpixel((0, 0)) == (255, 255, 255, 255)
+    assert picture.getpixel((128, 5)) == (0, 0, 0, 0)
+
+
+def test_data_uri_decodes_to_the_same_picture() -> None:
+    picture = strip(torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0)))
+    data = data_uri(picture).removeprefix("data:image/png;base64,")
+    assert Image.open(io.BytesIO(base64.b64decode(data))).tobytes() == picture.tobytes()
+
+
+@pytest.mark.parametrize("count", [1, 5, 9])
+def test_before_after_holds_the_worst_class(count: int) -> None:
+    def judge(images: torch.Tensor) -> list[str]:
+        return ["t" if image.mean() < 0.2 else "z" if image.mean() > 0.8 else "k" for image in images]
+
+    names = [("t", "target"), ("k", "retained"), ("k2", "retained"), ("k3", "retained"), ("z", "retained")]
+    probes = [fdu.Probe(name, (name,), role, judge) for name, role in names]  # type: ignore[arg-type]
+    before = fdu.Draws([torch.full((count, 3, 8, 8), level) for level in (0.1, 0.5, 0.5, 0.5, 0.9)])
+    after = fdu.Draws([torch.full((count, 3, 8, 8), level) for level in (0.5, 0.5, 0.5, 0.5, 0.5)])
+    picture = before_after(before, after, probes, fdu.evaluate(before, after, probes))
+    # Four rows: the target and three of the four retained classes, k2 the worst as the first of those never seen.
+    assert picture.height == 34 + 4 * 68 + 4
+    assert 800 <= picture.width <= 900
+    assert picture.getpixel((130, 50)) == (26, 26, 26)
+    assert picture.getpixel((490, 50)) == (128, 128, 128)

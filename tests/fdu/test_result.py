@@ -1,20 +1,55 @@
-"""Results: saved whole, and loaded by plain diffusers."""
+"""The Python API: its public names, and results as they are saved, with their record and card."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import re
 from pathlib import Path
 from typing import Any
 
+import families
 import pytest
 import torch
 from diffusers import DiffusionPipeline, StableDiffusionPipeline
+from huggingface_hub import ModelCard
 from torch import Tensor
+from trained import ALPHA, CONTEXT, add_adapter, change_weights
 
 import fdu
+from fdu.config import EraseConfig
+from fdu.report.card import write_card
 from fdu.storage import lora
-from fdu.storage.writers import public_name
+from fdu.storage.versions import versions
+from fdu.storage.writers import public_name, write
 from fdu.subjects.digits import pipeline as digits
+
+QUICK: dict[str, Any] = {"max_train_steps": 4, "train_batch_size": 4, "num_latents": 8, "num_inference_steps": 2}
+QUICK |= {"rank": 4, "lora_alpha": 2.0}
+PROBES = [
+    fdu.Probe(name, (name,), role, lambda images, name=name: [name] * len(images))  # type: ignore[arg-type,misc]
+    for name, role in (("three", "target"), ("eight", "retained"))
+]
+
+
+def test_every_public_name_is_there() -> None:
+    for name in fdu.__all__:
+        assert getattr(fdu, name).__name__ == name
+    assert set(fdu.__all__) <= set(dir(fdu))
+
+
+def test_unknown_names_are_attribute_errors() -> None:
+    with pytest.raises(AttributeError, match="module 'fdu'.*no attribute 'eraser'"):
+        fdu.eraser  # noqa: B018
+
+
+@pytest.fixture(scope="module")
+def result() -> fdu.ErasureResult:
+    """An erasure with an adapter; its weights are not to be changed."""
+    torch.set_num_threads(1)
+    pipeline = digits.load_pipeline()
+    pipeline.set_progress_bar_config(disable=True)
+    return fdu.erase(pipeline, ["the digit three"], ["the digit eight"], divergence="alpha:0.3", **QUICK)
 
 
 def picture(pipeline: DiffusionPipeline) -> Tensor:
@@ -22,72 +57,62 @@ def picture(pipeline: DiffusionPipeline) -> Tensor:
     return pipeline("three", num_inference_steps=3, guidance_scale=2.0, generator=generator, output_type="pt").images
 
 
-def test_lora_loads_with_plain_diffusers(
-    pipeline: StableDiffusionPipeline, quick: dict[str, Any], tmp_path: Path
-) -> None:
-    before = picture(pipeline)
-    result = fdu.erase(pipeline, "three", "eight", train_method="lora", lora_alpha=2.0, **quick)
+def test_lora_loads_with_plain_diffusers(result: fdu.ErasureResult, tmp_path: Path) -> None:
+    with result.original() as original:
+        before = picture(original)
     assert result.save(tmp_path / "out") == tmp_path / "out"
     plain = StableDiffusionPipeline.from_pretrained(digits.PIPELINE_FOLDER, dtype=torch.float32)
     assert torch.equal(picture(plain), before)
     plain.load_lora_weights(tmp_path / "out")
-    torch.testing.assert_close(picture(plain), picture(pipeline), rtol=0, atol=1e-5)
+    torch.testing.assert_close(picture(plain), picture(result.pipeline), rtol=0, atol=1e-5)
     assert not torch.allclose(picture(plain), before, atol=1e-4)
 
 
-def test_full_weights_load_with_plain_diffusers(
-    pipeline: StableDiffusionPipeline, quick: dict[str, Any], tmp_path: Path
+def test_full_weights_load_with_plain_diffusers_and_no_file_names_a_folder(
+    pipeline: StableDiffusionPipeline, tmp_path: Path
 ) -> None:
-    result = fdu.erase(pipeline, "three", "eight", train_method="cross_attention", **quick)
-    result.save(tmp_path / "out")
-    plain = DiffusionPipeline.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    settings = {**QUICK, "train_method": "cross_attention", "cache_dir": str(tmp_path / "cache")}
+    result = fdu.erase(pipeline, "three", "eight", **settings)
+    for save_as in ("pipeline", "delta"):
+        names_no_folder(result.save(tmp_path / save_as, save_as=save_as), tmp_path)
+    plain = DiffusionPipeline.from_pretrained(tmp_path / "pipeline", dtype=torch.float32)
     assert torch.equal(picture(plain), picture(pipeline))
 
 
-def test_no_file_of_a_result_tells_where_the_model_lay(
-    pipeline: StableDiffusionPipeline, quick: dict[str, Any], tmp_path: Path
-) -> None:
-    for method, save_as in (("lora", "lora"), ("lora", "pipeline"), ("full", "delta")):
-        result = fdu.erase(pipeline, "three", "eight", train_method=method, cache_dir=str(tmp_path / "cache"), **quick)
-        folder = result.save(tmp_path / f"{method}-{save_as}", save_as=save_as)
-        result.trainable.remove()
-        place, cache = str(digits.PIPELINE_FOLDER.parent).encode(), str(tmp_path).encode()
-        assert not [
-            file
-            for file in folder.rglob("*")
-            if file.is_file() and (place in file.read_bytes() or cache in file.read_bytes())
-        ]
-    plain = DiffusionPipeline.from_pretrained(tmp_path / "lora-pipeline", dtype=torch.float32)
+def test_no_file_of_an_adapter_names_a_folder(result: fdu.ErasureResult, tmp_path: Path) -> None:
+    for save_as in ("lora", "kohya", "pipeline"):
+        names_no_folder(result.save(tmp_path / save_as, save_as=save_as), tmp_path)
+    assert result.record()["base"] == "pipeline"
+    plain = DiffusionPipeline.from_pretrained(tmp_path / "pipeline", dtype=torch.float32)
     assert plain.unet.config.in_channels == 4
 
 
-def test_the_record_beside_the_weights_tells_how_they_came(
-    pipeline: StableDiffusionPipeline, quick: dict[str, Any], tmp_path: Path
-) -> None:
-    result = fdu.erase(pipeline, ["the digit three"], ["the digit eight"], divergence="alpha:0.3", **quick)
-    record = json.loads((result.save(tmp_path / "out") / "fdu.json").read_text())
+def names_no_folder(saved: Path, working: Path) -> None:
+    """Fail if a saved file contains the folder of the model or the working folder."""
+    for file in filter(Path.is_file, saved.rglob("*")):
+        content = file.read_bytes()
+        assert str(digits.PIPELINE_FOLDER.parent).encode() not in content and str(working).encode() not in content, file
+
+
+def test_the_record_is_complete_and_valid_json(result: fdu.ErasureResult, tmp_path: Path) -> None:
+    history = {**result.history, "distance": [1.0, float("inf"), 1.0, 1.0]}
+    saved = dataclasses.replace(result, history=history).save(tmp_path / "out")
+    record = json.loads((saved / "fdu.json").read_text(), parse_constant=pytest.fail)
     assert record["target"]["prompts"] == ["the digit three"]
     assert record["config"]["divergence"] == "alpha:0.3"
     assert fdu.EraseConfig(**{**record["config"], "preservation_prompts": ()}) == result.config
-    assert len(record["history"]["loss"]) == quick["max_train_steps"]
+    assert len(record["history"]["loss"]) == QUICK["max_train_steps"]
+    assert record["history"]["distance"][1] is None
     assert record["versions"]["torch"] == torch.__version__
 
 
-def test_saving_does_not_overwrite_unasked(
-    pipeline: StableDiffusionPipeline, quick: dict[str, Any], tmp_path: Path
+def test_a_failure_while_saving_leaves_the_former_result(
+    result: fdu.ErasureResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    result = fdu.erase(pipeline, "three", "eight", **quick)
     result.save(tmp_path / "out")
     with pytest.raises(FileExistsError, match="not empty"):
         result.save(tmp_path / "out")
     result.save(tmp_path / "out", overwrite=True)
-
-
-def test_a_failure_while_saving_leaves_the_former_result(
-    pipeline: StableDiffusionPipeline, quick: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    result = fdu.erase(pipeline, "three", "eight", **quick)
-    result.save(tmp_path / "out")
     former = sorted((path.name, path.read_bytes()) for path in (tmp_path / "out").iterdir())
 
     def full(*_: Any, **__: Any) -> None:
@@ -100,13 +125,6 @@ def test_a_failure_while_saving_leaves_the_former_result(
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_what_is_shared_does_not_tell_where_the_model_lay(
-    pipeline: StableDiffusionPipeline, quick: dict[str, Any]
-) -> None:
-    result = fdu.erase(pipeline, "three", "eight", **quick)
-    assert result.record()["base"] == "pipeline"
-
-
 @pytest.mark.parametrize(
     ("name", "base"), [("", ""), ("org/model", "org/model"), ("/home/me/sd", "sd"), ("models/sd", "sd"), (".", "here")]
 )
@@ -116,22 +134,97 @@ def test_names_of_bases(name: str, base: str, tmp_path: Path, monkeypatch: pytes
     assert public_name(name) == base
 
 
-def test_a_record_that_is_not_finite_is_valid_json(
-    pipeline: StableDiffusionPipeline, quick: dict[str, Any], tmp_path: Path
-) -> None:
-    result = fdu.erase(pipeline, "three", "eight", **quick)
-    result.history["distance"][1] = float("inf")
-    text = (result.save(tmp_path / "out") / "fdu.json").read_text()
-    assert json.loads(text, parse_constant=pytest.fail)["history"]["distance"][1] is None
+def test_report(result: fdu.ErasureResult, tmp_path: Path) -> None:
+    draws = fdu.Draws([torch.rand(2, 3, 16, 16) for _ in PROBES])
+    evaluation = fdu.evaluate(draws, draws, PROBES)
+    page = result.report(tmp_path / "page.html", evaluation, PROBES, draws, draws).read_text(encoding="utf-8")
+    assert "the digit three" in page and "<svg" in page and "max_train_steps" in page
 
 
-def test_report(pipeline: StableDiffusionPipeline, quick: dict[str, Any], tmp_path: Path) -> None:
-    result = fdu.erase(pipeline, "three", "eight", **quick)
-    probes = [
-        fdu.Probe(name, (name,), role, lambda images, name=name: [name] * len(images))
-        for name, role in (("three", "target"), ("eight", "retained"))
-    ]
-    draws = fdu.Draws([torch.rand(2, 3, 16, 16) for _ in probes])
-    path = result.report(tmp_path / "page.html", fdu.evaluate(draws, draws, probes), probes, draws, draws)
-    page = path.read_text(encoding="utf-8")
-    assert "three → eight" in page and "<svg" in page and "max_train_steps" in page
+def make_record(base: str = "org/base", **settings: Any) -> dict[str, Any]:
+    return {
+        "base": base,
+        "target": {"name": "van gogh", "prompts": ["a picture by van gogh"]},
+        "anchor": {"name": "painting", "prompts": ["a painting"]},
+        "concepts": [["van gogh", "painting"]],
+        "config": EraseConfig(**settings).as_dict(),
+        "sigma": 0.123456,
+        "seconds": 12.3,
+        "history": {},
+        "versions": versions(),
+    }
+
+
+def code_of(page: str) -> str:
+    return page.split("```python\n")[1].split("```")[0]
+
+
+@pytest.mark.parametrize(
+    ("form", "relation"), [("lora", "adapter"), ("kohya", "adapter"), ("pipeline", "finetune"), ("delta", "finetune")]
+)
+def test_the_hub_reads_the_front_matter(form: Any, relation: str, tmp_path: Path) -> None:
+    card = ModelCard(write_card(tmp_path, form, families.build("sd"), make_record()).read_text(encoding="utf-8"))
+    data = card.data.to_dict()
+    assert data["base_model"] == "org/base" and data["base_model_relation"] == relation
+    assert data["library_name"] == "diffusers" and data["pipeline_tag"] == "text-to-image"
+    assert {"concept-erasure", "machine-unlearning"} <= set(data["tags"]) and ("lora" in data["tags"]) == (
+        relation == "adapter"
+    )
+    assert card.text.lstrip().startswith("# van gogh")
+    assert "| van gogh | painting |" in card.text and "2509.21167" in card.text and "0.1235" in card.text
+    assert "org/base" in card.text and "licence" in card.text
+
+
+@pytest.mark.parametrize("form", ["lora", "kohya", "pipeline", "delta"])
+def test_the_code_loads_what_was_written(form: Any, tmp_path: Path) -> None:
+    pipeline = digits.load_pipeline()
+    if form in ("lora", "kohya"):
+        layers = {"unet": add_adapter(pipeline, "unet", CONTEXT["sd"])}
+        write(tmp_path, form, pipeline, layers, lora_alpha=ALPHA)
+    else:
+        write(
+            tmp_path, form, pipeline, changed_weights=change_weights(pipeline, "unet", CONTEXT["sd"]), base="embedded"
+        )
+    page = write_card(tmp_path, form, pipeline, make_record("pipeline")).read_text(encoding="utf-8")
+    assert "base_model:" not in page and "embedded pipeline" in page
+    namespace: dict[str, Any] = {}
+    exec(code_of(page).replace("path/to/this/folder", str(tmp_path)), namespace)
+    inputs = torch.randn(1, 4, 8, 8), 10, torch.randn(1, 16, 64)
+    with torch.no_grad():
+        assert torch.allclose(namespace["pipeline"].unet(*inputs).sample, pipeline.unet(*inputs).sample, atol=1e-5)
+
+
+def test_what_diffusers_cannot_read_is_loaded_by_fdu(tmp_path: Path) -> None:
+    for name, settings in (("sd3", {}), ("sd", {"train_method": "dora"})):
+        page = write_card(tmp_path, "kohya", families.build(name), make_record(**settings)).read_text()
+        assert "load_weights(pipeline" in code_of(page) and "load_lora_weights" not in code_of(page)
+    assert "LyCORIS" in page
+
+
+def test_a_card_names_no_place_on_this_machine(tmp_path: Path) -> None:
+    pipeline = families.build("sd")
+    pipeline.save_pretrained(tmp_path / "secret" / "base")
+    loaded = type(pipeline).from_pretrained(tmp_path / "secret" / "base")
+    places = {
+        "cache_dir": str(tmp_path / "secret"),
+        "checkpoint_dir": str(tmp_path / "secret"),
+        "logging_dir": "secret",
+    }
+    page = write_card(tmp_path, "lora", loaded, make_record("base", **places)).read_text(encoding="utf-8")
+    assert "secret" not in page and 'from_pretrained("path/to/the/base/model")' in page
+
+
+def test_figures_stand_in_the_card(tmp_path: Path) -> None:
+    draws = fdu.Draws([torch.rand(2, 3, 16, 16) for _ in PROBES])
+    evaluation = fdu.evaluate(draws, draws, PROBES)
+    page = write_card(tmp_path, "lora", families.build("sd"), make_record(), evaluation, PROBES).read_text()
+    assert "| three | 100 % | 100 % |" in page and re.search(r"\b2 images", page) and "Not measured" not in page
+    assert "Not measured" in write_card(tmp_path, "lora", families.build("sd"), make_record()).read_text()
+
+
+def test_names_cannot_break_the_page(tmp_path: Path) -> None:
+    odd = make_record()
+    odd["concepts"] = [["a|b\nc", ""]]
+    odd["target"]["name"] = "a|b\nc"
+    card = ModelCard(write_card(tmp_path, "lora", families.build("sd"), odd).read_text(encoding="utf-8"))
+    assert "| a\\|b c | the empty prompt |" in card.text and card.data.to_dict()["library_name"] == "diffusers"

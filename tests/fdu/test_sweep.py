@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import fcntl
 import functools
 import json
+import multiprocessing
 import os
 import signal
-import subprocess
-import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ SHARED = {"weights": "0123", "settings": {"steps": 40, "rate": 0.1}}
 
 
 def square(number: int) -> dict[str, Any]:
-    return {"square": number**2, "pid": os.getpid(), "threads": os.environ.get("OMP_NUM_THREADS")}
+    return {"square": number**2}
 
 
 def lost() -> dict[str, Any]:
@@ -138,49 +139,46 @@ def test_infinite_figures_become_null(path: Path) -> None:
     assert Records(path).found["wild"]["value"] is None and lines(path)[1]["value"] is None
 
 
-@pytest.mark.slow
-def test_processes_make_what_one_makes_and_only_this_one_writes(path: Path) -> None:
-    sweep([job(number) for number in range(5)], path, workers=2, tell=lambda line: None)
-    found = Records(path).found
-    assert {name: record["square"] for name, record in found.items()} == {f"square {n}": n**2 for n in range(5)}
-    assert os.getpid() not in {record["pid"] for record in found.values()}
-    assert {record["threads"] for record in found.values()} == {"1"}
+def numbered(number: int, killed: bool = False) -> Job:
+    def make() -> dict[str, Any]:
+        if killed:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return {"number": number}
 
-
-KILLED = """
-import functools, os, signal, sys
-from pathlib import Path
-from fdu.comparison.sweep import Job, sweep
-
-def make(number):
-    if number == 2:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return {"number": number}
-
-jobs = [Job(f"job {number}", {"number": number}, functools.partial(make, number)) for number in range(4)]
-sweep(jobs, Path(sys.argv[1]))
-"""
+    return Job(f"job {number}", {"number": number}, make)
 
 
 def test_a_kill_loses_one_job_at_most(path: Path) -> None:
-    ran = subprocess.run([sys.executable, "-c", KILLED, str(path)], capture_output=True)
-    assert ran.returncode == -signal.SIGKILL
+    jobs = [numbered(number, killed=number == 2) for number in range(4)]
+    child = multiprocessing.get_context("fork").Process(target=sweep, args=(jobs, path))
+    child.start()
+    child.join()
+    assert child.exitcode == -signal.SIGKILL
     assert list(Records(path).found) == ["job 0", "job 1"]
-    jobs = [Job(f"job {number}", {"number": number}, functools.partial(dict, number=number)) for number in range(4)]
     told: list[str] = []
-    sweep(jobs, path, tell=told.append)
+    sweep(list(map(numbered, range(4))), path, tell=told.append)
     assert told == ["1/2 job 2", "2/2 job 3"]
 
 
-def broken() -> dict[str, Any]:
-    raise OSError("no such encoder")
+def test_a_job_that_fails_costs_no_other_that_ends(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With threads for processes, which take seconds to start."""
 
+    def threads(workers: int, mp_context: Any) -> concurrent.futures.Executor:
+        return concurrent.futures.ThreadPoolExecutor(workers)
 
-def test_a_job_that_fails_costs_no_other_that_ends(path: Path) -> None:
-    jobs = [Job("broken", SHARED, broken), job(1), job(2)]
+    monkeypatch.setattr(concurrent.futures, "ProcessPoolExecutor", threads)
+
+    def broken() -> dict[str, Any]:
+        raise OSError("no such encoder")
+
+    def late() -> dict[str, Any]:
+        time.sleep(0.2)
+        return square(2)
+
+    jobs = [Job("broken", SHARED, broken), Job("late", SHARED, late), job(1)]
     with pytest.raises(OSError, match="encoder"):
         sweep(jobs, path, workers=2, tell=lambda line: None)
-    assert Records(path).found  # those that were running meanwhile
+    assert Records(path).found["late"]["square"] == 4  # it was running meanwhile
 
 
 def test_two_sweeps_do_not_share_a_file(path: Path) -> None:

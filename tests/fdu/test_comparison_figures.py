@@ -1,18 +1,21 @@
-"""The front of a comparison: intervals against closed forms and scipy, pairing, dominance by brute force."""
+"""The figures of a comparison and its recommendation: intervals against closed forms and scipy, dominance by brute
+force, the winner for each preference, and no winner where chance would do."""
 
 from __future__ import annotations
 
 import itertools
 import math
+import re
+import statistics
 
 import numpy as np
 import pytest
 from judged_runs import IMAGES, judged, runs
 from scipy import stats
 
-from fdu.comparison.front import Sample, complete, undominated
-from fdu.comparison.judged import Judged
+from fdu.comparison.front import Judged, Sample, complete, undominated
 from fdu.comparison.plan import Candidate
+from fdu.comparison.recommendation import BETA, Recommendation, f_measure, recommend
 
 
 def test_undominated_is_what_looking_at_every_pair_says() -> None:
@@ -42,7 +45,7 @@ def test_over_few_seeds_the_interval_is_students() -> None:
             ("three", candidate, seed): (*judged(0.5, 1.0)[:2], Judged("retained", "eight", (True,) * 8, (change,) * 8))
             for seed, change in enumerate(changes)
         }
-        estimate = Sample(found, [candidate], resamples=40_000).estimate("change", candidate)
+        estimate = Sample(found, [candidate], resamples=20_000).estimate("change", candidate)
         wanted = stats.ttest_1samp(changes, 0).confidence_interval(0.95)
         assert (estimate.low, estimate.high) == pytest.approx((max(wanted.low, 0), wanted.high), rel=0.04)
 
@@ -51,7 +54,7 @@ def test_intervals_over_three_seeds_hold_the_truth_as_often_as_they_say() -> Non
     """Seeds whose shares differ far more than chance explains; by percentiles of a bootstrap it would be 3 of 4."""
     generator = np.random.default_rng(0)
     one, other = Candidate("mse"), Candidate("kl")
-    held, alike, repetitions = 0, 0, 250
+    held, alike, repetitions = 0, 0, 120
     for _ in range(repetitions):
         found = {
             ("three", candidate, seed): (
@@ -61,7 +64,7 @@ def test_intervals_over_three_seeds_hold_the_truth_as_often_as_they_say() -> Non
             for candidate in (one, other)
             for seed in range(3)
         }
-        sample = Sample(found, [one, other], resamples=400)
+        sample = Sample(found, [one, other], resamples=300)
         estimate = sample.estimate("erased", one)
         held += estimate.low <= 0.5 <= estimate.high
         alike += sample.difference("erased", one, other).sign == 0
@@ -107,20 +110,14 @@ def test_the_spread_over_images_is_the_binomial_one() -> None:
     assert (estimate.low, estimate.high) == pytest.approx((exact.low, exact.high), abs=0.012)
 
 
-def test_where_all_images_agree_the_interval_is_the_exact_binomial_one() -> None:
-    found, candidates = runs({"mse": (1.0, 1.0)}, seeds=7)
-    sample = Sample(found, candidates)
-    images = 2 * IMAGES
+@pytest.mark.parametrize("targets", ["a", "abc"])
+def test_where_all_images_agree_the_interval_is_the_exact_binomial_one(targets: str) -> None:
+    one = Candidate("mse")
+    found = {key: run for target in targets for key, run in runs({"mse": (1.0, 1.0)}, target=target)[0].items()}
+    images = len(targets) * 2 * IMAGES
     exact = stats.binomtest(images, images).proportion_ci(method="exact")
-    estimate = sample.estimate("erased", candidates[0])
-    assert (estimate.low, estimate.high) == pytest.approx((exact.low, 1.0))
-
-
-def test_three_targets_that_all_agree_have_no_point_for_an_interval() -> None:
-    found = {key: run for target in "abc" for key, run in runs({"mse": (1.0, 1.0)}, target=target)[0].items()}
-    for figure, images in (("erased", 3 * 2 * IMAGES), ("retained", 3 * 2 * IMAGES)):
-        estimate = Sample(found, [Candidate("mse")]).estimate(figure, Candidate("mse"))
-        exact = stats.binomtest(images, images).proportion_ci(method="exact")
+    for figure in ("erased", "retained"):
+        estimate = Sample(found, [one]).estimate(figure, one)
         assert (estimate.low, estimate.high) == pytest.approx((exact.low, 1.0))
 
 
@@ -155,7 +152,7 @@ def test_what_classes_and_targets_share_makes_their_mean_less_certain(shared: st
             change = tuple(0.1 + common + own)
             kept = [Judged("retained", name, (True,) * 30, change) for name in ("eight", "nine")]
             found[target, candidate, seed] = (Judged("target", target, (False,) * 30), *kept)
-        estimate = Sample(found, [candidate], resamples=400).estimate("change", candidate)
+        estimate = Sample(found, [candidate], resamples=300).estimate("change", candidate)
         held += estimate.low <= 0.1 <= estimate.high
     assert held / repetitions > 0.92
 
@@ -203,3 +200,131 @@ def test_records_come_back() -> None:
         assert (back.role, back.name, back.hits) == (one.role, one.name, one.hits)
         assert back.change == pytest.approx(one.change, abs=5e-5)
     assert Judged.from_dict(Judged("target", "three", (True, False)).as_dict()).change is None
+
+
+def chosen(figures: dict[str, tuple[float, ...]], prefer: str = "balanced", **how: int) -> Recommendation:
+    return recommend(Sample(*runs(figures, **how)), prefer)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("prefer", BETA)
+def test_the_score_is_the_weighted_harmonic_mean(prefer: str) -> None:
+    beta = BETA[prefer]  # type: ignore[index]
+    erased, retained = np.array([0.3, 0.9, 0.0, 0.0]), np.array([0.8, 0.5, 1.0, 0.0])
+    wanted = [
+        statistics.harmonic_mean(pair, weights=[1, beta**2])
+        for pair in zip(erased.tolist(), retained.tolist(), strict=True)
+    ]
+    assert f_measure(erased, retained, beta) == pytest.approx(wanted)
+
+
+def test_a_clear_winner_is_claimed() -> None:
+    found = chosen({"mse": (0.5, 1.0), "kl": (0.95, 1.0), "le_cam": (0.6, 0.95)})
+    assert found.candidate.divergence == "kl" and found.certain and not found.tied
+    assert "kl (s0 1)" in found.headline and "mse" not in found.headline
+    assert re.search(r"kl \(s0 1\).*95 %.*100 %", found.sentences[0])
+    assert re.search(r"le_cam \(s0 1\).* 1 other", found.sentences[-1])
+
+
+def test_no_winner_is_claimed_where_intervals_overlap() -> None:
+    found = chosen({"mse": (0.775, 1.0, 0.01), "kl": (0.8, 1.0, 0.01)}, seeds=1)
+    # One image of forty apart, and the same change.
+    sample = Sample(*runs({"mse": (0.775, 1.0, 0.01), "kl": (0.8, 1.0, 0.01)}, seeds=1))
+    assert sample.difference("erased", Candidate("kl"), Candidate("mse")).sign == 0
+    assert not found.certain and len(found.tied) == 1
+    assert found.headline.startswith("No winner") and "2" in found.headline and "kl (s0 1)" in found.headline
+    assert re.search(r"kl \(s0 1\).*mse \(s0 1\)", found.sentences[-1])
+
+
+def test_of_those_alike_the_one_that_changes_least_is_taken() -> None:
+    figures = {"mse": (0.775, 1.0, 0.01), "kl": (0.8, 1.0, 0.03), "le_cam": (0.5, 1.0, 0.001)}
+    found = chosen(figures, seeds=1)
+    assert found.candidate.divergence == "mse" and found.certain
+    assert [one.divergence for one in found.tied] == ["kl"]
+    assert re.search(r"mse \(s0 1\).*1\.01 %.*2\.00 points", " ".join(found.sentences))
+    # What erases less changes less, which is no merit if erasure is preferred.
+    eager = chosen(figures, "erasure", seeds=1)
+    assert eager.candidate.divergence == "kl" and not eager.certain
+    assert re.search(r"kl \(s0 1\).*mse \(s0 1\)", eager.headline)
+
+
+def test_doing_nothing_and_destroying_everything_never_win() -> None:
+    figures = {"mse": (0.0, 1.0), "kl": (1.0, 0.0), "le_cam": (0.7, 0.7)}
+    for prefer in BETA:
+        assert chosen(figures, prefer).candidate.divergence == "le_cam"
+
+
+def test_the_preference_decides_between_erasing_and_retaining() -> None:
+    figures = {"mse": (0.65, 1.0), "kl": (1.0, 0.65)}
+    assert chosen(figures, "preservation").candidate.divergence == "mse"
+    assert chosen(figures, "erasure").candidate.divergence == "kl"
+    assert re.search("retaining.*twice.*erasing", chosen(figures, "preservation").sentences[1])
+    assert re.search("erasing.*twice.*retaining", chosen(figures, "erasure").sentences[1])
+    with pytest.raises(ValueError, match="prefer.*preservation, balanced, erasure.*'speed'"):
+        chosen(figures, "speed")
+
+
+def test_nothing_is_recommended_where_nothing_was_erased() -> None:
+    found = chosen({"mse": (0.1, 1.0), "kl": (0.3, 1.0)})
+    assert not found.certain and not found.usable
+    assert "kl (s0 1)" in found.headline and "30 %" in found.headline
+    assert any("max_train_steps" in sentence for sentence in found.sentences)
+    idle = chosen({"mse": (0.0, 1.0, 0.001), "kl": (0.0, 1.0, 0.002)})
+    assert not idle.certain and not idle.usable
+
+
+def test_one_seed_and_one_candidate_are_told() -> None:
+    found, candidates = {("three", Candidate("mse"), 0): judged(0.9, 1.0)}, [Candidate("mse")]
+    one = recommend(Sample(found, candidates), "balanced")
+    assert "mse (s0 1)" in one.headline and not one.certain
+    assert any("seed" in sentence for sentence in one.sentences)
+    assert not any("seed" in sentence for sentence in chosen({"mse": (0.9, 1.0)}).sentences)
+
+
+def test_nothing_is_recommended_for_a_target_that_was_hardly_drawn_before() -> None:
+    """Doing nothing "erases" 72 % of it."""
+    sample = Sample(*runs({"mse": (0.725, 1.0, 0.0), "kl": (0.725, 1.0, 0.02)}))
+    assert recommend(sample, "balanced").usable
+    assert recommend(sample, "balanced", {"three": 0.9}).certain
+    for prefer in BETA:
+        found = recommend(sample, prefer, {"three": 0.275, "red": 0.9})
+        assert not found.certain and not found.usable
+        assert "'three'" in found.headline and "28 %" in found.headline and "red" not in found.headline
+
+
+def test_of_those_alike_none_is_taken_that_erased_less_than_half() -> None:
+    """It changes least because it hardly erases."""
+    figures = {"mse": (0.5, 1.0, 0.05), "kl": (0.475, 1.0, 0.01)}
+    found = chosen(figures, seeds=1)
+    assert found.candidate.divergence == "mse" and not found.certain
+    assert found.headline.startswith("No winner") and "mse (s0 1)" in found.headline
+    assert any("half" in sentence and "kl (s0 1)" in sentence for sentence in found.sentences)
+    assert found.score.value == pytest.approx(2 * 0.5 / 1.5)
+    # The other way round: the better score is that of the one that erased less than half.
+    found = chosen({"mse": (0.475, 1.0), "kl": (0.525, 0.95)}, "preservation", seeds=1)
+    assert found.candidate.divergence == "kl" and not found.certain
+    third = chosen({**figures, "le_cam": (0.5, 1.0, 0.02)}, seeds=1)
+    assert third.candidate.divergence == "le_cam" and not third.certain
+
+
+def test_so_few_images_claim_no_winner() -> None:
+    def few(shown: bool, images: int) -> tuple[Judged, ...]:
+        return Judged("target", "three", (shown,) * images), Judged("retained", "eight", (True,) * 8, (0.01,) * 8)
+
+    for images, certain in ((2, False), (5, False), (6, True)):
+        candidates = [Candidate("mse"), Candidate("kl")]
+        found = {("three", one, 0): few(one.divergence == "kl", images) for one in candidates}
+        claimed = recommend(Sample(found, candidates), "balanced")
+        assert claimed.candidate.divergence == "mse" and claimed.certain == certain
+        assert ("few images" in claimed.headline) == (not certain)
+        assert any("images_per_class" in sentence for sentence in claimed.sentences) == (not certain)
+
+
+def test_a_winner_that_may_have_erased_less_than_half_is_not_certain() -> None:
+    figures = {"mse": (0.1, 1.0), "kl": (0.6, 1.0)}
+    found = chosen(figures, seeds=1)  # one seed of 80 images: 60 %, with an interval below one half
+    sample = Sample(*runs(figures, seeds=1))
+    assert sample.estimate("erased", Candidate("kl")).low < 0.5
+    assert found.candidate.divergence == "kl" and found.usable and not found.certain
+    assert "kl (s0 1)" in found.headline and "half" in found.headline
+    assert any("max_train_steps" in sentence and "images_per_class" in sentence for sentence in found.sentences)
+    assert chosen({**figures, "kl": (0.9, 1.0)}, seeds=1).certain
