@@ -18,9 +18,9 @@ import promises
 
 import fdu
 from fdu.evaluation import JUDGED_SEED
+from fdu.storage.fingerprint import versions
 from fdu.storage.loading import describe_device
 from fdu.storage.output import write_json
-from fdu.storage.versions import versions
 from fdu.subjects.digits import pipeline as digits
 
 BOUND = 120.0

@@ -39,8 +39,8 @@ from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import fdu
+from fdu.storage.fingerprint import versions
 from fdu.storage.output import write_json
-from fdu.storage.versions import versions
 
 RECORD = Path(__file__).parent / "results" / "training" / "cpu.json"
 Figures = dict[str, float]

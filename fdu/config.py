@@ -72,6 +72,14 @@ def check_number(name: str, value: Any, hint: Any) -> None:
             raise ValueError(f"{name} must be a {whole} number {sign} {bound}, got {value!r}")
 
 
+def check_size(resolution: int, unit: int, native: tuple[int, int] | None) -> None:
+    """Raise ValueError if a resolution in pixels is not a positive multiple of ``unit``; ``native`` is the model's."""
+    if resolution <= 0 or resolution % unit:
+        hint = f"try {max(1, round(resolution / unit)) * unit}"
+        hint += f"; the model's own is {native[0]} x {native[1]}" if native else ""
+        raise ValueError(f"resolution must be a positive multiple of {unit} pixels, got {resolution}; {hint}")
+
+
 def check_fields(settings: Any) -> None:
     """Raise ValueError or TypeError if a field of a dataclass of settings does not fit its annotation."""
     for name, hint in get_type_hints(type(settings), include_extras=True).items():

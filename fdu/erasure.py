@@ -18,17 +18,16 @@ from fdu.config import EraseConfig
 from fdu.models.denoiser import Denoiser
 from fdu.models.families import denoiser_of
 from fdu.result import ErasureResult
-from fdu.storage.versions import versions
+from fdu.storage.fingerprint import versions
 from fdu.training.cache import Cache, model_key, tensor_key
 from fdu.training.checkpoint import Checkpoints
 from fdu.training.examples import prepare_examples
 from fdu.training.loop import Training
-from fdu.training.methods import attach
+from fdu.training.methods import Request, attach
 from fdu.training.objective import Objective
-from fdu.training.optimizer import check_optimizer
 from fdu.training.process import own_accelerator, seeded
 from fdu.training.sharding import check_shards, with_launcher
-from fdu.training.step import Stepper
+from fdu.training.step import Stepper, check_optimizer
 from fdu.training.tracking import check_tracker
 
 Settings = ParamSpec("Settings")
@@ -107,15 +106,15 @@ def erase(
         examples = prepare_examples(denoiser, pairs, config, accelerator, cache)
         with seeded(config.seed, denoiser.device):
             objective = Objective(denoiser, config, _latent_mask(mask, examples.latents))
-            trainable = attach(
-                denoiser,
+            request = Request(
                 config.train_method,
-                rank=config.rank,
-                lora_alpha=config.lora_alpha,
-                target_name=[target.name for target, _ in pairs],
+                config.rank,
+                config.lora_alpha,
+                target_names=[target.name for target, _ in pairs],
                 prompts=joined([target for target, _ in pairs]).prompts,
                 kept_prompts=[*joined([anchor for _, anchor in pairs]).prompts, *config.preservation_prompts],
             )
+            trainable = attach(denoiser, request)
         try:
             stepper = Stepper(accelerator, denoiser, trainable, examples, objective, config, cache)
             history = Training(stepper, checkpoints).run()

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from fdu.config import Count, NotNegative, check_fields, check_number
 from fdu.evaluation.probes import Probe, check_prompts
-from fdu.models.calls import silent
+from fdu.models.denoiser import silent
 
 JUDGED_SEED = 1000
 """Offset of the judged images' seeds from the seed of the training, whose own images start at that seed."""

@@ -19,9 +19,9 @@ from fdu.evaluation.probes import check_probes
 from fdu.evaluation.robustness import Robustness
 from fdu.report.pictures import strip
 from fdu.report.stored import SHOWN, SIDES, Class, Conditions, Told, check_counts, check_record, read_metrics, restored
+from fdu.storage.fingerprint import versions
 from fdu.storage.loading import erased_pairs
 from fdu.storage.output import METRICS_FILE, write_json
-from fdu.storage.versions import versions
 
 IMAGES_FOLDER = "images"
 """Folder with the shown images beside the metrics: one PNG strip per probe and side."""

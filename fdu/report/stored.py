@@ -32,7 +32,7 @@ class Conditions:
     dtype: str = ""
     """Dtype of the pipeline's weights."""
     versions: dict[str, str] = dataclasses.field(default_factory=dict)
-    """:func:`fdu.storage.versions.versions` of the machine that evaluated."""
+    """:func:`fdu.storage.fingerprint.versions` of the machine that evaluated."""
 
 
 @dataclasses.dataclass(frozen=True)

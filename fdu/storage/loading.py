@@ -11,16 +11,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from fdu.models.size import check_size
-from fdu.storage.output import RECORD_FILE, SMALL_RESULT
+from fdu.config import check_size
+from fdu.storage.output import PIPELINE_FILE, RECORD_FILE, SMALL_RESULT
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-PIPELINE_FILE = "model_index.json"
 HUB_PIPELINE = 6 << 30
-"""Bytes taken for a pipeline that is not here yet; Stable Diffusion 1.5 takes 5.5 GB in float32."""
+"""Assumed bytes of a pipeline that is not here yet; Stable Diffusion 1.5 takes 5.5 GB in float32."""
 Dtype = Literal["auto", "float32", "float16", "bfloat16"]
 SaveAs = Literal["auto", "lora", "kohya", "pipeline", "delta"]
 
@@ -100,7 +99,7 @@ def check_erased(path: str) -> None:
     if not Path(path).exists():
         raise FileNotFoundError(f"ERASED {path!r} does not exist; give a folder that `fdu erase` wrote, or weights")
     if not (Path(path) / PIPELINE_FILE).is_file():
-        from fdu.storage.files import weights_file
+        from fdu.storage.readers import weights_file
 
         weights_file(path)
 
@@ -208,18 +207,14 @@ def load_model(model: str, dtype: str = "float32", device: str = "cpu") -> Diffu
         raise OSError(f"model {model!r} could not be loaded: {_first_line(error)}") from error
 
 
-def load_erased(
-    pipeline: DiffusionPipeline, path: str, device: str = "cpu", dtype: str = "float32"
-) -> DiffusionPipeline:
-    """``pipeline`` with the weights of ``path``, which :func:`check_erased` accepted, or the pipeline in it.
+def load_erased(pipeline: DiffusionPipeline, path: str) -> DiffusionPipeline:
+    """``pipeline`` with the weights of ``path``.
 
     Raises:
         OSError: it cannot be loaded; the first line of the reason.
     """
     from fdu.storage.readers import load_weights
 
-    if (Path(path) / PIPELINE_FILE).is_file():
-        return load_model(path, dtype, device)
     try:
         load_weights(pipeline, path)
     except (OSError, ValueError, TypeError, RuntimeError, KeyError) as error:

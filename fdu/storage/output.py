@@ -14,6 +14,8 @@ from typing import Any
 
 RECORD_FILE = "fdu.json"
 """Beside saved weights: what was erased, with which settings and versions, and the course of the training."""
+PIPELINE_FILE = "model_index.json"
+"""In the folder of a diffusers pipeline."""
 METRICS_FILE = "metrics.json"
 """Beside a report: what was measured."""
 METRICS_KEYS = {"before", "after", "target", "images_per_class"}

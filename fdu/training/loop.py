@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from fdu.training.checkpoint import Checkpoints
 from fdu.training.frozen_layers import keeping_less
-from fdu.training.interruption import Interruption, noticed
+from fdu.training.process import Interruption, noticed
 from fdu.training.sharding import sharded
 from fdu.training.step import COLUMNS, Stepper
 from fdu.training.tracking import Tracking
@@ -138,7 +138,7 @@ class Training:
             **({} if self.accelerator.is_local_main_process else {"disable": True}),  # else TQDM_DISABLE decides
         )
         for step in progress:
-            self.course.append(self._step())
+            self.course.append(self.stepper.step(self.step))
             self.step = step + 1
             last, stopping = self.step == config.max_train_steps, self._stops(stop)
             saving = last or stopping or self.step % config.checkpointing_steps == 0
@@ -154,9 +154,6 @@ class Training:
                     self.watch(self.step)
             if stopping and not last:
                 raise KeyboardInterrupt
-
-    def _step(self) -> Tensor:
-        return self.stepper.step(self.step)
 
     def _look(self, tracking: Tracking) -> float:
         """Wait for the losses since the last look, average them over the processes and log them.

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 import fdu_kernels
 from fdu.config import EraseConfig
 from fdu.models.denoiser import Denoiser
-from fdu.training import weighting
 from fdu.training.critic import Outputs, VariationalGame
 from fdu.training.examples import Batch, Examples, to_device
+from fdu.training.timesteps import weights
 
 
 class Objective(nn.Module):
@@ -46,7 +46,7 @@ class Objective(nn.Module):
         self.weighting = None
         if config.weighting != "unit":
             tables = (denoiser.signal, denoiser.noise, denoiser.prediction_type, config.snr_gamma)
-            self.weighting = weighting.weights(config.weighting, *tables).to(denoiser.device)
+            self.weighting = weights(config.weighting, *tables).to(denoiser.device)
         self.game: VariationalGame | None = None
         if config.variational:
             self.game = VariationalGame(

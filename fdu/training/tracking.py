@@ -13,8 +13,7 @@ from diffusers.utils import make_image_grid
 from torch import Tensor
 
 from fdu.config import PLACES, EraseConfig
-from fdu.models.calls import silent
-from fdu.models.denoiser import Denoiser
+from fdu.models.denoiser import Denoiser, silent
 
 LOGGER = logging.getLogger(__name__)
 PROJECT = "fdu"

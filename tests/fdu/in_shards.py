@@ -20,7 +20,7 @@ from fdu.models.denoiser import Denoiser
 from fdu.models.families import denoiser_of
 from fdu.subjects.digits import pipeline as digits
 from fdu.training import sharding
-from fdu.training.loop import Training
+from fdu.training.step import Stepper
 
 RANK = os.environ.get("RANK", "0")
 torch.set_num_threads(1)
@@ -49,14 +49,14 @@ def train(folder: str, settings: str) -> None:
 def die_and_go_on(folder: str, settings: str) -> None:
     """Be killed after 4 steps, and where there is a checkpoint already, go on from it."""
     resumes = any(Path(one["checkpoint_dir"]).is_dir() for one in json.loads(settings))
-    step = Training._step
+    step = Stepper.step
 
-    def mortal(training: Training) -> Tensor:
-        if training.step == 4 and not resumes:
+    def mortal(stepper: Stepper, number: int) -> Tensor:
+        if number == 4 and not resumes:
             os._exit(9)
-        return step(training)
+        return step(stepper, number)
 
-    Training._step = mortal  # type: ignore[assignment]
+    Stepper.step = mortal  # type: ignore[method-assign]
     train(folder, settings)
 
 
@@ -77,14 +77,14 @@ def fail_together(folder: str, settings: str) -> None:
 
 def fail_alone(folder: str, settings: str) -> None:
     """The second process fails in the third step, and the first is left waiting in a collective."""
-    step = Training._step
+    step = Stepper.step
 
-    def failing(training: Training) -> Tensor:
-        if training.step == 2 and RANK == "1":
+    def failing(stepper: Stepper, number: int) -> Tensor:
+        if number == 2 and RANK == "1":
             raise MemoryError("no memory left here")
-        return step(training)
+        return step(stepper, number)
 
-    Training._step = failing  # type: ignore[assignment]
+    Stepper.step = failing  # type: ignore[method-assign]
     sharding.PATIENCE /= 30
     try:
         erase(digits.load_pipeline(), json.loads(settings))

@@ -15,7 +15,7 @@ from trained import ALPHA, CONTEXT, add_adapter, change_weights
 from fdu.config import EraseConfig
 from fdu.evaluation import Draws, Probe, evaluate
 from fdu.report.card import write_card
-from fdu.storage.versions import versions
+from fdu.storage.fingerprint import versions
 from fdu.storage.writers import write
 from fdu.subjects.digits import pipeline as digits
 

@@ -18,8 +18,8 @@ from torch import Tensor
 import fdu
 from fdu.subjects.digits import pipeline as digits
 from fdu.training import checkpoint as checkpoint_file
-from fdu.training import loop
 from fdu.training.checkpoint import Checkpoints
+from fdu.training.step import Stepper
 
 RUN = """
 import sys
@@ -161,20 +161,20 @@ def test_a_full_disk_costs_the_checkpoint_and_not_the_run(
 def test_a_loss_that_is_not_finite_keeps_the_last_good_state(
     pipeline: StableDiffusionPipeline, run: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = loop.Training._step
+    real = Stepper.step
 
-    def broken(self: loop.Training) -> Tensor:
-        if self.step == 4:
+    def broken(self: Stepper, number: int) -> Tensor:
+        if number == 4:
             self.parameters[0].data.fill_(float("nan"))
-        return real(self)
+        return real(self, number)
 
-    monkeypatch.setattr(loop.Training, "_step", broken)
+    monkeypatch.setattr(Stepper, "step", broken)
     before = {name: tensor.clone() for name, tensor in pipeline.unet.state_dict().items()}
     with pytest.raises(RuntimeError, match="nan at step 4.*checkpoint-4'"):
         fdu.erase(pipeline, "three", "eight", **run)
     assert all(torch.equal(tensor, before[name]) for name, tensor in pipeline.unet.state_dict().items())
     assert [path.name for path in Checkpoints(tmp_path / "kept", 2, {}).all()][-1] == "checkpoint-4"
-    monkeypatch.setattr(loop.Training, "_step", real)
+    monkeypatch.setattr(Stepper, "step", real)
     resumed = fdu.erase(pipeline, "three", "eight", **run, resume_from_checkpoint="latest")
     assert all(value == value for value in resumed.history["loss"])
 

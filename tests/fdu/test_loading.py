@@ -21,7 +21,6 @@ from fdu.storage.loading import (
 )
 from fdu.storage.lora import LORA_FILE
 from fdu.storage.output import RECORD_FILE, SMALL_RESULT
-from fdu.subjects.digits import pipeline as digits
 from fdu.subjects.digits.embedded import EmbeddedDigits
 
 RECORD: dict[str, Any] = {
@@ -96,9 +95,3 @@ def test_truncated_weights_are_an_error_in_one_line(tmp_path: Path, pipeline: St
     weights.write_bytes(weights.read_bytes()[:-1000])
     with pytest.raises(OSError, match="model '.*full'.*not.*loaded"):
         load_model(str(tmp_path / "full"))
-
-
-def test_a_full_pipeline_takes_the_place_of_the_first(tmp_path: Path, pipeline: StableDiffusionPipeline) -> None:
-    pipeline.save_pretrained(tmp_path / "full")
-    assert load_erased(pipeline, str(tmp_path / "full")) is not pipeline
-    assert digits.PIPELINE_FOLDER.is_dir()

@@ -49,11 +49,10 @@ def test_what_conflicts_with_preservation_is_projected_off(weight: float) -> Non
     assert erasing @ preserving < 0
     surgery = GradientSurgery(module.parameters())
     run(module, surgery, opposed=True)
-    cosine = surgery.combine(weight)
+    surgery.combine(weight)
     projected = flat(module) - weight * preserving
     torch.testing.assert_close(projected, erasing - erasing @ preserving / (preserving @ preserving) * preserving)
     assert abs(projected @ preserving) < 1e-6 * erasing.norm() * preserving.norm()
-    torch.testing.assert_close(cosine, erasing @ preserving / erasing.norm() / preserving.norm())
 
 
 def test_without_a_conflict_it_is_the_weighted_sum() -> None:
@@ -62,7 +61,7 @@ def test_without_a_conflict_it_is_the_weighted_sum() -> None:
     assert erasing @ preserving > 0
     surgery = GradientSurgery(module.parameters())
     run(module, surgery, opposed=False)
-    assert surgery.combine(3.0) > 0
+    surgery.combine(3.0)
     torch.testing.assert_close(flat(module), erasing + 3 * preserving)
 
 
@@ -99,7 +98,7 @@ def test_joining_forgets_the_preserving_gradient() -> None:
     erasing, _ = losses(module, opposed=True)
     erasing.backward()
     before = flat(module)
-    assert surgery.combine(1.0) == 0
+    surgery.combine(1.0)
     assert torch.equal(flat(module), before)
 
 
@@ -109,7 +108,7 @@ def test_parameters_that_one_loss_does_not_reach() -> None:
     with surgery.preserving():
         kept.grad = torch.tensor([2.0])
     erased.grad = torch.tensor([3.0])
-    assert surgery.combine(0.5) == 0
+    surgery.combine(0.5)
     assert erased.grad == 3 and kept.grad == 1 and neither.grad is None
 
 
@@ -120,7 +119,7 @@ def test_a_vanishing_preserving_gradient_changes_nothing() -> None:
         (0 * module(torch.ones(1, 3)).sum()).backward()
     module(torch.ones(1, 3)).sum().backward()
     before = flat(module)
-    assert surgery.combine(1.0) == 0
+    surgery.combine(1.0)
     assert torch.equal(flat(module), before)
 
 
@@ -130,7 +129,8 @@ def test_the_result_scales_with_the_loss() -> None:
         module = network()
         surgery = GradientSurgery(module.parameters())
         run(module, surgery, True, scale)
-        results.append((surgery.combine(1.0), flat(module) / scale))
+        surgery.combine(1.0)
+        results.append(flat(module) / scale)
     torch.testing.assert_close(results[0], results[1])
 
 
@@ -174,7 +174,8 @@ def train(module, data, no_sync):
             with surgery.preserving():
                 (-module(y).square()).mean().backward()
             module(x).square().mean().backward()
-    return [surgery.combine(0.5).item(), *(round(g, 5) for p in module.parameters() for g in p.grad.flatten().tolist())]
+    surgery.combine(0.5)
+    return [round(g, 5) for p in module.parameters() for g in p.grad.flatten().tolist()]
 
 torch.manual_seed(0)
 module = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))

@@ -20,7 +20,7 @@ from fdu.models import parts
 from fdu.models.denoiser import Denoiser
 from fdu.models.families import denoiser_of
 from fdu.subjects.digits import pipeline as digits
-from fdu.training.methods import Trainable, attach
+from fdu.training.methods import Request, Trainable, attach
 
 pytestmark = pytest.mark.quick(family=["sd", "sd3"], method=["lora", "cross_attention", "token"])
 
@@ -37,8 +37,8 @@ def wrapped(pipeline: DiffusionPipeline) -> Denoiser:
 
 
 def attached(denoiser: Denoiser, method: str, **settings: Any) -> Trainable:
-    names: dict[str, Any] = {"target_name": "three", "prompts": [TARGET], "kept_prompts": [ANCHOR]}
-    return attach(denoiser, method, rank=2, lora_alpha=2.0, **{**names, **settings})
+    request: dict[str, Any] = {"rank": 2, "target_names": ["three"], "prompts": [TARGET], "kept_prompts": [ANCHOR]}
+    return attach(denoiser, Request(method, lora_alpha=2.0, **{**request, **settings}))
 
 
 def predicted(denoiser: Denoiser, prompt: str = TARGET) -> Tensor:
@@ -550,8 +550,9 @@ def test_a_name_of_several_tokens_trains_those_that_are_its_own() -> None:
     denoiser = wrapped(pipeline)
     prompts = ["a painting in the style of Van Gogh", "van gogh, a photo"]
 
-    def rows(kept: Sequence[str], name: str | Sequence[str] = "van gogh") -> dict[str, list[str]]:
-        trainable = attached(denoiser, "token", target_name=name, prompts=prompts, kept_prompts=kept)
+    def rows(kept: Sequence[str], *names: str) -> dict[str, list[str]]:
+        names = names or ("van gogh",)
+        trainable = attached(denoiser, "token", target_names=names, prompts=prompts, kept_prompts=kept)
         trainable.remove()
         tokenizers = (pipeline.tokenizer, pipeline.tokenizer_2)
         return {
@@ -564,7 +565,7 @@ def test_a_name_of_several_tokens_trains_those_that_are_its_own() -> None:
     assert {"▁van", "▁gogh"} <= set(both["text_encoder_2"])
     assert "<unk>" not in both["text_encoder_2"]
     assert rows(["a van on a photo"])["text_encoder"] == ["gogh</w>"]
-    assert rows([], ["gogh", "photo"])["text_encoder"] == ["photo</w>", "gogh</w>"]
+    assert rows([], "gogh", "photo")["text_encoder"] == ["photo</w>", "gogh</w>"]
 
 
 def test_what_the_token_method_cannot_isolate_is_refused() -> None:
@@ -577,9 +578,9 @@ def test_what_the_token_method_cannot_isolate_is_refused() -> None:
             attached(denoiser, "token", **settings)
         assert trace(pipeline) == before
 
-    refused("none of its prompts contains 'four'.*name the target by a word", target_name="four")
-    refused("none of its prompts contains 'thre'", target_name="thre")
-    refused("none of its prompts contains ''", target_name="")
+    refused("none of its prompts contains 'four'.*name the target by a word", target_names=["four"])
+    refused("none of its prompts contains 'thre'", target_names=["thre"])
+    refused("none of its prompts contains ''", target_names=[""])
     refused("'three' has no token of its own in text_encoder: every one of 'three</w>'", kept_prompts=["three eights"])
     refused("cannot erase.*'a painting'.*no token", prompts=[TARGET, "a painting"])
 
@@ -594,7 +595,7 @@ def test_wrong_methods_are_refused_before_anything_is_done() -> None:
     with pytest.raises(ValueError, match=r"unet\.conv_in\.weight.*stored.*torch\.uint8; load.*pipeline"):
         attached(denoiser, "full")
     with pytest.raises(ValueError, match="rank|`r` should be a positive"):
-        attach(denoiser, "lora", rank=0, lora_alpha=1.0, target_name="three", prompts=[TARGET])
+        attached(denoiser, "lora", rank=0)
     pipeline.unet.conv_in.weight = families.build("sd").unet.conv_in.weight
     after = trace(pipeline)
     assert all(after[key] == value for key, value in before.items() if "conv_in.weight" not in key)

@@ -12,8 +12,7 @@ from fdu.config import Count, Natural, check_number
 from fdu.evaluation import JUDGED_SEED, Probe, Sampling, draw
 from fdu.evaluation.drawing import unchecked
 from fdu.evaluation.intervals import wilson
-from fdu.models.calls import silent
-from fdu.models.denoiser import Denoiser, call_default
+from fdu.models.denoiser import Denoiser, call_default, silent
 
 LEARNT_SEED = 3000
 """Offset of the seeds of the target's images that attack and relearning learn from: none that are judged."""

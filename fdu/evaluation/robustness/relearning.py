@@ -7,7 +7,7 @@ import dataclasses
 from fdu.config import TRAIN_METHODS, Count, Positive, check_choice, check_fields
 from fdu.evaluation.robustness.finetuning import Lesson
 from fdu.evaluation.robustness.judging import Course, back_after
-from fdu.training.methods import attach
+from fdu.training.methods import Request, attach
 from fdu.training.process import seeded
 
 
@@ -56,15 +56,9 @@ def relearn(lesson: Lesson, config: RelearningConfig | None = None) -> Relearnin
     """Fine-tune a pipeline on images of the target, judge it on the way, and undo it all: the pipeline is as before."""
     config, seed, denoiser = config or RelearningConfig(), lesson.drawing.seed, lesson.denoiser
     course: Course = [(0, lesson.judged())]
+    request = Request(config.train_method, config.rank, config.rank, [lesson.probe.name], lesson.probe.prompts)
     with seeded(seed, denoiser.device):
-        trainable = attach(
-            denoiser,
-            config.train_method,
-            rank=config.rank,
-            lora_alpha=config.rank,
-            target_name=lesson.probe.name,
-            prompts=lesson.probe.prompts,
-        )
+        trainable = attach(denoiser, request)
     try:
         lesson.learn(trainable, config, course, seed, "relearn")
     finally:

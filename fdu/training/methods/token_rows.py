@@ -28,10 +28,10 @@ def make(denoiser: Denoiser, request: Request) -> Trainable:
 class TokenRows(Trainable):
     """Rows of the token embeddings.
 
-    What is trained is how far each row moves: fp32 [rows, width], 0 at the start. Weight decay so pulls towards the
-    original, and rows that no prompt reads stay bit for bit. While training, a hook adds the moves to what the
-    embedding returns; :meth:`finish` writes the rows and takes the hook away. The parameters stand in no module, so
-    whoever trains in several processes has to average their gradients himself.
+    The parameters are the moves of the rows: fp32 [rows, width], 0 at the start. Weight decay so pulls towards the
+    original, and rows that no prompt reads keep all bits. While training, a hook adds the moves to the embedding's
+    output; :meth:`finish` writes the rows and removes the hook. The parameters belong to no module, so DDP does not
+    average their gradients.
     """
 
     trains_text = True
@@ -136,10 +136,10 @@ class _Rows:
 def own_tokens(
     pipeline: DiffusionPipeline, names: Sequence[str], prompts: Sequence[str], kept_prompts: Sequence[str]
 ) -> dict[str, list[int]]:
-    """The ids of the tokens that the names alone are made of, by the attribute of the text encoder.
+    """The ids of the tokens of the names, by the attribute of the text encoder.
 
-    Read where a name stands in the prompts, so as each tokenizer spells it there; tokens that also occur in the prompts
-    to keep are left out, so that of "van gogh" only "gogh" is trained if "a van" is kept.
+    Read where a name stands in the prompts, as each tokenizer spells it there. Tokens of the prompts to keep are left
+    out: of "van gogh" only "gogh" is trained if "a van" is kept.
 
     Raises:
         ValueError: a name that no prompt contains or of which no token is its own, or a prompt that names none of them.
