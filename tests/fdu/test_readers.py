@@ -12,9 +12,9 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.utils import convert_state_dict_to_diffusers
+from families import ALPHA, CONTEXT, add_adapter, change_weights, output, tensors_of
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from trained import ALPHA, CONTEXT, add_adapter, change_weights, output, tensors_of
 
 from fdu.models import parts
 from fdu.models.unet import original_name

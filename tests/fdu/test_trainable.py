@@ -178,6 +178,7 @@ def test_frozen_may_be_nested_and_survives_errors(method: str) -> None:
 
 
 @pytest.mark.parametrize(("first", "second"), list(itertools.product(KINDS, KINDS)))
+@pytest.mark.quick(first=["lora", "cross_attention"], second=["lora", "cross_attention", "token"])
 def test_erasures_lie_on_each_other(first: str, second: str) -> None:
     pipeline = families.build("sd")
     denoiser = wrapped(pipeline)
@@ -203,8 +204,7 @@ def test_erasures_lie_on_each_other(first: str, second: str) -> None:
 @pytest.mark.parametrize("method", TRAIN_METHODS)
 def test_names_do_not_depend_on_what_the_pipeline_carries(method: str) -> None:
     plain, carrying = wrapped(families.build("sd")), wrapped(families.build("sd"))
-    for _ in range(2):
-        trained(carrying, "lora")
+    trained(carrying, "lora")
     assert list(attached(plain, method).named_parameters()) == list(attached(carrying, method).named_parameters())
 
 
@@ -278,21 +278,29 @@ def adapter_config(*targets: str) -> LoraConfig:
 
 
 CARRIED = (
-    add_active,
-    add_inactive,
-    add_disabled,
-    add_fused,
-    add_fused_and_unloaded,
-    add_fused_then_disabled,
-    add_lokr,
-    add_to_the_text_encoder,
+    ("lora", add_active),
+    ("lora", add_inactive),
+    ("lora", add_disabled),
+    ("lora", add_fused),
+    ("lora", add_fused_and_unloaded),
+    ("lora", add_fused_then_disabled),
+    ("lora", add_lokr),
+    ("lora", add_to_the_text_encoder),
+    ("dora", add_inactive),
+    ("dora", add_fused),
+    ("dora", add_lokr),
+    ("cross_attention", add_inactive),
+    ("cross_attention", add_fused),
+    ("full", add_lokr),
+    ("token", add_active),
+    ("token", add_to_the_text_encoder),
 )
+"""Methods, each with the kinds of adapters that it could meet in a layer of its own."""
 
 
 @pytest.mark.filterwarnings("ignore:Already found a `peft_config`")
-@pytest.mark.parametrize("method", KINDS)
-@pytest.mark.parametrize("add", CARRIED)
-def test_adapters_of_the_user_stay_as_they_are(add: Callable[[DiffusionPipeline], None], method: str) -> None:
+@pytest.mark.parametrize(("method", "add"), CARRIED)
+def test_adapters_of_the_user_stay_as_they_are(method: str, add: Callable[[DiffusionPipeline], None]) -> None:
     pipeline = families.build("sd")
     add(pipeline)
     denoiser = wrapped(pipeline)
@@ -362,7 +370,7 @@ def test_a_fused_erasure_says_so() -> None:
 
 
 @pytest.mark.parametrize("method", TRAIN_METHODS)
-@pytest.mark.parametrize("family", ["sd", "sd3", "sana"])
+@pytest.mark.parametrize("family", ["sd", "sana"])
 def test_half_precision_models_train_in_full_precision(family: str, method: str) -> None:
     pipeline = families.build(family).to(dtype=torch.bfloat16)
     denoiser = wrapped(pipeline)
@@ -378,7 +386,7 @@ def test_half_precision_models_train_in_full_precision(family: str, method: str)
     named = trainable.named_parameters()
     starts = {name: parameter.detach().clone() for name, parameter in named.items()}
     optimizer = torch.optim.AdamW(named.values(), lr=1e-2)
-    for _ in range(5):
+    for _ in range(2):
         # One autocast context around all passes: its cache of cast weights must not mix the two models up.
         with torch.autocast("cpu", torch.bfloat16):
             with trainable.frozen():
@@ -413,11 +421,10 @@ def test_steps_below_the_resolution_of_half_precision_add_up(method: str) -> Non
     torch.testing.assert_close(parameter.detach(), start + 1e-3, rtol=1e-2, atol=1e-5, msg=name)
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("method", TRAIN_METHODS)
-def test_frozen_between_forward_and_backward_leaves_the_gradient_right(method: str, checkpointing: bool) -> None:
+def test_frozen_between_forward_and_backward_leaves_the_gradient_right(method: str) -> None:
     gradients = []
-    for frozen_between, recompute in ((False, False), (True, checkpointing)):
+    for frozen_between, recompute in ((False, False), (True, False), (True, True)):
         torch.manual_seed(0)
         denoiser = wrapped(families.build("sd"))
         if recompute:
@@ -435,6 +442,7 @@ def test_frozen_between_forward_and_backward_leaves_the_gradient_right(method: s
         gradients.append([p.grad for p in trainable.named_parameters().values()])
     assert any(gradient is not None and gradient.any() for gradient in gradients[0])
     torch.testing.assert_close(gradients[1], gradients[0])
+    torch.testing.assert_close(gradients[2], gradients[0], msg=lambda words: f"with recomputed activations: {words}")
 
 
 @pytest.mark.parametrize("method", TRAIN_METHODS)
@@ -456,18 +464,17 @@ def test_flags_of_the_user_come_back(method: str) -> None:
         assert {name: p.requires_grad for name, p in parts.weights(pipeline).items()} == flags
 
 
-@pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("method", TRAIN_METHODS)
-def test_training_and_evaluation_mode_stay(method: str, training: bool) -> None:
+def test_training_mode_stays(method: str) -> None:
     pipeline = families.build("sd")
     for model in parts.models(pipeline).values():
-        model.train(training)
+        model.train()
     trainable = attached(wrapped(pipeline), method)
     with trainable.frozen():
         pass
     trainable.finish()
     models = parts.models(pipeline).values()
-    assert all(module.training is training for model in models for module in model.modules())
+    assert all(module.training for model in models for module in model.modules())
 
 
 @pytest.mark.parametrize("method", TRAIN_METHODS)
@@ -516,8 +523,9 @@ def test_changed_weights_make_the_same_of_a_plain_pipeline(method: str, carries:
     assert torch.equal(output(wrapped(plain)), output(denoiser))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("family", "dtype"), [*((family, torch.float32) for family in FAMILIES), ("sd", torch.bfloat16)]
+)
 def test_the_token_method_changes_only_the_rows_of_the_name(family: str, dtype: torch.dtype) -> None:
     pipeline = families.build(family).to(dtype=dtype)
     denoiser = wrapped(pipeline)
