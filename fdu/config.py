@@ -38,7 +38,7 @@ TRAIN_METHODS: dict[str, TrainMethod] = {
     "text_encoder": TrainMethod("full_weights"),
     "token": TrainMethod("token_rows"),
 }
-"""What can be trained, by name. A new method is a file in fdu/training/methods and a line here."""
+"""The training methods by name. A new method is a file in fdu/training/methods and a line here."""
 if TYPE_CHECKING:
     TrainMethodName = str
     Prompts = Sequence[str]
@@ -115,7 +115,7 @@ class EraseConfig:
     """Weight of the preservation loss, >= 0; 0 turns preservation off."""
     preservation_prompts: Prompts = ()
     """Prompts to preserve besides the empty prompt, such as the target's neighbours. Default: the anchor's prompts."""
-    resolution: int | None = None
+    resolution: Count | None = None
     """Height and width in pixels. Default: the model's own."""
     seed: Natural = 0
     """Random seed, >= 0. The same seed gives the same weights, bit for bit on the CPU."""
@@ -221,8 +221,6 @@ class EraseConfig:
                 raise ValueError(f"sigma must be a finite number > 0 or 'auto', got {self.sigma!r}")
             check_number("sigma", self.sigma, Positive)
         check_fields(self)
-        if self.resolution is not None:
-            check_number("resolution", self.resolution, Count)
         for name in ("preservation_prompts", "validation_prompts"):
             if isinstance(getattr(self, name), str):
                 raise TypeError(f"{name} must be a sequence of prompts, got one string; put it in a list")

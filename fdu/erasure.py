@@ -105,7 +105,10 @@ def erase(
         cache = Cache(folder, model, accelerator)
         examples = prepare_examples(denoiser, pairs, config, accelerator, cache)
         with seeded(config.seed, denoiser.device):
-            objective = Objective(denoiser, config, _latent_mask(mask, examples.latents))
+            if mask is not None:
+                size = examples.latents.shape[-2:]
+                mask = functional.interpolate(mask[None, None].float(), size=size, mode="area")[0]
+            objective = Objective(denoiser, config, mask)
             request = Request(
                 config.train_method,
                 config.rank,
@@ -186,10 +189,3 @@ def _checkpoints(
             "resume_from_checkpoint 'latest', or choose another folder"
         )
     return checkpoints
-
-
-def _latent_mask(mask: Tensor | None, latents: Tensor) -> Tensor | None:
-    """The mask [H, W] at the size of latents [N, C, h, w]: [1, h, w]."""
-    if mask is None:
-        return None
-    return functional.interpolate(mask[None, None].float(), size=latents.shape[-2:], mode="area")[0]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -28,11 +28,11 @@ PIPELINE_ARGUMENTS = {
     "pooled": "pooled_prompt_embeds",
     "mask": "prompt_attention_mask",
 }
-"""What diffusers' pipelines call the tensors of a conditioning."""
+"""Names of the tensors of a conditioning as arguments of diffusers' pipelines."""
 
 
 class Conditioning:
-    """What a denoiser reads beside x_t and t, for N prompts: tensors named as in PIPELINE_ARGUMENTS, each [N, ...]."""
+    """Inputs of a denoiser beside x_t and t, for N prompts: tensors [N, ...] with the names of PIPELINE_ARGUMENTS."""
 
     def __init__(self, tensors: dict[str, Tensor]) -> None:
         self.tensors = tensors
@@ -67,11 +67,11 @@ class Denoiser(ABC):
     """The pipeline's attribute that holds the module."""
     module_class: ClassVar[type[nn.Module]]
     parts: ClassVar[tuple[str, ...]] = ("scheduler", "vae", "tokenizer", "text_encoder")
-    """What a pipeline must have beside the module."""
+    """Parts that a pipeline must have beside the module."""
     packing: ClassVar[int] = 1
     """Latent pixels a side that the module takes together as channels of one."""
     call_settings: ClassVar[dict[str, Any]] = {}
-    """What the pipeline's call must be told for every sample."""
+    """Arguments of every call of the pipeline."""
     guided_by_empty: ClassVar[bool] = True
     """Whether guidance is by a second prediction, for the prompt ""."""
     context_projections: ClassVar[tuple[str, ...]] = ("attn2.to_k", "attn2.to_v")
@@ -86,7 +86,7 @@ class Denoiser(ABC):
     noise: Tensor
     """[T] float32."""
     prediction_type: PredictionType
-    """What the module predicts."""
+    """The kind of the module's output."""
 
     def __init__(self, pipeline: DiffusionPipeline, resolution: int | None = None) -> None:
         """A denoiser for images of ``resolution`` pixels a side, by default of the model's native size.
@@ -97,7 +97,7 @@ class Denoiser(ABC):
         self.check(pipeline)
         self.pipeline = pipeline
         self.module: nn.Module = getattr(pipeline, self.module_name)
-        """What predicts; the training may put a wrapper of it here."""
+        """The network; the training may put a wrapper of it here."""
         self.config: Any = self.module.config
         self.dtype: torch.dtype = self.module.dtype
         """Of the module as it came; what is trained in it may be of another."""
@@ -245,7 +245,7 @@ class Denoiser(ABC):
         ).images
 
     def call_arguments(self, conditioning: Conditioning) -> dict[str, Any]:
-        """What the pipeline's call takes in place of prompts, to draw an image of the denoiser's size for each."""
+        """Arguments of the pipeline's call that draw one image of the denoiser's size per prompt of a conditioning."""
         given = {PIPELINE_ARGUMENTS[name]: tensor for name, tensor in conditioning.tensors.items()}
         return {**given, "height": self.height, "width": self.width, **self.call_settings}
 
@@ -281,14 +281,6 @@ class Denoiser(ABC):
         mean, deviation = (latents.new_tensor(channels).view(1, -1, 1, 1) for channels in (mean, deviation))
         return (latents - mean) * config.scaling_factor / deviation
 
-    def without_encoders(self, keep: Collection[str] = ()) -> AbstractContextManager[None]:
-        """Leave the device to the denoiser: within, all other parts of the pipeline but ``keep`` are in CPU memory."""
-        return self._others_on(torch.device("cpu"), keep)
-
-    def with_encoders(self) -> AbstractContextManager[None]:
-        """Take back what :meth:`without_encoders` put away: within, the whole pipeline is on the denoiser's device."""
-        return self._others_on(self.device)
-
     @contextmanager
     def _module_alone(self) -> Iterator[None]:
         """Within this context the pipeline has no part with weights but the denoiser.
@@ -309,7 +301,8 @@ class Denoiser(ABC):
             vars(self.pipeline).update(others)
 
     @contextmanager
-    def _others_on(self, wanted: torch.device, keep: Collection[str] = ()) -> Iterator[None]:
+    def others_on(self, wanted: torch.device | str, keep: Collection[str] = ()) -> Iterator[None]:
+        """Within this context all parts of the pipeline but the denoiser and ``keep`` are on the wanted device."""
         others = [
             (part, next(part.parameters()).device)
             for name, part in self.pipeline.components.items()
@@ -332,7 +325,7 @@ class Denoiser(ABC):
         return signal * latents + level * noise
 
     def true_output(self, latents: Tensor, noise: Tensor, indices: Tensor) -> Tensor:
-        """What a denoiser that knew x_0 and epsilon would predict, [N, C, H, W]."""
+        """The output [N, C, H, W] of a denoiser that knows x_0 and epsilon."""
         if self.prediction_type == "epsilon":
             return noise
         if self.prediction_type == "sample":
@@ -369,7 +362,7 @@ def _moves_itself(part: Any) -> bool:
 
 @contextmanager
 def silent(pipeline: DiffusionPipeline) -> Iterator[None]:
-    """Within this context the pipeline shows no progress bar of its own, because a longer one runs."""
+    """Within this context the pipeline shows no progress bar, because a longer one runs."""
     settings = getattr(pipeline, "_progress_bar_config", {})
     pipeline.set_progress_bar_config(disable=True)
     try:

@@ -113,7 +113,4 @@ def unpack(packed: Tensor, height: int, width: int) -> Tensor:
 
 def position_ids(rows: int, columns: int, device: torch.device) -> Tensor:
     """(0, row, column) of every patch, [rows * columns, 3]."""
-    ids = torch.zeros(rows, columns, 3, device=device)
-    ids[..., 1] = torch.arange(rows, device=device)[:, None]
-    ids[..., 2] = torch.arange(columns, device=device)
-    return ids.flatten(0, 1)
+    return torch.cartesian_prod(*(torch.arange(float(count), device=device) for count in (1, rows, columns)))

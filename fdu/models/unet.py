@@ -87,7 +87,7 @@ class UNetDenoiser(DiffusionDenoiser):
     module_class = UNet2DConditionModel
     kohya = KohyaNames(kohya_layers, kohya_version, text_prefixes={"text_encoder": ("lora_te1", "lora_te")})
     addition_embed_type: ClassVar[str | None] = None
-    """What the UNet adds to its timestep embedding."""
+    """The kind of embedding that the UNet adds to that of the timestep."""
 
     @classmethod
     def owns(cls, module: Any) -> bool:

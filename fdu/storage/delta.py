@@ -20,14 +20,14 @@ from fdu.storage.fingerprint import fingerprint
 
 DELTA_FILE = "delta.safetensors"
 FORMAT_KEY, FORMAT = "fdu_format", "delta 1"
-"""Metadata by which a file is known, with the version of the format."""
+"""Metadata that identifies a delta, with the version of the format."""
 BASE_KEY, FINGERPRINT_KEY = "base", "base_fingerprint"
 ROWS, INDICES = ":rows", ":indices"
-"""What is added to the names of changed rows and their indices; no parameter's name has a colon."""
+"""Suffixes for changed rows and their indices; no parameter's name has a colon."""
 BUFFER = "position_ids"
-"""In text encoders of transformers 4; no weight."""
+"""A buffer in text encoders of transformers 4, not a weight."""
 FEW = 8
-"""Rows are stored by themselves if at most one in so many changed."""
+"""Changed rows are stored alone if at most one in 8 changed."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Change:
     """ "attribute.parameter", by the pipeline's own names."""
     values: Tensor
     rows: Tensor | None = None
-    """[N] indices of the rows that ``values`` are; None for all."""
+    """Indices [N] of the rows in ``values``; None for all rows."""
 
 
 def write(

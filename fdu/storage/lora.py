@@ -1,4 +1,4 @@
-"""LoRA and DoRA updates: read from diffusers' names, load into a pipeline, and write for it."""
+"""LoRA and DoRA updates in diffusers' names: read, load into a pipeline, write."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ FORMS = {
     "magnitude": r"\.lora_magnitude_vector(?:\.weight)?",
     "alpha": r"\.alpha",
 }
-"""How diffusers, now and formerly, and peft end the names of the parts of an update."""
+"""Endings of the names of an update's parts in diffusers, now and formerly, and in peft."""
 PARTS = re.compile("(?P<layer>.+?)(?:" + "|".join(f"(?P<{part}>{ends})" for part, ends in FORMS.items()) + ")")
 FORMER_NAMES = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}
-"""What diffusers once called the projections of text encoders."""
+"""Former names of the projections of text encoders in diffusers."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -233,7 +233,7 @@ def config(by_layer: Mapping[str, Update]) -> dict[str, Any]:
     """The arguments of the ``peft.LoraConfig`` of updates."""
     rank = Counter(update.rank for update in by_layer.values()).most_common()[0][0]
     alpha = Counter(update.alpha for update in by_layer.values()).most_common()[0][0]
-    # ^ so that a pattern fits this layer alone, not one whose name ends likewise.
+    # ^ so that a pattern fits this layer alone, and no layer with the same ending.
     return {
         "r": rank,
         "lora_alpha": alpha,

@@ -19,12 +19,12 @@ Format = Literal["lora", "kohya", "pipeline", "delta"]
 
 
 def choose_format(save_as: str, train_method: str, pipeline: DiffusionPipeline | None = None) -> Format:
-    """The format that ``save_as`` means for a training method; "auto" is what plain diffusers loads in one line.
+    """The format that ``save_as`` means for a training method; "auto" is one that plain diffusers loads in one line.
 
     Args:
         save_as: "auto" or a format.
         train_method: of :class:`fdu.EraseConfig`.
-        pipeline: whose family is to have the format; None does not look at it.
+        pipeline: its family must have the format; None skips this check.
 
     Raises:
         ValueError: an unknown format, or one that the method's result, or the family, cannot have.

@@ -64,19 +64,16 @@ class Cache:
             return found
         made = make()
         if every_process or self.accelerator.is_main_process:
-            self._keep(path, made, text)
+            try:
+                with whole_file(path) as fresh:
+                    save_file({name: tensor.cpu().contiguous() for name, tensor in made.items()}, fresh, {"key": text})
+            except (OSError, SafetensorError) as error:
+                LOGGER.warning("cache entry %s could not be written (%s); continuing", path, error)
         return made
-
-    def _keep(self, path: Path, tensors: dict[str, Tensor], text: str) -> None:
-        try:
-            with whole_file(path) as fresh:
-                save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, fresh, {"key": text})
-        except (OSError, SafetensorError) as error:
-            LOGGER.warning("cache entry %s could not be written (%s); continuing", path, error)
 
 
 def model_key(denoiser: Denoiser) -> dict[str, Any]:
-    """What prompts, latents and frozen outputs of a pipeline depend on, beside the settings."""
+    """The inputs of prompts, latents and frozen outputs of a pipeline, beside the settings."""
     pipeline = denoiser.pipeline
     settings = {name: repr(value) for name, value in pipeline.config.items() if not name.startswith("_")}
     return {

@@ -161,7 +161,7 @@ class VariationalGame:
         self._calls += 1
 
     def state_dict(self) -> dict[str, Any]:
-        """What continues the game exactly."""
+        """The state to continue the game exactly."""
         return {
             "critic": self.critic.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -188,7 +188,7 @@ def _full_mask(mask: Tensor | None, output: Tensor) -> Tensor:
 
 
 def _patch_weight(mask: Tensor, weight: Tensor | None, ratio: Tensor) -> Tensor:
-    """What each patch counts, [N, 1, h, w]: the mean of the mask over its area, times the weight of its sample."""
+    """The weight of each patch, [N, 1, h, w]: the mean of the mask over its area, times the weight of its sample."""
     patches = adaptive_avg_pool2d(mask, (ratio.shape[2], ratio.shape[3]))
     return patches if weight is None else patches * weight.to(patches.dtype).view(-1, 1, 1, 1)
 

@@ -142,7 +142,7 @@ def prepare_examples(
 
     def sample() -> dict[str, Tensor]:
         chosen = places(drawn).tolist()
-        with denoiser.without_encoders(), accelerator.autocast():
+        with denoiser.others_on("cpu"), accelerator.autocast():
             return {"latents": _sample(denoiser, encoded, chosen, texts.index(""), config, accelerator)}
 
     latents = cache.get("latents", key, sample)["latents"]
@@ -217,7 +217,7 @@ def draw_batch(
     else:
         pairs = choose(len(examples.target))
         chosen = choose(len(examples.pair))
-        # A prompt meets the latents of its own concept.
+        # A prompt is paired with latents of its concept.
         chosen = examples.concept[pairs] * each + chosen % each
     reads, anchors = examples.target[pairs], examples.anchor[pairs]
     if config.preservation_weight:

@@ -68,7 +68,7 @@ class Training:
         config, denoiser, module = self.config, self.denoiser, self.module
         tracking = Tracking(self.accelerator, config)
         keep = denoiser.text_encoders if self.stepper.trainable.trains_text else ()
-        encoders_away = denoiser.without_encoders(keep)
+        encoders_away = denoiser.others_on("cpu", keep)
         shards = sharded(module, self.parameters) if config.shard else nullcontext()
         lean = nullcontext() if config.compile else keeping_less(module)
         with _checkpointed(module, config.gradient_checkpointing), encoders_away, noticed() as stop, shards, lean:
@@ -116,7 +116,7 @@ class Training:
         if dtype.itemsize == 2:  # what is trained is still in float32
             attributes["forward"] = torch.autocast(self.denoiser.device.type, dtype)(self.module.forward)
         try:
-            with self.denoiser.with_encoders():
+            with self.denoiser.others_on(self.denoiser.device):
                 yield
         finally:
             attributes.pop("forward", None)
@@ -206,7 +206,7 @@ class Training:
 
     @property
     def _stateful(self) -> dict[str, Any]:
-        """What has a state of its own."""
+        """The objects with a state."""
         found = {
             "optimizer": self.stepper.optimizer,
             "schedule": self.stepper.schedule,
@@ -228,8 +228,8 @@ class Training:
 
     def _resume(self) -> None:
         """Go on from a checkpoint, if the settings ask for one and there is one."""
-        wish = self.config.resume_from_checkpoint
-        found = self.checkpoints.load(wish) if self.checkpoints is not None and wish is not None else None
+        choice = self.config.resume_from_checkpoint
+        found = self.checkpoints.load(choice) if self.checkpoints is not None and choice is not None else None
         steps = gather_object([found[0] if found else None]) if self.accelerator.num_processes > 1 else []
         if len(set(steps)) > 1:
             raise RuntimeError(

@@ -24,7 +24,7 @@ from torch import distributed, nn
 from fdu.config import TRAIN_METHODS, EraseConfig
 
 LAUNCHER_FLAG = "ACCELERATE_USE_FSDP"
-"""What accelerate's launcher sets in the environment when it is told to use FSDP."""
+"""Set in the environment by accelerate's launcher with --use_fsdp."""
 PATIENCE = timedelta(seconds=60)
 """How long a process waits for the others to give their shards back; one that failed alone waits for nobody longer."""
 
@@ -35,7 +35,7 @@ def with_launcher(config: EraseConfig) -> EraseConfig:
 
 
 def check_shards(module: nn.Module, config: EraseConfig, processes: int) -> None:
-    """Refuse shards that cannot be.
+    """Refuse settings that shards do not work with.
 
     Raises:
         ValueError: there is one process; nothing stays frozen; the denoiser is to be compiled; or its weights cannot be
@@ -110,7 +110,7 @@ def sharded(module: nn.Module, trained: Collection[nn.Parameter]) -> Iterator[No
 
 
 class _Form(NamedTuple):
-    """What FSDP changes of a module."""
+    """The attributes of a module that FSDP changes."""
 
     module: nn.Module
     type: type[nn.Module]

@@ -41,9 +41,9 @@ class Stepper:
     denoiser: Denoiser
     """The model."""
     trainable: Trainable
-    """What of it is trained."""
+    """Its trained part."""
     examples: Examples
-    """What to train on."""
+    """The training data."""
     objective: Objective
     """The losses."""
     config: EraseConfig
@@ -95,7 +95,7 @@ class Stepper:
         config, size = self.config, batch.size
         kept = wanted.new_zeros((), dtype=torch.float32)
         if self.surgery:
-            # Each loss has passes of its own, so that its gradient is.
+            # Separate passes for separate gradients.
             with self.surgery.preserving():
                 kept = self.objective.kept(self._predict(batch, slice(size, None)), wanted[size:])
                 self._backpropagate(kept)
@@ -121,7 +121,7 @@ class Stepper:
             return torch.stack([term.float() for term in (loss, erased, kept, distances.median(), critic)])
 
     def _predict(self, batch: Batch, part: slice) -> Tensor:
-        """What the trained denoiser predicts for a part of the batch."""
+        """The trained denoiser's outputs for a part of the batch."""
         reads = batch.reads[part]
         if self.trainable.trains_text:
             prompts, place = reads.unique(return_inverse=True)
@@ -180,7 +180,7 @@ class Stepper:
 
     @torch.no_grad()
     def _wanted(self, batches: list[Batch]) -> Iterator[Tensor]:
-        """What the trained denoiser is to predict for each batch; as many samples a pass as in guided sampling."""
+        """The training targets of each batch, with as many samples per pass as in guided sampling."""
         together = max(2 * self.config.sample_batch_size // len(batches[0].noisy), 1)
         with self.trainable.frozen():
             for start in range(0, len(batches), together):

@@ -97,7 +97,7 @@ class TimestepSampler:
         self.probabilities = (1 - UNIFORM_SHARE) * wanted / wanted.sum() + UNIFORM_SHARE * self.uniform
 
     def state_dict(self) -> dict[str, Tensor]:
-        """What continues the draws exactly, together with the generator's state."""
+        """The state to continue the draws exactly, together with the generator's."""
         return {
             "observed": self._observed.clone(),
             "probabilities": self.probabilities.clone(),
@@ -174,14 +174,9 @@ def weights(
 
 
 def _of_sample(a: Tensor, b: Tensor, prediction_type: PredictionType) -> Tensor:
-    """g: how far x_0 moves if the output does by 1; infinite for epsilon without a signal."""
-    if prediction_type == "epsilon":
-        return b / a
-    if prediction_type == "v_prediction":
-        return b / (a.square() + b.square())
-    if prediction_type == "sample":
-        return torch.ones_like(a)
-    return b / (a + b)
+    """g: how far x_0 moves if the output moves by 1; infinite for epsilon without a signal."""
+    gains = {"epsilon": b / a, "v_prediction": b / (a.square() + b.square()), "sample": torch.ones_like(a)}
+    return gains.get(prediction_type, b / (a + b))
 
 
 def _posterior_precision(snr: Tensor, g: Tensor) -> Tensor:

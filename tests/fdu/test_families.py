@@ -407,13 +407,13 @@ def test_everything_but_the_denoiser_leaves_the_device_and_comes_back() -> None:
     pipeline = families.build("sdxl")
     denoiser = denoiser_of(pipeline)
     pipeline.text_encoder, pipeline.text_encoder_2, pipeline.vae = first, second, vae = Away(), Away(), Away()
-    with denoiser.without_encoders(keep=["text_encoder"]):
+    with denoiser.others_on("cpu", keep=["text_encoder"]):
         assert (first.sent, second.sent, vae.sent) == ([], ["cpu"], ["cpu"])
     assert (first.sent, second.sent, vae.sent) == ([], ["cpu", "meta"], ["cpu", "meta"])
-    with pytest.raises(KeyError), denoiser.without_encoders():
+    with pytest.raises(KeyError), denoiser.others_on("cpu"):
         raise KeyError
     assert first.sent == ["cpu", "meta"]
-    with denoiser.with_encoders():
+    with denoiser.others_on(denoiser.device):
         assert first.sent[2:] == ["cpu"]  # where the denoiser is
     assert first.sent[2:] == ["cpu", "meta"]
     assert next(denoiser.module.parameters()).device.type == "cpu"

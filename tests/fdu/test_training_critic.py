@@ -79,6 +79,7 @@ def test_equal_outputs_get_no_gradient() -> None:
 @pytest.mark.parametrize(
     "divergence", ["jensen_shannon", "neyman_chi2", "total_variation", "hockey_stick:1.5", "custom", "kl"]
 )
+@pytest.mark.quick(divergence=["jensen_shannon", "total_variation", "custom"])
 def test_the_denoiser_arrives_for_any_divergence(divergence: str) -> None:
     f = fk.Divergence.from_generator(lambda u: u.square() - u) if divergence == "custom" else divergence
     game = VariationalGame(f, 2, learning_rate=1e-3)

@@ -24,7 +24,7 @@ from fdu.training.methods.trainable import Request, Trainable, flags_of, restore
 ADAPTER_NAME = "fdu"
 """The adapter's name in the pipeline; if that is taken, fdu_2, fdu_3, ..."""
 MARK = "_hf_peft_config_loaded"
-"""What diffusers sets on a model with adapters, and sees none without."""
+"""The attribute by which diffusers knows a model with adapters."""
 
 
 def make(denoiser: Denoiser, request: Request) -> Trainable:
@@ -43,7 +43,7 @@ def make(denoiser: Denoiser, request: Request) -> Trainable:
 
 
 class LayerState(NamedTuple):
-    """What a peft layer computed before the erasure."""
+    """The state of a peft layer before the erasure."""
 
     active: list[str]
     disabled: bool

@@ -23,7 +23,7 @@ from fdu.models.denoiser import Denoiser
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """What an erasure asks of a training method."""
+    """The input of a training method."""
 
     method: str
     """By its name in ``fdu.config.TRAIN_METHODS``: several may share a file."""
@@ -123,11 +123,11 @@ class Trainable(ABC):
 
     @abstractmethod
     def _settle(self) -> None:
-        """What :meth:`finish` does beside the flags."""
+        """End the training, except for the flags."""
 
     @abstractmethod
     def _undo(self) -> None:
-        """What :meth:`remove` does beside the flags."""
+        """Undo the erasure, except for the flags."""
 
     def _later(self) -> list[Trainable]:
         """The erasures made after this one, in their order."""
