@@ -9,8 +9,8 @@ from typing import Any
 import families
 import pytest
 import torch
+from families import ALPHA, CONTEXT, add_adapter, change_weights
 from huggingface_hub import ModelCard
-from trained import ALPHA, CONTEXT, add_adapter, change_weights
 
 from fdu.config import EraseConfig
 from fdu.evaluation import Draws, Probe, evaluate
