@@ -52,7 +52,7 @@ def found(folder: Path) -> list[Any]:
 
 
 def settings(folder: Path, **others: Any) -> dict[str, Any]:
-    quick = {"max_train_steps": 6, "train_batch_size": 4, "num_latents": 16, "num_inference_steps": 2, "rank": 4}
+    quick = {"max_train_steps": 6, "train_batch_size": 2, "num_latents": 8, "num_inference_steps": 1, "rank": 4}
     return {**quick, "learning_rate": 1e-4, "logging_dir": str(folder / "logs"), **others}
 
 
@@ -61,7 +61,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Every case by one process with the whole batch, by two in shards, and by two in copies."""
     folder = tmp_path_factory.mktemp("runs")
     cases = [settings(folder, **case) for case in CASES.values()]
-    done(folder / "one", "train", json.dumps([{**case, "train_batch_size": 8} for case in cases]), processes=1)
+    done(folder / "one", "train", json.dumps([{**case, "train_batch_size": 4} for case in cases]), processes=1)
     done(folder / "shards", "train", json.dumps([{**case, "shard": True} for case in cases]))
     done(folder / "copies", "train", json.dumps(cases))
     return folder
@@ -73,7 +73,7 @@ def test_two_processes_are_one_with_the_whole_batch(runs: Path, number: int) -> 
     (one,) = trained(runs / "one", number, processes=1)
     shards, copies = trained(runs / "shards", number), trained(runs / "copies", number)
     case = settings(runs, **list(CASES.values())[number])
-    start = found_by(erase(digits.load_pipeline(), {**case, "train_batch_size": 8, "max_train_steps": 0}))
+    start = found_by(erase(digits.load_pipeline(), {**case, "train_batch_size": 4, "max_train_steps": 0}))
     for name in one:
         for two in (shards, copies):
             torch.testing.assert_close(two[0][name], two[1][name], rtol=0, atol=0)
