@@ -20,8 +20,8 @@ from typing import Any
 
 import torch
 
+from fdu.storage.fingerprint import versions
 from fdu.storage.output import write_json
-from fdu.storage.versions import versions
 
 HERE = Path(__file__).parent
 RECORD = HERE / "results" / "cpu.json"

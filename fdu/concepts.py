@@ -85,15 +85,19 @@ def concept_pairs(
     anchor: ConceptLike | Sequence[Concept],
     concept_type: ConceptType | Sequence[ConceptType] = "object",
 ) -> tuple[Pair, ...]:
-    """One target and anchor, or several, each as :func:`concept_pair` reads them.
+    """Each target with its anchor, their prompts aligned one to one.
 
     Args:
-        target: the concept to erase, or a sequence of :class:`Concept`.
-        anchor: the concept that replaces it; one for all targets, or a sequence of :class:`Concept`, one per target.
-        concept_type: one for all targets, or a sequence, one per target.
+        target: the concept to erase: a name ("van gogh", put into the templates of ``concept_type``), a ``.txt`` file
+            of prompts, a :class:`Concept`, a sequence of prompts, or a sequence of :class:`Concept` for several.
+        anchor: the concept that replaces it, in the same forms. One serves all targets; a single prompt pairs with all
+            prompts of a target.
+        concept_type: "object" puts both names into the same phrasings; "style" uses the anchor ("painting") with and
+            without the target's style. One for all targets, or a sequence, one per target.
 
     Raises:
-        ValueError: numbers of concepts that do not match, a concept given twice, or as :func:`concept_pair`.
+        ValueError: numbers of concepts that do not match, a concept given twice, an empty concept, equal concepts, or
+            prompts that do not pair.
         FileNotFoundError: a concept file does not exist.
     """
     targets: list[Any] = _several(target) or [target]
@@ -104,7 +108,7 @@ def concept_pairs(
             raise ValueError(
                 f"target holds {len(targets)} concepts but {argument} {len(given)}; give one per target, or one for all"
             )
-    pairs = tuple(concept_pair(*trio) for trio in zip(targets, anchors, types, strict=True))
+    pairs = tuple(_pair(*trio) for trio in zip(targets, anchors, types, strict=True))
     names = [pair[0].name for pair in pairs]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
@@ -113,9 +117,9 @@ def concept_pairs(
 
 
 def _away_from(pairs: Sequence[Pair], anchor: Concept) -> Concept:
-    """The anchor, with every prompt of it that another concept erases, or that names it, led on to that one's anchor.
+    """The anchor, with each prompt that another concept erases, or that names it, replaced by that one's anchor.
 
-    With three towards eight and red towards black, "a three in red" has its end at "an eight in black" in either way.
+    With three towards eight and red towards black, "a three in red" becomes "an eight in black" either way.
     """
     leads = {prompt: other for target, end in pairs for prompt, other in zip(target.prompts, end.prompts, strict=True)}
 
@@ -151,29 +155,15 @@ def read_concepts(names: Sequence[str]) -> ConceptLike | list[Concept]:
 
 
 def _several(value: ConceptLike | Sequence[Concept]) -> list[Concept]:
-    """The concepts in a sequence of them; none where it is anything else."""
+    """The concepts in a sequence of concepts; empty for anything else."""
     if isinstance(value, (str, Concept)) or not isinstance(value, Sequence):
         return []
     concepts = [concept for concept in value if isinstance(concept, Concept)]
     return concepts if len(concepts) == len(value) else []
 
 
-def concept_pair(
-    target: ConceptLike, anchor: ConceptLike, concept_type: ConceptType = "object"
-) -> tuple[Concept, Concept]:
-    """The target's and the anchor's prompts, aligned one to one.
-
-    Args:
-        target: the concept to erase: a name ("van gogh", put into the templates of ``concept_type``), a ``.txt`` file
-            of prompts, a :class:`Concept` or a sequence of prompts.
-        anchor: the concept that replaces it, in the same forms. A single prompt pairs with all of the target's.
-        concept_type: "object" puts both names into the same phrasings; "style" uses the anchor ("painting") with and
-            without the target's style.
-
-    Raises:
-        ValueError: an empty concept, equal concepts, or prompts that do not pair.
-        FileNotFoundError: a concept file does not exist.
-    """
+def _pair(target: ConceptLike, anchor: ConceptLike, concept_type: ConceptType) -> Pair:
+    """One target and its anchor."""
     if concept_type not in ("object", "style"):
         raise ValueError(f"concept_type must be 'object' or 'style', got {concept_type!r}")
     named_target, named_anchor = _read("target", target), _read("anchor", anchor)
@@ -222,8 +212,8 @@ def _read(argument: str, value: ConceptLike) -> Concept:
     return concept
 
 
-def _expand(target: str, anchor: Concept, concept_type: ConceptType) -> tuple[Concept, Concept]:
-    """Put the target's name, and the anchor's where it has no prompts of its own, into the templates."""
+def _expand(target: str, anchor: Concept, concept_type: ConceptType) -> Pair:
+    """Put the target's name into the templates, and the anchor's if it has no prompts."""
     if concept_type == "object":
         prompts = tuple(_with_article(template, target).format(target) for template in OBJECT_TEMPLATES)
         named = tuple(_with_article(template, anchor.name).format(anchor.name) for template in OBJECT_TEMPLATES)

@@ -38,7 +38,7 @@ TRAIN_METHODS: dict[str, TrainMethod] = {
     "text_encoder": TrainMethod("full_weights"),
     "token": TrainMethod("token_rows"),
 }
-"""What can be trained, by name. A new method is a file in fdu/training/methods and a line here."""
+"""The training methods by name. A new method is a file in fdu/training/methods and a line here."""
 if TYPE_CHECKING:
     TrainMethodName = str
     Prompts = Sequence[str]
@@ -70,6 +70,14 @@ def check_number(name: str, value: Any, hint: Any) -> None:
         if not right or not SIGNS[sign](value, bound):
             whole = "whole" if kind is int else "finite"
             raise ValueError(f"{name} must be a {whole} number {sign} {bound}, got {value!r}")
+
+
+def check_size(resolution: int, unit: int, native: tuple[int, int] | None) -> None:
+    """Raise ValueError if a resolution in pixels is not a positive multiple of ``unit``; ``native`` is the model's."""
+    if resolution <= 0 or resolution % unit:
+        hint = f"try {max(1, round(resolution / unit)) * unit}"
+        hint += f"; the model's own is {native[0]} x {native[1]}" if native else ""
+        raise ValueError(f"resolution must be a positive multiple of {unit} pixels, got {resolution}; {hint}")
 
 
 def check_fields(settings: Any) -> None:
@@ -107,7 +115,7 @@ class EraseConfig:
     """Weight of the preservation loss, >= 0; 0 turns preservation off."""
     preservation_prompts: Prompts = ()
     """Prompts to preserve besides the empty prompt, such as the target's neighbours. Default: the anchor's prompts."""
-    resolution: int | None = None
+    resolution: Count | None = None
     """Height and width in pixels. Default: the model's own."""
     seed: Natural = 0
     """Random seed, >= 0. The same seed gives the same weights, bit for bit on the CPU."""
@@ -213,8 +221,6 @@ class EraseConfig:
                 raise ValueError(f"sigma must be a finite number > 0 or 'auto', got {self.sigma!r}")
             check_number("sigma", self.sigma, Positive)
         check_fields(self)
-        if self.resolution is not None:
-            check_number("resolution", self.resolution, Count)
         for name in ("preservation_prompts", "validation_prompts"):
             if isinstance(getattr(self, name), str):
                 raise TypeError(f"{name} must be a sequence of prompts, got one string; put it in a list")

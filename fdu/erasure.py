@@ -18,17 +18,16 @@ from fdu.config import EraseConfig
 from fdu.models.denoiser import Denoiser
 from fdu.models.families import denoiser_of
 from fdu.result import ErasureResult
-from fdu.storage.versions import versions
+from fdu.storage.fingerprint import versions
 from fdu.training.cache import Cache, model_key, tensor_key
 from fdu.training.checkpoint import Checkpoints
 from fdu.training.examples import prepare_examples
 from fdu.training.loop import Training
-from fdu.training.methods import attach
+from fdu.training.methods import Request, attach
 from fdu.training.objective import Objective
-from fdu.training.optimizer import check_optimizer
 from fdu.training.process import own_accelerator, seeded
 from fdu.training.sharding import check_shards, with_launcher
-from fdu.training.step import Stepper
+from fdu.training.step import Stepper, check_optimizer
 from fdu.training.tracking import check_tracker
 
 Settings = ParamSpec("Settings")
@@ -106,16 +105,19 @@ def erase(
         cache = Cache(folder, model, accelerator)
         examples = prepare_examples(denoiser, pairs, config, accelerator, cache)
         with seeded(config.seed, denoiser.device):
-            objective = Objective(denoiser, config, _latent_mask(mask, examples.latents))
-            trainable = attach(
-                denoiser,
+            if mask is not None:
+                size = examples.latents.shape[-2:]
+                mask = functional.interpolate(mask[None, None].float(), size=size, mode="area")[0]
+            objective = Objective(denoiser, config, mask)
+            request = Request(
                 config.train_method,
-                rank=config.rank,
-                lora_alpha=config.lora_alpha,
-                target_name=[target.name for target, _ in pairs],
+                config.rank,
+                config.lora_alpha,
+                target_names=[target.name for target, _ in pairs],
                 prompts=joined([target for target, _ in pairs]).prompts,
                 kept_prompts=[*joined([anchor for _, anchor in pairs]).prompts, *config.preservation_prompts],
             )
+            trainable = attach(denoiser, request)
         try:
             stepper = Stepper(accelerator, denoiser, trainable, examples, objective, config, cache)
             history = Training(stepper, checkpoints).run()
@@ -187,10 +189,3 @@ def _checkpoints(
             "resume_from_checkpoint 'latest', or choose another folder"
         )
     return checkpoints
-
-
-def _latent_mask(mask: Tensor | None, latents: Tensor) -> Tensor | None:
-    """The mask [H, W] at the size of latents [N, C, h, w]: [1, h, w]."""
-    if mask is None:
-        return None
-    return functional.interpolate(mask[None, None].float(), size=latents.shape[-2:], mode="area")[0]

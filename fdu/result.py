@@ -16,9 +16,8 @@ from fdu.evaluation import Draws, Evaluation, Probe
 from fdu.models.denoiser import Denoiser
 from fdu.report import EvaluatedRun, write_report
 from fdu.report.card import write_card
-from fdu.storage.fingerprint import fingerprint
+from fdu.storage.fingerprint import fingerprint, versions
 from fdu.storage.output import RECORD_FILE, whole_folder, write_json
-from fdu.storage.versions import versions
 from fdu.storage.writers import choose_format, public_name, write
 from fdu.training.methods import Trainable
 

@@ -13,15 +13,8 @@ from typing import TYPE_CHECKING, Any, get_args
 import fdu
 from fdu.concepts import ConceptType, concept_pairs
 from fdu.config import EraseConfig, check_choice
-from fdu.storage.loading import (
-    PIPELINE_FILE,
-    Dtype,
-    check_dtype,
-    check_erased,
-    choose_device,
-    load_erased,
-    load_model,
-)
+from fdu.storage.loading import Dtype, check_dtype, check_erased, choose_device, load_erased, load_model
+from fdu.storage.output import PIPELINE_FILE
 from fdu.subjects.registry import subject_of
 
 if TYPE_CHECKING:

@@ -12,7 +12,6 @@ from tyro.conf import Positional, arg
 import fdu
 from fdu.config import Count, Natural, check_number
 from fdu.storage.loading import (
-    PIPELINE_FILE,
     Dtype,
     check_encoder,
     check_erased,
@@ -23,6 +22,7 @@ from fdu.storage.loading import (
     load_model,
     read_record,
 )
+from fdu.storage.output import PIPELINE_FILE
 from fdu.subjects.registry import subject_of
 from fdu.subjects.subject import Exam, Subject
 
@@ -141,7 +141,7 @@ class Evaluate:
                 release_memory()
                 pipeline = load_model(self.erased, dtype, device)
             else:
-                pipeline = load_erased(pipeline, self.erased, device, dtype)
+                pipeline = load_erased(pipeline, self.erased)
             after = fdu.draw(pipeline, probes, description="after", **settings)
             evaluation = fdu.evaluate(before, after, probes, panel.features)
             print(f"\n{summary(evaluation, probes)}")

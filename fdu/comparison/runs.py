@@ -20,9 +20,8 @@ from fdu.comparison.sweep import Job, Record, digest, settings_identity
 from fdu.config import PLACES
 from fdu.erasure import erase
 from fdu.evaluation import Probe, draw
-from fdu.storage.fingerprint import fingerprint
+from fdu.storage.fingerprint import fingerprint, versions
 from fdu.storage.output import whole_file
-from fdu.storage.versions import versions
 from fdu.subjects.registry import subject_of
 
 BEFORE = "before"

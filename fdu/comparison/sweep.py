@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from fdu.config import EraseConfig
+from fdu.storage.fingerprint import versions
 from fdu.storage.loading import describe_device
 from fdu.storage.output import to_json, write_text
-from fdu.storage.versions import versions
 from fdu.training.loop import NotFinite
 
 WORKER = {"OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1", "TRANSFORMERS_VERBOSITY": "error"}

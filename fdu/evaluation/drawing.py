@@ -12,7 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fdu.config import Count, Natural, NotNegative, check_fields, check_number
-from fdu.models.calls import silent
+from fdu.models.denoiser import silent
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline

@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -16,11 +16,9 @@ from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from fdu.models.autoencoder import encode_images
-from fdu.models.calls import silent
+from fdu.config import check_size
+from fdu.models import parts
 from fdu.models.kohya_names import KohyaNames
-from fdu.models.parts import TEXT_ENCODERS
-from fdu.models.size import check_size
 
 PredictionType = Literal["epsilon", "v_prediction", "sample", "flow"]
 ENCODE_BATCH = 64
@@ -30,11 +28,11 @@ PIPELINE_ARGUMENTS = {
     "pooled": "pooled_prompt_embeds",
     "mask": "prompt_attention_mask",
 }
-"""What diffusers' pipelines call the tensors of a conditioning."""
+"""Names of the tensors of a conditioning as arguments of diffusers' pipelines."""
 
 
 class Conditioning:
-    """What a denoiser reads beside x_t and t, for N prompts: tensors named as in PIPELINE_ARGUMENTS, each [N, ...]."""
+    """Inputs of a denoiser beside x_t and t, for N prompts: tensors [N, ...] with the names of PIPELINE_ARGUMENTS."""
 
     def __init__(self, tensors: dict[str, Tensor]) -> None:
         self.tensors = tensors
@@ -65,20 +63,20 @@ class Denoiser(ABC):
 
     family: ClassVar[str]
     """The name that users know."""
-    module_name: ClassVar[Literal["unet", "transformer"]]
+    module_name: ClassVar[Literal["unet", "transformer"]] = "transformer"
     """The pipeline's attribute that holds the module."""
     module_class: ClassVar[type[nn.Module]]
     parts: ClassVar[tuple[str, ...]] = ("scheduler", "vae", "tokenizer", "text_encoder")
-    """What a pipeline must have beside the module."""
+    """Parts that a pipeline must have beside the module."""
     packing: ClassVar[int] = 1
     """Latent pixels a side that the module takes together as channels of one."""
     call_settings: ClassVar[dict[str, Any]] = {}
-    """What the pipeline's call must be told for every sample."""
+    """Arguments of every call of the pipeline."""
     guided_by_empty: ClassVar[bool] = True
     """Whether guidance is by a second prediction, for the prompt ""."""
-    context_projections: ClassVar[tuple[str, ...]]
-    """Name endings of the linear layers of the module that read the prompt (keys and values, as a rule)."""
-    attention_projections: ClassVar[tuple[str, ...]]
+    context_projections: ClassVar[tuple[str, ...]] = ("attn2.to_k", "attn2.to_v")
+    """Name endings of the linear layers of the module that read the prompt: as a rule keys and values."""
+    attention_projections: ClassVar[tuple[str, ...]] = ("to_q", "to_k", "to_v", "to_out.0")
     """Name endings of all linear layers of attention."""
     kohya: ClassVar[KohyaNames | None] = None
     """How kohya's sd-scripts name the layers; None if they do not know the family."""
@@ -88,20 +86,18 @@ class Denoiser(ABC):
     noise: Tensor
     """[T] float32."""
     prediction_type: PredictionType
-    """What the module predicts."""
+    """The kind of the module's output."""
 
     def __init__(self, pipeline: DiffusionPipeline, resolution: int | None = None) -> None:
         """A denoiser for images of ``resolution`` pixels a side, by default of the model's native size.
 
         Raises:
-            TypeError: resolution is not an integer.
-            ValueError: the pipeline lacks a part, or is a variant that makes images from more than prompts; or
-                resolution does not suit the model.
+            ValueError: the pipeline lacks a part, or takes more than prompts; or resolution does not suit the model.
         """
         self.check(pipeline)
         self.pipeline = pipeline
         self.module: nn.Module = getattr(pipeline, self.module_name)
-        """What predicts; the training may put a wrapper of it here."""
+        """The network; the training may put a wrapper of it here."""
         self.config: Any = self.module.config
         self.dtype: torch.dtype = self.module.dtype
         """Of the module as it came; what is trained in it may be of another."""
@@ -181,15 +177,14 @@ class Denoiser(ABC):
     @property
     def text_encoders(self) -> dict[str, nn.Module]:
         """The pipeline's text encoders by attribute."""
-        found = {name: getattr(self.pipeline, name, None) for name in TEXT_ENCODERS}
-        return {name: encoder for name, encoder in found.items() if encoder is not None}
+        return {name: model for name, model in parts.models(self.pipeline).items() if name != self.module_name}
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> Conditioning:
         """The conditioning of any number of prompts, a constant, in the type of the module."""
         starts = range(0, len(prompts), ENCODE_BATCH)
-        parts = [self.encode_batch(list(prompts[start : start + ENCODE_BATCH])) for start in starts]
-        tensors = Conditioning.cat(parts).tensors
+        batches = [self.encode_batch(list(prompts[start : start + ENCODE_BATCH])) for start in starts]
+        tensors = Conditioning.cat(batches).tensors
         return Conditioning(
             {name: tensor.to(self.dtype) if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
         )
@@ -250,21 +245,41 @@ class Denoiser(ABC):
         ).images
 
     def call_arguments(self, conditioning: Conditioning) -> dict[str, Any]:
-        """What the pipeline's call takes in place of prompts, to draw an image of the denoiser's size for each."""
+        """Arguments of the pipeline's call that draw one image of the denoiser's size per prompt of a conditioning."""
         given = {PIPELINE_ARGUMENTS[name]: tensor for name, tensor in conditioning.tensors.items()}
         return {**given, "height": self.height, "width": self.width, **self.call_settings}
 
+    @torch.no_grad()
     def encode_images(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Clean latents, fp32 [N, C, H, W], of images [N, 3, height, width] in [0, 1]."""
-        return encode_images(self.pipeline.vae, images, generator)
+        """Clean latents, fp32 [N, C, H, W], of images [N, 3, height, width] in [0, 1]; a KL autoencoder samples them.
 
-    def without_encoders(self, keep: Collection[str] = ()) -> AbstractContextManager[None]:
-        """Leave the device to the denoiser: within, all other parts of the pipeline but ``keep`` are in CPU memory."""
-        return self._others_on(torch.device("cpu"), keep)
-
-    def with_encoders(self) -> AbstractContextManager[None]:
-        """Take back what :meth:`without_encoders` put away: within, the whole pipeline is on the denoiser's device."""
-        return self._others_on(self.device)
+        Raises:
+            TypeError: images are not a floating-point tensor.
+            ValueError: images are not [N, 3, H, W], or not in [0, 1].
+        """
+        if not isinstance(images, Tensor) or not images.is_floating_point():
+            kind = images.dtype if isinstance(images, Tensor) else type(images).__name__
+            raise TypeError(f"images must be a floating-point tensor in [0, 1], got {kind}")
+        if images.ndim != 4 or images.shape[1] != 3:
+            raise ValueError(f"images must be [N, 3, H, W], got {list(images.shape)}")
+        if images.min() < 0 or images.max() > 1:
+            raise ValueError(f"images must be in [0, 1], got [{images.min():.3g}, {images.max():.3g}]")
+        vae = self.pipeline.vae
+        dtype, config = vae.dtype, vae.config
+        overflows = dtype == torch.float16 and config.get("force_upcast", False)
+        if overflows:
+            vae.to(torch.float32)
+        try:
+            encoded = vae.encode((2 * images - 1).to(vae.device, vae.dtype))
+            latents = (encoded.latent_dist.sample(generator) if "latent_dist" in encoded else encoded[0]).float()
+        finally:
+            if overflows:
+                vae.to(dtype)
+        mean, deviation = config.get("latents_mean"), config.get("latents_std")
+        if mean is None or deviation is None:
+            return (latents - (config.get("shift_factor") or 0.0)) * config.scaling_factor
+        mean, deviation = (latents.new_tensor(channels).view(1, -1, 1, 1) for channels in (mean, deviation))
+        return (latents - mean) * config.scaling_factor / deviation
 
     @contextmanager
     def _module_alone(self) -> Iterator[None]:
@@ -286,7 +301,8 @@ class Denoiser(ABC):
             vars(self.pipeline).update(others)
 
     @contextmanager
-    def _others_on(self, wanted: torch.device, keep: Collection[str] = ()) -> Iterator[None]:
+    def others_on(self, wanted: torch.device | str, keep: Collection[str] = ()) -> Iterator[None]:
+        """Within this context all parts of the pipeline but the denoiser and ``keep`` are on the wanted device."""
         others = [
             (part, next(part.parameters()).device)
             for name, part in self.pipeline.components.items()
@@ -309,7 +325,7 @@ class Denoiser(ABC):
         return signal * latents + level * noise
 
     def true_output(self, latents: Tensor, noise: Tensor, indices: Tensor) -> Tensor:
-        """What a denoiser that knew x_0 and epsilon would predict, [N, C, H, W]."""
+        """The output [N, C, H, W] of a denoiser that knows x_0 and epsilon."""
         if self.prediction_type == "epsilon":
             return noise
         if self.prediction_type == "sample":
@@ -325,8 +341,6 @@ class Denoiser(ABC):
             if self.native_size is None:
                 raise ValueError(f"{self.module_name} has no sample_size; give resolution in pixels")
             return self.native_size
-        if isinstance(resolution, bool) or not isinstance(resolution, int):
-            raise TypeError(f"resolution must be a number of pixels or None, got {resolution!r}")
         check_size(resolution, self.size_unit, self.native_size)
         return resolution, resolution
 
@@ -346,6 +360,17 @@ def _moves_itself(part: Any) -> bool:
     return any(registry is not None and registry.get_hook("group_offloading") for registry in registries)
 
 
+@contextmanager
+def silent(pipeline: DiffusionPipeline) -> Iterator[None]:
+    """Within this context the pipeline shows no progress bar, because a longer one runs."""
+    settings = getattr(pipeline, "_progress_bar_config", {})
+    pipeline.set_progress_bar_config(disable=True)
+    try:
+        yield
+    finally:
+        pipeline._progress_bar_config = settings
+
+
 def call_default(pipeline: DiffusionPipeline, argument: str) -> Any:
-    """What a pipeline's call takes for an argument that is not given."""
+    """The default of an argument of a pipeline's call."""
     return inspect.signature(type(pipeline).__call__).parameters[argument].default

@@ -1,4 +1,4 @@
-"""The families of denoisers that can be trained. A new one is a file beside this one and a line in ``FAMILIES``."""
+"""The families of denoisers. A new one is a file in this folder and a line in ``FAMILIES``."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ from fdu.models.parts import DENOISERS
 from fdu.models.pixart import PixArtDenoiser
 from fdu.models.sana import SanaDenoiser
 from fdu.models.sd3 import SD3Denoiser
-from fdu.models.sdxl import SDXLDenoiser
-from fdu.models.unet import UNetDenoiser
+from fdu.models.unet import SDXLDenoiser, UNetDenoiser
 
 FAMILIES: tuple[type[Denoiser], ...] = (
     UNetDenoiser,
@@ -35,9 +34,8 @@ def denoiser_of(pipeline: DiffusionPipeline, resolution: int | None = None) -> D
     """The denoiser of a pipeline, for images of ``resolution`` pixels a side, by default of the model's native size.
 
     Raises:
-        TypeError: not a pipeline, or its family is not known here; resolution is not an integer.
-        ValueError: the pipeline lacks a part, or is a variant that makes images from more than prompts; or resolution
-            does not suit the model.
+        TypeError: not a pipeline, or of an unknown family.
+        ValueError: the pipeline lacks a part, or takes more than prompts; or resolution does not suit the model.
     """
     if not isinstance(pipeline, DiffusionPipeline):
         raise TypeError(

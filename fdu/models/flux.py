@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
-
 import torch
 import torch.nn.functional as F
 from diffusers import FluxTransformer2DModel
 from torch import Tensor
 
 from fdu.models.denoiser import Conditioning
-from fdu.models.flow import FlowDenoiser
+from fdu.models.grids import FlowDenoiser
 from fdu.models.kohya_names import IMAGE_QKV, TEXT_QKV, KohyaNames, transformer_layers
 
 GUIDANCE = 3.5
@@ -59,7 +57,6 @@ class FluxDenoiser(FlowDenoiser):
     """A FluxTransformer2DModel; what is packed for it is unpacked again here."""
 
     family = "FLUX.1 (a FluxTransformer2DModel)"
-    module_name: ClassVar[Literal["unet", "transformer"]] = "transformer"
     module_class = FluxTransformer2DModel
     kohya = KOHYA
     parts = ("scheduler", "vae", "tokenizer", "text_encoder", "tokenizer_2", "text_encoder_2")
@@ -116,7 +113,4 @@ def unpack(packed: Tensor, height: int, width: int) -> Tensor:
 
 def position_ids(rows: int, columns: int, device: torch.device) -> Tensor:
     """(0, row, column) of every patch, [rows * columns, 3]."""
-    ids = torch.zeros(rows, columns, 3, device=device)
-    ids[..., 1] = torch.arange(rows, device=device)[:, None]
-    ids[..., 2] = torch.arange(columns, device=device)
-    return ids.flatten(0, 1)
+    return torch.cartesian_prod(*(torch.arange(float(count), device=device) for count in (1, rows, columns)))

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, TypeVar
+from collections.abc import Collection, Sequence
+from typing import Any
 
 from diffusers import DiffusionPipeline
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -13,8 +13,6 @@ DENOISERS = ("unet", "transformer")
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 TOKENIZERS = {name: name.replace("text_encoder", "tokenizer") for name in TEXT_ENCODERS}
 """The tokenizer of each text encoder."""
-
-Found = TypeVar("Found")
 
 
 def models(pipeline: DiffusionPipeline) -> dict[str, nn.Module]:
@@ -52,6 +50,11 @@ def adapted(model: nn.Module) -> list[Any]:
     return [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
 
 
+def adapter_names(pipeline: DiffusionPipeline) -> set[str]:
+    """The names of all adapters on the models."""
+    return {name for model in models(pipeline).values() for name in getattr(model, "peft_config", {})}
+
+
 def weights(pipeline: DiffusionPipeline) -> dict[str, nn.Parameter]:
     """Every parameter as "attribute.name", by the names they have without adapters; those of adapters left out.
 
@@ -78,15 +81,13 @@ def ends_with(name: str, endings: Sequence[str]) -> bool:
     return f".{name}".endswith(tuple(f".{ending}" for ending in endings))
 
 
-def find(known: Mapping[str, Found], name: str) -> Found | None:
-    """What is known by ``name``; text encoders have lost the prefix "text_model." in transformers 5, files have not."""
-    for spelling in (name, name.removeprefix("text_model."), f"text_model.{name}"):
-        if spelling in known:
-            return known[spelling]
-    return None
+def find(known: Collection[str], name: str, prefix: str = "") -> str | None:
+    """The known name that ``prefix`` and ``name`` mean; transformers 5 has dropped "text_model.", files have not."""
+    spellings = (name, name.removeprefix("text_model."), f"text_model.{name}")
+    return next((prefix + spelling for spelling in spellings if prefix + spelling in known), None)
 
 
 def lost_prefix(model: nn.Module | None) -> bool:
-    """Whether it is a CLIP text encoder whose names lack the "text_model." that they have in files."""
+    """Whether a model is a CLIP text encoder whose names lack the "text_model." that they have in files."""
     is_clip = str(getattr(getattr(model, "config", None), "model_type", "")).startswith("clip")
     return is_clip and not hasattr(model, "text_model")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 from diffusers import PixArtTransformer2DModel
@@ -11,20 +11,17 @@ from diffusers.utils import is_bs4_available, is_ftfy_available
 from torch import Tensor
 
 from fdu.models.denoiser import Conditioning, call_default
-from fdu.models.diffusion import DiffusionDenoiser
+from fdu.models.grids import DiffusionDenoiser
 
 
 class PixArtDenoiser(DiffusionDenoiser):
     """A PixArtTransformer2DModel. Its conditioning holds the attention mask of the prompt, an integer tensor."""
 
     family = "PixArt (a PixArtTransformer2DModel)"
-    module_name: ClassVar[Literal["unet", "transformer"]] = "transformer"
     module_class = PixArtTransformer2DModel
     # Cleaning is the pipeline's default, but without these packages it warns at every prompt and leaves it.
     clean_caption = is_bs4_available() and is_ftfy_available()
     call_settings: ClassVar = {"use_resolution_binning": False, "clean_caption": clean_caption}
-    context_projections = ("attn2.to_k", "attn2.to_v")
-    attention_projections = ("to_q", "to_k", "to_v", "to_out.0")
 
     @property
     def size_unit(self) -> int:

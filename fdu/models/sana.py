@@ -3,25 +3,22 @@
 from __future__ import annotations
 
 import math
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 from diffusers import DiffusionPipeline, SanaTransformer2DModel
 from torch import Tensor
 
 from fdu.models.denoiser import Conditioning, call_default
-from fdu.models.flow import FlowDenoiser
+from fdu.models.grids import FlowDenoiser
 
 
 class SanaDenoiser(FlowDenoiser):
     """A SanaTransformer2DModel. Its conditioning holds the attention mask of the prompt, an integer tensor."""
 
     family = "Sana (a SanaTransformer2DModel)"
-    module_name: ClassVar[Literal["unet", "transformer"]] = "transformer"
     module_class = SanaTransformer2DModel
     call_settings: ClassVar = {"use_resolution_binning": False}
-    context_projections = ("attn2.to_k", "attn2.to_v")
-    attention_projections = ("to_q", "to_k", "to_v", "to_out.0")
 
     @classmethod
     def check(cls, pipeline: DiffusionPipeline) -> None:

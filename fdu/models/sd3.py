@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
-
 from diffusers import DiffusionPipeline, SD3Transformer2DModel
 from torch import Tensor
 
 from fdu.models.denoiser import Conditioning
-from fdu.models.flow import FlowDenoiser
+from fdu.models.grids import FlowDenoiser
 from fdu.models.kohya_names import IMAGE_QKV, TEXT_QKV, KohyaNames, transformer_layers
 
 BLOCK = {
@@ -46,7 +44,6 @@ class SD3Denoiser(FlowDenoiser):
     """An SD3Transformer2DModel with two CLIP text encoders and, as in the pipeline, with or without T5."""
 
     family = "Stable Diffusion 3 (an SD3Transformer2DModel)"
-    module_name: ClassVar[Literal["unet", "transformer"]] = "transformer"
     module_class = SD3Transformer2DModel
     parts = ("scheduler", "vae", "tokenizer", "text_encoder", "tokenizer_2", "text_encoder_2")
     # The text's own keys and values: what attn2.to_k and to_v are to a UNet. ESD trains them, EraseAnything the keys.

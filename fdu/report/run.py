@@ -22,9 +22,9 @@ from fdu.evaluation.drawing import Group, Role, check_probes
 from fdu.evaluation.robustness import Robustness
 from fdu.report.pictures import strip
 from fdu.report.stored import restored
+from fdu.storage.fingerprint import versions
 from fdu.storage.loading import erased_pairs
 from fdu.storage.output import METRICS_FILE, METRICS_KEYS, RECORD_FILE, write_json
-from fdu.storage.versions import versions
 
 IMAGES_FOLDER = "images"
 """Folder with the shown images beside the metrics: one PNG strip per probe and side."""
@@ -48,7 +48,7 @@ class Conditions:
     dtype: str = ""
     """Dtype of the pipeline's weights."""
     versions: dict[str, str] = dataclasses.field(default_factory=dict)
-    """:func:`fdu.storage.versions.versions` of the machine that evaluated."""
+    """:func:`fdu.storage.fingerprint.versions` of the machine that evaluated."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,14 +20,14 @@ from fdu.storage.fingerprint import fingerprint
 
 DELTA_FILE = "delta.safetensors"
 FORMAT_KEY, FORMAT = "fdu_format", "delta 1"
-"""Metadata by which a file is known, with the version of the format."""
+"""Metadata that identifies a delta, with the version of the format."""
 BASE_KEY, FINGERPRINT_KEY = "base", "base_fingerprint"
 ROWS, INDICES = ":rows", ":indices"
-"""What is added to the names of changed rows and their indices; no parameter's name has a colon."""
+"""Suffixes for changed rows and their indices; no parameter's name has a colon."""
 BUFFER = "position_ids"
-"""In text encoders of transformers 4; no weight."""
+"""A buffer in text encoders of transformers 4, not a weight."""
 FEW = 8
-"""Rows are stored by themselves if at most one in so many changed."""
+"""Changed rows are stored alone if at most one in 8 changed."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Change:
     """ "attribute.parameter", by the pipeline's own names."""
     values: Tensor
     rows: Tensor | None = None
-    """[N] indices of the rows that ``values`` are; None for all."""
+    """Indices [N] of the rows in ``values``; None for all rows."""
 
 
 def write(
@@ -84,14 +84,15 @@ def write(
 
 
 def is_delta(metadata: Mapping[str, str]) -> bool:
-    """Whether a file was written here."""
-    return metadata.get(FORMAT_KEY, "").startswith("delta ")
+    """Whether a file is a delta of fdu.
 
-
-def check_version(metadata: Mapping[str, str]) -> None:
-    """Raise ValueError for a version of the format that is not known here."""
-    if metadata[FORMAT_KEY] != FORMAT:
-        raise ValueError(f"the file is a {metadata[FORMAT_KEY]!r}, this version of fdu reads {FORMAT!r}; update fdu")
+    Raises:
+        ValueError: a delta of a later version.
+    """
+    form = metadata.get(FORMAT_KEY, "")
+    if form.startswith("delta ") and form != FORMAT:
+        raise ValueError(f"the file is a {form!r}, this version of fdu reads {FORMAT!r}; update fdu")
+    return form == FORMAT
 
 
 def check_base(pipeline: DiffusionPipeline, metadata: Mapping[str, str]) -> None:
@@ -107,26 +108,22 @@ def check_base(pipeline: DiffusionPipeline, metadata: Mapping[str, str]) -> None
 
 
 def changes(pipeline: DiffusionPipeline, tensors: Mapping[str, Tensor]) -> list[Change]:
-    """The changes that a file's tensors mean, under the pipeline's own names. Nothing is changed yet.
+    """The changes in a file, under the pipeline's own names. Nothing is changed yet.
 
     Args:
-        pipeline: whose weights they are.
-        tensors: new values by parameter, the denoiser's without or all with the pipeline's attribute before it.
+        pipeline: the pipeline to change.
+        tensors: new values by "attribute.parameter"; without an attribute, the denoiser's.
 
     Raises:
         ValueError: a parameter that the pipeline does not have, or a shape that does not fit.
     """
     found = []
     own = parts.weights(pipeline)
-    by_attribute: dict[str, dict[str, str]] = {}
-    for full in own:
-        attribute, _, name = full.partition(".")
-        by_attribute.setdefault(attribute, {})[name] = full
     for key, tensor in tensors.items():
         if key.endswith((INDICES, BUFFER)):
             continue
         attribute, name = parts.split(pipeline, key.removesuffix(ROWS))
-        target = parts.find(by_attribute.get(attribute, {}), name)
+        target = parts.find(own, name, f"{attribute}.")
         if target is None:
             raise ValueError(
                 f"the file changes {attribute}.{name}, which this {type(pipeline).__name__} does not have; "

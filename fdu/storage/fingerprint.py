@@ -1,19 +1,33 @@
-"""A fingerprint of a pipeline's weights: equal for equal weights, different if any value differs."""
+"""What a result depends on: a fingerprint of the pipeline's weights, and the versions of packages."""
 
 from __future__ import annotations
 
 import hashlib
+import platform
 from collections.abc import Mapping
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 
 import torch
 from diffusers import DiffusionPipeline
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
 
+import fdu
 from fdu.models import parts
 
 SAMPLES = 256
-"""Bytes of each tensor that are hashed themselves, evenly spread, beside the sum over all of its words."""
+"""Bytes of each tensor that are hashed, evenly spread, beside the sum of all its words."""
+PACKAGES = ("torch", "triton", "diffusers", "transformers", "accelerate", "peft", "safetensors")
+
+
+def versions() -> dict[str, str]:
+    """Name to version of fdu, Python and every installed package that a result depends on."""
+    found = {"fdu": fdu.__version__, "python": platform.python_version()}
+    for package in PACKAGES:
+        with suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found
 
 
 @torch.no_grad()
@@ -22,15 +36,15 @@ def fingerprint(
 ) -> str:
     """64 hexadecimal digits that depend on the denoiser and the text encoders: names, shapes, dtypes and values.
 
-    Adapters do not count (unless fused, or asked for), nor do the autoencoder, the scheduler, the device and the
-    version of transformers. Weights that were rounded to another dtype are other weights. It is made to tell models
-    apart, not to withstand forgery: of each tensor it reads the sum of all 64-bit words, which any single change
-    alters, and some bytes; Stable Diffusion 1.5 takes about a second on a CPU.
+    Autoencoder, scheduler, device, version of transformers and unfused adapters do not count. Weights rounded to
+    another dtype are other weights. The fingerprint tells models apart but does not withstand forgery: it reads some
+    bytes of each tensor and the sum of its 64-bit words, which any single change alters. Stable Diffusion 1.5 takes
+    about a second on a CPU.
 
     Args:
         pipeline: any diffusers pipeline.
-        replaced: values to take in place of the pipeline's own, by "attribute.parameter".
-        adapters: whether adapters that are active count, with their strengths.
+        replaced: values that stand in for the pipeline's own, by "attribute.parameter".
+        adapters: count active adapters too, with their strengths.
 
     Raises:
         ValueError: ``replaced`` names a parameter that is not there.

@@ -25,12 +25,12 @@ ENDS = ("lora_down.weight", "lora_up.weight", "alpha", "dora_scale")
 
 @dataclasses.dataclass(frozen=True)
 class Slot:
-    """One layer of the original code: one or several of diffusers', their outputs one after another."""
+    """One layer of the original code: one or several of diffusers', whose outputs it concatenates."""
 
     attribute: str
     layers: tuple[str, ...]
     halves_swapped: bool = False
-    """Whether the halves of the outputs change places: scale and shift there, shift and scale here."""
+    """The halves of the outputs change places: scale and shift there, shift and scale here."""
 
 
 def table(pipeline: DiffusionPipeline) -> dict[str, Slot]:
@@ -235,7 +235,7 @@ def _magnitude(name: str, dora_scale: Tensor | None, outputs: int) -> Tensor | N
 
 
 def _metadata(pipeline: DiffusionPipeline, updates: Updates) -> dict[str, str]:
-    """What sd-scripts and the programs that read its files look for."""
+    """The metadata that sd-scripts, and programs that read its files, look for."""
     names = _family_names(pipeline)
     version = names.version(pipeline)
     every = [update for by_layer in updates.values() for update in by_layer.values()]

@@ -11,31 +11,30 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from fdu.models.size import check_size
-from fdu.storage.output import RECORD_FILE, SMALL_RESULT
+from fdu.config import check_size
+from fdu.storage.output import PIPELINE_FILE, RECORD_FILE, SMALL_RESULT
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-PIPELINE_FILE = "model_index.json"
 HUB_PIPELINE = 6 << 30
-"""Bytes taken for a pipeline that is not here yet; Stable Diffusion 1.5 takes 5.5 GB in float32."""
+"""Assumed bytes of a pipeline that is not here yet; Stable Diffusion 1.5 takes 5.5 GB in float32."""
 Dtype = Literal["auto", "float32", "float16", "bfloat16"]
 SaveAs = Literal["auto", "lora", "kohya", "pipeline", "delta"]
 
 
 def check_model(model: str, argument: str = "MODEL", embedded: Sequence[str] = ()) -> None:
-    """Refuse, before anything is loaded, a model that cannot be there.
+    """Refuse a model that cannot exist, before anything is loaded.
 
     Args:
         model: a pipeline's folder or a hub id.
-        argument: its name in errors.
-        embedded: names of embedded pipelines, which errors offer as well.
+        argument: name of the argument in errors.
+        embedded: names of embedded pipelines, which errors offer too.
 
     Raises:
-        ValueError: no name.
-        FileNotFoundError: neither a pipeline's folder nor of the form of a hub id.
+        ValueError: an empty name.
+        FileNotFoundError: neither a pipeline's folder nor a possible hub id.
     """
     choices = f"a pipeline's folder, a hub id (org/name){''.join(f' or {name!r}' for name in embedded)}"
     if not model.strip():
@@ -55,11 +54,7 @@ def check_model(model: str, argument: str = "MODEL", embedded: Sequence[str] = (
 
 
 def check_resolution(folder: Path | None, resolution: int | None) -> None:
-    """Refuse a resolution that the pipeline in ``folder`` cannot have, as far as its configs tell.
-
-    Raises:
-        ValueError: it is not a multiple of what the model needs.
-    """
+    """Raise ValueError for a resolution that the pipeline in ``folder`` cannot draw, as far as its configs tell."""
     if resolution is None or folder is None:
         return
     vae, denoiser = _config(folder / "vae"), _config(folder / "unet") or _config(folder / "transformer")
@@ -72,14 +67,11 @@ def check_resolution(folder: Path | None, resolution: int | None) -> None:
 
 
 def result_bytes(folder: Path | None, train_method: str, save_as: str = "auto") -> int:
-    """Bytes that a saved erasure takes: LoRA weights are small, other forms reach the size of the pipeline.
+    """Bytes that a saved erasure takes: LoRA weights are small, other formats reach the size of the pipeline.
 
     Args:
         folder: the pipeline's; None for a pipeline on the hub.
-        train_method, save_as: how it was trained, and in which form it is saved.
-
-    Raises:
-        ValueError: a form that the method's result cannot have.
+        train_method, save_as: settings of the erasure; a format that its result cannot have is a ValueError.
     """
     from fdu.storage.writers import choose_format
 
@@ -91,26 +83,21 @@ def result_bytes(folder: Path | None, train_method: str, save_as: str = "auto") 
 
 
 def check_erased(path: str) -> None:
-    """Refuse what holds no erasure: neither a pipeline nor weights that :func:`fdu.load_weights` reads.
+    """Refuse a path that holds neither a pipeline nor one file of weights for :func:`fdu.load_weights`.
 
     Raises:
-        FileNotFoundError: there is nothing there, or no weights.
-        ValueError: several files of weights, or a file of another kind.
+        FileNotFoundError, ValueError: no weights; several files of weights, or a file of another kind.
     """
     if not Path(path).exists():
         raise FileNotFoundError(f"ERASED {path!r} does not exist; give a folder that `fdu erase` wrote, or weights")
     if not (Path(path) / PIPELINE_FILE).is_file():
-        from fdu.storage.files import weights_file
+        from fdu.storage.readers import weights_file
 
         weights_file(path)
 
 
 def check_encoder(name: str, argument: str = "judge") -> None:
-    """Refuse, before anything is loaded, an image-text encoder that cannot be there.
-
-    Raises:
-        FileNotFoundError: neither a folder with a model, nor of the form of a hub id.
-    """
+    """Raise FileNotFoundError for an image-text encoder that is neither a model's folder nor a possible hub id."""
     if Path(name).is_dir():
         if not (Path(name) / "config.json").is_file():
             raise FileNotFoundError(f"{argument} {name!r} is not the folder of a transformers model: no config.json")
@@ -119,7 +106,7 @@ def check_encoder(name: str, argument: str = "judge") -> None:
 
 
 def read_record(folder: str) -> Any:
-    """What ``fdu erase`` noted beside the weights, which :func:`fdu.report.check_record` checks; None if it did not.
+    """The record of ``fdu erase`` beside the weights, unchecked (see :func:`fdu.report.check_record`), or None.
 
     Raises:
         ValueError: it is not valid JSON.
@@ -140,11 +127,7 @@ def erased_pairs(record: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def choose_device(device: str) -> str:
-    """The device to run on; "auto" takes the first accelerator there is.
-
-    Raises:
-        ValueError: there is no such device here.
-    """
+    """The device to run on; "auto" takes the first accelerator. Raises ValueError for a device that is not here."""
     import torch
 
     if device == "auto":
@@ -162,7 +145,7 @@ def choose_device(device: str) -> str:
 
 
 def is_main_process() -> bool:
-    """Whether this process writes the results; it is the only one, or the first that accelerate launch started."""
+    """Whether this process writes the results: it is alone, or the first of accelerate launch."""
     return os.environ.get("RANK", "0") == "0"
 
 
@@ -179,11 +162,7 @@ def describe_device(device: str) -> str:
 
 
 def check_dtype(dtype: Dtype, mixed_precision: str) -> str:
-    """The dtype to load the model in; "auto" fits ``mixed_precision``.
-
-    Raises:
-        ValueError: half precision weights without autocast.
-    """
+    """The dtype to load the model in; "auto" fits ``mixed_precision``. Half precision without autocast is an error."""
     if dtype == "auto":
         return {"no": "float32", "fp16": "float16", "bf16": "bfloat16"}[mixed_precision]
     if dtype != "float32" and mixed_precision == "no":
@@ -208,18 +187,14 @@ def load_model(model: str, dtype: str = "float32", device: str = "cpu") -> Diffu
         raise OSError(f"model {model!r} could not be loaded: {_first_line(error)}") from error
 
 
-def load_erased(
-    pipeline: DiffusionPipeline, path: str, device: str = "cpu", dtype: str = "float32"
-) -> DiffusionPipeline:
-    """``pipeline`` with the weights of ``path``, which :func:`check_erased` accepted, or the pipeline in it.
+def load_erased(pipeline: DiffusionPipeline, path: str) -> DiffusionPipeline:
+    """``pipeline`` with the weights of ``path``.
 
     Raises:
         OSError: it cannot be loaded; the first line of the reason.
     """
     from fdu.storage.readers import load_weights
 
-    if (Path(path) / PIPELINE_FILE).is_file():
-        return load_model(path, dtype, device)
     try:
         load_weights(pipeline, path)
     except (OSError, ValueError, TypeError, RuntimeError, KeyError) as error:
@@ -228,7 +203,7 @@ def load_erased(
 
 
 def _config(folder: Path) -> dict[str, Any]:
-    """The config.json of a model in ``folder``; empty if it cannot be read, which loading will tell."""
+    """The config.json of a model in ``folder``; empty if it cannot be read, which loading will report."""
     try:
         found = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -237,6 +212,6 @@ def _config(folder: Path) -> dict[str, Any]:
 
 
 def _first_line(error: BaseException) -> str:
-    """The first line of a message, shortened: libraries tell whole stories."""
+    """The first line of a message, shortened: those of libraries are long."""
     line = (str(error).strip().splitlines() or [type(error).__name__])[0]
     return textwrap.shorten(line, 160, placeholder=" ...").rstrip(".")

@@ -1,4 +1,4 @@
-"""LoRA and DoRA updates: read from diffusers' names, load into a pipeline, and write for it."""
+"""LoRA and DoRA updates in diffusers' names: read, load into a pipeline, write."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ FORMS = {
     "magnitude": r"\.lora_magnitude_vector(?:\.weight)?",
     "alpha": r"\.alpha",
 }
-"""How diffusers, now and formerly, and peft end the names of the parts of an update."""
+"""Endings of the names of an update's parts in diffusers, now and formerly, and in peft."""
 PARTS = re.compile("(?P<layer>.+?)(?:" + "|".join(f"(?P<{part}>{ends})" for part, ends in FORMS.items()) + ")")
 FORMER_NAMES = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}
-"""What diffusers once called the projections of text encoders."""
+"""Former names of the projections of text encoders in diffusers."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,18 +91,17 @@ def from_file(pipeline: DiffusionPipeline, tensors: Mapping[str, Tensor], metada
     for key, tensor in tensors.items():
         attribute, name = parts.split(pipeline, key)
         by_attribute.setdefault(attribute, {})[name] = tensor
-    configs = _configs(metadata)
+    settings = json.loads(metadata.get(METADATA_KEY, "null")) or {}
+    if not isinstance(settings, dict):
+        raise ValueError(f"its metadata {METADATA_KEY!r} is a {type(settings).__name__}, not a JSON object of settings")
 
     def updates(attribute: str) -> dict[str, Update]:
-        prefix = f"{attribute}."
-        config = {key.removeprefix(prefix): value for key, value in configs.items() if key.startswith(prefix)}
-
         def alpha(layer: str, rank: int) -> float:
-            stated = _alpha(config.get("alpha_pattern"), layer)
-            value = config.get("lora_alpha", rank) if stated is None else stated
+            stated = _alpha(settings.get(f"{attribute}.alpha_pattern"), layer)
+            value = settings.get(f"{attribute}.lora_alpha", rank) if stated is None else stated
             if not isinstance(value, (int, float)):
                 raise ValueError(f"its metadata states the alpha {value!r} for {layer}, which is not a number")
-            return value * math.sqrt(rank) if config.get("use_rslora") else value
+            return value * math.sqrt(rank) if settings.get(f"{attribute}.use_rslora") else value
 
         found = _pair(by_attribute[attribute], alpha)
         if attribute in parts.TEXT_ENCODERS:
@@ -112,25 +111,12 @@ def from_file(pipeline: DiffusionPipeline, tensors: Mapping[str, Tensor], metada
     return {attribute: updates(attribute) for attribute in by_attribute}
 
 
-def _configs(metadata: Mapping[str, str]) -> dict[str, Any]:
-    """The settings of the adapters in a file's metadata, by "attribute.setting".
-
-    Raises:
-        ValueError: they are no JSON, or of another form.
-    """
-    configs = json.loads(metadata.get(METADATA_KEY, "null")) or {}
-    if not isinstance(configs, dict):
-        raise ValueError(f"its metadata {METADATA_KEY!r} is a {type(configs).__name__}, not a JSON object of settings")
-    return configs
-
-
 def _alpha(patterns: Any, layer: str) -> float | None:
-    """The alpha that a file states for a layer: by its name or the end of it, taken literally."""
+    """The alpha that a file states for a layer: by its name, or else by the longest end of it."""
     if not isinstance(patterns, dict):
         return None
-    exact = patterns.get(f"^{layer}")
-    named = sorted((key for key in patterns if f".{layer}".endswith(f".{key}")), key=len)
-    return exact if exact is not None or not named else patterns[named[-1]]
+    ends = [key for key in patterns if f".{layer}".endswith(f".{key}")]
+    return patterns.get(f"^{layer}", patterns[max(ends, key=len)] if ends else None)
 
 
 def check(pipeline: DiffusionPipeline, updates: Updates) -> Updates:
@@ -144,7 +130,7 @@ def check(pipeline: DiffusionPipeline, updates: Updates) -> Updates:
         model = parts.models(pipeline).get(attribute)
         if model is None:
             raise ValueError(f"the weights change {attribute}, which {type(pipeline).__name__} does not have")
-        known = {name: (name, layer) for name, layer in parts.layers(model).items()}
+        known = parts.layers(model)
         for name, update in by_layer.items():
             found = parts.find(known, name)
             if found is None:
@@ -152,8 +138,8 @@ def check(pipeline: DiffusionPipeline, updates: Updates) -> Updates:
                     f"the weights change the layer {attribute}.{name}, which this {type(pipeline).__name__} does not "
                     "have; load them into the model family they were made for"
                 )
-            _check_shapes(f"{attribute}.{name}", found[1], update)
-            checked.setdefault(attribute, {})[found[0]] = update
+            _check_shapes(f"{attribute}.{name}", known[found], update)
+            checked.setdefault(attribute, {})[found] = update
         if len({update.magnitude is None for update in by_layer.values()}) > 1:
             raise ValueError(
                 f"only some updates of {attribute} have a DoRA magnitude, which peft cannot mix; drop one kind"
@@ -173,7 +159,7 @@ def attach(pipeline: DiffusionPipeline, updates: Updates, adapter_name: str | No
             f"diffusers cannot put LoRA weights on a {type(pipeline).__name__}; use a full pipeline or a weight delta"
         )
     models: dict[str, Any] = {attribute: parts.models(pipeline)[attribute] for attribute in updates}
-    taken = {name for model in models.values() for name in getattr(model, "peft_config", {})}
+    taken = parts.adapter_names(pipeline)
     if adapter_name is None:
         adapter_name = next(name for index in range(len(taken) + 1) if (name := f"erased_{index}") not in taken)
     elif adapter_name in taken:
@@ -247,7 +233,7 @@ def config(by_layer: Mapping[str, Update]) -> dict[str, Any]:
     """The arguments of the ``peft.LoraConfig`` of updates."""
     rank = Counter(update.rank for update in by_layer.values()).most_common()[0][0]
     alpha = Counter(update.alpha for update in by_layer.values()).most_common()[0][0]
-    # ^ so that a pattern fits this layer alone, not one whose name ends likewise.
+    # ^ so that a pattern fits this layer alone, and no layer with the same ending.
     return {
         "r": rank,
         "lora_alpha": alpha,

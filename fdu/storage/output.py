@@ -14,25 +14,27 @@ from typing import Any
 
 RECORD_FILE = "fdu.json"
 """Beside saved weights: what was erased, with which settings and versions, and the course of the training."""
+PIPELINE_FILE = "model_index.json"
+"""In the folder of a diffusers pipeline."""
 METRICS_FILE = "metrics.json"
 """Beside a report: what was measured."""
 METRICS_KEYS = {"before", "after", "target", "images_per_class"}
-"""Keys by which such a file is known from other programs' of the same name."""
+"""Keys that distinguish it from other programs' files of this name."""
 RUN_PREFIXES = ("checkpoint-", "prompts-", "latents-", "frozen-")
-"""What the names begin with of all that a run keeps in a folder for checkpoints."""
+"""Prefixes of the files and folders that a run writes into a folder for checkpoints."""
 SMALL_RESULT = 32 << 20
-"""Bytes that LoRA weights, or a report, take at most."""
+"""Upper bound in bytes of LoRA weights or a report."""
 
 
 def check_output(
     folder: str | Path, overwrite: bool = False, needed_bytes: int = SMALL_RESULT, inputs: Sequence[str | Path] = ()
 ) -> None:
-    """Make sure that ``folder`` can be written, before work is spent on what goes into it. Changes nothing.
+    """Check that ``folder`` can be written, before the work for it begins. Changes nothing.
 
     Args:
-        folder: the folder; a link means the folder that it points to.
-        overwrite: whether it may be replaced if fdu wrote it. What anything else wrote is never replaced.
-        needed_bytes: what will be written into it.
+        folder: the folder, or a link to it.
+        overwrite: replace the folder if fdu wrote it. Folders of others are never replaced.
+        needed_bytes: bytes that will be written.
         inputs: files and folders that the work reads; none may be in ``folder``.
 
     Raises:
@@ -47,7 +49,8 @@ def check_output(
     with suppress(RuntimeError):  # not everybody has a home
         protected["the home folder"] = Path.home()
     for what, path in protected.items():
-        if _holds(folder, path):
+        real = (path.resolve(), path.parent.resolve() / path.name)  # a link may lie elsewhere than it points
+        if any(folder in (place, *place.parents) for place in real):
             raise ValueError(
                 f"output folder {shown} is, or holds, {what}, which would be replaced; choose a separate folder"
             )
@@ -115,7 +118,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def strangers(folder: Path) -> list[Path]:
-    """What lies in a folder for checkpoints that no run of fdu put there; nothing if there is no folder."""
+    """The files in a folder for checkpoints that no run of fdu wrote; empty if there is no folder."""
     if not folder.is_dir():
         return [folder] if folder.exists() else []
     return [path for path in folder.iterdir() if not path.name.lstrip(".").startswith(RUN_PREFIXES)]
@@ -160,11 +163,6 @@ def _finite(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _holds(folder: Path, path: Path) -> bool:
-    """Whether the resolved ``folder`` is or contains ``path``, or the link that ``path`` is."""
-    return any(folder in (place, *place.parents) for place in (path.resolve(), path.parent.resolve() / path.name))
 
 
 def _check_replaceable(folder: Path, shown: str, overwrite: bool) -> None:

@@ -1,19 +1,30 @@
-"""Load an erasure into a pipeline; the names of the tensors reveal the format of the file."""
+"""Load an erasure into a pipeline, from files of any origin, without executing code in them.
+
+The names of the tensors reveal the format of the file.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import math
+import pickle
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+import torch
 from diffusers import DiffusionPipeline, UNet2DConditionModel
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from fdu.models import parts
 from fdu.models.unet import original_name
-from fdu.storage import delta, files, kohya, lora
+from fdu.storage import delta, kohya, lora
+from fdu.storage.output import PIPELINE_FILE
 
+OWN_FILES = (lora.LORA_FILE, kohya.KOHYA_FILE, delta.DELTA_FILE)
+"""The files that fdu writes; a folder is searched for them first, in this order."""
+PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 COMPVIS_PREFIX = "model.diffusion_model."
 """Prefix of the UNet's weights in the original code of Stable Diffusion."""
 
@@ -60,57 +71,114 @@ def load_weights(
     """
     if isinstance(strength, bool) or not isinstance(strength, (int, float)) or not math.isfinite(strength):
         raise ValueError(f"strength must be a finite number, got {strength!r}")
-    file = files.weights_file(path)
-    tensors, metadata = files.read(file)
+    file = weights_file(path)
+    tensors, metadata = _read(file)
+    updates: lora.Updates | None = None
+    changes: list[delta.Change] = []
     try:
         if kohya.is_kohya_lora(tensors):
-            return _load_lora(
-                pipeline, "kohya LoRA", tensors, kohya.from_file(pipeline, tensors), adapter_name, strength
-            )
-        if lora.is_diffusers_lora(tensors):
-            updates = lora.from_file(pipeline, tensors, metadata)
-            return _load_lora(pipeline, "diffusers LoRA", tensors, updates, adapter_name, strength)
-        if delta.is_delta(metadata):
-            delta.check_version(metadata)
-            changes = delta.changes(pipeline, tensors)
+            kind, updates = "kohya LoRA", kohya.from_file(pipeline, tensors)
+        elif lora.is_diffusers_lora(tensors):
+            kind, updates = "diffusers LoRA", lora.from_file(pipeline, tensors, metadata)
+        elif delta.is_delta(metadata):
+            kind, changes = "fdu delta", delta.changes(pipeline, tensors)
             if check_base:
                 delta.check_base(pipeline, metadata)
-            return _load_changes(pipeline, "fdu delta", tensors, changes, strength)
-        if _is_state_dict(pipeline, tensors):
-            changes = delta.changes(pipeline, _in_diffusers_names(pipeline, tensors))
-            return _load_changes(pipeline, "changed weights", tensors, changes, strength)
+        elif _is_state_dict(pipeline, tensors):
+            kind, changes = "changed weights", delta.changes(pipeline, _in_diffusers_names(pipeline, tensors))
+        else:
+            first = ", ".join(repr(name) for name in list(tensors)[:3])
+            raise ValueError(
+                "unknown format: neither LoRA in diffusers', peft's or kohya's names, nor a delta of fdu, nor weights "
+                f"by the names that they have in this {type(pipeline).__name__}; first tensors: {first}"
+            )
+        if updates is not None:
+            updates = lora.check(pipeline, updates)
+            adapter_name = lora.attach(pipeline, updates, adapter_name, strength)
+            return Loaded(kind, len(tensors), tuple(updates), adapter_name)
     except ValueError as error:
         raise ValueError(f"weights {str(file)!r}: {error}") from error
-    first = ", ".join(repr(name) for name in list(tensors)[:3])
-    raise ValueError(
-        f"weights {str(file)!r} have no known format: neither LoRA in diffusers', peft's or kohya's names, nor a delta "
-        f"of fdu, nor weights by the names that they have in this {type(pipeline).__name__}; first tensors: {first}"
-    )
-
-
-def _load_lora(
-    pipeline: DiffusionPipeline,
-    kind: str,
-    tensors: Mapping[str, Tensor],
-    updates: lora.Updates,
-    adapter_name: str | None,
-    strength: float,
-) -> Loaded:
-    checked = lora.check(pipeline, updates)
-    name = lora.attach(pipeline, checked, adapter_name, strength)
-    return Loaded(kind, len(tensors), tuple(checked), name)
-
-
-def _load_changes(
-    pipeline: DiffusionPipeline,
-    kind: str,
-    tensors: Mapping[str, Tensor],
-    changes: list[delta.Change],
-    strength: float,
-) -> Loaded:
     delta.apply(pipeline, changes, strength)
     attributes = dict.fromkeys(change.name.partition(".")[0] for change in changes)
     return Loaded(kind, len(tensors), tuple(attributes))
+
+
+def weights_file(path: str | Path) -> Path:
+    """The file of weights that ``path`` is or holds.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: a full pipeline, several files, or a file of a kind that is not read.
+    """
+    path = Path(path)
+    if path.is_dir():
+        return _in_folder(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"weights {str(path)!r} do not exist; give a file or a folder of weights")
+    if path.suffix not in (".safetensors", *PICKLES):
+        raise ValueError(
+            f"weights {str(path)!r} have none of the endings .safetensors, {', '.join(PICKLES)}; give such a file"
+        )
+    return path
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors of a file, the names of nested dicts joined by dots, and its metadata.
+
+    Raises:
+        ValueError: the file is damaged, holds no tensors, or could only be read by executing its code.
+    """
+    if path.suffix == ".safetensors":
+        try:
+            with safe_open(path, framework="pt", device="cpu") as file:
+                return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+        except SafetensorError as error:
+            raise ValueError(f"weights {str(path)!r} are not a safetensors file, or are damaged ({error})") from error
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"weights {str(path)!r} are a pickle that would execute code and are not loaded. Ask for a safetensors "
+            "file. If you trust the author, read the pickle on an isolated machine with torch.load(..., "
+            "weights_only=False) and write its tensors with safetensors.torch.save_file"
+        ) from error
+    except Exception as error:  # a broken file makes torch raise errors of many kinds
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"weights {str(path)!r} cannot be read ({reason}); the file is damaged") from error
+    tensors = dict(_flat(content, ""))
+    if not tensors:
+        raise ValueError(f"weights {str(path)!r} hold no tensors")
+    return tensors, {}
+
+
+def _in_folder(folder: Path) -> Path:
+    for name in OWN_FILES:
+        if (folder / name).is_file():
+            return folder / name
+    if (folder / PIPELINE_FILE).is_file():
+        raise ValueError(
+            f"weights {str(folder)!r} are a full pipeline; load it with DiffusionPipeline.from_pretrained(folder)"
+        )
+    found = sorted(path for path in folder.iterdir() if path.suffix in (".safetensors", *PICKLES) and path.is_file())
+    if not found:
+        raise FileNotFoundError(f"weights {str(folder)!r} contain no file ending in .safetensors, {', '.join(PICKLES)}")
+    if len(found) > 1:
+        names = ", ".join(path.name for path in found[:5])
+        raise ValueError(f"weights {str(folder)!r} hold several files ({names}); name the one to load")
+    return found[0]
+
+
+def _flat(content: Any, prefix: str) -> list[tuple[str, Tensor]]:
+    """The tensors in nested dicts. "state_dict" is only a wrapper; what is no tensor, such as a step, is left out."""
+    if isinstance(content, Tensor):
+        return [(prefix, content.detach())]
+    if not isinstance(content, Mapping):
+        return []
+    return [
+        pair
+        for key, value in content.items()
+        for pair in _flat(value, prefix if key == "state_dict" and not prefix else f"{prefix}.{key}".lstrip("."))
+    ]
 
 
 def _is_state_dict(pipeline: DiffusionPipeline, tensors: Mapping[str, Tensor]) -> bool:

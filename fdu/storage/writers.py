@@ -5,51 +5,48 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast, get_args
 
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
-from fdu.config import TRAIN_METHODS
+from fdu.config import TRAIN_METHODS, check_choice
 from fdu.storage import delta, kohya, lora
-from fdu.storage.files import PIPELINE_FILE
 from fdu.storage.merging import merged
+from fdu.storage.output import PIPELINE_FILE
 
 Format = Literal["lora", "kohya", "pipeline", "delta"]
 
 
 def choose_format(save_as: str, train_method: str, pipeline: DiffusionPipeline | None = None) -> Format:
-    """The format that ``save_as`` means for a training method; "auto" is what plain diffusers loads in one line.
+    """The format that ``save_as`` means for a training method; "auto" is one that plain diffusers loads in one line.
 
     Args:
         save_as: "auto" or a format.
         train_method: of :class:`fdu.EraseConfig`.
-        pipeline: whose family is to have the format; None does not look at it.
+        pipeline: its family must have the format; None skips this check.
 
     Raises:
         ValueError: an unknown format, or one that the method's result, or the family, cannot have.
     """
+    check_choice("save_as", save_as, ("auto", *get_args(Format)))
     trains_adapter = TRAIN_METHODS[train_method].result != "weights"
     has_lora = pipeline is None or hasattr(pipeline, "save_lora_weights")
     if save_as == "auto":
         return "lora" if trains_adapter and has_lora else "pipeline"
-    if save_as == "lora" or save_as == "kohya":
-        if save_as == "lora" and not has_lora:
-            raise ValueError(
-                f'save_as "lora": diffusers has no LoRA format for {type(pipeline).__name__}; '
-                'choose save_as "delta" or "pipeline", which merge adapters'
-            )
-        if save_as == "kohya" and pipeline is not None:
-            kohya.table(pipeline)
-        if not trains_adapter:
-            raise ValueError(
-                f'save_as "{save_as}" needs an adapter, but train_method "{train_method}" changes the weights '
-                'themselves; choose save_as "delta" (the changed weights alone) or "pipeline", or train_method "lora"'
-            )
-        return "lora" if save_as == "lora" else "kohya"
-    if save_as == "pipeline" or save_as == "delta":
-        return "pipeline" if save_as == "pipeline" else "delta"
-    raise ValueError(f"save_as must be one of auto, lora, kohya, pipeline, delta, got {save_as!r}")
+    if save_as == "lora" and not has_lora:
+        raise ValueError(
+            f'save_as "lora": diffusers has no LoRA format for {type(pipeline).__name__}; '
+            'choose save_as "delta" or "pipeline", which merge adapters'
+        )
+    if save_as == "kohya" and pipeline is not None:
+        kohya.table(pipeline)
+    if save_as in ("lora", "kohya") and not trains_adapter:
+        raise ValueError(
+            f'save_as "{save_as}" needs an adapter, but train_method "{train_method}" changes the weights '
+            'themselves; choose save_as "delta" (the changed weights alone) or "pipeline", or train_method "lora"'
+        )
+    return cast(Format, save_as)
 
 
 def write(
@@ -89,11 +86,7 @@ def write(
     """
     folder, metadata = Path(folder), metadata or {}
     if format == "lora" or format == "kohya":
-        if not lora_layers:
-            raise ValueError(
-                f'format "{format}" needs LoRA layers, but the run trained weights; choose "delta" or "pipeline"'
-            )
-        updates = lora.check(pipeline, lora.from_layers(lora_layers, lora_alpha))
+        updates = lora.check(pipeline, lora.from_layers(lora_layers or {}, lora_alpha))
         if format == "lora":
             return lora.write(folder, pipeline, updates)
         return kohya.write(folder, pipeline, updates, metadata)
@@ -109,12 +102,12 @@ def write(
 
 
 def public_name(name: str) -> str:
-    """A hub id, or the mere name of a local folder: where it lay is nobody's business but its owner's."""
+    """A hub id as it is, and of a local folder the name only: its path is private."""
     return Path(name).resolve().name if name and (Path(name).is_absolute() or Path(name).is_dir()) else name
 
 
 def _leave_out_places(folder: Path) -> None:
-    """Where the models came from is noted in their configs: the names may stay."""
+    """Shorten paths in the configs, which note where the models came from, to the names of folders."""
     for path in folder.rglob("*.json"):
         content = json.loads(path.read_text(encoding="utf-8"))
         place = content.get("_name_or_path") if isinstance(content, dict) else None

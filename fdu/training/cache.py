@@ -1,4 +1,4 @@
-"""A cache of tensors that are expensive and shared by many runs: a folder with files named after their inputs."""
+"""A cache of tensors that are expensive and serve many runs: a folder of files named after a hash of their inputs."""
 
 from __future__ import annotations
 
@@ -25,17 +25,15 @@ from fdu.storage.fingerprint import fingerprint
 from fdu.storage.output import whole_file
 
 LOGGER = logging.getLogger(__name__)
-KINDS = ("prompts", "latents", "frozen")
-"""What the names of entries begin with."""
 
 
 class Cache:
     """A folder of tensors. Without a folder, everything is computed.
 
     Args:
-        folder: where the files lie; it is made when something is first kept.
-        base: what all entries depend on, ready for JSON.
-        accelerator: the processes, of which all find an entry or none does.
+        folder: the files; it is made with the first of them.
+        base: inputs of all entries, ready for JSON.
+        accelerator: the processes; all of them find an entry, or none does.
     """
 
     def __init__(self, folder: str | Path | None, base: dict[str, Any], accelerator: Accelerator) -> None:
@@ -46,10 +44,10 @@ class Cache:
     def get(
         self, kind: str, key: dict[str, Any], make: Callable[[], dict[str, Tensor]], every_process: bool = False
     ) -> dict[str, Tensor]:
-        """The tensors of ``kind`` that depend on ``key`` alone, from the folder or from ``make``; on the CPU if read.
+        """The tensors of ``kind`` that depend on ``key`` alone, from the folder (then on the CPU) or from ``make``.
 
-        A file appears whole or not at all. An unreadable one is replaced; a folder that cannot be written costs
-        the entry only. With ``every_process`` each process has an entry of its own, which ``key`` has to tell.
+        A file appears whole or not at all. An unreadable file is replaced, and an unwritable folder costs only the
+        entry. With ``every_process`` each process has its own entry, and ``key`` must tell them apart.
         """
         if self.folder is None:
             return make()
@@ -66,19 +64,16 @@ class Cache:
             return found
         made = make()
         if every_process or self.accelerator.is_main_process:
-            self._keep(path, made, text)
+            try:
+                with whole_file(path) as fresh:
+                    save_file({name: tensor.cpu().contiguous() for name, tensor in made.items()}, fresh, {"key": text})
+            except (OSError, SafetensorError) as error:
+                LOGGER.warning("cache entry %s could not be written (%s); continuing", path, error)
         return made
-
-    def _keep(self, path: Path, tensors: dict[str, Tensor], text: str) -> None:
-        try:
-            with whole_file(path) as fresh:
-                save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, fresh, {"key": text})
-        except (OSError, SafetensorError) as error:
-            LOGGER.warning("cache entry %s could not be written (%s); continuing", path, error)
 
 
 def model_key(denoiser: Denoiser) -> dict[str, Any]:
-    """What prompts, latents and frozen outputs of a pipeline depend on, beside the settings."""
+    """The inputs of prompts, latents and frozen outputs of a pipeline, beside the settings."""
     pipeline = denoiser.pipeline
     settings = {name: repr(value) for name, value in pipeline.config.items() if not name.startswith("_")}
     return {

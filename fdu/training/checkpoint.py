@@ -30,9 +30,9 @@ class Checkpoints:
     """The checkpoints of one run, in folders ``checkpoint-N`` after N steps.
 
     Args:
-        folder: where they lie.
-        limit: how many are kept.
-        manifest: what the run is, ready for JSON: "config", "base" (fingerprint), "processes", "versions", ...
+        folder: the folder of all checkpoints.
+        limit: checkpoints to keep.
+        manifest: description of the run, ready for JSON: "config", "base" (fingerprint), "processes", "versions", ...
     """
 
     def __init__(self, folder: str | Path, limit: int, manifest: dict[str, Any]) -> None:
@@ -76,20 +76,24 @@ class Checkpoints:
         found = [path for path in self.folder.glob(f"{PREFIX}*") if path.name.removeprefix(PREFIX).isdigit()]
         return sorted(found, key=lambda path: int(path.name.removeprefix(PREFIX)))
 
-    def load(self, wish: str, header_only: bool = False) -> tuple[int, dict[str, Any]] | None:
+    def load(self, choice: str, header_only: bool = False) -> tuple[int, dict[str, Any]] | None:
         """The step and the state of the "latest" checkpoint (None if there is none), or of the folder named.
 
         Args:
-            wish: "latest" or a folder.
+            choice: "latest" or a folder.
             header_only: check the checkpoint without reading its tensors; the state is empty.
 
         Raises:
             FileNotFoundError: there is no checkpoint in the folder named.
             ValueError: it cannot be read, or is one of another run: other settings, base model or number of processes.
         """
-        path = self._find(wish)
-        if path is None:
+        if choice == "latest" and not self.all():
             return None
+        path = self.all()[-1] if choice == "latest" else Path(choice)
+        if not (path / STATE_FILE).is_file():
+            raise FileNotFoundError(
+                f"resume_from_checkpoint {str(path)!r} holds no {STATE_FILE}; give a folder {PREFIX}N, or 'latest'"
+            )
         try:
             with safe_open(path / STATE_FILE, "pt") as file:  # what opens is as long as its header says
                 content = json.loads((file.metadata() or {})[HEADER])
@@ -102,16 +106,6 @@ class Checkpoints:
             ) from error
         self._check_same_run(path, manifest)
         return step, state
-
-    def _find(self, wish: str) -> Path | None:
-        if wish == "latest":
-            return self.all()[-1] if self.all() else None
-        path = Path(wish)
-        if not (path / STATE_FILE).is_file():
-            raise FileNotFoundError(
-                f"resume_from_checkpoint {str(path)!r} holds no {STATE_FILE}; give a folder {PREFIX}N, or 'latest'"
-            )
-        return path
 
     def _check_same_run(self, path: Path, other: dict[str, Any]) -> None:
         mine = json.loads(json.dumps(self.manifest))
@@ -135,7 +129,7 @@ class Checkpoints:
 def _pack(value: Any, tensors: dict[str, Tensor], name: str) -> Any:
     """``value`` for JSON, its tensors put aside. Dicts may have keys of any JSON type."""
     if isinstance(value, Tensor):
-        # A copy of its own: safetensors refuses tensors that share memory.
+        # A copy, because safetensors refuses tensors that share memory.
         tensors[name] = value.detach().to("cpu", copy=True).contiguous()
         return {"tensor": name}
     if isinstance(value, dict):

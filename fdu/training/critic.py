@@ -1,8 +1,8 @@
 """The variational game: a patch critic estimates the density ratio, and the denoiser is trained against it.
 
-It bounds the divergence from below, D_f(p || q) >= E_p[A(v)] - E_q[B(v)] (Nowozin et al. 2016, arXiv 1606.00709): the
-critic v raises the bound, the denoiser, whose outputs are the samples of q, lowers it (Novello et al. 2026, arXiv
-2509.21167, variational losses). The frozen denoiser's outputs are the samples of p.
+The game bounds the divergence from below: D_f(p || q) >= E_p[A(v)] - E_q[B(v)] (Nowozin et al. 2016, arXiv 1606.00709;
+Novello et al. 2026, arXiv 2509.21167). The frozen denoiser's outputs are samples of p, the trained one's samples of q.
+The critic v raises the bound, and the denoiser lowers it.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ class PatchCritic(nn.Module):
     """Strided convolutions with spectral norm: a log density ratio for each of many overlapping patches.
 
     Args:
-        channels: C of what it is shown; the mask is one channel more.
-        width: channels after the first convolution, doubled by each further one.
+        channels: C of the input; the mask is one more.
+        width: channels after the first convolution; each further one doubles them.
     """
 
     def __init__(self, channels: int, width: int = 64) -> None:
@@ -53,16 +53,16 @@ class PatchCritic(nn.Module):
 
 @dataclasses.dataclass(frozen=True)
 class Outputs:
-    """What the game is played on."""
+    """The outputs that the game is played on."""
 
     predicted: Tensor
-    """Of the trained denoiser, [N, C, H, W]."""
+    """Outputs of the trained denoiser, [N, C, H, W]."""
     wanted: Tensor
-    """Of the frozen one, [N, C, H, W]; a constant here."""
+    """Outputs of the frozen one, [N, C, H, W]; constant."""
     weight: Tensor | None = None
-    """Of each sample, >= 0, [N]."""
+    """Weight of each sample, >= 0, [N]."""
     mask: Tensor | None = None
-    """What of a sample counts, >= 0, broadcastable to [N, 1, H, W]."""
+    """Weight of each element of a latent, >= 0, broadcastable to [N, 1, H, W]."""
     sigma_scale: Tensor | None = None
     """Relative standard deviation of each sample, [N], as in GaussianDivergenceLoss."""
 
@@ -75,27 +75,26 @@ class VariationalGame:
         bound = game.critic_step(outputs)
         loss = game.model_loss(outputs)
 
-    At first, for some steps (30 in the paper), the critic should learn alone.
+    In the first steps (30 in the paper) the critic should learn alone.
 
-    What the critic is shown of an output is its squared deviation from the frozen output at the same x_t, element by
-    element, in units of what deviations are at the start. Given x_t, the divergence of two Gaussians is a function of
-    these squares (the paper's proposition on closed forms), and what makes the game settle follows: the gradient of the
-    denoiser vanishes with the deviation, whatever the critic of the moment is. The paper shows it the outputs alone; it
-    then compares the two distributions over all x_t, and the denoiser keeps circling around the frozen outputs at a
-    distance.
+    The critic sees the squared deviation of each element of an output from the frozen output at the same x_t, in units
+    of the deviations at the start. Given x_t, the divergence of two Gaussians is a function of these squares (the
+    paper's proposition on closed forms). So the denoiser's gradient vanishes with the deviation, for any critic, and
+    the game settles. The paper's critic sees the outputs alone and compares the distributions over all x_t; the
+    denoiser then keeps circling around the frozen outputs at a distance.
 
-    The critic computes in float32, under autocast as well. Among the processes of torch.distributed its gradients are
-    averaged, so it is the same in all of them, and every process has to make every ``critic_step``.
+    The critic computes in float32, also under autocast. Processes average its gradients, so that all have the same
+    critic; each must make every ``critic_step``.
 
     Args:
-        divergence: any with a generator f (not "mse").
+        divergence: any with a generator f, so not "mse".
         channels: C of the denoiser's outputs.
-        learning_rate: of the critic's AdamW.
-        seed: of the critic's weights.
-        device: where the outputs are.
+        learning_rate: learning rate of the critic's AdamW.
+        seed: seed of the critic's weights.
+        device: device of the outputs.
 
     Raises:
-        ValueError: the divergence has no critic, or a setting is none of the above.
+        ValueError: the divergence has no critic.
     """
 
     def __init__(
@@ -162,7 +161,7 @@ class VariationalGame:
         self._calls += 1
 
     def state_dict(self) -> dict[str, Any]:
-        """What continues the game exactly."""
+        """The state to continue the game exactly."""
         return {
             "critic": self.critic.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -189,7 +188,7 @@ def _full_mask(mask: Tensor | None, output: Tensor) -> Tensor:
 
 
 def _patch_weight(mask: Tensor, weight: Tensor | None, ratio: Tensor) -> Tensor:
-    """What each patch counts, [N, 1, h, w]: the mean of the mask over its area, times the weight of its sample."""
+    """The weight of each patch, [N, 1, h, w]: the mean of the mask over its area, times the weight of its sample."""
     patches = adaptive_avg_pool2d(mask, (ratio.shape[2], ratio.shape[3]))
     return patches if weight is None else patches * weight.to(patches.dtype).view(-1, 1, 1, 1)
 
@@ -198,8 +197,6 @@ def _average(tensors: list[Tensor]) -> None:
     """Replace tensors by their means over the processes, where there are several."""
     if not (distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1):
         return
-    flat = torch.cat([tensor.flatten() for tensor in tensors])
-    distributed.all_reduce(flat)
-    flat /= distributed.get_world_size()
-    for tensor, mean in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
-        tensor.copy_(mean.view_as(tensor))
+    for tensor in tensors:
+        distributed.all_reduce(tensor)
+        tensor /= distributed.get_world_size()

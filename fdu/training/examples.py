@@ -1,4 +1,4 @@
-"""Training data: conditionings and latents, made once with the frozen model, and batches of them."""
+"""Training data: conditionings and latents, which the frozen model makes once, and batches of them."""
 
 from __future__ import annotations
 
@@ -20,26 +20,29 @@ from fdu.training.timesteps import TimestepSampler
 
 @dataclasses.dataclass(frozen=True)
 class Examples:
-    """All that the loop draws its batches from. The concepts lie one after the other, each with as many latents."""
+    """The source of all batches. The concepts follow one another, each with the same number of latents.
+
+    Prompts are given by their index in ``texts``, in int64 on the CPU.
+    """
 
     texts: tuple[str, ...]
     """Every prompt once."""
     conditioning: Conditioning
-    """The same as the frozen model reads them, [prompts, ...]."""
+    """The prompts as the frozen model reads them, [prompts, ...]."""
     target: Tensor
-    """Where among the prompts the targets' are, [pairs]. This and the following are on the CPU."""
+    """The targets' prompts, [pairs]."""
     anchor: Tensor
-    """Where their anchors' are, [pairs]."""
+    """Their anchors' prompts, [pairs]."""
     preserved: Tensor
-    """Where those to keep are, [K]."""
+    """The prompts to preserve, [K]."""
     concept: Tensor
-    """To which of the concepts each pair belongs, [pairs]."""
+    """The number of the concept of each pair, [pairs]; on the CPU."""
     pair: Tensor
-    """Of which pair each of the concepts' latents was drawn, [latents of concepts]."""
+    """The number of the pair that each latent of a concept shows, [latents of concepts]; on the CPU."""
     latents_per_concept: int
-    """How many of the latents belong to each concept."""
+    """Latents of each concept."""
     latents: Tensor
-    """Clean latents [M, C, H, W] fp32, on the device: those of the concepts, then those of the preserved prompts."""
+    """Clean latents [M, C, H, W] fp32, on the device: of the concepts, then of the preserved prompts."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,28 +55,27 @@ class Batch:
     indices: Tensor
     """Indices [N] of the grid of timesteps."""
     timestep_weight: Tensor | None
-    """[size], what makes up for timesteps that are drawn unevenly; None if they are not."""
+    """Weights [size] that compensate unevenly drawn timesteps; None for uniform ones."""
     noise: Tensor | None
-    """With the objective "noise", what a denoiser that knew it would predict for those that erase, [size, C, H, W]."""
+    """With the objective "noise", the true outputs of the samples that erase, [size, C, H, W]; otherwise None."""
     reads: Tensor
-    """The prompt that the trained model reads for each sample, an index among ``Examples.texts``, [N]; on the CPU."""
+    """The prompt that the trained model reads for each sample, an index of ``Examples.texts``, [N]; on the CPU."""
     anchors: Tensor
-    """The prompt whose frozen output it is to give: its anchor's, or the preserved one itself, [N]; on the CPU."""
+    """The prompt whose frozen output is its target: the anchor's, or the preserved one itself, [N]; on the CPU."""
 
     @classmethod
     def joined(cls, batches: Sequence[Batch]) -> Batch:
-        """One batch of the samples of several of one size: all that erase, then all that preserve."""
-        first = batches[0]
-        if len(batches) == 1:
-            return first
-        values: dict[str, Any] = {"size": first.size * len(batches)}
+        """One batch from several of equal size: all samples that erase, then all that preserve."""
+        size = batches[0].size
+        values: dict[str, Any] = {"size": size * len(batches)}
         for name in ("noisy", "indices", "timestep_weight", "noise", "reads", "anchors"):
-            own = [getattr(batch, name) for batch in batches]
-            values[name] = None if own[0] is None else _kinds_together(own, first.size)
+            own = [getattr(batch, name) for batch in batches if getattr(batch, name) is not None]
+            kinds = [part[:size] for part in own] + [part[size:] for part in own]
+            values[name] = torch.cat(kinds) if kinds else None
         return cls(**values)
 
     def parted(self, outputs: Tensor, count: int) -> list[Tensor]:
-        """Of outputs [N, ...] for this batch, joined of ``count``, what belongs to each of them."""
+        """Split outputs [N, ...] of this batch among the ``count`` batches that it was joined from."""
         kinds = [kind.chunk(count) for kind in outputs.split(self.size)]
         return [torch.cat(parts) for parts in zip(*kinds, strict=True)]
 
@@ -92,10 +94,6 @@ class Batch:
             if isinstance(value, Tensor) and name not in ("reads", "anchors")
         }
         return dataclasses.replace(self, **changed)
-
-
-def _kinds_together(parts: Sequence[Tensor], size: int) -> Tensor:
-    return torch.cat([*(part[:size] for part in parts), *(part[size:] for part in parts)])
 
 
 def prepare_examples(
@@ -144,7 +142,7 @@ def prepare_examples(
 
     def sample() -> dict[str, Tensor]:
         chosen = places(drawn).tolist()
-        with denoiser.without_encoders(), accelerator.autocast():
+        with denoiser.others_on("cpu"), accelerator.autocast():
             return {"latents": _sample(denoiser, encoded, chosen, texts.index(""), config, accelerator)}
 
     latents = cache.get("latents", key, sample)["latents"]
@@ -163,10 +161,8 @@ def prepare_examples(
 
 
 def spread(of: int, count: int) -> list[int]:
-    """``count`` indices below ``of``: evenly over all where these are more, again and again where they are fewer."""
-    if count < of:
-        return [index * of // count for index in range(count)]
-    return [index % of for index in range(count)]
+    """``count`` indices below ``of``: evenly spaced, or in turn if ``count`` is larger."""
+    return [index * of // count if count < of else index % of for index in range(count)]
 
 
 def _sample(
@@ -204,9 +200,9 @@ def draw_batch(
     rank: int = 0,
     processes: int = 1,
 ) -> Batch:
-    """This process's share of a batch that all processes draw alike.
+    """This process's share of a batch.
 
-    So a run depends on the whole batch alone, not on how many processes share it.
+    All processes draw the same whole batch, so that a run does not depend on their number.
     """
     size, total = config.train_batch_size, config.train_batch_size * processes
     share = slice(rank * size, (rank + 1) * size)
@@ -221,7 +217,7 @@ def draw_batch(
     else:
         pairs = choose(len(examples.target))
         chosen = choose(len(examples.pair))
-        # A prompt meets the latents of its own concept.
+        # A prompt is paired with latents of its concept.
         chosen = examples.concept[pairs] * each + chosen % each
     reads, anchors = examples.target[pairs], examples.anchor[pairs]
     if config.preservation_weight:

@@ -1,8 +1,7 @@
 """Frozen layers that keep for the backward pass only what the gradient of their input needs.
 
-PyTorch's convolution keeps its input, which only the gradient of its weight needs, and the gated unit of a transformer
-block the activated gate, which its projection gives again. Outputs and gradients stay bit for bit the same: the same
-operations make them.
+PyTorch's convolution keeps its input, which only the gradient of its weight needs. The gated unit of a transformer
+block keeps the activated gate, which its projection can give again. Outputs and gradients keep all bits.
 """
 
 from __future__ import annotations
@@ -22,9 +21,8 @@ from torch.nn.grad import conv2d_input
 def keeping_less(module: nn.Module) -> Iterator[None]:
     """Within this context the convolutions and gated units of ``module`` keep less for the backward pass.
 
-    A convolution whose weight or bias is trained does as ever, and so does every call that asks for no gradient.
-    Subclasses, which may compute something else, stay as they are. For eager execution: a compiler decides by itself
-    what to keep.
+    Trained convolutions, calls without gradients, and subclasses, which may compute something else, stay as they are.
+    For eager execution; a compiler decides itself.
     """
     changed: list[tuple[nn.Module, str]] = []
     try:

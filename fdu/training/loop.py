@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from fdu.training.checkpoint import Checkpoints
 from fdu.training.frozen_layers import keeping_less
-from fdu.training.interruption import Interruption, noticed
+from fdu.training.process import Interruption, noticed
 from fdu.training.sharding import sharded
 from fdu.training.step import COLUMNS, Stepper
 from fdu.training.tracking import Tracking
@@ -68,7 +68,7 @@ class Training:
         config, denoiser, module = self.config, self.denoiser, self.module
         tracking = Tracking(self.accelerator, config)
         keep = denoiser.text_encoders if self.stepper.trainable.trains_text else ()
-        encoders_away = denoiser.without_encoders(keep)
+        encoders_away = denoiser.others_on("cpu", keep)
         shards = sharded(module, self.parameters) if config.shard else nullcontext()
         lean = nullcontext() if config.compile else keeping_less(module)
         with _checkpointed(module, config.gradient_checkpointing), encoders_away, noticed() as stop, shards, lean:
@@ -116,7 +116,7 @@ class Training:
         if dtype.itemsize == 2:  # what is trained is still in float32
             attributes["forward"] = torch.autocast(self.denoiser.device.type, dtype)(self.module.forward)
         try:
-            with self.denoiser.with_encoders():
+            with self.denoiser.others_on(self.denoiser.device):
                 yield
         finally:
             attributes.pop("forward", None)
@@ -138,7 +138,7 @@ class Training:
             **({} if self.accelerator.is_local_main_process else {"disable": True}),  # else TQDM_DISABLE decides
         )
         for step in progress:
-            self.course.append(self._step())
+            self.course.append(self.stepper.step(self.step))
             self.step = step + 1
             last, stopping = self.step == config.max_train_steps, self._stops(stop)
             saving = last or stopping or self.step % config.checkpointing_steps == 0
@@ -154,9 +154,6 @@ class Training:
                     self.watch(self.step)
             if stopping and not last:
                 raise KeyboardInterrupt
-
-    def _step(self) -> Tensor:
-        return self.stepper.step(self.step)
 
     def _look(self, tracking: Tracking) -> float:
         """Wait for the losses since the last look, average them over the processes and log them.
@@ -209,7 +206,7 @@ class Training:
 
     @property
     def _stateful(self) -> dict[str, Any]:
-        """What has a state of its own."""
+        """The objects with a state."""
         found = {
             "optimizer": self.stepper.optimizer,
             "schedule": self.stepper.schedule,
@@ -231,8 +228,8 @@ class Training:
 
     def _resume(self) -> None:
         """Go on from a checkpoint, if the settings ask for one and there is one."""
-        wish = self.config.resume_from_checkpoint
-        found = self.checkpoints.load(wish) if self.checkpoints is not None and wish is not None else None
+        choice = self.config.resume_from_checkpoint
+        found = self.checkpoints.load(choice) if self.checkpoints is not None and choice is not None else None
         steps = gather_object([found[0] if found else None]) if self.accelerator.num_processes > 1 else []
         if len(set(steps)) > 1:
             raise RuntimeError(

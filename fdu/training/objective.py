@@ -12,9 +12,9 @@ from torch import Tensor, nn
 import fdu_kernels
 from fdu.config import EraseConfig
 from fdu.models.denoiser import Denoiser
-from fdu.training import weighting
 from fdu.training.critic import Outputs, VariationalGame
 from fdu.training.examples import Batch, Examples, to_device
+from fdu.training.timesteps import weights
 
 
 class Objective(nn.Module):
@@ -23,7 +23,7 @@ class Objective(nn.Module):
     Args:
         denoiser: whose outputs are compared.
         config: the settings.
-        mask: what of a latent counts, [1, H, W], values >= 0; None for all.
+        mask: weight of each pixel of a latent, [1, H, W], >= 0; None for 1.
     """
 
     def __init__(self, denoiser: Denoiser, config: EraseConfig, mask: Tensor | None = None) -> None:
@@ -46,7 +46,7 @@ class Objective(nn.Module):
         self.weighting = None
         if config.weighting != "unit":
             tables = (denoiser.signal, denoiser.noise, denoiser.prediction_type, config.snr_gamma)
-            self.weighting = weighting.weights(config.weighting, *tables).to(denoiser.device)
+            self.weighting = weights(config.weighting, *tables).to(denoiser.device)
         self.game: VariationalGame | None = None
         if config.variational:
             self.game = VariationalGame(
@@ -63,7 +63,7 @@ class Objective(nn.Module):
 
     @torch.no_grad()
     def wanted(self, denoiser: Denoiser, examples: Examples, batch: Batch) -> Tensor:
-        """What the trained denoiser is to predict for each sample, [N, C, H, W]; call it while it is frozen."""
+        """The training target of each sample, [N, C, H, W]; call it while the denoiser is frozen."""
         size = batch.size
 
         def predict(noisy: Tensor, indices: Tensor, prompts: Tensor) -> Tensor:

@@ -1,9 +1,12 @@
-"""Process state that a run borrows and restores: its own Accelerator, and torch's random state."""
+"""Process state that a run borrows and restores: an Accelerator, torch's random state, the handlers of signals."""
 
 from __future__ import annotations
 
+import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import FrameType
 
 import torch
 from accelerate import Accelerator
@@ -12,6 +15,8 @@ from accelerate.utils import GradientAccumulationPlugin, patch_environment
 
 from fdu.config import EraseConfig
 from fdu.training.sharding import LAUNCHER_FLAG
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 @contextmanager
@@ -49,3 +54,34 @@ def own_accelerator(config: EraseConfig, device: torch.device) -> Iterator[Accel
         for state, content in zip(states, kept, strict=True):
             state._shared_state.clear()
             state._shared_state.update(content)
+
+
+class Interruption:
+    """Whether Ctrl-C or a scheduler's SIGTERM asked to stop. A flag, because a lock could deadlock a handler."""
+
+    noted = False
+
+
+@contextmanager
+def noticed() -> Iterator[Interruption]:
+    """Within this context the first signal is only noted, and obeyed after the step; the second interrupts at once.
+
+    Only the main thread sees signals.
+    """
+    asked = Interruption()
+
+    def note(number: int, frame: FrameType | None) -> None:
+        if asked.noted:
+            raise KeyboardInterrupt
+        asked.noted = True
+
+    if threading.current_thread() is not threading.main_thread():
+        yield asked
+        return
+    former = {number: signal.signal(number, note) for number in SIGNALS}
+    try:
+        yield asked
+    finally:
+        for number, handler in former.items():
+            if handler is not None:  # one that was not set by Python cannot be set again
+                signal.signal(number, handler)

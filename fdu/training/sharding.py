@@ -1,13 +1,11 @@
 """A sharded denoiser: each process holds a share of the frozen weights, and gathers a block only while it computes.
 
-FSDP 2 (torch.distributed.fsdp.fully_shard). Trained weights stay whole in every process, with gradients and
-moments: an adapter is small, and optimizer, clipping, gradient surgery and checkpoints work as without shards. The
-training averages the gradients over the processes.
+Uses FSDP 2 (torch.distributed.fsdp.fully_shard). Trained weights, their gradients and moments stay whole in every
+process: an adapter is small, and optimizer, clipping, gradient surgery and checkpoints work as without shards. The
+training averages the gradients.
 
-Autocast keeps a copy in half precision of every float32 weight until the backward pass, which undoes the saving: load
-the pipeline in half precision, or set gradient_checkpointing.
-
-Tested only on CPUs with gloo; on GPUs the same code would use NCCL, which is untested.
+Autocast keeps a half-precision copy of every float32 weight until the backward pass, which undoes the saving: load the
+pipeline in half precision, or set gradient_checkpointing. Tested on CPUs with gloo only; NCCL is untested.
 """
 
 from __future__ import annotations
@@ -26,7 +24,7 @@ from torch import distributed, nn
 from fdu.config import TRAIN_METHODS, EraseConfig
 
 LAUNCHER_FLAG = "ACCELERATE_USE_FSDP"
-"""What accelerate's launcher sets in the environment when it is told to use FSDP."""
+"""Set in the environment by accelerate's launcher with --use_fsdp."""
 PATIENCE = timedelta(seconds=60)
 """How long a process waits for the others to give their shards back; one that failed alone waits for nobody longer."""
 
@@ -37,7 +35,7 @@ def with_launcher(config: EraseConfig) -> EraseConfig:
 
 
 def check_shards(module: nn.Module, config: EraseConfig, processes: int) -> None:
-    """Refuse shards that cannot be.
+    """Refuse settings that shards do not work with.
 
     Raises:
         ValueError: there is one process; nothing stays frozen; the denoiser is to be compiled; or its weights cannot be
@@ -73,21 +71,18 @@ def check_shards(module: nn.Module, config: EraseConfig, processes: int) -> None
 
 @contextmanager
 def sharded(module: nn.Module, trained: Collection[nn.Parameter]) -> Iterator[None]:
-    """Within this context the module is in shards, and all processes have to make each of its forward passes together.
+    """Within this context the module is in shards, and all processes must make each of its forward passes together.
 
-    Between the passes a process holds its share of the frozen weights, and the few that belong to no block. Entering
-    and leaving needs them whole, as drawing does. Afterwards the module is what it was: the same parameter objects with
-    the same values, bit for bit, the same classes and hooks; also after an error.
-
-    Blocks are what diffusers says must not be split over devices (``_no_split_modules``), as accelerate does by
-    default. Every process must come with the same weights.
+    Between the passes a process holds its share of the frozen weights. Afterwards, also after an error, the module is
+    as before: the same parameter objects with the same bits, the same classes and hooks. Blocks are those that
+    diffusers does not split over devices (``_no_split_modules``). Every process must come with the same weights.
 
     Args:
         module: a denoiser of diffusers.
-        trained: which of its parameters are trained; they stay whole.
+        trained: its trained parameters, which stay whole.
 
     Raises:
-        RuntimeError: at the end, not every process came to give its shards back; the module is of no more use.
+        RuntimeError: at the end some process did not give its shards back; the module is unusable.
     """
     # A group apart: an error may leave the other groups in the middle of something.
     group: Any = distributed.new_group(backend="gloo", timeout=PATIENCE)
@@ -115,7 +110,7 @@ def sharded(module: nn.Module, trained: Collection[nn.Parameter]) -> Iterator[No
 
 
 class _Form(NamedTuple):
-    """What FSDP changes of a module."""
+    """The attributes of a module that FSDP changes."""
 
     module: nn.Module
     type: type[nn.Module]

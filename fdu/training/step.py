@@ -6,13 +6,16 @@ Each batch erases with one half of its samples and preserves with the other.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor
+from diffusers.optimization import get_scheduler
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 from tqdm import tqdm
 
 import fdu_kernels
@@ -20,9 +23,8 @@ from fdu.config import EraseConfig
 from fdu.models.denoiser import Denoiser
 from fdu.training.cache import Cache, tensor_key
 from fdu.training.examples import Batch, Examples, draw_batch, to_device
-from fdu.training.methods import Trainable
+from fdu.training.methods.trainable import Trainable
 from fdu.training.objective import Objective
-from fdu.training.optimizer import make_optimizer
 from fdu.training.surgery import GradientSurgery
 from fdu.training.timesteps import TimestepSampler
 
@@ -39,9 +41,9 @@ class Stepper:
     denoiser: Denoiser
     """The model."""
     trainable: Trainable
-    """What of it is trained."""
+    """Its trained part."""
     examples: Examples
-    """What to train on."""
+    """The training data."""
     objective: Objective
     """The losses."""
     config: EraseConfig
@@ -93,7 +95,7 @@ class Stepper:
         config, size = self.config, batch.size
         kept = wanted.new_zeros((), dtype=torch.float32)
         if self.surgery:
-            # Each loss has passes of its own, so that its gradient is.
+            # Separate passes for separate gradients.
             with self.surgery.preserving():
                 kept = self.objective.kept(self._predict(batch, slice(size, None)), wanted[size:])
                 self._backpropagate(kept)
@@ -119,7 +121,7 @@ class Stepper:
             return torch.stack([term.float() for term in (loss, erased, kept, distances.median(), critic)])
 
     def _predict(self, batch: Batch, part: slice) -> Tensor:
-        """What the trained denoiser predicts for a part of the batch."""
+        """The trained denoiser's outputs for a part of the batch."""
         reads = batch.reads[part]
         if self.trainable.trains_text:
             prompts, place = reads.unique(return_inverse=True)
@@ -178,7 +180,7 @@ class Stepper:
 
     @torch.no_grad()
     def _wanted(self, batches: list[Batch]) -> Iterator[Tensor]:
-        """What the trained denoiser is to predict for each batch; as many samples a pass as in guided sampling."""
+        """The training targets of each batch, with as many samples per pass as in guided sampling."""
         together = max(2 * self.config.sample_batch_size // len(batches[0].noisy), 1)
         with self.trainable.frozen():
             for start in range(0, len(batches), together):
@@ -197,3 +199,45 @@ class Stepper:
             accelerator.process_index,
             accelerator.num_processes,
         )
+
+
+def check_optimizer(config: EraseConfig, device: torch.device) -> None:
+    """Refuse an optimizer that cannot run.
+
+    Raises:
+        ImportError: it is not installed.
+        ValueError: it does not run on the device.
+    """
+    if config.optimizer != "adamw_8bit":
+        return
+    try:
+        import bitsandbytes  # noqa: F401
+    except ImportError as error:
+        raise ImportError(
+            f"optimizer 'adamw_8bit' needs bitsandbytes ({error}); pip install bitsandbytes, or choose 'adamw'"
+        ) from error
+    if device.type == "cpu":
+        raise ValueError("optimizer 'adamw_8bit' needs a GPU, and the pipeline is on the CPU; choose 'adamw'")
+
+
+def make_optimizer(parameters: Sequence[nn.Parameter], config: EraseConfig) -> tuple[Optimizer, LRScheduler]:
+    """AdamW over the trained parameters, and the schedule of its learning rate."""
+    settings: dict[str, Any] = {
+        "lr": config.learning_rate,
+        "betas": (config.adam_beta1, config.adam_beta2),
+        "weight_decay": config.adam_weight_decay,
+        "eps": config.adam_epsilon,
+    }
+    if config.optimizer == "adamw_8bit":
+        import bitsandbytes
+
+        optimizer = bitsandbytes.optim.AdamW8bit(parameters, **settings)
+    else:
+        optimizer = torch.optim.AdamW(parameters, fused=all(each.is_cuda for each in parameters) or None, **settings)
+    schedule = get_scheduler(
+        config.lr_scheduler,
+        optimizer,
+        num_warmup_steps=config.lr_warmup_steps,
+        num_training_steps=config.max_train_steps,
+    )
+    return optimizer, schedule

@@ -12,19 +12,18 @@ import torch
 from torch import Tensor, nn
 
 ROUNDING = 1e-4
-"""Below this share of the erasing gradient, a preserving one is but rounding, as in the first step: frozen and trained
-outputs are equal then, up to the order of sums in passes of different sizes."""
+"""A preserving gradient below this share of the erasing one is rounding, as in the first step, in which frozen and
+trained outputs differ only by the order of sums."""
 
 
 class GradientSurgery:
-    """Keeps the gradients of erasing and of preserving apart, and joins them when both are complete.
+    """Keeps the gradients of erasing and of preserving apart, and combines them when both are complete.
 
-    Each loss has its own forward and backward pass, over any number of batches; DDP averages each of them over the
-    ranks. Loss scaling may stay on: with both losses scaled alike the result is scaled alike, and what is not finite in
-    either gradient stays so for the GradScaler to find.
+    Each loss has its own forward and backward pass, over any number of batches; DDP averages both over the processes.
+    Loss scaling may stay on: the result scales with the losses, and infinities stay for the GradScaler to find.
 
     Args:
-        parameters: what is trained, whole in every process; the result is left in their ``.grad``.
+        parameters: the trained parameters, whole in every process; the result is in their ``.grad``.
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
@@ -41,16 +40,11 @@ class GradientSurgery:
             self._exchange()
 
     @torch.no_grad()
-    def combine(self, weight: float) -> Tensor:
+    def combine(self, weight: float) -> None:
         """Set every ``.grad`` to g_e - min(<g_e, g_p>, 0) / |g_p|^2 g_p + weight g_p, and forget g_p.
 
-        Without the projection where g_p is next to nothing (``ROUNDING``).
-
-        g_e is the gradient in ``.grad``, g_p that of preservation, <.,.> the dot product over all parameters together.
-        The host never waits.
-
-        Returns:
-            The cosine of g_e and g_p, float32 []; 0 where one of them vanishes. Below 0 they were in conflict.
+        g_e is the gradient in ``.grad``, g_p that of preservation, <.,.> the dot product over all parameters. A g_p
+        below ``ROUNDING`` is not projected. The host never waits.
         """
         erasing, preserving = [], []
         for parameter, gradient in zip(self.parameters, self._preserving, strict=True):
@@ -61,15 +55,13 @@ class GradientSurgery:
                 preserving.append(gradient)
         self._preserving = [None] * len(self.parameters)
         if not preserving:
-            return torch.zeros(())
+            return
         dot, erasing_square, preserving_square = _dot_products(erasing, preserving)
         # NaN compares false: it stays where it is in the gradients.
         tells = preserving_square > ROUNDING**2 * erasing_square
         conflict = torch.where((dot < 0) & tells, dot / preserving_square, 0.0)
         torch._foreach_mul_(preserving, weight - conflict)
         torch._foreach_add_(erasing, preserving)
-        lengths = torch.sqrt(erasing_square) * torch.sqrt(preserving_square)
-        return torch.where(lengths > 0, dot / lengths, 0.0)
 
     def _exchange(self) -> None:
         for index, parameter in enumerate(self.parameters):

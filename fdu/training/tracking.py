@@ -13,8 +13,7 @@ from diffusers.utils import make_image_grid
 from torch import Tensor
 
 from fdu.config import PLACES, EraseConfig
-from fdu.models.calls import silent
-from fdu.models.denoiser import Denoiser
+from fdu.models.denoiser import Denoiser, silent
 
 LOGGER = logging.getLogger(__name__)
 PROJECT = "fdu"
@@ -53,10 +52,7 @@ class Tracking:
             self.accelerator.log(figures, step=step)
 
     def validate(self, step: int, denoiser: Denoiser) -> None:
-        """Draw the validation prompts and keep them in logging_dir, and in the tracker.
-
-        What goes wrong with that costs the pictures, not the run.
-        """
+        """Draw the validation prompts for logging_dir and the tracker; an error costs the pictures, not the run."""
         if not (self.accelerator.is_main_process or self.config.shard):
             return
         try:

@@ -1,4 +1,4 @@
-"""The embedded pipeline, loaded afresh for every test that changes it, and settings small enough for a test."""
+"""The embedded pipeline, loaded for every test that changes it, and erasures small enough for a test."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from typing import Any
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
+from torch import Tensor
 
+import fdu
 from fdu.subjects.digits import pipeline as digits
 
 
@@ -18,10 +20,18 @@ def pipeline() -> StableDiffusionPipeline:
     return loaded
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def quick() -> dict[str, Any]:
-    """Settings of an erasure that takes about a second."""
-    return {"max_train_steps": 4, "train_batch_size": 4, "num_latents": 8, "num_inference_steps": 2, "rank": 4}
+    """Settings of an erasure that takes half a second."""
+    return {"max_train_steps": 3, "train_batch_size": 2, "num_latents": 4, "num_inference_steps": 1, "rank": 4}
+
+
+@pytest.fixture(scope="session")
+def plain(quick: dict[str, Any]) -> dict[str, Tensor]:
+    """The weights that an erasure of "three" towards "eight" trains with these settings and no others."""
+    torch.set_num_threads(1)
+    result = fdu.erase(digits.load_pipeline(), *digits.concepts("three", "eight"), **quick)
+    return {name: parameter.detach().clone() for name, parameter in result.trainable.named_parameters().items()}
 
 
 @pytest.fixture(autouse=True)

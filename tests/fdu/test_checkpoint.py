@@ -18,8 +18,8 @@ from torch import Tensor
 import fdu
 from fdu.subjects.digits import pipeline as digits
 from fdu.training import checkpoint as checkpoint_file
-from fdu.training import loop
 from fdu.training.checkpoint import Checkpoints
+from fdu.training.step import Stepper
 
 RUN = """
 import sys
@@ -96,15 +96,16 @@ def run(quick: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
     return {**quick, "checkpoint_dir": str(tmp_path / "kept"), "checkpointing_steps": 2, "max_train_steps": 6}
 
 
-def test_old_checkpoints_make_room(pipeline: StableDiffusionPipeline, run: dict[str, Any], tmp_path: Path) -> None:
-    fdu.erase(pipeline, "three", "eight", **run, checkpoints_total_limit=2)
+def test_a_run_keeps_its_newest_checkpoints_and_clears_away_unfinished_ones(
+    pipeline: StableDiffusionPipeline, run: dict[str, Any], tmp_path: Path
+) -> None:
+    (tmp_path / "kept" / ".checkpoint-2-abc").mkdir(parents=True)
+    result = fdu.erase(pipeline, "three", "eight", **run, resume_from_checkpoint="latest")
+    assert len(result.history["loss"]) == 6, "without a checkpoint the run starts from scratch"
     names = sorted(path.name for path in (tmp_path / "kept").glob("*checkpoint*"))
     assert names == ["checkpoint-4", "checkpoint-6"]
-
-
-def test_latest_begins_where_there_is_none(pipeline: StableDiffusionPipeline, run: dict[str, Any]) -> None:
-    result = fdu.erase(pipeline, "three", "eight", **run, resume_from_checkpoint="latest")
-    assert len(result.history["loss"]) == 6
+    files = [path for path in (tmp_path / "kept").rglob("*") if path.is_file()]
+    assert {path.suffix for path in files} == {".safetensors"}, "no pickles"
 
 
 def test_another_runs_checkpoints_are_refused_before_any_work(run: dict[str, Any], tmp_path: Path) -> None:
@@ -161,37 +162,22 @@ def test_a_full_disk_costs_the_checkpoint_and_not_the_run(
 def test_a_loss_that_is_not_finite_keeps_the_last_good_state(
     pipeline: StableDiffusionPipeline, run: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = loop.Training._step
+    real = Stepper.step
 
-    def broken(self: loop.Training) -> Tensor:
-        if self.step == 4:
+    def broken(self: Stepper, number: int) -> Tensor:
+        if number == 4:
             self.parameters[0].data.fill_(float("nan"))
-        return real(self)
+        return real(self, number)
 
-    monkeypatch.setattr(loop.Training, "_step", broken)
+    monkeypatch.setattr(Stepper, "step", broken)
     before = {name: tensor.clone() for name, tensor in pipeline.unet.state_dict().items()}
     with pytest.raises(RuntimeError, match="nan at step 4.*checkpoint-4'"):
         fdu.erase(pipeline, "three", "eight", **run)
     assert all(torch.equal(tensor, before[name]) for name, tensor in pipeline.unet.state_dict().items())
     assert [path.name for path in Checkpoints(tmp_path / "kept", 2, {}).all()][-1] == "checkpoint-4"
-    monkeypatch.setattr(loop.Training, "_step", real)
+    monkeypatch.setattr(Stepper, "step", real)
     resumed = fdu.erase(pipeline, "three", "eight", **run, resume_from_checkpoint="latest")
     assert all(value == value for value in resumed.history["loss"])
-
-
-def test_what_a_killed_process_left_unfinished_is_cleared_away(
-    pipeline: StableDiffusionPipeline, run: dict[str, Any], tmp_path: Path
-) -> None:
-    (tmp_path / "kept" / ".checkpoint-2-abc").mkdir(parents=True)
-    fdu.erase(pipeline, "three", "eight", **run)
-    assert not (tmp_path / "kept" / ".checkpoint-2-abc").exists()
-
-
-def test_nothing_in_a_checkpoint_is_a_pickle(
-    pipeline: StableDiffusionPipeline, run: dict[str, Any], tmp_path: Path
-) -> None:
-    fdu.erase(pipeline, "three", "eight", **run)
-    assert {path.suffix for path in (tmp_path / "kept").rglob("*") if path.is_file()} == {".safetensors"}
 
 
 def test_keys_and_kinds_survive(tmp_path: Path) -> None:

@@ -11,7 +11,6 @@ import pytest
 import torch
 from accelerate import Accelerator
 from diffusers import DiffusionPipeline, StableDiffusionPipeline
-from peft import LoraConfig
 from torch import Tensor
 
 import fdu
@@ -37,38 +36,34 @@ def weights(pipeline: DiffusionPipeline) -> dict[str, Tensor]:
 def test_the_target_changes_and_the_original_comes_back_bit_for_bit(
     pipeline: StableDiffusionPipeline, quick: dict[str, Any], method: str
 ) -> None:
-    before = picture(pipeline)
+    pipeline.unet.requires_grad_(False)
+    pipeline.unet.conv_in.bias.requires_grad_(True)
+    before, weights_before = picture(pipeline), weights(pipeline)
     result = fdu.erase(pipeline, "three", "eight", train_method=method, **quick)
     after = picture(pipeline)
     assert not torch.equal(before, after)
     with result.original():
         assert torch.equal(picture(pipeline), before)
     assert torch.equal(picture(pipeline), after)
+    training = [name for name, parameter in pipeline.unet.named_parameters() if parameter.requires_grad]
+    assert training == ["conv_in.bias"], "the flags of the user"
 
-
-@pytest.mark.parametrize("method", TRAIN_METHODS)
-def test_only_the_projections_that_read_the_prompt_are_trained(
-    pipeline: StableDiffusionPipeline, quick: dict[str, Any], method: str
-) -> None:
-    before = weights(pipeline)
-    fdu.erase(pipeline, "three", "eight", train_method=method, **quick)
-    after = {name.replace(".base_layer", ""): tensor for name, tensor in weights(pipeline).items()}
-    changed = {name for name, tensor in before.items() if not torch.equal(tensor, after[name])}
-    projections = {name for name in before if name.endswith(("attn2.to_k.weight", "attn2.to_v.weight"))}
-    assert projections
-    assert changed == (projections if method == "cross_attention" else set())
-    adapters = {name for name in after if name not in before}
+    weights_after = {name.replace(".base_layer", ""): tensor for name, tensor in weights(pipeline).items()}
+    changed = {name for name, tensor in weights_before.items() if not torch.equal(tensor, weights_after[name])}
+    projections = {name for name in weights_before if name.endswith(("attn2.to_k.weight", "attn2.to_v.weight"))}
+    assert projections and changed == (projections if method == "cross_attention" else set())
+    adapters = {name for name in weights_after if name not in weights_before}
     assert all(".attn2.to_k.lora_" in name or ".attn2.to_v.lora_" in name for name in adapters)
     assert bool(adapters) == (method == "lora")
 
 
-@pytest.mark.parametrize("method", TRAIN_METHODS)
-def test_a_seed_makes_a_run_repeatable_bit_for_bit(quick: dict[str, Any], method: str) -> None:
+def test_a_seed_makes_a_run_repeatable_and_leaves_the_global_random_state(quick: dict[str, Any]) -> None:
     runs = []
     for global_seed, seed in ((1, 0), (2, 0), (1, 7)):
         torch.manual_seed(global_seed)
-        pipeline = digits.load_pipeline()
-        result = fdu.erase(pipeline, "three", "eight", train_method=method, **{**quick, "seed": seed})
+        state, pipeline = torch.get_rng_state(), digits.load_pipeline()
+        result = fdu.erase(pipeline, "three", "eight", **{**quick, "seed": seed})
+        assert torch.equal(torch.get_rng_state(), state)
         runs.append((weights(pipeline), result.history, result.sigma))
     first, again, other = runs
     assert all(torch.equal(tensor, again[0][name]) for name, tensor in first[0].items())
@@ -76,17 +71,10 @@ def test_a_seed_makes_a_run_repeatable_bit_for_bit(quick: dict[str, Any], method
     assert any(not torch.equal(tensor, other[0][name]) for name, tensor in first[0].items())
 
 
-def test_the_global_random_state_is_the_users(pipeline: StableDiffusionPipeline, quick: dict[str, Any]) -> None:
-    torch.manual_seed(5)
-    state = torch.get_rng_state()
-    fdu.erase(pipeline, "three", "eight", **quick)
-    assert torch.equal(torch.get_rng_state(), state)
-
-
 def test_training_brings_the_target_to_the_anchor(pipeline: StableDiffusionPipeline, quick: dict[str, Any]) -> None:
-    settings = {**quick, "max_train_steps": 60, "train_batch_size": 8, "learning_rate": 1e-3}
+    settings = {**quick, "max_train_steps": 24, "train_batch_size": 4, "learning_rate": 5e-3}
     history = fdu.erase(pipeline, *digits.concepts("three", "eight"), **settings).history
-    start, end = sum(history["distance"][:10]), sum(history["distance"][-10:])
+    start, end = sum(history["distance"][:5]), sum(history["distance"][-5:])
     assert end < 0.6 * start
 
 
@@ -97,9 +85,8 @@ def test_no_step_changes_nothing(pipeline: StableDiffusionPipeline, quick: dict[
     assert result.history["loss"] == []
 
 
-@pytest.mark.parametrize("method", TRAIN_METHODS)
 def test_the_frozen_anchor_is_no_second_model(
-    pipeline: StableDiffusionPipeline, quick: dict[str, Any], method: str, monkeypatch: pytest.MonkeyPatch
+    pipeline: StableDiffusionPipeline, quick: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     counts, real = [], step.draw_batch
 
@@ -114,8 +101,9 @@ def test_the_frozen_anchor_is_no_second_model(
     gc.collect()
     before = denoisers()  # another test may have left one
     monkeypatch.setattr(step, "draw_batch", counting)
-    fdu.erase(pipeline, "three", "eight", train_method=method, **quick)
-    assert counts == [before] * quick["max_train_steps"]
+    settings = {**quick, "max_train_steps": 1, "train_method": "cross_attention"}
+    fdu.erase(pipeline, "three", "eight", **settings)
+    assert counts == [before]
 
 
 def test_prompts_are_encoded_once_and_latents_drawn_once(
@@ -127,13 +115,13 @@ def test_prompts_are_encoded_once_and_latents_drawn_once(
     for name in ("decode", "encode"):
         monkeypatch.setattr(pipeline.vae, name, lambda *_, **__: pytest.fail("latents need no pixels"))
     counts = []
-    for steps in (1, 5):
+    for steps in (1, 3):
         calls.update(text=0, unet=0)
         fdu.erase(pipeline, "three", "eight", **{**quick, "max_train_steps": steps, "train_method": "cross_attention"})
         counts.append(dict(calls))
     assert counts[0]["text"] == counts[1]["text"]
     # A step is one frozen and one trained forward pass, and nothing else.
-    assert counts[1]["unet"] - counts[0]["unet"] == 2 * 4
+    assert counts[1]["unet"] - counts[0]["unet"] == 2 * 2
 
 
 @pytest.mark.slow
@@ -156,31 +144,26 @@ def test_preservation_holds_what_it_names(quick: dict[str, Any]) -> None:
 
 def test_sigma_auto_starts_the_median_at_s0(pipeline: StableDiffusionPipeline, quick: dict[str, Any]) -> None:
     # With a vanishing learning rate the distance does not move, so its median over the run must be s0 sigma^2.
-    settings = {**quick, "learning_rate": 1e-12, "max_train_steps": 8, "train_batch_size": 16}
-    result = fdu.erase(pipeline, "three", "eight", sigma="auto", s0=4.0, **settings)
+    settings = {**quick, "max_train_steps": 8, "train_batch_size": 8, "num_latents": 8, "num_inference_steps": 2}
+    result = fdu.erase(pipeline, "three", "eight", s0=4.0, **{**settings, "learning_rate": 1e-12})
     medians = torch.tensor(result.history["distance"])
     assert medians.median().item() / result.sigma**2 == pytest.approx(4.0, rel=0.35)
 
 
-def test_a_given_sigma_is_kept(pipeline: StableDiffusionPipeline, quick: dict[str, Any]) -> None:
-    assert fdu.erase(pipeline, "three", "eight", sigma=0.25, **quick).sigma == 0.25
-
-
-@pytest.mark.parametrize(
-    "divergence", ["mse", "squared_hellinger", "pearson_chi2", "jensen_shannon", "total_variation"]
-)
-def test_every_kind_of_divergence_trains(
+@pytest.mark.parametrize("divergence", ["pearson_chi2", "total_variation"])
+def test_every_kind_of_divergence_trains_with_a_given_sigma(
     pipeline: StableDiffusionPipeline, quick: dict[str, Any], divergence: str
 ) -> None:
-    history = fdu.erase(pipeline, "three", "eight", divergence=divergence, **quick).history
-    assert all(value > 0 and value < float("inf") for value in history["divergence"])
+    result = fdu.erase(pipeline, "three", "eight", divergence=divergence, sigma=0.25, **quick)
+    assert all(0 < value < float("inf") for value in result.history["divergence"])
+    assert result.sigma == 0.25
 
 
 def test_divergences_are_standardised(quick: dict[str, Any]) -> None:
     # At a small s0 all are mse: with h'(0) = 1 their training terms agree, without it they differ eightfold.
-    starts = []
+    starts, settings = [], {**quick, "max_train_steps": 1, "s0": 1e-4}
     for divergence in ("mse", "kl", "squared_hellinger", "jensen_shannon"):
-        result = fdu.erase(digits.load_pipeline(), "three", "eight", divergence=divergence, s0=1e-4, **quick)
+        result = fdu.erase(digits.load_pipeline(), "three", "eight", divergence=divergence, **settings)
         starts.append(result.history["divergence"][0])
     assert max(starts) / min(starts) < 1.01
 
@@ -195,28 +178,18 @@ def test_gradient_accumulation_is_one_larger_batch(quick: dict[str, Any], monkey
 
 def test_precisions_may_differ_within_one_process(quick: dict[str, Any]) -> None:
     own = Accelerator(cpu=True, gradient_accumulation_steps=4)
+    settings = {**quick, "max_train_steps": 1}
     for precision in ("no", "bf16", "no"):
-        result = fdu.erase(digits.load_pipeline(), "three", "eight", mixed_precision=precision, **quick)
-        assert len(result.history["loss"]) == quick["max_train_steps"]
+        result = fdu.erase(digits.load_pipeline(), "three", "eight", mixed_precision=precision, **settings)
+        assert len(result.history["loss"]) == 1
     assert own.mixed_precision == "no" and own.device.type == "cpu" and own.gradient_accumulation_steps == 4
-
-
-@pytest.mark.parametrize("method", TRAIN_METHODS)
-def test_half_precision_pipelines_need_autocast(quick: dict[str, Any], method: str) -> None:
-    pipeline = digits.load_pipeline(torch.bfloat16)
-    with pytest.raises(ValueError, match=r"pipeline.*torch\.bfloat16.*mixed_precision.*'no'"):
-        fdu.erase(pipeline, "three", "eight", **quick)
-    before = picture(pipeline)
-    fdu.erase(pipeline, "three", "eight", mixed_precision="bf16", train_method=method, **quick)
-    assert pipeline.unet.dtype == torch.bfloat16
-    assert torch.isfinite(picture(pipeline)).all() and not torch.equal(picture(pipeline), before)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", TRAIN_METHODS)
 def test_autocast_trains_the_weights_that_change(quick: dict[str, Any], method: str) -> None:
     """A cache of cast weights must not serve the frozen weights to the trained pass."""
-    settings = {**quick, "max_train_steps": 40, "learning_rate": 1e-2, "train_method": method}
+    settings = {**quick, "train_batch_size": 4, "max_train_steps": 40, "learning_rate": 1e-2, "train_method": method}
     distances = [
         fdu.erase(digits.load_pipeline(), "three", "eight", mixed_precision=precision, **settings).history["distance"]
         for precision in ("no", "bf16")
@@ -225,11 +198,6 @@ def test_autocast_trains_the_weights_that_change(quick: dict[str, Any], method: 
     # Weights that do not train leave the distance where it began; the rounding of bfloat16 leaves far less.
     assert exact[-10:].mean() < 0.5 * exact[:5].mean()
     torch.testing.assert_close(cast[-10:].mean(), exact[-10:].mean(), rtol=0.3, atol=0.1 * exact[:5].mean().item())
-
-
-def test_half_floats_need_a_gpu(quick: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match="mixed_precision 'fp16' needs.*GPU"):
-        fdu.erase(digits.load_pipeline(), "three", "eight", mixed_precision="fp16", **quick)
 
 
 @pytest.fixture
@@ -242,6 +210,14 @@ def test_editors_see_the_arguments_of_erase_and_every_setting() -> None:
     shown, real = (inspect.signature(one).parameters for one in (erasure.ErasureFunction.__call__, fdu.erase))
     assert set(shown) - {"self", "args"} == set(real)
     assert erasure.ErasureFunction.__parameters__[0].__name__ == "Settings"
+
+
+@pytest.mark.usefixtures("no_work")
+def test_precisions_that_do_not_fit_are_refused(quick: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="mixed_precision 'fp16' needs.*GPU"):
+        fdu.erase(digits.load_pipeline(), "three", "eight", mixed_precision="fp16", **quick)
+    with pytest.raises(ValueError, match=r"pipeline.*torch\.bfloat16.*mixed_precision.*'no'"):
+        fdu.erase(digits.load_pipeline(torch.bfloat16), "three", "eight", **quick)
 
 
 @pytest.mark.usefixtures("no_work")
@@ -273,20 +249,6 @@ def test_an_unknown_family_is_refused(pipeline: StableDiffusionPipeline) -> None
         fdu.erase(TwoEncoders(), "three", "eight")
 
 
-@pytest.mark.parametrize("method", TRAIN_METHODS)
-def test_adapters_of_the_user_go_on_working(
-    pipeline: StableDiffusionPipeline, quick: dict[str, Any], method: str
-) -> None:
-    config = LoraConfig(r=2, target_modules=["attn2.to_k"], init_lora_weights=False)
-    pipeline.unet.add_adapter(config, adapter_name="mine")
-    before = picture(pipeline)
-    result = fdu.erase(pipeline, "three", "eight", train_method=method, **quick)
-    assert not torch.equal(picture(pipeline), before)
-    with result.original():
-        assert torch.equal(picture(pipeline), before)
-    assert "mine" in pipeline.unet.peft_config
-
-
 @pytest.mark.usefixtures("no_work")
 def test_what_contradicts_the_erasure_is_refused(pipeline: StableDiffusionPipeline) -> None:
     with pytest.raises(ValueError, match="preservation_prompts holds 'three'.*prompt.*target"):
@@ -303,26 +265,12 @@ def test_what_contradicts_the_erasure_is_refused(pipeline: StableDiffusionPipeli
         fdu.erase(pipeline, "three", "eight", mask=torch.ones(1, 8, 8))
 
 
-@pytest.mark.parametrize("method", TRAIN_METHODS)
-def test_what_the_user_trains_stays_as_it_was(
-    pipeline: StableDiffusionPipeline, quick: dict[str, Any], method: str
-) -> None:
-    pipeline.unet.requires_grad_(False)
-    pipeline.unet.conv_in.bias.requires_grad_(True)
-    result = fdu.erase(pipeline, "three", "eight", train_method=method, **quick)
-    with result.original():
-        pass
-    training = [name for name, parameter in pipeline.unet.named_parameters() if parameter.requires_grad]
-    assert training == ["conv_in.bias"]
-
-
 def test_latents_are_drawn_from_all_prompts() -> None:
     assert examples.spread(5, 3) == [0, 1, 3]
     assert examples.spread(2, 5) == [0, 1, 0, 1, 0]
 
 
-@pytest.mark.parametrize("precision", ["no", "bf16"])
-@pytest.mark.parametrize("method", TRAIN_METHODS)
+@pytest.mark.parametrize(("method", "precision"), [("lora", "no"), ("cross_attention", "bf16")])
 def test_a_run_that_breaks_leaves_the_pipeline_as_it_was(
     pipeline: StableDiffusionPipeline,
     quick: dict[str, Any],
@@ -335,7 +283,7 @@ def test_a_run_that_breaks_leaves_the_pipeline_as_it_was(
 
     def interrupted(*arguments: Any) -> Any:
         calls.append(1)
-        if len(calls) == 3:
+        if len(calls) == 2:
             raise KeyboardInterrupt
         return real(*arguments)
 
@@ -345,12 +293,12 @@ def test_a_run_that_breaks_leaves_the_pipeline_as_it_was(
     assert torch.equal(picture(pipeline), before)
     assert set(pipeline.unet.state_dict()) == names and "forward" not in vars(pipeline.unet)
     monkeypatch.setattr(step, "draw_batch", real)
-    fdu.erase(pipeline, "three", "eight", train_method=method, **quick)
+    fdu.erase(pipeline, "three", "eight", train_method=method, **{**quick, "max_train_steps": 2})
     assert not torch.equal(picture(pipeline), before)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(pipeline: StableDiffusionPipeline, quick: dict[str, Any]) -> None:
     before = picture(pipeline)
     with pytest.raises(RuntimeError, match="the loss became .*step .*lower learning_rate"):
-        fdu.erase(pipeline, "three", "eight", **{**quick, "learning_rate": 1e30, "max_train_steps": 12})
+        fdu.erase(pipeline, "three", "eight", **{**quick, "learning_rate": 1e30})
     assert torch.equal(picture(pipeline), before)

@@ -15,7 +15,7 @@ from fdu.config import EraseConfig
 from fdu.training.critic import Outputs
 from fdu.training.examples import Batch
 from fdu.training.objective import Objective
-from fdu.training.weighting import weights
+from fdu.training.timesteps import weights
 
 STEPS = 50
 SIGNAL = torch.linspace(0.99, 0.1, STEPS).double().sqrt()

@@ -12,9 +12,9 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.utils import convert_state_dict_to_diffusers
+from families import ALPHA, CONTEXT, add_adapter, change_weights, output, tensors_of
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from trained import ALPHA, CONTEXT, add_adapter, change_weights, output, tensors_of
 
 from fdu.models import parts
 from fdu.models.unet import original_name
@@ -148,9 +148,10 @@ def test_strength_of_weights_goes_part_of_the_way(tmp_path: Path) -> None:
     for strength in (0.0, 0.25, 2.0):
         plain = families.build("sd")
         load_weights(plain, tmp_path, strength=strength)
+        now = parts.weights(plain)
         for key, tensor in after.items():
             expected = before[f"unet.{key}"] + strength * (tensor - before[f"unet.{key}"])
-            assert torch.allclose(parts.weights(plain)[f"unet.{key}"], expected, atol=1e-6)
+            assert torch.allclose(now[f"unet.{key}"], expected, atol=1e-6)
 
 
 # LoRA

@@ -12,15 +12,15 @@ import families
 import pytest
 import torch
 from diffusers import DiffusionPipeline, StableDiffusionPipeline
+from families import ALPHA, CONTEXT, add_adapter, change_weights
 from huggingface_hub import ModelCard
 from torch import Tensor
-from trained import ALPHA, CONTEXT, add_adapter, change_weights
 
 import fdu
 from fdu.config import EraseConfig
 from fdu.report.card import write_card
 from fdu.storage import lora
-from fdu.storage.versions import versions
+from fdu.storage.fingerprint import versions
 from fdu.storage.writers import public_name, write
 from fdu.subjects.digits import pipeline as digits
 

@@ -1,12 +1,23 @@
-"""Timesteps: uniform as ever, or by importance without a bias, the same everywhere and after resuming."""
+"""Timesteps: sampling without a bias and exact resumption; weightings against diffusers and Gaussians in full."""
 
 from __future__ import annotations
 
+from typing import get_args, get_type_hints
+
 import pytest
 import torch
+from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers.training_utils import compute_snr
 from torch import Tensor
 
-from fdu.training.timesteps import REFRESH_EVERY, UNIFORM_SHARE, TimestepSampler
+import fdu_kernels as fk
+from fdu.config import EraseConfig
+from fdu.models.denoiser import PredictionType
+from fdu.training.timesteps import REFRESH_EVERY, UNIFORM_SHARE, TimestepSampler, weights
+
+PREDICTIONS: tuple[PredictionType, ...] = ("epsilon", "v_prediction", "sample", "flow")
+WEIGHTINGS = get_args(get_type_hints(EraseConfig)["weighting"])
+STEPS = 50
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -138,3 +149,162 @@ def test_losses_of_zero_leave_it_alike() -> None:
     sampler.observe(torch.arange(1000), torch.zeros(1000))
     _, weights = sampler.draw(4, generator())
     assert weights is not None and torch.equal(weights, torch.ones(4))
+
+
+# Weightings
+
+
+def diffusion(prediction: str = "epsilon", **settings: bool) -> tuple[DDPMScheduler, Tensor, Tensor]:
+    """A DDPM scheduler in float64, and the tables of its grid."""
+    scheduler = DDPMScheduler(STEPS, beta_schedule="scaled_linear", prediction_type=prediction, clip_sample=False)
+    if settings:
+        scheduler = DDPMScheduler.from_config(scheduler.config, **settings)
+    scheduler.betas, scheduler.alphas = scheduler.betas.double(), 1 - scheduler.betas.double()
+    scheduler.alphas_cumprod = scheduler.alphas.cumprod(0)
+    return scheduler, scheduler.alphas_cumprod.sqrt(), (1 - scheduler.alphas_cumprod).sqrt()
+
+
+def flow() -> tuple[Tensor, Tensor]:
+    """A flow grid, noisiest last, at pure noise in the end."""
+    sigmas = FlowMatchEulerDiscreteScheduler(STEPS, shift=3.0).sigmas[:STEPS].flip(0).double()
+    assert sigmas[-1] == 1
+    return 1 - sigmas, sigmas
+
+
+def kl(mean: Tensor, other: Tensor, variance: Tensor | float) -> Tensor:
+    return (mean - other).square().sum() / (2 * variance)
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
+def test_posterior_is_the_divergence_of_the_samplers_gaussians(prediction: PredictionType) -> None:
+    scheduler, signal, noise = diffusion(prediction)
+    generator = torch.Generator().manual_seed(0)
+    x, one, other = torch.randn(3, 1, 4, generator=generator, dtype=torch.float64)
+    expected = []
+    for t in range(1, STEPS):
+        # Same generator, same noise: the difference of the samples is that of the means.
+        previous = [
+            scheduler.step(output, t, x, generator=torch.Generator().manual_seed(t)).prev_sample
+            for output in (one, other)
+        ]
+        expected.append(kl(*previous, scheduler._get_variance(t)))
+    scale = weights("posterior", signal, noise, prediction).scale[1:].double()
+    found = fk.gaussian_divergence(
+        one.expand(STEPS - 1, -1), other.expand(STEPS - 1, -1), "kl", sigma=scale, distance="sum", reduction="none"
+    )
+    ratio = torch.stack(expected) / found
+    torch.testing.assert_close(ratio, ratio[0].expand(STEPS - 1), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize("grid", ["diffusion", "flow"])
+def test_posterior_is_the_conditional_of_the_forward_process(prediction: PredictionType, grid: str) -> None:
+    # Neither schedule nor parametrisation is assumed here: x_0 by solving for it, the posterior by Bayes' rule.
+    signal, noise = diffusion()[1:] if grid == "diffusion" else flow()
+    scale = weights("posterior", signal, noise, prediction).scale.double()
+    expected = []
+    for t in range(1, STEPS - 1):
+        a, b, before, noise_before = signal[t], noise[t], signal[t - 1], noise[t - 1]
+        row = {"epsilon": (0, 1), "sample": (1, 0), "v_prediction": (-b, a), "flow": (-1, 1)}[prediction]
+        system = torch.stack([torch.stack([a, b]), torch.tensor(row, dtype=torch.float64)])
+        clean = [torch.linalg.solve(system, torch.tensor([0.7, output], dtype=torch.float64))[0] for output in (0, 1)]
+        # x_t = k x_{t-1} + noise of variance v, and x_{t-1} ~ N(before x_0, noise_before^2).
+        k = a / before
+        v = b**2 - (k * noise_before) ** 2
+        variance = 1 / (1 / noise_before**2 + k**2 / v)
+        means = [variance * (before * x0 / noise_before**2 + k * 0.7 / v) for x0 in clean]
+        expected.append(kl(*means, variance))
+    ratio = torch.stack(expected) * scale[1:-1].square()
+    torch.testing.assert_close(ratio, ratio[0].expand(STEPS - 2), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_a_typical_timestep_keeps_its_sigma_and_the_mean_weight_is_1(prediction: PredictionType) -> None:
+    for signal, noise in (diffusion()[1:], flow()):
+        for weighting in WEIGHTINGS:
+            made = weights(weighting, signal, noise, prediction)
+            assert made.omega.mean().item() == pytest.approx(1, rel=1e-6)
+            assert made.scale.pow(-2).quantile(0.5).item() == pytest.approx(1, rel=1e-5)
+            assert made.omega.dtype == made.scale.dtype == torch.float32
+
+
+def test_the_first_step_takes_the_variance_of_the_second() -> None:
+    scheduler, signal, noise = diffusion()
+    x, one, other = torch.randn(3, 1, 4, dtype=torch.float64)
+    expected = []
+    for t in (0, 1):
+        means = [
+            scheduler.step(out, t, x, generator=torch.Generator().manual_seed(t)).prev_sample for out in (one, other)
+        ]
+        expected.append(kl(*means, scheduler._get_variance(1)))
+    scale = weights("posterior", signal, noise, "epsilon").scale
+    assert (scale[1] / scale[0]).square().item() == pytest.approx((expected[0] / expected[1]).item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize("weighting", WEIGHTINGS)
+def test_a_last_step_of_pure_noise_is_finite(weighting: str, prediction: PredictionType) -> None:
+    _, signal, noise = diffusion(rescale_betas_zero_snr=True)
+    assert signal[-1] == 0
+    made = weights(weighting, signal.float(), noise.float(), prediction)
+    assert torch.isfinite(made.omega).all() and (made.omega >= 0).all()
+    assert torch.isfinite(made.scale).all() and (made.scale > 0).all()
+
+
+@pytest.mark.parametrize("gamma", [1.0, 5.0])
+def test_min_snr_is_that_of_diffusers_examples(gamma: float) -> None:
+    scheduler, signal, noise = diffusion()
+    snr = compute_snr(scheduler, torch.arange(STEPS)).double()
+    bounded = torch.stack([snr, torch.full_like(snr, gamma)]).amin(0)
+    for prediction, expected in (
+        ("epsilon", bounded / snr),
+        ("v_prediction", bounded / (snr + 1)),
+        ("sample", bounded),
+    ):
+        omega = weights("min_snr", signal, noise, prediction, gamma).omega  # type: ignore[arg-type]
+        torch.testing.assert_close(omega.double(), expected / expected.mean(), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("weighting", ["posterior", "min_snr", "p2"])
+@pytest.mark.parametrize("grid", ["diffusion", "flow"])
+def test_predictions_of_the_same_thing_weigh_the_same(weighting: str, grid: str) -> None:
+    # A change of epsilon by 1 at one x_t, seen as a change of each prediction.
+    signal, noise = diffusion()[1:] if grid == "diffusion" else flow()
+    signal, noise = signal[:-1], noise[:-1]
+    changes = {
+        "epsilon": torch.ones_like(signal),
+        "sample": noise / signal,
+        "v_prediction": (signal**2 + noise**2) / signal,
+        "flow": 1 + noise / signal,
+    }
+    losses = []
+    for prediction, change in changes.items():
+        made = weights(weighting, signal, noise, prediction)  # type: ignore[arg-type]
+        losses.append(made.omega * change.square() / made.scale.double().square())
+    for loss in losses[1:]:
+        torch.testing.assert_close(loss / loss[7], losses[0] / losses[0][7], rtol=1e-5, atol=0)
+
+
+def test_p2_weighs_epsilon_by_1_minus_abar() -> None:
+    scheduler, signal, noise = diffusion()
+    expected = 1 - scheduler.alphas_cumprod
+    omega = weights("p2", signal, noise, "epsilon").omega
+    torch.testing.assert_close(omega.double(), expected / expected.mean(), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"noise": torch.tensor([0.0, 0.5, 0.9])}, "noise > 0 at every timestep"),
+        ({"signal": torch.tensor([0.1, 0.5, 0.9])}, "signal / noise must fall"),
+    ],
+)
+def test_what_is_no_grid_is_refused(changes: dict[str, object], message: str) -> None:
+    settings = {
+        "weighting": "posterior",
+        "signal": torch.tensor([0.9, 0.5, 0.1]),
+        "noise": torch.tensor([0.1, 0.5, 0.9]),
+        "prediction_type": "epsilon",
+    }
+    with pytest.raises(ValueError, match=message):
+        weights(**{**settings, **changes})  # type: ignore[arg-type]

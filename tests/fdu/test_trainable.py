@@ -20,7 +20,7 @@ from fdu.models import parts
 from fdu.models.denoiser import Denoiser
 from fdu.models.families import denoiser_of
 from fdu.subjects.digits import pipeline as digits
-from fdu.training.methods import Trainable, attach
+from fdu.training.methods import Request, Trainable, attach
 
 pytestmark = pytest.mark.quick(family=["sd", "sd3"], method=["lora", "cross_attention", "token"])
 
@@ -37,8 +37,8 @@ def wrapped(pipeline: DiffusionPipeline) -> Denoiser:
 
 
 def attached(denoiser: Denoiser, method: str, **settings: Any) -> Trainable:
-    names: dict[str, Any] = {"target_name": "three", "prompts": [TARGET], "kept_prompts": [ANCHOR]}
-    return attach(denoiser, method, rank=2, lora_alpha=2.0, **{**names, **settings})
+    request: dict[str, Any] = {"rank": 2, "target_names": ["three"], "prompts": [TARGET], "kept_prompts": [ANCHOR]}
+    return attach(denoiser, Request(method, lora_alpha=2.0, **{**request, **settings}))
 
 
 def predicted(denoiser: Denoiser, prompt: str = TARGET) -> Tensor:
@@ -178,6 +178,7 @@ def test_frozen_may_be_nested_and_survives_errors(method: str) -> None:
 
 
 @pytest.mark.parametrize(("first", "second"), list(itertools.product(KINDS, KINDS)))
+@pytest.mark.quick(first=["lora", "cross_attention"], second=["lora", "cross_attention", "token"])
 def test_erasures_lie_on_each_other(first: str, second: str) -> None:
     pipeline = families.build("sd")
     denoiser = wrapped(pipeline)
@@ -203,8 +204,7 @@ def test_erasures_lie_on_each_other(first: str, second: str) -> None:
 @pytest.mark.parametrize("method", TRAIN_METHODS)
 def test_names_do_not_depend_on_what_the_pipeline_carries(method: str) -> None:
     plain, carrying = wrapped(families.build("sd")), wrapped(families.build("sd"))
-    for _ in range(2):
-        trained(carrying, "lora")
+    trained(carrying, "lora")
     assert list(attached(plain, method).named_parameters()) == list(attached(carrying, method).named_parameters())
 
 
@@ -278,21 +278,29 @@ def adapter_config(*targets: str) -> LoraConfig:
 
 
 CARRIED = (
-    add_active,
-    add_inactive,
-    add_disabled,
-    add_fused,
-    add_fused_and_unloaded,
-    add_fused_then_disabled,
-    add_lokr,
-    add_to_the_text_encoder,
+    ("lora", add_active),
+    ("lora", add_inactive),
+    ("lora", add_disabled),
+    ("lora", add_fused),
+    ("lora", add_fused_and_unloaded),
+    ("lora", add_fused_then_disabled),
+    ("lora", add_lokr),
+    ("lora", add_to_the_text_encoder),
+    ("dora", add_inactive),
+    ("dora", add_fused),
+    ("dora", add_lokr),
+    ("cross_attention", add_inactive),
+    ("cross_attention", add_fused),
+    ("full", add_lokr),
+    ("token", add_active),
+    ("token", add_to_the_text_encoder),
 )
+"""Methods, each with the kinds of adapters that it could meet in a layer of its own."""
 
 
 @pytest.mark.filterwarnings("ignore:Already found a `peft_config`")
-@pytest.mark.parametrize("method", KINDS)
-@pytest.mark.parametrize("add", CARRIED)
-def test_adapters_of_the_user_stay_as_they_are(add: Callable[[DiffusionPipeline], None], method: str) -> None:
+@pytest.mark.parametrize(("method", "add"), CARRIED)
+def test_adapters_of_the_user_stay_as_they_are(method: str, add: Callable[[DiffusionPipeline], None]) -> None:
     pipeline = families.build("sd")
     add(pipeline)
     denoiser = wrapped(pipeline)
@@ -309,7 +317,8 @@ def test_adapters_of_the_user_stay_as_they_are(add: Callable[[DiffusionPipeline]
     with trainable.frozen():
         assert torch.equal(output(denoiser), former)
     assert torch.equal(output(denoiser), after)
-    changed = {name for name, value in values.items() if not torch.equal(value, parts.weights(pipeline)[name])}
+    now = parts.weights(pipeline)
+    changed = {name for name, value in values.items() if not torch.equal(value, now[name])}
     assert all(belongs(name, method, denoiser) for name in changed)
     trainable.remove()
     assert trace(pipeline) == before
@@ -362,7 +371,7 @@ def test_a_fused_erasure_says_so() -> None:
 
 
 @pytest.mark.parametrize("method", TRAIN_METHODS)
-@pytest.mark.parametrize("family", ["sd", "sd3", "sana"])
+@pytest.mark.parametrize("family", ["sd", "sana"])
 def test_half_precision_models_train_in_full_precision(family: str, method: str) -> None:
     pipeline = families.build(family).to(dtype=torch.bfloat16)
     denoiser = wrapped(pipeline)
@@ -378,7 +387,7 @@ def test_half_precision_models_train_in_full_precision(family: str, method: str)
     named = trainable.named_parameters()
     starts = {name: parameter.detach().clone() for name, parameter in named.items()}
     optimizer = torch.optim.AdamW(named.values(), lr=1e-2)
-    for _ in range(5):
+    for _ in range(2):
         # One autocast context around all passes: its cache of cast weights must not mix the two models up.
         with torch.autocast("cpu", torch.bfloat16):
             with trainable.frozen():
@@ -413,11 +422,10 @@ def test_steps_below_the_resolution_of_half_precision_add_up(method: str) -> Non
     torch.testing.assert_close(parameter.detach(), start + 1e-3, rtol=1e-2, atol=1e-5, msg=name)
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("method", TRAIN_METHODS)
-def test_frozen_between_forward_and_backward_leaves_the_gradient_right(method: str, checkpointing: bool) -> None:
+def test_frozen_between_forward_and_backward_leaves_the_gradient_right(method: str) -> None:
     gradients = []
-    for frozen_between, recompute in ((False, False), (True, checkpointing)):
+    for frozen_between, recompute in ((False, False), (True, False), (True, True)):
         torch.manual_seed(0)
         denoiser = wrapped(families.build("sd"))
         if recompute:
@@ -435,6 +443,7 @@ def test_frozen_between_forward_and_backward_leaves_the_gradient_right(method: s
         gradients.append([p.grad for p in trainable.named_parameters().values()])
     assert any(gradient is not None and gradient.any() for gradient in gradients[0])
     torch.testing.assert_close(gradients[1], gradients[0])
+    torch.testing.assert_close(gradients[2], gradients[0], msg=lambda words: f"with recomputed activations: {words}")
 
 
 @pytest.mark.parametrize("method", TRAIN_METHODS)
@@ -456,18 +465,17 @@ def test_flags_of_the_user_come_back(method: str) -> None:
         assert {name: p.requires_grad for name, p in parts.weights(pipeline).items()} == flags
 
 
-@pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("method", TRAIN_METHODS)
-def test_training_and_evaluation_mode_stay(method: str, training: bool) -> None:
+def test_training_mode_stays(method: str) -> None:
     pipeline = families.build("sd")
     for model in parts.models(pipeline).values():
-        model.train(training)
+        model.train()
     trainable = attached(wrapped(pipeline), method)
     with trainable.frozen():
         pass
     trainable.finish()
     models = parts.models(pipeline).values()
-    assert all(module.training is training for model in models for module in model.modules())
+    assert all(module.training for model in models for module in model.modules())
 
 
 @pytest.mark.parametrize("method", TRAIN_METHODS)
@@ -516,8 +524,9 @@ def test_changed_weights_make_the_same_of_a_plain_pipeline(method: str, carries:
     assert torch.equal(output(wrapped(plain)), output(denoiser))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("family", "dtype"), [*((family, torch.float32) for family in FAMILIES), ("sd", torch.bfloat16)]
+)
 def test_the_token_method_changes_only_the_rows_of_the_name(family: str, dtype: torch.dtype) -> None:
     pipeline = families.build(family).to(dtype=dtype)
     denoiser = wrapped(pipeline)
@@ -533,8 +542,9 @@ def test_the_token_method_changes_only_the_rows_of_the_name(family: str, dtype: 
     moving = output(denoiser)
     trainable.finish()
     torch.testing.assert_close(output(denoiser), moving, rtol=1e-3, atol=1e-3 if dtype == torch.float32 else 0.1)
+    after = parts.weights(pipeline)
     for name, old in before.items():
-        new = parts.weights(pipeline)[name]
+        new = after[name]
         if name.partition(".")[0] in encoders and name.endswith(
             ("token_embedding.weight", "shared.weight", "embed_tokens.weight")
         ):
@@ -550,8 +560,9 @@ def test_a_name_of_several_tokens_trains_those_that_are_its_own() -> None:
     denoiser = wrapped(pipeline)
     prompts = ["a painting in the style of Van Gogh", "van gogh, a photo"]
 
-    def rows(kept: Sequence[str], name: str | Sequence[str] = "van gogh") -> dict[str, list[str]]:
-        trainable = attached(denoiser, "token", target_name=name, prompts=prompts, kept_prompts=kept)
+    def rows(kept: Sequence[str], *names: str) -> dict[str, list[str]]:
+        names = names or ("van gogh",)
+        trainable = attached(denoiser, "token", target_names=names, prompts=prompts, kept_prompts=kept)
         trainable.remove()
         tokenizers = (pipeline.tokenizer, pipeline.tokenizer_2)
         return {
@@ -564,7 +575,7 @@ def test_a_name_of_several_tokens_trains_those_that_are_its_own() -> None:
     assert {"▁van", "▁gogh"} <= set(both["text_encoder_2"])
     assert "<unk>" not in both["text_encoder_2"]
     assert rows(["a van on a photo"])["text_encoder"] == ["gogh</w>"]
-    assert rows([], ["gogh", "photo"])["text_encoder"] == ["photo</w>", "gogh</w>"]
+    assert rows([], "gogh", "photo")["text_encoder"] == ["photo</w>", "gogh</w>"]
 
 
 def test_what_the_token_method_cannot_isolate_is_refused() -> None:
@@ -577,9 +588,9 @@ def test_what_the_token_method_cannot_isolate_is_refused() -> None:
             attached(denoiser, "token", **settings)
         assert trace(pipeline) == before
 
-    refused("none of its prompts contains 'four'.*name the target by a word", target_name="four")
-    refused("none of its prompts contains 'thre'", target_name="thre")
-    refused("none of its prompts contains ''", target_name="")
+    refused("none of its prompts contains 'four'.*name the target by a word", target_names=["four"])
+    refused("none of its prompts contains 'thre'", target_names=["thre"])
+    refused("none of its prompts contains ''", target_names=[""])
     refused("'three' has no token of its own in text_encoder: every one of 'three</w>'", kept_prompts=["three eights"])
     refused("cannot erase.*'a painting'.*no token", prompts=[TARGET, "a painting"])
 
@@ -594,7 +605,7 @@ def test_wrong_methods_are_refused_before_anything_is_done() -> None:
     with pytest.raises(ValueError, match=r"unet\.conv_in\.weight.*stored.*torch\.uint8; load.*pipeline"):
         attached(denoiser, "full")
     with pytest.raises(ValueError, match="rank|`r` should be a positive"):
-        attach(denoiser, "lora", rank=0, lora_alpha=1.0, target_name="three", prompts=[TARGET])
+        attached(denoiser, "lora", rank=0)
     pipeline.unet.conv_in.weight = families.build("sd").unet.conv_in.weight
     after = trace(pipeline)
     assert all(after[key] == value for key, value in before.items() if "conv_in.weight" not in key)

@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import copy
-import json
 import math
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -83,6 +79,7 @@ def test_equal_outputs_get_no_gradient() -> None:
 @pytest.mark.parametrize(
     "divergence", ["jensen_shannon", "neyman_chi2", "total_variation", "hockey_stick:1.5", "custom", "kl"]
 )
+@pytest.mark.quick(divergence=["jensen_shannon", "total_variation", "custom"])
 def test_the_denoiser_arrives_for_any_divergence(divergence: str) -> None:
     f = fk.Divergence.from_generator(lambda u: u.square() - u) if divergence == "custom" else divergence
     game = VariationalGame(f, 2, learning_rate=1e-3)
@@ -203,36 +200,3 @@ def test_deviations_are_seen_in_units_of_their_start_and_of_each_sigma() -> None
 def test_what_is_no_game_is_refused() -> None:
     with pytest.raises(ValueError, match="mse.*no variational form"):
         VariationalGame("mse", 4)
-
-
-PLAY_IN_ONE_OF_TWO_PROCESSES = """
-import json, sys
-import torch
-from fdu.training.critic import Outputs, VariationalGame
-
-torch.set_num_threads(1)
-part = slice(None)
-if len(sys.argv) > 1:
-    rank, store = int(sys.argv[1]), sys.argv[2]
-    torch.distributed.init_process_group("gloo", init_method="file://" + store, rank=rank, world_size=2)
-    part = slice(rank, None, 2)
-game = VariationalGame("kl", 2, learning_rate=1e-3)
-generator = torch.Generator().manual_seed(0)
-bounds = []
-for step in range(12):
-    wanted, deviation = torch.randn(2, 6, 2, 4, 4, generator=generator)
-    bound = game.critic_step(Outputs((wanted + deviation)[part], wanted[part]))
-    bounds.append(bound)
-weights = torch.cat([parameter.detach().flatten()[:5] for parameter in game.critic.parameters()]).tolist()
-print(json.dumps([torch.stack(bounds).tolist(), weights]))
-"""
-
-
-@pytest.mark.slow
-def test_two_processes_have_one_critic(tmp_path: Path) -> None:
-    command = [sys.executable, "-c", PLAY_IN_ONE_OF_TWO_PROCESSES]
-    arguments = [[], *([str(rank), str(tmp_path / "store")] for rank in range(2))]
-    processes = [subprocess.Popen([*command, *more], stdout=subprocess.PIPE, text=True) for more in arguments]
-    alone, first, second = (json.loads(process.communicate(timeout=120)[0]) for process in processes)
-    assert first[1] == second[1] == pytest.approx(alone[1], abs=1e-4)
-    assert [(a + b) / 2 for a, b in zip(first[0], second[0], strict=True)] == pytest.approx(alone[0], abs=1e-4)

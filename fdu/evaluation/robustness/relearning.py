@@ -18,7 +18,7 @@ from fdu.models.denoiser import Denoiser, call_default
 from fdu.training.cache import Cache
 from fdu.training.examples import Examples
 from fdu.training.loop import Training
-from fdu.training.methods import Trainable, attach
+from fdu.training.methods import Request, Trainable, attach
 from fdu.training.objective import Objective
 from fdu.training.process import own_accelerator, seeded
 from fdu.training.step import Stepper
@@ -148,15 +148,9 @@ def relearn(lesson: Lesson, config: RelearningConfig | None = None) -> Relearnin
     """Fine-tune a pipeline on images of the target, judge it on the way, and undo it all: the pipeline is as before."""
     config, seed, denoiser = config or RelearningConfig(), lesson.drawing.seed, lesson.denoiser
     course: Course = [(0, lesson.judged())]
+    request = Request(config.train_method, config.rank, config.rank, [lesson.probe.name], lesson.probe.prompts)
     with seeded(seed, denoiser.device):
-        trainable = attach(
-            denoiser,
-            config.train_method,
-            rank=config.rank,
-            lora_alpha=config.rank,
-            target_name=lesson.probe.name,
-            prompts=lesson.probe.prompts,
-        )
+        trainable = attach(denoiser, request)
     try:
         lesson.learn(trainable, config, course, seed, "relearn")
     finally:

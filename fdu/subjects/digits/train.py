@@ -24,7 +24,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from fdu.storage.versions import versions
+from fdu.storage.fingerprint import versions
 from fdu.subjects.digits.handwriting import draw, jitter, load_glyphs, strength
 from fdu.subjects.digits.pipeline import CLASSIFIER_FILE, PIPELINE_FOLDER, DigitClassifier, load_classifier
 from fdu.subjects.digits.vocabulary import (

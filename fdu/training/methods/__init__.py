@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from fdu.training.methods.attach import attach
-from fdu.training.methods.trainable import Trainable
+from fdu.training.methods.trainable import Request, Trainable, attach
 
-__all__ = ["Trainable", "attach"]
+__all__ = ["Request", "Trainable", "attach"]

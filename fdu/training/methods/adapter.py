@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -19,12 +19,12 @@ from torch import Tensor, nn
 
 from fdu.models import parts
 from fdu.models.denoiser import Denoiser
-from fdu.training.methods.trainable import Request, Trainable
+from fdu.training.methods.trainable import Request, Trainable, flags_of, restore
 
 ADAPTER_NAME = "fdu"
 """The adapter's name in the pipeline; if that is taken, fdu_2, fdu_3, ..."""
 MARK = "_hf_peft_config_loaded"
-"""What diffusers sets on a model with adapters, and sees none without."""
+"""The attribute by which diffusers knows a model with adapters."""
 
 
 def make(denoiser: Denoiser, request: Request) -> Trainable:
@@ -43,7 +43,7 @@ def make(denoiser: Denoiser, request: Request) -> Trainable:
 
 
 class LayerState(NamedTuple):
-    """What a peft layer computed before the erasure."""
+    """The state of a peft layer before the erasure."""
 
     active: list[str]
     disabled: bool
@@ -97,17 +97,16 @@ class Adapter(Trainable):
         config = LoraConfig(
             r=rank, lora_alpha=lora_alpha, target_modules=list(layers), init_lora_weights="gaussian", use_dora=dora
         )
+        self.layers: list[Any] = []
         try:
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", "Already found a `peft_config` attribute")
                 inject_adapter_in_model(config, self.module, self.name)
         except BaseException:
-            self.layers = self._find_layers()
-            self._let_the_former_be()
+            self._restore_former()
             self._undo()
             raise
-        self.layers = self._find_layers()
-        self._let_the_former_be()
+        self._restore_former()
         if isinstance(self.module, PeftAdapterMixin):
             setattr(self.module, MARK, True)
         for module in self.module.modules():
@@ -133,12 +132,9 @@ class Adapter(Trainable):
         layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(self.module, adapter_name=self.name))
         return {self.attribute: layers}
 
-    def _find_layers(self) -> list[Any]:
-        """The peft layers that hold this adapter."""
-        return [layer for layer in parts.adapted(self.module) if self.name in getattr(layer, "lora_A", {})]
-
-    def _let_the_former_be(self) -> None:
-        """peft has switched every other adapter off: back to what was on, and this one beside it."""
+    def _restore_former(self) -> None:
+        """Switch on again what was on, because peft has switched every other adapter off, and this one beside it."""
+        self.layers = [layer for layer in parts.adapted(self.module) if self.name in getattr(layer, "lora_A", {})]
         for layer, state in self.before.items():
             layer.set_adapter(state.active)
             layer.merged_adapters = list(state.merged)
@@ -186,22 +182,23 @@ class Adapter(Trainable):
     def _undo(self) -> None:
         self._refuse_if_fused()
         names = {module: name for name, module in self.module.named_modules()}
-        with _kept_flags(self.module.parameters()):
-            for layer in parts.adapted(self.module):
-                # First switched off: peft would choose another one to switch on in its place.
-                layer.set_adapter([name for name in layer.active_adapters if name != self.name])
-            for layer in self.layers:
-                layer.delete_adapter(self.name)
-                if not layer.lora_magnitude_vector:
-                    vars(layer).pop("adapter_layer_names", None)  # the first DoRA adapter left its own here
-                if not layer.lora_A:
-                    parent, _, child = names[layer].rpartition(".")
-                    setattr(self.module.get_submodule(parent), child, layer.base_layer)
-                elif layer in self.before and (self.before[layer].disabled or self.before[layer].merged):
-                    state = self.before[layer]
-                    layer.set_adapter(state.active)
-                    layer.enable_adapters(not state.disabled)
-                    layer.merged_adapters = list(state.merged)
+        flags = flags_of(self.module)  # peft changes them
+        for layer in parts.adapted(self.module):
+            # First switched off: peft would choose another one to switch on in its place.
+            layer.set_adapter([name for name in layer.active_adapters if name != self.name])
+        for layer in self.layers:
+            layer.delete_adapter(self.name)
+            if not layer.lora_magnitude_vector:
+                vars(layer).pop("adapter_layer_names", None)  # the first DoRA adapter left its own here
+            if not layer.lora_A:
+                parent, _, child = names[layer].rpartition(".")
+                setattr(self.module.get_submodule(parent), child, layer.base_layer)
+            elif layer in self.before and (self.before[layer].disabled or self.before[layer].merged):
+                state = self.before[layer]
+                layer.set_adapter(state.active)
+                layer.enable_adapters(not state.disabled)
+                layer.merged_adapters = list(state.merged)
+        restore(flags)
         configs = getattr(self.module, "peft_config", {})
         configs.pop(self.name, None)
         if not configs:
@@ -218,19 +215,8 @@ class Adapter(Trainable):
             )
 
 
-@contextmanager
-def _kept_flags(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
-    """Whatever happens within, the parameters' requires_grad flags are the same afterwards."""
-    flags = [(parameter, parameter.requires_grad) for parameter in parameters]
-    try:
-        yield
-    finally:
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)
-
-
 def _fresh_name(pipeline: DiffusionPipeline) -> str:
     """The first adapter name that no model of the pipeline has."""
-    taken = {name for model in parts.models(pipeline).values() for name in getattr(model, "peft_config", {})}
+    taken = parts.adapter_names(pipeline)
     names = itertools.chain([ADAPTER_NAME], (f"{ADAPTER_NAME}_{number}" for number in itertools.count(2)))
     return next(name for name in names if name not in taken)

@@ -42,9 +42,9 @@ class Weights(Trainable):
     """Chosen weights of the pipeline.
 
     The modules get fp32 masters in place of their parameters, and the user's parameters are kept for the frozen model:
-    one further copy of what is trained (for "full", of the whole module) and of nothing else. In a half-precision
-    module the masters need autocast. The frozen model has the user's own parameters back, so no tensor that autograd
-    saved is touched, and a cache of cast weights cannot mix the two up; under torch.compile it has a graph of its own.
+    one further copy of the trained weights. In a half-precision module the masters need autocast. The frozen model uses
+    the user's own parameters, so no tensor that autograd saved is touched, and a cache of cast weights cannot mix up
+    the two. Under torch.compile it has its own graph.
     """
 
     def __init__(self, pipeline: DiffusionPipeline, chosen: Mapping[str, nn.Parameter], *, trains_text: bool) -> None:

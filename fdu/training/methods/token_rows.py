@@ -21,17 +21,20 @@ from fdu.training.methods.trainable import Request, Trainable
 def make(denoiser: Denoiser, request: Request) -> Trainable:
     """The method "token": in each text encoder's embedding, the rows of the tokens that only the target's names are
     made of."""
-    found = own_tokens(denoiser.pipeline, request.target_names, request.prompts, request.kept_prompts)
-    return TokenRows(denoiser.pipeline, found)
+    pipeline = denoiser.pipeline
+    encoders = [name for name in TOKENIZERS if getattr(pipeline, name, None) is not None]
+    if not encoders:
+        raise ValueError(f"train_method 'token' needs a text encoder, and this {type(pipeline).__name__} has none")
+    return TokenRows(pipeline, {encoder: own_tokens(pipeline, encoder, request) for encoder in encoders})
 
 
 class TokenRows(Trainable):
     """Rows of the token embeddings.
 
-    What is trained is how far each row moves: fp32 [rows, width], 0 at the start. Weight decay so pulls towards the
-    original, and rows that no prompt reads stay bit for bit. While training, a hook adds the moves to what the
-    embedding returns; :meth:`finish` writes the rows and takes the hook away. The parameters stand in no module, so
-    whoever trains in several processes has to average their gradients himself.
+    The parameters are the moves of the rows: fp32 [rows, width], 0 at the start. Weight decay so pulls towards the
+    original, and rows that no prompt reads keep all bits. While training, a hook adds the moves to the embedding's
+    output; :meth:`finish` writes the rows and removes the hook. The parameters belong to no module, so DDP does not
+    average their gradients.
     """
 
     trains_text = True
@@ -133,26 +136,16 @@ class _Rows:
         self.weight.data[self.ids.to(self.weight.device)] = rows.to(self.weight)
 
 
-def own_tokens(
-    pipeline: DiffusionPipeline, names: Sequence[str], prompts: Sequence[str], kept_prompts: Sequence[str]
-) -> dict[str, list[int]]:
-    """The ids of the tokens that the names alone are made of, by the attribute of the text encoder.
+def own_tokens(pipeline: DiffusionPipeline, encoder: str, request: Request) -> list[int]:
+    """The ids of the tokens of the target's names in a text encoder.
 
-    Read where a name stands in the prompts, so as each tokenizer spells it there; tokens that also occur in the prompts
-    to keep are left out, so that of "van gogh" only "gogh" is trained if "a van" is kept.
+    Read where a name stands in the prompts, as the tokenizer spells it there. Tokens of the prompts to keep are left
+    out: of "van gogh" only "gogh" is trained if "a van" is kept.
 
     Raises:
         ValueError: a name that no prompt contains or of which no token is its own, or a prompt that names none of them.
     """
-    encoders = [name for name in TOKENIZERS if getattr(pipeline, name, None) is not None]
-    if not encoders:
-        raise ValueError(f"train_method 'token' needs a text encoder, and this {type(pipeline).__name__} has none")
-    return {encoder: _ids(pipeline, encoder, names, prompts, kept_prompts) for encoder in encoders}
-
-
-def _ids(
-    pipeline: DiffusionPipeline, encoder: str, names: Sequence[str], prompts: Sequence[str], kept: Sequence[str]
-) -> list[int]:
+    names, prompts, kept = request.target_names, request.prompts, request.kept_prompts
     tokenizer = getattr(pipeline, TOKENIZERS[encoder], None)
     if tokenizer is None or not tokenizer.is_fast:
         raise ValueError(

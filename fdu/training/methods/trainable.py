@@ -11,17 +11,19 @@ import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from importlib import import_module
 from typing import Literal
 
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
+from fdu.config import TRAIN_METHODS, check_choice
 from fdu.models.denoiser import Denoiser
 
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """What an erasure asks of a training method."""
+    """The input of a training method."""
 
     method: str
     """By its name in ``fdu.config.TRAIN_METHODS``: several may share a file."""
@@ -56,7 +58,7 @@ class Trainable(ABC):
 
     def __init__(self, pipeline: DiffusionPipeline) -> None:
         self.state: Literal["training", "finished", "removed"] = "training"
-        self._flags = [(parameter, parameter.requires_grad) for parameter in parameters_of(pipeline)]
+        self._flags = flags_of(pipeline)
         for parameter, _ in self._flags:
             parameter.requires_grad_(False)
         # The pipeline itself must not be held here, or no entry would ever go.
@@ -86,7 +88,7 @@ class Trainable(ABC):
         """End the training: parameters in the dtype of their model, and the user's requires_grad flags come back."""
         if self.state == "training":
             self._settle()
-            self._restore_flags()
+            restore(self._flags)
             self.state = "finished"
 
     def remove(self) -> None:
@@ -101,7 +103,7 @@ class Trainable(ABC):
             raise RuntimeError("a later erasure is on top of this one; remove that one first")
         self._undo()
         if self.state == "training":
-            self._restore_flags()
+            restore(self._flags)
         self.state = "removed"
         self._stack[:] = [reference for reference in self._stack if reference() is not self]
 
@@ -121,16 +123,11 @@ class Trainable(ABC):
 
     @abstractmethod
     def _settle(self) -> None:
-        """What :meth:`finish` does beside the flags."""
+        """End the training, except for the flags."""
 
     @abstractmethod
     def _undo(self) -> None:
-        """What :meth:`remove` does beside the flags."""
-
-    def _restore_flags(self) -> None:
-        for parameter, flag in self._flags:
-            parameter.requires_grad_(flag)
-        self._flags = []
+        """Undo the erasure, except for the flags."""
 
     def _later(self) -> list[Trainable]:
         """The erasures made after this one, in their order."""
@@ -155,29 +152,44 @@ def put_on_top(trainable: Trainable) -> None:
     trainable._stack.append(weakref.ref(trainable))
 
 
-def refuse_while_training(pipeline: DiffusionPipeline) -> None:
-    """Raise RuntimeError if another erasure of the pipeline is being trained."""
-    for reference in _STACKS.get(pipeline, []):
-        trainable = reference()
-        if trainable is not None and trainable.state == "training":
-            raise RuntimeError(
-                "another erasure of this pipeline is still in training; call its finish() or remove() first"
-            )
+def attach(denoiser: Denoiser, request: Request) -> Trainable:
+    """Make the part of a pipeline that a method names trainable, and everything else frozen.
 
+    The method's file defines ``make(denoiser: Denoiser, request: Request) -> Trainable``, which is called here.
 
-@contextmanager
-def flags_restored_on_error(pipeline: DiffusionPipeline) -> Iterator[None]:
-    """If this context fails, the requires_grad flags of all parameters become what they were."""
-    flags = [(parameter, parameter.requires_grad) for parameter in parameters_of(pipeline)]
+    Args:
+        denoiser: the denoiser of the pipeline, not yet wrapped for several devices.
+        request: the method and its settings.
+
+    Raises:
+        ValueError: an unknown method, or one that finds nothing to train in this pipeline.
+        RuntimeError: another erasure of the pipeline is still in training.
+    """
+    check_choice("train_method", request.method, TRAIN_METHODS)
+    others = [reference() for reference in _STACKS.get(denoiser.pipeline, [])]
+    if any(other is not None and other.state == "training" for other in others):
+        raise RuntimeError("another erasure of this pipeline is still in training; call its finish() or remove() first")
+    make = import_module(f"{__package__}.{TRAIN_METHODS[request.method].module}").make
+    flags = flags_of(denoiser.pipeline)
     try:
-        yield
+        trainable: Trainable = make(denoiser, request)
     except BaseException:
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)
+        restore(flags)
         raise
+    put_on_top(trainable)
+    return trainable
 
 
-def parameters_of(pipeline: DiffusionPipeline) -> list[nn.Parameter]:
-    """All parameters of all models of a pipeline."""
-    models = [part for part in vars(pipeline).values() if isinstance(part, nn.Module)]
-    return [parameter for model in models for parameter in model.parameters()]
+Flags = list[tuple[nn.Parameter, bool]]
+
+
+def flags_of(owner: DiffusionPipeline | nn.Module) -> Flags:
+    """The requires_grad flags of all parameters of a module, or of all models of a pipeline."""
+    models = [owner] if isinstance(owner, nn.Module) else [x for x in vars(owner).values() if isinstance(x, nn.Module)]
+    return [(parameter, parameter.requires_grad) for model in models for parameter in model.parameters()]
+
+
+def restore(flags: Flags) -> None:
+    """Set requires_grad flags."""
+    for parameter, flag in flags:
+        parameter.requires_grad_(flag)

@@ -1,11 +1,14 @@
-"""What each of the processes does that the tests of sharding start; what they find goes into files."""
+"""Several processes of torch.distributed on this machine: tasks for them, which leave their findings in files."""
 
 from __future__ import annotations
 
 import json
 import os
+import socket
+import subprocess
+import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import families
 import torch
@@ -20,25 +23,62 @@ from fdu.models.denoiser import Denoiser
 from fdu.models.families import denoiser_of
 from fdu.subjects.digits import pipeline as digits
 from fdu.training import sharding
-from fdu.training.loop import Training
+from fdu.training.step import Stepper
 
 RANK = os.environ.get("RANK", "0")
 torch.set_num_threads(1)
+
+
+class Ended(NamedTuple):
+    """How a process ended."""
+
+    returncode: int
+    error: str
+
+
+def free_port() -> str:
+    """A port that nobody listens to."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return str(free.getsockname()[1])
+
+
+def ended(folder: Path, task: str, *arguments: str, processes: int = 2) -> list[Ended]:
+    """Run a task of this file in so many processes, and wait for all of them."""
+    folder.mkdir(exist_ok=True)
+    port, running = free_port(), []
+    code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import in_processes; "
+    command = [sys.executable, "-c", f"{code}in_processes.{task}(*sys.argv[1:])", str(folder), *arguments]
+    for rank in range(processes):
+        place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)} if processes > 1 else {}
+        environment = {**os.environ, **place, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        running.append(subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE))
+    try:
+        errors = [process.communicate(timeout=250)[1].decode() for process in running]
+    finally:
+        for process in running:
+            process.kill()
+    return [Ended(process.returncode, error) for process, error in zip(running, errors, strict=True)]
 
 
 def erase(pipeline: DiffusionPipeline, settings: dict[str, Any]) -> fdu.ErasureResult:
     return fdu.erase(pipeline, *digits.concepts("three", "eight"), **settings)
 
 
+def found_by(result: fdu.ErasureResult) -> dict[str, Tensor]:
+    """The trained weights, the history and sigma."""
+    found = {name: parameter.data for name, parameter in result.trainable.named_parameters().items()}
+    found |= {f"history {name}": torch.tensor(values) for name, values in result.history.items()}
+    return {**found, "sigma": torch.tensor(result.sigma)}
+
+
 def train(folder: str, settings: str) -> None:
-    """An erasure for each of the settings, and what it leaves, in ``folder/number-rank.pt``."""
+    """An erasure for each of the settings, and its findings in ``folder/number-rank.pt``."""
     for number, one in enumerate(json.loads(settings)):
         pipeline = digits.load_pipeline()
         before = Before(pipeline)
         result = erase(pipeline, one)
-        found = {name: parameter.data for name, parameter in result.trainable.named_parameters().items()}
-        found |= {f"history {name}": torch.tensor(values) for name, values in result.history.items()}
-        found |= {"sigma": torch.tensor(result.sigma)}
+        found = found_by(result)
         with result.original():
             found["unchanged"] = torch.tensor(before.holds())
         torch.save(found, Path(folder) / f"{number}-{RANK}.pt")
@@ -46,17 +86,24 @@ def train(folder: str, settings: str) -> None:
             result.save(Path(folder) / f"{number}-result")
 
 
+def train_after_another(folder: str, settings: str) -> None:
+    """An erasure after one of another method, for which accelerate has prepared the denoiser already."""
+    pipeline = digits.load_pipeline()
+    erase(pipeline, {**json.loads(settings), "train_method": "text_encoder"})
+    torch.save(found_by(erase(pipeline, json.loads(settings))), Path(folder) / f"0-{RANK}.pt")
+
+
 def die_and_go_on(folder: str, settings: str) -> None:
-    """Be killed after 4 steps, and where there is a checkpoint already, go on from it."""
+    """Die after 4 steps, or resume if there is a checkpoint."""
     resumes = any(Path(one["checkpoint_dir"]).is_dir() for one in json.loads(settings))
-    step = Training._step
+    step = Stepper.step
 
-    def mortal(training: Training) -> Tensor:
-        if training.step == 4 and not resumes:
+    def mortal(stepper: Stepper, number: int) -> Tensor:
+        if number == 4 and not resumes:
             os._exit(9)
-        return step(training)
+        return step(stepper, number)
 
-    Training._step = mortal  # type: ignore[assignment]
+    Stepper.step = mortal  # type: ignore[method-assign]
     train(folder, settings)
 
 
@@ -77,14 +124,14 @@ def fail_together(folder: str, settings: str) -> None:
 
 def fail_alone(folder: str, settings: str) -> None:
     """The second process fails in the third step, and the first is left waiting in a collective."""
-    step = Training._step
+    step = Stepper.step
 
-    def failing(training: Training) -> Tensor:
-        if training.step == 2 and RANK == "1":
+    def failing(stepper: Stepper, number: int) -> Tensor:
+        if number == 2 and RANK == "1":
             raise MemoryError("no memory left here")
-        return step(training)
+        return step(stepper, number)
 
-    Training._step = failing  # type: ignore[assignment]
+    Stepper.step = failing  # type: ignore[method-assign]
     sharding.PATIENCE /= 30
     try:
         erase(digits.load_pipeline(), json.loads(settings))
@@ -93,11 +140,11 @@ def fail_alone(folder: str, settings: str) -> None:
 
 
 def every_family(folder: str) -> None:
-    """For each family: what the module computes whole and in shards, how many weights it holds, and what is left."""
+    """For each family: how whole and sharded modules differ, the share of weights held, and what is left."""
     PartialState(cpu=True)
     found: dict[str, dict[str, Any]] = {}
     for name in families.BUILDERS:
-        for dtype in (torch.float32, torch.bfloat16):
+        for dtype in (torch.float32, torch.bfloat16) if name == "sd3" else (torch.float32,):
             pipeline = families.build(name)
             pipeline.to(dtype=dtype)
             denoiser = denoiser_of(pipeline, families.resolution(name))

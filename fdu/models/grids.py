@@ -1,19 +1,48 @@
-"""Denoisers of rectified flow models: x_t = (1 - sigma) x_0 + sigma epsilon, the module predicts epsilon - x_0."""
+"""The two kinds of denoisers by how noise is added: DDPM's diffusion, and rectified flow."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DDPMScheduler, DiffusionPipeline
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from torch import Tensor
 
 from fdu.models.denoiser import Denoiser
 
 
+class DiffusionDenoiser(Denoiser):
+    """x_t = sqrt(abar) x_0 + sqrt(1 - abar) epsilon on the grid of DDPM's timesteps.
+
+    The module predicts epsilon, v or the sample, and takes the index on the grid for its timestep.
+    """
+
+    def __init__(self, pipeline: DiffusionPipeline, resolution: int | None = None) -> None:
+        super().__init__(pipeline, resolution)
+        # The pipeline's own scheduler is made to sample; noising and timesteps for training follow DDPM.
+        schedule = DDPMScheduler.from_config(pipeline.scheduler.config)
+        self.signal = schedule.alphas_cumprod.sqrt()
+        self.noise = (1 - schedule.alphas_cumprod).sqrt()
+        self.prediction_type = schedule.config.prediction_type
+
+    @classmethod
+    def check(cls, pipeline: DiffusionPipeline) -> None:
+        super().check(pipeline)
+        scheduler = pipeline.scheduler
+        prediction_type = scheduler.config.get("prediction_type", "epsilon")
+        if "beta_start" not in scheduler.config or prediction_type not in ("epsilon", "v_prediction", "sample"):
+            raise ValueError(
+                f"pipeline's scheduler, a {type(scheduler).__name__} with prediction_type {prediction_type!r}, does "
+                "not add noise as DDPM does; if the model was trained with DDPM, use a scheduler like DDIMScheduler"
+            )
+
+
 class FlowDenoiser(Denoiser):
-    """A denoiser that predicts the flow, on a grid shifted towards noise as the pipeline's scheduler shifts its own."""
+    """x_t = (1 - sigma) x_0 + sigma epsilon, on a grid shifted towards noise like that of the pipeline's scheduler.
+
+    The module predicts epsilon - x_0.
+    """
 
     prediction_type = "flow"
 
