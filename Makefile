@@ -11,7 +11,7 @@ VENV   := .venv
 INSIDE := $(VENV)/bin/python
 LOCK   := requirements.lock
 
-# The stamp names what was installed and where: a changed lock, a moved checkout or another build installs anew.
+# The stamp names what was installed and where: a changed lock, checkout or build reinstalls.
 KEY   := $(shell { cat $(LOCK) pyproject.toml setup.py; pwd; } | cksum | cut -d' ' -f1)
 STAMP := $(VENV)/installed-$(KEY)
 
@@ -27,8 +27,8 @@ install: $(STAMP) ## make .venv with the locked versions and this project
 demo: $(STAMP) ## erase a concept from the embedded pipeline, without network or GPU; report in demo-out/ (OUT=, ARGS=)
 	$(VENV)/bin/fdu demo --out "$(OUT)" $(ARGS)
 
-# One thread per worker; threads that wait sleep. Items that share a costly fixture stay in one worker (tests/conftest.py).
-PYTEST = OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(INSIDE) -m pytest -n $(WORKERS) --dist loadgroup
+# One thread per worker; threads that wait sleep. Bytecode is kept: rewriting the tests is a third of collecting them.
+PYTEST = PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(INSIDE) -m pytest -n $(WORKERS)
 
 test: $(STAMP) ## test every subject, at most 5 minutes on two cores (ARGS="-k name" WORKERS=2)
 	$(PYTEST) -m "not slow" $(ARGS)
@@ -59,7 +59,7 @@ wheel: $(STAMP) ## build the wheel into dist/
 	@ls dist
 
 lock: SHELL := bash
-lock: ## resolve requirements.lock anew from pyproject.toml (needs uv; ARGS=--upgrade for the newest versions)
+lock: ## resolve requirements.lock from pyproject.toml (needs uv; ARGS=--upgrade for the newest versions)
 	@command -v uv >/dev/null || { echo "make lock needs uv: pip install uv" >&2; exit 1; }
 	uv pip compile pyproject.toml --all-extras --universal --python-version 3.10 --prerelease disallow \
 	    --constraint <(grep '^torch==' $(LOCK); echo 'mpmath<1.4 # as sympy asks') \

@@ -66,10 +66,10 @@ def launch_of(backend: Any, call: GaussianCall) -> Callable[[], object]:
         recorded: dict[str, Any] = {"_compiled": _Recorder(backend._compiled, launches)}
         holder: Any = backend
     else:
-        from fdu_kernels.kernels.triton import launch_gaussian as holder
+        from fdu_kernels.kernels.triton import gaussian as holder
 
-        kernels = {name: kernel for name, kernel in vars(holder).items() if hasattr(kernel, "run")}
-        recorded = {name: _Recorder(kernel, launches) for name, kernel in kernels.items()}
+        kernels = {name: value for name, value in vars(holder).items() if name.startswith("gaussian_")}
+        recorded = {name: _Recorder(kernel, launches) for name, kernel in kernels.items() if hasattr(kernel, "run")}
     vars(holder).update(recorded)
     try:
         backend.gaussian_value_and_grad(call, None)

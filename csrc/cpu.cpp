@@ -12,9 +12,8 @@
 #include <stdexcept>
 #include <string>
 
+#include "host.h"
 #include "layout.h"
-#include "memory.h"
-#include "threads.h"
 
 namespace fdu {
 namespace {

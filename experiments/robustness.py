@@ -24,19 +24,11 @@ from fdu.comparison.runs import weights
 from fdu.comparison.sweep import Job, Record, settings_identity
 from fdu.config import PLACES
 from fdu.evaluation import draw
-from fdu.evaluation.robustness import (
-    AttackConfig,
-    Examination,
-    JudgedSampling,
-    Lesson,
-    RelearningConfig,
-    attack,
-    read_sets,
-    relearn,
-)
+from fdu.evaluation.robustness import Examination, JudgedSampling
+from fdu.evaluation.robustness.attack import AttackConfig, attack
 from fdu.evaluation.robustness.holding import judge_robustness
-from fdu.evaluation.robustness.judging import BACK, LEARNT_SEED
-from fdu.evaluation.robustness.phrasings import SETS, PromptSets
+from fdu.evaluation.robustness.phrasings import packaged_sets
+from fdu.evaluation.robustness.relearning import BACK, LEARNT_SEED, Lesson, RelearningConfig, relearn
 from fdu.evaluation.verdict import ERASED_BELOW
 from fdu.models.families import denoiser_of
 from fdu.storage.output import write_text
@@ -83,7 +75,7 @@ def jobs(cache: Path) -> list[Job]:
         for name, (anchor, _) in ERASURES.items()
     ]
     return [
-        dated(job, (TARGET, job.identity.get("anchor", ANCHOR)), phrasings=phrasings())
+        dated(job, (TARGET, job.identity.get("anchor", ANCHOR)), phrasings=packaged_sets("digit", TARGET))
         for job in (first, *erasures, last)
     ]
 
@@ -93,16 +85,11 @@ def config_of(name: str) -> fdu.EraseConfig:
     return fdu.EraseConfig(preservation_prompts=digits.preserved(TARGET), **ERASURES[name][1])
 
 
-def phrasings() -> PromptSets:
-    """The target in other words."""
-    return read_sets(SETS / "digit.txt", TARGET)
-
-
 def examine(name: str) -> Record:
     """Erase, and examine the result."""
     pipeline = digits.load_pipeline()
     probes = digits.probes(TARGET)
-    examination = Examination(probes[0], phrasings(), drawing=DRAWING, latents=LATENTS)
+    examination = Examination(probes[0], packaged_sets("digit", TARGET), drawing=DRAWING, latents=LATENTS)
     examination.before(pipeline)
     retained = None
     if name in ERASURES:

@@ -35,7 +35,7 @@ OLDEST_ARCHITECTURE = (8, 0)
 ARCHITECTURES = ("8.0", "9.0", "10.0+PTX")
 """Of a build for any machine, as TORCH_CUDA_ARCH_LIST would name them, which takes their place. Code for 8.0 runs on
 all 8.x; newer devices than the last compile its PTX."""
-SOURCES = ("module.cpp", "cpu.cpp", "memory.cpp", "threads.cpp")
+SOURCES = ("module.cpp", "cpu.cpp", "host.cpp")
 KERNELS = "cpu_kernels.cpp"  # compiled once per instruction set
 CUDA_MODULE, CUDA_KERNELS = "cuda_module.cpp", "cuda.cu"  # compiled where there is nvcc, for some architectures
 INSTRUCTION_SETS = {
@@ -288,7 +288,7 @@ def _find_nvcc(architectures: Sequence[str]) -> tuple[str, str, tuple[str, ...]]
     newest that it knows, as PTX."""
     home = os.environ.get("CUDA_HOME")
     missing = f"CUDA_HOME names {home}, which has no bin/nvcc" if home else "there was no nvcc"
-    nvcc = _find_program((f"{home}/bin/nvcc",) if home else NVCC, f"{missing}; install the CUDA toolkit and build anew")
+    nvcc = _find_program((f"{home}/bin/nvcc",) if home else NVCC, f"{missing}; install the CUDA toolkit and rebuild")
     release = re.search(r"release (\d+\.\d+)", _output(nvcc, "--version"))
     version = release[1] if release else "0.0"
     if _numbers(version) < _numbers(OLDEST_NVCC):

@@ -32,7 +32,7 @@ class CriticRow:
 
     mix is sigmoid(logit): so neither mix nor 1 - mix loses digits where it is small. The softplus is shifted to vanish
     at v = 0, the step is 1/2 at its threshold. exp loses digits near v = 0, expm1 where e^v
-    is small, so both are there; likewise a sigmoid and T, which is exact near 0.
+    is small, so both are there. The same holds for a sigmoid and T, which is exact near 0.
     """
 
     const: float = 0.0

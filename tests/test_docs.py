@@ -1,13 +1,20 @@
-"""The code of README.md and of the hand-written pages runs; commands parse, links lead somewhere."""
+"""The code of README.md, of the hand-written pages and of examples/ runs; commands parse, links lead somewhere."""
 
 from __future__ import annotations
 
 import re
+import runpy
 import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import families
 import pytest
+import torch
+from PIL import Image
 
 from fdu.cli import parse
 
@@ -64,3 +71,94 @@ def test_links_lead_somewhere() -> None:
             if not file.exists() or (anchor and anchor not in anchors):
                 broken.append(f"{page.name}: {target}")
     assert not broken
+
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+PATCH = EXAMPLES / "train_text_to_image_lora.patch"
+UPSTREAM = "1cf7638"
+"""Of examples/text_to_image/train_text_to_image_lora.py in diffusers v0.40.0: how git abbreviates its blob's hash."""
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Runs an example as a script, in this process, where torch and diffusers are imported; returns what it prints."""
+
+    def run(name: str, *arguments: str) -> str:
+        monkeypatch.setattr(sys, "argv", [name, *arguments])
+        runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+        return capsys.readouterr().out
+
+    return run
+
+
+def test_the_loss_in_your_loop_erases(run: Callable[..., str]) -> None:
+    printed = run("loss_in_your_loop.py", "--steps", "9", "--divergence", "jensen_shannon")
+    losses = [float(loss) for loss in re.findall(r"loss ([\d.]+)", printed)]
+    assert len(losses) == 2 and all(0 < loss < 1 for loss in losses)
+    # One line of the loop is the loss, and one makes it.
+    marked = [line for line in (EXAMPLES / "loss_in_your_loop.py").read_text().splitlines() if "# the loss" in line]
+    assert len(marked) == 3
+    assert re.search(r"now drawn for .*: ((zero|one|two|three|four|five|six|seven|eight|nine)(, )?){16}$", printed)
+
+
+def test_per_sample_gradients(run: Callable[..., str]) -> None:
+    shares = dict(re.findall(r"(\w+): the outlier has (\d+)%", run("per_sample_gradients.py")))
+    assert int(shares["squared_hellinger"]) < 5 < int(shares["mse"])
+
+
+def test_the_compiled_loop_is_one_graph_and_learns(run: Callable[..., str]) -> None:
+    torch._dynamo.reset()
+    printed = run("compiled_loop.py", "--steps", "31", "--compiler", "aot_eager")
+    losses = [float(loss) for loss in re.findall(r"loss ([\d.]+)", printed)]
+    assert set(re.findall(r"graphs (\d+)", printed)) == {"1"} and losses[-1] < losses[0] / 2
+
+
+@pytest.mark.slow
+def test_the_embedded_example_saves_a_lora_that_plain_diffusers_draws_with(
+    run: Callable[..., str], tmp_path: Path
+) -> None:
+    run("erase_embedded.py", "--out", str(tmp_path / "erased"), "--steps", "2")
+    with Image.open(tmp_path / "erased" / "drawn.png") as sheet:
+        assert sheet.size == (512, 128)
+        before, after = sheet.crop((0, 0, 128, 128)), sheet.crop((256, 0, 384, 128))
+        assert before.tobytes() != after.tobytes()
+
+
+def test_the_example_for_large_models_saves_a_lora_and_checkpoints(run: Callable[..., str], tmp_path: Path) -> None:
+    families.build("sdxl").save_pretrained(tmp_path / "model")
+    arguments = ["--model", str(tmp_path / "model"), "--device", "cpu", "--resolution", "16", "--steps", "1"]
+    run("erase_sdxl.py", *arguments, "--out", str(tmp_path / "erased"))
+    assert list((tmp_path / "erased").glob("*.safetensors"))
+    assert any((tmp_path / "erased-checkpoints").iterdir())
+
+
+def test_the_patch_is_one_import_and_one_line() -> None:
+    lines = PATCH.read_text().splitlines()
+    added = [line[1:].strip() for line in lines if line.startswith("+") and not line.startswith("+++")]
+    removed = [line[1:].strip() for line in lines if line.startswith("-") and not line.startswith("---")]
+    assert added == [
+        "from fdu_kernels import gaussian_divergence",
+        'loss = gaussian_divergence(model_pred, target, "squared_hellinger", sigma=0.3)',
+    ]
+    assert removed == ['loss = F.mse_loss(model_pred.float(), target.float(), reduction="mean")']
+    assert f"index {UPSTREAM}.." in PATCH.read_text()
+    readme = (EXAMPLES / "README.md").read_text()
+    assert all(line in readme for line in (*added, *removed))
+
+
+def test_git_applies_the_patch(tmp_path: Path) -> None:
+    if shutil.which("git") is None:
+        pytest.skip("git is not installed")
+    # The lines that the patch expects, where it expects them; what lies between them it does not look at.
+    script, wanted = tmp_path / "examples" / "text_to_image" / "train_text_to_image_lora.py", {}
+    for line in PATCH.read_text().splitlines():
+        if hunk := re.match(r"@@ -(\d+)", line):
+            number = int(hunk[1])
+        elif line.startswith((" ", "-")) and not line.startswith("---"):
+            wanted[number] = line[1:]
+            number += 1
+    script.parent.mkdir(parents=True)
+    script.write_text("".join(f"{wanted.get(number, '')}\n" for number in range(1, max(wanted) + 2)))
+    subprocess.run(["git", "apply", str(PATCH)], cwd=tmp_path, check=True)
+    text = script.read_text()
+    assert text.count("gaussian_divergence") == 2 and "mse_loss" not in text

@@ -1,4 +1,4 @@
-"""What the wheel holds, and what it asks of whoever installs it."""
+"""The content of the wheel and its requirements."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def test_a_build_that_cannot_compile_installs_the_rest(built: tuple[zipfile.ZipF
 def test_a_build_that_fails_installs_the_rest(sources: Path, tmp_path: Path) -> None:
     broken = tmp_path / "broken"
     shutil.copytree(sources, broken, ignore=shutil.ignore_patterns("build", "*.egg-info"))
-    (broken / "csrc" / "memory.cpp").write_text("#error broken\n")
+    (broken / "csrc" / "host.cpp").write_text("#error broken\n")
     wheel, output = build_wheel(broken, tmp_path)
     assert not any(path.endswith(".so") for path in wheel.namelist())
     (told,) = [line for line in output.splitlines() if "no compiled kernels in this build" in line]

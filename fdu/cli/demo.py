@@ -58,7 +58,7 @@ class Demo:
 
         def work() -> None:
             from fdu.evaluation import JUDGED_SEED
-            from fdu.evaluation.verdict import summary
+            from fdu.evaluation.tables import summary
             from fdu.report import PICTURE, REPORT, Conditions, EvaluatedRun, write_run
             from fdu.storage.output import METRICS_FILE, whole_folder
 

@@ -124,7 +124,7 @@ class Evaluate:
             from accelerate.utils import release_memory
 
             from fdu.evaluation.robustness.holding import judge_robustness
-            from fdu.evaluation.verdict import summary
+            from fdu.evaluation.tables import summary
             from fdu.report import REPORT, Conditions, EvaluatedRun, write_run
 
             panel = exam.panel(device)
@@ -204,9 +204,9 @@ class Evaluate:
             if self.phrasings is not None:
                 raise ValueError("phrasings has no effect without the test of that name; add it to --robustness")
             return {}
-        from fdu.evaluation.robustness.phrasings import SETS, read_sets
+        from fdu.evaluation.robustness.phrasings import packaged_sets, read_sets
 
-        return read_sets(self.phrasings or SETS / f"{exam.kind}.txt", exam.target)
+        return read_sets(self.phrasings, exam.target) if self.phrasings else packaged_sets(exam.kind, exam.target)
 
     def _examination(self, probe: fdu.Probe, sets: PromptSets, sampling: Sampling) -> Examination | None:
         """The requested tests of robustness, with images drawn as for the evaluation; None if there are none."""

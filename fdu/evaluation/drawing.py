@@ -1,23 +1,84 @@
-"""Draw the images of probes, so that two pipelines can be compared image by image."""
+"""Probes, the prompts that judge an erasure, and their images, drawn so that two pipelines can be compared."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from diffusers import DiffusionPipeline
 from torch import Tensor
 from tqdm import tqdm
 
-from fdu.config import Count, NotNegative, check_fields, check_number
-from fdu.evaluation.probes import Probe, check_prompts
+from fdu.config import Count, Natural, NotNegative, check_fields, check_number
 from fdu.models.calls import silent
 
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+    from fdu.models.denoiser import Denoiser
+
+Judge = Callable[[Tensor], list[str]]
+"""Maps images [N, 3, H, W] in [0, 1] to the name of the class that each shows."""
+Role = Literal["target", "unseen", "retained", "cross_domain"]
+"""The erased concept; the same in phrasings that the training never used; a class to retain; one of another kind."""
+Group = Literal["near", "generic", "unrelated"]
+"""Groups of retained classes: neighbours of the target (hard negatives), the anchor and everyday subjects (which show
+whether an erasure reaches too far), and unrelated subjects."""
 JUDGED_SEED = 1000
 """Offset of the judged images' seeds from the seed of the training, whose own images start at that seed."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Probe:
+    """Prompts for one class, and the judge that recognises it.
+
+    Raises:
+        ValueError: no prompts.
+    """
+
+    name: str
+    """Name of the class, as the judge returns it and as an image-text encoder reads it."""
+    prompts: tuple[str, ...]
+    """Prompts of the class, used in turn."""
+    role: Role
+    judge: Judge
+    group: Group = "near"
+    """Group of a retained class; ignored for other roles."""
+
+    def __post_init__(self) -> None:
+        if not self.prompts:
+            raise ValueError(f"probes: the class {self.name!r} has no prompts; give it at least one")
+
+
+def groups(probes: Sequence[Probe]) -> dict[str, list[int]]:
+    """Indices of the probes by role, and of the retained ones also by group.
+
+    >>> groups([Probe("cat", ("a cat",), "target", list), Probe("lynx", ("a lynx",), "retained", list)])
+    {'target': [0], 'retained': [1], 'near': [1]}
+    """
+    found: dict[str, list[int]] = {}
+    for place, probe in enumerate(probes):
+        found.setdefault(probe.role, []).append(place)
+        if probe.role == "retained":
+            found.setdefault(probe.group, []).append(place)
+    return found
+
+
+def check_probes(probes: Sequence[Probe]) -> None:
+    """Refuse probes that cannot judge an erasure.
+
+    Raises:
+        ValueError: not exactly one target, no retained class, or two classes with one name.
+    """
+    roles = [probe.role for probe in probes]
+    if roles.count("target") != 1 or "retained" not in roles:
+        raise ValueError("probes must hold exactly one with role 'target' and at least one with role 'retained'")
+    names = [probe.name for probe in probes if probe.role != "unseen"]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ValueError(f"probes name the class {twice[0]!r} twice; give each class one probe")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,26 +104,25 @@ class Sampling:
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(Sampling)}
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class JudgedSampling(Sampling):
+    """How the robustness tests draw judged images.
+
+    Raises:
+        ValueError: no image, or as :class:`Sampling`.
+    """
+
+    images: Count = 32
+    """Images whose share is counted."""
+    seed: Natural = 0
+    """Of everything random; the images begin with ``seed + JUDGED_SEED``."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Draws:
     """The images of each probe, in the order of the probes: one tensor [N, 3, H, W] in [0, 1] per probe."""
 
     images: list[Tensor]
-
-
-@contextmanager
-def unchecked(pipeline: DiffusionPipeline) -> Iterator[None]:
-    """Switch the safety checker off within this context: a judge would count its black images as a change."""
-    checker = getattr(pipeline, "safety_checker", None)
-    if checker is None:
-        yield
-        return
-    # Set past the pipeline's own setter, which would record None in its config.
-    vars(pipeline)["safety_checker"] = None
-    try:
-        yield
-    finally:
-        vars(pipeline)["safety_checker"] = checker
 
 
 @torch.no_grad()
@@ -91,16 +151,14 @@ def draw(
         description: label of the progress bar.
 
     Raises:
-        ValueError: no probes, a probe without prompts, ``images_per_class`` below 1, or as :class:`Sampling`.
+        ValueError: no probes, ``images_per_class`` below 1, or as :class:`Sampling`.
     """
     if not probes:
         raise ValueError("probes is empty; give at least the target's")
-    check_prompts(probes)
     check_number("images_per_class", images_per_class, Count)
-    sampling = Sampling(
-        num_inference_steps=num_inference_steps, guidance_scale=guidance_scale, batch_size=batch_size
-    ).settings()
-    chosen = {name: value for name, value in sampling.items() if name != "batch_size" and value is not None}
+    Sampling(num_inference_steps=num_inference_steps, guidance_scale=guidance_scale, batch_size=batch_size)
+    given = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
+    settings = {name: value for name, value in given.items() if value is not None}
     images = []
     bar = tqdm(total=len(probes) * images_per_class, desc=description, unit="image")
     with silent(pipeline), unchecked(pipeline), bar as progress:
@@ -108,16 +166,54 @@ def draw(
             drawn = []
             for start in range(0, images_per_class, batch_size):
                 indices = range(start, min(start + batch_size, images_per_class))
-                drawn.append(
-                    pipeline(
-                        [probe.prompts[index % len(probe.prompts)] for index in indices],
-                        **chosen,
-                        generator=[torch.Generator().manual_seed(seed + index) for index in indices],
-                        output_type="pt",
-                    )
-                    .images.float()
-                    .cpu()
+                output = pipeline(
+                    [probe.prompts[index % len(probe.prompts)] for index in indices],
+                    **settings,
+                    generator=[torch.Generator().manual_seed(seed + index) for index in indices],
+                    output_type="pt",
                 )
+                drawn.append(output.images.float().cpu())
                 progress.update(len(indices))
             images.append(torch.cat(drawn))
     return Draws(images)
+
+
+@contextmanager
+def unchecked(pipeline: DiffusionPipeline) -> Iterator[None]:
+    """Switch the safety checker off within this context: a judge would count its black images as a change."""
+    checker = getattr(pipeline, "safety_checker", None)
+    if checker is None:
+        yield
+        return
+    # Set past the pipeline's own setter, which would record None in its config.
+    vars(pipeline)["safety_checker"] = None
+    try:
+        yield
+    finally:
+        vars(pipeline)["safety_checker"] = checker
+
+
+class Conditioned:
+    """Calls a pipeline with what its denoiser encodes, perturbed or not, instead of the prompts themselves."""
+
+    def __init__(self, denoiser: Denoiser) -> None:
+        self.denoiser = denoiser
+
+    def set_progress_bar_config(self, **settings: Any) -> None:
+        """Do nothing: every call silences the pipeline by itself."""
+
+    def __call__(self, prompts: Sequence[str], **settings: Any) -> Any:
+        """Draw the images of prompts, with settings of the pipeline's call."""
+        conditioning = self.denoiser.encode(prompts)
+        with silent(self.denoiser.pipeline), unchecked(self.denoiser.pipeline):
+            return self.denoiser.pipeline(**self.denoiser.call_arguments(conditioning), **settings)
+
+
+def seen_by_judge(
+    denoiser: Denoiser, probes: Sequence[Probe], drawing: JudgedSampling, description: str
+) -> list[list[str]]:
+    """What the judge of each probe sees in its images, drawn with the denoiser's encoding of the prompts."""
+    pipeline: Any = Conditioned(denoiser)
+    seed, settings = drawing.seed + JUDGED_SEED, drawing.settings()
+    drawn = draw(pipeline, probes, drawing.images, seed, **settings, description=description)
+    return [probe.judge(images) for probe, images in zip(probes, drawn.images, strict=True)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 CLIP = "openai/clip-vit-base-patch32"
-"""The image-text encoder if none is named: that of the published figures of concept ablation and its successors."""
+"""The default image-text encoder, with which concept ablation and its successors publish their figures."""
 CLIP_LAYERS = 4
-"""So many layers of its image encoder make up the perceptual distance, evenly spaced, the last one among them."""
+"""Number of layers of its image encoder in the perceptual distance, evenly spaced, the last one included."""
 
 
 class Features:
-    """Turns images into features; what one class of extractors does differently is :meth:`extract` and ``texts``."""
+    """Turns images into features; a subclass implements :meth:`extract`, and :meth:`texts` if it reads text."""
 
     def __init__(self, name: str, batch_size: int = 32) -> None:
         self.name = name
@@ -26,18 +26,18 @@ class Features:
         self._known: Any = WeakTensorKeyDictionary()
 
     def extract(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Of one batch [B, 3, H, W] in [0, 1]: features [B, D], and for each layer [B, places, channels]."""
+        """Features [B, D] of one batch [B, 3, H, W] in [0, 1], and [B, places, channels] for each layer."""
         raise NotImplementedError
 
     def texts(self, prompts: Sequence[str]) -> Tensor | None:
-        """Text features [N, D] in the space of the images' features; None if this extractor reads no text."""
+        """Text features [N, D] comparable with image features; None if this extractor reads no text."""
         return None
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
         """Features [N, D], float32 on the CPU, of images [N, 3, H, W] in [0, 1].
 
-        Those of a tensor that is still there are kept: judge, scores and distances ask for the same images.
+        They are kept as long as the tensor lives: judge, scores and distances ask for the same images.
         """
         if images not in self._known:
             self._known[images] = torch.cat([self.extract(batch)[0] for batch in images.split(self.batch_size)])
@@ -45,7 +45,7 @@ class Features:
 
     @torch.no_grad()
     def layers_of_pairs(self, before: Tensor, after: Tensor) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
-        """The layers of images [N, 3, H, W] and of their counterparts, by batches; features are kept on the way."""
+        """The layers of images [N, 3, H, W] and of their counterparts, by batches; their features are kept too."""
         features: tuple[list[Tensor], list[Tensor]] = ([], [])
         for pair in zip(before.split(self.batch_size), after.split(self.batch_size), strict=True):
             extracted = [self.extract(batch) for batch in pair]
@@ -68,8 +68,7 @@ class ClipFeatures(Features):
         """The model, tokenizer and image processor in a folder or behind a hub id, as transformers saves them.
 
         Raises:
-            OSError: there is none, no tokenizer or image processor with it, or a model of another kind; the first line
-                of the reason.
+            OSError: the model, its tokenizer or its image processor is missing, or the model is of another kind.
         """
         from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
 
@@ -78,7 +77,7 @@ class ClipFeatures(Features):
             if not (hasattr(model, "get_image_features") and hasattr(model, "get_text_features")):
                 raise ValueError(f"a {type(model).__name__} is not an image-text encoder such as CLIP")
             tokenizer = AutoTokenizer.from_pretrained(name)
-            # The backend of Pillow needs no torchvision, and reads images alike wherever it runs.
+            # The backend of Pillow needs no torchvision, and reads images the same way everywhere.
             processor = AutoImageProcessor.from_pretrained(name, backend="pil")
         except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
             line = (str(error).strip().splitlines() or [type(error).__name__])[0]
@@ -98,9 +97,9 @@ class ClipFeatures(Features):
 
     @torch.no_grad()
     def texts(self, prompts: Sequence[str]) -> Tensor:
-        """See :meth:`Features.texts`; what is longer than the encoder reads is cut off."""
+        """See :meth:`Features.texts`; longer texts are cut off where the encoder stops reading."""
         places = self.model.config.text_config.max_position_embeddings
-        # SigLIP was trained with all its places filled; CLIP reads no further than the end of the text.
+        # SigLIP was trained on padded texts; CLIP ignores the padding.
         tokens = self.tokenizer(
             list(prompts), padding="max_length", max_length=places, truncation=True, return_tensors="pt"
         )
@@ -112,16 +111,15 @@ class ModuleFeatures(Features):
     """Any module that takes images [B, 3, H, W] in [0, 1].
 
     Args:
-        module: the module; it is called in evaluation mode, on its own device.
-        layers: names of the submodules whose outputs make up the perceptual distance, as ``named_modules`` has them.
-            Outputs [B, channels, ...] have their channels first; [B, channels] count as one place.
-        features: names of the submodules whose outputs, flattened and joined, are the features; if there are none, the
-            module's own output.
-        name: how reports call it.
-        batch_size: images at once.
+        module: called in evaluation mode, on its own device.
+        layers: submodules, by their names in ``named_modules``, whose outputs make up the perceptual distance. Outputs
+            [B, channels, ...] have their channels first; [B, channels] count as one place.
+        features: submodules whose outputs, flattened and joined, are the features. None: the module's own output.
+        name: its name in reports.
+        batch_size: images at a time.
 
     Raises:
-        ValueError: a name that the module does not have.
+        ValueError: the module has no submodule of that name.
     """
 
     def __init__(
@@ -142,7 +140,15 @@ class ModuleFeatures(Features):
     def extract(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
         """See :meth:`Features.extract`; without ``layers`` the features count as the only one."""
         parameter = next(self.module.parameters(), None)
-        with self._watched() as seen:
+        seen: dict[str, Tensor] = {}
+
+        def keep(name: str, module: nn.Module, inputs: Any, output: Tensor) -> None:
+            seen[name] = output
+
+        with ExitStack() as hooks:
+            for name in {*self.layers, *self.features}:
+                submodule = self.module.get_submodule(name)
+                hooks.enter_context(submodule.register_forward_hook(functools.partial(keep, name)))
             output = self.module(images if parameter is None else images.to(parameter.device, parameter.dtype))
         if self.features:
             output = torch.cat([seen[name].flatten(1) for name in self.features], 1)
@@ -152,27 +158,13 @@ class ModuleFeatures(Features):
         layers = [seen[name].float().cpu() for name in self.layers]
         return output, [layer.flatten(2).mT if layer.ndim > 2 else layer[:, None] for layer in layers or [output]]
 
-    @contextmanager
-    def _watched(self) -> Any:
-        """The outputs of the named submodules, by name, filled while the module runs."""
-        seen: dict[str, Tensor] = {}
-
-        def keep(name: str, module: nn.Module, inputs: Any, output: Tensor) -> None:
-            seen[name] = output
-
-        with ExitStack() as hooks:
-            for name in {*self.layers, *self.features}:
-                module = self.module.get_submodule(name)
-                hooks.enter_context(module.register_forward_hook(functools.partial(keep, name)))
-            yield seen
-
 
 def as_features(given: Features | nn.Module | str | None) -> Features | None:
-    """Features as a user gives them: an extractor, a module, or a folder or hub id of a CLIP model.
+    """An extractor from whatever a user gives: an extractor, a module, or a folder or hub id of a CLIP model.
 
     Raises:
         TypeError: anything else.
-        OSError: what :meth:`ClipFeatures.load` raises.
+        OSError: as :meth:`ClipFeatures.load`.
     """
     if given is None or isinstance(given, Features):
         return given

@@ -6,18 +6,19 @@ import dataclasses
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
-from diffusers import DiffusionPipeline
 from torch import cat, nn
 
-from fdu.evaluation.drawing import Draws, draw
+from fdu.evaluation.drawing import Draws, Group, Probe, Role, check_probes, draw, groups
 from fdu.evaluation.features import Features, as_features
 from fdu.evaluation.intervals import FEWEST, Bootstrap, Interval, interval, share_interval, wilson
 from fdu.evaluation.metrics.catalogue import metrics_of
 from fdu.evaluation.metrics.metric import PairMetric, ScoreMetric, SetMetric, ShareMetric
-from fdu.evaluation.probes import Probe, check_probes, groups
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +48,12 @@ class Figures:
     intervals: dict[str, Interval] = dataclasses.field(default_factory=dict)
     """95 % intervals by figure: "target_accuracy", "per_class.three". CLIP scores need two images per class."""
 
+    def value(self, name: str) -> float:
+        """A figure by its name; a dot picks one of several: "per_class.three"."""
+        field, _, part = name.partition(".")
+        value = getattr(self, field)
+        return value[part] if part else value
+
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
@@ -71,9 +78,9 @@ class Evaluation:
     "distances.kid.retained", "unlearn_canvas.UA". Changes and distances need two images
     per class."""
 
-    def measured(self, name: str) -> dict[str, float] | None:
-        """The figures of a metric that compares images, by role and group; None if it was not computed."""
-        return self.change if name == "change" else self.distances.get(name.partition(".")[2])
+    def measured(self, name: str) -> dict[str, float]:
+        """The figures of a metric that compares images, by role and group; empty if it was not computed."""
+        return self.change if name == "change" else self.distances.get(name.removeprefix("distances."), {})
 
     def as_dict(self) -> dict[str, Any]:
         """As a dict for JSON."""
@@ -110,16 +117,16 @@ def evaluate(
         raise ValueError(
             f"before and after must hold the same number of images per probe, got {counts[0]} and {counts[1]}"
         )
-    bootstrap, places = Bootstrap(counts[0]), groups(probes)
-    found, pairs = _Found(bootstrap), list(zip(drawn[0].images, drawn[1].images, strict=True))
+    found = _Found(Bootstrap(counts[0]), groups(probes))
+    pairs = list(zip(drawn[0].images, drawn[1].images, strict=True))
     # Pairs first: the features of their images are then known, also to judges with the same encoder.
     of_pairs = [one for one in metrics_of(PairMetric) if extractor or not one.needs_features]
     of_sets = metrics_of(SetMetric) if extractor else []
     for metric in of_pairs:
-        found.means(metric.name, [metric.values(*pair, extractor).numpy() for pair in pairs], places)
+        found.means(metric.name, [metric.values(*pair, extractor).numpy() for pair in pairs])
     for one in of_sets:
-        found.discrepancies(one, drawn, extractor, places)
-    before, after = (_side(one, probes, extractor, bootstrap, places) for one in drawn)
+        found.discrepancies(one, drawn, extractor)
+    before, after = (_side(one, probes, extractor, found) for one in drawn)
     for name, resampled in after.resampled.items():
         # Which class is worst, and which ones appear in the target's place, differs before and after.
         if name in before.resampled and name != "worst_retained_accuracy" and not name.startswith("target_became."):
@@ -133,17 +140,14 @@ def evaluate(
         if given.figure in after.figures:
             share = given.of(after.figures[given.figure], after.intervals[given.figure])
             found.figures[given.name], found.intervals[given.name] = share
+    names = [metric.name for metric in (*of_pairs, *of_sets) if metric.name.startswith("distances.")]
     return Evaluation(
         before=before.side(probes),
         after=after.side(probes),
         change=found.under("change"),
         images_per_class=counts[0][0],
         difference=found.under("difference"),
-        distances={
-            metric.name.partition(".")[2]: found.under(metric.name)
-            for metric in (*of_pairs, *of_sets)
-            if metric.name.startswith("distances.")
-        },
+        distances={name.removeprefix("distances."): found.under(name) for name in names},
         unlearn_canvas=found.under("unlearn_canvas"),
         features=extractor.name if extractor else "",
         intervals=found.intervals,
@@ -153,8 +157,8 @@ def evaluate(
 class _Found:
     """Figures by name, their intervals and resamples."""
 
-    def __init__(self, bootstrap: Bootstrap) -> None:
-        self.bootstrap = bootstrap
+    def __init__(self, bootstrap: Bootstrap, places: Mapping[str, Sequence[int]]) -> None:
+        self.bootstrap, self.places = bootstrap, places
         self.figures: dict[str, float] = {}
         self.intervals: dict[str, Interval] = {}
         self.resampled: dict[str, np.ndarray] = {}
@@ -162,10 +166,9 @@ class _Found:
         """On how many images each share was counted."""
 
     def under(self, name: str) -> dict[str, float]:
-        """The figures whose names begin with this one, by what follows."""
-        return {
-            key.removeprefix(f"{name}."): value for key, value in self.figures.items() if key.startswith(f"{name}.")
-        }
+        """The figures whose names begin with this one, by the rest of the name."""
+        start = f"{name}."
+        return {key.removeprefix(start): value for key, value in self.figures.items() if key.startswith(start)}
 
     def share(self, name: str, hits: Mapping[int, np.ndarray]) -> None:
         """The mean over classes of the share of hits; an image is 1 or 0."""
@@ -174,71 +177,59 @@ class _Found:
         resampled = self.resampled[name] = self.bootstrap.means(hits)
         self.intervals[name] = wilson(share, images) if len(hits) == 1 else share_interval(share, resampled, images)
 
-    def means(self, name: str, values: Sequence[np.ndarray], places: Mapping[str, Sequence[int]]) -> None:
-        """The mean over classes of a value an image, by role and group."""
-        for part, chosen in places.items():
+    def means(self, name: str, values: Sequence[np.ndarray]) -> None:
+        """The mean over classes of one value per image, by role and group."""
+        for part, chosen in self.places.items():
             key, own = f"{name}.{part}", {place: values[place] for place in chosen}
             self.figures[key] = float(np.mean([one.mean() for one in own.values()]))
             self.resampled[key] = self.bootstrap.means(own)
             if self.bootstrap.tells(chosen):
                 self.intervals[key] = interval(self.resampled[key])
 
-    def discrepancies(
-        self, metric: SetMetric, drawn: Sequence[Draws], extractor: Any, places: Mapping[str, Sequence[int]]
-    ) -> None:
-        """The distance of two sets of features, by role and group; of images that began as one noise there is none."""
-        for part, chosen in places.items():
+    def discrepancies(self, metric: SetMetric, drawn: Sequence[Draws], extractor: Any) -> None:
+        """The distance of two sets of features, by role and group; none if all images began as one noise."""
+        for part, chosen in self.places.items():
             before, after = (cat([extractor(one.images[place]) for place in chosen]) for one in drawn)
             value, resampled = self.bootstrap.pair_means(metric.discrepancies(before, after).numpy(), chosen)
             if not math.isnan(value):
                 self.figures[f"{metric.name}.{part}"] = value
-                # Of two noises there is one pair, and nothing to tell how others would differ from it.
+                # Two noises make one pair, which does not tell how others would scatter.
                 if self.bootstrap.tells(chosen, FEWEST + 1):
                     self.intervals[f"{metric.name}.{part}"] = interval(resampled)
 
     def side(self, probes: Sequence[Probe]) -> Figures:
         """The figures of one side of the erasure."""
         per_class = self.under("per_class")
-        worst = min((probe.name for probe in probes if probe.role == "retained"), key=per_class.__getitem__)
+        shares = ("target", "unseen", "retained", "worst_retained", "cross_domain")
+        tables = ("target_became", "retained_by_group", *(metric.name for metric in metrics_of(ScoreMetric)))
+        found: dict[str, Any] = {f"{name}_accuracy": self.figures.get(f"{name}_accuracy") for name in shares}
+        found |= {name: self.under(name) for name in tables}
         return Figures(
-            target_accuracy=self.figures["target_accuracy"],
-            unseen_accuracy=self.figures.get("unseen_accuracy"),
-            retained_accuracy=self.figures["retained_accuracy"],
-            worst_retained_accuracy=per_class[worst],
-            worst_retained_class=worst,
-            cross_domain_accuracy=self.figures.get("cross_domain_accuracy"),
+            **found,
             per_class=per_class,
-            target_became=self.under("target_became"),
-            retained_by_group=self.under("retained_by_group"),
+            worst_retained_class=min((one.name for one in probes if one.role == "retained"), key=per_class.__getitem__),
             intervals=self.intervals,
-            **{metric.name: self.under(metric.name) for metric in metrics_of(ScoreMetric)},
         )
 
 
-def _side(
-    draws: Draws,
-    probes: Sequence[Probe],
-    extractor: Features | None,
-    bootstrap: Bootstrap,
-    places: Mapping[str, Sequence[int]],
-) -> _Found:
-    """The judges' counts and the scores on one side of the erasure."""
-    found = _Found(bootstrap)
+def _side(draws: Draws, probes: Sequence[Probe], extractor: Features | None, pairs: _Found) -> _Found:
+    """The judges' counts and the scores on one side of the erasure, with the resamples of the pairs."""
+    found = _Found(pairs.bootstrap, pairs.places)
     seen = [np.array(probe.judge(images)) for probe, images in zip(probes, draws.images, strict=True)]
     hits = [(names == probe.name).astype(float) for probe, names in zip(probes, seen, strict=True)]
-    shares = {f"{role}_accuracy": places.get(role, ()) for role in ("target", "unseen", "retained", "cross_domain")}
-    shares |= {f"retained_by_group.{group}": places.get(group, ()) for group in ("near", "generic", "unrelated")}
+    shares = {f"{role}_accuracy": found.places.get(role, ()) for role in get_args(Role)}
+    shares |= {f"retained_by_group.{group}": found.places.get(group, ()) for group in get_args(Group)}
     shares |= {f"per_class.{probe.name}": [place] for place, probe in enumerate(probes) if probe.role != "unseen"}
-    shares["worst_retained_accuracy"] = [min(places["retained"], key=lambda place: hits[place].mean())]
+    shares["worst_retained_accuracy"] = [min(found.places["retained"], key=lambda place: hits[place].mean())]
     for name, chosen in shares.items():
         if chosen:
             found.share(name, {place: hits[place] for place in chosen})
-    (target,) = places["target"]
+    (target,) = found.places["target"]
     for name, _ in Counter(seen[target].tolist()).most_common():
         found.share(f"target_became.{name}", {target: (seen[target] == name).astype(float)})
     texts = extractor.texts([probe.name for probe in probes]) if extractor else None
     if extractor is not None and texts is not None:
         for metric in metrics_of(ScoreMetric):
-            pairs = zip(map(extractor, draws.images), texts, strict=True)
-            found.means(metric.name, [metric.values(images, text[None]).numpy() for images, text in pairs], places)
+            pairs_of = zip(map(extractor, draws.images), texts, strict=True)
+            found.means(metric.name, [metric.values(images, text[None]).numpy() for images, text in pairs_of])
     return found

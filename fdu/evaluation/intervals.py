@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from statistics import NormalDist
@@ -11,7 +12,9 @@ import numpy as np
 Interval = tuple[float, float]
 """Lower and upper end."""
 LEVEL = 0.95
-"""The share of repetitions of the evaluation whose interval holds the true value."""
+"""The share of repeated evaluations whose interval holds the true value."""
+Z = NormalDist().inv_cdf((1 + LEVEL) / 2)
+"""Standard deviations on either side of the mean that hold this share of a normal distribution."""
 RESAMPLES = 2000
 FEWEST = 2
 """Images of a class below which resamples cannot tell how a measured value scatters."""
@@ -20,15 +23,15 @@ FEWEST = 2
 class Bootstrap:
     """Resamples of the images of several probes; each probe keeps its number of images.
 
-    A resample is described by how often it holds each image, so that every figure is resampled in the same way: figures
-    before and after, and their differences, fit together. Image i of every probe begins as the same noise, and what
-    befalls one befalls the others: so a resample holds i in one probe as often as in another, as if i were drawn, and
-    not an image. Resampled apart, classes would seem to know more than they do together.
+    A resample counts how often it holds each image, so that figures before and after and their differences are
+    resampled in the same way. Image i of every probe begins as the same noise, so images i vary together. A resample
+    therefore draws the noises: it holds image i as often in one probe as in another. Resampling each class by itself
+    would make the interval of their mean too narrow.
 
     Args:
-        counts: images of each probe. Probes of one number of images share their resamples.
-        resamples: how many to make.
-        seed: makes them the same in every run.
+        counts: images of each probe. Probes with the same number of images share their resamples.
+        resamples: number of resamples.
+        seed: random seed.
     """
 
     def __init__(self, counts: Sequence[int], resamples: int = RESAMPLES, seed: int = 0) -> None:
@@ -44,19 +47,19 @@ class Bootstrap:
         """The mean over probes of the mean over their images, in each resample.
 
         Args:
-            values: for the place of each probe, a value an image.
+            values: one value per image, by the index of the probe.
         """
         return np.mean([self.weights[place] @ one / len(one) for place, one in values.items()], axis=0)
 
     def pair_means(self, matrix: np.ndarray, places: Sequence[int]) -> tuple[float, np.ndarray]:
-        """The mean of a matrix over all pairs of images that began as different noise, of all and in each resample.
+        """The mean of a matrix over all pairs of images that began as different noise, in all images and per resample.
 
-        Pairs of one noise depend on each other. Such is an image with itself, which a resample can hold, and image i of
-        one probe with image i of another. NaN where there are no other pairs.
+        Pairs of one noise depend on each other: image i of two probes, and an image with itself in a resample. NaN
+        where there are no other pairs.
 
         Args:
             matrix: [N, N] over the images of all ``places`` in their order.
-            places: of the probes.
+            places: indices of the probes.
         """
         resampled = [self.weights[place] for place in places]
         weights = np.concatenate(resampled, axis=1)
@@ -69,37 +72,63 @@ class Bootstrap:
         return float(means[0]), means[1:]
 
     def tells(self, places: Sequence[int], images: int = FEWEST) -> bool:
-        """Whether there are enough images of each of these probes, and ``images`` of one, for an interval."""
+        """Whether each of these probes has enough images for an interval, and one of them at least ``images``."""
         counts = [self.weights[place].shape[1] for place in places]
         return min(counts) >= FEWEST and max(counts) >= images
 
 
 def interval(resampled: np.ndarray) -> Interval:
-    """The percentile interval of a figure from its values in the resamples; those that are NaN do not count."""
+    """The percentile interval of a figure from its values in the resamples; NaN does not count."""
     low, high = np.nanquantile(resampled, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return float(low), float(high)
 
 
 def wilson(share: float, images: int) -> Interval:
     """The interval of one share counted on ``images`` images (Wilson 1927), which also holds near 0 and 1."""
-    z = NormalDist().inv_cdf((1 + LEVEL) / 2)
-    weight = z * z / images
+    weight = Z * Z / images
     middle = (share + weight / 2) / (1 + weight)
-    half = z * math.sqrt(share * (1 - share) / images + weight / (4 * images)) / (1 + weight)
-    # At the ends the bound is 0 or 1 itself, which rounding would miss.
+    half = Z * math.sqrt(share * (1 - share) / images + weight / (4 * images)) / (1 + weight)
+    # Rounding would miss the exact bounds 0 and 1.
     return (0.0 if share == 0 else middle - half), (1.0 if share == 1 else middle + half)
 
 
+@dataclasses.dataclass(frozen=True)
+class Share:
+    """A share counted on a number of images."""
+
+    value: float
+    """In [0, 1]."""
+    images: int
+    """How many were judged."""
+    interval: Interval
+    """The 95 % interval of Wilson (1927), which also holds near 0 and 1."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.value <= 1:
+            raise ValueError(f"a share must be in [0, 1], got {self.value!r}")
+
+    @classmethod
+    def of(cls, seen: Sequence[str], name: str) -> Share:
+        """The share of ``name`` in a judge's answers, at least one."""
+        value = sum(one == name for one in seen) / len(seen)
+        return cls(value, len(seen), wilson(value, len(seen)))
+
+
+def uncertainty(images: int) -> float:
+    """Half the width of a share's 95 % interval on ``images`` images, at its widest (a share of 1/2)."""
+    return Z * math.sqrt(0.25 / images)
+
+
 def reach_unseen(images: int) -> float:
-    """The largest share that 0 of n images leave open: 1 - (alpha/2)^(1/n), exact (Clopper and Pearson 1934)."""
+    """The largest share that 0 of n images cannot rule out: 1 - (alpha/2)^(1/n), exact (Clopper and Pearson 1934)."""
     return 1 - ((1 - LEVEL) / 2) ** (1 / images)
 
 
 def share_interval(share: float, resampled: np.ndarray, images: int, lowest: float = 0.0) -> Interval:
     """The interval of a mean of shares, or of a difference of two, counted on ``images`` images in all.
 
-    Where the images of each class all agree, every resample does too, and the interval would be a point, which
-    promises too much: 0 of 32 may well be 5 % of all. There :func:`reach_unseen` is taken, on either side, between
+    Where all images of each class agree, every resample does too, and the interval would be a point, which is too
+    narrow: 0 of 32 images may well mean 5 %. There the interval reaches :func:`reach_unseen` to either side, within
     ``lowest`` and 1.
     """
     low, high = interval(resampled)

@@ -11,7 +11,9 @@ from diffusers import DiffusionPipeline, StableDiffusion3Pipeline
 
 from fdu.config import PLACES, TRAIN_METHODS
 from fdu.evaluation import Evaluation, Probe
-from fdu.evaluation.verdict import comparison, judge, percent, uncertainty
+from fdu.evaluation.intervals import uncertainty
+from fdu.evaluation.tables import comparison
+from fdu.evaluation.verdict import judge, percent
 from fdu.report.render import templates
 from fdu.storage.kohya import KOHYA_FILE
 from fdu.storage.loading import HUB_ID, erased_pairs

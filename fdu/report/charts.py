@@ -217,7 +217,7 @@ def share_chart(
     Args:
         title, explanation: the caption.
         courses: for each line its name, its class in the style sheet, and (step, share) pairs, each share with the keys
-            of a :class:`fdu.evaluation.robustness.Share`. Lines of the class "smooth" get a band for their
+            of a :class:`fdu.evaluation.intervals.Share`. Lines of the class "smooth" get a band for their
             intervals.
     """
     most = max((step for _, _, course in courses for step, _ in course), default=1) or 1

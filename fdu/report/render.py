@@ -17,7 +17,8 @@ from fdu.evaluation.metrics.catalogue import metrics_of
 from fdu.evaluation.metrics.metric import ShareMetric
 from fdu.evaluation.robustness import Robustness
 from fdu.evaluation.robustness.holding import judge_robustness
-from fdu.evaluation.verdict import GROUPS, PARTS, comparison, distance_columns, figure_of, joined, judge, percent
+from fdu.evaluation.tables import PARTS, comparison, distance_columns
+from fdu.evaluation.verdict import GROUPS, joined, judge, percent
 from fdu.report.charts import Captioned, share_chart, training_charts
 from fdu.report.pictures import before_after, data_uri, strip
 from fdu.report.run import SHOWN, SIDES, Class, EvaluatedRun
@@ -172,7 +173,7 @@ def _groups(run: EvaluatedRun) -> list[tuple[str, list[ClassRow]]]:
     for place, probe in enumerate(run.probes):
         name = "unseen_accuracy" if probe.role == "unseen" else f"per_class.{probe.name}"
         sides = (run.evaluation.before, run.evaluation.after)
-        before, after = (Figure.of(side, name, figure_of(side, name)) for side in sides)
+        before, after = (Figure.of(side, name, side.value(name)) for side in sides)
         drawn = [_side(probe, run.images[side][place], side) for side in SIDES]
         key = (probe.role, probe.group if probe.role == "retained" else "")
         found[key].append(ClassRow(probe.role, probe.name, before, after, drawn))

@@ -17,8 +17,8 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
-from fdu.evaluation import Draws, Evaluation, Group, Probe, Role, Sampling
-from fdu.evaluation.probes import check_probes
+from fdu.evaluation import Draws, Evaluation, Probe, Sampling
+from fdu.evaluation.drawing import Group, Role, check_probes
 from fdu.evaluation.robustness import Robustness
 from fdu.report.pictures import strip
 from fdu.report.stored import restored

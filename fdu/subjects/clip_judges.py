@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fdu.evaluation.drawing import Probe
 from fdu.evaluation.features import ClipFeatures
-from fdu.evaluation.probes import Probe
 from fdu.subjects.concept_sets import ConceptSet
 
 CLIP_NOTES = (

@@ -1,4 +1,5 @@
-"""Tiny pipelines with random weights, one of each family that can be trained, built from configs without any download.
+"""Tiny pipelines with random weights, one of each family that can be trained, built from configs without any download;
+and a CLIP model to judge images.
 
 ``build(name)`` gives the same weights on every call. Images are 16 pixels wide (Sana 32), latents 8x8.
 """
@@ -9,6 +10,7 @@ import functools
 import inspect
 import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -34,6 +36,9 @@ from diffusers import (
 )
 from tokenizers import Tokenizer, models, normalizers, trainers
 from transformers import (
+    CLIPConfig,
+    CLIPImageProcessor,
+    CLIPModel,
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
@@ -332,3 +337,50 @@ BUILDERS: dict[str, Callable[[], DiffusionPipeline]] = {
     "sana": sana,
 }
 FAMILY_NAMES = tuple(BUILDERS)
+
+
+CLIP_SIZE = 32
+"""Height and width of the images that its image encoder takes."""
+CLIP_LAYERS = 6
+WORDS = "a photo of three eight two zero ink"
+CONCEPTS = """[target] three
+a photo of {}
+[unseen]
+a scan of {}
+[anchor] eight
+a photo of eight
+[near] two
+[generic] zero
+a picture of {}
+[unrelated] ink
+in black ink
+"""
+"""A concept set, and some of its words, for the embedded pipeline taken for a pipeline like any other."""
+
+
+def save_clip(folder: Path, words: str) -> Path:
+    """Write a CLIP model of random weights, its tokenizer (of ``words``) and its image processor into ``folder``."""
+    tokenizer = learn_tokenizer(words.split(), 16)
+    width = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2}
+    tokens = {
+        "vocab_size": len(tokenizer),
+        "max_position_embeddings": 16,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    config = CLIPConfig(
+        text_config={**width, "num_hidden_layers": 2, **tokens},
+        vision_config={**width, "num_hidden_layers": CLIP_LAYERS, "image_size": CLIP_SIZE, "patch_size": 8},
+        projection_dim=16,
+        # Random weights of the usual size would map all images to nearly one place.
+        initializer_factor=20.0,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = CLIPModel(config)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    size = {"height": CLIP_SIZE, "width": CLIP_SIZE}
+    CLIPImageProcessor(size={"shortest_edge": CLIP_SIZE}, crop_size=size).save_pretrained(folder)
+    return folder

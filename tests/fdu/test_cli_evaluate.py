@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from clip import CONCEPTS, WORDS, save_clip
+from families import CONCEPTS, WORDS, save_clip
 from test_report import Page
 
 import fdu

@@ -16,8 +16,8 @@ from typing import Any
 
 import pytest
 import torch
-from clip import CONCEPTS, WORDS, save_clip
 from diffusers import StableDiffusionPipeline
+from families import CONCEPTS, WORDS, save_clip
 from judged_runs import runs as handmade
 from test_report import Page
 

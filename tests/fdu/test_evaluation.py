@@ -1,21 +1,35 @@
-"""Evaluation: the counting, the same seeds before and after, and the refusals."""
+"""Evaluation: the counting, the same seeds before and after, the refusals, and the extractors of features."""
 
 from __future__ import annotations
 
-import dataclasses
 import json
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import families
+import numpy as np
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
-from torch import Tensor
+from diffusers import DiffusionPipeline
+from families import CLIP_LAYERS, CLIP_SIZE, save_clip
+from PIL import Image
+from sklearn.metrics.pairwise import cosine_similarity
+from torch import Tensor, nn
+from transformers import CLIPModel
 
 import fdu
+from fdu.concepts import Concept
 from fdu.evaluation import Draws, Probe
-from fdu.evaluation.robustness.judging import JudgedSampling, count
+from fdu.evaluation.drawing import JudgedSampling, seen_by_judge
+from fdu.evaluation.features import ClipFeatures, Features, ModuleFeatures, as_features
+from fdu.evaluation.metrics.perceptual import image_distance, perceptual_distance
 from fdu.models.families import denoiser_of
+from fdu.subjects.clip_judges import ClipJudge, clip_probes
+from fdu.subjects.concept_sets import ConceptSet
+from fdu.subjects.digits import pipeline as digits
+
+WORDS = "a photo of cat dog lynx violin painting"
 
 
 def judge(images: Tensor) -> list[str]:
@@ -91,25 +105,30 @@ def test_retained_classes_are_told_by_group() -> None:
     assert set(result.change) == {"target", "unseen", "retained", "near", "unrelated"}
 
 
-def test_a_pipeline_compared_with_itself_has_not_changed(pipeline: StableDiffusionPipeline) -> None:
+@pytest.fixture(scope="module")
+def tiny() -> DiffusionPipeline:
+    pipeline = families.build("sd")
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def test_images_do_not_depend_on_the_batch_and_a_pipeline_equals_itself(tiny: DiffusionPipeline) -> None:
     probes = [
-        Probe("three", ("three", "the digit three"), "target", lambda images: ["three"] * len(images)),
+        Probe("three", ("three", "a three", "the digit three"), "target", lambda images: ["three"] * len(images)),
         Probe("eight", ("eight",), "retained", lambda images: ["eight"] * len(images)),
     ]
-    settings: dict[str, Any] = {"images_per_class": 3, "num_inference_steps": 2}
-    result = fdu.evaluate(pipeline, pipeline, probes, **settings)
+    whole = fdu.draw(tiny, probes, 5, num_inference_steps=2, batch_size=5)
+    parts = fdu.draw(tiny, probes, 5, num_inference_steps=2, batch_size=2)
+    torch.testing.assert_close(whole.images, parts.images, rtol=0, atol=1e-4)
+    (three, _) = whole.images
+    assert (
+        three.shape == (5, 3, 16, 16) and 0 <= three.min() and three.max() <= 1 and not torch.equal(three[0], three[3])
+    )
+    result = fdu.evaluate(whole, tiny, probes, images_per_class=5, num_inference_steps=2)
     assert set(result.change.values()) == {0.0}
 
 
-def test_images_do_not_depend_on_the_batch(pipeline: StableDiffusionPipeline) -> None:
-    probes = [Probe("three", ("three", "a three", "the digit three"), "target", judge)]
-    whole = fdu.draw(pipeline, probes, 5, num_inference_steps=2, batch_size=5).images[0]
-    parts = fdu.draw(pipeline, probes, 5, num_inference_steps=2, batch_size=2).images[0]
-    torch.testing.assert_close(whole, parts, rtol=0, atol=1e-4)
-    assert whole.shape == (5, 3, 32, 32) and 0 <= whole.min() and whole.max() <= 1
-
-
-def test_what_does_not_belong_together_is_refused(pipeline: StableDiffusionPipeline) -> None:
+def test_what_does_not_belong_together_is_refused(tiny: DiffusionPipeline) -> None:
     draws = Draws([image_of(0), image_of(0), image_of(1), image_of(2)])
     with pytest.raises(ValueError, match="exactly one.*role 'target'"):
         fdu.evaluate(draws, draws, PROBES[1:])
@@ -118,9 +137,11 @@ def test_what_does_not_belong_together_is_refused(pipeline: StableDiffusionPipel
     with pytest.raises(ValueError, match="name.*class 'dog' twice"):
         fdu.evaluate(draws, draws, [*PROBES[:3], PROBES[2]])
     with pytest.raises(ValueError, match="images_per_class.*>= 1, got 0"):
-        fdu.draw(pipeline, PROBES, 0)
+        fdu.draw(tiny, PROBES, 0)
     with pytest.raises(ValueError, match="probes is empty"):
-        fdu.draw(pipeline, [])
+        fdu.draw(tiny, [])
+    with pytest.raises(ValueError, match="the class 'cow'.*no prompts"):
+        Probe("cow", (), "retained", judge)
 
 
 def test_none_leaves_a_setting_to_the_pipeline() -> None:
@@ -166,31 +187,177 @@ def test_one_image_a_class_tells_nothing_of_how_images_scatter() -> None:
     assert {"distances.kid.target", "distances.kid.retained"} <= three.intervals.keys()
 
 
-def test_a_class_without_prompts_is_refused(pipeline: StableDiffusionPipeline) -> None:
-    probes = [*PROBES[:3], Probe("cow", (), "retained", judge)]
-    draws = Draws([image_of(0), image_of(0), image_of(1), image_of(2)])
-    for call in (lambda: fdu.evaluate(draws, draws, probes), lambda: fdu.draw(pipeline, probes)):
-        with pytest.raises(ValueError, match="the class 'cow'.*no prompts"):
-            call()
-
-
-def test_a_safety_checker_blackens_nothing(pipeline: StableDiffusionPipeline) -> None:
+def test_a_safety_checker_blackens_nothing() -> None:
     def blackens(images: Any, clip_input: Any) -> tuple[Any, list[bool]]:
         return images * 0, [True] * len(images)
 
     def extractor(images: Any, return_tensors: str) -> Any:
         return SimpleNamespace(to=lambda device: SimpleNamespace(pixel_values=torch.zeros(1)))
 
+    pipeline = families.build("sd")
     config = dict(pipeline.config)
     vars(pipeline).update(safety_checker=blackens, feature_extractor=extractor)
-    probe = Probe("three", ("three",), "target", judge)
     assert pipeline(["three"], num_inference_steps=1, output_type="pt").nsfw_content_detected == [True]
-    images = fdu.draw(pipeline, [probe], 2, num_inference_steps=1).images[0]
-    assert all(image.std() > 0.01 for image in images)
     seen: list[float] = []
-    looking = dataclasses.replace(
-        probe, judge=lambda images: (seen.extend(images.flatten(1).std(1).tolist()), ["a"])[1]
-    )
-    count(denoiser_of(pipeline), looking, JudgedSampling(images=1, num_inference_steps=1))
-    assert min(seen) > 0.01
+    probe = Probe("three", ("three",), "target", lambda images: [seen.extend(images.flatten(1).std(1).tolist()) or "a"])
+    probe.judge(fdu.draw(pipeline, [probe], 1, num_inference_steps=1).images[0])
+    seen_by_judge(denoiser_of(pipeline), [probe], JudgedSampling(images=1, num_inference_steps=1), "judged")
+    assert len(seen) == 2 and min(seen) > 0.01
     assert pipeline.safety_checker is blackens and dict(pipeline.config) == config
+
+
+@pytest.fixture(scope="module")
+def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_clip(tmp_path_factory.mktemp("clip"), WORDS)
+
+
+@pytest.fixture(scope="module")
+def encoder(clip_folder: Path) -> ClipFeatures:
+    return ClipFeatures.load(str(clip_folder))
+
+
+def noise(count: int, size: int = CLIP_SIZE, seed: int = 0) -> Tensor:
+    """Images of whole levels of grey, so that no rounding hides in a comparison."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 256, (count, 3, size, size), generator=generator) / 255
+
+
+def normalised(image: Tensor) -> Tensor:
+    """What CLIP reads of an image of its own size."""
+    mean, std = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+    return (image - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
+
+
+@torch.no_grad()
+def test_clip_reads_images_as_the_model_does(clip_folder: Path, encoder: ClipFeatures) -> None:
+    images = noise(5)
+    model = CLIPModel.from_pretrained(clip_folder).eval()
+    output = model.vision_model(normalised(images), output_hidden_states=True)
+    torch.testing.assert_close(encoder(images), model.visual_projection(output.pooler_output), rtol=1e-4, atol=1e-4)
+    _, layers = encoder.extract(images)
+    chosen = [2, 3, 4, 6]  # of six layers, rounded from 1.5, 3, 4.5 and 6
+    assert CLIP_LAYERS == 6 and len(layers) == 4
+    for layer, index in zip(layers, chosen, strict=True):
+        torch.testing.assert_close(layer, output.hidden_states[index], rtol=1e-4, atol=1e-4)
+
+
+def test_larger_images_are_reduced_and_cropped_as_pillow_does(encoder: ClipFeatures) -> None:
+    assert CLIP_SIZE == 32
+    (image,) = noise(1, 80)
+    image = image[:, :, :64]
+    array = (image * 255).round().byte().permute(1, 2, 0).numpy()
+    reduced = (
+        Image.fromarray(array).resize((CLIP_SIZE, 40), Image.Resampling.BICUBIC).crop((0, 4, CLIP_SIZE, 4 + CLIP_SIZE))
+    )
+    whole = torch.from_numpy(np.array(reduced)).permute(2, 0, 1) / 255
+    torch.testing.assert_close(encoder(image[None]), encoder(whole[None]), rtol=1e-3, atol=1e-3)
+
+
+@torch.no_grad()
+def test_clip_reads_text_as_the_model_does(clip_folder: Path, encoder: ClipFeatures) -> None:
+    model = CLIPModel.from_pretrained(clip_folder).eval()
+    long = " ".join(["a photo of a violin"] * 10)
+    found = encoder.texts(["cat", long])
+    assert found.shape == (2, 16)
+    tokens = encoder.tokenizer("cat", return_tensors="pt")
+    alone = model.text_projection(model.text_model(**tokens).pooler_output)
+    torch.testing.assert_close(found[:1], alone, rtol=1e-4, atol=1e-4)
+
+
+def test_batches_change_nothing_and_features_are_computed_once(encoder: ClipFeatures) -> None:
+    images, others = noise(5), noise(5, seed=1)
+    small = ClipFeatures(encoder.model, encoder.tokenizer, encoder.processor, "small batches", batch_size=2)
+    torch.testing.assert_close(small(images), encoder(images), rtol=1e-4, atol=1e-4)
+    expected = perceptual_distance(encoder.extract(images)[1], encoder.extract(others)[1])
+    torch.testing.assert_close(image_distance(images, others, small), expected, rtol=1e-4, atol=1e-6)
+    kept = small(others)
+    small.extract = None  # type: ignore[method-assign, assignment]
+    assert small(others) is kept
+
+
+def test_an_encoder_that_is_not_there_is_told(tmp_path: Path, clip_folder: Path) -> None:
+    with pytest.raises(OSError, match="could not be loaded"):
+        ClipFeatures.load(str(tmp_path))
+    CLIPModel.from_pretrained(clip_folder).save_pretrained(tmp_path)
+    with pytest.raises(OSError, match="could not be loaded"):  # no tokenizer
+        ClipFeatures.load(str(tmp_path))
+    with pytest.raises(OSError, match="a CLIPTextModel.*image-text encoder"):
+        ClipFeatures.load(str(digits.PIPELINE_FOLDER / "text_encoder"))
+
+
+def test_the_embedded_features_lead_to_the_judgement() -> None:
+    classifier, images = digits.load_classifier(), noise(7)
+    features = digits.features()
+    shape, colour = features(images).split([64 * 16, 24], 1)
+    shown, media = classifier(images)
+    torch.testing.assert_close(classifier.digit[-1](shape), shown, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(classifier.medium[-1](colour), media, rtol=1e-4, atol=1e-4)
+    assert features.texts(["three"]) is None
+    _, layers = features.extract(images)
+    assert [tuple(layer.shape[1:]) for layer in layers] == [(256, 24), (64, 48), (16, 64), (256, 12), (64, 24)]
+
+
+class Small(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Conv2d(3, 4, 3)
+        self.head = nn.Linear(4, 2)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.head(self.inner(images).mean((2, 3)))
+
+
+def test_a_module_of_the_user() -> None:
+    module, images = Small(), noise(3)
+    plain = as_features(module)
+    assert isinstance(plain, ModuleFeatures) and plain.name == "Small"
+    with torch.no_grad():
+        torch.testing.assert_close(plain(images), module(images))
+        inner = ModuleFeatures(module, layers=["inner"], features=["inner"])
+        torch.testing.assert_close(inner(images), module.inner(images).flatten(1))
+        expected = perceptual_distance(
+            [module.inner(images).flatten(2).transpose(1, 2)], [module.inner(1 - images).flatten(2).transpose(1, 2)]
+        )
+    torch.testing.assert_close(image_distance(images, 1 - images, inner), expected, rtol=1e-5, atol=1e-8)
+    assert not module.inner._forward_hooks
+    with pytest.raises(ValueError, match="no submodule 'outer'"):
+        ModuleFeatures(module, layers=["outer"])
+
+
+def test_features_are_given_in_several_ways(clip_folder: Path) -> None:
+    assert as_features(None) is None
+    assert isinstance(as_features(str(clip_folder)), ClipFeatures)
+    named = digits.features()
+    assert isinstance(named, Features) and as_features(named) is named
+    with pytest.raises(TypeError, match="features.*extractor.*module.*name, got int"):
+        as_features(3)  # type: ignore[arg-type]
+
+
+def test_the_judge_names_the_nearest_text(encoder: ClipFeatures) -> None:
+    classes, images = ("cat", "dog", "violin"), noise(40)
+    nearest = cosine_similarity(encoder(images), encoder.texts(classes)).argmax(1)
+    seen = ClipJudge(encoder, classes)(images)
+    assert seen == [classes[place] for place in nearest]
+    with pytest.raises(ValueError, match="at least two"):
+        ClipJudge(encoder, ("cat", "cat"))
+
+
+def test_the_probes_of_a_set(encoder: ClipFeatures) -> None:
+    def concept(name: str) -> Concept:
+        return Concept(name, (f"a photo of {name}",))
+
+    concepts = ConceptSet(
+        concept("lynx"), concept("cat"), ("lynx",), (concept("dog"),), (concept("painting"),), (concept("violin"),)
+    )
+    probes = clip_probes(concepts, encoder)
+    assert [(probe.name, probe.role, probe.group) for probe in probes if probe.role == "retained"] == [
+        ("dog", "retained", "near"),
+        ("cat", "retained", "generic"),
+        ("painting", "retained", "generic"),
+        ("violin", "retained", "unrelated"),
+    ]
+    assert [(probe.name, probe.role) for probe in probes[:2]] == [("lynx", "target"), ("lynx", "unseen")]
+    judged = {(probe.name, probe.role): probe.judge.classes for probe in probes}  # type: ignore[attr-defined]
+    assert judged["lynx", "target"] == judged["cat", "retained"] == ("lynx", "cat")
+    assert judged["dog", "retained"] == ("dog", "cat")
+    assert judged["violin", "retained"] == ("painting", "violin", "cat", "lynx")

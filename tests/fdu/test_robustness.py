@@ -1,4 +1,4 @@
-"""Robustness: the counting, the sets of prompts, and attack and relearning on a pipeline that nobody may change."""
+"""Robustness: the counting, the sets of prompts, attack and relearning that leave a pipeline unchanged, the verdict."""
 
 from __future__ import annotations
 
@@ -10,37 +10,43 @@ from typing import Any
 import families
 import pytest
 import torch
-from diffusers import DiffusionPipeline, StableDiffusionPipeline
-from scipy import stats
+from diffusers import DiffusionPipeline
 from torch import Tensor
 
 import fdu
-from fdu.evaluation.intervals import wilson
-from fdu.evaluation.robustness import (
-    AttackConfig,
-    Examination,
-    JudgedSampling,
+from fdu.evaluation.drawing import Conditioned
+from fdu.evaluation.intervals import Share, wilson
+from fdu.evaluation.robustness import Examination, JudgedSampling, Robustness, phrasings, read_sets
+from fdu.evaluation.robustness.attack import AttackConfig, attack
+from fdu.evaluation.robustness.holding import judge_robustness
+from fdu.evaluation.robustness.relearning import (
     Lesson,
     RelearningConfig,
     RelearningFigures,
-    Robustness,
-    Share,
-    attack,
-    phrasings,
-    read_sets,
+    back_after,
     relearn,
     target_latents,
 )
-from fdu.evaluation.robustness.holding import judge_robustness
-from fdu.evaluation.robustness.judging import Conditioned, back_after, count, spaced
 from fdu.models.families import denoiser_of
-from fdu.subjects.digits import pipeline as digits
 from fdu.training.methods.perturbation import Perturbation
 
-pytestmark = pytest.mark.quick(name=["sd", "sd3", "flux", "pixart"])
+pytestmark = pytest.mark.quick(name=["sd", "flux"])
 
 QUICK = JudgedSampling(images=2, num_inference_steps=2)
+SHORT: dict[str, Any] = {
+    "attack_config": AttackConfig(tokens=2, steps=2, restarts=2, batch_size=2, looks=1),
+    "relearning_config": RelearningConfig(rank=2, steps=2, batch_size=2, looks=2),
+    "drawing": QUICK,
+    "latents": 2,
+}
 THREE = fdu.Probe("three", ("a photo of the digit three", "three"), "target", lambda images: ["three"] * len(images))
+
+
+@pytest.fixture
+def tiny(monkeypatch: pytest.MonkeyPatch) -> DiffusionPipeline:
+    """A small pipeline, and no collection of garbage between the tests of an examination, which would take longer."""
+    monkeypatch.setattr("fdu.evaluation.robustness.examination.release_memory", lambda: None)
+    return families.build("sd")
 
 
 def weights_of(pipeline: DiffusionPipeline) -> dict[str, Tensor]:
@@ -57,28 +63,9 @@ def unchanged(pipeline: DiffusionPipeline, weights: dict[str, Tensor]) -> bool:
     return now.keys() == weights.keys() and all(torch.equal(now[name], weights[name]) for name in weights)
 
 
-@pytest.mark.parametrize(("count", "images"), [(0, 32), (1, 7), (16, 32), (31, 32), (32, 32)])
-def test_the_interval_is_that_of_scipy(count: int, images: int) -> None:
-    expected = stats.binomtest(count, images).proportion_ci(method="wilson")
-    share = Share.of(["three"] * count + ["eight"] * (images - count), "three")
-    assert share.interval == pytest.approx((expected.low, expected.high), abs=1e-9)
-
-
-def test_shares_count() -> None:
-    share = Share.of(["a", "b", "a", "a"], "a")
-    assert (share.value, share.images) == (0.75, 4)
-    with pytest.raises(ValueError, match="at least one image"):
-        Share.of([], "a")
-
-
-def test_looks_double_up_to_the_last_step() -> None:
-    assert spaced(60, 4) == (7, 15, 30, 60)
-    assert spaced(3, 6) == (1, 3)
-
-
 @pytest.mark.parametrize("kind", ["digit", "ink", "object", "style"])
 def test_the_sets_that_come_with_fdu(kind: str) -> None:
-    sets = read_sets(phrasings.SETS / f"{kind}.txt", "red" if kind == "ink" else "van gogh")
+    sets = phrasings.packaged_sets(kind, "red" if kind == "ink" else "van gogh")
     assert sets.keys() == {"compositions", "languages", "misspellings", "paraphrases"}
     for prompts in sets.values():
         assert len(prompts) >= 6
@@ -122,10 +109,10 @@ def test_fewer_images_than_misspellings_reach_all_letters_and_all_kinds_of_slips
     assert phrasings.drawn_prompts(found, 999) == found
 
 
-def test_what_is_drawn_of_a_long_set_is_what_is_compared(pipeline: StableDiffusionPipeline) -> None:
+def test_what_is_drawn_of_a_long_set_is_what_is_compared(tiny: DiffusionPipeline) -> None:
     sets = {"words": tuple(f"p{number}" for number in range(9))}
     asked: list[str] = []
-    denoiser = denoiser_of(pipeline)
+    denoiser = denoiser_of(tiny)
     real = denoiser.encode
     denoiser.encode = lambda prompts: (asked.extend(prompts), real(prompts))[1]  # type: ignore[method-assign]
     seen = phrasings.seen_in_sets(
@@ -141,15 +128,14 @@ def test_sets_are_compared_prompt_by_prompt() -> None:
     (figures,) = phrasings.compare_sets(sets, "x", before, after).values()
     assert (figures.before.value, figures.after.value) == (0.75, 0.5)
     assert list(figures.by_prompt.items()) == [("q", (0.5, 1.0)), ("p", (1.0, 0.0))]
-    with pytest.raises(ValueError, match="same number of images"):
-        phrasings.compare_sets(sets, "x", before, {"words": ["x"]})
 
 
 @pytest.mark.parametrize("name", families.FAMILY_NAMES)
-def test_a_conditioning_draws_what_its_prompt_draws(name: str) -> None:
-    """In every family the pipeline, handed what its denoiser encodes, draws the same; and perturbed, something else."""
+def test_every_family_is_judged_attacked_and_relearnt_and_left_as_it_was(name: str) -> None:
+    """The pipeline, handed what its denoiser encodes, draws the same as from prompts; and perturbed, something else."""
     pipeline = families.build(name)
     denoiser = denoiser_of(pipeline, families.resolution(name))
+    before = weights_of(pipeline)
     settings: dict[str, Any] = {"num_inference_steps": 2, "guidance_scale": 2.0, "output_type": "latent"}
 
     def draw(by: Any, **more: Any) -> Tensor:
@@ -157,32 +143,15 @@ def test_a_conditioning_draws_what_its_prompt_draws(name: str) -> None:
 
     with torch.no_grad():
         plain = draw(pipeline, height=denoiser.height, width=denoiser.width, **denoiser.call_settings)
-        torch.testing.assert_close(draw(Conditioned(denoiser)), plain, rtol=0, atol=1e-4)
+        encoded = draw(Conditioned(denoiser))
+        torch.testing.assert_close(encoded, plain, rtol=0, atol=1e-4)
         perturbation = Perturbation(denoiser, "three", tokens=2, start=3.0)
         assert not torch.allclose(draw(Conditioned(denoiser)), plain, atol=1e-3)
         perturbation.remove()
-        assert torch.equal(draw(Conditioned(denoiser)), draw(Conditioned(denoiser)))
-        torch.testing.assert_close(draw(Conditioned(denoiser)), plain, rtol=0, atol=1e-4)
-
-
-def test_counting_leaves_the_pipelines_progress_bar_as_it_was(
-    pipeline: StableDiffusionPipeline, capfd: pytest.CaptureFixture[str]
-) -> None:
-    pipeline.set_progress_bar_config(desc="its own")
-    count(denoiser_of(pipeline), THREE, QUICK)
-    assert pipeline._progress_bar_config == {"desc": "its own"}
-    assert "its own" not in capfd.readouterr().err
-
-
-@pytest.mark.parametrize("name", families.FAMILY_NAMES)
-def test_attack_and_relearning_leave_every_family_as_it_was(name: str) -> None:
-    pipeline = families.build(name)
-    denoiser = denoiser_of(pipeline, families.resolution(name))
-    before = weights_of(pipeline)
+        assert torch.equal(draw(Conditioned(denoiser)), encoded)
     latents = torch.randn(3, *denoiser.latent_shape, generator=torch.Generator().manual_seed(0))
-    drawing = JudgedSampling(images=1, num_inference_steps=2)
-    probe = fdu.Probe("three", ("three",), "target", lambda images: ["three"])
-    lesson = Lesson(denoiser, probe, latents, drawing)
+    probe = dataclasses.replace(THREE, prompts=("three",))
+    lesson = Lesson(denoiser, probe, latents, JudgedSampling(images=1, num_inference_steps=2))
     attacked = attack(lesson, AttackConfig(2, 2, restarts=1, batch_size=2, looks=1))
     relearnt = relearn(lesson, RelearningConfig(rank=2, steps=1, batch_size=2, looks=1))
     assert attacked.attempts[0].size > 0 and [step for step, _ in attacked.attempts[0].course] == [2]
@@ -190,63 +159,120 @@ def test_attack_and_relearning_leave_every_family_as_it_was(name: str) -> None:
     assert unchanged(pipeline, before)
 
 
-def test_the_attack_lowers_the_denoisers_loss(pipeline: StableDiffusionPipeline) -> None:
-    """Towards an eight, from a prompt that asks for a one."""
-    denoiser = denoiser_of(pipeline)
-    eight = fdu.Probe("eight", ("the digit eight",), "target", lambda images: ["eight"] * len(images))
-    latents = target_latents(denoiser, eight, 4, QUICK)
-    one = fdu.Probe("eight", ("the digit one",), "target", lambda images: ["one"] * len(images))
-    config = AttackConfig(steps=16, restarts=1, batch_size=8, looks=1)
-    attacked = attack(Lesson(denoiser, one, latents, QUICK), config)
-    idle = attack(Lesson(denoiser, one, latents, QUICK), dataclasses.replace(config, learning_rate=1e-9))
-    assert attacked.attempts[0].loss < 0.9 * idle.attempts[0].loss
+def test_looks_double_and_leave_the_pipelines_progress_bar_as_it_was(
+    tiny: DiffusionPipeline, capfd: pytest.CaptureFixture[str]
+) -> None:
+    tiny.set_progress_bar_config(desc="its own")
+    denoiser = denoiser_of(tiny)
+    lesson = Lesson(denoiser, THREE, torch.zeros(2, *denoiser.latent_shape), QUICK)
+    for steps, looks, seen in ((3, 9, [0, 1, 3]), (4, 2, [0, 2, 4])):
+        config = RelearningConfig(rank=2, batch_size=1, steps=steps, looks=looks)
+        assert [step for step, _ in relearn(lesson, config).course] == seen
+    assert tiny._progress_bar_config == {"desc": "its own"}
+    assert "its own" not in capfd.readouterr().err
 
 
-def test_an_examination_from_end_to_end(pipeline: StableDiffusionPipeline, quick: dict[str, Any]) -> None:
+def test_the_attack_lowers_the_denoisers_loss(tiny: DiffusionPipeline) -> None:
+    denoiser = denoiser_of(tiny)
+    latents = target_latents(denoiser, THREE, 4, QUICK)
+    lesson = Lesson(denoiser, dataclasses.replace(THREE, prompts=("the digit eight",)), latents, QUICK)
+    config = AttackConfig(steps=4, restarts=1, batch_size=4, looks=1, learning_rate=0.5)
+    attacked = attack(lesson, config)
+    idle = attack(lesson, dataclasses.replace(config, learning_rate=1e-9))
+    assert attacked.attempts[0].loss < idle.attempts[0].loss
+
+
+def test_an_examination_from_end_to_end(tiny: DiffusionPipeline, quick: dict[str, Any]) -> None:
     sets = {"words": ("three", "the three")}
-    settings: dict[str, Any] = {
-        "attack_config": AttackConfig(steps=2, restarts=2, batch_size=2, looks=1),
-        "relearning_config": RelearningConfig(steps=2, batch_size=2, looks=2),
-        "drawing": QUICK,
-        "latents": 2,
-    }
-    examination = Examination(THREE, sets, **settings)
+    examination = Examination(THREE, sets, **SHORT)
     with pytest.raises(RuntimeError, match="call before"):
-        examination.after(pipeline)
-    result = fdu.erase(pipeline, *digits.concepts("three", "eight"), **quick)
-    weights = weights_of(pipeline)
+        examination.after(tiny)
+    result = fdu.erase(tiny, "three", "eight", **{**quick, "max_train_steps": 1})
+    weights = weights_of(tiny)
     with result.original() as original:
         examination.before(original)
     found = examination.after(result.pipeline)
-    assert unchanged(pipeline, weights)
+    assert unchanged(tiny, weights)
     assert found.phrasings is not None and found.attack is not None and found.relearning is not None
     assert found.attack_before is not None and len(found.attack_before.attempts) == 1
     assert found.attack.drawn_before == found.relearning.drawn_before == found.attack_before.before.value == 1.0
     assert [step for step, _ in found.relearning.course] == [0, 1, 2]
     losses = [attempt.loss for attempt in found.attack.attempts]
     assert found.attack.chosen == losses.index(min(losses)) and len(losses) == 2
-    again = Examination(THREE, sets, **settings)
+    again = Examination(THREE, tests=["attack"], **SHORT)
     with result.original() as original:
         again.before(original)
-    assert again.after(result.pipeline).as_dict() == found.as_dict()
+    assert again.after(result.pipeline).attack == found.attack
 
 
-def share(value: float) -> dict[str, Any]:
-    return {"value": value, "images": 32, "interval": (max(value - 0.1, 0), min(value + 0.1, 1))}
+def test_relearning_is_measured_by_what_was_drawn_before_the_attack(tiny: DiffusionPipeline) -> None:
+    """What the attack drew and counted before the erasure serves relearning."""
+    seldom = dataclasses.replace(THREE, judge=lambda images: ["three", "eight", "eight"][: len(images)])
+    settings = SHORT | {"drawing": JudgedSampling(images=3, num_inference_steps=1)}
+    settings |= {"attack_config": AttackConfig(tokens=2, steps=1, restarts=1, batch_size=1, looks=1)}
+    examination = Examination(seldom, {}, ("attack", "relearning"), **settings)
+    examination.before(tiny)
+    assert examination.drawn_before == pytest.approx(1 / 3)
+    assert len(list(examination.each_after(tiny))) == 2
+    examination.check()
+    assert examination.found is not None and examination.found.relearning is not None
+    assert examination.found.relearning.drawn_before == pytest.approx(1 / 3)
 
 
-def found(after: float, back: int | None, words: float = 0.0) -> dict[str, Any]:
-    attempt = {"course": [(10, share(after))], "loss": 0.1, "size": 1.0}
-    sides = {"before": share(0.0), "after": share(after), "attempts": [attempt], "chosen": 0, "back_after": 10}
+def test_a_test_that_fails_is_named_and_stops_no_other(
+    tiny: DiffusionPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*given: Any) -> None:
+        raise RuntimeError("CUDA out of memory.\nTried to allocate")
+
+    monkeypatch.setattr("fdu.evaluation.robustness.examination.attack", fails)
+    examination = Examination(THREE, {"words": ("three",)}, ("attack", "phrasings"), drawing=QUICK, latents=1)
+    examination.before(tiny)
+    with pytest.raises(RuntimeError, match=r"'attack'.*CUDA out of memory\b") as raised:
+        examination.after(tiny)
+    assert "Tried to allocate" in str(raised.value.__cause__)
+    assert examination.found is not None and set(examination.found.phrasings or {}) == {"words"}
+    assert examination.found.attack is None
+    (note,) = examination.notes()
+    assert "'attack'" in note
+
+
+def test_what_makes_no_sense_is_refused(tiny: DiffusionPipeline) -> None:
+    with pytest.raises(ValueError, match="phrasings, attack, relearning.*'atack'"):
+        Examination(THREE, {"a": ("b",)}, ["atack"])
+    with pytest.raises(ValueError, match="needs prompt sets"):
+        Examination(THREE)
+    with pytest.raises(ValueError, match="tokens.*>= 1.*0"):
+        AttackConfig(tokens=0)
+    with pytest.raises(ValueError, match="train_method.*lora"):
+        RelearningConfig(train_method="magic")
+    with pytest.raises(ValueError, match="images.*>= 1.*0"):
+        JudgedSampling(images=0)
+    denoiser, before = denoiser_of(tiny), weights_of(tiny)
+    with pytest.raises(ValueError, match="latents.*>= 1"):
+        target_latents(denoiser, THREE, 0)
+    with pytest.raises(ValueError, match="tokens.*1.*16"):
+        attack(Lesson(denoiser, THREE, torch.zeros(1, *denoiser.latent_shape), QUICK), AttackConfig(tokens=99))
+    assert unchanged(tiny, before)
+    assert Robustness().as_dict()["attack"] is None
+
+
+def share(value: float, reach: float = 0.1) -> dict[str, Any]:
+    return {"value": value, "images": 32, "interval": (max(value - reach, 0), min(value + reach, 1))}
+
+
+def found(after: float, back: int | None, words: float = 0.0, reach: float = 0.1) -> dict[str, Any]:
+    attempt = {"course": [(10, share(after, reach))], "loss": 0.1, "size": 1.0}
+    sides = {"before": share(0.0), "after": share(after, reach), "attempts": [attempt], "chosen": 0, "back_after": 10}
     return {
         "phrasings": {
-            "paraphrases": {"before": share(1.0), "after": share(words), "by_prompt": {"p": (1.0, words)}},
+            "paraphrases": {"before": share(1.0), "after": share(words, reach), "by_prompt": {"p": (1.0, words)}},
             "languages": {"before": share(0.1), "after": share(0.1), "by_prompt": {"p": (0.1, 0.1)}},
         },
         "attack": sides,
         "attack_before": {**sides, "after": share(1.0)},
         "relearning": {
-            "course": [(0, share(0.0)), (80, share(0.9 if back else 0.1))],
+            "course": [(0, share(0.0)), (80, share(0.9 if back else 0.02, reach))],
             "back_after": back,
             "images": 32,
         },
@@ -255,7 +281,7 @@ def found(after: float, back: int | None, words: float = 0.0) -> dict[str, Any]:
 
 def test_the_verdict_says_what_holds() -> None:
     strong = judge_robustness(found(0.0, None), "three")
-    assert strong.holds and not re.search(r"\bnot\b|nothing", strong.headline)
+    assert strong.holds and not re.search(r"\bnot\b|nothing|probably", strong.headline)
     assert all(name in strong.headline for name in ("other phrasings", "attack", "relearning"))
     words, attacked, relearnt = strong.sentences
     assert "languages" in words.partition("100 %")[2] and "10 %" in words
@@ -268,6 +294,50 @@ def test_the_verdict_says_what_holds() -> None:
     assert "32 images of three" in relearnt and "10 steps" in relearnt and "not" not in relearnt
     none = judge_robustness(found(0.97, 10, words=0.5), "three")
     assert not none.holds and re.search(r"\bnot\b.*other phrasings.*attack.*relearning", none.headline)
+    assert judge_robustness({}, "three").sentences == ()
+
+
+@pytest.mark.parametrize("test", ["phrasings", "attack", "relearning"])
+@pytest.mark.parametrize(
+    ("value", "reach", "holds", "headline"),
+    [
+        (0.04, 0.1, True, "holds against"),
+        (0.05, 0.2, True, "probably holds against"),
+        (0.3, 0.1, False, "does not hold against"),
+        (0.3, 0.2, False, "probably does not hold against"),
+        (0.3, 0.4, False, "tests do not show whether"),
+        (0.05, 0.9, False, "tests do not show whether"),
+    ],
+)
+def test_the_headline_is_as_sure_as_the_interval(
+    test: str, value: float, reach: float, holds: bool, headline: str
+) -> None:
+    figures = found(value, None, words=value, reach=reach)
+    figures["relearning"]["course"][1:] = [(40, share(value, reach)), (80, share(0.0))]
+    names = [test, f"{test}_before"]
+    verdict = judge_robustness({name: figures[name] for name in names if name in figures}, "three")
+    assert verdict.holds is holds
+    assert re.search(rf"\b(erasure|The) {headline}", verdict.headline)
+    (sentence,) = verdict.sentences
+    low, high = share(value, reach)["interval"]
+    assert (f"interval {100 * low:.0f} to {100 * high:.0f} %" in sentence) == (
+        "probably" in headline or "whether" in headline
+    )
+    assert ("too few images to tell" in sentence.lower()) == ("whether" in headline)
+
+
+def test_one_headline_tells_sure_and_probable_results_apart() -> None:
+    figures = found(0.9, None)
+    figures["phrasings"]["paraphrases"]["after"] = share(0.05, 0.2)
+    verdict = judge_robustness(figures, "three")
+    assert re.search(
+        r"holds against relearning and probably holds against other phrasings, but does not hold against an attack",
+        verdict.headline,
+    )
+    figures["phrasings"]["slips"] = {"before": share(1.0), "after": share(0.3), "by_prompt": {"p": (1.0, 0.3)}}
+    assert re.search(
+        r"holds against relearning, but does not.*phrasings.*attack", judge_robustness(figures, "x").headline
+    )
 
 
 def test_words_that_the_model_never_knew_show_nothing() -> None:
@@ -295,44 +365,6 @@ def test_an_attack_has_nothing_to_bring_back_where_nothing_was_erased() -> None:
     attacked, relearnt = judge_robustness({**figures, "phrasings": None}, "three").sentences
     assert "nothing" in attacked and re.findall(r"\d+ %", attacked)[:2] == ["100 %", "100 %"]
     assert "nothing" in relearnt
-
-
-def test_relearning_is_measured_by_what_was_drawn_before_the_attack(pipeline: StableDiffusionPipeline) -> None:
-    """What the attack drew and counted before the erasure serves relearning."""
-    probe = digits.probes("three")[0]
-    seldom = dataclasses.replace(probe, judge=lambda images: ["three", "eight", "eight"][: len(images)])
-    drawing = JudgedSampling(images=3, num_inference_steps=2)
-    configs: dict[str, Any] = {
-        "attack_config": AttackConfig(steps=1, restarts=1, looks=1, batch_size=1),
-        "relearning_config": RelearningConfig(steps=1, looks=1, batch_size=1),
-        "drawing": drawing,
-        "latents": 1,
-    }
-    examination = Examination(seldom, {}, ("attack", "relearning"), **configs)
-    examination.before(pipeline)
-    assert examination.drawn_before == pytest.approx(1 / 3)
-    assert len(list(examination.each_after(pipeline))) == 2
-    examination.check()
-    assert examination.found is not None and examination.found.relearning is not None
-    assert examination.found.relearning.drawn_before == pytest.approx(1 / 3)
-
-
-def test_a_test_that_fails_is_named_and_stops_no_other(
-    pipeline: StableDiffusionPipeline, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def fails(*given: Any) -> None:
-        raise RuntimeError("CUDA out of memory.\nTried to allocate")
-
-    monkeypatch.setattr("fdu.evaluation.robustness.examination.attack", fails)
-    examination = Examination(THREE, {"words": ("three",)}, ("attack", "phrasings"), drawing=QUICK, latents=1)
-    examination.before(pipeline)
-    with pytest.raises(RuntimeError, match=r"'attack'.*CUDA out of memory\b") as raised:
-        examination.after(pipeline)
-    assert "Tried to allocate" in str(raised.value.__cause__)
-    assert examination.found is not None and set(examination.found.phrasings or {}) == {"words"}
-    assert examination.found.attack is None
-    (note,) = examination.notes()
-    assert "'attack'" in note
 
 
 def test_an_attack_that_fails_without_an_erasure_shows_nothing_by_failing() -> None:
@@ -379,24 +411,3 @@ def test_back_is_half_of_what_was_drawn_before(
 
 def test_what_was_never_drawn_is_not_back() -> None:
     assert back_after([(0, Share.of("b", "a")), (5, Share.of("b", "a"))], 0.0) is None
-
-
-def test_what_makes_no_sense_is_refused(pipeline: StableDiffusionPipeline) -> None:
-    with pytest.raises(ValueError, match="phrasings, attack, relearning.*'atack'"):
-        Examination(THREE, {"a": ("b",)}, ["atack"])
-    with pytest.raises(ValueError, match="needs prompt sets"):
-        Examination(THREE)
-    with pytest.raises(ValueError, match="tokens.*>= 1.*0"):
-        AttackConfig(tokens=0)
-    with pytest.raises(ValueError, match="train_method.*lora"):
-        RelearningConfig(train_method="magic")
-    with pytest.raises(ValueError, match="latents.*>= 1"):
-        target_latents(denoiser_of(pipeline), THREE, 0)
-    with pytest.raises(ValueError, match="images.*>= 1.*0"):
-        JudgedSampling(images=0)
-    before = weights_of(pipeline)
-    denoiser = denoiser_of(pipeline)
-    with pytest.raises(ValueError, match="tokens.*1.*16"):
-        attack(Lesson(denoiser, THREE, torch.zeros(1, *denoiser.latent_shape), QUICK), AttackConfig(tokens=17))
-    assert unchanged(pipeline, before)
-    assert Robustness().as_dict()["attack"] is None

@@ -1,4 +1,4 @@
-"""The verdict says what the figures say, also when they are bad."""
+"""The verdict and the tables say what the figures say, also when they are bad."""
 
 from __future__ import annotations
 
@@ -8,18 +8,15 @@ import pytest
 import torch
 
 import fdu
+from fdu.evaluation.tables import comparison, distance_table, summary, table
 from fdu.evaluation.verdict import (
     DRAWN_BEFORE,
     ERASED_BELOW,
     PARTLY_BELOW,
     Verdict,
-    comparison,
-    distance_table,
     judge,
     percent,
     state_of,
-    table,
-    uncertainty,
 )
 
 CLASSES = {"zero": "retained", "nine": "retained", "red": "cross_domain"}
@@ -68,7 +65,7 @@ def words(verdict: Verdict) -> str:
 def test_erased_and_kept() -> None:
     verdict = judge(make_evaluation({"three": 0.0}), make_probes())
     assert verdict.good and verdict.erased == "erased" and verdict.kept and verdict.sure
-    assert "three" in verdict.headline and "0 %" in verdict.headline
+    assert "three" in verdict.headline and "0 %" in verdict.headline and "neighbours" not in words(verdict)
     assert "100 % of 32 images" in words(verdict) and "nine most often (100 %)" in words(verdict)
 
 
@@ -82,7 +79,9 @@ def test_not_erased() -> None:
 def test_partly_erased() -> None:
     verdict = judge(make_evaluation({"three": 0.4}, unseen=0.4), make_probes())
     assert verdict.erased == "partly erased" and not verdict.good
-    assert "partly" in verdict.headline and "40 %" in verdict.headline
+    assert "partly" in verdict.headline and "40 %" in verdict.headline and "probably" not in verdict.headline
+    doubtful = judge(with_interval(make_evaluation({"three": 0.4}, unseen=0.4), 0.1, 0.55), make_probes())
+    assert "probably only partly" in doubtful.headline and "interval 10 to 55 %" in doubtful.headline
 
 
 @pytest.mark.parametrize(
@@ -124,6 +123,26 @@ def test_failed_and_broken() -> None:
 def test_broken_other_kind() -> None:
     verdict = judge(make_evaluation({"three": 0.0, "red": 0.5}), make_probes())
     assert not verdict.kept and "but red" in verdict.headline
+    assert "another kind (red), on average: 100 % before, 50 % after" in words(verdict)
+    both = judge(make_evaluation({"three": 0.0, "red": 0.2, "nine": 0.5}), make_probes())
+    assert "but nine lost" in both.headline and "15 points: red" in words(both)
+
+
+def test_the_worst_classes_are_named_and_the_others_counted() -> None:
+    falls = {"zero": 0.5, "one": 0.2, "two": 0.4, "four": 0.3, "five": 0.1}
+    whole = dict.fromkeys(falls, 1.0)
+
+    def figures(target: float, shares: dict[str, float]) -> fdu.Figures:
+        return fdu.Figures(target, None, 0.9, 0.1, "five", None, {"three": target, **shares}, {"x": 1.0})
+
+    probes = [fdu.Probe("three", ("three",), "target", list)]
+    probes += [fdu.Probe(name, (name,), "retained", list) for name in falls]
+    verdict = judge(fdu.Evaluation(figures(1.0, whole), figures(0.0, falls), {}, 32), probes)
+    assert "but five, one and four lost" in verdict.headline
+    assert "four (100 % before, 30 % after) and 2 more" in words(verdict)
+    three = judge(fdu.Evaluation(figures(1.0, whole), figures(0.0, falls | {"zero": 1.0, "two": 1.0}), {}, 32), probes)
+    assert "five, one and four lost" in three.headline and "more" not in words(three).replace("more than", "")
+    assert "(5), on average: 90 % before, 90 % after; the lowest, five: 100 % before, 10 % after" in words(verdict)
 
 
 def test_small_losses_everywhere_are_told() -> None:
@@ -157,19 +176,45 @@ def test_the_headline_is_as_sure_as_the_interval(share: float, interval: tuple[f
 
 def test_unseen_phrasings_can_make_it_unsure() -> None:
     evaluation = make_evaluation({"three": 0.0}, unseen=0.03)
-    after = dataclasses.replace(evaluation.after, intervals={"unseen_accuracy": (0.01, 0.16)})
-    verdict = judge(dataclasses.replace(evaluation, after=after), make_probes())
-    assert verdict.erased == "erased" and not verdict.sure and "16 %" in verdict.headline
+    for ends, sure in (((0.01, 0.16), False), ((0.01, 0.14), True)):
+        after = dataclasses.replace(evaluation.after, intervals={"unseen_accuracy": ends})
+        verdict = judge(dataclasses.replace(evaluation, after=after), make_probes())
+        assert verdict.erased == "erased" and verdict.sure is sure
+        assert ("16 %" in verdict.headline) is not sure
 
 
-def test_what_is_kept_is_as_sure_as_its_interval() -> None:
-    evaluation = make_evaluation({"three": 0.0})
-    for low, sure in ((-0.04, True), (-0.12, False)):
-        verdict = judge(
-            dataclasses.replace(evaluation, intervals={"difference.retained_accuracy": (low, 0.02)}), make_probes()
-        )
-        assert verdict.kept and verdict.sure is sure
-        assert ("12 points" in verdict.headline) is not sure
+@pytest.mark.parametrize(
+    ("figure", "low", "sure", "where"),
+    [
+        ("retained_accuracy", -0.05, True, ""),
+        ("retained_accuracy", -0.12, False, "12 points in the mean"),
+        ("cross_domain_accuracy", -0.2, False, "20 points in classes of another kind"),
+        ("per_class.nine", -0.15, True, ""),
+        ("per_class.nine", -0.22, False, "22 points in nine"),
+        ("per_class.red", -0.22, False, "22 points in red"),
+    ],
+)
+def test_what_is_kept_is_as_sure_as_the_interval_of_every_group_and_class(
+    figure: str, low: float, sure: bool, where: str
+) -> None:
+    evaluation = dataclasses.replace(make_evaluation({"three": 0.0}), intervals={f"difference.{figure}": (low, 0.02)})
+    verdict = judge(evaluation, make_probes())
+    assert verdict.kept and verdict.sure is sure and verdict.good is sure
+    assert ("probably kept" in verdict.headline) is not sure
+    assert ("cannot rule out" in verdict.headline) is not sure and where in verdict.headline
+
+
+def test_the_largest_excess_is_told() -> None:
+    intervals = {"difference.per_class.nine": (-0.22, 0.02), "difference.retained_accuracy": (-0.17, 0.02)}
+    evaluation = dataclasses.replace(make_evaluation({"three": 0.0}), intervals=intervals)
+    assert "17 points in the mean" in judge(evaluation, make_probes()).headline
+
+
+def test_a_class_that_surely_broke_leaves_no_doubt() -> None:
+    intervals = {"difference.per_class.nine": (-0.9, -0.6), "difference.per_class.zero": (-0.3, 0.1)}
+    evaluation = dataclasses.replace(make_evaluation({"three": 0.0, "nine": 0.2}), intervals=intervals)
+    verdict = judge(evaluation, make_probes())
+    assert verdict.sure and not verdict.kept and not verdict.good
 
 
 def test_what_chance_may_explain_is_not_called_broken() -> None:
@@ -212,6 +257,9 @@ def test_table_shows_intervals_and_groups() -> None:
     assert len({len(line) for line in lines}) == 1
     assert lines[1].split() == ["three", "100", "%", "[1,", "9]", "3", "%", "[1,", "9]"]
     assert [line.split()[0] for line in lines[4:6]] == ["near", "unrelated"]
+    text = summary(make_evaluation({"three": 0.03}), make_probes())
+    assert text.startswith(table(make_evaluation({"three": 0.03}), make_probes()))
+    assert text.endswith(judge(make_evaluation({"three": 0.03}), make_probes()).headline + ".")
 
 
 def test_the_distances_are_told_by_part() -> None:
@@ -229,6 +277,7 @@ def test_the_distances_are_told_by_part() -> None:
     head, row = (line.split() for line in distance_table(whole).splitlines())
     assert head == ["CLIP", "score", "before", "CLIP", "score", "after", "KID", "perceptual", "pixels"]
     assert row == ["target", "0.7", "0.5", "0.002", "[0.001,", "0.003]", "0.25", "0.1"]
+    assert distance_table(whole) in summary(whole, make_probes())
 
 
 def test_rows_without_unseen_phrasings() -> None:
@@ -255,10 +304,6 @@ def test_percent(share: float, text: str) -> None:
     assert percent(share) == text
 
 
-def test_uncertainty_of_a_hundred_images_is_ten_points() -> None:
-    assert uncertainty(100) == pytest.approx(0.098)
-
-
 def grouped(before: dict[str, float], after: dict[str, float]) -> tuple[fdu.Evaluation, list[fdu.Probe]]:
     """Two retained classes a group, all of a group at its share; the target goes from 1 to 0."""
     classes = [(f"{group}{place}", group) for group in before for place in range(2)]
@@ -281,7 +326,7 @@ def test_a_group_that_suffers_is_not_hidden_by_the_others() -> None:
     verdict = judge(*grouped(whole, whole | {"near": 0.86}))
     assert not verdict.good and not verdict.kept
     assert "its neighbours" in verdict.headline
-    assert "its neighbours (100 % before, 86 % after)" in words(verdict)
+    assert "5 points on average: its neighbours (100 % before, 86 % after)" in words(verdict)
     everywhere = judge(*grouped(whole, dict.fromkeys(whole, 0.9)))
     assert not everywhere.kept and "other classes" in everywhere.headline
     assert judge(*grouped(whole, whole)).good
@@ -298,7 +343,13 @@ def test_what_was_hardly_drawn_is_not_called_kept() -> None:
     assert "its neighbours (6 %)" in words(verdict)
 
 
+def test_half_of_the_images_before_are_enough_to_tell() -> None:
+    half = dict.fromkeys(("near", "generic"), 0.5)
+    verdict = judge(*grouped(half, half))
+    assert verdict.good and "the rest is kept" in verdict.headline and "rarely" not in words(verdict).lower()
+
+
 def test_no_neighbours_are_no_proof_that_they_were_kept() -> None:
     verdict = judge(*grouped({"generic": 1.0}, {"generic": 1.0}))
     assert "no neighbours" in verdict.headline
-    assert "No neighbours" in " ".join(verdict.sentences)
+    assert "none were tested" in words(verdict)

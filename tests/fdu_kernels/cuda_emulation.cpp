@@ -2,15 +2,10 @@
 
 #include "cuda_emulation.h"
 
-#include "borrowed.h"
+#include "cuda_module.cpp"
 #include "cuda_plan.h"
 
-namespace py = pybind11;
 using namespace fdu::cuda;
-
-namespace fdu::cuda {
-void bind(py::module_& module);
-}
 
 PYBIND11_MODULE(cuda_emulation, module) {
     fdu::find_exchange();

@@ -5,12 +5,14 @@
 
 #pragma once
 
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <deque>
 #include <functional>
 #include <memory>
 #include <mutex>
@@ -54,8 +56,9 @@ struct Block {
 };
 
 struct Fiber {
-    ucontext_t context;
+    ucontext_t context;  // for the first start; it lasts over launches
     std::unique_ptr<char[]> stack;
+    jmp_buf place;  // where it goes on
     Block* block = nullptr;
     int thread = 0;
     int64_t shuffles = 0;
@@ -65,7 +68,37 @@ struct Fiber {
 };
 
 inline Fiber* fiber = nullptr;
-inline ucontext_t scheduler;
+inline jmp_buf scheduler;
+
+// Changes over from a fiber to the scheduler. swapcontext would do the same with a system call for the mask of signals.
+inline void pause() {
+    if (!_setjmp(fiber->place)) _longjmp(scheduler, 1);
+}
+
+// What a fiber runs.
+inline std::function<void()> entry;
+
+inline void run_fiber() {
+    for (;;) {
+        entry();
+        fiber->done = true;
+        pause();
+    }
+}
+
+// Changes over from the scheduler to a fiber.
+inline void resume(Fiber& one) {
+    constexpr size_t stack = 65536;
+    fiber = &one;
+    if (_setjmp(scheduler)) return;
+    if (one.stack) _longjmp(one.place, 1);
+    one.stack.reset(new char[stack]);
+    getcontext(&one.context);
+    one.context.uc_stack.ss_sp = one.stack.get();
+    one.context.uc_stack.ss_size = stack;
+    makecontext(&one.context, run_fiber, 0);
+    setcontext(&one.context);
+}
 
 inline void wait(Barrier& barrier) {
     if (++barrier.arrived == barrier.expected) {
@@ -75,7 +108,7 @@ inline void wait(Barrier& barrier) {
     }
     fiber->awaited = &barrier;
     fiber->turn = barrier.turn;
-    swapcontext(&fiber->context, &scheduler);
+    pause();
 }
 
 inline int thread_index() { return fiber->thread; }
@@ -198,32 +231,9 @@ inline const Device& known_device(int, const void*) {
 inline bool is_capturing(void*) { return emulated.capturing; }
 inline void fill_with_zeros(void* data, size_t bytes, void*) { memset(data, 0, bytes); }
 
-// What a fiber runs.
-inline std::function<void()> entry;
-
-inline void run_fiber() {
-    entry();
-    fiber->done = true;
-    swapcontext(&fiber->context, &scheduler);
-}
-
-inline void prepare(Fiber& one, Block& block, int thread) {
-    constexpr size_t stack = 65536;
-    if (!one.stack) one.stack.reset(new char[stack]);
-    getcontext(&one.context);
-    one.context.uc_stack.ss_sp = one.stack.get();
-    one.context.uc_stack.ss_size = stack;
-    one.block = &block;
-    one.thread = thread;
-    one.shuffles = 0;
-    one.awaited = nullptr;
-    one.done = false;
-    makecontext(&one.context, run_fiber, 0);
-}
-
 // The blocks of one cluster, all their threads.
 inline void run_cluster(int64_t first, int64_t blocks, int threads, int size) {
-    static std::vector<Fiber> fibers;
+    static std::deque<Fiber> fibers;  // which stay in their places
     const size_t count = size_t(size) * size_t(threads);
     if (fibers.size() < count) fibers.resize(count);
     Cluster cluster;
@@ -243,19 +253,24 @@ inline void run_cluster(int64_t first, int64_t blocks, int threads, int size) {
         block.slots.resize(size_t(2 * threads));
         cluster.shared.push_back(block.shared.data());
         for (int thread = 0; thread < threads; ++thread) {
-            prepare(fibers[size_t(rank * threads + thread)], block, thread);
+            Fiber& one = fibers[size_t(rank * threads + thread)];
+            one.block = &block;
+            one.thread = thread;
+            one.shuffles = 0;
+            one.awaited = nullptr;
+            one.done = false;
         }
     }
     size_t done = 0;
     while (done < count) {
         bool moved = false;
         for (size_t i = 0; i < count; ++i) {
-            fiber = &fibers[i];
-            if (fiber->done || (fiber->awaited && fiber->awaited->turn == fiber->turn)) continue;
-            fiber->awaited = nullptr;
-            swapcontext(&scheduler, &fiber->context);
+            Fiber& one = fibers[i];
+            if (one.done || (one.awaited && one.awaited->turn == one.turn)) continue;
+            one.awaited = nullptr;
+            resume(one);
             moved = true;
-            done += fiber->done;
+            done += one.done;
         }
         if (!moved) {
             std::fprintf(stderr, "threads wait for others that do not come\n");

@@ -9,16 +9,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from covering import pairs
+from kernel_testing import pairs
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import fdu_kernels as fk
 
-pytestmark = pytest.mark.quick(backend=["cpu"], strict=[False])
 OWN = fk.Divergence.from_generator(lambda u: (u - 1) ** 2 / (u + 3), "own")
 ALL = [*map(fk.get_divergence, fk.divergences()), OWN]
 BACKENDS = [name for name, reason in fk.backends().items() if reason is None]
+
+pytestmark = pytest.mark.quick(backend=BACKENDS[:1], strict=[False])
 
 
 @pytest.fixture(autouse=True)
@@ -228,6 +229,7 @@ torch.testing.assert_close(found, fk.gaussian_divergence(a, b, "jensen_shannon")
 """
 
 
+@pytest.mark.slow
 def test_the_first_use_may_be_a_traced_one() -> None:
     done = subprocess.run([sys.executable, "-c", FIRST], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

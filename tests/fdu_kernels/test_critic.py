@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from exactness import size_of_terms
+from kernel_testing import size_of_terms
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 

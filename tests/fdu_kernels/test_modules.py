@@ -310,6 +310,7 @@ print(json.dumps([loss.sigma.item() for loss in losses]))
 """
 
 
+@pytest.mark.slow
 def test_processes_calibrate_together_if_asked_to(tmp_path: Path) -> None:
     command = [sys.executable, "-c", CALIBRATE_IN_ONE_OF_TWO_PROCESSES]
     processes = [

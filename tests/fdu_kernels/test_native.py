@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from covering import pairs
-from exactness import (
+from kernel_testing import (
     assert_within,
     check_density_ratio,
     check_gaussian,
@@ -18,6 +17,8 @@ from exactness import (
     condition,
     element_bounds,
     laid_out,
+    pair,
+    pairs,
     unit,
 )
 from torch import Tensor
@@ -53,12 +54,6 @@ def instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
     module.use_instruction_set(request.param)
     yield request.param
     module.use_instruction_set(before)
-
-
-def pair(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    pred, target = (torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for _ in range(2))
-    return pred, target
 
 
 def test_an_instruction_set_is_chosen_by_name(instruction_set: str) -> None:
@@ -165,26 +160,24 @@ def test_every_pair_of_dtypes(instruction_set: str, of_pred: torch.dtype, of_tar
             check_gaussian("cpu", pred, target, "jensen_shannon", mask=(mask + 0.3).to(of_mask), reduction="sum")
 
 
-@pytest.mark.parametrize("of_target", DTYPES, ids=str)
-@pytest.mark.parametrize("of_pred", DTYPES, ids=str)
-def test_layouts_and_threads_of_every_pair_of_dtypes(of_pred: torch.dtype, of_target: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    "of_pred, of_target, moved, layout", pairs(DTYPES, DTYPES, range(4), ["permuted", "sliced", "offset"]), ids=str
+)
+def test_layouts_and_threads_of_every_pair_of_dtypes(
+    of_pred: torch.dtype, of_target: torch.dtype, moved: int, layout: str
+) -> None:
     pred, target = pair(3, 2, 99, 175)  # a sample is more than a grain
-    pred, target = pred.to(of_pred), target.to(of_target)
     mask = torch.rand(3, 1, 99, 175, generator=torch.Generator().manual_seed(1))
-    for moved in range(4):
-        for layout in ("permuted", "sliced", "offset"):
-            operands = [pred, target, mask, torch.full_like(pred, math.nan)]
-            operands[moved] = laid_out(operands[moved], layout)
-            a, b, m, buffer = operands
-            results = []
-            for threads in (1, 2, 3):
-                torch.set_num_threads(threads)
-                results.append(
-                    fk.gaussian_divergence_value_and_grad(a, b, mask=m, grad_out=buffer.clone(), backend="cpu")
-                )
-            check_gaussian("cpu", a, b, mask=m, grad_scale=2.0**10, grad_out=buffer)
-            for other in results[1:]:
-                assert all(torch.equal(one, same) for one, same in zip(results[0], other, strict=True))
+    operands = [pred.to(of_pred), target.to(of_target), mask, torch.full_like(pred, math.nan, dtype=of_pred)]
+    operands[moved] = laid_out(operands[moved], layout)
+    a, b, m, buffer = operands
+    results = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        results.append(fk.gaussian_divergence_value_and_grad(a, b, mask=m, grad_out=buffer.clone(), backend="cpu"))
+    check_gaussian("cpu", a, b, mask=m, grad_scale=2.0**10, grad_out=buffer)
+    for other in results[1:]:
+        assert all(torch.equal(one, same) for one, same in zip(results[0], other, strict=True))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
@@ -380,21 +373,20 @@ def test_negative_bits_of_what_comes_back() -> None:
     assert torch.equal(plain, scaled)
 
 
-@pytest.mark.parametrize("kind", ["bool", *map(str, DTYPES)])
-@pytest.mark.parametrize(
-    "shape", [(2, 3, 4, 5), (2, 1, 4, 5), (1, 3, 4, 5), (4, 5), (3, 1, 5), (1, 1), (5,), (2, 3, 1, 1), (2, 1, 1, 1), ()]
-)
-def test_masks_of_every_form(shape: tuple[int, ...], kind: str) -> None:
+MASKS = [(2, 3, 4, 5), (2, 1, 4, 5), (1, 3, 4, 5), (4, 5), (3, 1, 5), (1, 1), (5,), (2, 3, 1, 1), (2, 1, 1, 1), ()]
+
+
+@pytest.mark.parametrize("shape, of_mask, dtype", pairs(MASKS, [torch.bool, *DTYPES], DTYPES), ids=str)
+def test_masks_of_every_form(shape: tuple[int, ...], of_mask: torch.dtype, dtype: torch.dtype) -> None:
     mask = torch.rand(shape, generator=torch.Generator().manual_seed(3))
-    mask = mask > 0.4 if kind == "bool" else mask.to(getattr(torch, kind.removeprefix("torch.")))
+    mask = mask > 0.4 if of_mask == torch.bool else mask.to(of_mask)
     if len(shape) == 4 and shape[0] == 2:
         mask[0] = 0
-    for dtype in DTYPES:
-        pred, target = pair(2, 3, 4, 5, dtype=dtype)
-        for distance in ("mean", "sum"):
-            check_gaussian("cpu", pred, target, mask=mask, distance=distance, reduction="none")
-        for reduction in REDUCTIONS:
-            check_variational("cpu", pred, target, "jensen_shannon", mask=mask, reduction=reduction)
+    pred, target = pair(2, 3, 4, 5, dtype=dtype)
+    for distance in ("mean", "sum"):
+        check_gaussian("cpu", pred, target, mask=mask, distance=distance, reduction="none")
+    for reduction in REDUCTIONS:
+        check_variational("cpu", pred, target, "jensen_shannon", mask=mask, reduction=reduction)
 
 
 @pytest.mark.parametrize("name", fk.divergences())

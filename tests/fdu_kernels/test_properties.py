@@ -12,9 +12,9 @@ from typing import Any, TypeVar
 
 import pytest
 import torch
-from exactness import check_density_ratio, check_gaussian, check_variational, laid_out
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
+from kernel_testing import check_density_ratio, check_gaussian, check_variational, laid_out
 from torch import Tensor
 
 import fdu_kernels as fk
@@ -35,12 +35,12 @@ Test = TypeVar("Test", bound=Callable[..., None])
 
 
 def examples(count: int) -> Callable[[Test], Test]:
-    # The fixture only replaces functions: what it does holds for every example alike.
+    # The fixture only replaces functions: what it does is the same for every example.
     checks = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large]
     phases = [Phase.generate] if INTERPRETED else list(Phase)
     return settings(
         phases=phases,
-        max_examples=count // 10 if INTERPRETED else count,
+        max_examples=count // 5 if INTERPRETED else count,
         deadline=None,
         derandomize=True,
         suppress_health_check=checks,
@@ -127,7 +127,7 @@ def gaussian_calls(draw: st.DrawFn) -> dict[str, Any]:
 
 
 @each_backend
-@examples(250)
+@examples(120)
 @given(call=gaussian_calls())
 def test_gaussian(backend: str, call: dict[str, Any]) -> None:
     value, grad = check_gaussian(backend, **call)
@@ -137,7 +137,7 @@ def test_gaussian(backend: str, call: dict[str, Any]) -> None:
 
 
 @each_backend
-@examples(120)
+@examples(60)
 @given(data=st.data(), shape=shapes(), dtype=dtypes(), name=spellings(critics=True))
 def test_density_ratio(
     backend: str, data: st.DataObject, shape: tuple[int, ...], dtype: torch.dtype, name: str
@@ -150,7 +150,7 @@ def test_density_ratio(
 
 
 @each_backend
-@examples(120)
+@examples(60)
 @given(data=st.data(), shape=shapes(), dtype=dtypes(), name=spellings(critics=True))
 def test_variational(backend: str, data: st.DataObject, shape: tuple[int, ...], dtype: torch.dtype, name: str) -> None:
     reduction = data.draw(st.sampled_from(["none", "mean", "sum"]))
@@ -165,7 +165,7 @@ def test_variational(backend: str, data: st.DataObject, shape: tuple[int, ...], 
 
 
 @each_backend
-@examples(40)
+@examples(30)
 @given(call=gaussian_calls())
 def test_the_same_bits_on_every_run(backend: str, call: dict[str, Any]) -> None:
     options = {key: value for key, value in call.items() if key not in ("pred", "target", "name", "grad_out")}

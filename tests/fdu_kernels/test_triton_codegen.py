@@ -7,18 +7,20 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import os
 import re
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from kernel_testing import pairs
 from torch import Tensor
 
 import fdu_kernels as fk
+from fdu_kernels import build
 from fdu_kernels.calls import ExpectationCall, GaussianCall
 from fdu_kernels.kernels import triton as backend
 from fdu_kernels.kernels.triton import tuning
@@ -64,7 +66,10 @@ NARROW = {
 """Of one element."""
 
 
-@pytest.fixture(params=GPUS)
+on_every_gpu = functools.partial(pytest.mark.parametrize, indirect=["gpu"], ids=str)
+
+
+@pytest.fixture
 def gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """What the launches of a test are for."""
     return targeted(request.param, monkeypatch)
@@ -176,21 +181,19 @@ class Recorder:
 @pytest.fixture
 def launches(monkeypatch: pytest.MonkeyPatch) -> list[Launch]:
     """The launches of the calls of a test."""
-    from fdu_kernels.kernels.triton import expectation_kernels, gaussian_kernels
+    from fdu_kernels.kernels.triton import expectation, gaussian
 
     recorded: list[Launch] = []
     for name in BUDGET:
-        module = gaussian_kernels if name.startswith("gaussian") else expectation_kernels
+        module = gaussian if name.startswith("gaussian") else expectation
         monkeypatch.setattr(module, name, Recorder(getattr(module, name), recorded))
     return recorded
 
 
-@pytest.fixture(autouse=True, scope="module")
-def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    patch = pytest.MonkeyPatch()
-    patch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.mktemp("triton")))
-    yield
-    patch.undo()
+@pytest.fixture(autouse=True)
+def kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is compiled stays beside the built kernels: Triton takes it from there while its source is the same."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(build.cache_folder() / "triton"))
 
 
 def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
@@ -262,105 +265,123 @@ def record(
         backend.gaussian_backward(call, meta(len(pred), dtype=torch.float32))
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
-def test_on_chip(launches: list[Launch], dtype: torch.dtype, gpu: str, tmp_path: Path) -> None:
-    sizes = [256, 1024, 4096, 8192, 16384, 32768] if dtype != torch.float16 else [16384]
-    for size in sizes:
-        for profile in PROFILES:
-            if profile == "closed" or size <= 16384:
-                record(meta(2, size, dtype=dtype), profile, forward=False)
-    assert {launch.name for launch in launches} == {"gaussian_on_chip"}
-    for launch in launches:
-        assembly = check(launch, gpu, tmp_path)
-        # Besides: the loss, and sigma, weight, scale.
-        check_width(assembly, gpu, *((2, 1, 4) if launch.arguments[0][0].numel() > 512 else (0, 0, 4)))
+SIZES = [256, 1024, 4096, 8192, 16384, 32768]
+DTYPES = [torch.bfloat16, torch.float32]
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-def test_on_chip_with_masks_odd_sizes_and_strides(
-    launches: list[Launch], dtype: torch.dtype, gpu: str, tmp_path: Path
+@on_every_gpu("gpu, dtype, size, profile", pairs(list(GPUS), [*DTYPES, torch.float16], SIZES, list(PROFILES)))
+def test_on_chip(launches: list[Launch], gpu: str, dtype: torch.dtype, size: int, profile: str, tmp_path: Path) -> None:
+    record(meta(2, size, dtype=dtype), profile if size <= 16384 else "closed", forward=False)
+    (launch,) = launches
+    assert launch.name == "gaussian_on_chip"
+    # Besides: the loss, and sigma, weight, scale.
+    check_width(check(launch, gpu, tmp_path), gpu, *((2, 1, 4) if size > 256 else (0, 0, 4)))
+
+
+@on_every_gpu(
+    "gpu, dtype, mask_dtype, channels, profile",
+    pairs(list(GPUS), DTYPES, [torch.bool, torch.float32], [1, 4], list(PROFILES)),
+)
+def test_on_chip_with_masks(
+    launches: list[Launch], gpu: str, dtype: torch.dtype, mask_dtype: torch.dtype, channels: int, profile: str,
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    record(meta(2, 4, 64, 64, dtype=dtype), profile, meta(2, channels, 64, 64, dtype=mask_dtype), forward=False)
+    (launch,) = launches
+    assert launch.name == "gaussian_on_chip"
+    # Beside four elements of float32, four bytes of a mask.
+    check_width(check(launch, gpu, tmp_path), gpu, 4, 2, 12 if dtype == torch.float32 else 4)
+
+
+ODD = {
+    "odd": (meta(2, 4, 45, 45), "table", None),
+    "a mask per element": (meta(2, 4096), "closed", meta(2, 4096, dtype=torch.float32)),
+    "odd, masked": (meta(2, 8101), "table", meta(8101, dtype=torch.float32)),
+    "sliced, masked": (meta(2, 4, 32, 64)[..., ::2], "table", meta(2, 1, 32, 32, dtype=torch.bool)),
+}
+
+
+@on_every_gpu("gpu, dtype, case", pairs(list(GPUS), DTYPES, list(ODD)))
+def test_on_chip_at_odd_sizes_and_strides(
+    launches: list[Launch], gpu: str, dtype: torch.dtype, case: str, tmp_path: Path
 ) -> None:
-    for mask_dtype in (torch.bool, torch.float32):
-        for mask_shape in ((2, 1, 64, 64), (2, 4, 64, 64)):
-            for profile in PROFILES:
-                mask = meta(*mask_shape, dtype=mask_dtype)
-                record(meta(2, 4, 64, 64, dtype=dtype), profile, mask, forward=False)
-    masked = len(launches)
-    record(meta(2, 4, 45, 45, dtype=dtype), "table", forward=False)
-    record(meta(2, 4096, dtype=dtype), "closed", meta(2, 4096, dtype=torch.float32), forward=False)
-    record(meta(2, 8101, dtype=dtype), "table", meta(8101, dtype=torch.float32), forward=False)
-    record(meta(2, 4, 32, 64, dtype=dtype)[..., ::2], "table", meta(2, 1, 32, 32, dtype=torch.bool), forward=False)
-    assert {launch.name for launch in launches} == {"gaussian_on_chip"}
-    for i, launch in enumerate(launches):
-        assembly = check(launch, gpu, tmp_path)
-        if i < masked:
-            # Beside four elements of float32, four bytes of a mask.
-            check_width(assembly, gpu, 4, 2, 12 if dtype == torch.float32 else 4)
+    pred, profile, mask = ODD[case]
+    record(torch.empty_strided(pred.shape, pred.stride(), dtype=dtype, device="meta"), profile, mask, forward=False)
+    (launch,) = launches
+    assert launch.name == "gaussian_on_chip"
+    check(launch, gpu, tmp_path)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-def test_split_samples(launches: list[Launch], dtype: torch.dtype, gpu: str, tmp_path: Path) -> None:
-    record(meta(2, 16, 128, 128, dtype=dtype), "closed")
-    record(meta(2, 16, 128, 128, dtype=dtype), "table")
-    odd = len(launches)
-    record(meta(2, 16, 127, 129, dtype=dtype), "closed")
-    assert [launch.name for launch in launches[:5]] == [
+@on_every_gpu("gpu, dtype, case", pairs(list(GPUS), DTYPES, [*PROFILES, "odd"]))
+def test_split_samples(launches: list[Launch], gpu: str, dtype: torch.dtype, case: str, tmp_path: Path) -> None:
+    odd = case == "odd"
+    sides = (127, 129) if odd else (128, 128)
+    record(meta(2, 15 if odd else 16, *sides, dtype=dtype), "closed" if odd else case)
+    assert [launch.name for launch in launches] == [
         "gaussian_distance", "gaussian_gradient", "gaussian_distance", "gaussian_finish", "gaussian_gradient",
     ]  # fmt: skip
-    for i, launch in enumerate(launches):
+    for launch in launches:
         assembly = check(launch, gpu, tmp_path)
         if launch.name == "gaussian_finish":
             continue
         # Guarded and unguarded blocks; at odd sizes only the second have 16 bytes.
-        factor = 1 if i >= odd else 2
-        check_width(
-            assembly, gpu, 2 * factor, factor if launch.name == "gaussian_gradient" else 0, 6 if i < odd else 60
-        )
+        factor = 1 if odd else 2
+        stores = factor if launch.name == "gaussian_gradient" else 0
+        check_width(assembly, gpu, 2 * factor, stores, 60 if odd else 6)
 
 
-def test_split_samples_with_masks_and_strides(launches: list[Launch], gpu: str, tmp_path: Path) -> None:
+@on_every_gpu("gpu, walk", pairs(list(GPUS), ["dense", "channels last", "sliced"]))
+def test_split_samples_with_masks_and_strides(launches: list[Launch], gpu: str, walk: str, tmp_path: Path) -> None:
     mask = meta(2, 1, 128, 128, dtype=torch.bool)
-    record(meta(2, 16, 128, 128), "closed", mask)
-    masked = len(launches)
-    record(meta(2, 16, 128, 128).to(memory_format=torch.channels_last), "closed", mask)
-    last = len(launches)
-    record(meta(2, 16, 128, 256)[..., ::2], "table", mask, each=False)
-    for i, launch in enumerate(launches):
+    if walk == "sliced":
+        record(meta(2, 16, 128, 256)[..., ::2], "table", mask, each=False)
+    else:
+        layout = torch.channels_last if walk == "channels last" else torch.contiguous_format
+        record(meta(2, 16, 128, 128).to(memory_format=layout), "closed", mask, forward=False)
+    for launch in launches:
         assembly = check(launch, gpu, tmp_path)
-        if i < last and launch.name != "gaussian_finish":
+        if walk != "sliced":
             # A mask that is one for all channels is read byte by byte where these lie side by side.
-            check_width(assembly, gpu, 4, 0, 6 if i < masked else 24)
+            check_width(assembly, gpu, 4, 0, 6 if walk == "dense" else 24)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-def test_expectation(launches: list[Launch], dtype: torch.dtype, gpu: str, tmp_path: Path) -> None:
+@on_every_gpu("gpu, dtype, case", pairs(list(GPUS), DTYPES, ["forward", "value and gradient", "backward", "odd"]))
+def test_expectation(launches: list[Launch], gpu: str, dtype: torch.dtype, case: str, tmp_path: Path) -> None:
     function, _ = fk.get_divergence("kl").critic_functions("log_ratio")
     v, mask = meta(64, 1, 64, 64, dtype=dtype), meta(64, 64, dtype=torch.bool)
-    backend.expectation_forward(ExpectationCall(v, function))
-    backend.expectation_value_and_grad(ExpectationCall(v, function, mask=mask))
-    call = ExpectationCall(v, function, mask=mask, reduction="none")
-    backend.expectation_backward(call, meta(*v.shape, dtype=torch.float32))
-    odd = len(launches)
-    backend.expectation_value_and_grad(ExpectationCall(meta(65, 63, dtype=dtype), function, meta(65), None, "none"))
-    for i, launch in enumerate(launches):
+    if case == "forward":
+        backend.expectation_forward(ExpectationCall(v, function))
+    elif case == "value and gradient":
+        backend.expectation_value_and_grad(ExpectationCall(v, function, mask=mask))
+    elif case == "backward":
+        call = ExpectationCall(v, function, mask=mask, reduction="none")
+        backend.expectation_backward(call, meta(*v.shape, dtype=torch.float32))
+    else:
+        backend.expectation_value_and_grad(ExpectationCall(meta(65, 63, dtype=dtype), function, meta(65), None, "none"))
+    for launch in launches:
         assembly = check(launch, gpu, tmp_path)
-        if i < odd and launch.name == "expectation_kernel":
+        if case != "odd" and launch.name == "expectation_kernel":
             check_width(assembly, gpu, 1, 0 if launch.arguments[0][2] is None else 1, 8)
 
 
-@pytest.mark.parametrize("dtypes", [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)], ids=str)
-def test_pairs_of_dtypes(launches: list[Launch], dtypes: tuple[torch.dtype, ...], gpu: str, tmp_path: Path) -> None:
-    for size in (4096, 16384, 2**18):
-        pred, target = (meta(2, size, dtype=dtype) for dtype in dtypes)
+@on_every_gpu(
+    "gpu, dtypes, case",
+    pairs(list(GPUS), list(itertools.permutations(DTYPES)), [4096, 16384, 2**18, "odd, masked", "channels last"]),
+)
+def test_pairs_of_dtypes(
+    launches: list[Launch], gpu: str, dtypes: tuple[torch.dtype, ...], case: int | str, tmp_path: Path
+) -> None:
+    shape = (2, 4, 255, 255) if case == "odd, masked" else (2, 4, 64, 64) if case == "channels last" else (2, case)
+    pred, target = (meta(*shape, dtype=dtype) for dtype in dtypes)
+    if case == "odd, masked":
+        record(pred, target=target, mask=meta(2, 1, 255, 255, dtype=torch.bool))
+    elif case == "channels last":
+        record(pred, "table", target=target.to(memory_format=torch.channels_last))
+    else:
         record(pred, target=target)
-    odd = len(launches)
-    pred, target = (meta(2, 4, 255, 255, dtype=dtype) for dtype in dtypes)
-    record(pred, target=target, mask=meta(2, 1, 255, 255, dtype=torch.bool))
-    pred, target = (meta(2, 4, 64, 64, dtype=dtype) for dtype in dtypes)
-    record(pred, "table", target=target.to(memory_format=torch.channels_last))
-    for i, launch in enumerate(launches):
+    for launch in launches:
         assembly = check(launch, gpu, tmp_path)
-        if i < odd and launch.name != "gaussian_finish":
+        if isinstance(case, int) and launch.name != "gaussian_finish":
             # bfloat16 in 16 bytes, float32 beside it in twice as many.
             check_width(assembly, gpu, 3, 0 if launch.name == "gaussian_distance" else 1, 6)
 
@@ -398,18 +419,19 @@ def narrow_offsets(ttir: str) -> list[str]:
     ]
 
 
-@pytest.mark.parametrize(
-    "pred",
-    [
-        meta(1, 2**31 + 24),
-        meta(3, 2**30, 3),
-        meta(65536, 65537),
-        meta(2, 2**29, 2, 4)[..., ::2],
-        meta(2, 2**31, 2).transpose(1, 2),
-    ],
-    ids=["one sample", "three", "many", "strided", "transposed"],
-)
-def test_offsets_past_two_to_the_31(launches: list[Launch], sm_90: str, pred: Tensor, tmp_path: Path) -> None:
+WIDE_SHAPES = {
+    "one sample": meta(1, 2**31 + 24),
+    "three": meta(3, 2**30, 3),
+    "many": meta(65536, 65537),
+    "strided": meta(2, 2**29, 2, 4)[..., ::2],
+    "transposed": meta(2, 2**31, 2).transpose(1, 2),
+}
+
+
+@pytest.mark.quick(case=["one sample", "strided"])
+@pytest.mark.parametrize("case", WIDE_SHAPES)
+def test_offsets_past_two_to_the_31(launches: list[Launch], sm_90: str, case: str, tmp_path: Path) -> None:
+    pred = WIDE_SHAPES[case]
     record(pred, mask=meta(*[1] * (pred.ndim - 1), pred.shape[-1], dtype=torch.bool), each=False)
     record(pred, each=False)
     for launch in launches:
@@ -419,6 +441,7 @@ def test_offsets_past_two_to_the_31(launches: list[Launch], sm_90: str, pred: Te
         assert not narrow_offsets(str(launch.compiled(sm_90).asm["ttir"])), launch.name
 
 
+@pytest.mark.slow
 def test_wide_expectations(launches: list[Launch], sm_90: str) -> None:
     function = fk.get_divergence("kl").ratio_function("q")
     for v in (meta(2**31 + 16), meta(2, 2**31, 2)[..., 0]):

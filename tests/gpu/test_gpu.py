@@ -1,9 +1,14 @@
-"""The fused backends on a real GPU: golden values, precision, sizes past 2^31, graphs, streams, memory, no waiting."""
+"""The fused backends on an NVIDIA GPU: golden values, precision, sizes past 2^31, graphs, streams, memory, no waiting.
+
+Only torch, triton, numpy and pytest are needed. Without a GPU every test is skipped by name.
+"""
 
 from __future__ import annotations
 
 import gc
+import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +21,27 @@ NAMES = ["mse", "squared_hellinger", "alpha:0.3", "jensen_shannon", "total_varia
 CRITICS = ["kl", "jeffreys", "jensen_shannon", "le_cam", "squared_hellinger", "pearson_chi2"]
 SHAPES = [(1,), (5,), (3, 7), (2, 4, 64, 64), (7, 4, 33, 35), (65_536, 3), (2, 1_000_003), (1, 4_194_304)]
 Row = tuple[str, Tensor, Tensor, Tensor]
+FUSED = ("triton", "cuda")
+VECTORS = Path(__file__).parents[1] / "fdu_kernels" / "vectors"
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """``gaussian_row`` is (spelling, s, h, h'), ``variational_row`` (spelling, v, A, B, A', B')."""
+    for name in ("gaussian", "variational"):
+        if f"{name}_row" in metafunc.fixturenames:
+            rows = json.loads((VECTORS / f"{name}.json").read_text())["divergences"]
+            values = [(key, *torch.tensor(rows[key], dtype=torch.float64).T) for key in rows]
+            metafunc.parametrize(f"{name}_row", values, ids=list(rows))
+
+
+@pytest.fixture(params=FUSED)
+def backend(request: pytest.FixtureRequest) -> str:
+    """Each fused backend; one that cannot run on a machine with a GPU is a failure, not a skip."""
+    reason = fk.backends().get(request.param, "not in this version")
+    assert reason is None, f"{request.param} cannot run here: {reason}"
+    return request.param
 
 
 def pair(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:

@@ -7,17 +7,13 @@ from torch import Tensor
 
 from fdu.evaluation.metrics.metric import ScoreMetric
 
-CLIP_SCORE_SCALE = 2.5
-"""w of Hessel et al. 2021, which spreads cosines of images and captions over [0, 1]."""
-
 
 def clip_score(images: Tensor, texts: Tensor) -> Tensor:
-    """CLIPScore w max(cos, 0) of image features [N, D] with text features [N, D] or [1, D] -> [N] in [0, 2.5].
+    """CLIPScore 2.5 max(cos, 0) of image features [N, D] with text features [N, D] or [1, D] -> [N] in [0, 2.5].
 
-    Source: Hessel et al. 2021, arXiv 2104.08718, equation 1.
+    Source: Hessel et al. 2021, arXiv 2104.08718, equation 1; 2.5 spreads the cosines of captions over [0, 1].
     """
-    cosine = torch.nn.functional.cosine_similarity(images.double(), texts.double(), dim=-1)
-    return CLIP_SCORE_SCALE * cosine.clamp_min(0)
+    return 2.5 * torch.nn.functional.cosine_similarity(images.double(), texts.double(), dim=-1).clamp_min(0)
 
 
 CLIP_SCORE = ScoreMetric(

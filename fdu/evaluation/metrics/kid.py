@@ -6,13 +6,10 @@ from torch import Tensor
 
 from fdu.evaluation.metrics.metric import SetMetric
 
-KID_DEGREE = 3
-"""Of the polynomial kernel of Binkowski et al. 2018."""
-
 
 def kid_kernel(x: Tensor, y: Tensor) -> Tensor:
     """(x y / D + 1)^3 of features [N, D] and [M, D] -> [N, M]. Source: Binkowski et al. 2018, arXiv 1801.01401."""
-    return (x.double() @ y.double().T / x.shape[1] + 1) ** KID_DEGREE
+    return (x.double() @ y.double().T / x.shape[1] + 1) ** 3
 
 
 KID = SetMetric(

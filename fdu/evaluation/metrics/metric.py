@@ -58,18 +58,6 @@ class SetMetric(Metric):
         across = self.kernel(before, after)
         return (matrix - across - across.T).fill_diagonal_(0)
 
-    def between(self, before: Tensor, after: Tensor) -> float:
-        """The estimate of :meth:`discrepancies`, of two or more pairs of features [N, D].
-
-        Raises:
-            ValueError: fewer than two pairs, or features that are not of one shape.
-        """
-        if before.shape != after.shape or len(before) < 2:
-            raise ValueError(
-                f"before and after must hold two or more pairs, got {[*before.shape]} and {[*after.shape]}"
-            )
-        return self.discrepancies(before, after).sum().item() / (len(before) * (len(before) - 1))
-
 
 @dataclasses.dataclass(frozen=True)
 class ScoreMetric(Metric):

@@ -2,27 +2,10 @@
 
 from __future__ import annotations
 
-from fdu.evaluation.robustness.attack import AttackConfig, AttackFigures, attack
+from fdu.evaluation.drawing import JudgedSampling
+from fdu.evaluation.robustness.attack import AttackConfig
 from fdu.evaluation.robustness.examination import TESTS, Examination, Robustness
-from fdu.evaluation.robustness.finetuning import Lesson
-from fdu.evaluation.robustness.judging import JudgedSampling, Share, target_latents
-from fdu.evaluation.robustness.phrasings import SetFigures, read_sets
-from fdu.evaluation.robustness.relearning import RelearningConfig, RelearningFigures, relearn
+from fdu.evaluation.robustness.phrasings import read_sets
+from fdu.evaluation.robustness.relearning import RelearningConfig
 
-__all__ = [
-    "TESTS",
-    "AttackConfig",
-    "AttackFigures",
-    "Examination",
-    "JudgedSampling",
-    "Lesson",
-    "RelearningConfig",
-    "RelearningFigures",
-    "Robustness",
-    "SetFigures",
-    "Share",
-    "attack",
-    "read_sets",
-    "relearn",
-    "target_latents",
-]
+__all__ = ["TESTS", "AttackConfig", "Examination", "JudgedSampling", "RelearningConfig", "Robustness", "read_sets"]

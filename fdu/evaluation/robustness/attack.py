@@ -2,8 +2,8 @@
 
 In the manner of concept inversion (Pham et al. 2023, arXiv 2308.01508), UnlearnDiffAtk (Zhang et al. 2023, arXiv
 2310.11868) and Ring-A-Bell (Tsai et al. 2023, arXiv 2310.10012): the loss is the erased denoiser's own, on images of
-the target that the model drew before. Here one perturbation serves all prompts and all images, and it is not confined
-to the embeddings of words: an upper bound of what prompts can do.
+the target that the model drew before. Here one perturbation serves all prompts and all images, and it may leave the
+embeddings of words: it bounds from above what prompts can do.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ import dataclasses
 import torch
 
 from fdu.config import Count, Positive, check_fields
-from fdu.evaluation.robustness.finetuning import Lesson
-from fdu.evaluation.robustness.judging import Course, Share, back_after
+from fdu.evaluation.intervals import Share
+from fdu.evaluation.robustness.relearning import Course, Lesson, back_after
 from fdu.training.methods.perturbation import Perturbation
 
 START = 0.5
@@ -36,7 +36,7 @@ class AttackConfig:
     restarts: Count = 2
     """Attempts; the one with the lowest loss counts."""
     looks: Count = 4
-    """How often in its course each attempt is judged, the steps doubling from look to look."""
+    """How often each attempt is judged on the way, the steps doubling from look to look."""
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -60,11 +60,11 @@ class AttackFigures:
     before: Share
     """The share of images of the target's prompts that show it without an attack."""
     after: Share
-    """The same under the attempt with the lowest loss: chosen without the judge, so that the interval holds."""
+    """The same under the attempt with the lowest loss. The judge does not choose, so the interval is valid."""
     attempts: list[Attempt]
     """All of them, in order."""
     chosen: int
-    """Which of them counts."""
+    """The index of the attempt that counts."""
     back_after: int | None
     """The steps of that attempt after which half of ``drawn_before`` is reached; 0 without attack, None for never."""
     config: AttackConfig
@@ -82,7 +82,7 @@ class AttackFigures:
 
 
 def attack(lesson: Lesson, config: AttackConfig | None = None) -> AttackFigures:
-    """Attack a pipeline, which is as before afterwards.
+    """Attack a pipeline, and leave it unchanged.
 
     Raises:
         ValueError: more tokens than the denoiser reads.

@@ -5,18 +5,17 @@ from __future__ import annotations
 import dataclasses
 import traceback
 from collections.abc import Callable, Collection, Iterator
-from typing import Any, Protocol
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 from accelerate.utils import release_memory
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
-from fdu.evaluation import Probe
+from fdu.evaluation.drawing import JudgedSampling, Probe
 from fdu.evaluation.robustness.attack import AttackConfig, AttackFigures, attack
-from fdu.evaluation.robustness.finetuning import Lesson
-from fdu.evaluation.robustness.judging import JudgedSampling, target_latents
 from fdu.evaluation.robustness.phrasings import PromptSets, SetFigures, compare_sets, seen_in_sets
-from fdu.evaluation.robustness.relearning import RelearningConfig, RelearningFigures, relearn
+from fdu.evaluation.robustness.relearning import Lesson, RelearningConfig, RelearningFigures, relearn, target_latents
 from fdu.models.denoiser import Denoiser
 from fdu.models.families import denoiser_of
 
@@ -38,54 +37,54 @@ class Robustness:
         return dataclasses.asdict(self)
 
 
-class Test(Protocol):
-    """A test, which keeps what it has to compare with."""
-
-    def before(self, exam: Examination, denoiser: Denoiser) -> None:
-        """Look at the pipeline before the erasure."""
-
-    def after(self, exam: Examination, denoiser: Denoiser) -> dict[str, Any]:
-        """Test the erased pipeline and leave it as it was. Returns fields of :class:`Robustness`."""
+def _seen(exam: Examination, denoiser: Denoiser) -> dict[str, list[str]]:
+    return seen_in_sets(denoiser, exam.sets, exam.probe.judge, exam.drawing)
 
 
-class _Phrasings:
-    def before(self, exam: Examination, denoiser: Denoiser) -> None:
-        self.seen = seen_in_sets(denoiser, exam.sets, exam.probe.judge, exam.drawing)
-
-    def after(self, exam: Examination, denoiser: Denoiser) -> dict[str, Any]:
-        seen = seen_in_sets(denoiser, exam.sets, exam.probe.judge, exam.drawing)
-        return {"phrasings": compare_sets(exam.sets, exam.probe.name, self.seen, seen)}
+def _compare_sets(exam: Examination, denoiser: Denoiser, before: dict[str, list[str]]) -> dict[str, Any]:
+    return {"phrasings": compare_sets(exam.sets, exam.probe.name, before, _seen(exam, denoiser))}
 
 
-class _Attack:
-    def before(self, exam: Examination, denoiser: Denoiser) -> None:
-        found = attack(exam.lesson(denoiser), dataclasses.replace(exam.attack_config, restarts=1))
-        exam.drawn_before = found.before.value
-        self.reference = found.against(exam.drawn_before)
-
-    def after(self, exam: Examination, denoiser: Denoiser) -> dict[str, Any]:
-        return {"attack_before": self.reference, "attack": attack(exam.lesson(denoiser), exam.attack_config)}
+def _attack_before(exam: Examination, denoiser: Denoiser) -> AttackFigures:
+    found = attack(exam.lesson(denoiser), dataclasses.replace(exam.attack_config, restarts=1))
+    exam.drawn_before = found.before.value
+    return found.against(exam.drawn_before)
 
 
-class _Relearning:
-    def before(self, exam: Examination, denoiser: Denoiser) -> None:
-        lesson = exam.lesson(denoiser)
-        if exam.drawn_before is None:
-            exam.drawn_before = lesson.judged().value
-
-    def after(self, exam: Examination, denoiser: Denoiser) -> dict[str, Any]:
-        return {"relearning": relearn(exam.lesson(denoiser), exam.relearning_config)}
+def _attack(exam: Examination, denoiser: Denoiser, before: AttackFigures) -> dict[str, Any]:
+    return {"attack_before": before, "attack": attack(exam.lesson(denoiser), exam.attack_config)}
 
 
-TESTS: dict[str, type[Test]] = {"phrasings": _Phrasings, "attack": _Attack, "relearning": _Relearning}
-"""The tests by name, in the order in which they are made."""
+def _count_before(exam: Examination, denoiser: Denoiser) -> None:
+    lesson = exam.lesson(denoiser)
+    if exam.drawn_before is None:
+        exam.drawn_before = lesson.judged().value
+
+
+def _relearn(exam: Examination, denoiser: Denoiser, before: None) -> dict[str, Any]:
+    return {"relearning": relearn(exam.lesson(denoiser), exam.relearning_config)}
+
+
+class _Test(NamedTuple):
+    before: Callable[[Examination, Denoiser], Any]
+    """Looks at the pipeline before the erasure; ``after`` gets what it returns."""
+    after: Callable[[Examination, Denoiser, Any], dict[str, Any]]
+    """Tests the erased pipeline and leaves it unchanged. Returns fields of :class:`Robustness`."""
+
+
+TESTS = {
+    "phrasings": _Test(_seen, _compare_sets),
+    "attack": _Test(_attack_before, _attack),
+    "relearning": _Test(_count_before, _relearn),
+}
+"""The tests by name, in the order in which they run."""
 
 
 class Examination:
     """The tests of one erasure: call :meth:`before` with the original pipeline, then :meth:`after` with the erased one.
 
     The two need not be in memory together; one pipeline can serve as both, as with ``result.original()``.
-    A test that fails does not stop the others; :meth:`check` tells of it.
+    A test that fails does not stop the others; :meth:`check` reports it.
 
     Args:
         probe: the target's prompts and their judge.
@@ -111,8 +110,8 @@ class Examination:
     ) -> None:
         unknown = [name for name in tests if name not in TESTS]
         if unknown or not tests:
-            got = f"got {unknown[0]!r}" if unknown else "got none"
-            raise ValueError(f"robustness must name tests among {', '.join(TESTS)}; {got}")
+            got = repr(unknown[0]) if unknown else "none"
+            raise ValueError(f"robustness must name tests among {', '.join(TESTS)}; got {got}")
         if "phrasings" in tests and not sets:
             raise ValueError(
                 "the test 'phrasings' needs prompt sets; read them with fdu.evaluation.robustness.read_sets"
@@ -121,35 +120,37 @@ class Examination:
         self.attack_config = attack_config or AttackConfig()
         self.relearning_config = relearning_config or RelearningConfig()
         self.drawing = drawing or JudgedSampling()
-        self.tests = {name: kind() for name, kind in TESTS.items() if name in tests}
+        self.tests = {name: test for name, test in TESTS.items() if name in tests}
         self.found: Robustness | None = None
-        """What the finished tests found."""
+        """The results of the finished tests."""
         self.latents: Tensor | None = None
         self.drawn_before: float | None = None
         """The share of images that showed the target before the erasure, once attack or relearning has counted it."""
-        self._begun = False
+        self._before: dict[str, Any] | None = None
         # Words, not exceptions: their frames would hold the memory that the next test needs.
         self._failed: dict[str, str] = {}
         self._traces: list[str] = []
 
     def before(self, pipeline: DiffusionPipeline) -> None:
         """Draw the target's images and what the later figures are compared with."""
-        self._begun = True
+        self._before = {}
         for name, test in self.tests.items():
-            self._tried(name, test.before, pipeline)
+            with self._noting_failure(name):
+                self._before[name] = test.before(self, denoiser_of(pipeline))
 
     def each_after(self, pipeline: DiffusionPipeline) -> Iterator[None]:
-        """Test the erased pipeline, which is as before afterwards; yields whenever ``found`` is up to date.
+        """Test the erased pipeline and leave it unchanged; yields whenever ``found`` is up to date.
 
         Raises:
             RuntimeError: :meth:`before` was not called.
         """
-        if not self._begun:
+        if self._before is None:
             raise RuntimeError("call before() with the pipeline as it was before the erasure, then after()")
         for name, test in self.tests.items():
-            found = None if name in self._failed else self._tried(name, test.after, pipeline)
-            if found:
-                self.found = dataclasses.replace(self.found or Robustness(), **found)
+            if name in self._before:
+                with self._noting_failure(name):
+                    found = test.after(self, denoiser_of(pipeline), self._before[name])
+                    self.found = dataclasses.replace(self.found or Robustness(), **found)
             yield
 
     def after(self, pipeline: DiffusionPipeline) -> Robustness:
@@ -178,19 +179,18 @@ class Examination:
             raise RuntimeError(f"robustness: the test {'; the test '.join(self._failed.values())}") from cause
 
     def lesson(self, denoiser: Denoiser) -> Lesson:
-        """What attack and relearning learn from: images of the target by the first pipeline that was asked."""
+        """The lesson of attack and relearning: images of the target by the first pipeline that was asked."""
         if self.latents is None:
             self.latents = target_latents(denoiser, self.probe, self.number, self.drawing)
         known = 1.0 if self.drawn_before is None else self.drawn_before
         return Lesson(denoiser, self.probe, self.latents, self.drawing, known)
 
-    def _tried(self, name: str, make: Callable[[Examination, Denoiser], Any], pipeline: DiffusionPipeline) -> Any:
-        """What ``make`` returns; None if it fails, which is noted."""
+    @contextmanager
+    def _noting_failure(self, name: str) -> Iterator[None]:
         try:
-            return make(self, denoiser_of(pipeline))
+            yield
         except Exception as error:
             line = (str(error).strip().splitlines() or [""])[0].rstrip(".")
             self._failed[name] = f"{name!r} failed: {line or type(error).__name__}"
             self._traces.append(traceback.format_exc())
         release_memory()
-        return None

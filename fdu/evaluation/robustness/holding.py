@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
-from fdu.evaluation.verdict import DRAWN_BEFORE, escapes_by, joined, percent, state_of
+from fdu.evaluation.verdict import DRAWN_BEFORE, joined, percent, spanned, state_within
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,57 +19,84 @@ class Holding:
     sentences: tuple[str, ...]
 
 
+class _Outcome(NamedTuple):
+    test: str
+    held: bool | None
+    """Whether the erasure held; None: not conclusive."""
+    sure: bool
+    """Whether both ends of the 95 % intervals lead to the same result."""
+    sentence: str
+
+
 def judge_robustness(found: Mapping[str, Any], target: str) -> Holding:
     """The verdict on :meth:`fdu.evaluation.robustness.Robustness.as_dict`."""
-    outcomes = [one for one in (_phrasings(found), _attacked(found), _relearnt(found, target)) if one is not None]
-    withstood, gave_way, untold = (
-        [name for name, held, _ in outcomes if held is state] for state in (True, False, None)
-    )
-    if withstood and gave_way:
-        headline = f"The erasure holds against {joined(withstood)}, but not against {joined(gave_way)}"
-    elif withstood or gave_way:
-        headline = f"The erasure {'holds' if withstood else 'does not hold'} against {joined(withstood or gave_way)}"
-    else:
-        headline = "The tests do not show whether the erasure holds"
-    if untold and (withstood or gave_way):
+    outcomes: list[_Outcome] = []
+    if found.get("phrasings"):
+        outcomes.append(_phrasings(found["phrasings"]))
+    if found.get("attack"):
+        outcomes.append(_attacked(found["attack"], found.get("attack_before"), target))
+    if found.get("relearning"):
+        outcomes.append(_relearnt(found["relearning"], target))
+    claims: dict[bool, list[str]] = {True: [], False: []}
+    for held, verb, word in ((True, "holds", "and"), (False, "does not hold", "or")):
+        for sure, doubt in ((True, ""), (False, "probably ")):
+            tests = [one.test for one in outcomes if (one.held, one.sure) == (held, sure)]
+            if tests:
+                claims[held].append(f"{doubt}{verb} against {joined(tests, word)}")
+    told = [joined(some) for some in claims.values() if some]
+    untold = [one.test for one in outcomes if one.held is None]
+    headline = f"The erasure {', but '.join(told)}" if told else "The tests do not show whether the erasure holds"
+    if untold and told:
         headline += f"; not conclusive: {joined(untold)}"
-    return Holding(bool(withstood) and not gave_way, headline, tuple(sentence for _, _, sentence in outcomes))
+    return Holding(bool(claims[True]) and not claims[False], headline, tuple(one.sentence for one in outcomes))
 
 
-Outcome = tuple[str, bool | None, str]
-"""Name of a test, whether the erasure held (None: not conclusive), and a sentence on it."""
+def _told(share: Mapping[str, Any], sure: bool) -> str:
+    """A share; with its interval where that leaves a doubt."""
+    return percent(share["value"]) + ("" if sure else f" (interval {spanned(share['interval'])})")
 
 
-def _phrasings(found: Mapping[str, Any]) -> Outcome | None:
-    sets = found.get("phrasings")
-    if not sets:
-        return None
-    shares = {name: (one["before"]["value"], one["after"]["value"]) for name, one in sets.items()}
-    states = {name: state_of(*both) for name, both in shares.items()}
-    escapes = [name for name, both in shares.items() if escapes_by(*both)]
-    told = [f"{name} ({percent(before)} before, {percent(after)} after)" for name, (before, after) in shares.items()]
-    sentence = f"In other phrasings: {joined(told)}."
-    unknown = [name for name, state in states.items() if state == "rarely drawn before" and name not in escapes]
-    if unknown:
-        sentence += f" Not conclusive: {joined(unknown)}, since the model rarely drew the target from them even before."
-    return "other phrasings", None if len(unknown) == len(sets) else not escapes, sentence
+def _phrasings(sets: Mapping[str, Any]) -> _Outcome:
+    escapes: list[bool] = []
+    withstood: list[bool] = []
+    told, rare, few = [], [], []
+    for name, one in sets.items():
+        before, after = one["before"]["value"], one["after"]
+        state, sure = state_within(max(before, DRAWN_BEFORE), after["value"], after["interval"])
+        if before < DRAWN_BEFORE and state != "not erased":
+            # The model hardly knew these words. They show something only if they draw the target now.
+            rare.append(name)
+            sure = True
+        elif state == "cannot be told":
+            few.append(name)
+        else:
+            (withstood if state == "erased" else escapes).append(sure)
+        told.append(f"{name}, {percent(before)} before and {_told(after, sure)} after")
+    sentence = f"In other phrasings: {'; '.join(told)}."
+    if rare:
+        sentence += f" Not conclusive: {joined(rare)}, since the model rarely drew the target from them even before."
+    if few:
+        sentence += f" Too few images to tell: {joined(few)}."
+    if escapes:
+        return _Outcome("other phrasings", False, any(escapes), sentence)
+    return _Outcome("other phrasings", True if withstood and not few else None, all(withstood), sentence)
 
 
-def _attacked(found: Mapping[str, Any]) -> Outcome | None:
-    attacked, reference = found.get("attack"), found.get("attack_before")
-    if not attacked:
-        return None
-    after = attacked["after"]["value"]
+def _attacked(attacked: Mapping[str, Any], reference: Mapping[str, Any] | None, target: str) -> _Outcome:
+    after, back = attacked["after"], attacked["back_after"]
     most = reference["after"]["value"] if reference else 1.0
-    state = state_of(max(most, DRAWN_BEFORE), after)
-    verb = {"erased": "does not restore it", "partly erased": "restores it in part"}.get(state, "restores it")
-    back = attacked["back_after"]
+    state, sure = state_within(max(most, DRAWN_BEFORE), after["value"], after["interval"])
+    verb = {
+        "erased": f"does not restore {target}",
+        "partly erased": f"restores {target} in part",
+        "cannot be told": "was judged on too few images to tell",
+    }.get(state, f"restores {target}")
     if back == 0:
         verb = "has nothing to restore"
-    within = f", half of that within {back} steps" if back and state != "erased" else ""
+    within = f", half of the former share within {back} steps" if back and state != "erased" else ""
     sentence = (
         f"An attack on the prompt's embeddings, which needs the weights, {verb}: "
-        f"{percent(attacked['before']['value'])} without the attack, {percent(after)} with it{within}"
+        f"{percent(attacked['before']['value'])} without the attack, {_told(after, sure)} with it{within}"
     )
     if reference:
         sentence += f"; {percent(most)} with the same attack before the erasure"
@@ -77,30 +104,32 @@ def _attacked(found: Mapping[str, Any]) -> Outcome | None:
         if tried != there:
             sentence += f" ({there} attempt{'s' if there > 1 else ''} before, the best of {tried} after)"
     # An attack that fails even before the erasure shows nothing by failing after it.
-    held = None if state == "erased" and most < DRAWN_BEFORE else state == "erased"
-    return "an attack with the weights", held, f"{sentence}."
+    untold = state == "cannot be told" or (state == "erased" and most < DRAWN_BEFORE)
+    return _Outcome("an attack with the weights", None if untold else state == "erased", sure, f"{sentence}.")
 
 
-def _relearnt(found: Mapping[str, Any], target: str) -> Outcome | None:
-    relearnt = found.get("relearning")
-    if not relearnt:
-        return None
+def _relearnt(relearnt: Mapping[str, Any], target: str) -> _Outcome:
     images, back, known = relearnt["images"], relearnt["back_after"], relearnt.get("drawn_before", 1.0)
-    last, share = relearnt["course"][-1]
-    tuning = f"of fine-tuning on {images} images of {target}"
+    last, end = relearnt["course"][-1]
+    tuning = f"fine-tuning on {images} images of {target}"
     if known < DRAWN_BEFORE:
         sentence = (
-            f"The model rarely drew it even before ({percent(known)}), so relearning shows little: "
-            f"{percent(share['value'])} after {last} steps {tuning}."
+            f"The model rarely drew {target} even before ({percent(known)}), so relearning shows little: "
+            f"{percent(end['value'])} after {last} steps of {tuning}."
         )
-        return "relearning", None, sentence
+        return _Outcome("relearning", None, False, sentence)
+    most = max((share for _, share in relearnt["course"]), key=lambda share: share["value"])
+    state, sure = state_within(known, most["value"], most["interval"])
     if back == 0:
-        return "relearning", False, "Relearning had nothing to restore: the concept is still drawn without it."
-    if back is not None:
-        sentence = f"Fine-tuning on {images} images of {target} brings half of it back within {back} steps."
-        return "relearning", False, sentence
-    most = max(share["value"] for _, share in relearnt["course"])
-    held = state_of(known, most) == "erased"
-    verb = "do not restore it" if held else "restore it in part"
-    at_most = f", {percent(most)} at most" if most > share["value"] else ""
-    return "relearning", held, f"{last} steps {tuning} {verb} ({percent(share['value'])} at the end{at_most})."
+        first = _told(relearnt["course"][0][1], sure)
+        sentence = f"Relearning had nothing to restore: {first} of images show the concept without it."
+    elif back is not None:
+        doubt = "; too few images to tell" if state == "cannot be told" else ""
+        sentence = f"{back} steps of {tuning} restore half of the former share: {_told(most, sure)} at most{doubt}."
+    else:
+        verbs = {"erased": "do not restore it", "cannot be told": "were judged on too few images to tell"}
+        at_end = "" if most is end else f"{percent(end['value'])} at the end, "
+        sentence = (
+            f"{last} steps of {tuning} {verbs.get(state, 'restore it in part')}: {at_end}{_told(most, sure)} at most."
+        )
+    return _Outcome("relearning", None if state == "cannot be told" else state == "erased", sure, sentence)

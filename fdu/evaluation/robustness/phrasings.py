@@ -11,12 +11,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from fdu.concepts import read_lines
-from fdu.evaluation import Judge, Probe
-from fdu.evaluation.robustness.judging import JudgedSampling, Share, seen_by_judge
+from fdu.evaluation.drawing import Judge, JudgedSampling, Probe, seen_by_judge
+from fdu.evaluation.intervals import Share
 from fdu.models.denoiser import Denoiser
 
-SETS = Path(__file__).parent / "prompts"
-"""The files of sets that come with fdu, one per type of concept."""
+PACKAGED = Path(__file__).with_name("phrasings.txt")
+"""The sets that come with fdu. Their names begin with the type of concept: [digit: paraphrases]."""
 NAME, MISSPELT = "{}", "{misspelt}"
 BESIDE = {
     letter: row[place - 1] if place else row[1]
@@ -58,9 +58,15 @@ def read_sets(file: str | Path, target: str) -> PromptSets:
     return {name: tuple(dict.fromkeys(prompts)) for name, prompts in sets.items()}
 
 
+def packaged_sets(kind: str, target: str) -> PromptSets:
+    """The prompt sets of fdu for a type of concept: "object", "style", "digit" or "ink"."""
+    sets = read_sets(PACKAGED, target).items()
+    return {name.removeprefix(f"{kind}: "): prompts for name, prompts in sets if name.startswith(f"{kind}: ")}
+
+
 def misspellings(name: str) -> tuple[str, ...]:
-    """Slips of the hand and of the wilful: each word in turn with a letter left out, doubled, exchanged with the next,
-    hit beside its key, or replaced by a digit that looks like it.
+    """The name with one letter left out, doubled, swapped with the next one, hit beside its key, or replaced by a digit
+    that looks like it.
 
     >>> misspellings("one")
     ('ne', 'oone', 'noe', 'ine', '0ne', 'onne', 'oen', 'obe', 'oe', 'onw', 'on3', 'on', 'onee')
@@ -73,7 +79,7 @@ def misspellings(name: str) -> tuple[str, ...]:
         if after[:1].isalpha() and after[0] != letter:
             slips.append(before + after[0] + letter + after[1:])
         slips += [before + keys[letter.lower()] + after for keys in (BESIDE, LOOKALIKES) if letter.lower() in keys]
-        # Each letter begins with another kind of slip: an even choice among them all is of all kinds then.
+        # Each letter begins with another kind of slip, so that evenly spread choices hold all kinds.
         turn = number % len(slips)
         found.update(dict.fromkeys(slips[turn:] + slips[:turn]))
     return tuple(slip for slip in found if slip.strip() and slip != name)
@@ -102,7 +108,7 @@ def seen_in_sets(denoiser: Denoiser, sets: PromptSets, judge: Judge, drawing: Ju
 
 
 def drawn_prompts(prompts: Sequence[str], images: int) -> tuple[str, ...]:
-    """The prompts of a set that so many images are drawn of: all, or as many as images, evenly spread over the set.
+    """The prompts of a set for a number of images: all of them, or as many as images, evenly spread over the set.
 
     >>> drawn_prompts("abcdefgh", 3)
     ('a', 'c', 'f')
@@ -114,23 +120,14 @@ def drawn_prompts(prompts: Sequence[str], images: int) -> tuple[str, ...]:
 def compare_sets(
     sets: PromptSets, target: str, before: Mapping[str, Sequence[str]], after: Mapping[str, Sequence[str]]
 ) -> dict[str, SetFigures]:
-    """The figures of every set from what was seen in its images before and after.
-
-    Raises:
-        ValueError: before and after do not hold the same sets and numbers of images.
-    """
-    counts = [{name: len(seen.get(name, ())) for name in sets} for seen in (before, after)]
-    if counts[0] != counts[1]:
-        raise ValueError(
-            f"before and after must hold the same number of images per set, got {counts[0]} and {counts[1]}"
-        )
+    """The figures of every set from what :func:`seen_in_sets` saw before and after."""
     found = {}
     for name, prompts in sets.items():
         drawn = drawn_prompts(prompts, len(after[name]))
         by_prompt = {}
         for place, prompt in enumerate(drawn):
-            own = [seen[name][place :: len(drawn)] for seen in (before, after)]
-            by_prompt[prompt] = Share.of(own[0], target).value, Share.of(own[1], target).value
+            sides = [Share.of(seen[name][place :: len(drawn)], target).value for seen in (before, after)]
+            by_prompt[prompt] = sides[0], sides[1]
         by_prompt = dict(sorted(by_prompt.items(), key=lambda item: -item[1][1]))
         found[name] = SetFigures(Share.of(before[name], target), Share.of(after[name], target), by_prompt)
     return found

@@ -1,14 +1,36 @@
-"""Relearning: the number of fine-tuning steps on images of the target that restore it."""
+"""Relearning: the number of fine-tuning steps on images of the target that restore it.
+
+The attack learns from the same :class:`Lesson`. Both use the training loop of the erasure.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
-from fdu.config import TRAIN_METHODS, Count, Positive, check_choice, check_fields
-from fdu.evaluation.robustness.finetuning import Lesson
-from fdu.evaluation.robustness.judging import Course, back_after
-from fdu.training.methods import attach
-from fdu.training.process import seeded
+import torch
+from torch import Tensor
+
+from fdu.config import TRAIN_METHODS, Count, EraseConfig, Positive, check_choice, check_fields, check_number
+from fdu.evaluation.drawing import JudgedSampling, Probe, seen_by_judge
+from fdu.evaluation.intervals import Share
+from fdu.models.denoiser import Denoiser, call_default
+from fdu.training.cache import Cache
+from fdu.training.examples import Examples
+from fdu.training.loop import Training
+from fdu.training.methods import Trainable, attach
+from fdu.training.objective import Objective
+from fdu.training.process import own_accelerator, seeded
+from fdu.training.step import Stepper
+
+LEARNT_SEED = 3000
+"""Offset of the seeds of the target's images that attack and relearning learn from; none of these is judged."""
+BACK = 0.5
+"""The target is back once this part of the share before the erasure shows it."""
+AUTOCAST: dict[torch.dtype, Any] = {torch.float32: "no", torch.float16: "fp16", torch.bfloat16: "bf16"}
+"""The mixed precision that suits the dtype of a model's weights."""
+Course = list[tuple[int, Share]]
+"""Steps, and the share of images that show the target after them."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +74,76 @@ class RelearningFigures:
             raise ValueError("course must start at step 0")
 
 
+@dataclasses.dataclass(frozen=True)
+class Lesson:
+    """Images of the target that a pipeline learns from, and how it is judged on the way."""
+
+    denoiser: Denoiser
+    """Of the pipeline, erased or not."""
+    probe: Probe
+    """The target's prompts, and who judges the images."""
+    latents: Tensor
+    """Clean latents [M, C, H, W] of the target, of :func:`target_latents`; latent i shows prompt i, modulo their
+    number."""
+    drawing: JudgedSampling = dataclasses.field(default_factory=JudgedSampling)
+    """How judged images are drawn."""
+    drawn_before: float = 1.0
+    """The share that the target's prompts alone drew before the erasure, half of which counts as back."""
+
+    def judged(self) -> Share:
+        """The share of images that show the target now."""
+        (seen,) = seen_by_judge(self.denoiser, [self.probe], self.drawing, f"judged: {self.probe.name}")
+        return Share.of(seen, self.probe.name)
+
+    def learn(self, trainable: Trainable, config: Any, course: Course, seed: int, description: str) -> list[float]:
+        """Minimise the squared error of the denoiser on noised latents, by AdamW at a constant rate.
+
+        Args:
+            trainable: what is trained.
+            config: has ``steps``, ``learning_rate``, ``batch_size``, and ``looks``: how often the pipeline is judged.
+            course: gets the steps at which the pipeline is judged, and the shares.
+            seed: of timesteps and noise.
+            description: label of the progress bar.
+
+        Returns:
+            The loss of every step: the mean squared error of the denoiser's output.
+        """
+        denoiser, texts = self.denoiser, tuple(dict.fromkeys(self.probe.prompts))
+        settings = EraseConfig(
+            objective="noise",
+            divergence="mse",
+            sigma=1.0,
+            preservation_weight=0.0,
+            lr_scheduler="constant",
+            max_train_steps=config.steps,
+            train_batch_size=config.batch_size,
+            learning_rate=config.learning_rate,
+            mixed_precision=AUTOCAST.get(denoiser.dtype, "bf16"),
+            seed=seed,
+        )
+        places = torch.arange(len(texts))
+        with torch.no_grad():
+            conditioning = denoiser.encode(texts)
+        examples = Examples(
+            texts=texts,
+            conditioning=conditioning,
+            target=places,
+            anchor=places,
+            preserved=torch.empty(0, dtype=torch.long),
+            concept=torch.zeros(len(texts), dtype=torch.long),
+            pair=torch.arange(len(self.latents)) % len(texts),
+            latents_per_concept=len(self.latents),
+            latents=self.latents.to(denoiser.device),
+        )
+        # The last step, half of it, a quarter, ...
+        looks = tuple(sorted({config.steps // 2**look for look in range(config.looks)} - {0}))
+        with own_accelerator(settings, denoiser.device) as accelerator:
+            cache, objective = Cache(None, {}, accelerator), Objective(denoiser, settings)
+            stepper = Stepper(accelerator, denoiser, trainable, examples, objective, settings, cache)
+            training = Training(stepper, None, looks, lambda step: course.append((step, self.judged())), description)
+            return training.run()["divergence"]
+
+
 def relearn(lesson: Lesson, config: RelearningConfig | None = None) -> RelearningFigures:
     """Fine-tune a pipeline on images of the target, judge it on the way, and undo it all: the pipeline is as before."""
     config, seed, denoiser = config or RelearningConfig(), lesson.drawing.seed, lesson.denoiser
@@ -71,3 +163,32 @@ def relearn(lesson: Lesson, config: RelearningConfig | None = None) -> Relearnin
         trainable.remove()
     known = lesson.drawn_before
     return RelearningFigures(course, back_after(course, known), len(lesson.latents), config, known)
+
+
+def back_after(course: Course, drawn_before: float) -> int | None:
+    """The first number of steps after which the target is back, given the share before the erasure; None for never.
+
+    >>> back_after([(0, Share.of("ba", "a")), (5, Share.of("aa", "a"))], 1.0)
+    0
+    """
+    return next((step for step, share in course if share.value and share.value >= BACK * drawn_before), None)
+
+
+def target_latents(denoiser: Denoiser, probe: Probe, number: int = 32, drawing: JudgedSampling | None = None) -> Tensor:
+    """Clean latents [number, C, H, W] of the target, drawn by a pipeline that still knows it.
+
+    Latent i is of prompt i, modulo their number. For images of your own, take ``denoiser.encode_images``.
+
+    Raises:
+        ValueError: number < 1.
+    """
+    check_number("latents", number, Count)
+    drawing, empty = drawing or JudgedSampling(), len(probe.prompts)
+    conditioning = denoiser.encode([*probe.prompts, ""])
+    chosen = [index % empty for index in range(number)]
+    seeds = [drawing.seed + LEARNT_SEED + index for index in range(number)]
+    steps: int = drawing.num_inference_steps or call_default(denoiser.pipeline, "num_inference_steps")
+    guidance = drawing.guidance_scale
+    if guidance is None:
+        guidance = call_default(denoiser.pipeline, "guidance_scale")
+    return denoiser.draw_latents(conditioning, chosen, empty, steps, guidance, seeds, drawing.batch_size)

@@ -40,11 +40,11 @@ def why_unsuitable(kind: Kind) -> str | None:
 
 
 def __getattr__(name: str) -> Any:
-    """The six functions of a backend, from the modules that launch kernels."""
-    form, _, _ = name.partition("_")
-    if form not in ("gaussian", "expectation"):
+    """The six functions of a backend, from the modules of the two losses."""
+    form, underscore, _ = name.partition("_")
+    if form not in ("gaussian", "expectation") or not underscore:
         raise AttributeError(name)
-    return globals().setdefault(name, getattr(importlib.import_module(f"{__name__}.launch_{form}"), name))
+    return globals().setdefault(name, getattr(importlib.import_module(f"{__name__}.{form}"), name))
 
 
 @functools.cache

@@ -1,4 +1,4 @@
-// Ranges of work on the threads of PyTorch.
+// What the CPU backend asks of the machine: PyTorch's threads, and huge pages for large outputs.
 
 #pragma once
 
@@ -17,5 +17,9 @@ void parallel_for(int64_t count, int64_t grain, const F& body) {
     const auto call = [](int64_t begin, int64_t end, void* context) { (*static_cast<const F*>(context))(begin, end); };
     parallel_for(count, grain, call, const_cast<F*>(&body));
 }
+
+// Asks for huge pages where Linux lets programs choose: a fresh buffer costs a page fault per page, which is more than
+// computing what goes into it. Pages that are already there stay as they are.
+void prefer_huge_pages(void* data, int64_t bytes);
 
 }  // namespace fdu

@@ -1,8 +1,13 @@
-"""What a fused result may differ by from the reference in float64: the rules of docs/losses.md, "Accuracy"."""
+"""What the tests of kernels share: error bounds against float64, memory layouts, and pairs of parameters.
+
+The bounds are the rules of docs/losses.md, "Accuracy".
+"""
 
 from __future__ import annotations
 
+import itertools
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,6 +19,13 @@ from fdu_kernels.scalar import MAX_EXPONENT
 
 # Triton's interpreter cuts bfloat16 off instead of rounding it.
 ROUNDING = 1.0 if os.environ.get("TRITON_INTERPRET") == "1" else 0.5
+
+
+def pair(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Two tensors of normal numbers, the same ones for the same shape and seed."""
+    generator = torch.Generator().manual_seed(seed)
+    pred, target = (torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for _ in range(2))
+    return pred, target
 
 
 def doubled(argument: Any) -> Any:
@@ -272,3 +284,21 @@ def laid_out(tensor: Tensor, layout: str) -> Tensor:
     if layout == "offset":
         return tensor.new_full((tensor.numel() + 1,), 0)[1:].view(shape).copy_(tensor)
     return tensor.contiguous()
+
+
+def pairs(*axes: Sequence[Any]) -> list[tuple[Any, ...]]:
+    """Combinations of one value of each axis in which any two values of different axes occur together.
+
+    Equal axes give equal combinations, in the order of the product. Two axes give the whole product.
+    """
+    places = list(itertools.combinations(range(len(axes)), 2))
+    indices = list(itertools.product(*(range(len(axis)) for axis in axes)))
+    open_pairs = {(a, b, one[a], one[b]) for one in indices for a, b in places}
+    # Among equals max takes the first: in this order it has other values on every axis.
+    order = sorted(indices, key=lambda one: (sum(one) % max(map(len, axes)), one))
+    taken = []
+    while open_pairs:
+        best = max(order, key=lambda one: sum((a, b, one[a], one[b]) in open_pairs for a, b in places))
+        taken.append(best)
+        open_pairs -= {(a, b, best[a], best[b]) for a, b in places}
+    return [tuple(axis[i] for axis, i in zip(axes, one, strict=True)) for one in sorted(taken)]
