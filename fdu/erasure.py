@@ -25,7 +25,7 @@ from fdu.training.examples import prepare_examples
 from fdu.training.loop import Training
 from fdu.training.methods import Request, attach
 from fdu.training.objective import Objective
-from fdu.training.process import own_accelerator, seeded
+from fdu.training.process_state import own_accelerator, seeded
 from fdu.training.sharding import check_shards, with_launcher
 from fdu.training.step import Stepper, check_optimizer
 from fdu.training.tracking import check_tracker

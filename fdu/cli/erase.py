@@ -67,8 +67,8 @@ class Erase:
 
     def prepare(self, command: str) -> Callable[[], None]:
         """Check the arguments and return the work."""
+        from fdu.storage.formats import choose_format
         from fdu.storage.output import check_output, clear_run, strangers, whole_folder
-        from fdu.storage.writers import choose_format
 
         if not self.target:
             raise ValueError("--target is missing; name the concept to erase, such as --target 'van gogh'")

@@ -17,10 +17,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fdu.models import parts
-from fdu.models.unet import original_name
+from fdu.models.kohya_names import original_name
 from fdu.storage import lora
+from fdu.storage.formats import write
 from fdu.storage.readers import Loaded, load_weights
-from fdu.storage.writers import write
 
 
 def after_erasure(name: str, endings: tuple[str, ...] | None = None) -> tuple[Any, dict[str, Tensor]]:

@@ -20,7 +20,7 @@ from fdu.training.examples import Examples
 from fdu.training.loop import Training
 from fdu.training.methods import Request, Trainable, attach
 from fdu.training.objective import Objective
-from fdu.training.process import own_accelerator, seeded
+from fdu.training.process_state import own_accelerator, seeded
 from fdu.training.step import Stepper
 
 LEARNT_SEED = 3000
