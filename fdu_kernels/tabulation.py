@@ -77,7 +77,7 @@ def _tabulate_rest(name: str, log_curvature: Curvature | None, kinks: Kinks, exa
             count = int(torch.nonzero(bad)[0]) + kept
             t, log_slopes = t[:count], log_slopes[:count]
     if len(t) <= 2 * MARGIN or not bool(torch.isfinite(log_slopes).all()):
-        raise ValueError(f"the generator of {name!r} has no finite, positive curvature on which to build h")
+        raise ValueError(f"the generator of {name!r}: h cannot be built: f'' must be finite and positive")
 
     power = float(log_slopes[1] - log_slopes[0]) / step
     # Down there a rounding of the power would be multiplied by up to log(FIRST_S / SMALLEST_S).

@@ -52,8 +52,8 @@ class Erase:
     out: Path
     """Folder for the result."""
     concept_type: UseAppendAction[tuple[Literal["object", "style"], ...]] = ()
-    """Phrasings for the names, one for all targets or one per target. Default: object. The embedded pipeline has its
-    own."""
+    """Which prompt templates the names are put into: one choice for all targets, or one per target. Default: object.
+    The embedded pipeline has its own."""
     save_as: SaveAs = "auto"
     """Format of the result: lora (diffusers), kohya (ComfyUI, A1111, Forge), pipeline (a whole folder) or delta (the
     changed weights in safetensors). auto: lora if adapters were trained, otherwise pipeline."""

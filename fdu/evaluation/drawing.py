@@ -115,7 +115,7 @@ class JudgedSampling(Sampling):
     images: Count = 32
     """Images whose share is counted."""
     seed: Natural = 0
-    """Of everything random; the images begin with ``seed + JUDGED_SEED``."""
+    """Random seed, >= 0; the images use the seeds from ``seed + JUDGED_SEED`` on."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -73,7 +73,7 @@ class SDXLDenoiser(UNetDenoiser):
         made = 6 * config.addition_time_embed_dim + pipeline.text_encoder_2.config.projection_dim
         if taken != made:
             raise ValueError(
-                f"pipeline's unet takes {taken} numbers beside the prompt where the six time ids and the pooled "
+                f"pipeline's unet takes {taken} numbers besides the prompt where the six time ids and the pooled "
                 f"embedding of an SDXL base model make {made}; train a base model with its own text encoders"
             )
 

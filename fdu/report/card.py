@@ -1,4 +1,4 @@
-"""The model card beside saved weights: the erasure, how to load it, its figures and its limits."""
+"""The model card next to saved weights: the erasure, how to load it, its figures and its limits."""
 
 from __future__ import annotations
 

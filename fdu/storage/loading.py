@@ -106,7 +106,7 @@ def check_encoder(name: str, argument: str = "judge") -> None:
 
 
 def read_record(folder: str) -> Any:
-    """The record of ``fdu erase`` beside the weights, unchecked (see :func:`fdu.report.check_record`), or None.
+    """The record of ``fdu erase`` next to the weights, unchecked (see :func:`fdu.report.check_record`), or None.
 
     Raises:
         ValueError: it is not valid JSON.

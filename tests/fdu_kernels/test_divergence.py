@@ -254,7 +254,7 @@ def test_equality_is_that_of_the_generator() -> None:
         (lambda u: u * math.log(u), TypeError, "PyTorch operations.*torch.log"),
         (lambda u: u * np.log(u), TypeError, "PyTorch operations.*numpy"),
         (lambda u: torch.log(torch.from_numpy(np.asarray(u))), TypeError, "PyTorch operations.*numpy"),
-        (lambda u: 3 * (u - 1), ValueError, "no finite, positive curvature"),
+        (lambda u: 3 * (u - 1), ValueError, "must be finite and positive"),
     ],
 )
 def test_what_is_no_generator(f, error: type[Exception], message: str) -> None:  # type: ignore[no-untyped-def]

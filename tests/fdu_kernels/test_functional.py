@@ -444,7 +444,7 @@ def test_every_function_refuses(function: Callable[..., Any]) -> None:
         with pytest.raises(TypeError, match=f"{name} must be a tensor, not list"):
             function(**{**tensors, name: [1.0]})
         if len(tensors) > 1:
-            with pytest.raises(ValueError, match="must.*one device.*on meta"):
+            with pytest.raises(ValueError, match="must.*same device.*on meta"):
                 function(**{**tensors, name: ONES.to("meta")})
     if tensors.keys() & {"log_ratio", "log_ratio_q"}:
         with pytest.raises(ValueError, match='\'mse\'.*use "kl" or "jeffreys"'):

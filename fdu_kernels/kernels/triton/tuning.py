@@ -27,7 +27,7 @@ STREAM_BLOCK = {
 STREAM_WARPS, STREAM_PROGRAMS = 8, 2048
 """About as many programs as a sample or batch is cut into: some for each of up to 200 multiprocessors."""
 STREAM_MOST_BLOCKS = 32
-"""A program takes no more blocks, so that no lane adds up more than 32 numbers one after the other in float32."""
+"""The most blocks a program takes, so that no lane adds more than 32 numbers in sequence in float32."""
 WHOLE_LIMIT = 32768
 """Up to here the forward pass leaves a sample to one program, and needs a single launch."""
 PARTIALS_BLOCK, FINISH_WARPS = 256, 4
@@ -35,7 +35,7 @@ PARTIALS_BLOCK, FINISH_WARPS = 256, 4
 
 EXPECTATION_BLOCK, EXPECTATION_WARPS, EXPECTATION_PROGRAMS, EXPECTATION_REGISTERS = 1024, 4, 4096, 128
 TOTAL_BLOCK, TOTAL_WARPS = 4096, 8
-"""As PARTIALS_BLOCK; up to as many programs their sums are one load."""
+"""Like PARTIALS_BLOCK: with up to this many programs, one load reads all their sums."""
 
 
 class Target(NamedTuple):
