@@ -82,14 +82,14 @@ def check_size(resolution: int, unit: int, native: tuple[int, int] | None) -> No
 
 
 @functools.cache
-def _hints(kind: type) -> dict[str, Any]:
+def hints_of(kind: type) -> dict[str, Any]:
     """The annotations of a class, which take long to evaluate."""
     return get_type_hints(kind, include_extras=True)
 
 
 def check_fields(settings: Any) -> None:
     """Raise ValueError or TypeError if a field of a dataclass of settings does not fit its annotation."""
-    for name, hint in _hints(settings.__class__).items():
+    for name, hint in hints_of(settings.__class__).items():
         value = getattr(settings, name)
         if get_origin(hint) in (Union, types.UnionType):
             hint = None if value is None else get_args(hint)[0]
