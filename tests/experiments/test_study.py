@@ -140,7 +140,7 @@ def test_the_scale_decides_only_where_the_difference_grows(gaps: tuple[float, fl
 
 def test_the_page_says_what_the_records_say(tmp_path: Path) -> None:
     page = page_of(tmp_path, as_the_paper_says)
-    assert page is not None and "(all 54 runs;" in page and "cpu: AVX512, 1 thread; torch 9.9." in page
+    assert page is not None and "(all 54 runs;" in page and "AVX512, 1 thread; torch 9.9." in page
     found = verdicts(page)
     assert found["Hellinger dominates MSE"].startswith("holds (2 ")
     assert found["Hellinger keeps retained concepts best"].startswith("holds (10 ")

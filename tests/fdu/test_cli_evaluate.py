@@ -121,7 +121,7 @@ def test_unfit_folders_are_refused_before_any_work(idle: Path, capsys: pytest.Ca
         (["report", "none"], "not a folder"),
         (["report", str(idle)], "fdu evaluate"),
         (["evaluate", "embedded", str(idle), "--phrasings", "x"], "--robustness"),
-        (["evaluate", "embedded", str(idle), "--robustness", "--phrasings", "x"], "no file"),
+        (["evaluate", "embedded", str(idle), "--robustness", "--phrasings", "x"], "not a file"),
     ):
         assert main(arguments) == cli.USAGE
         assert message in capsys.readouterr().err

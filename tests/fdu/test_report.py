@@ -265,7 +265,7 @@ def test_the_heading_is_that_of_the_judged_target(tmp_path: Path, concepts: Any,
 def test_a_record_is_checked() -> None:
     check_record(make_record() | {"fingerprint": None, "concepts": [["three", "eight"]]}, "record")
     for wrong, message in (
-        ({"history": {"loss": ["x"]}}, r"here\.history\.loss\[0\].*wrong: 'x'"),
+        ({"history": {"loss": ["x"]}}, r"here\.history\.loss\[0\].*got 'x'"),
         ({"concepts": [["three"]]}, r"here\.concepts\[0\].*hold 2 entries, got 1"),
         ({"sigma": None}, r"here.*sigma"),
     ):
@@ -473,15 +473,15 @@ def spoilt(metrics: dict[str, Any], place: str, value: Any) -> None:
         ("probes", [], "one .*'target'"),
         ("images_per_class", 0, " 0 before and after"),
         ("after/target_became", {"three": "<b>x"}, r"after\.target_became\.three must be .*, got '<b>x'"),
-        ("after/target_accuracy", None, r"share.*\[0, 1\]"),
-        ("after/per_class/eight", 7, r"share.*\[0, 1\]"),
+        ("after/target_accuracy", None, r"target_accuracy.*\[0, 1\]"),
+        ("after/per_class/eight", 7, r"per_class.eight.*\[0, 1\]"),
         ("after/intervals", {"target_accuracy": [0]}, "must hold 2 entries, got 1"),
         ("after/retained_by_group", {}, "retained_by_group"),
         ("after/cross_domain_accuracy", 0.5, "cross_domain_accuracy"),
         ("before", 3, "before must be .*, got 3"),
         ("record", {"anchor": {"name": "a"}}, r"record\.target .*missing"),
         ("record/history", {"loss": 3}, r"record\.history\.loss must be .*, got 3"),
-        ("record/target/prompts", None, r"record\.target\.prompts .*wrong"),
+        ("record/target/prompts", None, r"record\.target\.prompts .*got None"),
         ("notes", [3], r"notes\[0\] must be .*, got 3"),
         ("robustness/relearning/course", [], "course"),
         ("robustness/attack/chosen", 2, "chosen.*2 attempts"),
