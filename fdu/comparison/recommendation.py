@@ -138,13 +138,13 @@ def _among_ties(sample: Sample, ties: list[int], values: np.ndarray, prefer: Pre
     skipped = f"Skipped, because they erased less than half: {_listed(passed)}. " if passed else ""
     if len(able) == 1:
         return able[0], False, skipped
+    which = "either" if len(able) == 2 else "any"
     if prefer == "erasure" or np.isnan(change[able]).any():
-        return able[0], False, f"{skipped}Any of {'the others' if passed else 'them'} will do."
+        return able[0], False, f"{skipped}{which.capitalize()} of {'the others' if passed else 'them'} will do."
     chosen = min(able, key=lambda place: (change[place], -values[place]))
     one = sample.candidates[chosen]
     gaps = [sample.difference("change", sample.candidates[place], one) for place in able if place != chosen]
     if any(gap.sign <= 0 for gap in gaps):
-        which = "either" if len(able) == 2 else "any"
         chance = (
             "Their differences in how much they change other classes' images may also be due to chance, "
             f"so {which} will do."

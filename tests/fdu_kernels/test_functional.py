@@ -399,8 +399,8 @@ FUNCTIONS = {
 WRONG: dict[str, list[tuple[Any, type[Exception], str]]] = {
     "divergence": [
         ("helinger", ValueError, "unknown divergence 'helinger'; closest: squared_hellinger"),
-        ("alpha:0", ValueError, 'alpha must not be 0.*"reverse_kl": use that'),
-        ("alpha:1", ValueError, 'alpha must not be 1.*"kl": use that'),
+        ("alpha:0", ValueError, 'alpha must not be 0.*use "reverse_kl"'),
+        ("alpha:1", ValueError, 'alpha must not be 1.*use "kl"'),
         (None, TypeError, "divergence must be a name or a Divergence, not NoneType"),
     ],
     "sigma": [(0, ValueError, "sigma must be positive, not 0"), (-ONES[:, 0], ValueError, "smallest value is -1")],
