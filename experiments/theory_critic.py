@@ -23,7 +23,7 @@ SAMPLES = (256, 512, 1024, 2048, 4096, 8192)
 FRESH = 20_000
 TRIALS = 40
 Estimate = dict[str, Sequence[float]]
-"""By critic: mean and standard deviation over the trials."""
+"""Mean and standard deviation over the trials, by critic."""
 Estimates = dict[str, dict[str, Estimate]]
 """By divergence and number of samples (as text, as in JSON)."""
 

@@ -239,7 +239,7 @@ def _installed_module(architectures: Sequence[str]) -> types.ModuleType | None:
 
 
 def information_of(module: Path) -> dict[str, Any]:
-    """What a built module tells of itself, read from its file; empty if it tells nothing."""
+    """What a built module says about itself, read from its file; empty if it says nothing."""
     found = re.search(rb'\{"sources": [^\0]*\}', module.read_bytes())
     return json.loads(found[0]) if found else {}
 

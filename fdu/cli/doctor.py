@@ -1,4 +1,4 @@
-"""``fdu doctor``: check whether fdu can run here, and name the fix for each fault."""
+"""``fdu doctor``: check whether fdu can run here, and name the fix for each problem."""
 
 from __future__ import annotations
 

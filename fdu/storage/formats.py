@@ -102,7 +102,7 @@ def write(
 
 
 def public_name(name: str) -> str:
-    """A hub id as it is, and of a local folder the name only: its path is private."""
+    """A hub id unchanged, but only the name of a local folder, because its path is private."""
     return Path(name).resolve().name if name and (Path(name).is_absolute() or Path(name).is_dir()) else name
 
 

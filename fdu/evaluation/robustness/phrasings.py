@@ -104,7 +104,7 @@ class SetFigures:
 
 
 def seen_in_sets(denoiser: Denoiser, sets: PromptSets, judge: Judge, drawing: JudgedSampling) -> dict[str, list[str]]:
-    """What a judge sees in the images of each set, which its :func:`drawn_prompts` take in turn."""
+    """The judge's answers for the images of each set; the set's :func:`drawn_prompts` take turns."""
     probes = [Probe(name, drawn_prompts(prompts, drawing.images), "unseen", judge) for name, prompts in sets.items()]
     return dict(zip(sets, seen_by_judge(denoiser, probes, drawing, "phrasings"), strict=True))
 
