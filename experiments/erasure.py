@@ -448,6 +448,8 @@ def write_page(results: Path, docs: Path) -> None:
         sigma=seeds_table(
             suites["sigma"], scale=lambda one: one.scale, divergence=lambda one: one.run.config.divergence
         ),
+        sigma_retained=share(min((one.figures["retained_accuracy"] for one in suites["sigma"]), default=None))
+        or "not measured yet",
     )
     write_text(docs / "erasure.md", page)
 

@@ -24,7 +24,7 @@ from fdu.comparison.page import COLOURS, Curve, curve_chart, front_chart, markdo
 from fdu.comparison.plan import Candidate, Comparison, Drawing
 from fdu.comparison.results import Results, read_results
 from fdu.comparison.runs import jobs as jobs_of
-from fdu.comparison.sweep import Job
+from fdu.comparison.sweep import Job, Records
 from fdu.config import EraseConfig
 from fdu.storage.output import write_text
 
@@ -70,12 +70,15 @@ def jobs(cache: Path) -> list[Job]:
 
 
 def write_page(results: Path, docs: Path) -> None:
-    """Write page and charts from the records that are there; nothing while no seed has all divergences."""
+    """Write page and charts from the records that are up to date; nothing while no seed has all divergences."""
     found: list[Results | None] = []
     both = comparisons()
+    records = Records(results / "study.jsonl")
+    current = {job.name: records.of(job.name, job.identity) for job in jobs(Path())}
+    records.found = {name: record for name, record in current.items() if record is not None}
     for comparison in both:
         try:
-            found.append(read_results(comparison, results / "study.jsonl"))
+            found.append(read_results(comparison, records))
         except ValueError as error:
             print(f"{len(comparison.candidates)} candidates: {error}")
             found.append(None)
@@ -105,6 +108,7 @@ def page(main: Results, games: Results | None, total: int) -> str:
         mixed=f" {main.mixed_note}" if main.mixed else "",
         pairs=", ".join(f"{target} to {anchor}" for target, anchor in main.comparison.pairs),
         seeds=len(main.comparison.seeds),
+        compared=compared(main),
         table=table(main.standings).strip(),
         by_target=by_target(main),
         recommendations="\n".join(
@@ -114,6 +118,15 @@ def page(main: Results, games: Results | None, total: int) -> str:
         games=table(games.standings).strip() if games else "Not measured yet.",
         failed=f"\nFailed, and left out of all figures: {'; '.join(failed)}.\n" if failed else "",
     )
+
+
+def compared(results: Results) -> str:
+    """How many pairs of target and seed the figures cover, unless they cover all."""
+    made = len({(target, seed) for target, _, seed in complete(results.runs, results.sample.candidates)})
+    wanted = len(results.comparison.pairs) * len(results.comparison.seeds)
+    if made == wanted:
+        return ""
+    return f" So far {made} of {wanted} pairs of target and seed are complete. The figures cover these pairs only."
 
 
 def by_target(results: Results) -> str:

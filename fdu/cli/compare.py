@@ -132,11 +132,12 @@ class Compare:
                 print(f"{self.out} holds {former} runs that this version of fdu cannot read; all runs are made again.")
             write_record(self.out, comparison, command)
             try:
-                sweep(jobs(comparison, self.out / CACHE), self.out / RUNS, min(workers, len(comparison.runs())))
+                processes = min(workers, len(comparison.runs()))
+                records = sweep(jobs(comparison, self.out / CACHE), self.out / RUNS, processes)
             except KeyboardInterrupt:
                 print(f"\nfdu: finished runs are in {self.out}; resume with the same command", file=sys.stderr)
                 raise
-            results = read_results(comparison, self.out / RUNS)
+            results = read_results(comparison, records)
             chosen = results.recommendations[self.prefer]
             settings = chosen.candidate.settings
             again = self._erase_command({**base.as_dict(), **settings}, settings) if chosen.usable else ""

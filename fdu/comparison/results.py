@@ -64,13 +64,12 @@ class Results:
         )
 
 
-def read_results(comparison: Comparison, path: Path) -> Results:
-    """Read the records in a JSON Lines file.
+def read_results(comparison: Comparison, records: Records) -> Results:
+    """The results of a comparison's records.
 
     Raises:
         ValueError: too few to compare.
     """
-    records = Records(path)
     found = {run: records.of(run.name, identity_of(comparison, run)) for run in comparison.runs()}
     there = {run: record for run, record in found.items() if record is not None}
     failed = {run.name: record["failed"] for run, record in there.items() if "failed" in record}

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import experiment
 import pytest
 import study
 from judged_runs import runs
@@ -14,7 +15,6 @@ from judged_runs import runs
 from fdu.comparison import runs as runs_file
 from fdu.comparison.front import Estimate, Judged, Sample
 from fdu.comparison.plan import Candidate
-from fdu.comparison.runs import identity_of
 from fdu.comparison.sweep import Records
 
 IMAGES = 40
@@ -42,10 +42,11 @@ def page_of(
 ) -> str | None:
     """The page of the first runs of both comparisons, with these figures; None if none is written."""
     records = Records(folder / "study.jsonl")
+    identities = {job.name: job.identity for job in study.jobs(folder)}
     for comparison, most in zip(study.comparisons(), runs, strict=True):
         for run in comparison.runs()[:most]:
             records.found[run.name] = {
-                "identity": identity_of(comparison, run),
+                "identity": identities[run.name],
                 "judged": judged(*figures(run.candidate)),
                 "sigma": 0.1,
                 "seconds": 4.0,
@@ -169,4 +170,15 @@ def test_the_page_is_not_fooled_by_records_that_say_the_opposite(tmp_path: Path)
 def test_a_study_that_is_not_finished_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert page_of(tmp_path, as_the_paper_says, runs=(5, 0)) is None
     assert "nothing to compare yet" in capsys.readouterr().out
-    assert "(15 of 54 runs;" in (page_of(tmp_path, as_the_paper_says, runs=(15, 0)) or "")
+    page = page_of(tmp_path, as_the_paper_says, runs=(15, 0)) or ""
+    assert "(15 of 54 runs;" in page and "1 of 3 pairs of target and seed" in page
+
+
+def test_outdated_records_are_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = page_of(tmp_path, as_the_paper_says) or ""
+    assert "(all 54 runs;" in page and "pairs of target and seed" not in page
+    losses = experiment.losses
+    monkeypatch.setattr(experiment, "losses", lambda name: ["corrected"] if name == "kl" else losses(name))
+    study.write_page(tmp_path, tmp_path / "docs")  # every game of kl is outdated, so no seed of the games is complete
+    page = (tmp_path / "docs" / "results.md").read_text()
+    assert "(36 of 54 runs;" in page and list(verdicts(page).values()).count("not measured yet") == 2

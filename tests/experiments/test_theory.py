@@ -217,9 +217,14 @@ def test_the_verdict_on_the_flow_follows_the_numbers() -> None:
 
 def test_the_verdicts_on_divergences_follow_the_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
     assert theory_gaussian.gradient_claim(("pearson_chi2", "mse", "squared_hellinger"))["verdict"].startswith("refuted")
+    assert "0.125 times" in theory_gaussian.gradient_claim()["left"]
+    far = theory_gaussian.gradient_claim(("total_variation", "mse", "pearson_chi2"))
+    assert far["left"] == "" and "small s" not in far["verdict"]
+    assert "cannot tell" in theory_gaussian.kl_claim()["same"]
     wrong = theory_gaussian.by_definition
     monkeypatch.setattr(theory_gaussian, "by_definition", lambda divergence, s: wrong(divergence, s) * (1 + 1e-9))
-    assert theory_gaussian.kl_claim()["verdict"] == "refuted"
+    refuted = theory_gaussian.kl_claim()
+    assert (refuted["verdict"], refuted["same"]) == ("refuted", "")
     assert theory_gaussian.alpha_claim()["verdict"].startswith("refuted for alpha = -1, 0.3")
     assert theory_critic.game_claim(made_up(-1.0))["verdict"] == "confirmed in part"
     monkeypatch.setattr(theory_gaussian, "ratio", lambda divergence, s: 1.001 + s)

@@ -220,6 +220,8 @@ def test_every_setting_is_an_option_with_help(command: str, capsys: pytest.Captu
     assert "Optimizer steps" in output and "(default: 120)" in output and "(default: None)" not in output
     assert "MISSING" not in output
     assert list(GROUPS) == re.findall(r"\W\W (\w+) options \W\W", output)
+    if command == "erase":  # the anchor that stands for nothing on other models
+        assert re.search('embedded.*"".*"digit"', " ".join(output.replace("│", " ").split()))
 
 
 def test_every_setting_is_in_one_group() -> None:

@@ -303,7 +303,7 @@ def test_a_stop_loses_one_run_and_a_loss_that_is_not_finite_its_candidate(
     told: list[str] = []
     make_runs(PLAN, tmp_path / RUNS, made / "cache", tell=told.append)
     assert told == ["1/1 three_eight_divergence=pearson_chi2_s0=10_seed=0"]
-    results = read_results(PLAN, tmp_path / RUNS)
+    results = read_results(PLAN, Records(tmp_path / RUNS))
     assert results.failed == {PLAN.runs()[1].name: "the loss became nan at step 1"}
     assert [one.candidate for one in results.standings] == [Candidate("mse", 10.0)]
     make_runs(PLAN, tmp_path / RUNS, made / "cache", tell=told.append)
@@ -340,14 +340,14 @@ def test_processes_make_what_one_makes(made: Path, tmp_path: Path) -> None:
 
 def test_results_tell_what_is_missing(made: Path) -> None:
     more = dataclasses.replace(PLAN, seeds=(0, 1))
-    results = read_results(more, made / RUNS)
+    results = read_results(more, Records(made / RUNS))
     assert results.missing == 2 and results.sample.seeds == 1
     with pytest.raises(ValueError, match="0 of 2 records"):
-        read_results(dataclasses.replace(PLAN, seeds=(5,)), made / RUNS)
+        read_results(dataclasses.replace(PLAN, seeds=(5,)), Records(made / RUNS))
 
 
 def test_records_of_several_places_are_told(made: Path, tmp_path: Path) -> None:
-    assert read_results(PLAN, made / RUNS).mixed == ()
+    assert read_results(PLAN, Records(made / RUNS)).mixed == ()
 
     def elsewhere(name: str, record: dict[str, Any]) -> None:
         if "pearson" in name:
@@ -355,7 +355,7 @@ def test_records_of_several_places_are_told(made: Path, tmp_path: Path) -> None:
             record["versions"]["torch"] = "0.1"
             del record["versions"]["peft"]
 
-    results = read_results(PLAN, changed(made, tmp_path, elsewhere))
+    results = read_results(PLAN, Records(changed(made, tmp_path, elsewhere)))
     assert results.mixed == ("device", "torch", "peft")
     assert re.fullmatch(r"cpu: .*; cuda: another", results.conditions["device"])
     assert results.conditions["versions"]["torch"].endswith("; 0.1")
@@ -371,7 +371,7 @@ def test_a_target_that_the_model_hardly_draws_has_no_winner(made: Path, tmp_path
             if one["role"] in ("target", "unseen"):
                 one["hits"] = "00"
 
-    for found in read_results(PLAN, changed(made, tmp_path, unseen)).recommendations.values():
+    for found in read_results(PLAN, Records(changed(made, tmp_path, unseen))).recommendations.values():
         assert not found.usable and "'three'" in found.headline and "0 %" in found.headline
 
 

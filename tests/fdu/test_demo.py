@@ -88,17 +88,17 @@ def test_twice_in_a_row(
     assert list(Path().iterdir()) == [folder] and seeds == [7 + JUDGED_SEED] * 2
 
 
-def test_a_run_that_fails_leaves_the_former_one(
+def test_a_demo_that_fails_in_its_last_step_leaves_the_former_one(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = make_former()
 
     def fails(*given: Any, **named: Any) -> None:
-        raise RuntimeError("the loss became nan at step 3")
+        raise OSError("the disk is full")
 
-    monkeypatch.setattr(fdu, "erase", fails)
+    monkeypatch.setattr("fdu.report.write_run", fails)
     assert main(["demo", *QUICK]) == cli.FAILED
-    assert "the loss became nan at step 3" in capsys.readouterr().err
+    assert "the disk is full" in capsys.readouterr().err
     assert [path.name for path in folder.iterdir()] == ["metrics.json"]
     assert list(Path().iterdir()) == [folder]
 

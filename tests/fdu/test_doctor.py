@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
+import re
 import shutil
 import types
 from collections import namedtuple
@@ -124,6 +126,15 @@ def test_a_missing_pipeline_and_a_full_disk_are_notes(monkeypatch: pytest.Monkey
 def test_remedies(reason: str, remedy: str) -> None:
     assert remedy in remedy_for(reason)
     assert bool(remedy) == bool(remedy_for(reason))
+
+
+def test_remedies_name_modules_and_make_targets_that_exist() -> None:
+    remedies = "\n".join(remedy for _, remedy in doctor.BACKEND_REMEDIES)
+    modules = re.findall(r"python -m ([\w.]+)", remedies)
+    assert modules and all(importlib.util.find_spec(module) for module in modules)
+    makefile = (Path(__file__).parents[2] / "Makefile").read_text(encoding="utf-8")
+    targets = re.findall(r"^([a-z-]+):", makefile, re.MULTILINE)
+    assert set(re.findall(r"\bmake ([a-z-]+)", remedies)) <= set(targets)
 
 
 def test_alignment() -> None:
