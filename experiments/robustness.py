@@ -22,7 +22,6 @@ import fdu
 from fdu.comparison.page import markdown
 from fdu.comparison.runs import weights
 from fdu.comparison.sweep import Job, Record, settings_identity
-from fdu.config import PLACES
 from fdu.evaluation import draw
 from fdu.evaluation.robustness import Examination, JudgedSampling
 from fdu.evaluation.robustness.attack import AttackConfig, attack
@@ -69,7 +68,7 @@ def jobs(cache: Path) -> list[Job]:
     erasures = [
         Job(
             name,
-            {**shared, "anchor": anchor, "settings": settings_identity(config_of(name), without=PLACES)},
+            {**shared, "anchor": anchor, "settings": settings_identity(config_of(name))},
             functools.partial(examine, name),
         )
         for name, (anchor, _) in ERASURES.items()
