@@ -89,6 +89,7 @@ class Trainable(ABC):
         if self.state == "training":
             self._settle()
             restore(self._flags)
+            self._flags = []  # they hold every parameter of the pipeline
             self.state = "finished"
 
     def remove(self) -> None:
@@ -104,6 +105,7 @@ class Trainable(ABC):
         self._undo()
         if self.state == "training":
             restore(self._flags)
+            self._flags = []
         self.state = "removed"
         self._stack[:] = [reference for reference in self._stack if reference() is not self]
 
