@@ -4,8 +4,8 @@ Options are pytest's: ``-k "gaussian and float32"`` picks comparisons, ``--recor
 ``--competitors FILE`` enters yours (competitors.py). gpu_suite.py times the losses on a GPU.
 
 ``test_losses`` times calls on the same inputs, each after a call that is not timed. ``test_bandwidth`` compares
-value_and_grad with torch.clone, the speed of the memory, on inputs that rotate through more than the caches hold. Clone
-moves 2N bytes, value_and_grad 3N.
+value_and_grad with torch.clone, a measure of memory speed. Its calls cycle through sets of inputs that together exceed
+the caches. Clone moves 2N bytes, value_and_grad 3N.
 """
 
 from __future__ import annotations

@@ -21,9 +21,9 @@ from competitors import FUSED, Shape, competitors_of, fused_backends, rotating
 from pytest_benchmark.fixture import BenchmarkFixture
 
 BATCHES = (1, 4, 16, 64, 256, 1024, 8192)
-"""Of 4x64x64 latents: from 64 KiB to 512 MiB per tensor."""
+"""Numbers of 4x64x64 latents: from 64 KiB to 512 MiB per tensor."""
 ELEMENTS = (256, 1024, 4096, 16384, 65536, 262144, 1048576, 4194304)
-"""Of each of SAMPLES samples."""
+"""Numbers of elements in each of SAMPLES samples."""
 SAMPLES = 4
 CONCEPTS = ("three", "seven", "five", "two")
 ANCHOR = "eight"

@@ -16,7 +16,7 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 KEPT, MAPPED = 1 << 30, 32 << 20
 """Bytes: what glibc keeps of freed memory at the top of its heap; the largest block that it takes from there."""
 ROWS = pytest.StashKey[dict[str, list[records.Row]]]()
-"""By suite."""
+"""The rows by suite."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

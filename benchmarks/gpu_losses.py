@@ -1,10 +1,11 @@
 """The losses on a GPU: ``python benchmarks/gpu_losses.py latents``, or "large", "sweep", "host" or "machine".
 
-A row is a competitor at a shape and dtype. ``cold_us`` is its time on inputs that rotate through several times the L2
-cache, with quartiles. ``extra_bytes`` is the peak memory beyond inputs and gradients. ``share_of_copy`` compares the
-bandwidth by the byte model (competitors.py), with ``passes``, with that of torch.clone on the same inputs. At the size
-of latents a row also has ``hot_us`` on the same inputs, ``wall_us`` per call with the host's time, ``host_us`` until a
-call returns and ``graph_us`` in a replayed CUDA graph. With ``--rehearsal`` all of this runs at toy size on the CPU.
+A row is a competitor at a shape and dtype. ``cold_us`` is its time, with quartiles, when the calls cycle through sets
+of inputs that together exceed the L2 cache several times. ``extra_bytes`` is the peak memory beyond inputs and
+gradients. ``share_of_copy`` compares the bandwidth by the byte model (competitors.py), with ``passes``, with that of
+torch.clone on the same inputs. At the size of latents a row
+also has ``hot_us`` on the same inputs, ``wall_us`` per call with the host's time, ``host_us`` until a call returns and
+``graph_us`` in a replayed CUDA graph. With ``--rehearsal`` all of this runs at toy size on the CPU.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ TOY: Shape = (2, 4, 4, 4)
 LEAST_COMPILED = 12.0
 """Seconds that must be left for a row with torch.compile."""
 CACHES, MOST_PAIRS = 4, 2048
-"""Inputs that rotate are together as large as this many L2 caches, but at most this many pairs."""
+"""Cold calls cycle through pairs of inputs that fill this many L2 caches, but through at most this many pairs."""
 MOST_ROUNDS = 60
 CLOCK_HZ = 2e9
 """The clock rate of a GPU, roughly."""

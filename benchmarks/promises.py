@@ -1,4 +1,4 @@
-"""What is promised about speed and memory, judged by records: ``python benchmarks/promises.py [RECORD...]``.
+"""The promises about speed and memory, judged by records: ``python benchmarks/promises.py [RECORD...]``.
 
 Prints every promise and exits with 1 if one is broken. A promise waits where the record has no figure for it.
 """
@@ -194,7 +194,7 @@ def gpu_losses(record: dict[str, Any]) -> Iterator[Bound]:
         found = extreme(min, speed_ups([row for row in large if size_of(row) >= LARGE], baseline, "cold_us"))
         yield Bound(f"64 MiB and larger: speed-up over {baseline}", ">=", bound, *found)
     extra = [(row["extra_bytes"] / size_of(row), row) for row in ours_in(large) if "extra_bytes" in row]
-    what = "64 MiB and larger: peak memory beyond inputs and gradients, in input tensors"
+    what = "64 MiB and larger: peak memory beyond inputs and gradients, as a fraction of one input tensor's size"
     yield Bound(what, "<=", 0.01, *extreme(max, extra))
 
 

@@ -50,9 +50,9 @@ class Settings:
     copies: bool = True
     """Whether the frozen denoiser is a copy, as in f-DMU, or the trained one itself, as in concept ablation."""
     preservation_weight: float = 0.0
-    """Of the denoising loss on the anchor's own images; 0 in the published runs on styles."""
+    """Weight of the denoising loss on the anchor's own images; 0 in the published runs on styles."""
     mixed_precision: str = "no"
-    """With "bf16", autocast of the trained denoiser, and bf16 weights in all that is frozen, the copy as well."""
+    """With "bf16" the trained denoiser runs under autocast, and all frozen parts, the copy too, have bf16 weights."""
     dataloader_num_workers: int = 0
     seed: int = 0
 

@@ -124,7 +124,7 @@ def performance(record: dict[str, Any], gpus: Mapping[str, dict[str, Any]], figu
     """docs/performance.md.
 
     Args:
-        record: of the CPU, by suite; a suite that is missing is named with the command that measures it.
+        record: the CPU's record, by suite; a suite that is missing is named with the command that measures it.
         gpus: records of GPUs by file name.
         figures: the folder for the figures.
     """

@@ -32,9 +32,9 @@ class Scale(NamedTuple):
     """Divisors of a model's widths and sides."""
 
     width: int
-    """Of the denoiser and the autoencoder."""
+    """Divisor of the widths of the denoiser and the autoencoder."""
     side: int
-    """Of the image."""
+    """Divisor of the image's side."""
     text_width: int
 
 

@@ -50,7 +50,7 @@ def take_turns(
 
 
 def medians(times: Mapping[str, Sequence[float]]) -> dict[str, float]:
-    """By competitor."""
+    """The median time by competitor."""
     return {name: statistics.median(taken) for name, taken in times.items()}
 
 

@@ -104,7 +104,7 @@ class Erasure:
     """Targets and their anchors."""
     seed: int
     settings: tuple[tuple[str, Any], ...] = ()
-    """Those that are not the default."""
+    """The settings that differ from the defaults."""
     roles: tuple[str, ...] = ROLES
     images_of_target: int = IMAGES_OF_TARGET
     order: str = "at_once"
@@ -322,7 +322,7 @@ def outcome(run: Erasure, target: str, figures: Record, baseline: Record, alone:
 
 
 def grouped(ones: Outcomes, key: Callable[[Outcome], Any]) -> dict[Any, list[Outcome]]:
-    """By key, in the order of first appearance."""
+    """The outcomes by key, in the order of first appearance."""
     found: dict[Any, list[Outcome]] = {}
     for one in ones:
         found.setdefault(key(one), []).append(one)

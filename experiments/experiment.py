@@ -1,4 +1,4 @@
-"""Parts that all experiments share: the command line, what makes a record outdated, and what pages are made of."""
+"""Parts that all experiments share: the command line, the test for outdated records, and helpers for pages."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def run(
 
     Args:
         description: for ``--help``.
-        name: of the JSON Lines file.
+        name: the name of the JSON Lines file.
         jobs: returns all jobs, given a folder for shared data.
         write_page: writes the page into the folder docs (second argument) from the records in a folder (first one).
     """
@@ -60,7 +60,7 @@ def current(results: Path, name: str, jobs: Sequence[Job]) -> dict[str, Record]:
 
 
 def dated(job: Job, *pairs: tuple[str, str], **content: Any) -> Job:
-    """The job with digests of what its figures depend on beside settings and weights: a fix makes its record outdated.
+    """The job with digests of what its figures depend on besides settings and weights: a fix makes its record outdated.
 
     Args:
         job: if its identity or the settings in it name a divergence, the figures depend on that divergence's losses.
@@ -112,7 +112,7 @@ def finding(verdict: str, **fields: Any) -> dict[str, Any]:
 def conditions(record: Record) -> dict[str, str]:
     """Device and versions of a record, in words, without the version of fdu."""
     named = [f"{name} {number}" for name, number in record["versions"].items() if name != "fdu"]
-    return {"device": record["device"], "versions": ", ".join(named)}
+    return {"device": record["device"].replace("cpu: ", "CPU with "), "versions": ", ".join(named)}
 
 
 def of_total(made: int, total: int) -> str:

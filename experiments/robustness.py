@@ -28,7 +28,7 @@ from fdu.evaluation.robustness.attack import AttackConfig, attack
 from fdu.evaluation.robustness.holding import judge_robustness
 from fdu.evaluation.robustness.phrasings import packaged_sets
 from fdu.evaluation.robustness.relearning import BACK, LEARNT_SEED, Lesson, RelearningConfig, relearn
-from fdu.evaluation.verdict import ERASED_BELOW
+from fdu.evaluation.verdict import ERASED_BELOW, percent
 from fdu.models.families import denoiser_of
 from fdu.storage.output import write_text
 from fdu.subjects.digits import pipeline as digits
@@ -145,11 +145,11 @@ def page(rows: Rows) -> str:
         drawing=DRAWING,
         attack=first["attack"]["config"],
         latents=LATENTS,
-        back=BACK,
+        back=percent(BACK),
         below=", ".join(below) or "none",
         erasures=len(erasures),
         held=held(erasures),
-        threshold=ERASED_BELOW,
+        threshold=percent(ERASED_BELOW),
         table=markdown(header, [cells(name, row, sets) for name, row in rows.items()]),
     )
 
@@ -172,7 +172,7 @@ def cells(name: str, row: Record, sets: list[str]) -> list[str]:
 def held(erasures: Rows) -> str:
     """How many erasures hold, by the criterion of the report."""
     counts = []
-    for words, test in (("other words", "phrasings"), ("the attack", "attack"), ("relearning", "relearning")):
+    for words, test in (("other phrasings", "phrasings"), ("the attack", "attack"), ("relearning", "relearning")):
         parts = [{name: row[name] for name in (test, f"{test}_before") if name in row} for row in erasures.values()]
         count = sum(judge_robustness(part, TARGET).holds for part in parts)
         counts.append(f"{count} hold{'s' * (count == 1)} against {words}")

@@ -152,7 +152,7 @@ MORE_OF = {"erased": 1, "retained": 1, "change": -1}
 DECIMALS = {"erased": 1, "retained": 1, "change": 2}
 """Decimals of a figure in percent."""
 WORDS = {1: "as claimed", -1: "opposite", 0: "undecided", None: "without evidence"}
-"""What a comparison says of a claim."""
+"""What a comparison says about a claim."""
 HELLINGER, MSE, CHI2 = "squared_hellinger", "mse", "pearson_chi2"
 
 
@@ -189,7 +189,7 @@ def verdict(bears: Sequence[int | None]) -> str:
     head = {
         frozenset({1}): "holds",
         frozenset({-1}): "does not hold",
-        frozenset({0}): "not seen",
+        frozenset({0}): "not observed",
         frozenset({1, 0}): "holds in part",
         frozenset({-1, 0}): "does not hold",
         frozenset(): "cannot be told",
@@ -210,7 +210,7 @@ def dominance(sample: Sample) -> Contrasts:
 
 
 def keeps_best(sample: Sample) -> Contrasts:
-    """The squared Hellinger against every other divergence: what of the other classes it keeps."""
+    """The squared Hellinger against every other divergence: how much of the other classes it keeps."""
     contrasts = []
     for other in sample.candidates:
         if other.divergence != HELLINGER:
@@ -220,7 +220,7 @@ def keeps_best(sample: Sample) -> Contrasts:
 
 
 def larger_gradient(sample: Sample) -> Contrasts:
-    """Whether what amplifies large errors erases more in equal steps."""
+    """Whether a divergence that amplifies large errors erases more in equal steps."""
     contrasts = []
     for s0, (larger, smaller) in itertools.product(scales(sample), ((MSE, HELLINGER), (CHI2, MSE))):
         found = differences(sample, Candidate(larger, s0), Candidate(smaller, s0))
@@ -281,7 +281,7 @@ def differences(sample: Sample, one: Candidate, other: Candidate) -> dict[str, E
 
 def kept_sign(found: dict[str, Estimate]) -> int | None:
     """1 where the first keeps the other classes better, -1 where the second does: by the judge's count, or, where that
-    is even, by the change. None where the one that does also clearly erases less, which may explain it."""
+    is even, by the change. None where the better keeper clearly erases less, which may explain it."""
     kept = found["retained"].sign or -found["change"].sign
     return None if kept * found["erased"].sign < 0 else kept
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 import fdu_kernels as fk
 from fdu.comparison.page import markdown
+from fdu.evaluation.verdict import percent
 from fdu_kernels.divergence import Divergence
 
 ESTIMATED = ("kl", "jensen_shannon", "squared_hellinger", "le_cam")
@@ -22,7 +23,7 @@ SAMPLES = (256, 512, 1024, 2048, 4096, 8192)
 FRESH = 20_000
 TRIALS = 40
 Estimate = dict[str, Sequence[float]]
-"""By critic: mean and standard deviation over the trials."""
+"""Mean and standard deviation over the trials, by critic."""
 Estimates = dict[str, dict[str, Estimate]]
 """By divergence and number of samples (as text, as in JSON)."""
 
@@ -74,7 +75,7 @@ def bound(weights: Tensor, p: Tensor, q: Tensor, divergence: Divergence) -> Tens
 
 
 def fit(weights: Tensor, p: Tensor, q: Tensor, divergence: Divergence) -> Tensor:
-    """The critic that makes the bound on these samples largest, from the true one on."""
+    """The critic that maximises the bound on these samples, found from the true one."""
     weights = weights.clone().requires_grad_(True)
     optimizer = torch.optim.LBFGS([weights], max_iter=200, line_search_fn="strong_wolfe")
 
@@ -119,7 +120,7 @@ def exact(name: str) -> float:
 
 
 def estimate_table(estimates: Estimates) -> str:
-    """The estimates of every critic less the exact value, for some numbers of samples."""
+    """The estimates of every critic minus the exact value, for some numbers of samples."""
     rows = []
     for name, by_samples in estimates.items():
         for samples in SAMPLES[::2]:
@@ -154,7 +155,7 @@ def rates(estimates: Estimates) -> str:
 
 
 def game_claim(estimates: Estimates) -> Finding:
-    """Whether what has no elementary closed form needs a critic, and what the critic costs."""
+    """Whether a divergence without an elementary form needs a critic, and what the critic costs."""
     tabulated = [divergence for divergence in smooth() if divergence.exponential is None]
     known = [f"`{divergence}`" for divergence in tabulated if definition_error(divergence) < EXACT]
     few = {name: by_samples[str(SAMPLES[0])] for name, by_samples in estimates.items()}
@@ -162,8 +163,8 @@ def game_claim(estimates: Estimates) -> Finding:
         "corrected: between Gaussians no critic is needed" if len(known) == len(tabulated) else "confirmed in part",
         tabulated=len(tabulated),
         known=", ".join(known) or "none of them",
-        gains=span(one["gain"][0] / exact(name) for name, one in few.items()),
-        spreads=span(one["true"][1] / exact(name) for name, one in few.items()),
+        gains=[percent(share) for share in span(one["gain"][0] / exact(name) for name, one in few.items())],
+        spreads=[percent(share) for share in span(one["true"][1] / exact(name) for name, one in few.items())],
     )
 
 
@@ -185,7 +186,7 @@ def estimate_claim(estimates: Estimates) -> Finding:
     return finding(
         "confirmed" if unbiased and high and orders and near else "refuted in part",
         errors=errors,
-        unbiased="no bias shows" if unbiased else "it is biased",
+        unbiased="no bias is visible" if unbiased else "it is biased",
         high="always" if high else "not always",
         spread=span(spread),
         gain=span(gain),

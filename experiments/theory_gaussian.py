@@ -159,14 +159,16 @@ def gradient_claim(names: tuple[str, str, str] = ("squared_hellinger", "mse", "p
     at = {s: [float(relative_slope(one, s) / relative_slope(middle, s)) for one in (low, high)] for s in (0.01, 10)}
     near = max(abs(ratio - 1) for ratio in at[0.01])
     return finding(
-        ("confirmed" if raw and relative else "refuted") + (", but without weight at small s" if near < 0.02 else ""),
+        ("confirmed" if raw and relative else "refuted")
+        + (", but the difference is negligible at small s" if near < 0.02 else ""),
+        names=names,
         order=" < ".join(f"`{name}`" for name in names),
         tried=len(s),
         raw_order="yes" if raw else "no",
         relative_order="yes" if relative else "no",
         low=at[10][0],
         high=at[10][1],
-        near=near,
+        near=f"{100 * near:.1f} %",
     )
 
 
@@ -223,7 +225,7 @@ def flow_claim(flows: Flows) -> Finding:
     near = max(last) / min(last)
     return finding(
         ("confirmed" if error < 1e-3 and far > 1.1 else "refuted")
-        + (" for the flow far from its end, not near it" if near - 1 < (far - 1) / 10 else ""),
+        + (" for the flow far from its end, but not near it" if near - 1 < (far - 1) / 10 else ""),
         error=error,
         slowest=ranked[-1],
         fastest=ranked[0],

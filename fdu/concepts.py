@@ -135,7 +135,7 @@ def _away_from(pairs: Sequence[Pair], anchor: Concept) -> Concept:
             seen.append(following)
             if following in seen[:-1]:
                 circle = " -> ".join(map(repr, seen))
-                raise ValueError(f"anchor: the concepts form a circle, {circle}; choose another anchor for one")
+                raise ValueError(f"the anchors form a cycle: {circle}; choose a different anchor for one of them")
         return seen[-1]
 
     return anchor if len(pairs) == 1 else Concept(anchor.name, tuple(follow(prompt) for prompt in anchor.prompts))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import operator
 import re
@@ -80,9 +81,15 @@ def check_size(resolution: int, unit: int, native: tuple[int, int] | None) -> No
         raise ValueError(f"resolution must be a positive multiple of {unit} pixels, got {resolution}; {hint}")
 
 
+@functools.cache
+def hints_of(kind: type) -> dict[str, Any]:
+    """The annotations of a class, which take long to evaluate."""
+    return get_type_hints(kind, include_extras=True)
+
+
 def check_fields(settings: Any) -> None:
     """Raise ValueError or TypeError if a field of a dataclass of settings does not fit its annotation."""
-    for name, hint in get_type_hints(type(settings), include_extras=True).items():
+    for name, hint in hints_of(settings.__class__).items():
         value = getattr(settings, name)
         if get_origin(hint) in (Union, types.UnionType):
             hint = None if value is None else get_args(hint)[0]
@@ -141,10 +148,11 @@ class EraseConfig:
     snr_gamma: Positive = 5.0
     """Cap on the signal-to-noise ratio in min_snr, > 0."""
     timestep_sampling: Literal["uniform", "importance"] = "uniform"
-    """Draw timesteps uniformly, or more often where the loss is large ("importance"); weights keep the expectation."""
+    """Draw timesteps uniformly, or more often where the loss is large ("importance"); importance weights
+    keep the expected loss unchanged."""
     variational: bool = False
-    """Estimate the divergence with a critic in a min-max game, as the paper does without a closed form, instead of
-    computing it exactly between Gaussians."""
+    """Estimate the divergence with a critic in a min-max game, as the paper does where there is no closed form, instead
+    of computing it exactly between Gaussians."""
     critic_learning_rate: Positive = 1e-4
     """Learning rate of the critic's AdamW, > 0."""
     critic_warmup_steps: Natural = 30
@@ -235,9 +243,11 @@ class EraseConfig:
     def _require_sense(self, divergence: Divergence) -> None:
         """Refuse settings that contradict each other."""
         if self.objective == "noise" and self.negative_guidance:
-            raise ValueError("negative_guidance needs objective 'model'; reset one of the two")
+            raise ValueError(
+                "negative_guidance needs objective 'model'; set objective to 'model', or negative_guidance to 0"
+            )
         if self.objective == "noise" and self.frozen_batches and not self.preservation_weight:
-            raise ValueError("frozen_batches is useless with objective 'noise' and no preservation; leave it out")
+            raise ValueError("frozen_batches has no effect with objective 'noise' and no preservation; leave it out")
         if self.variational and divergence.name == "mse":
             raise ValueError("divergence 'mse' has no generator f, hence no critic; choose 'kl' with variational")
         if self.lr_warmup_steps and self.lr_scheduler == "constant":

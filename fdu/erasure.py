@@ -25,7 +25,7 @@ from fdu.training.examples import prepare_examples
 from fdu.training.loop import Training
 from fdu.training.methods import Request, attach
 from fdu.training.objective import Objective
-from fdu.training.process import own_accelerator, seeded
+from fdu.training.process_state import own_accelerator, seeded
 from fdu.training.sharding import check_shards, with_launcher
 from fdu.training.step import Stepper, check_optimizer
 from fdu.training.tracking import check_tracker
@@ -98,7 +98,7 @@ def erase(
     started = time.perf_counter()
     with own_accelerator(config, denoiser.device) as accelerator:
         check_shards(denoiser.module, config, accelerator.num_processes)
-        # Without a cache_dir, the latents go beside the checkpoints, so that a resumed run need not sample them again.
+        # Without a cache_dir, the latents go next to the checkpoints, so that a resumed run need not sample them again.
         folder = config.cache_dir or config.checkpoint_dir
         model = model_key(denoiser) if folder is not None else {}
         checkpoints = _checkpoints(pairs, mask, config, model.get("weights", ""), accelerator.num_processes)

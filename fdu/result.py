@@ -17,8 +17,8 @@ from fdu.models.denoiser import Denoiser
 from fdu.report import EvaluatedRun, write_report
 from fdu.report.card import write_card
 from fdu.storage.fingerprint import fingerprint, versions
+from fdu.storage.formats import choose_format, public_name, write
 from fdu.storage.output import RECORD_FILE, whole_folder, write_json
-from fdu.storage.writers import choose_format, public_name, write
 from fdu.training.methods import Trainable
 
 
@@ -103,7 +103,7 @@ class ErasureResult:
             overwrite: replace an earlier result there.
             save_as: "lora" (diffusers), "kohya" (ComfyUI, A1111, Forge), "pipeline" (a full pipeline) or "delta" (the
                 changed weights). "auto": "lora" if adapters were trained, otherwise "pipeline". The card and
-                :func:`fdu.storage.writers.write` tell how to load each.
+                :func:`fdu.storage.formats.write` tell how to load each.
             evaluation, probes: figures for the card.
             command: the command line that made the result, for the record.
 

@@ -84,19 +84,22 @@ class Recipe(NamedTuple):
 def recipe(architectures: Sequence[str] = (), why_none: str = NO_DEVICE) -> Recipe:
     """The recipe for this machine, with CUDA kernels for architectures such as ARCHITECTURES.
 
-    They are left out, and the module says why, if there are none (``why_none``) or no nvcc for any of them.
+    If there are no architectures (the reason is ``why_none``) or nvcc supports none of them, the CUDA kernels are left
+    out and the module reports why.
     """
     sources = sources_folder()
     wished = os.environ.get("CXX")
     missing = f"CXX names {wished}, which is not there" if wished else "there is no C++ compiler"
     compiler = _find_program((wished,) if wished else COMPILERS, f"{missing}; on Debian or Ubuntu: apt install g++")
     remedy = "pip install torch, then build without isolation"
-    torch = _find_module("torch", f"is not installed beside the build; {remedy}").parent
+    torch = _find_module("torch", f"is not installed where the build runs; {remedy}").parent
     torch_version = importlib.metadata.version("torch")
     if _numbers(torch_version) < _numbers(OLDEST_TORCH):
         raise BuildError(f"torch {torch_version} is too old for the C++ kernels; pip install 'torch>={OLDEST_TORCH}'")
     if not (torch / "include/torch/csrc/stable/c/shim.h").is_file():
-        raise BuildError(f"torch {torch_version} in {torch} has no C++ headers: pip install torch")
+        raise BuildError(
+            f"torch {torch_version} in {torch} has no C++ headers; reinstall it (pip install --force-reinstall torch)"
+        )
     pybind11 = _find_module("pybind11", "is not installed; pip install 'pybind11>=3.0'").parent
     python = Path(sysconfig.get_path("include"))
     if not (python / "Python.h").is_file():
@@ -236,7 +239,7 @@ def _installed_module(architectures: Sequence[str]) -> types.ModuleType | None:
 
 
 def information_of(module: Path) -> dict[str, Any]:
-    """What a built module tells of itself, read from its file; empty if it tells nothing."""
+    """What a built module says about itself, read from its file; empty if it says nothing."""
     found = re.search(rb'\{"sources": [^\0]*\}', module.read_bytes())
     return json.loads(found[0]) if found else {}
 
@@ -268,7 +271,7 @@ def _ninja_file(recipe: Recipe, folder: Path) -> str:
 
 
 def sources_folder() -> Path:
-    """csrc/: beside the package in a checkout, inside it where it was installed."""
+    """csrc/: next to the package in a checkout, inside it where it was installed."""
     package = Path(__file__).resolve().parent
     for folder in (package / "csrc", package.parent / "csrc"):
         if (folder / KERNELS).is_file():
@@ -302,7 +305,7 @@ def _find_nvcc(architectures: Sequence[str]) -> tuple[str, str, tuple[str, ...]]
         if usable:
             taken.append(name if _numbers(name) in usable else "{}.{}+PTX".format(*max(usable)))
     if not taken:
-        raise BuildError(f"of the architectures {', '.join(architectures)} nvcc has none from 8.0 on")
+        raise BuildError(f"nvcc supports none of the requested architectures ({', '.join(architectures)}) from 8.0 up")
     return nvcc, version, tuple(dict.fromkeys(taken))
 
 

@@ -20,7 +20,7 @@ PARAMETRIZATIONS = ("log_ratio", "fgan")
 
 
 class Kind(NamedTuple):
-    """What of a call decides which backend can take it."""
+    """The properties of a call that decide which backend can take it."""
 
     device: torch.device
     dtype: torch.dtype  # of pred or the log ratio
@@ -44,8 +44,8 @@ class GaussianCall:
         "Tensor pred, Tensor target, float[] numbers, Tensor? symbolic, Tensor? table, Tensor? sigma, Tensor? weight, "
         "Tensor? mask, str distance, str reduction, Tensor? grad_scale"
     )
-    """What ``flat`` gives and ``of`` takes. numbers: c, k, linear_beyond, sigma, grad_scale, where they are numbers.
-    symbolic: the same as a tensor on the CPU, where compiled code has no constants for them."""
+    """The arguments that ``flat`` returns and ``of`` takes. numbers: c, k, linear_beyond, sigma, grad_scale, where
+    they are numbers. symbolic: the same as a tensor on the CPU, where compiled code has no constants for them."""
     __slots__ = ("distance", "grad_scale", "mask", "plain", "pred", "profile", "reduction", "sigma", "target", "weight")
 
     def __init__(
@@ -68,7 +68,7 @@ class GaussianCall:
         return GaussianCall(pred, target, profile, deviation, weight, mask, distance, reduction, scale)
 
     def flat(self) -> tuple[Any, ...]:
-        """What an op takes."""
+        """The arguments of an op."""
         h, (number, sigma), (scale, grad_scale) = self.profile, _split(self.sigma), _split(self.grad_scale)
         numbers = [h.c, h.k, _finite(h.linear_beyond), number, scale]
         return (
@@ -102,7 +102,7 @@ class GaussianCall:
         return self
 
     def kind(self) -> tuple[torch.device, torch.dtype, torch.dtype, str]:
-        """What a Kind holds; a tuple, because it is made at every call."""
+        """The fields of a Kind; a tuple, because it is made at every call."""
         pred = self.pred
         return pred.device, pred.dtype, self.target.dtype, "exponential" if self.profile.table is None else "table"
 
@@ -113,7 +113,7 @@ class GaussianCall:
 
     @property
     def divisor(self) -> float:
-        """What a mean of losses divides by, and 1 else."""
+        """The divisor of a mean of losses; 1 for other reductions."""
         return float(self.pred.shape[0]) if self.reduction == "mean" else 1.0
 
 
@@ -124,7 +124,8 @@ class ExpectationCall:
     """
 
     SCHEMA = "Tensor v, float[] function, Tensor? weight, Tensor? mask, str reduction, float number, Tensor? grad_scale"
-    """What ``flat`` gives and ``of`` takes. function: an ElementFunction's numbers; number: grad_scale, if one."""
+    """The arguments that ``flat`` returns and ``of`` takes. function: an ElementFunction's numbers; number:
+    grad_scale, if one."""
     __slots__ = ("function", "grad_scale", "mask", "plain", "reduction", "v", "weight")
 
     def __init__(
@@ -145,7 +146,7 @@ class ExpectationCall:
         return ExpectationCall(v, made, weight, mask, reduction, scale)
 
     def flat(self) -> tuple[Any, ...]:
-        """What an op takes."""
+        """The arguments of an op."""
         limit, *others = self.function.numbers or ()
         return self.v, [_finite(limit), *others], self.weight, self.mask, self.reduction, *_split(self.grad_scale)
 

@@ -36,7 +36,7 @@ class Family:
 def _alpha(alpha: float) -> Divergence:
     if alpha in (0, 1):
         instead = "reverse_kl" if alpha == 0 else "kl"
-        raise ValueError(f'alpha must not be {alpha:g}: its formula divides by 0; the limit is "{instead}": use that')
+        raise ValueError(f'alpha must not be {alpha:g}: its formula divides by 0; use "{instead}", the limit')
     row_a = CriticRow(expm1=1 / (alpha - 1), expm1_rate=alpha - 1)
     return Divergence(
         "alpha", (("alpha", alpha),), aliases=("alpha_divergence",), formula="(u^a - a u + a - 1) / (a (a - 1))",

@@ -159,7 +159,7 @@ def _check_device(name: str, tensor: Tensor, other_name: str, other: Tensor) -> 
     if tensor.device != other.device:
         places = f"{name} is on {tensor.device} and {other_name} on {other.device}"
         remedy = f"move it: {name}.to({other_name}.device)"
-        raise ValueError(f"{name} and {other_name} must be on one device, but {places}; {remedy}")
+        raise ValueError(f"{name} and {other_name} must be on the same device, but {places}; {remedy}")
 
 
 def _check_values(name: str, tensor: Tensor, positive: bool = False) -> None:

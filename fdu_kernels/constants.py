@@ -86,7 +86,7 @@ def _table_name(key: str, device: torch.device) -> str:
 
 @held_constant
 def _numbers_of(key: str, form: str, part: int | None = None) -> tuple[float, ...]:
-    """Of the ratio function for samples from ``form``; with a part, 0 or 1, of A or -B in a parametrization."""
+    """The numbers of the ratio function for samples from ``form``; with a part, 0 or 1, those of A or -B."""
     one = find_divergence(key)
     function = one.ratio_function(form) if part is None else one.bound_terms(form)[part]
     return function.numbers or ()

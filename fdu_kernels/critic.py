@@ -102,7 +102,7 @@ class CriticRow:
 
 
 def sigmoid(x: float) -> float:
-    """To full relative accuracy."""
+    """1 / (1 + e^-x), to full relative accuracy."""
     small = math.exp(-abs(x))
     return (1 if x > 0 else small) / (1 + small)
 

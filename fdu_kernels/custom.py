@@ -55,7 +55,7 @@ def ratio_function(f: Generator, samples_from: str) -> OwnFunction:
 
 @on_the_cpu()
 def examine(f: Generator, name: str, places: tuple[float, ...]) -> tuple[Kinks, Curvature]:
-    """The kinks of f that are real among the named places, and log kappa; errors: see Divergence.from_generator."""
+    """Those of the declared kinks that f really has, and log kappa. Raises as Divergence.from_generator."""
     if any(place <= 0 for place in places):
         raise ValueError(f"kinks of {name!r} must be points u > 0, not {places}")
     v = torch.linspace(-8, 8, 321, dtype=torch.float64)
@@ -98,8 +98,9 @@ def _values(f: Generator, name: str, u: Tensor) -> Tensor:
         wanted = "PyTorch operations, such as torch.log instead of math.log or numpy.log"
         raise TypeError(f"the generator of {name!r} must be made of {wanted}: {reason}")
     if (values.shape, values.dtype) != (u.shape, u.dtype):
-        kept = f"the same shape and dtype (it was given {u.dtype} and returned {values.dtype})"
-        raise TypeError(f"the generator of {name!r} must map a tensor to a tensor of {kept}, elementwise")
+        returned = f"it got {tuple(u.shape)} {u.dtype} and returned {tuple(values.shape)} {values.dtype}"
+        kept = "work elementwise and return the shape and dtype it is given"
+        raise TypeError(f"the generator of {name!r} must {kept}; {returned}")
     return values.detach()
 
 

@@ -1,4 +1,4 @@
-"""Gaussian profiles: the divergence of two Gaussians of one covariance as a function h of their distance s.
+"""Gaussian profiles: the divergence of two Gaussians with the same covariance as a function h of their distance s.
 
 With s the squared Mahalanobis distance, h(s) = E[f(e^v)] for every f, v normal with mean -s/2 and variance s. Where h
 is elementary, (c, k) give h(s) = c expm1(k s)/k. All else is read from a table, which fdu_kernels.tabulation makes.

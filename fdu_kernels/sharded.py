@@ -16,7 +16,7 @@ from fdu_kernels import formulas
 from fdu_kernels.calls import ExpectationCall, GaussianCall
 
 Compute = Callable[[Any], Any]
-"""What is done with the call of this device's plain tensors."""
+"""Computes with the call on this device's plain tensors."""
 
 
 def is_sharded(tensor: Tensor) -> bool:

@@ -31,8 +31,9 @@ FIRST_S, LAST_S = 1e-12, 1e4
 """Where the table begins (below, h and h' follow the power of s that they have there, exact to first order) and ends
 (where h' of every saturating divergence is below e^(-1250))."""
 STEP, SMALLEST_STEP, FINEST_STEP = 1 / 32, 1 / 128, 1 / 512
-"""In log s. The polynomial through 8 neighbours then errs by less than 1e-12 also where log h' falls like -s/8. It is
-halved, down to the smallest, where h' bends more sharply, and to the finest where a kink at u != 1 takes over."""
+"""Steps in log s. The polynomial through 8 neighbours then errs by less than 1e-12, even where log h' falls like -s/8.
+The step is halved, down to the smallest, where h' bends more sharply, and to the finest where a kink at u != 1 takes
+over."""
 MARGIN = NEIGHBOURS // 2
 """Rows at either end that serve as neighbours only."""
 
@@ -64,7 +65,7 @@ def tabulated_profile(name: str, log_curvature: Curvature | None, kinks: Kinks, 
 
 
 def _tabulate_rest(name: str, log_curvature: Curvature | None, kinks: Kinks, exact: bool) -> GaussianProfile:
-    """What the curvature and these kinks, at u = 1, make: a power law at s -> 0."""
+    """The profile of the curvature and these kinks at u = 1: a power law at s -> 0."""
     log_slope = functools.partial(log_slope_by_quadrature, log_curvature, kinks)
     step, t = STEP, _grid(math.log(FIRST_S), STEP)
     log_slopes = log_slope(torch.exp(t))
@@ -77,7 +78,7 @@ def _tabulate_rest(name: str, log_curvature: Curvature | None, kinks: Kinks, exa
             count = int(torch.nonzero(bad)[0]) + kept
             t, log_slopes = t[:count], log_slopes[:count]
     if len(t) <= 2 * MARGIN or not bool(torch.isfinite(log_slopes).all()):
-        raise ValueError(f"the generator of {name!r} has no finite, positive curvature on which to build h")
+        raise ValueError(f"the generator of {name!r}: h cannot be built: f'' must be finite and positive")
 
     power = float(log_slopes[1] - log_slopes[0]) / step
     # Down there a rounding of the power would be multiplied by up to log(FIRST_S / SMALLEST_S).

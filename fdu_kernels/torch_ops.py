@@ -18,7 +18,7 @@ from fdu_kernels.registry import backend_named
 
 
 def _op(name: str, kind: type[GaussianCall] | type[ExpectationCall], returns: str, also: str = "") -> CustomOpDef:
-    """The op for that function of a backend. ``also``: the parameter that the function has beside the call."""
+    """The op for that function of a backend. ``also``: the parameter that the function has besides the call."""
 
     def compute(*arguments: Any) -> Any:
         arguments, beside = (arguments[:-1], arguments[-1:]) if also else (arguments, ())
@@ -58,7 +58,7 @@ for backward in (gaussian_backward, expectation_backward):
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    """Keep tensors where autograd looks after them, and what else there is beside them."""
+    """Keep tensors where autograd looks after them, and everything else in the context."""
     if isinstance(output, tuple):
         ctx.mark_non_differentiable(output[1])
         inputs = (*inputs, output[1])

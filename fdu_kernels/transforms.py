@@ -37,7 +37,7 @@ def gaussian_value_and_grad(call: GaussianCall, backend: Backend) -> tuple[Tenso
 
 
 class _Settings(NamedTuple):
-    """What of a call is no tensor."""
+    """The parts of a call that are not tensors."""
 
     profile: GaussianProfile
     sigma: float | None
@@ -174,7 +174,7 @@ class _Kernels(NamedTuple):
 
     @property
     def numbers(self) -> tuple[float, ...] | None:
-        """Those of the function."""
+        """The numbers of the function."""
         return self.function.numbers
 
     def scalar(self) -> Scalar:

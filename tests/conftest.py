@@ -11,13 +11,15 @@ import pytest
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Mark as slow what ``quick`` does not name."""
-    for item in items:
-        if not _is_quick(item):
-            item.add_marker(pytest.mark.slow)
+    """Mark as slow what ``quick`` does not name; a test whose mark names what does not exist fails."""
+    # Otherwise some items of a test may be missing.
     complete = not config.getoption("lf", False) and not any("::" in argument for argument in config.args)
-    if complete:  # else some of a test's items are missing
-        _refuse_stale(items)
+    stale = _stale_marks(items) if complete else {}
+    for item in items:
+        if item in stale:
+            item.runtest = functools.partial(pytest.fail, stale[item], pytrace=False)
+        elif not _is_quick(item):
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -37,7 +39,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
             file = nodeid.partition("::")[0]
             return file if has_module_fixture(file) else nodeid
 
-    return FixtureScheduling(config, log) if config.getvalue("dist") == "load" else None
+    return FixtureScheduling(config, log) if config.getoption("dist") == "load" else None
 
 
 def _is_quick(item: pytest.Item) -> bool:
@@ -50,8 +52,8 @@ def _is_quick(item: pytest.Item) -> bool:
     return all(given[name] in list(values) for name, values in wanted.items() if name in given)
 
 
-def _refuse_stale(items: list[pytest.Item]) -> None:
-    """Every value that a mark ``quick`` names must be one of an item below the mark.
+def _stale_marks(items: list[pytest.Item]) -> dict[pytest.Item, str]:
+    """What is wrong with marks ``quick``, by an item below them: every value that they name must be one of an item.
 
     The mark of a module may name a parameter that no test has on this machine; the mark of a test may not.
     """
@@ -63,11 +65,13 @@ def _refuse_stale(items: list[pytest.Item]) -> None:
             marks[id(mark)] = mark, item
             for name in set(mark.kwargs) & set(given):
                 seen.setdefault((id(mark), name), []).append(given[name])
+    wrong = {}
     for key, (mark, item) in marks.items():
         for name, values in mark.kwargs.items():
             found = seen.get((key, name), [] if mark in item.own_markers else list(values))
             if stale := [value for value in values if value not in found]:
-                raise pytest.UsageError(f"{item.nodeid}: quick names {name}={stale}, which no test has")
+                wrong[item] = f"{item.nodeid}: quick names {name}={stale}, which no test has"
+    return wrong
 
 
 def _parameters(item: pytest.Item) -> dict[str, Any]:

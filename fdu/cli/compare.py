@@ -57,11 +57,11 @@ class Compare:
     s0: tuple[float, ...] = (EraseConfig.s0,)
     """Values of s0, the median of s at the start, > 0. Larger values make divergences differ more."""
     seeds: int = 3
-    """Runs per divergence and value of s0, >= 1. They use the seeds 0, 1, ..."""
+    """Number of seeds per divergence and value of s0, >= 1: the seeds 0, 1, ..."""
     prefer: Literal["preservation", "balanced", "erasure"] = "balanced"
-    """Criterion of the recommendation. The page shows all three."""
+    """What the recommendation favours. The page shows the recommendation for all three."""
     images_per_class: int = 32
-    """Images per class for the judge, >= 2. Naming a winner takes at least 6."""
+    """Images per class for the judge, >= 2. At least 6 are needed to name a winner."""
     prompts: str | None = None
     """Prompts to draw, as for `fdu evaluate`: a concept set of the package or a .txt file in that format. Default: the
     set with the target's name, otherwise the training prompts and everyday subjects. The embedded pipeline has its
@@ -73,10 +73,10 @@ class Compare:
     judged_guidance_scale: float | None = None
     """Guidance scale of judged images. Default: the pipeline's own; 3 on the embedded pipeline."""
     workers: int | None = None
-    """Worker processes, each with one thread if there are several. Default: 1; on the embedded pipeline on a CPU, one
-    per core."""
+    """Number of worker processes. If more than one, each uses one thread. Default: 1; on the embedded pipeline on a
+    CPU, one per core."""
     concept_type: Literal["object", "style"] = "object"
-    """Phrasings for the names. The embedded pipeline has its own."""
+    """Which prompt templates the names are put into. The embedded pipeline has its own."""
     dtype: Dtype = "auto"
     """Dtype of the weights. auto: float32, or the dtype of --mixed_precision."""
     device: str = "auto"

@@ -71,7 +71,7 @@ class Demo:
                     before = fdu.draw(original, panel.probes, description="before", **drawing)
                 after = fdu.draw(result.pipeline, panel.probes, description="after", **drawing)
                 evaluation = fdu.evaluate(before, after, panel.probes, panel.features)
-                result.save(folder / WEIGHTS)
+                result.save(folder / WEIGHTS, evaluation=evaluation, probes=panel.probes)
                 told = (result.record(), command, describe_device(device), model.notes)
                 conditions = Conditions(seed, model.sampling, panel.judge, "float32")
                 run = EvaluatedRun.of(evaluation, panel.probes, before, after, *told, conditions=conditions)

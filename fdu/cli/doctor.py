@@ -1,4 +1,4 @@
-"""``fdu doctor``: check whether fdu can run here, and name the fix for each fault."""
+"""``fdu doctor``: check whether fdu can run here, and name the fix for each problem."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ State = Literal["ok", "note", "fault"]
 
 @dataclasses.dataclass
 class Doctor:
-    """Check whether fdu can run here: versions, devices, kernels, disk. Show how to fix each fault.
+    """Check whether fdu can run here: versions, devices, kernels, disk. Show how to fix each problem.
 
     Exit code 0 if fdu can run, otherwise 1.
     """

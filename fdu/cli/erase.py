@@ -52,8 +52,8 @@ class Erase:
     out: Path
     """Folder for the result."""
     concept_type: UseAppendAction[tuple[Literal["object", "style"], ...]] = ()
-    """Phrasings for the names, one for all targets or one per target. Default: object. The embedded pipeline has its
-    own."""
+    """Which prompt templates the names are put into: one choice for all targets, or one per target. Default: object.
+    The embedded pipeline has its own."""
     save_as: SaveAs = "auto"
     """Format of the result: lora (diffusers), kohya (ComfyUI, A1111, Forge), pipeline (a whole folder) or delta (the
     changed weights in safetensors). auto: lora if adapters were trained, otherwise pipeline."""
@@ -67,8 +67,8 @@ class Erase:
 
     def prepare(self, command: str) -> Callable[[], None]:
         """Check the arguments and return the work."""
+        from fdu.storage.formats import choose_format
         from fdu.storage.output import check_output, clear_run, strangers, whole_folder
-        from fdu.storage.writers import choose_format
 
         if not self.target:
             raise ValueError("--target is missing; name the concept to erase, such as --target 'van gogh'")

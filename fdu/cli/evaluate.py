@@ -54,11 +54,12 @@ class Evaluate:
     """Folder written by `fdu erase` or ErasureResult.save, or weights from another program in any format that
     fdu.load_weights reads."""
     target: str | None = None
-    """Erased concept. Default: the one recorded in ERASED or in --prompts. Required if several were erased."""
+    """Erased concept. Default: the one recorded in ERASED or in --prompts. Required if ERASED
+    holds several erased concepts."""
     prompts: str | None = None
     """Prompts to draw: a concept set of the package ("van gogh", monet, r2d2, snoopy, "grumpy cat", nemo), or a .txt
     file in that format (see fdu/subjects/prompts.txt). Default: the set with the target's name, otherwise the training
-    prompts with everyday subjects to retain, without neighbours. The embedded pipeline has its own."""
+    prompts, plus everyday subjects to retain but no neighbours. The embedded pipeline has its own."""
     judge: str | None = None
     """Image-text encoder that judges: a folder or hub id of CLIP or SigLIP. Default: openai/clip-vit-base-patch32. On
     the embedded pipeline it computes distances and CLIP scores, and the classifier still judges."""
@@ -71,7 +72,8 @@ class Evaluate:
     batch_size: int | None = None
     """Images drawn at a time. Default: 4; 32 on the embedded pipeline."""
     seed: int = 0
-    """Random seed, >= 0. Images use SEED + 1000 and up; a training with the same SEED used SEED and up."""
+    """Random seed, >= 0. Images use the seeds from SEED + 1000 on, and training those from SEED on, so the two do not
+    overlap."""
     robustness: Annotated[
         tuple[Literal["phrasings", "attack", "relearning"], ...] | None,
         arg(metavar="[{phrasings,attack,relearning} ...]"),
@@ -79,7 +81,7 @@ class Evaluate:
     """Also test whether the erasure holds against other phrasings, an attack on the text embedding, and relearning
     from a few images. Without names: all three."""
     robustness_batch_size: int | None = None
-    """Images at a time in the robustness tests, which also train and need more memory. Default: BATCH_SIZE for
+    """Images per batch in the robustness tests, which also train and so need more memory. Default: --batch_size for
     drawing, 16 for training."""
     phrasings: Path | None = None
     """Text file for the test "phrasings": sections such as [paraphrases], one prompt per line. Default: the prompt sets

@@ -203,7 +203,7 @@ class _Figures:
         missing = [(one.label, seed) for one in candidates for seed in seeds if (target, one, seed) not in runs]
         if missing:
             raise ValueError(
-                f"runs lacks {target!r} with {missing[0][0]}, seed {missing[0][1]}; filter them with complete()"
+                f"runs lacks {target!r} with {missing[0][0]}, seed {missing[0][1]}; filter the runs with complete()"
             )
         self.seeds = len(seeds)
         self.images = dict.fromkeys(FIGURES, 0)
@@ -214,7 +214,8 @@ class _Figures:
             if len({(one.role, one.name, len(one.hits), one.change is None) for one in judged}) > 1:
                 raise ValueError(f"the runs of {target!r} were judged on different images; run them again")
             if images < FEWEST_IMAGES:
-                raise ValueError(f"runs has {images} image of {probe.name!r}; draw at least {FEWEST_IMAGES} per class")
+                are = "is only 1 image" if images == 1 else f"are only {images} images"
+                raise ValueError(f"there {are} of {probe.name!r} in runs; draw at least {FEWEST_IMAGES} per class")
             is_target = probe.role in TARGET_ROLES
             found = {"erased" if is_target else "retained": [one.hits for one in judged]}
             if probe.change is not None and not is_target:

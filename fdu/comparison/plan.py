@@ -19,7 +19,7 @@ from fdu.subjects.subject import Exam, Subject
 KL_BY_ALPHA = {0.0: "reverse_kl", 1.0: "kl"}
 """The limits of the alpha divergence, which has no formula there; read here and nowhere else."""
 SHAPE_AT = (0.01, 0.3, 1.0, 3.0, 10.0, 30.0)
-"""Distances s at which two profiles are compared. No two shapes of the catalogue agree at all of them."""
+"""Distances s at which two profiles are compared. No two shapes in the catalogue agree at all of these points."""
 MOST_FROZEN = 256
 """Batches whose frozen outputs runs share at most; longer runs draw their own."""
 MOST_RUNS = 10_000
@@ -43,7 +43,7 @@ class Candidate:
 
     @property
     def variant(self) -> str:
-        """The settings beside the divergence in a few words."""
+        """The settings besides the divergence, in a few words."""
         others = [name if value is True else f"{name} {value}" for name, value in self.others]
         return ", ".join([f"s0 {self.s0:g}", *others])
 
@@ -198,7 +198,7 @@ class Comparison:
         return dataclasses.replace(config, frozen_batches=steps)
 
     def conditions(self) -> dict[str, Any]:
-        """Everything beside model and settings that all figures depend on, ready for JSON."""
+        """Everything besides model and settings that all figures depend on, ready for JSON."""
         drawing = dataclasses.asdict(self.drawing)
         del drawing["batch_size"]
         return {"dtype": self.dtype, "drawing": drawing, "prompts": self.prompts, "judge": self.judge}
@@ -233,8 +233,8 @@ def distinct(divergences: Sequence[str], variational: bool = False) -> tuple[lis
     """The divergences that train different models, in order; and each of the others with the one it equals.
 
     Between Gaussians an f-divergence is a function h of one distance, and training divides it by its slope, so only the
-    shape of h' matters. A divergence and its reverse share it, so alpha and 1 - alpha do, and kl, reverse_kl and mse.
-    With a critic, every generator trains a model of its own.
+    shape of h' matters. A divergence and its reverse share that shape; so do alpha and 1 - alpha, and kl,
+    reverse_kl and mse. With a critic, every generator trains a model of its own.
 
     Raises:
         ValueError: an unknown divergence.

@@ -113,7 +113,7 @@ def recommend(sample: Sample, prefer: Preference, before: Mapping[str, float] | 
     if lost:
         following, gap = min(lost.items(), key=lambda item: item[1].value)
         rest = len(lost) - 1
-        more = f"; {rest} other{'s' if rest > 1 else ''} score{'' if rest > 1 else 's'} lower" if rest else ""
+        more = f"; {rest} other candidate{'s score' if rest > 1 else ' scores'} even lower" if rest else ""
         than = "the best of them" if tied else "that"
         sentences.append(
             f"{candidates[following].label} scores {gap.value:.3f} ({_range(gap, 1, 3)}) less than {than}{more}."
@@ -139,13 +139,17 @@ def _among_ties(sample: Sample, ties: list[int], values: np.ndarray, prefer: Pre
     skipped = f"Skipped, because they erased less than half: {_listed(passed)}. " if passed else ""
     if len(able) == 1:
         return able[0], False, skipped
+    which = "either" if len(able) == 2 else "any"
     if prefer == "erasure" or np.isnan(change[able]).any():
-        return able[0], False, f"{skipped}Any of {'the others' if passed else 'them'} will do."
+        return able[0], False, f"{skipped}{which.capitalize()} of {'the others' if passed else 'them'} will do."
     chosen = min(able, key=lambda place: (change[place], -values[place]))
     one = sample.candidates[chosen]
     gaps = [sample.difference("change", sample.candidates[place], one) for place in able if place != chosen]
     if any(gap.sign <= 0 for gap in gaps):
-        chance = "Chance may also explain how much they change the images of other classes: any of them will do."
+        chance = (
+            "Their differences in how much they change other classes' images may also be due to chance, "
+            f"so {which} will do."
+        )
         return able[0], False, skipped + chance
     least = min(gaps, key=lambda gap: gap.value)
     words = (

@@ -115,7 +115,7 @@ class JudgedSampling(Sampling):
     images: Count = 32
     """Images whose share is counted."""
     seed: Natural = 0
-    """Of everything random; the images begin with ``seed + JUDGED_SEED``."""
+    """Random seed, >= 0; the images use the seeds from ``seed + JUDGED_SEED`` on."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -212,7 +212,7 @@ class Conditioned:
 def seen_by_judge(
     denoiser: Denoiser, probes: Sequence[Probe], drawing: JudgedSampling, description: str
 ) -> list[list[str]]:
-    """What the judge of each probe sees in its images, drawn with the denoiser's encoding of the prompts."""
+    """Each probe's judge's answers for its images, drawn with the denoiser's encoding of the prompts."""
     pipeline: Any = Conditioned(denoiser)
     seed, settings = drawing.seed + JUDGED_SEED, drawing.settings()
     drawn = draw(pipeline, probes, drawing.images, seed, **settings, description=description)

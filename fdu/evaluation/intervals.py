@@ -97,9 +97,9 @@ class Share:
     """A share counted on a number of images."""
 
     value: float
-    """In [0, 1]."""
+    """The share, in [0, 1]."""
     images: int
-    """How many were judged."""
+    """Number of judged images."""
     interval: Interval
     """The 95 % interval of Wilson (1927), which also holds near 0 and 1."""
 

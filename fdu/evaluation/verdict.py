@@ -13,7 +13,8 @@ if TYPE_CHECKING:
 DRAWN_BEFORE = 0.5
 """Share before the erasure below which a class was rarely drawn, so that its share after shows little."""
 ERASED_BELOW = 0.15
-"""Erased: at most this fraction of the target's share before is left. The superclass itself draws 1 digit in 10."""
+"""Erased: at most this fraction of the target's share before the erasure is left. Even the superclass prompt draws each
+digit 1 time in 10."""
 PARTLY_BELOW = 0.6
 """Partly erased: at most this fraction is left."""
 CLASS_DROP = 0.15
@@ -23,7 +24,7 @@ MEAN_DROP = 0.05
 GROUPS = {"near": "its neighbours", "generic": "everyday subjects", "unrelated": "unrelated subjects"}
 """The groups of retained classes in words."""
 NAMED_CLASSES = 3
-"""Broken classes named in a sentence, the worst first; of further ones the number is given."""
+"""How many broken classes a sentence names, worst first; the rest are only counted."""
 State = Literal["erased", "partly erased", "not erased", "rarely drawn before", "cannot be told"]
 
 
@@ -69,7 +70,7 @@ def state_of(before: float, after: float) -> State:
 def state_within(before: float, after: float, interval: Interval) -> tuple[State, bool]:
     """The state of a concept, and whether both ends of the 95 % interval of ``after`` lead to the same state.
 
-    An interval that reaches from "erased" to "not erased" tells nothing.
+    An interval that reaches from "erased" to "not erased" is inconclusive.
     """
     low, high = (state_of(before, end) for end in interval)
     return "cannot be told" if (low, high) == ("erased", "not erased") else state_of(before, after), low == high
@@ -121,13 +122,13 @@ def _target_part(evaluation: Evaluation, target: str) -> tuple[State, bool, str,
             sure, high = False, max(high, ends[1])
         if state == "erased" and escapes:
             state = "partly erased"
-            headline = f"{target} is erased only in the phrasings of the training ({percent(last)} left in others)"
+            headline = f"{target} is erased only in the phrasings of the training ({percent(last)} in other phrasings)"
     if state == "erased" and not sure:
         few = f"{images} images per class allow up to {percent(high)}"
         headline = f"{target} is probably erased ({percent(share)}, but {few})"
     became = [(name, one) for name, one in after.target_became.items() if name != target]
     if became and state in ("erased", "partly erased"):
-        sentences.append(f"These prompts now draw {became[0][0]} most often ({percent(became[0][1])}).")
+        sentences.append(f"Prompts for {target} now draw {became[0][0]} most often ({percent(became[0][1])}).")
     return state, sure, headline, sentences
 
 
@@ -168,7 +169,7 @@ def _rest_part(evaluation: Evaluation, probes: Sequence[Probe]) -> tuple[bool, b
     near = any(probe.role == "retained" and probe.group == "near" for probe in probes)
     sentences = _rest_sentences(evaluation, probes, broken, groups if len(by_group) > 1 else [])
     if not near:
-        sentences.append("Neighbours of the target suffer first, and none were tested.")
+        sentences.append("Neighbours of the target are usually harmed first, but none were tested.")
     doubtful = [one.name for one in classes if one.by > CLASS_DROP and not one.fell]
     if doubtful:
         named = [_with_shares(evaluation, name) for name in doubtful]

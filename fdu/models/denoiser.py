@@ -1,6 +1,6 @@
 """The interface of a denoiser: encode prompts, sample and noise latents, predict; one subclass per family.
 
-The loop talks to this interface only, so it never asks which family of models it has.
+The loop talks to this interface only, so it never asks which model family it is training.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ PIPELINE_ARGUMENTS = {
 
 
 class Conditioning:
-    """Inputs of a denoiser beside x_t and t, for N prompts: tensors [N, ...] with the names of PIPELINE_ARGUMENTS."""
+    """Inputs of a denoiser besides x_t and t, for N prompts: tensors [N, ...] with the names of PIPELINE_ARGUMENTS."""
 
     def __init__(self, tensors: dict[str, Tensor]) -> None:
         self.tensors = tensors
@@ -67,9 +67,9 @@ class Denoiser(ABC):
     """The pipeline's attribute that holds the module."""
     module_class: ClassVar[type[nn.Module]]
     parts: ClassVar[tuple[str, ...]] = ("scheduler", "vae", "tokenizer", "text_encoder")
-    """Parts that a pipeline must have beside the module."""
+    """Parts that a pipeline must have besides the module."""
     packing: ClassVar[int] = 1
-    """Latent pixels a side that the module takes together as channels of one."""
+    """Latent pixels per side that the module takes together as channels of one."""
     call_settings: ClassVar[dict[str, Any]] = {}
     """Arguments of every call of the pipeline."""
     guided_by_empty: ClassVar[bool] = True
@@ -82,14 +82,14 @@ class Denoiser(ABC):
     """How kohya's sd-scripts name the layers; None if they do not know the family."""
 
     signal: Tensor
-    """[T] float32."""
+    """The factor of x_0 in x_t at every timestep, [T] float32."""
     noise: Tensor
-    """[T] float32."""
+    """The factor of epsilon in x_t at every timestep, [T] float32."""
     prediction_type: PredictionType
     """The kind of the module's output."""
 
     def __init__(self, pipeline: DiffusionPipeline, resolution: int | None = None) -> None:
-        """A denoiser for images of ``resolution`` pixels a side, by default of the model's native size.
+        """A denoiser for images of ``resolution`` pixels per side, by default of the model's native size.
 
         Raises:
             ValueError: the pipeline lacks a part, or takes more than prompts; or resolution does not suit the model.
@@ -100,7 +100,7 @@ class Denoiser(ABC):
         """The network; the training may put a wrapper of it here."""
         self.config: Any = self.module.config
         self.dtype: torch.dtype = self.module.dtype
-        """Of the module as it came; what is trained in it may be of another."""
+        """The module's dtype when it was loaded; trained weights in it may have another."""
         self.height, self.width = self._image_size(resolution)
         """Pixels of an image."""
 
@@ -201,14 +201,14 @@ class Denoiser(ABC):
         batch_size: int,
         progress: bool = True,
     ) -> Tensor:
-        """Sample clean latents, fp32 [N, C, H, W]; each depends on its prompt and its seed alone.
+        """Sample clean latents, fp32 [N, C, H, W]; each depends only on its prompt and its seed.
 
         Args:
-            conditioning: of any prompts.
-            chosen: N of them, by index.
+            conditioning: the encoding of any prompts.
+            chosen: the indices of N of these prompts.
             empty: the index of the prompt "", which guidance leads away from.
-            steps, guidance_scale: of the pipeline's own sampler.
-            seeds: N of them.
+            steps, guidance_scale: number of steps and guidance scale for the pipeline's own sampler.
+            seeds: one seed for each of the N latents.
             batch_size: latents sampled at a time.
             progress: whether to show a progress bar.
         """

@@ -7,50 +7,12 @@ import torch.nn.functional as F
 from diffusers import FluxTransformer2DModel
 from torch import Tensor
 
+from fdu.models import kohya_names
 from fdu.models.denoiser import Conditioning
-from fdu.models.grids import FlowDenoiser
-from fdu.models.kohya_names import IMAGE_QKV, TEXT_QKV, KohyaNames, transformer_layers
+from fdu.models.noise_schedules import FlowDenoiser
 
 GUIDANCE = 3.5
 """The guidance scale told to a guidance-distilled model in training: the pipeline's default when it samples."""
-BLOCK = {
-    IMAGE_QKV: "img_attn_qkv",
-    TEXT_QKV: "txt_attn_qkv",
-    ("attn.to_out.0",): "img_attn_proj",
-    ("attn.to_add_out",): "txt_attn_proj",
-    ("ff.net.0.proj",): "img_mlp_0",
-    ("ff.net.2",): "img_mlp_2",
-    ("ff_context.net.0.proj",): "txt_mlp_0",
-    ("ff_context.net.2",): "txt_mlp_2",
-    ("norm1.linear",): "img_mod_lin",
-    ("norm1_context.linear",): "txt_mod_lin",
-}
-SINGLE_BLOCK = {
-    (*IMAGE_QKV, "proj_mlp"): "linear1",
-    ("proj_out",): "linear2",
-    ("norm.linear",): "modulation_lin",
-}
-OTHERS = {
-    "context_embedder": "txt_in",
-    "x_embedder": "img_in",
-    "proj_out": "final_layer_linear",
-    "norm_out.linear": "final_layer_adaLN_modulation_1",
-    "time_text_embed.timestep_embedder.linear_1": "time_in_in_layer",
-    "time_text_embed.timestep_embedder.linear_2": "time_in_out_layer",
-    "time_text_embed.text_embedder.linear_1": "vector_in_in_layer",
-    "time_text_embed.text_embedder.linear_2": "vector_in_out_layer",
-    "time_text_embed.guidance_embedder.linear_1": "guidance_in_in_layer",
-    "time_text_embed.guidance_embedder.linear_2": "guidance_in_out_layer",
-}
-KOHYA = KohyaNames(
-    transformer_layers(
-        {"double_blocks": ("transformer_blocks", BLOCK), "single_blocks": ("single_transformer_blocks", SINGLE_BLOCK)},
-        OTHERS,
-    ),
-    version=lambda pipeline: "flux1",
-    network="networks.lora_flux",
-    text_prefixes={"text_encoder": ("lora_te1",), "text_encoder_2": ("lora_te3",)},
-)
 
 
 class FluxDenoiser(FlowDenoiser):
@@ -58,7 +20,7 @@ class FluxDenoiser(FlowDenoiser):
 
     family = "FLUX.1 (a FluxTransformer2DModel)"
     module_class = FluxTransformer2DModel
-    kohya = KOHYA
+    kohya = kohya_names.FLUX
     parts = ("scheduler", "vae", "tokenizer", "text_encoder", "tokenizer_2", "text_encoder_2")
     packing = 2
     guided_by_empty = False  # its guidance is an input

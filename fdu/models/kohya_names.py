@@ -1,14 +1,18 @@
-"""How kohya's sd-scripts, ComfyUI and AUTOMATIC1111 name a family's layers; the names themselves are in its file.
+"""How kohya's sd-scripts, ComfyUI and AUTOMATIC1111 name the layers of each family that they know.
 
-Stable Diffusion 1.x and 2.x go by diffusers' names, SDXL by those of its original code ("input_blocks"), SD3 and FLUX
-by those of theirs, where query, key and value are one layer.
+Stable Diffusion 1.x and 2.x use diffusers' names, SDXL those of its original code ("input_blocks"). SD3 and FLUX use
+the names of their original code, where query, key and value are one layer.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any
+
+from fdu.models import parts
 
 Layers = tuple[str, ...]
 """Layers in diffusers' names that are one layer of the original code, their outputs one after another."""
@@ -49,9 +53,145 @@ def transformer_layers(
     def layers(module: Any) -> Iterator[tuple[str, Layers]]:
         for original, (attribute, names) in blocks.items():
             for index in range(len(getattr(module, attribute))):
-                for parts, name in names.items():
-                    yield f"{original}_{index}_{name}", tuple(f"{attribute}.{index}.{part}" for part in parts)
+                for joined, name in names.items():
+                    yield f"{original}_{index}_{name}", tuple(f"{attribute}.{index}.{part}" for part in joined)
         for layer, name in others.items():
             yield name, (layer,)
 
     return layers
+
+
+UNET_RESNET = {
+    "conv1": "in_layers_2",
+    "conv2": "out_layers_3",
+    "time_emb_proj": "emb_layers_1",
+    "conv_shortcut": "skip_connection",
+    "norm1": "in_layers_0",
+    "norm2": "out_layers_0",
+}
+UNET_OTHERS = {
+    "conv_in": "input_blocks_0_0",
+    "conv_norm_out": "out_0",
+    "conv_out": "out_2",
+    "time_embedding.linear_1": "time_embed_0",
+    "time_embedding.linear_2": "time_embed_2",
+    "add_embedding.linear_1": "label_emb_0_0",
+    "add_embedding.linear_2": "label_emb_0_2",
+}
+
+
+def original_name(layer: str, config: Any) -> str | None:
+    """The name of a UNet's layer in the original code, with underscores for dots; None if it has none there."""
+    if layer in UNET_OTHERS:
+        return UNET_OTHERS[layer]
+    match = re.fullmatch(r"(down|mid|up)_blocks?\.(?:(\d+)\.)?(\w+)\.(\d+)\.(.+)", layer)
+    if match is None or not isinstance(config.layers_per_block, int):
+        return None
+    side, number, kind, index, rest = match.groups()
+    block, position = int(number or 0), int(index)
+    if kind == "resnets":
+        rest = UNET_RESNET.get(rest, rest)
+    rest, inner = rest.replace(".", "_"), int(kind == "attentions")
+    if side == "mid":
+        return f"middle_block_{1 if inner else 2 * position}_{rest}"
+    length = config.layers_per_block + 1
+    if side == "down":
+        if kind == "downsamplers":
+            return f"input_blocks_{(block + 1) * length}_0_op"
+        return f"input_blocks_{1 + block * length + position}_{inner}_{rest}"
+    if kind == "upsamplers":
+        attends = "Attn" in config.up_block_types[block]
+        return f"output_blocks_{(block + 1) * length - 1}_{2 if attends else 1}_conv"
+    return f"output_blocks_{block * length + position}_{inner}_{rest}"
+
+
+def unet_layers(module: Any, original_last: bool = False) -> Iterator[tuple[str, Layers]]:
+    """Each layer by both names, diffusers' and that of the original code, in this order or the other."""
+    for layer in parts.layers(module):
+        names = [layer.replace(".", "_"), original_name(layer, module.config)]
+        for name in names if original_last else reversed(names):
+            if name is not None:
+                yield name, (layer,)
+
+
+def unet_version(pipeline: Any) -> str:
+    """A 2.x is known by the width of its text encoder."""
+    if pipeline.unet.config.cross_attention_dim != 1024:
+        return "sd_v1"
+    return "sd_v2_v" if pipeline.scheduler.config.get("prediction_type") == "v_prediction" else "sd_v2"
+
+
+SD = KohyaNames(unet_layers, unet_version, text_prefixes={"text_encoder": ("lora_te1", "lora_te")})
+SDXL = KohyaNames(partial(unet_layers, original_last=True), lambda pipeline: "sdxl_base_v1-0")
+
+SD3_BLOCK = {
+    IMAGE_QKV: "x_block_attn_qkv",
+    ("attn2.to_q", "attn2.to_k", "attn2.to_v"): "x_block_attn2_qkv",
+    TEXT_QKV: "context_block_attn_qkv",
+    ("attn.to_out.0",): "x_block_attn_proj",
+    ("attn2.to_out.0",): "x_block_attn2_proj",
+    ("attn.to_add_out",): "context_block_attn_proj",
+    ("ff.net.0.proj",): "x_block_mlp_fc1",
+    ("ff.net.2",): "x_block_mlp_fc2",
+    ("ff_context.net.0.proj",): "context_block_mlp_fc1",
+    ("ff_context.net.2",): "context_block_mlp_fc2",
+    ("norm1.linear",): "x_block_adaLN_modulation_1",
+    ("norm1_context.linear",): "context_block_adaLN_modulation_1",
+}
+SD3_OTHERS = {
+    "context_embedder": "context_embedder",
+    "pos_embed.proj": "x_embedder_proj",
+    "proj_out": "final_layer_linear",
+    "norm_out.linear": "final_layer_adaLN_modulation_1",
+    "time_text_embed.timestep_embedder.linear_1": "t_embedder_mlp_0",
+    "time_text_embed.timestep_embedder.linear_2": "t_embedder_mlp_2",
+    "time_text_embed.text_embedder.linear_1": "y_embedder_mlp_0",
+    "time_text_embed.text_embedder.linear_2": "y_embedder_mlp_2",
+}
+SD3 = KohyaNames(
+    transformer_layers({"joint_blocks": ("transformer_blocks", SD3_BLOCK)}, SD3_OTHERS),
+    version=lambda pipeline: "sd3",
+    network="networks.lora_sd3",
+)
+
+FLUX_BLOCK = {
+    IMAGE_QKV: "img_attn_qkv",
+    TEXT_QKV: "txt_attn_qkv",
+    ("attn.to_out.0",): "img_attn_proj",
+    ("attn.to_add_out",): "txt_attn_proj",
+    ("ff.net.0.proj",): "img_mlp_0",
+    ("ff.net.2",): "img_mlp_2",
+    ("ff_context.net.0.proj",): "txt_mlp_0",
+    ("ff_context.net.2",): "txt_mlp_2",
+    ("norm1.linear",): "img_mod_lin",
+    ("norm1_context.linear",): "txt_mod_lin",
+}
+FLUX_SINGLE_BLOCK = {
+    (*IMAGE_QKV, "proj_mlp"): "linear1",
+    ("proj_out",): "linear2",
+    ("norm.linear",): "modulation_lin",
+}
+FLUX_OTHERS = {
+    "context_embedder": "txt_in",
+    "x_embedder": "img_in",
+    "proj_out": "final_layer_linear",
+    "norm_out.linear": "final_layer_adaLN_modulation_1",
+    "time_text_embed.timestep_embedder.linear_1": "time_in_in_layer",
+    "time_text_embed.timestep_embedder.linear_2": "time_in_out_layer",
+    "time_text_embed.text_embedder.linear_1": "vector_in_in_layer",
+    "time_text_embed.text_embedder.linear_2": "vector_in_out_layer",
+    "time_text_embed.guidance_embedder.linear_1": "guidance_in_in_layer",
+    "time_text_embed.guidance_embedder.linear_2": "guidance_in_out_layer",
+}
+FLUX = KohyaNames(
+    transformer_layers(
+        {
+            "double_blocks": ("transformer_blocks", FLUX_BLOCK),
+            "single_blocks": ("single_transformer_blocks", FLUX_SINGLE_BLOCK),
+        },
+        FLUX_OTHERS,
+    ),
+    version=lambda pipeline: "flux1",
+    network="networks.lora_flux",
+    text_prefixes={"text_encoder": ("lora_te1",), "text_encoder_2": ("lora_te3",)},
+)

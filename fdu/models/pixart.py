@@ -11,7 +11,7 @@ from diffusers.utils import is_bs4_available, is_ftfy_available
 from torch import Tensor
 
 from fdu.models.denoiser import Conditioning, call_default
-from fdu.models.grids import DiffusionDenoiser
+from fdu.models.noise_schedules import DiffusionDenoiser
 
 
 class PixArtDenoiser(DiffusionDenoiser):

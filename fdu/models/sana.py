@@ -10,7 +10,7 @@ from diffusers import DiffusionPipeline, SanaTransformer2DModel
 from torch import Tensor
 
 from fdu.models.denoiser import Conditioning, call_default
-from fdu.models.grids import FlowDenoiser
+from fdu.models.noise_schedules import FlowDenoiser
 
 
 class SanaDenoiser(FlowDenoiser):

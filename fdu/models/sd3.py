@@ -5,39 +5,9 @@ from __future__ import annotations
 from diffusers import DiffusionPipeline, SD3Transformer2DModel
 from torch import Tensor
 
+from fdu.models import kohya_names
 from fdu.models.denoiser import Conditioning
-from fdu.models.grids import FlowDenoiser
-from fdu.models.kohya_names import IMAGE_QKV, TEXT_QKV, KohyaNames, transformer_layers
-
-BLOCK = {
-    IMAGE_QKV: "x_block_attn_qkv",
-    ("attn2.to_q", "attn2.to_k", "attn2.to_v"): "x_block_attn2_qkv",
-    TEXT_QKV: "context_block_attn_qkv",
-    ("attn.to_out.0",): "x_block_attn_proj",
-    ("attn2.to_out.0",): "x_block_attn2_proj",
-    ("attn.to_add_out",): "context_block_attn_proj",
-    ("ff.net.0.proj",): "x_block_mlp_fc1",
-    ("ff.net.2",): "x_block_mlp_fc2",
-    ("ff_context.net.0.proj",): "context_block_mlp_fc1",
-    ("ff_context.net.2",): "context_block_mlp_fc2",
-    ("norm1.linear",): "x_block_adaLN_modulation_1",
-    ("norm1_context.linear",): "context_block_adaLN_modulation_1",
-}
-OTHERS = {
-    "context_embedder": "context_embedder",
-    "pos_embed.proj": "x_embedder_proj",
-    "proj_out": "final_layer_linear",
-    "norm_out.linear": "final_layer_adaLN_modulation_1",
-    "time_text_embed.timestep_embedder.linear_1": "t_embedder_mlp_0",
-    "time_text_embed.timestep_embedder.linear_2": "t_embedder_mlp_2",
-    "time_text_embed.text_embedder.linear_1": "y_embedder_mlp_0",
-    "time_text_embed.text_embedder.linear_2": "y_embedder_mlp_2",
-}
-KOHYA = KohyaNames(
-    transformer_layers({"joint_blocks": ("transformer_blocks", BLOCK)}, OTHERS),
-    version=lambda pipeline: "sd3",
-    network="networks.lora_sd3",
-)
+from fdu.models.noise_schedules import FlowDenoiser
 
 
 class SD3Denoiser(FlowDenoiser):
@@ -52,7 +22,7 @@ class SD3Denoiser(FlowDenoiser):
         *("to_q", "to_k", "to_v", "to_out.0"),
         *("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),
     )
-    kohya = KOHYA
+    kohya = kohya_names.SD3
 
     def __init__(self, pipeline: DiffusionPipeline, resolution: int | None = None) -> None:
         super().__init__(pipeline, resolution)

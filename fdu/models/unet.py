@@ -3,80 +3,18 @@
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Iterator
-from functools import partial
 from typing import Any, ClassVar
 
 import torch
 from diffusers import DiffusionPipeline, UNet2DConditionModel
 from torch import Tensor
 
-from fdu.models import parts
+from fdu.models import kohya_names
 from fdu.models.denoiser import Conditioning
-from fdu.models.grids import DiffusionDenoiser
-from fdu.models.kohya_names import KohyaNames, Layers
+from fdu.models.noise_schedules import DiffusionDenoiser
 
 FURTHER_INPUTS = ("time_cond_proj_dim", "class_embed_type", "num_class_embeds", "encoder_hid_dim_type")
 """Settings of a UNet that reads more than x_t, t and the prompt: distilled guidance, classes, images."""
-RESNET = {
-    "conv1": "in_layers_2",
-    "conv2": "out_layers_3",
-    "time_emb_proj": "emb_layers_1",
-    "conv_shortcut": "skip_connection",
-    "norm1": "in_layers_0",
-    "norm2": "out_layers_0",
-}
-OTHERS = {
-    "conv_in": "input_blocks_0_0",
-    "conv_norm_out": "out_0",
-    "conv_out": "out_2",
-    "time_embedding.linear_1": "time_embed_0",
-    "time_embedding.linear_2": "time_embed_2",
-    "add_embedding.linear_1": "label_emb_0_0",
-    "add_embedding.linear_2": "label_emb_0_2",
-}
-
-
-def original_name(layer: str, config: Any) -> str | None:
-    """The name of a UNet's layer in the original code, with underscores for dots; None if it has none there."""
-    if layer in OTHERS:
-        return OTHERS[layer]
-    match = re.fullmatch(r"(down|mid|up)_blocks?\.(?:(\d+)\.)?(\w+)\.(\d+)\.(.+)", layer)
-    if match is None or not isinstance(config.layers_per_block, int):
-        return None
-    side, number, kind, index, rest = match.groups()
-    block, position = int(number or 0), int(index)
-    if kind == "resnets":
-        rest = RESNET.get(rest, rest)
-    rest, inner = rest.replace(".", "_"), int(kind == "attentions")
-    if side == "mid":
-        return f"middle_block_{1 if inner else 2 * position}_{rest}"
-    length = config.layers_per_block + 1
-    if side == "down":
-        if kind == "downsamplers":
-            return f"input_blocks_{(block + 1) * length}_0_op"
-        return f"input_blocks_{1 + block * length + position}_{inner}_{rest}"
-    if kind == "upsamplers":
-        attends = "Attn" in config.up_block_types[block]
-        return f"output_blocks_{(block + 1) * length - 1}_{2 if attends else 1}_conv"
-    return f"output_blocks_{block * length + position}_{inner}_{rest}"
-
-
-def kohya_layers(module: Any, original_last: bool = False) -> Iterator[tuple[str, Layers]]:
-    """Each layer by both names, diffusers' and that of the original code, in this order or the other."""
-    for layer in parts.layers(module):
-        names = [layer.replace(".", "_"), original_name(layer, module.config)]
-        for name in names if original_last else reversed(names):
-            if name is not None:
-                yield name, (layer,)
-
-
-def kohya_version(pipeline: Any) -> str:
-    """A 2.x is known by the width of its text encoder."""
-    if pipeline.unet.config.cross_attention_dim != 1024:
-        return "sd_v1"
-    return "sd_v2_v" if pipeline.scheduler.config.get("prediction_type") == "v_prediction" else "sd_v2"
 
 
 class UNetDenoiser(DiffusionDenoiser):
@@ -85,7 +23,7 @@ class UNetDenoiser(DiffusionDenoiser):
     family = "Stable Diffusion 1.x and 2.x (a UNet2DConditionModel with one text encoder)"
     module_name = "unet"
     module_class = UNet2DConditionModel
-    kohya = KohyaNames(kohya_layers, kohya_version, text_prefixes={"text_encoder": ("lora_te1", "lora_te")})
+    kohya = kohya_names.SD
     addition_embed_type: ClassVar[str | None] = None
     """The kind of embedding that the UNet adds to that of the timestep."""
 
@@ -123,7 +61,7 @@ class SDXLDenoiser(UNetDenoiser):
     family = "Stable Diffusion XL (a UNet2DConditionModel with two text encoders)"
     parts = ("scheduler", "vae", "tokenizer", "text_encoder", "tokenizer_2", "text_encoder_2")
     addition_embed_type = "text_time"
-    kohya = KohyaNames(partial(kohya_layers, original_last=True), lambda pipeline: "sdxl_base_v1-0")
+    kohya = kohya_names.SDXL
 
     @classmethod
     def check(cls, pipeline: DiffusionPipeline) -> None:
@@ -135,7 +73,7 @@ class SDXLDenoiser(UNetDenoiser):
         made = 6 * config.addition_time_embed_dim + pipeline.text_encoder_2.config.projection_dim
         if taken != made:
             raise ValueError(
-                f"pipeline's unet takes {taken} numbers beside the prompt where the six time ids and the pooled "
+                f"pipeline's unet takes {taken} numbers besides the prompt where the six time ids and the pooled "
                 f"embedding of an SDXL base model make {made}; train a base model with its own text encoders"
             )
 

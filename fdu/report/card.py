@@ -1,4 +1,4 @@
-"""The model card beside saved weights: the erasure, how to load it, its figures and its limits."""
+"""The model card next to saved weights: the erasure, how to load it, its figures and its limits."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from fdu.evaluation.intervals import uncertainty
 from fdu.evaluation.tables import comparison
 from fdu.evaluation.verdict import judge, percent
 from fdu.report.render import templates
+from fdu.storage.formats import Format
 from fdu.storage.kohya import KOHYA_FILE
 from fdu.storage.loading import HUB_ID, erased_pairs
-from fdu.storage.writers import Format
 from fdu.subjects.registry import find_subject
 
 CARD_FILE = "README.md"
@@ -40,7 +40,7 @@ def write_card(
     """Write README.md with the front matter of the Hugging Face hub. It contains no path of this machine.
 
     Args:
-        folder: where :func:`fdu.storage.writers.write` wrote the weights.
+        folder: where :func:`fdu.storage.formats.write` wrote the weights.
         format: their format.
         pipeline: the pipeline with the erasure.
         record: :meth:`fdu.ErasureResult.record`.

@@ -16,7 +16,7 @@ CORNERS = {
     "triangle": ((0, -5.4), (5.2, 4.2), (-5.2, 4.2)),
     "diamond": ((0, -6), (5.4, 0), (0, 6), (-5.4, 0)),
 }
-"""The shapes of marks beside "circle", around the origin."""
+"""The shapes of marks besides "circle", around the origin."""
 LEGEND_WIDTH, LEGEND_LINE = 230, 17
 LOG_SPREAD = 1000
 """Ratio of a curve's largest value to its median above which the axis is logarithmic; pearson_chi2 can start at

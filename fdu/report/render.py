@@ -132,7 +132,7 @@ def setting_rows(config: Mapping[str, Any], without: Collection[str] = ()) -> li
 
 
 def _unbroken(text: str) -> str:
-    """With no-break spaces in percentages."""
+    """The text with no-break spaces in percentages."""
     return text.replace(" %", "\N{NO-BREAK SPACE}%")
 
 
@@ -143,7 +143,7 @@ def _points(difference: float) -> str:
 
 
 def _erasure_facts(record: Mapping[str, Any]) -> list[tuple[str, Any]]:
-    """Facts of an erasure's record beside its settings."""
+    """Facts of an erasure's record besides its settings."""
     return [
         ("duration of the erasure", f"{record['seconds']:.1f} s"),
         ("sigma", f"{record['sigma']:.4g}"),

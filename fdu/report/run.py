@@ -27,7 +27,7 @@ from fdu.storage.loading import erased_pairs
 from fdu.storage.output import METRICS_FILE, METRICS_KEYS, RECORD_FILE, write_json
 
 IMAGES_FOLDER = "images"
-"""Folder with the shown images beside the metrics: one PNG strip per probe and side."""
+"""Folder with the shown images, next to the metrics: one PNG strip per probe and side."""
 KEPT_HEIGHT = 256
 """Pixels; larger images are stored reduced to this."""
 SHOWN = 8
@@ -70,7 +70,7 @@ class Told:
 
     probes: list[Class]
     record: dict[str, Any] | None = None
-    """:meth:`fdu.ErasureResult.record`, or the ``fdu.json`` beside saved weights; without it the page has no training
+    """:meth:`fdu.ErasureResult.record`, or the ``fdu.json`` next to saved weights; without it the page has no training
     curves and no settings."""
     command: str = ""
     """The command line that reproduces this."""
@@ -281,11 +281,13 @@ def check_counts(evaluation: Evaluation, probes: Sequence[Class]) -> None:
             raise ValueError(f"the judge's answers for {one.name!r} must be {shown} before and after, got {counts}")
     sides = (evaluation.before, evaluation.after)
     for side in sides:
-        shares = [side.target_accuracy, side.unseen_accuracy, side.retained_accuracy, side.cross_domain_accuracy]
-        for several in (side.per_class, side.target_became, side.retained_by_group):
-            shares += several.values()
-        if not all(share is None or 0 <= share <= 1 for share in shares):
-            raise ValueError("a share lies outside [0, 1]")
+        names = ("target_accuracy", "unseen_accuracy", "retained_accuracy", "cross_domain_accuracy")
+        shares = {name: getattr(side, name) for name in names}
+        for name in ("per_class", "target_became", "retained_by_group"):
+            shares |= {f"{name}.{key}": share for key, share in getattr(side, name).items()}
+        for name, share in shares.items():
+            if share is not None and not 0 <= share <= 1:
+                raise ValueError(f"{name} must be in [0, 1], got {share!r}")
         lacking = {one.name for one in probes if one.role != "unseen"} | {side.worst_retained_class}
         if not side.per_class.keys() >= lacking:
             raise ValueError(f"per_class lacks {sorted(lacking - side.per_class.keys())[0]!r}")
@@ -349,7 +351,9 @@ def _reduced(images: Tensor) -> Tensor:
 
 
 def _cannot_judge(images: Tensor) -> list[str]:
-    raise RuntimeError("a report's probes have no judges; the answers are in EvaluatedRun.probes")
+    raise RuntimeError(
+        "probes loaded from a report cannot judge images; the judge's recorded answers are in EvaluatedRun.probes"
+    )
 
 
 def _cut(path: Path, count: int) -> Tensor:

@@ -35,7 +35,7 @@ def restored(kind: Any, value: Any, where: str) -> Any:
         return kind(**{name: restored(hints[name], value[name], f"{where}.{name}") for name in names})
     if origin is Literal:
         if value not in arguments:
-            raise ValueError(f"{where} is none of {', '.join(map(str, arguments))}: {value!r}")
+            raise ValueError(f"{where} must be one of {', '.join(map(str, arguments))}, got {value!r}")
         return value
     if origin is dict:
         return {
@@ -55,6 +55,8 @@ def restored(kind: Any, value: Any, where: str) -> Any:
 
 def _checked(value: Any, kind: Any, where: str) -> Any:
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+        kinds = kind if isinstance(kind, tuple) else (kind,)
+        wanted = " or ".join(one.__name__ for one in kinds)
         shown = repr(value)
-        raise ValueError(f"{where} is wrong: {shown if len(shown) < 40 else type(value).__name__}")
+        raise ValueError(f"{where} must be {wanted}, got {shown if len(shown) < 40 else type(value).__name__}")
     return value

@@ -55,7 +55,7 @@ def write(
         pipeline: the pipeline, with the weights after or before the erasure.
         changed_weights: "attribute.parameter" -> (before, after), in the model's dtype.
         base: the base model's name, for messages.
-        metadata: of the file, beside what is needed to apply it.
+        metadata: strings for the file's header, besides those needed to apply it.
 
     Raises:
         ValueError: nothing changed.
@@ -152,7 +152,7 @@ def _check_shape(name: str, tensor: Tensor, weight: Tensor, rows: Tensor | None)
     expected = weight.shape if rows is None else (len(rows), *weight.shape[1:])
     if tensor.shape != expected or not tensor.is_floating_point():
         raise ValueError(
-            f"{name} is {tuple(weight.shape)} here, the file has {tuple(tensor.shape)} of {tensor.dtype}; "
+            f"{name} has shape {tuple(weight.shape)} here, but {tuple(tensor.shape)} ({tensor.dtype}) in the file; "
             "load it into the model it was made for"
         )
     if rows is not None and len(rows) and not 0 <= int(rows.min()) <= int(rows.max()) < len(weight):

@@ -1,4 +1,4 @@
-"""What a result depends on: a fingerprint of the pipeline's weights, and the versions of packages."""
+"""Inputs of a result: a fingerprint of the pipeline's weights, and the versions of packages."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import fdu
 from fdu.models import parts
 
 SAMPLES = 256
-"""Bytes of each tensor that are hashed, evenly spread, beside the sum of all its words."""
+"""Bytes of each tensor that are hashed, evenly spread, besides the sum of all its words."""
 PACKAGES = ("torch", "triton", "diffusers", "transformers", "accelerate", "peft", "safetensors")
 
 

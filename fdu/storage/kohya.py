@@ -78,7 +78,7 @@ def is_kohya_lora(names: Mapping[str, Tensor]) -> bool:
 
 
 def write(folder: Path, pipeline: DiffusionPipeline, updates: Updates, metadata: Mapping[str, str]) -> Path:
-    """Write updates, checked by :func:`fdu.storage.lora.check`, with ``metadata`` beside kohya's own.
+    """Write updates, checked by :func:`fdu.storage.lora.check`, with ``metadata`` in addition to kohya's own.
 
     DoRA magnitudes are ``dora_scale`` [out, 1], as LyCORIS has them with wd_on_output. Only fdu and programs that
     follow LyCORIS read them right: diffusers drops them with a warning, AUTOMATIC1111 takes them for magnitudes of

@@ -73,7 +73,7 @@ def result_bytes(folder: Path | None, train_method: str, save_as: str = "auto") 
         folder: the pipeline's; None for a pipeline on the hub.
         train_method, save_as: settings of the erasure; a format that its result cannot have is a ValueError.
     """
-    from fdu.storage.writers import choose_format
+    from fdu.storage.formats import choose_format
 
     if choose_format(save_as, train_method) in ("lora", "kohya"):
         return SMALL_RESULT
@@ -106,7 +106,7 @@ def check_encoder(name: str, argument: str = "judge") -> None:
 
 
 def read_record(folder: str) -> Any:
-    """The record of ``fdu erase`` beside the weights, unchecked (see :func:`fdu.report.check_record`), or None.
+    """The record of ``fdu erase`` next to the weights, unchecked (see :func:`fdu.report.check_record`), or None.
 
     Raises:
         ValueError: it is not valid JSON.

@@ -56,7 +56,7 @@ class Update:
 
 
 Updates = dict[str, dict[str, Update]]
-"""By the pipeline's attribute, and within it by the layer's name."""
+"""Updates by the pipeline's attribute, and within it by the layer's name."""
 
 
 def is_diffusers_lora(names: Mapping[str, Any]) -> bool:
@@ -69,7 +69,7 @@ def from_layers(lora_layers: Mapping[str, Mapping[str, Tensor]], lora_alpha: flo
 
     Args:
         lora_layers: by attribute, tensors in diffusers' or peft's names.
-        lora_alpha: of every update; None means its rank.
+        lora_alpha: the alpha of every update; None means its rank.
 
     Raises:
         ValueError: tensors that are none of an update, or incomplete updates.
@@ -148,7 +148,7 @@ def check(pipeline: DiffusionPipeline, updates: Updates) -> Updates:
 
 
 def attach(pipeline: DiffusionPipeline, updates: Updates, adapter_name: str | None, strength: float) -> str:
-    """Put :func:`check`-ed updates on the pipeline as one adapter, beside those that are active; returns its name.
+    """Put :func:`check`-ed updates on the pipeline as one adapter, in addition to the active ones; returns its name.
 
     Raises:
         ValueError: the name is taken.

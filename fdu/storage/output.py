@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 RECORD_FILE = "fdu.json"
-"""Beside saved weights: what was erased, with which settings and versions, and the course of the training."""
+"""File next to saved weights: what was erased, with which settings and versions, and the course of the training."""
 PIPELINE_FILE = "model_index.json"
-"""In the folder of a diffusers pipeline."""
+"""File in the folder of a diffusers pipeline."""
 METRICS_FILE = "metrics.json"
-"""Beside a report: what was measured."""
+"""File next to a report: the measured figures."""
 METRICS_KEYS = {"before", "after", "target", "images_per_class"}
 """Keys that distinguish it from other programs' files of this name."""
 RUN_PREFIXES = ("checkpoint-", "prompts-", "latents-", "frozen-")
@@ -78,7 +78,7 @@ def check_output(
 
 @contextmanager
 def whole_folder(folder: str | Path, overwrite: bool = False) -> Iterator[Path]:
-    """Yield a new folder to fill beside ``folder``; at the end it takes that name, after an error it is removed.
+    """Yield a new folder to fill, next to ``folder``; at the end it takes that name, after an error it is removed.
 
     A reader never sees a half-written folder, and what stood there before stays until the new one is complete.
 

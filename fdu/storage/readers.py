@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from fdu.models import parts
-from fdu.models.unet import original_name
+from fdu.models.kohya_names import original_name
 from fdu.storage import delta, kohya, lora
 from fdu.storage.output import PIPELINE_FILE
 

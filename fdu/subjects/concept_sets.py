@@ -94,9 +94,9 @@ def choose_set(
     """The set to judge an erasure by: the one named, else that of the target's name, else the training's prompts.
 
     Args:
-        target: what was erased; None: whatever ``prompts`` says.
-        prompts: as :func:`concept_set` takes it, if one was named.
-        record: as :func:`set_of_record` takes it, if the training is recorded.
+        target: the erased concept; None takes that of ``prompts``.
+        prompts: an argument of :func:`concept_set`, if the user named a set.
+        record: an argument of :func:`set_of_record`, if there is a record of the training.
 
     Raises:
         ValueError: ``prompts`` is the set of another target; or there is nothing to judge by.
@@ -177,7 +177,7 @@ def set_of_record(record: Mapping[str, Any], target: str) -> ConceptSet:
     """A set for what ``fdu erase`` noted: the prompts of the training, and the subjects of the package; no neighbours.
 
     Args:
-        record: as :meth:`fdu.ErasureResult.record` makes it.
+        record: as returned by :meth:`fdu.ErasureResult.record`.
         target: which of the erased concepts.
 
     Raises:

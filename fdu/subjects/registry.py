@@ -42,8 +42,8 @@ def load_pipeline(model: str | Path, dtype: str | torch.dtype = "float32", devic
 
     Args:
         model: a pipeline's folder, a hub id (org/name), or "embedded".
-        dtype: of the weights: float32, float16 or bfloat16, by name or from torch.
-        device: where to put it: cpu, cuda, mps or auto.
+        dtype: dtype of the weights: float32, float16 or bfloat16, by name or from torch.
+        device: the device to put the pipeline on: cpu, cuda, mps or auto.
 
     Raises:
         ValueError, FileNotFoundError: as :func:`subject_of`, or an unknown dtype or device.

@@ -73,7 +73,7 @@ class Cache:
 
 
 def model_key(denoiser: Denoiser) -> dict[str, Any]:
-    """The inputs of prompts, latents and frozen outputs of a pipeline, beside the settings."""
+    """The inputs of prompts, latents and frozen outputs of a pipeline, besides the settings."""
     pipeline = denoiser.pipeline
     settings = {name: repr(value) for name, value in pipeline.config.items() if not name.startswith("_")}
     return {

@@ -112,10 +112,10 @@ class Checkpoints:
         for name in ("base", "concepts", "processes", "mask"):
             if mine.get(name) != other.get(name):
                 # The others are long, or say nothing.
-                values = f", {other.get(name)!r} and not {mine.get(name)!r}" if name == "processes" else ""
+                values = f", {other.get(name)!r} there, {mine.get(name)!r} here" if name == "processes" else ""
                 raise ValueError(
                     f"checkpoint {str(path)!r} belongs to another run: it differs in {name}{values}; "
-                    "resume with the same, or choose another checkpoint_dir"
+                    f"resume with the same {name}, or choose another checkpoint_dir"
                 )
         theirs = other.get("config", {})
         for name, value in mine["config"].items():

@@ -53,11 +53,11 @@ class Batch:
     noisy: Tensor
     """x_t [N, C, H, W]."""
     indices: Tensor
-    """Indices [N] of the grid of timesteps."""
+    """Indices [N] on the timestep grid."""
     timestep_weight: Tensor | None
     """Weights [size] that compensate unevenly drawn timesteps; None for uniform ones."""
     noise: Tensor | None
-    """With the objective "noise", the true outputs of the samples that erase, [size, C, H, W]; otherwise None."""
+    """The true outputs of the erasing samples, [size, C, H, W], if the objective is "noise"; otherwise None."""
     reads: Tensor
     """The prompt that the trained model reads for each sample, an index of ``Examples.texts``, [N]; on the CPU."""
     anchors: Tensor

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from fdu.training.checkpoint import Checkpoints
 from fdu.training.frozen_layers import keeping_less
-from fdu.training.process import Interruption, noticed
+from fdu.training.process_state import Interruption, noticed
 from fdu.training.sharding import sharded
 from fdu.training.step import COLUMNS, Stepper
 from fdu.training.tracking import Tracking

@@ -73,9 +73,9 @@ def check_shards(module: nn.Module, config: EraseConfig, processes: int) -> None
 def sharded(module: nn.Module, trained: Collection[nn.Parameter]) -> Iterator[None]:
     """Within this context the module is in shards, and all processes must make each of its forward passes together.
 
-    Between the passes a process holds its share of the frozen weights. Afterwards, also after an error, the module is
+    Between the passes a process holds its share of the frozen weights. Afterwards, even after an error, the module is
     as before: the same parameter objects with the same bits, the same classes and hooks. Blocks are those that
-    diffusers does not split over devices (``_no_split_modules``). Every process must come with the same weights.
+    diffusers does not split over devices (``_no_split_modules``). Every process must start with the same weights.
 
     Args:
         module: a denoiser of diffusers.

@@ -141,7 +141,8 @@ class Stepper:
                 parameter.grad = self.accelerator.reduce(parameter.grad, "mean")
 
     def draw_frozen_batches(self) -> None:
-        """With frozen_batches, draw them all now, and what the frozen denoiser predicts, unless the cache has it."""
+        """If frozen_batches is set, draw all batches now and compute the frozen denoiser's predictions for them, or
+        read those from the cache."""
         config = self.config
         count = min(config.frozen_batches, config.max_train_steps * config.gradient_accumulation_steps)
         if not count:
@@ -155,7 +156,7 @@ class Stepper:
 
         key: dict[str, Any] = {}
         if self.cache.folder is not None:
-            # All that the frozen outputs depend on, beside the model.
+            # All that the frozen outputs depend on, besides the model.
             key = {
                 "batches": [tensor_key(batch.noisy, batch.indices, batch.reads, batch.anchors) for batch in batches],
                 "size": config.train_batch_size,

@@ -110,7 +110,7 @@ class CudaBackend(CpuBackend):
     """The kernels for CUDA devices.
 
     They return before the device has done its work, and can be captured in a graph. A Gaussian value and gradient is
-    one launch where a sample fits on chip, else two; anything else is one, beside that for the sum of a mask.
+    one launch where a sample fits on chip, else two; anything else is one, plus one for the sum of a mask.
     """
 
     FUSES_FORWARD = False

@@ -79,7 +79,7 @@ def as_the_paper_says(candidate: Candidate) -> tuple[float, float, float]:
     [
         ((1, 1), "holds (2 "),
         ((-1, 0, 0), "does not hold (1 "),
-        ((0, 0), "not seen (2 "),
+        ((0, 0), "not observed (2 "),
         ((1, 0), "holds in part (1 "),
         ((1, -1, 0), "mixed (1 "),
         ((None, 1, None), "holds (1 "),
@@ -140,12 +140,12 @@ def test_the_scale_decides_only_where_the_difference_grows(gaps: tuple[float, fl
 
 def test_the_page_says_what_the_records_say(tmp_path: Path) -> None:
     page = page_of(tmp_path, as_the_paper_says)
-    assert page is not None and "(all 54 runs;" in page and "cpu: AVX512, 1 thread; torch 9.9." in page
+    assert page is not None and "(all 54 runs;" in page and "AVX512, 1 thread; torch 9.9." in page
     found = verdicts(page)
     assert found["Hellinger dominates MSE"].startswith("holds (2 ")
     assert found["Hellinger keeps retained concepts best"].startswith("holds (10 ")
     assert found["A larger gradient erases faster"].startswith("does not hold (2 ")
-    assert found["The scale sigma decides whether the divergence matters"].startswith("not seen (1 ")
+    assert found["The scale sigma decides whether the divergence matters"].startswith("not observed (1 ")
     assert found["Variational losses erase faster"].startswith("holds (3 ")
     assert found["Variational losses hurt fidelity more"].startswith("cannot be told (3 ")
     recommended = [line for line in page.splitlines() if line.startswith("* **")]

@@ -210,7 +210,7 @@ def test_the_verdict_on_the_flow_follows_the_numbers() -> None:
         return theory_gaussian.flow_claim(flows)["verdict"]
 
     times = {"squared_hellinger": 1.29, "mse": 1.15, "pearson_chi2": 0.67}
-    assert verdict(times) == "confirmed for the flow far from its end, not near it"
+    assert verdict(times).startswith("confirmed for the flow far from its end, but not near")
     assert verdict(times, wrong=1.01).startswith("refuted")
     assert verdict(dict.fromkeys(times, 1.0)).startswith("refuted")
 

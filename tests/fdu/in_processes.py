@@ -1,16 +1,20 @@
-"""Several processes of torch.distributed on this machine: tasks for them, which leave their findings in files."""
+"""Processes of their own on this machine, alone or of torch.distributed, and tasks for them, which leave their findings
+in files. They are forked from one process that has imported fdu, which takes seconds."""
 
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import socket
-import subprocess
 import sys
+from collections.abc import Callable, Mapping
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import families
+import pytest
 import torch
 from accelerate import PartialState
 from diffusers import DiffusionPipeline
@@ -25,14 +29,19 @@ from fdu.subjects.digits import pipeline as digits
 from fdu.training import sharding
 from fdu.training.step import Stepper
 
-RANK = os.environ.get("RANK", "0")
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload([__name__])
+SECONDS = 250
+"""The most that a task may take."""
+rank = "0"
+"""Of this process, if several work on a task."""
 torch.set_num_threads(1)
 
 
 class Ended(NamedTuple):
     """How a process ended."""
 
-    returncode: int
+    returncode: int | None
     error: str
 
 
@@ -43,22 +52,47 @@ def free_port() -> str:
         return str(free.getsockname()[1])
 
 
-def ended(folder: Path, task: str, *arguments: str, processes: int = 2) -> list[Ended]:
-    """Run a task of this file in so many processes, and wait for all of them."""
+def started(
+    task: Callable[..., object], *arguments: Any, errors: Path, environment: Mapping[str, str] | None = None
+) -> BaseProcess:
+    """A process that does a task of this file; what it writes to stderr is in the file ``errors``."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))  # for the server, which begins with the first process
+        process = SERVER.Process(target=_do, args=(task, arguments, errors, dict(environment or {})))
+        process.start()
+    return process
+
+
+def _do(task: Callable[..., object], arguments: tuple[Any, ...], errors: Path, environment: dict[str, str]) -> None:
+    global rank
+    os.environ.update(environment)
+    rank = os.environ.get("RANK", "0")
+    with errors.open("w") as stderr, open(os.devnull, "w") as stdout:
+        os.dup2(stderr.fileno(), 2)
+        os.dup2(stdout.fileno(), 1)
+    task(*arguments)
+
+
+def ended(folder: Path, task: Callable[..., object], *arguments: str, processes: int = 2) -> list[Ended]:
+    """Do a task of this file in so many processes of one group, and wait for all of them."""
     folder.mkdir(exist_ok=True)
-    port, running = free_port(), []
-    code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import in_processes; "
-    command = [sys.executable, "-c", f"{code}in_processes.{task}(*sys.argv[1:])", str(folder), *arguments]
-    for rank in range(processes):
-        place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)} if processes > 1 else {}
-        environment = {**os.environ, **place, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        running.append(subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE))
-    try:
-        errors = [process.communicate(timeout=250)[1].decode() for process in running]
-    finally:
-        for process in running:
-            process.kill()
-    return [Ended(process.returncode, error) for process, error in zip(running, errors, strict=True)]
+    group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    running = []
+    for number in range(processes):
+        place = {"RANK": str(number), "LOCAL_RANK": str(number), "WORLD_SIZE": str(processes)} if processes > 1 else {}
+        errors = folder / f"stderr-{number}"
+        running.append((started(task, str(folder), *arguments, errors=errors, environment={**group, **place}), errors))
+    for process, _ in running:
+        process.join(SECONDS)
+    for process, _ in running:
+        process.kill()
+        process.join()
+    return [Ended(process.exitcode, errors.read_text()) for process, errors in running]
+
+
+def erase_with_checkpoints(folder: str, settings: dict[str, Any]) -> None:
+    """An erasure that leaves only its checkpoints."""
+    fdu.erase(digits.load_pipeline(), "three", "eight", checkpoint_dir=f"{folder}/checkpoints", **settings)
 
 
 def erase(pipeline: DiffusionPipeline, settings: dict[str, Any]) -> fdu.ErasureResult:
@@ -81,8 +115,8 @@ def train(folder: str, settings: str) -> None:
         found = found_by(result)
         with result.original():
             found["unchanged"] = torch.tensor(before.holds())
-        torch.save(found, Path(folder) / f"{number}-{RANK}.pt")
-        if RANK == "0":
+        torch.save(found, Path(folder) / f"{number}-{rank}.pt")
+        if rank == "0":
             result.save(Path(folder) / f"{number}-result")
 
 
@@ -90,7 +124,7 @@ def train_after_another(folder: str, settings: str) -> None:
     """An erasure after one of another method, for which accelerate has prepared the denoiser already."""
     pipeline = digits.load_pipeline()
     erase(pipeline, {**json.loads(settings), "train_method": "text_encoder"})
-    torch.save(found_by(erase(pipeline, json.loads(settings))), Path(folder) / f"0-{RANK}.pt")
+    torch.save(found_by(erase(pipeline, json.loads(settings))), Path(folder) / f"0-{rank}.pt")
 
 
 def die_and_go_on(folder: str, settings: str) -> None:
@@ -119,7 +153,7 @@ def fail_together(folder: str, settings: str) -> None:
     result = erase(pipeline, json.loads(settings))
     with result.original():
         found["unchanged later"] = before.holds()
-    (Path(folder) / f"{RANK}.json").write_text(json.dumps(found))
+    (Path(folder) / f"{rank}.json").write_text(json.dumps(found))
 
 
 def fail_alone(folder: str, settings: str) -> None:
@@ -127,7 +161,7 @@ def fail_alone(folder: str, settings: str) -> None:
     step = Stepper.step
 
     def failing(stepper: Stepper, number: int) -> Tensor:
-        if number == 2 and RANK == "1":
+        if number == 2 and rank == "1":
             raise MemoryError("no memory left here")
         return step(stepper, number)
 
@@ -136,7 +170,7 @@ def fail_alone(folder: str, settings: str) -> None:
     try:
         erase(digits.load_pipeline(), json.loads(settings))
     except RuntimeError as raised:
-        (Path(folder) / f"{RANK}.json").write_text(json.dumps(str(raised)))
+        (Path(folder) / f"{rank}.json").write_text(json.dumps(str(raised)))
 
 
 def every_family(folder: str) -> None:
@@ -160,7 +194,7 @@ def every_family(folder: str) -> None:
                 "in shards": in_shards,
                 "unchanged": before.holds() and before.same_form(),
             }
-    (Path(folder) / f"{RANK}.json").write_text(json.dumps(found))
+    (Path(folder) / f"{rank}.json").write_text(json.dumps(found))
 
 
 def computed(denoiser: Denoiser, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:

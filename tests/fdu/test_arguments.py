@@ -205,7 +205,7 @@ def test_several_concepts_that_do_not_fit_are_refused() -> None:
         concept_pairs(cats, "pet", ["object"])
     with pytest.raises(ValueError, match="target names 'cat' twice"):
         concept_pairs([Concept("cat"), Concept("cat")], "pet")
-    with pytest.raises(ValueError, match="circle, 'dog' -> 'cat' -> 'dog'"):
+    with pytest.raises(ValueError, match="cycle: 'dog' -> 'cat' -> 'dog'"):
         concept_pairs(cats, [Concept("dog"), Concept("cat")])
 
 
@@ -222,7 +222,7 @@ def test_an_anchor_that_names_another_target_is_led_on() -> None:
 
 
 def test_names_that_lead_further_and_further_are_refused() -> None:
-    with pytest.raises(ValueError, match="circle"):
+    with pytest.raises(ValueError, match="cycle"):
         concept_pairs(
             [Concept("a", ("one a",)), Concept("b", ("one b",))], [Concept("b", ("x b",)), Concept("a", ("x a",))]
         )

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import re
 import signal
-import subprocess
-import sys
 import time
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
+from in_processes import erase_with_checkpoints, started
 from torch import Tensor
 
 import fdu
@@ -21,22 +22,11 @@ from fdu.training import checkpoint as checkpoint_file
 from fdu.training.checkpoint import Checkpoints
 from fdu.training.step import Stepper
 
-RUN = """
-import sys
-import torch
-import fdu
-from fdu.subjects.digits import pipeline as digits
-torch.set_num_threads(1)
-folder, settings = sys.argv[1], eval(sys.argv[2])
-fdu.erase(digits.load_pipeline(), "three", "eight", checkpoint_dir=folder + "/checkpoints", **settings)
-"""
-"""A run in a process of its own, which does not live to its end."""
 
-
-def start(folder: Path, **settings: Any) -> subprocess.Popen[bytes]:
+def start(folder: Path, **settings: Any) -> BaseProcess:
+    """A run in a process of its own, which does not live to its end."""
     folder.mkdir(exist_ok=True)
-    command = [sys.executable, "-c", RUN, str(folder), repr(settings)]
-    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    return started(erase_with_checkpoints, str(folder), settings, errors=folder / "stderr")
 
 
 def finished(folder: Path, **settings: Any) -> dict[str, Tensor]:
@@ -47,14 +37,15 @@ def finished(folder: Path, **settings: Any) -> dict[str, Tensor]:
     return {**weights, **history, "sigma": torch.tensor(result.sigma)}
 
 
-def kill_at(process: subprocess.Popen[bytes], folder: Path, step: int, number: signal.Signals) -> str:
+def kill_at(process: BaseProcess, folder: Path, step: int, number: signal.Signals) -> str:
     """Send the signal once the checkpoint of a step is there; the last words of the process."""
     deadline = time.monotonic() + 200
     while not (folder / "checkpoints" / f"checkpoint-{step}").exists():
-        assert process.poll() is None and time.monotonic() < deadline, "no checkpoint came"
+        assert process.is_alive() and time.monotonic() < deadline, "no checkpoint came"
         time.sleep(0.01)
-    process.send_signal(number)
-    return process.communicate(timeout=200)[1].decode()
+    os.kill(process.pid, number)
+    process.join(200)
+    return (folder / "stderr").read_text()
 
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -73,7 +64,7 @@ def test_a_killed_run_goes_on_bit_for_bit(quick: dict[str, Any], tmp_path: Path,
     whole = finished(tmp_path / "whole", **settings)
     killed = start(tmp_path / "killed", **settings)
     kill_at(killed, tmp_path / "killed", 5, signal.SIGKILL)
-    assert killed.returncode == -signal.SIGKILL
+    assert killed.exitcode == -signal.SIGKILL
     resumed = finished(tmp_path / "killed", **settings, resume_from_checkpoint="latest")
     assert resumed.keys() == whole.keys()
     assert all(torch.equal(resumed[name], whole[name]) for name in whole)
@@ -85,7 +76,7 @@ def test_a_signal_saves_where_the_run_is(quick: dict[str, Any], tmp_path: Path, 
     settings = {**quick, "max_train_steps": 60, "checkpointing_steps": 5}
     process = start(tmp_path / "run", **settings)
     words = kill_at(process, tmp_path / "run", 5, number)
-    assert process.returncode != 0 and words.rstrip().endswith("KeyboardInterrupt")
+    assert process.exitcode != 0 and words.rstrip().endswith("KeyboardInterrupt")
     kept = Checkpoints(tmp_path / "run" / "checkpoints", 2, {}).all()
     assert int(kept[-1].name.removeprefix("checkpoint-")) > 5
 

@@ -116,12 +116,12 @@ def test_unfit_folders_are_refused_before_any_work(idle: Path, capsys: pytest.Ca
     Path("damaged/fdu.json").write_text(json.dumps(record | {"history": {"loss": ["x"]}}))
     capsys.readouterr()
     for arguments, message in (
-        (["evaluate", "embedded", "damaged"], "record.history.loss[0] is wrong: 'x'"),
+        (["evaluate", "embedded", "damaged"], "record.history.loss[0] must be int or float, got 'x'"),
         (["evaluate", "embedded", "empty"], "record.target"),
         (["report", "none"], "not a folder"),
         (["report", str(idle)], "fdu evaluate"),
         (["evaluate", "embedded", str(idle), "--phrasings", "x"], "--robustness"),
-        (["evaluate", "embedded", str(idle), "--robustness", "--phrasings", "x"], "no file"),
+        (["evaluate", "embedded", str(idle), "--robustness", "--phrasings", "x"], "not a file"),
     ):
         assert main(arguments) == cli.USAGE
         assert message in capsys.readouterr().err

@@ -73,6 +73,7 @@ def test_twice_in_a_row(
     assert "CC BY 4.0" in report and "CLIP" in report
     assert len(report) < 2_000_000
     pipeline.load_lora_weights(folder / "erased")
+    assert "Not measured" not in (folder / "erased" / "README.md").read_text()
 
     # Again with other settings: the new output replaces the old one, and the judged noise is not that of the training.
     real, seeds = fdu.draw, []

@@ -189,15 +189,15 @@ def test_precisions_may_differ_within_one_process(quick: dict[str, Any]) -> None
 @pytest.mark.parametrize("method", TRAIN_METHODS)
 def test_autocast_trains_the_weights_that_change(quick: dict[str, Any], method: str) -> None:
     """A cache of cast weights must not serve the frozen weights to the trained pass."""
-    settings = {**quick, "train_batch_size": 4, "max_train_steps": 40, "learning_rate": 1e-2, "train_method": method}
+    settings = {**quick, "train_batch_size": 4, "max_train_steps": 24, "learning_rate": 2e-2, "train_method": method}
     distances = [
         fdu.erase(digits.load_pipeline(), "three", "eight", mixed_precision=precision, **settings).history["distance"]
         for precision in ("no", "bf16")
     ]
     exact, cast = torch.tensor(distances)
     # Weights that do not train leave the distance where it began; the rounding of bfloat16 leaves far less.
-    assert exact[-10:].mean() < 0.5 * exact[:5].mean()
-    torch.testing.assert_close(cast[-10:].mean(), exact[-10:].mean(), rtol=0.3, atol=0.1 * exact[:5].mean().item())
+    assert exact[-5:].mean() < 0.5 * exact[:3].mean()
+    torch.testing.assert_close(cast[-5:].mean(), exact[-5:].mean(), rtol=0.3, atol=0.1 * exact[:3].mean().item())
 
 
 @pytest.fixture
@@ -256,7 +256,7 @@ def test_what_contradicts_the_erasure_is_refused(pipeline: StableDiffusionPipeli
     for anchor, mask, error in (
         ("eight", torch.zeros(8, 8), "mask.*>= 0"),
         ("eight", -torch.ones(8, 8), "mask must hold values >= 0"),
-        ([fdu.Concept("eight"), fdu.Concept("three")], None, "anchor.*circle"),
+        ([fdu.Concept("eight"), fdu.Concept("three")], None, "anchor.*cycle"),
     ):
         targets = [fdu.Concept("three"), fdu.Concept("eight")] if isinstance(anchor, list) else "three"
         with pytest.raises(ValueError, match=error):

@@ -20,7 +20,7 @@ import fdu
 from fdu.models.denoiser import Conditioning, Denoiser
 from fdu.models.families import FAMILIES, denoiser_of
 from fdu.models.flux import pack, position_ids, unpack
-from fdu.models.grids import shifted_sigmas
+from fdu.models.noise_schedules import shifted_sigmas
 from fdu.storage.readers import load_weights
 
 pytestmark = pytest.mark.quick(name=["sd", "sd3", "flux", "pixart"], method=["dora"])

@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import fdu
-from fdu.config import TRAIN_METHODS, TrainMethod
+from fdu.config import TRAIN_METHODS, TrainMethod, hints_of
 from fdu.evaluation.metrics import catalogue
 from fdu.evaluation.metrics.metric import PairMetric, SetMetric
 from fdu.evaluation.tables import distance_table
@@ -141,6 +141,7 @@ def test_a_new_training_method_trains(quick: dict[str, Any], tmp_path: Path, mon
     monkeypatch.setitem(sys.modules, file.__name__, file)
     monkeypatch.setitem(TRAIN_METHODS, "toy", TrainMethod("toy"))
     monkeypatch.setattr("fdu.config.TrainMethodName", Literal[tuple(TRAIN_METHODS)])  # as when it is imported
+    monkeypatch.setattr("fdu.config.hints_of", hints_of.__wrapped__)  # not from its cache
     before = {name: tensor.clone() for name, tensor in pipeline.unet.state_dict().items()}
     result = fdu.erase(pipeline, "three", "eight", **{**quick, "max_train_steps": 1}, train_method="toy")
     changed = [name for name, tensor in pipeline.unet.state_dict().items() if not torch.equal(tensor, before[name])]

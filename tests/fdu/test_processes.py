@@ -6,11 +6,12 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import families
+import in_processes
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
@@ -38,7 +39,7 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-def done(folder: Path, task: str, *arguments: str, processes: int = 2) -> None:
+def done(folder: Path, task: Callable[..., object], *arguments: str, processes: int = 2) -> None:
     for process in ended(folder, task, *arguments, processes=processes):
         assert process.returncode == 0, process.error
 
@@ -61,9 +62,11 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Every case by one process with the whole batch, by two in shards, and by two in copies."""
     folder = tmp_path_factory.mktemp("runs")
     cases = [settings(folder, **case) for case in CASES.values()]
-    done(folder / "one", "train", json.dumps([{**case, "train_batch_size": 4} for case in cases]), processes=1)
-    done(folder / "shards", "train", json.dumps([{**case, "shard": True} for case in cases]))
-    done(folder / "copies", "train", json.dumps(cases))
+    done(
+        folder / "one", in_processes.train, json.dumps([{**case, "train_batch_size": 4} for case in cases]), processes=1
+    )
+    done(folder / "shards", in_processes.train, json.dumps([{**case, "shard": True} for case in cases]))
+    done(folder / "copies", in_processes.train, json.dumps(cases))
     return folder
 
 
@@ -105,9 +108,9 @@ def test_a_result_of_shards_loads_in_plain_diffusers(runs: Path, pipeline: Stabl
 def test_a_run_in_shards_that_was_killed_goes_on_bit_for_bit(runs: Path, tmp_path: Path) -> None:
     kept = {"checkpoint_dir": str(tmp_path / "checkpoints"), "checkpointing_steps": 3}
     mortal = json.dumps([settings(tmp_path, shard=True, resume_from_checkpoint="latest", **kept, **CASES["lora"])])
-    assert {process.returncode for process in ended(tmp_path, "die_and_go_on", mortal)} == {9}
+    assert {process.returncode for process in ended(tmp_path, in_processes.die_and_go_on, mortal)} == {9}
     assert (tmp_path / "checkpoints" / "checkpoint-3").is_dir()
-    done(tmp_path, "die_and_go_on", mortal)
+    done(tmp_path, in_processes.die_and_go_on, mortal)
     for whole, resumed in zip(trained(runs / "shards"), trained(tmp_path), strict=True):
         for name in whole:
             torch.testing.assert_close(resumed[name], whole[name], rtol=0, atol=0)
@@ -115,7 +118,7 @@ def test_a_run_in_shards_that_was_killed_goes_on_bit_for_bit(runs: Path, tmp_pat
 
 @pytest.mark.slow
 def test_after_an_error_the_pipeline_is_as_before_and_can_be_used_again(tmp_path: Path) -> None:
-    done(tmp_path, "fail_together", json.dumps(settings(tmp_path, shard=True)))
+    done(tmp_path, in_processes.fail_together, json.dumps(settings(tmp_path, shard=True)))
     for process in found(tmp_path):
         assert "draws as before" in process["error"]
         assert process["unchanged"] and process["unchanged later"]
@@ -123,7 +126,7 @@ def test_after_an_error_the_pipeline_is_as_before_and_can_be_used_again(tmp_path
 
 @pytest.mark.slow
 def test_where_a_process_fails_alone_nobody_waits_for_ever(tmp_path: Path) -> None:
-    done(tmp_path, "fail_alone", json.dumps(settings(tmp_path, shard=True)))
+    done(tmp_path, in_processes.fail_alone, json.dumps(settings(tmp_path, shard=True)))
     first, second = found(tmp_path)
     assert "no memory left here" in second
     assert "load the pipeline afresh" in first and "load the pipeline afresh" in second
@@ -131,7 +134,7 @@ def test_where_a_process_fails_alone_nobody_waits_for_ever(tmp_path: Path) -> No
 
 @pytest.mark.slow
 def test_every_family_computes_in_shards_what_it_computes_whole(tmp_path: Path) -> None:
-    done(tmp_path, "every_family")
+    done(tmp_path, in_processes.every_family)
     one, other = found(tmp_path)
     assert {name.split()[0] for name in one} == set(families.BUILDERS)
     for name in one:
@@ -144,7 +147,7 @@ def test_every_family_computes_in_shards_what_it_computes_whole(tmp_path: Path) 
 
 @pytest.mark.slow
 def test_a_run_after_one_of_another_method_still_averages_its_gradients(quick: dict[str, Any], tmp_path: Path) -> None:
-    done(tmp_path, "train_after_another", json.dumps(quick))
+    done(tmp_path, in_processes.train_after_another, json.dumps(quick))
     one, other = trained(tmp_path)
     for name in one:
         torch.testing.assert_close(one[name], other[name], rtol=0, atol=0)

@@ -17,10 +17,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fdu.models import parts
-from fdu.models.unet import original_name
+from fdu.models.kohya_names import original_name
 from fdu.storage import lora
+from fdu.storage.formats import write
 from fdu.storage.readers import Loaded, load_weights
-from fdu.storage.writers import write
 
 
 def after_erasure(name: str, endings: tuple[str, ...] | None = None) -> tuple[Any, dict[str, Tensor]]:
@@ -305,7 +305,7 @@ def test_unknown_tensors(tmp_path: Path) -> None:
 def test_weights_of_another_family(tmp_path: Path) -> None:
     _, after = after_erasure("sdxl")
     save_file(after, tmp_path / "esd.safetensors")
-    assert_refused("sd", tmp_path, r"unet\.\S+to_k\.weight is \(\d+, 16\) here, the file has \(\d+, 32\)")
+    assert_refused("sd", tmp_path, r"unet\.\S+to_k\.weight has shape \(\d+, 16\) here, but \(\d+, 32\)")
     assert_refused("flux", tmp_path, "changes transformer.down_blocks.*FluxPipeline does not have")
 
 

@@ -21,7 +21,7 @@ from fdu.config import EraseConfig
 from fdu.report.card import write_card
 from fdu.storage import lora
 from fdu.storage.fingerprint import versions
-from fdu.storage.writers import public_name, write
+from fdu.storage.formats import public_name, write
 from fdu.subjects.digits import pipeline as digits
 
 QUICK: dict[str, Any] = {"max_train_steps": 4, "train_batch_size": 4, "num_latents": 8, "num_inference_steps": 2}

@@ -90,7 +90,7 @@ def test_own_sets(tmp_path: Path) -> None:
         own.write_text(text)
         with pytest.raises(ValueError, match=f"no prompt.*{empty}"):
             read_sets(own, "ox")
-    with pytest.raises(FileNotFoundError, match="no file"):
+    with pytest.raises(FileNotFoundError, match="not a file"):
         read_sets(tmp_path, "ox")
 
 

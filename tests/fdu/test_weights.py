@@ -23,12 +23,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from fdu.models import parts
-from fdu.models.unet import original_name
+from fdu.models.kohya_names import original_name
 from fdu.storage import kohya, lora
 from fdu.storage.fingerprint import fingerprint
+from fdu.storage.formats import choose_format, write
 from fdu.storage.merging import merge, merged
 from fdu.storage.readers import Loaded, load_weights
-from fdu.storage.writers import choose_format, write
 
 pytestmark = pytest.mark.quick(name=["sd", "flux"])
 

@@ -72,8 +72,7 @@ def test_every_loss_compiles_without_a_break(divergence: fk.Divergence, backend:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("name", ["kl", "le_cam", "own"])
+@pytest.mark.parametrize("name, backend", [*pairs(["kl", "le_cam", "own"], BACKENDS[:1]), ("le_cam", BACKENDS[-1])])
 def test_any_shape_is_one_graph(name: str, backend: str) -> None:
     eager = every_loss(OWN if name == "own" else fk.get_divergence(name), backend)
     compiled = torch.compile(eager, fullgraph=True, dynamic=True, backend="aot_eager")

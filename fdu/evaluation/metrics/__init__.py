@@ -1,1 +1,1 @@
-"""What is measured beside the judges' shares, a file for each metric."""
+"""The metrics besides the judges' shares, one file per metric."""

@@ -1,4 +1,4 @@
-"""The metrics. A new one is a file beside this one and a line in ``METRICS``."""
+"""The metrics. A new one is a file next to this one and a line in ``METRICS``."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fdu.evaluation.metrics.pixels import PIXELS
 from fdu.evaluation.metrics.unlearn_canvas import CRA, IRA, UA
 
 METRICS: list[Metric] = [CLIP_SCORE, KID, CMMD, PERCEPTUAL, PIXELS, UA, IRA, CRA]
-"""In the order of the tables."""
+"""All metrics, in the order of the tables."""
 Kind = TypeVar("Kind", bound=Metric)
 
 

@@ -31,7 +31,7 @@ class Metric:
 
 @dataclasses.dataclass(frozen=True)
 class PairMetric(Metric):
-    """How far each image is from its counterpart. Reported is the mean over classes, by role and group."""
+    """How far each image is from its counterpart. The mean over classes is reported, by role and group."""
 
     values: Callable[[Tensor, Tensor, Any], Tensor]
     """Images before and after, [N, 3, H, W] in [0, 1], and the :class:`Features` or None -> [N]."""

@@ -2,8 +2,8 @@
 
 In the manner of concept inversion (Pham et al. 2023, arXiv 2308.01508), UnlearnDiffAtk (Zhang et al. 2023, arXiv
 2310.11868) and Ring-A-Bell (Tsai et al. 2023, arXiv 2310.10012): the loss is the erased denoiser's own, on images of
-the target that the model drew before. Here one perturbation serves all prompts and all images, and it may leave the
-embeddings of words: it bounds from above what prompts can do.
+the target that the model drew before. Here one perturbation serves all prompts and all images, and it need not
+stay among embeddings of real words, so its success is an upper bound on what prompts can do.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class AttackConfig:
     steps: Count = 60
     """Optimizer steps of an attempt."""
     learning_rate: Positive = 0.1
-    """Of AdamW, in units of the embeddings' root mean square."""
+    """Learning rate of AdamW, > 0, in units of the embeddings' root mean square."""
     batch_size: Count = 16
     """Noised images per step, >= 1."""
     restarts: Count = 2
@@ -50,7 +50,7 @@ class Attempt:
     loss: float
     """The denoiser's loss on the target's images at the end, the mean of a quarter of the steps."""
     size: float
-    """Root mean square of the perturbation at the end, in that of the embeddings."""
+    """Root mean square of the perturbation at the end, relative to that of the embeddings."""
 
 
 @dataclasses.dataclass(frozen=True)

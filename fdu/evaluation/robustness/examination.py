@@ -25,7 +25,7 @@ class Robustness:
     """The results of an examination; None for a test that was not run."""
 
     phrasings: dict[str, SetFigures] | None = None
-    """By prompt set."""
+    """The figures by prompt set."""
     attack_before: AttackFigures | None = None
     """The same attack before the erasure, for reference."""
     attack: AttackFigures | None = None

@@ -31,7 +31,8 @@ PromptSets = dict[str, tuple[str, ...]]
 
 
 def read_sets(file: str | Path, target: str, kind: str = "") -> PromptSets:
-    """The prompt sets of a file, with the target's name filled in. Prompts before any heading form a set named as it.
+    """The prompt sets of a file, with the target's name filled in. Prompts before any heading form a set
+    named like the file.
 
     With a ``kind``, the sets are those whose heading begins with "kind: ", under the rest of the heading.
 
@@ -42,7 +43,7 @@ def read_sets(file: str | Path, target: str, kind: str = "") -> PromptSets:
     file = Path(file)
     if not file.is_file():
         raise FileNotFoundError(
-            f"phrasings {str(file)!r} is no file; give a text file with one prompt per line, in sections such as "
+            f"phrasings {str(file)!r} is not a file; give a text file with one prompt per line, in sections such as "
             "[paraphrases]"
         )
     sets: dict[str, list[str]] = {}
@@ -68,8 +69,8 @@ def packaged_sets(kind: str, target: str) -> PromptSets:
 
 
 def misspellings(name: str) -> tuple[str, ...]:
-    """The name with one letter left out, doubled, swapped with the next one, hit beside its key, or replaced by a digit
-    that looks like it.
+    """The name with one letter left out, doubled, swapped with the next one, mistyped as a neighbouring key, or
+    replaced by a digit that looks like it.
 
     >>> misspellings("one")
     ('ne', 'oone', 'noe', 'ine', '0ne', 'onne', 'oen', 'obe', 'oe', 'onw', 'on3', 'on', 'onee')
@@ -97,7 +98,8 @@ class SetFigures:
     does not know these words, and the set says little."""
     after: Share
     by_prompt: dict[str, tuple[float, float]]
-    """The shares before and after of every prompt that was drawn, those that still draw the target most first."""
+    """The shares before and after of every prompt that was drawn; the prompts that still draw the target most often
+    come first."""
 
     def __post_init__(self) -> None:
         if not self.by_prompt:
@@ -105,7 +107,7 @@ class SetFigures:
 
 
 def seen_in_sets(denoiser: Denoiser, sets: PromptSets, judge: Judge, drawing: JudgedSampling) -> dict[str, list[str]]:
-    """What a judge sees in the images of each set, which its :func:`drawn_prompts` take in turn."""
+    """The judge's answers for the images of each set; the set's :func:`drawn_prompts` take turns."""
     probes = [Probe(name, drawn_prompts(prompts, drawing.images), "unseen", judge) for name, prompts in sets.items()]
     return dict(zip(sets, seen_by_judge(denoiser, probes, drawing, "phrasings"), strict=True))
 

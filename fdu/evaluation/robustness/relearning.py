@@ -20,13 +20,13 @@ from fdu.training.examples import Examples
 from fdu.training.loop import Training
 from fdu.training.methods import Request, Trainable, attach
 from fdu.training.objective import Objective
-from fdu.training.process import own_accelerator, seeded
+from fdu.training.process_state import own_accelerator, seeded
 from fdu.training.step import Stepper
 
 LEARNT_SEED = 3000
 """Offset of the seeds of the target's images that attack and relearning learn from; none of these is judged."""
 BACK = 0.5
-"""The target is back once this part of the share before the erasure shows it."""
+"""The target is back once its share reaches this fraction of its share before the erasure."""
 AUTOCAST: dict[torch.dtype, Any] = {torch.float32: "no", torch.float16: "fp16", torch.bfloat16: "bf16"}
 """The mixed precision that suits the dtype of a model's weights."""
 Course = list[tuple[int, Share]]
@@ -44,7 +44,7 @@ class RelearningConfig:
     steps: Count = 80
     """Optimizer steps at most."""
     learning_rate: Positive = 1e-3
-    """Of AdamW, constant."""
+    """Learning rate of AdamW, > 0, constant."""
     batch_size: Count = 16
     """Noised images per step, >= 1."""
     looks: Count = 6
@@ -57,10 +57,10 @@ class RelearningConfig:
 
 @dataclasses.dataclass(frozen=True)
 class RelearningFigures:
-    """What fine-tuning brought back."""
+    """How far fine-tuning brought the target back."""
 
     course: Course
-    """From step 0 on."""
+    """The course from step 0."""
     back_after: int | None
     """The steps after which half of ``drawn_before`` is reached; None for never."""
     images: int
@@ -79,12 +79,12 @@ class Lesson:
     """Images of the target that a pipeline learns from, and how it is judged on the way."""
 
     denoiser: Denoiser
-    """Of the pipeline, erased or not."""
+    """The pipeline's denoiser, erased or not."""
     probe: Probe
     """The target's prompts, and who judges the images."""
     latents: Tensor
-    """Clean latents [M, C, H, W] of the target, of :func:`target_latents`; latent i shows prompt i, modulo their
-    number."""
+    """Clean latents [M, C, H, W] of the target, as returned by :func:`target_latents`; latent i shows prompt i, modulo
+    their number."""
     drawing: JudgedSampling = dataclasses.field(default_factory=JudgedSampling)
     """How judged images are drawn."""
     drawn_before: float = 1.0
@@ -102,7 +102,7 @@ class Lesson:
             trainable: what is trained.
             config: has ``steps``, ``learning_rate``, ``batch_size``, and ``looks``: how often the pipeline is judged.
             course: gets the steps at which the pipeline is judged, and the shares.
-            seed: of timesteps and noise.
+            seed: the seed of timesteps and noise.
             description: label of the progress bar.
 
         Returns:

@@ -22,7 +22,7 @@ class DigitExam(Exam):
     """Digits or inks that the classifier judges; an encoder, if one is named, measures the distances."""
 
     others: tuple[str, ...] = ()
-    """What was erased beside the target."""
+    """Concepts that were erased besides the target."""
 
     def panel(self, device: str = "cpu") -> Panel:
         """See :meth:`Exam.panel`."""

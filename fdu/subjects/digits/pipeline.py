@@ -161,7 +161,7 @@ def preserved(*targets: str) -> tuple[str, ...]:
 
 
 def probes(target: str, *others: str) -> list[Probe]:
-    """What to draw to judge the erasure of ``target``: itself, seen and unseen, its kind, and the other kind.
+    """The classes to draw to judge the erasure of ``target``: itself, seen and unseen, its kind, and the other kind.
 
     ``others`` were erased as well, and are neither to be retained nor lost.
     """

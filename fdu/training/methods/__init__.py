@@ -1,4 +1,4 @@
-"""Training methods, one file per kind, and the frozen model beside the trained one."""
+"""Training methods, one file per kind, and the frozen model next to the trained one."""
 
 from __future__ import annotations
 

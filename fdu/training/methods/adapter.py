@@ -1,4 +1,4 @@
-"""Low-rank adapters: LoRA and DoRA through peft, beside adapters that the pipeline may carry already."""
+"""Low-rank adapters: LoRA and DoRA through peft, in addition to adapters that the pipeline may carry already."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ class Adapter(Trainable):
         for parameter in self.module.parameters():
             parameter.requires_grad_(False)
         for parameter in self.named_parameters().values():
-            # fp32 also beside a half-precision model: peft casts what flows through them.
+            # fp32 even in a half-precision model: peft casts what flows through them.
             parameter.data = parameter.data.float()
             parameter.requires_grad_(True)
 

@@ -17,8 +17,8 @@ class Perturbation(Trainable):
 
     It moves the first ``tokens`` embeddings of a prompt and, in families that have one, its pooled embedding. The
     moves are fp32 in units of the root mean square of what they are added to, so that a learning rate means the same
-    for every text encoder. Weights stay as they are; while training lasts, only prompts that the denoiser encodes
-    are moved, not those that the pipeline encodes by itself.
+    for every text encoder. Weights stay as they are. During training, only prompts encoded through the denoiser are
+    perturbed, not those that the pipeline encodes itself.
     """
 
     trains_text = True

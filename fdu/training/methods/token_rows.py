@@ -139,11 +139,12 @@ class _Rows:
 def own_tokens(pipeline: DiffusionPipeline, encoder: str, request: Request) -> list[int]:
     """The ids of the tokens of the target's names in a text encoder.
 
-    Read where a name stands in the prompts, as the tokenizer spells it there. Tokens of the prompts to keep are left
-    out: of "van gogh" only "gogh" is trained if "a van" is kept.
+    The tokens are read from the prompts themselves, because a name's tokens depend on its context. Tokens of the
+    prompts to keep are left out: of "van gogh" only "gogh" is trained if "a van" is kept.
 
     Raises:
-        ValueError: a name that no prompt contains or of which no token is its own, or a prompt that names none of them.
+        ValueError: no prompt contains one of the names, a name has no token of its own, or a prompt contains none of
+            the names.
     """
     names, prompts, kept = request.target_names, request.prompts, request.kept_prompts
     tokenizer = getattr(pipeline, TOKENIZERS[encoder], None)

@@ -26,16 +26,16 @@ class Request:
     """The input of a training method."""
 
     method: str
-    """By its name in ``fdu.config.TRAIN_METHODS``: several may share a file."""
+    """A name in ``fdu.config.TRAIN_METHODS``; several methods may share a file."""
     rank: int
-    """Of adapters."""
+    """Rank of adapters."""
     lora_alpha: float
     """Scale of adapters: their update is multiplied by lora_alpha / rank."""
     target_names: Sequence[str]
     prompts: Sequence[str]
-    """The target's."""
+    """The prompts of the target."""
     kept_prompts: Sequence[str] = ()
-    """Those of the anchor and those to preserve."""
+    """The prompts of the anchor and the prompts to preserve."""
 
     def check_found(self, names: Collection[str], denoiser: Denoiser) -> None:
         """Raise ValueError if the method found nothing to train."""

@@ -370,7 +370,7 @@ class _Samples:
         return tuning.stream(self.extent, self.batch, self.walk, self.itemsize, one_launch)
 
     def workspace(self, split: Split) -> Partials:
-        """For the partial sums of squares, and of the mask."""
+        """Memory for the partial sums of squares and of the mask."""
         masked = self.tensors[3] is not None
         rows = self.tensors[0].new_empty((1 + masked, self.batch * split.parts), dtype=torch.float32)
         return rows[0], rows[1] if masked else None
@@ -410,7 +410,7 @@ def _write_gradient(
 
 
 def _numbers(samples: _Samples, call: GaussianCall) -> tuple[Any, ...]:
-    """What the kernels call ``numbers``."""
+    """The argument ``numbers`` of the kernels."""
     profile, sigma = call.profile, call.sigma
     count = 1.0
     if call.distance == "mean":

@@ -23,11 +23,11 @@ STREAM_BLOCK = {
     ("linear", 2): 4096, ("masked", 2): 2048, ("strided", 2): 1024,
     ("linear", 4): 2048, ("masked", 4): 2048, ("strided", 4): 1024,
 }  # fmt: skip
-"""By walk and element size: elements that STREAM_WARPS take at a time, up to 32 bytes a thread and tensor."""
+"""By walk and element size: elements that STREAM_WARPS take at a time, up to 32 bytes per thread and tensor."""
 STREAM_WARPS, STREAM_PROGRAMS = 8, 2048
 """About as many programs as a sample or batch is cut into: some for each of up to 200 multiprocessors."""
 STREAM_MOST_BLOCKS = 32
-"""A program takes no more blocks, so that no lane adds up more than 32 numbers one after the other in float32."""
+"""The most blocks a program takes, so that no lane adds more than 32 numbers in sequence in float32."""
 WHOLE_LIMIT = 32768
 """Up to here the forward pass leaves a sample to one program, and needs a single launch."""
 PARTIALS_BLOCK, FINISH_WARPS = 256, 4
@@ -35,11 +35,11 @@ PARTIALS_BLOCK, FINISH_WARPS = 256, 4
 
 EXPECTATION_BLOCK, EXPECTATION_WARPS, EXPECTATION_PROGRAMS, EXPECTATION_REGISTERS = 1024, 4, 4096, 128
 TOTAL_BLOCK, TOTAL_WARPS = 4096, 8
-"""As PARTIALS_BLOCK; up to as many programs their sums are one load."""
+"""Like PARTIALS_BLOCK: with up to this many programs, one load reads all their sums."""
 
 
 class Target(NamedTuple):
-    """What a launch is compiled for."""
+    """The hardware that a launch is compiled for."""
 
     name: str  # Triton's: "cuda" (NVIDIA), "hip" (AMD), "xpu" (Intel)
     warp_size: int
@@ -54,7 +54,7 @@ class Target(NamedTuple):
 
 @functools.cache
 def target_of(device: torch.device) -> Target:
-    """What kernels on a device are compiled for; off a GPU, as for NVIDIA's."""
+    """The hardware that kernels on a device are compiled for; without a GPU, an NVIDIA one."""
     if device.type == "xpu":
         return Target("xpu", TABLE_WARP)
     if device.type == "cuda" and torch.version.hip is not None:

@@ -1,4 +1,4 @@
-"""The two kinds of denoisers by how noise is added: DDPM's diffusion, and rectified flow."""
+"""The two noise schedules, each a kind of denoiser: DDPM's diffusion and rectified flow."""
 
 from __future__ import annotations
 

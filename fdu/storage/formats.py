@@ -1,4 +1,4 @@
-"""Write a finished erasure in the formats of diffusers, ComfyUI and others."""
+"""The formats of a saved erasure: choose one and write it, for diffusers, ComfyUI and others."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def choose_format(save_as: str, train_method: str, pipeline: DiffusionPipeline |
 
     Args:
         save_as: "auto" or a format.
-        train_method: of :class:`fdu.EraseConfig`.
+        train_method: as in :class:`fdu.EraseConfig`.
         pipeline: its family must have the format; None skips this check.
 
     Raises:
@@ -65,19 +65,19 @@ def write(
     |---|---|---|
     | lora | pytorch_lora_weights.safetensors | ``pipeline.load_lora_weights(folder)`` |
     | kohya | kohya_lora.safetensors | ComfyUI, Forge, AUTOMATIC1111, sd-scripts; diffusers, except SD3 and DoRA |
-    | pipeline | model_index.json and a folder a model | ``DiffusionPipeline.from_pretrained(folder)`` |
+    | pipeline | model_index.json and one folder per model | ``DiffusionPipeline.from_pretrained(folder)`` |
     | delta | delta.safetensors | ``fdu.load_weights(pipeline, folder)`` |
 
     With "pipeline" and "delta", active adapters are merged in what is written, and only there.
 
     Args:
-        folder: such as :func:`fdu.storage.output.whole_folder` yields.
-        format: of :func:`choose_format`.
+        folder: an existing folder, such as :func:`fdu.storage.output.whole_folder` yields.
+        format: as returned by :func:`choose_format`.
         pipeline: the pipeline after the training.
-        lora_layers: of :meth:`fdu.training.methods.trainable.Trainable.lora_layers`.
-        changed_weights: of :meth:`fdu.training.methods.trainable.Trainable.changed_weights`.
-        lora_alpha: of every LoRA layer; None means its rank.
-        base: the base model's name, without its place on this machine.
+        lora_layers: as returned by :meth:`fdu.training.methods.trainable.Trainable.lora_layers`.
+        changed_weights: as returned by :meth:`fdu.training.methods.trainable.Trainable.changed_weights`.
+        lora_alpha: the alpha of every LoRA layer; None means its rank.
+        base: the base model's name, without its path on this machine.
         metadata: strings for the header of a kohya file or a delta, such as what was erased.
 
     Raises:
@@ -106,7 +106,7 @@ def write(
 
 
 def public_name(name: str) -> str:
-    """A hub id as it is, and of a local folder the name only: its path is private."""
+    """A hub id unchanged, but only the name of a local folder, because its path is private."""
     return Path(name).resolve().name if name and (Path(name).is_absolute() or Path(name).is_dir()) else name
 
 
