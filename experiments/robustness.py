@@ -23,8 +23,7 @@ from fdu.comparison.page import markdown
 from fdu.comparison.runs import weights
 from fdu.comparison.sweep import Job, Record, settings_identity
 from fdu.evaluation import draw
-from fdu.evaluation.robustness import Examination, JudgedSampling
-from fdu.evaluation.robustness.attack import AttackConfig, attack
+from fdu.evaluation.robustness import AttackConfig, Examination, JudgedSampling, attack
 from fdu.evaluation.robustness.holding import judge_robustness
 from fdu.evaluation.robustness.phrasings import packaged_sets
 from fdu.evaluation.robustness.relearning import BACK, LEARNT_SEED, Lesson, RelearningConfig, relearn
