@@ -29,7 +29,6 @@ import fdu
 from fdu.comparison.page import markdown
 from fdu.comparison.runs import weights
 from fdu.comparison.sweep import Job, Record, settings_identity
-from fdu.config import PLACES
 from fdu.evaluation import JUDGED_SEED, Draws, Probe
 from fdu.storage.merging import merge
 from fdu.storage.output import write_text
@@ -127,7 +126,7 @@ class Erasure:
 
     def job(self, cache: Path) -> Job:
         """The job that makes its record."""
-        settings = settings_identity(self.config, without=PLACES)
+        settings = settings_identity(self.config)
         identity = {**dataclasses.asdict(self), "settings": settings, **judging()}
         return dated(Job(self.name, identity, functools.partial(self.make, cache)), *self.pairs)
 

@@ -22,10 +22,8 @@ import fdu
 from fdu.comparison.page import markdown
 from fdu.comparison.runs import weights
 from fdu.comparison.sweep import Job, Record, settings_identity
-from fdu.config import PLACES
 from fdu.evaluation import draw
-from fdu.evaluation.robustness import Examination, JudgedSampling
-from fdu.evaluation.robustness.attack import AttackConfig, attack
+from fdu.evaluation.robustness import AttackConfig, Examination, JudgedSampling, attack
 from fdu.evaluation.robustness.holding import judge_robustness
 from fdu.evaluation.robustness.phrasings import packaged_sets
 from fdu.evaluation.robustness.relearning import BACK, LEARNT_SEED, Lesson, RelearningConfig, relearn
@@ -69,7 +67,7 @@ def jobs(cache: Path) -> list[Job]:
     erasures = [
         Job(
             name,
-            {**shared, "anchor": anchor, "settings": settings_identity(config_of(name), without=PLACES)},
+            {**shared, "anchor": anchor, "settings": settings_identity(config_of(name))},
             functools.partial(examine, name),
         )
         for name, (anchor, _) in ERASURES.items()

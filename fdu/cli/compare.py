@@ -129,7 +129,8 @@ class Compare:
             for name, other in same_as.items():
                 print(f"{name} trains the same model as {other} and is not run again.")
             if former := former_runs(self.out):
-                print(f"{self.out} holds {former} runs that this version of fdu cannot read; all runs are made again.")
+                runs = "1 run" if former == 1 else f"{former} runs"
+                print(f"{self.out} holds {runs} that this version of fdu cannot read; all runs are made again.")
             write_record(self.out, comparison, command)
             try:
                 processes = min(workers, len(comparison.runs()))

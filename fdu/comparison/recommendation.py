@@ -55,7 +55,8 @@ def recommend(sample: Sample, prefer: Preference, before: Mapping[str, float] | 
     doing nothing nor destroying everything can win. Candidates tie if the interval of their difference from the best
     contains 0. Among ties, candidates that erased less than half are skipped if others erased more. The tie goes to the
     candidate that clearly changed the images of other classes least, except for the preference "erasure", because a
-    candidate that erases less also changes less.
+    candidate that erases less also changes less. A winner is certain only if the 95 % interval of its erased share
+    stays at or above one half.
 
     Args:
         sample: the figures.

@@ -11,7 +11,7 @@ from typing import Any
 from fdu.comparison.front import FIGURES, TARGET_ROLES, Judged, Sample, Standing, complete
 from fdu.comparison.plan import Candidate, Comparison
 from fdu.comparison.recommendation import BETA, Preference, Recommendation, recommend
-from fdu.comparison.runs import before_name, identity_before, identity_of
+from fdu.comparison.runs import BEFORE, before_name, identity_before, identity_of
 from fdu.comparison.sweep import Record, Records
 from fdu.config import PLACES
 from fdu.storage.output import SMALL_RESULT, check_output, to_json, write_json
@@ -179,7 +179,8 @@ def describe(results: Results) -> dict[str, Any]:
 
 def former_runs(folder: Path) -> int:
     """The number of runs that an earlier version of fdu stored here, in a form that this version cannot read."""
-    return 0 if (folder / RUNS).exists() else len(list((folder / FORMER_RUNS).glob("*.json")))
+    names = [path.name for path in (folder / FORMER_RUNS).glob("*.json")]
+    return 0 if (folder / RUNS).exists() else sum(not name.startswith(f"{BEFORE}_") for name in names)
 
 
 def common(comparison: Comparison) -> dict[str, Any]:

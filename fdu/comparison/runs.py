@@ -17,7 +17,6 @@ from torch.nn import functional
 from fdu.comparison.front import TARGET_ROLES, Judged
 from fdu.comparison.plan import Comparison, Run, slug
 from fdu.comparison.sweep import Job, Record, digest, settings_identity
-from fdu.config import PLACES
 from fdu.erasure import erase
 from fdu.evaluation import Probe, draw
 from fdu.storage.fingerprint import fingerprint, versions
@@ -77,7 +76,7 @@ def identity_before(comparison: Comparison, target: str) -> Record:
 def identity_of(comparison: Comparison, run: Run) -> Record:
     """Everything that a run's figures depend on except versions and device, ready for JSON."""
     erased = {"anchor": run.anchor, "concept_type": comparison.concept_type}
-    settings = settings_identity(comparison.config(run), without=PLACES)
+    settings = settings_identity(comparison.config(run))
     return {**identity_before(comparison, run.target), **erased, "settings": settings}
 
 

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from fdu.config import EraseConfig
+from fdu.config import PLACES, EraseConfig
 from fdu.storage.fingerprint import versions
 from fdu.storage.loading import describe_device
 from fdu.storage.output import to_json, write_text
@@ -174,9 +174,9 @@ def digest(content: Any) -> str:
     return hashlib.sha256(repr(content).encode()).hexdigest()[:16]
 
 
-def settings_identity(settings: EraseConfig, without: Sequence[str] = ()) -> Record:
-    """The settings of an erasure as a part of an identity; a digest stands for the prompts to preserve."""
-    found = {name: value for name, value in settings.as_dict().items() if name not in without}
+def settings_identity(settings: EraseConfig) -> Record:
+    """The settings of an erasure as a part of an identity: no folders, and a digest for the prompts to preserve."""
+    found = {name: value for name, value in settings.as_dict().items() if name not in PLACES}
     prompts = found["preservation_prompts"]
     return {**found, "preservation_prompts": digest(prompts) if prompts else []}
 

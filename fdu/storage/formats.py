@@ -86,7 +86,11 @@ def write(
     """
     folder, metadata = Path(folder), metadata or {}
     if format == "lora" or format == "kohya":
-        updates = lora.check(pipeline, lora.from_layers(lora_layers or {}, lora_alpha))
+        if not lora_layers:
+            raise ValueError(
+                f'format "{format}" needs LoRA layers, but the run trained weights; choose "delta" or "pipeline"'
+            )
+        updates = lora.check(pipeline, lora.from_layers(lora_layers, lora_alpha))
         if format == "lora":
             return lora.write(folder, pipeline, updates)
         return kohya.write(folder, pipeline, updates, metadata)

@@ -9,7 +9,7 @@ import math
 import re
 import warnings
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -159,10 +159,10 @@ def attach(pipeline: DiffusionPipeline, updates: Updates, adapter_name: str | No
             f"diffusers cannot put LoRA weights on a {type(pipeline).__name__}; use a full pipeline or a weight delta"
         )
     models: dict[str, Any] = {attribute: parts.models(pipeline)[attribute] for attribute in updates}
-    taken = parts.adapter_names(pipeline)
     if adapter_name is None:
+        taken = parts.adapter_names(pipeline)
         adapter_name = next(name for index in range(len(taken) + 1) if (name := f"erased_{index}") not in taken)
-    elif adapter_name in taken:
+    elif any(adapter_name in getattr(model, "peft_config", {}) for model in models.values()):
         raise ValueError(f"adapter_name {adapter_name!r} is taken; choose another, or delete that adapter first")
     active = {layer: list(layer.active_adapters) for model in models.values() for layer in parts.adapted(model)}
     try:
@@ -171,7 +171,7 @@ def attach(pipeline: DiffusionPipeline, updates: Updates, adapter_name: str | No
             for attribute, model in models.items():
                 _inject(pipeline, attribute, model, updates[attribute], adapter_name)
     except BaseException:
-        detach(pipeline, adapter_name)
+        detach(pipeline, adapter_name, models)
         raise
     for model in models.values():
         for layer in parts.adapted(model):
@@ -181,16 +181,16 @@ def attach(pipeline: DiffusionPipeline, updates: Updates, adapter_name: str | No
     return adapter_name
 
 
-def detach(pipeline: DiffusionPipeline, adapter_name: str) -> None:
-    """Remove an adapter; after the last one the models carry nothing more."""
+def detach(pipeline: DiffusionPipeline, adapter_name: str, attributes: Collection[str]) -> None:
+    """Remove an adapter from the models named; after the last one the models carry nothing more."""
     models: dict[str, Any] = parts.models(pipeline)
-    carried = {attribute: set(getattr(model, "peft_config", {})) for attribute, model in models.items()}
-    if set().union(*carried.values()) <= {adapter_name}:
+    carried = {(attribute, name) for attribute, model in models.items() for name in getattr(model, "peft_config", {})}
+    unwanted = {(attribute, adapter_name) for attribute in attributes}
+    if carried <= unwanted:
         pipeline.unload_lora_weights()
         return
-    for attribute, names in carried.items():
-        if adapter_name in names:
-            delete_adapter_layers(models[attribute], adapter_name)
+    for attribute, _ in carried & unwanted:
+        delete_adapter_layers(models[attribute], adapter_name)
 
 
 def write(folder: Path, pipeline: DiffusionPipeline, updates: Updates) -> Path:

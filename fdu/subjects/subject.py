@@ -42,7 +42,7 @@ class Exam:
 
     target: str
     kind: str
-    """The file of prompt sets for robustness that suits the target: digit, ink, object or style."""
+    """The type of concept for the packaged phrasings: digit, ink, object or style."""
     judge: str | None
     """An image-text encoder by folder or hub id; None: the default."""
     concepts: ConceptSet | None = None

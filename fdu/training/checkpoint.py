@@ -90,7 +90,7 @@ class Checkpoints:
         if choice == "latest" and not self.all():
             return None
         path = self.all()[-1] if choice == "latest" else Path(choice)
-        if not (path / STATE_FILE).is_file():
+        if choice != "latest" and not (path / STATE_FILE).is_file():
             raise FileNotFoundError(
                 f"resume_from_checkpoint {str(path)!r} holds no {STATE_FILE}; give a folder {PREFIX}N, or 'latest'"
             )

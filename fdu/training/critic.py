@@ -197,6 +197,8 @@ def _average(tensors: list[Tensor]) -> None:
     """Replace tensors by their means over the processes, where there are several."""
     if not (distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1):
         return
-    for tensor in tensors:
-        distributed.all_reduce(tensor)
-        tensor /= distributed.get_world_size()
+    flat = torch.cat([tensor.flatten() for tensor in tensors])
+    distributed.all_reduce(flat)  # one message for all
+    flat /= distributed.get_world_size()
+    for tensor, mean in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
+        tensor.copy_(mean.view_as(tensor))

@@ -119,6 +119,9 @@ def test_another_runs_checkpoints_are_refused_before_any_work(run: dict[str, Any
     newest.write_bytes(newest.read_bytes()[:1000])
     with pytest.raises(ValueError, match="checkpoint-6'.*older"):
         fdu.erase(digits.load_pipeline(), "three", "eight", **again)
+    newest.unlink()
+    with pytest.raises(ValueError, match="checkpoint-6'.*older"):
+        fdu.erase(digits.load_pipeline(), "three", "eight", **again)
     older = {**run, "resume_from_checkpoint": str(tmp_path / "kept" / "checkpoint-4")}
     assert len(fdu.erase(digits.load_pipeline(), "three", "eight", **older).history["loss"]) == 6
 

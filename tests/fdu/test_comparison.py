@@ -494,11 +494,12 @@ def test_runs_in_the_format_of_an_earlier_version_are_announced(
     shutil.copytree(made, tmp_path / "out")
     (tmp_path / "out" / RUNS).unlink()
     (tmp_path / "out" / "runs").mkdir()
-    (tmp_path / "out" / "runs" / "three.json").write_text("{}")
+    for name in ("three", "before_three"):
+        (tmp_path / "out" / "runs" / f"{name}.json").write_text("{}")
     monkeypatch.chdir(tmp_path)
     with pytest.raises(AssertionError, match="an erasure was made"):
         main(PLANNED)
-    assert re.search("1 run.* cannot read.* again", capsys.readouterr().out)
+    assert re.search(r"1 run\b.* cannot read.* again", capsys.readouterr().out)
 
 
 def test_the_erasure_to_make_is_the_one_that_was_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

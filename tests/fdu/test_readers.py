@@ -45,6 +45,10 @@ def assert_refused(name: str, file: Path, match: str, error: type[Exception] = V
     assert not any(parts.adapted(model) for model in parts.models(pipeline).values())
 
 
+def fail(*_: Any, **__: Any) -> None:
+    raise RuntimeError("out of memory")
+
+
 # Weights
 
 
@@ -237,20 +241,28 @@ def test_erasures_stack_and_part_again(tmp_path: Path) -> None:
     assert first != second and not torch.equal(one, both)
     plain.set_adapters([first, second], [0.5, 1.0])
     assert torch.allclose(output(plain, "sd"), both, atol=1e-6)
-    lora.detach(plain, second)
+    lora.detach(plain, second, ["unet"])
     assert torch.equal(output(plain, "sd"), one)
-    lora.detach(plain, first)
+    lora.detach(plain, first, ["unet"])
     assert torch.equal(output(plain, "sd"), before) and not parts.adapted(plain.unet)
 
 
 # Refused, with nothing changed
 
 
-def test_an_adapter_name_that_is_taken(tmp_path: Path) -> None:
+def test_an_adapter_name_is_taken_on_the_models_that_the_file_changes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pipeline = families.build("sd")
     file = write(tmp_path, "lora", pipeline, {"unet": add_adapter(pipeline, "unet", CONTEXT["sd"])})
     plain = families.build("sd")
-    load_weights(plain, file, adapter_name="it")
+    add_adapter(plain, "text_encoder", ("q_proj",), adapter_name="it")
+    with monkeypatch.context() as patch:
+        patch.setattr(lora, "_inject", fail)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            load_weights(plain, file, adapter_name="it")
+    assert parts.adapted(plain.text_encoder), "the adapter of another model stays"
+    assert load_weights(plain, file, adapter_name="it").adapter_name == "it"
     with pytest.raises(ValueError, match="'it' is taken"):
         load_weights(plain, file, adapter_name="it")
 
@@ -349,10 +361,6 @@ def test_a_failure_while_the_second_model_is_loaded_takes_the_first_off(
     layers = {"unet": add_adapter(pipeline, "unet", CONTEXT["sd"])}
     layers["text_encoder"] = add_adapter(pipeline, "text_encoder", ("q_proj",))
     file = write(tmp_path, "lora", pipeline, layers, lora_alpha=ALPHA)
-
-    def fail(*_: Any, **__: Any) -> None:
-        raise RuntimeError("out of memory")
-
     monkeypatch.setattr(type(pipeline), "load_lora_into_text_encoder", fail)
     assert_refused("sd", file, "out of memory", RuntimeError)
 

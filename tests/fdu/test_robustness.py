@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import re
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +18,21 @@ from torch import Tensor
 import fdu
 from fdu.evaluation.drawing import Conditioned
 from fdu.evaluation.intervals import Share, wilson
-from fdu.evaluation.robustness import Examination, JudgedSampling, Robustness, phrasings, read_sets
-from fdu.evaluation.robustness.attack import AttackConfig, attack
-from fdu.evaluation.robustness.holding import judge_robustness
-from fdu.evaluation.robustness.relearning import (
+from fdu.evaluation.robustness import (
+    AttackConfig,
+    Examination,
+    JudgedSampling,
     Lesson,
     RelearningConfig,
-    RelearningFigures,
-    back_after,
+    Robustness,
+    attack,
+    phrasings,
+    read_sets,
     relearn,
     target_latents,
 )
+from fdu.evaluation.robustness.holding import judge_robustness
+from fdu.evaluation.robustness.relearning import RelearningFigures, back_after
 from fdu.models.families import denoiser_of
 from fdu.training.methods.perturbation import Perturbation
 
@@ -70,6 +76,8 @@ def test_the_sets_that_come_with_fdu(kind: str) -> None:
     for prompts in sets.values():
         assert len(prompts) >= 6
         assert not any("{" in prompt or "}" in prompt for prompt in prompts)
+    with pytest.raises(ValueError, match="no prompt for the set 'misspellings'"):
+        phrasings.packaged_sets(kind, "12")
 
 
 def test_own_sets(tmp_path: Path) -> None:
@@ -222,10 +230,20 @@ def test_relearning_is_measured_by_what_was_drawn_before_the_attack(tiny: Diffus
 def test_a_test_that_fails_is_named_and_stops_no_other(
     tiny: DiffusionPipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    held: list[weakref.ref[Tensor]] = []
+    freed: list[bool] = []
+
     def fails(*given: Any) -> None:
+        memory = torch.zeros(1)
+        held.append(weakref.ref(memory))
         raise RuntimeError("CUDA out of memory.\nTried to allocate")
 
+    def release() -> None:
+        gc.collect()
+        freed.append(all(reference() is None for reference in held))
+
     monkeypatch.setattr("fdu.evaluation.robustness.examination.attack", fails)
+    monkeypatch.setattr("fdu.evaluation.robustness.examination.release_memory", release)
     examination = Examination(THREE, {"words": ("three",)}, ("attack", "phrasings"), drawing=QUICK, latents=1)
     examination.before(tiny)
     with pytest.raises(RuntimeError, match=r"'attack'.*CUDA out of memory\b") as raised:
@@ -235,6 +253,7 @@ def test_a_test_that_fails_is_named_and_stops_no_other(
     assert examination.found.attack is None
     (note,) = examination.notes()
     assert "'attack'" in note
+    assert held and all(freed), "the next test needs the memory of the one that failed"
 
 
 def test_what_makes_no_sense_is_refused(tiny: DiffusionPipeline) -> None:
@@ -292,6 +311,7 @@ def test_the_verdict_says_what_holds() -> None:
     words, attacked, relearnt = weak.sentences
     assert "97 %" in attacked and "10 steps" in attacked and "not" not in attacked
     assert "32 images of three" in relearnt and "10 steps" in relearnt and "not" not in relearnt
+    assert "90 %" in relearnt and "at most" not in relearnt
     none = judge_robustness(found(0.97, 10, words=0.5), "three")
     assert not none.holds and re.search(r"\bnot\b.*other phrasings.*attack.*relearning", none.headline)
     assert judge_robustness({}, "three").sentences == ()
@@ -407,6 +427,7 @@ def test_back_is_half_of_what_was_drawn_before(
     assert holding.holds is holds
     if known < 0.5:
         assert "relearning" not in holding.headline and "10 %" in holding.sentences[0]
+    assert ("at the end" in holding.sentences[0]) == (max(course) > course[-1])
 
 
 def test_what_was_never_drawn_is_not_back() -> None:

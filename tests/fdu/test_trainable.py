@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import itertools
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -463,6 +464,10 @@ def test_flags_of_the_user_come_back(method: str) -> None:
         with trainable.frozen():
             pass
         assert {name: p.requires_grad for name, p in parts.weights(pipeline).items()} == flags
+    unused = weakref.ref(next(pipeline.vae.parameters()))
+    pipeline.vae = None
+    gc.collect()
+    assert unused() is None, "an erasure that is over holds no parameters that it did not train"
 
 
 @pytest.mark.parametrize("method", TRAIN_METHODS)

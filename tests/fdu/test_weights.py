@@ -429,6 +429,9 @@ def test_nothing_to_save_is_an_error(tmp_path: Path) -> None:
     weight = pipeline.unet.conv_in.weight
     with pytest.raises(ValueError, match="nothing to save"):
         write(tmp_path, "delta", pipeline, changed_weights={"unet.conv_in.weight": (weight, weight)})
+    for form in ("lora", "kohya"):
+        with pytest.raises(ValueError, match=f'"{form}" needs LoRA layers.*"delta"'):
+            write(tmp_path, form, pipeline)  # type: ignore[arg-type]
 
 
 # The choice of a format

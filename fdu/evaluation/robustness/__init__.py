@@ -3,9 +3,21 @@
 from __future__ import annotations
 
 from fdu.evaluation.drawing import JudgedSampling
-from fdu.evaluation.robustness.attack import AttackConfig
+from fdu.evaluation.robustness.attack import AttackConfig, attack
 from fdu.evaluation.robustness.examination import TESTS, Examination, Robustness
 from fdu.evaluation.robustness.phrasings import read_sets
-from fdu.evaluation.robustness.relearning import RelearningConfig
+from fdu.evaluation.robustness.relearning import Lesson, RelearningConfig, relearn, target_latents
 
-__all__ = ["TESTS", "AttackConfig", "Examination", "JudgedSampling", "RelearningConfig", "Robustness", "read_sets"]
+__all__ = [
+    "TESTS",
+    "AttackConfig",
+    "Examination",
+    "JudgedSampling",
+    "Lesson",
+    "RelearningConfig",
+    "Robustness",
+    "attack",
+    "read_sets",
+    "relearn",
+    "target_latents",
+]

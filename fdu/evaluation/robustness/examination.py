@@ -137,6 +137,7 @@ class Examination:
         for name, test in self.tests.items():
             with self._noting_failure(name):
                 self._before[name] = test.before(self, denoiser_of(pipeline))
+            release_memory()
 
     def each_after(self, pipeline: DiffusionPipeline) -> Iterator[None]:
         """Test the erased pipeline and leave it unchanged; yields whenever ``found`` is up to date.
@@ -151,6 +152,7 @@ class Examination:
                 with self._noting_failure(name):
                     found = test.after(self, denoiser_of(pipeline), self._before[name])
                     self.found = dataclasses.replace(self.found or Robustness(), **found)
+                release_memory()
             yield
 
     def after(self, pipeline: DiffusionPipeline) -> Robustness:
@@ -187,10 +189,10 @@ class Examination:
 
     @contextmanager
     def _noting_failure(self, name: str) -> Iterator[None]:
+        """Catch and note an exception. Release memory after this context: within it, the frames are still alive."""
         try:
             yield
         except Exception as error:
             line = (str(error).strip().splitlines() or [""])[0].rstrip(".")
             self._failed[name] = f"{name!r} failed: {line or type(error).__name__}"
             self._traces.append(traceback.format_exc())
-        release_memory()

@@ -125,10 +125,13 @@ def _relearnt(relearnt: Mapping[str, Any], target: str) -> _Outcome:
         sentence = f"Relearning had nothing to restore: {first} of images show the concept without it."
     elif back is not None:
         doubt = "; too few images to tell" if state == "cannot be told" else ""
-        sentence = f"{back} steps of {tuning} restore half of the former share: {_told(most, sure)} at most{doubt}."
+        sentence = (
+            f"{back} steps of {tuning} restore half of the former share; "
+            f"the highest share was {_told(most, sure)}{doubt}."
+        )
     else:
         verbs = {"erased": "do not restore it", "cannot be told": "were judged on too few images to tell"}
-        at_end = "" if most is end else f"{percent(end['value'])} at the end, "
+        at_end = "" if most["value"] == end["value"] else f"{percent(end['value'])} at the end, "
         sentence = (
             f"{last} steps of {tuning} {verbs.get(state, 'restore it in part')}: {at_end}{_told(most, sure)} at most."
         )

@@ -30,9 +30,11 @@ PromptSets = dict[str, tuple[str, ...]]
 """Prompts by the name of their set."""
 
 
-def read_sets(file: str | Path, target: str) -> PromptSets:
+def read_sets(file: str | Path, target: str, kind: str = "") -> PromptSets:
     """The prompt sets of a file, with the target's name filled in. Prompts before any heading form a set
     named like the file.
+
+    With a ``kind``, the sets are those whose heading begins with "kind: ", under the rest of the heading.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -53,7 +55,9 @@ def read_sets(file: str | Path, target: str) -> PromptSets:
             continue
         words = misspellings(target) if MISSPELT in line else (target,)
         sets.setdefault(name, []).extend(line.replace(MISSPELT, word).replace(NAME, target) for word in words)
-    empty = [name for name, prompts in sets.items() if not prompts] or ([] if sets else [name])
+    if kind:
+        sets = {name.removeprefix(f"{kind}: "): sets[name] for name in sets if name.startswith(f"{kind}: ")}
+    empty = [name for name, prompts in sets.items() if not prompts] or ([] if sets else [kind or name])
     if empty:
         raise ValueError(f"phrasings {str(file)!r} has no prompt for the set {empty[0]!r}; write one prompt per line")
     return {name: tuple(dict.fromkeys(prompts)) for name, prompts in sets.items()}
@@ -61,8 +65,7 @@ def read_sets(file: str | Path, target: str) -> PromptSets:
 
 def packaged_sets(kind: str, target: str) -> PromptSets:
     """The prompt sets of fdu for a type of concept: "object", "style", "digit" or "ink"."""
-    sets = read_sets(PACKAGED, target).items()
-    return {name.removeprefix(f"{kind}: "): prompts for name, prompts in sets if name.startswith(f"{kind}: ")}
+    return read_sets(PACKAGED, target, kind)
 
 
 def misspellings(name: str) -> tuple[str, ...]:

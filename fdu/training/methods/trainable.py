@@ -102,8 +102,7 @@ class Trainable(ABC):
         if self._later():
             raise RuntimeError("a later erasure is on top of this one; remove that one first")
         self._undo()
-        if self.state == "training":
-            restore(self._flags)
+        restore(self._flags)
         self.state = "removed"
         self._stack[:] = [reference for reference in self._stack if reference() is not self]
 
@@ -190,6 +189,7 @@ def flags_of(owner: DiffusionPipeline | nn.Module) -> Flags:
 
 
 def restore(flags: Flags) -> None:
-    """Set requires_grad flags."""
+    """Set requires_grad flags, and empty the list, which would keep every parameter in memory."""
     for parameter, flag in flags:
         parameter.requires_grad_(flag)
+    flags.clear()
