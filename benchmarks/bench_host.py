@@ -10,13 +10,12 @@ computation. On a GPU it returns before the device has finished.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import timing
 import torch
 from competitors import Shape, fused_backends
-from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 
 import fdu_kernels as fk
@@ -24,6 +23,9 @@ from fdu_kernels import dispatch
 from fdu_kernels.calls import GaussianCall
 from fdu_kernels.kernels.native import CpuBackend
 from fdu_kernels.registry import backend_named, choose_backend
+
+if TYPE_CHECKING:
+    from pytest_benchmark.fixture import BenchmarkFixture
 
 DIVERGENCE = "squared_hellinger"
 SHAPES = ((1, 4, 64, 64), (4, 4, 64, 64), (1, 4, 128, 128))

@@ -13,14 +13,17 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+from typing import TYPE_CHECKING
 
 import pytest
 import timing
 import torch
 from competitors import DTYPES, FORMS, FUSED, SIGMA, Shape, candidate, check, competitors_of, inputs, rotating
-from pytest_benchmark.fixture import BenchmarkFixture
 
 import fdu_kernels as fk
+
+if TYPE_CHECKING:
+    from pytest_benchmark.fixture import BenchmarkFixture
 
 SHAPES = [(2, 4, 64, 64), (16, 4, 64, 64), (64, 4, 64, 64), (16, 16, 128, 128), (64, 16, 128, 128)]
 BACKEND = "cpu"

@@ -8,14 +8,17 @@ allocation and release, except the kilobytes of partial sums in C++. On a GPU th
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import pytest
 import timing
 import torch
 from competitors import DTYPES, FORMS, Call, Shape, check, competitors_of, fused_backends, inputs
-from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
+
+if TYPE_CHECKING:
+    from pytest_benchmark.fixture import BenchmarkFixture
 
 SHAPES = [(2, 4, 64, 64), (16, 16, 128, 128)]
 MEMORY_EVENT = "[memory]"

@@ -13,12 +13,15 @@ import itertools
 import math
 import statistics
 import time
+from typing import TYPE_CHECKING
 
 import pytest
 import timing
 import torch
 from competitors import FUSED, Shape, competitors_of, fused_backends, rotating
-from pytest_benchmark.fixture import BenchmarkFixture
+
+if TYPE_CHECKING:
+    from pytest_benchmark.fixture import BenchmarkFixture
 
 BATCHES = (1, 4, 16, 64, 256, 1024, 8192)
 """Of 4x64x64 latents: from 64 KiB to 512 MiB per tensor."""
