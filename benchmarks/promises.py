@@ -175,7 +175,7 @@ def speed_ups(rows: Iterable[Row], baseline: str, figure: str) -> Iterator[tuple
 def extreme(choose: Any, pairs: Iterable[tuple[float, Row]]) -> tuple[float | None, str]:
     """The value that ``choose``, min or max, takes, and where it was measured."""
     value, row = choose(pairs, key=lambda pair: pair[0], default=(None, None))
-    return value, row and f"{row['form']} {row['dtype']} {name_of(row['shape'])}, {row['candidate']}"
+    return value, f"{row['form']} {row['dtype']} {name_of(row['shape'])}, {row['candidate']}" if row else ""
 
 
 def gpu_losses(record: dict[str, Any]) -> Iterator[Bound]:
@@ -221,7 +221,7 @@ def bounds_of(record: dict[str, Any]) -> Iterator[Bound]:
     for suite, promised in (("losses", losses), ("training", training), ("evaluation", evaluation)):
         if suite in record:
             yield from promised(record[suite])
-    if "machine" in record:
+    if any("exit" in part for part in record.values() if isinstance(part, dict)):  # of gpu_suite.py
         yield from gpu(record)
 
 
