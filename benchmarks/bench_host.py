@@ -10,7 +10,7 @@ computation. On a GPU it returns before the device has finished.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 import timing
@@ -23,9 +23,6 @@ from fdu_kernels import dispatch
 from fdu_kernels.calls import GaussianCall
 from fdu_kernels.kernels.native import CpuBackend
 from fdu_kernels.registry import backend_named, choose_backend
-
-if TYPE_CHECKING:
-    from pytest_benchmark.fixture import BenchmarkFixture
 
 DIVERGENCE = "squared_hellinger"
 SHAPES = ((1, 4, 64, 64), (4, 4, 64, 64), (1, 4, 128, 128))
@@ -133,7 +130,7 @@ def parts(medians: dict[str, float]) -> dict[str, float]:
 
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "x".join(map(str, shape)))
 @pytest.mark.parametrize("backend", fused_backends())
-def test_parts(benchmark: BenchmarkFixture, backend: str, shape: Shape) -> None:
+def test_parts(benchmark: timing.BenchmarkFixture, backend: str, shape: Shape) -> None:
     """Checks, dispatch, allocation and launch of value_and_grad."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # at these sizes a second one is not woken

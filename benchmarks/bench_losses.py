@@ -13,7 +13,6 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from typing import TYPE_CHECKING
 
 import pytest
 import timing
@@ -21,9 +20,6 @@ import torch
 from competitors import DTYPES, FORMS, FUSED, SIGMA, Shape, candidate, check, competitors_of, inputs, rotating
 
 import fdu_kernels as fk
-
-if TYPE_CHECKING:
-    from pytest_benchmark.fixture import BenchmarkFixture
 
 SHAPES = [(2, 4, 64, 64), (16, 4, 64, 64), (64, 4, 64, 64), (16, 16, 128, 128), (64, 16, 128, 128)]
 BACKEND = "cpu"
@@ -33,7 +29,7 @@ CASES = [*(("gaussian", dtype) for dtype in DTYPES), *((form, "float32") for for
 
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "x".join(map(str, shape)))
 @pytest.mark.parametrize(("form", "dtype"), CASES)
-def test_losses(benchmark: BenchmarkFixture, form: str, dtype: str, shape: Shape) -> None:
+def test_losses(benchmark: timing.BenchmarkFixture, form: str, dtype: str, shape: Shape) -> None:
     """All competitors of a form take turns."""
     a, b = inputs(shape, DTYPES[dtype], BACKEND, wanted=FORMS[form].wanted)
     found = competitors_of(form, [BACKEND])
@@ -54,7 +50,7 @@ def test_losses(benchmark: BenchmarkFixture, form: str, dtype: str, shape: Shape
 
 
 @pytest.mark.parametrize("shape", SHAPES[-2:], ids=lambda shape: "x".join(map(str, shape)))
-def test_bandwidth(benchmark: BenchmarkFixture, shape: Shape) -> None:
+def test_bandwidth(benchmark: timing.BenchmarkFixture, shape: Shape) -> None:
     """Squared Hellinger in float32 against torch.clone; both allocate what they return."""
     pairs = rotating("gaussian", shape, torch.float32, BACKEND, 2 * timing.ROTATING)
     rounds = max(41, min(401, 1_600_000_000 // math.prod(shape)))

@@ -36,6 +36,7 @@ import promises  # noqa: E402
 import records  # noqa: E402
 
 from fdu.storage.output import whole_file, write_json  # noqa: E402
+from fdu_kernels.build import cache_folder  # noqa: E402
 
 RECORD, LOGS = "gpu_suite.json", "logs.tar.gz"
 SANITIZED = " or ".join(
@@ -49,6 +50,7 @@ SANITIZED = " or ".join(
 )
 """One of each: tables and critics, one block per sample with any alignment, mixed layouts with a mask, samples of
 several blocks, clusters. Compute-sanitizer makes everything many times slower."""
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
 GRACE = 6.0
 """Seconds after its limit in which an interrupted section may end by itself."""
 SHORTEST = 5.0
@@ -103,22 +105,16 @@ def sections(rehearsal: bool) -> list[Section]:
         measured("gpu_training.py", "sd15", 60),
         measured("gpu_losses.py", "host", 12),
         measured("gpu_losses.py", "sweep", 15),
-        measured("gpu_training.py", "sdxl", 40),
-    ]
-    if rehearsal:
-        return found
-    return [
-        *found[:-1],
         Section("sanitizer", 60, memcheck, uncached),
-        found[-1],
+        measured("gpu_training.py", "sdxl", 40),
         measured("gpu_training.py", "compiled", 0, least=150),
     ]
+    return [section for section in found if not rehearsal or section.name not in ("sanitizer", "compiled")]
 
 
 def run(section: Section, rows: Path, log: Path, limit: float) -> dict[str, Any]:
     """Run a section's process; when its time is over, interrupt it and then kill whatever it started."""
     began = time.monotonic()
-    rows.unlink(missing_ok=True)  # of an earlier run
     options = ("--rows", str(rows), "--until", str(time.time() + limit)) if section.measures else ()
     paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     with log.open("w") as stream:
@@ -141,23 +137,15 @@ def run(section: Section, rows: Path, log: Path, limit: float) -> dict[str, Any]
     code = -signal.SIGKILL if process.returncode is None else process.returncode
     lines = log.read_text(errors="replace").splitlines()
     tail = [] if section.measures and code == 0 else lines[-TAIL:]
-    return {"exit": code, "tail": tail, "seconds": round(time.monotonic() - began, 1), **records.read(rows)}
-
-
-def copy_build_logs(logs: Path) -> None:
-    """Copy the logs of the last builds, with nvcc and, if that failed, without."""
-    from fdu_kernels.build import cache_folder
-
-    found = [*cache_folder().glob("*/failure.txt"), *cache_folder().glob("*/build/build.log")]
-    for path in sorted(found, key=lambda path: path.stat().st_mtime)[-4:]:
-        shutil.copyfile(path, logs / f"build-{path.relative_to(cache_folder()).parts[0]}-{path.name}")
+    return {"exit": code, "tail": tail, "seconds": round(time.monotonic() - began, 1)}
 
 
 def pack(logs: Path, path: Path, builds: bool) -> None:
-    """Pack the logs so far, with those of the builds. What cannot be packed does not end the suite."""
+    """Pack the logs so far, also those of the last builds if wanted. What cannot be packed does not end the suite."""
     try:
-        if builds:
-            copy_build_logs(logs)
+        found = [*cache_folder().glob("*/failure.txt"), *cache_folder().glob("*/build/build.log")] if builds else []
+        for log in sorted(found, key=lambda log: log.stat().st_mtime)[-4:]:  # a build without nvcc follows a failed one
+            shutil.copyfile(log, logs / f"build-{log.relative_to(cache_folder()).parts[0]}-{log.name}")
         with whole_file(path) as fresh:
             shutil.make_archive(str(fresh).removesuffix(".tar.gz"), "gztar", logs)
     except OSError as error:
@@ -191,28 +179,38 @@ def arguments() -> tuple[argparse.Namespace, list[Section]]:
     return options, [section for name, section in wanted.items() if not options.only or name in options.only]
 
 
-def run_all(
-    wanted: list[Section], out: Path, logs: Path, deadline: float, rehearsal: bool, record: dict[str, Any]
-) -> None:
+def run_all(wanted: list[Section], out: Path, logs: Path, deadline: float, record: dict[str, Any]) -> None:
     """Run the sections; write record and logs after each."""
+    rehearsal = "rehearsal" in record
     for number, section in enumerate(wanted):
         rows = out / f"{section.name}.json"
         left = deadline - time.monotonic() - GRACE
         limit = min(left, max(section.seconds, left - sum(later.seconds for later in wanted[number + 1 :])))
-        if not section.command:
-            result = {"skipped": "its program is not installed"}
-        elif limit < section.least:
-            result = {"skipped": "no time left"}
-        else:
-            result = run(section, rows, logs / f"{section.name}.log", limit)
-        record[section.name] = result
-        write_json(out / RECORD, record)
-        rows.unlink(missing_ok=True)
-        pack(logs, out / LOGS, builds=section.name == "build" and not rehearsal)
+        rows.unlink(missing_ok=True)  # of an earlier run
+        result: dict[str, Any] = {"exit": -signal.SIGINT, "tail": []}  # if it is interrupted
+        try:
+            if not section.command:
+                result = {"skipped": "its program is not installed"}
+            elif limit < section.least:
+                result = {"skipped": "no time left"}
+            else:
+                result = run(section, rows, logs / f"{section.name}.log", limit)
+        finally:
+            record[section.name] = result = {**result, **records.read(rows)}
+            write_json(out / RECORD, record)
+            rows.unlink(missing_ok=True)
+            pack(logs, out / LOGS, builds=section.name == "build" and not rehearsal)
         if not succeeded(section, result, rehearsal):
             print(*result.get("tail", ()), sep="\n")
         outcome = result.get("skipped") or f"exit code {result['exit']}, {result['seconds']} s"
         print(f"{section.name}: {outcome}", flush=True)
+
+
+def interrupt(*_: Any) -> None:
+    """End the section and the suite. Another signal does not disturb the last writes."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    raise KeyboardInterrupt
 
 
 def main() -> int:
@@ -220,33 +218,23 @@ def main() -> int:
     options, wanted = arguments()
     deadline = time.monotonic() + 60 * options.minutes
     options.out.mkdir(parents=True, exist_ok=True)
-    for number in (signal.SIGINT, signal.SIGTERM):  # also in a shell's background, where SIGINT would be ignored
-        signal.signal(number, signal.default_int_handler)
+    for number in SIGNALS:  # also in a shell's background, where SIGINT would be ignored
+        signal.signal(number, interrupt)
     record: dict[str, Any] = {"rehearsal": True} if options.rehearsal else {}
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        logs = Path(folder)
         try:
-            run_all(wanted, options.out, logs, deadline, options.rehearsal, record)
+            run_all(wanted, options.out, Path(folder), deadline, record)
         except KeyboardInterrupt:
-            for number in (signal.SIGINT, signal.SIGTERM):  # nothing interrupts the last write
-                signal.signal(number, signal.SIG_IGN)
             record["interrupted"] = True
-            for section in [one for one in wanted if one.name not in record][:1]:  # it was running
-                rows = options.out / f"{section.name}.json"
-                record[section.name] = {"exit": -signal.SIGINT, "tail": [], **records.read(rows)}
-                rows.unlink(missing_ok=True)
             write_json(options.out / RECORD, record)
-            pack(logs, options.out / LOGS, builds=False)
-    incomplete = [
-        section.name for section in wanted
-        if section.name not in record or not succeeded(section, record[section.name], options.rehearsal)
-    ]  # fmt: skip
+    results = [(section, record.get(section.name, {"skipped": "interrupted"})) for section in wanted]
+    incomplete = [section.name for section, result in results if not succeeded(section, result, options.rehearsal)]
     if options.rehearsal:
         print("A rehearsal: its figures mean nothing.")
     else:
         promises.judge(promises.gpu(record))
-    left = deadline - time.monotonic()
-    print(f"incomplete: {', '.join(incomplete) or 'none'}; {left:.0f} s left; {options.out / RECORD}")
+    left = f"{deadline - time.monotonic():.0f} s left"
+    print(f"incomplete: {', '.join(incomplete) or 'none'}; {left}; {options.out / RECORD}")
     return 130 if "interrupted" in record else int(bool(incomplete))
 
 

@@ -132,6 +132,10 @@ def evaluation(part: dict[str, Any]) -> Iterator[Bound]:
     yield Bound("an evaluation: seconds", "<=", 120.0, sum(part["seconds"].values()))
 
 
+CPU = {"losses": losses, "training": training, "evaluation": evaluation}
+"""The promises about each suite."""
+
+
 # GPU
 
 
@@ -218,7 +222,7 @@ def gpu_training(record: dict[str, Any]) -> Iterator[Bound]:
 
 def bounds_of(record: dict[str, Any]) -> Iterator[Bound]:
     """All promises about what a record holds."""
-    for suite, promised in (("losses", losses), ("training", training), ("evaluation", evaluation)):
+    for suite, promised in CPU.items():
         if suite in record:
             yield from promised(record[suite])
     if any("exit" in part for part in record.values() if isinstance(part, dict)):  # of gpu_suite.py

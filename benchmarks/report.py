@@ -10,7 +10,7 @@ import argparse
 import functools
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -144,12 +144,9 @@ def performance(record: dict[str, Any], gpus: Mapping[str, dict[str, Any]], figu
         draw_lines(shares, figures / "speed-of-light.svg", "x", "share of the copy bandwidth", 1)
     if parts["host"]:
         draw_host(parts["host"]["rows"], figures / "host.svg")
-    promised: dict[str, Callable] = {
-        "losses": promises.losses, "training": promises.training, "evaluation": promises.evaluation,
-    }  # fmt: skip
     return render(
         **parts,
-        bounds={suite: list(judged(parts[suite])) for suite, judged in promised.items() if parts[suite]},
+        bounds={suite: list(judged(parts[suite])) for suite, judged in promises.CPU.items() if parts[suite]},
         bandwidths=groups.pop("bandwidth float32", []),
         tables=groups,
         rows_of=rows_of,
