@@ -16,7 +16,6 @@ import pytest
 import timing
 import torch
 from competitors import Shape, fused_backends
-from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 
 import fdu_kernels as fk
@@ -131,7 +130,7 @@ def parts(medians: dict[str, float]) -> dict[str, float]:
 
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "x".join(map(str, shape)))
 @pytest.mark.parametrize("backend", fused_backends())
-def test_parts(benchmark: BenchmarkFixture, backend: str, shape: Shape) -> None:
+def test_parts(benchmark: timing.BenchmarkFixture, backend: str, shape: Shape) -> None:
     """Checks, dispatch, allocation and launch of value_and_grad."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # at these sizes a second one is not woken

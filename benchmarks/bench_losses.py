@@ -18,7 +18,6 @@ import pytest
 import timing
 import torch
 from competitors import DTYPES, FORMS, FUSED, SIGMA, Shape, candidate, check, competitors_of, inputs, rotating
-from pytest_benchmark.fixture import BenchmarkFixture
 
 import fdu_kernels as fk
 
@@ -30,7 +29,7 @@ CASES = [*(("gaussian", dtype) for dtype in DTYPES), *((form, "float32") for for
 
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "x".join(map(str, shape)))
 @pytest.mark.parametrize(("form", "dtype"), CASES)
-def test_losses(benchmark: BenchmarkFixture, form: str, dtype: str, shape: Shape) -> None:
+def test_losses(benchmark: timing.BenchmarkFixture, form: str, dtype: str, shape: Shape) -> None:
     """All competitors of a form take turns."""
     a, b = inputs(shape, DTYPES[dtype], BACKEND, wanted=FORMS[form].wanted)
     found = competitors_of(form, [BACKEND])
@@ -51,7 +50,7 @@ def test_losses(benchmark: BenchmarkFixture, form: str, dtype: str, shape: Shape
 
 
 @pytest.mark.parametrize("shape", SHAPES[-2:], ids=lambda shape: "x".join(map(str, shape)))
-def test_bandwidth(benchmark: BenchmarkFixture, shape: Shape) -> None:
+def test_bandwidth(benchmark: timing.BenchmarkFixture, shape: Shape) -> None:
     """Squared Hellinger in float32 against torch.clone; both allocate what they return."""
     pairs = rotating("gaussian", shape, torch.float32, BACKEND, 2 * timing.ROTATING)
     rounds = max(41, min(401, 1_600_000_000 // math.prod(shape)))

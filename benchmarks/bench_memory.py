@@ -13,7 +13,6 @@ import pytest
 import timing
 import torch
 from competitors import DTYPES, FORMS, Call, Shape, check, competitors_of, fused_backends, inputs
-from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
@@ -53,7 +52,7 @@ def measure(run: Call, a: Tensor, b: Tensor) -> dict[str, int]:
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "x".join(map(str, shape)))
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("form", FORMS)
-def test_memory(benchmark: BenchmarkFixture, form: str, dtype: str, shape: Shape) -> None:
+def test_memory(benchmark: timing.BenchmarkFixture, form: str, dtype: str, shape: Shape) -> None:
     """All competitors of a form, ours on every backend by autograd and without."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     runs = competitors_of(form, fused_backends(device))

@@ -18,7 +18,6 @@ import pytest
 import timing
 import torch
 from competitors import FUSED, Shape, competitors_of, fused_backends, rotating
-from pytest_benchmark.fixture import BenchmarkFixture
 
 BATCHES = (1, 4, 16, 64, 256, 1024, 8192)
 """Numbers of 4x64x64 latents: from 64 KiB to 512 MiB per tensor."""
@@ -31,7 +30,7 @@ STEPS = 8
 """Steps of an erasure that is timed; the first is not counted."""
 
 
-def sweep(benchmark: BenchmarkFixture, form: str, shape: Shape) -> None:
+def sweep(benchmark: timing.BenchmarkFixture, form: str, shape: Shape) -> None:
     """Time all competitors at one size, with fewer rounds for what takes long; keep and print the figures."""
     named = competitors_of("gaussian", [*fused_backends("cpu"), "torch"], (FUSED,))
     runs = {name.removesuffix(f" {FUSED}"): run for name, run in named.items()}
@@ -43,13 +42,13 @@ def sweep(benchmark: BenchmarkFixture, form: str, shape: Shape) -> None:
 
 
 @pytest.mark.parametrize("batch", BATCHES)
-def test_batch(benchmark: BenchmarkFixture, batch: int) -> None:
+def test_batch(benchmark: timing.BenchmarkFixture, batch: int) -> None:
     """Latents of Stable Diffusion 1.5."""
     sweep(benchmark, "batch", (batch, 4, 64, 64))
 
 
 @pytest.mark.parametrize("elements", ELEMENTS)
-def test_elements(benchmark: BenchmarkFixture, elements: int) -> None:
+def test_elements(benchmark: timing.BenchmarkFixture, elements: int) -> None:
     """A few samples of ever more elements."""
     sweep(benchmark, "elements", (SAMPLES, elements))
 
@@ -82,7 +81,7 @@ def erasure_step(concepts: tuple[str, ...], steps: int = STEPS) -> dict[str, flo
 
 
 @pytest.mark.parametrize("count", (1, 2, 4))
-def test_concepts(benchmark: BenchmarkFixture, count: int) -> None:
+def test_concepts(benchmark: timing.BenchmarkFixture, count: int) -> None:
     """A step of the embedded pipeline; the concepts share its batch."""
     found = benchmark.pedantic(erasure_step, (CONCEPTS[:count],), rounds=1)
     benchmark.extra_info.update(form="concepts", **found)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import records
-from pytest_benchmark.fixture import BenchmarkFixture
+import timing
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 KEPT, MAPPED = 1 << 30, 32 << 20
@@ -38,7 +38,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 @pytest.fixture(autouse=True)
-def _row(request: pytest.FixtureRequest, benchmark: BenchmarkFixture) -> Iterator[None]:
+def _row(request: pytest.FixtureRequest, benchmark: timing.BenchmarkFixture) -> Iterator[None]:
     """Keep the figures in ``benchmark.extra_info`` as a row of the record."""
     yield
     if benchmark.extra_info:

@@ -2,12 +2,13 @@
 
 Needs torch, triton, numpy, pytest and a C++ compiler, and nvcc for the CUDA kernels. The training steps also need
 diffusers, transformers, peft and accelerate. With pytest-xdist the tests use several cores. Nothing is installed. Every
-section is a process with a time limit. Its log is DIR/SECTION.log, and a section that measures writes its rows into
-DIR/SECTION.json as they come, so a run that is cut off keeps them. DIR/gpu_suite.json collects all results; as
-benchmarks/results/gpu-NAME.json it appears in docs/performance.md. Where there is no git, FDU_COMMIT names the commit.
+section is a process with a time limit. DIR/gpu_suite.json collects all results; as benchmarks/results/gpu-NAME.json it
+appears in docs/performance.md. DIR/logs.tar.gz holds the logs. Both are written after every section. A section that
+measures writes its rows into DIR/SECTION.json as they come. They move into the record when it ends, so a run that is
+cut off keeps them. Where there is no git, FDU_COMMIT names the commit.
 
-``--rehearsal`` runs the sections at toy size on the CPU, "latents" with interpreted Triton kernels. ``--only`` picks
-sections.
+``--rehearsal`` runs the sections at toy size on the CPU, "latents" and "host" with interpreted Triton kernels.
+``--only`` picks sections.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -33,9 +35,10 @@ sys.path.insert(0, str(ROOT))  # nothing has to be installed
 import promises  # noqa: E402
 import records  # noqa: E402
 
-from fdu.storage.output import write_json  # noqa: E402
+from fdu.storage.output import whole_file, write_json  # noqa: E402
+from fdu_kernels.build import cache_folder  # noqa: E402
 
-RECORD = "gpu_suite.json"
+RECORD, LOGS = "gpu_suite.json", "logs.tar.gz"
 SANITIZED = " or ".join(
     (
         "golden and le_cam",
@@ -47,6 +50,7 @@ SANITIZED = " or ".join(
 )
 """One of each: tables and critics, one block per sample with any alignment, mixed layouts with a mask, samples of
 several blocks, clusters. Compute-sanitizer makes everything many times slower."""
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
 GRACE = 6.0
 """Seconds after its limit in which an interrupted section may end by itself."""
 SHORTEST = 5.0
@@ -89,7 +93,7 @@ def sections(rehearsal: bool) -> list[Section]:
 
     def measured(script: str, name: str, seconds: float, least: float = SHORTEST) -> Section:
         command = (sys.executable, str(HERE / script), name, *(["--rehearsal"] if rehearsal else []))
-        interpreted = {"TRITON_INTERPRET": "1"} if rehearsal and name == "latents" else {}
+        interpreted = {"TRITON_INTERPRET": "1"} if rehearsal and name in ("latents", "host") else {}
         return Section(name, seconds, command, interpreted, least, measures=True)
 
     found = [
@@ -101,22 +105,16 @@ def sections(rehearsal: bool) -> list[Section]:
         measured("gpu_training.py", "sd15", 60),
         measured("gpu_losses.py", "host", 12),
         measured("gpu_losses.py", "sweep", 15),
-        measured("gpu_training.py", "sdxl", 40),
-    ]
-    if rehearsal:
-        return found
-    return [
-        *found[:-1],
         Section("sanitizer", 60, memcheck, uncached),
-        found[-1],
+        measured("gpu_training.py", "sdxl", 40),
         measured("gpu_training.py", "compiled", 0, least=150),
     ]
+    return [section for section in found if not rehearsal or section.name not in ("sanitizer", "compiled")]
 
 
-def run(section: Section, out: Path, limit: float) -> dict[str, Any]:
+def run(section: Section, rows: Path, log: Path, limit: float) -> dict[str, Any]:
     """Run a section's process; when its time is over, interrupt it and then kill whatever it started."""
-    log, rows, began = out / f"{section.name}.log", out / f"{section.name}.json", time.monotonic()
-    rows.unlink(missing_ok=True)  # of an earlier run
+    began = time.monotonic()
     options = ("--rows", str(rows), "--until", str(time.time() + limit)) if section.measures else ()
     paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     with log.open("w") as stream:
@@ -139,33 +137,41 @@ def run(section: Section, out: Path, limit: float) -> dict[str, Any]:
     code = -signal.SIGKILL if process.returncode is None else process.returncode
     lines = log.read_text(errors="replace").splitlines()
     tail = [] if section.measures and code == 0 else lines[-TAIL:]
-    return {"exit": code, "tail": tail, "seconds": round(time.monotonic() - began, 1), **records.read(rows)}
+    return {"exit": code, "tail": tail, "seconds": round(time.monotonic() - began, 1)}
 
 
-def keep_build_logs(out: Path) -> None:
-    """Copy the logs of the last builds, with nvcc and, if that failed, without."""
-    from fdu_kernels.build import cache_folder
+def pack(logs: Path, path: Path, builds: bool) -> None:
+    """Pack the logs so far, also those of the last builds if wanted. What cannot be packed does not end the suite."""
+    try:
+        found = [*cache_folder().glob("*/failure.txt"), *cache_folder().glob("*/build/build.log")] if builds else []
+        for log in sorted(found, key=lambda log: log.stat().st_mtime)[-4:]:  # a build without nvcc follows a failed one
+            shutil.copyfile(log, logs / f"build-{log.relative_to(cache_folder()).parts[0]}-{log.name}")
+        with whole_file(path) as fresh:
+            shutil.make_archive(str(fresh).removesuffix(".tar.gz"), "gztar", logs)
+    except OSError as error:
+        print(f"not all logs are kept: {error}", flush=True)
 
-    found = [*cache_folder().glob("*/failure.txt"), *cache_folder().glob("*/build/build.log")]
-    for path in sorted(found, key=lambda path: path.stat().st_mtime)[-4:]:
-        shutil.copyfile(path, out / f"build-{path.relative_to(cache_folder()).parts[0]}-{path.name}")
 
-
-def succeeded(name: str, result: dict[str, Any], rehearsal: bool) -> bool:
-    """Whether a section ended well. A build for a GPU needs CUDA kernels."""
-    if name == "build" and not rehearsal and not re.search(r"^architectures: \S", "\n".join(result["tail"]), re.M):
+def succeeded(section: Section, result: dict[str, Any], rehearsal: bool) -> bool:
+    """Whether a section ended well. A build for a GPU needs CUDA kernels. A section for which no time is planned, or
+    without its program, may be skipped."""
+    if "skipped" in result:
+        return not section.command or not section.seconds
+    built = re.search(r"^architectures: \S", "\n".join(result["tail"]), re.M)
+    if section.name == "build" and not rehearsal and not built:
         return False
-    return result["exit"] == 0 and result.get("complete", True)
+    return result["exit"] == 0 and result.get("complete", not section.measures)
 
 
 def arguments() -> tuple[argparse.Namespace, list[Section]]:
     """The command line, and the sections that it wants."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="a folder for the record, the rows and the logs")
+    parser.add_argument("--out", type=Path, required=True, help="a folder for the record and the logs")
     parser.add_argument("--minutes", type=float, default=9.0, help="time limit (default: %(default)s)")
     parser.add_argument("--rehearsal", action="store_true", help="toy sizes on the CPU")
     parser.add_argument("--only", nargs="+", metavar="SECTION", help="run these sections (default: all)")
     options = parser.parse_args()
+    options.out = options.out.resolve()  # sections run in another folder
     wanted = {section.name: section for section in sections(options.rehearsal)}
     unknown = set(options.only or ()) - set(wanted)
     if unknown:
@@ -173,40 +179,63 @@ def arguments() -> tuple[argparse.Namespace, list[Section]]:
     return options, [section for name, section in wanted.items() if not options.only or name in options.only]
 
 
+def run_all(wanted: list[Section], out: Path, logs: Path, deadline: float, record: dict[str, Any]) -> None:
+    """Run the sections; write record and logs after each."""
+    rehearsal = "rehearsal" in record
+    for number, section in enumerate(wanted):
+        rows = out / f"{section.name}.json"
+        left = deadline - time.monotonic() - GRACE
+        limit = min(left, max(section.seconds, left - sum(later.seconds for later in wanted[number + 1 :])))
+        rows.unlink(missing_ok=True)  # of an earlier run
+        result: dict[str, Any] = {"exit": -signal.SIGINT, "tail": []}  # if it is interrupted
+        try:
+            if not section.command:
+                result = {"skipped": "its program is not installed"}
+            elif limit < section.least:
+                result = {"skipped": "no time left"}
+            else:
+                result = run(section, rows, logs / f"{section.name}.log", limit)
+        finally:
+            record[section.name] = result = {**result, **records.read(rows)}
+            write_json(out / RECORD, record)
+            rows.unlink(missing_ok=True)
+            pack(logs, out / LOGS, builds=section.name == "build" and not rehearsal)
+        if not succeeded(section, result, rehearsal):
+            print(*result.get("tail", ()), sep="\n")
+        outcome = result.get("skipped") or f"exit code {result['exit']}, {result['seconds']} s"
+        print(f"{section.name}: {outcome}", flush=True)
+
+
+def interrupt(*_: Any) -> None:
+    """End the section and the suite. Another signal does not disturb the last writes."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    raise KeyboardInterrupt
+
+
 def main() -> int:
-    """Run the sections; 0 if all that ran succeeded."""
+    """Run the sections; 0 if all succeeded, 130 after an interrupt."""
     options, wanted = arguments()
     deadline = time.monotonic() + 60 * options.minutes
     options.out.mkdir(parents=True, exist_ok=True)
-    for number in (signal.SIGINT, signal.SIGTERM):  # also in a shell's background, where SIGINT would be ignored
-        signal.signal(number, signal.default_int_handler)
+    for number in SIGNALS:  # also in a shell's background, where SIGINT would be ignored
+        signal.signal(number, interrupt)
     record: dict[str, Any] = {"rehearsal": True} if options.rehearsal else {}
-    incomplete = []
-    for number, section in enumerate(wanted):
-        left = deadline - time.monotonic() - GRACE
-        limit = min(left, max(section.seconds, left - sum(later.seconds for later in wanted[number + 1 :])))
-        if not section.command:
-            result = {"skipped": "its program is not installed"}
-        elif limit < section.least:
-            result = {"skipped": "no time left"}
-        else:
-            result = run(section, options.out, limit)
-        record[section.name] = result
-        write_json(options.out / RECORD, record)
-        if section.name == "build" and not options.rehearsal:
-            keep_build_logs(options.out)
-        if not result.get("skipped") and not succeeded(section.name, result, options.rehearsal):
-            incomplete.append(section.name)
-            print(*result["tail"], sep="\n")
-        outcome = result.get("skipped") or f"exit code {result['exit']}, {result['seconds']} s"
-        print(f"{section.name}: {outcome}", flush=True)
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        try:
+            run_all(wanted, options.out, Path(folder), deadline, record)
+        except KeyboardInterrupt:
+            record["interrupted"] = True
+            write_json(options.out / RECORD, record)
+    results = [(section, record.get(section.name, {"skipped": "interrupted"})) for section in wanted]
+    incomplete = [section.name for section, result in results if not succeeded(section, result, options.rehearsal)]
     if options.rehearsal:
         print("A rehearsal: its figures mean nothing.")
     else:
         promises.judge(promises.gpu(record))
-    left = deadline - time.monotonic()
-    print(f"incomplete: {', '.join(incomplete) or 'none'}; {left:.0f} s left; {options.out / RECORD}")
-    return int(bool(incomplete))
+    left = f"{deadline - time.monotonic():.0f} s left"
+    print(f"incomplete: {', '.join(incomplete) or 'none'}; {left}; {options.out / RECORD}")
+    return 130 if "interrupted" in record else int(bool(incomplete))
 
 
 if __name__ == "__main__":

@@ -132,6 +132,10 @@ def evaluation(part: dict[str, Any]) -> Iterator[Bound]:
     yield Bound("an evaluation: seconds", "<=", 120.0, sum(part["seconds"].values()))
 
 
+CPU = {"losses": losses, "training": training, "evaluation": evaluation}
+"""The promises about each suite."""
+
+
 # GPU
 
 
@@ -175,7 +179,7 @@ def speed_ups(rows: Iterable[Row], baseline: str, figure: str) -> Iterator[tuple
 def extreme(choose: Any, pairs: Iterable[tuple[float, Row]]) -> tuple[float | None, str]:
     """The value that ``choose``, min or max, takes, and where it was measured."""
     value, row = choose(pairs, key=lambda pair: pair[0], default=(None, None))
-    return value, row and f"{row['form']} {row['dtype']} {name_of(row['shape'])}, {row['candidate']}"
+    return value, f"{row['form']} {row['dtype']} {name_of(row['shape'])}, {row['candidate']}" if row else ""
 
 
 def gpu_losses(record: dict[str, Any]) -> Iterator[Bound]:
@@ -218,10 +222,10 @@ def gpu_training(record: dict[str, Any]) -> Iterator[Bound]:
 
 def bounds_of(record: dict[str, Any]) -> Iterator[Bound]:
     """All promises about what a record holds."""
-    for suite, promised in (("losses", losses), ("training", training), ("evaluation", evaluation)):
+    for suite, promised in CPU.items():
         if suite in record:
             yield from promised(record[suite])
-    if "machine" in record:
+    if any("exit" in part for part in record.values() if isinstance(part, dict)):  # of gpu_suite.py
         yield from gpu(record)
 
 

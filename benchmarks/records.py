@@ -22,6 +22,7 @@ import torch
 
 from fdu.storage.fingerprint import versions
 from fdu.storage.output import write_json
+from fdu_kernels.build import NVCC
 
 HERE = Path(__file__).parent
 RECORD = HERE / "results" / "cpu.json"
@@ -40,18 +41,32 @@ def keep(path: Path, suite: str, **part: Any) -> None:
 
 
 def machine() -> dict[str, Any]:
-    """Device, versions, commit and date of a measurement."""
+    """Device, versions, commit and date of a measurement; on a GPU also its driver, CUDA and sizes."""
     threads, capability = torch.get_num_threads(), torch.backends.cpu.get_cpu_capability()
-    device = f"CPU ({cpu_name()}, {os.cpu_count()} cores, {threads} threads, {capability})"
+    device, gpu = f"CPU ({cpu_name()}, {os.cpu_count()} cores, {threads} threads, {capability})", {}
     if torch.cuda.is_available():
-        device = f"{torch.cuda.get_device_name()}; {device}"
+        device, gpu = f"{torch.cuda.get_device_name()}; {device}", describe_gpu()
     head = output_of("git", "rev-parse", "HEAD")
     return {
         "device": device,
-        "versions": versions(),
+        **gpu,
+        "versions": {**versions(), "torch": torch.__version__},  # names the CUDA that it was built for
         "commit": os.environ.get("FDU_COMMIT") or head,
         "changed": bool(head and output_of("git", "status", "--porcelain", "--untracked-files=no")),
         "date": datetime.date.today().isoformat(),
+    }
+
+
+def describe_gpu() -> Row:
+    """Driver, CUDA and sizes of the GPU. Inputs that exceed its L2 cache are cold."""
+    of = torch.cuda.get_device_properties(0)
+    return {
+        "driver": output_of("nvidia-smi", "--id=0", "--query-gpu=driver_version", "--format=csv,noheader"),
+        "cuda": torch.version.cuda,
+        "nvcc": next(filter(None, (output_of(name, "--version") for name in NVCC)), "").rpartition("\n")[2],
+        "l2_bytes": of.L2_cache_size,
+        "memory_bytes": of.total_memory,
+        "multiprocessors": of.multi_processor_count,
     }
 
 
@@ -95,18 +110,25 @@ class Rows:
         Args:
             least: seconds that must be left, and somewhat more than the longest row of its kind took.
         """
+        if self.leaves_out(row, least, kind):
+            return
         began = time.time()
-        wanted = max(0.0 if self.rehearsal else least, 1.2 * self.longest.get(kind, 0.0))
-        if self.until - began < wanted:
-            self.left_out.append(row)
-        else:
-            self.rows.append(row)
-            try:
-                row.update(measure())
-            except Exception as error:  # out of memory, or what does not run on this device
-                row["error"] = f"{type(error).__name__}: {error}"[:400]
-            self.longest[kind] = max(self.longest.get(kind, 0.0), time.time() - began)
+        self.rows.append(row)
+        try:
+            row.update(measure())
+        except Exception as error:  # out of memory, or what does not run on this device
+            row["error"] = f"{type(error).__name__}: {error}"[:400]
+        self.longest[kind] = max(self.longest.get(kind, 0.0), time.time() - began)
         self.keep(False)
+
+    def leaves_out(self, row: Row, least: float = 3.0, kind: str = "") -> bool:
+        """Whether too little time is left for a row; if so, note that."""
+        wanted = max(0.0 if self.rehearsal else least, 1.2 * self.longest.get(kind, 0.0))
+        if self.until - time.time() >= wanted:
+            return False
+        self.left_out.append(row)
+        self.keep(False)
+        return True
 
     def keep(self, complete: bool = True) -> None:
         """Write the rows so far."""

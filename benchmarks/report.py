@@ -10,7 +10,7 @@ import argparse
 import functools
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -114,10 +114,11 @@ def render(**parts: Any) -> str:
 
 
 def machine_line(part: Mapping[str, Any]) -> str:
-    """Device, versions, commit and date."""
+    """Device, driver of a GPU, versions, commit and date."""
+    driver = f"driver {part['driver']}, L2 cache of {part['l2_bytes'] / 2**20:.0f} MiB" if part.get("driver") else ""
     versions = ", ".join(f"{name} {version}" for name, version in part["versions"].items())
     commit = f"commit {part['commit'][:10]}{' and changes' if part['changed'] else ''}" if part["commit"] else ""
-    return "; ".join(filter(None, [part["device"], versions, commit, part["date"]])) + "."
+    return "; ".join(filter(None, [part["device"], driver, versions, commit, part["date"]])) + "."
 
 
 def performance(record: dict[str, Any], gpus: Mapping[str, dict[str, Any]], figures: Path) -> str:
@@ -143,12 +144,9 @@ def performance(record: dict[str, Any], gpus: Mapping[str, dict[str, Any]], figu
         draw_lines(shares, figures / "speed-of-light.svg", "x", "share of the copy bandwidth", 1)
     if parts["host"]:
         draw_host(parts["host"]["rows"], figures / "host.svg")
-    promised: dict[str, Callable] = {
-        "losses": promises.losses, "training": promises.training, "evaluation": promises.evaluation,
-    }  # fmt: skip
     return render(
         **parts,
-        bounds={suite: list(judged(parts[suite])) for suite, judged in promised.items() if parts[suite]},
+        bounds={suite: list(judged(parts[suite])) for suite, judged in promises.CPU.items() if parts[suite]},
         bandwidths=groups.pop("bandwidth float32", []),
         tables=groups,
         rows_of=rows_of,
@@ -170,7 +168,7 @@ def job_factor(part: dict[str, Any], latents: int) -> float:
 
 def gpu_part(stem: str, record: dict[str, Any], figures: Path) -> dict[str, Any]:
     """The promises, figures and rows of one GPU record."""
-    (machine,) = gpu_rows(record, "device", "machine")
+    machine = next(iter(gpu_rows(record, "device", "machine")), None)
     of_share = [
         row for row in gpu_rows(record, "share_of_copy", "sweep", "large")
         if (row["form"], row["dtype"]) == ("gaussian", "float32") and len(row["shape"]) == 4

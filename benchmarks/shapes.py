@@ -2,8 +2,8 @@
 
 SCALED divides the widths of Stable Diffusion 1.5 by four and its sides by two. In the denoiser and in the autoencoder,
 this divides parameters and activations by 16, and multiplications and softmax elements by 64. So both keep their shares
-of time and memory. Group norms keep their channels per group, and attention heads their
-size. The text encoder keeps its 77 tokens; an eighth of its width gives it its share of the multiplications.
+of time and memory. Group norms keep their channels per group, and attention heads their size. The text encoder keeps
+its 77 tokens; an eighth of its width gives it its share of the multiplications.
 """
 
 from __future__ import annotations

@@ -9,12 +9,15 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import records
 import torch
 from competitors import CLONE_PASSES, FORMS, Call, Pair, check
+
+if TYPE_CHECKING:  # a GPU machine may not have it
+    from pytest_benchmark.fixture import BenchmarkFixture as BenchmarkFixture
 
 ROTATING = 128 << 20
 """Bytes of rotating inputs: more than the caches hold."""

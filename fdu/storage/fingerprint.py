@@ -7,14 +7,15 @@ import platform
 from collections.abc import Mapping
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING
 
 import torch
-from diffusers import DiffusionPipeline
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
 
 import fdu
-from fdu.models import parts
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
 
 SAMPLES = 256
 """Bytes of each tensor that are hashed, evenly spread, besides the sum of all its words."""
@@ -49,6 +50,8 @@ def fingerprint(
     Raises:
         ValueError: ``replaced`` names a parameter that is not there.
     """
+    from fdu.models import parts  # imports diffusers, which versions() must do without
+
     own = parts.weights(pipeline)
     values: dict[int, Tensor] = {id(parameter): parameter for parameter in own.values()}
     for name, value in (replaced or {}).items():
@@ -57,7 +60,7 @@ def fingerprint(
         values[id(own[name])] = value  # under all its names, if modules share it
     named = [(name.replace(".text_model.", "."), values[id(own[name])]) for name in sorted(own)]
     if adapters:
-        named += _active_adapters(pipeline)
+        named += _active_adapters(parts.models(pipeline))
     digest = hashlib.sha256()
     for name, tensor in named:
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
@@ -66,10 +69,12 @@ def fingerprint(
     return digest.hexdigest()
 
 
-def _active_adapters(pipeline: DiffusionPipeline) -> list[tuple[str, Tensor]]:
+def _active_adapters(models: Mapping[str, torch.nn.Module]) -> list[tuple[str, Tensor]]:
     """The parameters of the adapters that each layer adds, under names that tell their order and strengths."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
     named = []
-    for attribute, model in parts.models(pipeline).items():
+    for attribute, model in models.items():
         for layer_name, layer in model.named_modules():
             if not isinstance(layer, BaseTunerLayer) or layer.disable_adapters or layer.merged:
                 continue

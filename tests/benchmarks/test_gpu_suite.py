@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import os
+import signal
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -64,7 +67,7 @@ def test_the_sanitizer_sees_every_way_through_the_kernels() -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_a_rehearsal_writes_record_rows_and_logs(tmp_path: Path) -> None:
+def test_a_rehearsal_writes_a_record_with_rows_and_the_logs(tmp_path: Path) -> None:
     command = [sys.executable, gpu_suite.__file__, "--out", str(tmp_path), "--rehearsal"]
     names = ["tests", "latents"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1"}
@@ -72,11 +75,35 @@ def test_a_rehearsal_writes_record_rows_and_logs(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     record = json.loads((tmp_path / gpu_suite.RECORD).read_text())
     assert record["rehearsal"] and [name for name in record if name != "rehearsal"] == names
-    assert all((tmp_path / f"{name}.log").exists() for name in names) and record["tests"]["exit"] == 0
+    assert set(kept_logs(tmp_path)) == {f"{name}.log" for name in names} and record["tests"]["exit"] == 0
     latents = record["latents"]
-    assert latents["rows"] == json.loads((tmp_path / "latents.json").read_text())["rows"]
     assert_measured(latents["rows"], {"eager", "compiled", "triton autograd", "triton value_and_grad"})
     assert all(row["wall_us"] > 0 for row in latents["rows"])
+
+
+def kept_logs(folder: Path) -> list[str]:
+    """The names of the logs, and nothing but them and the record is in the folder."""
+    assert {path.name for path in folder.iterdir()} == {gpu_suite.RECORD, gpu_suite.LOGS}
+    with tarfile.open(folder / gpu_suite.LOGS) as archive:
+        return [Path(one.name).name for one in archive.getmembers() if one.isfile()]
+
+
+def test_a_machine_with_torch_and_pytest_alone_runs_the_sections_of_the_losses() -> None:
+    code = """if True:
+        import contextlib, runpy, sys
+        sys.modules.update(dict.fromkeys(("diffusers", "transformers", "accelerate", "peft", "pytest_benchmark")))
+        sys.argv = ["gpu_suite.py", "--help"]
+        with contextlib.suppress(SystemExit):
+            runpy.run_path("benchmarks/gpu_suite.py", run_name="__main__")
+        sys.argv = ["gpu_losses.py", "machine", "--rehearsal"]
+        runpy.run_path("benchmarks/gpu_losses.py", run_name="__main__")
+    """
+    paths = os.pathsep.join(map(str, (gpu_suite.ROOT, gpu_suite.HERE)))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=gpu_suite.ROOT)
+    assert done.returncode == 0, done.stderr
+    assert "--rehearsal" in done.stdout and '"device": "CPU' in done.stdout
 
 
 def test_unknown_sections_are_refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -123,39 +150,54 @@ try:
 except KeyboardInterrupt:
     sys.exit("3 passed")
 """
-    found = gpu_suite.run(section(script, measures=True), tmp_path, 2.0)
-    assert found["exit"] == code and found["rows"] == [1] and found["seconds"] < 30
+    imagined = section(script, measures=True)
+    found = gpu_suite.run(imagined, tmp_path / "rows.json", tmp_path / "log", 2.0)
+    assert found["exit"] == code and found["seconds"] < 30
+    assert records.read(tmp_path / "rows.json")["rows"] == [1]
     assert found["tail"] == ([] if ignores else ["3 passed"])
-    assert not gpu_suite.succeeded("imagined", found, False) and not running(b"61.5")
+    assert not gpu_suite.succeeded(imagined, found, False) and not running(b"61.5")
 
 
-def test_an_interrupted_suite_ends_its_section(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    wait, calls = subprocess.Popen.wait, itertools.count()
+def suite_of(*wanted: gpu_suite.Section, out: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[int, dict[str, Any]]:
+    """The exit code and the record of a rehearsal of these sections."""
+    monkeypatch.setattr(gpu_suite, "sections", lambda rehearsal: list(wanted))
+    monkeypatch.setattr(sys, "argv", ["gpu_suite.py", "--out", str(out), "--rehearsal"])
+    handlers = {number: signal.getsignal(number) for number in gpu_suite.SIGNALS}
+    try:
+        code = gpu_suite.main()
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    return code, json.loads((out / gpu_suite.RECORD).read_text())
 
-    def interrupted(process: Any, timeout: float | None = None) -> int:
-        if next(calls) == 0:
-            raise KeyboardInterrupt
-        return wait(process, timeout)
 
-    monkeypatch.setattr(subprocess.Popen, "wait", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        gpu_suite.run(section("subprocess.run(['sleep', '62.5'])"), tmp_path, 60.0)
-    assert not running(b"62.5")
+def test_an_interrupted_suite_ends_its_section_and_keeps_its_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    interrupt = f"import os; os.kill({os.getpid()}, signal.SIGTERM); subprocess.run(['sleep', '62.5'])"
+    first, last = (gpu_suite.Section(name, 2.0, ("true",)) for name in ("first", "last"))
+    wanted = (first, section(interrupt, measures=True), last)
+    code, record = suite_of(*wanted, out=tmp_path, monkeypatch=monkeypatch)
+    assert code == 130 and record["interrupted"] and not running(b"62.5")
+    assert record["first"]["exit"] == 0 and record["imagined"]["rows"] == [1] and "last" not in record
+    assert kept_logs(tmp_path) == ["first.log", "imagined.log"]
+    assert "incomplete: imagined, last" in capsys.readouterr().out
 
 
-def test_without_time_or_program_a_section_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    wanted = [
+def test_without_time_or_program_a_section_is_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    wanted = (
         gpu_suite.Section("missing", 1, ()),
         section("print('done')"),
-        section("sys.exit(3)", measures=True),
+        gpu_suite.dataclasses.replace(section("sys.exit(3)", measures=True), name="failed"),
+        gpu_suite.Section("without_rows", 1, ("true",), measures=True),
         gpu_suite.Section("late", 1, ("false",), least=1e4),
-    ]
-    wanted[2] = gpu_suite.dataclasses.replace(wanted[2], name="failed")
-    monkeypatch.setattr(gpu_suite, "sections", lambda rehearsal: wanted)
-    monkeypatch.setattr(gpu_suite.signal, "signal", lambda *_: None)
-    monkeypatch.setattr(sys, "argv", ["gpu_suite.py", "--out", str(tmp_path), "--rehearsal"])
-    assert gpu_suite.main() == 1
-    record = json.loads((tmp_path / gpu_suite.RECORD).read_text())
+        gpu_suite.Section("if_time_is_left", 0, ("false",), least=1e4),
+    )
+    code, record = suite_of(*wanted, out=Path("relative"), monkeypatch=monkeypatch)
+    assert code == 1 and "incomplete: failed, without_rows, late;" in capsys.readouterr().out
     assert "not installed" in record["missing"]["skipped"] and "no time" in record["late"]["skipped"]
     assert record["imagined"]["exit"] == 0 and record["imagined"]["tail"] == ["done"]
     assert record["failed"]["exit"] == 3 and record["failed"]["rows"] == [1]
@@ -170,19 +212,30 @@ def test_without_time_or_program_a_section_is_left_out(tmp_path: Path, monkeypat
     ],
 )
 def test_a_build_for_a_gpu_needs_cuda_kernels(told: list[str], rehearsal: bool, good: bool) -> None:
-    assert gpu_suite.succeeded("build", {"exit": 0, "tail": told}, rehearsal) == good
+    build = gpu_suite.Section("build", 1.0, ("true",))
+    assert gpu_suite.succeeded(build, {"exit": 0, "tail": told}, rehearsal) == good
 
 
-def test_the_logs_of_builds_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_logs_of_builds_are_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    made, out = tmp_path / "fdu_kernels" / "0123" / "build", tmp_path / "out"
-    for folder in (made, out):
+    made, logs, out = tmp_path / "fdu_kernels" / "0123" / "build", tmp_path / "logs", tmp_path / "out"
+    for folder in (made, logs, out):
         folder.mkdir(parents=True)
     (made / "build.log").write_text("nvcc says")
     (made.parent / "failure.txt").write_text("it failed")
-    gpu_suite.keep_build_logs(out)
-    assert (out / "build-0123-build.log").read_text() == "nvcc says"
-    assert (out / "build-0123-failure.txt").read_text() == "it failed"
+    gpu_suite.write_json(out / gpu_suite.RECORD, {})
+    gpu_suite.pack(logs, out / gpu_suite.LOGS, builds=True)
+    assert set(kept_logs(out)) == {"build-0123-build.log", "build-0123-failure.txt"}
+    assert (logs / "build-0123-build.log").read_text() == "nvcc says"
+
+    def fail(*_: Any) -> None:
+        raise OSError("no space")
+
+    monkeypatch.setattr(gpu_suite.shutil, "copyfile", fail)
+    gpu_suite.pack(logs, out / gpu_suite.LOGS, builds=True)
+    assert "no space" in capsys.readouterr().out
 
 
 # Rows
@@ -220,6 +273,21 @@ def test_a_section_writes_its_rows_and_whether_they_are_all(tmp_path: Path, monk
     assert seen == [("cuda", False), ("cpu", False)]
 
 
+def test_an_interrupted_section_finishes_its_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def one(rows: records.Rows) -> None:
+        rows.add({"number": 1}, lambda: os.kill(os.getpid(), signal.SIGINT) or {"step_s": 1.0})
+
+    argv = ["script.py", "one", "--rows", str(tmp_path / "rows.json"), "--until", str(time.time() + 50)]
+    monkeypatch.setattr(sys, "argv", argv)
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        records.run_section({"one": one})
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    found = records.read(tmp_path / "rows.json")
+    assert found["complete"] and found["rows"] == [{"number": 1, "step_s": 1.0}]
+
+
 # What the sections measure
 
 
@@ -237,10 +305,54 @@ def test_other_sizes_are_rehearsed(name: str, wanted: set[str]) -> None:
     assert_measured(rows.rows, wanted)
 
 
-def test_the_machine_is_described() -> None:
-    gpu_losses.machine(rows := rows_for())
+def test_the_machine_is_described_even_if_little_time_is_left() -> None:
+    gpu_losses.machine(rows := rows_for(0.5, rehearsal=False))
     (found,) = rows.rows
     assert found["versions"]["torch"] == torch.__version__ and found["backends"]["cpu"] is None and found["date"]
+
+
+def test_a_gpu_is_described(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = SimpleNamespace(L2_cache_size=50 << 20, total_memory=80 << 30, multi_processor_count=132)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "A GPU")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: sizes)
+    printed = {"nvidia-smi": "580.65", "nvcc": "", "/usr/local/cuda/bin/nvcc": "nvcc:\nBuild cuda_13.0"}
+    monkeypatch.setattr(records, "output_of", lambda name, *_: printed.get(name, ""))
+    found = records.machine()
+    assert found["device"].startswith("A GPU; CPU") and found["multiprocessors"] == 132
+    assert found["driver"] == "580.65" and found["nvcc"] == "Build cuda_13.0"
+    assert (found["l2_bytes"], found["memory_bytes"]) == (50 << 20, 80 << 30)
+
+
+def test_without_time_no_inputs_are_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(competitors, "rotating", None)
+    gpu_losses.SECTIONS["large"](rows := rows_for(-1))
+    assert not rows.rows and [row["form"] for row in rows.left_out] == ["gaussian", "variational"]
+
+
+def test_after_a_failed_capture_none_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    outcomes: list[Any] = [0.25, RuntimeError("capture failed")]
+
+    def capture(call: Any, return_mode: str) -> float:
+        call()
+        if isinstance(outcome := outcomes.pop(0), Exception):
+            raise outcome
+        return outcome
+
+    monkeypatch.setitem(sys.modules, "triton.testing", SimpleNamespace(do_bench_cudagraph=capture))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(gpu_losses, "device_us", lambda *_: [1.0, 2.0])
+    for name in ("wall_us", "host_us"):
+        monkeypatch.setattr(gpu_losses, name, lambda *_, **__: 1.0)
+    monkeypatch.setattr(gpu_losses.bench_memory, "measure", lambda *_: {"extra_bytes": 0})
+    pair, rows = competitors.inputs((2, 4), torch.float32, "cpu"), rows_for(rehearsal=False)
+    run = competitors.candidate("gaussian", "eager")
+    for _ in range(3):
+        row = {"form": "gaussian", "candidate": "eager", "passes": 3}
+        rows.add(row, functools.partial(gpu_losses.figures_of, row, {}, run, [pair], iter(()), rows, True))
+    first, failed, last = rows.rows
+    assert first["graph_us"] == 250.0 and failed["graph_error"] == "RuntimeError: capture failed"
+    assert last["host_us"] == 1.0 and not {"graph_us", "graph_error", "error"} & set(last)
 
 
 def test_a_backend_that_fails_loses_no_other_figures_of_the_host(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -127,6 +127,17 @@ def test_every_record_is_shown(tmp_path: Path) -> None:
     assert "fails" not in text and "No record yet" not in text and "waits" not in text
 
 
+def test_a_gpu_is_named_with_its_driver_and_its_record_shown_without_it(tmp_path: Path) -> None:
+    record = a_gpu_record()
+    record["machine"]["rows"][0].update(driver="580.65", l2_bytes=50 << 20)
+    text = report.performance({}, {"gpu.json": record}, tmp_path)
+    assert "A GPU; driver 580.65, L2 cache of 50 MiB; python 3" in text
+    only = {name: record[name] for name in ("latents", "tests")}
+    text = report.performance({}, {"gpu-h100.json": only}, tmp_path)
+    assert "### gpu-h100" in text and "| 51.0 |" in text and "None" not in text
+    assert {"holds", "waits"} == set(verdicts(only))
+
+
 def test_the_same_figures_give_the_same_file(tmp_path: Path) -> None:
     for name in ("first.svg", "second.svg"):
         report.draw_host([HOST], tmp_path / name)
