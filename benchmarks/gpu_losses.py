@@ -31,7 +31,7 @@ import fdu_kernels as fk
 LATENTS: tuple[Shape, ...] = ((1, 4, 64, 64), (16, 4, 64, 64), (4, 4, 128, 128))
 FULL, LEAST_LARGE = 512 << 20, 64 << 20
 """Bytes of a large tensor."""
-SWEEP = tuple(2**exponent for exponent in range(16, 30))
+SWEEP = [(2**exponent // 65536, 4, 64, 64) for exponent in range(16, 30)]
 """Bytes per tensor: 64 KiB to 512 MiB."""
 TOY: Shape = (2, 4, 4, 4)
 LEAST_COMPILED = 12.0
@@ -72,11 +72,6 @@ def large_tasks() -> list[Task]:
             shape = (samples, elements // samples) if samples else (elements // (16 * 128 * 128), 16, 128, 128)
             tasks.append(Task(form, dtype, shape))
     return [*tasks, tasks[0]._replace(form="density_ratio")]
-
-
-def sweep_tasks() -> list[Task]:
-    """Ours and clone at all sizes, for the figure of the speed of light."""
-    return [Task("gaussian", "float32", (size // 65536, 4, 64, 64), ()) for size in SWEEP]
 
 
 def measure(make_tasks: Callable[[], list[Task]], rows: Rows, with_host: bool = False) -> None:
@@ -233,7 +228,7 @@ SECTIONS: dict[str, Callable[[Rows], None]] = {
     "machine": machine,
     "latents": functools.partial(measure, latents_tasks, with_host=True),
     "large": functools.partial(measure, large_tasks),
-    "sweep": functools.partial(measure, sweep_tasks),
+    "sweep": functools.partial(measure, lambda: [Task("gaussian", "float32", shape, ()) for shape in SWEEP]),
     "host": host,
 }
 

@@ -39,14 +39,9 @@ from fdu.storage.output import whole_file, write_json  # noqa: E402
 from fdu_kernels.build import cache_folder  # noqa: E402
 
 RECORD, LOGS = "gpu_suite.json", "logs.tar.gz"
-SANITIZED = " or ".join(
-    (
-        "golden and le_cam",
-        "value_and_gradient and hellinger and 33",
-        "strides and mixed and 5",
-        "the_same_to and 1000003",
-        "peak_memory",
-    )
+SANITIZED = (
+    "golden and le_cam or value_and_gradient and hellinger and 33 or strides and mixed and 5 "
+    "or the_same_to and 1000003 or peak_memory"
 )
 """One of each: tables and critics, one block per sample with any alignment, mixed layouts with a mask, samples of
 several blocks, clusters. Compute-sanitizer makes everything many times slower."""

@@ -69,12 +69,6 @@ def variants() -> list[Variant]:
     return found
 
 
-def toy_variants() -> list[Variant]:
-    """The variants of a rehearsal."""
-    toy: dict[str, Any] = {"precision": "no", "steps": TOY_STEPS, "dataloader_num_workers": 0}
-    return [variant("reference", **toy), variant("fdu, frozen outputs kept", KEPT, **toy)]
-
-
 def measure_variants(model: str, wanted: list[Variant], rows: Rows, least: float = 4.0) -> None:
     """A row for each; a variant that was out of memory is not tried with larger batches."""
     full: set[str] = set()
@@ -112,10 +106,13 @@ def build(model: str, one: Variant, rows: Rows) -> DiffusionPipeline:
 
 
 def train(model: str, rows: Rows) -> None:
-    """All variants of a model."""
+    """All variants of a model, or two of them in a rehearsal."""
+    wanted = variants()
     if rows.rehearsal:
+        toy: dict[str, Any] = {"precision": "no", "steps": TOY_STEPS, "dataloader_num_workers": 0}
+        wanted = [variant("reference", **toy), variant("fdu, frozen outputs kept", KEPT, **toy)]
         os.environ["FDU_BACKEND"] = "cpu"  # interpreted, the Triton kernels would take most of the time
-    measure_variants(model, toy_variants() if rows.rehearsal else variants(), rows)
+    measure_variants(model, wanted, rows)
 
 
 def compiled(rows: Rows) -> None:

@@ -119,7 +119,8 @@ class Compare:
         from fdu.comparison.results import CACHE, RUNS, check_folder, former_runs, read_results, write_record
 
         check_folder(self.out, comparison)
-        workers = self.workers or (_cores() if comparison.device == "cpu" and model.light else 1)
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        workers = self.workers or (cores if comparison.device == "cpu" and model.light else 1)
 
         def work() -> None:
             from fdu.comparison.page import PAGE, table, write_page
@@ -174,8 +175,3 @@ class Compare:
             words += ["--dtype", self.dtype]
         # The device is always named, because auto may find another device next time.
         return shlex.join([*words, "--device", choose_device(self.device), "--out", "erased"])
-
-
-def _cores() -> int:
-    """The number of cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -117,13 +117,10 @@ def _quiet() -> None:
     """Silence only the warnings of transformers and diffusers that come at every start and need no action."""
     silenced = ("requires torchvision", "You have disabled the safety checker")
 
-    def relevant(record: logging.LogRecord) -> bool:
-        return not any(words in record.getMessage() for words in silenced)
-
     for name in (
         "transformers.utils.import_utils",
         "diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion",
         "diffusers.pipelines.pipeline_utils",
     ):
-        logging.getLogger(name).addFilter(relevant)
+        logging.getLogger(name).addFilter(lambda record: not any(words in record.getMessage() for words in silenced))
     warnings.filterwarnings("ignore", message=".*torchvision.*")

@@ -37,6 +37,7 @@ class EmbeddedDigits(Subject):
 
     title = "the embedded pipeline of fdu"
     light = judges_itself = True
+    loading_code = f'fdu.load_pipeline("{NAME}")'
     data = Path(__file__).parent / "data" / "pipeline"
 
     def __init__(self, model: str = NAME) -> None:
@@ -61,11 +62,6 @@ class EmbeddedDigits(Subject):
         from fdu.subjects.digits.pipeline import NOTES
 
         return NOTES
-
-    @property
-    def loading_code(self) -> str:
-        """See :attr:`Subject.loading_code`."""
-        return f'fdu.load_pipeline("{NAME}")'
 
     def pairs(
         self,

@@ -105,13 +105,11 @@ def judges() -> dict[str, Judge]:
     """The judge of "digit" and the judge of "medium"."""
     classifier = load_classifier()
 
-    def judge_digit(images: Tensor) -> list[str]:
-        return [DIGITS[index] for index in classifier(images)[0].argmax(1)]
+    def judge(images: Tensor, output: int, names: Sequence[str]) -> list[str]:
+        return [names[index] for index in classifier(images)[output].argmax(1)]
 
-    def judge_medium(images: Tensor) -> list[str]:
-        return [MEDIA[index] for index in classifier(images)[1].argmax(1)]
-
-    return {"digit": judge_digit, "medium": judge_medium}
+    outputs = {"digit": DIGITS, "medium": MEDIA}
+    return {name: functools.partial(judge, output=i, names=outputs[name]) for i, name in enumerate(outputs)}
 
 
 def features() -> ModuleFeatures:
