@@ -32,7 +32,7 @@ LATENTS: tuple[Shape, ...] = ((1, 4, 64, 64), (16, 4, 64, 64), (4, 4, 128, 128))
 FULL, LEAST_LARGE = 512 << 20, 64 << 20
 """Bytes of a large tensor."""
 SWEEP = [(2**exponent // 65536, 4, 64, 64) for exponent in range(16, 30)]
-"""Bytes per tensor: 64 KiB to 512 MiB."""
+"""64 KiB to 512 MiB per tensor in float32."""
 TOY: Shape = (2, 4, 4, 4)
 LEAST_COMPILED = 12.0
 """Seconds that must be left for a row with torch.compile."""
