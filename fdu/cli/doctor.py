@@ -160,7 +160,7 @@ def _devices() -> list[Finding]:
     import torch
 
     hip, cuda = torch.version.hip, torch.version.cuda
-    findings = [Finding("cpu", "ok", f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}")]
+    findings = [Finding("cpu", "ok", f"threads: {torch.get_num_threads()}, {torch.backends.cpu.get_cpu_capability()}")]
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
             gpu = torch.cuda.get_device_properties(index)

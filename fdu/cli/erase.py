@@ -132,8 +132,8 @@ def _loading_line(model: Subject, out: Path, format: str, train_method: str) -> 
         programs = f"In ComfyUI, Forge or A1111: put {out / 'kohya_lora.safetensors'} into the folder for LoRAs."
         return by_fdu if TRAIN_METHODS[train_method].result == "dora" else programs
     return {
-        "lora": f"In plain diffusers:\n  pipeline = {base}; pipeline.load_lora_weights({str(out)!r})",
-        "pipeline": f"In plain diffusers:\n  pipeline = DiffusionPipeline.from_pretrained({str(out)!r})",
+        "lora": f"In Python:\n  pipeline = {base}; pipeline.load_lora_weights({str(out)!r})",
+        "pipeline": f"In Python:\n  pipeline = DiffusionPipeline.from_pretrained({str(out)!r})",
         "delta": by_fdu,
     }[format]
 

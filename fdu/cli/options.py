@@ -109,7 +109,7 @@ def check_typed(arguments: Sequence[str], commands: Mapping[str, type]) -> None:
         return
     if command not in commands:
         hint = _meant(command, commands)
-        raise ValueError(f"there is no command {command!r}{hint}; the commands are {', '.join(commands)}")
+        raise ValueError(f"there is no command {command!r}{hint} The commands are {', '.join(commands)}")
     options, repeated = _options(commands[command])
     for i, word in enumerate(rest):
         if not word.startswith("--") or word == "--":
@@ -118,7 +118,7 @@ def check_typed(arguments: Sequence[str], commands: Mapping[str, type]) -> None:
         name = typed.replace("-", "_")
         if name not in (*options, "help"):
             hint = _meant(name, options, "--")
-            raise ValueError(f"there is no option --{typed}{hint}; fdu {command} --help lists the options")
+            raise ValueError(f"there is no option --{typed}{hint} fdu {command} --help lists the options")
         values = list(itertools.takewhile(lambda value: not value.startswith("--"), rest[i + 1 :]))
         # If the first word is an option, the last value may be the model.
         if name in repeated and "=" not in word and len(values) > 1 and not rest[0].startswith("-"):
@@ -143,4 +143,4 @@ def _options(command: type) -> tuple[set[str], set[str]]:
 def _meant(typed: str, known: Collection[str], prefix: str = "") -> str:
     close = difflib.get_close_matches(typed, known, n=1, cutoff=0.5)
     best = OTHER_NAMES.get(typed) if OTHER_NAMES.get(typed) in known else next(iter(close), None)
-    return f"; did you mean {prefix}{best}?" if best else ""
+    return f"; did you mean {prefix}{best}?" if best else "."

@@ -117,7 +117,7 @@ def write_page(
             percent=percent,
             commands=[("The recommended erasure:", erase_command), ("This comparison:", command)],
             facts=[("", facts)],
-            settings=setting_rows(comparison.base.as_dict(), without=comparison.varied),
+            settings=setting_rows(comparison.shared_settings(), without=comparison.varied),
             notes=[*([results.mixed_note] if results.mixed else []), *notes],
         )
     )

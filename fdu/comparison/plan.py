@@ -197,6 +197,11 @@ class Comparison:
             return config
         return dataclasses.replace(config, frozen_batches=steps)
 
+    def shared_settings(self) -> dict[str, Any]:
+        """The settings that all runs share, with those that depend on the model or on the number of steps."""
+        first, *others = [self.config(run).as_dict() for run in self.runs()]
+        return {name: value for name, value in first.items() if all(one[name] == value for one in others)}
+
     def conditions(self) -> dict[str, Any]:
         """Everything besides model and settings that all figures depend on, ready for JSON."""
         drawing = dataclasses.asdict(self.drawing)

@@ -191,8 +191,10 @@ def _rest_part(evaluation: Evaluation, probes: Sequence[Probe]) -> tuple[bool, b
         headline = (
             f"{'the rest is' if all_drawn else 'the classes drawn before are'} {'probably ' * bool(possible)}kept"
         )
-        if possible:
-            worst_case = max(possible, key=lambda one: one.most - one.allowed)
+        worst_case = max(possible, key=lambda one: one.most - one.allowed, default=None)
+        if worst_case and worst_case.most > DRAWN_BEFORE:
+            headline = f"so few images ({evaluation.images_per_class} per class) cannot tell whether the rest is kept"
+        elif worst_case:
             headline += (
                 f" ({evaluation.images_per_class} images per class cannot rule out a drop of "
                 f"{100 * worst_case.most:.0f} points in {worst_case.name})"

@@ -168,14 +168,14 @@ def _finite(value: Any) -> Any:
 def _check_replaceable(folder: Path, shown: str, overwrite: bool) -> None:
     if not os.path.isdir(folder) or not any(folder.iterdir()):
         return
-    if not overwrite:
-        raise FileExistsError(
-            f"output folder {shown} exists and is not empty; choose another or overwrite it (--overwrite)"
-        )
     if not written_by_fdu(folder):
         raise FileExistsError(
             f"output folder {shown} holds files not written by fdu (no {RECORD_FILE} or {METRICS_FILE} of its own), "
             "which it never overwrites; choose another, or remove it yourself"
+        )
+    if not overwrite:
+        raise FileExistsError(
+            f"output folder {shown} is not empty; choose another or overwrite it (overwrite=True, --overwrite)"
         )
 
 

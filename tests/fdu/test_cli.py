@@ -120,7 +120,7 @@ def test_erase_refuses_half_precision_without_autocast(capsys: pytest.CaptureFix
 def test_existing_output_is_refused_and_kept(capsys: pytest.CaptureFixture[str]) -> None:
     Path("out").mkdir()
     Path("out/precious").write_text("mine")
-    assert re.search("'out'.*not empty", refused(ERASE, capsys))
+    assert re.search("'out'.*not written by fdu", refused(ERASE, capsys))
     assert "'out'" in refused(["demo", "--out", "out"], capsys)
     assert Path("out/precious").read_text() == "mine"
     Path("file").write_text("mine")
@@ -146,7 +146,7 @@ def test_evaluate_refuses_before_any_work(capsys: pytest.CaptureFixture[str]) ->
         (["embedded", "lora"], "add --target"),
         (["embedded", "lora", "--target", "cat"], "target.*digit"),
         (["embedded", "lora", "--target", "three", "--images_per_class", "0"], "images_per_class.*>= 1"),
-        (["embedded", "lora", "--target", "three", "--out", "full"], "not empty"),
+        (["embedded", "lora", "--target", "three", "--out", "full"], "not written by fdu"),
     ]
     for arguments, message in refusals:
         assert re.search(message, refused(["evaluate", *arguments], capsys))

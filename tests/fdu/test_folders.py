@@ -105,7 +105,7 @@ def test_a_new_and_an_empty_folder_are_fine(tmp_path: Path) -> None:
 def test_what_is_there_is_not_overwritten_unasked(tmp_path: Path) -> None:
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / RECORD_FILE).write_text("kept")
-    with pytest.raises(FileExistsError, match="exists.*not empty.*--overwrite"):
+    with pytest.raises(FileExistsError, match="not empty.*--overwrite"):
         check_output(tmp_path / "full")
     check_output(tmp_path / "full", overwrite=True)
     assert (tmp_path / "full" / RECORD_FILE).read_text() == "kept"
@@ -241,7 +241,7 @@ def kept_result(message: str) -> Path:
 
 
 def test_a_folder_that_appears_meanwhile_costs_nothing(tmp_path: Path) -> None:
-    with pytest.raises(FileExistsError, match="complete.*not empty") as caught, whole_folder(tmp_path / "out") as fresh:
+    with pytest.raises(FileExistsError, match="complete.*not written by fdu") as caught, whole_folder(tmp_path / "out") as fresh:
         (fresh / "trained").write_text("for hours")
         (tmp_path / "out").mkdir()
         (tmp_path / "out" / "other").write_text("other")
