@@ -75,7 +75,7 @@ def test_every_row_on_robustness_shows_its_figures_and_a_missing_row_is_counted(
         assert ("| never |" in line and "| 0.25 |" in line) or name != "lora"
     del rows[robustness.NEVER_KNOWN]
     page = robustness.page(rows)
-    assert "8 of 9 rows" in page and "under the attack: none" in page
+    assert "8 of 9 rows" in page and "above it: none" in page
 
 
 @pytest.mark.parametrize("name", RECORDS)
