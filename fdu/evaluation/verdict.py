@@ -19,6 +19,8 @@ PARTLY_BELOW = 0.6
 """Partly erased: at most this fraction is left."""
 CLASS_DROP = 0.15
 """A class is broken if its share drops by more than this."""
+UNTOLD_DROP = 0.5
+"""The rest is not called kept, not even probably, if some share of it may have dropped by more than this."""
 MEAN_DROP = 0.05
 """A group of classes loses accuracy if its mean share drops by more than this."""
 GROUPS = {"near": "its neighbours", "generic": "everyday subjects", "unrelated": "unrelated subjects"}
@@ -188,12 +190,11 @@ def _rest_part(evaluation: Evaluation, probes: Sequence[Probe]) -> tuple[bool, b
         headline = "the retained classes were rarely drawn even before"
     else:
         all_drawn = all(share >= DRAWN_BEFORE for share in before.retained_by_group.values())
-        headline = (
-            f"{'the rest is' if all_drawn else 'the classes drawn before are'} {'probably ' * bool(possible)}kept"
-        )
+        rest = "the rest is" if all_drawn else "the classes drawn before are"
+        headline = f"{rest} {'probably ' * bool(possible)}kept"
         worst_case = max(possible, key=lambda one: one.most - one.allowed, default=None)
-        if worst_case and worst_case.most > DRAWN_BEFORE:
-            headline = f"so few images ({evaluation.images_per_class} per class) cannot tell whether the rest is kept"
+        if worst_case and worst_case.most > UNTOLD_DROP:
+            headline = f"{evaluation.images_per_class} images per class are too few to tell whether {rest} kept"
         elif worst_case:
             headline += (
                 f" ({evaluation.images_per_class} images per class cannot rule out a drop of "

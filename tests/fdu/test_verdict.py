@@ -192,6 +192,7 @@ def test_unseen_phrasings_can_make_it_unsure() -> None:
         ("per_class.nine", -0.15, True, ""),
         ("per_class.nine", -0.22, False, "22 points in nine"),
         ("per_class.red", -0.22, False, "22 points in red"),
+        ("per_class.red", -0.5, False, "50 points in red"),
     ],
 )
 def test_what_is_kept_is_as_sure_as_the_interval_of_every_group_and_class(
@@ -202,6 +203,13 @@ def test_what_is_kept_is_as_sure_as_the_interval_of_every_group_and_class(
     assert verdict.kept and verdict.sure is sure and verdict.good is sure
     assert ("probably kept" in verdict.headline) is not sure
     assert ("cannot rule out" in verdict.headline) is not sure and where in verdict.headline
+
+
+def test_a_drop_that_may_be_large_leaves_untold_whether_the_rest_is_kept() -> None:
+    intervals = {"difference.per_class.nine": (-0.6, 0.0)}
+    verdict = judge(dataclasses.replace(make_evaluation({"three": 0.0}), intervals=intervals), make_probes())
+    assert "too few" in verdict.headline and "probably kept" not in verdict.headline
+    assert not verdict.sure and not verdict.good
 
 
 def test_the_largest_excess_is_told() -> None:

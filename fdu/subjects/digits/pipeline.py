@@ -105,11 +105,10 @@ def judges() -> dict[str, Judge]:
     """The judge of "digit" and the judge of "medium"."""
     classifier = load_classifier()
 
-    def judge(images: Tensor, output: int, names: Sequence[str]) -> list[str]:
-        return [names[index] for index in classifier(images)[output].argmax(1)]
+    def judge(output: int, names: Sequence[str]) -> Judge:
+        return lambda images: [names[index] for index in classifier(images)[output].argmax(1)]
 
-    outputs = {"digit": DIGITS, "medium": MEDIA}
-    return {name: functools.partial(judge, output=i, names=outputs[name]) for i, name in enumerate(outputs)}
+    return {"digit": judge(0, DIGITS), "medium": judge(1, MEDIA)}
 
 
 def features() -> ModuleFeatures:
