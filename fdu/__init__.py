@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from fdu.concepts import Concept
     from fdu.config import EraseConfig
     from fdu.erasure import erase
-    from fdu.evaluation import Draws, Evaluation, Figures, Probe, draw, evaluate
+    from fdu.evaluation import Attribute, Draws, Evaluation, Figures, Probe, draw, evaluate
     from fdu.result import ErasureResult
     from fdu.storage.readers import load_weights
     from fdu.subjects.registry import load_pipeline
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "Attribute",
     "Concept",
     "Draws",
     "EraseConfig",
@@ -43,7 +44,7 @@ _HOMES = {
     "erase": "fdu.erasure",
     "load_pipeline": "fdu.subjects.registry",
     "load_weights": "fdu.storage.readers",
-    **dict.fromkeys(("Draws", "Evaluation", "Figures", "Probe", "draw", "evaluate"), "fdu.evaluation"),
+    **dict.fromkeys(("Attribute", "Draws", "Evaluation", "Figures", "Probe", "draw", "evaluate"), "fdu.evaluation"),
 }
 """Where each public name is defined. Imported at first use: diffusers takes seconds, `fdu --help` should not."""
 

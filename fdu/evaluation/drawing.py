@@ -31,11 +31,32 @@ JUDGED_SEED = 1000
 
 
 @dataclasses.dataclass(frozen=True)
+class Attribute:
+    """What else prompts ask for besides the class, and the judge that recognises it."""
+
+    name: str
+    """In words: "style", "background", "ink"."""
+    wanted: tuple[str, ...]
+    """The value that each prompt of the probe names, as the judge returns it; "" where the prompt names none."""
+    judge: Judge
+
+    def found(self, images: Tensor) -> tuple[bool | None, ...]:
+        """Whether the judge sees the wanted value in each image of the probe; None where the prompt names none.
+
+        Args:
+            images: [N, 3, H, W] in [0, 1], in the order of :func:`draw`: image i uses prompt i modulo their number.
+        """
+        wanted = [self.wanted[index % len(self.wanted)] for index in range(len(images))]
+        seen = self.judge(images) if any(wanted) else wanted
+        return tuple(one == value if value else None for one, value in zip(seen, wanted, strict=True))
+
+
+@dataclasses.dataclass(frozen=True)
 class Probe:
     """Prompts for one class, and the judge that recognises it.
 
     Raises:
-        ValueError: no prompts.
+        ValueError: no prompts, two attributes of one name, or attributes that do not hold one value per prompt.
     """
 
     name: str
@@ -46,10 +67,21 @@ class Probe:
     judge: Judge
     group: Group = "near"
     """Group of a retained class; ignored for other roles."""
+    attributes: tuple[Attribute, ...] = ()
+    """What else the prompts ask for; counted for the target and its unseen phrasings, ignored for other roles."""
 
     def __post_init__(self) -> None:
         if not self.prompts:
             raise ValueError(f"probes: the class {self.name!r} has no prompts; give it at least one")
+        names = [one.name for one in self.attributes]
+        if len(set(names)) < len(names):
+            raise ValueError(f"probes: the class {self.name!r} has two attributes of one name, got {names}; rename one")
+        for one in self.attributes:
+            if len(one.wanted) != len(self.prompts):
+                raise ValueError(
+                    f"probes: the attribute {one.name!r} of the class {self.name!r} must hold one value for each of "
+                    f'its {len(self.prompts)} prompts ("" where a prompt names none), got {len(one.wanted)}'
+                )
 
 
 def groups(probes: Sequence[Probe]) -> dict[str, list[int]]:

@@ -43,6 +43,11 @@ class Figures:
     """The judge's answers on the target's images: shares by class, most frequent first."""
     retained_by_group: dict[str, float] = dataclasses.field(default_factory=dict)
     """Mean share of the retained classes of each group: "near", "generic", "unrelated"."""
+    attribute_accuracy: float | None = None
+    """Share of what the target's prompts, seen and unseen, ask for besides the target that the judges find. All images
+    and attributes count together; None if the prompts ask for nothing else."""
+    attributes: dict[str, float] = dataclasses.field(default_factory=dict)
+    """The same by attribute: "style", "background"."""
     clip_score: dict[str, float] = dataclasses.field(default_factory=dict)
     """CLIPScore between images and the name of the requested class, by role and group; empty without a text encoder."""
     intervals: dict[str, Interval] = dataclasses.field(default_factory=dict)
@@ -165,6 +170,31 @@ class _Found:
         self.counted: dict[str, int] = {}
         """On how many images each share was counted."""
 
+    def attributes(self, found: Mapping[int, Mapping[str, Sequence[bool | None]]]) -> None:
+        """The share of what the prompts ask for besides the class that the judges find, in all and by attribute.
+
+        The number of prompts that ask varies between resamples, so each share is a ratio of two resampled sums. Two
+        answers for one image depend on each other, so the number of images that were asked about counts for the
+        interval where all agree, not the number of answers.
+
+        Args:
+            found: by probe and name of the attribute, the output of :meth:`Attribute.found`.
+        """
+        names = list(dict.fromkeys(name for one in found.values() for name in one))
+        for key, chosen in {"attribute_accuracy": names, **{f"attributes.{name}": [name] for name in names}}.items():
+            hits, asked = {}, {}
+            for place, one in found.items():
+                # [attributes, images], NaN where the prompt asks for nothing.
+                answers = np.array([one[name] for name in chosen if name in one], float)
+                if len(answers):
+                    hits[place], asked[place] = np.nansum(answers, axis=0), np.isfinite(answers).sum(0).astype(float)
+            images = sum(int(np.count_nonzero(one)) for one in asked.values())
+            if images:
+                share = sum(one.sum() for one in hits.values()) / sum(one.sum() for one in asked.values())
+                self.figures[key], self.counted[key] = float(share), images
+                resampled = self.resampled[key] = self.bootstrap.ratios(hits, asked)
+                self.intervals[key] = share_interval(float(share), resampled, images)
+
     def under(self, name: str) -> dict[str, float]:
         """The figures whose names begin with this one, by the rest of the name."""
         start = f"{name}."
@@ -200,8 +230,13 @@ class _Found:
     def side(self, probes: Sequence[Probe]) -> Figures:
         """The figures of one side of the erasure."""
         per_class = self.under("per_class")
-        shares = ("target", "unseen", "retained", "worst_retained", "cross_domain")
-        tables = ("target_became", "retained_by_group", *(metric.name for metric in metrics_of(ScoreMetric)))
+        shares = ("target", "unseen", "retained", "worst_retained", "cross_domain", "attribute")
+        tables = (
+            "target_became",
+            "retained_by_group",
+            "attributes",
+            *(metric.name for metric in metrics_of(ScoreMetric)),
+        )
         found: dict[str, Any] = {f"{name}_accuracy": self.figures.get(f"{name}_accuracy") for name in shares}
         found |= {name: self.under(name) for name in tables}
         return Figures(
@@ -227,6 +262,10 @@ def _side(draws: Draws, probes: Sequence[Probe], extractor: Features | None, pai
     (target,) = found.places["target"]
     for name, _ in Counter(seen[target].tolist()).most_common():
         found.share(f"target_became.{name}", {target: (seen[target] == name).astype(float)})
+    asking = [*found.places["target"], *found.places.get("unseen", ())]
+    found.attributes(
+        {place: {one.name: one.found(draws.images[place]) for one in probes[place].attributes} for place in asking}
+    )
     texts = extractor.texts([probe.name for probe in probes]) if extractor else None
     if extractor is not None and texts is not None:
         for metric in metrics_of(ScoreMetric):

@@ -51,6 +51,17 @@ class Bootstrap:
         """
         return np.mean([self.weights[place] @ one / len(one) for place, one in values.items()], axis=0)
 
+    def ratios(self, values: Mapping[int, np.ndarray], counts: Mapping[int, np.ndarray]) -> np.ndarray:
+        """The sum of values over all images of these probes divided by the sum of counts, in each resample.
+
+        NaN where a resample counts nothing.
+
+        Args:
+            values, counts: one number per image, by the index of the probe.
+        """
+        sums, totals = (sum(self.weights[place] @ of for place, of in one.items()) for one in (values, counts))
+        return np.divide(sums, totals, out=np.full_like(totals, np.nan), where=totals > 0)
+
     def pair_means(self, matrix: np.ndarray, places: Sequence[int]) -> tuple[float, np.ndarray]:
         """The mean of a matrix over all pairs of images that began as different noise, in all images and per resample.
 

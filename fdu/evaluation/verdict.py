@@ -23,10 +23,15 @@ UNTOLD_DROP = 0.5
 """The rest is not called kept, not even probably, if some share of it may have dropped by more than this."""
 MEAN_DROP = 0.05
 """A group of classes loses accuracy if its mean share drops by more than this."""
+ATTRIBUTE_DROP = 0.1
+"""The target's prompts lose an attribute if its share drops by more than this fraction of the share before. Judges of
+attributes such as scenes miss many even before the erasure, so the drop is relative."""
 GROUPS = {"near": "its neighbours", "generic": "everyday subjects", "unrelated": "unrelated subjects"}
 """The groups of retained classes in words."""
 NAMED_CLASSES = 3
 """How many broken classes a sentence names, worst first; the rest are only counted."""
+DECIMALS = 12
+"""Decimal places of a drop; beyond them is rounding error."""
 State = Literal["erased", "partly erased", "not erased", "rarely drawn before", "cannot be told"]
 
 
@@ -37,10 +42,10 @@ class Verdict:
     erased: State
     """State of the target, over seen and unseen phrasings."""
     kept: bool
-    """Whether the retained classes, each group of them, and the classes of another kind are drawn as before; False if
-    they were rarely drawn before."""
+    """Whether the retained classes, each group of them, the classes of another kind, and what else the target's
+    prompts ask for are drawn as before; False if the retained classes were rarely drawn before."""
     sure: bool
-    """Whether the 95 % intervals of the target, of every group and of every class allow no other verdict."""
+    """Whether the 95 % intervals of the target, of every group, class and attribute allow no other verdict."""
     headline: str
     sentences: tuple[str, ...]
 
@@ -135,9 +140,12 @@ def _target_part(evaluation: Evaluation, target: str) -> tuple[State, bool, str,
 
 
 class _Drop(NamedTuple):
-    """By how much the share of a class or the mean share of a group dropped, and what the interval allows."""
+    """By how much the share of a class or attribute, or the mean share of a group, dropped, and what the interval
+    allows."""
 
     name: str
+    """In words, as part of a sentence."""
+    figure: str
     allowed: float
     by: float
     least: float
@@ -152,7 +160,35 @@ class _Drop(NamedTuple):
 def _drop(evaluation: Evaluation, name: str, figure: str, allowed: float) -> _Drop:
     by = evaluation.before.value(figure) - evaluation.after.value(figure)
     low, high = evaluation.intervals.get(f"difference.{figure}", (-by, -by))
-    return _Drop(name, allowed, by, -high, -low)
+    # A drop of just what is allowed is allowed, whatever the last digits say.
+    return _Drop(name, figure, *(round(one, DECIMALS) for one in (allowed, by, -high, -low)))
+
+
+def _attribute_drops(evaluation: Evaluation, target: str) -> list[_Drop]:
+    """The drops of each attribute, and of all together if there are several; none if the prompts ask for nothing."""
+    before = evaluation.before
+    figures = {f"attributes.{name}": f"the {name} that prompts for {target} ask for" for name in before.attributes}
+    if len(figures) > 1:
+        figures["attribute_accuracy"] = f"what else prompts for {target} ask for"
+    return [_drop(evaluation, name, one, ATTRIBUTE_DROP * before.value(one)) for one, name in figures.items()]
+
+
+def _attribute_sentences(evaluation: Evaluation, target: str, lost: Sequence[str]) -> list[str]:
+    """The shares of what else the target's prompts ask for, and the attributes that they lost."""
+    before, after = evaluation.before, evaluation.after
+    if before.attribute_accuracy is None or after.attribute_accuracy is None:
+        return []
+    detail = [f"{name}: {_shares(share, after.attributes[name])}" for name, share in before.attributes.items()]
+    shares = _shares(before.attribute_accuracy, after.attribute_accuracy)
+    named = "; ".join(detail if len(detail) > 1 else before.attributes)
+    sentences = [f"Of what else prompts for {target} ask for, the judges found {shares} ({named})."]
+    if lost:
+        sentences.append(f"Dropped by more than {percent(ATTRIBUTE_DROP)} of the share before: {joined(lost)}.")
+    few = {name: share for name, share in before.attributes.items() if share < DRAWN_BEFORE and name not in lost}
+    if few:
+        rare = [f"{name} ({percent(share)})" for name, share in few.items()]
+        sentences.append(f"Rarely found even before, so not conclusive: {joined(rare)}.")
+    return sentences
 
 
 def _rest_part(evaluation: Evaluation, probes: Sequence[Probe]) -> tuple[bool, bool, str, list[str]]:
@@ -168,28 +204,40 @@ def _rest_part(evaluation: Evaluation, probes: Sequence[Probe]) -> tuple[bool, b
     classes.sort(key=lambda one: -one.by)
     broken = [one.name for one in classes if one.fell]
     groups = [one.name for one in by_group if one.fell]
+    target = names_of(probes, "target")[0]
+    attributes = _attribute_drops(evaluation, target)
+    less_found = any(one.fell for one in attributes)
+    lost = [one.figure.removeprefix("attributes.") for one in attributes if one.fell and "." in one.figure]
     near = any(probe.role == "retained" and probe.group == "near" for probe in probes)
     sentences = _rest_sentences(evaluation, probes, broken, groups if len(by_group) > 1 else [])
     if not near:
         sentences.append("Neighbours of the target are usually harmed first, but none were tested.")
-    doubtful = [one.name for one in classes if one.by > CLASS_DROP and not one.fell]
+    sentences += _attribute_sentences(evaluation, target, lost)
+    doubtful = [one for one in (*classes, *attributes) if one.by > one.allowed and not one.fell]
     if doubtful:
-        named = [_with_shares(evaluation, name) for name in doubtful]
+        named = [_with_shares(evaluation, one.name, one.figure) for one in doubtful]
         sentences.append(f"With so few images, these drops may be chance: {joined(named)}.")
 
     fell = any(one.fell for one in (mean, *by_group, *kinds))
     drawn = before.retained_accuracy >= DRAWN_BEFORE
-    possible = [one for one in (mean, *by_group, *kinds, *classes) if one.most > one.allowed]
+    known = [one for one in attributes if before.value(one.figure) >= DRAWN_BEFORE]
+    possible = [one for one in (mean, *by_group, *kinds, *classes, *known) if one.most > one.allowed]
+    said = []
     if broken:
         worst = [name for name in broken if name in retained] or broken
-        headline = f"{joined(worst[:NAMED_CLASSES])} lost accuracy"
+        said.append(f"{joined(worst[:NAMED_CLASSES])} lost accuracy")
     elif fell:
         some = groups if len(groups) < len(by_group) and not any(one.fell for one in kinds) else []
-        headline = f"{joined(some) or 'other classes'} lost accuracy"
+        said.append(f"{joined(some) or 'other classes'} lost accuracy")
     elif not drawn:
-        headline = "the retained classes were rarely drawn even before"
-    else:
-        all_drawn = all(share >= DRAWN_BEFORE for share in before.retained_by_group.values())
+        said.append("the retained classes were rarely drawn even before")
+    if less_found:
+        prompts = f"prompts for {target}" if said else "its prompts"
+        said.append(f"{prompts} lose {f'their {joined(lost)}' if lost else 'part of what else they ask for'}")
+    headline = ", and ".join(said)
+    if not said:
+        all_drawn = len(known) == len(attributes)
+        all_drawn &= all(share >= DRAWN_BEFORE for share in before.retained_by_group.values())
         rest = "the rest is" if all_drawn else "the classes drawn before are"
         headline = f"{rest} {'probably ' * bool(possible)}kept"
         worst_case = max(possible, key=lambda one: one.most - one.allowed, default=None)
@@ -201,7 +249,8 @@ def _rest_part(evaluation: Evaluation, probes: Sequence[Probe]) -> tuple[bool, b
                 f"{100 * worst_case.most:.0f} points in {worst_case.name})"
             )
         headline += "" if near else " (no neighbours were tested)"
-    return drawn and not broken and not fell, bool(broken) or fell or not possible, headline, sentences
+    harmed = bool(broken) or fell or less_found
+    return drawn and not harmed, harmed or not possible, headline, sentences
 
 
 def _rest_sentences(
@@ -218,7 +267,7 @@ def _rest_sentences(
         kind = _shares(before.cross_domain_accuracy, after.cross_domain_accuracy)
         sentences.append(f"Classes of another kind ({', '.join(others)}), on average: {kind}.")
     if broken:
-        named = [_with_shares(evaluation, name) for name in broken[:NAMED_CLASSES]]
+        named = [_with_shares(evaluation, name, f"per_class.{name}") for name in broken[:NAMED_CLASSES]]
         more = [f"{len(broken) - NAMED_CLASSES} more"] if len(broken) > NAMED_CLASSES else []
         sentences.append(f"Dropped by more than {100 * CLASS_DROP:.0f} points: {joined(named + more)}.")
     shares = {
@@ -257,5 +306,5 @@ def _shares(before: float, after: float) -> str:
     return f"{percent(before)} before, {percent(after)} after"
 
 
-def _with_shares(evaluation: Evaluation, name: str) -> str:
-    return f"{name} ({_shares(evaluation.before.per_class[name], evaluation.after.per_class[name])})"
+def _with_shares(evaluation: Evaluation, name: str, figure: str) -> str:
+    return f"{name} ({_shares(evaluation.before.value(figure), evaluation.after.value(figure))})"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,9 +21,10 @@ from transformers import CLIPModel
 
 import fdu
 from fdu.concepts import Concept
-from fdu.evaluation import Draws, Probe
+from fdu.evaluation import Attribute, Draws, Probe
 from fdu.evaluation.drawing import JudgedSampling, seen_by_judge
 from fdu.evaluation.features import ClipFeatures, Features, ModuleFeatures, as_features
+from fdu.evaluation.intervals import Bootstrap, reach_unseen
 from fdu.evaluation.metrics.perceptual import image_distance, perceptual_distance
 from fdu.models.families import denoiser_of
 from fdu.subjects.clip_judges import ClipJudge, clip_probes
@@ -66,6 +68,103 @@ def test_figures_count_what_the_judge_saw() -> None:
     assert result.unlearn_canvas == {"UA": 0.75, "IRA": 0.75}
     assert result.distances == {} and result.features == ""
     assert result.images_per_class == 4
+
+
+def second(images: Tensor) -> list[str]:
+    """The style is written into the second channel."""
+    return [("ink", "oil")[int(image[1, 0, 0])] for image in images]
+
+
+def third(images: Tensor) -> list[str]:
+    """The background is written into the third channel."""
+    return [("blue", "red")[int(image[2, 0, 0])] for image in images]
+
+
+def shown(*pixels: tuple[int, int, int]) -> Tensor:
+    """Images whose first pixels name class, style and background."""
+    return torch.tensor(pixels, dtype=torch.float32)[:, :, None, None].expand(-1, -1, 2, 2)
+
+
+def asking(seen: tuple[Attribute, ...], unseen: tuple[Attribute, ...] = ()) -> list[Probe]:
+    """Probes whose target has three prompts in seen phrasings and one in another."""
+    target = Probe("cat", ("a cat in ink", "a cat in oil, blue", "a cat"), "target", judge, attributes=seen)
+    return [target, Probe("cat", ("one cat in oil",), "unseen", judge, attributes=unseen), *PROBES[2:]]
+
+
+STYLE = Attribute("style", ("ink", "oil", ""), second)
+BACKGROUND = Attribute("background", ("", "blue", ""), third)
+OTHERS = [image_of(1, 1, 1, 1), image_of(2, 2, 2, 2)]
+
+
+def test_what_else_the_prompts_ask_for_is_counted_where_they_ask_for_it() -> None:
+    probes = asking((STYLE, BACKGROUND), (Attribute("style", ("oil",), second),))
+    seen = shown((0, 0, 1), (0, 1, 0), (0, 0, 1), (0, 0, 1))  # ink and oil on blue, nothing asked, ink again
+    before = Draws([seen, shown(*[(0, 1, 1)] * 4), *OTHERS])
+    # The first image loses its ink, the second its blue, and two unseen ones their oil.
+    seen = shown((1, 1, 0), (1, 1, 1), (1, 1, 1), (1, 0, 1))
+    after = Draws([seen, shown((1, 0, 0), (1, 0, 0), (1, 1, 0), (1, 1, 0)), *OTHERS])
+    result = fdu.evaluate(before, after, probes)
+    assert result.before.attribute_accuracy == 1 and result.before.attributes == {"style": 1, "background": 1}
+    # Asked: three styles and one background in seen phrasings, four styles in unseen ones.
+    assert result.after.attribute_accuracy == pytest.approx(4 / 8)
+    assert result.after.attributes == {"style": pytest.approx(4 / 7), "background": 0}
+    assert result.difference["attribute_accuracy"] == pytest.approx(-0.5)
+    assert result.difference["attributes.background"] == -1
+    # Where all answers agree, the interval is that of the images asked about: seven, and one.
+    assert result.before.intervals["attribute_accuracy"] == (pytest.approx(1 - reach_unseen(7)), 1)
+    assert result.after.intervals["attributes.background"] == (0, pytest.approx(reach_unseen(1)))
+    assert result.intervals["difference.attributes.background"] == (-1, pytest.approx(-1 + reach_unseen(1)))
+
+
+def test_prompts_that_ask_for_nothing_else_have_no_such_figure() -> None:
+    draws = Draws([shown(*[(0, 0, 0)] * 4), shown(*[(0, 0, 0)] * 4), *OTHERS])
+    for probes in (PROBES, asking((Attribute("style", ("", "", ""), second),))):
+        side = fdu.evaluate(draws, draws, probes).after
+        assert side.attribute_accuracy is None and side.attributes == {}
+        assert not [name for name in side.intervals if "attribute" in name]
+    kept = [dataclasses.replace(PROBES[2], attributes=(Attribute("style", ("ink",), second),)), PROBES[3]]
+    assert fdu.evaluate(draws, draws, [*PROBES[:2], *kept]).after.attribute_accuracy is None
+
+
+def test_intervals_of_what_else_is_asked_resample_both_counts_and_are_paired() -> None:
+    """An image lost in 40, of which every second was asked about: as a binomial share of 20."""
+    asks = Attribute("style", ("ink", ""), second)
+    probes = [Probe("cat", ("a cat in ink", "a cat"), "target", judge, attributes=(asks,)), PROBES[2]]
+
+    def drawn(lost: int) -> Draws:
+        return Draws([shown(*[(0, int(index < lost), 0) for index in range(40)]), image_of(*[1] * 40)])
+
+    result = fdu.evaluate(drawn(12), drawn(16), probes)  # 6 and 8 of 20
+    assert (result.before.attribute_accuracy, result.after.attribute_accuracy) == (0.7, 0.6)
+    low, high = result.after.intervals["attribute_accuracy"]
+    assert (low, high) == (pytest.approx(0.6 - 1.96 * (0.24 / 20) ** 0.5, abs=0.04), pytest.approx(0.81, abs=0.04))
+    low, high = result.intervals["difference.attribute_accuracy"]
+    # Two of 20 differ; apart, the two shares would leave 29 points to either side.
+    assert low == pytest.approx(-0.25, abs=0.05) and high == 0
+    resampled = Bootstrap([40]).ratios({0: np.ones(40)}, {0: np.ones(40)})
+    assert (resampled == 1).all()
+    same = fdu.evaluate(drawn(12), drawn(12), probes).intervals["difference.attribute_accuracy"]
+    assert same == (pytest.approx(-reach_unseen(20)), pytest.approx(reach_unseen(20)))
+
+
+def test_a_resample_that_asks_for_nothing_counts_for_nothing() -> None:
+    ratios = Bootstrap([2]).ratios({0: np.array([1.0, 0.0])}, {0: np.array([1.0, 0.0])})
+    assert set(ratios[np.isfinite(ratios)]) == {1.0} and 0.1 < np.isnan(ratios).mean() < 0.4
+
+
+def test_attributes_hold_one_value_per_prompt() -> None:
+    with pytest.raises(ValueError, match="'style' of the class 'cat'.* 1 prompts.*got 3"):
+        Probe("cat", ("a cat",), "target", judge, attributes=(STYLE,))
+    with pytest.raises(ValueError, match="two attributes of one name"):
+        asking((STYLE, STYLE))
+
+
+def test_a_judge_of_what_no_prompt_asks_for_is_not_called() -> None:
+    def forbidden(images: Tensor) -> list[str]:
+        raise AssertionError("the judge was called")
+
+    assert Attribute("style", ("", "ink"), forbidden).found(torch.zeros(1, 3, 2, 2)) == (None,)
+    assert STYLE.found(shown((0, 0, 0), (0, 0, 0), (0, 0, 0), (0, 0, 0))) == (True, False, None, True)
 
 
 def numbers(value: Any, name: str = "") -> dict[str, float]:
