@@ -23,7 +23,7 @@ from diffusers import (
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from fdu.subjects.digits.vocabulary import END, START, learn_tokenizer
+from fdu.subjects.from_scratch import END, START, learn_tokenizer
 
 TOKENS = 77
 

@@ -110,7 +110,7 @@ def check_typed(arguments: Sequence[str], commands: Mapping[str, type]) -> None:
     if command not in commands:
         hint = _meant(command, commands)
         raise ValueError(f"there is no command {command!r}{hint} The commands are {', '.join(commands)}")
-    options, repeated = _options(commands[command])
+    options, repeated = option_names(commands[command])
     for i, word in enumerate(rest):
         if not word.startswith("--") or word == "--":
             continue
@@ -126,7 +126,7 @@ def check_typed(arguments: Sequence[str], commands: Mapping[str, type]) -> None:
             raise ValueError(f"--{typed} takes one name; repeat the option for each further name: {again}")
 
 
-def _options(command: type) -> tuple[set[str], set[str]]:
+def option_names(command: type) -> tuple[set[str], set[str]]:
     """The names of a command's options, and which of them can be repeated."""
     names, repeated = set(), set()
     for field in dataclasses.fields(command):

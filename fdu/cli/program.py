@@ -20,6 +20,7 @@ from fdu.cli.divergences import Divergences
 from fdu.cli.doctor import Doctor
 from fdu.cli.erase import Erase
 from fdu.cli.evaluate import Evaluate, Report
+from fdu.cli.names import Names, complete
 from fdu.cli.options import check_typed, described
 
 OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
@@ -42,6 +43,7 @@ COMMANDS: dict[str, type[Command]] = {
     "evaluate": Evaluate,
     "report": Report,
     "compare": Compare,
+    "names": Names,
     "divergences": Divergences,
     "doctor": Doctor,
 }
@@ -63,6 +65,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = [argument for argument in given if argument != "--debug"]
     if given[:1] == ["--version"]:
         print(f"fdu {fdu.__version__}")
+        return OK
+    if complete(COMMANDS):
         return OK
     _quiet()
     phase = USAGE

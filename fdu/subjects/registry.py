@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from fdu.config import check_choice
 from fdu.storage.loading import check_model, choose_device
-from fdu.subjects.digits.embedded import NAME, EmbeddedDigits
+from fdu.subjects.embedded import EMBEDDED
 from fdu.subjects.subject import Subject
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 def find_subject(model: str) -> Subject:
     """The subject of that name, which need not exist."""
-    return EmbeddedDigits(model) if EmbeddedDigits.answers_to(model) else Subject(model)
+    return next((one(model) for one in EMBEDDED if one.answers_to(model)), Subject(model))
 
 
 def subject_of(model: str, argument: str = "MODEL") -> Subject:
@@ -33,7 +33,7 @@ def subject_of(model: str, argument: str = "MODEL") -> Subject:
     """
     subject = find_subject(model)
     if not subject.title:
-        check_model(model, argument, (NAME,))
+        check_model(model, argument, tuple(one.name for one in EMBEDDED))
     return subject
 
 
@@ -41,7 +41,7 @@ def load_pipeline(model: str | Path, dtype: str | torch.dtype = "float32", devic
     """Load a pipeline by the name that the command line takes.
 
     Args:
-        model: a pipeline's folder, a hub id (org/name), or "embedded".
+        model: a pipeline's folder, a hub id (org/name), "emoji" or "embedded".
         dtype: dtype of the weights: float32, float16 or bfloat16, by name or from torch.
         device: the device to put the pipeline on: cpu, cuda, mps or auto.
 

@@ -56,7 +56,7 @@ from transformers import (
 
 from fdu.models import parts
 from fdu.models.families import denoiser_of
-from fdu.subjects.digits.vocabulary import END, START, learn_tokenizer
+from fdu.subjects.from_scratch import END, START, learn_tokenizer
 
 CORPUS = ["a photo of the digit three", "a photo of the digit eight", "a painting in the style of van gogh"]
 CLIP_WIDTH, T5_WIDTH = 16, 32

@@ -17,7 +17,7 @@ from fdu.report import check_record
 from fdu.storage.loading import HUB_PIPELINE, check_model, load_erased, load_model, read_record, result_bytes
 from fdu.storage.lora import LORA_FILE
 from fdu.storage.output import RECORD_FILE, SMALL_RESULT, check_output, whole_folder, write_json
-from fdu.subjects.digits.embedded import EmbeddedDigits
+from fdu.subjects.embedded import Digits
 
 RECORD: dict[str, Any] = {
     "target": {"name": "three", "prompts": ["three"]},
@@ -78,7 +78,7 @@ def test_room_for_a_result(tmp_path: Path) -> None:
     assert result_bytes(tmp_path, "cross_attention") == SMALL_RESULT + 1000
     assert result_bytes(tmp_path, "lora") == result_bytes(None, "lora") == SMALL_RESULT
     assert result_bytes(None, "cross_attention") == HUB_PIPELINE
-    assert result_bytes(EmbeddedDigits.data, "cross_attention") > SMALL_RESULT + 1_000_000
+    assert result_bytes(Digits.data, "cross_attention") > SMALL_RESULT + 1_000_000
 
 
 def test_truncated_weights_are_an_error_in_one_line(tmp_path: Path, pipeline: StableDiffusionPipeline) -> None:

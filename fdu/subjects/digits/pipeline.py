@@ -6,7 +6,6 @@ handwritten digits, for demonstrations, tests and studies that run anywhere in a
 
 from __future__ import annotations
 
-import difflib
 import functools
 from collections.abc import Sequence
 from itertools import pairwise
@@ -28,9 +27,11 @@ from fdu.subjects.digits.vocabulary import (
     GENERIC_NOUNS,
     INKS,
     MEDIA,
+    NAMES,
     medium_phrases,
     prompt,
 )
+from fdu.subjects.embedded import closest
 
 DATA = Path(__file__).parent / "data"
 PIPELINE_FOLDER, CLASSIFIER_FILE = DATA / "pipeline", "classifier.safetensors"
@@ -116,9 +117,9 @@ def features() -> ModuleFeatures:
     return ModuleFeatures(load_classifier(), JUDGE_LAYERS, JUDGE_FEATURES, JUDGE, 256)
 
 
-def _closest(name: str, known: Sequence[str]) -> str:
-    close = difflib.get_close_matches(name, known, n=1)
-    return f"; did you mean {close[0]!r}?" if close else ""
+def kind_of(target: str) -> str:
+    """The type of concept for the packaged phrasings."""
+    return "digit" if target in DIGITS else "ink"
 
 
 def concepts(target: str, anchor: str) -> tuple[Concept, Concept]:
@@ -131,16 +132,25 @@ def concepts(target: str, anchor: str) -> tuple[Concept, Concept]:
     Raises:
         ValueError: a name the pipeline does not know, or an anchor that does not go with the target.
     """
+    check_target(target)
     kind = DIGITS if target in DIGITS else INKS
-    if target not in kind:
-        names = f"a digit ({', '.join(DIGITS)}) or an ink ({', '.join(INKS)})"
-        raise ValueError(f"target must be {names}, got {target!r}{_closest(target, (*DIGITS, *INKS))}")
     if anchor != SUPERCLASS and anchor not in kind:
-        hint = _closest(anchor, (SUPERCLASS, *kind))
+        hint = closest(anchor, (SUPERCLASS, *kind))
         raise ValueError(f"anchor must be {SUPERCLASS!r} or one of {', '.join(kind)}, got {anchor!r}{hint}")
     if anchor == target:
         raise ValueError(f"target and anchor are the same, {target!r}; choose another anchor, such as {SUPERCLASS!r}")
     return Concept(target, _prompts(target, target)), Concept(anchor, _prompts(target, anchor))
+
+
+def check_target(target: str) -> None:
+    """Refuse a target that the pipeline does not know.
+
+    Raises:
+        ValueError: neither a digit nor an ink.
+    """
+    if target not in NAMES:
+        names = f"a digit ({', '.join(DIGITS)}) or an ink ({', '.join(INKS)})"
+        raise ValueError(f"target must be {names}, got {target!r}{closest(target, NAMES)}")
 
 
 def preserved(*targets: str) -> tuple[str, ...]:

@@ -17,12 +17,12 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 import transformers
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextModel, CLIPTokenizer
 
 from fdu.storage.fingerprint import versions
 from fdu.subjects.digits.handwriting import draw, jitter, load_glyphs, strength
@@ -30,16 +30,20 @@ from fdu.subjects.digits.pipeline import CLASSIFIER_FILE, PIPELINE_FOLDER, Digit
 from fdu.subjects.digits.vocabulary import (
     DIGIT_NOUNS,
     DIGITS,
-    END,
     FRAMES,
     GENERIC_NOUNS,
     MEDIA,
-    START,
     all_phrases,
     corpus,
-    learn_tokenizer,
     medium_phrases,
     prompt,
+)
+from fdu.subjects.from_scratch import (
+    assemble,
+    build_scheduler,
+    build_text_encoder,
+    learn_tokenizer,
+    standardise_latents,
 )
 
 MAX_TOKENS = 16
@@ -123,18 +127,6 @@ def train_autoencoder(steps: int, generator: torch.Generator) -> AutoencoderKL:
     return autoencoder.half().float()
 
 
-def standardise_latents(autoencoder: AutoencoderKL, latents: Tensor) -> None:
-    """Fold the mean and standard deviation of each latent channel into the two 1x1 convolutions around the latents."""
-    mean, deviation = latents.mean((0, 2, 3)), latents.std((0, 2, 3))
-    encode_convolution, decode_convolution = autoencoder.quant_conv, autoencoder.post_quant_conv
-    channels = len(mean)
-    decode_convolution.bias += decode_convolution.weight[:, :, 0, 0] @ mean
-    decode_convolution.weight *= deviation[None, :, None, None]
-    encode_convolution.weight[:channels] /= deviation[:, None, None, None]
-    encode_convolution.bias[:channels] = (encode_convolution.bias[:channels] - mean) / deviation
-    encode_convolution.bias[channels:] -= 2 * deviation.log()
-
-
 def draw_all_media(glyphs: Tensor) -> Tensor:
     """Glyphs [N, 1, H, W] in every medium: images [media, N, 3, H, W] in [0, 1]."""
     return torch.stack([draw(glyphs, torch.full((len(glyphs),), medium)) for medium in range(len(MEDIA))])
@@ -203,26 +195,6 @@ def overlap(text_encoder: CLIPTextModel, tokens: Tensor) -> Tensor:
     return (cosines.square().sum() - cosines.diagonal().square().sum()) / (len(tokens) * (len(tokens) - 1))
 
 
-def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
-    """A two-layer CLIP text encoder, its token embeddings far apart from the start."""
-    text_encoder = CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=64,
-            intermediate_size=128,
-            projection_dim=64,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            max_position_embeddings=MAX_TOKENS,
-            bos_token_id=tokenizer.convert_tokens_to_ids(START),
-            eos_token_id=tokenizer.convert_tokens_to_ids(END),
-            pad_token_id=tokenizer.convert_tokens_to_ids(END),
-        )
-    )
-    nn.init.normal_(text_encoder.get_input_embeddings().weight, std=1.0)
-    return text_encoder
-
-
 def build_denoiser() -> UNet2DConditionModel:
     """A two-level UNet over 8x8x4 latents with cross-attention at both levels."""
     return UNet2DConditionModel(
@@ -240,15 +212,10 @@ def build_denoiser() -> UNet2DConditionModel:
 def train_pipeline(autoencoder: AutoencoderKL, steps: int, generator: torch.Generator) -> StableDiffusionPipeline:
     """Train text encoder and denoiser together: epsilon prediction, moving average of the weights."""
     tokenizer = learn_tokenizer(corpus(), MAX_TOKENS)
-    scheduler = DDIMScheduler(
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        clip_sample=False,
-        set_alpha_to_one=False,
-        steps_offset=1,
-    )
-    models = nn.ModuleDict({"text_encoder": build_text_encoder(tokenizer), "unet": build_denoiser()}).train()
+    scheduler = build_scheduler()
+    # The embeddings of tokens are far apart from the start.
+    text_encoder = build_text_encoder(tokenizer, width=64, deviation=1.0)
+    models = nn.ModuleDict({"text_encoder": text_encoder, "unet": build_denoiser()}).train()
     average = AveragedModel(models, multi_avg_fn=get_ema_multi_avg_fn(AVERAGE_DECAY))
 
     glyphs, labels = load_glyphs(test=False)
@@ -272,16 +239,7 @@ def train_pipeline(autoencoder: AutoencoderKL, steps: int, generator: torch.Gene
         (F.mse_loss(predicted, noise) + 0.05 * separation).backward()
         average.update_parameters(models)
     trained = cast(nn.ModuleDict, average.module.eval().requires_grad_(False))
-    return StableDiffusionPipeline(
-        vae=autoencoder,
-        text_encoder=trained["text_encoder"],
-        tokenizer=tokenizer,
-        unet=trained["unet"],
-        scheduler=scheduler,
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
+    return assemble(autoencoder, trained["text_encoder"], tokenizer, trained["unet"])
 
 
 def measure(pipeline: StableDiffusionPipeline, judge: DigitClassifier, per_class: int, seed: int) -> dict[str, Any]:

@@ -1,0 +1,192 @@
+"""The pipelines that come with fdu: subjects with their own words, probes and judge."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, cast
+
+from fdu.concepts import Concept, ConceptType, Pair, concept_pairs
+from fdu.subjects.subject import Exam, Panel, Subject, clip_encoder
+
+if TYPE_CHECKING:
+    from fdu.config import EraseConfig
+    from fdu.evaluation import Probe, Sampling
+    from fdu.evaluation.features import Features
+
+
+class Content(Protocol):
+    """The module of an embedded pipeline: what can be erased from it, and who judges it."""
+
+    NOTES: tuple[str, ...]
+    """Paragraphs that a reader of its results needs."""
+    JUDGE: str
+    """The judge in words."""
+
+    def concepts(self, target: str, anchor: str) -> tuple[Concept, Concept]:
+        """Target and anchor in its words, prompts aligned; ValueError for names that it does not know."""
+
+    def check_target(self, target: str) -> None:
+        """Raise ValueError for a target that it does not know."""
+
+    def kind_of(self, target: str) -> str:
+        """The type of the target for the packaged phrasings."""
+
+    def preserved(self, *targets: str) -> tuple[str, ...]:
+        """Prompts to preserve when ``targets`` are erased."""
+
+    def probes(self, target: str, *others: str) -> list[Probe]:
+        """The classes that judge the erasure of ``target``; ``others`` were erased as well."""
+
+    def features(self) -> Features:
+        """Features for the distances between images."""
+
+
+@dataclasses.dataclass(frozen=True)
+class EmbeddedExam(Exam):
+    """Concepts that the pipeline's own judge recognises; an encoder, if one is named, measures the distances."""
+
+    subject: EmbeddedPipeline | None = None
+    others: tuple[str, ...] = ()
+    """Concepts that were erased besides the target."""
+
+    def panel(self, device: str = "cpu") -> Panel:
+        """See :meth:`Exam.panel`."""
+        assert self.subject is not None
+        content = self.subject.content
+        features = clip_encoder(self.judge, device) if self.judge else content.features()
+        return Panel(content.probes(self.target, *self.others), features, content.JUDGE)
+
+
+class EmbeddedPipeline(Subject):
+    """A pipeline that comes with fdu."""
+
+    name: ClassVar[str]
+    """Its name on the command line."""
+    data: ClassVar[Path]
+    """Its folder."""
+    light = judges_itself = True
+
+    def __init__(self, model: str = "") -> None:
+        super().__init__(model or self.name)
+        self.location = str(self.data)
+
+    @property
+    def content(self) -> Content:
+        """Its module, imported at first use."""
+        raise NotImplementedError
+
+    @property
+    def loading_code(self) -> str:
+        """See :attr:`Subject.loading_code`."""
+        return f'fdu.load_pipeline("{self.name}")'
+
+    def names(self) -> dict[str, tuple[str, ...]]:
+        """What can be erased from it, by kind; imports nothing heavy."""
+        raise NotImplementedError
+
+    @classmethod
+    def answers_to(cls, model: str) -> bool:
+        """Whether ``model`` names it, by name or by its folder."""
+        return model == cls.name or (Path(model).is_dir() and Path(model).resolve() == cls.data.resolve())
+
+    @property
+    def sampling(self) -> Sampling:
+        """20 steps at guidance 3, as the pipelines were tuned."""
+        from fdu.evaluation import Sampling
+
+        return Sampling()
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """See :attr:`Subject.notes`."""
+        return self.content.NOTES
+
+    def pairs(
+        self,
+        targets: Sequence[str],
+        anchors: Sequence[str],
+        concept_type: ConceptType | Sequence[ConceptType] = "object",
+    ) -> tuple[Pair, ...]:
+        """See :meth:`Subject.pairs`; names are those of the pipeline, and ``concept_type`` does not matter."""
+        pairs = super().pairs(targets, anchors, concept_type)
+        if any(name.endswith(".txt") for name in (*targets, *anchors)):
+            return pairs
+        known = [self.content.concepts(target.name, anchor.name) for target, anchor in pairs]
+        return concept_pairs([target for target, _ in known], [anchor for _, anchor in known])
+
+    def with_preserved(self, config: EraseConfig, targets: Sequence[str]) -> EraseConfig:
+        """See :meth:`Subject.with_preserved`: superclasses and the neighbours of the targets."""
+        if config.preservation_prompts or not set(targets) <= {
+            name for names in self.names().values() for name in names
+        }:
+            return config
+        return dataclasses.replace(config, preservation_prompts=self.content.preserved(*targets))
+
+    def exam(
+        self,
+        target: str | None,
+        erased: Sequence[str] = (),
+        prompts: str | Path | None = None,
+        record: Mapping[str, Any] | None = None,
+        judge: str | None = None,
+    ) -> Exam:
+        """See :meth:`Subject.exam`."""
+        if prompts is not None:
+            raise ValueError(f"prompts: {self.title} has its own; leave it out")
+        self.content.check_target(target or "")
+        others = tuple(name for name in erased if name != target)
+        return EmbeddedExam(target or "", self.content.kind_of(target or ""), judge, subject=self, others=others)
+
+
+class Digits(EmbeddedPipeline):
+    """Handwritten digits in coloured ink: the fastest pipeline, for tests."""
+
+    name, title = "embedded", "the embedded pipeline of fdu"
+    data = Path(__file__).parent / "digits" / "data" / "pipeline"
+
+    @property
+    def content(self) -> Content:
+        """See :attr:`EmbeddedPipeline.content`."""
+        from fdu.subjects.digits import pipeline
+
+        return cast(Content, pipeline)
+
+    def names(self) -> dict[str, tuple[str, ...]]:
+        """See :meth:`EmbeddedPipeline.names`."""
+        from fdu.subjects.digits.vocabulary import DIGITS, INKS
+
+        return {"digit": DIGITS, "ink": INKS}
+
+
+class Emoji(EmbeddedPipeline):
+    """195 animals, plants and foods in four styles: close to one another, as concepts of a large model are."""
+
+    name, title = "emoji", "the emoji pipeline of fdu"
+    data = Path(__file__).parent / "emoji" / "data" / "pipeline"
+
+    @property
+    def content(self) -> Content:
+        """See :attr:`EmbeddedPipeline.content`."""
+        from fdu.subjects.emoji import emoji_pipeline
+
+        return cast(Content, emoji_pipeline)
+
+    def names(self) -> dict[str, tuple[str, ...]]:
+        """See :meth:`EmbeddedPipeline.names`; objects are by their narrow superclass."""
+        from fdu.subjects.emoji.objects import STYLES, SUPERCLASSES, THINGS, members
+
+        narrow = dict.fromkeys(thing.superclasses[0] for thing in THINGS)
+        objects = {kind: tuple(thing.name for thing in members(kind)) for kind in narrow}
+        return {**objects, "superclass": SUPERCLASSES, "style": STYLES}
+
+
+EMBEDDED = (Digits, Emoji)
+
+
+def closest(name: str, known: Sequence[str]) -> str:
+    """The known name that was probably meant, as the end of an error."""
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""

@@ -1,0 +1,1 @@
+"""The emoji pipeline: 195 objects in four styles."""

@@ -1,0 +1,280 @@
+"""The emoji pipeline: a latent text-to-image pipeline of 195 objects in four styles; its concepts, probes and judges.
+
+An ordinary diffusers ``StableDiffusionPipeline`` folder of 15 MB, trained from scratch by ``train_emoji.py`` on open
+sets of emoji. Nothing separates its text embeddings, so a concept has natural neighbours: a fox is close to a wolf.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from diffusers import StableDiffusionPipeline
+from safetensors.torch import load_file
+from torch import Tensor
+
+from fdu.concepts import Concept
+from fdu.evaluation import Judge, Probe
+from fdu.evaluation.drawing import Attribute, Group, Role
+from fdu.evaluation.features import ModuleFeatures
+from fdu.subjects.embedded import closest
+from fdu.subjects.emoji.classifier import EmojiClassifier
+from fdu.subjects.emoji.drawings import read_backgrounds
+from fdu.subjects.emoji.objects import (
+    ALL_THINGS,
+    BACKGROUNDS,
+    BY_NAME,
+    FRAMES,
+    NAMES,
+    STYLES,
+    SUPERCLASSES,
+    THINGS,
+    Thing,
+    background_phrases,
+    members,
+    nouns,
+    prompt,
+    style_phrases,
+)
+
+DATA = Path(__file__).parent / "data"
+PIPELINE_FOLDER, CLASSIFIER_FILE = DATA / "pipeline", "classifier.safetensors"
+
+ANY_STYLE = "emoji"
+"""The anchor of a style that stands for no style."""
+OBJECTS = tuple(thing.name for thing in THINGS)
+SEEN_FRAMES, UNSEEN_FRAMES = FRAMES[:4], FRAMES[4:]
+"""Frames that erasures train on, and others that they never see."""
+PROMPTS = 40
+"""Prompts of a concept."""
+NEAR, FAR = 8, 8
+"""The most neighbours, and the unrelated objects, that an evaluation draws."""
+SPREAD = tuple(THINGS[61 * place % len(THINGS)] for place in range(len(THINGS)))
+"""The objects in an order in which any few that follow one another are of many superclasses."""
+
+NOTES = (
+    "The images come from the emoji pipeline of fdu, trained from scratch on Noto Emoji (Google, Apache 2.0), Twemoji "
+    "(Twitter, CC BY 4.0) and Fluent Emoji (Microsoft, MIT). The judge of objects and styles is a classifier trained "
+    "only on the real emoji; backgrounds are read from the pixels at the edge.",
+    "The text encoder of this small pipeline was trained with it, on short prompts about its own objects. A real CLIP "
+    "knows more of what words mean. These figures compare methods and settings; they do not measure the effect on a "
+    "large model.",
+)
+"""Notes on results from the emoji pipeline."""
+JUDGE = "emoji classifier"
+JUDGE_LAYERS = ("thing.3", "thing.7", "thing.11", "thing.15", "style.3", "style.7")
+"""Submodules of the classifier: the outputs of its convolutional blocks."""
+JUDGE_FEATURES = ("thing.16", "style.16")
+"""The inputs of its last layers: the flattened outputs of the blocks."""
+
+
+def load_pipeline(dtype: torch.dtype = torch.float32) -> StableDiffusionPipeline:
+    """The pipeline, on the CPU."""
+    return StableDiffusionPipeline.from_pretrained(PIPELINE_FOLDER, dtype=dtype)
+
+
+def load_classifier(folder: Path = DATA) -> EmojiClassifier:
+    """The judge, which learnt from real emoji and never saw the pipeline."""
+    classifier = EmojiClassifier()
+    classifier.load_state_dict(load_file(folder / CLASSIFIER_FILE))
+    return classifier.eval().requires_grad_(False)
+
+
+@functools.cache
+def judges(folder: Path = DATA) -> dict[str, Judge]:
+    """The judges of "object", "style" and "background"."""
+    classifier = load_classifier(folder)
+
+    def judge(names: Sequence[str], read: Callable[[Tensor], Tensor]) -> Judge:
+        return lambda images: [names[index] for index in read(images)]
+
+    return {
+        "object": judge([thing.name for thing in ALL_THINGS], lambda images: classifier(images)[0].argmax(1)),
+        "style": judge(STYLES, lambda images: classifier(images)[1].argmax(1)),
+        "background": judge(BACKGROUNDS, read_backgrounds),
+    }
+
+
+def judge_of(name: str, known: Mapping[str, Judge] | None = None) -> Judge:
+    """The judge that recognises an object, a style, or a superclass in each of its objects.
+
+    Args:
+        name: the class.
+        known: the judges; None: those of the package.
+    """
+    known = known or judges()
+    if name in STYLES:
+        return known["style"]
+    judge = known["object"]
+    if name not in SUPERCLASSES:
+        return judge
+    inside = {thing.name for thing in ALL_THINGS if name in thing.superclasses}
+    return lambda images: [name if seen in inside else seen for seen in judge(images)]
+
+
+def features() -> ModuleFeatures:
+    """The judge's penultimate features, of object and style, with the outputs of its convolutional blocks as layers."""
+    return ModuleFeatures(load_classifier(), JUDGE_LAYERS, JUDGE_FEATURES, JUDGE, 256)
+
+
+def kind_of(target: str) -> str:
+    """The type of concept for the packaged phrasings."""
+    return "emoji style" if target in STYLES else "emoji"
+
+
+def concepts(target: str, anchor: str) -> tuple[Concept, Concept]:
+    """Target and anchor in the words of the pipeline, prompts aligned.
+
+    Args:
+        target: an object ("fox"), a superclass ("bird") or a style ("twemoji").
+        anchor: another object or superclass; for a style another style, or "emoji", which stands for no style.
+
+    Raises:
+        ValueError: a name the pipeline does not know, or an anchor that does not go with the target.
+    """
+    check_target(target)
+    known = (*STYLES, ANY_STYLE) if target in STYLES else (*SUPERCLASSES, *OBJECTS)
+    if anchor not in known:
+        kinds = f"one of {', '.join(known)}" if target in STYLES else "an object or a superclass, as the target is"
+        raise ValueError(f"anchor must be {kinds}, got {anchor!r}{_hint(anchor, known)}")
+    if anchor == target or (target in SUPERCLASSES and _inside(anchor) <= _inside(target)):
+        raise ValueError(f"anchor {anchor!r} is the target {target!r} or a part of it; choose another anchor")
+    pair = [tuple(one.text for one in phrases(target, name)) for name in (target, anchor)]
+    return Concept(target, pair[0]), Concept(anchor, pair[1])
+
+
+def check_target(target: str) -> None:
+    """Refuse a target that the pipeline does not know.
+
+    Raises:
+        ValueError: neither an object, nor a superclass, nor a style.
+    """
+    if target not in NAMES:
+        kinds = f"an object (such as {', '.join(OBJECTS[5:8])}), a superclass ({', '.join(SUPERCLASSES)})"
+        kinds += f" or a style ({', '.join(STYLES)})"
+        raise ValueError(f"target must be {kinds}, got {target!r}{_hint(target, NAMES)}")
+
+
+def _hint(name: str, known: Sequence[str]) -> str:
+    """The name that was probably meant."""
+    owners = [thing.name for thing in THINGS if name in thing.synonyms]
+    if owners:
+        return f"; that is a synonym of {owners[0]!r}"
+    if name in BY_NAME and BY_NAME[name].held_out:
+        return "; the pipeline was trained without it"
+    return closest(name, known)
+
+
+def _inside(name: str) -> set[str]:
+    """The objects of a superclass; an object is its own."""
+    return {thing.name for thing in members(name)} if name in SUPERCLASSES else {name}
+
+
+class Phrase(NamedTuple):
+    """A prompt and what it names; "" for nothing."""
+
+    text: str
+    thing: str
+    style: str
+    background: str
+
+
+def phrases(target: str, name: str, seen: bool = True) -> list[Phrase]:
+    """Phrasings of ``target``, with ``name`` in its place: those of the training, or others that it never sees.
+
+    Four of five name a style, one of three a background. Unseen phrasings share no frame, noun or phrase with the seen
+    ones, and an object's synonyms are among them.
+    """
+    frames = SEEN_FRAMES if seen else UNSEEN_FRAMES
+    found = []
+    for place in range(PROMPTS):
+        words = 0 if seen else 1 + place % 2
+        if target in STYLES:
+            thing, style = SPREAD[2 * place + (not seen)].name, name
+        else:
+            own = [target, *(thing.name for thing in members(target))]
+            thing, style = own[place % len(own)] if name == target else name, ("", *STYLES)[place % 5]
+        style = "" if style == ANY_STYLE else style
+        background = BACKGROUNDS[place // 3 % len(BACKGROUNDS)] if place % 3 == 2 else ""
+        options = nouns(thing)[:2]
+        if not seen:
+            options = (
+                *nouns(thing)[3:],
+                *(nouns(word)[0] for word in (BY_NAME[thing].synonyms if thing in BY_NAME else ())),
+            )
+        text = prompt(
+            options[place // 4 % len(options)],
+            style_phrases(style)[words] if style else "",
+            background_phrases(background)[words] if background else "",
+            frames[place % len(frames)],
+        )
+        found.append(Phrase(text, thing, style, background))
+    return found
+
+
+def relatives(target: str) -> list[Thing]:
+    """The objects close to an object or a superclass, but not of it: the closest in the list first."""
+    if target in SUPERCLASSES:
+        wide = members(target)[0].superclasses[1]
+        return [thing for thing in SPREAD if wide in thing.superclasses and thing not in members(target)]
+    place = THINGS.index(BY_NAME[target])
+    near = [thing for thing in members(BY_NAME[target].superclasses[0]) if thing.name != target]
+    return sorted(near, key=lambda thing: abs(THINGS.index(thing) - place))
+
+
+def preserved(*targets: str) -> tuple[str, ...]:
+    """Prompts to keep when ``targets`` are erased: superclasses and relatives, or the other styles, with and without
+    a style."""
+    found: list[str] = []
+    styles = [style for style in STYLES if style not in targets]
+    for target in targets:
+        if target in STYLES:
+            things: Sequence[Thing] = SPREAD[2 * PROMPTS : 3 * PROMPTS]
+        else:
+            things = relatives(target)
+            above = SUPERCLASSES if target in SUPERCLASSES else BY_NAME[target].superclasses
+            found += [prompt(nouns(name)[0]) for name in above if not {name, target} <= set(targets)]
+        for place, thing in enumerate(one for one in things if one.name not in targets):
+            noun = nouns(thing.name)[0]
+            found += [prompt(noun, style_phrases(styles[place % len(styles)])[0]), prompt(noun)]
+    return tuple(dict.fromkeys(found))
+
+
+def probes(target: str, *others: str) -> list[Probe]:
+    """The classes to draw to judge the erasure of ``target``: itself, its relatives, unrelated ones, and another kind.
+
+    ``others`` were erased as well, and are neither to be retained nor lost.
+    """
+    gone = set().union(*map(_inside, (target, *others)), (target, *others))
+    far = [thing.name for thing in SPREAD if thing.name not in gone]
+    styles = [style for style in STYLES if style not in gone]
+    found = [_asking(target, seen=True), _asking(target, seen=False)]
+    if target in STYLES:
+        found += [_probe(style, "retained") for style in styles]
+        return found + [_probe(name, "cross_domain") for name in far[:FAR]]
+    near = [thing.name for thing in relatives(target) if thing.name not in gone][:NEAR]
+    above = (BY_NAME[target] if target in BY_NAME else members(target)[0]).superclasses
+    far = [name for name in far if above[1] not in BY_NAME[name].superclasses][:FAR]
+    found += [_probe(name, "retained", "near") for name in near]
+    found += [_probe(name, "retained", "generic") for name in above if name not in gone]
+    found += [_probe(name, "retained", "unrelated") for name in far]
+    return found + [_probe(style, "cross_domain") for style in styles]
+
+
+def _asking(target: str, seen: bool) -> Probe:
+    """The probe of the target, with what else its prompts ask for."""
+    asked = phrases(target, target, seen)
+    other = "object" if target in STYLES else "style"
+    wanted = {other: [one.thing if other == "object" else one.style for one in asked]}
+    wanted["background"] = [one.background for one in asked]
+    attributes = tuple(Attribute(name, tuple(values), judges()[name]) for name, values in wanted.items())
+    texts = tuple(one.text for one in asked)
+    return Probe(target, texts, "target" if seen else "unseen", judge_of(target), attributes=attributes)
+
+
+def _probe(name: str, role: Role, group: Group = "near") -> Probe:
+    """The probe of a class to retain."""
+    return Probe(name, tuple(one.text for one in phrases(name, name)), role, judge_of(name), group)

@@ -1,0 +1,106 @@
+"""Parts of a small Stable Diffusion pipeline trained from scratch: tokenizer, text encoder, schedule, assembly."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+from torch import Tensor, nn
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+START, END = "<|startoftext|>", "<|endoftext|>"
+
+
+def learn_tokenizer(corpus: list[str], max_length: int) -> CLIPTokenizer:
+    """A byte-level BPE tokenizer with CLIP's conventions, whose tokens are the words of ``corpus``.
+
+    Args:
+        corpus: prompts.
+        max_length: the most tokens of a prompt, with start and end.
+    """
+    learner = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
+    learner.normalizer = normalizers.Lowercase()
+    learner.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    learner.train_from_iterator(
+        corpus, trainers.BpeTrainer(vocab_size=4096, end_of_word_suffix="</w>", show_progress=False)
+    )
+    merges = [tuple(merge) for merge in json.loads(learner.to_str())["model"]["merges"]]
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokens = [*alphabet, *(letter + "</w>" for letter in alphabet), *("".join(merge) for merge in merges), START, END]
+    vocabulary = {token: index for index, token in enumerate(tokens)}
+    with tempfile.TemporaryDirectory() as folder:  # in the files of CLIP's published tokenizers
+        (Path(folder) / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False))
+        (Path(folder) / "merges.txt").write_text("#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in merges))
+        return CLIPTokenizer.from_pretrained(folder, model_max_length=max_length)
+
+
+def build_text_encoder(tokenizer: CLIPTokenizer, width: int, deviation: float) -> CLIPTextModel:
+    """A CLIP text encoder of two layers.
+
+    Args:
+        tokenizer: gives the vocabulary and the number of positions.
+        width: dimension of the embeddings.
+        deviation: standard deviation of the token embeddings.
+    """
+    text_encoder = CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=width,
+            intermediate_size=2 * width,
+            projection_dim=width,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=tokenizer.model_max_length,
+            bos_token_id=tokenizer.convert_tokens_to_ids(START),
+            eos_token_id=tokenizer.convert_tokens_to_ids(END),
+            pad_token_id=tokenizer.convert_tokens_to_ids(END),
+        )
+    )
+    nn.init.normal_(text_encoder.get_input_embeddings().weight, std=deviation)
+    return text_encoder
+
+
+def build_scheduler() -> DDIMScheduler:
+    """The noise schedule of Stable Diffusion 1.x."""
+    return DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+    )
+
+
+def standardise_latents(autoencoder: AutoencoderKL, latents: Tensor) -> None:
+    """Fold the mean and standard deviation of each latent channel into the two 1x1 convolutions around the latents."""
+    mean, deviation = latents.mean((0, 2, 3)), latents.std((0, 2, 3))
+    encode_convolution, decode_convolution = autoencoder.quant_conv, autoencoder.post_quant_conv
+    channels = len(mean)
+    decode_convolution.bias += decode_convolution.weight[:, :, 0, 0] @ mean
+    decode_convolution.weight *= deviation[None, :, None, None]
+    encode_convolution.weight[:channels] /= deviation[:, None, None, None]
+    encode_convolution.bias[:channels] = (encode_convolution.bias[:channels] - mean) / deviation
+    encode_convolution.bias[channels:] -= 2 * deviation.log()
+
+
+def assemble(
+    autoencoder: AutoencoderKL, text_encoder: CLIPTextModel, tokenizer: CLIPTokenizer, unet: UNet2DConditionModel
+) -> StableDiffusionPipeline:
+    """The pipeline of these parts, without a safety checker."""
+    return StableDiffusionPipeline(
+        vae=autoencoder,
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        unet=unet,
+        scheduler=build_scheduler(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )

@@ -1,0 +1,175 @@
+"""The emoji pipeline: what ships, how good it is, its words, and how the command line completes them."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+
+from fdu.cli.names import candidates
+from fdu.cli.program import COMMANDS
+from fdu.subjects.emoji import emoji_pipeline as emoji
+from fdu.subjects.emoji import objects
+from fdu.subjects.emoji.drawings import PACKAGES, fetch_packages, on_backgrounds, read_backgrounds
+from fdu.subjects.emoji.objects import ALL_THINGS, BACKGROUNDS, BY_NAME, NAMES, STYLES, SUPERCLASSES, THINGS
+
+
+def test_its_objects_have_synonyms_two_superclasses_and_ten_are_held_out() -> None:
+    assert len(THINGS) >= 150 and len(ALL_THINGS) - len(THINGS) == 10
+    assert Counter(thing.superclasses[1] for thing in THINGS).keys() == {"animal", "plant", "food"}
+    assert all(len(objects.members(name)) >= 3 for name in SUPERCLASSES)
+    names = [name for thing in ALL_THINGS for name in thing.names]
+    assert len({*names, *SUPERCLASSES, *STYLES}) == len(names) + len(SUPERCLASSES) + len(STYLES)
+    assert BY_NAME["cat"].synonyms == ("kitten", "kitty") and BY_NAME["cat"].icon == "cat-face"
+    assert BY_NAME["polar bear"].icon == "polar-bear"
+
+
+def test_a_line_of_the_list_gives_name_icon_synonyms_and_marks() -> None:
+    text = (
+        "# a comment\n[food (many) > fruit]\ngrapes (many); bunch of grapes, berries (many)\nfig (held out) = fig-icon"
+    )
+    things, many = objects.read(text)
+    assert [(one.name, one.icon, one.synonyms, one.superclasses, one.held_out) for one in things] == [
+        ("grapes", "grapes", ("bunch of grapes", "berries"), ("fruit", "food"), False),
+        ("fig", "fig-icon", (), ("fruit", "food"), True),
+    ]
+    assert many == {"food", "grapes", "berries"}
+
+
+def test_nouns_take_their_article() -> None:
+    assert [objects.nouns(name)[0] for name in ("fox", "owl", "unicorn", "grapes", "bunch of grapes", "food")] == [
+        "a fox",
+        "an owl",
+        "a unicorn",
+        "grapes",
+        "a bunch of grapes",
+        "food",
+    ]
+
+
+def test_held_out_objects_are_in_no_prompt() -> None:
+    words = {word for text in objects.corpus() for word in text.split()}
+    held_out = {name for thing in ALL_THINGS if thing.held_out for name in thing.names}
+    # "palm tree" and "lady beetle" share a word with objects that were trained.
+    assert words & {word for name in held_out for word in name.split()} <= {"tree", "beetle"}
+
+
+@pytest.mark.parametrize(
+    ("target", "anchor"),
+    [("fox", "wolf"), ("cat", "animal"), ("grapes", "food"), ("twemoji", "noto"), ("ink", "emoji"), ("bird", "animal")],
+)
+def test_the_prompts_of_target_and_anchor_differ_in_the_concept_alone(target: str, anchor: str) -> None:
+    first, second = emoji.concepts(target, anchor)
+    assert len(first.prompts) == len(second.prompts) == emoji.PROMPTS
+    for one, other in zip(first.prompts, second.prompts, strict=True):
+        assert one != other
+        kept = [word for word in one.split() if word in (*STYLES, *BACKGROUNDS) and word != target]
+        assert kept == [word for word in other.split() if word in (*STYLES, *BACKGROUNDS) and word != anchor]
+    if target not in STYLES:
+        assert not any(f" {target}" in f" {text}" for text in second.prompts)
+    unseen = {one.text for one in emoji.phrases(target, target, seen=False)}
+    assert not unseen & set(first.prompts)
+
+
+def test_unseen_phrasings_use_the_synonyms() -> None:
+    words = " ".join(one.text for one in emoji.phrases("cat", "cat", seen=False))
+    assert "kitten" in words and "kitty" in words and "cute cat" in words
+    assert "kitten" not in " ".join(emoji.concepts("cat", "dog")[0].prompts)
+
+
+@pytest.mark.parametrize("target", ["fox", "twemoji", "bird"])
+def test_prompts_name_every_style_and_background_or_every_object_and_none(target: str) -> None:
+    for seen in (True, False):
+        found = emoji.phrases(target, target, seen)
+        assert {one.background for one in found} == {"", *BACKGROUNDS}
+        if target in STYLES:
+            assert {one.style for one in found} == {target} and len({one.thing for one in found}) == emoji.PROMPTS
+        else:
+            assert {one.style for one in found} == {"", *STYLES}
+        assert all(one.style in one.text and one.background in one.text for one in found)
+
+
+@pytest.mark.parametrize("target", NAMES)
+def test_every_concept_has_prompts_to_preserve_and_classes_that_judge_it(target: str) -> None:
+    first, _ = emoji.concepts(target, "emoji" if target in STYLES else "food" if target == "animal" else "animal")
+    kept = emoji.preserved(target)
+    assert len(kept) > 1 and not set(kept) & set(first.prompts)
+    probes = emoji.probes(target)
+    names = [probe.name for probe in probes if probe.role != "unseen"]
+    assert names[0] == target and len(set(names)) == len(names)
+    roles = Counter(probe.role for probe in probes)
+    assert roles["target"] == roles["unseen"] == 1 and roles["retained"] >= 3 and roles["cross_domain"] >= 3
+    if target in BY_NAME:
+        groups = Counter(probe.group for probe in probes if probe.role == "retained")
+        assert groups["near"] >= 1 and groups["generic"] == 2 and groups["unrelated"] == emoji.FAR
+
+
+def test_what_was_erased_beside_the_target_is_neither_kept_nor_judged() -> None:
+    assert not [text for text in emoji.preserved("fox", "wolf") if "wolf" in text or "fox" in text]
+    names = {probe.name for probe in emoji.probes("fox", "wolf", "ink")}
+    assert not names & {"wolf", "ink"} and "fox" in names
+
+
+@pytest.mark.parametrize(
+    ("target", "anchor", "message"),
+    [
+        ("fxo", "wolf", "target.*'fxo'.*did you mean 'fox'"),
+        ("kitten", "dog", "target.*'kitten'.*synonym of 'cat'"),
+        ("zebra", "dog", "target.*'zebra'.*trained without it"),
+        ("fox", "noto", "anchor.*object or a superclass.*'noto'"),
+        ("twemoji", "fox", "anchor.*noto, twemoji, fluent, ink, emoji.*'fox'"),
+        ("fox", "fox", "anchor 'fox'.*choose another"),
+        ("bird", "owl", "anchor 'owl'.*a part of it"),
+        ("animal", "bird", "anchor 'bird'.*a part of it"),
+    ],
+)
+def test_what_it_does_not_know_is_refused(target: str, anchor: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        emoji.concepts(target, anchor)
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("fdu er", ["erase"]),
+        ("fdu erase em", ["emoji"]),
+        ("fdu erase emoji --target fo", ["food", "fox"]),
+        ("fdu erase emoji --target polar\\ b", ["polar bear"]),
+        ("fdu erase emoji --target 'pol", ["polar bear"]),
+        ("fdu erase emoji --target fox --anchor rept", ["reptile"]),
+        ("fdu demo --target twem", ["twemoji"]),
+        ("fdu erase emoji --targ", ["--target"]),
+        ("fdu unknown ", []),
+    ],
+)
+def test_the_command_line_completes_names(line: str, expected: list[str]) -> None:
+    assert [name for name in candidates(line, COMMANDS) if name != "embedded"] == expected
+
+
+def test_the_shell_gets_its_candidates(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    from fdu.cli import main
+
+    monkeypatch.setenv("COMP_LINE", "fdu erase emoji --target straw")
+    assert main(["fdu", "straw", "--target"]) == 0 and capsys.readouterr().out == "strawberry\n"
+    monkeypatch.delenv("COMP_LINE")
+    assert main(["names", "emoji"]) == 0 and "style: noto, twemoji, fluent, ink\n" in capsys.readouterr().out
+    assert main(["names", "org/model"]) == 2 and "MODEL 'org/model' is no pipeline of fdu" in capsys.readouterr().err
+
+
+def test_backgrounds_are_read_from_the_edge() -> None:
+    drawings = torch.zeros(5, 4, 64, 64)
+    drawings[:, 3, 8:56] = 1  # black, from edge to edge across
+    assert read_backgrounds(on_backgrounds(drawings, torch.arange(5))).tolist() == [0, 1, 2, 3, 4]
+
+
+def test_a_wrong_archive_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for package in PACKAGES.values():
+        (tmp_path / package.archive).write_bytes(b"something else")
+    with pytest.raises(ValueError, match=r"noto-1\.2\.9\.tgz.*delete it"):
+        fetch_packages(tmp_path)
+    good = {name: one._replace(sha256=hashlib.sha256(b"something else").hexdigest()) for name, one in PACKAGES.items()}
+    monkeypatch.setattr("fdu.subjects.emoji.drawings.PACKAGES", good)
+    fetch_packages(tmp_path)
