@@ -15,8 +15,10 @@ from fdu.evaluation.intervals import LEVEL, RESAMPLES, reach_unseen
 
 DIGITS = 12
 """Decimal places of figures; beyond them is rounding error."""
-FIGURES = ("erased", "retained", "change")
+FIGURES = ("erased", "retained", "change", "attributes")
 TARGET_ROLES = ("target", "unseen")
+UNASKED = "-"
+"""In records, the answer for an image whose prompt asks for nothing besides the target."""
 
 Array = np.ndarray
 
@@ -31,18 +33,35 @@ class Judged:
     """Whether the judge saw the requested class."""
     change: tuple[float, ...] | None = None
     """Mean absolute difference from the same image before the erasure, in pixel range [0, 1]."""
+    attributes: dict[str, tuple[bool | None, ...]] = dataclasses.field(default_factory=dict)
+    """By attribute, whether the judge found what the target's prompt asks for besides the target; None where it asks
+    for nothing. Empty in records of earlier versions, which did not judge it."""
+
+    @property
+    def answers(self) -> Array:
+        """The attributes as numbers, [attributes, images]; NaN where the prompt asks for nothing."""
+        return np.array(list(self.attributes.values()), float).reshape(-1, len(self.hits))
 
     def as_dict(self) -> dict[str, Any]:
-        """Ready for JSON, and short: hits as "0110...", changes as "0.0123 0.0045 ..."."""
-        hits = "".join("1" if hit else "0" for hit in self.hits)
+        """Ready for JSON, and short: hits as "0110...", attributes as "01-1...", changes as "0.0123 0.0045 ..."."""
         change = None if self.change is None else " ".join(f"{value:.4f}" for value in self.change)
-        return {"role": self.role, "name": self.name, "hits": hits, "change": change}
+        found = {"role": self.role, "name": self.name, "hits": _digits(self.hits), "change": change}
+        attributes = {name: _digits(answers) for name, answers in self.attributes.items()}
+        return {**found, "attributes": attributes} if attributes else found
 
     @classmethod
     def from_dict(cls, saved: dict[str, Any]) -> Judged:
         """Undo :meth:`as_dict`."""
         change = None if saved["change"] is None else tuple(map(float, saved["change"].split()))
-        return cls(saved["role"], saved["name"], tuple(hit == "1" for hit in saved["hits"]), change)
+        attributes = {
+            name: tuple(None if digit == UNASKED else digit == "1" for digit in answers)
+            for name, answers in saved.get("attributes", {}).items()
+        }
+        return cls(saved["role"], saved["name"], tuple(hit == "1" for hit in saved["hits"]), change, attributes)
+
+
+def _digits(answers: Sequence[bool | None]) -> str:
+    return "".join(UNASKED if answer is None else str(int(answer)) for answer in answers)
 
 
 Runs = Mapping[tuple[str, Candidate, int], Sequence[Judged]]
@@ -74,6 +93,9 @@ class Standing:
     """Share of images that show the requested class, averaged over all other classes."""
     change: Estimate
     """Mean absolute change of the other classes' images, in pixel range [0, 1]: harm that the judge may not count."""
+    attributes: Estimate
+    """Share of what the targets' prompts, seen and unseen, ask for besides the target that the judges find; NaN if they
+    ask for nothing, or if the records do not say."""
     on_front: bool
     """No other candidate both erases and retains more."""
     front_share: float
@@ -94,6 +116,9 @@ class Sample:
       Trainings with one seed share their noise for every target, so all targets deviate with the same seeds. One seed
       cannot show the spread over seeds.
 
+    "attributes" is a ratio, because only some prompts ask for something. Its deviation over images is that of its
+    first-order expansion. A target whose prompts ask for nothing, or whose records do not all say, does not count.
+
     Noise of a single seed and image adds to both, so the intervals are too wide rather than too narrow (Owen, The
     pigeonhole bootstrap, 2007, has a third such term). Resamples of shares may leave [0, 1]; figures and intervals do
     not.
@@ -107,7 +132,8 @@ class Sample:
             ``FEWEST_IMAGES``.
 
     Attributes:
-        values: [candidates] by the name of a figure: "erased", "retained", "change", as in :class:`Standing`.
+        values: [candidates] by the name of a figure: "erased", "retained", "change", "attributes", as in
+            :class:`Standing`.
         resampled: [resamples, candidates] by the same names.
         images: how many images of a run each figure counts.
         seeds: the number of seeds of the target with the fewest.
@@ -125,7 +151,8 @@ class Sample:
         self.images: dict[str, int] = {}
         self.seeds = min(part.seeds for part in parts)
         for name in FIGURES:
-            means = np.mean([part.means[name] for part in parts], axis=0)
+            asking = [part.means[name] for part in parts if name != "attributes" or part.images[name]]
+            means = np.mean(asking or [parts[0].means[name]], axis=0)
             # Sums of weights are 1 up to rounding error, which must not decide who is on the front.
             self.values[name], self.resampled[name] = means[0].round(DIGITS), means[1:].round(DIGITS)
             self.images[name] = sum(part.images[name] for part in parts)
@@ -137,9 +164,9 @@ class Sample:
         highest = math.inf if figure == "change" else 1.0
         found = Estimate(found.value, max(found.low, 0.0), min(found.high, highest))
         # If all images agree, resampling cannot tell how rare exceptions are.
-        if figure != "change" and found.low == found.high and found.value in (0.0, 1.0):
+        if figure != "change" and found.low == found.high:
             reach = reach_unseen(self.images[figure])
-            return Estimate(found.value, 0.0, reach) if found.value == 0 else Estimate(found.value, 1 - reach, 1.0)
+            return Estimate(found.value, max(found.value - reach, 0.0), min(found.value + reach, 1.0))
         return found
 
     def difference(self, figure: str, one: Candidate, other: Candidate) -> Estimate:
@@ -209,6 +236,7 @@ class _Figures:
         self.images = dict.fromkeys(FIGURES, 0)
         seed_weights = deviations.of_seeds(len(seeds))
         parts: dict[str, list[Array]] = {name: [] for name in FIGURES}
+        asking: list[Sequence[Judged]] = []
         for judged in zip(*(runs[target, one, seed] for one in candidates for seed in seeds), strict=True):
             probe, images = judged[0], len(judged[0].hits)
             if len({(one.role, one.name, len(one.hits), one.change is None) for one in judged}) > 1:
@@ -228,8 +256,49 @@ class _Figures:
                 means = np.concatenate([mean[None], resampled])
                 parts[name].append(1 - means if name == "erased" else means)
                 self.images[name] += images
+            if is_target:
+                asking.append(judged)
+        found_of = _attributes(asking, (len(candidates), len(seeds)), seed_weights, deviations)
+        if found_of is not None:
+            parts["attributes"], self.images["attributes"] = [found_of[0]], found_of[1]
         nothing = np.full((1 + deviations.resamples, len(candidates)), math.nan)
         self.means = {name: np.mean(found, axis=0) if found else nothing for name, found in parts.items()}
+
+
+def _attributes(
+    asking: Sequence[Sequence[Judged]], shape: tuple[int, int], seed_weights: Array, deviations: _Deviations
+) -> tuple[Array, int] | None:
+    """What was found of what else the target's prompts ask for, and in how many images of a run they ask for it.
+
+    The first is a share, [1 + resamples, candidates]: of all images first, then of each resample. None if they ask for
+    nothing, or if a record does not say.
+
+    Args:
+        asking: by probe of the target, the views of all candidates and seeds.
+        shape: the numbers of candidates and seeds.
+        seed_weights: the deviations of the seeds' weights.
+        deviations: those of images.
+    """
+    found: list[Array] = []
+    asked: list[Array] = []
+    for judged in asking:
+        # [runs, attributes, images], NaN where the prompt asks for nothing.
+        if len({(tuple(one.attributes), np.isnan(one.answers).tobytes()) for one in judged}) > 1:
+            return None
+        answers = np.array([one.answers for one in judged])
+        found.append(np.nansum(answers, axis=1).reshape(*shape, -1))
+        asked.append(np.isfinite(answers[0]).sum(0))
+    total = sum(int(one.sum()) for one in asked)
+    if not total:
+        return None
+    by_seed = sum(one.sum(2) for one in found) / total
+    mean = by_seed.mean(1)
+    resampled = mean + seed_weights @ by_seed.T
+    for one, counts in zip(found, asked, strict=True):
+        # By how much more was found in each image than the mean share of what was asked.
+        excess = (one.mean(1) - mean[:, None] * counts) * len(counts) / total
+        resampled = resampled + deviations.of_images(len(counts)) @ excess.T
+    return np.concatenate([mean[None], resampled]), sum(int(np.count_nonzero(counts)) for counts in asked)
 
 
 class _Deviations:

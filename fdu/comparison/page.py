@@ -115,6 +115,7 @@ def write_page(
             ],
             pictures=drawn,
             percent=percent,
+            with_attributes=tells_attributes(results.standings),
             commands=[("The recommended erasure:", erase_command), ("This comparison:", command)],
             facts=[("", facts)],
             settings=setting_rows(comparison.shared_settings(), without=comparison.varied),
@@ -187,15 +188,23 @@ def ordered(standings: Sequence[Standing]) -> list[Standing]:
     return sorted(standings, key=lambda one: (not one.on_front, -one.erased.value))
 
 
+def tells_attributes(standings: Sequence[Standing]) -> bool:
+    """Whether the prompts of a target ask for something besides it, and the records say what was found."""
+    return not any(math.isnan(one.attributes.value) for one in standings)
+
+
 def table(standings: Sequence[Standing], same_as: SameAs | None = None) -> str:
-    """All candidates as a Markdown table."""
+    """All candidates as a Markdown table, with a column for attributes if the records tell them."""
     rows = []
+    told = tells_attributes(standings)
     for one in ordered(standings):
         names = "".join(f", same as {name}" for name in also(one, same_as or {}))
         front = f"{'yes' if one.on_front else 'no'} ({100 * one.front_share:.0f} %)"
-        figures = [percent(one.erased), percent(one.retained), percent(one.change, 2)]
+        attributes = [percent(one.attributes)] if told else []
+        figures = [percent(one.erased), percent(one.retained), *attributes, percent(one.change, 2)]
         rows.append([one.candidate.label + names, *figures, front])
-    return markdown(["candidate", "erased", "retained", "change of other classes", "on the front"], rows) + "\n"
+    header = ["candidate", "erased", "retained", *(["attributes"] if told else []), "change of other classes"]
+    return markdown([*header, "on the front"], rows) + "\n"
 
 
 def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

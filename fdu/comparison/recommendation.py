@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import math
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 
@@ -25,6 +27,8 @@ HARDLY = 0.5
 """Erased share below which the target is still there."""
 FEWEST_TO_TELL = 6
 """Fewest images for a sign test at 5 %: if five all point in one direction, p is still 2 / 2^5 = 6 %."""
+ELSE = "what else the target's prompts ask for"
+"""The attributes in words."""
 NAMED = 4
 """Most candidates named in a sentence; it gives the number of the others."""
 
@@ -37,7 +41,7 @@ class Recommendation:
     candidate: Candidate
     certain: bool
     """Whether it clearly erased at least half of the target and beats every other candidate by more than chance
-    explains, in the score or in the change of images."""
+    explains, in the score, in the attributes or in the change of images."""
     score: Estimate
     """Its F-measure of erased and retained."""
     tied: tuple[Candidate, ...]
@@ -49,14 +53,16 @@ class Recommendation:
 
 
 def recommend(sample: Sample, prefer: Preference, before: Mapping[str, float] | None = None) -> Recommendation:
-    """The candidate with the best F-measure of erased and retained; among ties, the one that changes images least.
+    """The candidate with the best F-measure of erased and retained; among ties, the one that keeps most attributes, and
+    among those the one that changes images least.
 
     F = (1 + b^2) e r / (b^2 e + r) of the erased share e and the retained share r is 0 if either is 0, so neither
     doing nothing nor destroying everything can win. Candidates tie if the interval of their difference from the best
-    contains 0. Among ties, candidates that erased less than half are skipped if others erased more. The tie goes to the
-    candidate that clearly changed the images of other classes least, except for the preference "erasure", because a
-    candidate that erases less also changes less. A winner is certain only if the 95 % interval of its erased share
-    stays at or above one half.
+    contains 0. Among ties, candidates that erased less than half are skipped if others erased more. Then those are
+    passed over that clearly keep less of what else the target's prompts ask for than the one that keeps most. The tie
+    goes to the candidate that clearly changed the images of other classes least, except for the preference "erasure",
+    because a candidate that erases less also changes less. A winner is certain only if the 95 % interval of its erased
+    share stays at or above one half.
 
     Args:
         sample: the figures.
@@ -78,9 +84,8 @@ def recommend(sample: Sample, prefer: Preference, before: Mapping[str, float] | 
         for place in others
     }
     ties = [best, *(place for place, difference in behind.items() if difference.sign <= 0)]
-    chosen, ahead, why = best, True, ""
-    if len(ties) > 1:
-        chosen, ahead, why = _among_ties(sample, ties, values, prefer)
+    choice = _among_ties(sample, ties, values, prefer) if len(ties) > 1 else _Choice(best, True)
+    chosen, ahead, why = choice.chosen, choice.ahead, choice.why
     one, score = candidates[chosen], interval(float(values[chosen]), resampled[:, chosen])
     undrawn = {target: share for target, share in (before or {}).items() if share < DRAWN_BEFORE}
     few = min(sample.images["erased"], sample.images["retained"]) < FEWEST_TO_TELL
@@ -96,8 +101,9 @@ def recommend(sample: Sample, prefer: Preference, before: Mapping[str, float] | 
     elif ahead and usable and len(candidates) > 1 and doubtful:
         headline = f"No certain winner: {one.label} is best, but it may have erased less than half"
     else:
-        headline = _headline(sample, chosen, tied, certain)
-    sentences = _figures_of(sample, one, score, prefer)
+        alike = [candidates[place] for place in ties if place not in (chosen, *choice.losing)]
+        headline = _headline(sample, chosen, alike, certain)
+    sentences = [*_figures_of(sample, one, score, prefer), *_lost_attributes(sample, one)]
     if undrawn:
         sentences.append(
             "A concept that is rarely drawn counts as erased even if nothing is done: use prompts that draw it."
@@ -129,19 +135,37 @@ def f_measure(erased: np.ndarray, retained: np.ndarray, beta: float) -> np.ndarr
     return np.divide(product, below, out=np.zeros_like(product), where=below > 0)
 
 
-def _among_ties(sample: Sample, ties: list[int], values: np.ndarray, prefer: Preference) -> tuple[int, bool, str]:
-    """The candidate to use among tied ones, whether it is better by more than chance explains, and why."""
+class _Choice(NamedTuple):
+    """The candidate to use among tied ones."""
+
+    chosen: int
+    ahead: bool
+    """Whether it is better than the others by more than chance explains."""
+    why: str = ""
+    losing: tuple[int, ...] = ()
+    """The tied candidates that clearly keep less of what else the target's prompts ask for."""
+
+
+def _among_ties(sample: Sample, ties: list[int], values: np.ndarray, prefer: Preference) -> _Choice:
     erased, change = sample.values["erased"], sample.values["change"]
     able = [place for place in ties if erased[place] >= HARDLY]
     if not able:
-        return ties[0], False, ""
+        return _Choice(ties[0], False)
     passed = [sample.candidates[place].label for place in ties if place not in able]
     skipped = f"Skipped, because they erased less than half: {_listed(passed)}. " if passed else ""
     if len(able) == 1:
-        return able[0], False, skipped
+        return _Choice(able[0], False, skipped)
+    losing = _losing(sample, able)
+    if losing:
+        labels = [sample.candidates[place].label for place in losing]
+        skipped += f"Passed over, because they keep less of {ELSE}: {_listed(labels)}. "
+        able = [place for place in able if place not in losing]
+        if len(able) == 1:
+            return _Choice(able[0], not passed, skipped, losing)
     which = "either" if len(able) == 2 else "any"
     if prefer == "erasure" or np.isnan(change[able]).any():
-        return able[0], False, f"{skipped}{which.capitalize()} of {'the others' if passed else 'them'} will do."
+        rest = "the others" if skipped else "them"
+        return _Choice(able[0], False, f"{skipped}{which.capitalize()} of {rest} will do.", losing)
     chosen = min(able, key=lambda place: (change[place], -values[place]))
     one = sample.candidates[chosen]
     gaps = [sample.difference("change", sample.candidates[place], one) for place in able if place != chosen]
@@ -150,13 +174,43 @@ def _among_ties(sample: Sample, ties: list[int], values: np.ndarray, prefer: Pre
             "Their differences in how much they change other classes' images may also be due to chance, "
             f"so {which} will do."
         )
-        return able[0], False, skipped + chance
+        return _Choice(able[0], False, skipped + chance, losing)
     least = min(gaps, key=lambda gap: gap.value)
     words = (
         f"Of these, {one.label} changed the images of other classes least: by {100 * change[chosen]:.2f} % of the "
         f"pixel range. The next changed them by {100 * least.value:.2f} points more ({_range(least, 100, 2)})."
     )
-    return chosen, not passed, skipped + words
+    return _Choice(chosen, not passed, skipped + words, losing)
+
+
+def _losing(sample: Sample, places: Sequence[int]) -> tuple[int, ...]:
+    """The candidates that clearly keep less of what else the target's prompts ask for than the one that keeps most."""
+    attributes = sample.values["attributes"]
+    if np.isnan(attributes).any() or sample.images["attributes"] < FEWEST_TO_TELL:
+        return ()
+    most = sample.candidates[max(places, key=lambda place: attributes[place])]
+    clear = [sample.difference("attributes", most, sample.candidates[place]).sign > 0 for place in places]
+    return tuple(itertools.compress(places, clear))
+
+
+def _lost_attributes(sample: Sample, one: Candidate) -> list[str]:
+    """What a candidate keeps of what else the target's prompts ask for, and whether another that erases as much keeps
+    clearly more."""
+    kept = sample.estimate("attributes", one)
+    if math.isnan(kept.value):
+        return []
+    found = [f"Of {ELSE}, {one.label} keeps {percent(kept.value)} ({_range(kept)})."]
+    if sample.images["attributes"] >= FEWEST_TO_TELL:
+        even = [other for other in sample.candidates if sample.difference("erased", other, one).sign == 0]
+        gaps = [(other, sample.difference("attributes", other, one)) for other in even]
+        more = [(other, gap) for other, gap in gaps if gap.sign > 0]
+        if more:
+            other, gap = max(more, key=lambda pair: pair[1].value)
+            found.append(
+                f"{other.label} erases as much, within chance, and keeps {100 * gap.value:.1f} points more of it "
+                f"({_range(gap, 100, 1)})."
+            )
+    return found
 
 
 def _headline(sample: Sample, chosen: int, others: Sequence[Candidate], certain: bool) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -37,9 +38,9 @@ class Results:
     """Runs whose loss became NaN or infinite, with the message."""
     missing: int
     """Number of runs without a record."""
-    before: dict[str, tuple[float, float]]
-    """By target: shares of images that show the requested class before any erasure, of the target and of the other
-    classes."""
+    before: dict[str, tuple[float, float, float]]
+    """By target, before any erasure: shares of images that show the requested class, of the target and of the other
+    classes, and the share of what else the target's prompts ask for that was found, NaN if they ask for nothing."""
     sample: Sample
     """The figures of the candidates without a failed run, on the seeds that all of them share."""
     standings: tuple[Standing, ...]
@@ -90,7 +91,7 @@ def read_results(comparison: Comparison, records: Records) -> Results:
     drawn_records = {target: record for target, record in drawn.items() if record is not None}
     before = {target: shares(_judged(record)) for target, record in drawn_records.items()}
     conditions, mixed = conditions_of([*finished.values(), *drawn_records.values()])
-    target_shares = {target: own for target, (own, _) in before.items()}
+    target_shares = {target: own for target, (own, _, _) in before.items()}
     return Results(
         comparison=comparison,
         runs=runs,
@@ -118,11 +119,14 @@ def conditions_of(records: Sequence[Mapping[str, Any]]) -> tuple[dict[str, Any],
     return {"device": "; ".join(devices), "versions": joined}, mixed
 
 
-def shares(judged: tuple[Judged, ...]) -> tuple[float, float]:
-    """Mean shares of images that show the requested class, of the target and of the other classes."""
+def shares(judged: tuple[Judged, ...]) -> tuple[float, float, float]:
+    """Mean shares of images that show the requested class, of the target and of the other classes, and the share of
+    what else the target's prompts ask for that was found; NaN if they ask for nothing."""
     own = [sum(one.hits) / len(one.hits) for one in judged if one.role in TARGET_ROLES]
     others = [sum(one.hits) / len(one.hits) for one in judged if one.role not in TARGET_ROLES]
-    return sum(own) / len(own), sum(others) / len(others)
+    answers = [answer for one in judged for found in one.attributes.values() for answer in found if answer is not None]
+    found = sum(answers) / len(answers) if answers else math.nan
+    return sum(own) / len(own), sum(others) / len(others), found
 
 
 def check_folder(folder: Path, comparison: Comparison) -> None:

@@ -122,10 +122,12 @@ def judged(probe: Probe, images: Tensor, before: Tensor | None = None) -> Judged
         before: the same images before the erasure, as :func:`small` makes them.
     """
     hits = tuple(name == probe.name for name in probe.judge(images))
+    asking = probe.attributes if probe.role in TARGET_ROLES else ()
+    attributes = {one.name: one.found(images) for one in asking}
     change = None
     if before is not None:
         change = tuple((small(images).float() - before.float()).abs().mean((1, 2, 3)).tolist())
-    return Judged(probe.role, probe.name, hits, change)
+    return Judged(probe.role, probe.name, hits, change, attributes)
 
 
 def small(images: Tensor) -> Tensor:

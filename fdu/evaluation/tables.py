@@ -46,9 +46,10 @@ class Row:
 
 
 def comparison(evaluation: Evaluation, probes: Sequence[Probe]) -> list[Row]:
-    """The rows of the table: target, unseen phrasings, retained classes and the worst of them, classes of another kind.
+    """The rows of the table: target, unseen phrasings, what else the target's prompts ask for, retained classes and the
+    worst of them, classes of another kind.
 
-    Several groups of retained classes have a row each.
+    Several groups of retained classes, or several attributes of the prompts, have a row each.
     """
     before, after = evaluation.before, evaluation.after
 
@@ -60,6 +61,11 @@ def comparison(evaluation: Evaluation, probes: Sequence[Probe]) -> list[Row]:
     rows = [row(names_of(probes, "target")[0], "target_accuracy")]
     if after.unseen_accuracy is not None:
         rows.append(row("in unseen phrasings", "unseen_accuracy", detail=True))
+    if after.attribute_accuracy is not None:
+        names = list(after.attributes)
+        only = f" ({names[0]})" if len(names) == 1 else ""
+        rows.append(row(f"what else its prompts ask for{only}", "attribute_accuracy"))
+        rows += [row(name, f"attributes.{name}", detail=True) for name in names if not only]
     rows.append(row(_counted("retained", names_of(probes, "retained")), "retained_accuracy"))
     for group in after.retained_by_group if len(after.retained_by_group) > 1 else ():
         names = [probe.name for probe in probes if probe.role == "retained" and probe.group == group]

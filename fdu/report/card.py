@@ -12,7 +12,7 @@ from diffusers import DiffusionPipeline, StableDiffusion3Pipeline
 from fdu.config import PLACES, TRAIN_METHODS
 from fdu.evaluation import Evaluation, Probe
 from fdu.evaluation.intervals import uncertainty
-from fdu.evaluation.tables import comparison
+from fdu.evaluation.tables import Row, comparison
 from fdu.evaluation.verdict import judge, percent
 from fdu.report.render import templates
 from fdu.storage.formats import Format
@@ -55,10 +55,11 @@ def write_card(
     dora = TRAIN_METHODS[config["train_method"]].result == "dora"
     rows: dict[str, Any] = {"rows": []}
     if evaluation is not None:
+        lines = comparison(evaluation, probes)
         rows = {
-            "rows": comparison(evaluation, probes),
+            "rows": lines,
             "images": evaluation.images_per_class,
-            "uncertainty": percent(uncertainty(evaluation.images_per_class)),
+            "uncertainty": percent(_reach(lines, evaluation.images_per_class)),
             "verdict": " ".join(judge(evaluation, probes).sentences),
         }
     page = environment.get_template("card.md.j2").render(
@@ -85,6 +86,21 @@ def write_card(
     path = Path(folder) / CARD_FILE
     path.write_text(page, encoding="utf-8")
     return path
+
+
+def _reach(rows: Sequence[Row], images: int) -> float:
+    """How far an interval extends at most from its share.
+
+    Where only a few prompts ask for something besides the target, it extends further than on ``images`` images.
+    """
+    ends = [
+        abs(share - end)
+        for row in rows
+        if row.intervals
+        for share, interval in zip((row.before, row.after), row.intervals, strict=True)
+        for end in interval
+    ]
+    return max([uncertainty(images), *ends])
 
 
 def _line(text: str) -> str:

@@ -281,9 +281,9 @@ def check_counts(evaluation: Evaluation, probes: Sequence[Class]) -> None:
             raise ValueError(f"the judge's answers for {one.name!r} must be {shown} before and after, got {counts}")
     sides = (evaluation.before, evaluation.after)
     for side in sides:
-        names = ("target_accuracy", "unseen_accuracy", "retained_accuracy", "cross_domain_accuracy")
-        shares = {name: getattr(side, name) for name in names}
-        for name in ("per_class", "target_became", "retained_by_group"):
+        names = ("target", "unseen", "retained", "cross_domain", "attribute")
+        shares = {f"{name}_accuracy": getattr(side, f"{name}_accuracy") for name in names}
+        for name in ("per_class", "target_became", "retained_by_group", "attributes"):
             shares |= {f"{name}.{key}": share for key, share in getattr(side, name).items()}
         for name, share in shares.items():
             if share is not None and not 0 <= share <= 1:
@@ -297,6 +297,10 @@ def check_counts(evaluation: Evaluation, probes: Sequence[Class]) -> None:
             raise ValueError(f"{figure} does not match the probes")
     if sides[0].retained_by_group.keys() != sides[1].retained_by_group.keys():
         raise ValueError("retained_by_group has different groups before and after")
+    if sides[0].attributes.keys() != sides[1].attributes.keys():
+        raise ValueError("attributes has different names before and after")
+    if any((side.attribute_accuracy is not None) != bool(side.attributes) for side in sides):
+        raise ValueError("attribute_accuracy does not match attributes")
 
 
 def check_run(folder: str | Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fdu.evaluation.drawing import Probe
+from fdu.evaluation.drawing import Attribute, Probe
 from fdu.evaluation.features import ClipFeatures
 from fdu.subjects.concept_sets import ConceptSet
 
@@ -13,7 +13,9 @@ CLIP_NOTES = (
     "The judge is an image-text encoder, zero-shot: an image counts as the class whose name is closest to it. The "
     "target and each neighbour are judged against the anchor, the anchor against the target, and everyday and "
     "unrelated subjects against one another, the anchor and the target. Such a judge makes mistakes, both before and "
-    "after the erasure: look at the images, and trust differences more than shares.",
+    "after the erasure: look at the images, and trust differences more than shares. An image of the target shows the "
+    "scene that its prompt asks for if the anchor's prompt of that scene is the closest one; the encoder is weak at "
+    "this, so only the drop of that share counts.",
 )
 """Notes on results judged by CLIP."""
 
@@ -47,12 +49,16 @@ def clip_probes(concepts: ConceptSet, encoder: ClipFeatures) -> list[Probe]:
     As in published evaluations, target and neighbours are each judged against the anchor ("monet" or "painting"?); the
     share judged as the target is its CLIP accuracy. The anchor is judged against the target. Everyday and unrelated
     subjects are judged against one another, the anchor and the target, since an erasure could turn them into these.
+
+    Where the prompts of target and anchor are pairs ("a painting of a cornfield in the style of monet", "a painting of
+    a cornfield"), the target's prompts have the attribute "scene": the anchor's prompt, judged against its others.
     """
     target, anchor = concepts.target.name, concepts.anchor.name
     others = [*concepts.generic, *concepts.unrelated]
     against_anchor = ClipJudge(encoder, (target, anchor))
     subjects = ClipJudge(encoder, (*(concept.name for concept in others), anchor, target))
-    probes = [Probe(target, concepts.target.prompts, "target", against_anchor)]
+    scene = _scene(concepts, encoder)
+    probes = [Probe(target, concepts.target.prompts, "target", against_anchor, attributes=scene)]
     if concepts.unseen:
         probes.append(Probe(target, concepts.unseen, "unseen", against_anchor))
     for concept in concepts.near:
@@ -64,3 +70,11 @@ def clip_probes(concepts: ConceptSet, encoder: ClipFeatures) -> list[Probe]:
     for concept in concepts.unrelated:
         probes.append(Probe(concept.name, concept.prompts, "retained", subjects, "unrelated"))
     return probes
+
+
+def _scene(concepts: ConceptSet, encoder: ClipFeatures) -> tuple[Attribute, ...]:
+    """The attribute "scene" of the target's prompts; none unless each has its own of two or more anchor's prompts."""
+    scenes = concepts.anchor.prompts
+    if len(scenes) != len(concepts.target.prompts) or len(set(scenes)) < max(len(scenes), 2):
+        return ()
+    return (Attribute("scene", scenes, ClipJudge(encoder, scenes)),)

@@ -9,9 +9,12 @@ IMAGES = 40
 Runs = dict[tuple[str, Candidate, int], tuple[Judged, ...]]
 
 
-def judged(erased: float, retained: float, change: float = 0.01, shift: int = 0) -> tuple[Judged, ...]:
+def judged(
+    erased: float, retained: float, change: float = 0.01, style: float | None = None, shift: int = 0
+) -> tuple[Judged, ...]:
     """The target in seen and unseen phrasings, and two other classes, with these shares (of 1/40).
 
+    ``style`` is the share (of 1/20) of the seen images that show the style that every second seen prompt asks for.
     ``shift`` says which of the images they are.
     """
 
@@ -19,9 +22,12 @@ def judged(erased: float, retained: float, change: float = 0.01, shift: int = 0)
         shown = [index < round(share * IMAGES) for index in range(IMAGES)]
         return tuple(shown[-shift % IMAGES :] + shown[: -shift % IMAGES])
 
+    asked: dict[str, tuple[bool | None, ...]] = {}
+    if style is not None:
+        asked["style"] = tuple(None if index % 2 else index < round(style * IMAGES) for index in range(IMAGES))
     changes = tuple(change + 1e-4 * (index % 3) for index in range(IMAGES))
     return (
-        Judged("target", "three", hits(1 - erased), changes),
+        Judged("target", "three", hits(1 - erased), changes, asked),
         Judged("unseen", "three", hits(1 - erased), changes),
         Judged("retained", "eight", hits(retained), changes),
         Judged("cross_domain", "red", hits(retained), changes),

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import io
 import json
+import math
 import re
 import shlex
 import shutil
@@ -113,7 +114,7 @@ def results_of(figures: dict[str, tuple[float, ...]], **others: Any) -> Results:
         runs=found,
         failed=others.get("failed", {}),
         missing=others.get("missing", 0),
-        before={"three": (1.0, 0.99)},
+        before={"three": (1.0, 0.99, others.get("attributes", math.nan))},
         sample=sample,
         standings=tuple(sample.standings()),
         recommendations={prefer: recommend(sample, prefer) for prefer in BETA},
@@ -247,6 +248,11 @@ def test_a_record_says_all(made: Path) -> None:
     assert record["sigma"] > 0 and len(record["distance"].split()) == 3
     roles = [(one["role"], len(one["hits"]), len(one["change"].split())) for one in record["judged"]]
     assert roles == [("target", 2, 2), ("unseen", 2, 2)] + [("retained", 2, 2)] * 9 + [("cross_domain", 2, 2)] * 4
+    asked = [one["attributes"] for one in record["judged"][:2]]
+    assert [list(one) for one in asked] == [["ink"], ["ink"]]
+    # The first prompt names no ink, the second black.
+    assert all(re.fullmatch("-[01]", one["ink"]) for one in asked)
+    assert not any("attributes" in one for one in record["judged"][2:])
     before = records["before_three"]
     assert len(before["judged"]) == 15 and before["judged"][0]["change"] is None
     assert len(records) == 3
@@ -344,6 +350,38 @@ def test_results_tell_what_is_missing(made: Path) -> None:
     assert results.missing == 2 and results.sample.seeds == 1
     with pytest.raises(ValueError, match="0 of 2 records"):
         read_results(dataclasses.replace(PLAN, seeds=(5,)), Records(made / RUNS))
+
+
+def test_records_without_attributes_are_read(made: Path, tmp_path: Path) -> None:
+    """Those of an earlier version: the other figures stand, and no column for attributes."""
+    results = read_results(PLAN, Records(made / RUNS))
+    assert all(0 <= one.attributes.value <= 1 for one in results.standings)
+    assert 0 <= results.before["three"][2] <= 1
+
+    def older(name: str, record: dict[str, Any]) -> None:
+        for one in record["judged"]:
+            one.pop("attributes", None)
+
+    former = read_results(PLAN, Records(changed(made, tmp_path, older)))
+    assert former.missing == 0 and all(math.isnan(one.attributes.value) for one in former.standings)
+    assert [one.erased for one in former.standings] == [one.erased for one in results.standings]
+    assert "attributes" in table(results.standings) and "attributes" not in table(former.standings)
+    write_page(tmp_path, former, "balanced")
+    assert "ttributes" not in Page((tmp_path / "comparison.html").read_text()).text
+
+
+def test_the_page_has_a_column_of_what_else_was_asked(tmp_path: Path) -> None:
+    figures = {"mse": (0.6, 1.0, 0.02, 0.85), "kl": (0.9, 1.0, 0.01, 0.45)}
+    results = results_of(figures, attributes=0.95)
+    write_page(tmp_path, results, "balanced")
+    text = Page((tmp_path / "comparison.html").read_text()).text
+    assert "erased retained attributes change" in text and "before, three 0.0 99.0 95.0" in text
+    assert re.search(r"mse \(s0 1\) 60\.0 \([^)]*\) 100\.0 \([^)]*\) 85\.0 \(", text)
+    head, _, first, _ = (tmp_path / "comparison.md").read_text().splitlines()
+    assert head == "| candidate | erased | retained | attributes | change of other classes | on the front |"
+    assert re.match(r"\| kl .*\| 90\.0 .*\| 100\.0 .*\| 45\.0 ", first)
+    (kl,) = [one for one in describe(results)["candidates"] if one["divergence"] == "kl"]
+    assert kl["attributes"]["value"] == pytest.approx(0.45)
 
 
 def test_records_of_several_places_are_told(made: Path, tmp_path: Path) -> None:

@@ -3,7 +3,9 @@ force, the winner for each preference, and no winner where chance would do."""
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
+import json
 import math
 import re
 import statistics
@@ -202,6 +204,63 @@ def test_records_come_back() -> None:
     assert Judged.from_dict(Judged("target", "three", (True, False)).as_dict()).change is None
 
 
+def test_attributes_come_back_and_older_records_have_none() -> None:
+    asked = {"ink": (True, None, False), "paper": (None, None, True)}
+    one = Judged("target", "three", (True, False, True), None, asked)
+    assert one.as_dict()["attributes"] == {"ink": "1-0", "paper": "--1"}
+    assert Judged.from_dict(json.loads(json.dumps(one.as_dict()))) == one
+    older = Judged("target", "three", (True,)).as_dict()
+    assert "attributes" not in older and Judged.from_dict(older).attributes == {}
+
+
+def test_attributes_are_the_share_of_what_is_asked() -> None:
+    """Two attributes in one probe and one in the other: 2 of 3 and 1 of 2 answers, and 1 of 2, so 4 of 7."""
+    candidate = Candidate("mse")
+    seen = Judged("target", "three", (True,) * 4, None, {"ink": (True, False, None, True), "paper": (None, None, 1, 0)})
+    unseen = Judged("unseen", "three", (True,) * 4, None, {"ink": (None, True, None, False)})
+    sample = Sample({("three", candidate, 0): (seen, unseen, judged(0, 1)[2])}, [candidate])
+    assert sample.estimate("attributes", candidate).value == pytest.approx(4 / 7)
+    assert sample.images["attributes"] == 6
+    (standing,) = sample.standings()
+    assert standing.attributes.low < 4 / 7 < standing.attributes.high
+
+
+def test_where_every_image_is_asked_attributes_spread_like_any_share() -> None:
+    candidate, hits = Candidate("mse"), (True,) * 60 + (False,) * 140
+    found = {("three", candidate, 0): (Judged("target", "three", hits, None, {"ink": hits}), *judged(0, 1)[2:])}
+    sample = Sample(found, [candidate])
+    assert sample.resampled["attributes"] == pytest.approx(1 - sample.resampled["erased"])
+
+
+def test_where_few_images_are_asked_attributes_spread_as_on_few() -> None:
+    candidate = Candidate("mse")
+    asked = (*(index < 30 for index in range(100)), *[None] * 300)
+    hits = (True,) * 400
+    found = {("three", candidate, 0): (Judged("target", "three", hits, None, {"ink": asked}), *judged(0, 1)[2:])}
+    sample = Sample(found, [candidate], resamples=20_000)
+    assert sample.resampled["attributes"].std() == pytest.approx(math.sqrt(0.3 * 0.7 / 100), rel=0.03)
+    whole = Judged("target", "three", hits, None, {"ink": (*[True] * 100, *[None] * 300)})
+    estimate = Sample({("three", candidate, 0): (whole, *judged(0, 1)[2:])}, [candidate]).estimate(
+        "attributes", candidate
+    )
+    assert (estimate.low, estimate.high) == (pytest.approx(stats.binomtest(100, 100).proportion_ci().low), 1)
+
+
+def test_attributes_need_every_record_and_count_only_targets_that_ask() -> None:
+    found, candidates = runs({"mse": (0.5, 1.0, 0.01, 0.8), "kl": (0.5, 1.0, 0.01, 0.6)})
+    assert Sample(found, candidates).values["attributes"].tolist() == [0.8, 0.6]
+    silent, _ = runs({"mse": (0.5, 1.0), "kl": (0.5, 1.0)}, target="red")
+    both = Sample({**found, **silent}, candidates)
+    assert both.values["attributes"].tolist() == [0.8, 0.6] and both.values["erased"].tolist() == [0.5, 0.5]
+    assert np.isnan(Sample(silent, candidates).values["attributes"]).all()
+    first = found["three", candidates[0], 1][0]
+    older = {
+        ("three", candidates[0], 1): (dataclasses.replace(first, attributes={}), *found["three", candidates[0], 1][1:])
+    }
+    assert np.isnan(Sample({**found, **older}, candidates).values["attributes"]).all()
+    assert math.isnan(Sample({**found, **older}, candidates).standings()[0].attributes.low)
+
+
 def chosen(figures: dict[str, tuple[float, ...]], prefer: str = "balanced", **how: int) -> Recommendation:
     return recommend(Sample(*runs(figures, **how)), prefer)  # type: ignore[arg-type]
 
@@ -245,6 +304,59 @@ def test_of_those_alike_the_one_that_changes_least_is_taken() -> None:
     eager = chosen(figures, "erasure", seeds=1)
     assert eager.candidate.divergence == "kl" and not eager.certain
     assert re.search(r"kl \(s0 1\).*mse \(s0 1\)", eager.headline)
+
+
+@pytest.mark.parametrize("prefer", BETA)
+def test_of_those_alike_the_one_that_keeps_more_of_what_else_is_asked_comes_before_the_one_that_changes_least(
+    prefer: str,
+) -> None:
+    figures = {"mse": (0.775, 1.0, 0.03, 1.0), "kl": (0.8, 1.0, 0.01, 0.4)}
+    found = chosen(figures, prefer, seeds=1)
+    assert found.candidate.divergence == "mse" and found.certain and found.headline == "Use mse (s0 1)"
+    assert re.search(r"what else.*kl \(s0 1\)", " ".join(found.sentences))
+    assert any("mse (s0 1) keeps 100 % (83 to 100 %)" in sentence for sentence in found.sentences)
+    assert not any("points more of it" in sentence for sentence in found.sentences)
+
+
+def test_what_chance_may_explain_in_attributes_leaves_the_choice_to_the_change() -> None:
+    figures = {"mse": (0.775, 1.0, 0.01, 0.95), "kl": (0.8, 1.0, 0.03, 1.0)}
+    found = chosen(figures, seeds=1)
+    assert found.candidate.divergence == "mse" and found.certain
+    assert not any("Passed over" in sentence for sentence in found.sentences)
+    # A third that loses the style is passed over, though it changes images least; change decides between the others.
+    third = chosen({**figures, "le_cam": (0.8, 1.0, 0.001, 0.4)}, seeds=1)
+    assert third.candidate.divergence == "mse" and third.certain and len(third.tied) == 2
+    even = chosen({**figures, "kl": (0.8, 1.0, 0.01, 1.0), "le_cam": (0.8, 1.0, 0.001, 0.4)}, seeds=1)
+    assert not even.certain and "le_cam" not in even.headline
+
+
+def test_too_few_images_pass_no_candidate_over() -> None:
+    """Two images that are asked: all found with one candidate, none with the other."""
+    candidates = [Candidate("mse"), Candidate("kl")]
+
+    def few(found: bool, change: float) -> tuple[Judged, ...]:
+        asked = {"style": (found, found, *[None] * (IMAGES - 2))}
+        first, *others = judged(0.8, 1.0, change)
+        return dataclasses.replace(first, attributes=asked), *others
+
+    sample = Sample(
+        {("three", candidates[0], 0): few(True, 0.03), ("three", candidates[1], 0): few(False, 0.01)}, candidates
+    )
+    assert sample.difference("attributes", *candidates).sign == 1
+    found = recommend(sample, "balanced")
+    assert found.candidate.divergence == "kl" and not any(
+        "points more of it" in sentence for sentence in found.sentences
+    )
+
+
+def test_a_recommended_candidate_that_loses_what_another_keeps_says_so() -> None:
+    figures = {"mse": (0.9, 0.8, 0.01, 1.0), "kl": (0.9, 1.0, 0.01, 0.5), "le_cam": (0.3, 1.0, 0.01, 1.0)}
+    found = chosen(figures)
+    assert found.candidate.divergence == "kl" and found.certain and not found.tied
+    said = [sentence for sentence in found.sentences if "points more of it" in sentence]
+    assert len(said) == 1 and said[0].startswith("mse (s0 1) ") and "50.0 points" in said[0]
+    # What erases less is no reproach.
+    assert not any("points more of it" in one for one in chosen({**figures, "mse": (0.3, 1.0, 0.01, 1.0)}).sentences)
 
 
 def test_doing_nothing_and_destroying_everything_never_win() -> None:

@@ -81,6 +81,29 @@ def test_unseen_phrasings_are_unseen(target: str) -> None:
     assert retained == set(DIGITS if target in DIGITS else INKS) - {target}
 
 
+@pytest.mark.parametrize(("target", "name", "others"), [("three", "ink", INKS), ("red", "digit", DIGITS)])
+def test_its_prompts_ask_for_an_ink_or_a_digit_too(target: str, name: str, others: tuple[str, ...]) -> None:
+    probes = digits.probes(target)
+    for probe in probes[:2]:
+        (attribute,) = probe.attributes
+        assert attribute.name == name and set(attribute.wanted) == {"", *others}
+        for text, wanted in zip(probe.prompts, attribute.wanted, strict=True):
+            assert [word for word in text.split() if word in others] == ([wanted] if wanted else [])
+    assert not any(probe.attributes for probe in probes[2:])
+    # What was erased as well is not asked for.
+    (attribute,) = digits.probes(target, others[0])[1].attributes
+    assert set(attribute.wanted) == {"", *others[1:]}
+
+
+def test_the_judge_of_the_other_kind_tells_what_else_was_asked(pipeline: StableDiffusionPipeline) -> None:
+    for target in ("three", "red"):
+        probe = digits.probes(target)[0]
+        (images,) = fdu.draw(pipeline, [probe], 15).images
+        (attribute,) = probe.attributes
+        found = attribute.found(images)
+        assert None in found and [one for one in found if one is not None].count(True) >= 11
+
+
 def test_what_it_does_not_know_is_refused() -> None:
     with pytest.raises(ValueError, match="target.*digit .*ink .*, got 'cat'"):
         digits.concepts("cat", "eight")

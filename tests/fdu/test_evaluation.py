@@ -27,7 +27,7 @@ from fdu.evaluation.features import ClipFeatures, Features, ModuleFeatures, as_f
 from fdu.evaluation.intervals import Bootstrap, reach_unseen
 from fdu.evaluation.metrics.perceptual import image_distance, perceptual_distance
 from fdu.models.families import denoiser_of
-from fdu.subjects.clip_judges import ClipJudge, clip_probes
+from fdu.subjects.clip_judges import CLIP_NOTES, ClipJudge, clip_probes
 from fdu.subjects.concept_sets import ConceptSet
 from fdu.subjects.digits import pipeline as digits
 
@@ -456,7 +456,25 @@ def test_the_probes_of_a_set(encoder: ClipFeatures) -> None:
         ("violin", "retained", "unrelated"),
     ]
     assert [(probe.name, probe.role) for probe in probes[:2]] == [("lynx", "target"), ("lynx", "unseen")]
+    assert not any(probe.attributes for probe in probes)  # of one prompt, no scene can be told apart
     judged = {(probe.name, probe.role): probe.judge.classes for probe in probes}  # type: ignore[attr-defined]
     assert judged["lynx", "target"] == judged["cat", "retained"] == ("lynx", "cat")
     assert judged["dog", "retained"] == ("dog", "cat")
     assert judged["violin", "retained"] == ("painting", "violin", "cat", "lynx")
+
+
+def test_pairs_of_prompts_have_a_scene(encoder: ClipFeatures) -> None:
+    scenes = ("a photo of a dog", "a painting of a cat", "a violin")
+    target = Concept("lynx", tuple(f"{scene} lynx" for scene in scenes))
+    images = noise(9)
+
+    def asked(anchor: tuple[str, ...]) -> list[tuple[Attribute, ...]]:
+        concepts = ConceptSet(target, Concept("painting", anchor), ("lynx",), (Concept("cat", ("a cat",)),))
+        return [probe.attributes for probe in clip_probes(concepts, encoder)]
+
+    (scene,), *others = asked(scenes)
+    assert scene.name == "scene" and scene.wanted == scenes and not any(others)
+    nearest = cosine_similarity(encoder(images), encoder.texts(scenes)).argmax(1)
+    assert scene.found(images) == tuple(int(place) == index % 3 for index, place in enumerate(nearest))
+    assert not any(asked(scenes[:2])) and not any(asked((scenes[0], scenes[1], scenes[0])))
+    assert "scene" in CLIP_NOTES[0]

@@ -234,10 +234,66 @@ def test_a_run_of_an_earlier_version_is_read(tmp_path: Path) -> None:
     assert metrics.pop("conditions")["versions"]["torch"] == torch.__version__
     for name in ("difference", "unlearn_canvas"):
         metrics.pop(name)
+    for side in ("before", "after"):
+        assert metrics[side].pop("attribute_accuracy") is None and metrics[side].pop("attributes") == {}
     (folder / "metrics.json").write_text(json.dumps(metrics))
     text = Page(make_report(folder).read_text(encoding="utf-8")).text
     assert "device cpu Settings" in text
     assert "before after three" in text and "UnlearnCanvas" not in text and "percentage points" not in text
+
+
+def asking_probes() -> list[fdu.Probe]:
+    """The target's second prompt asks for a paper, the first for none."""
+
+    def paper(images: torch.Tensor) -> list[str]:
+        return ["grey" if image.mean() < 0.3 else "white" for image in images]
+
+    asks = fdu.Attribute("paper", ("", "grey"), paper)
+    return [
+        fdu.Probe("three", ("three", "three on grey paper"), "target", by_brightness, attributes=(asks,)),
+        *PROBES[1:],
+    ]
+
+
+def test_what_else_the_prompts_ask_for_is_shown(tmp_path: Path) -> None:
+    before, after = make_draws(0.1, 0.5, 0.9), make_draws(0.5, 0.5, 0.9)
+    probes = asking_probes()
+    run = EvaluatedRun.of(fdu.evaluate(before, after, probes), probes, before, after)
+    (tmp_path / "run").mkdir()
+    run.write(tmp_path / "run")
+    page = Page(make_report(tmp_path / "run").read_text(encoding="utf-8"))
+    minus = "\N{MINUS SIGN}"
+    assert "but its prompts lose their paper." in page.text
+    assert (
+        f"what else its prompts ask for (paper) 100 % 48\u2013100 % 0 % 0\u201352 % {minus}100 {minus}100 to {minus}48"
+        in page.text
+    )
+    metrics = json.loads((tmp_path / "run/metrics.json").read_text())
+    assert (metrics["before"]["attribute_accuracy"], metrics["after"]["attributes"]) == (1.0, {"paper": 0.0})
+    assert metrics["difference"]["attribute_accuracy"] == -1 and "difference.attributes.paper" in metrics["intervals"]
+    assert "what else" not in Page(render(EvaluatedRun.read(make_run(tmp_path / "plain")))).text
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "message"),
+    [
+        ("after/attributes/paper", 2, r"attributes\.paper.*\[0, 1\]"),
+        ("after/attribute_accuracy", -1, r"attribute_accuracy.*\[0, 1\]"),
+        ("after/attribute_accuracy", None, "attribute_accuracy does not match"),
+        ("after/attributes", {"ink": 1.0}, "attributes has different names"),
+    ],
+)
+def test_metrics_whose_attributes_do_not_match_are_refused(
+    tmp_path: Path, place: str, value: Any, message: str
+) -> None:
+    probes, draws = asking_probes(), make_draws(0.1, 0.5, 0.9)
+    (tmp_path / "run").mkdir()
+    EvaluatedRun.of(fdu.evaluate(draws, draws, probes), probes, draws, draws).write(tmp_path / "run")
+    metrics = json.loads((tmp_path / "run/metrics.json").read_text())
+    spoilt(metrics, place, value)
+    (tmp_path / "run/metrics.json").write_text(json.dumps(metrics))
+    with pytest.raises(ValueError, match=message):
+        EvaluatedRun.read(tmp_path / "run")
 
 
 def test_base_weights_without_a_fingerprint(tmp_path: Path) -> None:

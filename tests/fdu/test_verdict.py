@@ -361,3 +361,96 @@ def test_no_neighbours_are_no_proof_that_they_were_kept() -> None:
     verdict = judge(*grouped({"generic": 1.0}, {"generic": 1.0}))
     assert "no neighbours" in verdict.headline
     assert "none were tested" in words(verdict)
+
+
+def asking(
+    before: dict[str, float], after: dict[str, float], target: float = 0.0, others: dict[str, float] | None = None
+) -> fdu.Evaluation:
+    """An erasure whose prompts ask for these attributes, each as often."""
+    evaluation = make_evaluation({"three": target, **(others or {})}, unseen=target)
+    sides = [
+        dataclasses.replace(side, attributes=shares, attribute_accuracy=sum(shares.values()) / len(shares))
+        for side, shares in ((evaluation.before, before), (evaluation.after, after))
+    ]
+    return dataclasses.replace(evaluation, before=sides[0], after=sides[1])
+
+
+def test_prompts_that_keep_what_else_they_ask_for_are_told() -> None:
+    verdict = judge(asking({"ink": 1.0}, {"ink": 0.97}), make_probes())
+    assert verdict.good and "the rest is kept" in verdict.headline
+    assert "what else prompts for three ask for, the judges found 100 % before, 97 % after (ink)" in words(verdict)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "kept"), [(1.0, 0.9, True), (1.0, 0.89, False), (0.8, 0.72, True), (0.4, 0.35, False)]
+)
+def test_an_attribute_is_lost_if_a_tenth_of_its_share_before_is_gone(before: float, after: float, kept: bool) -> None:
+    verdict = judge(asking({"style": before}, {"style": after}), make_probes())
+    assert verdict.kept is kept and verdict.good is kept and verdict.sure
+    assert ("but its prompts lose their style" in verdict.headline) is not kept
+    assert ("10 % of the share before: style" in words(verdict)) is not kept
+
+
+def test_the_attributes_that_fell_are_named() -> None:
+    before = {"style": 1.0, "background": 1.0, "ink": 0.9}
+    verdict = judge(asking(before, {"style": 0.4, "background": 0.95, "ink": 0.7}), make_probes())
+    assert verdict.erased == "erased" and not verdict.kept and verdict.sure
+    assert "three is no longer drawn (0 %), but its prompts lose their style and ink" in verdict.headline
+    assert "(style: 100 % before, 40 % after; background: 100 % before, 95 % after; ink:" in words(verdict)
+    failed = judge(asking({"style": 1.0}, {"style": 0.5}, target=1.0), make_probes())
+    assert "not erased" in failed.headline and ", and its prompts lose their style" in failed.headline
+    both = judge(asking({"style": 1.0}, {"style": 0.5}, others={"nine": 0.2}), make_probes())
+    assert "but nine lost accuracy, and prompts for three lose their style" in both.headline
+
+
+def test_a_drop_over_all_attributes_counts_where_none_fell_alone() -> None:
+    evaluation = asking({"style": 1.0, "ink": 1.0}, {"style": 0.85, "ink": 0.85})
+    doubt = {f"difference.attributes.{name}": (-0.35, 0.05) for name in ("style", "ink")}
+    evaluation = dataclasses.replace(evaluation, intervals={**doubt, "difference.attribute_accuracy": (-0.3, -0.02)})
+    verdict = judge(evaluation, make_probes())
+    assert not verdict.kept and "its prompts lose part of what else they ask for" in verdict.headline
+    assert "chance: the style that prompts for three ask for (100 % before, 85 % after)" in words(verdict)
+
+
+def test_a_drop_of_an_attribute_that_chance_may_explain_has_a_bound() -> None:
+    evaluation = asking({"ink": 1.0}, {"ink": 0.85})
+    for low, told in (
+        (-0.3, "cannot rule out a drop of 30 points in the ink that prompts for three"),
+        (-0.6, "too few"),
+    ):
+        intervals = {"difference.attributes.ink": (low, 0.02)}
+        verdict = judge(dataclasses.replace(evaluation, intervals=intervals), make_probes())
+        assert verdict.kept and not verdict.sure and not verdict.good
+        assert told in verdict.headline and "lose" not in verdict.headline
+    intervals = {"difference.attributes.ink": (-0.09, 0.02)}
+    assert judge(dataclasses.replace(asking({"ink": 1.0}, {"ink": 0.97}), intervals=intervals), make_probes()).good
+
+
+def test_an_attribute_that_was_rarely_found_before_shows_little() -> None:
+    intervals = {"difference.attributes.scene": (-0.3, 0.2)}
+    evaluation = dataclasses.replace(asking({"scene": 0.3}, {"scene": 0.25}), intervals=intervals)
+    verdict = judge(evaluation, make_probes())
+    assert (
+        verdict.kept and "the rest" not in verdict.headline and "the classes drawn before are kept" in verdict.headline
+    )
+    assert "not conclusive: scene (30 %)" in words(verdict)
+    sure = dataclasses.replace(evaluation, intervals={"difference.attributes.scene": (-0.3, -0.01)})
+    assert "lose their scene" in judge(sure, make_probes()).headline and "conclusive" not in words(
+        judge(sure, make_probes())
+    )
+
+
+def test_rows_of_what_else_the_prompts_ask_for() -> None:
+    one = comparison(asking({"ink": 1.0}, {"ink": 0.8}), make_probes())
+    assert [row.label for row in one][:4] == [
+        "three", "in unseen phrasings", "what else its prompts ask for (ink)", "retained (2 classes)"
+    ]  # fmt: skip
+    assert (one[2].before, one[2].after, one[2].figure, one[2].detail) == (1.0, 0.8, "attribute_accuracy", False)
+    evaluation = asking({"ink": 1.0, "style": 0.6}, {"ink": 0.8, "style": 0.4})
+    several = comparison(evaluation, make_probes())[2:5]
+    assert [(row.label, row.detail) for row in several] == [
+        ("what else its prompts ask for", False), ("ink", True), ("style", True)
+    ]  # fmt: skip
+    assert [round(row.after, 2) for row in several] == [0.6, 0.8, 0.4]
+    assert "what else its prompts ask for" in table(evaluation, make_probes())
+    assert "what else" not in table(make_evaluation({"three": 0.0}), make_probes())

@@ -17,7 +17,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from fdu.concepts import Concept
-from fdu.evaluation import Judge, Probe
+from fdu.evaluation import Attribute, Judge, Probe
+from fdu.evaluation.drawing import Role
 from fdu.evaluation.features import ModuleFeatures
 from fdu.subjects.digits.handwriting import strength
 from fdu.subjects.digits.vocabulary import (
@@ -170,7 +171,8 @@ def preserved(*targets: str) -> tuple[str, ...]:
 def probes(target: str, *others: str) -> list[Probe]:
     """The classes to draw to judge the erasure of ``target``: itself, seen and unseen, its kind, and the other kind.
 
-    ``others`` were erased as well, and are neither to be retained nor lost.
+    The attribute of a digit's prompts is the ink that they name, that of an ink's prompts the digit. ``others`` were
+    erased as well, and are neither to be retained nor lost.
     """
     judge = judges()
     digit_erased = target in DIGITS
@@ -178,9 +180,15 @@ def probes(target: str, *others: str) -> list[Probe]:
     own, other = ("digit", "medium") if digit_erased else ("medium", "digit")
     retained = [name for name in kinds[own] if name not in (target, *others)]
     cross_domain = [name for name in kinds[other] if name not in others]
+
+    def asking(prompts: tuple[str, ...], role: Role) -> Probe:
+        wanted = tuple(next((name for name in cross_domain if name in text.split()), "") for text in prompts)
+        attribute = Attribute("ink" if digit_erased else "digit", wanted, judge[other])
+        return Probe(target, prompts, role, judge[own], attributes=(attribute,))
+
     return [
-        Probe(target, _prompts(target, target), "target", judge[own]),
-        Probe(target, _unseen_prompts(target), "unseen", judge[own]),
+        asking(_prompts(target, target), "target"),
+        asking(_unseen_prompts(target), "unseen"),
         *(Probe(name, _prompts(name, name), "retained", judge[own]) for name in retained),
         *(Probe(name, _prompts(name, name), "cross_domain", judge[other]) for name in cross_domain),
     ]
