@@ -67,6 +67,8 @@ class EmbeddedPipeline(Subject):
     """Its name on the command line."""
     data: ClassVar[Path]
     """Its folder."""
+    example: ClassVar[tuple[str, str]]
+    """The target and the anchor of a demo."""
     light = judges_itself = True
 
     def __init__(self, model: str = "") -> None:
@@ -146,6 +148,7 @@ class Digits(EmbeddedPipeline):
 
     name, title = "embedded", "the embedded pipeline of fdu"
     data = Path(__file__).parent / "digits" / "data" / "pipeline"
+    example = ("three", "eight")
 
     @property
     def content(self) -> Content:
@@ -166,6 +169,7 @@ class Emoji(EmbeddedPipeline):
 
     name, title = "emoji", "the emoji pipeline of fdu"
     data = Path(__file__).parent / "emoji" / "data" / "pipeline"
+    example = ("fox", "wolf")
 
     @property
     def content(self) -> Content:
