@@ -29,9 +29,10 @@ OWN = ("divergence", "s0", "seed", *_SETTINGS[_SETTINGS.index(GROUPS["files"]) :
 class Compare:
     """Erase with several divergences and seeds, plot erased against retained, and recommend one.
 
-    OUT receives comparison.html, its charts as .svg, comparison.md, comparison.json and runs.jsonl with one line per
-    run. Its folder cache/ holds data that runs share; you may delete it. The same command resumes an interrupted
-    comparison. With more divergences, values of s0 or seeds, it adds the missing runs.
+    OUT receives comparison.html, its charts as .svg, its pictures in front.png, comparison.md, comparison.json and
+    runs.jsonl with one line per run. Its folder images/ holds a few images of each run with the first seed, and its
+    folder cache/ data that runs share; you may delete the cache. The same command resumes an interrupted comparison.
+    With more divergences, values of s0 or seeds, it adds the missing runs.
     """
 
     examples: ClassVar[tuple[str, ...]] = (
@@ -126,6 +127,7 @@ class Compare:
             from fdu.comparison.page import PAGE, table, write_page
             from fdu.comparison.runs import jobs
             from fdu.comparison.sweep import sweep
+            from fdu.report import IMAGES_FOLDER
 
             for name, other in same_as.items():
                 print(f"{name} trains the same model as {other} and is not run again.")
@@ -135,7 +137,8 @@ class Compare:
             write_record(self.out, comparison, command)
             try:
                 processes = min(workers, len(comparison.runs()))
-                records = sweep(jobs(comparison, self.out / CACHE), self.out / RUNS, processes)
+                todo = jobs(comparison, self.out / CACHE, self.out / IMAGES_FOLDER)
+                records = sweep(todo, self.out / RUNS, processes)
             except KeyboardInterrupt:
                 print(f"\nfdu: finished runs are in {self.out}; resume with the same command", file=sys.stderr)
                 raise

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
@@ -13,15 +14,18 @@ import numpy as np
 
 import fdu_kernels as fk
 from fdu.comparison.front import Estimate, Standing, undominated
-from fdu.comparison.plan import KL_BY_ALPHA
+from fdu.comparison.gallery import drawn_gallery, galleries
+from fdu.comparison.plan import KL_BY_ALPHA, Comparison, slug
 from fdu.comparison.recommendation import Preference
 from fdu.comparison.results import Results
 from fdu.report.charts import Captioned, Chart, Scale, mark
 from fdu.report.render import setting_rows, templates
-from fdu.storage.output import write_text
+from fdu.storage.output import whole_file, write_text
 
 PAGE, TABLE, PICTURE = "comparison.html", "comparison.md", "{}.svg"
 """Names of the files."""
+GALLERY = "front.png"
+"""The pictures along the front; of further targets, front-NAME.png."""
 FRONT, CHANGE, BY_ALPHA = "front", "change", "alpha-s0-{}"
 """Names of the charts."""
 FEWEST_ALPHAS = 3
@@ -78,21 +82,22 @@ def write_page(
     erase_command: str = "",
     notes: Sequence[str] = (),
 ) -> None:
-    """Write page, table and charts into ``folder``, each whole or not at all; outdated charts are removed.
+    """Write page, table, charts and pictures into ``folder``, each whole or not at all; outdated ones are removed.
 
     Args:
-        folder: an existing folder.
+        folder: an existing folder, with the pictures of the runs if there are some.
         results: the figures of the records.
         prefer: the preference whose recommendation comes first.
         same_as: divergences that were not run, as :func:`fdu.comparison.plan.distinct` gives them.
         command: the command line that regenerates the comparison.
-        erase_command: the command line of the recommended erasure.
+        erase_command: the command line of the recommended erasure, which writes into the folder "erased".
         notes: paragraphs to end with.
     """
     same_as = same_as or {}
     drawn = pictures(results, same_as)
     key = Key(results.standings)
     comparison = results.comparison
+    shown = galleries(folder, results, results.recommendations[prefer].candidate)
     facts = [
         ("runs", len(comparison.runs())),
         ("seeds", ", ".join(map(str, comparison.seeds))),
@@ -114,9 +119,12 @@ def write_page(
                 for one in ordered(results.standings)
             ],
             pictures=drawn,
+            galleries=shown,
+            mark=lambda one: key.mark(one, 7, 7, hollow=not one.on_front),
             percent=percent,
             with_attributes=tells_attributes(results.standings),
-            commands=[("The recommended erasure:", erase_command), ("This comparison:", command)],
+            next_commands=[erase_command, evaluate_command(comparison)] if erase_command else [],
+            commands=[("This comparison:", command)],
             facts=[("", facts)],
             settings=setting_rows(comparison.shared_settings(), without=comparison.varied),
             notes=[*([results.mixed_note] if results.mixed else []), *notes],
@@ -125,10 +133,24 @@ def write_page(
     charts = {PICTURE.format(one.name): one.chart.svg(whole=True) for one in drawn}
     for name, text in {PAGE: page, TABLE: table(results.standings, same_as), **charts}.items():
         write_text(folder / name, text)
+    for place, (target, _) in enumerate(comparison.pairs):
+        path = folder / (f"{FRONT}-{slug(target)}.png" if place else GALLERY)
+        if target not in shown:
+            path.unlink(missing_ok=True)
+            continue
+        with whole_file(path) as fresh:
+            drawn_gallery(shown[target]).save(fresh, "PNG", optimize=True)
     for kind in (CHANGE, BY_ALPHA.format("*")):
         for path in folder.glob(PICTURE.format(kind)):
             if path.name not in charts:
                 path.unlink()
+
+
+def evaluate_command(comparison: Comparison) -> str:
+    """The command line that judges the recommended erasure, with the prompts and the judge of the comparison."""
+    named = {"prompts": comparison.prompts, "judge": comparison.judge}
+    given = [word for name, value in named.items() if value is not None for word in (f"--{name}", value)]
+    return shlex.join(["fdu", "evaluate", comparison.model, "erased", *given, "--out", "judged"])
 
 
 def pictures(results: Results, same_as: SameAs) -> list[Captioned]:

@@ -53,6 +53,8 @@ class Results:
     """Mean seconds per erasure."""
     core_seconds: float
     """Mean cost of a run with its judging, in core seconds."""
+    pictured: dict[str, list[tuple[str, str]]] = dataclasses.field(default_factory=dict)
+    """By target: class and prompt of each stored picture."""
 
     @property
     def mixed_note(self) -> str:
@@ -105,6 +107,10 @@ def read_results(comparison: Comparison, records: Records) -> Results:
         mixed=mixed,
         seconds=sum(record["seconds"] for record in finished.values()) / len(finished),
         core_seconds=sum(record["core_seconds"] for record in finished.values()) / len(finished),
+        pictured={
+            target: [(name, prompt) for name, prompt in record.get("pictured", ())]
+            for target, record in drawn_records.items()
+        },
     )
 
 

@@ -8,7 +8,10 @@ import json
 import time
 from pathlib import Path
 
+import numpy as np
+import torch
 from diffusers import DiffusionPipeline
+from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -19,6 +22,7 @@ from fdu.comparison.plan import Comparison, Run, slug
 from fdu.comparison.sweep import Job, Record, digest, settings_identity
 from fdu.erasure import erase
 from fdu.evaluation import Probe, draw
+from fdu.report.pictures import strip
 from fdu.storage.fingerprint import fingerprint, versions
 from fdu.storage.output import whole_file
 from fdu.subjects.registry import subject_of
@@ -27,20 +31,28 @@ BEFORE = "before"
 """Start of the names of records and images of the model as it is."""
 SIDE = 64
 """Larger images are reduced to this many pixels before the change of retained ones is measured."""
+PICTURED_TARGET, PICTURED_RETAINED = 6, 2
+"""How many images of the target, and how many retained classes with one image each, are stored as pictures."""
+PICTURED_HEIGHT = 128
+"""Pixels; higher images are reduced to this in pictures."""
+PICTURES = "pictures"
+"""Name of the pictures in the cache of images before the erasure."""
 
 
-def jobs(comparison: Comparison, cache: Path) -> list[Job]:
+def jobs(comparison: Comparison, cache: Path, pictures: Path | None = None) -> list[Job]:
     """One job per target for the model as it is, then one per run.
 
     Args:
         comparison: what to make.
         cache: a folder for latents, frozen outputs and images before the erasure.
+        pictures: a folder for a few images of the model as it is, and of each run with the first seed: one PNG strip
+            named like the record. None: no pictures.
     """
     before = [
         Job(
             before_name(target),
             identity_before(comparison, target),
-            functools.partial(judge_before, target, comparison, cache),
+            functools.partial(judge_before, target, comparison, cache, pictures),
             comparison.device,
             first=True,
         )
@@ -50,7 +62,7 @@ def jobs(comparison: Comparison, cache: Path) -> list[Job]:
         Job(
             run.name,
             identity_of(comparison, run),
-            functools.partial(make_run, run, comparison, cache),
+            functools.partial(make_run, run, comparison, cache, pictures if run.seed == comparison.seeds[0] else None),
             comparison.device,
         )
         for run in comparison.runs()
@@ -80,30 +92,42 @@ def identity_of(comparison: Comparison, run: Run) -> Record:
     return {**identity_before(comparison, run.target), **erased, "settings": settings}
 
 
-def judge_before(target: str, comparison: Comparison, cache: Path) -> Record:
-    """The judge's view of the model as it is."""
+def judge_before(target: str, comparison: Comparison, cache: Path, pictures: Path | None = None) -> Record:
+    """The judge's view of the model as it is, and class and prompt of each picture."""
     probes = _probes(comparison, target)
-    before = _before(comparison, target, probes, cache)
-    return {"judged": [judged(probe, drawn.float()).as_dict() for probe, drawn in zip(probes, before, strict=True)]}
+    before, strip_before = _before(comparison, target, probes, cache)
+    if pictures is not None:
+        _write_picture(pictures / picture_name(before_name(target)), strip_before)
+    return {
+        "judged": [judged(probe, drawn.float()).as_dict() for probe, drawn in zip(probes, before, strict=True)],
+        "pictured": [
+            [probe.name, probe.prompts[index % len(probe.prompts)]]
+            for probe, count in zip(probes, _pictured(comparison, probes), strict=True)
+            for index in range(count)
+        ],
+    }
 
 
-def make_run(run: Run, comparison: Comparison, cache: Path) -> Record:
+def make_run(run: Run, comparison: Comparison, cache: Path, pictures: Path | None = None) -> Record:
     """Erase, draw and judge."""
     pipeline = _pipeline(comparison.model, comparison.dtype, comparison.device)
     probes = _probes(comparison, run.target)
     # Before the erasure: images that the cache lacks are drawn with this pipeline.
-    before = _before(comparison, run.target, probes, cache)
+    before, _ = _before(comparison, run.target, probes, cache)
     began = time.process_time()
     config = dataclasses.replace(comparison.config(run), cache_dir=str(cache))
     result = erase(pipeline, *comparison.pair(run.target), config=config)
+    found, shown = [], []
     try:
         # One probe after the other, so that only one probe's images are in memory.
-        found = [
-            judged(probe, _draw(comparison, pipeline, probe), images).as_dict()
-            for probe, images in zip(probes, before, strict=True)
-        ]
+        for probe, images, count in zip(probes, before, _pictured(comparison, probes), strict=True):
+            drawn = _draw(comparison, pipeline, probe)
+            found.append(judged(probe, drawn, images).as_dict())
+            shown.append(drawn[:count].clone())
     finally:
         result.trainable.remove()
+    if pictures is not None:
+        _write_picture(pictures / picture_name(run.name), _strip(shown))
     return {
         "judged": found,
         "sigma": result.sigma,
@@ -111,6 +135,28 @@ def make_run(run: Run, comparison: Comparison, cache: Path) -> Record:
         "distance": " ".join(f"{value:.4g}" for value in result.history["distance"]),
         "core_seconds": round(time.process_time() - began, 1),
     }
+
+
+def picture_name(record: str) -> str:
+    """The file of the pictures of a record."""
+    return f"{record}.png"
+
+
+def _pictured(comparison: Comparison, probes: list[Probe]) -> list[int]:
+    """How many of each probe's images become pictures: several of the target, one of each of the first retained."""
+    retained = [place for place, probe in enumerate(probes) if probe.role == "retained"][:PICTURED_RETAINED]
+    of_target = min(PICTURED_TARGET, comparison.drawing.images_of_target)
+    return [of_target if probe.role == "target" else int(place in retained) for place, probe in enumerate(probes)]
+
+
+def _strip(images: list[Tensor]) -> Tensor:
+    """Images side by side, [h, w, 3] in uint8."""
+    return torch.from_numpy(np.array(strip(torch.cat(images), gap=0, height=PICTURED_HEIGHT).convert("RGB")))
+
+
+def _write_picture(path: Path, pixels: Tensor) -> None:
+    with whole_file(path) as fresh:
+        Image.fromarray(pixels.numpy()).save(fresh, "PNG", optimize=True)
 
 
 def judged(probe: Probe, images: Tensor, before: Tensor | None = None) -> Judged:
@@ -156,22 +202,34 @@ def _draw(comparison: Comparison, pipeline: DiffusionPipeline, probe: Probe) -> 
     return images
 
 
-def _before(comparison: Comparison, target: str, probes: list[Probe], cache: Path) -> list[Tensor]:
-    """Each probe's images before the erasure, as :func:`small` makes them; from the cache if they are there."""
+def _before(comparison: Comparison, target: str, probes: list[Probe], cache: Path) -> tuple[list[Tensor], Tensor]:
+    """Each probe's images before the erasure, as :func:`small` makes them, and their pictures; from the cache if there.
+
+    The pictures from a cache of an earlier version are as small as its images.
+    """
     key = {
         **identity_before(comparison, target),
         "prompts": [probe.prompts for probe in probes],
         "versions": [versions().get(name) for name in ("torch", "diffusers", "transformers")],
     }
     path = cache / f"{BEFORE}-{digest(json.dumps(key, sort_keys=True))}.safetensors"
+    counts = _pictured(comparison, probes)
     try:
         found = load_file(path)
     except (OSError, SafetensorError):
         pipeline = _pipeline(comparison.model, comparison.dtype, comparison.device)
-        found = {str(place): small(_draw(comparison, pipeline, probe)) for place, probe in enumerate(probes)}
+        found, shown = {}, []
+        for place, (probe, count) in enumerate(zip(probes, counts, strict=True)):
+            drawn = _draw(comparison, pipeline, probe)
+            found[str(place)] = small(drawn)
+            shown.append(drawn[:count].clone())
+        found[PICTURES] = _strip(shown)
         with whole_file(path) as fresh:
             save_file(found, fresh)
-    return [found[str(place)] for place in range(len(probes))]
+    images = [found[str(place)] for place in range(len(probes))]
+    if PICTURES not in found:
+        found[PICTURES] = _strip([one[:count].float() for one, count in zip(images, counts, strict=True)])
+    return images, found[PICTURES]
 
 
 @functools.cache

@@ -282,6 +282,14 @@ def _rest_sentences(
     return sentences
 
 
+def broken_classes(evaluation: Evaluation, probes: Sequence[Probe]) -> list[str]:
+    """The classes that lost accuracy, worst first: surely, by more than ``CLASS_DROP``; or else by ``MEAN_DROP``."""
+    names = (*names_of(probes, "retained"), *names_of(probes, "cross_domain"))
+    drops = [_drop(evaluation, name, f"per_class.{name}", CLASS_DROP) for name in names]
+    drops.sort(key=lambda one: -one.by)
+    return [one.name for one in drops if one.fell] or [one.name for one in drops if one.by > MEAN_DROP]
+
+
 def names_of(probes: Sequence[Probe], role: str) -> list[str]:
     """The names of the classes with a role."""
     return [probe.name for probe in probes if probe.role == role]

@@ -20,6 +20,8 @@ COLUMNS = 5
 """Images per class on each side; the picture is 876 pixels wide."""
 NEIGHBOURS, OTHERS = 3, 2
 """Retained classes and classes of another kind in it."""
+NAME_WIDTH, APART = 236, 16
+"""Width of the names in a gallery, and the gap before the images of other classes, in pixels."""
 PAPER, INK, MUTED = "#ffffff", "#1f1e1c", "#76736c"
 
 
@@ -69,6 +71,33 @@ def before_after(before: Draws, after: Draws, probes: Sequence[Probe], evaluatio
         for start, draws in ((left, before), (right, after)):
             for column, image in enumerate(draws.images[index][:COLUMNS]):
                 picture.paste(_fit(to_pil(image), CELL), (start + column * (CELL + GAP), top))
+    return picture
+
+
+def gallery(rows: Sequence[tuple[str, str, Sequence[Image.Image]]], heads: Sequence[str]) -> Image.Image:
+    """Rows of pictures, each with a name and a line in small print on its left, under heads.
+
+    Args:
+        rows: name, small print and pictures of each row.
+        heads: the class of each column; one head spans columns of one class, and a gap separates classes.
+    """
+    starts, left = [], NAME_WIDTH
+    for place, head in enumerate(heads):
+        left += APART if place and head != heads[place - 1] else 0
+        starts.append(left)
+        left += CELL + GAP
+    picture = Image.new("RGB", (left + 2 * GAP, HEADER + len(rows) * (CELL + GAP) + GAP), PAPER)
+    canvas = ImageDraw.Draw(picture)
+    font, small = ImageFont.load_default(15), ImageFont.load_default(12)
+    for place, (start, head) in enumerate(zip(starts, heads, strict=True)):
+        if not place or head != heads[place - 1]:
+            canvas.text((start, 10), head, INK, font)
+    for row, (name, line, images) in enumerate(rows):
+        top = HEADER + row * (CELL + GAP)
+        canvas.text((10, top + 14), name, INK, font)
+        canvas.text((10, top + 34), line, MUTED, small)
+        for start, image in zip(starts, images, strict=False):
+            picture.paste(_fit(image, CELL), (start, top))
     return picture
 
 

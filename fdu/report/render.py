@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,9 +18,10 @@ from fdu.evaluation.robustness import Robustness
 from fdu.evaluation.robustness.holding import judge_robustness
 from fdu.evaluation.tables import PARTS, comparison, distance_columns
 from fdu.evaluation.verdict import GROUPS, joined, judge, percent
+from fdu.report.advice import next_steps
 from fdu.report.charts import Captioned, share_chart, training_charts
 from fdu.report.pictures import before_after, data_uri, strip
-from fdu.report.run import SHOWN, SIDES, Class, EvaluatedRun
+from fdu.report.run import KEPT_HEIGHT, SHOWN, SIDES, Class, EvaluatedRun
 from fdu.storage.output import whole_file, write_text
 
 HEADINGS = {
@@ -33,6 +33,8 @@ HEADINGS = {
     ("cross_domain", ""): "Classes of another kind (to retain)",
 }
 """Heading of each role and group, in the order of the page."""
+SMALL_HEIGHT = 128
+"""Pixels; larger images of other classes than the target are reduced to this on the page."""
 REPORT, PICTURE = "report.html", "before-after.png"
 """The files of a report."""
 WORDS = {"target": "the target", "unseen": "the target, unseen phrasings", **GROUPS, "cross_domain": "another kind"}
@@ -64,6 +66,29 @@ class Figure:
 
 
 @dataclasses.dataclass(frozen=True)
+class ShownImage:
+    """An image on the page."""
+
+    side: str
+    """"before" or "after"."""
+    source: str
+    """A PNG data URI."""
+    alt: str
+    seen: str
+    """The judge's answer."""
+    right: bool
+    """Whether the judge saw the requested class."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ShownPair:
+    """The images of one prompt and seed, before and after."""
+
+    prompt: str
+    images: tuple[ShownImage, ...]
+
+
+@dataclasses.dataclass(frozen=True)
 class ClassRow:
     """A class, before and after."""
 
@@ -71,8 +96,13 @@ class ClassRow:
     name: str
     before: Figure
     after: Figure
-    sides: list[tuple[str, str, list[bool]]]
-    """For each side: the images as a PNG data URI, their description, and whether the judge saw the requested class."""
+    pairs: list[ShownPair]
+    """The shown images before and after."""
+
+    @property
+    def large(self) -> bool:
+        """Whether the page shows it large: the target does, in all its phrasings."""
+        return self.role in ("target", "unseen")
 
 
 def render(run: EvaluatedRun) -> str:
@@ -92,9 +122,11 @@ def render(run: EvaluatedRun) -> str:
         others=joined([name for name, _ in run.erased]) if run.anchor is None else "",
         evaluation=evaluation,
         verdict=judge(evaluation, run.asked),
+        steps=next_steps(run),
         holds=judge_robustness(run.robustness, run.target) if run.robustness else None,
         summary=[(row, apart.get(row.figure)) for row in comparison(evaluation, run.asked)],
         groups=groups,
+        shape=run.images["before"][0].shape[:-3:-1],
         classes=[row for _, rows in groups for row in rows if row.role != "unseen"],
         canvas=[
             (one.title, one.meaning, Figure.of(evaluation, one.name, evaluation.unlearn_canvas[one.title]))
@@ -174,19 +206,26 @@ def _groups(run: EvaluatedRun) -> list[tuple[str, list[ClassRow]]]:
         name = "unseen_accuracy" if probe.role == "unseen" else f"per_class.{probe.name}"
         sides = (run.evaluation.before, run.evaluation.after)
         before, after = (Figure.of(side, name, side.value(name)) for side in sides)
-        drawn = [_side(probe, run.images[side][place], side) for side in SIDES]
+        pairs = _pairs(probe, {side: run.images[side][place] for side in SIDES})
         key = (probe.role, probe.group if probe.role == "retained" else "")
-        found[key].append(ClassRow(probe.role, probe.name, before, after, drawn))
+        found[key].append(ClassRow(probe.role, probe.name, before, after, pairs))
     return [(HEADINGS[key], rows) for key, rows in found.items() if rows]
 
 
-def _side(probe: Class, images: Tensor, when: str) -> tuple[str, str, list[bool]]:
-    seen = probe.seen[when]
-    counted = ", ".join(
-        f"{name} {count} times" if count > 1 else f"{name} once" for name, count in Counter(seen).most_common()
-    )
-    alt = f"{len(seen)} images for {probe.name} {when} the erasure; the judge saw {counted}"
-    return data_uri(strip(images)), alt, [name == probe.name for name in seen]
+def _pairs(probe: Class, images: Mapping[str, Tensor]) -> list[ShownPair]:
+    """The shown images of a class, pair by pair; those of the target as large as they are stored."""
+    height = KEPT_HEIGHT if probe.role in ("target", "unseen") else SMALL_HEIGHT
+
+    def image(side: str, place: int) -> ShownImage:
+        prompt, seen = probe.prompts[place % len(probe.prompts)], probe.seen[side][place]
+        alt = f"{side} the erasure, for the prompt {prompt!r}; the judge saw {seen}"
+        picture = strip(images[side][place : place + 1], height=height).convert("RGB")
+        return ShownImage(side, data_uri(picture), alt, seen, seen == probe.name)
+
+    return [
+        ShownPair(probe.prompts[place % len(probe.prompts)], tuple(image(side, place) for side in SIDES))
+        for place in range(len(probe.seen["before"]))
+    ]
 
 
 def _distances(evaluation: Evaluation) -> dict[str, Any] | None:

@@ -17,6 +17,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
+from fdu.config import EraseConfig
 from fdu.evaluation import Draws, Evaluation, Probe, Sampling
 from fdu.evaluation.drawing import Group, Role, check_probes
 from fdu.evaluation.robustness import Robustness
@@ -97,6 +98,10 @@ class _Settings:
     divergence: str
     max_train_steps: int
     seed: int
+    learning_rate: float = EraseConfig.learning_rate
+    preservation_weight: float = EraseConfig.preservation_weight
+    preservation_prompts: list[str] = dataclasses.field(default_factory=list)
+    train_method: str = EraseConfig.train_method
 
 
 @dataclasses.dataclass(frozen=True)

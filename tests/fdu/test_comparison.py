@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import io
 import json
 import math
@@ -13,13 +14,16 @@ import shutil
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 from families import CONCEPTS, WORDS, save_clip
 from judged_runs import runs as handmade
+from PIL import Image
+from safetensors.torch import load_file
 from test_report import Page
 
 import fdu
@@ -28,10 +32,12 @@ from fdu import cli
 from fdu.cli import main
 from fdu.cli.compare import Compare
 from fdu.cli.erase import Erase
+from fdu.cli.evaluate import Evaluate
 from fdu.cli.program import parse
 from fdu.comparison import runs as runs_file
 from fdu.comparison.front import Sample
-from fdu.comparison.page import COLOURS, Curve, alphas, curve_chart, front_chart, table, write_page
+from fdu.comparison.gallery import galleries
+from fdu.comparison.page import COLOURS, Curve, alphas, curve_chart, evaluate_command, front_chart, table, write_page
 from fdu.comparison.plan import Candidate, Comparison, Drawing, Run, distinct, read_alpha
 from fdu.comparison.recommendation import BETA, recommend
 from fdu.comparison.results import RUNS, Results, check_folder, describe, read_results, write_record
@@ -258,6 +264,32 @@ def test_a_record_says_all(made: Path) -> None:
     assert len(records) == 3
 
 
+def test_a_few_images_of_the_first_seed_are_stored_with_their_prompts(made: Path, tmp_path: Path) -> None:
+    named = ["before_three", *(run.name for run in PLAN.runs())]
+    assert {path.name for path in (made / "images").iterdir()} == {f"{name}.png" for name in named}
+    pictured = Records(made / RUNS).found["before_three"]["pictured"]
+    assert [name for name, _ in pictured] == ["three", "three", "zero", "one"]
+    assert [prompt for _, prompt in pictured] == ["three", "three in black ink", "zero", "one"]
+    (cached,) = (made / "cache").glob("before-*")
+    before = load_file(cached)
+    for path in (made / "images").iterdir():
+        pixels = torch.from_numpy(np.array(Image.open(path))).permute(2, 0, 1).float() / 255
+        assert pixels.shape == (3, 32, 4 * 32)
+        if path.stem == "before_three":
+            kept = torch.cat([*before["0"], before["2"][0], before["3"][0]], dim=2).float()
+            torch.testing.assert_close(pixels, kept, rtol=0, atol=0.003)
+    more = dataclasses.replace(PLAN, seeds=(4, 0))
+    folders = {job.name: cast(functools.partial[Record], job.make).args[-1] for job in jobs(more, tmp_path, tmp_path)}
+    assert [name for name, folder in folders.items() if folder is None] == [
+        run.name for run in more.runs() if not run.seed
+    ]
+    assert all(cast(functools.partial[Record], job.make).args[-1] is None for job in jobs(more, tmp_path))
+
+
+def test_images_higher_than_a_picture_are_reduced() -> None:
+    assert runs_file._strip([torch.rand(1, 3, 512, 256), torch.rand(2, 3, 512, 256)]).shape == (128, 3 * 64, 3)
+
+
 def test_a_run_trains_what_fdu_erase_trains(made: Path, pipeline: StableDiffusionPipeline) -> None:
     """The second run of a process, with latents and frozen outputs from the cache."""
     run = PLAN.runs()[1]
@@ -429,7 +461,7 @@ def test_the_page_stands_alone_and_says_what_was_found(tmp_path: Path) -> None:
         "3 runs",
         "a run: the loss became nan",
         "fdu compare <all>",
-        "fdu erase it",
+        "fdu erase it fdu evaluate embedded erased --out judged",
         "Read <this>.",
         "By alpha, s0 1",
     ):
@@ -443,6 +475,72 @@ def test_the_page_stands_alone_and_says_what_was_found(tmp_path: Path) -> None:
     described = describe(results)
     assert described["recommendations"]["erasure"]["settings"] == {"divergence": "squared_hellinger", "s0": 1.0}
     json.dumps(described)
+
+
+def stored(folder: Path, results: Results, erased: dict[str, int]) -> None:
+    """Pictures of one colour each: red 0 before, and by divergence."""
+    names = {"before_three": 0, **{Run("three", "eight", Candidate(name), 0).name: red for name, red in erased.items()}}
+    (folder / "images").mkdir(exist_ok=True)
+    for name, red in names.items():
+        Image.new("RGB", (3 * 8, 8), (red, 0, 0)).save(folder / "images" / f"{name}.png")
+
+
+PICTURED = {"three": [("three", "a three"), ("three", "<the> three"), ("eight", "an eight")]}
+
+
+def test_pictures_along_the_front_go_from_the_most_retained_to_the_most_erased(tmp_path: Path) -> None:
+    figures = {"le_cam": (0.9, 0.6), "kl": (0.5, 0.5), "mse": (0.6, 1.0), "squared_hellinger": (0.8, 0.7)}
+    results = dataclasses.replace(results_of(figures), pictured=PICTURED)
+    stored(tmp_path, results, {"le_cam": 40, "mse": 20, "squared_hellinger": 30})
+    recommended = results.recommendations["balanced"].candidate
+    (rows,) = galleries(tmp_path, results, recommended).values()
+    assert [row.name.split()[0] for row in rows] == ["before", "mse", "squared_hellinger", "le_cam"]
+    assert [row.tiles[0].image.getpixel((4, 4)) for row in rows] == [(red, 0, 0) for red in (0, 20, 30, 40)]
+    assert [(tile.name, tile.prompt) for tile in rows[0].tiles] == PICTURED["three"]
+    assert [tile.seen for tile in rows[0].tiles] == [None] * 3
+    # The judge of mse saw the target in the first 16 of 40 images, and eight in all.
+    assert [tile.seen for tile in rows[1].tiles] == [True, True, True]
+    dominated = galleries(tmp_path, results, Candidate("kl"))["three"]
+    assert [row.name.split()[0] for row in dominated] == ["before", "kl", "mse", "squared_hellinger", "le_cam"]
+    write_page(tmp_path, results, "balanced")
+    page = Page((tmp_path / "comparison.html").read_text())
+    assert not page.open and len(page.all("img")) == 12
+    assert all((image["src"] or "").startswith("data:image/png;base64,") for image in page.all("img"))
+    assert "mse (s0 1), for the prompt '<the> three'; the judge saw three" in str(page.all("img")[4]["alt"])
+    assert [one.get("class") for one in page.all("figure") if one.get("tabindex") == "0"] == ["tile"] * 12
+    picture = Image.open(tmp_path / "front.png").convert("RGB")
+    assert picture.height == 34 + 4 * 68 + 4
+    assert [picture.getpixel((270, 34 + 68 * row + 30)) for row in range(4)] == [(red, 0, 0) for red in (0, 20, 30, 40)]
+
+
+def test_a_row_without_its_pictures_has_none_and_a_page_without_any_no_section(tmp_path: Path) -> None:
+    figures = {"le_cam": (0.9, 0.6), "mse": (0.6, 1.0), "squared_hellinger": (0.8, 0.7)}
+    results = dataclasses.replace(results_of(figures), pictured=PICTURED)
+    stored(tmp_path, results, {"le_cam": 40, "mse": 20})
+    write_page(tmp_path, results, "balanced")
+    page = Page((tmp_path / "comparison.html").read_text())
+    assert len(page.all("img")) == 9 and "squared_hellinger (s0 1) erased 80 %, retained 70 % No pictures" in page.text
+    for path in (tmp_path / "images").iterdir():
+        path.write_text("no picture")
+    write_page(tmp_path, results, "balanced")
+    page = Page((tmp_path / "comparison.html").read_text())
+    assert not page.all("img") and "Pictures along" not in page.text and not (tmp_path / "front.png").exists()
+
+
+@pytest.mark.usefixtures("no_erasure")
+def test_a_comparison_of_an_earlier_version_goes_on_without_pictures(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(made, tmp_path / "out", ignore=shutil.ignore_patterns("images"))
+    monkeypatch.chdir(tmp_path)
+
+    def earlier(name: str, record: dict[str, Any]) -> None:
+        record.pop("pictured", None)
+
+    assert "Pictures along" in (made / "comparison.html").read_text() and (made / "front.png").is_file()
+    changed(made, tmp_path / "out", earlier)
+    assert main(PLANNED) == cli.OK
+    assert "Pictures along" not in Path("out/comparison.html").read_text() and not Path("out/front.png").exists()
 
 
 def test_alphas_are_found_under_every_name() -> None:
@@ -556,6 +654,14 @@ def test_the_erasure_to_make_is_the_one_that_was_run(tmp_path: Path, monkeypatch
     assert (erase.model, erase.target, erase.anchor) == ("base", ("monet's",), ("",))
     assert (erase.concept_type, erase.dtype, erase.device) == (("style",), "bfloat16", "cpu")
     assert erase.settings.checked() == dataclasses.replace(base, **candidate)
+
+
+def test_the_evaluation_to_make_is_drawn_and_judged_like_the_comparison() -> None:
+    plan = comparison(model="./base", prompts="a set.txt", judge="org/clip")
+    evaluate = parse(shlex.split(evaluate_command(plan))[1:])
+    assert isinstance(evaluate, Evaluate)
+    assert (evaluate.base, evaluate.erased, str(evaluate.out)) == ("./base", "erased", "judged")
+    assert (evaluate.prompts, evaluate.judge) == ("a set.txt", "org/clip")
 
 
 @pytest.mark.slow

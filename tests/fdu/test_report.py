@@ -124,14 +124,54 @@ def test_nothing_is_fetched_and_nothing_runs(tmp_path: Path) -> None:
 
 
 def test_images_decode_and_are_described(tmp_path: Path) -> None:
-    images = make_page(tmp_path).all("img")
-    assert len(images) == 2 * len(PROBES)
+    page = make_page(tmp_path)
+    images = page.all("img")
+    assert len(images) == 2 * 8 * len(PROBES)
     for image in images:
         data = (image["src"] or "").removeprefix("data:image/png;base64,")
         picture = Image.open(io.BytesIO(base64.b64decode(data, validate=True)))
-        assert picture.size == (8 * 16 + 7 * 2, 16)
+        assert picture.size == (16, 16)
     for image, side, seen in zip(images, ("before", "after"), ("three", "eight"), strict=False):
-        assert re.search(rf"\b8\b.*three.*{side}.*{seen}.*\b8\b", image["alt"] or "")
+        assert re.search(rf"{side}.*'three'.*saw {seen}", image["alt"] or "")
+
+
+def test_the_targets_pairs_come_first_with_their_prompts_and_the_answers_to_read(tmp_path: Path) -> None:
+    prompts = tuple(f"a three, {number}" for number in range(3))
+    probes = [dataclasses.replace(PROBES[0], prompts=prompts), *PROBES[1:]]
+    before, after = make_draws(0.1, 0.5, 0.9), make_draws(0.5, 0.5, 0.9)
+    run = EvaluatedRun.of(fdu.evaluate(before, after, probes), probes, before, after)
+    page = Page(render(run))
+    pairs = "".join(f" {prompts[number % 3]} before: three after: eight" for number in range(8))
+    assert pairs in page.text
+    assert page.text.index(pairs) < page.text.index("Its neighbours")
+    assert " 'a three, 1'; the judge saw three" in str(page.all("img")[2]["alt"])
+    assert not any(one.get("class") == "still" for one in page.all("b"))
+    kept = Page(render(EvaluatedRun.of(fdu.evaluate(before, before, probes), probes, before, before)))
+    assert [one.get("class") for one in kept.all("b")].count("still") == 8
+
+
+def test_every_image_can_be_enlarged_from_the_keyboard_and_stays_in_its_place(tmp_path: Path) -> None:
+    page = make_page(tmp_path)
+    places = [one for _, one in page.elements if one.get("tabindex") == "0"]
+    assert [str(one["class"]) for one in places] == ["shot"] * 16 + ["tile"] * 16
+    assert [one["style"] for one in places[16:24]] == [f"--place: {place}" for place in range(8)]
+    style = (tmp_path / "report.html").read_text(encoding="utf-8")
+    for rule in (
+        r"\.shot:hover img, \.shot:focus img \{ transform: scale",
+        r"\.tile:focus \.lift \{\s+position: absolute",
+    ):
+        assert re.search(rule, style)
+
+
+def test_large_images_are_shown_as_stored_for_the_target_and_smaller_for_others(tmp_path: Path) -> None:
+    draws = fdu.Draws([torch.full((2, 3, 320, 160), level) for level in (0.1, 0.5, 0.9)])
+    page = Page(render(EvaluatedRun.of(fdu.evaluate(draws, draws, PROBES), PROBES, draws, draws)))
+    sizes = []
+    for image in page.all("img"):
+        data = (image["src"] or "").removeprefix("data:image/png;base64,")
+        sizes.append(Image.open(io.BytesIO(base64.b64decode(data))).size)
+    assert sizes == [(128, 256)] * 4 + [(64, 128)] * 8
+    assert "--shape: 128 / 256; --stack: 128 / 512" in str(page.all("section"))
 
 
 def test_verdict_figures_course_settings_and_command(tmp_path: Path) -> None:
