@@ -657,10 +657,10 @@ def test_the_erasure_to_make_is_the_one_that_was_run(tmp_path: Path, monkeypatch
 
 
 def test_the_evaluation_to_make_is_drawn_and_judged_like_the_comparison() -> None:
-    plan = comparison(model="./base", prompts="a set.txt", judge="org/clip")
+    plan = comparison(prompts="a set.txt", judge="org/clip")
     evaluate = parse(shlex.split(evaluate_command(plan))[1:])
     assert isinstance(evaluate, Evaluate)
-    assert (evaluate.base, evaluate.erased, str(evaluate.out)) == ("./base", "erased", "judged")
+    assert (evaluate.base, evaluate.erased, str(evaluate.out)) == ("embedded", "erased", "judged")
     assert (evaluate.prompts, evaluate.judge) == ("a set.txt", "org/clip")
 
 
