@@ -1,4 +1,4 @@
-"""How long an evaluation takes: ten digits, drawn before and after by the embedded pipeline, judged and compared.
+"""How long an evaluation takes: ten digits, drawn before and after by the digits pipeline, judged and compared.
 
     python benchmarks/bench_evaluation.py [--images_per_class 64] [--record FILE]
 

@@ -4,7 +4,7 @@
 The sweeps time value_and_grad on every backend beside eager PyTorch, torch.compile and torch.clone. Each call takes the
 next of several random inputs. Large inputs together exceed the caches. "share" is the share of clone's bandwidth by the
 byte model, which counts 3N bytes for every competitor and 2N for clone. ``test_concepts`` times steps of ``fdu.erase``
-on the embedded pipeline.
+on the digits pipeline.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def erasure_step(concepts: tuple[str, ...], steps: int = STEPS) -> dict[str, flo
 
 @pytest.mark.parametrize("count", (1, 2, 4))
 def test_concepts(benchmark: timing.BenchmarkFixture, count: int) -> None:
-    """A step of the embedded pipeline; the concepts share its batch."""
+    """A step of the digits pipeline; the concepts share its batch."""
     found = benchmark.pedantic(erasure_step, (CONCEPTS[:count],), rounds=1)
     benchmark.extra_info.update(form="concepts", **found)
     print(f"\n{count} concepts, batch {found['batch']}: {found['step'] * 1e3:.0f} ms per step of fdu.erase")

@@ -1,4 +1,4 @@
-"""The loss in your own loop: erase "three" from the embedded pipeline in plain PyTorch.
+"""The loss in your own loop: erase "three" from the digits pipeline in plain PyTorch.
 
 ``python examples/loss_in_your_loop.py`` takes half a minute on two CPU cores. ``fdu.erase`` does the same and more;
 start here if you already have a trainer. The lines that differ from any other trainer are marked "the loss".
@@ -20,7 +20,7 @@ parser.add_argument("--divergence", default="squared_hellinger", help="any of fd
 options = parser.parse_args()
 
 torch.manual_seed(0)
-pipeline = fdu.load_pipeline("embedded")
+pipeline = fdu.load_pipeline("digits")
 pipeline.set_progress_bar_config(disable=True)
 unet, frozen = pipeline.unet.requires_grad_(False), copy.deepcopy(pipeline.unet)
 noise_scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)

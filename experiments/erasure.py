@@ -1,4 +1,4 @@
-"""Erase every digit and every ink from the embedded pipeline, in every way there is, judge, and write docs/erasure.md.
+"""Erase every digit and every ink from the digits pipeline, in every way there is, judge, and write docs/erasure.md.
 
     python experiments/erasure.py                      # resumes where it was stopped
     python experiments/erasure.py --only several/      # one suite
@@ -161,7 +161,7 @@ class Erasure:
 
 def judging() -> Record:
     """Pipeline and drawing, which all figures depend on."""
-    return {"weights": weights("embedded"), "images_per_class": IMAGES, "draw": DRAW}
+    return {"weights": weights("digits"), "images_per_class": IMAGES, "draw": DRAW}
 
 
 def jobs(cache: Path) -> list[Job]:

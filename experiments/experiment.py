@@ -89,13 +89,13 @@ def losses(name: str) -> list[str]:
 
 @functools.cache
 def asked(target: str, anchor: str) -> list[tuple[str, ...]]:
-    """The prompts of an erasure from the embedded pipeline, and those that judge it."""
+    """The prompts of an erasure from the digits pipeline, and those that judge it."""
     return [one.prompts for one in (*digits.concepts(target, anchor), *digits.probes(target))]
 
 
 @functools.cache
 def judge() -> str:
-    """A digest of the judge of the embedded pipeline."""
+    """A digest of the judge of the digits pipeline."""
     return digest((digits.DATA / digits.CLASSIFIER_FILE).read_bytes())
 
 

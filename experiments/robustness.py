@@ -55,7 +55,7 @@ Rows = dict[str, Record]
 def jobs(cache: Path) -> list[Job]:
     """One job per row, in the order of the table."""
     shared = {
-        "weights": weights("embedded"),
+        "weights": weights("digits"),
         "target": TARGET,
         "drawing": dataclasses.asdict(DRAWING),
         "latents": LATENTS,

@@ -1,4 +1,4 @@
-"""Divergences against each other on the embedded pipeline, and the paper's claims about them; writes docs/results.md.
+"""Divergences against each other on the digits pipeline, and the paper's claims about them; writes docs/results.md.
 
     python experiments/study.py        # resumes where it was stopped
 
@@ -53,8 +53,8 @@ def comparisons() -> tuple[Comparison, Comparison]:
         for game in ((), (("variational", True),))
     )
     return (
-        Comparison("embedded", PAIRS, exact, SEEDS, SHORT, drawing=DRAWING),
-        Comparison("embedded", PAIRS[:1], games, SEEDS, STEADY, drawing=DRAWING),
+        Comparison("digits", PAIRS, exact, SEEDS, SHORT, drawing=DRAWING),
+        Comparison("digits", PAIRS[:1], games, SEEDS, STEADY, drawing=DRAWING),
     )
 
 

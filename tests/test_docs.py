@@ -114,10 +114,10 @@ def test_the_compiled_loop_is_one_graph_and_learns(run: Callable[..., str]) -> N
 
 
 @pytest.mark.slow
-def test_the_embedded_example_saves_a_lora_that_plain_diffusers_draws_with(
+def test_the_digits_example_saves_a_lora_that_plain_diffusers_draws_with(
     run: Callable[..., str], tmp_path: Path
 ) -> None:
-    run("erase_embedded.py", "--out", str(tmp_path / "erased"), "--steps", "2")
+    run("erase_digits.py", "--out", str(tmp_path / "erased"), "--steps", "2")
     with Image.open(tmp_path / "erased" / "drawn.png") as sheet:
         assert sheet.size == (512, 128)
         before, after = sheet.crop((0, 0, 128, 128)), sheet.crop((256, 0, 384, 128))

@@ -36,14 +36,14 @@ class Compare:
     """
 
     examples: ClassVar[tuple[str, ...]] = (
-        "fdu compare embedded --target three --anchor eight --max_train_steps 40 --preservation_weight 0 --s0 1 10 "
+        "fdu compare digits --target three --anchor eight --max_train_steps 40 --preservation_weight 0 --s0 1 10 "
         "--out comparison",
-        "fdu compare embedded --target red --anchor black --alpha -1:2:7 --prefer preservation --out by-alpha",
+        "fdu compare digits --target red --anchor black --alpha -1:2:7 --prefer preservation --out by-alpha",
         "fdu compare org/model --target monet --anchor painting --concept_type style --device cuda --out comparison",
     )
 
     model: Positional[str]
-    """A pipeline's folder, a hub id (org/name), or "embedded"."""
+    """A pipeline's folder, a hub id (org/name), "emoji" or "digits"."""
     target: str
     """Concept to erase."""
     anchor: str
@@ -65,19 +65,19 @@ class Compare:
     """Images per class for the judge, >= 2. At least 6 are needed to name a winner."""
     prompts: str | None = None
     """Prompts to draw, as for `fdu evaluate`: a concept set of the package or a .txt file in that format. Default: the
-    set with the target's name, otherwise the training prompts and everyday subjects. The embedded pipeline has its
-    own."""
+    set with the target's name, otherwise the training prompts and everyday subjects. Emoji and digits have
+    their own."""
     judge: str | None = None
-    """Image-text encoder that judges, as for `fdu evaluate`. The embedded pipeline has its own judge."""
+    """Image-text encoder that judges, as for `fdu evaluate`. Emoji and digits have their own."""
     judged_inference_steps: int | None = None
-    """Sampling steps per judged image. Default: the pipeline's own; 20 on the embedded pipeline."""
+    """Sampling steps per judged image. Default: the pipeline's own; 20 on emoji and digits."""
     judged_guidance_scale: float | None = None
-    """Guidance scale of judged images. Default: the pipeline's own; 3 on the embedded pipeline."""
+    """Guidance scale of judged images. Default: the pipeline's own; 3 on emoji and digits."""
     workers: int | None = None
-    """Number of worker processes. If more than one, each uses one thread. Default: 1; on the embedded pipeline on a
+    """Number of worker processes. If more than one, each uses one thread. Default: 1; on emoji and digits on a
     CPU, one per core."""
     concept_type: Literal["object", "style"] = "object"
-    """Which prompt templates the names are put into. The embedded pipeline has its own."""
+    """Which prompt templates the names are put into. Emoji and digits have their own."""
     dtype: Dtype = "auto"
     """Dtype of the weights. auto: float32, or the dtype of --mixed_precision."""
     device: str = "auto"

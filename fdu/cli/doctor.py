@@ -20,7 +20,7 @@ OPTIONAL = {
     "triton": ("the fused kernels on GPUs", "pip install triton"),
     "ninja": ("building the compiled kernels", "pip install ninja"),
     "pybind11": ("building the compiled kernels", "pip install pybind11"),
-    "scikit-learn": ("retraining the embedded pipeline", "pip install scikit-learn"),
+    "scikit-learn": ("training the digits pipeline again", "pip install scikit-learn"),
 }
 """Optional distributions, with their use and the command that installs them."""
 MODULES = {"pillow": "PIL"}
@@ -206,14 +206,18 @@ def remedy_for(reason: str) -> str:
 
 
 def _embedded() -> list[Finding]:
-    from fdu.subjects.digits import pipeline as digits
+    from fdu.subjects.embedded import EMBEDDED
 
-    files = (digits.PIPELINE_FOLDER / "model_index.json", digits.DATA / digits.CLASSIFIER_FILE)
-    missing = [path.name for path in files if not path.is_file()]
-    if missing:
-        detail = f"{', '.join(missing)} missing: no demo, but fdu runs on other models"
-        return [Finding("embedded pipeline", "note", detail, "pip install --force-reinstall --no-deps fdu")]
-    return [Finding("embedded pipeline", "ok", "there")]
+    findings = []
+    for one in EMBEDDED:
+        missing = [path.name for path in (one.data / "model_index.json", one.classifier) if not path.is_file()]
+        if missing:
+            detail = f"{', '.join(missing)} missing: no demo on it, but fdu runs on other models"
+            remedy = "pip install --force-reinstall --no-deps fdu"
+            findings.append(Finding(f"pipeline {one.name}", "note", detail, remedy))
+        else:
+            findings.append(Finding(f"pipeline {one.name}", "ok", "there"))
+    return findings
 
 
 def _disk() -> list[Finding]:

@@ -38,22 +38,22 @@ class Erase:
     examples: ClassVar[tuple[str, ...]] = (
         "fdu erase org/model --target 'van gogh' --anchor painting --concept_type style --out erased",
         "fdu erase ./my-pipeline --target prompts.txt --anchor cat --divergence alpha:0.5 --out erased",
-        "fdu erase embedded --target three --anchor digit --out erased --overwrite",
+        "fdu erase digits --target three --anchor digit --out erased --overwrite",
     )
 
     model: Positional[str]
-    """A pipeline's folder, a hub id (org/name), or "embedded"."""
+    """A pipeline's folder, a hub id (org/name), "emoji" or "digits"."""
     target: UseAppendAction[tuple[str, ...]]
     """Concept to erase: a name, or a .txt file with one prompt per line. Repeat the option for further concepts."""
     anchor: UseAppendAction[tuple[str, ...]]
     """Concept that replaces the target, in the same forms: a superclass ("painting"), another concept, or "" for
-    nothing. The embedded pipeline does not know ""; use "digit" there. Give one anchor for all targets, or one per
+    nothing. Emoji and digits do not know ""; use a superclass there. Give one anchor for all targets, or one per
     target in the same order."""
     out: Path
     """Folder for the result."""
     concept_type: UseAppendAction[tuple[Literal["object", "style"], ...]] = ()
     """Which prompt templates the names are put into: one choice for all targets, or one per target. Default: object.
-    The embedded pipeline has its own."""
+    Emoji and digits have their own."""
     save_as: SaveAs = "auto"
     """Format of the result: lora (diffusers), kohya (ComfyUI, A1111, Forge), pipeline (a whole folder) or delta (the
     changed weights in safetensors). auto: lora if adapters were trained, otherwise pipeline."""

@@ -36,20 +36,20 @@ if TYPE_CHECKING:
 class Evaluate:
     """Draw images before and after an erasure; report whether the concept is gone and what else changed.
 
-    A classifier judges the embedded pipeline. CLIP, used zero-shot, judges other models.
+    Classifiers judge emoji and digits. CLIP, used zero-shot, judges other models.
     """
 
     examples: ClassVar[tuple[str, ...]] = (
-        "fdu evaluate embedded erased",
-        "fdu evaluate embedded erased --target three --out evaluation",
+        "fdu evaluate digits erased",
+        "fdu evaluate digits erased --target three --out evaluation",
         "fdu evaluate org/model erased --target 'van gogh' --device cuda --out evaluation",
         "fdu evaluate org/model erased --prompts my-concept.txt --judge ./clip-vit-large-patch14",
-        "fdu evaluate embedded erased --robustness --out evaluation",
-        "fdu evaluate embedded erased --robustness phrasings attack",
+        "fdu evaluate digits erased --robustness --out evaluation",
+        "fdu evaluate digits erased --robustness phrasings attack",
     )
 
     base: Positional[str]
-    """The pipeline before: a folder, a hub id (org/name), or "embedded"."""
+    """The pipeline before: a folder, a hub id (org/name), "emoji" or "digits"."""
     erased: Positional[str]
     """Folder written by `fdu erase` or ErasureResult.save, or weights from another program in any format that
     fdu.load_weights reads."""
@@ -59,18 +59,18 @@ class Evaluate:
     prompts: str | None = None
     """Prompts to draw: a concept set of the package ("van gogh", monet, r2d2, snoopy, "grumpy cat", nemo), or a .txt
     file in that format (see fdu/subjects/prompts.txt). Default: the set with the target's name, otherwise the training
-    prompts, plus everyday subjects to retain but no neighbours. The embedded pipeline has its own."""
+    prompts, plus everyday subjects to retain but no neighbours. Emoji and digits have their own."""
     judge: str | None = None
     """Image-text encoder that judges: a folder or hub id of CLIP or SigLIP. Default: openai/clip-vit-base-patch32. On
-    the embedded pipeline it computes distances and CLIP scores, and the classifier still judges."""
+    emoji and digits it computes distances and CLIP scores, and their classifiers still judge."""
     images_per_class: int = 32
     """Images per class, before and after, >= 1."""
     num_inference_steps: int | None = None
-    """Sampling steps per image. Default: the pipeline's own; 20 on the embedded pipeline."""
+    """Sampling steps per image. Default: the pipeline's own; 20 on emoji and digits."""
     guidance_scale: float | None = None
-    """Classifier-free guidance scale. Default: the pipeline's own; 3 on the embedded pipeline."""
+    """Classifier-free guidance scale. Default: the pipeline's own; 3 on emoji and digits."""
     batch_size: int | None = None
-    """Images drawn at a time. Default: 4; 32 on the embedded pipeline."""
+    """Images drawn at a time. Default: 4; 32 on emoji and digits."""
     seed: int = 0
     """Random seed, >= 0. Images use the seeds from SEED + 1000 on, and training those from SEED on, so the two do not
     overlap."""

@@ -89,7 +89,7 @@ class Comparison:
     """
 
     model: str
-    """A pipeline's folder, a hub id (org/name), or "embedded"."""
+    """A pipeline's folder, a hub id (org/name), or a pipeline of fdu: "emoji" or "digits"."""
     pairs: tuple[tuple[str, str], ...]
     """Targets and their anchors."""
     candidates: tuple[Candidate, ...]
@@ -102,9 +102,9 @@ class Comparison:
     device: str = "cpu"
     prompts: str | None = None
     """The concept set to draw, as :func:`fdu.subjects.concept_sets.concept_set` takes it. None: the set with the
-    target's name, otherwise the training prompts. The embedded pipeline has its own."""
+    target's name, otherwise the training prompts. emoji and digits have their own."""
     judge: str | None = None
-    """The image-text encoder that judges: a folder or hub id. None: the default. The embedded pipeline has its own."""
+    """The image-text encoder that judges: a folder or hub id. None: the default. emoji and digits have their own."""
 
     def __post_init__(self) -> None:
         for name in ("pairs", "candidates", "seeds"):
@@ -159,7 +159,7 @@ class Comparison:
             ValueError: names, a concept set or a judge that do not go with the model.
         """
         if self.judge is not None and self.subject.judges_itself:
-            raise ValueError("judge: the embedded pipeline has its own; leave it out")
+            raise ValueError("judge: emoji and digits have their own; leave it out")
         for target, _ in self.pairs:
             self.exam(target)
 

@@ -115,7 +115,7 @@ def check_probes(probes: Sequence[Probe]) -> None:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """Sampling settings; the defaults are those of the embedded pipeline.
+    """Sampling settings; the defaults are those of emoji and digits.
 
     Raises:
         ValueError: a step count or batch size below 1, or a negative guidance scale.

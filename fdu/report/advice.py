@@ -265,7 +265,7 @@ class _Lines:
         record = json.dumps(str(PurePath(self.weights) / RECORD_FILE), ensure_ascii=False)
         code = f'import json; r = json.load(open({record})); [open(r[s]["name"] + ".txt", "x").write('
         code += f'"\\n".join(r[s]["prompts"]) + "\\n") for s in {json.dumps(list(files))}]'
-        preserved = self.config.get("preservation_prompts")  # the embedded pipeline knows them from names only
+        preserved = self.config.get("preservation_prompts")  # the digits pipeline knows them from names only
         changes = {**files, **({"preservation_prompts": preserved} if preserved else {})}
         return list(files.values()), (shlex.join(["python", "-c", code]), *self.erase(**changes))
 

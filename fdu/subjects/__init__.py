@@ -1,1 +1,1 @@
-"""Subjects of an erasure: the embedded pipeline or any other, with prompts, probes and judges."""
+"""Subjects of an erasure: the digits pipeline or any other, with prompts, probes and judges."""

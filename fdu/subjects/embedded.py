@@ -67,6 +67,8 @@ class EmbeddedPipeline(Subject):
     """Its name on the command line."""
     data: ClassVar[Path]
     """Its folder."""
+    classifier: ClassVar[Path]
+    """The weights of its judge."""
     example: ClassVar[tuple[str, str]]
     """The target and the anchor of a demo."""
     light = judges_itself = True
@@ -146,8 +148,9 @@ class EmbeddedPipeline(Subject):
 class Digits(EmbeddedPipeline):
     """Handwritten digits in coloured ink: the fastest pipeline, for tests."""
 
-    name, title = "embedded", "the embedded pipeline of fdu"
+    name, title = "digits", "the digits pipeline of fdu"
     data = Path(__file__).parent / "digits" / "data" / "pipeline"
+    classifier = data.with_name("classifier.safetensors")
     example = ("three", "eight")
 
     @property
@@ -169,6 +172,7 @@ class Emoji(EmbeddedPipeline):
 
     name, title = "emoji", "the emoji pipeline of fdu"
     data = Path(__file__).parent / "emoji" / "data" / "pipeline"
+    classifier = data.with_name("classifier.safetensors")
     example = ("fox", "wolf")
 
     @property

@@ -41,7 +41,7 @@ def load_pipeline(model: str | Path, dtype: str | torch.dtype = "float32", devic
     """Load a pipeline by the name that the command line takes.
 
     Args:
-        model: a pipeline's folder, a hub id (org/name), "emoji" or "embedded".
+        model: a pipeline's folder, a hub id (org/name), "emoji" or "digits".
         dtype: dtype of the weights: float32, float16 or bfloat16, by name or from torch.
         device: the device to put the pipeline on: cpu, cuda, mps or auto.
 

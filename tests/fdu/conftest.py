@@ -1,4 +1,4 @@
-"""The embedded pipeline, loaded for every test that changes it, and erasures small enough for a test."""
+"""The digits pipeline, loaded for every test that changes it, and erasures small enough for a test."""
 
 from __future__ import annotations
 

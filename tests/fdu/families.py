@@ -360,7 +360,7 @@ a picture of {}
 [unrelated] ink
 in black ink
 """
-"""A concept set, and some of its words, for the embedded pipeline taken for a pipeline like any other."""
+"""A concept set, and some of its words, for the digits pipeline taken for a pipeline like any other."""
 
 
 def save_clip(folder: Path, words: str) -> Path:

@@ -77,7 +77,7 @@ def test_a_demo_is_made_again_elsewhere() -> None:
     step, _ = next_steps(run_of(0.5, 0.5, 0.9, record=told, **demo))
     (evaluate,) = parsed(step)
     assert isinstance(evaluate, Evaluate)
-    assert (evaluate.base, evaluate.erased, str(evaluate.out)) == ("embedded", "demo-out/erased", "demo-out-judged")
+    assert (evaluate.base, evaluate.erased, str(evaluate.out)) == ("digits", "demo-out/erased", "demo-out-judged")
     assert (evaluate.seed, evaluate.device, evaluate.images_per_class, evaluate.robustness) == (7, "cpu", 64, ())
 
 

@@ -26,7 +26,7 @@ from fdu.subjects.digits import pipeline as digits
 from fdu.subjects.registry import subject_of
 from fdu.training.loop import Training
 
-ERASE = ["erase", "embedded", "--target", "three", "--anchor", "eight", "--out", "out"]
+ERASE = ["erase", "digits", "--target", "three", "--anchor", "eight", "--out", "out"]
 
 
 @pytest.fixture(autouse=True)
@@ -139,19 +139,19 @@ def test_evaluate_refuses_before_any_work(capsys: pytest.CaptureFixture[str]) ->
     Path("full/file").touch()
     refusals = [
         (["./missing", "lora"], "BASE './missing' does not exist"),
-        (["embedded", "missing"], "ERASED 'missing' does not exist"),
-        (["embedded", "empty"], "'empty'.*[.]safetensors"),
+        (["digits", "missing"], "ERASED 'missing' does not exist"),
+        (["digits", "empty"], "'empty'.*[.]safetensors"),
         (["model", "lora"], "add --target"),
         (["org/model", "lora", "--target", "cat"], "no concept set 'cat'"),
-        (["embedded", "lora"], "add --target"),
-        (["embedded", "lora", "--target", "cat"], "target.*digit"),
-        (["embedded", "lora", "--target", "three", "--images_per_class", "0"], "images_per_class.*>= 1"),
-        (["embedded", "lora", "--target", "three", "--out", "full"], "not written by fdu"),
+        (["digits", "lora"], "add --target"),
+        (["digits", "lora", "--target", "cat"], "target.*digit"),
+        (["digits", "lora", "--target", "three", "--images_per_class", "0"], "images_per_class.*>= 1"),
+        (["digits", "lora", "--target", "three", "--out", "full"], "not written by fdu"),
     ]
     for arguments, message in refusals:
         assert re.search(message, refused(["evaluate", *arguments], capsys))
     Path("lora/fdu.json").write_text("{")
-    assert "is not valid JSON" in refused(["evaluate", "embedded", "lora"], capsys)
+    assert "is not valid JSON" in refused(["evaluate", "digits", "lora"], capsys)
 
 
 def test_a_run_that_fails_exits_with_1(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -246,9 +246,9 @@ def test_without_a_command_comes_the_help(capsys: pytest.CaptureFixture[str]) ->
         (["compare", *ERASE[1:], "--resolution", "7"], "resolution.*32 x 32"),
         (["dem"], "'dem'.*mean demo?"),
         (["demo", "--steps", "3"], "--steps.*--max_train_steps?.*fdu demo --help"),
-        (["erase", "embedded", "--lr", "1"], "--lr.*--learning_rate?"),
-        (["erase", "embedded", "--targt=three"], "--targt.*--target?"),
-        (["compare", "embedded", "--divergence", "kl"], "--divergence.*--divergences?"),
+        (["erase", "digits", "--lr", "1"], "--lr.*--learning_rate?"),
+        (["erase", "digits", "--targt=three"], "--targt.*--target?"),
+        (["compare", "digits", "--divergence", "kl"], "--divergence.*--divergences?"),
         (["doctor", "--json"], "--json.*fdu doctor --help"),
         ([*ERASE[:2], "--target", "three", "five", *ERASE[4:]], "--target three --target five"),
         ([*ERASE[:4], "--out", "out"], "--anchor.*missing"),
@@ -264,8 +264,8 @@ def test_near_misses_are_told_what_was_meant(
 
 
 def test_the_model_may_come_after_the_names() -> None:
-    command = cli.parse(["erase", "--target", "three", "embedded", "--anchor", "eight", "--out", "out"])
-    assert isinstance(command, Erase) and command.model == "embedded" and command.target == ("three",)
+    command = cli.parse(["erase", "--target", "three", "digits", "--anchor", "eight", "--out", "out"])
+    assert isinstance(command, Erase) and command.model == "digits" and command.target == ("three",)
 
 
 @pytest.mark.parametrize("arguments", [["dem"], ["demo", "--max_steps", "3"], ["erase"], ["demo", "--seed", "x"]])
@@ -325,7 +325,7 @@ QUICK = ["--max_train_steps=2", "--train_batch_size=2", "--num_latents=4", "--nu
 def test_erase_saves_and_says_how_to_load(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*ERASE, *QUICK]) == cli.OK
     output = capsys.readouterr().out
-    assert 'pipeline = fdu.load_pipeline("embedded"); pipeline.load_lora_weights' in output
+    assert 'pipeline = fdu.load_pipeline("digits"); pipeline.load_lora_weights' in output
     record = json.loads(Path("out/fdu.json").read_text())
     assert record["target"]["prompts"] == list(digits.concepts("three", "eight")[0].prompts)
     assert record["config"]["preservation_prompts"] == list(digits.preserved("three"))
@@ -346,7 +346,7 @@ def test_erase_saves_and_says_how_to_load(capsys: pytest.CaptureFixture[str]) ->
     ],
 )
 def test_every_format_can_be_loaded(format: str, method: str, words: str) -> None:
-    line = _loading_line(subject_of("embedded"), Path("out"), format, method)
+    line = _loading_line(subject_of("digits"), Path("out"), format, method)
     assert re.search(words.replace("(", "[(]").replace(")", "[)]"), line)
 
 
@@ -365,7 +365,7 @@ def test_overwrite_never_replaces_what_is_read(capsys: pytest.CaptureFixture[str
     Path("lora").mkdir()
     Path("lora/pytorch_lora_weights.safetensors").touch()
     Path("lora/prompts.txt").write_text("a seven")
-    evaluate = ["evaluate", "embedded", "lora", "--target", "three", "--out", "lora", "--overwrite"]
+    evaluate = ["evaluate", "digits", "lora", "--target", "three", "--out", "lora", "--overwrite"]
     assert "input 'lora'" in refused(evaluate, capsys)
     for option in ("--target", "--anchor"):
         erase = with_option([*ERASE, "--overwrite"], "--out", "lora")
@@ -377,7 +377,7 @@ def test_overwrite_never_replaces_what_is_read(capsys: pytest.CaptureFixture[str
 def test_a_full_pipeline_needs_its_room(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     room = shutil.disk_usage(".")._replace(free=SMALL_RESULT)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: room)
-    for model in ("embedded", "org/model"):
+    for model in ("digits", "org/model"):
         full = ["erase", model, *ERASE[2:], "--out", "new/out", "--train_method", "cross_attention"]
         assert "MiB" in refused(full, capsys)
     cli.parse(ERASE).prepare("")
@@ -387,7 +387,7 @@ def test_truncated_weights_are_told_in_a_line(capsys: pytest.CaptureFixture[str]
     Path("lora").mkdir()
     Path("lora/pytorch_lora_weights.safetensors").write_bytes(b"\x10\0\0")
     quick = ["--target=three", "--images_per_class=1", "--num_inference_steps=1"]
-    assert main(["evaluate", "embedded", "lora", *quick]) == cli.FAILED
+    assert main(["evaluate", "digits", "lora", *quick]) == cli.FAILED
     error = capsys.readouterr().err
     assert "'lora'" in error and "Traceback" not in error
 

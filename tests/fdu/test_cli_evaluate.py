@@ -27,7 +27,7 @@ def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The embedded pipeline in a folder of its own: to fdu a pipeline like any other."""
+    """The digits pipeline in a folder of its own: to fdu a pipeline like any other."""
     folder = tmp_path_factory.mktemp("base")
     digits.load_pipeline().save_pretrained(folder)
     return folder
@@ -46,7 +46,7 @@ def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     return capsys.readouterr().err
 
 
-ERASE = ["erase", "embedded", "--target=three", "--anchor=eight", "--num_inference_steps=4", "--rank=4"]
+ERASE = ["erase", "digits", "--target=three", "--anchor=eight", "--num_inference_steps=4", "--rank=4"]
 ERASE += ["--train_batch_size=4", "--num_latents=8"]
 
 
@@ -61,7 +61,7 @@ def idle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def evaluate(erased: Path, *more: str) -> tuple[Page, dict[str, Any]]:
     """The page and the metrics of an evaluation; `fdu report` makes the same page."""
     quick = ["--num_inference_steps=3", "--out=judged"]  # enough to draw the requested class
-    assert main(["evaluate", "embedded", str(erased), *quick, *more]) == cli.OK
+    assert main(["evaluate", "digits", str(erased), *quick, *more]) == cli.OK
     page = Path("judged/report.html").read_text(encoding="utf-8")
     Path("judged/report.html").unlink()
     assert main(["report", "judged"]) == cli.OK
@@ -76,13 +76,13 @@ def test_a_run_of_no_step_did_not_erase(idle: Path, capsys: pytest.CaptureFixtur
     assert re.search("100 % of 2 images before.{,40}100 % after", page.text)
     assert not [svg for svg in page.all("svg") if (svg.get("aria-label") or "").startswith("Divergence")]
     assert set(metrics["change"].values()) == {0.0} and metrics["target"] == "three"
-    assert metrics["command"].startswith("fdu evaluate embedded")
-    assert metrics["record"]["command"].startswith("fdu erase embedded --target=three")
+    assert metrics["command"].startswith("fdu evaluate digits")
+    assert metrics["record"]["command"].startswith("fdu erase digits --target=three")
     assert len(metrics["record"]["fingerprint"]) == 64
     conditions = metrics["conditions"]
     assert conditions.pop("versions") == metrics["versions"] == metrics["record"]["versions"]
     sampling = {"num_inference_steps": 3, "guidance_scale": 3.0, "batch_size": 32}
-    assert conditions == {"seed": 1000, "sampling": sampling, "judge": "embedded classifier", "dtype": "float32"}
+    assert conditions == {"seed": 1000, "sampling": sampling, "judge": "digits classifier", "dtype": "float32"}
     names = {path.name for path in Path("judged").iterdir()}
     assert names == {"metrics.json", "images", "report.html", "before-after.png"}
 
@@ -104,8 +104,8 @@ def test_two_concepts_are_judged_one_at_a_time(capsys: pytest.CaptureFixture[str
     preserved = json.loads(Path("out/fdu.json").read_text())["config"]["preservation_prompts"]
     assert not any("three" in prompt or "red" in prompt for prompt in preserved)
     capsys.readouterr()
-    assert re.search("three and red.*--target", refused(["embedded", "out"], capsys))
-    assert main(["evaluate", "embedded", "out", *QUICK[:4], "--target=red"]) == cli.OK
+    assert re.search("three and red.*--target", refused(["digits", "out"], capsys))
+    assert main(["evaluate", "digits", "out", *QUICK[:4], "--target=red"]) == cli.OK
     assert "retained (3 classes)" in capsys.readouterr().out
 
 
@@ -117,12 +117,12 @@ def test_unfit_folders_are_refused_before_any_work(idle: Path, capsys: pytest.Ca
     Path("damaged/fdu.json").write_text(json.dumps(record | {"history": {"loss": ["x"]}}))
     capsys.readouterr()
     for arguments, message in (
-        (["evaluate", "embedded", "damaged"], "record.history.loss[0] must be int or float, got 'x'"),
-        (["evaluate", "embedded", "empty"], "record.target"),
+        (["evaluate", "digits", "damaged"], "record.history.loss[0] must be int or float, got 'x'"),
+        (["evaluate", "digits", "empty"], "record.target"),
         (["report", "none"], "not a folder"),
         (["report", str(idle)], "fdu evaluate"),
-        (["evaluate", "embedded", str(idle), "--phrasings", "x"], "--robustness"),
-        (["evaluate", "embedded", str(idle), "--robustness", "--phrasings", "x"], "not a file"),
+        (["evaluate", "digits", str(idle), "--phrasings", "x"], "--robustness"),
+        (["evaluate", "digits", str(idle), "--robustness", "--phrasings", "x"], "not a file"),
     ):
         assert main(arguments) == cli.USAGE
         assert message in capsys.readouterr().err
@@ -150,7 +150,7 @@ def test_any_pipeline_is_judged_by_clip(base: Path, clip_folder: Path, capsys: p
     output = capsys.readouterr().out  # the prompts of the training, and the subjects of the package
     assert "generic (5 classes)" in output and "near" not in output
 
-    assert main(["evaluate", "embedded", "erased", *arguments[4:6], *quick]) == cli.OK
+    assert main(["evaluate", "digits", "erased", *arguments[4:6], *quick]) == cli.OK
     output = capsys.readouterr().out
     assert "retained (9 classes)" in output and "CLIP score before" in output
 
@@ -211,7 +211,7 @@ def test_what_cannot_be_judged_is_refused(base: Path, capsys: pytest.CaptureFixt
     assert "'weights'" in refused([*monet, "--judge", "weights"], capsys)
     assert ">= 1" in refused([*monet, "--batch_size", "0"], capsys)
     assert "guidance_scale" in refused([*monet, "--guidance_scale", "-1"], capsys)
-    assert "prompts" in refused(["embedded", "weights", "--prompts", "monet"], capsys)
+    assert "prompts" in refused(["digits", "weights", "--prompts", "monet"], capsys)
     assert "--robustness" in refused([*monet, "--robustness_batch_size", "2"], capsys)
     lone = [*monet, "--robustness", "--robustness_batch_size", "0"]
     assert "robustness_batch_size" in refused(lone, capsys)
@@ -256,7 +256,7 @@ def test_a_test_of_robustness_that_fails_costs_nothing_else(
     monkeypatch.setattr(examination, "attack", fails_before)
     monkeypatch.setattr(examination, "relearn", fails_after)
     monkeypatch.setattr(fdu.cli.evaluate, "load_erased", lambda pipeline, *given: pipeline)
-    arguments = ["embedded", "weights", *QUICK, "--out", "judged", "--robustness", "--robustness_batch_size", "1"]
+    arguments = ["digits", "weights", *QUICK, "--out", "judged", "--robustness", "--robustness_batch_size", "1"]
     Path("mine.txt").write_text("a {}\n")
     assert main(["evaluate", *arguments, "--phrasings", "mine.txt"]) == cli.FAILED
     output = capsys.readouterr()
@@ -322,5 +322,5 @@ def test_two_pipelines_are_not_in_memory_together(base: Path, monkeypatch: pytes
 
     monkeypatch.setattr(fdu.cli.evaluate, "load_model", load_model)
     monkeypatch.setattr("fdu.subjects.subject.load_model", load_model)
-    assert main(["evaluate", "embedded", str(base), *QUICK]) == cli.OK
+    assert main(["evaluate", "digits", str(base), *QUICK]) == cli.OK
     assert len(loaded) == 2

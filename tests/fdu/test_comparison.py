@@ -49,14 +49,14 @@ from fdu.training.loop import NotFinite
 
 QUICK = {"max_train_steps": 3, "train_batch_size": 2, "num_latents": 4, "num_inference_steps": 2, "rank": 4}
 PLAN = Comparison(
-    model="embedded",
+    model="digits",
     pairs=(("three", "eight"),),
     candidates=(Candidate("mse", 10.0), Candidate("pearson_chi2", 10.0)),
     seeds=(0,),
     base=EraseConfig(**QUICK),
     drawing=Drawing(images_per_class=2, images_of_target=2, num_inference_steps=1),
 )
-COMPARE = ["compare", "embedded", "--target", "three", "--anchor", "eight", "--out", "out", "--divergences", "mse,kl"]
+COMPARE = ["compare", "digits", "--target", "three", "--anchor", "eight", "--out", "out", "--divergences", "mse,kl"]
 SMALL = ["--seeds=1", "--images_per_class=2", "--judged_inference_steps=1", "--workers=1"]
 SMALL += [f"--{name}={value}" for name, value in QUICK.items()]
 PLANNED = [*COMPARE[:-1], "mse,kl,pearson_chi2", "--s0=10", *SMALL]
@@ -89,7 +89,7 @@ def made(command: tuple[Path, str]) -> Path:
 
 
 def comparison(**others: Any) -> Comparison:
-    given = {"model": "embedded", "pairs": (("three", "eight"),), "candidates": (Candidate("mse"),), **others}
+    given = {"model": "digits", "pairs": (("three", "eight"),), "candidates": (Candidate("mse"),), **others}
     return Comparison(**given)
 
 
@@ -461,7 +461,7 @@ def test_the_page_stands_alone_and_says_what_was_found(tmp_path: Path) -> None:
         "3 runs",
         "a run: the loss became nan",
         "fdu compare <all>",
-        "fdu erase it fdu evaluate embedded erased --out judged",
+        "fdu erase it fdu evaluate digits erased --out judged",
         "Read <this>.",
         "By alpha, s0 1",
     ):
@@ -607,7 +607,7 @@ def test_the_command(
     assert "3/3 three_eight_divergence=pearson_chi2_s0=10_seed=0" in output
     assert {path.name for path in made.iterdir()} >= {"comparison.html", "comparison.md", "comparison.json", RUNS}
     record = json.loads((made / "comparison.json").read_text())
-    assert len(record["results"]["candidates"]) == 2 and record["command"].startswith("fdu compare embedded")
+    assert len(record["results"]["candidates"]) == 2 and record["command"].startswith("fdu compare digits")
     shutil.copytree(made, tmp_path / "out")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(runs_file, "erase", None)  # all is there
@@ -619,7 +619,7 @@ def test_the_command(
         assert ("The recommended erasure" in page) == recommended and ("Nothing to recommend" in output) == (
             not recommended
         )
-        command_line = "fdu erase embedded --target three --anchor eight .*--divergence"
+        command_line = "fdu erase digits --target three --anchor eight .*--divergence"
         assert bool(re.search(command_line, output)) == recommended
 
 
@@ -660,7 +660,7 @@ def test_the_evaluation_to_make_is_drawn_and_judged_like_the_comparison() -> Non
     plan = comparison(prompts="a set.txt", judge="org/clip")
     evaluate = parse(shlex.split(evaluate_command(plan))[1:])
     assert isinstance(evaluate, Evaluate)
-    assert (evaluate.base, evaluate.erased, str(evaluate.out)) == ("embedded", "erased", "judged")
+    assert (evaluate.base, evaluate.erased, str(evaluate.out)) == ("digits", "erased", "judged")
     assert (evaluate.prompts, evaluate.judge) == ("a set.txt", "org/clip")
 
 
@@ -692,7 +692,7 @@ def test_other_models_are_judged_by_clip(
     [
         ({"--divergences": "--judge", "mse,kl": "org/clip"}, "judge.*embedded"),
         ({"--divergences": "--prompts", "mse,kl": "monet"}, "prompts.*embedded"),
-        ({"embedded": "org/model", "--divergences": "--prompts", "mse,kl": "monet"}, "'monet'"),
+        ({"digits": "org/model", "--divergences": "--prompts", "mse,kl": "monet"}, "'monet'"),
         ({"--divergences": "--judged_inference_steps", "mse,kl": "0"}, "judged_inference_steps.*>= 1"),
         ({"mse,kl": "mse,helinger"}, "divergence 'helinger'"),
         ({"three": "eleven"}, "target.*digit"),
@@ -724,6 +724,6 @@ def test_the_command_refuses_before_any_work(
 def test_settings_that_runs_do_not_share_are_no_options(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["compare", "--help"]) == cli.OK
     shown = capsys.readouterr().out
-    assert "--learning_rate" in shown and "--alpha" in shown and "fdu compare embedded" in shown
+    assert "--learning_rate" in shown and "--alpha" in shown and "fdu compare digits" in shown
     for name in ("--divergence ", "--seed ", "--cache_dir", "--checkpoint_dir", "--resume_from_checkpoint"):
         assert name not in shown, name

@@ -29,7 +29,7 @@ def test_this_machine_is_healthy(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["doctor"]) == cli.OK
     output = capsys.readouterr().out
     assert output.endswith("fdu can run here.\n")
-    for subject in (*doctor.requirements(), "python", "cpu", "kernels: torch", "embedded pipeline", "disk"):
+    for subject in (*doctor.requirements(), "python", "cpu", "kernels: torch", "pipeline emoji", "disk"):
         assert subject in output
 
 
@@ -100,11 +100,11 @@ def test_optional_packages_are_no_fault(monkeypatch: pytest.MonkeyPatch) -> None
 def test_a_missing_pipeline_and_a_full_disk_are_notes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10, 9, 1))
-    monkeypatch.setattr("fdu.subjects.digits.pipeline.PIPELINE_FOLDER", tmp_path)
+    monkeypatch.setattr("fdu.subjects.embedded.Digits.data", tmp_path)
     findings = examine()
     assert healthy(findings)
     assert finding(findings, "disk").state == "note"
-    assert "no demo" in finding(findings, "embedded pipeline").detail
+    assert "no demo" in finding(findings, "pipeline digits").detail
 
 
 @pytest.mark.parametrize(

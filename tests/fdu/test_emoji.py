@@ -146,7 +146,7 @@ def test_what_it_does_not_know_is_refused(target: str, anchor: str, message: str
     ],
 )
 def test_the_command_line_completes_names(line: str, expected: list[str]) -> None:
-    assert [name for name in candidates(line, COMMANDS) if name != "embedded"] == expected
+    assert [name for name in candidates(line, COMMANDS) if name != "digits"] == expected
 
 
 def test_the_shell_gets_its_candidates(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -28,7 +28,7 @@ from fdu.subjects.digits import pipeline as digits
 GROUP = "eval_unlearn.techniques"
 PROMPTS = ["a photo of the digit three in red ink", "a photo of the digit five"]
 DRAWING: dict[str, Any] = {"num_inference_steps": 2, "guidance_scale": 2.0}
-BASE: dict[str, Any] = {"model_id": "embedded", "device": "cpu", **DRAWING}
+BASE: dict[str, Any] = {"model_id": "digits", "device": "cpu", **DRAWING}
 ERASING: dict[str, Any] = {**BASE, "erase_concept": "three", "anchor_concept": "eight"}
 QUICK = {"max_train_steps": 4, "train_batch_size": 4, "num_latents": 8, "num_inference_steps": 2, "rank": 4}
 

@@ -384,7 +384,7 @@ def test_an_encoder_that_is_not_there_is_told(tmp_path: Path, clip_folder: Path)
         ClipFeatures.load(str(digits.PIPELINE_FOLDER / "text_encoder"))
 
 
-def test_the_embedded_features_lead_to_the_judgement() -> None:
+def test_the_features_of_the_digits_lead_to_the_judgement() -> None:
     classifier, images = digits.load_classifier(), noise(7)
     features = digits.features()
     shape, colour = features(images).split([64 * 16, 24], 1)

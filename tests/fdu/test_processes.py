@@ -158,7 +158,7 @@ def test_a_run_after_one_of_another_method_still_averages_its_gradients(quick: d
 def test_accelerate_launch_saves_one_result(tmp_path: Path, kind: str) -> None:
     options = ["--max_train_steps", "2", "--train_batch_size", "2", "--num_latents", "4", "--num_inference_steps", "1"]
     options += ["--checkpoint_dir", "state"]
-    erase = ["erase", "embedded", "--target", "three", "--anchor", "eight", "--out", "out", "--device", "cpu", *options]
+    erase = ["erase", "digits", "--target", "three", "--anchor", "eight", "--out", "out", "--device", "cpu", *options]
     launcher = [sys.executable, "-m", "accelerate.commands.launch", f"--{kind}", "--num_processes", "2"]
     command = [*launcher, "--num_machines", "1", "--main_process_port", free_port(), "-m", "fdu", *erase]
     ran = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=250)

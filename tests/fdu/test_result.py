@@ -182,11 +182,9 @@ def test_the_code_loads_what_was_written(form: Any, tmp_path: Path) -> None:
         layers = {"unet": add_adapter(pipeline, "unet", CONTEXT["sd"])}
         write(tmp_path, form, pipeline, layers, lora_alpha=ALPHA)
     else:
-        write(
-            tmp_path, form, pipeline, changed_weights=change_weights(pipeline, "unet", CONTEXT["sd"]), base="embedded"
-        )
+        write(tmp_path, form, pipeline, changed_weights=change_weights(pipeline, "unet", CONTEXT["sd"]), base="digits")
     page = write_card(tmp_path, form, pipeline, make_record("pipeline")).read_text(encoding="utf-8")
-    assert "base_model:" not in page and "embedded pipeline" in page
+    assert "base_model:" not in page and "digits pipeline" in page
     namespace: dict[str, Any] = {}
     exec(code_of(page).replace("path/to/this/folder", str(tmp_path)), namespace)
     inputs = torch.randn(1, 4, 8, 8), 10, torch.randn(1, 16, 64)

@@ -103,7 +103,7 @@ def test_what_is_wanted_of_the_trained_denoiser(pipeline: StableDiffusionPipelin
         clean = batch.noisy[:3] - denoiser.noise[batch.indices[:3]].view(-1, 1, 1, 1) * batch.noise
         expected = batch.noise
         latents = clean / denoiser.signal[batch.indices[:3]].view(-1, 1, 1, 1)
-        assert latents.std() == pytest.approx(1.0, abs=0.5)  # the embedded pipeline's latents are standardised
+        assert latents.std() == pytest.approx(1.0, abs=0.5)  # the digits pipeline's latents are standardised
     torch.testing.assert_close(wanted[:3], expected, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(wanted[3:], anchor[3:], rtol=1e-4, atol=1e-5)
     texts = [[prepared.texts[index] for index in side] for side in (batch.reads.tolist(), batch.anchors.tolist())]

@@ -1,1 +1,1 @@
-"""The embedded pipeline: a latent text-to-image pipeline of handwritten digits in coloured ink, and its judge."""
+"""The digits pipeline: a latent text-to-image pipeline of handwritten digits in coloured ink, and its judge."""

@@ -1,4 +1,4 @@
-"""Real handwritten digits in four inks and pencil: the training images of the embedded pipeline and of its judge.
+"""Real handwritten digits in four inks and pencil: the training images of the digits pipeline and of its judge.
 
 Source: scikit-learn's ``load_digits`` (1,797 digits of 8x8 pixels; E. Alpaydin and C. Kaynak, "Optical Recognition of
 Handwritten Digits", UCI Machine Learning Repository, 1998, CC BY 4.0).

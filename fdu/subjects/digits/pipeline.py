@@ -1,4 +1,4 @@
-"""The embedded pipeline: a real latent text-to-image pipeline of handwritten digits in coloured ink, and its judge.
+"""The digits pipeline: a real latent text-to-image pipeline of handwritten digits in coloured ink, and its judge.
 
 An ordinary diffusers ``StableDiffusionPipeline`` folder of 3 MB, trained from scratch by ``train.py`` on scikit-learn's
 handwritten digits, for demonstrations, tests and studies that run anywhere in a minute.
@@ -32,10 +32,10 @@ from fdu.subjects.digits.vocabulary import (
     medium_phrases,
     prompt,
 )
-from fdu.subjects.embedded import closest
+from fdu.subjects.embedded import Digits, closest
 
 DATA = Path(__file__).parent / "data"
-PIPELINE_FOLDER, CLASSIFIER_FILE = DATA / "pipeline", "classifier.safetensors"
+PIPELINE_FOLDER, CLASSIFIER_FILE = Digits.data, Digits.classifier.name
 
 SUPERCLASS = "digit"
 """The anchor that names no digit and no ink."""
@@ -53,8 +53,8 @@ NOTES = (
     "harms its neighbours less than in Stable Diffusion. These figures demonstrate the method and check the "
     "installation; they do not measure the effect on a large model.",
 )
-"""Notes on results from the embedded pipeline."""
-JUDGE = "embedded classifier"
+"""Notes on results from the digits pipeline."""
+JUDGE = "digits classifier"
 JUDGE_LAYERS = ("digit.3", "digit.7", "digit.11", "medium.3", "medium.7")
 """Submodules of the classifier: the outputs of its convolutional blocks."""
 JUDGE_FEATURES = ("digit.12", "medium.9")

@@ -1,4 +1,4 @@
-"""Train the embedded pipeline and its judge from scratch: ``python -m fdu.subjects.digits.train --out FOLDER``.
+"""Train the digits pipeline and its judge from scratch: ``python -m fdu.subjects.digits.train --out FOLDER``.
 
 Takes about half an hour on one CPU core; it uses only one, since more would round sums differently. Needs scikit-learn.
 It trains the judge, then the autoencoder, then text encoder and denoiser together, each from the same seed. It ends by

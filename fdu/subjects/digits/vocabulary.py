@@ -1,4 +1,4 @@
-"""The words of the embedded pipeline: digits, inks, pencil and their phrasings."""
+"""The words of the digits pipeline: digits, inks, pencil and their phrasings."""
 
 from __future__ import annotations
 

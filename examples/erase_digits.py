@@ -1,6 +1,6 @@
-"""Erase "three" from the embedded pipeline, save the LoRA, load it in plain diffusers and draw.
+"""Erase "three" from the digits pipeline, save the LoRA, load it in plain diffusers and draw.
 
-``python examples/erase_embedded.py --out erased`` takes a minute on two CPU cores and downloads nothing.
+``python examples/erase_digits.py --out erased`` takes a minute on two CPU cores and downloads nothing.
 """
 
 import argparse
@@ -19,7 +19,7 @@ options = parser.parse_args()
 
 target, anchor = digits.concepts("three", "eight")
 result = fdu.erase(
-    fdu.load_pipeline("embedded"),
+    fdu.load_pipeline("digits"),
     target,
     anchor,
     preservation_prompts=digits.preserved("three"),

@@ -1,4 +1,4 @@
-"""The embedded pipeline: what ships, how good it is, and its vocabulary."""
+"""The digits pipeline: what ships, how good it is, and its vocabulary."""
 
 from __future__ import annotations
 
