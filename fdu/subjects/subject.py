@@ -42,7 +42,7 @@ class Exam:
 
     target: str
     kind: str
-    """The type of concept for the packaged phrasings: digit, ink, object or style."""
+    """The type of concept for the packaged phrasings: object or style; digit, ink, emoji or emoji style."""
     judge: str | None
     """An image-text encoder by folder or hub id; None: the default."""
     concepts: ConceptSet | None = None

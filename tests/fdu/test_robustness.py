@@ -69,7 +69,7 @@ def unchanged(pipeline: DiffusionPipeline, weights: dict[str, Tensor]) -> bool:
     return now.keys() == weights.keys() and all(torch.equal(now[name], weights[name]) for name in weights)
 
 
-@pytest.mark.parametrize("kind", ["digit", "ink", "object", "style"])
+@pytest.mark.parametrize("kind", ["digit", "ink", "emoji", "emoji style", "object", "style"])
 def test_the_sets_that_come_with_fdu(kind: str) -> None:
     sets = phrasings.packaged_sets(kind, "red" if kind == "ink" else "van gogh")
     assert sets.keys() == {"compositions", "languages", "misspellings", "paraphrases"}

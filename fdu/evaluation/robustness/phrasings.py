@@ -64,7 +64,7 @@ def read_sets(file: str | Path, target: str, kind: str = "") -> PromptSets:
 
 
 def packaged_sets(kind: str, target: str) -> PromptSets:
-    """The prompt sets of fdu for a type of concept: "object", "style", "digit" or "ink"."""
+    """The prompt sets of fdu for a type of concept: "object", "style", "digit", "ink", "emoji" or "emoji style"."""
     return read_sets(PACKAGED, target, kind)
 
 
