@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import functools
 import math
 import operator
@@ -52,6 +53,12 @@ def check_choice(name: str, value: Any, choices: Collection[str]) -> None:
     """Raise ValueError if ``value`` is none of ``choices``."""
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+
+
+def closest(name: str, known: Sequence[str]) -> str:
+    """The known name that was probably meant, as the end of an error; empty if there is none."""
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""
 
 
 Natural = Annotated[int, (">=", 0)]

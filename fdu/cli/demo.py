@@ -55,8 +55,8 @@ class Demo:
         if (self.target is None) != (self.anchor is None):
             missing = "anchor" if self.anchor is None else "target"
             raise ValueError(f"{missing} is missing; name it, too, with --{missing}: one of `fdu names {self.model}`")
-        named = [self.target or model.example[0], self.anchor or model.example[1]]
-        ((target, anchor),) = model.pairs(named[:1], named[1:])
+        named = model.example if self.target is None or self.anchor is None else (self.target, self.anchor)
+        ((target, anchor),) = model.pairs([named[0]], [named[1]])
         config = model.with_preserved(self.settings.checked(), [target.name])
         exam = model.exam(target.name)
         check_resolution(model.folder, config.resolution)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, cast
@@ -192,9 +191,3 @@ class Emoji(EmbeddedPipeline):
 
 
 EMBEDDED = (Digits, Emoji)
-
-
-def closest(name: str, known: Sequence[str]) -> str:
-    """The known name that was probably meant, as the end of an error."""
-    close = difflib.get_close_matches(name, known, n=1)
-    return f"; did you mean {close[0]!r}?" if close else ""

@@ -68,7 +68,7 @@ def test_a_target_that_is_left_is_trained_longer_then_faster() -> None:
 
 def test_a_demo_is_made_again_elsewhere() -> None:
     assert (DEMO_OUT, DEMO_WEIGHTS) == (str(Demo().out), WEIGHTS)
-    demo: dict[str, Any] = {"command": "fdu demo --max-train-steps 200 --seed 7 --device cpu"}
+    demo: dict[str, Any] = {"command": "fdu demo digits --max-train-steps 200 --seed 7 --device cpu"}
     step, *_ = next_steps(run_of(0.1, 0.5, 0.9, **demo))
     (again,) = parsed(step)
     assert isinstance(again, Demo) and str(again.out) == "demo-out-2" and step.commands[0].count("steps") == 1

@@ -89,7 +89,7 @@ def with_option(arguments: list[str], option: str, value: str) -> list[str]:
 def test_erase_and_demo_refuse_before_any_work(
     command: str, option: str, value: str, message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arguments = ERASE if command == "erase" else ["demo"]
+    arguments = ERASE if command == "erase" else ["demo", *ERASE[1:]]
     assert re.search(message, refused(with_option(arguments, option, value), capsys))
 
 
@@ -172,7 +172,7 @@ def test_a_run_that_fails_exits_with_1(monkeypatch: pytest.MonkeyPatch, capsys: 
 def test_debug_shows_the_traceback(
     by: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arguments = ["demo", "--target", ""]
+    arguments = ["demo", "digits", "--target", "", "--anchor", "eight"]
     if by == "environment":
         monkeypatch.setenv("FDU_DEBUG", "1")
     else:
@@ -221,7 +221,7 @@ def test_every_setting_is_an_option_with_help(command: str, capsys: pytest.Captu
     assert "MISSING" not in output
     assert list(GROUPS) == re.findall(r"\W\W (\w+) options \W\W", output)
     if command == "erase":  # the anchor that stands for nothing on other models
-        assert re.search('embedded.*"".*"digit"', " ".join(output.replace("│", " ").split()))
+        assert re.search('digits do not know "".*superclass', " ".join(output.replace("│", " ").split()))
 
 
 def test_every_setting_is_in_one_group() -> None:
@@ -241,7 +241,7 @@ def test_without_a_command_comes_the_help(capsys: pytest.CaptureFixture[str]) ->
     ("arguments", "message"),
     [
         ([*ERASE, "--divergence", "alpha=0.3"], "mean alpha:0.3?"),
-        (["demo", "--resolution", "7"], "resolution.*multiple of 8.*7; try 8.*32 x 32"),
+        (["demo", "digits", "--resolution", "7"], "resolution.*multiple of 8.*7; try 8.*32 x 32"),
         (["compare", *ERASE[1:], "--divergences", "mse,alpha=0.3"], "mean alpha:0.3?"),
         (["compare", *ERASE[1:], "--resolution", "7"], "resolution.*32 x 32"),
         (["dem"], "'dem'.*mean demo?"),
@@ -255,6 +255,8 @@ def test_without_a_command_comes_the_help(capsys: pytest.CaptureFixture[str]) ->
         ([*ERASE[:2], *ERASE[4:]], "--target.*missing"),
         (with_option(ERASE, "--target", "thre"), "'thre'.*'three'?"),
         (with_option(ERASE, "--anchor", "digits"), "'digits'.*'digit'?"),
+        (["demo", "digits", "--target", "three"], "anchor is missing.*--anchor.*fdu names digits"),
+        (["demo", "digits", "--anchor", "three"], "target is missing.*--target.*fdu names digits"),
     ],
 )
 def test_near_misses_are_told_what_was_meant(

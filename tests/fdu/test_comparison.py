@@ -690,8 +690,8 @@ def test_other_models_are_judged_by_clip(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"--divergences": "--judge", "mse,kl": "org/clip"}, "judge.*embedded"),
-        ({"--divergences": "--prompts", "mse,kl": "monet"}, "prompts.*embedded"),
+        ({"--divergences": "--judge", "mse,kl": "org/clip"}, "judge.*digits"),
+        ({"--divergences": "--prompts", "mse,kl": "monet"}, "prompts.*digits"),
         ({"digits": "org/model", "--divergences": "--prompts", "mse,kl": "monet"}, "'monet'"),
         ({"--divergences": "--judged_inference_steps", "mse,kl": "0"}, "judged_inference_steps.*>= 1"),
         ({"mse,kl": "mse,helinger"}, "divergence 'helinger'"),

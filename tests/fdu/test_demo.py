@@ -44,7 +44,7 @@ def few_inference_steps(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_twice_in_a_row(
     capsys: pytest.CaptureFixture[str], pipeline: StableDiffusionPipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert main(["demo", *QUICK]) == cli.OK
+    assert main(["demo", "digits", *QUICK]) == cli.OK
     output = capsys.readouterr().out
     for words in ("before", "in unseen phrasings", "retained (9 classes)", "worst:", "another kind (4 classes)"):
         assert words in output
@@ -58,7 +58,7 @@ def test_twice_in_a_row(
     }
 
     metrics = json.loads((folder / "metrics.json").read_text())
-    assert metrics["command"] == "fdu demo " + " ".join(QUICK)
+    assert metrics["command"] == "fdu demo digits " + " ".join(QUICK)
     assert (metrics["target"], metrics["anchor"], metrics["images_per_class"]) == ("three", "eight", 1)
     assert (metrics["divergence"], metrics["steps"], metrics["seed"]) == ("squared_hellinger", 2, 0)
     assert metrics["settings"]["preservation_prompts"] == list(digits.preserved("three"))
@@ -83,7 +83,7 @@ def test_twice_in_a_row(
         return real(pipeline, probes, seed=seed, **named)
 
     monkeypatch.setattr(fdu, "draw", draw)
-    assert main(["demo", *QUICK, "--target", "red", "--anchor", "digit", "--seed", "7"]) == cli.OK
+    assert main(["demo", "digits", *QUICK, "--target", "red", "--anchor", "digit", "--seed", "7"]) == cli.OK
     assert json.loads((folder / "metrics.json").read_text())["target"] == "red"
     assert list(Path().iterdir()) == [folder] and seeds == [7 + JUDGED_SEED] * 2
 
@@ -97,7 +97,7 @@ def test_a_demo_that_fails_in_its_last_step_leaves_the_former_one(
         raise OSError("the disk is full")
 
     monkeypatch.setattr("fdu.report.write_run", fails)
-    assert main(["demo", *QUICK]) == cli.FAILED
+    assert main(["demo", "digits", *QUICK]) == cli.FAILED
     assert "the disk is full" in capsys.readouterr().err
     assert [path.name for path in folder.iterdir()] == ["metrics.json"]
     assert list(Path().iterdir()) == [folder]
@@ -116,7 +116,7 @@ def test_what_no_demo_wrote_is_refused(name: str, text: str, capsys: pytest.Capt
     folder = Path("demo-out")
     folder.mkdir()
     (folder / name).write_text(text)
-    assert main(["demo", *QUICK]) == cli.USAGE
+    assert main(["demo", "digits", *QUICK]) == cli.USAGE
     assert "--out" in capsys.readouterr().err
     assert (folder / name).read_text() == text
 
@@ -124,7 +124,7 @@ def test_what_no_demo_wrote_is_refused(name: str, text: str, capsys: pytest.Capt
 def test_a_demo_with_something_added_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     folder = make_former()
     (folder / "notes.txt").write_text("mine")
-    assert main(["demo", *QUICK]) == cli.USAGE
+    assert main(["demo", "digits", *QUICK]) == cli.USAGE
     assert "'notes.txt'" in capsys.readouterr().err
 
 
@@ -146,7 +146,7 @@ def test_an_output_that_appears_during_the_training_costs_nothing(
         return real(*given)
 
     monkeypatch.setattr(fdu, "evaluate", evaluate)
-    assert main(["demo", *QUICK]) == cli.FAILED
+    assert main(["demo", "digits", *QUICK]) == cli.FAILED
     (kept,) = (path for path in map(Path, re.findall("'(.+?)'", capsys.readouterr().err)) if path.name != "demo-out")
     assert (kept / "erased" / "fdu.json").is_file() and (kept / "report.html").is_file()
     assert [path.name for path in Path("demo-out").iterdir()] == ["mine"]

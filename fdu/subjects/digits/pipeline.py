@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from fdu.concepts import Concept
+from fdu.config import closest
 from fdu.evaluation import Attribute, Judge, Probe
 from fdu.evaluation.drawing import Role
 from fdu.evaluation.features import ModuleFeatures
@@ -32,10 +33,9 @@ from fdu.subjects.digits.vocabulary import (
     medium_phrases,
     prompt,
 )
-from fdu.subjects.embedded import Digits, closest
 
 DATA = Path(__file__).parent / "data"
-PIPELINE_FOLDER, CLASSIFIER_FILE = Digits.data, Digits.classifier.name
+PIPELINE_FOLDER, CLASSIFIER_FILE = DATA / "pipeline", "classifier.safetensors"
 
 SUPERCLASS = "digit"
 """The anchor that names no digit and no ink."""

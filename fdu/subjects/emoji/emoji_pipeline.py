@@ -17,10 +17,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from fdu.concepts import Concept
+from fdu.config import closest
 from fdu.evaluation import Judge, Probe
 from fdu.evaluation.drawing import Attribute, Group, Role
 from fdu.evaluation.features import ModuleFeatures
-from fdu.subjects.embedded import Emoji, closest
 from fdu.subjects.emoji.classifier import EmojiClassifier
 from fdu.subjects.emoji.drawings import read_backgrounds
 from fdu.subjects.emoji.objects import (
@@ -41,7 +41,7 @@ from fdu.subjects.emoji.objects import (
 )
 
 DATA = Path(__file__).parent / "data"
-PIPELINE_FOLDER, CLASSIFIER_FILE = Emoji.data, Emoji.classifier.name
+PIPELINE_FOLDER, CLASSIFIER_FILE = DATA / "pipeline", "classifier.safetensors"
 
 ANY_STYLE = "emoji"
 """The anchor of a style that stands for no style."""
