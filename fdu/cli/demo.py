@@ -5,13 +5,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar
 
 from tyro.conf import OmitArgPrefixes, Positional, arg
 
 import fdu
 from fdu.cli.options import Settings, grouped
-from fdu.config import Count, check_number
+from fdu.config import Count, check_choice, check_number
 from fdu.storage.loading import check_resolution, choose_device, describe_device
 from fdu.subjects.embedded import EMBEDDED
 
@@ -34,8 +34,8 @@ class Demo:
         "fdu demo digits --divergence pearson_chi2 --s0 4 --max_train_steps 100",
     )
 
-    model: Positional[Literal["emoji", "digits"]] = "emoji"
-    """The pipeline: emoji in four styles, or handwritten digits in four inks, which take a third of the time."""
+    model: Positional[str] = EMBEDDED[0].name
+    """The pipeline: emoji in four styles, or digits in four inks, which take a third of the time."""
     out: Path = Path("demo-out")
     """Folder for the results."""
     target: str | None = None
@@ -51,6 +51,7 @@ class Demo:
     def prepare(self, command: str) -> Callable[[], None]:
         """Check the arguments and return the work."""
         check_number("images_per_class", self.images_per_class, Count)
+        check_choice("MODEL", self.model, [one.name for one in EMBEDDED])
         model = next(one() for one in EMBEDDED if one.name == self.model)
         if (self.target is None) != (self.anchor is None):
             missing = "anchor" if self.anchor is None else "target"

@@ -29,7 +29,7 @@ class Names:
 
     examples: ClassVar[tuple[str, ...]] = ("fdu names emoji", "complete -o filenames -C 'fdu names' fdu")
 
-    model: Positional[str] = "emoji"
+    model: Positional[str] = EMBEDDED[0].name
     """The pipeline: emoji or digits."""
 
     def prepare(self, command: str) -> Callable[[], None]:
@@ -75,7 +75,7 @@ def _possible(before: list[str], commands: Mapping[str, type]) -> Collection[str
     if before[0] not in commands:
         return ()
     models = [one.name for one in EMBEDDED]
-    named = next((one for one in before[1:] if one in models), "emoji" if before[0] == "demo" else "")
+    named = next((one for one in before[1:] if one in models), models[0] if before[0] == "demo" else "")
     if before[-1] in ("--target", "--anchor"):
         return [name for names in names_of(named).values() for name in names]
     options = [f"--{name}" for name in option_names(commands[before[0]])[0]]

@@ -19,6 +19,7 @@ from fdu.evaluation.verdict import Verdict, broken_classes, joined, judge, state
 from fdu.report.run import EvaluatedRun
 from fdu.storage.formats import choose_format
 from fdu.storage.output import RECORD_FILE
+from fdu.subjects.embedded import EMBEDDED
 
 DEMO_OUT, DEMO_WEIGHTS = "demo-out", "erased"
 """Where ``fdu demo`` writes by default, and its folder of weights in there."""
@@ -220,7 +221,7 @@ class _Lines:
             self.trained, self.weights = demo, str(PurePath(out) / DEMO_WEIGHTS)
             given = {"seed": self.config.get("seed") or None, "device": _value(demo, "device", "") or None}
             options = {"images_per_class": run.evaluation.images_per_class, **given, "out": f"{out}-judged"}
-            named = demo[2] if len(demo) > 2 and not demo[2].startswith("-") else "emoji"
+            named = demo[2] if len(demo) > 2 and not demo[2].startswith("-") else EMBEDDED[0].name
             self.evaluated = shlex.split(_changed(["fdu", "evaluate", named, self.weights], options))
         self.taken = {_value(self.trained, "out", DEMO_OUT), *([] if demo else [_value(self.evaluated, "out", "")])}
 

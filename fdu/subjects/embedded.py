@@ -190,4 +190,5 @@ class Emoji(EmbeddedPipeline):
         return {**objects, "superclass": SUPERCLASSES, "style": STYLES}
 
 
-EMBEDDED = (Digits, Emoji)
+EMBEDDED: tuple[type[EmbeddedPipeline], ...] = tuple(one for one in (Emoji, Digits) if one.data.is_dir())
+"""Those whose weights are there, the one for demos first."""

@@ -29,7 +29,7 @@ def test_this_machine_is_healthy(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["doctor"]) == cli.OK
     output = capsys.readouterr().out
     assert output.endswith("fdu can run here.\n")
-    for subject in (*doctor.requirements(), "python", "cpu", "kernels: torch", "pipeline emoji", "disk"):
+    for subject in (*doctor.requirements(), "python", "cpu", "kernels: torch", "pipeline digits", "disk"):
         assert subject in output
 
 

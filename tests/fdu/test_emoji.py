@@ -11,10 +11,13 @@ import torch
 
 from fdu.cli.names import candidates
 from fdu.cli.program import COMMANDS
+from fdu.subjects.embedded import Emoji
 from fdu.subjects.emoji import emoji_pipeline as emoji
 from fdu.subjects.emoji import objects
 from fdu.subjects.emoji.drawings import PACKAGES, fetch_packages, on_backgrounds, read_backgrounds
 from fdu.subjects.emoji.objects import ALL_THINGS, BACKGROUNDS, BY_NAME, NAMES, STYLES, SUPERCLASSES, THINGS
+
+needs_weights = pytest.mark.skipif(not Emoji.data.is_dir(), reason="the weights are not there yet")
 
 
 def test_its_objects_have_synonyms_two_superclasses_and_ten_are_held_out() -> None:
@@ -131,6 +134,7 @@ def test_what_it_does_not_know_is_refused(target: str, anchor: str, message: str
         emoji.concepts(target, anchor)
 
 
+@needs_weights
 @pytest.mark.parametrize(
     ("line", "expected"),
     [
@@ -149,6 +153,7 @@ def test_the_command_line_completes_names(line: str, expected: list[str]) -> Non
     assert [name for name in candidates(line, COMMANDS) if name != "digits"] == expected
 
 
+@needs_weights
 def test_the_shell_gets_its_candidates(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     from fdu.cli import main
 
