@@ -21,6 +21,7 @@ OPTIONAL = {
     "ninja": ("building the compiled kernels", "pip install ninja"),
     "pybind11": ("building the compiled kernels", "pip install pybind11"),
     "scikit-learn": ("training the digits pipeline again", "pip install scikit-learn"),
+    "resvg-py": ("training the emoji pipeline again", "pip install resvg-py"),
 }
 """Optional distributions, with their use and the command that installs them."""
 MODULES = {"pillow": "PIL"}

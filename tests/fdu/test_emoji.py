@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import hashlib
+import io
+import itertools
+import json
+import tarfile
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from fdu.cli.names import candidates
 from fdu.cli.program import COMMANDS
 from fdu.subjects.embedded import Emoji
 from fdu.subjects.emoji import emoji_pipeline as emoji
-from fdu.subjects.emoji import objects
-from fdu.subjects.emoji.drawings import PACKAGES, fetch_packages, on_backgrounds, read_backgrounds
+from fdu.subjects.emoji import objects, train_emoji
+from fdu.subjects.emoji.drawings import PACKAGES, fetch_packages, load_drawings, on_backgrounds, read_backgrounds
 from fdu.subjects.emoji.objects import ALL_THINGS, BACKGROUNDS, BY_NAME, NAMES, STYLES, SUPERCLASSES, THINGS
 
 needs_weights = pytest.mark.skipif(not Emoji.data.is_dir(), reason="the weights are not there yet")
@@ -178,3 +184,74 @@ def test_a_wrong_archive_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     good = {name: one._replace(sha256=hashlib.sha256(b"something else").hexdigest()) for name, one in PACKAGES.items()}
     monkeypatch.setattr("fdu.subjects.emoji.drawings.PACKAGES", good)
     fetch_packages(tmp_path)
+
+
+def archive(path: Path, icons: dict[str, Any]) -> str:
+    """Write a package of icons, and return the digest of its file."""
+    content = json.dumps(icons).encode()
+    with tarfile.open(path, "w:gz") as file:
+        entry = tarfile.TarInfo("package/icons.json")
+        entry.size = len(content)
+        file.addfile(entry, io.BytesIO(content))
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_icons_are_drawn_on_a_square_with_alpha(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("resvg_py")
+    fox = {"body": '<path fill="#f00" d="M0 0h32v16h-32z"/>', "width": 32, "height": 16}
+    icons = {"icons": {"canine": fox}, "aliases": {"fox": {"parent": "canine"}}, "width": 32, "height": 32}
+    for package in PACKAGES.values():
+        archive(tmp_path / package.archive, icons)
+    monkeypatch.setattr("fdu.subjects.emoji.drawings.ALL_THINGS", (BY_NAME["fox"],))
+    drawn = load_drawings(tmp_path)
+    assert drawn.shape == (1, len(STYLES), 4, 64, 64)
+    red = torch.tensor([1.0, 0, 0, 1])[:, None, None]
+    assert torch.equal(drawn[0, 0, :, 16:48], red.expand(4, 32, 64))
+    assert not drawn[0, 0, :, :16].any() and not drawn[0, 0, :, 48:].any()
+    (image,) = on_backgrounds(drawn[0, :1], torch.tensor([1]))
+    assert torch.equal(image[:, 32, 32], red[:3, 0, 0]) and image[2, 0, 0] == 1
+
+
+def test_training_goes_on_from_its_checkpoint_bit_for_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train_emoji, "CHECKPOINT_EVERY", 3)
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
+
+    def trained(folder: str, stop_at: int | None = None) -> dict[str, torch.Tensor]:
+        (tmp_path / folder).mkdir(exist_ok=True)
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.BatchNorm1d(4), torch.nn.Dropout(0.5))
+        calls = itertools.count()
+
+        def loss() -> torch.Tensor:
+            if next(calls) == stop_at:
+                raise KeyboardInterrupt
+            return model(torch.randn(8, 4)).square().mean()
+
+        train_emoji.Worker(0, 1, 7, tmp_path / folder).train("toy", model, loss, 8, 1e-2)
+        return model.state_dict()
+
+    try:
+        whole = trained("whole")
+        with pytest.raises(KeyboardInterrupt):
+            trained("stopped", stop_at=5)
+        resumed = trained("stopped")
+        again = trained("again")
+    finally:
+        dist.destroy_process_group()
+    for other in (resumed, again):
+        assert all(torch.equal(value, other[name]) for name, value in whole.items())
+
+
+def test_training_prompts_name_what_they_draw() -> None:
+    torch.manual_seed(0)
+    drawn = [train_emoji.random_prompt(place % len(THINGS), place % 4, place % 5) for place in range(2000)]
+    for text, thing, style, background in drawn:
+        words = text.split()
+        assert {STYLES[style]} >= set(words) & set(STYLES)
+        named = [one for one in BACKGROUNDS if text.endswith(objects.background_phrases(one))]
+        assert [BACKGROUNDS[background]] == (named or ["white"])
+        known = (*THINGS[thing].names, *THINGS[thing].superclasses)
+        assert not text or any(f" {name}" in f" {text}" for name in known)
+    texts = [text for text, *_ in drawn]
+    assert 0.08 < texts.count("") / len(texts) < 0.14
+    assert 0.5 < sum("style" in text for text in texts) / len(texts) < 0.65
