@@ -16,7 +16,7 @@ import fdu_kernels as fk
 from fdu.comparison.front import Estimate, Standing, undominated
 from fdu.comparison.gallery import drawn_gallery, galleries
 from fdu.comparison.plan import KL_BY_ALPHA, Comparison, slug
-from fdu.comparison.recommendation import Preference
+from fdu.comparison.recommendation import WEIGHTS, Preference
 from fdu.comparison.results import Results
 from fdu.report.charts import Captioned, Chart, Scale, mark
 from fdu.report.render import setting_rows, templates
@@ -114,6 +114,7 @@ def write_page(
             results=results,
             comparison=comparison,
             chosen=results.recommendations[prefer],
+            weights=WEIGHTS,
             rows=[
                 (key.mark(one, 7, 7, hollow=not one.on_front), one, also(one, same_as))
                 for one in ordered(results.standings)
