@@ -29,13 +29,12 @@ class Demo:
 
     examples: ClassVar[tuple[str, ...]] = (
         "fdu demo",
-        "fdu demo --target strawberry --anchor fruit --out strawberry-out",
-        "fdu demo --target twemoji --anchor noto",
+        "fdu demo digits --target red --anchor black --out red-out",
         "fdu demo digits --divergence pearson_chi2 --s0 4 --max_train_steps 100",
     )
 
     model: Positional[str] = EMBEDDED[0].name
-    """The pipeline: emoji in four styles, or digits in four inks, which take a third of the time."""
+    """The pipeline: emoji in four styles, or digits in four inks. The digits need a third of the time."""
     out: Path = Path("demo-out")
     """Folder for the results."""
     target: str | None = None
@@ -55,7 +54,9 @@ class Demo:
         model = next(one() for one in EMBEDDED if one.name == self.model)
         if (self.target is None) != (self.anchor is None):
             missing = "anchor" if self.anchor is None else "target"
-            raise ValueError(f"{missing} is missing; name it, too, with --{missing}: one of `fdu names {self.model}`")
+            raise ValueError(
+                f"{missing} is missing; add --{missing} with one of the names that `fdu names {self.model}` lists"
+            )
         named = model.example if self.target is None or self.anchor is None else (self.target, self.anchor)
         ((target, anchor),) = model.pairs([named[0]], [named[1]])
         config = model.with_preserved(self.settings.checked(), [target.name])

@@ -47,7 +47,7 @@ class Erase:
     """Concept to erase: a name, or a .txt file with one prompt per line. Repeat the option for further concepts."""
     anchor: UseAppendAction[tuple[str, ...]]
     """Concept that replaces the target, in the same forms: a superclass ("painting"), another concept, or "" for
-    nothing. Emoji and digits do not know ""; use a superclass there. Give one anchor for all targets, or one per
+    nothing. The pipelines of fdu do not know ""; use a superclass there. Give one anchor for all targets, or one per
     target in the same order."""
     out: Path
     """Folder for the result."""

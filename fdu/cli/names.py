@@ -1,6 +1,7 @@
 """``fdu names``: what can be erased from a pipeline of fdu; and the completion of command lines in a shell.
 
-``complete -o filenames -C 'fdu names' fdu`` makes bash ask this command, and so does zsh after ``bashcompinit``.
+``complete -o filenames -o default -C 'fdu names' fdu`` makes bash ask this command, and so does zsh after
+``bashcompinit``.
 """
 
 from __future__ import annotations
@@ -24,10 +25,10 @@ LINE, POINT = "COMP_LINE", "COMP_POINT"
 class Names:
     """List the concepts that can be erased from a pipeline of fdu.
 
-    For completion in bash: complete -o filenames -C 'fdu names' fdu
+    For completion in bash: complete -o filenames -o default -C 'fdu names' fdu
     """
 
-    examples: ClassVar[tuple[str, ...]] = ("fdu names emoji", "complete -o filenames -C 'fdu names' fdu")
+    examples: ClassVar[tuple[str, ...]] = ("fdu names emoji", "complete -o filenames -o default -C 'fdu names' fdu")
 
     model: Positional[str] = EMBEDDED[0].name
     """The pipeline: emoji or digits."""
@@ -42,6 +43,7 @@ class Names:
         def work() -> None:
             for kind, names in by_kind.items():
                 print(f"{kind}: {', '.join(names)}")
+            print(f"only as an anchor: {nothing_of(self.model)}")
 
         return work
 
@@ -49,6 +51,11 @@ class Names:
 def names_of(model: str) -> dict[str, tuple[str, ...]]:
     """What can be erased from a pipeline of fdu, by kind; empty for any other model."""
     return next((one().names() for one in EMBEDDED if one.name == model), {})
+
+
+def nothing_of(model: str) -> str:
+    """The anchor that names no concept of its own."""
+    return next(one.nothing for one in EMBEDDED if one.name == model)
 
 
 def complete(commands: Mapping[str, type]) -> bool:
@@ -77,6 +84,10 @@ def _possible(before: list[str], commands: Mapping[str, type]) -> Collection[str
     models = [one.name for one in EMBEDDED]
     named = next((one for one in before[1:] if one in models), models[0] if before[0] == "demo" else "")
     if before[-1] in ("--target", "--anchor"):
-        return [name for names in names_of(named).values() for name in names]
-    options = [f"--{name}" for name in option_names(commands[before[0]])[0]]
-    return options if len(before) > 1 or before[0] == "demo" else [*models, *options]
+        names = [name for names in names_of(named).values() for name in names]
+        return [*names, nothing_of(named)] if names and before[-1] == "--anchor" else names
+    options, _, positional = option_names(commands[before[0]])
+    if before[-1].startswith("--"):
+        return ()  # a value of the option, or the next option: the shell offers files
+    offered = [f"--{name}" for name in sorted(options - positional)]
+    return [*models, *offered] if len(before) == 1 and positional & {"model", "base"} else offered

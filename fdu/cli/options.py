@@ -110,7 +110,7 @@ def check_typed(arguments: Sequence[str], commands: Mapping[str, type]) -> None:
     if command not in commands:
         hint = _meant(command, commands)
         raise ValueError(f"there is no command {command!r}{hint} The commands are {', '.join(commands)}")
-    options, repeated = option_names(commands[command])
+    options, repeated, _ = option_names(commands[command])
     for i, word in enumerate(rest):
         if not word.startswith("--") or word == "--":
             continue
@@ -126,9 +126,9 @@ def check_typed(arguments: Sequence[str], commands: Mapping[str, type]) -> None:
             raise ValueError(f"--{typed} takes one name; repeat the option for each further name: {again}")
 
 
-def option_names(command: type) -> tuple[set[str], set[str]]:
-    """The names of a command's options, and which of them can be repeated."""
-    names, repeated = set(), set()
+def option_names(command: type) -> tuple[set[str], set[str], set[str]]:
+    """The names of a command's arguments, which of them can be repeated, and which have a place instead of a name."""
+    names, repeated, positional = set(), set(), set()
     for field in dataclasses.fields(command):
         made_by = field.default_factory
         if isinstance(made_by, type) and issubclass(made_by, Settings):
@@ -137,7 +137,9 @@ def option_names(command: type) -> tuple[set[str], set[str]]:
             names.add(field.name)
         if "UseAppendAction" in str(field.type):
             repeated.add(field.name)
-    return names, repeated
+        if "Positional" in str(field.type):
+            positional.add(field.name)
+    return names, repeated, positional
 
 
 def _meant(typed: str, known: Collection[str], prefix: str = "") -> str:

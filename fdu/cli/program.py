@@ -66,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if given[:1] == ["--version"]:
         print(f"fdu {fdu.__version__}")
         return OK
-    if complete(COMMANDS):
+    if given[:1] == ["names"] and complete(COMMANDS):
         return OK
     _quiet()
     phase = USAGE

@@ -30,7 +30,7 @@ def check_model(model: str, argument: str = "MODEL", embedded: Sequence[str] = (
     Args:
         model: a pipeline's folder or a hub id.
         argument: name of the argument in errors.
-        embedded: names of embedded pipelines, which errors offer too.
+        embedded: names of the pipelines of fdu, which errors offer too.
 
     Raises:
         ValueError: an empty name.

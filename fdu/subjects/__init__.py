@@ -1,1 +1,1 @@
-"""Subjects of an erasure: the digits pipeline or any other, with prompts, probes and judges."""
+"""Subjects of an erasure: a pipeline of fdu or any other, with prompts, probes and judges."""

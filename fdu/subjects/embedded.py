@@ -70,6 +70,8 @@ class EmbeddedPipeline(Subject):
     """The weights of its judge."""
     example: ClassVar[tuple[str, str]]
     """The target and the anchor of a demo."""
+    nothing: ClassVar[str]
+    """The anchor that names no concept of its own."""
     light = judges_itself = True
 
     def __init__(self, model: str = "") -> None:
@@ -150,7 +152,7 @@ class Digits(EmbeddedPipeline):
     name, title = "digits", "the digits pipeline of fdu"
     data = Path(__file__).parent / "digits" / "data" / "pipeline"
     classifier = data.with_name("classifier.safetensors")
-    example = ("three", "eight")
+    example, nothing = ("three", "eight"), "digit"
 
     @property
     def content(self) -> Content:
@@ -172,7 +174,7 @@ class Emoji(EmbeddedPipeline):
     name, title = "emoji", "the emoji pipeline of fdu"
     data = Path(__file__).parent / "emoji" / "data" / "pipeline"
     classifier = data.with_name("classifier.safetensors")
-    example = ("fox", "wolf")
+    example, nothing = ("fox", "wolf"), "emoji"
 
     @property
     def content(self) -> Content:

@@ -24,12 +24,12 @@ def subject_of(model: str, argument: str = "MODEL") -> Subject:
     """The subject of that name; nothing is loaded.
 
     Args:
-        model: a pipeline's folder, a hub id (org/name), or the name of an embedded pipeline.
+        model: a pipeline's folder, a hub id (org/name), or the name of a pipeline of fdu.
         argument: its name in errors.
 
     Raises:
         ValueError: no name.
-        FileNotFoundError: neither a pipeline's folder, nor an embedded pipeline, nor of the form of a hub id.
+        FileNotFoundError: neither a pipeline's folder, nor a pipeline of fdu, nor of the form of a hub id.
     """
     subject = find_subject(model)
     if not subject.title:

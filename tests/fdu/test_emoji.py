@@ -6,6 +6,7 @@ import hashlib
 import io
 import itertools
 import json
+import re
 import tarfile
 from collections import Counter
 from pathlib import Path
@@ -15,6 +16,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from fdu.cli import main
 from fdu.cli.names import candidates
 from fdu.cli.program import COMMANDS
 from fdu.subjects.embedded import Emoji
@@ -104,10 +106,20 @@ def test_prompts_name_every_style_and_background_or_every_object_and_none(target
 def test_every_concept_has_prompts_to_preserve_and_classes_that_judge_it() -> None:
     for target in NAMES:
         anchor = "emoji" if target in STYLES else "food" if target == "animal" else "animal"
-        erased = {*emoji.concepts(target, anchor)[0].prompts}
+        concept, _ = emoji.concepts(target, anchor)
+        gone = [target] if target in STYLES else [target, *(thing.name for thing in objects.members(target))]
         kept = emoji.preserved(target)
-        assert len(kept) > 1 and not erased & set(kept), target
+        named = re.compile(rf"\b({'|'.join(gone)})\b")
+        assert len(kept) > 1 and not set(concept.prompts) & set(kept), target
+        for text in (text for text in kept if named.search(text)):
+            # "a picture of a hot dog" is not about a dog.
+            assert any(f" {name}" in text and named.search(name) for name in BY_NAME if name not in gone), text
         probes = emoji.probes(target)
+        for probe in probes[2:]:
+            assert probe.name not in gone
+            assert probe.name not in SUPERCLASSES or not any(
+                f" {thing.name} " in f" {text} " for text in probe.prompts for thing in objects.members(probe.name)
+            ), probe.name
         names = [probe.name for probe in probes if probe.role != "unseen"]
         assert names[0] == target and len(set(names)) == len(names), target
         roles = Counter(probe.role for probe in probes)
@@ -150,7 +162,7 @@ def test_what_it_does_not_know_is_refused(target: str, anchor: str, message: str
         ("fdu erase emoji --target polar\\ b", ["polar bear"]),
         ("fdu erase emoji --target 'pol", ["polar bear"]),
         ("fdu erase emoji --target fox --anchor rept", ["reptile"]),
-        ("fdu demo --target twem", ["twemoji"]),
+        ("fdu demo emoji --target twem", ["twemoji"]),
         ("fdu erase emoji --targ", ["--target"]),
         ("fdu unknown ", []),
     ],
@@ -159,12 +171,40 @@ def test_the_command_line_completes_names(line: str, expected: list[str]) -> Non
     assert [name for name in candidates(line, COMMANDS) if name != "digits"] == expected
 
 
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("fdu er", ["erase"]),
+        ("fdu evaluate dig", ["digits"]),
+        ("fdu erase digits --target t", ["three", "two"]),
+        ("fdu erase digits --anchor d", ["digit"]),
+        ("fdu demo digits --target thr", ["three"]),
+        ("fdu erase digits --divergence ", []),
+        ("fdu erase digits --mod", []),
+        ("fdu erase digits --targ", ["--target"]),
+        ("fdu divergences ", ["--json", "--markdown"]),
+        ("fdu unknown ", []),
+    ],
+)
+def test_the_command_line_completes_what_fits(line: str, expected: list[str]) -> None:
+    assert candidates(line, COMMANDS) == expected
+
+
+def test_a_variable_of_the_shell_does_not_change_other_commands(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COMP_LINE", "fdu er")
+    assert main(["names", "fdu", "er", "fdu"]) == 0 and capsys.readouterr().out == "erase\n"
+    assert main(["--version"]) == 0 and "erase" not in capsys.readouterr().out
+    assert main(["names", "org/model"]) == 0  # bash always calls it so
+    monkeypatch.delenv("COMP_LINE")
+    assert main(["names", "digits"]) == 0 and "only as an anchor: digit\n" in capsys.readouterr().out
+
+
 @needs_weights
 def test_the_shell_gets_its_candidates(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    from fdu.cli import main
-
     monkeypatch.setenv("COMP_LINE", "fdu erase emoji --target straw")
-    assert main(["fdu", "straw", "--target"]) == 0 and capsys.readouterr().out == "strawberry\n"
+    assert main(["names", "fdu", "straw", "--target"]) == 0 and capsys.readouterr().out == "strawberry\n"
     monkeypatch.delenv("COMP_LINE")
     assert main(["names", "emoji"]) == 0 and "style: noto, twemoji, fluent, ink\n" in capsys.readouterr().out
     assert main(["names", "org/model"]) == 2 and "MODEL 'org/model' is no pipeline of fdu" in capsys.readouterr().err

@@ -46,7 +46,7 @@ SUPERCLASS_NOUNS = GENERIC_NOUNS[:3]
 
 
 NOTES = (
-    "The images come from the pipeline embedded in fdu, trained from scratch on scikit-learn's handwritten digits (E. "
+    "The images come from the digits pipeline of fdu, trained from scratch on scikit-learn's handwritten digits (E. "
     "Alpaydin and C. Kaynak, Optical Recognition of Handwritten Digits, UCI Machine Learning Repository, CC BY 4.0), "
     "drawn in one of four ink colours. The judge is a classifier trained only on the real digits.",
     "The text embeddings of this small pipeline separate concepts far better than those of a real CLIP, so erasing one "

@@ -1,7 +1,7 @@
 """The emoji pipeline: a latent text-to-image pipeline of 195 objects in four styles; its concepts, probes and judges.
 
 An ordinary diffusers ``StableDiffusionPipeline`` folder of 15 MB, trained from scratch by ``train_emoji.py`` on open
-sets of emoji. Nothing separates its text embeddings, so a concept has natural neighbours: a fox is close to a wolf.
+sets of emoji. No penalty separates its text embeddings, so neighbours overlap: a fox is close to a wolf.
 """
 
 from __future__ import annotations
@@ -11,8 +11,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
-from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -69,11 +67,6 @@ JUDGE_LAYERS = ("thing.3", "thing.7", "thing.11", "thing.15", "style.3", "style.
 """Submodules of the classifier: the outputs of its convolutional blocks."""
 JUDGE_FEATURES = ("thing.16", "style.16")
 """The inputs of its last layers: the flattened outputs of the blocks."""
-
-
-def load_pipeline(dtype: torch.dtype = torch.float32) -> StableDiffusionPipeline:
-    """The pipeline, on the CPU."""
-    return StableDiffusionPipeline.from_pretrained(PIPELINE_FOLDER, dtype=dtype)
 
 
 def load_classifier(folder: Path = DATA) -> EmojiClassifier:
@@ -165,12 +158,18 @@ def _hint(name: str, known: Sequence[str]) -> str:
         return f"; that is a synonym of {owners[0]!r}"
     if name in BY_NAME and BY_NAME[name].held_out:
         return "; the pipeline was trained without it"
-    return closest(name, known)
+    return "" if name in (*NAMES, ANY_STYLE) else closest(name, known)  # known, but of another kind
 
 
 def _inside(name: str) -> set[str]:
     """The objects of a superclass; an object is its own."""
     return {thing.name for thing in members(name)} if name in SUPERCLASSES else {name}
+
+
+def _gone(targets: Sequence[str]) -> set[str]:
+    """What is erased with these targets: they, the objects of superclasses, and superclasses without other objects."""
+    objects = set().union(*map(_inside, targets))
+    return {*targets, *objects, *(name for name in SUPERCLASSES if _inside(name) <= objects)}
 
 
 class Phrase(NamedTuple):
@@ -185,26 +184,22 @@ class Phrase(NamedTuple):
 def phrases(target: str, name: str, seen: bool = True) -> list[Phrase]:
     """Phrasings of ``target``, with ``name`` in its place: those of the training, or others that it never sees.
 
-    Four of five name a style, one of three a background. Unseen phrasings share no frame, noun or phrase with the seen
+    Four of five name a style, every other a background. Unseen phrasings share no frame, noun or phrase with the seen
     ones, and an object's synonyms are among them.
     """
     frames = SEEN_FRAMES if seen else UNSEEN_FRAMES
     found = []
     for place in range(PROMPTS):
-        words = 0 if seen else 1 + place % 2
+        words = 0 if seen else 1 + place // 2 % 2
         if target in STYLES:
             thing, style = SPREAD[2 * place + (not seen)].name, name
         else:
             own = [target, *(thing.name for thing in members(target))]
             thing, style = own[place % len(own)] if name == target else name, ("", *STYLES)[place % 5]
         style = "" if style == ANY_STYLE else style
-        background = BACKGROUNDS[place // 3 % len(BACKGROUNDS)] if place % 3 == 2 else ""
-        options = nouns(thing)[:2]
-        if not seen:
-            options = (
-                *nouns(thing)[3:],
-                *(nouns(word)[0] for word in (BY_NAME[thing].synonyms if thing in BY_NAME else ())),
-            )
+        background = BACKGROUNDS[place // 2 % len(BACKGROUNDS)] if (place + place // 4) % 2 else ""
+        synonyms = BY_NAME[thing].synonyms if thing in BY_NAME else ()
+        options = nouns(thing)[:2] if seen else (*nouns(thing)[3:], *(nouns(word)[0] for word in synonyms))
         text = prompt(
             options[place // 4 % len(options)],
             style_phrases(style)[words] if style else "",
@@ -216,10 +211,14 @@ def phrases(target: str, name: str, seen: bool = True) -> list[Phrase]:
 
 
 def relatives(target: str) -> list[Thing]:
-    """The objects close to an object or a superclass, but not of it: the closest in the list first."""
+    """The objects close to an object or a superclass, but not of it: the closest in the list first.
+
+    They share the narrow superclass of an object, and the wide one of a narrow superclass.
+    """
     if target in SUPERCLASSES:
         wide = members(target)[0].superclasses[1]
-        return [thing for thing in SPREAD if wide in thing.superclasses and thing not in members(target)]
+        outside = [thing for thing in SPREAD if target not in thing.superclasses]
+        return [thing for thing in outside if target == wide or wide in thing.superclasses]
     place = THINGS.index(BY_NAME[target])
     near = [thing for thing in members(BY_NAME[target].superclasses[0]) if thing.name != target]
     return sorted(near, key=lambda thing: abs(THINGS.index(thing) - place))
@@ -229,15 +228,16 @@ def preserved(*targets: str) -> tuple[str, ...]:
     """Prompts to keep when ``targets`` are erased: superclasses and relatives, or the other styles, with and without
     a style."""
     found: list[str] = []
-    styles = [style for style in STYLES if style not in targets]
+    gone = _gone(targets)
+    styles = [style for style in STYLES if style not in gone]
     for target in targets:
         if target in STYLES:
             things: Sequence[Thing] = SPREAD[2 * PROMPTS : 3 * PROMPTS]
         else:
             things = relatives(target)
             above = SUPERCLASSES if target in SUPERCLASSES else BY_NAME[target].superclasses
-            found += [prompt(nouns(name)[0]) for name in above if not {name, target} <= set(targets)]
-        for place, thing in enumerate(one for one in things if one.name not in targets):
+            found += [prompt(nouns(name)[0]) for name in above if name not in gone]
+        for place, thing in enumerate(one for one in things if one.name not in gone):
             noun = nouns(thing.name)[0]
             found += [prompt(noun, style_phrases(styles[place % len(styles)])[0]), prompt(noun)]
     return tuple(dict.fromkeys(found))
@@ -248,7 +248,7 @@ def probes(target: str, *others: str) -> list[Probe]:
 
     ``others`` were erased as well, and are neither to be retained nor lost.
     """
-    gone = set().union(*map(_inside, (target, *others)), (target, *others))
+    gone = _gone((target, *others))
     far = [thing.name for thing in SPREAD if thing.name not in gone]
     styles = [style for style in STYLES if style not in gone]
     found = [_asking(target, seen=True), _asking(target, seen=False)]
@@ -257,7 +257,7 @@ def probes(target: str, *others: str) -> list[Probe]:
         return found + [_probe(name, "cross_domain") for name in far[:FAR]]
     near = [thing.name for thing in relatives(target) if thing.name not in gone][:NEAR]
     above = (BY_NAME[target] if target in BY_NAME else members(target)[0]).superclasses
-    far = [name for name in far if above[1] not in BY_NAME[name].superclasses][:FAR]
+    far = [name for name in far if above[1] not in BY_NAME[name].superclasses and name not in near][:FAR]
     found += [_probe(name, "retained", "near") for name in near]
     found += [_probe(name, "retained", "generic") for name in above if name not in gone]
     found += [_probe(name, "retained", "unrelated") for name in far]
@@ -276,5 +276,6 @@ def _asking(target: str, seen: bool) -> Probe:
 
 
 def _probe(name: str, role: Role, group: Group = "near") -> Probe:
-    """The probe of a class to retain."""
-    return Probe(name, tuple(one.text for one in phrases(name, name)), role, judge_of(name), group)
+    """The probe of a class to retain; the prompts of a superclass name none of its objects."""
+    asked = phrases(name if name in STYLES else "", name)
+    return Probe(name, tuple(one.text for one in asked), role, judge_of(name), group)

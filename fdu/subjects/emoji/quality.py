@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -29,7 +29,7 @@ from fdu.subjects.emoji.objects import (
 )
 
 SHEET_STEP, SHEET_COLUMNS = 4, 7
-"""Every which object the contact sheet shows, and how many beside one another."""
+"""The contact sheet shows every fourth object, seven in a row."""
 
 
 @torch.no_grad()
@@ -85,7 +85,7 @@ def measure(pipeline: StableDiffusionPipeline, data: Path, per_class: int, seed:
 
     def agreeing(kind: str, images: list[Tensor], wanted: list[str]) -> float:
         answers = map(judges[kind], images)
-        return mean([answer == name for one in answers for answer, name in zip(one, wanted, strict=True)])
+        return fmean([answer == name for one in answers for answer, name in zip(one, wanted, strict=True)])
 
     by_object, images = drawn({thing.name: thing.name for thing in THINGS})
     by_superclass, _ = drawn({name: name for name in SUPERCLASSES})
@@ -93,21 +93,16 @@ def measure(pipeline: StableDiffusionPipeline, data: Path, per_class: int, seed:
     held_out, _ = drawn({thing.name: thing.name for thing in ALL_THINGS if thing.held_out})
     return {
         "images_per_class": per_class,
-        "object_accuracy": mean(by_object.values()),
+        "object_accuracy": fmean(by_object.values()),
         "style_accuracy": agreeing("style", images, styles),
         "background_accuracy": agreeing("background", images, backgrounds),
-        "superclass_accuracy": mean(by_superclass.values()),
-        "synonym_accuracy": mean(by_synonym.values()),
-        "held_out_accuracy": mean(held_out.values()),
+        "superclass_accuracy": fmean(by_superclass.values()),
+        "synonym_accuracy": fmean(by_synonym.values()),
+        "held_out_accuracy": fmean(held_out.values()),
         "objects_below_1": {name: share for name, share in by_object.items() if share < 1},
         "superclasses_below_1": {name: share for name, share in by_superclass.items() if share < 1},
         "synonyms_below_1": {name: share for name, share in by_synonym.items() if share < 1},
     }
-
-
-def mean(shares: Collection[float]) -> float:
-    """The mean of some numbers."""
-    return sum(shares) / len(shares)
 
 
 def contact_sheet(pipeline: StableDiffusionPipeline, drawings: Tensor, seed: int) -> Image.Image:
