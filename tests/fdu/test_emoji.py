@@ -256,7 +256,7 @@ def test_training_goes_on_from_its_checkpoint_bit_for_bit(tmp_path: Path, monkey
     monkeypatch.setattr(train_emoji, "CHECKPOINT_EVERY", 3)
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
 
-    def trained(folder: str, stop_at: int | None = None) -> dict[str, torch.Tensor]:
+    def trained(folder: str, stop_at: int | None = None, steps: int = 8) -> dict[str, torch.Tensor]:
         (tmp_path / folder).mkdir(exist_ok=True)
         torch.manual_seed(0)
         model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.BatchNorm1d(4), torch.nn.Dropout(0.5))
@@ -267,7 +267,7 @@ def test_training_goes_on_from_its_checkpoint_bit_for_bit(tmp_path: Path, monkey
                 raise KeyboardInterrupt
             return model(torch.randn(8, 4)).square().mean()
 
-        train_emoji.Worker(0, 1, 7, tmp_path / folder).train("toy", model, loss, 8, 1e-2)
+        train_emoji.Worker(0, 1, 7, tmp_path / folder).train("toy", model, loss, steps, 1e-2)
         return model.state_dict()
 
     try:
@@ -276,6 +276,8 @@ def test_training_goes_on_from_its_checkpoint_bit_for_bit(tmp_path: Path, monkey
             trained("stopped", stop_at=5)
         resumed = trained("stopped")
         again = trained("again")
+        with pytest.raises(ValueError, match="'steps': 8.*'steps': 9.*--work"):
+            trained("again", steps=9)
     finally:
         dist.destroy_process_group()
     for other in (resumed, again):

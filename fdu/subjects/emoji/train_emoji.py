@@ -74,13 +74,19 @@ class Worker:
         """Minimise a loss with AdamW, warm-up and cosine decay, from the last checkpoint on; the averaged weights.
 
         The random numbers of a step follow from the seed, the step and the process alone.
+
+        Raises:
+            ValueError: the checkpoint is of a run with another seed, another number of processes or of steps.
         """
+        run = {"seed": self.seed, "workers": self.count, "steps": steps}
         parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         optimizer = torch.optim.AdamW(parameters, lr=learning_rate, betas=(0.9, 0.99), weight_decay=1e-2)
         average = {name: value.clone() for name, value in model.state_dict().items()}
         path, start = self.work / f"{what}.checkpoint", 0
         if path.exists():
             saved = torch.load(path, weights_only=True)
+            if saved["run"] != run:
+                raise ValueError(f"{path} is of a run with {saved['run']}, not {run}; give another --work")
             model.load_state_dict(saved["model"])
             optimizer.load_state_dict(saved["optimizer"])
             average, start = saved["average"], saved["step"]
@@ -111,6 +117,7 @@ class Worker:
                 bar.set_postfix(loss=f"{value.item():.4f}", refresh=False)
             if self.rank == 0 and ((step + 1) % CHECKPOINT_EVERY == 0 or step + 1 == steps):
                 saved = {
+                    "run": run,
                     "model": model.state_dict(),
                     "optimizer": optimizer.state_dict(),
                     "average": average,
