@@ -102,9 +102,10 @@ class Comparison:
     device: str = "cpu"
     prompts: str | None = None
     """The concept set to draw, as :func:`fdu.subjects.concept_sets.concept_set` takes it. None: the set with the
-    target's name, otherwise the training prompts. emoji and digits have their own."""
+    target's name, otherwise the training prompts. The emoji and digits pipelines have their own."""
     judge: str | None = None
-    """The image-text encoder that judges: a folder or hub id. None: the default. emoji and digits have their own."""
+    """The image-text encoder that judges: a folder or hub id. None: the default. The emoji and digits pipelines
+    have their own."""
 
     def __post_init__(self) -> None:
         for name in ("pairs", "candidates", "seeds"):
@@ -159,7 +160,7 @@ class Comparison:
             ValueError: names, a concept set or a judge that do not go with the model.
         """
         if self.judge is not None and self.subject.judges_itself:
-            raise ValueError("judge: emoji and digits have their own; leave it out")
+            raise ValueError(f"judge: {self.subject.title} has its own; leave it out")
         for target, _ in self.pairs:
             self.exam(target)
 

@@ -27,8 +27,6 @@ HARDLY = 0.5
 """Erased share below which the target is still there."""
 FEWEST_TO_TELL = 6
 """Fewest images for a sign test at 5 %: if five all point in one direction, p is still 2 / 2^5 = 6 %."""
-ELSE = "what else the target's prompts ask for"
-"""The attributes in words."""
 NAMED = 4
 """Most candidates named in a sentence; it gives the number of the others."""
 
@@ -59,10 +57,10 @@ def recommend(sample: Sample, prefer: Preference, before: Mapping[str, float] | 
     F = (1 + b^2) e r / (b^2 e + r) of the erased share e and the retained share r is 0 if either is 0, so neither
     doing nothing nor destroying everything can win. Candidates tie if the interval of their difference from the best
     contains 0. Among ties, candidates that erased less than half are skipped if others erased more. Then those are
-    passed over that clearly keep less of what else the target's prompts ask for than the one that keeps most. The tie
-    goes to the candidate that clearly changed the images of other classes least, except for the preference "erasure",
-    because a candidate that erases less also changes less. A winner is certain only if the 95 % interval of its erased
-    share stays at or above one half.
+    passed over that clearly keep less of the target's attributes than the one that keeps most. The tie goes to
+    the candidate that clearly changed the images of other classes least, except for the preference "erasure", because
+    a candidate that erases less also changes less. A winner is certain only if the 95 % interval of its erased share
+    stays at or above one half.
 
     Args:
         sample: the figures.
@@ -143,7 +141,7 @@ class _Choice(NamedTuple):
     """Whether it is better than the others by more than chance explains."""
     why: str = ""
     losing: tuple[int, ...] = ()
-    """The tied candidates that clearly keep less of what else the target's prompts ask for."""
+    """The tied candidates that clearly keep less of the target's attributes."""
 
 
 def _among_ties(sample: Sample, ties: list[int], values: np.ndarray, prefer: Preference) -> _Choice:
@@ -158,7 +156,7 @@ def _among_ties(sample: Sample, ties: list[int], values: np.ndarray, prefer: Pre
     losing = _losing(sample, able)
     if losing:
         labels = [sample.candidates[place].label for place in losing]
-        skipped += f"Passed over, because they keep less of {ELSE}: {_listed(labels)}. "
+        skipped += f"Passed over, because they keep less of the target's attributes: {_listed(labels)}. "
         able = [place for place in able if place not in losing]
         if len(able) == 1:
             return _Choice(able[0], not passed, skipped, losing)
@@ -184,7 +182,7 @@ def _among_ties(sample: Sample, ties: list[int], values: np.ndarray, prefer: Pre
 
 
 def _losing(sample: Sample, places: Sequence[int]) -> tuple[int, ...]:
-    """The candidates that clearly keep less of what else the target's prompts ask for than the one that keeps most."""
+    """The candidates that clearly keep less of the target's attributes than the one that keeps most."""
     attributes = sample.values["attributes"]
     if np.isnan(attributes).any() or sample.images["attributes"] < FEWEST_TO_TELL:
         return ()
@@ -194,20 +192,20 @@ def _losing(sample: Sample, places: Sequence[int]) -> tuple[int, ...]:
 
 
 def _lost_attributes(sample: Sample, one: Candidate) -> list[str]:
-    """What a candidate keeps of what else the target's prompts ask for, and whether another that erases as much keeps
-    clearly more."""
+    """What a candidate keeps of the target's attributes, and whether another that erases as much, within chance, or
+    clearly more, keeps clearly more of them."""
     kept = sample.estimate("attributes", one)
     if math.isnan(kept.value):
         return []
-    found = [f"Of {ELSE}, {one.label} keeps {percent(kept.value)} ({_range(kept)})."]
+    found = [f"{one.label} keeps {percent(kept.value)} of the target's attributes ({_range(kept)})."]
     if sample.images["attributes"] >= FEWEST_TO_TELL:
-        even = [other for other in sample.candidates if sample.difference("erased", other, one).sign == 0]
+        even = [other for other in sample.candidates if sample.difference("erased", other, one).sign >= 0]
         gaps = [(other, sample.difference("attributes", other, one)) for other in even]
         more = [(other, gap) for other, gap in gaps if gap.sign > 0]
         if more:
             other, gap = max(more, key=lambda pair: pair[1].value)
             found.append(
-                f"{other.label} erases as much, within chance, and keeps {100 * gap.value:.1f} points more of it "
+                f"{other.label} erases at least as much and keeps {100 * gap.value:.1f} points more of the attributes "
                 f"({_range(gap, 100, 1)})."
             )
     return found

@@ -1,4 +1,4 @@
-"""Feature extractors: CLIP models by folder or hub id, and any module, among them the embedded judge."""
+"""Feature extractors: CLIP models by folder or hub id, and any module, such as a pipeline's own judge."""
 
 from __future__ import annotations
 

@@ -6,6 +6,8 @@ import dataclasses
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
+from fdu.evaluation.intervals import reach_unseen
+
 if TYPE_CHECKING:
     from fdu.evaluation import Evaluation, Probe
     from fdu.evaluation.intervals import Interval
@@ -23,9 +25,13 @@ UNTOLD_DROP = 0.5
 """The rest is not called kept, not even probably, if some share of it may have dropped by more than this."""
 MEAN_DROP = 0.05
 """A group of classes loses accuracy if its mean share drops by more than this."""
-ATTRIBUTE_DROP = 0.1
-"""The target's prompts lose an attribute if its share drops by more than this fraction of the share before. Judges of
+ATTRIBUTE_DROP = 0.15
+"""The target's images lose an attribute if its share drops by more than this fraction of the share before. Judges of
 attributes such as scenes miss many even before the erasure, so the drop is relative."""
+ATTRIBUTE_DOUBT = 0.3
+"""An attribute that did not drop by more than allowed leaves the verdict open only if it may have dropped by more than
+this fraction of the share before. Only some prompts name it: 20 images that all agree leave 17 % possible, 10 leave
+31 %."""
 GROUPS = {"near": "its neighbours", "generic": "everyday subjects", "unrelated": "unrelated subjects"}
 """The groups of retained classes in words."""
 NAMED_CLASSES = 3
@@ -45,7 +51,8 @@ class Verdict:
     """Whether the retained classes, each group of them, the classes of another kind, and what else the target's
     prompts ask for are drawn as before; False if the retained classes were rarely drawn before."""
     sure: bool
-    """Whether the 95 % intervals of the target, of every group, class and attribute allow no other verdict."""
+    """Whether the 95 % intervals of the target, of every group and class allow no other verdict, and those of the
+    attributes no drop by more than ``ATTRIBUTE_DOUBT``. A group whose images all agree is sure."""
     headline: str
     sentences: tuple[str, ...]
 
@@ -147,6 +154,8 @@ class _Drop(NamedTuple):
     """In words, as part of a sentence."""
     figure: str
     allowed: float
+    tolerated: float
+    """The drop that the interval may leave possible, at least ``allowed``."""
     by: float
     least: float
     most: float
@@ -156,32 +165,61 @@ class _Drop(NamedTuple):
         """Whether it dropped by more than allowed and by more than chance explains."""
         return self.by > self.allowed and self.least > 0
 
+    @property
+    def open(self) -> bool:
+        """Whether it may have dropped by more than allowed, or, where only ``most`` says so, than tolerated."""
+        return self.most > (self.allowed if self.by > self.allowed else self.tolerated)
 
-def _drop(evaluation: Evaluation, name: str, figure: str, allowed: float) -> _Drop:
+
+def _drop(evaluation: Evaluation, name: str, figure: str, allowed: float, tolerated: float | None = None) -> _Drop:
+    """The drop of a figure; ``tolerated`` is ``allowed`` by default."""
+    tolerated = allowed if tolerated is None else tolerated
     by = evaluation.before.value(figure) - evaluation.after.value(figure)
     low, high = evaluation.intervals.get(f"difference.{figure}", (-by, -by))
     # A drop of just what is allowed is allowed, whatever the last digits say.
-    return _Drop(name, figure, *(round(one, DECIMALS) for one in (allowed, by, -high, -low)))
+    return _Drop(name, figure, *(round(one, DECIMALS) for one in (allowed, tolerated, by, -high, -low)))
 
 
-def _attribute_drops(evaluation: Evaluation, target: str) -> list[_Drop]:
+def _group_drop(evaluation: Evaluation, probes: Sequence[Probe], group: str) -> _Drop:
+    """The drop of a group's mean share. A group of two classes may drop by what images that all agree leave possible,
+    6 % at 32 images per class; each of its classes has its own bound."""
+    images = evaluation.images_per_class * sum(one.role == "retained" and one.group == group for one in probes)
+    tolerated = max(MEAN_DROP, reach_unseen(images)) if images else MEAN_DROP
+    return _drop(evaluation, GROUPS[group], f"retained_by_group.{group}", MEAN_DROP, tolerated)
+
+
+def _class_drops(evaluation: Evaluation, probes: Sequence[Probe]) -> list[_Drop]:
+    """The drops of the retained classes and those of another kind, worst first."""
+    names = (*names_of(probes, "retained"), *names_of(probes, "cross_domain"))
+    return sorted((_drop(evaluation, name, f"per_class.{name}", CLASS_DROP) for name in names), key=lambda one: -one.by)
+
+
+def _attribute_drops(evaluation: Evaluation) -> list[_Drop]:
     """The drops of each attribute, and of all together if there are several; none if the prompts ask for nothing."""
     before = evaluation.before
-    figures = {f"attributes.{name}": f"the {name} that prompts for {target} ask for" for name in before.attributes}
+    figures = {f"attributes.{name}": f"the {name} of its images" for name in before.attributes}
     if len(figures) > 1:
-        figures["attribute_accuracy"] = f"what else prompts for {target} ask for"
-    return [_drop(evaluation, name, one, ATTRIBUTE_DROP * before.value(one)) for one, name in figures.items()]
+        figures["attribute_accuracy"] = "the attributes of its images"
+    return [
+        _drop(evaluation, name, one, ATTRIBUTE_DROP * before.value(one), ATTRIBUTE_DOUBT * before.value(one))
+        for one, name in figures.items()
+    ]
 
 
 def _attribute_sentences(evaluation: Evaluation, target: str, lost: Sequence[str]) -> list[str]:
-    """The shares of what else the target's prompts ask for, and the attributes that they lost."""
+    """The shares of what else the target's prompts ask for, and the attributes that its images lost."""
     before, after = evaluation.before, evaluation.after
-    if before.attribute_accuracy is None or after.attribute_accuracy is None:
+    if not before.attributes:
         return []
-    detail = [f"{name}: {_shares(share, after.attributes[name])}" for name, share in before.attributes.items()]
-    shares = _shares(before.attribute_accuracy, after.attribute_accuracy)
-    named = "; ".join(detail if len(detail) > 1 else before.attributes)
-    sentences = [f"Of what else prompts for {target} ask for, the judges found {shares} ({named})."]
+    named = joined([f"{'an' if name[0] in 'aeiou' else 'a'} {name}" for name in before.attributes])
+    several = len(before.attributes) > 1
+    found = [
+        f"{f'the {name}' if several else 'it'} in {percent(share)}{'' if place else ' of the images'} before and in "
+        f"{percent(after.attributes[name])} after"
+        for place, (name, share) in enumerate(before.attributes.items())
+    ]
+    judges = "the judges" if several else "the judge"
+    sentences = [f"Prompts for {target} also name {named}: {judges} found {', '.join(found)}."]
     if lost:
         sentences.append(f"Dropped by more than {percent(ATTRIBUTE_DROP)} of the share before: {joined(lost)}.")
     few = {name: share for name, share in before.attributes.items() if share < DRAWN_BEFORE and name not in lost}
@@ -196,16 +234,13 @@ def _rest_part(evaluation: Evaluation, probes: Sequence[Probe]) -> tuple[bool, b
     before = evaluation.before
     retained, others = names_of(probes, "retained"), names_of(probes, "cross_domain")
     mean = _drop(evaluation, "the mean", "retained_accuracy", MEAN_DROP)
-    by_group = [
-        _drop(evaluation, GROUPS[group], f"retained_by_group.{group}", MEAN_DROP) for group in before.retained_by_group
-    ]
+    by_group = [_group_drop(evaluation, probes, group) for group in before.retained_by_group]
     kinds = [_drop(evaluation, "classes of another kind", "cross_domain_accuracy", MEAN_DROP)] if others else []
-    classes = [_drop(evaluation, name, f"per_class.{name}", CLASS_DROP) for name in (*retained, *others)]
-    classes.sort(key=lambda one: -one.by)
+    classes = _class_drops(evaluation, probes)
     broken = [one.name for one in classes if one.fell]
     groups = [one.name for one in by_group if one.fell]
     target = names_of(probes, "target")[0]
-    attributes = _attribute_drops(evaluation, target)
+    attributes = _attribute_drops(evaluation)
     less_found = any(one.fell for one in attributes)
     lost = [one.figure.removeprefix("attributes.") for one in attributes if one.fell and "." in one.figure]
     near = any(probe.role == "retained" and probe.group == "near" for probe in probes)
@@ -221,7 +256,12 @@ def _rest_part(evaluation: Evaluation, probes: Sequence[Probe]) -> tuple[bool, b
     fell = any(one.fell for one in (mean, *by_group, *kinds))
     drawn = before.retained_accuracy >= DRAWN_BEFORE
     known = [one for one in attributes if before.value(one.figure) >= DRAWN_BEFORE]
-    possible = [one for one in (mean, *by_group, *kinds, *classes, *known) if one.most > one.allowed]
+    possible = [one for one in (mean, *by_group, *kinds, *classes, *known) if one.open]
+    few = [one for one in (*by_group, *known) if one.most > one.allowed and not one.open]
+    loose = [f"{100 * one.most:.0f} points in {one.name}" for one in few]
+    if loose:
+        count = evaluation.images_per_class
+        sentences.append(f"{count} images per class cannot rule out a drop of {joined(loose, 'or')}.")
     said = []
     if broken:
         worst = [name for name in broken if name in retained] or broken
@@ -232,8 +272,8 @@ def _rest_part(evaluation: Evaluation, probes: Sequence[Probe]) -> tuple[bool, b
     elif not drawn:
         said.append("the retained classes were rarely drawn even before")
     if less_found:
-        prompts = f"prompts for {target}" if said else "its prompts"
-        said.append(f"{prompts} lose {f'their {joined(lost)}' if lost else 'part of what else they ask for'}")
+        images = f"images for {target}" if said else "its images"
+        said.append(f"{images} no longer show {f'the {joined(lost)} asked for' if lost else 'all that was asked for'}")
     headline = ", and ".join(said)
     if not said:
         all_drawn = len(known) == len(attributes)
@@ -284,9 +324,7 @@ def _rest_sentences(
 
 def broken_classes(evaluation: Evaluation, probes: Sequence[Probe]) -> list[str]:
     """The classes that lost accuracy, worst first: surely, by more than ``CLASS_DROP``; or else by ``MEAN_DROP``."""
-    names = (*names_of(probes, "retained"), *names_of(probes, "cross_domain"))
-    drops = [_drop(evaluation, name, f"per_class.{name}", CLASS_DROP) for name in names]
-    drops.sort(key=lambda one: -one.by)
+    drops = _class_drops(evaluation, probes)
     return [one.name for one in drops if one.fell] or [one.name for one in drops if one.by > MEAN_DROP]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -21,7 +22,7 @@ COLUMNS = 5
 NEIGHBOURS, OTHERS = 3, 2
 """Retained classes and classes of another kind in it."""
 NAME_WIDTH, APART = 236, 16
-"""Width of the names in a gallery, and the gap before the images of other classes, in pixels."""
+"""Least width of the names in a gallery, and least gap before the images of other classes, in pixels."""
 PAPER, INK, MUTED = "#ffffff", "#1f1e1c", "#76736c"
 
 
@@ -75,20 +76,24 @@ def before_after(before: Draws, after: Draws, probes: Sequence[Probe], evaluatio
 
 
 def gallery(rows: Sequence[tuple[str, str, Sequence[Image.Image]]], heads: Sequence[str]) -> Image.Image:
-    """Rows of pictures, each with a name and a line in small print on its left, under heads.
+    """Rows of pictures, each with a name and a line in small print on its left, under heads. Long names make room.
 
     Args:
         rows: name, small print and pictures of each row.
         heads: the class of each column; one head spans columns of one class, and a gap separates classes.
     """
-    starts, left = [], NAME_WIDTH
+    font, small = ImageFont.load_default(15), ImageFont.load_default(12)
+    names = [width for name, line, _ in rows for width in (_width(name, font), _width(line, small))]
+    starts, left, ends = [], max(NAME_WIDTH, *(10 + width + APART for width in names)), 0
     for place, head in enumerate(heads):
-        left += APART if place and head != heads[place - 1] else 0
+        if not place or head != heads[place - 1]:
+            left = max(left + (APART if place else 0), ends)
+            ends = left + _width(head, font) + APART
         starts.append(left)
         left += CELL + GAP
-    picture = Image.new("RGB", (left + 2 * GAP, HEADER + len(rows) * (CELL + GAP) + GAP), PAPER)
+    size = max(left + 2 * GAP, ends), HEADER + len(rows) * (CELL + GAP) + GAP
+    picture = Image.new("RGB", size, PAPER)
     canvas = ImageDraw.Draw(picture)
-    font, small = ImageFont.load_default(15), ImageFont.load_default(12)
     for place, (start, head) in enumerate(zip(starts, heads, strict=True)):
         if not place or head != heads[place - 1]:
             canvas.text((start, 10), head, INK, font)
@@ -99,6 +104,11 @@ def gallery(rows: Sequence[tuple[str, str, Sequence[Image.Image]]], heads: Seque
         for start, image in zip(starts, images, strict=False):
             picture.paste(_fit(image, CELL), (start, top))
     return picture
+
+
+def _width(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> int:
+    """The width of one line, in whole pixels."""
+    return math.ceil(font.getlength(text))
 
 
 def _chosen(probes: Sequence[Probe], evaluation: Evaluation) -> list[int]:

@@ -93,6 +93,11 @@ def comparison(**others: Any) -> Comparison:
     return Comparison(**given)
 
 
+def test_a_pipeline_that_judges_itself_refuses_another_judge_by_its_title() -> None:
+    with pytest.raises(ValueError, match="judge: the digits pipeline of fdu has its own"):
+        comparison(judge="org/clip").check_names()
+
+
 def changed(made: Path, folder: Path, change: Callable[[str, dict[str, Any]], None]) -> Path:
     """The records of the finished comparison with a change, in another folder."""
     records = Records(made / RUNS)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -25,7 +26,7 @@ from fdu.evaluation.robustness.holding import judge_robustness
 from fdu.evaluation.verdict import judge
 from fdu.report import Conditions, EvaluatedRun, check_record, check_run, make_report, render, write_report
 from fdu.report.charts import training_charts
-from fdu.report.pictures import before_after, data_uri, strip, to_pil
+from fdu.report.pictures import before_after, data_uri, gallery, strip, to_pil
 
 VOID = {"meta", "img", "br", "rect", "line", "polyline", "polygon", "link", "input", "hr"}
 
@@ -303,7 +304,7 @@ def test_what_else_the_prompts_ask_for_is_shown(tmp_path: Path) -> None:
     run.write(tmp_path / "run")
     page = Page(make_report(tmp_path / "run").read_text(encoding="utf-8"))
     minus = "\N{MINUS SIGN}"
-    assert "but its prompts lose their paper." in page.text
+    assert "but its images no longer show the paper asked for." in page.text
     assert (
         f"what else its prompts ask for (paper) 100 % 48\u2013100 % 0 % 0\u201352 % {minus}100 {minus}100 to {minus}48"
         in page.text
@@ -641,6 +642,29 @@ def test_data_uri_decodes_to_the_same_picture() -> None:
     picture = strip(torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0)))
     data = data_uri(picture).removeprefix("data:image/png;base64,")
     assert Image.open(io.BytesIO(base64.b64decode(data))).tobytes() == picture.tobytes()
+
+
+def test_long_names_in_a_gallery_make_room() -> None:
+    red = Image.new("RGB", (8, 8), (255, 0, 0))
+    name, line = "squared_hellinger (s0 10, variational, weighting snr)", "erased 80 %, retained 70 %"
+
+    def ends(heads: list[str], name: str = name) -> tuple[list[int], list[int], list[int], int]:
+        """Columns with ink in the heads, with ink beside the images, and of images; and the width."""
+        picture = np.array(gallery([(name, line, [red] * len(heads))], heads))
+        images = (picture[40] == (255, 0, 0)).all(1)
+        head, row = ((picture[rows].min((0, 2)) < 200) for rows in (slice(0, 34), slice(34, None)))
+        return *(np.flatnonzero(one).tolist() for one in (head, row & ~images, images)), len(images)
+
+    heads, names, images, width = ends(["fox", "fox", "tyrannosaurus", "abstract expressionism"])
+    assert max(names) < min(images) - 8 and max(heads) < width - 8
+    starts = [place for place in images if place - 1 not in images]
+    assert len(starts) == 4 and starts[1] - starts[0] == 68
+    for start in starts[2:]:
+        assert not set(heads) & set(range(start - 8, start))
+    # All of a name is there, as wide as alone, and short names take no more room than before.
+    alone = ends(["tyrannosaurus"])[0]
+    assert sum(starts[2] <= place < starts[3] for place in heads) == len(alone) and max(alone) - min(alone) > 84
+    assert [min(ends(["fox", "cat"], "mse (s0 1)")[2]), ends(["fox", "cat"], "mse (s0 1)")[3]] == [236, 396]
 
 
 @pytest.mark.parametrize("count", [1, 5, 9])
