@@ -164,6 +164,15 @@ def _drop(evaluation: Evaluation, name: str, figure: str, allowed: float) -> _Dr
     return _Drop(name, figure, *(round(one, DECIMALS) for one in (allowed, by, -high, -low)))
 
 
+def _mean_drops(evaluation: Evaluation, others: Sequence[str]) -> tuple[_Drop, list[_Drop], list[_Drop]]:
+    """The drops of the mean of the retained classes, of each group of them, and of ``others``, if there are some."""
+    groups = {group: GROUPS[group] for group in evaluation.before.retained_by_group}
+    mean = _drop(evaluation, "the mean", "retained_accuracy", MEAN_DROP)
+    by_group = [_drop(evaluation, name, f"retained_by_group.{group}", MEAN_DROP) for group, name in groups.items()]
+    kinds = [_drop(evaluation, "classes of another kind", "cross_domain_accuracy", MEAN_DROP)] if others else []
+    return mean, by_group, kinds
+
+
 def _attribute_drops(evaluation: Evaluation, target: str) -> list[_Drop]:
     """The drops of each attribute, and of all together if there are several; none if the prompts ask for nothing."""
     before = evaluation.before
@@ -195,11 +204,7 @@ def _rest_part(evaluation: Evaluation, probes: Sequence[Probe]) -> tuple[bool, b
     """Whether everything but the target is kept, whether that is sure, the headline, and sentences."""
     before = evaluation.before
     retained, others = names_of(probes, "retained"), names_of(probes, "cross_domain")
-    mean = _drop(evaluation, "the mean", "retained_accuracy", MEAN_DROP)
-    by_group = [
-        _drop(evaluation, GROUPS[group], f"retained_by_group.{group}", MEAN_DROP) for group in before.retained_by_group
-    ]
-    kinds = [_drop(evaluation, "classes of another kind", "cross_domain_accuracy", MEAN_DROP)] if others else []
+    mean, by_group, kinds = _mean_drops(evaluation, others)
     classes = [_drop(evaluation, name, f"per_class.{name}", CLASS_DROP) for name in (*retained, *others)]
     classes.sort(key=lambda one: -one.by)
     broken = [one.name for one in classes if one.fell]
@@ -283,11 +288,24 @@ def _rest_sentences(
 
 
 def broken_classes(evaluation: Evaluation, probes: Sequence[Probe]) -> list[str]:
-    """The classes that lost accuracy, worst first: surely, by more than ``CLASS_DROP``; or else by ``MEAN_DROP``."""
-    names = (*names_of(probes, "retained"), *names_of(probes, "cross_domain"))
+    """The classes that lost accuracy, worst first: those that surely dropped by more than ``CLASS_DROP``.
+
+    If only a mean dropped: those that dropped by more than ``MEAN_DROP``. Empty if nothing dropped.
+    """
+    others = names_of(probes, "cross_domain")
+    names = (*names_of(probes, "retained"), *others)
     drops = [_drop(evaluation, name, f"per_class.{name}", CLASS_DROP) for name in names]
     drops.sort(key=lambda one: -one.by)
-    return [one.name for one in drops if one.fell] or [one.name for one in drops if one.by > MEAN_DROP]
+    mean, by_group, kinds = _mean_drops(evaluation, others)
+    broken = [one.name for one in drops if one.fell]
+    if broken or not any(one.fell for one in (mean, *by_group, *kinds)):
+        return broken
+    return [one.name for one in drops if one.by > MEAN_DROP]
+
+
+def loses_attributes(evaluation: Evaluation, probes: Sequence[Probe]) -> bool:
+    """Whether the target's prompts surely lose something else that they ask for."""
+    return any(one.fell for one in _attribute_drops(evaluation, names_of(probes, "target")[0]))
 
 
 def names_of(probes: Sequence[Probe], role: str) -> list[str]:
