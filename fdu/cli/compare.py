@@ -12,9 +12,11 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from tyro.conf import OmitArgPrefixes, Positional, arg
 
+from fdu.cli.evaluate import Evaluate
 from fdu.cli.options import GROUPS, Settings, grouped
 from fdu.config import Count, EraseConfig, check_number
 from fdu.storage.loading import Dtype, check_dtype, check_encoder, check_resolution, choose_device
+from fdu.storage.output import WEIGHTS_FOLDER
 from fdu.subjects.registry import subject_of
 
 DEFAULT = "mse,squared_hellinger,jensen_shannon,pearson_chi2"
@@ -146,7 +148,8 @@ class Compare:
             chosen = results.recommendations[self.prefer]
             settings = chosen.candidate.settings
             again = self._erase_command({**base.as_dict(), **settings}, settings) if chosen.usable else ""
-            write_page(self.out, results, self.prefer, same_as, command, again, model.notes)
+            then = [again, self._evaluate_command()] if again else []
+            write_page(self.out, results, self.prefer, same_as, command, then, model.notes)
             write_record(self.out, comparison, command, results)
             print(f"\n{table(results.standings, same_as)}\n{chosen.headline}. {' '.join(chosen.sentences)}")
             if results.mixed:
@@ -177,4 +180,22 @@ class Compare:
         if self.dtype != "auto":
             words += ["--dtype", self.dtype]
         # The device is always named, because auto may find another device next time.
-        return shlex.join([*words, "--device", choose_device(self.device), "--out", "erased"])
+        return shlex.join([*words, "--device", choose_device(self.device), "--out", WEIGHTS_FOLDER])
+
+    def _evaluate_command(self) -> str:
+        """The command line that judges that erasure, drawn and judged as the comparison was."""
+        given = {
+            "prompts": self.prompts,
+            "judge": self.judge,
+            "images_per_class": self.images_per_class,
+            "num_inference_steps": self.judged_inference_steps,
+            "guidance_scale": self.judged_guidance_scale,
+            "dtype": check_dtype(self.dtype, self.settings.checked().mixed_precision),
+        }
+        # There, auto means float32 whatever the mixed precision.
+        defaults = {**vars(Evaluate), "dtype": "float32"}
+        words = ["fdu", "evaluate", self.model, WEIGHTS_FOLDER]
+        for name, value in given.items():
+            if value != defaults[name]:
+                words += [f"--{name}", str(value)]
+        return shlex.join([*words, "--device", choose_device(self.device), "--out", "judged"])

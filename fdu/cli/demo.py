@@ -13,10 +13,8 @@ import fdu
 from fdu.cli.options import Settings, grouped
 from fdu.config import Count, check_choice, check_number
 from fdu.storage.loading import check_resolution, choose_device, describe_device
+from fdu.storage.output import DEMO_FOLDER, WEIGHTS_FOLDER
 from fdu.subjects.embedded import EMBEDDED
-
-WEIGHTS = "erased"
-"""The folder of the weights, within OUT."""
 
 
 @dataclasses.dataclass
@@ -35,7 +33,7 @@ class Demo:
 
     model: Positional[str] = EMBEDDED[0].name
     """The pipeline: emoji in four styles, or digits in four inks. The digits need a third of the time."""
-    out: Path = Path("demo-out")
+    out: Path = Path(DEMO_FOLDER)
     """Folder for the results."""
     target: str | None = None
     """Concept to erase, one of `fdu names MODEL`. Default, without an anchor: fox; three on the digits."""
@@ -80,13 +78,13 @@ class Demo:
                     before = fdu.draw(original, panel.probes, description="before", **drawing)
                 after = fdu.draw(result.pipeline, panel.probes, description="after", **drawing)
                 evaluation = fdu.evaluate(before, after, panel.probes, panel.features)
-                result.save(folder / WEIGHTS, evaluation=evaluation, probes=panel.probes)
+                result.save(folder / WEIGHTS_FOLDER, evaluation=evaluation, probes=panel.probes)
                 told = (result.record(), command, describe_device(device), model.notes)
                 conditions = Conditions(seed, model.sampling, panel.judge, "float32")
                 run = EvaluatedRun.of(evaluation, panel.probes, before, after, *told, conditions=conditions)
                 write_run(folder, run)
             print(f"\n{summary(evaluation, panel.probes)}\n")
-            written = {"report": REPORT, "figures": METRICS_FILE, "picture": PICTURE, "weights": WEIGHTS}
+            written = {"report": REPORT, "figures": METRICS_FILE, "picture": PICTURE, "weights": WEIGHTS_FOLDER}
             for name, file in written.items():
                 print(f"{name:8} {self.out / file}")
 
@@ -103,7 +101,7 @@ def check_demo_output(folder: Path) -> None:
     from fdu.report import IMAGES_FOLDER, PICTURE, REPORT
     from fdu.storage.output import METRICS_FILE, check_output, written_by_fdu
 
-    former = {METRICS_FILE, REPORT, PICTURE, IMAGES_FOLDER, WEIGHTS} if written_by_fdu(folder) else set()
+    former = {METRICS_FILE, REPORT, PICTURE, IMAGES_FOLDER, WEIGHTS_FOLDER} if written_by_fdu(folder) else set()
     others = sorted({path.name for path in folder.iterdir()} - former) if folder.is_dir() else []
     if others:
         raise FileExistsError(

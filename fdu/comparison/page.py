@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
@@ -15,7 +14,7 @@ import numpy as np
 import fdu_kernels as fk
 from fdu.comparison.front import Estimate, Standing, undominated
 from fdu.comparison.gallery import drawn_gallery, galleries
-from fdu.comparison.plan import KL_BY_ALPHA, Comparison, slug
+from fdu.comparison.plan import KL_BY_ALPHA, slug
 from fdu.comparison.recommendation import WEIGHTS, Preference
 from fdu.comparison.results import Results
 from fdu.report.charts import Captioned, Chart, Scale, mark
@@ -79,7 +78,7 @@ def write_page(
     prefer: Preference,
     same_as: SameAs | None = None,
     command: str = "",
-    erase_command: str = "",
+    next_commands: Sequence[str] = (),
     notes: Sequence[str] = (),
 ) -> None:
     """Write page, table, charts and pictures into ``folder``, each whole or not at all; outdated ones are removed.
@@ -90,7 +89,7 @@ def write_page(
         prefer: the preference whose recommendation comes first.
         same_as: divergences that were not run, as :func:`fdu.comparison.plan.distinct` gives them.
         command: the command line that regenerates the comparison.
-        erase_command: the command line of the recommended erasure, which writes into the folder "erased".
+        next_commands: the command lines of the recommended erasure and of its evaluation; empty without one.
         notes: paragraphs to end with.
     """
     same_as = same_as or {}
@@ -124,7 +123,7 @@ def write_page(
             mark=lambda one: key.mark(one, 7, 7, hollow=not one.on_front),
             percent=percent,
             with_attributes=tells_attributes(results.standings),
-            next_commands=[erase_command, evaluate_command(comparison)] if erase_command else [],
+            next_commands=next_commands,
             commands=[("This comparison:", command)],
             facts=[("", facts)],
             settings=setting_rows(comparison.shared_settings(), without=comparison.varied),
@@ -145,13 +144,6 @@ def write_page(
         for path in folder.glob(PICTURE.format(kind)):
             if path.name not in charts:
                 path.unlink()
-
-
-def evaluate_command(comparison: Comparison) -> str:
-    """The command line that judges the recommended erasure, with the prompts and the judge of the comparison."""
-    named = {"prompts": comparison.prompts, "judge": comparison.judge}
-    given = [word for name, value in named.items() if value is not None for word in (f"--{name}", value)]
-    return shlex.join(["fdu", "evaluate", comparison.model, "erased", *given, "--out", "judged"])
 
 
 def pictures(results: Results, same_as: SameAs) -> list[Captioned]:

@@ -188,6 +188,15 @@ def _group_drop(evaluation: Evaluation, probes: Sequence[Probe], group: str) -> 
     return _drop(evaluation, GROUPS[group], f"retained_by_group.{group}", MEAN_DROP, tolerated)
 
 
+def _mean_drops(evaluation: Evaluation, probes: Sequence[Probe]) -> tuple[_Drop, list[_Drop], list[_Drop]]:
+    """The drops of the mean of the retained classes, of each group of them, and of the other kind, if there is one."""
+    mean = _drop(evaluation, "the mean", "retained_accuracy", MEAN_DROP)
+    by_group = [_group_drop(evaluation, probes, group) for group in evaluation.before.retained_by_group]
+    others = names_of(probes, "cross_domain")
+    kinds = [_drop(evaluation, "classes of another kind", "cross_domain_accuracy", MEAN_DROP)] if others else []
+    return mean, by_group, kinds
+
+
 def _class_drops(evaluation: Evaluation, probes: Sequence[Probe]) -> list[_Drop]:
     """The drops of the retained classes and those of another kind, worst first."""
     names = (*names_of(probes, "retained"), *names_of(probes, "cross_domain"))
@@ -233,9 +242,7 @@ def _rest_part(evaluation: Evaluation, probes: Sequence[Probe]) -> tuple[bool, b
     """Whether everything but the target is kept, whether that is sure, the headline, and sentences."""
     before = evaluation.before
     retained, others = names_of(probes, "retained"), names_of(probes, "cross_domain")
-    mean = _drop(evaluation, "the mean", "retained_accuracy", MEAN_DROP)
-    by_group = [_group_drop(evaluation, probes, group) for group in before.retained_by_group]
-    kinds = [_drop(evaluation, "classes of another kind", "cross_domain_accuracy", MEAN_DROP)] if others else []
+    mean, by_group, kinds = _mean_drops(evaluation, probes)
     classes = _class_drops(evaluation, probes)
     broken = [one.name for one in classes if one.fell]
     groups = [one.name for one in by_group if one.fell]
@@ -323,9 +330,21 @@ def _rest_sentences(
 
 
 def broken_classes(evaluation: Evaluation, probes: Sequence[Probe]) -> list[str]:
-    """The classes that lost accuracy, worst first: surely, by more than ``CLASS_DROP``; or else by ``MEAN_DROP``."""
+    """The classes that lost accuracy, worst first: those that surely dropped by more than ``CLASS_DROP``.
+
+    If only a mean dropped: those that dropped by more than ``MEAN_DROP``. Empty if nothing dropped.
+    """
     drops = _class_drops(evaluation, probes)
-    return [one.name for one in drops if one.fell] or [one.name for one in drops if one.by > MEAN_DROP]
+    mean, by_group, kinds = _mean_drops(evaluation, probes)
+    broken = [one.name for one in drops if one.fell]
+    if broken or not any(one.fell for one in (mean, *by_group, *kinds)):
+        return broken
+    return [one.name for one in drops if one.by > MEAN_DROP]
+
+
+def loses_attributes(evaluation: Evaluation) -> bool:
+    """Whether the target's images surely lose something else that its prompts ask for."""
+    return any(one.fell for one in _attribute_drops(evaluation))
 
 
 def names_of(probes: Sequence[Probe], role: str) -> list[str]:

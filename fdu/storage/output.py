@@ -20,6 +20,8 @@ METRICS_FILE = "metrics.json"
 """File next to a report: the measured figures."""
 METRICS_KEYS = {"before", "after", "target", "images_per_class"}
 """Keys that distinguish it from other programs' files of this name."""
+DEMO_FOLDER, WEIGHTS_FOLDER = "demo-out", "erased"
+"""The default output folder of ``fdu demo``, and its folder of weights in there."""
 RUN_PREFIXES = ("checkpoint-", "prompts-", "latents-", "frozen-")
 """Prefixes of the files and folders that a run writes into a folder for checkpoints."""
 SMALL_RESULT = 32 << 20

@@ -37,14 +37,16 @@ from fdu.cli.program import parse
 from fdu.comparison import runs as runs_file
 from fdu.comparison.front import Sample
 from fdu.comparison.gallery import galleries
-from fdu.comparison.page import COLOURS, Curve, alphas, curve_chart, evaluate_command, front_chart, table, write_page
+from fdu.comparison.page import COLOURS, Curve, alphas, curve_chart, front_chart, table, write_page
 from fdu.comparison.plan import Candidate, Comparison, Drawing, Run, distinct, read_alpha
 from fdu.comparison.recommendation import BETA, recommend
 from fdu.comparison.results import RUNS, Results, check_folder, describe, read_results, write_record
 from fdu.comparison.runs import identity_of, jobs
 from fdu.comparison.sweep import Record, Records, digest, sweep
 from fdu.config import EraseConfig
+from fdu.evaluation import JUDGED_SEED
 from fdu.subjects.digits import pipeline as digits
+from fdu.subjects.registry import subject_of
 from fdu.training.loop import NotFinite
 
 QUICK = {"max_train_steps": 3, "train_batch_size": 2, "num_latents": 4, "num_inference_steps": 2, "rank": 4}
@@ -454,7 +456,9 @@ def test_the_page_stands_alone_and_says_what_was_found(tmp_path: Path) -> None:
     figures = {"mse": (0.6, 1.0, 0.02), "squared_hellinger": (0.9, 1.0, 0.01), "alpha:1.5": (0.5, 0.9, 0.03)}
     results = results_of(figures, failed={"a run": "the loss became nan"}, missing=3)
     alike = {"kl": "mse", "reverse_kl": "mse", "alpha:-0.5": "alpha:1.5"}
-    write_page(tmp_path, results, "balanced", alike, "fdu compare <all>", "fdu erase it", ["Read <this>."])
+    write_page(
+        tmp_path, results, "balanced", alike, "fdu compare <all>", ["fdu erase it", "fdu judge it"], ["Read <this>."]
+    )
     text = (tmp_path / "comparison.html").read_text()
     page = Page(text)
     assert not page.open and not page.all("script") and "url(" not in text
@@ -466,7 +470,7 @@ def test_the_page_stands_alone_and_says_what_was_found(tmp_path: Path) -> None:
         "3 runs",
         "a run: the loss became nan",
         "fdu compare <all>",
-        "fdu erase it fdu evaluate digits erased --out judged",
+        "fdu erase it fdu judge it",
         "Read <this>.",
         "By alpha, s0 1",
     ):
@@ -661,12 +665,32 @@ def test_the_erasure_to_make_is_the_one_that_was_run(tmp_path: Path, monkeypatch
     assert erase.settings.checked() == dataclasses.replace(base, **candidate)
 
 
-def test_the_evaluation_to_make_is_drawn_and_judged_like_the_comparison() -> None:
-    plan = comparison(prompts="a set.txt", judge="org/clip")
-    evaluate = parse(shlex.split(evaluate_command(plan))[1:])
+@pytest.mark.parametrize("dtype", [[], ["--dtype=float32"]])
+def test_the_evaluation_to_make_is_drawn_and_judged_like_the_comparison(dtype: list[str]) -> None:
+    """Read by the parser of fdu evaluate, and compared with what the comparison draws."""
+    words = ["compare", "org/model", *COMPARE[2:], "--prompts", "a set.txt", "--judge", "org/clip", "--device=cpu"]
+    words += ["--images_per_class=7", "--judged_inference_steps=9", "--judged_guidance_scale=2.5"]
+    compare = parse([*words, "--mixed_precision=bf16", *dtype])
+    assert isinstance(compare, Compare)
+    evaluate = parse(shlex.split(compare._evaluate_command())[1:])
     assert isinstance(evaluate, Evaluate)
-    assert (evaluate.base, evaluate.erased, str(evaluate.out)) == ("digits", "erased", "judged")
-    assert (evaluate.prompts, evaluate.judge) == ("a set.txt", "org/clip")
+    assert (evaluate.base, evaluate.erased, str(evaluate.out)) == ("org/model", "erased", "judged")
+    assert (evaluate.prompts, evaluate.judge, evaluate.device) == ("a set.txt", "org/clip", "cpu")
+    assert evaluate.dtype == ("auto" if dtype else "bfloat16")  # auto is float32
+    assert evaluate.images_per_class == 7
+    assert evaluate._sampling(subject_of("org/model")).settings() == compare._draw_settings()
+    drawing = Drawing(**compare._draw_settings())
+    assert drawing.judged_seed == evaluate.seed + JUDGED_SEED
+
+
+def test_the_evaluation_to_make_names_no_defaults_but_the_device() -> None:
+    compare = parse([*COMPARE, "--images_per_class=32", "--device=cpu"])
+    assert isinstance(compare, Compare)
+    line = compare._evaluate_command()
+    assert line == "fdu evaluate digits erased --device cpu --out judged"
+    evaluate = parse(shlex.split(line)[1:])
+    assert isinstance(evaluate, Evaluate)
+    assert evaluate._sampling(subject_of("digits")).settings() == compare._draw_settings()
 
 
 @pytest.mark.slow
