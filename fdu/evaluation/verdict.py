@@ -241,7 +241,7 @@ def _attribute_sentences(evaluation: Evaluation, target: str, lost: Sequence[str
 def _rest_part(evaluation: Evaluation, probes: Sequence[Probe]) -> tuple[bool, bool, str, list[str]]:
     """Whether everything but the target is kept, whether that is sure, the headline, and sentences."""
     before = evaluation.before
-    retained, others = names_of(probes, "retained"), names_of(probes, "cross_domain")
+    retained = names_of(probes, "retained")
     mean, by_group, kinds = _mean_drops(evaluation, probes)
     classes = _class_drops(evaluation, probes)
     broken = [one.name for one in classes if one.fell]

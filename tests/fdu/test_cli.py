@@ -221,7 +221,7 @@ def test_every_setting_is_an_option_with_help(command: str, capsys: pytest.Captu
     assert "MISSING" not in output
     assert list(GROUPS) == re.findall(r"\W\W (\w+) options \W\W", output)
     if command == "erase":  # the anchor that stands for nothing on other models
-        assert re.search('digits of fdu do not know "".*superclass', " ".join(output.replace("│", " ").split()))
+        assert re.search('pipelines of fdu do not know "".*superclass', " ".join(output.replace("│", " ").split()))
 
 
 def test_every_setting_is_in_one_group() -> None:
