@@ -32,7 +32,7 @@ class Demo:
     )
 
     model: Positional[str] = EMBEDDED[0].name
-    """The pipeline: emoji in four styles, or digits in four inks. The digits need a third of the time."""
+    """The pipeline: emoji in four styles, or digits in four inks. The digits are faster."""
     out: Path = Path(DEMO_FOLDER)
     """Folder for the results."""
     target: str | None = None

@@ -1,6 +1,6 @@
 """The emoji pipeline: a latent text-to-image pipeline of 195 objects in four styles; its concepts, probes and judges.
 
-An ordinary diffusers ``StableDiffusionPipeline`` folder of 15 MB, trained from scratch by ``train_emoji.py`` on open
+An ordinary diffusers ``StableDiffusionPipeline`` folder of 13 MB, trained from scratch by ``train_emoji.py`` on open
 sets of emoji. No penalty separates its text embeddings, so neighbours overlap: a fox is close to a wolf.
 """
 

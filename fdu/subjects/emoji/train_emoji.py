@@ -1,6 +1,6 @@
 """Train the emoji pipeline and its judge from scratch: ``python -m fdu.subjects.emoji.train_emoji --work FOLDER``.
 
-Takes three hours on two CPU cores. It trains the judge, then the autoencoder, then text encoder and denoiser together,
+Takes hours on two CPU cores. It trains the judge, then the autoencoder, then text encoder and denoiser together,
 each from the same seed, and ends by measuring the stored pipeline. A process per core computes the gradient of its half
 of every batch. Killed and started again with the same folders, it goes on from its last checkpoint and ends with the
 same weights. Needs resvg-py, and the four packages of emoji, which it downloads unless they are in ``--packages``.
@@ -134,6 +134,11 @@ def choose(count: int, size: int) -> Tensor:
     return torch.randint(count, (size,))
 
 
+def of_trained(drawings: Tensor) -> Tensor:
+    """The drawings of the objects that are not held out."""
+    return drawings[[place for place, thing in enumerate(ALL_THINGS) if not thing.held_out]]
+
+
 def train_judge(worker: Worker, drawings: Tensor, steps: int) -> EmojiClassifier:
     """The judge. It sees real emoji only, jittered, softened, and with noise."""
     classifier = EmojiClassifier()
@@ -171,7 +176,7 @@ def train_autoencoder(worker: Worker, drawings: Tensor, steps: int) -> Autoencod
     Its weights are rounded to half precision, in which they are stored.
     """
     autoencoder = build_autoencoder()
-    trained = drawings[[place for place, thing in enumerate(ALL_THINGS) if not thing.held_out]]
+    trained = of_trained(drawings)
 
     def loss() -> Tensor:
         size = 8
@@ -254,7 +259,7 @@ def train_pipeline(worker: Worker, autoencoder: AutoencoderKL, drawings: Tensor,
     text_encoder = build_text_encoder(tokenizer, width=96, deviation=0.2)
     unet = build_denoiser().to(memory_format=torch.channels_last)  # a tenth faster
     models = nn.ModuleDict({"text_encoder": text_encoder, "unet": unet})
-    trained = drawings[[place for place, thing in enumerate(ALL_THINGS) if not thing.held_out]].flatten(0, 1)
+    trained = of_trained(drawings).flatten(0, 1)
     torch.manual_seed(worker.seed * worker.count + worker.rank)
     latents = torch.stack(
         [
