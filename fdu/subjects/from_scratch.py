@@ -1,4 +1,4 @@
-"""Parts of a small Stable Diffusion pipeline trained from scratch: tokenizer, text encoder, schedule, assembly."""
+"""Parts of a small Stable Diffusion pipeline trained from scratch: tokenizer, text encoder, latents, assembly."""
 
 from __future__ import annotations
 
@@ -66,18 +66,6 @@ def build_text_encoder(tokenizer: CLIPTokenizer, width: int, deviation: float) -
     return text_encoder
 
 
-def build_scheduler() -> DDIMScheduler:
-    """The noise schedule of Stable Diffusion 1.x."""
-    return DDIMScheduler(
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        clip_sample=False,
-        set_alpha_to_one=False,
-        steps_offset=1,
-    )
-
-
 def standardise_latents(autoencoder: AutoencoderKL, latents: Tensor) -> None:
     """Fold the mean and standard deviation of each latent channel into the two 1x1 convolutions around the latents."""
     mean, deviation = latents.mean((0, 2, 3)), latents.std((0, 2, 3))
@@ -91,7 +79,11 @@ def standardise_latents(autoencoder: AutoencoderKL, latents: Tensor) -> None:
 
 
 def assemble(
-    autoencoder: AutoencoderKL, text_encoder: CLIPTextModel, tokenizer: CLIPTokenizer, unet: UNet2DConditionModel
+    autoencoder: AutoencoderKL,
+    text_encoder: CLIPTextModel,
+    tokenizer: CLIPTokenizer,
+    unet: UNet2DConditionModel,
+    scheduler: DDIMScheduler,
 ) -> StableDiffusionPipeline:
     """The pipeline of these parts, without a safety checker."""
     return StableDiffusionPipeline(
@@ -99,7 +91,7 @@ def assemble(
         text_encoder=text_encoder,
         tokenizer=tokenizer,
         unet=unet,
-        scheduler=build_scheduler(),
+        scheduler=scheduler,
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,

@@ -17,7 +17,7 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 import transformers
-from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -40,7 +40,6 @@ from fdu.subjects.digits.vocabulary import (
 )
 from fdu.subjects.from_scratch import (
     assemble,
-    build_scheduler,
     build_text_encoder,
     learn_tokenizer,
     standardise_latents,
@@ -209,6 +208,18 @@ def build_denoiser() -> UNet2DConditionModel:
     )
 
 
+def build_scheduler() -> DDIMScheduler:
+    """The noise schedule of Stable Diffusion 1.x."""
+    return DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+    )
+
+
 def train_pipeline(autoencoder: AutoencoderKL, steps: int, generator: torch.Generator) -> StableDiffusionPipeline:
     """Train text encoder and denoiser together: epsilon prediction, moving average of the weights."""
     tokenizer = learn_tokenizer(corpus(), MAX_TOKENS)
@@ -239,7 +250,7 @@ def train_pipeline(autoencoder: AutoencoderKL, steps: int, generator: torch.Gene
         (F.mse_loss(predicted, noise) + 0.05 * separation).backward()
         average.update_parameters(models)
     trained = cast(nn.ModuleDict, average.module.eval().requires_grad_(False))
-    return assemble(autoencoder, trained["text_encoder"], tokenizer, trained["unet"])
+    return assemble(autoencoder, trained["text_encoder"], tokenizer, trained["unet"], scheduler)
 
 
 def measure(pipeline: StableDiffusionPipeline, judge: DigitClassifier, per_class: int, seed: int) -> dict[str, Any]:
