@@ -205,14 +205,15 @@ def one_of(options: tuple[str, ...]) -> str:
 def random_prompt(thing: int, style: int, background: int) -> tuple[str, int, int, int]:
     """A training prompt, and the indices of the object, style and background that it draws.
 
-    They are those given, but where the prompt names a superclass, the object is one of its own; where it names no
-    background, that is white.
+    They are those given, but where the prompt names a superclass, the object is one of its own; where its words name no
+    background, that is white. The empty prompt draws anything: if it drew white alone, guidance would lead from white
+    past pink to yellow.
     """
     kind, named = torch.rand(()).item(), torch.rand(3).tolist()
+    if kind < EMPTY_SHARE:
+        return "", thing, style, background
     if named[1] >= BACKGROUND_NAMED_SHARE:
         background = 0
-    if kind < EMPTY_SHARE:
-        return "", thing, style, 0
     if kind < EMPTY_SHARE + SUPERCLASS_SHARE:
         name = THINGS[thing].superclasses[int(named[2] < 0.5)]
         noun = one_of(objects.nouns(name))
@@ -332,7 +333,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2, help="processes; another number gives other weights")
     parser.add_argument("--judge_steps", type=int, default=1500)
     parser.add_argument("--autoencoder_steps", type=int, default=4000)
-    parser.add_argument("--denoiser_steps", type=int, default=7500)
+    parser.add_argument("--denoiser_steps", type=int, default=6000)
     parser.add_argument("--images_per_class", type=int, default=20, help="samples per class for the measurement")
     options = parser.parse_args()
     options.packages = options.packages or options.work
