@@ -24,7 +24,7 @@ help: ## list the targets
 
 install: $(STAMP) ## make .venv with the locked versions and this project
 
-demo: $(STAMP) ## erase a concept from the digits pipeline, without network or GPU; report in demo-out/ (OUT=, ARGS=)
+demo: $(STAMP) ## turn foxes into wolves in the emoji pipeline, without network or GPU; report in demo-out/ (OUT=, ARGS=)
 	$(VENV)/bin/fdu demo --out "$(OUT)" $(ARGS)
 
 # One thread per worker; threads that wait sleep. Bytecode is kept: rewriting the tests is a third of collecting them.

@@ -119,15 +119,23 @@ def concept_pairs(
 def _away_from(pairs: Sequence[Pair], anchor: Concept) -> Concept:
     """The anchor, with each prompt that another concept erases, or that names it, replaced by that one's anchor.
 
-    With three towards eight and red towards black, "a three in red" becomes "an eight in black" either way.
+    With three towards eight and red towards black, "a three in red" becomes "an eight in black" either way. With dog
+    towards wolf, the anchor "hot dog" stays as it is.
     """
     leads = {prompt: other for target, end in pairs for prompt, other in zip(target.prompts, end.prompts, strict=True)}
 
-    names = {target.name: end.name for target, end in pairs if end.name}
-    named = re.compile(r"\b(?:" + "|".join(map(re.escape, sorted(names, key=len, reverse=True))) + r")\b")
+    names = {anchor.name: anchor.name, **{target.name: end.name for target, end in pairs if end.name}}
+    longest_first = sorted(filter(None, names), key=len, reverse=True)
+    named = re.compile(r"\b(?:(an?) )?(" + "|".join(map(re.escape, longest_first)) + r")\b")
+
+    def rename(found: re.Match[str]) -> str:
+        article, name = found[1], names[found[2]]
+        if not article or name == found[2]:
+            return found[0].replace(found[2], name)
+        return f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
 
     def renamed(prompt: str) -> str:
-        return named.sub(lambda found: names[found.group()], prompt) if names else prompt
+        return named.sub(rename, prompt) if longest_first else prompt
 
     def follow(prompt: str) -> str:
         seen = [prompt]

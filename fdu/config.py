@@ -119,6 +119,8 @@ class EraseConfig:
     """Rank of the LoRA matrices, >= 1."""
     lora_alpha: Positive = 16.0
     """Scale of the LoRA update, > 0: the update is multiplied by lora_alpha / rank."""
+    adapter_layers: Literal["cross_attention", "attention"] = "cross_attention"
+    """Layers that get adapters (lora, dora): those that read the prompt, or all of attention."""
     max_train_steps: Natural = 120
     """Optimizer steps, >= 0."""
     train_batch_size: Count = 16
@@ -249,6 +251,11 @@ class EraseConfig:
 
     def _require_sense(self, divergence: Divergence) -> None:
         """Refuse settings that contradict each other."""
+        if self.adapter_layers != "cross_attention" and TRAIN_METHODS[self.train_method].result == "weights":
+            raise ValueError(
+                f"adapter_layers needs train_method 'lora' or 'dora', and train_method is {self.train_method!r}; "
+                "leave it out"
+            )
         if self.objective == "noise" and self.negative_guidance:
             raise ValueError(
                 "negative_guidance needs objective 'model'; set objective to 'model', or negative_guidance to 0"

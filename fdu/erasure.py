@@ -116,6 +116,7 @@ def erase(
                 target_names=[target.name for target, _ in pairs],
                 prompts=joined([target for target, _ in pairs]).prompts,
                 kept_prompts=[*joined([anchor for _, anchor in pairs]).prompts, *config.preservation_prompts],
+                adapter_layers=config.adapter_layers,
             )
             trainable = attach(denoiser, request)
         try:

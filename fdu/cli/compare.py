@@ -74,7 +74,7 @@ class Compare:
     judged_inference_steps: int | None = None
     """Sampling steps per judged image. Default: the pipeline's own; 20 on emoji and digits."""
     judged_guidance_scale: float | None = None
-    """Guidance scale of judged images. Default: the pipeline's own; 3 on emoji and digits."""
+    """Guidance scale of judged images. Default: the pipeline's own; 2 on emoji, 3 on digits."""
     workers: int | None = None
     """Number of worker processes. If more than one, each uses one thread. Default: 1; on emoji and digits on a
     CPU, one per core."""

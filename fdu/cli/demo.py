@@ -39,7 +39,7 @@ class Demo:
     """Concept to erase, one of `fdu names MODEL`. Default, without an anchor: fox; three on the digits."""
     anchor: str | None = None
     """Concept that replaces it: another one of them. Default, without a target: wolf; eight on the digits."""
-    images_per_class: int = 32
+    images_per_class: int = 24
     """Images per class for the judge, before and after, >= 1."""
     device: str = "cpu"
     """Device to run on: cpu, cuda, mps or auto."""
@@ -57,8 +57,8 @@ class Demo:
             )
         named = model.example if self.target is None or self.anchor is None else (self.target, self.anchor)
         ((target, anchor),) = model.pairs([named[0]], [named[1]])
-        config = model.with_preserved(self.settings.checked(), [target.name])
-        exam = model.exam(target.name)
+        config = model.with_preserved(self.settings.checked(), [(target.name, anchor.name)])
+        exam = model.exam(target.name, record={"concepts": [[target.name, anchor.name]]})
         check_resolution(model.folder, config.resolution)
         check_demo_output(self.out)
         device = choose_device(self.device)

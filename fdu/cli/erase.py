@@ -94,7 +94,7 @@ class Erase:
         check_output(self.out, self.overwrite, result_bytes(model.folder, config.train_method, self.save_as), inputs)
         dtype = check_dtype(self.dtype, config.mixed_precision)
         if not files:  # the pipeline cannot know the meaning of prompts from a file
-            config = model.with_preserved(config, [target.name for target, _ in pairs])
+            config = model.with_preserved(config, [(target.name, anchor.name) for target, anchor in pairs])
         device = choose_device(self.device)
 
         def work() -> None:

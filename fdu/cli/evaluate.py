@@ -68,7 +68,7 @@ class Evaluate:
     num_inference_steps: int | None = None
     """Sampling steps per image. Default: the pipeline's own; 20 on emoji and digits."""
     guidance_scale: float | None = None
-    """Classifier-free guidance scale. Default: the pipeline's own; 3 on emoji and digits."""
+    """Classifier-free guidance scale. Default: the pipeline's own; 2 on emoji, 3 on digits."""
     batch_size: int | None = None
     """Images drawn at a time. Default: 4; 32 on emoji and digits."""
     seed: int = 0

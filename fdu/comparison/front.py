@@ -17,6 +17,8 @@ DIGITS = 12
 """Decimal places of figures; beyond them is rounding error."""
 FIGURES = ("erased", "retained", "change", "attributes")
 TARGET_ROLES = ("target", "unseen")
+FEW_IMAGES = 24
+"""Fewer images of a class than this are too few for a bootstrap: of 8 it would cover 90 %."""
 UNASKED = "-"
 """In records, the answer for an image whose prompt asks for nothing besides the target."""
 
@@ -110,7 +112,7 @@ class Sample:
 
     - Over images: a bootstrap of the initial noise. Image i of every class starts from the same noise, so all classes
       deviate together. It draws n - 1 of n images, which makes the spread of a mean right (McCarthy and Snowden, The
-      bootstrap and finite population sampling, 1985).
+      bootstrap and finite population sampling, 1985). Fewer than ``FEW_IMAGES`` are treated like seeds.
     - Over seeds, of which there are few: Student's t with n - 1 degrees of freedom, times the standard error of the
       seeds' mean. The percentiles of a bootstrap of three seeds would lie within the three and cover less than 80 %.
       Trainings with one seed share their noise for every target, so all targets deviate with the same seeds. One seed
@@ -313,7 +315,9 @@ class _Deviations:
         self.of_images, self.of_seeds = functools.cache(self._of_images), functools.cache(self._of_seeds)
 
     def _of_images(self, count: int) -> Array:
-        """The weights of a bootstrap of ``count`` images, [resamples, count]."""
+        """The weights of a bootstrap of ``count`` images, [resamples, count]; of few images, as of seeds."""
+        if count < FEW_IMAGES:
+            return self._of_seeds(count)
         drawn = count - 1
         return self._generator.multinomial(drawn, np.full(count, 1 / count), size=self.resamples) / drawn - 1 / count
 

@@ -189,7 +189,7 @@ class Comparison:
         Batches are drawn in advance where that changes nothing, so that runs share them.
         """
         config = dataclasses.replace(self.base, **{**run.candidate.settings, "seed": run.seed})
-        config = self.subject.with_preserved(config, (run.target,))
+        config = self.subject.with_preserved(config, [(run.target, run.anchor)])
         steps = config.max_train_steps * config.gradient_accumulation_steps
         nothing = config.objective == "noise" and not config.preservation_weight
         # A critic that learns alone at first takes batches of its own for that.

@@ -205,8 +205,8 @@ def _lost_attributes(sample: Sample, one: Candidate) -> list[str]:
         if more:
             other, gap = max(more, key=lambda pair: pair[1].value)
             found.append(
-                f"{other.label} erases at least as much and keeps {100 * gap.value:.1f} points more of the attributes "
-                f"({_range(gap, 100, 1)})."
+                f"{other.label} erases as much, within chance, and keeps {100 * gap.value:.1f} points more of the "
+                f"attributes ({_range(gap, 100, 1)})."
             )
     return found
 

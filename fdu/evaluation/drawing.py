@@ -24,7 +24,7 @@ Judge = Callable[[Tensor], list[str]]
 Role = Literal["target", "unseen", "retained", "cross_domain"]
 """The erased concept; the same in phrasings that the training never used; a class to retain; one of another kind."""
 Group = Literal["near", "generic", "unrelated"]
-"""Groups of retained classes: neighbours of the target (hard negatives), the anchor and everyday subjects (which show
+"""Groups of retained classes: neighbours of the target (hard negatives), the anchor and general subjects (which show
 whether an erasure reaches too far), and unrelated subjects."""
 JUDGED_SEED = 1000
 """Offset of the judged images' seeds from the seed of the training, whose own images start at that seed."""
@@ -115,7 +115,7 @@ def check_probes(probes: Sequence[Probe]) -> None:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """Sampling settings; the defaults are those of emoji and digits.
+    """Sampling settings; the defaults are those of the digits pipeline.
 
     Raises:
         ValueError: a step count or batch size below 1, or a negative guidance scale.

@@ -32,7 +32,7 @@ ATTRIBUTE_DOUBT = 0.3
 """An attribute that did not drop by more than allowed leaves the verdict open only if it may have dropped by more than
 this fraction of the share before. Only some prompts name it: 20 images that all agree leave 17 % possible, 10 leave
 31 %."""
-GROUPS = {"near": "its neighbours", "generic": "everyday subjects", "unrelated": "unrelated subjects"}
+GROUPS = {"near": "its neighbours", "generic": "general subjects", "unrelated": "unrelated subjects"}
 """The groups of retained classes in words."""
 NAMED_CLASSES = 3
 """How many broken classes a sentence names, worst first; the rest are only counted."""
@@ -223,7 +223,7 @@ def _attribute_sentences(evaluation: Evaluation, target: str, lost: Sequence[str
     named = joined([f"{'an' if name[0] in 'aeiou' else 'a'} {name}" for name in before.attributes])
     several = len(before.attributes) > 1
     found = [
-        f"{f'the {name}' if several else 'it'} in {percent(share)}{'' if place else ' of the images'} before and in "
+        f"{f'the {name}' if several else 'it'} in {percent(share)}{'' if place else ' of those images'} before and in "
         f"{percent(after.attributes[name])} after"
         for place, (name, share) in enumerate(before.attributes.items())
     ]
@@ -279,8 +279,10 @@ def _rest_part(evaluation: Evaluation, probes: Sequence[Probe]) -> tuple[bool, b
     elif not drawn:
         said.append("the retained classes were rarely drawn even before")
     if less_found:
-        images = f"images for {target}" if said else "its images"
-        said.append(f"{images} no longer show {f'the {joined(lost)} asked for' if lost else 'all that was asked for'}")
+        images = f"the images for {target}" if said else "its images"
+        said.append(
+            f"some of {images} no longer show {f'the {joined(lost)} asked for' if lost else 'all that was asked for'}"
+        )
     headline = ", and ".join(said)
     if not said:
         all_drawn = len(known) == len(attributes)

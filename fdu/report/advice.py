@@ -49,7 +49,11 @@ def next_steps(run: EvaluatedRun) -> list[NextStep]:
     rare += ["the retained classes"] if before.retained_accuracy < DRAWN_BEFORE else []
     if rare:
         words = f"Before the erasure, the model rarely drew {joined(rare)}, so the images after it show little. "
-        words += "Write a concept set whose prompts the model draws, and evaluate with --prompts."
+        words += (
+            f"{lines.embedded.capitalize()} has prompts of its own, so erase another concept."
+            if lines.embedded
+            else "Write a concept set whose prompts the model draws, and evaluate with --prompts."
+        )
         steps.append(NextStep(words))
     if verdict.erased in ("erased", "cannot be told") and not verdict.sure:
         images = 4 * run.evaluation.images_per_class
@@ -149,6 +153,8 @@ class _Lines:
             options = {"images_per_class": run.evaluation.images_per_class, "seed": config.get("seed") or None}
             options["device"] = _value(demo, "device") or "cpu"
             self.evaluated = shlex.split(_changed(["fdu", "evaluate", model, str(self.own / WEIGHTS_FOLDER)], options))
+        self.embedded = next((one.title for one in EMBEDDED if one.name in self.evaluated[2:3]), "")
+        """The pipeline of fdu that was judged, in words; empty for others."""
 
     def erase(self, **changes: Any) -> tuple[str, ...]:
         """The erasure with these settings, and its evaluation, which `fdu demo` includes."""

@@ -33,11 +33,14 @@ class Content(Protocol):
     def kind_of(self, target: str) -> str:
         """The type of the target for the packaged phrasings."""
 
-    def preserved(self, *targets: str) -> tuple[str, ...]:
-        """Prompts to preserve when ``targets`` are erased."""
+    def preserved(self, *targets: str, anchors: Sequence[str] = ()) -> tuple[str, ...]:
+        """Prompts to preserve when ``targets`` are erased towards ``anchors``."""
 
-    def probes(self, target: str, *others: str) -> list[Probe]:
-        """The classes that judge the erasure of ``target``; ``others`` were erased as well."""
+    def probes(self, target: str, *others: str, anchor: str = "") -> list[Probe]:
+        """The classes that judge the erasure of ``target`` towards ``anchor``; ``others`` were erased as well."""
+
+    def chance(self, target: str, anchor: str) -> float:
+        """The share of images for the anchor that show the target by chance, such as a fox among mammals."""
 
     def features(self) -> Features:
         """Features for the distances between images."""
@@ -50,13 +53,15 @@ class EmbeddedExam(Exam):
     subject: EmbeddedPipeline | None = None
     others: tuple[str, ...] = ()
     """Concepts that were erased besides the target."""
+    anchor: str = ""
+    """What replaced the target, where it is known."""
 
     def panel(self, device: str = "cpu") -> Panel:
         """See :meth:`Exam.panel`."""
         assert self.subject is not None
         content = self.subject.content
         features = clip_encoder(self.judge, device) if self.judge else content.features()
-        return Panel(content.probes(self.target, *self.others), features, content.JUDGE)
+        return Panel(content.probes(self.target, *self.others, anchor=self.anchor), features, content.JUDGE)
 
 
 class EmbeddedPipeline(Subject):
@@ -99,7 +104,7 @@ class EmbeddedPipeline(Subject):
 
     @property
     def sampling(self) -> Sampling:
-        """20 steps at guidance 3, as the pipelines were tuned."""
+        """20 steps at guidance 3."""
         from fdu.evaluation import Sampling
 
         return Sampling()
@@ -122,13 +127,13 @@ class EmbeddedPipeline(Subject):
         known = [self.content.concepts(target.name, anchor.name) for target, anchor in pairs]
         return concept_pairs([target for target, _ in known], [anchor for _, anchor in known])
 
-    def with_preserved(self, config: EraseConfig, targets: Sequence[str]) -> EraseConfig:
-        """See :meth:`Subject.with_preserved`: superclasses and the neighbours of the targets."""
-        if config.preservation_prompts or not set(targets) <= {
-            name for names in self.names().values() for name in names
-        }:
+    def with_preserved(self, config: EraseConfig, pairs: Sequence[tuple[str, str]]) -> EraseConfig:
+        """See :meth:`Subject.with_preserved`: superclasses, anchors and the neighbours of the targets."""
+        known = {name for names in self.names().values() for name in names}
+        targets, anchors = [target for target, _ in pairs], [anchor for _, anchor in pairs]
+        if config.preservation_prompts or not {*targets, *anchors} <= {*known, self.nothing}:
             return config
-        return dataclasses.replace(config, preservation_prompts=self.content.preserved(*targets))
+        return dataclasses.replace(config, preservation_prompts=self.content.preserved(*targets, anchors=anchors))
 
     def exam(
         self,
@@ -143,7 +148,17 @@ class EmbeddedPipeline(Subject):
             raise ValueError(f"prompts: {self.title} has its own; leave it out")
         self.content.check_target(target or "")
         others = tuple(name for name in erased if name != target)
-        return EmbeddedExam(target or "", self.content.kind_of(target or ""), judge, subject=self, others=others)
+        kind = self.content.kind_of(target or "")
+        anchor = _anchor_of(target or "", record)
+        return EmbeddedExam(target or "", kind, judge, subject=self, others=others, anchor=anchor)
+
+
+def _anchor_of(target: str, record: Mapping[str, Any] | None) -> str:
+    """The anchor of a target in the record of an erasure; "" where it does not say."""
+    if record is None:
+        return ""
+    pairs = record.get("concepts") or [[record[side]["name"] for side in ("target", "anchor")]]
+    return str(dict(pairs).get(target, ""))
 
 
 class Digits(EmbeddedPipeline):
@@ -183,6 +198,13 @@ class Emoji(EmbeddedPipeline):
 
         return cast(Content, emoji_pipeline)
 
+    @property
+    def sampling(self) -> Sampling:
+        """20 steps at guidance 2: a larger scale overshoots some styles and backgrounds."""
+        from fdu.evaluation import Sampling
+
+        return Sampling(guidance_scale=2.0)
+
     def names(self) -> dict[str, tuple[str, ...]]:
         """See :meth:`EmbeddedPipeline.names`; objects are by their narrow superclass."""
         from fdu.subjects.emoji.objects import STYLES, SUPERCLASSES, THINGS, members
@@ -192,5 +214,5 @@ class Emoji(EmbeddedPipeline):
         return {**objects, "superclass": SUPERCLASSES, "style": STYLES}
 
 
-EMBEDDED: tuple[type[EmbeddedPipeline], ...] = tuple(one for one in (Emoji, Digits) if one.data.is_dir())
-"""Those whose weights are there, the one for demos first."""
+EMBEDDED: tuple[type[EmbeddedPipeline], ...] = (Emoji, Digits)
+"""The one for demos first."""

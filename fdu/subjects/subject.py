@@ -121,8 +121,10 @@ class Subject:
         """
         return concept_pairs(read_concepts(targets), read_concepts(anchors), concept_type)
 
-    def with_preserved(self, config: EraseConfig, targets: Sequence[str]) -> EraseConfig:
-        """The settings with the model's own prompts to preserve, if it has any and the settings name none."""
+    def with_preserved(self, config: EraseConfig, pairs: Sequence[tuple[str, str]]) -> EraseConfig:
+        """The settings with the model's own prompts to preserve, if it has any and the settings name none.
+
+        ``pairs``: the names of targets and anchors."""
         return config
 
     def exam(

@@ -254,6 +254,8 @@ def test_what_was_rarely_drawn_needs_other_prompts() -> None:
     probes = [dataclasses.replace(PROBES[0], judge=lambda images: ["eight"] * len(images)), *PROBES[1:]]
     (step,) = next_steps(run_of(0.1, 0.5, 0.9, probes=probes))
     assert "three" in step.words and "--prompts" in step.words and not step.commands
+    (step,) = next_steps(run_of(0.1, 0.5, 0.9, probes=probes, command="fdu evaluate digits erased --out judged"))
+    assert "The digits pipeline" in step.words and "--prompts" not in step.words
     blind = [
         PROBES[0],
         *(dataclasses.replace(probe, judge=lambda images: ["six"] * len(images)) for probe in PROBES[1:]),

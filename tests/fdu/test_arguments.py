@@ -219,6 +219,9 @@ def test_an_anchor_that_names_another_target_is_led_on() -> None:
     assert pairs[0][1].prompts == ("eight in black ink",)
     assert pairs[1][1].prompts == ("the digit eight in black ink", "a black one")
     assert concept_pairs("cat", ["a catalogue with a cat on it"])[0][1].prompts[0] == "a catalogue with a cat on it"
+    targets = [Concept("dog", ("a dog",)), Concept("fox", ("a fox", "the fox", "2 foxes"))]
+    anchors = [Concept("owl", ("an owl",)), Concept("hot dog", ("a hot dog", "the dog", "a dog"))]
+    assert concept_pairs(targets, anchors)[1][1].prompts == ("a hot dog", "the owl", "an owl")
 
 
 def test_names_that_lead_further_and_further_are_refused() -> None:

@@ -73,6 +73,19 @@ def test_intervals_over_three_seeds_hold_the_truth_as_often_as_they_say() -> Non
     assert held / repetitions > 0.92 and alike / repetitions > 0.92
 
 
+def test_intervals_over_eight_images_hold_the_truth_as_often_as_they_say() -> None:
+    """By percentiles of a bootstrap it would be 9 of 10."""
+    generator = np.random.default_rng(0)
+    candidate = Candidate("mse")
+    held, repetitions = 0, 200
+    for _ in range(repetitions):
+        changes = tuple(generator.normal(0.1, 0.02, 8))
+        run = (Judged("target", "three", (False,) * 8), Judged("retained", "eight", (True,) * 8, changes))
+        estimate = Sample({("three", candidate, 0): run}, [candidate], resamples=300).estimate("change", candidate)
+        held += estimate.low <= 0.1 <= estimate.high
+    assert held / repetitions > 0.925
+
+
 def test_shares_and_their_intervals_stay_within_0_and_1() -> None:
     found, (one,) = runs({"mse": (0.9, 0.95)}, spread=0.1)
     estimate = Sample(found, [one]).estimate("erased", one)
@@ -360,7 +373,7 @@ def test_a_recommended_candidate_that_loses_what_another_keeps_says_so() -> None
     # Clearly more erased counts too: of 90 % and 60 %.
     more = chosen({**figures, "mse": (0.9, 0.6, 0.01, 1.0), "kl": (0.6, 1.0, 0.01, 0.5)}, "preservation")
     assert more.candidate.divergence == "kl"
-    assert any(one.startswith("mse (s0 1) erases at least as much") for one in more.sentences)
+    assert any(one.startswith("mse (s0 1) erases as much, within chance,") for one in more.sentences)
     # What erases less is no reproach.
     assert not any(
         "points more of the attributes" in one for one in chosen({**figures, "mse": (0.3, 1.0, 0.01, 1.0)}).sentences

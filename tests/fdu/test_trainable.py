@@ -129,6 +129,18 @@ def test_a_method_changes_what_it_names_and_goes_without_a_trace(family: str, me
     assert torch.equal(output(denoiser), former)
 
 
+@pytest.mark.parametrize("method", ADAPTER_METHODS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_adapters_go_on_the_layers_that_the_settings_choose(family: str, method: str) -> None:
+    denoiser = wrapped(families.build(family))
+    choices = {"cross_attention": denoiser.context_projections, "attention": denoiser.attention_projections}
+    for choice, endings in choices.items():
+        trainable = attached(denoiser, method, adapter_layers=choice)
+        found = {name.split(".lora_")[0].partition(".")[2] for name in trainable.named_parameters()}
+        assert found == {name for name in parts.layers(denoiser.module) if parts.ends_with(name, endings)}
+        trainable.remove()
+
+
 def belongs(name: str, method: str, denoiser: Denoiser) -> bool:
     """Whether a method may change a weight."""
     attribute, _, rest = name.partition(".")

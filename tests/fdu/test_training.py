@@ -299,6 +299,7 @@ def test_settings_that_contradict_each_other_are_refused(pipeline: StableDiffusi
         ({"objective": "noise", "negative_guidance": 1.0}, "negative_guidance.*'model'"),
         ({"variational": True, "divergence": "mse"}, "'mse' has no generator f"),
         ({"gradient_surgery": True, "preservation_weight": 0.0}, "gradient_surgery needs preservation"),
+        ({"adapter_layers": "attention", "train_method": "full"}, "adapter_layers needs train_method 'lora' or 'dora'"),
         ({"frozen_batches": 2, "timestep_sampling": "importance"}, "frozen_batches.*timestep_sampling"),
         (
             {"lr_warmup_steps": 5, "lr_scheduler": "constant"},

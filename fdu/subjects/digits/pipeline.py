@@ -143,6 +143,11 @@ def concepts(target: str, anchor: str) -> tuple[Concept, Concept]:
     return Concept(target, _prompts(target, target)), Concept(anchor, _prompts(target, anchor))
 
 
+def chance(target: str, anchor: str) -> float:
+    """The share of images for the anchor that show the target, if it draws all that it can mean equally often."""
+    return 1 / len(DIGITS if target in DIGITS else MEDIA) if anchor == SUPERCLASS else 0.0
+
+
 def check_target(target: str) -> None:
     """Refuse a target that the pipeline does not know.
 
@@ -154,8 +159,9 @@ def check_target(target: str) -> None:
         raise ValueError(f"target must be {names}, got {target!r}{closest(target, NAMES)}")
 
 
-def preserved(*targets: str) -> tuple[str, ...]:
-    """Prompts to keep when ``targets`` are erased: the superclass, and the neighbours of the targets' own kinds."""
+def preserved(*targets: str, anchors: Sequence[str] = ()) -> tuple[str, ...]:
+    """Prompts to keep when ``targets`` are erased: the superclass, and the neighbours of the targets' own kinds,
+    which include the anchors."""
     digits = [digit for digit in DIGITS if digit not in targets]
     media = [medium for medium in MEDIA if medium not in targets]
     neighbours = []
@@ -168,11 +174,11 @@ def preserved(*targets: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys((*(prompt(noun) for noun in SUPERCLASS_NOUNS), *neighbours)))
 
 
-def probes(target: str, *others: str) -> list[Probe]:
+def probes(target: str, *others: str, anchor: str = "") -> list[Probe]:
     """The classes to draw to judge the erasure of ``target``: itself, seen and unseen, its kind, and the other kind.
 
     The attribute of a digit's prompts is the ink that they name, that of an ink's prompts the digit. ``others`` were
-    erased as well, and are neither to be retained nor lost.
+    erased as well, and are neither to be retained nor lost. The anchor is of the target's kind.
     """
     judge = judges()
     digit_erased = target in DIGITS

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fdu.storage.output import whole_file
 from fdu.subjects.emoji.objects import ALL_THINGS, BACKGROUNDS, STYLES
 
 IMAGE_SIZE = 64
@@ -74,7 +75,8 @@ def fetch_packages(folder: Path, registry: str = REGISTRY) -> None:
         if not path.exists():
             with urllib.request.urlopen(package.url(registry), timeout=60) as answer:
                 content = answer.read()
-            path.write_bytes(content)
+            with whole_file(path) as fresh:
+                fresh.write_bytes(content)
         if hashlib.sha256(path.read_bytes()).hexdigest() != package.sha256:
             raise ValueError(f"{path} is not version {package.version} of {package.name}; delete it and start again")
 
@@ -89,6 +91,12 @@ def load_drawings(folder: Path) -> Tensor:
         KeyError: a package lacks an object.
     """
     sets = [_icons(folder / PACKAGES[style].archive) for style in STYLES]
+    for style, icons in zip(STYLES, sets, strict=True):
+        lacking = [
+            one.icon for one in ALL_THINGS if one.icon not in icons["icons"] and one.icon not in icons["aliases"]
+        ]
+        if lacking:
+            raise KeyError(f"{PACKAGES[style].archive} lacks the icon {lacking[0]!r}; fetch it again")
     drawn = torch.stack([torch.stack([_render(icons, thing.icon) for icons in sets]) for thing in ALL_THINGS])
     return torch.cat([drawn[:, :, :3] * drawn[:, :, 3:], drawn[:, :, 3:]], 2)
 

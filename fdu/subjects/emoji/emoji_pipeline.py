@@ -7,6 +7,7 @@ sets of emoji. No penalty separates its text embeddings, so neighbours overlap: 
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -47,9 +48,12 @@ OBJECTS = tuple(thing.name for thing in THINGS)
 SEEN_FRAMES, UNSEEN_FRAMES = FRAMES[:4], FRAMES[4:]
 """Frames that erasures train on, and others that they never see."""
 PROMPTS = 40
-"""Prompts of a concept."""
+"""Prompts of a concept; a superclass has one per object if that is more."""
 NEAR, FAR = 8, 8
 """The most neighbours, and the unrelated objects, that an evaluation draws."""
+FAR_KEPT = 32
+"""Objects to preserve that have nothing to do with the target, and that no evaluation of it draws: what looks like the
+target without being like it, such as an orange fruit beside a fox, is harmed first."""
 SPREAD = tuple(THINGS[61 * place % len(THINGS)] for place in range(len(THINGS)))
 """The objects in an order in which any few that follow one another are of many superclasses."""
 
@@ -185,17 +189,21 @@ def phrases(target: str, name: str, seen: bool = True) -> list[Phrase]:
     """Phrasings of ``target``, with ``name`` in its place: those of the training, or others that it never sees.
 
     Four of five name a style, every other a background. Unseen phrasings share no frame, noun or phrase with the seen
-    ones, and an object's synonyms are among them.
+    ones, and an object's synonyms are among them. Those of a superclass name each of its objects in turn, and in every
+    round in other styles.
     """
     frames = SEEN_FRAMES if seen else UNSEEN_FRAMES
+    own = [target, *(thing.name for thing in SPREAD if target in thing.superclasses)]
+    named = ("", *STYLES)
     found = []
-    for place in range(PROMPTS):
+    for place in range(max(PROMPTS, len(own))):
         words = 0 if seen else 1 + place // 2 % 2
         if target in STYLES:
             thing, style = SPREAD[2 * place + (not seen)].name, name
         else:
-            own = [target, *(thing.name for thing in members(target))]
-            thing, style = own[place % len(own)] if name == target else name, ("", *STYLES)[place % 5]
+            turn = place if seen else place + PROMPTS
+            thing = own[turn % len(own)] if name == target else name
+            style = named[(place + turn // math.lcm(len(own), len(named))) % len(named)]
         style = "" if style == ANY_STYLE else style
         background = BACKGROUNDS[place // 2 % len(BACKGROUNDS)] if (place + place // 4) % 2 else ""
         synonyms = BY_NAME[thing].synonyms if thing in BY_NAME else ()
@@ -224,9 +232,9 @@ def relatives(target: str) -> list[Thing]:
     return sorted(near, key=lambda thing: abs(THINGS.index(thing) - place))
 
 
-def preserved(*targets: str) -> tuple[str, ...]:
-    """Prompts to keep when ``targets`` are erased: superclasses and relatives, or the other styles, with and without
-    a style."""
+def preserved(*targets: str, anchors: Sequence[str] = ()) -> tuple[str, ...]:
+    """Prompts to keep when ``targets`` are erased: anchors, superclasses, and relatives and unrelated objects with and
+    without a style; of a style, objects in the other styles."""
     found: list[str] = []
     gone = _gone(targets)
     styles = [style for style in STYLES if style not in gone]
@@ -234,48 +242,68 @@ def preserved(*targets: str) -> tuple[str, ...]:
         if target in STYLES:
             things: Sequence[Thing] = SPREAD[2 * PROMPTS : 3 * PROMPTS]
         else:
-            things = relatives(target)
+            near = relatives(target)
+            things = [*near, *(thing for thing in SPREAD[-FAR_KEPT:] if thing not in near)]
             above = SUPERCLASSES if target in SUPERCLASSES else BY_NAME[target].superclasses
             found += [prompt(nouns(name)[0]) for name in above if name not in gone]
         for place, thing in enumerate(one for one in things if one.name not in gone):
             noun = nouns(thing.name)[0]
             found += [prompt(noun, style_phrases(styles[place % len(styles)])[0]), prompt(noun)]
+    found += [prompt(nouns(name)[0]) for name in anchors if name not in (*STYLES, ANY_STYLE)]
     return tuple(dict.fromkeys(found))
 
 
-def probes(target: str, *others: str) -> list[Probe]:
+def probes(target: str, *others: str, anchor: str = "") -> list[Probe]:
     """The classes to draw to judge the erasure of ``target``: itself, its relatives, unrelated ones, and another kind.
 
-    ``others`` were erased as well, and are neither to be retained nor lost.
+    ``others`` were erased as well, and are neither to be retained nor lost. The anchor is to be retained too.
     """
     gone = _gone((target, *others))
-    far = [thing.name for thing in SPREAD if thing.name not in gone]
     styles = [style for style in STYLES if style not in gone]
-    found = [_asking(target, seen=True), _asking(target, seen=False)]
+    found = [_asking(target, gone, seen=True), _asking(target, gone, seen=False)]
     if target in STYLES:
-        found += [_probe(style, "retained") for style in styles]
-        return found + [_probe(name, "cross_domain") for name in far[:FAR]]
+        far = [thing.name for thing in SPREAD[3 * PROMPTS :] if thing.name not in gone]  # in no prompt of the training
+        retained: list[tuple[str, Role, Group]] = [(style, "retained", "near") for style in styles]
+        return found + _in_turn([*retained, *((name, "cross_domain", "near") for name in far[:FAR])])
+    far = [thing.name for thing in SPREAD if thing.name not in gone]
     near = [thing.name for thing in relatives(target) if thing.name not in gone][:NEAR]
     above = (BY_NAME[target] if target in BY_NAME else members(target)[0]).superclasses
     far = [name for name in far if above[1] not in BY_NAME[name].superclasses and name not in near][:FAR]
-    found += [_probe(name, "retained", "near") for name in near]
-    found += [_probe(name, "retained", "generic") for name in above if name not in gone]
-    found += [_probe(name, "retained", "unrelated") for name in far]
-    return found + [_probe(style, "cross_domain") for style in styles]
+    general = [name for name in dict.fromkeys((*above, anchor)) if name and name not in gone and name not in near]
+    retained = [(name, "retained", "near") for name in near]
+    retained += [(name, "retained", "generic") for name in general]
+    retained += [(name, "retained", "unrelated") for name in far if name != anchor]
+    return found + _in_turn([*retained, *((style, "cross_domain", "near") for style in styles)])
 
 
-def _asking(target: str, seen: bool) -> Probe:
-    """The probe of the target, with what else its prompts ask for."""
+def chance(target: str, anchor: str) -> float:
+    """The share of images for the anchor that show the target, if it draws all that it can mean equally often."""
+    if anchor == ANY_STYLE:
+        return 1 / len(STYLES)
+    return len(_inside(target) & _inside(anchor)) / len(_inside(anchor))
+
+
+def _asking(target: str, gone: set[str], seen: bool) -> Probe:
+    """The probe of the target, with what else its prompts ask for, except for what is gone."""
     asked = phrases(target, target, seen)
     other = "object" if target in STYLES else "style"
-    wanted = {other: [one.thing if other == "object" else one.style for one in asked]}
+    named = [one.thing if other == "object" else one.style for one in asked]
+    wanted = {other: ["" if name in gone else name for name in named]}
     wanted["background"] = [one.background for one in asked]
     attributes = tuple(Attribute(name, tuple(values), judges()[name]) for name, values in wanted.items())
     texts = tuple(one.text for one in asked)
     return Probe(target, texts, "target" if seen else "unseen", judge_of(target), attributes=attributes)
 
 
-def _probe(name: str, role: Role, group: Group = "near") -> Probe:
-    """The probe of a class to retain; the prompts of a superclass name none of its objects."""
-    asked = phrases(name if name in STYLES else "", name)
-    return Probe(name, tuple(one.text for one in asked), role, judge_of(name), group)
+def _in_turn(kept: Sequence[tuple[str, Role, Group]]) -> list[Probe]:
+    """The probes of classes to retain: name, role and group.
+
+    Each class begins one phrasing after the class before it, so that a few images of each show all styles and
+    backgrounds. The prompts of a superclass name none of its objects.
+    """
+    found = []
+    for place, (name, role, group) in enumerate(kept):
+        texts = tuple(one.text for one in phrases(name if name in STYLES else "", name))
+        start = place % len(texts)
+        found.append(Probe(name, (*texts[start:], *texts[:start]), role, judge_of(name), group))
+    return found

@@ -13,6 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from fdu.evaluation import Probe, draw
+from fdu.subjects.embedded import Emoji
 from fdu.subjects.emoji import emoji_pipeline
 from fdu.subjects.emoji.classifier import EmojiClassifier
 from fdu.subjects.emoji.drawings import jitter, on_backgrounds, read_backgrounds
@@ -28,13 +29,15 @@ from fdu.subjects.emoji.objects import (
     style_phrases,
 )
 
+SAMPLING = Emoji().sampling.settings()
 SHEET_STEP, SHEET_COLUMNS = 4, 7
 """The contact sheet shows every fourth object, seven in a row."""
 
 
 @torch.no_grad()
 def judge_accuracy(classifier: EmojiClassifier, drawings: Tensor, copies: int, seed: int) -> dict[str, float]:
-    """The share of real emoji that the judges name right, on jittered and softened copies that they never saw.
+    """The share of real emoji that the judges name right, on new jittered and softened copies of those they learnt
+    from.
 
     Args:
         classifier: the judge.
@@ -78,7 +81,7 @@ def measure(pipeline: StableDiffusionPipeline, data: Path, per_class: int, seed:
         for name, shown in names.items():
             prompts = tuple(prompt(nouns(name)[0], *phrase) for phrase in phrases)
             probes.append(Probe(shown, prompts, "retained", emoji_pipeline.judge_of(shown, judges)))
-        images = draw(pipeline, probes, per_class, seed).images
+        images = draw(pipeline, probes, per_class, seed, **SAMPLING).images
         answers = [probe.judge(one) for probe, one in zip(probes, images, strict=True)]
         shares = [one.count(probe.name) / per_class for probe, one in zip(probes, answers, strict=True)]
         return dict(zip(names, shares, strict=True)), images
@@ -113,7 +116,7 @@ def contact_sheet(pipeline: StableDiffusionPipeline, drawings: Tensor, seed: int
         probe = Probe(thing.name, prompts, "retained", list)
         white = torch.zeros(len(STYLES), dtype=torch.long)
         real = on_backgrounds(drawings[ALL_THINGS.index(thing)], white)
-        (images,) = draw(pipeline, [probe], len(STYLES), seed).images
+        (images,) = draw(pipeline, [probe], len(STYLES), seed, **SAMPLING).images
         cells.append(torch.cat([torch.cat(list(real), 2), torch.cat(list(images), 2)], 1))
     cells += [torch.ones_like(cells[0])] * (-len(cells) % SHEET_COLUMNS)
     rows = [torch.cat(cells[start : start + SHEET_COLUMNS], 2) for start in range(0, len(cells), SHEET_COLUMNS)]

@@ -154,7 +154,7 @@ def train_judge(worker: Worker, drawings: Tensor, steps: int) -> EmojiClassifier
 
 
 def build_autoencoder() -> AutoencoderKL:
-    """A 64x64x3 to 8x8x8 autoencoder. Its groups hold all channels: narrow ones would lose colours that fill them."""
+    """A 64x64x3 to 8x8x8 autoencoder. Each normalisation has one group; small groups would lose flat colours."""
     return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
@@ -168,7 +168,7 @@ def build_autoencoder() -> AutoencoderKL:
 
 
 def train_autoencoder(worker: Worker, drawings: Tensor, steps: int) -> AutoencoderKL:
-    """An autoencoder whose latents have mean 0 and standard deviation 1 in every channel.
+    """An autoencoder whose latents of drawings on white have mean 0 and standard deviation 1 in every channel.
 
     Its weights are rounded to half precision, in which they are stored.
     """
@@ -205,9 +205,9 @@ def one_of(options: tuple[str, ...]) -> str:
 def random_prompt(thing: int, style: int, background: int) -> tuple[str, int, int, int]:
     """A training prompt, and the indices of the object, style and background that it draws.
 
-    They are those given, but where the prompt names a superclass, the object is one of its own; where its words name no
-    background, that is white. The empty prompt draws anything: if it drew white alone, guidance would lead from white
-    past pink to yellow.
+    They are the given ones, with two exceptions. If the prompt names a superclass, the object is one of it; if it names
+    no background, the background is white. The empty prompt draws every background. If it drew only white, guidance
+    would push pink towards yellow.
     """
     kind, named = torch.rand(()).item(), torch.rand(3).tolist()
     if kind < EMPTY_SHARE:

@@ -28,9 +28,11 @@ MARK = "_hf_peft_config_loaded"
 
 
 def make(denoiser: Denoiser, request: Request) -> Trainable:
-    """The methods "lora" and "dora": an adapter on every layer of the denoiser that reads the prompt."""
+    """The methods "lora" and "dora": an adapter on every layer of the denoiser that reads the prompt, or on all layers
+    of attention."""
     layers = parts.layers(parts.models(denoiser.pipeline)[denoiser.module_name])
-    names = [name for name in layers if parts.ends_with(name, denoiser.context_projections)]
+    endings = {"cross_attention": denoiser.context_projections, "attention": denoiser.attention_projections}
+    names = [name for name in layers if parts.ends_with(name, endings[request.adapter_layers])]
     request.check_found(names, denoiser)
     return Adapter(
         denoiser.pipeline,

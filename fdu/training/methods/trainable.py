@@ -36,6 +36,8 @@ class Request:
     """The prompts of the target."""
     kept_prompts: Sequence[str] = ()
     """The prompts of the anchor and the prompts to preserve."""
+    adapter_layers: str = "cross_attention"
+    """Layers that get adapters: "cross_attention" (those that read the prompt) or "attention"."""
 
     def check_found(self, names: Collection[str], denoiser: Denoiser) -> None:
         """Raise ValueError if the method found nothing to train."""
