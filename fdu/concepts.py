@@ -119,20 +119,21 @@ def concept_pairs(
 def _away_from(pairs: Sequence[Pair], anchor: Concept) -> Concept:
     """The anchor, with each prompt that another concept erases, or that names it, replaced by that one's anchor.
 
-    With three towards eight and red towards black, "a three in red" becomes "an eight in black" either way. With dog
-    towards wolf, the anchor "hot dog" stays as it is.
+    With three towards eight and red towards black, "a three in red" becomes "an eight in black" either way. A name
+    within an anchor's name is left alone: "a hot dog" stays, with dog towards wolf.
     """
     leads = {prompt: other for target, end in pairs for prompt, other in zip(target.prompts, end.prompts, strict=True)}
 
-    names = {anchor.name: anchor.name, **{target.name: end.name for target, end in pairs if end.name}}
-    longest_first = sorted(filter(None, names), key=len, reverse=True)
+    ends = {end.name: end.name for _, end in pairs}
+    names = {name: end for name, end in {**ends, **{target.name: end.name for target, end in pairs}}.items() if end}
+    longest_first = sorted(names, key=len, reverse=True)
     named = re.compile(r"\b(?:(an?) )?(" + "|".join(map(re.escape, longest_first)) + r")\b")
 
     def rename(found: re.Match[str]) -> str:
-        article, name = found[1], names[found[2]]
-        if not article or name == found[2]:
+        name = names[found[2]]
+        if not found[1] or name == found[2]:
             return found[0].replace(found[2], name)
-        return f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
+        return f"{'an' if _VOWEL.match(name) else 'a'} {name}"
 
     def renamed(prompt: str) -> str:
         return named.sub(rename, prompt) if longest_first else prompt

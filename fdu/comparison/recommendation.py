@@ -204,8 +204,9 @@ def _lost_attributes(sample: Sample, one: Candidate) -> list[str]:
         more = [(other, gap) for other, gap in gaps if gap.sign > 0]
         if more:
             other, gap = max(more, key=lambda pair: pair[1].value)
+            erases = "more" if sample.difference("erased", other, one).sign > 0 else "as much, within chance,"
             found.append(
-                f"{other.label} erases as much, within chance, and keeps {100 * gap.value:.1f} points more of the "
+                f"{other.label} erases {erases} and keeps {100 * gap.value:.1f} points more of the "
                 f"attributes ({_range(gap, 100, 1)})."
             )
     return found

@@ -24,8 +24,8 @@ Judge = Callable[[Tensor], list[str]]
 Role = Literal["target", "unseen", "retained", "cross_domain"]
 """The erased concept; the same in phrasings that the training never used; a class to retain; one of another kind."""
 Group = Literal["near", "generic", "unrelated"]
-"""Groups of retained classes: neighbours of the target (hard negatives), the anchor and general subjects (which show
-whether an erasure reaches too far), and unrelated subjects."""
+"""Groups of retained classes: neighbours of the target (hard negatives), the anchor, superclasses and everyday subjects
+(which show whether an erasure reaches too far), and unrelated subjects."""
 JUDGED_SEED = 1000
 """Offset of the judged images' seeds from the seed of the training, whose own images start at that seed."""
 

@@ -32,7 +32,7 @@ ATTRIBUTE_DOUBT = 0.3
 """An attribute that did not drop by more than allowed leaves the verdict open only if it may have dropped by more than
 this fraction of the share before. Only some prompts name it: 20 images that all agree leave 17 % possible, 10 leave
 31 %."""
-GROUPS = {"near": "its neighbours", "generic": "general subjects", "unrelated": "unrelated subjects"}
+GROUPS = {"near": "its neighbours", "generic": "superclasses and everyday subjects", "unrelated": "unrelated subjects"}
 """The groups of retained classes in words."""
 NAMED_CLASSES = 3
 """How many broken classes a sentence names, worst first; the rest are only counted."""

@@ -28,7 +28,7 @@ HEADINGS = {
     ("target", ""): "The target",
     ("unseen", ""): "The target in phrasings that the training never used",
     ("retained", "near"): "Its neighbours (to retain)",
-    ("retained", "generic"): "The anchor and general subjects (to retain)",
+    ("retained", "generic"): "The anchor, superclasses and everyday subjects (to retain)",
     ("retained", "unrelated"): "Unrelated subjects (to retain)",
     ("cross_domain", ""): "Classes of another kind (to retain)",
 }

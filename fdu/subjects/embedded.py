@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, cast
 
 from fdu.concepts import Concept, ConceptType, Pair, concept_pairs
+from fdu.storage.loading import erased_pairs
 from fdu.subjects.subject import Exam, Panel, Subject, clip_encoder
 
 if TYPE_CHECKING:
@@ -149,16 +150,9 @@ class EmbeddedPipeline(Subject):
         self.content.check_target(target or "")
         others = tuple(name for name in erased if name != target)
         kind = self.content.kind_of(target or "")
-        anchor = _anchor_of(target or "", record)
+        anchor = dict(erased_pairs(record)).get(target or "", "") if record else ""
+        anchor = anchor if anchor in {name for names in self.names().values() for name in names} else ""
         return EmbeddedExam(target or "", kind, judge, subject=self, others=others, anchor=anchor)
-
-
-def _anchor_of(target: str, record: Mapping[str, Any] | None) -> str:
-    """The anchor of a target in the record of an erasure; "" where it does not say."""
-    if record is None:
-        return ""
-    pairs = record.get("concepts") or [[record[side]["name"] for side in ("target", "anchor")]]
-    return str(dict(pairs).get(target, ""))
 
 
 class Digits(EmbeddedPipeline):

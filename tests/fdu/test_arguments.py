@@ -222,6 +222,11 @@ def test_an_anchor_that_names_another_target_is_led_on() -> None:
     targets = [Concept("dog", ("a dog",)), Concept("fox", ("a fox", "the fox", "2 foxes"))]
     anchors = [Concept("owl", ("an owl",)), Concept("hot dog", ("a hot dog", "the dog", "a dog"))]
     assert concept_pairs(targets, anchors)[1][1].prompts == ("a hot dog", "the owl", "an owl")
+    targets = [Concept("dog", ("a dog",)), Concept("twemoji", ("a dog in twemoji",))]
+    anchors = [Concept("hot dog", ("a hot dog",)), Concept("noto", ("a dog in noto",))]
+    assert concept_pairs(targets, anchors)[1][1].prompts == ("a hot dog in noto",)  # and not hotter and hotter
+    anchors[0] = Concept("unicorn", ("a unicorn",))
+    assert concept_pairs(targets, anchors)[1][1].prompts == ("a unicorn in noto",)
 
 
 def test_names_that_lead_further_and_further_are_refused() -> None:

@@ -183,7 +183,9 @@ def test_every_concept_has_prompts_to_preserve_and_classes_that_judge_it() -> No
 
 
 def test_what_was_erased_beside_the_target_is_neither_kept_nor_judged() -> None:
-    assert not [text for text in emoji.preserved("fox", "wolf") if "wolf" in text or "fox" in text]
+    kept = emoji.preserved("fox", "wolf", anchors=["wolf", "dog"])
+    assert not [text for text in kept if "wolf" in text or "fox" in text] and objects.prompt("a dog") in kept
+    assert emoji.preserved(*STYLES)
     names = {probe.name for probe in emoji.probes("fox", "wolf", "ink")}
     assert not names & {"wolf", "ink"} and "fox" in names
     style, background = emoji.probes("fox", "twemoji")[0].attributes
@@ -211,8 +213,15 @@ def test_the_anchor_is_preserved_and_judged() -> None:
     for anchor in ("wolf", "mammal", ""):
         names = [one.name for one in emoji.probes("fox", anchor=anchor)]
         assert len(names) == len(set(names)) + 1  # the target is asked for twice
-    exam = subject_of("emoji").exam("fox", record={"concepts": [["twemoji", "noto"], ["fox", "lemon"]]})
-    assert isinstance(exam, EmbeddedExam) and exam.anchor == "lemon"
+    for record, wanted in (
+        ({"concepts": [["twemoji", "noto"], ["fox", "lemon"]]}, "lemon"),
+        ({"target": {"name": "fox"}, "anchor": {"name": "wolf"}}, "wolf"),
+        ({"concepts": [["fox", "my-wolves"]]}, ""),
+        ({"concepts": [["cat", "dog"]]}, ""),
+        (None, ""),
+    ):
+        exam = subject_of("emoji").exam("fox", record=record)
+        assert isinstance(exam, EmbeddedExam) and exam.anchor == wanted
 
 
 def test_unrelated_objects_are_preserved_that_no_evaluation_draws() -> None:
@@ -226,7 +235,8 @@ def test_unrelated_objects_are_preserved_that_no_evaluation_draws() -> None:
 
 
 def test_a_few_images_of_each_class_show_all_styles_and_backgrounds() -> None:
-    asked = " ".join(text for probe in emoji.probes("fox")[2:] for text in probe.prompts[:2])
+    kept = [probe for probe in emoji.probes("fox") if probe.role == "retained"]
+    asked = " ".join(text for probe in kept for text in probe.prompts[:2])
     assert all(f"{style} " in asked for style in STYLES) and all(
         f"a {name} background" in asked for name in BACKGROUNDS
     )

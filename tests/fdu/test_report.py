@@ -623,7 +623,7 @@ def test_groups_have_headings_of_their_own(tmp_path: Path) -> None:
         tmp_path / "report.html", EvaluatedRun.of(fdu.evaluate(draws, draws, probes), probes, draws, draws)
     )
     text = Page(path.read_text(encoding="utf-8")).text
-    assert re.search("neighbours.{,20} eight", text) and re.search("general subjects.{,20} nine", text)
+    assert re.search("neighbours.{,20} eight", text) and re.search("everyday subjects.{,20} nine", text)
 
 
 def test_pixels_survive() -> None:

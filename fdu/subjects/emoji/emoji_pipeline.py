@@ -52,8 +52,8 @@ PROMPTS = 40
 NEAR, FAR = 8, 8
 """The most neighbours, and the unrelated objects, that an evaluation draws."""
 FAR_KEPT = 32
-"""Objects to preserve that have nothing to do with the target, and that no evaluation of it draws: what looks like the
-target without being like it, such as an orange fruit beside a fox, is harmed first."""
+"""Objects of all superclasses to preserve besides the relatives, since an erasure also harms what only looks like its
+target, such as an orange fruit beside a fox. An evaluation draws others, unless a wide superclass is erased."""
 SPREAD = tuple(THINGS[61 * place % len(THINGS)] for place in range(len(THINGS)))
 """The objects in an order in which any few that follow one another are of many superclasses."""
 
@@ -190,11 +190,12 @@ def phrases(target: str, name: str, seen: bool = True) -> list[Phrase]:
 
     Four of five name a style, every other a background. Unseen phrasings share no frame, noun or phrase with the seen
     ones, and an object's synonyms are among them. Those of a superclass name each of its objects in turn, and in every
-    round in other styles.
+    round in other styles and on other backgrounds.
     """
     frames = SEEN_FRAMES if seen else UNSEEN_FRAMES
     own = [target, *(thing.name for thing in SPREAD if target in thing.superclasses)]
     named = ("", *STYLES)
+    again = 0
     found = []
     for place in range(max(PROMPTS, len(own))):
         words = 0 if seen else 1 + place // 2 % 2
@@ -202,10 +203,12 @@ def phrases(target: str, name: str, seen: bool = True) -> list[Phrase]:
             thing, style = SPREAD[2 * place + (not seen)].name, name
         else:
             turn = place if seen else place + PROMPTS
+            again = turn // len(own) if len(own) > 1 else 0
             thing = own[turn % len(own)] if name == target else name
             style = named[(place + turn // math.lcm(len(own), len(named))) % len(named)]
         style = "" if style == ANY_STYLE else style
-        background = BACKGROUNDS[place // 2 % len(BACKGROUNDS)] if (place + place // 4) % 2 else ""
+        shown = (place + place // 4 + again) % 2
+        background = BACKGROUNDS[(place // 2 + again) % len(BACKGROUNDS)] if shown else ""
         synonyms = BY_NAME[thing].synonyms if thing in BY_NAME else ()
         options = nouns(thing)[:2] if seen else (*nouns(thing)[3:], *(nouns(word)[0] for word in synonyms))
         text = prompt(
@@ -248,8 +251,9 @@ def preserved(*targets: str, anchors: Sequence[str] = ()) -> tuple[str, ...]:
             found += [prompt(nouns(name)[0]) for name in above if name not in gone]
         for place, thing in enumerate(one for one in things if one.name not in gone):
             noun = nouns(thing.name)[0]
-            found += [prompt(noun, style_phrases(styles[place % len(styles)])[0]), prompt(noun)]
-    found += [prompt(nouns(name)[0]) for name in anchors if name not in (*STYLES, ANY_STYLE)]
+            in_style = [style_phrases(styles[place % len(styles)])[0]] if styles else []
+            found += [*(prompt(noun, phrase) for phrase in in_style), prompt(noun)]
+    found += [prompt(nouns(name)[0]) for name in anchors if name not in (*STYLES, ANY_STYLE, *gone)]
     return tuple(dict.fromkeys(found))
 
 
