@@ -98,6 +98,11 @@ class EmbeddedPipeline(Subject):
         """What can be erased from it, by kind; imports nothing heavy."""
         raise NotImplementedError
 
+    @property
+    def known(self) -> set[str]:
+        """What can be erased from it."""
+        return {name for names in self.names().values() for name in names}
+
     @classmethod
     def answers_to(cls, model: str) -> bool:
         """Whether ``model`` names it, by name or by its folder."""
@@ -130,9 +135,8 @@ class EmbeddedPipeline(Subject):
 
     def with_preserved(self, config: EraseConfig, pairs: Sequence[tuple[str, str]]) -> EraseConfig:
         """See :meth:`Subject.with_preserved`: superclasses, anchors and the neighbours of the targets."""
-        known = {name for names in self.names().values() for name in names}
         targets, anchors = [target for target, _ in pairs], [anchor for _, anchor in pairs]
-        if config.preservation_prompts or not {*targets, *anchors} <= {*known, self.nothing}:
+        if config.preservation_prompts or not {*targets, *anchors} <= {*self.known, self.nothing}:
             return config
         return dataclasses.replace(config, preservation_prompts=self.content.preserved(*targets, anchors=anchors))
 
@@ -151,7 +155,7 @@ class EmbeddedPipeline(Subject):
         others = tuple(name for name in erased if name != target)
         kind = self.content.kind_of(target or "")
         anchor = dict(erased_pairs(record)).get(target or "", "") if record else ""
-        anchor = anchor if anchor in {name for names in self.names().values() for name in names} else ""
+        anchor = anchor if anchor in self.known else ""
         return EmbeddedExam(target or "", kind, judge, subject=self, others=others, anchor=anchor)
 
 
