@@ -29,6 +29,8 @@ class TrainMethod:
     result: Literal["weights", "lora", "dora"] = "weights"
     """Changed weights, or an adapter: low-rank matrices alone (LoRA), or with magnitudes (DoRA)."""
     trains_whole_denoiser: bool = False
+    trains: bool = True
+    """Whether there are steps; without, the weights are computed."""
 
 
 TRAIN_METHODS: dict[str, TrainMethod] = {
@@ -39,6 +41,7 @@ TRAIN_METHODS: dict[str, TrainMethod] = {
     "full": TrainMethod("full_weights", trains_whole_denoiser=True),
     "text_encoder": TrainMethod("full_weights"),
     "token": TrainMethod("token_rows"),
+    "closed_form": TrainMethod("adapter", result="lora", trains=False),
 }
 """The training methods by name. A new method is a file in fdu/training/methods and a line here."""
 if TYPE_CHECKING:
@@ -114,13 +117,22 @@ class EraseConfig:
 
     train_method: TrainMethodName = "lora"
     """Weights to train: low-rank adapters on the layers that read the prompt (lora, dora), those layers themselves
-    (cross_attention), all attention, the full denoiser, the text encoders, or only the target's token embedding."""
+    (cross_attention), all attention, the full denoiser, the text encoders, or only the target's token embedding. Or
+    none: closed_form computes adapters in about a second, which make the denoiser read the target's prompts as it reads
+    the anchor's."""
     rank: Count = 16
     """Rank of the LoRA matrices, >= 1."""
     lora_alpha: Positive = 16.0
     """Scale of the LoRA update, > 0: the update is multiplied by lora_alpha / rank."""
     adapter_layers: Literal["cross_attention", "attention"] = "cross_attention"
     """Layers that get adapters (lora, dora): those that read the prompt, or all of attention."""
+    init: Literal["zero", "closed_form"] = "zero"
+    """Where the training begins: at the model as it is, or at the edit that closed_form computes (lora, dora,
+    cross_attention, attention, full)."""
+    ridge: Positive = 0.1
+    """closed_form: weight of the squared change of the layers, > 0. Larger values change less."""
+    rank_tolerance: Decay = 1e-3
+    """closed_form: largest relative error from leaving out ranks of the change, in [0, 1)."""
     max_train_steps: Natural = 120
     """Optimizer steps, >= 0."""
     train_batch_size: Count = 16
@@ -255,6 +267,11 @@ class EraseConfig:
             raise ValueError(
                 f"adapter_layers needs train_method 'lora' or 'dora', and train_method is {self.train_method!r}; "
                 "leave it out"
+            )
+        if self.init == "closed_form" and self.train_method in ("text_encoder", "token", "closed_form"):
+            raise ValueError(
+                f"init 'closed_form' needs a train_method that trains the layers that read the prompt, such as 'lora', "
+                f"and train_method is {self.train_method!r}; leave init out"
             )
         if self.objective == "noise" and self.negative_guidance:
             raise ValueError(

@@ -8,22 +8,24 @@ from collections.abc import Callable, Sequence
 from typing import Any, ParamSpec, Protocol
 
 import torch
+from accelerate import Accelerator
 from accelerate.utils import parse_flag_from_env
 from diffusers import DiffusionPipeline
 from torch import Tensor
 from torch.nn import functional
 
 from fdu.concepts import Concept, ConceptLike, ConceptType, Pair, concept_pairs, joined
-from fdu.config import EraseConfig
+from fdu.config import TRAIN_METHODS, EraseConfig
 from fdu.models.denoiser import Denoiser
 from fdu.models.families import denoiser_of
 from fdu.result import ErasureResult
 from fdu.storage.fingerprint import versions
 from fdu.training.cache import Cache, model_key, tensor_key
 from fdu.training.checkpoint import Checkpoints
+from fdu.training.closed_form import closed_form
 from fdu.training.examples import prepare_examples
 from fdu.training.loop import Training
-from fdu.training.methods import Request, attach
+from fdu.training.methods import Request, Trainable, attach
 from fdu.training.objective import Objective
 from fdu.training.process_state import own_accelerator, seeded
 from fdu.training.sharding import check_shards, with_launcher
@@ -98,41 +100,63 @@ def erase(
     started = time.perf_counter()
     with own_accelerator(config, denoiser.device) as accelerator:
         check_shards(denoiser.module, config, accelerator.num_processes)
-        # Without a cache_dir, the latents go next to the checkpoints, so that a resumed run need not sample them again.
-        folder = config.cache_dir or config.checkpoint_dir
-        model = model_key(denoiser) if folder is not None else {}
-        checkpoints = _checkpoints(pairs, mask, config, model.get("weights", ""), accelerator.num_processes)
-        cache = Cache(folder, model, accelerator)
-        examples = prepare_examples(denoiser, pairs, config, accelerator, cache)
-        with seeded(config.seed, denoiser.device):
-            if mask is not None:
-                size = examples.latents.shape[-2:]
-                mask = functional.interpolate(mask[None, None].float(), size=size, mode="area")[0]
-            objective = Objective(denoiser, config, mask)
-            request = Request(
-                config.train_method,
-                config.rank,
-                config.lora_alpha,
-                target_names=[target.name for target, _ in pairs],
-                prompts=joined([target for target, _ in pairs]).prompts,
-                kept_prompts=[*joined([anchor for _, anchor in pairs]).prompts, *config.preservation_prompts],
-                adapter_layers=config.adapter_layers,
-            )
-            trainable = attach(denoiser, request)
-        try:
-            stepper = Stepper(accelerator, denoiser, trainable, examples, objective, config, cache)
-            history = Training(stepper, checkpoints).run()
-        except BaseException:
-            trainable.remove()
-            raise
+        trains = TRAIN_METHODS[config.train_method].trains
+        edits = closed_form(denoiser, pairs, config) if config.init == "closed_form" or not trains else ()
+        request = Request(
+            config.train_method,
+            config.rank,
+            config.lora_alpha,
+            target_names=[target.name for target, _ in pairs],
+            prompts=joined([target for target, _ in pairs]).prompts,
+            kept_prompts=[*joined([anchor for _, anchor in pairs]).prompts, *config.preservation_prompts],
+            adapter_layers=config.adapter_layers,
+            edits=edits,
+        )
+        if trains:
+            trainable, history, sigma = _train(accelerator, denoiser, pairs, mask, config, request)
+        else:
+            trainable, history, sigma = attach(denoiser, request), {}, None
     trainable.finish()
     seconds = time.perf_counter() - started
-    return ErasureResult(denoiser, pairs, config, trainable, history, objective.sigma, seconds)
+    return ErasureResult(denoiser, pairs, config, trainable, history, sigma, seconds, edits)
+
+
+def _train(
+    accelerator: Accelerator,
+    denoiser: Denoiser,
+    pairs: Sequence[Pair],
+    mask: Tensor | None,
+    config: EraseConfig,
+    request: Request,
+) -> tuple[Trainable, dict[str, list[float]], float]:
+    """Train what the request names; returns it with the history and sigma."""
+    # Without a cache_dir, the latents go next to the checkpoints, so that a resumed run need not sample them again.
+    folder = config.cache_dir or config.checkpoint_dir
+    model = model_key(denoiser) if folder is not None else {}
+    checkpoints = _checkpoints(pairs, mask, config, model.get("weights", ""), accelerator.num_processes)
+    cache = Cache(folder, model, accelerator)
+    examples = prepare_examples(denoiser, pairs, config, accelerator, cache)
+    with seeded(config.seed, denoiser.device):
+        if mask is not None:
+            size = examples.latents.shape[-2:]
+            mask = functional.interpolate(mask[None, None].float(), size=size, mode="area")[0]
+        objective = Objective(denoiser, config, mask)
+        trainable = attach(denoiser, request)
+    try:
+        stepper = Stepper(accelerator, denoiser, trainable, examples, objective, config, cache)
+        history = Training(stepper, checkpoints).run()
+    except BaseException:
+        trainable.remove()
+        raise
+    return trainable, history, objective.sigma
 
 
 def _check_run(denoiser: Denoiser, pairs: Sequence[Pair], mask: Tensor | None, config: EraseConfig) -> None:
     """Refuse a run that cannot be trained, before any work."""
-    if config.mixed_precision == "no" and denoiser.module.dtype != torch.float32:
+    trains = TRAIN_METHODS[config.train_method].trains
+    if mask is not None and not trains:
+        raise ValueError(f"mask has no effect with train_method {config.train_method!r}; leave it out")
+    if trains and config.mixed_precision == "no" and denoiser.module.dtype != torch.float32:
         raise ValueError(
             f"pipeline is in {denoiser.module.dtype} but mixed_precision is 'no'; "
             "load it with dtype=torch.float32, or choose mixed_precision 'fp16' or 'bf16'"

@@ -19,6 +19,7 @@ from fdu.report.card import write_card
 from fdu.storage.fingerprint import fingerprint, versions
 from fdu.storage.formats import choose_format, public_name, write
 from fdu.storage.output import RECORD_FILE, whole_folder, write_json
+from fdu.training.closed_form import Edit
 from fdu.training.methods import Trainable
 
 
@@ -37,10 +38,13 @@ class ErasureResult:
     history: dict[str, list[float]]
     """One value per step: "loss", its parts "divergence" and "preservation", "distance" (the median squared error) and,
     with a critic, "critic" (its lower bound on the divergence)."""
-    sigma: float
-    """Standard deviation sigma in s = |pred - target|^2 / sigma^2, in units of the denoiser's output."""
+    sigma: float | None
+    """Standard deviation sigma in s = |pred - target|^2 / sigma^2, in units of the denoiser's output; None without
+    training."""
     seconds: float
     """Duration of the erasure; for a resumed run, of its last part."""
+    edits: tuple[Edit, ...] = ()
+    """What was computed in closed form, if anything was."""
 
     @property
     def pipeline(self) -> DiffusionPipeline:
@@ -82,6 +86,9 @@ class ErasureResult:
             "concepts": [[target.name, anchor.name] for target, anchor in self.pairs],
             "config": {name: value for name, value in self.config.as_dict().items() if name not in PLACES},
             "sigma": self.sigma,
+            "edits": [
+                {"layers": len(edit.ups), "rank": edit.rank, "error": edit.error(edit.rank)} for edit in self.edits
+            ],
             "seconds": self.seconds,
             "history": self.history,
             "versions": versions(),

@@ -116,8 +116,10 @@ class Erase:
             if keeps:
                 clear_run(checkpoints)
             loading = _loading_line(model, self.out, format, config.train_method)
-            print(f"Saved to {self.out} after {result.seconds:.0f} s. {loading}")
-            if not config.max_train_steps:
+            print(f"Saved to {self.out} after {result.seconds:.{0 if result.seconds >= 9.5 else 1}f} s. {loading}")
+            for edit in result.edits:
+                print(f"Edited {len(edit.ups)} layers: rank {edit.rank}, relative error {edit.error(edit.rank):.1e}.")
+            if not config.max_train_steps and not result.edits:
                 print("Nothing was trained: max_train_steps is 0.")
             print(f"Evaluate it with: {shlex.join(['fdu', 'evaluate', self.model, str(self.out)])}")
 

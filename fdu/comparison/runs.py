@@ -132,7 +132,7 @@ def make_run(run: Run, comparison: Comparison, cache: Path, pictures: Path | Non
         "judged": found,
         "sigma": result.sigma,
         "seconds": round(result.seconds, 1),
-        "distance": " ".join(f"{value:.4g}" for value in result.history["distance"]),
+        "distance": " ".join(f"{value:.4g}" for value in result.history.get("distance", ())),
         "core_seconds": round(time.process_time() - began, 1),
     }
 

@@ -78,6 +78,10 @@ class Denoiser(ABC):
     """Name endings of the linear layers of the module that read the prompt: as a rule keys and values."""
     attention_projections: ClassVar[tuple[str, ...]] = ("to_q", "to_k", "to_v", "to_out.0")
     """Name endings of all linear layers of attention."""
+    text_inputs: ClassVar[dict[str, tuple[str, ...]]] = {"embeddings": ("attn2.to_k", "attn2.to_v")}
+    """By tensor of the conditioning, the name endings of the linear layers of the module that read it first."""
+    tokenizers: ClassVar[tuple[str, ...]] = ("tokenizer",)
+    """The tokenizers whose tokens the embeddings stand for, in their order."""
     kohya: ClassVar[KohyaNames | None] = None
     """How kohya's sd-scripts name the layers; None if they do not know the family."""
 
@@ -188,6 +192,15 @@ class Denoiser(ABC):
         return Conditioning(
             {name: tensor.to(self.dtype) if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
         )
+
+    def tokens(self, prompts: Sequence[str]) -> list[list[Sequence[int]]]:
+        """The tokens of prompts, without padding: by the tokenizer, and within it by the prompt.
+
+        Token i of a tokenizer stands for embedding i of that tokenizer's share of the embeddings.
+        """
+        present = [getattr(self.pipeline, name) for name in self.tokenizers if getattr(self.pipeline, name, None)]
+        converted = getattr(self.pipeline, "maybe_convert_prompt", lambda prompts, tokenizer: prompts)
+        return [tokenizer(converted(list(prompts), tokenizer))["input_ids"] for tokenizer in present]
 
     @torch.no_grad()
     def draw_latents(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 import torch.nn.functional as F
 from diffusers import FluxTransformer2DModel
@@ -27,6 +29,11 @@ class FluxDenoiser(FlowDenoiser):
     # Of the double blocks alone: single blocks project text and image by one to_k and to_v, so those would not be the
     # prompt's alone. ESD trains these two, EraseAnything the keys.
     context_projections = ("attn.add_k_proj", "attn.add_v_proj")
+    text_inputs: ClassVar = {
+        "embeddings": ("context_embedder",),
+        "pooled": ("time_text_embed.text_embedder.linear_1",),
+    }
+    tokenizers = ("tokenizer_2",)
     attention_projections = (
         *("to_q", "to_k", "to_v", "to_out.0"),
         *("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),

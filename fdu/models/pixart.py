@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
@@ -22,10 +23,14 @@ class PixArtDenoiser(DiffusionDenoiser):
     # Cleaning is the pipeline's default, but without these packages it warns at every prompt and leaves it.
     clean_caption = is_bs4_available() and is_ftfy_available()
     call_settings: ClassVar = {"use_resolution_binning": False, "clean_caption": clean_caption}
+    text_inputs: ClassVar = {"embeddings": ("caption_projection.linear_1",)}
 
     @property
     def size_unit(self) -> int:
         return math.lcm(8, super().size_unit * self.config.patch_size)
+
+    def tokens(self, prompts: Sequence[str]) -> list[list[Sequence[int]]]:
+        return super().tokens(self.pipeline._text_preprocessing(list(prompts), clean_caption=self.clean_caption))
 
     def encode_batch(self, prompts: list[str]) -> Conditioning:
         embeddings, mask, _, _ = self.pipeline.encode_prompt(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
@@ -19,6 +20,7 @@ class SanaDenoiser(FlowDenoiser):
     family = "Sana (a SanaTransformer2DModel)"
     module_class = SanaTransformer2DModel
     call_settings: ClassVar = {"use_resolution_binning": False}
+    text_inputs: ClassVar = {"embeddings": ("caption_projection.linear_1",)}
 
     @classmethod
     def check(cls, pipeline: DiffusionPipeline) -> None:
@@ -29,6 +31,14 @@ class SanaDenoiser(FlowDenoiser):
     @property
     def size_unit(self) -> int:
         return math.lcm(32, super().size_unit * self.config.patch_size)
+
+    def tokens(self, prompts: Sequence[str]) -> list[list[Sequence[int]]]:
+        # The pipeline reads prompts behind an instruction, of which it keeps the embedding of the first token alone.
+        instruction = "\n".join(call_default(self.pipeline, "complex_human_instruction"))
+        skipped = len(self.pipeline.tokenizer.encode(instruction)) - 1
+        cleaned = self.pipeline._text_preprocessing(list(prompts))
+        (found,) = super().tokens([instruction + prompt if prompt else "" for prompt in cleaned])
+        return [[[*one[:1], *one[skipped:]] if prompt else one for prompt, one in zip(prompts, found, strict=True)]]
 
     def encode_batch(self, prompts: list[str]) -> Conditioning:
         embeddings, mask = self._encode(prompts, call_default(self.pipeline, "complex_human_instruction"))

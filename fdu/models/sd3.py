@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from diffusers import DiffusionPipeline, SD3Transformer2DModel
 from torch import Tensor
 
@@ -18,6 +20,11 @@ class SD3Denoiser(FlowDenoiser):
     parts = ("scheduler", "vae", "tokenizer", "text_encoder", "tokenizer_2", "text_encoder_2")
     # The text's own keys and values: what attn2.to_k and to_v are to a UNet. ESD trains them, EraseAnything the keys.
     context_projections = ("attn.add_k_proj", "attn.add_v_proj")
+    text_inputs: ClassVar = {
+        "embeddings": ("context_embedder",),
+        "pooled": ("time_text_embed.text_embedder.linear_1",),
+    }
+    tokenizers = ("tokenizer", "tokenizer_3")
     attention_projections = (
         *("to_q", "to_k", "to_v", "to_out.0"),
         *("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),

@@ -61,6 +61,7 @@ class SDXLDenoiser(UNetDenoiser):
     family = "Stable Diffusion XL (a UNet2DConditionModel with two text encoders)"
     parts = ("scheduler", "vae", "tokenizer", "text_encoder", "tokenizer_2", "text_encoder_2")
     addition_embed_type = "text_time"
+    text_inputs: ClassVar = {**UNetDenoiser.text_inputs, "pooled": ("add_embedding.linear_1",)}
     kohya = kohya_names.SDXL
 
     @classmethod

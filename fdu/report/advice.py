@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import PurePath
 from typing import Any
 
-from fdu.config import EraseConfig
+from fdu.config import TRAIN_METHODS, EraseConfig
 from fdu.evaluation.verdict import DRAWN_BEFORE, Verdict, broken_classes, joined, judge, loses_attributes, state_of
 from fdu.report.run import EvaluatedRun
 from fdu.storage.output import DEMO_FOLDER, RECORD_FILE, WEIGHTS_FOLDER
@@ -93,6 +93,15 @@ def _train(run: EvaluatedRun, lines: _Lines, verdict: Verdict, left: bool) -> li
     steps, rate, weight = (config[name] for name in ("max_train_steps", "learning_rate", "preservation_weight"))
     changes: dict[str, Any] = {}
     told = []
+    computed = not TRAIN_METHODS[config["train_method"]].trains
+    if computed and left and lost:
+        words = (
+            "No one strength of preservation mends both. Train on from the edit: train_method lora, init closed_form."
+        )
+        return [NextStep(words, lines.erase(train_method="lora", init="closed_form"))]
+    if computed and left:
+        words = f"Preserve less strongly: preservation_weight {weight / 4:g} instead of {weight:g}."
+        return [NextStep(words, lines.erase(preservation_weight=f"{weight / 4:g}"))]
     if left:
         changes["max_train_steps"] = 2 * steps or EraseConfig.max_train_steps
         told.append(f"Train for {changes['max_train_steps']} steps instead of {steps}.")
@@ -111,7 +120,7 @@ def _train(run: EvaluatedRun, lines: _Lines, verdict: Verdict, left: bool) -> li
     if left:
         told.append(f"If {run.target} is still drawn then, double the learning rate too: {2 * rate:g}, not {rate:g}.")
     found = [NextStep(" ".join(told), lines.erase(**changes))] if told else []
-    if lost and verdict.erased == "erased" and steps > 1:
+    if lost and verdict.erased == "erased" and steps > 1 and not computed:
         words = f"Or train for fewer steps, {steps // 2} instead of {steps}, if {run.target} is erased by then."
         found.append(NextStep(words, lines.erase(max_train_steps=steps // 2)))
     return found

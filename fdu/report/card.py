@@ -75,6 +75,7 @@ def write_card(
         subject=subject,
         kohya_file=KOHYA_FILE,
         dora=dora,
+        trains=TRAIN_METHODS[config["train_method"]].trains,
         # In kohya's names, diffusers reads no magnitudes, and no SD3.
         by_fdu=format == "delta" or (format == "kohya" and (dora or isinstance(pipeline, StableDiffusion3Pipeline))),
         settings=[

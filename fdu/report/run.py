@@ -111,10 +111,10 @@ class _Record:
     target: _Named
     anchor: _Named
     config: _Settings
-    sigma: float
     seconds: float
     history: dict[str, list[float]]
     versions: dict[str, str]
+    sigma: float | None = None
     command: str = ""
     fingerprint: str | None = None
     concepts: list[tuple[str, str]] = dataclasses.field(default_factory=list)
@@ -206,7 +206,7 @@ class EvaluatedRun(Told):
                 "divergence": config["divergence"],
                 "steps": config["max_train_steps"],
                 "seed": config["seed"],
-                "sigma": self.record["sigma"],
+                "sigma": self.record.get("sigma"),
                 "seconds": self.record["seconds"],
                 "settings": config,
             }
@@ -273,8 +273,8 @@ def check_record(record: Any, where: str) -> None:
         ValueError: an entry is missing or wrong; names the place.
     """
     found = restored(_Record, record, where)
-    if math.isnan(found.sigma + found.seconds):
-        raise ValueError(f"{where}: sigma and seconds must be numbers")
+    if math.isnan(found.seconds):
+        raise ValueError(f"{where}: seconds must be a number")
 
 
 def check_counts(evaluation: Evaluation, probes: Sequence[Class]) -> None:

@@ -197,6 +197,19 @@ def test_lost_attributes_need_fewer_steps_or_a_stronger_preservation() -> None:
     assert "preservation_weight" in words.words
 
 
+def test_what_was_computed_is_computed_again_or_trained_on() -> None:
+    told = record(train_method="closed_form") | {"command": f"{ERASE} --train_method closed_form"}
+    (weaker,) = next_steps(run_of(0.1, 0.5, 0.9, record=told))
+    config = parsed(weaker)[0].settings.checked()
+    assert (config.train_method, config.preservation_weight) == ("closed_form", 0.25)
+    (stronger,) = next_steps(without_ink(run_of(0.5, 0.5, 0.9, record=told)))
+    config = parsed(stronger)[0].settings.checked()
+    assert (config.train_method, config.preservation_weight) == ("closed_form", 2.0)
+    (trained,) = next_steps(without_ink(run_of(0.1, 0.5, 0.9, record=told)))
+    config = parsed(trained)[0].settings.checked()
+    assert (config.train_method, config.init, config.preservation_weight) == ("lora", "closed_form", 1.0)
+
+
 def test_a_class_that_dropped_by_chance_is_not_blamed_for_lost_attributes() -> None:
     run = without_ink(run_of(0.5, 0.5, 0.9))
     run = with_shares(run, per_class={**run.evaluation.after.per_class, "nine": 0.9})

@@ -25,7 +25,8 @@ from fdu.training.methods import Request, Trainable, attach
 
 pytestmark = pytest.mark.quick(family=["sd", "sd3"], method=["lora", "cross_attention", "token"])
 
-ADAPTER_METHODS = [name for name, method in TRAIN_METHODS.items() if method.result != "weights"]
+TRAINED = [name for name, method in TRAIN_METHODS.items() if method.trains]
+ADAPTER_METHODS = [name for name in TRAINED if TRAIN_METHODS[name].result != "weights"]
 FAMILIES = ("sd", "sdxl", "sd3", "flux", "pixart", "sana")
 KINDS = ("lora", "dora", "cross_attention", "full", "token")
 """Methods that differ in how they work, not only in which weights they take."""
@@ -95,7 +96,7 @@ def trace(pipeline: DiffusionPipeline) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.parametrize("method", TRAIN_METHODS)
+@pytest.mark.parametrize("method", TRAINED)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_method_changes_what_it_names_and_goes_without_a_trace(family: str, method: str) -> None:
     pipeline = families.build(family)
@@ -154,7 +155,7 @@ def belongs(name: str, method: str, denoiser: Denoiser) -> bool:
     }.get(method, False)
 
 
-@pytest.mark.parametrize("method", TRAIN_METHODS)
+@pytest.mark.parametrize("method", TRAINED)
 def test_an_erasure_under_way_is_undone_too(method: str) -> None:
     pipeline = digits.load_pipeline()
     denoiser = wrapped(pipeline)
@@ -169,7 +170,7 @@ def test_an_erasure_under_way_is_undone_too(method: str) -> None:
         assert trace(pipeline) == before
 
 
-@pytest.mark.parametrize("method", TRAIN_METHODS)
+@pytest.mark.parametrize("method", TRAINED)
 def test_frozen_may_be_nested_and_survives_errors(method: str) -> None:
     denoiser = wrapped(families.build("sd"))
     former = output(denoiser)
@@ -214,7 +215,7 @@ def test_erasures_lie_on_each_other(first: str, second: str) -> None:
     assert torch.equal(output(denoiser), before) and trace(pipeline) == bits
 
 
-@pytest.mark.parametrize("method", TRAIN_METHODS)
+@pytest.mark.parametrize("method", TRAINED)
 def test_names_do_not_depend_on_what_the_pipeline_carries(method: str) -> None:
     plain, carrying = wrapped(families.build("sd")), wrapped(families.build("sd"))
     trained(carrying, "lora")
@@ -383,7 +384,7 @@ def test_a_fused_erasure_says_so() -> None:
     trainable.remove()
 
 
-@pytest.mark.parametrize("method", TRAIN_METHODS)
+@pytest.mark.parametrize("method", TRAINED)
 @pytest.mark.parametrize("family", ["sd", "sana"])
 def test_half_precision_models_train_in_full_precision(family: str, method: str) -> None:
     pipeline = families.build(family).to(dtype=torch.bfloat16)
@@ -423,7 +424,7 @@ def test_half_precision_models_train_in_full_precision(family: str, method: str)
     assert output(denoiser).isfinite().all()
 
 
-@pytest.mark.parametrize("method", TRAIN_METHODS)
+@pytest.mark.parametrize("method", TRAINED)
 def test_steps_below_the_resolution_of_half_precision_add_up(method: str) -> None:
     denoiser = wrapped(families.build("sd").to(dtype=torch.bfloat16))
     trainable = attached(denoiser, method)
@@ -435,7 +436,7 @@ def test_steps_below_the_resolution_of_half_precision_add_up(method: str) -> Non
     torch.testing.assert_close(parameter.detach(), start + 1e-3, rtol=1e-2, atol=1e-5, msg=name)
 
 
-@pytest.mark.parametrize("method", TRAIN_METHODS)
+@pytest.mark.parametrize("method", TRAINED)
 def test_frozen_between_forward_and_backward_leaves_the_gradient_right(method: str) -> None:
     gradients = []
     for frozen_between, recompute in ((False, False), (True, False), (True, True)):
@@ -459,7 +460,7 @@ def test_frozen_between_forward_and_backward_leaves_the_gradient_right(method: s
     torch.testing.assert_close(gradients[2], gradients[0], msg=lambda words: f"with recomputed activations: {words}")
 
 
-@pytest.mark.parametrize("method", TRAIN_METHODS)
+@pytest.mark.parametrize("method", TRAINED)
 def test_flags_of_the_user_come_back(method: str) -> None:
     pipeline = families.build("sd")
     denoiser = wrapped(pipeline)
@@ -482,7 +483,7 @@ def test_flags_of_the_user_come_back(method: str) -> None:
     assert unused() is None, "an erasure that is over holds no parameters that it did not train"
 
 
-@pytest.mark.parametrize("method", TRAIN_METHODS)
+@pytest.mark.parametrize("method", TRAINED)
 def test_training_mode_stays(method: str) -> None:
     pipeline = families.build("sd")
     for model in parts.models(pipeline).values():
@@ -495,7 +496,7 @@ def test_training_mode_stays(method: str) -> None:
     assert all(module.training for model in models for module in model.modules())
 
 
-@pytest.mark.parametrize("method", TRAIN_METHODS)
+@pytest.mark.parametrize("method", TRAINED)
 def test_the_original_follows_a_pipeline_to_another_dtype(method: str) -> None:
     pipeline, plain = families.build("sd"), families.build("sd").to(dtype=torch.float64)
     denoiser = wrapped(pipeline)

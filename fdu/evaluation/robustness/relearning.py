@@ -51,7 +51,7 @@ class RelearningConfig:
     """How often the pipeline is judged on the way, the steps doubling from look to look."""
 
     def __post_init__(self) -> None:
-        check_choice("train_method", self.train_method, TRAIN_METHODS)
+        check_choice("train_method", self.train_method, [name for name, one in TRAIN_METHODS.items() if one.trains])
         check_fields(self)
 
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from fdu.models import parts
 from fdu.models.denoiser import Denoiser
+from fdu.training.closed_form import Edit
 from fdu.training.methods.trainable import Request, Trainable, flags_of, restore
 
 ADAPTER_NAME = "fdu"
@@ -28,20 +29,27 @@ MARK = "_hf_peft_config_loaded"
 
 
 def make(denoiser: Denoiser, request: Request) -> Trainable:
-    """The methods "lora" and "dora": an adapter on every layer of the denoiser that reads the prompt, or on all layers
-    of attention."""
+    """The methods "lora" and "dora", an adapter on every layer of the denoiser that reads the prompt, or on all layers
+    of attention; and "closed_form", one on the edited layers, of the rank of the edit."""
     layers = parts.layers(parts.models(denoiser.pipeline)[denoiser.module_name])
     endings = {"cross_attention": denoiser.context_projections, "attention": denoiser.attention_projections}
-    names = [name for name in layers if parts.ends_with(name, endings[request.adapter_layers])]
+    if request.method == "closed_form":
+        names, rank = list(request.edited), max(edit.rank for edit in request.edits)
+    else:
+        chosen = [name for name in layers if parts.ends_with(name, endings[request.adapter_layers])]
+        names, rank = list(dict.fromkeys([*chosen, *request.edited])), request.rank
     request.check_found(names, denoiser)
-    return Adapter(
+    adapter = Adapter(
         denoiser.pipeline,
         denoiser.module_name,
         names,
-        rank=request.rank,
+        rank=rank,
         lora_alpha=request.lora_alpha,
         dora=request.method == "dora",
     )
+    for edit in request.edits:
+        adapter.begin_at(edit)
+    return adapter
 
 
 class LayerState(NamedTuple):
@@ -133,6 +141,24 @@ class Adapter(Trainable):
     def lora_layers(self) -> dict[str, dict[str, Tensor]]:
         layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(self.module, adapter_name=self.name))
         return {self.attribute: layers}
+
+    @torch.no_grad()
+    def begin_at(self, edit: Edit) -> None:
+        """Begin at an edit, or at the first ranks of it; its layers must have adapters."""
+        for name, up in edit.ups.items():
+            layer = self.module.get_submodule(name)
+            down_weight, up_weight = layer.lora_A[self.name].weight, layer.lora_B[self.name].weight
+            rank = min(edit.rank, layer.r[self.name])
+            # Each rank equally large in both factors, as the training changes both by the same amount a step.
+            up, down = up[:, :rank] / layer.scaling[self.name], edit.down[:rank]
+            balance = (down.norm(dim=1) / up.norm(dim=0)).sqrt()
+            up_weight[:, :rank] = up * balance
+            down_weight[:rank] = 0
+            down_weight[:rank, : down.shape[1]] = down / balance[:, None]
+            if layer.use_dora[self.name]:
+                weight = dequantize_module_weight(layer.get_base_layer()).float()
+                weight = weight + layer.scaling[self.name] * up_weight @ down_weight
+                layer.lora_magnitude_vector[self.name].weight.data = torch.linalg.norm(weight, dim=1)
 
     def _restore_former(self) -> None:
         """Switch on again what was on, because peft has switched every other adapter off, and this one beside it."""

@@ -24,7 +24,9 @@ def make(denoiser: Denoiser, request: Request) -> Trainable:
     names: dict[nn.Parameter, str] = {}
     for name, parameter in parts.weights(denoiser.pipeline).items():
         attribute, _, rest = name.partition(".")
-        chosen = method not in endings or parts.ends_with(rest.rpartition(".")[0], endings[method])
+        layer = rest.rpartition(".")[0]
+        chosen = method not in endings or parts.ends_with(layer, endings[method])
+        chosen |= rest.endswith(".weight") and layer in request.edited
         if attribute in attributes and chosen:
             names.setdefault(parameter, name)  # one that modules share is trained once
     for parameter, name in names.items():
@@ -35,7 +37,14 @@ def make(denoiser: Denoiser, request: Request) -> Trainable:
                 "without quantization, layerwise casting or offloading, or choose train_method 'lora'"
             )
     request.check_found(names.values(), denoiser)
-    return Weights(denoiser.pipeline, {name: parameter for parameter, name in names.items()}, trains_text=trains_text)
+    weights = Weights(
+        denoiser.pipeline, {name: parameter for parameter, name in names.items()}, trains_text=trains_text
+    )
+    for edit in request.edits:
+        for layer, up in edit.ups.items():
+            trained = weights.trained[f"{denoiser.module_name}.{layer}.weight"].data
+            trained[:, : edit.down.shape[1]] += (up @ edit.down).to(trained)
+    return weights
 
 
 class Weights(Trainable):

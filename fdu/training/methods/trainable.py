@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from fdu.config import TRAIN_METHODS, check_choice
 from fdu.models.denoiser import Denoiser
+from fdu.training.closed_form import Edit
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +39,14 @@ class Request:
     """The prompts of the anchor and the prompts to preserve."""
     adapter_layers: str = "cross_attention"
     """Layers that get adapters: "cross_attention" (those that read the prompt) or "attention"."""
+
+    edits: Sequence[Edit] = ()
+    """Changes that the trained weights begin with."""
+
+    @property
+    def edited(self) -> tuple[str, ...]:
+        """The names of the layers of the denoiser that are edited."""
+        return tuple(layer for edit in self.edits for layer in edit.ups)
 
     def check_found(self, names: Collection[str], denoiser: Denoiser) -> None:
         """Raise ValueError if the method found nothing to train."""
