@@ -1,9 +1,9 @@
 """A white-box attack: optimise a perturbation of the embeddings until the denoiser draws the target again.
 
-In the manner of concept inversion (Pham et al. 2023, arXiv 2308.01508), UnlearnDiffAtk (Zhang et al. 2023, arXiv
-2310.11868) and Ring-A-Bell (Tsai et al. 2023, arXiv 2310.10012): the loss is the erased denoiser's own, on images of
-the target that the model drew before. Here one perturbation serves all prompts and all images, and it need not
-stay among embeddings of real words, so its success is an upper bound on what prompts can do.
+Concept inversion (Pham et al. 2023, arXiv 2308.01508) optimises an embedding before the text encoder, and
+UnlearnDiffAtk (Zhang et al. 2023, arXiv 2310.11868) tokens per image; both with the erased denoiser's own loss on
+images of the target, as here. Here the perturbation comes after the text encoder. It need not be the embedding of any
+words, but one serves all prompts and all images. So its success bounds that of the others neither above nor below.
 """
 
 from __future__ import annotations
