@@ -24,7 +24,7 @@ from torch import Tensor
 from fdu.concepts import Pair
 from fdu.config import EraseConfig
 from fdu.models import parts
-from fdu.models.denoiser import Conditioning, Denoiser
+from fdu.models.denoiser import ENCODE_BATCH, Conditioning, Denoiser
 from fdu.storage.merging import merged
 
 
@@ -54,52 +54,59 @@ class Edit:
 def closed_form(denoiser: Denoiser, pairs: Sequence[Pair], config: EraseConfig) -> tuple[Edit, ...]:
     """The edits that erase the targets of ``pairs``, one for each text input of the denoiser.
 
-    Each concept has the weight 1, shared by its prompts, and each preserved prompt ``config.preservation_weight``.
+    Each concept has the weight 1, shared by its prompts. The preserved prompts together have the weight
+    ``config.preservation_weight`` for each concept.
 
     Raises:
         ValueError: the denoiser has no layer to edit.
     """
-    kept = list(dict.fromkeys(["", *config.preservation_prompts, *(p for _, anchor in pairs for p in anchor.prompts)]))
     layers = parts.layers(denoiser.module)
-    found = []
-    for name, endings in denoiser.text_inputs.items():
-        readers = tuple(layer for layer in layers if parts.ends_with(layer, endings))
-        if readers:
-            found.append(_edit(denoiser, readers, *_sums(denoiser, name, pairs, kept, config), config))
-    if not found:
+    readers = {
+        name: [layer for layer in layers if parts.ends_with(layer, endings)]
+        for name, endings in denoiser.text_inputs.items()
+    }
+    sums = {name: Sums() for name in denoiser.text_inputs if readers[name]}
+    if not sums:
         raise ValueError(
             f"the closed form finds no layer to edit in this {type(denoiser.pipeline).__name__}; choose train_method "
             "'lora' and init 'zero'"
         )
-    return tuple(found)
+    for weight, before, after in _aligned(denoiser, pairs):
+        for name, one in sums.items():
+            one.add(weight, before[name], after[name])
+    kept = list(dict.fromkeys(["", *config.preservation_prompts, *(p for _, anchor in pairs for p in anchor.prompts)]))
+    for start in range(0, len(kept), ENCODE_BATCH):
+        conditioning = denoiser.encode(kept[start : start + ENCODE_BATCH])
+        for row in range(len(conditioning)):
+            for name, one in sums.items():
+                inputs = _inputs(conditioning, name, row)[_seen(conditioning, name, row)]
+                one.add(config.preservation_weight * len(pairs) / len(kept), inputs, inputs)
+    return tuple(_edit(denoiser, readers[name], one, config) for name, one in sums.items())
 
 
-def _sums(
-    denoiser: Denoiser, name: str, pairs: Sequence[Pair], kept: Sequence[str], config: EraseConfig
-) -> tuple[Tensor, Tensor]:
-    """sum_i w_i (a_i - t_i) t_i^T, and sum_i w_i t_i t_i^T + preservation_weight sum_k p_k p_k^T, [d, d] float64."""
-    sums: list[Tensor] = []
+class Sums:
+    """The two sums over the inputs of prompts that the change is made of, [d, d] float64."""
 
-    def add(weight: float, after: Tensor, before: Tensor) -> None:
-        if not sums:
-            sums.extend(after.new_zeros(2, after.shape[1], after.shape[1]))
-        sums[0].addmm_((after - before).T, before, alpha=weight)
-        sums[1].addmm_(before.T, before, alpha=weight)
+    cross: Tensor
+    """sum_i w_i (a_i - t_i) t_i^T."""
+    gram: Tensor
+    """sum_i w_i t_i t_i^T, and that of the preserved ones."""
 
-    for target, anchor in pairs:
-        for before, after in _aligned(denoiser, name, target.prompts, anchor.prompts):
-            add(1 / len(target.prompts), after, before)
-    for inputs in _inputs(denoiser, name, kept):
-        add(config.preservation_weight * len(pairs) / len(kept), inputs, inputs)
-    return sums[0], sums[1]
+    def add(self, weight: float, before: Tensor, after: Tensor) -> None:
+        """Add the inputs [n, d] of a prompt, and those that take their place."""
+        if not hasattr(self, "gram"):
+            self.cross, self.gram = before.new_zeros(2, before.shape[1], before.shape[1])
+        self.gram.addmm_(before.T, before, alpha=weight)
+        if after is not before:
+            self.cross.addmm_((after - before).T, before, alpha=weight)
 
 
-def _edit(denoiser: Denoiser, layers: Sequence[str], cross: Tensor, gram: Tensor, config: EraseConfig) -> Edit:
-    """The edit of :func:`_sums`."""
-    gram.diagonal().add_(config.ridge)
-    change = torch.cholesky_solve(cross.T, torch.linalg.cholesky(gram)).T
+def _edit(denoiser: Denoiser, layers: Sequence[str], sums: Sums, config: EraseConfig) -> Edit:
+    """The edit of the layers that read one input."""
+    sums.gram.diagonal().add_(config.ridge)
+    change = torch.cholesky_solve(sums.cross.T, torch.linalg.cholesky(sums.gram)).T
     # The directions in which the change does most to the inputs of the prompts, those that do most last.
-    squares, directions = torch.linalg.eigh(change @ cross.T)
+    squares, directions = torch.linalg.eigh(change @ sums.cross.T)
     effects = squares.flip(0).clamp(min=0)
     effects = effects / effects.sum()
     left_out = effects.flip(0).cumsum(0).flip(0).sqrt()
@@ -113,47 +120,53 @@ def _edit(denoiser: Denoiser, layers: Sequence[str], cross: Tensor, gram: Tensor
     return Edit(ups, left.T @ change, effects)
 
 
-def _inputs(denoiser: Denoiser, name: str, prompts: Sequence[str]) -> Iterator[Tensor]:
-    """Each prompt's inputs, [n, d] float64, without those that a mask hides."""
-    for start in range(0, len(prompts), 16):
-        conditioning = denoiser.encode(prompts[start : start + 16])
-        for row in range(len(conditioning)):
-            yield _read(conditioning, name, row)[0]
+def _aligned(denoiser: Denoiser, pairs: Sequence[Pair]) -> Iterator[tuple[float, dict[str, Tensor], dict[str, Tensor]]]:
+    """For each pair of prompts its weight, the target's inputs, and those of the anchor that take their place.
+
+    Inputs have the names of ``Denoiser.text_inputs`` and are [n, d] float64.
+    """
+    every = [
+        (1 / len(target.prompts), one, other)
+        for target, anchor in pairs
+        for one, other in zip(target.prompts, anchor.prompts, strict=True)
+    ]
+    for start in range(0, len(every), ENCODE_BATCH // 2):
+        some = every[start : start + ENCODE_BATCH // 2]
+        prompts = list(dict.fromkeys(prompt for _, *both in some for prompt in both))
+        conditioning, tokens = denoiser.encode(prompts), denoiser.tokens(prompts)
+        lengths = _lengths(denoiser, conditioning, len(tokens))
+        for weight, one, other in some:
+            rows = prompts.index(one), prompts.index(other)
+            places = alignment([(own[rows[0]], own[rows[1]]) for own in tokens], lengths)
+            found: tuple[dict[str, Tensor], dict[str, Tensor]] = ({}, {})
+            for name in denoiser.text_inputs:
+                before, after = (_inputs(conditioning, name, row) for row in rows)
+                seen = _seen(conditioning, name, rows[0])
+                # A pooled embedding is one input.
+                found[0][name] = before[seen]
+                found[1][name] = after[torch.tensor(places)[seen.cpu()]] if len(after) > 1 else after
+            yield weight, *found
 
 
-def _read(conditioning: Conditioning, name: str, row: int) -> tuple[Tensor, Tensor]:
-    """The inputs of one prompt, [n, d] float64, and their places, [n]."""
+def _inputs(conditioning: Conditioning, name: str, row: int) -> Tensor:
+    """The inputs of one prompt, [n, d] float64."""
     tensor = conditioning.tensors[name][row].double()
-    tensor = tensor[None] if tensor.ndim == 1 else tensor
-    mask = conditioning.tensors.get("mask")
-    seen = torch.ones(len(tensor), dtype=torch.bool) if mask is None or len(tensor) == 1 else mask[row].bool().cpu()
-    places = seen.nonzero()[:, 0]
-    return tensor[places.to(tensor.device)], places
+    return tensor[None] if tensor.ndim == 1 else tensor
 
 
-def _aligned(
-    denoiser: Denoiser, name: str, targets: Sequence[str], anchors: Sequence[str]
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """For each pair of prompts, the target's inputs and those of the anchor that take their place, [n, d] float64."""
-    tokens = [denoiser.tokens(prompts) for prompts in (targets, anchors)]
-    for index, pair in enumerate(zip(targets, anchors, strict=True)):
-        conditioning = denoiser.encode(pair)
-        tensor = conditioning.tensors[name]
-        if tensor.ndim == 2:
-            yield tensor[:1].double(), tensor[1:].double()
-            continue
-        by_tokenizer = [(before[index], after[index]) for before, after in zip(*tokens, strict=True)]
-        places = alignment(by_tokenizer, _shares(denoiser, tensor.shape[1], len(by_tokenizer)))
-        inputs, seen = _read(conditioning, name, 0)
-        yield inputs, tensor[1, torch.tensor(places, device=tensor.device)[seen]].double()
+def _seen(conditioning: Conditioning, name: str, row: int) -> Tensor:
+    """Which inputs of a prompt no mask hides, [n]."""
+    tensor, mask = conditioning.tensors[name], conditioning.tensors.get("mask")
+    if tensor.ndim == 3 and mask is not None:
+        return mask[row].bool()
+    return torch.ones(1 if tensor.ndim == 2 else tensor.shape[1], dtype=torch.bool, device=tensor.device)
 
 
-def _shares(denoiser: Denoiser, length: int, tokenizers: int) -> list[int]:
-    """How many of the ``length`` embeddings belong to each tokenizer: the last one has what the first leaves."""
-    if tokenizers == 1:
-        return [length]
-    first = denoiser.pipeline.tokenizer_max_length
-    return [first, length - first]
+def _lengths(denoiser: Denoiser, conditioning: Conditioning, tokenizers: int) -> list[int]:
+    """How many of the embeddings belong to each tokenizer: the last one has what the first leaves."""
+    length = conditioning.tensors["embeddings"].shape[1]
+    first = denoiser.pipeline.tokenizer_max_length if tokenizers > 1 else length
+    return [first, length - first][:tokenizers]
 
 
 def alignment(tokens: Sequence[tuple[Sequence[int], Sequence[int]]], lengths: Sequence[int]) -> list[int]:

@@ -33,15 +33,19 @@ PAIRS = concept_pairs("three", "an eight")
 
 def least_squares(denoiser: Denoiser, name: str, config: EraseConfig) -> Tensor:
     """M, [d, d], from the inputs themselves, one row of a linear system each."""
-    ((target, anchor),) = PAIRS
+    ((_, anchor),) = PAIRS
     kept = list(dict.fromkeys(["", *config.preservation_prompts, *anchor.prompts]))
     rows, wanted = [], []
-    for before, after in closed_form._aligned(denoiser, name, target.prompts, anchor.prompts):
-        rows.append(before / len(target.prompts) ** 0.5)
-        wanted.append((after - before) / len(target.prompts) ** 0.5)
-    for inputs in closed_form._inputs(denoiser, name, kept):
-        rows.append(inputs * (config.preservation_weight / len(kept)) ** 0.5)
-        wanted.append(torch.zeros_like(inputs))
+    for weight, before, after in closed_form._aligned(denoiser, PAIRS):
+        rows.append(before[name] * weight**0.5)
+        wanted.append((after[name] - before[name]) * weight**0.5)
+    conditioning = denoiser.encode(kept)
+    for row in range(len(kept)):
+        inputs = conditioning.tensors[name][row].double()
+        if "mask" in conditioning.tensors:
+            inputs = inputs[conditioning.tensors["mask"][row].bool()]
+        rows.append(inputs.reshape(-1, inputs.shape[-1]) * (config.preservation_weight / len(kept)) ** 0.5)
+        wanted.append(torch.zeros_like(rows[-1]))
     size = rows[0].shape[1]
     rows.append(torch.eye(size, dtype=torch.float64) * config.ridge**0.5)
     wanted.append(torch.zeros(size, size, dtype=torch.float64))
