@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import json
 import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -119,9 +121,9 @@ def make_run(run: Run, comparison: Comparison, cache: Path, pictures: Path | Non
     result = erase(pipeline, *comparison.pair(run.target), config=config)
     found, shown = [], []
     try:
-        # One probe after the other, so that only one probe's images are in memory.
+        images_of = _draw(comparison, pipeline, probes)
         for probe, images, count in zip(probes, before, _pictured(comparison, probes), strict=True):
-            drawn = _draw(comparison, pipeline, probe)
+            drawn = next(images_of)
             found.append(judged(probe, drawn, images).as_dict())
             shown.append(drawn[:count].clone())
     finally:
@@ -189,17 +191,22 @@ def _probes(comparison: Comparison, target: str) -> list[Probe]:
     return comparison.exam(target).panel(comparison.device).probes
 
 
-def _draw(comparison: Comparison, pipeline: DiffusionPipeline, probe: Probe) -> Tensor:
+def _draw(comparison: Comparison, pipeline: DiffusionPipeline, probes: Sequence[Probe]) -> Iterator[Tensor]:
+    """The images of one probe after the other; no more than a batch, or one probe's, are in memory."""
     drawing = comparison.drawing
-    (images,) = draw(
-        pipeline,
-        [probe],
-        drawing.images_of_target if probe.role in TARGET_ROLES else drawing.images_per_class,
-        drawing.judged_seed,
-        **drawing.settings(),
-        description=f"{probe.role}: {probe.name}",
-    ).images
-    return images
+    for asking, group in itertools.groupby(probes, lambda probe: probe.role in TARGET_ROLES):
+        count = drawing.images_of_target if asking else drawing.images_per_class
+        together = max(drawing.batch_size // count, 1)
+        some = list(group)
+        for start in range(0, len(some), together):
+            yield from draw(
+                pipeline,
+                some[start : start + together],
+                count,
+                drawing.judged_seed,
+                **drawing.settings(),
+                description=f"{some[start].role}: {some[start].name}",
+            ).images
 
 
 def _before(comparison: Comparison, target: str, probes: list[Probe], cache: Path) -> tuple[list[Tensor], Tensor]:
@@ -219,8 +226,7 @@ def _before(comparison: Comparison, target: str, probes: list[Probe], cache: Pat
     except (OSError, SafetensorError):
         pipeline = _pipeline(comparison.model, comparison.dtype, comparison.device)
         found, shown = {}, []
-        for place, (probe, count) in enumerate(zip(probes, counts, strict=True)):
-            drawn = _draw(comparison, pipeline, probe)
+        for place, (drawn, count) in enumerate(zip(_draw(comparison, pipeline, probes), counts, strict=True)):
             found[str(place)] = small(drawn)
             shown.append(drawn[:count].clone())
         found[PICTURES] = _strip(shown)

@@ -191,23 +191,22 @@ def draw(
     Sampling(num_inference_steps=num_inference_steps, guidance_scale=guidance_scale, batch_size=batch_size)
     given = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
     settings = {name: value for name, value in given.items() if value is not None}
-    images = []
-    bar = tqdm(total=len(probes) * images_per_class, desc=description, unit="image")
+    # Batches reach over several probes: with few images of each they would be small, and slow.
+    asked = [(one.prompts[index % len(one.prompts)], index) for one in probes for index in range(images_per_class)]
+    drawn = []
+    bar = tqdm(total=len(asked), desc=description, unit="image")
     with silent(pipeline), unchecked(pipeline), bar as progress:
-        for probe in probes:
-            drawn = []
-            for start in range(0, images_per_class, batch_size):
-                indices = range(start, min(start + batch_size, images_per_class))
-                output = pipeline(
-                    [probe.prompts[index % len(probe.prompts)] for index in indices],
-                    **settings,
-                    generator=[torch.Generator().manual_seed(seed + index) for index in indices],
-                    output_type="pt",
-                )
-                drawn.append(output.images.float().cpu())
-                progress.update(len(indices))
-            images.append(torch.cat(drawn))
-    return Draws(images)
+        for start in range(0, len(asked), batch_size):
+            some = asked[start : start + batch_size]
+            output = pipeline(
+                [prompt for prompt, _ in some],
+                **settings,
+                generator=[torch.Generator().manual_seed(seed + index) for _, index in some],
+                output_type="pt",
+            )
+            drawn.append(output.images.float().cpu())
+            progress.update(len(some))
+    return Draws(list(torch.cat(drawn).split(images_per_class)))
 
 
 @contextmanager

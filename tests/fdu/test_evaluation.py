@@ -223,7 +223,7 @@ def test_images_do_not_depend_on_the_batch_and_a_pipeline_equals_itself(tiny: Di
     assert (
         three.shape == (5, 3, 16, 16) and 0 <= three.min() and three.max() <= 1 and not torch.equal(three[0], three[3])
     )
-    result = fdu.evaluate(whole, tiny, probes, images_per_class=5, num_inference_steps=2)
+    result = fdu.evaluate(whole, tiny, probes, images_per_class=5, num_inference_steps=2, batch_size=5)
     assert set(result.change.values()) == {0.0}
 
 
