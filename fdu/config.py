@@ -29,8 +29,10 @@ class TrainMethod:
     result: Literal["weights", "lora", "dora"] = "weights"
     """Changed weights, or an adapter: low-rank matrices alone (LoRA), or with magnitudes (DoRA)."""
     trains_whole_denoiser: bool = False
+    reads_text: bool = True
+    """Whether it trains the layers of the denoiser that read the text."""
     trains: bool = True
-    """Whether there are steps; without, the weights are computed."""
+    """Whether there are steps; otherwise the weights are computed."""
 
 
 TRAIN_METHODS: dict[str, TrainMethod] = {
@@ -39,11 +41,16 @@ TRAIN_METHODS: dict[str, TrainMethod] = {
     "cross_attention": TrainMethod("full_weights"),
     "attention": TrainMethod("full_weights"),
     "full": TrainMethod("full_weights", trains_whole_denoiser=True),
-    "text_encoder": TrainMethod("full_weights"),
-    "token": TrainMethod("token_rows"),
-    "closed_form": TrainMethod("adapter", result="lora", trains=False),
+    "text_encoder": TrainMethod("full_weights", reads_text=False),
+    "token": TrainMethod("token_rows", reads_text=False),
+    "closed_form": TrainMethod("adapter", result="lora", reads_text=False, trains=False),
 }
 """The training methods by name. A new method is a file in fdu/training/methods and a line here."""
+WITHOUT_STEPS = (
+    *("train_method", "preservation_weight", "preservation_prompts", "resolution", "seed", "ridge", "rank_tolerance"),
+    *("mixed_precision", "cache_dir", "checkpoint_dir"),
+)
+"""The settings that mean something, or do no harm, where nothing is trained."""
 if TYPE_CHECKING:
     TrainMethodName = str
     Prompts = Sequence[str]
@@ -68,7 +75,7 @@ Natural = Annotated[int, (">=", 0)]
 Count = Annotated[int, (">=", 1)]
 NotNegative = Annotated[float, (">=", 0)]
 Positive = Annotated[float, (">", 0)]
-Decay = Annotated[float, (">=", 0), ("<", 1)]
+Share = Annotated[float, (">=", 0), ("<", 1)]
 SIGNS = {">=": operator.ge, ">": operator.gt, "<": operator.lt}
 
 
@@ -117,22 +124,22 @@ class EraseConfig:
 
     train_method: TrainMethodName = "lora"
     """Weights to train: low-rank adapters on the layers that read the prompt (lora, dora), those layers themselves
-    (cross_attention), all attention, the full denoiser, the text encoders, or only the target's token embedding. Or
-    none: closed_form computes adapters in about a second, which make the denoiser read the target's prompts as it reads
-    the anchor's."""
+    (cross_attention), all attention, the full denoiser, the text encoders, or only the target's token embedding.
+    closed_form trains nothing: it computes adapters with which the denoiser reads the target's prompts as the
+    anchor's."""
     rank: Count = 16
     """Rank of the LoRA matrices, >= 1."""
     lora_alpha: Positive = 16.0
     """Scale of the LoRA update, > 0: the update is multiplied by lora_alpha / rank."""
     adapter_layers: Literal["cross_attention", "attention"] = "cross_attention"
     """Layers that get adapters (lora, dora): those that read the prompt, or all of attention."""
-    init: Literal["zero", "closed_form"] = "zero"
-    """Where the training begins: at the model as it is, or at the edit that closed_form computes (lora, dora,
-    cross_attention, attention, full)."""
-    ridge: Positive = 0.1
-    """closed_form: weight of the squared change of the layers, > 0. Larger values change less."""
-    rank_tolerance: Decay = 1e-3
-    """closed_form: largest relative error from leaving out ranks of the change, in [0, 1)."""
+    init: Literal["none", "closed_form"] = "none"
+    """Where the training starts: from the model as it is ("none"), or from the edit of closed_form (lora, dora,
+    cross_attention, attention, full). Its target is the original model either way."""
+    ridge: Positive = 0.005
+    """closed_form: ridge penalty on the change of the weights, > 0, relative to the mean square of what they read."""
+    rank_tolerance: Share = 1e-3
+    """closed_form: largest relative error of the edit from leaving out ranks, in [0, 1)."""
     max_train_steps: Natural = 120
     """Optimizer steps, >= 0."""
     train_batch_size: Count = 16
@@ -154,8 +161,8 @@ class EraseConfig:
     """Standard deviation in s = |pred - target|^2 / sigma^2, in units of the denoiser's output, > 0. "auto": set from
     s0."""
     s0: Positive = 1.0
-    """Median of s at the start, > 0; used if sigma is "auto". Near 0 all divergences act like mse; larger values make
-    them differ more."""
+    """Median of s with the original model, > 0; used if sigma is "auto". Near 0 all divergences act like mse; larger
+    values make them differ more."""
     distance: Literal["mean", "sum"] = "mean"
     """Squared distance of a sample: mean over elements (the paper's code) or sum (the true divergence)."""
     objective: Literal["model", "noise"] = "model"
@@ -187,9 +194,9 @@ class EraseConfig:
     """Steps in which the learning rate rises from 0, >= 0."""
     optimizer: Literal["adamw", "adamw_8bit"] = "adamw"
     """AdamW from torch, or with 8-bit moments (needs bitsandbytes)."""
-    adam_beta1: Decay = 0.9
+    adam_beta1: Share = 0.9
     """AdamW: decay of the first moment, in [0, 1)."""
-    adam_beta2: Decay = 0.999
+    adam_beta2: Share = 0.999
     """AdamW: decay of the second moment, in [0, 1)."""
     adam_weight_decay: NotNegative = 0.0
     """AdamW: decoupled weight decay, >= 0."""
@@ -268,11 +275,18 @@ class EraseConfig:
                 f"adapter_layers needs train_method 'lora' or 'dora', and train_method is {self.train_method!r}; "
                 "leave it out"
             )
-        if self.init == "closed_form" and self.train_method in ("text_encoder", "token", "closed_form"):
+        method = TRAIN_METHODS[self.train_method]
+        if self.init == "closed_form" and not method.reads_text:
             raise ValueError(
                 f"init 'closed_form' needs a train_method that trains the layers that read the prompt, such as 'lora', "
                 f"and train_method is {self.train_method!r}; leave init out"
             )
+        idle: Collection[str] = () if self.init == "closed_form" else ("ridge", "rank_tolerance")
+        if not method.trains:
+            idle = {*self.field_names()} - {*WITHOUT_STEPS}
+        for field in dataclasses.fields(self):
+            if field.name in idle and getattr(self, field.name) != field.default:
+                raise ValueError(f"{field.name} has no effect with train_method {self.train_method!r}; leave it out")
         if self.objective == "noise" and self.negative_guidance:
             raise ValueError(
                 "negative_guidance needs objective 'model'; set objective to 'model', or negative_guidance to 0"

@@ -9,7 +9,7 @@ from typing import Any, ParamSpec, Protocol
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import parse_flag_from_env
+from accelerate.utils import broadcast, parse_flag_from_env
 from diffusers import DiffusionPipeline
 from torch import Tensor
 from torch.nn import functional
@@ -22,7 +22,7 @@ from fdu.result import ErasureResult
 from fdu.storage.fingerprint import versions
 from fdu.training.cache import Cache, model_key, tensor_key
 from fdu.training.checkpoint import Checkpoints
-from fdu.training.closed_form import closed_form
+from fdu.training.closed_form import EditFigures, closed_form
 from fdu.training.examples import prepare_examples
 from fdu.training.loop import Training
 from fdu.training.methods import Request, Trainable, attach
@@ -100,22 +100,11 @@ def erase(
     started = time.perf_counter()
     with own_accelerator(config, denoiser.device) as accelerator:
         check_shards(denoiser.module, config, accelerator.num_processes)
-        trains = TRAIN_METHODS[config.train_method].trains
-        edits = closed_form(denoiser, pairs, config) if config.init == "closed_form" or not trains else ()
-        request = Request(
-            config.train_method,
-            config.rank,
-            config.lora_alpha,
-            target_names=[target.name for target, _ in pairs],
-            prompts=joined([target for target, _ in pairs]).prompts,
-            kept_prompts=[*joined([anchor for _, anchor in pairs]).prompts, *config.preservation_prompts],
-            adapter_layers=config.adapter_layers,
-            edits=edits,
-        )
-        if trains:
-            trainable, history, sigma = _train(accelerator, denoiser, pairs, mask, config, request)
+        if TRAIN_METHODS[config.train_method].trains:
+            trainable, history, sigma, edits = _train(accelerator, denoiser, pairs, mask, config)
         else:
-            trainable, history, sigma = attach(denoiser, request), {}, None
+            trainable, edits = _attach(denoiser, pairs, config)
+            history, sigma = {}, None
     trainable.finish()
     seconds = time.perf_counter() - started
     return ErasureResult(denoiser, pairs, config, trainable, history, sigma, seconds, edits)
@@ -127,9 +116,8 @@ def _train(
     pairs: Sequence[Pair],
     mask: Tensor | None,
     config: EraseConfig,
-    request: Request,
-) -> tuple[Trainable, dict[str, list[float]], float]:
-    """Train what the request names; returns it with the history and sigma."""
+) -> tuple[Trainable, dict[str, list[float]], float, tuple[EditFigures, ...]]:
+    """Train. Returns what was trained, the history, sigma, and the figures of the edits at its start."""
     # Without a cache_dir, the latents go next to the checkpoints, so that a resumed run need not sample them again.
     folder = config.cache_dir or config.checkpoint_dir
     model = model_key(denoiser) if folder is not None else {}
@@ -141,14 +129,39 @@ def _train(
             size = examples.latents.shape[-2:]
             mask = functional.interpolate(mask[None, None].float(), size=size, mode="area")[0]
         objective = Objective(denoiser, config, mask)
-        trainable = attach(denoiser, request)
+        trainable, edits = _attach(denoiser, pairs, config)
     try:
+        if accelerator.num_processes > 1:
+            for parameter in trainable.named_parameters().values():
+                broadcast(parameter.data)  # processes may round an edit differently
         stepper = Stepper(accelerator, denoiser, trainable, examples, objective, config, cache)
         history = Training(stepper, checkpoints).run()
     except BaseException:
         trainable.remove()
         raise
-    return trainable, history, objective.sigma
+    return trainable, history, objective.sigma, edits
+
+
+def _attach(
+    denoiser: Denoiser, pairs: Sequence[Pair], config: EraseConfig
+) -> tuple[Trainable, tuple[EditFigures, ...]]:
+    """The trainable part of the pipeline, at its start, and the figures of the edits in it."""
+    method = TRAIN_METHODS[config.train_method]
+    edits = closed_form(denoiser, pairs, config) if config.init == "closed_form" or not method.trains else ()
+    request = Request(
+        config.train_method,
+        config.rank,
+        config.lora_alpha,
+        target_names=[target.name for target, _ in pairs],
+        prompts=joined([target for target, _ in pairs]).prompts,
+        kept_prompts=[*joined([anchor for _, anchor in pairs]).prompts, *config.preservation_prompts],
+        adapter_layers=config.adapter_layers,
+        edits=edits,
+    )
+    with seeded(config.seed, denoiser.device):
+        trainable = attach(denoiser, request)
+    cut = config.rank if method.trains and method.result != "weights" else None
+    return trainable, tuple(edit.figures(cut) for edit in edits)
 
 
 def _check_run(denoiser: Denoiser, pairs: Sequence[Pair], mask: Tensor | None, config: EraseConfig) -> None:

@@ -19,7 +19,7 @@ from fdu.report.card import write_card
 from fdu.storage.fingerprint import fingerprint, versions
 from fdu.storage.formats import choose_format, public_name, write
 from fdu.storage.output import RECORD_FILE, whole_folder, write_json
-from fdu.training.closed_form import Edit
+from fdu.training.closed_form import EditFigures
 from fdu.training.methods import Trainable
 
 
@@ -43,8 +43,8 @@ class ErasureResult:
     training."""
     seconds: float
     """Duration of the erasure; for a resumed run, of its last part."""
-    edits: tuple[Edit, ...] = ()
-    """What was computed in closed form, if anything was."""
+    edits: tuple[EditFigures, ...] = ()
+    """What was computed in closed form: all of the erasure, or its start."""
 
     @property
     def pipeline(self) -> DiffusionPipeline:
@@ -86,9 +86,7 @@ class ErasureResult:
             "concepts": [[target.name, anchor.name] for target, anchor in self.pairs],
             "config": {name: value for name, value in self.config.as_dict().items() if name not in PLACES},
             "sigma": self.sigma,
-            "edits": [
-                {"layers": len(edit.ups), "rank": edit.rank, "error": edit.error(edit.rank)} for edit in self.edits
-            ],
+            "edits": [dataclasses.asdict(edit) for edit in self.edits],
             "seconds": self.seconds,
             "history": self.history,
             "versions": versions(),

@@ -14,7 +14,7 @@ from tyro.conf import OmitArgPrefixes, Positional, arg
 
 from fdu.cli.evaluate import Evaluate
 from fdu.cli.options import GROUPS, Settings, grouped
-from fdu.config import Count, EraseConfig, check_number
+from fdu.config import TRAIN_METHODS, Count, EraseConfig, check_number
 from fdu.storage.loading import Dtype, check_dtype, check_encoder, check_resolution, choose_device
 from fdu.storage.output import WEIGHTS_FOLDER
 from fdu.subjects.registry import subject_of
@@ -97,6 +97,11 @@ class Compare:
         if self.workers is not None:
             check_number("workers", self.workers, Count)
         base = self.settings.checked()
+        if not TRAIN_METHODS[base.train_method].trains:
+            raise ValueError(
+                f"--train_method {base.train_method} gives the same model for every divergence; choose a method that "
+                "trains"
+            )
         check_resolution(model.folder, base.resolution)
         names = [] if self.divergences is None else [name.strip() for name in self.divergences.split(",")]
         names += [] if self.alpha is None else read_alpha(self.alpha)

@@ -92,7 +92,10 @@ class Erase:
         files = [name for name in (*self.target, *self.anchor) if name.endswith(".txt")]
         inputs = files + [str(folder) for folder in [model.folder] if folder]
         check_output(self.out, self.overwrite, result_bytes(model.folder, config.train_method, self.save_as), inputs)
-        dtype = check_dtype(self.dtype, config.mixed_precision)
+        if TRAIN_METHODS[config.train_method].trains:
+            dtype = check_dtype(self.dtype, config.mixed_precision)
+        else:
+            dtype = "float32" if self.dtype == "auto" else self.dtype
         if not files:  # the pipeline cannot know the meaning of prompts from a file
             config = model.with_preserved(config, [(target.name, anchor.name) for target, anchor in pairs])
         device = choose_device(self.device)
@@ -116,9 +119,11 @@ class Erase:
             if keeps:
                 clear_run(checkpoints)
             loading = _loading_line(model, self.out, format, config.train_method)
-            print(f"Saved to {self.out} after {result.seconds:.{0 if result.seconds >= 9.5 else 1}f} s. {loading}")
+            print(f"Saved to {self.out} after {result.seconds:.1f} s. {loading}")
             for edit in result.edits:
-                print(f"Edited {len(edit.ups)} layers: rank {edit.rank}, relative error {edit.error(edit.rank):.1e}.")
+                layers = "layer reads" if edit.layers == 1 else "layers read"
+                words = f"{edit.layers} {layers} the {edit.input} of the text"
+                print(f"Closed form: {words}; edited at rank {edit.rank}, relative error {edit.error:.1g}.")
             if not config.max_train_steps and not result.edits:
                 print("Nothing was trained: max_train_steps is 0.")
             print(f"Evaluate it with: {shlex.join(['fdu', 'evaluate', self.model, str(self.out)])}")

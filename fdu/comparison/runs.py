@@ -205,7 +205,7 @@ def _draw(comparison: Comparison, pipeline: DiffusionPipeline, probes: Sequence[
                 count,
                 drawing.judged_seed,
                 **drawing.settings(),
-                description=f"{some[start].role}: {some[start].name}",
+                description=f"{some[start].role}: {some[start].name}" if asking else "retained",
             ).images
 
 

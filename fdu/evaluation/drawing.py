@@ -193,7 +193,7 @@ def draw(
     settings = {name: value for name, value in given.items() if value is not None}
     # Batches reach over several probes: with few images of each they would be small, and slow.
     asked = [(one.prompts[index % len(one.prompts)], index) for one in probes for index in range(images_per_class)]
-    drawn = []
+    images: list[Tensor] = []
     bar = tqdm(total=len(asked), desc=description, unit="image")
     with silent(pipeline), unchecked(pipeline), bar as progress:
         for start in range(0, len(asked), batch_size):
@@ -204,9 +204,12 @@ def draw(
                 generator=[torch.Generator().manual_seed(seed + index) for _, index in some],
                 output_type="pt",
             )
-            drawn.append(output.images.float().cpu())
+            drawn = output.images.float().cpu()
+            images = images or [drawn.new_empty(images_per_class, *drawn.shape[1:]) for _ in probes]
+            for place, image in enumerate(drawn, start):
+                images[place // images_per_class][place % images_per_class] = image
             progress.update(len(some))
-    return Draws(list(torch.cat(drawn).split(images_per_class)))
+    return Draws(images)
 
 
 @contextmanager

@@ -194,13 +194,17 @@ class Denoiser(ABC):
         )
 
     def tokens(self, prompts: Sequence[str]) -> list[list[Sequence[int]]]:
-        """The tokens of prompts, without padding: by the tokenizer, and within it by the prompt.
+        """The tokens of prompts, without padding: by the tokenizer, and within it by the prompt. None of an absent one.
 
         Token i of a tokenizer stands for embedding i of that tokenizer's share of the embeddings.
         """
-        present = [getattr(self.pipeline, name) for name in self.tokenizers if getattr(self.pipeline, name, None)]
         converted = getattr(self.pipeline, "maybe_convert_prompt", lambda prompts, tokenizer: prompts)
-        return [tokenizer(converted(list(prompts), tokenizer))["input_ids"] for tokenizer in present]
+        found: list[list[Sequence[int]]] = []
+        for name in self.tokenizers:
+            tokenizer = getattr(self.pipeline, name, None)
+            absent: list[Sequence[int]] = [()] * len(prompts)
+            found.append(tokenizer(converted(list(prompts), tokenizer))["input_ids"] if tokenizer else absent)
+        return found
 
     @torch.no_grad()
     def draw_latents(

@@ -37,7 +37,8 @@ class SanaDenoiser(FlowDenoiser):
         instruction = "\n".join(call_default(self.pipeline, "complex_human_instruction"))
         skipped = len(self.pipeline.tokenizer.encode(instruction)) - 1
         cleaned = self.pipeline._text_preprocessing(list(prompts))
-        (found,) = super().tokens([instruction + prompt if prompt else "" for prompt in cleaned])
+        behind = [instruction + one if prompt else "" for prompt, one in zip(prompts, cleaned, strict=True)]
+        (found,) = super().tokens(behind)
         return [[[*one[:1], *one[skipped:]] if prompt else one for prompt, one in zip(prompts, found, strict=True)]]
 
     def encode_batch(self, prompts: list[str]) -> Conditioning:

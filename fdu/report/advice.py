@@ -21,6 +21,8 @@ LISTS, FLAGS = ("preservation_prompts", "robustness"), ("overwrite",)
 """Changed options that take several values, and those that take none."""
 MOST_CLASSES, MOST_PROMPTS = 6, 3
 """Most broken classes to preserve, worst first, and prompts of each."""
+LOWEST_WEIGHT = 0.05
+"""The closed form is not computed again with less than a quarter of this preservation weight."""
 ANCHOR_PROMPTS = 8
 """Most prompts of the anchor to preserve, which an erasure preserves unless it is given others."""
 
@@ -94,10 +96,8 @@ def _train(run: EvaluatedRun, lines: _Lines, verdict: Verdict, left: bool) -> li
     changes: dict[str, Any] = {}
     told = []
     computed = not TRAIN_METHODS[config["train_method"]].trains
-    if computed and left and lost:
-        words = (
-            "No one strength of preservation mends both. Train on from the edit: train_method lora, init closed_form."
-        )
+    if computed and left and (lost or weight < LOWEST_WEIGHT):
+        words = "The closed form cannot do more. Train from it: train_method lora, init closed_form."
         return [NextStep(words, lines.erase(train_method="lora", init="closed_form"))]
     if computed and left:
         words = f"Preserve less strongly: preservation_weight {weight / 4:g} instead of {weight:g}."

@@ -179,7 +179,10 @@ def _erasure_facts(record: Mapping[str, Any]) -> list[tuple[str, Any]]:
     return [
         ("duration of the erasure", f"{record['seconds']:.1f} s"),
         *([("sigma", f"{record['sigma']:.4g}")] if record.get("sigma") else []),
-        *((f"rank of the edit of {one['layers']} layers", one["rank"]) for one in record.get("edits", [])),
+        *(
+            (f"closed form of the {one['input']}", f"rank {one['rank']}, relative error {one['error']:.1g}")
+            for one in record.get("edits", ())
+        ),
         ("fingerprint of the base weights", (record.get("fingerprint") or "unknown")[:16]),
         *record["versions"].items(),
     ]

@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
-from fdu.config import EraseConfig
+from fdu.config import TRAIN_METHODS, EraseConfig
 from fdu.evaluation import Draws, Evaluation, Probe, Sampling
 from fdu.evaluation.drawing import Group, Role, check_probes
 from fdu.evaluation.robustness import Robustness
@@ -26,6 +26,7 @@ from fdu.report.stored import restored
 from fdu.storage.fingerprint import versions
 from fdu.storage.loading import erased_pairs
 from fdu.storage.output import METRICS_FILE, METRICS_KEYS, RECORD_FILE, write_json
+from fdu.training.closed_form import EditFigures
 
 IMAGES_FOLDER = "images"
 """Folder with the shown images, next to the metrics: one PNG strip per probe and side."""
@@ -115,6 +116,7 @@ class _Record:
     history: dict[str, list[float]]
     versions: dict[str, str]
     sigma: float | None = None
+    edits: list[EditFigures] = dataclasses.field(default_factory=list)
     command: str = ""
     fingerprint: str | None = None
     concepts: list[tuple[str, str]] = dataclasses.field(default_factory=list)
@@ -201,10 +203,11 @@ class EvaluatedRun(Told):
         metrics = {"target": self.target, **self.evaluation.as_dict()}
         if self.record is not None:
             config = dict(self.record["config"])
+            trains = TRAIN_METHODS[config["train_method"]].trains
             metrics |= {
                 "anchor": self.anchor,
-                "divergence": config["divergence"],
-                "steps": config["max_train_steps"],
+                "divergence": config["divergence"] if trains else None,
+                "steps": config["max_train_steps"] if trains else 0,
                 "seed": config["seed"],
                 "sigma": self.record.get("sigma"),
                 "seconds": self.record["seconds"],

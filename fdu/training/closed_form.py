@@ -1,16 +1,20 @@
-"""The closed form of an erasure: the denoiser reads the target's prompts as it reads the anchor's, without training.
+"""The closed form of an erasure: an edit of the layers that read the text, computed without training.
 
-Every linear layer that reads a text input c, of weight W, gets the weight W + W M. The change M is the minimiser of
+With it the denoiser reads the target's prompts as it reads the anchor's. Every linear layer that reads a text input c,
+of weight W, gets the weight W + W M. The change M minimises, for any W,
 
-    sum_i w_i |W M t_i - W (a_i - t_i)|^2 + preservation_weight sum_k |W M p_k|^2 + ridge |W M|^2
+    sum_i w_i |W M t_i - W (a_i - t_i)|^2 + sum_k v_k |W M p_k|^2 + r |W M|^2
 
-over the inputs t_i of the target's prompts, a_i of the anchor's and p_k of the preserved ones:
+over the inputs t_i of the target's prompts, the inputs a_i of the anchor's that correspond to them, and the inputs p_k
+of the preserved prompts:
 
-    M = (sum_i w_i (a_i - t_i) t_i^T) (sum_i w_i t_i t_i^T + preservation_weight sum_k p_k p_k^T + ridge I)^-1
+    M = (sum_i w_i (a_i - t_i) t_i^T) (sum_i w_i t_i t_i^T + sum_k v_k p_k p_k^T + r I)^-1
 
-It is the same for all layers that read one input, and its rank is at most the number of inputs t_i. TIME (Orgad et al.
-2023, arXiv 2303.08084), UCE (Gandikota et al. 2024, arXiv 2308.14761) and MACE (Lu et al. 2024, arXiv 2403.06135) edit
-the keys and values of the cross-attention so.
+The prompts of one concept share the weight 1. All preserved prompts share preservation_weight times the number of
+concepts. r is ``ridge`` times the mean of the diagonal of the other two sums.
+
+TIME (Orgad et al. 2023, arXiv 2303.08084), UCE (Gandikota et al. 2024, arXiv 2308.14761) and MACE (Lu et al. 2024,
+arXiv 2403.06135) edit the keys and values of cross-attention in this way.
 """
 
 from __future__ import annotations
@@ -19,109 +23,139 @@ import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch
-from torch import Tensor
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.integrations import dequantize_module_weight
+from torch import Tensor, nn
+from torch.nn import functional
 
 from fdu.concepts import Pair
 from fdu.config import EraseConfig
 from fdu.models import parts
 from fdu.models.denoiser import ENCODE_BATCH, Conditioning, Denoiser
-from fdu.storage.merging import merged
+from fdu.training.examples import preserved_prompts
+
+NEGLIGIBLE = 1e-14
+"""Shares of the squared effect below this are rounding errors."""
+
+
+@dataclasses.dataclass(frozen=True)
+class EditFigures:
+    """What is told of an edit."""
+
+    input: str
+    """What the layers read: "embeddings" or "pooled"."""
+    layers: int
+    """The number of edited layers."""
+    rank: int
+    """The rank that is in place."""
+    error: float
+    """Root mean square of what that rank leaves out of the change of the inputs, relative to the whole change."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Edit:
-    """The changes up @ down of the layers that read one input, in float64; the first ranks do most."""
+    """The changes up @ down of the layers that read one input, in float64, in decreasing order of effect."""
 
+    input: str
+    """A name of ``Denoiser.text_inputs``."""
     ups: Mapping[str, Tensor]
     """By the layer's name in the denoiser, [out, r]."""
     down: Tensor
     """[r, d]; the d numbers of the input are the first that the layers read."""
     effects: Tensor
-    """The share of each rank in the squared change of the inputs of the prompts, [d], decreasing; their sum is 1. Those
-    beyond r have been left out."""
+    """The share of each rank in the squared effect, [d]; their sum is 1. Those beyond r have been left out."""
 
     @property
     def rank(self) -> int:
         return len(self.down)
 
-    def error(self, rank: int) -> float:
-        """The root mean square of what the first ``rank`` ranks leave out of the change of the prompts' inputs,
-        relative to the whole."""
-        return max(float(self.effects[rank:].sum()), 0.0) ** 0.5
+    def figures(self, rank: int | None = None) -> EditFigures:
+        """The figures of the edit cut to a rank; None for its own."""
+        used = self.rank if rank is None else min(rank, self.rank)
+        error = max(float(self.effects[used:].sum()), 0.0) ** 0.5
+        return EditFigures(self.input, len(self.ups), used, error)
 
 
 @torch.no_grad()
 def closed_form(denoiser: Denoiser, pairs: Sequence[Pair], config: EraseConfig) -> tuple[Edit, ...]:
-    """The edits that erase the targets of ``pairs``, one for each text input of the denoiser.
-
-    Each concept has the weight 1, shared by its prompts. The preserved prompts together have the weight
-    ``config.preservation_weight`` for each concept.
+    """The edits that erase the targets of ``pairs``: one for each text input in which target and anchor differ.
 
     Raises:
-        ValueError: the denoiser has no layer to edit.
+        ValueError: the denoiser has no layer to edit, or its text encoders read target and anchor as the same.
     """
     layers = parts.layers(denoiser.module)
     readers = {
         name: [layer for layer in layers if parts.ends_with(layer, endings)]
         for name, endings in denoiser.text_inputs.items()
     }
-    sums = {name: Sums() for name in denoiser.text_inputs if readers[name]}
-    if not sums:
+    sums: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def add(name: str, weight: float, before: Tensor, after: Tensor) -> None:
+        if name not in sums:
+            size = before.shape[1]
+            sums[name] = before.new_zeros(size, size), before.new_zeros(size, size)
+        cross, gram = sums[name]
+        gram.addmm_(before.T, before, alpha=weight)
+        if after is not before:
+            cross.addmm_((after - before).T, before, alpha=weight)
+
+    if not any(readers.values()):
         raise ValueError(
             f"the closed form finds no layer to edit in this {type(denoiser.pipeline).__name__}; choose train_method "
-            "'lora' and init 'zero'"
+            "'lora' and init 'none'"
         )
     for weight, before, after in _aligned(denoiser, pairs):
-        for name, one in sums.items():
-            one.add(weight, before[name], after[name])
-    kept = list(dict.fromkeys(["", *config.preservation_prompts, *(p for _, anchor in pairs for p in anchor.prompts)]))
+        for name in before:
+            add(name, weight, before[name], after[name])
+    kept = preserved_prompts(pairs, config)
     for start in range(0, len(kept), ENCODE_BATCH):
         conditioning = denoiser.encode(kept[start : start + ENCODE_BATCH])
         for row in range(len(conditioning)):
-            for name, one in sums.items():
-                inputs = _inputs(conditioning, name, row)[_seen(conditioning, name, row)]
-                one.add(config.preservation_weight * len(pairs) / len(kept), inputs, inputs)
-    return tuple(_edit(denoiser, readers[name], one, config) for name, one in sums.items())
+            for name in sums:
+                inputs = _inputs(conditioning, name, row)[_unmasked(conditioning, name, row)]
+                add(name, config.preservation_weight * len(pairs) / len(kept), inputs, inputs)
+    edits = [
+        _edit(denoiser, name, readers[name], *both, config)
+        for name, both in sums.items()
+        if readers[name] and both[0].any()
+    ]
+    if not edits:
+        raise ValueError("the text encoders read target and anchor as the same; choose another anchor")
+    return tuple(edits)
 
 
-class Sums:
-    """The two sums over the inputs of prompts that the change is made of, [d, d] float64."""
-
-    cross: Tensor
-    """sum_i w_i (a_i - t_i) t_i^T."""
-    gram: Tensor
-    """sum_i w_i t_i t_i^T, and that of the preserved ones."""
-
-    def add(self, weight: float, before: Tensor, after: Tensor) -> None:
-        """Add the inputs [n, d] of a prompt, and those that take their place."""
-        if not hasattr(self, "gram"):
-            self.cross, self.gram = before.new_zeros(2, before.shape[1], before.shape[1])
-        self.gram.addmm_(before.T, before, alpha=weight)
-        if after is not before:
-            self.cross.addmm_((after - before).T, before, alpha=weight)
-
-
-def _edit(denoiser: Denoiser, layers: Sequence[str], sums: Sums, config: EraseConfig) -> Edit:
-    """The edit of the layers that read one input."""
-    sums.gram.diagonal().add_(config.ridge)
-    change = torch.cholesky_solve(sums.cross.T, torch.linalg.cholesky(sums.gram)).T
-    # The directions in which the change does most to the inputs of the prompts, those that do most last.
-    squares, directions = torch.linalg.eigh(change @ sums.cross.T)
+def _edit(
+    denoiser: Denoiser, name: str, layers: Sequence[str], cross: Tensor, gram: Tensor, config: EraseConfig
+) -> Edit:
+    """The edit of the layers that read one input, from the two sums of the module's docstring."""
+    gram.diagonal().add_(config.ridge * gram.trace() / len(gram))
+    change = torch.cholesky_solve(cross.T, torch.linalg.cholesky(gram)).T
+    # The directions in which the change moves the inputs, those with the largest effect last.
+    squares, directions = torch.linalg.eigh(change @ cross.T)
     effects = squares.flip(0).clamp(min=0)
     effects = effects / effects.sum()
+    effects[effects < NEGLIGIBLE] = 0
     left_out = effects.flip(0).cumsum(0).flip(0).sqrt()
     left = directions.flip(1)[:, left_out > config.rank_tolerance]
-    with merged(denoiser.pipeline) as adapted:
-        ups = {}
-        for layer in layers:
-            name = f"{denoiser.module_name}.{layer}.weight"
-            weight = adapted[name][1] if name in adapted else denoiser.module.get_parameter(f"{layer}.weight")
-            ups[layer] = weight[:, : len(left)].double() @ left
-    return Edit(ups, left.T @ change, effects)
+    modules = dict(denoiser.module.named_modules())
+    return Edit(name, {layer: _applied(modules[layer], left) for layer in layers}, left.T @ change, effects)
+
+
+def _applied(layer: nn.Module, left: Tensor) -> Tensor:
+    """W @ left, [out, r] float64, of a layer, with its active adapters. A layer that reads more reads this first."""
+    base = layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer
+    weight = _exact(dequantize_module_weight(base))
+    applied = weight[:, : len(left)] @ left
+    if base is not layer:
+        own = next(layer.parameters())
+        inputs = functional.pad(left.T, (0, weight.shape[1] - len(left))).to(own.device)
+        inputs = inputs.to(own.dtype if own.is_floating_point() else torch.float32)
+        applied += _exact(layer(inputs) - base(inputs)).T
+    return applied
 
 
 def _aligned(denoiser: Denoiser, pairs: Sequence[Pair]) -> Iterator[tuple[float, dict[str, Tensor], dict[str, Tensor]]]:
-    """For each pair of prompts its weight, the target's inputs, and those of the anchor that take their place.
+    """For each pair of prompts: its weight, the target's inputs, and those of the anchor that correspond to them.
 
     Inputs have the names of ``Denoiser.text_inputs`` and are [n, d] float64.
     """
@@ -134,39 +168,46 @@ def _aligned(denoiser: Denoiser, pairs: Sequence[Pair]) -> Iterator[tuple[float,
         some = every[start : start + ENCODE_BATCH // 2]
         prompts = list(dict.fromkeys(prompt for _, *both in some for prompt in both))
         conditioning, tokens = denoiser.encode(prompts), denoiser.tokens(prompts)
-        lengths = _lengths(denoiser, conditioning, len(tokens))
+        lengths = _lengths(denoiser, conditioning)
         for weight, one, other in some:
             rows = prompts.index(one), prompts.index(other)
-            places = alignment([(own[rows[0]], own[rows[1]]) for own in tokens], lengths)
-            found: tuple[dict[str, Tensor], dict[str, Tensor]] = ({}, {})
+            places = torch.tensor(alignment([(own[rows[0]], own[rows[1]]) for own in tokens], lengths))
+            before, after = {}, {}
             for name in denoiser.text_inputs:
-                before, after = (_inputs(conditioning, name, row) for row in rows)
-                seen = _seen(conditioning, name, rows[0])
+                mine, others = (_inputs(conditioning, name, row) for row in rows)
+                seen = _unmasked(conditioning, name, rows[0])
+                before[name] = mine[seen]
                 # A pooled embedding is one input.
-                found[0][name] = before[seen]
-                found[1][name] = after[torch.tensor(places)[seen.cpu()]] if len(after) > 1 else after
-            yield weight, *found
+                after[name] = others[places.to(others.device)][seen] if len(others) > 1 else others
+            yield weight, before, after
 
 
 def _inputs(conditioning: Conditioning, name: str, row: int) -> Tensor:
     """The inputs of one prompt, [n, d] float64."""
-    tensor = conditioning.tensors[name][row].double()
+    tensor = _exact(conditioning.tensors[name][row])
     return tensor[None] if tensor.ndim == 1 else tensor
 
 
-def _seen(conditioning: Conditioning, name: str, row: int) -> Tensor:
+def _unmasked(conditioning: Conditioning, name: str, row: int) -> Tensor:
     """Which inputs of a prompt no mask hides, [n]."""
     tensor, mask = conditioning.tensors[name], conditioning.tensors.get("mask")
     if tensor.ndim == 3 and mask is not None:
-        return mask[row].bool()
-    return torch.ones(1 if tensor.ndim == 2 else tensor.shape[1], dtype=torch.bool, device=tensor.device)
+        return mask[row].to(_exact(tensor[row]).device, torch.bool)
+    return torch.ones(1 if tensor.ndim == 2 else tensor.shape[1], dtype=torch.bool)
 
 
-def _lengths(denoiser: Denoiser, conditioning: Conditioning, tokenizers: int) -> list[int]:
+def _exact(tensor: Tensor) -> Tensor:
+    """The tensor in float64, on the CPU where its device has none."""
+    return tensor.to("cpu" if tensor.device.type == "mps" else tensor.device).double()
+
+
+def _lengths(denoiser: Denoiser, conditioning: Conditioning) -> list[int]:
     """How many of the embeddings belong to each tokenizer: the last one has what the first leaves."""
     length = conditioning.tensors["embeddings"].shape[1]
-    first = denoiser.pipeline.tokenizer_max_length if tokenizers > 1 else length
-    return [first, length - first][:tokenizers]
+    if len(denoiser.tokenizers) == 1:
+        return [length]
+    first = denoiser.pipeline.tokenizer_max_length
+    return [first, length - first]
 
 
 def alignment(tokens: Sequence[tuple[Sequence[int], Sequence[int]]], lengths: Sequence[int]) -> list[int]:
@@ -182,14 +223,14 @@ def alignment(tokens: Sequence[tuple[Sequence[int], Sequence[int]]], lengths: Se
     """
     places: list[int] = []
     for (one, other), length in zip(tokens, lengths, strict=True):
-        start = len(places)
-        one, other = one[:length], other[:length]
         shorter = min(len(one), len(other))
         head = next((i for i in range(shorter) if one[i] != other[i]), shorter)
         tail = next((i for i in range(shorter - head) if one[-1 - i] != other[-1 - i]), shorter - head)
         name, others = len(one) - head - tail, len(other) - head - tail
         own = list(range(head))
-        own += [head + (min(i, others - 1) if i < name - 1 else others - 1) if others else head for i in range(name)]
-        own += range(len(other) - tail, len(other) + length - len(one))
-        places += [start + min(place, length - 1) for place in own]
+        own += [head + min(i, others - 1) if i < name - 1 else head + others - 1 for i in range(name if others else 0)]
+        own += [max(min(head, len(other) - 1), 0)] * (0 if others else name)
+        own += range(len(other) - tail, len(other) + max(length - len(one), 0))
+        start = len(places)
+        places += [start + min(place, length - 1) for place in own[:length]]
     return places

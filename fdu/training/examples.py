@@ -101,7 +101,7 @@ def prepare_examples(
 ) -> Examples:
     """Encode the prompts and sample the latents, all with the model as it is before the erasure."""
     targets, anchors = (joined([pair[side] for pair in pairs]) for side in (0, 1))
-    preserved = tuple(dict.fromkeys(["", *(config.preservation_prompts or anchors.prompts)]))
+    preserved = preserved_prompts(pairs, config)
     texts = tuple(dict.fromkeys([*targets.prompts, *anchors.prompts, *preserved]))
     key: dict[str, object] = {"prompts": texts}
     if cache.folder is not None:
@@ -158,6 +158,12 @@ def prepare_examples(
         latents_per_concept=each,
         latents=latents.to(denoiser.device),
     )
+
+
+def preserved_prompts(pairs: Sequence[Pair], config: EraseConfig) -> tuple[str, ...]:
+    """The prompts to preserve: the empty one, and those of the settings or else the anchors'."""
+    anchors = joined([anchor for _, anchor in pairs])
+    return tuple(dict.fromkeys(["", *(config.preservation_prompts or anchors.prompts)]))
 
 
 def spread(of: int, count: int) -> list[int]:

@@ -125,6 +125,8 @@ class Training:
 
     def _loop(self, tracking: Tracking, stop: Interruption) -> None:
         config = self.config
+        if config.init != "none" and self.step == 0:
+            self.stepper.calibrate()
         if self.objective.game is not None and self.step == 0:
             quiet = not self.accelerator.is_local_main_process
             for number in tqdm(range(config.critic_warmup_steps), "critic", unit="step", disable=quiet):

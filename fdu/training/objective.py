@@ -99,6 +99,11 @@ class Objective(nn.Module):
         bound = self.teach(predicted, wanted, batch)
         return self.game.model_loss(Outputs(predicted, wanted, omega, self.mask, scale)) / self.slope, bound
 
+    def observe(self, predicted: Tensor, wanted: Tensor, batch: Batch) -> None:
+        """Let an automatic sigma see outputs of samples that erase."""
+        omega, scale = self._weights(batch)
+        self.criterion(predicted, wanted, omega, self.mask, scale)
+
     def teach(self, predicted: Tensor, wanted: Tensor, batch: Batch) -> Tensor:
         """Train the critic alone by one step, and return its bound before, standardised, []."""
         assert self.game is not None

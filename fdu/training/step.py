@@ -85,6 +85,15 @@ class Stepper:
         return torch.stack(terms).mean(0)
 
     @torch.no_grad()
+    def calibrate(self) -> None:
+        """Set an automatic sigma by the outputs of the frozen model: those of an edited one are near their targets."""
+        for number in range(self.objective.criterion.calibration_calls):
+            ((batch, wanted),) = self._next_batches(number, 1)
+            with self.trainable.frozen():
+                predicted = self._predict(batch, slice(0, batch.size))
+            self.objective.observe(predicted, wanted[: batch.size], batch)
+
+    @torch.no_grad()
     def teach(self, number: int) -> None:
         """Let the critic of a variational game learn alone from the ``number``-th batch."""
         ((batch, wanted),) = self._next_batches(number, 1)

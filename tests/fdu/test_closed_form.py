@@ -15,6 +15,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 
 import fdu
+from fdu.cli import main
 from fdu.concepts import concept_pairs
 from fdu.config import EraseConfig
 from fdu.evaluation.robustness.relearning import RelearningConfig
@@ -22,6 +23,7 @@ from fdu.models import parts
 from fdu.models.denoiser import Denoiser
 from fdu.models.families import denoiser_of
 from fdu.storage.merging import merge
+from fdu.subjects.digits import pipeline as digits
 from fdu.subjects.digits.vocabulary import DIGITS
 from fdu.training import closed_form
 from fdu.training.closed_form import alignment
@@ -33,8 +35,7 @@ PAIRS = concept_pairs("three", "an eight")
 
 def least_squares(denoiser: Denoiser, name: str, config: EraseConfig) -> Tensor:
     """M, [d, d], from the inputs themselves, one row of a linear system each."""
-    ((_, anchor),) = PAIRS
-    kept = list(dict.fromkeys(["", *config.preservation_prompts, *anchor.prompts]))
+    kept = ["", *config.preservation_prompts]
     rows, wanted = [], []
     for weight, before, after in closed_form._aligned(denoiser, PAIRS):
         rows.append(before[name] * weight**0.5)
@@ -47,7 +48,8 @@ def least_squares(denoiser: Denoiser, name: str, config: EraseConfig) -> Tensor:
         rows.append(inputs.reshape(-1, inputs.shape[-1]) * (config.preservation_weight / len(kept)) ** 0.5)
         wanted.append(torch.zeros_like(rows[-1]))
     size = rows[0].shape[1]
-    rows.append(torch.eye(size, dtype=torch.float64) * config.ridge**0.5)
+    squares = sum(float(one.square().sum()) for one in rows)
+    rows.append(torch.eye(size, dtype=torch.float64) * (config.ridge * squares / size) ** 0.5)
     wanted.append(torch.zeros(size, size, dtype=torch.float64))
     return torch.linalg.lstsq(torch.cat(rows), torch.cat(wanted)).solution.T
 
@@ -97,7 +99,7 @@ def test_the_rank_is_the_smallest_within_the_tolerance(denoiser: Denoiser) -> No
     for tolerance in (0.3, 0.01):
         cut = closed_form.closed_form(denoiser, PAIRS, dataclasses.replace(CONFIG, rank_tolerance=tolerance))
         for edit, exact in zip(cut, whole, strict=True):
-            assert edit.error(edit.rank) <= tolerance < edit.error(edit.rank - 1)
+            assert edit.figures().error <= tolerance < edit.figures(edit.rank - 1).error
             for layer, up in edit.ups.items():
                 assert torch.allclose(up, exact.ups[layer][:, : edit.rank])
 
@@ -132,6 +134,9 @@ def test_every_text_input_of_the_denoiser_is_edited(denoiser: Denoiser) -> None:
         ([1, 5, 6, 7, 2], [1, 8, 2], [0, 1, 1, 1, 2, 3]),
         ([1, 3, 5, 2], [1, 3, 2], [0, 1, 2, 2, 3, 4]),  # the other lacks the name: its next token
         ([1, 2], [1, 5, 2], [0, 2, 3, 4, 5, 5]),
+        ([1, 5, 6], [1], [0, 0, 0, 1, 2, 3]),  # without an end token, the last one there is
+        ([5, 6], [], [0, 0, 0, 1, 2, 3]),
+        ([], [5, 6], [2, 3, 4, 5, 5, 5]),
         ([1, 5, 5, 2], [1, 5, 2], [0, 1, 2, 2, 3, 4]),
     ],
 )
@@ -145,7 +150,7 @@ def test_tokens_of_several_tokenizers_follow_one_another() -> None:
 
 
 def test_a_prompt_longer_than_the_encoder_reads_is_cut() -> None:
-    assert alignment([([1, 5, 5, 5, 5, 2], [1, 6, 2])], [4]) == [0, 1, 2, 2]
+    assert alignment([([1, 5, 5, 5, 5, 2], [1, 6, 2])], [4]) == [0, 1, 1, 1]
 
 
 @torch.no_grad()
@@ -244,7 +249,128 @@ def test_settings_that_make_no_sense_are_refused(pipeline: DiffusionPipeline) ->
             EraseConfig(train_method=method, init="closed_form")
     with pytest.raises(ValueError, match="mask has no effect with train_method 'closed_form'; leave it out"):
         fdu.erase(pipeline, "three", "eight", mask=torch.ones(8, 8), config=CONFIG)
+    for setting in ({"rank": 4}, {"adapter_layers": "attention"}, {"max_train_steps": 3}, {"report_to": "wandb"}):
+        with pytest.raises(ValueError, match=f"{next(iter(setting))} has no effect with train_method 'closed_form'"):
+            EraseConfig(train_method="closed_form", **setting)
+    with pytest.raises(ValueError, match="ridge has no effect with train_method 'lora'; leave it out"):
+        EraseConfig(ridge=0.1)
+    with pytest.raises(ValueError, match="read target and anchor as the same"):
+        fdu.erase(pipeline, ["three"], ["THREE"], config=CONFIG)
     with pytest.raises(ValueError, match="ridge must be a finite number > 0"):
-        EraseConfig(ridge=0)
+        EraseConfig(train_method="closed_form", ridge=0)
     with pytest.raises(ValueError, match="train_method must be one of"):
         RelearningConfig(train_method="closed_form")
+
+
+@torch.no_grad()
+def test_a_layer_that_writes_nothing_is_left_as_it_is() -> None:
+    pipeline = families.build("sd")
+    for name, layer in parts.layers(pipeline.unet).items():
+        if name.endswith("attn2.to_v"):
+            layer.weight.zero_()
+    result = fdu.erase(pipeline, *PAIRS[0], config=CONFIG)
+    assert all(parameter.isfinite().all() for parameter in result.trainable.named_parameters().values())
+
+
+def test_an_edit_repeats_bit_for_bit_and_leaves_the_random_state() -> None:
+    found = []
+    for state in (1, 2):
+        torch.manual_seed(state)
+        before = torch.get_rng_state()
+        result = fdu.erase(families.build("sdxl"), *PAIRS[0], config=CONFIG)
+        assert torch.equal(torch.get_rng_state(), before)
+        found.append({name: one.clone() for name, one in result.trainable.named_parameters().items()})
+    assert found[0].keys() == found[1].keys()
+    assert all(torch.equal(one, found[1][name]) for name, one in found[0].items())
+
+
+def test_each_input_has_the_rank_of_its_own_edit() -> None:
+    result = fdu.erase(families.build("sdxl"), *PAIRS[0], config=CONFIG)
+    ranks = {figures.input: figures.rank for figures in result.edits}
+    assert ranks["pooled"] < ranks["embeddings"]
+    for name, parameter in result.trainable.named_parameters().items():
+        if name.endswith("lora_A.weight"):
+            assert len(parameter) == ranks["pooled" if "add_embedding" in name else "embeddings"]
+
+
+def test_what_is_told_of_an_edit_is_what_is_in_place() -> None:
+    settings = EraseConfig(init="closed_form", rank=2, **NO_STEPS)
+    (figures,) = fdu.erase(families.build("sd"), *PAIRS[0], config=settings).edits
+    (edit,) = closed_form.closed_form(denoiser_of(families.build("sd")), PAIRS, settings)
+    assert figures == edit.figures(2) and figures.rank == 2 and figures.error > settings.rank_tolerance
+
+
+def test_an_edit_that_fails_leaves_the_pipeline_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    pipeline = families.build("sd")
+    names = set(dict(pipeline.unet.named_modules()))
+
+    def fail(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    for method in ("lora", "cross_attention"):
+        monkeypatch.setattr("fdu.training.methods.adapter.Adapter._begin_layer", fail)
+        monkeypatch.setattr("fdu.training.methods.full_weights.parts.layers", fail)
+        with pytest.raises(KeyboardInterrupt):
+            fdu.erase(pipeline, *PAIRS[0], config=EraseConfig(train_method=method, init="closed_form", **NO_STEPS))
+        monkeypatch.undo()
+        assert set(dict(pipeline.unet.named_modules())) == names
+        assert all(parameter.requires_grad for parameter in pipeline.unet.parameters())
+
+
+def test_sd3_without_t5_exchanges_its_clip_embeddings() -> None:
+    pipeline = families.build("sd3")
+    pipeline.text_encoder_3 = pipeline.tokenizer_3 = None
+    denoiser = denoiser_of(pipeline, families.resolution("sd3"))
+    length = pipeline.tokenizer_max_length
+    conditioning = denoiser.encode(["a seven", "a photo of the digit three"])
+    assert conditioning.tensors["embeddings"].shape[1] > length
+    pairs = concept_pairs(["a seven"], ["a photo of the digit three"])
+    ((_, before, after),) = closed_form._aligned(denoiser, pairs)
+    given = conditioning.tensors["embeddings"].double()
+    assert torch.equal(after["embeddings"][length:], given[1, length:])
+    assert torch.equal(before["embeddings"], given[0])
+    assert all(one.any() for one in after["embeddings"][:length])
+
+
+@pytest.mark.parametrize(("target", "anchor"), [("a three", ""), ("a seven, drawn by three", "a seven")])
+@pytest.mark.parametrize("name", ["pixart", "sana"])
+def test_no_token_corresponds_to_a_hidden_one(denoiser: Denoiser, target: str, anchor: str) -> None:
+    ((_, _, after),) = closed_form._aligned(denoiser, concept_pairs([target], [anchor]))
+    conditioning = denoiser.encode([anchor])
+    shown = conditioning.tensors["embeddings"][0][conditioning.tensors["mask"][0].bool()].double()
+    if len(shown):
+        assert all((shown == one).all(1).any() for one in after["embeddings"])
+
+
+def test_sigma_is_that_of_the_original_model() -> None:
+    settings: dict[str, Any] = {"max_train_steps": 1, "num_latents": 8, "num_inference_steps": 4, "rank": 64}
+    three, eight = digits.concepts("three", "eight")
+    plain = fdu.erase(digits.load_pipeline(), three, eight, config=EraseConfig(**settings))
+    begun = fdu.erase(digits.load_pipeline(), three, eight, config=EraseConfig(init="closed_form", **settings))
+    assert begun.history["distance"][0] < 0.5 * plain.history["distance"][0]
+    assert begun.sigma is not None and plain.sigma is not None and 0.5 < begun.sigma / plain.sigma < 2
+
+
+def test_pages_and_card_tell_of_an_edit(tmp_path: Path) -> None:
+    pipeline = digits.load_pipeline()
+    result = fdu.erase(pipeline, *digits.concepts("three", "eight"), train_method="closed_form")
+    probes = digits.probes("three")[:3]
+    draws = fdu.draw(pipeline, probes, 2, num_inference_steps=1)
+    evaluation = fdu.evaluate(draws, draws, probes)
+    page = result.report(tmp_path / "page.html", evaluation, probes, draws, draws).read_text(encoding="utf-8")
+    assert "closed form of the embeddings" in page and "<dt>init</dt>" in page
+    result.save(tmp_path / "out", evaluation=evaluation, probes=probes)
+    card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    assert "in closed form" in card and "Method: closed form, without training." in card and "Divergence:" not in card
+
+
+def test_the_command_line_edits_in_half_precision_and_says_what_it_did(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = str(tmp_path / "erased")
+    words = ["erase", "digits", "--target", "three", "--anchor", "eight", "--train_method", "closed_form", "--out", out]
+    assert main([*words, "--dtype", "bfloat16"]) == 0
+    shown = capsys.readouterr().out
+    assert "layers read the embeddings of the text; edited at rank" in shown and "Nothing was trained" not in shown
+    assert main(["compare", *words[1:8], "--out", str(tmp_path / "compared")]) == 2
+    assert "closed_form" in capsys.readouterr().err

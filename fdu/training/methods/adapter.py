@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -34,22 +35,21 @@ def make(denoiser: Denoiser, request: Request) -> Trainable:
     layers = parts.layers(parts.models(denoiser.pipeline)[denoiser.module_name])
     endings = {"cross_attention": denoiser.context_projections, "attention": denoiser.attention_projections}
     if request.method == "closed_form":
-        names, rank = list(request.edited), max(edit.rank for edit in request.edits)
+        names, rank = list(request.edited), 1
+        ranks = {layer: edit.rank for edit in request.edits for layer in edit.ups}
     else:
         chosen = [name for name in layers if parts.ends_with(name, endings[request.adapter_layers])]
-        names, rank = list(dict.fromkeys([*chosen, *request.edited])), request.rank
+        names, rank, ranks = list(dict.fromkeys([*chosen, *request.edited])), request.rank, {}
     request.check_found(names, denoiser)
-    adapter = Adapter(
+    return Adapter(
         denoiser.pipeline,
         denoiser.module_name,
         names,
         rank=rank,
+        ranks=ranks,
         lora_alpha=request.lora_alpha,
         dora=request.method == "dora",
     )
-    for edit in request.edits:
-        adapter.begin_at(edit)
-    return adapter
 
 
 class LayerState(NamedTuple):
@@ -87,7 +87,9 @@ class Adapter(Trainable):
         rank: int,
         lora_alpha: float,
         dora: bool,
+        ranks: Mapping[str, int] | None = None,
     ) -> None:
+        """An adapter on layers of a model of the pipeline; ``ranks`` are those of layers that differ from ``rank``."""
         super().__init__(pipeline)
         self.attribute = attribute
         self.module: Any = getattr(pipeline, attribute)
@@ -105,7 +107,12 @@ class Adapter(Trainable):
         for layer in former:
             layer.merged_adapters = []  # or peft would unfuse them
         config = LoraConfig(
-            r=rank, lora_alpha=lora_alpha, target_modules=list(layers), init_lora_weights="gaussian", use_dora=dora
+            r=rank,
+            rank_pattern={f"^{re.escape(name)}$": own for name, own in (ranks or {}).items()},
+            lora_alpha=lora_alpha,
+            target_modules=list(layers),
+            init_lora_weights="gaussian",
+            use_dora=dora,
         )
         self.layers: list[Any] = []
         try:
@@ -143,22 +150,27 @@ class Adapter(Trainable):
         return {self.attribute: layers}
 
     @torch.no_grad()
-    def begin_at(self, edit: Edit) -> None:
-        """Begin at an edit, or at the first ranks of it; its layers must have adapters."""
-        for name, up in edit.ups.items():
-            layer = self.module.get_submodule(name)
-            down_weight, up_weight = layer.lora_A[self.name].weight, layer.lora_B[self.name].weight
-            rank = min(edit.rank, layer.r[self.name])
-            # Each rank equally large in both factors, as the training changes both by the same amount a step.
-            up, down = up[:, :rank] / layer.scaling[self.name], edit.down[:rank]
-            balance = (down.norm(dim=1) / up.norm(dim=0)).sqrt()
-            up_weight[:, :rank] = up * balance
-            down_weight[:rank] = 0
-            down_weight[:rank, : down.shape[1]] = down / balance[:, None]
-            if layer.use_dora[self.name]:
-                weight = dequantize_module_weight(layer.get_base_layer()).float()
-                weight = weight + layer.scaling[self.name] * up_weight @ down_weight
-                layer.lora_magnitude_vector[self.name].weight.data = torch.linalg.norm(weight, dim=1)
+    def begin_at(self, denoiser: Denoiser, edits: Sequence[Edit]) -> None:
+        """Begin at edits, cut to the rank of the adapter."""
+        modules = dict(denoiser.module.named_modules())
+        for edit in edits:
+            for name, up in edit.ups.items():
+                self._begin_layer(modules[name], up, edit.down)
+
+    def _begin_layer(self, layer: Any, up: Tensor, down: Tensor) -> None:
+        down_weight, up_weight = layer.lora_A[self.name].weight, layer.lora_B[self.name].weight
+        rank = min(len(down), layer.r[self.name])
+        up, down = up[:, :rank] / layer.scaling[self.name], down[:rank]
+        # Each rank is equally large in both factors, since a training step changes both by the same amount.
+        sizes = up.norm(dim=0), down.norm(dim=1)
+        balance = torch.where(sizes[0] > 0, (sizes[1] / sizes[0]).sqrt(), 1.0)
+        up_weight[:, :rank] = (up * balance).to(up_weight)
+        down_weight[:rank] = 0
+        down_weight[:rank, : down.shape[1]] = (down / balance[:, None]).to(down_weight)
+        if layer.use_dora[self.name]:
+            weight = dequantize_module_weight(layer.get_base_layer()).float()
+            weight = weight + layer.scaling[self.name] * up_weight @ down_weight
+            layer.lora_magnitude_vector[self.name].weight.data = torch.linalg.norm(weight, dim=1)
 
     def _restore_former(self) -> None:
         """Switch on again what was on, because peft has switched every other adapter off, and this one beside it."""

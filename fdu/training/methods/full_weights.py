@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from fdu.models import parts
 from fdu.models.denoiser import Denoiser
+from fdu.training.closed_form import Edit
 from fdu.training.methods.trainable import Request, Trainable
 
 
@@ -37,14 +38,7 @@ def make(denoiser: Denoiser, request: Request) -> Trainable:
                 "without quantization, layerwise casting or offloading, or choose train_method 'lora'"
             )
     request.check_found(names.values(), denoiser)
-    weights = Weights(
-        denoiser.pipeline, {name: parameter for parameter, name in names.items()}, trains_text=trains_text
-    )
-    for edit in request.edits:
-        for layer, up in edit.ups.items():
-            trained = weights.trained[f"{denoiser.module_name}.{layer}.weight"].data
-            trained[:, : edit.down.shape[1]] += (up @ edit.down).to(trained)
-    return weights
+    return Weights(denoiser.pipeline, {name: parameter for parameter, name in names.items()}, trains_text=trains_text)
 
 
 class Weights(Trainable):
@@ -72,6 +66,14 @@ class Weights(Trainable):
                     if id(parameter) in names:
                         self.places[names[id(parameter)]].append((module._parameters, attribute))
         self._put(self.trained)
+
+    @torch.no_grad()
+    def begin_at(self, denoiser: Denoiser, edits: Sequence[Edit]) -> None:
+        layers = parts.layers(denoiser.module)
+        for edit in edits:
+            for name, up in edit.ups.items():
+                weight: Any = layers[name].weight
+                weight[:, : edit.down.shape[1]] += (up @ edit.down).to(weight)
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
         return dict(self.trained)

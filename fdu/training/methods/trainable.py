@@ -41,7 +41,7 @@ class Request:
     """Layers that get adapters: "cross_attention" (those that read the prompt) or "attention"."""
 
     edits: Sequence[Edit] = ()
-    """Changes that the trained weights begin with."""
+    """Edits that the trained weights begin at."""
 
     @property
     def edited(self) -> tuple[str, ...]:
@@ -127,6 +127,10 @@ class Trainable(ABC):
         it, -> (before, after), both in the model's dtype; None with an adapter."""
         return None
 
+    def begin_at(self, denoiser: Denoiser, edits: Sequence[Edit]) -> None:
+        """Let the trained weights begin at edits of layers that are among them."""
+        assert not edits, f"{type(self).__name__} has no layers to edit"
+
     @abstractmethod
     def _off(self) -> AbstractContextManager[None]:
         """Within this context the pipeline is without this erasure. May be nested."""
@@ -183,6 +187,11 @@ def attach(denoiser: Denoiser, request: Request) -> Trainable:
     flags = flags_of(denoiser.pipeline)
     try:
         trainable: Trainable = make(denoiser, request)
+        try:
+            trainable.begin_at(denoiser, request.edits)
+        except BaseException:
+            trainable._undo()
+            raise
     except BaseException:
         restore(flags)
         raise
