@@ -11,7 +11,7 @@ import torch
 
 import fdu_kernels as fk
 from fdu.concepts import ConceptType, Pair
-from fdu.config import EraseConfig, read_divergence
+from fdu.config import TRAIN_METHODS, EraseConfig, read_divergence
 from fdu.evaluation import JUDGED_SEED, Sampling
 from fdu.subjects.registry import subject_of
 from fdu.subjects.subject import Exam, Subject
@@ -192,6 +192,7 @@ class Comparison:
         config = self.subject.with_preserved(config, [(run.target, run.anchor)])
         steps = config.max_train_steps * config.gradient_accumulation_steps
         nothing = config.objective == "noise" and not config.preservation_weight
+        nothing |= not TRAIN_METHODS[config.train_method].trains
         # A critic that learns alone at first takes batches of its own for that.
         alone = nothing or config.variational or config.timestep_sampling == "importance"
         if config.frozen_batches or alone or steps > MOST_FROZEN:

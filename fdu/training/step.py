@@ -87,11 +87,13 @@ class Stepper:
     @torch.no_grad()
     def calibrate(self) -> None:
         """Set an automatic sigma by the outputs of the frozen model: those of an edited one are near their targets."""
+        state = self.generator.get_state()  # the training draws these batches again
         for number in range(self.objective.criterion.calibration_calls):
             ((batch, wanted),) = self._next_batches(number, 1)
             with self.trainable.frozen():
                 predicted = self._predict(batch, slice(0, batch.size))
             self.objective.observe(predicted, wanted[: batch.size], batch)
+        self.generator.set_state(state)
 
     @torch.no_grad()
     def teach(self, number: int) -> None:
