@@ -44,7 +44,7 @@ lint: $(STAMP) ## check style, formatting and types
 	$(INSIDE) -m ruff format --check
 	$(INSIDE) -m mypy
 
-bench: $(STAMP) ## time this CPU, some ten minutes (leave it alone; SUITES="losses host memory scaling training evaluation")
+bench: $(STAMP) ## time this CPU, some ten minutes (leave it alone; SUITES="losses host memory scaling training evaluation closed_form")
 	@for suite in $(SUITES); do \
 	    echo "$$suite"; $(INSIDE) "benchmarks/bench_$$suite.py" --record "$(RECORD)" $(ARGS) || exit 1; \
 	done

@@ -132,7 +132,13 @@ def evaluation(part: dict[str, Any]) -> Iterator[Bound]:
     yield Bound("an evaluation: seconds", "<=", 120.0, sum(part["seconds"].values()))
 
 
-CPU = {"losses": losses, "training": training, "evaluation": evaluation}
+def closed_form(part: dict[str, Any]) -> Iterator[Bound]:
+    """Erasures without training on two CPU cores (bench_closed_form.py)."""
+    for what, seconds in part["seconds"].items():
+        yield Bound(f"{what}: seconds", "<=", 60.0 if "Diffusion" in what else 1.0, seconds)
+
+
+CPU = {"losses": losses, "training": training, "evaluation": evaluation, "closed_form": closed_form}
 """The promises about each suite."""
 
 

@@ -130,7 +130,8 @@ def performance(record: dict[str, Any], gpus: Mapping[str, dict[str, Any]], figu
         figures: the folder for the figures.
     """
     parts = {
-        suite: record.get(suite, {}) for suite in ("losses", "scaling", "host", "memory", "training", "evaluation")
+        suite: record.get(suite, {})
+        for suite in ("losses", "scaling", "host", "memory", "training", "evaluation", "closed_form")
     }
     losses, training = parts["losses"], parts["training"]
     groups: dict[str, list[Row]] = {}

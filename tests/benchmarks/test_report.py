@@ -67,6 +67,7 @@ def a_record() -> dict[str, Any]:
         **{suite: {**MACHINE, "rows": found} for suite, found in rows.items()},
         "training": {**MACHINE, **training},
         "evaluation": {**MACHINE, "classes": 10, "images_per_class": 2, "seconds": {"drawing": 60.0}},
+        "closed_form": {**MACHINE, "threads": 2, "concepts": 100, "seconds": {"emoji, fox to wolf": 0.5}},
     }
 
 
@@ -153,7 +154,7 @@ def test_a_broken_promise_stands_out(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 def test_without_records_the_page_says_how_to_make_them(tmp_path: Path) -> None:
     text = report.performance({}, {}, tmp_path / "figures")
-    for suite in ("losses", "host", "memory", "scaling", "training", "evaluation"):
+    for suite in ("losses", "host", "memory", "scaling", "training", "evaluation", "closed_form"):
         assert f"`make bench SUITES={suite}` makes it" in text
     assert all(bound.what in text for bound in promises.gpu({})) and not (tmp_path / "figures").exists()
 

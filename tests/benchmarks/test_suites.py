@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import bench_closed_form
 import bench_evaluation
 import bench_host
 import bench_memory
@@ -224,6 +225,18 @@ def test_parts_add_up_to_the_call() -> None:
     parts = bench_host.parts(medians)
     assert parts == {"checks": 4.0, "choice and dispatch": 1.0, "allocation and arguments": 2.0, "launch": 3.0}
     assert sum(parts.values()) == medians["call"]
+
+
+def test_an_erasure_without_training_is_timed_and_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "cpu.json"
+    monkeypatch.setattr("sys.argv", ["", "--scaled", "--concepts", "3", "--record", str(path)])
+    bench_closed_form.main()
+    found = records.read(path)["closed_form"]
+    assert found["concepts"] == 3 and list(found["seconds"])[-1] == "Stable Diffusion 1.5, 3 concepts"
+    assert all(0 < seconds < 60 for seconds in found["seconds"].values())
+    assert "emoji, fox to wolf" in (printed := capsys.readouterr().out) and "holds" in printed
 
 
 def test_an_evaluation_is_timed_and_kept(
