@@ -28,6 +28,8 @@ class TrainMethod:
     """Its file in fdu/training/methods, which defines the function ``make`` that ``attach`` calls."""
     result: Literal["weights", "lora", "dora"] = "weights"
     """Changed weights, or an adapter: low-rank matrices alone (LoRA), or with magnitudes (DoRA)."""
+    learning_rate: float = 5e-4
+    """The peak learning rate that suits it on fdu's own pipelines."""
     trains_whole_denoiser: bool = False
     reads_text: bool = True
     """Whether it trains the layers of the denoiser that read the text."""
@@ -36,13 +38,13 @@ class TrainMethod:
 
 
 TRAIN_METHODS: dict[str, TrainMethod] = {
-    "lora": TrainMethod("adapter", result="lora"),
-    "dora": TrainMethod("adapter", result="dora"),
+    "lora": TrainMethod("adapter", result="lora", learning_rate=2e-3),
+    "dora": TrainMethod("adapter", result="dora", learning_rate=2e-3),
     "cross_attention": TrainMethod("full_weights"),
     "attention": TrainMethod("full_weights"),
-    "full": TrainMethod("full_weights", trains_whole_denoiser=True),
+    "full": TrainMethod("full_weights", learning_rate=2e-4, trains_whole_denoiser=True),
     "text_encoder": TrainMethod("full_weights", reads_text=False),
-    "token": TrainMethod("token_rows", reads_text=False),
+    "token": TrainMethod("token_rows", learning_rate=0.2, reads_text=False),
     "closed_form": TrainMethod("adapter", result="lora", reads_text=False, trains=False),
 }
 """The training methods by name. A new method is a file in fdu/training/methods and a line here."""
@@ -144,8 +146,8 @@ class EraseConfig:
     """Optimizer steps, >= 0."""
     train_batch_size: Count = 16
     """Erasing samples per step per process, >= 1; as many preserving samples are added when preservation_weight > 0."""
-    learning_rate: Positive = 2e-3
-    """Peak learning rate, > 0."""
+    learning_rate: Positive | None = None
+    """Peak learning rate, > 0. Default: one that suits the train_method; 0.002 for lora."""
     preservation_weight: NotNegative = 1.0
     """Weight of the preservation loss, >= 0; 0 turns preservation off."""
     preservation_prompts: Prompts = ()
@@ -308,7 +310,14 @@ class EraseConfig:
         """As a dict for JSON; a Divergence becomes its name."""
         values = {name: getattr(self, name) for name in self.field_names()}
         lists = {name: list(value) for name, value in values.items() if isinstance(value, tuple)}
-        return {**values, **lists, "divergence": str(self.divergence)}
+        return {**values, **lists, "divergence": str(self.divergence), "learning_rate": self.peak_learning_rate}
+
+    @property
+    def peak_learning_rate(self) -> float | None:
+        """The learning rate, or else that of the training method; None where nothing is trained."""
+        method = TRAIN_METHODS[self.train_method]
+        default = method.learning_rate if method.trains else None
+        return default if self.learning_rate is None else self.learning_rate
 
     @classmethod
     def from_settings(cls, settings: Mapping[str, Any]) -> EraseConfig:

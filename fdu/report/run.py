@@ -99,7 +99,7 @@ class _Settings:
     divergence: str
     max_train_steps: int
     seed: int
-    learning_rate: float = EraseConfig.learning_rate
+    learning_rate: float | None = None
     preservation_weight: float = EraseConfig.preservation_weight
     preservation_prompts: list[str] = dataclasses.field(default_factory=list)
     train_method: str = EraseConfig.train_method

@@ -235,7 +235,7 @@ def check_optimizer(config: EraseConfig, device: torch.device) -> None:
 def make_optimizer(parameters: Sequence[nn.Parameter], config: EraseConfig) -> tuple[Optimizer, LRScheduler]:
     """AdamW over the trained parameters, and the schedule of its learning rate."""
     settings: dict[str, Any] = {
-        "lr": config.learning_rate,
+        "lr": config.peak_learning_rate,
         "betas": (config.adam_beta1, config.adam_beta2),
         "weight_decay": config.adam_weight_decay,
         "eps": config.adam_epsilon,

@@ -12,6 +12,7 @@ import pytest
 import fdu_kernels
 from fdu import EraseConfig
 from fdu.concepts import OBJECT_TEMPLATES, STYLE_TEMPLATES, Concept, Pair, concept_pairs
+from fdu.config import TRAIN_METHODS
 
 
 def concept_pair(*arguments: Any) -> Pair:
@@ -245,3 +246,11 @@ def test_the_article_goes_with_the_name(name: str, phrase: str) -> None:
     assert target.prompts[3] == phrase and anchor.prompts[3] == "a photo of an animal"
     target, _ = concept_pair("van gogh", name, "style")
     assert target.prompts[1] == f"{phrase.removeprefix('a photo of ')} of a house in the style of van gogh"
+
+
+def test_every_method_has_a_learning_rate_of_its_own() -> None:
+    rates = {name: EraseConfig(train_method=name).as_dict()["learning_rate"] for name in TRAIN_METHODS}
+    assert rates["closed_form"] is None and rates["full"] < rates["cross_attention"] < rates["lora"] < rates["token"]
+    assert EraseConfig(train_method="full", learning_rate=1e-3).as_dict()["learning_rate"] == 1e-3
+    config = dataclasses.replace(EraseConfig(), train_method="token")
+    assert config.peak_learning_rate == TRAIN_METHODS["token"].learning_rate
