@@ -32,8 +32,11 @@ from fdu.concepts import Pair
 from fdu.config import EraseConfig
 from fdu.models import parts
 from fdu.models.denoiser import ENCODE_BATCH, Conditioning, Denoiser
-from fdu.training.examples import preserved_prompts
+from fdu.training.examples import preserved_prompts, spread
 
+MOST_PROMPTS, FEWEST_PHRASINGS = 256, 3
+"""Of many concepts, no more prompts are read than these in all, but so many of each: encoding them takes most of the
+time, and further phrasings change the result little."""
 NEGLIGIBLE = 1e-14
 """Shares of the squared effect below this are rounding errors."""
 
@@ -159,11 +162,11 @@ def _aligned(denoiser: Denoiser, pairs: Sequence[Pair]) -> Iterator[tuple[float,
 
     Inputs have the names of ``Denoiser.text_inputs`` and are [n, d] float64.
     """
-    every = [
-        (1 / len(target.prompts), one, other)
-        for target, anchor in pairs
-        for one, other in zip(target.prompts, anchor.prompts, strict=True)
-    ]
+    most = max(MOST_PROMPTS // len(pairs), FEWEST_PHRASINGS)
+    every = []
+    for target, anchor in pairs:
+        chosen = spread(len(target.prompts), min(len(target.prompts), most))
+        every += [(1 / len(chosen), target.prompts[index], anchor.prompts[index]) for index in chosen]
     for start in range(0, len(every), ENCODE_BATCH // 2):
         some = every[start : start + ENCODE_BATCH // 2]
         prompts = list(dict.fromkeys(prompt for _, *both in some for prompt in both))

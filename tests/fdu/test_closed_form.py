@@ -374,3 +374,12 @@ def test_the_command_line_edits_in_half_precision_and_says_what_it_did(
     assert "layers read the embeddings of the text; edited at rank" in shown and "Nothing was trained" not in shown
     assert main(["compare", *words[1:8], "--out", str(tmp_path / "compared")]) == 2
     assert "closed_form" in capsys.readouterr().err
+
+
+def test_many_concepts_are_read_in_fewer_phrasings(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(closed_form, "MOST_PROMPTS", 8)
+    denoiser = denoiser_of(families.build("sd"))
+    few = concept_pairs([fdu.Concept("one"), fdu.Concept("two")], "nine")
+    many = concept_pairs([fdu.Concept(name) for name in DIGITS[:8]], "nine")
+    assert [weight for weight, _, _ in closed_form._aligned(denoiser, few)] == [1 / 4] * 8
+    assert [weight for weight, _, _ in closed_form._aligned(denoiser, many)] == [1 / 3] * 24
