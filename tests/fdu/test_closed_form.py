@@ -28,6 +28,10 @@ from fdu.subjects.digits.vocabulary import DIGITS
 from fdu.training import closed_form
 from fdu.training.closed_form import alignment
 
+pytestmark = pytest.mark.quick(
+    name=["sd", "sdxl", "sana"], method=["lora", "cross_attention"], save_as=["lora", "delta"]
+)
+
 CONFIG = EraseConfig(train_method="closed_form", preservation_prompts=("a one", "a seven in red ink"))
 NO_STEPS: dict[str, Any] = {"max_train_steps": 0, "num_latents": 2, "num_inference_steps": 1}
 PAIRS = concept_pairs("three", "an eight")
