@@ -48,6 +48,13 @@ TRAIN_METHODS: dict[str, TrainMethod] = {
     "closed_form": TrainMethod("adapter", result="lora", reads_text=False, trains=False),
 }
 """The training methods by name. A new method is a file in fdu/training/methods and a line here."""
+
+
+def trains(train_method: str) -> bool:
+    """Whether a training method has steps; one that is unknown here, from a record of others, has."""
+    return train_method not in TRAIN_METHODS or TRAIN_METHODS[train_method].trains
+
+
 WITHOUT_STEPS = (
     *("train_method", "preservation_weight", "preservation_prompts", "resolution", "seed", "ridge", "rank_tolerance"),
     *("mixed_precision", "cache_dir", "checkpoint_dir"),

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import PurePath
 from typing import Any
 
-from fdu.config import TRAIN_METHODS, EraseConfig
+from fdu.config import EraseConfig, trains
 from fdu.evaluation.verdict import DRAWN_BEFORE, Verdict, broken_classes, joined, judge, loses_attributes, state_of
 from fdu.report.run import EvaluatedRun
 from fdu.storage.output import DEMO_FOLDER, RECORD_FILE, WEIGHTS_FOLDER
@@ -95,7 +95,7 @@ def _train(run: EvaluatedRun, lines: _Lines, verdict: Verdict, left: bool) -> li
     steps, rate, weight = (config[name] for name in ("max_train_steps", "learning_rate", "preservation_weight"))
     changes: dict[str, Any] = {}
     told = []
-    computed = not TRAIN_METHODS[config["train_method"]].trains
+    computed = not trains(config["train_method"])
     if computed and left and (lost or weight < LOWEST_WEIGHT):
         words = "The closed form cannot do more. Train from it: train_method lora, init closed_form."
         return [NextStep(words, lines.erase(train_method="lora", init="closed_form"))]

@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
-from fdu.config import TRAIN_METHODS, EraseConfig
+from fdu.config import EraseConfig, trains
 from fdu.evaluation import Draws, Evaluation, Probe, Sampling
 from fdu.evaluation.drawing import Group, Role, check_probes
 from fdu.evaluation.robustness import Robustness
@@ -203,11 +203,11 @@ class EvaluatedRun(Told):
         metrics = {"target": self.target, **self.evaluation.as_dict()}
         if self.record is not None:
             config = dict(self.record["config"])
-            trains = TRAIN_METHODS[config["train_method"]].trains
+            trained = trains(config.get("train_method", EraseConfig.train_method))
             metrics |= {
                 "anchor": self.anchor,
-                "divergence": config["divergence"] if trains else None,
-                "steps": config["max_train_steps"] if trains else 0,
+                "divergence": config["divergence"] if trained else None,
+                "steps": config["max_train_steps"] if trained else 0,
                 "seed": config["seed"],
                 "sigma": self.record.get("sigma"),
                 "seconds": self.record["seconds"],
@@ -276,8 +276,9 @@ def check_record(record: Any, where: str) -> None:
         ValueError: an entry is missing or wrong; names the place.
     """
     found = restored(_Record, record, where)
-    if math.isnan(found.seconds):
-        raise ValueError(f"{where}: seconds must be a number")
+    unknown = found.sigma is None and trains(found.config.train_method)
+    if unknown or math.isnan(found.seconds):
+        raise ValueError(f"{where}: sigma and seconds must be numbers")
 
 
 def check_counts(evaluation: Evaluation, probes: Sequence[Class]) -> None:

@@ -198,7 +198,8 @@ def test_lost_attributes_need_fewer_steps_or_a_stronger_preservation() -> None:
 
 
 def test_what_was_computed_is_computed_again_or_trained_on() -> None:
-    told = record(train_method="closed_form") | {"command": f"{ERASE} --train_method closed_form"}
+    erase = ERASE.replace("--learning_rate=1e-4", "--train_method closed_form")
+    told = record(train_method="closed_form", learning_rate=None) | {"command": erase}
     (weaker,) = next_steps(run_of(0.1, 0.5, 0.9, record=told))
     config = parsed(weaker)[0].settings.checked()
     assert (config.train_method, config.preservation_weight) == ("closed_form", 0.25)

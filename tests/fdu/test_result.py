@@ -100,7 +100,8 @@ def test_the_record_is_complete_and_valid_json(result: fdu.ErasureResult, tmp_pa
     record = json.loads((saved / "fdu.json").read_text(), parse_constant=pytest.fail)
     assert record["target"]["prompts"] == ["the digit three"]
     assert record["config"]["divergence"] == "alpha:0.3"
-    assert fdu.EraseConfig(**{**record["config"], "preservation_prompts": ()}) == result.config
+    config = fdu.EraseConfig(**{**record["config"], "preservation_prompts": ()})
+    assert config.as_dict() == result.config.as_dict()
     assert len(record["history"]["loss"]) == QUICK["max_train_steps"]
     assert record["history"]["distance"][1] is None
     assert record["versions"]["torch"] == torch.__version__
