@@ -103,7 +103,8 @@ def erase(
         if TRAIN_METHODS[config.train_method].trains:
             trainable, history, sigma, edits = _train(accelerator, denoiser, pairs, mask, config)
         else:
-            trainable, edits = _attach(denoiser, pairs, config)
+            with seeded(config.seed, denoiser.device):
+                trainable, edits = _attach(denoiser, pairs, config)
             history, sigma = {}, None
     trainable.finish()
     seconds = time.perf_counter() - started
@@ -158,8 +159,7 @@ def _attach(
         adapter_layers=config.adapter_layers,
         edits=edits,
     )
-    with seeded(config.seed, denoiser.device):
-        trainable = attach(denoiser, request)
+    trainable = attach(denoiser, request)
     cut = config.rank if method.trains and method.result != "weights" else None
     return trainable, tuple(edit.figures(cut) for edit in edits)
 

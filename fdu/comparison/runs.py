@@ -121,9 +121,8 @@ def make_run(run: Run, comparison: Comparison, cache: Path, pictures: Path | Non
     result = erase(pipeline, *comparison.pair(run.target), config=config)
     found, shown = [], []
     try:
-        images_of = _draw(comparison, pipeline, probes)
-        for probe, images, count in zip(probes, before, _pictured(comparison, probes), strict=True):
-            drawn = next(images_of)
+        after, counts = _draw(comparison, pipeline, probes), _pictured(comparison, probes)
+        for probe, drawn, images, count in zip(probes, after, before, counts, strict=True):
             found.append(judged(probe, drawn, images).as_dict())
             shown.append(drawn[:count].clone())
     finally:

@@ -218,7 +218,7 @@ def alignment(tokens: Sequence[tuple[Sequence[int], Sequence[int]]], lengths: Se
 
     What the two begin and end with corresponds one to one. Of what is between, the name of a concept, token i
     corresponds to token i, and the last one to the last one. Where the other has nothing there, its next token stands
-    in. What follows the prompts corresponds in its order.
+    in, or else its last one. What follows the prompts corresponds in its order.
 
     Args:
         tokens: by tokenizer, the tokens of the one prompt and of the other, without padding.
