@@ -14,7 +14,7 @@ import torch
 from fdu_kernels import build
 
 # The three architectures take some minutes, once; afterwards they are in the cache. So is what `make wheel` built.
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 ROOT = Path(__file__).parents[2]
 MOST_REGISTERS = 128
 KERNELS = 44
