@@ -38,8 +38,8 @@ class TrainMethod:
 
 
 TRAIN_METHODS: dict[str, TrainMethod] = {
-    "lora": TrainMethod("adapter", result="lora", learning_rate=2e-3),
-    "dora": TrainMethod("adapter", result="dora", learning_rate=2e-3),
+    "lora": TrainMethod("adapter", result="lora", learning_rate=4e-3),
+    "dora": TrainMethod("adapter", result="dora", learning_rate=4e-3),
     "cross_attention": TrainMethod("full_weights"),
     "attention": TrainMethod("full_weights"),
     "full": TrainMethod("full_weights", learning_rate=2e-4, trains_whole_denoiser=True),
@@ -154,8 +154,8 @@ class EraseConfig:
     train_batch_size: Count = 16
     """Erasing samples per step per process, >= 1; as many preserving samples are added when preservation_weight > 0."""
     learning_rate: Positive | None = None
-    """Peak learning rate, > 0. Default: one that suits the train_method; 0.002 for lora."""
-    preservation_weight: NotNegative = 1.0
+    """Peak learning rate, > 0. Default: one that suits the train_method; 0.004 for lora."""
+    preservation_weight: NotNegative = 2.0
     """Weight of the preservation loss, >= 0; 0 turns preservation off."""
     preservation_prompts: Prompts = ()
     """Prompts to preserve besides the empty prompt, such as the target's neighbours. Default: the anchor's prompts."""

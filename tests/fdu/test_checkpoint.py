@@ -104,7 +104,7 @@ def test_another_runs_checkpoints_are_refused_before_any_work(run: dict[str, Any
     with pytest.raises(FileExistsError, match="checkpoint_dir.*'latest'"):
         fdu.erase(digits.load_pipeline(), "three", "eight", **run)
     again = {**run, "resume_from_checkpoint": "latest"}
-    with pytest.raises(ValueError, match=r"learning_rate 0\.002.*0\.1"):
+    with pytest.raises(ValueError, match=r"learning_rate 0\.004.*0\.1"):
         fdu.erase(digits.load_pipeline(), "three", "eight", **again, learning_rate=0.1)
     with pytest.raises(ValueError, match="another run.*concepts"):
         fdu.erase(digits.load_pipeline(), "four", "eight", **again)

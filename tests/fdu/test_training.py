@@ -476,7 +476,7 @@ def test_what_a_tracker_hears_names_no_place(
     monkeypatch.setattr(Accelerator, "init_trackers", lambda self, name, config: heard.append(config))
     settings = {**quick, "max_train_steps": 0, "report_to": "tensorboard", "cache_dir": str(tmp_path)}
     erase(settings, checkpoint_dir=str(tmp_path / "kept"))
-    assert heard[0]["learning_rate"] == 2e-3 and str(tmp_path) not in str(heard)
+    assert heard[0]["learning_rate"] == 4e-3 and str(tmp_path) not in str(heard)
 
 
 def test_the_users_own_forward_stays(quick: dict[str, Any]) -> None:
