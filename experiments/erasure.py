@@ -1,456 +1,211 @@
-"""Erase every digit and every ink from the digits pipeline, in every way there is, judge, and write docs/erasure.md.
+"""Erase objects, superclasses and styles in every way there is, judge, and write docs/erasure.md.
 
-    python experiments/erasure.py                      # resumes where it was stopped
-    python experiments/erasure.py --only several/      # one suite
+    python experiments/erasure.py                    # resumes where it was stopped
+    python experiments/erasure.py --only ways/       # one suite
 
-Takes about four hours of one core, shared by ``--workers`` processes.
+Takes about two hours of two cores, shared by ``--workers`` processes.
 
-Suites: "concepts" (every target, towards the superclass and towards another class; one digit with every divergence),
-"sigma" (short runs without preservation, where sigma decides whether the divergence matters), "several" (two concepts,
-at once or one after the other), "objectives", "variational", "ways" (weightings, timesteps, gradient surgery, frozen
-batches) and "methods" (which weights are trained).
+Suites on the emoji pipeline: "neighbours" and "above" (an object of each kind, towards its closest neighbour and
+towards its superclass), "wide" (superclasses), "styles" and "no style" (a style towards another and towards none), each
+by training with the defaults and in closed form; and "ways" (what is trained, objectives, weightings, games). On the
+digits pipeline, every digit and every ink with the defaults and in closed form.
 """
 
 from __future__ import annotations
 
-import collections
-import dataclasses
-import functools
-import re
-import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from experiment import conditions, current, dated, fill, of_total, run
-from torch import Tensor
+from experiment import Suite, all_jobs, conditions, embedded, fill, of_total, run
+from outcomes import FIGURES, Outcome, outcomes
 
-import fdu
-from fdu.comparison.page import markdown
-from fdu.comparison.runs import weights
-from fdu.comparison.sweep import Job, Record, settings_identity
-from fdu.evaluation import JUDGED_SEED, Draws, Probe
-from fdu.storage.merging import merge
+from fdu.comparison.page import markdown, percent
+from fdu.comparison.plan import Candidate, Comparison, Drawing
+from fdu.comparison.results import Results
+from fdu.comparison.sweep import Job, Records
+from fdu.config import EraseConfig
 from fdu.storage.output import write_text
-from fdu.subjects.digits import pipeline as digits
-from fdu.subjects.digits.pipeline import SUPERCLASS
 from fdu.subjects.digits.vocabulary import DIGITS, INKS
+from fdu.subjects.emoji.emoji_pipeline import ANY_STYLE, relatives
+from fdu.subjects.emoji.objects import STYLES, THINGS, members
 
-BASELINE = "before"
-"""The record of the pipeline as it ships."""
-ROLES = ("target", "unseen", "retained", "cross_domain")
-DRAW: dict[str, Any] = {"seed": JUDGED_SEED, "num_inference_steps": 12, "guidance_scale": 3.0}
-"""No training uses these seeds."""
-IMAGES, IMAGES_OF_TARGET = 32, 96
-"""Images per class; and of the target and its unseen phrasings towards the superclass, where 32 images could hide one
-in ten behind chance."""
-SEEDS = (0, 1, 2)
-SEEDED = ("three", "seven", "red")
-"""The targets that the suite "concepts" runs with all seeds."""
-DIVERGENCES = ("mse", "kl", "squared_hellinger", "jensen_shannon", "alpha:0.3", "pearson_chi2")
-SCALES: tuple[dict[str, Any], ...] = ({"sigma": 1.0}, {"sigma": "auto", "s0": 1.0}, {"sigma": "auto", "s0": 10.0})
-SHORT = {"max_train_steps": 40, "preservation_weight": 0.0}
-GAMES = [{"variational": True, "divergence": name} for name in ("jensen_shannon", "kl", "squared_hellinger")]
-OBJECTIVES = [{"objective": "noise"}, {"negative_guidance": 1.0}]
-OTHER_DIVERGENCES = [{"divergence": name} for name in DIVERGENCES if name != fdu.EraseConfig().divergence]
-TO_CLASS, TO_SUPERCLASS = (("three", "eight"),), (("three", SUPERCLASS),)
-CHANGES: tuple[tuple[str, tuple[tuple[str, str], ...], int, Sequence[dict[str, Any]]], ...] = (
-    ("sigma", TO_CLASS, IMAGES_OF_TARGET, [
-        {"divergence": name, **scale, **SHORT}
-        for scale in SCALES
-        for name in ("squared_hellinger", "mse", "pearson_chi2")
-    ]),
-    ("concepts", TO_CLASS, IMAGES_OF_TARGET, OTHER_DIVERGENCES),
-    ("concepts", TO_SUPERCLASS, IMAGES_OF_TARGET, OTHER_DIVERGENCES),
-    ("objectives", TO_CLASS, IMAGES, OBJECTIVES),
-    ("variational", TO_CLASS, IMAGES, GAMES),
-    ("methods", TO_CLASS, IMAGES, [
+Pairs = tuple[tuple[str, str], ...]
+
+OBJECTS = tuple(
+    [one for one in members(kind) if one in THINGS][2].name
+    for kind in dict.fromkeys(thing.superclasses[0] for thing in THINGS)
+)
+"""The third object of each narrow superclass: no choice of ours."""
+PAIRS: dict[str, tuple[str, Pairs]] = {
+    "neighbours": ("emoji", tuple((name, relatives(name)[0].name) for name in OBJECTS)),
+    "above": ("emoji", tuple((name, next(t for t in THINGS if t.name == name).superclasses[0]) for name in OBJECTS)),
+    "wide": ("emoji", (("bird", "mammal"), ("tree", "flower"), ("vegetable", "fruit"))),
+    "styles": ("emoji", tuple(zip(STYLES, (*STYLES[1:], STYLES[0]), strict=True))),
+    "no style": ("emoji", tuple((style, ANY_STYLE) for style in STYLES)),
+    "ways": ("emoji", (("fox", "wolf"), ("strawberry", "fruit"))),
+    "digits": ("digits", tuple(zip(DIGITS, (*DIGITS[1:], DIGITS[0]), strict=True))),
+    "digits above": ("digits", tuple((digit, "digit") for digit in DIGITS)),
+    "inks": ("digits", tuple(zip(INKS, (*INKS[1:], INKS[0]), strict=True))),
+}
+"""By suite, the pipeline, and targets with their anchors."""
+DEFAULT = Candidate(EraseConfig().divergence)
+COMPUTED = Candidate(EraseConfig().divergence, others=(("train_method", "closed_form"),))
+WAYS: tuple[tuple[str, tuple[dict[str, Any], ...]], ...] = (
+    ("what is trained", (
+        {},
+        {"adapter_layers": "attention"},
         {"train_method": "dora"},
-        {"train_method": "cross_attention", "learning_rate": 1e-3},
-        {"train_method": "attention", "learning_rate": 5e-4},
-        {"train_method": "full", "learning_rate": 2e-4},
-        {"train_method": "text_encoder", "learning_rate": 5e-4},
-        {"train_method": "token", "learning_rate": 0.2},
-    ]),
-    ("ways", TO_CLASS, IMAGES, [
+        {"train_method": "cross_attention"},
+        {"train_method": "attention"},
+        {"train_method": "full"},
+        {"train_method": "text_encoder"},
+        {"train_method": "token"},
+        {"train_method": "closed_form"},
+        {"init": "closed_form", "rank": 64},
+    )),
+    ("objectives", ({"objective": "noise"}, {"negative_guidance": 1.0})),
+    ("variational", tuple(
+        {"variational": True, "divergence": name} for name in ("jensen_shannon", "kl", "squared_hellinger")
+    )),
+    ("samples and weights", (
         {"weighting": "posterior"},
         {"weighting": "min_snr"},
         {"weighting": "p2"},
         {"timestep_sampling": "importance"},
         {"gradient_surgery": True},
         {"frozen_batches": 40},
-    ]),
-    ("objectives", TO_SUPERCLASS, IMAGES_OF_TARGET, OBJECTIVES),
-    ("variational", TO_SUPERCLASS, IMAGES_OF_TARGET, GAMES),
-    # Noise as the target, or a critic that learns too, needs more samples towards the superclass.
-    ("objectives", TO_SUPERCLASS, IMAGES_OF_TARGET, [
-        {"objective": "noise", "max_train_steps": 240, "train_batch_size": 32},
-    ]),
-    ("variational", TO_SUPERCLASS, IMAGES_OF_TARGET, [{**game, "max_train_steps": 240} for game in GAMES]),
+    )),
 )  # fmt: skip
-"""Suite, pairs, images of the target, and changes of the default settings; each change runs with all seeds."""
-BOTH = (("three", "eight"), ("red", "black"))
-"""Two concepts of different kinds and their anchors, in the order of erasure."""
-ORDERS = ("at_once", "in_sequence", "merged")
-"""Both together; or the second while the first one's adapter is in place, or merged into the weights."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Erasure:
-    """One run: concepts erased from the pipeline, and each of them judged."""
-
-    suite: str
-    pairs: tuple[tuple[str, str], ...]
-    """Targets and their anchors."""
-    seed: int
-    settings: tuple[tuple[str, Any], ...] = ()
-    """The settings that differ from the defaults."""
-    roles: tuple[str, ...] = ROLES
-    images_of_target: int = IMAGES_OF_TARGET
-    order: str = "at_once"
-    """One of ``ORDERS``."""
-
-    @property
-    def name(self) -> str:
-        """The name of its record: suite, concepts, settings and seed."""
-        targets, anchors = zip(*self.pairs, strict=True)
-        what = ["-".join(targets), self.order if len(targets) > 1 else anchors[0]]
-        words = [*what, *(f"{key}={value}" for key, value in self.settings), f"seed={self.seed}"]
-        return f"{self.suite}/{'_'.join(words)}".replace(":", "-").replace(" ", "")
-
-    @functools.cached_property
-    def config(self) -> fdu.EraseConfig:
-        """All settings, for each of its erasures."""
-        preserved = digits.preserved(*dict(self.pairs))
-        return fdu.EraseConfig(**{"preservation_prompts": preserved, **dict(self.settings), "seed": self.seed})
-
-    def job(self, cache: Path) -> Job:
-        """The job that makes its record."""
-        settings = settings_identity(self.config)
-        identity = {**dataclasses.asdict(self), "settings": settings, **judging()}
-        return dated(Job(self.name, identity, functools.partial(self.make, cache)), *self.pairs)
-
-    def make(self, cache: Path) -> Record:
-        """Erase, draw and judge; between two erasures in sequence, also judge the first concept."""
-        pipeline = digits.load_pipeline()
-        config = dataclasses.replace(self.config, cache_dir=str(cache))
-        pairs = [digits.concepts(*pair) for pair in self.pairs]
-        record: Record = {}
-        if self.order == "at_once":
-            targets, anchors = [target for target, _ in pairs], [without_targets(anchor, self) for _, anchor in pairs]
-            results = [fdu.erase(pipeline, targets, anchors, config=config)]
-        else:
-            results = [fdu.erase(pipeline, *pairs[0], config=config)]
-            record["first_alone"] = counted(pipeline, digits.probes(*dict(self.pairs))[0])
-            if self.order == "merged":
-                merge(pipeline)
-            results.append(fdu.erase(pipeline, *pairs[1], config=config))
-        drawn: dict[tuple[str, ...], Tensor] = {}
-        figures = {}
-        for target, _ in self.pairs:
-            others = [other for other, _ in self.pairs if other != target]
-            probes = [probe for probe in digits.probes(target, *others) if probe.role in self.roles]
-            for probe in probes:
-                if probe.prompts not in drawn:
-                    drawn[probe.prompts] = draw(pipeline, probe, self.images_of_target)
-            images = Draws([drawn[probe.prompts] for probe in probes])
-            figures[target] = dataclasses.asdict(fdu.evaluate(images, images, probes).after)
-        sigmas, seconds = [result.sigma for result in results], sum(result.seconds for result in results)
-        return {**record, "figures": figures, "sigma": sigmas, "seconds": seconds}
-
-
-def judging() -> Record:
-    """Pipeline and drawing, which all figures depend on."""
-    return {"weights": weights("digits"), "images_per_class": IMAGES, "draw": DRAW}
-
-
-def jobs(cache: Path) -> list[Job]:
-    """The pipeline as it ships, then all runs."""
-    first = Job(BASELINE, judging(), before, first=True)
-    return [dated(first, *((name, SUPERCLASS) for name in (*DIGITS, *INKS))), *(one.job(cache) for one in runs())]
-
-
-@functools.cache
-def runs() -> list[Erasure]:
-    """All runs, in the order in which they are made."""
-    concepts = [
-        Erasure("concepts", ((target, anchor),), seed, roles=ROLES if seed == 0 else ROLES[:3])
-        for seed in SEEDS
-        for target in ((*DIGITS, *INKS) if seed == 0 else SEEDED)
-        for anchor in (SUPERCLASS, other_class(target))
-    ]
-    several = [
-        Erasure("several", BOTH, seed, images_of_target=IMAGES, order=order) for seed in SEEDS for order in ORDERS
-    ]
-    changed = [
-        Erasure(suite, pairs, seed, tuple(change.items()), ROLES[::2] if suite == "sigma" else ROLES[:3], images)
-        for suite, pairs, images, changes in CHANGES
-        for seed in SEEDS
-        for change in changes
-    ]
-    return [*concepts, *several, *changed]
-
-
-def other_class(target: str) -> str:
-    """The anchor that is another class: the next digit or ink, and "eight" for "three"."""
-    kind = DIGITS if target in DIGITS else INKS
-    return "eight" if target == "three" else kind[(kind.index(target) + 1) % len(kind)]
-
-
-def without_targets(anchor: fdu.Concept, run: Erasure) -> fdu.Concept:
-    """The anchor with every target in its prompts replaced by that target's own anchor.
-
-    The prompts of "three" name inks: if "a three in red ink" led to "an eight in red ink", training would teach red.
-    """
-    anchors = dict(run.pairs)
-    names = re.compile(rf"\b({'|'.join(anchors)})\b")
-    prompts = tuple(names.sub(lambda found: anchors[found[0]], prompt) for prompt in anchor.prompts)
-    return fdu.Concept(anchor.name, prompts)
-
-
-def before() -> Record:
-    """Judge the pipeline as it ships: every class, and every target's unseen phrasings."""
-    pipeline = digits.load_pipeline()
-    seen = [probe for probe in digits.probes("three") if probe.role != "unseen"]
-    unseen = [probe for target in (*DIGITS, *INKS) for probe in digits.probes(target) if probe.role == "unseen"]
-    return {
-        name: {probe.name: counted(pipeline, probe) for probe in probes}
-        for name, probes in (("seen", seen), ("unseen", unseen))
-    }
-
-
-def draw(pipeline: Any, probe: Probe, images_of_target: int = IMAGES) -> Tensor:
-    """The judged images of one probe."""
-    (images,) = fdu.draw(pipeline, [probe], images_of_target if probe.role in ROLES[:2] else IMAGES, **DRAW).images
-    return images
-
-
-def counted(pipeline: Any, probe: Probe) -> float:
-    """The share of a probe's images that show it."""
-    images = draw(pipeline, probe)
-    return probe.judge(images).count(probe.name) / len(images)
-
-
-@dataclasses.dataclass(frozen=True)
-class Outcome:
-    """One target of one run that has a record."""
-
-    run: Erasure
-    target: str
-    figures: dict[str, Any]
-    """Shares of images, as :class:`fdu.evaluation.Figures` names them. "kept" is the retained accuracy divided by that
-    before; "rise" is the rise of the first concept's accuracy when the second was erased."""
-    before: dict[str, float]
-    """Target, unseen and retained accuracy before the erasure."""
-    alone: float | None
-    """The first of two concepts: its accuracy before the second erasure."""
-
-    @property
-    def anchor(self) -> str:
-        return dict(self.run.pairs)[self.target]
-
-    @property
-    def kind(self) -> str:
-        """The kind of the anchor."""
-        return "superclass" if self.anchor == SUPERCLASS else "another class"
-
-    @property
-    def changes(self) -> str:
-        """The settings that are not the default, in words."""
-        return ", ".join(f"{name} {value}" for name, value in self.run.settings) or "default"
-
-    @property
-    def scale(self) -> str:
-        """The settings of sigma, in words."""
-        return ", ".join(f"{name} {value}" for name, value in self.run.settings if name in ("sigma", "s0"))
-
-    @property
-    def way(self) -> str:
-        """How two concepts were erased, in words."""
-        return self.run.order.replace("_", " ")
-
-    @property
-    def words(self) -> str:
-        """The run in a few words."""
-        how = [self.way] if len(self.run.pairs) > 1 else [self.changes] if self.run.settings else []
-        return ", ".join([*how, f"{self.target} to {self.anchor}", f"seed {self.run.seed}"])
-
-
-Outcomes = Sequence[Outcome]
-
-
-BOUNDS = (
-    ("retained accuracy, share of before", "kept", "both", 0.95, True),
-    ("worst retained class", "worst_retained_accuracy", "both", 0.85, True),
-    ("target accuracy", "target_accuracy", "superclass", 0.20, False),
-    ("target accuracy, unseen phrasings", "unseen_accuracy", "superclass", 0.20, False),
-    ("target accuracy", "target_accuracy", "another class", 0.05, False),
-    ("target accuracy, unseen phrasings", "unseen_accuracy", "another class", 0.05, False),
-    ("rise of the first concept", "rise", "another class", 0.05, False),
-)
-"""Label, figure, kind of the anchor, and the lowest (True) or highest (False) value that the figure may have."""
-KEPT = {"variational": 0.90, "several": 0.93}
-"""The lowest "kept" of suites that may keep less."""
-SHOWN_SETTINGS = (
-    "divergence", "sigma", "s0", "train_method", "rank", "max_train_steps", "train_batch_size", "learning_rate",
-    "lr_scheduler", "preservation_weight", "num_latents",
-)  # fmt: skip
+"""Changes of the default settings, by the heading of their table."""
+SEEDS = {"ways": (0, 1, 2)}
+"""Of the suites with more seeds than one."""
+DRAWING = {
+    "emoji": Drawing(images_per_class=8, images_of_target=40, num_inference_steps=12, guidance_scale=2.0),
+    "digits": Drawing(images_per_class=16, images_of_target=48, num_inference_steps=12),
+}
+LEFT, KEPT, ASKED = 0.05, 0.95, 0.9
+"""The bounds: the largest share of the target's images that still show it, beyond the share by chance where the anchor
+includes the target; the smallest share of near classes, relative to that of all other classes before; the smallest
+share of attributes, relative to that before."""
 NOT_MEASURED = "Not measured yet."
 
 
-def outcomes(found: dict[str, Record]) -> list[Outcome]:
-    """The targets of all runs that have a record, in the order of :func:`runs`."""
-    return [
-        outcome(one, target, figures, found[BASELINE], None if place else record.get("first_alone"))
-        for one in runs()
-        if (record := found.get(one.name)) is not None
-        for place, (target, figures) in enumerate(record["figures"].items())
-    ]
+def candidate(changes: Mapping[str, Any]) -> Candidate:
+    """The defaults with these settings changed."""
+    others = dict(changes)
+    return Candidate(others.pop("divergence", EraseConfig().divergence), others=tuple(others.items()))
 
 
-def outcome(run: Erasure, target: str, figures: Record, baseline: Record, alone: float | None) -> Outcome:
-    """One target of one run, with the figures that compare it with the pipeline as it ships."""
-    retained = [baseline["seen"][name] for name in (DIGITS if target in DIGITS else INKS) if name != target]
-    before = {
-        "target_accuracy": baseline["seen"][target],
-        "unseen_accuracy": baseline["unseen"][target],
-        "retained_accuracy": sum(retained) / len(retained),
-    }
-    kept = figures["retained_accuracy"] / before["retained_accuracy"]
-    rise = None if alone is None else figures["target_accuracy"] - alone
-    return Outcome(run, target, {**figures, "kept": kept, "rise": rise}, before, alone)
-
-
-def grouped(ones: Outcomes, key: Callable[[Outcome], Any]) -> dict[Any, list[Outcome]]:
-    """The outcomes by key, in the order of first appearance."""
-    found: dict[Any, list[Outcome]] = {}
-    for one in ones:
-        found.setdefault(key(one), []).append(one)
+def suites() -> dict[str, Suite]:
+    """All suites."""
+    found = {}
+    for name, (model, pairs) in PAIRS.items():
+        ways = [candidate(one) for _, changes in WAYS for one in changes]
+        candidates = tuple(ways) if name == "ways" else (DEFAULT, COMPUTED)
+        comparison = Comparison(model, pairs, candidates, SEEDS.get(name, (0,)), drawing=DRAWING[model])
+        found[name] = Suite(name, comparison)
     return found
 
 
-def side_by_side(values: Iterable[float | None]) -> str:
-    """Shares of images that were measured, one per seed."""
-    return " ".join(share(value) for value in values if value is not None)
-
-
-def share(value: float | None) -> str:
-    """A share of images, with three digits."""
-    return "" if value is None else f"{value:.3f}"
-
-
-def median_and_worst(values: list[float]) -> str:
-    """Median and lowest of several runs."""
-    return f"{statistics.median(values):.3f} ({min(values):.3f})"
-
-
-def concept_table(ones: Outcomes) -> str:
-    """One row per run: target, unseen and retained accuracy, before and after."""
-    kinds = ("target_accuracy", "unseen_accuracy", "retained_accuracy")
-    rows = [
-        [
-            one.target,
-            one.anchor,
-            str(one.run.seed),
-            *(f"{share(one.before[kind])} -> {share(one.figures[kind])}" for kind in kinds),
-            share(one.figures["kept"]),
-            f"{share(one.figures['worst_retained_accuracy'])} {one.figures['worst_retained_class']}",
-            share(one.figures["cross_domain_accuracy"]),
-        ]
-        for one in ones
-    ]
-    header = ["target", "anchor", "seed", "target", "unseen", "retained", "of before", "worst retained", "other kind"]
-    return markdown(header, rows)
-
-
-def seeds_table(ones: Outcomes, **columns: Callable[[Outcome], str]) -> str:
-    """One row per value of the named columns; the figures of its seeds side by side."""
-    if not ones:
-        return NOT_MEASURED
-    rows = [
-        [
-            *key,
-            *([side_by_side(one.alone for one in own)] if len(ones[0].run.pairs) > 1 else []),
-            side_by_side(one.figures["target_accuracy"] for one in own),
-            side_by_side(one.figures["unseen_accuracy"] for one in own),
-            median_and_worst([one.figures["kept"] for one in own]),
-            median_and_worst([one.figures["worst_retained_accuracy"] for one in own]),
-        ]
-        for key, own in grouped(ones, lambda one: tuple(column(one) for column in columns.values())).items()
-    ]
-    alone = ["after the first alone"] if len(ones[0].run.pairs) > 1 else []
-    return markdown([*columns, *alone, "target", "unseen", "retained, of before", "worst retained"], rows)
-
-
-def bound_rows(suite: str, ones: Outcomes) -> list[list[str]]:
-    """The bounds that every run of a suite must keep, and the worst run of each."""
-    rows = []
-    for label, figure, anchor, bound, lowest in BOUNDS:
-        limit = KEPT.get(suite, bound) if figure == "kept" else bound
-        own = [one for one in ones if anchor in ("both", one.kind) and one.figures[figure] is not None]
-        if own:
-            worst = (min if lowest else max)(own, key=lambda one, figure=figure: one.figures[figure])
-            inside = sum(one.figures[figure] >= limit if lowest else one.figures[figure] <= limit for one in own)
-            shown = f"{'>=' if lowest else '<='} {limit:.2f}"
-            said = f"{worst.figures[figure]:.3f} ({worst.words})"
-            rows.append([suite, label, anchor, shown, f"{inside} of {len(own)}", said])
-    return rows
+def jobs(cache: Path) -> list[Job]:
+    """The jobs of all suites."""
+    return all_jobs(list(suites().values()), cache)
 
 
 def write_page(results: Path, docs: Path) -> None:
-    """Write the tables of all runs that have a record."""
-    found = current(results, "erasure", jobs(Path()))
-    if BASELINE not in found:
-        print(f"docs/erasure.md is left as it is: it compares with the record {BASELINE!r}, which is missing")
+    """Write the page from the records that are up to date; nothing before one suite has a complete seed."""
+    records = Records(results / "erasure.jsonl")
+    found = {name: suite.results(records) for name, suite in suites().items()}
+    there = [one for one in found.values() if one is not None]
+    if not there:
         return
-    everything = outcomes(found)
-    default = fdu.EraseConfig()
-    suites = collections.defaultdict(list, grouped(everything, lambda one: one.run.suite))
-    concepts = [one for one in suites["concepts"] if one.run.config.divergence == default.divergence]
-    unchanged = [one for one in concepts if one.target == "three"]
-    towards_class = [one for one in unchanged if one.anchor == other_class("three")]
-    checked = ("objectives", "variational", "ways", "methods", "several")
-    bounds = {"concepts": concepts, **{suite: suites[suite] for suite in checked}}
-
-    def changed(suite: str, beside: Outcomes, label: str) -> str:
-        ones = [*beside, *suites[suite]] if suites[suite] else []
-        return seeds_table(ones, **{label: lambda one: one.changes, "anchor": lambda one: one.anchor})
-
+    everything = [job for job in jobs(Path()) if not job.first]
+    made = sum(records.of(job.name, job.identity) is not None for job in everything)
+    default = EraseConfig().as_dict()
+    shown = ("divergence", "s0", "rank", "max_train_steps", "train_batch_size", "learning_rate", "preservation_weight")
     page = fill(
         "erasure.md",
-        images=IMAGES,
-        images_of_target=IMAGES_OF_TARGET,
-        draw=DRAW,
-        made=of_total(len({one.run.name for one in everything}), len(runs())),
-        settings=", ".join(f"{name} {default.as_dict()[name]}" for name in SHOWN_SETTINGS),
-        **conditions(found[BASELINE]),
-        checks=markdown(
-            ["runs", "figure", "anchor", "bound", "inside", "worst"],
-            [row for suite, ones in bounds.items() for row in bound_rows(suite, ones)],
-        ),
-        concepts=concept_table(concepts),
-        divergences=seeds_table(
-            sorted(
-                (one for one in suites["concepts"] if one.target == "three"),
-                key=lambda one: (one.anchor == SUPERCLASS, DIVERGENCES.index(one.run.config.divergence)),
-            ),
-            divergence=lambda one: one.run.config.divergence,
-            anchor=lambda one: one.anchor,
-        ),
-        objectives=changed("objectives", unchanged, "objective"),
-        variational=changed("variational", [], "settings"),
-        ways=changed("ways", towards_class, "settings"),
-        methods=changed("methods", towards_class, "method"),
-        several=seeds_table(
-            suites["several"], way=lambda one: one.way, concept=lambda one: f"{one.target} to {one.anchor}"
-        ),
-        sigma=seeds_table(
-            suites["sigma"], scale=lambda one: one.scale, divergence=lambda one: one.run.config.divergence
-        ),
-        sigma_retained=share(min((one.figures["retained_accuracy"] for one in suites["sigma"]), default=None))
-        or "not measured yet",
+        made=of_total(made, len(everything)),
+        **conditions(there[0].conditions),
+        settings=", ".join(f"{name} {default[name]}" for name in shown),
+        drawing=DRAWING["emoji"],
+        digits_drawing=DRAWING["digits"],
+        left=f"{100 * LEFT:.0f}",
+        kept=f"{100 * KEPT:.0f}",
+        asked=f"{100 * ASKED:.0f}",
+        bounds=bounds(found),
+        ways=ways(found["ways"]),
+        **{name.replace(" ", "_"): targets(found[name]) for name in PAIRS if name != "ways"},
     )
     write_text(docs / "erasure.md", page)
+
+
+def way(one: Candidate) -> str:
+    """In what a candidate differs from the defaults."""
+    others = [f"{name} {value}" if value is not True else name for name, value in one.others]
+    named = [one.divergence] if one.divergence != DEFAULT.divergence else []
+    return ", ".join([*others, *named]) or "defaults"
+
+
+def targets(results: Results | None) -> str:
+    """One row per target and candidate."""
+    if results is None:
+        return NOT_MEASURED
+    anchors = dict(results.comparison.pairs)
+    rows = [
+        [target, anchors[target], way(one), *own.cells(one)]
+        for target, own in outcomes(results).items()
+        for one in own.candidates
+    ]
+    return markdown(["target", "anchor", "by", *FIGURES], rows)
+
+
+def ways(results: Results | None) -> str:
+    """One table per heading, with the means over targets."""
+    if results is None:
+        return NOT_MEASURED
+    figures = {"erased": 1, "retained": 1, "attributes": 1, "change": 2}
+    parts = []
+    for heading, changes in WAYS:
+        own = [candidate({}), *(candidate(each) for each in changes if each)]
+        rows = [
+            [way(one), *(percent(results.sample.estimate(name, one), digits) for name, digits in figures.items())]
+            for one in own
+            if one in results.sample.candidates
+        ]
+        parts.append(f"### {heading.capitalize()}\n\n{markdown(['settings', *figures], rows)}")
+    return "\n\n".join(parts)
+
+
+def bounds(found: Mapping[str, Results | None]) -> str:
+    """How many targets of each suite keep each bound, and which do not, for the defaults and the closed form."""
+    rows = []
+    for name, results in found.items():
+        if results is None or name == "ways":
+            continue
+        for one in results.sample.candidates:
+            broken = {target: broke(results, own, target, one) for target, own in outcomes(results).items()}
+            cells = []
+            for place in range(3):
+                bad = [f"{target} {value[place]}" for target, value in broken.items() if value[place]]
+                cells.append(f"{len(broken) - len(bad)} of {len(broken)}" + (f"; not {', '.join(bad)}" if bad else ""))
+            rows.append([name, way(one), *cells])
+    return markdown(["suite", "by", "target erased", "near kept", "attributes kept"], rows)
+
+
+def broke(results: Results, own: Outcome, target: str, one: Candidate) -> Sequence[str]:
+    """For each bound, the figure in percent where a candidate breaks it, otherwise ""."""
+    anchor = dict(results.comparison.pairs)[target]
+    chance = embedded(results.comparison.model).content.chance(target, anchor)
+    left = 1 - own.all.estimate("erased", one).value
+    near, attributes = own.estimate("near", one).value, own.estimate("attributes", one).value
+    _, others_before, asked_before = results.before[target]
+    return (
+        "" if left <= LEFT + chance else f"{100 * left:.1f}",
+        "" if near >= KEPT * others_before else f"{100 * near:.1f}",
+        "" if not attributes < ASKED * asked_before else f"{100 * attributes:.1f}",
+    )
 
 
 if __name__ == "__main__":

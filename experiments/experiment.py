@@ -1,4 +1,4 @@
-"""Parts that all experiments share: the command line, the test for outdated records, and helpers for pages."""
+"""Parts that all experiments share: the command line, comparisons and their records, and helpers for pages."""
 
 from __future__ import annotations
 
@@ -13,8 +13,13 @@ from typing import Any
 import torch
 
 import fdu_kernels as fk
+from fdu.comparison.plan import Comparison
+from fdu.comparison.results import Results, read_results
+from fdu.comparison.runs import jobs as jobs_of
 from fdu.comparison.sweep import Job, Record, Records, digest, sweep
-from fdu.subjects.digits import pipeline as digits
+from fdu.report.run import IMAGES_FOLDER
+from fdu.subjects.embedded import EmbeddedPipeline
+from fdu.subjects.registry import subject_of
 
 HERE = Path(__file__).parent
 
@@ -59,12 +64,51 @@ def current(results: Path, name: str, jobs: Sequence[Job]) -> dict[str, Record]:
     return {name: record for name, record in found.items() if record is not None and "failed" not in record}
 
 
-def dated(job: Job, *pairs: tuple[str, str], **content: Any) -> Job:
+@dataclasses.dataclass(frozen=True)
+class Suite:
+    """A comparison whose records share a file with others; its name and a slash begin the names of its records."""
+
+    name: str
+    comparison: Comparison
+
+    def jobs(self, cache: Path) -> list[Job]:
+        """Its jobs, as :func:`fdu.comparison.runs.jobs` makes them; their pictures are in a folder of its name."""
+        anchors = dict(self.comparison.pairs)
+        found = []
+        for job in jobs_of(self.comparison, cache, cache / self.name / IMAGES_FOLDER):
+            target = job.identity["target"]
+            job = dated(job, (target, anchors[target]), model=self.comparison.model)
+            found.append(dataclasses.replace(job, name=f"{self.name}/{job.name}"))
+        return found
+
+    def results(self, records: Records) -> Results | None:
+        """The results of its records that are up to date; None, and a line that says so, if there are too few."""
+        own = Records(Path())
+        there = {job.name: records.of(job.name, job.identity) for job in self.jobs(Path())}
+        own.found = {name.partition("/")[2]: record for name, record in there.items() if record is not None}
+        try:
+            return read_results(self.comparison, own)
+        except ValueError as error:
+            print(f"{self.name}: {error}")
+            return None
+
+
+def all_jobs(suites: Sequence[Suite], cache: Path) -> list[Job]:
+    """The jobs of all suites; where two suites of one name share a run, it is made once."""
+    found: dict[str, Job] = {}
+    for suite in suites:
+        for job in suite.jobs(cache):
+            found.setdefault(job.name, job)
+    return list(found.values())
+
+
+def dated(job: Job, *pairs: tuple[str, str], model: str = "digits", **content: Any) -> Job:
     """The job with digests of what its figures depend on besides settings and weights: a fix makes its record outdated.
 
     Args:
         job: if its identity or the settings in it name a divergence, the figures depend on that divergence's losses.
         pairs: targets and anchors; the figures depend on their prompts and on the judge.
+        model: the pipeline that the concepts are erased from.
         content: whatever else the figures depend on, by name.
     """
     digests = {name: digest(one) for name, one in content.items()}
@@ -72,7 +116,7 @@ def dated(job: Job, *pairs: tuple[str, str], **content: Any) -> Job:
     if divergence:
         digests["losses"] = digest(losses(divergence))
     if pairs:
-        digests |= {"asked": digest([asked(*pair) for pair in pairs]), "judge": judge()}
+        digests |= {"asked": digest([asked(model, *pair) for pair in pairs]), "judge": judge(model)}
     return dataclasses.replace(job, identity={**job.identity, "content": digests})
 
 
@@ -87,16 +131,24 @@ def losses(name: str) -> list[str]:
     return [f"{number:.5e}" for tensor in computed for number in tensor.flatten().tolist()]
 
 
-@functools.cache
-def asked(target: str, anchor: str) -> list[tuple[str, ...]]:
-    """The prompts of an erasure from the digits pipeline, and those that judge it."""
-    return [one.prompts for one in (*digits.concepts(target, anchor), *digits.probes(target))]
+def embedded(model: str) -> EmbeddedPipeline:
+    """A pipeline that comes with fdu, by name."""
+    subject = subject_of(model)
+    assert isinstance(subject, EmbeddedPipeline)
+    return subject
 
 
 @functools.cache
-def judge() -> str:
-    """A digest of the judge of the digits pipeline."""
-    return digest((digits.DATA / digits.CLASSIFIER_FILE).read_bytes())
+def asked(model: str, target: str, anchor: str) -> list[tuple[str, ...]]:
+    """The prompts of an erasure, and those that judge it."""
+    content = embedded(model).content
+    return [one.prompts for one in (*content.concepts(target, anchor), *content.probes(target, anchor=anchor))]
+
+
+@functools.cache
+def judge(model: str) -> str:
+    """A digest of the judge of a pipeline."""
+    return digest(embedded(model).classifier.read_bytes())
 
 
 def fill(name: str, **fields: Any) -> str:

@@ -3,76 +3,54 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
+import claims
 import experiment
 import pytest
 import study
-from judged_runs import runs
+from experiment import Suite
+from handmade import Seen, write_records
+from judged_runs import judged, runs
 
 from fdu.comparison import runs as runs_file
-from fdu.comparison.front import Estimate, Judged, Sample
-from fdu.comparison.plan import Candidate
-from fdu.comparison.sweep import Records
-
-IMAGES = 40
+from fdu.comparison.front import Estimate, Sample
+from fdu.comparison.plan import Candidate, Run
 
 
 @pytest.fixture(autouse=True)
 def small_study(monkeypatch: pytest.MonkeyPatch) -> None:
-    """36 runs with exact divergences, 18 for the games; nothing is loaded to tell whose records these are."""
+    """A target per pipeline, two values of s0, games of one length; no model is loaded for the identities."""
     monkeypatch.setattr(runs_file, "weights", lambda *model: "0123456789abcdef")
-    monkeypatch.setattr(study, "PAIRS", study.PAIRS[:1])
+    monkeypatch.setattr(study, "PAIRS", {model: pairs[:1] for model, pairs in study.PAIRS.items()})
     monkeypatch.setattr(study, "S0", (1.0, 10.0))
     monkeypatch.setattr(study, "STEPS", (20,))
 
 
-def judged(erased: float, retained: float, change: float) -> list[dict[str, Any]]:
-    def one(role: str, share: float) -> dict[str, Any]:
-        hits = tuple(index < round(share * IMAGES) for index in range(IMAGES))
-        return Judged(role, role, hits, (change,) * IMAGES).as_dict()
-
-    return [one("target", 1 - erased), one("retained", retained)]
-
-
-def page_of(
-    folder: Path, figures: Callable[[Candidate], tuple[float, float, float]], runs: Sequence[int] = (36, 18)
-) -> str | None:
-    """The page of the first runs of both comparisons, with these figures; None if none is written."""
-    records = Records(folder / "study.jsonl")
-    identities = {job.name: job.identity for job in study.jobs(folder)}
-    for comparison, most in zip(study.comparisons(), runs, strict=True):
-        for run in comparison.runs()[:most]:
-            records.found[run.name] = {
-                "identity": identities[run.name],
-                "judged": judged(*figures(run.candidate)),
-                "sigma": 0.1,
-                "seconds": 4.0,
-                "core_seconds": 36.0,
-                "device": "cpu: AVX512, 1 thread",
-                "versions": {"fdu": "0", "torch": "9.9"},
-            }
-    records.write([])
+def page_of(folder: Path, figures: Callable[[Suite, Run], Seen | None]) -> str | None:
+    """The page of records with these figures; None if none is written."""
+    suites = [suite for model in study.PAIRS for suite in study.suites(model).values()]
+    write_records(folder / "study.jsonl", suites, figures)
     study.write_page(folder, folder / "docs")
     path = folder / "docs" / "results.md"
     return path.read_text() if path.exists() else None
 
 
-def verdicts(page: str) -> dict[str, str]:
-    """What the page says of each claim."""
-    table = page.split("## Which claims hold here")[1].split("\n\n")[1]
-    return dict(line.strip("| ").split(" | ") for line in table.splitlines()[2:])
+def verdicts(page: str) -> dict[str, list[str]]:
+    """What the page says of each claim: of the emoji, of the digits, and whether they agree."""
+    table = page.split("## Which claims hold")[1].split("\n\n")[1]
+    rows = [line.strip("| ").split(" | ") for line in table.splitlines()[2:]]
+    return {claim: [*rest, ""][:3] for claim, *rest in rows}
 
 
-def as_the_paper_says(candidate: Candidate) -> tuple[float, float, float]:
+def as_the_paper_says(suite: Suite, run: Run) -> Seen:
     """Hellinger erases and keeps more than mse; variational ones erase more and hurt more."""
-    if candidate.divergence == "squared_hellinger" and not candidate.others:
-        return 0.9, 1.0, 0.01
-    if dict(candidate.others).get("variational"):
-        return 0.8, 0.7, 0.03
-    return 0.5, 0.8, 0.02
+    if run.candidate.divergence == "squared_hellinger" and suite.name.partition("-")[2] != "games":
+        return Seen(0.9, 1.0, 0.01)
+    if dict(run.candidate.others).get("variational"):
+        return Seen(0.8, 0.7, 0.03)
+    return Seen(0.5, 0.8, 0.02)
 
 
 @pytest.mark.parametrize(
@@ -89,7 +67,7 @@ def as_the_paper_says(candidate: Candidate) -> tuple[float, float, float]:
     ],
 )
 def test_verdicts_are_those_of_the_intervals(bears: tuple[int | None, ...], wanted: str) -> None:
-    verdict = study.verdict(bears)
+    verdict = claims.verdict(bears)
     assert verdict.startswith(wanted)
     assert sum(map(int, re.findall(r"\d+", verdict))) == len(bears)
 
@@ -98,20 +76,20 @@ def test_what_keeps_more_counts_only_where_it_does_not_erase_less() -> None:
     flat = Estimate(0.0, -1.0, 1.0)
     up, down = Estimate(1.0, 0.5, 1.5), Estimate(-1.0, -1.5, -0.5)
     for erased in (flat, up):
-        assert study.kept_sign({"erased": erased, "retained": up, "change": flat}) == 1
+        assert claims.kept_sign({"erased": erased, "retained": up, "change": flat}) == 1
     for erased in (flat, down):
-        assert study.kept_sign({"erased": erased, "retained": down, "change": flat}) == -1
-    assert study.kept_sign({"erased": down, "retained": up, "change": flat}) is None
-    assert study.kept_sign({"erased": up, "retained": flat, "change": up}) is None
+        assert claims.kept_sign({"erased": erased, "retained": down, "change": flat}) == -1
+    assert claims.kept_sign({"erased": down, "retained": up, "change": flat}) is None
+    assert claims.kept_sign({"erased": up, "retained": flat, "change": up}) is None
     found, candidates = runs({"squared_hellinger": (0.9, 1.0, 0.05), "mse": (0.5, 1.0, 0.01)})
-    (traded,) = study.dominance(Sample(found, candidates))
+    (traded,) = claims.dominance(Sample(found, candidates))
     assert traded.bears is None  # more is erased, but more is changed
-    undecided = study.Contrast("here", dict.fromkeys(study.MORE_OF, flat), None)
-    assert study.judged([undecided])["table"].endswith(f"| {study.WORDS[None]} |")
-    assert study.kept_sign({"erased": flat, "retained": up, "change": up}) == 1
-    assert study.kept_sign({"erased": flat, "retained": flat, "change": down}) == 1
-    assert study.kept_sign({"erased": flat, "retained": flat, "change": up}) == -1
-    assert study.kept_sign({"erased": flat, "retained": flat, "change": flat}) == 0
+    undecided = claims.Contrast("here", dict.fromkeys(claims.MORE_OF, flat), None)
+    assert claims.judged([undecided])["table"].endswith(f"| {claims.WORDS[None]} |")
+    assert claims.kept_sign({"erased": flat, "retained": up, "change": up}) == 1
+    assert claims.kept_sign({"erased": flat, "retained": flat, "change": down}) == 1
+    assert claims.kept_sign({"erased": flat, "retained": flat, "change": up}) == -1
+    assert claims.kept_sign({"erased": flat, "retained": flat, "change": flat}) == 0
 
 
 @pytest.mark.parametrize(
@@ -130,55 +108,65 @@ def test_the_scale_decides_only_where_the_difference_grows(gaps: tuple[float, fl
     candidates = [Candidate(name, s0) for s0 in (1.0, 10.0) for name in ("squared_hellinger", "pearson_chi2")]
     shares = [0.5 + side * gap / 2 for gap in gaps for side in (1, -1)]
     found = {
-        ("three", candidate, seed): tuple(map(Judged.from_dict, judged(share, 1.0, 0.01)))
+        ("three", candidate, seed): judged(share, 1.0)
         for candidate, share in zip(candidates, shares, strict=True)
         for seed in range(3)
     }
-    (contrast,) = study.scale_decides(Sample(found, candidates))
+    (contrast,) = claims.scale_decides(Sample(found, candidates))
     assert contrast.bears == wanted
     assert contrast.differences["erased"].value == pytest.approx(gaps[1] - gaps[0], abs=0.03)
 
 
 def test_the_page_says_what_the_records_say(tmp_path: Path) -> None:
     page = page_of(tmp_path, as_the_paper_says)
-    assert page is not None and "(all 54 runs;" in page and "AVX512, 1 thread; torch 9.9." in page
+    assert page is not None and "(all 135 runs;" in page and "AVX512, 1 thread; torch 9.9." in page
     found = verdicts(page)
-    assert found["Hellinger dominates MSE"].startswith("holds (2 ")
-    assert found["Hellinger keeps retained concepts best"].startswith("holds (10 ")
-    assert found["A larger gradient erases faster"].startswith("does not hold (2 ")
-    assert found["The scale sigma decides whether the divergence matters"].startswith("not observed (1 ")
-    assert found["Variational losses erase faster"].startswith("holds (3 ")
-    assert found["Variational losses hurt fidelity more"].startswith("cannot be told (3 ")
+    emoji, digits, same = found["Hellinger dominates MSE"]
+    assert emoji.startswith("holds (3 ") and digits.startswith("holds (2 ") and same == "yes"
+    assert found["Hellinger keeps retained concepts best"][0].startswith("holds (18 ")
+    assert found["A larger gradient erases faster"][0].startswith("does not hold (2 ")
+    assert found["The scale sigma decides whether the divergence matters"][0].startswith("not observed (1 ")
+    assert found["Variational losses erase faster"][0].startswith("holds (3 ")
+    assert found["Variational losses hurt fidelity more"][0].startswith("cannot be told (3 ")
     recommended = [line for line in page.splitlines() if line.startswith("* **")]
     assert len(recommended) == 3 and any("squared_hellinger" in line for line in recommended)
-    assert {path.name for path in (tmp_path / "docs" / "results").iterdir()} == {"front.svg", "variational.svg"}
+    shown = [line for line in page.splitlines() if line.startswith(("| short | squared", "| whole | squared"))]
+    assert len(shown) == 2 and all("| 90.0 (" in line for line in shown)
+    charts = {"alpha.svg", "front.svg", "variational.svg", "variational-digits.svg"}
+    assert {path.name for path in (tmp_path / "docs" / "results").iterdir()} == charts
 
 
-def test_the_page_is_not_fooled_by_records_that_say_the_opposite(tmp_path: Path) -> None:
-    page = page_of(
-        tmp_path,
-        lambda one: (0.3, 0.7, 0.05) if one.divergence == "squared_hellinger" else (0.6, 0.9, 0.01),
-        runs=(36, 0),
-    )
-    assert page is not None and "(36 of 54 runs;" in page
-    found = verdicts(page)
-    assert found["Hellinger dominates MSE"].startswith("does not hold (2 ")
-    assert found["Hellinger keeps retained concepts best"].startswith("does not hold (10 ")
-    assert list(found.values()).count("not measured yet") == 2
+def test_pipelines_that_disagree_are_named(tmp_path: Path) -> None:
+    def figures(suite: Suite, run: Run) -> Seen:
+        better = run.candidate.divergence == "squared_hellinger"
+        if suite.name.startswith("digits"):
+            better = not better
+        return Seen(0.6, 0.9, 0.01) if better else Seen(0.3, 0.7, 0.05)
+
+    page = page_of(tmp_path, figures)
+    assert page is not None
+    emoji, digits, same = verdicts(page)["Hellinger dominates MSE"]
+    assert emoji.startswith("holds (3 ") and digits.startswith("does not hold (2 ") and same == "no"
+    assert verdicts(page)["Hellinger keeps retained concepts best"][1].startswith("does not hold (10 ")
 
 
 def test_a_study_that_is_not_finished_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert page_of(tmp_path, as_the_paper_says, runs=(5, 0)) is None
+    def short(seeds: int) -> Callable[[Suite, Run], Seen | None]:
+        return lambda suite, run: Seen(0.5) if suite.name == "emoji-short" and run.seed < seeds else None
+
+    assert page_of(tmp_path / "none", short(0)) is None
     assert "nothing to compare yet" in capsys.readouterr().out
-    page = page_of(tmp_path, as_the_paper_says, runs=(15, 0)) or ""
-    assert "(15 of 54 runs;" in page and "1 of 3 pairs of target and seed" in page
+    page = page_of(tmp_path / "one", short(1)) or ""
+    assert "(15 of 135 runs;" in page and "1 of 3 pairs of target and seed" in page
+    assert study.NOT_MEASURED in page and verdicts(page)["Variational losses erase faster"][2] == ""
 
 
 def test_outdated_records_are_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     page = page_of(tmp_path, as_the_paper_says) or ""
-    assert "(all 54 runs;" in page and "pairs of target and seed" not in page
+    assert "(all 135 runs;" in page and "pairs of target and seed" not in page
     losses = experiment.losses
     monkeypatch.setattr(experiment, "losses", lambda name: ["corrected"] if name == "kl" else losses(name))
     study.write_page(tmp_path, tmp_path / "docs")  # every game of kl is outdated, so no seed of the games is complete
     page = (tmp_path / "docs" / "results.md").read_text()
-    assert "(36 of 54 runs;" in page and list(verdicts(page).values()).count("not measured yet") == 2
+    assert "(123 of 135 runs;" in page
+    assert [one[0] for one in verdicts(page).values()].count("not measured yet") == 2
