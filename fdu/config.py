@@ -150,7 +150,10 @@ class EraseConfig:
     rank_tolerance: Share = 1e-3
     """closed_form: largest relative error of the edit from leaving out ranks, in [0, 1)."""
     max_train_steps: Natural = 120
-    """Optimizer steps, >= 0."""
+    """Optimizer steps at most, >= 0."""
+    stop_at: Share = 0.0
+    """End the training early, once the median s of the erasing samples has fallen to this share of the original model's,
+    in [0, 1); 0 takes all steps. Checked every 10 steps; the learning rate then falls to 0 within 10 more."""
     train_batch_size: Count = 16
     """Erasing samples per step per process, >= 1; as many preserving samples are added when preservation_weight > 0."""
     learning_rate: Positive | None = None
@@ -300,6 +303,8 @@ class EraseConfig:
             raise ValueError(
                 "negative_guidance needs objective 'model'; set objective to 'model', or negative_guidance to 0"
             )
+        if self.stop_at and self.objective == "noise":
+            raise ValueError("stop_at needs objective 'model': the distance from noise does not fall to a small share")
         if self.objective == "noise" and self.frozen_batches and not self.preservation_weight:
             raise ValueError("frozen_batches has no effect with objective 'noise' and no preservation; leave it out")
         if self.variational and divergence.name == "mse":

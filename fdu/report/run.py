@@ -207,7 +207,7 @@ class EvaluatedRun(Told):
             metrics |= {
                 "anchor": self.anchor,
                 "divergence": config["divergence"] if trained else None,
-                "steps": config["max_train_steps"] if trained else 0,
+                "steps": len(self.record["history"].get("loss", ())) if trained else 0,
                 "seed": config["seed"],
                 "sigma": self.record.get("sigma"),
                 "seconds": self.record["seconds"],

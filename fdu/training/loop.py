@@ -23,6 +23,8 @@ from fdu.training.tracking import Tracking
 LOGGER = logging.getLogger(__name__)
 CHECK_EVERY = 10
 """Steps between reads of the loss; each read waits for the device."""
+COOL_DOWN = 10
+"""Steps in which the learning rate falls to 0 once ``stop_at`` is reached."""
 PREPARED = ("forward", "_original_forward", "_is_accelerate_prepared")
 """Attributes that accelerate gives a module that it prepares."""
 
@@ -56,6 +58,8 @@ class Training:
         self.watched, self.watch, self.description = watched, watch, description
         self.course: list[Tensor] = []
         self.step = 0
+        self.last = self.config.max_train_steps
+        self.before: Tensor | None = None
         self.looked = 0
 
     def run(self) -> dict[str, list[float]]:
@@ -131,10 +135,12 @@ class Training:
             quiet = not self.accelerator.is_local_main_process
             for number in tqdm(range(config.critic_warmup_steps), "critic", unit="step", disable=quiet):
                 self.stepper.teach(number)
+        if config.stop_at and self.step == 0:
+            self.before = self.accelerator.reduce(self.stepper.distance_before(CHECK_EVERY), "mean")
         progress = tqdm(
-            range(self.step, config.max_train_steps),
+            range(self.step, self.last),
             initial=self.step,
-            total=config.max_train_steps,
+            total=self.last,
             desc=self.description,
             unit="step",
             **({} if self.accelerator.is_local_main_process else {"disable": True}),  # else TQDM_DISABLE decides
@@ -142,10 +148,13 @@ class Training:
         for step in progress:
             self.course.append(self.stepper.step(self.step))
             self.step = step + 1
-            last, stopping = self.step == config.max_train_steps, self._stops(stop)
+            last, stopping = self.step == self.last, self._stops(stop)
             saving = last or stopping or self.step % config.checkpointing_steps == 0
             if saving or step % CHECK_EVERY == 0:
                 progress.set_postfix(s=f"{self._look(tracking):.3g}")
+            if not last and step % CHECK_EVERY == 0 and self._erased():
+                self.last = min(self.step + COOL_DOWN, self.last)
+                self.stepper.cool_down(COOL_DOWN)
             if saving:
                 self._save()
             if config.validation_prompts and (last or self.step % config.validation_steps == 0):
@@ -156,6 +165,8 @@ class Training:
                     self.watch(self.step)
             if stopping and not last:
                 raise KeyboardInterrupt
+            if last:
+                break
 
     def _look(self, tracking: Tracking) -> float:
         """Wait for the losses since the last look, average them over the processes and log them.
@@ -178,6 +189,14 @@ class Training:
         figures = dict(zip(COLUMNS, values[-1].tolist(), strict=True))
         tracking.log(self.step, {**figures, "sigma": self.objective.sigma, "learning_rate": float(learning_rate)})
         return self._s(values[-1])
+
+    def _erased(self) -> bool:
+        """Whether the steps since the last look are as close to their targets as ``stop_at`` asks for, for the first
+        time."""
+        if self.before is None or self.last < self.config.max_train_steps or self.step < CHECK_EVERY:
+            return False
+        recent = torch.stack(self.course[-CHECK_EVERY:])[:, COLUMNS.index("distance")].mean()
+        return bool(recent <= self.config.stop_at * self.before)
 
     def _s(self, values: Tensor) -> float:
         """The median of s in one step's values of ``COLUMNS``."""
@@ -226,6 +245,8 @@ class Training:
             "trained": {name: parameter.data for name, parameter in self.stepper.named.items()},
             "generator": self.stepper.generator.get_state(),
             "course": torch.stack(self.course),
+            "last": self.last,
+            "before": self.before,
         }
 
     def _resume(self) -> None:
@@ -241,6 +262,9 @@ class Training:
         if found is None:
             return
         self.step, state = found
+        self.last, self.before = state["last"], state["before"]
+        if self.last < self.config.max_train_steps:
+            self.stepper.cool_down(COOL_DOWN)
         with torch.no_grad():
             for name, parameter in self.stepper.named.items():
                 parameter.data.copy_(state["trained"][name])

@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from diffusers.optimization import get_scheduler
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LinearLR, LRScheduler
 from tqdm import tqdm
 
 import fdu_kernels
@@ -87,13 +87,36 @@ class Stepper:
     @torch.no_grad()
     def calibrate(self) -> None:
         """Set an automatic sigma by the outputs of the frozen model: those of an edited one are near their targets."""
-        state = self.generator.get_state()  # the training draws these batches again
-        for number in range(self.objective.criterion.calibration_calls):
+        for batch, predicted, wanted in self._frozen_outputs(self.objective.criterion.calibration_calls):
+            self.objective.observe(predicted, wanted, batch)
+
+    @torch.no_grad()
+    def distance_before(self, batches: int) -> Tensor:
+        """The median squared distance of the frozen model's outputs from their targets, over the first batches, []."""
+        return torch.stack([self._distance(*outputs) for _, *outputs in self._frozen_outputs(batches)]).mean()
+
+    def cool_down(self, steps: int) -> None:
+        """Let the learning rate fall to 0 within so many steps, from what it is now."""
+        optimizer = getattr(self.optimizer, "optimizer", self.optimizer)  # without what accelerate puts around it
+        self.schedule = LinearLR(optimizer, 1.0, 0.0, steps)
+
+    def _frozen_outputs(self, batches: int) -> Iterator[tuple[Batch, Tensor, Tensor]]:
+        """The first batches, the frozen model's outputs for the target's prompts, and their targets.
+
+        The training draws these batches again.
+        """
+        state = self.generator.get_state()
+        for number in range(batches):
             ((batch, wanted),) = self._next_batches(number, 1)
             with self.trainable.frozen():
                 predicted = self._predict(batch, slice(0, batch.size))
-            self.objective.observe(predicted, wanted[: batch.size], batch)
+            yield batch, predicted, wanted[: batch.size]
         self.generator.set_state(state)
+
+    def _distance(self, predicted: Tensor, wanted: Tensor) -> Tensor:
+        """The median squared distance of erasing outputs from their targets, []."""
+        mask, distance = self.objective.mask, self.config.distance
+        return fdu_kernels.squared_distance(predicted, wanted, mask=mask, distance=distance).median()
 
     @torch.no_grad()
     def teach(self, number: int) -> None:
@@ -122,14 +145,13 @@ class Stepper:
                 kept = self.objective.kept(predicted[size:], wanted[size:])
             self._backpropagate(erased + config.preservation_weight * kept)
         with torch.no_grad():
-            distances = fdu_kernels.squared_distance(
-                erasing, wanted[:size], mask=self.objective.mask, distance=config.distance
-            )
             loss = erased + config.preservation_weight * kept
             if self.sampler.adapts:
                 losses = self.accelerator.gather(self.objective.losses(erasing, wanted[:size], batch))
                 self.sampler.observe(self.accelerator.gather(batch.indices[:size]), losses)
-            return torch.stack([term.float() for term in (loss, erased, kept, distances.median(), critic)])
+            return torch.stack(
+                [term.float() for term in (loss, erased, kept, self._distance(erasing, wanted[:size]), critic)]
+            )
 
     def _predict(self, batch: Batch, part: slice) -> Tensor:
         """The trained denoiser's outputs for a part of the batch."""
