@@ -152,8 +152,8 @@ class EraseConfig:
     max_train_steps: Natural = 120
     """Optimizer steps at most, >= 0."""
     stop_at: Share = 0.0
-    """End the training early, once the median s of the erasing samples has fallen to this share of the original model's,
-    in [0, 1); 0 takes all steps. Checked every 10 steps; the learning rate then falls to 0 within 10 more."""
+    """End the training early: once the median s of the erasing samples is this share of the original model's, in [0, 1);
+    0 takes all steps. Checked every 10 steps; the learning rate then falls to 0 within 10 more."""
     train_batch_size: Count = 16
     """Erasing samples per step per process, >= 1; as many preserving samples are added when preservation_weight > 0."""
     learning_rate: Positive | None = None
