@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
-from experiment import finding
+from experiment import FIGURES
 
 from fdu.comparison.front import Estimate, Sample
 from fdu.comparison.page import markdown, percent
@@ -15,12 +14,13 @@ from fdu.comparison.plan import Candidate
 
 MORE_OF = {"erased": 1, "retained": 1, "attributes": 1, "change": -1}
 """Whether more or less of a figure is better."""
-DECIMALS = {"erased": 1, "retained": 1, "attributes": 1, "change": 2}
-"""Decimals of a figure in percent."""
-WORDS = {1: "as claimed", -1: "opposite", 0: "undecided", None: "without evidence"}
+TRADE = 2
+WORDS = {1: "as claimed", -1: "opposite", TRADE: "a trade-off", 0: "undecided", None: "without evidence"}
 """What a comparison says about a claim."""
-NOT_MEASURED = "not measured yet"
+UNMEASURED, UNKNOWN = "not measured yet", "cannot be told"
 HELLINGER, MSE, CHI2 = "squared_hellinger", "mse", "pearson_chi2"
+Differences = dict[str, Estimate]
+"""By figure, that of one candidate minus that of another."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,73 +28,91 @@ class Contrast:
     """One comparison that bears on a claim."""
 
     where: str
-    differences: dict[str, Estimate]
-    """By figure, the first minus the second."""
+    differences: Differences
     bears: int | None
-    """1: as the claim says; -1: the opposite; 0: may be chance; None: no evidence, since the candidate that keeps more
-    also erases less."""
+    """1: as the claim says; -1: the opposite; TRADE: better in one figure and worse in another, where the claim says
+    better; 0: may be chance; None: no evidence, since the candidate that keeps more also erases less."""
 
 
 Contrasts = list[Contrast]
 
 
-def judged(contrasts: Contrasts) -> dict[str, Any]:
-    """The verdict on a claim, and a table of its contrasts in percentage points."""
+def told(contrasts: Contrasts) -> str:
+    """The comparisons as a table, in percentage points."""
     rows = [
-        [one.where, *(percent(one.differences[name], digits) for name, digits in DECIMALS.items()), WORDS[one.bears]]
+        [one.where, *(percent(one.differences[name], digits) for name, digits in FIGURES.items()), WORDS[one.bears]]
         for one in contrasts
     ]
-    return finding(verdict([one.bears for one in contrasts]), table=markdown(["", *DECIMALS, ""], rows) if rows else "")
+    return markdown(["", *FIGURES, ""], rows) if rows else ""
 
 
 def verdict(bears: Sequence[int | None]) -> str:
     """Whether a claim holds, in a few words, with the number of comparisons behind each word."""
     counts = [f"{bears.count(sign)} {words}" for sign, words in WORDS.items() if sign in bears]
-    return f"{head(bears)} ({', '.join(counts)})" if bears else NOT_MEASURED
+    return f"{head(bears)} ({', '.join(counts)})" if bears else UNMEASURED
 
 
 def head(bears: Sequence[int | None]) -> str:
-    """Whether a claim holds, in a few words."""
+    """Whether a claim holds, in a few words. Comparisons without evidence do not count; a trade-off counts against."""
     if not bears:
-        return NOT_MEASURED
-    return {
-        frozenset({1}): "holds",
-        frozenset({-1}): "does not hold",
-        frozenset({0}): "not observed",
-        frozenset({1, 0}): "holds in part",
-        frozenset({-1, 0}): "does not hold",
-        frozenset(): "cannot be told",
-    }.get(frozenset(set(bears) - {None}), "mixed")
+        return UNMEASURED
+    signs = [-1 if one == TRADE else one for one in bears if one is not None]
+    for_it, against = signs.count(1), signs.count(-1)
+    if not signs:
+        return UNKNOWN
+    if for_it and against:
+        return "mixed"
+    if not for_it and not against:
+        return "not observed"
+    if 2 * (for_it + against) < len(signs):
+        return "mostly not observed"
+    if against:
+        return "does not hold"
+    return "holds" if for_it == len(signs) else "holds in part"
+
+
+Pairs = Iterable[tuple[str, Candidate, Candidate]]
+
+
+def contrasts(sample: Sample, pairs: Pairs, judge: Callable[[Differences], int | None]) -> Contrasts:
+    """Comparisons of pairs of candidates, the first minus the second; those of a candidate that failed are left out."""
+    found = []
+    for where, one, other in pairs:
+        if {one, other} <= {*sample.candidates}:
+            differences = {name: sample.difference(name, one, other) for name in MORE_OF}
+            found.append(Contrast(where, differences, judge(differences)))
+    return found
 
 
 def dominance(sample: Sample) -> Contrasts:
     """The squared Hellinger against mse: better in something and worse in nothing."""
-    contrasts = []
-    for s0 in scales(sample):
-        found = differences(sample, Candidate(HELLINGER, s0), Candidate(MSE, s0))
+
+    def judge(found: Differences) -> int:
         signs = [MORE_OF[name] * one.sign for name, one in found.items()]
         better, worse = max(signs) > 0, min(signs) < 0
-        contrasts.append(Contrast(f"s0 {s0:g}", found, None if better and worse else int(better) - int(worse)))
-    return contrasts
+        return TRADE if better and worse else int(better) - int(worse)
+
+    pairs = [(f"s0 {s0:g}", Candidate(HELLINGER, s0), Candidate(MSE, s0)) for s0 in scales(sample)]
+    return contrasts(sample, pairs, judge)
 
 
 def keeps_best(sample: Sample) -> Contrasts:
     """The squared Hellinger against every other divergence: how much of the other classes it keeps."""
-    contrasts = []
-    for other in sample.candidates:
-        if other.divergence != HELLINGER:
-            found = differences(sample, Candidate(HELLINGER, other.s0), other)
-            contrasts.append(Contrast(f"s0 {other.s0:g}, minus {other.divergence}", found, kept_sign(found)))
-    return contrasts
+    pairs = [
+        (f"s0 {other.s0:g}, minus {other.divergence}", Candidate(HELLINGER, other.s0), other)
+        for other in sample.candidates
+        if other.divergence != HELLINGER
+    ]
+    return contrasts(sample, pairs, kept_sign)
 
 
 def larger_gradient(sample: Sample) -> Contrasts:
     """Whether a divergence that amplifies large errors erases more in equal steps."""
-    contrasts = []
-    for s0, (larger, smaller) in itertools.product(scales(sample), ((MSE, HELLINGER), (CHI2, MSE))):
-        found = differences(sample, Candidate(larger, s0), Candidate(smaller, s0))
-        contrasts.append(Contrast(f"s0 {s0:g}, {larger} minus {smaller}", found, found["erased"].sign))
-    return contrasts
+    pairs = [
+        (f"s0 {s0:g}, {larger} minus {smaller}", Candidate(larger, s0), Candidate(smaller, s0))
+        for s0, (larger, smaller) in itertools.product(scales(sample), ((MSE, HELLINGER), (CHI2, MSE)))
+    ]
+    return contrasts(sample, pairs, erased_sign)
 
 
 def scale_decides(sample: Sample) -> Contrasts:
@@ -106,36 +124,40 @@ def scale_decides(sample: Sample) -> Contrasts:
         at = ((high, 1.0), (low, weight))
         return sample.contrast(figure, [(Candidate(name, s0), a * b) for name, a in pairs for s0, b in at])
 
-    contrasts = []
+    found = []
     for low, high in itertools.pairwise(scales(sample)):
+        if not {Candidate(name, s0) for name in (HELLINGER, CHI2) for s0 in (low, high)} <= {*sample.candidates}:
+            continue
         grown = {name: gaps(name, high, low, -1.0) for name in MORE_OF}
         # abs(a) > abs(b) where a - b and a + b have one sign; both are linear, so their intervals are honest.
         both = gaps("erased", high, low, 1.0)
-        contrasts.append(Contrast(f"s0 {high:g} minus s0 {low:g}", grown, grown["erased"].sign * both.sign))
-    return contrasts
+        found.append(Contrast(f"s0 {high:g} minus s0 {low:g}", grown, grown["erased"].sign * both.sign))
+    return found
 
 
 def games_erase_faster(sample: Sample) -> Contrasts:
     """The variational loss against the exact one: how much is erased in equal steps."""
-    return [Contrast(where, found, found["erased"].sign) for where, found in games(sample)]
+    return contrasts(sample, games(sample), erased_sign)
 
 
 def games_hurt_more(sample: Sample) -> Contrasts:
     """The variational loss against the exact one: how well the other classes are kept."""
-    kept = [(where, found, kept_sign(found)) for where, found in games(sample)]
-    return [Contrast(where, found, None if sign is None else -sign) for where, found, sign in kept]
+
+    def judge(found: Differences) -> int | None:
+        sign = kept_sign(found)
+        return None if sign is None else -sign
+
+    return contrasts(sample, games(sample), judge)
 
 
-def games(sample: Sample) -> list[tuple[str, dict[str, Estimate]]]:
-    """Every variational candidate against the exact one that differs in nothing else."""
-    found = []
+def games(sample: Sample) -> Pairs:
+    """Every variational candidate, and the exact one of the same settings. Their batches differ: the critic's warm-up
+    takes the first ones."""
     for one in sample.candidates:
         others = dict(one.others)
         if others.pop("variational", False):
             exact = dataclasses.replace(one, others=tuple(others.items()))
-            where = f"{one.divergence}, {others['max_train_steps']} steps"
-            found.append((where, differences(sample, one, exact)))
-    return found
+            yield f"{one.divergence}, {others['max_train_steps']} steps", one, exact
 
 
 def scales(sample: Sample) -> list[float]:
@@ -143,12 +165,12 @@ def scales(sample: Sample) -> list[float]:
     return list(dict.fromkeys(one.s0 for one in sample.candidates))
 
 
-def differences(sample: Sample, one: Candidate, other: Candidate) -> dict[str, Estimate]:
-    """All figures of ``one`` minus those of ``other``."""
-    return {name: sample.difference(name, one, other) for name in MORE_OF}
+def erased_sign(found: Differences) -> int:
+    """1 where the first erases more, -1 where the second does."""
+    return found["erased"].sign
 
 
-def kept_sign(found: dict[str, Estimate]) -> int | None:
+def kept_sign(found: Differences) -> int | None:
     """1 where the first keeps the other classes better, -1 where the second does: by the judge's count, or, where that
     is even, by the change. None where the better keeper clearly erases less, which may explain it."""
     kept = found["retained"].sign or -found["change"].sign
@@ -187,15 +209,20 @@ def weigh(claim: Claim, samples: Mapping[str, Sample | None]) -> Contrasts:
     return found
 
 
-def summary(found: Mapping[str, Mapping[str, Contrasts]]) -> str:
-    """The verdict on each claim by pipeline, and whether the pipelines agree, as a table.
+def summary(samples: Mapping[str, Mapping[str, Sample | None]]) -> str:
+    """The verdict on each claim by pipeline, and whether the suites that all pipelines have agree, as a table.
 
     Args:
-        found: by claim and pipeline, the comparisons.
+        samples: by pipeline and suite.
     """
+
+    def bears(claim: Claim, model: str, parts: Sequence[str]) -> list[int | None]:
+        return [one.bears for one in weigh(dataclasses.replace(claim, parts=tuple(parts)), samples[model])]
+
     rows = []
-    for name, claim in CLAIMS.items():
-        heads = [head([one.bears for one in contrasts]) for contrasts in found[name].values()]
-        same = "" if NOT_MEASURED in heads else "yes" if len(set(heads)) == 1 else "no"
-        rows.append([claim.title, *(verdict([one.bears for one in each]) for each in found[name].values()), same])
-    return markdown(["claim", *next(iter(found.values())), "do they agree?"], rows)
+    for claim in CLAIMS.values():
+        shared = [part for part in claim.parts if all(part in one for one in samples.values())]
+        heads = {head(bears(claim, model, shared)) for model in samples}
+        same = "" if heads & {UNMEASURED, UNKNOWN} else "yes" if len(heads) == 1 else "no"
+        rows.append([claim.title, *(verdict(bears(claim, model, claim.parts)) for model in samples), same])
+    return markdown(["claim", *samples, "do they agree?"], rows)

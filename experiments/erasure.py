@@ -17,11 +17,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from experiment import Suite, all_jobs, conditions, embedded, fill, of_total, run
-from outcomes import FIGURES, Outcome, outcomes
+from experiment import DRAWING, FIGURES, NOT_MEASURED, Suite, all_jobs, changed, changes, fill, run, told_of
+from outcomes import COLUMNS, Outcome, outcomes
 
 from fdu.comparison.page import markdown, percent
-from fdu.comparison.plan import Candidate, Comparison, Drawing
+from fdu.comparison.plan import Candidate, Comparison
 from fdu.comparison.results import Results
 from fdu.comparison.sweep import Job, Records
 from fdu.config import EraseConfig
@@ -32,10 +32,7 @@ from fdu.subjects.emoji.objects import STYLES, THINGS, members
 
 Pairs = tuple[tuple[str, str], ...]
 
-OBJECTS = tuple(
-    [one for one in members(kind) if one in THINGS][2].name
-    for kind in dict.fromkeys(thing.superclasses[0] for thing in THINGS)
-)
+OBJECTS = tuple(members(kind)[2].name for kind in dict.fromkeys(thing.superclasses[0] for thing in THINGS))
 """The third object of each narrow superclass: no choice of ours."""
 PAIRS: dict[str, tuple[str, Pairs]] = {
     "neighbours": ("emoji", tuple((name, relatives(name)[0].name) for name in OBJECTS)),
@@ -49,8 +46,7 @@ PAIRS: dict[str, tuple[str, Pairs]] = {
     "inks": ("digits", tuple(zip(INKS, (*INKS[1:], INKS[0]), strict=True))),
 }
 """By suite, the pipeline, and targets with their anchors."""
-DEFAULT = Candidate(EraseConfig().divergence)
-COMPUTED = Candidate(EraseConfig().divergence, others=(("train_method", "closed_form"),))
+DEFAULT, COMPUTED = changed({}), changed({"train_method": "closed_form"})
 WAYS: tuple[tuple[str, tuple[dict[str, Any], ...]], ...] = (
     ("what is trained", (
         {},
@@ -80,28 +76,16 @@ WAYS: tuple[tuple[str, tuple[dict[str, Any], ...]], ...] = (
 """Changes of the default settings, by the heading of their table."""
 SEEDS = {"ways": (0, 1, 2)}
 """Of the suites with more seeds than one."""
-DRAWING = {
-    "emoji": Drawing(images_per_class=8, images_of_target=40, num_inference_steps=12, guidance_scale=2.0),
-    "digits": Drawing(images_per_class=16, images_of_target=48, num_inference_steps=12),
-}
 LEFT, KEPT, ASKED = 0.05, 0.95, 0.9
 """The bounds: the largest share of the target's images that still show it, beyond the share by chance where the anchor
-includes the target; the smallest share of near classes, relative to that of all other classes before; the smallest
-share of attributes, relative to that before."""
-NOT_MEASURED = "Not measured yet."
-
-
-def candidate(changes: Mapping[str, Any]) -> Candidate:
-    """The defaults with these settings changed."""
-    others = dict(changes)
-    return Candidate(others.pop("divergence", EraseConfig().divergence), others=tuple(others.items()))
+includes the target; the smallest shares of near classes and of attributes, relative to those before."""
 
 
 def suites() -> dict[str, Suite]:
     """All suites."""
     found = {}
     for name, (model, pairs) in PAIRS.items():
-        ways = [candidate(one) for _, changes in WAYS for one in changes]
+        ways = [changed(one) for _, settings in WAYS for one in settings]
         candidates = tuple(ways) if name == "ways" else (DEFAULT, COMPUTED)
         comparison = Comparison(model, pairs, candidates, SEEDS.get(name, (0,)), drawing=DRAWING[model])
         found[name] = Suite(name, comparison)
@@ -116,76 +100,62 @@ def jobs(cache: Path) -> list[Job]:
 def write_page(results: Path, docs: Path) -> None:
     """Write the page from the records that are up to date; nothing before one suite has a complete seed."""
     records = Records(results / "erasure.jsonl")
-    found = {name: suite.results(records) for name, suite in suites().items()}
-    there = [one for one in found.values() if one is not None]
-    if not there:
+    every = suites()
+    found = {name: suite.results(records) for name, suite in every.items()}
+    if not any(found.values()):
         return
-    everything = [job for job in jobs(Path()) if not job.first]
-    made = sum(records.of(job.name, job.identity) is not None for job in everything)
+    became = {name: outcomes(suite, records, found[name]) for name, suite in every.items() if name != "ways"}
     default = EraseConfig().as_dict()
     shown = ("divergence", "s0", "rank", "max_train_steps", "train_batch_size", "learning_rate", "preservation_weight")
     page = fill(
         "erasure.md",
-        made=of_total(made, len(everything)),
-        **conditions(there[0].conditions),
+        **told_of(list(every.values()), records, list(found.values())),
         settings=", ".join(f"{name} {default[name]}" for name in shown),
         drawing=DRAWING["emoji"],
         digits_drawing=DRAWING["digits"],
         left=f"{100 * LEFT:.0f}",
         kept=f"{100 * KEPT:.0f}",
         asked=f"{100 * ASKED:.0f}",
-        bounds=bounds(found),
+        bounds=bounds(found, became),
         ways=ways(found["ways"]),
-        **{name.replace(" ", "_"): targets(found[name]) for name in PAIRS if name != "ways"},
+        **{name.replace(" ", "_"): targets(own) for name, own in became.items()},
     )
     write_text(docs / "erasure.md", page)
 
 
 def way(one: Candidate) -> str:
     """In what a candidate differs from the defaults."""
-    others = [f"{name} {value}" if value is not True else name for name, value in one.others]
-    named = [one.divergence] if one.divergence != DEFAULT.divergence else []
-    return ", ".join([*others, *named]) or "defaults"
+    return changes(one, {}) or "defaults"
 
 
-def targets(results: Results | None) -> str:
+def targets(became: Mapping[str, Outcome]) -> str:
     """One row per target and candidate."""
-    if results is None:
-        return NOT_MEASURED
-    anchors = dict(results.comparison.pairs)
-    rows = [
-        [target, anchors[target], way(one), *own.cells(one)]
-        for target, own in outcomes(results).items()
-        for one in own.candidates
-    ]
-    return markdown(["target", "anchor", "by", *FIGURES], rows)
+    rows = [[target, own.anchor, way(one), *own.cells(one)] for target, own in became.items() for one in own.candidates]
+    return markdown(["target", "anchor", "by", *COLUMNS], rows) if rows else NOT_MEASURED
 
 
 def ways(results: Results | None) -> str:
     """One table per heading, with the means over targets."""
     if results is None:
         return NOT_MEASURED
-    figures = {"erased": 1, "retained": 1, "attributes": 1, "change": 2}
     parts = []
-    for heading, changes in WAYS:
-        own = [candidate({}), *(candidate(each) for each in changes if each)]
+    for heading, settings in WAYS:
         rows = [
-            [way(one), *(percent(results.sample.estimate(name, one), digits) for name, digits in figures.items())]
-            for one in own
+            [way(one), *(percent(results.sample.estimate(name, one), digits) for name, digits in FIGURES.items())]
+            for one in (DEFAULT, *(changed(each) for each in settings if each))
             if one in results.sample.candidates
         ]
-        parts.append(f"### {heading.capitalize()}\n\n{markdown(['settings', *figures], rows)}")
+        parts.append(f"### {heading.capitalize()}\n\n{markdown(['settings', *FIGURES], rows)}")
     return "\n\n".join(parts)
 
 
-def bounds(found: Mapping[str, Results | None]) -> str:
+def bounds(found: Mapping[str, Results | None], became: Mapping[str, Mapping[str, Outcome]]) -> str:
     """How many targets of each suite keep each bound, and which do not, for the defaults and the closed form."""
     rows = []
-    for name, results in found.items():
-        if results is None or name == "ways":
-            continue
-        for one in results.sample.candidates:
-            broken = {target: broke(results, own, target, one) for target, own in outcomes(results).items()}
+    for name, own in became.items():
+        results = found[name]
+        for one in results.sample.candidates if results else ():
+            broken = {target: broke(each, one, results.before[target][2]) for target, each in own.items()}
             cells = []
             for place in range(3):
                 bad = [f"{target} {value[place]}" for target, value in broken.items() if value[place]]
@@ -194,17 +164,14 @@ def bounds(found: Mapping[str, Results | None]) -> str:
     return markdown(["suite", "by", "target erased", "near kept", "attributes kept"], rows)
 
 
-def broke(results: Results, own: Outcome, target: str, one: Candidate) -> Sequence[str]:
+def broke(own: Outcome, one: Candidate, asked_before: float) -> Sequence[str]:
     """For each bound, the figure in percent where a candidate breaks it, otherwise ""."""
-    anchor = dict(results.comparison.pairs)[target]
-    chance = embedded(results.comparison.model).content.chance(target, anchor)
     left = 1 - own.all.estimate("erased", one).value
     near, attributes = own.estimate("near", one).value, own.estimate("attributes", one).value
-    _, others_before, asked_before = results.before[target]
     return (
-        "" if left <= LEFT + chance else f"{100 * left:.1f}",
-        "" if near >= KEPT * others_before else f"{100 * near:.1f}",
-        "" if not attributes < ASKED * asked_before else f"{100 * attributes:.1f}",
+        f"{100 * left:.1f}" if left > LEFT + own.chance else "",
+        f"{100 * near:.1f}" if near < KEPT * own.near_before else "",
+        f"{100 * attributes:.1f}" if attributes < ASKED * asked_before else "",
     )
 
 

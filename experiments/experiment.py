@@ -6,22 +6,31 @@ import argparse
 import dataclasses
 import functools
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import fdu_kernels as fk
-from fdu.comparison.plan import Comparison
-from fdu.comparison.results import Results, read_results
+from fdu.comparison.plan import Candidate, Comparison, Drawing
+from fdu.comparison.results import Results, conditions_of, read_results
 from fdu.comparison.runs import jobs as jobs_of
 from fdu.comparison.sweep import Job, Record, Records, digest, sweep
+from fdu.config import EraseConfig
 from fdu.report.run import IMAGES_FOLDER
 from fdu.subjects.embedded import EmbeddedPipeline
 from fdu.subjects.registry import subject_of
 
 HERE = Path(__file__).parent
+DRAWING = {
+    "emoji": Drawing(images_per_class=8, images_of_target=40, num_inference_steps=12, guidance_scale=2.0),
+    "digits": Drawing(images_per_class=16, images_of_target=48, num_inference_steps=12),
+}
+"""How the judged images of each pipeline are drawn."""
+FIGURES = {"erased": 1, "retained": 1, "attributes": 1, "change": 2}
+"""The figures of tables, with their decimals in percent."""
+NOT_MEASURED = "Not measured yet."
 
 
 def run(
@@ -40,14 +49,16 @@ def run(
     """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes of one thread each")
-    parser.add_argument("--only", default="", help="make only records whose name contains this, and the baseline")
+    parser.add_argument("--only", default="", help="make only records whose name contains this, and their baselines")
     parser.add_argument("--page_only", action="store_true", help="make no record, only the page")
     parser.add_argument("--results", type=Path, default=HERE / "results", help="folder of the records")
     options = parser.parse_args()
     torch.set_num_threads(1)
     every = jobs(HERE / "cache")
     if not options.page_only:
-        chosen = [job for job in every if options.only in job.name or job.first]
+        wanted = [job for job in every if options.only in job.name]
+        suites = {job.name.partition("/")[0] for job in wanted}
+        chosen = [job for job in every if job in wanted or (job.first and job.name.partition("/")[0] in suites)]
         tell = functools.partial(print, flush=True)
         sweep(chosen, options.results / f"{name}.jsonl", options.workers, tell=tell)
     there = current(options.results, name, every)
@@ -81,16 +92,52 @@ class Suite:
             found.append(dataclasses.replace(job, name=f"{self.name}/{job.name}"))
         return found
 
-    def results(self, records: Records) -> Results | None:
-        """The results of its records that are up to date; None, and a line that says so, if there are too few."""
+    def current(self, records: Records) -> Records:
+        """Its records that are up to date, by their names in the comparison."""
         own = Records(Path())
         there = {job.name: records.of(job.name, job.identity) for job in self.jobs(Path())}
         own.found = {name.partition("/")[2]: record for name, record in there.items() if record is not None}
+        return own
+
+    def results(self, records: Records) -> Results | None:
+        """The results of its records that are up to date; None, and a line that says so, if there are too few."""
         try:
-            return read_results(self.comparison, own)
+            return read_results(self.comparison, self.current(records))
         except ValueError as error:
             print(f"{self.name}: {error}")
             return None
+
+
+def changed(settings: Mapping[str, Any]) -> Candidate:
+    """The default settings with these changed."""
+    others = dict(settings)
+    default = EraseConfig()
+    divergence, s0 = others.pop("divergence", default.divergence), others.pop("s0", default.s0)
+    return Candidate(divergence, s0, tuple(others.items()))
+
+
+def changes(one: Candidate, usual: Mapping[str, Any]) -> str:
+    """The settings of a candidate that are not the usual ones, in words."""
+    default = EraseConfig()
+    known = {"divergence": default.divergence, "s0": default.s0, **usual}
+    different = {name: value for name, value in one.settings.items() if known.get(name) != value}
+    return ", ".join(name if value is True else f"{name} {value}" for name, value in different.items())
+
+
+def told_of(suites: Sequence[Suite], records: Records, found: Sequence[Results | None]) -> dict[str, Any]:
+    """What every page says of its runs: how many are finished, which failed, and on what device they were made."""
+    jobs = {job.name: job for suite in suites for job in suite.jobs(Path()) if not job.first}
+    there = {name: record for name, job in jobs.items() if (record := records.of(name, job.identity)) is not None}
+    finished = [record for record in there.values() if "failed" not in record]
+    failed = [f"{name} ({record['failed']})" for name, record in there.items() if "failed" in record]
+    where, mixed = conditions_of(finished)
+    note = next((one.mixed_note for one in found if one is not None and one.mixed), "") if mixed else ""
+    return {
+        "made": of_total(len(finished), len(jobs)),
+        "failed": f"\nFailed, and left out of all figures: {'; '.join(failed)}.\n" if failed else "",
+        "mixed": f" {note}" if note else "",
+        **conditions(where),
+    }
 
 
 def all_jobs(suites: Sequence[Suite], cache: Path) -> list[Job]:
@@ -102,13 +149,13 @@ def all_jobs(suites: Sequence[Suite], cache: Path) -> list[Job]:
     return list(found.values())
 
 
-def dated(job: Job, *pairs: tuple[str, str], model: str = "digits", **content: Any) -> Job:
+def dated(job: Job, *pairs: tuple[str, str], model: str = "", **content: Any) -> Job:
     """The job with digests of what its figures depend on besides settings and weights: a fix makes its record outdated.
 
     Args:
         job: if its identity or the settings in it name a divergence, the figures depend on that divergence's losses.
         pairs: targets and anchors; the figures depend on their prompts and on the judge.
-        model: the pipeline that the concepts are erased from.
+        model: the pipeline of these concepts.
         content: whatever else the figures depend on, by name.
     """
     digests = {name: digest(one) for name, one in content.items()}

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from experiment import embedded
+import math
+
+from experiment import Suite, embedded
 
 from fdu.comparison.front import TARGET_ROLES, Estimate, Judged, Sample, complete
 from fdu.comparison.page import percent
 from fdu.comparison.plan import Candidate
 from fdu.comparison.results import Results
+from fdu.comparison.runs import before_name
+from fdu.comparison.sweep import Records
 
-FIGURES = ("erased, seen", "erased, unseen", "near", "far", "attributes", "change")
-"""The columns of a table. Near are neighbours of the target, far all other classes that were drawn."""
+COLUMNS = ("erased, seen", "erased, unseen", "near", "far", "attributes", "change")
+"""The columns of a table. Near are neighbours of the target, and the anchor unless it includes the target; far are all
+other classes that were drawn."""
 
 
 class Outcome:
@@ -18,44 +23,58 @@ class Outcome:
 
     Args:
         results: those of a suite.
-        target: one of its targets.
-
-    Raises:
-        ValueError: no seed of the target is complete.
+        target: one of its targets, with a complete seed.
+        before: the judge's view of the target's probes before any erasure.
     """
 
-    def __init__(self, results: Results, target: str) -> None:
+    def __init__(self, results: Results, target: str, before: tuple[Judged, ...] = ()) -> None:
         self.candidates = results.sample.candidates
         finished = complete(results.runs, self.candidates)
         self.runs = {key: tuple(runs) for key, runs in finished.items() if key[0] == target}
         self.all = Sample(self.runs, self.candidates)
-        anchor = dict(results.comparison.pairs)[target]
-        probes = embedded(results.comparison.model).content.probes(target, anchor=anchor)
+        self.anchor = dict(results.comparison.pairs)[target]
+        content = embedded(results.comparison.model).content
+        self.chance = content.chance(target, self.anchor)
+        """The share of images for the anchor that show the target, if it draws all that it can mean equally often."""
+        probes = content.probes(target, anchor=self.anchor)
         self._near = {one.name for one in probes if one.role == "retained" and one.group == "near"}
-        self._parts = {kind: self._only(kind) for kind in FIGURES[:4]}
+        if not self.chance:
+            self._near |= {one.name for one in probes if one.name == self.anchor}
+        self._parts = {kind: self._only(kind) for kind in COLUMNS[:4]}
+        near = [sum(one.hits) / len(one.hits) for one in before if self._kind(one) == "near"]
+        self.near_before = sum(near) / len(near) if near else math.nan
+
+    def _kind(self, one: Judged) -> str:
+        """The column of a probe."""
+        if one.role in TARGET_ROLES:
+            return f"erased, {'seen' if one.role == 'target' else 'unseen'}"
+        return "near" if one.name in self._near else "far"
 
     def _only(self, kind: str) -> Sample:
         """The figures of the probes of one kind."""
-
-        def wanted(one: Judged) -> bool:
-            if one.role in TARGET_ROLES:
-                return kind == f"erased, {'seen' if one.role == 'target' else 'unseen'}"
-            return kind == ("near" if one.name in self._near else "far")
-
-        return Sample({key: tuple(filter(wanted, runs)) for key, runs in self.runs.items()}, self.candidates)
+        chosen = {key: tuple(one for one in runs if self._kind(one) == kind) for key, runs in self.runs.items()}
+        return Sample(chosen, self.candidates)
 
     def estimate(self, figure: str, one: Candidate) -> Estimate:
-        """A figure of ``FIGURES`` with its interval."""
+        """A figure of ``COLUMNS`` with its interval."""
         if figure in self._parts:
             return self._parts[figure].estimate("erased" if figure.startswith("erased") else "retained", one)
         return self.all.estimate(figure, one)
 
     def cells(self, one: Candidate) -> list[str]:
         """All figures in percent, for a row of a table."""
-        return [percent(self.estimate(name, one), 2 if name == "change" else 1) for name in FIGURES]
+        return [percent(self.estimate(name, one), 2 if name == "change" else 1) for name in COLUMNS]
 
 
-def outcomes(results: Results) -> dict[str, Outcome]:
-    """The targets with a complete seed."""
+def outcomes(suite: Suite, records: Records, results: Results | None) -> dict[str, Outcome]:
+    """The targets with a complete seed, of the results of a suite's records."""
+    if results is None:
+        return {}
     there = {target for target, _, _ in complete(results.runs, results.sample.candidates)}
-    return {target: Outcome(results, target) for target, _ in results.comparison.pairs if target in there}
+    own = suite.current(records)
+    found = {}
+    for target, _ in results.comparison.pairs:
+        if target in there:
+            before = own.found.get(before_name(target), {"judged": []})
+            found[target] = Outcome(results, target, tuple(map(Judged.from_dict, before["judged"])))
+    return found

@@ -33,7 +33,7 @@ from fdu.evaluation.verdict import ERASED_BELOW, percent
 from fdu.models.families import denoiser_of
 from fdu.storage.output import write_text
 from fdu.subjects.emoji import emoji_pipeline
-from fdu.subjects.emoji.drawings import fetch_packages, load_drawings, on_backgrounds
+from fdu.subjects.emoji.drawings import PACKAGES, fetch_packages, load_drawings, on_backgrounds
 from fdu.subjects.emoji.objects import ALL_THINGS, BACKGROUNDS, STYLES
 
 MODEL, TARGET, ANCHOR, SUPERCLASS = "emoji", "fox", "wolf", "mammal"
@@ -72,13 +72,15 @@ def jobs(cache: Path) -> list[Job]:
         "latents": LATENTS,
         "attack": dataclasses.asdict(AttackConfig()),
         "relearning": dataclasses.asdict(RelearningConfig()),
+        "kept": [KEPT_IMAGES, KEPT_SEED],
     }
     rows = [Job(NOT_ERASED, {**shared, "settings": {}}, functools.partial(examine, NOT_ERASED))]
     for name, (anchor, _) in ERASURES.items():
         identity = {**shared, "anchor": anchor, "settings": settings_identity(config_of(name))}
         rows.append(Job(name, identity, functools.partial(examine, name)))
     for name in UNKNOWN:
-        identity = {**shared, "settings": {}, "unknown": name}
+        packages = [package.sha256 for package in PACKAGES.values()]
+        identity = {**shared, "settings": {}, "unknown": name, "anchor": SUPERCLASS, "packages": packages}
         rows.append(Job(NEVER_KNOWN.format(name), identity, functools.partial(examine_unknown, name)))
     sets = packaged_sets("emoji", TARGET)
     return [dated(job, (TARGET, job.identity.get("anchor", ANCHOR)), model=MODEL, phrasings=sets) for job in rows]
@@ -116,13 +118,16 @@ def examine_unknown(name: str) -> Record:
     fetch_packages(packages)
     place = [thing.name for thing in ALL_THINGS].index(name)
     drawings = load_drawings(packages)[place]
-    turns = torch.arange(LATENTS)
-    images = on_backgrounds(drawings[turns % len(STYLES)], turns // len(STYLES) % len(BACKGROUNDS))
+    # The words ask for any mammal: the pipeline has no word for this one. Image i shows what else prompt i asks for.
+    phrases = list({one.text: one for one in emoji_pipeline.phrases(TARGET, SUPERCLASS)}.values())
+    shown = [(place, phrases[place % len(phrases)]) for place in range(LATENTS)]
+    styles = [STYLES.index(one.style) if one.style else place % len(STYLES) for place, one in shown]
+    backgrounds = [BACKGROUNDS.index(one.background or BACKGROUNDS[0]) for _, one in shown]
+    images = on_backgrounds(drawings[styles], torch.tensor(backgrounds))
     judge = emoji_pipeline.judge_of(name)
     assert judge(images).count(name) > 0.9 * LATENTS
     latents = denoiser.encode_images(images, torch.Generator().manual_seed(0))
-    # The words ask for any mammal: the pipeline has no word for this one.
-    prompts = tuple(dict.fromkeys(one.text for one in emoji_pipeline.phrases(TARGET, SUPERCLASS)))
+    prompts = tuple(one.text for one in phrases)
     lesson = Lesson(denoiser, fdu.Probe(name, prompts, "target", judge), latents, DRAWING)
     attacked, relearnt = dataclasses.asdict(attack(lesson)), dataclasses.asdict(relearn(lesson))
     return {"retained": None, "attack": attacked, "relearning": relearnt}
@@ -141,10 +146,6 @@ def page(rows: Rows) -> str:
     sets = list(next(row["phrasings"] for row in rows.values() if row.get("phrasings")))
     header = ["erasure", "retained", "prompts alone", *sets, "attack", "back after", "relearnt", "back after"]
     erasures = {name: row for name, row in rows.items() if name in ERASURES}
-    attacked = {name: row["attack"]["after"]["value"] for name, row in rows.items()}
-    unknown = [NEVER_KNOWN.format(name) for name in UNKNOWN]
-    taught = max((attacked[name] for name in unknown if name in attacked), default=-1.0)
-    below = [name for name in erasures if attacked[name] <= taught]
     return fill(
         "robustness.md",
         made=of_total(len(rows), len(ERASURES) + 1 + len(UNKNOWN)),
@@ -156,12 +157,25 @@ def page(rows: Rows) -> str:
         attack=first["attack"]["config"],
         latents=LATENTS,
         back=percent(BACK),
-        below=", ".join(below) or "none",
+        below=below(rows),
+        kept_images=KEPT_IMAGES,
         erasures=len(erasures),
         held=held(erasures),
         threshold=percent(ERASED_BELOW),
         table=markdown(header, [cells(name, row, sets) for name, row in rows.items()]),
     )
+
+
+def below(rows: Rows) -> str:
+    """Which erasures the attack restores no further than it teaches an animal that was never known, in a sentence."""
+    attacked = {name: row["attack"]["after"]["value"] for name, row in rows.items()}
+    taught = [attacked[name] for name in map(NEVER_KNOWN.format, UNKNOWN) if name in attacked]
+    if not taught:
+        return 'The rows "never known" are not measured yet.'
+    names = [name for name in ERASURES if name in attacked and attacked[name] <= max(taught)]
+    if not names:
+        return "Under the attack, all erasures lie above the higher of the two."
+    return f"Under the attack, by the figures alone, these do not lie above the higher of the two: {', '.join(names)}."
 
 
 def cells(name: str, row: Record, sets: list[str]) -> list[str]:

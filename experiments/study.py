@@ -5,8 +5,8 @@
 Takes about four hours of two cores, shared by ``--workers`` processes.
 
 On the emoji pipeline, six targets and three seeds: the divergences in short runs without preservation, where the
-erasure is incomplete, and in whole runs with the defaults; and the min-max game against the exact divergence. On the
-digits pipeline short runs and games.
+erasure is incomplete, and in whole runs with the defaults; and the min-max game against the exact divergence. The
+digits pipeline has short runs and games only. Pictures along the fronts are drawn on the machine that made the runs.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 
-from claims import CLAIMS, Contrasts, judged, summary, weigh
-from experiment import HERE, Suite, all_jobs, conditions, fill, of_total, run
-from outcomes import FIGURES, outcomes
+from claims import CLAIMS, Contrasts, summary, told, verdict, weigh
+from experiment import DRAWING, HERE, NOT_MEASURED, Suite, all_jobs, fill, run, told_of
+from outcomes import COLUMNS, Outcome, outcomes
 
 from fdu.comparison.front import Estimate, Standing, complete
 from fdu.comparison.gallery import drawn_gallery, galleries
@@ -55,13 +55,12 @@ STEPS = (20, 40, 80)
 SHORT = EraseConfig(max_train_steps=40, preservation_weight=0.0, learning_rate=2e-3)
 STEADY = EraseConfig(preservation_weight=0.0, lr_scheduler="constant", learning_rate=1e-3)
 """At a constant learning rate a run of 20 steps is the beginning of one of 80."""
-DRAWING = {
-    "emoji": Drawing(images_per_class=8, images_of_target=40, num_inference_steps=12, guidance_scale=2.0),
-    "digits": Drawing(images_per_class=32, images_of_target=96, num_inference_steps=12),
-}
+EMOJI = DRAWING["emoji"]
+DIGITS = Drawing(images_per_class=32, images_of_target=96, num_inference_steps=12)
+DRAWINGS = {"emoji": EMOJI, "digits": DIGITS}
+"""How the judged images are drawn; chance blurs what is left of a digit."""
 MOST_PICTURED = 6
 """Rows of pictures along the front of a target."""
-NOT_MEASURED = "Not measured yet."
 
 
 def suites(model: str) -> dict[str, Suite]:
@@ -81,7 +80,7 @@ def suites(model: str) -> dict[str, Suite]:
     def suite(name: str) -> Suite:
         candidates, base = plan[name]
         pairs = PAIRS[model][:1] if name == "games" else PAIRS[model]
-        comparison = Comparison(model, pairs, tuple(candidates), SEEDS, base, drawing=DRAWING[model])
+        comparison = Comparison(model, pairs, tuple(candidates), SEEDS, base, drawing=DRAWINGS[model])
         return Suite(f"{model}-{name}", comparison)
 
     return {name: suite(name) for name in plan if model == "emoji" or name != "whole"}
@@ -92,80 +91,86 @@ def jobs(cache: Path) -> list[Job]:
     return all_jobs([suite for model in PAIRS for suite in suites(model).values()], cache)
 
 
+Found = Mapping[str, Mapping[str, Results | None]]
+"""Results by pipeline and suite; None for those that cannot be compared yet."""
+
+
 def write_page(results: Path, docs: Path) -> None:
     """Write page, charts and pictures from the records that are up to date; nothing before the short runs of the emoji
     have a complete seed."""
     records = Records(results / "study.jsonl")
-    found = {model: {name: one.results(records) for name, one in suites(model).items()} for model in PAIRS}
-    short = found["emoji"]["short"]
+    every = {model: suites(model) for model in PAIRS}
+    found = {model: {name: one.results(records) for name, one in each.items()} for model, each in every.items()}
+    short, games = found["emoji"]["short"], found["emoji"]["games"]
     if short is None:
         return
-    charts = {"front": front_chart(short.standings), "alpha": alpha_chart(short)}
-    for model, name in (("emoji", "variational"), ("digits", "variational-digits")):
-        games = found[model]["games"]
-        if games is not None:
-            charts[name] = curve_chart(curves(games), "steps", "share of the target's images that show it (%)")
+    # More alphas than there are colours have a chart of their own.
+    fronts = [one for one in short.standings if one.candidate.divergence not in MORE_ALPHAS]
+    charts = {"front": front_chart(fronts), "alpha": alpha_chart(short)}
+    if games is not None:
+        charts["variational"] = curve_chart(curves(games), "steps", "share of the target's images that show it (%)")
     for name, chart in charts.items():
         write_text(docs / "results" / f"{name}.svg", chart.svg(whole=True))
-    draw_fronts(short, docs / "results")
-    everything = [job for job in jobs(Path()) if not job.first]
-    made = sum(records.of(job.name, job.identity) is not None for job in everything)
-    write_text(docs / "results.md", page(found, of_total(made, len(everything)), docs / "results"))
+    became = {name: outcomes(every["emoji"][name], records, found["emoji"][name]) for name in ("short", "whole")}
+    draw_fronts(short, became["short"], docs / "results")
+    listed = [suite for each in every.values() for suite in each.values()]
+    said = told_of(listed, records, [one for each in found.values() for one in each.values()])
+    write_text(docs / "results.md", page(found, became, said))
 
 
-def page(found: Mapping[str, Mapping[str, Results | None]], made: str, pictures: Path) -> str:
+def page(found: Found, became: Mapping[str, Mapping[str, Outcome]], said: Mapping[str, str]) -> str:
     """docs/results.md.
 
     Args:
-        found: the results by pipeline and suite; the short runs of the emoji are there.
-        made: how many runs, in words.
-        pictures: the folder of the pictures along the fronts.
+        found: the results; the short runs of the emoji are there.
+        became: by suite and target, what became of the target.
+        said: what every page says of its runs.
     """
-    emoji = found["emoji"]
-    short = emoji["short"]
+    short, whole, games = (found["emoji"][name] for name in ("short", "whole", "games"))
+    digits = found["digits"]["short"]
     assert short is not None
-    there = [one for each in found.values() for one in each.values() if one is not None]
-    failed = [f"{name} ({said})" for one in there for name, said in one.failed.items()]
     samples = {
         model: {name: one.sample if one else None for name, one in each.items()} for model, each in found.items()
     }
-    contrasts = {name: {model: weigh(claim, samples[model]) for model in found} for name, claim in CLAIMS.items()}
-    digits = found["digits"]["short"]
+    curve = (
+        "![What is left of the target against steps, exact (full) and variational (dashed)](results/variational.svg)"
+    )
     return fill(
         "results.md",
-        made=made,
-        **conditions(short.conditions),
+        **said,
         core_seconds=short.core_seconds,
-        mixed=f" {short.mixed_note}" if short.mixed else "",
-        pairs=", ".join(f"{target} to {anchor}" for target, anchor in short.comparison.pairs),
+        pairs=", ".join(f"{target} to {anchor}" for target, anchor in PAIRS["emoji"]),
         digits_pairs=", ".join(f"{target} to {anchor}" for target, anchor in PAIRS["digits"]),
         seeds=len(SEEDS),
         short=short.comparison,
-        drawing=DRAWING["emoji"],
+        drawing=EMOJI,
+        digits_drawing=DIGITS,
         compared=compared(short),
-        claims=summary(contrasts),
+        claims=summary(samples),
         table=table(short.standings, SAME_AS).strip(),
-        whole=table(emoji["whole"].standings).strip() if emoji["whole"] else NOT_MEASURED,
-        whole_compared=compared(emoji["whole"]) if emoji["whole"] else "",
-        games=table(emoji["games"].standings).strip() if emoji["games"] else NOT_MEASURED,
-        digits_front=told(digits.standings) if digits else NOT_MEASURED,
-        recommendations="\n".join(
-            f"* **{prefer}**: {one.headline}. {' '.join(one.sentences)}"
-            for prefer, one in (emoji["whole"] or short).recommendations.items()
-        ),
-        by_target="\n\n".join(by_target(target, anchor, emoji, pictures) for target, anchor in PAIRS["emoji"]),
-        failed=f"\nFailed, and left out of all figures: {'; '.join(failed)}.\n" if failed else "",
-        **{name: verdicts(by_model) for name, by_model in contrasts.items()},
+        whole=f"{table(whole.standings).strip()}\n\n{compared(whole)}".strip() if whole else NOT_MEASURED,
+        recommendations=recommended(whole) if whole else "",
+        games=f"{curve}\n\n{table(games.standings).strip()}\n\n{compared(games)}".strip() if games else NOT_MEASURED,
+        digits_front=told_front(digits.standings) if digits else NOT_MEASURED,
+        by_target="\n\n".join(by_target(target, anchor, became) for target, anchor in PAIRS["emoji"]),
+        **{
+            name: "\n\n".join(judged(model, weigh(claim, samples[model])) for model in samples)
+            for name, claim in CLAIMS.items()
+        },
     )
 
 
-def verdicts(by_model: Mapping[str, Contrasts]) -> str:
-    """The verdict on a claim and its comparisons, one pipeline after the other."""
-    parts = []
-    for model, contrasts in by_model.items():
-        one = judged(contrasts)
-        parts.append(f"**{model.capitalize()}: {one['verdict']}.**\n\n{one['table']}".strip())
-    return "\n\n".join(parts)
+def judged(model: str, contrasts: Contrasts) -> str:
+    """The verdict on a claim on one pipeline, and its comparisons."""
+    return f"**{model.capitalize()}: {verdict([one.bears for one in contrasts])}.**\n\n{told(contrasts)}".strip()
+
+
+def recommended(results: Results) -> str:
+    """The recommendations, by preference."""
+    lines = (
+        f"* **{prefer}**: {one.headline}. {' '.join(one.sentences)}" for prefer, one in results.recommendations.items()
+    )
+    return "\n".join(["Recommendations, by preference:", "", *lines])
 
 
 def compared(results: Results) -> str:
@@ -174,10 +179,10 @@ def compared(results: Results) -> str:
     wanted = len(results.comparison.pairs) * len(results.comparison.seeds)
     if made == wanted:
         return ""
-    return f" So far {made} of {wanted} pairs of target and seed are complete. The figures cover these pairs only."
+    return f"So far {made} of {wanted} pairs of target and seed are complete. The figures cover these pairs only."
 
 
-def told(standings: tuple[Standing, ...]) -> str:
+def told_front(standings: tuple[Standing, ...]) -> str:
     """The candidates on the front in a sentence."""
     on_front = sorted((one for one in standings if one.on_front), key=lambda one: -one.erased.value)
     figures = (
@@ -187,17 +192,19 @@ def told(standings: tuple[Standing, ...]) -> str:
     return f"On the front: {'; '.join(figures)}."
 
 
-def by_target(target: str, anchor: str, found: Mapping[str, Results | None], pictures: Path) -> str:
+def by_target(target: str, anchor: str, became: Mapping[str, Mapping[str, Outcome]]) -> str:
     """What became of one target at s0 = 1, in short and in whole runs, and the pictures along its front."""
-    rows = []
-    for name in ("short", "whole"):
-        results = found[name]
-        own = outcomes(results).get(target) if results else None
-        if own is not None:
-            rows += [[name, one.divergence, *own.cells(one)] for one in own.candidates if one.s0 == 1.0]
-    said = markdown(["runs", "divergence", *FIGURES], rows) if rows else NOT_MEASURED
+    rows = [
+        [name, one.divergence, *own[target].cells(one)]
+        for name, own in became.items()
+        if target in own
+        for one in own[target].candidates
+        if one.s0 == 1.0
+    ]
+    said = markdown(["runs", "divergence", *COLUMNS], rows) if rows else NOT_MEASURED
     picture = f"front-{slug(target)}.png"
-    shown = f"\n\n![Pictures along the front of {target}](results/{picture})" if (pictures / picture).is_file() else ""
+    there = (HERE.parent / "docs" / "results" / picture).is_file()
+    shown = f"\n\n![Pictures along the front of {target}](results/{picture})" if there else ""
     return f"### {target.capitalize()} to {anchor}\n\n{said}{shown}"
 
 
@@ -211,9 +218,9 @@ def alpha_chart(short: Results) -> Chart:
     return curve_chart(lines, "alpha", "share of images (%)")
 
 
-def draw_fronts(short: Results, folder: Path) -> None:
-    """The pictures along the front of each target, where this machine has made them."""
-    for target, own in outcomes(short).items():
+def draw_fronts(short: Results, became: Mapping[str, Outcome], folder: Path) -> None:
+    """The pictures along the front of each target, where this machine has made the runs of the first seed."""
+    for target, own in became.items():
         best: dict[tuple[float, float], Standing] = {}
         for one in own.all.standings():
             if one.on_front:

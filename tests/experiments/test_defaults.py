@@ -14,6 +14,7 @@ from fdu.comparison.plan import Run
 from fdu.comparison.sweep import Records
 from fdu.config import EraseConfig
 
+RESULTS = Path(defaults.__file__).parent / "results"
 SUITES = [one for model in defaults.SEEN for one in defaults.suites(model).values()]
 
 
@@ -35,6 +36,13 @@ def chosen(folder: Path, **figures: Seen) -> str:
 def test_the_defaults_are_the_choice() -> None:
     assert {name: EraseConfig().as_dict()[name] for name in defaults.CHOSEN} == defaults.CHOSEN
     assert defaults.CHOSEN in defaults.FINALISTS
+
+
+def test_the_rule_chooses_them_from_the_records(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    records = Records(RESULTS / "defaults.jsonl")
+    found = [defaults.suites(model)["finalists"].results(records) for model in defaults.SEEN]
+    assert defaults.choose([one for one in found if one is not None]) == defaults.candidate(defaults.CHOSEN)
 
 
 def test_targets_of_the_confirmation_are_new() -> None:

@@ -77,4 +77,4 @@ def test_a_suite_without_records_says_so_and_without_any_the_page_stays(tmp_path
 def test_every_way_has_a_row_beside_the_defaults(tmp_path: Path) -> None:
     page = page_of(tmp_path, {}, without="styles")
     assert page.count("\n| defaults | 100.0 (") == len(erasure.WAYS)
-    assert "| variational, kl | 100.0 (" in page and "| init closed_form, rank 64 | 100.0 (" in page
+    assert "| divergence kl, variational | 100.0 (" in page and "| init closed_form, rank 64 | 100.0 (" in page

@@ -11,12 +11,13 @@ import experiment
 import pytest
 import study
 from experiment import Suite
-from handmade import Seen, write_records
+from handmade import CONDITIONS, Seen, write_records
 from judged_runs import judged, runs
 
 from fdu.comparison import runs as runs_file
 from fdu.comparison.front import Estimate, Sample
 from fdu.comparison.plan import Candidate, Run
+from fdu.comparison.sweep import Records
 
 
 @pytest.fixture(autouse=True)
@@ -57,9 +58,13 @@ def as_the_paper_says(suite: Suite, run: Run) -> Seen:
     ("bears", "wanted"),
     [
         ((1, 1), "holds (2 "),
-        ((-1, 0, 0), "does not hold (1 "),
+        ((-1, 0), "does not hold (1 "),
         ((0, 0), "not observed (2 "),
         ((1, 0), "holds in part (1 "),
+        ((1, 0, 0), "mostly not observed (1 "),
+        ((-1, 0, 0), "mostly not observed (1 "),
+        ((claims.TRADE, 1), "mixed (1 "),
+        ((claims.TRADE, 0), "does not hold (1 "),
         ((1, -1, 0), "mixed (1 "),
         ((None, 1, None), "holds (1 "),
         ((None, None), "cannot be told (2 "),
@@ -83,9 +88,9 @@ def test_what_keeps_more_counts_only_where_it_does_not_erase_less() -> None:
     assert claims.kept_sign({"erased": up, "retained": flat, "change": up}) is None
     found, candidates = runs({"squared_hellinger": (0.9, 1.0, 0.05), "mse": (0.5, 1.0, 0.01)})
     (traded,) = claims.dominance(Sample(found, candidates))
-    assert traded.bears is None  # more is erased, but more is changed
+    assert traded.bears == claims.TRADE  # more is erased, but more is changed
     undecided = claims.Contrast("here", dict.fromkeys(claims.MORE_OF, flat), None)
-    assert claims.judged([undecided])["table"].endswith(f"| {claims.WORDS[None]} |")
+    assert claims.told([undecided]).endswith(f"| {claims.WORDS[None]} |")
     assert claims.kept_sign({"erased": flat, "retained": up, "change": up}) == 1
     assert claims.kept_sign({"erased": flat, "retained": flat, "change": down}) == 1
     assert claims.kept_sign({"erased": flat, "retained": flat, "change": up}) == -1
@@ -128,11 +133,12 @@ def test_the_page_says_what_the_records_say(tmp_path: Path) -> None:
     assert found["The scale sigma decides whether the divergence matters"][0].startswith("not observed (1 ")
     assert found["Variational losses erase faster"][0].startswith("holds (3 ")
     assert found["Variational losses hurt fidelity more"][0].startswith("cannot be told (3 ")
+    assert found["Variational losses hurt fidelity more"][2] == ""
     recommended = [line for line in page.splitlines() if line.startswith("* **")]
     assert len(recommended) == 3 and any("squared_hellinger" in line for line in recommended)
     shown = [line for line in page.splitlines() if line.startswith(("| short | squared", "| whole | squared"))]
     assert len(shown) == 2 and all("| 90.0 (" in line for line in shown)
-    charts = {"alpha.svg", "front.svg", "variational.svg", "variational-digits.svg"}
+    charts = {"alpha.svg", "front.svg", "variational.svg"}
     assert {path.name for path in (tmp_path / "docs" / "results").iterdir()} == charts
 
 
@@ -158,7 +164,8 @@ def test_a_study_that_is_not_finished_says_so(tmp_path: Path, capsys: pytest.Cap
     assert "nothing to compare yet" in capsys.readouterr().out
     page = page_of(tmp_path / "one", short(1)) or ""
     assert "(15 of 135 runs;" in page and "1 of 3 pairs of target and seed" in page
-    assert study.NOT_MEASURED in page and verdicts(page)["Variational losses erase faster"][2] == ""
+    assert page.count(study.NOT_MEASURED) == 3 and "Recommendations" not in page and "variational.svg" not in page
+    assert verdicts(page)["Variational losses erase faster"][2] == ""
 
 
 def test_outdated_records_are_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -170,3 +177,19 @@ def test_outdated_records_are_left_out(tmp_path: Path, monkeypatch: pytest.Monke
     page = (tmp_path / "docs" / "results.md").read_text()
     assert "(123 of 135 runs;" in page
     assert [one[0] for one in verdicts(page).values()].count("not measured yet") == 2
+
+
+def test_a_candidate_that_failed_is_left_out_and_named(tmp_path: Path) -> None:
+    suites = [suite for model in study.PAIRS for suite in study.suites(model).values()]
+    write_records(tmp_path / "study.jsonl", suites, as_the_paper_says)
+    records = Records(tmp_path / "study.jsonl")
+    (name,) = [
+        name for name in records.found if name.startswith("emoji-short/") and "pearson_chi2_s0=10_seed=0" in name
+    ]
+    records.found[name] = {**{key: records.found[name][key] for key in ("identity", *CONDITIONS)}, "failed": "loss nan"}
+    records.write([])
+    study.write_page(tmp_path, tmp_path / "docs")
+    page = (tmp_path / "docs" / "results.md").read_text()
+    assert "(134 of 135 runs;" in page and f"{name} (loss nan)" in page
+    assert page.count("| s0 10, pearson_chi2 minus mse |") == 1  # of the digits
+    assert verdicts(page)["The scale sigma decides whether the divergence matters"][0] == "not measured yet"
