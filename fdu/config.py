@@ -60,6 +60,11 @@ WITHOUT_STEPS = (
     *("mixed_precision", "cache_dir", "checkpoint_dir"),
 )
 """The settings that mean something, or do no harm, where nothing is trained."""
+SEARCHES = (
+    *("adversarial_rounds", "adversarial_steps", "adversarial_conditionings", "adversarial_bound"),
+    *("train_batch_size", "num_latents", "num_inference_steps", "guidance_scale", "sample_batch_size"),
+)
+"""Those that mean something there too if there are searches."""
 if TYPE_CHECKING:
     TrainMethodName = str
     Prompts = Sequence[str]
@@ -152,8 +157,8 @@ class EraseConfig:
     max_train_steps: Natural = 120
     """Optimizer steps at most, >= 0."""
     stop_at: Share = 0.0
-    """End the training early: once the median s of the erasing samples is this share of the original model's, in [0, 1);
-    0 takes all steps. Checked every 10 steps; the learning rate then falls to 0 within 10 more."""
+    """End the training early: once the median s of the erasing samples is this share of the original model's, in
+    [0, 1); 0 takes all steps. Checked every 10 steps; the learning rate then falls to 0 within 10 more."""
     train_batch_size: Count = 16
     """Erasing samples per step per process, >= 1; as many preserving samples are added when preservation_weight > 0."""
     learning_rate: Positive | None = None
@@ -218,6 +223,17 @@ class EraseConfig:
     """Gradient norm to clip at, > 0."""
     gradient_surgery: bool = False
     """Remove the component of the erasing gradient that opposes the preserving gradient."""
+    adversarial_rounds: Natural = 0
+    """Robust erasure: so many times, search for embeddings that still draw the target, and erase them too, >= 0."""
+    adversarial_steps: Count = 60
+    """Optimizer steps of a search, >= 1."""
+    adversarial_conditionings: Count = 2
+    """Searches per round and concept, >= 1; the first begins at the prompts, the others at noise around them."""
+    adversarial_bound: Positive = 2.0
+    """Largest size of what a search adds to an embedding, > 0, relative to the embeddings' own (root mean squares)."""
+    adversarial_order: Literal["search_first", "alternate"] = "search_first"
+    """Search in a training that is thrown away, and then erase once with all that was found ("search_first", as
+    STEREO), or go on with one training between the searches ("alternate", as AdvUnlearn), in half the time."""
     num_latents: Annotated[int, (">=", 2)] = 96
     """Training latents, >= 2, sampled in advance from the target's, the anchor's and the preserved prompts; never more
     than the steps can use."""
@@ -295,7 +311,7 @@ class EraseConfig:
             )
         idle: Collection[str] = () if self.init == "closed_form" else ("ridge", "rank_tolerance")
         if not method.trains:
-            idle = {*self.field_names()} - {*WITHOUT_STEPS}
+            idle = {*self.field_names()} - {*WITHOUT_STEPS, *(SEARCHES if self.adversarial_rounds else ())}
         for field in dataclasses.fields(self):
             if field.name in idle and getattr(self, field.name) != field.default:
                 raise ValueError(f"{field.name} has no effect with train_method {self.train_method!r}; leave it out")
@@ -303,6 +319,12 @@ class EraseConfig:
             raise ValueError(
                 "negative_guidance needs objective 'model'; set objective to 'model', or negative_guidance to 0"
             )
+        if self.adversarial_rounds:
+            self._require_searches()
+        else:
+            for field in dataclasses.fields(self):
+                if field.name.startswith("adversarial") and getattr(self, field.name) != field.default:
+                    raise ValueError(f"{field.name} has no effect without adversarial_rounds; add it")
         if self.stop_at and self.objective == "noise":
             raise ValueError("stop_at needs objective 'model': the distance from noise does not fall to a small share")
         if self.objective == "noise" and self.frozen_batches and not self.preservation_weight:
@@ -317,6 +339,24 @@ class EraseConfig:
             raise ValueError("frozen_batches fixes the timesteps; use timestep_sampling 'uniform' with it")
         if self.resume_from_checkpoint is not None and self.checkpoint_dir is None:
             raise ValueError("resume_from_checkpoint needs checkpoint_dir for further checkpoints; add it")
+
+    def _require_searches(self) -> None:
+        """Refuse settings that do not go with adversarial_rounds."""
+        if self.objective == "noise":
+            raise ValueError("adversarial_rounds needs objective 'model'; set objective to 'model'")
+        if self.shard:
+            raise ValueError("adversarial_rounds does not work with shard; leave one of them out")
+        if self.frozen_batches and self.adversarial_order == "alternate":
+            raise ValueError(
+                "frozen_batches fixes the batches before the searches; leave it out, or set adversarial_order to "
+                "'search_first'"
+            )
+        method = TRAIN_METHODS[self.train_method]
+        if method.trains and self.max_train_steps < 2 * self.adversarial_rounds:
+            raise ValueError(
+                f"adversarial_rounds {self.adversarial_rounds} needs at least {2 * self.adversarial_rounds} steps, and "
+                f"max_train_steps is {self.max_train_steps}"
+            )
 
     def as_dict(self) -> dict[str, Any]:
         """As a dict for JSON; a Divergence becomes its name."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, ParamSpec, Protocol
 
 import torch
@@ -15,15 +17,16 @@ from torch import Tensor
 from torch.nn import functional
 
 from fdu.concepts import Concept, ConceptLike, ConceptType, Pair, concept_pairs, joined
-from fdu.config import TRAIN_METHODS, EraseConfig
+from fdu.config import PLACES, TRAIN_METHODS, EraseConfig
 from fdu.models.denoiser import Denoiser
 from fdu.models.families import denoiser_of
 from fdu.result import ErasureResult
 from fdu.storage.fingerprint import versions
+from fdu.training.adversary import Adversary, from_keys, keys_of, search_steps
 from fdu.training.cache import Cache, model_key, tensor_key
 from fdu.training.checkpoint import Checkpoints
 from fdu.training.closed_form import EditFigures, closed_form
-from fdu.training.examples import prepare_examples
+from fdu.training.examples import Examples, Found, prepare_examples
 from fdu.training.loop import Training
 from fdu.training.methods import Request, Trainable, attach
 from fdu.training.objective import Objective
@@ -103,8 +106,7 @@ def erase(
         if TRAIN_METHODS[config.train_method].trains:
             trainable, history, sigma, edits = _train(accelerator, denoiser, pairs, mask, config)
         else:
-            with seeded(config.seed, denoiser.device):
-                trainable, edits = _attach(denoiser, pairs, config)
+            trainable, edits = _compute(accelerator, denoiser, pairs, config)
             history, sigma = {}, None
     trainable.finish()
     seconds = time.perf_counter() - started
@@ -129,6 +131,13 @@ def _train(
         if mask is not None:
             size = examples.latents.shape[-2:]
             mask = functional.interpolate(mask[None, None].float(), size=size, mode="area")[0]
+    adversary = None
+    if config.adversarial_rounds:
+        adversary = Adversary(accelerator, denoiser, pairs, config, examples, search_steps(config))
+        if config.adversarial_order == "search_first":
+            examples = _searched(adversary, mask, cache, model.get("weights", ""))
+            adversary = None
+    with seeded(config.seed, denoiser.device):
         objective = Objective(denoiser, config, mask)
         trainable, edits = _attach(denoiser, pairs, config)
     try:
@@ -136,19 +145,78 @@ def _train(
             for parameter in trainable.named_parameters().values():
                 broadcast(parameter.data)  # processes may round an edit differently
         stepper = Stepper(accelerator, denoiser, trainable, examples, objective, config, cache)
-        history = Training(stepper, checkpoints).run()
+        history = Training(stepper, checkpoints, adversary=adversary).run()
     except BaseException:
         trainable.remove()
         raise
     return trainable, history, objective.sigma, edits
 
 
+def _compute(
+    accelerator: Accelerator, denoiser: Denoiser, pairs: Sequence[Pair], config: EraseConfig
+) -> tuple[Trainable, tuple[EditFigures, ...]]:
+    """Erase in closed form; after each search, again from the original model. Returns the edit and its figures."""
+    found: Sequence[Found] = ()
+    if config.adversarial_rounds:
+        folder = config.cache_dir
+        cache = Cache(folder, model_key(denoiser) if folder is not None else {}, accelerator)
+        examples = prepare_examples(denoiser, pairs, config, accelerator, cache)
+        adversary = Adversary(accelerator, denoiser, pairs, config, examples, range(config.adversarial_rounds))
+        for step in adversary.steps:
+            with seeded(config.seed, denoiser.device):
+                trainable, _ = _attach(denoiser, pairs, config, adversary.found)
+            try:
+                adversary.search()
+            finally:
+                trainable.remove()
+            assert not adversary.due(step)
+        found = adversary.found
+    with seeded(config.seed, denoiser.device):
+        return _attach(denoiser, pairs, config, found)
+
+
+def _searched(adversary: Adversary, mask: Tensor | None, cache: Cache, base: str) -> Examples:
+    """The training data with what a training that is thrown away and searches find, from the cache if it is there."""
+    accelerator, denoiser, pairs = adversary.accelerator, adversary.denoiser, adversary.pairs
+    config = dataclasses.replace(
+        adversary.config,
+        adversarial_order="alternate",
+        frozen_batches=0,
+        stop_at=0.0,
+        report_to="none",
+        validation_prompts=(),
+        checkpoint_dir=adversary.config.checkpoint_dir and str(Path(adversary.config.checkpoint_dir) / "search"),
+        resume_from_checkpoint=adversary.config.resume_from_checkpoint and "latest",
+    )
+
+    def search() -> dict[str, Tensor]:
+        with seeded(config.seed, denoiser.device):
+            objective = Objective(denoiser, config, mask)
+            trainable, _ = _attach(denoiser, pairs, config)
+        try:
+            checkpoints = _checkpoints(pairs, mask, config, base, accelerator.num_processes)
+            stepper = Stepper(accelerator, denoiser, trainable, adversary.examples, objective, config, cache)
+            Training(stepper, checkpoints, description="search", adversary=adversary).run()
+        finally:
+            trainable.remove()
+        return keys_of(adversary.found)
+
+    key = {
+        "settings": {name: value for name, value in config.as_dict().items() if name not in PLACES},
+        "concepts": [[list(one.prompts) for one in pair] for pair in pairs],
+        "mask": None if mask is None else tensor_key(mask),
+        "processes": accelerator.num_processes,
+    }
+    adversary.found = from_keys(cache.get("adversary", key, search), denoiser.device)
+    return adversary.extended()
+
+
 def _attach(
-    denoiser: Denoiser, pairs: Sequence[Pair], config: EraseConfig
+    denoiser: Denoiser, pairs: Sequence[Pair], config: EraseConfig, found: Sequence[Found] = ()
 ) -> tuple[Trainable, tuple[EditFigures, ...]]:
     """The trainable part of the pipeline, at its start, and the figures of the edits in it."""
     method = TRAIN_METHODS[config.train_method]
-    edits = closed_form(denoiser, pairs, config) if config.init == "closed_form" or not method.trains else ()
+    edits = closed_form(denoiser, pairs, config, found) if config.init == "closed_form" or not method.trains else ()
     request = Request(
         config.train_method,
         config.rank,

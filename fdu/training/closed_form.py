@@ -32,7 +32,7 @@ from fdu.concepts import Pair
 from fdu.config import EraseConfig
 from fdu.models import parts
 from fdu.models.denoiser import ENCODE_BATCH, Conditioning, Denoiser
-from fdu.training.examples import preserved_prompts, spread
+from fdu.training.examples import Found, preserved_prompts, spread
 
 MOST_PROMPTS, FEWEST_PHRASINGS = 256, 3
 """Of many concepts, no more prompts are read than these in all, but so many of each: encoding them takes most of the
@@ -80,8 +80,16 @@ class Edit:
 
 
 @torch.no_grad()
-def closed_form(denoiser: Denoiser, pairs: Sequence[Pair], config: EraseConfig) -> tuple[Edit, ...]:
+def closed_form(
+    denoiser: Denoiser, pairs: Sequence[Pair], config: EraseConfig, found: Sequence[Found] = ()
+) -> tuple[Edit, ...]:
     """The edits that erase the targets of ``pairs``: one for each text input in which target and anchor differ.
+
+    Args:
+        denoiser: the model.
+        pairs: targets and their anchors.
+        config: the settings.
+        found: conditionings that still draw a target, which are erased too. Those of one concept share the weight 1.
 
     Raises:
         ValueError: the denoiser has no layer to edit, or its text encoders read target and anchor as the same.
@@ -107,7 +115,7 @@ def closed_form(denoiser: Denoiser, pairs: Sequence[Pair], config: EraseConfig) 
             f"the closed form finds no layer to edit in this {type(denoiser.pipeline).__name__}; choose train_method "
             "'lora' and init 'none'"
         )
-    for weight, before, after in _aligned(denoiser, pairs):
+    for weight, before, after in _aligned(denoiser, pairs, found):
         for name in before:
             add(name, weight, before[name], after[name])
     kept = preserved_prompts(pairs, config)
@@ -157,32 +165,37 @@ def _applied(layer: nn.Module, left: Tensor) -> Tensor:
     return applied
 
 
-def _aligned(denoiser: Denoiser, pairs: Sequence[Pair]) -> Iterator[tuple[float, dict[str, Tensor], dict[str, Tensor]]]:
-    """For each pair of prompts: its weight, the target's inputs, and those of the anchor that correspond to them.
+def _aligned(
+    denoiser: Denoiser, pairs: Sequence[Pair], found: Sequence[Found] = ()
+) -> Iterator[tuple[float, dict[str, Tensor], dict[str, Tensor]]]:
+    """For each pair of prompts: its weight, the target's inputs, and those of the anchor that correspond to them; then
+    the same with what was found added to the target's.
 
     Inputs have the names of ``Denoiser.text_inputs`` and are [n, d] float64.
     """
     most = max(MOST_PROMPTS // len(pairs), FEWEST_PHRASINGS)
     every = []
-    for target, anchor in pairs:
+    for concept, (target, anchor) in enumerate(pairs):
+        own = [one for one in found if one.concept == concept]
         chosen = spread(len(target.prompts), min(len(target.prompts), most))
-        every += [(1 / len(chosen), target.prompts[index], anchor.prompts[index]) for index in chosen]
+        every += [(1 / len(chosen), own, target.prompts[index], anchor.prompts[index]) for index in chosen]
     for start in range(0, len(every), ENCODE_BATCH // 2):
         some = every[start : start + ENCODE_BATCH // 2]
-        prompts = list(dict.fromkeys(prompt for _, *both in some for prompt in both))
+        prompts = list(dict.fromkeys(prompt for _, _, *both in some for prompt in both))
         conditioning, tokens = denoiser.encode(prompts), denoiser.tokens(prompts)
         lengths = _lengths(denoiser, conditioning)
-        for weight, one, other in some:
+        for weight, own, one, other in some:
             rows = prompts.index(one), prompts.index(other)
             places = torch.tensor(alignment([(own[rows[0]], own[rows[1]]) for own in tokens], lengths))
-            before, after = {}, {}
-            for name in denoiser.text_inputs:
-                mine, others = (_inputs(conditioning, name, row) for row in rows)
-                seen = _unmasked(conditioning, name, rows[0])
-                before[name] = mine[seen]
-                # A pooled embedding is one input.
-                after[name] = others[places.to(others.device)][seen] if len(others) > 1 else others
-            yield weight, before, after
+            mine = conditioning[slice(rows[0], rows[0] + 1)]
+            for share, read in ((weight, mine), *((weight / len(own), one.moved(mine)) for one in own)):
+                before, after = {}, {}
+                for name in denoiser.text_inputs:
+                    others, seen = _inputs(conditioning, name, rows[1]), _unmasked(read, name, 0)
+                    before[name] = _inputs(read, name, 0)[seen]
+                    # A pooled embedding is one input.
+                    after[name] = others[places.to(others.device)][seen] if len(others) > 1 else others
+                yield share, before, after
 
 
 def _inputs(conditioning: Conditioning, name: str, row: int) -> Tensor:

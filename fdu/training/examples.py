@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -43,6 +43,82 @@ class Examples:
     """Latents of each concept."""
     latents: Tensor
     """Clean latents [M, C, H, W] fp32, on the device: of the concepts, then of the preserved prompts."""
+    added: Conditioning | None = None
+    """What is added to the prompts as an encoder reads them, [prompts, ...]; None for nothing. ``conditioning`` has it
+    already."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """A conditioning that still draws an erased concept: what to add to the prompts of its target."""
+
+    concept: int
+    """The number of the concept."""
+    moves: dict[str, Tensor]
+    """By name of a tensor of the conditioning: to its first embeddings, [tokens, d], or to all of it, [d]; fp32."""
+
+    def added(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What is added to the tensors of a conditioning of N prompts, in their shapes."""
+        found = {}
+        for name, tensor in tensors.items():
+            if name not in self.moves:
+                continue
+            addend, moves = torch.zeros_like(tensor), self.moves[name].to(tensor)
+            if tensor.ndim == 3:
+                addend[:, : len(moves)] = moves
+            else:
+                addend += moves
+            found[name] = addend
+        return found
+
+    def moved(self, conditioning: Conditioning) -> Conditioning:
+        """A conditioning with this added."""
+        return plus(conditioning, self.added(conditioning.tensors))
+
+
+def plus(conditioning: Conditioning, added: Mapping[str, Tensor]) -> Conditioning:
+    """A conditioning with something added to its tensors."""
+    moved = {name: conditioning.tensors[name] + addend.to(conditioning.tensors[name]) for name, addend in added.items()}
+    return Conditioning({**conditioning.tensors, **moved})
+
+
+def with_found(examples: Examples, found: Sequence[Found], phrasings: int) -> Examples:
+    """The examples with conditionings that still draw the targets: prompts of the target, moved by each, which are to
+    become what the anchor's prompts are.
+
+    Args:
+        examples: without any.
+        found: the conditionings.
+        phrasings: how many prompts of a target each moves.
+    """
+    if not found:
+        return examples
+    rows: list[int] = []
+    moved: list[Conditioning] = []
+    addends: list[dict[str, Tensor]] = []
+    pairs: list[int] = []
+    device = examples.latents.device
+    for one in found:
+        own = (examples.concept == one.concept).nonzero().flatten().tolist()
+        chosen = [own[place] for place in spread(len(own), min(len(own), phrasings))]
+        texts = examples.target[chosen]
+        rows += texts.tolist()
+        pairs += chosen
+        read = examples.conditioning[texts.to(device)]
+        addends.append(one.added(read.tensors))
+        moved.append(plus(read, addends[-1]))
+    first = len(examples.texts)
+    names = addends[0]
+    none = {name: torch.zeros_like(examples.conditioning.tensors[name]) for name in names}
+    return dataclasses.replace(
+        examples,
+        texts=(*examples.texts, *(examples.texts[row] for row in rows)),
+        conditioning=Conditioning.cat([examples.conditioning, *moved]),
+        target=torch.cat([examples.target, first + torch.arange(len(rows))]),
+        anchor=torch.cat([examples.anchor, examples.anchor[pairs]]),
+        concept=torch.cat([examples.concept, examples.concept[pairs]]),
+        added=Conditioning({name: torch.cat([none[name], *(addend[name] for addend in addends)]) for name in names}),
+    )
 
 
 @dataclasses.dataclass(frozen=True)

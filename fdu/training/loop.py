@@ -6,7 +6,7 @@ import logging
 import math
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import torch
 from accelerate.utils import gather_object
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from fdu.training.checkpoint import Checkpoints
+from fdu.training.examples import Examples
 from fdu.training.frozen_layers import keeping_less
 from fdu.training.process_state import Interruption, noticed
 from fdu.training.sharding import sharded
@@ -29,6 +30,19 @@ PREPARED = ("forward", "_original_forward", "_is_accelerate_prepared")
 """Attributes that accelerate gives a module that it prepares."""
 
 
+class Searcher(Protocol):
+    """Searches for what still draws the target; see :class:`fdu.training.adversary.Adversary`."""
+
+    def due(self, step: int) -> bool:
+        """Whether a search is due after so many steps."""
+
+    def search(self) -> Examples:
+        """Search with the model as it is now; the training data with all that was found so far."""
+
+    def extended(self) -> Examples:
+        """The training data with all that was found so far."""
+
+
 class NotFinite(RuntimeError):
     """A loss or a trained weight became NaN or infinite."""
 
@@ -39,8 +53,10 @@ class Training:
     Args:
         stepper: takes the steps; has the model, what it is trained on, and the settings.
         checkpoints: where to keep the state; None for nowhere.
+        watched: steps.
         watch: called after each of the steps ``watched``, with the whole pipeline on the device.
         description: what the progress bar calls it.
+        adversary: searches between the steps for what still draws the target, and adds it to the training data.
     """
 
     def __init__(
@@ -50,12 +66,14 @@ class Training:
         watched: Collection[int] = (),
         watch: Callable[[int], None] | None = None,
         description: str = "erase",
+        adversary: Searcher | None = None,
     ) -> None:
         self.stepper, self.checkpoints = stepper, checkpoints
         self.accelerator, self.denoiser, self.config = stepper.accelerator, stepper.denoiser, stepper.config
         self.objective, self.module, self.parameters = stepper.objective, stepper.denoiser.module, stepper.parameters
         self.unprepared = {name: vars(self.module)[name] for name in PREPARED if name in vars(self.module)}
         self.watched, self.watch, self.description = watched, watch, description
+        self.adversary = adversary
         self.course: list[Tensor] = []
         self.step = 0
         self.last = self.config.max_train_steps
@@ -137,6 +155,7 @@ class Training:
                 self.stepper.teach(number)
         if config.stop_at and self.step == 0:
             self.before = self.accelerator.reduce(self.stepper.distance_before(CHECK_EVERY), "mean")
+        self._search()  # for a run that was killed in a search
         progress = tqdm(
             range(self.step, self.last),
             initial=self.step,
@@ -149,7 +168,8 @@ class Training:
             self.course.append(self.stepper.step(self.step))
             self.step = step + 1
             last, stopping = self.step == self.last, self._stops(stop)
-            saving = last or stopping or self.step % config.checkpointing_steps == 0
+            searching = self.adversary is not None and self.adversary.due(self.step)
+            saving = last or stopping or searching or self.step % config.checkpointing_steps == 0
             if saving or step % CHECK_EVERY == 0:
                 progress.set_postfix(s=f"{self._look(tracking):.3g}")
             if not last and step % CHECK_EVERY == 0 and self._erased():
@@ -165,8 +185,15 @@ class Training:
                     self.watch(self.step)
             if stopping and not last:
                 raise KeyboardInterrupt
+            self._search()
             if last:
                 break
+
+    def _search(self) -> None:
+        """Make the searches that are due, and train on with what they find."""
+        while self.adversary is not None and self.adversary.due(self.step):
+            with self._drawing():
+                self.stepper.examples = self.adversary.search()
 
     def _look(self, tracking: Tracking) -> float:
         """Wait for the losses since the last look, average them over the processes and log them.
@@ -235,6 +262,7 @@ class Training:
             "criterion": self.objective.criterion,
             "game": self.objective.game,
             "sampler": self.stepper.sampler,
+            "adversary": self.adversary,
         }
         return {name: one for name, one in found.items() if one is not None}
 
@@ -270,6 +298,8 @@ class Training:
                 parameter.data.copy_(state["trained"][name])
         for name, one in self._stateful.items():
             one.load_state_dict(state[name])
+        if self.adversary is not None:
+            self.stepper.examples = self.adversary.extended()
         self.stepper.generator.set_state(state["generator"])
         self.course = list(state["course"].to(self.denoiser.device))
         self.looked = len(self.course)

@@ -22,7 +22,7 @@ import fdu_kernels
 from fdu.config import EraseConfig
 from fdu.models.denoiser import Denoiser
 from fdu.training.cache import Cache, tensor_key
-from fdu.training.examples import Batch, Examples, draw_batch, to_device
+from fdu.training.examples import Batch, Examples, draw_batch, plus, to_device
 from fdu.training.methods.trainable import Trainable
 from fdu.training.objective import Objective
 from fdu.training.surgery import GradientSurgery
@@ -160,6 +160,8 @@ class Stepper:
             prompts, place = reads.unique(return_inverse=True)
             with self.accelerator.autocast():
                 conditioning = self.denoiser.encode_batch([self.examples.texts[index] for index in prompts.tolist()])
+            if self.examples.added is not None:
+                conditioning = plus(conditioning, self.examples.added[to_device(prompts, self.denoiser.device)].tensors)
         else:
             conditioning, place = self.examples.conditioning, reads
         conditioning = conditioning[to_device(place, self.denoiser.device)]

@@ -15,13 +15,9 @@ from fdu.config import TRAIN_METHODS, Count, EraseConfig, Positive, check_choice
 from fdu.evaluation.drawing import JudgedSampling, Probe, seen_by_judge
 from fdu.evaluation.intervals import Share
 from fdu.models.denoiser import Denoiser, call_default
-from fdu.training.cache import Cache
-from fdu.training.examples import Examples
-from fdu.training.loop import Training
 from fdu.training.methods import Request, Trainable, attach
-from fdu.training.objective import Objective
 from fdu.training.process_state import own_accelerator, seeded
-from fdu.training.step import Stepper
+from fdu.training.reconstruction import learn_images
 
 LEARNT_SEED = 3000
 """Offset of the seeds of the target's images that attack and relearning learn from; none of these is judged."""
@@ -109,39 +105,26 @@ class Lesson:
             The loss of every step: the mean squared error of the denoiser's output.
         """
         denoiser, texts = self.denoiser, tuple(dict.fromkeys(self.probe.prompts))
-        settings = EraseConfig(
-            objective="noise",
-            divergence="mse",
-            sigma=1.0,
-            preservation_weight=0.0,
-            lr_scheduler="constant",
-            max_train_steps=config.steps,
-            train_batch_size=config.batch_size,
-            learning_rate=config.learning_rate,
-            mixed_precision=AUTOCAST.get(denoiser.dtype, "bf16"),
-            seed=seed,
-        )
-        places = torch.arange(len(texts))
-        with torch.no_grad():
-            conditioning = denoiser.encode(texts)
-        examples = Examples(
-            texts=texts,
-            conditioning=conditioning,
-            target=places,
-            anchor=places,
-            preserved=torch.empty(0, dtype=torch.long),
-            concept=torch.zeros(len(texts), dtype=torch.long),
-            pair=torch.arange(len(self.latents)) % len(texts),
-            latents_per_concept=len(self.latents),
-            latents=self.latents.to(denoiser.device),
-        )
+        precision = AUTOCAST.get(denoiser.dtype, "bf16")
         # The last step, half of it, a quarter, ...
         looks = tuple(sorted({config.steps // 2**look for look in range(config.looks)} - {0}))
-        with own_accelerator(settings, denoiser.device) as accelerator:
-            cache, objective = Cache(None, {}, accelerator), Objective(denoiser, settings)
-            stepper = Stepper(accelerator, denoiser, trainable, examples, objective, settings, cache)
-            training = Training(stepper, None, looks, lambda step: course.append((step, self.judged())), description)
-            return training.run()["divergence"]
+        with own_accelerator(EraseConfig(mixed_precision=precision), denoiser.device) as accelerator:
+            return learn_images(
+                accelerator,
+                denoiser,
+                trainable,
+                texts,
+                denoiser.encode(texts),
+                self.latents,
+                description,
+                looks,
+                lambda step: course.append((step, self.judged())),
+                max_train_steps=config.steps,
+                train_batch_size=config.batch_size,
+                learning_rate=config.learning_rate,
+                mixed_precision=precision,
+                seed=seed,
+            )
 
 
 def relearn(lesson: Lesson, config: RelearningConfig | None = None) -> RelearningFigures:

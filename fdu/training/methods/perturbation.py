@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -24,9 +25,23 @@ class Perturbation(Trainable):
     trains_text = True
 
     def __init__(
-        self, denoiser: Denoiser, prompt: str, tokens: int, start: float = 0.0, generator: torch.Generator | None = None
+        self,
+        denoiser: Denoiser,
+        prompt: str,
+        tokens: int,
+        start: float = 0.0,
+        generator: torch.Generator | None = None,
+        bound: float = math.inf,
     ) -> None:
-        """``prompt`` sets the unit; the moves begin as normal noise of standard deviation ``start``.
+        """The moves begin as normal noise.
+
+        Args:
+            denoiser: whose prompts are perturbed.
+            prompt: sets the unit.
+            tokens: how many embeddings are moved.
+            start: standard deviation of the noise, in the unit.
+            generator: draws the noise.
+            bound: the largest root mean square of the move of an embedding, in the unit.
 
         Raises:
             ValueError: more tokens than the conditioning has.
@@ -38,7 +53,7 @@ class Perturbation(Trainable):
         if not 1 <= tokens <= length:
             raise ValueError(f"tokens must be from 1 to {length}, the tokens that this denoiser reads, got {tokens}")
         super().__init__(denoiser.pipeline)
-        self.denoiser, self.tokens, self.on = denoiser, tokens, True
+        self.denoiser, self.tokens, self.bound, self.on = denoiser, tokens, bound, True
         self.units = {name: float(tensor.float().square().mean().sqrt()) for name, tensor in read.items()}
         self.moves = {}
         for name, tensor in read.items():
@@ -58,6 +73,18 @@ class Perturbation(Trainable):
         values = torch.cat([moves.detach().flatten() for moves in self.moves.values()])
         return float(values.square().mean().sqrt())
 
+    def addends(self) -> dict[str, Tensor]:
+        """The moves as they are added, by the name of the tensor of a conditioning: [tokens, d] or [d]."""
+        return {name: self._bounded(name).detach().clone() for name in self.moves}
+
+    def _bounded(self, name: str) -> Tensor:
+        """The moves in the unit of the embeddings; one that is too long is shortened to the bound."""
+        moves: Tensor = self.moves[name]
+        if self.bound < math.inf:
+            size = moves.detach().square().mean(-1, keepdim=True).sqrt()
+            moves = moves * (self.bound / size.clamp(min=self.bound))
+        return moves * self.units[name]
+
     def _encode_moved(self, prompts: list[str]) -> Conditioning:
         conditioning = self._encode(prompts)
         if not self.on:
@@ -67,7 +94,7 @@ class Perturbation(Trainable):
     def _moved(self, name: str, tensor: Tensor) -> Tensor:
         if name not in self.moves:
             return tensor
-        moves = (self.moves[name] * self.units[name]).to(tensor.dtype)
+        moves = self._bounded(name).to(tensor.dtype)
         if tensor.ndim == 2:
             return tensor + moves
         return torch.cat([tensor[:, : self.tokens] + moves, tensor[:, self.tokens :]], dim=1)
