@@ -6,18 +6,21 @@ import dataclasses
 import os
 import shlex
 import sys
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from tyro.conf import OmitArgPrefixes, Positional, arg
 
 from fdu.cli.evaluate import Evaluate
 from fdu.cli.options import GROUPS, Settings, grouped
-from fdu.config import TRAIN_METHODS, Count, EraseConfig, check_number
+from fdu.config import SEARCHES, TRAIN_METHODS, WITHOUT_STEPS, Count, EraseConfig, check_choice, check_number
 from fdu.storage.loading import Dtype, check_dtype, check_encoder, check_resolution, choose_device
 from fdu.storage.output import WEIGHTS_FOLDER
 from fdu.subjects.registry import subject_of
+
+if TYPE_CHECKING:
+    from fdu.comparison.plan import Candidate
 
 DEFAULT = "mse,squared_hellinger,jensen_shannon,pearson_chi2"
 """The default divergences: the usual loss, two that damp large errors, and one that amplifies them."""
@@ -41,6 +44,7 @@ class Compare:
         "fdu compare digits --target three --anchor eight --max_train_steps 40 --preservation_weight 0 --s0 1 10 "
         "--out comparison",
         "fdu compare digits --target red --anchor black --alpha -1:2:7 --prefer preservation --out by-alpha",
+        "fdu compare emoji --target fox --anchor wolf --methods closed_form,lora --robust 0,2 --out robust",
         "fdu compare org/model --target monet --anchor painting --concept_type style --device cuda --out comparison",
     )
 
@@ -59,6 +63,13 @@ class Compare:
     """Alpha divergences as low:high:count, such as -1:2:7. At 0 and 1 these are reverse_kl and kl."""
     s0: tuple[float, ...] = (EraseConfig.s0,)
     """Values of s0, the median of s at the start, > 0. Larger values make divergences differ more."""
+    methods: str | None = None
+    """Values of --train_method to compare, separated by commas, such as closed_form,lora. closed_form, which has no
+    divergence, is one candidate."""
+    robust: str | None = None
+    """Values of --adversarial_rounds to compare, separated by commas, such as 0,2. Implies --attack."""
+    attack: bool = False
+    """Attack each erased model, and show how often the target stays away (held). Doubles the time."""
     seeds: int = 3
     """Number of seeds per divergence and value of s0, >= 1: the seeds 0, 1, ..."""
     prefer: Literal["preservation", "balanced", "erasure"] = "balanced"
@@ -88,7 +99,7 @@ class Compare:
 
     def prepare(self, command: str) -> Callable[[], None]:
         """Check the arguments and return the work."""
-        from fdu.comparison.plan import Candidate, Comparison, Drawing, distinct, read_alpha
+        from fdu.comparison.plan import Comparison, Drawing, distinct, read_alpha
 
         model = subject_of(self.model)
         if self.judge is not None:
@@ -96,11 +107,11 @@ class Compare:
         check_number("seeds", self.seeds, Count)
         if self.workers is not None:
             check_number("workers", self.workers, Count)
-        base = self.settings.checked()
+        base = EraseConfig(**self.settings.typed() | self._most_rounds())
         if not TRAIN_METHODS[base.train_method].trains:
             raise ValueError(
                 f"--train_method {base.train_method} gives the same model for every divergence; choose a method that "
-                "trains"
+                f"trains, or compare it with others: --methods {base.train_method},lora"
             )
         check_resolution(model.folder, base.resolution)
         names = [] if self.divergences is None else [name.strip() for name in self.divergences.split(",")]
@@ -109,7 +120,8 @@ class Compare:
         comparison = Comparison(
             model=self.model,
             pairs=((self.target, self.anchor),),
-            candidates=tuple(Candidate(name, s0) for s0 in self.s0 for name in divergences),
+            candidates=self._candidates(divergences),
+            attacked=self.attack or self.robust is not None,
             seeds=tuple(range(self.seeds)),
             base=base,
             concept_type=self.concept_type,
@@ -151,8 +163,7 @@ class Compare:
                 raise
             results = read_results(comparison, records)
             chosen = results.recommendations[self.prefer]
-            settings = chosen.candidate.settings
-            again = self._erase_command({**base.as_dict(), **settings}, settings) if chosen.usable else ""
+            again = self._erase_command(base, chosen.candidate) if chosen.usable else ""
             then = [again, self._evaluate_command()] if again else []
             write_page(self.out, results, self.prefer, same_as, command, then, model.notes)
             write_record(self.out, comparison, command, results)
@@ -163,6 +174,26 @@ class Compare:
 
         return work
 
+    def _most_rounds(self) -> dict[str, int]:
+        """The largest number of rounds, as a setting, so that other settings of the searches make sense."""
+        return {} if self.robust is None else {"adversarial_rounds": max(_counts(self.robust))}
+
+    def _candidates(self, divergences: Sequence[str]) -> tuple[Candidate, ...]:
+        """Every divergence and s0 with every method and number of rounds; of a method that does not train, one."""
+        from fdu.comparison.plan import Candidate
+
+        ways: list[tuple[tuple[str, Any], ...]] = [()]
+        if self.methods is not None:
+            names = [name.strip() for name in self.methods.split(",")]
+            for name in names:
+                check_choice("methods", name, TRAIN_METHODS)
+            ways = [(("train_method", name),) for name in names]
+        if self.robust is not None:
+            ways = [(*way, ("adversarial_rounds", count)) for way in ways for count in _counts(self.robust)]
+        every = [Candidate(name, s0, way) for way in ways for s0 in self.s0 for name in divergences]
+        alone = [Candidate(EraseConfig.divergence, EraseConfig.s0, one.others) for one in every if not one.trains]
+        return tuple(dict.fromkeys([*alone, *(one for one in every if one.trains)]))
+
     def _draw_settings(self) -> dict[str, Any]:
         """The settings of sampling for judged images."""
         typed = {"num_inference_steps": self.judged_inference_steps, "guidance_scale": self.judged_guidance_scale}
@@ -172,12 +203,17 @@ class Compare:
         except ValueError as error:
             raise ValueError(f"judged_{str(error).removeprefix('num_')}") from None
 
-    def _erase_command(self, settings: Mapping[str, Any], always: Collection[str]) -> str:
-        """The command line of such an erasure, with the settings in ``always`` and all that are not the default."""
+    def _erase_command(self, base: EraseConfig, chosen: Candidate) -> str:
+        """The command line of the erasure with a candidate's settings, and all shared ones that are not the default."""
         words = ["fdu", "erase", self.model, "--target", self.target, "--anchor", self.anchor]
         defaults = EraseConfig().as_dict()
+        always = chosen.settings if chosen.trains else dict(chosen.others)
+        settings = {**base.as_dict(), **always}
+        searches = settings["adversarial_rounds"] > 0
+        used = {*settings} if chosen.trains else {*WITHOUT_STEPS, *(SEARCHES if searches else ())}
+        used = {name for name in used if searches or not name.startswith("adversarial")}
         for name, value in settings.items():
-            if name in always or value != defaults[name]:
+            if name in used and (name in always or value != defaults[name]):
                 values = value if isinstance(value, (list, tuple)) else [] if value is True else [value]
                 words += [f"--{name}", *map(str, values)]
         if self.concept_type != "object":
@@ -195,7 +231,7 @@ class Compare:
             "images_per_class": self.images_per_class,
             "num_inference_steps": self.judged_inference_steps,
             "guidance_scale": self.judged_guidance_scale,
-            "dtype": check_dtype(self.dtype, self.settings.checked().mixed_precision),
+            "dtype": check_dtype(self.dtype, self.settings.typed()["mixed_precision"]),
         }
         # There, auto means float32 whatever the mixed precision.
         defaults = {**vars(Evaluate), "dtype": "float32"}
@@ -204,3 +240,15 @@ class Compare:
             if value != defaults[name]:
                 words += [f"--{name}", str(value)]
         return shlex.join([*words, "--device", choose_device(self.device), "--out", "judged"])
+
+
+def _counts(text: str) -> list[int]:
+    """The numbers of rounds in "0,2".
+
+    Raises:
+        ValueError: not whole numbers >= 0, separated by commas.
+    """
+    words = [word.strip() for word in text.split(",")]
+    if not all(word.isdigit() for word in words):
+        raise ValueError(f"robust must be whole numbers >= 0, separated by commas, as in 0,2, got {text!r}")
+    return [int(word) for word in words]

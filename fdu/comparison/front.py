@@ -15,8 +15,10 @@ from fdu.evaluation.intervals import LEVEL, RESAMPLES, reach_unseen
 
 DIGITS = 12
 """Decimal places of figures; beyond them is rounding error."""
-FIGURES = ("erased", "retained", "change", "attributes")
+FIGURES = ("erased", "retained", "change", "attributes", "held")
 TARGET_ROLES = ("target", "unseen")
+ATTACKED = "attacked"
+"""The role of the target's images under an attack."""
 FEW_IMAGES = 24
 """Fewer images of a class than this are too few for a bootstrap: of 8 it would cover 90 %."""
 UNASKED = "-"
@@ -98,6 +100,8 @@ class Standing:
     attributes: Estimate
     """Share of what the targets' prompts, seen and unseen, ask for besides the target that the judges find; NaN if they
     ask for nothing, or if the records do not say."""
+    held: Estimate
+    """Share of the target's images that do not show it under an attack; NaN if there was none."""
     on_front: bool
     """No other candidate both erases and retains more."""
     front_share: float
@@ -134,8 +138,7 @@ class Sample:
             ``FEWEST_IMAGES``.
 
     Attributes:
-        values: [candidates] by the name of a figure: "erased", "retained", "change", "attributes", as in
-            :class:`Standing`.
+        values: [candidates] by the name of a figure, as in :class:`Standing`.
         resampled: [resamples, candidates] by the same names.
         images: how many images of a run each figure counts.
         seeds: the number of seeds of the target with the fewest.
@@ -153,7 +156,7 @@ class Sample:
         self.images: dict[str, int] = {}
         self.seeds = min(part.seeds for part in parts)
         for name in FIGURES:
-            asking = [part.means[name] for part in parts if name != "attributes" or part.images[name]]
+            asking = [part.means[name] for part in parts if name not in ("attributes", "held") or part.images[name]]
             means = np.mean(asking or [parts[0].means[name]], axis=0)
             # Sums of weights are 1 up to rounding error, which must not decide who is on the front.
             self.values[name], self.resampled[name] = means[0].round(DIGITS), means[1:].round(DIGITS)
@@ -246,9 +249,10 @@ class _Figures:
             if images < FEWEST_IMAGES:
                 are = "is only 1 image" if images == 1 else f"are only {images} images"
                 raise ValueError(f"there {are} of {probe.name!r} in runs; draw at least {FEWEST_IMAGES} per class")
-            is_target = probe.role in TARGET_ROLES
-            found = {"erased" if is_target else "retained": [one.hits for one in judged]}
-            if probe.change is not None and not is_target:
+            is_target, attacked = probe.role in TARGET_ROLES, probe.role == ATTACKED
+            figure = "erased" if is_target else "held" if attacked else "retained"
+            found = {figure: [one.hits for one in judged]}
+            if probe.change is not None and figure == "retained":
                 found["change"] = [one.change for one in judged]
             for name, values in found.items():
                 grid = np.array(values, float).reshape(len(candidates), len(seeds), images)
@@ -256,7 +260,7 @@ class _Figures:
                 mean = by_seed.mean(1)
                 resampled = mean + seed_weights @ by_seed.T + deviations.of_images(images) @ by_image.T
                 means = np.concatenate([mean[None], resampled])
-                parts[name].append(1 - means if name == "erased" else means)
+                parts[name].append(1 - means if name in ("erased", "held") else means)
                 self.images[name] += images
             if is_target:
                 asking.append(judged)

@@ -25,7 +25,7 @@ PAGE, TABLE, PICTURE = "comparison.html", "comparison.md", "{}.svg"
 """Names of the files."""
 GALLERY = "front.png"
 """The pictures along the front; of further targets, front-NAME.png."""
-FRONT, CHANGE, BY_ALPHA = "front", "change", "alpha-s0-{}"
+FRONT, CHANGE, HELD, BY_ALPHA = "front", "change", "held", "alpha-s0-{}"
 """Names of the charts."""
 FEWEST_ALPHAS = 3
 """Fewest values of alpha for a chart."""
@@ -39,6 +39,7 @@ AXES = {
     "erased": "target erased (%)",
     "retained": "other classes retained (%)",
     "change": "change of other classes (% of pixel range)",
+    "held": "target erased under attack (%)",
 }
 
 
@@ -123,6 +124,7 @@ def write_page(
             mark=lambda one: key.mark(one, 7, 7, hollow=not one.on_front),
             percent=percent,
             with_attributes=tells_attributes(results.standings),
+            with_held=tells_held(results.standings),
             next_commands=next_commands,
             commands=[("This comparison:", command)],
             facts=[("", facts)],
@@ -140,7 +142,7 @@ def write_page(
             continue
         with whole_file(path) as fresh:
             drawn_gallery(shown[target]).save(fresh, "PNG", optimize=True)
-    for kind in (CHANGE, BY_ALPHA.format("*")):
+    for kind in (CHANGE, HELD, BY_ALPHA.format("*")):
         for path in folder.glob(PICTURE.format(kind)):
             if path.name not in charts:
                 path.unlink()
@@ -160,6 +162,11 @@ def pictures(results: Results, same_as: SameAs) -> list[Captioned]:
             "Erased against the change of other classes",
             "Down and to the right is better. Pixels change before the judge sees a wrong class, so this chart "
             "separates candidates that retain everything.",
+        ),
+        "held": (
+            HELD,
+            "Erased against what holds under attack",
+            "Up and to the right is better. An attack moves the prompt's embeddings until the target is drawn again.",
         ),
     }
     found = [
@@ -208,18 +215,24 @@ def tells_attributes(standings: Sequence[Standing]) -> bool:
     return not any(math.isnan(one.attributes.value) for one in standings)
 
 
+def tells_held(standings: Sequence[Standing]) -> bool:
+    """Whether the erased models were attacked."""
+    return not any(math.isnan(one.held.value) for one in standings)
+
+
 def table(standings: Sequence[Standing], same_as: SameAs | None = None) -> str:
     """All candidates as a Markdown table, with a column for attributes if the records tell them."""
     rows = []
-    told = tells_attributes(standings)
+    told, held = tells_attributes(standings), tells_held(standings)
     for one in ordered(standings):
         names = "".join(f", same as {name}" for name in also(one, same_as or {}))
         front = f"{'yes' if one.on_front else 'no'} ({100 * one.front_share:.0f} %)"
         attributes = [percent(one.attributes)] if told else []
         figures = [percent(one.erased), percent(one.retained), *attributes, percent(one.change, 2)]
+        figures += [percent(one.held)] if held else []
         rows.append([one.candidate.label + names, *figures, front])
     header = ["candidate", "erased", "retained", *(["attributes"] if told else []), "change of other classes"]
-    return markdown([*header, "on the front"], rows) + "\n"
+    return markdown([*header, *(["held"] if held else []), "on the front"], rows) + "\n"
 
 
 def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -241,12 +254,12 @@ def front_chart(standings: Sequence[Standing], figure: str = "retained") -> Char
 
     Args:
         standings: the candidates.
-        figure: "retained" (more is better) or "change" (less is better).
+        figure: "retained" or "held" (more is better), or "change" (less is better).
     """
     key = Key(standings)
     xs = [_percent(one.erased) for one in standings]
     ys = [_percent(getattr(one, figure)) for one in standings]
-    better, digits = (1, 1) if figure == "retained" else (-1, 2)
+    better, digits = (-1, 2) if figure == "change" else (1, 1)
     on_front = undominated(np.array([x.value for x in xs]), better * np.array([y.value for y in ys]))
     points = list(zip(standings, xs, ys, on_front, strict=True))
     chart = Chart(Scale.around(_ends(xs)), Scale.around(_ends(ys)), AXES["erased"], AXES[figure])

@@ -11,8 +11,9 @@ import torch
 
 import fdu_kernels as fk
 from fdu.concepts import ConceptType, Pair
-from fdu.config import TRAIN_METHODS, EraseConfig, read_divergence
+from fdu.config import SEARCHES, TRAIN_METHODS, WITHOUT_STEPS, EraseConfig, read_divergence, trains
 from fdu.evaluation import JUDGED_SEED, Sampling
+from fdu.evaluation.robustness import AttackConfig
 from fdu.subjects.registry import subject_of
 from fdu.subjects.subject import Exam, Subject
 
@@ -48,8 +49,17 @@ class Candidate:
         return ", ".join([f"s0 {self.s0:g}", *others])
 
     @property
+    def trains(self) -> bool:
+        """Whether its weights are trained, so that the divergence matters."""
+        return trains(dict(self.others).get("train_method", EraseConfig.train_method))
+
+    @property
     def label(self) -> str:
         """The settings in a few words."""
+        if not self.trains:
+            others = dict(self.others)
+            named = [others.pop("train_method"), *(f"{name} {value}" for name, value in others.items())]
+            return ", ".join(named)
         return f"{self.divergence} ({self.variant})"
 
 
@@ -106,6 +116,8 @@ class Comparison:
     judge: str | None = None
     """The image-text encoder that judges: a folder or hub id. None: the default. The emoji and digits pipelines
     have their own."""
+    attacked: bool = False
+    """Whether each erased model is also attacked, with the default settings of the attack."""
 
     def __post_init__(self) -> None:
         for name in ("pairs", "candidates", "seeds"):
@@ -188,13 +200,23 @@ class Comparison:
 
         Batches are drawn in advance where that changes nothing, so that runs share them.
         """
-        config = dataclasses.replace(self.base, **{**run.candidate.settings, "seed": run.seed})
+        settings = {**run.candidate.settings, "seed": run.seed}
+        base = self.base
+        if not run.candidate.trains:
+            used = {*WITHOUT_STEPS, *(SEARCHES if settings.get("adversarial_rounds", base.adversarial_rounds) else ())}
+            base = EraseConfig(**{name: getattr(base, name) for name in used})
+            settings = {name: value for name, value in settings.items() if name in used}
+        if not settings.get("adversarial_rounds", base.adversarial_rounds):
+            unused = [field for field in dataclasses.fields(base) if field.name.startswith("adversarial")]
+            settings |= {field.name: field.default for field in unused}
+        config = dataclasses.replace(base, **settings)
         config = self.subject.with_preserved(config, [(run.target, run.anchor)])
         steps = config.max_train_steps * config.gradient_accumulation_steps
         nothing = config.objective == "noise" and not config.preservation_weight
         nothing |= not TRAIN_METHODS[config.train_method].trains
         # A critic that learns alone at first takes batches of its own for that.
         alone = nothing or config.variational or config.timestep_sampling == "importance"
+        alone |= bool(config.adversarial_rounds) and config.adversarial_order == "alternate"
         if config.frozen_batches or alone or steps > MOST_FROZEN:
             return config
         return dataclasses.replace(config, frozen_batches=steps)
@@ -208,7 +230,8 @@ class Comparison:
         """Everything besides model and settings that all figures depend on, ready for JSON."""
         drawing = dataclasses.asdict(self.drawing)
         del drawing["batch_size"]
-        return {"dtype": self.dtype, "drawing": drawing, "prompts": self.prompts, "judge": self.judge}
+        found = {"dtype": self.dtype, "drawing": drawing, "prompts": self.prompts, "judge": self.judge}
+        return {**found, "attack": dataclasses.asdict(AttackConfig())} if self.attacked else found
 
 
 def slug(words: str) -> str:

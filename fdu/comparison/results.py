@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fdu.comparison.front import FIGURES, TARGET_ROLES, Judged, Sample, Standing, complete
+from fdu.comparison.front import ATTACKED, FIGURES, TARGET_ROLES, Judged, Sample, Standing, complete
 from fdu.comparison.plan import Candidate, Comparison
 from fdu.comparison.recommendation import BETA, Preference, Recommendation, recommend
 from fdu.comparison.runs import BEFORE, before_name, identity_before, identity_of
@@ -129,7 +129,7 @@ def shares(judged: tuple[Judged, ...]) -> tuple[float, float, float]:
     """Mean shares of images that show the requested class, of the target and of the other classes, and the share of
     what else the target's prompts ask for that was found; NaN if they ask for nothing."""
     own = [sum(one.hits) / len(one.hits) for one in judged if one.role in TARGET_ROLES]
-    others = [sum(one.hits) / len(one.hits) for one in judged if one.role not in TARGET_ROLES]
+    others = [sum(one.hits) / len(one.hits) for one in judged if one.role not in (*TARGET_ROLES, ATTACKED)]
     answers = [answer for one in judged for found in one.attributes.values() for answer in found if answer is not None]
     found = sum(answers) / len(answers) if answers else math.nan
     return sum(own) / len(own), sum(others) / len(others), found

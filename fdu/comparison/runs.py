@@ -19,12 +19,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional
 
-from fdu.comparison.front import TARGET_ROLES, Judged
+from fdu.comparison.front import ATTACKED, TARGET_ROLES, Judged
 from fdu.comparison.plan import Comparison, Run, slug
 from fdu.comparison.sweep import Job, Record, digest, settings_identity
 from fdu.erasure import erase
 from fdu.evaluation import Probe, draw
+from fdu.evaluation.drawing import JudgedSampling
+from fdu.evaluation.robustness.attack import attack
+from fdu.evaluation.robustness.relearning import Lesson, target_latents
 from fdu.report.pictures import strip
+from fdu.result import ErasureResult
 from fdu.storage.fingerprint import fingerprint, versions
 from fdu.storage.output import whole_file
 from fdu.subjects.registry import subject_of
@@ -37,6 +41,8 @@ PICTURED_TARGET, PICTURED_RETAINED = 6, 2
 """How many images of the target, and how many retained classes with one image each, are stored as pictures."""
 PICTURED_HEIGHT = 128
 """Pixels; higher images are reduced to this in pictures."""
+ATTACK_LATENTS = 32
+"""Images of the target that an attack learns from."""
 PICTURES = "pictures"
 """Name of the pictures in the cache of images before the erasure."""
 
@@ -125,6 +131,8 @@ def make_run(run: Run, comparison: Comparison, cache: Path, pictures: Path | Non
         for probe, drawn, images, count in zip(probes, after, before, counts, strict=True):
             found.append(judged(probe, drawn, images).as_dict())
             shown.append(drawn[:count].clone())
+        if comparison.attacked:
+            found.append(attacked(comparison, result, probes[0]).as_dict())
     finally:
         result.trainable.remove()
     if pictures is not None:
@@ -136,6 +144,16 @@ def make_run(run: Run, comparison: Comparison, cache: Path, pictures: Path | Non
         "distance": " ".join(f"{value:.4g}" for value in result.history.get("distance", ())),
         "core_seconds": round(time.process_time() - began, 1),
     }
+
+
+def attacked(comparison: Comparison, result: ErasureResult, target: Probe) -> Judged:
+    """The target's images under an attack on the erased model, which learns from images of the original one."""
+    drawing = comparison.drawing
+    sampling = JudgedSampling(images=drawing.images_of_target, seed=drawing.judged_seed, **drawing.settings())
+    with result.original():
+        latents = target_latents(result.denoiser, target, ATTACK_LATENTS, sampling)
+    found = attack(Lesson(result.denoiser, target, latents, sampling))
+    return Judged(ATTACKED, target.name, found.attempts[found.chosen].hits)
 
 
 def picture_name(record: str) -> str:

@@ -656,13 +656,13 @@ def test_the_erasure_to_make_is_the_one_that_was_run(tmp_path: Path, monkeypatch
     words += ["--dtype=bfloat16", "--mixed_precision=bf16", "--device=cpu", "--learning_rate=0.000123456789"]
     compare = parse([*words, "--preservation_prompts", "a cat", "two dogs", "--gradient_checkpointing"])
     assert isinstance(compare, Compare)
-    base, candidate = compare.settings.checked(), {"divergence": "alpha:0.3", "s0": 1.23456789}
-    line = shlex.split(compare._erase_command({**base.as_dict(), **candidate}, candidate))
+    base, candidate = compare.settings.checked(), Candidate("alpha:0.3", 1.23456789)
+    line = shlex.split(compare._erase_command(base, candidate))
     erase = parse(line[1:])
     assert isinstance(erase, Erase)
     assert (erase.model, erase.target, erase.anchor) == ("base", ("monet's",), ("",))
     assert (erase.concept_type, erase.dtype, erase.device) == (("style",), "bfloat16", "cpu")
-    assert erase.settings.checked() == dataclasses.replace(base, **candidate)
+    assert erase.settings.checked() == dataclasses.replace(base, **candidate.settings)
 
 
 @pytest.mark.parametrize("dtype", [[], ["--dtype=float32"]])

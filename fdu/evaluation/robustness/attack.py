@@ -51,6 +51,8 @@ class Attempt:
     """The denoiser's loss on the target's images at the end, the mean of a quarter of the steps."""
     size: float
     """Root mean square of the perturbation at the end, relative to that of the embeddings."""
+    hits: tuple[bool, ...] = ()
+    """By image of the last look, whether it showed the target."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,6 +106,6 @@ def _attempt(lesson: Lesson, config: AttackConfig, number: int) -> Attempt:
     try:
         losses = lesson.learn(perturbation, config, course, seed, "attack")
         last = losses[-max(1, len(losses) // 4) :]
-        return Attempt(course, sum(last) / len(last), perturbation.size)
+        return Attempt(course, sum(last) / len(last), perturbation.size, lesson.looks[-1])
     finally:
         perturbation.remove()

@@ -85,10 +85,13 @@ class Lesson:
     """How judged images are drawn."""
     drawn_before: float = 1.0
     """The share that the target's prompts alone drew before the erasure, half of which counts as back."""
+    looks: list[tuple[bool, ...]] = dataclasses.field(default_factory=list)
+    """Of each look so far, by image, whether it showed the target."""
 
     def judged(self) -> Share:
-        """The share of images that show the target now."""
+        """Look at the pipeline: the share of images that show the target now."""
         (seen,) = seen_by_judge(self.denoiser, [self.probe], self.drawing, f"judged: {self.probe.name}")
+        self.looks.append(tuple(name == self.probe.name for name in seen))
         return Share.of(seen, self.probe.name)
 
     def learn(self, trainable: Trainable, config: Any, course: Course, seed: int, description: str) -> list[float]:
