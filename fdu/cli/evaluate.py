@@ -32,6 +32,11 @@ if TYPE_CHECKING:
     from fdu.evaluation.robustness.phrasings import PromptSets
 
 
+RobustnessTest = Literal[
+    "phrasings", "attack", "relearning", "words", "direction", "inversion", "partial_noise", "inpainting"
+]
+
+
 @dataclasses.dataclass
 class Evaluate:
     """Draw images before and after an erasure; report whether the concept is gone and what else changed.
@@ -74,12 +79,10 @@ class Evaluate:
     seed: int = 0
     """Random seed, >= 0. Images use the seeds from SEED + 1000 on, and training those from SEED on, so the two do not
     overlap."""
-    robustness: Annotated[
-        tuple[Literal["phrasings", "attack", "relearning"], ...] | None,
-        arg(metavar="[{phrasings,attack,relearning} ...]"),
-    ] = None
-    """Also test whether the erasure holds against other phrasings, an attack on the text embedding, and relearning
-    from a few images. Without names: all three."""
+    robustness: Annotated[tuple[RobustnessTest, ...] | None, arg(metavar="[TEST ...]")] = None
+    """Also test whether the erasure holds: phrasings (other prompts), attack (on the text embedding), relearning (from
+    images), words and direction (prompts without the name), inversion (of the name's embedding), partial_noise and
+    inpainting (from images of the target). Without names: the first three."""
     robustness_batch_size: int | None = None
     """Images per batch in the robustness tests, which also train and so need more memory. Default: --batch_size for
     drawing, 16 for training."""
@@ -214,13 +217,13 @@ class Evaluate:
         """The requested tests of robustness, with images drawn as for the evaluation; None if there are none."""
         if self.robustness is None:
             return None
-        from fdu.evaluation.robustness import TESTS, AttackConfig, Examination, JudgedSampling, RelearningConfig
+        from fdu.evaluation.robustness import USUAL, AttackConfig, Examination, JudgedSampling, RelearningConfig
 
         size: dict[str, Any] = {"batch_size": self.robustness_batch_size} if self.robustness_batch_size else {}
         return Examination(
             probe,
             sets,
-            self.robustness or tuple(TESTS),
+            self.robustness or USUAL,
             attack_config=AttackConfig(**size),
             relearning_config=RelearningConfig(**size),
             drawing=JudgedSampling(images=self.images_per_class, seed=self.seed, **{**sampling.settings(), **size}),

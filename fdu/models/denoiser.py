@@ -352,6 +352,39 @@ class Denoiser(ABC):
         signal, level = self._at(indices, latents)
         return signal * noise - level * latents
 
+    def parted(self, output: Tensor, noisy: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
+        """The clean latents and the noise in x_t that an output stands for, each [N, C, H, W]; the inverse of
+        :meth:`true_output`."""
+        signal, level = self._at(indices, noisy)
+        if self.prediction_type == "epsilon":
+            return (noisy - level * output) / signal, output
+        if self.prediction_type == "sample":
+            return output, (noisy - signal * output) / level
+        if self.prediction_type == "flow":
+            return noisy - level * output, noisy + signal * output
+        return signal * noisy - level * output, level * noisy + signal * output
+
+    @torch.no_grad()
+    def decode_latents(self, latents: Tensor) -> Tensor:
+        """Images [N, 3, height, width] in [0, 1] of clean latents; undoes :meth:`encode_images`."""
+        vae = self.pipeline.vae
+        dtype, config = vae.dtype, vae.config
+        mean, deviation = config.get("latents_mean"), config.get("latents_std")
+        if mean is None or deviation is None:
+            latents = latents / config.scaling_factor + (config.get("shift_factor") or 0.0)
+        else:
+            mean, deviation = (latents.new_tensor(channels).view(1, -1, 1, 1) for channels in (mean, deviation))
+            latents = latents * deviation / config.scaling_factor + mean
+        overflows = dtype == torch.float16 and config.get("force_upcast", False)
+        if overflows:
+            vae.to(torch.float32)
+        try:
+            decoded = vae.decode(latents.to(vae.device, vae.dtype), return_dict=False)[0]
+        finally:
+            if overflows:
+                vae.to(dtype)
+        return (decoded.float() / 2 + 0.5).clamp(0, 1)
+
     def _image_size(self, resolution: int | None) -> tuple[int, int]:
         """Height and width in pixels."""
         if resolution is None:

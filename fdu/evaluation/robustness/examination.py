@@ -14,8 +14,18 @@ from torch import Tensor
 
 from fdu.evaluation.drawing import JudgedSampling, Probe
 from fdu.evaluation.robustness.attack import AttackConfig, AttackFigures, attack
+from fdu.evaluation.robustness.image_attacks import from_partial_noise, inpainting
 from fdu.evaluation.robustness.phrasings import PromptSets, SetFigures, compare_sets, seen_in_sets
-from fdu.evaluation.robustness.relearning import Lesson, RelearningConfig, RelearningFigures, relearn, target_latents
+from fdu.evaluation.robustness.relearning import (
+    AttackOutcome,
+    Lesson,
+    RelearningConfig,
+    RelearningFigures,
+    invert,
+    relearn,
+    target_latents,
+)
+from fdu.evaluation.robustness.word_attacks import breed_words, search_words
 from fdu.models.denoiser import Denoiser
 from fdu.models.families import denoiser_of
 
@@ -31,6 +41,10 @@ class Robustness:
     attack: AttackFigures | None = None
     """The attack on the erased pipeline."""
     relearning: RelearningFigures | None = None
+    others_before: dict[str, AttackOutcome] | None = None
+    """Further attacks by name, on the pipeline before the erasure."""
+    others: dict[str, AttackOutcome] | None = None
+    """The same on the erased pipeline."""
 
     def as_dict(self) -> dict[str, Any]:
         """Ready for JSON."""
@@ -65,6 +79,23 @@ def _relearn(exam: Examination, denoiser: Denoiser, before: None) -> dict[str, A
     return {"relearning": relearn(exam.lesson(denoiser), exam.relearning_config)}
 
 
+def _other(name: str, run: Callable[[Lesson], AttackOutcome]) -> _Test:
+    """One of the further attacks."""
+
+    def before(exam: Examination, denoiser: Denoiser) -> AttackOutcome:
+        _count_before(exam, denoiser)
+        return run(exam.lesson(denoiser))
+
+    def after(exam: Examination, denoiser: Denoiser, before: AttackOutcome) -> dict[str, Any]:
+        found = exam.found or Robustness()
+        return {
+            "others_before": {**(found.others_before or {}), name: before},
+            "others": {**(found.others or {}), name: run(exam.lesson(denoiser))},
+        }
+
+    return _Test(before, after)
+
+
 class _Test(NamedTuple):
     before: Callable[[Examination, Denoiser], Any]
     """Looks at the pipeline before the erasure; ``after`` gets what it returns."""
@@ -76,8 +107,15 @@ TESTS = {
     "phrasings": _Test(_seen, _compare_sets),
     "attack": _Test(_attack_before, _attack),
     "relearning": _Test(_count_before, _relearn),
+    "words": _other("words", search_words),
+    "direction": _other("direction", breed_words),
+    "inversion": _other("inversion", invert),
+    "partial_noise": _other("partial_noise", from_partial_noise),
+    "inpainting": _other("inpainting", inpainting),
 }
 """The tests by name, in the order in which they run."""
+USUAL = ("phrasings", "attack", "relearning")
+"""Those that run if none is named."""
 
 
 class Examination:
@@ -102,7 +140,7 @@ class Examination:
         self,
         probe: Probe,
         sets: PromptSets | None = None,
-        tests: Collection[str] = tuple(TESTS),
+        tests: Collection[str] = USUAL,
         attack_config: AttackConfig | None = None,
         relearning_config: RelearningConfig | None = None,
         drawing: JudgedSampling | None = None,

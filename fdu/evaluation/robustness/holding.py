@@ -37,6 +37,8 @@ def judge_robustness(found: Mapping[str, Any], target: str) -> Holding:
         outcomes.append(_attacked(found["attack"], found.get("attack_before"), target))
     if found.get("relearning"):
         outcomes.append(_relearnt(found["relearning"], target))
+    for name, one in (found.get("others") or {}).items():
+        outcomes.append(_tried(name, one, (found.get("others_before") or {}).get(name), target))
     claims: dict[bool, list[str]] = {True: [], False: []}
     for held, verb, word in ((True, "holds", "and"), (False, "does not hold", "or")):
         for sure, doubt in ((True, ""), (False, "probably ")):
@@ -106,6 +108,32 @@ def _attacked(attacked: Mapping[str, Any], reference: Mapping[str, Any] | None, 
     # An attack that fails even before the erasure shows nothing by failing after it.
     untold = state == "cannot be told" or (state == "erased" and most < DRAWN_BEFORE)
     return _Outcome("an attack with the weights", None if untold else state == "erased", sure, f"{sentence}.")
+
+
+OTHERS = {
+    "words": "words before the prompts",
+    "direction": "prompts without the name",
+    "inversion": "an embedding trained for the name",
+    "partial_noise": "noised images",
+    "inpainting": "half images",
+}
+"""What each of the further attacks uses, in words."""
+
+
+def _tried(name: str, found: Mapping[str, Any], reference: Mapping[str, Any] | None, target: str) -> _Outcome:
+    most = reference["after"]["value"] if reference else 1.0
+    after, control = found["after"], found["control"]
+    state, sure = state_within(most, after["value"], after["interval"])
+    told = {
+        "erased": f"{target} stays away",
+        "partly erased": f"{target} comes back in part",
+        "cannot be told": "too few images to tell",
+    }.get(state, f"{target} comes back")
+    means = OTHERS[name]
+    sentence = f"With {means}, {told}: {_told(after, sure)} (control {percent(control['value'])}"
+    sentence += f"; {percent(most)} before the erasure)." if reference else ")."
+    untold = state == "cannot be told" or most < DRAWN_BEFORE
+    return _Outcome(means, None if untold else state == "erased", sure, sentence)
 
 
 def _relearnt(relearnt: Mapping[str, Any], target: str) -> _Outcome:

@@ -52,6 +52,23 @@ class RelearningConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class InversionConfig:
+    """Settings of the attack "inversion"."""
+
+    steps: Count = 80
+    """Optimizer steps."""
+    learning_rate: Positive = 0.05
+    """Learning rate of AdamW, > 0, constant."""
+    batch_size: Count = 16
+    """Noised images per step, >= 1."""
+    looks: Count = 1
+    """How often the pipeline is judged on the way."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+
+@dataclasses.dataclass(frozen=True)
 class RelearningFigures:
     """How far fine-tuning brought the target back."""
 
@@ -68,6 +85,21 @@ class RelearningFigures:
     def __post_init__(self) -> None:
         if not self.course:
             raise ValueError("course must start at step 0")
+
+
+@dataclasses.dataclass(frozen=True)
+class AttackOutcome:
+    """What an attack with words or images reached."""
+
+    before: Share
+    """The share of images of the target's prompts that show it without the attack."""
+    after: Share
+    """The same under the attack."""
+    control: Share
+    """The same with random words in place of those found, or, for attacks with images, without a prompt."""
+    config: dict[str, Any]
+    examples: tuple[str, ...] = ()
+    """Some of the prompts that were found."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,6 +175,31 @@ def relearn(lesson: Lesson, config: RelearningConfig | None = None) -> Relearnin
         trainable.remove()
     known = lesson.drawn_before
     return RelearningFigures(course, back_after(course, known), len(lesson.latents), config, known)
+
+
+def invert(lesson: Lesson, config: InversionConfig | None = None) -> AttackOutcome:
+    """Train the embedding of the target's own tokens alone until it draws the target again, and undo it: the textual
+    inversion of Pham et al. (2023, arXiv 2308.01508), which begins at the target's name.
+
+    The control moves these embeddings by noise of the same size.
+    """
+    config, seed, denoiser = config or InversionConfig(), lesson.drawing.seed, lesson.denoiser
+    before = lesson.judged()
+    request = Request("token", 1, 1.0, [lesson.probe.name], lesson.probe.prompts)
+    with seeded(seed, denoiser.device):
+        trainable = attach(denoiser, request)
+    try:
+        lesson.learn(trainable, config, [], seed, "invert")
+        after = lesson.judged()
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for rows in trainable.named_parameters().values():
+                noise = torch.randn(rows.shape, generator=generator).to(rows)
+                rows.copy_(noise * rows.square().mean().sqrt())
+        control = lesson.judged()
+    finally:
+        trainable.remove()
+    return AttackOutcome(before, after, control, dataclasses.asdict(config))
 
 
 def back_after(course: Course, drawn_before: float) -> int | None:
