@@ -25,10 +25,12 @@ from fdu.comparison.page import markdown
 from fdu.comparison.runs import weights
 from fdu.comparison.sweep import Job, Record, settings_identity
 from fdu.evaluation import draw
-from fdu.evaluation.robustness import AttackConfig, Examination, JudgedSampling, attack
-from fdu.evaluation.robustness.holding import judge_robustness
+from fdu.evaluation.robustness import TESTS, AttackConfig, Examination, JudgedSampling, attack
+from fdu.evaluation.robustness.holding import OTHERS, judge_robustness
+from fdu.evaluation.robustness.image_attacks import ImageAttackConfig, from_partial_noise, inpainting
 from fdu.evaluation.robustness.phrasings import packaged_sets
-from fdu.evaluation.robustness.relearning import BACK, Lesson, RelearningConfig, relearn
+from fdu.evaluation.robustness.relearning import BACK, InversionConfig, Lesson, RelearningConfig, invert, relearn
+from fdu.evaluation.robustness.word_attacks import DirectionConfig, WordSearchConfig, search_words
 from fdu.evaluation.verdict import ERASED_BELOW, percent
 from fdu.models.families import denoiser_of
 from fdu.storage.output import write_text
@@ -51,6 +53,10 @@ ERASURES: dict[str, tuple[str, dict[str, Any]]] = {
     "full": (ANCHOR, {"train_method": "full"}),
     "full, 480 steps": (ANCHOR, {"train_method": "full", "max_train_steps": 480}),
     "lora towards the superclass": (SUPERCLASS, {}),
+    "closed_form, 4 rounds": (ANCHOR, {"train_method": "closed_form", "adversarial_rounds": 4}),
+    "lora, 2 rounds": (ANCHOR, {"adversarial_rounds": 2}),
+    "lora, 4 rounds": (ANCHOR, {"adversarial_rounds": 4}),
+    "lora, 4 rounds, alternating": (ANCHOR, {"adversarial_rounds": 4, "adversarial_order": "alternate"}),
     **{
         f"lora, {name}": (ANCHOR, {"divergence": name})
         for name in ("mse", "jensen_shannon", "le_cam", "alpha:1.5", "pearson_chi2")
@@ -72,6 +78,10 @@ def jobs(cache: Path) -> list[Job]:
         "latents": LATENTS,
         "attack": dataclasses.asdict(AttackConfig()),
         "relearning": dataclasses.asdict(RelearningConfig()),
+        "others": [
+            dataclasses.asdict(one)
+            for one in (WordSearchConfig(), DirectionConfig(), InversionConfig(), ImageAttackConfig())
+        ],
         "kept": [KEPT_IMAGES, KEPT_SEED],
     }
     rows = [Job(NOT_ERASED, {**shared, "settings": {}}, functools.partial(examine, NOT_ERASED))]
@@ -98,7 +108,8 @@ def examine(name: str) -> Record:
     pipeline = fdu.load_pipeline(MODEL)
     anchor = ERASURES[name][0] if name in ERASURES else ANCHOR
     probes = emoji_pipeline.probes(TARGET, anchor=anchor)
-    examination = Examination(probes[0], packaged_sets("emoji", TARGET), drawing=DRAWING, latents=LATENTS)
+    sets = packaged_sets("emoji", TARGET)
+    examination = Examination(probes[0], sets, tuple(TESTS), drawing=DRAWING, latents=LATENTS)
     examination.before(pipeline)
     retained = None
     if name in ERASURES:
@@ -129,8 +140,19 @@ def examine_unknown(name: str) -> Record:
     latents = denoiser.encode_images(images, torch.Generator().manual_seed(0))
     prompts = tuple(one.text for one in phrases)
     lesson = Lesson(denoiser, fdu.Probe(name, prompts, "target", judge), latents, DRAWING)
-    attacked, relearnt = dataclasses.asdict(attack(lesson)), dataclasses.asdict(relearn(lesson))
-    return {"retained": None, "attack": attacked, "relearning": relearnt}
+    # No direction leads to an animal that the text encoder has never read of.
+    others = {
+        "words": search_words(lesson),
+        "inversion": invert(lesson, name=SUPERCLASS),
+        "partial_noise": from_partial_noise(lesson),
+        "inpainting": inpainting(lesson),
+    }
+    return {
+        "retained": None,
+        "attack": dataclasses.asdict(attack(lesson)),
+        "relearning": dataclasses.asdict(relearn(lesson)),
+        "others": {test: dataclasses.asdict(found) for test, found in others.items()},
+    }
 
 
 def write_page(results: Path, docs: Path) -> None:
@@ -152,6 +174,7 @@ def page(rows: Rows) -> str:
         **conditions(first),
         target=TARGET,
         anchor=ANCHOR,
+        superclass=SUPERCLASS,
         unknown=" and ".join(UNKNOWN),
         drawing=DRAWING,
         attack=first["attack"]["config"],
@@ -163,6 +186,7 @@ def page(rows: Rows) -> str:
         held=held(erasures),
         threshold=percent(ERASED_BELOW),
         table=markdown(header, [cells(name, row, sets) for name, row in rows.items()]),
+        others=markdown(["erasure", *OTHERS], [[name, *tried(row)] for name, row in rows.items()]),
     )
 
 
@@ -193,11 +217,21 @@ def cells(name: str, row: Record, sets: list[str]) -> list[str]:
     ]
 
 
+def tried(row: Record) -> list[str]:
+    """The further attacks of a row, with their controls."""
+    found = row.get("others") or {}
+    return [
+        f"{shown(found[test]['after'])}, control {found[test]['control']['value']:.2f}" if test in found else ""
+        for test in OTHERS
+    ]
+
+
 def held(erasures: Rows) -> str:
     """How many erasures hold, by the criterion of the report."""
     counts = []
     for words, test in (("other phrasings", "phrasings"), ("the attack", "attack"), ("relearning", "relearning")):
         parts = [{name: row[name] for name in (test, f"{test}_before") if name in row} for row in erasures.values()]
+        parts = [part for part in parts if part]
         count = sum(judge_robustness(part, TARGET).holds for part in parts)
         counts.append(f"{count} hold{'s' * (count == 1)} against {words}")
     return ", ".join(counts)
