@@ -26,9 +26,18 @@ from fdu.comparison.runs import weights
 from fdu.comparison.sweep import Job, Record, settings_identity
 from fdu.evaluation import draw
 from fdu.evaluation.robustness import AttackConfig, Examination, JudgedSampling, attack
-from fdu.evaluation.robustness.holding import judge_robustness
+from fdu.evaluation.robustness.holding import OTHERS, judge_robustness
+from fdu.evaluation.robustness.image_attacks import ImageAttackConfig, from_partial_noise, inpainting
 from fdu.evaluation.robustness.phrasings import packaged_sets
-from fdu.evaluation.robustness.relearning import BACK, Lesson, RelearningConfig, relearn
+from fdu.evaluation.robustness.relearning import (
+    BACK,
+    InversionConfig,
+    Lesson,
+    RelearningConfig,
+    invert,
+    relearn,
+)
+from fdu.evaluation.robustness.word_attacks import DirectionConfig, WordSearchConfig, breed_words, search_words
 from fdu.evaluation.verdict import ERASED_BELOW, percent
 from fdu.models.families import denoiser_of
 from fdu.storage.output import write_text
@@ -43,12 +52,16 @@ KEPT_IMAGES, KEPT_SEED = 8, 1000
 """Images of each retained class, and the seed of the first."""
 ERASURES: dict[str, tuple[str, dict[str, Any]]] = {
     "closed_form": (ANCHOR, {"train_method": "closed_form"}),
+    "lora": (ANCHOR, {}),
+    "lora, 4 rounds": (ANCHOR, {"adversarial_rounds": 4}),
+    "closed_form, 4 rounds": (ANCHOR, {"train_method": "closed_form", "adversarial_rounds": 4}),
+    "lora, 4 rounds, alternating": (ANCHOR, {"adversarial_rounds": 4, "adversarial_order": "alternate"}),
+    "full": (ANCHOR, {"train_method": "full"}),
+    "full, 4 rounds": (ANCHOR, {"train_method": "full", "adversarial_rounds": 4}),
     "token": (ANCHOR, {"train_method": "token"}),
     "text_encoder": (ANCHOR, {"train_method": "text_encoder"}),
-    "lora": (ANCHOR, {}),
-    "lora from the closed form": (ANCHOR, {"init": "closed_form", "rank": 64}),
     "cross_attention": (ANCHOR, {"train_method": "cross_attention"}),
-    "full": (ANCHOR, {"train_method": "full"}),
+    "lora from the closed form": (ANCHOR, {"init": "closed_form", "rank": 64}),
     "full, 480 steps": (ANCHOR, {"train_method": "full", "max_train_steps": 480}),
     "lora towards the superclass": (SUPERCLASS, {}),
     **{
@@ -57,6 +70,7 @@ ERASURES: dict[str, tuple[str, dict[str, Any]]] = {
     },
 }
 """Name of each row -> anchor, and settings that differ from the defaults."""
+OTHER_CONFIGS = (WordSearchConfig, DirectionConfig, InversionConfig, ImageAttackConfig)
 NOT_ERASED, NEVER_KNOWN = "not erased", "never known: {}"
 UNKNOWN = ("zebra", "koala")
 """Mammals that only the judge has seen."""
@@ -72,16 +86,17 @@ def jobs(cache: Path) -> list[Job]:
         "latents": LATENTS,
         "attack": dataclasses.asdict(AttackConfig()),
         "relearning": dataclasses.asdict(RelearningConfig()),
+        "others": [dataclasses.asdict(one()) for one in OTHER_CONFIGS],
         "kept": [KEPT_IMAGES, KEPT_SEED],
     }
     rows = [Job(NOT_ERASED, {**shared, "settings": {}}, functools.partial(examine, NOT_ERASED))]
-    for name, (anchor, _) in ERASURES.items():
-        identity = {**shared, "anchor": anchor, "settings": settings_identity(config_of(name))}
-        rows.append(Job(name, identity, functools.partial(examine, name)))
     for name in UNKNOWN:
         packages = [package.sha256 for package in PACKAGES.values()]
         identity = {**shared, "settings": {}, "unknown": name, "anchor": SUPERCLASS, "packages": packages}
         rows.append(Job(NEVER_KNOWN.format(name), identity, functools.partial(examine_unknown, name)))
+    for name, (anchor, _) in ERASURES.items():
+        identity = {**shared, "anchor": anchor, "settings": settings_identity(config_of(name))}
+        rows.append(Job(name, identity, functools.partial(examine, name)))
     sets = packaged_sets("emoji", TARGET)
     return [dated(job, (TARGET, job.identity.get("anchor", ANCHOR)), model=MODEL, phrasings=sets) for job in rows]
 
@@ -98,7 +113,9 @@ def examine(name: str) -> Record:
     pipeline = fdu.load_pipeline(MODEL)
     anchor = ERASURES[name][0] if name in ERASURES else ANCHOR
     probes = emoji_pipeline.probes(TARGET, anchor=anchor)
-    examination = Examination(probes[0], packaged_sets("emoji", TARGET), drawing=DRAWING, latents=LATENTS)
+    sets = packaged_sets("emoji", TARGET)
+    # The further attacks on the pipeline before the erasure are those of the row "not erased".
+    examination = Examination(probes[0], sets, drawing=DRAWING, latents=LATENTS)
     examination.before(pipeline)
     retained = None
     if name in ERASURES:
@@ -108,7 +125,22 @@ def examine(name: str) -> Record:
         drawn = draw(pipeline, kept, KEPT_IMAGES, KEPT_SEED, **sampling)
         seen = [probe.judge(images).count(probe.name) for probe, images in zip(kept, drawn.images, strict=True)]
         retained = sum(seen) / (KEPT_IMAGES * len(seen))
-    return {"retained": retained, **examination.after(pipeline).as_dict()}
+    found = examination.after(pipeline).as_dict()
+    lesson = examination.lesson(denoiser_of(pipeline))
+    return {"retained": retained, **found, "others": attacked_otherwise(lesson, TARGET)}
+
+
+def attacked_otherwise(lesson: Lesson, name: str) -> dict[str, dict[str, Any]]:
+    """The further attacks on a pipeline, by test; an inversion trains the embedding of ``name``."""
+    found = {
+        "words": search_words(lesson),
+        "inversion": invert(lesson, name=name),
+        "partial_noise": from_partial_noise(lesson),
+        "inpainting": inpainting(lesson),
+    }
+    if name == lesson.probe.name:  # no direction leads to an animal that the text encoder has never read of
+        found["direction"] = breed_words(lesson)
+    return {test: dataclasses.asdict(one) for test, one in found.items()}
 
 
 def examine_unknown(name: str) -> Record:
@@ -129,8 +161,12 @@ def examine_unknown(name: str) -> Record:
     latents = denoiser.encode_images(images, torch.Generator().manual_seed(0))
     prompts = tuple(one.text for one in phrases)
     lesson = Lesson(denoiser, fdu.Probe(name, prompts, "target", judge), latents, DRAWING)
-    attacked, relearnt = dataclasses.asdict(attack(lesson)), dataclasses.asdict(relearn(lesson))
-    return {"retained": None, "attack": attacked, "relearning": relearnt}
+    return {
+        "retained": None,
+        "attack": dataclasses.asdict(attack(lesson)),
+        "relearning": dataclasses.asdict(relearn(lesson)),
+        "others": attacked_otherwise(lesson, SUPERCLASS),
+    }
 
 
 def write_page(results: Path, docs: Path) -> None:
@@ -152,6 +188,7 @@ def page(rows: Rows) -> str:
         **conditions(first),
         target=TARGET,
         anchor=ANCHOR,
+        superclass=SUPERCLASS,
         unknown=" and ".join(UNKNOWN),
         drawing=DRAWING,
         attack=first["attack"]["config"],
@@ -163,6 +200,7 @@ def page(rows: Rows) -> str:
         held=held(erasures),
         threshold=percent(ERASED_BELOW),
         table=markdown(header, [cells(name, row, sets) for name, row in rows.items()]),
+        others=markdown(["erasure", *OTHERS], [[name, *tried(row)] for name, row in rows.items()]),
     )
 
 
@@ -193,11 +231,21 @@ def cells(name: str, row: Record, sets: list[str]) -> list[str]:
     ]
 
 
+def tried(row: Record) -> list[str]:
+    """The further attacks of a row, with their controls."""
+    found = row.get("others") or {}
+    return [
+        f"{shown(found[test]['after'])}, control {found[test]['control']['value']:.2f}" if test in found else ""
+        for test in OTHERS
+    ]
+
+
 def held(erasures: Rows) -> str:
     """How many erasures hold, by the criterion of the report."""
     counts = []
     for words, test in (("other phrasings", "phrasings"), ("the attack", "attack"), ("relearning", "relearning")):
         parts = [{name: row[name] for name in (test, f"{test}_before") if name in row} for row in erasures.values()]
+        parts = [part for part in parts if part]
         count = sum(judge_robustness(part, TARGET).holds for part in parts)
         counts.append(f"{count} hold{'s' * (count == 1)} against {words}")
     return ", ".join(counts)

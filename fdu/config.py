@@ -235,8 +235,8 @@ class EraseConfig:
     """Search in a training that is thrown away, and then erase once with all that was found ("search_first", as
     STEREO), or go on with one training between the searches ("alternate", as AdvUnlearn), in half the time."""
     num_latents: Annotated[int, (">=", 2)] = 96
-    """Training latents, >= 2, sampled in advance from the target's, the anchor's and the preserved prompts; never more
-    than the steps can use."""
+    """Training latents, >= 2, sampled in advance from the target's, the anchor's and the preserved prompts. At least 8
+    per concept if there are more than ten; never more than the steps can use."""
     num_inference_steps: Count = 15
     """Denoising steps per sampled latent, >= 1."""
     guidance_scale: NotNegative = 3.0

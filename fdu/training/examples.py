@@ -17,6 +17,9 @@ from fdu.models.denoiser import Conditioning, Denoiser
 from fdu.training.cache import Cache, token_key
 from fdu.training.timesteps import TimestepSampler
 
+MANY, FEWEST_LATENTS = 10, 8
+"""If there are more concepts, so many latents are sampled for each. A quarter of them goes to preservation."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Examples:
@@ -189,7 +192,9 @@ def prepare_examples(
     steps = config.max_train_steps * config.gradient_accumulation_steps
     if config.frozen_batches:
         steps = min(steps, config.frozen_batches)
-    wanted = min(config.num_latents, max(kinds * steps * config.train_batch_size * accelerator.num_processes, 2))
+    least = FEWEST_LATENTS * len(pairs) if len(pairs) > MANY else 0
+    usable = max(kinds * steps * config.train_batch_size * accelerator.num_processes, 2)
+    wanted = min(max(config.num_latents, least), usable)
     preserving = wanted // 4 if config.preservation_weight else 0
     each = max((wanted - preserving) // len(pairs), 1)
     drawn: list[str] = []

@@ -87,6 +87,17 @@ def a_batch(denoiser: Denoiser, prepared: examples.Examples, config: fdu.EraseCo
     return examples.draw_batch(denoiser, prepared, config, sampler, torch.Generator().manual_seed(0))
 
 
+@pytest.mark.parametrize(("count", "steps", "each"), [(2, 120, 6), (12, 120, 6), (12, 1, 1)])
+def test_many_concepts_have_enough_latents_each(
+    pipeline: StableDiffusionPipeline, count: int, steps: int, each: int
+) -> None:
+    config = fdu.EraseConfig(train_batch_size=3, num_latents=16, num_inference_steps=1, max_train_steps=steps)
+    names = [f"{number}" for number in range(count)]
+    pairs = [(fdu.Concept(name, (f"a {name}",)), fdu.Concept("eight", ("an eight",))) for name in names]
+    prepared = prepare(denoiser_of(pipeline), config, *pairs)
+    assert prepared.latents_per_concept == each
+
+
 @pytest.mark.parametrize("others", [{}, {"negative_guidance": 2.0}, {"objective": "noise"}])
 def test_what_is_wanted_of_the_trained_denoiser(pipeline: StableDiffusionPipeline, others: dict[str, Any]) -> None:
     config = fdu.EraseConfig(train_batch_size=3, num_latents=8, num_inference_steps=2, **others)

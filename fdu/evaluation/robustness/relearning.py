@@ -177,15 +177,20 @@ def relearn(lesson: Lesson, config: RelearningConfig | None = None) -> Relearnin
     return RelearningFigures(course, back_after(course, known), len(lesson.latents), config, known)
 
 
-def invert(lesson: Lesson, config: InversionConfig | None = None) -> AttackOutcome:
-    """Train the embedding of the target's own tokens alone until it draws the target again, and undo it: the textual
-    inversion of Pham et al. (2023, arXiv 2308.01508), which begins at the target's name.
+def invert(lesson: Lesson, config: InversionConfig | None = None, name: str = "") -> AttackOutcome:
+    """Train the embedding of a name's own tokens alone until it draws the target again, and undo it: the textual
+    inversion of Pham et al. (2023, arXiv 2308.01508), which begins at a name.
 
     The control moves these embeddings by noise of the same size.
+
+    Args:
+        lesson: images of the target, and prompts that contain the name.
+        config: the settings.
+        name: the name; by default that of the target.
     """
     config, seed, denoiser = config or InversionConfig(), lesson.drawing.seed, lesson.denoiser
     before = lesson.judged()
-    request = Request("token", 1, 1.0, [lesson.probe.name], lesson.probe.prompts)
+    request = Request("token", 1, 1.0, [name or lesson.probe.name], lesson.probe.prompts)
     with seeded(seed, denoiser.device):
         trainable = attach(denoiser, request)
     try:
