@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from experiment import DRAWING, FIGURES, NOT_MEASURED, Suite, all_jobs, changed, changes, fill, run, told_of
@@ -63,6 +64,13 @@ WAYS: tuple[tuple[str, tuple[dict[str, Any], ...]], ...] = (
     ("objectives", ({"objective": "noise"}, {"negative_guidance": 1.0})),
     ("variational", tuple(
         {"variational": True, "divergence": name} for name in ("jensen_shannon", "kl", "squared_hellinger")
+    )),
+    ("when to stop", (
+        {"stop_at": 0.2},
+        {"stop_at": 0.1},
+        {"stop_at": 0.05},
+        {"init": "closed_form", "rank": 64, "stop_at": 0.1},
+        {"init": "closed_form", "rank": 64, "stop_at": 0.05},
     )),
     ("samples and weights", (
         {"weighting": "posterior"},
@@ -117,7 +125,7 @@ def write_page(results: Path, docs: Path) -> None:
         kept=f"{100 * KEPT:.0f}",
         asked=f"{100 * ASKED:.0f}",
         bounds=bounds(found, became),
-        ways=ways(found["ways"]),
+        ways=ways(found["ways"], every["ways"].current(records)),
         **{name.replace(" ", "_"): targets(own) for name, own in became.items()},
     )
     write_text(docs / "erasure.md", page)
@@ -134,19 +142,29 @@ def targets(became: Mapping[str, Outcome]) -> str:
     return markdown(["target", "anchor", "by", *COLUMNS], rows) if rows else NOT_MEASURED
 
 
-def ways(results: Results | None) -> str:
-    """One table per heading, with the means over targets."""
+def ways(results: Results | None, records: Records) -> str:
+    """One table per heading, with the means over targets and the mean number of steps."""
     if results is None:
         return NOT_MEASURED
     parts = []
     for heading, settings in WAYS:
         rows = [
-            [way(one), *(percent(results.sample.estimate(name, one), digits) for name, digits in FIGURES.items())]
+            [
+                way(one),
+                steps(results, records, one),
+                *(percent(results.sample.estimate(name, one), digits) for name, digits in FIGURES.items()),
+            ]
             for one in (DEFAULT, *(changed(each) for each in settings if each))
             if one in results.sample.candidates
         ]
-        parts.append(f"### {heading.capitalize()}\n\n{markdown(['settings', *FIGURES], rows)}")
+        parts.append(f"### {heading.capitalize()}\n\n{markdown(['settings', 'steps', *FIGURES], rows)}")
     return "\n\n".join(parts)
+
+
+def steps(results: Results, records: Records, one: Candidate) -> str:
+    """The mean number of steps of a candidate's runs."""
+    names = [run.name for run in results.comparison.runs() if run.candidate == one and run.name in records.found]
+    return f"{fmean(len(records.found[name].get('distance', '').split()) for name in names):.0f}"
 
 
 def bounds(found: Mapping[str, Results | None], became: Mapping[str, Mapping[str, Outcome]]) -> str:

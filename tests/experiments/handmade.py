@@ -48,7 +48,11 @@ def write_records(path: Path, suites: Sequence[Suite], figures: Callable[[Suite,
             seen = figures(suite, run) if run else Seen()
             if seen is not None:
                 content: Record = {"judged": judged(suite, identity["target"], seen), **CONDITIONS}
-                more = {"sigma": 0.1, "seconds": 4.0, "core_seconds": 36.0} if run else {"pictured": []}
+                more = (
+                    {"sigma": 0.1, "seconds": 4.0, "core_seconds": 36.0, "distance": "1 0.5 0.1"}
+                    if run
+                    else {"pictured": []}
+                )
                 records.found[name] = {"identity": identity, **content, **more}
     records.write([])
 
