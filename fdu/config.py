@@ -163,7 +163,7 @@ class EraseConfig:
     """Erasing samples per step per process, >= 1; as many preserving samples are added when preservation_weight > 0."""
     learning_rate: Positive | None = None
     """Peak learning rate, > 0. Default: one that suits the train_method; 0.004 for lora."""
-    preservation_weight: NotNegative = 2.0
+    preservation_weight: NotNegative = 4.0
     """Weight of the preservation loss, >= 0; 0 turns preservation off."""
     preservation_prompts: Prompts = ()
     """Prompts to preserve besides the empty prompt, such as the target's neighbours. Default: the anchor's prompts."""
@@ -233,7 +233,7 @@ class EraseConfig:
     """Largest size of what a search adds to an embedding, > 0, relative to the embeddings' own (root mean squares)."""
     adversarial_order: Literal["search_first", "alternate"] = "search_first"
     """Search in a training that is thrown away, and then erase once with all that was found ("search_first", as
-    STEREO), or go on with one training between the searches ("alternate", as AdvUnlearn), in half the time."""
+    STEREO), or go on with one training between the searches ("alternate", as AdvUnlearn)."""
     num_latents: Annotated[int, (">=", 2)] = 96
     """Training latents, >= 2, sampled in advance from the target's, the anchor's and the preserved prompts. At least 8
     per concept if there are more than ten; never more than the steps can use."""
@@ -346,6 +346,11 @@ class EraseConfig:
             raise ValueError("adversarial_rounds needs objective 'model'; set objective to 'model'")
         if self.shard:
             raise ValueError("adversarial_rounds does not work with shard; leave one of them out")
+        if self.stop_at and self.adversarial_order == "alternate":
+            raise ValueError(
+                "stop_at may end the training before the searches; leave it out, or set adversarial_order to "
+                "'search_first'"
+            )
         if self.frozen_batches and self.adversarial_order == "alternate":
             raise ValueError(
                 "frozen_batches fixes the batches before the searches; leave it out, or set adversarial_order to "

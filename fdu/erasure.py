@@ -31,10 +31,13 @@ from fdu.training.loop import Training
 from fdu.training.methods import Request, Trainable, attach
 from fdu.training.objective import Objective
 from fdu.training.process_state import own_accelerator, seeded
+from fdu.training.reconstruction import AUTOCAST
 from fdu.training.sharding import check_shards, with_launcher
 from fdu.training.step import Stepper, check_optimizer
 from fdu.training.tracking import check_tracker
 
+SEARCH_FOLDER = "checkpoint-search"
+"""Within the folder of a run's checkpoints, those of the training whose searches come first."""
 Settings = ParamSpec("Settings")
 
 
@@ -101,7 +104,10 @@ def erase(
     denoiser = denoiser_of(pipeline, config.resolution)
     _check_run(denoiser, pairs, mask, config)
     started = time.perf_counter()
-    with own_accelerator(config, denoiser.device) as accelerator:
+    precise = config
+    if config.adversarial_rounds and not TRAIN_METHODS[config.train_method].trains:
+        precise = dataclasses.replace(config, mixed_precision=AUTOCAST.get(denoiser.dtype, "bf16"))
+    with own_accelerator(precise, denoiser.device) as accelerator:
         check_shards(denoiser.module, config, accelerator.num_processes)
         if TRAIN_METHODS[config.train_method].trains:
             trainable, history, sigma, edits = _train(accelerator, denoiser, pairs, mask, config)
@@ -141,9 +147,7 @@ def _train(
         objective = Objective(denoiser, config, mask)
         trainable, edits = _attach(denoiser, pairs, config)
     try:
-        if accelerator.num_processes > 1:
-            for parameter in trainable.named_parameters().values():
-                broadcast(parameter.data)  # processes may round an edit differently
+        _share(accelerator, trainable)
         stepper = Stepper(accelerator, denoiser, trainable, examples, objective, config, cache)
         history = Training(stepper, checkpoints, adversary=adversary).run()
     except BaseException:
@@ -185,7 +189,7 @@ def _searched(adversary: Adversary, mask: Tensor | None, cache: Cache, base: str
         stop_at=0.0,
         report_to="none",
         validation_prompts=(),
-        checkpoint_dir=adversary.config.checkpoint_dir and str(Path(adversary.config.checkpoint_dir) / "search"),
+        checkpoint_dir=adversary.config.checkpoint_dir and str(Path(adversary.config.checkpoint_dir) / SEARCH_FOLDER),
         resume_from_checkpoint=adversary.config.resume_from_checkpoint and "latest",
     )
 
@@ -194,9 +198,13 @@ def _searched(adversary: Adversary, mask: Tensor | None, cache: Cache, base: str
             objective = Objective(denoiser, config, mask)
             trainable, _ = _attach(denoiser, pairs, config)
         try:
+            _share(accelerator, trainable)
             checkpoints = _checkpoints(pairs, mask, config, base, accelerator.num_processes)
             stepper = Stepper(accelerator, denoiser, trainable, adversary.examples, objective, config, cache)
-            Training(stepper, checkpoints, description="search", adversary=adversary).run()
+            training = Training(stepper, checkpoints, description="search", adversary=adversary)
+            training.run()
+            if training.interrupted:
+                raise KeyboardInterrupt
         finally:
             trainable.remove()
         return keys_of(adversary.found)
@@ -209,6 +217,13 @@ def _searched(adversary: Adversary, mask: Tensor | None, cache: Cache, base: str
     }
     adversary.found = from_keys(cache.get("adversary", key, search), denoiser.device)
     return adversary.extended()
+
+
+def _share(accelerator: Accelerator, trainable: Trainable) -> None:
+    """Give all processes the same weights to begin with: they may round an edit differently."""
+    if accelerator.num_processes > 1:
+        for parameter in trainable.named_parameters().values():
+            broadcast(parameter.data)
 
 
 def _attach(

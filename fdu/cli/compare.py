@@ -26,6 +26,8 @@ DEFAULT = "mse,squared_hellinger,jensen_shannon,pearson_chi2"
 """The default divergences: the usual loss, two that damp large errors, and one that amplifies them."""
 
 _SETTINGS = EraseConfig.field_names()
+EDITS = ("ridge", "rank_tolerance")
+"""Settings of the closed form alone."""
 OWN = ("divergence", "s0", "seed", *_SETTINGS[_SETTINGS.index(GROUPS["files"]) :])
 """Settings of an erasure that the comparison sets itself."""
 
@@ -107,7 +109,7 @@ class Compare:
         check_number("seeds", self.seeds, Count)
         if self.workers is not None:
             check_number("workers", self.workers, Count)
-        base = EraseConfig(**self.settings.typed() | self._most_rounds())
+        base = self._base()
         if not TRAIN_METHODS[base.train_method].trains:
             raise ValueError(
                 f"--train_method {base.train_method} gives the same model for every divergence; choose a method that "
@@ -174,9 +176,22 @@ class Compare:
 
         return work
 
-    def _most_rounds(self) -> dict[str, int]:
-        """The largest number of rounds, as a setting, so that other settings of the searches make sense."""
-        return {} if self.robust is None else {"adversarial_rounds": max(_counts(self.robust))}
+    def _base(self) -> EraseConfig:
+        """The settings that all candidates share.
+
+        Raises:
+            ValueError, TypeError: as :class:`fdu.EraseConfig`, or a setting beside the option that compares its values.
+        """
+        typed, default = self.settings.typed(), EraseConfig()
+        given = {"methods": (self.methods, "train_method"), "robust": (self.robust, "adversarial_rounds")}
+        for option, (values, name) in given.items():
+            if values is not None and typed[name] != getattr(default, name):
+                raise ValueError(f"--{name} has no effect beside --{option}; leave one of them out")
+        if self.robust is not None:  # the largest number, so that other settings of the searches make sense
+            typed["adversarial_rounds"] = max(_counts(self.robust))
+        if self.methods is not None and typed["init"] == "none":
+            typed |= {name: getattr(default, name) for name in EDITS}  # those of the closed form alone
+        return EraseConfig(**typed)
 
     def _candidates(self, divergences: Sequence[str]) -> tuple[Candidate, ...]:
         """Every divergence and s0 with every method and number of rounds; of a method that does not train, one."""
@@ -191,8 +206,13 @@ class Compare:
         if self.robust is not None:
             ways = [(*way, ("adversarial_rounds", count)) for way in ways for count in _counts(self.robust)]
         every = [Candidate(name, s0, way) for way in ways for s0 in self.s0 for name in divergences]
-        alone = [Candidate(EraseConfig.divergence, EraseConfig.s0, one.others) for one in every if not one.trains]
-        return tuple(dict.fromkeys([*alone, *(one for one in every if one.trains)]))
+        trained = [one for one in every if one.trains]
+        if not trained and (self.divergences or self.alpha or self.s0 != Compare.s0):
+            raise ValueError(f"methods {self.methods} has no divergence; leave out --divergences, --alpha and --s0")
+        typed, default = self.settings.typed(), EraseConfig()
+        edits = tuple((name, typed[name]) for name in EDITS if typed[name] != getattr(default, name))
+        computed = [Candidate(default.divergence, default.s0, one.others + edits) for one in every if not one.trains]
+        return tuple(dict.fromkeys([*computed, *trained]))
 
     def _draw_settings(self) -> dict[str, Any]:
         """The settings of sampling for judged images."""
@@ -208,7 +228,8 @@ class Compare:
         words = ["fdu", "erase", self.model, "--target", self.target, "--anchor", self.anchor]
         defaults = EraseConfig().as_dict()
         always = chosen.settings if chosen.trains else dict(chosen.others)
-        settings = {**base.as_dict(), **always}
+        settings = {**base.as_dict(), "learning_rate": base.learning_rate, **always}
+        defaults["learning_rate"] = None
         searches = settings["adversarial_rounds"] > 0
         used = {*settings} if chosen.trains else {*WITHOUT_STEPS, *(SEARCHES if searches else ())}
         used = {name for name in used if searches or not name.startswith("adversarial")}
@@ -218,8 +239,8 @@ class Compare:
                 words += [f"--{name}", *map(str, values)]
         if self.concept_type != "object":
             words += ["--concept_type", self.concept_type]
-        if self.dtype != "auto":
-            words += ["--dtype", self.dtype]
+        if self.dtype != "auto" or not chosen.trains:
+            words += ["--dtype", check_dtype(self.dtype, base.mixed_precision)]
         # The device is always named, because auto may find another device next time.
         return shlex.join([*words, "--device", choose_device(self.device), "--out", WEIGHTS_FOLDER])
 

@@ -149,7 +149,7 @@ def _tidy_checkpoints(folder: Path) -> None:
     """After a run that failed: name the checkpoint to resume from, or remove the empty folder."""
     from fdu.storage.output import clear_run
 
-    if any(folder.glob("checkpoint-*")):
+    if any(folder.rglob("checkpoint-[0-9]*")):
         print(f"fdu: checkpoint saved in {folder}; resume with --resume_from_checkpoint latest", file=sys.stderr)
     else:
         clear_run(folder)

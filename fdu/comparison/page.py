@@ -58,13 +58,22 @@ class Key:
     """The mark of each candidate: its colour stands for the divergence, its shape for all other settings."""
 
     def __init__(self, standings: Sequence[Standing]) -> None:
-        self.colours = dict(zip(dict.fromkeys(one.candidate.divergence for one in standings), itertools.cycle(COLOURS)))
+        self.colours = dict(zip(dict.fromkeys(self._hue(one) for one in standings), itertools.cycle(COLOURS)))
         self.shapes = dict(zip(dict.fromkeys(one.candidate.variant for one in standings), itertools.cycle(SHAPES)))
 
     def mark(self, standing: Standing, x: float, y: float, hollow: bool) -> str:
         """A candidate's mark; hollow if it is dominated."""
         candidate = standing.candidate
-        return mark(self.shapes[candidate.variant], x, y, self.colours[candidate.divergence], hollow)
+        return mark(self.shapes[candidate.variant], x, y, self.colour(standing), hollow)
+
+    def colour(self, standing: Standing) -> str:
+        """A candidate's colour."""
+        return self.colours[self._hue(standing)]
+
+    @staticmethod
+    def _hue(standing: Standing) -> str:
+        """What a colour stands for: the divergence, or a method without one."""
+        return standing.candidate.divergence if standing.candidate.trains else standing.candidate.label
 
     def entries(self) -> list[tuple[str, str]]:
         """Marks around the origin and their meanings."""
@@ -202,7 +211,7 @@ def alphas(standings: Sequence[Standing], same_as: SameAs) -> dict[float, list[t
 
 def also(standing: Standing, same_as: SameAs) -> list[str]:
     """The requested divergences that train the same model as this candidate."""
-    return [name for name, run in same_as.items() if run == standing.candidate.divergence]
+    return [name for name, run in same_as.items() if run == standing.candidate.divergence and standing.candidate.trains]
 
 
 def ordered(standings: Sequence[Standing]) -> list[Standing]:
@@ -266,7 +275,7 @@ def front_chart(standings: Sequence[Standing], figure: str = "retained") -> Char
     dashes = 'fill="none" stroke="currentColor" stroke-opacity="0.55" stroke-dasharray="5 4"'
     chart.line(sorted((x.value, y.value) for _, x, y, on in points if on), dashes)
     for one, x, y, _ in points:
-        style = f'fill="none" stroke="{key.colours[one.candidate.divergence]}" stroke-opacity="0.4" stroke-width="1.3"'
+        style = f'fill="none" stroke="{key.colour(one)}" stroke-opacity="0.4" stroke-width="1.3"'
         chart.line(((x.low, y.value), (x.high, y.value)), style)
         chart.line(((x.value, y.low), (x.value, y.high)), style)
     for one, x, y, on in points:

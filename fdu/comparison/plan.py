@@ -13,7 +13,6 @@ import fdu_kernels as fk
 from fdu.concepts import ConceptType, Pair
 from fdu.config import SEARCHES, TRAIN_METHODS, WITHOUT_STEPS, EraseConfig, read_divergence, trains
 from fdu.evaluation import JUDGED_SEED, Sampling
-from fdu.evaluation.robustness import AttackConfig
 from fdu.subjects.registry import subject_of
 from fdu.subjects.subject import Exam, Subject
 
@@ -41,6 +40,11 @@ class Candidate:
     def settings(self) -> dict[str, Any]:
         """The settings by the names of :class:`fdu.EraseConfig`."""
         return {"divergence": self.divergence, "s0": self.s0, **dict(self.others)}
+
+    @property
+    def told(self) -> dict[str, Any]:
+        """Those of the settings that have an effect."""
+        return self.settings if self.trains else dict(self.others)
 
     @property
     def variant(self) -> str:
@@ -128,7 +132,7 @@ class Comparison:
                 raise ValueError(f"{name} contains a duplicate: {given!r}; remove it")
         if len({target for target, _ in self.pairs}) < len(self.pairs):
             raise ValueError(f"pairs names a target twice: {self.pairs!r}; compare anchors in separate comparisons")
-        if isinstance(self.base.sigma, float | int) and len({one.s0 for one in self.candidates}) > 1:
+        if isinstance(self.base.sigma, float | int) and len({one.s0 for one in self.candidates if one.trains}) > 1:
             raise ValueError("s0 has several values but sigma is a number, so s0 has no effect; use sigma 'auto'")
         for name in ("images_per_class", "images_of_target"):
             if getattr(self.drawing, name) < FEWEST_IMAGES:
@@ -230,8 +234,7 @@ class Comparison:
         """Everything besides model and settings that all figures depend on, ready for JSON."""
         drawing = dataclasses.asdict(self.drawing)
         del drawing["batch_size"]
-        found = {"dtype": self.dtype, "drawing": drawing, "prompts": self.prompts, "judge": self.judge}
-        return {**found, "attack": dataclasses.asdict(AttackConfig())} if self.attacked else found
+        return {"dtype": self.dtype, "drawing": drawing, "prompts": self.prompts, "judge": self.judge}
 
 
 def slug(words: str) -> str:

@@ -101,7 +101,7 @@ def recommend(sample: Sample, prefer: Preference, before: Mapping[str, float] | 
     else:
         alike = [candidates[place] for place in ties if place not in (chosen, *choice.losing)]
         headline = _headline(sample, chosen, alike, certain)
-    sentences = [*_figures_of(sample, one, score, prefer), *_lost_attributes(sample, one)]
+    sentences = [*_figures_of(sample, one, score, prefer), *_lost_attributes(sample, one), *_held(sample, one)]
     if undrawn:
         sentences.append(
             "A concept that is rarely drawn counts as erased even if nothing is done: use prompts that draw it."
@@ -123,6 +123,18 @@ def recommend(sample: Sample, prefer: Preference, before: Mapping[str, float] | 
             f"{candidates[following].label} scores {gap.value:.3f} ({_range(gap, 1, 3)}) less than {than}{more}."
         )
     return Recommendation(prefer, one, certain, score, tied, headline, tuple(sentences), usable)
+
+
+def _held(sample: Sample, one: Candidate) -> list[str]:
+    """What holds under attack, which the score does not count, and which candidate holds best."""
+    held = sample.values["held"]
+    if np.isnan(held).any():
+        return []
+    best = sample.candidates[int(held.argmax())]
+    told = f"Under attack {percent(sample.estimate('held', one).value)} of the target's images still do not show it"
+    if sample.difference("held", best, one).sign > 0:
+        told += f"; with {best.label} it is {percent(float(held.max()))}, but the score does not count this"
+    return [f"{told}."]
 
 
 def f_measure(erased: np.ndarray, retained: np.ndarray, beta: float) -> np.ndarray:

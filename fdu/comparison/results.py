@@ -77,7 +77,12 @@ def read_results(comparison: Comparison, records: Records) -> Results:
     there = {run: record for run, record in found.items() if record is not None}
     failed = {run.name: record["failed"] for run, record in there.items() if "failed" in record}
     finished = {run: record for run, record in there.items() if "failed" not in record}
-    runs = {(run.target, run.candidate, run.seed): _judged(record) for run, record in finished.items()}
+    runs = {
+        (run.target, run.candidate, run.seed): tuple(
+            one for one in _judged(record) if comparison.attacked or one.role != ATTACKED
+        )
+        for run, record in finished.items()
+    }
     lost = {run.candidate for run in there if run.name in failed}
     candidates = [one for one in comparison.candidates if one not in lost]
     compared = complete(runs, candidates)
@@ -173,7 +178,7 @@ def describe(results: Results) -> dict[str, Any]:
     """The figures and the recommendations, ready for JSON."""
     return {
         "candidates": [
-            {**one.candidate.settings, **{name: dataclasses.asdict(getattr(one, name)) for name in FIGURES}}
+            {**one.candidate.told, **{name: dataclasses.asdict(getattr(one, name)) for name in FIGURES}}
             | {"on_front": one.on_front, "front_share": one.front_share}
             for one in results.standings
         ],

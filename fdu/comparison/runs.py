@@ -23,9 +23,9 @@ from fdu.comparison.front import ATTACKED, TARGET_ROLES, Judged
 from fdu.comparison.plan import Comparison, Run, slug
 from fdu.comparison.sweep import Job, Record, digest, settings_identity
 from fdu.erasure import erase
-from fdu.evaluation import Probe, draw
+from fdu.evaluation import JUDGED_SEED, Probe, draw
 from fdu.evaluation.drawing import JudgedSampling
-from fdu.evaluation.robustness.attack import attack
+from fdu.evaluation.robustness.attack import AttackConfig, attack
 from fdu.evaluation.robustness.relearning import Lesson, target_latents
 from fdu.report.pictures import strip
 from fdu.result import ErasureResult
@@ -41,8 +41,8 @@ PICTURED_TARGET, PICTURED_RETAINED = 6, 2
 """How many images of the target, and how many retained classes with one image each, are stored as pictures."""
 PICTURED_HEIGHT = 128
 """Pixels; higher images are reduced to this in pictures."""
-ATTACK_LATENTS = 32
-"""Images of the target that an attack learns from."""
+ATTACK, ATTACK_LATENTS = AttackConfig(looks=1), 32
+"""The attack on an erased model, and how many images of the target it learns from."""
 PICTURES = "pictures"
 """Name of the pictures in the cache of images before the erasure."""
 
@@ -95,7 +95,9 @@ def identity_before(comparison: Comparison, target: str) -> Record:
 
 def identity_of(comparison: Comparison, run: Run) -> Record:
     """Everything that a run's figures depend on except versions and device, ready for JSON."""
-    erased = {"anchor": run.anchor, "concept_type": comparison.concept_type}
+    erased: Record = {"anchor": run.anchor, "concept_type": comparison.concept_type}
+    if comparison.attacked:
+        erased["attack"] = {**dataclasses.asdict(ATTACK), "latents": ATTACK_LATENTS}
     settings = settings_identity(comparison.config(run))
     return {**identity_before(comparison, run.target), **erased, "settings": settings}
 
@@ -149,10 +151,11 @@ def make_run(run: Run, comparison: Comparison, cache: Path, pictures: Path | Non
 def attacked(comparison: Comparison, result: ErasureResult, target: Probe) -> Judged:
     """The target's images under an attack on the erased model, which learns from images of the original one."""
     drawing = comparison.drawing
-    sampling = JudgedSampling(images=drawing.images_of_target, seed=drawing.judged_seed, **drawing.settings())
+    seed = drawing.judged_seed - JUDGED_SEED  # so that the images start from the noise of those without an attack
+    sampling = JudgedSampling(images=drawing.images_of_target, seed=max(seed, 0), **drawing.settings())
     with result.original():
         latents = target_latents(result.denoiser, target, ATTACK_LATENTS, sampling)
-    found = attack(Lesson(result.denoiser, target, latents, sampling))
+    found = attack(Lesson(result.denoiser, target, latents, sampling), ATTACK)
     return Judged(ATTACKED, target.name, found.attempts[found.chosen].hits)
 
 

@@ -93,6 +93,9 @@ def _train(run: EvaluatedRun, lines: _Lines, verdict: Verdict, left: bool) -> li
         return [NextStep(" ".join(told))] if told else []
     config = {**EraseConfig().as_dict(), **run.record["config"]}
     steps, rate, weight = (config[name] for name in ("max_train_steps", "learning_rate", "preservation_weight"))
+    taken = len(run.record["history"].get("loss", ()))
+    stopped = config.get("stop_at", 0.0) and taken < steps
+    steps = taken if stopped else steps
     changes: dict[str, Any] = {}
     told = []
     computed = not trains(config["train_method"])
@@ -102,7 +105,10 @@ def _train(run: EvaluatedRun, lines: _Lines, verdict: Verdict, left: bool) -> li
     if computed and left:
         words = f"Preserve less strongly: preservation_weight {weight / 4:g} instead of {weight:g}."
         return [NextStep(words, lines.erase(preservation_weight=f"{weight / 4:g}"))]
-    if left:
+    if left and stopped:
+        changes["stop_at"] = f"{config['stop_at'] / 2:g}"
+        told.append(f"Stop later: stop_at {changes['stop_at']} instead of {config['stop_at']:g}.")
+    elif left:
         changes["max_train_steps"] = 2 * steps or EraseConfig.max_train_steps
         told.append(f"Train for {changes['max_train_steps']} steps instead of {steps}.")
     added = [] if lines.preserves_by_itself else _prompts_of(run, broken)

@@ -22,7 +22,7 @@ METRICS_KEYS = {"before", "after", "target", "images_per_class"}
 """Keys that distinguish it from other programs' files of this name."""
 DEMO_FOLDER, WEIGHTS_FOLDER = "demo-out", "erased"
 """The default output folder of ``fdu demo``, and its folder of weights in there."""
-RUN_PREFIXES = ("checkpoint-", "prompts-", "latents-", "frozen-")
+RUN_PREFIXES = ("checkpoint-", "prompts-", "latents-", "frozen-", "adversary-")
 """Prefixes of the files and folders that a run writes into a folder for checkpoints."""
 SMALL_RESULT = 32 << 20
 """Upper bound in bytes of LoRA weights or a report."""

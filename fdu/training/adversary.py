@@ -22,7 +22,7 @@ from torch import Tensor
 from fdu.concepts import Pair
 from fdu.config import EraseConfig
 from fdu.models.denoiser import Denoiser
-from fdu.training.examples import Examples, Found, spread, with_found
+from fdu.training.examples import Examples, Found, with_found
 from fdu.training.methods.perturbation import Perturbation
 from fdu.training.process_state import seeded
 from fdu.training.reconstruction import learn_images
@@ -34,7 +34,7 @@ LEARNING_RATE = 0.1
 START = 0.5
 """The first search of a round begins at the prompt, the others at noise of this size, in the same unit."""
 PHRASINGS = 8
-"""Prompts of a target that a search moves, and that are erased with what it found."""
+"""Prompts of a target that are erased with what a search found."""
 
 
 @dataclasses.dataclass
@@ -56,6 +56,12 @@ class Adversary:
     rounds: int = 0
     """Searches made so far."""
     found: list[Found] = dataclasses.field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if self.examples.latents_per_concept < 2:
+            raise ValueError(
+                "adversarial_rounds needs images of each target: raise num_latents, or the steps that use them"
+            )
 
     def due(self, step: int) -> bool:
         """Whether a search is due after so many steps."""
@@ -87,36 +93,37 @@ class Adversary:
             self.found.append(Found(concept, {name: moves.to(device) for name, moves in named.items()}))
 
     def _one(self, concept: int, number: int, noisy: bool) -> Found:
-        config, denoiser = self.config, self.denoiser
-        target = self.pairs[concept][0]
-        texts = [target.prompts[place] for place in spread(len(target.prompts), min(len(target.prompts), PHRASINGS))]
+        config, denoiser, examples = self.config, self.denoiser, self.examples
+        # Latents that the original model drew for the target's prompts, and these prompts.
+        each = examples.latents_per_concept
+        chosen = slice(concept * each, concept * each + each // 2)
+        prompts = examples.target[examples.pair[chosen]]
+        rows, shown = prompts.unique(return_inverse=True)
+        texts = [examples.texts[row] for row in rows.tolist()]
         seed = config.seed + 1 + number
         generator = torch.Generator().manual_seed(seed)
-        moved = Perturbation(denoiser, texts[0], TOKENS, START if noisy else 0.0, generator, config.adversarial_bound)
+        start = START if noisy else 0.0
+        moved = Perturbation(denoiser, texts[0], TOKENS, start, generator, config.adversarial_bound)
         try:
             with seeded(seed, denoiser.device):
                 learn_images(
                     self.accelerator,
                     denoiser,
                     moved,
-                    tuple(dict.fromkeys(texts)),
-                    denoiser.encode(tuple(dict.fromkeys(texts))),
-                    self._latents(concept),
+                    texts,
+                    examples.conditioning[rows.to(denoiser.device)],
+                    examples.latents[chosen],
+                    shown,
                     "search",
                     max_train_steps=config.adversarial_steps,
                     train_batch_size=config.train_batch_size,
                     learning_rate=LEARNING_RATE,
-                    mixed_precision=config.mixed_precision,
+                    mixed_precision=str(self.accelerator.mixed_precision),
                     seed=seed,
                 )
             return Found(concept, moved.addends())
         finally:
             moved.remove()
-
-    def _latents(self, concept: int) -> Tensor:
-        """Latents that the original model drew for the target's prompts."""
-        each = self.examples.latents_per_concept
-        return self.examples.latents[concept * each : concept * each + max(each // 2, 1)]
 
 
 def search_steps(config: EraseConfig) -> list[int]:

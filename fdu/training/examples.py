@@ -87,7 +87,7 @@ def plus(conditioning: Conditioning, added: Mapping[str, Tensor]) -> Conditionin
 
 def with_found(examples: Examples, found: Sequence[Found], phrasings: int) -> Examples:
     """The examples with conditionings that still draw the targets: prompts of the target, moved by each, which are to
-    become what the anchor's prompts are.
+    become what the anchor's prompts are. At most half of the samples that erase are of these.
 
     Args:
         examples: without any.
@@ -110,16 +110,17 @@ def with_found(examples: Examples, found: Sequence[Found], phrasings: int) -> Ex
         read = examples.conditioning[texts.to(device)]
         addends.append(one.added(read.tensors))
         moved.append(plus(read, addends[-1]))
-    first = len(examples.texts)
+    first, plain = len(examples.texts), len(examples.target)
+    again = torch.arange(max(len(rows) - plain, 0)) % plain
     names = addends[0]
     none = {name: torch.zeros_like(examples.conditioning.tensors[name]) for name in names}
     return dataclasses.replace(
         examples,
         texts=(*examples.texts, *(examples.texts[row] for row in rows)),
         conditioning=Conditioning.cat([examples.conditioning, *moved]),
-        target=torch.cat([examples.target, first + torch.arange(len(rows))]),
-        anchor=torch.cat([examples.anchor, examples.anchor[pairs]]),
-        concept=torch.cat([examples.concept, examples.concept[pairs]]),
+        target=torch.cat([examples.target, first + torch.arange(len(rows)), examples.target[again]]),
+        anchor=torch.cat([examples.anchor, examples.anchor[pairs], examples.anchor[again]]),
+        concept=torch.cat([examples.concept, examples.concept[pairs], examples.concept[again]]),
         added=Conditioning({name: torch.cat([none[name], *(addend[name] for addend in addends)]) for name in names}),
     )
 

@@ -76,8 +76,10 @@ class Training:
         self.adversary = adversary
         self.course: list[Tensor] = []
         self.step = 0
-        self.last = self.config.max_train_steps
+        self.last, self.cooling = self.config.max_train_steps, False
         self.before: Tensor | None = None
+        self.interrupted = False
+        """Whether a signal came in the last step, too late to stop."""
         self.looked = 0
 
     def run(self) -> dict[str, list[float]]:
@@ -99,6 +101,7 @@ class Training:
                     self.stepper.draw_frozen_batches()
                     self._resume()
                     self._loop(tracking, stop)
+                    self.interrupted = stop.noted
             finally:
                 tracking.end()
         columns = torch.stack(self.course).T.tolist() if self.course else [[]] * len(COLUMNS)
@@ -112,6 +115,8 @@ class Training:
         for name in PREPARED:
             if name != "forward":
                 vars(module).pop(name, None)  # accelerate would take it for done
+        held = [accelerator._models, accelerator._optimizers]
+        counts = list(map(len, held))
         try:
             # The schedule stays outside: accelerate would move it on once for every process.
             if stepper.averages:
@@ -123,6 +128,8 @@ class Training:
                 denoiser.module = cast(nn.Module, torch.compile(denoiser.module))
             yield
         finally:
+            for kept, count in zip(held, counts, strict=True):
+                del kept[count:]  # it would hold them, and ask all optimizers whether a step was skipped
             denoiser.module = module
             for name in PREPARED:
                 vars(module).pop(name, None)
@@ -173,7 +180,7 @@ class Training:
             if saving or step % CHECK_EVERY == 0:
                 progress.set_postfix(s=f"{self._look(tracking):.3g}")
             if not last and step % CHECK_EVERY == 0 and self._erased():
-                self.last = min(self.step + COOL_DOWN, self.last)
+                self.last, self.cooling = min(self.step + COOL_DOWN, self.last), True
                 self.stepper.cool_down(COOL_DOWN)
             if saving:
                 self._save()
@@ -194,6 +201,7 @@ class Training:
         while self.adversary is not None and self.adversary.due(self.step):
             with self._drawing():
                 self.stepper.examples = self.adversary.search()
+            self.stepper.optimizer.zero_grad(set_to_none=True)  # a search may have left some
 
     def _look(self, tracking: Tracking) -> float:
         """Wait for the losses since the last look, average them over the processes and log them.
@@ -220,7 +228,7 @@ class Training:
     def _erased(self) -> bool:
         """Whether the steps since the last look are as close to their targets as ``stop_at`` asks for, for the first
         time."""
-        if self.before is None or self.last < self.config.max_train_steps or self.step < CHECK_EVERY:
+        if self.before is None or self.cooling or self.step < CHECK_EVERY:
             return False
         recent = torch.stack(self.course[-CHECK_EVERY:])[:, COLUMNS.index("distance")].mean()
         return bool(recent <= self.config.stop_at * self.before)
@@ -274,6 +282,7 @@ class Training:
             "generator": self.stepper.generator.get_state(),
             "course": torch.stack(self.course),
             "last": self.last,
+            "cooling": self.cooling,
             "before": self.before,
         }
 
@@ -290,8 +299,9 @@ class Training:
         if found is None:
             return
         self.step, state = found
-        self.last, self.before = state["last"], state["before"]
-        if self.last < self.config.max_train_steps:
+        self.last, self.before = state.get("last", self.last), state.get("before")
+        self.cooling = state.get("cooling", False)
+        if self.cooling:
             self.stepper.cool_down(COOL_DOWN)
         with torch.no_grad():
             for name, parameter in self.stepper.named.items():

@@ -62,6 +62,10 @@ class Interruption:
     noted = False
 
 
+_ASKED: list[Interruption] = []
+"""Those of the contexts that are open, the innermost last."""
+
+
 @contextmanager
 def noticed() -> Iterator[Interruption]:
     """Within this context the first signal is only noted, and obeyed after the step; the second interrupts at once.
@@ -79,9 +83,13 @@ def noticed() -> Iterator[Interruption]:
         yield asked
         return
     former = {number: signal.signal(number, note) for number in SIGNALS}
+    _ASKED.append(asked)
     try:
         yield asked
     finally:
+        _ASKED.pop()
+        if asked.noted and _ASKED:
+            _ASKED[-1].noted = True  # the run around this one obeys
         for number, handler in former.items():
             if handler is not None:  # one that was not set by Python cannot be set again
                 signal.signal(number, handler)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -17,6 +18,9 @@ from fdu.training.methods import Trainable
 from fdu.training.objective import Objective
 from fdu.training.step import Stepper
 
+AUTOCAST: dict[torch.dtype, Any] = {torch.float32: "no", torch.float16: "fp16", torch.bfloat16: "bf16"}
+"""The mixed precision that suits the dtype of a model's weights."""
+
 
 def learn_images(
     accelerator: Accelerator,
@@ -25,6 +29,7 @@ def learn_images(
     texts: Sequence[str],
     conditioning: Conditioning,
     latents: Tensor,
+    shown: Tensor,
     description: str,
     watched: Collection[int] = (),
     watch: Callable[[int], None] | None = None,
@@ -38,7 +43,8 @@ def learn_images(
         trainable: what is trained.
         texts: prompts, each once.
         conditioning: the prompts as the model reads them; a trainable that trains text reads them again.
-        latents: clean latents [M, C, H, W]; latent i shows prompt i, modulo their number.
+        latents: clean latents [M, C, H, W].
+        shown: the prompt that each latent shows, an index of ``texts``, [M] on the CPU.
         description: label of the progress bar.
         watched, watch: as :class:`fdu.training.loop.Training` takes them.
         settings: of :class:`fdu.EraseConfig`: max_train_steps, train_batch_size, learning_rate, mixed_precision, seed.
@@ -64,7 +70,7 @@ def learn_images(
         anchor=places,
         preserved=torch.empty(0, dtype=torch.long),
         concept=torch.zeros(len(texts), dtype=torch.long),
-        pair=torch.arange(len(latents)) % len(texts),
+        pair=shown,
         latents_per_concept=len(latents),
         latents=latents.to(denoiser.device),
     )

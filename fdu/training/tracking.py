@@ -80,6 +80,8 @@ class Tracking:
 
     def end(self) -> None:
         """Close the tracker. Not by accelerate, which would end the process group with it."""
+        if self.config.report_to == "none":  # a tracker that is there is that of a run around this one
+            return
         for tracker in self.accelerator.trackers:
             tracker.finish()
 

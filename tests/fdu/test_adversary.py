@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+import os
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,8 @@ from accelerate import Accelerator
 from torch import Tensor
 
 import fdu
+from fdu import cli
+from fdu.cli import main
 from fdu.models.denoiser import Conditioning
 from fdu.models.families import denoiser_of
 from fdu.subjects.digits import pipeline as digits
@@ -21,6 +26,7 @@ from fdu.training.adversary import Adversary, from_keys, keys_of, search_steps
 from fdu.training.cache import Cache
 from fdu.training.examples import Found, prepare_examples, with_found
 from fdu.training.methods.perturbation import Perturbation
+from fdu.training.process_state import noticed
 from fdu.training.step import Stepper
 
 pytestmark = pytest.mark.quick(method=["lora", "token"], name=["sd", "sd3"])
@@ -63,7 +69,7 @@ def test_a_search_lowers_the_loss_on_the_targets_images_and_leaves_the_model_as_
     @torch.no_grad()
     def loss(conditioning: Conditioning) -> float:
         generator = torch.Generator().manual_seed(5)
-        latents = adversary._latents(0).repeat(16, 1, 1, 1)
+        latents = adversary.examples.latents[: adversary.examples.latents_per_concept // 2].repeat(16, 1, 1, 1)
         noise = torch.randn(latents.shape, generator=generator)
         indices = torch.randint(len(denoiser.signal), (len(latents),), generator=generator)
         noisy, wanted = denoiser.add_noise(latents, noise, indices), denoiser.true_output(latents, noise, indices)
@@ -173,9 +179,9 @@ def test_a_run_that_was_killed_goes_on_bit_for_bit(order: str, quick: dict[str, 
         "checkpoints_total_limit": 99,
     }
     whole = erase(quick, **settings, checkpoint_dir=str(tmp_path))
-    kept = tmp_path / "search" if order == "search_first" else tmp_path
+    kept = tmp_path / "checkpoint-search" if order == "search_first" else tmp_path
     assert {path.name for path in kept.glob("checkpoint-*")} >= {"checkpoint-3", "checkpoint-6", "checkpoint-8"}
-    for path in tmp_path.rglob("checkpoint-*"):
+    for path in tmp_path.rglob("checkpoint-[0-9]*"):
         # Of the searches, the state just before the last one is left; of what follows, nothing.
         if path.parent != kept or int(path.name.rpartition("-")[2]) > (8 if order == "search_first" else 4):
             shutil.rmtree(path)
@@ -195,6 +201,96 @@ def test_later_runs_take_what_was_found_from_the_cache(
 
     monkeypatch.setattr(Adversary, "search", search)
     assert same(weights(erase(quick, cache_dir=str(tmp_path))), weights(first))
+
+
+def test_a_search_denoises_each_image_with_its_own_prompt(
+    quick: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: dict[str, Any] = {}
+
+    def noting(*given: Any, **named: Any) -> list[float]:
+        seen.update(texts=given[3], latents=given[5], shown=given[6])
+        return [0.0]
+
+    monkeypatch.setattr(adversary_file, "learn_images", noting)
+    adversary = an_adversary(quick, num_latents=40)
+    adversary.search()
+    examples, each = adversary.examples, adversary.examples.latents_per_concept
+    prompts = [examples.texts[examples.target[pair]] for pair in examples.pair[each : each + each // 2]]
+    assert [seen["texts"][place] for place in seen["shown"].tolist()] == prompts  # of the second concept, the last one
+    assert torch.equal(seen["latents"], examples.latents[each : each + each // 2]) and len(prompts) > 2
+
+
+def test_no_gradient_of_a_search_reaches_the_erasure(quick: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    step, found = Stepper.step, []
+
+    def noting(stepper: Stepper, number: int) -> Tensor:
+        if stepper.config.objective == "model":
+            found.append(all(parameter.grad is None for parameter in stepper.parameters))
+        return step(stepper, number)
+
+    monkeypatch.setattr(Stepper, "step", noting)
+    erase(quick, train_method="token", adversarial_rounds=1, adversarial_order="alternate")
+    assert found == [True] * 4
+
+
+def test_at_most_half_of_the_samples_are_of_what_was_found(quick: dict[str, Any]) -> None:
+    adversary = an_adversary(quick)
+    few = dataclasses.replace(
+        adversary.examples, target=adversary.examples.target[:2], anchor=adversary.examples.anchor[:2],
+        concept=torch.zeros(2, dtype=torch.long),
+    )  # fmt: skip
+    moves = {"embeddings": torch.ones(2, adversary.examples.conditioning.tensors["embeddings"].shape[-1])}
+    extended = with_found(few, [Found(0, moves)] * 5, 2)
+    assert (extended.target >= len(few.texts)).float().mean() == 0.5
+    assert len(extended.target) == len(extended.anchor) == len(extended.concept)
+
+
+def test_the_accelerator_forgets_the_searches(quick: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    step, counts = Stepper.step, []
+
+    def noting(stepper: Stepper, number: int) -> Tensor:
+        counts.append((stepper.config.objective, len(stepper.accelerator._optimizers)))
+        return step(stepper, number)
+
+    monkeypatch.setattr(Stepper, "step", noting)
+    erase(quick, adversarial_rounds=2)
+    assert {count for objective, count in counts if objective == "model"} == {1}
+
+
+def test_a_signal_in_a_search_reaches_the_run_around_it() -> None:
+    with noticed() as outer:
+        with noticed() as inner:
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert inner.noted and not outer.noted
+        assert outer.noted
+
+
+def test_the_command_cleans_up_and_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = ["erase", "digits", "--target", "three", "--anchor", "eight", "--out", "out", "--adversarial_rounds", "1"]
+    words += ["--adversarial_steps", "2", "--max_train_steps", "4", "--num_latents", "8", "--num_inference_steps", "1"]
+    step = Stepper.step
+
+    def failing(stepper: Stepper, number: int) -> Tensor:
+        if stepper.config.objective == "model" and number == 3 and not Path("again").exists():
+            signal.raise_signal(signal.SIGTERM)
+        return step(stepper, number)
+
+    monkeypatch.setattr(Stepper, "step", failing)
+    assert main([*words, "--checkpointing_steps", "2"]) == cli.INTERRUPTED
+    Path("again").touch()
+    assert main([*words, "--checkpointing_steps", "2", "--resume_from_checkpoint", "latest"]) == cli.OK
+    assert {path.name for path in tmp_path.iterdir()} == {"again", "out"}
+    assert main([*words, "--overwrite"]) == cli.OK
+
+
+def test_a_pipeline_in_half_precision_is_searched_for_the_closed_form() -> None:
+    pipeline = families.build("sd")
+    pipeline.to(dtype=torch.bfloat16)
+    settings = {"adversarial_rounds": 1, "adversarial_steps": 2, "num_latents": 4, "num_inference_steps": 2}
+    result = fdu.erase(pipeline, "three", "eight", train_method="closed_form", train_batch_size=2, **settings)
+    assert result.edits
 
 
 def test_keys_round_trip() -> None:

@@ -40,7 +40,7 @@ def run_of(*levels: float, images: int = 64, probes: list[fdu.Probe] = PROBES, *
 
 
 def record(**config: Any) -> dict[str, Any]:
-    settings = {"learning_rate": 1e-4, "preservation_prompts": [], "preservation_weight": 2.0, **config}
+    settings = {"learning_rate": 1e-4, "preservation_prompts": [], "preservation_weight": 4.0, **config}
     return make_record(**settings) | {"command": ERASE, "concepts": [["three", "eight"]]}
 
 
@@ -135,7 +135,7 @@ def test_broken_classes_are_preserved_with_their_prompts() -> None:
     erase, _ = parsed(first)
     # The anchor's prompts are preserved by default, and would not be beside others.
     assert erase.settings.checked().preservation_prompts == ("eight", "nine")
-    assert erase.settings.checked().preservation_weight == 2.0
+    assert erase.settings.checked().preservation_weight == 4.0
     assert parsed(fewer)[0].settings.checked().max_train_steps == 100
     assert folders([first, fewer]) == ["judged-2-erased", "judged-2", "judged-3-erased", "judged-3"]
 
@@ -157,12 +157,12 @@ def test_classes_that_were_preserved_in_vain_are_preserved_more_strongly() -> No
     told = record(preservation_prompts=["nine"]) | {"command": f"{ERASE} --preservation_prompts=nine"}
     stronger, fewer = next_steps(run_of(0.5, 0.5, 0.1, record=told))
     erase, _ = parsed(stronger)
-    assert erase.settings.checked().preservation_weight == 4.0
+    assert erase.settings.checked().preservation_weight == 8.0
     assert erase.settings.checked().preservation_prompts == ("nine",)
     assert "100" in fewer.words
     off, *_ = next_steps(run_of(0.5, 0.5, 0.1, record=record(preservation_weight=0.0)))
     erase, _ = parsed(off)
-    assert erase.settings.checked().preservation_weight == 2.0
+    assert erase.settings.checked().preservation_weight == 4.0
     assert erase.settings.checked().preservation_prompts == ("eight", "nine")
 
 
@@ -172,27 +172,27 @@ def test_the_prompts_that_a_pipeline_of_fdu_preserves_by_itself_are_not_listed()
         stronger, _ = next_steps(run_of(0.5, 0.5, 0.1, record=told, command=command))
         again = parsed(stronger)[0]
         assert "--preservation_prompts" not in stronger.commands[0] and "--preservation_weight" in stronger.commands[0]
-        assert again.settings.checked().preservation_weight == 4.0
+        assert again.settings.checked().preservation_weight == 8.0
 
 
 def test_a_target_that_is_left_and_broken_classes_are_one_training() -> None:
     (step,) = next_steps(run_of(0.1, 0.5, 0.1))
     config = parsed(step)[0].settings.checked()
     assert config.max_train_steps == 400 and config.preservation_prompts == ("eight", "nine")
-    assert config.preservation_weight == 2.0
+    assert config.preservation_weight == 4.0
 
 
 def test_lost_attributes_need_fewer_steps_or_a_stronger_preservation() -> None:
     stronger, fewer = next_steps(without_ink(run_of(0.5, 0.5, 0.9)))
     assert "the anchor's prompts" in stronger.words and not any("rarely" in one.words for one in (stronger, fewer))
     config = parsed(stronger)[0].settings.checked()
-    assert (config.preservation_weight, config.preservation_prompts) == (4.0, ())
+    assert (config.preservation_weight, config.preservation_prompts) == (8.0, ())
     assert "--max_train_steps" not in stronger.commands[0]
     config = parsed(fewer)[0].settings.checked()
-    assert (config.preservation_weight, config.max_train_steps) == (2.0, 100)
+    assert (config.preservation_weight, config.max_train_steps) == (4.0, 100)
     (both,) = next_steps(without_ink(run_of(0.1, 0.5, 0.9)))
     config = parsed(both)[0].settings.checked()
-    assert (config.preservation_weight, config.max_train_steps) == (4.0, 400)
+    assert (config.preservation_weight, config.max_train_steps) == (8.0, 400)
     (words,) = next_steps(without_ink(run_of(0.5, 0.5, 0.9, record=None)))
     assert "preservation_weight" in words.words
 
@@ -202,13 +202,13 @@ def test_what_was_computed_is_computed_again_or_trained_on() -> None:
     told = record(train_method="closed_form", learning_rate=None) | {"command": erase}
     (weaker,) = next_steps(run_of(0.1, 0.5, 0.9, record=told))
     config = parsed(weaker)[0].settings.checked()
-    assert (config.train_method, config.preservation_weight) == ("closed_form", 0.5)
+    assert (config.train_method, config.preservation_weight) == ("closed_form", 1.0)
     (stronger,) = next_steps(without_ink(run_of(0.5, 0.5, 0.9, record=told)))
     config = parsed(stronger)[0].settings.checked()
-    assert (config.train_method, config.preservation_weight) == ("closed_form", 4.0)
+    assert (config.train_method, config.preservation_weight) == ("closed_form", 8.0)
     (trained,) = next_steps(without_ink(run_of(0.1, 0.5, 0.9, record=told)))
     config = parsed(trained)[0].settings.checked()
-    assert (config.train_method, config.init, config.preservation_weight) == ("lora", "closed_form", 2.0)
+    assert (config.train_method, config.init, config.preservation_weight) == ("lora", "closed_form", 4.0)
 
 
 def test_a_class_that_dropped_by_chance_is_not_blamed_for_lost_attributes() -> None:

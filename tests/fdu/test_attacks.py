@@ -138,16 +138,34 @@ def test_an_inversion_finds_what_the_weights_still_know(lesson: Lesson) -> None:
     assert found.before.value <= 0.25 and found.after.value >= 0.75 > found.control.value
 
 
-@pytest.mark.parametrize("attack", [from_partial_noise, inpainting])
-def test_images_of_the_target_bring_it_back_where_only_its_prompts_are_avoided(
-    attack: Callable[[Lesson, ImageAttackConfig], AttackOutcome], lesson: Lesson
-) -> None:
+def test_a_noised_image_of_the_target_brings_it_back_where_only_its_prompts_are_avoided(lesson: Lesson) -> None:
     with reading(lesson.denoiser, erased):
-        found = attack(lesson, ImageAttackConfig(noise=0.3))
-        assert found.before.value == 0.0 and found.control.value > 0.0
-        assert found.after.value > 0.0
-        if attack is from_partial_noise:  # from pure noise nothing of the image is left
-            assert from_partial_noise(lesson, ImageAttackConfig(noise=1.0)).after.value <= 0.125
+        found = from_partial_noise(lesson, ImageAttackConfig(noise=0.3))
+        assert found.before.value == 0.0 and found.after.value > 0.0 and found.control.value > 0.0
+        # From pure noise nothing of the image is left.
+        assert from_partial_noise(lesson, ImageAttackConfig(noise=1.0)).after.value <= 0.125
+
+
+def test_the_control_of_an_inpainting_is_the_part_that_is_given(lesson: Lesson) -> None:
+    most = inpainting(lesson, ImageAttackConfig(given=0.9))
+    assert most.after.value >= 0.75 and most.control.value > 0.0  # almost the whole image
+    with reading(lesson.denoiser, erased):
+        little = inpainting(lesson, ImageAttackConfig(given=0.1))
+    assert little.after.value <= 0.25 and little.control.value < most.after.value
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16])
+@pytest.mark.parametrize("name", families.FAMILY_NAMES)
+def test_pipelines_in_half_precision_can_be_attacked(name: str, dtype: torch.dtype) -> None:
+    pipeline = families.build(name)
+    pipeline.to(dtype=dtype)
+    denoiser = denoiser_of(pipeline, families.resolution(name))
+    probe = fdu.Probe("three", ("a three", "some three"), "target", lambda images: ["other"] * len(images))
+    drawing = JudgedSampling(images=2, num_inference_steps=2, batch_size=2)
+    lesson = Lesson(denoiser, probe, torch.randn(2, *denoiser.latent_shape), drawing)
+    search_words(lesson, WordSearchConfig(prompts=1, words=2, steps=1, candidates=2, samples=1))
+    from_partial_noise(lesson)
+    inpainting(lesson)
 
 
 @pytest.mark.parametrize("attack", ["search_words", "breed_words"])
@@ -230,10 +248,12 @@ def test_the_verdict_tells_what_held() -> None:
         none = Share.of(["eight"] * 32, "three")
         return dataclasses.asdict(AttackOutcome(none, share, none, {}))
 
-    before = {"words": outcome(32), "inpainting": outcome(32), "direction": outcome(1)}
-    after = {"words": outcome(0), "inpainting": outcome(30), "direction": outcome(0)}
+    before = {"words": outcome(32), "inpainting": outcome(32), "direction": outcome(1), "inversion": outcome(15)}
+    after = {"words": outcome(0), "inpainting": outcome(30), "direction": outcome(0), "inversion": outcome(32)}
     holds = judge_robustness({"others": after, "others_before": before}, "three")
-    assert not holds.holds and "does not hold against half images" in holds.headline
+    assert not holds.holds and "does not hold against parts of images" in holds.headline
     assert "holds against words before the prompts" in holds.headline
     assert "not conclusive: prompts without the name" in holds.headline
-    assert any("With half images, three comes back: 94" in one for one in holds.sentences)
+    assert "an embedding trained for the name" in holds.headline.split("not conclusive")[0]
+    assert any("prompts without the name, three stays away: 0 %" in one for one in holds.sentences)
+    assert any("With parts of images, three comes back: 94" in one for one in holds.sentences)

@@ -17,6 +17,7 @@ from fdu.comparison.front import ATTACKED, Judged, Sample
 from fdu.comparison.page import table
 from fdu.comparison.plan import Candidate, Comparison
 from fdu.comparison.results import RUNS
+from fdu.comparison.runs import identity_of
 from fdu.comparison.sweep import Records
 from fdu.config import EraseConfig
 from fdu.evaluation.robustness import AttackConfig
@@ -54,6 +55,9 @@ def test_methods_and_rounds_are_combined_and_what_does_not_train_is_one_candidat
         (["--robust", "0,some"], "robust must be whole numbers"),
         (["--train_method", "closed_form"], "--methods closed_form,lora"),
         (["--robust", "9", "--max_train_steps", "4"], "adversarial_rounds 9 needs at least 18 steps"),
+        (["--methods", "lora", "--train_method", "full"], "train_method has no effect beside --methods"),
+        (["--robust", "0,1", "--adversarial_rounds", "1"], "adversarial_rounds has no effect beside --robust"),
+        (["--methods", "closed_form", "--s0", "2"], "has no divergence; leave out"),
     ],
 )
 def test_others_are_refused(words: list[str], told: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -80,10 +84,16 @@ def test_batches_are_not_drawn_before_searches_that_add_to_them() -> None:
         assert comparison.config(comparison.runs()[0]).frozen_batches == frozen
 
 
-def test_an_attack_is_part_of_the_identity_only_where_there_is_one() -> None:
+def test_an_attack_is_part_of_the_identity_only_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
     plain = Comparison("digits", (("three", "eight"),), (Candidate("mse"),))
     attacked = dataclasses.replace(plain, attacked=True)
-    assert "attack" not in plain.conditions() and attacked.conditions()["attack"]["steps"] == AttackConfig().steps
+    monkeypatch.setattr(runs_file, "weights", lambda *model: "0123456789abcdef")
+    (run,) = [run for run in plain.runs() if run.seed == 0]
+    assert (
+        "attack" not in identity_of(plain, run)
+        and identity_of(attacked, run)["attack"]["steps"] == runs_file.ATTACK.steps
+    )
+    assert plain.conditions() == attacked.conditions()
 
 
 def test_what_holds_is_a_figure_of_its_own() -> None:
@@ -108,7 +118,7 @@ def test_what_holds_is_a_figure_of_its_own() -> None:
 def test_a_comparison_of_methods_end_to_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(runs_file, "attack", lambda lesson, given=runs_file.attack: given(lesson, FAST))
+    monkeypatch.setattr(runs_file, "ATTACK", FAST)
     monkeypatch.setattr(runs_file, "ATTACK_LATENTS", 2)
     monkeypatch.chdir(tmp_path)
     words = ["--divergences", "mse", "--methods", "closed_form,lora", "--robust", "0,1", "--adversarial_steps", "2"]
@@ -125,3 +135,27 @@ def test_a_comparison_of_methods_end_to_end(
     again = next(line for line in told.splitlines() if line.startswith("to run it: "))
     command = parse(again.removeprefix("to run it: fdu ").split())
     command.prepare("")  # type: ignore[attr-defined]
+
+
+def test_settings_of_the_closed_form_are_those_of_its_candidates() -> None:
+    found = candidates("--methods", "closed_form,lora", "--ridge", "0.01")
+    assert dict(found[0].others) == {"train_method": "closed_form", "ridge": 0.01}
+    assert dict(found[1].others) == {"train_method": "lora"}
+    compare = parse([*COMPARE, "--methods", "closed_form,lora", "--ridge", "0.01", "--sigma", "0.3", "--s0", "5"])
+    compare.prepare("")  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("words", "method", "wanted", "unwanted"),
+    [
+        (["--methods", "cross_attention", "--learning_rate", "0.004"], "cross_attention", "--learning_rate 0.004", "x"),
+        (["--methods", "cross_attention"], "cross_attention", "--train_method cross_attention", "--learning_rate"),
+        (["--methods", "closed_form,lora"], "closed_form", "--dtype float32", "--divergence"),
+    ],
+)
+def test_the_command_is_that_of_the_run(words: list[str], method: str, wanted: str, unwanted: str) -> None:
+    compare = parse([*COMPARE, *words])
+    assert isinstance(compare, Compare)
+    (chosen, *_) = [one for one in compare._candidates(["mse"]) if dict(one.others)["train_method"] == method]
+    line = compare._erase_command(compare._base(), chosen)
+    assert wanted in line and unwanted not in line

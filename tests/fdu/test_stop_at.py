@@ -80,10 +80,22 @@ def test_a_run_that_is_ending_resumes_bit_for_bit(quick: dict[str, Any], tmp_pat
     assert all(torch.equal(one, weights(whole)[name]) for name, one in weights(resumed).items())
 
 
+def test_a_run_that_is_ending_in_its_last_steps_resumes_too(quick: dict[str, Any], tmp_path: Path) -> None:
+    settings = {"stop_at": 0.9, "max_train_steps": 16, "checkpoint_dir": str(tmp_path)}
+    keeping = {"checkpointing_steps": 4, "checkpoints_total_limit": 99}
+    whole = erase(quick, **settings, **keeping)
+    assert len(whole.history["loss"]) == 16
+    shutil.rmtree(tmp_path / "checkpoint-16")
+    resumed = erase(quick, **settings, **keeping, resume_from_checkpoint="latest")
+    assert all(torch.equal(one, weights(whole)[name]) for name, one in weights(resumed).items())
+
+
 def test_it_needs_a_target_that_can_be_reached() -> None:
     with pytest.raises(ValueError, match="stop_at needs objective 'model'"):
         fdu.EraseConfig(stop_at=0.1, objective="noise")
     with pytest.raises(ValueError, match="stop_at must be"):
         fdu.EraseConfig(stop_at=1.0)
+    with pytest.raises(ValueError, match="stop_at may end the training before the searches"):
+        fdu.EraseConfig(stop_at=0.1, adversarial_rounds=1, adversarial_order="alternate")
     with pytest.raises(ValueError, match="stop_at has no effect"):
         fdu.EraseConfig(stop_at=0.1, train_method="closed_form")

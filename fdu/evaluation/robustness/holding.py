@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from fdu.evaluation.verdict import DRAWN_BEFORE, joined, percent, spanned, state_within
+from fdu.evaluation.verdict import DRAWN_BEFORE, ERASED_BELOW, joined, percent, spanned, state_within
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,24 +115,26 @@ OTHERS = {
     "direction": "prompts without the name",
     "inversion": "an embedding trained for the name",
     "partial_noise": "noised images",
-    "inpainting": "half images",
+    "inpainting": "parts of images",
 }
 """What each of the further attacks uses, in words."""
 
 
 def _tried(name: str, found: Mapping[str, Any], reference: Mapping[str, Any] | None, target: str) -> _Outcome:
+    means, after, control = OTHERS[name], found["after"], found["control"]
     most = reference["after"]["value"] if reference else 1.0
-    after, control = found["after"], found["control"]
-    state, sure = state_within(most, after["value"], after["interval"])
+    state, sure = state_within(max(most, DRAWN_BEFORE), after["value"], after["interval"])
+    # An attack that fails even before the erasure shows nothing by failing after it.
+    untold = state == "cannot be told" or (state == "erased" and most < DRAWN_BEFORE)
     told = {
         "erased": f"{target} stays away",
         "partly erased": f"{target} comes back in part",
         "cannot be told": "too few images to tell",
     }.get(state, f"{target} comes back")
-    means = OTHERS[name]
     sentence = f"With {means}, {told}: {_told(after, sure)} (control {percent(control['value'])}"
     sentence += f"; {percent(most)} before the erasure)." if reference else ")."
-    untold = state == "cannot be told" or most < DRAWN_BEFORE
+    if name == "inpainting" and state != "erased" and control["value"] > ERASED_BELOW:
+        untold, sentence = True, f"{sentence} The given part alone shows {target}, so this says little."
     return _Outcome(means, None if untold else state == "erased", sure, sentence)
 
 

@@ -1,4 +1,4 @@
-"""Attacks with images: the erased model goes on from a noised image of the target, or completes half of one.
+"""Attacks with images: the erased model goes on from a noised image of the target, or completes a part of one.
 
 A model that only avoids a concept in its prompts still denoises images of it ("When Are Concepts Erased?", 2025, arXiv
 2505.17013).
@@ -24,11 +24,13 @@ class ImageAttackConfig:
 
     noise: Positive = 0.7
     """partial_noise: where the image enters the trajectory, in (0, 1]: 1 is pure noise."""
+    given: Positive = 0.25
+    """inpainting: share of the columns of an image that is given, in (0, 1)."""
 
     def __post_init__(self) -> None:
         check_fields(self)
-        if self.noise > 1:
-            raise ValueError(f"noise must be in (0, 1], got {self.noise!r}")
+        if self.noise > 1 or self.given >= 1:
+            raise ValueError(f"noise must be in (0, 1] and given in (0, 1), got {self.noise!r} and {self.given!r}")
 
 
 def from_partial_noise(lesson: Lesson, config: ImageAttackConfig | None = None) -> AttackOutcome:
@@ -38,21 +40,40 @@ def from_partial_noise(lesson: Lesson, config: ImageAttackConfig | None = None) 
 
 
 def inpainting(lesson: Lesson, config: ImageAttackConfig | None = None) -> AttackOutcome:
-    """Complete images of the target of which the left half is given (as RePaint, Lugmayr et al. 2022, without its
-    resampling), with its prompts, and as a control without a prompt."""
+    """Complete images of the target of which the left part is given (as RePaint, Lugmayr et al. 2022, without its
+    resampling), with its prompts. As a control the rest stays empty: a judge may know the target by the part alone."""
     config = config or ImageAttackConfig()
     width = lesson.latents.shape[-1]
-    given = torch.arange(width) < width // 2
-    return _outcome(lesson, config, 1.0, given.to(torch.float32))
+    given = (torch.arange(width) < max(round(config.given * width), 1)).float()
+    return _outcome(lesson, config, 1.0, given)
 
 
 def _outcome(lesson: Lesson, config: ImageAttackConfig, start: float, given: Tensor | None) -> AttackOutcome:
     name, prompts = lesson.probe.name, lesson.probe.prompts
     asked = [prompts[place % len(prompts)] for place in range(lesson.drawing.images)]
-    after, control = (
-        Share.of(lesson.probe.judge(_drawn(lesson, some, start, given)), name) for some in (asked, [""] * len(asked))
-    )
-    return AttackOutcome(lesson.judged(), after, control, dataclasses.asdict(config))
+    after = lesson.probe.judge(_drawn(lesson, asked, start, given))
+    alone = _part(lesson, given) if given is not None else _drawn(lesson, [""] * len(asked), start, None)
+    control = lesson.probe.judge(alone)
+    return AttackOutcome(lesson.judged(), Share.of(after, name), Share.of(control, name), dataclasses.asdict(config))
+
+
+@torch.no_grad()
+def _part(lesson: Lesson, given: Tensor) -> Tensor:
+    """The given columns of the latents alone, beside zeros, as images [N, 3, H, W]."""
+    images = []
+    for first in range(0, lesson.drawing.images, lesson.drawing.batch_size):
+        places = range(first, min(first + lesson.drawing.batch_size, lesson.drawing.images))
+        latents, _ = _begun(lesson, places)
+        images.append(lesson.denoiser.decode_latents(given.to(latents) * latents).cpu())
+    return torch.cat(images)
+
+
+def _begun(lesson: Lesson, places: range) -> tuple[Tensor, Tensor]:
+    """The latents of the target that images of these numbers begin at, and their noise, each [N, C, H, W]."""
+    latents = lesson.latents[[place % len(lesson.latents) for place in places]].to(lesson.denoiser.device).float()
+    first = lesson.drawing.seed + JUDGED_SEED
+    noise = [torch.randn(latents.shape[1:], generator=torch.Generator().manual_seed(first + one)) for one in places]
+    return latents, torch.stack(noise).to(latents)
 
 
 @torch.no_grad()
@@ -78,10 +99,7 @@ def _drawn(lesson: Lesson, prompts: list[str], start: float, given: Tensor | Non
     images = []
     for first in range(0, len(prompts), drawing.batch_size):
         some = prompts[first : first + drawing.batch_size]
-        places = torch.arange(first, first + len(some))
-        latents = lesson.latents[places.to(lesson.latents.device) % len(lesson.latents)].to(denoiser.device).float()
-        seeds = [torch.Generator().manual_seed(drawing.seed + JUDGED_SEED + place) for place in places.tolist()]
-        noise = torch.stack([torch.randn(latents.shape[1:], generator=seed) for seed in seeds]).to(latents)
+        latents, noise = _begun(lesson, range(first, first + len(some)))
         conditioning = denoiser.encode([*some, *([""] * len(some) if guided else [])])
         noisy = denoiser.add_noise(latents, noise, grid[:1].expand(len(some)).to(denoiser.device))
         if given is not None:

@@ -17,14 +17,12 @@ from fdu.evaluation.intervals import Share
 from fdu.models.denoiser import Denoiser, call_default
 from fdu.training.methods import Request, Trainable, attach
 from fdu.training.process_state import own_accelerator, seeded
-from fdu.training.reconstruction import learn_images
+from fdu.training.reconstruction import AUTOCAST, learn_images
 
 LEARNT_SEED = 3000
 """Offset of the seeds of the target's images that attack and relearning learn from; none of these is judged."""
 BACK = 0.5
 """The target is back once its share reaches this fraction of its share before the erasure."""
-AUTOCAST: dict[torch.dtype, Any] = {torch.float32: "no", torch.float16: "fp16", torch.bfloat16: "bf16"}
-"""The mixed precision that suits the dtype of a model's weights."""
 Course = list[tuple[int, Share]]
 """Steps, and the share of images that show the target after them."""
 
@@ -60,7 +58,7 @@ class InversionConfig:
     learning_rate: Positive = 0.05
     """Learning rate of AdamW, > 0, constant."""
     batch_size: Count = 16
-    """Noised images per step, >= 1."""
+    """Noised images per step, >= 1; no more than are drawn at a time."""
     looks: Count = 1
     """How often the pipeline is judged on the way."""
 
@@ -139,7 +137,8 @@ class Lesson:
         Returns:
             The loss of every step: the mean squared error of the denoiser's output.
         """
-        denoiser, texts = self.denoiser, tuple(dict.fromkeys(self.probe.prompts))
+        denoiser, asked = self.denoiser, self.probe.prompts
+        texts = tuple(dict.fromkeys(asked))
         precision = AUTOCAST.get(denoiser.dtype, "bf16")
         # The last step, half of it, a quarter, ...
         looks = tuple(sorted({config.steps // 2**look for look in range(config.looks)} - {0}))
@@ -151,11 +150,12 @@ class Lesson:
                 texts,
                 denoiser.encode(texts),
                 self.latents,
+                torch.tensor([texts.index(asked[place % len(asked)]) for place in range(len(self.latents))]),
                 description,
                 looks,
                 lambda step: course.append((step, self.judged())),
                 max_train_steps=config.steps,
-                train_batch_size=config.batch_size,
+                train_batch_size=min(config.batch_size, self.drawing.batch_size),
                 learning_rate=config.learning_rate,
                 mixed_precision=precision,
                 seed=seed,
@@ -194,8 +194,9 @@ def invert(lesson: Lesson, config: InversionConfig | None = None, name: str = ""
     with seeded(seed, denoiser.device):
         trainable = attach(denoiser, request)
     try:
-        lesson.learn(trainable, config, [], seed, "invert")
-        after = lesson.judged()
+        course: Course = []
+        lesson.learn(trainable, config, course, seed, "invert")
+        after = course[-1][1]
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             for rows in trainable.named_parameters().values():

@@ -90,12 +90,13 @@ class Vocabulary:
         """So many words."""
         return [self.words[place] for place in torch.randint(len(self.words), (count,), generator=generator).tolist()]
 
-    def places(self, prompt: str, words: Sequence[str]) -> list[int]:
-        """Where these words, with which the prompt begins, are in its tokens."""
-        tokens = self.tokenizer(prompt)["input_ids"]
-        first = self.tokens[self.words.index(words[0])].item()
-        start = tokens.index(first)
-        return list(range(start, start + len(words)))
+    def places(self, read: Sequence[int], words: Sequence[str]) -> list[int]:
+        """Where these words follow one another in the tokens that were read; none if they are read as other tokens."""
+        wanted = [int(self.tokens[self.words.index(word)]) for word in words]
+        for start in range(len(read) - len(wanted) + 1):
+            if list(read[start : start + len(wanted)]) == wanted:
+                return list(range(start, start + len(wanted)))
+        return []
 
     @property
     def embedding(self) -> nn.Embedding:
@@ -169,15 +170,17 @@ def _searched(
     for _ in range(config.steps):
         loss = _loss(lesson, config.samples, generator)
         text = " ".join([*best, prompt])
-        with _watched(vocabulary.embedding) as outputs, torch.enable_grad():
+        with _watched(vocabulary.embedding) as (read_tokens, outputs), torch.enable_grad():
             read = denoiser.encode_batch([text]).tensors
             typed = {name: one.to(denoiser.dtype) if one.is_floating_point() else one for name, one in read.items()}
             now = loss(typed)
             (gradient,) = torch.autograd.grad(now.sum(), [outputs[0]])
-        places = vocabulary.places(text, best)
+        places = vocabulary.places(read_tokens[0], best)
         rows = vocabulary.embedding.weight.detach()[vocabulary.tokens.to(denoiser.device)].float()
-        scores = -(gradient[0, places].float() @ rows.T)  # [words, vocabulary]: by how much an exchange may lower it
-        promising = scores.topk(min(4 * config.candidates, len(vocabulary.words)), dim=1).indices.cpu()
+        # [words, vocabulary]: by how much an exchange may lower it. Without places all are equal.
+        scores = -(gradient[0, places].float() @ rows.T) if places else rows.new_zeros(len(best), len(rows))
+        noise = torch.rand(scores.shape, generator=generator).to(scores) * 1e-9
+        promising = (scores + noise).topk(min(4 * config.candidates, len(vocabulary.words)), dim=1).indices.cpu()
         tried = []
         for _ in range(config.candidates):
             place = int(torch.randint(len(best), (), generator=generator))
@@ -199,30 +202,35 @@ def _loss(lesson: Lesson, samples: int, generator: torch.Generator) -> Callable[
     indices = torch.randint(len(denoiser.signal), (samples,), generator=generator).to(denoiser.device)
     noisy = denoiser.add_noise(latents, noise, indices)
     wanted = denoiser.true_output(latents, noise, indices)
+    most = lesson.drawing.batch_size
 
     def loss(tensors: dict[str, Tensor]) -> Tensor:
-        count = len(next(iter(tensors.values())))
+        given, count = Conditioning(tensors), len(next(iter(tensors.values())))
         rows = torch.arange(count, device=denoiser.device).repeat_interleave(samples)
-        given = Conditioning(tensors)[rows]
-        output = denoiser.predict(noisy.repeat(count, 1, 1, 1), indices.repeat(count), given)
-        errors = (output.float() - wanted.repeat(count, 1, 1, 1).float()).square().flatten(1).mean(1)
-        return errors.view(count, samples).mean(1)
+        images = torch.arange(samples, device=denoiser.device).repeat(count)
+        errors = []
+        for some, chosen in zip(rows.split(most), images.split(most), strict=True):
+            output = denoiser.predict(noisy[chosen].to(denoiser.dtype), indices[chosen], given[some])
+            errors.append((output.float() - wanted[chosen].float()).square().flatten(1).mean(1))
+        return torch.cat(errors).view(count, samples).mean(1)
 
     return loss
 
 
 @contextmanager
-def _watched(layer: nn.Module) -> Iterator[list[Tensor]]:
-    """Within this context the outputs of a layer are kept, and gradients reach them."""
+def _watched(layer: nn.Module) -> Iterator[tuple[list[list[int]], list[Tensor]]]:
+    """Within this context what a layer embeds, and its outputs, are kept; gradients reach the outputs."""
+    tokens: list[list[int]] = []
     outputs: list[Tensor] = []
 
     def keep(module: nn.Module, arguments: Any, output: Tensor) -> Tensor:
+        tokens.append(arguments[0][0].tolist())
         outputs.append(output.detach().requires_grad_())
         return outputs[-1]
 
     handle = layer.register_forward_hook(keep)
     try:
-        yield outputs
+        yield tokens, outputs
     finally:
         handle.remove()
 
