@@ -290,7 +290,8 @@ def test_an_evaluation_with_robustness(idle: Path) -> None:
     assert "Robustness" in page.text and "mine" in page.text
     labels = [svg["aria-label"] or "" for svg in page.all("svg") if svg.get("role") == "img"]
     assert [label.partition(".")[0] for label in labels] == ["Attack on the embeddings", "Relearning"]
-    assert metrics["robustness"].keys() == {"phrasings", "attack_before", "attack", "relearning"}
+    found = {name for name, one in metrics["robustness"].items() if one is not None}
+    assert found == {"phrasings", "attack_before", "attack", "relearning"}
 
 
 @pytest.mark.slow
