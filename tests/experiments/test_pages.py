@@ -46,7 +46,7 @@ def test_a_header_holds_what_most_records_share() -> None:
         header, *rest = map(json.loads, path.read_text().splitlines())
         assert {"identity", "device", "versions"} <= header.keys()
         whole = [line for line in rest if line.get("whole")]
-        assert len(whole) < len(rest) / 3 and not any("versions" in line for line in rest if line not in whole)
+        assert len(whole) < len(rest) / 2 and not any("versions" in line for line in rest if line not in whole)
 
 
 @pytest.mark.parametrize("name", PAGES)
@@ -71,7 +71,8 @@ def test_every_row_on_robustness_shows_its_figures_and_a_missing_row_is_counted(
     unknown = [robustness.NEVER_KNOWN.format(name) for name in robustness.UNKNOWN]
     page = robustness.page(rows)
     for name, row in rows.items():
-        (line,) = (line for line in page.splitlines() if line.startswith(f"| {name} |"))
+        line, others = (line for line in page.splitlines() if line.startswith(f"| {name} |"))
+        assert f"{row['others']['inpainting']['after']['value']:.2f} (" in others
         assert f"{row['attack']['after']['value']:.2f} (" in line
         assert ("| never |" in line and "| 0.25 |" in line) or name != "lora"
     page = robustness.page({name: row for name, row in rows.items() if name not in unknown})
