@@ -24,6 +24,7 @@ from fdu.evaluation.intervals import Share
 from fdu.evaluation.robustness.relearning import AttackOutcome, Lesson
 from fdu.models.denoiser import Conditioning, Denoiser
 from fdu.models.parts import TOKENIZERS
+from fdu.training.examples import spread
 
 Fraction = Annotated[float, (">=", 0), ("<", 1)]
 SHOWN = 3
@@ -153,8 +154,7 @@ def _outcome(
 def _some(prompts: Sequence[str], count: int) -> list[str]:
     """So many different prompts, evenly spaced."""
     different = list(dict.fromkeys(prompts))
-    count = min(count, len(different))
-    return [different[place * len(different) // count] for place in range(count)]
+    return [different[place] for place in spread(len(different), min(count, len(different)))]
 
 
 def _searched(
