@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from tyro.conf import Positional, arg
+from tyro.conf import Positional, UseAppendAction, arg
 
 import fdu
 from fdu.config import Count, Natural, check_number
@@ -24,7 +24,7 @@ from fdu.storage.loading import (
 )
 from fdu.storage.output import PIPELINE_FILE
 from fdu.subjects.registry import subject_of
-from fdu.subjects.subject import Exam, Subject
+from fdu.subjects.subject import Exam, Subject, joint_panel
 
 if TYPE_CHECKING:
     from fdu.evaluation import Sampling
@@ -58,9 +58,8 @@ class Evaluate:
     erased: Positional[str]
     """Folder written by `fdu erase` or ErasureResult.save, or weights from another program in any format that
     fdu.load_weights reads."""
-    target: str | None = None
-    """Erased concept. Default: the one recorded in ERASED or in --prompts. Required if ERASED
-    holds several erased concepts."""
+    target: UseAppendAction[tuple[str, ...]] = ()
+    """Erased concept to judge; repeat for several. Default: all that ERASED records, or the one of --prompts."""
     prompts: str | None = None
     """Prompts to draw: a concept set of the package ("van gogh", monet, r2d2, snoopy, "grumpy cat", nemo), or a .txt
     file in that format (see fdu/subjects/prompts.txt). Default: the set with the target's name, otherwise the training
@@ -114,8 +113,8 @@ class Evaluate:
 
             check_record(record, f"ERASED {self.erased!r}: record")
         erased = [target for target, _ in erased_pairs(record)] if record else []
-        named = self.target if self.prompts else self._target(erased)
-        exam = base.exam(named, erased, self.prompts, record, self.judge)
+        exams = [base.exam(name, erased, self.prompts, record, self.judge) for name in self._targets(erased)]
+        first = exams[0]
         if self.out is not None:
             check_output(self.out, self.overwrite, inputs=self._inputs(base))
         from fdu.evaluation import JUDGED_SEED
@@ -123,7 +122,7 @@ class Evaluate:
         device = choose_device(self.device)
         sampling = self._sampling(base)
         settings = {"images_per_class": self.images_per_class, "seed": self.seed + JUDGED_SEED, **sampling.settings()}
-        sets = self._phrasing_sets(exam)
+        sets = self._phrasing_sets(first)
 
         def work() -> None:
             from accelerate.utils import release_memory
@@ -132,7 +131,7 @@ class Evaluate:
             from fdu.evaluation.tables import summary
             from fdu.report import REPORT, Conditions, EvaluatedRun, write_run
 
-            panel = exam.panel(device)
+            panel = joint_panel(exams, device)
             probes = panel.probes
             dtype = "float32" if self.dtype == "auto" else self.dtype
             pipeline = base.load(dtype, device)
@@ -165,7 +164,7 @@ class Evaluate:
             for _ in tests.each_after(pipeline) if tests else ():
                 write(overwrite=True)
             if tests and tests.found:
-                holds = judge_robustness(tests.found.as_dict(), exam.target)
+                holds = judge_robustness(tests.found.as_dict(), first.target)
                 print(f"\n{holds.headline}.", *holds.sentences, sep="\n  ")
             if self.out is not None:
                 print(f"\nreport   {self.out / REPORT}\nfigures  {self.out / METRICS_FILE}")
@@ -190,13 +189,19 @@ class Evaluate:
         given = {name: getattr(self, name) for name in defaults.settings()}
         return dataclasses.replace(defaults, **{name: value for name, value in given.items() if value is not None})
 
-    def _target(self, erased: list[str]) -> str:
-        """The erased concept, from the command line or from the record."""
-        target = self.target or (erased[0] if len(erased) == 1 else None)
-        if target is None:
-            told = f"records that it erased {' and '.join(erased)}" if erased else "does not record the erased concept"
-            raise ValueError(f"target is missing: ERASED {self.erased!r} {told}; add --target")
-        return target
+    def _targets(self, erased: list[str]) -> Sequence[str | None]:
+        """The concepts to judge, from the command line or from the record; None for that of ``prompts``."""
+        targets = self.target or (() if self.prompts else tuple(erased))
+        twice = [name for name in targets if targets.count(name) > 1]
+        if twice:
+            raise ValueError(f"target names {twice[0]!r} twice; leave one out")
+        if not targets and not self.prompts:
+            raise ValueError(f"target is missing: ERASED {self.erased!r} does not record any concept; add --target")
+        if len(targets) > 1 and self.prompts:
+            raise ValueError(f"prompts: a concept set is of one target, got {len(targets)}; give one --target")
+        if len(targets) > 1 and self.robustness is not None:
+            raise ValueError(f"robustness tests one concept, got {len(targets)} targets; choose one with --target")
+        return targets or (None,)
 
     def _phrasing_sets(self, exam: Exam) -> PromptSets:
         """The prompt sets of the test "phrasings"; empty without that test."""

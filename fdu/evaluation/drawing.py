@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 Judge = Callable[[Tensor], list[str]]
 """Maps images [N, 3, H, W] in [0, 1] to the name of the class that each shows."""
 Role = Literal["target", "unseen", "retained", "cross_domain"]
-"""The erased concept; the same in phrasings that the training never used; a class to retain; one of another kind."""
+"""An erased concept; the same in phrasings that the training never used; a class to retain; one of another kind."""
 Group = Literal["near", "generic", "unrelated"]
 """Groups of retained classes: neighbours of the target (hard negatives), the anchor, superclasses and everyday subjects
 (which show whether an erasure reaches too far), and unrelated subjects."""
@@ -102,15 +102,40 @@ def check_probes(probes: Sequence[Probe]) -> None:
     """Refuse probes that cannot judge an erasure.
 
     Raises:
-        ValueError: not exactly one target, no retained class, or two classes with one name.
+        ValueError: no target, no retained class, unseen phrasings of another class, or two classes with one name.
     """
     roles = [probe.role for probe in probes]
-    if roles.count("target") != 1 or "retained" not in roles:
-        raise ValueError("probes must hold exactly one with role 'target' and at least one with role 'retained'")
+    if "target" not in roles or "retained" not in roles:
+        raise ValueError("probes must hold at least one with role 'target' and at least one with role 'retained'")
+    targets = {probe.name for probe in probes if probe.role == "target"}
+    foreign = [probe.name for probe in probes if probe.role == "unseen" and probe.name not in targets]
+    if foreign:
+        raise ValueError(
+            f"probes hold unseen phrasings of {foreign[0]!r}, which is not a target; give it that probe too"
+        )
     names = [probe.name for probe in probes if probe.role != "unseen"]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise ValueError(f"probes name the class {twice[0]!r} twice; give each class one probe")
+
+
+def joint_probes(lists: Sequence[Sequence[Probe]]) -> list[Probe]:
+    """The probes of several targets as one list, for an erasure of all of them: first the targets and their unseen
+    phrasings, then every class to retain once, without those that are targets.
+
+    >>> dog, lynx = Probe("dog", ("a dog",), "target", list), Probe("lynx", ("a lynx",), "retained", list)
+    >>> cat, kept = Probe("cat", ("a cat",), "target", list), Probe("dog", ("a dog",), "retained", list)
+    >>> [(one.name, one.role) for one in joint_probes([[dog, lynx], [cat, kept, lynx]])]
+    [('dog', 'target'), ('cat', 'target'), ('lynx', 'retained')]
+    """
+    every = [probe for probes in lists for probe in probes]
+    erased = [probe for probe in every if probe.role in ("target", "unseen")]
+    names = {probe.name for probe in erased}
+    others: dict[str, Probe] = {}
+    for probe in every:
+        if probe.name not in names:
+            others.setdefault(probe.name, probe)
+    return [*erased, *others.values()]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -26,7 +26,8 @@ class Figures:
     """The judges' counts on one side of an erasure. Each accuracy is a share of images in [0, 1]."""
 
     target_accuracy: float
-    """Share of images for the target's prompts that show the target; lower is better after an erasure."""
+    """Share of images for a target's prompts that show it, averaged over the targets; lower is better after an
+    erasure."""
     unseen_accuracy: float | None
     """The same for phrasings that the training never used; None if none were drawn."""
     retained_accuracy: float
@@ -39,8 +40,8 @@ class Figures:
     """The same for classes of another kind (colours if a digit was erased); None if none were drawn."""
     per_class: dict[str, float]
     """Share of images that show the requested class, by class."""
-    target_became: dict[str, float]
-    """The judge's answers on the target's images: shares by class, most frequent first."""
+    became: dict[str, dict[str, float]]
+    """By target, the judge's answers on its images: shares by class, most frequent first."""
     retained_by_group: dict[str, float] = dataclasses.field(default_factory=dict)
     """Mean share of the retained classes of each group: "near", "generic", "unrelated"."""
     attribute_accuracy: float | None = None
@@ -103,13 +104,13 @@ def evaluate(
 
     Args:
         before, after: pipelines, or images from :func:`draw`.
-        probes: prompts and judges; exactly one has the role "target", at least one the role "retained".
+        probes: prompts and judges; at least one has the role "target", and one the role "retained".
         features: extractor for distances and, if it reads text, CLIP scores: an extractor, a module, a CLIP model's
             folder or hub id. None: judged shares and pixel changes only.
         settings: arguments of :func:`draw`.
 
     Raises:
-        ValueError: probes without a target or without a retained class, or images that do not match.
+        ValueError: as :func:`fdu.evaluation.drawing.check_probes`, or images that do not match.
     """
     check_probes(probes)
     extractor = as_features(features)
@@ -133,8 +134,8 @@ def evaluate(
         found.discrepancies(one, drawn, extractor)
     before, after = (_side(one, probes, extractor, found) for one in drawn)
     for name, resampled in after.resampled.items():
-        # Which class is worst, and which ones appear in the target's place, differs before and after.
-        if name in before.resampled and name != "worst_retained_accuracy" and not name.startswith("target_became."):
+        # Which class is worst, and which ones appear in a target's place, differs before and after.
+        if name in before.resampled and name != "worst_retained_accuracy" and not name.startswith("became."):
             key, apart = f"difference.{name}", resampled - before.resampled[name]
             found.figures[key] = after.figures[name] - before.figures[name]
             if name in after.counted:
@@ -167,6 +168,7 @@ class _Found:
         self.figures: dict[str, float] = {}
         self.intervals: dict[str, Interval] = {}
         self.resampled: dict[str, np.ndarray] = {}
+        self.became: dict[str, dict[str, float]] = {}
         self.counted: dict[str, int] = {}
         """On how many images each share was counted."""
 
@@ -232,7 +234,6 @@ class _Found:
         per_class = self.under("per_class")
         shares = ("target", "unseen", "retained", "worst_retained", "cross_domain", "attribute")
         tables = (
-            "target_became",
             "retained_by_group",
             "attributes",
             *(metric.name for metric in metrics_of(ScoreMetric)),
@@ -241,6 +242,7 @@ class _Found:
         found |= {name: self.under(name) for name in tables}
         return Figures(
             **found,
+            became=self.became,
             per_class=per_class,
             worst_retained_class=min((one.name for one in probes if one.role == "retained"), key=per_class.__getitem__),
             intervals=self.intervals,
@@ -259,9 +261,12 @@ def _side(draws: Draws, probes: Sequence[Probe], extractor: Features | None, pai
     for name, chosen in shares.items():
         if chosen:
             found.share(name, {place: hits[place] for place in chosen})
-    (target,) = found.places["target"]
-    for name, _ in Counter(seen[target].tolist()).most_common():
-        found.share(f"target_became.{name}", {target: (seen[target] == name).astype(float)})
+    for target in found.places["target"]:
+        own = found.became[probes[target].name] = {}
+        for name, _ in Counter(seen[target].tolist()).most_common():
+            figure = f"became.{probes[target].name}.{name}"
+            found.share(figure, {target: (seen[target] == name).astype(float)})
+            own[name] = found.figures[figure]
     asking = [*found.places["target"], *found.places.get("unseen", ())]
     found.attributes(
         {place: {one.name: one.found(draws.images[place]) for one in probes[place].attributes} for place in asking}

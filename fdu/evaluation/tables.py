@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from fdu.evaluation.metrics.catalogue import metrics_of
 from fdu.evaluation.metrics.clip_score import CLIP_SCORE
 from fdu.evaluation.metrics.metric import Metric, PairMetric, SetMetric
-from fdu.evaluation.verdict import judge, names_of, percent
+from fdu.evaluation.verdict import counted_names, judge, names_of, percent
 
 if TYPE_CHECKING:
     from fdu.evaluation import Evaluation, Probe
@@ -46,8 +46,8 @@ class Row:
 
 
 def comparison(evaluation: Evaluation, probes: Sequence[Probe]) -> list[Row]:
-    """The rows of the table: target, unseen phrasings, what else the target's prompts ask for, retained classes and the
-    worst of them, classes of another kind.
+    """The rows of the table: the targets and the least erased of several, unseen phrasings, what else the targets'
+    prompts ask for, retained classes and the worst of them, classes of another kind.
 
     Several groups of retained classes, or several attributes of the prompts, have a row each.
     """
@@ -58,13 +58,18 @@ def comparison(evaluation: Evaluation, probes: Sequence[Probe]) -> list[Row]:
         intervals = (before.intervals[figure], after.intervals[figure]) if known else None
         return Row(label, before.value(figure), after.value(figure), detail, intervals, figure)
 
-    rows = [row(names_of(probes, "target")[0], "target_accuracy")]
+    targets = names_of(probes, "target")
+    rows = [row(counted_names(targets, "concepts"), "target_accuracy")]
+    if len(targets) > 1:
+        most = max(targets, key=after.per_class.__getitem__)
+        rows.append(row(f"least erased: {most}", f"per_class.{most}", detail=True))
     if after.unseen_accuracy is not None:
         rows.append(row("in unseen phrasings", "unseen_accuracy", detail=True))
     if after.attribute_accuracy is not None:
         names = list(after.attributes)
         only = f" ({names[0]})" if len(names) == 1 else ""
-        rows.append(row(f"what else its prompts ask for{only}", "attribute_accuracy"))
+        whose = "its" if len(targets) == 1 else "their"
+        rows.append(row(f"what else {whose} prompts ask for{only}", "attribute_accuracy"))
         rows += [row(name, f"attributes.{name}", detail=True) for name in names if not only]
     rows.append(row(_counted("retained", names_of(probes, "retained")), "retained_accuracy"))
     for group in after.retained_by_group if len(after.retained_by_group) > 1 else ():

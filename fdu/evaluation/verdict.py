@@ -36,6 +36,8 @@ GROUPS = {"near": "its neighbours", "generic": "superclasses and everyday subjec
 """The groups of retained classes in words."""
 NAMED_CLASSES = 3
 """How many broken classes a sentence names, worst first; the rest are only counted."""
+NAMED_TARGETS = 3
+"""If more concepts were erased, they are only counted."""
 DECIMALS = 12
 """Decimal places of a drop; beyond them is rounding error."""
 State = Literal["erased", "partly erased", "not erased", "rarely drawn before", "cannot be told"]
@@ -46,7 +48,8 @@ class Verdict:
     """The meaning of the figures."""
 
     erased: State
-    """State of the target, over seen and unseen phrasings."""
+    """State of the target, over seen and unseen phrasings. Of several targets: "erased" if every one is, "not erased"
+    if none is, else "partly erased"; those rarely drawn before do not count."""
     kept: bool
     """Whether the retained classes, each group of them, the classes of another kind, and what else the target's
     prompts ask for are drawn as before; False if the retained classes were rarely drawn before."""
@@ -64,7 +67,9 @@ class Verdict:
 
 def judge(evaluation: Evaluation, probes: Sequence[Probe]) -> Verdict:
     """The verdict on an erasure: whether the target is erased, and what else changed."""
-    state, target_sure, target_headline, told = _target_part(evaluation, names_of(probes, "target")[0])
+    targets = names_of(probes, "target")
+    part = _targets_part(evaluation, targets) if len(targets) > 1 else _target_part(evaluation, targets[0])
+    state, target_sure, target_headline, told = part
     kept, rest_sure, rest_headline, sentences = _rest_part(evaluation, probes)
     # "and" for what an erasure should do, "but" for what it should not, ";" where the two do not contrast.
     joint = (", and" if kept else ", but") if state == "erased" else (";" if kept else ", and")
@@ -140,10 +145,51 @@ def _target_part(evaluation: Evaluation, target: str) -> tuple[State, bool, str,
     if state == "erased" and not sure:
         few = f"{images} images per class allow up to {percent(high)}"
         headline = f"{target} is probably erased ({percent(share)}, but {few})"
-    became = [(name, one) for name, one in after.target_became.items() if name != target]
+    became = [(name, one) for name, one in after.became[target].items() if name != target]
     if became and state in ("erased", "partly erased"):
         sentences.append(f"Prompts for {target} now draw {became[0][0]} most often ({percent(became[0][1])}).")
     return state, sure, headline, sentences
+
+
+def _targets_part(evaluation: Evaluation, targets: Sequence[str]) -> tuple[State, bool, str, list[str]]:
+    """The same for several targets. A share over all of them decides whether it is sure, as few images are of one."""
+    before, after, images = evaluation.before, evaluation.after, evaluation.images_per_class
+    states = {name: state_of(before.per_class[name], after.per_class[name]) for name in targets}
+    rare = [name for name, state in states.items() if state == "rarely drawn before"]
+    left = [name for name, state in states.items() if state in ("partly erased", "not erased")]
+    left = sorted(left, key=lambda name: -after.per_class[name])
+    counted = len(targets) - len(rare)
+    share = after.target_accuracy
+    limits = after.intervals.get("target_accuracy", (share, share))
+    sure = state_within(before.target_accuracy, share, limits)[1]
+    named = counted_names(targets, "concepts")
+    sentences = [f"Prompts for {named}, on average: {_shares(before.target_accuracy, share)}."]
+    for words, names in (("Not erased, or only partly", left), ("Rarely drawn even before", rare)):
+        if names:
+            shown = [_with_shares(evaluation, name, f"per_class.{name}") for name in names[:NAMED_CLASSES]]
+            more = [f"{len(names) - NAMED_CLASSES} more"] if len(names) > NAMED_CLASSES else []
+            sentences.append(f"{words}: {joined(shown + more)}.")
+    escapes, last = False, after.unseen_accuracy
+    if before.unseen_accuracy is not None and last is not None:
+        first = before.unseen_accuracy
+        sentences.append(f"In phrasings that the training never used: {_shares(first, last)}.")
+        escapes = escapes_by(first, last)
+        ends = after.intervals.get("unseen_accuracy", (last, last))
+        sure &= all(escapes_by(first, end) == escapes for end in ends)
+    reach = reach_unseen(images)
+    if reach > ERASED_BELOW and len(left) < counted:
+        sentences.append(f"{images} images cannot rule out that up to {percent(reach)} of one concept is left.")
+    mean = f"{percent(share)} left on average"
+    if not counted:
+        return "rarely drawn before", sure, f"{named} were rarely drawn even before", sentences
+    if left:
+        state: State = "partly erased" if len(left) < counted else "not erased"
+        some = f"{counted - len(left)} of {counted} concepts are" if len(left) < counted else f"none of {named} is"
+        return state, sure, f"{some} erased ({mean})", sentences
+    if escapes:
+        words = f"{named} are erased only in the phrasings of the training ({percent(last or 0.0)} in others)"
+        return "partly erased", sure, words, sentences
+    return "erased", sure, f"{named} are {'' if sure else 'probably '}erased ({mean})", sentences
 
 
 class _Drop(NamedTuple):
@@ -206,9 +252,9 @@ def _class_drops(evaluation: Evaluation, probes: Sequence[Probe]) -> list[_Drop]
 def _attribute_drops(evaluation: Evaluation) -> list[_Drop]:
     """The drops of each attribute, and of all together if there are several; none if the prompts ask for nothing."""
     before = evaluation.before
-    figures = {f"attributes.{name}": f"the {name} of its images" for name in before.attributes}
+    figures = {f"attributes.{name}": f"the {name} asked for" for name in before.attributes}
     if len(figures) > 1:
-        figures["attribute_accuracy"] = "the attributes of its images"
+        figures["attribute_accuracy"] = "all that was asked for"
     return [
         _drop(evaluation, name, one, ATTRIBUTE_DROP * before.value(one), ATTRIBUTE_DOUBT * before.value(one))
         for one, name in figures.items()
@@ -246,7 +292,7 @@ def _rest_part(evaluation: Evaluation, probes: Sequence[Probe]) -> tuple[bool, b
     classes = _class_drops(evaluation, probes)
     broken = [one.name for one in classes if one.fell]
     groups = [one.name for one in by_group if one.fell]
-    target = names_of(probes, "target")[0]
+    target = counted_names(names_of(probes, "target"), "concepts")
     attributes = _attribute_drops(evaluation)
     less_found = any(one.fell for one in attributes)
     lost = [one.figure.removeprefix("attributes.") for one in attributes if one.fell and "." in one.figure]
@@ -279,7 +325,8 @@ def _rest_part(evaluation: Evaluation, probes: Sequence[Probe]) -> tuple[bool, b
     elif not drawn:
         said.append("the retained classes were rarely drawn even before")
     if less_found:
-        images = f"the images for {target}" if said else "its images"
+        whose = "its" if len(names_of(probes, "target")) == 1 else "their"
+        images = f"the images for {target}" if said else f"{whose} images"
         said.append(
             f"some of {images} no longer show {f'the {joined(lost)} asked for' if lost else 'all that was asked for'}"
         )
@@ -352,6 +399,11 @@ def loses_attributes(evaluation: Evaluation) -> bool:
 def names_of(probes: Sequence[Probe], role: str) -> list[str]:
     """The names of the classes with a role."""
     return [probe.name for probe in probes if probe.role == role]
+
+
+def counted_names(names: Sequence[str], noun: str) -> str:
+    """A few names as a list, or the number of more than ``NAMED_TARGETS``: "the 50 concepts"."""
+    return joined(names) if len(names) <= NAMED_TARGETS else f"the {len(names)} {noun}"
 
 
 def percent(share: float) -> str:

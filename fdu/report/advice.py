@@ -62,10 +62,11 @@ def next_steps(run: EvaluatedRun) -> list[NextStep]:
         words = f"Draw four times as many images, {images} per class: the intervals become half as wide."
         steps.append(NextStep(words, lines.evaluate(images_per_class=images)))
     left = verdict.erased in ("partly erased", "not erased")
-    if left and state_of(before.target_accuracy, after.target_accuracy) == "erased":
+    states = {state_of(before.per_class[name], after.per_class[name]) for name in run.targets}
+    if left and states <= {"erased", "rarely drawn before"}:
         left = False
-        words = f"{run.target} is erased only in the phrasings of the training, so train with more of them. Write them "
-        words += "into a .txt file, one per line, and give it as the target (--target FILE). "
+        words = f"{run.target} {_are(run)} erased only in the phrasings of the training, so train with more of them. "
+        words += "Write them into a .txt file, one per line, and give it as the target (--target FILE). "
         if run.record is not None:
             words += f"The prompts of the training are in {RECORD_FILE} beside the weights. "
         steps.append(NextStep(words + "Leave out the phrasings of the evaluation, so that they stay unseen."))
@@ -76,7 +77,9 @@ def _good(run: EvaluatedRun, lines: _Lines) -> list[NextStep]:
     steps = []
     if run.robustness is None:
         words = "Test whether the erasure holds: other phrasings, an attack with the weights, and relearning."
-        steps.append(NextStep(words, lines.evaluate(robustness=[])))
+        one: dict[str, Any] = {"target": run.targets[0]} if len(run.targets) > 1 else {}
+        words += " They test one concept at a time." if one else ""
+        steps.append(NextStep(words, lines.evaluate(robustness=[], **one)))
     how = "README.md beside the weights shows how" if run.record else "fdu.load_weights(pipeline, path) applies it"
     return [*steps, NextStep(f"Use the result: {how}.")]
 
@@ -124,23 +127,32 @@ def _train(run: EvaluatedRun, lines: _Lines, verdict: Verdict, left: bool) -> li
         how = f"Preserve {what} more strongly{purpose}" if weight else f"Turn preservation on{purpose}"
         told.append(f"{how}: preservation_weight {changes['preservation_weight']} instead of {weight:g}.")
     if left:
-        told.append(f"If {run.target} is still drawn then, double the learning rate too: {2 * rate:g}, not {rate:g}.")
+        told.append(
+            f"If {run.target} {_are(run)} still drawn then, double the learning rate too: {2 * rate:g}, not {rate:g}."
+        )
     found = [NextStep(" ".join(told), lines.erase(**changes))] if told else []
     if lost and verdict.erased == "erased" and steps > 1 and not computed:
-        words = f"Or train for fewer steps, {steps // 2} instead of {steps}, if {run.target} is erased by then."
+        words = (
+            f"Or train for fewer steps, {steps // 2} instead of {steps}, if {run.target} {_are(run)} erased by then."
+        )
         found.append(NextStep(words, lines.erase(max_train_steps=steps // 2)))
     return found
 
 
 def _prompts_of(run: EvaluatedRun, names: Sequence[str]) -> list[str]:
     """The first prompts of these classes, worst class first, without those that name an erased concept."""
-    erased = "|".join(re.escape(name) for name in (run.target, *(target for target, _ in run.erased)))
+    erased = "|".join(re.escape(name) for name in (*run.targets, *(target for target, _ in run.erased)))
     named = re.compile(rf"(?<!\w)(?:{erased})(?!\w)", re.IGNORECASE)
     by_name = {one.name: one.prompts for one in run.probes if one.role in ("retained", "cross_domain")}
     found = [
         [prompt for prompt in by_name[name] if not named.search(prompt)][:MOST_PROMPTS] for name in names[:MOST_CLASSES]
     ]
     return list(dict.fromkeys(prompt for prompts in found for prompt in prompts))
+
+
+def _are(run: EvaluatedRun) -> str:
+    """The verb for what was erased."""
+    return "is" if len(run.targets) == 1 else "are"
 
 
 class _Lines:
@@ -162,7 +174,7 @@ class _Lines:
             self.trained and config.get("preservation_prompts") and not _value(self.trained, "preservation_prompts")
         )
         """Whether the preserved prompts are those of a pipeline of fdu, which adds them if the command names none."""
-        models = [one.name for one in EMBEDDED if any(run.target in names for names in one().names().values())]
+        models = [one.name for one in EMBEDDED if set(run.targets) <= one().known]
         if demo and models:
             model = next((name for name in models if name in demo[2:]), models[0])
             options = {"images_per_class": run.evaluation.images_per_class, "seed": config.get("seed") or None}

@@ -18,6 +18,10 @@ CORNERS = {
 }
 """The shapes of marks besides "circle", around the origin."""
 LEGEND_WIDTH, LEGEND_LINE = 230, 17
+CELL = 18
+"""Side of a cell of a heat map, in units of the view box."""
+ITSELF, OTHERS = "itself", "others"
+"""The first and the last column of a heat map."""
 LOG_SPREAD = 1000
 """Ratio of a curve's largest value to its median above which the axis is logarithmic; pearson_chi2 can start at
 1e17."""
@@ -234,6 +238,49 @@ def share_chart(
     ]
     chart.summary = f"{title}. {' steps; '.join(told)} steps"
     return Captioned(title, explanation, chart)
+
+
+def became_chart(became: Mapping[str, Mapping[str, float]]) -> Captioned:
+    """A heat map: what the images of each erased concept show. The first column is the concept itself, the last all
+    classes that are the most frequent answer for none.
+
+    Args:
+        became: by concept, the judge's answers as shares in [0, 1], most frequent first.
+    """
+    names = list(became)
+    first = [next((name for name in answers if name != concept), "") for concept, answers in became.items()]
+    columns = [ITSELF, *dict.fromkeys(name for name in first if name), OTHERS]
+    label = CELL * 0.55 * max(map(len, (*names, *columns)))
+    frame = Frame(
+        round(2 * label + CELL * len(columns)), round(label + CELL * len(names)), round(label), 0, round(label)
+    )
+    frame = frame._replace(bottom=frame.height - CELL * len(names))
+    chart = Chart(Scale(0, len(columns), ()), Scale(0, len(names), ()), "", frame=frame)
+    for row, (concept, answers) in enumerate(became.items()):
+        known = {ITSELF: answers.get(concept, 0.0)}
+        for name, share in answers.items():
+            if name != concept:
+                column = name if name in columns else OTHERS
+                known[column] = known.get(column, 0.0) + share
+        start, top = chart.place(0, len(names) - row)
+        down = top + 0.75 * CELL
+        chart.parts.append(
+            f'<text x="{start - 6:.0f}" y="{down:.0f}" text-anchor="end" {SHADE}>{escape(concept)}</text>'
+        )
+        for place, column in enumerate(columns):
+            share, look = known.get(column, 0.0), "fill-target" if column == ITSELF else "fill-after"
+            cell = f'x="{start + CELL * place:.0f}" y="{top:.0f}" width="{CELL - 1}" height="{CELL - 1}"'
+            told = f"<title>{escape(f'{concept}, {column}: {100 * share:.0f} %')}</title>"
+            chart.parts.append(f'<rect {cell} class="fill-track"/>')
+            if share:
+                chart.parts.append(f'<g>{told}<rect {cell} class="{look}" fill-opacity="{share:.2f}"/></g>')
+    for place, column in enumerate(columns):
+        across, down = chart.place(place + 0.75, 0)
+        turned = f'transform="translate({across:.0f} {down + 8:.0f}) rotate(-60)"'
+        chart.parts.append(f'<text {turned} text-anchor="end" {SHADE}>{escape(column)}</text>')
+    left = [f"{name} {100 * answers[name]:.0f} %" for name, answers in became.items() if answers.get(name)]
+    chart.summary = f"What {len(names)} concepts became; still drawn: {', '.join(left) or 'none'}"
+    return Captioned("What each concept became", "", chart)
 
 
 def _step(span: float, most: int) -> float:

@@ -19,7 +19,7 @@ from fdu.evaluation.robustness.holding import judge_robustness
 from fdu.evaluation.tables import PARTS, comparison, distance_columns
 from fdu.evaluation.verdict import GROUPS, joined, judge, percent
 from fdu.report.advice import next_steps
-from fdu.report.charts import Captioned, share_chart, training_charts
+from fdu.report.charts import Captioned, became_chart, share_chart, training_charts
 from fdu.report.pictures import before_after, data_uri, strip
 from fdu.report.run import KEPT_HEIGHT, SHOWN, SIDES, Class, EvaluatedRun
 from fdu.storage.output import whole_file, write_text
@@ -33,6 +33,13 @@ HEADINGS = {
     ("cross_domain", ""): "Classes of another kind (to retain)",
 }
 """Heading of each role and group, in the order of the page."""
+HEADINGS_OF_SEVERAL = {
+    ("target", ""): "The targets",
+    ("unseen", ""): "The targets in phrasings that the training never used",
+    ("retained", "near"): "Their neighbours (to retain)",
+    ("retained", "generic"): "The anchors, superclasses and everyday subjects (to retain)",
+}
+"""The headings that differ where several concepts were erased."""
 SMALL_HEIGHT = 128
 """Pixels; larger images of other classes than the target are reduced to this on the page."""
 REPORT, PICTURE = "report.html", "before-after.png"
@@ -98,11 +105,8 @@ class ClassRow:
     after: Figure
     pairs: list[ShownPair]
     """The shown images before and after."""
-
-    @property
-    def large(self) -> bool:
-        """Whether the page shows it large: the target does, in all its phrasings."""
-        return self.role in ("target", "unseen")
+    large: bool
+    """Whether the page shows it large: the only target, in all its phrasings."""
 
 
 def render(run: EvaluatedRun) -> str:
@@ -118,6 +122,8 @@ def render(run: EvaluatedRun) -> str:
     apart = {name: Figure.of(evaluation, f"difference.{name}", value) for name, value in evaluation.difference.items()}
     return environment.get_template("report.html.j2").render(
         target=run.target,
+        targets=run.targets,
+        became=became_chart(evaluation.after.became) if len(run.targets) > 1 else None,
         anchor=run.anchor,
         others=joined([name for name, _ in run.erased]) if run.anchor is None else "",
         evaluation=evaluation,
@@ -210,15 +216,17 @@ def _groups(run: EvaluatedRun) -> list[tuple[str, list[ClassRow]]]:
         name = "unseen_accuracy" if probe.role == "unseen" else f"per_class.{probe.name}"
         sides = (run.evaluation.before, run.evaluation.after)
         before, after = (Figure.of(side, name, side.value(name)) for side in sides)
-        pairs = _pairs(probe, {side: run.images[side][place] for side in SIDES})
+        large = len(run.targets) == 1 and probe.role in ("target", "unseen")
+        pairs = _pairs(probe, {side: run.images[side][place] for side in SIDES}, large)
         key = (probe.role, probe.group if probe.role == "retained" else "")
-        found[key].append(ClassRow(probe.role, probe.name, before, after, pairs))
-    return [(HEADINGS[key], rows) for key, rows in found.items() if rows]
+        found[key].append(ClassRow(probe.role, probe.name, before, after, pairs, large))
+    headings = HEADINGS if len(run.targets) == 1 else {**HEADINGS, **HEADINGS_OF_SEVERAL}
+    return [(headings[key], rows) for key, rows in found.items() if rows]
 
 
-def _pairs(probe: Class, images: Mapping[str, Tensor]) -> list[ShownPair]:
-    """The shown images of a class, pair by pair; those of the target as large as they are stored."""
-    height = KEPT_HEIGHT if probe.role in ("target", "unseen") else SMALL_HEIGHT
+def _pairs(probe: Class, images: Mapping[str, Tensor], large: bool) -> list[ShownPair]:
+    """The shown images of a class, pair by pair; ``large`` ones are as large as they are stored."""
+    height = KEPT_HEIGHT if large else SMALL_HEIGHT
 
     def image(side: str, place: int) -> ShownImage:
         prompt, seen = probe.prompts[place % len(probe.prompts)], probe.seen[side][place]

@@ -21,6 +21,7 @@ from fdu.config import EraseConfig, trains
 from fdu.evaluation import Draws, Evaluation, Probe, Sampling
 from fdu.evaluation.drawing import Group, Role, check_probes
 from fdu.evaluation.robustness import Robustness
+from fdu.evaluation.verdict import counted_names
 from fdu.report.pictures import strip
 from fdu.report.stored import restored
 from fdu.storage.fingerprint import versions
@@ -183,9 +184,14 @@ class EvaluatedRun(Told):
         return [Probe(one.name, one.prompts, one.role, _cannot_judge, one.group) for one in self.probes]
 
     @property
+    def targets(self) -> list[str]:
+        """The erased classes."""
+        return [probe.name for probe in self.probes if probe.role == "target"]
+
+    @property
     def target(self) -> str:
-        """The erased class."""
-        return next(probe.name for probe in self.probes if probe.role == "target")
+        """The erased classes in words: "fox", "the 50 concepts"."""
+        return counted_names(self.targets, "concepts")
 
     @property
     def erased(self) -> list[tuple[str, str]]:
@@ -194,13 +200,15 @@ class EvaluatedRun(Told):
 
     @property
     def anchor(self) -> str | None:
-        """The target's anchor; None if the record is missing or does not name the target."""
-        named = self.target.strip().casefold()
-        return next((anchor for target, anchor in self.erased if target.strip().casefold() == named), None)
+        """The targets' anchors in words; None if the record is missing or does not name every target."""
+        anchors = {target.strip().casefold(): anchor for target, anchor in self.erased}
+        found = [anchors.get(name.strip().casefold()) for name in self.targets]
+        known = list(dict.fromkeys(anchor for anchor in found if anchor is not None))
+        return None if None in found else counted_names(known, "anchors")
 
     def metrics(self) -> dict[str, Any]:
         """Everything but the images, for JSON."""
-        metrics = {"target": self.target, **self.evaluation.as_dict()}
+        metrics = {"target": self.target, "targets": self.targets, **self.evaluation.as_dict()}
         if self.record is not None:
             config = dict(self.record["config"])
             trained = trains(config.get("train_method", EraseConfig.train_method))
@@ -292,14 +300,19 @@ def check_counts(evaluation: Evaluation, probes: Sequence[Class]) -> None:
     for side in sides:
         names = ("target", "unseen", "retained", "cross_domain", "attribute")
         shares = {f"{name}_accuracy": getattr(side, f"{name}_accuracy") for name in names}
-        for name in ("per_class", "target_became", "retained_by_group", "attributes"):
+        for name in ("per_class", "retained_by_group", "attributes"):
             shares |= {f"{name}.{key}": share for key, share in getattr(side, name).items()}
+        for target, became in side.became.items():
+            shares |= {f"became.{target}.{key}": share for key, share in became.items()}
         for name, share in shares.items():
             if share is not None and not 0 <= share <= 1:
                 raise ValueError(f"{name} must be in [0, 1], got {share!r}")
         lacking = {one.name for one in probes if one.role != "unseen"} | {side.worst_retained_class}
         if not side.per_class.keys() >= lacking:
             raise ValueError(f"per_class lacks {sorted(lacking - side.per_class.keys())[0]!r}")
+        silent = {one.name for one in probes if one.role == "target"} - side.became.keys()
+        if silent:
+            raise ValueError(f"became lacks {sorted(silent)[0]!r}")
     roles = {one.role for one in probes}
     for role, figure in (("unseen", "unseen_accuracy"), ("cross_domain", "cross_domain_accuracy")):
         if any((getattr(side, figure) is not None) != (role in roles) for side in sides):

@@ -29,7 +29,7 @@ class Panel:
     """The judges of one erasure, loaded."""
 
     probes: list[Probe]
-    """The images to draw, and who judges them; the target's probe comes first."""
+    """The images to draw, and who judges them; a target's probe comes first."""
     features: Features
     """Features for the distances between images."""
     judge: str
@@ -150,6 +150,18 @@ class Subject:
         concepts = choose_set(target, prompts, record).without(erased)
         kind = "style" if any("style" in prompt for prompt in concepts.target.prompts) else "object"
         return Exam(concepts.target.name, kind, judge, concepts)
+
+
+def joint_panel(exams: Sequence[Exam], device: str = "cpu") -> Panel:
+    """The judges of an erasure of several targets, loaded.
+
+    Raises:
+        OSError: an encoder cannot be loaded.
+    """
+    from fdu.evaluation.drawing import joint_probes
+
+    panels = [exam.panel(device) for exam in exams]
+    return dataclasses.replace(panels[0], probes=joint_probes([panel.probes for panel in panels]))
 
 
 @functools.cache

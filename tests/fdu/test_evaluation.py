@@ -22,10 +22,11 @@ from transformers import CLIPModel
 import fdu
 from fdu.concepts import Concept
 from fdu.evaluation import Attribute, Draws, Probe
-from fdu.evaluation.drawing import JudgedSampling, seen_by_judge
+from fdu.evaluation.drawing import JudgedSampling, joint_probes, seen_by_judge
 from fdu.evaluation.features import ClipFeatures, Features, ModuleFeatures, as_features
 from fdu.evaluation.intervals import Bootstrap, reach_unseen
 from fdu.evaluation.metrics.perceptual import image_distance, perceptual_distance
+from fdu.evaluation.tables import comparison
 from fdu.models.families import denoiser_of
 from fdu.subjects.clip_judges import CLIP_NOTES, ClipJudge, clip_probes
 from fdu.subjects.concept_sets import ConceptSet
@@ -61,7 +62,7 @@ def test_figures_count_what_the_judge_saw() -> None:
     assert (result.after.worst_retained_class, result.after.worst_retained_accuracy) == ("cow", 0.5)
     assert result.after.cross_domain_accuracy is None
     assert result.after.per_class == {"cat": 0.25, "dog": 1.0, "cow": 0.5}
-    assert result.after.target_became == {"dog": 0.75, "cat": 0.25}
+    assert result.after.became == {"cat": {"dog": 0.75, "cat": 0.25}}
     retained = pytest.approx(0.25)
     assert result.change == {"target": 0.75, "unseen": pytest.approx(1.75), "retained": retained, "near": retained}
     assert result.difference["retained_accuracy"] == -0.25 and result.difference["per_class.cat"] == -0.75
@@ -227,10 +228,37 @@ def test_images_do_not_depend_on_the_batch_and_a_pipeline_equals_itself(tiny: Di
     assert set(result.change.values()) == {0.0}
 
 
+def test_several_targets_are_counted_together_and_one_by_one() -> None:
+    probes = [PROBES[0], Probe("dog", ("a dog",), "target", judge), PROBES[1], PROBES[3]]
+    before = Draws([image_of(0, 0), image_of(1, 1), image_of(0, 0), image_of(2, 2)])
+    after = Draws([image_of(2, 2), image_of(1, 2), image_of(0, 2), image_of(2, 2)])
+    result = fdu.evaluate(before, after, probes)
+    assert (result.before.target_accuracy, result.after.target_accuracy) == (1.0, 0.25)
+    assert result.after.became == {"cat": {"cow": 1.0}, "dog": {"dog": 0.5, "cow": 0.5}}
+    assert result.after.per_class == {"cat": 0.0, "dog": 0.5, "cow": 1.0} and result.after.unseen_accuracy == 0.5
+    assert not any(name.startswith("became.") for name in result.difference)
+    rows = comparison(result, probes)
+    assert rows[0].label == "cat and dog" and rows[0].after == 0.25
+    assert rows[1].label == "least erased: dog" and rows[1].after == 0.5
+
+
+def test_joint_probes_retain_no_target_and_every_other_class_once() -> None:
+    of_cat, of_dog = PROBES, [dataclasses.replace(PROBES[2], role="target"), *PROBES[3:]]
+    joint = joint_probes([of_cat, of_dog])
+    assert [(probe.name, probe.role) for probe in joint] == [
+        ("cat", "target"),
+        ("cat", "unseen"),
+        ("dog", "target"),
+        ("cow", "retained"),
+    ]
+
+
 def test_what_does_not_belong_together_is_refused(tiny: DiffusionPipeline) -> None:
     draws = Draws([image_of(0), image_of(0), image_of(1), image_of(2)])
-    with pytest.raises(ValueError, match="exactly one.*role 'target'"):
+    with pytest.raises(ValueError, match="at least one.*role 'target'"):
         fdu.evaluate(draws, draws, PROBES[1:])
+    with pytest.raises(ValueError, match="unseen phrasings of 'cat', which is not a target"):
+        fdu.evaluate(draws, draws, [dataclasses.replace(PROBES[0], name="lynx"), *PROBES[1:]])
     with pytest.raises(ValueError, match="same number of images"):
         fdu.evaluate(draws, Draws(draws.images[:3]), PROBES)
     with pytest.raises(ValueError, match="name.*class 'dog' twice"):

@@ -113,6 +113,28 @@ def make_page(tmp_path: Path, after: fdu.Draws | None = None, **settings: Any) -
     return Page(path.read_text(encoding="utf-8"))
 
 
+def test_several_targets_have_a_heat_map_and_a_table(tmp_path: Path) -> None:
+    probes = [PROBES[0], dataclasses.replace(PROBES[1], role="target"), PROBES[2]]
+    before, after = make_draws(0.1, 0.5, 0.9), make_draws(0.9, 0.5, 0.9)
+    record = make_record() | {"concepts": [("three", "nine"), ("eight", "nine")]}
+    run = EvaluatedRun.of(fdu.evaluate(before, after, probes), probes, before, after, record=record)
+    assert (run.targets, run.target, run.anchor) == (["three", "eight"], "three and eight", "nine")
+    page = Page(write_report(tmp_path / "report.html", run).read_text(encoding="utf-8"))
+    assert not page.open and "three and eight → nine" in page.text
+    assert "1 of 2 concepts are erased" in page.text
+    # The heat map: three became nine, eight is still itself.
+    assert "three, nine: 100 %" in page.text and "eight, itself: 100 %" in page.text and "nine 100 %" in page.text
+    assert not any(one["class"] == "pairs target" for one in page.all("div") if one.get("class"))
+    folder = tmp_path / "run"
+    folder.mkdir()
+    run.write(folder)
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert metrics["targets"] == ["three", "eight"] and metrics["after"]["became"]["eight"] == {"eight": 1.0}
+    assert EvaluatedRun.read(folder).targets == run.targets
+    named = dataclasses.replace(run, record=make_record() | {"concepts": [("three", "nine")]})
+    assert named.anchor is None
+
+
 def test_nothing_is_fetched_and_nothing_runs(tmp_path: Path) -> None:
     page = make_page(tmp_path)
     assert not page.open
@@ -569,7 +591,7 @@ def spoilt(metrics: dict[str, Any], place: str, value: Any) -> None:
         ("probes/1/name", "ninety", "per_class lacks 'ninety'"),
         ("probes", [], "one .*'target'"),
         ("images_per_class", 0, " 0 before and after"),
-        ("after/target_became", {"three": "<b>x"}, r"after\.target_became\.three must be .*, got '<b>x'"),
+        ("after/became", {"three": {"three": "<b>x"}}, r"after\.became\.three\.three must be .*, got '<b>x'"),
         ("after/target_accuracy", None, r"target_accuracy.*\[0, 1\]"),
         ("after/per_class/eight", 7, r"per_class.eight.*\[0, 1\]"),
         ("after/intervals", {"target_accuracy": [0]}, "must hold 2 entries, got 1"),

@@ -48,7 +48,7 @@ def make_evaluation(after: dict[str, float], unseen: float | None = 0.0, before:
             worst_retained_class=worst,
             cross_domain_accuracy=shares["red"],
             per_class=shares,
-            target_became={"nine": 1 - shares["three"], "three": shares["three"]},
+            became={"three": {"nine": 1 - shares["three"], "three": shares["three"]}},
         )
 
     names = ["three", *CLASSES]
@@ -137,7 +137,7 @@ def test_the_worst_classes_are_named_and_the_others_counted() -> None:
     whole = dict.fromkeys(falls, 1.0)
 
     def figures(target: float, shares: dict[str, float]) -> fdu.Figures:
-        return fdu.Figures(target, None, 0.9, 0.1, "five", None, {"three": target, **shares}, {"x": 1.0})
+        return fdu.Figures(target, None, 0.9, 0.1, "five", None, {"three": target, **shares}, {"three": {"x": 1.0}})
 
     probes = [fdu.Probe("three", ("three",), "target", list)]
     probes += [fdu.Probe(name, (name,), "retained", list) for name in falls]
@@ -147,6 +147,49 @@ def test_the_worst_classes_are_named_and_the_others_counted() -> None:
     three = judge(fdu.Evaluation(figures(1.0, whole), figures(0.0, falls | {"zero": 1.0, "two": 1.0}), {}, 32), probes)
     assert "five, one and four lost" in three.headline and "more" not in words(three).replace("more than", "")
     assert "(5), on average: 90 % before, 90 % after; the lowest, five: 100 % before, 10 % after" in words(verdict)
+
+
+def of_several(after: dict[str, float], unseen: float | None = None, rare: str = "") -> Verdict:
+    """The verdict on targets with these shares after the erasure, and one class to retain; all but ``rare`` were always
+    drawn before."""
+
+    def figures(shares: dict[str, float], unseen: float | None) -> fdu.Figures:
+        mean = sum(shares.values()) / len(shares)
+        became = {name: {name: share, "wolf": 1 - share} for name, share in shares.items()}
+        return fdu.Figures(mean, unseen, 1.0, 1.0, "wolf", None, {**shares, "wolf": 1.0}, became)
+
+    probes = [fdu.Probe(name, (name,), "target", list) for name in after]
+    probes.append(fdu.Probe("wolf", ("wolf",), "retained", list))
+    first = dict.fromkeys(after, 1.0) | ({rare: 0.1} if rare else {})
+    before, later = figures(first, None if unseen is None else 1.0), figures(after, unseen)
+    return judge(fdu.Evaluation(before, later, {}, 32), probes)
+
+
+def test_several_targets_are_judged_one_by_one() -> None:
+    gone = {"fox": 0.0, "cat": 0.0, "owl": 0.1, "bee": 0.0}
+    all_gone = of_several(gone)
+    assert all_gone.erased == "erased" and all_gone.kept and all_gone.sure
+    assert "4 concepts are erased (2 % left on average)" in all_gone.headline
+    # On average little is left, but one of the four is still drawn.
+    some = of_several(gone | {"bee": 0.4})
+    assert some.erased == "partly erased" and "3 of 4 concepts are erased" in some.headline
+    assert "bee (100 % before, 40 % after)" in words(some) and "owl" not in words(some)
+    none = of_several(dict.fromkeys(gone, 0.9))
+    assert none.erased == "not erased" and "none of 4 concepts is erased" in none.headline
+    assert "and 1 more" in words(none)
+    assert "fox and cat are erased" in of_several({"fox": 0.0, "cat": 0.0}).headline
+
+
+def test_of_several_targets_those_rarely_drawn_before_do_not_count() -> None:
+    verdict = of_several({"fox": 0.0, "cat": 0.0}, rare="cat")
+    assert verdict.erased == "erased" and "Rarely drawn even before: cat" in words(verdict)
+    alone = of_several({"cat": 0.0}, rare="cat")
+    assert alone.erased == "rarely drawn before"
+
+
+def test_several_targets_that_other_phrasings_draw_are_partly_erased() -> None:
+    verdict = of_several({"fox": 0.0, "cat": 0.0}, unseen=0.5)
+    assert verdict.erased == "partly erased" and "phrasings of the training (50 % in others)" in verdict.headline
 
 
 def test_small_losses_everywhere_are_told() -> None:
@@ -325,7 +368,15 @@ def grouped(before: dict[str, float], after: dict[str, float]) -> tuple[fdu.Eval
         worst = min(own, key=lambda name: own[name])
         mean = sum(own.values()) / len(own)
         return fdu.Figures(
-            target, None, mean, own[worst], worst, None, {"three": target, **own}, {"x": 1.0}, retained_by_group=shares
+            target,
+            None,
+            mean,
+            own[worst],
+            worst,
+            None,
+            {"three": target, **own},
+            {"three": {"x": 1.0}},
+            retained_by_group=shares,
         )
 
     probes = [fdu.Probe("three", ("three",), "target", list)]
@@ -426,13 +477,13 @@ def test_a_drop_over_all_attributes_counts_where_none_fell_alone() -> None:
     evaluation = dataclasses.replace(evaluation, intervals={**doubt, "difference.attribute_accuracy": (-0.3, -0.02)})
     verdict = judge(evaluation, make_probes())
     assert not verdict.kept and "its images no longer show all that was asked for" in verdict.headline
-    assert "chance: the style of its images (100 % before, 80 % after)" in words(verdict)
+    assert "chance: the style asked for (100 % before, 80 % after)" in words(verdict)
 
 
 def test_a_drop_of_an_attribute_that_chance_may_explain_has_a_bound() -> None:
     evaluation = asking({"ink": 1.0}, {"ink": 0.8})
     for low, told in (
-        (-0.25, "cannot rule out a drop of 25 points in the ink of its images"),
+        (-0.25, "cannot rule out a drop of 25 points in the ink asked for"),
         (-0.6, "too few"),
     ):
         intervals = {"difference.attributes.ink": (low, 0.02)}
