@@ -121,7 +121,7 @@ def check_probes(probes: Sequence[Probe]) -> None:
 
 def joint_probes(lists: Sequence[Sequence[Probe]]) -> list[Probe]:
     """The probes of several targets as one list, for an erasure of all of them: first the targets and their unseen
-    phrasings, then every class to retain once, without those that are targets.
+    phrasings, then every other class once. A class that one target asks to retain counts as retained.
 
     >>> dog, lynx = Probe("dog", ("a dog",), "target", list), Probe("lynx", ("a lynx",), "retained", list)
     >>> cat, kept = Probe("cat", ("a cat",), "target", list), Probe("dog", ("a dog",), "retained", list)
@@ -132,7 +132,7 @@ def joint_probes(lists: Sequence[Sequence[Probe]]) -> list[Probe]:
     erased = [probe for probe in every if probe.role in ("target", "unseen")]
     names = {probe.name for probe in erased}
     others: dict[str, Probe] = {}
-    for probe in every:
+    for probe in sorted(every, key=lambda probe: probe.role != "retained"):
         if probe.name not in names:
             others.setdefault(probe.name, probe)
     return [*erased, *others.values()]

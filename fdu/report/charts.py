@@ -22,6 +22,11 @@ CELL = 18
 """Side of a cell of a heat map, in units of the view box."""
 ITSELF, OTHERS = "itself", "others"
 """The first and the last column of a heat map."""
+FILLS = {
+    name: f'class="{name}" fill="{colour}"'
+    for name, colour in {"fill-track": "#efede6", "fill-target": "#b4512b", "fill-after": "#1f6f78"}.items()
+}
+"""Cells of a heat map: the classes of the style sheet, and their colours where there is none."""
 LOG_SPREAD = 1000
 """Ratio of a curve's largest value to its median above which the axis is logarithmic; pearson_chi2 can start at
 1e17."""
@@ -268,18 +273,21 @@ def became_chart(became: Mapping[str, Mapping[str, float]]) -> Captioned:
             f'<text x="{start - 6:.0f}" y="{down:.0f}" text-anchor="end" {SHADE}>{escape(concept)}</text>'
         )
         for place, column in enumerate(columns):
-            share, look = known.get(column, 0.0), "fill-target" if column == ITSELF else "fill-after"
+            share, look = known.get(column, 0.0), FILLS["fill-target" if column == ITSELF else "fill-after"]
             cell = f'x="{start + CELL * place:.0f}" y="{top:.0f}" width="{CELL - 1}" height="{CELL - 1}"'
             told = f"<title>{escape(f'{concept}, {column}: {100 * share:.0f} %')}</title>"
-            chart.parts.append(f'<rect {cell} class="fill-track"/>')
+            chart.parts.append(f"<rect {cell} {FILLS['fill-track']}/>")
             if share:
-                chart.parts.append(f'<g>{told}<rect {cell} class="{look}" fill-opacity="{share:.2f}"/></g>')
+                chart.parts.append(f'<g>{told}<rect {cell} {look} fill-opacity="{share:.2f}"/></g>')
     for place, column in enumerate(columns):
         across, down = chart.place(place + 0.75, 0)
         turned = f'transform="translate({across:.0f} {down + 8:.0f}) rotate(-60)"'
         chart.parts.append(f'<text {turned} text-anchor="end" {SHADE}>{escape(column)}</text>')
     left = [f"{name} {100 * answers[name]:.0f} %" for name, answers in became.items() if answers.get(name)]
     chart.summary = f"What {len(names)} concepts became; still drawn: {', '.join(left) or 'none'}"
+    square = '<rect x="-5" y="-5" width="10" height="10" {}/>'
+    named = {"fill-target": "still the concept", "fill-after": "another class"}
+    chart.legend = [(square.format(FILLS[name]), words) for name, words in named.items()]
     return Captioned("What each concept became", "", chart)
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import defaults
 import erasure
 import experiment
+import many
 import pytest
 import robustness
 import study
@@ -20,8 +21,8 @@ from fdu.comparison.sweep import Job, Records
 
 ROOT = Path(experiment.__file__).parents[1]
 RESULTS = ROOT / "experiments" / "results"
-PAGES = {"defaults": defaults, "erasure": erasure, "results": study, "robustness": robustness, "theory": theory}
-RECORDS = {"defaults": defaults, "erasure": erasure, "study": study, "robustness": robustness, "theory": theory}
+OTHERS = {"defaults": defaults, "erasure": erasure, "many": many, "robustness": robustness, "theory": theory}
+PAGES, RECORDS = {"results": study, **OTHERS}, {"study": study, **OTHERS}
 
 
 @pytest.fixture(autouse=True)

@@ -99,14 +99,19 @@ def test_a_run_that_broke_its_neighbours() -> None:
 
 
 @pytest.mark.slow
-def test_two_concepts_are_judged_one_at_a_time(capsys: pytest.CaptureFixture[str]) -> None:
+def test_two_concepts_are_judged_together_or_one_at_a_time(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*ERASE, "--target=red", "--anchor=black", "--max_train_steps=2", "--out=out"]) == cli.OK
     preserved = json.loads(Path("out/fdu.json").read_text())["config"]["preservation_prompts"]
     assert not any("three" in prompt or "red" in prompt for prompt in preserved)
     capsys.readouterr()
-    assert re.search("three and red.*--target", refused(["digits", "out"], capsys))
     assert main(["evaluate", "digits", "out", *QUICK[:4], "--target=red"]) == cli.OK
     assert "retained (3 classes)" in capsys.readouterr().out
+    assert main(["evaluate", "digits", "out", *QUICK[:4], "--out=judged"]) == cli.OK
+    told = capsys.readouterr().out
+    assert "three and red" in told and "least erased:" in told and "retained (12 classes)" in told
+    assert json.loads(Path("judged/metrics.json").read_text())["targets"] == ["three", "red"]
+    assert "one concept, got 2" in refused(["digits", "out", "--robustness"], capsys)
+    assert "'red' twice" in refused(["digits", "out", "--target=red", "--target=red"], capsys)
 
 
 def test_unfit_folders_are_refused_before_any_work(idle: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -196,6 +201,11 @@ def test_of_several_erased_concepts_the_others_are_not_to_be_kept(
     with pytest.raises(RuntimeError, match="enough"):
         cli.parse(["evaluate", *arguments]).prepare("")()
     assert "monet" not in drawn and "salvador dali" in drawn
+    drawn.clear()
+    with pytest.raises(RuntimeError, match="enough"):
+        cli.parse(["evaluate", *arguments[:-2]]).prepare("")()
+    assert drawn[0] == "van gogh" and drawn.count("painting") == 1
+    assert [name for name in drawn if name == "monet"] == ["monet"] * len({"target", "unseen"})
 
 
 def test_what_cannot_be_judged_is_refused(base: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -207,6 +217,7 @@ def test_what_cannot_be_judged_is_refused(base: Path, capsys: pytest.CaptureFixt
     other = [*model, "--prompts", "set.txt", "--target", "two"]
     assert "'three', not" in refused(other, capsys)
     monet = [*model, "--prompts", "monet"]
+    assert "one target, got 2" in refused([*monet, "--target", "monet", "--target", "two"], capsys)
     assert "'gone' does not exist" in refused([*monet, "--judge", "gone"], capsys)
     assert "'weights'" in refused([*monet, "--judge", "weights"], capsys)
     assert ">= 1" in refused([*monet, "--batch_size", "0"], capsys)
