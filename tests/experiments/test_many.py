@@ -24,7 +24,7 @@ def figures(shares: dict[str, float], **more: Any) -> dict[str, Any]:
     per_class = dict.fromkeys(many.TARGETS, 0.0) | dict.fromkeys(many.ANCHORS, 1.0) | shares
     became = {name: {"wolf": 1 - per_class[name], name: per_class[name]} for name in many.TARGETS}
     return {
-        "shares": dict.fromkeys(names, [0.5, 0.25, 0.75]),
+        "shares": {name: [0.5, 0.25, 0.75] for name in names},
         "per_class": per_class,
         "became": became,
         "change": 0.0123,
