@@ -74,8 +74,8 @@ class Compare:
     """Attack each erased model, and show how often the target stays away (held). Doubles the time."""
     seeds: int = 3
     """Number of seeds per divergence and value of s0, >= 1: the seeds 0, 1, ..."""
-    prefer: Literal["preservation", "balanced", "erasure"] = "balanced"
-    """What the recommendation favours. The page shows the recommendation for all three."""
+    prefer: Literal["preservation", "balanced", "erasure", "robustness"] = "balanced"
+    """What the recommendation favours; robustness needs --attack. The page shows the recommendation for each."""
     images_per_class: int = 32
     """Images per class for the judge, >= 2. At least 6 are needed to name a winner."""
     prompts: str | None = None
@@ -109,6 +109,9 @@ class Compare:
         check_number("seeds", self.seeds, Count)
         if self.workers is not None:
             check_number("workers", self.workers, Count)
+        attacked = self.attack or self.robust is not None
+        if self.prefer == "robustness" and not attacked:
+            raise ValueError("prefer robustness needs an attack on every model; add --attack")
         base = self._base()
         if not TRAIN_METHODS[base.train_method].trains:
             raise ValueError(
@@ -123,7 +126,7 @@ class Compare:
             model=self.model,
             pairs=((self.target, self.anchor),),
             candidates=self._candidates(divergences),
-            attacked=self.attack or self.robust is not None,
+            attacked=attacked,
             seeds=tuple(range(self.seeds)),
             base=base,
             concept_type=self.concept_type,

@@ -14,13 +14,15 @@ from fdu.comparison.front import Estimate, Sample, interval
 from fdu.comparison.plan import Candidate
 from fdu.evaluation.verdict import DRAWN_BEFORE, percent
 
-Preference = Literal["preservation", "balanced", "erasure"]
-BETA: dict[Preference, float] = {"preservation": 2.0, "balanced": 1.0, "erasure": 0.5}
-"""Weight of retaining relative to erasing in the F-measure (van Rijsbergen, 1979)."""
+Preference = Literal["preservation", "balanced", "erasure", "robustness"]
+BETA: dict[Preference, float] = {"preservation": 2.0, "balanced": 1.0, "erasure": 0.5, "robustness": 1.0}
+"""Weight of retaining relative to erasing in the F-measure (van Rijsbergen, 1979). For "robustness", the share that is
+still erased under attack (held) takes the place of the erased share."""
 WEIGHTS: dict[Preference, str] = {
     "preservation": "retaining counts twice as much as erasing",
     "balanced": "erasing and retaining count the same",
     "erasure": "erasing counts twice as much as retaining",
+    "robustness": "erased under attack and retaining count the same",
 }
 """The same in words."""
 HARDLY = 0.5
@@ -50,6 +52,12 @@ class Recommendation:
     """False if no candidate can be recommended."""
 
 
+def preferences(sample: Sample) -> list[Preference]:
+    """The preferences that the figures can serve: "robustness" needs an attack on every model."""
+    attacked = not np.isnan(sample.values["held"]).any()
+    return [prefer for prefer in BETA if prefer != "robustness" or attacked]
+
+
 def recommend(sample: Sample, prefer: Preference, before: Mapping[str, float] | None = None) -> Recommendation:
     """The candidate with the best F-measure of erased and retained; among ties, the one that keeps most attributes, and
     among those the one that changes images least.
@@ -69,13 +77,16 @@ def recommend(sample: Sample, prefer: Preference, before: Mapping[str, float] | 
             nothing would count as erasing it, and nothing is recommended. None: unknown.
 
     Raises:
-        ValueError: an unknown preference.
+        ValueError: an unknown preference, or "robustness" without figures of an attack.
     """
     if prefer not in BETA:
         raise ValueError(f"prefer must be one of {', '.join(BETA)}, got {prefer!r}")
-    candidates, erased = sample.candidates, sample.values["erased"]
+    if prefer not in preferences(sample):
+        raise ValueError("prefer robustness needs an attack on every model; add --attack, or choose another preference")
+    gone = _gone(prefer)
+    candidates, erased = sample.candidates, sample.values[gone]
     values = f_measure(erased, sample.values["retained"], BETA[prefer])
-    resampled = f_measure(sample.resampled["erased"], sample.resampled["retained"], BETA[prefer])
+    resampled = f_measure(sample.resampled[gone], sample.resampled["retained"], BETA[prefer])
     best, *others = np.argsort(-values, kind="stable").tolist()
     behind = {
         place: interval(float(values[best] - values[place]), resampled[:, best] - resampled[:, place])
@@ -86,9 +97,9 @@ def recommend(sample: Sample, prefer: Preference, before: Mapping[str, float] | 
     chosen, ahead, why = choice.chosen, choice.ahead, choice.why
     one, score = candidates[chosen], interval(float(values[chosen]), resampled[:, chosen])
     undrawn = {target: share for target, share in (before or {}).items() if share < DRAWN_BEFORE}
-    few = min(sample.images["erased"], sample.images["retained"]) < FEWEST_TO_TELL
+    few = min(sample.images[gone], sample.images["retained"]) < FEWEST_TO_TELL
     usable = bool(erased[chosen] >= HARDLY) and not undrawn
-    doubtful = sample.estimate("erased", one).low < HARDLY
+    doubtful = sample.estimate(gone, one).low < HARDLY
     certain = ahead and usable and len(candidates) > 1 and not few and not doubtful
     tied = tuple(candidates[place] for place in ties if place != chosen)
     if undrawn:
@@ -100,8 +111,9 @@ def recommend(sample: Sample, prefer: Preference, before: Mapping[str, float] | 
         headline = f"No certain winner: {one.label} is best, but it may have erased less than half"
     else:
         alike = [candidates[place] for place in ties if place not in (chosen, *choice.losing)]
-        headline = _headline(sample, chosen, alike, certain)
-    sentences = [*_figures_of(sample, one, score, prefer), *_lost_attributes(sample, one), *_held(sample, one)]
+        headline = _headline(sample, chosen, alike, certain, prefer)
+    sentences = [*_figures_of(sample, one, score, prefer), *_lost_attributes(sample, one)]
+    sentences += _held(sample, one) if prefer != "robustness" else []
     if undrawn:
         sentences.append(
             "A concept that is rarely drawn counts as erased even if nothing is done: use prompts that draw it."
@@ -133,7 +145,7 @@ def _held(sample: Sample, one: Candidate) -> list[str]:
     best = sample.candidates[int(held.argmax())]
     told = f"Under attack {percent(sample.estimate('held', one).value)} of the target's images still do not show it"
     if sample.difference("held", best, one).sign > 0:
-        told += f"; with {best.label} it is {percent(float(held.max()))}, but the score does not count this"
+        told += f"; with {best.label} it is {percent(float(held.max()))} (--prefer robustness)"
     return [f"{told}."]
 
 
@@ -157,7 +169,7 @@ class _Choice(NamedTuple):
 
 
 def _among_ties(sample: Sample, ties: list[int], values: np.ndarray, prefer: Preference) -> _Choice:
-    erased, change = sample.values["erased"], sample.values["change"]
+    erased, change = sample.values[_gone(prefer)], sample.values["change"]
     able = [place for place in ties if erased[place] >= HARDLY]
     if not able:
         return _Choice(ties[0], False)
@@ -224,11 +236,12 @@ def _lost_attributes(sample: Sample, one: Candidate) -> list[str]:
     return found
 
 
-def _headline(sample: Sample, chosen: int, others: Sequence[Candidate], certain: bool) -> str:
-    label, count, erased = sample.candidates[chosen].label, len(sample.candidates), sample.values["erased"]
+def _headline(sample: Sample, chosen: int, others: Sequence[Candidate], certain: bool, prefer: Preference) -> str:
+    label, count, erased = sample.candidates[chosen].label, len(sample.candidates), sample.values[_gone(prefer)]
     if erased[chosen] < HARDLY:
         even = "even " if erased[chosen] >= erased.max() else ""
-        return f"Nothing to recommend yet: {even}{label} erased only {percent(erased[chosen])}"
+        under = " under attack" if prefer == "robustness" else ""
+        return f"Nothing to recommend yet: {even}{label} erased only {percent(erased[chosen])}{under}"
     if count == 1:
         return f"Only {label} was run"
     if certain:
@@ -239,15 +252,22 @@ def _headline(sample: Sample, chosen: int, others: Sequence[Candidate], certain:
     return f"No single winner: use {label}, or {like}"
 
 
+def _gone(prefer: Preference) -> str:
+    """The figure that counts as erased."""
+    return "held" if prefer == "robustness" else "erased"
+
+
 def _figures_of(sample: Sample, one: Candidate, score: Estimate, prefer: Preference) -> list[str]:
-    erased, retained = sample.estimate("erased", one), sample.estimate("retained", one)
+    erased, retained = sample.estimate(_gone(prefer), one), sample.estimate("retained", one)
+    under = ", under attack," if prefer == "robustness" else ""
     found = [
-        f"{one.label} erased the target in {percent(erased.value)} of its images ({_range(erased)}) and kept "
+        f"{one.label} erased the target{under} in {percent(erased.value)} of its images ({_range(erased)}) and kept "
         f"{percent(retained.value)} of the other classes' images ({_range(retained)}).",
         f"For the preference {prefer!r}, {WEIGHTS[prefer]}; its score is {score.value:.3f} ({_range(score, 1, 3)}).",
     ]
     if erased.value < HARDLY:
-        found.append("Most images still show the target: train longer (max_train_steps) before you choose.")
+        how = "search for more conditionings (--robust)" if under else "train longer (max_train_steps)"
+        found.append(f"Most images still show the target: {how} before you choose.")
     elif erased.low < HARDLY:
         found.append(
             "The interval of its erased share reaches below one half: train longer (max_train_steps) or draw more "

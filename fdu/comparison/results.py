@@ -11,7 +11,7 @@ from typing import Any
 
 from fdu.comparison.front import ATTACKED, FIGURES, TARGET_ROLES, Judged, Sample, Standing, complete
 from fdu.comparison.plan import Candidate, Comparison
-from fdu.comparison.recommendation import BETA, Preference, Recommendation, recommend
+from fdu.comparison.recommendation import Preference, Recommendation, preferences, recommend
 from fdu.comparison.runs import BEFORE, before_name, identity_before, identity_of
 from fdu.comparison.sweep import Record, Records
 from fdu.config import PLACES
@@ -107,7 +107,7 @@ def read_results(comparison: Comparison, records: Records) -> Results:
         before=before,
         sample=sample,
         standings=tuple(sample.standings()),
-        recommendations={prefer: recommend(sample, prefer, target_shares) for prefer in BETA},
+        recommendations={prefer: recommend(sample, prefer, target_shares) for prefer in preferences(sample)},
         conditions=conditions,
         mixed=mixed,
         seconds=sum(record["seconds"] for record in finished.values()) / len(finished),

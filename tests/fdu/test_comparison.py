@@ -39,7 +39,7 @@ from fdu.comparison.front import Sample
 from fdu.comparison.gallery import galleries
 from fdu.comparison.page import COLOURS, Curve, alphas, curve_chart, front_chart, table, write_page
 from fdu.comparison.plan import Candidate, Comparison, Drawing, Run, distinct, read_alpha
-from fdu.comparison.recommendation import BETA, recommend
+from fdu.comparison.recommendation import preferences, recommend
 from fdu.comparison.results import RUNS, Results, check_folder, describe, read_results, write_record
 from fdu.comparison.runs import identity_of, jobs
 from fdu.comparison.sweep import Record, Records, digest, sweep
@@ -130,7 +130,7 @@ def results_of(figures: dict[str, tuple[float, ...]], **others: Any) -> Results:
         before={"three": (1.0, 0.99, others.get("attributes", math.nan))},
         sample=sample,
         standings=tuple(sample.standings()),
-        recommendations={prefer: recommend(sample, prefer) for prefer in BETA},
+        recommendations={prefer: recommend(sample, prefer) for prefer in preferences(sample)},
         conditions={"device": "cpu: some", "versions": {"fdu": "0", "torch": "1"}},
         mixed=others.get("mixed", ()),
         seconds=2.0,

@@ -16,6 +16,7 @@ from fdu.comparison import runs as runs_file
 from fdu.comparison.front import ATTACKED, Judged, Sample
 from fdu.comparison.page import table
 from fdu.comparison.plan import Candidate, Comparison
+from fdu.comparison.recommendation import preferences, recommend
 from fdu.comparison.results import RUNS
 from fdu.comparison.runs import identity_of
 from fdu.comparison.sweep import Records
@@ -111,7 +112,14 @@ def test_what_holds_is_a_figure_of_its_own() -> None:
     assert [round(sample.estimate("held", each).value, 2) for each in (one, other)] == [0.2, 0.9]
     assert sample.estimate("retained", one).value == 1.0 and sample.difference("held", other, one).sign == 1
     assert "| held |" in table(sample.standings()) and "closed_form |" in table(sample.standings())
+    # Both erase the same without an attack, so only robustness tells them apart.
+    held = recommend(sample, "robustness")
+    assert held.candidate == other and held.certain and "under attack, in 90 %" in held.sentences[0]
+    assert not recommend(sample, "balanced").certain
+    weak = Sample({key: seen for key, seen in runs.items() if key[1] == one}, [one])
+    assert "erased only 20 % under attack" in recommend(weak, "robustness").headline
     plain = Sample({key: judged(1.0, None) for key in runs}, [one, other])
+    assert preferences(plain) == [prefer for prefer in preferences(sample) if prefer != "robustness"]
     assert math.isnan(plain.estimate("held", one).value) and "held" not in table(plain.standings())
 
 
