@@ -40,6 +40,7 @@ class TrainMethod:
 TRAIN_METHODS: dict[str, TrainMethod] = {
     "lora": TrainMethod("adapter", result="lora", learning_rate=4e-3),
     "dora": TrainMethod("adapter", result="dora", learning_rate=4e-3),
+    "text": TrainMethod("full_weights"),
     "cross_attention": TrainMethod("full_weights"),
     "attention": TrainMethod("full_weights"),
     "full": TrainMethod("full_weights", learning_rate=2e-4, trains_whole_denoiser=True),
@@ -73,6 +74,10 @@ else:
     Prompts = tuple[str, ...]
 
 
+SHAPES = {"logit_mean": "logit_normal", "logit_std": "logit_normal", "mode_scale": "mode"}
+"""The weighting_scheme that each of its parameters belongs to."""
+
+
 def check_choice(name: str, value: Any, choices: Collection[str]) -> None:
     """Raise ValueError if ``value`` is none of ``choices``."""
     if value not in choices:
@@ -90,6 +95,7 @@ Count = Annotated[int, (">=", 1)]
 NotNegative = Annotated[float, (">=", 0)]
 Positive = Annotated[float, (">", 0)]
 Share = Annotated[float, (">=", 0), ("<", 1)]
+Finite = Annotated[float, (">", -math.inf)]
 SIGNS = {">=": operator.ge, ">": operator.gt, "<": operator.lt}
 
 
@@ -138,15 +144,18 @@ class EraseConfig:
 
     train_method: TrainMethodName = "lora"
     """Weights to train: low-rank adapters on the layers that read the prompt (lora, dora), those layers themselves
-    (cross_attention), all attention, the full denoiser, the text encoders, or only the target's token embedding.
+    (text), its keys and values alone (cross_attention), all attention, the full denoiser, the text encoders, or only
+    the target's token embedding.
     closed_form trains nothing: it computes adapters with which the denoiser reads the target's prompts as the
     anchor's."""
     rank: Count = 16
     """Rank of the LoRA matrices, >= 1."""
     lora_alpha: Positive = 16.0
     """Scale of the LoRA update, > 0: the update is multiplied by lora_alpha / rank."""
-    adapter_layers: Literal["cross_attention", "attention"] = "cross_attention"
-    """Layers that get adapters (lora, dora): those that read the prompt, or all of attention."""
+    adapter_layers: Literal["text", "cross_attention", "attention"] = "text"
+    """Layers that get adapters (lora, dora): all that read the prompt (text), its keys and values alone
+    (cross_attention), or all of attention. text and cross_attention differ in SDXL, SD3 and FLUX, where the prompt also
+    enters by other layers."""
     init: Literal["none", "closed_form"] = "none"
     """Where the training starts: from the model as it is ("none"), or from the edit of closed_form (lora, dora,
     cross_attention, attention, full). Its target is the original model either way."""
@@ -195,6 +204,18 @@ class EraseConfig:
     timestep_sampling: Literal["uniform", "importance"] = "uniform"
     """Draw timesteps uniformly, or more often where the loss is large ("importance"); importance weights
     keep the expected loss unchanged."""
+    weighting_scheme: Literal["none", "sigma_sqrt", "logit_normal", "mode", "cosmap"] = "none"
+    """Flow models only, as in diffusers' training scripts: draw timesteps by the density "logit_normal" or "mode", or
+    weigh the loss by "sigma_sqrt" or "cosmap" (Esser et al. 2024). "none" is uniform; the weights are divided by their
+    mean."""
+    logit_mean: Finite = 0.0
+    """Mean of the logit in weighting_scheme "logit_normal"; lower values mean noisier timesteps, as in diffusers."""
+    logit_std: Positive = 1.0
+    """Standard deviation of the logit in "logit_normal", > 0."""
+    mode_scale: Finite = 1.29
+    """Scale of weighting_scheme "mode"."""
+    embedded_guidance: NotNegative = 1.0
+    """Guidance scale told to a guidance-distilled model (FLUX.1 dev) while it trains, >= 0."""
     variational: bool = False
     """Estimate the divergence with a critic in a min-max game, as the paper does where there is no closed form, instead
     of computing it exactly between Gaussians."""
@@ -298,7 +319,7 @@ class EraseConfig:
 
     def _require_sense(self, divergence: Divergence) -> None:
         """Refuse settings that contradict each other."""
-        if self.adapter_layers != "cross_attention" and TRAIN_METHODS[self.train_method].result == "weights":
+        if self.adapter_layers != EraseConfig.adapter_layers and TRAIN_METHODS[self.train_method].result == "weights":
             raise ValueError(
                 f"adapter_layers needs train_method 'lora' or 'dora', and train_method is {self.train_method!r}; "
                 "leave it out"
@@ -315,6 +336,11 @@ class EraseConfig:
         for field in dataclasses.fields(self):
             if field.name in idle and getattr(self, field.name) != field.default:
                 raise ValueError(f"{field.name} has no effect with train_method {self.train_method!r}; leave it out")
+        for name, scheme in SHAPES.items():
+            if self.weighting_scheme != scheme and getattr(self, name) != getattr(EraseConfig, name):
+                raise ValueError(f"{name} needs weighting_scheme {scheme!r}; set that, or leave {name} out")
+        if self.weighting_scheme != "none" and (self.weighting, self.timestep_sampling) != ("unit", "uniform"):
+            raise ValueError("weighting_scheme takes the place of weighting and timestep_sampling; leave these two out")
         if self.objective == "noise" and self.negative_guidance:
             raise ValueError(
                 "negative_guidance needs objective 'model'; set objective to 'model', or negative_guidance to 0"

@@ -103,6 +103,7 @@ def erase(
     config = with_launcher(config or EraseConfig.from_settings(settings))
     denoiser = denoiser_of(pipeline, config.resolution)
     _check_run(denoiser, pairs, mask, config)
+    denoiser.embedded_guidance = config.embedded_guidance
     started = time.perf_counter()
     precise = config
     if config.adversarial_rounds and not TRAIN_METHODS[config.train_method].trains:
@@ -256,6 +257,12 @@ def _check_run(denoiser: Denoiser, pairs: Sequence[Pair], mask: Tensor | None, c
         raise ValueError(
             f"pipeline is in {denoiser.module.dtype} but mixed_precision is 'no'; "
             "load it with dtype=torch.float32, or choose mixed_precision 'fp16' or 'bf16'"
+        )
+    if config.embedded_guidance != EraseConfig.embedded_guidance and not denoiser.reads_guidance:
+        raise ValueError(f"embedded_guidance: {denoiser.family} is not guidance-distilled here; leave it out")
+    if config.weighting_scheme != "none" and denoiser.prediction_type != "flow":
+        raise ValueError(
+            f"weighting_scheme is for flow models, and {denoiser.family} is none; use weighting or timestep_sampling"
         )
     if config.mixed_precision == "fp16" and denoiser.device.type == "cpu":
         raise ValueError("mixed_precision 'fp16' needs a GPU, and the pipeline is on the CPU; use 'bf16' or 'no'")

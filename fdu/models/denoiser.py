@@ -75,7 +75,9 @@ class Denoiser(ABC):
     guided_by_empty: ClassVar[bool] = True
     """Whether guidance is by a second prediction, for the prompt ""."""
     context_projections: ClassVar[tuple[str, ...]] = ("attn2.to_k", "attn2.to_v")
-    """Name endings of the linear layers of the module that read the prompt: as a rule keys and values."""
+    """Name endings of the linear layers of the module that read the prompt's tokens: as a rule keys and values."""
+    other_readers: ClassVar[tuple[str, ...]] = ()
+    """Name endings of the linear layers by which the prompt enters past these."""
     attention_projections: ClassVar[tuple[str, ...]] = ("to_q", "to_k", "to_v", "to_out.0")
     """Name endings of all linear layers of attention."""
     text_inputs: ClassVar[dict[str, tuple[str, ...]]] = {"embeddings": ("attn2.to_k", "attn2.to_v")}
@@ -84,6 +86,24 @@ class Denoiser(ABC):
     """The tokenizers whose tokens the embeddings stand for, in their order."""
     kohya: ClassVar[KohyaNames | None] = None
     """How kohya's sd-scripts name the layers; None if they do not know the family."""
+
+    @classmethod
+    def layer_groups(cls) -> dict[str, tuple[str, ...]]:
+        """Name endings of the layers that a training may choose, by the name of the choice: everything that reads the
+        prompt, the context projections alone, or all of attention."""
+        return {
+            "text": (*cls.context_projections, *cls.other_readers),
+            "cross_attention": cls.context_projections,
+            "attention": cls.attention_projections,
+        }
+
+    embedded_guidance: float = 1.0
+    """The guidance scale told to a guidance-distilled module."""
+
+    @property
+    def reads_guidance(self) -> bool:
+        """Whether the module is guidance-distilled: it reads a guidance scale."""
+        return False
 
     signal: Tensor
     """The factor of x_0 in x_t at every timestep, [T] float32."""

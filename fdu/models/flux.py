@@ -13,9 +13,6 @@ from fdu.models import kohya_names
 from fdu.models.denoiser import Conditioning
 from fdu.models.noise_schedules import FlowDenoiser
 
-GUIDANCE = 3.5
-"""The guidance scale told to a guidance-distilled model in training: the pipeline's default when it samples."""
-
 
 class FluxDenoiser(FlowDenoiser):
     """A FluxTransformer2DModel; what is packed for it is unpacked again here."""
@@ -29,6 +26,8 @@ class FluxDenoiser(FlowDenoiser):
     # Of the double blocks alone: single blocks project text and image by one to_k and to_v, so those would not be the
     # prompt's alone. ESD trains these two, EraseAnything the keys.
     context_projections = ("attn.add_k_proj", "attn.add_v_proj")
+    # All of the text enters by the first, and the pooled embedding reaches every block by the second.
+    other_readers = ("context_embedder", "time_text_embed.text_embedder.linear_1")
     text_inputs: ClassVar = {
         "embeddings": ("context_embedder",),
         "pooled": ("time_text_embed.text_embedder.linear_1",),
@@ -38,6 +37,10 @@ class FluxDenoiser(FlowDenoiser):
         *("to_q", "to_k", "to_v", "to_out.0"),
         *("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),
     )
+
+    @property
+    def reads_guidance(self) -> bool:
+        return bool(self.config.guidance_embeds)
 
     @property
     def native_size(self) -> tuple[int, int] | None:
@@ -57,7 +60,8 @@ class FluxDenoiser(FlowDenoiser):
     def predict(self, noisy: Tensor, indices: Tensor, conditioning: Conditioning) -> Tensor:
         height, width = noisy.shape[-2:]
         embeddings = conditioning.tensors["embeddings"]
-        guidance = noisy.new_full((len(noisy),), GUIDANCE, dtype=torch.float32) if self.config.guidance_embeds else None
+        told = noisy.new_full((len(noisy),), self.embedded_guidance, dtype=torch.float32)
+        guidance = told if self.reads_guidance else None
         packed = self.module(
             pack(noisy),
             embeddings,

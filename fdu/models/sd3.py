@@ -20,6 +20,8 @@ class SD3Denoiser(FlowDenoiser):
     parts = ("scheduler", "vae", "tokenizer", "text_encoder", "tokenizer_2", "text_encoder_2")
     # The text's own keys and values: what attn2.to_k and to_v are to a UNet. ESD trains them, EraseAnything the keys.
     context_projections = ("attn.add_k_proj", "attn.add_v_proj")
+    # All of the text enters by the first, and the pooled embedding reaches every block by the second.
+    other_readers = ("context_embedder", "time_text_embed.text_embedder.linear_1")
     text_inputs: ClassVar = {
         "embeddings": ("context_embedder",),
         "pooled": ("time_text_embed.text_embedder.linear_1",),

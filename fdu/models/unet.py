@@ -61,7 +61,8 @@ class SDXLDenoiser(UNetDenoiser):
     family = "Stable Diffusion XL (a UNet2DConditionModel with two text encoders)"
     parts = ("scheduler", "vae", "tokenizer", "text_encoder", "tokenizer_2", "text_encoder_2")
     addition_embed_type = "text_time"
-    text_inputs: ClassVar = {**UNetDenoiser.text_inputs, "pooled": ("add_embedding.linear_1",)}
+    other_readers = ("add_embedding.linear_1",)  # the pooled embedding, beside the sizes
+    text_inputs: ClassVar = {**UNetDenoiser.text_inputs, "pooled": other_readers}
     kohya = kohya_names.SDXL
 
     @classmethod

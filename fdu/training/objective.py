@@ -14,7 +14,7 @@ from fdu.config import EraseConfig
 from fdu.models.denoiser import Denoiser
 from fdu.training.critic import Outputs, VariationalGame
 from fdu.training.examples import Batch, Examples, to_device
-from fdu.training.timesteps import weights
+from fdu.training.timesteps import SCHEME_WEIGHTS, scheme_weights, weights
 
 
 class Objective(nn.Module):
@@ -47,6 +47,8 @@ class Objective(nn.Module):
         if config.weighting != "unit":
             tables = (denoiser.signal, denoiser.noise, denoiser.prediction_type, config.snr_gamma)
             self.weighting = weights(config.weighting, *tables).to(denoiser.device)
+        if config.weighting_scheme in SCHEME_WEIGHTS:
+            self.weighting = scheme_weights(config.weighting_scheme, denoiser.noise).to(denoiser.device)
         self.game: VariationalGame | None = None
         if config.variational:
             self.game = VariationalGame(

@@ -19,14 +19,14 @@ from torch.optim.lr_scheduler import LinearLR, LRScheduler
 from tqdm import tqdm
 
 import fdu_kernels
-from fdu.config import EraseConfig
+from fdu.config import SHAPES, EraseConfig
 from fdu.models.denoiser import Denoiser
 from fdu.training.cache import Cache, tensor_key
 from fdu.training.examples import Batch, Examples, draw_batch, plus, to_device
 from fdu.training.methods.trainable import Trainable
 from fdu.training.objective import Objective
 from fdu.training.surgery import GradientSurgery
-from fdu.training.timesteps import TimestepSampler
+from fdu.training.timesteps import DENSITIES, TimestepSampler
 
 COLUMNS = ("loss", "divergence", "preservation", "distance", "critic")
 """The history of the training: one value per step each."""
@@ -56,7 +56,10 @@ class Stepper:
         self.optimizer, self.schedule = make_optimizer(self.parameters, self.config)
         self.surgery = GradientSurgery(self.parameters) if self.config.gradient_surgery else None
         self.generator = torch.Generator().manual_seed(self.config.seed)
-        self.sampler = TimestepSampler(self.config.timestep_sampling, len(self.denoiser.signal))
+        config = self.config
+        drawn_by = config.weighting_scheme if config.weighting_scheme in DENSITIES else config.timestep_sampling
+        shape = {name: getattr(config, name) for name in SHAPES}
+        self.sampler = TimestepSampler(drawn_by, len(self.denoiser.signal), **shape)
         # Neither text encoders nor a denoiser in shards have DDP around them.
         self.averages = self.trainable.trains_text or self.config.shard
         """Whether gradients are averaged over the processes here, and not during the backward pass."""

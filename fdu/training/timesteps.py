@@ -19,12 +19,15 @@ from __future__ import annotations
 import dataclasses
 
 import torch
+from diffusers.training_utils import compute_density_for_timestep_sampling, compute_loss_weighting_for_sd3
 from torch import Tensor
 
 from fdu.models.denoiser import PredictionType
 
 BINS = 20
 """Bins of the grid; neighbouring timesteps have similar losses."""
+DENSITIES, SCHEME_WEIGHTS = ("logit_normal", "mode"), ("sigma_sqrt", "cosmap")
+"""The values of weighting_scheme that draw timesteps, and those that weigh the loss."""
 DECAY = 0.98
 """Factor on the weight of a loss per observation; about the last 50 make the estimate."""
 UNIFORM_SHARE = 0.2
@@ -43,13 +46,17 @@ class TimestepSampler:
     section 3.3). An erasure is short, so moving averages over bins replace a history of every timestep. Draws depend
     only on the generator and the observed losses: processes that observe the losses of all keep the same probabilities.
 
+    "logit_normal" and "mode" draw by the densities of Esser et al. 2024 (arXiv 2403.03206), section 3.1, as diffusers
+    does; nothing makes up for that.
+
     Args:
-        sampling: "uniform" or "importance".
+        sampling: "uniform", "importance" or one of ``DENSITIES``.
         timesteps: T, the length of the grid.
+        shape: the parameters of the densities by diffusers' names: logit_mean, logit_std, mode_scale.
     """
 
-    def __init__(self, sampling: str, timesteps: int) -> None:
-        self.sampling, self.timesteps = sampling, timesteps
+    def __init__(self, sampling: str, timesteps: int, **shape: float) -> None:
+        self.sampling, self.timesteps, self.shape = sampling, timesteps, shape
         bins = min(BINS, timesteps)
         self.edges = torch.arange(bins + 1) * timesteps // bins
         self.uniform = self.edges.diff().double() / timesteps
@@ -67,6 +74,10 @@ class TimestepSampler:
 
     def draw(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor | None]:
         """``count`` indices, int64 [N], and the weights of their losses, float32 [N] or None for all 1; on the CPU."""
+        if self.sampling in DENSITIES:
+            drawn = compute_density_for_timestep_sampling(self.sampling, count, generator=generator, **self.shape)
+            # There, 0 is the noisiest timestep.
+            return self.timesteps - 1 - (drawn * self.timesteps).long().clamp(0, self.timesteps - 1), None
         if not self.adapts:
             return torch.randint(self.timesteps, (count,), generator=generator), None
         if self._draws % REFRESH_EVERY == 0:
@@ -171,6 +182,17 @@ def weights(
         e = torch.ones_like(a) if prediction_type == "epsilon" else (a / b) * g
         omega = e.square() / (1 + snr)
     return Weighting((omega / omega.mean()).float(), ones)
+
+
+def scheme_weights(weighting_scheme: str, sigmas: Tensor) -> Weighting:
+    """diffusers' weights of the loss in rectified flow, divided by their mean over the grid.
+
+    Args:
+        weighting_scheme: one of ``SCHEME_WEIGHTS``.
+        sigmas: sigma > 0 on the grid, [T].
+    """
+    omega = compute_loss_weighting_for_sd3(weighting_scheme, sigmas.double())
+    return Weighting((omega / omega.mean()).float(), torch.ones_like(sigmas, dtype=torch.float32))
 
 
 def _of_sample(a: Tensor, b: Tensor, prediction_type: PredictionType) -> Tensor:

@@ -395,12 +395,12 @@ Layers = dict[str, dict[str, Tensor]]
 Changes = dict[str, tuple[Tensor, Tensor]]
 CONTEXT = {
     "sd": ("attn2.to_k", "attn2.to_v"),
-    "sdxl": ("attn2.to_k", "attn2.to_v"),
-    "sd3": ("attn.add_k_proj", "attn.add_v_proj"),
-    "flux": ("attn.add_k_proj", "attn.add_v_proj"),
+    "sdxl": ("attn2.to_k", "attn2.to_v", "add_embedding.linear_1"),
+    "sd3": ("attn.add_k_proj", "attn.add_v_proj", "context_embedder", "text_embedder.linear_1"),
+    "flux": ("attn.add_k_proj", "attn.add_v_proj", "context_embedder", "text_embedder.linear_1"),
     "sana": ("attn2.to_k", "attn2.to_v"),
 }
-"""The layers that the context projections of each family are."""
+"""The layers of each family that read the prompt."""
 RANK, ALPHA = 3, 6.0
 
 

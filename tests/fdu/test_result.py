@@ -194,7 +194,7 @@ def test_the_code_loads_what_was_written(form: Any, tmp_path: Path) -> None:
 
 
 def test_what_diffusers_cannot_read_is_loaded_by_fdu(tmp_path: Path) -> None:
-    for name, settings in (("sd3", {}), ("sd", {"train_method": "dora"})):
+    for name, settings in (("sd3", {}), ("flux", {}), ("sd", {"train_method": "dora"})):
         page = write_card(tmp_path, "kohya", families.build(name), make_record(**settings)).read_text()
         assert "load_weights(pipeline" in code_of(page) and "load_lora_weights" not in code_of(page)
     assert "LyCORIS" in page

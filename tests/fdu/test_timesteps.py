@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import get_args, get_type_hints
 
 import pytest
@@ -13,7 +14,7 @@ from torch import Tensor
 import fdu_kernels as fk
 from fdu.config import EraseConfig
 from fdu.models.denoiser import PredictionType
-from fdu.training.timesteps import REFRESH_EVERY, UNIFORM_SHARE, TimestepSampler, weights
+from fdu.training.timesteps import REFRESH_EVERY, UNIFORM_SHARE, TimestepSampler, scheme_weights, weights
 
 PREDICTIONS: tuple[PredictionType, ...] = ("epsilon", "v_prediction", "sample", "flow")
 WEIGHTINGS = get_args(get_type_hints(EraseConfig)["weighting"])
@@ -308,3 +309,31 @@ def test_what_is_no_grid_is_refused(changes: dict[str, object], message: str) ->
     }
     with pytest.raises(ValueError, match=message):
         weights(**{**settings, **changes})  # type: ignore[arg-type]
+
+
+def noise_levels(sampling: str, **shape: float) -> Tensor:
+    """How noisy many drawn timesteps are, from 0 to 1."""
+    indices, weights = TimestepSampler(sampling, 1000, **shape).draw(20_000, generator())
+    assert weights is None and 0 <= indices.min() and indices.max() < 1000
+    return indices / 1000
+
+
+def test_the_densities_are_those_of_diffusers() -> None:
+    """Esser et al. 2024: a logit-normal timestep, and one around the middle; u = 0 is the noisiest in diffusers."""
+    logits = torch.logit(noise_levels("logit_normal", logit_mean=-1.0, logit_std=0.5) + 5e-4)
+    assert float(logits.mean()) == pytest.approx(1.0, abs=0.02) and float(logits.std()) == pytest.approx(0.5, abs=0.02)
+    u = torch.rand(20_000, generator=generator(), dtype=torch.float64)
+    wanted = u + 1.29 * (torch.cos(math.pi * u / 2).square() - 1 + u)
+    levels = noise_levels("mode", mode_scale=1.29).double()
+    quantiles = torch.linspace(0.05, 0.95, 10, dtype=torch.float64)
+    assert torch.allclose(levels.quantile(quantiles), wanted.quantile(quantiles), atol=0.02)
+
+
+def test_the_weights_of_a_scheme_are_those_of_diffusers_with_a_mean_of_one() -> None:
+    sigmas = torch.linspace(0.1, 1.0, 10)
+    steep, round_ = (scheme_weights(name, sigmas) for name in ("sigma_sqrt", "cosmap"))
+    for one in (steep, round_):
+        assert float(one.omega.mean()) == pytest.approx(1.0) and one.scale.tolist() == [1.0] * 10
+    assert torch.allclose(steep.omega[0] / steep.omega[-1], torch.tensor(100.0))
+    # 2 / (pi (1 - 2 sigma + 2 sigma^2)): twice as much in the middle as at the end.
+    assert torch.allclose(round_.omega[4] / round_.omega[-1], torch.tensor(2.0))

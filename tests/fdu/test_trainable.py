@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from fdu.config import TRAIN_METHODS
 from fdu.models import parts
-from fdu.models.denoiser import Denoiser
+from fdu.models.denoiser import Conditioning, Denoiser
 from fdu.models.families import denoiser_of
 from fdu.subjects.digits import pipeline as digits
 from fdu.training.methods import Request, Trainable, attach
@@ -30,7 +30,7 @@ ADAPTER_METHODS = [name for name in TRAINED if TRAIN_METHODS[name].result != "we
 FAMILIES = ("sd", "sdxl", "sd3", "flux", "pixart", "sana")
 KINDS = ("lora", "dora", "cross_attention", "full", "token")
 """Methods that differ in how they work, not only in which weights they take."""
-WEIGHT_METHODS = ("cross_attention", "attention", "full", "text_encoder")
+WEIGHT_METHODS = ("text", "cross_attention", "attention", "full", "text_encoder")
 TARGET, ANCHOR = "a photo of the digit three", "a photo of the digit eight"
 
 
@@ -134,12 +134,43 @@ def test_a_method_changes_what_it_names_and_goes_without_a_trace(family: str, me
 @pytest.mark.parametrize("family", FAMILIES)
 def test_adapters_go_on_the_layers_that_the_settings_choose(family: str, method: str) -> None:
     denoiser = wrapped(families.build(family))
-    choices = {"cross_attention": denoiser.context_projections, "attention": denoiser.attention_projections}
-    for choice, endings in choices.items():
+    for choice, endings in denoiser.layer_groups().items():
         trainable = attached(denoiser, method, adapter_layers=choice)
         found = {name.split(".lora_")[0].partition(".")[2] for name in trainable.named_parameters()}
         assert found == {name for name in parts.layers(denoiser.module) if parts.ends_with(name, endings)}
         trainable.remove()
+
+
+@pytest.mark.parametrize("method", ["lora", "text"])
+@pytest.mark.parametrize("family", ["sdxl", "sd3", "flux"])
+def test_no_part_of_the_prompt_escapes_the_training(family: str, method: str) -> None:
+    """Two prompts of the same embeddings, whose pooled embeddings differ: the layers that read the prompt can make one
+    draw what the other does, and its keys and values alone cannot."""
+    denoiser = wrapped(families.build(family))
+    read = denoiser.encode(["a cat", "a dog"]).tensors
+    both = Conditioning({**read, "embeddings": read["embeddings"][:1].repeat(2, 1, 1)})
+    target, anchor = both[:1], both[1:]
+    generator = torch.Generator().manual_seed(0)
+    noisy = torch.randn(6, *denoiser.latent_shape, generator=generator)
+    indices = torch.linspace(100, 900, 6).long()
+    with torch.no_grad():
+        wanted = denoiser.predict(noisy, indices, Conditioning.cat([anchor] * 6))
+
+    def left(named: str, choice: str, steps: int = 60) -> float:
+        trainable = attached(denoiser, named, adapter_layers=choice)
+        optimizer = torch.optim.Adam(trainable.named_parameters().values(), lr=0.01)
+        errors = []
+        for _ in range(steps):
+            error = (denoiser.predict(noisy, indices, Conditioning.cat([target] * 6)) - wanted).square().mean()
+            optimizer.zero_grad()
+            error.backward()
+            optimizer.step()
+            errors.append(float(error))
+        trainable.remove()
+        return errors[-1] / errors[0]
+
+    assert left(method, "text") < 0.02
+    assert left("lora" if method == "lora" else "cross_attention", "cross_attention") > 0.1
 
 
 def belongs(name: str, method: str, denoiser: Denoiser) -> bool:
@@ -147,6 +178,7 @@ def belongs(name: str, method: str, denoiser: Denoiser) -> bool:
     attribute, _, rest = name.partition(".")
     layer = rest.rpartition(".")[0]
     return {
+        "text": attribute == denoiser.module_name and layer.endswith(denoiser.layer_groups()["text"]),
         "cross_attention": attribute == denoiser.module_name and layer.endswith(denoiser.context_projections),
         "attention": attribute == denoiser.module_name and layer.endswith(denoiser.attention_projections),
         "full": attribute == denoiser.module_name,

@@ -312,6 +312,10 @@ def test_settings_that_contradict_each_other_are_refused(pipeline: StableDiffusi
         ({"gradient_surgery": True, "preservation_weight": 0.0}, "gradient_surgery needs preservation"),
         ({"adapter_layers": "attention", "train_method": "full"}, "adapter_layers needs train_method 'lora' or 'dora'"),
         ({"frozen_batches": 2, "timestep_sampling": "importance"}, "frozen_batches.*timestep_sampling"),
+        ({"logit_std": 0.5}, "logit_std needs weighting_scheme 'logit_normal'"),
+        ({"weighting_scheme": "mode", "weighting": "p2"}, "weighting_scheme takes the place of weighting"),
+        ({"weighting_scheme": "mode"}, "weighting_scheme is for flow models.*Stable Diffusion"),
+        ({"embedded_guidance": 3.5}, "embedded_guidance.*not guidance-distilled"),
         (
             {"lr_warmup_steps": 5, "lr_scheduler": "constant"},
             "lr_warmup_steps needs lr_scheduler 'constant_with_warmup'",
@@ -320,6 +324,22 @@ def test_settings_that_contradict_each_other_are_refused(pipeline: StableDiffusi
     ):
         with pytest.raises(ValueError, match=message):
             fdu.erase(pipeline, "three", "eight", **settings)
+
+
+def test_guidance_and_weighting_schemes_reach_a_flow_model() -> None:
+    settings = {**TINY, "resolution": families.resolution("flux_guidance")}
+
+    def losses(**more: Any) -> list[float]:
+        return fdu.erase(families.build("flux_guidance"), "three", "eight", **settings, **more).history["loss"]
+
+    told = [
+        {},
+        {"embedded_guidance": 3.5},
+        *({"weighting_scheme": name} for name in ("logit_normal", "mode", "cosmap")),
+    ]
+    found = [losses(**one) for one in told]
+    assert len({tuple(one) for one in found}) == len(told)
+    assert losses(weighting_scheme="logit_normal") == found[2]
 
 
 @pytest.mark.parametrize("tracker", ["tensorboard", "wandb"])

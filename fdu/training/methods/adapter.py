@@ -30,10 +30,10 @@ MARK = "_hf_peft_config_loaded"
 
 
 def make(denoiser: Denoiser, request: Request) -> Trainable:
-    """The methods "lora" and "dora", an adapter on every layer of the denoiser that reads the prompt, or on all layers
-    of attention; and "closed_form", one on the edited layers, of the rank of the edit."""
+    """The methods "lora" and "dora", an adapter on every layer of the chosen group; and "closed_form", one on
+    the edited layers, of the rank of the edit."""
     layers = parts.layers(parts.models(denoiser.pipeline)[denoiser.module_name])
-    endings = {"cross_attention": denoiser.context_projections, "attention": denoiser.attention_projections}
+    endings = denoiser.layer_groups()
     if request.method == "closed_form":
         names, rank = list(request.edited), 1
         ranks = {layer: edit.rank for edit in request.edits for layer in edit.ups}

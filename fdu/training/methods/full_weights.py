@@ -17,11 +17,12 @@ from fdu.training.methods.trainable import Request, Trainable
 
 
 def make(denoiser: Denoiser, request: Request) -> Trainable:
-    """The methods "cross_attention" (the layers that read the prompt), "attention" (all layers of attention), "full"
-    (all weights of the denoiser, of which the originals are a further copy) and "text_encoder" (all of these)."""
+    """The methods "text" (the layers that read the prompt), "cross_attention" (its keys and values), "attention" (all
+    layers of attention), "full" (all weights of the denoiser, of which the originals are a further copy) and
+    "text_encoder" (all of these)."""
     method, trains_text = request.method, request.method == "text_encoder"
     attributes = denoiser.text_encoders if trains_text else [denoiser.module_name]
-    endings = {"cross_attention": denoiser.context_projections, "attention": denoiser.attention_projections}
+    endings = denoiser.layer_groups()
     names: dict[nn.Parameter, str] = {}
     for name, parameter in parts.weights(denoiser.pipeline).items():
         attribute, _, rest = name.partition(".")

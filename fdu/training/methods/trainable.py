@@ -37,8 +37,8 @@ class Request:
     """The prompts of the target."""
     kept_prompts: Sequence[str] = ()
     """The prompts of the anchor and the prompts to preserve."""
-    adapter_layers: str = "cross_attention"
-    """Layers that get adapters: "cross_attention" (those that read the prompt) or "attention"."""
+    adapter_layers: str = "text"
+    """Layers that get adapters: a name of ``Denoiser.layer_groups``."""
 
     edits: Sequence[Edit] = ()
     """Edits that the trained weights begin at."""
