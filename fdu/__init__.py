@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from fdu.config import EraseConfig
     from fdu.erasure import erase
     from fdu.evaluation import Attribute, Draws, Evaluation, Figures, Probe, draw, evaluate
+    from fdu.presets import preset
     from fdu.result import ErasureResult
     from fdu.storage.readers import load_weights
     from fdu.subjects.registry import load_pipeline
@@ -35,6 +36,7 @@ __all__ = [
     "evaluate",
     "load_pipeline",
     "load_weights",
+    "preset",
 ]
 
 _HOMES = {
@@ -44,6 +46,7 @@ _HOMES = {
     "erase": "fdu.erasure",
     "load_pipeline": "fdu.subjects.registry",
     "load_weights": "fdu.storage.readers",
+    "preset": "fdu.presets",
     **dict.fromkeys(("Attribute", "Draws", "Evaluation", "Figures", "Probe", "draw", "evaluate"), "fdu.evaluation"),
 }
 """Where each public name is defined. Imported at first use: diffusers takes seconds, `fdu --help` should not."""

@@ -15,6 +15,7 @@ from tyro.conf import OmitArgPrefixes, Positional, UseAppendAction, arg
 import fdu
 from fdu.cli.options import Settings, grouped
 from fdu.config import TRAIN_METHODS
+from fdu.presets import PresetName, write_settings
 from fdu.storage.loading import (
     Dtype,
     SaveAs,
@@ -54,6 +55,13 @@ class Erase:
     concept_type: UseAppendAction[tuple[Literal["object", "style"], ...]] = ()
     """Which prompt templates the names are put into: one choice for all targets, or one per target. Default: object.
     Emoji and digits have their own."""
+    preset: PresetName | None = None
+    """Begin with the settings of a published method; a setting given beside it wins. docs/usage.md says where each
+    comes from."""
+    config: Path | None = None
+    """YAML file of settings, one per line, as --save_config writes; a setting given beside it wins."""
+    save_config: Path | None = None
+    """Write the settings of this erasure to a YAML file for --config."""
     save_as: SaveAs = "auto"
     """Format of the result: lora (diffusers), kohya (ComfyUI, A1111, Forge), pipeline (a whole folder) or delta (the
     changed weights in safetensors). auto: lora if adapters were trained, otherwise pipeline."""
@@ -91,6 +99,10 @@ class Erase:
             )
         files = [name for name in (*self.target, *self.anchor) if name.endswith(".txt")]
         inputs = files + [str(folder) for folder in [model.folder] if folder]
+        if self.save_config is not None and self.save_config.exists() and not self.overwrite:
+            raise FileExistsError(
+                f"save_config {str(self.save_config)!r} exists; choose another name or add --overwrite"
+            )
         check_output(self.out, self.overwrite, result_bytes(model.folder, config.train_method, self.save_as), inputs)
         if TRAIN_METHODS[config.train_method].trains:
             dtype = check_dtype(self.dtype, config.mixed_precision)
@@ -102,6 +114,8 @@ class Erase:
 
         def work() -> None:
             writes = is_main_process()
+            if self.save_config is not None and writes:
+                write_settings(self.save_config, config)
             try:
                 with whole_folder(self.out, self.overwrite) if writes else nullcontext() as folder:
                     pipeline = model.load(dtype, device)

@@ -11,7 +11,8 @@ from typing import Annotated, Any, get_type_hints
 
 import tyro
 
-from fdu.config import EraseConfig
+from fdu.config import EraseConfig, check_choice
+from fdu.presets import PRESETS, read_settings
 
 GROUPS = {
     "basic": "train_method",
@@ -100,6 +101,32 @@ def _option(hint: Any, text: str) -> Any:
         return "" if label in ("", "None", "False") or "MISSING" in label else f"(default: {label})"
 
     return Annotated[hint, tyro.conf.arg(help=text, help_behavior_hint=default)]
+
+
+def expanded(arguments: Sequence[str]) -> list[str]:
+    """The arguments with the settings of --preset and --config behind them, except those that are typed as well; of the
+    two, the file counts.
+
+    Raises:
+        ValueError, FileNotFoundError: an unknown preset, or a file that cannot be read.
+    """
+    typed: dict[str, str] = {}
+    for word, following in itertools.pairwise([*arguments, ""]):
+        if word.startswith("--"):
+            name, equals, value = word[2:].partition("=")
+            typed[name.replace("-", "_")] = value if equals else following
+    settings: dict[str, Any] = {}
+    if "preset" in typed:
+        check_choice("preset", typed["preset"], PRESETS)
+        settings |= PRESETS[typed["preset"]].settings
+    if "config" in typed:
+        settings |= read_settings(typed["config"])
+    words = list(arguments)
+    for name, value in settings.items():
+        if name not in typed and value is not None and value is not False:
+            values = value if isinstance(value, (list, tuple)) else [] if value is True else [value]
+            words += [f"--{name}", *map(str, values)] if values or value is True else []
+    return words
 
 
 def check_typed(arguments: Sequence[str], commands: Mapping[str, type]) -> None:

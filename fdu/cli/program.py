@@ -21,7 +21,7 @@ from fdu.cli.doctor import Doctor
 from fdu.cli.erase import Erase
 from fdu.cli.evaluate import Evaluate, Report
 from fdu.cli.names import Names, complete
-from fdu.cli.options import check_typed, described
+from fdu.cli.options import check_typed, described, expanded
 
 OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
 """The exit codes: done; a run failed; wrong arguments, nothing was done; Ctrl-C."""
@@ -102,6 +102,8 @@ def parse(arguments: list[str]) -> Command:
         SystemExit: after the help, which ends with examples, or after the message for wrong usage.
     """
     check_typed(arguments, COMMANDS)
+    if arguments[0] == "erase":
+        arguments = expanded(arguments)
     config = (tyro.conf.PositionalMetavarFromFieldName, tyro.conf.DisallowNone, tyro.conf.FlagCreatePairsOff)
     typed, *rest = arguments
     try:

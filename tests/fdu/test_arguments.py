@@ -36,7 +36,7 @@ def concept_pair(*arguments: Any) -> Pair:
         ("s0", 0, "s0.*> 0.*0"),
         ("s0", float("nan"), "s0.*finite"),
         ("distance", "max", "distance.*mean, sum.*'max'"),
-        ("train_method", "unet", "train_method.*lora, dora, cross_attention"),
+        ("train_method", "unet", "train_method.*lora, dora, text, cross_attention"),
         ("rank", 0, "rank.*whole number >= 1.*0"),
         ("max_train_steps", -1, "max_train_steps.*whole number >= 0"),
         ("max_train_steps", 1.5, "max_train_steps.*whole number >= 0"),

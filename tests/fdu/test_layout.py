@@ -41,6 +41,7 @@ LAYERS = (
     ("concepts", "config"),
     ("models",),
     ("storage",),
+    ("presets",),
     ("training",),
     ("evaluation",),
     ("subjects",),

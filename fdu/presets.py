@@ -1,0 +1,157 @@
+"""Settings of published methods by name, and settings in YAML files."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from fdu.config import PLACES, EraseConfig, check_choice, closest
+
+NO_CLIPPING = 1e6
+"""A max_grad_norm that no gradient reaches."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Preset:
+    """The settings of a published method, as far as they have a counterpart here."""
+
+    settings: Mapping[str, Any]
+    meaning: str
+    """The method, and what the command line must say besides."""
+    source: str
+    """Where the numbers come from."""
+
+
+PRESETS: dict[str, Preset] = {
+    "fdmu": Preset(
+        {
+            "train_method": "cross_attention",
+            "max_train_steps": 500,
+            "train_batch_size": 2,
+            "gradient_accumulation_steps": 2,
+            "learning_rate": 2.8e-4,
+            "lr_scheduler": "constant",
+            "adam_weight_decay": 1e-2,
+            "max_grad_norm": NO_CLIPPING,
+            "sigma": 1.0,
+            "preservation_weight": 0.0,
+            "num_latents": 1000,
+            "num_inference_steps": 25,
+        },
+        "Novello et al. 2026 (arXiv 2509.21167), Stable Diffusion 1.4; choose --divergence. The authors use 8-bit "
+        "Adam: add --optimizer adamw_8bit on a GPU.",
+        "run_experiment.sh and train.py of nicolaNovello/f-DMU: learning rate 7e-5 times batch 2 times accumulation 2",
+    ),
+    "concept-ablation": Preset(
+        {
+            "train_method": "cross_attention",
+            "divergence": "mse",
+            "max_train_steps": 100,
+            "train_batch_size": 8,
+            "learning_rate": 1.6e-5,
+            "lr_scheduler": "constant",
+            "adam_weight_decay": 1e-2,
+            "sigma": 1.0,
+            "preservation_weight": 0.0,
+            "num_latents": 1000,
+        },
+        "Kumari et al. 2023 (arXiv 2303.13516), styles and objects, Stable Diffusion 1.4, model-based.",
+        "diffusers/README.md and train.py of nupurkmr9/concept-ablation: learning rate 2e-6 times batch 4 times 2 GPUs",
+    ),
+    "esd-x": Preset(
+        {
+            "train_method": "cross_attention",
+            "divergence": "mse",
+            "negative_guidance": 1.0,
+            "max_train_steps": 200,
+            "train_batch_size": 1,
+            "learning_rate": 5e-5,
+            "lr_scheduler": "constant",
+            "max_grad_norm": NO_CLIPPING,
+            "sigma": 1.0,
+            "preservation_weight": 0.0,
+            "num_inference_steps": 50,
+        },
+        "Gandikota et al. 2023 (arXiv 2303.07345), keys and values only (esd-x-strict), Stable Diffusion 1.4; add "
+        '--anchor "". ESD takes x_t from a guided trajectory, and here it is a noised latent.',
+        "esd_sd.py of rohitgandikota/erasing; its negative_guidance 2 is 1 here, which counts from the anchor",
+    ),
+    "esd-x-sdxl": Preset(
+        {
+            "train_method": "cross_attention",
+            "divergence": "mse",
+            "max_train_steps": 200,
+            "train_batch_size": 1,
+            "learning_rate": 2e-4,
+            "lr_scheduler": "constant",
+            "max_grad_norm": NO_CLIPPING,
+            "sigma": 1.0,
+            "preservation_weight": 0.0,
+            "num_inference_steps": 50,
+            "guidance_scale": 2.0,
+        },
+        'The same for Stable Diffusion XL; add --anchor "".',
+        "esd_sdxl.py of rohitgandikota/erasing; its negative_guidance 1 is 0 here",
+    ),
+}
+if TYPE_CHECKING:
+    PresetName = str
+else:
+    PresetName = Literal[tuple(PRESETS)]
+
+
+def preset(name: str, **settings: Any) -> EraseConfig:
+    """The settings of a published method; ``settings`` replace some of them.
+
+    >>> preset("fdmu", divergence="pearson_chi2").learning_rate
+    0.00028
+
+    Raises:
+        ValueError, TypeError: an unknown preset, or as :class:`fdu.EraseConfig`.
+    """
+    check_choice("preset", name, PRESETS)
+    return EraseConfig.from_settings({**PRESETS[name].settings, **settings})
+
+
+def read_settings(path: str | Path) -> dict[str, Any]:
+    """The settings in a YAML file: a mapping of names of settings to values.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: not YAML, not a mapping, or an unknown setting; names the file.
+    """
+    import yaml
+
+    shown = f"config {str(path)!r}"
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{shown} does not exist; --save_config writes such a file")
+    try:
+        found = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{shown} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(found, dict) or not all(isinstance(name, str) for name in found):
+        raise ValueError(f"{shown} must hold one setting per line, such as learning_rate: 0.001")
+    known = EraseConfig.field_names()
+    for name, value in found.items():
+        if name not in known:
+            raise ValueError(f"{shown} names {name!r}, which is not a setting{closest(name, known)}")
+        plain = value if isinstance(value, list) else [value]
+        if not all(one is None or isinstance(one, (str, int, float)) for one in plain):
+            raise ValueError(f"{shown}: {name} must be a number, a text, true, false or a list of texts, got {value!r}")
+    return found
+
+
+def write_settings(path: str | Path, config: EraseConfig) -> None:
+    """Write settings to a YAML file, whole or not at all, without the places of files on this machine.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    import yaml
+
+    from fdu.storage.output import write_text
+
+    settings = {name: value for name, value in config.as_dict().items() if name not in PLACES and value is not None}
+    write_text(Path(path), yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))

@@ -1,0 +1,92 @@
+"""Presets and files of settings: what they set, that typed settings win, and what is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+import fdu
+from fdu import cli
+from fdu.cli import main
+from fdu.cli.erase import Erase
+from fdu.cli.program import parse
+from fdu.config import EraseConfig
+from fdu.presets import PRESETS, read_settings, write_settings
+
+ERASE = ["erase", "digits", "--target", "three", "--anchor", "eight", "--out", "out"]
+TINY = ["--max_train_steps=1", "--train_batch_size=1", "--num_latents=2", "--num_inference_steps=1"]
+DOCS = Path(fdu.__file__).parents[1] / "docs" / "usage.md"
+
+
+@pytest.fixture(autouse=True)
+def in_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def settings_of(*words: str) -> EraseConfig:
+    """The settings of an erasure with these options."""
+    command = parse([*ERASE, *words])
+    assert isinstance(command, Erase)
+    return command.settings.checked()
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_is_a_set_of_settings_that_makes_sense(name: str) -> None:
+    config = fdu.preset(name)
+    assert {key: getattr(config, key) for key in PRESETS[name].settings} == dict(PRESETS[name].settings)
+    assert settings_of("--preset", name) == config
+    # Its row in the documentation is made of the table.
+    assert f"| `{name}` | {PRESETS[name].meaning} | {PRESETS[name].source} |" in DOCS.read_text(encoding="utf-8")
+
+
+def test_a_setting_beside_a_preset_wins_even_if_it_is_the_default() -> None:
+    assert settings_of("--preset=fdmu", "--max-train-steps", "120").max_train_steps == EraseConfig.max_train_steps
+    assert settings_of("--preset", "fdmu").max_train_steps == 500
+    assert fdu.preset("fdmu", divergence="kl", max_train_steps=3).max_train_steps == 3
+    with pytest.raises(ValueError, match="preset must be one of fdmu"):
+        fdu.preset("sd")
+    with pytest.raises(TypeError, match="unknown setting 'steps'"):
+        fdu.preset("fdmu", steps=3)
+
+
+def test_settings_survive_a_file() -> None:
+    config = EraseConfig(
+        learning_rate=1e-3, preservation_prompts=("a cat", "an: owl"), sigma=0.5, compile=True, cache_dir="here"
+    )
+    write_settings("a.yaml", config)
+    found = read_settings("a.yaml")
+    assert "cache_dir" not in found and found["preservation_prompts"] == ["a cat", "an: owl"]
+    again = settings_of("--config", "a.yaml")
+    assert again == EraseConfig.from_settings({**config.as_dict(), "cache_dir": None})
+    # The file counts more than a preset, and what is typed more than both.
+    both = settings_of("--preset", "fdmu", "--config=a.yaml", "--sigma", "2")
+    assert (both.learning_rate, both.sigma) == (1e-3, 2.0)
+
+
+def test_an_erasure_writes_its_settings_for_another(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*ERASE, *TINY, "--rank", "2", "--save_config", "mine.yaml"]) == cli.OK
+    assert yaml.safe_load(Path("mine.yaml").read_text())["rank"] == 2
+    assert settings_of("--config", "mine.yaml").rank == 2
+    again = [*ERASE[:-1], "second", *TINY, "--save_config", "mine.yaml"]
+    assert main(again) == cli.USAGE and "'mine.yaml' exists" in capsys.readouterr().err
+
+
+def test_files_that_hold_no_settings_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    contents = {
+        "[1, 2]": "one setting per line",
+        "a: {b": "is not YAML",
+        "learning_rat: 1": "'learning_rat', which is not a setting; did you mean 'learning_rate'",
+        "learning_rate: {a: 1}": "learning_rate must be a number",
+        "rank: much": "much",
+    }
+    for text, message in contents.items():
+        Path("bad.yaml").write_text(text)
+        assert main([*ERASE, "--config", "bad.yaml"]) == cli.USAGE
+        assert message in capsys.readouterr().err
+    assert main([*ERASE, "--config", "gone.yaml"]) == cli.USAGE
+    assert "'gone.yaml' does not exist" in capsys.readouterr().err
+    assert main([*ERASE, "--preset", "gone"]) == cli.USAGE
+    assert "preset must be one of" in capsys.readouterr().err
+    assert not Path("out").exists()
