@@ -58,7 +58,9 @@ def run(
     if not options.page_only:
         wanted = [job for job in every if options.only in job.name]
         suites = {job.name.partition("/")[0] for job in wanted}
-        chosen = [job for job in every if job in wanted or (job.first and job.name.partition("/")[0] in suites)]
+        # A baseline without a suite is that of all.
+        first = [job for job in every if job.first and job.name.partition("/")[0] in {*suites, job.name}]
+        chosen = [job for job in every if job in wanted or job in first]
         tell = functools.partial(print, flush=True)
         sweep(chosen, options.results / f"{name}.jsonl", options.workers, tell=tell)
     there = current(options.results, name, every)
