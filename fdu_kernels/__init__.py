@@ -19,6 +19,7 @@ from fdu_kernels.functional import (
     variational_divergence,
     variational_divergence_value_and_grad,
     variational_model_loss,
+    warm_up,
 )
 from fdu_kernels.modules import DensityRatioDivergenceLoss, GaussianDivergenceLoss, VariationalDivergenceLoss
 from fdu_kernels.registry import backends, use_backend
@@ -27,5 +28,5 @@ __all__ = [
     "DensityRatioDivergenceLoss", "Divergence", "GaussianDivergenceLoss", "VariationalDivergenceLoss", "backends",
     "density_ratio_divergence", "density_ratio_divergence_value_and_grad", "divergences", "gaussian_divergence",
     "gaussian_divergence_value_and_grad", "get_divergence", "squared_distance", "use_backend",
-    "variational_divergence", "variational_divergence_value_and_grad", "variational_model_loss",
+    "variational_divergence", "variational_divergence_value_and_grad", "variational_model_loss", "warm_up",
 ]  # fmt: skip

@@ -8,6 +8,9 @@ function takes ``divergence`` (a name such as "alpha:0.3", or a Divergence), ``r
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor
 
 from fdu_kernels import checks, dispatch, formulas
@@ -76,6 +79,22 @@ def gaussian_divergence_value_and_grad(
     """
     call = GaussianCall(pred, target, _SQUARE, sigma, weight, mask, distance, reduction, grad_scale)
     return dispatch.gaussian_value_and_grad(_gaussian(divergence, call, grad_out), grad_out, backend)
+
+
+def warm_up(pred: Tensor, target: Tensor, divergence: str | Divergence = "squared_hellinger", **options: Any) -> None:
+    """Make the first calls of :func:`gaussian_divergence` and its value-and-grad form with such arguments.
+
+    A first call moves tables to the device, and compiles and loads kernels, which a CUDA graph cannot capture. Call
+    this before a capture of new divergences, dtypes or shapes. Other losses: call them once.
+
+    Args:
+        pred, target, divergence: as in the function; the values do not matter.
+        options: its other arguments.
+    """
+    with torch.enable_grad():
+        leaf = pred.detach().requires_grad_()
+        torch.autograd.grad(gaussian_divergence(leaf, target, divergence, **options).sum(), leaf)
+    gaussian_divergence_value_and_grad(leaf, target, divergence, **options)
 
 
 def variational_divergence(

@@ -38,6 +38,11 @@ def is_plain(tensor: Tensor) -> bool:
     )
 
 
+def is_capturing(device: torch.device) -> bool:
+    """Whether work for a device is being captured in a graph."""
+    return device.type == "cuda" and torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+
+
 def needs_formula(upstream: Tensor) -> bool:
     """Whether a gradient has to be differentiable (create_graph, dual numbers), or is many (is_grads_batched)."""
     return bool(

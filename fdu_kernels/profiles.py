@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fdu_kernels.internals import on_the_cpu
+from fdu_kernels.internals import is_capturing, on_the_cpu
 from fdu_kernels.scalar import MAX_EXPONENT, Scalar
 
 HEADER_ROWS = 4
@@ -70,10 +70,15 @@ class GaussianProfile:
         return GaussianProfile(0.0, 0.0, grid.linear_beyond, table.contiguous(), grid)
 
     def table_on(self, device: torch.device) -> Tensor | None:
-        """The table on a device, moved there once."""
+        """The table on a device, moved there once. Raises RuntimeError if a capture would have to move it."""
         if self.table is None or self.table.device == device:
             return self.table
         moved = _MOVED.setdefault(self, {})
+        if is_capturing(device):
+            if device not in moved:
+                remedy = "before the capture, call fdu_kernels.warm_up, or the loss itself once"
+                raise RuntimeError(f"a capture cannot move the table of this divergence to {device}; {remedy}")
+            _CAPTURED.add(self)
         if device not in moved:
             with on_the_cpu():  # the dtype first: the device may not have that of the table
                 moved[device] = self.table.to(_reading_dtype(device)).to(device)
@@ -126,7 +131,9 @@ def lagrange_weights(x: Tensor) -> Tensor:
 
 
 _MOVED: weakref.WeakKeyDictionary[GaussianProfile, dict[torch.device, Tensor]] = weakref.WeakKeyDictionary()
-"""Tables on devices. They live as long as their profile: a captured graph may read them."""
+"""Tables on devices. They live as long as their profile."""
+_CAPTURED: set[GaussianProfile] = set()
+"""Profiles that captured graphs read. They are kept: a graph may be replayed when nothing else knows the divergence."""
 
 
 def _reading_dtype(device: torch.device) -> torch.dtype:

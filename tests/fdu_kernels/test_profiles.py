@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import math
+import weakref
 
 import mpmath
 import pytest
@@ -13,6 +15,7 @@ from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
 import fdu_kernels as fk
+from fdu_kernels import profiles
 from fdu_kernels.profiles import HEADER_ROWS, GaussianProfile
 from fdu_kernels.scalar import MAX_EXPONENT
 from fdu_kernels.tabulation import log_slope_by_quadrature
@@ -261,6 +264,34 @@ def test_table_is_built_once_and_says_where_it_stands() -> None:
     assert profile.table_on(torch.device("cpu")) is table
     on_meta = profile.table_on(torch.device("meta"))
     assert on_meta is profile.table_on(torch.device("meta")) and on_meta is not None and on_meta.is_meta
+
+
+def test_a_table_that_a_graph_reads_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    device, tables = torch.device("meta"), []
+    monkeypatch.setattr(profiles, "_CAPTURED", set())
+    for capturing in (False, True):
+        profile = fk.Divergence.from_generator(lambda u: (u - 1) ** 2 / (u + 3)).gaussian_profile
+        with monkeypatch.context() as patch:
+            patch.setattr(profiles, "is_capturing", lambda _: True)
+            with pytest.raises(RuntimeError, match="capture.*meta.*warm_up"):
+                profile.table_on(device)
+        profile.table_on(device)
+        with monkeypatch.context() as patch:
+            patch.setattr(profiles, "is_capturing", lambda _, capturing=capturing: capturing)
+            tables.append(weakref.ref(profile.table_on(device)))
+        del profile
+        gc.collect()
+    assert tables[0]() is None and tables[1]() is not None
+
+
+def test_a_capture_may_follow_a_warm_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    divergence = fk.Divergence.from_generator(lambda u: (u - 1) ** 2 / (u + 3))
+    pred, target = torch.empty(2, 3, 4, 5, device="meta").unbind()
+    fk.warm_up(pred, target, divergence, sigma=0.5, reduction="none")
+    monkeypatch.setattr(profiles, "is_capturing", lambda _: True)
+    monkeypatch.setattr(profiles, "_CAPTURED", set())
+    value, grad = fk.gaussian_divergence_value_and_grad(pred, target, divergence)
+    assert value.is_meta and grad.shape == pred.shape and pred.grad is None
 
 
 @pytest.mark.parametrize("name", [name for name in fk.divergences() if fk.get_divergence(name).exponential])

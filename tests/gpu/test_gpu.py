@@ -197,6 +197,25 @@ def test_a_captured_graph_replays_on_new_values(backend: str) -> None:
         assert torch.equal(value, expected[0]) and torch.equal(grad, expected[1])
 
 
+def test_a_first_use_can_be_captured_after_a_warm_up(backend: str) -> None:
+    """Of a divergence that nobody else has, whose table the graph still reads when the divergence is gone."""
+    pred, target = pair((3, 4, 64, 64))
+    own = fk.Divergence.from_generator(lambda u: (u - 1).square() / (u + 2))
+    graph = torch.cuda.CUDAGraph()
+    with pytest.raises(RuntimeError, match="warm_up"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+        fk.gaussian_divergence_value_and_grad(pred, target, own, backend=backend)
+    fk.warm_up(pred, target, own, backend=backend)
+    expected = fk.gaussian_divergence_value_and_grad(pred, target, own, backend=backend)
+    with torch.cuda.graph(graph):
+        value, grad = fk.gaussian_divergence_value_and_grad(pred, target, own, backend=backend)
+    del own
+    gc.collect()
+    noise = [torch.full((1 << 16,), -1, dtype=torch.int32, device="cuda") for _ in range(64)]
+    graph.replay()
+    assert torch.equal(value, expected[0]) and torch.equal(grad, expected[1])
+    del noise
+
+
 def test_streams(backend: str) -> None:
     pred, target = pair((64, 4, 64, 64))
     expected = fk.gaussian_divergence_value_and_grad(pred, target, backend=backend)
