@@ -146,17 +146,21 @@ bool gaussian(const GaussianCall& call, const Context& context) {
     task.losses = workspace.losses;
 
     OnChip place{};
-    if (of.grad) {
+    GaussianKernel kernel = nullptr;
+    const auto hold = [&](bool clusters) {
         with_type(task.pred.type, access, [&](auto element) {
             using T = decltype(element);
-            place = on_chip(task.size, task.batch, T::lanes, held<T>, device.multiprocessors, device.clusters);
+            place = on_chip(task.size, task.batch, T::lanes, held<T>, device.multiprocessors, clusters);
         });
-    }
+        if (place.elements) kernel = choose(Kind::on_chip, task, access, place.elements);
+    };
+    if (of.grad) hold(device.clusters);
+    if (place.parts > 1 && !takes_clusters(index, reinterpret_cast<const void*>(kernel), chip_threads, place.parts)) hold(false);
     task.tickets = tickets_for(context, index, device, workspace, place.elements ? 1 : ticket_count);
     if (place.elements) {
         task.warps = place.warps;
         task.parts = place.parts;
-        launch_blocks(choose(Kind::on_chip, task, access, place.elements), task, place.parts, device, context.stream);
+        launch_blocks(kernel, task, place.parts, device, context.stream);
         return true;
     }
     task.scaled_coefficient = of.grad ? workspace.coefficients : nullptr;

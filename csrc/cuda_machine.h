@@ -11,9 +11,11 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
+#include <map>
 #include <mutex>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 
 #include "cuda_work.h"
 
@@ -151,6 +153,28 @@ inline const Device& known_device(int index, const void* kernel) {
         device.clusters = launches && attributes.ptxVersion >= 90;
     });
     return known[index];
+}
+
+// Whether the current device has room for a cluster of blocks of a kernel, asked once: a share of it (MIG, MPS) may have none.
+inline bool takes_clusters(int index, const void* kernel, int threads, int cluster) {
+    static std::mutex mutex;
+    static std::map<std::tuple<int, const void*, int, int>, bool> known;
+    const std::lock_guard<std::mutex> locked(mutex);
+    const auto [place, fresh] = known.try_emplace({index, kernel, threads, cluster}, false);
+    if (fresh) {
+        cudaLaunchAttribute attribute{};
+        attribute.id = cudaLaunchAttributeClusterDimension;
+        attribute.val.clusterDim = {unsigned(cluster), 1, 1};
+        cudaLaunchConfig_t configuration{};
+        configuration.gridDim = dim3(unsigned(cluster));
+        configuration.blockDim = dim3(unsigned(threads));
+        configuration.attrs = &attribute;
+        configuration.numAttrs = 1;
+        int count = 0;
+        place->second = cudaOccupancyMaxActiveClusters(&count, kernel, &configuration) == cudaSuccess && count > 0;
+        cudaGetLastError();  // a refusal is an answer
+    }
+    return place->second;
 }
 
 inline bool is_capturing(void* stream) {

@@ -13,6 +13,7 @@ PYBIND11_MODULE(cuda_emulation, module) {
     module.def("machine", [](int multiprocessors, bool clusters, bool capturing, bool backwards) {
         emulated = {multiprocessors, clusters, capturing, backwards};
     });
+    module.def("largest_cluster", [](int blocks) { emulated.largest_cluster = blocks; }, "That there is room for.");
     module.def("counts", [] {
         return py::make_tuple(emulated.launches, emulated.wide_accesses, emulated.narrow_loads);
     });

@@ -32,6 +32,7 @@ struct Emulated {
     int multiprocessors = 3;
     bool clusters = true, capturing = false, backwards = false;
     int64_t launches = 0, wide_accesses = 0, narrow_loads = 0;
+    int largest_cluster = 8;  // that there is room for
 };
 inline Emulated emulated;
 
@@ -228,6 +229,7 @@ inline const Device& known_device(int, const void*) {
     static Device device;
     return device = {emulated.multiprocessors, emulated.clusters, ticket_memory};
 }
+inline bool takes_clusters(int, const void*, int, int cluster) { return cluster <= emulated.largest_cluster; }
 inline bool is_capturing(void*) { return emulated.capturing; }
 inline void fill_with_zeros(void* data, size_t bytes, void*) { memset(data, 0, bytes); }
 
@@ -282,7 +284,8 @@ inline void run_cluster(int64_t first, int64_t blocks, int threads, int size) {
 template <class Task>
 void launch(void (*kernel)(Task), int64_t blocks, int threads, int cluster, void*, const Task& task) {
     if (blocks == 0) return;
-    if (threads % warp_size || blocks % cluster || threads > 1024) throw std::logic_error("a launch that CUDA would refuse");
+    const bool fits = threads <= 1024 && (cluster == 1 || cluster <= emulated.largest_cluster);
+    if (threads % warp_size || blocks % cluster || !fits) throw std::logic_error("a launch that CUDA would refuse");
     ++emulated.launches;
     entry = [&] { kernel(task); };
     for (int64_t i = 0; i < blocks / cluster; ++i) {

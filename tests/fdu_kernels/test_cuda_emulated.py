@@ -353,6 +353,23 @@ def test_a_graph_leaves_the_tickets_of_its_stream_alone(module: types.ModuleType
     kernels.tickets.zero_()
 
 
+# What one block would hold, what needs a cluster, and what not even the largest one holds.
+@pytest.mark.parametrize("room", [0, 2])
+@pytest.mark.parametrize("size, launches", [(8192, 1), (65_536, 2), (524_288, 2)])
+def test_a_device_without_room_for_clusters(
+    module: types.ModuleType, kernels: EmulatedKernels, size: int, launches: int, room: int
+) -> None:
+    """As in a share of a GPU (MIG, MPS): there a launch of such a cluster fails."""
+    pred, target = pair(1, size)
+    whole = value_and_grad(kernels, pred, target)
+    module.largest_cluster(room)
+    before = module.counts()[0]
+    found = value_and_grad(kernels, pred, target)
+    assert module.counts()[0] - before == launches
+    for one, other in zip(whole, found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=0)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
 def test_sigma_weight_and_scale_in_any_dtype(dtype: torch.dtype) -> None:
     pred, target = pair(3, 50)
