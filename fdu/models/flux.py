@@ -48,7 +48,8 @@ class FluxDenoiser(FlowDenoiser):
         return side, side
 
     def encode_batch(self, prompts: list[str]) -> Conditioning:
-        embeddings, pooled, _ = self.pipeline.encode_prompt(prompts, device=self.device)
+        with self.device:  # the pipeline makes position ids, which it then moves to the device
+            embeddings, pooled, _ = self.pipeline.encode_prompt(prompts, device=self.device)
         return Conditioning({"embeddings": embeddings, "pooled": pooled})
 
     def sample(

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fdu.models.denoiser import Conditioning, call_default
 from fdu.models.noise_schedules import FlowDenoiser
+from fdu.models.staging import to_device
 
 
 class SanaDenoiser(FlowDenoiser):
@@ -45,7 +46,7 @@ class SanaDenoiser(FlowDenoiser):
         embeddings, mask = self._encode(prompts, call_default(self.pipeline, "complex_human_instruction"))
         if "" in prompts:
             # The pipeline puts its instruction to Gemma before every prompt but the empty one of guidance.
-            empty = torch.tensor([prompt == "" for prompt in prompts], device=self.device)[:, None]
+            empty = to_device(torch.tensor([prompt == "" for prompt in prompts]), self.device)[:, None]
             without_embeddings, without_mask = self._encode([""], None)
             embeddings = embeddings.where(~empty[..., None], without_embeddings)
             mask = mask.where(~empty, without_mask)

@@ -12,6 +12,7 @@ from torch import Tensor
 from fdu.models import kohya_names
 from fdu.models.denoiser import Conditioning
 from fdu.models.noise_schedules import DiffusionDenoiser
+from fdu.models.staging import to_device
 
 FURTHER_INPUTS = ("time_cond_proj_dim", "class_embed_type", "num_class_embeds", "encoder_hid_dim_type")
 """Settings of a UNet that reads more than x_t, t and the prompt: distilled guidance, classes, images."""
@@ -84,7 +85,7 @@ class SDXLDenoiser(UNetDenoiser):
             prompts, device=self.device, num_images_per_prompt=1, do_classifier_free_guidance=False
         )
         if self.pipeline.config.force_zeros_for_empty_prompt:
-            told = torch.tensor([prompt != "" for prompt in prompts], device=self.device)
+            told = to_device(torch.tensor([prompt != "" for prompt in prompts]), self.device)
             embeddings = embeddings.where(told[:, None, None], 0)
             pooled = pooled.where(told[:, None], 0)
         return Conditioning({"embeddings": embeddings, "pooled": pooled})

@@ -14,6 +14,7 @@ from torch import Tensor
 from fdu.concepts import Pair, joined
 from fdu.config import EraseConfig
 from fdu.models.denoiser import Conditioning, Denoiser
+from fdu.models.staging import to_device
 from fdu.training.cache import Cache, token_key
 from fdu.training.timesteps import TimestepSampler
 
@@ -161,7 +162,9 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Batch:
         """The batch with what the denoiser reads on another device."""
-        return self._with(lambda tensor: tensor.to(device, non_blocking=True))
+        # Towards the CPU the host must wait: it would read memory that the copy has not reached.
+        waits = torch.device(device).type == "cpu"
+        return self._with(lambda tensor: tensor.to(device, non_blocking=not waits))
 
     def pinned(self) -> Batch:
         """A batch on the CPU with what the denoiser reads in pinned memory."""
@@ -339,10 +342,3 @@ def draw_batch(
         reads=shared(reads),
         anchors=shared(anchors),
     )
-
-
-def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """A tensor of the CPU on the device; from pinned memory, so that the host does not wait for the copy."""
-    if device.type != "cuda":
-        return tensor.to(device)
-    return tensor.pin_memory().to(device, non_blocking=True)

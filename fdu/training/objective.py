@@ -12,8 +12,9 @@ from torch import Tensor, nn
 import fdu_kernels
 from fdu.config import EraseConfig
 from fdu.models.denoiser import Denoiser
+from fdu.models.staging import to_device
 from fdu.training.critic import Outputs, VariationalGame
-from fdu.training.examples import Batch, Examples, to_device
+from fdu.training.examples import Batch, Examples
 from fdu.training.timesteps import SCHEME_WEIGHTS, scheme_weights, weights
 
 

@@ -21,8 +21,9 @@ from tqdm import tqdm
 import fdu_kernels
 from fdu.config import SHAPES, EraseConfig
 from fdu.models.denoiser import Denoiser
+from fdu.models.staging import staged, to_device
 from fdu.training.cache import Cache, tensor_key
-from fdu.training.examples import Batch, Examples, draw_batch, plus, to_device
+from fdu.training.examples import Batch, Examples, draw_batch, plus
 from fdu.training.methods.trainable import Trainable
 from fdu.training.objective import Objective
 from fdu.training.surgery import GradientSurgery
@@ -64,6 +65,7 @@ class Stepper:
         self.averages = self.trainable.trains_text or self.config.shard
         """Whether gradients are averaged over the processes here, and not during the backward pass."""
         self.frozen_batches: list[tuple[Batch, Tensor]] = []
+        self._scale: float | None = None  # of the losses after the last step
 
     def step(self, number: int) -> Tensor:
         """The step of this number. Returns its values of ``COLUMNS``, means over the accumulated batches, [5]."""
@@ -81,11 +83,25 @@ class Stepper:
         if self.surgery:
             self.surgery.combine(config.preservation_weight)
         accelerator.clip_grad_norm_(self.parameters, config.max_grad_norm)
-        self.optimizer.step()
-        if not accelerator.optimizer_step_was_skipped:
+        if self._move():
             self.schedule.step()
         self.optimizer.zero_grad(set_to_none=True)
         return torch.stack(terms).mean(0)
+
+    def _move(self) -> bool:
+        """Move the optimizer; whether it moved. Where losses are scaled (fp16), it does not if the gradients overflow.
+
+        accelerate would not notice that of a fused optimizer, which skips the step by itself. Reading the scale, which
+        falls then and only then, makes the host wait.
+        """
+        scaler = self.accelerator.scaler
+        if scaler is None:
+            self.optimizer.step()
+            return True
+        before = scaler.get_scale() if self._scale is None else self._scale
+        self.optimizer.step()
+        self._scale = scaler.get_scale()
+        return self._scale >= before
 
     @torch.no_grad()
     def calibrate(self) -> None:
@@ -161,7 +177,7 @@ class Stepper:
         reads = batch.reads[part]
         if self.trainable.trains_text:
             prompts, place = reads.unique(return_inverse=True)
-            with self.accelerator.autocast():
+            with self.accelerator.autocast(), staged(self.denoiser.pipeline):
                 conditioning = self.denoiser.encode_batch([self.examples.texts[index] for index in prompts.tolist()])
             if self.examples.added is not None:
                 conditioning = plus(conditioning, self.examples.added[to_device(prompts, self.denoiser.device)].tensors)

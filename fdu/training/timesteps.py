@@ -65,6 +65,7 @@ class TimestepSampler:
         """Probability of each bin [bins], float64."""
         # By bin: the sum of squared losses, and the number of losses in it.
         self._observed = torch.zeros(2, bins)
+        self._edges = self.edges  # on the device of the losses
         self._draws = 0
 
     @property
@@ -90,9 +91,8 @@ class TimestepSampler:
     @torch.no_grad()
     def observe(self, indices: Tensor, losses: Tensor) -> None:
         """Note losses [N], without weights, at indices [N], without waiting for the device; only finite ones count."""
-        self._observed = self._observed.to(losses.device)
-        edges = self.edges.to(losses.device, non_blocking=True)
-        losses = losses.float()
+        self._observed, self._edges = self._observed.to(losses.device), self._edges.to(losses.device)
+        edges, losses = self._edges, losses.float()
         # A sum a bin: scattered sums would come out differently on every run.
         inside = (indices >= edges[:-1, None]) & (indices < edges[1:, None]) & torch.isfinite(losses)
         squares = torch.where(inside, losses.clamp(max=LARGEST).square(), 0.0).sum(1)

@@ -15,8 +15,10 @@ import pytest
 import torch
 from diffusers import DDPMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fdu
+from fdu.models import staging
 from fdu.models.denoiser import Conditioning, Denoiser
 from fdu.models.families import FAMILIES, denoiser_of
 from fdu.models.flux import pack, position_ids, unpack
@@ -26,6 +28,7 @@ from fdu.storage.readers import load_weights
 pytestmark = pytest.mark.quick(name=["sd", "sd3", "flux", "pixart"], method=["dora"])
 
 PROMPT = "the digit three"
+PROMPTS = [PROMPT, "a painting in the style of van gogh", ""]
 UNITS = {"sd": 8, "sdxl": 8, "sd3": 4, "flux": 4, "pixart": 8, "sana": 32}
 """Pixels that a side must be a multiple of."""
 NO_LORA = ("pixart",)
@@ -720,3 +723,40 @@ def test_half_precision_with_autocast(load: Load, name: str) -> None:
     result = erase(pipeline, name, mixed_precision="bf16", gradient_checkpointing=True)
     assert all(value == value for value in result.history["loss"])
     assert all(tensor.dtype == torch.bfloat16 for tensor in result.trainable.named_parameters().values())
+
+
+class Copies(TorchDispatchMode):
+    """Notes whether the host waits for copies from the CPU to the device "meta", which stands for a GPU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.waits: list[bool] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if "copy" in func.__name__ and result.is_meta:
+            source = args[1] if func is torch.ops.aten.copy_.default else args[0]
+            if source.device.type == "cpu":
+                self.waits.append(not (kwargs or {}).get("non_blocking", False))
+        return result
+
+
+# What transformers makes of a mask reads it on the host, whoever copied it.
+@pytest.mark.parametrize("name", ["sd", "sdxl", "sd3", "flux"])
+def test_encoding_in_a_step_does_not_make_the_host_wait(
+    denoiser: Denoiser, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = denoiser.encode_batch(PROMPTS)
+    pipeline = denoiser.pipeline
+    with staging.staged(pipeline):
+        found = denoiser.encode_batch(PROMPTS)
+    assert all(torch.equal(found.tensors[name], tensor) for name, tensor in expected.tensors.items())
+    monkeypatch.setattr(staging, "ALONE", {"meta"})
+    monkeypatch.setattr(Tensor, "pin_memory", lambda tensor: tensor)
+    for part in pipeline.components.values():
+        if isinstance(part, nn.Module):
+            part.to("meta")
+    with Copies() as copies, staging.staged(pipeline):
+        denoiser.encode_batch(PROMPTS)
+    assert copies.waits and not any(copies.waits)
+    assert not any(isinstance(part, staging._Staged) for part in pipeline.components.values())

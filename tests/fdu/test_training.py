@@ -6,6 +6,8 @@ import dataclasses
 import functools
 import math
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from diffusers import DDIMParallelScheduler, StableDiffusionPipeline
 from torch import Tensor, nn
 
 import fdu
+from fdu import erasure
 from fdu.concepts import Pair, joined
 from fdu.models.denoiser import Denoiser
 from fdu.models.families import denoiser_of
@@ -191,6 +194,47 @@ def test_frozen_outputs_computed_beforehand_change_nothing(quick: dict[str, Any]
     others = {"train_method": "cross_attention", "gradient_accumulation_steps": 2, "sample_batch_size": 1}
     settings = {**quick, **others, "max_train_steps": 2}
     assert same(trained(erase(settings)), trained(erase(settings, frozen_batches=100)))
+
+
+class OnDevice(Tensor):
+    """A tensor that stands for one on a GPU: a copy to the CPU without waiting lands after it has been read."""
+
+    def to(self, *args: Any, non_blocking: bool = False, **options: Any) -> Tensor:
+        copy = self.as_subclass(Tensor).clone()
+        return copy.zero_() if non_blocking else copy
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_what_is_read_on_the_host_has_landed(
+    quick: dict[str, Any], cached: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Frozen outputs are computed from copies of the batches on the CPU, and cached under a hash of them."""
+    settings = {**quick, "frozen_batches": 3, **({"cache_dir": str(tmp_path)} if cached else {})}
+    plain, real, batches = trained(erase(settings)), step.Stepper._draw, []
+
+    def draw(self: step.Stepper) -> examples.Batch:
+        batches.append(real(self))
+        return batches[-1]._with(lambda tensor: tensor.as_subclass(OnDevice))
+
+    found = {path.name for path in tmp_path.iterdir()}
+    monkeypatch.setattr(step.Stepper, "_draw", draw)
+    assert same(trained(erase(settings)), plain) and len(batches) == 3
+    assert {path.name for path in tmp_path.iterdir()} == found
+
+
+def test_only_copies_to_the_cpu_make_the_host_wait(pipeline: StableDiffusionPipeline) -> None:
+    denoiser, config = denoiser_of(pipeline), fdu.EraseConfig(train_batch_size=1, num_latents=2, num_inference_steps=1)
+    batch = a_batch(denoiser, prepare(denoiser, config, digits.concepts("three", "eight")), config)
+    waits: list[tuple[str, bool]] = []
+
+    class Noting(Tensor):
+        def to(self, device: Any, non_blocking: bool = False) -> Tensor:
+            waits.append((torch.device(device).type, not non_blocking))
+            return self
+
+    for device in ("cpu", "cuda"):
+        batch._with(lambda tensor: tensor.as_subclass(Noting)).to(device)
+    assert set(waits) == {("cpu", True), ("cuda", False)}
 
 
 def test_frozen_batches_are_used_in_turn(quick: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -445,6 +489,48 @@ def test_an_adapter_is_not_stored_in_eight_bits() -> None:
     result = fdu.erase(pipeline, "three", "eight", **TINY)
     assert {parameter.dtype for parameter in result.trainable.named_parameters().values()} == {torch.float32}
     pipeline("three", num_inference_steps=1, height=16, width=16, output_type="latent")
+
+
+class Overflowing(torch.amp.GradScaler):
+    """Gradients of the first batches are infinite, as those of losses that are scaled too far."""
+
+    def __init__(self, batches: int) -> None:
+        super().__init__("cpu", init_scale=256.0)
+        self.batches = batches
+
+    def scale(self, outputs: Any) -> Any:
+        self.batches -= 1
+        return super().scale(outputs) * (math.inf if self.batches >= 0 else 1.0)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_skipped_steps_leave_the_schedule_where_it_is(
+    quick: dict[str, Any], fused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A fused AdamW, which only GPUs get by default, skips a step by itself."""
+    real, adamw = erasure.own_accelerator, torch.optim.AdamW
+    made: list[step.Stepper] = []
+
+    @contextmanager
+    def scaling(*arguments: Any) -> Iterator[Accelerator]:
+        with real(*arguments) as accelerator:
+            accelerator.scaler = Overflowing(2)
+            yield accelerator
+
+    class Noted(step.Stepper):
+        def __post_init__(self) -> None:
+            super().__post_init__()
+            made.append(self)
+
+    monkeypatch.setattr(erasure, "own_accelerator", scaling)
+    monkeypatch.setattr(erasure, "Stepper", Noted)
+    monkeypatch.setattr(torch.optim, "AdamW", lambda given, **options: adamw(given, **{**options, "fused": fused}))
+    result = erase(quick, max_train_steps=5)
+    (stepper,) = made
+    assert stepper.accelerator.scaler.get_scale() == 64.0
+    moments = stepper.optimizer.state.values()  # type: ignore[attr-defined]
+    assert {float(moment["step"]) for moment in moments} == {3.0} and stepper.schedule.last_epoch == 3
+    assert all(bool(tensor.isfinite().all()) for tensor in trained(result).values())
 
 
 def test_accumulated_batches_share_their_frozen_pass(quick: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
