@@ -625,7 +625,7 @@ double elements_known(const ElementWork& work, int64_t begin, int64_t end) {
 
 template <class T>
 double elements(const ElementWork& work, int64_t begin, int64_t end) {
-    const bool alone = is_softplus_alone(read_element_function<Accumulator<T>>(work.numbers));
+    const bool alone = known_of(read_element_function<Accumulator<T>>(work.numbers)) == Known::softplus_alone;
     return (alone ? elements_known<T, Known::softplus_alone> : elements_known<T, Known::nothing>)(work, begin, end);
 }
 

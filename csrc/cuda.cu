@@ -103,6 +103,33 @@ GaussianKernel choose(Kind kind, const GaussianTask& task, Access access, int el
     return chosen;
 }
 
+using ElementKernel = void (*)(ElementTask);
+
+template <Known known, class T = Mixed>
+ElementKernel kernel_of(bool sloped) {
+    return sloped ? expectation_kernel<known, true, T> : expectation_kernel<known, false, T>;
+}
+
+template <Known known>
+ElementKernel kernel_of(Type type, bool sloped) {
+    switch (type) {
+        case Type::float16: return kernel_of<known, Half>(sloped);
+        case Type::bfloat16: return kernel_of<known, BFloat16>(sloped);
+        default: return kernel_of<known, Float>(sloped);
+    }
+}
+
+// One of the function's kind; of the kinds that most variational bounds have, for each dtype.
+ElementKernel choose(Known known, Type type, bool sloped) {
+    switch (known) {
+        case Known::softplus_alone: return kernel_of<Known::softplus_alone>(type, sloped);
+        case Known::exponentials: return kernel_of<Known::exponentials>(type, sloped);
+        case Known::softplus_pair: return kernel_of<Known::softplus_pair>(sloped);
+        case Known::exponential_pair: return kernel_of<Known::exponential_pair>(sloped);
+        default: return kernel_of<Known::nothing>(sloped);
+    }
+}
+
 // One block a part of a sample, or a warp a sample; what is launched beside the grid is the same for all kernels.
 void launch_blocks(GaussianKernel kernel, GaussianTask& task, int cluster, const Device& device, void* stream) {
     const int64_t samples = task.warps == 1 ? samples_of_block(task.batch, device.multiprocessors) : 1;
@@ -201,7 +228,7 @@ bool expectation(const ExpectationCall& call, const Context& context) {
     const Workspace workspace(*context.workspace, 0);
     task.function = read_element_function<float>(of.numbers);
     task.divisor = of.reduction == Reduction::mean ? double(task.size) : 1.0;
-    if (of.reduction == Reduction::mean && of.mask) {
+    if (call.mask_total) {
         task.mask_total = numbers_of(call.mask_total, 1.0);
         const int64_t own = elements_from(*of.mask, 0);
         task.repeats = double(task.size) / double(std::max<int64_t>(own, 1));
@@ -213,9 +240,9 @@ bool expectation(const ExpectationCall& call, const Context& context) {
     task.partials = reinterpret_cast<double*>(workspace.partials);
     if (task.sums) task.tickets = tickets_for(context, index, device_of(index), workspace, 1);
 
-    void (*const kernel)(ElementTask) = of.grad ? expectation_kernel<true> : expectation_kernel<false>;
+    const ElementKernel kernel = choose(known_of(task.function), task.v.type, of.grad);
     // Even of no elements the sum is written.
-    const int64_t steps = std::max<int64_t>(divide_up(task.size, int64_t(element_batch) * stream_threads), 1);
+    const int64_t steps = std::max<int64_t>(divide_up(task.size, int64_t(8) * stream_threads), 1);
     launch(kernel, std::min(steps, wave(device_of(index).multiprocessors)), stream_threads, 1, context.stream, task);
     return true;
 }

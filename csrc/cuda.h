@@ -33,7 +33,8 @@ bool gaussian_backward(
     const DLTensor& pred, const DLTensor& target, const DLTensor* mask, const DLTensor& coefficient, const DLTensor& grad,
     const Context&);
 
-// As fdu::Expectation; mask_total is the sum of the mask before broadcasting, for a mean.
+// As fdu::Expectation, but that a weight comes as a mask without a mask_total, by which a mean divides: the sum of the mask
+// before broadcasting.
 struct ExpectationCall {
     fdu::Expectation of;
     const DLTensor *mask_total, *scale_tensor;

@@ -24,6 +24,31 @@
 #define FDU_DEVICE __device__ __forceinline__
 #define FDU_TASK(type) const __grid_constant__ type
 
+namespace fdu {
+
+FDU_HARDWARE float hardware_exp2(float x) {
+    asm("ex2.approx.ftz.f32 %0, %0;" : "+f"(x));
+    return x;
+}
+FDU_HARDWARE float hardware_log2(float x) {
+    asm("lg2.approx.ftz.f32 %0, %0;" : "+f"(x));
+    return x;
+}
+FDU_HARDWARE float hardware_reciprocal(float x) {
+    asm("rcp.approx.ftz.f32 %0, %0;" : "+f"(x));
+    return x;
+}
+FDU_HARDWARE float hardware_least(float x, float y) {
+    asm("min.NaN.f32 %0, %0, %1;" : "+f"(x) : "f"(y));
+    return x;
+}
+FDU_HARDWARE float hardware_greatest(float x, float y) {
+    asm("max.NaN.f32 %0, %0, %1;" : "+f"(x) : "f"(y));
+    return x;
+}
+
+}  // namespace fdu
+
 namespace fdu::cuda {
 
 // Zeros between launches. Memory of the module and not of an allocator: what torch hands out while it warms up a graph

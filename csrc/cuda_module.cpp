@@ -57,15 +57,15 @@ bool bind_gaussian_backward(py::handle pred, py::handle target, py::handle mask,
 }
 
 bool bind_expectation(
-    py::handle v, py::tuple numbers, py::handle weight, py::handle mask, py::handle mask_total, int reduction,
-    py::handle grad_scale, py::handle upstream, py::handle value, py::handle grad, py::handle workspace) {
+    py::handle v, py::tuple numbers, py::handle factor, py::handle mask_total, int reduction, py::handle grad_scale,
+    py::handle upstream, py::handle value, py::handle grad, py::handle workspace) {
     const FunctionNumbers function(numbers);
-    const Borrowed v_(v), weight_(weight), mask_(mask), mask_total_(mask_total), upstream_(upstream);
+    const Borrowed v_(v), factor_(factor), mask_total_(mask_total), upstream_(upstream);
     const Borrowed value_(value), grad_(grad);
     const NumberOrTensor scale_(grad_scale);
     const Surroundings around(*v_, workspace);
     ExpectationCall call{{}, mask_total_.get(), scale_.tensor()};
-    call.of = {v_.get(), weight_.get(), mask_.get(), function.of, static_cast<Reduction>(reduction), scale_.number(),
+    call.of = {v_.get(), nullptr, factor_.get(), function.of, static_cast<Reduction>(reduction), scale_.number(),
                upstream_.get(), value_.get(), grad_.get()};
     return expectation(call, around.context);
 }

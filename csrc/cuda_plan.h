@@ -3,7 +3,6 @@
 #pragma once
 
 #include <algorithm>
-#include <optional>
 
 #include "cuda_work.h"
 
@@ -92,16 +91,15 @@ inline Access plan(const Gaussian& of, GaussianTask& task) {
     return fits(factor_group) ? Access::groups : Access::none;
 }
 
-// True if the operands fit; v, grad and terms are read and written 16 bytes at a time.
+// True if the operands fit; v, grad and terms are read and written 16 bytes at a time, the others in groups.
 inline bool plan(const Expectation& of, ElementTask& task) {
     const DLTensor& v = *of.v;
-    const std::optional<WeightAsMask> weight = of.weight ? std::make_optional<WeightAsMask>(*of.weight, v) : std::nullopt;
     Placement placement(v);
     placement.add(of.grad, task.grad);
     placement.add(of.v, task.v);
     placement.add(of.reduction == Reduction::none ? of.value : nullptr, task.terms);
     const int data = placement.count;
-    placement.add(weight ? weight->get() : of.mask, task.factor);
+    placement.add(of.mask, task.factor);
     placement.add(of.upstream, task.upstream);
     task.size = elements_from(v, 0);
     if (task.size == 0) return true;
@@ -111,9 +109,8 @@ inline bool plan(const Expectation& of, ElementTask& task) {
     }
     if (placement.count > data && !collapse(placement, 0, placement.count, task.space)) return false;
     for (int j = data; j < placement.count; ++j) {
-        Operand& operand = *placement.operands[j];
-        if (operand.type == Type::float64) return false;
-        operand.packed = is_packed(operand, task.space, false);
+        const Operand& operand = *placement.operands[j];
+        if (operand.type == Type::float64 || !is_packed(operand, task.space, false)) return false;
     }
     return true;
 }

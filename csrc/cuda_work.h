@@ -89,7 +89,6 @@ struct Space {
 struct Operand {
     char* data = nullptr;  // null where there is none
     Type type = Type::float32;
-    bool packed = false;       // factor_group elements can be read at once, or are one number
     int64_t batch_stride = 0;  // strides count elements
     int64_t strides[walk_dims];
 };

@@ -4,6 +4,8 @@
 
 #pragma once
 
+#include <initializer_list>
+
 #include "scalar_math.h"
 
 namespace fdu {
@@ -41,27 +43,34 @@ inline ElementFunction<L> read_element_function(const double* numbers) {
     return {L(numbers[0]), int(numbers[1]), read_tilted_row<L>(numbers + 2), read_tilted_row<L>(numbers + 3 + row_fields)};
 }
 
-// Whether Known::softplus_alone holds.
+// Whether a row has none but the terms of Known::softplus_alone, or of Known::exponentials.
 template <class L>
-inline bool is_softplus_alone(const ElementFunction<L>& function) {
-    const TiltedRow<L>& first = function.first;
-    const Row<L>& row = first.row;
-    const L others[] = {row.constant, row.linear, row.square,       row.exp,  row.expm1,
-                        row.sigmoid,  row.tanh,   row.tanh_squared, row.step, first.tilt};
-    for (const L other : others) {
+inline bool is_softplus_alone(const Row<L>& row) {
+    for (const L other : {row.constant, row.linear, row.square, row.exp, row.expm1, row.sigmoid, row.tanh,
+                          row.tanh_squared, row.step, row.logit}) {
         if (other != 0) return false;
     }
-    return function.slope == 0 && row.logit == 0 && !(function.limit < L(INFINITY));
+    return true;
+}
+template <class L>
+inline bool has_exponentials_alone(const Row<L>& row) {
+    for (const L other : {row.softplus, row.sigmoid, row.tanh, row.tanh_squared, row.step}) {
+        if (other != 0) return false;
+    }
+    return true;
 }
 
-template <class A>
-FDU_FUNCTION A fast_exponential(A x) {
-#if defined(__CUDA_ARCH__)
-    // Within 2 ulp, and half as many instructions.
-    return expf(x);
-#else
-    return exponential(x);
-#endif
+template <class L>
+inline Known known_of(const ElementFunction<L>& function) {
+    const Row<L>&first = function.first.row, &second = function.second.row;
+    const bool limited = function.limit < L(INFINITY);
+    if (function.slope == 0) {
+        if (!limited) return is_softplus_alone(first) ? Known::softplus_alone : Known::nothing;
+        return has_exponentials_alone(first) ? Known::exponentials : Known::nothing;
+    }
+    if (!limited) return Known::nothing;
+    if (is_softplus_alone(first) && is_softplus_alone(second)) return Known::softplus_pair;
+    return has_exponentials_alone(first) && has_exponentials_alone(second) ? Known::exponential_pair : Known::nothing;
 }
 
 template <class A>
@@ -75,27 +84,32 @@ template <Known known, bool sloped, int n, class A>
 FDU_FUNCTION void evaluate_row(const TiltedRow<Lane<A>>& tilted, const A (&v)[n], A (&value)[n], A (&slope)[n]) {
     using L = Lane<A>;
     const Row<L>& row = tilted.row;
-    if (known == Known::softplus_alone) {
+    if (known == Known::softplus_alone || known == Known::softplus_pair) {
 #pragma unroll
         for (int i = 0; i < n; ++i) {
-            const Logistic<A> terms = logistic_terms<known, false>(row, v[i]);
+            const Logistic<A> terms = logistic_terms<Known::softplus_alone, false>(row, v[i]);
             value[i] = terms.value;
             if (sloped) slope[i] = terms.slope;
         }
+        if (known == Known::softplus_pair && tilted.tilt != 0) {
+#pragma unroll
+            for (int i = 0; i < n; ++i) value[i] *= exponential(tilted.tilt * v[i]);
+        }
         return;
     }
+    constexpr bool finite = has_exponentials_alone(known);  // and v is
     // A term without a coefficient is none, also at infinity; a NaN stays one, whatever the terms.
 #pragma unroll
     for (int i = 0; i < n; ++i) {
-        const A nothing = select(v[i] == v[i], A{}, v[i]);
+        const A nothing = finite ? A{} : select(v[i] == v[i], A{}, v[i]);
         value[i] = row.constant + nothing;
         if (sloped) slope[i] = row.linear + nothing;
     }
-    if (row.linear != 0 || row.square != 0) {
+    if (finite || row.linear != 0 || row.square != 0) {
 #pragma unroll
         for (int i = 0; i < n; ++i) value[i] += v[i] * (row.linear + row.square * v[i]);
     }
-    if (sloped && row.square != 0) {
+    if (sloped && (finite || row.square != 0)) {
 #pragma unroll
         for (int i = 0; i < n; ++i) slope[i] += L(2) * row.square * v[i];
     }
@@ -107,14 +121,14 @@ FDU_FUNCTION void evaluate_row(const TiltedRow<Lane<A>>& tilted, const A (&v)[n]
             if (sloped) slope[i] += row.expm1 * row.expm1_rate * e.value;
         }
     }
-    if (row.tanh != 0 || row.tanh_squared != 0) {
+    if (!finite && (row.tanh != 0 || row.tanh_squared != 0)) {
 #pragma unroll
         for (int i = 0; i < n; ++i) {
             const Logistic<A> terms = logistic_terms<Known::nothing, true>(row, v[i]);
             value[i] += terms.value;
             if (sloped) slope[i] += terms.slope;
         }
-    } else if (row.softplus != 0 || row.sigmoid != 0) {
+    } else if (!finite && (row.softplus != 0 || row.sigmoid != 0)) {
 #pragma unroll
         for (int i = 0; i < n; ++i) {
             const Logistic<A> terms = logistic_terms<Known::nothing, false>(row, v[i]);
@@ -122,19 +136,19 @@ FDU_FUNCTION void evaluate_row(const TiltedRow<Lane<A>>& tilted, const A (&v)[n]
             if (sloped) slope[i] += terms.slope;
         }
     }
-    if (row.step != 0) {
+    if (!finite && row.step != 0) {
 #pragma unroll
         for (int i = 0; i < n; ++i) value[i] += step_at(row, v[i]);
     }
-    if (tilted.tilt != 0) {
+    if (known != Known::exponentials && tilted.tilt != 0) {
 #pragma unroll
-        for (int i = 0; i < n; ++i) value[i] *= fast_exponential(tilted.tilt * v[i]);
+        for (int i = 0; i < n; ++i) value[i] *= exponential(tilted.tilt * v[i]);
     }
     if (row.exp != 0) {
         // The tilt joins the exponent: where they cancel, nothing is lost.
 #pragma unroll
         for (int i = 0; i < n; ++i) {
-            const A term = row.exp * fast_exponential(tilted.tilted_exp_rate * v[i]);
+            const A term = row.exp * exponential(tilted.tilted_exp_rate * v[i]);
             value[i] += term;
             if (sloped) slope[i] += row.exp_rate * term;
         }
@@ -146,14 +160,13 @@ template <Known known, bool sloped, int n, class A>
 FDU_FUNCTION void evaluate(const ElementFunction<Lane<A>>& function, const A (&v)[n], A (&value)[n], A (&slope)[n]) {
     if (known == Known::softplus_alone) return evaluate_row<known, sloped>(function.first, v, value, slope);
     // A value depends on the slope beyond the limit alone.
-    const bool limited = function.limit < Lane<A>(INFINITY);
-    if (!sloped && !limited && function.slope == 0) {
-        return evaluate_row<known, false>(function.first, v, value, slope);
-    }
+    const bool pair = is_pair(known) || (known == Known::nothing && function.slope != 0);
+    const bool limited = known != Known::nothing || function.limit < Lane<A>(INFINITY);
+    if (!sloped && !limited && !pair) return evaluate_row<known, false>(function.first, v, value, slope);
     A inside[n];
 #pragma unroll
     for (int i = 0; i < n; ++i) inside[i] = clamp(v[i], -function.limit, function.limit);
-    if (function.slope == 0) {
+    if (!pair) {
         evaluate_row<known, true>(function.first, inside, value, slope);
     } else {
         A other[n];

@@ -9,6 +9,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #if defined(__CUDACC__)
 #define FDU_FUNCTION __host__ __device__ __forceinline__
@@ -17,6 +18,34 @@
 #endif
 
 namespace fdu {
+
+// What a kernel was compiled to rely on: nothing; that the function is one row, whose slope is its derivative, with no term
+// but a softplus of logit 0 (jensen_shannon), or of powers of v and exponentials with a finite limit; or that it is two
+// rows of one of these kinds, with tilts and a finite limit.
+enum class Known { nothing, softplus_alone, exponentials, softplus_pair, exponential_pair };
+
+FDU_FUNCTION constexpr bool is_pair(Known known) { return known == Known::softplus_pair || known == Known::exponential_pair; }
+FDU_FUNCTION constexpr bool has_exponentials_alone(Known known) {
+    return known == Known::exponentials || known == Known::exponential_pair;
+}
+
+// Of the device and its emulation, in a few instructions each: what the hardware has for float. cuda_machine.h has them.
+#if defined(__CUDACC__) || defined(FDU_EMULATION)
+#if defined(__CUDACC__)
+#define FDU_HARDWARE static __device__ __forceinline__
+#else
+#define FDU_HARDWARE inline
+#endif
+FDU_HARDWARE float hardware_exp2(float x);        // within 2 ulp; 0 below the normal numbers
+FDU_HARDWARE float hardware_log2(float x);        // within 2^-22, for x in (1/2, 2)
+FDU_HARDWARE float hardware_reciprocal(float x);  // within 1 ulp, for results that are normal numbers
+FDU_HARDWARE float hardware_least(float x, float y);  // NaN if one is
+FDU_HARDWARE float hardware_greatest(float x, float y);
+#endif
+#if defined(__CUDA_ARCH__) || defined(FDU_EMULATION)
+#define FDU_HAS_HARDWARE
+#endif
+
 namespace {
 
 template <class A>
@@ -76,9 +105,31 @@ FDU_FUNCTION A select(Mask mask, A a, A b) {
 
 // NaN passes: every comparison with it is false.
 template <class A>
-FDU_FUNCTION A clamp(A x, Lane<A> low, Lane<A> high) {
-    x = select(x < low, splat<A>(low), x);
+FDU_FUNCTION A at_least(A x, Lane<A> low) {
+#if defined(FDU_HAS_HARDWARE)
+    if constexpr (std::is_same_v<A, float>) return hardware_greatest(x, low);
+#endif
+    return select(x < low, splat<A>(low), x);
+}
+template <class A>
+FDU_FUNCTION A at_most(A x, Lane<A> high) {
+#if defined(FDU_HAS_HARDWARE)
+    if constexpr (std::is_same_v<A, float>) return hardware_least(x, high);
+#endif
     return select(x > high, splat<A>(high), x);
+}
+template <class A>
+FDU_FUNCTION A clamp(A x, Lane<A> low, Lane<A> high) {
+    return at_most(at_least(x, low), high);
+}
+
+// a / b, for b whose reciprocal is a normal number.
+template <class A>
+FDU_FUNCTION A quotient(A a, A b) {
+#if defined(FDU_HAS_HARDWARE)
+    if constexpr (std::is_same_v<A, float>) return a * hardware_reciprocal(b);
+#endif
+    return a / b;
 }
 
 template <class A>
@@ -184,6 +235,15 @@ struct Exponential {
     A value, less_one;
 
     FDU_FUNCTION explicit Exponential(A x) {
+#if defined(FDU_HAS_HARDWARE)
+        if constexpr (std::is_same_v<A, float>) {
+            // The product's rounding is known exactly, and so is what it did to the power.
+            const float product = x * 1.44269504f, power = hardware_exp2(product);
+            value = fmaf(power, fmaf(product, -0.693147181f, x), power);
+            less_one = fabsf(x) < 0.34657359f ? small_expm1(x) : value - 1.0f;
+            return;
+        }
+#endif
         const Reduced<A> reduced = reduce_exponent(x);
         const A scale = power_of_two<A>(reduced.power), rest = scale * small_expm1(reduced.remainder);
         value = rest + scale;
@@ -199,12 +259,14 @@ FDU_FUNCTION A exponential(A x) {
 // Of any x <= 0; what is far below the normal numbers is 0.
 template <class A>
 FDU_FUNCTION Exponential<A> falling_exponential(A x) {
-    const A limit = splat<A>(Bits<Lane<A>>::lowest_exponent);
-    return Exponential<A>(select(x < limit, limit, x));
+    return Exponential<A>(at_least(x, Bits<Lane<A>>::lowest_exponent));
 }
 
 template <class A>
 FDU_FUNCTION A minus_absolute(A x) {
+#if defined(FDU_HAS_HARDWARE)
+    if constexpr (std::is_same_v<A, float>) return -fabsf(x);
+#endif
     using I = typename Bits<Lane<A>>::Integer;
     return bit_cast<A>(bit_cast<Integer<A>>(x) | I(I(1) << (8 * sizeof(I) - 1)));
 }
@@ -229,7 +291,7 @@ FDU_FUNCTION A logarithm(A u, A y) {
     const Integer<A> power = (bit_cast<Integer<A>>(u) - root_half) >> B::mantissa;
     const A mantissa = bit_cast<A>(bit_cast<Integer<A>>(u) - (power << B::mantissa));
     const A f = select(power == I(0), y, mantissa - L(1));
-    const A s = f / (L(2) + f), z = s * s;
+    const A s = quotient(f, L(2) + f), z = s * s;
     const A n = NumberTraits<A>::from(power);
     // log(1 + f) = 2 artanh(s), and 2 s = f - s f.
     return n * B::log2_high + (f - s * (f - L(2) * z * artanh_rest<B::logarithm_terms>(z)) + n * B::log2_low);
@@ -354,8 +416,20 @@ FDU_FUNCTION Row<A> read_row(const double* numbers) {
     return row;
 }
 
-// What a kernel was compiled to rely on: nothing, or that a row has no term but a softplus of logit 0 (jensen_shannon).
-enum class Known { nothing, softplus_alone };
+// log((1 + e^x)/2), given e^-|x| and that less 1; to full relative accuracy also near 0.
+template <class A>
+FDU_FUNCTION A shifted_softplus(A x, const Exponential<A>& falling) {
+#if defined(FDU_HAS_HARDWARE)
+    if constexpr (std::is_same_v<A, float>) {
+        // x/2 and an even rest; or the logarithm, whose error is small beside the value.
+        constexpr double even[] = {0.12499963408514915, -0.005205298462924262, 0.0003401914284955045, -2.0057977142682e-5};
+        const float near = x * fmaf(x, polynomial(even, x * x), 0.5f);
+        const float far = fmaf(hardware_log2(fmaf(0.5f, falling.value, 0.5f)), 0.693147181f, x > 0 ? x : 0.0f);
+        return fabsf(x) < 1.25f ? near : far;
+    }
+#endif
+    return falling.less_one * Polynomials<Lane<A>>::softplus(-falling.less_one) + select(x > Lane<A>(0), x, A{});
+}
 
 // The terms softplus log(1 - m + m e^x) + sigmoid sigma + tanh T + tanh_squared T^2 at x = scale v, T = 2 sigma - 1, and
 // their derivative; without those of T, where they have no coefficient.
@@ -369,18 +443,18 @@ FDU_FUNCTION Logistic<A> logistic_terms(const Row<Lane<A>>& row, A v) {
     using L = Lane<A>;
     const A x = row.scale * v;
     A softplus{}, sigma, rest, tanh;  // rest = 1 - sigma
-    if (known == Known::softplus_alone || row.logit == 0) {
+    if (known != Known::nothing || row.logit == 0) {
         const auto positive = x > L(0);
         const Exponential<A> falling = falling_exponential(minus_absolute(x));
         const A whole = L(1) + falling.value;
-        if (known == Known::softplus_alone || row.softplus != 0) {
-            softplus = falling.less_one * Polynomials<L>::softplus(-falling.less_one) + select(positive, x, A{});
+        if (known != Known::nothing || row.softplus != 0) {
+            softplus = shifted_softplus(x, falling);
         }
         if (known == Known::softplus_alone) {
-            const A slope = select(positive, splat<A>(1), falling.value) / whole;
+            const A slope = quotient(select(positive, splat<A>(1), falling.value), whole);
             return {row.softplus * softplus, row.softplus * row.scale * slope};
         }
-        const A larger = L(1) / whole, smaller = falling.value * larger;
+        const A larger = quotient(splat<A>(1), whole), smaller = falling.value * larger;
         sigma = select(positive, larger, smaller);
         rest = select(positive, smaller, larger);
         // Not their difference: near 0 it would have no digits. A quotient, by the reciprocal and a step of Newton's.
@@ -392,7 +466,7 @@ FDU_FUNCTION Logistic<A> logistic_terms(const Row<Lane<A>>& row, A v) {
         const A near = select(above, splat<A>(row.mix), splat<A>(row.rest_of_mix));
         const A far = select(above, splat<A>(row.rest_of_mix), splat<A>(row.mix));
         const Exponential<A> e(clamp(select(above, -x, x), Bits<L>::lowest_exponent, -Bits<L>::lowest_exponent));
-        const A whole = near + far * e.value, share = L(1) / whole, larger = near * share, smaller = e.value * far * share;
+        const A whole = near + far * e.value, share = quotient(splat<A>(1), whole), larger = near * share, smaller = e.value * far * share;
         if (row.softplus != 0) softplus = logarithm(whole, far * e.less_one) + select(above, x, A{});
         sigma = select(above, larger, smaller);
         rest = select(above, smaller, larger);

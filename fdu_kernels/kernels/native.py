@@ -177,19 +177,20 @@ class CudaBackend(CpuBackend):
 
     def _expectation(self, call: ExpectationCall, scale: Number, upstream: Tensor | None, *outputs: Output) -> None:
         device, scale, (value, grad) = call.v.device, _number_on(scale, call.v.device), outputs
-        weight = call.weight.float() if call.weight is not None and call.weight.dtype is torch.float64 else call.weight
         elementwise = call.reduction == "none"
+        factor = call.mask if call.weight is None else call.weight.reshape(-1, *[1] * (call.v.ndim - 1))
 
-        def launch(v: Tensor, mask: Tensor | None, upstream: Tensor | None, *outputs: Tensor | None) -> bool:
+        def launch(v: Tensor, factor: Tensor | None, upstream: Tensor | None, *outputs: Tensor | None) -> bool:
             # The mask's sum, of the mask as the kernel gets it, before the first element of a gradient is written.
-            total = None if mask is None or call.reduction != "mean" else mask.sum(dtype=torch.float32)
+            masked = factor if call.mask is not None and call.reduction == "mean" else None
+            total = None if masked is None else masked.sum(dtype=torch.float32)
             terms, grad = outputs
             return self._call(
-                "cuda_expectation", device, v, call.function.numbers, weight, mask, total, _REDUCTIONS[call.reduction],
+                "cuda_expectation", device, v, call.function.numbers, factor, total, _REDUCTIONS[call.reduction],
                 scale, upstream, terms if elementwise else value, grad, self._workspace(v, 0),
             )  # fmt: skip
 
-        _run(launch, (call.v, call.mask, upstream), (value if elementwise else None, grad))
+        _run(launch, (call.v, factor, upstream), (value if elementwise else None, grad))
 
     def _call(self, operation: str, device: torch.device, *arguments: object) -> bool:
         # By torch, whose runtime is not the one that the module was linked with.

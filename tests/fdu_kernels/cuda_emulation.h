@@ -26,6 +26,29 @@
 #define FDU_DEVICE inline
 #define FDU_TASK(type) type
 
+namespace fdu {
+
+// The hardware's approximations, which err as much as they may: the bits choose in which direction.
+inline double error_at(float x) {
+    constexpr double errors[] = {-1, -0.25, 0.25, 1};
+    return errors[bit_cast<uint32_t>(x) * 2654435761u >> 30];
+}
+inline float in_last_places(double exact, double error) {
+    int exponent;
+    std::frexp(exact, &exponent);
+    return float(exact + std::ldexp(error, exponent - 24));
+}
+inline float hardware_exp2(float x) {
+    const float power = in_last_places(std::exp2(double(x)), 2 * error_at(x));
+    return power < 0x1p-126f ? 0.0f : power;
+}
+inline float hardware_log2(float x) { return float(std::log2(double(x)) + 0x1p-22 * error_at(x)); }
+inline float hardware_reciprocal(float x) { return in_last_places(1 / double(x), error_at(x)); }
+inline float hardware_least(float x, float y) { return std::isnan(x) || x < y ? x : y; }
+inline float hardware_greatest(float x, float y) { return std::isnan(x) || x > y ? x : y; }
+
+}  // namespace fdu
+
 namespace fdu::cuda {
 
 struct Emulated {

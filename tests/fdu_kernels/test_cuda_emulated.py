@@ -404,6 +404,16 @@ def test_extreme_density_ratios(name: str) -> None:
     check_variational("emulated", v, v.flip(0), name, reduction="none")
 
 
+@pytest.mark.parametrize("name", [*CRITICS, "alpha:3", "skew_jensen_shannon:1e-6", "hockey_stick:0.01"])
+def test_approximations_of_the_hardware_keep_the_error_rule(name: str) -> None:
+    size = torch.cat([torch.logspace(-30, 1, 3001), torch.linspace(0.2, 3.0, 3000), torch.linspace(3.0, 86.0, 3000)])
+    v = torch.cat([size, -size])
+    for samples_from in ("q", "p"):
+        check_density_ratio("emulated", v, name, samples_from, reduction="none")
+    for parametrization in ("log_ratio", "fgan"):
+        check_variational("emulated", v, v.flip(0), name, parametrization=parametrization, reduction="none")
+
+
 @pytest.mark.parametrize(
     "shape, reduction, dtype",
     pairs([(1,), (7,), (3, 5), (2, 8, 16), (3, 6007), (20_000,)], ["none", "mean", "sum"], DTYPES), ids=str,
