@@ -20,7 +20,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from kernel_testing import doubled, pairs, sizes_of_terms
+from kernel_testing import check_density_ratio, check_variational, doubled, pairs, sizes_of_terms
 from packaging.version import Version
 from torch import Tensor
 
@@ -354,6 +354,15 @@ class TestInterpreted:
     @pytest.mark.parametrize("shape", [(1,), (5,), (3, 7), (1, 33), (2, 8), (2, 3, 5, 7), (2, 1, 1), (3, 0)])
     def test_shapes(self, name: str, shape: tuple[int, ...]) -> None:
         check_gaussian(*pair(*shape), name, spread=20)
+
+    @pytest.mark.parametrize("name", ["jensen_shannon", "le_cam", "alpha:3", "shifted_log"])
+    def test_the_whole_range_of_expectations(self, name: str) -> None:
+        size = torch.cat(
+            [torch.logspace(-30, 1, 1001), torch.linspace(0.2, 3.0, 1000), torch.linspace(3.0, 86.0, 1000)]
+        )
+        v = torch.cat([size, -size])
+        check_density_ratio("triton", v, name, "q", reduction="none")
+        check_variational("triton", v, v.flip(0), name, reduction="none")
 
     def test_a_split_sample_by_the_launch_tables_of_a_gpu(self) -> None:
         check_gaussian(*pair(2, 40001, dtype=torch.bfloat16), "jensen_shannon", torch.tensor([0.7, 1.3]))

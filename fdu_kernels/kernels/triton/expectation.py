@@ -7,6 +7,7 @@ broadcasting.
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any
 
 import torch
@@ -15,14 +16,48 @@ import triton.language as tl
 from torch import Tensor
 
 from fdu_kernels.calls import ExpectationCall
-from fdu_kernels.critic import ElementFunction, sigmoid
+from fdu_kernels.critic import DERIVATIVE, ElementFunction, sigmoid
 from fdu_kernels.kernels.triton import tuning
 from fdu_kernels.kernels.triton.gaussian import launching_on, scale_on
 from fdu_kernels.kernels.triton.layout import ALIGNED, UNALIGNED, broadcast_strides, collapse
-from fdu_kernels.kernels.triton.scalars import addresses, exp, expm1, logarithm, store
+from fdu_kernels.kernels.triton.scalars import (
+    addresses,
+    bounded_exp,
+    exp,
+    expm1,
+    falling_exp,
+    logarithm,
+    reciprocal,
+    shifted_softplus,
+    store,
+)
 
 FIRST = tl.constexpr(1.0)
 """As in fdu_kernels.critic."""
+ANY, SOFTPLUS, EXPONENTIALS = (tl.constexpr(i) for i in range(3))
+"""The kinds of functions that a kernel is compiled for: any; one row, whose derivative is the slope, with nothing
+but a softplus of logit 0; or one of powers of v and exponentials, with a finite limit."""
+
+
+@triton.jit
+def _exponentials(v: tl.tensor, row: tl.tuple) -> tuple[tl.tensor, tl.tensor]:
+    """row(v) and row'(v) of a row of the kind EXPONENTIALS."""
+    (
+        _tilt, const, linear, square, exponential, _tilted_exp_rate, exp_rate, minus_one, expm1_rate,
+        _softplus, _sigmoid, _tanh, _tanh_squared, _scale, _mix, _rest_of_mix, _logit, _step, _threshold,
+    ) = row  # fmt: skip
+    value = const + v * (linear + square * v)
+    slope = linear + 2.0 * square * v
+    if exponential != 0.0:
+        term = exponential * bounded_exp(exp_rate * v)
+        value += term
+        slope += exp_rate * term
+    if minus_one != 0.0:
+        x = expm1_rate * v
+        power = bounded_exp(x)
+        value += minus_one * expm1(x, power)
+        slope += minus_one * expm1_rate * power
+    return value, slope
 
 
 @triton.jit
@@ -38,11 +73,15 @@ def _row(v: tl.tensor, row: tl.tuple) -> tl.tensor:
         result += v * (linear + square * v)
     if softplus != 0.0:
         x = scale * v
-        # Which of 1 - mix and mix e^x is the larger one decides: else x and the logarithm would cancel.
-        above = x + logit > 0.0
-        exponent = tl.where(above, -x, x)
-        near, far = tl.where(above, mix, rest_of_mix), tl.where(above, rest_of_mix, mix)
-        part = tl.where(above, x, 0.0) + logarithm(near + far * exp(exponent), far * expm1(exponent))
+        if logit == 0.0:
+            part = shifted_softplus(x, falling_exp(x))
+        else:
+            # Which of 1 - mix and mix e^x is the larger one decides: else x and the logarithm would cancel.
+            above = x + logit > 0.0
+            exponent = tl.where(above, -x, x)
+            near, far = tl.where(above, mix, rest_of_mix), tl.where(above, rest_of_mix, mix)
+            power = exp(exponent)
+            part = tl.where(above, x, 0.0) + logarithm(near + far * power, far * expm1(exponent, power))
         result += softplus * part
     if sigmoid != 0.0:
         sigma, _ = _sigmoids(scale * v + logit)
@@ -50,20 +89,20 @@ def _row(v: tl.tensor, row: tl.tuple) -> tl.tensor:
     if (tanh != 0.0) | (tanh_squared != 0.0):
         x = scale * v + logit
         # Not a difference of sigmoids: near 0 it would have no digits.
-        less_one = expm1(-tl.abs(x))
+        less_one = expm1(-tl.abs(x), falling_exp(x))
         part = tl.where(x < 0.0, less_one, -less_one) / (2.0 + less_one)
         result += part * (tanh + tanh_squared * part)
     if step != 0.0:
         result += step * tl.where(v > threshold, 1.0, tl.where(v < threshold, 0.0, 0.5))
     if tilt != 0.0:
-        result *= exp(tilt * v)
+        result *= bounded_exp(tilt * v)
     # The tilt joins each exponential's exponent.
     if exponential != 0.0:
-        result += exponential * exp(tilted_exp_rate * v)
+        result += exponential * bounded_exp(tilted_exp_rate * v)
     if minus_one != 0.0:
         x = expm1_rate * v
-        less_one = expm1(-tl.abs(x))
-        result += minus_one * tl.where(x > 0.0, -less_one, less_one) * exp(tilt * v + tl.where(x > 0.0, x, 0.0))
+        less_one = expm1(-tl.abs(x), falling_exp(x))
+        result += minus_one * tl.where(x > 0.0, -less_one, less_one) * bounded_exp(tilt * v + tl.where(x > 0.0, x, 0.0))
     return result
 
 
@@ -78,9 +117,9 @@ def _row_slope(v: tl.tensor, row: tl.tuple) -> tl.tensor:
     if square != 0.0:
         result += 2.0 * square * v
     if exponential != 0.0:
-        result += exponential * exp_rate * exp(exp_rate * v)
+        result += exponential * exp_rate * bounded_exp(exp_rate * v)
     if minus_one != 0.0:
-        result += minus_one * expm1_rate * exp(expm1_rate * v)
+        result += minus_one * expm1_rate * bounded_exp(expm1_rate * v)
     if (softplus != 0.0) | (sigmoid != 0.0) | (tanh != 0.0) | (tanh_squared != 0.0):
         sigma, rest = _sigmoids(scale * v + logit)
         inner = softplus * sigma + (softplus + sigmoid) * rest
@@ -93,30 +132,54 @@ def _row_slope(v: tl.tensor, row: tl.tuple) -> tl.tensor:
 @triton.jit
 def _sigmoids(x: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
     """sigmoid(x) and sigmoid(-x)."""
-    z = exp(-tl.abs(x))
-    large, small = 1.0 / (1.0 + z), z / (1.0 + z)
+    z = falling_exp(x)
+    large = reciprocal(1.0 + z)
+    small = z * large
     return tl.where(x < 0.0, small, large), tl.where(x < 0.0, large, small)
 
 
 @triton.jit
 def _evaluate(
-    v: tl.tensor, first: tl.tuple, second: tl.tuple, limit: tl.tensor, kind: tl.tensor, SLOPE: tl.constexpr
-) -> tuple[tl.tensor, tl.tensor]:
-    """y(v) and, where it is asked for or counts, y'(v); see fdu_kernels.critic.ElementFunction."""
-    inside = tl.where(v > limit, limit, tl.where(v < -limit, -limit, v))
-    value = _row(inside, first)
+    v: tl.tensor, first: tl.tuple, second: tl.tuple, limit: tl.tensor, kind: tl.tensor, SLOPE: tl.constexpr,
+    KIND: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor]:  # fmt: skip
+    """y(v) and, where it is asked for or counts, y'(v); see fdu_kernels.critic.ElementFunction. Of a SOFTPLUS both lack
+    their coefficients, which _gains gives."""
+    if KIND == SOFTPLUS:
+        x = first[13] * v
+        z = falling_exp(x)
+        value = shifted_softplus(x, z)
+        slope = tl.where(x > 0.0, 1.0, z) * reciprocal(1.0 + z)
+    else:
+        inside = tl.where(v > limit, limit, tl.where(v < -limit, -limit, v))
+        if KIND == EXPONENTIALS:
+            value, slope = _exponentials(inside, first)
+        else:
+            value = _row(inside, first)
+            slope = value
+            if kind != 0.0:
+                other = _row(inside, second)
+                if kind != FIRST:
+                    slope = other
+                value -= other
+            elif SLOPE:
+                slope = _row_slope(inside, first)
+            elif limit < float("inf"):
+                slope = _row_slope(inside, first)
+        # Not where nothing was clamped: 0 times an infinite slope is no 0.
+        value = tl.where(inside == v, value, value + slope * (v - inside))
+    return value, slope
+
+
+@triton.jit
+def _gains(first: tl.tuple, KIND: tl.constexpr) -> tuple[tl.tensor, tl.tensor]:
+    """What the value and the slope of _evaluate are multiplied by."""
+    value = tl.full([], 1.0, tl.float32)
     slope = value
-    if kind != 0.0:
-        other = _row(inside, second)
-        if kind != FIRST:
-            slope = other
-        value -= other
-    elif SLOPE:
-        slope = _row_slope(inside, first)
-    elif limit < float("inf"):
-        slope = _row_slope(inside, first)
-    # Not where nothing was clamped: 0 times an infinite slope is no 0.
-    return tl.where(inside == v, value, value + slope * (v - inside)), slope
+    if KIND == SOFTPLUS:
+        value *= first[9]
+        slope = value * first[13]
+    return value, slope
 
 
 @triton.jit
@@ -132,28 +195,28 @@ def _divisor(over: tl.tuple) -> tl.tensor:
 
 
 @triton.jit
-def _load_block(pointers: tl.tensor, valid: tl.tensor, inside: tl.tensor) -> tl.tensor:
-    """Guarded only where the block reaches beyond the end; the branch is the same for all threads."""
-    if inside:
+def _load_block(pointers: tl.tensor, left: tl.tensor, BLOCK: tl.constexpr) -> tl.tensor:
+    """Guarded only where fewer elements than a block are left; the branch is the same for all threads."""
+    if left >= BLOCK:
         values = tl.load(pointers)
     else:
-        values = tl.load(pointers, mask=valid, other=0)
+        values = tl.load(pointers, mask=tl.arange(0, BLOCK) < left, other=0)
     return values.to(tl.float32)
 
 
 @triton.jit
-def _store_block(pointers: tl.tensor, values: tl.tensor, valid: tl.tensor, inside: tl.tensor) -> None:
-    if inside:
+def _store_block(pointers: tl.tensor, values: tl.tensor, left: tl.tensor, BLOCK: tl.constexpr) -> None:
+    if left >= BLOCK:
         store(pointers, values, None)
     else:
-        store(pointers, values, valid)
+        store(pointers, values, tl.arange(0, BLOCK) < left)
 
 
 @triton.jit(do_not_specialize=["size", "blocks"])
 def expectation_kernel(
     tensors: tl.tuple, strides: tl.tuple, partials: tl.tensor, over: tl.tuple, scale: tl.tuple, function: tl.tuple,
     size: tl.tensor, sizes: tl.tuple, blocks: tl.tensor, BLOCK: tl.constexpr, LINEAR: tl.constexpr,
-    DIMS: tl.constexpr, ALIGN: tl.constexpr, VECTOR: tl.constexpr, WIDE: tl.constexpr,
+    DIMS: tl.constexpr, ALIGN: tl.constexpr, VECTOR: tl.constexpr, WIDE: tl.constexpr, KIND: tl.constexpr,
 ) -> None:  # fmt: skip
     """Of values (every element's), grad and partials (sums) those that are not None; a single partial is final.
 
@@ -166,43 +229,43 @@ def expectation_kernel(
     size = size.to(tl.int64)
     if ALIGN == 1:
         size = size // VECTOR * VECTOR
-    lane = tl.arange(0, BLOCK)
     sums = tl.zeros([BLOCK], tl.float32)
     divisor = _divisor(over)
-    multiplier = tl.full([], 0.0, tl.float32)
+    gain, multiplier = _gains(first, KIND)
     if grad is not None:
-        multiplier += scale[1]
+        number = scale[1] * multiplier
         if scale[0] is not None:
-            multiplier *= tl.load(scale[0]).to(tl.float32)
-        multiplier = tl.div_rn(multiplier, divisor)
+            number *= tl.load(scale[0]).to(tl.float32)
+        multiplier = tl.div_rn(number, divisor)
     begin = program.to(tl.int64) * blocks
     end = tl.minimum(begin + blocks, (size + BLOCK - 1) // BLOCK)
     for block in range(begin, end):
         start = block * BLOCK
         zero = start - start
-        valid = start + lane < size
-        inside = start + BLOCK <= size
-        x = _load_block(addresses(v, zero, start, sizes, strides[0], BLOCK, LINEAR, DIMS, WIDE), valid, inside)
-        value, slope = _evaluate(x, first, second, limit, kind, grad is not None)
+        left = tl.minimum(size - start, BLOCK).to(tl.int32)
+        x = _load_block(addresses(v, zero, start, sizes, strides[0], BLOCK, LINEAR, DIMS, WIDE), left, BLOCK)
+        value, slope = _evaluate(x, first, second, limit, kind, grad is not None, KIND)
         slope *= multiplier
         if factor is not None:
             pointers = addresses(factor, zero, start, sizes, strides[3], BLOCK, DIMS == 0, DIMS, WIDE)
-            weight = _load_block(pointers, valid, inside)
+            weight = _load_block(pointers, left, BLOCK)
             value *= weight
             slope *= weight
         if upstream is not None:
             pointers = addresses(upstream, zero, start, sizes, strides[4], BLOCK, DIMS == 0, DIMS, WIDE)
-            slope *= _load_block(pointers, valid, inside)
+            slope *= _load_block(pointers, left, BLOCK)
         if values is not None:
             pointers = addresses(values, zero, start, sizes, strides[1], BLOCK, LINEAR, DIMS, WIDE)
-            _store_block(pointers, value, valid, inside)
+            _store_block(pointers, gain * value, left, BLOCK)
         if partials is not None:
-            sums += tl.where(valid, value, 0.0)
+            if left < BLOCK:
+                value = tl.where(tl.arange(0, BLOCK) < left, value, 0.0)
+            sums += value
         if grad is not None:
             pointers = addresses(grad, zero, start, sizes, strides[2], BLOCK, LINEAR, DIMS, WIDE)
-            _store_block(pointers, slope, valid, inside)
+            _store_block(pointers, slope, left, BLOCK)
     if partials is not None:
-        result = tl.sum(sums)
+        result = gain * tl.sum(sums)
         if tl.num_programs(0) == 1:
             result = tl.div_rn(result, divisor)
         tl.store(partials + program, result)
@@ -272,7 +335,7 @@ def _run(
         expectation_kernel[(split.parts,)](
             tensors, strides, partials, over, scale, (*_rows(function), float(function.limit), float(function.slope)),
             size, layout.sizes, split.blocks, split.block, layout.linear, layout.dims, align, vector, layout.wide,
-            **target.options(split.warps, tuning.EXPECTATION_REGISTERS),
+            _kind(function), **target.options(split.warps, tuning.EXPECTATION_REGISTERS),
         )  # fmt: skip
         if partials is None:
             return values, grad
@@ -283,6 +346,18 @@ def _run(
             partials, result, over, split.parts, tuning.TOTAL_BLOCK, **target.options(tuning.TOTAL_WARPS)
         )
     return result, grad
+
+
+@functools.lru_cache(maxsize=1024)
+def _kind(function: ElementFunction) -> int:
+    """ANY, SOFTPLUS or EXPONENTIALS."""
+    row = function.first
+    if function.slope != DERIVATIVE or row.sigmoid or row.tanh or row.tanh_squared or row.step:
+        return ANY.value
+    if function.limit < math.inf:
+        return ANY.value if row.softplus else EXPONENTIALS.value
+    others = row.const or row.linear or row.square or row.exp or row.expm1 or row.logit
+    return ANY.value if others else SOFTPLUS.value
 
 
 @functools.lru_cache(maxsize=1024)

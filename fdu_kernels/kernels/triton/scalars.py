@@ -5,6 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+
 HEADER_ROWS, NEIGHBOURS = tl.constexpr(4), tl.constexpr(8)
 """As in fdu_kernels.profiles."""
 SHIFTED = tl.constexpr(2)
@@ -12,13 +14,22 @@ SHIFTED = tl.constexpr(2)
 
 
 @triton.jit
+def bounded_exp(x: tl.tensor) -> tl.tensor:
+    """e^x of float32 for |x| <= 88, to 4e-7; 0 where it is no normal number."""
+    product = x * 1.4426950408889634
+    power = tl.exp2(product)
+    # What rounding the product did to the power; the interpreter's fma rounds twice.
+    if INTERPRETED:
+        lost = (x.to(tl.float64) - product.to(tl.float64) * 0.6931471805599453).to(tl.float32)
+    else:
+        lost = tl.fma(product, -0.6931471805599453, x)
+    return power + power * lost
+
+
+@triton.jit
 def exp(x: tl.tensor) -> tl.tensor:
-    """e^x of float32 to about 2e-7. The hardware's own errs by |x| 6e-8, as it rounds x log2(e)."""
-    x = tl.where(x < -104.0, -104.0, tl.where(x > 89.0, 89.0, x))
-    n = tl.floor(x * 1.4426950408889634 + 0.5)
-    remainder = (x - n * 0.693359375) + n * 2.12194440054690583e-4
-    # 2^128 alone would overflow where e^x does not.
-    return (2.0 * tl.exp(remainder)) * tl.exp2(n - 1.0)
+    """The same of any x; the largest number's e^88 and 0 beyond."""
+    return bounded_exp(tl.where(x < -88.0, -88.0, tl.where(x > 88.0, 88.0, x)))
 
 
 @triton.jit
@@ -31,9 +42,39 @@ def expm1_ratio(x: tl.tensor) -> tl.tensor:
 
 
 @triton.jit
-def expm1(x: tl.tensor) -> tl.tensor:
-    """e^x - 1 of float32 to full relative accuracy."""
-    return tl.where(tl.abs(x) < 0.5, x * expm1_ratio(x), exp(x) - 1.0)
+def expm1(x: tl.tensor, exponential: tl.tensor) -> tl.tensor:
+    """e^x - 1 of float32 to full relative accuracy, given e^x."""
+    series = 0.00836610276896 + x * 0.00139455568637
+    series = 0.5 + x * (0.166665481618 + x * (0.0416662991916 + x * series))
+    return tl.where(tl.abs(x) < 0.34657359, x + x * x * series, exponential - 1.0)
+
+
+@triton.jit
+def falling_exp(x: tl.tensor) -> tl.tensor:
+    """e^-|x| of float32 for any x; 0 where it is no normal number."""
+    falling = -tl.abs(x)
+    return bounded_exp(tl.where(falling < -88.0, -88.0, falling))
+
+
+@triton.jit
+def reciprocal(x: tl.tensor) -> tl.tensor:
+    """1 / x of float32 for x in [1, 2]: a division takes several instructions more."""
+    root = tl.rsqrt(x)
+    return root * root
+
+
+@triton.jit
+def shifted_softplus(x: tl.tensor, falling: tl.tensor) -> tl.tensor:
+    """log((1 + e^x)/2) of float32, given e^-|x|, to full relative accuracy: near 0 as x/2 and an even rest."""
+    square = x * x
+    even = 0.12499963408514915 + square * (
+        -0.005205298462924262 + square * (0.0003401914284955045 - square * 2.0057977e-5)
+    )
+    # log(1 + z)/z for z < e^-1.25
+    series = 0.329994123786815 + falling * (-0.2246242355013161 + falling * 0.10593520305354646)
+    series = 0.9999961719709741 + falling * (-0.4998027785133836 + falling * series)
+    far = falling * series + (tl.where(x > 0.0, x, 0.0) - 0.6931471805599453)
+    return tl.where(tl.abs(x) < 1.25, x * (0.5 + x * even), far)
 
 
 @triton.jit

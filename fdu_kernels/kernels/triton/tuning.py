@@ -34,7 +34,7 @@ PARTIALS_BLOCK, FINISH_WARPS = 256, 4
 """Partial sums that a program adds up at a time."""
 
 EXPECTATION_BLOCK, EXPECTATION_WARPS, EXPECTATION_PROGRAMS, EXPECTATION_REGISTERS = 1024, 4, 4096, 128
-TOTAL_BLOCK, TOTAL_WARPS = 4096, 8
+TOTAL_BLOCK, TOTAL_WARPS = 8192, 16
 """Like PARTIALS_BLOCK: with up to this many programs, one load reads all their sums."""
 
 
