@@ -48,8 +48,17 @@ FDU_DEVICE bool is_last_block(unsigned* ticket, unsigned count, SharedSums& shar
 
 // The sum of what several blocks left, by one of them, in its first warp.
 FDU_DEVICE double sum_of(const double* numbers, int64_t count, SharedSums& shared) {
-    double sum = 0;
-    for (int64_t i = thread_index(); i < count; i += block_threads()) sum += load_fresh(numbers + i);
+    constexpr int ahead = 8;  // loads under way
+    double sums[ahead] = {}, sum = 0;
+    for (int64_t first = thread_index(); first < count; first += int64_t(ahead) * block_threads()) {
+#pragma unroll
+        for (int i = 0; i < ahead; ++i) {
+            const int64_t at = first + i * block_threads();
+            sums[i] += at < count ? load_fresh(numbers + at) : 0.0;
+        }
+    }
+#pragma unroll
+    for (int i = 0; i < ahead; ++i) sum += sums[i];
     return block_sum(sum, shared);
 }
 
