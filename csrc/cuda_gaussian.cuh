@@ -192,9 +192,14 @@ FDU_DEVICE void finish_block(const GaussianTask& task, const Group& group, Sums 
     sync_block();
 }
 
-// The reduced loss, by the last block that comes.
-FDU_DEVICE void reduce_losses(const GaussianTask& task, SharedSums& shared) {
-    if (task.reduction == Reduction::none || !is_last_block(task.tickets, task.finishers, shared)) return;
+// Comes to the ticket of the batch, after finish_block, by the first thread.
+FDU_DEVICE bool arrives_last(const GaussianTask& task) {
+    return task.reduction != Reduction::none && thread_index() == 0 && last_of(task.tickets, task.finishers);
+}
+
+// The reduced loss, by the last block that came.
+FDU_DEVICE void reduce_losses(const GaussianTask& task, bool last, SharedSums& shared) {
+    if (task.reduction == Reduction::none || !told_to_be_last(last, shared)) return;
     const double sum = sum_of(task.losses, task.batch, shared);
     if (thread_index() == 0) task.value[0] = float(task.reduction == Reduction::mean ? sum / double(task.batch) : sum);
 }
@@ -242,6 +247,9 @@ FDU_KERNEL gaussian_on_chip(FDU_TASK(GaussianTask) task) {
     sums.square += edge_accumulator.sums().square;
     sums.mask += edge_accumulator.sums().mask;
     finish_block<masked, true, (elements <= held<T>.warp)>(task, group, sums, shared, group.part == 0);
+    // Before the gradient is stored: a fence would wait until all of it has reached the memory.
+    if (task.parts > 1) arrive_in_cluster();
+    const bool last = group.part == 0 && arrives_last(task);
 
     if (group.sample < task.batch) {
         const float coefficient = shared.coefficients[task.warps > 1 ? 0 : thread_index() / warp_size];
@@ -258,9 +266,9 @@ FDU_KERNEL gaussian_on_chip(FDU_TASK(GaussianTask) task) {
             store_one(task.grad.data, type_in<T>(task.grad), sample.grad + sample.edge_position(thread), edge[0]);
         }
     }
-    if (group.part == 0) reduce_losses(task, shared);
+    if (group.part == 0) reduce_losses(task, last, shared);
     // Shared memory stays until all have read it.
-    if (task.parts > 1) sync_cluster();
+    if (task.parts > 1) wait_for_cluster();
 }
 
 // Losses and coefficients of samples that several blocks may share.
@@ -306,7 +314,7 @@ FDU_KERNEL gaussian_sums(FDU_TASK(GaussianTask) task) {
     }
     if (task.parts == 1) {
         finish_block<masked, false, true>(task, group, sums, shared, true);
-        return reduce_losses(task, shared);
+        return reduce_losses(task, arrives_last(task), shared);
     }
 
     // The last block of a sample joins the sums of all.
@@ -324,7 +332,7 @@ FDU_KERNEL gaussian_sums(FDU_TASK(GaussianTask) task) {
         if (masked) sums.mask += load_fresh(&partials[part].mask);
     }
     finish_block<masked, false, false>(task, group, sums, shared, true);
-    reduce_losses(task, shared);
+    reduce_losses(task, arrives_last(task), shared);
 }
 
 // Gradients from coefficients, the last elements first: what gaussian_sums read last may still be in the cache.

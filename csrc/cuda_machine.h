@@ -79,6 +79,18 @@ FDU_DEVICE void sync_cluster() {
 #endif
 }
 
+// The same in two parts, for threads that have nothing to say to each other: their writes are not waited for.
+FDU_DEVICE void arrive_in_cluster() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+#endif
+}
+FDU_DEVICE void wait_for_cluster() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("barrier.cluster.wait.aligned;" ::: "memory");
+#endif
+}
+
 // The same variable of another block of the cluster.
 template <class T>
 FDU_DEVICE const T& of_rank(T& shared, int rank) {
@@ -90,14 +102,14 @@ FDU_DEVICE const T& of_rank(T& shared, int rank) {
 #endif
 }
 
-// Whether this is the last of `count` calls. What their threads wrote before is then there for load_fresh. The ticket is
-// left as it was found.
+// Whether this is the last of `count` calls, for see_others. The ticket is left as it was found.
 FDU_DEVICE bool last_of(unsigned* ticket, unsigned count) {
     __threadfence();
-    const bool last = atomicInc(ticket, count - 1) == count - 1;
-    __threadfence();
-    return last;
+    return atomicInc(ticket, count - 1) == count - 1;
 }
+
+// What the threads of the other calls of last_of wrote before is from now on there for load_fresh.
+FDU_DEVICE void see_others() { __threadfence(); }
 
 // Past the first-level cache, which does not see what other multiprocessors write.
 FDU_DEVICE double load_fresh(const double* from) { return __ldcg(from); }

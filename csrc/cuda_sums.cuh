@@ -37,13 +37,21 @@ FDU_DEVICE double block_sum(double x, SharedSums& shared) {
     return x;
 }
 
-// Whether this block is the last of `count` to come here; the same for all its threads. What they all wrote before is
-// there for load_fresh.
-FDU_DEVICE bool is_last_block(unsigned* ticket, unsigned count, SharedSums& shared) {
-    sync_block();
-    if (thread_index() == 0) shared.last = last_of(ticket, count);
+// Whether this block, whose first thread says so, is the last to come to a ticket; the same for all its threads. What the
+// blocks wrote before they came is there for load_fresh.
+FDU_DEVICE bool told_to_be_last(bool last, SharedSums& shared) {
+    if (thread_index() == 0) {
+        if (last) see_others();
+        shared.last = last;
+    }
     sync_block();
     return shared.last;
+}
+
+// Comes to a ticket with all that the block wrote.
+FDU_DEVICE bool is_last_block(unsigned* ticket, unsigned count, SharedSums& shared) {
+    sync_block();
+    return told_to_be_last(thread_index() == 0 && last_of(ticket, count), shared);
 }
 
 // The sum of what several blocks left, by one of them, in its first warp.

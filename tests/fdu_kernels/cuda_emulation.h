@@ -8,6 +8,7 @@
 #include <setjmp.h>
 #include <ucontext.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -71,7 +72,7 @@ struct Cluster {
 
 struct Block {
     int64_t index, blocks;
-    int threads, rank;
+    int threads, rank, done = 0;
     Cluster* cluster;
     std::vector<char> shared;
     Barrier barrier;
@@ -87,7 +88,7 @@ struct Fiber {
     int thread = 0;
     int64_t shuffles = 0;
     Barrier* awaited = nullptr;
-    int64_t turn = 0;
+    int64_t turn = 0, arrived = 0;  // turns of what is awaited, and of the cluster at its arrival
     bool done = false;
 };
 
@@ -141,6 +142,20 @@ inline int64_t block_index() { return fiber->block->index; }
 inline int64_t grid_blocks() { return fiber->block->blocks; }
 inline void sync_block() { wait(fiber->block->barrier); }
 inline void sync_cluster() { wait(fiber->block->cluster->barrier); }
+inline void arrive_in_cluster() {
+    Barrier& barrier = fiber->block->cluster->barrier;
+    fiber->arrived = barrier.turn;
+    if (++barrier.arrived < barrier.expected) return;
+    barrier.arrived = 0;
+    ++barrier.turn;
+}
+inline void wait_for_cluster() {
+    Barrier& barrier = fiber->block->cluster->barrier;
+    if (barrier.turn != fiber->arrived) return;
+    fiber->awaited = &barrier;
+    fiber->turn = barrier.turn;
+    pause();
+}
 
 template <class T>
 T shuffle_xor(T value, int lanes_apart) {
@@ -173,6 +188,7 @@ inline bool last_of(unsigned* ticket, unsigned count) {
     return last;
 }
 
+inline void see_others() {}
 inline double load_fresh(const double* from) { return *from; }
 
 template <int n>
@@ -286,21 +302,27 @@ inline void run_cluster(int64_t first, int64_t blocks, int threads, int size) {
             one.done = false;
         }
     }
-    size_t done = 0;
-    while (done < count) {
-        bool moved = false;
-        for (size_t i = 0; i < count; ++i) {
-            Fiber& one = fibers[i];
-            if (one.done || (one.awaited && one.awaited->turn == one.turn)) continue;
-            one.awaited = nullptr;
-            resume(one);
-            moved = true;
-            done += one.done;
+    // Each block goes on alone as far as it can: it is as far ahead of the others as it may ever be.
+    bool moved = true;
+    for (Block* block = members.data(); moved || block != members.data();) {
+        if (block == members.data()) moved = false;
+        for (bool again = true; again;) {
+            again = false;
+            for (int thread = 0; thread < threads; ++thread) {
+                Fiber& one = fibers[size_t(block->rank * threads + thread)];
+                if (one.done || (one.awaited && one.awaited->turn == one.turn)) continue;
+                one.awaited = nullptr;
+                resume(one);
+                moved = again = true;
+                // The shared memory of a block ends with it.
+                if (one.done && ++block->done == threads) std::fill(block->shared.begin(), block->shared.end(), char(0xff));
+            }
         }
-        if (!moved) {
-            std::fprintf(stderr, "threads wait for others that do not come\n");
-            std::abort();
-        }
+        if (++block == members.data() + size) block = members.data();
+    }
+    if (std::any_of(fibers.begin(), fibers.begin() + int64_t(count), [](const Fiber& one) { return !one.done; })) {
+        std::fprintf(stderr, "threads wait for others that do not come\n");
+        std::abort();
     }
 }
 
