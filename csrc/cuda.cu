@@ -138,11 +138,17 @@ void launch_blocks(GaussianKernel kernel, GaussianTask& task, int cluster, const
     launch(kernel, blocks, int(samples) * task.warps * warp_size, cluster, stream, task);
 }
 
-void launch_walk(Kind kind, GaussianTask& task, Access access, const Device& device, void* stream) {
-    const Walk shared = walk(task.size, task.batch, elements_of(access, task.pred.type), device.multiprocessors);
+template <class Kernel>
+int64_t resident_blocks(int index, Kernel kernel) {
+    return resident_blocks(index, device_of(index), reinterpret_cast<const void*>(kernel), stream_threads);
+}
+
+void launch_walk(Kind kind, GaussianTask& task, Access access, int index, void* stream) {
+    const GaussianKernel kernel = choose(kind, task, access);
+    const Walk shared = walk(task.size, task.batch, elements_of(access, task.pred.type), resident_blocks(index, kernel));
     task.warps = shared.warps;
     task.parts = shared.parts;
-    launch_blocks(choose(kind, task, access), task, 1, device, stream);
+    launch_blocks(kernel, task, 1, device_of(index), stream);
 }
 
 }  // namespace
@@ -191,11 +197,11 @@ bool gaussian(const GaussianCall& call, const Context& context) {
         return true;
     }
     task.scaled_coefficient = of.grad ? workspace.coefficients : nullptr;
-    launch_walk(Kind::sums, task, access, device, context.stream);
+    launch_walk(Kind::sums, task, access, index, context.stream);
     if (!of.grad) return true;
     task.coefficient_in = workspace.coefficients;
     task.coefficient_in_stride = 1;
-    launch_walk(Kind::gradient, task, access, device, context.stream);
+    launch_walk(Kind::gradient, task, access, index, context.stream);
     return true;
 }
 
@@ -215,7 +221,7 @@ bool gaussian_backward(
     const Numbers coefficients = numbers_of(&coefficient, 0.0);
     task.coefficient_in = reinterpret_cast<const float*>(coefficients.data);
     task.coefficient_in_stride = coefficients.stride;
-    launch_walk(Kind::gradient, task, access, device_of(index), context.stream);
+    launch_walk(Kind::gradient, task, access, index, context.stream);
     return true;
 }
 
@@ -243,7 +249,8 @@ bool expectation(const ExpectationCall& call, const Context& context) {
     const ElementKernel kernel = choose(known_of(task.function), task.v.type, of.grad);
     // Even of no elements the sum is written.
     const int64_t steps = std::max<int64_t>(divide_up(task.size, int64_t(8) * stream_threads), 1);
-    launch(kernel, std::min(steps, wave(device_of(index).multiprocessors)), stream_threads, 1, context.stream, task);
+    const int64_t blocks = std::min(steps, wave(resident_blocks(index, kernel)));
+    launch(kernel, blocks, stream_threads, 1, context.stream, task);
     return true;
 }
 

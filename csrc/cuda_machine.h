@@ -224,6 +224,20 @@ inline void fill_with_zeros(void* data, size_t bytes, void* stream) {
     check(cudaMemsetAsync(data, 0, bytes, static_cast<cudaStream_t>(stream)), "cudaMemsetAsync");
 }
 
+// Blocks of a kernel that the current device, of this index, can have under way at once. Looked at once a kernel.
+inline int64_t resident_blocks(int index, const Device& device, const void* kernel, int threads) {
+    static std::mutex mutex;
+    static std::map<std::tuple<int, const void*, int>, int> known;
+    const std::lock_guard<std::mutex> locked(mutex);
+    const auto [place, is_new] = known.try_emplace({index, kernel, threads}, 1);
+    if (is_new) {
+        int blocks = 0;
+        check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, threads, 0), "the occupancy of a kernel");
+        if (blocks > 0) place->second = blocks;
+    }
+    return int64_t(place->second) * device.multiprocessors;
+}
+
 template <class Task>
 void launch(void (*kernel)(Task), int64_t blocks, int threads, int cluster, void* stream, const Task& task) {
     if (blocks == 0) return;

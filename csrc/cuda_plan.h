@@ -115,8 +115,9 @@ inline bool plan(const Expectation& of, ElementTask& task) {
     return true;
 }
 
-// Blocks of a launch in which many blocks share the work: one wave, and no more than there are places for partial sums.
-inline int64_t wave(int multiprocessors) { return std::min<int64_t>(4 * int64_t(multiprocessors), most_parts); }
+// Blocks of a launch in which many blocks share the work: as many as the device has under way at once, and no more than
+// there are places for partial sums.
+inline int64_t wave(int64_t resident) { return std::min<int64_t>(resident, most_parts); }
 
 // How a sample is held on chip.
 struct OnChip {
@@ -153,10 +154,10 @@ struct Walk {
     int warps, parts;
 };
 
-inline Walk walk(int64_t size, int64_t batch, int64_t vector, int multiprocessors) {
+inline Walk walk(int64_t size, int64_t batch, int64_t vector, int64_t resident) {
     if (size <= 1024) return {1, 1};
     const int64_t steps = divide_up(divide_up(size, vector), int64_t(stream_rounds) * stream_threads);
-    const int64_t most = std::max<int64_t>(divide_up(wave(multiprocessors), std::max<int64_t>(batch, 1)), 1);
+    const int64_t most = std::max<int64_t>(divide_up(wave(resident), std::max<int64_t>(batch, 1)), 1);
     return {stream_threads / warp_size, int(std::max<int64_t>(std::min(steps, batch >= most_parts ? 1 : most), 1))};
 }
 

@@ -272,6 +272,9 @@ inline bool takes_clusters(int, const void*, int, int cluster) { return cluster 
 inline bool is_capturing(void*) { return emulated.capturing; }
 inline void fill_with_zeros(void* data, size_t bytes, void*) { memset(data, 0, bytes); }
 
+inline int64_t resident_blocks(int, const Device& device, const void*, int) { return 3 * device.multiprocessors; }
+inline int64_t last_grid = 0;  // blocks of the last launch
+
 // The blocks of one cluster, all their threads.
 inline void run_cluster(int64_t first, int64_t blocks, int threads, int size) {
     static std::deque<Fiber> fibers;  // which stay in their places
@@ -333,6 +336,7 @@ void launch(void (*kernel)(Task), int64_t blocks, int threads, int cluster, void
     if (threads % warp_size || blocks % cluster || !fits) throw std::logic_error("a launch that CUDA would refuse");
     ++emulated.launches;
     entry = [&] { kernel(task); };
+    last_grid = blocks;
     for (int64_t i = 0; i < blocks / cluster; ++i) {
         const int64_t first = (emulated.backwards ? blocks / cluster - 1 - i : i) * cluster;
         run_cluster(first, blocks, threads, cluster);

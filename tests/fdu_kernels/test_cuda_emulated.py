@@ -324,6 +324,18 @@ def test_launches_and_traffic(module: types.ModuleType, kernels: EmulatedKernels
 
 
 @each_machine
+def test_launches_that_share_their_work_fill_the_device_once(
+    request: pytest.FixtureRequest, module: types.ModuleType, kernels: EmulatedKernels
+) -> None:
+    resident = 3 * MACHINES[request.node.callspec.params["machine"]][0]
+    pred, target = pair(1, 1_400_000)
+    kernels.expectation_forward(ExpectationCall(pred, fk.get_divergence("kl").ratio_function("q")))
+    assert module.blocks() == resident
+    value_and_grad(kernels, pred, target)
+    assert module.blocks() == min(resident, 1 + (1_400_000 - 1) // (256 * 4 * 4))
+
+
+@each_machine
 def test_any_order_of_blocks_gives_the_same_bits(
     request: pytest.FixtureRequest, module: types.ModuleType, kernels: EmulatedKernels
 ) -> None:
@@ -490,6 +502,6 @@ def test_plans(module: types.ModuleType, count: int, clusters: bool) -> None:
                 assert parts in ((1, 2, 4, 8) if clusters else (1,))
                 assert warps > 1 or (parts == 1 and elements <= of_warp)
                 assert elements * 32 * warps * parts >= size
-                shared, blocks = module.walk(size, batch, vector, count)
+                shared, blocks = module.walk(size, batch, vector, 4 * count)
                 assert shared in (1, 8) and 1 <= blocks <= 1024 and (blocks == 1 or (shared == 8 and batch < 1024))
                 assert blocks == 1 or batch * blocks <= 2048
