@@ -1,38 +1,17 @@
-// Launches of the CUDA kernels: which, how many blocks, and what they get.
-
-#include "cuda.h"
+// Launches of the Gaussian kernels: which, how many blocks, and what they get; and the tickets of all launches.
 
 #include <mutex>
 #include <utility>
 #include <vector>
 
-#include "cuda_expectation.cuh"
 #include "cuda_gaussian.cuh"
-#include "cuda_plan.h"
+#include "cuda_launch.h"
 
 namespace fdu::cuda {
+
+FDU_TICKET_MEMORY
+
 namespace {
-
-// Bytes before the partial sums in a workspace.
-constexpr int64_t ticket_bytes = (4 * ticket_count + 255) / 256 * 256;
-// ceil(wave / batch) blocks a sample make up at most the wave and another block for each sample.
-constexpr int64_t most_partials = 2 * most_parts;
-
-// The parts of a workspace.
-struct Workspace {
-    unsigned* tickets;
-    Sums* partials;
-    double* losses;
-    float* coefficients;
-
-    Workspace(const DLTensor& tensor, int64_t batch) {
-        char* const data = data_of(tensor);
-        tickets = reinterpret_cast<unsigned*>(data);
-        partials = reinterpret_cast<Sums*>(data + ticket_bytes);
-        losses = reinterpret_cast<double*>(partials + most_partials);
-        coefficients = reinterpret_cast<float*>(losses + batch);
-    }
-};
 
 // The place of a stream of a device in its ticket memory; -1 where others have them all.
 int place_of_stream(int device, void* stream) {
@@ -50,32 +29,6 @@ int place_of_stream(int device, void* stream) {
     return place;
 }
 
-// The launches of one stream run one after the other and share its tickets. A graph may be replayed beside other work of
-// the stream that captured it, so it has tickets of its own, in its workspace.
-unsigned* tickets_for(const Context& context, int index, const Device& device, const Workspace& workspace, int64_t used) {
-    const int place = is_capturing(context.stream) ? -1 : place_of_stream(index, context.stream);
-    if (place >= 0) return device.tickets + place * ticket_count;
-    fill_with_zeros(workspace.tickets, 4 * size_t(used), context.stream);
-    return workspace.tickets;
-}
-
-// Calls with a value of the type that stands for the elements.
-template <class F>
-void with_type(Type type, Access access, const F& call) {
-    if (access == Access::groups) return call(Mixed{});
-    switch (type) {
-        case Type::float16: return call(Half{});
-        case Type::bfloat16: return call(BFloat16{});
-        default: return call(Float{});
-    }
-}
-
-using GaussianKernel = void (*)(GaussianTask);
-
-const Device& device_of(int index) {
-    return known_device(index, reinterpret_cast<const void*>(static_cast<GaussianKernel>(gaussian_on_chip<Float, false, 8>)));
-}
-
 // Of those that hold `elements` or more a thread, the first.
 template <class T, bool masked, int most = held<T>.fewest>
 GaussianKernel on_chip_kernel(int elements) {
@@ -85,49 +38,13 @@ GaussianKernel on_chip_kernel(int elements) {
     return gaussian_on_chip<T, masked, most>;
 }
 
-enum class Kind { on_chip, sums, gradient };
-
-GaussianKernel choose(Kind kind, const GaussianTask& task, Access access, int elements = 0) {
+GaussianKernel on_chip_kernel_for(const GaussianTask& task, Access access, int elements) {
     GaussianKernel chosen = nullptr;
     with_type(task.pred.type, access, [&](auto element) {
         using T = decltype(element);
-        const auto pick = [&](auto masked) {
-            switch (kind) {
-                case Kind::on_chip: return on_chip_kernel<T, masked.value>(elements);
-                case Kind::sums: return GaussianKernel(gaussian_sums<T, masked.value>);
-                default: return GaussianKernel(gaussian_gradient<T, masked.value>);
-            }
-        };
-        chosen = task.mask.data ? pick(std::true_type{}) : pick(std::false_type{});
+        chosen = task.mask.data ? on_chip_kernel<T, true>(elements) : on_chip_kernel<T, false>(elements);
     });
     return chosen;
-}
-
-using ElementKernel = void (*)(ElementTask);
-
-template <Known known, class T = Mixed>
-ElementKernel kernel_of(bool sloped) {
-    return sloped ? expectation_kernel<known, true, T> : expectation_kernel<known, false, T>;
-}
-
-template <Known known>
-ElementKernel kernel_of(Type type, bool sloped) {
-    switch (type) {
-        case Type::float16: return kernel_of<known, Half>(sloped);
-        case Type::bfloat16: return kernel_of<known, BFloat16>(sloped);
-        default: return kernel_of<known, Float>(sloped);
-    }
-}
-
-// One of the function's kind; of the kinds that most variational bounds have, for each dtype.
-ElementKernel choose(Known known, Type type, bool sloped) {
-    switch (known) {
-        case Known::softplus_alone: return kernel_of<Known::softplus_alone>(type, sloped);
-        case Known::exponentials: return kernel_of<Known::exponentials>(type, sloped);
-        case Known::softplus_pair: return kernel_of<Known::softplus_pair>(sloped);
-        case Known::exponential_pair: return kernel_of<Known::exponential_pair>(sloped);
-        default: return kernel_of<Known::nothing>(sloped);
-    }
 }
 
 // One block a part of a sample, or a warp a sample; what is launched beside the grid is the same for all kernels.
@@ -138,20 +55,30 @@ void launch_blocks(GaussianKernel kernel, GaussianTask& task, int cluster, const
     launch(kernel, blocks, int(samples) * task.warps * warp_size, cluster, stream, task);
 }
 
-template <class Kernel>
-int64_t resident_blocks(int index, Kernel kernel) {
-    return resident_blocks(index, device_of(index), reinterpret_cast<const void*>(kernel), stream_threads);
-}
-
-void launch_walk(Kind kind, GaussianTask& task, Access access, int index, void* stream) {
-    const GaussianKernel kernel = choose(kind, task, access);
-    const Walk shared = walk(task.size, task.batch, elements_of(access, task.pred.type), resident_blocks(index, kernel));
+void launch_walk(bool gradient, GaussianTask& task, Access access, int index, void* stream) {
+    const GaussianKernel kernel = walking_kernel(gradient, task, access);
+    const int64_t resident = resident_blocks(index, kernel, stream_threads);
+    const Walk shared = walk(task.size, task.batch, elements_of(access, task.pred.type), resident);
     task.warps = shared.warps;
     task.parts = shared.parts;
     launch_blocks(kernel, task, 1, device_of(index), stream);
 }
 
 }  // namespace
+
+const Device& device_of(int index) {
+    const GaussianKernel kernel = gaussian_on_chip<Float, false, 8>;
+    return known_device(index, reinterpret_cast<const void*>(kernel), ticket_memory);
+}
+
+// The launches of one stream run one after the other and share its tickets. A graph may be replayed beside other work of
+// the stream that captured it, so it has tickets of its own, in its workspace.
+unsigned* tickets_for(const Context& context, int index, const Workspace& workspace, int64_t used) {
+    const int place = is_capturing(context.stream) ? -1 : place_of_stream(index, context.stream);
+    if (place >= 0) return device_of(index).tickets + place * ticket_count;
+    fill_with_zeros(workspace.tickets, 4 * size_t(used), context.stream);
+    return workspace.tickets;
+}
 
 const int64_t workspace_bytes = ticket_bytes + most_partials * int64_t(sizeof(Sums));
 const int64_t workspace_bytes_per_sample = sizeof(double) + sizeof(float);
@@ -185,11 +112,11 @@ bool gaussian(const GaussianCall& call, const Context& context) {
             using T = decltype(element);
             place = on_chip(task.size, task.batch, T::lanes, held<T>, device.multiprocessors, clusters);
         });
-        if (place.elements) kernel = choose(Kind::on_chip, task, access, place.elements);
+        if (place.elements) kernel = on_chip_kernel_for(task, access, place.elements);
     };
     if (of.grad) hold(device.clusters);
     if (place.parts > 1 && !takes_clusters(index, reinterpret_cast<const void*>(kernel), chip_threads, place.parts)) hold(false);
-    task.tickets = tickets_for(context, index, device, workspace, place.elements ? 1 : ticket_count);
+    task.tickets = tickets_for(context, index, workspace, place.elements ? 1 : ticket_count);
     if (place.elements) {
         task.warps = place.warps;
         task.parts = place.parts;
@@ -197,11 +124,11 @@ bool gaussian(const GaussianCall& call, const Context& context) {
         return true;
     }
     task.scaled_coefficient = of.grad ? workspace.coefficients : nullptr;
-    launch_walk(Kind::sums, task, access, index, context.stream);
+    launch_walk(false, task, access, index, context.stream);
     if (!of.grad) return true;
     task.coefficient_in = workspace.coefficients;
     task.coefficient_in_stride = 1;
-    launch_walk(Kind::gradient, task, access, index, context.stream);
+    launch_walk(true, task, access, index, context.stream);
     return true;
 }
 
@@ -221,36 +148,7 @@ bool gaussian_backward(
     const Numbers coefficients = numbers_of(&coefficient, 0.0);
     task.coefficient_in = reinterpret_cast<const float*>(coefficients.data);
     task.coefficient_in_stride = coefficients.stride;
-    launch_walk(Kind::gradient, task, access, index, context.stream);
-    return true;
-}
-
-bool expectation(const ExpectationCall& call, const Context& context) {
-    const Expectation& of = call.of;
-    const int index = of.v->device.device_id;
-    follow(index);
-    ElementTask task{};
-    if (!plan(of, task)) return false;
-    const Workspace workspace(*context.workspace, 0);
-    task.function = read_element_function<float>(of.numbers);
-    task.divisor = of.reduction == Reduction::mean ? double(task.size) : 1.0;
-    if (call.mask_total) {
-        task.mask_total = numbers_of(call.mask_total, 1.0);
-        const int64_t own = elements_from(*of.mask, 0);
-        task.repeats = double(task.size) / double(std::max<int64_t>(own, 1));
-    }
-    task.scale = of.scale;
-    task.scale_tensor = numbers_of(call.scale_tensor, 1.0);
-    task.sums = of.value && of.reduction != Reduction::none;
-    task.value = task.sums ? reinterpret_cast<float*>(data_of(*of.value)) : nullptr;
-    task.partials = reinterpret_cast<double*>(workspace.partials);
-    if (task.sums) task.tickets = tickets_for(context, index, device_of(index), workspace, 1);
-
-    const ElementKernel kernel = choose(known_of(task.function), task.v.type, of.grad);
-    // Even of no elements the sum is written.
-    const int64_t steps = std::max<int64_t>(divide_up(task.size, int64_t(8) * stream_threads), 1);
-    const int64_t blocks = std::min(steps, wave(resident_blocks(index, kernel)));
-    launch(kernel, blocks, stream_threads, 1, context.stream, task);
+    launch_walk(true, task, access, index, context.stream);
     return true;
 }
 

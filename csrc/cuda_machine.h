@@ -53,7 +53,7 @@ namespace fdu::cuda {
 
 // Zeros between launches. Memory of the module and not of an allocator: what torch hands out while it warms up a graph
 // belongs to that graph's pool, and is given to others later.
-static __device__ unsigned ticket_memory[ticket_streams * ticket_count];
+#define FDU_TICKET_MEMORY static __device__ unsigned ticket_memory[ticket_streams * ticket_count];
 
 FDU_DEVICE int thread_index() { return int(threadIdx.x); }
 FDU_DEVICE int block_threads() { return int(blockDim.x); }
@@ -173,7 +173,8 @@ struct Device {
 };
 
 // Of the current device, looked at once; `kernel` is any kernel that makes use of clusters.
-inline const Device& known_device(int index, const void* kernel) {
+template <class Tickets>
+const Device& known_device(int index, const void* kernel, const Tickets& tickets) {
     constexpr int most = 64;
     static Device known[most];
     static std::once_flag once[most];
@@ -183,7 +184,7 @@ inline const Device& known_device(int index, const void* kernel) {
         int launches = 0;
         check(cudaDeviceGetAttribute(&device.multiprocessors, cudaDevAttrMultiProcessorCount, index), "the device");
         check(cudaDeviceGetAttribute(&launches, cudaDevAttrClusterLaunch, index), "the device");
-        check(cudaGetSymbolAddress(reinterpret_cast<void**>(&device.tickets), ticket_memory), "the device");
+        check(cudaGetSymbolAddress(reinterpret_cast<void**>(&device.tickets), tickets), "the device");
         cudaFuncAttributes attributes;
         check(cudaFuncGetAttributes(&attributes, kernel), "the kernels do not fit the device");
         // Code made for an older architecture runs on a newer device, but knows no clusters.

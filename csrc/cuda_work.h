@@ -17,8 +17,8 @@ constexpr int warp_size = 32;
 constexpr int most_parts = 1024;
 // Tickets of a launch: for the batch, then for each sample whose blocks count; and streams that have their own.
 constexpr int ticket_count = 1 + most_parts, ticket_streams = 64;
-// Threads that hold a sample on chip, or walk over one.
-constexpr int chip_threads = 512, stream_threads = 256;
+// Threads of a block that hold a sample on chip, walk over one, or evaluate elements.
+constexpr int chip_threads = 512, stream_threads = 256, element_threads = 128;
 
 // Elements of a mask or weight that are read at once, and of operands of several dtypes.
 constexpr int factor_group = 4;

@@ -37,7 +37,8 @@ ARCHITECTURES = ("8.0", "9.0", "10.0+PTX")
 all 8.x; newer devices than the last compile its PTX."""
 SOURCES = ("module.cpp", "cpu.cpp", "host.cpp")
 KERNELS = "cpu_kernels.cpp"  # compiled once per instruction set
-CUDA_MODULE, CUDA_KERNELS = "cuda_module.cpp", "cuda.cu"  # compiled where there is nvcc, for some architectures
+CUDA_MODULE = "cuda_module.cpp"  # compiled where there is nvcc, for some architectures, as are:
+CUDA_KERNELS = ("cuda.cu", "cuda_walk.cu", "cuda_expectation.cu")
 INSTRUCTION_SETS = {
     "baseline": (),
     "avx2": ("-mavx2", "-mfma", "-mf16c"),
@@ -123,7 +124,8 @@ def recipe(architectures: Sequence[str] = (), why_none: str = NO_DEVICE) -> Reci
             cuda = f"for {', '.join(taken)} by nvcc {version}"
             common.append("-DFDU_CUDA")
             units.append(CUDA_MODULE)
-            objects["cuda.o"] = nvcc, CUDA_KERNELS, [*NVCC_FLAGS, f"-ccbin={compiler}", *_code_flags(taken), *included]
+            device_flags = [*NVCC_FLAGS, f"-ccbin={compiler}", *_code_flags(taken), *included]
+            objects |= {f"{Path(unit).stem}.o": (nvcc, unit, device_flags) for unit in CUDA_KERNELS}
             # nvcc links CUDA's runtime statically; its names must not meet those of the runtime that torch brings.
             linker = [nvcc, f"-ccbin={compiler}", "-nodlink", "-Xlinker=--exclude-libs=ALL"]
     objects |= {f"{Path(unit).stem}.o": (compiler, unit, common) for unit in units}

@@ -26,6 +26,7 @@
 #define FDU_KERNEL void
 #define FDU_DEVICE inline
 #define FDU_TASK(type) type
+#define FDU_TICKET_MEMORY  // below
 
 namespace fdu {
 
@@ -264,7 +265,7 @@ struct Device {
     unsigned* tickets;
 };
 
-inline const Device& known_device(int, const void*) {
+inline const Device& known_device(int, const void*, const unsigned*) {
     static Device device;
     return device = {emulated.multiprocessors, emulated.clusters, ticket_memory};
 }

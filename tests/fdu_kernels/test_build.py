@@ -175,7 +175,7 @@ print(build.built(build.recipe()))
 @pytest.mark.slow
 def test_a_failure_of_nvcc_leaves_the_cpu_kernels(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, small: Path) -> None:
     fake_nvcc(tmp_path, "13.0", "sm_90\\n")  # which compiles nothing
-    for name in (build.CUDA_MODULE, build.CUDA_KERNELS):
+    for name in (build.CUDA_MODULE, *build.CUDA_KERNELS):
         (small / name).write_text("")
     monkeypatch.setenv("CUDA_HOME", str(tmp_path))
     monkeypatch.setattr(build, "architectures_of_devices", lambda: ("9.0",))

@@ -1,4 +1,4 @@
-"""The logic of the CUDA kernels without a GPU: csrc/cuda.cu compiled for the host, its threads emulated as fibers.
+"""The logic of the CUDA kernels without a GPU: csrc/cuda*.cu compiled for the host, its threads emulated as fibers.
 
 Indices, plans, sums, tickets and barriers are the real ones; CUDA's words are those of cuda_emulation.h.
 """
@@ -47,7 +47,7 @@ def module() -> types.ModuleType:
     # Ubuntu's compiler would check that longjmp stays on one stack.
     flags = [*flags, "-O1", "-Werror", "-U_FORTIFY_SOURCE", "-I", str(plan.sources), "-I", str(HERE)]
     flags += ['-DFDU_EMULATION="cuda_emulation.h"', "-x", "c++"]
-    units = plan.sources / "cuda.cu", HERE / "cuda_emulation.cpp"
+    units = *(plan.sources / unit for unit in build.CUDA_KERNELS), HERE / "cuda_emulation.cpp"
     plan = plan._replace(
         objects={f"{unit.stem}.o": (compiler, str(unit), flags) for unit in units},
         information={**plan.information, "emulation": build.digest_of_sources(HERE)},
