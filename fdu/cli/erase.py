@@ -43,7 +43,7 @@ class Erase:
     )
 
     model: Positional[str]
-    """A pipeline's folder, a hub id (org/name), "emoji" or "digits"."""
+    """A pipeline's folder, a hub id (org/name, or org/name@revision), "emoji" or "digits"."""
     target: UseAppendAction[tuple[str, ...]]
     """Concept to erase: a name, or a .txt file with one prompt per line. Repeat the option for further concepts."""
     anchor: UseAppendAction[tuple[str, ...]]

@@ -18,8 +18,12 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+REVISION = re.compile(r"@[\w./-]+")
+"""What may follow a hub id: a branch, tag or commit."""
 HUB_PIPELINE = 6 << 30
 """Assumed bytes of a pipeline that is not here yet; Stable Diffusion 1.5 takes 5.5 GB in float32."""
+VARIANT = "fp16"
+"""The variant of weights that a repository may have instead of those of full precision."""
 Dtype = Literal["auto", "float32", "float16", "bfloat16"]
 SaveAs = Literal["auto", "lora", "kohya", "pipeline", "delta"]
 
@@ -44,13 +48,23 @@ def check_model(model: str, argument: str = "MODEL", embedded: Sequence[str] = (
             raise FileNotFoundError(
                 f"{argument} {model!r} is not the folder of a diffusers pipeline: no {PIPELINE_FILE}"
             )
-    elif not HUB_ID.fullmatch(model):
+    elif not HUB_ID.fullmatch(hub_name(model)[0]):
         raise FileNotFoundError(f"{argument} {model!r} does not exist; give {choices}")
     elif Path(model).parent.is_dir():
         raise FileNotFoundError(
             f"{argument} {model!r} does not exist: there is a folder {str(Path(model).parent)!r}, but no "
             f"{Path(model).name!r} in it; for the hub id {model!r}, run where there is no such folder"
         )
+
+
+def hub_name(model: str) -> tuple[str, str | None]:
+    """The hub id and the revision, if there is one, of "org/name@revision".
+
+    >>> hub_name("org/model@v1.0"), hub_name("org/model")
+    (('org/model', 'v1.0'), ('org/model', None))
+    """
+    name, sign, revision = model.partition("@")
+    return (name, revision) if REVISION.fullmatch(sign + revision) else (model, None)
 
 
 def check_resolution(folder: Path | None, resolution: int | None) -> None:
@@ -171,7 +185,12 @@ def check_dtype(dtype: Dtype, mixed_precision: str) -> str:
 
 
 def load_model(model: str, dtype: str = "float32", device: str = "cpu") -> DiffusionPipeline:
-    """Load a pipeline.
+    """Load a pipeline; of one that has no other weights, the variant "fp16".
+
+    Args:
+        model: a folder, or a hub id, with a branch, tag or commit after an @.
+        dtype: of the weights in memory.
+        device: where they go.
 
     Raises:
         OSError: it cannot be loaded; the first line of the reason.
@@ -180,10 +199,21 @@ def load_model(model: str, dtype: str = "float32", device: str = "cpu") -> Diffu
     from diffusers import DiffusionPipeline
     from safetensors import SafetensorError
 
-    torch_dtype = getattr(torch, dtype)
+    name, revision = (model, None) if Path(model).is_dir() else hub_name(model)
+    given = {"dtype": getattr(torch, dtype), "revision": revision}
+    errors = (OSError, ValueError, RuntimeError, KeyError, AttributeError, SafetensorError)
     try:
-        return DiffusionPipeline.from_pretrained(model, dtype=torch_dtype).to(device)
-    except (OSError, ValueError, RuntimeError, KeyError, AttributeError, SafetensorError) as error:
+        try:
+            pipeline = DiffusionPipeline.from_pretrained(name, **given)
+        except errors as error:
+            if Path(name).is_dir() and not list(Path(name).glob(f"*/*.{VARIANT}.*")):
+                raise
+            try:
+                pipeline = DiffusionPipeline.from_pretrained(name, variant=VARIANT, **given)
+            except errors:
+                raise error from None
+        return pipeline.to(device)
+    except errors as error:
         raise OSError(f"model {model!r} could not be loaded: {_first_line(error)}") from error
 
 

@@ -10,8 +10,10 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import families
 import pytest
-from diffusers import StableDiffusionPipeline
+import torch
+from diffusers import DiffusionPipeline, StableDiffusionPipeline
 
 from fdu.report import check_record
 from fdu.storage.loading import HUB_PIPELINE, check_model, load_erased, load_model, read_record, result_bytes
@@ -295,3 +297,34 @@ def test_json_has_no_nan(tmp_path: Path) -> None:
     write_json(tmp_path / "file", {"loss": [1.0, float("inf"), float("nan")], "pair": (1, {"x": float("-inf")})})
     text = (tmp_path / "file").read_text()
     assert json.loads(text, parse_constant=pytest.fail) == {"loss": [1.0, None, None], "pair": [1, {"x": None}]}
+
+
+def test_a_repository_of_half_precision_files_alone_loads(tmp_path: Path) -> None:
+    pipeline = families.build("sd").to(torch.float16)
+    pipeline.save_pretrained(tmp_path / "half", variant="fp16")
+    loaded = load_model(str(tmp_path / "half"))
+    assert loaded.unet.dtype == torch.float32
+    assert torch.equal(loaded.unet.conv_in.weight, pipeline.unet.conv_in.weight.float())
+    # Of a damaged one, the message is that of its own files.
+    next((tmp_path / "half" / "unet").glob("*.fp16.safetensors")).unlink()
+    with pytest.raises(OSError, match="'.*half' could not be loaded: (?!.*fp16)"):
+        load_model(str(tmp_path / "half"))
+
+
+def test_a_revision_follows_the_hub_id(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, Any]] = []
+
+    def from_pretrained(name: str, **given: Any) -> Any:
+        asked.append((name, given["revision"]))
+        raise OSError("not here")
+
+    monkeypatch.setattr(DiffusionPipeline, "from_pretrained", from_pretrained)
+    for model, name, revision in (("org/model@v1.0", "org/model", "v1.0"), ("org/model", "org/model", None)):
+        check_model(model)
+        with pytest.raises(OSError, match=f"model '{model}' could not be loaded: not here"):
+            load_model(model)
+        assert set(asked) == {(name, revision)}
+        asked.clear()
+    for wrong in ("org/model@", "org/model@a b"):
+        with pytest.raises(FileNotFoundError, match="does not exist"):
+            check_model(wrong)
