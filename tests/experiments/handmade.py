@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from experiment import Suite, embedded
 
-from fdu.comparison.front import TARGET_ROLES, Judged
+from fdu.comparison.front import ATTACKED, TARGET_ROLES, Judged
 from fdu.comparison.plan import Run
 from fdu.comparison.sweep import Record, Records
 
@@ -23,6 +23,8 @@ class Seen(NamedTuple):
     retained: float = 1.0
     change: float = 0.01
     attributes: float = 1.0
+    held: float = 1.0
+    """Under attack, where the comparison has one."""
 
 
 def judged(suite: Suite, target: str, seen: Seen) -> list[dict[str, Any]]:
@@ -34,6 +36,8 @@ def judged(suite: Suite, target: str, seen: Seen) -> list[dict[str, Any]]:
         share = 1 - seen.erased if asking else seen.retained
         asked = {"style": _first(seen.attributes)} if asking else {}
         found.append(Judged(probe.role, probe.name, _first(share), (seen.change,) * IMAGES, asked).as_dict())
+    if suite.comparison.attacked:
+        found.append(Judged(ATTACKED, target, _first(1 - seen.held)).as_dict())
     return found
 
 
