@@ -22,6 +22,7 @@ from fdu.cli.erase import Erase
 from fdu.cli.evaluate import Evaluate, Report
 from fdu.cli.names import Names, complete
 from fdu.cli.options import check_typed, described, expanded
+from fdu.cli.planning import Plan
 
 OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
 """The exit codes: done; a run failed; wrong arguments, nothing was done; Ctrl-C."""
@@ -43,6 +44,7 @@ COMMANDS: dict[str, type[Command]] = {
     "evaluate": Evaluate,
     "report": Report,
     "compare": Compare,
+    "plan": Plan,
     "names": Names,
     "divergences": Divergences,
     "doctor": Doctor,

@@ -32,10 +32,11 @@ def make(denoiser: Denoiser, request: Request) -> Trainable:
         if attribute in attributes and chosen:
             names.setdefault(parameter, name)  # one that modules share is trained once
     for parameter, name in names.items():
-        if not parameter.is_floating_point() or parameter.itemsize < 2 or parameter.is_meta:
+        away = parameter.is_meta and not request.by_shape
+        if not parameter.is_floating_point() or parameter.itemsize < 2 or away:
             raise ValueError(
                 f"train_method {method!r} trains {name}, which is "
-                f"{'not in memory' if parameter.is_meta else f'stored as {parameter.dtype}'}; load the pipeline "
+                f"{'not in memory' if away else f'stored as {parameter.dtype}'}; load the pipeline "
                 "without quantization, layerwise casting or offloading, or choose train_method 'lora'"
             )
     request.check_found(names.values(), denoiser)

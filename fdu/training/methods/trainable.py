@@ -42,6 +42,8 @@ class Request:
 
     edits: Sequence[Edit] = ()
     """Edits that the trained weights begin at."""
+    by_shape: bool = False
+    """Whether the model consists of shapes alone, to see what a training would need."""
 
     @property
     def edited(self) -> tuple[str, ...]:

@@ -1,0 +1,121 @@
+"""``fdu plan``: how much memory an erasure needs, before anything is downloaded or trained."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Annotated, Any, ClassVar
+
+from tyro.conf import OmitArgPrefixes, Positional, arg
+
+from fdu.cli.options import Settings, grouped
+from fdu.config import EraseConfig, Positive, check_number
+from fdu.storage.loading import Dtype, check_dtype, check_resolution
+from fdu.subjects.registry import subject_of
+
+UNITS = ((1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB"), (1, "B"))
+GIGABYTE = 1 << 30
+
+
+@dataclasses.dataclass
+class Plan:
+    """Estimate the memory of an erasure from the shapes of a model, and name settings that need less.
+
+    Reads configs and tokenizers only. A device and its allocator need some more: leave a tenth of its memory free.
+    """
+
+    examples: ClassVar[tuple[str, ...]] = (
+        "fdu plan emoji",
+        "fdu plan org/model --memory 24 --resolution 512",
+        "fdu plan org/model --train_method full --mixed_precision bf16 --gradient_checkpointing",
+    )
+
+    model: Positional[str]
+    """A pipeline's folder, a hub id (org/name, or org/name@revision), "emoji" or "digits"."""
+    memory: float | None = None
+    """Memory of the device in GiB, > 0: marks what fits."""
+    dtype: Dtype = "auto"
+    """Dtype of the weights. auto: float32, or the dtype of --mixed_precision."""
+    settings: Annotated[OmitArgPrefixes[Settings], arg(name="")] = dataclasses.field(default_factory=grouped())
+
+    def prepare(self, command: str) -> Callable[[], None]:
+        """Check the arguments and return the work."""
+        if self.memory is not None:
+            check_number("memory", self.memory, Positive)
+        model, config = subject_of(self.model), self.settings.checked()
+        check_resolution(model.folder, config.resolution)
+        check_dtype(self.dtype, config.mixed_precision)
+
+        def work() -> None:
+            from fdu.training.footprint import footprint
+
+            def estimate(one: EraseConfig) -> Any:
+                return footprint(self._denoiser(model.location, one), one)
+
+            given = estimate(config)
+            for name, count in given.parameters.items():
+                print(f"{name:16} {count:>15,} parameters")
+            print(f"{'trained':16} {given.trained:>15,} parameters ({config.train_method})\n")
+            lines: list[tuple[str, ...]] = [("weights", "trained", "step", "sampling", "peak", "settings")]
+            fitting: str | None = None
+            for words, one in cheaper(config):
+                found = given if one is config else estimate(one)
+                sizes = (found.denoiser, found.states, found.step, found.sampling, found.peak)
+                fits = self.memory is not None and found.peak <= self.memory * GIGABYTE
+                lines.append((*map(size, sizes), words + (" (fits)" if fits else "")))
+                if fits and fitting is None:
+                    fitting = words
+            widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+            for *cells, words in lines:
+                told = (cell.rjust(width) for cell, width in zip(cells, widths, strict=False))
+                print("  ".join([*told, words]))
+            if self.memory is not None:
+                print(f"\n{verdict(self.memory, fitting)}")
+
+        return work
+
+    def _denoiser(self, location: str, config: EraseConfig) -> Any:
+        from fdu.models.families import denoiser_of
+        from fdu.storage.shapes import load_shapes
+
+        return denoiser_of(load_shapes(location, check_dtype(self.dtype, config.mixed_precision)), config.resolution)
+
+
+def cheaper(config: EraseConfig) -> Iterator[tuple[str, EraseConfig]]:
+    """The settings, and further ones that each need less memory than those before, with their options in words."""
+    yield "as given", config
+    steps: list[dict[str, Any]] = []
+    if not config.gradient_checkpointing:
+        steps.append({"gradient_checkpointing": True})
+    if config.mixed_precision == "no":
+        steps.append({"mixed_precision": "bf16"})
+    if config.optimizer == "adamw":
+        steps.append({"optimizer": "adamw_8bit"})
+    size = config.train_batch_size
+    while size > 1:
+        size = -(-size // 4)
+        steps.append({"train_batch_size": size, "sample_batch_size": min(config.sample_batch_size, size)})
+    changes: dict[str, Any] = {}
+    for step in steps:
+        changes |= step
+        words = " ".join(f"--{name}" if value is True else f"--{name} {value}" for name, value in changes.items())
+        yield words, dataclasses.replace(config, **changes)
+
+
+def size(count: float) -> str:
+    """Bytes in a readable unit.
+
+    >>> size(3 << 29), size(700)
+    ('1.50 GiB', '700 B')
+    """
+    unit, name = next((unit, name) for unit, name in UNITS if count >= unit or unit == 1)
+    return f"{count / unit:.3g} {name}" if unit == 1 else f"{count / unit:.2f} {name}"
+
+
+def verdict(memory: float, fitting: str | None) -> str:
+    """Whether the erasure fits, in a sentence."""
+    if fitting is None:
+        return f"Nothing above fits in {memory:g} GiB: lower --resolution or --rank, or train fewer weights."
+    if fitting == "as given":
+        return f"This fits in {memory:g} GiB."
+    return f"To fit in {memory:g} GiB, add {fitting}."

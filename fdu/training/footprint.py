@@ -1,0 +1,238 @@
+"""The memory that an erasure needs, from the shapes of a model alone: nothing is downloaded, trained or even held."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import weakref
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+from fdu.config import TRAIN_METHODS, EraseConfig
+from fdu.models.denoiser import Denoiser
+from fdu.training.frozen_layers import keeping_less
+from fdu.training.methods import Request, attach
+
+MOMENTS = {"adamw": 8.0, "adamw_8bit": 2.0}
+"""Bytes of an optimizer's state per trained parameter."""
+HALVES = ((functional, "linear"), (functional, "conv2d"), (torch, "matmul"), (torch, "bmm"), (torch, "baddbmm"))
+WHOLES = ((functional, "group_norm"), (functional, "layer_norm"), (functional, "softmax"))
+"""What autocast computes in half precision, and in float32."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Footprint:
+    """Bytes that an erasure needs on its device, without what a context of the device and its allocator add."""
+
+    parameters: dict[str, int]
+    """Parameters of each part of the pipeline, as a count."""
+    trained: int
+    """Trained parameters, as a count."""
+    pipeline: int
+    """All parts of the pipeline."""
+    denoiser: int
+    """The denoiser alone; the other parts are on the CPU while it draws latents and trains."""
+    states: int
+    """Trained parameters in float32, their gradients and the optimizer's state."""
+    step: int
+    """The largest sum of activations in a training step."""
+    sampling: int
+    """The largest sum of activations while latents are drawn."""
+
+    @property
+    def training(self) -> int:
+        """What a training step needs."""
+        return self.denoiser + self.states + self.step
+
+    @property
+    def peak(self) -> int:
+        """The most that is needed at any time."""
+        return max(self.pipeline, self.denoiser + self.sampling, self.training)
+
+
+def footprint(denoiser: Denoiser, config: EraseConfig) -> Footprint:
+    """The memory of an erasure with these settings.
+
+    Args:
+        denoiser: of a pipeline of shapes alone, from :func:`fdu.storage.shapes.load_shapes`.
+        config: the settings.
+
+    Raises:
+        ValueError: settings that are not by steps, or that change the memory in ways unknown here.
+    """
+    method = TRAIN_METHODS[config.train_method]
+    if not method.trains:
+        raise ValueError(f"train_method {config.train_method!r} trains nothing; choose one with steps")
+    for name in ("variational", "shard", "compile", "adversarial_rounds"):
+        if getattr(config, name):
+            raise ValueError(f"{name} is not part of the estimate; leave it out")
+    parts = {name: part for name, part in denoiser.pipeline.components.items() if isinstance(part, nn.Module)}
+    sizes = {name: sum(_bytes(tensor) for tensor in _weights(part)) for name, part in parts.items()}
+    request = Request(
+        config.train_method,
+        config.rank,
+        config.lora_alpha,
+        target_names=("a",),
+        prompts=("a",),
+        adapter_layers=config.adapter_layers,
+        by_shape=True,
+    )
+    half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.mixed_precision)
+    with torch.device("meta"), _as_on_a_device(half):
+        trainable = attach(denoiser, request)
+        trained = list(trainable.named_parameters().values())
+        count = sum(parameter.numel() for parameter in trained)
+        lean = contextlib.nullcontext() if config.compile else keeping_less(denoiser.module)
+        with lean, _checkpointed(denoiser.module, config.gradient_checkpointing):
+            step = _step(denoiser, trainable, config)
+        sampling = _sampling(denoiser, config)
+        trainable.remove()
+    # Gradients and parameters in float32, and the optimizer's state.
+    states = int(count * (8 + MOMENTS[config.optimizer]))
+    kept = sum(size for name, size in sizes.items() if trainable.trains_text and name in denoiser.text_encoders)
+    return Footprint(
+        {name: sum(parameter.numel() for parameter in part.parameters()) for name, part in parts.items()},
+        count,
+        sum(sizes.values()),
+        sizes[denoiser.module_name] + kept,
+        states,
+        step,
+        sampling,
+    )
+
+
+def _step(denoiser: Denoiser, trainable: Any, config: EraseConfig) -> int:
+    """The peak of the activations of a training step: of the frozen pass, and of the trained one and its gradients."""
+    kinds = 2 if config.preservation_weight and not config.gradient_surgery else 1
+    count = kinds * config.train_batch_size
+    texts = ["a"] * count
+    chosen = torch.zeros(count, dtype=torch.long)
+    conditioning = denoiser.encode(["a"])[chosen]
+    noisy, indices = torch.randn(count, *denoiser.latent_shape), torch.zeros(count, dtype=torch.long)
+    with _Memory(denoiser) as memory:
+        with torch.no_grad(), trainable.frozen():
+            wanted = denoiser.predict(noisy, indices, conditioning)
+        read = denoiser.encode_batch(texts) if trainable.trains_text else conditioning
+        loss = (denoiser.predict(noisy, indices, read).float() - wanted.float()).square().mean()
+        # What the gradients of the trained parameters take is counted among the states.
+        memory.ignored = {_storage(parameter) for parameter in trainable.named_parameters().values()}
+        gradients = torch.autograd.grad(loss, list(trainable.named_parameters().values()), allow_unused=True)
+        memory.now -= sum(_bytes(gradient) for gradient in gradients if gradient is not None)
+    return memory.peak - sum(_bytes(gradient) for gradient in gradients if gradient is not None)
+
+
+def _sampling(denoiser: Denoiser, config: EraseConfig) -> int:
+    """The peak of the activations while a batch of latents is drawn; guidance may need a second prediction."""
+    guided = denoiser.guided_by_empty and config.guidance_scale > 1
+    count = min(config.sample_batch_size, config.num_latents) * (2 if guided else 1)
+    conditioning = denoiser.encode(["a"])[torch.zeros(count, dtype=torch.long)]
+    noisy, indices = torch.randn(count, *denoiser.latent_shape), torch.zeros(count, dtype=torch.long)
+    with torch.no_grad(), _Memory(denoiser) as memory:
+        denoiser.predict(noisy, indices, conditioning)
+    return memory.peak
+
+
+class _Memory(TorchDispatchMode):
+    """Counts the bytes of tensors that operations make while they live, beyond the weights of a pipeline."""
+
+    def __init__(self, denoiser: Denoiser) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        parts = [part for part in denoiser.pipeline.components.values() if isinstance(part, nn.Module)]
+        self.known = {_storage(tensor) for part in parts for tensor in _weights(part)}
+        self.ignored: set[int] = set()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(made):
+            if isinstance(tensor, Tensor):
+                self._hold(tensor)
+        return made
+
+    def _hold(self, tensor: Tensor) -> None:
+        storage, size = tensor.untyped_storage(), _bytes(tensor)
+        key = storage._cdata
+        if key in self.known:
+            return
+        self.known.add(key)
+        self.now += size
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self._free, key, size)
+
+    def _free(self, key: int, size: int) -> None:
+        self.known.discard(key)
+        self.now -= size
+
+
+@contextlib.contextmanager
+def _as_on_a_device(half: torch.dtype | None) -> Iterator[None]:
+    """Within this context attention keeps no matrix of weights, as on every real device, and operations compute in the
+    dtypes of autocast, which the meta device lacks.
+
+    They are exchanged, not watched: checkpointed layers are computed again in a thread of autograd's own.
+    """
+    flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+
+    def attend(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **options: Any) -> Tensor:
+        if half is not None:
+            query, key, value, attn_mask = (_cast(one, half) for one in (query, key, value, attn_mask))
+        causal, scale = bool(options.get("is_causal", False)), options.get("scale")
+        attended: Tensor = flash(query, key, value, 0.0, causal, attn_mask=attn_mask, scale=scale)[0]
+        return attended
+
+    def computed_in(dtype: torch.dtype, function: Any) -> Any:
+        def compute(*args: Any, **options: Any) -> Any:
+            args, options = tree_map(lambda one: _cast(one, dtype), (args, options))
+            return function(*args, **options)
+
+        return compute
+
+    exchanged: list[tuple[Any, str, Any]] = [(functional, "scaled_dot_product_attention", attend)]
+    if half is not None:
+        exchanged += [(home, name, computed_in(half, getattr(home, name))) for home, name in HALVES]
+        exchanged += [(home, name, computed_in(torch.float32, getattr(home, name))) for home, name in WHOLES]
+    former = [(home, name, getattr(home, name)) for home, name, _ in exchanged]
+    try:
+        for home, name, function in exchanged:
+            setattr(home, name, function)
+        yield
+    finally:
+        for home, name, function in former:
+            setattr(home, name, function)
+
+
+def _cast(one: Any, dtype: torch.dtype) -> Any:
+    return one.to(dtype) if isinstance(one, Tensor) and one.is_floating_point() else one
+
+
+@contextlib.contextmanager
+def _checkpointed(module: Any, wanted: bool) -> Iterator[None]:
+    if not wanted:
+        yield
+        return
+    module.enable_gradient_checkpointing()
+    training = module.training
+    module.train()
+    try:
+        yield
+    finally:
+        module.train(training)
+        module.disable_gradient_checkpointing()
+
+
+def _weights(part: nn.Module) -> list[Tensor]:
+    return [*part.parameters(), *part.buffers()]
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.untyped_storage().nbytes()
