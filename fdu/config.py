@@ -58,7 +58,7 @@ def trains(train_method: str) -> bool:
 
 WITHOUT_STEPS = (
     *("train_method", "preservation_weight", "preservation_prompts", "resolution", "seed", "ridge", "rank_tolerance"),
-    *("mixed_precision", "cache_dir", "checkpoint_dir"),
+    *("mixed_precision", "cache_dir", "checkpoint_dir", "deterministic"),
 )
 """The settings that mean something, or do no harm, where nothing is trained."""
 SEARCHES = (
@@ -179,7 +179,10 @@ class EraseConfig:
     resolution: Count | None = None
     """Height and width in pixels. Default: the model's own."""
     seed: Natural = 0
-    """Random seed, >= 0. The same seed gives the same weights, bit for bit on the CPU."""
+    """Random seed, >= 0. The same seed gives the same weights, bit for bit on the CPU; on a GPU add deterministic."""
+    deterministic: bool = False
+    """Use only deterministic algorithms, so that on a GPU too the same seed, or a resumed run, gives the same weights
+    bit for bit. Slower. The CPU needs no such choice."""
 
     divergence: str = "squared_hellinger"
     """f-divergence to minimise: a name from `fdu divergences`, with a parameter after a colon: alpha:0.3."""

@@ -30,7 +30,7 @@ from fdu.training.examples import Examples, Found, prepare_examples
 from fdu.training.loop import Training
 from fdu.training.methods import Request, Trainable, attach
 from fdu.training.objective import Objective
-from fdu.training.process_state import own_accelerator, seeded
+from fdu.training.process_state import deterministic, own_accelerator, seeded
 from fdu.training.reconstruction import AUTOCAST
 from fdu.training.sharding import check_shards, with_launcher
 from fdu.training.step import Stepper, check_optimizer
@@ -93,7 +93,8 @@ def erase(
 
     Raises:
         ValueError, TypeError, ImportError, FileNotFoundError: a wrong argument; raised before any work, with its name.
-        RuntimeError: the loss became NaN or infinite; the pipeline draws as before.
+        RuntimeError: the loss became NaN or infinite, and the pipeline draws as before; or ``deterministic`` comes too
+            late for cuBLAS, before any work.
         KeyboardInterrupt: interrupted by a signal; the pipeline draws as before. With checkpoint_dir, the state is
             saved there.
     """
@@ -108,7 +109,8 @@ def erase(
     precise = config
     if config.adversarial_rounds and not TRAIN_METHODS[config.train_method].trains:
         precise = dataclasses.replace(config, mixed_precision=AUTOCAST.get(denoiser.dtype, "bf16"))
-    with own_accelerator(precise, denoiser.device) as accelerator:
+    device = denoiser.device
+    with deterministic(config.deterministic, device), own_accelerator(precise, device) as accelerator:
         check_shards(denoiser.module, config, accelerator.num_processes)
         if TRAIN_METHODS[config.train_method].trains:
             trainable, history, sigma, edits = _train(accelerator, denoiser, pairs, mask, config)

@@ -1,4 +1,7 @@
-"""Checkpoints: everything a run needs to resume bit for bit; safetensors and JSON, whole or not at all."""
+"""Checkpoints: everything a run needs to resume bit for bit; safetensors and JSON, whole or not at all.
+
+Bit for bit on the CPU; on a GPU if ``deterministic`` is set, since some of its algorithms add in any order.
+"""
 
 from __future__ import annotations
 

@@ -1,12 +1,15 @@
-"""Process state that a run borrows and restores: an Accelerator, torch's random state, the handlers of signals."""
+"""Process state that a run borrows and restores: an Accelerator, torch's random state and choice of algorithms, the
+handlers of signals."""
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -17,6 +20,8 @@ from fdu.config import EraseConfig
 from fdu.training.sharding import LAUNCHER_FLAG
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+CUBLAS_VARIABLE, CUBLAS_VALUE = "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
+"""With this variable cuBLAS is deterministic; torch reads it at the first matrix product of the process."""
 
 
 @contextmanager
@@ -29,6 +34,44 @@ def seeded(seed: int, device: torch.device) -> Iterator[None]:
             with torch.cuda.device(device):
                 torch.cuda.manual_seed(seed)
         yield
+
+
+@contextmanager
+def deterministic(wanted: bool, device: torch.device) -> Iterator[None]:
+    """Within this context, if it is wanted, torch uses only algorithms that give the same bits on every run.
+
+    Raises:
+        RuntimeError: matrix products on the device are not deterministic, and it is too late to make them so.
+    """
+    if not wanted:
+        yield
+        return
+    choices: Any = torch.utils.deterministic
+    mode, filling = torch.get_deterministic_debug_mode(), choices.fill_uninitialized_memory
+    searching = torch.backends.cudnn.benchmark
+    variable = {CUBLAS_VARIABLE: os.environ.get(CUBLAS_VARIABLE, CUBLAS_VALUE)}
+    with patch_environment(**variable):
+        try:
+            torch.use_deterministic_algorithms(True)
+            choices.fill_uninitialized_memory = False  # nothing here reads any
+            torch.backends.cudnn.benchmark = False  # its choice depends on timings
+            _multiply(device)
+            yield
+        finally:
+            torch.set_deterministic_debug_mode(mode)
+            choices.fill_uninitialized_memory = filling
+            torch.backends.cudnn.benchmark = searching
+
+
+def _multiply(device: torch.device) -> None:
+    one = torch.ones(1, 1, device=device)
+    try:
+        one @ one
+    except RuntimeError as error:
+        raise RuntimeError(
+            f"deterministic needs {CUBLAS_VARIABLE}={CUBLAS_VALUE} in the environment before the first matrix product "
+            "of the process; set it and start again"
+        ) from error
 
 
 @contextmanager

@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import os
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from fdu.concepts import Pair, joined
 from fdu.models.denoiser import Denoiser
 from fdu.models.families import denoiser_of
 from fdu.subjects.digits import pipeline as digits
-from fdu.training import examples, loop, objective, step, tracking
+from fdu.training import examples, loop, objective, process_state, step, tracking
 from fdu.training.cache import Cache
 from fdu.training.timesteps import TimestepSampler
 
@@ -489,6 +490,46 @@ def test_an_adapter_is_not_stored_in_eight_bits() -> None:
     result = fdu.erase(pipeline, "three", "eight", **TINY)
     assert {parameter.dtype for parameter in result.trainable.named_parameters().values()} == {torch.float32}
     pipeline("three", num_inference_steps=1, height=16, width=16, output_type="latent")
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_deterministic_algorithms_are_those_of_the_run(
+    quick: dict[str, Any], plain: dict[str, Tensor], fails: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def state() -> tuple[Any, ...]:
+        filling = torch.utils.deterministic.fill_uninitialized_memory
+        variable = os.environ.get("CUBLAS_WORKSPACE_CONFIG")
+        return torch.get_deterministic_debug_mode(), filling, torch.backends.cudnn.benchmark, variable
+
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+    torch.set_deterministic_debug_mode("warn")
+    before, within, real = state(), [], step.Stepper.step
+
+    def noted(self: step.Stepper, number: int) -> Tensor:
+        within.append(state())
+        if fails:
+            raise ArithmeticError
+        return real(self, number)
+
+    monkeypatch.setattr(step.Stepper, "step", noted)
+    try:
+        with pytest.raises(ArithmeticError) if fails else nullcontext():
+            assert same(trained(erase(quick, deterministic=True)), plain)
+        assert set(within) == {(2, False, False, ":4096:8")} and state() == before
+    finally:
+        torch.set_deterministic_debug_mode("default")
+
+
+def test_cublas_that_cannot_be_deterministic_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Tensor) -> Tensor:
+        raise RuntimeError("not deterministic")
+
+    monkeypatch.setattr(Tensor, "__matmul__", refuse)
+    refused = pytest.raises(RuntimeError, match="CUBLAS_WORKSPACE_CONFIG=:4096:8.*start again")
+    with refused, process_state.deterministic(True, torch.device("cpu")):
+        pytest.fail("it was entered")
+    assert torch.get_deterministic_debug_mode() == 0
 
 
 class Overflowing(torch.amp.GradScaler):
