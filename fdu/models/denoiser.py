@@ -270,9 +270,9 @@ class Denoiser(ABC):
         count = len(generators)
         given = self.call_arguments(conditioning[:count])
         if self.guided_by_empty and guidance_scale > 1:
-            empty = conditioning[count:].tensors
-            given |= {f"negative_{PIPELINE_ARGUMENTS[name]}": tensor for name, tensor in empty.items()}
-        return self.pipeline(
+            empty = self.prompt_arguments(conditioning[count:])
+            given |= {f"negative_{name}": value for name, value in empty.items()}
+        latents = self.pipeline(
             **given,
             negative_prompt=None,
             num_inference_steps=steps,
@@ -280,11 +280,20 @@ class Denoiser(ABC):
             generator=generators,
             output_type="latent",
         ).images
+        return self.unpacked(latents)
+
+    def prompt_arguments(self, conditioning: Conditioning) -> dict[str, Any]:
+        """Arguments of the pipeline's call that stand for the prompts of a conditioning."""
+        return {PIPELINE_ARGUMENTS[name]: tensor for name, tensor in conditioning.tensors.items()}
 
     def call_arguments(self, conditioning: Conditioning) -> dict[str, Any]:
         """Arguments of the pipeline's call that draw one image of the denoiser's size per prompt of a conditioning."""
-        given = {PIPELINE_ARGUMENTS[name]: tensor for name, tensor in conditioning.tensors.items()}
+        given = self.prompt_arguments(conditioning)
         return {**given, "height": self.height, "width": self.width, **self.call_settings}
+
+    def unpacked(self, latents: Tensor) -> Tensor:
+        """Latents [N, C, H, W] as the pipeline returns them."""
+        return latents
 
     @torch.no_grad()
     def encode_images(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:

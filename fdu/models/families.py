@@ -6,6 +6,7 @@ from typing import Any
 
 from diffusers import DiffusionPipeline
 
+from fdu.models.auraflow import AuraFlowDenoiser
 from fdu.models.denoiser import Denoiser
 from fdu.models.flux import FluxDenoiser
 from fdu.models.parts import DENOISERS
@@ -21,6 +22,7 @@ FAMILIES: tuple[type[Denoiser], ...] = (
     FluxDenoiser,
     PixArtDenoiser,
     SanaDenoiser,
+    AuraFlowDenoiser,
 )
 """The first that fits a pipeline takes it."""
 

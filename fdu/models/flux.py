@@ -52,11 +52,11 @@ class FluxDenoiser(FlowDenoiser):
             embeddings, pooled, _ = self.pipeline.encode_prompt(prompts, device=self.device)
         return Conditioning({"embeddings": embeddings, "pooled": pooled})
 
-    def sample(
-        self, conditioning: Conditioning, steps: int, guidance_scale: float, generators: list[torch.Generator]
-    ) -> Tensor:
-        _, height, width = self.latent_shape
-        return unpack(super().sample(conditioning, steps, guidance_scale, generators), height, width)
+    def unpacked(self, latents: Tensor) -> Tensor:
+        return unpack(latents, *self.latent_shape[1:])
+
+    def told_timesteps(self) -> Tensor:
+        return self.noise
 
     def predict(self, noisy: Tensor, indices: Tensor, conditioning: Conditioning) -> Tensor:
         height, width = noisy.shape[-2:]
@@ -67,7 +67,7 @@ class FluxDenoiser(FlowDenoiser):
             pack(noisy),
             embeddings,
             conditioning.tensors["pooled"],
-            self.timesteps(indices) / 1000,
+            self.timesteps(indices),
             img_ids=position_ids(height // 2, width // 2, noisy.device),
             txt_ids=noisy.new_zeros(embeddings.shape[1], 3),
             guidance=guidance,

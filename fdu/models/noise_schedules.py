@@ -50,9 +50,10 @@ class FlowDenoiser(Denoiser):
         super().__init__(pipeline, resolution)
         _, height, width = self.latent_shape
         patch = self.packing * self.config.patch_size
-        self.noise = shifted_sigmas(pipeline.scheduler, (height // patch) * (width // patch))
+        shift = self.dynamic_shift((height // patch) * (width // patch))
+        self.noise = shifted_sigmas(pipeline.scheduler, shift)
         self.signal = 1 - self.noise
-        self._timesteps = self.noise * pipeline.scheduler.config.num_train_timesteps
+        self._timesteps = self.told_timesteps()
 
     @classmethod
     def check(cls, pipeline: DiffusionPipeline) -> None:
@@ -64,27 +65,42 @@ class FlowDenoiser(Denoiser):
                 "pipeline the one that the model came with, or a FlowMatchEulerDiscreteScheduler"
             )
 
-    def timesteps(self, indices: Tensor) -> Tensor:
-        """sigma times the number of training timesteps, float32 [N], at indices [N] of the grid."""
-        self._timesteps = self._timesteps.to(indices.device)
-        return self._timesteps[indices]
-
-
-def shifted_sigmas(scheduler: Any, tokens: int) -> Tensor:
-    """sigma on the training grid, float32 [T] ascending to 1, for images of ``tokens`` tokens.
-
-    The shift is that of Esser et al. 2024 (arXiv 2403.03206), section 5.3.2.
-    """
-    config = scheduler.config
-    sigmas = torch.arange(1, config.num_train_timesteps + 1, dtype=torch.float32) / config.num_train_timesteps
-    if config.get("use_dynamic_shifting"):
-        mu = calculate_shift(
+    def dynamic_shift(self, tokens: int) -> float:
+        """mu, by which the pipeline shifts the grid for images of ``tokens`` tokens if its scheduler does so."""
+        config = self.pipeline.scheduler.config
+        return calculate_shift(
             tokens,
             config.get("base_image_seq_len", 256),
             config.get("max_image_seq_len", 4096),
             config.get("base_shift", 0.5),
             config.get("max_shift", 1.15),
         )
-        return scheduler.time_shift(mu, 1.0, sigmas)
-    shift = config.get("shift", config.get("flow_shift", 1.0))
-    return shift * sigmas / (1 + (shift - 1) * sigmas)
+
+    def told_timesteps(self) -> Tensor:
+        """What the module is told at every index of the grid, float32 [T]: as a rule sigma times the number of
+        training timesteps."""
+        return self.noise * self.pipeline.scheduler.config.num_train_timesteps
+
+    def timesteps(self, indices: Tensor) -> Tensor:
+        """What the module is told, float32 [N], at indices [N] of the grid."""
+        self._timesteps = self._timesteps.to(indices.device)
+        return self._timesteps[indices]
+
+
+def shifted_sigmas(scheduler: Any, dynamic_shift: float) -> Tensor:
+    """sigma on the training grid, float32 [T] ascending to 1, shifted as the scheduler's settings say.
+
+    The shift is that of Esser et al. 2024 (arXiv 2403.03206), section 5.3.2. ``dynamic_shift`` is its logarithm, mu, of
+    schedulers that shift by the size of the image.
+    """
+    config = scheduler.config
+    sigmas = torch.arange(1, config.num_train_timesteps + 1, dtype=torch.float32) / config.num_train_timesteps
+    if config.get("use_dynamic_shifting"):
+        sigmas = scheduler.time_shift(dynamic_shift, 1.0, sigmas)
+    else:
+        shift = config.get("shift", config.get("flow_shift", 1.0))
+        sigmas = shift * sigmas / (1 + (shift - 1) * sigmas)
+    terminal = config.get("shift_terminal")
+    if terminal:
+        sigmas = 1 - (1 - sigmas) * (1 - terminal) / (1 - sigmas[0])
+    return sigmas

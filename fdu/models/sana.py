@@ -52,11 +52,14 @@ class SanaDenoiser(FlowDenoiser):
             mask = mask.where(~empty, without_mask)
         return Conditioning({"embeddings": embeddings, "mask": mask})
 
+    def told_timesteps(self) -> Tensor:
+        return super().told_timesteps() * self.config.timestep_scale
+
     def predict(self, noisy: Tensor, indices: Tensor, conditioning: Conditioning) -> Tensor:
         return self.module(
             noisy,
             conditioning.tensors["embeddings"],
-            self.timesteps(indices) * self.config.timestep_scale,
+            self.timesteps(indices),
             encoder_attention_mask=conditioning.tensors["mask"],
         ).sample
 

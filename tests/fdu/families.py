@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 from diffusers import (
+    AuraFlowPipeline,
+    AuraFlowTransformer2DModel,
     AutoencoderDC,
     AutoencoderKL,
     DDIMScheduler,
@@ -52,6 +54,8 @@ from transformers import (
     T5Config,
     T5EncoderModel,
     T5Tokenizer,
+    UMT5Config,
+    UMT5EncoderModel,
 )
 
 from fdu.models import parts
@@ -245,6 +249,38 @@ def sana() -> SanaPipeline:
     )
 
 
+def auraflow() -> AuraFlowPipeline:
+    """AuraFlow: a block of two streams, one of a single stream, and a UMT5."""
+    transformer = AuraFlowTransformer2DModel(
+        sample_size=SAMPLE_SIZE,
+        in_channels=4,
+        out_channels=4,
+        num_mmdit_layers=1,
+        num_single_dit_layers=1,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=T5_WIDTH,
+        caption_projection_dim=16,
+        pos_embed_max_size=256,
+    )
+    louder(transformer, "time_step_proj.linear_2", 16)
+    return AuraFlowPipeline(
+        tokenizer=t5_tokenizer(),
+        text_encoder=UMT5EncoderModel(UMT5Config(**t5_settings())),
+        vae=autoencoder(),
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=1.73),
+    )
+
+
+@torch.no_grad()
+def louder(module: nn.Module, ending: str, factor: float) -> None:
+    """Multiply the weights of layers: the blocks of some random models are shut, and their images ignore the prompt."""
+    for name, layer in module.named_modules():
+        if name.endswith(ending):
+            layer.weight.mul_(factor)
+
+
 def autoencoder(**settings: Any) -> AutoencoderKL:
     """A 16x16x3 to 8x8x4 autoencoder."""
     return AutoencoderKL(
@@ -278,17 +314,20 @@ def clip_config() -> CLIPTextConfig:
 
 def t5_encoder() -> T5EncoderModel:
     """A one-layer T5 text encoder."""
-    return T5EncoderModel(
-        T5Config(
-            vocab_size=len(t5_tokenizer()),
-            d_model=T5_WIDTH,
-            d_kv=8,
-            d_ff=32,
-            num_layers=1,
-            num_heads=2,
-            feed_forward_proj="gated-gelu",
-        )
-    )
+    return T5EncoderModel(T5Config(**t5_settings()))
+
+
+def t5_settings() -> dict[str, Any]:
+    """The settings of a one-layer T5."""
+    return {
+        "vocab_size": len(t5_tokenizer()),
+        "d_model": T5_WIDTH,
+        "d_kv": 8,
+        "d_ff": 32,
+        "num_layers": 1,
+        "num_heads": 2,
+        "feed_forward_proj": "gated-gelu",
+    }
 
 
 @functools.cache
@@ -340,6 +379,7 @@ BUILDERS: dict[str, Callable[[], DiffusionPipeline]] = {
     "flux_guidance": functools.partial(flux, guidance_embeds=True),
     "pixart": pixart,
     "sana": sana,
+    "auraflow": auraflow,
 }
 FAMILY_NAMES = tuple(BUILDERS)
 

@@ -14,11 +14,12 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDPMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fdu
-from fdu.models import staging
+from fdu.models import parts, staging
 from fdu.models.denoiser import Conditioning, Denoiser
 from fdu.models.families import FAMILIES, denoiser_of
 from fdu.models.flux import pack, position_ids, unpack
@@ -29,12 +30,14 @@ pytestmark = pytest.mark.quick(name=["sd", "sd3", "flux", "pixart"], method=["do
 
 PROMPT = "the digit three"
 PROMPTS = [PROMPT, "a painting in the style of van gogh", ""]
-UNITS = {"sd": 8, "sdxl": 8, "sd3": 4, "flux": 4, "pixart": 8, "sana": 32}
+UNITS = {"sd": 8, "sdxl": 8, "sd3": 4, "flux": 4, "pixart": 8, "sana": 32, "auraflow": 4}
 """Pixels that a side must be a multiple of."""
 NO_LORA = ("pixart",)
 """Families without LoRA files in diffusers; their adapters are saved merged."""
-NO_KOHYA = (*NO_LORA, "sana", "sd3")
+NO_KOHYA = (*NO_LORA, "sana", "sd3", "auraflow")
 """Families whose kohya files plain diffusers does not read."""
+REGISTERS = {"auraflow": 8}
+"""Tokens of their own that a model puts before those of the prompt."""
 EVERY_FAMILY = pytest.mark.parametrize("name", families.FAMILY_NAMES)
 
 
@@ -70,7 +73,7 @@ def sampled(denoiser: Denoiser, prompt: str, guidance_scale: float, steps: int, 
         output_type="latent",
         **denoiser.call_settings,
     ).images
-    return unpack(latent, *denoiser.latent_shape[1:]) if latent.ndim == 3 else latent
+    return denoiser.unpacked(latent)
 
 
 def drawn(denoiser: Denoiser, prompts: list[str], guidance_scale: float, seeds: list[int], batch_size: int) -> Tensor:
@@ -82,10 +85,7 @@ def drawn(denoiser: Denoiser, prompts: list[str], guidance_scale: float, seeds: 
 def repeat(denoiser: Denoiser, noisy: Tensor, timestep: Tensor, prompts: list[str]) -> Tensor:
     """What the denoiser predicts for the x_t and the timestep that the pipeline gave its module."""
     count = len(prompts)
-    timestep = timestep.expand(count)
-    if noisy.ndim == 3:
-        noisy = unpack(noisy, *denoiser.latent_shape[1:])
-        timestep = timestep * 1000
+    timestep, noisy = timestep.expand(count), denoiser.unpacked(noisy)
     if denoiser.prediction_type != "flow":
         return denoiser.predict(noisy, timestep.long(), denoiser.encode(prompts))
     # A sampler's timesteps lie between those of the grid.
@@ -98,10 +98,8 @@ def compare(denoiser: Denoiser, guidance_scale: float, prompts: list[str]) -> No
     assert len(calls) == 3
     for noisy, timestep, output in calls:
         assert len(noisy) == len(prompts)
-        if output.ndim == 3:
-            output = unpack(output, *denoiser.latent_shape[1:])
         predicted = repeat(denoiser, noisy, timestep, prompts)
-        expected = output[:, : predicted.shape[1]]
+        expected = denoiser.unpacked(output)[:, : predicted.shape[1]]
         assert expected.std() > 0.01
         torch.testing.assert_close(predicted, expected, rtol=1e-6, atol=1e-6)
 
@@ -231,21 +229,53 @@ def test_encoding_passes_gradients_to_every_text_encoder(denoiser: Denoiser) -> 
 
 
 @EVERY_FAMILY
-def test_the_prompt_is_read_by_the_context_projections(denoiser: Denoiser) -> None:
-    linear = {name: part for name, part in denoiser.module.named_modules() if isinstance(part, nn.Linear)}
-    chosen = [part for name, part in linear.items() if name.endswith(denoiser.context_projections)]
-    every = [part for name, part in linear.items() if name.endswith(denoiser.attention_projections)]
+def test_the_prompt_is_read_by_the_context_projections(denoiser: Denoiser, name: str) -> None:
+    linear = {layer: part for layer, part in denoiser.module.named_modules() if isinstance(part, nn.Linear)}
+    chosen = [part for layer, part in linear.items() if layer.endswith(denoiser.context_projections)]
+    every = [part for layer, part in linear.items() if layer.endswith(denoiser.attention_projections)]
     assert {id(part) for part in chosen} < {id(part) for part in every}
-    assert len(every) == sum("to_" in name or "_proj" in name.rsplit(".", 1)[-1] for name in linear if ".attn" in name)
+    assert len(every) == sum(
+        "to_" in layer or "_proj" in layer.rsplit(".", 1)[-1] for layer in linear if ".attn" in layer
+    )
     inputs: list[Tensor] = []
     for part in chosen:
         part.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
     conditioning = denoiser.encode([PROMPT])
     denoiser.predict(torch.randn(1, *denoiser.latent_shape), torch.tensor([500]), conditioning)
     assert len(inputs) == len(chosen)
-    length = conditioning.tensors["embeddings"].shape[1]
+    length = conditioning.tensors["embeddings"].shape[1] + REGISTERS.get(name, 0)
     assert all(given.shape[1] == length for given in inputs)
     assert all(part.in_features == given.shape[2] for part, given in zip(chosen, inputs, strict=True))
+
+
+@EVERY_FAMILY
+@torch.no_grad()
+def test_the_prompt_is_read_by_no_layer_but_those_of_the_group_text(denoiser: Denoiser) -> None:
+    both = denoiser.encode([PROMPT, "a painting in the style of van gogh"])
+    first, second = both[:1], both[1:]
+    # A mask tells how long the prompt is, not what it says.
+    other = Conditioning({**second.tensors, **{key: first.tensors[key] for key in first.tensors if key == "mask"}})
+    noisy, indices = torch.randn(1, *denoiser.latent_shape), torch.tensor([500])
+    assert not torch.equal(denoiser.predict(noisy, indices, first), denoiser.predict(noisy, indices, other))
+    for layer, part in denoiser.module.named_modules():
+        if parts.ends_with(layer, denoiser.layer_groups()["text"]):
+            part.register_forward_hook(lambda *given: torch.zeros_like(given[-1]))
+    assert torch.equal(denoiser.predict(noisy, indices, first), denoiser.predict(noisy, indices, other))
+
+
+@EVERY_FAMILY
+def test_checkpointed_activations_change_no_prediction(denoiser: Denoiser) -> None:
+    noisy, indices = torch.randn(2, *denoiser.latent_shape), torch.tensor([100, 700])
+    conditioning = denoiser.encode([PROMPT, ""])
+    gradients = []
+    for _ in range(2):
+        denoiser.module.zero_grad()
+        predicted = denoiser.predict(noisy, indices, conditioning)
+        predicted.square().sum().backward()
+        gradients.append([predicted, *(weight.grad for weight in denoiser.module.parameters())])
+        denoiser.module.enable_gradient_checkpointing()
+        denoiser.module.train()
+    torch.testing.assert_close(*gradients)
 
 
 @EVERY_FAMILY
@@ -288,7 +318,7 @@ def test_zero_terminal_snr_ends_in_noise_alone() -> None:
     torch.testing.assert_close(denoiser.true_output(latents, noise, last), -latents)
 
 
-@pytest.mark.parametrize("name", ["sd3", "flux", "flux_guidance", "sana"])
+@pytest.mark.parametrize("name", ["sd3", "flux", "flux_guidance", "sana", "auraflow"])
 def test_noise_and_true_output_of_rectified_flow(denoiser: Denoiser, name: str) -> None:
     scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
     if name != "sana":  # whose own scheduler makes its sigmas only when it is given a number of steps
@@ -311,11 +341,19 @@ def test_noise_and_true_output_of_rectified_flow(denoiser: Denoiser, name: str) 
 
 def test_dynamic_shifting_follows_the_resolution() -> None:
     scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
-    small, large = shifted_sigmas(scheduler, tokens=256), shifted_sigmas(scheduler, tokens=4096)
+    small, large = shifted_sigmas(scheduler, 0.5), shifted_sigmas(scheduler, 1.15)
     assert (large[:-1] > small[:-1]).all()
     pipeline = families.build("flux_guidance")
-    expected = shifted_sigmas(pipeline.scheduler, tokens=64)
+    expected = shifted_sigmas(pipeline.scheduler, calculate_shift(64))
     torch.testing.assert_close(denoiser_of(pipeline, resolution=32).noise, expected)
+
+
+def test_a_grid_that_ends_above_zero_is_stretched_to_its_end() -> None:
+    scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift_terminal=0.02)
+    scheduler.set_timesteps(sigmas=np.linspace(1, 1 / 1000, 1000), mu=0.7)
+    sigmas = shifted_sigmas(scheduler, 0.7)
+    torch.testing.assert_close(sigmas, scheduler.sigmas[:1000].flip(0), rtol=1e-5, atol=1e-6)
+    assert abs(sigmas[0] - 0.02) < 1e-6
 
 
 def test_packing_is_that_of_the_pipeline() -> None:

@@ -1,0 +1,59 @@
+"""AuraFlow: a transformer that attends jointly to image and text, first in blocks of two streams, then of one."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, ClassVar
+
+from diffusers import AuraFlowTransformer2DModel, DiffusionPipeline
+from torch import Tensor
+
+from fdu.models.denoiser import Conditioning
+from fdu.models.noise_schedules import FlowDenoiser
+
+
+class AuraFlowDenoiser(FlowDenoiser):
+    """An AuraFlowTransformer2DModel, which reads the padding of the prompt as zeros and no mask."""
+
+    family = "AuraFlow (an AuraFlowTransformer2DModel)"
+    module_class = AuraFlowTransformer2DModel
+    # Of the blocks of two streams alone: the others project text and image by one to_k and to_v.
+    context_projections = ("attn.add_k_proj", "attn.add_v_proj")
+    other_readers = ("context_embedder",)  # all of the text enters by it
+    text_inputs: ClassVar = {"embeddings": other_readers}
+    attention_projections = (
+        *("to_q", "to_k", "to_v", "to_out.0"),
+        *("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),
+    )
+
+    def __init__(self, pipeline: DiffusionPipeline, resolution: int | None = None) -> None:
+        super().__init__(pipeline, resolution)
+        largest = math.isqrt(self.config.pos_embed_max_size) * self.size_unit
+        if max(self.height, self.width) > largest:
+            raise ValueError(f"resolution must be at most {largest} pixels for this model, got {resolution}")
+
+    @property
+    def size_unit(self) -> int:
+        return super().size_unit * self.config.patch_size
+
+    def encode_batch(self, prompts: list[str]) -> Conditioning:
+        embeddings, _, _, _ = self.pipeline.encode_prompt(
+            prompts, do_classifier_free_guidance=False, device=self.device
+        )
+        return Conditioning({"embeddings": embeddings})
+
+    def prompt_arguments(self, conditioning: Conditioning) -> dict[str, Any]:
+        embeddings = conditioning.tensors["embeddings"]
+        # The pipeline asks for a mask, and uses none.
+        mask = embeddings.new_ones(embeddings.shape[:2])
+        return {"prompt_embeds": embeddings, "prompt_attention_mask": mask}
+
+    def told_timesteps(self) -> Tensor:
+        return self.noise
+
+    def predict(self, noisy: Tensor, indices: Tensor, conditioning: Conditioning) -> Tensor:
+        return self.module(
+            noisy,
+            encoder_hidden_states=conditioning.tensors["embeddings"],
+            timestep=self.timesteps(indices),
+        ).sample
