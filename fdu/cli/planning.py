@@ -34,6 +34,9 @@ class Plan:
     """A pipeline's folder, a hub id (org/name, or org/name@revision), "emoji" or "digits"."""
     memory: float | None = None
     """Memory of the device in GiB, > 0: marks what fits."""
+    tflops: float | None = None
+    """Speed that the device reaches, not that of its datasheet, in 10^12 floating-point operations per second, > 0:
+    gives the time of a step."""
     dtype: Dtype = "auto"
     """Dtype of the weights. auto: float32, or the dtype of --mixed_precision."""
     settings: Annotated[OmitArgPrefixes[Settings], arg(name="")] = dataclasses.field(default_factory=grouped())
@@ -42,6 +45,8 @@ class Plan:
         """Check the arguments and return the work."""
         if self.memory is not None:
             check_number("memory", self.memory, Positive)
+        if self.tflops is not None:
+            check_number("tflops", self.tflops, Positive)
         model, config = subject_of(self.model), self.settings.checked()
         check_resolution(model.folder, config.resolution)
         check_dtype(self.dtype, config.mixed_precision)
@@ -55,7 +60,12 @@ class Plan:
             given = estimate(config)
             for name, count in given.parameters.items():
                 print(f"{name:16} {count:>15,} parameters")
-            print(f"{'trained':16} {given.trained:>15,} parameters ({config.train_method})\n")
+            print(f"{'trained':16} {given.trained:>15,} parameters ({config.train_method})")
+            print(f"{'a step':16} {given.flops / 1e12:>15,.3g} x 10^12 operations")
+            if self.tflops is not None:
+                seconds = given.flops / self.tflops / 1e12
+                print(f"{'time':16} {seconds:>15,.3g} s per step, {config.max_train_steps * seconds:,.3g} s in all")
+            print()
             lines: list[tuple[str, ...]] = [("weights", "trained", "step", "sampling", "peak", "settings")]
             fitting: str | None = None
             for words, one in cheaper(config):

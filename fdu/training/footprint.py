@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from fdu.config import TRAIN_METHODS, EraseConfig
 from fdu.models.denoiser import Denoiser
@@ -24,6 +25,22 @@ MOMENTS = {"adamw": 8.0, "adamw_8bit": 2.0}
 HALVES = ((functional, "linear"), (functional, "conv2d"), (torch, "matmul"), (torch, "bmm"), (torch, "baddbmm"))
 WHOLES = ((functional, "group_norm"), (functional, "layer_norm"), (functional, "softmax"))
 """What autocast computes in half precision, and in float32."""
+
+
+def _attention_flops(query: Any, key: Any, value: Any, *others: Any, **options: Any) -> int:
+    return sdpa_flop_count(query, key, value)
+
+
+def _attention_backward_flops(grad: Any, query: Any, key: Any, value: Any, *others: Any, **options: Any) -> int:
+    return sdpa_backward_flop_count(grad, query, key, value)
+
+
+_FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+ATTENTION_FLOPS = {
+    _FLASH: _attention_flops,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: (_attention_backward_flops),
+}
+"""Operations of the attention that stands for every device's here; arguments are shapes."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +61,8 @@ class Footprint:
     """The largest sum of activations in a training step."""
     sampling: int
     """The largest sum of activations while latents are drawn."""
+    flops: int
+    """Floating-point operations of a training step, counting a multiplication and an addition as two."""
 
     @property
     def training(self) -> int:
@@ -90,7 +109,7 @@ def footprint(denoiser: Denoiser, config: EraseConfig) -> Footprint:
         count = sum(parameter.numel() for parameter in trained)
         lean = contextlib.nullcontext() if config.compile else keeping_less(denoiser.module)
         with lean, _checkpointed(denoiser.module, config.gradient_checkpointing):
-            step = _step(denoiser, trainable, config)
+            step, flops = _step(denoiser, trainable, config)
         sampling = _sampling(denoiser, config)
         trainable.remove()
     # Gradients and parameters in float32, and the optimizer's state.
@@ -104,18 +123,20 @@ def footprint(denoiser: Denoiser, config: EraseConfig) -> Footprint:
         states,
         step,
         sampling,
+        flops,
     )
 
 
-def _step(denoiser: Denoiser, trainable: Any, config: EraseConfig) -> int:
-    """The peak of the activations of a training step: of the frozen pass, and of the trained one and its gradients."""
+def _step(denoiser: Denoiser, trainable: Any, config: EraseConfig) -> tuple[int, int]:
+    """Of a training step, which is a frozen pass, a trained one and its gradients: the peak of the activations, and the
+    operations."""
     kinds = 2 if config.preservation_weight and not config.gradient_surgery else 1
     count = kinds * config.train_batch_size
     texts = ["a"] * count
     chosen = torch.zeros(count, dtype=torch.long)
     conditioning = denoiser.encode(["a"])[chosen]
     noisy, indices = torch.randn(count, *denoiser.latent_shape), torch.zeros(count, dtype=torch.long)
-    with _Memory(denoiser) as memory:
+    with FlopCounterMode(display=False, custom_mapping=ATTENTION_FLOPS) as counter, _Memory(denoiser) as memory:
         with torch.no_grad(), trainable.frozen():
             wanted = denoiser.predict(noisy, indices, conditioning)
         read = denoiser.encode_batch(texts) if trainable.trains_text else conditioning
@@ -124,7 +145,8 @@ def _step(denoiser: Denoiser, trainable: Any, config: EraseConfig) -> int:
         memory.ignored = {_storage(parameter) for parameter in trainable.named_parameters().values()}
         gradients = torch.autograd.grad(loss, list(trainable.named_parameters().values()), allow_unused=True)
         memory.now -= sum(_bytes(gradient) for gradient in gradients if gradient is not None)
-    return memory.peak - sum(_bytes(gradient) for gradient in gradients if gradient is not None)
+    peak = memory.peak - sum(_bytes(gradient) for gradient in gradients if gradient is not None)
+    return peak, counter.get_total_flops() * config.gradient_accumulation_steps
 
 
 def _sampling(denoiser: Denoiser, config: EraseConfig) -> int:
@@ -177,13 +199,12 @@ def _as_on_a_device(half: torch.dtype | None) -> Iterator[None]:
 
     They are exchanged, not watched: checkpointed layers are computed again in a thread of autograd's own.
     """
-    flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
     def attend(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **options: Any) -> Tensor:
         if half is not None:
             query, key, value, attn_mask = (_cast(one, half) for one in (query, key, value, attn_mask))
         causal, scale = bool(options.get("is_causal", False)), options.get("scale")
-        attended: Tensor = flash(query, key, value, 0.0, causal, attn_mask=attn_mask, scale=scale)[0]
+        attended: Tensor = _FLASH(query, key, value, 0.0, causal, attn_mask=attn_mask, scale=scale)[0]
         return attended
 
     def computed_in(dtype: torch.dtype, function: Any) -> Any:
