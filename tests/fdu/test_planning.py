@@ -146,6 +146,6 @@ def test_stable_diffusion_at_its_true_size(tmp_path: Path) -> None:
     assert found.parameters["unet"] == 859_520_964
     assert found.trained == 792_576 and 3.1 < found.denoiser / (1 << 30) < 3.3
     # Per image 0.34 x 10^12 multiplications and additions by the layers (Kim et al. 2023, arXiv 2305.15798) and 0.06 by
-    # the attention between pixels. A step has a frozen pass, a trained one and a backward pass that costs about as much,
-    # each of 16 erasing and 16 preserving samples.
+    # the attention between pixels. A step has a frozen pass, a trained one and a backward pass that costs about as
+    # much, each of 16 erasing and 16 preserving samples.
     assert found.flops == pytest.approx(3 * 32 * 2 * 0.40e12, rel=0.1)
