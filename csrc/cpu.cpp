@@ -146,11 +146,13 @@ void gaussian(const Gaussian& task) {
         double divisor = count ? (sums.mask == 0 ? 1.0 : sums.mask) : plain_divisor;
         const double sigma_of = number_at(sigma, sample);
         divisor *= sigma_of * sigma_of;
-        const Profile::Value h = task.profile(sums.square / divisor);
+        const double s = sums.square / divisor;
+        const Profile::Value h = task.profile(s);
         const double omega = number_at(weight, sample), loss = omega * h.value;
         factor = omega * 2 * h.slope / divisor;
         if (!reduces) write(*task.value, sample, loss);
         if (task.coefficient) write(*task.coefficient, sample, factor);
+        if (task.distance) write(*task.distance, sample, s);
         factor *= scale;
         return loss;
     };

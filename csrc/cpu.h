@@ -26,6 +26,7 @@ struct Gaussian {
     const DLTensor* value;        // acc [B] for Reduction::none, else []
     const DLTensor* coefficient;  // acc [B], written; without grad_scale
     const DLTensor* grad;         // like pred
+    const DLTensor* distance;     // float64 [B], written
 };
 
 // pred and target may have two dtypes; "acc" is that of the wider.

@@ -101,6 +101,7 @@ bool gaussian(const GaussianCall& call, const Context& context) {
     task.scale = of.grad_scale / (of.reduction == Reduction::mean ? double(task.batch) : 1.0);
     task.reduction = of.reduction;
     task.value = reinterpret_cast<float*>(data_of(*of.value));
+    task.distance = of.distance ? reinterpret_cast<double*>(data_of(*of.distance)) : nullptr;
     task.coefficient = of.coefficient ? reinterpret_cast<float*>(data_of(*of.coefficient)) : nullptr;
     task.partials = workspace.partials;
     task.losses = workspace.losses;

@@ -134,6 +134,7 @@ FDU_DEVICE float finish_sample(const GaussianTask& task, int64_t sample, Sums su
         } else {
             task.value[sample] = float(loss);
         }
+        if (task.distance) task.distance[sample] = s;
         if (task.coefficient) task.coefficient[sample] = float(coefficient);
         if (task.scaled_coefficient) task.scaled_coefficient[sample] = scaled;
     }

@@ -27,9 +27,9 @@ struct Surroundings {
 bool bind_gaussian(
     py::handle pred, py::handle target, double c, double k, double linear_beyond, py::handle table, py::handle sigma,
     py::handle weight, py::handle mask, bool mean_distance, int reduction, py::handle grad_scale, py::handle value,
-    py::handle coefficient, py::handle grad, py::handle workspace) {
+    py::handle coefficient, py::handle grad, py::handle distance, py::handle workspace) {
     const Borrowed pred_(pred), target_(target), table_(table), weight_(weight), mask_(mask), value_(value);
-    const Borrowed coefficient_(coefficient), grad_(grad);
+    const Borrowed coefficient_(coefficient), grad_(grad), distance_(distance);
     const NumberOrTensor sigma_(sigma), scale_(grad_scale);
     const Surroundings around(*pred_, workspace);
     GaussianCall call{{}, scale_.tensor()};
@@ -47,6 +47,7 @@ bool bind_gaussian(
     of.value = value_.get();
     of.coefficient = coefficient_.get();
     of.grad = grad_.get();
+    of.distance = distance_.get();
     return gaussian(call, around.context);
 }
 

@@ -127,6 +127,7 @@ struct GaussianTask {
 
     Reduction reduction;
     float* value;
+    double* distance;           // [B], s, or null
     float* coefficient;         // [B], without the scale, or null
     float* scaled_coefficient;  // [B], with it, or null
     const float* coefficient_in;

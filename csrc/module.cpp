@@ -41,14 +41,14 @@ void run(const DLTensor& tensor, const F& body) {
 void gaussian(
     py::handle pred, py::handle target, double c, double k, double linear_beyond, py::handle table, py::handle sigma,
     py::handle weight, py::handle mask, bool mean_distance, int reduction, double grad_scale, py::handle value,
-    py::handle coefficient, py::handle grad) {
+    py::handle coefficient, py::handle grad, py::handle distance) {
     const Borrowed pred_(pred), target_(target), table_(table), weight_(weight), mask_(mask), value_(value);
-    const Borrowed coefficient_(coefficient), grad_(grad);
+    const Borrowed coefficient_(coefficient), grad_(grad), distance_(distance);
     const fdu::NumberOrTensor sigma_(sigma);
     const fdu::Gaussian task{
         pred_.get(), target_.get(), mask_.get(), fdu::profile_of(c, k, linear_beyond, table_), sigma_.tensor(),
         sigma_.number(), weight_.get(), mean_distance, reduction_of(reduction),
-        grad_scale, value_.get(), coefficient_.get(), grad_.get(),
+        grad_scale, value_.get(), coefficient_.get(), grad_.get(), distance_.get(),
     };
     run(*pred_, [&] { fdu::gaussian(task); });
 }

@@ -12,7 +12,7 @@ from fdu_kernels import checks
 from fdu_kernels.critic import ElementFunction
 from fdu_kernels.divergence import Function
 from fdu_kernels.internals import are_constants, is_plain
-from fdu_kernels.profiles import GaussianProfile
+from fdu_kernels.profiles import GaussianProfile, widest_dtype
 
 REDUCTIONS = ("none", "mean", "sum")
 DISTANCES = ("mean", "sum")
@@ -42,30 +42,38 @@ class GaussianCall:
 
     SCHEMA = (
         "Tensor pred, Tensor target, float[] numbers, Tensor? symbolic, Tensor? table, Tensor? sigma, Tensor? weight, "
-        "Tensor? mask, str distance, str reduction, Tensor? grad_scale"
+        "Tensor? mask, bool return_distance, str distance, str reduction, Tensor? grad_scale"
     )
     """The arguments that ``flat`` returns and ``of`` takes. numbers: c, k, linear_beyond, sigma, grad_scale, where
     they are numbers. symbolic: the same as a tensor on the CPU, where compiled code has no constants for them."""
-    __slots__ = ("distance", "grad_scale", "mask", "plain", "pred", "profile", "reduction", "sigma", "target", "weight")
+    __slots__ = (
+        "distance", "grad_scale", "mask", "plain", "pred", "profile", "reduction", "return_distance", "s", "sigma",
+        "target", "weight",
+    )  # fmt: skip
+    s: Tensor | None
+    """Where the kernels write s [B], a constant, if ``return_distance`` asks for it: float64, or as devices have it."""
 
     def __init__(
         self, pred: Tensor, target: Tensor, profile: GaussianProfile, sigma: float | Tensor = 1.0,
         weight: Tensor | None = None, mask: Tensor | None = None, distance: str = "mean", reduction: str = "mean",
-        grad_scale: float | Tensor = 1.0,
+        grad_scale: float | Tensor = 1.0, return_distance: bool = False,
     ) -> None:  # fmt: skip
         self.pred, self.target, self.profile = pred, target, profile
         self.sigma, self.weight, self.mask = sigma, weight, mask
         self.distance, self.reduction, self.grad_scale = distance, reduction, grad_scale
+        self.return_distance, self.s = return_distance, None
         self.plain = False
 
     @staticmethod
     def of(*flat: Any) -> GaussianCall:
-        """The call whose ``flat`` form this is."""
-        pred, target, numbers, symbolic, table, sigma, weight, mask, distance, reduction, grad_scale = flat
+        """The call whose ``flat`` form this is, with room for s."""
+        pred, target, numbers, symbolic, table, sigma, weight, mask, wants_s, distance, reduction, grad_scale = flat
         c, k, linear_beyond, number, scale = numbers if symbolic is None else symbolic.tolist()
         profile = GaussianProfile(c, k, linear_beyond or math.inf, table)
         deviation, scale = number if sigma is None else sigma, scale if grad_scale is None else grad_scale
-        return GaussianCall(pred, target, profile, deviation, weight, mask, distance, reduction, scale)
+        call = GaussianCall(pred, target, profile, deviation, weight, mask, distance, reduction, scale, wants_s)
+        call.s = call.room() if wants_s else None
+        return call
 
     def flat(self) -> tuple[Any, ...]:
         """The arguments of an op."""
@@ -73,8 +81,17 @@ class GaussianCall:
         numbers = [h.c, h.k, _finite(h.linear_beyond), number, scale]
         return (
             self.pred, self.target, *_constant_or_not(numbers), h.table, sigma, self.weight, self.mask,
-            self.distance, self.reduction, grad_scale,
+            self.return_distance, self.distance, self.reduction, grad_scale,
         )  # fmt: skip
+
+    def room(self) -> Tensor:
+        """Memory for s."""
+        return self.pred.new_empty(self.pred.shape[:1], dtype=widest_dtype(self.pred.device))
+
+    def note(self, s: Tensor) -> None:
+        """Keep s, where it is asked for and no kernel writes it."""
+        if self.return_distance:
+            self.s = s.detach().to(widest_dtype(s.device))
 
     def checked(self, grad_out: Tensor | None = None) -> GaussianCall:
         """Raise for what no backend may get; itself, with its constants outside autograd and in real memory."""
@@ -99,6 +116,8 @@ class GaussianCall:
         fixed = in_memory if self.plain else _outside_autograd
         self.target, self.weight, self.mask = fixed(self.target), fixed(self.weight), fixed(self.mask)
         self.pred = in_memory(pred) if self.plain else pred
+        if self.return_distance and self.plain:
+            self.s = self.room()
         return self
 
     def kind(self) -> tuple[torch.device, torch.dtype, torch.dtype, str]:

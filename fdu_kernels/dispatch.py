@@ -17,7 +17,7 @@ from fdu_kernels.registry import backend_named, choose_backend
 
 
 def gaussian(call: GaussianCall, backend: str | None) -> Tensor:
-    """The loss, differentiable in pred."""
+    """The loss, differentiable in pred. If asked for, s is in the call afterwards."""
     name = choose_backend(backend, call)
     if call.plain:
         return autograd.gaussian(call, backend_named(name))
@@ -28,11 +28,12 @@ def gaussian(call: GaussianCall, backend: str | None) -> Tensor:
         return formulas.gaussian(call)
     if way is transforms:
         return transforms.gaussian(call, backend_named(name))
-    return formulas.reduce(torch_ops.gaussian_forward(*call.flat(), name)[0], call.reduction)
+    losses, _, call.s = torch_ops.gaussian_forward(*call.flat(), name)
+    return formulas.reduce(losses, call.reduction)
 
 
 def gaussian_value_and_grad(call: GaussianCall, grad_out: Tensor | None, backend: str | None) -> tuple[Tensor, Tensor]:
-    """The reduced loss, and the gradient of its sum times grad_scale."""
+    """The reduced loss, and the gradient of its sum times grad_scale. If asked for, s is in the call afterwards."""
     name = choose_backend(backend, call)
     if call.plain:
         if grad_out is not None:
@@ -51,7 +52,7 @@ def gaussian_value_and_grad(call: GaussianCall, grad_out: Tensor | None, backend
         if way is formulas:
             value, grad = formulas.gaussian_value_and_grad(call)
         else:
-            value, grad = torch_ops.gaussian_value_and_grad(*call.flat(), name)
+            value, grad, call.s = torch_ops.gaussian_value_and_grad(*call.flat(), name)
     return value, grad if grad_out is None else grad_out.copy_(grad.detach())
 
 

@@ -16,7 +16,9 @@ from fdu_kernels.calls import ExpectationCall, GaussianCall
 
 def gaussian(call: GaussianCall) -> Tensor:
     """weight h(s), reduced; differentiable in pred."""
-    return reduce(_weighted(call, call.profile.scalar()(distance_terms(call)[0])), call.reduction)
+    s = distance_terms(call)[0]
+    call.note(s)
+    return reduce(_weighted(call, call.profile.scalar()(s)), call.reduction)
 
 
 def gaussian_value_and_grad(call: GaussianCall) -> tuple[Tensor, Tensor]:
@@ -32,6 +34,7 @@ def gaussian_terms(call: GaussianCall) -> tuple[Tensor, Tensor, Tensor]:
     The product of the last two is the gradient of the sum of the first.
     """
     s, masked, divisor = distance_terms(call)
+    call.note(s)
     h = call.profile.scalar()
     return _weighted(call, h(s)), _weighted(call, 2 * h.slope_at(s) / divisor), masked
 

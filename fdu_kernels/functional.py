@@ -8,7 +8,7 @@ function takes ``divergence`` (a name such as "alpha:0.3", or a Divergence), ``r
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -34,11 +34,27 @@ def squared_distance(
     return formulas.distance_terms(call)[0]
 
 
+@overload
 def gaussian_divergence(
     pred: Tensor, target: Tensor, divergence: str | Divergence = "squared_hellinger", sigma: float | Tensor = 1.0,
     weight: Tensor | None = None, mask: Tensor | None = None, distance: str = "mean", reduction: str = "mean",
-    backend: str | None = None,
-) -> Tensor:  # fmt: skip
+    backend: str | None = None, *, return_distance: Literal[True],
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+
+
+@overload
+def gaussian_divergence(
+    pred: Tensor, target: Tensor, divergence: str | Divergence = "squared_hellinger", sigma: float | Tensor = 1.0,
+    weight: Tensor | None = None, mask: Tensor | None = None, distance: str = "mean", reduction: str = "mean",
+    backend: str | None = None, return_distance: Literal[False] = False,
+) -> Tensor: ...  # fmt: skip
+
+
+def gaussian_divergence(
+    pred: Tensor, target: Tensor, divergence: str | Divergence = "squared_hellinger", sigma: float | Tensor = 1.0,
+    weight: Tensor | None = None, mask: Tensor | None = None, distance: str = "mean", reduction: str = "mean",
+    backend: str | None = None, return_distance: bool = False,
+) -> Any:  # fmt: skip
     """The f-divergence of N(target, sigma^2) from N(pred, sigma^2): weight_b h_f(s_b). Used like F.mse_loss.
 
     Args:
@@ -50,6 +66,8 @@ def gaussian_divergence(
         mask: bool or floating, >= 0, broadcastable to pred: [B, 1, H, W], [H, W], ... An empty row gives 0.
         distance: "mean" divides s by the mask's sum (the paper's code), "sum" does not (the true divergence).
         reduction: over the batch; "none" returns [B].
+        return_distance: return s [B] behind the loss, which the kernels have anyway: a constant, in float64 so that
+            h(s) and other functions of it are as exact as the loss; float32 on devices without float64.
 
     Returns:
         The loss in [0, weight * divergence.upper]. If h grows like exp(k s), it is linear beyond k s = 64.
@@ -57,15 +75,35 @@ def gaussian_divergence(
 
     Source: Novello et al. 2026 (arXiv 2509.21167), for every f: h_f(s) = E[f(exp(sqrt(s) z - s/2))], z ~ N(0, 1).
     """
-    call = _gaussian(divergence, GaussianCall(pred, target, _SQUARE, sigma, weight, mask, distance, reduction))
-    return dispatch.gaussian(call, backend)
+    call = GaussianCall(pred, target, _SQUARE, sigma, weight, mask, distance, reduction, 1.0, return_distance)
+    loss = dispatch.gaussian(_gaussian(divergence, call), backend)
+    return (loss, call.s) if return_distance else loss
+
+
+@overload
+def gaussian_divergence_value_and_grad(
+    pred: Tensor, target: Tensor, divergence: str | Divergence = "squared_hellinger", sigma: float | Tensor = 1.0,
+    weight: Tensor | None = None, mask: Tensor | None = None, distance: str = "mean", reduction: str = "mean",
+    backend: str | None = None, grad_scale: float | Tensor = 1.0, grad_out: Tensor | None = None, *,
+    return_distance: Literal[True],
+) -> tuple[Tensor, Tensor, Tensor]: ...  # fmt: skip
+
+
+@overload
+def gaussian_divergence_value_and_grad(
+    pred: Tensor, target: Tensor, divergence: str | Divergence = "squared_hellinger", sigma: float | Tensor = 1.0,
+    weight: Tensor | None = None, mask: Tensor | None = None, distance: str = "mean", reduction: str = "mean",
+    backend: str | None = None, grad_scale: float | Tensor = 1.0, grad_out: Tensor | None = None,
+    return_distance: Literal[False] = False,
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 
 
 def gaussian_divergence_value_and_grad(
     pred: Tensor, target: Tensor, divergence: str | Divergence = "squared_hellinger", sigma: float | Tensor = 1.0,
     weight: Tensor | None = None, mask: Tensor | None = None, distance: str = "mean", reduction: str = "mean",
     backend: str | None = None, grad_scale: float | Tensor = 1.0, grad_out: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    return_distance: bool = False,
+) -> Any:  # fmt: skip
     """:func:`gaussian_divergence` and its gradient in pred in one pass, without an autograd graph. Under
     torch.func and forward-mode differentiation, both are differentiable.
 
@@ -75,10 +113,11 @@ def gaussian_divergence_value_and_grad(
             with pred or target.
 
     Returns:
-        The value, and the gradient of its sum with the shape, dtype and device of pred.
+        The value, and the gradient of its sum with the shape, dtype and device of pred; then s, if asked for.
     """
-    call = GaussianCall(pred, target, _SQUARE, sigma, weight, mask, distance, reduction, grad_scale)
-    return dispatch.gaussian_value_and_grad(_gaussian(divergence, call, grad_out), grad_out, backend)
+    call = GaussianCall(pred, target, _SQUARE, sigma, weight, mask, distance, reduction, grad_scale, return_distance)
+    both = dispatch.gaussian_value_and_grad(_gaussian(divergence, call, grad_out), grad_out, backend)
+    return (*both, call.s) if return_distance else both
 
 
 def warm_up(pred: Tensor, target: Tensor, divergence: str | Divergence = "squared_hellinger", **options: Any) -> None:

@@ -93,9 +93,9 @@ class GaussianDivergenceLoss(nn.Module):
 
     def forward(
         self, pred: Tensor, target: Tensor, weight: Tensor | None = None, mask: Tensor | None = None,
-        sigma_scale: Tensor | None = None,
-    ) -> Tensor:  # fmt: skip
-        """The loss of [B, ...] denoiser outputs; ``target`` is a constant.
+        sigma_scale: Tensor | None = None, return_distance: bool = False,
+    ) -> Any:  # fmt: skip
+        """The loss of [B, ...] denoiser outputs; ``target`` is a constant. With ``return_distance``, s [B] behind it.
 
         Args:
             pred, target, weight, mask: as in the function.
@@ -112,8 +112,9 @@ class GaussianDivergenceLoss(nn.Module):
             # In half precision the product could vanish.
             sigma = sigma * sigma_scale.to(checks.accumulation_dtype(sigma_scale.dtype))
         return functional.gaussian_divergence(
-            pred, target, self.divergence, sigma, weight, mask, self.distance, self.reduction, self.backend
-        )
+            pred, target, self.divergence, sigma, weight, mask, self.distance, self.reduction, self.backend,
+            return_distance=return_distance,  # type: ignore[call-overload]
+        )  # fmt: skip
 
     def _calibrate(self, pred: Tensor, target: Tensor, mask: Tensor | None, sigma_scale: Tensor | None) -> Any:
         compiled = torch.compiler.is_compiling()

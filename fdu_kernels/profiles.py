@@ -81,7 +81,7 @@ class GaussianProfile:
             _CAPTURED.add(self)
         if device not in moved:
             with on_the_cpu():  # the dtype first: the device may not have that of the table
-                moved[device] = self.table.to(_reading_dtype(device)).to(device)
+                moved[device] = self.table.to(widest_dtype(device)).to(device)
         return moved[device]
 
     def scalar(self) -> Scalar:
@@ -136,7 +136,7 @@ _CAPTURED: set[GaussianProfile] = set()
 """Profiles that captured graphs read. They are kept: a graph may be replayed when nothing else knows the divergence."""
 
 
-def _reading_dtype(device: torch.device) -> torch.dtype:
+def widest_dtype(device: torch.device) -> torch.dtype:
     """float64, or float32 on devices without it: to a relative error of about 1e-5."""
     if device.type == "mps" or (device.type == "xpu" and not torch.xpu.get_device_properties(device).has_fp64):
         return torch.float32

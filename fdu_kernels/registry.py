@@ -41,6 +41,8 @@ class Backend(Protocol):
 
     FUSES_FORWARD: whether the forward of autograd should compute the gradient as well. It pays where reading the
         upstream gradient costs nothing (the CPU): the usual 1.0 then needs no second pass.
+    Where call.s is not None, forward and value and gradient of a Gaussian loss write s [B] there; it is contiguous.
+
     why_unavailable: why it cannot run on this machine, or None. Cheap: the answer is asked for at every call.
     why_unsuitable: why it cannot take calls of this kind, or None.
     gaussian_forward: weight h(s) [B] and 2 weight h'(s) / (sigma^2 Z) [B], both acc. Reads pred and target once.

@@ -29,6 +29,7 @@ def gaussian(call: GaussianCall, compute: Compute) -> Tensor:
     parts = _Parts(call.pred, (0,))
     local = _local_gaussian(call, parts)
     value = compute(local) if len(local.pred) else formulas.gaussian(local)
+    _note(call, local, parts)
     return parts.value(value, call.reduction, call.pred.shape[:1], call.divisor)
 
 
@@ -39,6 +40,7 @@ def gaussian_value_and_grad(call: GaussianCall, compute: Compute) -> tuple[Tenso
     local.grad_scale = parts.of(call.grad_scale, ()) / call.divisor
     value, grad = compute(local) if len(local.pred) else (formulas.gaussian(local), torch.empty_like(local.pred))
     grad = parts.joined(grad, parts.placements, call.pred.shape)
+    _note(call, local, parts)
     return parts.value(value, call.reduction, call.pred.shape[:1], call.divisor), grad
 
 
@@ -58,11 +60,19 @@ def expectation_value_and_grad(call: ExpectationCall, compute: Compute) -> tuple
     return parts.value(value, call.reduction, call.v.shape, divisor), parts.joined(grad, parts.placements, call.v.shape)
 
 
+def _note(call: GaussianCall, local: GaussianCall, parts: _Parts) -> None:
+    if local.s is not None:
+        call.s = parts.joined(local.s, parts.placements, call.pred.shape[:1])
+
+
 def _local_gaussian(call: GaussianCall, parts: _Parts) -> GaussianCall:
     target, sigma = parts.of(call.target, call.pred.shape), parts.of(call.sigma, call.pred.shape[:1])
     weight, mask = parts.of(call.weight, call.pred.shape[:1]), parts.of(call.mask, call.pred.shape)
     reduction = "none" if call.reduction == "none" else "sum"
-    return GaussianCall(parts.local, target, call.profile, sigma, weight, mask, call.distance, reduction)
+    wants_s = call.return_distance
+    return GaussianCall(
+        parts.local, target, call.profile, sigma, weight, mask, call.distance, reduction, return_distance=wants_s
+    )
 
 
 def _local_expectation(call: ExpectationCall, parts: _Parts) -> tuple[ExpectationCall, float | Tensor]:

@@ -22,11 +22,13 @@ from fdu_kernels.scalar import Scalar, derivative
 
 def gaussian(call: GaussianCall, backend: Backend) -> Tensor:
     """The loss, differentiable in pred."""
+    _note(call)
     return formulas.reduce(_Losses.apply(*_Settings.of(call, backend, 1.0)), call.reduction)
 
 
 def gaussian_value_and_grad(call: GaussianCall, backend: Backend) -> tuple[Tensor, Tensor]:
     """The loss and the gradient of its sum times grad_scale, both differentiable in pred."""
+    _note(call)
     if not isinstance(call.grad_scale, Tensor):
         losses, grad = _LossesAndGrad.apply(*_Settings.of(call, backend, call.grad_scale / call.divisor))
         return formulas.reduce(losses, call.reduction), grad
@@ -34,6 +36,11 @@ def gaussian_value_and_grad(call: GaussianCall, backend: Backend) -> tuple[Tenso
     value, one = gaussian(call, backend), call.pred.new_ones(len(call.pred), dtype=call.accumulation)
     call.weight = call.grad_scale * (one if call.weight is None else one * call.weight)
     return value, _LossesAndGrad.apply(*_Settings.of(call, backend, 1.0 / call.divisor))[1]
+
+
+def _note(call: GaussianCall) -> None:
+    if call.return_distance:
+        call.note(formulas.distance_terms(call)[0])
 
 
 class _Settings(NamedTuple):

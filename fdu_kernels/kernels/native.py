@@ -98,7 +98,7 @@ class CpuBackend:
         h = call.profile
         self._compiled.gaussian(
             call.pred, call.target, h.c, h.k, h.linear_beyond, h.table, call.sigma, call.weight, call.mask,
-            call.distance == "mean", _REDUCTIONS[reduction], scale, value, *outputs,
+            call.distance == "mean", _REDUCTIONS[reduction], scale, value, *outputs, call.s,
         )  # fmt: skip
 
     def _expectation(self, call: ExpectationCall, scale: Number, upstream: Tensor | None, *outputs: Output) -> None:
@@ -162,7 +162,7 @@ class CudaBackend(CpuBackend):
             return self._call(
                 "cuda_gaussian", device, pred, target, h.c, h.k, h.linear_beyond, h.table_on(device), call.sigma,
                 call.weight, mask, call.distance == "mean", _REDUCTIONS[reduction], scale, value, coefficient, grad,
-                self._workspace(pred, len(pred)),
+                call.s, self._workspace(pred, len(pred)),
             )  # fmt: skip
 
         _run(launch, (call.pred, call.target, call.mask), (grad,))

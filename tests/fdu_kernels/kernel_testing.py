@@ -92,13 +92,15 @@ def check_gaussian(
     )
     accumulation = torch.float64 if torch.float64 in (pred.dtype, target.dtype) else torch.float32
     distance = {key: value for key, value in wide.items() if key in ("sigma", "mask", "distance")}
-    condition_of_s = condition(divergence, fk.squared_distance(*pair, **distance))
+    true_s = fk.squared_distance(*pair, **distance)
+    condition_of_s = condition(divergence, true_s)
     # Squares below the smallest number are lost, those above the largest infinite.
     limits = torch.finfo(accumulation)
     sums = fk.squared_distance(*pair, mask=options.get("mask"), distance="sum")
     elements = max(pred[0].numel(), 1)
     lost = 2 * elements * limits.smallest_normal * limits.eps / sums
-    relative = condition_of_s * (unit(accumulation) + lost)
+    of_s = unit(accumulation) + lost
+    relative = condition_of_s * of_s
     overflows = (fk.squared_distance(*pair, distance="sum") > limits.max / 4) & sums.isfinite()
     flushed = limits.smallest_normal
 
@@ -113,6 +115,7 @@ def check_gaussian(
             min=narrow.smallest_normal * narrow.eps * ROUNDING
         )
     excuses: tuple[Tensor | None, Tensor | None] = None, None
+    excuse_of_s: Tensor | None = None
     if bool(overflows.any()):
         eager = fk.gaussian_divergence_value_and_grad(
             pred.detach(), target.detach(), divergence, **options, reduction=reduction, grad_scale=grad_scale,
@@ -120,25 +123,32 @@ def check_gaussian(
         )  # fmt: skip
         excuses = eager[0], eager[1].where(overflows.reshape(-1, *[1] * (pred.ndim - 1)), truth[1].to(pred.dtype))
 
-    def check(value: Tensor, grad: Tensor | None) -> None:
+        eager_s = fk.squared_distance(pred.detach(), target.detach(), **{name: options[name] for name in distance})
+        excuse_of_s = eager_s.double().where(overflows, true_s)
+
+    def check(value: Tensor, grad: Tensor | None, s: Tensor | None = None) -> None:
         assert value.dtype == accumulation
+        if s is not None:
+            assert s.dtype == torch.float64 and s.is_contiguous() and not s.requires_grad
+            assert_within(s, true_s, true_s * of_s + flushed, excuse_of_s)
         assert_within(value, truth[0], bounds[reduction], excuses[0])
         if grad is not None:
             assert grad.dtype == pred.dtype
             assert_within(grad, truth[1], grad_bound, excuses[1])
 
     arguments = {**options, "reduction": reduction, "backend": backend}
-    found = fk.gaussian_divergence_value_and_grad(
-        pred, target, divergence, **arguments, grad_scale=grad_scale, grad_out=grad_out
+    *found, s = fk.gaussian_divergence_value_and_grad(
+        pred, target, divergence, **arguments, grad_scale=grad_scale, grad_out=grad_out, return_distance=True
     )
-    check(*found)
+    check(*found, s)
     assert grad_out is None or found[1] is grad_out
-    check(fk.gaussian_divergence(pred.detach(), target, divergence, **arguments), None)
+    alone, s = fk.gaussian_divergence(pred.detach(), target, divergence, **arguments, return_distance=True)
+    check(alone, None, s)
     leaf = pred.detach().requires_grad_()
     value = fk.gaussian_divergence(leaf, target, divergence, **arguments)
     (grad,) = torch.autograd.grad(value, leaf, torch.full_like(value, float(grad_scale)))
     check(value.detach(), grad)
-    return found
+    return found[0], found[1]
 
 
 def size_of_terms(row: CriticRow, v: Tensor, tilt: float, slope: bool) -> Tensor:

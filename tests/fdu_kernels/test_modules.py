@@ -33,6 +33,9 @@ def test_modules_equal_the_functions() -> None:
         pred, target, "alpha:0.3", sigma=2.0, weight=weight, mask=mask, distance="sum", reduction="none"
     )
     torch.testing.assert_close(module(pred, target, weight, mask), expected, rtol=0, atol=0)
+    found, s = module(pred, target, weight, mask, return_distance=True)
+    assert torch.equal(found, expected)
+    torch.testing.assert_close(s.float(), fk.squared_distance(pred, target, 2.0, mask, "sum"))
     variational = fk.VariationalDivergenceLoss("kl", parametrization="fgan")
     torch.testing.assert_close(
         variational(pred, target), -fk.variational_divergence(pred, target, "kl", parametrization="fgan")

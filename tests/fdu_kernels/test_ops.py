@@ -193,9 +193,11 @@ def test_the_ops_keep_the_rules_of_torch_library(backend: str) -> None:
         profile = fk.get_divergence(name).gaussian_profile
         for values in (pred, pred.detach()):
             call = GaussianCall(values, target.bfloat16(), profile, sigma, weight, mask, "mean", reduction)
+            call.return_distance = values is pred
             opcheck(torch_ops.gaussian_forward, (*call.flat(), backend))
         call.grad_scale = one
-        opcheck(torch_ops.gaussian_value_and_grad, (*call.flat(), backend))
+        for call.return_distance in (False, True):
+            opcheck(torch_ops.gaussian_value_and_grad, (*call.flat(), backend))
         opcheck(torch_ops.gaussian_backward, (*call.flat(), backend, torch.ones(3, device=pred.device)))
     function = fk.get_divergence("kl").ratio_function("q")
     opcheck(torch_ops.expectation_forward, (*ExpectationCall(pred, function, weight).flat(), backend))
@@ -208,6 +210,60 @@ def test_the_ops_keep_the_rules_of_torch_library(backend: str) -> None:
     numbers = torch.tensor([0.5, -0.1, 0.0, 0.7, 2.0], dtype=torch.float64)
     flat = GaussianCall(pred.detach(), target, fk.get_divergence("kl").gaussian_profile).flat()
     opcheck(torch_ops.gaussian_value_and_grad, (*flat[:2], [], numbers, *flat[4:], backend))
+
+
+@pytest.mark.parametrize("name, reduction", [("alpha:0.3", "mean"), ("jensen_shannon", "none"), ("kl", "sum")])
+def test_the_distance_comes_with_the_loss(backend: str, name: str, reduction: str) -> None:
+    """The same bits as without it, by every way; s is a constant."""
+    pred, target = pair(backend, 4, 3, 5)
+    mask, sigma = target > 0, torch.tensor([0.5, 1.0, 2.0, 3.0], device=pred.device)
+    mask[1] = False
+    options = {"sigma": sigma, "weight": sigma, "mask": mask, "reduction": reduction, "backend": backend}
+    leaf = pred.requires_grad_()
+
+    def ways(pred: Tensor, target: Tensor, **asked: bool) -> list[tuple[Tensor, ...]]:
+        loss = fk.gaussian_divergence(pred * 2, target, name, **options, **asked)
+        # AOTAutograd would take a loss without a graph for the same as the one with it.
+        alone = fk.gaussian_divergence(pred.detach() * 3, target, name, **options, **asked)
+        both = fk.gaussian_divergence_value_and_grad(pred * 2, target, name, **options, **asked)
+        return [found if isinstance(found, tuple) else (found,) for found in (loss, alone, both)]
+
+    truths = [
+        fk.squared_distance(factor * pred.detach().double(), target.double(), sigma.double(), mask)
+        for factor in (2, 3, 2)
+    ]
+    plain = ways(pred, target)
+    (wanted,) = torch.autograd.grad(plain[0][0].sum(), leaf)
+    compiled = torch.compile(ways, fullgraph=True, dynamic=True, backend="aot_eager")
+    torch._dynamo.reset()
+    for way in (ways, compiled):
+        found = way(pred, target, return_distance=True)
+        for (*before, s), expected, truth in zip(found, plain, truths, strict=True):
+            assert s.dtype == torch.float64 and not s.requires_grad and s[1] == 0
+            torch.testing.assert_close(s, truth, rtol=2e-6, atol=0)
+            for one, other in zip(before, expected, strict=True):
+                assert torch.equal(one, other) if way is ways else torch.allclose(one, other)
+        (grad,) = torch.autograd.grad(found[0][0].sum(), leaf)
+        torch.testing.assert_close(grad, wanted, rtol=0 if way is ways else 1e-6, atol=0)
+
+
+def test_the_distance_under_transforms(backend: str) -> None:
+    pred, target = pair(backend, 2, 4, 5)
+
+    def loss(pred: Tensor) -> tuple[Tensor, Tensor]:
+        return fk.gaussian_divergence(pred[None], target[:1], sigma=0.5, backend=backend, return_distance=True)
+
+    def both(pred: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        call = fk.gaussian_divergence_value_and_grad
+        return call(pred[None], target[:1], sigma=0.5, backend=backend, return_distance=True)
+
+    truth = fk.squared_distance(pred, target[:1].expand_as(pred), 0.5)
+    grads, s = torch.func.vmap(torch.func.grad(loss, has_aux=True))(pred)
+    torch.testing.assert_close(s[:, 0].float(), truth)
+    *_, s = torch.func.vmap(both)(pred)
+    torch.testing.assert_close(s[:, 0].float(), truth)
+    # A constant: nothing flows through it.
+    assert not bool(torch.func.grad(lambda pred: loss(pred)[1].sum())(pred[0]).any()) and bool(grads.any())
 
 
 def test_autocast_leaves_the_losses_alone(backend: str) -> None:

@@ -55,15 +55,20 @@ for place, name, reduction, constants in json.loads(sys.argv[4]):
     expected = fk.gaussian_divergence(leaf, target, **given, **options)
     expected_grad = torch.autograd.grad(expected.sum(), leaf)[0]
     there = spread(pred, placement).requires_grad_()
-    value = fk.gaussian_divergence(there, spread(target, placement), **spread_given, **options)
+    value, s = fk.gaussian_divergence(
+        there, spread(target, placement), **spread_given, **options, return_distance=True
+    )
+    expected_s = fk.squared_distance(pred, target, sigma, mask).double()
+    same(s, expected_s)
     assert isinstance(value, DTensor)
     same(value, expected)
     (grad,) = torch.autograd.grad(value.sum(), there)
     assert grad.placements == there.placements
     same(grad, expected_grad)
     both = fk.gaussian_divergence_value_and_grad(
-        there, spread(target, placement), **spread_given, **options, grad_scale=2.0
+        there, spread(target, placement), **spread_given, **options, grad_scale=2.0, return_distance=True
     )
+    same(both[2], expected_s)
     same(both[0], expected)
     same(both[1], 2 * expected_grad)
     # Functions of the density ratio, sharded in any way.

@@ -274,14 +274,19 @@ def check_gaussian(
     call = GaussianCall(pred, target, profile, *shared)
     wide = GaussianCall(*(doubled(argument) for argument in (pred, target, profile, *shared)))
     eager, truth = (reference.gaussian_value_and_grad(each, None) for each in (call, wide))
+    call.s = call.room().fill_(math.nan)
     value, grad = backend.gaussian_value_and_grad(call, None)
     margin = 2e-6 * max(1.0, spread)
+    eager_s, true_s = (formulas.distance_terms(each)[0] for each in (call, wide))
+    assert_as_exact(call.s, true_s, eager_s, 2e-6)
     assert value.shape == eager[0].shape and value.dtype == torch.float32
     assert grad.shape == pred.shape and grad.dtype == pred.dtype
     assert_as_exact(value, truth[0], eager[0], margin)
     assert_as_exact(grad, truth[1], eager[1], margin + units(pred.dtype))
 
+    call.s = call.room().fill_(math.nan)
     losses, coefficients = backend.gaussian_forward(call)
+    assert_as_exact(call.s, true_s, eager_s, 2e-6)
     assert losses.shape == coefficients.shape == pred.shape[:1]
     assert_as_exact(losses, reference.gaussian_forward(wide)[0], reference.gaussian_forward(call)[0], margin)
     grad = backend.gaussian_backward(call, coefficients * grad_scale / call.divisor)

@@ -4,7 +4,8 @@ A sample is walked over from an origin, which SHIFTED alignment moves down to a 
 positions lead ... lead + size - 1 from there. Positions outside are guarded, and all blocks inside are not.
 
 ``tensors``: pred, target, grad, mask (the last two may be None). ``numbers``: sigma, its stride, weight, table,
-profile, count, sigma^2. ``scale``, of gradients: tensor, number, divisor. ``walk``: tensors, origins, sizes, strides.
+profile, count, sigma^2, and where s goes. ``scale``, of gradients: tensor, number, divisor. ``walk``: tensors, origins,
+sizes, strides.
 
 torch.sum or torch.mean reduces [B]: its launch costs the host less than one of Triton's, and its order is fixed.
 """
@@ -26,7 +27,7 @@ from fdu_kernels.kernels.triton.scalars import SHIFTED, addresses, load, profile
 from fdu_kernels.kernels.triton.tuning import Split
 
 Partials = tuple[Tensor | None, Tensor | None]
-NO_PARTIALS, NO_NUMBERS, NO_SCALE = (None,) * 2, (None,) * 7, (None,) * 3
+NO_PARTIALS, NO_NUMBERS, NO_SCALE = (None,) * 2, (None,) * 8, (None,) * 3
 
 PRED, TARGET, GRAD, MASK = (tl.constexpr(i) for i in range(4))
 VARYING = ["size", "pred_batch", "target_batch", "grad_batch", "mask_batch", "coefficient_stride", "parts", "blocks"]
@@ -84,8 +85,8 @@ def _block(
 
 @triton.jit
 def _finish(total: tl.tensor, mask_total: tl.tensor, sample: tl.tensor, numbers: tl.tuple) -> tl.tuple:
-    """The loss of a sample, and what its masked differences are to be multiplied by."""
-    sigma, sigma_stride, weight, table, profile, count, sigma_squared = numbers
+    """The loss of a sample, and what its masked differences are to be multiplied by. Every program of it writes s."""
+    sigma, sigma_stride, weight, table, profile, count, sigma_squared, distances = numbers
     divisor = tl.full([], 0.0, tl.float32) + count
     if mask_total is not None:
         # A count of 0 asks for the mask's sum. An empty row has s = 0/1, not 0/0.
@@ -95,7 +96,10 @@ def _finish(total: tl.tensor, mask_total: tl.tensor, sample: tl.tensor, numbers:
         divisor *= deviation * deviation
     else:
         divisor *= sigma_squared
-    loss, slope = profile_at(tl.div_rn(total, divisor), table, profile)
+    s = tl.div_rn(total, divisor)
+    if distances is not None:
+        tl.store(distances + sample.to(tl.int64), s.to(distances.dtype.element_ty))
+    loss, slope = profile_at(s, table, profile)
     coefficient = tl.div_rn(2.0 * slope, divisor)
     if weight is not None:
         omega = tl.load(weight + sample.to(tl.int64)).to(tl.float32)
@@ -421,8 +425,8 @@ def _numbers(samples: _Samples, call: GaussianCall) -> tuple[Any, ...]:
     weight = None if call.weight is None else call.weight.contiguous()
     rest = (weight, profile.table_on(call.pred.device), profile_numbers, count)
     if isinstance(sigma, Tensor):
-        return (sigma.contiguous(), min(sigma.ndim, 1), *rest, None)
-    return (None, None, *rest, float(sigma) * float(sigma))
+        return (sigma.contiguous(), min(sigma.ndim, 1), *rest, None, call.s)
+    return (None, None, *rest, float(sigma) * float(sigma), call.s)
 
 
 def scale_on(grad_scale: float | Tensor, device: torch.device) -> tuple[Tensor | None, float]:
