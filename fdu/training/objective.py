@@ -89,18 +89,20 @@ class Objective(nn.Module):
         away = outputs[:size] + self.config.negative_guidance * (outputs[:size] - target)
         return torch.cat([away, outputs[size:]])
 
-    def erased(self, predicted: Tensor, wanted: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+    def erased(self, predicted: Tensor, wanted: Tensor, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """The divergence of the samples that erase, [], and before that the critic's bound of it, [], 0 without one.
 
-        Both are weighted by timestep and standardised to the slope 1 at 0. A critic moves first.
+        Both are weighted by timestep and standardised to the slope 1 at 0. A critic moves first. Last, the squared
+        distance s of each sample, [size]: a constant.
         """
         omega, scale = self._weights(batch)
-        with nullcontext() if self.game is None else torch.no_grad():  # beside a critic for sigma alone
-            erased = self.criterion(predicted, wanted, omega, self.mask, scale) / self.slope
+        with nullcontext() if self.game is None else torch.no_grad():  # beside a critic for sigma and s alone
+            erased, s = self.criterion(predicted, wanted, omega, self.mask, scale, return_distance=True)
+            erased = erased / self.slope
         if self.game is None:
-            return erased, torch.zeros_like(erased)
+            return erased, torch.zeros_like(erased), s
         bound = self.teach(predicted, wanted, batch)
-        return self.game.model_loss(Outputs(predicted, wanted, omega, self.mask, scale)) / self.slope, bound
+        return self.game.model_loss(Outputs(predicted, wanted, omega, self.mask, scale)) / self.slope, bound, s
 
     def observe(self, predicted: Tensor, wanted: Tensor, batch: Batch) -> None:
         """Let an automatic sigma see outputs of samples that erase."""
@@ -114,13 +116,17 @@ class Objective(nn.Module):
         return self.game.critic_step(Outputs(predicted, wanted, omega, self.mask, scale)) / self.slope
 
     @torch.no_grad()
-    def losses(self, predicted: Tensor, wanted: Tensor, batch: Batch) -> Tensor:
-        """The loss of each sample that erases, [size], without what makes up for uneven timesteps."""
-        omega, scale = self._weights(dataclasses.replace(batch, timestep_weight=None))
+    def losses(self, s: Tensor, batch: Batch) -> Tensor:
+        """The loss of each sample that erases, [size], from its s, without what makes up for uneven timesteps."""
+        omega, _ = self._weights(dataclasses.replace(batch, timestep_weight=None))
+        losses = self.criterion.divergence.profile(s)
+        return (losses if omega is None else omega * losses).float()
+
+    def distance(self, s: Tensor, batch: Batch) -> Tensor:
+        """The median squared distance of erasing outputs from their targets, [], from the s of each."""
+        _, scale = self._weights(batch)
         sigma = self.criterion.sigma if scale is None else self.criterion.sigma * scale
-        return fdu_kernels.gaussian_divergence(
-            predicted, wanted, self.criterion.divergence, sigma, omega, self.mask, self.config.distance, "none"
-        )
+        return (s * sigma * sigma).median()
 
     def _weights(self, batch: Batch) -> tuple[Tensor | None, Tensor | None]:
         """omega and the relative sigma of the samples that erase; None where all are 1."""

@@ -156,7 +156,7 @@ class Stepper:
         else:
             predicted = self._predict(batch, slice(0, None))
         erasing = predicted[:size]
-        erased, critic = self.objective.erased(erasing, wanted[:size], batch)
+        erased, critic, s = self.objective.erased(erasing, wanted[:size], batch)
         if self.surgery:
             self._backpropagate(erased)
         else:
@@ -166,11 +166,10 @@ class Stepper:
         with torch.no_grad():
             loss = erased + config.preservation_weight * kept
             if self.sampler.adapts:
-                losses = self.accelerator.gather(self.objective.losses(erasing, wanted[:size], batch))
+                losses = self.accelerator.gather(self.objective.losses(s, batch))
                 self.sampler.observe(self.accelerator.gather(batch.indices[:size]), losses)
-            return torch.stack(
-                [term.float() for term in (loss, erased, kept, self._distance(erasing, wanted[:size]), critic)]
-            )
+            terms = (loss, erased, kept, self.objective.distance(s, batch), critic)
+            return torch.stack([term.float() for term in terms])
 
     def _predict(self, batch: Batch, part: slice) -> Tensor:
         """The trained denoiser's outputs for a part of the batch."""

@@ -86,11 +86,14 @@ def test_distance_and_mask() -> None:
     mask = torch.tensor([[[1.0, 0.0], [1.0, 1.0], [0.0, 0.0]]])
     counted = ((predicted - wanted).square() * mask).flatten(1).sum(1) / 4
     for distance, s in (("sum", counted), ("mean", counted / 12)):
-        found, _ = objective(mask, divergence="kl", distance=distance).erased(predicted, wanted, batch(2, 0))
+        goal = objective(mask, divergence="kl", distance=distance)
+        found, _, its_s = goal.erased(predicted, wanted, batch(2, 0))
         assert found.item() == pytest.approx(s.mean().item(), rel=1e-5)
-    goal = objective(mask, divergence="kl", distance="sum")
-    torch.testing.assert_close(goal.losses(predicted, wanted, batch(2, 0)), counted / 2)
+        torch.testing.assert_close(its_s.float(), s)
+        torch.testing.assert_close(goal.losses(its_s, batch(2, 0)), s / 2)
+        torch.testing.assert_close(goal.distance(its_s, batch(2, 0)).float(), 4 * s.median())
     # What preserves is not masked.
+    goal = objective(mask, divergence="kl", distance="sum")
     all_of_it = squares(predicted, wanted)
     assert goal.kept(predicted, wanted).item() == pytest.approx((all_of_it.sum(1) / 4).mean().item(), rel=1e-5)
     mean = objective(mask, divergence="kl").kept(predicted, wanted)
@@ -107,19 +110,20 @@ def test_weights_of_timesteps(weighting: Any) -> None:
     for timestep_weight, factor in ((None, torch.ones(2)), (own, own)):
         given = batch(timestep_weight=timestep_weight)
         expected = (tables.omega[10:12] * factor * s).mean()
-        assert goal.erased(predicted, wanted, given)[0].item() == pytest.approx(expected.item(), rel=1e-4)
-        torch.testing.assert_close(
-            goal.losses(predicted, wanted, given), tables.omega[10:12] * s / 2, rtol=1e-4, atol=0
-        )
+        found, _, its_s = goal.erased(predicted, wanted, given)
+        assert found.item() == pytest.approx(expected.item(), rel=1e-4)
+        torch.testing.assert_close(goal.losses(its_s, given), tables.omega[10:12] * s / 2, rtol=1e-4, atol=0)
+        plain = fk.squared_distance(predicted, wanted).median()
+        torch.testing.assert_close(goal.distance(its_s, given).float(), plain)
 
 
 def test_weights_for_uneven_timesteps_alone() -> None:
     predicted, wanted = outputs(2)
     own = torch.tensor([0.5, 3.0])
     goal, s = objective(divergence="kl"), squares(predicted, wanted).mean(1) / 4
-    found, _ = goal.erased(predicted, wanted, batch(timestep_weight=own))
+    found, _, its_s = goal.erased(predicted.requires_grad_(), wanted, batch(timestep_weight=own))
     assert found.item() == pytest.approx((own * s).mean().item(), rel=1e-5)
-    losses = goal.losses(predicted.requires_grad_(), wanted, batch(timestep_weight=own))
+    losses = goal.losses(its_s, batch(timestep_weight=own))
     torch.testing.assert_close(losses, s / 2)
     assert not losses.requires_grad
 
@@ -176,7 +180,9 @@ def test_the_critic_moves_first_and_both_values_are_standardised() -> None:
     predicted, wanted = outputs(4, seed=3)
     predicted.requires_grad_()
     given = batch(4, 0, timestep_weight=torch.tensor([1.0, 2.0, 0.5, 1.0]))
-    loss, bound = goal.erased(predicted, wanted, given)
+    loss, bound, s = goal.erased(predicted, wanted, given)
+    scales = goal.sigma * twin._weights(given)[1]  # type: ignore[operator]
+    torch.testing.assert_close(s.float(), fk.squared_distance(predicted.detach(), wanted, scales, mask))
     assert goal.slope == pytest.approx(0.5) and goal.sigma != 1.0  # and sigma has seen the samples
     game, (omega, scale) = twin.game, twin._weights(given)
     assert game is not None

@@ -7,7 +7,7 @@ import functools
 import math
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,10 @@ import torch
 from accelerate import Accelerator
 from diffusers import DDIMParallelScheduler, StableDiffusionPipeline
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity
 
 import fdu
+import fdu_kernels
 from fdu import erasure
 from fdu.concepts import Pair, joined
 from fdu.models.denoiser import Denoiser
@@ -28,6 +30,7 @@ from fdu.subjects.digits import pipeline as digits
 from fdu.training import examples, loop, objective, process_state, step, tracking
 from fdu.training.cache import Cache
 from fdu.training.timesteps import TimestepSampler
+from fdu_kernels.kernels.native import CpuBackend
 
 pytestmark = pytest.mark.quick(name=["sd", "sd3", "flux", "pixart"])
 
@@ -490,6 +493,34 @@ def test_an_adapter_is_not_stored_in_eight_bits() -> None:
     result = fdu.erase(pipeline, "three", "eight", **TINY)
     assert {parameter.dtype for parameter in result.trainable.named_parameters().values()} == {torch.float32}
     pipeline("three", num_inference_steps=1, height=16, width=16, output_type="latent")
+
+
+@pytest.mark.skipif(fdu_kernels.backends()["cpu"] is not None, reason="no compiled kernels")
+def test_a_step_computes_s_once(quick: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """In its kernel: log, importance sampling and sigma read no predictions."""
+    real, found, calls = step.Stepper.step, [], []
+
+    def watched(self: step.Stepper, number: int) -> Tensor:
+        with torch.profiler.profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profile:
+            values = real(self, number)
+        found.append([(event.name, event.input_shapes[:1]) for event in profile.events()])
+        return values
+
+    def noted(self: CpuBackend, *given: Any, kernel: Callable[..., Any]) -> Any:
+        calls.append(kernel.__name__)
+        return kernel(self, *given)
+
+    for kernel in (CpuBackend.gaussian_forward, CpuBackend.gaussian_value_and_grad):
+        monkeypatch.setattr(CpuBackend, kernel.__name__, functools.partialmethod(noted, kernel=kernel))
+    monkeypatch.setattr(step.Stepper, "step", watched)
+    erase(quick, sigma=0.3, timestep_sampling="importance", train_batch_size=3)
+    # The loss and the preservation of each step.
+    assert calls == ["gaussian_value_and_grad"] * 2 * quick["max_train_steps"]
+    erasing = [3, *denoiser_of(digits.load_pipeline()).latent_shape]
+    eager = {"aten::sub", "aten::mul", "aten::square", "aten::pow", "aten::sum", "aten::mean"}
+    for events in found:
+        assert any(shapes == [erasing] for _, shapes in events)  # the loss is among what was seen
+        assert not [name for name, shapes in events if name in eager and shapes == [erasing]]
 
 
 @pytest.mark.parametrize("fails", [False, True])
