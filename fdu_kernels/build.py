@@ -113,7 +113,8 @@ def recipe(architectures: Sequence[str] = (), why_none: str = NO_DEVICE) -> Reci
     headers = (torch / "include", pybind11 / "include", python)
     included = [flag for folder in headers for flag in ("-isystem", str(folder))]
     common = [*FLAGS, *included, *(["-DFDU_X86"] if x86 else [])]
-    units, objects, linker = list(SOURCES), {}, [compiler]
+    units, linker = list(SOURCES), [compiler]
+    objects: dict[str, tuple[str, str, list[str]]] = {}
     cuda, taken = why_none, tuple[str, ...]()
     if architectures:
         try:
