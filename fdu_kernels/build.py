@@ -193,6 +193,16 @@ def load() -> types.ModuleType:
         return _import_file(built(recipe(why_none=why)))
 
 
+def is_built(architectures: Sequence[str]) -> bool:
+    """Whether the extension module with CUDA kernels for these architectures, one at least, is there."""
+    if not architectures or _installed_module(architectures) is not None:
+        return bool(architectures)
+    try:
+        return (cache_folder() / recipe(architectures).key / f"_C{EXTENSION_SUFFIX}").exists()
+    except BuildError:
+        return False
+
+
 def built(plan: Recipe) -> Path:
     """The extension module by a recipe, built unless it is in the cache. A failure is remembered there, too."""
     import fcntl

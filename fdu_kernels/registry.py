@@ -29,6 +29,9 @@ PLACES: dict[str, str | Backend] = {
     "torch": "fdu_kernels.kernels.reference:torch_backend",
 }
 """Name -> module, module:object or the backend, the preferred first. A module is imported when first asked for."""
+PREFERRED_WHEN_BUILT = "cuda"
+"""Comes first where no call has to wait for its build: it holds larger samples on chip than Triton can, which has no
+clusters of programs, and a launch costs the host less."""
 
 
 class Backend(Protocol):
@@ -131,7 +134,10 @@ def _choose(name: str | None, device: torch.device, dtype: torch.dtype, other: t
 def _fastest(device: torch.device, dtype: torch.dtype, other: torch.dtype, form: str) -> str:
     """The first backend that fits; what was found is logged once."""
     kind = Kind(device, dtype, other, form)
-    for name in PLACES:
+    names = list(PLACES)
+    if PREFERRED_WHEN_BUILT in names and getattr(backend_named(PREFERRED_WHEN_BUILT), "is_built", bool)():
+        names.sort(key=lambda name: name != PREFERRED_WHEN_BUILT)
+    for name in names:
         backend = backend_named(name)
         if backend.why_unavailable() is None and backend.why_unsuitable(kind) is None:
             if _logger.isEnabledFor(logging.INFO):  # to report on all of them may take a build

@@ -115,6 +115,10 @@ class CudaBackend(CpuBackend):
 
     FUSES_FORWARD = False
 
+    def is_built(self) -> bool:
+        """Whether there is a device, and its kernels need no build."""
+        return torch.version.cuda is not None and build.is_built(build.architectures_of_devices())
+
     @functools.cached_property
     def _reason(self) -> str | None:
         if torch.version.cuda is None:

@@ -79,6 +79,16 @@ def test_order_of_wishes(modules: dict[str, object], monkeypatch: pytest.MonkeyP
     assert choose_backend(None, CALL) == "torch"
 
 
+@pytest.mark.parametrize("is_built", [True, False])
+def test_cuda_comes_first_where_it_is_built(
+    modules: dict[str, object], monkeypatch: pytest.MonkeyPatch, is_built: bool
+) -> None:
+    cuda = fake()
+    cuda.is_built = lambda: is_built
+    monkeypatch.setattr(registry, "PLACES", {**modules, "cuda": cuda})
+    assert choose_backend(None, CALL) == ("cuda" if is_built else "other")
+
+
 def test_the_context_ends_with_an_error(modules: dict[str, object]) -> None:
     with pytest.raises(KeyError), fk.use_backend("torch"):
         raise KeyError

@@ -184,6 +184,19 @@ def test_a_failure_of_nvcc_leaves_the_cpu_kernels(monkeypatch: pytest.MonkeyPatc
     assert build.load.__wrapped__()["cuda"].startswith("the build with nvcc failed; its log is ")
 
 
+def test_kernels_are_built_once_their_file_is_there(monkeypatch: pytest.MonkeyPatch, small: Path) -> None:
+    monkeypatch.setattr(build, "_installed_module", lambda architectures: None)
+    assert not build.is_built(("9.0",))
+    target = build.cache_folder() / build.recipe(("9.0",)).key / f"_C{build.EXTENSION_SUFFIX}"
+    target.parent.mkdir(parents=True)
+    target.touch()
+    assert build.is_built(("9.0",)) and not build.is_built(())
+    hide(monkeypatch, "ninja")
+    assert not build.is_built(("9.0",))
+    monkeypatch.setattr(build, "_installed_module", lambda architectures: build)
+    assert build.is_built(("9.0",)) and not build.is_built(())
+
+
 def test_the_installed_module_is_used_while_its_sources_are_the_same(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
