@@ -7,6 +7,7 @@ from typing import Any
 from diffusers import DiffusionPipeline
 
 from fdu.models.auraflow import AuraFlowDenoiser
+from fdu.models.chroma import ChromaDenoiser
 from fdu.models.denoiser import Denoiser
 from fdu.models.flux import FluxDenoiser
 from fdu.models.parts import DENOISERS
@@ -23,6 +24,7 @@ FAMILIES: tuple[type[Denoiser], ...] = (
     PixArtDenoiser,
     SanaDenoiser,
     AuraFlowDenoiser,
+    ChromaDenoiser,
 )
 """The first that fits a pipeline takes it."""
 

@@ -19,6 +19,8 @@ from diffusers import (
     AuraFlowTransformer2DModel,
     AutoencoderDC,
     AutoencoderKL,
+    ChromaPipeline,
+    ChromaTransformer2DModel,
     DDIMScheduler,
     DiffusionPipeline,
     DPMSolverMultistepScheduler,
@@ -66,7 +68,8 @@ CORPUS = ["a photo of the digit three", "a photo of the digit eight", "a paintin
 CLIP_WIDTH, T5_WIDTH = 16, 32
 SAMPLE_SIZE = 8
 RESOLUTION = {"sana": 32}
-"""Pixels of a square image, where they are not 16. Flux has no size of its own: give it with every call."""
+"""Pixels of a square image, where they are not 16. FLUX and Chroma have no size of their own: give it with
+every call."""
 
 
 def build(name: str, **settings: Any) -> DiffusionPipeline:
@@ -273,6 +276,30 @@ def auraflow() -> AuraFlowPipeline:
     )
 
 
+def chroma() -> ChromaPipeline:
+    """Chroma: FLUX.1 without CLIP; one small network makes the modulations of all blocks."""
+    transformer = ChromaTransformer2DModel(
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=T5_WIDTH,
+        axes_dims_rope=(4, 4, 8),
+        approximator_num_channels=16,
+        approximator_hidden_dim=32,
+        approximator_layers=1,
+    )
+    louder(transformer, "distilled_guidance_layer.out_proj", 4)
+    return ChromaPipeline(
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+        vae=autoencoder(**FLOW_VAE),
+        text_encoder=t5_encoder(),
+        tokenizer=t5_tokenizer(),
+    )
+
+
 @torch.no_grad()
 def louder(module: nn.Module, ending: str, factor: float) -> None:
     """Multiply the weights of layers: the blocks of some random models are shut, and their images ignore the prompt."""
@@ -380,6 +407,7 @@ BUILDERS: dict[str, Callable[[], DiffusionPipeline]] = {
     "pixart": pixart,
     "sana": sana,
     "auraflow": auraflow,
+    "chroma": chroma,
 }
 FAMILY_NAMES = tuple(BUILDERS)
 

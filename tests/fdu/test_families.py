@@ -30,14 +30,18 @@ pytestmark = pytest.mark.quick(name=["sd", "sd3", "flux", "pixart"], method=["do
 
 PROMPT = "the digit three"
 PROMPTS = [PROMPT, "a painting in the style of van gogh", ""]
-UNITS = {"sd": 8, "sdxl": 8, "sd3": 4, "flux": 4, "pixart": 8, "sana": 32, "auraflow": 4}
+UNITS = {"sd": 8, "sdxl": 8, "sd3": 4, "flux": 4, "pixart": 8, "sana": 32, "auraflow": 4, "chroma": 4}
 """Pixels that a side must be a multiple of."""
 NO_LORA = ("pixart",)
 """Families without LoRA files in diffusers; their adapters are saved merged."""
-NO_KOHYA = (*NO_LORA, "sana", "sd3", "auraflow")
+NO_KOHYA = (*NO_LORA, "sana", "sd3", "auraflow", "chroma")
 """Families whose kohya files plain diffusers does not read."""
 REGISTERS = {"auraflow": 8}
 """Tokens of their own that a model puts before those of the prompt."""
+GUIDED = {"chroma": ([PROMPT], [""])}
+"""The prompts of the calls that a family makes in each step of guidance, where it is not one call of both."""
+SIZELESS = ("flux", "flux_guidance", "chroma")
+"""Families whose pipelines choose the size, whatever the model."""
 EVERY_FAMILY = pytest.mark.parametrize("name", families.FAMILY_NAMES)
 
 
@@ -93,10 +97,11 @@ def repeat(denoiser: Denoiser, noisy: Tensor, timestep: Tensor, prompts: list[st
     return denoiser.predict(noisy, torch.arange(count), denoiser.encode(prompts))
 
 
-def compare(denoiser: Denoiser, guidance_scale: float, prompts: list[str]) -> None:
+def compare(denoiser: Denoiser, guidance_scale: float, *each_step: list[str]) -> None:
+    """Compare the predictions of three steps, each of which calls the module for these prompts in turn."""
     calls = recorded(denoiser, guidance_scale)
-    assert len(calls) == 3
-    for noisy, timestep, output in calls:
+    assert len(calls) == 3 * len(each_step)
+    for (noisy, timestep, output), prompts in zip(calls, 3 * each_step, strict=True):
         assert len(noisy) == len(prompts)
         predicted = repeat(denoiser, noisy, timestep, prompts)
         expected = denoiser.unpacked(output)[:, : predicted.shape[1]]
@@ -115,8 +120,8 @@ def test_predict_is_what_the_pipeline_computes(denoiser: Denoiser, name: str) ->
 
 @pytest.mark.parametrize("name", [name for name in families.FAMILY_NAMES if "flux" not in name])
 @torch.no_grad()
-def test_the_empty_prompt_is_the_unconditional_of_guidance(denoiser: Denoiser) -> None:
-    compare(denoiser, 2.0, ["", PROMPT])
+def test_the_empty_prompt_is_the_unconditional_of_guidance(denoiser: Denoiser, name: str) -> None:
+    compare(denoiser, 2.0, *GUIDED.get(name, (["", PROMPT],)))
 
 
 @torch.no_grad()
@@ -318,12 +323,12 @@ def test_zero_terminal_snr_ends_in_noise_alone() -> None:
     torch.testing.assert_close(denoiser.true_output(latents, noise, last), -latents)
 
 
-@pytest.mark.parametrize("name", ["sd3", "flux", "flux_guidance", "sana", "auraflow"])
+@pytest.mark.parametrize("name", ["sd3", "flux", "flux_guidance", "sana", "auraflow", "chroma"])
 def test_noise_and_true_output_of_rectified_flow(denoiser: Denoiser, name: str) -> None:
     scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
     if name != "sana":  # whose own scheduler makes its sigmas only when it is given a number of steps
         scheduler = FlowMatchEulerDiscreteScheduler.from_config(denoiser.pipeline.scheduler.config)
-    if name == "flux_guidance":
+    if name in ("flux_guidance", "chroma"):
         tokens, slope = 16, (1.15 - 0.5) / (4096 - 256)
         scheduler.set_timesteps(sigmas=np.linspace(1, 1 / 1000, 1000), mu=0.5 + slope * (tokens - 256))
     torch.testing.assert_close(denoiser.noise, scheduler.sigmas[:1000].flip(0), rtol=1e-6, atol=1e-7)
@@ -489,7 +494,7 @@ def test_another_resolution_is_sampled_at_that_resolution(name: str) -> None:
 
 @EVERY_FAMILY
 def test_without_a_resolution_the_size_is_the_models_own(name: str) -> None:
-    pixels = 256 if "flux" in name else families.resolution(name)
+    pixels = 256 if name in SIZELESS else families.resolution(name)
     denoiser = denoiser_of(families.build(name))
     assert (denoiser.height, denoiser.width) == (pixels, pixels)
 
