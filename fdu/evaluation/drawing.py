@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import types
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
@@ -261,11 +262,17 @@ class Conditioned:
     def set_progress_bar_config(self, **settings: Any) -> None:
         """Do nothing: every call silences the pipeline by itself."""
 
-    def __call__(self, prompts: Sequence[str], **settings: Any) -> Any:
-        """Draw the images of prompts, with settings of the pipeline's call."""
+    def __call__(self, prompts: Sequence[str], generator: Sequence[torch.Generator], **settings: Any) -> Any:
+        """Draw the images of prompts, one generator each, with settings of the pipeline's call."""
         conditioning = self.denoiser.encode(prompts)
+        images: dict[int, Tensor] = {}
         with silent(self.denoiser.pipeline), unchecked(self.denoiser.pipeline):
-            return self.denoiser.pipeline(**self.denoiser.call_arguments(conditioning), **settings)
+            for rows in self.denoiser.together(conditioning):
+                places = rows.tolist()
+                given = self.denoiser.call_arguments(conditioning[rows])
+                drawn = self.denoiser.pipeline(**given, **settings, generator=[generator[place] for place in places])
+                images.update(zip(places, drawn.images, strict=True))
+        return types.SimpleNamespace(images=torch.stack([images[place] for place in sorted(images)]))
 
 
 def seen_by_judge(

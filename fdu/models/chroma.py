@@ -16,8 +16,11 @@ from fdu.models.noise_schedules import FlowDenoiser
 
 
 class ChromaDenoiser(FlowDenoiser):
-    """A ChromaTransformer2DModel. Its conditioning holds the pipeline's mask of the prompt, an integer tensor, whose ones
-    and zeros the module adds to the logits of attention."""
+    """A ChromaTransformer2DModel.
+
+    Its conditioning holds the pipeline's mask of the prompt, an integer tensor. diffusers (0.42) adds its ones and
+    zeros to the logits of attention, so that it hides nothing; hence its other name.
+    """
 
     family = "Chroma (a ChromaTransformer2DModel)"
     module_class = ChromaTransformer2DModel
@@ -40,10 +43,10 @@ class ChromaDenoiser(FlowDenoiser):
         embeddings, _, mask, _, _, _ = self.pipeline.encode_prompt(
             prompts, device=self.device, do_classifier_free_guidance=False
         )
-        return Conditioning({"embeddings": embeddings, "mask": mask.long()})
+        return Conditioning({"embeddings": embeddings, "added_mask": mask.long()})
 
     def prompt_arguments(self, conditioning: Conditioning) -> dict[str, Any]:
-        embeddings, mask = conditioning.tensors["embeddings"], conditioning.tensors["mask"]
+        embeddings, mask = conditioning.tensors["embeddings"], conditioning.tensors["added_mask"]
         return {"prompt_embeds": embeddings, "prompt_attention_mask": mask.to(embeddings.dtype)}
 
     def unpacked(self, latents: Tensor) -> Tensor:
@@ -54,7 +57,7 @@ class ChromaDenoiser(FlowDenoiser):
 
     def predict(self, noisy: Tensor, indices: Tensor, conditioning: Conditioning) -> Tensor:
         height, width = noisy.shape[-2:]
-        embeddings, mask = conditioning.tensors["embeddings"], conditioning.tensors["mask"]
+        embeddings, mask = conditioning.tensors["embeddings"], conditioning.tensors["added_mask"]
         patches = pack(noisy)
         mask = torch.cat([mask, mask.new_ones(patches.shape[:2])], dim=1).to(embeddings.dtype)
         with self._mask_in_checkpoints(mask):

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from typing import Any, ClassVar, Literal
 
 import torch
+import torch.nn.functional as F
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -32,7 +33,11 @@ PIPELINE_ARGUMENTS = {
 
 
 class Conditioning:
-    """Inputs of a denoiser besides x_t and t, for N prompts: tensors [N, ...] with the names of PIPELINE_ARGUMENTS."""
+    """Inputs of a denoiser besides x_t and t, for N prompts: tensors [N, ...] with the names of PIPELINE_ARGUMENTS.
+
+    Prompts may differ in length: behind their own, embeddings [N, L, d] are padded with zeros, as is the mask [N, L],
+    an integer tensor, which then every family has.
+    """
 
     def __init__(self, tensors: dict[str, Tensor]) -> None:
         self.tensors = tensors
@@ -51,7 +56,25 @@ class Conditioning:
     def cat(parts: Sequence[Conditioning]) -> Conditioning:
         """The prompts of all parts, in order."""
         names = parts[0].tensors
-        return Conditioning({name: torch.cat([part.tensors[name] for part in parts]) for name in names})
+        return Conditioning({name: torch.cat(_padded([part.tensors[name] for part in parts])) for name in names})
+
+    def by_length(self) -> list[tuple[Tensor, Conditioning]]:
+        """The prompts of each length by themselves, without padding: their indices [M] and their conditioning."""
+        lengths = self.tensors["mask"].sum(1)
+        groups = []
+        for length in lengths.unique().tolist():
+            rows = (lengths == length).nonzero()[:, 0]
+            own = self[rows].tensors
+            groups.append((rows, Conditioning({name: tensor[:, :length] for name, tensor in own.items()})))
+        return groups
+
+
+def _padded(tensors: list[Tensor]) -> list[Tensor]:
+    """Tensors [N, L, ...] with zeros behind them up to the largest L."""
+    if tensors[0].ndim == 1:
+        return tensors
+    longest = max(tensor.shape[1] for tensor in tensors)
+    return [F.pad(tensor, (0, 0) * (tensor.ndim - 2) + (0, longest - tensor.shape[1])) for tensor in tensors]
 
 
 class Denoiser(ABC):
@@ -254,11 +277,21 @@ class Denoiser(ABC):
             starts = range(0, len(chosen), batch_size)
             for start in tqdm(starts, desc="latents", unit="batch", disable=not progress):
                 some = chosen[start : start + batch_size]
-                given = conditioning[torch.tensor([*some, *[empty] * len(some)], device=self.device)]
+                prompts = torch.tensor(some, device=self.device)
                 generators = [torch.Generator().manual_seed(seed) for seed in seeds[start : start + batch_size]]
-                # Half precision would round the noise away at the first timesteps.
-                batches.append(self.sample(given, steps, guidance_scale, generators).float())
+                places, latents = [], []
+                for rows in self.together(conditioning[prompts]):
+                    given = conditioning[torch.cat([prompts[rows], torch.full_like(rows, empty)])]
+                    own = [generators[row] for row in rows.tolist()]
+                    # Half precision would round the noise away at the first timesteps.
+                    latents.append(self.sample(given, steps, guidance_scale, own).float())
+                    places.append(rows)
+                batches.append(torch.cat(latents)[torch.cat(places).argsort()])
         return torch.cat(batches)
+
+    def together(self, conditioning: Conditioning) -> list[Tensor]:
+        """The indices of the prompts of each call of the pipeline, where one call cannot draw them all."""
+        return [torch.arange(len(conditioning), device=self.device)]
 
     def sample(
         self, conditioning: Conditioning, steps: int, guidance_scale: float, generators: list[torch.Generator]

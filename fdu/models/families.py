@@ -8,6 +8,7 @@ from diffusers import DiffusionPipeline
 
 from fdu.models.auraflow import AuraFlowDenoiser
 from fdu.models.chroma import ChromaDenoiser
+from fdu.models.cogview4 import CogView4Denoiser
 from fdu.models.denoiser import Denoiser
 from fdu.models.flux import FluxDenoiser
 from fdu.models.parts import DENOISERS
@@ -25,6 +26,7 @@ FAMILIES: tuple[type[Denoiser], ...] = (
     SanaDenoiser,
     AuraFlowDenoiser,
     ChromaDenoiser,
+    CogView4Denoiser,
 )
 """The first that fits a pipeline takes it."""
 

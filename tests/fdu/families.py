@@ -21,6 +21,8 @@ from diffusers import (
     AutoencoderKL,
     ChromaPipeline,
     ChromaTransformer2DModel,
+    CogView4Pipeline,
+    CogView4Transformer2DModel,
     DDIMScheduler,
     DiffusionPipeline,
     DPMSolverMultistepScheduler,
@@ -40,7 +42,7 @@ from diffusers import (
 )
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
-from tokenizers import Tokenizer, models, normalizers, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from torch import Tensor, nn
 from transformers import (
     CLIPConfig,
@@ -53,6 +55,9 @@ from transformers import (
     Gemma2Config,
     Gemma2Model,
     GemmaTokenizer,
+    GlmConfig,
+    GlmModel,
+    PreTrainedTokenizerFast,
     T5Config,
     T5EncoderModel,
     T5Tokenizer,
@@ -300,6 +305,37 @@ def chroma() -> ChromaPipeline:
     )
 
 
+def cogview4() -> CogView4Pipeline:
+    """CogView 4: one stream, and a GLM of two layers."""
+    transformer = CogView4Transformer2DModel(
+        in_channels=4,
+        out_channels=4,
+        num_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        text_embed_dim=16,
+        time_embed_dim=16,
+        condition_dim=8,
+        pos_embed_max_size=8,
+        sample_size=SAMPLE_SIZE,
+        rope_axes_dim=(8, 8),
+    )
+    tokenizer = word_tokenizer(("[gMASK]", "<sop>"), padding_side="left")
+    text_encoder = GlmModel(
+        GlmConfig(
+            **decoder_settings(tokenizer), pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id
+        )
+    )
+    shift = {"base_shift": 0.25, "max_shift": 0.75, "time_shift_type": "linear", "use_dynamic_shifting": True}
+    return CogView4Pipeline(
+        tokenizer=tokenizer,
+        text_encoder=text_encoder,
+        vae=autoencoder(**{**FLOW_VAE, "shift_factor": None}),
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(**shift),
+    )
+
+
 @torch.no_grad()
 def louder(module: nn.Module, ending: str, factor: float) -> None:
     """Multiply the weights of layers: the blocks of some random models are shut, and their images ignore the prompt."""
@@ -386,6 +422,41 @@ def gemma_tokenizer() -> GemmaTokenizer:
     return GemmaTokenizer(vocab=model["vocab"], merges=[tuple(merge) for merge in model["merges"]])
 
 
+@functools.cache
+def word_tokenizer(prefix: tuple[str, ...] = (), padding_side: str = "right") -> PreTrainedTokenizerFast:
+    """Byte-level BPE: the words of the corpus, and letters for all others; with tokens before every prompt."""
+    end = "<|endoftext|>"
+    learner = Tokenizer(models.BPE())
+    learner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    learner.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=1024,
+        special_tokens=[end, *prefix],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    learner.train_from_iterator(CORPUS, trainer)
+    if prefix:
+        special = [(token, learner.token_to_id(token)) for token in prefix]
+        learner.post_processor = processors.TemplateProcessing(single=[*prefix, "$A"], special_tokens=special)
+    return PreTrainedTokenizerFast(tokenizer_object=learner, pad_token=end, eos_token=end, padding_side=padding_side)
+
+
+def decoder_settings(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
+    """The settings of a language model of two layers."""
+    return {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 8,
+        "max_position_embeddings": 1024,
+        "initializer_range": 0.5,
+    }
+
+
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 FLOW_VAE = {"use_quant_conv": False, "use_post_quant_conv": False, "shift_factor": 0.0609, "scaling_factor": 1.5305}
 UNET = {
@@ -408,6 +479,7 @@ BUILDERS: dict[str, Callable[[], DiffusionPipeline]] = {
     "sana": sana,
     "auraflow": auraflow,
     "chroma": chroma,
+    "cogview4": cogview4,
 }
 FAMILY_NAMES = tuple(BUILDERS)
 

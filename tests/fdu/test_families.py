@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fdu
+from fdu.evaluation.drawing import Conditioned
 from fdu.models import parts, staging
 from fdu.models.denoiser import Conditioning, Denoiser
 from fdu.models.families import FAMILIES, denoiser_of
@@ -30,15 +31,17 @@ pytestmark = pytest.mark.quick(name=["sd", "sd3", "flux", "pixart"], method=["do
 
 PROMPT = "the digit three"
 PROMPTS = [PROMPT, "a painting in the style of van gogh", ""]
-UNITS = {"sd": 8, "sdxl": 8, "sd3": 4, "flux": 4, "pixart": 8, "sana": 32, "auraflow": 4, "chroma": 4}
+UNITS = {"sd": 8, "sdxl": 8, "sd3": 4, "flux": 4, "pixart": 8, "sana": 32, "auraflow": 4, "chroma": 4, "cogview4": 16}
 """Pixels that a side must be a multiple of."""
 NO_LORA = ("pixart",)
 """Families without LoRA files in diffusers; their adapters are saved merged."""
-NO_KOHYA = (*NO_LORA, "sana", "sd3", "auraflow", "chroma")
+NO_KOHYA = (*NO_LORA, "sana", "sd3", "auraflow", "chroma", "cogview4")
 """Families whose kohya files plain diffusers does not read."""
+ONE_STREAM = ("cogview4",)
+"""Families whose attention projects text and image by the same layers, so that the text's own come before it."""
 REGISTERS = {"auraflow": 8}
 """Tokens of their own that a model puts before those of the prompt."""
-GUIDED = {"chroma": ([PROMPT], [""])}
+GUIDED = {"chroma": ([PROMPT], [""]), "cogview4": ([PROMPT], [""])}
 """The prompts of the calls that a family makes in each step of guidance, where it is not one call of both."""
 SIZELESS = ("flux", "flux_guidance", "chroma")
 """Families whose pipelines choose the size, whatever the model."""
@@ -202,11 +205,37 @@ def test_the_pipeline_has_all_its_parts_again_after_an_error() -> None:
 @torch.no_grad()
 def test_predict_depends_on_every_tensor_of_the_conditioning(denoiser: Denoiser) -> None:
     noisy, indices = torch.randn(1, *denoiser.latent_shape), torch.tensor([500])
-    first, second = denoiser.encode([PROMPT]), denoiser.encode(["a painting in the style of van gogh"])
+    both = denoiser.encode([PROMPT, "a painting in the style of van gogh, in oil on old canvas"])
+    first, second = both[:1], both[1:]
     predicted = denoiser.predict(noisy, indices, first)
     for tensor in first.tensors:
         mixed = Conditioning({**first.tensors, tensor: second.tensors[tensor]})
         assert not torch.equal(denoiser.predict(noisy, indices, mixed), predicted), tensor
+
+
+@pytest.mark.parametrize("name", ["cogview4"])
+@torch.no_grad()
+def test_prompts_of_several_lengths_are_predicted_and_drawn_together(denoiser: Denoiser) -> None:
+    prompts = [PROMPT, "a painting in the style of van gogh, in oil on old canvas", "", "a photo"]
+    conditioning = denoiser.encode(prompts)
+    assert len(conditioning.tensors["mask"].sum(1).unique()) > 1
+    noisy, indices = torch.randn(4, *denoiser.latent_shape), torch.tensor([100, 700, 300, 900])
+    together = denoiser.predict(noisy, indices, conditioning)
+    for row, prompt in enumerate(prompts):
+        own = slice(row, row + 1)
+        alone = denoiser.predict(noisy[own], indices[own], denoiser.encode([prompt]))
+        torch.testing.assert_close(together[own], alone, rtol=1e-5, atol=1e-5)
+    seeds = [0, 1, 2]
+    drawn = denoiser.draw_latents(conditioning, [0, 1, 3], 2, 2, 3.0, seeds, batch_size=3)
+    for latent, prompt, seed in zip(drawn, (prompts[0], prompts[1], prompts[3]), seeds, strict=True):
+        own = sampled(denoiser, prompt, 3.0, steps=2, seed=seed)
+        torch.testing.assert_close(latent, own[0].float(), rtol=1e-4, atol=1e-4 * own.abs().max().item())
+    settings: dict[str, Any] = {"num_inference_steps": 2, "guidance_scale": 3.0, "output_type": "pt"}
+    images = Conditioned(denoiser)(prompts, [torch.Generator().manual_seed(5) for _ in prompts], **settings).images
+    for image, prompt in zip(images, prompts, strict=True):
+        size = {"height": denoiser.height, "width": denoiser.width}
+        own = denoiser.pipeline(prompt, **size, **settings, generator=torch.Generator().manual_seed(5)).images
+        torch.testing.assert_close(image, own[0], rtol=1e-4, atol=1e-4)
 
 
 @EVERY_FAMILY
@@ -238,7 +267,10 @@ def test_the_prompt_is_read_by_the_context_projections(denoiser: Denoiser, name:
     linear = {layer: part for layer, part in denoiser.module.named_modules() if isinstance(part, nn.Linear)}
     chosen = [part for layer, part in linear.items() if layer.endswith(denoiser.context_projections)]
     every = [part for layer, part in linear.items() if layer.endswith(denoiser.attention_projections)]
-    assert {id(part) for part in chosen} < {id(part) for part in every}
+    if name in ONE_STREAM:
+        assert {id(part) for part in chosen}.isdisjoint({id(part) for part in every})
+    else:
+        assert {id(part) for part in chosen} < {id(part) for part in every}
     assert len(every) == sum(
         "to_" in layer or "_proj" in layer.rsplit(".", 1)[-1] for layer in linear if ".attn" in layer
     )
@@ -259,7 +291,8 @@ def test_the_prompt_is_read_by_no_layer_but_those_of_the_group_text(denoiser: De
     both = denoiser.encode([PROMPT, "a painting in the style of van gogh"])
     first, second = both[:1], both[1:]
     # A mask tells how long the prompt is, not what it says.
-    other = Conditioning({**second.tensors, **{key: first.tensors[key] for key in first.tensors if key == "mask"}})
+    masks = {key: tensor for key, tensor in first.tensors.items() if not tensor.is_floating_point()}
+    other = Conditioning({**second.tensors, **masks})
     noisy, indices = torch.randn(1, *denoiser.latent_shape), torch.tensor([500])
     assert not torch.equal(denoiser.predict(noisy, indices, first), denoiser.predict(noisy, indices, other))
     for layer, part in denoiser.module.named_modules():
@@ -323,7 +356,7 @@ def test_zero_terminal_snr_ends_in_noise_alone() -> None:
     torch.testing.assert_close(denoiser.true_output(latents, noise, last), -latents)
 
 
-@pytest.mark.parametrize("name", ["sd3", "flux", "flux_guidance", "sana", "auraflow", "chroma"])
+@pytest.mark.parametrize("name", ["sd3", "flux", "flux_guidance", "sana", "auraflow", "chroma", "cogview4"])
 def test_noise_and_true_output_of_rectified_flow(denoiser: Denoiser, name: str) -> None:
     scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
     if name != "sana":  # whose own scheduler makes its sigmas only when it is given a number of steps
@@ -331,6 +364,11 @@ def test_noise_and_true_output_of_rectified_flow(denoiser: Denoiser, name: str) 
     if name in ("flux_guidance", "chroma"):
         tokens, slope = 16, (1.15 - 0.5) / (4096 - 256)
         scheduler.set_timesteps(sigmas=np.linspace(1, 1 / 1000, 1000), mu=0.5 + slope * (tokens - 256))
+    if name == "cogview4":  # which tells its module the timesteps from before the shift
+        tokens, timesteps = 16, np.arange(1000, 0, -1)
+        mu = 0.25 + 0.75 * (tokens / 256) ** 0.5
+        scheduler.set_timesteps(timesteps=timesteps, sigmas=timesteps / 1000, mu=mu)
+        torch.testing.assert_close(denoiser.timesteps(torch.arange(1000)), scheduler.timesteps.flip(0))
     torch.testing.assert_close(denoiser.noise, scheduler.sigmas[:1000].flip(0), rtol=1e-6, atol=1e-7)
     torch.testing.assert_close(denoiser.signal + denoiser.noise, torch.ones(1000))
 

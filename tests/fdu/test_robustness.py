@@ -147,7 +147,8 @@ def test_every_family_is_judged_attacked_and_relearnt_and_left_as_it_was(name: s
     settings: dict[str, Any] = {"num_inference_steps": 2, "guidance_scale": 2.0, "output_type": "latent"}
 
     def draw(by: Any, **more: Any) -> Tensor:
-        return by(["three", "a photo of three"], generator=torch.Generator().manual_seed(1), **settings, **more).images
+        generators = [torch.Generator().manual_seed(seed) for seed in (1, 2)]
+        return by(["three", "a photo of three"], generator=generators, **settings, **more).images
 
     with torch.no_grad():
         plain = draw(pipeline, height=denoiser.height, width=denoiser.width, **denoiser.call_settings)
