@@ -96,12 +96,17 @@ def test_golden_critics(backend: str, variational_row: tuple[str, Tensor, Tensor
 def test_value_and_gradient(backend: str, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     pred, target = pair(shape, dtype)
     buffer = torch.full_like(pred, math.nan)
-    value, grad = fk.gaussian_divergence_value_and_grad(pred, target, name, backend=backend, grad_out=buffer)
+    value, grad, s = fk.gaussian_divergence_value_and_grad(
+        pred, target, name, backend=backend, grad_out=buffer, return_distance=True
+    )
     true_value, true_grad = truth(pred, target, name)
+    true_s = fk.squared_distance(pred.double(), target.double())
+    torch.testing.assert_close(s, true_s, rtol=4e-6, atol=0)
     torch.testing.assert_close(value.double(), true_value, rtol=4e-6, atol=0)
     torch.testing.assert_close(grad.double(), true_grad, rtol=max(torch.finfo(dtype).eps, 5e-6), atol=1e-7)
     leaf = pred.clone().requires_grad_()
-    loss = fk.gaussian_divergence(leaf, target, name, backend=backend)
+    loss, s = fk.gaussian_divergence(leaf, target, name, backend=backend, return_distance=True)
+    torch.testing.assert_close(s, true_s, rtol=4e-6, atol=0)
     torch.testing.assert_close(loss.double(), true_value, rtol=4e-6, atol=0)
     (by_autograd,) = torch.autograd.grad(loss, leaf)
     torch.testing.assert_close(by_autograd.double(), true_grad, rtol=max(torch.finfo(dtype).eps, 5e-6), atol=1e-7)
