@@ -42,13 +42,19 @@ IMAGES = 8
 """Images of each class, and of each target in unseen phrasings."""
 ONCE: dict[str, dict[str, Any]] = {
     "closed_form": {"train_method": "closed_form"},
+    "closed_form, preserving less": {"train_method": "closed_form", "preservation_weight": 0.5},
     "lora": {},
-    "lora, mse": {"divergence": "mse"},
-    "lora, pearson_chi2": {"divergence": "pearson_chi2"},
     "lora, 480 steps": {"max_train_steps": 480},
-    "cross_attention": {"train_method": "cross_attention"},
-    "cross_attention from the closed form": {"train_method": "cross_attention", "init": "closed_form"},
-    "full": {"train_method": "full"},
+    "full, 480 steps": {"train_method": "full", "max_train_steps": 480},
+    "text_encoder": {"train_method": "text_encoder"},
+    "text_encoder, 480 steps": {"train_method": "text_encoder", "max_train_steps": 480},
+    "text_encoder, 960 steps": {"train_method": "text_encoder", "max_train_steps": 960},
+    "text_encoder, 480 steps, mse": {"train_method": "text_encoder", "max_train_steps": 480, "divergence": "mse"},
+    "text_encoder, 480 steps, pearson_chi2": {
+        "train_method": "text_encoder",
+        "max_train_steps": 480,
+        "divergence": "pearson_chi2",
+    },
 }
 """Name of each row of fifty at once -> settings that differ from the defaults."""
 IN_TURN: dict[str, dict[str, Any]] = {
@@ -59,7 +65,7 @@ IN_TURN: dict[str, dict[str, Any]] = {
 WAYS = {"once": ONCE, "in turn": IN_TURN}
 REBOUND = 0.1
 """A concept rebounds if more than this share of its images shows it again after the later erasures."""
-SHOWN = "once/lora seed 0"
+SHOWN = "once/text_encoder, 480 steps seed 0"
 """The row of the heat map."""
 Rows = dict[str, Record]
 

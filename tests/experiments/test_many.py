@@ -54,10 +54,10 @@ def test_what_is_left_and_what_comes_back_are_on_the_page(tmp_path: Path) -> Non
     gone = dict.fromkeys(many.TARGETS, 0.0)
     page = page_of(tmp_path, {
         "before": figures(dict.fromkeys(many.TARGETS, 1.0)),
-        "once/lora seed 0": figures({first: 0.25}, seconds=31.4),
+        many.SHOWN: figures({first: 0.25}, seconds=31.4),
         "in turn/closed_form seed 1": figures({first: 0.5, second: 1.0}, at_once={**gone, second: 1.0}),
     })  # fmt: skip
-    (once,) = [line for line in page.splitlines() if line.startswith("| lora | 0 |")]
+    (once,) = [line for line in page.splitlines() if line.startswith("| text_encoder, 480 steps | 0 |")]
     assert once.endswith(f"| 1.23 | {first} 25 | 31.4 |") and "50.0 (25.0 to 75.0)" in once
     (turn,) = [line for line in page.splitlines() if line.startswith("| closed_form | 1 |")]
     # The second was never gone, so it does not come back.
