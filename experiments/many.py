@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from fdu.evaluation import Draws, Sampling
 from fdu.evaluation.drawing import JUDGED_SEED, joint_probes
 from fdu.report.charts import became_chart
 from fdu.storage.output import whole_file, write_text
+from fdu.subjects.embedded import Emoji
 from fdu.subjects.emoji import emoji_pipeline
 from fdu.subjects.emoji.objects import THINGS
 
@@ -176,6 +178,7 @@ def write_page(results: Path, docs: Path) -> None:
         made=of_total(len(rows), len(jobs(Path()))),
         **conditions(rows["before"]),
         count=len(TARGETS),
+        width=json.loads((Emoji.data / "text_encoder" / "config.json").read_text())["hidden_size"],
         images=IMAGES,
         others=len(rows["before"]["per_class"]) - len(TARGETS),
         drawing=DRAWING,
