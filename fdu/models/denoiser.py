@@ -197,6 +197,10 @@ class Denoiser(ABC):
     def predict(self, noisy: Tensor, indices: Tensor, conditioning: Conditioning) -> Tensor:
         """The denoiser's output [N, C, H, W] for x_t [N, C, H, W] at indices [N] of the grid."""
 
+    def read_by_inputs(self, name: str, tensor: Tensor) -> Tensor:
+        """What the layers of :attr:`text_inputs` read of a tensor [..., d] of a conditioning: as a rule the tensor."""
+        return tensor
+
     @property
     def device(self) -> torch.device:
         return next(self.module.parameters()).device

@@ -11,6 +11,7 @@ from fdu.models.chroma import ChromaDenoiser
 from fdu.models.cogview4 import CogView4Denoiser
 from fdu.models.denoiser import Denoiser
 from fdu.models.flux import FluxDenoiser
+from fdu.models.lumina2 import Lumina2Denoiser
 from fdu.models.parts import DENOISERS
 from fdu.models.pixart import PixArtDenoiser
 from fdu.models.sana import SanaDenoiser
@@ -27,6 +28,7 @@ FAMILIES: tuple[type[Denoiser], ...] = (
     AuraFlowDenoiser,
     ChromaDenoiser,
     CogView4Denoiser,
+    Lumina2Denoiser,
 )
 """The first that fits a pipeline takes it."""
 

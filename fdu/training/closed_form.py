@@ -123,7 +123,7 @@ def closed_form(
         conditioning = denoiser.encode(kept[start : start + ENCODE_BATCH])
         for row in range(len(conditioning)):
             for name in sums:
-                inputs = _inputs(conditioning, name, row)[_unmasked(conditioning, name, row)]
+                inputs = _inputs(denoiser, conditioning, name, row)[_unmasked(conditioning, name, row)]
                 add(name, config.preservation_weight * len(pairs) / len(kept), inputs, inputs)
     edits = [
         _edit(denoiser, name, readers[name], *both, config)
@@ -191,16 +191,17 @@ def _aligned(
             for share, read in ((weight, mine), *((weight / len(own), one.moved(mine)) for one in own)):
                 before, after = {}, {}
                 for name in denoiser.text_inputs:
-                    others, seen = _inputs(conditioning, name, rows[1]), _unmasked(read, name, 0)
-                    before[name] = _inputs(read, name, 0)[seen]
+                    others, seen = _inputs(denoiser, conditioning, name, rows[1]), _unmasked(read, name, 0)
+                    before[name] = _inputs(denoiser, read, name, 0)[seen]
                     # A pooled embedding is one input.
                     after[name] = others[places.to(others.device)][seen] if len(others) > 1 else others
                 yield share, before, after
 
 
-def _inputs(conditioning: Conditioning, name: str, row: int) -> Tensor:
+@torch.no_grad()
+def _inputs(denoiser: Denoiser, conditioning: Conditioning, name: str, row: int) -> Tensor:
     """The inputs of one prompt, [n, d] float64."""
-    tensor = _exact(conditioning.tensors[name][row])
+    tensor = _exact(denoiser.read_by_inputs(name, conditioning.tensors[name][row]))
     return tensor[None] if tensor.ndim == 1 else tensor
 
 

@@ -1,7 +1,7 @@
 """Tiny pipelines with random weights, one of each family, built from configs, and what a training could do to them;
 and a CLIP model to judge images.
 
-``build(name)`` gives the same weights on every call. Images are 16 pixels wide (Sana 32), latents 8x8.
+``build(name)`` gives the same weights on every call. Images are 16 pixels wide (Sana's 32, Lumina's 64), latents 8x8.
 """
 
 from __future__ import annotations
@@ -30,6 +30,8 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
     FluxTransformer2DModel,
+    Lumina2Pipeline,
+    Lumina2Transformer2DModel,
     PixArtAlphaPipeline,
     PixArtTransformer2DModel,
     SanaPipeline,
@@ -72,7 +74,7 @@ from fdu.subjects.from_scratch import END, START, learn_tokenizer
 CORPUS = ["a photo of the digit three", "a photo of the digit eight", "a painting in the style of van gogh"]
 CLIP_WIDTH, T5_WIDTH = 16, 32
 SAMPLE_SIZE = 8
-RESOLUTION = {"sana": 32}
+RESOLUTION = {"sana": 32, "lumina2": 64}
 """Pixels of a square image, where they are not 16. FLUX and Chroma have no size of their own: give it with
 every call."""
 
@@ -228,7 +230,8 @@ def sana() -> SanaPipeline:
         caption_channels=16,
         sample_size=SAMPLE_SIZE,
     )
-    tokenizer = gemma_tokenizer()
+    instruction = inspect.signature(SanaPipeline.__call__).parameters["complex_human_instruction"].default
+    tokenizer = gemma_tokenizer(tuple(instruction))
     text_encoder = Gemma2Model(
         Gemma2Config(
             vocab_size=len(tokenizer),
@@ -336,6 +339,33 @@ def cogview4() -> CogView4Pipeline:
     )
 
 
+def lumina2() -> Lumina2Pipeline:
+    """Lumina Image 2: two refiners of the text and two of the image, one joint block, and a Gemma of two layers."""
+    transformer = Lumina2Transformer2DModel(
+        sample_size=SAMPLE_SIZE,
+        in_channels=4,
+        hidden_size=24,
+        num_layers=1,
+        num_refiner_layers=2,
+        num_attention_heads=2,
+        num_kv_heads=1,
+        multiple_of=8,
+        axes_dim_rope=(4, 4, 4),
+        axes_lens=(300, 16, 16),
+        cap_feat_dim=64,
+    )
+    louder(transformer, "norm1.linear", 4)
+    none = dict.fromkeys(("transformer", "scheduler", "vae", "text_encoder", "tokenizer"))
+    tokenizer = gemma_tokenizer((Lumina2Pipeline(**none).system_prompt,))
+    return Lumina2Pipeline(
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=6.0),
+        vae=autoencoder(blocks=4, **FLOW_VAE),
+        text_encoder=Gemma2Model(Gemma2Config(**decoder_settings(tokenizer, width=64))),
+        tokenizer=tokenizer,
+    )
+
+
 @torch.no_grad()
 def louder(module: nn.Module, ending: str, factor: float) -> None:
     """Multiply the weights of layers: the blocks of some random models are shut, and their images ignore the prompt."""
@@ -344,12 +374,12 @@ def louder(module: nn.Module, ending: str, factor: float) -> None:
             layer.weight.mul_(factor)
 
 
-def autoencoder(**settings: Any) -> AutoencoderKL:
-    """A 16x16x3 to 8x8x4 autoencoder."""
+def autoencoder(blocks: int = 2, **settings: Any) -> AutoencoderKL:
+    """A 16x16x3 to 8x8x4 autoencoder; each further block halves the latent."""
     return AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        block_out_channels=(8, 8),
+        down_block_types=("DownEncoderBlock2D",) * blocks,
+        up_block_types=("UpDecoderBlock2D",) * blocks,
+        block_out_channels=(8,) * blocks,
         norm_num_groups=4,
         layers_per_block=1,
         mid_block_add_attention=False,
@@ -410,9 +440,8 @@ def t5_tokenizer() -> T5Tokenizer:
 
 
 @functools.cache
-def gemma_tokenizer() -> GemmaTokenizer:
-    """BPE over the corpus and over the instruction that Sana puts before every prompt."""
-    instruction = inspect.signature(SanaPipeline.__call__).parameters["complex_human_instruction"].default
+def gemma_tokenizer(instruction: tuple[str, ...]) -> GemmaTokenizer:
+    """BPE over the corpus and over the instruction that a pipeline puts before every prompt."""
     learner = Tokenizer(models.BPE())
     learner.normalizer = normalizers.Replace(" ", "▁")
     special = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", *(f"<0x{byte:02X}>" for byte in range(256))]
@@ -442,11 +471,11 @@ def word_tokenizer(prefix: tuple[str, ...] = (), padding_side: str = "right") ->
     return PreTrainedTokenizerFast(tokenizer_object=learner, pad_token=end, eos_token=end, padding_side=padding_side)
 
 
-def decoder_settings(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
+def decoder_settings(tokenizer: Any, width: int = 16) -> dict[str, Any]:
     """The settings of a language model of two layers."""
     return {
         "vocab_size": len(tokenizer),
-        "hidden_size": 16,
+        "hidden_size": width,
         "intermediate_size": 32,
         "num_hidden_layers": 2,
         "num_attention_heads": 2,
@@ -480,6 +509,7 @@ BUILDERS: dict[str, Callable[[], DiffusionPipeline]] = {
     "auraflow": auraflow,
     "chroma": chroma,
     "cogview4": cogview4,
+    "lumina2": lumina2,
 }
 FAMILY_NAMES = tuple(BUILDERS)
 
