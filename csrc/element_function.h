@@ -4,8 +4,6 @@
 
 #pragma once
 
-#include <initializer_list>
-
 #include "scalar_math.h"
 
 namespace fdu {
@@ -46,15 +44,17 @@ inline ElementFunction<L> read_element_function(const double* numbers) {
 // Whether a row has none but the terms of Known::softplus_alone, or of Known::exponentials.
 template <class L>
 inline bool is_softplus_alone(const Row<L>& row) {
-    for (const L other : {row.constant, row.linear, row.square, row.exp, row.expm1, row.sigmoid, row.tanh,
-                          row.tanh_squared, row.step, row.logit}) {
+    const L others[] = {row.constant, row.linear, row.square,       row.exp,  row.expm1,
+                        row.sigmoid,  row.tanh,   row.tanh_squared, row.step, row.logit};
+    for (const L other : others) {
         if (other != 0) return false;
     }
     return true;
 }
 template <class L>
 inline bool has_exponentials_alone(const Row<L>& row) {
-    for (const L other : {row.softplus, row.sigmoid, row.tanh, row.tanh_squared, row.step}) {
+    const L others[] = {row.softplus, row.sigmoid, row.tanh, row.tanh_squared, row.step};
+    for (const L other : others) {
         if (other != 0) return false;
     }
     return true;
