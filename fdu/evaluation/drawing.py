@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from fdu.config import Count, Natural, NotNegative, check_fields, check_number
 from fdu.models.denoiser import silent
+from fdu.models.families import guidance_arguments
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -215,8 +216,7 @@ def draw(
         raise ValueError("probes is empty; give at least the target's")
     check_number("images_per_class", images_per_class, Count)
     Sampling(num_inference_steps=num_inference_steps, guidance_scale=guidance_scale, batch_size=batch_size)
-    given = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
-    settings = {name: value for name, value in given.items() if value is not None}
+    settings = {} if num_inference_steps is None else {"num_inference_steps": num_inference_steps}
     # Batches reach over several probes: with few images of each they would be small, and slow.
     asked = [(one.prompts[index % len(one.prompts)], index) for one in probes for index in range(images_per_class)]
     images: list[Tensor] = []
@@ -224,9 +224,11 @@ def draw(
     with silent(pipeline), unchecked(pipeline), bar as progress:
         for start in range(0, len(asked), batch_size):
             some = asked[start : start + batch_size]
+            guidance = {} if guidance_scale is None else guidance_arguments(pipeline, guidance_scale, len(some))
             output = pipeline(
                 [prompt for prompt, _ in some],
                 **settings,
+                **guidance,
                 generator=[torch.Generator().manual_seed(seed + index) for _, index in some],
                 output_type="pt",
             )
@@ -265,11 +267,14 @@ class Conditioned:
     def __call__(self, prompts: Sequence[str], generator: Sequence[torch.Generator], **settings: Any) -> Any:
         """Draw the images of prompts, one generator each, with settings of the pipeline's call."""
         conditioning = self.denoiser.encode(prompts)
+        scale = settings.pop("guidance_scale", None)
         images: dict[int, Tensor] = {}
         with silent(self.denoiser.pipeline), unchecked(self.denoiser.pipeline):
             for rows in self.denoiser.together(conditioning):
                 places = rows.tolist()
                 given = self.denoiser.call_arguments(conditioning[rows])
+                if scale is not None:
+                    given |= guidance_arguments(self.denoiser.pipeline, scale, len(places))
                 drawn = self.denoiser.pipeline(**given, **settings, generator=[generator[place] for place in places])
                 images.update(zip(places, drawn.images, strict=True))
         return types.SimpleNamespace(images=torch.stack([images[place] for place in sorted(images)]))

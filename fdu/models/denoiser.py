@@ -56,7 +56,7 @@ class Conditioning:
     def cat(parts: Sequence[Conditioning]) -> Conditioning:
         """The prompts of all parts, in order."""
         names = parts[0].tensors
-        return Conditioning({name: torch.cat(_padded([part.tensors[name] for part in parts])) for name in names})
+        return Conditioning({name: torch.cat(padded([part.tensors[name] for part in parts])) for name in names})
 
     def by_length(self) -> list[tuple[Tensor, Conditioning]]:
         """The prompts of each length by themselves, without padding: their indices [M] and their conditioning."""
@@ -69,7 +69,7 @@ class Conditioning:
         return groups
 
 
-def _padded(tensors: list[Tensor]) -> list[Tensor]:
+def padded(tensors: list[Tensor]) -> list[Tensor]:
     """Tensors [N, L, ...] with zeros behind them up to the largest L."""
     if tensors[0].ndim == 1:
         return tensors
@@ -93,8 +93,14 @@ class Denoiser(ABC):
     """Parts that a pipeline must have besides the module."""
     packing: ClassVar[int] = 1
     """Latent pixels per side that the module takes together as channels of one."""
+    encodes_videos: ClassVar[bool] = False
+    """Whether the autoencoder takes videos [N, C, T, H, W]; an image is one of a single frame."""
     call_settings: ClassVar[dict[str, Any]] = {}
     """Arguments of every call of the pipeline."""
+    guidance_argument: ClassVar[str] = "guidance_scale"
+    """The argument of the pipeline's call that is the scale of guidance by two predictions."""
+    asks_for_negative: ClassVar[bool] = False
+    """Whether the pipeline guides only if it is told what to lead away from."""
     guided_by_empty: ClassVar[bool] = True
     """Whether guidance is by a second prediction, for the prompt ""."""
     context_projections: ClassVar[tuple[str, ...]] = ("attn2.to_k", "attn2.to_v")
@@ -175,7 +181,8 @@ class Denoiser(ABC):
             raise ValueError(f"pipeline, a {name}, has no {' and no '.join(missing)}; load it with all of them")
         inputs = inspect.signature(type(pipeline).__call__).parameters
         images = [given for given in inputs if given in ("image", "mask_image", "control_image")]
-        channels = pipeline.vae.config.latent_channels * cls.packing**2
+        config = pipeline.vae.config
+        channels = (config.get("latent_channels") or config.get("z_dim")) * cls.packing**2
         taken = getattr(pipeline, cls.module_name).config.in_channels
         if images or taken != channels:
             reason = f"takes {images[0]}" if images else f"feeds its {cls.module_name} {taken} channels, not {channels}"
@@ -313,7 +320,7 @@ class Denoiser(ABC):
             **given,
             negative_prompt=None,
             num_inference_steps=steps,
-            guidance_scale=guidance_scale,
+            **{self.guidance_argument: guidance_scale},
             generator=generators,
             output_type="latent",
         ).images
@@ -353,8 +360,10 @@ class Denoiser(ABC):
         if overflows:
             vae.to(torch.float32)
         try:
-            encoded = vae.encode((2 * images - 1).to(vae.device, vae.dtype))
+            given = (2 * images - 1).to(vae.device, vae.dtype)
+            encoded = vae.encode(given[:, :, None] if self.encodes_videos else given)
             latents = (encoded.latent_dist.sample(generator) if "latent_dist" in encoded else encoded[0]).float()
+            latents = latents[:, :, 0] if self.encodes_videos else latents
         finally:
             if overflows:
                 vae.to(dtype)
@@ -362,7 +371,7 @@ class Denoiser(ABC):
         if mean is None or deviation is None:
             return (latents - (config.get("shift_factor") or 0.0)) * config.scaling_factor
         mean, deviation = (latents.new_tensor(channels).view(1, -1, 1, 1) for channels in (mean, deviation))
-        return (latents - mean) * config.scaling_factor / deviation
+        return (latents - mean) * config.get("scaling_factor", 1.0) / deviation
 
     @contextmanager
     def _module_alone(self) -> Iterator[None]:
@@ -440,12 +449,14 @@ class Denoiser(ABC):
             latents = latents / config.scaling_factor + (config.get("shift_factor") or 0.0)
         else:
             mean, deviation = (latents.new_tensor(channels).view(1, -1, 1, 1) for channels in (mean, deviation))
-            latents = latents * deviation / config.scaling_factor + mean
+            latents = latents * deviation / config.get("scaling_factor", 1.0) + mean
         overflows = dtype == torch.float16 and config.get("force_upcast", False)
         if overflows:
             vae.to(torch.float32)
         try:
-            decoded = vae.decode(latents.to(vae.device, vae.dtype), return_dict=False)[0]
+            given = latents.to(vae.device, vae.dtype)
+            decoded = vae.decode(given[:, :, None] if self.encodes_videos else given, return_dict=False)[0]
+            decoded = decoded[:, :, 0] if self.encodes_videos else decoded
         finally:
             if overflows:
                 vae.to(dtype)

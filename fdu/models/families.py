@@ -14,6 +14,7 @@ from fdu.models.flux import FluxDenoiser
 from fdu.models.lumina2 import Lumina2Denoiser
 from fdu.models.parts import DENOISERS
 from fdu.models.pixart import PixArtDenoiser
+from fdu.models.qwenimage import QwenImageDenoiser
 from fdu.models.sana import SanaDenoiser
 from fdu.models.sd3 import SD3Denoiser
 from fdu.models.unet import SDXLDenoiser, UNetDenoiser
@@ -29,6 +30,7 @@ FAMILIES: tuple[type[Denoiser], ...] = (
     ChromaDenoiser,
     CogView4Denoiser,
     Lumina2Denoiser,
+    QwenImageDenoiser,
 )
 """The first that fits a pipeline takes it."""
 
@@ -36,6 +38,13 @@ FAMILIES: tuple[type[Denoiser], ...] = (
 def family_of(module: Any) -> type[Denoiser] | None:
     """The family of a pipeline's denoiser; None if it is not known here."""
     return next((family for family in FAMILIES if family.owns(module)), None)
+
+
+def guidance_arguments(pipeline: Any, scale: float, count: int) -> dict[str, Any]:
+    """Arguments of a pipeline's call that guide ``count`` prompts by a scale; of any pipeline, known here or not."""
+    family = next((family for family in FAMILIES if family.fits(pipeline)), Denoiser)
+    guided = family.asks_for_negative and scale > 1
+    return {family.guidance_argument: scale, **({"negative_prompt": [""] * count} if guided else {})}
 
 
 def denoiser_of(pipeline: DiffusionPipeline, resolution: int | None = None) -> Denoiser:

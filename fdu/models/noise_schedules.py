@@ -49,8 +49,7 @@ class FlowDenoiser(Denoiser):
     def __init__(self, pipeline: DiffusionPipeline, resolution: int | None = None) -> None:
         super().__init__(pipeline, resolution)
         _, height, width = self.latent_shape
-        patch = self.packing * self.config.patch_size
-        shift = self.dynamic_shift((height // patch) * (width // patch))
+        shift = self.dynamic_shift((height // self.token_side) * (width // self.token_side))
         self.noise = shifted_sigmas(pipeline.scheduler, shift)
         self.signal = 1 - self.noise
         self._timesteps = self.told_timesteps()
@@ -64,6 +63,11 @@ class FlowDenoiser(Denoiser):
                 f"pipeline's scheduler, a {type(scheduler).__name__}, does not follow a rectified flow; give the "
                 "pipeline the one that the model came with, or a FlowMatchEulerDiscreteScheduler"
             )
+
+    @property
+    def token_side(self) -> int:
+        """Latent pixels per side of a token of the module."""
+        return self.packing * self.config.patch_size
 
     def dynamic_shift(self, tokens: int) -> float:
         """mu, by which the pipeline shifts the grid for images of ``tokens`` tokens if its scheduler does so."""

@@ -69,7 +69,7 @@ class Found:
                 continue
             addend, moves = torch.zeros_like(tensor), self.moves[name].to(tensor)
             if tensor.ndim == 3:
-                addend[:, : len(moves)] = moves
+                addend[:, : len(moves)] = moves[: addend.shape[1]]
             else:
                 addend += moves
             found[name] = addend

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import inspect
 import json
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from diffusers import (
     AuraFlowTransformer2DModel,
     AutoencoderDC,
     AutoencoderKL,
+    AutoencoderKLQwenImage,
     ChromaPipeline,
     ChromaTransformer2DModel,
     CogView4Pipeline,
@@ -34,6 +36,8 @@ from diffusers import (
     Lumina2Transformer2DModel,
     PixArtAlphaPipeline,
     PixArtTransformer2DModel,
+    QwenImagePipeline,
+    QwenImageTransformer2DModel,
     SanaPipeline,
     SanaTransformer2DModel,
     SD3Transformer2DModel,
@@ -60,6 +64,8 @@ from transformers import (
     GlmConfig,
     GlmModel,
     PreTrainedTokenizerFast,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
     T5Config,
     T5EncoderModel,
     T5Tokenizer,
@@ -366,6 +372,43 @@ def lumina2() -> Lumina2Pipeline:
     )
 
 
+def qwenimage() -> QwenImagePipeline:
+    """Qwen-Image: two streams, a Qwen2.5-VL behind a template, and an autoencoder of videos."""
+    transformer = QwenImageTransformer2DModel(
+        in_channels=16,
+        out_channels=4,
+        num_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=32,
+        axes_dims_rope=(4, 4, 8),
+    )
+    none = dict.fromkeys(("transformer", "scheduler", "vae", "text_encoder", "tokenizer"))
+    tokenizer = word_tokenizer(
+        special=("<|im_start|>", "<|im_end|>"), also=(QwenImagePipeline(**none).prompt_template_encode,)
+    )
+    settings = {**decoder_settings(tokenizer, width=32), "head_dim": None}
+    settings["rope_parameters"] = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}
+    vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 32}
+    vae = AutoencoderKLQwenImage(
+        base_dim=8,
+        z_dim=4,
+        dim_mult=[1, 1],
+        num_res_blocks=1,
+        temperal_downsample=[False],
+        latents_mean=[0.1, -0.2, 0.3, 0.0],
+        latents_std=[1.5, 2.0, 0.5, 1.0],
+    )
+    shift = {"use_dynamic_shifting": True, "shift_terminal": 0.02, "max_shift": 0.9}
+    return QwenImagePipeline(
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(**shift),
+        vae=vae,
+        text_encoder=Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=settings, vision_config=vision)),
+        tokenizer=tokenizer,
+    )
+
+
 @torch.no_grad()
 def louder(module: nn.Module, ending: str, factor: float) -> None:
     """Multiply the weights of layers: the blocks of some random models are shut, and their images ignore the prompt."""
@@ -452,22 +495,29 @@ def gemma_tokenizer(instruction: tuple[str, ...]) -> GemmaTokenizer:
 
 
 @functools.cache
-def word_tokenizer(prefix: tuple[str, ...] = (), padding_side: str = "right") -> PreTrainedTokenizerFast:
-    """Byte-level BPE: the words of the corpus, and letters for all others; with tokens before every prompt."""
+def word_tokenizer(
+    prefix: tuple[str, ...] = (),
+    padding_side: str = "right",
+    special: tuple[str, ...] = (),
+    also: tuple[str, ...] = (),
+) -> PreTrainedTokenizerFast:
+    """Byte-level BPE: the words of the corpus and of ``also``, and letters for all others; with tokens before every
+    prompt, and special ones."""
     end = "<|endoftext|>"
     learner = Tokenizer(models.BPE())
     learner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     learner.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=1024,
-        special_tokens=[end, *prefix],
+        special_tokens=[end, *prefix, *special],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    learner.train_from_iterator(CORPUS, trainer)
+    text = [re.sub("|".join(map(re.escape, special)) or "$^", "", one) for one in also]
+    learner.train_from_iterator([*CORPUS, *text], trainer)
     if prefix:
-        special = [(token, learner.token_to_id(token)) for token in prefix]
-        learner.post_processor = processors.TemplateProcessing(single=[*prefix, "$A"], special_tokens=special)
+        tokens = [(token, learner.token_to_id(token)) for token in prefix]
+        learner.post_processor = processors.TemplateProcessing(single=[*prefix, "$A"], special_tokens=tokens)
     return PreTrainedTokenizerFast(tokenizer_object=learner, pad_token=end, eos_token=end, padding_side=padding_side)
 
 
@@ -510,6 +560,7 @@ BUILDERS: dict[str, Callable[[], DiffusionPipeline]] = {
     "chroma": chroma,
     "cogview4": cogview4,
     "lumina2": lumina2,
+    "qwenimage": qwenimage,
 }
 FAMILY_NAMES = tuple(BUILDERS)
 

@@ -22,10 +22,12 @@ import fdu
 from fdu.evaluation.drawing import Conditioned
 from fdu.models import parts, staging
 from fdu.models.denoiser import Conditioning, Denoiser
-from fdu.models.families import FAMILIES, denoiser_of
+from fdu.models.families import FAMILIES, denoiser_of, guidance_arguments
 from fdu.models.flux import pack, position_ids, unpack
 from fdu.models.noise_schedules import shifted_sigmas
 from fdu.storage.readers import load_weights
+from fdu.training.examples import Found
+from fdu.training.methods.perturbation import Perturbation
 
 pytestmark = pytest.mark.quick(name=["sd", "sd3", "flux", "pixart"], method=["dora"])
 
@@ -46,7 +48,7 @@ UNITS = {
 """Pixels that a side must be a multiple of."""
 NO_LORA = ("pixart",)
 """Families without LoRA files in diffusers; their adapters are saved merged."""
-NO_KOHYA = (*NO_LORA, "sana", "sd3", "auraflow", "chroma", "cogview4", "lumina2")
+NO_KOHYA = (*NO_LORA, "sana", "sd3", "auraflow", "chroma", "cogview4", "lumina2", "qwenimage")
 """Families whose kohya files plain diffusers does not read."""
 NEGATED = ("Lumina2Pipeline",)
 """Pipelines that change the sign of what their module returns."""
@@ -54,9 +56,9 @@ ONE_STREAM = ("cogview4",)
 """Families whose attention projects text and image by the same layers, so that the text's own come before it."""
 REGISTERS = {"auraflow": 8}
 """Tokens of their own that a model puts before those of the prompt."""
-GUIDED = {"chroma": ([PROMPT], [""]), "cogview4": ([PROMPT], [""]), "lumina2": ([PROMPT], [""])}
+GUIDED = dict.fromkeys(("chroma", "cogview4", "lumina2", "qwenimage"), ([PROMPT], [""]))
 """The prompts of the calls that a family makes in each step of guidance, where it is not one call of both."""
-SIZELESS = ("flux", "flux_guidance", "chroma")
+SIZELESS = ("flux", "flux_guidance", "chroma", "qwenimage")
 """Families whose pipelines choose the size, whatever the model."""
 EVERY_FAMILY = pytest.mark.parametrize("name", families.FAMILY_NAMES)
 
@@ -88,7 +90,7 @@ def sampled(denoiser: Denoiser, prompt: str, guidance_scale: float, steps: int, 
         height=denoiser.height,
         width=denoiser.width,
         num_inference_steps=steps,
-        guidance_scale=guidance_scale,
+        **guidance_arguments(denoiser.pipeline, guidance_scale, 1),
         generator=torch.Generator().manual_seed(seed),
         output_type="latent",
         **denoiser.call_settings,
@@ -227,7 +229,7 @@ def test_predict_depends_on_every_tensor_of_the_conditioning(denoiser: Denoiser)
         assert not torch.equal(denoiser.predict(noisy, indices, mixed), predicted), tensor
 
 
-@pytest.mark.parametrize("name", ["cogview4"])
+@pytest.mark.parametrize("name", ["cogview4", "qwenimage"])
 @torch.no_grad()
 def test_prompts_of_several_lengths_are_predicted_and_drawn_together(denoiser: Denoiser) -> None:
     prompts = [PROMPT, "a painting in the style of van gogh, in oil on old canvas", "", "a photo"]
@@ -247,9 +249,23 @@ def test_prompts_of_several_lengths_are_predicted_and_drawn_together(denoiser: D
     settings: dict[str, Any] = {"num_inference_steps": 2, "guidance_scale": 3.0, "output_type": "pt"}
     images = Conditioned(denoiser)(prompts, [torch.Generator().manual_seed(5) for _ in prompts], **settings).images
     for image, prompt in zip(images, prompts, strict=True):
-        size = {"height": denoiser.height, "width": denoiser.width}
-        own = denoiser.pipeline(prompt, **size, **settings, generator=torch.Generator().manual_seed(5)).images
+        given = guidance_arguments(denoiser.pipeline, settings["guidance_scale"], 1)
+        given |= {"height": denoiser.height, "width": denoiser.width, "num_inference_steps": 2, "output_type": "pt"}
+        own = denoiser.pipeline(prompt, **given, generator=torch.Generator().manual_seed(5)).images
         torch.testing.assert_close(image, own[0], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["cogview4", "qwenimage"])
+@torch.no_grad()
+def test_moves_of_more_embeddings_than_a_prompt_has_are_cut(denoiser: Denoiser) -> None:
+    plain = denoiser.encode(["a photo"])
+    assert plain.tensors["embeddings"].shape[1] < 20
+    perturbation = Perturbation(denoiser, "a painting, in oil on old canvas, of three birds", tokens=20, start=3.0)
+    moved = denoiser.encode(["a photo"]).tensors["embeddings"]
+    found = Found(0, perturbation.addends())
+    perturbation.remove()
+    assert not torch.allclose(moved, plain.tensors["embeddings"], atol=0.1)
+    torch.testing.assert_close(found.moved(plain).tensors["embeddings"], moved)
 
 
 @EVERY_FAMILY
@@ -370,13 +386,15 @@ def test_zero_terminal_snr_ends_in_noise_alone() -> None:
     torch.testing.assert_close(denoiser.true_output(latents, noise, last), -latents)
 
 
-@pytest.mark.parametrize("name", ["sd3", "flux", "flux_guidance", "sana", "auraflow", "chroma", "cogview4", "lumina2"])
+@pytest.mark.parametrize(
+    "name", ["sd3", "flux", "flux_guidance", "sana", "auraflow", "chroma", "cogview4", "lumina2", "qwenimage"]
+)
 def test_noise_and_true_output_of_rectified_flow(denoiser: Denoiser, name: str) -> None:
     scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
     if name != "sana":  # whose own scheduler makes its sigmas only when it is given a number of steps
         scheduler = FlowMatchEulerDiscreteScheduler.from_config(denoiser.pipeline.scheduler.config)
-    if name in ("flux_guidance", "chroma"):
-        tokens, slope = 16, (1.15 - 0.5) / (4096 - 256)
+    if name in ("flux_guidance", "chroma", "qwenimage"):
+        tokens, slope = 16, ((0.9 if name == "qwenimage" else 1.15) - 0.5) / (4096 - 256)
         scheduler.set_timesteps(sigmas=np.linspace(1, 1 / 1000, 1000), mu=0.5 + slope * (tokens - 256))
     if name == "cogview4":  # which tells its module the timesteps from before the shift
         tokens, timesteps = 16, np.arange(1000, 0, -1)
@@ -432,15 +450,20 @@ def test_images_decode_from_their_latents_as_the_pipeline_decodes(denoiser: Deno
     again = denoiser.encode_images(images, torch.Generator().manual_seed(0))
     assert torch.equal(latents, again)
     # The random VAE does not reconstruct. What its decoder gets must be what its encoder made, before scale and shift.
-    posterior = pipeline.vae.encode(2 * images - 1)
+    given = 2 * images - 1
+    posterior = pipeline.vae.encode(given[:, :, None] if denoiser.encodes_videos else given)
     raw = posterior[0].sample(torch.Generator().manual_seed(0)) if "latent_dist" in posterior else posterior[0]
-    given: list[Tensor] = []
-    hook = pipeline.vae.decoder.register_forward_pre_hook(lambda _, args: given.append(args[0]))
+    seen: list[Tensor] = []
+    hook = pipeline.vae.decoder.register_forward_pre_hook(lambda _, args: seen.append(args[0].clone()))
     pipeline.vae.decode(raw)
     config = pipeline.vae.config
-    pipeline.vae.decode(latents / config.scaling_factor + (config.get("shift_factor") or 0))  # as the pipelines do
+    if denoiser.encodes_videos:  # as the pipelines do
+        mean, deviation = (torch.tensor(config[key]).view(1, -1, 1, 1, 1) for key in ("latents_mean", "latents_std"))
+        pipeline.vae.decode(latents[:, :, None] * deviation + mean)
+    else:
+        pipeline.vae.decode(latents / config.scaling_factor + (config.get("shift_factor") or 0))
     hook.remove()
-    torch.testing.assert_close(given[0], given[1], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(seen[0], seen[1], rtol=1e-5, atol=1e-5)
 
 
 @torch.no_grad()
@@ -728,7 +751,7 @@ def picture(pipeline: DiffusionPipeline, name: str, prompt: str = "a photo of th
         height=size,
         width=size,
         num_inference_steps=2,
-        guidance_scale=2.0,
+        **guidance_arguments(pipeline, 2.0, 1),
         generator=torch.Generator().manual_seed(3),
         output_type="pt",
         **settings,

@@ -33,7 +33,7 @@ from fdu.evaluation.robustness import (
 )
 from fdu.evaluation.robustness.holding import judge_robustness
 from fdu.evaluation.robustness.relearning import RelearningFigures, back_after
-from fdu.models.families import denoiser_of
+from fdu.models.families import denoiser_of, guidance_arguments
 from fdu.training.methods.perturbation import Perturbation
 
 pytestmark = pytest.mark.quick(name=["sd", "flux"])
@@ -144,20 +144,21 @@ def test_every_family_is_judged_attacked_and_relearnt_and_left_as_it_was(name: s
     pipeline = families.build(name)
     denoiser = denoiser_of(pipeline, families.resolution(name))
     before = weights_of(pipeline)
-    settings: dict[str, Any] = {"num_inference_steps": 2, "guidance_scale": 2.0, "output_type": "latent"}
+    settings: dict[str, Any] = {"num_inference_steps": 2, "output_type": "latent"}
 
     def draw(by: Any, **more: Any) -> Tensor:
         generators = [torch.Generator().manual_seed(seed) for seed in (1, 2)]
         return by(["three", "a photo of three"], generator=generators, **settings, **more).images
 
     with torch.no_grad():
-        plain = draw(pipeline, height=denoiser.height, width=denoiser.width, **denoiser.call_settings)
-        encoded = draw(Conditioned(denoiser))
+        given = {**guidance_arguments(pipeline, 2.0, 2), **denoiser.call_settings}
+        plain = draw(pipeline, height=denoiser.height, width=denoiser.width, **given)
+        encoded = draw(Conditioned(denoiser), guidance_scale=2.0)
         torch.testing.assert_close(encoded, plain, rtol=0, atol=1e-4)
         perturbation = Perturbation(denoiser, "three", tokens=2, start=3.0)
-        assert not torch.allclose(draw(Conditioned(denoiser)), plain, atol=1e-3)
+        assert not torch.allclose(draw(Conditioned(denoiser), guidance_scale=2.0), plain, atol=1e-3)
         perturbation.remove()
-        assert torch.equal(draw(Conditioned(denoiser)), encoded)
+        assert torch.equal(draw(Conditioned(denoiser), guidance_scale=2.0), encoded)
     latents = torch.randn(3, *denoiser.latent_shape, generator=torch.Generator().manual_seed(0))
     probe = dataclasses.replace(THREE, prompts=("three",))
     lesson = Lesson(denoiser, probe, latents, JudgedSampling(images=1, num_inference_steps=2))

@@ -27,7 +27,7 @@ pytestmark = pytest.mark.quick(family=["sd", "sd3"], method=["lora", "cross_atte
 
 TRAINED = [name for name, method in TRAIN_METHODS.items() if method.trains]
 ADAPTER_METHODS = [name for name in TRAINED if TRAIN_METHODS[name].result != "weights"]
-FAMILIES = ("sd", "sdxl", "sd3", "flux", "pixart", "sana", "auraflow", "chroma", "cogview4", "lumina2")
+FAMILIES = ("sd", "sdxl", "sd3", "flux", "pixart", "sana", "auraflow", "chroma", "cogview4", "lumina2", "qwenimage")
 KINDS = ("lora", "dora", "cross_attention", "full", "token")
 """Methods that differ in how they work, not only in which weights they take."""
 WEIGHT_METHODS = ("text", "cross_attention", "attention", "full", "text_encoder")

@@ -22,7 +22,7 @@ from fdu.config import Count, Positive, check_fields, check_number
 from fdu.evaluation.drawing import seen_by_judge
 from fdu.evaluation.intervals import Share
 from fdu.evaluation.robustness.relearning import AttackOutcome, Lesson
-from fdu.models.denoiser import Conditioning, Denoiser
+from fdu.models.denoiser import Conditioning, Denoiser, padded
 from fdu.models.parts import TOKENIZERS
 from fdu.training.examples import spread
 
@@ -133,7 +133,7 @@ def breed_words(lesson: Lesson, config: DirectionConfig | None = None) -> Attack
     vocabulary = Vocabulary(denoiser, [name])
     prompts = _some(lesson.probe.prompts, config.prompts)
     without = [" ".join(re.sub(re.escape(name), " ", prompt, flags=re.IGNORECASE).split()) for prompt in prompts]
-    read, plain = (_embeddings(denoiser, some) for some in (prompts, without))
+    read, plain = _embeddings(denoiser, [*prompts, *without]).chunk(2)
     sought = plain + config.strength * (read - plain).mean(0)
     begun = [vocabulary.random(config.words, generator) for _ in prompts]
     found = [_bred(denoiser, vocabulary, goal, config, generator) for goal in sought]
@@ -237,17 +237,18 @@ def _watched(layer: nn.Module) -> Iterator[tuple[list[list[int]], list[Tensor]]]
 
 @torch.no_grad()
 def _embeddings(denoiser: Denoiser, prompts: Sequence[str]) -> Tensor:
-    """The embeddings of prompts, [N, tokens * d] in float32."""
-    return denoiser.encode(prompts).tensors["embeddings"].float().flatten(1)
+    """The embeddings of prompts, [N, tokens, d] in float32."""
+    return denoiser.encode(prompts).tensors["embeddings"].float()
 
 
 def _bred(
     denoiser: Denoiser, vocabulary: Vocabulary, goal: Tensor, config: DirectionConfig, generator: torch.Generator
 ) -> list[str]:
-    """The words whose encoding is closest to a goal, [tokens * d], after some generations."""
+    """The words whose encoding is closest to a goal, [tokens, d], after some generations."""
 
     def ranked(some: list[list[str]]) -> list[list[str]]:
-        distances = (_embeddings(denoiser, [" ".join(words) for words in some]) - goal).square().sum(1)
+        read, wanted = padded([_embeddings(denoiser, [" ".join(words) for words in some]), goal[None]])
+        distances = (read - wanted).square().sum((1, 2))
         return [some[place] for place in distances.argsort(stable=True).tolist()]
 
     def draw(of: int) -> int:

@@ -97,6 +97,7 @@ class Perturbation(Trainable):
         moves = self._bounded(name).to(tensor.dtype)
         if tensor.ndim == 2:
             return tensor + moves
+        moves = moves[: tensor.shape[1]]
         return torch.cat([tensor[:, : self.tokens] + moves, tensor[:, self.tokens :]], dim=1)
 
     @contextmanager
