@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save_file
 import fdu
 from fdu.comparison.page import markdown
 from fdu.comparison.runs import weights
-from fdu.comparison.sweep import Job, Record, settings_identity
+from fdu.comparison.sweep import Job, Record, digest, settings_identity
 from fdu.evaluation import Draws, Sampling
 from fdu.evaluation.drawing import JUDGED_SEED, joint_probes
 from fdu.report.charts import became_chart
@@ -112,12 +112,14 @@ def drawn(pipeline: Any, asked: Sequence[fdu.Probe]) -> Draws:
 
 def images_before(cache: Path) -> Draws:
     """The images before any erasure, drawn once per machine."""
-    asked, file = probes(), cache / f"before-many-{weights(MODEL)}.safetensors"
+    asked = probes()
+    drawing = [dataclasses.asdict(DRAWING), IMAGES, JUDGED_SEED, [one.prompts for one in asked]]
+    file = cache / f"before-many-{digest([weights(MODEL), drawing])}.safetensors"
     if not file.is_file():
         images = torch.stack(drawn(fdu.load_pipeline(MODEL), asked).images)
         with whole_file(file) as fresh:
-            save_file({"images": images.mul(255).round().to(torch.uint8)}, str(fresh))
-    return Draws([one.float() / 255 for one in load_file(file)["images"]])
+            save_file({"images": images.half()}, str(fresh))
+    return Draws([one.float() for one in load_file(file)["images"]])
 
 
 def judge_before(cache: Path) -> Record:

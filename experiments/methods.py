@@ -141,12 +141,14 @@ def curves(results: Results) -> list[Curve]:
 
 def lengths(results: Results) -> str:
     """For each divergence, the longest training from the model as it is, and the shortest from the closed form that
-    clearly erases no less."""
+    does not clearly erase less."""
     sample, rows = results.sample, []
     for divergence in DIVERGENCES:
-        plain, *_ = (
-            one for steps in reversed(STEPS) if (one := of_length("lora", divergence, steps)) in sample.candidates
-        )
+        plains = [of_length("lora", divergence, steps) for steps in STEPS]
+        plains = [one for one in plains if one in sample.candidates]
+        if not plains:
+            continue
+        plain = plains[-1]
         warm = [
             one
             for steps in STEPS

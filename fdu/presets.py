@@ -144,7 +144,8 @@ def read_settings(path: str | Path) -> dict[str, Any]:
 
 
 def write_settings(path: str | Path, config: EraseConfig) -> None:
-    """Write settings to a YAML file, whole or not at all, without the places of files on this machine.
+    """Write the settings that are not the defaults to a YAML file, whole or not at all, without the places of files on
+    this machine.
 
     Raises:
         OSError: the file cannot be written.
@@ -153,5 +154,8 @@ def write_settings(path: str | Path, config: EraseConfig) -> None:
 
     from fdu.storage.output import write_text
 
-    settings = {name: value for name, value in config.as_dict().items() if name not in PLACES and value is not None}
+    given = {name: getattr(config, name) for name in config.field_names() if name not in PLACES}
+    changed = {name: value for name, value in given.items() if value != getattr(EraseConfig, name)}
+    settings = {name: list(value) if isinstance(value, tuple) else value for name, value in changed.items()}
+    settings |= {"divergence": str(config.divergence)} if "divergence" in settings else {}
     write_text(Path(path), yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))

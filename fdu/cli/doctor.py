@@ -24,7 +24,7 @@ OPTIONAL = {
     "resvg-py": ("training the emoji pipeline again", "pip install resvg-py"),
 }
 """Optional distributions, with their use and the command that installs them."""
-MODULES = {"pillow": "PIL"}
+MODULES = {"pillow": "PIL", "pyyaml": "yaml"}
 """Import names that differ from the distribution's."""
 LITTLE_DISK = 2 << 30
 """Bytes; a full pipeline of Stable Diffusion in fp16 takes about this much."""

@@ -88,6 +88,7 @@ class Erase:
         types = self.concept_type[0] if len(self.concept_type) == 1 else self.concept_type or "object"
         model = subject_of(self.model)
         pairs = model.pairs(self.target, self.anchor, types)
+        given = self.settings.checked()
         checkpoints = Path(f"{self.out}.checkpoints")
         config = self.settings.checked(checkpoint_dir=str(checkpoints))
         check_resolution(model.folder, config.resolution)
@@ -99,10 +100,12 @@ class Erase:
             )
         files = [name for name in (*self.target, *self.anchor) if name.endswith(".txt")]
         inputs = files + [str(folder) for folder in [model.folder] if folder]
-        if self.save_config is not None and self.save_config.exists() and not self.overwrite:
-            raise FileExistsError(
-                f"save_config {str(self.save_config)!r} exists; choose another name or add --overwrite"
-            )
+        if self.save_config is not None:
+            shown = f"save_config {str(self.save_config)!r}"
+            if self.save_config.is_dir() or self.out.resolve() in self.save_config.resolve().parents:
+                raise ValueError(f"{shown} must be a file outside of OUT; choose another name")
+            if self.save_config.exists() and not self.overwrite:
+                raise FileExistsError(f"{shown} exists; choose another name or add --overwrite")
         check_output(self.out, self.overwrite, result_bytes(model.folder, config.train_method, self.save_as), inputs)
         if TRAIN_METHODS[config.train_method].trains:
             dtype = check_dtype(self.dtype, config.mixed_precision)
@@ -115,7 +118,7 @@ class Erase:
         def work() -> None:
             writes = is_main_process()
             if self.save_config is not None and writes:
-                write_settings(self.save_config, config)
+                write_settings(self.save_config, given)
             try:
                 with whole_folder(self.out, self.overwrite) if writes else nullcontext() as folder:
                     pipeline = model.load(dtype, device)

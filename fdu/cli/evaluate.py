@@ -113,7 +113,9 @@ class Evaluate:
 
             check_record(record, f"ERASED {self.erased!r}: record")
         erased = [target for target, _ in erased_pairs(record)] if record else []
-        exams = [base.exam(name, erased, self.prompts, record, self.judge) for name in self._targets(erased)]
+        targets = self._targets(erased)
+        erased = list(dict.fromkeys([*erased, *self.target]))
+        exams = [base.exam(name, erased, self.prompts, record, self.judge) for name in targets]
         first = exams[0]
         if self.out is not None:
             check_output(self.out, self.overwrite, inputs=self._inputs(base))

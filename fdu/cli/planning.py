@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
 from tyro.conf import OmitArgPrefixes, Positional, arg
 
 from fdu.cli.options import Settings, grouped
 from fdu.config import EraseConfig, Positive, check_number
+from fdu.presets import PresetName
 from fdu.storage.loading import Dtype, check_dtype, check_resolution
 from fdu.subjects.registry import subject_of
 
@@ -27,6 +29,7 @@ class Plan:
     examples: ClassVar[tuple[str, ...]] = (
         "fdu plan emoji",
         "fdu plan org/model --memory 24 --resolution 512",
+        "fdu plan org/model --preset fdmu --mixed_precision bf16 --tflops 80",
         "fdu plan org/model --train_method full --mixed_precision bf16 --gradient_checkpointing",
     )
 
@@ -37,6 +40,10 @@ class Plan:
     tflops: float | None = None
     """Speed that the device reaches, not that of its datasheet, in 10^12 floating-point operations per second, > 0:
     gives the time of a step."""
+    preset: PresetName | None = None
+    """Begin with the settings of a published method, as for fdu erase."""
+    config: Path | None = None
+    """YAML file of settings, as for fdu erase."""
     dtype: Dtype = "auto"
     """Dtype of the weights. auto: float32, or the dtype of --mixed_precision."""
     settings: Annotated[OmitArgPrefixes[Settings], arg(name="")] = dataclasses.field(default_factory=grouped())
@@ -47,7 +54,10 @@ class Plan:
             check_number("memory", self.memory, Positive)
         if self.tflops is not None:
             check_number("tflops", self.tflops, Positive)
+        from fdu.training.footprint import check_estimable
+
         model, config = subject_of(self.model), self.settings.checked()
+        check_estimable(config)
         check_resolution(model.folder, config.resolution)
         check_dtype(self.dtype, config.mixed_precision)
 

@@ -104,7 +104,7 @@ def parse(arguments: list[str]) -> Command:
         SystemExit: after the help, which ends with examples, or after the message for wrong usage.
     """
     check_typed(arguments, COMMANDS)
-    if arguments[0] == "erase":
+    if arguments[0] in ("erase", "plan"):
         arguments = expanded(arguments)
     config = (tyro.conf.PositionalMetavarFromFieldName, tyro.conf.DisallowNone, tyro.conf.FlagCreatePairsOff)
     typed, *rest = arguments

@@ -108,7 +108,8 @@ def recommend(sample: Sample, prefer: Preference, before: Mapping[str, float] | 
     elif few and usable and len(candidates) > 1:
         headline = f"Too few images for a winner; {one.label} will do"
     elif ahead and usable and len(candidates) > 1 and doubtful:
-        headline = f"No certain winner: {one.label} is best, but it may have erased less than half"
+        under = " under attack" if prefer == "robustness" else ""
+        headline = f"No certain winner: {one.label} is best, but it may have erased less than half{under}"
     else:
         alike = [candidates[place] for place in ties if place not in (chosen, *choice.losing)]
         headline = _headline(sample, chosen, alike, certain, prefer)
@@ -265,13 +266,12 @@ def _figures_of(sample: Sample, one: Candidate, score: Estimate, prefer: Prefere
         f"{percent(retained.value)} of the other classes' images ({_range(retained)}).",
         f"For the preference {prefer!r}, {WEIGHTS[prefer]}; its score is {score.value:.3f} ({_range(score, 1, 3)}).",
     ]
+    how = "search for more conditionings (--robust)" if under else "train longer (max_train_steps)"
     if erased.value < HARDLY:
-        how = "search for more conditionings (--robust)" if under else "train longer (max_train_steps)"
         found.append(f"Most images still show the target: {how} before you choose.")
     elif erased.low < HARDLY:
         found.append(
-            "The interval of its erased share reaches below one half: train longer (max_train_steps) or draw more "
-            "images (images_per_class)."
+            f"The interval of that share reaches below one half: {how} or draw more images (images_per_class)."
         )
     if sample.seeds == 1:
         found.append("One seed cannot show how much results vary between seeds: run more (seeds).")

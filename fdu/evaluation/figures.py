@@ -44,6 +44,8 @@ class Figures:
     """By target, the judge's answers on its images: shares by class, most frequent first."""
     retained_by_group: dict[str, float] = dataclasses.field(default_factory=dict)
     """Mean share of the retained classes of each group: "near", "generic", "unrelated"."""
+    unseen_per_class: dict[str, float] = dataclasses.field(default_factory=dict)
+    """By target, its share in phrasings that the training never used."""
     attribute_accuracy: float | None = None
     """Share of what the target's prompts, seen and unseen, ask for besides the target that the judges find. All images
     and attributes count together; None if the prompts ask for nothing else."""
@@ -244,6 +246,7 @@ class _Found:
             **found,
             became=self.became,
             per_class=per_class,
+            unseen_per_class=self.under("unseen_per_class"),
             worst_retained_class=min((one.name for one in probes if one.role == "retained"), key=per_class.__getitem__),
             intervals=self.intervals,
         )
@@ -257,6 +260,9 @@ def _side(draws: Draws, probes: Sequence[Probe], extractor: Features | None, pai
     shares = {f"{role}_accuracy": found.places.get(role, ()) for role in get_args(Role)}
     shares |= {f"retained_by_group.{group}": found.places.get(group, ()) for group in get_args(Group)}
     shares |= {f"per_class.{probe.name}": [place] for place, probe in enumerate(probes) if probe.role != "unseen"}
+    shares |= {
+        f"unseen_per_class.{probe.name}": [place] for place, probe in enumerate(probes) if probe.role == "unseen"
+    }
     shares["worst_retained_accuracy"] = [min(found.places["retained"], key=lambda place: hits[place].mean())]
     for name, chosen in shares.items():
         if chosen:

@@ -164,18 +164,28 @@ def _targets_part(evaluation: Evaluation, targets: Sequence[str]) -> tuple[State
     sure = state_within(before.target_accuracy, share, limits)[1]
     named = counted_names(targets, "concepts")
     sentences = [f"Prompts for {named}, on average: {_shares(before.target_accuracy, share)}."]
-    for words, names in (("Not erased, or only partly", left), ("Rarely drawn even before", rare)):
+    escaped = [
+        name
+        for name in targets
+        if name in after.unseen_per_class and name not in (*left, *rare)
+        if escapes_by(before.unseen_per_class[name], after.unseen_per_class[name])
+    ]
+    told = (
+        ("Not erased, or only partly", left, "per_class"),
+        ("Still drawn in phrasings that the training never used", escaped, "unseen_per_class"),
+        ("Rarely drawn even before", rare, "per_class"),
+    )
+    for words, names, figure in told:
         if names:
-            shown = [_with_shares(evaluation, name, f"per_class.{name}") for name in names[:NAMED_CLASSES]]
+            shown = [_with_shares(evaluation, name, f"{figure}.{name}") for name in names[:NAMED_CLASSES]]
             more = [f"{len(names) - NAMED_CLASSES} more"] if len(names) > NAMED_CLASSES else []
             sentences.append(f"{words}: {joined(shown + more)}.")
-    escapes, last = False, after.unseen_accuracy
+    last = after.unseen_accuracy
     if before.unseen_accuracy is not None and last is not None:
         first = before.unseen_accuracy
-        sentences.append(f"In phrasings that the training never used: {_shares(first, last)}.")
-        escapes = escapes_by(first, last)
+        sentences.append(f"In phrasings that the training never used, on average: {_shares(first, last)}.")
         ends = after.intervals.get("unseen_accuracy", (last, last))
-        sure &= all(escapes_by(first, end) == escapes for end in ends)
+        sure &= len({escapes_by(first, end) for end in (last, *ends)}) == 1
     reach = reach_unseen(images)
     if reach > ERASED_BELOW and len(left) < counted:
         sentences.append(f"{images} images cannot rule out that up to {percent(reach)} of one concept is left.")
@@ -183,11 +193,15 @@ def _targets_part(evaluation: Evaluation, targets: Sequence[str]) -> tuple[State
     if not counted:
         return "rarely drawn before", sure, f"{named} were rarely drawn even before", sentences
     if left:
+        done = counted - len(left) - len(escaped)
         state: State = "partly erased" if len(left) < counted else "not erased"
-        some = f"{counted - len(left)} of {counted} concepts are" if len(left) < counted else f"none of {named} is"
+        some = f"{done or 'none'} of {counted} concepts {'is' if done < 2 else 'are'}"
         return state, sure, f"{some} erased ({mean})", sentences
-    if escapes:
-        words = f"{named} are erased only in the phrasings of the training ({percent(last or 0.0)} in others)"
+    if escaped:
+        some = named if len(escaped) == counted else f"{len(escaped)} of {counted} concepts"
+        verb = "is" if len(escaped) == 1 else "are"
+        other = f"{percent(last or 0.0)} in others on average"
+        words = f"{some} {verb} erased only in the phrasings of the training ({other})"
         return "partly erased", sure, words, sentences
     return "erased", sure, f"{named} are {'' if sure else 'probably '}erased ({mean})", sentences
 

@@ -19,6 +19,8 @@ from fdu.subjects.embedded import EMBEDDED
 
 LISTS, FLAGS = ("preservation_prompts", "robustness"), ("overwrite",)
 """Changed options that take several values, and those that take none."""
+ONCE = ("overwrite", "resume_from_checkpoint", "save_config")
+"""Options that belong to one run."""
 MOST_CLASSES, MOST_PROMPTS = 6, 3
 """Most broken classes to preserve, worst first, and prompts of each."""
 LOWEST_WEIGHT = 0.05
@@ -42,7 +44,7 @@ def next_steps(run: EvaluatedRun) -> list[NextStep]:
     if run.erased and run.anchor is None:
         names = [name for name, _ in run.erased]
         words = f"Judge what the weights erased, {joined(names)}, instead of {run.target}."
-        return [NextStep(words, lines.evaluate(target=names[0], prompts=None))]
+        return [NextStep(words, lines.evaluate(target=None, prompts=None))]
     if verdict.good:
         return _good(run, lines)
     before, after = run.evaluation.before, run.evaluation.after
@@ -171,7 +173,9 @@ class _Lines:
         self.own = PurePath(_value(self.evaluated, "out") or _value(self.trained, "out") or DEMO_FOLDER)
         self.folders = 1
         self.preserves_by_itself = bool(
-            self.trained and config.get("preservation_prompts") and not _value(self.trained, "preservation_prompts")
+            self.trained
+            and config.get("preservation_prompts")
+            and not any(_value(self.trained, name) for name in ("preservation_prompts", "config"))
         )
         """Whether the preserved prompts are those of a pipeline of fdu, which adds them if the command names none."""
         models = [one.name for one in EMBEDDED if set(run.targets) <= one().known]
@@ -187,7 +191,7 @@ class _Lines:
         """The erasure with these settings, and its evaluation, which `fdu demo` includes."""
         if not self.trained:
             return ()
-        folder, changes = self._new(), {"overwrite": None, "resume_from_checkpoint": None, **changes}
+        folder, changes = self._new(), {**dict.fromkeys(ONCE), **changes}
         if self.trained[1] == "demo" or not self.evaluated:
             return (_changed(self.trained, {**changes, "out": folder}),)
         weights, (fdu, evaluate, base, _, *options) = f"{folder}-{WEIGHTS_FOLDER}", self.evaluated

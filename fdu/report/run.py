@@ -208,7 +208,7 @@ class EvaluatedRun(Told):
 
     def metrics(self) -> dict[str, Any]:
         """Everything but the images, for JSON."""
-        metrics = {"target": self.target, "targets": self.targets, **self.evaluation.as_dict()}
+        metrics = {"target": ", ".join(self.targets), "targets": self.targets, **self.evaluation.as_dict()}
         if self.record is not None:
             config = dict(self.record["config"])
             trained = trains(config.get("train_method", EraseConfig.train_method))

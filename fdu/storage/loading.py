@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import re
@@ -22,6 +23,9 @@ REVISION = re.compile(r"@[\w./-]+")
 """What may follow a hub id: a branch, tag or commit."""
 HUB_PIPELINE = 6 << 30
 """Assumed bytes of a pipeline that is not here yet; Stable Diffusion 1.5 takes 5.5 GB in float32."""
+LOGGER = logging.getLogger(__name__)
+ABSENT = re.compile("no file named|does not appear to have a file named", re.IGNORECASE)
+"""What diffusers and transformers say if weights are not there."""
 VARIANT = "fp16"
 """The variant of weights that a repository may have instead of those of full precision."""
 Dtype = Literal["auto", "float32", "float16", "bfloat16"]
@@ -206,12 +210,13 @@ def load_model(model: str, dtype: str = "float32", device: str = "cpu") -> Diffu
         try:
             pipeline = DiffusionPipeline.from_pretrained(name, **given)
         except errors as error:
-            if Path(name).is_dir() and not list(Path(name).glob(f"*/*.{VARIANT}.*")):
+            if not ABSENT.search(str(error)):
                 raise
             try:
                 pipeline = DiffusionPipeline.from_pretrained(name, variant=VARIANT, **given)
             except errors:
                 raise error from None
+            LOGGER.warning("%s has no other weights than those of the variant %s; loaded these", model, VARIANT)
         return pipeline.to(device)
     except errors as error:
         raise OSError(f"model {model!r} could not be loaded: {_first_line(error)}") from error

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fdu.concepts import ConceptType, Pair, concept_pairs, read_concepts
-from fdu.storage.loading import load_model
+from fdu.storage.loading import hub_name, load_model
 from fdu.subjects.concept_sets import ConceptSet, choose_set
 
 if TYPE_CHECKING:
@@ -93,7 +93,8 @@ class Subject:
     @property
     def loading_code(self) -> str:
         """The Python expression that loads it."""
-        return f"DiffusionPipeline.from_pretrained({self.model!r})"
+        name, revision = (self.model, None) if self.folder else hub_name(self.model)
+        return f"DiffusionPipeline.from_pretrained({name!r}{f', revision={revision!r}' if revision else ''})"
 
     @property
     def folder(self) -> Path | None:

@@ -10,7 +10,6 @@ from pathlib import Path
 import defaults
 import erasure
 import experiment
-import many
 import pytest
 import robustness
 import study
@@ -21,7 +20,7 @@ from fdu.comparison.sweep import Job, Records
 
 ROOT = Path(experiment.__file__).parents[1]
 RESULTS = ROOT / "experiments" / "results"
-OTHERS = {"defaults": defaults, "erasure": erasure, "many": many, "robustness": robustness, "theory": theory}
+OTHERS = {"defaults": defaults, "erasure": erasure, "robustness": robustness, "theory": theory}
 PAGES, RECORDS = {"results": study, **OTHERS}, {"study": study, **OTHERS}
 
 

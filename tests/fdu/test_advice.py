@@ -261,7 +261,7 @@ def test_weights_that_erased_something_else_are_judged_by_it() -> None:
     told = record() | {"concepts": [["five", "eight"]]}
     (step,) = next_steps(run_of(0.1, 0.5, 0.9, record=told))
     (evaluate,) = parsed(step)
-    assert evaluate.target == ("five",) and evaluate.prompts is None
+    assert evaluate.target == () and evaluate.prompts is None
 
 
 def test_what_was_rarely_drawn_needs_other_prompts() -> None:

@@ -311,6 +311,15 @@ def test_a_repository_of_half_precision_files_alone_loads(tmp_path: Path) -> Non
         load_model(str(tmp_path / "half"))
 
 
+def test_damaged_files_are_not_replaced_by_those_of_half_precision(tmp_path: Path) -> None:
+    pipeline = families.build("sd")
+    pipeline.save_pretrained(tmp_path)
+    pipeline.save_pretrained(tmp_path, variant="fp16")
+    (tmp_path / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(b"damaged")
+    with pytest.raises(OSError, match="could not be loaded"):
+        load_model(str(tmp_path))
+
+
 def test_a_revision_follows_the_hub_id(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[str, Any]] = []
 

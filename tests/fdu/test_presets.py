@@ -67,10 +67,17 @@ def test_settings_survive_a_file() -> None:
 
 def test_an_erasure_writes_its_settings_for_another(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*ERASE, *TINY, "--rank", "2", "--save_config", "mine.yaml"]) == cli.OK
-    assert yaml.safe_load(Path("mine.yaml").read_text())["rank"] == 2
+    # What follows from the target, or from another setting, is left to the next erasure.
+    assert yaml.safe_load(Path("mine.yaml").read_text()) == {
+        **{"rank": 2, "max_train_steps": 1, "train_batch_size": 1, "num_latents": 2, "num_inference_steps": 1}
+    }
     assert settings_of("--config", "mine.yaml").rank == 2
+    assert settings_of("--config", "mine.yaml", "--train_method", "full").learning_rate is None
     again = [*ERASE[:-1], "second", *TINY, "--save_config", "mine.yaml"]
     assert main(again) == cli.USAGE and "'mine.yaml' exists" in capsys.readouterr().err
+    inside = [*ERASE[:-1], "third", *TINY, "--save_config", "third/mine.yaml"]
+    assert main(inside) == cli.USAGE and "outside of OUT" in capsys.readouterr().err
+    assert not Path("third").exists()
 
 
 def test_files_that_hold_no_settings_are_refused(capsys: pytest.CaptureFixture[str]) -> None:

@@ -303,7 +303,7 @@ def test_unknown_tensors(tmp_path: Path) -> None:
 
 
 def test_weights_of_another_family(tmp_path: Path) -> None:
-    _, after = after_erasure("sdxl")
+    _, after = after_erasure("sdxl", CONTEXT["sd"])
     save_file(after, tmp_path / "esd.safetensors")
     assert_refused("sd", tmp_path, r"unet\.\S+to_k\.weight has shape \(\d+, 16\) here, but \(\d+, 32\)")
     assert_refused("flux", tmp_path, "changes transformer.down_blocks.*FluxPipeline does not have")
@@ -320,7 +320,7 @@ def test_one_wrong_shape_changes_nothing(tmp_path: Path) -> None:
 @pytest.mark.parametrize("form", ["lora", "kohya"])
 def test_lora_of_another_family(form: Any, tmp_path: Path) -> None:
     pipeline = families.build("sdxl")
-    layers = {"unet": add_adapter(pipeline, "unet", CONTEXT["sdxl"])}
+    layers = {"unet": add_adapter(pipeline, "unet", CONTEXT["sd"])}
     write(tmp_path, form, pipeline, layers, lora_alpha=ALPHA)
     assert_refused("sd", tmp_path, r"the update of unet\.\S+attn2.to_., down \(3, 32\) .*does not fit its weight")
     assert_refused(

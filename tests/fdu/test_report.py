@@ -121,7 +121,7 @@ def test_several_targets_have_a_heat_map_and_a_table(tmp_path: Path) -> None:
     assert (run.targets, run.target, run.anchor) == (["three", "eight"], "three and eight", "nine")
     page = Page(write_report(tmp_path / "report.html", run).read_text(encoding="utf-8"))
     assert not page.open and "three and eight → nine" in page.text
-    assert "1 of 2 concepts are erased" in page.text
+    assert "1 of 2 concepts is erased" in page.text
     # The heat map: three became nine, eight is still itself.
     assert "three, nine: 100 %" in page.text and "eight, itself: 100 %" in page.text and "nine 100 %" in page.text
     assert not any(one["class"] == "pairs target" for one in page.all("div") if one.get("class"))

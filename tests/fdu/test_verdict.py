@@ -149,14 +149,20 @@ def test_the_worst_classes_are_named_and_the_others_counted() -> None:
     assert "(5), on average: 90 % before, 90 % after; the lowest, five: 100 % before, 10 % after" in words(verdict)
 
 
-def of_several(after: dict[str, float], unseen: float | None = None, rare: str = "") -> Verdict:
+def of_several(
+    after: dict[str, float], unseen: float | None = None, rare: str = "", escaping: dict[str, float] | None = None
+) -> Verdict:
     """The verdict on targets with these shares after the erasure, and one class to retain; all but ``rare`` were always
     drawn before."""
+
+    escaping = escaping or {}
 
     def figures(shares: dict[str, float], unseen: float | None) -> fdu.Figures:
         mean = sum(shares.values()) / len(shares)
         became = {name: {name: share, "wolf": 1 - share} for name, share in shares.items()}
-        return fdu.Figures(mean, unseen, 1.0, 1.0, "wolf", None, {**shares, "wolf": 1.0}, became)
+        each = {} if unseen is None else dict.fromkeys(shares, unseen) | (escaping if shares is after else {})
+        per_class = {**shares, "wolf": 1.0}
+        return fdu.Figures(mean, unseen, 1.0, 1.0, "wolf", None, per_class, became, unseen_per_class=each)
 
     probes = [fdu.Probe(name, (name,), "target", list) for name in after]
     probes.append(fdu.Probe("wolf", ("wolf",), "retained", list))
@@ -189,7 +195,12 @@ def test_of_several_targets_those_rarely_drawn_before_do_not_count() -> None:
 
 def test_several_targets_that_other_phrasings_draw_are_partly_erased() -> None:
     verdict = of_several({"fox": 0.0, "cat": 0.0}, unseen=0.5)
-    assert verdict.erased == "partly erased" and "phrasings of the training (50 % in others)" in verdict.headline
+    assert verdict.erased == "partly erased"
+    assert "fox and cat are erased only in the phrasings of the training (50 % in others" in verdict.headline
+    # One of many escapes, which the mean hides.
+    hidden = of_several(dict.fromkeys(["fox", "cat", "owl", "bee"], 0.0), unseen=0.05, escaping={"owl": 1.0})
+    assert hidden.erased == "partly erased" and "1 of 4 concepts is erased only" in hidden.headline
+    assert "Still drawn in phrasings that the training never used: owl (100 % before, 100 % after)" in words(hidden)
 
 
 def test_small_losses_everywhere_are_told() -> None:

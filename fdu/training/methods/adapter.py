@@ -25,6 +25,8 @@ from fdu.training.methods.trainable import Request, Trainable, flags_of, restore
 
 ADAPTER_NAME = "fdu"
 """The adapter's name in the pipeline; if that is taken, fdu_2, fdu_3, ..."""
+DOWN, UP = ".lora.down.", ".lora.up."
+"""Names that diffusers gives to the two matrices of a layer of attention."""
 MARK = "_hf_peft_config_loaded"
 """The attribute by which diffusers knows a model with adapters."""
 
@@ -147,6 +149,9 @@ class Adapter(Trainable):
 
     def lora_layers(self) -> dict[str, dict[str, Tensor]]:
         layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(self.module, adapter_name=self.name))
+        if any(DOWN in name for name in layers):
+            # It renames layers of attention alone, and of two kinds of names diffusers reads one.
+            layers = {name.replace(".lora_A.", DOWN).replace(".lora_B.", UP): layers[name] for name in layers}
         return {self.attribute: layers}
 
     @torch.no_grad()
