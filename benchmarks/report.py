@@ -1,6 +1,7 @@
 """Write docs/performance.md and its figures from the records: ``python benchmarks/report.py``. Nothing is measured.
 
-``make bench`` makes the record of the CPU. GPU records are the files gpu*.json beside it (gpu_suite.py). The words are
+``make bench`` makes the record of the CPU. GPU records are the files gpu*.json beside it (gpu_suite.py), and
+compiled.json says what the compilers make of the GPU kernels (bench_compiled.py). The words are
 in pages/performance.md.j2. Needs matplotlib, of the extra "plots".
 """
 
@@ -25,6 +26,15 @@ matplotlib.use("svg")
 from matplotlib import pyplot as plt
 
 Points = Iterable[tuple[str, float, float]]
+DEVICES = {
+    "A100": ("sm_80", 108, 1.41e9, 1.7e12), "H100": ("sm_90", 132, 1.755e9, 3.0e12),
+    "H200": ("sm_90", 132, 1.755e9, 4.3e12), "B200": ("sm_100", 148, 1.85e9, 6.8e12),
+}  # fmt: skip
+"""Architecture, multiprocessors, clock in Hz, and bytes that a copy moves per second: what the predictions assume."""
+ISSUED, SPECIAL = 128, 16
+"""Instructions of threads that a multiprocessor issues per cycle, and of those special functions."""
+PASSES = {"variational": 2, "density ratio": 2, "Gaussian, on chip": 3, "Gaussian, two passes": 2}
+"""Times that a kernel reads or writes an element."""
 STYLE = {"font.size": 9, "svg.hashsalt": "fdu", "axes.spines.top": False, "axes.spines.right": False}
 COLOURS = {
     "clone": "0.6", "eager": "tab:red", "compiled": "tab:orange", "torch": "tab:brown", "cpu": "tab:blue",
@@ -131,7 +141,7 @@ def performance(record: dict[str, Any], gpus: Mapping[str, dict[str, Any]], figu
     """
     parts = {
         suite: record.get(suite, {})
-        for suite in ("losses", "scaling", "host", "memory", "training", "evaluation", "closed_form")
+        for suite in ("losses", "scaling", "host", "memory", "training", "evaluation", "closed_form", "compiled")
     }
     losses, training = parts["losses"], parts["training"]
     groups: dict[str, list[Row]] = {}
@@ -153,6 +163,8 @@ def performance(record: dict[str, Any], gpus: Mapping[str, dict[str, Any]], figu
         rows_of=rows_of,
         gpus=[gpu_part(Path(name).stem, one, figures) for name, one in gpus.items()],
         waiting=list(promises.gpu({})),
+        pipes=pipes,
+        devices=DEVICES,
         kept=promises.KEPT,
         jobs=(promises.REFERENCE_JOB, promises.JOB),
         median=functools.partial(median, training),
@@ -165,6 +177,18 @@ def job_factor(part: dict[str, Any], latents: int) -> float:
     one = median(part, promises.JOB, "wall_sampling") / part["job_latents"]
     estimate = one * latents / part["job_share"] + median(part, promises.JOB, "wall_training")
     return job_seconds(part, promises.REFERENCE_JOB) / estimate
+
+
+def pipes(row: Row) -> list[tuple[str, float]]:
+    """By device: the share of a multiprocessor's busiest pipe that a hot loop takes at 0.9 of the copy bandwidth."""
+    passes = next(count for name, count in PASSES.items() if row["loop"].startswith(name))
+    moved = passes * {"float32": 4, "bfloat16": 2}[row["dtype"]]
+    busiest = max(row["instructions"] / ISSUED, row["special"] / SPECIAL)  # cycles per element
+    return [
+        (name, 0.9 * busiest * copied / (moved * multiprocessors * clock))
+        for name, (gpu, multiprocessors, clock, copied) in DEVICES.items()
+        if gpu == row["gpu"]
+    ]
 
 
 def gpu_part(stem: str, record: dict[str, Any], figures: Path) -> dict[str, Any]:
@@ -194,7 +218,8 @@ def main() -> None:
     parser.add_argument("--docs", type=Path, default=HERE.parent / "docs", help="for the page (default: %(default)s)")
     options = parser.parse_args()
     gpus = {path.name: records.read(path) for path in sorted(options.record.parent.glob("gpu*.json"))}
-    text = performance(records.read(options.record), gpus, options.docs / "performance")
+    record = {**records.read(options.record.parent / "compiled.json"), **records.read(options.record)}
+    text = performance(record, gpus, options.docs / "performance")
     (options.docs / "performance.md").write_text(text, encoding="utf-8")
 
 

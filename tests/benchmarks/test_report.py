@@ -106,6 +106,12 @@ def a_gpu_record() -> dict[str, Any]:
     }
 
 
+LOOP = {
+    "backend": "cuda", "loop": "variational, kl", "gpu": "sm_90", "dtype": "float32", "instructions": 20.0,
+    "special": 1.0, "registers": 64, "spilled": 0, "threads": 1024, "in_flight": 32768,
+}  # fmt: skip
+
+
 def verdicts(record: dict[str, Any]) -> list[str]:
     return [bound.verdict for bound in promises.bounds_of(record)]
 
@@ -114,7 +120,9 @@ def verdicts(record: dict[str, Any]) -> list[str]:
 
 
 def test_every_record_is_shown(tmp_path: Path) -> None:
-    text = report.performance(a_record(), {"gpu-h100.json": a_gpu_record()}, tmp_path)
+    compiled = {"compilers": "nvcc 13 and triton 3", "rows": [LOOP, {**LOOP, "gpu": "gfx942"}]}
+    record = {**a_record(), "compiled": compiled}
+    text = report.performance(record, {"gpu-h100.json": a_gpu_record()}, tmp_path)
     figures = {path.name for path in tmp_path.iterdir()}
     assert figures == {
         "losses.svg", "speed-of-light.svg", "host.svg", "gpu-h100-speed-of-light.svg", "gpu-h100-host.svg",
@@ -123,6 +131,7 @@ def test_every_record_is_shown(tmp_path: Path) -> None:
     for said in (
         "commit 0123456789 and changes", "### A GPU", "| 2 | 16 | 500 |", "torch.clone | >= 0.8 | 0.9 | holds",
         "| gaussian float32 | 2x50 | 4.000 | 0.040 |", "| 100.0 (8.00, 4.00)", "<= 120 | 60 | holds",
+        "| cuda | variational, kl | float32 | sm_90 | 20.0 | 1.0 | 64 | 0 | 1024 | 32 | H100 0.23, H200 0.33 |",
     ):  # fmt: skip
         assert said in text, said
     assert "fails" not in text and "No record yet" not in text and "waits" not in text

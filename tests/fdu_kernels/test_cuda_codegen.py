@@ -1,15 +1,17 @@
-"""The compiled CUDA kernels without a GPU: architectures, registers, spills, 16-byte accesses, loading without one."""
+"""The compiled CUDA kernels without a GPU: architectures, registers, accesses, hot loops, loading without one."""
 
 from __future__ import annotations
 
-import importlib.util
 import re
 import subprocess
 import sys
 from pathlib import Path
 
+import bench_compiled
+import compiled
 import pytest
 import torch
+from compiled import LOAD, STORE, Code
 
 from fdu_kernels import build
 
@@ -38,11 +40,10 @@ def module() -> Path:
 
 def dump(module: Path, *options: str) -> str:
     """What cuobjdump, which Triton brings, says of it."""
-    triton = importlib.util.find_spec("triton")
-    tool = Path(triton.origin).parent / "backends/nvidia/bin/cuobjdump" if triton and triton.origin else None
-    if tool is None or not tool.is_file():
-        pytest.skip("there is no cuobjdump")
-    return subprocess.run([str(tool), *options, str(module)], capture_output=True, text=True, check=True).stdout
+    try:
+        return compiled.dump(module, *options)
+    except FileNotFoundError as error:
+        pytest.skip(str(error))
 
 
 def test_architectures(module: Path) -> None:
@@ -62,10 +63,16 @@ def test_nothing_is_spilled(module: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def functions(module: Path) -> dict[str, str]:
+def codes(module: Path) -> dict[str, list[Code]]:
+    """The kernels by architecture."""
+    dump(module, "--list-elf")
+    return {gpu: compiled.code_of(module, gpu) for gpu in bench_compiled.NVIDIA}
+
+
+@pytest.fixture(scope="module")
+def functions(codes: dict[str, list[Code]]) -> dict[str, str]:
     """Kernel -> its instructions on Hopper."""
-    code = dump(module, "--dump-sass", "--gpu-architecture", "sm_90")
-    return dict(re.findall(r"Function : (\w+)\n(.*?)(?=\n\t*\.{5}|\Z)", code, re.DOTALL))
+    return {code.name: "\n".join(code.instructions) for code in codes["sm_90"]}
 
 
 def vectors_of(name: str) -> int:
@@ -92,10 +99,59 @@ def test_vectors_are_read_and_written_in_16_bytes(functions: dict[str, str]) -> 
     assert seen == 36
 
 
+def test_expectations_of_one_dtype_are_read_and_written_in_16_bytes(functions: dict[str, str]) -> None:
+    seen = 0
+    for name, body in functions.items():
+        if "expectation" not in name or "Mixed" in name:
+            continue
+        seen += 1
+        # A batch, and the one that follows it.
+        loads, stores = accesses(body, 128)
+        assert loads >= 4 and stores >= (2 if "Lb1E" in name else 0), (name, loads, stores)
+    assert seen == 12
+
+
+MOST_INSTRUCTIONS = {
+    "variational, jensen_shannon": 30, "variational, kl": 28,
+    "density ratio, jensen_shannon": 64, "density ratio, kl": 37,
+    "Gaussian, on chip": 14, "Gaussian, two passes: distance": 10, "Gaussian, two passes: gradient": 11,
+}  # fmt: skip
+"""Per element in a hot loop, on every architecture and for every dtype."""
+
+
+@pytest.mark.parametrize("gpu", bench_compiled.NVIDIA)
+def test_hot_loops_are_short(codes: dict[str, list[Code]], gpu: str) -> None:
+    rows = list(bench_compiled.cuda_rows({gpu: codes[gpu]}))
+    assert {row["loop"] for row in rows} == set(MOST_INSTRUCTIONS)
+    for row in rows:
+        assert 3 < row["instructions"] <= MOST_INSTRUCTIONS[row["loop"]], row
+        assert row["special"] <= (3 if row["loop"].startswith("variational") else 5), row
+
+
+@pytest.mark.parametrize("gpu", bench_compiled.NVIDIA)
+def test_blocks_arrive_before_they_store(codes: dict[str, list[Code]], gpu: str) -> None:
+    """No arrival, at the ticket or at the cluster's barrier, comes after a store of the gradient."""
+    seen = 0
+    for code in codes[gpu]:
+        if "on_chip" not in code.name or "Mixed" in code.name:
+            continue
+        seen += 1
+        ticket, barrier = r"ATOMG?\.\S*INC", r"UCGABAR_ARV"
+        for arrival, times in ((ticket, 1), (barrier, 0 if gpu == "sm_80" else 2)):
+            assert sum(bool(re.search(arrival, text)) for text in code.instructions) == times, (code.name, arrival)
+            assert not [text for text in code.after(STORE) if re.search(arrival, text)], (code.name, arrival)
+        # Nor does a fence, unless the block is the last of all.
+        way, vectors = code.through(), vectors_of(code.name)
+        stores = [at for at, text in enumerate(way) if re.search(STORE, text)]
+        assert len(stores) == vectors and sum(bool(re.search(LOAD, text)) for text in way) >= 2 * vectors, code.name
+        assert not [text for text in way[stores[0] :] if "MEMBAR" in text], code.name
+    assert seen == 24
+
+
 def test_groups_of_any_dtypes_are_read_and_written_at_once(functions: dict[str, str]) -> None:
     seen = 0
     for name, body in functions.items():
-        if "Mixed" not in name:
+        if "gaussian" not in name or "Mixed" not in name:
             continue
         seen += 1
         vectors = vectors_of(name)

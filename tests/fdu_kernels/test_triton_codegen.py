@@ -5,17 +5,15 @@ The launches are recorded on meta tensors, so that exactly what a call would lau
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import itertools
 import os
 import re
-import subprocess
-from pathlib import Path
-from typing import Any
 
+import bench_compiled
 import pytest
 import torch
+from compiled import GPUS, Launch, Recorder, compile_once
 from kernel_testing import pairs
 from torch import Tensor
 
@@ -32,14 +30,6 @@ pytestmark = [
     pytest.mark.quick(gpu=["sm_90"], dtype=[torch.bfloat16], dtypes=[(torch.bfloat16, torch.float32)]),
 ]
 
-GPUS = {
-    **{f"sm_{number}": ("cuda", number, 32) for number in (80, 90, 100)},
-    **{name: ("hip", name, 64) for name in ("gfx942", "gfx950")},
-}
-"""Triton's name of the maker, its name of the device, threads of a warp."""
-NAMES = {
-    torch.bool: "u1", torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.float64: "fp64",
-}  # fmt: skip
 BUDGET = {
     "gaussian_on_chip": {1: 96, 2: 96, 4: 128, 8: 200, 16: 128, 32: 64},
     "gaussian_distance": {8: 96},
@@ -86,98 +76,6 @@ def targeted(gpu: str, monkeypatch: pytest.MonkeyPatch) -> str:
     return gpu
 
 
-@dataclasses.dataclass(frozen=True)
-class Launch:
-    """A kernel, as a call would launch it."""
-
-    kernel: Any
-    programs: int
-    arguments: tuple[Any, ...]
-    options: dict[str, int]
-
-    @property
-    def name(self) -> str:
-        return str(self.kernel.fn.__name__)
-
-    def compiled(self, gpu: str) -> Any:
-        """Its code, with the types and divisibilities that the launch would have found."""
-        signature: dict[str, Any] = {}
-        constants: dict[tuple[int, ...], Any] = {}
-        attributes: dict[tuple[int, ...], Any] = {}
-        assert len(self.kernel.params) == len(self.arguments)
-        for i, (parameter, argument) in enumerate(zip(self.kernel.params, self.arguments, strict=True)):
-            if parameter.is_constexpr:
-                constants[(i,)] = argument
-                signature[parameter.name] = "constexpr"
-            else:
-                specialize = not parameter.do_not_specialize
-                signature[parameter.name] = _type(argument, (i,), specialize, constants, attributes, gpu)
-        return _compiled(self.kernel, *map(_Hashable, (signature, constants, attributes, self.options)), gpu)
-
-
-class _Hashable:
-    """A dictionary as part of a key of the cache."""
-
-    def __init__(self, content: dict[Any, Any]) -> None:
-        self.content, self.key = content, repr(sorted(content.items(), key=repr))
-
-    def __hash__(self) -> int:
-        return hash(self.key)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Hashable) and self.key == other.key
-
-
-@functools.cache
-def _compiled(
-    kernel: Any, signature: _Hashable, constants: _Hashable, attributes: _Hashable, options: _Hashable, gpu: str
-) -> Any:
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    source = ASTSource(kernel, signature.content, constants.content, attributes.content)
-    return triton.compile(source, target=GPUTarget(*GPUS[gpu]), options=options.content)
-
-
-def _type(
-    argument: Any,
-    path: tuple[int, ...],
-    specialize: bool,
-    constants: dict[tuple[int, ...], Any],
-    attributes: dict[tuple[int, ...], Any],
-    gpu: str,
-) -> Any:
-    if isinstance(argument, tuple):
-        return tuple(_type(item, (*path, i), True, constants, attributes, gpu) for i, item in enumerate(argument))
-    if argument is None or (isinstance(argument, int) and argument == 1 and specialize):
-        constants[path] = argument
-        return "constexpr"
-    if isinstance(argument, float):
-        return "fp32"
-    if isinstance(argument, int):
-        if specialize and argument % 16 == 0:
-            attributes[path] = [["tt.divisibility", 16]]
-        return "i32" if -(2**31) <= argument < 2**31 else "i64"
-    assert isinstance(argument, Tensor)
-    attributes[path] = [["tt.divisibility", 16]]
-    if GPUS[gpu][0] == "hip" and argument.untyped_storage().nbytes() < 2**31:
-        attributes[path].append(["tt.pointer_range", 32])
-    return "*" + NAMES[argument.dtype]
-
-
-class Recorder:
-    """Stands for a kernel and keeps what it is launched with."""
-
-    def __init__(self, kernel: Any, launches: list[Launch]) -> None:
-        self.kernel, self.launches = kernel, launches
-
-    def __getitem__(self, grid: tuple[int]) -> Any:
-        def launch(*arguments: Any, **options: int) -> None:
-            self.launches.append(Launch(self.kernel, grid[0], arguments, options))
-
-        return launch
-
-
 @pytest.fixture
 def launches(monkeypatch: pytest.MonkeyPatch) -> list[Launch]:
     """The launches of the calls of a test."""
@@ -200,7 +98,7 @@ def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def resources(launch: Launch, gpu: str, folder: Path) -> tuple[int, int]:
+def resources(launch: Launch, gpu: str) -> tuple[int, int]:
     """Registers a thread, and what is spilled or on a stack."""
     compiled = launch.compiled(gpu)
     if GPUS[gpu][0] == "hip":
@@ -211,22 +109,16 @@ def resources(launch: Launch, gpu: str, folder: Path) -> tuple[int, int]:
         return found["vgpr_count"] + found["agpr_count"], found["vgpr_spill_count"] + found[
             "private_segment_fixed_size"
         ]
-    cubin = folder / "kernel.cubin"
-    cubin.write_bytes(compiled.asm["cubin"])
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    command = [str(tool), "--dump-resource-usage", str(cubin)]
-    report = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    found = {key: int(number) for key, number in re.findall(r"(REG|STACK|LOCAL):(\d+)", report)}
-    spilled = len(re.findall(r"\b(?:ld|st)\.local", compiled.asm["ptx"]))
-    return found["REG"], found["STACK"] + found["LOCAL"] + spilled
+    (code,) = launch.code(gpu)
+    return code.registers, code.spilled + len(re.findall(r"\b(?:ld|st)\.local", compiled.asm["ptx"]))
 
 
-def check(launch: Launch, gpu: str, folder: Path) -> str:
+def check(launch: Launch, gpu: str) -> str:
     """The assembly, after a look at the threads and their registers."""
     maker, _, warp_size = GPUS[gpu]
     threads = launch.options["num_warps"] * warp_size
     assert threads <= 1024 and ("maxnreg" not in launch.options or maker == "cuda")
-    registers, spilled = resources(launch, gpu, folder)
+    registers, spilled = resources(launch, gpu)
     print("REGISTERS", gpu, launch.name, threads, registers)  # seen with -s
     assert spilled == 0, (launch.name, gpu, spilled)
     budget = BUDGET if maker == "cuda" else AMD_BUDGET
@@ -270,12 +162,12 @@ DTYPES = [torch.bfloat16, torch.float32]
 
 
 @on_every_gpu("gpu, dtype, size, profile", pairs(list(GPUS), [*DTYPES, torch.float16], SIZES, list(PROFILES)))
-def test_on_chip(launches: list[Launch], gpu: str, dtype: torch.dtype, size: int, profile: str, tmp_path: Path) -> None:
+def test_on_chip(launches: list[Launch], gpu: str, dtype: torch.dtype, size: int, profile: str) -> None:
     record(meta(2, size, dtype=dtype), profile if size <= 16384 else "closed", forward=False)
     (launch,) = launches
     assert launch.name == "gaussian_on_chip"
     # Besides: the loss, and sigma, weight, scale.
-    check_width(check(launch, gpu, tmp_path), gpu, *((2, 1, 4) if size > 256 else (0, 0, 4)))
+    check_width(check(launch, gpu), gpu, *((2, 1, 4) if size > 256 else (0, 0, 4)))
 
 
 @on_every_gpu(
@@ -283,14 +175,13 @@ def test_on_chip(launches: list[Launch], gpu: str, dtype: torch.dtype, size: int
     pairs(list(GPUS), DTYPES, [torch.bool, torch.float32], [1, 4], list(PROFILES)),
 )
 def test_on_chip_with_masks(
-    launches: list[Launch], gpu: str, dtype: torch.dtype, mask_dtype: torch.dtype, channels: int, profile: str,
-    tmp_path: Path,
+    launches: list[Launch], gpu: str, dtype: torch.dtype, mask_dtype: torch.dtype, channels: int, profile: str
 ) -> None:  # fmt: skip
     record(meta(2, 4, 64, 64, dtype=dtype), profile, meta(2, channels, 64, 64, dtype=mask_dtype), forward=False)
     (launch,) = launches
     assert launch.name == "gaussian_on_chip"
     # Beside four elements of float32, four bytes of a mask.
-    check_width(check(launch, gpu, tmp_path), gpu, 4, 2, 12 if dtype == torch.float32 else 4)
+    check_width(check(launch, gpu), gpu, 4, 2, 12 if dtype == torch.float32 else 4)
 
 
 ODD = {
@@ -302,18 +193,16 @@ ODD = {
 
 
 @on_every_gpu("gpu, dtype, case", pairs(list(GPUS), DTYPES, list(ODD)))
-def test_on_chip_at_odd_sizes_and_strides(
-    launches: list[Launch], gpu: str, dtype: torch.dtype, case: str, tmp_path: Path
-) -> None:
+def test_on_chip_at_odd_sizes_and_strides(launches: list[Launch], gpu: str, dtype: torch.dtype, case: str) -> None:
     pred, profile, mask = ODD[case]
     record(torch.empty_strided(pred.shape, pred.stride(), dtype=dtype, device="meta"), profile, mask, forward=False)
     (launch,) = launches
     assert launch.name == "gaussian_on_chip"
-    check(launch, gpu, tmp_path)
+    check(launch, gpu)
 
 
 @on_every_gpu("gpu, dtype, case", pairs(list(GPUS), DTYPES, [*PROFILES, "odd"]))
-def test_split_samples(launches: list[Launch], gpu: str, dtype: torch.dtype, case: str, tmp_path: Path) -> None:
+def test_split_samples(launches: list[Launch], gpu: str, dtype: torch.dtype, case: str) -> None:
     odd = case == "odd"
     sides = (127, 129) if odd else (128, 128)
     record(meta(2, 15 if odd else 16, *sides, dtype=dtype), "closed" if odd else case)
@@ -321,7 +210,7 @@ def test_split_samples(launches: list[Launch], gpu: str, dtype: torch.dtype, cas
         "gaussian_distance", "gaussian_gradient", "gaussian_distance", "gaussian_finish", "gaussian_gradient",
     ]  # fmt: skip
     for launch in launches:
-        assembly = check(launch, gpu, tmp_path)
+        assembly = check(launch, gpu)
         if launch.name == "gaussian_finish":
             continue
         # Guarded and unguarded blocks; at odd sizes only the second have 16 bytes.
@@ -331,7 +220,7 @@ def test_split_samples(launches: list[Launch], gpu: str, dtype: torch.dtype, cas
 
 
 @on_every_gpu("gpu, walk", pairs(list(GPUS), ["dense", "channels last", "sliced"]))
-def test_split_samples_with_masks_and_strides(launches: list[Launch], gpu: str, walk: str, tmp_path: Path) -> None:
+def test_split_samples_with_masks_and_strides(launches: list[Launch], gpu: str, walk: str) -> None:
     mask = meta(2, 1, 128, 128, dtype=torch.bool)
     if walk == "sliced":
         record(meta(2, 16, 128, 256)[..., ::2], "table", mask, each=False)
@@ -339,14 +228,14 @@ def test_split_samples_with_masks_and_strides(launches: list[Launch], gpu: str, 
         layout = torch.channels_last if walk == "channels last" else torch.contiguous_format
         record(meta(2, 16, 128, 128).to(memory_format=layout), "closed", mask, forward=False)
     for launch in launches:
-        assembly = check(launch, gpu, tmp_path)
+        assembly = check(launch, gpu)
         if walk != "sliced":
             # A mask that is one for all channels is read byte by byte where these lie side by side.
             check_width(assembly, gpu, 4, 0, 6 if walk == "dense" else 24)
 
 
 @on_every_gpu("gpu, dtype, case", pairs(list(GPUS), DTYPES, ["forward", "value and gradient", "backward", "odd"]))
-def test_expectation(launches: list[Launch], gpu: str, dtype: torch.dtype, case: str, tmp_path: Path) -> None:
+def test_expectation(launches: list[Launch], gpu: str, dtype: torch.dtype, case: str) -> None:
     function, _ = fk.get_divergence("kl").critic_functions("log_ratio")
     v, mask = meta(64, 1, 64, 64, dtype=dtype), meta(64, 64, dtype=torch.bool)
     if case == "forward":
@@ -359,18 +248,28 @@ def test_expectation(launches: list[Launch], gpu: str, dtype: torch.dtype, case:
     else:
         backend.expectation_value_and_grad(ExpectationCall(meta(65, 63, dtype=dtype), function, meta(65), None, "none"))
     for launch in launches:
-        assembly = check(launch, gpu, tmp_path)
+        assembly = check(launch, gpu)
         if case != "odd" and launch.name == "expectation_kernel":
             check_width(assembly, gpu, 1, 0 if launch.arguments[0][2] is None else 1, 8)
+
+
+MOST_INSTRUCTIONS = {"variational, jensen_shannon": 36, "variational, kl": 28}
+"""Per element in the hot loop; AMD's scalar instructions do not count."""
+
+
+@pytest.mark.parametrize("gpu", GPUS)
+def test_hot_loops_are_short(gpu: str) -> None:
+    rows = list(bench_compiled.triton_rows([gpu]))
+    assert {row["loop"] for row in rows} == set(MOST_INSTRUCTIONS) and len(rows) == 4
+    for row in rows:
+        assert 3 < row["instructions"] <= MOST_INSTRUCTIONS[row["loop"]] and row["special"] <= 2, row
 
 
 @on_every_gpu(
     "gpu, dtypes, case",
     pairs(list(GPUS), list(itertools.permutations(DTYPES)), [4096, 16384, 2**18, "odd, masked", "channels last"]),
 )
-def test_pairs_of_dtypes(
-    launches: list[Launch], gpu: str, dtypes: tuple[torch.dtype, ...], case: int | str, tmp_path: Path
-) -> None:
+def test_pairs_of_dtypes(launches: list[Launch], gpu: str, dtypes: tuple[torch.dtype, ...], case: int | str) -> None:
     shape = (2, 4, 255, 255) if case == "odd, masked" else (2, 4, 64, 64) if case == "channels last" else (2, case)
     pred, target = (meta(*shape, dtype=dtype) for dtype in dtypes)
     if case == "odd, masked":
@@ -380,7 +279,7 @@ def test_pairs_of_dtypes(
     else:
         record(pred, target=target)
     for launch in launches:
-        assembly = check(launch, gpu, tmp_path)
+        assembly = check(launch, gpu)
         if isinstance(case, int) and launch.name != "gaussian_finish":
             # bfloat16 in 16 bytes, float32 beside it in twice as many.
             check_width(assembly, gpu, 3, 0 if launch.name == "gaussian_distance" else 1, 6)
@@ -388,7 +287,7 @@ def test_pairs_of_dtypes(
 
 def test_no_divergence_and_no_number_compiles_anew(launches: list[Launch], sm_90: str) -> None:
     pred = meta(2, 4, 32, 32)
-    _compiled.cache_clear()
+    compile_once.cache_clear()
     for alpha in (0.3, 0.5, 2.0, 3.0):
         profile = fk.get_divergence("alpha", alpha=alpha).gaussian_profile
         call = GaussianCall(pred, pred, profile, alpha, None, None, "sum", "sum", 2 * alpha)
@@ -397,20 +296,20 @@ def test_no_divergence_and_no_number_compiles_anew(launches: list[Launch], sm_90
         backend.gaussian_value_and_grad(GaussianCall(pred, pred, fk.get_divergence(name).gaussian_profile), None)
     for launch in launches:
         launch.compiled(sm_90)
-    assert _compiled.cache_info().misses == 1
+    assert compile_once.cache_info().misses == 1
     launches.clear()
     for name in ("kl", "pearson_chi2", "jensen_shannon", "le_cam", "hockey_stick"):
         backend.expectation_value_and_grad(ExpectationCall(meta(64, 16), fk.get_divergence(name).ratio_function("q")))
     for launch in launches:
         launch.compiled(sm_90)
-    assert _compiled.cache_info().misses == 2
+    assert compile_once.cache_info().misses == 2
     launches.clear()
     for name in ("kl", "pearson_chi2", "squared_hellinger", "jensen_shannon", "le_cam", "total_variation"):
         for function in fk.get_divergence(name).critic_functions("log_ratio"):
             backend.expectation_value_and_grad(ExpectationCall(meta(64, 16), function))
     for launch in launches:
         launch.compiled(sm_90)
-    assert _compiled.cache_info().misses == 4  # and one for exponentials, one for the softplus
+    assert compile_once.cache_info().misses == 4  # and one for exponentials, one for the softplus
 
 
 def narrow_offsets(ttir: str) -> list[str]:
@@ -437,12 +336,12 @@ WIDE_SHAPES = {
 
 @pytest.mark.quick(case=["one sample", "strided"])
 @pytest.mark.parametrize("case", WIDE_SHAPES)
-def test_offsets_past_two_to_the_31(launches: list[Launch], sm_90: str, case: str, tmp_path: Path) -> None:
+def test_offsets_past_two_to_the_31(launches: list[Launch], sm_90: str, case: str) -> None:
     pred = WIDE_SHAPES[case]
     record(pred, mask=meta(*[1] * (pred.ndim - 1), pred.shape[-1], dtype=torch.bool), each=False)
     record(pred, each=False)
     for launch in launches:
-        check(launch, sm_90, tmp_path)
+        check(launch, sm_90)
         # Workspaces hold at most one number a program.
         assert launch.programs < 2**31
         assert not narrow_offsets(str(launch.compiled(sm_90).asm["ttir"])), launch.name
