@@ -224,11 +224,10 @@ def draw(
     with silent(pipeline), unchecked(pipeline), bar as progress:
         for start in range(0, len(asked), batch_size):
             some = asked[start : start + batch_size]
-            guidance = {} if guidance_scale is None else guidance_arguments(pipeline, guidance_scale, len(some))
             output = pipeline(
-                [prompt for prompt, _ in some],
+                prompt=[prompt for prompt, _ in some],
                 **settings,
-                **guidance,
+                **guidance_arguments(pipeline, guidance_scale, len(some)),
                 generator=[torch.Generator().manual_seed(seed + index) for _, index in some],
                 output_type="pt",
             )
@@ -264,17 +263,20 @@ class Conditioned:
     def set_progress_bar_config(self, **settings: Any) -> None:
         """Do nothing: every call silences the pipeline by itself."""
 
-    def __call__(self, prompts: Sequence[str], generator: Sequence[torch.Generator], **settings: Any) -> Any:
+    def __call__(self, prompt: Sequence[str], generator: Sequence[torch.Generator], **settings: Any) -> Any:
         """Draw the images of prompts, one generator each, with settings of the pipeline's call."""
-        conditioning = self.denoiser.encode(prompts)
+        conditioning = self.denoiser.encode(prompt)
         scale = settings.pop("guidance_scale", None)
         images: dict[int, Tensor] = {}
         with silent(self.denoiser.pipeline), unchecked(self.denoiser.pipeline):
             for rows in self.denoiser.together(conditioning):
                 places = rows.tolist()
                 given = self.denoiser.call_arguments(conditioning[rows])
-                if scale is not None:
-                    given |= guidance_arguments(self.denoiser.pipeline, scale, len(places))
+                given |= guidance_arguments(self.denoiser.pipeline, scale, len(places))
+                if given.pop("negative_prompt", None) is not None:
+                    # Some pipelines take both prompts in words or neither. This one is not perturbed.
+                    empty = type(self.denoiser).encode_batch(self.denoiser, [""] * len(places))
+                    given |= self.denoiser.negative_arguments(empty)
                 drawn = self.denoiser.pipeline(**given, **settings, generator=[generator[place] for place in places])
                 images.update(zip(places, drawn.images, strict=True))
         return types.SimpleNamespace(images=torch.stack([images[place] for place in sorted(images)]))

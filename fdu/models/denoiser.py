@@ -99,6 +99,8 @@ class Denoiser(ABC):
     """Arguments of every call of the pipeline."""
     guidance_argument: ClassVar[str] = "guidance_scale"
     """The argument of the pipeline's call that is the scale of guidance by two predictions."""
+    unguided_scale: ClassVar[float] = 1.0
+    """The scale up to which the pipeline makes one prediction."""
     asks_for_negative: ClassVar[bool] = False
     """Whether the pipeline guides only if it is told what to lead away from."""
     guided_by_empty: ClassVar[bool] = True
@@ -313,9 +315,8 @@ class Denoiser(ABC):
         """
         count = len(generators)
         given = self.call_arguments(conditioning[:count])
-        if self.guided_by_empty and guidance_scale > 1:
-            empty = self.prompt_arguments(conditioning[count:])
-            given |= {f"negative_{name}": value for name, value in empty.items()}
+        if self.guided_by_empty and guidance_scale > self.unguided_scale:
+            given |= self.negative_arguments(conditioning[count:])
         latents = self.pipeline(
             **given,
             negative_prompt=None,
@@ -329,6 +330,10 @@ class Denoiser(ABC):
     def prompt_arguments(self, conditioning: Conditioning) -> dict[str, Any]:
         """Arguments of the pipeline's call that stand for the prompts of a conditioning."""
         return {PIPELINE_ARGUMENTS[name]: tensor for name, tensor in conditioning.tensors.items()}
+
+    def negative_arguments(self, conditioning: Conditioning) -> dict[str, Any]:
+        """Arguments of the pipeline's call by which guidance leads away from the prompts of a conditioning."""
+        return {f"negative_{name}": value for name, value in self.prompt_arguments(conditioning).items()}
 
     def call_arguments(self, conditioning: Conditioning) -> dict[str, Any]:
         """Arguments of the pipeline's call that draw one image of the denoiser's size per prompt of a conditioning."""

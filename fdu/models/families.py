@@ -18,6 +18,7 @@ from fdu.models.qwenimage import QwenImageDenoiser
 from fdu.models.sana import SanaDenoiser
 from fdu.models.sd3 import SD3Denoiser
 from fdu.models.unet import SDXLDenoiser, UNetDenoiser
+from fdu.models.zimage import ZImageDenoiser
 
 FAMILIES: tuple[type[Denoiser], ...] = (
     UNetDenoiser,
@@ -31,6 +32,7 @@ FAMILIES: tuple[type[Denoiser], ...] = (
     CogView4Denoiser,
     Lumina2Denoiser,
     QwenImageDenoiser,
+    ZImageDenoiser,
 )
 """The first that fits a pipeline takes it."""
 
@@ -40,11 +42,16 @@ def family_of(module: Any) -> type[Denoiser] | None:
     return next((family for family in FAMILIES if family.owns(module)), None)
 
 
-def guidance_arguments(pipeline: Any, scale: float, count: int) -> dict[str, Any]:
-    """Arguments of a pipeline's call that guide ``count`` prompts by a scale; of any pipeline, known here or not."""
+def guidance_arguments(pipeline: Any, scale: float | None, count: int) -> dict[str, Any]:
+    """Arguments of a pipeline's call that guide ``count`` prompts by a scale, of any pipeline, known here or not.
+
+    None is the pipeline's default.
+    """
     family = next((family for family in FAMILIES if family.fits(pipeline)), Denoiser)
-    guided = family.asks_for_negative and scale > 1
-    return {family.guidance_argument: scale, **({"negative_prompt": [""] * count} if guided else {})}
+    given: dict[str, Any] = {} if scale is None else {family.guidance_argument: scale}
+    if family.asks_for_negative and (scale is None or scale > family.unguided_scale):
+        given["negative_prompt"] = [""] * count
+    return given
 
 
 def denoiser_of(pipeline: DiffusionPipeline, resolution: int | None = None) -> Denoiser:

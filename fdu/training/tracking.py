@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fdu.config import PLACES, EraseConfig
 from fdu.models.denoiser import Denoiser, silent
+from fdu.models.families import guidance_arguments
 
 LOGGER = logging.getLogger(__name__)
 PROJECT = "fdu"
@@ -93,11 +94,11 @@ def draw_validation(denoiser: Denoiser, config: EraseConfig) -> Tensor:
     with silent(denoiser.pipeline):
         for index, prompt in enumerate(config.validation_prompts):
             drawn = denoiser.pipeline(
-                prompt,
+                prompt=prompt,
                 height=denoiser.height,
                 width=denoiser.width,
                 num_inference_steps=config.num_inference_steps,
-                guidance_scale=config.guidance_scale,
+                **guidance_arguments(denoiser.pipeline, config.guidance_scale, 1),
                 generator=torch.Generator().manual_seed(VALIDATION_SEED + index),
                 output_type="pt",
                 **denoiser.call_settings,

@@ -45,6 +45,8 @@ from diffusers import (
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
+    ZImagePipeline,
+    ZImageTransformer2DModel,
 )
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
@@ -66,6 +68,8 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
+    Qwen3Config,
+    Qwen3Model,
     T5Config,
     T5EncoderModel,
     T5Tokenizer,
@@ -409,6 +413,29 @@ def qwenimage() -> QwenImagePipeline:
     )
 
 
+def zimage() -> ZImagePipeline:
+    """Z-Image: two refiners of the text and two of the image, one joint block, and a Qwen3 behind a template."""
+    transformer = ZImageTransformer2DModel(
+        in_channels=4,
+        dim=32,
+        n_layers=1,
+        n_refiner_layers=2,
+        n_heads=2,
+        n_kv_heads=2,
+        cap_feat_dim=32,
+        axes_dims=[4, 6, 6],
+        axes_lens=[1024, 64, 64],
+    )
+    tokenizer = chat_tokenizer()
+    return ZImagePipeline(
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=autoencoder(**FLOW_VAE),
+        text_encoder=Qwen3Model(Qwen3Config(**decoder_settings(tokenizer, width=32))),
+        tokenizer=tokenizer,
+    )
+
+
 @torch.no_grad()
 def louder(module: nn.Module, ending: str, factor: float) -> None:
     """Multiply the weights of layers: the blocks of some random models are shut, and their images ignore the prompt."""
@@ -521,6 +548,16 @@ def word_tokenizer(
     return PreTrainedTokenizerFast(tokenizer_object=learner, pad_token=end, eos_token=end, padding_side=padding_side)
 
 
+def chat_tokenizer() -> PreTrainedTokenizerFast:
+    """The words of the corpus in the form of a chat."""
+    tokenizer = word_tokenizer(special=("<|im_start|>", "<|im_end|>"), also=("user\nassistant\n",))
+    tokenizer.chat_template = (
+        "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    return tokenizer
+
+
 def decoder_settings(tokenizer: Any, width: int = 16) -> dict[str, Any]:
     """The settings of a language model of two layers."""
     return {
@@ -561,6 +598,7 @@ BUILDERS: dict[str, Callable[[], DiffusionPipeline]] = {
     "cogview4": cogview4,
     "lumina2": lumina2,
     "qwenimage": qwenimage,
+    "zimage": zimage,
 }
 FAMILY_NAMES = tuple(BUILDERS)
 

@@ -79,14 +79,14 @@ def test_the_edit_is_the_least_squares_solution(denoiser: Denoiser) -> None:
             assert torch.allclose(up @ edit.down, weight @ change, atol=1e-7)
 
 
-@pytest.mark.parametrize("name", ["pixart", "sana", "cogview4", "lumina2", "qwenimage"])
+@pytest.mark.parametrize("name", ["pixart", "sana", "cogview4", "lumina2", "qwenimage", "zimage"])
 def test_tokens_are_those_that_the_mask_shows(denoiser: Denoiser) -> None:
     prompts = ["three", "A photo of the digit EIGHT", "a seven", ""]
     (tokens,) = denoiser.tokens(prompts)
     assert [len(one) for one in tokens] == denoiser.encode(prompts).tensors["mask"].sum(1).tolist()
 
 
-@pytest.mark.parametrize("name", ["sd", "sdxl", "sana", "cogview4", "lumina2", "qwenimage"])
+@pytest.mark.parametrize("name", ["sd", "sdxl", "sana", "cogview4", "lumina2", "qwenimage", "zimage"])
 def test_a_token_stands_where_its_embedding_does(denoiser: Denoiser) -> None:
     """These encoders read from left to right, so embeddings differ from the first token that does."""
     prompts = ["a picture of three", "a picture of eight"]

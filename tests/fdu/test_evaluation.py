@@ -277,9 +277,9 @@ def test_none_leaves_a_setting_to_the_pipeline() -> None:
     class Pipeline:
         def set_progress_bar_config(self, **settings: Any) -> None: ...
 
-        def __call__(self, prompts: list[str], **settings: Any) -> Any:
+        def __call__(self, prompt: list[str], **settings: Any) -> Any:
             seen.append(settings)
-            return type("Output", (), {"images": torch.zeros(len(prompts), 3, 4, 4)})
+            return type("Output", (), {"images": torch.zeros(len(prompt), 3, 4, 4)})
 
     probe = fdu.Probe("a", ("a",), "target", lambda images: ["a"] * len(images))
     fdu.draw(Pipeline(), [probe], 1, num_inference_steps=None, guidance_scale=1.5)  # type: ignore[arg-type]

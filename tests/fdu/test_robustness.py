@@ -148,7 +148,7 @@ def test_every_family_is_judged_attacked_and_relearnt_and_left_as_it_was(name: s
 
     def draw(by: Any, **more: Any) -> Tensor:
         generators = [torch.Generator().manual_seed(seed) for seed in (1, 2)]
-        return by(["three", "a photo of three"], generator=generators, **settings, **more).images
+        return by(prompt=["three", "a photo of three"], generator=generators, **settings, **more).images
 
     with torch.no_grad():
         given = {**guidance_arguments(pipeline, 2.0, 2), **denoiser.call_settings}

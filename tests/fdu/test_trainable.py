@@ -27,7 +27,20 @@ pytestmark = pytest.mark.quick(family=["sd", "sd3"], method=["lora", "cross_atte
 
 TRAINED = [name for name, method in TRAIN_METHODS.items() if method.trains]
 ADAPTER_METHODS = [name for name in TRAINED if TRAIN_METHODS[name].result != "weights"]
-FAMILIES = ("sd", "sdxl", "sd3", "flux", "pixart", "sana", "auraflow", "chroma", "cogview4", "lumina2", "qwenimage")
+FAMILIES = (
+    "sd",
+    "sdxl",
+    "sd3",
+    "flux",
+    "pixart",
+    "sana",
+    "auraflow",
+    "chroma",
+    "cogview4",
+    "lumina2",
+    "qwenimage",
+    "zimage",
+)
 KINDS = ("lora", "dora", "cross_attention", "full", "token")
 """Methods that differ in how they work, not only in which weights they take."""
 WEIGHT_METHODS = ("text", "cross_attention", "attention", "full", "text_encoder")
@@ -35,7 +48,12 @@ TARGET, ANCHOR = "a photo of the digit three", "a photo of the digit eight"
 
 
 def wrapped(pipeline: DiffusionPipeline) -> Denoiser:
-    return denoiser_of(pipeline, 16 if hasattr(pipeline, "default_sample_size") else None)
+    return denoiser_of(pipeline, 16 if has_no_size(pipeline) else None)
+
+
+def has_no_size(pipeline: DiffusionPipeline) -> bool:
+    """Whether a pipeline draws at a size of its own, whatever the model."""
+    return type(pipeline).__name__ in ("FluxPipeline", "ChromaPipeline", "QwenImagePipeline", "ZImagePipeline")
 
 
 def attached(denoiser: Denoiser, method: str, **settings: Any) -> Trainable:

@@ -654,8 +654,11 @@ def test_a_validation_that_fails_costs_the_pictures_only(
 @pytest.mark.parametrize("name", families.FAMILY_NAMES)
 def test_every_family_draws_its_validation_prompts(name: str) -> None:
     config = fdu.EraseConfig(validation_prompts=("three", "eight"), num_inference_steps=2)
-    images = tracking.draw_validation(denoiser_of(families.build(name), families.resolution(name)), config)
+    denoiser = denoiser_of(families.build(name), families.resolution(name))
+    images = tracking.draw_validation(denoiser, config)
     assert images.shape == (2, 3, families.resolution(name), families.resolution(name))
+    guided = tracking.draw_validation(denoiser, dataclasses.replace(config, guidance_scale=9.0))
+    assert torch.equal(guided, images) != (denoiser.guided_by_empty or denoiser.reads_guidance)
 
 
 def test_what_a_tracker_hears_names_no_place(

@@ -92,8 +92,9 @@ def _drawn(lesson: Lesson, prompts: list[str], start: float, given: Tensor | Non
     steps = drawing.num_inference_steps or call_default(denoiser.pipeline, "num_inference_steps")
     guidance = drawing.guidance_scale
     if guidance is None:
-        guidance = call_default(denoiser.pipeline, "guidance_scale")
-    guided = denoiser.guided_by_empty and guidance > 1
+        guidance = call_default(denoiser.pipeline, denoiser.guidance_argument)
+    guided = denoiser.guided_by_empty and guidance > denoiser.unguided_scale
+    guidance += 1 - denoiser.unguided_scale
     last = len(denoiser.signal) - 1
     grid = torch.linspace(round(start * last), 0, steps + 1).round().long()
     images = []

@@ -233,5 +233,5 @@ def target_latents(denoiser: Denoiser, probe: Probe, number: int = 32, drawing: 
     steps: int = drawing.num_inference_steps or call_default(denoiser.pipeline, "num_inference_steps")
     guidance = drawing.guidance_scale
     if guidance is None:
-        guidance = call_default(denoiser.pipeline, "guidance_scale")
+        guidance = call_default(denoiser.pipeline, denoiser.guidance_argument)
     return denoiser.draw_latents(conditioning, chosen, empty, steps, guidance, seeds, drawing.batch_size)
