@@ -103,8 +103,8 @@ class Denoiser(ABC):
     """The scale up to which the pipeline makes one prediction."""
     asks_for_negative: ClassVar[bool] = False
     """Whether the pipeline guides only if it is told what to lead away from."""
-    guided_by_empty: ClassVar[bool] = True
-    """Whether guidance is by a second prediction, for the prompt ""."""
+    optional_images: ClassVar[tuple[str, ...]] = ()
+    """Arguments of the text-to-image pipeline's call by which it also takes images."""
     context_projections: ClassVar[tuple[str, ...]] = ("attn2.to_k", "attn2.to_v")
     """Name endings of the linear layers of the module that read the prompt's tokens: as a rule keys and values."""
     other_readers: ClassVar[tuple[str, ...]] = ()
@@ -135,6 +135,11 @@ class Denoiser(ABC):
     def reads_guidance(self) -> bool:
         """Whether the module is guidance-distilled: it reads a guidance scale."""
         return False
+
+    @property
+    def guided_by_empty(self) -> bool:
+        """Whether guidance is by a second prediction, for the prompt ""."""
+        return True
 
     signal: Tensor
     """The factor of x_0 in x_t at every timestep, [T] float32."""
@@ -182,7 +187,8 @@ class Denoiser(ABC):
         if missing:
             raise ValueError(f"pipeline, a {name}, has no {' and no '.join(missing)}; load it with all of them")
         inputs = inspect.signature(type(pipeline).__call__).parameters
-        images = [given for given in inputs if given in ("image", "mask_image", "control_image")]
+        images = [given for given in ("image", "mask_image", "control_image") if given in inputs]
+        images = [given for given in images if given not in cls.optional_images]
         config = pipeline.vae.config
         channels = (config.get("latent_channels") or config.get("z_dim")) * cls.packing**2
         taken = getattr(pipeline, cls.module_name).config.in_channels
@@ -317,9 +323,10 @@ class Denoiser(ABC):
         given = self.call_arguments(conditioning[:count])
         if self.guided_by_empty and guidance_scale > self.unguided_scale:
             given |= self.negative_arguments(conditioning[count:])
+        if "negative_prompt" in inspect.signature(type(self.pipeline).__call__).parameters:
+            given["negative_prompt"] = None  # which is not the default of all
         latents = self.pipeline(
             **given,
-            negative_prompt=None,
             num_inference_steps=steps,
             **{self.guidance_argument: guidance_scale},
             generator=generators,
@@ -372,11 +379,25 @@ class Denoiser(ABC):
         finally:
             if overflows:
                 vae.to(dtype)
+        return self.standardised(latents)
+
+    def standardised(self, latents: Tensor) -> Tensor:
+        """Latents as the denoiser knows them, of latents [N, C, H, W] as the autoencoder makes them."""
+        config = self.pipeline.vae.config
         mean, deviation = config.get("latents_mean"), config.get("latents_std")
         if mean is None or deviation is None:
             return (latents - (config.get("shift_factor") or 0.0)) * config.scaling_factor
         mean, deviation = (latents.new_tensor(channels).view(1, -1, 1, 1) for channels in (mean, deviation))
         return (latents - mean) * config.get("scaling_factor", 1.0) / deviation
+
+    def raw(self, latents: Tensor) -> Tensor:
+        """Latents as the autoencoder knows them; undoes :meth:`standardised`."""
+        config = self.pipeline.vae.config
+        mean, deviation = config.get("latents_mean"), config.get("latents_std")
+        if mean is None or deviation is None:
+            return latents / config.scaling_factor + (config.get("shift_factor") or 0.0)
+        mean, deviation = (latents.new_tensor(channels).view(1, -1, 1, 1) for channels in (mean, deviation))
+        return latents * deviation / config.get("scaling_factor", 1.0) + mean
 
     @contextmanager
     def _module_alone(self) -> Iterator[None]:
@@ -391,11 +412,15 @@ class Denoiser(ABC):
             if isinstance(part, nn.Module) and name != self.module_name
         }
         # Not by setattr, at which the pipeline would forget the parts' classes.
-        vars(self.pipeline).update(dict.fromkeys(others))
+        vars(self.pipeline).update({name: self.stand_in(name) for name in others})
         try:
             yield
         finally:
             vars(self.pipeline).update(others)
+
+    def stand_in(self, name: str) -> Any:
+        """What the pipeline has for a part while it samples latents, as a rule nothing."""
+        return None
 
     @contextmanager
     def others_on(self, wanted: torch.device | str, keep: Collection[str] = ()) -> Iterator[None]:
@@ -449,12 +474,7 @@ class Denoiser(ABC):
         """Images [N, 3, height, width] in [0, 1] of clean latents; undoes :meth:`encode_images`."""
         vae = self.pipeline.vae
         dtype, config = vae.dtype, vae.config
-        mean, deviation = config.get("latents_mean"), config.get("latents_std")
-        if mean is None or deviation is None:
-            latents = latents / config.scaling_factor + (config.get("shift_factor") or 0.0)
-        else:
-            mean, deviation = (latents.new_tensor(channels).view(1, -1, 1, 1) for channels in (mean, deviation))
-            latents = latents * deviation / config.get("scaling_factor", 1.0) + mean
+        latents = self.raw(latents)
         overflows = dtype == torch.float16 and config.get("force_upcast", False)
         if overflows:
             vae.to(torch.float32)

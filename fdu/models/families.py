@@ -11,6 +11,7 @@ from fdu.models.chroma import ChromaDenoiser
 from fdu.models.cogview4 import CogView4Denoiser
 from fdu.models.denoiser import Denoiser
 from fdu.models.flux import FluxDenoiser
+from fdu.models.flux2 import Flux2Denoiser
 from fdu.models.lumina2 import Lumina2Denoiser
 from fdu.models.parts import DENOISERS
 from fdu.models.pixart import PixArtDenoiser
@@ -33,6 +34,7 @@ FAMILIES: tuple[type[Denoiser], ...] = (
     Lumina2Denoiser,
     QwenImageDenoiser,
     ZImageDenoiser,
+    Flux2Denoiser,
 )
 """The first that fits a pipeline takes it."""
 

@@ -22,7 +22,6 @@ class FluxDenoiser(FlowDenoiser):
     kohya = kohya_names.FLUX
     parts = ("scheduler", "vae", "tokenizer", "text_encoder", "tokenizer_2", "text_encoder_2")
     packing = 2
-    guided_by_empty = False  # its guidance is an input
     # Of the double blocks alone: single blocks project text and image by one to_k and to_v, so those would not be the
     # prompt's alone. ESD trains these two, EraseAnything the keys.
     context_projections = ("attn.add_k_proj", "attn.add_v_proj")
@@ -37,6 +36,10 @@ class FluxDenoiser(FlowDenoiser):
         *("to_q", "to_k", "to_v", "to_out.0"),
         *("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),
     )
+
+    @property
+    def guided_by_empty(self) -> bool:
+        return False  # its guidance is an input
 
     @property
     def reads_guidance(self) -> bool:

@@ -21,6 +21,12 @@ def models(pipeline: DiffusionPipeline) -> dict[str, nn.Module]:
     return {name: model for name, model in found.items() if isinstance(model, nn.Module)}
 
 
+def tokenizer(pipeline: DiffusionPipeline, encoder: str) -> Any:
+    """The tokenizer of a text encoder, also where the pipeline holds it in a processor; None without one."""
+    found = getattr(pipeline, TOKENIZERS[encoder], None)
+    return getattr(found, "tokenizer", found)
+
+
 def denoiser_name(pipeline: DiffusionPipeline) -> str:
     """The attribute of the denoiser.
 

@@ -19,8 +19,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import fdu
+from fdu.models import parts
 from fdu.models.denoiser import Denoiser
-from fdu.models.parts import TOKENIZERS
 from fdu.storage.fingerprint import fingerprint
 from fdu.storage.output import whole_file
 
@@ -89,7 +89,7 @@ def model_key(denoiser: Denoiser) -> dict[str, Any]:
 
 def token_key(denoiser: Denoiser, prompts: list[str]) -> str:
     """A hash of what the pipeline's tokenizers make of prompts."""
-    found = [getattr(denoiser.pipeline, name, None) for name in TOKENIZERS.values()]
+    found = [parts.tokenizer(denoiser.pipeline, encoder) for encoder in parts.TEXT_ENCODERS]
     tokenizers = [tokenizer for tokenizer in found if tokenizer is not None]
     tokens = [tokenizer(prompts)["input_ids"] for tokenizer in tokenizers]
     return hashlib.sha256(json.dumps(tokens).encode()).hexdigest()

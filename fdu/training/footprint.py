@@ -146,7 +146,8 @@ def _step(denoiser: Denoiser, trainable: Any, config: EraseConfig) -> tuple[int,
     chosen = torch.zeros(count, dtype=torch.long)
     conditioning = _read(denoiser)[chosen]
     noisy, indices = torch.randn(count, *denoiser.latent_shape), torch.zeros(count, dtype=torch.long)
-    with FlopCounterMode(display=False, custom_mapping=ATTENTION_FLOPS) as counter, _Memory(denoiser) as memory:
+    memory = _Memory(denoiser, cycles=config.gradient_checkpointing)
+    with FlopCounterMode(display=False, custom_mapping=ATTENTION_FLOPS) as counter, memory:
         with torch.no_grad(), trainable.frozen():
             wanted = denoiser.predict(noisy, indices, conditioning)
         read = denoiser.encode_batch(texts) if trainable.trains_text else conditioning
@@ -183,9 +184,10 @@ def _sampling(denoiser: Denoiser, config: EraseConfig) -> int:
 class _Memory(TorchDispatchMode):
     """Counts the bytes of tensors that operations make while they live, beyond the weights of a pipeline."""
 
-    def __init__(self, denoiser: Denoiser) -> None:
+    def __init__(self, denoiser: Denoiser, cycles: bool = False) -> None:
         super().__init__()
-        self.now = self.peak = self.collected = 0
+        self.now = self.peak = 0
+        self.cycles, self.collected = cycles, 1 << 20
         parts = [part for part in denoiser.pipeline.components.values() if isinstance(part, nn.Module)]
         self.known = {_storage(tensor) for part in parts for tensor in _weights(part)}
 
@@ -203,7 +205,7 @@ class _Memory(TorchDispatchMode):
             return
         self.known.add(key)
         self.now += size
-        if self.now > 1.02 * self.collected:
+        if self.cycles and self.now > 1.1 * self.collected:
             # Checkpointed layers leave cycles, which hold their tensors until they are looked for.
             gc.collect()
             self.collected = self.now

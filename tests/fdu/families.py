@@ -20,6 +20,7 @@ from diffusers import (
     AuraFlowTransformer2DModel,
     AutoencoderDC,
     AutoencoderKL,
+    AutoencoderKLFlux2,
     AutoencoderKLQwenImage,
     ChromaPipeline,
     ChromaTransformer2DModel,
@@ -30,6 +31,9 @@ from diffusers import (
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
+    Flux2KleinPipeline,
+    Flux2Pipeline,
+    Flux2Transformer2DModel,
     FluxPipeline,
     FluxTransformer2DModel,
     Lumina2Pipeline,
@@ -48,6 +52,7 @@ from diffusers import (
     ZImagePipeline,
     ZImageTransformer2DModel,
 )
+from diffusers.pipelines.flux2.system_messages import SYSTEM_MESSAGE
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
@@ -65,10 +70,13 @@ from transformers import (
     GemmaTokenizer,
     GlmConfig,
     GlmModel,
+    Mistral3Config,
+    Mistral3ForConditionalGeneration,
     PreTrainedTokenizerFast,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen3Config,
+    Qwen3ForCausalLM,
     Qwen3Model,
     T5Config,
     T5EncoderModel,
@@ -436,6 +444,78 @@ def zimage() -> ZImagePipeline:
     )
 
 
+def flux2() -> Flux2Pipeline:
+    """FLUX.2 dev: guidance is an input; a Mistral of so many layers that the pipeline finds those it takes."""
+    tokenizer = word_tokenizer(padding_side="left", also=(SYSTEM_MESSAGE,))
+    tokenizer.chat_template = "{% for message in messages %}{{ message.content[0].text }}\n{% endfor %}"
+    settings = {**decoder_settings(tokenizer, FLUX2_WIDTH), "num_hidden_layers": 30, "initializer_range": 0.2}
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = Mistral3Config(
+        text_config={"model_type": "mistral", **settings},
+        vision_config={"model_type": "pixtral", **vision},
+        tie_word_embeddings=False,
+    )
+    return Flux2Pipeline(
+        transformer=flux2_transformer(guidance_embeds=True),
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+        vae=flux2_autoencoder(),
+        text_encoder=Mistral3ForConditionalGeneration(config),
+        tokenizer=tokenizer,
+    )
+
+
+def flux2_klein() -> Flux2KleinPipeline:
+    """FLUX.2 klein base: guided by two predictions, with a Qwen3."""
+    tokenizer = chat_tokenizer()
+    settings = {**decoder_settings(tokenizer, FLUX2_WIDTH), "num_hidden_layers": 28, "initializer_range": 0.2}
+    return Flux2KleinPipeline(
+        transformer=flux2_transformer(guidance_embeds=False),
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+        vae=flux2_autoencoder(),
+        text_encoder=Qwen3ForCausalLM(Qwen3Config(**settings)),
+        tokenizer=tokenizer,
+    )
+
+
+FLUX2_WIDTH = 176
+"""Three layers of a text encoder as wide as this are wider than the pipeline's prompts are long."""
+
+
+def flux2_transformer(guidance_embeds: bool) -> Flux2Transformer2DModel:
+    """One block of two streams and one of a single stream."""
+    transformer = Flux2Transformer2DModel(
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=3 * FLUX2_WIDTH,
+        timestep_guidance_channels=16,
+        axes_dims_rope=(4, 4, 4, 4),
+        guidance_embeds=guidance_embeds,
+    )
+    louder(transformer, "timestep_embedder.linear_2", 16)
+    louder(transformer, "add_v_proj", 4)
+    return transformer
+
+
+def flux2_autoencoder() -> AutoencoderKLFlux2:
+    """A 16x16x3 to 8x8x4 autoencoder that knows the mean and variance of its latents' patches."""
+    vae = AutoencoderKLFlux2(
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(8, 8),
+        latent_channels=4,
+        norm_num_groups=4,
+        layers_per_block=1,
+        mid_block_add_attention=False,
+        sample_size=16,
+    )
+    vae.bn.running_mean.normal_()
+    vae.bn.running_var.uniform_(0.5, 2.0)
+    return vae
+
+
 @torch.no_grad()
 def louder(module: nn.Module, ending: str, factor: float) -> None:
     """Multiply the weights of layers: the blocks of some random models are shut, and their images ignore the prompt."""
@@ -599,6 +679,8 @@ BUILDERS: dict[str, Callable[[], DiffusionPipeline]] = {
     "lumina2": lumina2,
     "qwenimage": qwenimage,
     "zimage": zimage,
+    "flux2": flux2,
+    "flux2_klein": flux2_klein,
 }
 FAMILY_NAMES = tuple(BUILDERS)
 

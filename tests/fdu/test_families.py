@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import math
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -49,7 +50,19 @@ UNITS = {
 """Pixels that a side must be a multiple of."""
 NO_LORA = ("pixart",)
 """Families without LoRA files in diffusers; their adapters are saved merged."""
-NO_KOHYA = (*NO_LORA, "sana", "sd3", "auraflow", "chroma", "cogview4", "lumina2", "qwenimage", "zimage")
+NO_KOHYA = (
+    *NO_LORA,
+    "sana",
+    "sd3",
+    "auraflow",
+    "chroma",
+    "cogview4",
+    "lumina2",
+    "qwenimage",
+    "zimage",
+    "flux2",
+    "flux2_klein",
+)
 """Families whose kohya files plain diffusers does not read."""
 NEGATED = ("Lumina2Pipeline", "ZImagePipeline")
 """Pipelines that change the sign of what their module returns."""
@@ -57,9 +70,13 @@ ONE_STREAM = ("cogview4",)
 """Families whose attention projects text and image by the same layers, so that the text's own come before it."""
 REGISTERS = {"auraflow": 8}
 """Tokens of their own that a model puts before those of the prompt."""
-GUIDED = dict.fromkeys(("chroma", "cogview4", "lumina2", "qwenimage"), ([PROMPT], [""])) | {"zimage": ([PROMPT, ""],)}
+GUIDED = dict.fromkeys(("chroma", "cogview4", "lumina2", "qwenimage", "flux2_klein"), ([PROMPT], [""])) | {
+    "zimage": ([PROMPT, ""],)
+}
 """The prompts of the calls that a family makes in each step of guidance, where it is not one call of both."""
-SIZES = {"zimage": 1024} | dict.fromkeys(("flux", "flux_guidance", "chroma", "qwenimage"), 256)
+UNGUIDED = ("flux", "flux_guidance", "flux2")
+"""Families that make one prediction per step."""
+SIZES = {"zimage": 1024} | dict.fromkeys(("flux", "flux_guidance", "chroma", "qwenimage", "flux2", "flux2_klein"), 256)
 """Pixels that a pipeline draws, whatever the model."""
 EVERY_FAMILY = pytest.mark.parametrize("name", families.FAMILY_NAMES)
 
@@ -100,7 +117,9 @@ def sampled(denoiser: Denoiser, prompt: str, guidance_scale: float, steps: int, 
         output_type="latent",
         **denoiser.call_settings,
     ).images
-    return denoiser.unpacked(latent)
+    # Klein's pipeline returns what its autoencoder decodes.
+    klein = type(denoiser.pipeline).__name__ == "Flux2KleinPipeline"
+    return denoiser.standardised(latent) if klein else denoiser.unpacked(latent)
 
 
 def drawn(denoiser: Denoiser, prompts: list[str], guidance_scale: float, seeds: list[int], batch_size: int) -> Tensor:
@@ -137,12 +156,12 @@ def compare(denoiser: Denoiser, guidance_scale: float, *each_step: list[str]) ->
 @torch.no_grad()
 def test_predict_is_what_the_pipeline_computes(denoiser: Denoiser, name: str) -> None:
     # To a guidance-distilled module the scale is told; to the others it would mean guidance by two predictions.
-    assert denoiser.reads_guidance == (name == "flux_guidance")
+    assert denoiser.reads_guidance == (name in ("flux_guidance", "flux2"))
     denoiser.embedded_guidance = 3.5
     compare(denoiser, 3.5 if denoiser.reads_guidance else denoiser.unguided_scale, [PROMPT])
 
 
-@pytest.mark.parametrize("name", [name for name in families.FAMILY_NAMES if "flux" not in name])
+@pytest.mark.parametrize("name", [name for name in families.FAMILY_NAMES if name not in UNGUIDED])
 @torch.no_grad()
 def test_the_empty_prompt_is_the_unconditional_of_guidance(denoiser: Denoiser, name: str) -> None:
     compare(denoiser, 2.0, *GUIDED.get(name, (["", PROMPT],)))
@@ -306,11 +325,10 @@ def test_the_prompt_is_read_by_the_context_projections(denoiser: Denoiser, name:
         assert {id(part) for part in chosen}.isdisjoint({id(part) for part in every})
     else:
         assert {id(part) for part in chosen} < {id(part) for part in every}
-    assert len(every) == sum(
-        "to_" in layer or "_proj" in layer.rsplit(".", 1)[-1]
-        for layer in linear
-        if ".attn" in layer or ".attention." in layer
-    )
+    # FLUX.2's single blocks have their MLP in the same layers.
+    attending = [layer for layer in linear if ".attn" in layer or ".attention." in layer]
+    attending = [layer for layer in attending if not ("flux2" in name and "single" in layer)]
+    assert len(every) == sum("to_" in layer or "_proj" in layer.rsplit(".", 1)[-1] for layer in attending)
     inputs: list[Tensor] = []
     for part in chosen:
         part.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
@@ -450,7 +468,7 @@ def test_packing_is_that_of_the_pipeline() -> None:
 
 @EVERY_FAMILY
 @torch.no_grad()
-def test_images_decode_from_their_latents_as_the_pipeline_decodes(denoiser: Denoiser) -> None:
+def test_images_decode_from_their_latents_as_the_pipeline_decodes(denoiser: Denoiser, name: str) -> None:
     pipeline = denoiser.pipeline
     images = torch.rand(2, 3, denoiser.height, denoiser.width)
     latents = denoiser.encode_images(images, torch.Generator().manual_seed(0))
@@ -468,6 +486,10 @@ def test_images_decode_from_their_latents_as_the_pipeline_decodes(denoiser: Deno
     if denoiser.encodes_videos:  # as the pipelines do
         mean, deviation = (torch.tensor(config[key]).view(1, -1, 1, 1, 1) for key in ("latents_mean", "latents_std"))
         pipeline.vae.decode(latents[:, :, None] * deviation + mean)
+    elif "flux2" in name:
+        mean, deviation = pipeline.vae.bn.running_mean, (pipeline.vae.bn.running_var + config.batch_norm_eps).sqrt()
+        patches = latents * deviation.view(1, -1, 1, 1) + mean.view(1, -1, 1, 1)
+        pipeline.vae.decode(pipeline._unpatchify_latents(patches))
     else:
         pipeline.vae.decode(latents / config.scaling_factor + (config.get("shift_factor") or 0))
     hook.remove()
@@ -572,7 +594,8 @@ def test_another_resolution_is_sampled_at_that_resolution(name: str) -> None:
     denoiser = denoiser_of(families.build(name), twice)
     assert (denoiser.height, denoiser.width) == (twice, twice)
     latents = drawn(denoiser, [PROMPT], 1.0, [0], 1)
-    assert latents.shape == (1, *denoiser.latent_shape) == (1, 4, 16, 16)
+    assert latents.shape == (1, *denoiser.latent_shape)
+    assert denoiser.latent_shape == ((16, 8, 8) if "flux2" in name else (4, 16, 16))
 
 
 @EVERY_FAMILY
@@ -591,10 +614,11 @@ def test_a_resolution_that_does_not_suit_the_model_is_refused(name: str, unit: i
             denoiser_of(pipeline, wrong)
 
 
-def test_a_resolution_beyond_the_position_embedding_of_sd3_is_refused() -> None:
-    assert denoiser_of(families.build("sd3"), 64).height == 64
+@pytest.mark.parametrize("name", ["sd3", "auraflow"])
+def test_a_resolution_beyond_the_position_embedding_is_refused(name: str) -> None:
+    assert denoiser_of(families.build(name), 64).height == 64
     with pytest.raises(ValueError, match="resolution.*most 64 pixels.*model, got 68"):
-        denoiser_of(families.build("sd3"), 68)
+        denoiser_of(families.build(name), 68)
 
 
 def test_a_unet_that_is_not_square_keeps_its_shape() -> None:
@@ -673,6 +697,7 @@ def test_an_inpainting_model_is_refused_in_any_pipeline() -> None:
             "takes 56 numbers .*make 64; train.*base",
         ),
         ("sana", "transformer", "guidance_embeds", True, "pipeline is distilled"),
+        ("qwenimage", "transformer", "guidance_embeds", True, "reads more.*x_t, t.*prompts .*guidance_embeds"),
     ],
 )
 def test_a_model_that_was_made_for_something_else_is_refused(
@@ -682,6 +707,28 @@ def test_a_model_that_was_made_for_something_else_is_refused(
     getattr(pipeline, part).register_to_config(**{setting: value})
     with pytest.raises(ValueError, match=message):
         denoiser_of(pipeline)
+
+
+def test_a_klein_of_few_steps_is_refused() -> None:
+    pipeline = families.build("flux2_klein")
+    pipeline.register_to_config(is_distilled=True)
+    with pytest.raises(ValueError, match="distilled to few steps; train.*base"):
+        denoiser_of(pipeline)
+
+
+def test_flux2_may_take_an_image_but_no_mask() -> None:
+    variant = diffusers.Flux2KleinInpaintPipeline(**families.build("flux2_klein").components)
+    with pytest.raises(ValueError, match="a Flux2KleinInpaintPipeline, which takes mask_image; "):
+        denoiser_of(variant)
+
+
+def test_a_tokenizer_in_a_processor_is_found() -> None:
+    pipeline = families.build("flux2")
+    tokenizer = parts.tokenizer(pipeline, "text_encoder")
+    assert tokenizer is pipeline.tokenizer
+    vars(pipeline)["tokenizer"] = types.SimpleNamespace(tokenizer=tokenizer)
+    assert parts.tokenizer(pipeline, "text_encoder") is tokenizer
+    assert parts.tokenizer(pipeline, "text_encoder_2") is None
 
 
 def test_an_sdxl_refiner_is_refused() -> None:

@@ -40,6 +40,8 @@ FAMILIES = (
     "lumina2",
     "qwenimage",
     "zimage",
+    "flux2",
+    "flux2_klein",
 )
 KINDS = ("lora", "dora", "cross_attention", "full", "token")
 """Methods that differ in how they work, not only in which weights they take."""
@@ -53,7 +55,14 @@ def wrapped(pipeline: DiffusionPipeline) -> Denoiser:
 
 def has_no_size(pipeline: DiffusionPipeline) -> bool:
     """Whether a pipeline draws at a size of its own, whatever the model."""
-    return type(pipeline).__name__ in ("FluxPipeline", "ChromaPipeline", "QwenImagePipeline", "ZImagePipeline")
+    return type(pipeline).__name__ in (
+        "Flux2Pipeline",
+        "Flux2KleinPipeline",
+        "FluxPipeline",
+        "ChromaPipeline",
+        "QwenImagePipeline",
+        "ZImagePipeline",
+    )
 
 
 def attached(denoiser: Denoiser, method: str, **settings: Any) -> Trainable:
@@ -63,7 +72,7 @@ def attached(denoiser: Denoiser, method: str, **settings: Any) -> Trainable:
 
 def predicted(denoiser: Denoiser, prompt: str = TARGET) -> Tensor:
     """What the pipeline computes from a prompt, text encoders and all."""
-    noisy = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(1))
+    noisy = torch.randn(1, *denoiser.latent_shape, generator=torch.Generator().manual_seed(1))
     noisy = noisy.to(next(denoiser.module.parameters()).dtype)
     return denoiser.predict(noisy, torch.tensor([500]), denoiser.encode_batch([prompt]))
 

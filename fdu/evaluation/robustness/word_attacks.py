@@ -22,6 +22,7 @@ from fdu.config import Count, Positive, check_fields, check_number
 from fdu.evaluation.drawing import seen_by_judge
 from fdu.evaluation.intervals import Share
 from fdu.evaluation.robustness.relearning import AttackOutcome, Lesson
+from fdu.models import parts
 from fdu.models.denoiser import Conditioning, Denoiser, padded
 from fdu.models.parts import TOKENIZERS
 from fdu.training.examples import spread
@@ -78,7 +79,7 @@ class Vocabulary:
         pipeline = denoiser.pipeline
         encoder = next(name for name in TOKENIZERS if getattr(pipeline, name, None) is not None)
         self.encoder: Any = getattr(pipeline, encoder)
-        self.tokenizer: Any = getattr(pipeline, TOKENIZERS[encoder])
+        self.tokenizer: Any = parts.tokenizer(pipeline, encoder)
         names = [self.tokenizer.decode([token]).strip() for token in range(len(self.tokenizer))]
         banned = {part for word in forbidden for part in word.lower().split()}
         likely = {name.lower() for name in names if name.isalpha() and not any(word in name.lower() for word in banned)}

@@ -13,6 +13,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fdu.models import parts
 from fdu.models.denoiser import Denoiser
 from fdu.models.parts import TOKENIZERS
 from fdu.training.methods.trainable import Request, Trainable
@@ -147,7 +148,7 @@ def own_tokens(pipeline: DiffusionPipeline, encoder: str, request: Request) -> l
             the names.
     """
     names, prompts, kept = request.target_names, request.prompts, request.kept_prompts
-    tokenizer = getattr(pipeline, TOKENIZERS[encoder], None)
+    tokenizer = parts.tokenizer(pipeline, encoder)
     if tokenizer is None or not tokenizer.is_fast:
         raise ValueError(
             f"train_method 'token' needs a fast tokenizer in pipeline.{TOKENIZERS[encoder]}, got "
