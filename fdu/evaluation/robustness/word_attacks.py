@@ -238,18 +238,18 @@ def _watched(layer: nn.Module) -> Iterator[tuple[list[list[int]], list[Tensor]]]
 
 @torch.no_grad()
 def _embeddings(denoiser: Denoiser, prompts: Sequence[str]) -> Tensor:
-    """The embeddings of prompts, [N, tokens, d] in float32."""
-    return denoiser.encode(prompts).tensors["embeddings"].float()
+    """The embeddings of prompts, [N, tokens * d] in float32."""
+    return denoiser.encode(prompts).tensors["embeddings"].float().flatten(1)
 
 
 def _bred(
     denoiser: Denoiser, vocabulary: Vocabulary, goal: Tensor, config: DirectionConfig, generator: torch.Generator
 ) -> list[str]:
-    """The words whose encoding is closest to a goal, [tokens, d], after some generations."""
+    """The words whose encoding is closest to a goal, [tokens * d], after some generations."""
 
     def ranked(some: list[list[str]]) -> list[list[str]]:
         read, wanted = padded([_embeddings(denoiser, [" ".join(words) for words in some]), goal[None]])
-        distances = (read - wanted).square().sum((1, 2))
+        distances = (read - wanted).square().sum(1)
         return [some[place] for place in distances.argsort(stable=True).tolist()]
 
     def draw(of: int) -> int:
