@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from fdu.config import TRAIN_METHODS, EraseConfig
-from fdu.models.denoiser import Conditioning, Denoiser
+from fdu.models.denoiser import Denoiser
 from fdu.training.frozen_layers import keeping_less
 from fdu.training.methods import Request, attach
 
@@ -118,10 +118,17 @@ def footprint(denoiser: Denoiser, config: EraseConfig) -> Footprint:
         trainable = attach(denoiser, request)
         trained = list(trainable.named_parameters().values())
         count = sum(parameter.numel() for parameter in trained)
-        with keeping_less(denoiser.module), _checkpointed(denoiser.module, config.gradient_checkpointing):
-            step, flops = _step(denoiser, trainable, config)
-        sampling = _sampling(denoiser, config)
-        trainable.remove()
+        try:
+            with keeping_less(denoiser.module), _checkpointed(denoiser.module, config.gradient_checkpointing):
+                step, flops = _step(denoiser, trainable, config)
+            sampling = _sampling(denoiser, config)
+        except RuntimeError as error:
+            raise ValueError(
+                f"the estimate sees shapes alone, and {denoiser.family} looks at values of its prompts; fdu plan does "
+                "not serve it yet"
+            ) from error
+        finally:
+            trainable.remove()
     # Gradients and parameters in float32, and the optimizer's state.
     states = int(count * (8 + MOMENTS[config.optimizer]))
     kept = sum(size for name, size in sizes.items() if trainable.trains_text and name in denoiser.text_encoders)
@@ -144,7 +151,7 @@ def _step(denoiser: Denoiser, trainable: Any, config: EraseConfig) -> tuple[int,
     count = kinds * config.train_batch_size
     texts = ["a"] * count
     chosen = torch.zeros(count, dtype=torch.long)
-    conditioning = _read(denoiser)[chosen]
+    conditioning = denoiser.encode(["a"])[chosen]
     noisy, indices = torch.randn(count, *denoiser.latent_shape), torch.zeros(count, dtype=torch.long)
     memory = _Memory(denoiser, cycles=config.gradient_checkpointing)
     with FlopCounterMode(display=False, custom_mapping=ATTENTION_FLOPS) as counter, memory:
@@ -159,22 +166,11 @@ def _step(denoiser: Denoiser, trainable: Any, config: EraseConfig) -> tuple[int,
     return peak, counter.get_total_flops() * config.gradient_accumulation_steps
 
 
-def _read(denoiser: Denoiser) -> Conditioning:
-    """One prompt as the shapes of the text encoders read it."""
-    try:
-        return denoiser.encode(["a"])
-    except (RuntimeError, NotImplementedError) as error:
-        raise ValueError(
-            f"the estimate needs the shapes of encoded prompts, and the pipeline of {denoiser.family} looks at their "
-            "values; fdu plan does not serve it yet"
-        ) from error
-
-
 def _sampling(denoiser: Denoiser, config: EraseConfig) -> int:
     """The peak of the activations while a batch of latents is drawn; guidance may need a second prediction."""
     guided = denoiser.guided_by_empty and config.guidance_scale > 1
     count = min(config.sample_batch_size, config.num_latents) * (2 if guided else 1)
-    conditioning = _read(denoiser)[torch.zeros(count, dtype=torch.long)]
+    conditioning = denoiser.encode(["a"])[torch.zeros(count, dtype=torch.long)]
     noisy, indices = torch.randn(count, *denoiser.latent_shape), torch.zeros(count, dtype=torch.long)
     with torch.no_grad(), _Memory(denoiser) as memory:
         denoiser.predict(noisy, indices, conditioning)
@@ -187,7 +183,7 @@ class _Memory(TorchDispatchMode):
     def __init__(self, denoiser: Denoiser, cycles: bool = False) -> None:
         super().__init__()
         self.now = self.peak = 0
-        self.cycles, self.collected = cycles, 1 << 20
+        self.cycles = cycles
         parts = [part for part in denoiser.pipeline.components.values() if isinstance(part, nn.Module)]
         self.known = {_storage(tensor) for part in parts for tensor in _weights(part)}
 
@@ -205,12 +201,23 @@ class _Memory(TorchDispatchMode):
             return
         self.known.add(key)
         self.now += size
-        if self.cycles and self.now > 1.1 * self.collected:
-            # Checkpointed layers leave cycles, which hold their tensors until they are looked for.
+        if self.cycles and self.now > self.peak:
             gc.collect()
-            self.collected = self.now
         self.peak = max(self.peak, self.now)
         weakref.finalize(storage, self._free, key, size)
+
+    def __enter__(self) -> _Memory:
+        if self.cycles:
+            # Checkpointed layers leave cycles, which hold their tensors until they are looked for: among new objects.
+            gc.collect()
+            gc.freeze()
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        if self.cycles:
+            gc.unfreeze()
 
     def _free(self, key: int, size: int) -> None:
         self.known.discard(key)
