@@ -88,9 +88,8 @@ class Erase:
         types = self.concept_type[0] if len(self.concept_type) == 1 else self.concept_type or "object"
         model = subject_of(self.model)
         pairs = model.pairs(self.target, self.anchor, types)
-        given = self.settings.checked()
         checkpoints = Path(f"{self.out}.checkpoints")
-        config = self.settings.checked(checkpoint_dir=str(checkpoints))
+        given = config = self.settings.checked(checkpoint_dir=str(checkpoints))
         check_resolution(model.folder, config.resolution)
         keeps = self.settings.typed()["checkpoint_dir"] is None
         if keeps and strangers(checkpoints):

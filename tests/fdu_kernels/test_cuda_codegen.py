@@ -172,7 +172,7 @@ from pathlib import Path
 module = build._import_file(Path({str(module)!r}))
 print(module.cuda_why_unusable(0))
 ones, zeros, value, grad = torch.ones(2, 3), torch.zeros(2, 3), torch.empty(()), torch.empty(2, 3)
-module.gaussian(ones, zeros, 1.0, 0.0, 64.0, None, 1.0, None, None, True, 1, 1.0, value, None, grad)
+module.gaussian(ones, zeros, 1.0, 0.0, 64.0, None, 1.0, None, None, True, 1, 1.0, value, None, grad, None)
 assert value == 1
 """
     ran = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
