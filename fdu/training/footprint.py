@@ -19,6 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 from fdu.config import TRAIN_METHODS, EraseConfig
 from fdu.models.denoiser import Denoiser
 from fdu.training.frozen_layers import keeping_less
+from fdu.training.loop import checkpointed
 from fdu.training.methods import Request, attach
 
 MOMENTS = {"adamw": 8.0, "adamw_8bit": 2.0}
@@ -119,7 +120,7 @@ def footprint(denoiser: Denoiser, config: EraseConfig) -> Footprint:
         trained = list(trainable.named_parameters().values())
         count = sum(parameter.numel() for parameter in trained)
         try:
-            with keeping_less(denoiser.module), _checkpointed(denoiser.module, config.gradient_checkpointing):
+            with keeping_less(denoiser.module), checkpointed(denoiser.module, config.gradient_checkpointing):
                 step, flops = _step(denoiser, trainable, config)
             sampling = _sampling(denoiser, config)
         except RuntimeError as error:
@@ -147,7 +148,7 @@ def footprint(denoiser: Denoiser, config: EraseConfig) -> Footprint:
 def _step(denoiser: Denoiser, trainable: Any, config: EraseConfig) -> tuple[int, int]:
     """Of a training step, which is a frozen pass, a trained one and its gradients: the peak of the activations, and the
     operations."""
-    kinds = 2 if config.preservation_weight and not config.gradient_surgery else 1
+    kinds = 2 if config.preservation_weight else 1
     count = kinds * config.train_batch_size
     texts = ["a"] * count
     chosen = torch.zeros(count, dtype=torch.long)
@@ -262,21 +263,6 @@ def _as_on_a_device(half: torch.dtype | None) -> Iterator[None]:
 
 def _cast(one: Any, dtype: torch.dtype) -> Any:
     return one.to(dtype) if isinstance(one, Tensor) and one.is_floating_point() else one
-
-
-@contextlib.contextmanager
-def _checkpointed(module: Any, wanted: bool) -> Iterator[None]:
-    if not wanted:
-        yield
-        return
-    module.enable_gradient_checkpointing()
-    training = module.training
-    module.train()
-    try:
-        yield
-    finally:
-        module.train(training)
-        module.disable_gradient_checkpointing()
 
 
 def _weights(part: nn.Module) -> list[Tensor]:

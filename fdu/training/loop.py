@@ -95,7 +95,7 @@ class Training:
         encoders_away = denoiser.others_on("cpu", keep)
         shards = sharded(module, self.parameters) if config.shard else nullcontext()
         lean = nullcontext() if config.compile else keeping_less(module)
-        with _checkpointed(module, config.gradient_checkpointing), encoders_away, noticed() as stop, shards, lean:
+        with checkpointed(module, config.gradient_checkpointing), encoders_away, noticed() as stop, shards, lean:
             try:
                 with self._prepared():
                     self.stepper.draw_frozen_batches()
@@ -325,7 +325,7 @@ class Training:
 
 
 @contextmanager
-def _checkpointed(module: Any, wanted: bool) -> Iterator[None]:
+def checkpointed(module: Any, wanted: bool) -> Iterator[None]:
     """Within this context the module computes activations again in the backward pass, if that is wanted."""
     if not wanted or module.is_gradient_checkpointing:
         yield
