@@ -27,22 +27,9 @@ pytestmark = pytest.mark.quick(family=["sd", "sd3"], method=["lora", "cross_atte
 
 TRAINED = [name for name, method in TRAIN_METHODS.items() if method.trains]
 ADAPTER_METHODS = [name for name in TRAINED if TRAIN_METHODS[name].result != "weights"]
-FAMILIES = (
-    "sd",
-    "sdxl",
-    "sd3",
-    "flux",
-    "pixart",
-    "sana",
-    "auraflow",
-    "chroma",
-    "cogview4",
-    "lumina2",
-    "qwenimage",
-    "zimage",
-    "flux2",
-    "flux2_klein",
-)
+VARIANTS = ("sd_v", "flux_guidance")
+"""Pipelines of a family that stands here already."""
+FAMILIES = tuple(name for name in families.FAMILY_NAMES if name not in VARIANTS)
 KINDS = ("lora", "dora", "cross_attention", "full", "token")
 """Methods that differ in how they work, not only in which weights they take."""
 WEIGHT_METHODS = ("text", "cross_attention", "attention", "full", "text_encoder")
