@@ -82,7 +82,7 @@ WAYS: tuple[tuple[str, tuple[dict[str, Any], ...]], ...] = (
     )),
 )  # fmt: skip
 """Changes of the default settings, by the heading of their table."""
-SEEDS = {"ways": (0, 1, 2)}
+SEEDS = {"ways": (0, 1)}
 """Of the suites with more seeds than one."""
 LEFT, KEPT, ASKED = 0.05, 0.95, 0.9
 """The bounds: the largest share of the target's images that still show it, beyond the share by chance where the anchor

@@ -1,30 +1,38 @@
 """Which erasures hold? Erase "fox" in several ways, examine each result, and write docs/robustness.md.
 
-    python experiments/robustness.py        # resumes where it was stopped
+    python experiments/robustness.py                  # resumes where it was stopped
+    python experiments/robustness.py --only orange/   # one of the other targets
 
-Takes about half an hour of two cores, shared by ``--workers`` processes. The rows "never known" need the network, for
-real emoji, and resvg-py.
+Takes about two hours of two cores, shared by ``--workers`` processes. The rows "never known" need the network, for real
+emoji, and resvg-py.
 
-Three rows are not erasures. "not erased" shows the figures of the pipeline as it is. For "never known", the attack and
-relearning ask that pipeline for an animal that it has never seen, with real emoji of it. These rows show how much a
-perturbation or fine-tuning can teach where an erasure left nothing behind.
+Some erasures are repeated with other targets and seeds. Three rows are not erasures. "not erased" shows the figures of
+the pipeline as it is. For "never known", the attack and relearning ask that pipeline for an object that it has never
+seen, with real emoji of it. These rows show how much a perturbation or fine-tuning can teach where an erasure left
+nothing behind.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import fmean, stdev
 from typing import Any
 
+import scipy.stats
 import torch
-from experiment import HERE, conditions, current, dated, fill, of_total, run
+from experiment import HERE, NOT_MEASURED, conditions, current, dated, fill, of_total, run
 
 import fdu
 from fdu.comparison.page import markdown
 from fdu.comparison.runs import weights
 from fdu.comparison.sweep import Job, Record, settings_identity
 from fdu.evaluation import draw
+from fdu.evaluation.intervals import LEVEL, wilson
 from fdu.evaluation.robustness import AttackConfig, Examination, JudgedSampling, attack
 from fdu.evaluation.robustness.holding import OTHERS, judge_robustness
 from fdu.evaluation.robustness.image_attacks import ImageAttackConfig, from_partial_noise, inpainting
@@ -45,43 +53,98 @@ from fdu.subjects.emoji import emoji_pipeline
 from fdu.subjects.emoji.drawings import PACKAGES, fetch_packages, load_drawings, on_backgrounds
 from fdu.subjects.emoji.objects import ALL_THINGS, BACKGROUNDS, STYLES
 
-MODEL, TARGET, ANCHOR, SUPERCLASS = "emoji", "fox", "wolf", "mammal"
+MODEL = "emoji"
+
+
+@dataclasses.dataclass(frozen=True)
+class Aim:
+    """What is erased, and towards what."""
+
+    target: str
+    anchor: str
+    """A close neighbour."""
+    superclass: str
+
+
+FOX = Aim("fox", "wolf", "mammal")
+AIMS = {one.target: one for one in (FOX, Aim("orange", "lemon", "fruit"), Aim("cat", "dog", "mammal"))}
+UNKNOWN = {"zebra": FOX, "koala": FOX, "pineapple": AIMS["orange"]}
+"""Objects that only the judge has seen, and the target whose prompts are asked for their superclass."""
+SEEDS = (0, 1)
 DRAWING = JudgedSampling(images=32, num_inference_steps=12, guidance_scale=2.0)
 LATENTS = 32
 KEPT_IMAGES, KEPT_SEED = 8, 1000
 """Images of each retained class, and the seed of the first."""
-ERASURES: dict[str, tuple[str, dict[str, Any]]] = {
-    "closed_form": (ANCHOR, {"train_method": "closed_form"}),
-    "lora": (ANCHOR, {}),
-    "lora, 4 rounds": (ANCHOR, {"adversarial_rounds": 4}),
-    "closed_form, 4 rounds": (ANCHOR, {"train_method": "closed_form", "adversarial_rounds": 4}),
-    "lora, 4 rounds, alternating": (ANCHOR, {"adversarial_rounds": 4, "adversarial_order": "alternate"}),
-    "full": (ANCHOR, {"train_method": "full"}),
-    "full, 4 rounds": (ANCHOR, {"train_method": "full", "adversarial_rounds": 4}),
-    "token": (ANCHOR, {"train_method": "token"}),
-    "text_encoder": (ANCHOR, {"train_method": "text_encoder"}),
-    "cross_attention": (ANCHOR, {"train_method": "cross_attention"}),
-    "lora from the closed form": (ANCHOR, {"init": "closed_form", "rank": 64}),
-    "full, 480 steps": (ANCHOR, {"train_method": "full", "max_train_steps": 480}),
-    "lora towards the superclass": (SUPERCLASS, {}),
+ERASURES: dict[str, dict[str, Any]] = {
+    "closed_form": {"train_method": "closed_form"},
+    "lora": {},
+    "lora, 4 rounds": {"adversarial_rounds": 4},
+    "closed_form, 4 rounds": {"train_method": "closed_form", "adversarial_rounds": 4},
+    "lora, 4 rounds, alternating": {"adversarial_rounds": 4, "adversarial_order": "alternate"},
+    "full": {"train_method": "full"},
+    "full, 4 rounds": {"train_method": "full", "adversarial_rounds": 4},
+    "token": {"train_method": "token"},
+    "text_encoder": {"train_method": "text_encoder"},
+    "cross_attention": {"train_method": "cross_attention"},
+    "lora from the closed form": {"init": "closed_form", "rank": 64},
+    "full, 480 steps": {"train_method": "full", "max_train_steps": 480},
+    "lora towards the superclass": {},
     **{
-        f"lora, {name}": (ANCHOR, {"divergence": name})
+        f"lora, {name}": {"divergence": name}
         for name in ("mse", "jensen_shannon", "le_cam", "alpha:1.5", "pearson_chi2")
     },
 }
-"""Name of each row -> anchor, and settings that differ from the defaults."""
+"""Erasures of the fox: settings that differ from the defaults, by name."""
+TO_SUPERCLASS = ("lora towards the superclass",)
+"""Those towards the superclass; all others are towards the neighbour."""
+REPEATED = ("closed_form", "lora", "closed_form, 4 rounds", "lora, 4 rounds")
+"""Those that are made with every target and seed."""
 OTHER_CONFIGS = (WordSearchConfig, DirectionConfig, InversionConfig, ImageAttackConfig)
 NOT_ERASED, NEVER_KNOWN = "not erased", "never known: {}"
-UNKNOWN = ("zebra", "koala")
-"""Mammals that only the judge has seen."""
-Rows = dict[str, Record]
+Rows = Mapping[str, Record]
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """An erasure, or the pipeline as it is, to be examined."""
+
+    erasure: str
+    """A name in ``ERASURES``, or ``NOT_ERASED``."""
+    aim: Aim = FOX
+    seed: int = 0
+
+    @property
+    def name(self) -> str:
+        """The name of its record."""
+        if (self.aim, self.seed) == (FOX, 0):
+            return self.erasure
+        return f"{self.aim.target}/{self.erasure}" + (f", seed {self.seed}" if self.erasure in ERASURES else "")
+
+    @property
+    def anchor(self) -> str:
+        """The anchor of the erasure; of the pipeline as it is, that of all others."""
+        return self.aim.superclass if self.erasure in TO_SUPERCLASS else self.aim.anchor
+
+    @property
+    def config(self) -> fdu.EraseConfig:
+        """All settings of the erasure."""
+        preserved = emoji_pipeline.preserved(self.aim.target, anchors=[self.anchor])
+        return fdu.EraseConfig(
+            **{"preservation_prompts": preserved, "seed": self.seed, **ERASURES[self.erasure]},
+        )
+
+
+def rows() -> list[Row]:
+    """All rows but those of what was never known, in the order of the tables."""
+    found = [Row(NOT_ERASED, aim) for aim in AIMS.values()] + [Row(name) for name in ERASURES]
+    repeated = (Row(name, aim, seed) for name, aim, seed in itertools.product(REPEATED, AIMS.values(), SEEDS))
+    return list(dict.fromkeys([*found, *repeated]))
 
 
 def jobs(cache: Path) -> list[Job]:
-    """One job per row, in the order of the table."""
+    """One job per row."""
     shared = {
         "weights": weights(MODEL),
-        "target": TARGET,
         "drawing": dataclasses.asdict(DRAWING),
         "latents": LATENTS,
         "attack": dataclasses.asdict(AttackConfig()),
@@ -89,37 +152,36 @@ def jobs(cache: Path) -> list[Job]:
         "others": [dataclasses.asdict(one()) for one in OTHER_CONFIGS],
         "kept": [KEPT_IMAGES, KEPT_SEED],
     }
-    rows = [Job(NOT_ERASED, {**shared, "settings": {}}, functools.partial(examine, NOT_ERASED))]
-    for name in UNKNOWN:
+    found = []
+    for row in rows():
+        identity = {**shared, "target": row.aim.target, "settings": {}}
+        if row.erasure in ERASURES:
+            identity |= {"anchor": row.anchor, "settings": settings_identity(row.config)}
+        job = Job(row.name, identity, functools.partial(examine, row))
+        sets = packaged_sets("emoji", row.aim.target)
+        found.append(dated(job, (row.aim.target, row.anchor), model=MODEL, phrasings=sets))
+    sets = packaged_sets("emoji", FOX.target)
+    for name, aim in UNKNOWN.items():
         packages = [package.sha256 for package in PACKAGES.values()]
-        identity = {**shared, "settings": {}, "unknown": name, "anchor": SUPERCLASS, "packages": packages}
-        rows.append(Job(NEVER_KNOWN.format(name), identity, functools.partial(examine_unknown, name)))
-    for name, (anchor, _) in ERASURES.items():
-        identity = {**shared, "anchor": anchor, "settings": settings_identity(config_of(name))}
-        rows.append(Job(name, identity, functools.partial(examine, name)))
-    sets = packaged_sets("emoji", TARGET)
-    return [dated(job, (TARGET, job.identity.get("anchor", ANCHOR)), model=MODEL, phrasings=sets) for job in rows]
+        asked = {"unknown": name, "anchor": aim.superclass, "packages": packages}
+        identity = {**shared, "target": aim.target, "settings": {}, **asked}
+        job = Job(NEVER_KNOWN.format(name), identity, functools.partial(examine_unknown, name))
+        found.append(dated(job, (aim.target, aim.superclass), model=MODEL, phrasings=sets))
+    return found
 
 
-def config_of(name: str) -> fdu.EraseConfig:
-    """All settings of a row's erasure."""
-    anchor, settings = ERASURES[name]
-    preserved = emoji_pipeline.preserved(TARGET, anchors=[anchor])
-    return fdu.EraseConfig(**{"preservation_prompts": preserved, **settings})
-
-
-def examine(name: str) -> Record:
+def examine(row: Row) -> Record:
     """Erase, and examine the result."""
     pipeline = fdu.load_pipeline(MODEL)
-    anchor = ERASURES[name][0] if name in ERASURES else ANCHOR
-    probes = emoji_pipeline.probes(TARGET, anchor=anchor)
-    sets = packaged_sets("emoji", TARGET)
+    target = row.aim.target
+    probes = emoji_pipeline.probes(target, anchor=row.anchor)
+    sets = packaged_sets("emoji", target)
     # The further attacks on the pipeline before the erasure are those of the row "not erased".
     examination = Examination(probes[0], sets, drawing=DRAWING, latents=LATENTS)
     examination.before(pipeline)
     retained = None
-    if name in ERASURES:
-        fdu.erase(pipeline, *emoji_pipeline.concepts(TARGET, anchor), config=config_of(name))
+    if row.erasure in ERASURES:
+        fdu.erase(pipeline, *emoji_pipeline.concepts(target, row.anchor), config=row.config)
         kept = [probe for probe in probes if probe.role == "retained"]
         sampling = {"num_inference_steps": DRAWING.num_inference_steps, "guidance_scale": DRAWING.guidance_scale}
         drawn = draw(pipeline, kept, KEPT_IMAGES, KEPT_SEED, **sampling)
@@ -127,7 +189,7 @@ def examine(name: str) -> Record:
         retained = sum(seen) / (KEPT_IMAGES * len(seen))
     found = examination.after(pipeline).as_dict()
     lesson = examination.lesson(denoiser_of(pipeline))
-    return {"retained": retained, **found, "others": attacked_otherwise(lesson, TARGET)}
+    return {"retained": retained, **found, "others": attacked_otherwise(lesson, target)}
 
 
 def attacked_otherwise(lesson: Lesson, name: str) -> dict[str, dict[str, Any]]:
@@ -138,20 +200,21 @@ def attacked_otherwise(lesson: Lesson, name: str) -> dict[str, dict[str, Any]]:
         "partial_noise": from_partial_noise(lesson),
         "inpainting": inpainting(lesson),
     }
-    if name == lesson.probe.name:  # no direction leads to an animal that the text encoder has never read of
+    if name == lesson.probe.name:  # no direction leads to an object that the text encoder has never read of
         found["direction"] = breed_words(lesson)
     return {test: dataclasses.asdict(one) for test, one in found.items()}
 
 
 def examine_unknown(name: str) -> Record:
-    """Attack and relearning for an animal that only the judge has seen."""
+    """Attack and relearning for an object that only the judge has seen."""
+    aim = UNKNOWN[name]
     denoiser = denoiser_of(fdu.load_pipeline(MODEL))
     packages = HERE / "cache" / "emoji-packages"
     fetch_packages(packages)
     place = [thing.name for thing in ALL_THINGS].index(name)
     drawings = load_drawings(packages)[place]
-    # The words ask for any mammal: the pipeline has no word for this one. Image i shows what else prompt i asks for.
-    phrases = list({one.text: one for one in emoji_pipeline.phrases(TARGET, SUPERCLASS)}.values())
+    # The words ask for the superclass: the pipeline has no name for it. Image i shows what else prompt i asks for.
+    phrases = list({one.text: one for one in emoji_pipeline.phrases(aim.target, aim.superclass)}.values())
     shown = [(place, phrases[place % len(phrases)]) for place in range(LATENTS)]
     styles = [STYLES.index(one.style) if one.style else place % len(STYLES) for place, one in shown]
     backgrounds = [BACKGROUNDS.index(one.background or BACKGROUNDS[0]) for _, one in shown]
@@ -165,12 +228,12 @@ def examine_unknown(name: str) -> Record:
         "retained": None,
         "attack": dataclasses.asdict(attack(lesson)),
         "relearning": dataclasses.asdict(relearn(lesson)),
-        "others": attacked_otherwise(lesson, SUPERCLASS),
+        "others": attacked_otherwise(lesson, aim.superclass),
     }
 
 
 def write_page(results: Path, docs: Path) -> None:
-    """Write the table of all rows that have a record."""
+    """Write the tables of all rows that have a record."""
     rows = current(results, "robustness", jobs(Path()))
     if rows:
         write_text(docs / "robustness.md", page(rows))
@@ -179,35 +242,82 @@ def write_page(results: Path, docs: Path) -> None:
 def page(rows: Rows) -> str:
     """docs/robustness.md."""
     first = next(iter(rows.values()))
-    sets = list(next(row["phrasings"] for row in rows.values() if row.get("phrasings")))
+    own = [NOT_ERASED, *(NEVER_KNOWN.format(name) for name, aim in UNKNOWN.items() if aim == FOX), *ERASURES]
+    foxes = {name: rows[name] for name in own if name in rows}
+    sets = list(next(row["phrasings"] for row in foxes.values() if row.get("phrasings")))
     header = ["erasure", "retained", "prompts alone", *sets, "attack", "back after", "relearnt", "back after"]
-    erasures = {name: row for name, row in rows.items() if name in ERASURES}
+    erasures = {name: row for name, row in foxes.items() if name in ERASURES}
     return fill(
         "robustness.md",
-        made=of_total(len(rows), len(ERASURES) + 1 + len(UNKNOWN)),
+        made=of_total(len(rows), len(jobs(Path()))),
         **conditions(first),
-        target=TARGET,
-        anchor=ANCHOR,
-        superclass=SUPERCLASS,
-        unknown=" and ".join(UNKNOWN),
+        target=FOX.target,
+        anchor=FOX.anchor,
+        superclass=FOX.superclass,
+        unknown=" and ".join(name for name, aim in UNKNOWN.items() if aim == FOX),
         drawing=DRAWING,
         attack=first["attack"]["config"],
         latents=LATENTS,
         back=percent(BACK),
-        below=below(rows),
+        below=below(foxes),
         kept_images=KEPT_IMAGES,
         erasures=len(erasures),
         held=held(erasures),
         threshold=percent(ERASED_BELOW),
-        table=markdown(header, [cells(name, row, sets) for name, row in rows.items()]),
-        others=markdown(["erasure", *OTHERS], [[name, *tried(row)] for name, row in rows.items()]),
+        table=markdown(header, [cells(name, row, sets) for name, row in foxes.items()]),
+        others=markdown(["erasure", *OTHERS], [[name, *tried(row)] for name, row in foxes.items()]),
+        aims=", ".join(f"{aim.target} to {aim.anchor}" for aim in AIMS.values()),
+        seeds=len(SEEDS),
+        unknowns=", ".join(f"{name} for a {aim.superclass}" for name, aim in UNKNOWN.items()),
+        repeated=repeated(rows),
     )
+
+
+def repeated(rows: Rows) -> str:
+    """Means over targets and seeds, of the erasures that have them all."""
+    groups = {NOT_ERASED: [Row(NOT_ERASED, aim).name for aim in AIMS.values()]}
+    groups |= {"never known": list(map(NEVER_KNOWN.format, UNKNOWN))}
+    for name in REPEATED:
+        groups[name] = [Row(name, aim, seed).name for aim, seed in itertools.product(AIMS.values(), SEEDS)]
+    lines = []
+    for name, members in groups.items():
+        found = [rows[one] for one in members if one in rows]
+        if len(found) == len(members):
+            kept = [row["retained"] for row in found if row["retained"] is not None]
+            others = [[row["others"][test]["after"] for row in found if test in row["others"]] for test in OTHERS]
+            lines.append(
+                [
+                    name,
+                    f"{fmean(kept):.2f}" if kept else "",
+                    mean([row["attack"]["before"] for row in found]),
+                    *map(mean, others),
+                    mean([row["attack"]["after"] for row in found]),
+                    mean([row["relearning"]["course"][-1][1] for row in found]),
+                    ", ".join(steps(row["relearning"]["back_after"]) for row in found),
+                ]
+            )
+    head = ["erasure", "retained", "prompts alone", *OTHERS, "attack", "relearnt", "back after"]
+    return markdown(head, lines) if lines else NOT_MEASURED
+
+
+def mean(shares: Sequence[Record]) -> str:
+    """The mean of shares with its interval over rows, Student's t; where all agree, Wilson's over their images."""
+    if not shares:
+        return ""
+    values = [share["value"] for share in shares]
+    middle, count = fmean(values), len(values)
+    if len(set(values)) == 1:
+        low, high = wilson(middle, sum(share["images"] for share in shares))
+    else:
+        reach = scipy.stats.t.ppf((1 + LEVEL) / 2, count - 1) * stdev(values) / math.sqrt(count)
+        low, high = max(middle - reach, 0.0), min(middle + reach, 1.0)
+    return shown({"value": middle, "interval": (low, high)})
 
 
 def below(rows: Rows) -> str:
     """Which erasures the attack restores no further than it teaches an animal that was never known, in a sentence."""
     attacked = {name: row["attack"]["after"]["value"] for name, row in rows.items()}
-    taught = [attacked[name] for name in map(NEVER_KNOWN.format, UNKNOWN) if name in attacked]
+    taught = [share for name, share in attacked.items() if name.startswith(NEVER_KNOWN.format(""))]
     if not taught:
         return 'The rows "never known" are not measured yet.'
     names = [name for name in ERASURES if name in attacked and attacked[name] <= max(taught)]
@@ -246,7 +356,7 @@ def held(erasures: Rows) -> str:
     for words, test in (("other phrasings", "phrasings"), ("the attack", "attack"), ("relearning", "relearning")):
         parts = [{name: row[name] for name in (test, f"{test}_before") if name in row} for row in erasures.values()]
         parts = [part for part in parts if part]
-        count = sum(judge_robustness(part, TARGET).holds for part in parts)
+        count = sum(judge_robustness(part, FOX.target).holds for part in parts)
         counts.append(f"{count} hold{'s' * (count == 1)} against {words}")
     return ", ".join(counts)
 
