@@ -89,9 +89,22 @@ ERASURES: dict[str, dict[str, Any]] = {
     "lora from the closed form": {"init": "closed_form", "rank": 64},
     "full, 480 steps": {"train_method": "full", "max_train_steps": 480},
     "lora towards the superclass": {},
-    **{
-        f"lora, {name}": {"divergence": name}
-        for name in ("mse", "jensen_shannon", "le_cam", "alpha:1.5", "pearson_chi2")
+    "full, 4 rounds, alternating": {
+        "train_method": "full",
+        "adversarial_rounds": 4,
+        "adversarial_order": "alternate",
+    },
+    "full, 8 rounds, alternating, 480 steps": {
+        "train_method": "full",
+        "adversarial_rounds": 8,
+        "adversarial_order": "alternate",
+        "max_train_steps": 480,
+    },
+    "closed_form, 12 rounds": {"train_method": "closed_form", "adversarial_rounds": 12},
+    "full from the closed form, 4 rounds": {
+        "train_method": "full",
+        "init": "closed_form",
+        "adversarial_rounds": 4,
     },
 }
 """Erasures of the fox: settings that differ from the defaults, by name."""
