@@ -40,7 +40,7 @@ def _alpha(alpha: float) -> Divergence:
     row_a = CriticRow(expm1=1 / (alpha - 1), expm1_rate=alpha - 1)
     return Divergence(
         "alpha", (("alpha", alpha),), aliases=("alpha_divergence",), formula="(u^a - a u + a - 1) / (a (a - 1))",
-        advice="Tunable: 0 < a < 1 damps large errors (most at 1/2); a < 0 and a > 1 amplify them.",
+        advice="a is the parameter: 0 < a < 1 damps large errors (most at 1/2); a < 0 and a > 1 amplify them.",
         upper=1 / (alpha * (1 - alpha)) if 0 < alpha < 1 else math.inf,
         generator=lambda u: (u**alpha - alpha * u + alpha - 1) / (alpha * (alpha - 1)),
         log_curvature=lambda v: alpha * v, exponential=(0.5, alpha * (alpha - 1) / 2),
@@ -56,7 +56,7 @@ def _skew_jensen_shannon(w: float) -> Divergence:
     return Divergence(
         "skew_jensen_shannon", (("w", w),), aliases=("skew_js", "sjs"),
         formula="w u log u - (w u + 1 - w) log(w u + 1 - w)",
-        advice="jensen_shannon with weights w and 1 - w: bounded; close to kl for small w.",
+        advice="jensen_shannon with weights w and 1 - w: bounded; close to w times kl for small w.",
         upper=-w * math.log(w) - (1 - w) * math.log1p(-w),
         generator=lambda u: w * torch.xlogy(u, u) - torch.xlogy(w * u + 1 - w, w * u + 1 - w),
         log_curvature=lambda v: math.log1p(-w) + logsigmoid(v + logit),
@@ -118,7 +118,7 @@ _ENTRIES: tuple[Divergence | Family, ...] = (
     ),
     Divergence(
         "squared_hellinger", aliases=("hellinger", "h", "h2"), formula="(sqrt(u) - 1)^2 / 2",
-        advice="The default. Bounded; damps large errors, so that it erases and preserves.",
+        advice="The default. Bounded; damps large errors, so that no sample dominates a step.",
         upper=1.0, generator=lambda u: (torch.sqrt(u) - 1).square() / 2, log_curvature=lambda v: v / 2 - math.log(4),
         exponential=(0.125, -0.125),
         log_ratio_rows=(CriticRow(expm1=-0.5, expm1_rate=-0.5), CriticRow(expm1=0.5, expm1_rate=0.5)),
