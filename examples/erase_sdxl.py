@@ -1,4 +1,4 @@
-"""Erase a style from Stable Diffusion XL on one GPU, with checkpoints. The settings are a start, not tuned.
+"""Erase a style from Stable Diffusion XL on one GPU, with checkpoints. Nobody has tuned the settings yet.
 
 ``python examples/erase_sdxl.py --target "van gogh" --anchor painting --out erased``. For another model change --model
 and, if its images have another size, --resolution. The command line does the same: ``fdu erase MODEL --target ...``.
@@ -32,7 +32,7 @@ result = fdu.erase(
     preservation_prompts=("a painting by claude monet", "a painting by rembrandt", "a photo of a street"),
     resolution=options.resolution,
     max_train_steps=options.steps,
-    learning_rate=2e-4,  # below the default, which suits the small digits pipeline
+    learning_rate=2e-4,  # below the default of 0.004, which suits the small pipelines of fdu
     train_batch_size=2,  # plus 2 preserving samples
     gradient_accumulation_steps=2,
     mixed_precision="bf16",

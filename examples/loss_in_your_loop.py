@@ -1,7 +1,7 @@
 """The loss in your own loop: erase "three" from the digits pipeline in plain PyTorch.
 
 ``python examples/loss_in_your_loop.py`` takes half a minute on two CPU cores. ``fdu.erase`` does the same and more;
-start here if you already have a trainer. The lines that differ from any other trainer are marked "the loss".
+start here if you already have a trainer. The comment "the loss" marks the lines that differ from any other trainer.
 """
 
 import argparse
