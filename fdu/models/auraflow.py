@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from diffusers import AuraFlowTransformer2DModel, DiffusionPipeline
 from torch import Tensor
 
-from fdu.models.denoiser import Conditioning
+from fdu.models.denoiser import JOINT_ATTENTION, Conditioning
 from fdu.models.noise_schedules import FlowDenoiser
 
 
@@ -21,10 +21,7 @@ class AuraFlowDenoiser(FlowDenoiser):
     context_projections = ("attn.add_k_proj", "attn.add_v_proj")
     other_readers = ("context_embedder",)  # all of the text enters by it
     text_inputs: ClassVar = {"embeddings": other_readers}
-    attention_projections = (
-        *("to_q", "to_k", "to_v", "to_out.0"),
-        *("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),
-    )
+    attention_projections = JOINT_ATTENTION
 
     def __init__(self, pipeline: DiffusionPipeline, resolution: int | None = None) -> None:
         super().__init__(pipeline, resolution)

@@ -10,12 +10,11 @@ import torch
 from diffusers import ChromaTransformer2DModel
 from torch import Tensor
 
-from fdu.models.denoiser import Conditioning
-from fdu.models.flux import pack, position_ids, unpack
-from fdu.models.noise_schedules import FlowDenoiser
+from fdu.models.denoiser import JOINT_ATTENTION, Conditioning
+from fdu.models.patches import PatchFlowDenoiser, pack, position_ids, unpack
 
 
-class ChromaDenoiser(FlowDenoiser):
+class ChromaDenoiser(PatchFlowDenoiser):
     """A ChromaTransformer2DModel.
 
     Its conditioning holds the pipeline's mask of the prompt, an integer tensor. diffusers (0.42) adds its ones and
@@ -24,20 +23,11 @@ class ChromaDenoiser(FlowDenoiser):
 
     family = "Chroma (a ChromaTransformer2DModel)"
     module_class = ChromaTransformer2DModel
-    packing = 2
     # As in FLUX.1: of the double blocks alone, because single blocks project text and image by one to_k and to_v.
     context_projections = ("attn.add_k_proj", "attn.add_v_proj")
     other_readers = ("context_embedder",)  # all of the text enters by it
     text_inputs: ClassVar = {"embeddings": other_readers}
-    attention_projections = (
-        *("to_q", "to_k", "to_v", "to_out.0"),
-        *("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),
-    )
-
-    @property
-    def native_size(self) -> tuple[int, int] | None:
-        side = self.pipeline.default_sample_size * self.pipeline.vae_scale_factor
-        return side, side
+    attention_projections = JOINT_ATTENTION
 
     def encode_batch(self, prompts: list[str]) -> Conditioning:
         embeddings, _, mask, _, _, _ = self.pipeline.encode_prompt(
@@ -48,12 +38,6 @@ class ChromaDenoiser(FlowDenoiser):
     def prompt_arguments(self, conditioning: Conditioning) -> dict[str, Any]:
         embeddings, mask = conditioning.tensors["embeddings"], conditioning.tensors["added_mask"]
         return {"prompt_embeds": embeddings, "prompt_attention_mask": mask.to(embeddings.dtype)}
-
-    def unpacked(self, latents: Tensor) -> Tensor:
-        return unpack(latents, *self.latent_shape[1:])
-
-    def told_timesteps(self) -> Tensor:
-        return self.noise
 
     def predict(self, noisy: Tensor, indices: Tensor, conditioning: Conditioning) -> Tensor:
         height, width = noisy.shape[-2:]

@@ -30,6 +30,9 @@ PIPELINE_ARGUMENTS = {
     "mask": "prompt_attention_mask",
 }
 """Names of the tensors of a conditioning as arguments of diffusers' pipelines."""
+ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
+JOINT_ATTENTION = (*ATTENTION, "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+"""The linear layers of attention of an image, and of an image and a text together."""
 
 
 class Conditioning:
@@ -109,7 +112,7 @@ class Denoiser(ABC):
     """Name endings of the linear layers of the module that read the prompt's tokens: as a rule keys and values."""
     other_readers: ClassVar[tuple[str, ...]] = ()
     """Name endings of the linear layers by which the prompt enters past these."""
-    attention_projections: ClassVar[tuple[str, ...]] = ("to_q", "to_k", "to_v", "to_out.0")
+    attention_projections: ClassVar[tuple[str, ...]] = ATTENTION
     """Name endings of all linear layers of attention."""
     text_inputs: ClassVar[dict[str, tuple[str, ...]]] = {"embeddings": ("attn2.to_k", "attn2.to_v")}
     """By tensor of the conditioning, the name endings of the linear layers of the module that read it first."""

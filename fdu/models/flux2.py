@@ -12,11 +12,11 @@ from diffusers import DiffusionPipeline, Flux2Transformer2DModel
 from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu, format_input
 from torch import Tensor
 
-from fdu.models.denoiser import Conditioning, call_default
-from fdu.models.noise_schedules import FlowDenoiser
+from fdu.models.denoiser import JOINT_ATTENTION, Conditioning, call_default
+from fdu.models.patches import PatchFlowDenoiser
 
 
-class Flux2Denoiser(FlowDenoiser):
+class Flux2Denoiser(PatchFlowDenoiser):
     """A Flux2Transformer2DModel that reads Mistral (dev) or Qwen3 (klein). A patch of 2x2 is one pixel of its latents.
 
     Of latents, klein's pipeline returns those that the autoencoder decodes, dev's those that the module makes.
@@ -24,16 +24,12 @@ class Flux2Denoiser(FlowDenoiser):
 
     family = "FLUX.2 (a Flux2Transformer2DModel)"
     module_class = Flux2Transformer2DModel
-    packing = 2
     optional_images = ("image",)
     # Of the double blocks alone: a single block projects text and image, and its MLP, by one layer.
     context_projections = ("attn.add_k_proj", "attn.add_v_proj")
     other_readers = ("context_embedder",)  # all of the text enters by it
     text_inputs: ClassVar = {"embeddings": other_readers}
-    attention_projections = (
-        *("to_q", "to_k", "to_v", "to_out.0"),
-        *("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),
-    )
+    attention_projections = JOINT_ATTENTION
 
     @classmethod
     def check(cls, pipeline: DiffusionPipeline) -> None:
@@ -50,11 +46,6 @@ class Flux2Denoiser(FlowDenoiser):
         return not self.reads_guidance
 
     @property
-    def native_size(self) -> tuple[int, int] | None:
-        side = self.pipeline.default_sample_size * self.pipeline.vae_scale_factor
-        return side, side
-
-    @property
     def latent_shape(self) -> tuple[int, int, int]:
         return self.config.in_channels, self.height // self.size_unit, self.width // self.size_unit
 
@@ -64,9 +55,6 @@ class Flux2Denoiser(FlowDenoiser):
 
     def dynamic_shift(self, tokens: int) -> float:
         return compute_empirical_mu(tokens, call_default(self.pipeline, "num_inference_steps"))
-
-    def told_timesteps(self) -> Tensor:
-        return self.noise
 
     def tokens(self, prompts: Sequence[str]) -> list[list[Sequence[int]]]:
         # With their padding, which stands before or behind them and is read as they are.

@@ -9,27 +9,22 @@ import torch
 from diffusers import DiffusionPipeline, QwenImageTransformer2DModel
 from torch import Tensor
 
-from fdu.models.denoiser import Conditioning, call_default
-from fdu.models.flux import pack, unpack
-from fdu.models.noise_schedules import FlowDenoiser
+from fdu.models.denoiser import JOINT_ATTENTION, Conditioning, call_default
+from fdu.models.patches import PatchFlowDenoiser, pack, unpack
 
 
-class QwenImageDenoiser(FlowDenoiser):
+class QwenImageDenoiser(PatchFlowDenoiser):
     """A QwenImageTransformer2DModel. Its conditioning holds the mask of the prompt, an integer tensor."""
 
     family = "Qwen-Image (a QwenImageTransformer2DModel)"
     module_class = QwenImageTransformer2DModel
-    packing = 2
     encodes_videos = True
     guidance_argument = "true_cfg_scale"
     asks_for_negative = True
     context_projections = ("attn.add_k_proj", "attn.add_v_proj")
     other_readers = ("txt_in",)  # all of the text enters by it
     text_inputs: ClassVar = {"embeddings": other_readers}
-    attention_projections = (
-        *("to_q", "to_k", "to_v", "to_out.0"),
-        *("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),
-    )
+    attention_projections = JOINT_ATTENTION
 
     @classmethod
     def check(cls, pipeline: DiffusionPipeline) -> None:
@@ -41,11 +36,6 @@ class QwenImageDenoiser(FlowDenoiser):
                 f"pipeline's transformer reads more than x_t, t and prompts (its config sets {', '.join(further)}); "
                 "give the text-to-image model it was made from"
             )
-
-    @property
-    def native_size(self) -> tuple[int, int] | None:
-        side = self.pipeline.default_sample_size * self.pipeline.vae_scale_factor
-        return side, side
 
     @property
     def token_side(self) -> int:
@@ -67,12 +57,6 @@ class QwenImageDenoiser(FlowDenoiser):
     def prompt_arguments(self, conditioning: Conditioning) -> dict[str, Any]:
         embeddings, mask = conditioning.tensors["embeddings"], conditioning.tensors["mask"]
         return {"prompt_embeds": embeddings, "prompt_embeds_mask": mask}
-
-    def unpacked(self, latents: Tensor) -> Tensor:
-        return unpack(latents, *self.latent_shape[1:])
-
-    def told_timesteps(self) -> Tensor:
-        return self.noise
 
     def read_by_inputs(self, name: str, tensor: Tensor) -> Tensor:
         return self.pipeline.transformer.txt_norm(tensor)

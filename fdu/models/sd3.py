@@ -8,7 +8,7 @@ from diffusers import DiffusionPipeline, SD3Transformer2DModel
 from torch import Tensor
 
 from fdu.models import kohya_names
-from fdu.models.denoiser import Conditioning
+from fdu.models.denoiser import JOINT_ATTENTION, Conditioning
 from fdu.models.noise_schedules import FlowDenoiser
 
 
@@ -27,10 +27,7 @@ class SD3Denoiser(FlowDenoiser):
         "pooled": ("time_text_embed.text_embedder.linear_1",),
     }
     tokenizers = ("tokenizer", "tokenizer_3")
-    attention_projections = (
-        *("to_q", "to_k", "to_v", "to_out.0"),
-        *("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),
-    )
+    attention_projections = JOINT_ATTENTION
     kohya = kohya_names.SD3
 
     def __init__(self, pipeline: DiffusionPipeline, resolution: int | None = None) -> None:

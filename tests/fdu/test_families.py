@@ -25,8 +25,8 @@ from fdu.evaluation.drawing import Conditioned
 from fdu.models import parts, staging
 from fdu.models.denoiser import Conditioning, Denoiser
 from fdu.models.families import FAMILIES, denoiser_of, guidance_arguments
-from fdu.models.flux import pack, position_ids, unpack
 from fdu.models.noise_schedules import shifted_sigmas
+from fdu.models.patches import pack, position_ids, unpack
 from fdu.storage.readers import load_weights
 from fdu.training.examples import Found
 from fdu.training.methods.perturbation import Perturbation
