@@ -57,7 +57,8 @@ def trains(train_method: str) -> bool:
 
 
 WITHOUT_STEPS = (
-    *("train_method", "preservation_weight", "preservation_prompts", "resolution", "seed", "ridge", "rank_tolerance"),
+    *("train_method", "preservation_weight", "preservation_prompts", "resolution", "num_frames", "seed", "ridge"),
+    "rank_tolerance",
     *("mixed_precision", "cache_dir", "checkpoint_dir", "deterministic"),
 )
 """The settings that mean something, or do no harm, where nothing is trained."""
@@ -178,6 +179,8 @@ class EraseConfig:
     """Prompts to preserve besides the empty prompt, such as the target's neighbours. Default: the anchor's prompts."""
     resolution: Count | None = None
     """Height and width in pixels. Default: the model's own."""
+    num_frames: Count | None = None
+    """Frames of a video, >= 1; 1 trains on images. Default: as many as the pipeline draws. Video models only."""
     seed: Natural = 0
     """Random seed, >= 0. The same seed gives the same weights, bit for bit on the CPU; on a GPU add deterministic."""
     deterministic: bool = False

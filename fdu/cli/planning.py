@@ -98,7 +98,8 @@ class Plan:
         from fdu.models.families import denoiser_of
         from fdu.storage.shapes import load_shapes
 
-        return denoiser_of(load_shapes(location, check_dtype(self.dtype, config.mixed_precision)), config.resolution)
+        shapes = load_shapes(location, check_dtype(self.dtype, config.mixed_precision))
+        return denoiser_of(shapes, config.resolution, config.num_frames)
 
 
 def cheaper(config: EraseConfig) -> Iterator[tuple[str, EraseConfig]]:

@@ -13,7 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fdu.config import Count, Natural, NotNegative, check_fields, check_number
-from fdu.models.denoiser import silent
+from fdu.models.denoiser import pictures, silent
 from fdu.models.families import guidance_arguments
 
 if TYPE_CHECKING:
@@ -200,7 +200,8 @@ def draw(
     Image i of a probe depends only on its prompt and on ``seed + i``, so two pipelines can be compared image by image.
 
     Args:
-        pipeline: any diffusers text-to-image pipeline.
+        pipeline: any diffusers text-to-image pipeline, or a text-to-video one, of whose videos the middle frames are
+            the images.
         probes: the prompts to draw, one probe per class.
         images_per_class: images per probe, >= 1.
         seed: seed of the first image of each probe.
@@ -231,7 +232,7 @@ def draw(
                 generator=[torch.Generator().manual_seed(seed + index) for _, index in some],
                 output_type="pt",
             )
-            drawn = output.images.float().cpu()
+            drawn = pictures(output).float().cpu()
             images = images or [drawn.new_empty(images_per_class, *drawn.shape[1:]) for _ in probes]
             for place, image in enumerate(drawn, start):
                 images[place // images_per_class][place % images_per_class] = image
@@ -278,7 +279,7 @@ class Conditioned:
                     empty = type(self.denoiser).encode_batch(self.denoiser, [""] * len(places))
                     given |= self.denoiser.negative_arguments(empty)
                 drawn = self.denoiser.pipeline(**given, **settings, generator=[generator[place] for place in places])
-                images.update(zip(places, drawn.images, strict=True))
+                images.update(zip(places, pictures(drawn), strict=True))
         return types.SimpleNamespace(images=torch.stack([images[place] for place in sorted(images)]))
 
 

@@ -23,8 +23,10 @@ class AuraFlowDenoiser(FlowDenoiser):
     text_inputs: ClassVar = {"embeddings": other_readers}
     attention_projections = JOINT_ATTENTION
 
-    def __init__(self, pipeline: DiffusionPipeline, resolution: int | None = None) -> None:
-        super().__init__(pipeline, resolution)
+    def __init__(
+        self, pipeline: DiffusionPipeline, resolution: int | None = None, num_frames: int | None = None
+    ) -> None:
+        super().__init__(pipeline, resolution, num_frames)
         largest = math.isqrt(self.config.pos_embed_max_size) * self.size_unit
         if max(self.height, self.width) > largest:
             raise ValueError(f"resolution must be at most {largest} pixels for this model, got {resolution}")

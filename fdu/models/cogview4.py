@@ -76,7 +76,7 @@ class CogView4Denoiser(FlowDenoiser):
         return torch.cat(outputs)[torch.cat(places).argsort()]
 
     def _predict(self, noisy: Tensor, timesteps: Tensor, embeddings: Tensor) -> Tensor:
-        scale = self.pipeline.vae_scale_factor
+        scale = self.pixels_per_latent
         # Height and width of the original and of the target, and the crop, as the pipeline tells them of its images.
         size = embeddings.new_empty(len(noisy), 2)
         size[:, 0], size[:, 1] = noisy.shape[-2] * scale, noisy.shape[-1] * scale

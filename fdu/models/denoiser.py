@@ -98,8 +98,8 @@ class Denoiser(ABC):
     """Latent pixels per side that the module takes together as channels of one."""
     encodes_videos: ClassVar[bool] = False
     """Whether the autoencoder takes videos [N, C, T, H, W]; an image is one of a single frame."""
-    call_settings: ClassVar[dict[str, Any]] = {}
-    """Arguments of every call of the pipeline."""
+    draws_videos: ClassVar[bool] = False
+    """Whether the pipeline draws videos; latents are then [N, C, T, H, W] wherever it says [N, C, H, W] here."""
     guidance_argument: ClassVar[str] = "guidance_scale"
     """The argument of the pipeline's call that is the scale of guidance by two predictions."""
     unguided_scale: ClassVar[float] = 1.0
@@ -151,11 +151,15 @@ class Denoiser(ABC):
     prediction_type: PredictionType
     """The kind of the module's output."""
 
-    def __init__(self, pipeline: DiffusionPipeline, resolution: int | None = None) -> None:
-        """A denoiser for images of ``resolution`` pixels per side, by default of the model's native size.
+    def __init__(
+        self, pipeline: DiffusionPipeline, resolution: int | None = None, num_frames: int | None = None
+    ) -> None:
+        """A denoiser for images of ``resolution`` pixels per side, by default of the model's native size, or for videos
+        of ``num_frames`` frames, by default as many as the pipeline draws.
 
         Raises:
-            ValueError: the pipeline lacks a part, or takes more than prompts; or resolution does not suit the model.
+            ValueError: the pipeline lacks a part, or takes more than prompts; or resolution or num_frames does not suit
+                the model.
         """
         self.check(pipeline)
         self.pipeline = pipeline
@@ -166,6 +170,8 @@ class Denoiser(ABC):
         """The module's dtype when it was loaded; trained weights in it may have another."""
         self.height, self.width = self._image_size(resolution)
         """Pixels of an image."""
+        self.frames = self._frame_count(num_frames)
+        """Frames of a video; 1 for an image."""
 
     @classmethod
     def owns(cls, module: Any) -> bool:
@@ -190,7 +196,7 @@ class Denoiser(ABC):
         if missing:
             raise ValueError(f"pipeline, a {name}, has no {' and no '.join(missing)}; load it with all of them")
         inputs = inspect.signature(type(pipeline).__call__).parameters
-        images = [given for given in ("image", "mask_image", "control_image") if given in inputs]
+        images = [given for given in ("image", "mask_image", "control_image", "video") if given in inputs]
         images = [given for given in images if given not in cls.optional_images]
         config = pipeline.vae.config
         channels = (config.get("latent_channels") or config.get("z_dim")) * cls.packing**2
@@ -224,9 +230,15 @@ class Denoiser(ABC):
         return next(self.module.parameters()).device
 
     @property
+    def pixels_per_latent(self) -> int:
+        """Pixels per side of a latent pixel."""
+        scale: int = self.pipeline.vae_scale_factor
+        return scale
+
+    @property
     def native_size(self) -> tuple[int, int] | None:
         """Height and width in pixels that the model was made for; None if it does not say."""
-        size, scale = self.config.sample_size, self.pipeline.vae_scale_factor
+        size, scale = self.config.sample_size, self.pixels_per_latent
         if size is None:
             return None
         height, width = (size, size) if isinstance(size, int) else size
@@ -235,13 +247,18 @@ class Denoiser(ABC):
     @property
     def size_unit(self) -> int:
         """Pixels that height and width must be multiples of."""
-        return self.pipeline.vae_scale_factor * self.packing
+        return self.pixels_per_latent * self.packing
 
     @property
-    def latent_shape(self) -> tuple[int, int, int]:
-        """[C, H, W] of a latent."""
-        scale = self.pipeline.vae_scale_factor
+    def latent_shape(self) -> tuple[int, ...]:
+        """[C, H, W] of a latent; of a video's [C, T, H, W]."""
+        scale = self.pixels_per_latent
         return self.config.in_channels // self.packing**2, self.height // scale, self.width // scale
+
+    @property
+    def call_settings(self) -> dict[str, Any]:
+        """Arguments of every call of the pipeline."""
+        return {}
 
     @property
     def text_encoders(self) -> dict[str, nn.Module]:
@@ -334,7 +351,7 @@ class Denoiser(ABC):
             **{self.guidance_argument: guidance_scale},
             generator=generators,
             output_type="latent",
-        ).images
+        )[0]
         return self.unpacked(latents)
 
     def prompt_arguments(self, conditioning: Conditioning) -> dict[str, Any]:
@@ -358,6 +375,8 @@ class Denoiser(ABC):
     def encode_images(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Clean latents, fp32 [N, C, H, W], of images [N, 3, height, width] in [0, 1]; a KL autoencoder samples them.
 
+        In a video the image stands still.
+
         Raises:
             TypeError: images are not a floating-point tensor.
             ValueError: images are not [N, 3, H, W], or not in [0, 1].
@@ -376,9 +395,11 @@ class Denoiser(ABC):
             vae.to(torch.float32)
         try:
             given = (2 * images - 1).to(vae.device, vae.dtype)
-            encoded = vae.encode(given[:, :, None] if self.encodes_videos else given)
+            if self.encodes_videos:
+                given = given[:, :, None].expand(-1, -1, self.frames, -1, -1)
+            encoded = vae.encode(given)
             latents = (encoded.latent_dist.sample(generator) if "latent_dist" in encoded else encoded[0]).float()
-            latents = latents[:, :, 0] if self.encodes_videos else latents
+            latents = latents[:, :, 0] if self.encodes_videos and not self.draws_videos else latents
         finally:
             if overflows:
                 vae.to(dtype)
@@ -387,20 +408,24 @@ class Denoiser(ABC):
     def standardised(self, latents: Tensor) -> Tensor:
         """Latents as the denoiser knows them, of latents [N, C, H, W] as the autoencoder makes them."""
         config = self.pipeline.vae.config
-        mean, deviation = config.get("latents_mean"), config.get("latents_std")
-        if mean is None or deviation is None:
+        if config.get("latents_mean") is None or config.get("latents_std") is None:
             return (latents - (config.get("shift_factor") or 0.0)) * config.scaling_factor
-        mean, deviation = (latents.new_tensor(channels).view(1, -1, 1, 1) for channels in (mean, deviation))
+        mean, deviation = self._channel_statistics(latents)
         return (latents - mean) * config.get("scaling_factor", 1.0) / deviation
 
     def raw(self, latents: Tensor) -> Tensor:
         """Latents as the autoencoder knows them; undoes :meth:`standardised`."""
         config = self.pipeline.vae.config
-        mean, deviation = config.get("latents_mean"), config.get("latents_std")
-        if mean is None or deviation is None:
+        if config.get("latents_mean") is None or config.get("latents_std") is None:
             return latents / config.scaling_factor + (config.get("shift_factor") or 0.0)
-        mean, deviation = (latents.new_tensor(channels).view(1, -1, 1, 1) for channels in (mean, deviation))
+        mean, deviation = self._channel_statistics(latents)
         return latents * deviation / config.get("scaling_factor", 1.0) + mean
+
+    def _channel_statistics(self, like: Tensor) -> Iterator[Tensor]:
+        """Mean and standard deviation of each channel of the autoencoder's latents, shaped to combine with ``like``."""
+        config = self.pipeline.vae.config
+        shape = (-1, *[1] * (like.ndim - 2))
+        return (like.new_tensor(config[name]).view(shape) for name in ("latents_mean", "latents_std"))
 
     @contextmanager
     def _module_alone(self) -> Iterator[None]:
@@ -474,7 +499,8 @@ class Denoiser(ABC):
 
     @torch.no_grad()
     def decode_latents(self, latents: Tensor) -> Tensor:
-        """Images [N, 3, height, width] in [0, 1] of clean latents; undoes :meth:`encode_images`."""
+        """Images [N, 3, height, width] in [0, 1] of clean latents, or the middle frames of videos; undoes
+        :meth:`encode_images`."""
         vae = self.pipeline.vae
         dtype, config = vae.dtype, vae.config
         latents = self.raw(latents)
@@ -483,8 +509,9 @@ class Denoiser(ABC):
             vae.to(torch.float32)
         try:
             given = latents.to(vae.device, vae.dtype)
-            decoded = vae.decode(given[:, :, None] if self.encodes_videos else given, return_dict=False)[0]
-            decoded = decoded[:, :, 0] if self.encodes_videos else decoded
+            given = given[:, :, None] if self.encodes_videos and not self.draws_videos else given
+            decoded = vae.decode(given, return_dict=False)[0]
+            decoded = decoded[:, :, decoded.shape[2] // 2] if self.encodes_videos else decoded
         finally:
             if overflows:
                 vae.to(dtype)
@@ -498,6 +525,12 @@ class Denoiser(ABC):
             return self.native_size
         check_size(resolution, self.size_unit, self.native_size)
         return resolution, resolution
+
+    def _frame_count(self, num_frames: int | None) -> int:
+        """Frames of a video."""
+        if num_frames is not None:
+            raise ValueError(f"num_frames is for models that draw videos, and {self.family} draws images; leave it out")
+        return 1
 
     def _at(self, indices: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         """signal and noise of indices [N], shaped to multiply ``like`` [N, ...]."""
@@ -529,3 +562,9 @@ def silent(pipeline: DiffusionPipeline) -> Iterator[None]:
 def call_default(pipeline: DiffusionPipeline, argument: str) -> Any:
     """The default of an argument of a pipeline's call."""
     return inspect.signature(type(pipeline).__call__).parameters[argument].default
+
+
+def pictures(output: Any) -> Any:
+    """The images in what a pipeline returns as tensors, [N, 3, H, W]; of videos the middle frames."""
+    frames = getattr(output, "frames", None)
+    return output.images if frames is None else frames[:, frames.shape[1] // 2]

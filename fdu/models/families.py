@@ -19,6 +19,7 @@ from fdu.models.qwenimage import QwenImageDenoiser
 from fdu.models.sana import SanaDenoiser
 from fdu.models.sd3 import SD3Denoiser
 from fdu.models.unet import SDXLDenoiser, UNetDenoiser
+from fdu.models.wan import WanDenoiser
 from fdu.models.zimage import ZImageDenoiser
 
 FAMILIES: tuple[type[Denoiser], ...] = (
@@ -35,6 +36,7 @@ FAMILIES: tuple[type[Denoiser], ...] = (
     QwenImageDenoiser,
     ZImageDenoiser,
     Flux2Denoiser,
+    WanDenoiser,
 )
 """The first that fits a pipeline takes it."""
 
@@ -56,12 +58,14 @@ def guidance_arguments(pipeline: Any, scale: float | None, count: int) -> dict[s
     return given
 
 
-def denoiser_of(pipeline: DiffusionPipeline, resolution: int | None = None) -> Denoiser:
-    """The denoiser of a pipeline, for images of ``resolution`` pixels a side, by default of the model's native size.
+def denoiser_of(pipeline: DiffusionPipeline, resolution: int | None = None, num_frames: int | None = None) -> Denoiser:
+    """The denoiser of a pipeline, for images of ``resolution`` pixels a side, by default of the model's native size, or
+    for videos of ``num_frames`` frames, by default as many as the pipeline draws.
 
     Raises:
         TypeError: not a pipeline, or of an unknown family.
-        ValueError: the pipeline lacks a part, or takes more than prompts; or resolution does not suit the model.
+        ValueError: the pipeline lacks a part, or takes more than prompts; or resolution or num_frames does not suit the
+            model.
     """
     if not isinstance(pipeline, DiffusionPipeline):
         raise TypeError(
@@ -69,7 +73,7 @@ def denoiser_of(pipeline: DiffusionPipeline, resolution: int | None = None) -> D
         )
     for family in FAMILIES:
         if family.fits(pipeline):
-            return family(pipeline, resolution)
+            return family(pipeline, resolution, num_frames)
     for name in DENOISERS:
         if hasattr(getattr(pipeline, name, None), "_orig_mod"):
             raise TypeError(

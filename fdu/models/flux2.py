@@ -46,7 +46,7 @@ class Flux2Denoiser(PatchFlowDenoiser):
         return not self.reads_guidance
 
     @property
-    def latent_shape(self) -> tuple[int, int, int]:
+    def latent_shape(self) -> tuple[int, ...]:
         return self.config.in_channels, self.height // self.size_unit, self.width // self.size_unit
 
     @property

@@ -18,8 +18,10 @@ class DiffusionDenoiser(Denoiser):
     The module predicts epsilon, v or the sample, and takes the index on the grid for its timestep.
     """
 
-    def __init__(self, pipeline: DiffusionPipeline, resolution: int | None = None) -> None:
-        super().__init__(pipeline, resolution)
+    def __init__(
+        self, pipeline: DiffusionPipeline, resolution: int | None = None, num_frames: int | None = None
+    ) -> None:
+        super().__init__(pipeline, resolution, num_frames)
         # The pipeline's own scheduler is made to sample; noising and timesteps for training follow DDPM.
         schedule = DDPMScheduler.from_config(pipeline.scheduler.config)
         self.signal = schedule.alphas_cumprod.sqrt()
@@ -46,9 +48,11 @@ class FlowDenoiser(Denoiser):
 
     prediction_type = "flow"
 
-    def __init__(self, pipeline: DiffusionPipeline, resolution: int | None = None) -> None:
-        super().__init__(pipeline, resolution)
-        _, height, width = self.latent_shape
+    def __init__(
+        self, pipeline: DiffusionPipeline, resolution: int | None = None, num_frames: int | None = None
+    ) -> None:
+        super().__init__(pipeline, resolution, num_frames)
+        height, width = self.latent_shape[-2:]
         shift = self.dynamic_shift((height // self.token_side) * (width // self.token_side))
         self.noise = shifted_sigmas(pipeline.scheduler, shift)
         self.signal = 1 - self.noise

@@ -19,7 +19,7 @@ class PatchFlowDenoiser(FlowDenoiser):
 
     @property
     def native_size(self) -> tuple[int, int] | None:
-        side = self.pipeline.default_sample_size * self.pipeline.vae_scale_factor
+        side = self.pipeline.default_sample_size * self.pixels_per_latent
         return side, side
 
     def unpacked(self, latents: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from diffusers import PixArtTransformer2DModel
@@ -22,8 +22,11 @@ class PixArtDenoiser(DiffusionDenoiser):
     module_class = PixArtTransformer2DModel
     # Cleaning is the pipeline's default, but without these packages it warns at every prompt and leaves it.
     clean_caption = is_bs4_available() and is_ftfy_available()
-    call_settings: ClassVar = {"use_resolution_binning": False, "clean_caption": clean_caption}
     text_inputs: ClassVar = {"embeddings": ("caption_projection.linear_1",)}
+
+    @property
+    def call_settings(self) -> dict[str, Any]:
+        return {"use_resolution_binning": False, "clean_caption": self.clean_caption}
 
     @property
     def size_unit(self) -> int:
@@ -47,7 +50,7 @@ class PixArtDenoiser(DiffusionDenoiser):
         count, channels, height, width = noisy.shape
         micro: dict[str, Tensor | None] = {"resolution": None, "aspect_ratio": None}
         if self.reads_size:
-            scale = self.pipeline.vae_scale_factor
+            scale = self.pixels_per_latent
             sides = [embeddings.new_full((count, 1), side * scale) for side in (height, width)]
             micro["resolution"] = torch.cat(sides, dim=1)
             micro["aspect_ratio"] = embeddings.new_full((count, 1), height / width)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from diffusers import DiffusionPipeline, SanaTransformer2DModel
@@ -20,7 +20,6 @@ class SanaDenoiser(FlowDenoiser):
 
     family = "Sana (a SanaTransformer2DModel)"
     module_class = SanaTransformer2DModel
-    call_settings: ClassVar = {"use_resolution_binning": False}
     text_inputs: ClassVar = {"embeddings": ("caption_projection.linear_1",)}
 
     @classmethod
@@ -28,6 +27,10 @@ class SanaDenoiser(FlowDenoiser):
         super().check(pipeline)
         if pipeline.transformer.config.guidance_embeds:
             raise ValueError("pipeline is distilled (Sana Sprint); train the model it was distilled from")
+
+    @property
+    def call_settings(self) -> dict[str, Any]:
+        return {"use_resolution_binning": False}
 
     @property
     def size_unit(self) -> int:

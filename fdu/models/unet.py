@@ -92,7 +92,7 @@ class SDXLDenoiser(UNetDenoiser):
 
     def predict(self, noisy: Tensor, indices: Tensor, conditioning: Conditioning) -> Tensor:
         embeddings, pooled = conditioning.tensors["embeddings"], conditioning.tensors["pooled"]
-        scale = self.pipeline.vae_scale_factor
+        scale = self.pixels_per_latent
         # Height and width of the original, the crop at (0, 0), height and width of the target, as the pipeline tells
         # them of its own images; filled in on the device, without a copy from the host at every step.
         time_ids = embeddings.new_zeros(len(noisy), 6)

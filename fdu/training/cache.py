@@ -81,7 +81,7 @@ def model_key(denoiser: Denoiser) -> dict[str, Any]:
         "pipeline": type(pipeline).__name__,
         "settings": settings,
         "scheduler": f"{type(pipeline.scheduler).__name__} {pipeline.scheduler.config}",
-        "size": (denoiser.height, denoiser.width),
+        "size": (*([denoiser.frames] if denoiser.draws_videos else []), denoiser.height, denoiser.width),
         "guidance": denoiser.embedded_guidance if denoiser.reads_guidance else None,
         "versions": [module.__version__ for module in (fdu, torch, diffusers, transformers)],
     }

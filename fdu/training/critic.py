@@ -56,15 +56,30 @@ class Outputs:
     """The outputs that the game is played on."""
 
     predicted: Tensor
-    """Outputs of the trained denoiser, [N, C, H, W]."""
+    """Outputs of the trained denoiser, [N, C, H, W], or of videos [N, C, T, H, W]."""
     wanted: Tensor
-    """Outputs of the frozen one, [N, C, H, W]; constant."""
+    """Outputs of the frozen one, of the same shape; constant."""
     weight: Tensor | None = None
     """Weight of each sample, >= 0, [N]."""
     mask: Tensor | None = None
     """Weight of each element of a latent, >= 0, broadcastable to [N, 1, H, W]."""
     sigma_scale: Tensor | None = None
     """Relative standard deviation of each sample, [N], as in GaussianDivergenceLoss."""
+
+    def by_frame(self) -> Outputs:
+        """The frames of videos as samples of their own: the critic looks at images."""
+        if self.predicted.ndim == 4:
+            return self
+        frames = self.predicted.shape[2]
+
+        def parted(output: Tensor) -> Tensor:
+            return output.transpose(1, 2).flatten(0, 1)
+
+        def repeated(values: Tensor | None) -> Tensor | None:
+            return None if values is None else values.repeat_interleave(frames)
+
+        weight, scale = repeated(self.weight), repeated(self.sigma_scale)
+        return Outputs(parted(self.predicted), parted(self.wanted), weight, self.mask, scale)
 
 
 class VariationalGame:
@@ -120,6 +135,7 @@ class VariationalGame:
 
     def critic_step(self, outputs: Outputs) -> Tensor:
         """Train the critic by one step on constant outputs, and return the bound before it, a constant []."""
+        outputs = outputs.by_frame()
         predicted, wanted = outputs.predicted.detach().float(), outputs.wanted.detach().float()
         mask, scale = _full_mask(outputs.mask, predicted), outputs.sigma_scale
         if self._calls < UNIT_CALLS:
@@ -139,6 +155,7 @@ class VariationalGame:
 
     def model_loss(self, outputs: Outputs) -> Tensor:
         """-E_q[B(v)], what the denoiser minimises, []; only ``predicted`` gets a gradient."""
+        outputs = outputs.by_frame()
         predicted, wanted = outputs.predicted.float(), outputs.wanted.detach().float()
         mask = _full_mask(outputs.mask, predicted)
         self.critic.eval().requires_grad_(False)

@@ -13,7 +13,7 @@ from diffusers.utils import make_image_grid
 from torch import Tensor
 
 from fdu.config import PLACES, EraseConfig
-from fdu.models.denoiser import Denoiser, silent
+from fdu.models.denoiser import Denoiser, pictures, silent
 from fdu.models.families import guidance_arguments
 
 LOGGER = logging.getLogger(__name__)
@@ -103,5 +103,5 @@ def draw_validation(denoiser: Denoiser, config: EraseConfig) -> Tensor:
                 output_type="pt",
                 **denoiser.call_settings,
             )
-            images.append(drawn.images.float().cpu())
+            images.append(pictures(drawn).float().cpu())
     return torch.cat(images)

@@ -1,7 +1,8 @@
 """Tiny pipelines with random weights, one of each family, built from configs, and what a training could do to them;
 and a CLIP model to judge images.
 
-``build(name)`` gives the same weights on every call. Images are 16 pixels wide (Sana's 32, Lumina's 64), latents 8x8.
+``build(name)`` gives the same weights on every call. Images are 16 pixels wide (Sana's and Wan's 32,
+Lumina's 64), latents 8x8.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from diffusers import (
     AutoencoderKL,
     AutoencoderKLFlux2,
     AutoencoderKLQwenImage,
+    AutoencoderKLWan,
     ChromaPipeline,
     ChromaTransformer2DModel,
     CogView4Pipeline,
@@ -49,6 +51,9 @@ from diffusers import (
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
+    UniPCMultistepScheduler,
+    WanPipeline,
+    WanTransformer3DModel,
     ZImagePipeline,
     ZImageTransformer2DModel,
 )
@@ -86,15 +91,18 @@ from transformers import (
 )
 
 from fdu.models import parts
+from fdu.models.denoiser import Denoiser
 from fdu.models.families import denoiser_of
 from fdu.subjects.from_scratch import END, START, learn_tokenizer
 
 CORPUS = ["a photo of the digit three", "a photo of the digit eight", "a painting in the style of van gogh"]
 CLIP_WIDTH, T5_WIDTH = 16, 32
 SAMPLE_SIZE = 8
-RESOLUTION = {"sana": 32, "lumina2": 64}
+RESOLUTION = {"sana": 32, "lumina2": 64, "wan": 32}
 """Pixels of a square image, where they are not 16. FLUX and Chroma have no size of their own: give it with
 every call."""
+FRAMES = {"wan": 5}
+"""Frames of the videos of the tests."""
 
 
 def build(name: str, **settings: Any) -> DiffusionPipeline:
@@ -107,6 +115,11 @@ def build(name: str, **settings: Any) -> DiffusionPipeline:
             part.eval()  # as from_pretrained leaves it
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def denoiser(name: str, **settings: Any) -> Denoiser:
+    """The denoiser of the tiny pipeline, for images and videos of the tests' size."""
+    return denoiser_of(build(name, **settings), resolution(name), FRAMES.get(name))
 
 
 def resolution(name: str) -> int:
@@ -477,6 +490,42 @@ def flux2_klein() -> Flux2KleinPipeline:
     )
 
 
+def wan(expand_timesteps: bool = False) -> WanPipeline:
+    """Wan 2.1, or with ``expand_timesteps`` 2.2 5B: videos, two blocks, and a UMT5."""
+    transformer = WanTransformer3DModel(
+        patch_size=(1, 2, 2),
+        in_channels=4,
+        out_channels=4,
+        num_attention_heads=2,
+        attention_head_dim=12,
+        text_dim=T5_WIDTH,
+        freq_dim=16,
+        ffn_dim=32,
+        num_layers=2,
+        rope_max_seq_len=64,
+    )
+    louder(transformer, "condition_embedder.text_embedder.linear_2", 16)
+    vae = AutoencoderKLWan(
+        base_dim=8,
+        z_dim=4,
+        dim_mult=[1, 1, 1],
+        num_res_blocks=1,
+        temperal_downsample=[True, True],
+        latents_mean=[0.1, -0.2, 0.3, 0.0],
+        latents_std=[1.5, 2.0, 0.5, 1.0],
+        scale_factor_temporal=4,
+        scale_factor_spatial=4,
+    )
+    return WanPipeline(
+        tokenizer=t5_tokenizer(),
+        text_encoder=UMT5EncoderModel(UMT5Config(**t5_settings())),
+        vae=vae,
+        transformer=transformer,
+        scheduler=UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0),
+        expand_timesteps=expand_timesteps,
+    )
+
+
 FLUX2_WIDTH = 176
 """Three layers of a text encoder as wide as this are wider than the pipeline's prompts are long."""
 
@@ -681,6 +730,7 @@ BUILDERS: dict[str, Callable[[], DiffusionPipeline]] = {
     "zimage": zimage,
     "flux2": flux2,
     "flux2_klein": flux2_klein,
+    "wan": wan,
 }
 FAMILY_NAMES = tuple(BUILDERS)
 
@@ -748,7 +798,7 @@ RANK, ALPHA = 3, 6.0
 @torch.no_grad()
 def output(pipeline: DiffusionPipeline, name: str) -> Tensor:
     """What the denoiser predicts for a fixed input and prompt."""
-    model = denoiser_of(pipeline, resolution(name))
+    model = denoiser_of(pipeline, resolution(name), FRAMES.get(name))
     noisy = torch.randn(1, *model.latent_shape, generator=torch.Generator().manual_seed(1))
     return model.predict(noisy, torch.tensor([400]), model.encode(["a photo of the digit three"]))
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fdu
-from fdu.evaluation.drawing import Conditioned
+from fdu.evaluation.drawing import Conditioned, Probe, draw
 from fdu.models import parts, staging
 from fdu.models.denoiser import Conditioning, Denoiser
 from fdu.models.families import FAMILIES, denoiser_of, guidance_arguments
@@ -46,6 +46,7 @@ UNITS = {
     "chroma": 4,
     "cogview4": 16,
     "lumina2": 16,
+    "wan": 16,
 }
 """Pixels that a side must be a multiple of."""
 NO_LORA = ("pixart",)
@@ -62,6 +63,7 @@ NO_KOHYA = (
     "zimage",
     "flux2",
     "flux2_klein",
+    "wan",
 )
 """Families whose kohya files plain diffusers does not read."""
 NEGATED = ("Lumina2Pipeline", "ZImagePipeline")
@@ -70,7 +72,7 @@ ONE_STREAM = ("cogview4",)
 """Families whose attention projects text and image by the same layers, so that the text's own come before it."""
 REGISTERS = {"auraflow": 8}
 """Tokens of their own that a model puts before those of the prompt."""
-GUIDED = dict.fromkeys(("chroma", "cogview4", "lumina2", "qwenimage", "flux2_klein"), ([PROMPT], [""])) | {
+GUIDED = dict.fromkeys(("chroma", "cogview4", "lumina2", "qwenimage", "flux2_klein", "wan"), ([PROMPT], [""])) | {
     "zimage": ([PROMPT, ""],)
 }
 """The prompts of the calls that a family makes in each step of guidance, where it is not one call of both."""
@@ -83,7 +85,7 @@ EVERY_FAMILY = pytest.mark.parametrize("name", families.FAMILY_NAMES)
 
 @pytest.fixture
 def denoiser(name: str) -> Denoiser:
-    return denoiser_of(families.build(name), families.resolution(name))
+    return families.denoiser(name)
 
 
 def recorded(denoiser: Denoiser, guidance_scale: float, steps: int = 3) -> list[tuple[Tensor, Tensor, Tensor]]:
@@ -116,7 +118,7 @@ def sampled(denoiser: Denoiser, prompt: str, guidance_scale: float, steps: int, 
         generator=torch.Generator().manual_seed(seed),
         output_type="latent",
         **denoiser.call_settings,
-    ).images
+    )[0]
     # Klein's pipeline returns what its autoencoder decodes.
     klein = type(denoiser.pipeline).__name__ == "Flux2KleinPipeline"
     return denoiser.standardised(latent) if klein else denoiser.unpacked(latent)
@@ -131,6 +133,7 @@ def drawn(denoiser: Denoiser, prompts: list[str], guidance_scale: float, seeds: 
 def repeat(denoiser: Denoiser, noisy: Tensor, timestep: Tensor, prompts: list[str]) -> Tensor:
     """What the denoiser predicts for the x_t and the timestep that the pipeline gave its module."""
     count = len(prompts)
+    timestep = timestep[:, 0] if timestep.ndim == 2 else timestep  # the same at every token of Wan 2.2
     timestep, noisy = timestep.expand(count), denoiser.unpacked(noisy)
     if denoiser.prediction_type != "flow":
         return denoiser.predict(noisy, timestep.long(), denoiser.encode(prompts))
@@ -174,6 +177,43 @@ def test_pixart_is_told_the_size_of_the_image_where_it_reads_it() -> None:
     wider = torch.randn(1, 4, 8, 16)
     predicted = denoiser.predict(wider, torch.tensor([5]), denoiser.encode([PROMPT]))
     assert predicted.shape == wider.shape
+
+
+@torch.no_grad()
+def test_wan_is_told_a_timestep_per_token_where_it_reads_them() -> None:
+    denoiser = families.denoiser("wan", expand_timesteps=True)
+    compare(denoiser, 1.0, [PROMPT])
+    denoiser = families.denoiser("wan", expand_timesteps=True)
+    seen: list[Tensor] = []
+    denoiser.module.register_forward_pre_hook(lambda *given: seen.append(given[-1]["timestep"]), with_kwargs=True)
+    longer = torch.randn(2, 4, 3, 8, 12)
+    predicted = denoiser.predict(longer, torch.tensor([5, 900]), denoiser.encode([PROMPT, ""]))
+    assert predicted.shape == longer.shape
+    assert seen[0].shape == (2, 3 * 4 * 6)
+
+
+def test_a_number_of_frames_that_does_not_suit_the_model_is_refused() -> None:
+    pipeline = families.build("wan")
+    assert denoiser_of(pipeline, 32).latent_shape == (4, 21, 8, 8)  # of the pipeline's own 81 frames
+    assert denoiser_of(pipeline, 32, 1).latent_shape == (4, 1, 8, 8)
+    with pytest.raises(ValueError, match="num_frames.*multiple of 4, got 8; try 9"):
+        denoiser_of(pipeline, 32, 8)
+    with pytest.raises(ValueError, match="num_frames.*Stable Diffusion 1.x.*draws images; leave it out"):
+        denoiser_of(families.build("sd"), 16, 3)
+
+
+def test_a_wan_of_two_transformers_is_refused() -> None:
+    pipeline = families.build("wan")
+    pipeline.register_modules(transformer_2=copy.deepcopy(pipeline.transformer))
+    pipeline.register_to_config(boundary_ratio=0.9)
+    with pytest.raises(ValueError, match="one transformer for noisy timesteps and another.*; erase from.*Wan 2.1"):
+        denoiser_of(pipeline, 32, 5)
+
+
+def test_a_pipeline_that_makes_videos_from_videos_is_refused() -> None:
+    parts = {name: part for name, part in families.build("wan").components.items() if name != "transformer_2"}
+    with pytest.raises(ValueError, match="WanVideoToVideoPipeline, which takes video; "):
+        denoiser_of(diffusers.WanVideoToVideoPipeline(**parts), 32, 5)
 
 
 @torch.no_grad()
@@ -413,11 +453,11 @@ def test_zero_terminal_snr_ends_in_noise_alone() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["sd3", "flux", "flux_guidance", "sana", "auraflow", "chroma", "cogview4", "lumina2", "qwenimage"]
+    "name", ["sd3", "flux", "flux_guidance", "sana", "auraflow", "chroma", "cogview4", "lumina2", "qwenimage", "wan"]
 )
 def test_noise_and_true_output_of_rectified_flow(denoiser: Denoiser, name: str) -> None:
     scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
-    if name != "sana":  # whose own scheduler makes its sigmas only when it is given a number of steps
+    if name not in ("sana", "wan"):  # whose own scheduler makes its sigmas only when it is given a number of steps
         scheduler = FlowMatchEulerDiscreteScheduler.from_config(denoiser.pipeline.scheduler.config)
     if name in ("flux_guidance", "chroma", "qwenimage"):
         tokens, slope = 16, ((0.9 if name == "qwenimage" else 1.15) - 0.5) / (4096 - 256)
@@ -436,7 +476,7 @@ def test_noise_and_true_output_of_rectified_flow(denoiser: Denoiser, name: str) 
     timesteps = scheduler.timesteps.flip(0)[indices]
     torch.testing.assert_close(noisy, scheduler.scale_noise(latents, timesteps, noise))
     # One Euler step along the true flow, from sigma to 0, ends at the clean latent.
-    sigma = denoiser.noise[indices].view(-1, 1, 1, 1)
+    sigma = denoiser.noise[indices].view(-1, *[1] * len(denoiser.latent_shape))
     torch.testing.assert_close(noisy - sigma * denoiser.true_output(latents, noise, indices), latents)
 
 
@@ -473,11 +513,11 @@ def test_images_decode_from_their_latents_as_the_pipeline_decodes(denoiser: Deno
     images = torch.rand(2, 3, denoiser.height, denoiser.width)
     latents = denoiser.encode_images(images, torch.Generator().manual_seed(0))
     assert latents.shape == (2, *denoiser.latent_shape)
-    again = denoiser.encode_images(images, torch.Generator().manual_seed(0))
-    assert torch.equal(latents, again)
+    assert torch.equal(latents, denoiser.encode_images(images, torch.Generator().manual_seed(0)))
     # The random VAE does not reconstruct. What its decoder gets must be what its encoder made, before scale and shift.
     given = 2 * images - 1
-    posterior = pipeline.vae.encode(given[:, :, None] if denoiser.encodes_videos else given)
+    frames = families.FRAMES.get(name, 1)
+    posterior = pipeline.vae.encode(given[:, :, None].repeat(1, 1, frames, 1, 1) if denoiser.encodes_videos else given)
     raw = posterior[0].sample(torch.Generator().manual_seed(0)) if "latent_dist" in posterior else posterior[0]
     seen: list[Tensor] = []
     hook = pipeline.vae.decoder.register_forward_pre_hook(lambda _, args: seen.append(args[0].clone()))
@@ -485,7 +525,7 @@ def test_images_decode_from_their_latents_as_the_pipeline_decodes(denoiser: Deno
     config = pipeline.vae.config
     if denoiser.encodes_videos:  # as the pipelines do
         mean, deviation = (torch.tensor(config[key]).view(1, -1, 1, 1, 1) for key in ("latents_mean", "latents_std"))
-        pipeline.vae.decode(latents[:, :, None] * deviation + mean)
+        pipeline.vae.decode((latents if latents.ndim == 5 else latents[:, :, None]) * deviation + mean)
     elif "flux2" in name:
         mean, deviation = pipeline.vae.bn.running_mean, (pipeline.vae.bn.running_var + config.batch_norm_eps).sqrt()
         patches = latents * deviation.view(1, -1, 1, 1) + mean.view(1, -1, 1, 1)
@@ -493,7 +533,37 @@ def test_images_decode_from_their_latents_as_the_pipeline_decodes(denoiser: Deno
     else:
         pipeline.vae.decode(latents / config.scaling_factor + (config.get("shift_factor") or 0))
     hook.remove()
-    torch.testing.assert_close(seen[0], seen[1], rtol=1e-5, atol=1e-5)
+    # Of a video, one latent frame after another.
+    again, expected = (torch.stack(some) for some in (seen[: len(seen) // 2], seen[len(seen) // 2 :]))
+    torch.testing.assert_close(again, expected, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_the_picture_of_a_video_is_its_middle_frame() -> None:
+    denoiser = families.denoiser("wan")
+    settings = {"num_inference_steps": 2, "guidance_scale": 1.0, **denoiser.call_settings}
+    prompts = [PROMPT, "a photo of eight"]
+    probes = [Probe(prompt, (prompt,), "target", list) for prompt in prompts]
+    drawn = draw(Conditioned(denoiser), probes, 1, 3, 2, 1.0)  # type: ignore[arg-type]
+    for prompt, images in zip(prompts, drawn.images, strict=True):
+        size = {"height": denoiser.height, "width": denoiser.width, "output_type": "pt"}
+        generator = torch.Generator().manual_seed(3)
+        (video,) = denoiser.pipeline(prompt=prompt, generator=generator, **size, **settings).frames
+        assert video.shape == (5, 3, 32, 32)
+        torch.testing.assert_close(images[0], video[2], rtol=1e-4, atol=1e-4)
+    latents = sampled(denoiser, prompts[-1], 1.0, steps=2, seed=3)
+    torch.testing.assert_close(denoiser.decode_latents(latents), video[None, 2], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("settings", [{"variational": True, "divergence": "kl", "weighting": "posterior"}, {}])
+def test_every_loss_takes_videos(settings: dict[str, Any]) -> None:
+    pipeline = families.build("wan")
+    mask = torch.zeros(32, 32)
+    mask[:16] = 1
+    before = picture(pipeline, "wan")
+    result = erase(pipeline, "wan", mask=mask, critic_warmup_steps=1, **settings)
+    assert all(math.isfinite(value) for value in result.history["divergence"])
+    assert not torch.equal(picture(pipeline, "wan"), before)
 
 
 @torch.no_grad()
@@ -574,7 +644,8 @@ def test_everything_but_the_denoiser_leaves_the_device_and_comes_back() -> None:
 
 @EVERY_FAMILY
 def test_predict_and_its_gradient_work_under_autocast(name: str) -> None:
-    denoiser = denoiser_of(families.build(name).to(torch.bfloat16), families.resolution(name))
+    pipeline = families.build(name).to(torch.bfloat16)
+    denoiser = denoiser_of(pipeline, families.resolution(name), families.FRAMES.get(name))
     assert denoiser.module.dtype == torch.bfloat16
     conditioning = denoiser.encode([PROMPT, ""])
     noisy = torch.randn(2, *denoiser.latent_shape)
@@ -591,18 +662,19 @@ def test_predict_and_its_gradient_work_under_autocast(name: str) -> None:
 @torch.no_grad()
 def test_another_resolution_is_sampled_at_that_resolution(name: str) -> None:
     twice = 2 * families.resolution(name)
-    denoiser = denoiser_of(families.build(name), twice)
+    denoiser = denoiser_of(families.build(name), twice, families.FRAMES.get(name))
     assert (denoiser.height, denoiser.width) == (twice, twice)
     latents = drawn(denoiser, [PROMPT], 1.0, [0], 1)
     assert latents.shape == (1, *denoiser.latent_shape)
-    assert denoiser.latent_shape == ((16, 8, 8) if "flux2" in name else (4, 16, 16))
+    shape = (4, 2, 16, 16) if name in families.FRAMES else (4, 16, 16)
+    assert denoiser.latent_shape == ((16, 8, 8) if "flux2" in name else shape)
 
 
 @EVERY_FAMILY
 def test_without_a_resolution_the_size_is_the_models_own(name: str) -> None:
     pixels = SIZES.get(name, families.resolution(name))
     denoiser = denoiser_of(families.build(name))
-    assert (denoiser.height, denoiser.width) == (pixels, pixels)
+    assert (denoiser.height, denoiser.width) == ((480, 832) if name in families.FRAMES else (pixels, pixels))
 
 
 @pytest.mark.parametrize(("name", "unit"), UNITS.items())
@@ -801,7 +873,8 @@ def loaded(folder: Path, dtype: torch.dtype = torch.float32) -> DiffusionPipelin
 def picture(pipeline: DiffusionPipeline, name: str, prompt: str = "a photo of three") -> Tensor:
     size = families.resolution(name)
     settings: dict[str, Any] = {"use_resolution_binning": False} if name in ("pixart", "sana") else {}
-    return pipeline(
+    settings |= {"num_frames": families.FRAMES[name]} if name in families.FRAMES else {}
+    drawn = pipeline(
         prompt=prompt,
         height=size,
         width=size,
@@ -810,7 +883,8 @@ def picture(pipeline: DiffusionPipeline, name: str, prompt: str = "a photo of th
         generator=torch.Generator().manual_seed(3),
         output_type="pt",
         **settings,
-    ).images
+    )[0]
+    return drawn[0] if name in families.FRAMES else drawn
 
 
 def erase(pipeline: DiffusionPipeline, name: str, **settings: Any) -> fdu.ErasureResult:
@@ -820,6 +894,7 @@ def erase(pipeline: DiffusionPipeline, name: str, **settings: Any) -> fdu.Erasur
         "three",
         "eight",
         **{**quick, "learning_rate": 0.2, "resolution": families.resolution(name), **settings},
+        num_frames=families.FRAMES.get(name),
     )
 
 

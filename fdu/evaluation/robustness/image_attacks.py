@@ -109,7 +109,7 @@ def _drawn(lesson: Lesson, prompts: list[str], start: float, given: Tensor | Non
         for here, there in zip(grid[:-1].tolist(), grid[1:].tolist(), strict=True):
             indices = torch.full((len(some),), here, device=denoiser.device)
             following = torch.full_like(indices, there)
-            both = noisy.repeat(1 + guided, 1, 1, 1).to(denoiser.dtype)
+            both = torch.cat([noisy] * (1 + guided)).to(denoiser.dtype)
             output = denoiser.predict(both, indices.repeat(1 + guided), conditioning).float()
             if guided:
                 asked, empty = output.chunk(2)
