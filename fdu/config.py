@@ -207,9 +207,13 @@ class EraseConfig:
     """Weight of each timestep: equal ("unit", the paper's code), the exact DDPM posterior, min-SNR or P2."""
     snr_gamma: Positive = 5.0
     """Cap on the signal-to-noise ratio in min_snr, > 0."""
-    timestep_sampling: Literal["uniform", "importance"] = "uniform"
+    timestep_sampling: Literal["uniform", "importance", "inference"] = "uniform"
     """Draw timesteps uniformly, or more often where the loss is large ("importance"); importance weights
-    keep the expected loss unchanged."""
+    keep the expected loss unchanged. "inference" draws only those of num_inference_steps sampling steps, which models
+    distilled to few steps need."""
+    noisy_latents: Literal["noised", "trajectory"] = "noised"
+    """Where x_t comes from: a clean latent with noise added ("noised"), or a step of the guided sampling of the target
+    ("trajectory", as in ESD); its timesteps are those of num_inference_steps sampling steps."""
     weighting_scheme: Literal["none", "sigma_sqrt", "logit_normal", "mode", "cosmap"] = "none"
     """Flow models only, as in diffusers' training scripts: draw timesteps by the density "logit_normal" or "mode", or
     weigh the loss by "sigma_sqrt" or "cosmap" (Esser et al. 2024). "none" is uniform; the weights are divided by their
@@ -347,6 +351,8 @@ class EraseConfig:
                 raise ValueError(f"{name} needs weighting_scheme {scheme!r}; set that, or leave {name} out")
         if self.weighting_scheme != "none" and (self.weighting, self.timestep_sampling) != ("unit", "uniform"):
             raise ValueError("weighting_scheme takes the place of weighting and timestep_sampling; leave these two out")
+        if self.noisy_latents == "trajectory":
+            self._require_trajectories()
         if self.objective == "noise" and self.negative_guidance:
             raise ValueError(
                 "negative_guidance needs objective 'model'; set objective to 'model', or negative_guidance to 0"
@@ -371,6 +377,16 @@ class EraseConfig:
             raise ValueError("frozen_batches fixes the timesteps; use timestep_sampling 'uniform' with it")
         if self.resume_from_checkpoint is not None and self.checkpoint_dir is None:
             raise ValueError("resume_from_checkpoint needs checkpoint_dir for further checkpoints; add it")
+
+    def _require_trajectories(self) -> None:
+        """Refuse settings that do not go with noisy_latents "trajectory"."""
+        if self.objective == "noise":
+            raise ValueError("noisy_latents 'trajectory' needs objective 'model': nobody knows the noise in its steps")
+        if self.timestep_sampling == "importance" or self.weighting_scheme in SHAPES.values():
+            raise ValueError(
+                "noisy_latents 'trajectory' fixes the timesteps; leave timestep_sampling 'importance' and a "
+                "weighting_scheme that draws timesteps out"
+            )
 
     def _require_searches(self) -> None:
         """Refuse settings that do not go with adversarial_rounds."""

@@ -260,6 +260,12 @@ def _check_run(denoiser: Denoiser, pairs: Sequence[Pair], mask: Tensor | None, c
             f"pipeline is in {denoiser.module.dtype} but mixed_precision is 'no'; "
             "load it with dtype=torch.float32, or choose mixed_precision 'fp16' or 'bf16'"
         )
+    if trains and config.max_train_steps and denoiser.few_steps and config.timestep_sampling != "inference":
+        raise ValueError(
+            f"pipeline seems to be distilled to few steps: {denoiser.few_steps}. Set timestep_sampling 'inference', "
+            "num_inference_steps to the number that the model is made for, such as 4, and guidance_scale to "
+            f"{denoiser.unguided_scale:g}; or train the model that it was distilled from"
+        )
     if config.embedded_guidance != EraseConfig.embedded_guidance and not denoiser.reads_guidance:
         raise ValueError(f"embedded_guidance: {denoiser.family} is not guidance-distilled here; leave it out")
     if config.weighting_scheme != "none" and denoiser.prediction_type != "flow":

@@ -5,6 +5,7 @@ The loop talks to this interface only, so it never asks which model family it is
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator, Sequence
@@ -30,6 +31,8 @@ PIPELINE_ARGUMENTS = {
     "mask": "prompt_attention_mask",
 }
 """Names of the tensors of a conditioning as arguments of diffusers' pipelines."""
+FEW_STEP_SCHEDULERS = ("LCM", "TCD", "FlowMatchLCM")
+"""How the names of schedulers begin that only serve models distilled to few steps."""
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 JOINT_ATTENTION = (*ATTENTION, "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 """The linear layers of attention of an image, and of an image and a text together."""
@@ -78,6 +81,18 @@ def padded(tensors: list[Tensor]) -> list[Tensor]:
         return tensors
     longest = max(tensor.shape[1] for tensor in tensors)
     return [F.pad(tensor, (0, 0) * (tensor.ndim - 2) + (0, longest - tensor.shape[1])) for tensor in tensors]
+
+
+@dataclasses.dataclass
+class Trajectories:
+    """What a sampler passes on its way from noise to N latents; :meth:`Denoiser.draw_latents` fills it in."""
+
+    keeps_noisy: bool
+    """Whether x_t is kept, too."""
+    indices: list[int] = dataclasses.field(default_factory=list)
+    """The indices of its S steps on the grid of the training, the nearest ones."""
+    noisy: Tensor = dataclasses.field(default_factory=lambda: torch.empty(0))
+    """x_t at every step, fp32 [N, S, C, H, W] on the CPU; empty if it is not kept."""
 
 
 class Denoiser(ABC):
@@ -143,6 +158,13 @@ class Denoiser(ABC):
     def guided_by_empty(self) -> bool:
         """Whether guidance is by a second prediction, for the prompt ""."""
         return True
+
+    @property
+    def few_steps(self) -> str | None:
+        """What shows that the model is distilled to few steps, at whose timesteps alone it can be trained; None if
+        nothing does."""
+        name = type(self.pipeline.scheduler).__name__
+        return f"its scheduler is a {name}" if name.startswith(FEW_STEP_SCHEDULERS) else None
 
     signal: Tensor
     """The factor of x_0 in x_t at every timestep, [T] float32."""
@@ -299,6 +321,7 @@ class Denoiser(ABC):
         seeds: Sequence[int],
         batch_size: int,
         progress: bool = True,
+        trajectories: Trajectories | None = None,
     ) -> Tensor:
         """Sample clean latents, fp32 [N, C, H, W]; each depends only on its prompt and its seed.
 
@@ -310,8 +333,9 @@ class Denoiser(ABC):
             seeds: one seed for each of the N latents.
             batch_size: latents sampled at a time.
             progress: whether to show a progress bar.
+            trajectories: gets what the sampler passes on its way; None if nobody wants it.
         """
-        batches = []
+        batches, passed = [], []
         with silent(self.pipeline), self._module_alone():
             starts = range(0, len(chosen), batch_size)
             for start in tqdm(starts, desc="latents", unit="batch", disable=not progress):
@@ -319,14 +343,55 @@ class Denoiser(ABC):
                 prompts = torch.tensor(some, device=self.device)
                 generators = [torch.Generator().manual_seed(seed) for seed in seeds[start : start + batch_size]]
                 places, latents = [], []
+                noisy: list[Tensor] = []
                 for rows in self.together(conditioning[prompts]):
                     given = conditioning[torch.cat([prompts[rows], torch.full_like(rows, empty)])]
                     own = [generators[row] for row in rows.tolist()]
-                    # Half precision would round the noise away at the first timesteps.
-                    latents.append(self.sample(given, steps, guidance_scale, own).float())
+                    with self._noted(trajectories, noisy, len(rows)):
+                        # Half precision would round the noise away at the first timesteps.
+                        latents.append(self.sample(given, steps, guidance_scale, own).float())
                     places.append(rows)
-                batches.append(torch.cat(latents)[torch.cat(places).argsort()])
+                order = torch.cat(places).argsort()
+                batches.append(torch.cat(latents)[order])
+                if noisy:
+                    passed.append(torch.cat(noisy)[order.cpu()])
+        if trajectories is not None and passed:
+            trajectories.noisy = torch.cat(passed)
         return torch.cat(batches)
+
+    @contextmanager
+    def _noted(self, trajectories: Trajectories | None, noisy: list[Tensor], count: int) -> Iterator[None]:
+        """Within this context, note the steps of a sampler in ``trajectories``, and append x_t of ``count`` samples at
+        all of them, [count, S, C, H, W], to ``noisy`` if it is to be kept."""
+        if trajectories is None:
+            yield
+            return
+        calls: dict[float, Tensor | None] = {}
+
+        def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            packed, timestep = self.given(args, kwargs)
+            told = float(timestep.flatten()[0])
+            if told not in calls:  # guidance calls twice at a timestep, or once with every x_t twice
+                calls[told] = self.unpacked(packed)[:count].float().cpu() if trajectories.keeps_noisy else None
+
+        hook = getattr(self.pipeline, self.module_name).register_forward_pre_hook(note, with_kwargs=True)
+        try:
+            yield
+        finally:
+            hook.remove()
+        trajectories.indices = [self.index_of(told) for told in calls]
+        if trajectories.keeps_noisy:
+            noisy.append(torch.stack([one for one in calls.values() if one is not None], 1))
+
+    def given(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """x_t as the pipeline packs it, [N, ...], and the timesteps, in the arguments of a call of the module."""
+        noisy = args[0] if args else kwargs["hidden_states"]
+        timestep = kwargs["timestep"] if "timestep" in kwargs else args[1]
+        return noisy, torch.as_tensor(timestep)
+
+    @abstractmethod
+    def index_of(self, told: float) -> int:
+        """The index on the grid that is nearest to a timestep that the module is told."""
 
     def together(self, conditioning: Conditioning) -> list[Tensor]:
         """The indices of the prompts of each call of the pipeline, where one call cannot draw them all."""

@@ -37,6 +37,12 @@ class FluxDenoiser(PatchFlowDenoiser):
         return False  # its guidance is an input
 
     @property
+    def few_steps(self) -> str | None:
+        return (
+            super().few_steps if self.reads_guidance else "its transformer reads no guidance, as that of FLUX.1 schnell"
+        )
+
+    @property
     def reads_guidance(self) -> bool:
         return bool(self.config.guidance_embeds)
 

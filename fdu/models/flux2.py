@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from diffusers import DiffusionPipeline, Flux2Transformer2DModel
+from diffusers import Flux2Transformer2DModel
 from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu, format_input
 from torch import Tensor
 
@@ -31,19 +31,17 @@ class Flux2Denoiser(PatchFlowDenoiser):
     text_inputs: ClassVar = {"embeddings": other_readers}
     attention_projections = JOINT_ATTENTION
 
-    @classmethod
-    def check(cls, pipeline: DiffusionPipeline) -> None:
-        super().check(pipeline)
-        if pipeline.config.get("is_distilled"):
-            raise ValueError("pipeline is distilled to few steps; train the base model (FLUX.2 klein base)")
-
     @property
     def reads_guidance(self) -> bool:
         return bool(self.config.guidance_embeds)
 
     @property
     def guided_by_empty(self) -> bool:
-        return not self.reads_guidance
+        return not (self.reads_guidance or self.pipeline.config.get("is_distilled"))
+
+    @property
+    def few_steps(self) -> str | None:
+        return "its config says is_distilled" if self.pipeline.config.get("is_distilled") else super().few_steps
 
     @property
     def latent_shape(self) -> tuple[int, ...]:

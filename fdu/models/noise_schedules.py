@@ -28,6 +28,17 @@ class DiffusionDenoiser(Denoiser):
         self.noise = (1 - schedule.alphas_cumprod).sqrt()
         self.prediction_type = schedule.config.prediction_type
 
+    @property
+    def few_steps(self) -> str | None:
+        scheduler = self.pipeline.scheduler
+        # A schedule that ends in noise alone is sampled from its end, too, but then the module predicts v.
+        if self.prediction_type == "epsilon" and scheduler.config.get("timestep_spacing") == "trailing":
+            return "its scheduler has timestep_spacing 'trailing', as those of Turbo and Lightning"
+        return super().few_steps
+
+    def index_of(self, told: float) -> int:
+        return min(round(told), len(self.noise) - 1)
+
     @classmethod
     def check(cls, pipeline: DiffusionPipeline) -> None:
         super().check(pipeline)
@@ -88,6 +99,9 @@ class FlowDenoiser(Denoiser):
         """What the module is told at every index of the grid, float32 [T]: as a rule sigma times the number of
         training timesteps."""
         return self.noise * self.pipeline.scheduler.config.num_train_timesteps
+
+    def index_of(self, told: float) -> int:
+        return int((self._timesteps - told).abs().argmin())
 
     def timesteps(self, indices: Tensor) -> Tensor:
         """What the module is told, float32 [N], at indices [N] of the grid."""

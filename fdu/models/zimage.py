@@ -76,6 +76,9 @@ class ZImageDenoiser(FlowDenoiser):
     def read_by_inputs(self, name: str, tensor: Tensor) -> Tensor:
         return self.pipeline.transformer.cap_embedder[0](tensor)
 
+    def given(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        return torch.stack(list(args[0]))[:, :, 0], args[1]
+
     def predict(self, noisy: Tensor, indices: Tensor, conditioning: Conditioning) -> Tensor:
         images = list(noisy[:, :, None])
         output = self.module(images, self.timesteps(indices), self._listed(conditioning)).sample

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fdu.concepts import Pair, joined
 from fdu.config import EraseConfig
-from fdu.models.denoiser import Conditioning, Denoiser
+from fdu.models.denoiser import Conditioning, Denoiser, Trajectories
 from fdu.models.staging import to_device
 from fdu.training.cache import Cache, token_key
 from fdu.training.timesteps import TimestepSampler
@@ -47,6 +47,10 @@ class Examples:
     """Latents of each concept."""
     latents: Tensor
     """Clean latents [M, C, H, W] fp32, on the device: of the concepts, then of the preserved prompts."""
+    steps: Tensor | None = None
+    """The indices on the grid at which alone the model is trained, [S]; on the CPU. None for the whole grid."""
+    trajectories: Tensor | None = None
+    """x_t of each latent at each of the steps, [M, S, C, H, W] fp32, on the CPU; None to add noise to the latents."""
     added: Conditioning | None = None
     """What is added to the prompts as an encoder reads them, [prompts, ...]; None for nothing. ``conditioning`` has it
     already."""
@@ -207,6 +211,7 @@ def prepare_examples(
     for number, (target, anchor) in enumerate(pairs):
         # The noise in a latent is an answer to the prompt that it was drawn with: the anchor's.
         from_target = 0 if config.objective == "noise" else each // 2
+        from_target = each if config.noisy_latents == "trajectory" else from_target
         for prompts, count in ((target.prompts, from_target), (anchor.prompts, each - from_target)):
             chosen = spread(len(prompts), count)
             drawn += [prompts[index] for index in chosen]
@@ -221,6 +226,10 @@ def prepare_examples(
         "seed": config.seed,
         "mixed_precision": config.mixed_precision,
     }
+    trajectories = None
+    if config.noisy_latents == "trajectory" or config.timestep_sampling == "inference":
+        trajectories = Trajectories(keeps_noisy=config.noisy_latents == "trajectory")
+        key["trajectories"] = trajectories.keeps_noisy
 
     def places(prompts: Sequence[str]) -> Tensor:
         return torch.tensor([texts.index(prompt) for prompt in prompts])
@@ -228,9 +237,9 @@ def prepare_examples(
     def sample() -> dict[str, Tensor]:
         chosen = places(drawn).tolist()
         with denoiser.others_on("cpu"), accelerator.autocast():
-            return {"latents": _sample(denoiser, encoded, chosen, texts.index(""), config, accelerator)}
+            return _sample(denoiser, encoded, chosen, texts.index(""), config, accelerator, trajectories)
 
-    latents = cache.get("latents", key, sample)["latents"]
+    found = cache.get("latents", key, sample)
 
     return Examples(
         texts=texts,
@@ -241,7 +250,9 @@ def prepare_examples(
         concept=torch.tensor(concept),
         pair=torch.tensor(pair_of),
         latents_per_concept=each,
-        latents=latents.to(denoiser.device),
+        latents=found["latents"].to(denoiser.device),
+        steps=found.get("steps"),
+        trajectories=found.get("trajectories"),
     )
 
 
@@ -263,8 +274,10 @@ def _sample(
     empty: int,
     config: EraseConfig,
     accelerator: Accelerator,
-) -> Tensor:
-    """A latent of each chosen prompt; every process draws a share of them, and all have all."""
+    trajectories: Trajectories | None,
+) -> dict[str, Tensor]:
+    """A latent of each chosen prompt, and what its sampler passed if that is wanted; every process draws a share of
+    them, and all have all."""
     rank, processes = accelerator.process_index, accelerator.num_processes
     share = range(len(chosen))[len(chosen) * rank // processes : len(chosen) * (rank + 1) // processes]
     latents = torch.empty(0, *denoiser.latent_shape)
@@ -278,8 +291,19 @@ def _sample(
             [config.seed + index for index in share],
             config.sample_batch_size,
             accelerator.is_local_main_process,
+            trajectories,
         )
-    return torch.cat(gather_object([latents.cpu()])) if processes > 1 else latents
+    parts = [(latents, trajectories)]
+    if processes > 1:
+        parts = gather_object([(latents.cpu(), trajectories)])
+        latents = torch.cat([part for part, _ in parts])
+    found = {"latents": latents}
+    passed = [one for _, one in parts if one is not None and one.indices]
+    if passed:
+        found["steps"] = torch.tensor(passed[0].indices)
+        if passed[0].keeps_noisy:
+            found["trajectories"] = torch.cat([one.noisy for one in passed])
+    return found
 
 
 def draw_batch(
@@ -316,7 +340,11 @@ def draw_batch(
         reads, anchors = torch.cat([reads, kept]), torch.cat([anchors, kept])
         chosen = torch.cat([chosen, choose(len(examples.latents))])
     noise = torch.randn((len(chosen), *examples.latents.shape[1:]), generator=generator)
-    if sampler.adapts:
+    places = torch.zeros(0, dtype=torch.long)
+    if examples.steps is not None:
+        places = torch.randint(len(examples.steps), (len(chosen),), generator=generator)
+        indices, weight = examples.steps[places], None
+    elif sampler.adapts:
         # By the erasing loss, whose weights say nothing of the preserving one.
         indices, weight = sampler.draw(total, generator)
         uniform = torch.randint(len(denoiser.signal), (len(chosen) - total,), generator=generator)
@@ -331,11 +359,15 @@ def draw_batch(
     def here(drawn: Tensor) -> Tensor:
         return to_device(shared(drawn), denoiser.device)
 
+    if examples.trajectories is not None:
+        noisy = to_device(examples.trajectories[shared(chosen), shared(places)], denoiser.device)
     latents, noise, indices = examples.latents[here(chosen)], here(noise), here(indices)
+    if examples.trajectories is None:
+        noisy = denoiser.add_noise(latents, noise, indices)
     knows_noise = config.objective == "noise"
     return Batch(
         size=size,
-        noisy=denoiser.add_noise(latents, noise, indices),
+        noisy=noisy,
         indices=indices,
         timestep_weight=None if weight is None else here(weight),
         noise=denoiser.true_output(latents[:size], noise[:size], indices[:size]) if knows_noise else None,

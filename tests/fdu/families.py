@@ -117,9 +117,15 @@ def build(name: str, **settings: Any) -> DiffusionPipeline:
     return pipeline
 
 
-def denoiser(name: str, **settings: Any) -> Denoiser:
-    """The denoiser of the tiny pipeline, for images and videos of the tests' size."""
-    return denoiser_of(build(name, **settings), resolution(name), FRAMES.get(name))
+def denoiser(name: str, pipeline: DiffusionPipeline | None = None, **settings: Any) -> Denoiser:
+    """The denoiser of a tiny pipeline, by default a new one, for images and videos of the tests' size."""
+    return denoiser_of(pipeline or build(name, **settings), resolution(name), FRAMES.get(name))
+
+
+def needed(name: str) -> dict[str, Any]:
+    """The settings that every training of the tiny pipeline needs."""
+    sampling = {"timestep_sampling": "inference"} if name == "flux" else {}
+    return {"resolution": resolution(name), "num_frames": FRAMES.get(name), **sampling}
 
 
 def resolution(name: str) -> int:
@@ -798,7 +804,7 @@ RANK, ALPHA = 3, 6.0
 @torch.no_grad()
 def output(pipeline: DiffusionPipeline, name: str) -> Tensor:
     """What the denoiser predicts for a fixed input and prompt."""
-    model = denoiser_of(pipeline, resolution(name), FRAMES.get(name))
+    model = denoiser(name, pipeline)
     noisy = torch.randn(1, *model.latent_shape, generator=torch.Generator().manual_seed(1))
     return model.predict(noisy, torch.tensor([400]), model.encode(["a photo of the digit three"]))
 

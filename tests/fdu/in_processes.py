@@ -24,7 +24,6 @@ from torch.distributed.tensor import DTensor
 import fdu
 from fdu.models import parts
 from fdu.models.denoiser import Denoiser
-from fdu.models.families import denoiser_of
 from fdu.subjects.digits import pipeline as digits
 from fdu.training import sharding
 from fdu.training.step import Stepper
@@ -181,7 +180,7 @@ def every_family(folder: str) -> None:
         for dtype in (torch.float32, torch.bfloat16) if name == "sd3" else (torch.float32,):
             pipeline = families.build(name)
             pipeline.to(dtype=dtype)
-            denoiser = denoiser_of(pipeline, families.resolution(name))
+            denoiser = families.denoiser(name, pipeline)
             module = denoiser.module.requires_grad_(False)
             before = Before(pipeline)
             whole, weights = computed(denoiser, dtype), sum(parameter.numel() for parameter in module.parameters())

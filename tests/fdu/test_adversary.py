@@ -101,8 +101,8 @@ def test_what_is_found_stays_within_the_bound(quick: dict[str, Any]) -> None:
 @pytest.mark.parametrize("name", families.FAMILY_NAMES)
 def test_what_is_found_is_added_in_every_family(name: str, quick: dict[str, Any]) -> None:
     pipeline = families.build(name)
-    denoiser = denoiser_of(pipeline, families.resolution(name))
-    config = fdu.EraseConfig(**{**quick, "num_inference_steps": 2, "resolution": families.resolution(name)})
+    denoiser = families.denoiser(name, pipeline)
+    config = fdu.EraseConfig(**{**quick, "num_inference_steps": 2, **families.needed(name)})
     accelerator = Accelerator(cpu=True)
     pairs = [(fdu.Concept("a", ("an a", "some a")), fdu.Concept("b", ("a b", "some b")))]
     examples = prepare_examples(denoiser, pairs, config, accelerator, Cache(None, {}, accelerator))

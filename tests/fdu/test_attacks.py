@@ -159,7 +159,7 @@ def test_the_control_of_an_inpainting_is_the_part_that_is_given(lesson: Lesson) 
 def test_pipelines_in_half_precision_can_be_attacked(name: str, dtype: torch.dtype) -> None:
     pipeline = families.build(name)
     pipeline.to(dtype=dtype)
-    denoiser = denoiser_of(pipeline, families.resolution(name))
+    denoiser = families.denoiser(name, pipeline)
     probe = fdu.Probe("three", ("a three", "some three"), "target", lambda images: ["other"] * len(images))
     drawing = JudgedSampling(images=2, num_inference_steps=2, batch_size=2)
     lesson = Lesson(denoiser, probe, torch.randn(2, *denoiser.latent_shape), drawing)
@@ -197,7 +197,7 @@ def test_the_model_stays_as_it_is(attack: str, lesson: Lesson) -> None:
 @pytest.mark.parametrize("name", families.FAMILY_NAMES)
 def test_every_family_can_be_attacked(name: str) -> None:
     pipeline = families.build(name)
-    denoiser = denoiser_of(pipeline, families.resolution(name))
+    denoiser = families.denoiser(name, pipeline)
     probe = fdu.Probe("three", ("a three", "some three"), "target", lambda images: ["other"] * len(images))
     drawing = JudgedSampling(images=2, num_inference_steps=2, batch_size=2)
     lesson = Lesson(denoiser, probe, torch.randn(2, *denoiser.latent_shape), drawing)
@@ -213,7 +213,7 @@ def test_every_family_can_be_attacked(name: str) -> None:
 
 @pytest.mark.parametrize("name", families.FAMILY_NAMES)
 def test_an_output_is_parted_into_what_it_stands_for(name: str) -> None:
-    denoiser = denoiser_of(families.build(name), families.resolution(name))
+    denoiser = families.denoiser(name)
     generator = torch.Generator().manual_seed(0)
     latents, noise = (torch.randn(3, *denoiser.latent_shape, generator=generator) for _ in range(2))
     indices = torch.tensor([1, len(denoiser.signal) // 2, len(denoiser.signal) - 2])

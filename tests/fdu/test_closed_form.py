@@ -60,7 +60,7 @@ def least_squares(denoiser: Denoiser, name: str, config: EraseConfig) -> Tensor:
 
 @pytest.fixture
 def denoiser(name: str) -> Denoiser:
-    return denoiser_of(families.build(name), families.resolution(name))
+    return families.denoiser(name)
 
 
 EVERY_FAMILY = pytest.mark.parametrize("name", families.FAMILY_NAMES)
@@ -218,7 +218,7 @@ def test_every_format_holds_the_edit(denoiser: Denoiser, name: str, save_as: str
     else:
         loaded = families.build(name)
         fdu.load_weights(loaded, tmp_path / "out")
-    found = prediction(denoiser_of(loaded, families.resolution(name)))
+    found = prediction(families.denoiser(name, loaded))
     assert (found - after).norm() < 1e-3 * (after - before).norm()
     record = json.loads((tmp_path / "out" / "fdu.json").read_text())
     assert record["sigma"] is None and record["history"] == {}

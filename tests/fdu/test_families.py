@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import fdu
 from fdu.evaluation.drawing import Conditioned, Probe, draw
 from fdu.models import parts, staging
-from fdu.models.denoiser import Conditioning, Denoiser
+from fdu.models.denoiser import Conditioning, Denoiser, Trajectories
 from fdu.models.families import FAMILIES, denoiser_of, guidance_arguments
 from fdu.models.noise_schedules import shifted_sigmas
 from fdu.models.patches import pack, position_ids, unpack
@@ -254,6 +254,66 @@ def test_latents_are_the_pipelines_own_and_need_the_denoiser_alone(denoiser: Den
     latents = denoiser.draw_latents(conditioning, [2, 2], 0, 2, guidance_scale, [3, 4], batch_size=2)
     torch.testing.assert_close(latents, expected.float(), rtol=1e-4, atol=1e-4 * expected.abs().max().item())
     assert pipeline.components == components and dict(pipeline.config) == config
+
+
+@EVERY_FAMILY
+@pytest.mark.quick(name=["sd", "sdxl", "flux", "zimage"])
+@torch.no_grad()
+def test_a_trajectory_is_what_the_module_is_given_at_each_step(denoiser: Denoiser) -> None:
+    passed, plain = Trajectories(keeps_noisy=True), Trajectories(keeps_noisy=False)
+    conditioning = denoiser.encode(["a painting", PROMPT, ""])
+    given = (conditioning, [0, 1, 1], 2, 3, 2.0, [7, 8, 0], 2)
+    latents = denoiser.draw_latents(*given, trajectories=passed)
+    assert torch.equal(latents, denoiser.draw_latents(*given, trajectories=plain))
+    assert plain.indices == passed.indices and not plain.noisy.numel()
+    calls = {float(timestep.flatten()[0]): noisy for noisy, timestep, _ in reversed(recorded(denoiser, 2.0))}
+    assert passed.noisy.shape == (3, len(calls), *denoiser.latent_shape) and len(calls) == len(passed.indices) == 3
+    for place, (told, noisy) in enumerate(reversed(calls.items())):
+        torch.testing.assert_close(passed.noisy[2, place], denoiser.unpacked(noisy)[0], rtol=1e-4, atol=1e-4)
+        at = passed.indices[place]
+        if denoiser.prediction_type == "flow":
+            near = denoiser.timesteps(torch.tensor([max(at - 1, 0), at, min(at + 1, 999)])) - told
+            assert near[1].abs() <= near.abs().min()
+        else:
+            assert at == round(told)
+    assert passed.indices == sorted(passed.indices, reverse=True) and passed.indices[0] > 600
+
+
+def test_few_steps_are_told_by_the_folder() -> None:
+    turbo = families.build("sd")
+    assert denoiser_of(turbo).few_steps is None
+    for name in ("sd_v", "emoji"):  # whose schedules end in noise alone
+        pipeline = families.build(name) if name == "sd_v" else fdu.load_pipeline(name)
+        pipeline.scheduler.register_to_config(timestep_spacing="trailing")
+        assert denoiser_of(pipeline).few_steps is None
+    klein = families.build("flux2_klein")
+    klein.register_to_config(is_distilled=True)
+    lcm = families.build("sd")
+    lcm.scheduler = diffusers.LCMScheduler.from_config(lcm.scheduler.config)
+    turbo.scheduler.register_to_config(timestep_spacing="trailing")
+    for pipeline, shown in (
+        (turbo, "timestep_spacing 'trailing', as those of Turbo"),
+        (lcm, "an? LCMScheduler"),
+        (families.build("flux"), "reads no guidance, as that of FLUX.1 schnell"),
+        (klein, "is_distilled"),
+    ):
+        with pytest.raises(
+            ValueError, match=f"few steps: .*{shown}.*timestep_sampling 'inference', num_inference_steps"
+        ):
+            fdu.erase(pipeline, "three", "eight", resolution=16)
+    fdu.erase(turbo, "three", "eight", train_method="closed_form")
+    assert denoiser_of(families.build("flux_guidance"), 16).few_steps is None
+    assert denoiser_of(families.build("flux2"), 16).few_steps is None
+
+
+@torch.no_grad()
+def test_a_distilled_klein_is_drawn_without_a_second_prediction() -> None:
+    denoiser = families.denoiser("flux2_klein")
+    denoiser.pipeline.register_to_config(is_distilled=True)
+    compare(denoiser, 4.0, [PROMPT])
+    (latent,) = drawn(denoiser, [PROMPT], 4.0, [0], 1)
+    expected = sampled(denoiser, PROMPT, 4.0, steps=2)[0]
+    torch.testing.assert_close(latent, expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
 
 
 def test_a_compiled_module_is_refused_with_the_remedy() -> None:
@@ -645,7 +705,7 @@ def test_everything_but_the_denoiser_leaves_the_device_and_comes_back() -> None:
 @EVERY_FAMILY
 def test_predict_and_its_gradient_work_under_autocast(name: str) -> None:
     pipeline = families.build(name).to(torch.bfloat16)
-    denoiser = denoiser_of(pipeline, families.resolution(name), families.FRAMES.get(name))
+    denoiser = families.denoiser(name, pipeline)
     assert denoiser.module.dtype == torch.bfloat16
     conditioning = denoiser.encode([PROMPT, ""])
     noisy = torch.randn(2, *denoiser.latent_shape)
@@ -781,13 +841,6 @@ def test_a_model_that_was_made_for_something_else_is_refused(
         denoiser_of(pipeline)
 
 
-def test_a_klein_of_few_steps_is_refused() -> None:
-    pipeline = families.build("flux2_klein")
-    pipeline.register_to_config(is_distilled=True)
-    with pytest.raises(ValueError, match="distilled to few steps; train.*base"):
-        denoiser_of(pipeline)
-
-
 def test_flux2_may_take_an_image_but_no_mask() -> None:
     variant = diffusers.Flux2KleinInpaintPipeline(**families.build("flux2_klein").components)
     with pytest.raises(ValueError, match="a Flux2KleinInpaintPipeline, which takes mask_image; "):
@@ -893,8 +946,7 @@ def erase(pipeline: DiffusionPipeline, name: str, **settings: Any) -> fdu.Erasur
         pipeline,
         "three",
         "eight",
-        **{**quick, "learning_rate": 0.2, "resolution": families.resolution(name), **settings},
-        num_frames=families.FRAMES.get(name),
+        **{**quick, "learning_rate": 0.2, **families.needed(name), **settings},
     )
 
 
@@ -921,6 +973,16 @@ def test_an_erasure_comes_off_and_its_files_load_in_plain_diffusers(load: Load, 
         else:
             plain.load_lora_weights(tmp_path / "kohya", weight_name="kohya_lora.safetensors")
         torch.testing.assert_close(picture(plain, name), after, rtol=0, atol=1e-4)
+
+
+@EVERY_FAMILY
+@pytest.mark.quick(name=["sdxl", "flux"])
+def test_every_family_trains_on_its_trajectories(load: Load, name: str) -> None:
+    pipeline = load(name)
+    before = picture(pipeline, name)
+    result = erase(pipeline, name, noisy_latents="trajectory", negative_guidance=1.0, num_inference_steps=3)
+    assert all(math.isfinite(value) for value in result.history["loss"])
+    assert not torch.equal(picture(pipeline, name), before)
 
 
 @EVERY_FAMILY

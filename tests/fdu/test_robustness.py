@@ -142,7 +142,7 @@ def test_sets_are_compared_prompt_by_prompt() -> None:
 def test_every_family_is_judged_attacked_and_relearnt_and_left_as_it_was(name: str) -> None:
     """The pipeline, handed what its denoiser encodes, draws the same as from prompts; and perturbed, something else."""
     pipeline = families.build(name)
-    denoiser = denoiser_of(pipeline, families.resolution(name))
+    denoiser = families.denoiser(name, pipeline)
     before = weights_of(pipeline)
     settings: dict[str, Any] = {"num_inference_steps": 2, "output_type": "latent"}
 

@@ -61,6 +61,8 @@ def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
         {"gradient_surgery": True},
         {"weighting": "posterior"},
         {"timestep_sampling": "importance"},
+        {"timestep_sampling": "inference", "frozen_batches": 2},
+        {"noisy_latents": "trajectory", "negative_guidance": 1.0, "frozen_batches": 2},
         {"train_method": "dora"},
         {"train_method": "full"},
         {"train_method": "text_encoder"},
@@ -103,6 +105,44 @@ def test_many_concepts_have_enough_latents_each(
     pairs = [(fdu.Concept(name, (f"a {name}",)), fdu.Concept("eight", ("an eight",))) for name in names]
     prepared = prepare(denoiser_of(pipeline), config, *pairs)
     assert prepared.latents_per_concept == each
+
+
+def test_a_trajectory_gives_every_x_t(pipeline: StableDiffusionPipeline, tmp_path: Path) -> None:
+    config = fdu.EraseConfig(train_batch_size=20, num_latents=8, num_inference_steps=4, noisy_latents="trajectory")
+    denoiser, accelerator = denoiser_of(pipeline), Accelerator(cpu=True)
+    pair = fdu.Concept("three", ("a three", "some three")), fdu.Concept("eight", ("an eight", "some eight"))
+    prepared, again = (
+        examples.prepare_examples(denoiser, [pair], config, accelerator, Cache(tmp_path, {}, accelerator))
+        for _ in range(2)
+    )
+    assert prepared.trajectories is not None and prepared.steps is not None and again.trajectories is not None
+    assert prepared.trajectories.shape == (8, 4, *denoiser.latent_shape)
+    # Read from the cache the second time.
+    assert torch.equal(prepared.trajectories, again.trajectories) and torch.equal(prepared.steps, again.steps)
+    # Those of the target show its prompts alone: drawn with the same seeds, the anchor's are others.
+    conditioning = denoiser.encode(["a three", "some three", "an eight", ""])
+    for prompts, equal in (([0, 1] * 3, True), ([2] * 6, False)):
+        own = denoiser.draw_latents(conditioning, prompts, 3, 4, config.guidance_scale, range(6), 32)
+        assert torch.allclose(own, prepared.latents[:6], atol=1e-4) == equal
+    batch = a_batch(denoiser, prepared, config)
+    passed, seen = prepared.trajectories, set()
+    for row, (noisy, index) in enumerate(zip(batch.noisy, batch.indices, strict=True)):
+        (place,) = (prepared.steps == index).nonzero().flatten().tolist()
+        (chosen,) = (passed[:, place] == noisy).flatten(1).all(1).nonzero().flatten().tolist()
+        assert chosen < prepared.latents_per_concept or row >= batch.size
+        seen.add((chosen, place))
+    assert {place for _, place in seen} == {0, 1, 2, 3} and len({chosen for chosen, _ in seen}) == 8
+
+
+def test_few_step_models_are_trained_at_their_own_timesteps(pipeline: StableDiffusionPipeline) -> None:
+    pipeline.scheduler.register_to_config(timestep_spacing="trailing")
+    config = fdu.EraseConfig(train_batch_size=40, num_latents=8, num_inference_steps=4, timestep_sampling="inference")
+    denoiser = denoiser_of(pipeline)
+    prepared = prepare(denoiser, config, (fdu.Concept("three", ("a three",)), fdu.Concept("eight", ("an eight",))))
+    assert prepared.trajectories is None
+    assert prepared.steps is not None and prepared.steps.tolist() == [999, 749, 499, 249]
+    batch = a_batch(denoiser, prepared, config)
+    assert set(batch.indices.tolist()) == {999, 749, 499, 249} and batch.timestep_weight is None
 
 
 @pytest.mark.parametrize("others", [{}, {"negative_guidance": 2.0}, {"objective": "noise"}])
@@ -362,6 +402,9 @@ def test_settings_that_contradict_each_other_are_refused(pipeline: StableDiffusi
         ({"frozen_batches": 2, "timestep_sampling": "importance"}, "frozen_batches.*timestep_sampling"),
         ({"logit_std": 0.5}, "logit_std needs weighting_scheme 'logit_normal'"),
         ({"weighting_scheme": "mode", "weighting": "p2"}, "weighting_scheme takes the place of weighting"),
+        ({"noisy_latents": "trajectory", "objective": "noise"}, "noisy_latents.*needs objective 'model'"),
+        ({"noisy_latents": "trajectory", "timestep_sampling": "importance"}, "noisy_latents.*fixes the timesteps"),
+        ({"noisy_latents": "trajectory", "weighting_scheme": "mode"}, "noisy_latents.*fixes the timesteps"),
         ({"weighting_scheme": "mode"}, "weighting_scheme is for flow models.*Stable Diffusion"),
         ({"embedded_guidance": 3.5}, "embedded_guidance.*not guidance-distilled"),
         (
@@ -428,7 +471,7 @@ def test_a_half_precision_pipeline_draws_its_validation_prompts(name: str, metho
     for part in pipeline.components.values():
         if isinstance(part, nn.Module):
             part.to(torch.bfloat16)
-    settings = {**TINY, "mixed_precision": "bf16", "train_method": method, "resolution": families.resolution(name)}
+    settings = {**TINY, "mixed_precision": "bf16", "train_method": method, **families.needed(name)}
     fdu.erase(
         pipeline, "three", "eight", **settings, validation_prompts=["three"], validation_steps=1, logging_dir=tmp_path
     )
@@ -477,11 +520,11 @@ def test_two_runs_on_a_half_precision_pipeline() -> None:
 @pytest.mark.parametrize("name", ["sd", "sdxl", "sd3", "flux", "pixart", "sana"])
 def test_text_encoders_may_be_of_another_type_than_the_denoiser(name: str) -> None:
     pipeline = families.build(name)
-    for encoder in denoiser_of(pipeline, families.resolution(name)).text_encoders.values():
+    for encoder in families.denoiser(name, pipeline).text_encoders.values():
         encoder.to(torch.bfloat16)
-    result = fdu.erase(pipeline, "three", "eight", **TINY, resolution=families.resolution(name))
+    result = fdu.erase(pipeline, "three", "eight", **TINY, **families.needed(name))
     assert result.history["loss"] and all(math.isfinite(loss) for loss in result.history["loss"])
-    read = denoiser_of(pipeline, families.resolution(name)).text_encoders.values()
+    read = families.denoiser(name, pipeline).text_encoders.values()
     assert all(encoder.dtype == torch.bfloat16 for encoder in read)
 
 
@@ -654,7 +697,7 @@ def test_a_validation_that_fails_costs_the_pictures_only(
 @pytest.mark.parametrize("name", families.FAMILY_NAMES)
 def test_every_family_draws_its_validation_prompts(name: str) -> None:
     config = fdu.EraseConfig(validation_prompts=("three", "eight"), num_inference_steps=2)
-    denoiser = denoiser_of(families.build(name), families.resolution(name))
+    denoiser = families.denoiser(name)
     images = tracking.draw_validation(denoiser, config)
     assert images.shape == (2, 3, families.resolution(name), families.resolution(name))
     guided = tracking.draw_validation(denoiser, dataclasses.replace(config, guidance_scale=9.0))
