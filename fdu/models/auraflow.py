@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 from diffusers import AuraFlowTransformer2DModel, DiffusionPipeline
 from torch import Tensor
 
+from fdu.models import kohya_names
 from fdu.models.denoiser import JOINT_ATTENTION, Conditioning
 from fdu.models.noise_schedules import FlowDenoiser
 
@@ -17,6 +18,7 @@ class AuraFlowDenoiser(FlowDenoiser):
 
     family = "AuraFlow (an AuraFlowTransformer2DModel)"
     module_class = AuraFlowTransformer2DModel
+    kohya = kohya_names.AURAFLOW
     # Of the blocks of two streams alone: the others project text and image by one to_k and to_v.
     context_projections = ("attn.add_k_proj", "attn.add_v_proj")
     other_readers = ("context_embedder",)  # all of the text enters by it

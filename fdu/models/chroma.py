@@ -10,6 +10,7 @@ import torch
 from diffusers import ChromaTransformer2DModel
 from torch import Tensor
 
+from fdu.models import kohya_names
 from fdu.models.denoiser import JOINT_ATTENTION, Conditioning
 from fdu.models.patches import PatchFlowDenoiser, pack, position_ids, unpack
 
@@ -23,6 +24,7 @@ class ChromaDenoiser(PatchFlowDenoiser):
 
     family = "Chroma (a ChromaTransformer2DModel)"
     module_class = ChromaTransformer2DModel
+    kohya = kohya_names.CHROMA
     # As in FLUX.1: of the double blocks alone, because single blocks project text and image by one to_k and to_v.
     context_projections = ("attn.add_k_proj", "attn.add_v_proj")
     other_readers = ("context_embedder",)  # all of the text enters by it

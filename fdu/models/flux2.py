@@ -12,6 +12,7 @@ from diffusers import Flux2Transformer2DModel
 from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu, format_input
 from torch import Tensor
 
+from fdu.models import kohya_names
 from fdu.models.denoiser import JOINT_ATTENTION, Conditioning, call_default
 from fdu.models.patches import PatchFlowDenoiser
 
@@ -24,6 +25,7 @@ class Flux2Denoiser(PatchFlowDenoiser):
 
     family = "FLUX.2 (a Flux2Transformer2DModel)"
     module_class = Flux2Transformer2DModel
+    kohya = kohya_names.FLUX2
     optional_images = ("image",)
     # Of the double blocks alone: a single block projects text and image, and its MLP, by one layer.
     context_projections = ("attn.add_k_proj", "attn.add_v_proj")

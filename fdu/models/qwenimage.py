@@ -9,6 +9,7 @@ import torch
 from diffusers import DiffusionPipeline, QwenImageTransformer2DModel
 from torch import Tensor
 
+from fdu.models import kohya_names
 from fdu.models.denoiser import JOINT_ATTENTION, Conditioning, call_default
 from fdu.models.patches import PatchFlowDenoiser, pack, unpack
 
@@ -18,6 +19,7 @@ class QwenImageDenoiser(PatchFlowDenoiser):
 
     family = "Qwen-Image (a QwenImageTransformer2DModel)"
     module_class = QwenImageTransformer2DModel
+    kohya = kohya_names.QWEN_IMAGE
     encodes_videos = True
     guidance_argument = "true_cfg_scale"
     asks_for_negative = True

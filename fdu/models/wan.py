@@ -10,6 +10,7 @@ from diffusers import DiffusionPipeline, WanTransformer3DModel
 from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 from torch import Tensor
 
+from fdu.models import kohya_names
 from fdu.models.denoiser import Conditioning, call_default
 from fdu.models.noise_schedules import FlowDenoiser
 
@@ -19,6 +20,7 @@ class WanDenoiser(FlowDenoiser):
 
     family = "Wan (a WanTransformer3DModel)"
     module_class = WanTransformer3DModel
+    kohya = kohya_names.WAN
     encodes_videos = True
     draws_videos = True
     text_inputs: ClassVar = {"embeddings": ("condition_embedder.text_embedder.linear_1",)}

@@ -9,6 +9,7 @@ import torch
 from diffusers import ZImageTransformer2DModel
 from torch import Tensor
 
+from fdu.models import kohya_names
 from fdu.models.denoiser import Conditioning
 from fdu.models.noise_schedules import FlowDenoiser
 
@@ -24,6 +25,7 @@ class ZImageDenoiser(FlowDenoiser):
 
     family = "Z-Image (a ZImageTransformer2DModel)"
     module_class = ZImageTransformer2DModel
+    kohya = kohya_names.Z_IMAGE
     unguided_scale = 0.0
     asks_for_negative = True
     # Behind the refiners every block projects text and image by one to_k and to_v.

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from diffusers import DiffusionPipeline, FluxPipeline, StableDiffusion3Pipeline
+from diffusers import DiffusionPipeline
 
 from fdu.config import PLACES, TRAIN_METHODS
 from fdu.evaluation import Evaluation, Probe
@@ -16,13 +16,11 @@ from fdu.evaluation.tables import Row, comparison
 from fdu.evaluation.verdict import judge, percent
 from fdu.report.render import templates
 from fdu.storage.formats import Format
-from fdu.storage.kohya import KOHYA_FILE
+from fdu.storage.kohya import KOHYA_FILE, kohya_names
 from fdu.storage.loading import HUB_ID, erased_pairs
 from fdu.subjects.registry import find_subject
 
 CARD_FILE = "README.md"
-NOT_FROM_KOHYA = (StableDiffusion3Pipeline, FluxPipeline)
-"""Pipelines whose LoRA in kohya's names diffusers reads not at all or in part."""
 WHAT = {
     "lora": "A LoRA adapter",
     "kohya": "A LoRA adapter in kohya's names",
@@ -78,8 +76,8 @@ def write_card(
         kohya_file=KOHYA_FILE,
         dora=dora,
         trains=TRAIN_METHODS[config["train_method"]].trains,
-        # In kohya's names, diffusers reads no magnitudes, no SD3, and of FLUX only what is inside of blocks.
-        by_fdu=format == "delta" or (format == "kohya" and (dora or isinstance(pipeline, NOT_FROM_KOHYA))),
+        # In kohya's names, diffusers reads no magnitudes, and of some families nothing, or what is inside of blocks.
+        by_fdu=format == "delta" or (format == "kohya" and (dora or not kohya_names(pipeline).read_by_diffusers)),
         settings=[
             (name, _line(json.dumps(value, ensure_ascii=False))) for name, value in config.items() if name not in PLACES
         ],

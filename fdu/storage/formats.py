@@ -64,7 +64,7 @@ def write(
     | format | file | loads with |
     |---|---|---|
     | lora | pytorch_lora_weights.safetensors | ``pipeline.load_lora_weights(folder)`` |
-    | kohya | kohya_lora.safetensors | ComfyUI, Forge, AUTOMATIC1111, sd-scripts; diffusers, except SD3 and DoRA |
+    | kohya | kohya_lora.safetensors | ComfyUI, Forge, AUTOMATIC1111, sd-scripts; of some families diffusers |
     | pipeline | model_index.json and one folder per model | ``DiffusionPipeline.from_pretrained(folder)`` |
     | delta | delta.safetensors | ``fdu.load_weights(pipeline, folder)`` |
 

@@ -39,7 +39,7 @@ def table(pipeline: DiffusionPipeline) -> dict[str, Slot]:
     Raises:
         ValueError: no program names the layers of this family in kohya's way.
     """
-    names, attribute = _family_names(pipeline), parts.denoiser_name(pipeline)
+    names, attribute = kohya_names(pipeline), parts.denoiser_name(pipeline)
     module = getattr(pipeline, attribute)
     modules, present = parts.layers(module), set(_with_weights(module))
     found = {}
@@ -56,7 +56,12 @@ def table(pipeline: DiffusionPipeline) -> dict[str, Slot]:
     return found
 
 
-def _family_names(pipeline: DiffusionPipeline) -> KohyaNames:
+def kohya_names(pipeline: DiffusionPipeline) -> KohyaNames:
+    """The names of a pipeline's family.
+
+    Raises:
+        ValueError: there are none.
+    """
     module = getattr(pipeline, parts.denoiser_name(pipeline))
     family = family_of(module)
     if family is None or family.kohya is None:
@@ -236,7 +241,7 @@ def _magnitude(name: str, dora_scale: Tensor | None, outputs: int) -> Tensor | N
 
 def _metadata(pipeline: DiffusionPipeline, updates: Updates) -> dict[str, str]:
     """The metadata that sd-scripts, and programs that read its files, look for."""
-    names = _family_names(pipeline)
+    names = kohya_names(pipeline)
     version = names.version(pipeline)
     every = [update for by_layer in updates.values() for update in by_layer.values()]
     return {

@@ -51,21 +51,10 @@ UNITS = {
 """Pixels that a side must be a multiple of."""
 NO_LORA = ("pixart",)
 """Families without LoRA files in diffusers; their adapters are saved merged."""
-NO_KOHYA = (
-    *NO_LORA,
-    "sana",
-    "sd3",
-    "auraflow",
-    "chroma",
-    "cogview4",
-    "lumina2",
-    "qwenimage",
-    "zimage",
-    "flux2",
-    "flux2_klein",
-    "wan",
-)
-"""Families whose kohya files plain diffusers does not read."""
+NO_KOHYA = (*NO_LORA, "sana", "cogview4")
+"""Families without kohya files."""
+READ_BY_DIFFUSERS = ("sd", "sd_v", "sdxl", "qwenimage", "zimage", "flux2", "flux2_klein")
+"""Families whose kohya files plain diffusers reads whole; the others are for ComfyUI and fdu."""
 NEGATED = ("Lumina2Pipeline", "ZImagePipeline")
 """Pipelines that change the sign of what their module returns."""
 ONE_STREAM = ("cogview4",)
@@ -966,12 +955,20 @@ def test_an_erasure_comes_off_and_its_files_load_in_plain_diffusers(load: Load, 
         torch.testing.assert_close(picture(plain, name), after, rtol=0, atol=1e-4)
         plain.unload_lora_weights()
         assert torch.equal(picture(plain, name), before)
-    if name not in NO_KOHYA:
-        result.save(tmp_path / "kohya", save_as="kohya")
-        if "flux" in name:  # of which diffusers reads the layers in blocks only
-            load_weights(plain, tmp_path / "kohya")
-        else:
-            plain.load_lora_weights(tmp_path / "kohya", weight_name="kohya_lora.safetensors")
+    names = type(result.denoiser).kohya
+    assert (names is None) == (name in NO_KOHYA)
+    if names is None:
+        with pytest.raises(ValueError, match="kohya's names are known for"):
+            result.save(tmp_path / "kohya", save_as="kohya")
+        return
+    assert names.read_by_diffusers == (name in READ_BY_DIFFUSERS)
+    result.save(tmp_path / "kohya", save_as="kohya")
+    plain = load(name)
+    load_weights(plain, tmp_path / "kohya")
+    torch.testing.assert_close(picture(plain, name), after, rtol=0, atol=1e-4)
+    if names.read_by_diffusers:
+        plain = load(name)
+        plain.load_lora_weights(tmp_path / "kohya", weight_name="kohya_lora.safetensors")
         torch.testing.assert_close(picture(plain, name), after, rtol=0, atol=1e-4)
 
 

@@ -233,8 +233,10 @@ def test_kohya_metadata_tells_the_family_and_the_rank(tmp_path: Path) -> None:
         ("sdxl", "sdxl_base_v1-0", "networks.lora"),
         ("sd3", "sd3", "networks.lora_sd3"),
         ("flux", "flux1", "networks.lora_flux"),
+        ("flux2", "flux_2_dev", "networks.lora_flux_2"),
+        ("flux2_klein", "flux_2_klein_4b", "networks.lora_flux_2"),
     ):
-        pipeline, layers, _ = trained_with_lora(name)
+        pipeline, layers, _ = trained_with_lora(name, CONTEXT.get(name, ("add_k_proj",)))
         file = write(tmp_path, "kohya", pipeline, layers, lora_alpha=ALPHA, metadata={"fdu_target": "three"})
         with safe_open(file, "pt") as content:
             metadata = content.metadata()
@@ -288,6 +290,74 @@ def test_diffusers_reads_every_layer_of_a_flux_of_full_width(tmp_path: Path) -> 
         assert torch.equal(read.pop(f"{name}.lora_A.weight"), update.down)
         assert torch.equal(read.pop(f"{name}.lora_B.weight"), update.up)
     assert not any(tensor.any() for name, tensor in read.items() if "lora_B" in name)
+
+
+NEWER = {
+    "chroma": ("attn.add_k_proj", "double_blocks_0_txt_attn_qkv", "context_embedder", "txt_in"),
+    "flux2": ("attn.add_k_proj", "double_blocks_0_txt_attn_qkv", "context_embedder", "txt_in"),
+    "flux2_klein": (
+        "attn.to_qkv_mlp_proj",
+        "single_blocks_0_linear1",
+        "ff_context.linear_in",
+        "double_blocks_0_txt_mlp_0",
+    ),
+    "auraflow": ("attn.add_k_proj", "double_layers_0_attn_w1k", "context_embedder", "cond_seq_linear"),
+    "lumina2": (
+        "context_refiner.0.attn.to_k",
+        "context_refiner_0_attention_qkv",
+        "caption_embedder.1",
+        "cap_embedder_1",
+    ),
+    "zimage": (
+        "context_refiner.0.attention.to_k",
+        "context_refiner_0_attention_qkv",
+        "cap_embedder.1",
+        "cap_embedder_1",
+    ),
+    "qwenimage": ("0.attn.add_k_proj", "transformer_blocks_0_attn_add_k_proj", "txt_in", "txt_in"),
+    "wan": ("0.attn2.to_k", "blocks_0_cross_attn_k", "text_embedder.linear_1", "text_embedding_0"),
+}
+"""By family two layers with the names that ComfyUI, sd-scripts or musubi-tuner give them."""
+
+
+@pytest.mark.parametrize("name", NEWER)
+def test_the_layers_of_newer_families_have_the_names_of_their_original_code(name: str, tmp_path: Path) -> None:
+    first, first_name, second, second_name = NEWER[name]
+    pipeline, layers, after = trained_with_lora(name, (first, second))
+    file = write(tmp_path, "kohya", pipeline, layers, lora_alpha=ALPHA)
+    written = {key.partition(".")[0] for key in load_file(file)}
+    assert written == {f"lora_unet_{first_name}", f"lora_unet_{second_name}"}
+    plain = families.build(name)
+    load_weights(plain, file)
+    assert close(output(plain, name), after)
+
+
+def test_diffusers_reads_a_wan_file_that_changes_every_layer_of_the_blocks(tmp_path: Path) -> None:
+    pipeline, layers, after = trained_with_lora("wan", ("to_q", "to_k", "to_v", "to_out.0", "net.0.proj", "net.2"))
+    file = write(tmp_path, "kohya", pipeline, layers, lora_alpha=ALPHA)
+    plain = families.build("wan")
+    plain.load_lora_weights(str(file))
+    assert close(output(plain, "wan"), after)
+
+
+@pytest.mark.parametrize("name", ["qwenimage", "zimage", "flux2"])
+def test_diffusers_reads_all_of_attention(name: str, tmp_path: Path) -> None:
+    endings = (
+        "to_q",
+        "to_k",
+        "to_v",
+        "to_out.0",
+        "add_k_proj",
+        "to_add_out",
+        "to_qkv_mlp_proj",
+        "txt_in",
+        "cap_embedder.1",
+    )
+    pipeline, layers, after = trained_with_lora(name, endings)
+    file = write(tmp_path, "kohya", pipeline, layers, lora_alpha=ALPHA)
+    plain = families.build(name)
+    plain.load_lora_weights(str(file))
+    assert close(output(plain, name), after)
 
 
 def test_kohya_names_of_an_unknown_family_are_refused(tmp_path: Path) -> None:
