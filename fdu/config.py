@@ -172,20 +172,22 @@ class EraseConfig:
     train_batch_size: Count = 16
     """Erasing samples per step per process, >= 1; as many preserving samples are added when preservation_weight > 0."""
     learning_rate: Positive | None = None
-    """Peak learning rate, > 0. Default: one that suits the train_method; 0.004 for lora."""
+    """Peak learning rate, > 0. Default by train_method: 0.004 for lora and dora, 0.2 for token, 0.0002 for full, 0.0005
+    for the others."""
     preservation_weight: NotNegative = 4.0
     """Weight of the preservation loss, >= 0; 0 turns preservation off."""
     preservation_prompts: Prompts = ()
     """Prompts to preserve besides the empty prompt, such as the target's neighbours. Default: the anchor's prompts."""
     resolution: Count | None = None
-    """Height and width in pixels. Default: the model's own."""
+    """Height and width in pixels, a multiple of what the model needs (8 for Stable Diffusion). Default: the model's
+    own."""
     num_frames: Count | None = None
     """Frames of a video, >= 1; 1 trains on images. Default: as many as the pipeline draws. Video models only."""
     seed: Natural = 0
     """Random seed, >= 0. The same seed gives the same weights, bit for bit on the CPU; on a GPU add deterministic."""
     deterministic: bool = False
-    """Use only deterministic algorithms, so that on a GPU too the same seed, or a resumed run, gives the same weights
-    bit for bit. Slower. The CPU needs no such choice."""
+    """Use only deterministic algorithms, so that the same seed, or a resumed run, gives the same weights bit for bit on
+    a GPU too. Slower. Has no effect on the CPU."""
 
     divergence: str = "squared_hellinger"
     """f-divergence to minimise: a name from `fdu divergences`, with a parameter after a colon: alpha:0.3."""
@@ -204,7 +206,8 @@ class EraseConfig:
     """Guidance away from the target, beyond the anchor, >= 0; needs objective "model". With anchor "", 1 gives
     ESD's objective."""
     weighting: Literal["unit", "posterior", "min_snr", "p2"] = "unit"
-    """Weight of each timestep: equal ("unit", the paper's code), the exact DDPM posterior, min-SNR or P2."""
+    """Weight of each timestep: equal ("unit", the paper's code), that of the exact DDPM posterior, min-SNR (Hang et al.
+    2023) or P2 (Choi et al. 2022)."""
     snr_gamma: Positive = 5.0
     """Cap on the signal-to-noise ratio in min_snr, > 0."""
     timestep_sampling: Literal["uniform", "importance", "inference"] = "uniform"
@@ -219,13 +222,14 @@ class EraseConfig:
     weigh the loss by "sigma_sqrt" or "cosmap" (Esser et al. 2024). "none" is uniform; the weights are divided by their
     mean."""
     logit_mean: Finite = 0.0
-    """Mean of the logit in weighting_scheme "logit_normal"; lower values mean noisier timesteps, as in diffusers."""
+    """Mean of the logit in weighting_scheme "logit_normal", any number; lower means noisier timesteps, as in
+    diffusers."""
     logit_std: Positive = 1.0
     """Standard deviation of the logit in "logit_normal", > 0."""
     mode_scale: Finite = 1.29
-    """Scale of weighting_scheme "mode"."""
+    """Scale of weighting_scheme "mode", any number."""
     embedded_guidance: NotNegative = 1.0
-    """Guidance scale told to a guidance-distilled model (FLUX.1 dev) while it trains, >= 0."""
+    """Guidance scale given to a guidance-distilled model (FLUX.1 dev) as an input during training, >= 0."""
     variational: bool = False
     """Estimate the divergence with a critic in a min-max game, as the paper does where there is no closed form, instead
     of computing it exactly between Gaussians."""
@@ -255,19 +259,19 @@ class EraseConfig:
     gradient_surgery: bool = False
     """Remove the component of the erasing gradient that opposes the preserving gradient."""
     adversarial_rounds: Natural = 0
-    """Robust erasure: so many times, search for embeddings that still draw the target, and erase them too, >= 0."""
+    """Robust erasure: rounds of searching for embeddings that still draw the target, and erasing them too, >= 0."""
     adversarial_steps: Count = 60
     """Optimizer steps of a search, >= 1."""
     adversarial_conditionings: Count = 2
     """Searches per round and concept, >= 1; the first begins at the prompts, the others at noise around them."""
     adversarial_bound: Positive = 2.0
-    """Largest size of what a search adds to an embedding, > 0, relative to the embeddings' own (root mean squares)."""
+    """Largest size (root mean square) of what a search adds to an embedding, > 0, in units of the embeddings' own."""
     adversarial_order: Literal["search_first", "alternate"] = "search_first"
-    """Search in a training that is thrown away, and then erase once with all that was found ("search_first", as
-    STEREO), or go on with one training between the searches ("alternate", as AdvUnlearn)."""
+    """Search during a first training, discard it, and erase once with everything found ("search_first", as STEREO), or
+    continue one training between the searches ("alternate", as AdvUnlearn)."""
     num_latents: Annotated[int, (">=", 2)] = 96
-    """Training latents, >= 2, sampled in advance from the target's, the anchor's and the preserved prompts. At least 8
-    per concept if there are more than ten; never more than the steps can use."""
+    """Training latents, >= 2, sampled in advance for the target's, the anchor's and the preserved prompts. At least 8
+    per concept if there are more than ten concepts; never more than the steps can use."""
     num_inference_steps: Count = 15
     """Denoising steps per sampled latent, >= 1."""
     guidance_scale: NotNegative = 3.0
@@ -285,9 +289,9 @@ class EraseConfig:
     sample_batch_size: Count = 32
     """Latents sampled at a time, >= 1."""
     frozen_batches: Natural = 0
-    """Pre-draw N batches with their frozen outputs and cycle through them; 0 draws a fresh batch each step. Uses CPU
-    memory: 4 float32 latents per erasing sample. With cache_dir, runs that differ only in trained weights or divergence
-    share them."""
+    """Pre-draw so many batches with their frozen outputs and cycle through them, >= 0; 0 draws a fresh batch each step.
+    Uses CPU memory: 4 float32 latents per erasing sample. With cache_dir, runs that differ only in trained weights or
+    divergence share them."""
 
     cache_dir: str | None = None
     """Folder for encoded prompts, latents and frozen outputs, which later runs on the same model reuse."""
@@ -364,13 +368,19 @@ class EraseConfig:
                 if field.name.startswith("adversarial") and getattr(self, field.name) != field.default:
                     raise ValueError(f"{field.name} has no effect without adversarial_rounds; add it")
         if self.stop_at and self.objective == "noise":
-            raise ValueError("stop_at needs objective 'model': the distance from noise does not fall to a small share")
+            raise ValueError(
+                "stop_at needs objective 'model', since the distance from noise does not fall to a small share; "
+                "set objective to 'model', or stop_at to 0"
+            )
         if self.objective == "noise" and self.frozen_batches and not self.preservation_weight:
             raise ValueError("frozen_batches has no effect with objective 'noise' and no preservation; leave it out")
         if self.variational and divergence.name == "mse":
             raise ValueError("divergence 'mse' has no generator f, hence no critic; choose 'kl' with variational")
         if self.lr_warmup_steps and self.lr_scheduler == "constant":
-            raise ValueError("lr_warmup_steps needs lr_scheduler 'constant_with_warmup', 'linear' or 'cosine'")
+            raise ValueError(
+                "lr_warmup_steps needs lr_scheduler 'constant_with_warmup', 'linear' or 'cosine'; choose one of them, "
+                "or set lr_warmup_steps to 0"
+            )
         if self.gradient_surgery and not self.preservation_weight:
             raise ValueError("gradient_surgery needs preservation; set preservation_weight above 0")
         if self.frozen_batches and self.timestep_sampling == "importance":
@@ -408,7 +418,7 @@ class EraseConfig:
         if method.trains and self.max_train_steps < 2 * self.adversarial_rounds:
             raise ValueError(
                 f"adversarial_rounds {self.adversarial_rounds} needs at least {2 * self.adversarial_rounds} steps, and "
-                f"max_train_steps is {self.max_train_steps}"
+                f"max_train_steps is {self.max_train_steps}; raise it, or lower adversarial_rounds"
             )
 
     def as_dict(self) -> dict[str, Any]:

@@ -71,7 +71,7 @@ class Compare:
     robust: str | None = None
     """Values of --adversarial_rounds to compare, separated by commas, such as 0,2. Implies --attack."""
     attack: bool = False
-    """Attack each erased model, and show how often the target stays away (held). Doubles the time."""
+    """Attack each erased model, and show how often the target stays away (held). About doubles the time."""
     seeds: int = 3
     """Number of seeds per divergence and value of s0, >= 1: the seeds 0, 1, ..."""
     prefer: Literal["preservation", "balanced", "erasure", "robustness"] = "balanced"
@@ -85,12 +85,12 @@ class Compare:
     judge: str | None = None
     """Image-text encoder that judges, as for `fdu evaluate`. Emoji and digits have their own."""
     judged_inference_steps: int | None = None
-    """Sampling steps per judged image. Default: the pipeline's own; 20 on emoji and digits."""
+    """Sampling steps per judged image, >= 1. Default: the pipeline's own; 20 on emoji and digits."""
     judged_guidance_scale: float | None = None
-    """Guidance scale of judged images. Default: the pipeline's own; 2 on emoji, 3 on digits."""
+    """Guidance scale of judged images, >= 0. Default: the pipeline's own; 2 on emoji, 3 on digits."""
     workers: int | None = None
-    """Number of worker processes. If more than one, each uses one thread. Default: 1; on emoji and digits on a
-    CPU, one per core."""
+    """Worker processes, >= 1. If more than one, each uses one thread. Default: 1; on emoji and digits on a CPU, one per
+    core."""
     concept_type: Literal["object", "style"] = "object"
     """Which prompt templates the names are put into. Emoji and digits have their own."""
     dtype: Dtype = "auto"
@@ -111,7 +111,7 @@ class Compare:
             check_number("workers", self.workers, Count)
         attacked = self.attack or self.robust is not None
         if self.prefer == "robustness" and not attacked:
-            raise ValueError("prefer robustness needs an attack on every model; add --attack")
+            raise ValueError("--prefer robustness needs an attack on every model; add --attack")
         base = self._base()
         if not TRAIN_METHODS[base.train_method].trains:
             raise ValueError(

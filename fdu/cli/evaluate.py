@@ -70,26 +70,26 @@ class Evaluate:
     images_per_class: int = 32
     """Images per class, before and after, >= 1."""
     num_inference_steps: int | None = None
-    """Sampling steps per image. Default: the pipeline's own; 20 on emoji and digits."""
+    """Sampling steps per image, >= 1. Default: the pipeline's own; 20 on emoji and digits."""
     guidance_scale: float | None = None
-    """Classifier-free guidance scale. Default: the pipeline's own; 2 on emoji, 3 on digits."""
+    """Classifier-free guidance scale, >= 0. Default: the pipeline's own; 2 on emoji, 3 on digits."""
     batch_size: int | None = None
-    """Images drawn at a time. Default: 4; 32 on emoji and digits."""
+    """Images drawn at a time, >= 1. Default: 4; 32 on emoji and digits."""
     seed: int = 0
-    """Random seed, >= 0. Images use the seeds from SEED + 1000 on, and training those from SEED on, so the two do not
-    overlap."""
+    """Random seed, >= 0. Images use the seeds from SEED + 1000 on; training uses those from SEED on, so that images and
+    training share none."""
     robustness: Annotated[tuple[RobustnessTest, ...] | None, arg(metavar="[TEST ...]")] = None
     """Also test whether the erasure holds: phrasings (other prompts), attack (on the text embedding), relearning (from
     images), words and direction (prompts without the name), inversion (of the name's embedding), partial_noise and
     inpainting (from images of the target). Without names: the first three."""
     robustness_batch_size: int | None = None
-    """Images per batch in the robustness tests, which also train and so need more memory. Default: --batch_size for
-    drawing, 16 for training."""
+    """Images per batch in the robustness tests, >= 1; these also train and so need more memory. Default: --batch_size
+    for drawing, 16 for training."""
     phrasings: Path | None = None
     """Text file for the test "phrasings": sections such as [paraphrases], one prompt per line. Default: the prompt sets
     of fdu."""
     out: Path | None = None
-    """Folder for metrics.json, images and report.html."""
+    """Folder for metrics.json, images and report.html. Default: none; the figures are only printed."""
     overwrite: bool = False
     """Replace OUT if fdu wrote it. Other files are never replaced."""
     dtype: Dtype = "auto"
@@ -200,7 +200,7 @@ class Evaluate:
         if not targets and not self.prompts:
             raise ValueError(f"target is missing: ERASED {self.erased!r} does not record any concept; add --target")
         if len(targets) > 1 and self.prompts:
-            raise ValueError(f"prompts: a concept set is of one target, got {len(targets)}; give one --target")
+            raise ValueError(f"prompts: a concept set has one target, got {len(targets)}; give one --target")
         if len(targets) > 1 and self.robustness is not None:
             raise ValueError(f"robustness tests one concept, got {len(targets)} targets; choose one with --target")
         return targets or (None,)
@@ -241,7 +241,7 @@ class Evaluate:
 class Report:
     """Regenerate the report of an evaluation, a self-contained HTML page, and its picture.
 
-    `fdu evaluate --out` and `fdu demo` write both, too; this command uses their figures and images.
+    Uses the figures and images that `fdu evaluate --out` or `fdu demo` has written there.
     """
 
     examples: ClassVar[tuple[str, ...]] = ("fdu report demo-out", "fdu report evaluation")
