@@ -289,7 +289,7 @@ def sources_folder() -> Path:
     for folder in (package / "csrc", package.parent / "csrc"):
         if (folder / KERNELS).is_file():
             return folder
-    raise BuildError(f"the C++ sources are missing from {package}: pip install --force-reinstall fdu")
+    raise BuildError(f"the C++ sources are missing from {package}: install fdu again from its checkout or wheel")
 
 
 def digest_of_sources(folder: Path) -> str:

@@ -36,9 +36,10 @@ class Demo:
     out: Path = Path(DEMO_FOLDER)
     """Folder for the results."""
     target: str | None = None
-    """Concept to erase, one of `fdu names MODEL`. Default, without an anchor: fox; three on the digits."""
+    """Concept to erase, one that `fdu names MODEL` lists. Default: fox, or three on the digits. Give both --target and
+    --anchor, or neither."""
     anchor: str | None = None
-    """Concept that replaces it: another one of them. Default, without a target: wolf; eight on the digits."""
+    """Concept that replaces it, another one that `fdu names MODEL` lists. Default: wolf, or eight on the digits."""
     images_per_class: int = 24
     """Images per class for the judge, before and after, >= 1."""
     device: str = "cpu"

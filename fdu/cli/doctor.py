@@ -26,6 +26,8 @@ OPTIONAL = {
 """Optional distributions, with their use and the command that installs them."""
 MODULES = {"pillow": "PIL", "pyyaml": "yaml"}
 """Import names that differ from the distribution's."""
+REINSTALL = "install fdu again from its checkout or wheel: pip install --force-reinstall --no-deps PATH"
+"""No registry has fdu, so its name alone would not do."""
 LITTLE_DISK = 2 << 30
 """Bytes; a full pipeline of Stable Diffusion in fp16 takes about this much."""
 
@@ -47,7 +49,7 @@ BACKEND_REMEDIES = (
     ("compiler|g\\+\\+|c\\+\\+|gcc|clang", "install a C++20 compiler, such as: apt install g++"),
     (
         "compiled|built|build|extension|_c\\b",
-        "pip install --force-reinstall --no-deps fdu; in a checkout, "
+        "install fdu again from its wheel; in a checkout, "
         ".venv/bin/pip install --no-deps --no-build-isolation --editable .",
     ),
 )
@@ -95,7 +97,7 @@ def examine() -> list[Finding]:
             findings += look()
         except Exception as error:
             detail = f"{type(error).__name__}: {error}"
-            findings.append(Finding(look.__name__.strip("_"), "fault", detail, "pip install --force-reinstall fdu"))
+            findings.append(Finding(look.__name__.strip("_"), "fault", detail, REINSTALL))
     return findings
 
 
@@ -214,10 +216,9 @@ def _embedded() -> list[Finding]:
         missing = [path.name for path in (one.data / "model_index.json", one.classifier) if not path.is_file()]
         if missing:
             detail = f"{', '.join(missing)} missing: no demo on it, but fdu runs on other models"
-            remedy = "pip install --force-reinstall --no-deps fdu"
-            findings.append(Finding(f"pipeline {one.name}", "note", detail, remedy))
+            findings.append(Finding(f"pipeline {one.name}", "note", detail, REINSTALL))
         else:
-            findings.append(Finding(f"pipeline {one.name}", "ok", "there"))
+            findings.append(Finding(f"pipeline {one.name}", "ok", "present"))
     return findings
 
 

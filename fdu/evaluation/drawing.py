@@ -205,9 +205,10 @@ def draw(
         probes: the prompts to draw, one probe per class.
         images_per_class: images per probe, >= 1.
         seed: seed of the first image of each probe.
-        num_inference_steps: sampling steps per image. None: the pipeline's default.
-        guidance_scale: classifier-free guidance scale. None: the pipeline's default.
-        batch_size: images drawn at a time; fewer need less memory.
+        num_inference_steps: sampling steps per image, >= 1; the default suits the digits. None: the pipeline's default.
+        guidance_scale: classifier-free guidance scale, >= 0; the default suits the digits. None: the pipeline's
+            default.
+        batch_size: images drawn at a time, >= 1; fewer need less memory.
         description: label of the progress bar.
 
     Raises:

@@ -124,7 +124,7 @@ def test_an_old_nvcc_is_not_used(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 
 def test_no_sources(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(build, "__file__", str(tmp_path / "fdu_kernels" / "build.py"))
-    with pytest.raises(build.BuildError, match="sources.*missing.*pip install --force-reinstall fdu"):
+    with pytest.raises(build.BuildError, match="sources.*missing.*install fdu again from its checkout or wheel"):
         build.sources_folder()
 
 
