@@ -66,7 +66,7 @@ def gaussian_divergence(
         mask: bool or floating, >= 0, broadcastable to pred: [B, 1, H, W], [H, W], ... An empty row gives 0.
         distance: "mean" divides s by the mask's sum (the paper's code), "sum" does not (the true divergence).
         reduction: over the batch; "none" returns [B].
-        return_distance: return s [B] behind the loss, which the kernels have anyway: a constant, in float64 so that
+        return_distance: also return s [B], last; the kernels compute it anyway. It is a constant, in float64 so that
             h(s) and other functions of it are as exact as the loss; float32 on devices without float64.
 
     Returns:
@@ -108,7 +108,7 @@ def gaussian_divergence_value_and_grad(
     torch.func and forward-mode differentiation, both are differentiable.
 
     Args:
-        grad_scale: factor on the gradient only, a number or a tensor [] (loss scaling, gradient accumulation).
+        grad_scale: factor on the gradient alone, a number or a tensor [] (loss scaling, gradient accumulation).
         grad_out: a buffer like pred that receives the gradient, instead of a new tensor; it must not share storage
             with pred or target.
 
@@ -121,10 +121,10 @@ def gaussian_divergence_value_and_grad(
 
 
 def warm_up(pred: Tensor, target: Tensor, divergence: str | Divergence = "squared_hellinger", **options: Any) -> None:
-    """Make the first calls of :func:`gaussian_divergence` and its value-and-grad form with such arguments.
+    """Make the first calls of :func:`gaussian_divergence` and of its value-and-grad form with these arguments.
 
     A first call moves tables to the device, and compiles and loads kernels, which a CUDA graph cannot capture. Call
-    this before a capture of new divergences, dtypes or shapes. Other losses: call them once.
+    this before you capture new divergences, dtypes or shapes. Call the other losses once instead.
 
     Args:
         pred, target, divergence: as in the function; the values do not matter.

@@ -35,8 +35,9 @@ class GaussianDivergenceLoss(nn.Module):
         divergence: a name ("squared_hellinger", "alpha:0.3", ...) or a Divergence.
         sigma: a positive number, or "auto".
         s0: target of "auto" for the median of s, > 0.
-        calibration_calls: 8 calls with one sample each estimate the median of a chi-square-like s to about 20 %.
-            Activation checkpointing repeats calls, so each counts twice: call the loss outside of it.
+        calibration_calls: number of calls that calibrate, >= 1. 8 calls with one sample each estimate the median of a
+            chi-square-like s to about 20 %. Activation checkpointing repeats calls, so each counts twice: call the
+            loss outside of it.
         synchronize: calibrate on the samples of all processes in torch.distributed's default group, so that they share
             one sigma; every process must make the calibrating calls. Default: each uses its own samples.
         distance, reduction, backend: as in the function.
@@ -95,7 +96,7 @@ class GaussianDivergenceLoss(nn.Module):
         self, pred: Tensor, target: Tensor, weight: Tensor | None = None, mask: Tensor | None = None,
         sigma_scale: Tensor | None = None, return_distance: bool = False,
     ) -> Any:  # fmt: skip
-        """The loss of [B, ...] denoiser outputs; ``target`` is a constant. With ``return_distance``, s [B] behind it.
+        """The loss of [B, ...] denoiser outputs; ``target`` is a constant. With ``return_distance``, also s [B].
 
         Args:
             pred, target, weight, mask: as in the function.
