@@ -70,8 +70,12 @@ class Conditioning:
         groups = []
         for length in lengths.unique().tolist():
             rows = (lengths == length).nonzero()[:, 0]
-            own = self[rows].tensors
-            groups.append((rows, Conditioning({name: tensor[:, :length] for name, tensor in own.items()})))
+            # A pooled embedding [N, d] has no length.
+            own = {
+                name: tensor[:, :length] if tensor.ndim > 2 or name == "mask" else tensor
+                for name, tensor in self[rows].tensors.items()
+            }
+            groups.append((rows, Conditioning(own)))
         return groups
 
 

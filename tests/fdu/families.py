@@ -270,15 +270,7 @@ def sana() -> SanaPipeline:
     instruction = inspect.signature(SanaPipeline.__call__).parameters["complex_human_instruction"].default
     tokenizer = gemma_tokenizer(tuple(instruction))
     text_encoder = Gemma2Model(
-        Gemma2Config(
-            vocab_size=len(tokenizer),
-            hidden_size=16,
-            intermediate_size=32,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            num_key_value_heads=1,
-            head_dim=8,
-        )
+        Gemma2Config(**{**decoder_settings(tokenizer), "num_hidden_layers": 1, "initializer_range": 0.02})
     )
     vae = AutoencoderDC(
         latent_channels=4,
@@ -314,7 +306,7 @@ def auraflow() -> AuraFlowPipeline:
     louder(transformer, "time_step_proj.linear_2", 16)
     return AuraFlowPipeline(
         tokenizer=t5_tokenizer(),
-        text_encoder=UMT5EncoderModel(UMT5Config(**t5_settings())),
+        text_encoder=umt5_encoder(),
         vae=autoencoder(),
         transformer=transformer,
         scheduler=FlowMatchEulerDiscreteScheduler(shift=1.73),
@@ -421,15 +413,7 @@ def qwenimage() -> QwenImagePipeline:
     settings = {**decoder_settings(tokenizer, width=32), "head_dim": None}
     settings["rope_parameters"] = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}
     vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 32}
-    vae = AutoencoderKLQwenImage(
-        base_dim=8,
-        z_dim=4,
-        dim_mult=[1, 1],
-        num_res_blocks=1,
-        temperal_downsample=[False],
-        latents_mean=[0.1, -0.2, 0.3, 0.0],
-        latents_std=[1.5, 2.0, 0.5, 1.0],
-    )
+    vae = AutoencoderKLQwenImage(**VIDEO_VAE, dim_mult=[1, 1], temperal_downsample=[False])
     shift = {"use_dynamic_shifting": True, "shift_terminal": 0.02, "max_shift": 0.9}
     return QwenImagePipeline(
         transformer=transformer,
@@ -511,20 +495,11 @@ def wan(expand_timesteps: bool = False) -> WanPipeline:
         rope_max_seq_len=64,
     )
     louder(transformer, "condition_embedder.text_embedder.linear_2", 16)
-    vae = AutoencoderKLWan(
-        base_dim=8,
-        z_dim=4,
-        dim_mult=[1, 1, 1],
-        num_res_blocks=1,
-        temperal_downsample=[True, True],
-        latents_mean=[0.1, -0.2, 0.3, 0.0],
-        latents_std=[1.5, 2.0, 0.5, 1.0],
-        scale_factor_temporal=4,
-        scale_factor_spatial=4,
-    )
+    settings = {"dim_mult": [1, 1, 1], "temperal_downsample": [True, True]}
+    vae = AutoencoderKLWan(**VIDEO_VAE, **settings, scale_factor_temporal=4, scale_factor_spatial=4)
     return WanPipeline(
         tokenizer=t5_tokenizer(),
-        text_encoder=UMT5EncoderModel(UMT5Config(**t5_settings())),
+        text_encoder=umt5_encoder(),
         vae=vae,
         transformer=transformer,
         scheduler=UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0),
@@ -613,6 +588,11 @@ def clip_config() -> CLIPTextConfig:
 def t5_encoder() -> T5EncoderModel:
     """A one-layer T5 text encoder."""
     return T5EncoderModel(T5Config(**t5_settings()))
+
+
+def umt5_encoder() -> UMT5EncoderModel:
+    """A one-layer UMT5 text encoder."""
+    return UMT5EncoderModel(UMT5Config(**t5_settings()))
 
 
 def t5_settings() -> dict[str, Any]:
@@ -709,6 +689,10 @@ def decoder_settings(tokenizer: Any, width: int = 16) -> dict[str, Any]:
 
 
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+VIDEO_VAE: dict[str, Any] = {
+    **{"base_dim": 8, "z_dim": 4, "num_res_blocks": 1},
+    **{"latents_mean": [0.1, -0.2, 0.3, 0.0], "latents_std": [1.5, 2.0, 0.5, 1.0]},
+}
 FLOW_VAE = {"use_quant_conv": False, "use_post_quant_conv": False, "shift_factor": 0.0609, "scaling_factor": 1.5305}
 UNET = {
     "sample_size": SAMPLE_SIZE,

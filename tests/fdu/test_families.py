@@ -368,6 +368,28 @@ def test_prompts_of_several_lengths_are_predicted_and_drawn_together(denoiser: D
         torch.testing.assert_close(image, own[0], rtol=1e-4, atol=1e-4)
 
 
+def test_conditionings_of_any_shape_are_joined_and_parted() -> None:
+    def of(length: int, layers: int = 2) -> Conditioning:
+        return Conditioning(
+            {
+                "embeddings": torch.randn(1, length, 6),
+                "stacked": torch.randn(1, length, layers, 6),  # of several layers of an encoder
+                "pooled": torch.randn(1, 9),
+                "mask": torch.ones(1, length, dtype=torch.long),
+            }
+        )
+
+    parts = [of(3), of(5), of(3)]
+    joined = Conditioning.cat(parts)
+    assert joined.tensors["stacked"].shape == (3, 5, 2, 6) and joined.tensors["pooled"].shape == (3, 9)
+    groups = joined.by_length()
+    assert [rows.tolist() for rows, _ in groups] == [[0, 2], [1]]
+    for rows, own in groups:
+        for place, row in enumerate(rows.tolist()):
+            for name, tensor in parts[row].tensors.items():
+                assert torch.equal(own[place : place + 1].tensors[name], tensor)
+
+
 @pytest.mark.parametrize("name", ["cogview4", "qwenimage", "zimage"])
 @torch.no_grad()
 def test_moves_of_more_embeddings_than_a_prompt_has_are_cut(denoiser: Denoiser) -> None:

@@ -36,6 +36,7 @@ CASES: dict[str, dict[str, Any]] = {
     "token, surgery": {"train_method": "token", "gradient_surgery": True},
     "critic": {"variational": True, "divergence": "jensen_shannon", "critic_warmup_steps": 2},
     "importance": {"timestep_sampling": "importance"},
+    "trajectory": {"noisy_latents": "trajectory", "num_inference_steps": 2},
 }
 
 
