@@ -104,6 +104,13 @@ def test_the_judge_of_the_other_kind_tells_what_else_was_asked(pipeline: StableD
         assert None in found and [one for one in found if one is not None].count(True) >= 11
 
 
+@pytest.mark.parametrize(
+    ("target", "anchor", "share"), [("three", "eight", 0), ("three", "digit", 1 / 10), ("red", "digit", 1 / 20)]
+)
+def test_a_digit_in_any_ink_shows_the_target_by_chance(target: str, anchor: str, share: float) -> None:
+    assert digits.chance(target, anchor) == share
+
+
 def test_what_it_does_not_know_is_refused() -> None:
     with pytest.raises(ValueError, match="target.*digit .*ink .*, got 'cat'"):
         digits.concepts("cat", "eight")

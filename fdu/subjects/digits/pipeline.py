@@ -30,6 +30,7 @@ from fdu.subjects.digits.vocabulary import (
     INKS,
     MEDIA,
     NAMES,
+    UNNAMED_INK,
     medium_phrases,
     prompt,
 )
@@ -144,8 +145,10 @@ def concepts(target: str, anchor: str) -> tuple[Concept, Concept]:
 
 
 def chance(target: str, anchor: str) -> float:
-    """The share of images for the anchor that show the target, if it draws all that it can mean equally often."""
-    return 1 / len(DIGITS if target in DIGITS else MEDIA) if anchor == SUPERCLASS else 0.0
+    """The share of images for the anchor that show the target by chance."""
+    if anchor != SUPERCLASS:
+        return 0.0
+    return 1 / len(DIGITS) if target in DIGITS else UNNAMED_INK
 
 
 def check_target(target: str) -> None:

@@ -32,7 +32,9 @@ from fdu.subjects.digits.vocabulary import (
     DIGITS,
     FRAMES,
     GENERIC_NOUNS,
+    INKS,
     MEDIA,
+    UNNAMED_INK,
     all_phrases,
     corpus,
     medium_phrases,
@@ -51,7 +53,7 @@ EMPTY_SHARE, GENERIC_SHARE, MEDIUM_NAMED_SHARE = 0.12, 0.20, 0.60
 AVERAGE_DECAY = 0.99
 """Decay of the moving average of the weights. At 0.999 a twentieth of the result would be the weights of step 1. They
 pull all samples towards their mean: a generic prompt would draw hardly any red and hardly any one."""
-UNNAMED_MEDIA = torch.tensor([0.05, 0.05, 0.05, 0.05, 0.8])
+UNNAMED_MEDIA = torch.tensor([*[UNNAMED_INK] * len(INKS), 1 - UNNAMED_INK * len(INKS)])
 """How often each medium of MEDIA is drawn when a prompt names none: mostly pencil."""
 
 

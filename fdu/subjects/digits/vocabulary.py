@@ -8,6 +8,8 @@ NAMES = (*DIGITS, *INKS)
 """What can be erased."""
 MEDIA = (*INKS, "pencil")
 """The four inks, and pencil: the medium of most digits whose prompt names no medium."""
+UNNAMED_INK = 0.05
+"""The share of each ink in the training images whose prompt names no medium; the others are in pencil."""
 
 FRAMES = ("{}", "a photo of {}", "a picture of {}", "an image of {}", "a drawing of {}", "a scan of {}")
 DIGIT_NOUNS = ("{}", "a {}", "the digit {}", "the number {}", "a handwritten {}")
