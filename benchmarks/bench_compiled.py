@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import dataclasses
 import importlib.metadata
+import itertools
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -154,19 +155,33 @@ def blocks_at_once(registers: int, threads: int) -> int:
     return min(REGISTER_FILE // (each * threads), MOST_THREADS // threads)
 
 
+def show(row: records.Row, heading: bool) -> None:
+    """Print a row in columns; above the first, their names."""
+    if heading:
+        print(*(f"{name:>{width_of(name)}}" for name in row))
+    figures = {name: f"{value:.1f}" if isinstance(value, float) else value for name, value in row.items()}
+    print(*(f"{figure:>{width_of(name)}}" for name, figure in figures.items()), flush=True)
+
+
+def width_of(name: str) -> int:
+    """Of a column."""
+    return 30 if name == "loop" else max(len(name), 8)
+
+
 def main() -> None:
     """Compile, print and keep."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--record", type=Path, help=f"JSON file to write, such as {RECORD}")
     options = parser.parse_args()
     os.environ.setdefault("TRITON_CACHE_DIR", str(build.cache_folder() / "triton"))
-    plan, rows = cuda_recipe(), []
+    plan, rows = cuda_recipe(), list[records.Row]()
+    compilers = f"{plan.cuda.rpartition(' by ')[2]} and triton {importlib.metadata.version('triton')}"
+    print(compilers, flush=True)
     module = build.built(plan)
-    for row in (*cuda_rows({gpu: code_of(module, gpu) for gpu in NVIDIA}), *triton_rows()):
-        print(*(f"{number:.1f}" if isinstance(number, float) else number for number in row.values()), flush=True)
+    for row in itertools.chain(cuda_rows({gpu: code_of(module, gpu) for gpu in NVIDIA}), triton_rows()):
+        show(row, heading=not rows)
         rows.append(row)
     if options.record:
-        compilers = f"{plan.cuda.rpartition(' by ')[2]} and triton {importlib.metadata.version('triton')}"
         records.keep(options.record, "compiled", compilers=compilers, rows=rows)
 
 
