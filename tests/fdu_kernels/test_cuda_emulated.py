@@ -1,28 +1,24 @@
-"""The logic of the CUDA kernels without a GPU: csrc/cuda*.cu compiled for the host, its threads emulated as fibers.
-
-Indices, plans, sums, tickets and barriers are the real ones; CUDA's words are those of cuda_emulation.h.
-"""
+"""The logic of the CUDA kernels without a GPU, by their emulation on the host."""
 
 from __future__ import annotations
 
-import importlib.util
 import math
 import types
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
+import emulated_cuda
 import pytest
 import torch
+from emulated_cuda import EmulatedKernels, registered
 from kernel_testing import check_density_ratio, check_gaussian, check_variational, laid_out, pair, pairs
 from torch import Tensor
 
 import fdu_kernels as fk
-from fdu_kernels import build, registry
-from fdu_kernels.calls import ExpectationCall, GaussianCall, Kind
+from fdu_kernels import build
+from fdu_kernels.calls import ExpectationCall, GaussianCall
 from fdu_kernels.kernels.native import CudaBackend
 
-HERE = Path(__file__).parent
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 MACHINES = {"small": (3, False), "Ampere": (108, False), "Hopper": (132, True)}
 """Multiprocessors, clusters."""
@@ -38,61 +34,18 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def module() -> types.ModuleType:
-    """The operations on CPU tensors. Like the kernels themselves, the module is kept until its sources change."""
     try:
-        plan = build.recipe()
+        return emulated_cuda.load()
     except build.BuildError as error:
         pytest.skip(str(error))
-    compiler, _, flags = plan.objects["module.o"]
-    # Ubuntu's compiler would check that longjmp stays on one stack.
-    flags = [*flags, "-O1", "-Werror", "-U_FORTIFY_SOURCE", "-I", str(plan.sources), "-I", str(HERE)]
-    flags += ['-DFDU_EMULATION="cuda_emulation.h"', "-x", "c++"]
-    units = *(plan.sources / unit for unit in build.CUDA_KERNELS), HERE / "cuda_emulation.cpp"
-    plan = plan._replace(
-        objects={f"{unit.stem}.o": (compiler, str(unit), flags) for unit in units},
-        information={**plan.information, "emulation": build.digest_of_sources(HERE)},
-    )
-    spec = importlib.util.spec_from_file_location("cuda_emulation", build.built(plan))
-    assert spec is not None and spec.loader is not None
-    loaded = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(loaded)
-    return loaded
-
-
-class EmulatedKernels(CudaBackend):
-    """The backend "cuda" on CPU tensors."""
-
-    def __init__(self, module: types.ModuleType) -> None:
-        self._compiled = module
-        self.tickets = torch.frombuffer(module.tickets(), dtype=torch.int32)
-        self.copies = 0  # calls that did not fit
-
-    _reason = None
-
-    def why_unsuitable(self, kind: Kind) -> str | None:
-        return kind.why_not_fused()
-
-    def _call(self, operation: str, device: torch.device, *arguments: object) -> bool:
-        launches = self._compiled.counts()[0]
-        launched: bool = getattr(self._compiled, operation)(*arguments)
-        assert launched or self._compiled.counts()[0] == launches
-        self.copies += not launched
-        return launched
-
-    def _workspace(self, tensor: Tensor, batch: int) -> Tensor:
-        return super()._workspace(tensor, batch).fill_(0xFF)  # NaN, and tickets that are none
 
 
 @pytest.fixture(scope="module")
 def kernels(module: types.ModuleType) -> Iterator[EmulatedKernels]:
     """Registered as the backend "emulated"."""
-    patch = pytest.MonkeyPatch()
     made = EmulatedKernels(module)
-    patch.setitem(registry.PLACES, "emulated", made)
-    registry.backend_named.cache_clear()
-    yield made
-    patch.undo()
-    registry.backend_named.cache_clear()
+    with registered("emulated", made):
+        yield made
 
 
 @pytest.fixture(autouse=True)

@@ -1,6 +1,6 @@
 """The fused backends on an NVIDIA GPU: golden values, precision, sizes past 2^31, graphs, streams, memory, no waiting.
 
-Only torch, triton, numpy and pytest are needed. Without a GPU every test is skipped by name.
+Only torch, triton, numpy and pytest are needed. Without a GPU every test is skipped by name, but in a rehearsal.
 """
 
 from __future__ import annotations
@@ -8,23 +8,27 @@ from __future__ import annotations
 import gc
 import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from gpu_testing import ARCHITECTURE, DEVICE, REHEARSAL, anywhere, on_a_gpu
 from torch import Tensor
 
 import fdu_kernels as fk
+from fdu_kernels import build, registry
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 NAMES = ["mse", "squared_hellinger", "alpha:0.3", "jensen_shannon", "total_variation"]
 CRITICS = ["kl", "jeffreys", "jensen_shannon", "le_cam", "squared_hellinger", "pearson_chi2"]
 SHAPES = [(1,), (5,), (3, 7), (2, 4, 64, 64), (7, 4, 33, 35), (65_536, 3), (2, 1_000_003), (1, 4_194_304)]
+SHAPES = SHAPES[: 5 if REHEARSAL else None]
 Row = tuple[str, Tensor, Tensor, Tensor]
 FUSED = ("triton", "cuda")
 VECTORS = Path(__file__).parents[1] / "fdu_kernels" / "vectors"
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+pytestmark = anywhere
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -36,17 +40,32 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
             metafunc.parametrize(f"{name}_row", values, ids=list(rows))
 
 
+@pytest.fixture(scope="session")
+def emulated() -> Iterator[None]:
+    """In a rehearsal the backend "cuda" is emulated, and fails where a machine with a GPU could not build it."""
+    from emulated_cuda import EmulatedKernels, load, registered
+
+    plan = build.recipe((ARCHITECTURE,))
+    if not plan.architectures:
+        raise build.BuildError(plan.cuda)
+    build.built(plan)
+    with registered("cuda", EmulatedKernels(load())):
+        yield
+
+
 @pytest.fixture(params=FUSED)
 def backend(request: pytest.FixtureRequest) -> str:
     """Each fused backend; one that cannot run on a machine with a GPU is a failure, not a skip."""
-    reason = fk.backends().get(request.param, "not in this version")
+    if REHEARSAL and request.param == "cuda":
+        request.getfixturevalue("emulated")
+    reason = registry.backend_named(request.param).why_unavailable()
     assert reason is None, f"{request.param} cannot run here: {reason}"
     return request.param
 
 
 def pair(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator("cuda").manual_seed(0)
-    pred, target = (torch.randn(shape, generator=generator, device="cuda").to(dtype) for _ in range(2))
+    generator = torch.Generator(DEVICE).manual_seed(0)
+    pred, target = (torch.randn(shape, generator=generator, device=DEVICE).to(dtype) for _ in range(2))
     return pred, target
 
 
@@ -57,7 +76,7 @@ def truth(pred: Tensor, target: Tensor, name: str, **options: object) -> tuple[T
 def test_golden_values(backend: str, gaussian_row: Row) -> None:
     name, s, h, slope = gaussian_row
     # In float32 s is the square of a rounded number: that is the s of which h is asked.
-    pred = s.sqrt().float().cuda()
+    pred = s.sqrt().float().to(DEVICE)
     exact = pred.double().square().cpu()
     divergence = fk.get_divergence(name)
     h, slope = divergence.profile(exact), divergence.profile_grad(exact)
@@ -82,7 +101,9 @@ def test_golden_critics(backend: str, variational_row: tuple[str, Tensor, Tensor
             wide, wide, name, parametrization=parametrization, reduction="none", backend="torch"
         )
         eager = fk.variational_divergence_value_and_grad(v, v, name, reduction="none", backend="torch")
-        found = fk.variational_divergence_value_and_grad(v.cuda(), v.cuda(), name, reduction="none", backend=backend)
+        found = fk.variational_divergence_value_and_grad(
+            v.to(DEVICE), v.to(DEVICE), name, reduction="none", backend=backend
+        )
         for ours, plain, true in zip(found[1:], eager[1:], wanted[1:], strict=True):
             finite = true.isfinite() & (true.abs() > 1e-37) & (true.abs() < 3e38)
             error = ((ours.cpu().double() - true) / true).abs()[finite]
@@ -121,13 +142,13 @@ def test_strides_and_masks(backend: str, mask_shape: tuple[int, ...] | None, lay
     if layout == "channels_last":
         target = target.contiguous(memory_format=torch.channels_last)
     if layout == "sliced":
-        pred = torch.randn(3, 5, 17, 40, device="cuda")[..., 1:39:2]
+        pred = torch.randn(3, 5, 17, 40, device=DEVICE)[..., 1:39:2]
     if layout == "transposed":
-        pred = torch.randn(3, 5, 19, 17, device="cuda").mT
-    mask = None if mask_shape is None else torch.rand(mask_shape, device="cuda")
+        pred = torch.randn(3, 5, 19, 17, device=DEVICE).mT
+    mask = None if mask_shape is None else torch.rand(mask_shape, device=DEVICE)
     if mask is not None and mask_shape is not None and len(mask_shape) == 4:
         mask[1] = 0
-    sigma, weight = torch.tensor([0.5, 1.0, 2.0], device="cuda"), torch.tensor([1.0, 2.0, 0.5], device="cuda")
+    sigma, weight = torch.tensor([0.5, 1.0, 2.0], device=DEVICE), torch.tensor([1.0, 2.0, 0.5], device=DEVICE)
     options = {"sigma": sigma, "weight": weight, "mask": mask, "reduction": "none"}
     value, grad = fk.gaussian_divergence_value_and_grad(pred, target, backend=backend, **options)
     wide = {**options, "sigma": sigma.double(), "weight": weight.double()}
@@ -153,19 +174,37 @@ def test_density_ratios(backend: str, name: str, dtype: torch.dtype, shape: tupl
             torch.testing.assert_close(ours.double(), exact, rtol=max(torch.finfo(dtype).eps, 1e-5), atol=1e-6)
 
 
-@pytest.mark.parametrize("shape", [(64, 4, 64, 64), (3, 1_000_003)], ids=str)
+# One block per sample, clusters, and several blocks per sample that count who comes last, all small enough for
+# compute-sanitizer.
+@pytest.mark.parametrize("size", [17_000, 40_001, 262_144, 300_001])
+def test_clusters_and_tickets(backend: str, size: int) -> None:
+    pred, target = pair((2, size))
+    mask = target > -1
+    value, grad = fk.gaussian_divergence_value_and_grad(pred, target, "le_cam", mask=mask, backend=backend)
+    true_value, true_grad = truth(pred, target, "le_cam", mask=mask)
+    torch.testing.assert_close(value.double(), true_value, rtol=4e-6, atol=0)
+    torch.testing.assert_close(grad.double(), true_grad, rtol=5e-6, atol=1e-9)
+    bound, true_bound = (
+        fk.variational_divergence(*given, "le_cam", backend=name)
+        for given, name in (((pred, target), backend), ((pred.double(), target.double()), "torch"))
+    )
+    torch.testing.assert_close(bound.double(), true_bound, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(64, 4, 64, 64), (3, 8_195 if REHEARSAL else 1_000_003)], ids=str)
 def test_the_same_to_the_last_bit_on_every_run(backend: str, shape: tuple[int, ...]) -> None:
     pred, target = pair(shape)
     first = fk.gaussian_divergence_value_and_grad(pred, target, "jensen_shannon", backend=backend)
-    for _ in range(20):
+    for _ in range(2 if REHEARSAL else 20):
         again = fk.gaussian_divergence_value_and_grad(pred, target, "jensen_shannon", backend=backend)
         assert torch.equal(first[0], again[0]) and torch.equal(first[1], again[1])
 
 
+@on_a_gpu
 def test_nothing_waits_for_the_device(backend: str) -> None:
     pred, target = pair((4, 4, 64, 64))
     pred.requires_grad_()
-    sigma, scale = torch.ones(4, device="cuda"), torch.tensor(3.0, device="cuda")
+    sigma, scale = torch.ones(4, device=DEVICE), torch.tensor(3.0, device=DEVICE)
     mask = target > 0
 
     def work() -> None:
@@ -184,6 +223,7 @@ def test_nothing_waits_for_the_device(backend: str) -> None:
         torch.cuda.set_sync_debug_mode("default")
 
 
+@on_a_gpu
 def test_a_captured_graph_replays_on_new_values(backend: str) -> None:
     pred, target = pair((4, 4, 64, 64))
     side = torch.cuda.Stream()
@@ -202,6 +242,7 @@ def test_a_captured_graph_replays_on_new_values(backend: str) -> None:
         assert torch.equal(value, expected[0]) and torch.equal(grad, expected[1])
 
 
+@on_a_gpu
 def test_a_first_use_can_be_captured_after_a_warm_up(backend: str) -> None:
     """Of a divergence that nobody else has, whose table the graph still reads when the divergence is gone."""
     pred, target = pair((3, 4, 64, 64))
@@ -215,12 +256,13 @@ def test_a_first_use_can_be_captured_after_a_warm_up(backend: str) -> None:
         value, grad = fk.gaussian_divergence_value_and_grad(pred, target, own, backend=backend)
     del own
     gc.collect()
-    noise = [torch.full((1 << 16,), -1, dtype=torch.int32, device="cuda") for _ in range(64)]
+    noise = [torch.full((1 << 16,), -1, dtype=torch.int32, device=DEVICE) for _ in range(64)]
     graph.replay()
     assert torch.equal(value, expected[0]) and torch.equal(grad, expected[1])
     del noise
 
 
+@on_a_gpu
 def test_streams(backend: str) -> None:
     pred, target = pair((64, 4, 64, 64))
     expected = fk.gaussian_divergence_value_and_grad(pred, target, backend=backend)
@@ -234,6 +276,7 @@ def test_streams(backend: str) -> None:
     assert all(torch.equal(value, expected[0]) and torch.equal(grad, expected[1]) for value, grad in results)
 
 
+@on_a_gpu
 def test_compiled_by_inductor(backend: str) -> None:
     torch._dynamo.reset()
     pred, target = pair((4, 4, 64, 64))
@@ -249,6 +292,7 @@ def test_compiled_by_inductor(backend: str) -> None:
     torch.testing.assert_close(grad, expected)
 
 
+@on_a_gpu
 def test_reduce_overhead_keeps_nothing_in_the_pool_of_its_graphs(backend: str) -> None:
     """The first call of a process may be the warm-up of a graph, whose memory belongs to others afterwards."""
     torch._dynamo.reset()
@@ -267,7 +311,7 @@ def test_reduce_overhead_keeps_nothing_in_the_pool_of_its_graphs(backend: str) -
             loss = compiled(pred, target)
             (grad,) = torch.autograd.grad(loss, pred)
             loss, grad = loss.detach().clone(), grad.clone()
-            noise = [torch.full((1 << 20,), -1, dtype=torch.int32, device="cuda") for _ in range(4)]
+            noise = [torch.full((1 << 20,), -1, dtype=torch.int32, device=DEVICE) for _ in range(4)]
             plain = step(pred, target)
             (expected,) = torch.autograd.grad(plain, pred)
             torch.testing.assert_close(loss, plain.detach())
@@ -275,6 +319,7 @@ def test_reduce_overhead_keeps_nothing_in_the_pool_of_its_graphs(backend: str) -
             del noise
 
 
+@on_a_gpu
 def test_peak_memory_is_the_gradient(backend: str) -> None:
     pred, target = pair((64, 16, 128, 128))
     fk.gaussian_divergence_value_and_grad(pred, target, backend=backend)
@@ -286,12 +331,13 @@ def test_peak_memory_is_the_gradient(backend: str) -> None:
     assert extra <= grad.numel() * grad.element_size() + 2**20
 
 
+@on_a_gpu
 def test_past_two_to_the_31(backend: str) -> None:
     count = 2**31 + 4096 * 3
     free, _ = torch.cuda.mem_get_info()
     if free < 4 * 2 * count:
         pytest.skip(f"needs {4 * 2 * count / 2**30:.0f} GiB of GPU memory")
-    pred = torch.zeros(1, count, dtype=torch.bfloat16, device="cuda")
+    pred = torch.zeros(1, count, dtype=torch.bfloat16, device=DEVICE)
     target = torch.zeros_like(pred)
     pred[0, -1] = 4.0
     value, grad = fk.gaussian_divergence_value_and_grad(pred, target, "mse", distance="sum", backend=backend)
@@ -301,7 +347,7 @@ def test_past_two_to_the_31(backend: str) -> None:
 
 
 def test_extremes(backend: str) -> None:
-    big = torch.tensor([[0.0], [1e-20], [1e4], [3e19], [math.inf], [math.nan]], device="cuda")
+    big = torch.tensor([[0.0], [1e-20], [1e4], [3e19], [math.inf], [math.nan]], device=DEVICE)
     for name in fk.divergences():
         value, grad = fk.gaussian_divergence_value_and_grad(
             big, torch.zeros_like(big), name, reduction="none", backend=backend
