@@ -41,8 +41,6 @@ class Form:
     """The number of arguments, counted from the first, that need a gradient."""
     passes: int
     """The number of tensors that value and gradients read or write, each once."""
-    passes_of_long: int
-    """The same if a sample exceeds the cache. A gradient that needs the sum over the sample then reads it twice."""
     ours: tuple[Any, ...] = ()
     """Our function in fdu_kernels and its arguments after the tensors."""
     tensors: int = 2
@@ -50,19 +48,15 @@ class Form:
     others: dict[str, Call] = dataclasses.field(default_factory=dict)
     """Entered by :func:`competitor`."""
 
-    def passes_for(self, shape: Shape, dtype: torch.dtype, cache: int) -> int:
-        """Passes at this size on a device with a cache of this many bytes."""
-        return self.passes_of_long if 2 * math.prod(shape[1:]) * dtype.itemsize > cache else self.passes
-
 
 FORMS: dict[str, Form] = {}
 
 
-def loss(wanted: int, passes: int, passes_of_long: int = 0, **ours: Any) -> Callable[[Loss], Loss]:
+def loss(wanted: int, passes: int, **ours: Any) -> Callable[[Loss], Loss]:
     """Make a form, named after the decorated function; the arguments are :class:`Form`'s."""
 
     def enter(reference: Loss) -> Loss:
-        FORMS[reference.__name__] = Form(reference, wanted, passes, passes_of_long or passes, **ours)
+        FORMS[reference.__name__] = Form(reference, wanted, passes, **ours)
         return reference
 
     return enter
@@ -89,14 +83,14 @@ def widened(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.dtype.itemsize < 4 else tensor
 
 
-@loss(wanted=1, passes=3, passes_of_long=5, ours=("gaussian_divergence", "squared_hellinger", SIGMA))
+@loss(wanted=1, passes=3, ours=("gaussian_divergence", "squared_hellinger", SIGMA))
 def gaussian(pred: Tensor, target: Tensor) -> Tensor:
     """Squared Hellinger, the recommended loss: 1 - exp(-s/8)."""
     s = (widened(pred) - widened(target)).square().flatten(1).mean(1) / SIGMA**2
     return -torch.expm1(s / -8).mean()
 
 
-@loss(wanted=1, passes=3, passes_of_long=5, ours=("gaussian_divergence", "mse"))
+@loss(wanted=1, passes=3, ours=("gaussian_divergence", "mse"))
 def mse(pred: Tensor, target: Tensor) -> Tensor:
     """The profile h(s) = s, whose baseline is F.mse_loss itself."""
     return F.mse_loss(widened(pred), widened(target))

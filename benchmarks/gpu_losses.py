@@ -2,21 +2,22 @@
 
 A row is a competitor at a shape and dtype. ``cold_us`` is its time, with quartiles, when the calls cycle through sets
 of inputs that together exceed the L2 cache several times. ``extra_bytes`` is the peak memory beyond inputs and
-gradients. ``share_of_copy`` compares the bandwidth by the byte model (competitors.py), with ``passes``, with that of
-torch.clone on the same inputs. At the size of latents a row
-also has ``hot_us`` on the same inputs, ``wall_us`` per call with the host's time, ``host_us`` until a call returns and
-``graph_us`` in a replayed CUDA graph. With ``--rehearsal`` all of this runs at toy size on the CPU.
+gradients. ``passes`` counts the tensors that our value_and_grad reads or writes, and ``share_of_copy`` compares the
+bandwidth that follows with that of torch.clone on the same inputs. At the size of latents a row also has ``hot_us`` on
+the same inputs, ``wall_us`` per call with the host's time, ``host_us`` until a call returns and ``graph_us`` in a
+replayed CUDA graph. With ``--rehearsal`` all of this runs at toy size on the CPU.
 """
 
 from __future__ import annotations
 
 import functools
 import itertools
+import math
 import os
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import bench_host
 import bench_memory
@@ -27,6 +28,7 @@ from competitors import COMPILED, DTYPES, EAGER, FORMS, FUSED, Call, Pair, Shape
 from records import Row, Rows
 
 import fdu_kernels as fk
+from fdu_kernels.kernels.triton import tuning
 
 LATENTS: tuple[Shape, ...] = ((1, 4, 64, 64), (16, 4, 64, 64), (4, 4, 128, 128))
 FULL, LEAST_LARGE = 512 << 20, 64 << 20
@@ -39,6 +41,10 @@ LEAST_COMPILED = 12.0
 CACHES, MOST_PAIRS = 4, 2048
 """Cold calls cycle through pairs of inputs that fill this many L2 caches, but through at most this many pairs."""
 MOST_ROUNDS = 60
+ON_CHIP = {"cuda": 32_768, "triton": tuning.ON_CHIP_LIMIT["linear"]}
+"""The largest sample that a block or program of a backend holds, in elements of one dtype."""
+CLUSTER, LEAST_WITH_CLUSTERS = 8, (9, 0)
+"""Blocks that hold a sample of CUDA together, and the first devices that can launch them so."""
 CLOCK_HZ = 2e9
 """The clock rate of a GPU, roughly."""
 LEADS = (3e-4, 2e-3)
@@ -63,15 +69,30 @@ def latents_tasks() -> list[Task]:
 
 
 def large_tasks() -> list[Task]:
-    """512 and 64 MiB of latents, then 512 MiB in four long samples; the density ratio comes last."""
+    """512 and 64 MiB of latents, then of smaller and larger ones the Gaussian loss alone, since each size has a way of
+    its own on the GPU; 512 MiB in four long samples; the density ratio."""
     kinds = [(form, dtype) for form in ("gaussian", "variational") for dtype in ("float32", "bfloat16")]
-    tasks = []
-    for size, samples in ((FULL, None), (LEAST_LARGE, None), (FULL, 4)):
-        for form, dtype in kinds:
-            elements = size // DTYPES[dtype].itemsize
-            shape = (samples, elements // samples) if samples else (elements // (16 * 128 * 128), 16, 128, 128)
-            tasks.append(Task(form, dtype, shape))
-    return [*tasks, tasks[0]._replace(form="density_ratio")]
+
+    def task(form: str, dtype: str, size: int, *sample: int, **baselines: Any) -> Task:
+        return Task(form, dtype, (size // (DTYPES[dtype].itemsize * math.prod(sample)), *sample), **baselines)
+
+    found = [task(*kind, size, 16, 128, 128) for size in (FULL, LEAST_LARGE) for kind in kinds]
+    found += [task(*kind, FULL, 16, side, side, baselines=()) for side in (64, 256) for kind in kinds[:2]]
+    found += [task(*kind, FULL, FULL // 4 // DTYPES[kind[1]].itemsize) for kind in kinds]
+    return [*found, found[0]._replace(form="density_ratio")]
+
+
+def passes_of(name: str, task: Task) -> int:
+    """The tensors that value_and_grad of a competitor, or clone, reads or writes. Where a backend cannot hold a sample
+    on chip, the gradient of a Gaussian loss reads it again."""
+    backend, of, size = name.split()[0], FORMS[task.form], math.prod(task.shape[1:])
+    if name == "clone":
+        return competitors.CLONE_PASSES
+    if backend not in ON_CHIP or of.ours[0] != "gaussian_divergence":
+        return of.passes
+    clusters = torch.cuda.is_available() and torch.cuda.get_device_capability() >= LEAST_WITH_CLUSTERS
+    held = ON_CHIP[backend] * (CLUSTER if backend == "cuda" and clusters else 1)
+    return of.passes if size <= held else of.passes + 2
 
 
 def measure(make_tasks: Callable[[], list[Task]], rows: Rows, with_host: bool = False) -> None:
@@ -91,10 +112,11 @@ def measure(make_tasks: Callable[[], list[Task]], rows: Rows, with_host: bool = 
         most = 2 if rows.rehearsal else MOST_PAIRS
         pairs = competitors.rotating(task.form, task.shape, DTYPES[task.dtype], rows.device, CACHES * cache, most)
         turns = itertools.cycle(pairs)  # across all competitors: none finds in the cache what the one before has read
-        passes = FORMS[task.form].passes_for(task.shape, DTYPES[task.dtype], cache)
         copy: Row = {}
         for name, run in runs_of(task, rows).items():
-            row = {"shape": task.shape, "dtype": task.dtype, "form": task.form, "candidate": name, "passes": passes}
+            row = {"shape": task.shape, "dtype": task.dtype, "form": task.form, "candidate": name}
+            if name == "clone" or FUSED in name:
+                row["passes"] = passes_of(name, task)
             if name == "clone":
                 copy = row
             figures = functools.partial(figures_of, row, copy, run, pairs, turns, rows, with_host)
@@ -128,7 +150,7 @@ def figures_of(
     figures: Row = {"checked": checked, "cold_us": statistics.median(cold)}
     figures["quartiles_us"] = statistics.quantiles(cold, n=4)[::2]
     if FUSED in row["candidate"] and "cold_us" in copy:
-        share = row["passes"] / competitors.CLONE_PASSES * copy["cold_us"] / figures["cold_us"]
+        share = row["passes"] / copy["passes"] * copy["cold_us"] / figures["cold_us"]
         figures["share_of_copy"] = share
     if with_host:
         figures["hot_us"] = statistics.median(device_us(run, itertools.repeat((a, b)), rounds, device))

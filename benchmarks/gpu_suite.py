@@ -1,14 +1,15 @@
 """Build, test and time everything on a GPU machine in one command: ``python benchmarks/gpu_suite.py --out DIR``.
 
-Needs torch, triton, numpy, pytest and a C++ compiler, and nvcc for the CUDA kernels. The training steps also need
-diffusers, transformers, peft and accelerate. With pytest-xdist the tests use several cores. Nothing is installed. Every
-section is a process with a time limit. DIR/gpu_suite.json collects all results; as benchmarks/results/gpu-NAME.json it
-appears in docs/performance.md. DIR/logs.tar.gz holds the logs. Both are written after every section. A section that
-measures writes its rows into DIR/SECTION.json as they come. They move into the record when it ends, so a run that is
-cut off keeps them. Where there is no git, FDU_COMMIT names the commit.
+Needs torch, triton, numpy, pytest and a C++ compiler, and nvcc for the CUDA kernels. The trainings also need diffusers,
+transformers, peft and accelerate; what gpu_wheels.txt names may come as wheels (--wheels). With pytest-xdist the tests
+use several cores. Nothing is installed. Every section is a process with a time limit, and what fails in one costs no
+other. DIR/gpu_suite.json collects all results; as benchmarks/results/gpu-NAME.json it appears in docs/performance.md.
+DIR/logs.tar.gz holds the logs. Both are written after every section. A section that measures writes its rows into
+DIR/SECTION.json as they come. They move into the record when it ends, so a run that is cut off keeps them. Where there
+is no git, FDU_COMMIT names the commit.
 
-``--rehearsal`` runs the sections at toy size on the CPU, "latents" and "host" with interpreted Triton kernels.
-``--only`` picks sections.
+``--rehearsal`` runs the sections at toy size on the CPU: it interprets Triton's kernels, builds those of CUDA with
+nvcc, and emulates them. ``--only`` picks sections.
 """
 
 from __future__ import annotations
@@ -41,10 +42,12 @@ from fdu_kernels.build import cache_folder  # noqa: E402
 RECORD, LOGS = "gpu_suite.json", "logs.tar.gz"
 SANITIZED = (
     "golden and le_cam or value_and_gradient and hellinger and 33 or strides and mixed and 5 "
-    "or the_same_to and 1000003 or peak_memory"
+    "or clusters_and_tickets and (262144 or 300001)"
 )
-"""One of each: tables and critics, one block per sample with any alignment, mixed layouts with a mask, samples of
-several blocks, clusters. Compute-sanitizer makes everything many times slower."""
+"""One of each: tables and critics, one block per sample with any alignment, mixed layouts with a mask, clusters,
+samples of several blocks. Compute-sanitizer makes everything many times slower."""
+RACED = "cuda and clusters_and_tickets"
+"""The kernels whose blocks meet in shared memory or count who comes last."""
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 GRACE = 6.0
 """Seconds after its limit in which an interrupted section may end by itself."""
@@ -54,6 +57,12 @@ TAIL = 20
 """Lines of a log in the record."""
 WORKERS = 6
 """Parallel test processes: most of the time goes into compiling Triton's kernels, on the host."""
+REHEARSED = "9.0"
+"""The architecture that a rehearsal builds CUDA kernels for."""
+ON_A_GPU = ("memcheck", "racecheck", "compiled")
+"""Sections that a rehearsal leaves out."""
+PATHS = (ROOT, ROOT / "tests" / "gpu", ROOT / "tests" / "fdu_kernels")
+"""What the sections import from."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,46 +81,65 @@ class Section:
     """Whether it writes rows and takes the options of records.run_section."""
 
 
-def sections(rehearsal: bool) -> list[Section]:
-    """All sections in order, correctness before speed; together they take less than nine minutes."""
-    options = "-q --tb=short --maxfail=15 -o addopts= -p no:cacheprovider --import-mode=importlib"
+def sections(rehearsal: bool, site: Path = Path("site"), wheels: Path | None = None) -> list[Section]:
+    """All sections in order, correctness before speed; together they take less than nine minutes.
+
+    Args:
+        site: where wheels are unpacked to.
+        wheels: the folder that they lie in.
+    """
+    # Not with the options in pyproject.toml: the machine may have another pytest, and lack its plugins.
+    options = f"-c {os.devnull} --rootdir . -q --tb=short --maxfail=15 -p no:cacheprovider --import-mode=importlib"
     pytest = (sys.executable, "-m", "pytest", *options.split())
     parallel = ("-p", "xdist.plugin", "-n", str(WORKERS)) if importlib.util.find_spec("xdist") else ()
     sanitizer = shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
-    # torch expects and handles some errors of the API; under the tool Python takes long to start.
-    checks = ("--tool", "memcheck", "--error-exitcode", "9", "--report-api-errors", "no", "--launch-timeout", "120")
-    memcheck = (sanitizer, *checks, *pytest, "tests/gpu", "-k", SANITIZED) if sanitizer else ()
     # Other plugins cost their import, and may need what is not installed.
     plain = {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
-    # Behind torch's cache the sanitizer would see large blocks and not their tensors.
-    uncached = {**plain, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    rehearsed = {**plain, "FDU_REHEARSAL": "1"} if rehearsal else plain
+
+    def tested(name: str, seconds: float, tests: str, *chosen: str, **environment: str) -> Section:
+        command = (*pytest, *(() if rehearsal else parallel), f"tests/gpu/{tests}", *chosen)
+        return Section(name, seconds, command, {**rehearsed, **environment})
+
+    def sanitized(tool: str, seconds: float, chosen: str, *more: str) -> Section:
+        # torch expects and handles some errors of the API; under the tool Python takes long to start.
+        checks = ("--tool", tool, "--error-exitcode", "9", "--launch-timeout", "120", *more)
+        command = (sanitizer, *checks, *pytest, "tests/gpu/test_gpu.py", "-k", chosen) if sanitizer else ()
+        # Behind torch's cache the sanitizer would see large blocks and not their tensors.
+        return Section(tool, seconds, command, {**plain, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
 
     def measured(script: str, name: str, seconds: float, least: float = SHORTEST) -> Section:
         command = (sys.executable, str(HERE / script), name, *(["--rehearsal"] if rehearsal else []))
         interpreted = {"TRITON_INTERPRET": "1"} if rehearsal and name in ("latents", "host") else {}
         return Section(name, seconds, command, interpreted, least, measures=True)
 
+    carried = ("--wheels", str(wheels)) if wheels else ()
     found = [
-        Section("build", 80, (sys.executable, "-m", "fdu_kernels.build")),
-        measured("gpu_losses.py", "machine", 12),
-        Section("tests", 80, (*pytest, *(() if rehearsal else parallel), "tests/gpu"), plain),
-        measured("gpu_losses.py", "large", 95),
-        measured("gpu_losses.py", "latents", 75),
-        measured("gpu_training.py", "sd15", 60),
-        measured("gpu_losses.py", "host", 12),
-        measured("gpu_losses.py", "sweep", 15),
-        Section("sanitizer", 60, memcheck, uncached),
-        measured("gpu_training.py", "sdxl", 40),
+        Section("build", 60, (sys.executable, "-m", "fdu_kernels.build", *([REHEARSED] if rehearsal else []))),
+        Section("wheels", 10, (sys.executable, str(HERE / "gpu_wheels.py"), "--into", str(site), *carried)),
+        measured("gpu_losses.py", "machine", 8),
+        tested("cuda", 35, "test_gpu.py", "-k", "cuda"),
+        tested("triton", 60, "test_gpu.py", "-k", "triton", **({"TRITON_INTERPRET": "1"} if rehearsal else {})),
+        tested("fdu", 60, "test_gpu_training.py"),
+        measured("gpu_losses.py", "large", 85),
+        measured("gpu_losses.py", "latents", 65),
+        measured("gpu_training.py", "sd15", 45),
+        measured("gpu_probe.py", "probe", 20),
+        measured("gpu_losses.py", "host", 10),
+        measured("gpu_losses.py", "sweep", 12),
+        sanitized("memcheck", 30, SANITIZED, "--report-api-errors", "no"),
+        sanitized("racecheck", 20, RACED),
+        measured("gpu_training.py", "sdxl", 14),
         measured("gpu_training.py", "compiled", 0, least=150),
     ]
-    return [section for section in found if not rehearsal or section.name not in ("sanitizer", "compiled")]
+    return [section for section in found if not rehearsal or section.name not in ON_A_GPU]
 
 
-def run(section: Section, rows: Path, log: Path, limit: float) -> dict[str, Any]:
+def run(section: Section, rows: Path, log: Path, limit: float, site: Path = Path()) -> dict[str, Any]:
     """Run a section's process; when its time is over, interrupt it and then kill whatever it started."""
     began = time.monotonic()
     options = ("--rows", str(rows), "--until", str(time.time() + limit)) if section.measures else ()
-    paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    paths = os.pathsep.join(filter(None, [*map(str, (*PATHS, site)), os.environ.get("PYTHONPATH")]))
     with log.open("w") as stream:
         process = subprocess.Popen(
             (*section.command, *options), cwd=ROOT, stdout=stream, stderr=subprocess.STDOUT, start_new_session=True,
@@ -147,36 +175,39 @@ def pack(logs: Path, path: Path, builds: bool) -> None:
         print(f"not all logs are kept: {error}", flush=True)
 
 
-def succeeded(section: Section, result: dict[str, Any], rehearsal: bool) -> bool:
-    """Whether a section ended well. A build for a GPU needs CUDA kernels. A section for which no time is planned, or
-    without its program, may be skipped."""
+def succeeded(section: Section, result: dict[str, Any]) -> bool:
+    """Whether a section ended well. A build needs CUDA kernels. A section for which no time is planned, or without its
+    program, may be skipped."""
     if "skipped" in result:
         return not section.command or not section.seconds
     built = re.search(r"^architectures: \S", "\n".join(result["tail"]), re.M)
-    if section.name == "build" and not rehearsal and not built:
+    if section.name == "build" and not built:
         return False
     return result["exit"] == 0 and result.get("complete", not section.measures)
 
 
-def arguments() -> tuple[argparse.Namespace, list[Section]]:
-    """The command line, and the sections that it wants."""
+def arguments() -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="a folder for the record and the logs")
+    parser.add_argument(
+        "--wheels", type=Path, help="the folder of the wheels that gpu_wheels.txt names (default: none)"
+    )
     parser.add_argument("--minutes", type=float, default=9.0, help="time limit (default: %(default)s)")
     parser.add_argument("--rehearsal", action="store_true", help="toy sizes on the CPU")
     parser.add_argument("--only", nargs="+", metavar="SECTION", help="run these sections (default: all)")
     options = parser.parse_args()
     options.out = options.out.resolve()  # sections run in another folder
-    wanted = {section.name: section for section in sections(options.rehearsal)}
-    unknown = set(options.only or ()) - set(wanted)
+    options.wheels = options.wheels and options.wheels.resolve()
+    names = [section.name for section in sections(options.rehearsal)]
+    unknown = set(options.only or ()) - set(names)
     if unknown:
-        parser.error(f"--only names no section: {', '.join(sorted(unknown))}; there are {', '.join(wanted)}")
-    return options, [section for name, section in wanted.items() if not options.only or name in options.only]
+        parser.error(f"--only names no section: {', '.join(sorted(unknown))}; there are {', '.join(names)}")
+    return options
 
 
-def run_all(wanted: list[Section], out: Path, logs: Path, deadline: float, record: dict[str, Any]) -> None:
+def run_all(wanted: list[Section], out: Path, logs: Path, site: Path, deadline: float, record: dict[str, Any]) -> None:
     """Run the sections; write record and logs after each."""
-    rehearsal = "rehearsal" in record
     for number, section in enumerate(wanted):
         rows = out / f"{section.name}.json"
         left = deadline - time.monotonic() - GRACE
@@ -189,13 +220,13 @@ def run_all(wanted: list[Section], out: Path, logs: Path, deadline: float, recor
             elif limit < section.least:
                 result = {"skipped": "no time left"}
             else:
-                result = run(section, rows, logs / f"{section.name}.log", limit)
+                result = run(section, rows, logs / f"{section.name}.log", limit, site)
         finally:
             record[section.name] = result = {**result, **records.read(rows)}
             write_json(out / RECORD, record)
             rows.unlink(missing_ok=True)
-            pack(logs, out / LOGS, builds=section.name == "build" and not rehearsal)
-        if not succeeded(section, result, rehearsal):
+            pack(logs, out / LOGS, builds=section.name == "build")
+        if not succeeded(section, result):
             print(*result.get("tail", ()), sep="\n")
         outcome = result.get("skipped") or f"exit code {result['exit']}, {result['seconds']} s"
         print(f"{section.name}: {outcome}", flush=True)
@@ -210,20 +241,24 @@ def interrupt(*_: Any) -> None:
 
 def main() -> int:
     """Run the sections; 0 if all succeeded, 130 after an interrupt."""
-    options, wanted = arguments()
+    options = arguments()
     deadline = time.monotonic() + 60 * options.minutes
     options.out.mkdir(parents=True, exist_ok=True)
     for number in SIGNALS:  # also in a shell's background, where SIGINT would be ignored
         signal.signal(number, interrupt)
     record: dict[str, Any] = {"rehearsal": True} if options.rehearsal else {}
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        logs, site = Path(folder) / "logs", Path(folder) / "site"
+        logs.mkdir()
+        found = sections(options.rehearsal, site, options.wheels)
+        wanted = [section for section in found if not options.only or section.name in options.only]
         try:
-            run_all(wanted, options.out, Path(folder), deadline, record)
+            run_all(wanted, options.out, logs, site, deadline, record)
         except KeyboardInterrupt:
             record["interrupted"] = True
             write_json(options.out / RECORD, record)
     results = [(section, record.get(section.name, {"skipped": "interrupted"})) for section in wanted]
-    incomplete = [section.name for section, result in results if not succeeded(section, result, options.rehearsal)]
+    incomplete = [section.name for section, result in results if not succeeded(section, result)]
     if options.rehearsal:
         print("A rehearsal: its figures mean nothing.")
     else:

@@ -21,6 +21,8 @@ import records
 from competitors import COMPILED, DTYPES, EAGER, FUSED
 from records import Row
 
+from fdu_kernels.registry import PREFERRED_WHEN_BUILT
+
 FULL, LARGE = 512 << 20, 64 << 20
 """Bytes per tensor."""
 SENSES = {">=": operator.ge, "<=": operator.le, "==": operator.eq}
@@ -138,6 +140,11 @@ def closed_form(part: dict[str, Any]) -> Iterator[Bound]:
         yield Bound(f"{what}: seconds", "<=", 60.0 if "Diffusion" in what else 1.0, seconds)
 
 
+CHECKED = {
+    "cuda": "tests of cuda", "triton": "tests of triton", "fdu": "tests of trainings",
+    "memcheck": "compute-sanitizer, memcheck", "racecheck": "compute-sanitizer, racecheck",
+}  # fmt: skip
+"""Sections of the GPU suite whose exit code counts."""
 CPU = {"losses": losses, "training": training, "evaluation": evaluation, "closed_form": closed_form}
 """The promises about each suite."""
 
@@ -149,7 +156,7 @@ def gpu(record: dict[str, Any]) -> Iterator[Bound]:
     """Everything that gpu_suite.py measures."""
     yield from gpu_losses(record)
     yield from gpu_training(record)
-    for section, what in (("tests", "tests/gpu"), ("sanitizer", "compute-sanitizer")):
+    for section, what in CHECKED.items():
         result = record.get(section, {})
         note = result.get("skipped") or (result.get("tail") or [""])[-1]
         yield Bound(f"{what}: exit code", "==", 0.0, result.get("exit"), note)
@@ -200,6 +207,11 @@ def gpu_losses(record: dict[str, Any]) -> Iterator[Bound]:
     for baseline, bound in ((EAGER, 5.0), (COMPILED, 2.0)):
         found = extreme(min, speed_ups(latents, baseline, "wall_us"))
         yield Bound(f"latents, with the host's time: speed-up over {baseline}", ">=", bound, *found)
+    # The slower backend must not be the preferred one.
+    names = {f"{PREFERRED_WHEN_BUILT} {FUSED}": FUSED, f"triton {FUSED}": "triton"}
+    both = [{**row, "candidate": names[row["candidate"]]} for row in latents if row["candidate"] in names]
+    found = extreme(min, speed_ups(both, "triton", "wall_us"))
+    yield Bound(f"latents, with the host's time: speed-up of {PREFERRED_WHEN_BUILT} over triton", ">=", 1.0, *found)
     for baseline, bound in ((EAGER, 3.0), (COMPILED, 1.3)):
         found = extreme(min, speed_ups([row for row in large if size_of(row) >= LARGE], baseline, "cold_us"))
         yield Bound(f"64 MiB and larger: speed-up over {baseline}", ">=", bound, *found)

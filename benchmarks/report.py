@@ -208,6 +208,9 @@ def gpu_part(stem: str, record: dict[str, Any], figures: Path) -> dict[str, Any]
         "stem": stem, "machine": machine, "promises": list(promises.gpu(record)), "shares": of_share, "host": host,
         "losses": gpu_rows(record, "cold_us", "latents", "large", "sweep"),
         "training": gpu_rows(record, "step_s", "sd15", "compiled", "sdxl"),
+        "variants": sorted(
+            gpu_rows(record, "share", "probe"), key=lambda row: (row["size"], row["dtype"], -row["share"])
+        ),
     }  # fmt: skip
 
 

@@ -205,8 +205,9 @@ FDU_DEVICE void reduce_losses(const GaussianTask& task, bool last, SharedSums& s
     if (thread_index() == 0) task.value[0] = float(task.reduction == Reduction::mean ? sum / double(task.batch) : sum);
 }
 
-// Losses and gradients of samples whose differences stay in registers, `elements` a thread.
-template <class T, bool masked, int elements>
+// Losses and gradients of samples whose differences stay in registers, `elements` a thread. `late`, for measurements: blocks
+// come to their barriers after they have stored the gradient.
+template <class T, bool masked, int elements, bool late = false>
 FDU_KERNEL gaussian_on_chip(FDU_TASK(GaussianTask) task) {
     constexpr int n = T::lanes, rounds = elements / n;
     // A mask needs registers, too.
@@ -248,9 +249,12 @@ FDU_KERNEL gaussian_on_chip(FDU_TASK(GaussianTask) task) {
     sums.square += edge_accumulator.sums().square;
     sums.mask += edge_accumulator.sums().mask;
     finish_block<masked, true, (elements <= held<T>.warp)>(task, group, sums, shared, group.part == 0);
+    const auto arrive = [&] {
+        if (task.parts > 1) arrive_in_cluster();
+        return group.part == 0 && arrives_last(task);
+    };
     // Before the gradient is stored: a fence would wait until all of it has reached the memory.
-    if (task.parts > 1) arrive_in_cluster();
-    const bool last = group.part == 0 && arrives_last(task);
+    bool last = !late && arrive();
 
     if (group.sample < task.batch) {
         const float coefficient = shared.coefficients[task.warps > 1 ? 0 : thread_index() / warp_size];
@@ -267,6 +271,7 @@ FDU_KERNEL gaussian_on_chip(FDU_TASK(GaussianTask) task) {
             store_one(task.grad.data, type_in<T>(task.grad), sample.grad + sample.edge_position(thread), edge[0]);
         }
     }
+    if (late) last = arrive();
     if (group.part == 0) reduce_losses(task, last, shared);
     // Shared memory stays until all have read it.
     if (task.parts > 1) wait_for_cluster();

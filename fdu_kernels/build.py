@@ -176,9 +176,13 @@ def compile_module(recipe: Recipe, target: Path, folder: Path) -> None:
 
 
 @functools.cache
-def load() -> types.ModuleType:
-    """``fdu_kernels._C``: installed, else built here before, else built now, with CUDA kernels if there is a device."""
-    architectures = architectures_of_devices()
+def load(*wanted: str) -> types.ModuleType:
+    """``fdu_kernels._C``: installed, else built here before, else built now.
+
+    Args:
+        wanted: the architectures of CUDA kernels, such as "9.0"; by default those of the devices.
+    """
+    architectures = wanted or architectures_of_devices()
     if (installed := _installed_module(architectures)) is not None:
         return installed
     plan = recipe(architectures)
@@ -366,9 +370,12 @@ def _output(*command: str) -> str:
 
 
 def main() -> int:
-    """Build the module for this machine, or find it, and print how and where: ``python -m fdu_kernels.build``."""
+    """Build the module for this machine, or find it, and print how and where: ``python -m fdu_kernels.build``.
+
+    Architectures such as 9.0 may follow, to build for other GPUs than there are.
+    """
     try:
-        module = load()
+        module = load(*sys.argv[1:])
     except BuildError as error:
         print(f"fdu_kernels has no compiled kernels: {error}", file=sys.stderr)
         return 1

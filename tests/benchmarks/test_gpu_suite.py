@@ -5,25 +5,32 @@ from __future__ import annotations
 import functools
 import itertools
 import json
+import math
 import os
 import signal
 import subprocess
 import sys
 import tarfile
 import time
+import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import bench_host
 import competitors
+import emulated_cuda
 import gpu_losses
 import gpu_suite
 import gpu_training
+import gpu_wheels
 import pytest
 import records
 import shapes
 import torch
+
+from fdu_kernels import build
+from fdu_kernels.kernels.triton import tuning
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="process groups, memory from /proc")
 
@@ -40,42 +47,69 @@ def test_all_sections_fit_into_nine_minutes() -> None:
     assert sum(section.seconds for section in wanted) <= 9 * 60 - gpu_suite.GRACE
     names = [section.name for section in wanted]
     rehearsed = [section.name for section in gpu_suite.sections(rehearsal=True)]
-    assert len(set(names)) == len(names) and set(names) - set(rehearsed) == {"sanitizer", "compiled"}
+    assert len(set(names)) == len(names) and set(names) - set(rehearsed) == set(gpu_suite.ON_A_GPU)
 
 
-def test_the_sanitizer_sees_every_way_through_the_kernels() -> None:
+def collected(section: gpu_suite.Section) -> list[str]:
+    """The tests that a section would run."""
     chosen: list[str] = []
-    options = "--collect-only -qq -o addopts= --import-mode=importlib -p no:cacheprovider -p no:xdist"
     plugin = SimpleNamespace(
         pytest_collection_finish=lambda session: chosen.extend(one.nodeid for one in session.items)
     )
-    folder = gpu_suite.ROOT / "tests" / "gpu"
-    pytest.main([*options.split(), str(folder), "-k", gpu_suite.SANITIZED], plugins=[plugin])
+    given = section.command[section.command.index("pytest") + 1 :]
+    pytest.main([*given, "--collect-only", "-qq", "--rootdir", str(gpu_suite.ROOT)], plugins=[plugin])
+    return chosen
+
+
+def sections_with_tools(monkeypatch: pytest.MonkeyPatch) -> dict[str, gpu_suite.Section]:
+    """All sections by name, as on a machine with compute-sanitizer."""
+    monkeypatch.chdir(gpu_suite.ROOT)
+    monkeypatch.setattr(gpu_suite.shutil, "which", lambda name: name)
+    monkeypatch.setattr(gpu_suite.importlib.util, "find_spec", lambda name: None)  # no xdist
+    return {section.name: section for section in gpu_suite.sections(rehearsal=False)}
+
+
+def test_the_sanitizers_see_every_way_through_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = sections_with_tools(monkeypatch)
+    chosen, raced = collected(found["memcheck"]), collected(found["racecheck"])
     wanted = (
         "golden_values",
         "golden_critics",
         "(7, 4, 33, 35)",
         "strides",
-        "run[{}-(3, 1000003)",
-        "is_the_gradient[{}",
+        "tickets[{}-262144",
+        "tickets[{}-300001",
     )
     for name, backend in itertools.product(wanted, ("triton", "cuda")):
-        found = [node for node in chosen if name.format(backend) in node and backend in node]
-        assert found, f"no {name} of {backend} in {chosen}"
+        ours = [node for node in chosen if name.format(backend) in node and backend in node]
+        assert ours, f"no {name} of {backend} in {chosen}"
     assert len(chosen) <= 16
+    assert len(raced) == 4 and all("test_clusters_and_tickets[cuda-" in node for node in raced)
+
+
+def test_each_backend_has_a_section_of_all_its_tests(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = sections_with_tools(monkeypatch)
+    by_section = {name: set(collected(found[name])) for name in ("cuda", "triton")}
+    every = set(collected(gpu_suite.dataclasses.replace(found["cuda"], command=found["cuda"].command[:-2])))
+    assert not by_section["cuda"] & by_section["triton"] and by_section["cuda"] | by_section["triton"] == every
+    assert len(by_section["cuda"]) == len(by_section["triton"]) > 100
+    # A fixture per module would bind all of them to one of the parallel processes (tests/conftest.py).
+    assert 'scope="module"' not in (gpu_suite.ROOT / "tests" / "gpu" / "test_gpu.py").read_text()
+    training = collected(found["fdu"])
+    assert any("gradient_surgery" in node or "True-bf16" in node for node in training) and len(training) > 10
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_rehearsal_writes_a_record_with_rows_and_the_logs(tmp_path: Path) -> None:
     command = [sys.executable, gpu_suite.__file__, "--out", str(tmp_path), "--rehearsal"]
-    names = ["tests", "latents"]
+    names = ["machine", "latents"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1"}
     done = subprocess.run([*command, "--only", *names], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
     record = json.loads((tmp_path / gpu_suite.RECORD).read_text())
     assert record["rehearsal"] and [name for name in record if name != "rehearsal"] == names
-    assert set(kept_logs(tmp_path)) == {f"{name}.log" for name in names} and record["tests"]["exit"] == 0
+    assert set(kept_logs(tmp_path)) == {f"{name}.log" for name in names} and record["machine"]["complete"]
     latents = record["latents"]
     assert_measured(latents["rows"], {"eager", "compiled", "triton autograd", "triton value_and_grad"})
     assert all(row["wall_us"] > 0 for row in latents["rows"])
@@ -110,7 +144,7 @@ def test_unknown_sections_are_refused(monkeypatch: pytest.MonkeyPatch, capsys: p
     monkeypatch.setattr(sys, "argv", ["gpu_suite.py", "--out", "none", "--only", "lattents"])
     with pytest.raises(SystemExit):
         gpu_suite.main()
-    assert "lattents; there are build, machine" in capsys.readouterr().err
+    assert "lattents; there are build, wheels" in capsys.readouterr().err
 
 
 def section(script: str, **more: Any) -> gpu_suite.Section:
@@ -155,12 +189,12 @@ except KeyboardInterrupt:
     assert found["exit"] == code and found["seconds"] < 30
     assert records.read(tmp_path / "rows.json")["rows"] == [1]
     assert found["tail"] == ([] if ignores else ["3 passed"])
-    assert not gpu_suite.succeeded(imagined, found, False) and not running(b"61.5")
+    assert not gpu_suite.succeeded(imagined, found) and not running(b"61.5")
 
 
 def suite_of(*wanted: gpu_suite.Section, out: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[int, dict[str, Any]]:
     """The exit code and the record of a rehearsal of these sections."""
-    monkeypatch.setattr(gpu_suite, "sections", lambda rehearsal: list(wanted))
+    monkeypatch.setattr(gpu_suite, "sections", lambda *_: list(wanted))
     monkeypatch.setattr(sys, "argv", ["gpu_suite.py", "--out", str(out), "--rehearsal"])
     handlers = {number: signal.getsignal(number) for number in gpu_suite.SIGNALS}
     try:
@@ -204,16 +238,15 @@ def test_without_time_or_program_a_section_is_left_out(
 
 
 @pytest.mark.parametrize(
-    "told, rehearsal, good",
+    "told, good",
     [
-        (["cuda: for 9.0 by nvcc 13.0", "architectures: 9.0"], False, True),
-        (["cuda: the build with nvcc failed", "architectures: "], False, False),
-        (["cuda: there was no nvcc", "architectures: "], True, True),
+        (["cuda: for 9.0 by nvcc 13.0", "architectures: 9.0"], True),
+        (["cuda: the build with nvcc failed", "architectures: "], False),
     ],
 )
-def test_a_build_for_a_gpu_needs_cuda_kernels(told: list[str], rehearsal: bool, good: bool) -> None:
+def test_a_build_needs_cuda_kernels(told: list[str], good: bool) -> None:
     build = gpu_suite.Section("build", 1.0, ("true",))
-    assert gpu_suite.succeeded(build, {"exit": 0, "tail": told}, rehearsal) == good
+    assert gpu_suite.succeeded(build, {"exit": 0, "tail": told}) == good
 
 
 def test_the_logs_of_builds_are_kept(
@@ -236,6 +269,24 @@ def test_the_logs_of_builds_are_kept(
     monkeypatch.setattr(gpu_suite.shutil, "copyfile", fail)
     gpu_suite.pack(logs, out / gpu_suite.LOGS, builds=True)
     assert "no space" in capsys.readouterr().out
+
+
+def test_wheels_are_unpacked_for_what_is_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = [line for line in gpu_wheels.NAMED.read_text().splitlines() if not line.startswith("#")]
+    assert [f"{name}=={version}" for name, version in gpu_wheels.named().items()] == names and names
+    monkeypatch.setattr(gpu_wheels, "NAMED", tmp_path / "named.txt")
+    gpu_wheels.NAMED.write_text("# a comment\nnumpy==0.1\nabsent_one==1.0\nabsent_two==2.0\n")
+    for wheel in ("absent_one-1.0-py3-none-any.whl", "absent_two-2.0-cp27-cp27m-any.whl"):
+        with zipfile.ZipFile(tmp_path / wheel, "w") as archive:
+            archive.writestr(f"{wheel.partition('-')[0]}/__init__.py", "")
+    site = tmp_path / "site"
+    monkeypatch.setattr(sys, "argv", ["gpu_wheels.py", "--into", str(site), "--wheels", str(tmp_path)])
+    assert gpu_wheels.main() == 1
+    assert [path.name for path in site.iterdir()] == ["absent_one"]
+    told = capsys.readouterr().out
+    assert "numpy: installed" in told and "missing: absent_two==2.0;" in told
 
 
 # Rows
@@ -348,7 +399,7 @@ def test_after_a_failed_capture_none_is_tried(monkeypatch: pytest.MonkeyPatch) -
     pair, rows = competitors.inputs((2, 4), torch.float32, "cpu"), rows_for(rehearsal=False)
     run = competitors.candidate("gaussian", "eager")
     for _ in range(3):
-        row = {"form": "gaussian", "candidate": "eager", "passes": 3}
+        row = {"form": "gaussian", "candidate": "eager"}
         rows.add(row, functools.partial(gpu_losses.figures_of, row, {}, run, [pair], iter(()), rows, True))
     first, failed, last = rows.rows
     assert first["graph_us"] == 250.0 and failed["graph_error"] == "RuntimeError: capture failed"
@@ -408,19 +459,33 @@ def test_inputs_rotate_through_several_caches(size: int, most: int, count: int) 
 
 def test_tasks_come_in_the_order_of_what_is_promised() -> None:
     tasks = gpu_losses.large_tasks()
-    assert [len(task.shape) for task in tasks] == [4] * 8 + [2] * 4 + [4]
-    passes = {
-        (task.form, len(task.shape)): competitors.FORMS[task.form].passes_for(
-            task.shape, competitors.DTYPES[task.dtype], 50 << 20
-        )
-        for task in tasks
-    }
-    # A sample that is larger than the cache is read twice.
-    assert passes == {
-        ("gaussian", 4): 3, ("gaussian", 2): 5, ("variational", 4): 4, ("variational", 2): 4, ("density_ratio", 4): 2,
-    }  # fmt: skip
+    sizes = [math.prod(task.shape[1:]) for task in tasks]
+    assert sizes[:12] == [2**18] * 8 + [2**16] * 2 + [2**20] * 2 and min(sizes[12:16]) > 2**24 and len(tasks) == 17
+    assert [task.form for task in tasks[8:12]] == ["gaussian"] * 4 and not any(task.baselines for task in tasks[8:12])
+    full = [math.prod(task.shape) * competitors.DTYPES[task.dtype].itemsize for task in tasks]
+    assert set(full[:4] + full[8:]) == {gpu_losses.FULL} and set(full[4:8]) == {gpu_losses.LEAST_LARGE}
     compiled = [task.shape for task in gpu_losses.latents_tasks() if competitors.COMPILED in task.baselines]
     assert len(compiled) == 8 and set(compiled) == set(gpu_losses.LATENTS[:2])
+
+
+@pytest.mark.parametrize("clusters", [False, True])
+def test_passes_are_those_that_the_plans_make(clusters: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a plan holds no sample on chip, it is read twice."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0) if clusters else (8, 0))
+    try:
+        on_chip = emulated_cuda.load().on_chip
+    except build.BuildError as error:
+        pytest.skip(str(error))
+    for size in (4096, 16384, 32768, 32772, 65536, 262144, 262148, 2**20):
+        task = gpu_losses.Task("gaussian", "float32", (7, size))
+        cuda = on_chip(size, 7, False, 4, 132, clusters)[0] > 0
+        triton = tuning.on_chip(size, "linear", True, False) is not None
+        for name, held in (("cuda value_and_grad", cuda), ("triton value_and_grad", triton)):
+            assert gpu_losses.passes_of(name, task) == (3 if held else 5), (name, size)
+    assert gpu_losses.passes_of("clone", task) == 2
+    for form, passes in (("variational", 4), ("density_ratio", 2)):
+        assert gpu_losses.passes_of("cuda value_and_grad", task._replace(form=form)) == passes
 
 
 def test_the_device_sleeps_while_the_host_prepares_a_call(monkeypatch: pytest.MonkeyPatch) -> None:

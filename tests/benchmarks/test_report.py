@@ -101,11 +101,16 @@ def a_gpu_record() -> dict[str, Any]:
                 {**step, "name": "fdu, sparing", "step_s": 1.0, "peak_mib": 55.0},
             ]
         },
-        "tests": {"exit": 0, "tail": ["9 passed"]},
-        "sanitizer": {"exit": 0, "tail": ["ERROR SUMMARY: 0 errors"]},
+        "probe": {"rows": [{"variant": "copy", "copy_us": 1.0}, VARIANT]},
+        **{name: {"exit": 0, "tail": ["9 passed"]} for name in ("cuda", "triton", "fdu")},
+        **{name: {"exit": 0, "tail": ["ERROR SUMMARY: 0 errors"]} for name in ("memcheck", "racecheck")},
     }
 
 
+VARIANT = {
+    "size": 16384, "dtype": "float32", "elements": 32, "threads": 512, "cluster": 1, "arrival": "late", "us": 9.0,
+    "share": 0.75,
+}  # fmt: skip
 LOOP = {
     "backend": "cuda", "loop": "variational, kl", "gpu": "sm_90", "dtype": "float32", "instructions": 20.0,
     "special": 1.0, "registers": 64, "spilled": 0, "threads": 1024, "in_flight": 32768,
@@ -131,6 +136,7 @@ def test_every_record_is_shown(tmp_path: Path) -> None:
     for said in (
         "commit 0123456789 and changes", "### A GPU", "| 2 | 16 | 500 |", "torch.clone | >= 0.8 | 0.9 | holds",
         "| gaussian float32 | 2x50 | 4.000 | 0.040 |", "| 100.0 (8.00, 4.00)", "<= 120 | 60 | holds",
+        "| 16384 | float32 | 32 | 512 | 1 | late | 9.0 | 0.75 |",
         "| cuda | variational, kl | float32 | sm_90 | 20.0 | 1.0 | 64 | 0 | 1024 | 32 | H100 0.23, H200 0.33 |",
     ):  # fmt: skip
         assert said in text, said
@@ -142,7 +148,7 @@ def test_a_gpu_is_named_with_its_driver_and_its_record_shown_without_it(tmp_path
     record["machine"]["rows"][0].update(driver="580.65", l2_bytes=50 << 20)
     text = report.performance({}, {"gpu.json": record}, tmp_path)
     assert "A GPU; driver 580.65, L2 cache of 50 MiB; python 3" in text
-    only = {name: record[name] for name in ("latents", "tests")}
+    only = {name: record[name] for name in ("latents", "cuda")}
     text = report.performance({}, {"gpu-h100.json": only}, tmp_path)
     assert "### gpu-h100" in text and "| 51.0 |" in text and "None" not in text
     assert {"holds", "waits"} == set(verdicts(only))
@@ -157,7 +163,7 @@ def test_the_same_figures_give_the_same_file(tmp_path: Path) -> None:
 def test_a_broken_promise_stands_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(report, "_save", lambda *_, **__: None)
     record = a_gpu_record()
-    record["tests"]["exit"] = 1
+    record["cuda"]["exit"] = 1
     assert report.performance({}, {"gpu.json": record}, tmp_path).count("**fails**") == 1
 
 
@@ -181,7 +187,7 @@ def test_the_page_in_docs_is_that_of_the_committed_record(tmp_path: Path, monkey
 
 def test_promises_wait_without_figures_and_hold_for_good_ones() -> None:
     assert {bound.verdict for bound in promises.gpu({})} == {"waits"}
-    assert {bound.verdict for bound in promises.gpu({"sanitizer": {"skipped": "not installed"}})} == {"waits"}
+    assert {bound.verdict for bound in promises.gpu({"memcheck": {"skipped": "not installed"}})} == {"waits"}
     assert set(verdicts(a_record())) == set(verdicts(a_gpu_record())) == {"holds"}
     rate = next(bound for bound in promises.gpu(a_gpu_record()) if "step of" in bound.what)
     # Rate and memory are those of one run: the fastest of those that need little.
@@ -193,8 +199,7 @@ def test_promises_wait_without_figures_and_hold_for_good_ones() -> None:
     [
         ("large", "share_of_copy", 0.89, 4),
         ("large", "extra_bytes", 2**29, 1),
-        ("tests", "exit", 1, 1),
-        ("sanitizer", "exit", -9, 1),
+        *[(section, "exit", code, 1) for section, code in zip(promises.CHECKED, (1, 1, 1, -9, 9), strict=True)],
     ],
 )
 def test_a_broken_promise_of_a_gpu_shows(section: str, key: str, value: Any, missed: int) -> None:
@@ -211,6 +216,15 @@ def test_the_slowest_shape_counts(section: str, figure: str) -> None:
     slow = {"eager": 12.0, "compiled": 12.0, "cuda value_and_grad": 10.0}
     record[section]["rows"] += gpu_losses([64, 16, 128, 128], figure, slow)
     assert verdicts(record).count("fails") == 2
+
+
+def test_the_preferred_backend_must_be_the_faster_one() -> None:
+    record = a_gpu_record()
+    for row in record["latents"]["rows"]:
+        if row["candidate"] == "triton value_and_grad" and row["form"] == "variational":
+            row["wall_us"] = 9.5
+    (late,) = [bound for bound in promises.gpu(record) if "over triton" in bound.what]
+    assert late.verdict == "fails" and late.value == pytest.approx(0.95) and "variational" in late.note
 
 
 @pytest.mark.parametrize("figure, value", [("wall_step", 1.1), ("peak", 61.0), ("wall_sampling", 18.0)])
