@@ -24,13 +24,18 @@ def peak_bytes(call: Callable[[], object], device: str) -> int:
     """The most bytes of tensors that a call holds at once, with what it returns, beyond those before it. The call is
     made twice; the second one counts."""
     call()
-    if device == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        call()
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before
+    if device != "cuda":
+        return once(call)
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    call()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def once(call: Callable[[], object]) -> int:
+    """The most bytes of tensors on the CPU that a single call holds at once, with what it returns."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as watched:
         kept = call()
     del kept

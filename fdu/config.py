@@ -128,15 +128,19 @@ def hints_of(kind: type) -> dict[str, Any]:
 def check_fields(settings: Any) -> None:
     """Raise ValueError or TypeError if a field of a dataclass of settings does not fit its annotation."""
     for name, hint in hints_of(settings.__class__).items():
-        value = getattr(settings, name)
-        if get_origin(hint) in (Union, types.UnionType):
-            hint = None if value is None else get_args(hint)[0]
-        if get_origin(hint) is Literal:
-            check_choice(name, value, get_args(hint))
-        elif get_origin(hint) is Annotated:
-            check_number(name, value, hint)
-        elif hint is bool and not isinstance(value, bool):
-            raise TypeError(f"{name} must be True or False, got {value!r}")
+        check_field(name, getattr(settings, name), hint)
+
+
+def check_field(name: str, value: Any, hint: Any) -> None:
+    """Raise ValueError or TypeError if a value does not fit an annotation."""
+    if get_origin(hint) in (Union, types.UnionType):
+        hint = None if value is None else get_args(hint)[0]
+    if get_origin(hint) is Literal:
+        check_choice(name, value, get_args(hint))
+    elif get_origin(hint) is Annotated:
+        check_number(name, value, hint)
+    elif hint is bool and not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {value!r}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

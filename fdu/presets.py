@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import re
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from fdu.config import PLACES, EraseConfig, check_choice, closest
+from fdu.config import PLACES, EraseConfig, check_choice, check_field, closest, hints_of
 
+EXPONENT = re.compile(r"[-+]?\d+[eE][-+]?\d+")
+"""A number that YAML takes for a text."""
 NO_CLIPPING = 1e6
 """A max_grad_norm that no gradient reaches."""
 
@@ -115,8 +118,18 @@ def preset(name: str, **settings: Any) -> EraseConfig:
     Raises:
         ValueError, TypeError: an unknown preset, or as :class:`fdu.EraseConfig`.
     """
+    return EraseConfig.from_settings({**preset_settings(name, settings), **settings})
+
+
+def preset_settings(name: str, others: Collection[str] = ()) -> dict[str, Any]:
+    """The settings of a preset beside ``others``, which win: s0 also over a sigma, with which it would do nothing.
+
+    Raises:
+        ValueError: an unknown preset.
+    """
     check_choice("preset", name, PRESETS)
-    return EraseConfig.from_settings({**PRESETS[name].settings, **settings})
+    moot = {"sigma"} if "s0" in others else set()
+    return {key: value for key, value in PRESETS[name].settings.items() if key not in {*others, *moot}}
 
 
 def read_settings(path: str | Path) -> dict[str, Any]:
@@ -144,7 +157,28 @@ def read_settings(path: str | Path) -> dict[str, Any]:
         plain = value if isinstance(value, list) else [value]
         if not all(one is None or isinstance(one, (str, int, float)) for one in plain):
             raise ValueError(f"{shown}: {name} must be a number, a text, true, false or a list of texts, got {value!r}")
+        try:
+            found[name] = read_value(name, value)
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{shown}: {error}") from error
     return found
+
+
+def read_value(name: str, value: Any) -> Any:
+    """A setting's value from a file: YAML takes 1e-3, without a point, for a text.
+
+    Raises:
+        ValueError, TypeError: it does not fit the setting.
+    """
+    default, hint = getattr(EraseConfig, name), hints_of(EraseConfig)[name]
+    if isinstance(value, str) and EXPONENT.fullmatch(value):
+        value = float(value)
+    check_field(name, value, hint)
+    if isinstance(default, str) and default != "auto" and not isinstance(value, str):
+        raise TypeError(f"{name} must be a text, got {value!r}")
+    if isinstance(default, tuple) and not isinstance(value, list):
+        raise TypeError(f"{name} must be a list of texts, got {value!r}")
+    return value
 
 
 def write_settings(path: str | Path, config: EraseConfig) -> None:

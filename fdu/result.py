@@ -14,6 +14,7 @@ from fdu.concepts import Concept, Pair, joined
 from fdu.config import PLACES, EraseConfig
 from fdu.evaluation import Draws, Evaluation, Probe
 from fdu.models.denoiser import Denoiser
+from fdu.models.quantization import quantization_of
 from fdu.report import EvaluatedRun, write_report
 from fdu.report.card import write_card
 from fdu.storage.fingerprint import fingerprint, versions
@@ -84,6 +85,7 @@ class ErasureResult:
             "target": dataclasses.asdict(self.target),
             "anchor": dataclasses.asdict(self.anchor),
             "concepts": [[target.name, anchor.name] for target, anchor in self.pairs],
+            "quantization": quantization_of(self.pipeline),
             "config": {name: value for name, value in self.config.as_dict().items() if name not in PLACES},
             "sigma": self.sigma,
             "edits": [dataclasses.asdict(edit) for edit in self.edits],

@@ -18,9 +18,12 @@ from fdu.config import TRAIN_METHODS
 from fdu.presets import PresetName, write_settings
 from fdu.storage.loading import (
     Dtype,
+    Quantization,
     SaveAs,
     check_dtype,
+    check_quantization,
     check_resolution,
+    check_stored,
     choose_device,
     is_main_process,
     result_bytes,
@@ -59,7 +62,8 @@ class Erase:
     """Begin with the settings of a published method; a setting given beside it wins. docs/usage.md says where each
     comes from."""
     config: Path | None = None
-    """YAML file of settings, one per line, as --save_config writes; a setting given beside it wins."""
+    """YAML file of settings, one per line, as --save_config writes; a setting given beside it wins. --no_NAME switches
+    off what the file switches on, such as --no_compile."""
     save_config: Path | None = None
     """Write the settings of this erasure to a YAML file for --config."""
     save_as: SaveAs = "auto"
@@ -69,6 +73,12 @@ class Erase:
     """Replace OUT if fdu wrote it. Other files are never replaced."""
     dtype: Dtype = "auto"
     """Dtype of the weights. auto: float32, or the dtype of --mixed_precision."""
+    quantization: Quantization = "none"
+    """Store the linear layers in the blocks of the denoiser, and those of large text encoders, in four or eight bits
+    while adapters are trained: nf4 (needs bitsandbytes), int8 or fp8."""
+    offload: bool = False
+    """Keep the blocks of a transformer on the CPU and bring them to the device one at a time. Needs
+    --gradient_checkpointing, and adapters."""
     device: str = "auto"
     """Device to run on: cpu, cuda, mps, or auto for the first accelerator found."""
     settings: Annotated[OmitArgPrefixes[Settings], arg(name="")] = dataclasses.field(default_factory=grouped())
@@ -112,6 +122,8 @@ class Erase:
             dtype = "float32" if self.dtype == "auto" else self.dtype
         if not files:  # the pipeline cannot know the meaning of prompts from a file
             config = model.with_preserved(config, [(target.name, anchor.name) for target, anchor in pairs])
+        check_quantization(self.quantization)
+        check_stored(self.quantization, self.offload, config.train_method)
         device = choose_device(self.device)
 
         def work() -> None:
@@ -120,7 +132,7 @@ class Erase:
                 write_settings(self.save_config, given)
             try:
                 with whole_folder(self.out, self.overwrite) if writes else nullcontext() as folder:
-                    pipeline = model.load(dtype, device)
+                    pipeline = model.load(dtype, device, self.quantization, self.offload)
                     format = choose_format(self.save_as, config.train_method, pipeline)
                     targets, anchors = ([pair[side] for pair in pairs] for side in (0, 1))
                     result = fdu.erase(pipeline, targets, anchors, config=config)

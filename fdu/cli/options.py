@@ -11,8 +11,8 @@ from typing import Annotated, Any, get_type_hints
 
 import tyro
 
-from fdu.config import EraseConfig, check_choice
-from fdu.presets import PRESETS, read_settings
+from fdu.config import EraseConfig
+from fdu.presets import preset_settings, read_settings
 
 GROUPS = {
     "basic": "train_method",
@@ -105,7 +105,7 @@ def _option(hint: Any, text: str) -> Any:
 
 def expanded(arguments: Sequence[str]) -> list[str]:
     """The arguments with the settings of --preset and --config behind them, except those that are typed as well; of the
-    two, the file counts.
+    two, the file counts. --no_NAME is taken for a setting that is switched off.
 
     Raises:
         ValueError, FileNotFoundError: an unknown preset, or a file that cannot be read.
@@ -115,13 +115,11 @@ def expanded(arguments: Sequence[str]) -> list[str]:
         if word.startswith("--"):
             name, equals, value = word[2:].partition("=")
             typed[name.replace("-", "_")] = value if equals else following
-    settings: dict[str, Any] = {}
-    if "preset" in typed:
-        check_choice("preset", typed["preset"], PRESETS)
-        settings |= PRESETS[typed["preset"]].settings
-    if "config" in typed:
-        settings |= read_settings(typed["config"])
-    words = list(arguments)
+    off = {name for name in typed if name.startswith("no_") and getattr(EraseConfig, name[3:], None) is False}
+    words = [word for word in arguments if word[2:].replace("-", "_") not in off]
+    typed |= {name[3:]: "" for name in off}
+    read = read_settings(typed["config"]) if "config" in typed else {}
+    settings = (preset_settings(typed["preset"], {*typed, *read}) if "preset" in typed else {}) | read
     for name, value in settings.items():
         if name not in typed and value is not None and value is not False:
             values = value if isinstance(value, (list, tuple)) else [] if value is True else [value]

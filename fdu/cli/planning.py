@@ -10,13 +10,14 @@ from typing import Annotated, Any, ClassVar
 from tyro.conf import OmitArgPrefixes, Positional, arg
 
 from fdu.cli.options import Settings, grouped
-from fdu.config import EraseConfig, Positive, check_number
+from fdu.config import TRAIN_METHODS, EraseConfig, Positive, check_number
 from fdu.presets import PresetName
-from fdu.storage.loading import Dtype, check_dtype, check_resolution
+from fdu.storage.loading import Dtype, Quantization, check_dtype, check_resolution, check_stored
 from fdu.subjects.registry import subject_of
 
 UNITS = ((1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB"), (1, "B"))
 GIGABYTE = 1 << 30
+AS_GIVEN = "as given"
 
 
 @dataclasses.dataclass
@@ -46,28 +47,34 @@ class Plan:
     """YAML file of settings, as for fdu erase."""
     dtype: Dtype = "auto"
     """Dtype of the weights. auto: float32, or the dtype of --mixed_precision."""
+    quantization: Quantization = "none"
+    """Bits of the frozen weights, as for fdu erase."""
+    offload: bool = False
+    """Blocks on the CPU, as for fdu erase."""
     settings: Annotated[OmitArgPrefixes[Settings], arg(name="")] = dataclasses.field(default_factory=grouped())
 
     def prepare(self, command: str) -> Callable[[], None]:
         """Check the arguments and return the work."""
+        from fdu.training.footprint import check_estimable
+
         if self.memory is not None:
             check_number("memory", self.memory, Positive)
         if self.tflops is not None:
             check_number("tflops", self.tflops, Positive)
-        from fdu.training.footprint import check_estimable
-
         model, config = subject_of(self.model), self.settings.checked()
         check_estimable(config)
         check_resolution(model.folder, config.resolution)
         check_dtype(self.dtype, config.mixed_precision)
+        check_stored(self.quantization, self.offload, config.train_method)
 
         def work() -> None:
             from fdu.training.footprint import footprint
 
-            def estimate(one: EraseConfig) -> Any:
-                return footprint(self._denoiser(model.location, one), one)
+            def estimate(one: EraseConfig, stored: Stored) -> Any:
+                return footprint(self._denoiser(model.location, one, stored), one, stored.offload)
 
-            given = estimate(config)
+            as_given = Stored(self.quantization, self.offload)
+            given = estimate(config, as_given)
             for name, count in given.parameters.items():
                 print(f"{name:16} {count:>15,} parameters")
             print(f"{'trained':16} {given.trained:>15,} parameters ({config.train_method})")
@@ -78,8 +85,8 @@ class Plan:
             print()
             lines: list[tuple[str, ...]] = [("weights", "trained", "step", "sampling", "peak", "settings")]
             fitting: str | None = None
-            for words, one in cheaper(config):
-                found = given if one is config else estimate(one)
+            for words, one, stored in cheaper(config, as_given, given.has_blocks):
+                found = given if words == AS_GIVEN else estimate(one, stored)
                 sizes = (found.denoiser, found.states, found.step, found.sampling, found.peak)
                 fits = self.memory is not None and found.peak <= self.memory * GIGABYTE
                 lines.append((*map(size, sizes), words + (" (fits)" if fits else "")))
@@ -94,17 +101,30 @@ class Plan:
 
         return work
 
-    def _denoiser(self, location: str, config: EraseConfig) -> Any:
+    def _denoiser(self, location: str, config: EraseConfig, stored: Stored) -> Any:
         from fdu.models.families import denoiser_of
+        from fdu.models.quantization import quantize
         from fdu.storage.shapes import load_shapes
 
-        shapes = load_shapes(location, check_dtype(self.dtype, config.mixed_precision))
-        return denoiser_of(shapes, config.resolution, config.num_frames)
+        pipeline = load_shapes(location, check_dtype(self.dtype, config.mixed_precision))
+        quantize(pipeline, stored.quantization)
+        return denoiser_of(pipeline, config.resolution, config.num_frames)
 
 
-def cheaper(config: EraseConfig) -> Iterator[tuple[str, EraseConfig]]:
-    """The settings, and further ones that each need less memory than those before, with their options in words."""
-    yield "as given", config
+@dataclasses.dataclass(frozen=True)
+class Stored:
+    """How the frozen weights are stored."""
+
+    quantization: str = "none"
+    offload: bool = False
+
+
+def cheaper(config: EraseConfig, stored: Stored, has_blocks: bool = False) -> Iterator[tuple[str, EraseConfig, Stored]]:
+    """The settings, and further ones that each need less memory than those before, with their options in words.
+
+    ``has_blocks``: whether the model has blocks to offload.
+    """
+    yield AS_GIVEN, config, stored
     steps: list[dict[str, Any]] = []
     if not config.gradient_checkpointing:
         steps.append({"gradient_checkpointing": True})
@@ -119,8 +139,22 @@ def cheaper(config: EraseConfig) -> Iterator[tuple[str, EraseConfig]]:
     changes: dict[str, Any] = {}
     for step in steps:
         changes |= step
-        words = " ".join(f"--{name}" if value is True else f"--{name} {value}" for name, value in changes.items())
-        yield words, dataclasses.replace(config, **changes)
+        yield _options(changes), dataclasses.replace(config, **changes), stored
+    method = TRAIN_METHODS[config.train_method]
+    if method.result == "weights" or not method.trains:
+        return
+    smallest = dataclasses.replace(config, **changes)
+    if stored.quantization == "none":
+        stored = dataclasses.replace(stored, quantization="nf4")
+        changes["quantization"] = "nf4"
+        yield _options(changes), smallest, stored
+    if has_blocks and not stored.offload:
+        changes["offload"] = True
+        yield _options(changes), smallest, dataclasses.replace(stored, offload=True)
+
+
+def _options(changes: dict[str, Any]) -> str:
+    return " ".join(f"--{name}" if value is True else f"--{name} {value}" for name, value in changes.items())
 
 
 def size(count: float) -> str:
@@ -137,6 +171,6 @@ def verdict(memory: float, fitting: str | None) -> str:
     """Whether the erasure fits, in a sentence."""
     if fitting is None:
         return f"Nothing above fits in {memory:g} GiB: lower --resolution or --rank, or train fewer weights."
-    if fitting == "as given":
+    if fitting == AS_GIVEN:
         return f"This fits in {memory:g} GiB."
     return f"To fit in {memory:g} GiB, add {fitting}."

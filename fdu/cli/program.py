@@ -103,9 +103,9 @@ def parse(arguments: list[str]) -> Command:
         ValueError: an unknown command or option.
         SystemExit: after the help, which ends with examples, or after the message for wrong usage.
     """
-    check_typed(arguments, COMMANDS)
     if arguments[0] in ("erase", "plan"):
         arguments = expanded(arguments)
+    check_typed(arguments, COMMANDS)
     config = (tyro.conf.PositionalMetavarFromFieldName, tyro.conf.DisallowNone, tyro.conf.FlagCreatePairsOff)
     typed, *rest = arguments
     try:

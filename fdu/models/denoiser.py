@@ -233,10 +233,15 @@ class Denoiser(ABC):
                 f"pipeline is a {name}, which {reason}; editing, inpainting and ControlNet pipelines cannot be "
                 "trained; load the model with AutoPipelineForText2Image"
             )
-        if any(_moves_itself(part) for part in pipeline.components.values()):
+        if any(hasattr(part, "_hf_hook") for part in pipeline.components.values()):
             raise ValueError(
                 "pipeline moves its models between devices itself; before the training, call "
                 "pipeline.remove_all_hooks() and pipeline.to(device)"
+            )
+        if any(_offloads_groups(part) for part in pipeline.components.values()):
+            raise ValueError(
+                "pipeline has group offloading, which no gradient passes; load it again without, or by "
+                "fdu.load_pipeline(..., offload=True)"
             )
 
     @abstractmethod
@@ -608,10 +613,8 @@ class Denoiser(ABC):
         return self.signal[indices].view(shape).to(like.dtype), self.noise[indices].view(shape).to(like.dtype)
 
 
-def _moves_itself(part: Any) -> bool:
-    """Whether hooks move a part between devices: those of accelerate, or diffusers' group offloading."""
-    if hasattr(part, "_hf_hook"):
-        return True
+def _offloads_groups(part: Any) -> bool:
+    """Whether diffusers' group offloading moves a part between devices."""
     modules = part.modules() if isinstance(part, nn.Module) else ()
     registries = (getattr(module, "_diffusers_hook", None) for module in modules)
     return any(registry is not None and registry.get_hook("group_offloading") for registry in registries)

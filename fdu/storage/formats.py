@@ -11,6 +11,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from fdu.config import TRAIN_METHODS, check_choice
+from fdu.models.quantization import quantization_of
 from fdu.storage import delta, kohya, lora
 from fdu.storage.merging import merged
 from fdu.storage.output import PIPELINE_FILE
@@ -33,7 +34,12 @@ def choose_format(save_as: str, train_method: str, pipeline: DiffusionPipeline |
     trains_adapter = TRAIN_METHODS[train_method].result != "weights"
     has_lora = pipeline is None or hasattr(pipeline, "save_lora_weights")
     if save_as == "auto":
-        return "lora" if trains_adapter and has_lora else "pipeline"
+        save_as = "lora" if trains_adapter and has_lora else "pipeline"
+    if save_as in ("pipeline", "delta") and pipeline is not None and quantization_of(pipeline) != "none":
+        raise ValueError(
+            f'save_as "{save_as}" would merge the adapter into quantized weights; choose save_as "lora" or "kohya", or '
+            "load the pipeline without quantization"
+        )
     if save_as == "lora" and not has_lora:
         raise ValueError(
             f'save_as "lora": diffusers has no LoRA format for {type(pipeline).__name__}; '

@@ -10,9 +10,9 @@ import re
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from fdu.config import check_size
+from fdu.config import TRAIN_METHODS, check_choice, check_size
 from fdu.storage.output import PIPELINE_FILE, RECORD_FILE, SMALL_RESULT
 
 if TYPE_CHECKING:
@@ -29,6 +29,7 @@ ABSENT = re.compile("no file named|does not appear to have a file named", re.IGN
 VARIANT = "fp16"
 """The variant of weights that a repository may have instead of those of full precision."""
 Dtype = Literal["auto", "float32", "float16", "bfloat16"]
+Quantization = Literal["none", "nf4", "int8", "fp8"]
 SaveAs = Literal["auto", "lora", "kohya", "pipeline", "delta"]
 
 
@@ -188,20 +189,52 @@ def check_dtype(dtype: Dtype, mixed_precision: str) -> str:
     return dtype
 
 
-def load_model(model: str, dtype: str = "float32", device: str = "cpu") -> DiffusionPipeline:
+def check_quantization(quantization: str) -> None:
+    """Refuse a quantization that cannot run.
+
+    Raises:
+        ValueError: it does not exist.
+        ImportError: its package is not installed.
+    """
+    check_choice("quantization", quantization, get_args(Quantization))
+    if quantization == "nf4":
+        try:
+            import bitsandbytes  # noqa: F401
+        except ImportError as error:
+            raise ImportError(
+                f"quantization 'nf4' needs bitsandbytes ({error}); pip install bitsandbytes, or choose 'int8' or 'fp8'"
+            ) from error
+
+
+def check_stored(quantization: str, offload: bool, train_method: str) -> None:
+    """Raise ValueError if a training method needs the weights that are quantized, or away."""
+    given = "offload" if offload else f"quantization {quantization!r}" if quantization != "none" else ""
+    if given and (TRAIN_METHODS[train_method].result == "weights" or not TRAIN_METHODS[train_method].trains):
+        raise ValueError(f"{given} needs train_method 'lora' or 'dora', and train_method is {train_method!r}")
+
+
+def load_model(
+    model: str, dtype: str = "float32", device: str = "cpu", quantization: str = "none", offload: bool = False
+) -> DiffusionPipeline:
     """Load a pipeline; of one that has no other weights, the variant "fp16".
 
     Args:
         model: a folder, or a hub id, with a branch, tag or commit after an @.
         dtype: of the weights in memory.
         device: where they go.
+        quantization: of the linear layers in the blocks of the denoiser and of large text encoders; "none" for none.
+        offload: keep the blocks of the denoiser on the CPU until they are called, and the other parts too.
 
     Raises:
         OSError: it cannot be loaded; the first line of the reason.
+        ValueError: the denoiser has no blocks to offload.
     """
     import torch
     from diffusers import DiffusionPipeline
     from safetensors import SafetensorError
+
+    from fdu.models.offloading import offload_blocks
+    from fdu.models.quantization import quantize
 
     name, revision = (model, None) if Path(model).is_dir() else hub_name(model)
     given = {"dtype": getattr(torch, dtype), "revision": revision}
@@ -217,9 +250,13 @@ def load_model(model: str, dtype: str = "float32", device: str = "cpu") -> Diffu
             except errors:
                 raise error from None
             LOGGER.warning("%s has no other weights than those of the variant %s; loaded these", model, VARIANT)
-        return pipeline.to(device)
+        quantize(pipeline, quantization, "cpu" if offload else device)
+        pipeline.to("cpu" if offload else device)
     except errors as error:
         raise OSError(f"model {model!r} could not be loaded: {_first_line(error)}") from error
+    if offload:
+        offload_blocks(pipeline, device)
+    return pipeline
 
 
 def load_erased(pipeline: DiffusionPipeline, path: str) -> DiffusionPipeline:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fdu.config import check_choice
-from fdu.storage.loading import check_model, choose_device
+from fdu.storage.loading import check_model, check_quantization, choose_device
 from fdu.subjects.embedded import EMBEDDED
 from fdu.subjects.subject import Subject
 
@@ -37,18 +37,31 @@ def subject_of(model: str, argument: str = "MODEL") -> Subject:
     return subject
 
 
-def load_pipeline(model: str | Path, dtype: str | torch.dtype = "float32", device: str = "cpu") -> DiffusionPipeline:
+def load_pipeline(
+    model: str | Path,
+    dtype: str | torch.dtype = "float32",
+    device: str = "cpu",
+    quantization: str = "none",
+    offload: bool = False,
+) -> DiffusionPipeline:
     """Load a pipeline by the name that the command line takes.
 
     Args:
         model: a pipeline's folder, a hub id (org/name), "emoji" or "digits".
         dtype: dtype of the weights: float32, float16 or bfloat16, by name or from torch.
         device: the device to put the pipeline on: cpu, cuda, mps or auto.
+        quantization: store the linear layers in the blocks of the denoiser and of large text encoders in four or eight
+            bits, to train adapters on: "nf4" (needs bitsandbytes), "int8" or "fp8".
+        offload: keep the blocks of a transformer on the CPU, from which they come to the device one at a time, to train
+            adapters with gradient_checkpointing.
 
     Raises:
-        ValueError, FileNotFoundError: as :func:`subject_of`, or an unknown dtype or device.
+        ValueError, FileNotFoundError: as :func:`subject_of`, or an unknown dtype, device or quantization; or a denoiser
+            without blocks to offload.
+        ImportError: the quantization's package is missing.
         OSError: it cannot be loaded; the message gives the first line of the reason.
     """
     dtype = str(dtype).removeprefix("torch.")
     check_choice("dtype", dtype, ("float32", "float16", "bfloat16"))
-    return subject_of(str(model)).load(dtype, choose_device(device))
+    check_quantization(quantization)
+    return subject_of(str(model)).load(dtype, choose_device(device), quantization, offload)

@@ -101,13 +101,16 @@ class Subject:
         """The pipeline's folder; None for a hub id."""
         return Path(self.location) if Path(self.location).is_dir() else None
 
-    def load(self, dtype: str = "float32", device: str = "cpu") -> DiffusionPipeline:
-        """Load the pipeline.
+    def load(
+        self, dtype: str = "float32", device: str = "cpu", quantization: str = "none", offload: bool = False
+    ) -> DiffusionPipeline:
+        """Load the pipeline; see :func:`fdu.storage.loading.load_model`.
 
         Raises:
             OSError: it cannot be loaded; the message gives the first line of the reason.
+            ValueError: its denoiser has no blocks to offload.
         """
-        return load_model(self.location, dtype, device)
+        return load_model(self.location, dtype, device, quantization, offload)
 
     def pairs(
         self,

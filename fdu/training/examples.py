@@ -193,7 +193,12 @@ def prepare_examples(
     key: dict[str, object] = {"prompts": texts}
     if cache.folder is not None:
         key["tokens"] = token_key(denoiser, list(texts))
-    encoded = Conditioning(cache.get("prompts", key, lambda: denoiser.encode(texts).tensors)).to(denoiser.device)
+
+    def encode() -> dict[str, Tensor]:
+        with denoiser.others_on(denoiser.device, keep=("vae",)):
+            return denoiser.encode(texts).tensors
+
+    encoded = Conditioning(cache.get("prompts", key, encode)).to(denoiser.device)
 
     # No more than the steps can use: each draws train_batch_size of either kind, a process and an accumulation.
     kinds = 2 if config.preservation_weight else 1

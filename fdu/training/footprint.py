@@ -14,14 +14,19 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
-from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count, shape_wrapper
 
 from fdu.config import TRAIN_METHODS, EraseConfig
 from fdu.models.denoiser import Denoiser
+from fdu.models.offloading import blocks_of
+from fdu.models.quantization import parameter_count
+from fdu.storage.shapes import PROMPT, conditioning_shapes
 from fdu.training.frozen_layers import keeping_less
 from fdu.training.loop import checkpointed
 from fdu.training.methods import Request, attach
 
+LOOK_AGAIN = 1.01
+"""A peak that is so many times the last one is a reason to look for cycles, which takes long."""
 MOMENTS = {"adamw": 8.0, "adamw_8bit": 2.0}
 """Bytes of an optimizer's state per trained parameter."""
 HALVES = ((functional, "linear"), (functional, "conv2d"), (torch, "matmul"), (torch, "bmm"), (torch, "baddbmm"))
@@ -38,11 +43,12 @@ def _attention_backward_flops(grad: Any, query: Any, key: Any, value: Any, *othe
 
 
 _FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-ATTENTION_FLOPS = {
-    _FLASH: _attention_flops,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: (_attention_backward_flops),
+FLOPS = {
+    **flop_registry,
+    _FLASH: shape_wrapper(_attention_flops),
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: shape_wrapper(_attention_backward_flops),
 }
-"""Operations of the attention that stands for every device's here; arguments are shapes."""
+"""What an operation costs, by operation; the attention that stands for every device's here is none of PyTorch's."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +71,8 @@ class Footprint:
     """The largest sum of activations while latents are drawn."""
     flops: int
     """Floating-point operations of a training step, counting a multiplication and an addition as two."""
+    has_blocks: bool = False
+    """Whether the denoiser has blocks that can be offloaded."""
 
     @property
     def training(self) -> int:
@@ -92,12 +100,13 @@ def check_estimable(config: EraseConfig) -> None:
         raise ValueError(f"objective {config.objective!r} is not part of the estimate; leave it out")
 
 
-def footprint(denoiser: Denoiser, config: EraseConfig) -> Footprint:
+def footprint(denoiser: Denoiser, config: EraseConfig, offload: bool = False) -> Footprint:
     """The memory of an erasure with these settings.
 
     Args:
         denoiser: of a pipeline of shapes alone, from :func:`fdu.storage.shapes.load_shapes`.
         config: the settings.
+        offload: whether the blocks of the denoiser stay on the CPU.
 
     Raises:
         ValueError: as :func:`check_estimable`, or a family that cannot read prompts by their shapes.
@@ -105,6 +114,14 @@ def footprint(denoiser: Denoiser, config: EraseConfig) -> Footprint:
     check_estimable(config)
     parts = {name: part for name, part in denoiser.pipeline.components.items() if isinstance(part, nn.Module)}
     sizes = {name: sum(_bytes(tensor) for tensor in _weights(part)) for name, part in parts.items()}
+    counts = {name: parameter_count(part) for name, part in parts.items()}
+    blocks = [sum(_bytes(tensor) for tensor in _weights(block)) for block in blocks_of(denoiser.module)]
+    if offload:
+        if denoiser.module_name != "transformer":
+            raise ValueError(f"offload serves transformers, and {denoiser.family} is none; leave it out")
+        # Besides a block, the graph may still hold the one before it. The autoencoder does not come to the device.
+        sizes[denoiser.module_name] += 2 * max(blocks) - sum(blocks)
+        sizes.pop("vae", None)
     request = Request(
         config.train_method,
         config.rank,
@@ -125,8 +142,8 @@ def footprint(denoiser: Denoiser, config: EraseConfig) -> Footprint:
             sampling = _sampling(denoiser, config)
         except RuntimeError as error:
             raise ValueError(
-                f"the estimate sees shapes alone, and {denoiser.family} looks at values of its prompts; fdu plan does "
-                "not serve it yet"
+                f"the estimate sees shapes alone, and the pipeline of {denoiser.family} looks at values of its prompts "
+                f"where they train; fdu plan does not serve train_method {config.train_method!r} for it"
             ) from error
         finally:
             trainable.remove()
@@ -134,7 +151,7 @@ def footprint(denoiser: Denoiser, config: EraseConfig) -> Footprint:
     states = int(count * (8 + MOMENTS[config.optimizer]))
     kept = sum(size for name, size in sizes.items() if trainable.trains_text and name in denoiser.text_encoders)
     return Footprint(
-        {name: sum(parameter.numel() for parameter in part.parameters()) for name, part in parts.items()},
+        counts,
         count,
         sum(sizes.values()),
         sizes[denoiser.module_name] + kept,
@@ -142,6 +159,7 @@ def footprint(denoiser: Denoiser, config: EraseConfig) -> Footprint:
         step,
         sampling,
         flops,
+        denoiser.module_name == "transformer" and bool(blocks),
     )
 
 
@@ -150,28 +168,26 @@ def _step(denoiser: Denoiser, trainable: Any, config: EraseConfig) -> tuple[int,
     operations."""
     kinds = 2 if config.preservation_weight else 1
     count = kinds * config.train_batch_size
-    texts = ["a"] * count
-    chosen = torch.zeros(count, dtype=torch.long)
-    conditioning = denoiser.encode(["a"])[chosen]
+    conditioning = conditioning_shapes(denoiser, count)
     noisy, indices = torch.randn(count, *denoiser.latent_shape), torch.zeros(count, dtype=torch.long)
     memory = _Memory(denoiser, cycles=config.gradient_checkpointing)
-    with FlopCounterMode(display=False, custom_mapping=ATTENTION_FLOPS) as counter, memory:
+    with memory:
         with torch.no_grad(), trainable.frozen():
             wanted = denoiser.predict(noisy, indices, conditioning)
-        read = denoiser.encode_batch(texts) if trainable.trains_text else conditioning
+        read = denoiser.encode_batch([PROMPT] * count) if trainable.trains_text else conditioning
         loss = (denoiser.predict(noisy, indices, read).float() - wanted.float()).square().mean()
         gradients = torch.autograd.grad(loss, list(trainable.named_parameters().values()), allow_unused=True)
     # The states count the gradients; those of one batch do not yet exist where the activations peak.
     made = sum(_bytes(gradient) for gradient in gradients if gradient is not None)
     peak = memory.peak - (made if config.gradient_accumulation_steps == 1 else 0)
-    return peak, counter.get_total_flops() * config.gradient_accumulation_steps
+    return peak, memory.flops * config.gradient_accumulation_steps
 
 
 def _sampling(denoiser: Denoiser, config: EraseConfig) -> int:
     """The peak of the activations while a batch of latents is drawn; guidance may need a second prediction."""
     guided = denoiser.guided_by_empty and config.guidance_scale > 1
     count = min(config.sample_batch_size, config.num_latents) * (2 if guided else 1)
-    conditioning = denoiser.encode(["a"])[torch.zeros(count, dtype=torch.long)]
+    conditioning = conditioning_shapes(denoiser, count)
     noisy, indices = torch.randn(count, *denoiser.latent_shape), torch.zeros(count, dtype=torch.long)
     with torch.no_grad(), _Memory(denoiser) as memory:
         denoiser.predict(noisy, indices, conditioning)
@@ -179,33 +195,29 @@ def _sampling(denoiser: Denoiser, config: EraseConfig) -> int:
 
 
 class _Memory(TorchDispatchMode):
-    """Counts the bytes of tensors that operations make while they live, beyond the weights of a pipeline."""
+    """Counts the bytes of tensors that operations make while they live, beyond the weights of a pipeline, and the
+    operations of floating point.
+
+    PyTorch's own counter of operations keeps the graphs of checkpointed layers alive.
+    """
 
     def __init__(self, denoiser: Denoiser, cycles: bool = False) -> None:
         super().__init__()
-        self.now = self.peak = 0
+        self.now = self.peak = self.flops = 0
         self.cycles = cycles
         parts = [part for part in denoiser.pipeline.components.values() if isinstance(part, nn.Module)]
         self.known = {_storage(tensor) for part in parts for tensor in _weights(part)}
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        made = function(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        made = function(*args, **kwargs)
+        cost = FLOPS.get(function._overloadpacket)
+        if cost is not None:
+            self.flops += cost(*args, **kwargs, out_val=made)
         for tensor in tree_leaves(made):
             if isinstance(tensor, Tensor):
                 self._hold(tensor)
         return made
-
-    def _hold(self, tensor: Tensor) -> None:
-        storage, size = tensor.untyped_storage(), _bytes(tensor)
-        key = storage._cdata
-        if key in self.known:
-            return
-        self.known.add(key)
-        self.now += size
-        if self.cycles and self.now > self.peak:
-            gc.collect()
-        self.peak = max(self.peak, self.now)
-        weakref.finalize(storage, self._free, key, size)
 
     def __enter__(self) -> _Memory:
         if self.cycles:
@@ -219,6 +231,19 @@ class _Memory(TorchDispatchMode):
         super().__exit__(*error)
         if self.cycles:
             gc.unfreeze()
+
+    def _hold(self, tensor: Tensor) -> None:
+        storage, size = tensor.untyped_storage(), _bytes(tensor)
+        key = storage._cdata
+        if key in self.known:
+            return
+        self.known.add(key)
+        self.now += size
+        if self.now > self.peak * (LOOK_AGAIN if self.cycles else 1):
+            if self.cycles:
+                gc.collect()
+            self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self._free, key, size)
 
     def _free(self, key: int, size: int) -> None:
         self.known.discard(key)

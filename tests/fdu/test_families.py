@@ -312,12 +312,15 @@ def test_a_compiled_module_is_refused_with_the_remedy() -> None:
         denoiser_of(pipeline)
 
 
-def test_group_offloading_is_refused() -> None:
+def test_group_offloading_is_refused_and_the_remedy_works(tmp_path: Path) -> None:
     pipeline = families.build("flux")
+    pipeline.save_pretrained(tmp_path)
     cpu = torch.device("cpu")
     pipeline.transformer.enable_group_offload(cpu, cpu, offload_type="leaf_level")
-    with pytest.raises(ValueError, match="remove_all_hooks"):
+    with pytest.raises(ValueError, match="load it again without, or by fdu.load_pipeline.*offload=True"):
         denoiser_of(pipeline, 16)
+    denoiser = denoiser_of(fdu.load_pipeline(tmp_path, offload=True), 16)
+    assert denoiser.encode(["a"]).tensors
 
 
 @torch.no_grad()

@@ -65,6 +65,22 @@ def test_settings_survive_a_file() -> None:
     assert (both.learning_rate, both.sigma) == (1e-3, 2.0)
 
 
+def test_s0_beside_a_preset_replaces_its_sigma_with_which_it_would_do_nothing() -> None:
+    assert (settings_of("--preset", "fdmu", "--s0", "10").sigma, fdu.preset("fdmu", s0=10.0).sigma) == ("auto", "auto")
+    assert settings_of("--preset", "fdmu", "--s0", "10", "--sigma", "2").sigma == 2.0
+    assert fdu.preset("fdmu").sigma == 1.0
+
+
+def test_what_a_file_switches_on_can_be_switched_off() -> None:
+    Path("on.yaml").write_text("compile: true\ngradient_checkpointing: true\nlearning_rate: 1e-3\n")
+    assert read_settings("on.yaml")["learning_rate"] == 1e-3  # which YAML takes for a text
+    config = settings_of("--config", "on.yaml", "--no_compile")
+    assert (config.compile, config.gradient_checkpointing, config.learning_rate) == (False, True, 1e-3)
+    assert settings_of("--config", "on.yaml", "--no-gradient-checkpointing").gradient_checkpointing is False
+    with pytest.raises(ValueError, match="there is no option --no_rank"):
+        settings_of("--no_rank")
+
+
 def test_an_erasure_writes_its_settings_for_another(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*ERASE, *TINY, "--rank", "2", "--save_config", "mine.yaml"]) == cli.OK
     # What follows from the target, or from another setting, is left to the next erasure.
@@ -86,7 +102,12 @@ def test_files_that_hold_no_settings_are_refused(capsys: pytest.CaptureFixture[s
         "a: {b": "is not YAML",
         "learning_rat: 1": "'learning_rat', which is not a setting; did you mean 'learning_rate'",
         "learning_rate: {a: 1}": "learning_rate must be a number",
-        "rank: much": "much",
+        "rank: much": "config 'bad.yaml': rank must be a whole number >= 1, got 'much'",
+        "rank: 2.5": "config 'bad.yaml': rank must be a whole number",
+        "compile: 1": "config 'bad.yaml': compile must be True or False, got 1",
+        "optimizer: sgd": "config 'bad.yaml': optimizer must be one of adamw",
+        "divergence: 3": "config 'bad.yaml': divergence must be a text, got 3",
+        "preservation_prompts: a cat": "config 'bad.yaml': preservation_prompts must be a list of texts",
     }
     for text, message in contents.items():
         Path("bad.yaml").write_text(text)

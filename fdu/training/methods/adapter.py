@@ -135,9 +135,11 @@ class Adapter(Trainable):
             self._refine_magnitudes()
         for parameter in self.module.parameters():
             parameter.requires_grad_(False)
+        device = next(self.module.parameters()).device
         for parameter in self.named_parameters().values():
-            # fp32 even in a half-precision model: peft casts what flows through them.
-            parameter.data = parameter.data.float()
+            # fp32 even in a half-precision model: peft casts what flows through them. On the device, where the layer
+            # may be away.
+            parameter.data = parameter.data.to(device, torch.float32)
             parameter.requires_grad_(True)
 
     def named_parameters(self) -> dict[str, nn.Parameter]:

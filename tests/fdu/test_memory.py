@@ -1,0 +1,202 @@
+"""Pipelines whose frozen weights are quantized or offloaded: they train, draw and save as others do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import families
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fdu
+from fdu import cli
+from fdu.models import parts
+from fdu.models.offloading import MARK, blocks_of, offload_blocks
+from fdu.models.quantization import QuantizedLinear, quantization_of, quantize
+from fdu.storage.loading import check_quantization
+
+FEW: dict[str, Any] = {"max_train_steps": 3, "num_latents": 4, "num_inference_steps": 2, "train_batch_size": 2}
+ERRORS = {"nf4": 0.15, "int8": 0.01, "fp8": 0.04}
+"""The largest relative error of a weight of normal noise."""
+CHANGES = {"nf4": 0.6, "int8": 0.1, "fp8": 0.25}
+"""The largest relative distance of what a LoRA changes in the outputs, from that of a LoRA over the whole weights."""
+UNETS = ("sd", "sdxl")
+
+
+def has_bitsandbytes() -> bool:
+    try:
+        check_quantization("nf4")
+    except ImportError:
+        return False
+    return True
+
+
+bare = pytest.mark.skipif(not has_bitsandbytes(), reason="bitsandbytes is not installed")
+KINDS = [pytest.param(kind, marks=bare if kind == "nf4" else ()) for kind in ERRORS]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_quantized_layer_is_close_and_passes_gradients(kind: str) -> None:
+    torch.manual_seed(0)
+    layer = nn.Linear(128, 96)
+    nn.init.normal_(layer.weight)
+    quantized = QuantizedLinear(layer, kind)
+    assert (quantized.weight - layer.weight).norm() / layer.weight.norm() < ERRORS[kind]
+    given = torch.randn(5, 128, requires_grad=True)
+    output = quantized(given)
+    expected = given @ quantized.weight.T + layer.bias
+    torch.testing.assert_close(output, expected)
+    (gradient,) = torch.autograd.grad(output.square().sum(), given)
+    torch.testing.assert_close(gradient, 2 * expected.detach() @ quantized.weight)
+
+
+@pytest.mark.parametrize("kind", ["int8", "fp8"])
+def test_a_quantized_layer_keeps_eight_bits_for_the_backward_pass(kind: str) -> None:
+    quantized = QuantizedLinear(nn.Linear(256, 256), kind)
+    kept: list[Tensor] = []
+    given = torch.randn(2, 256, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda one: kept.append(one) or one, lambda one: one):
+        quantized(given)
+    assert 256 * 256 <= sum(one.nbytes for one in kept) < 256 * 256 * 1.1
+    assert quantized.bfloat16().stored.itemsize == 1  # a cast of the model leaves it alone
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_lora_over_a_quantized_base_is_close_to_the_one_over_the_whole(kind: str, tmp_path: Path) -> None:
+    """Both are loaded over the whole weights, and compared by what they change in the outputs there."""
+    settings = {**FEW, "max_train_steps": 20, "train_batch_size": 8, "num_latents": 16}
+
+    def trained(quantization: str) -> tuple[Tensor, float]:
+        pipeline = fdu.load_pipeline("digits", quantization=quantization)
+        assert quantization_of(pipeline) == quantization
+        result = fdu.erase(pipeline, "three", "eight", seed=0, **settings)
+        assert result.record()["quantization"] == quantization
+        whole = fdu.load_pipeline("digits")
+        whole.load_lora_weights(str(result.save(tmp_path / quantization)))
+        config = whole.unet.config
+        torch.manual_seed(1)
+        noisy = torch.randn(4, config.in_channels, config.sample_size, config.sample_size)
+        read = whole.encode_prompt(["three"] * 4, "cpu", 1, False)[0]
+        given = (noisy, torch.tensor([300, 500, 700, 900]), read)
+        with torch.no_grad():
+            after = whole.unet(*given).sample
+            whole.disable_lora()
+            return after - whole.unet(*given).sample, result.history["distance"][-1]
+
+    (plain, plain_end), (over, over_end) = trained("none"), trained(kind)
+    distance = float((over - plain).norm() / plain.norm())
+    assert 0 < distance < CHANGES[kind]
+    assert over_end == pytest.approx(plain_end, rel=0.25)
+
+
+def test_what_cannot_be_quantized_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(ValueError, match="quantization must be one of none, nf4"):
+        fdu.load_pipeline("digits", quantization="int3")
+    pipeline = fdu.load_pipeline("digits", quantization="int8")
+    with pytest.raises(ValueError, match="stored as torch.int8.*train_method 'lora'"):
+        fdu.erase(pipeline, "three", "eight", train_method="full", **FEW)
+    result = fdu.erase(pipeline, "three", "eight", **FEW)
+    with pytest.raises(ValueError, match='save_as "pipeline" would merge.*without quantization'):
+        result.save(tmp_path / "whole", save_as="pipeline")
+    command = ["erase", "digits", "--target", "three", "--anchor", "eight", "--out", str(tmp_path / "out")]
+    assert cli.main([*command, "--quantization", "fp8", "--train_method", "full"]) == cli.USAGE
+    assert "quantization 'fp8' needs train_method 'lora'" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(has_bitsandbytes(), reason="bitsandbytes is installed")
+def test_without_bitsandbytes_nf4_names_the_remedy() -> None:
+    with pytest.raises(ImportError, match="pip install bitsandbytes, or choose 'int8' or 'fp8'"):
+        fdu.load_pipeline("digits", quantization="nf4")
+
+
+def test_large_text_encoders_are_quantized_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    pipeline = families.build("sd3")
+    sizes = {name: model.num_parameters() for name, model in parts.models(pipeline).items()}
+    assert sizes["text_encoder_3"] < sizes["text_encoder"] == sizes["text_encoder_2"]
+    monkeypatch.setattr("fdu.models.quantization.LARGE", sizes["text_encoder"])
+    quantize(pipeline, "int8")
+    layers = {name: {type(layer) for layer in model.modules()} for name, model in parts.models(pipeline).items()}
+    assert {name for name, found in layers.items() if QuantizedLinear in found} == {
+        *("transformer", "text_encoder", "text_encoder_2")
+    }
+    images = pipeline("three", num_inference_steps=1, height=16, width=16, output_type="np").images
+    assert images.shape == (1, 16, 16, 3)
+
+
+@pytest.mark.quick(name=["flux"])
+@pytest.mark.parametrize("name", [name for name in families.FAMILY_NAMES if name not in UNETS])
+def test_offloaded_blocks_train_the_same_weights(name: str) -> None:
+    """Bit for bit, with nothing but numbers that are none left of a block that is away."""
+
+    def losses(offload: bool) -> list[float]:
+        pipeline = families.build(name)
+        if offload:
+            offload_blocks(pipeline, "cpu")
+            offloading = vars(pipeline.transformer)[MARK]
+            first = next(pipeline.transformer.parameters())
+            assert all(first is not weight for weight in homes_of(offloading))  # its device is the model's
+            ruin_what_leaves(offloading)
+        settings = {**FEW, "gradient_checkpointing": True, "resolution": families.resolution(name)}
+        return fdu.erase(pipeline, "three", "eight", **settings).history["loss"]
+
+    assert losses(offload=True) == losses(offload=False)
+
+
+def homes_of(offloading: Any) -> list[nn.Parameter]:
+    return [weight for homes in offloading.homes.values() for _, _, weight in homes]
+
+
+def ruin_what_leaves(offloading: Any) -> None:
+    """A copy that was on the device holds no numbers once the block has left and nothing needs its gradients."""
+    leave = offloading.leave
+
+    def ruin() -> None:
+        copies = []
+        if offloading.here is not None and not torch.is_grad_enabled():
+            copies = [part._parameters[place] for part, place, _ in offloading.homes[offloading.here]]
+        leave()
+        for copy in copies:
+            copy.data.fill_(float("nan")) if copy.is_floating_point() else copy.data.zero_()
+
+    offloading.leave = ruin
+
+
+def test_one_block_at_a_time_is_on_the_device() -> None:
+    pipeline = families.build("flux")
+    blocks = blocks_of(pipeline.transformer)
+    offload_blocks(pipeline, "cpu")
+    offloading = vars(pipeline.transformer)[MARK]
+    homes = set(map(id, homes_of(offloading)))
+    found: list[int] = []
+
+    def count(*_: Any) -> None:
+        found.append(sum(any(id(weight) not in homes for weight in block.parameters()) for block in blocks))
+
+    for block in blocks:
+        block.register_forward_hook(count)
+    pipeline("three", num_inference_steps=2, height=16, width=16, output_type="latent")
+    assert found == [1] * 2 * len(blocks)
+    offloading.leave()
+    count()
+    assert found[-1] == 0
+
+
+def test_what_cannot_be_offloaded_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(ValueError, match="offload serves transformers"):
+        fdu.load_pipeline("digits", offload=True)
+    families.build("flux").save_pretrained(tmp_path / "flux")
+    pipeline = fdu.load_pipeline(tmp_path / "flux", offload=True)
+    with pytest.raises(ValueError, match="saves memory only with gradient_checkpointing; add that"):
+        fdu.erase(pipeline, "three", "eight", resolution=16, **FEW)
+    with pytest.raises(ValueError, match="only adapters can be trained"):
+        fdu.erase(pipeline, "three", "eight", resolution=16, train_method="full", **FEW)
+    out = tmp_path / "out"
+    command = ["erase", str(tmp_path / "flux"), "--target", "three", "--anchor", "eight", "--out", str(out)]
+    few = [word for name, value in FEW.items() for word in (f"--{name}", str(value))]
+    further = ["--resolution", "16", "--offload", "--gradient_checkpointing", "--quantization", "int8"]
+    assert cli.main([*command, *few, *further]) == cli.OK
+    assert (out / "pytorch_lora_weights.safetensors").is_file()
+    assert cli.main([*command, "--offload", "--train_method", "closed_form", "--overwrite"]) == cli.USAGE
+    assert "offload needs train_method 'lora' or 'dora'" in capsys.readouterr().err
