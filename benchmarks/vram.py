@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import io
 import json
 import resource
@@ -19,10 +20,11 @@ from typing import Any
 
 from fdu import cli
 from fdu.config import EraseConfig
+from fdu.models.denoiser import Denoiser
 from fdu.models.families import denoiser_of
 from fdu.models.quantization import quantize
 from fdu.storage.shapes import load_shapes
-from fdu.training.footprint import footprint
+from fdu.training.footprint import MOMENTS, Footprint, footprint, offloaded
 
 HERE = Path(__file__).parent
 CONFIGS, PAGE = HERE / "configs", HERE.parent / "docs" / "memory.md"
@@ -64,53 +66,49 @@ def check() -> dict[str, Any]:
     return {"models": models, "bytes": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss}
 
 
-def columns() -> dict[str, tuple[dict[str, Any], str, bool]]:
-    """The columns of the table, each with its settings, quantization and offloading; each adds to the one before."""
-    batch: dict[str, Any] = {"mixed_precision": "bf16", "train_batch_size": 1, "sample_batch_size": 1}
-    lean = {**batch, "gradient_checkpointing": True}
-    small = {**lean, "optimizer": "adamw_8bit"}
-    return {
-        "`--mixed_precision bf16 --train_batch_size 1 --sample_batch_size 1`": (batch, "none", False),
-        "`--gradient_checkpointing`": (lean, "none", False),
-        "`--optimizer adamw_8bit`": (small, "none", False),
-        "`--quantization int8` or `fp8`": (small, "int8", False),
-        "`--quantization nf4`": (small, "nf4", False),
-        "`--offload`": (small, "nf4", True),
-    }
+LEAN: dict[str, Any] = {
+    **{"mixed_precision": "bf16", "gradient_checkpointing": True, "train_batch_size": 1, "sample_batch_size": 1}
+}
+"""Settings of all columns."""
+COLUMNS = ("bf16, `--gradient_checkpointing`", "`--optimizer adamw_8bit`", "`--quantization nf4`", "`--offload`")
 
 
 def peaks(name: str) -> list[str]:
-    """The cells of a model's row."""
-    cells = []
+    """The cells of a model's row. Only what is computed with changes the activations, so two columns need no count."""
+    plain, eight_bit = EraseConfig(**LEAN), EraseConfig(**LEAN, optimizer="adamw_8bit")
     with tempfile.TemporaryDirectory() as folder:
         unpack(name, Path(folder))
-        for settings, quantization, offload in columns().values():
-            pipeline = load_shapes(folder, "bfloat16")
-            quantize(pipeline, quantization)
-            denoiser = denoiser_of(pipeline, NO_SIZE.get(name))
-            if offload and denoiser.module_name != "transformer":
-                cells.append("")
-                continue
-            found = footprint(denoiser, EraseConfig(**settings), offload)
-            cells.append(
-                f"{found.peak / 2**30:.1f} ({max(found.training, found.denoiser + found.sampling) / 2**30:.1f})"
-            )
-            side = denoiser.height
-    return [json.loads((CONFIGS / f"{name}.json").read_text(encoding="utf-8"))["model"], str(side), *cells]
+        denoiser, found = estimated(folder, name, plain, "none")
+        columns = [found, dataclasses.replace(found, states=int(found.trained * (8 + MOMENTS["adamw_8bit"])))]
+        denoiser, found = estimated(folder, name, eight_bit, "nf4")
+        columns += [found, *([offloaded(found, denoiser)] if found.has_blocks else [])]
+    cells = [
+        f"{one.peak / 2**30:.1f} ({max(one.training, one.denoiser + one.sampling) / 2**30:.1f})" for one in columns
+    ]
+    model = json.loads((CONFIGS / f"{name}.json").read_text(encoding="utf-8"))["model"]
+    return [model, str(denoiser.height), *cells, *[""] * (len(COLUMNS) - len(cells))]
 
 
-def page() -> str:
-    """The page."""
-    header = ["model", "pixels", *columns()]
-    rows = [header, ["---"] * len(header), *map(peaks, NAMES)]
-    table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
+def estimated(folder: str, name: str, config: EraseConfig, quantization: str) -> tuple[Denoiser, Footprint]:
+    """A model's shapes, and the memory of an erasure from it."""
+    pipeline = load_shapes(folder, "bfloat16")
+    quantize(pipeline, quantization)
+    denoiser = denoiser_of(pipeline, NO_SIZE.get(name))
+    return denoiser, footprint(denoiser, config)
+
+
+def page(cells: list[list[str]]) -> str:
+    """The page with these rows."""
+    header = ["model", "pixels", *COLUMNS]
+    table = "\n".join(f"| {' | '.join(row)} |" for row in [header, ["---"] * len(header), *cells])
     return f"""# Memory by model and options
 
 `fdu plan` estimates these GiB from the published configs of each model, for a LoRA of rank {EraseConfig.rank} at the
-model's own resolution. Each column adds its options to those of the columns before it. The first number is the peak,
-while all parts of the pipeline are on the device to encode the prompts. The number in brackets is the peak afterwards,
-while latents are drawn and the LoRA is trained. A GPU's context and allocator take some more: leave a tenth of its
-memory free. No GPU has confirmed the numbers yet.
+model's own resolution, with `--mixed_precision bf16 --train_batch_size 1 --sample_batch_size 1`. Each column adds its
+options to those of the columns before it. The first number is the peak, while all parts of the pipeline are on the
+device to encode the prompts. The number in brackets is the peak afterwards, while latents are drawn and the LoRA is
+trained. A GPU's context and allocator take some more: leave a tenth of its memory free. No GPU has confirmed the
+numbers yet.
 
 {table}
 
@@ -128,4 +126,7 @@ if __name__ == "__main__":
     if parser.parse_args().check:
         print(json.dumps(check()))
         sys.exit()
-    PAGE.write_text(page(), encoding="utf-8")
+    rows: list[list[str]] = []
+    for one in NAMES:
+        rows.append(peaks(one))
+        PAGE.write_text(page(rows), encoding="utf-8")

@@ -248,8 +248,10 @@ class EraseConfig:
     """Learning-rate schedule after the warm-up."""
     lr_warmup_steps: Natural = 0
     """Steps in which the learning rate rises from 0, >= 0."""
-    optimizer: Literal["adamw", "adamw_8bit"] = "adamw"
-    """AdamW from torch, or with 8-bit moments (needs bitsandbytes)."""
+    optimizer: Literal["adamw", "adamw_8bit", "prodigy", "schedule_free"] = "adamw"
+    """AdamW from torch, with 8-bit moments (needs bitsandbytes), or schedule-free (needs schedulefree, and a constant
+    lr_scheduler); or Prodigy, which finds the learning rate (needs prodigyopt; learning_rate, 1 by default, scales it).
+    """
     adam_beta1: Share = 0.9
     """AdamW: decay of the first moment, in [0, 1)."""
     adam_beta2: Share = 0.999
@@ -385,6 +387,11 @@ class EraseConfig:
                 "lr_warmup_steps needs lr_scheduler 'constant_with_warmup', 'linear' or 'cosine'; choose one of them, "
                 "or set lr_warmup_steps to 0"
             )
+        if self.optimizer == "schedule_free" and not self.lr_scheduler.startswith("constant"):
+            raise ValueError(
+                "optimizer 'schedule_free' needs lr_scheduler 'constant' or 'constant_with_warmup', and it is "
+                f"{self.lr_scheduler!r}"
+            )
         if self.gradient_surgery and not self.preservation_weight:
             raise ValueError("gradient_surgery needs preservation; set preservation_weight above 0")
         if self.frozen_batches and self.timestep_sampling == "importance":
@@ -435,7 +442,7 @@ class EraseConfig:
     def peak_learning_rate(self) -> float | None:
         """The learning rate, or else that of the training method; None where nothing is trained."""
         method = TRAIN_METHODS[self.train_method]
-        default = method.learning_rate if method.trains else None
+        default = (1.0 if self.optimizer == "prodigy" else method.learning_rate) if method.trains else None
         return default if self.learning_rate is None else self.learning_rate
 
     @classmethod

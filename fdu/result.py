@@ -19,6 +19,7 @@ from fdu.report import EvaluatedRun, write_report
 from fdu.report.card import write_card
 from fdu.storage.fingerprint import fingerprint, versions
 from fdu.storage.formats import choose_format, public_name, write
+from fdu.storage.loading import REVISION_MARK
 from fdu.storage.output import RECORD_FILE, whole_folder, write_json
 from fdu.training.closed_form import EditFigures
 from fdu.training.methods import Trainable
@@ -85,6 +86,7 @@ class ErasureResult:
             "target": dataclasses.asdict(self.target),
             "anchor": dataclasses.asdict(self.anchor),
             "concepts": [[target.name, anchor.name] for target, anchor in self.pairs],
+            "revision": vars(self.pipeline).get(REVISION_MARK),
             "quantization": quantization_of(self.pipeline),
             "config": {name: value for name, value in self.config.as_dict().items() if name not in PLACES},
             "sigma": self.sigma,

@@ -20,6 +20,7 @@ from fdu.storage.loading import (
     Dtype,
     Quantization,
     SaveAs,
+    at_revision,
     check_dtype,
     check_quantization,
     check_resolution,
@@ -73,6 +74,10 @@ class Erase:
     """Replace OUT if fdu wrote it. Other files are never replaced."""
     dtype: Dtype = "auto"
     """Dtype of the weights. auto: float32, or the dtype of --mixed_precision."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub id."""
+    variant: str | None = None
+    """Variant of the weights' files, such as fp16. Default: full precision, or fp16 where there is nothing else."""
     quantization: Quantization = "none"
     """Store the linear layers in the blocks of the denoiser, and those of large text encoders, in four or eight bits
     while adapters are trained: nf4 (needs bitsandbytes), int8 or fp8."""
@@ -96,7 +101,7 @@ class Erase:
                 "painting, another concept, or --anchor '' for nothing"
             )
         types = self.concept_type[0] if len(self.concept_type) == 1 else self.concept_type or "object"
-        model = subject_of(self.model)
+        model = subject_of(at_revision(self.model, self.revision))
         pairs = model.pairs(self.target, self.anchor, types)
         checkpoints = Path(f"{self.out}.checkpoints")
         given = config = self.settings.checked(checkpoint_dir=str(checkpoints))
@@ -132,7 +137,7 @@ class Erase:
                 write_settings(self.save_config, given)
             try:
                 with whole_folder(self.out, self.overwrite) if writes else nullcontext() as folder:
-                    pipeline = model.load(dtype, device, self.quantization, self.offload)
+                    pipeline = model.load(dtype, device, self.quantization, self.offload, self.variant)
                     format = choose_format(self.save_as, config.train_method, pipeline)
                     targets, anchors = ([pair[side] for pair in pairs] for side in (0, 1))
                     result = fdu.erase(pipeline, targets, anchors, config=config)
@@ -154,7 +159,7 @@ class Erase:
                 print(f"Closed form: {words}; edited at rank {edit.rank}, relative error {edit.error:.1g}.")
             if not config.max_train_steps and not result.edits:
                 print("Nothing was trained: max_train_steps is 0.")
-            print(f"Evaluate it with: {shlex.join(['fdu', 'evaluate', self.model, str(self.out)])}")
+            print(f"Evaluate it with: {shlex.join(['fdu', 'evaluate', model.model, str(self.out)])}")
 
         return work
 

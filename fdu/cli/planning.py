@@ -12,7 +12,7 @@ from tyro.conf import OmitArgPrefixes, Positional, arg
 from fdu.cli.options import Settings, grouped
 from fdu.config import TRAIN_METHODS, EraseConfig, Positive, check_number
 from fdu.presets import PresetName
-from fdu.storage.loading import Dtype, Quantization, check_dtype, check_resolution, check_stored
+from fdu.storage.loading import Dtype, Quantization, at_revision, check_dtype, check_resolution, check_stored
 from fdu.subjects.registry import subject_of
 
 UNITS = ((1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB"), (1, "B"))
@@ -47,6 +47,8 @@ class Plan:
     """YAML file of settings, as for fdu erase."""
     dtype: Dtype = "auto"
     """Dtype of the weights. auto: float32, or the dtype of --mixed_precision."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub id."""
     quantization: Quantization = "none"
     """Bits of the frozen weights, as for fdu erase."""
     offload: bool = False
@@ -61,7 +63,7 @@ class Plan:
             check_number("memory", self.memory, Positive)
         if self.tflops is not None:
             check_number("tflops", self.tflops, Positive)
-        model, config = subject_of(self.model), self.settings.checked()
+        model, config = subject_of(at_revision(self.model, self.revision)), self.settings.checked()
         check_estimable(config)
         check_resolution(model.folder, config.resolution)
         check_dtype(self.dtype, config.mixed_precision)

@@ -69,6 +69,7 @@ def write_card(
         title=_line(record["target"]["name"]),
         base=subject.title or _line(record["base"]) or "an unnamed model",
         base_id=base_id,
+        revision=_line(record.get("revision") or ""),
         what=WHAT[format],
         concepts=erased_pairs(record),
         pipeline_class=type(pipeline).__name__,

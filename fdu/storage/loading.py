@@ -26,6 +26,8 @@ HUB_PIPELINE = 6 << 30
 LOGGER = logging.getLogger(__name__)
 ABSENT = re.compile("no file named|does not appear to have a file named", re.IGNORECASE)
 """What diffusers and transformers say if weights are not there."""
+REVISION_MARK = "_fdu_revision"
+"""The attribute of a pipeline that holds the revision that it was loaded by."""
 VARIANT = "fp16"
 """The variant of weights that a repository may have instead of those of full precision."""
 Dtype = Literal["auto", "float32", "float16", "bfloat16"]
@@ -70,6 +72,22 @@ def hub_name(model: str) -> tuple[str, str | None]:
     """
     name, sign, revision = model.partition("@")
     return (name, revision) if REVISION.fullmatch(sign + revision) else (model, None)
+
+
+def at_revision(model: str, revision: str | None) -> str:
+    """The name of a model at a revision, if one is given.
+
+    >>> at_revision("org/model", "v1.0"), at_revision("org/model", None)
+    ('org/model@v1.0', 'org/model')
+
+    Raises:
+        ValueError: a folder, or a name that has a revision already.
+    """
+    if revision is None:
+        return model
+    if Path(model).is_dir() or not HUB_ID.fullmatch(model):
+        raise ValueError(f"revision goes with a hub id (org/name), and the model is {model!r}; leave it out")
+    return f"{model}@{revision}"
 
 
 def check_resolution(folder: Path | None, resolution: int | None) -> None:
@@ -214,7 +232,12 @@ def check_stored(quantization: str, offload: bool, train_method: str) -> None:
 
 
 def load_model(
-    model: str, dtype: str = "float32", device: str = "cpu", quantization: str = "none", offload: bool = False
+    model: str,
+    dtype: str = "float32",
+    device: str = "cpu",
+    quantization: str = "none",
+    offload: bool = False,
+    variant: str | None = None,
 ) -> DiffusionPipeline:
     """Load a pipeline; of one that has no other weights, the variant "fp16".
 
@@ -223,6 +246,7 @@ def load_model(
         dtype: of the weights in memory.
         device: where they go.
         quantization: of the linear layers in the blocks of the denoiser and of large text encoders; "none" for none.
+        variant: of the weights' files, such as "fp16".
         offload: keep the blocks of the denoiser on the CPU until they are called, and the other parts too.
 
     Raises:
@@ -237,19 +261,20 @@ def load_model(
     from fdu.models.quantization import quantize
 
     name, revision = (model, None) if Path(model).is_dir() else hub_name(model)
-    given = {"dtype": getattr(torch, dtype), "revision": revision}
+    given = {"dtype": getattr(torch, dtype), "revision": revision, "variant": variant}
     errors = (OSError, ValueError, RuntimeError, KeyError, AttributeError, SafetensorError)
     try:
         try:
             pipeline = DiffusionPipeline.from_pretrained(name, **given)
         except errors as error:
-            if not ABSENT.search(str(error)):
+            if variant is not None or not ABSENT.search(str(error)):
                 raise
             try:
-                pipeline = DiffusionPipeline.from_pretrained(name, variant=VARIANT, **given)
+                pipeline = DiffusionPipeline.from_pretrained(name, **{**given, "variant": VARIANT})
             except errors:
                 raise error from None
             LOGGER.warning("%s has no other weights than those of the variant %s; loaded these", model, VARIANT)
+        vars(pipeline)[REVISION_MARK] = revision
         quantize(pipeline, quantization, "cpu" if offload else device)
         pipeline.to("cpu" if offload else device)
     except errors as error:

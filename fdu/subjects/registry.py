@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fdu.config import check_choice
-from fdu.storage.loading import check_model, check_quantization, choose_device
+from fdu.storage.loading import at_revision, check_model, check_quantization, choose_device
 from fdu.subjects.embedded import EMBEDDED
 from fdu.subjects.subject import Subject
 
@@ -43,6 +43,8 @@ def load_pipeline(
     device: str = "cpu",
     quantization: str = "none",
     offload: bool = False,
+    revision: str | None = None,
+    variant: str | None = None,
 ) -> DiffusionPipeline:
     """Load a pipeline by the name that the command line takes.
 
@@ -54,6 +56,9 @@ def load_pipeline(
             bits, to train adapters on: "nf4" (needs bitsandbytes), "int8" or "fp8".
         offload: keep the blocks of a transformer on the CPU, from which they come to the device one at a time, to train
             adapters with gradient_checkpointing.
+        revision: branch, tag or commit of a hub id.
+        variant: of the weights' files, such as "fp16". By default those of full precision, or fp16 where there are no
+            others.
 
     Raises:
         ValueError, FileNotFoundError: as :func:`subject_of`, or an unknown dtype, device or quantization; or a denoiser
@@ -64,4 +69,5 @@ def load_pipeline(
     dtype = str(dtype).removeprefix("torch.")
     check_choice("dtype", dtype, ("float32", "float16", "bfloat16"))
     check_quantization(quantization)
-    return subject_of(str(model)).load(dtype, choose_device(device), quantization, offload)
+    subject = subject_of(at_revision(str(model), revision))
+    return subject.load(dtype, choose_device(device), quantization, offload, variant)

@@ -102,7 +102,12 @@ class Subject:
         return Path(self.location) if Path(self.location).is_dir() else None
 
     def load(
-        self, dtype: str = "float32", device: str = "cpu", quantization: str = "none", offload: bool = False
+        self,
+        dtype: str = "float32",
+        device: str = "cpu",
+        quantization: str = "none",
+        offload: bool = False,
+        variant: str | None = None,
     ) -> DiffusionPipeline:
         """Load the pipeline; see :func:`fdu.storage.loading.load_model`.
 
@@ -110,7 +115,7 @@ class Subject:
             OSError: it cannot be loaded; the message gives the first line of the reason.
             ValueError: its denoiser has no blocks to offload.
         """
-        return load_model(self.location, dtype, device, quantization, offload)
+        return load_model(self.location, dtype, device, quantization, offload, variant)
 
     def pairs(
         self,

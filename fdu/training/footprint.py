@@ -27,7 +27,7 @@ from fdu.training.methods import Request, attach
 
 LOOK_AGAIN = 1.01
 """A peak that is so many times the last one is a reason to look for cycles, which takes long."""
-MOMENTS = {"adamw": 8.0, "adamw_8bit": 2.0}
+MOMENTS = {"adamw": 8.0, "adamw_8bit": 2.0, "prodigy": 16.0, "schedule_free": 8.0}
 """Bytes of an optimizer's state per trained parameter."""
 HALVES = ((functional, "linear"), (functional, "conv2d"), (torch, "matmul"), (torch, "bmm"), (torch, "baddbmm"))
 WHOLES = ((functional, "group_norm"), (functional, "layer_norm"), (functional, "softmax"))
@@ -115,13 +115,6 @@ def footprint(denoiser: Denoiser, config: EraseConfig, offload: bool = False) ->
     parts = {name: part for name, part in denoiser.pipeline.components.items() if isinstance(part, nn.Module)}
     sizes = {name: sum(_bytes(tensor) for tensor in _weights(part)) for name, part in parts.items()}
     counts = {name: parameter_count(part) for name, part in parts.items()}
-    blocks = [sum(_bytes(tensor) for tensor in _weights(block)) for block in blocks_of(denoiser.module)]
-    if offload:
-        if denoiser.module_name != "transformer":
-            raise ValueError(f"offload serves transformers, and {denoiser.family} is none; leave it out")
-        # Besides a block, the graph may still hold the one before it. The autoencoder does not come to the device.
-        sizes[denoiser.module_name] += 2 * max(blocks) - sum(blocks)
-        sizes.pop("vae", None)
     request = Request(
         config.train_method,
         config.rank,
@@ -150,7 +143,7 @@ def footprint(denoiser: Denoiser, config: EraseConfig, offload: bool = False) ->
     # Gradients and parameters in float32, and the optimizer's state.
     states = int(count * (8 + MOMENTS[config.optimizer]))
     kept = sum(size for name, size in sizes.items() if trainable.trains_text and name in denoiser.text_encoders)
-    return Footprint(
+    found = Footprint(
         counts,
         count,
         sum(sizes.values()),
@@ -159,8 +152,24 @@ def footprint(denoiser: Denoiser, config: EraseConfig, offload: bool = False) ->
         step,
         sampling,
         flops,
-        denoiser.module_name == "transformer" and bool(blocks),
+        denoiser.module_name == "transformer" and bool(blocks_of(denoiser.module)),
     )
+    return offloaded(found, denoiser) if offload else found
+
+
+def offloaded(found: Footprint, denoiser: Denoiser) -> Footprint:
+    """The memory of the same erasure while the blocks of the denoiser stay on the CPU.
+
+    Raises:
+        ValueError: the denoiser is no transformer.
+    """
+    if not found.has_blocks:
+        raise ValueError(f"offload serves transformers, and {denoiser.family} is none; leave it out")
+    blocks = sorted(sum(_bytes(tensor) for tensor in _weights(block)) for block in blocks_of(denoiser.module))
+    # Besides a block, the graph may still hold the one before it. The autoencoder does not come to the device.
+    away = sum(blocks[:-2])
+    vae = sum(_bytes(tensor) for tensor in _weights(denoiser.pipeline.vae))
+    return dataclasses.replace(found, denoiser=found.denoiser - away, pipeline=found.pipeline - away - vae)
 
 
 def _step(denoiser: Denoiser, trainable: Any, config: EraseConfig) -> tuple[int, int]:

@@ -100,7 +100,9 @@ class Training:
                 with self._prepared():
                     self.stepper.draw_frozen_batches()
                     self._resume()
+                    self.stepper.moving(True)
                     self._loop(tracking, stop)
+                    self.stepper.moving(False)
                     self.interrupted = stop.noted
             finally:
                 tracking.end()
@@ -144,10 +146,12 @@ class Training:
             attributes["forward"] = self.unprepared["forward"]
         if dtype.itemsize == 2:  # what is trained is still in float32
             attributes["forward"] = torch.autocast(self.denoiser.device.type, dtype)(self.module.forward)
+        self.stepper.moving(False)
         try:
             with self.denoiser.others_on(self.denoiser.device):
                 yield
         finally:
+            self.stepper.moving(True)
             attributes.pop("forward", None)
             if prepared is not None:
                 attributes["forward"] = prepared

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -28,6 +29,9 @@ from fdu.training.methods.trainable import Trainable
 from fdu.training.objective import Objective
 from fdu.training.surgery import GradientSurgery
 from fdu.training.timesteps import DENSITIES, TimestepSampler
+
+PACKAGES = {"adamw_8bit": "bitsandbytes", "prodigy": "prodigyopt", "schedule_free": "schedulefree"}
+"""The packages of optimizers that are not PyTorch's."""
 
 COLUMNS = ("loss", "divergence", "preservation", "distance", "critic")
 """The history of the training: one value per step each."""
@@ -113,6 +117,13 @@ class Stepper:
     def distance_before(self, batches: int) -> Tensor:
         """The median squared distance of the frozen model's outputs from their targets, over the first batches, []."""
         return torch.stack([self._distance(*outputs) for _, *outputs in self._frozen_outputs(batches)]).mean()
+
+    def moving(self, on: bool) -> None:
+        """Have the weights that gradients are taken at, or those that the training gives: without a schedule they
+        differ."""
+        optimizer: Any = getattr(self.optimizer, "optimizer", self.optimizer)
+        if hasattr(optimizer, "eval"):
+            (optimizer.train if on else optimizer.eval)()
 
     def cool_down(self, steps: int) -> None:
         """Let the learning rate fall to 0 within so many steps, from what it is now."""
@@ -262,20 +273,22 @@ def check_optimizer(config: EraseConfig, device: torch.device) -> None:
         ImportError: it is not installed.
         ValueError: it does not run on the device.
     """
-    if config.optimizer != "adamw_8bit":
+    package = PACKAGES.get(config.optimizer)
+    if package is None:
         return
     try:
-        import bitsandbytes  # noqa: F401
+        import_module(package)
     except ImportError as error:
         raise ImportError(
-            f"optimizer 'adamw_8bit' needs bitsandbytes ({error}); pip install bitsandbytes, or choose 'adamw'"
+            f"optimizer {config.optimizer!r} needs {package} ({error}); pip install {package}, or choose 'adamw'"
         ) from error
-    if device.type == "cpu":
+    if config.optimizer == "adamw_8bit" and device.type == "cpu":
         raise ValueError("optimizer 'adamw_8bit' needs a GPU, and the pipeline is on the CPU; choose 'adamw'")
 
 
 def make_optimizer(parameters: Sequence[nn.Parameter], config: EraseConfig) -> tuple[Optimizer, LRScheduler]:
-    """AdamW over the trained parameters, and the schedule of its learning rate."""
+    """The optimizer over the trained parameters, and the schedule of its learning rate."""
+    optimizer: Optimizer
     settings: dict[str, Any] = {
         "lr": config.peak_learning_rate,
         "betas": (config.adam_beta1, config.adam_beta2),
@@ -286,6 +299,15 @@ def make_optimizer(parameters: Sequence[nn.Parameter], config: EraseConfig) -> t
         import bitsandbytes
 
         optimizer = bitsandbytes.optim.AdamW8bit(parameters, **settings)
+    elif config.optimizer == "prodigy":
+        from prodigyopt import Prodigy
+
+        # As in diffusers' training scripts.
+        optimizer = Prodigy(parameters, use_bias_correction=True, safeguard_warmup=True, **settings)
+    elif config.optimizer == "schedule_free":
+        from schedulefree import AdamWScheduleFree
+
+        optimizer = AdamWScheduleFree(parameters, **settings)
     else:
         optimizer = torch.optim.AdamW(parameters, fused=all(each.is_cuda for each in parameters) or None, **settings)
     schedule = get_scheduler(

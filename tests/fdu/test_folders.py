@@ -15,6 +15,7 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline, StableDiffusionPipeline
 
+import fdu
 from fdu.report import check_record
 from fdu.storage.loading import HUB_PIPELINE, check_model, load_erased, load_model, read_record, result_bytes
 from fdu.storage.lora import LORA_FILE
@@ -337,3 +338,37 @@ def test_a_revision_follows_the_hub_id(monkeypatch: pytest.MonkeyPatch) -> None:
     for wrong in ("org/model@", "org/model@a b"):
         with pytest.raises(FileNotFoundError, match="does not exist"):
             check_model(wrong)
+
+
+def test_a_revision_by_itself_reaches_record_and_card(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    asked: list[tuple[str, Any]] = []
+
+    def from_pretrained(name: str, **given: Any) -> Any:
+        asked.append((name, given["revision"]))
+        pipeline = families.build("sd")
+        pipeline.register_to_config(_name_or_path=name)
+        return pipeline
+
+    monkeypatch.setattr(DiffusionPipeline, "from_pretrained", from_pretrained)
+    pipeline = fdu.load_pipeline("org/model", revision="v1.0")
+    assert asked == [("org/model", "v1.0")]
+    few = {"max_train_steps": 1, "num_latents": 2, "num_inference_steps": 1, "train_batch_size": 1}
+    result = fdu.erase(pipeline, "three", "eight", **few)
+    assert result.record()["revision"] == "v1.0"
+    card = (result.save(tmp_path / "out") / "README.md").read_text(encoding="utf-8")
+    assert "org/model at v1.0" in card and 'from_pretrained("org/model", revision="v1.0")' in card
+    for model in ("org/model@main", str(tmp_path)):
+        with pytest.raises(ValueError, match="revision goes with a hub id"):
+            fdu.load_pipeline(model, revision="v1.0")
+
+
+def test_a_variant_is_loaded_alone(tmp_path: Path) -> None:
+    pipeline = families.build("sd")
+    pipeline.save_pretrained(tmp_path)
+    with torch.no_grad():
+        pipeline.unet.conv_in.weight.fill_(0.5)
+    pipeline.save_pretrained(tmp_path, variant="mine")
+    assert fdu.load_pipeline(tmp_path, variant="mine").unet.conv_in.weight.unique().tolist() == [0.5]
+    assert len(fdu.load_pipeline(tmp_path).unet.conv_in.weight.unique()) > 1
+    with pytest.raises(OSError, match="could not be loaded"):
+        fdu.load_pipeline(tmp_path, variant="none")

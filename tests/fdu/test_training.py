@@ -442,6 +442,55 @@ def test_a_tracker_that_is_not_installed_is_refused(
         fdu.erase(pipeline, "three", "eight", report_to=tracker)
 
 
+NEW_OPTIMIZERS: dict[str, Any] = {
+    **{"train_batch_size": 2, "num_latents": 4, "num_inference_steps": 1, "seed": 0},
+}
+
+
+def test_prodigy_takes_the_steps_at_the_learning_rate_that_suits_it(
+    pipeline: StableDiffusionPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prodigyopt = pytest.importorskip("prodigyopt")
+    made: list[Any] = []
+
+    class Watched(prodigyopt.Prodigy):  # type: ignore[misc, name-defined]
+        def __init__(self, *given: Any, **settings: Any) -> None:
+            super().__init__(*given, **settings)
+            made.append(self)
+
+    monkeypatch.setattr(prodigyopt, "Prodigy", Watched)
+    result = fdu.erase(pipeline, "three", "eight", optimizer="prodigy", **NEW_OPTIMIZERS, max_train_steps=8)
+    (group,) = made[0].param_groups
+    assert group["k"] == 8 and group["initial_lr"] == result.config.peak_learning_rate == 1.0
+    assert all(map(math.isfinite, result.history["loss"]))
+
+
+def test_without_a_schedule_the_averaged_weights_are_kept(pipeline: StableDiffusionPipeline) -> None:
+    schedulefree = pytest.importorskip("schedulefree")
+    with pytest.raises(ValueError, match="'schedule_free' needs lr_scheduler 'constant'"):
+        fdu.EraseConfig(optimizer="schedule_free")
+    seen: list[tuple[bool, float]] = []
+
+    class Watched(schedulefree.AdamWScheduleFree):  # type: ignore[misc, name-defined]
+        def step(self, *given: Any) -> Any:
+            (group,) = self.param_groups
+            seen.append((group["train_mode"], float(group["params"][0].norm())))
+            return super().step(*given)
+
+        def eval(self) -> None:
+            super().eval()
+            (group,) = self.param_groups
+            seen.append((group["train_mode"], float(group["params"][0].norm())))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(schedulefree, "AdamWScheduleFree", Watched)
+        settings = {**NEW_OPTIMIZERS, "max_train_steps": 3, "optimizer": "schedule_free", "lr_scheduler": "constant"}
+        result = fdu.erase(pipeline, "three", "eight", **settings)
+    assert [moving for moving, _ in seen] == [True] * 3 + [False]
+    first = next(iter(result.trainable.named_parameters().values()))
+    assert float(first.norm()) == seen[-1][1]
+
+
 def test_an_optimizer_that_is_not_installed_is_refused(pipeline: StableDiffusionPipeline) -> None:
     with pytest.raises((ImportError, ValueError), match="optimizer 'adamw_8bit' needs (bitsandbytes|a GPU)"):
         fdu.erase(pipeline, "three", "eight", optimizer="adamw_8bit")
