@@ -210,7 +210,8 @@ def weigh(claim: Claim, samples: Mapping[str, Sample | None]) -> Contrasts:
 
 
 def summary(samples: Mapping[str, Mapping[str, Sample | None]]) -> str:
-    """The verdict on each claim by pipeline, and whether the suites that all pipelines have agree, as a table.
+    """The verdict on each claim by pipeline, and whether the suites that all pipelines have give the same answer: it
+    holds, at least in part; it does not, or is not observed; mixed. As a table.
 
     Args:
         samples: by pipeline and suite.
@@ -223,6 +224,7 @@ def summary(samples: Mapping[str, Mapping[str, Sample | None]]) -> str:
     for claim in CLAIMS.values():
         shared = [part for part in claim.parts if all(part in one for one in samples.values())]
         heads = {head(bears(claim, model, shared)) for model in samples}
-        same = "" if heads & {UNMEASURED, UNKNOWN} else "yes" if len(heads) == 1 else "no"
+        answers = {"holds" if one.startswith("holds") else "mixed" if one == "mixed" else "not" for one in heads}
+        same = "" if heads & {UNMEASURED, UNKNOWN} else "yes" if len(answers) == 1 else "no"
         rows.append([claim.title, *(verdict(bears(claim, model, claim.parts)) for model in samples), same])
-    return markdown(["claim", *samples, "do they agree?"], rows)
+    return markdown(["claim", *samples, "same answer?"], rows)
