@@ -87,7 +87,7 @@ class QuantizedLinear(nn.Linear):
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
-        """The weight that it computes with, made anew at every call."""
+        """The weight that it computes with; every call makes it again."""
         return _weight(self.stored, self.scale, *self.how)
 
     def forward(self, input: Tensor) -> Tensor:
