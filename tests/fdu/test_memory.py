@@ -22,7 +22,7 @@ ERRORS = {"nf4": 0.15, "int8": 0.01, "fp8": 0.04}
 """The largest relative error of a weight of normal noise."""
 CHANGES = {"nf4": 0.6, "int8": 0.1, "fp8": 0.25}
 """The largest relative distance of what a LoRA changes in the outputs, from that of a LoRA over the whole weights."""
-UNETS = ("sd", "sdxl")
+UNETS = ("sd", "sd_v", "sdxl")
 
 
 def has_bitsandbytes() -> bool:
@@ -138,7 +138,7 @@ def test_offloaded_blocks_train_the_same_weights(name: str) -> None:
             first = next(pipeline.transformer.parameters())
             assert all(first is not weight for weight in homes_of(offloading))  # its device is the model's
             ruin_what_leaves(offloading)
-        settings = {**FEW, "gradient_checkpointing": True, "resolution": families.resolution(name)}
+        settings = {**FEW, "gradient_checkpointing": True, **families.needed(name)}
         return fdu.erase(pipeline, "three", "eight", **settings).history["loss"]
 
     assert losses(offload=True) == losses(offload=False)
@@ -186,7 +186,7 @@ def test_one_block_at_a_time_is_on_the_device() -> None:
 def test_what_cannot_be_offloaded_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(ValueError, match="offload serves transformers"):
         fdu.load_pipeline("digits", offload=True)
-    families.build("flux").save_pretrained(tmp_path / "flux")
+    families.build("flux_guidance").save_pretrained(tmp_path / "flux")
     pipeline = fdu.load_pipeline(tmp_path / "flux", offload=True)
     with pytest.raises(ValueError, match="saves memory only with gradient_checkpointing; add that"):
         fdu.erase(pipeline, "three", "eight", resolution=16, **FEW)
