@@ -20,7 +20,7 @@ from fdu.config import TRAIN_METHODS, EraseConfig
 from fdu.models.denoiser import Denoiser
 from fdu.models.offloading import blocks_of
 from fdu.models.quantization import parameter_count
-from fdu.storage.shapes import PROMPT, conditioning_shapes
+from fdu.storage.shapes import conditioning_shapes
 from fdu.training.frozen_layers import keeping_less
 from fdu.training.loop import checkpointed
 from fdu.training.methods import Request, attach
@@ -183,7 +183,7 @@ def _step(denoiser: Denoiser, trainable: Any, config: EraseConfig) -> tuple[int,
     with memory:
         with torch.no_grad(), trainable.frozen():
             wanted = denoiser.predict(noisy, indices, conditioning)
-        read = denoiser.encode_batch([PROMPT] * count) if trainable.trains_text else conditioning
+        read = denoiser.encode_batch(["a"] * count) if trainable.trains_text else conditioning
         loss = (denoiser.predict(noisy, indices, read).float() - wanted.float()).square().mean()
         gradients = torch.autograd.grad(loss, list(trainable.named_parameters().values()), allow_unused=True)
     # The states count the gradients; those of one batch do not yet exist where the activations peak.

@@ -33,6 +33,7 @@ from fdu.evaluation.robustness import (
 )
 from fdu.evaluation.robustness.holding import judge_robustness
 from fdu.evaluation.robustness.relearning import RelearningFigures, back_after
+from fdu.models.denoiser import pictures
 from fdu.models.families import denoiser_of, guidance_arguments
 from fdu.training.methods.perturbation import Perturbation
 
@@ -144,11 +145,11 @@ def test_every_family_is_judged_attacked_and_relearnt_and_left_as_it_was(name: s
     pipeline = families.build(name)
     denoiser = families.denoiser(name, pipeline)
     before = weights_of(pipeline)
-    settings: dict[str, Any] = {"num_inference_steps": 2, "output_type": "latent"}
+    settings: dict[str, Any] = {"num_inference_steps": 2, "output_type": "pt" if denoiser.draws_videos else "latent"}
 
     def draw(by: Any, **more: Any) -> Tensor:
         generators = [torch.Generator().manual_seed(seed) for seed in (1, 2)]
-        return by(prompt=["three", "a photo of three"], generator=generators, **settings, **more).images
+        return pictures(by(prompt=["three", "a photo of three"], generator=generators, **settings, **more))
 
     with torch.no_grad():
         given = {**guidance_arguments(pipeline, 2.0, 2), **denoiser.call_settings}

@@ -37,7 +37,8 @@ TARGET, ANCHOR = "a photo of the digit three", "a photo of the digit eight"
 
 
 def wrapped(pipeline: DiffusionPipeline) -> Denoiser:
-    return denoiser_of(pipeline, 16 if has_no_size(pipeline) else None)
+    frames = families.FRAMES["wan"] if type(pipeline).__name__ == "WanPipeline" else None
+    return denoiser_of(pipeline, 16 if has_no_size(pipeline) else None, frames)
 
 
 def has_no_size(pipeline: DiffusionPipeline) -> bool:
@@ -48,6 +49,7 @@ def has_no_size(pipeline: DiffusionPipeline) -> bool:
         "FluxPipeline",
         "ChromaPipeline",
         "QwenImagePipeline",
+        "WanPipeline",
         "ZImagePipeline",
     )
 
