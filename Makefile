@@ -33,7 +33,7 @@ PYTEST = PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(IN
 test: $(STAMP) ## test every subject, at most 5 minutes on two cores (ARGS="-k name" WORKERS=2)
 	$(PYTEST) -m "not slow" $(ARGS)
 
-test-all: $(STAMP) ## test every model, method, instruction set and GPU, in pairs of settings, at most 15 minutes on two cores (ARGS= WORKERS=)
+test-all: $(STAMP) ## test every model, method, instruction set and GPU, in pairs of settings, about 20 minutes on two cores (ARGS= WORKERS=)
 	$(PYTEST) $(ARGS)
 
 mutation: $(STAMP) ## count the changes to the core files that their tests notice, some minutes (ARGS="FILE --sample 20")

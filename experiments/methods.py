@@ -31,12 +31,12 @@ MODEL, SEEDS = "emoji", (0, 1)
 PAIRS = (("fox", "wolf"), ("orange", "lemon"), ("cat", "dog"))
 DIVERGENCES = ("mse", "squared_hellinger", "pearson_chi2")
 """One that damps large errors, one that amplifies them, and the usual loss between them."""
-FROM_CLOSED_FORM = {"init": "closed_form", "rank": 64}
-WAYS: dict[str, dict[str, Any]] = {"lora": {}, "lora from the closed form": FROM_CLOSED_FORM}
+PLAIN, WARM = "lora", "lora from the closed form"
+WAYS: dict[str, dict[str, Any]] = {PLAIN: {}, WARM: {"init": "closed_form", "rank": 64}}
 """Ways to train: settings that differ from the defaults."""
 ROUNDS = (0, 4)
 """Rounds of searches for what still draws the target."""
-STEPS = {"lora": (20, 40, 80, 120), "lora from the closed form": (10, 20, 40)}
+STEPS = {PLAIN: (20, 40, 80, 120), WARM: (10, 20, 40)}
 """Lengths of the trainings. From the closed form a third of the default is enough to tell whether it saves steps."""
 COMPARED = ("erased", "retained", "attributes", "held")
 
@@ -147,17 +147,17 @@ def curves(results: Results) -> list[Curve]:
 def lengths(results: Results) -> str:
     """For each divergence, the longest training from the model as it is, and the shortest from the closed form that
     does not clearly erase less."""
-    sample, rows, warmed = results.sample, [], "lora from the closed form"
+    sample, rows = results.sample, []
     for divergence in DIVERGENCES:
-        plains = [of_length("lora", divergence, steps) for steps in STEPS["lora"]]
+        plains = [of_length(PLAIN, divergence, steps) for steps in STEPS[PLAIN]]
         plains = [one for one in plains if one in sample.candidates]
         if not plains:
             continue
         plain = plains[-1]
         warm = [
             one
-            for steps in STEPS[warmed]
-            if (one := of_length(warmed, divergence, steps)) in sample.candidates
+            for steps in STEPS[WARM]
+            if (one := of_length(WARM, divergence, steps)) in sample.candidates
             and sample.difference("erased", one, plain).sign >= 0
         ]
         cells = ["never", "", "", ""]

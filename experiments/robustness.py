@@ -3,8 +3,8 @@
     python experiments/robustness.py                  # resumes where it was stopped
     python experiments/robustness.py --only orange/   # one of the other targets
 
-Takes about two hours of two cores, shared by ``--workers`` processes. The rows "never known" need the network, for real
-emoji, and resvg-py.
+Takes about three hours of two cores, shared by ``--workers`` processes. The rows "never known" need the network, for
+real emoji, and resvg-py.
 
 Some erasures are repeated with other targets and seeds. Three rows are not erasures. "not erased" shows the figures of
 the pipeline as it is. For "never known", the attack and relearning ask that pipeline for an object that it has never

@@ -188,14 +188,13 @@ FLUX_OTHERS = {
     "time_text_embed.guidance_embedder.linear_1": "guidance_in_in_layer",
     "time_text_embed.guidance_embedder.linear_2": "guidance_in_out_layer",
 }
+FLUX_PARTS = {
+    "double_blocks": ("transformer_blocks", FLUX_BLOCK),
+    "single_blocks": ("single_transformer_blocks", FLUX_SINGLE_BLOCK),
+}
+"""Of FLUX.1 and of Chroma, which was trained from it."""
 FLUX = KohyaNames(
-    transformer_layers(
-        {
-            "double_blocks": ("transformer_blocks", FLUX_BLOCK),
-            "single_blocks": ("single_transformer_blocks", FLUX_SINGLE_BLOCK),
-        },
-        FLUX_OTHERS,
-    ),
+    transformer_layers(FLUX_PARTS, FLUX_OTHERS),
     version=lambda pipeline: "flux1",
     network="networks.lora_flux",
     text_prefixes={"text_encoder": ("lora_te1",), "text_encoder_2": ("lora_te3",)},
@@ -209,13 +208,7 @@ CHROMA_OTHERS = {
     "distilled_guidance_layer.out_proj": "distilled_guidance_layer_out_proj",
 }
 CHROMA = KohyaNames(
-    transformer_layers(
-        {
-            "double_blocks": ("transformer_blocks", FLUX_BLOCK),
-            "single_blocks": ("single_transformer_blocks", FLUX_SINGLE_BLOCK),
-        },
-        CHROMA_OTHERS,
-    ),
+    transformer_layers(FLUX_PARTS, CHROMA_OTHERS),
     version=lambda pipeline: "chroma",
     network="networks.lora_flux",
     text_prefixes={},
