@@ -47,7 +47,7 @@ def test_a_header_holds_what_most_records_share() -> None:
         assert {"identity", "device", "versions"} <= header.keys()
         whole = [line for line in rest if line.get("whole")]
         # Only what was erased has settings; the models as they are share less with the header.
-        assert not any(line["identity"].get("settings") for line in whole) and len(whole) < len(rest) / 2
+        assert not any(line["identity"].get("settings") for line in whole)
         assert not any("versions" in line for line in rest if line not in whole)
 
 
