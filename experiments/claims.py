@@ -31,7 +31,8 @@ class Contrast:
     differences: Differences
     bears: int | None
     """1: as the claim says; -1: the opposite; TRADE: better in one figure and worse in another, where the claim says
-    better; 0: may be chance; None: no evidence, since the candidate that keeps more also erases less."""
+    better; 0: may be chance; None: no evidence, since the candidate that keeps more also erases less, or since both
+    have erased nothing or everything."""
 
 
 Contrasts = list[Contrast]
@@ -53,7 +54,8 @@ def verdict(bears: Sequence[int | None]) -> str:
 
 
 def head(bears: Sequence[int | None]) -> str:
-    """Whether a claim holds, in a few words. Comparisons without evidence do not count; a trade-off counts against."""
+    """Whether a claim holds, in a few words. Comparisons without evidence do not count; a trade-off counts against. A
+    claim does not hold if two comparisons or half of them are against it and none is for it."""
     if not bears:
         return UNMEASURED
     signs = [-1 if one == TRADE else one for one in bears if one is not None]
@@ -64,23 +66,31 @@ def head(bears: Sequence[int | None]) -> str:
         return "mixed"
     if not for_it and not against:
         return "not observed"
+    if against >= min(2, len(signs) / 2):
+        return "does not hold"
     if 2 * (for_it + against) < len(signs):
         return "mostly not observed"
-    if against:
-        return "does not hold"
     return "holds" if for_it == len(signs) else "holds in part"
 
 
 Pairs = Iterable[tuple[str, Candidate, Candidate]]
 
 
-def contrasts(sample: Sample, pairs: Pairs, judge: Callable[[Differences], int | None]) -> Contrasts:
-    """Comparisons of pairs of candidates, the first minus the second; those of a candidate that failed are left out."""
+def contrasts(
+    sample: Sample, pairs: Pairs, judge: Callable[[Differences], int | None], incomplete: bool = False
+) -> Contrasts:
+    """Comparisons of pairs of candidates, the first minus the second; those of a candidate that failed are left out.
+
+    Args:
+        incomplete: two candidates that have both erased nothing, or both everything, are no evidence.
+    """
     found = []
     for where, one, other in pairs:
         if {one, other} <= {*sample.candidates}:
             differences = {name: sample.difference(name, one, other) for name in MORE_OF}
-            found.append(Contrast(where, differences, judge(differences)))
+            reached = {sample.estimate("erased", each).value for each in (one, other)}
+            bears = None if incomplete and reached in ({0.0}, {1.0}) else judge(differences)
+            found.append(Contrast(where, differences, bears))
     return found
 
 
@@ -112,7 +122,7 @@ def larger_gradient(sample: Sample) -> Contrasts:
         (f"s0 {s0:g}, {larger} minus {smaller}", Candidate(larger, s0), Candidate(smaller, s0))
         for s0, (larger, smaller) in itertools.product(scales(sample), ((MSE, HELLINGER), (CHI2, MSE)))
     ]
-    return contrasts(sample, pairs, erased_sign)
+    return contrasts(sample, pairs, erased_sign, incomplete=True)
 
 
 def scale_decides(sample: Sample) -> Contrasts:
@@ -137,7 +147,7 @@ def scale_decides(sample: Sample) -> Contrasts:
 
 def games_erase_faster(sample: Sample) -> Contrasts:
     """The variational loss against the exact one: how much is erased in equal steps."""
-    return contrasts(sample, games(sample), erased_sign)
+    return contrasts(sample, games(sample), erased_sign, incomplete=True)
 
 
 def games_hurt_more(sample: Sample) -> Contrasts:

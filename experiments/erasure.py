@@ -7,19 +7,20 @@ Takes about two hours of two cores, shared by ``--workers`` processes.
 
 Suites on the emoji pipeline: "neighbours" and "above" (an object of each kind, towards its closest neighbour and
 towards its superclass), "wide" (superclasses), "styles" and "no style" (a style towards another and towards none), each
-by training with the defaults and in closed form; and "ways" (what is trained, objectives, weightings, games). On the
-digits pipeline, every digit and every ink with the defaults and in closed form.
+by training with the defaults and in closed form; "ways" (what is trained, objectives, weightings, games); and
+"attributes" (what keeps more of what else the prompts ask for). On the digits pipeline, every digit and every ink with
+the defaults and in closed form.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from experiment import DRAWING, FIGURES, NOT_MEASURED, Suite, all_jobs, changed, changes, fill, run, told_of
-from outcomes import COLUMNS, Outcome, outcomes
+from experiment import DRAWING, FIGURES, NOT_MEASURED, Suite, all_jobs, changed, fill, run, told_of
+from outcomes import ASKED, COLUMNS, KEPT, LEFT, Outcome, bounds, outcomes, way
 
 from fdu.comparison.page import markdown, percent
 from fdu.comparison.plan import Candidate, Comparison
@@ -32,6 +33,7 @@ from fdu.subjects.emoji.emoji_pipeline import ANY_STYLE, relatives
 from fdu.subjects.emoji.objects import STYLES, THINGS, members
 
 Pairs = tuple[tuple[str, str], ...]
+Ways = tuple[tuple[str, tuple[dict[str, Any], ...]], ...]
 
 OBJECTS = tuple(members(kind)[2].name for kind in dict.fromkeys(thing.superclasses[0] for thing in THINGS))
 """The third object of each narrow superclass: no choice of ours."""
@@ -42,13 +44,14 @@ PAIRS: dict[str, tuple[str, Pairs]] = {
     "styles": ("emoji", tuple(zip(STYLES, (*STYLES[1:], STYLES[0]), strict=True))),
     "no style": ("emoji", tuple((style, ANY_STYLE) for style in STYLES)),
     "ways": ("emoji", (("fox", "wolf"), ("strawberry", "fruit"))),
+    "attributes": ("emoji", (("caterpillar", "butterfly"), ("owl", "bird"), ("banana", "fruit"))),
     "digits": ("digits", tuple(zip(DIGITS, (*DIGITS[1:], DIGITS[0]), strict=True))),
     "digits above": ("digits", tuple((digit, "digit") for digit in DIGITS)),
     "inks": ("digits", tuple(zip(INKS, (*INKS[1:], INKS[0]), strict=True))),
 }
 """By suite, the pipeline, and targets with their anchors."""
 DEFAULT, COMPUTED = changed({}), changed({"train_method": "closed_form"})
-WAYS: tuple[tuple[str, tuple[dict[str, Any], ...]], ...] = (
+WAYS: Ways = (
     ("what is trained", (
         {},
         {"adapter_layers": "attention"},
@@ -82,19 +85,25 @@ WAYS: tuple[tuple[str, tuple[dict[str, Any], ...]], ...] = (
     )),
 )  # fmt: skip
 """Changes of the default settings, by the heading of their table."""
-SEEDS = {"ways": (0, 1)}
+KEEPING: tuple[dict[str, Any], ...] = (
+    {},
+    {"max_train_steps": 240},
+    {"preservation_weight": 2.0},
+    {"preservation_weight": 8.0},
+    {"learning_rate": 0.008},
+)
+"""What may keep more of the attributes: changes of the default settings."""
+MEANS = {"ways": tuple(one for _, settings in WAYS for one in settings), "attributes": KEEPING}
+"""The changes of suites whose figures are means over targets."""
+SEEDS = {"ways": (0, 1), "attributes": (0, 1, 2)}
 """Of the suites with more seeds than one."""
-LEFT, KEPT, ASKED = 0.05, 0.95, 0.9
-"""The bounds: the largest share of the target's images that still show it, beyond the share by chance where the anchor
-includes the target; the smallest shares of near classes and of attributes, relative to those before."""
 
 
 def suites() -> dict[str, Suite]:
     """All suites."""
     found = {}
     for name, (model, pairs) in PAIRS.items():
-        ways = [changed(one) for _, settings in WAYS for one in settings]
-        candidates = tuple(ways) if name == "ways" else (DEFAULT, COMPUTED)
+        candidates = tuple(map(changed, MEANS[name])) if name in MEANS else (DEFAULT, COMPUTED)
         comparison = Comparison(model, pairs, candidates, SEEDS.get(name, (0,)), drawing=DRAWING[model])
         found[name] = Suite(name, comparison)
     return found
@@ -112,7 +121,7 @@ def write_page(results: Path, docs: Path) -> None:
     found = {name: suite.results(records) for name, suite in every.items()}
     if not any(found.values()):
         return
-    became = {name: outcomes(suite, records, found[name]) for name, suite in every.items() if name != "ways"}
+    became = {name: outcomes(suite, records, found[name]) for name, suite in every.items() if name not in MEANS}
     default = EraseConfig().as_dict()
     shown = ("divergence", "s0", "rank", "max_train_steps", "train_batch_size", "learning_rate", "preservation_weight")
     page = fill(
@@ -124,30 +133,29 @@ def write_page(results: Path, docs: Path) -> None:
         left=f"{100 * LEFT:.0f}",
         kept=f"{100 * KEPT:.0f}",
         asked=f"{100 * ASKED:.0f}",
-        bounds=bounds(found, became),
-        ways=ways(found["ways"], every["ways"].current(records)),
+        bounds=bounds(became),
+        ways=means(found["ways"], every["ways"].current(records), WAYS),
+        asked_for=means(found["attributes"], every["attributes"].current(records), (("", KEEPING),)),
         **{name.replace(" ", "_"): targets(own) for name, own in became.items()},
     )
     write_text(docs / "erasure.md", page)
 
 
-def way(one: Candidate) -> str:
-    """In what a candidate differs from the defaults."""
-    return changes(one, {}) or "defaults"
-
-
 def targets(became: Mapping[str, Outcome]) -> str:
-    """One row per target and candidate."""
-    rows = [[target, own.anchor, way(one), *own.cells(one)] for target, own in became.items() for one in own.candidates]
+    """One row per target and candidate, and one for the model as it is."""
+    rows = []
+    for target, own in became.items():
+        rows.append([target, own.anchor, "not erased", *own.cells_before])
+        rows += [[target, own.anchor, way(one), *own.cells(one)] for one in own.candidates]
     return markdown(["target", "anchor", "by", *COLUMNS], rows) if rows else NOT_MEASURED
 
 
-def ways(results: Results | None, records: Records) -> str:
+def means(results: Results | None, records: Records, ways: Ways) -> str:
     """One table per heading, with the means over targets and the mean number of steps."""
     if results is None:
         return NOT_MEASURED
     parts = []
-    for heading, settings in WAYS:
+    for heading, settings in ways:
         rows = [
             [
                 way(one),
@@ -157,7 +165,8 @@ def ways(results: Results | None, records: Records) -> str:
             for one in (DEFAULT, *(changed(each) for each in settings if each))
             if one in results.sample.candidates
         ]
-        parts.append(f"### {heading.capitalize()}\n\n{markdown(['settings', 'steps', *FIGURES], rows)}")
+        above = f"### {heading.capitalize()}\n\n" if heading else ""
+        parts.append(above + markdown(["settings", "steps", *FIGURES], rows))
     return "\n\n".join(parts)
 
 
@@ -165,32 +174,6 @@ def steps(results: Results, records: Records, one: Candidate) -> str:
     """The mean number of steps of a candidate's runs."""
     names = [run.name for run in results.comparison.runs() if run.candidate == one and run.name in records.found]
     return f"{fmean(len(records.found[name].get('distance', '').split()) for name in names):.0f}"
-
-
-def bounds(found: Mapping[str, Results | None], became: Mapping[str, Mapping[str, Outcome]]) -> str:
-    """How many targets of each suite keep each bound, and which do not, for the defaults and the closed form."""
-    rows = []
-    for name, own in became.items():
-        results = found[name]
-        for one in results.sample.candidates if results else ():
-            broken = {target: broke(each, one, results.before[target][2]) for target, each in own.items()}
-            cells = []
-            for place in range(3):
-                bad = [f"{target} {value[place]}" for target, value in broken.items() if value[place]]
-                cells.append(f"{len(broken) - len(bad)} of {len(broken)}" + (f"; not {', '.join(bad)}" if bad else ""))
-            rows.append([name, way(one), *cells])
-    return markdown(["suite", "by", "target erased", "near kept", "attributes kept"], rows)
-
-
-def broke(own: Outcome, one: Candidate, asked_before: float) -> Sequence[str]:
-    """For each bound, the figure in percent where a candidate breaks it, otherwise ""."""
-    left = 1 - own.all.estimate("erased", one).value
-    near, attributes = own.estimate("near", one).value, own.estimate("attributes", one).value
-    return (
-        f"{100 * left:.1f}" if left > LEFT + own.chance else "",
-        f"{100 * near:.1f}" if near < KEPT * own.near_before else "",
-        f"{100 * attributes:.1f}" if attributes < ASKED * asked_before else "",
-    )
 
 
 if __name__ == "__main__":

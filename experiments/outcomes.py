@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from statistics import fmean
 
-from experiment import Suite, embedded
+from experiment import Suite, changes, embedded
 
 from fdu.comparison.front import TARGET_ROLES, Estimate, Judged, Sample, complete
-from fdu.comparison.page import percent
+from fdu.comparison.page import markdown, percent
 from fdu.comparison.plan import Candidate
-from fdu.comparison.results import Results
+from fdu.comparison.results import Results, shares
 from fdu.comparison.runs import before_name
 from fdu.comparison.sweep import Records
 
 COLUMNS = ("erased, seen", "erased, unseen", "near", "far", "attributes", "change")
 """The columns of a table. Near are neighbours of the target, and the anchor unless it includes the target; far are all
 other classes that were drawn."""
+
+LEFT, KEPT, ASKED = 0.05, 0.95, 0.9
+"""The bounds: the largest share of the target's images that still show it, beyond the share by chance where the anchor
+includes the target; the smallest shares of near classes and of attributes, relative to those before."""
 
 
 class Outcome:
@@ -41,8 +47,12 @@ class Outcome:
         if not self.chance:
             self._near |= {one.name for one in probes if one.name == self.anchor}
         self._parts = {kind: self._only(kind) for kind in COLUMNS[:4]}
-        near = [sum(one.hits) / len(one.hits) for one in before if self._kind(one) == "near"]
-        self.near_before = sum(near) / len(near) if near else math.nan
+        shown = {kind: [fmean(one.hits) for one in before if self._kind(one) == kind] for kind in self._parts}
+        self.before = {kind: fmean(own) if own else math.nan for kind, own in shown.items()}
+        """The figures of ``COLUMNS`` before any erasure, but the last; NaN without probes of that kind."""
+        for kind in COLUMNS[:2]:
+            self.before[kind] = 1 - self.before[kind]
+        self.before["attributes"] = shares(before)[2] if before else math.nan
 
     def _kind(self, one: Judged) -> str:
         """The column of a probe."""
@@ -64,6 +74,41 @@ class Outcome:
     def cells(self, one: Candidate) -> list[str]:
         """All figures in percent, for a row of a table."""
         return [percent(self.estimate(name, one), 2 if name == "change" else 1) for name in COLUMNS]
+
+    @property
+    def cells_before(self) -> list[str]:
+        """The figures before any erasure in percent, for a row of a table."""
+        return ["-" if math.isnan(value) else f"{100 * value:.1f}" for value in self.before.values()] + ["-"]
+
+    def broken(self, one: Candidate) -> list[str]:
+        """For each of the bounds LEFT, KEPT and ASKED, the figure in percent where a candidate breaks it; else ""."""
+        left = 1 - self.all.estimate("erased", one).value
+        near, attributes = self.estimate("near", one).value, self.estimate("attributes", one).value
+        return [
+            f"{100 * left:.1f}" if left > LEFT + self.chance else "",
+            f"{100 * near:.1f}" if near < KEPT * self.before["near"] else "",
+            f"{100 * attributes:.1f}" if attributes < ASKED * self.before["attributes"] else "",
+        ]
+
+
+def bounds(suites: Mapping[str, Mapping[str, Outcome]]) -> str:
+    """How many targets of each suite keep each bound, and which do not, by candidate."""
+    rows = []
+    for name, own in suites.items():
+        candidates = next(iter(own.values())).candidates if own else ()
+        for one in candidates:
+            broken = {target: each.broken(one) for target, each in own.items()}
+            cells = []
+            for place in range(3):
+                bad = [f"{target} {value[place]}" for target, value in broken.items() if value[place]]
+                cells.append(f"{len(broken) - len(bad)} of {len(broken)}" + (f"; not {', '.join(bad)}" if bad else ""))
+            rows.append([name, way(one), *cells])
+    return markdown(["suite", "by", "target erased", "near kept", "attributes kept"], rows)
+
+
+def way(one: Candidate) -> str:
+    """In what a candidate differs from the defaults."""
+    return changes(one, {}) or "defaults"
 
 
 def outcomes(suite: Suite, records: Records, results: Results | None) -> dict[str, Outcome]:

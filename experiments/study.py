@@ -14,10 +14,11 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
+from statistics import fmean
 
 from claims import CLAIMS, Contrasts, summary, told, verdict, weigh
 from experiment import DRAWING, HERE, NOT_MEASURED, Suite, all_jobs, fill, run, told_of
-from outcomes import COLUMNS, Outcome, outcomes
+from outcomes import ASKED, COLUMNS, KEPT, LEFT, Outcome, bounds, outcomes
 
 from fdu.comparison.front import Estimate, Standing, complete
 from fdu.comparison.gallery import drawn_gallery, galleries
@@ -148,7 +149,13 @@ def page(found: Found, became: Mapping[str, Mapping[str, Outcome]], said: Mappin
         compared=compared(short),
         claims=summary(samples),
         table=table(short.standings, SAME_AS).strip(),
+        untouched=untouched(short),
+        emptied=emptied(became["short"]),
         whole=f"{table(whole.standings).strip()}\n\n{compared(whole)}".strip() if whole else NOT_MEASURED,
+        bounds=bounds({"whole runs": became["whole"]}) if whole else NOT_MEASURED,
+        left=f"{100 * LEFT:.0f}",
+        kept=f"{100 * KEPT:.0f}",
+        asked=f"{100 * ASKED:.0f}",
         recommendations=recommended(whole) if whole else "",
         games=f"{curve}\n\n{table(games.standings).strip()}\n\n{compared(games)}".strip() if games else NOT_MEASURED,
         digits_front=told_front(digits.standings) if digits else NOT_MEASURED,
@@ -182,6 +189,21 @@ def compared(results: Results) -> str:
     return f"So far {made} of {wanted} pairs of target and seed are complete. The figures cover these pairs only."
 
 
+def untouched(results: Results) -> str:
+    """The figures of the table before any erasure, as means over the targets."""
+    own, others, asked = (100 * fmean(figures) for figures in zip(*results.before.values(), strict=True))
+    return f"erased {100 - own:.1f}, retained {others:.1f}, attributes {asked:.1f}"
+
+
+def emptied(became: Mapping[str, Outcome]) -> str:
+    """The share of the runs of each target that left nothing of it, in percent."""
+    shares = {
+        target: fmean(own.all.estimate("erased", one).value == 1 for one in own.candidates)
+        for target, own in became.items()
+    }
+    return ", ".join(f"{target} {100 * share:.0f} %" for target, share in shares.items())
+
+
 def told_front(standings: tuple[Standing, ...]) -> str:
     """The candidates on the front in a sentence."""
     on_front = sorted((one for one in standings if one.on_front), key=lambda one: -one.erased.value)
@@ -194,7 +216,9 @@ def told_front(standings: tuple[Standing, ...]) -> str:
 
 def by_target(target: str, anchor: str, became: Mapping[str, Mapping[str, Outcome]]) -> str:
     """What became of one target at s0 = 1, in short and in whole runs, and the pictures along its front."""
-    rows = [
+    first = next((own[target] for own in became.values() if target in own), None)
+    rows = [["not erased", "", *first.cells_before]] if first else []
+    rows += [
         [name, one.divergence, *own[target].cells(one)]
         for name, own in became.items()
         if target in own

@@ -87,8 +87,9 @@ def check_choice(name: str, value: Any, choices: Collection[str]) -> None:
 
 def closest(name: str, known: Sequence[str]) -> str:
     """The known name that was probably meant, as the end of an error; empty if there is none."""
-    close = difflib.get_close_matches(name, known, n=1)
-    return f"; did you mean {close[0]!r}?" if close else ""
+    folded = {one.casefold(): one for one in known}
+    close = difflib.get_close_matches(name.casefold(), folded, n=1)
+    return f"; did you mean {folded[close[0]]!r}?" if close else ""
 
 
 Natural = Annotated[int, (">=", 0)]

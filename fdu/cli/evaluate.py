@@ -135,6 +135,8 @@ class Evaluate:
 
             panel = joint_panel(exams, device)
             probes = panel.probes
+            if all(probe.role != "retained" for probe in probes):
+                raise ValueError("target: these concepts leave no class to retain; judge fewer at once with --target")
             dtype = "float32" if self.dtype == "auto" else self.dtype
             pipeline = base.load(dtype, device)
             before = fdu.draw(pipeline, probes, description="before", **settings)

@@ -193,9 +193,10 @@ def _among_ties(sample: Sample, ties: list[int], values: np.ndarray, prefer: Pre
     one = sample.candidates[chosen]
     gaps = [sample.difference("change", sample.candidates[place], one) for place in able if place != chosen]
     if any(gap.sign <= 0 for gap in gaps):
+        rest = " of the others" if skipped else ""
         chance = (
-            "Their differences in how much they change other classes' images may also be due to chance, "
-            f"so {which} will do."
+            "The differences in how much they change other classes' images may also be due to chance, "
+            f"so {which}{rest} will do."
         )
         return _Choice(able[0], False, skipped + chance, losing)
     least = min(gaps, key=lambda gap: gap.value)

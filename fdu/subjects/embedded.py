@@ -182,7 +182,7 @@ class Digits(EmbeddedPipeline):
 
 
 class Emoji(EmbeddedPipeline):
-    """195 animals, plants and foods in four styles: close to one another, as concepts of a large model are."""
+    """195 animals, plants and foods in four styles; no penalty separates their text embeddings."""
 
     name, title = "emoji", "the emoji pipeline of fdu"
     data = Path(__file__).parent / "emoji" / "data" / "pipeline"

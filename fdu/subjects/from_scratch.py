@@ -1,9 +1,10 @@
-"""Parts of a small Stable Diffusion pipeline trained from scratch: tokenizer, text encoder, latents, assembly."""
+"""Parts of a small Stable Diffusion pipeline trained from scratch, and of its judge."""
 
 from __future__ import annotations
 
 import json
 import tempfile
+from itertools import pairwise
 from pathlib import Path
 
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
@@ -96,3 +97,20 @@ def assemble(
         feature_extractor=None,
         requires_safety_checker=False,
     )
+
+
+def convolutions(channels: tuple[int, ...]) -> list[nn.Module]:
+    """Blocks of convolution, normalisation, ReLU and pooling; each halves height and width.
+
+    Args:
+        channels: of the images, then of each block.
+    """
+    layers: list[nn.Module] = []
+    for before, after in pairwise(channels):
+        layers += [
+            nn.Conv2d(before, after, 3, padding=1, bias=False),
+            nn.BatchNorm2d(after),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+        ]
+    return layers

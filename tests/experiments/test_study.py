@@ -63,6 +63,8 @@ def as_the_paper_says(suite: Suite, run: Run) -> Seen:
         ((1, 0), "holds in part (1 "),
         ((1, 0, 0), "mostly not observed (1 "),
         ((-1, 0, 0), "mostly not observed (1 "),
+        ((-1, -1, 0, 0, 0), "does not hold (2 "),
+        ((1, 1, 0, 0, 0), "mostly not observed (2 "),
         ((claims.TRADE, 1), "mixed (1 "),
         ((claims.TRADE, 0), "does not hold (1 "),
         ((1, -1, 0), "mixed (1 "),
@@ -95,6 +97,17 @@ def test_what_keeps_more_counts_only_where_it_does_not_erase_less() -> None:
     assert claims.kept_sign({"erased": flat, "retained": flat, "change": down}) == 1
     assert claims.kept_sign({"erased": flat, "retained": flat, "change": up}) == -1
     assert claims.kept_sign({"erased": flat, "retained": flat, "change": flat}) == 0
+
+
+@pytest.mark.parametrize(
+    ("shares", "wanted"), [((1.0, 1.0), None), ((0.0, 0.0), None), ((0.5, 0.5), 0), ((1.0, 0.5), 1)]
+)
+def test_runs_that_erased_all_or_nothing_say_nothing_about_speed(
+    shares: tuple[float, float], wanted: int | None
+) -> None:
+    found, candidates = runs({"mse": (shares[0], 1.0, 0.05), "squared_hellinger": (shares[1], 1.0, 0.05)})
+    (contrast,) = claims.larger_gradient(Sample(found, candidates))
+    assert contrast.bears == wanted
 
 
 @pytest.mark.parametrize(
@@ -164,7 +177,7 @@ def test_a_study_that_is_not_finished_says_so(tmp_path: Path, capsys: pytest.Cap
     assert "nothing to compare yet" in capsys.readouterr().out
     page = page_of(tmp_path / "one", short(1)) or ""
     assert "(15 of 135 runs;" in page and "1 of 3 pairs of target and seed" in page
-    assert page.count(study.NOT_MEASURED) == 3 and "Recommendations" not in page and "variational.svg" not in page
+    assert page.count(study.NOT_MEASURED) == 4 and "Recommendations" not in page and "variational.svg" not in page
     assert verdicts(page)["Variational losses erase faster"][2] == ""
 
 

@@ -40,16 +40,25 @@ def test_it_ships_as_an_ordinary_half_precision_folder_of_at_most_16_megabytes()
     assert {tensor.dtype for one in weights for tensor in one.values() if tensor.is_floating_point()} == {torch.float16}
     told = (emoji.DATA / "NOTICE.md").read_text()
     assert all(f"| {style} |" in told for style in STYLES) and "CC BY 4.0" in told and "Apache License 2.0" in told
+    assert "TERMS AND CONDITIONS" in (emoji.DATA / "LICENSE-Apache-2.0.txt").read_text()
 
 
 def test_the_recorded_quality_holds_the_promise() -> None:
     quality = json.loads((emoji.DATA / "quality.json").read_text())
     judge, measured = quality["judge_on_real_emoji"], quality["pipeline"]
+    assert quality["weights"] == train_emoji.digests(emoji.DATA)
     assert min(judge.values()) >= 0.99 and measured["images_per_class"] >= 20
     assert min(measured[f"{name}_accuracy"] for name in ("object", "style", "background")) >= 0.97
     # The autoencoder loses the ornaments of the Christmas tree in the fluent style, which is then a pine tree.
     assert [name for name, share in measured["objects_below_1"].items() if share < 0.8] == ["christmas tree"]
     assert measured["synonym_accuracy"] >= 0.9 and measured["held_out_accuracy"] <= 0.05
+    # A superclass alone is drawn worse; docs/usage.md says how often it is recognised.
+    told, shares = (Path(__file__).parents[2] / "docs/usage.md").read_text(), measured["superclasses_below_1"]
+    told = " ".join(told.split())
+    assert f"draws a recognisable member in {100 * measured['superclass_accuracy']:.0f} %" in told
+    assert all(
+        f"{name} ({100 * shares[name]:.0f} %)" in told for name in ("animal", "tree", "fruit", "drink", "dessert")
+    )
 
 
 @pytest.mark.slow

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -34,6 +33,7 @@ from fdu.subjects.digits.vocabulary import (
     medium_phrases,
     prompt,
 )
+from fdu.subjects.from_scratch import convolutions
 
 DATA = Path(__file__).parent / "data"
 PIPELINE_FOLDER, CLASSIFIER_FILE = DATA / "pipeline", "classifier.safetensors"
@@ -62,28 +62,16 @@ JUDGE_FEATURES = ("digit.12", "medium.9")
 """The inputs of its last layers: the flattened outputs of the blocks."""
 
 
-def _convolutions(channels: tuple[int, ...]) -> list[nn.Module]:
-    layers: list[nn.Module] = []
-    for before, after in pairwise(channels):
-        layers += [
-            nn.Conv2d(before, after, 3, padding=1, bias=False),
-            nn.BatchNorm2d(after),
-            nn.ReLU(),
-            nn.MaxPool2d(2),
-        ]
-    return layers
-
-
 class DigitClassifier(nn.Module):
     """The judge: one small convolutional network reads the shape of the ink without its colour, one the colours."""
 
     def __init__(self) -> None:
         super().__init__()
         self.digit = nn.Sequential(
-            *_convolutions((1, 24, 48, 64)), nn.Flatten(), nn.Dropout(0.3), nn.Linear(64 * 16, len(DIGITS))
+            *convolutions((1, 24, 48, 64)), nn.Flatten(), nn.Dropout(0.3), nn.Linear(64 * 16, len(DIGITS))
         )
         self.medium = nn.Sequential(
-            *_convolutions((3, 12, 24)), nn.AdaptiveMaxPool2d(1), nn.Flatten(), nn.Linear(24, len(MEDIA))
+            *convolutions((3, 12, 24)), nn.AdaptiveMaxPool2d(1), nn.Flatten(), nn.Linear(24, len(MEDIA))
         )
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:

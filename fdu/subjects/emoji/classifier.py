@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
-
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fdu.subjects.emoji.objects import ALL_THINGS, STYLES
+from fdu.subjects.from_scratch import convolutions
 
 
 class EmojiClassifier(nn.Module):
@@ -16,25 +15,13 @@ class EmojiClassifier(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.thing = nn.Sequential(
-            *_convolutions((3, 32, 64, 96, 128)), nn.Flatten(), nn.Dropout(0.3), nn.Linear(128 * 4, len(ALL_THINGS))
+            *convolutions((3, 32, 64, 96, 128)), nn.Flatten(), nn.Dropout(0.3), nn.Linear(128 * 4, len(ALL_THINGS))
         )
         self.style = nn.Sequential(
-            *_convolutions((3, 24, 48, 64, 64)), nn.Flatten(), nn.Dropout(0.3), nn.Linear(64 * 4, len(STYLES))
+            *convolutions((3, 24, 48, 64, 64)), nn.Flatten(), nn.Dropout(0.3), nn.Linear(64 * 4, len(STYLES))
         )
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Logits over objects [N, 205] and over styles [N, 4] of images [N, 3, 64, 64] in [0, 1]."""
         halved = F.avg_pool2d(images, 2)
         return self.thing(halved), self.style(halved)
-
-
-def _convolutions(channels: tuple[int, ...]) -> list[nn.Module]:
-    layers: list[nn.Module] = []
-    for before, after in pairwise(channels):
-        layers += [
-            nn.Conv2d(before, after, 3, padding=1, bias=False),
-            nn.BatchNorm2d(after),
-            nn.ReLU(),
-            nn.MaxPool2d(2),
-        ]
-    return layers

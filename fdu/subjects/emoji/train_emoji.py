@@ -9,6 +9,7 @@ same weights. Needs resvg-py, and the four packages of emoji, which it downloads
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import math
 import os
@@ -322,6 +323,12 @@ def work_on(rank: int, options: argparse.Namespace) -> None:
     dist.destroy_process_group()
 
 
+def digests(folder: Path) -> dict[str, str]:
+    """SHA-256 of each file of weights in a folder."""
+    files = sorted(folder.rglob("*.safetensors"))
+    return {str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+
+
 def main() -> None:
     """Train and store everything, then measure what is stored, write FOLDER/quality.json, and draw a contact sheet."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -350,6 +357,7 @@ def main() -> None:
         "options": {name: value for name, value in vars(options).items() if name not in ("out", "work", "packages")},
         "judge_on_real_emoji": judge_accuracy(emoji_pipeline.load_classifier(options.out), drawings, 5, options.seed),
         "pipeline": measure(pipeline, options.out, options.images_per_class, options.seed),
+        "weights": digests(options.out),
         "machine": f"{platform.machine()}, {options.workers} processes of one thread",
         "versions": {**versions(), "resvg-py": metadata.version("resvg-py")},
     }
