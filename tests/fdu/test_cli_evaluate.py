@@ -18,6 +18,7 @@ from fdu import cli
 from fdu.cli import main
 from fdu.evaluation import JUDGED_SEED
 from fdu.subjects.digits import pipeline as digits
+from fdu.subjects.embedded import Emoji
 
 
 @pytest.fixture(scope="module")
@@ -226,6 +227,15 @@ def test_what_cannot_be_judged_is_refused(base: Path, capsys: pytest.CaptureFixt
     assert "--robustness" in refused([*monet, "--robustness_batch_size", "2"], capsys)
     lone = [*monet, "--robustness", "--robustness_batch_size", "0"]
     assert "robustness_batch_size" in refused(lone, capsys)
+
+
+def test_concepts_that_leave_nothing_to_retain_are_refused_before_anything_is_drawn(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(Emoji, "load", lambda *given: pytest.fail("the pipeline was loaded"))
+    targets = [f"--target={name}" for name in ("animal", "plant", "food")]
+    with pytest.raises(ValueError, match="target: these concepts leave no class to retain; judge fewer"):
+        cli.parse(["evaluate", "emoji", "weights", *targets]).prepare("")()
 
 
 @pytest.mark.parametrize("what", ["prompts", "phrasings", "judge", "base"])

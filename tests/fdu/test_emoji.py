@@ -268,6 +268,7 @@ def test_an_anchor_above_the_target_shows_it_by_chance(target: str, anchor: str,
     ("target", "anchor", "message"),
     [
         ("fxo", "wolf", "target.*'fxo'.*did you mean 'fox'"),
+        ("Fox", "wolf", "target.*'Fox'.*did you mean 'fox'"),
         ("kitten", "dog", "target.*'kitten'.*synonym of 'cat'"),
         ("zebra", "dog", "target.*'zebra'.*trained without it"),
         ("fox", "noto", "anchor.*object or a superclass.*'noto'"),
