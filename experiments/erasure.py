@@ -95,7 +95,7 @@ KEEPING: tuple[dict[str, Any], ...] = (
 """What may keep more of the attributes: changes of the default settings."""
 MEANS = {"ways": tuple(one for _, settings in WAYS for one in settings), "attributes": KEEPING}
 """The changes of suites whose figures are means over targets."""
-SEEDS = {"ways": (0, 1), "attributes": (0, 1, 2)}
+SEEDS = {"ways": (0, 1), "attributes": (0, 1)}
 """Of the suites with more seeds than one."""
 
 
