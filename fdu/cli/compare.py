@@ -51,7 +51,8 @@ class Compare:
     )
 
     model: Positional[str]
-    """A pipeline's folder, a hub id (org/name), "emoji" or "digits"."""
+    """A pipeline's folder, a .safetensors file (or file@config, see fdu erase --model_config), a hub id (org/name),
+    "emoji" or "digits"."""
     target: str
     """Concept to erase."""
     anchor: str

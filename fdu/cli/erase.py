@@ -28,6 +28,7 @@ from fdu.storage.loading import (
     choose_device,
     is_main_process,
     result_bytes,
+    with_config,
 )
 from fdu.subjects.registry import subject_of
 from fdu.subjects.subject import Subject
@@ -47,7 +48,7 @@ class Erase:
     )
 
     model: Positional[str]
-    """A pipeline's folder, a hub id (org/name, or org/name@revision), "emoji" or "digits"."""
+    """A pipeline's folder, a .safetensors file, a hub id (org/name, or org/name@revision), "emoji" or "digits"."""
     target: UseAppendAction[tuple[str, ...]]
     """Concept to erase: a name, or a .txt file with one prompt per line. Repeat the option for further concepts."""
     anchor: UseAppendAction[tuple[str, ...]]
@@ -78,6 +79,9 @@ class Erase:
     """Branch, tag or commit of a hub id."""
     variant: str | None = None
     """Variant of the weights' files, such as fp16. Default: full precision, or fp16 where there is nothing else."""
+    model_config: str | None = None
+    """Of a .safetensors file: the folder or hub id of the pipeline that it belongs to, for configs and tokenizers, and
+    for the weights of what the file lacks. Default: the one that diffusers knows for such files, from the hub."""
     quantization: Quantization = "none"
     """Store the linear layers in the blocks of the denoiser, and those of large text encoders, in four or eight bits
     while adapters are trained: nf4 (needs bitsandbytes), int8 or fp8."""
@@ -101,7 +105,7 @@ class Erase:
                 "painting, another concept, or --anchor '' for nothing"
             )
         types = self.concept_type[0] if len(self.concept_type) == 1 else self.concept_type or "object"
-        model = subject_of(at_revision(self.model, self.revision))
+        model = subject_of(with_config(at_revision(self.model, self.revision), self.model_config, self.variant))
         pairs = model.pairs(self.target, self.anchor, types)
         checkpoints = Path(f"{self.out}.checkpoints")
         given = config = self.settings.checked(checkpoint_dir=str(checkpoints))
@@ -113,14 +117,14 @@ class Erase:
                 "write; choose another with --checkpoint_dir"
             )
         files = [name for name in (*self.target, *self.anchor) if name.endswith(".txt")]
-        inputs = files + [str(folder) for folder in [model.folder] if folder]
+        inputs = files + [str(place) for place in model.places]
         if self.save_config is not None:
             shown = f"save_config {str(self.save_config)!r}"
             if self.save_config.is_dir() or self.out.resolve() in self.save_config.resolve().parents:
                 raise ValueError(f"{shown} must be a file outside of OUT; choose another name")
             if self.save_config.exists() and not self.overwrite:
                 raise FileExistsError(f"{shown} exists; choose another name or add --overwrite")
-        check_output(self.out, self.overwrite, result_bytes(model.folder, config.train_method, self.save_as), inputs)
+        check_output(self.out, self.overwrite, result_bytes(model.places, config.train_method, self.save_as), inputs)
         if TRAIN_METHODS[config.train_method].trains:
             dtype = check_dtype(self.dtype, config.mixed_precision)
         else:

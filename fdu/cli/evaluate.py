@@ -54,7 +54,8 @@ class Evaluate:
     )
 
     base: Positional[str]
-    """The pipeline before: a folder, a hub id (org/name), "emoji" or "digits"."""
+    """The pipeline before: a folder, a .safetensors file (or file@config, see fdu erase --model_config), a hub id
+    (org/name), "emoji" or "digits"."""
     erased: Positional[str]
     """Folder written by `fdu erase` or ErasureResult.save, or weights from another program in any format that
     fdu.load_weights reads."""
@@ -179,7 +180,7 @@ class Evaluate:
 
     def _inputs(self, base: Subject) -> list[str | Path]:
         """The files and folders that the work reads."""
-        named = [base.folder, self.erased, self.phrasings]
+        named = [*base.places, self.erased, self.phrasings]
         prompts = self.prompts if self.prompts and self.prompts.endswith(".txt") else None
         judge = self.judge if self.judge and Path(self.judge).is_dir() else None
         return [path for path in (*named, prompts, judge) if path is not None]

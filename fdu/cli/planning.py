@@ -12,7 +12,15 @@ from tyro.conf import OmitArgPrefixes, Positional, arg
 from fdu.cli.options import Settings, grouped
 from fdu.config import TRAIN_METHODS, EraseConfig, Positive, check_number
 from fdu.presets import PresetName
-from fdu.storage.loading import Dtype, Quantization, at_revision, check_dtype, check_resolution, check_stored
+from fdu.storage.loading import (
+    Dtype,
+    Quantization,
+    at_revision,
+    check_dtype,
+    check_resolution,
+    check_stored,
+    with_config,
+)
 from fdu.subjects.registry import subject_of
 
 UNITS = ((1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB"), (1, "B"))
@@ -35,7 +43,7 @@ class Plan:
     )
 
     model: Positional[str]
-    """A pipeline's folder, a hub id (org/name, or org/name@revision), "emoji" or "digits"."""
+    """A pipeline's folder, a .safetensors file, a hub id (org/name, or org/name@revision), "emoji" or "digits"."""
     memory: float | None = None
     """Memory of the device in GiB, > 0: marks what fits."""
     tflops: float | None = None
@@ -49,6 +57,8 @@ class Plan:
     """Dtype of the weights. auto: float32, or the dtype of --mixed_precision."""
     revision: str | None = None
     """Branch, tag or commit of a hub id."""
+    model_config: str | None = None
+    """The pipeline that a .safetensors file belongs to, as for fdu erase."""
     quantization: Quantization = "none"
     """Bits of the frozen weights, as for fdu erase."""
     offload: bool = False
@@ -63,7 +73,8 @@ class Plan:
             check_number("memory", self.memory, Positive)
         if self.tflops is not None:
             check_number("tflops", self.tflops, Positive)
-        model, config = subject_of(at_revision(self.model, self.revision)), self.settings.checked()
+        model = subject_of(with_config(at_revision(self.model, self.revision), self.model_config))
+        config = self.settings.checked()
         check_estimable(config)
         check_resolution(model.folder, config.resolution)
         check_dtype(self.dtype, config.mixed_precision)

@@ -18,6 +18,7 @@ from fdu.report.render import templates
 from fdu.storage.formats import Format
 from fdu.storage.kohya import KOHYA_FILE, kohya_names
 from fdu.storage.loading import HUB_ID, erased_pairs
+from fdu.storage.single_file import SingleFile
 from fdu.subjects.registry import find_subject
 
 CARD_FILE = "README.md"
@@ -69,6 +70,7 @@ def write_card(
         title=_line(record["target"]["name"]),
         base=subject.title or _line(record["base"]) or "an unnamed model",
         base_id=base_id,
+        file=SingleFile.of(record["base"]),
         revision=_line(record.get("revision") or ""),
         what=WHAT[format],
         concepts=erased_pairs(record),

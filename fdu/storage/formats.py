@@ -112,8 +112,8 @@ def write(
 
 
 def public_name(name: str) -> str:
-    """A hub id unchanged, but only the name of a local folder, because its path is private."""
-    return Path(name).resolve().name if name and (Path(name).is_absolute() or Path(name).is_dir()) else name
+    """A hub id unchanged, but only the name of a local folder or file, because its path is private."""
+    return Path(name).resolve().name if name and (Path(name).is_absolute() or Path(name).exists()) else name
 
 
 def _leave_out_places(folder: Path) -> None:

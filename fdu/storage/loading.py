@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from fdu.config import TRAIN_METHODS, check_choice, check_size
 from fdu.storage.output import PIPELINE_FILE, RECORD_FILE, SMALL_RESULT
+from fdu.storage.single_file import SingleFile
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -39,18 +40,26 @@ def check_model(model: str, argument: str = "MODEL", embedded: Sequence[str] = (
     """Refuse a model that cannot exist, before anything is loaded.
 
     Args:
-        model: a pipeline's folder or a hub id.
+        model: a pipeline's folder, a .safetensors file or a hub id.
         argument: name of the argument in errors.
         embedded: names of the pipelines of fdu, which errors offer too.
 
     Raises:
-        ValueError: an empty name.
-        FileNotFoundError: neither a pipeline's folder nor a possible hub id.
+        ValueError: an empty name, or a file that is no model.
+        FileNotFoundError: neither a pipeline's folder, nor a file, nor a possible hub id.
     """
-    choices = f"a pipeline's folder, a hub id (org/name){''.join(f' or {name!r}' for name in embedded)}"
+    choices = "a pipeline's folder, a .safetensors file, a hub id (org/name)"
+    choices += "".join(f" or {name!r}" for name in embedded)
     if not model.strip():
         raise ValueError(f"{argument} is empty; give {choices}")
-    if Path(model).is_dir():
+    file = SingleFile.of(model)
+    if file is not None:
+        file.check(argument)
+        if file.config is not None:
+            check_model(file.config, "model_config")
+    elif Path(model).is_file():
+        raise ValueError(f"{argument} {model!r} is a file of another kind than .safetensors; give {choices}")
+    elif Path(model).is_dir():
         if not (Path(model) / PIPELINE_FILE).is_file():
             raise FileNotFoundError(
                 f"{argument} {model!r} is not the folder of a diffusers pipeline: no {PIPELINE_FILE}"
@@ -81,13 +90,32 @@ def at_revision(model: str, revision: str | None) -> str:
     ('org/model@v1.0', 'org/model')
 
     Raises:
-        ValueError: a folder, or a name that has a revision already.
+        ValueError: a folder, a file, or a name that has a revision already.
     """
     if revision is None:
         return model
-    if Path(model).is_dir() or not HUB_ID.fullmatch(model):
+    if Path(model).is_dir() or SingleFile.of(model) or not HUB_ID.fullmatch(model):
         raise ValueError(f"revision goes with a hub id (org/name), and the model is {model!r}; leave it out")
     return f"{model}@{revision}"
+
+
+def with_config(model: str, model_config: str | None, variant: str | None = None) -> str:
+    """The name of a model in a single file with that of the pipeline that it belongs to, if one is given.
+
+    >>> with_config("sd.safetensors", "org/model"), with_config("org/model", None)
+    ('sd.safetensors@org/model', 'org/model')
+
+    Raises:
+        ValueError: a model that is no file, or a file that has a pipeline already; or a variant of a file.
+    """
+    file = SingleFile.of(model)
+    if variant is not None and file is not None:
+        raise ValueError(f"variant chooses among the files of a pipeline, and the model is {model!r}; leave it out")
+    if model_config is None:
+        return model
+    if file is None or file.config is not None:
+        raise ValueError(f"model_config goes with a .safetensors file, and the model is {model!r}; leave it out")
+    return f"{model}@{model_config}"
 
 
 def check_resolution(folder: Path | None, resolution: int | None) -> None:
@@ -103,20 +131,21 @@ def check_resolution(folder: Path | None, resolution: int | None) -> None:
         check_size(resolution, math.lcm(8, scale * (patch if isinstance(patch, int) else 1)), native)
 
 
-def result_bytes(folder: Path | None, train_method: str, save_as: str = "auto") -> int:
+def result_bytes(places: Sequence[Path], train_method: str, save_as: str = "auto") -> int:
     """Bytes that a saved erasure takes: LoRA weights are small, other formats reach the size of the pipeline.
 
     Args:
-        folder: the pipeline's; None for a pipeline on the hub.
+        places: the files and folders of the pipeline; none for a pipeline on the hub.
         train_method, save_as: settings of the erasure; a format that its result cannot have is a ValueError.
     """
     from fdu.storage.formats import choose_format
 
     if choose_format(save_as, train_method) in ("lora", "kohya"):
         return SMALL_RESULT
-    if folder is None:
+    if not places:
         return HUB_PIPELINE
-    return SMALL_RESULT + sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    files = [path for place in places for path in (place, *place.rglob("*")) if path.is_file()]
+    return SMALL_RESULT + sum(path.stat().st_size for path in files)
 
 
 def check_erased(path: str) -> None:
@@ -242,7 +271,8 @@ def load_model(
     """Load a pipeline; of one that has no other weights, the variant "fp16".
 
     Args:
-        model: a folder, or a hub id, with a branch, tag or commit after an @.
+        model: a folder; a hub id, with a branch, tag or commit after an @; or a .safetensors file, with the pipeline
+            that it belongs to after an @.
         dtype: of the weights in memory.
         device: where they go.
         quantization: of the linear layers in the blocks of the denoiser and of large text encoders; "none" for none.
@@ -255,19 +285,21 @@ def load_model(
     """
     import torch
     from diffusers import DiffusionPipeline
+    from diffusers.loaders.single_file_utils import SingleFileComponentError
     from safetensors import SafetensorError
 
     from fdu.models.offloading import offload_blocks
     from fdu.models.quantization import quantize
 
-    name, revision = (model, None) if Path(model).is_dir() else hub_name(model)
+    file = SingleFile.of(model)
+    name, revision = (model, None) if file or Path(model).is_dir() else hub_name(model)
     given = {"dtype": getattr(torch, dtype), "revision": revision, "variant": variant}
-    errors = (OSError, ValueError, RuntimeError, KeyError, AttributeError, SafetensorError)
+    errors = (OSError, ValueError, RuntimeError, KeyError, AttributeError, SafetensorError, SingleFileComponentError)
     try:
         try:
-            pipeline = DiffusionPipeline.from_pretrained(name, **given)
+            pipeline = file.load(dtype) if file else DiffusionPipeline.from_pretrained(name, **given)
         except errors as error:
-            if variant is not None or not ABSENT.search(str(error)):
+            if file or variant is not None or not ABSENT.search(str(error)):
                 raise
             try:
                 pipeline = DiffusionPipeline.from_pretrained(name, **{**given, "variant": VARIANT})

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from fdu.models.denoiser import Conditioning, Denoiser
 from fdu.storage.loading import hub_name
 from fdu.storage.output import PIPELINE_FILE
+from fdu.storage.single_file import SingleFile
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -31,7 +32,8 @@ def load_shapes(model: str, dtype: str = "float32") -> DiffusionPipeline:
     by one that only counts.
 
     Args:
-        model: a folder, or a hub id, of which nothing but these small files is fetched.
+        model: a folder; a hub id, of which nothing but these small files is fetched; or a .safetensors file, of which
+            the pipeline that it belongs to stands for it.
         dtype: dtype of the weights.
 
     Raises:
@@ -40,6 +42,8 @@ def load_shapes(model: str, dtype: str = "float32") -> DiffusionPipeline:
     import diffusers
     from diffusers import DiffusionPipeline
 
+    file = SingleFile.of(model)
+    model = file.pipeline_name if file else model
     name, revision = (model, None) if Path(model).is_dir() else hub_name(model)
     if Path(name).is_dir():
         index = json.loads((Path(name) / PIPELINE_FILE).read_text(encoding="utf-8"))

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fdu.config import check_choice
-from fdu.storage.loading import at_revision, check_model, check_quantization, choose_device
+from fdu.storage.loading import at_revision, check_model, check_quantization, choose_device, with_config
 from fdu.subjects.embedded import EMBEDDED
 from fdu.subjects.subject import Subject
 
@@ -24,12 +24,12 @@ def subject_of(model: str, argument: str = "MODEL") -> Subject:
     """The subject of that name; nothing is loaded.
 
     Args:
-        model: a pipeline's folder, a hub id (org/name), or the name of a pipeline of fdu.
+        model: a pipeline's folder, a .safetensors file, a hub id (org/name), or the name of a pipeline of fdu.
         argument: its name in errors.
 
     Raises:
-        ValueError: no name.
-        FileNotFoundError: neither a pipeline's folder, nor a pipeline of fdu, nor of the form of a hub id.
+        ValueError: no name, or a file that is no model.
+        FileNotFoundError: neither a pipeline's folder, nor a file, nor a pipeline of fdu, nor of the form of a hub id.
     """
     subject = find_subject(model)
     if not subject.title:
@@ -45,11 +45,12 @@ def load_pipeline(
     offload: bool = False,
     revision: str | None = None,
     variant: str | None = None,
+    model_config: str | Path | None = None,
 ) -> DiffusionPipeline:
     """Load a pipeline by the name that the command line takes.
 
     Args:
-        model: a pipeline's folder, a hub id (org/name), "emoji" or "digits".
+        model: a pipeline's folder, a .safetensors file, a hub id (org/name), "emoji" or "digits".
         dtype: dtype of the weights: float32, float16 or bfloat16, by name or from torch.
         device: the device to put the pipeline on: cpu, cuda, mps or auto.
         quantization: store the linear layers in the blocks of the denoiser and of large text encoders in four or eight
@@ -59,6 +60,9 @@ def load_pipeline(
         revision: branch, tag or commit of a hub id.
         variant: of the weights' files, such as "fp16". By default those of full precision, or fp16 where there are no
             others.
+        model_config: of a .safetensors file: the pipeline that it belongs to, by folder or hub id, for configs and
+            tokenizers, and for the weights of what the file lacks. By default the one that diffusers knows for such
+            files, from the hub.
 
     Raises:
         ValueError, FileNotFoundError: as :func:`subject_of`, or an unknown dtype, device or quantization; or a denoiser
@@ -69,5 +73,6 @@ def load_pipeline(
     dtype = str(dtype).removeprefix("torch.")
     check_choice("dtype", dtype, ("float32", "float16", "bfloat16"))
     check_quantization(quantization)
-    subject = subject_of(at_revision(str(model), revision))
+    config = None if model_config is None else str(model_config)
+    subject = subject_of(with_config(at_revision(str(model), revision), config, variant))
     return subject.load(dtype, choose_device(device), quantization, offload, variant)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from fdu.concepts import ConceptType, Pair, concept_pairs, read_concepts
 from fdu.storage.loading import hub_name, load_model
+from fdu.storage.single_file import SingleFile
 from fdu.subjects.concept_sets import ConceptSet, choose_set
 
 if TYPE_CHECKING:
@@ -63,7 +64,7 @@ class Exam:
 
 
 class Subject:
-    """A pipeline's folder or hub id, to erase from. Making one loads nothing."""
+    """A pipeline's folder, single file or hub id, to erase from. Making one loads nothing."""
 
     title = ""
     """Its name in prose, if it comes with fdu."""
@@ -93,13 +94,23 @@ class Subject:
     @property
     def loading_code(self) -> str:
         """The Python expression that loads it."""
+        if SingleFile.of(self.model):
+            return f"fdu.load_pipeline({self.model!r})"
         name, revision = (self.model, None) if self.folder else hub_name(self.model)
         return f"DiffusionPipeline.from_pretrained({name!r}{f', revision={revision!r}' if revision else ''})"
 
     @property
     def folder(self) -> Path | None:
-        """The pipeline's folder; None for a hub id."""
-        return Path(self.location) if Path(self.location).is_dir() else None
+        """The folder with its configs; None for a hub id, and for a file whose configs are on the hub."""
+        file = SingleFile.of(self.location)
+        place = file.config if file else self.location
+        return Path(place) if place and Path(place).is_dir() else None
+
+    @property
+    def places(self) -> list[Path]:
+        """The files and folders of this machine that it is loaded from."""
+        file = SingleFile.of(self.location)
+        return [*([file.path] if file else []), *([self.folder] if self.folder else [])]
 
     def load(
         self,

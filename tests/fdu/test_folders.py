@@ -78,10 +78,10 @@ def test_other_json_is_no_record(other: Any) -> None:
 def test_room_for_a_result(tmp_path: Path) -> None:
     (tmp_path / "unet").mkdir()
     (tmp_path / "unet" / "weights").write_bytes(b"x" * 1000)
-    assert result_bytes(tmp_path, "cross_attention") == SMALL_RESULT + 1000
-    assert result_bytes(tmp_path, "lora") == result_bytes(None, "lora") == SMALL_RESULT
-    assert result_bytes(None, "cross_attention") == HUB_PIPELINE
-    assert result_bytes(Digits.data, "cross_attention") > SMALL_RESULT + 1_000_000
+    assert result_bytes([tmp_path], "cross_attention") == SMALL_RESULT + 1000
+    assert result_bytes([tmp_path], "lora") == result_bytes([], "lora") == SMALL_RESULT
+    assert result_bytes([], "cross_attention") == HUB_PIPELINE
+    assert result_bytes([Digits.data], "cross_attention") > SMALL_RESULT + 1_000_000
 
 
 def test_truncated_weights_are_an_error_in_one_line(tmp_path: Path, pipeline: StableDiffusionPipeline) -> None:
