@@ -81,8 +81,8 @@ def erase(
 
     Args:
         pipeline: a diffusers text-to-image pipeline on the training device. It is changed in place and returned as
-            ``result.pipeline``; within ``result.original()`` it draws as before. Active adapters, for example of
-            earlier erasures, count as part of the model.
+            ``result.pipeline``; within ``result.original()`` it draws as before. Active adapters, such as LoRAs of
+            your own and earlier erasures, count as part of the model and stay.
         target: the concept to erase: a name, a ``.txt`` file of prompts, a :class:`fdu.Concept`, prompts, or a
             sequence of :class:`fdu.Concept` for several.
         anchor: the concept that replaces it: a superclass ("painting"), another concept, or "" for nothing. One for

@@ -14,6 +14,7 @@ from fdu.concepts import Concept, Pair, joined
 from fdu.config import PLACES, EraseConfig
 from fdu.evaluation import Draws, Evaluation, Probe
 from fdu.models.denoiser import Denoiser
+from fdu.models.parts import active_adapters
 from fdu.models.quantization import quantization_of
 from fdu.report import EvaluatedRun, write_report
 from fdu.report.card import write_card
@@ -77,11 +78,21 @@ class ErasureResult:
         except RuntimeError:
             return None
 
+    def base_adapters(self) -> list[str] | None:
+        """Names of the adapters that were active before the erasure, as part of the base; None as for
+        :meth:`fingerprint`, which leaves them out."""
+        try:
+            with self.original() as pipeline:
+                return active_adapters(pipeline)
+        except RuntimeError:
+            return None
+
     def record(self, command: str = "") -> dict[str, Any]:
         """Everything but the weights, for JSON, with the command line if there was one."""
         return {
             "base": public_name(str(self.pipeline.config.get("_name_or_path", ""))),
             "fingerprint": self.fingerprint(),
+            "adapters": self.base_adapters(),
             "command": command,
             "target": dataclasses.asdict(self.target),
             "anchor": dataclasses.asdict(self.anchor),

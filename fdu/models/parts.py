@@ -61,6 +61,12 @@ def adapter_names(pipeline: DiffusionPipeline) -> set[str]:
     return {name for model in models(pipeline).values() for name in getattr(model, "peft_config", {})}
 
 
+def active_adapters(pipeline: DiffusionPipeline) -> list[str]:
+    """The names of the adapters that are switched on in any layer, in order."""
+    on = [layer for model in models(pipeline).values() for layer in adapted(model) if not layer.disable_adapters]
+    return sorted({name for layer in on for name in layer.active_adapters})
+
+
 def weights(pipeline: DiffusionPipeline) -> dict[str, nn.Parameter]:
     """Every parameter as "attribute.name", by the names they have without adapters; those of adapters left out.
 

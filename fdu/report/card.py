@@ -73,6 +73,7 @@ def write_card(
         file=SingleFile.of(record["base"]),
         revision=_line(record.get("revision") or ""),
         what=WHAT[format],
+        adapters=[_line(name) for name in record.get("adapters") or ()],
         concepts=erased_pairs(record),
         pipeline_class=type(pipeline).__name__,
         subject=subject,
