@@ -57,8 +57,8 @@ def trains(train_method: str) -> bool:
 
 
 WITHOUT_STEPS = (
-    *("train_method", "preservation_weight", "preservation_prompts", "resolution", "num_frames", "seed", "ridge"),
-    "rank_tolerance",
+    *("train_method", "preservation_weight", "preservation_prompts", "resolution", "height", "width", "num_frames"),
+    *("seed", "ridge", "rank_tolerance"),
     *("mixed_precision", "cache_dir", "checkpoint_dir", "deterministic"),
 )
 """The settings that mean something, or do no harm, where nothing is trained."""
@@ -112,12 +112,39 @@ def check_number(name: str, value: Any, hint: Any) -> None:
             raise ValueError(f"{name} must be a {whole} number {sign} {bound}, got {value!r}")
 
 
-def check_size(resolution: int, unit: int, native: tuple[int, int] | None) -> None:
-    """Raise ValueError if a resolution in pixels is not a positive multiple of ``unit``; ``native`` is the model's."""
-    if resolution <= 0 or resolution % unit:
-        hint = f"try {max(1, round(resolution / unit)) * unit}"
-        hint += f"; the model's own is {native[0]} x {native[1]}" if native else ""
-        raise ValueError(f"resolution must be a positive multiple of {unit} pixels, got {resolution}; {hint}")
+Size = int | tuple[int, int]
+"""Pixels of an image: the side of a square, or height and width."""
+
+
+def image_size(resolution: int | None, height: int | None, width: int | None) -> Size | None:
+    """The size that these three settings mean; None for the model's own.
+
+    Raises:
+        ValueError: they contradict each other.
+    """
+    if height is None and width is None:
+        return resolution
+    if height is None or width is None:
+        raise ValueError("height and width go together; give both, or resolution for a square")
+    if resolution is not None:
+        raise ValueError("resolution is for squares; leave it out beside height and width, or leave these out")
+    return height, width
+
+
+def sides(size: Size | None) -> dict[str, int]:
+    """The pixels of a size by the names of the settings that give them."""
+    if size is None:
+        return {}
+    return {"resolution": size} if isinstance(size, int) else {"height": size[0], "width": size[1]}
+
+
+def check_size(size: Size, unit: int, native: tuple[int, int] | None) -> None:
+    """Raise ValueError if a side of a size is not a positive multiple of ``unit``; ``native`` is the model's."""
+    for name, side in sides(size).items():
+        if side <= 0 or side % unit:
+            hint = f"try {max(1, round(side / unit)) * unit}"
+            hint += f"; the model's own is {native[0]} x {native[1]}" if native else ""
+            raise ValueError(f"{name} must be a positive multiple of {unit} pixels, got {side}; {hint}")
 
 
 @functools.cache
@@ -186,6 +213,10 @@ class EraseConfig:
     resolution: Count | None = None
     """Height and width in pixels, a multiple of what the model needs (8 for Stable Diffusion). Default: the model's
     own."""
+    height: Count | None = None
+    """Height in pixels of images that are not square, together with width and instead of resolution."""
+    width: Count | None = None
+    """Width in pixels, together with height."""
     num_frames: Count | None = None
     """Frames of a video, >= 1; 1 trains on images. Default: as many as the pipeline draws. Video models only."""
     seed: Natural = 0
@@ -340,6 +371,7 @@ class EraseConfig:
 
     def _require_sense(self, divergence: Divergence) -> None:
         """Refuse settings that contradict each other."""
+        image_size(self.resolution, self.height, self.width)
         if self.adapter_layers != EraseConfig.adapter_layers and TRAIN_METHODS[self.train_method].result == "weights":
             raise ValueError(
                 f"adapter_layers needs train_method 'lora' or 'dora', and train_method is {self.train_method!r}; "
@@ -445,6 +477,11 @@ class EraseConfig:
         method = TRAIN_METHODS[self.train_method]
         default = (1.0 if self.optimizer == "prodigy" else method.learning_rate) if method.trains else None
         return default if self.learning_rate is None else self.learning_rate
+
+    @property
+    def size(self) -> Size | None:
+        """The size of the images; None for the model's own."""
+        return image_size(self.resolution, self.height, self.width)
 
     @classmethod
     def from_settings(cls, settings: Mapping[str, Any]) -> EraseConfig:

@@ -103,7 +103,7 @@ def erase(
     if config is not None and settings:
         raise TypeError(f"give either config or single settings, not both; got config and {', '.join(settings)}")
     config = with_launcher(config or EraseConfig.from_settings(settings))
-    denoiser = denoiser_of(pipeline, config.resolution, config.num_frames)
+    denoiser = denoiser_of(pipeline, config.size, config.num_frames)
     _check_run(denoiser, pairs, mask, config)
     denoiser.embedded_guidance = config.embedded_guidance
     started = time.perf_counter()

@@ -119,7 +119,7 @@ class Compare:
                 f"--train_method {base.train_method} gives the same model for every divergence; choose a method that "
                 f"trains, or compare it with others: --methods {base.train_method},lora"
             )
-        check_resolution(model.folder, base.resolution)
+        check_resolution(model.folder, base.size)
         names = [] if self.divergences is None else [name.strip() for name in self.divergences.split(",")]
         names += [] if self.alpha is None else read_alpha(self.alpha)
         divergences, same_as = distinct(names or DEFAULT.split(","), base.variational)

@@ -60,7 +60,7 @@ class Demo:
         ((target, anchor),) = model.pairs([named[0]], [named[1]])
         config = model.with_preserved(self.settings.checked(), [(target.name, anchor.name)])
         exam = model.exam(target.name, record={"concepts": [[target.name, anchor.name]]})
-        check_resolution(model.folder, config.resolution)
+        check_resolution(model.folder, config.size)
         check_demo_output(self.out)
         device = choose_device(self.device)
 

@@ -109,7 +109,7 @@ class Erase:
         pairs = model.pairs(self.target, self.anchor, types)
         checkpoints = Path(f"{self.out}.checkpoints")
         given = config = self.settings.checked(checkpoint_dir=str(checkpoints))
-        check_resolution(model.folder, config.resolution)
+        check_resolution(model.folder, config.size)
         keeps = self.settings.typed()["checkpoint_dir"] is None
         if keeps and strangers(checkpoints):
             raise FileExistsError(

@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from tyro.conf import Positional, UseAppendAction, arg
 
 import fdu
-from fdu.config import Count, Natural, check_number
+from fdu.config import Count, Natural, check_number, image_size
 from fdu.storage.loading import (
     Dtype,
     check_encoder,
     check_erased,
+    check_resolution,
     choose_device,
     describe_device,
     erased_pairs,
@@ -74,6 +75,12 @@ class Evaluate:
     """Sampling steps per image, >= 1. Default: the pipeline's own; 20 on emoji and digits."""
     guidance_scale: float | None = None
     """Classifier-free guidance scale, >= 0. Default: the pipeline's own; 2 on emoji, 3 on digits."""
+    resolution: int | None = None
+    """Height and width of the images in pixels, >= 1. Default: the pipeline's own."""
+    height: int | None = None
+    """Height in pixels of images that are not square, together with --width and instead of --resolution."""
+    width: int | None = None
+    """Width in pixels, together with --height."""
     batch_size: int | None = None
     """Images drawn at a time, >= 1. Default: 4; 32 on emoji and digits."""
     seed: int = 0
@@ -124,7 +131,11 @@ class Evaluate:
 
         device = choose_device(self.device)
         sampling = self._sampling(base)
-        settings = {"images_per_class": self.images_per_class, "seed": self.seed + JUDGED_SEED, **sampling.settings()}
+        size = self._size(base)
+        settings: dict[str, Any] = {"images_per_class": self.images_per_class, "seed": self.seed + JUDGED_SEED}
+        settings |= sampling.settings()
+        if size is not None:
+            settings |= {"height": size[0], "width": size[1]}
         sets = self._phrasing_sets(first)
 
         def work() -> None:
@@ -141,7 +152,7 @@ class Evaluate:
             dtype = "float32" if self.dtype == "auto" else self.dtype
             pipeline = base.load(dtype, device)
             before = fdu.draw(pipeline, probes, description="before", **settings)
-            tests = self._examination(probes[0], sets, sampling)
+            tests = self._examination(probes[0], sets, sampling, size)
             if tests is not None:
                 tests.before(pipeline)
             if (Path(self.erased) / PIPELINE_FILE).is_file():
@@ -159,7 +170,7 @@ class Evaluate:
                 if self.out is not None:
                     notes = [*base.notes, *(tests.notes() if tests else ())]
                     found = tests.found.as_dict() if tests and tests.found else None
-                    conditions = Conditions(settings["seed"], sampling, panel.judge, dtype)
+                    conditions = Conditions(settings["seed"], sampling, panel.judge, dtype, size=size)
                     told = (record, command, describe_device(device), notes, found, conditions)
                     with whole_folder(self.out, overwrite) as folder:
                         write_run(folder, EvaluatedRun.of(evaluation, probes, before, after, *told))
@@ -194,6 +205,15 @@ class Evaluate:
         given = {name: getattr(self, name) for name in defaults.settings()}
         return dataclasses.replace(defaults, **{name: value for name, value in given.items() if value is not None})
 
+    def _size(self, base: Subject) -> tuple[int, int] | None:
+        """Height and width of the images; None for the pipeline's own."""
+        for name in ("resolution", "height", "width"):
+            if getattr(self, name) is not None:
+                check_number(name, getattr(self, name), Count)
+        size = image_size(self.resolution, self.height, self.width)
+        check_resolution(base.folder, size)
+        return (size, size) if isinstance(size, int) else size
+
     def _targets(self, erased: list[str]) -> Sequence[str | None]:
         """The concepts to judge, from the command line or from the record; None for that of ``prompts``."""
         targets = self.target or (() if self.prompts else tuple(erased))
@@ -223,20 +243,23 @@ class Evaluate:
 
         return read_sets(self.phrasings, exam.target) if self.phrasings else packaged_sets(exam.kind, exam.target)
 
-    def _examination(self, probe: fdu.Probe, sets: PromptSets, sampling: Sampling) -> Examination | None:
+    def _examination(
+        self, probe: fdu.Probe, sets: PromptSets, sampling: Sampling, size: tuple[int, int] | None
+    ) -> Examination | None:
         """The requested tests of robustness, with images drawn as for the evaluation; None if there are none."""
         if self.robustness is None:
             return None
         from fdu.evaluation.robustness import USUAL, AttackConfig, Examination, JudgedSampling, RelearningConfig
 
-        size: dict[str, Any] = {"batch_size": self.robustness_batch_size} if self.robustness_batch_size else {}
+        batch: dict[str, Any] = {"batch_size": self.robustness_batch_size} if self.robustness_batch_size else {}
         return Examination(
             probe,
             sets,
             self.robustness or USUAL,
-            attack_config=AttackConfig(**size),
-            relearning_config=RelearningConfig(**size),
-            drawing=JudgedSampling(images=self.images_per_class, seed=self.seed, **{**sampling.settings(), **size}),
+            attack_config=AttackConfig(**batch),
+            relearning_config=RelearningConfig(**batch),
+            drawing=JudgedSampling(images=self.images_per_class, seed=self.seed, **{**sampling.settings(), **batch}),
+            size=size,
         )
 
 

@@ -76,7 +76,7 @@ class Plan:
         model = subject_of(with_config(at_revision(self.model, self.revision), self.model_config))
         config = self.settings.checked()
         check_estimable(config)
-        check_resolution(model.folder, config.resolution)
+        check_resolution(model.folder, config.size)
         check_dtype(self.dtype, config.mixed_precision)
         check_stored(self.quantization, self.offload, config.train_method)
 
@@ -121,7 +121,7 @@ class Plan:
 
         pipeline = load_shapes(location, check_dtype(self.dtype, config.mixed_precision))
         quantize(pipeline, stored.quantization)
-        return denoiser_of(pipeline, config.resolution, config.num_frames)
+        return denoiser_of(pipeline, config.size, config.num_frames)
 
 
 @dataclasses.dataclass(frozen=True)

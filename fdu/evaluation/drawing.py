@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from fdu.config import Count, Natural, NotNegative, check_fields, check_number
+from fdu.config import Count, Natural, NotNegative, check_fields, check_number, image_size, sides
 from fdu.models.denoiser import pictures, silent
 from fdu.models.families import guidance_arguments
 
@@ -194,6 +194,8 @@ def draw(
     guidance_scale: float | None = Sampling.guidance_scale,
     batch_size: int = Sampling.batch_size,
     description: str = "images",
+    height: int | None = None,
+    width: int | None = None,
 ) -> Draws:
     """Draw ``images_per_class`` images of each probe, without the safety checker.
 
@@ -210,6 +212,7 @@ def draw(
             default.
         batch_size: images drawn at a time, >= 1; fewer need less memory.
         description: label of the progress bar.
+        height, width: pixels of an image, both or neither. None: the pipeline's default.
 
     Raises:
         ValueError: no probes, ``images_per_class`` below 1, or as :class:`Sampling`.
@@ -218,7 +221,9 @@ def draw(
         raise ValueError("probes is empty; give at least the target's")
     check_number("images_per_class", images_per_class, Count)
     Sampling(num_inference_steps=num_inference_steps, guidance_scale=guidance_scale, batch_size=batch_size)
-    settings = {} if num_inference_steps is None else {"num_inference_steps": num_inference_steps}
+    settings = sides(image_size(None, height, width))
+    if num_inference_steps is not None:
+        settings["num_inference_steps"] = num_inference_steps
     # Batches reach over several probes: with few images of each they would be small, and slow.
     asked = [(one.prompts[index % len(one.prompts)], index) for one in probes for index in range(images_per_class)]
     images: list[Tensor] = []

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 from diffusers import AuraFlowTransformer2DModel, DiffusionPipeline
 from torch import Tensor
 
+from fdu.config import Size, sides
 from fdu.models import kohya_names
 from fdu.models.denoiser import JOINT_ATTENTION, Conditioning
 from fdu.models.noise_schedules import FlowDenoiser
@@ -26,12 +27,13 @@ class AuraFlowDenoiser(FlowDenoiser):
     attention_projections = JOINT_ATTENTION
 
     def __init__(
-        self, pipeline: DiffusionPipeline, resolution: int | None = None, num_frames: int | None = None
+        self, pipeline: DiffusionPipeline, resolution: Size | None = None, num_frames: int | None = None
     ) -> None:
         super().__init__(pipeline, resolution, num_frames)
         largest = math.isqrt(self.config.pos_embed_max_size) * self.size_unit
-        if max(self.height, self.width) > largest:
-            raise ValueError(f"resolution must be at most {largest} pixels for this model, got {resolution}")
+        for name, side in sides(resolution or (self.height, self.width)).items():
+            if side > largest:
+                raise ValueError(f"{name} must be at most {largest} pixels for this model, got {side}")
 
     @property
     def size_unit(self) -> int:

@@ -18,7 +18,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from fdu.config import check_size
+from fdu.config import Size, check_size
 from fdu.models import parts
 from fdu.models.kohya_names import KohyaNames
 
@@ -178,10 +178,10 @@ class Denoiser(ABC):
     """The kind of the module's output."""
 
     def __init__(
-        self, pipeline: DiffusionPipeline, resolution: int | None = None, num_frames: int | None = None
+        self, pipeline: DiffusionPipeline, resolution: Size | None = None, num_frames: int | None = None
     ) -> None:
-        """A denoiser for images of ``resolution`` pixels per side, by default of the model's native size, or for videos
-        of ``num_frames`` frames, by default as many as the pipeline draws.
+        """A denoiser for images of ``resolution`` pixels per side, or of (height, width), by default of the model's
+        native size, or for videos of ``num_frames`` frames, by default as many as the pipeline draws.
 
         Raises:
             ValueError: the pipeline lacks a part, or takes more than prompts; or resolution or num_frames does not suit
@@ -591,14 +591,14 @@ class Denoiser(ABC):
                 vae.to(dtype)
         return (decoded.float() / 2 + 0.5).clamp(0, 1)
 
-    def _image_size(self, resolution: int | None) -> tuple[int, int]:
+    def _image_size(self, resolution: Size | None) -> tuple[int, int]:
         """Height and width in pixels."""
         if resolution is None:
             if self.native_size is None:
                 raise ValueError(f"{self.module_name} has no sample_size; give resolution in pixels")
             return self.native_size
         check_size(resolution, self.size_unit, self.native_size)
-        return resolution, resolution
+        return (resolution, resolution) if isinstance(resolution, int) else resolution
 
     def _frame_count(self, num_frames: int | None) -> int:
         """Frames of a video."""

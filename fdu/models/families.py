@@ -6,6 +6,7 @@ from typing import Any
 
 from diffusers import DiffusionPipeline
 
+from fdu.config import Size
 from fdu.models.auraflow import AuraFlowDenoiser
 from fdu.models.chroma import ChromaDenoiser
 from fdu.models.cogview4 import CogView4Denoiser
@@ -58,9 +59,9 @@ def guidance_arguments(pipeline: Any, scale: float | None, count: int) -> dict[s
     return given
 
 
-def denoiser_of(pipeline: DiffusionPipeline, resolution: int | None = None, num_frames: int | None = None) -> Denoiser:
-    """The denoiser of a pipeline, for images of ``resolution`` pixels a side, by default of the model's native size, or
-    for videos of ``num_frames`` frames, by default as many as the pipeline draws.
+def denoiser_of(pipeline: DiffusionPipeline, resolution: Size | None = None, num_frames: int | None = None) -> Denoiser:
+    """The denoiser of a pipeline, for images of ``resolution`` pixels a side, or of (height, width), by default of the
+    model's native size, or for videos of ``num_frames`` frames, by default as many as the pipeline draws.
 
     Raises:
         TypeError: not a pipeline, or of an unknown family.

@@ -9,6 +9,7 @@ from diffusers import DDPMScheduler, DiffusionPipeline
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from torch import Tensor
 
+from fdu.config import Size
 from fdu.models.denoiser import Denoiser
 
 
@@ -19,7 +20,7 @@ class DiffusionDenoiser(Denoiser):
     """
 
     def __init__(
-        self, pipeline: DiffusionPipeline, resolution: int | None = None, num_frames: int | None = None
+        self, pipeline: DiffusionPipeline, resolution: Size | None = None, num_frames: int | None = None
     ) -> None:
         super().__init__(pipeline, resolution, num_frames)
         # The pipeline's own scheduler is made to sample; noising and timesteps for training follow DDPM.
@@ -60,7 +61,7 @@ class FlowDenoiser(Denoiser):
     prediction_type = "flow"
 
     def __init__(
-        self, pipeline: DiffusionPipeline, resolution: int | None = None, num_frames: int | None = None
+        self, pipeline: DiffusionPipeline, resolution: Size | None = None, num_frames: int | None = None
     ) -> None:
         super().__init__(pipeline, resolution, num_frames)
         height, width = self.latent_shape[-2:]

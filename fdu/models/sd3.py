@@ -7,6 +7,7 @@ from typing import ClassVar
 from diffusers import DiffusionPipeline, SD3Transformer2DModel
 from torch import Tensor
 
+from fdu.config import Size, sides
 from fdu.models import kohya_names
 from fdu.models.denoiser import JOINT_ATTENTION, Conditioning
 from fdu.models.noise_schedules import FlowDenoiser
@@ -31,12 +32,13 @@ class SD3Denoiser(FlowDenoiser):
     kohya = kohya_names.SD3
 
     def __init__(
-        self, pipeline: DiffusionPipeline, resolution: int | None = None, num_frames: int | None = None
+        self, pipeline: DiffusionPipeline, resolution: Size | None = None, num_frames: int | None = None
     ) -> None:
         super().__init__(pipeline, resolution, num_frames)
         largest = self.config.pos_embed_max_size * self.size_unit
-        if max(self.height, self.width) > largest:
-            raise ValueError(f"resolution must be at most {largest} pixels for this model, got {resolution}")
+        for name, side in sides(resolution or (self.height, self.width)).items():
+            if side > largest:
+                raise ValueError(f"{name} must be at most {largest} pixels for this model, got {side}")
 
     @classmethod
     def check(cls, pipeline: DiffusionPipeline) -> None:

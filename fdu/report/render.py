@@ -201,6 +201,7 @@ def _evaluation_facts(run: EvaluatedRun) -> list[tuple[str, Any]]:
     facts = [
         ("judge", conditions.judge or None),
         *((name, "the pipeline's own" if value is None else value) for name, value in sampling.items()),
+        ("height and width", conditions.size and "{} x {}".format(*conditions.size)),
         ("seed of the first image", conditions.seed),
         ("dtype", conditions.dtype or None),
         ("device", run.device or None),

@@ -52,6 +52,8 @@ class Conditions:
     """Dtype of the pipeline's weights."""
     versions: dict[str, str] = dataclasses.field(default_factory=dict)
     """:func:`fdu.storage.fingerprint.versions` of the machine that evaluated."""
+    size: tuple[int, int] | None = None
+    """Height and width of the images in pixels; None: the pipeline's own."""
 
 
 @dataclasses.dataclass(frozen=True)

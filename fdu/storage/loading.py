@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from fdu.config import TRAIN_METHODS, check_choice, check_size
+from fdu.config import TRAIN_METHODS, Size, check_choice, check_size
 from fdu.storage.output import PIPELINE_FILE, RECORD_FILE, SMALL_RESULT
 from fdu.storage.single_file import SingleFile
 
@@ -118,9 +118,9 @@ def with_config(model: str, model_config: str | None, variant: str | None = None
     return f"{model}@{model_config}"
 
 
-def check_resolution(folder: Path | None, resolution: int | None) -> None:
-    """Raise ValueError for a resolution that the pipeline in ``folder`` cannot draw, as far as its configs tell."""
-    if resolution is None or folder is None:
+def check_resolution(folder: Path | None, size: Size | None) -> None:
+    """Raise ValueError for a size that the pipeline in ``folder`` cannot draw, as far as its configs tell."""
+    if size is None or folder is None:
         return
     vae, denoiser = _config(folder / "vae"), _config(folder / "unet") or _config(folder / "transformer")
     blocks = vae.get("block_out_channels") or vae.get("encoder_block_out_channels")
@@ -128,7 +128,7 @@ def check_resolution(folder: Path | None, resolution: int | None) -> None:
         scale, side = 2 ** (len(blocks) - 1), denoiser.get("sample_size")
         native = (side * scale, side * scale) if isinstance(side, int) else None
         patch = denoiser.get("patch_size")
-        check_size(resolution, math.lcm(8, scale * (patch if isinstance(patch, int) else 1)), native)
+        check_size(size, math.lcm(8, scale * (patch if isinstance(patch, int) else 1)), native)
 
 
 def result_bytes(places: Sequence[Path], train_method: str, save_as: str = "auto") -> int:

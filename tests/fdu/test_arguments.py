@@ -56,6 +56,25 @@ def test_a_wrong_value_is_refused_by_name(name: str, value: Any, message: str) -
         EraseConfig(**{name: value})
 
 
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"height": 64}, "height and width go together"),
+        ({"width": 64}, "height and width go together"),
+        ({"resolution": 64, "height": 64, "width": 64}, "resolution is for squares"),
+        ({"height": 0, "width": 64}, "height.*whole number >= 1"),
+    ],
+)
+def test_sizes_that_contradict_each_other_are_refused(given: dict[str, int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        EraseConfig(**given)
+
+
+def test_a_size_is_a_resolution_or_height_and_width() -> None:
+    assert EraseConfig().size is None and EraseConfig(resolution=64).size == 64
+    assert EraseConfig(height=64, width=96, train_method="closed_form").size == (64, 96)
+
+
 @pytest.mark.parametrize("typed", ["alpha=0.3", "alpha 0.3", "alpha(0.3)", "alpha0.3", "Alpha:a=0.3", "alpha:=0.3"])
 def test_a_parameter_typed_in_another_way_is_a_near_miss(typed: str) -> None:
     with pytest.raises(ValueError, match=r"mean alpha:0\.3\?"):

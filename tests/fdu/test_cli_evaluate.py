@@ -83,7 +83,8 @@ def test_a_run_of_no_step_did_not_erase(idle: Path, capsys: pytest.CaptureFixtur
     conditions = metrics["conditions"]
     assert conditions.pop("versions") == metrics["versions"] == metrics["record"]["versions"]
     sampling = {"num_inference_steps": 3, "guidance_scale": 3.0, "batch_size": 32}
-    assert conditions == {"seed": 1000, "sampling": sampling, "judge": "digits classifier", "dtype": "float32"}
+    told = {"seed": 1000, "sampling": sampling, "judge": "digits classifier", "dtype": "float32", "size": None}
+    assert conditions == told
     names = {path.name for path in Path("judged").iterdir()}
     assert names == {"metrics.json", "images", "report.html", "before-after.png"}
 
@@ -249,6 +250,40 @@ def test_no_input_is_overwritten(what: str, capsys: pytest.CaptureFixture[str]) 
     rest = ["--target", "monet"] if what != "prompts" else []
     rest += ["--robustness"] if what == "phrasings" else []
     assert f"input '{source}'" in refused([base, "weights", *given, *rest, "--out", "out", "--overwrite"], capsys)
+
+
+@pytest.mark.parametrize(
+    ("given", "size"),
+    [
+        ([], None),
+        (["--resolution", "32"], (32, 32)),
+        (["--height", "16", "--width", "32"], (16, 32)),
+    ],
+)
+def test_images_have_the_size_that_is_given(
+    given: list[str], size: tuple[int, int] | None, base: Path, clip_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    examined: list[Any] = []
+    sizes: list[Any] = []
+    monkeypatch.setattr("fdu.evaluation.robustness.Examination.before", lambda self, pipeline: examined.append(self))
+    monkeypatch.setattr("fdu.evaluation.robustness.Examination.each_after", lambda self, pipeline: [])
+    draw = fdu.draw
+
+    def noted(*arguments: Any, **settings: Any) -> Any:
+        sizes.append((settings.get("height"), settings.get("width")))
+        return draw(*arguments, **settings)
+
+    monkeypatch.setattr(fdu, "draw", noted)
+    few = ["--images_per_class", "1", "--num_inference_steps", "1", "--judge", str(clip_folder), "--prompts", "set.txt"]
+    out = Path("out")
+    arguments = ["evaluate", str(base), str(base), *few, "--robustness", "inversion", "--out", str(out), *given]
+    assert main([*arguments, "--device", "cpu"]) == cli.OK
+    assert sizes == [size or (None, None)] * 2 and examined[0].size == size
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert metrics["conditions"]["size"] == (None if size is None else list(size))
+    page = Page((out / "report.html").read_text(encoding="utf-8")).text
+    assert ("height and width" in page) == (size is not None)
+    assert size is None or f"height and width {size[0]} x {size[1]}" in page
 
 
 def test_the_device_is_chosen_as_for_an_erasure() -> None:

@@ -284,6 +284,15 @@ def test_none_leaves_a_setting_to_the_pipeline() -> None:
     probe = fdu.Probe("a", ("a",), "target", lambda images: ["a"] * len(images))
     fdu.draw(Pipeline(), [probe], 1, num_inference_steps=None, guidance_scale=1.5)  # type: ignore[arg-type]
     assert "num_inference_steps" not in seen[0] and seen[0]["guidance_scale"] == 1.5
+    assert "height" not in seen[0] and "width" not in seen[0]
+
+
+def test_images_that_are_not_square_are_drawn(tiny: DiffusionPipeline) -> None:
+    probe = Probe("three", ("three",), "target", lambda images: ["three"] * len(images))
+    (images,) = fdu.draw(tiny, [probe], 1, num_inference_steps=1, height=16, width=32).images
+    assert images.shape == (1, 3, 16, 32)
+    with pytest.raises(ValueError, match="height and width go together"):
+        fdu.draw(tiny, [probe], 1, height=16)
 
 
 def test_the_interval_of_a_class_grows_with_its_share() -> None:

@@ -745,6 +745,19 @@ def test_another_resolution_is_sampled_at_that_resolution(name: str) -> None:
 
 
 @EVERY_FAMILY
+@torch.no_grad()
+def test_images_that_are_not_square_are_sampled_so(name: str) -> None:
+    side = families.resolution(name)
+    denoiser = denoiser_of(families.build(name), (side, 2 * side), families.FRAMES.get(name))
+    assert (denoiser.height, denoiser.width) == (side, 2 * side)
+    latents = drawn(denoiser, [PROMPT], 1.0, [0], 1)
+    assert latents.shape == (1, *denoiser.latent_shape) and 2 * latents.shape[-2] == latents.shape[-1]
+    conditioning = denoiser.encode([PROMPT])
+    assert denoiser.predict(latents, torch.tensor([400]), conditioning).shape == latents.shape
+    assert denoiser.decode_latents(latents).shape == (1, 3, side, 2 * side)
+
+
+@EVERY_FAMILY
 def test_without_a_resolution_the_size_is_the_models_own(name: str) -> None:
     pixels = SIZES.get(name, families.resolution(name))
     denoiser = denoiser_of(families.build(name))
@@ -758,6 +771,8 @@ def test_a_resolution_that_does_not_suit_the_model_is_refused(name: str, unit: i
         message = f"resolution must be a positive multiple of {unit} .*got {wrong}; try {unit}"
         with pytest.raises(ValueError, match=message):
             denoiser_of(pipeline, wrong)
+        with pytest.raises(ValueError, match=message.replace("resolution", "width")):
+            denoiser_of(pipeline, (unit, wrong))
 
 
 @pytest.mark.parametrize("name", ["sd3", "auraflow"])
@@ -765,6 +780,8 @@ def test_a_resolution_beyond_the_position_embedding_is_refused(name: str) -> Non
     assert denoiser_of(families.build(name), 64).height == 64
     with pytest.raises(ValueError, match="resolution.*most 64 pixels.*model, got 68"):
         denoiser_of(families.build(name), 68)
+    with pytest.raises(ValueError, match="height.*most 64 pixels.*model, got 68"):
+        denoiser_of(families.build(name), (68, 16))
 
 
 def test_a_unet_that_is_not_square_keeps_its_shape() -> None:

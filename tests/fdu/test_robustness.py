@@ -230,6 +230,21 @@ def test_relearning_is_measured_by_what_was_drawn_before_the_attack(tiny: Diffus
     assert examination.found.relearning.drawn_before == pytest.approx(1 / 3)
 
 
+def test_tests_draw_at_the_size_that_is_given(tiny: DiffusionPipeline) -> None:
+    sizes: list[list[int]] = []
+
+    def judge(images: Tensor) -> list[str]:
+        sizes.append(list(images.shape[-2:]))
+        return ["three"] * len(images)
+
+    probe = dataclasses.replace(THREE, judge=judge)
+    drawing = JudgedSampling(images=1, num_inference_steps=1)
+    examination = Examination(probe, {}, ("partial_noise",), drawing=drawing, latents=1, size=(16, 32))
+    examination.before(tiny)
+    examination.after(tiny)
+    assert sizes and all(size == [16, 32] for size in sizes)
+
+
 def test_a_test_that_fails_is_named_and_stops_no_other(
     tiny: DiffusionPipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -753,6 +753,18 @@ def test_every_family_draws_its_validation_prompts(name: str) -> None:
     assert torch.equal(guided, images) != (denoiser.guided_by_empty or denoiser.reads_guidance)
 
 
+def test_an_erasure_of_images_that_are_not_square(quick: dict[str, Any]) -> None:
+    settings = {**quick, "height": 16, "width": 32, "noisy_latents": "trajectory"}
+    result = fdu.erase(families.build("sd"), "three", "eight", mask=torch.ones(16, 32), **settings)
+    assert result.denoiser.latent_shape == (4, 8, 16)
+    config = result.record()["config"]
+    assert (config["resolution"], config["height"], config["width"]) == (None, 16, 32)
+    images = tracking.draw_validation(result.denoiser, fdu.EraseConfig(validation_prompts=("three",)))
+    assert images.shape == (1, 3, 16, 32)
+    with pytest.raises(ValueError, match="width must be a positive multiple of 8"):
+        fdu.erase(families.build("sd"), "three", "eight", height=16, width=12)
+
+
 def test_what_a_tracker_hears_names_no_place(
     quick: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

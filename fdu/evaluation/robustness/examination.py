@@ -12,6 +12,7 @@ from accelerate.utils import release_memory
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
+from fdu.config import Size
 from fdu.evaluation.drawing import JudgedSampling, Probe
 from fdu.evaluation.robustness.attack import AttackConfig, AttackFigures, attack
 from fdu.evaluation.robustness.image_attacks import from_partial_noise, inpainting
@@ -131,6 +132,7 @@ class Examination:
         attack_config, relearning_config: settings of these tests.
         drawing: how judged images are drawn.
         latents: number of images of the target for attack and relearning, >= 1.
+        size: pixels of an image: the side of a square, or (height, width). None: the model's own.
 
     Raises:
         ValueError: an unknown test, none, or phrasings without a prompt set.
@@ -145,6 +147,7 @@ class Examination:
         relearning_config: RelearningConfig | None = None,
         drawing: JudgedSampling | None = None,
         latents: int = 32,
+        size: Size | None = None,
     ) -> None:
         unknown = [name for name in tests if name not in TESTS]
         if unknown or not tests:
@@ -158,6 +161,7 @@ class Examination:
         self.attack_config = attack_config or AttackConfig()
         self.relearning_config = relearning_config or RelearningConfig()
         self.drawing = drawing or JudgedSampling()
+        self.size = size
         self.tests = {name: test for name, test in TESTS.items() if name in tests}
         self.found: Robustness | None = None
         """The results of the finished tests."""
@@ -174,7 +178,7 @@ class Examination:
         self._before = {}
         for name, test in self.tests.items():
             with self._noting_failure(name):
-                self._before[name] = test.before(self, denoiser_of(pipeline))
+                self._before[name] = test.before(self, denoiser_of(pipeline, self.size))
             release_memory()
 
     def each_after(self, pipeline: DiffusionPipeline) -> Iterator[None]:
@@ -188,7 +192,7 @@ class Examination:
         for name, test in self.tests.items():
             if name in self._before:
                 with self._noting_failure(name):
-                    found = test.after(self, denoiser_of(pipeline), self._before[name])
+                    found = test.after(self, denoiser_of(pipeline, self.size), self._before[name])
                     self.found = dataclasses.replace(self.found or Robustness(), **found)
                 release_memory()
             yield
