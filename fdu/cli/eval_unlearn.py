@@ -6,13 +6,14 @@ Written for eval-unlearn 1.1.2. Its techniques have no base class: eval-unlearn 
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 import fdu
 from fdu.concepts import ConceptType, concept_pairs
-from fdu.config import EraseConfig, check_choice
+from fdu.config import Count, EraseConfig, check_choice, check_number
 from fdu.storage.loading import Dtype, check_dtype, check_erased, choose_device, load_erased, load_model
 from fdu.storage.output import PIPELINE_FILE
 from fdu.subjects.registry import subject_of
@@ -44,6 +45,7 @@ class Technique:
         dtype: Dtype = "auto",
         num_inference_steps: int = 50,
         guidance_scale: float = 7.5,
+        num_frames: int | None = None,
         **unknown: Any,
     ) -> None:
         """Erase a concept, or load an erasure.
@@ -60,6 +62,8 @@ class Technique:
             dtype: dtype of the weights. "auto": float32, or the dtype of the setting ``mixed_precision``.
             num_inference_steps: sampling steps per image of the benchmark; ``settings`` has those of the erasure.
             guidance_scale: classifier-free guidance scale of the benchmark's images.
+            num_frames: frames of the benchmark's videos, of which the middle ones are the images; 1 draws images. None:
+                the pipeline's own. Video models only.
 
         Raises:
             ValueError, TypeError, FileNotFoundError: a wrong argument; raised before any work.
@@ -71,6 +75,8 @@ class Technique:
         check_choice("dtype", dtype, get_args(Dtype))
         model = subject_of(model_id, "model_id")
         EraseConfig(num_inference_steps=num_inference_steps, guidance_scale=guidance_scale)  # checks these two
+        if num_frames is not None:
+            check_number("num_frames", num_frames, Count)
         place = choose_device(device or "auto")
         if load_path is None:
             if not erase_concept:
@@ -94,10 +100,14 @@ class Technique:
             pipeline.safety_checker = None  # it would black out images that the benchmark counts
         pipeline.set_progress_bar_config(disable=True)
         self.pipeline: DiffusionPipeline = pipeline
-        self.drawing = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
+        self.drawing: dict[str, Any] = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
+        if num_frames is not None:
+            if "num_frames" not in inspect.signature(type(pipeline).__call__).parameters:
+                raise ValueError(f"num_frames is for videos, and {type(pipeline).__name__} draws images; leave it out")
+            self.drawing["num_frames"] = num_frames
 
     def generate(self, prompts: Sequence[str], seed: int | None = None, **drawing: Any) -> list[Image]:
-        """Draw one image per prompt, one at a time.
+        """Draw one image per prompt, one at a time; of a video model the middle frame of a video.
 
         Image i has the noise of ``seed + i``, drawn on the pipeline's device, as eval-unlearn's technique ``free_run``
         draws it: with the same seed it shows the images before the erasure. Without a seed, torch's state decides.
@@ -105,14 +115,24 @@ class Technique:
         Args:
             prompts: the prompts.
             seed: seed of the first image.
-            drawing: further arguments of the pipeline, which override those in the configuration.
+            drawing: further arguments of the pipeline, which override those in the configuration. ``guidance_scale``
+                becomes the argument by which the family guides.
         """
         import torch
 
+        from fdu.models.denoiser import pictures
+        from fdu.models.families import guidance_arguments
+
+        given = {"output_type": "pil", **self.drawing, **drawing}
+        scale = given.pop("guidance_scale")
+        guiding = {
+            name: value[0] if isinstance(value, list) else value  # for one prompt
+            for name, value in guidance_arguments(self.pipeline, scale, 1).items()
+        }
         images: list[Image] = []
         for index, prompt in enumerate(prompts):
             generator = None if seed is None else torch.Generator(self.pipeline.device).manual_seed(seed + index)
-            images += self.pipeline(prompt, **{**self.drawing, **drawing}, generator=generator).images
+            images += pictures(self.pipeline(prompt=prompt, **{**guiding, **given}, generator=generator))
         return images
 
 

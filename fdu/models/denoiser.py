@@ -637,6 +637,10 @@ def call_default(pipeline: DiffusionPipeline, argument: str) -> Any:
 
 
 def pictures(output: Any) -> Any:
-    """The images in what a pipeline returns as tensors, [N, 3, H, W]; of videos the middle frames."""
+    """The images in what a pipeline returns, as tensors [N, 3, H, W] or a list; of videos the middle frames."""
     frames = getattr(output, "frames", None)
-    return output.images if frames is None else frames[:, frames.shape[1] // 2]
+    if frames is None:
+        return output.images
+    if isinstance(frames, list):
+        return [video[len(video) // 2] for video in frames]
+    return frames[:, frames.shape[1] // 2]

@@ -14,6 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import families
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
@@ -125,6 +126,29 @@ def test_a_saved_erasure_is_loaded(
             assert (pixels[0] - pixels[1]).abs().max() <= 2
 
 
+@pytest.mark.parametrize(("name", "argument"), [("wan", "guidance_scale"), ("qwenimage", "true_cfg_scale")])
+def test_every_family_draws_as_its_pipeline_does(tmp_path: Path, name: str, argument: str) -> None:
+    families.build(name).save_pretrained(tmp_path)
+    settings = {**QUICK, "max_train_steps": 0, **families.needed(name)}
+    frames = {"num_frames": 5} if name == "wan" else {}
+    config = {**ERASING, "model_id": str(tmp_path), "guidance_scale": 4.0, "settings": settings, **frames}
+    technique = Technique(**config)
+    side = {"height": families.resolution(name), "width": families.resolution(name)}
+    (image,) = technique.generate(PROMPTS[:1], seed=5, **side)
+    (unguided,) = technique.generate(PROMPTS[:1], seed=5, **side, guidance_scale=1.0)
+    plain = families.build(name)
+    given = {**side, **frames, "num_inference_steps": 2, argument: 4.0, "negative_prompt": "", "output_type": "pil"}
+    output = plain(PROMPTS[0], **given, generator=torch.Generator().manual_seed(5))
+    assert image == (output.frames[0][2] if name == "wan" else output.images[0])
+    assert image != unguided and image.size == (families.resolution(name),) * 2
+
+
+def test_frames_are_for_videos() -> None:
+    few = {"max_train_steps": 0, "num_latents": 2, "num_inference_steps": 1}
+    with pytest.raises(ValueError, match="num_frames.*videos.*StableDiffusionPipeline"):
+        Technique(**ERASING, settings=few, num_frames=5)
+
+
 def test_nothing_is_blacked_out(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     loaded = digits.load_pipeline()
     loaded.safety_checker = torch.nn.Identity()
@@ -153,6 +177,7 @@ def test_nothing_is_blacked_out(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
         ({"dtype": "float8"}, ValueError, "dtype.*one.*auto, float32"),
         ({"dtype": "float16"}, ValueError, "dtype float16 needs mixed_precision"),
         ({"num_inference_steps": 0}, ValueError, "num_inference_steps.*whole number >= 1"),
+        ({"num_frames": 0}, ValueError, "num_frames.*whole number >= 1"),
         ({"guidance_scale": "7.5"}, ValueError, "guidance_scale.*finite number"),
     ],
 )
