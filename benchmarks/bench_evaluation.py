@@ -15,7 +15,7 @@ import promises
 import records
 
 import fdu
-from fdu.evaluation import JUDGED_SEED
+from fdu.evaluation import JUDGED_SEED, Sampling
 from fdu.subjects.digits import pipeline as digits
 
 
@@ -27,10 +27,11 @@ def main() -> None:
     options = parser.parse_args()
     probes = [probe for probe in digits.probes("three") if probe.role in ("target", "retained")]
     features, pipeline = digits.features(), digits.load_pipeline()
+    images, sampling = (options.images_per_class, JUDGED_SEED), Sampling().settings()
     drawn: list[fdu.Draws] = []
     calls = {
-        "drawing before": lambda: drawn.append(fdu.draw(pipeline, probes, options.images_per_class, JUDGED_SEED)),
-        "drawing after": lambda: drawn.append(fdu.draw(pipeline, probes, options.images_per_class, JUDGED_SEED)),
+        "drawing before": lambda: drawn.append(fdu.draw(pipeline, probes, *images, **sampling)),
+        "drawing after": lambda: drawn.append(fdu.draw(pipeline, probes, *images, **sampling)),
         "judge, features, intervals": lambda: fdu.evaluate(*drawn, probes, features),
     }
     print(f"{len(probes)} classes x {options.images_per_class} images; {records.machine()['device']}")

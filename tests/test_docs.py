@@ -27,7 +27,7 @@ SMALLER = {
     'device="cuda"': 'device="cpu"',
     ", seed=0)": ", max_train_steps=1, num_latents=2, num_inference_steps=2)",
     "max_train_steps=40": "max_train_steps=2, num_latents=4, num_inference_steps=2",
-    "images_per_class=8": "images_per_class=2, num_inference_steps=2",
+    "images_per_class=8": "images_per_class=2",
     "images=8": "images=2, num_inference_steps=2",
     'van gogh")': 'van gogh", num_inference_steps=2)',
     "steps=10, looks=2": "steps=1, looks=1",

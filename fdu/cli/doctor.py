@@ -20,6 +20,10 @@ OPTIONAL = {
     "triton": ("the fused kernels on GPUs", "pip install triton"),
     "ninja": ("building the compiled kernels", "pip install ninja"),
     "pybind11": ("building the compiled kernels", "pip install pybind11"),
+    "bitsandbytes": ("--quantization nf4 and --optimizer adamw_8bit", "pip install bitsandbytes"),
+    "prodigyopt": ("--optimizer prodigy", "pip install prodigyopt"),
+    "schedulefree": ("--optimizer schedule_free", "pip install schedulefree"),
+    "tensorboard": ("--report_to tensorboard", "pip install tensorboard"),
     "scikit-learn": ("training the digits pipeline again", "pip install scikit-learn"),
     "resvg-py": ("training the emoji pipeline again", "pip install resvg-py"),
 }

@@ -190,8 +190,8 @@ def draw(
     probes: Sequence[Probe],
     images_per_class: int = 32,
     seed: int = 0,
-    num_inference_steps: int | None = Sampling.num_inference_steps,
-    guidance_scale: float | None = Sampling.guidance_scale,
+    num_inference_steps: int | None = None,
+    guidance_scale: float | None = None,
     batch_size: int = Sampling.batch_size,
     description: str = "images",
     height: int | None = None,
@@ -207,9 +207,8 @@ def draw(
         probes: the prompts to draw, one probe per class.
         images_per_class: images per probe, >= 1.
         seed: seed of the first image of each probe.
-        num_inference_steps: sampling steps per image, >= 1; the default suits the digits. None: the pipeline's default.
-        guidance_scale: classifier-free guidance scale, >= 0; the default suits the digits. None: the pipeline's
-            default.
+        num_inference_steps: sampling steps per image, >= 1. None: the pipeline's default.
+        guidance_scale: classifier-free guidance scale, >= 0. None: the pipeline's default.
         batch_size: images drawn at a time, >= 1; fewer need less memory.
         description: label of the progress bar.
         height, width: pixels of an image, both or neither. None: the pipeline's default.

@@ -10,6 +10,7 @@ from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file
 
 import fdu
+from fdu.evaluation import Sampling
 from fdu.subjects.digits import pipeline as digits
 from fdu.subjects.digits.vocabulary import DIGITS, INKS, MEDIA, corpus, medium_phrases, prompt
 
@@ -36,7 +37,7 @@ def test_class_prompts_draw_what_they_ask_for(pipeline: StableDiffusionPipeline)
     inks = [
         fdu.Probe(ink, (prompt("a digit", medium_phrase=medium_phrases(ink)[0]),), "retained", medium) for ink in INKS
     ]
-    draws = fdu.draw(pipeline, numbers + inks, images_per_class=5)
+    draws = fdu.draw(pipeline, numbers + inks, images_per_class=5, **Sampling().settings())
     shares = [
         sum(seen == probe.name for seen in probe.judge(images)) / len(images)
         for probe, images in zip(numbers + inks, draws.images, strict=True)
@@ -98,7 +99,7 @@ def test_its_prompts_ask_for_an_ink_or_a_digit_too(target: str, name: str, other
 def test_the_judge_of_the_other_kind_tells_what_else_was_asked(pipeline: StableDiffusionPipeline) -> None:
     for target in ("three", "red"):
         probe = digits.probes(target)[0]
-        (images,) = fdu.draw(pipeline, [probe], 15).images
+        (images,) = fdu.draw(pipeline, [probe], 15, **Sampling().settings()).images
         (attribute,) = probe.attributes
         found = attribute.found(images)
         assert None in found and [one for one in found if one is not None].count(True) >= 11

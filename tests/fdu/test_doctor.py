@@ -14,6 +14,8 @@ from typing import Any
 
 import pytest
 import torch
+from packaging.requirements import Requirement
+from setuptools.config.pyprojecttoml import load_file
 
 import fdu_kernels
 from fdu import cli
@@ -31,6 +33,12 @@ def test_this_machine_is_healthy(capsys: pytest.CaptureFixture[str]) -> None:
     assert output.endswith("fdu can run here.\n")
     for subject in (*doctor.requirements(), "python", "cpu", "kernels: torch", "pipeline digits", "disk"):
         assert subject in output
+
+
+@pytest.mark.parametrize("extra", ["train", "track", "memory", "optimizers"])
+def test_the_packages_of_options_are_optional(extra: str) -> None:
+    project = load_file(Path(__file__).parents[2] / "pyproject.toml")["project"]
+    assert {Requirement(line).name for line in project["optional-dependencies"][extra]} <= doctor.OPTIONAL.keys()
 
 
 def test_a_package_that_cannot_be_imported(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

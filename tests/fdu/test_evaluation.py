@@ -285,6 +285,8 @@ def test_none_leaves_a_setting_to_the_pipeline() -> None:
     fdu.draw(Pipeline(), [probe], 1, num_inference_steps=None, guidance_scale=1.5)  # type: ignore[arg-type]
     assert "num_inference_steps" not in seen[0] and seen[0]["guidance_scale"] == 1.5
     assert "height" not in seen[0] and "width" not in seen[0]
+    fdu.draw(Pipeline(), [probe], 1)  # type: ignore[arg-type]
+    assert set(seen[1]) == {"generator", "output_type"}
 
 
 def test_images_that_are_not_square_are_drawn(tiny: DiffusionPipeline) -> None:

@@ -136,7 +136,8 @@ def test_a_step_does_not_wait_for_the_device(method: str, monkeypatch: pytest.Mo
 
 def test_an_erasure_is_drawn_and_judged_as_on_the_cpu() -> None:
     probes = [probe for probe in digits.probes("three", anchor="eight") if probe.name in ("three", "eight")]
-    settings: dict[str, Any] = {"images_per_class": 2, "num_inference_steps": 4, "batch_size": 16}
+    settings: dict[str, Any] = {"images_per_class": 2, "num_inference_steps": 4, "guidance_scale": 3.0}
+    settings["batch_size"] = 16
     drawn = []
     for device in (DEVICE, "cpu"):
         result = erase(device, train_method="closed_form")
