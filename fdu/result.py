@@ -22,6 +22,7 @@ from fdu.storage.fingerprint import fingerprint, versions
 from fdu.storage.formats import choose_format, public_name, write
 from fdu.storage.loading import REVISION_MARK
 from fdu.storage.output import RECORD_FILE, whole_folder, write_json
+from fdu.storage.single_file import CONFIG_MARK
 from fdu.training.closed_form import EditFigures
 from fdu.training.methods import Trainable
 
@@ -98,6 +99,7 @@ class ErasureResult:
             "anchor": dataclasses.asdict(self.anchor),
             "concepts": [[target.name, anchor.name] for target, anchor in self.pairs],
             "revision": vars(self.pipeline).get(REVISION_MARK),
+            "model_config": public_name(vars(self.pipeline).get(CONFIG_MARK) or "") or None,
             "quantization": quantization_of(self.pipeline),
             "config": {name: value for name, value in self.config.as_dict().items() if name not in PLACES},
             "sigma": self.sigma,

@@ -70,7 +70,7 @@ def write_card(
         title=_line(record["target"]["name"]),
         base=subject.title or _line(record["base"]) or "an unnamed model",
         base_id=base_id,
-        file=SingleFile.of(record["base"]),
+        file=_loading_file(record),
         revision=_line(record.get("revision") or ""),
         what=WHAT[format],
         adapters=[_line(name) for name in record.get("adapters") or ()],
@@ -91,6 +91,16 @@ def write_card(
     path = Path(folder) / CARD_FILE
     path.write_text(page, encoding="utf-8")
     return path
+
+
+def _loading_file(record: Mapping[str, Any]) -> str:
+    """The Python expression that loads a base that is a single file; empty for others."""
+    if not SingleFile.of(record["base"]):
+        return ""
+    config = record.get("model_config") or ""
+    place = config if HUB_ID.fullmatch(config) else f"path/to/{config}"
+    beside = f', model_config="{_line(place)}"' if config else ""
+    return f'fdu.load_pipeline("path/to/{_line(record["base"])}"{beside})'
 
 
 def _reach(rows: Sequence[Row], images: int) -> float:

@@ -57,6 +57,8 @@ def check_model(model: str, argument: str = "MODEL", embedded: Sequence[str] = (
         file.check(argument)
         if file.config is not None:
             check_model(file.config, "model_config")
+            if not HUB_ID.fullmatch(file.config) and not Path(file.config).is_dir():
+                raise ValueError(f"model_config {file.config!r} must be a folder, or a hub id without revision")
     elif Path(model).is_file():
         raise ValueError(f"{argument} {model!r} is a file of another kind than .safetensors; give {choices}")
     elif Path(model).is_dir():

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
+CONFIG_MARK = "_fdu_model_config"
+"""The attribute of a pipeline that holds the pipeline that its file was said to belong to."""
 NAME = re.compile(r"(?P<file>.+?\.safetensors)(?:@(?P<config>.+))?")
 UNET = "model.diffusion_model.input_blocks.0.0.weight"
 """The first layer of Stable Diffusion's UNet, which diffusers takes every file for that it knows no better."""
@@ -89,7 +91,7 @@ class SingleFile:
         try:
             known = infer_diffusers_model_type(shapes) != "v1" or UNET in shapes
             return str(fetch_diffusers_config(shapes)["pretrained_model_name_or_path"]) if known else None
-        except (KeyError, ValueError, IndexError, UnboundLocalError):  # shapes of no model that it knows
+        except (KeyError, ValueError, IndexError, UnboundLocalError, RuntimeError):  # shapes of no model that it knows
             return None
 
     def load(self, dtype: str) -> DiffusionPipeline:
@@ -107,8 +109,9 @@ class SingleFile:
         try:
             index = DiffusionPipeline.load_config(config)
         except OSError as error:
+            reason = str(error).strip().split("\n")[0]
             raise OSError(
-                f"no configs in {config!r}; give a folder with configs and tokenizers by model_config"
+                f"no configs in {config!r}; give a folder with configs and tokenizers by model_config ({reason})"
             ) from error
         options: dict[str, Any] = {"config": config, "torch_dtype": getattr(torch, dtype)}
         if holds_all(self.shapes(), index):
@@ -120,6 +123,7 @@ class SingleFile:
             given: dict[str, Any] = {part: denoiser, "dtype": options["torch_dtype"]}
             pipeline = DiffusionPipeline.from_pretrained(config, **given)
         pipeline.register_to_config(_name_or_path=str(self.path))
+        vars(pipeline)[CONFIG_MARK] = self.config
         loaded: DiffusionPipeline = pipeline
         return loaded
 

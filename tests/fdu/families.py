@@ -155,21 +155,21 @@ def sd(prediction_type: str = "epsilon", zero_terminal_snr: bool = False) -> Sta
     )
 
 
-def sdxl() -> StableDiffusionXLPipeline:
+def sdxl(second_width: int = CLIP_WIDTH) -> StableDiffusionXLPipeline:
     """Stable Diffusion XL: two text encoders, a pooled embedding and six time ids."""
     time_ids = 6 * 8
     unet = UNet2DConditionModel(
         **UNET,
-        cross_attention_dim=2 * CLIP_WIDTH,
+        cross_attention_dim=CLIP_WIDTH + second_width,
         addition_embed_type="text_time",
         addition_time_embed_dim=8,
-        projection_class_embeddings_input_dim=time_ids + CLIP_WIDTH,
+        projection_class_embeddings_input_dim=time_ids + second_width,
         use_linear_projection=True,
     )
     return StableDiffusionXLPipeline(
         vae=autoencoder(force_upcast=True),
         text_encoder=CLIPTextModel(clip_config()),
-        text_encoder_2=CLIPTextModelWithProjection(clip_config()),
+        text_encoder_2=CLIPTextModelWithProjection(clip_config(second_width)),
         tokenizer=clip_tokenizer(),
         tokenizer_2=clip_tokenizer(),
         unet=unet,
@@ -568,14 +568,14 @@ def autoencoder(blocks: int = 2, **settings: Any) -> AutoencoderKL:
     )
 
 
-def clip_config() -> CLIPTextConfig:
+def clip_config(width: int = CLIP_WIDTH) -> CLIPTextConfig:
     """A two-layer CLIP text encoder."""
     tokenizer = clip_tokenizer()
     return CLIPTextConfig(
         vocab_size=len(tokenizer),
-        hidden_size=CLIP_WIDTH,
+        hidden_size=width,
         intermediate_size=32,
-        projection_dim=CLIP_WIDTH,
+        projection_dim=width,
         num_hidden_layers=2,
         num_attention_heads=2,
         max_position_embeddings=16,

@@ -39,9 +39,47 @@ VAE_NAMES = (
 """diffusers' names within an autoencoder and those of its original code."""
 
 
-def in_one_file(pipeline: StableDiffusionPipeline) -> dict[str, Tensor]:
-    """The weights of a Stable Diffusion 1.x pipeline by the names of its original code."""
-    tensors = {f"cond_stage_model.transformer.text_model.{n}": t for n, t in pipeline.text_encoder.state_dict().items()}
+OPEN_CLIP_NAMES = (
+    (r"text_model\.encoder\.layers", "transformer.resblocks"),
+    (r"text_model\.embeddings\.token_embedding", "token_embedding"),
+    (r"text_model\.embeddings\.position_embedding\.weight", "positional_embedding"),
+    (r"text_model\.final_layer_norm", "ln_final"),
+    (r"layer_norm(\d)", r"ln_\1"),
+    (r"self_attn\.out_proj", "attn.out_proj"),
+    (r"mlp\.fc1", "mlp.c_fc"),
+    (r"mlp\.fc2", "mlp.c_proj"),
+    (r"text_projection\.weight", "text_projection"),
+)
+"""Those of a CLIP text encoder and OpenCLIP's, which holds query, key and value as one."""
+
+
+def renamed(name: str, names: tuple[tuple[str, str], ...]) -> str:
+    for ours, theirs in names:
+        name = re.sub(ours, theirs, name)
+    return name
+
+
+def in_open_clip(encoder: Any) -> dict[str, Tensor]:
+    """The weights of a CLIP text encoder by OpenCLIP's names."""
+    state, tensors = encoder.state_dict(), {}
+    for name, tensor in state.items():
+        if ".q_proj." in name:
+            stem, _, kind = name.partition(".q_proj.")
+            joined = torch.cat([state[f"{stem}.{part}_proj.{kind}"] for part in "qkv"])
+            block = renamed(stem, OPEN_CLIP_NAMES).removesuffix("self_attn")
+            tensors[f"{block}attn.in_proj_{kind}"] = joined
+        elif ".k_proj." not in name and ".v_proj." not in name:
+            tensors[renamed(name, OPEN_CLIP_NAMES)] = tensor.T if "text_projection" in name else tensor
+    return tensors
+
+
+def in_one_file(pipeline: Any) -> dict[str, Tensor]:
+    """The weights of a Stable Diffusion 1.x or XL pipeline by the names of its original code."""
+    first = "cond_stage_model" if isinstance(pipeline, StableDiffusionPipeline) else "conditioner.embedders.0"
+    tensors = {f"{first}.transformer.text_model.{name}": t for name, t in pipeline.text_encoder.state_dict().items()}
+    if hasattr(pipeline, "text_encoder_2"):
+        second = in_open_clip(pipeline.text_encoder_2)
+        tensors |= {f"conditioner.embedders.1.model.{name}": tensor for name, tensor in second.items()}
     for name, tensor in pipeline.unet.state_dict().items():
         layer, _, parameter = name.rpartition(".")
         inner = re.sub(r".*\.attentions\.\d+\.", "", layer) if ".attentions." in layer else ""
@@ -50,22 +88,25 @@ def in_one_file(pipeline: StableDiffusionPipeline) -> dict[str, Tensor]:
         tensors[f"model.diffusion_model.{outer}{inner}.{parameter}"] = tensor
     last = len(pipeline.vae.config.up_block_types) - 1
     for name, tensor in pipeline.vae.state_dict().items():
-        for ours, theirs in VAE_NAMES:
-            name = re.sub(ours, theirs, name)
+        name = renamed(name, VAE_NAMES)
         name = re.sub(r"decoder\.up\.(\d+)", lambda match: f"decoder.up.{last - int(match[1])}", name)
         tensors[f"first_stage_model.{name}"] = tensor
     return {name: tensor.contiguous() for name, tensor in tensors.items()}
 
 
+def store(pipeline: Any, folder: Path) -> tuple[Path, Path]:
+    """Write a file with a pipeline's weights, and the folder of its configs and tokenizers, without weights."""
+    pipeline.save_pretrained(folder / "configs")
+    for weights in (folder / "configs").rglob("*.safetensors"):
+        weights.unlink()
+    save_file(in_one_file(pipeline), folder / "tiny.safetensors")
+    return folder / "tiny.safetensors", folder / "configs"
+
+
 @pytest.fixture
 def stored(tmp_path: Path) -> tuple[Path, Path]:
-    """A file with a tiny Stable Diffusion, and the folder of its configs and tokenizer, without weights."""
-    pipeline = families.build("sd")
-    pipeline.save_pretrained(tmp_path / "configs")
-    for weights in (tmp_path / "configs").rglob("*.safetensors"):
-        weights.unlink()
-    save_file(in_one_file(pipeline), tmp_path / "tiny.safetensors")
-    return tmp_path / "tiny.safetensors", tmp_path / "configs"
+    """A tiny Stable Diffusion, as :func:`store` writes it."""
+    return store(families.build("sd"), tmp_path)
 
 
 def drawn(pipeline: Any) -> Any:
@@ -73,11 +114,14 @@ def drawn(pipeline: Any) -> Any:
     return pipeline("a photo of the digit three", num_inference_steps=2, generator=generator, output_type="np").images
 
 
-def test_a_file_is_the_pipeline_that_it_was_made_from(stored: tuple[Path, Path]) -> None:
-    file, configs = stored
-    made, loaded = families.build("sd"), fdu.load_pipeline(file, model_config=configs)
-    assert type(loaded) is StableDiffusionPipeline
-    for part in ("unet", "vae", "text_encoder"):
+@pytest.mark.parametrize("name", ["sd", "sdxl"])
+def test_a_file_is_the_pipeline_that_it_was_made_from(name: str, tmp_path: Path) -> None:
+    # diffusers tells the text encoders of SDXL by their widths.
+    made = families.build(name, **({"second_width": 32} if name == "sdxl" else {}))
+    file, configs = store(made, tmp_path)
+    loaded = fdu.load_pipeline(file, model_config=configs)
+    assert type(loaded) is type(made)
+    for part in ("unet", "vae", "text_encoder", *(["text_encoder_2"] if name == "sdxl" else [])):
         wanted = getattr(made, part).state_dict()
         found = getattr(loaded, part).state_dict()
         assert found.keys() == wanted.keys()
@@ -100,7 +144,8 @@ def test_a_file_is_erased_from_saved_and_drawn_again(stored: tuple[Path, Path], 
     assert record["base"] == "tiny.safetensors" and record["revision"] is None
     assert record["fingerprint"] == fdu.erase(whole, "three", "eight", **FEW).fingerprint()
     card = (folder / "README.md").read_text(encoding="utf-8")
-    assert 'fdu.load_pipeline("path/to/tiny.safetensors")' in card and str(tmp_path) not in card
+    assert 'fdu.load_pipeline("path/to/tiny.safetensors", model_config="path/to/configs")' in card
+    assert record["model_config"] == "configs" and str(tmp_path) not in card
     plain = StableDiffusionPipeline.from_single_file(str(file), config=str(configs))
     plain.load_lora_weights(folder)
     assert (drawn(plain) == after).all()
@@ -211,6 +256,8 @@ def test_files_that_are_no_models_are_refused(tmp_path: Path, stored: tuple[Path
         (damaged, ValueError, "MODEL '.*damaged.*' is not a safetensors file"),
         (pickle, ValueError, r"MODEL '.*old\.ckpt' is a file of another kind than \.safetensors"),
         (f"{stored[0]}@{tmp_path}", FileNotFoundError, "model_config '.*' is not the folder of a diffusers pipeline"),
+        (f"{stored[0]}@org/model@main", ValueError, "model_config 'org/model@main' must be.*without revision"),
+        (f"{stored[0]}@{stored[0]}", ValueError, "model_config '.*' must be a folder"),
         (f"{stored[0]}@absent", FileNotFoundError, "model_config 'absent' does not exist"),
     ):
         with pytest.raises(error, match=message):
