@@ -287,7 +287,6 @@ def load_model(
     """
     import torch
     from diffusers import DiffusionPipeline
-    from diffusers.loaders.single_file_utils import SingleFileComponentError
     from safetensors import SafetensorError
 
     from fdu.models.offloading import offload_blocks
@@ -296,7 +295,8 @@ def load_model(
     file = SingleFile.of(model)
     name, revision = (model, None) if file or Path(model).is_dir() else hub_name(model)
     given = {"dtype": getattr(torch, dtype), "revision": revision, "variant": variant}
-    errors = (OSError, ValueError, RuntimeError, KeyError, AttributeError, SafetensorError, SingleFileComponentError)
+    errors: tuple[type[Exception], ...] = (OSError, ValueError, RuntimeError, KeyError, AttributeError, SafetensorError)
+    errors = (Exception,) if file else errors  # of many kinds, from weights that do not fit
     try:
         try:
             pipeline = file.load(dtype) if file else DiffusionPipeline.from_pretrained(name, **given)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    import torch
     from diffusers import DiffusionPipeline
 
 CONFIG_MARK = "_fdu_model_config"
@@ -98,12 +99,12 @@ class SingleFile:
         """The pipeline with the weights of the file; what the file lacks comes from the pipeline that it belongs to.
 
         Raises:
-            OSError: the configs cannot be read or fetched.
+            OSError: the configs cannot be read or fetched, or the file lacks weights.
             Exception: diffusers raises errors of many kinds for weights that do not fit.
         """
-        import diffusers
         import torch
         from diffusers import DiffusionPipeline
+        from torch import nn
 
         config = self.pipeline_name
         try:
@@ -113,19 +114,32 @@ class SingleFile:
             raise OSError(
                 f"no configs in {config!r}; give a folder with configs and tokenizers by model_config ({reason})"
             ) from error
-        options: dict[str, Any] = {"config": config, "torch_dtype": getattr(torch, dtype)}
+        lacking = f"it lacks weights of a {index['_class_name']}; it is damaged, or belongs to another pipeline"
+        try:
+            pipeline = self._loaded(config, index, getattr(torch, dtype))
+            modules = [part for part in pipeline.components.values() if isinstance(part, nn.Module)]
+            absent = any(weight.is_meta for module in modules for weight in module.parameters())
+        except NotImplementedError as error:  # what got no weights cannot be moved
+            raise OSError(lacking) from error
+        if absent:
+            raise OSError(lacking)
+        pipeline.register_to_config(_name_or_path=str(self.path))
+        vars(pipeline)[CONFIG_MARK] = self.config
+        return pipeline
+
+    def _loaded(self, config: str, index: Mapping[str, Any], dtype: torch.dtype) -> DiffusionPipeline:
+        import diffusers
+
+        options: dict[str, Any] = {"config": config, "torch_dtype": dtype}
+        whole: DiffusionPipeline
         if holds_all(self.shapes(), index):
-            pipeline = getattr(diffusers, index["_class_name"]).from_single_file(str(self.path), **options)
+            whole = getattr(diffusers, index["_class_name"]).from_single_file(str(self.path), **options)
         else:
             part = "transformer" if "transformer" in index else "unet"
             kind = getattr(diffusers, index[part][1])
             denoiser = kind.from_single_file(str(self.path), subfolder=part, **options)
-            given: dict[str, Any] = {part: denoiser, "dtype": options["torch_dtype"]}
-            pipeline = DiffusionPipeline.from_pretrained(config, **given)
-        pipeline.register_to_config(_name_or_path=str(self.path))
-        vars(pipeline)[CONFIG_MARK] = self.config
-        loaded: DiffusionPipeline = pipeline
-        return loaded
+            whole = diffusers.DiffusionPipeline.from_pretrained(config, **{part: denoiser, "dtype": dtype})
+        return whole
 
 
 def holds_all(names: Collection[str], index: Mapping[str, Any]) -> bool:

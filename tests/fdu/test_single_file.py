@@ -282,3 +282,10 @@ def test_weights_that_do_not_fit_are_refused_in_a_line(stored: tuple[Path, Path]
     save_file(tensors, tmp_path / "other.safetensors")
     with pytest.raises(OSError, match=r"model '.*other\.safetensors@.*' could not be loaded: [^\n]+$"):
         fdu.load_pipeline(tmp_path / "other.safetensors", model_config=configs)
+    text = "cond_stage_model.transformer.text_model.final_layer_norm.bias"
+    for absent in ("first_stage_model.post_quant_conv.weight", text):
+        tensors = in_one_file(families.build("sd"))
+        del tensors[absent]
+        save_file(tensors, tmp_path / "less.safetensors")
+        with pytest.raises(OSError, match="could not be loaded: it lacks weights of a StableDiffusionPipeline"):
+            fdu.load_pipeline(tmp_path / "less.safetensors", model_config=configs)
