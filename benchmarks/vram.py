@@ -24,7 +24,7 @@ from fdu.models.denoiser import Denoiser
 from fdu.models.families import denoiser_of
 from fdu.models.quantization import quantize
 from fdu.storage.shapes import load_shapes
-from fdu.training.footprint import MOMENTS, Footprint, footprint, offloaded
+from fdu.training.footprint import Estimator
 
 HERE = Path(__file__).parent
 CONFIGS, PAGE = HERE / "configs", HERE.parent / "docs" / "memory.md"
@@ -74,27 +74,27 @@ COLUMNS = ("bf16, `--gradient_checkpointing`", "`--optimizer adamw_8bit`", "`--q
 
 
 def peaks(name: str) -> list[str]:
-    """The cells of a model's row. Only what is computed with changes the activations, so two columns need no count."""
-    plain, eight_bit = EraseConfig(**LEAN), EraseConfig(**LEAN, optimizer="adamw_8bit")
+    """The cells of a model's row."""
+    eight_bit = EraseConfig(**LEAN, optimizer="adamw_8bit", resolution=NO_SIZE.get(name))
     with tempfile.TemporaryDirectory() as folder:
         unpack(name, Path(folder))
-        denoiser, found = estimated(folder, name, plain, "none")
-        columns = [found, dataclasses.replace(found, states=int(found.trained * (8 + MOMENTS["adamw_8bit"])))]
-        denoiser, found = estimated(folder, name, eight_bit, "nf4")
-        columns += [found, *([offloaded(found, denoiser)] if found.has_blocks else [])]
+        estimate = Estimator(lambda config, quantization: shapes(folder, config, quantization))
+        columns = [estimate(dataclasses.replace(eight_bit, optimizer="adamw")), estimate(eight_bit)]
+        columns += [estimate(eight_bit, "nf4")]
+        columns += [estimate(eight_bit, "nf4", offload=True)] if columns[0].blocks else []
+        height = shapes(folder, eight_bit, "none").height
     cells = [
         f"{one.peak / 2**30:.1f} ({max(one.training, one.denoiser + one.sampling) / 2**30:.1f})" for one in columns
     ]
     model = json.loads((CONFIGS / f"{name}.json").read_text(encoding="utf-8"))["model"]
-    return [model, str(denoiser.height), *cells, *[""] * (len(COLUMNS) - len(cells))]
+    return [model, str(height), *cells, *[""] * (len(COLUMNS) - len(cells))]
 
 
-def estimated(folder: str, name: str, config: EraseConfig, quantization: str) -> tuple[Denoiser, Footprint]:
-    """A model's shapes, and the memory of an erasure from it."""
+def shapes(folder: str, config: EraseConfig, quantization: str) -> Denoiser:
+    """The denoiser of a model in shapes alone."""
     pipeline = load_shapes(folder, "bfloat16")
     quantize(pipeline, quantization)
-    denoiser = denoiser_of(pipeline, NO_SIZE.get(name))
-    return denoiser, footprint(denoiser, config)
+    return denoiser_of(pipeline, config.resolution)
 
 
 def page(cells: list[list[str]]) -> str:

@@ -81,13 +81,19 @@ class Plan:
         check_stored(self.quantization, self.offload, config.train_method)
 
         def work() -> None:
-            from fdu.training.footprint import footprint
+            from fdu.models.families import denoiser_of
+            from fdu.models.quantization import quantize
+            from fdu.storage.shapes import load_shapes
+            from fdu.training.footprint import Estimator
 
-            def estimate(one: EraseConfig, stored: Stored) -> Any:
-                return footprint(self._denoiser(model.location, one, stored), one, stored.offload)
+            def shapes(one: EraseConfig, quantization: str) -> Any:
+                pipeline = load_shapes(model.location, check_dtype(self.dtype, one.mixed_precision))
+                quantize(pipeline, quantization)
+                return denoiser_of(pipeline, one.size, one.num_frames)
 
+            estimate = Estimator(shapes)
             as_given = Stored(self.quantization, self.offload)
-            given = estimate(config, as_given)
+            given = estimate(config, as_given.quantization, as_given.offload)
             for name, count in given.parameters.items():
                 print(f"{name:16} {count:>15,} parameters")
             print(f"{'trained':16} {given.trained:>15,} parameters ({config.train_method})")
@@ -98,8 +104,8 @@ class Plan:
             print()
             lines: list[tuple[str, ...]] = [("weights", "trained", "step", "sampling", "peak", "settings")]
             fitting: str | None = None
-            for words, one, stored in cheaper(config, as_given, given.has_blocks):
-                found = given if words == AS_GIVEN else estimate(one, stored)
+            for words, one, stored in cheaper(config, as_given, bool(given.blocks)):
+                found = given if words == AS_GIVEN else estimate(one, stored.quantization, stored.offload)
                 sizes = (found.denoiser, found.states, found.step, found.sampling, found.peak)
                 fits = self.memory is not None and found.peak <= self.memory * GIGABYTE
                 lines.append((*map(size, sizes), words + (" (fits)" if fits else "")))
@@ -113,15 +119,6 @@ class Plan:
                 print(f"\n{verdict(self.memory, fitting)}")
 
         return work
-
-    def _denoiser(self, location: str, config: EraseConfig, stored: Stored) -> Any:
-        from fdu.models.families import denoiser_of
-        from fdu.models.quantization import quantize
-        from fdu.storage.shapes import load_shapes
-
-        pipeline = load_shapes(location, check_dtype(self.dtype, config.mixed_precision))
-        quantize(pipeline, stored.quantization)
-        return denoiser_of(pipeline, config.size, config.num_frames)
 
 
 @dataclasses.dataclass(frozen=True)

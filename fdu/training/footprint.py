@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import gc
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count, shape_wrapper
 
 from fdu.config import TRAIN_METHODS, EraseConfig
-from fdu.models.denoiser import Denoiser
+from fdu.models.denoiser import Conditioning, Denoiser
 from fdu.models.offloading import blocks_of
 from fdu.models.quantization import parameter_count
 from fdu.storage.shapes import conditioning_shapes
@@ -27,6 +28,8 @@ from fdu.training.methods import Request, attach
 
 LOOK_AGAIN = 1.01
 """A peak that is so many times the last one is a reason to look for cycles, which takes long."""
+VALUES = object()
+"""Stands for a tensor that has values."""
 MOMENTS = {"adamw": 8.0, "adamw_8bit": 2.0, "prodigy": 16.0, "schedule_free": 8.0}
 """Bytes of an optimizer's state per trained parameter."""
 HALVES = ((functional, "linear"), (functional, "conv2d"), (torch, "matmul"), (torch, "bmm"), (torch, "baddbmm"))
@@ -71,8 +74,10 @@ class Footprint:
     """The largest sum of activations while latents are drawn."""
     flops: int
     """Floating-point operations of a training step, counting a multiplication and an addition as two."""
-    has_blocks: bool = False
-    """Whether the denoiser has blocks that can be offloaded."""
+    blocks: tuple[int, ...] = ()
+    """Bytes of each block of the denoiser that can be offloaded, the largest first."""
+    vae: int = 0
+    """The autoencoder."""
 
     @property
     def training(self) -> int:
@@ -83,6 +88,23 @@ class Footprint:
     def peak(self) -> int:
         """The most that is needed at any time."""
         return max(self.pipeline, self.denoiser + self.sampling, self.training)
+
+    def with_optimizer(self, optimizer: str) -> Footprint:
+        """The memory of the same erasure with another optimizer."""
+        # Trained parameters and their gradients in float32, and the optimizer's state.
+        return dataclasses.replace(self, states=int(self.trained * (8 + MOMENTS[optimizer])))
+
+    def offloaded(self) -> Footprint:
+        """The memory of the same erasure while the blocks of the denoiser stay on the CPU.
+
+        Raises:
+            ValueError: the denoiser has no blocks that can.
+        """
+        if not self.blocks:
+            raise ValueError("offload serves transformers, and the denoiser is none; leave it out")
+        # Besides a block, the graph may still hold the one before it. The autoencoder does not come to the device.
+        away = sum(self.blocks[2:])
+        return dataclasses.replace(self, denoiser=self.denoiser - away, pipeline=self.pipeline - away - self.vae)
 
 
 def check_estimable(config: EraseConfig) -> None:
@@ -100,21 +122,40 @@ def check_estimable(config: EraseConfig) -> None:
         raise ValueError(f"objective {config.objective!r} is not part of the estimate; leave it out")
 
 
-def footprint(denoiser: Denoiser, config: EraseConfig, offload: bool = False) -> Footprint:
+class Estimator:
+    """Estimates the memory of erasures from one model. Settings that change no tensor of a step share its trace."""
+
+    def __init__(self, shapes: Callable[[EraseConfig, str], Denoiser]) -> None:
+        """``shapes``: of a model, with these settings and this quantization, as :func:`footprint` takes them."""
+        self.shapes = shapes
+        self.found: dict[str, Footprint] = {}
+
+    def __call__(self, config: EraseConfig, quantization: str = "none", offload: bool = False) -> Footprint:
+        """The memory of an erasure; see :func:`footprint`."""
+        traced = dataclasses.replace(config, optimizer="adamw")
+        key = f"{quantization} {traced.as_dict()}"
+        if key not in self.found:
+            self.found[key] = footprint(self.shapes(traced, quantization), traced)
+        found = self.found[key].with_optimizer(config.optimizer)
+        return found.offloaded() if offload else found
+
+
+def footprint(denoiser: Denoiser, config: EraseConfig) -> Footprint:
     """The memory of an erasure with these settings.
 
     Args:
         denoiser: of a pipeline of shapes alone, from :func:`fdu.storage.shapes.load_shapes`.
         config: the settings.
-        offload: whether the blocks of the denoiser stay on the CPU.
 
     Raises:
         ValueError: as :func:`check_estimable`, or a family that cannot read prompts by their shapes.
     """
     check_estimable(config)
     parts = {name: part for name, part in denoiser.pipeline.components.items() if isinstance(part, nn.Module)}
-    sizes = {name: sum(_bytes(tensor) for tensor in _weights(part)) for name, part in parts.items()}
+    sizes = {name: _size(part) for name, part in parts.items()}
     counts = {name: parameter_count(part) for name, part in parts.items()}
+    blocks = blocks_of(denoiser.module) if denoiser.module_name == "transformer" else []
+    block_sizes = sorted(map(_size, blocks), reverse=True)
     request = Request(
         config.train_method,
         config.rank,
@@ -127,12 +168,10 @@ def footprint(denoiser: Denoiser, config: EraseConfig, offload: bool = False) ->
     half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.mixed_precision)
     with torch.device("meta"), _as_on_a_device(half):
         trainable = attach(denoiser, request)
-        trained = list(trainable.named_parameters().values())
-        count = sum(parameter.numel() for parameter in trained)
+        count = sum(parameter.numel() for parameter in trainable.named_parameters().values())
         try:
             with keeping_less(denoiser.module), checkpointed(denoiser.module, config.gradient_checkpointing):
-                step, flops = _step(denoiser, trainable, config)
-            sampling = _sampling(denoiser, config)
+                step, sampling, flops = _step(denoiser, trainable, config)
         except RuntimeError as error:
             raise ValueError(
                 f"the estimate sees shapes alone, and the pipeline of {denoiser.family} looks at values of its prompts "
@@ -140,105 +179,116 @@ def footprint(denoiser: Denoiser, config: EraseConfig, offload: bool = False) ->
             ) from error
         finally:
             trainable.remove()
-    # Gradients and parameters in float32, and the optimizer's state.
-    states = int(count * (8 + MOMENTS[config.optimizer]))
     kept = sum(size for name, size in sizes.items() if trainable.trains_text and name in denoiser.text_encoders)
-    found = Footprint(
-        counts,
-        count,
-        sum(sizes.values()),
-        sizes[denoiser.module_name] + kept,
-        states,
-        step,
-        sampling,
-        flops,
-        denoiser.module_name == "transformer" and bool(blocks_of(denoiser.module)),
-    )
-    return offloaded(found, denoiser) if offload else found
+    return Footprint(
+        parameters=counts,
+        trained=count,
+        pipeline=sum(sizes.values()),
+        denoiser=sizes[denoiser.module_name] + kept,
+        states=0,
+        step=step,
+        sampling=sampling,
+        flops=flops,
+        blocks=tuple(block_sizes),
+        vae=sizes.get("vae", 0),
+    ).with_optimizer(config.optimizer)
 
 
-def offloaded(found: Footprint, denoiser: Denoiser) -> Footprint:
-    """The memory of the same erasure while the blocks of the denoiser stay on the CPU.
-
-    Raises:
-        ValueError: the denoiser is no transformer.
-    """
-    if not found.has_blocks:
-        raise ValueError(f"offload serves transformers, and {denoiser.family} is none; leave it out")
-    blocks = sorted(sum(_bytes(tensor) for tensor in _weights(block)) for block in blocks_of(denoiser.module))
-    # Besides a block, the graph may still hold the one before it. The autoencoder does not come to the device.
-    away = sum(blocks[:-2])
-    vae = sum(_bytes(tensor) for tensor in _weights(denoiser.pipeline.vae))
-    return dataclasses.replace(found, denoiser=found.denoiser - away, pipeline=found.pipeline - away - vae)
-
-
-def _step(denoiser: Denoiser, trainable: Any, config: EraseConfig) -> tuple[int, int]:
-    """Of a training step, which is a frozen pass, a trained one and its gradients: the peak of the activations, and the
-    operations."""
+def _step(denoiser: Denoiser, trainable: Any, config: EraseConfig) -> tuple[int, int, int]:
+    """Of a training step, which is a frozen pass, a trained one and its gradients: the peak of the activations. The
+    same while latents are drawn. The operations of a step."""
     kinds = 2 if config.preservation_weight else 1
     count = kinds * config.train_batch_size
-    conditioning = conditioning_shapes(denoiser, count)
-    noisy, indices = torch.randn(count, *denoiser.latent_shape), torch.zeros(count, dtype=torch.long)
-    memory = _Memory(denoiser, cycles=config.gradient_checkpointing)
-    with memory:
+    noisy, indices, conditioning = _given(denoiser, count)
+    with _Memory(denoiser) as memory:
         with torch.no_grad(), trainable.frozen():
             wanted = denoiser.predict(noisy, indices, conditioning)
-        read = denoiser.encode_batch(["a"] * count) if trainable.trains_text else conditioning
-        loss = (denoiser.predict(noisy, indices, read).float() - wanted.float()).square().mean()
-        gradients = torch.autograd.grad(loss, list(trainable.named_parameters().values()), allow_unused=True)
+        sampling = memory.peak
+        with memory.without_cycles(config.gradient_checkpointing):
+            read = denoiser.encode_batch(["a"] * count) if trainable.trains_text else conditioning
+            loss = (denoiser.predict(noisy, indices, read).float() - wanted.float()).square().mean()
+            gradients = torch.autograd.grad(loss, list(trainable.named_parameters().values()), allow_unused=True)
     # The states count the gradients; those of one batch do not yet exist where the activations peak.
     made = sum(_bytes(gradient) for gradient in gradients if gradient is not None)
     peak = memory.peak - (made if config.gradient_accumulation_steps == 1 else 0)
-    return peak, memory.flops * config.gradient_accumulation_steps
-
-
-def _sampling(denoiser: Denoiser, config: EraseConfig) -> int:
-    """The peak of the activations while a batch of latents is drawn; guidance may need a second prediction."""
+    # The frozen model draws a batch of latents; guidance may need a second prediction.
     guided = denoiser.guided_by_empty and config.guidance_scale > 1
-    count = min(config.sample_batch_size, config.num_latents) * (2 if guided else 1)
-    conditioning = conditioning_shapes(denoiser, count)
+    drawn = min(config.sample_batch_size, config.num_latents) * (2 if guided else 1)
+    if drawn != count:
+        noisy, indices, conditioning = _given(denoiser, drawn)
+        with torch.no_grad(), trainable.frozen(), _Memory(denoiser) as drawing:
+            denoiser.predict(noisy, indices, conditioning)
+        sampling = drawing.peak
+    return peak, sampling, memory.flops * config.gradient_accumulation_steps
+
+
+def _given(denoiser: Denoiser, count: int) -> tuple[Tensor, Tensor, Conditioning]:
+    """What the denoiser reads of ``count`` samples: x_t, indices on the grid, and the conditioning."""
     noisy, indices = torch.randn(count, *denoiser.latent_shape), torch.zeros(count, dtype=torch.long)
-    with torch.no_grad(), _Memory(denoiser) as memory:
-        denoiser.predict(noisy, indices, conditioning)
-    return memory.peak
+    return noisy, indices, conditioning_shapes(denoiser, count)
 
 
 class _Memory(TorchDispatchMode):
     """Counts the bytes of tensors that operations make while they live, beyond the weights of a pipeline, and the
     operations of floating point.
 
-    PyTorch's own counter of operations keeps the graphs of checkpointed layers alive.
+    PyTorch's own counter of operations keeps the graphs of checkpointed layers alive, and PyTorch finds the shape of
+    an output slowly. Blocks of a model are alike, so each shape is found once.
     """
 
-    def __init__(self, denoiser: Denoiser, cycles: bool = False) -> None:
+    def __init__(self, denoiser: Denoiser) -> None:
         super().__init__()
         self.now = self.peak = self.flops = 0
-        self.cycles = cycles
+        self.cycles = False
         parts = [part for part in denoiser.pipeline.components.values() if isinstance(part, nn.Module)]
         self.known = {_storage(tensor) for part in parts for tensor in _weights(part)}
+        self.found: dict[tuple[Any, ...], tuple[list[Any], int]] = {}
+        """By operation and inputs: shape, stride and dtype of the outputs, or None for no tensor, and the cost."""
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        made = function(*args, **kwargs)
-        cost = FLOPS.get(function._overloadpacket)
-        if cost is not None:
-            self.flops += cost(*args, **kwargs, out_val=made)
-        for tensor in tree_leaves(made):
-            if isinstance(tensor, Tensor):
-                self._hold(tensor)
+        made, cost = self._compute(function, args, kwargs or {})
+        self.flops += cost
+        for one in _listed(made):
+            if isinstance(one, Tensor):
+                self._hold(one)
         return made
 
-    def __enter__(self) -> _Memory:
-        if self.cycles:
-            # Checkpointed layers leave cycles, which hold their tensors until they are looked for: among new objects.
-            gc.collect()
-            gc.freeze()
-        super().__enter__()
-        return self
+    def _compute(self, function: Any, args: Any, kwargs: Any) -> tuple[Any, int]:
+        """What an operation makes, and its cost."""
+        key = (function, *_looks(args), *_looks(kwargs.items())) if _is_pure(function) else (VALUES,)
+        if key in self.found:
+            outputs, cost = self.found[key]
+            new = [one and torch.empty_strided(one[0], one[1], dtype=one[2], device="meta") for one in outputs]
+            return (tuple(new) if len(new) > 1 else new[0]), cost
+        made = function(*args, **kwargs)
+        count = FLOPS.get(function._overloadpacket)
+        cost = 0 if count is None else count(*args, **kwargs, out_val=made)
+        outputs = _listed(made)
+        tensors = [one for one in outputs if one is not None]
+        if VALUES not in key and all(isinstance(one, Tensor) and one.is_meta for one in tensors):
+            given = {_storage(one) for one in tree_leaves((args, kwargs)) if isinstance(one, Tensor)}
+            # Some operations return a view of an input although their schema does not say so.
+            if len(given | set(map(_storage, tensors))) == len(given) + len(tensors):
+                self.found[key] = (
+                    [one if one is None else (one.shape, one.stride(), one.dtype) for one in outputs],
+                    cost,
+                )
+        return made, cost
 
-    def __exit__(self, *error: Any) -> None:
-        super().__exit__(*error)
-        if self.cycles:
+    @contextlib.contextmanager
+    def without_cycles(self, wanted: bool) -> Iterator[None]:
+        """Within this context, if it is wanted, a new peak counts only after a search for cycles among new objects:
+        checkpointed layers leave some, which hold their tensors until they are looked for."""
+        if not wanted:
+            yield
+            return
+        gc.collect()
+        gc.freeze()
+        self.cycles = True
+        try:
+            yield
+        finally:
+            self.cycles = False
             gc.unfreeze()
 
     def _hold(self, tensor: Tensor) -> None:
@@ -257,6 +307,30 @@ class _Memory(TorchDispatchMode):
     def _free(self, key: int, size: int) -> None:
         self.known.discard(key)
         self.now -= size
+
+
+def _listed(made: Any) -> list[Any]:
+    return list(made) if isinstance(made, (tuple, list)) else [made]
+
+
+def _looks(values: Iterable[Any]) -> Iterator[Any]:
+    """What the shape of an output depends on; VALUES where that may be the numbers of a tensor."""
+    for value in values:
+        if isinstance(value, Tensor):
+            yield (value.shape, value.stride(), value.dtype) if value.is_meta else VALUES
+        elif isinstance(value, (tuple, list)):
+            yield len(value)
+            yield from _looks(value)
+        else:
+            yield type(value)  # 1 == 1.0 == True
+            yield value
+
+
+@functools.cache
+def _is_pure(function: Any) -> bool:
+    """Whether an operation makes new tensors and changes none."""
+    schema = function._schema
+    return not any(one.alias_info for one in (*schema.arguments, *schema.returns))
 
 
 @contextlib.contextmanager
@@ -305,6 +379,10 @@ def _weights(part: nn.Module) -> list[Tensor]:
 
 def _storage(tensor: Tensor) -> int:
     return tensor.untyped_storage()._cdata
+
+
+def _size(part: nn.Module) -> int:
+    return sum(_bytes(tensor) for tensor in _weights(part))
 
 
 def _bytes(tensor: Tensor) -> int:

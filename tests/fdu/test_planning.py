@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import subprocess
@@ -21,11 +22,12 @@ from fdu import cli
 from fdu.cli import main
 from fdu.cli.planning import Stored, cheaper
 from fdu.config import EraseConfig
+from fdu.models.denoiser import Denoiser
 from fdu.models.families import denoiser_of
 from fdu.models.quantization import quantize
 from fdu.storage.shapes import PROMPT, conditioning_shapes, load_shapes
 from fdu.subjects.embedded import Digits, Emoji
-from fdu.training.footprint import Footprint, footprint
+from fdu.training.footprint import Estimator, Footprint, footprint
 
 pytestmark = pytest.mark.quick(case=["emoji lora", "digits full"])
 FEW = {"max_train_steps": 2, "num_latents": 4, "num_inference_steps": 1, "sample_batch_size": 4}
@@ -101,6 +103,30 @@ def test_a_text_encoder_that_trains_behind_values_is_refused(tmp_path: Path) -> 
         footprint(denoiser, EraseConfig(train_method="text_encoder", **FEW))
 
 
+@pytest.mark.parametrize("name", ["emoji", "qwenimage"])
+@pytest.mark.parametrize("mixed_precision", ["no", "bf16"])
+def test_shapes_that_are_found_once_are_those_of_every_operation(
+    name: str, mixed_precision: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if name != "emoji":
+        families.build(name).save_pretrained(tmp_path)
+    folder, resolution = (Emoji.data, None) if name == "emoji" else (tmp_path, families.resolution(name))
+    settings = EraseConfig(
+        **FEW | {"sample_batch_size": 1},
+        train_batch_size=3,
+        gradient_checkpointing=True,
+        mixed_precision=mixed_precision,
+    )
+
+    def estimate() -> Footprint:
+        return footprint(denoiser_of(load_shapes(str(folder)), resolution), settings)
+
+    found = estimate()
+    monkeypatch.setattr("fdu.training.footprint._is_pure", lambda function: False)
+    # With checkpointing, a peak is known to a hundredth.
+    assert found == dataclasses.replace(estimate(), step=pytest.approx(found.step, rel=0.01))
+
+
 @pytest.mark.slow
 def test_checkpointed_blocks_of_a_transformer_leave_nothing_but_their_inputs(tmp_path: Path) -> None:
     """A block more costs what it is given, [2 N, tokens, width], and not what it computes again."""
@@ -138,10 +164,10 @@ def test_published_models_are_planned_in_seconds_and_little_memory() -> None:
     }
     done = subprocess.run([sys.executable, vram.__file__, "--check"], capture_output=True, text=True, check=True)
     found = json.loads(done.stdout.splitlines()[-1])
-    assert found["bytes"] < 2e9
+    assert found["bytes"] < 1.5e9
     assert found["models"].keys() == published.keys()
     for name, (parameters, seconds) in found["models"].items():
-        assert parameters == pytest.approx(published[name], rel=0.12) and seconds < 60  # 30 on a shared core
+        assert parameters == pytest.approx(published[name], rel=0.12) and seconds < 20  # of the CPU; 8 on an idle core
 
 
 def test_every_proposal_needs_less_memory() -> None:
@@ -162,14 +188,23 @@ def test_quantized_and_offloaded_weights_need_less(tmp_path: Path) -> None:
     pipeline = families.build("zimage")
     pipeline.save_pretrained(tmp_path)
     config = EraseConfig(**FEW, gradient_checkpointing=True)
-    sizes = []
+    sizes, traced = [], []
+
+    def shapes(one: EraseConfig, quantization: str) -> Denoiser:
+        traced.append(quantization)
+        made = load_shapes(str(tmp_path), "bfloat16")
+        quantize(made, quantization)
+        return denoiser_of(made, 16)
+
+    estimate = Estimator(shapes)
     for _, one, stored in list(cheaper(config, Stored(), has_blocks=True))[-3:]:
-        shapes = load_shapes(str(tmp_path), "bfloat16")
-        quantize(shapes, stored.quantization)
-        found = footprint(denoiser_of(shapes, 16), one, stored.offload)
-        assert found.parameters["transformer"] == pipeline.transformer.num_parameters() and found.has_blocks
+        found = estimate(one, stored.quantization, stored.offload)
+        assert found.parameters["transformer"] == pipeline.transformer.num_parameters() and found.blocks
         sizes.append(found.denoiser)
     assert sizes[0] > sizes[1] > sizes[2]
+    assert traced == ["none", "nf4"]  # neither the optimizer nor offloading changes the operations of a step
+    with pytest.raises(ValueError, match="offload serves transformers"):
+        footprint(denoiser_of(load_shapes(str(Digits.data))), config).offloaded()
 
 
 def test_the_table_says_what_fits(capsys: pytest.CaptureFixture[str]) -> None:
