@@ -8,23 +8,26 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import dataclasses
 import io
+import itertools
 import json
 import resource
 import sys
 import tempfile
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from fdu import cli
+from fdu.cli.planning import flags
 from fdu.config import EraseConfig
 from fdu.models.denoiser import Denoiser
 from fdu.models.families import denoiser_of
 from fdu.models.quantization import quantize
+from fdu.presets import PRESETS, preset
 from fdu.storage.shapes import load_shapes
-from fdu.training.footprint import Estimator
+from fdu.training.footprint import Estimator, Footprint
 
 HERE = Path(__file__).parent
 CONFIGS, PAGE = HERE / "configs", HERE.parent / "docs" / "memory.md"
@@ -34,11 +37,6 @@ NAMES = (
 )
 NO_SIZE = {"flux1-schnell": 1024, "flux1-dev": 1024}
 """Resolution of models that state none."""
-LEAST = (
-    *("--mixed_precision", "bf16", "--gradient_checkpointing", "--optimizer", "adamw_8bit"),
-    *("--train_batch_size", "1", "--sample_batch_size", "1"),
-)
-"""Options of the plan that needs least memory."""
 
 
 def unpack(name: str, folder: Path) -> Path:
@@ -66,28 +64,71 @@ def check() -> dict[str, Any]:
     return {"models": models, "bytes": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss}
 
 
-LEAN: dict[str, Any] = {
-    **{"mixed_precision": "bf16", "gradient_checkpointing": True, "train_batch_size": 1, "sample_batch_size": 1}
+STEPS: dict[str, dict[str, Any]] = {
+    "A": {"mixed_precision": "bf16", "train_batch_size": 1, "sample_batch_size": 1},
+    "B": {"gradient_checkpointing": True},
+    "C": {"optimizer": "adamw_8bit"},
+    "D": {"quantization": "nf4"},
+    "E": {"offload": True},
 }
-"""Settings of all columns."""
-COLUMNS = ("bf16, `--gradient_checkpointing`", "`--optimizer adamw_8bit`", "`--quantization nf4`", "`--offload`")
+"""The columns of the table, and what each adds to those before it."""
+LEAST = flags(STEPS["A"] | STEPS["B"] | STEPS["C"]).split()
+"""Options of the plan that needs least memory, before the weights are stored in another way."""
+CARDS = (8, 12, 16, 24, 48, 80)
+"""Memory of devices, in GiB."""
+SHARE = 0.9
+"""The share of a device that an estimate may fill; its context and allocator take some more."""
+PRESET_STEPS: tuple[dict[str, Any], ...] = ({"mixed_precision": "bf16"}, {"gradient_checkpointing": True})
+"""What saves memory beside a preset, in turn."""
+Figures = list[tuple[str, str]]
+"""By options: the peak in GiB, and the peak after the prompts are encoded; as the page shows them."""
 
 
-def peaks(name: str) -> list[str]:
-    """The cells of a model's row."""
-    eight_bit = EraseConfig(**LEAN, optimizer="adamw_8bit", resolution=NO_SIZE.get(name))
+def rows(name: str) -> tuple[list[str], Figures, list[list[str]]]:
+    """A model's name and pixels, its figures by step, and the rows of its presets."""
+    model = json.loads((CONFIGS / f"{name}.json").read_text(encoding="utf-8"))["model"]
     with tempfile.TemporaryDirectory() as folder:
         unpack(name, Path(folder))
         estimate = Estimator(lambda config, quantization: shapes(folder, config, quantization))
-        columns = [estimate(dataclasses.replace(eight_bit, optimizer="adamw")), estimate(eight_bit)]
-        columns += [estimate(eight_bit, "nf4")]
-        columns += [estimate(eight_bit, "nf4", offload=True)] if columns[0].blocks else []
-        height = shapes(folder, eight_bit, "none").height
-    cells = [
-        f"{one.peak / 2**30:.1f} ({max(one.training, one.denoiser + one.sampling) / 2**30:.1f})" for one in columns
-    ]
-    model = json.loads((CONFIGS / f"{name}.json").read_text(encoding="utf-8"))["model"]
-    return [model, str(height), *cells, *[""] * (len(COLUMNS) - len(cells))]
+        figures: Figures = []
+        blocks: tuple[int, ...] = ()
+        for given in cumulative(STEPS.values()):
+            settings = {key: value for key, value in given.items() if key in EraseConfig.field_names()}
+            config = EraseConfig(**settings, resolution=NO_SIZE.get(name))
+            if blocks or "offload" not in given:
+                found = estimate(config, given.get("quantization", "none"), "offload" in given)
+                figures, blocks = [*figures, gib(found)], found.blocks
+        named = []
+        for label, published in PRESETS.items():
+            if model.startswith(published.models):
+                tried = [preset(label, **settings) for settings in cumulative(PRESET_STEPS)]
+                named.append([label, model, *(gib(estimate(config))[0] for config in tried)])
+        height = shapes(folder, EraseConfig(resolution=NO_SIZE.get(name)), "none").height
+    return [model, str(height)], figures, named
+
+
+def cumulative(steps: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Each step with those before it."""
+    return list(itertools.accumulate(steps, lambda former, step: former | step))
+
+
+def gib(found: Footprint) -> tuple[str, str]:
+    """The two peaks of an estimate."""
+    return f"{found.peak / 2**30:.1f}", f"{max(found.training, found.denoiser + found.sampling) / 2**30:.1f}"
+
+
+def first_that_fits(peaks: Iterable[str], card: int) -> int | None:
+    """The place of the first peak that leaves a device enough memory."""
+    return next((place for place, peak in enumerate(peaks) if float(peak) <= SHARE * card), None)
+
+
+def smallest(peaks: list[str], options: list[str]) -> list[str]:
+    """The cells of the smallest device and of the options for it."""
+    for card in CARDS:
+        place = first_that_fits(peaks, card)
+        if place is not None:
+            return [f"{card} GiB", f"`{options[place]}`"]
+    return ["none of these", ""]
 
 
 def shapes(folder: str, config: EraseConfig, quantization: str) -> Denoiser:
@@ -97,20 +138,54 @@ def shapes(folder: str, config: EraseConfig, quantization: str) -> Denoiser:
     return denoiser_of(pipeline, config.resolution)
 
 
-def page(cells: list[list[str]]) -> str:
-    """The page with these rows."""
-    header = ["model", "pixels", *COLUMNS]
-    table = "\n".join(f"| {' | '.join(row)} |" for row in [header, ["---"] * len(header), *cells])
+def table(header: list[str], cells: list[list[str]]) -> str:
+    """A table of the page."""
+    return "\n".join(f"| {' | '.join(row)} |" for row in [header, ["---"] * len(header), *cells])
+
+
+def page(models: list[tuple[list[str], Figures]], presets: list[list[str]]) -> str:
+    """The page: of models their names, pixels and figures, and the rows of the presets."""
+    letters, options = list(STEPS), [flags(step) for step in cumulative(STEPS.values())]
+    columns = [f"{letter}: {'+ ' * (letter != 'A')}`{flags(step)}`" for letter, step in STEPS.items()]
+    memory, chosen, least = [], [], []
+    for named, figures in models:
+        cells = [f"{peak} ({later})" for peak, later in figures]
+        memory.append([*named, *cells, *[""] * (len(STEPS) - len(cells))])
+        peaks = [peak for peak, _ in figures]
+        places = [first_that_fits(peaks, card) for card in CARDS]
+        chosen.append([named[0], *("" if place is None else letters[place] for place in places)])
+        least.append([named[0], *smallest(peaks, options)])
+    words = [f"--preset NAME {flags(step)}" for step in cumulative(PRESET_STEPS)]
+    beside = [[*row, *smallest(row[2:], [one.replace("NAME", row[0]) for one in words])] for row in presets]
     return f"""# Memory by model and options
 
 `fdu plan` estimates these GiB from the published configs of each model, for a LoRA of rank {EraseConfig.rank} at the
-model's own resolution, with `--mixed_precision bf16 --train_batch_size 1 --sample_batch_size 1`. Each column adds its
-options to those of the columns before it. The first number is the peak, while all parts of the pipeline are on the
-device to encode the prompts. The number in brackets is the peak afterwards, while latents are drawn and the LoRA is
-trained. A GPU's context and allocator take some more: leave a tenth of its memory free. No GPU has confirmed the
-numbers yet.
+model's own resolution. No GPU has confirmed them yet.
 
-{table}
+## Which settings for my model
+
+The first options that fit, by the memory of the card. A letter stands for its own options and those of the letters
+before it. The estimate fills at most {SHARE:.0%} of the card, because a context and an allocator take some more.
+
+{table(["model", *(f"{card} GiB" for card in CARDS)], chosen)}
+
+{chr(10).join(f"* **{letter}**: `{words}`" for letter, words in zip(letters, options, strict=True))}
+
+The smallest card of each model, and the options for it:
+
+{table(["model", "card", "options"], least)}
+
+The settings of published methods (`--preset`) exist for Stable Diffusion alone; other models begin with the defaults.
+They train weights, not a LoRA, so quantization and offloading do not go with them.
+
+{table(["preset", "model", *(f"`{one}`" for one in words), "card", "options"], beside)}
+
+## The estimates
+
+The first number is the peak, while all parts of the pipeline are on the device to encode the prompts. The number in
+brackets is the peak afterwards, while latents are drawn and the LoRA is trained.
+
+{table(["model", "pixels", *columns], memory)}
 
 A step takes one erasing and one preserving sample here (`--train_batch_size 1`); with `--gradient_accumulation_steps`
 it takes more of them in the same memory. A smaller `--resolution` needs less. `--offload` serves transformers alone.
@@ -126,7 +201,6 @@ if __name__ == "__main__":
     if parser.parse_args().check:
         print(json.dumps(check()))
         sys.exit()
-    rows: list[list[str]] = []
-    for one in NAMES:
-        rows.append(peaks(one))
-        PAGE.write_text(page(rows), encoding="utf-8")
+    made = [rows(one) for one in NAMES]
+    text = page([(named, figures) for named, figures, _ in made], [row for *_, presets in made for row in presets])
+    PAGE.write_text(text, encoding="utf-8")

@@ -21,6 +21,8 @@ class Preset:
     """The settings of a published method, as far as they have a counterpart here."""
 
     settings: Mapping[str, Any]
+    models: str
+    """How the names of the models begin that the method was published for."""
     meaning: str
     """The method, and what the command line must say besides."""
     source: str
@@ -43,6 +45,7 @@ PRESETS: dict[str, Preset] = {
             "num_latents": 1000,
             "num_inference_steps": 25,
         },
+        "Stable Diffusion 1",
         "Novello et al. 2026 (arXiv 2509.21167), Stable Diffusion 1.4; choose --divergence. The authors use 8-bit "
         "Adam: add --optimizer adamw_8bit on a GPU.",
         "run_experiment.sh and train.py of nicolaNovello/f-DMU: learning rate 7e-5 times batch 2 times accumulation 2",
@@ -60,6 +63,7 @@ PRESETS: dict[str, Preset] = {
             "preservation_weight": 0.0,
             "num_latents": 1000,
         },
+        "Stable Diffusion 1",
         "Kumari et al. 2023 (arXiv 2303.13516), styles and objects, Stable Diffusion 1.4, model-based.",
         "diffusers/README.md and train.py of nupurkmr9/concept-ablation: learning rate 2e-6 times batch 4 times 2 GPUs",
     ),
@@ -79,6 +83,7 @@ PRESETS: dict[str, Preset] = {
             "num_latents": 200,
             "num_inference_steps": 50,
         },
+        "Stable Diffusion 1",
         "Gandikota et al. 2023 (arXiv 2303.07345), keys and values only (esd-x-strict), Stable Diffusion 1.4; add "
         '--anchor "". ESD samples with noise in every step (eta 2), and here the pipeline decides.',
         "esd_sd.py of rohitgandikota/erasing; its negative_guidance 2 is 1 here, which counts from the anchor",
@@ -99,6 +104,7 @@ PRESETS: dict[str, Preset] = {
             "num_inference_steps": 50,
             "guidance_scale": 2.0,
         },
+        "Stable Diffusion XL",
         'The same for Stable Diffusion XL; add --anchor "".',
         "esd_sdxl.py of rohitgandikota/erasing; its negative_guidance 1 is 0 here",
     ),

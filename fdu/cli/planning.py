@@ -149,7 +149,7 @@ def cheaper(config: EraseConfig, stored: Stored, has_blocks: bool = False) -> It
     changes: dict[str, Any] = {}
     for step in steps:
         changes |= step
-        yield _options(changes), dataclasses.replace(config, **changes), stored
+        yield flags(changes), dataclasses.replace(config, **changes), stored
     method = TRAIN_METHODS[config.train_method]
     if method.result == "weights" or not method.trains:
         return
@@ -157,13 +157,18 @@ def cheaper(config: EraseConfig, stored: Stored, has_blocks: bool = False) -> It
     if stored.quantization == "none":
         stored = dataclasses.replace(stored, quantization="nf4")
         changes["quantization"] = "nf4"
-        yield _options(changes), smallest, stored
+        yield flags(changes), smallest, stored
     if has_blocks and not stored.offload:
         changes["offload"] = True
-        yield _options(changes), smallest, dataclasses.replace(stored, offload=True)
+        yield flags(changes), smallest, dataclasses.replace(stored, offload=True)
 
 
-def _options(changes: dict[str, Any]) -> str:
+def flags(changes: dict[str, Any]) -> str:
+    """Settings as options of the command line.
+
+    >>> flags({"offload": True, "train_batch_size": 1})
+    '--offload --train_batch_size 1'
+    """
     return " ".join(f"--{name}" if value is True else f"--{name} {value}" for name, value in changes.items())
 
 
