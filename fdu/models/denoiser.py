@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
+from accelerate.hooks import AlignDevicesHook
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -233,10 +234,13 @@ class Denoiser(ABC):
                 f"pipeline is a {name}, which {reason}; editing, inpainting and ControlNet pipelines cannot be "
                 "trained; load the model with AutoPipelineForText2Image"
             )
-        if any(hasattr(part, "_hf_hook") for part in pipeline.components.values()):
+        mapped = isinstance(getattr(pipeline, "hf_device_map", None), dict)
+        if mapped or any(_moves_weights(part) for part in pipeline.components.values()):
+            call = "reset_device_map" if mapped else "remove_all_hooks"
             raise ValueError(
                 "pipeline moves its models between devices itself; before the training, call "
-                "pipeline.remove_all_hooks() and pipeline.to(device)"
+                f"pipeline.{call}() and pipeline.to(device), or, where it does not fit there, load it by "
+                "fdu.load_pipeline with quantization or offload"
             )
         if any(_offloads_groups(part) for part in pipeline.components.values()):
             raise ValueError(
@@ -611,6 +615,16 @@ class Denoiser(ABC):
         shape = (-1, *[1] * (like.ndim - 1))
         self.signal, self.noise = self.signal.to(like.device), self.noise.to(like.device)
         return self.signal[indices].view(shape).to(like.dtype), self.noise[indices].view(shape).to(like.dtype)
+
+
+def _moves_weights(part: Any) -> bool:
+    """Whether hooks of accelerate move a part's weights, or it is spread over devices. Other hooks, such as those that
+    move inputs to a quantized model, do no harm."""
+    modules = part.modules() if isinstance(part, nn.Module) else ()
+    found = [vars(module)["_hf_hook"] for module in modules if "_hf_hook" in vars(module)]
+    hooks = [one for hook in found for one in getattr(hook, "hooks", [hook])]
+    spread = len(set((getattr(part, "hf_device_map", None) or {}).values())) > 1
+    return spread or any(not isinstance(hook, AlignDevicesHook) or hook.offload for hook in hooks)
 
 
 def _offloads_groups(part: Any) -> bool:

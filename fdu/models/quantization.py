@@ -44,6 +44,12 @@ def quantization_of(pipeline: DiffusionPipeline) -> str:
     return layers[0].kind if layers else "none"
 
 
+def is_few_bits(weight: Tensor) -> bool:
+    """Whether a weight is stored in fewer bits than it is computed with, by whichever library."""
+    plain = type(weight.data) is Tensor  # torchao's tensors say that they are of the dtype that they stand for
+    return not plain or not weight.is_floating_point() or weight.itemsize < 2
+
+
 def parameter_count(model: nn.Module) -> int:
     """The parameters of a model, of quantized layers those that are stood for."""
     stored = sum(parameter.numel() for parameter in model.parameters())

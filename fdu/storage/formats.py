@@ -11,7 +11,8 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from fdu.config import TRAIN_METHODS, check_choice
-from fdu.models.quantization import quantization_of
+from fdu.models import parts
+from fdu.models.quantization import is_few_bits, quantization_of
 from fdu.storage import delta, kohya, lora
 from fdu.storage.merging import merged
 from fdu.storage.output import PIPELINE_FILE
@@ -35,7 +36,7 @@ def choose_format(save_as: str, train_method: str, pipeline: DiffusionPipeline |
     has_lora = pipeline is None or hasattr(pipeline, "save_lora_weights")
     if save_as == "auto":
         save_as = "lora" if trains_adapter and has_lora else "pipeline"
-    if save_as in ("pipeline", "delta") and pipeline is not None and quantization_of(pipeline) != "none":
+    if save_as in ("pipeline", "delta") and pipeline is not None and _is_quantized(pipeline, trains_adapter):
         raise ValueError(
             f'save_as "{save_as}" would merge the adapter into quantized weights; choose save_as "lora" or "kohya", or '
             "load the pipeline without quantization"
@@ -53,6 +54,14 @@ def choose_format(save_as: str, train_method: str, pipeline: DiffusionPipeline |
             'themselves; choose save_as "delta" (the changed weights alone) or "pipeline", or train_method "lora"'
         )
     return cast(Format, save_as)
+
+
+def _is_quantized(pipeline: DiffusionPipeline, trains_adapter: bool) -> bool:
+    """Whether the pipeline has weights that only fdu stores so, or an adapter would be merged into weights of few bits,
+    where rounding would take it away."""
+    denoiser = getattr(pipeline, parts.denoiser_name(pipeline))
+    merges = trains_adapter and any(map(is_few_bits, denoiser.parameters()))
+    return merges or quantization_of(pipeline) != "none"
 
 
 def write(

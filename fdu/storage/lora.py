@@ -13,6 +13,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from diffusers import DiffusionPipeline
 from diffusers.utils import delete_adapter_layers
 from torch import Tensor, nn
@@ -170,6 +171,7 @@ def attach(pipeline: DiffusionPipeline, updates: Updates, adapter_name: str | No
             warnings.filterwarnings("ignore", "Already found a `peft_config` attribute")  # several are the purpose
             for attribute, model in models.items():
                 _inject(pipeline, attribute, model, updates[attribute], adapter_name)
+                _keep_bits(model, updates[attribute], adapter_name)
     except BaseException:
         detach(pipeline, adapter_name, models)
         raise
@@ -274,15 +276,16 @@ def _check_shapes(name: str, layer: nn.Module, update: Update) -> None:
     weight = getattr(layer, "weight", None)
     if not isinstance(weight, Tensor):
         raise ValueError(f"the weights change {name}, a {type(layer).__name__} without a weight")
-    fits = update.down.shape[1:] == weight.shape[1:] and update.up.shape[0] == weight.shape[0]
+    # Of a quantized layer, the weight is stored in another shape.
+    shape = (layer.out_features, layer.in_features) if isinstance(layer, nn.Linear) else tuple(weight.shape)
+    fits = update.down.shape[1:] == shape[1:] and update.up.shape[0] == shape[0]
     fits = fits and update.up.shape[1] == update.rank
-    if not fits or (update.magnitude is not None and update.magnitude.shape != weight.shape[:1]):
+    if not fits or (update.magnitude is not None and update.magnitude.shape != shape[:1]):
         shapes = f"down {tuple(update.down.shape)} and up {tuple(update.up.shape)}"
         if update.magnitude is not None:
             shapes += f" and magnitude {tuple(update.magnitude.shape)}"
         raise ValueError(
-            f"the update of {name}, {shapes}, does not fit its weight {tuple(weight.shape)}; "
-            "load it into the model it was made for"
+            f"the update of {name}, {shapes}, does not fit its weight {shape}; load it into the model it was made for"
         )
 
 
@@ -311,3 +314,15 @@ def _inject(
         _pipeline=pipeline,
         low_cpu_mem_usage=True,
     )
+
+
+def _keep_bits(model: nn.Module, by_layer: Mapping[str, Update], adapter_name: str) -> None:
+    """Give adapters float32 where peft has cast them to the eight bits in which their layer stores its weight."""
+    for name, update in by_layer.items():
+        layer: Any = model.get_submodule(name)
+        loaded = [(layer.lora_A[adapter_name], update.down), (layer.lora_B[adapter_name], update.up)]
+        if update.magnitude is not None:
+            loaded.append((layer.lora_magnitude_vector[adapter_name], update.magnitude))
+        for part, values in loaded:
+            if part.weight.itemsize < 2:
+                part.weight.data = values.to(part.weight.device, torch.float32)

@@ -319,8 +319,8 @@ def test_group_offloading_is_refused_and_the_remedy_works(tmp_path: Path) -> Non
     pipeline.transformer.enable_group_offload(cpu, cpu, offload_type="leaf_level")
     with pytest.raises(ValueError, match="load it again without, or by fdu.load_pipeline.*offload=True"):
         denoiser_of(pipeline, 16)
-    denoiser = denoiser_of(fdu.load_pipeline(tmp_path, offload=True), 16)
-    assert denoiser.encode(["a"]).tensors
+    remedied = fdu.load_pipeline(tmp_path, offload=True)
+    assert losses(remedied, gradient_checkpointing=True) == losses(fdu.load_pipeline(tmp_path))
 
 
 @torch.no_grad()
@@ -904,13 +904,46 @@ def test_a_scheduler_of_another_kind_is_refused() -> None:
         denoiser_of(flow)
 
 
-def test_a_pipeline_that_offloads_its_parts_is_refused() -> None:
-    from accelerate.hooks import ModelHook, add_hook_to_module
+SHORT: dict[str, Any] = {"max_train_steps": 2, "num_latents": 2, "num_inference_steps": 1, "train_batch_size": 1}
 
-    pipeline = families.build("sd")
-    add_hook_to_module(pipeline.unet, ModelHook())
+
+def losses(pipeline: DiffusionPipeline, **settings: Any) -> list[float]:
+    """The losses of a short erasure from the tiny FLUX pipeline."""
+    return fdu.erase(pipeline, "three", "eight", **{**SHORT, **families.needed("flux"), **settings}).history["loss"]
+
+
+@pytest.mark.quick(way=["model"])
+@pytest.mark.parametrize("way", ["model", "sequential", "map"])
+def test_a_pipeline_that_moves_its_parts_is_refused_and_the_remedy_works(way: str) -> None:
+    pipeline = families.build("flux")
+    if way == "model":
+        pipeline.enable_model_cpu_offload(device="cpu")
+    elif way == "sequential":
+        pipeline.enable_sequential_cpu_offload(device="cpu")
+    else:
+        pipeline.hf_device_map = {"transformer": "cpu", "text_encoder": "cpu"}
+    call = "reset_device_map" if way == "map" else "remove_all_hooks"
+    with pytest.raises(ValueError, match=rf"moves .*pipeline.{call}\(\) and pipeline.to"):
+        denoiser_of(pipeline, 16)
+    getattr(pipeline, call)()
+    assert losses(pipeline.to("cpu")) == losses(families.build("flux"))
+
+
+def test_hooks_that_move_inputs_alone_do_no_harm() -> None:
+    """Accelerate puts such a one on every model that bitsandbytes quantized."""
+    from accelerate.hooks import AlignDevicesHook, ModelHook, add_hook_to_module
+
+    pipeline = families.build("flux")
+    add_hook_to_module(pipeline.transformer, AlignDevicesHook(torch.device("cpu"), io_same_device=True))
+    assert losses(pipeline) == losses(families.build("flux"))
+    pipeline = families.build("flux")
+    add_hook_to_module(pipeline.transformer.proj_out, ModelHook())
     with pytest.raises(ValueError, match="moves .*remove_all_hooks"):
-        denoiser_of(pipeline)
+        denoiser_of(pipeline, 16)
+    pipeline = families.build("flux")
+    pipeline.transformer.hf_device_map = {"transformer_blocks.0": "cpu", "proj_out": "disk"}
+    with pytest.raises(ValueError, match="moves "):
+        denoiser_of(pipeline, 16)
 
 
 def test_an_unknown_family_is_told_how_to_add_it() -> None:

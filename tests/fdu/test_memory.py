@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +90,83 @@ def test_a_lora_over_a_quantized_base_is_close_to_the_one_over_the_whole(kind: s
     distance = float((over - plain).norm() / plain.norm())
     assert 0 < distance < CHANGES[kind]
     assert over_end == pytest.approx(plain_end, rel=0.25)
+
+
+def replaced_linears(pipeline: Any, make: Any) -> Any:
+    """The pipeline with other linear layers in the blocks of its transformer, as libraries quantize it."""
+    for name, parent in list(pipeline.transformer.named_modules()):
+        for place, layer in list(parent.named_children()):
+            if "blocks" in name and type(layer) is nn.Linear:
+                quantized = make(layer)
+                quantized.load_state_dict(layer.state_dict())
+                setattr(parent, place, quantized.requires_grad_(False))
+    pipeline.transformer.to("cpu")  # at which bitsandbytes quantizes
+    return pipeline
+
+
+def by_bitsandbytes(kind: str) -> Any:
+    """The tiny FLUX pipeline as bitsandbytes quantizes it."""
+    import bitsandbytes
+
+    def make(layer: nn.Linear) -> Any:
+        given = (layer.in_features, layer.out_features, layer.bias is not None)
+        if kind == "nf4":
+            return bitsandbytes.nn.Linear4bit(*given, compute_dtype=torch.float32, quant_type="nf4")
+        return bitsandbytes.nn.Linear8bitLt(*given, has_fp16_weights=False)
+
+    return replaced_linears(families.build("flux"), make)
+
+
+def by_torchao(kind: str) -> Any:
+    """The tiny FLUX pipeline as torchao quantizes it."""
+    quantization = pytest.importorskip("torchao.quantization")
+    pipeline = families.build("flux")
+    quantization.quantize_(pipeline.transformer, quantization.Int8WeightOnlyConfig())
+    return pipeline
+
+
+def by_casting(kind: str) -> Any:
+    """The tiny FLUX pipeline with diffusers' layerwise casting."""
+    pipeline = families.build("flux")
+    pipeline.transformer.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
+    return pipeline
+
+
+USERS = {
+    "bitsandbytes nf4": (by_bitsandbytes, "nf4"),
+    "bitsandbytes int8": (by_bitsandbytes, "int8"),
+    "torchao int8": (by_torchao, "int8"),
+    "layerwise casting": (by_casting, "fp8"),
+}
+"""Pipelines that users have quantized themselves."""
+
+
+@pytest.mark.parametrize("user", [pytest.param(user, marks=bare if user.startswith("bits") else ()) for user in USERS])
+def test_a_lora_is_trained_over_weights_that_the_user_quantized(user: str, tmp_path: Path) -> None:
+    build, kind = USERS[user]
+    settings = {**FEW, **families.needed("flux")}
+    result = fdu.erase(build(kind), "three", "eight", init="closed_form", **settings)
+    assert all(map(math.isfinite, result.history["loss"]))
+    saved = result.save(tmp_path / "lora")
+    given = {"num_inference_steps": 2, "height": 16, "width": 16, "output_type": "np"}
+
+    def drawn(pipeline: Any) -> Any:
+        return torch.from_numpy(pipeline("three", generator=torch.Generator().manual_seed(0), **given).images)
+
+    after = drawn(result.pipeline)
+    with result.original() as pipeline:
+        assert not torch.equal(drawn(pipeline), after)
+    again = build(kind)
+    fdu.load_weights(again, saved)
+    torch.testing.assert_close(drawn(again), after)
+    whole = families.build("flux")
+    whole.load_lora_weights(str(saved))
+    assert (drawn(whole) - after).abs().mean() < 0.05
+    for save_as in ("pipeline", "delta"):
+        with pytest.raises(ValueError, match="would merge the adapter into quantized weights"):
+            result.save(tmp_path / save_as, save_as=save_as)
+    with pytest.raises(ValueError, match="stored as .*without quantization, layerwise casting.*train_method 'lora'"):
+        fdu.erase(build(kind), "three", "eight", train_method="full", **settings)
 
 
 def test_what_cannot_be_quantized_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from fdu.models import parts
 from fdu.models.denoiser import Denoiser
+from fdu.models.quantization import is_few_bits
 from fdu.training.closed_form import Edit
 from fdu.training.methods.trainable import Request, Trainable
 
@@ -33,10 +34,11 @@ def make(denoiser: Denoiser, request: Request) -> Trainable:
             names.setdefault(parameter, name)  # one that modules share is trained once
     for parameter, name in names.items():
         away = parameter.is_meta and not request.by_shape
-        if not parameter.is_floating_point() or parameter.itemsize < 2 or away:
+        if is_few_bits(parameter) or away:
+            kind = parameter.dtype if type(parameter.data) is Tensor else type(parameter.data).__name__
             raise ValueError(
                 f"train_method {method!r} trains {name}, which is "
-                f"{'not in memory' if away else f'stored as {parameter.dtype}'}; load the pipeline "
+                f"{'not in memory' if away else f'stored as {kind}'}; load the pipeline "
                 "without quantization, layerwise casting or offloading, or choose train_method 'lora'"
             )
     request.check_found(names.values(), denoiser)
