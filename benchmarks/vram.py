@@ -135,7 +135,7 @@ def shapes(folder: str, config: EraseConfig, quantization: str) -> Denoiser:
     """The denoiser of a model in shapes alone."""
     pipeline = load_shapes(folder, "bfloat16")
     quantize(pipeline, quantization)
-    return denoiser_of(pipeline, config.resolution)
+    return denoiser_of(pipeline, config.size)
 
 
 def table(header: list[str], cells: list[list[str]]) -> str:
