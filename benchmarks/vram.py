@@ -189,6 +189,7 @@ brackets is the peak afterwards, while latents are drawn and the LoRA is trained
 
 A step takes one erasing and one preserving sample here (`--train_batch_size 1`); with `--gradient_accumulation_steps`
 it takes more of them in the same memory. A smaller `--resolution` needs less. `--offload` serves transformers alone.
+`fdu evaluate` takes the same `--quantization` and `--offload`.
 
 `python benchmarks/vram.py` writes this page. The files in [benchmarks/configs](../benchmarks/configs) hold the configs
 and name their sources.

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from tyro.conf import OmitArgPrefixes, Positional, arg
 
 from fdu.cli.evaluate import Evaluate
-from fdu.cli.options import GROUPS, Settings, grouped
+from fdu.cli.options import GROUPS, LoadOptions, Settings, described, grouped
 from fdu.config import SEARCHES, TRAIN_METHODS, WITHOUT_STEPS, Count, EraseConfig, check_choice, check_number
 from fdu.storage.loading import Dtype, check_dtype, check_encoder, check_resolution, choose_device
 from fdu.storage.output import WEIGHTS_FOLDER
@@ -51,8 +51,7 @@ class Compare:
     )
 
     model: Positional[str]
-    """A pipeline's folder, a .safetensors file (or file@config, see fdu erase --model_config), a hub id (org/name),
-    "emoji" or "digits"."""
+    """A pipeline's folder, a .safetensors file, a hub id (org/name), "emoji" or "digits"."""
     target: str
     """Concept to erase."""
     anchor: str
@@ -98,13 +97,16 @@ class Compare:
     """Dtype of the weights. auto: float32, or the dtype of --mixed_precision."""
     device: str = "auto"
     """Device to run on: cpu, cuda, mps, or auto for the first accelerator found."""
+    loading: Annotated[OmitArgPrefixes[LoadOptions], arg(name="")] = dataclasses.field(
+        default_factory=described(LoadOptions)
+    )
     settings: Annotated[OmitArgPrefixes[Settings], arg(name="")] = dataclasses.field(default_factory=grouped(OWN))
 
     def prepare(self, command: str) -> Callable[[], None]:
         """Check the arguments and return the work."""
         from fdu.comparison.plan import Comparison, Drawing, distinct, read_alpha
 
-        model = subject_of(self.model)
+        model = subject_of(self.loading.location(self.model))
         if self.judge is not None:
             check_encoder(self.judge)
         check_number("seeds", self.seeds, Count)
@@ -124,7 +126,7 @@ class Compare:
         names += [] if self.alpha is None else read_alpha(self.alpha)
         divergences, same_as = distinct(names or DEFAULT.split(","), base.variational)
         comparison = Comparison(
-            model=self.model,
+            model=model.model,
             pairs=((self.target, self.anchor),),
             candidates=self._candidates(divergences),
             attacked=attacked,
@@ -140,8 +142,12 @@ class Compare:
             device=choose_device(self.device),
             prompts=self.prompts,
             judge=self.judge,
+            quantization=self.loading.quantization,
+            offload=self.loading.offload,
+            variant=self.loading.variant,
         )
         comparison.check_names()
+        self.loading.check(*(comparison.config(run).train_method for run in comparison.runs()))
         from fdu.comparison.results import CACHE, RUNS, check_folder, former_runs, read_results, write_record
 
         check_folder(self.out, comparison)
@@ -223,7 +229,7 @@ class Compare:
         typed = {"num_inference_steps": self.judged_inference_steps, "guidance_scale": self.judged_guidance_scale}
         given: dict[str, Any] = {name: value for name, value in typed.items() if value is not None}
         try:
-            return dataclasses.replace(subject_of(self.model).sampling, **given).settings()
+            return dataclasses.replace(subject_of(self.loading.location(self.model)).sampling, **given).settings()
         except ValueError as error:
             raise ValueError(f"judged_{str(error).removeprefix('num_')}") from None
 
@@ -245,6 +251,7 @@ class Compare:
             words += ["--concept_type", self.concept_type]
         if self.dtype != "auto" or not chosen.trains:
             words += ["--dtype", check_dtype(self.dtype, base.mixed_precision)]
+        words += self.loading.words()
         # The device is always named, because auto may find another device next time.
         return shlex.join([*words, "--device", choose_device(self.device), "--out", WEIGHTS_FOLDER])
 
@@ -264,6 +271,7 @@ class Compare:
         for name, value in given.items():
             if value != defaults[name]:
                 words += [f"--{name}", str(value)]
+        words += self.loading.words()
         return shlex.join([*words, "--device", choose_device(self.device), "--out", "judged"])
 
 

@@ -13,22 +13,17 @@ from typing import Annotated, ClassVar, Literal
 from tyro.conf import OmitArgPrefixes, Positional, UseAppendAction, arg
 
 import fdu
-from fdu.cli.options import Settings, grouped
+from fdu.cli.options import LoadOptions, Settings, described, grouped
 from fdu.config import TRAIN_METHODS
 from fdu.presets import PresetName, write_settings
 from fdu.storage.loading import (
     Dtype,
-    Quantization,
     SaveAs,
-    at_revision,
     check_dtype,
-    check_quantization,
     check_resolution,
-    check_stored,
     choose_device,
     is_main_process,
     result_bytes,
-    with_config,
 )
 from fdu.subjects.registry import subject_of
 from fdu.subjects.subject import Subject
@@ -75,21 +70,11 @@ class Erase:
     """Replace OUT if fdu wrote it. Other files are never replaced."""
     dtype: Dtype = "auto"
     """Dtype of the weights. auto: float32, or the dtype of --mixed_precision."""
-    revision: str | None = None
-    """Branch, tag or commit of a hub id."""
-    variant: str | None = None
-    """Variant of the weights' files, such as fp16. Default: full precision, or fp16 where there is nothing else."""
-    model_config: str | None = None
-    """Of a .safetensors file: the folder or hub id of the pipeline that it belongs to, for configs and tokenizers, and
-    for the weights of what the file lacks. Default: the one that diffusers knows for such files, from the hub."""
-    quantization: Quantization = "none"
-    """Store the linear layers in the blocks of the denoiser, and those of large text encoders, in four or eight bits
-    while adapters are trained: nf4 (needs bitsandbytes), int8 or fp8."""
-    offload: bool = False
-    """Keep the blocks of a transformer on the CPU and bring them to the device one at a time. Needs
-    --gradient_checkpointing, and adapters."""
     device: str = "auto"
     """Device to run on: cpu, cuda, mps, or auto for the first accelerator found."""
+    loading: Annotated[OmitArgPrefixes[LoadOptions], arg(name="")] = dataclasses.field(
+        default_factory=described(LoadOptions)
+    )
     settings: Annotated[OmitArgPrefixes[Settings], arg(name="")] = dataclasses.field(default_factory=grouped())
 
     def prepare(self, command: str) -> Callable[[], None]:
@@ -105,7 +90,7 @@ class Erase:
                 "painting, another concept, or --anchor '' for nothing"
             )
         types = self.concept_type[0] if len(self.concept_type) == 1 else self.concept_type or "object"
-        model = subject_of(with_config(at_revision(self.model, self.revision), self.model_config, self.variant))
+        model = subject_of(self.loading.location(self.model))
         pairs = model.pairs(self.target, self.anchor, types)
         checkpoints = Path(f"{self.out}.checkpoints")
         given = config = self.settings.checked(checkpoint_dir=str(checkpoints))
@@ -131,8 +116,7 @@ class Erase:
             dtype = "float32" if self.dtype == "auto" else self.dtype
         if not files:  # the pipeline cannot know the meaning of prompts from a file
             config = model.with_preserved(config, [(target.name, anchor.name) for target, anchor in pairs])
-        check_quantization(self.quantization)
-        check_stored(self.quantization, self.offload, config.train_method)
+        self.loading.check(config.train_method)
         device = choose_device(self.device)
 
         def work() -> None:
@@ -141,7 +125,7 @@ class Erase:
                 write_settings(self.save_config, given)
             try:
                 with whole_folder(self.out, self.overwrite) if writes else nullcontext() as folder:
-                    pipeline = model.load(dtype, device, self.quantization, self.offload, self.variant)
+                    pipeline = model.load(dtype, device, *self.loading.storage, self.loading.variant)
                     format = choose_format(self.save_as, config.train_method, pipeline)
                     targets, anchors = ([pair[side] for pair in pairs] for side in (0, 1))
                     result = fdu.erase(pipeline, targets, anchors, config=config)
@@ -163,7 +147,8 @@ class Erase:
                 print(f"Closed form: {words}; edited at rank {edit.rank}, relative error {edit.error:.1g}.")
             if not config.max_train_steps and not result.edits:
                 print("Nothing was trained: max_train_steps is 0.")
-            print(f"Evaluate it with: {shlex.join(['fdu', 'evaluate', model.model, str(self.out)])}")
+            evaluate = ["fdu", "evaluate", self.model, str(self.out), *self.loading.words()]
+            print(f"Evaluate it with: {shlex.join(evaluate)}")
 
         return work
 

@@ -7,9 +7,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from tyro.conf import Positional, UseAppendAction, arg
+from tyro.conf import OmitArgPrefixes, Positional, UseAppendAction, arg
 
 import fdu
+from fdu.cli.options import LoadOptions, described
 from fdu.config import Count, Natural, check_number, image_size
 from fdu.storage.loading import (
     Dtype,
@@ -55,8 +56,7 @@ class Evaluate:
     )
 
     base: Positional[str]
-    """The pipeline before: a folder, a .safetensors file (or file@config, see fdu erase --model_config), a hub id
-    (org/name), "emoji" or "digits"."""
+    """The pipeline before: a folder, a .safetensors file, a hub id (org/name), "emoji" or "digits"."""
     erased: Positional[str]
     """Folder written by `fdu erase` or ErasureResult.save, or weights from another program in any format that
     fdu.load_weights reads."""
@@ -104,12 +104,16 @@ class Evaluate:
     """Dtype of the pipeline's weights. auto: float32."""
     device: str = "auto"
     """Device to run on: cpu, cuda, mps, or auto for the first accelerator found."""
+    loading: Annotated[OmitArgPrefixes[LoadOptions], arg(name="")] = dataclasses.field(
+        default_factory=described(LoadOptions)
+    )
 
     def prepare(self, command: str) -> Callable[[], None]:
         """Check the arguments and return the work."""
         from fdu.storage.output import METRICS_FILE, check_output, whole_folder
 
-        base = subject_of(self.base, "BASE")
+        base = subject_of(self.loading.location(self.base), "BASE")
+        self.loading.check()
         check_erased(self.erased)
         check_number("images_per_class", self.images_per_class, Count)
         check_number("seed", self.seed, Natural)
@@ -143,6 +147,7 @@ class Evaluate:
 
             from fdu.evaluation.robustness.holding import judge_robustness
             from fdu.evaluation.tables import summary
+            from fdu.models.offloading import drawable
             from fdu.report import REPORT, Conditions, EvaluatedRun, write_run
 
             panel = joint_panel(exams, device)
@@ -150,16 +155,17 @@ class Evaluate:
             if all(probe.role != "retained" for probe in probes):
                 raise ValueError("target: these concepts leave no class to retain; judge fewer at once with --target")
             dtype = "float32" if self.dtype == "auto" else self.dtype
-            pipeline = base.load(dtype, device)
+            pipeline = base.load(dtype, device, *self.loading.storage, self.loading.variant)
             before = fdu.draw(pipeline, probes, description="before", **settings)
             tests = self._examination(probes[0], sets, sampling, size)
             if tests is not None:
-                tests.before(pipeline)
+                with drawable(pipeline):
+                    tests.before(pipeline)
             if (Path(self.erased) / PIPELINE_FILE).is_file():
                 # Two models may not fit into memory.
                 del pipeline
                 release_memory()
-                pipeline = load_model(self.erased, dtype, device)
+                pipeline = load_model(self.erased, dtype, device, *self.loading.storage)
             else:
                 pipeline = load_erased(pipeline, self.erased)
             after = fdu.draw(pipeline, probes, description="after", **settings)
@@ -177,8 +183,9 @@ class Evaluate:
 
             # The tests take long and need more memory, so all results so far are saved before each of them.
             write(self.overwrite)
-            for _ in tests.each_after(pipeline) if tests else ():
-                write(overwrite=True)
+            with drawable(pipeline):
+                for _ in tests.each_after(pipeline) if tests else ():
+                    write(overwrite=True)
             if tests and tests.found:
                 holds = judge_robustness(tests.found.as_dict(), first.target)
                 print(f"\n{holds.headline}.", *holds.sentences, sep="\n  ")

@@ -13,6 +13,7 @@ import tyro
 
 from fdu.config import EraseConfig
 from fdu.presets import preset_settings, read_settings
+from fdu.storage.loading import Quantization, at_revision, check_quantization, check_stored, with_config
 
 GROUPS = {
     "basic": "train_method",
@@ -87,11 +88,70 @@ def described(command: type) -> type:
 
 
 def helps(kind: type) -> dict[str, str]:
-    """The docstrings of a dataclass's fields, each in one paragraph."""
+    """The docstrings of a dataclass's fields, also of inherited ones, each in one paragraph."""
     import docstring_parser
 
-    found = docstring_parser.parse_from_object(kind).params
+    kinds = [one for one in reversed(kind.__mro__) if dataclasses.is_dataclass(one)]
+    found = [one for kind in kinds for one in docstring_parser.parse_from_object(kind).params]
     return {one.arg_name: " ".join(one.description.split()) for one in found if one.description}
+
+
+@dataclasses.dataclass
+class ModelOptions:
+    """Options that say which weights of a model are read, and how the frozen ones are stored."""
+
+    revision: str | None = None
+    """Branch, tag or commit of a hub id."""
+    model_config: str | None = None
+    """Of a .safetensors file: the folder or hub id of the pipeline that it belongs to, for configs and tokenizers, and
+    for the weights of what the file lacks. Default: the one that diffusers knows for such files, from the hub."""
+    quantization: Quantization = "none"
+    """Store the linear layers in the blocks of the denoiser, and those of large text encoders, in four or eight bits:
+    nf4 (needs bitsandbytes), int8 or fp8. Only adapters can be trained on them."""
+    offload: bool = False
+    """Keep the blocks of a transformer on the CPU and bring them to the device one at a time. To erase so, train
+    adapters with --gradient_checkpointing."""
+
+    def location(self, model: str) -> str:
+        """The model at the revision, or with the pipeline that its file belongs to.
+
+        Raises:
+            ValueError: a revision of a folder, or options that do not fit the model.
+        """
+        return with_config(at_revision(model, self.revision), self.model_config)
+
+    def check(self, *train_methods: str) -> None:
+        """Refuse a quantization that cannot run, and storage that a training method cannot use.
+
+        Raises:
+            ValueError, ImportError: names the option.
+        """
+        check_quantization(self.quantization)
+        for train_method in train_methods:
+            check_stored(self.quantization, self.offload, train_method)
+
+    def words(self) -> list[str]:
+        """The options as words of a command line."""
+        given = {one.name: (getattr(self, one.name), one.default) for one in dataclasses.fields(self)}
+        chosen = {name: value for name, (value, default) in given.items() if value != default}
+        return [word for name, value in chosen.items() for word in (f"--{name}", *([] if value is True else [value]))]
+
+
+@dataclasses.dataclass
+class LoadOptions(ModelOptions):
+    """Options that say how a model is loaded."""
+
+    variant: str | None = None
+    """Variant of the weights' files, such as fp16. Default: full precision, or fp16 where there is nothing else."""
+
+    def location(self, model: str) -> str:
+        """See :meth:`ModelOptions.location`."""
+        return with_config(at_revision(model, self.revision), self.model_config, self.variant)
+
+    @property
+    def storage(self) -> tuple[str, bool]:
+        """Quantization and offloading, as arguments that load a model."""
+        return self.quantization, self.offload
 
 
 def _option(hint: Any, text: str) -> Any:
@@ -158,6 +218,8 @@ def option_names(command: type) -> tuple[set[str], set[str], set[str]]:
         made_by = field.default_factory
         if isinstance(made_by, type) and issubclass(made_by, Settings):
             names |= set(made_by().typed())
+        elif isinstance(made_by, type) and issubclass(made_by, ModelOptions):
+            names |= {option.name for option in dataclasses.fields(made_by)}
         else:
             names.add(field.name)
         if "UseAppendAction" in str(field.type):

@@ -9,18 +9,10 @@ from typing import Annotated, Any, ClassVar
 
 from tyro.conf import OmitArgPrefixes, Positional, arg
 
-from fdu.cli.options import Settings, grouped
+from fdu.cli.options import ModelOptions, Settings, described, grouped
 from fdu.config import TRAIN_METHODS, EraseConfig, Positive, check_number
 from fdu.presets import PresetName
-from fdu.storage.loading import (
-    Dtype,
-    Quantization,
-    at_revision,
-    check_dtype,
-    check_resolution,
-    check_stored,
-    with_config,
-)
+from fdu.storage.loading import Dtype, check_dtype, check_resolution, check_stored
 from fdu.subjects.registry import subject_of
 
 UNITS = ((1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB"), (1, "B"))
@@ -55,14 +47,9 @@ class Plan:
     """YAML file of settings, as for fdu erase."""
     dtype: Dtype = "auto"
     """Dtype of the weights. auto: float32, or the dtype of --mixed_precision."""
-    revision: str | None = None
-    """Branch, tag or commit of a hub id."""
-    model_config: str | None = None
-    """The pipeline that a .safetensors file belongs to, as for fdu erase."""
-    quantization: Quantization = "none"
-    """Bits of the frozen weights, as for fdu erase."""
-    offload: bool = False
-    """Blocks on the CPU, as for fdu erase."""
+    loading: Annotated[OmitArgPrefixes[ModelOptions], arg(name="")] = dataclasses.field(
+        default_factory=described(ModelOptions)
+    )
     settings: Annotated[OmitArgPrefixes[Settings], arg(name="")] = dataclasses.field(default_factory=grouped())
 
     def prepare(self, command: str) -> Callable[[], None]:
@@ -73,12 +60,11 @@ class Plan:
             check_number("memory", self.memory, Positive)
         if self.tflops is not None:
             check_number("tflops", self.tflops, Positive)
-        model = subject_of(with_config(at_revision(self.model, self.revision), self.model_config))
-        config = self.settings.checked()
+        model, config = subject_of(self.loading.location(self.model)), self.settings.checked()
         check_estimable(config)
         check_resolution(model.folder, config.size)
         check_dtype(self.dtype, config.mixed_precision)
-        check_stored(self.quantization, self.offload, config.train_method)
+        check_stored(self.loading.quantization, self.loading.offload, config.train_method)
 
         def work() -> None:
             from fdu.models.families import denoiser_of
@@ -92,7 +78,7 @@ class Plan:
                 return denoiser_of(pipeline, one.size, one.num_frames)
 
             estimate = Estimator(shapes)
-            as_given = Stored(self.quantization, self.offload)
+            as_given = Stored(self.loading.quantization, self.loading.offload)
             given = estimate(config, as_given.quantization, as_given.offload)
             for name, count in given.parameters.items():
                 print(f"{name:16} {count:>15,} parameters")

@@ -122,6 +122,12 @@ class Comparison:
     have their own."""
     attacked: bool = False
     """Whether each erased model is also attacked, with the default settings of the attack."""
+    quantization: str = "none"
+    """Bits of the frozen weights, in training and in what is judged."""
+    offload: bool = False
+    """Whether the blocks of the denoiser stay on the CPU, which changes no figure."""
+    variant: str | None = None
+    """The variant of the weights' files."""
 
     def __post_init__(self) -> None:
         for name in ("pairs", "candidates", "seeds"):
@@ -163,6 +169,11 @@ class Comparison:
     def subject(self) -> Subject:
         """The model with its words and judges."""
         return subject_of(self.model)
+
+    @property
+    def loading(self) -> tuple[str, str, str, str, bool, str | None]:
+        """Everything that decides which pipeline is loaded, and where."""
+        return self.model, self.dtype, self.device, self.quantization, self.offload, self.variant
 
     @property
     def varied(self) -> set[str]:
@@ -234,7 +245,8 @@ class Comparison:
         """Everything besides model and settings that all figures depend on, ready for JSON."""
         drawing = dataclasses.asdict(self.drawing)
         del drawing["batch_size"]
-        return {"dtype": self.dtype, "drawing": drawing, "prompts": self.prompts, "judge": self.judge}
+        stored = {} if self.quantization == "none" else {"quantization": self.quantization}
+        return {"dtype": self.dtype, **stored, "drawing": drawing, "prompts": self.prompts, "judge": self.judge}
 
 
 def slug(words: str) -> str:

@@ -9,6 +9,7 @@ import json
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,6 +28,7 @@ from fdu.evaluation import JUDGED_SEED, Probe, draw
 from fdu.evaluation.drawing import JudgedSampling
 from fdu.evaluation.robustness.attack import AttackConfig, attack
 from fdu.evaluation.robustness.relearning import Lesson, target_latents
+from fdu.models.offloading import drawable
 from fdu.report.pictures import strip
 from fdu.result import ErasureResult
 from fdu.storage.fingerprint import fingerprint, versions
@@ -88,7 +90,7 @@ def identity_before(comparison: Comparison, target: str) -> Record:
     return {
         "target": target,
         **comparison.conditions(),
-        "weights": weights(comparison.model, comparison.dtype, comparison.device),
+        "weights": weights(*comparison.loading),
         "concept_set": digest(concepts) if concepts else None,
     }
 
@@ -120,7 +122,7 @@ def judge_before(target: str, comparison: Comparison, cache: Path, pictures: Pat
 
 def make_run(run: Run, comparison: Comparison, cache: Path, pictures: Path | None = None) -> Record:
     """Erase, draw and judge."""
-    pipeline = _pipeline(comparison.model, comparison.dtype, comparison.device)
+    pipeline = _pipeline(*comparison.loading)
     probes = _probes(comparison, run.target)
     # Before the erasure: images that the cache lacks are drawn with this pipeline.
     before, _ = _before(comparison, run.target, probes, cache)
@@ -153,9 +155,10 @@ def attacked(comparison: Comparison, result: ErasureResult, target: Probe) -> Ju
     drawing = comparison.drawing
     seed = drawing.judged_seed - JUDGED_SEED  # so that the images start from the noise of those without an attack
     sampling = JudgedSampling(images=drawing.images_of_target, seed=max(seed, 0), **drawing.settings())
-    with result.original():
-        latents = target_latents(result.denoiser, target, ATTACK_LATENTS, sampling)
-    found = attack(Lesson(result.denoiser, target, latents, sampling), ATTACK)
+    with drawable(result.pipeline):
+        with result.original():
+            latents = target_latents(result.denoiser, target, ATTACK_LATENTS, sampling)
+        found = attack(Lesson(result.denoiser, target, latents, sampling), ATTACK)
     return Judged(ATTACKED, target.name, found.attempts[found.chosen].hits)
 
 
@@ -244,7 +247,7 @@ def _before(comparison: Comparison, target: str, probes: list[Probe], cache: Pat
     try:
         found = load_file(path)
     except (OSError, SafetensorError):
-        pipeline = _pipeline(comparison.model, comparison.dtype, comparison.device)
+        pipeline = _pipeline(*comparison.loading)
         found, shown = {}, []
         for place, (drawn, count) in enumerate(zip(_draw(comparison, pipeline, probes), counts, strict=True)):
             found[str(place)] = small(drawn)
@@ -259,12 +262,12 @@ def _before(comparison: Comparison, target: str, probes: list[Probe], cache: Pat
 
 
 @functools.cache
-def _pipeline(model: str, dtype: str, device: str) -> DiffusionPipeline:
-    """The pipeline of this process; every run leaves it as it was."""
-    return subject_of(model).load(dtype, device)
+def _pipeline(model: str, *loading: Any) -> DiffusionPipeline:
+    """The pipeline of this process; every run leaves it as it was. ``loading``: as :meth:`Subject.load` takes it."""
+    return subject_of(model).load(*loading)
 
 
 @functools.cache
-def weights(model: str, dtype: str = "float32", device: str = "cpu") -> str:
+def weights(model: str, *loading: Any) -> str:
     """The first digits of the fingerprint of the model as it is."""
-    return fingerprint(_pipeline(model, dtype, device))[:16]
+    return fingerprint(_pipeline(model, *loading))[:16]

@@ -15,6 +15,7 @@ from tqdm import tqdm
 from fdu.config import Count, Natural, NotNegative, check_fields, check_number, image_size, sides
 from fdu.models.denoiser import pictures, silent
 from fdu.models.families import guidance_arguments
+from fdu.models.offloading import drawable
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -227,7 +228,7 @@ def draw(
     asked = [(one.prompts[index % len(one.prompts)], index) for one in probes for index in range(images_per_class)]
     images: list[Tensor] = []
     bar = tqdm(total=len(asked), desc=description, unit="image")
-    with silent(pipeline), unchecked(pipeline), bar as progress:
+    with silent(pipeline), unchecked(pipeline), drawable(pipeline), bar as progress:
         for start in range(0, len(asked), batch_size):
             some = asked[start : start + batch_size]
             output = pipeline(

@@ -7,6 +7,8 @@ is on the device for one forward pass, and then for its second one and its backw
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -45,6 +47,29 @@ def blocks_of(module: nn.Module) -> list[nn.Module]:
 def offloads(module: nn.Module) -> bool:
     """Whether the blocks of a module are offloaded by :func:`offload_blocks`."""
     return MARK in vars(module)
+
+
+def called_on(module: nn.Module) -> torch.device | None:
+    """The device to which the offloaded blocks of a module come; None if it has none."""
+    return vars(module)[MARK].device if offloads(module) else None
+
+
+@contextmanager
+def drawable(pipeline: Any) -> Iterator[None]:
+    """Within this context the other parts of a pipeline are where the blocks of its denoiser are called, so that it can
+    draw; a pipeline without offloaded blocks stays as it is."""
+    device = next(filter(None, map(called_on, parts.models(pipeline).values())), None)
+    others: list[tuple[nn.Module, torch.device]] = []
+    if device is not None:
+        modules = [part for part in pipeline.components.values() if isinstance(part, nn.Module) and not offloads(part)]
+        others = [(part, next(part.parameters()).device) for part in modules]
+    try:
+        for part, _ in others:
+            part.to(device)
+        yield
+    finally:
+        for part, former in others:
+            part.to(former)
 
 
 class Offloading:

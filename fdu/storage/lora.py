@@ -19,6 +19,7 @@ from diffusers.utils import delete_adapter_layers
 from torch import Tensor, nn
 
 from fdu.models import parts
+from fdu.models.offloading import called_on
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 METADATA_KEY = "lora_adapter_metadata"
@@ -171,7 +172,7 @@ def attach(pipeline: DiffusionPipeline, updates: Updates, adapter_name: str | No
             warnings.filterwarnings("ignore", "Already found a `peft_config` attribute")  # several are the purpose
             for attribute, model in models.items():
                 _inject(pipeline, attribute, model, updates[attribute], adapter_name)
-                _keep_bits(model, updates[attribute], adapter_name)
+                _settle(model, updates[attribute], adapter_name)
     except BaseException:
         detach(pipeline, adapter_name, models)
         raise
@@ -316,8 +317,10 @@ def _inject(
     )
 
 
-def _keep_bits(model: nn.Module, by_layer: Mapping[str, Update], adapter_name: str) -> None:
-    """Give adapters float32 where peft has cast them to the eight bits in which their layer stores its weight."""
+def _settle(model: nn.Module, by_layer: Mapping[str, Update], adapter_name: str) -> None:
+    """Give adapters float32 where peft has cast them to the eight bits in which their layer stores its weight, and
+    bring those of offloaded blocks to the device, where they stay."""
+    device = called_on(model)
     for name, update in by_layer.items():
         layer: Any = model.get_submodule(name)
         loaded = [(layer.lora_A[adapter_name], update.down), (layer.lora_B[adapter_name], update.up)]
@@ -326,3 +329,5 @@ def _keep_bits(model: nn.Module, by_layer: Mapping[str, Update], adapter_name: s
         for part, values in loaded:
             if part.weight.itemsize < 2:
                 part.weight.data = values.to(part.weight.device, torch.float32)
+            if device is not None:
+                part.to(device)

@@ -17,6 +17,7 @@ import fdu
 from fdu import cli
 from fdu.cli import main
 from fdu.evaluation import JUDGED_SEED
+from fdu.models.quantization import quantization_of
 from fdu.subjects.digits import pipeline as digits
 from fdu.subjects.embedded import Emoji
 
@@ -381,3 +382,28 @@ def test_two_pipelines_are_not_in_memory_together(base: Path, monkeypatch: pytes
     monkeypatch.setattr("fdu.subjects.subject.load_model", load_model)
     assert main(["evaluate", "digits", str(base), *QUICK]) == cli.OK
     assert len(loaded) == 2
+
+
+def test_both_pipelines_are_quantized_as_they_were_trained(idle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[str] = []
+    original = fdu.draw
+
+    def draw(pipeline: Any, *given: Any, **settings: Any) -> Any:
+        drawn.append(quantization_of(pipeline))
+        return original(pipeline, *given, **settings)
+
+    monkeypatch.setattr(fdu, "draw", draw)
+    short = ["--images_per_class=1", "--num_inference_steps=1", "--target=three"]
+    assert main(["evaluate", "digits", str(idle), *short, "--quantization=int8"]) == cli.OK
+    assert drawn == ["int8", "int8"]
+
+
+def test_how_the_model_is_loaded_is_checked_first(idle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "revision goes with a hub id" in refused(["digits", str(idle), "--revision=main"], capsys)
+    assert "offload serves transformers" in failed(["digits", str(idle), "--offload"], capsys)
+    assert "could not be loaded" in failed(["digits", str(idle), "--variant=none"], capsys)
+
+
+def failed(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    assert main(["evaluate", *arguments]) != cli.OK
+    return capsys.readouterr().err

@@ -41,7 +41,7 @@ from fdu.comparison.page import COLOURS, Curve, alphas, curve_chart, front_chart
 from fdu.comparison.plan import Candidate, Comparison, Drawing, Run, distinct, read_alpha
 from fdu.comparison.recommendation import preferences, recommend
 from fdu.comparison.results import RUNS, Results, check_folder, describe, read_results, write_record
-from fdu.comparison.runs import identity_of, jobs
+from fdu.comparison.runs import identity_of, jobs, make_run
 from fdu.comparison.sweep import Record, Records, digest, sweep
 from fdu.config import EraseConfig
 from fdu.evaluation import JUDGED_SEED
@@ -93,6 +93,28 @@ def made(command: tuple[Path, str]) -> Path:
 def comparison(**others: Any) -> Comparison:
     given = {"model": "digits", "pairs": (("three", "eight"),), "candidates": (Candidate("mse"),), **others}
     return Comparison(**given)
+
+
+def test_quantized_runs_have_an_identity_and_whole_ones_keep_theirs(tmp_path: Path) -> None:
+    whole = comparison(base=EraseConfig(**QUICK), drawing=PLAN.drawing)
+    quantized = dataclasses.replace(whole, quantization="int8")
+    assert whole.conditions().keys() == {"dtype", "drawing", "prompts", "judge"}
+    assert quantized.conditions() == {**whole.conditions(), "quantization": "int8"}
+    assert dataclasses.replace(whole, offload=True).conditions() == whole.conditions()
+    run = quantized.runs()[0]
+    assert identity_of(quantized, run)["weights"] != identity_of(whole, run)["weights"]
+    assert len(make_run(run, quantized, tmp_path)["judged"]) == len(make_run(run, whole, tmp_path)["judged"])
+
+
+def test_the_commands_of_a_quantized_comparison_load_the_same_model(capsys: pytest.CaptureFixture[str]) -> None:
+    loading = ["--quantization", "int8", "--variant", "fp16"]
+    compare: Any = parse([*PLANNED, *loading])
+    for command in (compare._erase_command(compare._base(), Candidate("mse")), compare._evaluate_command()):
+        assert " ".join(loading) in command
+    assert main([*COMPARE[:-2], *SMALL, *loading, "--methods=full,lora"]) == cli.USAGE
+    assert "quantization 'int8' needs train_method 'lora'" in capsys.readouterr().err
+    assert main([*PLANNED, "--revision=main"]) == cli.USAGE
+    assert "revision goes with a hub id" in capsys.readouterr().err
 
 
 def test_a_pipeline_that_judges_itself_refuses_another_judge_by_its_title() -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import fdu
 from fdu import cli
 from fdu.models import parts
-from fdu.models.offloading import MARK, blocks_of, offload_blocks
+from fdu.models.offloading import MARK, blocks_of, drawable, offload_blocks
 from fdu.models.quantization import QuantizedLinear, quantization_of, quantize
 from fdu.storage.loading import check_quantization
 
@@ -259,6 +259,32 @@ def test_one_block_at_a_time_is_on_the_device() -> None:
     offloading.leave()
     count()
     assert found[-1] == 0
+
+
+def test_what_draws_beside_offloaded_blocks_comes_to_the_device(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A device without numbers stands for an accelerator: it shows where things go."""
+    pipeline = families.build("flux")
+    saved = fdu.erase(pipeline, "three", "eight", **FEW, **families.needed("flux")).save(tmp_path / "lora")
+    pipeline = families.build("flux")
+    offload_blocks(pipeline, "cpu")
+    vars(pipeline.transformer)[MARK].device = torch.device("meta")
+    moved: list[tuple[str, str]] = []
+    for name in ("vae", "text_encoder", "text_encoder_2"):
+        monkeypatch.setattr(getattr(pipeline, name), "to", lambda to, name=name: moved.append((name, str(to))))
+    monkeypatch.setattr(pipeline.transformer, "to", lambda to: pytest.fail("its blocks would follow"))
+    others = {"vae", "text_encoder", "text_encoder_2"}
+    with drawable(pipeline):
+        assert set(moved) == {(name, "meta") for name in others}
+    assert set(moved[3:]) == {(name, "cpu") for name in others}
+    monkeypatch.undo()
+    fdu.load_weights(pipeline, saved)
+    adapters = [one for name, one in pipeline.transformer.named_parameters() if "lora_" in name]
+    assert adapters and all(one.is_meta for one in adapters)
+    whole = families.build("flux")
+    with drawable(whole):
+        assert whole.vae.device.type == "cpu"
 
 
 def test_what_cannot_be_offloaded_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
