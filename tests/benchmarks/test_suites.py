@@ -242,7 +242,7 @@ def test_an_erasure_without_training_is_timed_and_kept(
 def test_an_evaluation_is_timed_and_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def draw(pipeline: Any, probes: list[fdu.Probe], images: int, *others: Any) -> fdu.Draws:
+    def draw(pipeline: Any, probes: list[fdu.Probe], images: int, *others: Any, **sampling: Any) -> fdu.Draws:
         assert len({probe.name for probe in probes}) == 10
         return fdu.Draws([torch.rand(images, 3, 32, 32) for _ in probes])
 
