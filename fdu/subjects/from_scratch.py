@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import tempfile
+from collections import Counter
+from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
 
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+from tokenizers import pre_tokenizers
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
@@ -22,23 +24,48 @@ def learn_tokenizer(corpus: list[str], max_length: int) -> CLIPTokenizer:
         corpus: prompts.
         max_length: the most tokens of a prompt, with start and end.
     """
-    learner = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
-    learner.normalizer = normalizers.Lowercase()
-    learner.pre_tokenizer = pre_tokenizers.Sequence(
+    splitter = pre_tokenizers.Sequence(
         [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
-    learner.train_from_iterator(
-        corpus, trainers.BpeTrainer(vocab_size=4096, end_of_word_suffix="</w>", show_progress=False)
-    )
-    merges = [tuple(merge) for merge in json.loads(learner.to_str())["model"]["merges"]]
-
+    merges = learn_merges(Counter(word for text in corpus for word, _ in splitter.pre_tokenize_str(text.lower())))
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokens = [*alphabet, *(letter + "</w>" for letter in alphabet), *("".join(merge) for merge in merges), START, END]
-    vocabulary = {token: index for index, token in enumerate(tokens)}
+    vocabulary = {token: index for index, token in enumerate(dict.fromkeys(tokens))}
     with tempfile.TemporaryDirectory() as folder:  # in the files of CLIP's published tokenizers
         (Path(folder) / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False))
         (Path(folder) / "merges.txt").write_text("#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in merges))
         return CLIPTokenizer.from_pretrained(folder, model_max_length=max_length)
+
+
+def learn_merges(words: Mapping[str, int]) -> list[tuple[str, str]]:
+    """The merges of byte-pair encoding that make every word one token, the most frequent pair first.
+
+    Of pairs that are equally frequent the first in the alphabet is merged. The trainer of the package tokenizers takes
+    any of them, so that two processes could disagree on the numbers of words.
+
+    Args:
+        words: how often each word occurs.
+
+    >>> learn_merges({"pig": 1, "pie": 1})
+    [('p', 'i'), ('pi', 'e</w>'), ('pi', 'g</w>')]
+    """
+    parts = {word: [*word[:-1], word[-1] + "</w>"] for word in words}
+    merges = []
+    while True:
+        counts: Counter[tuple[str, str]] = Counter()
+        for word, own in parts.items():
+            for pair in pairwise(own):
+                counts[pair] += words[word]
+        if not counts:
+            return merges
+        merge = min(counts, key=lambda pair: (-counts[pair], pair))
+        merges.append(merge)
+        for own in parts.values():
+            place = 0
+            while place < len(own) - 1:
+                if tuple(own[place : place + 2]) == merge:
+                    own[place : place + 2] = ["".join(merge)]
+                place += 1
 
 
 def build_text_encoder(tokenizer: CLIPTokenizer, width: int, deviation: float) -> CLIPTextModel:

@@ -27,6 +27,7 @@ from fdu.subjects.emoji import emoji_pipeline as emoji
 from fdu.subjects.emoji import objects, train_emoji
 from fdu.subjects.emoji.drawings import PACKAGES, fetch_packages, load_drawings, on_backgrounds, read_backgrounds
 from fdu.subjects.emoji.objects import ALL_THINGS, BACKGROUNDS, BY_NAME, NAMES, STYLES, SUPERCLASSES, THINGS
+from fdu.subjects.from_scratch import learn_tokenizer
 from fdu.subjects.registry import subject_of
 
 
@@ -59,6 +60,14 @@ def test_the_recorded_quality_holds_the_promise() -> None:
     assert all(
         f"{name} ({100 * shares[name]:.0f} %)" in told for name in ("animal", "tree", "fruit", "drink", "dessert")
     )
+
+
+def test_every_process_learns_the_same_tokenizer_with_a_token_for_every_word() -> None:
+    one, other = (learn_tokenizer(corpus, 20) for corpus in (objects.corpus(), objects.corpus()[::-1]))
+    assert one.get_vocab() == other.get_vocab() and max(one.get_vocab().values()) == len(one) - 1
+    words = {word for text in objects.corpus() for word in text.split()}
+    assert len({tuple(one(word).input_ids) for word in words}) == len(words)
+    assert all(len(one(word).input_ids) == 3 for word in words)  # with start and end
 
 
 @pytest.mark.slow
