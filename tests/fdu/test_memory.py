@@ -23,6 +23,8 @@ ERRORS = {"nf4": 0.15, "int8": 0.01, "fp8": 0.04}
 """The largest relative error of a weight of normal noise."""
 CHANGES = {"nf4": 0.6, "int8": 0.1, "fp8": 0.25}
 """The largest relative distance of what a LoRA changes in the outputs, from that of a LoRA over the whole weights."""
+BF16_CHANGE = 0.4
+"""The same of nf4 from bf16, as docs/usage.md states it."""
 UNETS = ("sd", "sd_v", "sdxl")
 
 
@@ -64,13 +66,20 @@ def test_a_quantized_layer_keeps_eight_bits_for_the_backward_pass(kind: str) -> 
     assert quantized.bfloat16().stored.itemsize == 1  # a cast of the model leaves it alone
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_lora_over_a_quantized_base_is_close_to_the_one_over_the_whole(kind: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "kind, dtype",
+    [
+        pytest.param("nf4", "bfloat16", marks=bare),
+        *(pytest.param(kind, "float32", marks=bare if kind == "nf4" else ()) for kind in ERRORS),
+    ],
+)
+def test_a_lora_over_a_quantized_base_is_close_to_the_one_over_the_whole(kind: str, dtype: str, tmp_path: Path) -> None:
     """Both are loaded over the whole weights, and compared by what they change in the outputs there."""
     settings = {**FEW, "max_train_steps": 20, "train_batch_size": 8, "num_latents": 16}
+    settings["mixed_precision"] = "bf16" if dtype == "bfloat16" else "no"
 
     def trained(quantization: str) -> tuple[Tensor, float]:
-        pipeline = fdu.load_pipeline("digits", quantization=quantization)
+        pipeline = fdu.load_pipeline("digits", dtype, quantization=quantization)
         assert quantization_of(pipeline) == quantization
         result = fdu.erase(pipeline, "three", "eight", seed=0, **settings)
         assert result.record()["quantization"] == quantization
@@ -88,7 +97,7 @@ def test_a_lora_over_a_quantized_base_is_close_to_the_one_over_the_whole(kind: s
 
     (plain, plain_end), (over, over_end) = trained("none"), trained(kind)
     distance = float((over - plain).norm() / plain.norm())
-    assert 0 < distance < CHANGES[kind]
+    assert 0 < distance < (CHANGES[kind] if dtype == "float32" else BF16_CHANGE)
     assert over_end == pytest.approx(plain_end, rel=0.25)
 
 
