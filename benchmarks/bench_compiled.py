@@ -28,6 +28,7 @@ from fdu_kernels import build
 from fdu_kernels.calls import ExpectationCall
 
 RECORD = records.HERE / "results" / "compiled.json"
+WITHOUT_CLUSTERS = "sm_80"
 NVIDIA = tuple(gpu for gpu, (maker, *_) in GPUS.items() if maker == "cuda")
 DTYPES = {"Float": torch.float32, "BFloat16": torch.bfloat16}
 REGISTER_FILE, REGISTER_STEP, MOST_THREADS = 65536, 8, 2048
@@ -41,6 +42,7 @@ class Loop:
     name: part of the kernel's mangled name, with {T} for the dtype.
     special: special functions per element; threads: of a block.
     wide: vectors of 16 bytes that one way round reads and writes; None: there is no loop.
+    held: elements that it writes, where it reads some from the shared memory; wide does not count.
     """
 
     title: str
@@ -48,6 +50,7 @@ class Loop:
     special: int
     wide: tuple[int, int] | None
     threads: int
+    held: int = 0
 
     @property
     def per_batch(self) -> bool:
@@ -61,6 +64,8 @@ CUDA_LOOPS = (
     Loop("density ratio, jensen_shannon", "KnownE3ELb1ENS0_5MixedE", 5, (2, 2), 128),
     Loop("density ratio, kl", "KnownE4ELb1ENS0_5MixedE", 2, (2, 2), 128),
     Loop("Gaussian, on chip", "gaussian_on_chipINS0_{T}ELb0ELi64E", 0, None, 512),
+    Loop("Gaussian, clusters in turns", "gaussian_in_clustersINS0_{T}ELb1E", 0, (0, 0), 512, held=64),
+    Loop("Gaussian, largest clusters", "gaussian_in_clustersINS0_{T}ELb0E", 0, None, 512),
     Loop("Gaussian, two passes: distance", "gaussian_sumsINS0_{T}ELb0E", 0, (8, 0), 256),
     Loop("Gaussian, two passes: gradient", "gaussian_gradientINS0_{T}ELb0E", 0, (8, 4), 256),
 )
@@ -83,6 +88,8 @@ def cuda_rows(kernels: Mapping[str, list[Code]]) -> Iterator[records.Row]:
     """A row per hot loop, architecture and dtype, of the kernels by architecture."""
     for gpu, codes in kernels.items():
         for loop in CUDA_LOOPS:
+            if gpu == WITHOUT_CLUSTERS and "in_clusters" in loop.name:
+                continue
             for dtype in DTYPES if "{T}" in loop.name else ("Float",):
                 (code,) = [one for one in codes if loop.name.format(T=MANGLED[dtype]) in one.name]
                 yield row_of("cuda", loop, gpu, DTYPES[dtype], code, 2)
@@ -126,7 +133,8 @@ def row_of(backend: str, loop: Loop, gpu: str, dtype: torch.dtype, code: Code, v
     if loop.wide is None:
         way = code.through()
     else:
-        wide = (vectors, vectors) if loop.per_batch else loop.wide
+        wide = (0, loop.held * dtype.itemsize // 16) if loop.held else loop.wide
+        wide = (vectors, vectors) if loop.per_batch else wide
         least = {load: wide[0], store: wide[1], SPECIAL: loop.special * wide[0] * 16 // dtype.itemsize}
         way = code.around({pattern: number for pattern, number in least.items() if number})
     loaded, stored = count(way, load), count(way, store)
@@ -139,7 +147,10 @@ def row_of(backend: str, loop: Loop, gpu: str, dtype: torch.dtype, code: Code, v
     }  # fmt: skip
     if nvidia:
         threads = blocks_at_once(code.registers, loop.threads) * loop.threads
-        ahead = vectors if loop.per_batch else loaded
+        # Without a loop the assembler decides how many loads come before arithmetic has to wait for them.
+        marks = ("l" if re.search(load, text) else " " if re.search("FADD|FFMA", text) else "" for text in way)
+        most = max(map(len, "".join(marks).split(" "))) if loop.wide is None else loaded
+        ahead = vectors if loop.per_batch else 2 * stored if loop.held else most
         row |= {"threads": threads, "in_flight": threads * 16 * ahead}
     return row
 

@@ -77,17 +77,16 @@ class Code:
                     heapq.heappush(queue, (length + 1, (to, now), place))
         return []
 
-    def after(self, mark: str) -> list[str]:
-        """What may be executed after an instruction of a pattern."""
+    def after(self, mark: str, once: bool = False) -> list[str]:
+        """What may be executed after an instruction of a pattern; once: without another turn of a loop."""
+        onward = [[to for to in ways if to > at or not once] for at, ways in enumerate(self.following)]
         seen: set[int] = set()
-        waiting = [
-            to for at, text in enumerate(self.instructions) if re.search(mark, text) for to in self.following[at]
-        ]
+        waiting = [to for at, text in enumerate(self.instructions) if re.search(mark, text) for to in onward[at]]
         while waiting:
             at = waiting.pop()
             if at not in seen:
                 seen.add(at)
-                waiting += self.following[at]
+                waiting += onward[at]
         return [self.instructions[at] for at in sorted(seen)]
 
     def through(self) -> list[str]:

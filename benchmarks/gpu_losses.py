@@ -43,8 +43,8 @@ CACHES, MOST_PAIRS = 4, 2048
 MOST_ROUNDS = 60
 ON_CHIP = {"cuda": 32_768, "triton": tuning.ON_CHIP_LIMIT["linear"]}
 """The largest sample that a block or program of a backend holds, in elements of one dtype."""
-CLUSTER, LEAST_WITH_CLUSTERS = 8, (9, 0)
-"""Blocks that hold a sample of CUDA together, and the first devices that can launch them so."""
+CLUSTER, LEAST_WITH_CLUSTERS = 32, (9, 0)
+"""How many times as much a cluster of blocks of CUDA holds, and the first devices that can launch one."""
 CLOCK_HZ = 2e9
 """The clock rate of a GPU, roughly."""
 LEADS = (3e-4, 2e-3)

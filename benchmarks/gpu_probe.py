@@ -2,8 +2,8 @@
 
 Compiles probe.cu with nvcc, runs it, and makes a row of each line that it prints: elements of a sample, elements per
 thread, threads per block, blocks per cluster, and whether blocks come to their barriers before ("early") or after they
-store the gradient. ``share`` is the share of the bandwidth of a copy. With ``--rehearsal`` it runs on the CPU, at toy
-size, by the tests' emulation.
+store the gradient ("late"), or early in clusters that fetch their next sample meanwhile ("ahead"). ``share`` is the
+share of the bandwidth of a copy. With ``--rehearsal`` it runs on the CPU, at toy size, by the tests' emulation.
 """
 
 from __future__ import annotations

@@ -42,11 +42,11 @@ from fdu_kernels.build import cache_folder  # noqa: E402
 RECORD, LOGS = "gpu_suite.json", "logs.tar.gz"
 SANITIZED = (
     "golden and le_cam or value_and_gradient and hellinger and 33 or strides and mixed and 5 "
-    "or clusters_and_tickets and (262144 or 300001)"
+    "or clusters_and_tickets and (262144 or 300001) or cuda and shared_memory and float32 and (40000 or 1000000)"
 )
 """One of each: tables and critics, one block per sample with any alignment, mixed layouts with a mask, clusters,
 samples of several blocks. Compute-sanitizer makes everything many times slower."""
-RACED = "cuda and clusters_and_tickets"
+RACED = "cuda and (clusters_and_tickets or shared_memory and float32 and (40000 or 1000000))"
 """The kernels whose blocks meet in shared memory or count who comes last."""
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 GRACE = 6.0

@@ -1,5 +1,6 @@
 // Times variants of the kernel that holds samples on chip: elements per thread, threads per block, blocks per cluster,
-// and blocks that come to their barriers before or after they store the gradient. Prints a line of JSON per variant.
+// blocks that come to their barriers before or after they store the gradient, and clusters that fetch their next sample
+// ahead. Prints a line of JSON per variant.
 //
 // gpu_probe.py compiles and runs it: probe MEGABYTES ROUNDS SIZE... A rehearsal compiles it for the host, with the
 // emulation of the tests.
@@ -25,7 +26,7 @@ namespace {
 void* room(size_t bytes, int filling) { return memset(std::malloc(bytes), filling, bytes); }
 void fetch(void* to, const void* from, size_t bytes) { memcpy(to, from, bytes); }
 void copy(void* to, const void* from, size_t bytes) { memcpy(to, from, bytes); }
-bool has_clusters() { return true; }
+Device this_device() { return {3, true, nullptr}; }
 
 template <class F>
 double microseconds(const F& run) {
@@ -48,10 +49,13 @@ void fetch(void* to, const void* from, size_t bytes) {
 void copy(void* to, const void* from, size_t bytes) {
     check(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToDevice, nullptr), "a copy");
 }
-bool has_clusters() {
+Device this_device() {
+    Device device{};
     int launches = 0;
+    check(cudaDeviceGetAttribute(&device.multiprocessors, cudaDevAttrMultiProcessorCount, 0), "the device");
     check(cudaDeviceGetAttribute(&launches, cudaDevAttrClusterLaunch, 0), "the device");
-    return launches;
+    device.clusters = launches;
+    return device;
 }
 
 template <class F>
@@ -140,37 +144,48 @@ bool is_right(const Memory& memory, const GaussianTask& task) {
            std::fabs(number(last) - slope) <= allowed;
 }
 
-template <class T, int elements, bool late>
+// When blocks come to their barriers; ahead: early, and in clusters that fetch their next sample meanwhile.
+enum class Arrival { early, late, ahead };
+
+template <class T, int elements, Arrival arrival>
 void time_variant(const Memory& memory, int64_t size, int cluster, int rounds) {
+    constexpr bool ahead = arrival == Arrival::ahead;
+    const Device device = this_device();
     GaussianTask task = task_of<T>(memory, size);
-    const int64_t threads = size / elements / cluster;
+    const int64_t threads = ahead ? chip_threads : size / elements / cluster, most = threads * elements * cluster;
     if (threads < 2 * warp_size || threads > chip_threads || threads % warp_size) return;
-    if (threads * elements * cluster != size) return;
+    if (ahead ? !device.clusters || size > most || (cluster > 1 && 2 * size < most) : size != most) return;
+    GaussianKernel kernel = gaussian_on_chip<T, false, elements, arrival == Arrival::late>;
+    if (ahead) kernel = gaussian_in_clusters<T, true>;
+    const int room = ahead ? cluster_room<T, true> : 0;
+    const int64_t clusters = at_once(0, device, reinterpret_cast<const void*>(kernel), int(threads), cluster, room);
+    if (clusters == 0) return;
     task.warps = int(threads / warp_size);
     task.parts = cluster;
-    task.finishers = unsigned(task.batch);
-    const GaussianKernel kernel = gaussian_on_chip<T, false, elements, late>;
-    if (cluster > 1 && !takes_clusters(0, reinterpret_cast<const void*>(kernel), int(threads), cluster)) return;
+    task.finishers = unsigned(ahead ? std::min(task.batch, clusters) : task.batch);
     copy(memory.grad, memory.pred, memory.bytes);  // what an earlier variant wrote must not count
     copy(memory.value, memory.pred, 4);
-    const double taken =
-        shortest(rounds, [&] { launch(kernel, task.batch * cluster, int(threads), cluster, nullptr, task); });
+    const double taken = shortest(rounds, [&] {
+        launch(kernel, int64_t(task.finishers) * cluster, int(threads), cluster, nullptr, task, room);
+    });
+    constexpr const char* names[] = {"early", "late", "ahead"};
     std::printf("{\"dtype\": \"%s\", \"size\": %lld, \"elements\": %d, \"threads\": %d, \"cluster\": %d, "
                 "\"arrival\": \"%s\", \"us\": %.3f, \"right\": %s}\n",
                 T::type == Type::float32 ? "float32" : "bfloat16", static_cast<long long>(size), elements, int(threads),
-                cluster, late ? "late" : "early", taken, is_right<T>(memory, task) ? "true" : "false");
+                cluster, names[int(arrival)], taken, is_right<T>(memory, task) ? "true" : "false");
     std::fflush(stdout);
 }
 
 template <class T>
 void time_variants(const Memory& memory, int64_t size, int rounds) {
-    for (int cluster = 1; cluster <= (has_clusters() ? most_cluster : 1); cluster *= 2) {
-        time_variant<T, 16, false>(memory, size, cluster, rounds);
-        time_variant<T, 16, true>(memory, size, cluster, rounds);
-        time_variant<T, 32, false>(memory, size, cluster, rounds);
-        time_variant<T, 32, true>(memory, size, cluster, rounds);
-        time_variant<T, 64, false>(memory, size, cluster, rounds);
-        time_variant<T, 64, true>(memory, size, cluster, rounds);
+    for (int cluster = 1; cluster <= (this_device().clusters ? most_cluster : 1); cluster *= 2) {
+        time_variant<T, 16, Arrival::early>(memory, size, cluster, rounds);
+        time_variant<T, 16, Arrival::late>(memory, size, cluster, rounds);
+        time_variant<T, 32, Arrival::early>(memory, size, cluster, rounds);
+        time_variant<T, 32, Arrival::late>(memory, size, cluster, rounds);
+        time_variant<T, 64, Arrival::early>(memory, size, cluster, rounds);
+        time_variant<T, 64, Arrival::late>(memory, size, cluster, rounds);
+        time_variant<T, 64, Arrival::ahead>(memory, size, cluster, rounds);
     }
 }
 

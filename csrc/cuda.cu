@@ -38,15 +38,6 @@ GaussianKernel on_chip_kernel(int elements) {
     return gaussian_on_chip<T, masked, most>;
 }
 
-GaussianKernel on_chip_kernel_for(const GaussianTask& task, Access access, int elements) {
-    GaussianKernel chosen = nullptr;
-    with_type(task.pred.type, access, [&](auto element) {
-        using T = decltype(element);
-        chosen = task.mask.data ? on_chip_kernel<T, true>(elements) : on_chip_kernel<T, false>(elements);
-    });
-    return chosen;
-}
-
 // One block a part of a sample, or a warp a sample; what is launched beside the grid is the same for all kernels.
 void launch_blocks(GaussianKernel kernel, GaussianTask& task, int cluster, const Device& device, void* stream) {
     const int64_t samples = task.warps == 1 ? samples_of_block(task.batch, device.multiprocessors) : 1;
@@ -55,9 +46,47 @@ void launch_blocks(GaussianKernel kernel, GaussianTask& task, int cluster, const
     launch(kernel, blocks, int(samples) * task.warps * warp_size, cluster, stream, task);
 }
 
+// One launch for losses and gradients, where a sample fits on chip; else false, and nothing is launched.
+template <class T>
+bool launch_on_chip(GaussianTask& task, bool with_clusters, int index, void* stream) {
+    constexpr int n = T::lanes;
+    const Device& device = device_of(index);
+    const bool masked = task.mask.data;
+    const bool whole = !std::is_same_v<T, Mixed> && !masked && task.size % n == 0 && shift_of(task.pred, n) == 0 &&
+                       task.pred.batch_stride % n == 0;
+    const OnChip place = on_chip(task.size, task.batch, n, held<T>, device.multiprocessors, with_clusters, whole);
+    if (!place.elements) return false;
+    task.warps = place.warps;
+    task.parts = place.parts;
+    if constexpr (!std::is_same_v<T, Mixed>) {
+        const auto launch_clusters = [&](GaussianKernel kernel, int room, bool in_turns) {
+            const int64_t most = at_once(index, kernel, chip_threads, place.parts, room);
+            if (most == 0) return false;
+            task.warps = chip_threads / warp_size;
+            task.finishers = unsigned(in_turns ? std::min(most, task.batch) : task.batch);
+            launch(kernel, task.finishers * int64_t(place.parts), chip_threads, place.parts, stream, task, room);
+            return true;
+        };
+        if (place.elements > held<T>.most) {
+            return launch_clusters(gaussian_in_clusters<T, false>, cluster_room<T, false>, false);
+        }
+        // Also of few samples: what is fetched needs no registers while it is under way.
+        if (place.elements == held<T>.most && whole && with_clusters &&
+            launch_clusters(gaussian_in_clusters<T, true>, cluster_room<T, true>, true)) {
+            return true;
+        }
+    }
+    const GaussianKernel kernel = masked ? on_chip_kernel<T, true>(place.elements) : on_chip_kernel<T, false>(place.elements);
+    task.warps = place.warps;
+    // A share of a device (MIG, MPS) may have no room for a cluster.
+    if (place.parts > 1 && !at_once(index, kernel, chip_threads, place.parts)) return false;
+    launch_blocks(kernel, task, place.parts, device, stream);
+    return true;
+}
+
 void launch_walk(bool gradient, GaussianTask& task, Access access, int index, void* stream) {
     const GaussianKernel kernel = walking_kernel(gradient, task, access);
-    const int64_t resident = resident_blocks(index, kernel, stream_threads);
+    const int64_t resident = at_once(index, kernel, stream_threads);
     const Walk shared = walk(task.size, task.batch, elements_of(access, task.pred.type), resident);
     task.warps = shared.warps;
     task.parts = shared.parts;
@@ -106,23 +135,15 @@ bool gaussian(const GaussianCall& call, const Context& context) {
     task.partials = workspace.partials;
     task.losses = workspace.losses;
 
-    OnChip place{};
-    GaussianKernel kernel = nullptr;
-    const auto hold = [&](bool clusters) {
+    task.tickets = tickets_for(context, index, workspace, ticket_count);
+    if (of.grad) {
+        bool launched = false;
         with_type(task.pred.type, access, [&](auto element) {
             using T = decltype(element);
-            place = on_chip(task.size, task.batch, T::lanes, held<T>, device.multiprocessors, clusters);
+            launched = launch_on_chip<T>(task, device.clusters, index, context.stream) ||
+                       (device.clusters && launch_on_chip<T>(task, false, index, context.stream));
         });
-        if (place.elements) kernel = on_chip_kernel_for(task, access, place.elements);
-    };
-    if (of.grad) hold(device.clusters);
-    if (place.parts > 1 && !takes_clusters(index, reinterpret_cast<const void*>(kernel), chip_threads, place.parts)) hold(false);
-    task.tickets = tickets_for(context, index, workspace, place.elements ? 1 : ticket_count);
-    if (place.elements) {
-        task.warps = place.warps;
-        task.parts = place.parts;
-        launch_blocks(kernel, task, place.parts, device, context.stream);
-        return true;
+        if (launched) return true;
     }
     task.scaled_coefficient = of.grad ? workspace.coefficients : nullptr;
     launch_walk(false, task, access, index, context.stream);

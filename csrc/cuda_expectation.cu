@@ -59,7 +59,7 @@ bool expectation(const ExpectationCall& call, const Context& context) {
     const ElementKernel kernel = choose(known_of(task.function), task.v.type, of.grad);
     // Even of no elements the sum is written.
     const int64_t steps = std::max<int64_t>(divide_up(task.size, int64_t(8) * element_threads), 1);
-    const int64_t blocks = std::min(steps, wave(resident_blocks(index, kernel, element_threads)));
+    const int64_t blocks = std::min(steps, wave(at_once(index, kernel, element_threads)));
     launch(kernel, blocks, element_threads, 1, context.stream, task);
     return true;
 }

@@ -163,9 +163,11 @@ struct Group {
 };
 
 // From the sums of the threads of a block to the coefficients of its samples, in shared.coefficients. `clustered`: the
-// blocks of a sample are a cluster; `several`: a block may have several samples; `writes`: it is this block that does.
+// blocks of a sample are a cluster; `several`: a block may have several samples; `writes`: it is this block that does;
+// `turn`: of the block, in which others of its cluster may still read what it left in the one before.
 template <bool masked, bool clustered, bool several>
-FDU_DEVICE void finish_block(const GaussianTask& task, const Group& group, Sums sums, SharedSums& shared, bool writes) {
+FDU_DEVICE void finish_block(
+    const GaussianTask& task, const Group& group, Sums sums, SharedSums& shared, bool writes, int turn = 0) {
     const int warp = thread_index() / warp_size, lane = thread_index() % warp_size, warps = block_threads() / warp_size;
     sums = warp_sum<masked>(sums);
     if (lane == 0) shared.warps[warp] = sums;
@@ -180,11 +182,11 @@ FDU_DEVICE void finish_block(const GaussianTask& task, const Group& group, Sums 
     }
     if (warp == 0) {
         sums = warp_sum<masked>(lane < warps ? shared.warps[lane] : Sums{});
-        if (clustered && lane == 0) shared.block = sums;
+        if (clustered && lane == 0) shared.block[turn % 2] = sums;
     }
     if (clustered && task.parts > 1) {
         sync_cluster();
-        if (warp == 0) sums = warp_sum<masked>(lane < task.parts ? of_rank(shared.block, lane) : Sums{});
+        if (warp == 0) sums = warp_sum<masked>(lane < task.parts ? of_rank(shared.block[turn % 2], lane) : Sums{});
     }
     if (warp == 0) {
         const float coefficient = finish_sample<true>(task, group.sample, sums, writes && lane == 0);
@@ -273,6 +275,105 @@ FDU_KERNEL gaussian_on_chip(FDU_TASK(GaussianTask) task) {
     }
     if (late) last = arrive();
     if (group.part == 0) reduce_losses(task, last, shared);
+    // Shared memory stays until all have read it.
+    if (task.parts > 1) wait_for_cluster();
+}
+
+// As gaussian_on_chip, of samples of whole vectors, by clusters that make use of their shared memory. `in_turns`: they take
+// one sample after another, and while one is summed up and stored, most of the next is on its way there. Else a sample may
+// be twice as large. Either way differences that find no room in registers wait there for their coefficient.
+template <class T, bool in_turns>
+FDU_KERNEL gaussian_in_clusters(FDU_TASK(GaussianTask) task) {
+    constexpr int n = T::lanes, kept = kept_vectors<T>, rounds = cluster_elements<T, in_turns> / n;
+    constexpr int step = 16 * chip_threads;
+    if (!launches_clusters) return;
+    SharedTurns& shared = block_shared<SharedTurns>();
+    char *const room = block_room(), *const waiting = room + (in_turns ? 2 * kept * step : 0);
+    Group group(task, block_index());
+    const int64_t clusters = grid_blocks() / task.parts;
+    // The vectors of a sample that are this block's follow each other.
+    const int all = int(task.size / n), each = (all + task.parts - 1) / task.parts, first = group.part * each;
+    const int bytes = 16 * (all - first < each ? all - first : each), mine = 16 * thread_index();
+    const auto place_in = [&](const Operand& operand, int64_t sample) {
+        return operand.data + 16 / n * sample * operand.batch_stride + 16 * int64_t(first);
+    };
+    const auto fetch_from = [&](int64_t sample) {
+        if (thread_index() != 0) return;
+        const char *pred = place_in(task.pred, sample), *target = place_in(task.target, sample);
+        fetch(shared.fetched, bytes < kept * step ? bytes : kept * step, room, pred, room + kept * step, target);
+    };
+    const auto has = [&](int r) { return mine + r * step < bytes; };
+    // Four of the differences that wait.
+    const auto waiting_at = [&](int r, int i) { return waiting + mine + ((r - kept) * (n / 4) + i / 4) * step; };
+
+    if (in_turns) {
+        if (thread_index() == 0) make_ready(shared.fetched);
+        sync_block();
+        fetch_from(group.sample);
+    }
+    bool last = false;
+    for (int turn = 0; group.sample < task.batch; ++turn, group.sample += clusters) {
+        float differences[kept][n];
+        Accumulator<n> accumulator;
+        const auto subtract = [&](const Words<4>& pred, const Words<4>& target, float (&difference)[n]) {
+            float other[n];
+            unpack<n>(pred, T::type, difference);
+            unpack<n>(target, T::type, other);
+#pragma unroll
+            for (int i = 0; i < n; ++i) difference[i] -= other[i];
+            accumulator.template add<false>(difference, other);
+        };
+        const char *pred = place_in(task.pred, group.sample), *target = place_in(task.target, group.sample);
+        const auto load = [&](int r, const char* from) {
+            return has(r) ? load_words<4>(from + mine + r * step) : Words<4>{};
+        };
+#pragma unroll
+        for (int r = kept; r < rounds; ++r) {
+            float difference[n];
+            subtract(load(r, pred), load(r, target), difference);
+#pragma unroll
+            for (int i = 0; i < n; i += 4) memcpy(waiting_at(r, i), difference + i, 16);
+        }
+        if (in_turns) wait_for(shared.fetched, turn);
+#pragma unroll
+        for (int r = 0; r < kept; ++r) {
+            const auto fetched = [&](const char* from) {
+                return has(r) ? *reinterpret_cast<const Words<4>*>(from + mine + r * step) : Words<4>{};
+            };
+            if (in_turns) {
+                subtract(fetched(room), fetched(room + kept * step), differences[r]);
+            } else {
+                subtract(load(r, pred), load(r, target), differences[r]);
+            }
+        }
+        const bool goes_on = in_turns && group.sample + clusters < task.batch;
+        if (goes_on) {
+            sync_block();  // all have read what was fetched
+            fetch_from(group.sample + clusters);
+        }
+        finish_block<false, true, false>(task, group, accumulator.sums(), shared.sums, group.part == 0, turn);
+        if (!goes_on) {
+            if (task.parts > 1) arrive_in_cluster();
+            last = group.part == 0 && arrives_last(task);
+        }
+        const float coefficient = shared.sums.coefficients[0];
+        char* const grad = place_in(task.grad, group.sample) + mine;
+#pragma unroll
+        for (int r = 0; r < rounds; ++r) {
+            if (!has(r)) break;
+            float difference[n];
+#pragma unroll
+            for (int i = 0; i < n; i += 4) {
+                const void* const held = r < kept ? static_cast<void*>(differences[r % kept] + i) : waiting_at(r, i);
+                memcpy(difference + i, held, 16);
+            }
+#pragma unroll
+            for (int i = 0; i < n; ++i) difference[i] *= coefficient;
+            store_vector(grad + r * step, T::type, 0, difference);
+        }
+        if (!in_turns) break;
+    }
+    if (group.part == 0) reduce_losses(task, last, shared.sums);
     // Shared memory stays until all have read it.
     if (task.parts > 1) wait_for_cluster();
 }

@@ -51,8 +51,8 @@ const Device& device_of(int index);
 unsigned* tickets_for(const Context& context, int index, const Workspace& workspace, int64_t used);
 
 template <class Kernel>
-int64_t resident_blocks(int index, Kernel kernel, int threads) {
-    return resident_blocks(index, device_of(index), reinterpret_cast<const void*>(kernel), threads);
+int64_t at_once(int index, Kernel kernel, int threads, int cluster = 1, int room = 0) {
+    return at_once(index, device_of(index), reinterpret_cast<const void*>(kernel), threads, cluster, room);
 }
 
 }  // namespace fdu::cuda

@@ -72,7 +72,61 @@ FDU_DEVICE T& block_shared() {
     return memory;
 }
 
+// Bytes on their way to the shared memory of a block, one time after the other. Only for launches that may have clusters.
+struct Fetched {
+    uint64_t barrier;
+};
+FDU_DEVICE unsigned shared_address(const void* of) { return unsigned(__cvta_generic_to_shared(of)); }
+
+// By one thread, before others use it.
+FDU_DEVICE void make_ready(Fetched& fetched) {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(&fetched.barrier)) : "memory");
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+#endif
+}
+
+// By one thread, when all have read what was fetched before: as many bytes, a multiple of 16, from either place.
+FDU_DEVICE void fetch(Fetched& fetched, int bytes, void* to, const void* from, void* other_to, const void* other_from) {
+#if __CUDA_ARCH__ >= 900
+    const unsigned barrier = shared_address(&fetched.barrier);
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(2 * bytes) : "memory");
+    const auto copy = [&](void* to, const void* from) {
+        asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+                         shared_address(to)),
+                     "l"(__cvta_generic_to_global(from)), "r"(bytes), "r"(barrier)
+                     : "memory");
+    };
+    copy(to, from);
+    copy(other_to, other_from);
+#endif
+}
+
+// Until what was fetched the `turn`-th time, from 0 on, is there. By every thread that reads it.
+FDU_DEVICE void wait_for(Fetched& fetched, int turn) {
+#if __CUDA_ARCH__ >= 900
+    unsigned there = 0;
+    while (!there) {
+        asm volatile("{ .reg .pred done; mbarrier.try_wait.parity.shared::cta.b64 done, [%1], %2; selp.u32 %0, 1, 0, done; }"
+                     : "=r"(there)
+                     : "r"(shared_address(&fetched.barrier)), "r"(turn % 2)
+                     : "memory");
+    }
+#endif
+}
+
+// What a launch has added to the shared memory of a block.
+FDU_DEVICE char* block_room() {
+    extern __shared__ uint4 room[];
+    return reinterpret_cast<char*>(room);
+}
+
 // Code for architectures before 9.0 is never launched with a cluster.
+#if defined(__CUDA_ARCH__)
+constexpr bool launches_clusters = __CUDA_ARCH__ >= 900;
+#else
+constexpr bool launches_clusters = true;
+#endif
 FDU_DEVICE void sync_cluster() {
 #if __CUDA_ARCH__ >= 900
     cooperative_groups::this_cluster().sync();
@@ -193,28 +247,6 @@ const Device& known_device(int index, const void* kernel, const Tickets& tickets
     return known[index];
 }
 
-// Whether the current device has room for a cluster of blocks of a kernel, asked once: a share of it (MIG, MPS) may have none.
-inline bool takes_clusters(int index, const void* kernel, int threads, int cluster) {
-    static std::mutex mutex;
-    static std::map<std::tuple<int, const void*, int, int>, bool> known;
-    const std::lock_guard<std::mutex> locked(mutex);
-    const auto [place, fresh] = known.try_emplace({index, kernel, threads, cluster}, false);
-    if (fresh) {
-        cudaLaunchAttribute attribute{};
-        attribute.id = cudaLaunchAttributeClusterDimension;
-        attribute.val.clusterDim = {unsigned(cluster), 1, 1};
-        cudaLaunchConfig_t configuration{};
-        configuration.gridDim = dim3(unsigned(cluster));
-        configuration.blockDim = dim3(unsigned(threads));
-        configuration.attrs = &attribute;
-        configuration.numAttrs = 1;
-        int count = 0;
-        place->second = cudaOccupancyMaxActiveClusters(&count, kernel, &configuration) == cudaSuccess && count > 0;
-        cudaGetLastError();  // a refusal is an answer
-    }
-    return place->second;
-}
-
 inline bool is_capturing(void* stream) {
     cudaStreamCaptureStatus status;
     check(cudaStreamIsCapturing(static_cast<cudaStream_t>(stream), &status), "cudaStreamIsCapturing");
@@ -225,37 +257,58 @@ inline void fill_with_zeros(void* data, size_t bytes, void* stream) {
     check(cudaMemsetAsync(data, 0, bytes, static_cast<cudaStream_t>(stream)), "cudaMemsetAsync");
 }
 
-// Blocks of a kernel that the current device, of this index, can have under way at once. Looked at once a kernel.
-inline int64_t resident_blocks(int index, const Device& device, const void* kernel, int threads) {
-    static std::mutex mutex;
-    static std::map<std::tuple<int, const void*, int>, int> known;
-    const std::lock_guard<std::mutex> locked(mutex);
-    const auto [place, is_new] = known.try_emplace({index, kernel, threads}, 1);
-    if (is_new) {
-        int blocks = 0;
-        check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, threads, 0), "the occupancy of a kernel");
-        if (blocks > 0) place->second = blocks;
+// How a kernel is launched; room: bytes that are added to the shared memory of a block.
+struct Configuration {
+    cudaLaunchAttribute attribute{};
+    cudaLaunchConfig_t of{};
+
+    Configuration(int64_t blocks, int threads, int cluster, int room) {
+        of.gridDim = dim3(unsigned(blocks));
+        of.blockDim = dim3(unsigned(threads));
+        of.dynamicSmemBytes = size_t(room);
+        attribute.id = cudaLaunchAttributeClusterDimension;
+        attribute.val.clusterDim = {unsigned(cluster), 1, 1};
+        of.attrs = &attribute;
+        of.numAttrs = cluster > 1;
     }
-    return int64_t(place->second) * device.multiprocessors;
+    Configuration(const Configuration&) = delete;
+};
+
+// Clusters of blocks of a kernel that the current device, of this index, can have under way at once, or blocks where a
+// cluster is one. 0 where it has no room for any, as a share of a device (MIG, MPS). Asked once.
+inline int64_t at_once(int index, const Device& device, const void* kernel, int threads, int cluster, int room) {
+    static std::mutex mutex;
+    static std::map<std::tuple<int, const void*, int, int, int>, int64_t> known;
+    const std::lock_guard<std::mutex> locked(mutex);
+    const auto [place, fresh] = known.try_emplace({index, kernel, threads, cluster, room}, 0);
+    if (fresh) {
+        int count = 0;
+        cudaError_t error = cudaSuccess;
+        if (room) error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, room);
+        if (cluster > 8 && error == cudaSuccess) {
+            error = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+        }
+        if (error == cudaSuccess && cluster > 1) {
+            const Configuration configuration(cluster, threads, cluster, room);
+            error = cudaOccupancyMaxActiveClusters(&count, kernel, &configuration.of);
+        } else if (error == cudaSuccess) {
+            error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&count, kernel, threads, size_t(room));
+            count *= device.multiprocessors;
+        }
+        if (error == cudaSuccess) place->second = count;
+        cudaGetLastError();  // a refusal is an answer
+    }
+    return place->second;
 }
 
 template <class Task>
-void launch(void (*kernel)(Task), int64_t blocks, int threads, int cluster, void* stream, const Task& task) {
+void launch(void (*kernel)(Task), int64_t blocks, int threads, int cluster, void* stream, const Task& task, int room = 0) {
     if (blocks == 0) return;
     if (blocks > 0x7fffffff) throw std::invalid_argument("fdu_kernels: more samples than a grid has blocks");
-    cudaLaunchConfig_t configuration{};
-    configuration.gridDim = dim3(unsigned(blocks));
-    configuration.blockDim = dim3(unsigned(threads));
-    configuration.stream = static_cast<cudaStream_t>(stream);
-    cudaLaunchAttribute attribute{};
-    if (cluster > 1) {
-        attribute.id = cudaLaunchAttributeClusterDimension;
-        attribute.val.clusterDim = {unsigned(cluster), 1, 1};
-        configuration.attrs = &attribute;
-        configuration.numAttrs = 1;
-    }
+    Configuration configuration(blocks, threads, cluster, room);
+    configuration.of.stream = static_cast<cudaStream_t>(stream);
     void* arguments[] = {const_cast<Task*>(&task)};
-    check(cudaLaunchKernelExC(&configuration, reinterpret_cast<const void*>(kernel), arguments), "launch of a kernel");
+    check(cudaLaunchKernelExC(&configuration.of, reinterpret_cast<const void*>(kernel), arguments), "launch of a kernel");
 }
 
 }  // namespace fdu::cuda

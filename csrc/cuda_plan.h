@@ -117,7 +117,7 @@ inline bool plan(const Expectation& of, ElementTask& task) {
 
 // Blocks of a launch in which many blocks share the work: as many as the device has under way at once, and no more than
 // there are places for partial sums.
-inline int64_t wave(int64_t resident) { return std::min<int64_t>(resident, most_parts); }
+inline int64_t wave(int64_t resident) { return std::clamp<int64_t>(resident, 1, most_parts); }
 
 // How a sample is held on chip.
 struct OnChip {
@@ -126,16 +126,20 @@ struct OnChip {
     int parts;     // blocks that share a sample, as a cluster
 };
 
-constexpr int most_cluster = 8, small_part = 2048;
+// A cluster of more than 8 blocks finds room on some devices only; they may make use of it for the largest samples.
+constexpr int most_cluster = 8, largest_cluster = 16, small_part = 2048;
 
-// elements is 0 where it does not fit.
-inline OnChip on_chip(int64_t size, int64_t batch, int64_t vector, Held held, int multiprocessors, bool clusters) {
+// elements is 0 where it does not fit. whole: of whole vectors without a mask, of which clusters may hold twice as much.
+inline OnChip on_chip(
+    int64_t size, int64_t batch, int64_t vector, Held held, int multiprocessors, bool clusters, bool whole) {
     if (size <= held.warp * warp_size) return {size <= held.fewest * warp_size ? held.fewest : held.warp, 1, 1};
     const int64_t block_most = int64_t(held.most) * chip_threads;
     int parts = 1;
-    while (size > parts * block_most) {
-        if (!clusters || parts == most_cluster) return {0, 0, 0};
-        parts *= 2;
+    while (size > parts * block_most && parts < most_cluster && clusters) parts *= 2;
+    if (size > parts * block_most) {
+        const int blocks = size > 2 * block_most * most_cluster ? largest_cluster : most_cluster;
+        if (!clusters || !whole || size > 2 * block_most * blocks) return {0, 0, 0};
+        return {2 * held.most, chip_threads / warp_size, blocks};
     }
     // Where a batch would leave multiprocessors idle, more of them share a sample.
     while (clusters && parts < most_cluster && 2 * batch * parts <= multiprocessors && size > int64_t(parts) * small_part) {

@@ -21,10 +21,15 @@ constexpr int most_warps = 32;
 
 struct SharedSums {
     Sums warps[most_warps];
-    Sums block;
+    Sums block[2];  // in turns
     float coefficients[most_warps];
     double numbers[most_warps];
     bool last;
+};
+
+struct SharedTurns {
+    SharedSums sums;
+    Fetched fetched;
 };
 
 // Of all threads of the block, in its first warp.

@@ -52,6 +52,16 @@ template <class T>
 constexpr Held held = {8, 16, 64};
 template <>
 inline constexpr Held held<Mixed> = {32, 32, 32};
+// In clusters that make use of their shared memory, where they take one sample after another or else: elements that a
+// thread holds; vectors of differences in its registers, beside all that lasts from turn to turn; and bytes of a block, for
+// the other differences and for as many vectors of the next sample's pred and target.
+template <class T, bool in_turns>
+constexpr int cluster_elements = (in_turns ? 1 : 2) * held<T>.most;
+template <class T>
+constexpr int kept_vectors = held<T>.most / T::lanes * 3 / 4;
+template <class T, bool in_turns>
+constexpr int cluster_room = chip_threads * (4 * (cluster_elements<T, in_turns> - T::lanes * kept_vectors<T>) +
+                                             (in_turns ? 32 * kept_vectors<T> : 0));
 
 // Division of numbers below 2^63 by one that is known at the launch, as a multiplication.
 struct Divisor {

@@ -131,4 +131,5 @@ def test_variants_are_probed(tmp_path: Path) -> None:
     for dtype in ("float32", "bfloat16"):
         for arrival in ("early", "late"):
             assert {(dtype, 64, 64, 1, arrival), (dtype, 16, 64, 4, arrival)} <= found
+        assert (dtype, 64, 512, 1, "ahead") in found
     assert len(found) == len(rows) - 1 and all(row["share"] > 0 for row in rows[1:])

@@ -50,6 +50,9 @@ def test_all_sections_fit_into_nine_minutes() -> None:
     assert len(set(names)) == len(names) and set(names) - set(rehearsed) == set(gpu_suite.ON_A_GPU)
 
 
+TESTS_OF_BARRIERS = ("clusters_and_tickets", "shared_memory")
+
+
 def collected(section: gpu_suite.Section) -> list[str]:
     """The tests that a section would run."""
     chosen: list[str] = []
@@ -83,8 +86,9 @@ def test_the_sanitizers_see_every_way_through_the_kernels(monkeypatch: pytest.Mo
     for name, backend in itertools.product(wanted, ("triton", "cuda")):
         ours = [node for node in chosen if name.format(backend) in node and backend in node]
         assert ours, f"no {name} of {backend} in {chosen}"
-    assert len(chosen) <= 16
-    assert len(raced) == 4 and all("test_clusters_and_tickets[cuda-" in node for node in raced)
+    assert len(chosen) <= 18
+    clusters, shared = ([node for node in raced if f"test_{name}[cuda-" in node] for name in TESTS_OF_BARRIERS)
+    assert len(clusters) == 4 and len(shared) == 2 and len(raced) == 6 and set(shared) <= set(chosen)
 
 
 def test_each_backend_has_a_section_of_all_its_tests(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -477,7 +481,7 @@ def test_passes_are_those_that_the_plans_make(clusters: bool, monkeypatch: pytes
         on_chip = emulated_cuda.load().on_chip
     except build.BuildError as error:
         pytest.skip(str(error))
-    for size in (4096, 16384, 32768, 32772, 65536, 262144, 262148, 2**20):
+    for size in (4096, 16384, 32768, 32772, 65536, 262144, 262148, 2**20, 2**20 + 4):
         task = gpu_losses.Task("gaussian", "float32", (7, size))
         cuda = on_chip(size, 7, False, 4, 132, clusters)[0] > 0
         triton = tuning.on_chip(size, "linear", True, False) is not None

@@ -21,7 +21,8 @@ PYBIND11_MODULE(cuda_emulation, module) {
     module.def("tickets", [] { return py::memoryview::from_memory(ticket_memory, sizeof ticket_memory); });
     module.def("divide", [](int64_t number, int64_t by) { return divide(number, divisor_of(uint64_t(by))); });
     module.def("on_chip", [](int64_t size, int64_t batch, bool mixed, int64_t vector, int multiprocessors, bool clusters) {
-        const OnChip place = on_chip(size, batch, vector, mixed ? held<Mixed> : held<Half>, multiprocessors, clusters);
+        const Held most = mixed ? held<Mixed> : held<Half>;
+        const OnChip place = on_chip(size, batch, vector, most, multiprocessors, clusters, !mixed && size % vector == 0);
         return py::make_tuple(place.elements, place.warps, place.parts);
     });
     module.def("walk", [](int64_t size, int64_t batch, int64_t vector, int64_t resident) {

@@ -57,7 +57,7 @@ struct Emulated {
     int multiprocessors = 3;
     bool clusters = true, capturing = false, backwards = false;
     int64_t launches = 0, wide_accesses = 0, narrow_loads = 0;
-    int largest_cluster = 8;  // that there is room for
+    int largest_cluster = 16;  // that there is room for
 };
 inline Emulated emulated;
 
@@ -75,7 +75,7 @@ struct Block {
     int64_t index, blocks;
     int threads, rank, done = 0;
     Cluster* cluster;
-    std::vector<char> shared;
+    std::vector<char> shared, room;
     Barrier barrier;
     std::vector<Barrier> warps;
     std::vector<double> slots;  // two a thread, for shuffles in turn
@@ -183,6 +183,48 @@ const T& of_rank(T& shared, int rank) {
         block.cluster->shared[size_t(rank)] + (reinterpret_cast<char*>(&shared) - block.shared.data()));
 }
 
+inline void require_aligned(const void* address, size_t bytes) {
+    if (reinterpret_cast<uintptr_t>(address) % bytes == 0) return;
+    std::fprintf(stderr, "an access of %zu bytes at an address that is no multiple\n", bytes);
+    std::abort();
+}
+constexpr bool launches_clusters = true;
+inline char* block_room() { return fiber->block->room.data(); }
+
+// Bytes that land as late as they may: when somebody waits for them. Until then NaN stands in their place.
+struct Fetched {
+    int turn, under_way, bytes;
+    void* to[2];
+    const void* from[2];
+};
+inline void make_ready(Fetched& fetched) {
+    fetched.turn = -1;
+    fetched.under_way = 0;
+}
+inline void fetch(Fetched& fetched, int bytes, void* to, const void* from, void* other_to, const void* other_from) {
+    if (fetched.under_way) {
+        std::fprintf(stderr, "a fetch before the last one was waited for\n");
+        std::abort();
+    }
+    fetched = {fetched.turn + 1, 1, bytes, {to, other_to}, {from, other_from}};
+    for (int i = 0; i < 2; ++i) {
+        require_aligned(fetched.to[i], 16);
+        require_aligned(fetched.from[i], 16);
+        require_aligned(reinterpret_cast<void*>(intptr_t(bytes)), 16);
+        memset(fetched.to[i], 0xff, size_t(bytes));
+        emulated.wide_accesses += bytes / 16;
+    }
+}
+inline void wait_for(Fetched& fetched, int turn) {
+    for (int times = 0; fetched.turn < turn && times < 1000; ++times) pause();  // until the thread that fetches has come
+    if (fetched.turn != turn) {
+        std::fprintf(stderr, "what is waited for was not fetched, or something else after it\n");
+        std::abort();
+    }
+    for (int i = 0; i < 2 && fetched.under_way; ++i) memcpy(fetched.to[i], fetched.from[i], size_t(fetched.bytes));
+    fetched.under_way = 0;
+}
+
 inline bool last_of(unsigned* ticket, unsigned count) {
     const bool last = ++*ticket == count;
     if (last) *ticket = 0;
@@ -197,11 +239,6 @@ struct Words {
     uint32_t at[n];
 };
 
-inline void require_aligned(const void* address, size_t bytes) {
-    if (reinterpret_cast<uintptr_t>(address) % bytes == 0) return;
-    std::fprintf(stderr, "an access of %zu bytes at an address that is no multiple\n", bytes);
-    std::abort();
-}
 // Of 16 bytes, or of 8 for a group of elements of two.
 template <int n>
 Words<n> load_words(const void* from) {
@@ -269,15 +306,18 @@ inline const Device& known_device(int, const void*, const unsigned*) {
     static Device device;
     return device = {emulated.multiprocessors, emulated.clusters, ticket_memory};
 }
-inline bool takes_clusters(int, const void*, int, int cluster) { return cluster <= emulated.largest_cluster; }
 inline bool is_capturing(void*) { return emulated.capturing; }
 inline void fill_with_zeros(void* data, size_t bytes, void*) { memset(data, 0, bytes); }
 
-inline int64_t resident_blocks(int, const Device& device, const void*, int) { return 3 * device.multiprocessors; }
+// Three blocks of a multiprocessor, but one that is in a cluster or has room of its own.
+inline int64_t at_once(int, const Device& device, const void*, int, int cluster, int room) {
+    if (cluster > emulated.largest_cluster) return cluster == 1 ? 3 * device.multiprocessors : 0;
+    return cluster == 1 && !room ? 3 * device.multiprocessors : std::max(device.multiprocessors / cluster, 1);
+}
 inline int64_t last_grid = 0;  // blocks of the last launch
 
 // The blocks of one cluster, all their threads.
-inline void run_cluster(int64_t first, int64_t blocks, int threads, int size) {
+inline void run_cluster(int64_t first, int64_t blocks, int threads, int size, int room) {
     static std::deque<Fiber> fibers;  // which stay in their places
     const size_t count = size_t(size) * size_t(threads);
     if (fibers.size() < count) fibers.resize(count);
@@ -292,6 +332,7 @@ inline void run_cluster(int64_t first, int64_t blocks, int threads, int size) {
         block.rank = rank;
         block.cluster = &cluster;
         block.shared.assign(4096, char(0xff));
+        block.room.assign(size_t(room), char(0xff));
         block.barrier.expected = threads;
         block.warps.resize(size_t(threads / warp_size));
         for (Barrier& warp : block.warps) warp.expected = warp_size;
@@ -331,16 +372,16 @@ inline void run_cluster(int64_t first, int64_t blocks, int threads, int size) {
 }
 
 template <class Task>
-void launch(void (*kernel)(Task), int64_t blocks, int threads, int cluster, void*, const Task& task) {
+void launch(void (*kernel)(Task), int64_t blocks, int threads, int cluster, void*, const Task& task, int room = 0) {
     if (blocks == 0) return;
-    const bool fits = threads <= 1024 && (cluster == 1 || cluster <= emulated.largest_cluster);
+    const bool fits = threads <= 1024 && room <= 226 << 10 && (cluster == 1 || cluster <= emulated.largest_cluster);
     if (threads % warp_size || blocks % cluster || !fits) throw std::logic_error("a launch that CUDA would refuse");
     ++emulated.launches;
     entry = [&] { kernel(task); };
     last_grid = blocks;
     for (int64_t i = 0; i < blocks / cluster; ++i) {
         const int64_t first = (emulated.backwards ? blocks / cluster - 1 - i : i) * cluster;
-        run_cluster(first, blocks, threads, cluster);
+        run_cluster(first, blocks, threads, cluster, room);
     }
 }
 

@@ -261,11 +261,11 @@ def test_a_target_in_another_order_costs_one_copy(kernels: EmulatedKernels) -> N
     assert [tensor.device.type for tensor in created] == ["cpu", "meta", "cpu"]  # gradient, order, target
 
 
-@pytest.mark.parametrize("size", [1, 100, 16_384, 131_072, 131_080, 262_144, 262_152])
+@pytest.mark.parametrize("size", [1, 100, 16_384, 131_072, 131_080, 262_144, 524_296, 2**20, 2**20 + 8])
 @pytest.mark.parametrize("mixed", [False, True])
 def test_launches_and_traffic(module: types.ModuleType, kernels: EmulatedKernels, mixed: bool, size: int) -> None:
     """Value with its reduction and gradient: one launch where a sample fits on chip, everything in groups of four."""
-    launches = 1 if size <= (131_072 if mixed else 262_144) else 2
+    launches = 1 if size <= (131_072 if mixed else 2**20) else 2
     pred, target = pair(2, size)
     before = module.counts()
     value_and_grad(kernels, pred.bfloat16() if mixed else pred, target, name="squared_hellinger")
@@ -333,6 +333,42 @@ def test_a_device_without_room_for_clusters(
     assert module.counts()[0] - before == launches
     for one, other in zip(whole, found, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=0)
+
+
+IN_TURNS = [(32_768, 1), (33_000, 2), (65_536, 2), (65_544, 4), (262_144, 8)]
+"""Elements of a sample, and blocks of its cluster."""
+
+
+@pytest.mark.parametrize("backwards", [False, True])
+@pytest.mark.parametrize("case, dtype", pairs(IN_TURNS, DTYPES), ids=str)
+def test_clusters_take_samples_in_turns(
+    module: types.ModuleType, kernels: EmulatedKernels, case: tuple[int, int], dtype: torch.dtype, backwards: bool
+) -> None:
+    """Where a batch has more samples than the device holds at once. Each is still read once."""
+    (size, blocks), batch, clusters = case, 5, 2
+    module.machine(clusters * blocks, True, False, backwards)
+    pred, target = pair(batch, size, dtype=dtype)
+    check_gaussian("emulated", pred, target, "jensen_shannon", weight=torch.linspace(0.5, 2, batch))
+    before = module.counts()
+    value_and_grad(kernels, pred, target)
+    launched, wide, _ = (now - then for now, then in zip(module.counts(), before, strict=True))
+    assert launched == 1 and module.blocks() == clusters * blocks
+    assert wide == 3 * pred.nbytes // 16
+
+
+@pytest.mark.parametrize("other, blocks", [("odd", 10), ("masked", 10), ("two dtypes", 20), ("no room", 15)])
+def test_other_samples_are_not_taken_in_turns(
+    module: types.ModuleType, kernels: EmulatedKernels, other: str, blocks: int
+) -> None:
+    module.machine(4, True, False, False)
+    pred, target = pair(5, 40_000 + (other == "odd"))
+    target = target.half() if other == "two dtypes" else target
+    mask = torch.rand(pred.shape[1]) > 0.3 if other == "masked" else None
+    if other == "no room":
+        module.largest_cluster(0)
+    check_gaussian("emulated", pred, target, mask=mask)
+    value_and_grad(kernels, pred, target, mask=mask)
+    assert module.blocks() == blocks
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
@@ -445,14 +481,19 @@ def test_division_by_multiplication(module: types.ModuleType) -> None:
 def test_plans(module: types.ModuleType, count: int, clusters: bool) -> None:
     for vector, mixed in ((4, False), (8, False), (4, True)):
         of_warp, most = (32, 32) if mixed else (16, 64)
-        for size in (*SIZES, *LARGE, 2**20):
+        for size in (*SIZES, *LARGE, 2**19, 2**19 + 8, 2**20, 2**20 + 8):
+            whole = not mixed and size % vector == 0
             for batch in (1, 2, 7, 64, 132, 1000, 65536):
                 elements, warps, parts = module.on_chip(size, batch, mixed, vector, count, clusters)
                 if elements == 0:
-                    assert size > most * 512 * (8 if clusters else 1)
+                    assert size > most * 512 * ((32 if whole else 8) if clusters else 1)
                     continue
-                assert elements in ((32,) if mixed else (8, 16, 32, 64)) and warps <= 16
-                assert parts in ((1, 2, 4, 8) if clusters else (1,))
+                if elements > most:
+                    assert clusters and whole and elements == 128 and warps == 16
+                    assert parts == (8 if size <= 2**19 else 16)
+                else:
+                    assert elements in ((32,) if mixed else (8, 16, 32, 64)) and warps <= 16
+                    assert parts in ((1, 2, 4, 8) if clusters else (1,))
                 assert warps > 1 or (parts == 1 and elements <= of_warp)
                 assert elements * 32 * warps * parts >= size
                 shared, blocks = module.walk(size, batch, vector, 4 * count)

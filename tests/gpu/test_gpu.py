@@ -69,7 +69,7 @@ def pair(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> tuple[Te
     return pred, target
 
 
-def truth(pred: Tensor, target: Tensor, name: str, **options: object) -> tuple[Tensor, Tensor]:
+def truth(pred: Tensor, target: Tensor, name: str, **options: object) -> tuple[Tensor, ...]:
     return fk.gaussian_divergence_value_and_grad(pred.double(), target.double(), name, **options, backend="torch")
 
 
@@ -189,6 +189,23 @@ def test_clusters_and_tickets(backend: str, size: int) -> None:
         for given, name in (((pred, target), backend), ((pred.double(), target.double()), "torch"))
     )
     torch.testing.assert_close(bound.double(), true_bound, rtol=1e-5, atol=1e-6)
+
+
+# Clusters that take one sample after another, of which a batch has more than a GPU holds at once; the largest samples.
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("batch, size", [(300, 32_768), (150, 40_000), (40, 262_144), (3, 300_008), (2, 1_000_000)])
+def test_shared_memory(backend: str, batch: int, size: int, dtype: torch.dtype) -> None:
+    if REHEARSAL:
+        batch, size = min(batch, 4), size if backend == "cuda" else size // 64  # interpreting takes long
+    pred, target = pair((batch, size), dtype)
+    weight = torch.linspace(0.5, 2, len(pred), device=DEVICE)
+    given = {"weight": weight, "grad_scale": 64.0, "reduction": "sum", "return_distance": True}
+    first = fk.gaussian_divergence_value_and_grad(pred, target, "jensen_shannon", backend=backend, **given)
+    again = fk.gaussian_divergence_value_and_grad(pred, target, "jensen_shannon", backend=backend, **given)
+    assert all(torch.equal(one, other) for one, other in zip(first, again, strict=True))
+    true = truth(pred, target, "jensen_shannon", **{**given, "weight": weight.double()})
+    for ours, exact, bound in zip(first, true, (4e-6, max(torch.finfo(dtype).eps, 5e-6), 4e-6), strict=True):
+        torch.testing.assert_close(ours.double(), exact, rtol=bound, atol=1e-9)
 
 
 @pytest.mark.parametrize("shape", [(64, 4, 64, 64), (3, 8_195 if REHEARSAL else 1_000_003)], ids=str)
