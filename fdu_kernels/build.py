@@ -76,8 +76,8 @@ class Recipe(NamedTuple):
 
     @property
     def key(self) -> str:
-        """Two builds of one key are interchangeable on one machine."""
-        parts = [self.information, str(self.sources), sorted(self.objects.items()), self.linker]
+        """Two builds of one key are interchangeable on one machine, also those of two checkouts of the same sources."""
+        parts = [self.information, sorted(self.objects.items()), self.linker]
         parts += [sys.version, sysconfig.get_platform()]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
