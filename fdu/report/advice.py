@@ -92,9 +92,8 @@ def _train(run: EvaluatedRun, lines: _Lines, verdict: Verdict, left: bool) -> li
     lost = broken or loses_attributes(run.evaluation)
     named = joined(broken[:MOST_CLASSES]) if broken else ""
     if run.record is None:
-        told = ["Train for more steps."] if left else []
+        told = ["Train for more steps."] if left or (lost and not broken) else []
         told += [f"Train with {named} preserved (preservation_prompts)."] if broken else []
-        told += ["Preserve the anchor's prompts more strongly (preservation_weight)."] if lost and not broken else []
         return [NextStep(" ".join(told))] if told else []
     config = {**EraseConfig().as_dict(), **run.record["config"]}
     steps, rate, weight = (config[name] for name in ("max_train_steps", "learning_rate", "preservation_weight"))
@@ -110,22 +109,24 @@ def _train(run: EvaluatedRun, lines: _Lines, verdict: Verdict, left: bool) -> li
     if computed and left:
         words = f"Preserve less strongly: preservation_weight {weight / 4:g} instead of {weight:g}."
         return [NextStep(words, lines.erase(preservation_weight=f"{weight / 4:g}"))]
-    if left and stopped:
+    # More steps keep more of the style and background; a stronger preservation does not (docs/erasure.md).
+    short = bool(lost and not broken and weight and not computed)
+    purpose = "" if left or broken else f", to keep what else prompts for {run.target} ask for"
+    if (left or short) and stopped:
         changes["stop_at"] = f"{config['stop_at'] / 2:g}"
-        told.append(f"Stop later: stop_at {changes['stop_at']} instead of {config['stop_at']:g}.")
-    elif left:
+        told.append(f"Stop later: stop_at {changes['stop_at']} instead of {config['stop_at']:g}{purpose}.")
+    elif left or short:
         changes["max_train_steps"] = 2 * steps or EraseConfig.max_train_steps
-        told.append(f"Train for {changes['max_train_steps']} steps instead of {steps}.")
+        told.append(f"Train for {changes['max_train_steps']} steps instead of {steps}{purpose}.")
     added = [] if lines.preserves_by_itself else _prompts_of(run, broken)
     preserved = config["preservation_prompts"] or [*filter(None, run.record["anchor"]["prompts"])][:ANCHOR_PROMPTS]
     if not set(added) <= set(preserved):
         changes["preservation_prompts"] = [*dict.fromkeys([*preserved, *added])]
         told.append(f"Preserve {named} too. The evaluation draws these prompts as well.")
         told += ["If they still lose accuracy, double preservation_weight."] if weight else []
-    if lost and not ("preservation_prompts" in changes and weight):
+    if lost and not short and not ("preservation_prompts" in changes and weight):
         changes["preservation_weight"] = f"{2 * weight or EraseConfig.preservation_weight:g}"
         what = "the same prompts" if config["preservation_prompts"] else "the anchor's prompts"
-        purpose = "" if broken else f", to keep what else prompts for {run.target} ask for"
         how = f"Preserve {what} more strongly{purpose}" if weight else f"Turn preservation on{purpose}"
         told.append(f"{how}: preservation_weight {changes['preservation_weight']} instead of {weight:g}.")
     if left:
@@ -133,7 +134,7 @@ def _train(run: EvaluatedRun, lines: _Lines, verdict: Verdict, left: bool) -> li
             f"If {run.target} {_are(run)} still drawn then, double the learning rate too: {2 * rate:g}, not {rate:g}."
         )
     found = [NextStep(" ".join(told), lines.erase(**changes))] if told else []
-    if lost and verdict.erased == "erased" and steps > 1 and not computed:
+    if broken and verdict.erased == "erased" and steps > 1 and not computed:
         words = (
             f"Or train for fewer steps, {steps // 2} instead of {steps}, if {run.target} {_are(run)} erased by then."
         )

@@ -182,19 +182,19 @@ def test_a_target_that_is_left_and_broken_classes_are_one_training() -> None:
     assert config.preservation_weight == 4.0
 
 
-def test_lost_attributes_need_fewer_steps_or_a_stronger_preservation() -> None:
-    stronger, fewer = next_steps(without_ink(run_of(0.5, 0.5, 0.9)))
-    assert "the anchor's prompts" in stronger.words and not any("rarely" in one.words for one in (stronger, fewer))
-    config = parsed(stronger)[0].settings.checked()
-    assert (config.preservation_weight, config.preservation_prompts) == (8.0, ())
-    assert "--max_train_steps" not in stronger.commands[0]
-    config = parsed(fewer)[0].settings.checked()
-    assert (config.preservation_weight, config.max_train_steps) == (4.0, 100)
+def test_lost_attributes_need_more_steps_or_any_preservation() -> None:
+    (longer,) = next_steps(without_ink(run_of(0.5, 0.5, 0.9)))
+    assert "to keep what else" in longer.words and "rarely" not in longer.words
+    config = parsed(longer)[0].settings.checked()
+    assert (config.preservation_weight, config.max_train_steps) == (4.0, 400)
+    (preserved,) = next_steps(without_ink(run_of(0.5, 0.5, 0.9, record=record(preservation_weight=0.0))))
+    config = parsed(preserved)[0].settings.checked()
+    assert config.preservation_weight == 4.0 and "Turn preservation on, to keep what else" in preserved.words
     (both,) = next_steps(without_ink(run_of(0.1, 0.5, 0.9)))
     config = parsed(both)[0].settings.checked()
-    assert (config.preservation_weight, config.max_train_steps) == (8.0, 400)
+    assert (config.preservation_weight, config.max_train_steps) == (4.0, 400)
     (words,) = next_steps(without_ink(run_of(0.5, 0.5, 0.9, record=None)))
-    assert "preservation_weight" in words.words
+    assert words.words == "Train for more steps."
 
 
 def test_what_was_computed_is_computed_again_or_trained_on() -> None:
