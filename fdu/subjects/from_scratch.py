@@ -50,7 +50,7 @@ def learn_merges(words: Mapping[str, int]) -> list[tuple[str, str]]:
     [('p', 'i'), ('pi', 'e</w>'), ('pi', 'g</w>')]
     """
     parts = {word: [*word[:-1], word[-1] + "</w>"] for word in words}
-    merges = []
+    merges: list[tuple[str, str]] = []
     while True:
         counts: Counter[tuple[str, str]] = Counter()
         for word, own in parts.items():
