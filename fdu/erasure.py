@@ -23,6 +23,7 @@ from fdu.models.families import denoiser_of
 from fdu.models.offloading import offloads
 from fdu.result import ErasureResult
 from fdu.storage.fingerprint import versions
+from fdu.storage.loading import check_offloaded
 from fdu.training.adversary import Adversary, from_keys, keys_of, search_steps
 from fdu.training.cache import Cache, model_key, tensor_key
 from fdu.training.checkpoint import Checkpoints
@@ -267,7 +268,8 @@ def _check_run(denoiser: Denoiser, pairs: Sequence[Pair], mask: Tensor | None, c
             "num_inference_steps to the number that the model is made for, such as 4, and guidance_scale to "
             f"{denoiser.unguided_scale:g}; or train the model that it was distilled from"
         )
-    _check_stored_elsewhere(denoiser, config)
+    if offloads(denoiser.module):
+        check_offloaded(config)
     if config.embedded_guidance != EraseConfig.embedded_guidance and not denoiser.reads_guidance:
         raise ValueError(f"embedded_guidance: {denoiser.family} is not guidance-distilled here; leave it out")
     if config.weighting_scheme != "none" and denoiser.prediction_type != "flow":
@@ -297,26 +299,6 @@ def _check_run(denoiser: Denoiser, pairs: Sequence[Pair], mask: Tensor | None, c
     contradicted = sorted(set(config.preservation_prompts) & targets)
     if contradicted:
         raise ValueError(f"preservation_prompts holds {contradicted[0]!r}, a prompt of the target; remove it")
-
-
-def _check_stored_elsewhere(denoiser: Denoiser, config: EraseConfig) -> None:
-    """Refuse settings that do not go with a denoiser whose blocks are offloaded."""
-    if not offloads(denoiser.module):
-        return
-    method = TRAIN_METHODS[config.train_method]
-    if method.result == "weights" or not method.trains or config.init != "none":
-        raise ValueError(
-            "the pipeline's blocks are offloaded, so only adapters can be trained; load it without offload, or choose "
-            "train_method 'lora' or 'dora' and init 'none'"
-        )
-    if not config.gradient_checkpointing:
-        raise ValueError(
-            "the pipeline's blocks are offloaded, which saves memory only with gradient_checkpointing; add that, or "
-            "load the pipeline without offload"
-        )
-    for name in ("compile", "shard"):
-        if getattr(config, name):
-            raise ValueError(f"{name} does not go with offloaded blocks; leave it out, or load without offload")
 
 
 def _checkpoints(

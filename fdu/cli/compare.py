@@ -147,7 +147,7 @@ class Compare:
             variant=self.loading.variant,
         )
         comparison.check_names()
-        self.loading.check(*(comparison.config(run).train_method for run in comparison.runs()))
+        self.loading.check(*map(comparison.config, comparison.runs()))
         from fdu.comparison.results import CACHE, RUNS, check_folder, former_runs, read_results, write_record
 
         check_folder(self.out, comparison)

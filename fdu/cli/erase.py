@@ -116,7 +116,7 @@ class Erase:
             dtype = "float32" if self.dtype == "auto" else self.dtype
         if not files:  # the pipeline cannot know the meaning of prompts from a file
             config = model.with_preserved(config, [(target.name, anchor.name) for target, anchor in pairs])
-        self.loading.check(config.train_method)
+        self.loading.check(config)
         device = choose_device(self.device)
 
         def work() -> None:

@@ -57,7 +57,8 @@ class Technique:
             concept_type: the phrasings for names, "object" or "style".
             settings: settings of the erasure, by the names of :class:`fdu.EraseConfig`.
             load_path: weights that :func:`fdu.load_weights` reads, or the folder of an erased pipeline.
-            model_id: the pipeline to erase from, or the base of the weights: a folder or a hub id.
+            model_id: the pipeline to erase from, or the base of the weights: a folder, a hub id, or a .safetensors
+                file, with the pipeline that it belongs to after an @.
             device: cpu, cuda or mps. None: the first accelerator found.
             dtype: dtype of the weights. "auto": float32, or the dtype of the setting ``mixed_precision``.
             num_inference_steps: sampling steps per image of the benchmark; ``settings`` has those of the erasure.
@@ -86,6 +87,7 @@ class Technique:
             concept_pairs(erase_concept, anchor_concept, concept_type)
             config = EraseConfig.from_settings(settings or {})
             pipeline = model.load(check_dtype(dtype, config.mixed_precision), place)
+            _check_frames(pipeline, num_frames)
             fdu.erase(pipeline, erase_concept, anchor_concept, concept_type=concept_type, config=config)
         else:
             if anchor_concept is not None or settings:
@@ -96,14 +98,13 @@ class Technique:
                 pipeline = load_model(load_path, precision, place)
             else:
                 pipeline = load_erased(model.load(precision, place), load_path)
+            _check_frames(pipeline, num_frames)
         if getattr(pipeline, "safety_checker", None) is not None:
             pipeline.safety_checker = None  # it would black out images that the benchmark counts
         pipeline.set_progress_bar_config(disable=True)
         self.pipeline: DiffusionPipeline = pipeline
         self.drawing: dict[str, Any] = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
         if num_frames is not None:
-            if "num_frames" not in inspect.signature(type(pipeline).__call__).parameters:
-                raise ValueError(f"num_frames is for videos, and {type(pipeline).__name__} draws images; leave it out")
             self.drawing["num_frames"] = num_frames
 
     def generate(self, prompts: Sequence[str], seed: int | None = None, **drawing: Any) -> list[Image]:
@@ -134,6 +135,12 @@ class Technique:
             generator = None if seed is None else torch.Generator(self.pipeline.device).manual_seed(seed + index)
             images += pictures(self.pipeline(prompt=prompt, **{**guiding, **given}, generator=generator))
         return images
+
+
+def _check_frames(pipeline: DiffusionPipeline, num_frames: int | None) -> None:
+    """Refuse frames of a pipeline that draws images."""
+    if num_frames is not None and "num_frames" not in inspect.signature(type(pipeline).__call__).parameters:
+        raise ValueError(f"num_frames is for videos, and {type(pipeline).__name__} draws images; leave it out")
 
 
 def _unknown(name: str) -> str:

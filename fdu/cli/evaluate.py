@@ -153,7 +153,10 @@ class Evaluate:
             panel = joint_panel(exams, device)
             probes = panel.probes
             if all(probe.role != "retained" for probe in probes):
-                raise ValueError("target: these concepts leave no class to retain; judge fewer at once with --target")
+                raise ValueError(
+                    "target: the concepts erased, by the record of ERASED or by --target, leave no class to retain, so "
+                    "nothing would show what else the erasure changed; judge an erasure of fewer concepts"
+                )
             dtype = "float32" if self.dtype == "auto" else self.dtype
             pipeline = base.load(dtype, device, *self.loading.storage, self.loading.variant)
             before = fdu.draw(pipeline, probes, description="before", **settings)

@@ -120,15 +120,15 @@ class ModelOptions:
         """
         return with_config(at_revision(model, self.revision), self.model_config)
 
-    def check(self, *train_methods: str) -> None:
-        """Refuse a quantization that cannot run, and storage that a training method cannot use.
+    def check(self, *configs: EraseConfig) -> None:
+        """Refuse a quantization that cannot run, and storage that erasures with these settings cannot use.
 
         Raises:
             ValueError, ImportError: names the option.
         """
         check_quantization(self.quantization)
-        for train_method in train_methods:
-            check_stored(self.quantization, self.offload, train_method)
+        for config in configs:
+            check_stored(self.quantization, self.offload, config)
 
     def words(self) -> list[str]:
         """The options as words of a command line."""

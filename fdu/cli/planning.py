@@ -64,7 +64,7 @@ class Plan:
         check_estimable(config)
         check_resolution(model.folder, config.size)
         check_dtype(self.dtype, config.mixed_precision)
-        check_stored(self.loading.quantization, self.loading.offload, config.train_method)
+        check_stored(self.loading.quantization, self.loading.offload, config)
 
         def work() -> None:
             from fdu.models.families import denoiser_of

@@ -62,7 +62,7 @@ def drawable(pipeline: Any) -> Iterator[None]:
     others: list[tuple[nn.Module, torch.device]] = []
     if device is not None:
         modules = [part for part in pipeline.components.values() if isinstance(part, nn.Module) and not offloads(part)]
-        others = [(part, next(part.parameters()).device) for part in modules]
+        others = [(part, weight.device) for part in modules for weight in [*part.parameters()][:1]]
     try:
         for part, _ in others:
             part.to(device)

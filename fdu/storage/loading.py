@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from fdu.config import TRAIN_METHODS, Size, check_choice, check_size
+from fdu.config import TRAIN_METHODS, EraseConfig, Size, check_choice, check_size
 from fdu.storage.output import PIPELINE_FILE, RECORD_FILE, SMALL_RESULT
 from fdu.storage.single_file import SingleFile
 
@@ -255,11 +255,32 @@ def check_quantization(quantization: str) -> None:
             ) from error
 
 
-def check_stored(quantization: str, offload: bool, train_method: str) -> None:
-    """Raise ValueError if a training method needs the weights that are quantized, or away."""
+def check_offloaded(config: EraseConfig) -> None:
+    """Raise ValueError for settings that do not go with a denoiser whose blocks are offloaded."""
+    method = TRAIN_METHODS[config.train_method]
+    if method.result == "weights" or not method.trains or config.init != "none":
+        raise ValueError(
+            "the pipeline's blocks are offloaded, so only adapters can be trained; load it without offload, or choose "
+            "train_method 'lora' or 'dora' and init 'none'"
+        )
+    if not config.gradient_checkpointing:
+        raise ValueError(
+            "the pipeline's blocks are offloaded, which saves memory only with gradient_checkpointing; add that, or "
+            "load the pipeline without offload"
+        )
+    for name in ("compile", "shard"):
+        if getattr(config, name):
+            raise ValueError(f"{name} does not go with offloaded blocks; leave it out, or load without offload")
+
+
+def check_stored(quantization: str, offload: bool, config: EraseConfig) -> None:
+    """Raise ValueError if an erasure needs the weights that are quantized, or away."""
+    train_method = config.train_method
     given = "offload" if offload else f"quantization {quantization!r}" if quantization != "none" else ""
     if given and (TRAIN_METHODS[train_method].result == "weights" or not TRAIN_METHODS[train_method].trains):
         raise ValueError(f"{given} needs train_method 'lora' or 'dora', and train_method is {train_method!r}")
+    if offload:
+        check_offloaded(config)
 
 
 def load_model(

@@ -114,7 +114,10 @@ class SingleFile:
             raise OSError(
                 f"no configs in {config!r}; give a folder with configs and tokenizers by model_config ({reason})"
             ) from error
-        lacking = f"it lacks weights of a {index['_class_name']}; it is damaged, or belongs to another pipeline"
+        lacking = (
+            f"it lacks weights of a {index['_class_name']}; it is damaged, or belongs to another pipeline, to name by "
+            "model_config"
+        )
         try:
             pipeline = self._loaded(config, index, getattr(torch, dtype))
             modules = [part for part in pipeline.components.values() if isinstance(part, nn.Module)]
@@ -133,13 +136,20 @@ class SingleFile:
         options: dict[str, Any] = {"config": config, "torch_dtype": dtype}
         whole: DiffusionPipeline
         if holds_all(self.shapes(), index):
-            whole = getattr(diffusers, index["_class_name"]).from_single_file(str(self.path), **options)
+            whole = _reads_files(getattr(diffusers, index["_class_name"])).from_single_file(str(self.path), **options)
         else:
             part = "transformer" if "transformer" in index else "unet"
-            kind = getattr(diffusers, index[part][1])
+            kind = _reads_files(getattr(diffusers, index[part][1]))
             denoiser = kind.from_single_file(str(self.path), subfolder=part, **options)
             whole = diffusers.DiffusionPipeline.from_pretrained(config, **{part: denoiser, "dtype": dtype})
         return whole
+
+
+def _reads_files(kind: Any) -> Any:
+    """The class, if diffusers reads single files of it."""
+    if not hasattr(kind, "from_single_file"):
+        raise ValueError(f"diffusers reads no single files of a {kind.__name__}; give the folder of the pipeline")
+    return kind
 
 
 def holds_all(names: Collection[str], index: Mapping[str, Any]) -> bool:

@@ -195,8 +195,8 @@ def footprint(denoiser: Denoiser, config: EraseConfig) -> Footprint:
 
 
 def _step(denoiser: Denoiser, trainable: Any, config: EraseConfig) -> tuple[int, int, int]:
-    """Of a training step, which is a frozen pass, a trained one and its gradients: the peak of the activations. The
-    same while latents are drawn. The operations of a step."""
+    """The peak of the activations in a training step, which is a frozen pass, a trained one and its gradients; their
+    peak while latents are drawn; and the operations of a step."""
     kinds = 2 if config.preservation_weight else 1
     count = kinds * config.train_batch_size
     noisy, indices, conditioning = _given(denoiser, count)
@@ -233,7 +233,7 @@ class _Memory(TorchDispatchMode):
     operations of floating point.
 
     PyTorch's own counter of operations keeps the graphs of checkpointed layers alive, and PyTorch finds the shape of
-    an output slowly. Blocks of a model are alike, so each shape is found once.
+    an output slowly. Most blocks repeat the same shapes, so each shape is found once.
     """
 
     def __init__(self, denoiser: Denoiser) -> None:

@@ -47,7 +47,8 @@ def learn_images(
         shown: the prompt that each latent shows, an index of ``texts``, [M] on the CPU.
         description: label of the progress bar.
         watched, watch: as :class:`fdu.training.loop.Training` takes them.
-        settings: of :class:`fdu.EraseConfig`: max_train_steps, train_batch_size, learning_rate, mixed_precision, seed.
+        settings: of :class:`fdu.EraseConfig`: max_train_steps, train_batch_size, learning_rate, mixed_precision,
+            gradient_checkpointing, seed.
 
     Returns:
         The loss of every step: the mean squared error of the denoiser's output.

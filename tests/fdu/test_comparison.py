@@ -101,6 +101,10 @@ def test_quantized_runs_have_an_identity_and_whole_ones_keep_theirs(tmp_path: Pa
     assert whole.conditions().keys() == {"dtype", "drawing", "prompts", "judge"}
     assert quantized.conditions() == {**whole.conditions(), "quantization": "int8"}
     assert dataclasses.replace(whole, offload=True).conditions() == whole.conditions()
+    write_record(tmp_path / "begun", whole, "fdu compare")
+    for other in (quantized, dataclasses.replace(whole, variant="fp16")):
+        with pytest.raises(FileExistsError, match="holds a comparison with (quantization 'none'|variant None), not"):
+            check_folder(tmp_path / "begun", other)
     run = quantized.runs()[0]
     assert identity_of(quantized, run)["weights"] != identity_of(whole, run)["weights"]
     assert len(make_run(run, quantized, tmp_path)["judged"]) == len(make_run(run, whole, tmp_path)["judged"])

@@ -319,7 +319,7 @@ def test_the_command_line_completes_names(line: str, expected: list[str]) -> Non
         ("fdu erase digits --anchor d", ["digit"]),
         ("fdu demo digits --target thr", ["three"]),
         ("fdu erase digits --divergence ", []),
-        ("fdu erase digits --mod", ["--mode_scale"]),
+        ("fdu erase digits --mode_", ["--mode_scale"]),
         ("fdu erase digits --targ", ["--target"]),
         ("fdu divergences ", ["--json", "--markdown"]),
         ("fdu unknown ", []),

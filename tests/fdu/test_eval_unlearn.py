@@ -143,7 +143,8 @@ def test_every_family_draws_as_its_pipeline_does(tmp_path: Path, name: str, argu
     assert image != unguided and image.size == (families.resolution(name),) * 2
 
 
-def test_frames_are_for_videos() -> None:
+def test_frames_are_for_videos(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fdu, "erase", lambda *given, **named: pytest.fail("an erasure began"))
     few = {"max_train_steps": 0, "num_latents": 2, "num_inference_steps": 1}
     with pytest.raises(ValueError, match="num_frames.*videos.*StableDiffusionPipeline"):
         Technique(**ERASING, settings=few, num_frames=5)

@@ -284,6 +284,7 @@ def test_what_draws_beside_offloaded_blocks_comes_to_the_device(
         monkeypatch.setattr(getattr(pipeline, name), "to", lambda to, name=name: moved.append((name, str(to))))
     monkeypatch.setattr(pipeline.transformer, "to", lambda to: pytest.fail("its blocks would follow"))
     others = {"vae", "text_encoder", "text_encoder_2"}
+    pipeline.image_encoder = nn.Identity()  # a part without weights
     with drawable(pipeline):
         assert set(moved) == {(name, "meta") for name in others}
     assert set(moved[3:]) == {(name, "cpu") for name in others}
@@ -311,5 +312,7 @@ def test_what_cannot_be_offloaded_is_refused(tmp_path: Path, capsys: pytest.Capt
     further = ["--resolution", "16", "--offload", "--gradient_checkpointing", "--quantization", "int8"]
     assert cli.main([*command, *few, *further]) == cli.OK
     assert (out / "pytorch_lora_weights.safetensors").is_file()
+    assert cli.main([*command, "--offload", "--overwrite"]) == cli.USAGE  # before anything is loaded
+    assert "saves memory only with gradient_checkpointing; add that" in capsys.readouterr().err
     assert cli.main([*command, "--offload", "--train_method", "closed_form", "--overwrite"]) == cli.USAGE
     assert "offload needs train_method 'lora' or 'dora'" in capsys.readouterr().err

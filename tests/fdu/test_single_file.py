@@ -164,14 +164,16 @@ def test_the_commands_take_a_file(
     out = tmp_path / "out"
     assert main(["erase", str(file), *beside, *named, "--out", str(out), *few]) == cli.OK
     told = capsys.readouterr().out
-    assert f"fdu evaluate {file}@{configs} {out}" in told and "fdu.load_pipeline(" in told
+    printed = f"fdu evaluate {file} {out} --model_config {configs}"
+    assert printed in told and "fdu.load_pipeline(" in told
     assert main(["plan", str(file), *beside, *few]) == cli.OK
     planned = capsys.readouterr().out
     assert main(["plan", str(configs), *few]) == cli.OK
     assert capsys.readouterr().out == planned
     families.save_clip(tmp_path / "clip", " ".join(families.CORPUS))
     judged = ["--judge", str(tmp_path / "clip"), "--images_per_class", "1", "--num_inference_steps", "1"]
-    assert main(["evaluate", f"{file}@{configs}", str(out), *judged, "--device", "cpu"]) == cli.OK
+    assert main([*printed.split()[1:], *judged, "--device", "cpu"]) == cli.OK
+    assert callable(cli.parse(["evaluate", f"{file}@{configs}", str(out), *judged]).prepare(""))
 
 
 def test_a_denoiser_alone_takes_the_rest_from_its_pipeline(tmp_path: Path) -> None:

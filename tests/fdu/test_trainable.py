@@ -637,11 +637,11 @@ def test_a_name_of_several_tokens_trains_those_that_are_its_own() -> None:
         }
 
     both = rows(["a painting"])
-    assert both["text_encoder"] == ["van</w>", "gogh</w>"]
+    assert sorted(both["text_encoder"]) == ["gogh</w>", "van</w>"]
     assert {"▁van", "▁gogh"} <= set(both["text_encoder_2"])
     assert "<unk>" not in both["text_encoder_2"]
     assert rows(["a van on a photo"])["text_encoder"] == ["gogh</w>"]
-    assert rows([], "gogh", "photo")["text_encoder"] == ["photo</w>", "gogh</w>"]
+    assert sorted(rows([], "gogh", "photo")["text_encoder"]) == ["gogh</w>", "photo</w>"]
 
 
 def test_what_the_token_method_cannot_isolate_is_refused() -> None:

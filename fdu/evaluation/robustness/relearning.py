@@ -15,6 +15,7 @@ from fdu.config import TRAIN_METHODS, Count, EraseConfig, Positive, check_choice
 from fdu.evaluation.drawing import JudgedSampling, Probe, seen_by_judge
 from fdu.evaluation.intervals import Share
 from fdu.models.denoiser import Denoiser, call_default
+from fdu.models.offloading import offloads
 from fdu.training.methods import Request, Trainable, attach
 from fdu.training.process_state import own_accelerator, seeded
 from fdu.training.reconstruction import AUTOCAST, learn_images
@@ -158,6 +159,7 @@ class Lesson:
                 train_batch_size=min(config.batch_size, self.drawing.batch_size),
                 learning_rate=config.learning_rate,
                 mixed_precision=precision,
+                gradient_checkpointing=offloads(denoiser.module),
                 seed=seed,
             )
 
