@@ -4,9 +4,9 @@
 
 Takes about four hours of two cores, shared by ``--workers`` processes.
 
-On the emoji pipeline, six targets and three seeds: the divergences in short runs without preservation, where the
-erasure is incomplete, and in whole runs with the defaults; and the min-max game against the exact divergence. The
-digits pipeline has short runs and games only. Pictures along the fronts are drawn on the machine that made the runs.
+On the emoji pipeline, six targets and three seeds: the divergences in short runs without preservation and in whole runs
+with the defaults; and the min-max game against the exact divergence. The digits pipeline has short runs and games only.
+Pictures along the fronts are drawn on the machine that made the runs.
 """
 
 from __future__ import annotations
@@ -196,12 +196,12 @@ def untouched(results: Results) -> str:
 
 
 def emptied(became: Mapping[str, Outcome]) -> str:
-    """The share of the runs of each target that left nothing of it, in percent."""
-    shares = {
+    """The share of the candidates that left nothing of a target with any seed, in percent."""
+    found = {
         target: fmean(own.all.estimate("erased", one).value == 1 for one in own.candidates)
         for target, own in became.items()
     }
-    return ", ".join(f"{target} {100 * share:.0f} %" for target, share in shares.items())
+    return ", ".join(f"{target} {100 * share:.0f} %" for target, share in found.items())
 
 
 def told_front(standings: tuple[Standing, ...]) -> str:

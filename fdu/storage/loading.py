@@ -316,8 +316,9 @@ def load_model(
     file = SingleFile.of(model)
     name, revision = (model, None) if file or Path(model).is_dir() else hub_name(model)
     given = {"dtype": getattr(torch, dtype), "revision": revision, "variant": variant}
-    errors: tuple[type[Exception], ...] = (OSError, ValueError, RuntimeError, KeyError, AttributeError, SafetensorError)
-    errors = (Exception,) if file else errors  # of many kinds, from weights that do not fit
+    errors: tuple[type[Exception], ...] = (Exception,)  # of a file: of many kinds, from weights that do not fit
+    if not file:
+        errors = (OSError, ValueError, RuntimeError, KeyError, AttributeError, SafetensorError)
     try:
         try:
             pipeline = file.load(dtype) if file else DiffusionPipeline.from_pretrained(name, **given)
