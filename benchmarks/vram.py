@@ -147,14 +147,13 @@ def page(models: list[tuple[list[str], Figures]], presets: list[list[str]]) -> s
     """The page: of models their names, pixels and figures, and the rows of the presets."""
     letters, options = list(STEPS), [flags(step) for step in cumulative(STEPS.values())]
     columns = [f"{letter}: {'+ ' * (letter != 'A')}`{flags(step)}`" for letter, step in STEPS.items()]
-    memory, chosen, least = [], [], []
+    memory, chosen = [], []
     for named, figures in models:
         cells = [f"{peak} ({later})" for peak, later in figures]
         memory.append([*named, *cells, *[""] * (len(STEPS) - len(cells))])
         peaks = [peak for peak, _ in figures]
         places = [first_that_fits(peaks, card) for card in CARDS]
         chosen.append([named[0], *("" if place is None else letters[place] for place in places)])
-        least.append([named[0], *smallest(peaks, options)])
     words = [f"--preset NAME {flags(step)}" for step in cumulative(PRESET_STEPS)]
     beside = [[*row, *smallest(row[2:], [one.replace("NAME", row[0]) for one in words])] for row in presets]
     return f"""# Memory by model and options
@@ -170,10 +169,6 @@ before it. The estimate fills at most {SHARE:.0%} of the card, because a context
 {table(["model", *(f"{card} GiB" for card in CARDS)], chosen)}
 
 {chr(10).join(f"* **{letter}**: `{words}`" for letter, words in zip(letters, options, strict=True))}
-
-The smallest card of each model, and the options for it:
-
-{table(["model", "card", "options"], least)}
 
 The settings of published methods (`--preset`) exist for Stable Diffusion alone; other models begin with the defaults.
 They train weights, not a LoRA, so quantization and offloading do not go with them.
