@@ -8,17 +8,20 @@ Takes about two hours of two cores, shared by ``--workers`` processes.
 
 Three targets of the emoji pipeline, each towards a close neighbour, and two seeds. The suite "held" has every method
 with and without searches for what still draws the target, with three divergences, and attacks every result. The suite
-"steps" has trainings of several lengths, from the model as it is and from the closed form.
+"steps" has trainings of several lengths, from the model as it is and from the closed form, and the closed form alone.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+import math
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from experiment import DRAWING, NOT_MEASURED, Suite, all_jobs, changed, fill, run, told_of
+from outcomes import ASKED, KEPT, LEFT, bounds, outcomes, way
+from study import recommended
 
 from fdu.comparison.front import Estimate, Sample
 from fdu.comparison.page import COLOURS, Curve, curve_chart, markdown, percent, table
@@ -39,6 +42,10 @@ ROUNDS = (0, 4)
 STEPS = {PLAIN: (20, 40, 80, 120), WARM: (10, 20, 40)}
 """Lengths of the trainings. From the closed form a third of the default is enough to tell whether it saves steps."""
 COMPARED = ("erased", "retained", "attributes", "held")
+ONE, OTHER = "squared_hellinger", "pearson_chi2"
+"""The two divergences that differ most: one damps large errors, one amplifies them."""
+AS_GOOD = 0.02
+"""A training is as good as another if it is at most this much worse in erased, retained and attributes."""
 
 
 def held(way: str, rounds: int, divergence: str) -> Candidate:
@@ -62,10 +69,13 @@ def suites() -> dict[str, Suite]:
     every = itertools.product(WAYS, ROUNDS, DIVERGENCES)
     candidates = {
         "held": (*map(computed, ROUNDS), *(held(*one) for one in every)),
-        "steps": tuple(
-            of_length(way, divergence, steps)
-            for way, divergence in itertools.product(WAYS, DIVERGENCES)
-            for steps in STEPS[way]
+        "steps": (
+            computed(0),
+            *(
+                of_length(way, divergence, steps)
+                for way, divergence in itertools.product(WAYS, DIVERGENCES)
+                for steps in STEPS[way]
+            ),
         ),
     }
     found = {}
@@ -89,7 +99,8 @@ def write_page(results: Path, docs: Path) -> None:
     if not any(found.values()):
         return
     if found["steps"]:
-        write_text(docs / "methods" / "steps.svg", curve_chart(curves(found["steps"]), "steps", LEFT).svg(whole=True))
+        write_text(docs / "methods" / "steps.svg", curve_chart(curves(found["steps"]), "steps", LABEL).svg(whole=True))
+    became = {"": outcomes(every["held"], records, found["held"])}
     page = fill(
         "methods.md",
         **told_of(list(every.values()), records, list(found.values())),
@@ -97,80 +108,104 @@ def write_page(results: Path, docs: Path) -> None:
         seeds=len(SEEDS),
         drawing=DRAWING[MODEL],
         rounds=max(ROUNDS),
-        held=table(found["held"].standings).strip() if found["held"] else NOT_MEASURED,
-        spreads=spreads(found["held"]) if found["held"] else NOT_MEASURED,
+        held=winners(found["held"], every["held"].current(records)) if found["held"] else NOT_MEASURED,
+        bounds=bounds(became) if found["held"] else NOT_MEASURED,
+        left=f"{100 * LEFT:.0f}",
+        kept=f"{100 * KEPT:.0f}",
+        asked=f"{100 * ASKED:.0f}",
+        one=ONE,
+        other=OTHER,
+        gaps=gaps(found["held"]) if found["held"] else NOT_MEASURED,
+        as_good=f"{100 * AS_GOOD:.0f}",
         curves="![What is left of the target against steps](methods/steps.svg)" if found["steps"] else NOT_MEASURED,
         steps=lengths(found["steps"]) if found["steps"] else NOT_MEASURED,
     )
     write_text(docs / "methods.md", page)
 
 
-LEFT = "share of the target's images that show it (%)"
+LABEL = "share of the target's images that show it (%)"
 
 
-def spreads(results: Results) -> str:
-    """For every way to train and each figure, the two divergences that differ most, and by how much."""
-    rows = []
-    for way, rounds in itertools.product(WAYS, ROUNDS):
-        candidates = [held(way, rounds, divergence) for divergence in DIVERGENCES]
-        cells = [widest(results.sample, name, candidates) for name in COMPARED]
-        rows.append([f"{way}, {rounds} rounds" if rounds else way, *cells])
+def winners(results: Results, records: Records) -> str:
+    """All candidates with their seconds, and the recommendations."""
+    seconds: dict[Candidate, list[float]] = {}
+    for done in results.comparison.runs():
+        if done.name in records.found and "seconds" in records.found[done.name]:
+            seconds.setdefault(done.candidate, []).append(records.found[done.name]["seconds"])
+    taken = markdown(
+        ["method", "seconds of an erasure, median"], [[way(one), f"{median(own):.1f}"] for one, own in seconds.items()]
+    )
+    return f"{table(results.standings).strip()}\n\n{recommended(results)}\n\n{taken}"
+
+
+def gaps(results: Results) -> str:
+    """By how much two divergences differ, for every way to train, and whether the gap is another one after a warm start
+    or with searches."""
+    sample, weights = results.sample, {}
+    for name, rounds in itertools.product(WAYS, ROUNDS):
+        label = f"{name}, {rounds} rounds" if rounds else name
+        weights[label] = [(held(name, rounds, ONE), 1.0), (held(name, rounds, OTHER), -1.0)]
+    usual, *others = weights
+    for label in others:
+        more = [*weights[label], *((one, -weight) for one, weight in weights[usual])]
+        weights[f"{label}, minus {usual}"] = more
+    known = {label: own for label, own in weights.items() if all(one in sample.candidates for one, _ in own)}
+    rows = [[label, *(_certain(sample.contrast(name, own)) for name in COMPARED)] for label, own in known.items()]
     return markdown(["", *COMPARED], rows)
 
 
-def widest(sample: Sample, figure: str, candidates: Sequence[Candidate]) -> str:
-    """The largest difference of a figure between two candidates, in percentage points."""
-    pairs = itertools.permutations((one for one in candidates if one in sample.candidates), 2)
-    found = [(sample.difference(figure, *pair), pair) for pair in pairs]
-    if not found:
-        return "-"
-    gap, (one, other) = max(found, key=lambda entry: entry[0].value)
-    certain = "" if gap.sign else "; may be chance"
-    return f"{one.divergence} minus {other.divergence}: {percent(gap)}{certain}"
+def _certain(gap: Estimate) -> str:
+    """A difference, marked if chance may explain it."""
+    return percent(gap) + ("" if gap.sign else ", may be chance")
 
 
 def curves(results: Results) -> list[Curve]:
     """What is left of the target against steps: one curve per divergence and way; dashed from the closed form."""
     found = []
-    for way, (divergence, colour) in itertools.product(WAYS, zip(DIVERGENCES, COLOURS, strict=False)):
+    for name, (divergence, colour) in itertools.product(WAYS, zip(DIVERGENCES, COLOURS, strict=False)):
         points: list[tuple[float, Estimate]] = []
-        for steps in STEPS[way]:
-            one = of_length(way, divergence, steps)
+        for steps in STEPS[name]:
+            one = of_length(name, divergence, steps)
             if one in results.sample.candidates:
                 erased = results.sample.estimate("erased", one)
                 points.append((steps, Estimate(1 - erased.value, 1 - erased.high, 1 - erased.low)))
-        named = divergence if not WAYS[way] else f"{divergence}, from the closed form"
-        found.append(Curve(named, points, colour, dashed=bool(WAYS[way])))
+        named = divergence if not WAYS[name] else f"{divergence}, from the closed form"
+        found.append(Curve(named, points, colour, dashed=bool(WAYS[name])))
     return found
 
 
 def lengths(results: Results) -> str:
-    """For each divergence, the longest training from the model as it is, and the shortest from the closed form that
-    does not clearly erase less."""
+    """For each divergence the longest training from the model as it is, and of both ways the shortest one that is as
+    good; before them the closed form alone."""
     sample, rows = results.sample, []
+    if computed(0) in sample.candidates:
+        rows.append(["", "closed form alone", "0", *figures(sample, computed(0)), ""])
     for divergence in DIVERGENCES:
-        plains = [of_length(PLAIN, divergence, steps) for steps in STEPS[PLAIN]]
-        plains = [one for one in plains if one in sample.candidates]
-        if not plains:
+        longest = of_length(PLAIN, divergence, STEPS[PLAIN][-1])
+        if longest not in sample.candidates:
             continue
-        plain = plains[-1]
-        warm = [
-            one
-            for steps in STEPS[WARM]
-            if (one := of_length(WARM, divergence, steps)) in sample.candidates
-            and sample.difference("erased", one, plain).sign >= 0
-        ]
-        cells = ["never", "", "", ""]
-        if warm:
-            cells = [str(warm[0].settings["max_train_steps"]), *figures(sample, warm[0])]
-        rows.append([divergence, str(plain.settings["max_train_steps"]), *figures(sample, plain), *cells])
-    head = ["erased", "retained", "attributes"]
-    return markdown(["divergence", "steps", *head, "steps from the closed form", *head], rows)
+        rows.append([divergence, PLAIN, str(STEPS[PLAIN][-1]), *figures(sample, longest), ""])
+        for name, counts in STEPS.items():
+            every = [of_length(name, divergence, steps) for steps in counts]
+            good = [one for one in every if one in sample.candidates and as_good(sample, one, longest)]
+            if not good:
+                rows.append([divergence, name, f"not in {counts[-1]}", *figures(sample, every[-1]), ""])
+            elif good[0] != longest:
+                gap = _certain(sample.difference("erased", good[0], longest))
+                steps = str(good[0].settings["max_train_steps"])
+                rows.append([divergence, name, steps, *figures(sample, good[0]), gap])
+    return markdown(["divergence", "training", "steps", *COMPARED[:3], "erased, minus the longest"], rows)
+
+
+def as_good(sample: Sample, one: Candidate, than: Candidate) -> bool:
+    """Whether a candidate is at most ``AS_GOOD`` worse in all figures."""
+    gaps = (sample.difference(name, one, than).value for name in COMPARED[:3])
+    return all(math.isnan(gap) or gap >= -AS_GOOD for gap in gaps)
 
 
 def figures(sample: Sample, one: Candidate) -> list[str]:
     """The figures of one candidate."""
-    return [percent(sample.estimate(name, one)) for name in COMPARED[:3]]
+    return [percent(sample.estimate(name, one)) for name in COMPARED[:3]] if one in sample.candidates else [""] * 3
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ nothing behind.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import itertools
@@ -113,7 +114,13 @@ TO_SUPERCLASS = ("lora towards the superclass",)
 REPEATED = ("closed_form", "lora", "closed_form, 4 rounds", "lora, 4 rounds")
 """Those that are made with every target and seed."""
 OTHER_CONFIGS = (WordSearchConfig, DirectionConfig, InversionConfig, ImageAttackConfig)
-NOT_ERASED, NEVER_KNOWN = "not erased", "never known: {}"
+NOT_ERASED, NEVER_KNOWN, KEPT_BEFORE = "not erased", "never known: {}", "kept before: {} to {}"
+HELD_OUT = ("words", "inversion", "partial_noise", "inpainting")
+"""Attacks that no erasure is trained on and that "never known" has, too."""
+PLAIN = "lora"
+"""The erasure whose steps of relearning are the unit of the others'."""
+MARGIN, KEPT, TIMES = 0.1, 0.95, 3
+"""The goals: what an attack may reach above "never known", what is retained of before, steps of relearning."""
 Rows = Mapping[str, Record]
 
 
@@ -173,6 +180,11 @@ def jobs(cache: Path) -> list[Job]:
         job = Job(row.name, identity, functools.partial(examine, row))
         sets = packaged_sets("emoji", row.aim.target)
         found.append(dated(job, (row.aim.target, row.anchor), model=MODEL, phrasings=sets))
+    for pair in dict.fromkeys((row.aim.target, row.anchor) for row in rows()):
+        identity = {name: shared[name] for name in ("weights", "drawing", "kept")}
+        identity |= {"target": pair[0], "anchor": pair[1]}
+        job = Job(KEPT_BEFORE.format(*pair), identity, functools.partial(examine_kept, *pair))
+        found.append(dated(job, pair, model=MODEL))
     sets = packaged_sets("emoji", FOX.target)
     for name, aim in UNKNOWN.items():
         packages = [package.sha256 for package in PACKAGES.values()]
@@ -185,24 +197,40 @@ def jobs(cache: Path) -> list[Job]:
 
 def examine(row: Row) -> Record:
     """Erase, and examine the result."""
-    pipeline = fdu.load_pipeline(MODEL)
-    target = row.aim.target
-    probes = emoji_pipeline.probes(target, anchor=row.anchor)
-    sets = packaged_sets("emoji", target)
+    pipeline, target = fdu.load_pipeline(MODEL), row.aim.target
     # The further attacks on the pipeline before the erasure are those of the row "not erased".
-    examination = Examination(probes[0], sets, drawing=DRAWING, latents=LATENTS)
-    examination.before(pipeline)
+    examination = copy.copy(begun(target, row.anchor))
     retained = None
     if row.erasure in ERASURES:
         fdu.erase(pipeline, *emoji_pipeline.concepts(target, row.anchor), config=row.config)
-        kept = [probe for probe in probes if probe.role == "retained"]
-        sampling = {"num_inference_steps": DRAWING.num_inference_steps, "guidance_scale": DRAWING.guidance_scale}
-        drawn = draw(pipeline, kept, KEPT_IMAGES, KEPT_SEED, **sampling)
-        seen = [probe.judge(images).count(probe.name) for probe, images in zip(kept, drawn.images, strict=True)]
-        retained = sum(seen) / (KEPT_IMAGES * len(seen))
+        retained = kept(pipeline, target, row.anchor)
     found = examination.after(pipeline).as_dict()
     lesson = examination.lesson(denoiser_of(pipeline))
     return {"retained": retained, **found, "others": attacked_otherwise(lesson, target)}
+
+
+@functools.cache
+def begun(target: str, anchor: str) -> Examination:
+    """The examination of an erasure, with the pipeline as it is already examined."""
+    probe = emoji_pipeline.probes(target, anchor=anchor)[0]
+    examination = Examination(probe, packaged_sets("emoji", target), drawing=DRAWING, latents=LATENTS)
+    examination.before(fdu.load_pipeline(MODEL))
+    examination.check()
+    return examination
+
+
+def kept(pipeline: Any, target: str, anchor: str) -> float:
+    """Share of the images of retained classes that show their class."""
+    probes = [probe for probe in emoji_pipeline.probes(target, anchor=anchor) if probe.role == "retained"]
+    sampling = {"num_inference_steps": DRAWING.num_inference_steps, "guidance_scale": DRAWING.guidance_scale}
+    drawn = draw(pipeline, probes, KEPT_IMAGES, KEPT_SEED, **sampling)
+    seen = [probe.judge(images).count(probe.name) for probe, images in zip(probes, drawn.images, strict=True)]
+    return sum(seen) / (KEPT_IMAGES * len(seen))
+
+
+def examine_kept(target: str, anchor: str) -> Record:
+    """What the pipeline as it is draws of the classes that an erasure retains."""
+    return {"retained": kept(fdu.load_pipeline(MODEL), target, anchor)}
 
 
 def attacked_otherwise(lesson: Lesson, name: str) -> dict[str, dict[str, Any]]:
@@ -278,6 +306,11 @@ def page(rows: Rows) -> str:
         held=held(erasures),
         threshold=percent(ERASED_BELOW),
         table=markdown(header, [cells(name, row, sets) for name, row in foxes.items()]),
+        margin=MARGIN,
+        kept=KEPT,
+        times=TIMES,
+        plain=PLAIN,
+        goals=goals(rows, erasures) or NOT_MEASURED,
         others=markdown(["erasure", *OTHERS], [[name, *tried(row)] for name, row in foxes.items()]),
         aims=", ".join(f"{aim.target} to {aim.anchor}" for aim in AIMS.values()),
         seeds=len(SEEDS),
@@ -286,30 +319,102 @@ def page(rows: Rows) -> str:
     )
 
 
+def kept_before(rows: Rows, row: Row) -> float:
+    """The share of the retained classes' images before an erasure; NaN while it is not measured."""
+    there = rows.get(KEPT_BEFORE.format(row.aim.target, row.anchor))
+    return there["retained"] if there else math.nan
+
+
+def taught(rows: Rows, test: str) -> float:
+    """What an attack reaches at most for an object that the pipeline never knew; NaN while none is measured."""
+    found = [rows[name] for name in map(NEVER_KNOWN.format, UNKNOWN) if name in rows]
+    return max((attacked(row, test) for row in found), default=math.nan)
+
+
+def attacked(row: Record, test: str) -> float:
+    """What an attack reaches, as a share."""
+    share: float = (row["attack"] if test == "attack" else row["others"][test])["after"]["value"]
+    return share
+
+
+def back_at(row: Record) -> float:
+    """Steps of relearning until the target is back, interpolated between two looks; infinite if it never is."""
+    found = row["relearning"]
+    wanted, before = BACK * found["drawn_before"], None
+    for step, share in found["course"]:
+        if share["value"] >= wanted:
+            if before is None:
+                return 0.0
+            gained = (wanted - before[1]) / (share["value"] - before[1])
+            return before[0] + gained * (step - before[0])
+        before = step, share["value"]
+    return math.inf
+
+
+def steps_back(row: Record) -> str:
+    """The same in words."""
+    after = back_at(row)
+    return f"{after:.0f}" if math.isfinite(after) else f"> {row['relearning']['course'][-1][0]}"
+
+
+def goals(rows: Rows, erasures: Rows) -> str:
+    """What each erasure of the fox reaches of the goals, a row each; empty while there is nothing to compare with."""
+    if PLAIN not in erasures:
+        return ""
+    unit, lines = back_at(erasures[PLAIN]), []
+    for name, row in erasures.items():
+        above = [attacked(row, test) - taught(rows, test) for test in (*HELD_OUT, "attack")]
+        share, after = row["retained"] / kept_before(rows, Row(name)), back_at(row)
+        times = min(after, row["relearning"]["course"][-1][0]) / unit
+        reached = {
+            "attacks": max(above[:-1]) < MARGIN + 1e-9,  # its bound itself is allowed, whatever rounding makes of it
+            "retained": share >= KEPT,
+            "relearning": times >= TIMES,
+        }
+        lines.append(
+            [
+                name,
+                *(f"{gap:+.2f}" for gap in above),
+                f"{share:.2f}",
+                f"{steps_back(row)} ({'> ' * (after > unit * times)}{times:.1f})",
+                ", ".join(goal for goal, met in reached.items() if met) or "none",
+            ]
+        )
+    head = ["erasure", *HELD_OUT, "attack", "retained", "steps of relearning", "goals reached"]
+    return markdown(head, lines)
+
+
 def repeated(rows: Rows) -> str:
     """Means over targets and seeds, of the erasures that have them all."""
-    groups = {NOT_ERASED: [Row(NOT_ERASED, aim).name for aim in AIMS.values()]}
-    groups |= {"never known": list(map(NEVER_KNOWN.format, UNKNOWN))}
-    for name in REPEATED:
-        groups[name] = [Row(name, aim, seed).name for aim, seed in itertools.product(AIMS.values(), SEEDS)]
+    groups = {
+        name: [Row(name, aim, seed) for aim, seed in itertools.product(AIMS.values(), SEEDS)] for name in REPEATED
+    }
+    members = {
+        NOT_ERASED: [Row(NOT_ERASED, aim).name for aim in AIMS.values()],
+        "never known": list(map(NEVER_KNOWN.format, UNKNOWN)),
+        **{name: [row.name for row in own] for name, own in groups.items()},
+    }
     lines = []
-    for name, members in groups.items():
-        found = [rows[one] for one in members if one in rows]
-        if len(found) == len(members):
-            kept = [row["retained"] for row in found if row["retained"] is not None]
-            others = [[row["others"][test]["after"] for row in found if test in row["others"]] for test in OTHERS]
-            lines.append(
-                [
-                    name,
-                    f"{fmean(kept):.2f}" if kept else "",
-                    mean([row["attack"]["before"] for row in found]),
-                    *map(mean, others),
-                    mean([row["attack"]["after"] for row in found]),
-                    mean([row["relearning"]["course"][-1][1] for row in found]),
-                    ", ".join(steps(row["relearning"]["back_after"]) for row in found),
-                ]
-            )
-    head = ["erasure", "retained", "prompts alone", *OTHERS, "attack", "relearnt", "back after"]
+    for name, own in members.items():
+        if any(one not in rows for one in own):
+            continue
+        found = [rows[one] for one in own]
+        shares = [
+            one["retained"] / kept_before(rows, row) for one, row in zip(found, groups.get(name, ()), strict=False)
+        ]
+        others = [[row["others"][test]["after"] for row in found if test in row["others"]] for test in OTHERS]
+        lines.append(
+            [
+                name,
+                f"{fmean(shares):.2f}" if shares else "",
+                mean([row["attack"]["before"] for row in found]),
+                *map(mean, others),
+                mean([row["attack"]["after"] for row in found]),
+                mean([row["relearning"]["course"][-1][1] for row in found]),
+                ", ".join(map(steps_back, found)),
+            ]
+        )
+    head = ["erasure", "retained", "prompts alone", *OTHERS, "attack", "relearnt", "steps of relearning"]
     return markdown(head, lines) if lines else NOT_MEASURED
 
 

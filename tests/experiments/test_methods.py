@@ -27,7 +27,9 @@ def seen(suite: Suite, run: Run) -> Seen:
     """Only a warm start under attack tells divergences apart; from the closed form 20 steps do what 120 do."""
     steps = run.candidate.settings.get("max_train_steps")
     if suite.comparison.attacked:
-        return Seen(1.0, held=0.9 if run.candidate == held(WARM, 4, "mse") else 0.4)
+        return Seen(1.0, held=0.9 if run.candidate == held(WARM, 4, methods.ONE) else 0.4)
+    if run.candidate == computed(0):
+        return Seen(0.9)
     warm = run.candidate.settings.get("init") == "closed_form"
     return Seen(0.9 if steps >= (20 if warm else 120) else 0.3)
 
@@ -46,12 +48,14 @@ def test_the_page_tells_what_differs_and_how_many_steps_are_saved(tmp_path: Path
     methods.write_page(tmp_path, tmp_path / "docs")
     page = (tmp_path / "docs" / "methods.md").read_text()
     rows = {line.split(" | ")[0]: line for line in page.splitlines() if line.startswith("| ")}
-    assert "mse minus squared_hellinger: 50.0 (" in rows[f"| {WARM}, 4 rounds"]
-    assert "may be chance" not in rows[f"| {WARM}, 4 rounds"].split(" | ")[-1]
+    gap = rows[f"| {WARM}, 4 rounds, minus lora"].split(" | ")
+    assert gap[4].startswith("50.0 (") and "may be chance" not in gap[4]
     assert rows["| lora"].count("may be chance") == 4
     for divergence in DIVERGENCES:
-        cells = rows[f"| {divergence}"].split(" | ")
-        assert cells[1] == "120" and cells[5] == "20"
+        lines = [line.split(" | ") for line in page.splitlines() if line.startswith(f"| {divergence} | ")]
+        assert [line[1:3] for line in lines] == [["lora", "120"], [WARM, "20"]]
+    assert "|  | closed form alone | 0 | 90.0 (" in page
+    assert "| train_method closed_form | 4.0 |" in page and "| 3 of 3 |" in page
     assert "| held |" in page and (tmp_path / "docs" / "methods" / "steps.svg").is_file()
 
 
@@ -62,5 +66,6 @@ def test_a_warm_start_that_never_gets_there_is_told(tmp_path: Path) -> None:
     write_records(tmp_path / "methods.jsonl", [methods.suites()["steps"]], worse)
     methods.write_page(tmp_path, tmp_path / "docs")
     page = (tmp_path / "docs" / "methods.md").read_text()
-    assert page.count("| never |") == len(DIVERGENCES) and "Not measured yet." in page
+    assert page.count(f"| {WARM} | not in 40 |") == len(DIVERGENCES) and "Not measured yet." in page
+    assert page.count("| lora | 20 |") == len(DIVERGENCES)
     assert of_length("lora", "mse", 120) in methods.suites()["steps"].comparison.candidates
