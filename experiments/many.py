@@ -15,10 +15,13 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Sequence
 from pathlib import Path
+from statistics import fmean, stdev
 from typing import Any
 
+import scipy.stats
 import torch
 from experiment import NOT_MEASURED, conditions, current, dated, fill, of_total, run
 from safetensors.torch import load_file, save_file
@@ -29,6 +32,7 @@ from fdu.comparison.runs import weights
 from fdu.comparison.sweep import Job, Record, digest, settings_identity
 from fdu.evaluation import Draws, Sampling
 from fdu.evaluation.drawing import JUDGED_SEED, joint_probes
+from fdu.evaluation.intervals import LEVEL
 from fdu.report.charts import became_chart
 from fdu.storage.output import whole_file, write_text
 from fdu.subjects.embedded import Emoji
@@ -62,9 +66,19 @@ ONCE: dict[str, dict[str, Any]] = {
 IN_TURN: dict[str, dict[str, Any]] = {
     "closed_form": {"train_method": "closed_form"},
     "lora, 40 steps each": {"max_train_steps": 40},
+    "text_encoder, 40 steps each": {"train_method": "text_encoder", "max_train_steps": 40},
 }
 """The same for fifty one after another."""
 WAYS = {"once": ONCE, "in turn": IN_TURN}
+BY_DIVERGENCE = {
+    "squared_hellinger": "text_encoder, 480 steps",
+    "mse": "text_encoder, 480 steps, mse",
+    "pearson_chi2": "text_encoder, 480 steps, pearson_chi2",
+}
+"""Rows that differ in the divergence alone."""
+LEFT, KEPT = 0.05, 0.95
+"""The goals: the mean share of the targets' images that show their target, at most; the share of the other classes'
+images that show their class, of before, at least."""
 REBOUND = 0.1
 """A concept rebounds if more than this share of its images shows it again after the later erasures."""
 SHOWN = "once/text_encoder, 480 steps seed 0"
@@ -136,22 +150,26 @@ def examine(cache: Path, way: str, name: str, seed: int) -> Record:
         result = fdu.erase(pipeline, targets, anchors, config=config_of(way, name, seed, PAIRS))
         told = {"seconds": round(result.seconds, 1)}
     else:
-        told = {"at_once": dict(erased_in_turn(pipeline, name, seed))}
+        told = erased_in_turn(pipeline, name, seed, PAIRS)
     asked = probes()
     evaluation = fdu.evaluate(images_before(cache), drawn(pipeline, asked), asked, emoji_pipeline.features())
     return {**figures(evaluation, asked), **told}
 
 
-def erased_in_turn(pipeline: Any, name: str, seed: int) -> Iterator[tuple[str, float]]:
-    """Erase the targets one after another; of each, the share of its images that show it right after its erasure."""
-    for pair in PAIRS:
-        target, anchor = emoji_pipeline.concepts(*pair)
-        fdu.erase(pipeline, target, anchor, config=config_of("in turn", name, seed, [pair]))
-        pipeline.fuse_lora()
-        pipeline.unload_lora_weights()
+def erased_in_turn(pipeline: Any, name: str, seed: int, pairs: Sequence[tuple[str, str]]) -> Record:
+    """Erase targets one after another: of each the share of its images that show it right after its erasure, and the
+    seconds of all erasures."""
+    at_once, seconds = {}, 0.0
+    for pair in pairs:
+        result = fdu.erase(pipeline, *emoji_pipeline.concepts(*pair), config=config_of("in turn", name, seed, [pair]))
+        seconds += result.seconds
+        if result.trainable.lora_layers():
+            pipeline.fuse_lora()
+            pipeline.unload_lora_weights()
         probe = emoji_pipeline.probes(pair[0], anchor=pair[1])[0]
         (images,) = drawn(pipeline, [probe]).images
-        yield pair[0], probe.judge(images).count(pair[0]) / IMAGES
+        at_once[pair[0]] = probe.judge(images).count(pair[0]) / IMAGES
+    return {"at_once": at_once, "seconds": round(seconds, 1)}
 
 
 def figures(evaluation: fdu.Evaluation, asked: Sequence[fdu.Probe]) -> Record:
@@ -185,6 +203,11 @@ def write_page(results: Path, docs: Path) -> None:
         others=len(rows["before"]["per_class"]) - len(TARGETS),
         drawing=DRAWING,
         rebound=f"{100 * REBOUND:.0f}",
+        left=f"{100 * LEFT:.0f}",
+        kept=f"{100 * KEPT:.0f}",
+        one_image=f"{100 / IMAGES:.1f}",
+        goals=goals(rows),
+        divergences=by_divergence(rows),
         once=table(rows, "once"),
         in_turn=table(rows, "in turn"),
         map="![What each of the fifty became](many/became.svg)" if shown else NOT_MEASURED,
@@ -196,15 +219,54 @@ def write_page(results: Path, docs: Path) -> None:
 def table(rows: Rows, way: str) -> str:
     """One line per row and seed."""
     head = ["erasure", "seed", "left, seen", "left, unseen", "retained", "near", "attributes", "change", "not erased"]
-    head += ["rebounds"] if way == "in turn" else ["seconds"]
-    lines = [["none", "", *shares(rows["before"]), "", "", ""]]
+    head += ["seconds", *(["rebounds"] if way == "in turn" else [])]
+    lines = [["none", "", *shares(rows["before"]), *[""] * (len(head) - 7)]]
     for name in WAYS[way]:
         for seed in SEEDS:
             row = rows.get(row_name(way, name, seed))
             if row:
-                last = rebounds(row) if way == "in turn" else f"{row['seconds']:.1f}"
-                lines.append([name, str(seed), *shares(row), f"{100 * row['change']:.2f}", not_erased(row), last])
+                last = [f"{row['seconds']:.1f}", *([rebounds(row)] if way == "in turn" else [])]
+                lines.append([name, str(seed), *shares(row), f"{100 * row['change']:.2f}", not_erased(row), *last])
     return markdown(head, lines) if len(lines) > 1 else NOT_MEASURED
+
+
+def goals(rows: Rows) -> str:
+    """What is left and retained by each erasure, as means over the seeds, and whether it reaches the goals."""
+    before, lines = rows["before"]["shares"]["retained_accuracy"][0], []
+    for way, named in WAYS.items():
+        for name in named:
+            found = [rows[one] for seed in SEEDS if (one := row_name(way, name, seed)) in rows]
+            if not found:
+                continue
+            left = fmean(fmean(row["per_class"][target] for target in TARGETS) for row in found)
+            unseen = fmean(row["shares"]["unseen_accuracy"][0] for row in found)
+            retained = fmean(row["shares"]["retained_accuracy"][0] for row in found) / before
+            reached = (max(left, unseen) <= LEFT, retained >= KEPT)
+            if way == "in turn":
+                reached += (not any(came_back(row) for row in found),)
+            cells = [f"{100 * share:.1f}" for share in (left, unseen, retained)]
+            lines.append([name, way, *cells, "yes" if all(reached) else "no"])
+    head = ["erasure", "", "left, seen", "left, unseen", "retained, of before", "reaches the goals"]
+    return markdown(head, lines) if lines else NOT_MEASURED
+
+
+def by_divergence(rows: Rows) -> str:
+    """The first divergence minus each other one at fifty concepts at once, paired by class and averaged over seeds."""
+    first, *others = BY_DIVERGENCE
+    kept = [name for name in rows["before"]["per_class"] if name not in TARGETS]
+    lines = []
+    for other in others:
+        pairs = [[rows.get(row_name("once", BY_DIVERGENCE[one], seed)) for one in (first, other)] for seed in SEEDS]
+        found = [(one, two) for one, two in pairs if one and two]
+        if found:
+            cells = []
+            for names in (TARGETS, kept):
+                gaps = [fmean(one["per_class"][name] - two["per_class"][name] for one, two in found) for name in names]
+                middle, error = fmean(gaps), stdev(gaps) / math.sqrt(len(gaps))
+                reach = scipy.stats.t.ppf((1 + LEVEL) / 2, len(gaps) - 1) * error
+                cells.append(f"{100 * middle:.1f} ({100 * (middle - reach):.1f} to {100 * (middle + reach):.1f})")
+            lines.append([f"{first} minus {other}", *cells])
+    return markdown(["", "left, seen", "retained"], lines) if lines else NOT_MEASURED
 
 
 def shares(row: Record) -> list[str]:
@@ -220,11 +282,14 @@ def not_erased(row: Record) -> str:
 
 
 def rebounds(row: Record) -> str:
-    """The targets that were gone right after their own erasure, and are drawn again at the end."""
-    again = {
-        name: row["per_class"][name] for name in TARGETS if row["at_once"][name] <= REBOUND < row["per_class"][name]
-    }
-    return listed(again) or "none"
+    """The same in words."""
+    return listed(came_back(row)) or "none"
+
+
+def came_back(row: Record) -> dict[str, float]:
+    """The targets that were gone right after their own erasure, and are drawn again at the end, with their shares."""
+    shares = {name: row["per_class"][name] for name in TARGETS}
+    return {name: share for name, share in shares.items() if row["at_once"][name] <= REBOUND < share}
 
 
 def listed(shares: dict[str, float]) -> str:
