@@ -359,9 +359,10 @@ def steps_back(row: Record) -> str:
 
 def goals(rows: Rows, erasures: Rows) -> str:
     """What each erasure of the fox reaches of the goals, a row each; empty while there is nothing to compare with."""
-    if PLAIN not in erasures:
+    unit = back_at(erasures[PLAIN]) if PLAIN in erasures else 0
+    if not unit:
         return ""
-    unit, lines = back_at(erasures[PLAIN]), []
+    lines = []
     for name, row in erasures.items():
         above = [attacked(row, test) - taught(rows, test) for test in (*HELD_OUT, "attack")]
         share, after = row["retained"] / kept_before(rows, Row(name)), back_at(row)

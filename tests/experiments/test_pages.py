@@ -66,53 +66,6 @@ def test_without_records_the_page_stays(name: str, tmp_path: Path) -> None:
     assert not (tmp_path / "docs").exists()
 
 
-def test_every_row_on_robustness_shows_its_figures_and_a_missing_row_is_counted() -> None:
-    found = Records(RESULTS / "robustness.jsonl").found
-    foxes = [robustness.NOT_ERASED, *map(robustness.NEVER_KNOWN.format, ("zebra", "koala")), *robustness.ERASURES]
-    rows = {name: found[name] for name in foxes if name in found}
-    rows["lora"] = {**rows["not erased"], "retained": 0.25}
-    rows["lora"]["attack"] = {**rows["lora"]["attack"], "back_after": None}
-    page = robustness.page(rows)
-    for name, row in rows.items():
-        line, others = (line for line in page.splitlines() if line.startswith(f"| {name} |"))
-        assert f"{row['others']['inpainting']['after']['value']:.2f} (" in others
-        assert f"{row['attack']['after']['value']:.2f} (" in line
-        assert ("| never |" in line and "| 0.25 |" in line) or name != "lora"
-    page = robustness.page({name: row for name, row in rows.items() if not name.startswith("never known")})
-    assert 'The rows "never known" are not measured yet.' in page
-
-
-def test_means_over_targets_and_seeds_are_shown_once_all_are_there() -> None:
-    whole = Records(RESULTS / "robustness.jsonl").found["not erased"]
-    names = {row.name for row in robustness.rows()} | set(map(robustness.NEVER_KNOWN.format, robustness.UNKNOWN))
-    assert {job.name for job in robustness.jobs(Path())} == names
-    kept = dict.fromkeys(["lora", "fox/lora, seed 1"], 0.5)
-    rows = {name: {**whole, "retained": kept.get(name, 1.0)} for name in names}
-    back = {**whole["relearning"], "back_after": None}
-    rows["cat/lora, seed 1"] = {**rows["cat/lora, seed 1"], "relearning": back}
-
-    def lines(page: str) -> dict[str, str]:
-        table = page.partition("## Other targets and seeds")[2].splitlines()
-        return {line.split(" | ")[0].strip("| "): line for line in table if line.startswith("|")}
-
-    first = whole["relearning"]["back_after"]
-    shown = lines(robustness.page(rows))
-    assert set(shown) - {"erasure", "---"} == {"not erased", "never known", *robustness.REPEATED}
-    assert f"| {(2 * 0.5 + 4 * 1.0) / 6:.2f} |" in shown["lora"]
-    assert shown["lora"].endswith(f"| {first}, {first}, {first}, {first}, {first}, never |")
-    del rows["orange/lora, seed 1"]
-    assert "lora" not in lines(robustness.page(rows))
-
-
-def test_the_interval_of_a_mean_is_students_and_where_all_agree_wilsons() -> None:
-    share = {"value": 0.0, "images": 32}
-    # t(0.975, 1) = 12.706; the standard error of 0 and 0.02 is 0.01.
-    assert robustness.mean([share, {**share, "value": 0.02}]) == "0.01 (0.00 to 0.14)"
-    low, high = robustness.wilson(0.0, 64)
-    assert robustness.mean([share, share]) == f"0.00 ({low:.2f} to {high:.2f})"
-    assert robustness.mean([]) == ""
-
-
 @pytest.mark.parametrize("name", RECORDS)
 def test_a_command_has_help(name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr("sys.argv", [f"{name}.py", "--help"])
