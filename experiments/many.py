@@ -250,6 +250,14 @@ def goals(rows: Rows) -> str:
     return markdown(head, lines) if lines else NOT_MEASURED
 
 
+def told(results: Path) -> str:
+    """What results.md says of the records in a folder: the divergences at fifty concepts."""
+    rows = current(results, "many", jobs(Path()))
+    if "before" not in rows:
+        return "Fifty concepts at once are not measured yet."
+    return f"At fifty concepts at once ([many.md](many.md)), by training the text encoder:\n\n{by_divergence(rows)}"
+
+
 def by_divergence(rows: Rows) -> str:
     """The first divergence minus each other one at fifty concepts at once, paired by class and averaged over seeds."""
     first, *others = BY_DIVERGENCE

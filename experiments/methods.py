@@ -20,8 +20,7 @@ from statistics import median
 from typing import Any
 
 from experiment import DRAWING, NOT_MEASURED, Suite, all_jobs, changed, fill, run, told_of
-from outcomes import ASKED, KEPT, LEFT, bounds, outcomes, way
-from study import recommended
+from outcomes import ASKED, KEPT, LEFT, bounds, outcomes, recommended, way
 
 from fdu.comparison.front import Estimate, Sample
 from fdu.comparison.page import COLOURS, Curve, curve_chart, markdown, percent, table
@@ -124,6 +123,23 @@ def write_page(results: Path, docs: Path) -> None:
 
 
 LABEL = "share of the target's images that show it (%)"
+
+
+def told(results: Path) -> str:
+    """What results.md says of the records in a folder: which method wins, and where the divergence matters."""
+    found = suites()["held"].results(Records(results / "methods.jsonl"))
+    if not found:
+        return "Methods are not measured yet."
+    lines = "\n".join(f"* {prefer}: {one.headline}." for prefer, one in found.recommendations.items())
+    return f"""Closed form, training, warm start and searches for what still draws the target, on {len(PAIRS)} targets
+([methods.md](methods.md)). By what one prefers:
+
+{lines}
+
+{ONE} minus {OTHER}, in percentage points, for every way to train, and by how much that gap differs from the gap of
+`{PLAIN}`. *Held*: share of the target's images that do not show it under an attack.
+
+{gaps(found)}"""
 
 
 def winners(results: Results, records: Records) -> str:

@@ -123,3 +123,11 @@ def outcomes(suite: Suite, records: Records, results: Results | None) -> dict[st
             before = own.found.get(before_name(target), {"judged": []})
             found[target] = Outcome(results, target, tuple(map(Judged.from_dict, before["judged"])))
     return found
+
+
+def recommended(results: Results) -> str:
+    """The recommendations, by preference."""
+    lines = (
+        f"* **{prefer}**: {one.headline}. {' '.join(one.sentences)}" for prefer, one in results.recommendations.items()
+    )
+    return "\n".join(["Recommendations, by preference:", "", *lines])

@@ -16,9 +16,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from statistics import fmean
 
+import many
+import methods
 from claims import CLAIMS, Contrasts, summary, told, verdict, weigh
 from experiment import DRAWING, HERE, NOT_MEASURED, Suite, all_jobs, fill, run, told_of
-from outcomes import ASKED, COLUMNS, KEPT, LEFT, Outcome, bounds, outcomes
+from outcomes import ASKED, COLUMNS, KEPT, LEFT, Outcome, bounds, outcomes, recommended
 
 from fdu.comparison.front import Estimate, Standing, complete
 from fdu.comparison.gallery import drawn_gallery, galleries
@@ -116,6 +118,7 @@ def write_page(results: Path, docs: Path) -> None:
     draw_fronts(short, became["short"], docs / "results")
     listed = [suite for each in every.values() for suite in each.values()]
     said = told_of(listed, records, [one for each in found.values() for one in each.values()])
+    said |= {"elsewhere": f"{methods.told(results)}\n\n{many.told(results)}"}
     write_text(docs / "results.md", page(found, became, said))
 
 
@@ -170,14 +173,6 @@ def page(found: Found, became: Mapping[str, Mapping[str, Outcome]], said: Mappin
 def judged(model: str, contrasts: Contrasts) -> str:
     """The verdict on a claim on one pipeline, and its comparisons."""
     return f"**{model.capitalize()}: {verdict([one.bears for one in contrasts])}.**\n\n{told(contrasts)}".strip()
-
-
-def recommended(results: Results) -> str:
-    """The recommendations, by preference."""
-    lines = (
-        f"* **{prefer}**: {one.headline}. {' '.join(one.sentences)}" for prefer, one in results.recommendations.items()
-    )
-    return "\n".join(["Recommendations, by preference:", "", *lines])
 
 
 def compared(results: Results) -> str:

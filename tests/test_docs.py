@@ -20,7 +20,8 @@ from fdu.cli import parse
 
 ROOT = Path(__file__).parents[1]
 README, USAGE, LOSSES = ROOT / "README.md", ROOT / "docs/usage.md", ROOT / "docs/losses.md"
-OTHERS = ("docs/design.md", "examples/README.md", "CONTRIBUTING.md")
+HELP = tuple(f"docs/help/{path.name}" for path in sorted((ROOT / "docs/help").glob("*.md")))
+OTHERS = ("docs/design.md", "examples/README.md", "CONTRIBUTING.md", *HELP)
 PAGES = [README, USAGE, LOSSES, *(ROOT / name for name in OTHERS)]
 SMALLER = {
     "path/or/hub-id": "model",
