@@ -16,8 +16,12 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_
 if TYPE_CHECKING:
     from fdu_kernels import Divergence
 
-PLACES = ("cache_dir", "checkpoint_dir", "resume_from_checkpoint", "logging_dir")
+PLACES = ("training_cache", "checkpoint_dir", "resume_from_checkpoint", "tracking_dir")
 """Settings that are paths; records and model cards leave them out."""
+FORMER = {"training_cache": "cache_dir", "sampling_guidance": "guidance_scale", "tracking_dir": "logging_dir"}
+"""Settings with their former names, which mean something else in diffusers' scripts. Records keep these names, so that
+they stay valid."""
+RENAMED = {former: name for name, former in FORMER.items()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,12 +63,12 @@ def trains(train_method: str) -> bool:
 WITHOUT_STEPS = (
     *("train_method", "preservation_weight", "preservation_prompts", "resolution", "height", "width", "num_frames"),
     *("seed", "ridge", "rank_tolerance"),
-    *("mixed_precision", "cache_dir", "checkpoint_dir", "deterministic"),
+    *("mixed_precision", "training_cache", "checkpoint_dir", "deterministic"),
 )
 """The settings that mean something, or do no harm, where nothing is trained."""
 SEARCHES = (
     *("adversarial_rounds", "adversarial_steps", "adversarial_conditionings", "adversarial_bound"),
-    *("train_batch_size", "num_latents", "num_inference_steps", "guidance_scale", "sample_batch_size"),
+    *("train_batch_size", "num_latents", "num_inference_steps", "sampling_guidance", "sample_batch_size"),
 )
 """Those that mean something there too if there are searches."""
 if TYPE_CHECKING:
@@ -79,6 +83,11 @@ SHAPES = {"logit_mean": "logit_normal", "logit_std": "logit_normal", "mode_scale
 """The weighting_scheme that each of its parameters belongs to."""
 
 
+def renamed(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings that an earlier version may have written, by today's names."""
+    return {RENAMED.get(name, name): value for name, value in settings.items()}
+
+
 def check_choice(name: str, value: Any, choices: Collection[str]) -> None:
     """Raise ValueError if ``value`` is none of ``choices``."""
     if value not in choices:
@@ -87,6 +96,8 @@ def check_choice(name: str, value: Any, choices: Collection[str]) -> None:
 
 def closest(name: str, known: Sequence[str]) -> str:
     """The known name that was probably meant, as the end of an error; empty if there is none."""
+    if RENAMED.get(name) in known:
+        return f"; its name is {RENAMED[name]!r} now"
     folded = {one.casefold(): one for one in known}
     close = difflib.get_close_matches(name.casefold(), folded, n=1)
     return f"; did you mean {folded[close[0]]!r}?" if close else ""
@@ -312,8 +323,8 @@ class EraseConfig:
     per concept if there are more than ten concepts; never more than the steps can use."""
     num_inference_steps: Count = 15
     """Denoising steps per sampled latent, >= 1."""
-    guidance_scale: NotNegative = 3.0
-    """Classifier-free guidance scale for sampling latents, >= 0."""
+    sampling_guidance: NotNegative = 3.0
+    """Guidance scale for sampling latents and validation images (the pipeline's guidance_scale), >= 0."""
 
     mixed_precision: Literal["no", "fp16", "bf16"] = "no"
     """Autocast dtype of the training step; trained weights stay float32."""
@@ -328,11 +339,12 @@ class EraseConfig:
     """Latents sampled at a time, >= 1."""
     frozen_batches: Natural = 0
     """Pre-draw so many batches with their frozen outputs and cycle through them, >= 0; 0 draws a fresh batch each step.
-    Uses CPU memory: 4 float32 latents per erasing sample. With cache_dir, runs that differ only in trained weights or
-    divergence share them."""
+    Uses CPU memory: 4 float32 latents per erasing sample. With training_cache, runs that differ only in trained
+    weights or divergence share them."""
 
-    cache_dir: str | None = None
-    """Folder for encoded prompts, latents and frozen outputs, which later runs on the same model reuse."""
+    training_cache: str | None = None
+    """Folder for encoded prompts, latents and frozen outputs, which later runs on the same model reuse. The hub's
+    downloads are where HF_HUB_CACHE says."""
     checkpoint_dir: str | None = None
     """Folder for checkpoints, to resume an interrupted run. Default: none; `fdu erase` uses OUT.checkpoints."""
     checkpointing_steps: Count = 100
@@ -344,7 +356,7 @@ class EraseConfig:
     folder."""
     report_to: Literal["none", "tensorboard", "wandb"] = "none"
     """Tracker to log the training to."""
-    logging_dir: str = "logs"
+    tracking_dir: str = "logs"
     """Folder for the tracker's logs and the validation images."""
     validation_prompts: Prompts = ()
     """Prompts to draw during the training, with fixed seeds."""
@@ -471,6 +483,10 @@ class EraseConfig:
         lists = {name: list(value) for name, value in values.items() if isinstance(value, tuple)}
         return {**values, **lists, "divergence": str(self.divergence), "learning_rate": self.peak_learning_rate}
 
+    def recorded(self) -> dict[str, Any]:
+        """As :meth:`as_dict`, without places and under the names that records have."""
+        return {FORMER.get(name, name): value for name, value in self.as_dict().items() if name not in PLACES}
+
     @property
     def peak_learning_rate(self) -> float | None:
         """The learning rate, or else that of the training method; None where nothing is trained."""
@@ -492,7 +508,9 @@ class EraseConfig:
         """
         unknown = sorted(set(settings) - set(cls.field_names()))
         if unknown:
-            raise TypeError(f"unknown setting {unknown[0]!r}; the settings are {', '.join(cls.field_names())}")
+            names = cls.field_names()
+            hint = closest(unknown[0], names) or f"; the settings are {', '.join(names)}"
+            raise TypeError(f"unknown setting {unknown[0]!r}{hint}")
         return cls(**settings)
 
     @classmethod

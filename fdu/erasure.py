@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from fdu.concepts import Concept, ConceptLike, ConceptType, Pair, concept_pairs, joined
-from fdu.config import PLACES, TRAIN_METHODS, EraseConfig
+from fdu.config import TRAIN_METHODS, EraseConfig
 from fdu.models.denoiser import Denoiser
 from fdu.models.families import denoiser_of
 from fdu.models.offloading import offloads
@@ -132,8 +132,8 @@ def _train(
     config: EraseConfig,
 ) -> tuple[Trainable, dict[str, list[float]], float, tuple[EditFigures, ...]]:
     """Train. Returns what was trained, the history, sigma, and the figures of the edits at its start."""
-    # Without a cache_dir, the latents go next to the checkpoints, so that a resumed run need not sample them again.
-    folder = config.cache_dir or config.checkpoint_dir
+    # Without a training_cache, the latents go next to the checkpoints; a resumed run need not sample them again.
+    folder = config.training_cache or config.checkpoint_dir
     model = model_key(denoiser) if folder is not None else {}
     checkpoints = _checkpoints(pairs, mask, config, model.get("weights", ""), accelerator.num_processes)
     cache = Cache(folder, model, accelerator)
@@ -167,7 +167,7 @@ def _compute(
     """Erase in closed form; after each search, again from the original model. Returns the edit and its figures."""
     found: Sequence[Found] = ()
     if config.adversarial_rounds:
-        folder = config.cache_dir
+        folder = config.training_cache
         cache = Cache(folder, model_key(denoiser) if folder is not None else {}, accelerator)
         examples = prepare_examples(denoiser, pairs, config, accelerator, cache)
         adversary = Adversary(accelerator, denoiser, pairs, config, examples, range(config.adversarial_rounds))
@@ -215,7 +215,7 @@ def _searched(adversary: Adversary, mask: Tensor | None, cache: Cache, base: str
         return keys_of(adversary.found)
 
     key = {
-        "settings": {name: value for name, value in config.as_dict().items() if name not in PLACES},
+        "settings": config.recorded(),
         "concepts": [[list(one.prompts) for one in pair] for pair in pairs],
         "mask": None if mask is None else tensor_key(mask),
         "processes": accelerator.num_processes,
@@ -265,7 +265,7 @@ def _check_run(denoiser: Denoiser, pairs: Sequence[Pair], mask: Tensor | None, c
     if trains and config.max_train_steps and denoiser.few_steps and config.timestep_sampling != "inference":
         raise ValueError(
             f"pipeline seems to be distilled to few steps: {denoiser.few_steps}. Set timestep_sampling 'inference', "
-            "num_inference_steps to the number that the model is made for, such as 4, and guidance_scale to "
+            "num_inference_steps to the number that the model is made for, such as 4, and sampling_guidance to "
             f"{denoiser.unguided_scale:g}; or train the model that it was distilled from"
         )
     if offloads(denoiser.module):

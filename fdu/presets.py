@@ -102,7 +102,7 @@ PRESETS: dict[str, Preset] = {
             "preservation_weight": 0.0,
             "num_latents": 200,
             "num_inference_steps": 50,
-            "guidance_scale": 2.0,
+            "sampling_guidance": 2.0,
         },
         "Stable Diffusion XL",
         'The same for Stable Diffusion XL; add --anchor "".',

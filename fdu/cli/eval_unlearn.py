@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import fdu
 from fdu.concepts import ConceptType, concept_pairs
-from fdu.config import Count, EraseConfig, check_choice, check_number
+from fdu.config import Count, EraseConfig, NotNegative, check_choice, check_number
 from fdu.storage.loading import Dtype, check_dtype, check_erased, choose_device, load_erased, load_model
 from fdu.storage.output import PIPELINE_FILE
 from fdu.subjects.registry import subject_of
@@ -75,7 +75,8 @@ class Technique:
             raise TypeError(_unknown(next(iter(unknown))))
         check_choice("dtype", dtype, get_args(Dtype))
         model = subject_of(model_id, "model_id")
-        EraseConfig(num_inference_steps=num_inference_steps, guidance_scale=guidance_scale)  # checks these two
+        check_number("num_inference_steps", num_inference_steps, Count)
+        check_number("guidance_scale", guidance_scale, NotNegative)
         if num_frames is not None:
             check_number("num_frames", num_frames, Count)
         place = choose_device(device or "auto")

@@ -20,7 +20,7 @@ GROUPS = {
     "divergence": "divergence",
     "training": "gradient_accumulation_steps",
     "memory": "mixed_precision",
-    "files": "cache_dir",
+    "files": "training_cache",
 }
 """The groups of settings in the help, each with its first setting; the order is that of EraseConfig."""
 OTHER_NAMES = {
@@ -36,8 +36,21 @@ OTHER_NAMES = {
     "output_dir": "out",
     "size": "resolution",
     "type": "concept_type",
+    "cache_dir": "training_cache (HF_HUB_CACHE says where the hub's downloads go)",
+    "logging_dir": "tracking_dir",
+    "guidance_scale": "sampling_guidance (or --embedded_guidance, the input of FLUX.1 dev)",
+    "num_train_epochs": "max_train_steps",
+    "validation_epochs": "validation_steps",
+    "instance_prompt": "target",
+    "class_prompt": "anchor",
+    "prior_loss_weight": "preservation_weight",
+    "with_prior_preservation": "preservation_weight",
+    "use_8bit_adam": "optimizer adamw_8bit",
+    "use_dora": "train_method dora",
+    "output_kohya_format": "save_as kohya",
 }
-"""Names of options in other programs."""
+"""Names of options in other programs, among them diffusers' scripts, and earlier names; each with the option meant and
+what to say about it."""
 
 
 class Settings:
@@ -231,5 +244,6 @@ def option_names(command: type) -> tuple[set[str], set[str], set[str]]:
 
 def _meant(typed: str, known: Collection[str], prefix: str = "") -> str:
     close = difflib.get_close_matches(typed, known, n=1, cutoff=0.5)
-    best = OTHER_NAMES.get(typed) if OTHER_NAMES.get(typed) in known else next(iter(close), None)
+    other = OTHER_NAMES.get(typed, "")
+    best = other if other.partition(" ")[0] in known else next(iter(close), None)
     return f"; did you mean {prefix}{best}?" if best else "."

@@ -127,7 +127,7 @@ def make_run(run: Run, comparison: Comparison, cache: Path, pictures: Path | Non
     # Before the erasure: images that the cache lacks are drawn with this pipeline.
     before, _ = _before(comparison, run.target, probes, cache)
     began = time.process_time()
-    config = dataclasses.replace(comparison.config(run), cache_dir=str(cache))
+    config = dataclasses.replace(comparison.config(run), training_cache=str(cache))
     result = erase(pipeline, *comparison.pair(run.target), config=config)
     found, shown = [], []
     try:

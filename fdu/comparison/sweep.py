@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from fdu.config import PLACES, EraseConfig
+from fdu.config import EraseConfig
 from fdu.storage.fingerprint import versions
 from fdu.storage.loading import describe_device
 from fdu.storage.output import to_json, write_text
@@ -80,7 +80,7 @@ class Records:
         if record is None:
             return None
         # A setting that a record lacks did not exist when it was made; the run used its default.
-        settings = {**EraseConfig().as_dict(), **record["identity"].get("settings", {})}
+        settings = {**settings_identity(EraseConfig()), **record["identity"].get("settings", {})}
         found = {**record["identity"], "settings": settings}
         return record if _holds(found, json.loads(to_json(identity))) else None
 
@@ -176,7 +176,7 @@ def digest(content: Any) -> str:
 
 def settings_identity(settings: EraseConfig) -> Record:
     """The settings of an erasure as a part of an identity: no folders, and a digest for the prompts to preserve."""
-    found = {name: value for name, value in settings.as_dict().items() if name not in PLACES}
+    found = settings.recorded()
     prompts = found["preservation_prompts"]
     return {**found, "preservation_prompts": digest(prompts) if prompts else []}
 

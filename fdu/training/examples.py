@@ -227,7 +227,7 @@ def prepare_examples(
         **key,
         "drawn": drawn,
         "steps": config.num_inference_steps,
-        "guidance_scale": config.guidance_scale,
+        "guidance_scale": config.sampling_guidance,
         "seed": config.seed,
         "mixed_precision": config.mixed_precision,
     }
@@ -292,7 +292,7 @@ def _sample(
             chosen[share.start : share.stop],
             empty,
             config.num_inference_steps,
-            config.guidance_scale,
+            config.sampling_guidance,
             [config.seed + index for index in share],
             config.sample_batch_size,
             accelerator.is_local_main_process,

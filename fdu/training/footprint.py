@@ -212,7 +212,7 @@ def _step(denoiser: Denoiser, trainable: Any, config: EraseConfig) -> tuple[int,
     made = sum(_bytes(gradient) for gradient in gradients if gradient is not None)
     peak = memory.peak - (made if config.gradient_accumulation_steps == 1 else 0)
     # The frozen model draws a batch of latents; guidance may need a second prediction.
-    guided = denoiser.guided_by_empty and config.guidance_scale > 1
+    guided = denoiser.guided_by_empty and config.sampling_guidance > 1
     drawn = min(config.sample_batch_size, config.num_latents) * (2 if guided else 1)
     if drawn != count:
         noisy, indices, conditioning = _given(denoiser, drawn)

@@ -88,7 +88,7 @@ def own_accelerator(config: EraseConfig, device: torch.device) -> Iterator[Accel
                 cpu=device.type == "cpu",
                 device_placement=False,  # the pipeline is where its user put it
                 log_with=None if config.report_to == "none" else config.report_to,
-                project_dir=config.logging_dir,
+                project_dir=config.tracking_dir,
                 # The loop accumulates by itself, whatever the launcher's environment says.
                 gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
             )

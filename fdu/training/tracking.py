@@ -53,7 +53,7 @@ class Tracking:
             self.accelerator.log(figures, step=step)
 
     def validate(self, step: int, denoiser: Denoiser) -> None:
-        """Draw the validation prompts for logging_dir and the tracker; an error costs the pictures, not the run."""
+        """Draw the validation prompts for tracking_dir and the tracker; an error costs the pictures, not the run."""
         if not (self.accelerator.is_main_process or self.config.shard):
             return
         try:
@@ -66,7 +66,7 @@ class Tracking:
             LOGGER.warning("validation after step %d failed (%s: %s); continuing", step, type(error).__name__, error)
 
     def _keep(self, step: int, images: Tensor) -> None:
-        folder = Path(self.config.logging_dir) / "validation"
+        folder = Path(self.config.tracking_dir) / "validation"
         folder.mkdir(parents=True, exist_ok=True)
         pictures = VaeImageProcessor.numpy_to_pil(VaeImageProcessor.pt_to_numpy(images))
         make_image_grid(pictures, rows=1, cols=len(pictures)).save(folder / f"step-{step:06d}.png")
@@ -98,7 +98,7 @@ def draw_validation(denoiser: Denoiser, config: EraseConfig) -> Tensor:
                 height=denoiser.height,
                 width=denoiser.width,
                 num_inference_steps=config.num_inference_steps,
-                **guidance_arguments(denoiser.pipeline, config.guidance_scale, 1),
+                **guidance_arguments(denoiser.pipeline, config.sampling_guidance, 1),
                 generator=torch.Generator().manual_seed(VALIDATION_SEED + index),
                 output_type="pt",
                 **denoiser.call_settings,

@@ -194,13 +194,13 @@ def test_a_run_that_was_killed_goes_on_bit_for_bit(order: str, quick: dict[str, 
 def test_later_runs_take_what_was_found_from_the_cache(
     quick: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first = erase(quick, cache_dir=str(tmp_path))
+    first = erase(quick, training_cache=str(tmp_path))
 
     def search(adversary: Adversary) -> None:
         raise AssertionError("it was found before")
 
     monkeypatch.setattr(Adversary, "search", search)
-    assert same(weights(erase(quick, cache_dir=str(tmp_path))), weights(first))
+    assert same(weights(erase(quick, training_cache=str(tmp_path))), weights(first))
 
 
 def test_a_search_denoises_each_image_with_its_own_prompt(

@@ -12,7 +12,7 @@ import pytest
 import fdu_kernels
 from fdu import EraseConfig
 from fdu.concepts import OBJECT_TEMPLATES, STYLE_TEMPLATES, Concept, Pair, concept_pairs
-from fdu.config import TRAIN_METHODS
+from fdu.config import RENAMED, TRAIN_METHODS
 
 
 def concept_pair(*arguments: Any) -> Pair:
@@ -73,6 +73,12 @@ def test_sizes_that_contradict_each_other_are_refused(given: dict[str, int], mes
 def test_a_size_is_a_resolution_or_height_and_width() -> None:
     assert EraseConfig().size is None and EraseConfig(resolution=64).size == 64
     assert EraseConfig(height=64, width=96, train_method="closed_form").size == (64, 96)
+
+
+@pytest.mark.parametrize(("former", "name"), RENAMED.items())
+def test_a_former_name_is_told_its_new_one(former: str, name: str) -> None:
+    with pytest.raises(TypeError, match=f"unknown setting '{former}'; its name is '{name}' now"):
+        EraseConfig.from_settings({former: 1})
 
 
 @pytest.mark.parametrize("typed", ["alpha=0.3", "alpha 0.3", "alpha(0.3)", "alpha0.3", "Alpha:a=0.3", "alpha:=0.3"])

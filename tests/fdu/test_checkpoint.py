@@ -126,6 +126,13 @@ def test_another_runs_checkpoints_are_refused_before_any_work(run: dict[str, Any
     assert len(fdu.erase(digits.load_pipeline(), "three", "eight", **older).history["loss"]) == 6
 
 
+def test_a_checkpoint_may_have_former_names_of_settings(tmp_path: Path) -> None:
+    Checkpoints(tmp_path, 2, {"config": {"guidance_scale": 2.0}}).save(1, {})
+    assert Checkpoints(tmp_path, 2, {"config": {"sampling_guidance": 2.0}}).load("latest") == (1, {})
+    with pytest.raises(ValueError, match=r"with sampling_guidance 2\.0, this run has 3\.0"):
+        Checkpoints(tmp_path, 2, {"config": {"sampling_guidance": 3.0}}).load("latest")
+
+
 def test_what_was_just_written_is_not_removed(tmp_path: Path) -> None:
     checkpoints = Checkpoints(tmp_path, 2, {"config": {}})
     for step in (300, 400, 200):

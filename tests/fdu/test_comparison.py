@@ -40,7 +40,7 @@ from fdu.comparison.gallery import galleries
 from fdu.comparison.page import COLOURS, Curve, alphas, curve_chart, front_chart, table, write_page
 from fdu.comparison.plan import Candidate, Comparison, Drawing, Run, distinct, read_alpha
 from fdu.comparison.recommendation import preferences, recommend
-from fdu.comparison.results import RUNS, Results, check_folder, describe, read_results, write_record
+from fdu.comparison.results import RECORD, RUNS, Results, check_folder, describe, read_results, write_record
 from fdu.comparison.runs import identity_of, jobs, make_run
 from fdu.comparison.sweep import Record, Records, digest, sweep
 from fdu.config import EraseConfig
@@ -272,7 +272,7 @@ def test_a_runs_identity_is_all_but_where_its_files_lie(monkeypatch: pytest.Monk
         plan = comparison(**changes)
         return identity_of(plan, plan.runs()[0])
 
-    assert identity() == identity(base=EraseConfig(cache_dir="elsewhere"))
+    assert identity() == identity(base=EraseConfig(training_cache="elsewhere"))
     assert identity() != identity(base=EraseConfig(learning_rate=1.0))
     assert identity() != identity(drawing=Drawing(num_inference_steps=7))
     assert identity()["settings"]["divergence"] == "mse" and identity()["target"] == "three"
@@ -626,6 +626,13 @@ def test_a_folder_goes_on_only_with_its_own_settings(tmp_path: Path) -> None:
     other = dataclasses.replace(PLAN, base=dataclasses.replace(PLAN.base, max_train_steps=60))
     with pytest.raises(FileExistsError, match="max_train_steps 3, not 60"):
         check_folder(folder, other)
+    content = json.loads((folder / RECORD).read_text())
+    content["common"]["settings"]["guidance_scale"] = content["common"]["settings"].pop("sampling_guidance")
+    (folder / RECORD).write_text(json.dumps(content))
+    check_folder(folder, PLAN)  # also if an earlier version wrote it, with former names of settings
+    other = dataclasses.replace(PLAN, base=dataclasses.replace(PLAN.base, sampling_guidance=6.0))
+    with pytest.raises(FileExistsError, match="sampling_guidance 3.0, not 6.0"):
+        check_folder(folder, other)
     with pytest.raises(FileExistsError, match="pairs"):
         check_folder(folder, dataclasses.replace(PLAN, pairs=(("red", "blue"),)))
     (tmp_path / "full").mkdir()
@@ -780,5 +787,5 @@ def test_settings_that_runs_do_not_share_are_no_options(capsys: pytest.CaptureFi
     assert main(["compare", "--help"]) == cli.OK
     shown = capsys.readouterr().out
     assert "--learning_rate" in shown and "--alpha" in shown and "fdu compare digits" in shown
-    for name in ("--divergence ", "--seed ", "--cache_dir", "--checkpoint_dir", "--resume_from_checkpoint"):
+    for name in ("--divergence ", "--seed ", "--training_cache", "--checkpoint_dir", "--resume_from_checkpoint"):
         assert name not in shown, name

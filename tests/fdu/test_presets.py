@@ -53,13 +53,13 @@ def test_a_setting_beside_a_preset_wins_even_if_it_is_the_default() -> None:
 
 def test_settings_survive_a_file() -> None:
     config = EraseConfig(
-        learning_rate=1e-3, preservation_prompts=("a cat", "an: owl"), sigma=0.5, compile=True, cache_dir="here"
+        learning_rate=1e-3, preservation_prompts=("a cat", "an: owl"), sigma=0.5, compile=True, training_cache="here"
     )
     write_settings("a.yaml", config)
     found = read_settings("a.yaml")
-    assert "cache_dir" not in found and found["preservation_prompts"] == ["a cat", "an: owl"]
+    assert "training_cache" not in found and found["preservation_prompts"] == ["a cat", "an: owl"]
     again = settings_of("--config", "a.yaml")
-    assert again == EraseConfig.from_settings({**config.as_dict(), "cache_dir": None})
+    assert again == EraseConfig.from_settings({**config.as_dict(), "training_cache": None})
     # The file counts more than a preset, and what is typed more than both.
     both = settings_of("--preset", "fdmu", "--config=a.yaml", "--sigma", "2")
     assert (both.learning_rate, both.sigma) == (1e-3, 2.0)
@@ -101,6 +101,7 @@ def test_files_that_hold_no_settings_are_refused(capsys: pytest.CaptureFixture[s
         "[1, 2]": "one setting per line",
         "a: {b": "is not YAML",
         "learning_rat: 1": "'learning_rat', which is not a setting; did you mean 'learning_rate'",
+        "guidance_scale: 3": "'guidance_scale', which is not a setting; its name is 'sampling_guidance' now",
         "learning_rate: {a: 1}": "learning_rate must be a number",
         "rank: much": "config 'bad.yaml': rank must be a whole number >= 1, got 'much'",
         "rank: 2.5": "config 'bad.yaml': rank must be a whole number",

@@ -55,7 +55,7 @@ def found(folder: Path) -> list[Any]:
 
 def settings(folder: Path, **others: Any) -> dict[str, Any]:
     quick = {"max_train_steps": 6, "train_batch_size": 2, "num_latents": 8, "num_inference_steps": 1, "rank": 4}
-    return {**quick, "learning_rate": 1e-4, "logging_dir": str(folder / "logs"), **others}
+    return {**quick, "learning_rate": 1e-4, "tracking_dir": str(folder / "logs"), **others}
 
 
 @pytest.fixture(scope="module")

@@ -71,7 +71,7 @@ def test_lora_loads_with_plain_diffusers(result: fdu.ErasureResult, tmp_path: Pa
 def test_full_weights_load_with_plain_diffusers_and_no_file_names_a_folder(
     pipeline: StableDiffusionPipeline, tmp_path: Path
 ) -> None:
-    settings = {**QUICK, "train_method": "cross_attention", "cache_dir": str(tmp_path / "cache")}
+    settings = {**QUICK, "train_method": "cross_attention", "training_cache": str(tmp_path / "cache")}
     result = fdu.erase(pipeline, "three", "eight", **settings)
     for save_as in ("pipeline", "delta"):
         names_no_folder(result.save(tmp_path / save_as, save_as=save_as), tmp_path)
@@ -205,9 +205,9 @@ def test_a_card_names_no_place_on_this_machine(tmp_path: Path) -> None:
     pipeline.save_pretrained(tmp_path / "secret" / "base")
     loaded = type(pipeline).from_pretrained(tmp_path / "secret" / "base")
     places = {
-        "cache_dir": str(tmp_path / "secret"),
+        "training_cache": str(tmp_path / "secret"),
         "checkpoint_dir": str(tmp_path / "secret"),
-        "logging_dir": "secret",
+        "tracking_dir": "secret",
     }
     page = write_card(tmp_path, "lora", loaded, make_record("base", **places)).read_text(encoding="utf-8")
     assert "secret" not in page and 'from_pretrained("path/to/the/base/model")' in page

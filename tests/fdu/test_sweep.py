@@ -127,11 +127,19 @@ def test_a_setting_that_a_record_lacks_had_its_default(path: Path) -> None:
     assert Records(path).of("erasure", erasure(snr_gamma=2.0).identity) is None
 
 
+def test_records_know_settings_by_their_former_names(path: Path) -> None:
+    found = settings_identity(EraseConfig(sampling_guidance=2.0))
+    assert found["guidance_scale"] == 2.0 and "sampling_guidance" not in found
+    sweep([Job("old", {"settings": {"guidance_scale": 2.0}}, functools.partial(square, 1))], path)
+    assert Records(path).of("old", {"settings": found}) is not None
+    assert Records(path).of("old", {"settings": settings_identity(EraseConfig())}) is None
+
+
 def test_prompts_to_preserve_are_told_apart_by_a_digest() -> None:
     one, other = (settings_identity(EraseConfig(preservation_prompts=(word,))) for word in ("a cat", "a dog"))
     assert one["preservation_prompts"] == digest(["a cat"]) != other["preservation_prompts"]
     assert settings_identity(EraseConfig())["preservation_prompts"] == []
-    assert "logging_dir" not in settings_identity(EraseConfig())
+    assert "tracking_dir" not in settings_identity(EraseConfig())
 
 
 def test_infinite_figures_become_null(path: Path) -> None:

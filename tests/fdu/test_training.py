@@ -122,7 +122,7 @@ def test_a_trajectory_gives_every_x_t(pipeline: StableDiffusionPipeline, tmp_pat
     # Those of the target show its prompts alone: drawn with the same seeds, the anchor's are others.
     conditioning = denoiser.encode(["a three", "some three", "an eight", ""])
     for prompts, equal in (([0, 1] * 3, True), ([2] * 6, False)):
-        own = denoiser.draw_latents(conditioning, prompts, 3, 4, config.guidance_scale, range(6), 32)
+        own = denoiser.draw_latents(conditioning, prompts, 3, 4, config.sampling_guidance, range(6), 32)
         assert torch.allclose(own, prepared.latents[:6], atol=1e-4) == equal
     batch = a_batch(denoiser, prepared, config)
     passed, seen = prepared.trajectories, set()
@@ -253,7 +253,7 @@ def test_what_is_read_on_the_host_has_landed(
     quick: dict[str, Any], cached: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Frozen outputs are computed from copies of the batches on the CPU, and cached under a hash of them."""
-    settings = {**quick, "frozen_batches": 3, **({"cache_dir": str(tmp_path)} if cached else {})}
+    settings = {**quick, "frozen_batches": 3, **({"training_cache": str(tmp_path)} if cached else {})}
     plain, real, batches = trained(erase(settings)), step.Stepper._draw, []
 
     def draw(self: step.Stepper) -> examples.Batch:
@@ -295,9 +295,9 @@ def test_frozen_batches_are_used_in_turn(quick: dict[str, Any], monkeypatch: pyt
 
 
 def test_the_cache_serves_other_runs(quick: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    settings = {**quick, "max_train_steps": 2, "cache_dir": str(tmp_path), "frozen_batches": 2}
+    settings = {**quick, "max_train_steps": 2, "training_cache": str(tmp_path), "frozen_batches": 2}
     first = trained(erase(settings))
-    assert same(first, trained(erase(settings, cache_dir=None)))
+    assert same(first, trained(erase(settings, training_cache=None)))
     assert sorted(path.name.split("-")[0] for path in tmp_path.iterdir()) == ["frozen", "latents", "prompts"]
     denoiser = type(denoiser_of(digits.load_pipeline()))
     with monkeypatch.context() as patch:
@@ -321,7 +321,7 @@ def test_the_cache_serves_other_runs(quick: dict[str, Any], tmp_path: Path, monk
 def test_the_cache_tells_groups_of_prompts_and_samplers_apart(quick: dict[str, Any], tmp_path: Path) -> None:
     pairs = [digits.concepts("three", "eight"), digits.concepts("four", "nine")]
     targets, anchors = ([pair[side] for pair in pairs] for side in (0, 1))
-    cached = {**quick, "max_train_steps": 1, "frozen_batches": 1, "cache_dir": str(tmp_path / "cache")}
+    cached = {**quick, "max_train_steps": 1, "frozen_batches": 1, "training_cache": str(tmp_path / "cache")}
 
     def kept() -> dict[str, int]:
         kinds = [path.name.split("-")[0] for path in (tmp_path / "cache").iterdir()]
@@ -330,7 +330,7 @@ def test_the_cache_tells_groups_of_prompts_and_samplers_apart(quick: dict[str, A
     fdu.erase(digits.load_pipeline(), targets, anchors, **cached)
     one = [joined(targets), joined(anchors)]
     again = fdu.erase(digits.load_pipeline(), *one, **cached)
-    uncached = fdu.erase(digits.load_pipeline(), *one, **{**cached, "cache_dir": None})
+    uncached = fdu.erase(digits.load_pipeline(), *one, **{**cached, "training_cache": None})
     assert same(trained(again), trained(uncached))
     before = kept()
     pipeline = digits.load_pipeline()
@@ -343,14 +343,14 @@ def test_a_cache_that_cannot_be_written_costs_the_entries_only(
     quick: dict[str, Any], plain: dict[str, Tensor], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "file").touch()
-    result = erase(quick, cache_dir=str(tmp_path / "file" / "cache"))
+    result = erase(quick, training_cache=str(tmp_path / "file" / "cache"))
     assert same(trained(result), plain)
     assert "cache entry" in caplog.text and "could not be written" in caplog.text
 
 
 def test_the_cache_tells_stacked_erasures_apart(quick: dict[str, Any], tmp_path: Path) -> None:
     pipeline = digits.load_pipeline()
-    settings = {**quick, "max_train_steps": 1, "cache_dir": str(tmp_path), "learning_rate": 0.1}
+    settings = {**quick, "max_train_steps": 1, "training_cache": str(tmp_path), "learning_rate": 0.1}
     fdu.erase(pipeline, *digits.concepts("three", "eight"), **settings)
     fdu.erase(pipeline, *digits.concepts("four", "nine"), **settings)
     before = len(list(tmp_path.iterdir()))
@@ -504,7 +504,7 @@ def test_the_course_and_pictures_go_to_the_tracker(
     settings = {**quick, "validation_prompts": ("three", "four"), "validation_steps": 2}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        result = erase(settings, report_to="tensorboard", logging_dir=str(tmp_path))
+        result = erase(settings, report_to="tensorboard", tracking_dir=str(tmp_path))
     assert same(trained(result), plain), "looking at a run must not change it"
     assert sorted(path.name for path in (tmp_path / "validation").iterdir()) == ["step-000002.png", "step-000003.png"]
     read = events.EventAccumulator(str(tmp_path / "fdu"))
@@ -522,7 +522,7 @@ def test_a_half_precision_pipeline_draws_its_validation_prompts(name: str, metho
             part.to(torch.bfloat16)
     settings = {**TINY, "mixed_precision": "bf16", "train_method": method, **families.needed(name)}
     fdu.erase(
-        pipeline, "three", "eight", **settings, validation_prompts=["three"], validation_steps=1, logging_dir=tmp_path
+        pipeline, "three", "eight", **settings, validation_prompts=["three"], validation_steps=1, tracking_dir=tmp_path
     )
     assert (tmp_path / "validation" / "step-000002.png").is_file()
 
@@ -533,7 +533,7 @@ def test_the_last_validation_draws_what_the_pipeline_draws_afterwards(
 ) -> None:
     drawn, real = [], tracking.draw_validation
     monkeypatch.setattr(tracking, "draw_validation", lambda *given: drawn.append(real(*given)) or drawn[-1])
-    settings = {**quick, "validation_prompts": ("three",), "mixed_precision": precision, "logging_dir": str(tmp_path)}
+    settings = {**quick, "validation_prompts": ("three",), "mixed_precision": precision, "tracking_dir": str(tmp_path)}
     result = erase(settings)
     assert torch.equal(drawn[-1], real(denoiser_of(result.pipeline), result.config))
 
@@ -738,7 +738,7 @@ def test_a_validation_that_fails_costs_the_pictures_only(
     quick: dict[str, Any], plain: dict[str, Tensor], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "validation").touch()
-    result = erase(quick, validation_prompts=("three",), validation_steps=2, logging_dir=str(tmp_path))
+    result = erase(quick, validation_prompts=("three",), validation_steps=2, tracking_dir=str(tmp_path))
     assert same(trained(result), plain)
     assert caplog.text.count("validation after step") == 2
 
@@ -749,7 +749,7 @@ def test_every_family_draws_its_validation_prompts(name: str) -> None:
     denoiser = families.denoiser(name)
     images = tracking.draw_validation(denoiser, config)
     assert images.shape == (2, 3, families.resolution(name), families.resolution(name))
-    guided = tracking.draw_validation(denoiser, dataclasses.replace(config, guidance_scale=9.0))
+    guided = tracking.draw_validation(denoiser, dataclasses.replace(config, sampling_guidance=9.0))
     assert torch.equal(guided, images) != (denoiser.guided_by_empty or denoiser.reads_guidance)
 
 
@@ -770,7 +770,7 @@ def test_what_a_tracker_hears_names_no_place(
 ) -> None:
     heard: list[dict[str, Any]] = []
     monkeypatch.setattr(Accelerator, "init_trackers", lambda self, name, config: heard.append(config))
-    settings = {**quick, "max_train_steps": 0, "report_to": "tensorboard", "cache_dir": str(tmp_path)}
+    settings = {**quick, "max_train_steps": 0, "report_to": "tensorboard", "training_cache": str(tmp_path)}
     erase(settings, checkpoint_dir=str(tmp_path / "kept"))
     assert heard[0]["learning_rate"] == 4e-3 and str(tmp_path) not in str(heard)
 

@@ -82,7 +82,7 @@ def test_a_deterministic_run_resumes_bit_for_bit(
 def test_frozen_batches_are_those_that_were_drawn(tmp_path: Path) -> None:
     """They go to the host and back, and the cache finds them again by their contents."""
     # One batch per pass, or they would round differently.
-    settings = {"frozen_batches": STEPS, "sample_batch_size": 1, "deterministic": True, "cache_dir": str(tmp_path)}
+    settings = {"frozen_batches": STEPS, "sample_batch_size": 1, "deterministic": True, "training_cache": str(tmp_path)}
     first = weights(erase(**settings))
     found = {path.name for path in tmp_path.iterdir()}
     assert same(weights(erase(**settings)), first)
