@@ -81,6 +81,8 @@ else:
 
 SHAPES = {"logit_mean": "logit_normal", "logit_std": "logit_normal", "mode_scale": "mode"}
 """The weighting_scheme that each of its parameters belongs to."""
+SNR_GAMMA = 5.0
+"""The snr_gamma of weighting min_snr if none is given."""
 
 
 def renamed(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -162,6 +164,17 @@ def check_size(size: Size, unit: int, native: tuple[int, int] | None) -> None:
 def hints_of(kind: type) -> dict[str, Any]:
     """The annotations of a class, which take long to evaluate."""
     return get_type_hints(kind, include_extras=True)
+
+
+@functools.cache
+def choices_of(kind: type) -> dict[str, tuple[Any, ...]]:
+    """The choices of each field of a class that has some."""
+    return {name: get_args(hint) for name, hint in hints_of(kind).items() if get_origin(hint) is Literal}
+
+
+def in_case(value: Any, choices: Collection[Any]) -> Any:
+    """The choice that a text names but for its case, as AdamW in diffusers' scripts; else the value."""
+    return next((one for one in choices if isinstance(value, str) and one.casefold() == value.casefold()), value)
 
 
 def check_fields(settings: Any) -> None:
@@ -255,8 +268,8 @@ class EraseConfig:
     weighting: Literal["unit", "posterior", "min_snr", "p2"] = "unit"
     """Weight of each timestep: equal ("unit", the paper's code), that of the exact DDPM posterior, min-SNR (Hang et al.
     2023) or P2 (Choi et al. 2022)."""
-    snr_gamma: Positive = 5.0
-    """Cap on the signal-to-noise ratio in min_snr, > 0."""
+    snr_gamma: Positive | None = None
+    """Cap on the signal-to-noise ratio in min_snr, > 0. Default: 5."""
     timestep_sampling: Literal["uniform", "importance", "inference"] = "uniform"
     """Draw timesteps uniformly, or more often where the loss is large ("importance"); importance weights
     keep the expected loss unchanged. "inference" draws only those of num_inference_steps sampling steps, which models
@@ -369,6 +382,8 @@ class EraseConfig:
             if isinstance(self.sigma, str):
                 raise ValueError(f"sigma must be a finite number > 0 or 'auto', got {self.sigma!r}")
             check_number("sigma", self.sigma, Positive)
+        for name, choices in choices_of(EraseConfig).items():
+            object.__setattr__(self, name, in_case(getattr(self, name), choices))
         check_fields(self)
         for name in ("preservation_prompts", "validation_prompts"):
             if isinstance(getattr(self, name), str):
@@ -404,6 +419,8 @@ class EraseConfig:
         for name, scheme in SHAPES.items():
             if self.weighting_scheme != scheme and getattr(self, name) != getattr(EraseConfig, name):
                 raise ValueError(f"{name} needs weighting_scheme {scheme!r}; set that, or leave {name} out")
+        if self.snr_gamma is not None and self.weighting != "min_snr":
+            raise ValueError("snr_gamma needs weighting 'min_snr'; set that, or leave snr_gamma out")
         if self.weighting_scheme != "none" and (self.weighting, self.timestep_sampling) != ("unit", "uniform"):
             raise ValueError("weighting_scheme takes the place of weighting and timestep_sampling; leave these two out")
         if self.noisy_latents == "trajectory":
@@ -478,10 +495,11 @@ class EraseConfig:
             )
 
     def as_dict(self) -> dict[str, Any]:
-        """As a dict for JSON; a Divergence becomes its name."""
+        """As a dict for JSON; a Divergence becomes its name, and what others decide has the value that counts."""
         values = {name: getattr(self, name) for name in self.field_names()}
         lists = {name: list(value) for name, value in values.items() if isinstance(value, tuple)}
-        return {**values, **lists, "divergence": str(self.divergence), "learning_rate": self.peak_learning_rate}
+        decided = {"learning_rate": self.peak_learning_rate, "snr_gamma": self.snr_gamma or SNR_GAMMA}
+        return {**values, **lists, "divergence": str(self.divergence), **decided}
 
     def recorded(self) -> dict[str, Any]:
         """As :meth:`as_dict`, without places and under the names that records have."""

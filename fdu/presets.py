@@ -8,7 +8,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from fdu.config import PLACES, EraseConfig, check_choice, check_field, closest, hints_of
+from fdu.config import PLACES, EraseConfig, check_choice, check_field, choices_of, closest, hints_of, in_case
 
 EXPONENT = re.compile(r"[-+]?\d+[eE][-+]?\d+")
 """A number that YAML takes for a text."""
@@ -179,6 +179,7 @@ def read_value(name: str, value: Any) -> Any:
     default, hint = getattr(EraseConfig, name), hints_of(EraseConfig)[name]
     if isinstance(value, str) and EXPONENT.fullmatch(value):
         value = float(value)
+    value = in_case(value, choices_of(EraseConfig).get(name, ()))
     check_field(name, value, hint)
     if isinstance(default, str) and default != "auto" and not isinstance(value, str):
         raise TypeError(f"{name} must be a text, got {value!r}")

@@ -11,7 +11,7 @@ from typing import Annotated, Any, get_type_hints
 
 import tyro
 
-from fdu.config import EraseConfig
+from fdu.config import EraseConfig, choices_of, in_case
 from fdu.presets import preset_settings, read_settings
 from fdu.storage.loading import Quantization, at_revision, check_quantization, check_stored, with_config
 
@@ -197,6 +197,17 @@ def expanded(arguments: Sequence[str]) -> list[str]:
         if name not in typed and value is not None and value is not False:
             values = value if isinstance(value, (list, tuple)) else [] if value is True else [value]
             words += [f"--{name}", *map(str, values)] if values or value is True else []
+    return words
+
+
+def in_own_case(arguments: Sequence[str]) -> list[str]:
+    """The arguments with the choices of settings in their own case."""
+    choices, words, option = choices_of(EraseConfig), list[str](), ""
+    for word in arguments:
+        named, equals, value = word.rpartition("=") if word.startswith("--") else (option, "", word)
+        value = in_case(value, choices.get(named[2:].replace("-", "_"), ()))
+        words.append(named + equals + value if equals else value)
+        option = word
     return words
 
 

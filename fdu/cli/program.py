@@ -21,7 +21,7 @@ from fdu.cli.doctor import Doctor
 from fdu.cli.erase import Erase
 from fdu.cli.evaluate import Evaluate, Report
 from fdu.cli.names import Names, complete
-from fdu.cli.options import check_typed, described, expanded
+from fdu.cli.options import check_typed, described, expanded, in_own_case
 from fdu.cli.planning import Plan
 
 OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
@@ -103,6 +103,7 @@ def parse(arguments: list[str]) -> Command:
         ValueError: an unknown command or option.
         SystemExit: after the help, which ends with examples, or after the message for wrong usage.
     """
+    arguments = in_own_case(arguments)
     if arguments[0] in ("erase", "plan"):
         arguments = expanded(arguments)
     check_typed(arguments, COMMANDS)

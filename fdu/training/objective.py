@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import fdu_kernels
-from fdu.config import EraseConfig
+from fdu.config import SNR_GAMMA, EraseConfig
 from fdu.models.denoiser import Denoiser
 from fdu.models.staging import to_device
 from fdu.training.critic import Outputs, VariationalGame
@@ -46,7 +46,7 @@ class Objective(nn.Module):
             self.slope = float(divergence.profile_grad(torch.ones((), dtype=torch.float64)))
         self.weighting = None
         if config.weighting != "unit":
-            tables = (denoiser.signal, denoiser.noise, denoiser.prediction_type, config.snr_gamma)
+            tables = (denoiser.signal, denoiser.noise, denoiser.prediction_type, config.snr_gamma or SNR_GAMMA)
             self.weighting = weights(config.weighting, *tables).to(denoiser.device)
         if config.weighting_scheme in SCHEME_WEIGHTS:
             self.weighting = scheme_weights(config.weighting_scheme, denoiser.noise).to(denoiser.device)

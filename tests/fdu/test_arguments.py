@@ -11,8 +11,10 @@ import pytest
 
 import fdu_kernels
 from fdu import EraseConfig
+from fdu.cli.options import option_names
+from fdu.cli.program import COMMANDS
 from fdu.concepts import OBJECT_TEMPLATES, STYLE_TEMPLATES, Concept, Pair, concept_pairs
-from fdu.config import RENAMED, TRAIN_METHODS
+from fdu.config import RENAMED, TRAIN_METHODS, choices_of
 
 
 def concept_pair(*arguments: Any) -> Pair:
@@ -94,13 +96,57 @@ def test_no_near_miss_is_made_up(typed: str) -> None:
     assert "mean" not in str(refused.value)
 
 
-def test_the_names_that_diffusers_uses_are_kept() -> None:
-    shared = {
-        "max_train_steps", "train_batch_size", "gradient_accumulation_steps", "learning_rate", "lr_scheduler",
-        "lr_warmup_steps", "adam_beta1", "adam_beta2", "adam_weight_decay", "adam_epsilon", "max_grad_norm",
-        "mixed_precision", "seed", "rank",
-    }  # fmt: skip
-    assert shared <= {field.name for field in dataclasses.fields(EraseConfig)}
+SAME = """
+    adam_beta1 adam_beta2 adam_epsilon adam_weight_decay checkpointing_steps checkpoints_total_limit
+    gradient_accumulation_steps gradient_checkpointing learning_rate logit_mean logit_std lora_alpha
+    lr_scheduler lr_warmup_steps max_grad_norm max_train_steps mixed_precision mode_scale offload optimizer rank
+    report_to resolution resume_from_checkpoint revision sample_batch_size seed snr_gamma train_batch_size
+    variant weighting_scheme
+"""
+"""Arguments of diffusers' DreamBooth scripts for LoRA that mean the same here. For two, it is more here: snr_gamma also
+needs weighting min_snr, and offload also takes the denoiser's blocks off the device; the text encoders and the VAE
+leave it without that."""
+OTHERS = """
+    adam_weight_decay_text_encoder allow_tf32 aspect_ratio_buckets bnb_quantization_config_path cache_dir
+    cache_latents caption_column caption_dropout center_crop class_data_dir class_labels_conditioning
+    class_prompt complex_human_instruction dataloader_num_workers dataset_config_name dataset_name
+    do_edm_style_training do_fp8_training enable_npu_flash_attention enable_vae_tiling
+    enable_xformers_memory_efficient_attention final_validation_prompt fsdp_text_encoder guidance_scale
+    hub_model_id hub_token image_column image_interpolation_mode instance_data_dir instance_prompt local_rank
+    logging_dir lora_blocks lora_dropout lora_layers lr_num_cycles lr_power max_sequence_length num_class_images
+    num_train_epochs num_validation_images output_dir output_kohya_format pre_compute_text_embeddings
+    precondition_outputs pretrained_model_name_or_path pretrained_text_encoder_4_name_or_path
+    pretrained_tokenizer_4_name_or_path pretrained_vae_model_name_or_path prior_generation_precision
+    prior_loss_weight prodigy_beta3 prodigy_decouple prodigy_safeguard_warmup prodigy_use_bias_correction
+    push_to_hub random_flip remote_text_encoder repeats scale_lr skip_final_inference text_encoder_lr
+    text_encoder_out_layers text_encoder_use_attention_mask tokenizer_max_length tokenizer_name
+    train_text_encoder upcast_before_saving use_8bit_adam use_aspect_ratio_buckets use_dora validation_epochs
+    validation_images validation_prompt with_prior_preservation
+"""
+"""Their other arguments: of train_dreambooth_lora.py and of its forms for sdxl, sd3, flux, flux2, qwen_image, z_image
+and sana, at commit 58eb52c of diffusers (August 2026)."""
+
+
+def test_names_that_diffusers_uses_mean_the_same_or_are_refused() -> None:
+    accepted = set().union(*(option_names(COMMANDS[name])[0] for name in ("demo", "erase", "compare", "plan")))
+    assert accepted >= {*SAME.split()} and not accepted & {*OTHERS.split()}
+
+
+def test_choices_that_diffusers_uses_mean_the_same_in_any_case() -> None:
+    choices = choices_of(EraseConfig)
+    assert set(choices["mixed_precision"]) == {"no", "fp16", "bf16"}
+    assert set(choices["weighting_scheme"]) == {"sigma_sqrt", "logit_normal", "mode", "cosmap", "none"}
+    others = {"cosine_with_restarts", "polynomial"}
+    assert {*choices["lr_scheduler"], *others} == {"linear", "cosine", "constant", "constant_with_warmup", *others}
+    assert EraseConfig(optimizer="AdamW").optimizer == "adamw"
+    assert {"adamw", "prodigy"} <= set(choices["optimizer"])
+
+
+def test_snr_gamma_is_never_without_effect() -> None:
+    with pytest.raises(ValueError, match="snr_gamma needs weighting 'min_snr'"):
+        EraseConfig(snr_gamma=5.0)
+    given = EraseConfig(weighting="min_snr", snr_gamma=2.0), EraseConfig(weighting="min_snr"), EraseConfig()
+    assert [config.as_dict()["snr_gamma"] for config in given] == [2.0, 5.0, 5.0]
 
 
 def test_a_divergence_of_the_users_own_is_recorded_by_name() -> None:

@@ -18,6 +18,7 @@ import fdu
 import fdu_kernels
 from fdu import cli
 from fdu.cli import doctor, main
+from fdu.cli.demo import Demo
 from fdu.cli.divergences import page, rows
 from fdu.cli.erase import Erase, _loading_line
 from fdu.cli.options import GROUPS, grouped
@@ -286,9 +287,13 @@ def test_wrong_usage_exits_with_2(arguments: list[str], capsys: pytest.CaptureFi
 
 def test_settings_are_read_and_hyphens_serve_as_underscores() -> None:
     given = ["demo", "--max-train-steps", "3", "--preservation_prompts", "a cat", "a dog", "--sigma", "0.5"]
-    config = cli.parse(given).settings.checked()  # type: ignore[attr-defined]
+    given += ["--optimizer", "AdamW", "--mixed-precision=BF16", "--target", "AdamW"]
+    command = cli.parse(given)
+    assert isinstance(command, Demo)
+    config = command.settings.checked()
     assert type(config) is fdu.EraseConfig
     assert (config.max_train_steps, config.preservation_prompts, config.sigma) == (3, ("a cat", "a dog"), 0.5)
+    assert (config.optimizer, config.mixed_precision, command.target) == ("adamw", "bf16", "AdamW")
 
 
 def test_divergences_as_table_and_json(capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -59,7 +60,9 @@ def test_settings_survive_a_file() -> None:
     found = read_settings("a.yaml")
     assert "training_cache" not in found and found["preservation_prompts"] == ["a cat", "an: owl"]
     again = settings_of("--config", "a.yaml")
-    assert again == EraseConfig.from_settings({**config.as_dict(), "training_cache": None})
+    assert again == dataclasses.replace(config, training_cache=None)
+    Path("b.yaml").write_text("optimizer: AdamW")
+    assert read_settings("b.yaml") == {"optimizer": "adamw"}
     # The file counts more than a preset, and what is typed more than both.
     both = settings_of("--preset", "fdmu", "--config=a.yaml", "--sigma", "2")
     assert (both.learning_rate, both.sigma) == (1e-3, 2.0)

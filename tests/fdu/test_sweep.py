@@ -115,16 +115,16 @@ def test_a_setting_that_a_record_lacks_had_its_default(path: Path) -> None:
         return Job("erasure", identity, functools.partial(square, 1))
 
     older = erasure()
-    del older.identity["settings"]["snr_gamma"]
+    del older.identity["settings"]["rank"]
     sweep([older], path, tell=lambda line: None)
     records = Records(path)
     assert records.of("erasure", erasure().identity) is not None
-    assert records.of("erasure", erasure(snr_gamma=2.0).identity) is None
+    assert records.of("erasure", erasure(rank=2).identity) is None
     # Also once others of the file have that setting, and most of them another value.
-    others = [Job(f"other {n}", erasure(snr_gamma=2.0).identity, functools.partial(square, n)) for n in range(3)]
+    others = [Job(f"other {n}", erasure(rank=2).identity, functools.partial(square, n)) for n in range(3)]
     sweep([older, *others], path, tell=lambda line: None)
-    assert lines(path)[0]["identity"]["settings"]["snr_gamma"] == 2.0
-    assert Records(path).of("erasure", erasure(snr_gamma=2.0).identity) is None
+    assert lines(path)[0]["identity"]["settings"]["rank"] == 2
+    assert Records(path).of("erasure", erasure(rank=2).identity) is None
 
 
 def test_records_know_settings_by_their_former_names(path: Path) -> None:
