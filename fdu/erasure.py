@@ -23,7 +23,7 @@ from fdu.models.families import denoiser_of
 from fdu.models.offloading import offloads
 from fdu.result import ErasureResult
 from fdu.storage.fingerprint import versions
-from fdu.storage.loading import check_offloaded
+from fdu.storage.loading import check_offloaded, check_packages
 from fdu.training.adversary import Adversary, from_keys, keys_of, search_steps
 from fdu.training.cache import Cache, model_key, tensor_key
 from fdu.training.checkpoint import Checkpoints
@@ -35,8 +35,7 @@ from fdu.training.objective import Objective
 from fdu.training.process_state import deterministic, own_accelerator, seeded
 from fdu.training.reconstruction import AUTOCAST
 from fdu.training.sharding import check_shards, with_launcher
-from fdu.training.step import Stepper, check_optimizer
-from fdu.training.tracking import check_tracker
+from fdu.training.step import Stepper
 
 SEARCH_FOLDER = "checkpoint-search"
 """Within the folder of a run's checkpoints, those of the training whose searches come first."""
@@ -288,8 +287,9 @@ def _check_run(denoiser: Denoiser, pairs: Sequence[Pair], mask: Tensor | None, c
         )
     if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
         raise ValueError("accelerate launch requests DeepSpeed, which is not supported; use DDP or FSDP")
-    check_optimizer(config, denoiser.device)
-    check_tracker(config.report_to)
+    check_packages(config)
+    if config.optimizer == "adamw_8bit" and denoiser.device.type == "cpu":
+        raise ValueError("optimizer 'adamw_8bit' needs a GPU, and the pipeline is on the CPU; choose 'adamw'")
     if mask is not None:
         if not isinstance(mask, Tensor) or mask.ndim != 2:
             raise TypeError(f"mask must be a tensor [H, W], got {getattr(mask, 'shape', type(mask).__name__)}")

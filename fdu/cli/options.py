@@ -13,7 +13,7 @@ import tyro
 
 from fdu.config import EraseConfig, choices_of, in_case
 from fdu.presets import preset_settings, read_settings
-from fdu.storage.loading import Quantization, at_revision, check_quantization, check_stored, with_config
+from fdu.storage.loading import Quantization, at_revision, check_packages, check_quantization, check_stored, with_config
 
 GROUPS = {
     "basic": "train_method",
@@ -134,13 +134,15 @@ class ModelOptions:
         return with_config(at_revision(model, self.revision), self.model_config)
 
     def check(self, *configs: EraseConfig) -> None:
-        """Refuse a quantization that cannot run, and storage that erasures with these settings cannot use.
+        """Refuse storage that cannot be made, or that erasures with these settings cannot use, and settings whose
+        packages are not installed.
 
         Raises:
-            ValueError, ImportError: names the option.
+            ValueError, MissingPackage: names the option.
         """
         check_quantization(self.quantization)
         for config in configs:
+            check_packages(config)
             check_stored(self.quantization, self.offload, config)
 
     def words(self) -> list[str]:

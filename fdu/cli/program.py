@@ -23,6 +23,7 @@ from fdu.cli.evaluate import Evaluate, Report
 from fdu.cli.names import Names, complete
 from fdu.cli.options import check_typed, described, expanded, in_own_case
 from fdu.cli.planning import Plan
+from fdu.storage.loading import MissingPackage
 
 OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
 """The exit codes: done; a run failed; wrong arguments, nothing was done; Ctrl-C."""
@@ -56,7 +57,7 @@ EXAMPLES = (
     "fdu doctor",
 )
 """Command lines at the end of the help of ``fdu`` itself."""
-USER_ERRORS = (ValueError, TypeError, OSError, RuntimeError)
+USER_ERRORS = (ValueError, TypeError, OSError, RuntimeError, MissingPackage)
 """Errors that a user can cause, shown in one or two lines. Any other error is a bug and keeps its traceback."""
 
 

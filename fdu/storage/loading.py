@@ -9,6 +9,7 @@ import os
 import re
 import textwrap
 from collections.abc import Mapping, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -31,9 +32,15 @@ REVISION_MARK = "_fdu_revision"
 """The attribute of a pipeline that holds the revision that it was loaded by."""
 VARIANT = "fp16"
 """The variant of weights that a repository may have instead of those of full precision."""
+PACKAGES = {"adamw_8bit": "bitsandbytes", "prodigy": "prodigyopt", "schedule_free": "schedulefree"}
+"""The packages of optimizers that are not PyTorch's."""
 Dtype = Literal["auto", "float32", "float16", "bfloat16"]
 Quantization = Literal["none", "nf4", "int8", "fp8"]
 SaveAs = Literal["auto", "lora", "kohya", "pipeline", "delta"]
+
+
+class MissingPackage(ImportError):
+    """A setting needs a package that is not installed; the message names both, and the remedy."""
 
 
 def check_model(model: str, argument: str = "MODEL", embedded: Sequence[str] = ()) -> None:
@@ -243,16 +250,33 @@ def check_quantization(quantization: str) -> None:
 
     Raises:
         ValueError: it does not exist.
-        ImportError: its package is not installed.
+        MissingPackage: its package is not installed.
     """
     check_choice("quantization", quantization, get_args(Quantization))
     if quantization == "nf4":
-        try:
-            import bitsandbytes  # noqa: F401
-        except ImportError as error:
-            raise ImportError(
-                f"quantization 'nf4' needs bitsandbytes ({error}); pip install bitsandbytes, or choose 'int8' or 'fp8'"
-            ) from error
+        _check_package("bitsandbytes", "quantization 'nf4'", "'int8' or 'fp8'")
+
+
+def check_packages(config: EraseConfig) -> None:
+    """Raise MissingPackage if the optimizer or the tracker is not installed."""
+    if config.optimizer in PACKAGES:
+        _check_package(PACKAGES[config.optimizer], f"optimizer {config.optimizer!r}", "'adamw'")
+    if config.report_to != "none":
+        from accelerate.tracking import get_available_trackers
+
+        if config.report_to not in map(str, get_available_trackers()):
+            raise _missing(config.report_to, f"report_to {config.report_to!r}", "'none'")
+
+
+def _check_package(package: str, setting: str, others: str) -> None:
+    try:
+        import_module(package)
+    except ImportError as error:
+        raise _missing(package, setting, others, f" ({error})") from error
+
+
+def _missing(package: str, setting: str, others: str, reason: str = "") -> MissingPackage:
+    return MissingPackage(f"{setting} needs {package}{reason}; pip install {package}, or choose {others}")
 
 
 def check_offloaded(config: EraseConfig) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from importlib import import_module
 from typing import Any
 
 import torch
@@ -29,9 +28,6 @@ from fdu.training.methods.trainable import Trainable
 from fdu.training.objective import Objective
 from fdu.training.surgery import GradientSurgery
 from fdu.training.timesteps import DENSITIES, TimestepSampler
-
-PACKAGES = {"adamw_8bit": "bitsandbytes", "prodigy": "prodigyopt", "schedule_free": "schedulefree"}
-"""The packages of optimizers that are not PyTorch's."""
 
 COLUMNS = ("loss", "divergence", "preservation", "distance", "critic")
 """The history of the training: one value per step each."""
@@ -264,26 +260,6 @@ class Stepper:
             accelerator.process_index,
             accelerator.num_processes,
         )
-
-
-def check_optimizer(config: EraseConfig, device: torch.device) -> None:
-    """Refuse an optimizer that cannot run.
-
-    Raises:
-        ImportError: it is not installed.
-        ValueError: it does not run on the device.
-    """
-    package = PACKAGES.get(config.optimizer)
-    if package is None:
-        return
-    try:
-        import_module(package)
-    except ImportError as error:
-        raise ImportError(
-            f"optimizer {config.optimizer!r} needs {package} ({error}); pip install {package}, or choose 'adamw'"
-        ) from error
-    if config.optimizer == "adamw_8bit" and device.type == "cpu":
-        raise ValueError("optimizer 'adamw_8bit' needs a GPU, and the pipeline is on the CPU; choose 'adamw'")
 
 
 def make_optimizer(parameters: Sequence[nn.Parameter], config: EraseConfig) -> tuple[Optimizer, LRScheduler]:

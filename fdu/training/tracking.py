@@ -7,7 +7,6 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.tracking import get_available_trackers
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils import make_image_grid
 from torch import Tensor
@@ -20,16 +19,6 @@ LOGGER = logging.getLogger(__name__)
 PROJECT = "fdu"
 VALIDATION_SEED = 500
 """Seed of the first validation image: none that a training or an evaluation uses."""
-
-
-def check_tracker(report_to: str) -> None:
-    """Refuse a tracker that is not installed.
-
-    Raises:
-        ImportError: it is not.
-    """
-    if report_to not in ("none", *map(str, get_available_trackers())):
-        raise ImportError(f"report_to {report_to!r} needs {report_to}; pip install {report_to}, or choose 'none'")
 
 
 class Tracking:

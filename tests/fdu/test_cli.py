@@ -184,12 +184,39 @@ def test_debug_shows_the_traceback(
     assert re.match("fdu: error: target.*empty", error.splitlines()[-1])
 
 
-def test_faults_of_fdu_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("no_work")
+@pytest.mark.parametrize(
+    ("words", "package", "instead"),
+    [
+        ("--quantization nf4", "bitsandbytes", "'int8' or 'fp8'"),
+        ("--optimizer prodigy", "prodigyopt", "'adamw'"),
+        ("--optimizer schedule_free --lr_scheduler constant", "schedulefree", "'adamw'"),
+        ("--report_to wandb", "wandb", "'none'"),
+    ],
+)
+def test_a_package_that_is_missing_is_named_before_any_work(
+    words: str, package: str, instead: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.setattr("accelerate.tracking.get_available_trackers", lambda: [])
+    name, value = words.removeprefix("--").split()[:2]
+    message = f"{name} '{value}' needs {package}.*; pip install {package}, or choose {instead}"
+    commands = [ERASE]
+    commands += [["compare", *ERASE[1:]]] if package != "wandb" else []
+    commands += [["evaluate", "digits", "lora"]] if package == "bitsandbytes" else []
+    for command in commands:
+        assert re.search(message, refused([*command, *words.split()], capsys))
+    if package != "wandb":  # what never comes into memory needs no package
+        assert main(["plan", "digits", *words.split()]) == cli.OK
+
+
+@pytest.mark.parametrize("fault", [KeyError, ImportError])
+def test_faults_of_fdu_keep_their_traceback(fault: type[Exception], monkeypatch: pytest.MonkeyPatch) -> None:
     def broken() -> None:
-        raise KeyError("a fault")
+        raise fault("a fault")
 
     monkeypatch.setattr(doctor, "examine", broken)
-    with pytest.raises(KeyError):
+    with pytest.raises(fault):
         main(["doctor"])
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -192,8 +193,8 @@ def test_what_cannot_be_quantized_is_refused(tmp_path: Path, capsys: pytest.Capt
     assert "quantization 'fp8' needs train_method 'lora'" in capsys.readouterr().err
 
 
-@pytest.mark.skipif(has_bitsandbytes(), reason="bitsandbytes is installed")
-def test_without_bitsandbytes_nf4_names_the_remedy() -> None:
+def test_without_bitsandbytes_nf4_names_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     with pytest.raises(ImportError, match="pip install bitsandbytes, or choose 'int8' or 'fp8'"):
         fdu.load_pipeline("digits", quantization="nf4")
 

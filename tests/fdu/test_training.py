@@ -437,7 +437,7 @@ def test_guidance_and_weighting_schemes_reach_a_flow_model() -> None:
 def test_a_tracker_that_is_not_installed_is_refused(
     pipeline: StableDiffusionPipeline, tracker: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fdu.training.tracking.get_available_trackers", lambda: [])
+    monkeypatch.setattr("accelerate.tracking.get_available_trackers", lambda: [])
     with pytest.raises(ImportError, match=f"report_to '{tracker}' needs {tracker}; pip install {tracker}"):
         fdu.erase(pipeline, "three", "eight", report_to=tracker)
 
