@@ -27,7 +27,7 @@ from fdu.models.families import denoiser_of
 from fdu.models.quantization import quantize
 from fdu.presets import PRESETS, preset
 from fdu.storage.shapes import load_shapes
-from fdu.training.footprint import Estimator, Footprint
+from fdu.training.footprint import SHARE, Estimator, Footprint
 
 HERE = Path(__file__).parent
 CONFIGS, PAGE = HERE / "configs", HERE.parent / "docs" / "memory.md"
@@ -76,8 +76,6 @@ LEAST = flags(STEPS["A"] | STEPS["B"] | STEPS["C"]).split()
 """Options of the plan that needs least memory, before the weights are stored in another way."""
 CARDS = (8, 12, 16, 24, 48, 80)
 """Memory of devices, in GiB."""
-SHARE = 0.9
-"""The share of a device that an estimate may fill; its context and allocator take some more."""
 PRESET_STEPS: tuple[dict[str, Any], ...] = ({"mixed_precision": "bf16"}, {"gradient_checkpointing": True})
 """What saves memory beside a preset, in turn."""
 Figures = list[tuple[str, str]]

@@ -251,8 +251,32 @@ def _attach(
     return trainable, tuple(edit.figures(cut) for edit in edits)
 
 
+def check_suited(denoiser: Denoiser, config: EraseConfig) -> None:
+    """Refuse settings with which this model cannot be trained on any device.
+
+    Raises:
+        ValueError: names the setting.
+    """
+    trains = TRAIN_METHODS[config.train_method].trains
+    if trains and config.max_train_steps and denoiser.few_steps and config.timestep_sampling != "inference":
+        raise ValueError(
+            f"pipeline seems to be distilled to few steps: {denoiser.few_steps}. Set timestep_sampling 'inference', "
+            "num_inference_steps to the number that the model is made for, such as 4, and sampling_guidance to "
+            f"{denoiser.unguided_scale:g}; or train the model that it was distilled from"
+        )
+    if config.embedded_guidance != EraseConfig.embedded_guidance and not denoiser.reads_guidance:
+        raise ValueError(f"embedded_guidance: {denoiser.family} is not guidance-distilled here; leave it out")
+    if config.weighting_scheme != "none" and denoiser.prediction_type != "flow":
+        raise ValueError(
+            f"weighting_scheme is for flow models, and {denoiser.family} is none; use weighting or timestep_sampling"
+        )
+    if config.gradient_checkpointing and not hasattr(denoiser.module, "enable_gradient_checkpointing"):
+        raise ValueError(f"gradient_checkpointing: {type(denoiser.module).__name__} does not support it; leave it out")
+
+
 def _check_run(denoiser: Denoiser, pairs: Sequence[Pair], mask: Tensor | None, config: EraseConfig) -> None:
     """Refuse a run that cannot be trained, before any work."""
+    check_suited(denoiser, config)
     trains = TRAIN_METHODS[config.train_method].trains
     if mask is not None and not trains:
         raise ValueError(f"mask has no effect with train_method {config.train_method!r}; leave it out")
@@ -261,24 +285,10 @@ def _check_run(denoiser: Denoiser, pairs: Sequence[Pair], mask: Tensor | None, c
             f"pipeline is in {denoiser.module.dtype} but mixed_precision is 'no'; "
             "load it with dtype=torch.float32, or choose mixed_precision 'fp16' or 'bf16'"
         )
-    if trains and config.max_train_steps and denoiser.few_steps and config.timestep_sampling != "inference":
-        raise ValueError(
-            f"pipeline seems to be distilled to few steps: {denoiser.few_steps}. Set timestep_sampling 'inference', "
-            "num_inference_steps to the number that the model is made for, such as 4, and sampling_guidance to "
-            f"{denoiser.unguided_scale:g}; or train the model that it was distilled from"
-        )
     if offloads(denoiser.module):
         check_offloaded(config)
-    if config.embedded_guidance != EraseConfig.embedded_guidance and not denoiser.reads_guidance:
-        raise ValueError(f"embedded_guidance: {denoiser.family} is not guidance-distilled here; leave it out")
-    if config.weighting_scheme != "none" and denoiser.prediction_type != "flow":
-        raise ValueError(
-            f"weighting_scheme is for flow models, and {denoiser.family} is none; use weighting or timestep_sampling"
-        )
     if config.mixed_precision == "fp16" and denoiser.device.type == "cpu":
         raise ValueError("mixed_precision 'fp16' needs a GPU, and the pipeline is on the CPU; use 'bf16' or 'no'")
-    if config.gradient_checkpointing and not hasattr(denoiser.module, "enable_gradient_checkpointing"):
-        raise ValueError(f"gradient_checkpointing: {type(denoiser.module).__name__} does not support it; leave it out")
     launched = os.environ.get("ACCELERATE_MIXED_PRECISION", config.mixed_precision)
     if launched != config.mixed_precision and launched != "no":
         raise ValueError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from tyro.conf import OmitArgPrefixes, Positional, arg
 
@@ -14,6 +14,9 @@ from fdu.config import TRAIN_METHODS, EraseConfig, Positive, check_number
 from fdu.presets import PresetName
 from fdu.storage.loading import Dtype, check_dtype, check_resolution, check_stored
 from fdu.subjects.registry import subject_of
+
+if TYPE_CHECKING:
+    from fdu.models.denoiser import Denoiser
 
 UNITS = ((1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB"), (1, "B"))
 GIGABYTE = 1 << 30
@@ -24,7 +27,7 @@ AS_GIVEN = "as given"
 class Plan:
     """Estimate the memory of an erasure from the shapes of a model, and name settings that need less.
 
-    Reads configs and tokenizers only. A device and its allocator need some more: leave a tenth of its memory free.
+    Reads configs and tokenizers only.
     """
 
     examples: ClassVar[tuple[str, ...]] = (
@@ -37,7 +40,8 @@ class Plan:
     model: Positional[str]
     """A pipeline's folder, a .safetensors file, a hub id (org/name, or org/name@revision), "emoji" or "digits"."""
     memory: float | None = None
-    """Memory of the device in GiB, > 0: marks what fits."""
+    """Memory of the device in GiB, > 0: marks what fits into nine tenths of it. Its context and allocator take some
+    more than the estimate."""
     tflops: float | None = None
     """Speed that the device reaches, not that of its datasheet, in 10^12 floating-point operations per second, > 0:
     gives the time of a step."""
@@ -67,15 +71,23 @@ class Plan:
         check_stored(self.loading.quantization, self.loading.offload, config)
 
         def work() -> None:
+            from fdu.erasure import check_suited
             from fdu.models.families import denoiser_of
             from fdu.models.quantization import quantize
             from fdu.storage.shapes import load_shapes
-            from fdu.training.footprint import Estimator
+            from fdu.training.footprint import SHARE, Estimator
 
-            def shapes(one: EraseConfig, quantization: str) -> Any:
+            refused: set[str] = set()
+
+            def shapes(one: EraseConfig, quantization: str) -> Denoiser:
                 pipeline = load_shapes(model.location, check_dtype(self.dtype, one.mixed_precision))
                 quantize(pipeline, quantization)
-                return denoiser_of(pipeline, one.size, one.num_frames)
+                denoiser = denoiser_of(pipeline, one.size, one.num_frames)
+                try:
+                    check_suited(denoiser, config)
+                except ValueError as error:
+                    refused.add(str(error))
+                return denoiser
 
             estimate = Estimator(shapes)
             as_given = Stored(self.loading.quantization, self.loading.offload)
@@ -93,7 +105,7 @@ class Plan:
             for words, one, stored in cheaper(config, as_given, bool(given.blocks)):
                 found = given if words == AS_GIVEN else estimate(one, stored.quantization, stored.offload)
                 sizes = (found.denoiser, found.states, found.step, found.sampling, found.peak)
-                fits = self.memory is not None and found.peak <= self.memory * GIGABYTE
+                fits = self.memory is not None and found.peak <= SHARE * self.memory * GIGABYTE
                 lines.append((*map(size, sizes), words + (" (fits)" if fits else "")))
                 if fits and fitting is None:
                     fitting = words
@@ -102,7 +114,9 @@ class Plan:
                 told = (cell.rjust(width) for cell, width in zip(cells, widths, strict=False))
                 print("  ".join([*told, words]))
             if self.memory is not None:
-                print(f"\n{verdict(self.memory, fitting)}")
+                print(f"\n{verdict(self.memory, fitting, 1 - SHARE)}")
+            for reason in refused:
+                print(f"\nfdu erase would refuse these settings: {reason}")
 
         return work
 
@@ -168,10 +182,11 @@ def size(count: float) -> str:
     return f"{count / unit:.3g} {name}" if unit == 1 else f"{count / unit:.2f} {name}"
 
 
-def verdict(memory: float, fitting: str | None) -> str:
-    """Whether the erasure fits, in a sentence."""
+def verdict(memory: float, fitting: str | None, free: float) -> str:
+    """Whether the erasure fits, in a sentence. ``free``: the share of the memory that it leaves to others."""
+    device = f"{memory:g} GiB and leaves {free:.0%} free"
     if fitting is None:
-        return f"Nothing above fits in {memory:g} GiB: lower --resolution or --rank, or train fewer weights."
+        return f"Nothing above fits in {device}: lower --resolution or --rank, or train fewer weights."
     if fitting == AS_GIVEN:
-        return f"This fits in {memory:g} GiB."
-    return f"To fit in {memory:g} GiB, add {fitting}."
+        return f"This fits in {device}."
+    return f"With {fitting}, this fits in {device}."

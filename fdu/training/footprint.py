@@ -26,6 +26,8 @@ from fdu.training.frozen_layers import keeping_less
 from fdu.training.loop import checkpointed
 from fdu.training.methods import Request, attach
 
+SHARE = 0.9
+"""The share of a device's memory that an estimate may fill; its context and allocator take some more."""
 LOOK_AGAIN = 1.01
 """A peak that is so many times the last one is a reason to look for cycles, which takes long."""
 VALUES = object()
