@@ -8,7 +8,8 @@ import math
 import os
 import re
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -332,7 +333,6 @@ def load_model(
     """
     import torch
     from diffusers import DiffusionPipeline
-    from safetensors import SafetensorError
 
     from fdu.models.offloading import offload_blocks
     from fdu.models.quantization import quantize
@@ -340,28 +340,33 @@ def load_model(
     file = SingleFile.of(model)
     name, revision = (model, None) if file or Path(model).is_dir() else hub_name(model)
     given = {"dtype": getattr(torch, dtype), "revision": revision, "variant": variant}
-    errors: tuple[type[Exception], ...] = (Exception,)  # of a file: of many kinds, from weights that do not fit
-    if not file:
-        errors = (OSError, ValueError, RuntimeError, KeyError, AttributeError, SafetensorError)
-    try:
+    with loading(model):
         try:
             pipeline = file.load(dtype) if file else DiffusionPipeline.from_pretrained(name, **given)
-        except errors as error:
+        except Exception as error:
             if file or variant is not None or not ABSENT.search(str(error)):
                 raise
             try:
                 pipeline = DiffusionPipeline.from_pretrained(name, **{**given, "variant": VARIANT})
-            except errors:
+            except Exception:
                 raise error from None
             LOGGER.warning("%s has no other weights than those of the variant %s; loaded these", model, VARIANT)
         vars(pipeline)[REVISION_MARK] = revision
         quantize(pipeline, quantization, "cpu" if offload else device)
         pipeline.to("cpu" if offload else device)
-    except errors as error:
-        raise OSError(f"model {model!r} could not be loaded: {_first_line(error)}") from error
     if offload:
         offload_blocks(pipeline, device)
     return pipeline
+
+
+@contextmanager
+def loading(model: str) -> Iterator[None]:
+    """Within this context, whatever fails becomes an OSError with the first line of the reason: libraries raise errors
+    of many kinds where files, weights, or classes that a config names do not suit them."""
+    try:
+        yield
+    except Exception as error:
+        raise OSError(f"model {model!r} could not be loaded: {_first_line(error)}") from error
 
 
 def load_erased(pipeline: DiffusionPipeline, path: str) -> DiffusionPipeline:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fdu.models.denoiser import Conditioning, Denoiser
-from fdu.storage.loading import hub_name
+from fdu.storage.loading import hub_name, loading
 from fdu.storage.output import PIPELINE_FILE
 from fdu.storage.single_file import SingleFile
 
@@ -37,13 +37,18 @@ def load_shapes(model: str, dtype: str = "float32") -> DiffusionPipeline:
         dtype: dtype of the weights.
 
     Raises:
-        OSError, ValueError: a part is missing or unknown.
+        OSError: it cannot be loaded; the first line of the reason.
     """
+    file = SingleFile.of(model)
+    with loading(model):
+        pipeline = _pipeline(file.pipeline_name if file else model, dtype)
+    return pipeline
+
+
+def _pipeline(model: str, dtype: str) -> DiffusionPipeline:
     import diffusers
     from diffusers import DiffusionPipeline
 
-    file = SingleFile.of(model)
-    model = file.pipeline_name if file else model
     name, revision = (model, None) if Path(model).is_dir() else hub_name(model)
     if Path(name).is_dir():
         index = json.loads((Path(name) / PIPELINE_FILE).read_text(encoding="utf-8"))

@@ -6,7 +6,9 @@ import copy
 import errno
 import json
 import os
+import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from fdu.report import check_record
 from fdu.storage.loading import HUB_PIPELINE, check_model, load_erased, load_model, read_record, result_bytes
 from fdu.storage.lora import LORA_FILE
 from fdu.storage.output import RECORD_FILE, SMALL_RESULT, check_output, whole_folder, write_json
+from fdu.storage.shapes import load_shapes
 from fdu.subjects.embedded import Digits
 
 RECORD: dict[str, Any] = {
@@ -319,6 +322,18 @@ def test_damaged_files_are_not_replaced_by_those_of_half_precision(tmp_path: Pat
     (tmp_path / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(b"damaged")
     with pytest.raises(OSError, match="could not be loaded"):
         load_model(str(tmp_path))
+
+
+@pytest.mark.parametrize("entry", [["diffusers", "FutureModel"], ["code_of_their_own", "OwnModel"], ["diffusers"]])
+@pytest.mark.parametrize("load", [load_model, load_shapes])
+def test_a_class_that_is_not_here_is_told_in_the_same_words(
+    entry: list[str], load: Callable[[str], Any], tmp_path: Path
+) -> None:
+    families.build("sd").save_pretrained(tmp_path)
+    index = tmp_path / "model_index.json"
+    index.write_text(json.dumps({**json.loads(index.read_text()), "unet": entry}))
+    with pytest.raises(OSError, match=re.escape(f"model {str(tmp_path)!r} could not be loaded: ") + r"[^\n]+$"):
+        load(str(tmp_path))
 
 
 def test_a_revision_follows_the_hub_id(monkeypatch: pytest.MonkeyPatch) -> None:
