@@ -6,7 +6,7 @@ import dataclasses
 import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 
 from fdu.config import PLACES, EraseConfig, check_choice, check_field, choices_of, closest, hints_of, in_case
 
@@ -138,8 +138,12 @@ def preset_settings(name: str, others: Collection[str] = ()) -> dict[str, Any]:
     return {key: value for key, value in PRESETS[name].settings.items() if key not in {*others, *moot}}
 
 
-def read_settings(path: str | Path) -> dict[str, Any]:
+def read_settings(path: str | Path, others: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """The settings in a YAML file: a mapping of names of settings to values.
+
+    Args:
+        path: the file.
+        others: what it may hold besides the settings of an erasure: annotations by name.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -156,41 +160,41 @@ def read_settings(path: str | Path) -> dict[str, Any]:
         raise ValueError(f"{shown} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(found, dict) or not all(isinstance(name, str) for name in found):
         raise ValueError(f"{shown} must hold one setting per line, such as learning_rate: 0.001")
-    known = EraseConfig.field_names()
+    hints = {**hints_of(EraseConfig), **(others or {})}
     for name, value in found.items():
-        if name not in known:
-            raise ValueError(f"{shown} names {name!r}, which is not a setting{closest(name, known)}")
+        if name not in hints:
+            raise ValueError(f"{shown} names {name!r}, which is not a setting{closest(name, list(hints))}")
         plain = value if isinstance(value, list) else [value]
         if not all(one is None or isinstance(one, (str, int, float)) for one in plain):
             raise ValueError(f"{shown}: {name} must be a number, a text, true, false or a list of texts, got {value!r}")
         try:
-            found[name] = read_value(name, value)
+            found[name] = read_value(name, value, hints[name])
         except (ValueError, TypeError) as error:
             raise ValueError(f"{shown}: {error}") from error
     return found
 
 
-def read_value(name: str, value: Any) -> Any:
+def read_value(name: str, value: Any, hint: Any) -> Any:
     """A setting's value from a file: YAML takes 1e-3, without a point, for a text.
 
     Raises:
         ValueError, TypeError: it does not fit the setting.
     """
-    default, hint = getattr(EraseConfig, name), hints_of(EraseConfig)[name]
     if isinstance(value, str) and EXPONENT.fullmatch(value):
         value = float(value)
     value = in_case(value, choices_of(EraseConfig).get(name, ()))
     check_field(name, value, hint)
-    if isinstance(default, str) and default != "auto" and not isinstance(value, str):
+    kind = get_args(hint)[0] if type(None) in get_args(hint) else hint
+    if kind is str and not isinstance(value, str) and (value is not None or kind is hint):
         raise TypeError(f"{name} must be a text, got {value!r}")
-    if isinstance(default, tuple) and not isinstance(value, list):
+    if get_origin(hint) is tuple and not isinstance(value, list):
         raise TypeError(f"{name} must be a list of texts, got {value!r}")
     return value
 
 
-def write_settings(path: str | Path, config: EraseConfig) -> None:
+def write_settings(path: str | Path, config: EraseConfig, others: Mapping[str, Any] | None = None) -> None:
     """Write the settings that are not the defaults to a YAML file, whole or not at all, without the places of files on
-    this machine.
+    this machine; ``others``: more settings to write.
 
     Raises:
         OSError: the file cannot be written.
@@ -201,6 +205,7 @@ def write_settings(path: str | Path, config: EraseConfig) -> None:
 
     given = {name: getattr(config, name) for name in config.field_names() if name not in PLACES}
     changed = {name: value for name, value in given.items() if value != getattr(EraseConfig, name)}
+    changed |= others or {}
     settings = {name: list(value) if isinstance(value, tuple) else value for name, value in changed.items()}
     settings |= {"divergence": str(config.divergence)} if "divergence" in settings else {}
     write_text(Path(path), yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from tyro.conf import OmitArgPrefixes, Positional, arg
 
 from fdu.cli.evaluate import Evaluate
-from fdu.cli.options import GROUPS, LoadOptions, Settings, described, grouped
+from fdu.cli.options import GROUPS, LoadOptions, Settings, described, grouped, words_of
 from fdu.config import SEARCHES, TRAIN_METHODS, WITHOUT_STEPS, Count, EraseConfig, check_choice, check_number
 from fdu.storage.loading import Dtype, check_dtype, check_encoder, check_resolution, choose_device
 from fdu.storage.output import WEIGHTS_FOLDER
@@ -243,10 +243,8 @@ class Compare:
         searches = settings["adversarial_rounds"] > 0
         used = {*settings} if chosen.trains else {*WITHOUT_STEPS, *(SEARCHES if searches else ())}
         used = {name for name in used if searches or not name.startswith("adversarial")}
-        for name, value in settings.items():
-            if name in used and (name in always or value != defaults[name]):
-                values = value if isinstance(value, (list, tuple)) else [] if value is True else [value]
-                words += [f"--{name}", *map(str, values)]
+        told = {name for name, value in settings.items() if name in always or value != defaults[name]}
+        words += words_of({name: value for name, value in settings.items() if name in used & told})
         if self.concept_type != "object":
             words += ["--concept_type", self.concept_type]
         if self.dtype != "auto" or not chosen.trains:

@@ -62,7 +62,7 @@ class Erase:
     """YAML file of settings, one per line, as --save_config writes; a setting given beside it wins. --no_NAME switches
     off what the file switches on, such as --no_compile."""
     save_config: Path | None = None
-    """Write the settings of this erasure to a YAML file for --config."""
+    """Write the settings of this erasure, and how its model is loaded, to a YAML file for --config."""
     save_as: SaveAs = "auto"
     """Format of the result: lora (diffusers), kohya (ComfyUI, A1111, Forge), pipeline (a whole folder) or delta (the
     changed weights in safetensors). auto: lora if adapters were trained, otherwise pipeline."""
@@ -122,7 +122,8 @@ class Erase:
         def work() -> None:
             writes = is_main_process()
             if self.save_config is not None and writes:
-                write_settings(self.save_config, given)
+                dtype_given = {} if self.dtype == "auto" else {"dtype": self.dtype}
+                write_settings(self.save_config, given, {**dtype_given, **self.loading.given()})
             try:
                 with whole_folder(self.out, self.overwrite) if writes else nullcontext() as folder:
                     pipeline = model.load(dtype, device, *self.loading.storage, self.loading.variant)

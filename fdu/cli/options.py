@@ -11,9 +11,17 @@ from typing import Annotated, Any, get_type_hints
 
 import tyro
 
-from fdu.config import EraseConfig, choices_of, in_case
+from fdu.config import EraseConfig, choices_of, hints_of, in_case
 from fdu.presets import preset_settings, read_settings
-from fdu.storage.loading import Quantization, at_revision, check_packages, check_quantization, check_stored, with_config
+from fdu.storage.loading import (
+    Dtype,
+    Quantization,
+    at_revision,
+    check_packages,
+    check_quantization,
+    check_stored,
+    with_config,
+)
 
 GROUPS = {
     "basic": "train_method",
@@ -145,11 +153,14 @@ class ModelOptions:
             check_packages(config)
             check_stored(self.quantization, self.offload, config)
 
+    def given(self) -> dict[str, Any]:
+        """The options that are not the defaults."""
+        values = {one.name: (getattr(self, one.name), one.default) for one in dataclasses.fields(self)}
+        return {name: value for name, (value, default) in values.items() if value != default}
+
     def words(self) -> list[str]:
         """The options as words of a command line."""
-        given = {one.name: (getattr(self, one.name), one.default) for one in dataclasses.fields(self)}
-        chosen = {name: value for name, (value, default) in given.items() if value != default}
-        return [word for name, value in chosen.items() for word in (f"--{name}", *([] if value is True else [value]))]
+        return words_of(self.given())
 
 
 @dataclasses.dataclass
@@ -169,6 +180,22 @@ class LoadOptions(ModelOptions):
         return self.quantization, self.offload
 
 
+def words_of(settings: Mapping[str, Any]) -> list[str]:
+    """Settings as words of a command line; what is None or False is left out.
+
+    >>> words_of({"offload": True, "rank": 4, "compile": False, "validation_prompts": ("a cat", "a dog")})
+    ['--offload', '--rank', '4', '--validation_prompts', 'a cat', 'a dog']
+    """
+    words = []
+    for name, value in settings.items():
+        if value is True:
+            words.append(f"--{name}")
+        elif value is not None and value is not False:
+            values = value if isinstance(value, (list, tuple)) else [value]
+            words += [f"--{name}", *map(str, values)] if values else []
+    return words
+
+
 def _option(hint: Any, text: str) -> Any:
     """The hint with its help. By itself, tyro would show None and False as defaults."""
 
@@ -178,9 +205,10 @@ def _option(hint: Any, text: str) -> Any:
     return Annotated[hint, tyro.conf.arg(help=text, help_behavior_hint=default)]
 
 
-def expanded(arguments: Sequence[str]) -> list[str]:
-    """The arguments with the settings of --preset and --config behind them, except those that are typed as well; of the
-    two, the file counts. --no_NAME is taken for a setting that is switched off.
+def expanded(arguments: Sequence[str], known: Collection[str]) -> list[str]:
+    """The arguments with the settings of --preset and --config behind them, except those that are typed as well, or
+    that are no option of the command (``known``); of the two, the file counts. --no_NAME is taken for a setting that is
+    switched off.
 
     Raises:
         ValueError, FileNotFoundError: an unknown preset, or a file that cannot be read.
@@ -190,16 +218,15 @@ def expanded(arguments: Sequence[str]) -> list[str]:
         if word.startswith("--"):
             name, equals, value = word[2:].partition("=")
             typed[name.replace("-", "_")] = value if equals else following
-    off = {name for name in typed if name.startswith("no_") and getattr(EraseConfig, name[3:], None) is False}
+    switches = {
+        one.name for kind in (EraseConfig, LoadOptions) for one in dataclasses.fields(kind) if one.default is False
+    }
+    off = {name for name in typed if name.startswith("no_") and name[3:] in switches}
     words = [word for word in arguments if word[2:].replace("-", "_") not in off]
     typed |= {name[3:]: "" for name in off}
-    read = read_settings(typed["config"]) if "config" in typed else {}
+    read = read_settings(typed["config"], {**hints_of(LoadOptions), "dtype": Dtype}) if "config" in typed else {}
     settings = (preset_settings(typed["preset"], {*typed, *read}) if "preset" in typed else {}) | read
-    for name, value in settings.items():
-        if name not in typed and value is not None and value is not False:
-            values = value if isinstance(value, (list, tuple)) else [] if value is True else [value]
-            words += [f"--{name}", *map(str, values)] if values or value is True else []
-    return words
+    return words + words_of({name: value for name, value in settings.items() if name in known and name not in typed})
 
 
 def in_own_case(arguments: Sequence[str]) -> list[str]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from tyro.conf import OmitArgPrefixes, Positional, arg
 
-from fdu.cli.options import ModelOptions, Settings, described, grouped
+from fdu.cli.options import ModelOptions, Settings, described, grouped, words_of
 from fdu.config import TRAIN_METHODS, EraseConfig, Positive, check_number
 from fdu.presets import PresetName
 from fdu.storage.loading import Dtype, check_dtype, check_resolution, check_stored
@@ -169,7 +169,7 @@ def flags(changes: dict[str, Any]) -> str:
     >>> flags({"offload": True, "train_batch_size": 1})
     '--offload --train_batch_size 1'
     """
-    return " ".join(f"--{name}" if value is True else f"--{name} {value}" for name, value in changes.items())
+    return " ".join(words_of(changes))
 
 
 def size(count: float) -> str:

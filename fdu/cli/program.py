@@ -21,7 +21,7 @@ from fdu.cli.doctor import Doctor
 from fdu.cli.erase import Erase
 from fdu.cli.evaluate import Evaluate, Report
 from fdu.cli.names import Names, complete
-from fdu.cli.options import check_typed, described, expanded, in_own_case
+from fdu.cli.options import check_typed, described, expanded, in_own_case, option_names
 from fdu.cli.planning import Plan
 from fdu.storage.loading import MissingPackage
 
@@ -106,7 +106,7 @@ def parse(arguments: list[str]) -> Command:
     """
     arguments = in_own_case(arguments)
     if arguments[0] in ("erase", "plan"):
-        arguments = expanded(arguments)
+        arguments = expanded(arguments, option_names(COMMANDS[arguments[0]])[0])
     check_typed(arguments, COMMANDS)
     config = (tyro.conf.PositionalMetavarFromFieldName, tyro.conf.DisallowNone, tyro.conf.FlagCreatePairsOff)
     typed, *rest = arguments

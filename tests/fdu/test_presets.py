@@ -12,6 +12,7 @@ import fdu
 from fdu import cli
 from fdu.cli import main
 from fdu.cli.erase import Erase
+from fdu.cli.planning import Plan
 from fdu.cli.program import parse
 from fdu.config import EraseConfig
 from fdu.presets import PRESETS, read_settings, write_settings
@@ -99,6 +100,25 @@ def test_an_erasure_writes_its_settings_for_another(capsys: pytest.CaptureFixtur
     assert not Path("third").exists()
 
 
+def test_a_file_also_says_how_the_model_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    loading = {"dtype": "bfloat16", "revision": "v1.0", "quantization": "int8", "offload": True, "variant": "fp16"}
+    words = ["--revision=v1.0", "--quantization=int8", "--offload", "--variant=fp16", "--dtype=bfloat16"]
+    setting = ["--mixed_precision=bf16", "--gradient_checkpointing"]
+    monkeypatch.setattr("fdu.erase", lambda *given, **settings: pytest.fail("unreached"))
+    monkeypatch.setattr("fdu.subjects.subject.load_model", lambda *given: (_ for _ in ()).throw(OSError("not here")))
+    command = ["erase", "org/model", *ERASE[2:]]
+    assert main([*command, *words, *setting, "--save_config", "mine.yaml"]) == cli.FAILED
+    written = yaml.safe_load(Path("mine.yaml").read_text())
+    assert written == {**loading, "mixed_precision": "bf16", "gradient_checkpointing": True}
+    again = parse([*command, "--config", "mine.yaml", "--no_offload", "--variant", "other"])
+    assert isinstance(again, Erase)
+    assert (again.dtype, again.settings.checked().mixed_precision) == ("bfloat16", "bf16")
+    assert again.loading.given() == {"revision": "v1.0", "quantization": "int8", "variant": "other"}
+    plan = parse(["plan", "org/model", "--config", "mine.yaml"])  # which reads no weights, whatever their variant
+    assert isinstance(plan, Plan)
+    assert plan.loading.given() == {"revision": "v1.0", "quantization": "int8", "offload": True}
+
+
 def test_files_that_hold_no_settings_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     contents = {
         "[1, 2]": "one setting per line",
@@ -111,6 +131,9 @@ def test_files_that_hold_no_settings_are_refused(capsys: pytest.CaptureFixture[s
         "compile: 1": "config 'bad.yaml': compile must be True or False, got 1",
         "optimizer: sgd": "config 'bad.yaml': optimizer must be one of adamw",
         "divergence: 3": "config 'bad.yaml': divergence must be a text, got 3",
+        "revision: 3": "config 'bad.yaml': revision must be a text, got 3",
+        "quantization: int4": "config 'bad.yaml': quantization must be one of none",
+        "device: cuda": "'device', which is not a setting",
         "preservation_prompts: a cat": "config 'bad.yaml': preservation_prompts must be a list of texts",
     }
     for text, message in contents.items():
