@@ -145,6 +145,7 @@ class Compare:
             quantization=self.loading.quantization,
             offload=self.loading.offload,
             variant=self.loading.variant,
+            base_lora=self.loading.base_lora,
         )
         comparison.check_names()
         self.loading.check(*map(comparison.config, comparison.runs()))

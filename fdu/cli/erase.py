@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
@@ -102,7 +102,7 @@ class Erase:
                 "write; choose another with --checkpoint_dir"
             )
         files = [name for name in (*self.target, *self.anchor) if name.endswith(".txt")]
-        inputs = files + [str(place) for place in model.places]
+        inputs = [*files, *map(str, model.places), *self.loading.base_lora]
         if self.save_config is not None:
             shown = f"save_config {str(self.save_config)!r}"
             if self.save_config.is_dir() or self.out.resolve() in self.save_config.resolve().parents:
@@ -126,7 +126,7 @@ class Erase:
                 write_settings(self.save_config, given, {**dtype_given, **self.loading.given()})
             try:
                 with whole_folder(self.out, self.overwrite) if writes else nullcontext() as folder:
-                    pipeline = model.load(dtype, device, *self.loading.storage, self.loading.variant)
+                    pipeline = model.load(dtype, device, *self.loading.arguments)
                     format = choose_format(self.save_as, config.train_method, pipeline)
                     targets, anchors = ([pair[side] for pair in pairs] for side in (0, 1))
                     result = fdu.erase(pipeline, targets, anchors, config=config)
@@ -140,7 +140,7 @@ class Erase:
                 return
             if keeps:
                 clear_run(checkpoints)
-            loading = _loading_line(model, self.out, format, config.train_method)
+            loading = _loading_line(model, self.out, format, config.train_method, self.loading.base_lora)
             print(f"Saved to {self.out} after {result.seconds:.1f} s. {loading}")
             for edit in result.edits:
                 layers = "layer reads" if edit.layers == 1 else "layers read"
@@ -154,15 +154,17 @@ class Erase:
         return work
 
 
-def _loading_line(model: Subject, out: Path, format: str, train_method: str) -> str:
+def _loading_line(model: Subject, out: Path, format: str, train_method: str, base_lora: Sequence[str] = ()) -> str:
     """How to load the result."""
     base = model.loading_code
+    if base_lora and format in ("lora", "kohya"):
+        base = f"fdu.load_pipeline({model.model!r}, base_lora={[*base_lora]})"
     by_fdu = f"In Python:\n  pipeline = {base}; fdu.load_weights(pipeline, {str(out)!r})"
     if format == "kohya":
         programs = f"In ComfyUI, Forge or A1111: put {out / 'kohya_lora.safetensors'} into the folder for LoRAs."
         return by_fdu if TRAIN_METHODS[train_method].result == "dora" else programs
     return {
-        "lora": f"In Python:\n  pipeline = {base}; pipeline.load_lora_weights({str(out)!r})",
+        "lora": by_fdu if base_lora else f"In Python:\n  pipeline = {base}; pipeline.load_lora_weights({str(out)!r})",
         "pipeline": f"In Python:\n  pipeline = DiffusionPipeline.from_pretrained({str(out)!r})",
         "delta": by_fdu,
     }[format]

@@ -158,7 +158,7 @@ class Evaluate:
                     "nothing would show what else the erasure changed; judge an erasure of fewer concepts"
                 )
             dtype = "float32" if self.dtype == "auto" else self.dtype
-            pipeline = base.load(dtype, device, *self.loading.storage, self.loading.variant)
+            pipeline = base.load(dtype, device, *self.loading.arguments)
             before = fdu.draw(pipeline, probes, description="before", **settings)
             tests = self._examination(probes[0], sets, sampling, size)
             if tests is not None:
@@ -201,7 +201,7 @@ class Evaluate:
 
     def _inputs(self, base: Subject) -> list[str | Path]:
         """The files and folders that the work reads."""
-        named = [*base.places, self.erased, self.phrasings]
+        named = [*base.places, *self.loading.base_lora, self.erased, self.phrasings]
         prompts = self.prompts if self.prompts and self.prompts.endswith(".txt") else None
         judge = self.judge if self.judge and Path(self.judge).is_dir() else None
         return [path for path in (*named, prompts, judge) if path is not None]

@@ -169,15 +169,33 @@ class LoadOptions(ModelOptions):
 
     variant: str | None = None
     """Variant of the weights' files, such as fp16. Default: full precision, or fp16 where there is nothing else."""
+    base_lora: tuple[str, ...] = ()
+    """LoRA files or folders of yours that count as part of the model and stay active."""
 
     def location(self, model: str) -> str:
         """See :meth:`ModelOptions.location`."""
         return with_config(at_revision(model, self.revision), self.model_config, self.variant)
 
+    def check(self, *configs: EraseConfig) -> None:
+        """See :meth:`ModelOptions.check`; also refuse a LoRA that is not there."""
+        super().check(*configs)
+        for path in self.base_lora:
+            from fdu.storage.readers import weights_file  # which takes long
+
+            try:
+                weights_file(path)
+            except (OSError, ValueError) as error:
+                raise type(error)(f"base_lora: {error}") from error
+
     @property
     def storage(self) -> tuple[str, bool]:
         """Quantization and offloading, as arguments that load a model."""
         return self.quantization, self.offload
+
+    @property
+    def arguments(self) -> tuple[str, bool, str | None, tuple[str, ...]]:
+        """All arguments of :meth:`fdu.subjects.subject.Subject.load` behind dtype and device."""
+        return *self.storage, self.variant, self.base_lora
 
 
 def words_of(settings: Mapping[str, Any]) -> list[str]:

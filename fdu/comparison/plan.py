@@ -128,6 +128,8 @@ class Comparison:
     """Whether the blocks of the denoiser stay on the CPU, which changes no figure."""
     variant: str | None = None
     """The variant of the weights' files."""
+    base_lora: tuple[str, ...] = ()
+    """LoRA files or folders that are part of the model."""
 
     def __post_init__(self) -> None:
         for name in ("pairs", "candidates", "seeds"):
@@ -171,9 +173,9 @@ class Comparison:
         return subject_of(self.model)
 
     @property
-    def loading(self) -> tuple[str, str, str, str, bool, str | None]:
+    def loading(self) -> tuple[str, str, str, str, bool, str | None, tuple[str, ...]]:
         """Everything that decides which pipeline is loaded, and where."""
-        return self.model, self.dtype, self.device, self.quantization, self.offload, self.variant
+        return self.model, self.dtype, self.device, self.quantization, self.offload, self.variant, self.base_lora
 
     @property
     def varied(self) -> set[str]:

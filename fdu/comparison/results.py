@@ -158,7 +158,10 @@ def check_folder(folder: Path, comparison: Comparison) -> None:
             )
         check_output(folder, needed_bytes=SMALL_RESULT)
         return
-    wanted, found = _flat(common(comparison)), {"quantization": "none", "variant": None, **_flat(begun)}
+    wanted, found = (
+        _flat(common(comparison)),
+        {"quantization": "none", "variant": None, "base_lora": [], **_flat(begun)},
+    )
     for name, value in wanted.items():
         # A file of an earlier version may lack a setting; then the records of the runs decide.
         if name in found and found[name] != value:
@@ -202,7 +205,7 @@ def common(comparison: Comparison) -> dict[str, Any]:
     """Everything that all runs of a folder share, ready for JSON."""
     varied = {*comparison.varied, *PLACES}
     settings = {name: value for name, value in comparison.base.as_dict().items() if name not in varied}
-    names = ("model", "pairs", "concept_type", "quantization", "variant")
+    names = ("model", "pairs", "concept_type", "quantization", "variant", "base_lora")
     about = {name: getattr(comparison, name) for name in names}
     return json.loads(to_json({**about, **comparison.conditions(), "settings": settings}))
 

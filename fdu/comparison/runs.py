@@ -269,5 +269,5 @@ def _pipeline(model: str, *loading: Any) -> DiffusionPipeline:
 
 @functools.cache
 def weights(model: str, *loading: Any) -> str:
-    """The first digits of the fingerprint of the model as it is."""
-    return fingerprint(_pipeline(model, *loading))[:16]
+    """The first digits of the fingerprint of the model as it is, with its LoRAs."""
+    return fingerprint(_pipeline(model, *loading), adapters=True)[:16]

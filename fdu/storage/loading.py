@@ -315,6 +315,7 @@ def load_model(
     quantization: str = "none",
     offload: bool = False,
     variant: str | None = None,
+    base_lora: Sequence[str] = (),
 ) -> DiffusionPipeline:
     """Load a pipeline; of one that has no other weights, the variant "fp16".
 
@@ -326,6 +327,7 @@ def load_model(
         quantization: of the linear layers in the blocks of the denoiser and of large text encoders; "none" for none.
         variant: of the weights' files, such as "fp16".
         offload: keep the blocks of the denoiser on the CPU until they are called, and the other parts too.
+        base_lora: files or folders of LoRA weights, which become active adapters.
 
     Raises:
         OSError: it cannot be loaded; the first line of the reason.
@@ -356,31 +358,51 @@ def load_model(
         pipeline.to("cpu" if offload else device)
     if offload:
         offload_blocks(pipeline, device)
+    for path in base_lora:
+        _add_lora(pipeline, path)
     return pipeline
 
 
+def _add_lora(pipeline: DiffusionPipeline, path: str) -> None:
+    """Load LoRA weights as an adapter that is named after their file or folder.
+
+    Raises:
+        OSError: they cannot be loaded, or are of another kind; the first line of the reason.
+    """
+    from fdu.models.parts import adapter_names
+    from fdu.storage.readers import load_weights
+
+    name = re.sub(r"[^\w-]", "_", Path(path).resolve().stem)
+    while name in adapter_names(pipeline):
+        name += "_"
+    with loading(path, "base_lora"):
+        if load_weights(pipeline, path, name).adapter_name is None:
+            raise ValueError("it holds changed weights, no adapter; save a pipeline with them, and give that as MODEL")
+
+
 @contextmanager
-def loading(model: str) -> Iterator[None]:
+def loading(path: str, argument: str = "model") -> Iterator[None]:
     """Within this context, whatever fails becomes an OSError with the first line of the reason: libraries raise errors
     of many kinds where files, weights, or classes that a config names do not suit them."""
     try:
         yield
     except Exception as error:
-        raise OSError(f"model {model!r} could not be loaded: {_first_line(error)}") from error
+        raise OSError(f"{argument} {path!r} could not be loaded: {_first_line(error)}") from error
 
 
 def load_erased(pipeline: DiffusionPipeline, path: str) -> DiffusionPipeline:
-    """``pipeline`` with the weights of ``path``.
+    """``pipeline`` with the weights of ``path``. A delta holds the adapters that its base carried, so that those of the
+    pipeline go.
 
     Raises:
         OSError: it cannot be loaded; the first line of the reason.
     """
     from fdu.storage.readers import load_weights
 
-    try:
-        load_weights(pipeline, path)
-    except (OSError, ValueError, TypeError, RuntimeError, KeyError) as error:
-        raise OSError(f"weights {path!r} could not be loaded: {_first_line(error)}") from error
+    with loading(path, "weights"):
+        merged = load_weights(pipeline, path).adapter_name is None and (read_record(path) or {}).get("adapters")
+        if merged:
+            pipeline.unload_lora_weights()
     return pipeline
 
 

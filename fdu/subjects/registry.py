@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -46,6 +47,7 @@ def load_pipeline(
     revision: str | None = None,
     variant: str | None = None,
     model_config: str | Path | None = None,
+    base_lora: Sequence[str | Path] = (),
 ) -> DiffusionPipeline:
     """Load a pipeline by the name that the command line takes.
 
@@ -63,6 +65,7 @@ def load_pipeline(
         model_config: of a .safetensors file: the pipeline that it belongs to, by folder or hub id, for configs and
             tokenizers, and for the weights of what the file lacks. By default the one that diffusers knows for such
             files, from the hub.
+        base_lora: files or folders of LoRA weights that become active adapters, and so part of what is erased from.
 
     Raises:
         ValueError, FileNotFoundError: as :func:`subject_of`, or an unknown dtype, device or quantization; or a denoiser
@@ -75,4 +78,5 @@ def load_pipeline(
     check_quantization(quantization)
     config = None if model_config is None else str(model_config)
     subject = subject_of(with_config(at_revision(str(model), revision), config, variant))
-    return subject.load(dtype, choose_device(device), quantization, offload, variant)
+    loras = [base_lora] if isinstance(base_lora, (str, Path)) else base_lora
+    return subject.load(dtype, choose_device(device), quantization, offload, variant, [*map(str, loras)])

@@ -119,6 +119,7 @@ class Subject:
         quantization: str = "none",
         offload: bool = False,
         variant: str | None = None,
+        base_lora: Sequence[str] = (),
     ) -> DiffusionPipeline:
         """Load the pipeline; see :func:`fdu.storage.loading.load_model`.
 
@@ -126,7 +127,7 @@ class Subject:
             OSError: it cannot be loaded; the message gives the first line of the reason.
             ValueError: its denoiser has no blocks to offload.
         """
-        return load_model(self.location, dtype, device, quantization, offload, variant)
+        return load_model(self.location, dtype, device, quantization, offload, variant, base_lora)
 
     def pairs(
         self,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -10,15 +11,22 @@ from typing import Any
 import families
 import pytest
 import torch
+import yaml
 from diffusers import DiffusionPipeline, StableDiffusionPipeline
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import Tensor
 
 import fdu
+from fdu import cli
+from fdu.cli import main
+from fdu.comparison.plan import Candidate, Comparison
+from fdu.comparison.results import check_folder, write_record
+from fdu.comparison.runs import weights
 from fdu.models import parts
 from fdu.storage import lora
 from fdu.storage.fingerprint import fingerprint
+from fdu.storage.loading import load_erased
 
 FEW = {"max_train_steps": 2, "train_batch_size": 1, "num_latents": 2, "num_inference_steps": 1, "learning_rate": 0.1}
 OWN_RANK = families.RANK + 1
@@ -112,3 +120,60 @@ def test_a_lora_that_is_switched_off_is_no_part_of_the_base(mine: Path, tmp_path
     result = fdu.erase(pipeline, "three", "eight", **FEW)
     assert result.record()["adapters"] == []
     assert "mine" not in (result.save(tmp_path / "out") / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_command_line_loads_a_lora_and_names_it_in_what_it_proposes(
+    mine: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    families.build("sd").save_pretrained(tmp_path / "base")
+    base, out = str(tmp_path / "base"), str(tmp_path / "out")
+    tiny = [word for name, value in FEW.items() for word in (f"--{name}", str(value))]
+    erase = ["erase", base, "--target", "three", "--anchor", "eight", *tiny, "--save_config", str(tmp_path / "a.yaml")]
+    assert main([*erase, "--out", out, "--base_lora", str(mine)]) == cli.OK
+    told = capsys.readouterr().out
+    assert f"fdu evaluate {base} {out} --base_lora {mine}" in told
+    record = json.loads((tmp_path / "out" / "fdu.json").read_text())
+    assert record["adapters"] == ["mine"]
+    assert yaml.safe_load((tmp_path / "a.yaml").read_text())["base_lora"] == [str(mine)]
+    (code,) = re.findall(r"In Python:\n +(.*)", told)
+    names: dict[str, Any] = {"fdu": fdu}
+    exec(code, names)
+    pipeline = with_lora(mine)
+    fdu.load_weights(pipeline, out)
+    assert torch.equal(drawn(names["pipeline"]), drawn(pipeline))
+    assert not torch.allclose(drawn(pipeline), drawn(with_lora(mine)), atol=1e-3)
+    assert main([*erase[:-1], str(tmp_path / "b.yaml"), "--out", f"{out}2", "--base_lora", "gone"]) == cli.USAGE
+    assert "base_lora: weights 'gone' do not exist" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("method", ["lora", "cross_attention"])
+def test_a_delta_takes_the_place_of_the_loras_that_it_holds(method: str, mine: Path, tmp_path: Path) -> None:
+    families.build("sd").save_pretrained(tmp_path / "base")
+    pipeline = fdu.load_pipeline(tmp_path / "base", base_lora=[mine, mine])  # twice, under two names
+    result = fdu.erase(pipeline, "three", "eight", **FEW, train_method=method)
+    after = drawn(pipeline)
+    result.save(tmp_path / "delta", save_as="delta")
+    again = fdu.load_pipeline(tmp_path / "base", base_lora=[mine, mine])
+    assert parts.active_adapters(again) == ["mine", "mine_"]
+    torch.testing.assert_close(drawn(load_erased(again, str(tmp_path / "delta"))), after, rtol=0, atol=1e-4)
+
+
+def test_changed_weights_are_no_base_lora(mine: Path, tmp_path: Path) -> None:
+    pipeline = families.build("sd")
+    pipeline.save_pretrained(tmp_path / "base")
+    fdu.erase(pipeline, "three", "eight", **FEW, train_method="cross_attention").save(tmp_path / "d", save_as="delta")
+    with pytest.raises(OSError, match="base_lora '.*d' could not be loaded: it holds changed weights"):
+        fdu.load_pipeline(tmp_path / "base", base_lora=[tmp_path / "d"])
+
+
+def test_a_comparison_tells_a_model_with_a_lora_from_one_without(mine: Path, tmp_path: Path) -> None:
+    families.build("sd").save_pretrained(tmp_path / "base")
+    plain = Comparison(str(tmp_path / "base"), (("three", "eight"),), (Candidate("mse"),))
+    other = dataclasses.replace(plain, base_lora=(str(mine),))
+    found = [weights(*one.loading) for one in (plain, other)]
+    assert found == [fingerprint(families.build("sd"))[:16], fingerprint(with_lora(mine), adapters=True)[:16]]
+    check_folder(tmp_path / "compared", plain)
+    (tmp_path / "compared").mkdir()
+    write_record(tmp_path / "compared", plain, "")
+    with pytest.raises(FileExistsError, match="comparison with base_lora"):
+        check_folder(tmp_path / "compared", other)
