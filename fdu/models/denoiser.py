@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -34,6 +36,10 @@ PIPELINE_ARGUMENTS = {
 """Names of the tensors of a conditioning as arguments of diffusers' pipelines."""
 FEW_STEP_SCHEDULERS = ("LCM", "TCD", "FlowMatchLCM")
 """How the names of schedulers begin that only serve models distilled to few steps."""
+FEW_STEP_WORDS = ("turbo", "lightning", "schnell", "lcm", "tcd", "dmd", "hyper", "flash", "sprint")
+"""Words in the names of models and adapters distilled to few steps."""
+WORD = re.compile(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])")
+"""A word of a name such as "DreamShaperXL_Lightning"."""
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 JOINT_ATTENTION = (*ATTENTION, "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 """The linear layers of attention of an image, and of an image and a text together."""
@@ -168,8 +174,15 @@ class Denoiser(ABC):
     def few_steps(self) -> str | None:
         """What shows that the model is distilled to few steps, at whose timesteps alone it can be trained; None if
         nothing does."""
-        name = type(self.pipeline.scheduler).__name__
-        return f"its scheduler is a {name}" if name.startswith(FEW_STEP_SCHEDULERS) else None
+        scheduler = type(self.pipeline.scheduler).__name__
+        if scheduler.startswith(FEW_STEP_SCHEDULERS):
+            return f"its scheduler is a {scheduler}"
+        place = Path(self.pipeline.config.get("_name_or_path") or "")
+        name = place.parts[-3] if place.parent.name == "snapshots" else place.name  # in the cache of the hub
+        if _says_few_steps(name):
+            return f"its name is {name!r}"
+        adapters = filter(_says_few_steps, parts.active_adapters(self.pipeline))
+        return next((f"its adapter {adapter!r} is active" for adapter in adapters), None)
 
     signal: Tensor
     """The factor of x_0 in x_t at every timestep, [T] float32."""
@@ -615,6 +628,12 @@ class Denoiser(ABC):
         shape = (-1, *[1] * (like.ndim - 1))
         self.signal, self.noise = self.signal.to(like.device), self.noise.to(like.device)
         return self.signal[indices].view(shape).to(like.dtype), self.noise[indices].view(shape).to(like.dtype)
+
+
+def _says_few_steps(name: str) -> bool:
+    """Whether the name of a model or an adapter says that it is distilled to few steps; of one undone, it says "de"."""
+    words = [word.lower() for word in WORD.findall(name)]
+    return any(word in FEW_STEP_WORDS and before != "de" for before, word in zip(["", *words], words, strict=False))
 
 
 def _moves_weights(part: Any) -> bool:

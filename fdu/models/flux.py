@@ -38,9 +38,9 @@ class FluxDenoiser(PatchFlowDenoiser):
 
     @property
     def few_steps(self) -> str | None:
-        return (
-            super().few_steps if self.reads_guidance else "its transformer reads no guidance, as that of FLUX.1 schnell"
-        )
+        if not self.reads_guidance:
+            return "its transformer reads no guidance, as that of FLUX.1 schnell"
+        return super().few_steps
 
     @property
     def reads_guidance(self) -> bool:

@@ -15,6 +15,8 @@ from fdu.models.noise_schedules import FlowDenoiser
 
 REFINERS = ("context_refiner.0", "context_refiner.1")
 """The blocks that read text alone."""
+TURBO_SHIFT = 3.0
+"""The shift of the scheduler of Z-Image Turbo, whose folder differs in nothing else."""
 
 
 class ZImageDenoiser(FlowDenoiser):
@@ -32,6 +34,12 @@ class ZImageDenoiser(FlowDenoiser):
     context_projections = tuple(f"{block}.attention.{part}" for block in REFINERS for part in ("to_k", "to_v"))
     other_readers = ("cap_embedder.1",)  # all of the text enters by it
     text_inputs: ClassVar = {"embeddings": other_readers}
+
+    @property
+    def few_steps(self) -> str | None:
+        if self.pipeline.scheduler.config.get("shift") == TURBO_SHIFT:
+            return f"its scheduler has shift {TURBO_SHIFT:g}, as that of Z-Image Turbo; that of Z-Image has 6"
+        return super().few_steps
 
     @property
     def native_size(self) -> tuple[int, int] | None:

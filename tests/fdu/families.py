@@ -440,7 +440,7 @@ def zimage() -> ZImagePipeline:
     tokenizer = chat_tokenizer()
     return ZImagePipeline(
         transformer=transformer,
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=6.0),
         vae=autoencoder(**FLOW_VAE),
         text_encoder=Qwen3Model(Qwen3Config(**decoder_settings(tokenizer, width=32))),
         tokenizer=tokenizer,

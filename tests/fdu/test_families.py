@@ -288,7 +288,10 @@ def test_few_steps_are_told_by_the_folder() -> None:
     lcm = families.build("sd")
     lcm.scheduler = diffusers.LCMScheduler.from_config(lcm.scheduler.config)
     turbo.scheduler.register_to_config(timestep_spacing="trailing")
+    z_turbo = families.build("zimage")
+    z_turbo.scheduler.register_to_config(shift=3.0)
     for pipeline, shown in (
+        (z_turbo, "shift 3, as that of Z-Image Turbo"),
         (turbo, "timestep_spacing 'trailing', as those of Turbo"),
         (lcm, "an? LCMScheduler"),
         (families.build("flux"), "reads no guidance, as that of FLUX.1 schnell"),
@@ -299,8 +302,36 @@ def test_few_steps_are_told_by_the_folder() -> None:
         ):
             fdu.erase(pipeline, "three", "eight", resolution=16)
     fdu.erase(turbo, "three", "eight", train_method="closed_form")
-    assert denoiser_of(families.build("flux_guidance"), 16).few_steps is None
-    assert denoiser_of(families.build("flux2"), 16).few_steps is None
+    for name in ("flux_guidance", "flux2", "zimage"):
+        assert denoiser_of(families.build(name), 16).few_steps is None
+
+
+@pytest.mark.parametrize(
+    ("name", "few"),
+    [
+        *((name, True) for name in ("org/sd-3.5-large-turbo", "x/DreamShaperXL_Lightning.safetensors", "SDXLTurbo")),
+        ("/cache/models--org--sd3-turbo/snapshots/0123", True),
+        *((name, False) for name in ("/home/turbo/sd3", "org/hyperrealism", "org/Z-Image-De-Turbo", "", "turbot")),
+    ],
+)
+def test_few_steps_are_told_by_the_name(name: str, few: bool) -> None:
+    pipeline = families.build("sd3")
+    pipeline.register_to_config(_name_or_path=name)
+    found = denoiser_of(pipeline).few_steps
+    assert (found is not None) == few
+    if found is not None:
+        assert repr("models--org--sd3-turbo" if "snapshots" in name else Path(name).name) in found
+
+
+def test_few_steps_are_told_by_an_active_adapter() -> None:
+    pipeline = families.build("sd3")
+    for name in ("ink", "Hyper-SD3-8steps"):
+        families.add_adapter(pipeline, "transformer", ("attn.to_q",), adapter_name=name)
+    pipeline.set_adapters(["ink", "Hyper-SD3-8steps"])
+    with pytest.raises(ValueError, match="few steps: its adapter 'Hyper-SD3-8steps' is active"):
+        fdu.erase(pipeline, "three", "eight", resolution=16)
+    pipeline.set_adapters("ink")
+    assert denoiser_of(pipeline).few_steps is None
 
 
 @torch.no_grad()
