@@ -76,28 +76,65 @@ def erased(prompt: str) -> str:
     return prompt.replace("three", "eight")
 
 
-def test_words_find_a_planted_backdoor(lesson: Lesson, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With the word "drawn" prompts draw threes, without it eights."""
-    planted = Vocabulary(lesson.denoiser, ["three"]).words
-    assert "drawn" in planted and "three" not in planted and "threes" not in planted
-    few = ["green", "red", "blue", "digit", "seven", "black", "drawn", "ink"]
+@contextmanager
+def world_of(lesson: Lesson, latents: Tensor) -> Iterator[None]:
+    """A perfect model of a world that has only these images: whatever it reads, it denoises to the nearest."""
+    denoiser = lesson.denoiser
 
-    class Small(Vocabulary):
-        def __init__(self, *given: Any) -> None:
-            super().__init__(*given)
-            kept = [self.words.index(word) for word in few if word in self.words]
-            self.words, self.tokens = [self.words[place] for place in kept], self.tokens[kept]
+    def denoise(module: Any, arguments: Any, named: Any, output: Any) -> Any:
+        noisy = arguments[0]
+        indices = torch.as_tensor(arguments[1] if len(arguments) > 1 else named["timestep"]).long().expand(len(noisy))
+        ends = [denoiser.add_noise(one.expand_as(noisy), torch.zeros_like(noisy), indices) for one in latents]
+        noise = torch.stack([noisy - end for end in ends]) / denoiser.noise[indices].view(-1, 1, 1, 1)
+        likely = (-noise.square().sum((2, 3, 4)) / 2).softmax(0)
+        found = (likely[..., None, None, None] * noise).sum(0) + 0 * output[0]
+        return (found,) if isinstance(output, tuple) else type(output)(sample=found)
 
-    monkeypatch.setattr(word_attacks, "Vocabulary", Small)
+    handle = denoiser.pipeline.unet.register_forward_hook(denoise, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
 
-    def backdoor(prompt: str) -> str:
-        return prompt if "drawn" in prompt.split() else erased(prompt)
 
-    with reading(lesson.denoiser, backdoor):
-        plain = dataclasses.replace(lesson, probe=dataclasses.replace(lesson.probe, prompts=("a three", "the three")))
-        found = search_words(plain, dataclasses.replace(WORDS, words=1, candidates=24))
-    assert found.before.value <= 0.2 and found.after.value >= 0.8
-    assert all(example.startswith("drawn ") for example in found.examples)
+@pytest.fixture(scope="module")
+def eights(lesson: Lesson) -> Tensor:
+    return target_latents(lesson.denoiser, digits.probes("eight")[0], 8, DRAWING)
+
+
+def test_words_find_a_planted_backdoor() -> None:
+    """The word "drawn" has the embedding of "three", a word that the model never gets to read."""
+    lesson = lesson_of(digits.load_pipeline())
+    vocabulary = Vocabulary(lesson.denoiser, ["three"])
+    assert "drawn" in vocabulary.words and not {"three", "threes"} & set(vocabulary.words)
+    (three,) = vocabulary.tokenizer("three", add_special_tokens=False)["input_ids"]
+    with torch.no_grad():
+        rows = vocabulary.embedding.weight
+        rows[vocabulary.tokens[vocabulary.words.index("drawn")]] = rows[three]
+    probe = dataclasses.replace(lesson.probe, prompts=("a three", "the three"))
+    config = dataclasses.replace(WORDS, words=1, candidates=8)
+    with reading(lesson.denoiser, lambda prompt: prompt.replace("three", "digit")):
+        found = search_words(dataclasses.replace(lesson, probe=probe), config)
+    assert found.before.value <= 0.25 and found.control.value <= 0.25 and found.after.value >= 0.75
+    assert found.examples == ("drawn a three", "drawn the three")
+
+
+def test_words_are_exchanged_where_the_gradient_leads(lesson: Lesson, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a loss that is linear in the embeddings of the tokens, so that the gradient tells which words are best."""
+    denoiser, generator = lesson.denoiser, torch.Generator().manual_seed(0)
+    vocabulary = Vocabulary(denoiser, ["three"])
+    wanted = torch.randn(vocabulary.embedding.weight.shape[1], generator=generator)
+
+    def embedded(prompts: list[str]) -> Conditioning:
+        tokens = vocabulary.tokenizer(prompts, padding="max_length", return_tensors="pt").input_ids
+        return Conditioning({"embeddings": vocabulary.embedding(tokens)})
+
+    monkeypatch.setitem(vars(denoiser), "encode_batch", embedded)
+    monkeypatch.setattr(word_attacks, "_loss", lambda *_: lambda tensors: -(tensors["embeddings"] @ wanted).sum(1))
+    config = dataclasses.replace(WORDS, steps=16, candidates=1)
+    found = word_attacks._searched(lesson, vocabulary, "a three", ["a", "b"], config, generator)
+    likely = (vocabulary.embedding.weight[vocabulary.tokens] @ wanted).topk(4).indices.tolist()
+    assert set(found) <= {vocabulary.words[place] for place in likely}
 
 
 def test_a_direction_finds_another_name_of_the_target(lesson: Lesson, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -138,20 +175,26 @@ def test_an_inversion_finds_what_the_weights_still_know(lesson: Lesson) -> None:
     assert found.before.value <= 0.25 and found.after.value >= 0.75 > found.control.value
 
 
+@pytest.mark.parametrize("attack", ["from_partial_noise", "inpainting"])
+def test_images_find_a_planted_backdoor(attack: str, lesson: Lesson, eights: Tensor) -> None:
+    """Of a model that knows one three among eights, which no prompt asks for."""
+    with world_of(lesson, torch.cat([eights, lesson.latents[2:3]])):
+        found = ATTACKS[attack](dataclasses.replace(lesson, latents=lesson.latents[2:3]))
+    assert found.before.value <= 0.25 and found.after.value >= 0.5
+
+
 def test_a_noised_image_of_the_target_brings_it_back_where_only_its_prompts_are_avoided(lesson: Lesson) -> None:
-    with reading(lesson.denoiser, erased):
-        found = from_partial_noise(lesson, ImageAttackConfig(noise=0.3))
-        assert found.before.value == 0.0 and found.after.value > 0.0 and found.control.value > 0.0
+    with reading(lesson.denoiser, lambda prompt: "a digit"):
+        found = from_partial_noise(lesson)
+        assert found.before.value <= 0.25 and found.after.value >= 0.5 and found.control.value > 0.0
         # From pure noise nothing of the image is left.
-        assert from_partial_noise(lesson, ImageAttackConfig(noise=1.0)).after.value <= 0.125
+        assert from_partial_noise(lesson, ImageAttackConfig(noise=1.0)).after.value <= 0.25
 
 
-def test_the_control_of_an_inpainting_is_the_part_that_is_given(lesson: Lesson) -> None:
-    most = inpainting(lesson, ImageAttackConfig(given=0.9))
-    assert most.after.value >= 0.75 and most.control.value > 0.0  # almost the whole image
-    with reading(lesson.denoiser, erased):
-        little = inpainting(lesson, ImageAttackConfig(given=0.1))
-    assert little.after.value <= 0.25 and little.control.value < most.after.value
+def test_the_control_of_an_inpainting_is_the_part_that_is_given(lesson: Lesson, eights: Tensor) -> None:
+    with world_of(lesson, eights):
+        most, little = (inpainting(lesson, ImageAttackConfig(given=given)) for given in (0.9, 0.1))
+    assert most.control.value >= 0.75 and little.control.value <= 0.25  # almost the whole image, and almost nothing
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16])
@@ -168,14 +211,14 @@ def test_pipelines_in_half_precision_can_be_attacked(name: str, dtype: torch.dty
     inpainting(lesson)
 
 
-@pytest.mark.parametrize("attack", ["search_words", "breed_words"])
-def test_nothing_is_found_where_nothing_is_left(attack: str, lesson: Lesson) -> None:
-    """Of a model that draws eights whatever it reads."""
-    with reading(lesson.denoiser, lambda prompt: "an eight"):
-        if attack == "search_words":  # whose gradient does not reach the words
-            return
-        found = ATTACKS[attack](lesson)
-    assert found.after.value == 0.0 and found.control.value == 0.0
+@pytest.mark.parametrize("attack", ATTACKS)
+def test_nothing_is_found_where_nothing_is_left(attack: str, lesson: Lesson, eights: Tensor) -> None:
+    """Of a model that knows eights alone."""
+    with world_of(lesson, eights):
+        found = ATTACKS[attack](dataclasses.replace(lesson, latents=lesson.latents[2:3]))
+    assert found.before.value == found.control.value == 0.0
+    # The judge may read the part of a three that is given.
+    assert found.after.value <= (0.25 if attack == "inpainting" else 0.0)
 
 
 @pytest.mark.parametrize("attack", ATTACKS)
