@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import shlex
 import sys
 import traceback
@@ -60,6 +61,12 @@ EXAMPLES = (
 USER_ERRORS = (ValueError, TypeError, OSError, RuntimeError, MissingPackage)
 """Errors that a user can cause, shown in one or two lines. Any other error is a bug and keeps its traceback."""
 
+NO_MEMORY = re.compile(r"out of memory|can't allocate memory|Cannot allocate memory")
+NEEDS_LESS = (
+    "fdu: `fdu plan MODEL --memory GIB`, with the options of this command, names options that need less memory; an "
+    "evaluation takes fewer --images_per_class. See docs/help/out-of-memory.md."
+)
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line ``arguments`` (of the process, if None) and return its exit code."""
@@ -91,6 +98,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if debug:
             traceback.print_exc()
         print(f"fdu: error: {error}", file=sys.stderr)
+        if NO_MEMORY.search(str(error)):
+            print(NEEDS_LESS, file=sys.stderr)
         if phase == FAILED and not debug:
             print("fdu: add --debug for the traceback", file=sys.stderr)
         return phase

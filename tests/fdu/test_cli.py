@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from diffusers import DiffusionPipeline
 
 import fdu
@@ -167,6 +168,20 @@ def test_a_run_that_fails_exits_with_1(monkeypatch: pytest.MonkeyPatch, capsys: 
     assert len(first) < 250 and "--debug" in second
     assert "Traceback" not in error
     assert not Path("out").exists()
+
+
+@pytest.mark.parametrize("words", ["CUDA out of memory. Tried to allocate 2 GiB", "can't allocate memory: 3 bytes"])
+def test_where_memory_ran_out_the_plan_is_named(
+    words: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*arguments: Any, **settings: Any) -> None:
+        raise torch.OutOfMemoryError(words)
+
+    monkeypatch.setattr(fdu, "erase", full)
+    assert main(ERASE) == cli.FAILED
+    assert "fdu plan MODEL --memory" in capsys.readouterr().err
+    page = Path(fdu.__file__).parents[1] / "docs" / "help" / "out-of-memory.md"
+    assert "fdu plan MODEL --memory" in page.read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("by", ["option first", "option last", "environment"])
