@@ -41,7 +41,7 @@ class AuraFlowDenoiser(FlowDenoiser):
 
     def encode_batch(self, prompts: list[str]) -> Conditioning:
         embeddings, _, _, _ = self.pipeline.encode_prompt(
-            prompts, do_classifier_free_guidance=False, device=self.device
+            prompts, do_classifier_free_guidance=False, device=self.text_device
         )
         return Conditioning({"embeddings": embeddings})
 

@@ -33,7 +33,7 @@ class ChromaDenoiser(PatchFlowDenoiser):
 
     def encode_batch(self, prompts: list[str]) -> Conditioning:
         embeddings, _, mask, _, _, _ = self.pipeline.encode_prompt(
-            prompts, device=self.device, do_classifier_free_guidance=False
+            prompts, device=self.text_device, do_classifier_free_guidance=False
         )
         return Conditioning({"embeddings": embeddings, "added_mask": mask.long()})
 

@@ -55,7 +55,9 @@ class CogView4Denoiser(FlowDenoiser):
         # One by one: the pipeline would pad a prompt to the length of others, and GLM reads that padding.
         parts = []
         for prompt in prompts:
-            embeddings, _ = self.pipeline.encode_prompt(prompt, do_classifier_free_guidance=False, device=self.device)
+            embeddings, _ = self.pipeline.encode_prompt(
+                prompt, do_classifier_free_guidance=False, device=self.text_device
+            )
             mask = torch.ones(embeddings.shape[:2], dtype=torch.long, device=embeddings.device)
             parts.append(Conditioning({"embeddings": embeddings, "mask": mask}))
         return Conditioning.cat(parts)

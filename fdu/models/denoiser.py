@@ -263,7 +263,7 @@ class Denoiser(ABC):
 
     @abstractmethod
     def encode_batch(self, prompts: list[str]) -> Conditioning:
-        """The conditioning of prompts; differentiable in the text encoders."""
+        """The conditioning of prompts, where the text encoders are; differentiable in them."""
 
     @abstractmethod
     def predict(self, noisy: Tensor, indices: Tensor, conditioning: Conditioning) -> Tensor:
@@ -276,6 +276,12 @@ class Denoiser(ABC):
     @property
     def device(self) -> torch.device:
         return next(self.module.parameters()).device
+
+    @property
+    def text_device(self) -> torch.device:
+        """Where the text encoders are, and read prompts; it may be the CPU while the denoiser is elsewhere."""
+        device: torch.device = self.pipeline.text_encoder.device
+        return device
 
     @property
     def pixels_per_latent(self) -> int:
@@ -315,13 +321,13 @@ class Denoiser(ABC):
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> Conditioning:
-        """The conditioning of any number of prompts, a constant, in the type of the module."""
+        """The conditioning of any number of prompts, a constant, on the device and in the type of the module."""
         starts = range(0, len(prompts), ENCODE_BATCH)
         batches = [self.encode_batch(list(prompts[start : start + ENCODE_BATCH])) for start in starts]
         tensors = Conditioning.cat(batches).tensors
         return Conditioning(
             {name: tensor.to(self.dtype) if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
-        )
+        ).to(self.device)
 
     def tokens(self, prompts: Sequence[str]) -> list[list[Sequence[int]]]:
         """The tokens of prompts, without padding: by the tokenizer, and within it by the prompt. None of an absent one.

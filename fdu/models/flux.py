@@ -47,8 +47,8 @@ class FluxDenoiser(PatchFlowDenoiser):
         return bool(self.config.guidance_embeds)
 
     def encode_batch(self, prompts: list[str]) -> Conditioning:
-        with self.device:  # the pipeline makes position ids, which it then moves to the device
-            embeddings, pooled, _ = self.pipeline.encode_prompt(prompts, device=self.device)
+        with self.text_device:  # the pipeline makes position ids, which it then moves to the device
+            embeddings, pooled, _ = self.pipeline.encode_prompt(prompts, device=self.text_device)
         return Conditioning({"embeddings": embeddings, "pooled": pooled})
 
     def predict(self, noisy: Tensor, indices: Tensor, conditioning: Conditioning) -> Tensor:

@@ -79,7 +79,7 @@ class Flux2Denoiser(PatchFlowDenoiser):
         return [tokenizer(texts, **filled)["input_ids"]]
 
     def encode_batch(self, prompts: list[str]) -> Conditioning:
-        embeddings, _ = self.pipeline.encode_prompt(prompts, device=self.device)
+        embeddings, _ = self.pipeline.encode_prompt(prompts, device=self.text_device)
         return Conditioning({"embeddings": embeddings})
 
     def unpacked(self, latents: Tensor) -> Tensor:

@@ -47,12 +47,12 @@ class Lumina2Denoiser(FlowDenoiser):
 
     def encode_batch(self, prompts: list[str]) -> Conditioning:
         embeddings, mask, _, _ = self.pipeline.encode_prompt(
-            prompts, do_classifier_free_guidance=False, device=self.device
+            prompts, do_classifier_free_guidance=False, device=self.text_device
         )
         if "" in prompts:
             # The pipeline puts its instruction to Gemma before every prompt but the empty one of guidance.
-            told = torch.tensor([prompt != "" for prompt in prompts], device=self.device)[:, None]
-            _, _, empty, empty_mask = self.pipeline.encode_prompt("", negative_prompt="", device=self.device)
+            told = torch.tensor([prompt != "" for prompt in prompts], device=self.text_device)[:, None]
+            _, _, empty, empty_mask = self.pipeline.encode_prompt("", negative_prompt="", device=self.text_device)
             embeddings, mask = embeddings.where(told[..., None], empty), mask.where(told, empty_mask)
         return Conditioning({"embeddings": embeddings, "mask": mask})
 

@@ -39,7 +39,7 @@ class PixArtDenoiser(DiffusionDenoiser):
         embeddings, mask, _, _ = self.pipeline.encode_prompt(
             prompts,
             do_classifier_free_guidance=False,
-            device=self.device,
+            device=self.text_device,
             clean_caption=self.clean_caption,
             max_sequence_length=call_default(self.pipeline, "max_sequence_length"),
         )

@@ -50,7 +50,7 @@ class QwenImageDenoiser(PatchFlowDenoiser):
 
     def encode_batch(self, prompts: list[str]) -> Conditioning:
         embeddings, mask = self.pipeline.encode_prompt(
-            prompts, device=self.device, max_sequence_length=call_default(self.pipeline, "max_sequence_length")
+            prompts, device=self.text_device, max_sequence_length=call_default(self.pipeline, "max_sequence_length")
         )
         if mask is None:
             mask = torch.ones(embeddings.shape[:2], dtype=torch.long, device=embeddings.device)

@@ -49,7 +49,7 @@ class SanaDenoiser(FlowDenoiser):
         embeddings, mask = self._encode(prompts, call_default(self.pipeline, "complex_human_instruction"))
         if "" in prompts:
             # The pipeline puts its instruction to Gemma before every prompt but the empty one of guidance.
-            empty = to_device(torch.tensor([prompt == "" for prompt in prompts]), self.device)[:, None]
+            empty = to_device(torch.tensor([prompt == "" for prompt in prompts]), self.text_device)[:, None]
             without_embeddings, without_mask = self._encode([""], None)
             embeddings = embeddings.where(~empty[..., None], without_embeddings)
             mask = mask.where(~empty, without_mask)
@@ -70,7 +70,7 @@ class SanaDenoiser(FlowDenoiser):
         embeddings, mask, _, _ = self.pipeline.encode_prompt(
             prompts,
             do_classifier_free_guidance=False,
-            device=self.device,
+            device=self.text_device,
             max_sequence_length=call_default(self.pipeline, "max_sequence_length"),
             complex_human_instruction=instruction,
         )

@@ -52,7 +52,7 @@ class SD3Denoiser(FlowDenoiser):
 
     def encode_batch(self, prompts: list[str]) -> Conditioning:
         embeddings, _, pooled, _ = self.pipeline.encode_prompt(
-            prompts, None, None, device=self.device, do_classifier_free_guidance=False
+            prompts, None, None, device=self.text_device, do_classifier_free_guidance=False
         )
         return Conditioning({"embeddings": embeddings, "pooled": pooled})
 

@@ -48,7 +48,7 @@ class UNetDenoiser(DiffusionDenoiser):
 
     def encode_batch(self, prompts: list[str]) -> Conditioning:
         embeddings = self.pipeline.encode_prompt(
-            prompts, device=self.device, num_images_per_prompt=1, do_classifier_free_guidance=False
+            prompts, device=self.text_device, num_images_per_prompt=1, do_classifier_free_guidance=False
         )[0]
         return Conditioning({"embeddings": embeddings})
 
@@ -82,10 +82,10 @@ class SDXLDenoiser(UNetDenoiser):
 
     def encode_batch(self, prompts: list[str]) -> Conditioning:
         embeddings, _, pooled, _ = self.pipeline.encode_prompt(
-            prompts, device=self.device, num_images_per_prompt=1, do_classifier_free_guidance=False
+            prompts, device=self.text_device, num_images_per_prompt=1, do_classifier_free_guidance=False
         )
         if self.pipeline.config.force_zeros_for_empty_prompt:
-            told = to_device(torch.tensor([prompt != "" for prompt in prompts]), self.device)
+            told = to_device(torch.tensor([prompt != "" for prompt in prompts]), self.text_device)
             embeddings = embeddings.where(told[:, None, None], 0)
             pooled = pooled.where(told[:, None], 0)
         return Conditioning({"embeddings": embeddings, "pooled": pooled})

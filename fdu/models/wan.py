@@ -68,7 +68,7 @@ class WanDenoiser(FlowDenoiser):
         embeddings, _ = self.pipeline.encode_prompt(
             prompts,
             do_classifier_free_guidance=False,
-            device=self.device,
+            device=self.text_device,
             max_sequence_length=call_default(self.pipeline, "max_sequence_length"),
         )
         return Conditioning({"embeddings": embeddings})

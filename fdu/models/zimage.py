@@ -67,7 +67,7 @@ class ZImageDenoiser(FlowDenoiser):
 
     def encode_batch(self, prompts: list[str]) -> Conditioning:
         # The pipeline writes into the list of prompts.
-        read, _ = self.pipeline.encode_prompt(list(prompts), device=self.device, do_classifier_free_guidance=False)
+        read, _ = self.pipeline.encode_prompt(list(prompts), device=self.text_device, do_classifier_free_guidance=False)
         return Conditioning.cat(
             [
                 Conditioning(

@@ -88,11 +88,11 @@ def conditioning_shapes(denoiser: Denoiser, count: int) -> Conditioning:
     """The conditioning of ``count`` prompts for a pipeline of shapes: the device "meta" for embeddings, and for masks,
     whose values pipelines look at, the CPU."""
     with torch.device("cpu"), _reading_on_cpu(denoiser):
-        tensors = denoiser.encode([PROMPT]).tensors
+        tensors = denoiser.encode_batch([PROMPT]).tensors
     shapes = {}
     for name, tensor in tensors.items():
         if tensor.is_floating_point():
-            shapes[name] = torch.empty(count, *tensor.shape[1:], dtype=tensor.dtype, device="meta")
+            shapes[name] = torch.empty(count, *tensor.shape[1:], dtype=denoiser.dtype, device="meta")
         else:
             shapes[name] = tensor.expand(count, *tensor.shape[1:])
     return Conditioning(shapes)
@@ -100,16 +100,13 @@ def conditioning_shapes(denoiser: Denoiser, count: int) -> Conditioning:
 
 @contextmanager
 def _reading_on_cpu(denoiser: Denoiser) -> Iterator[None]:
-    """Within this context the text encoders are stand-ins on the CPU, which is also the denoiser's device."""
-    pipeline, module = denoiser.pipeline, denoiser.module
-    encoders = denoiser.text_encoders
+    """Within this context the text encoders are stand-ins on the CPU."""
+    pipeline, encoders = denoiser.pipeline, denoiser.text_encoders
     # Not by setattr, at which the pipeline would change its record of its parts.
     vars(pipeline).update({name: _Reader(encoder) for name, encoder in encoders.items()})
-    denoiser.module = nn.Linear(1, 1)
     try:
         yield
     finally:
-        denoiser.module = module
         vars(pipeline).update(encoders)
 
 

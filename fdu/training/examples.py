@@ -14,6 +14,7 @@ from torch import Tensor
 from fdu.concepts import Pair, joined
 from fdu.config import EraseConfig
 from fdu.models.denoiser import Conditioning, Denoiser, Trajectories
+from fdu.models.offloading import offloads
 from fdu.models.staging import to_device
 from fdu.training.cache import Cache, token_key
 from fdu.training.timesteps import TimestepSampler
@@ -195,7 +196,9 @@ def prepare_examples(
         key["tokens"] = token_key(denoiser, list(texts))
 
     def encode() -> dict[str, Tensor]:
-        with denoiser.others_on(denoiser.device, keep=("vae",)):
+        # Text encoders beside offloaded blocks may have no room on the device.
+        home = denoiser.text_device if offloads(denoiser.module) else denoiser.device
+        with denoiser.others_on(home, keep=("vae",)):
             return denoiser.encode(texts).tensors
 
     encoded = Conditioning(cache.get("prompts", key, encode)).to(denoiser.device)

@@ -65,7 +65,7 @@ class Footprint:
     trained: int
     """Trained parameters, as a count."""
     pipeline: int
-    """All parts of the pipeline."""
+    """What is there while prompts are read: all parts of the pipeline, or the denoiser alone if it is offloaded."""
     denoiser: int
     """The denoiser alone; the other parts are on the CPU while it draws latents and trains."""
     states: int
@@ -78,8 +78,6 @@ class Footprint:
     """Floating-point operations of a training step, counting a multiplication and an addition as two."""
     blocks: tuple[int, ...] = ()
     """Bytes of each block of the denoiser that can be offloaded, the largest first."""
-    vae: int = 0
-    """The autoencoder."""
 
     @property
     def training(self) -> int:
@@ -97,16 +95,16 @@ class Footprint:
         return dataclasses.replace(self, states=int(self.trained * (8 + MOMENTS[optimizer])))
 
     def offloaded(self) -> Footprint:
-        """The memory of the same erasure while the blocks of the denoiser stay on the CPU.
+        """The memory of the same erasure while the blocks of the denoiser and the other parts stay on the CPU.
 
         Raises:
             ValueError: the denoiser has no blocks that can.
         """
         if not self.blocks:
             raise ValueError("offload serves transformers, and the denoiser is none; leave it out")
-        # Besides a block, the graph may still hold the one before it. The autoencoder does not come to the device.
-        away = sum(self.blocks[2:])
-        return dataclasses.replace(self, denoiser=self.denoiser - away, pipeline=self.pipeline - away - self.vae)
+        # Besides a block, the graph may still hold the one before it. The other parts do not come to the device.
+        denoiser = self.denoiser - sum(self.blocks[2:])
+        return dataclasses.replace(self, denoiser=denoiser, pipeline=denoiser)
 
 
 def check_estimable(config: EraseConfig) -> None:
@@ -192,7 +190,6 @@ def footprint(denoiser: Denoiser, config: EraseConfig) -> Footprint:
         sampling=sampling,
         flops=flops,
         blocks=tuple(block_sizes),
-        vae=sizes.get("vae", 0),
     ).with_optimizer(config.optimizer)
 
 

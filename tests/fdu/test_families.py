@@ -727,6 +727,20 @@ def test_predict_needs_neither_text_encoders_nor_autoencoder(denoiser: Denoiser)
     assert torch.equal(denoiser.predict(noisy, indices, conditioning), expected)
 
 
+@EVERY_FAMILY
+@torch.no_grad()
+def test_prompts_are_read_where_the_text_encoders_are(denoiser: Denoiser) -> None:
+    """The device "meta" stands for an accelerator that has the denoiser and no room for more."""
+    expected = denoiser.encode(PROMPTS).tensors
+    denoiser.module.to("meta")
+    assert denoiser.device.type == "meta"
+    read = denoiser.encode_batch(PROMPTS).tensors
+    assert all(torch.equal(read[name].to(tensor.dtype), tensor) for name, tensor in expected.items())
+    there = denoiser.encode(PROMPTS).tensors
+    assert {name: tensor.shape for name, tensor in there.items()} == {name: one.shape for name, one in read.items()}
+    assert all(tensor.is_meta for tensor in there.values())
+
+
 class Away(nn.Linear):
     """A text encoder that notes where it is sent."""
 

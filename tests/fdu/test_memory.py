@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import fdu
 from fdu import cli
 from fdu.models import parts
+from fdu.models.denoiser import Denoiser
 from fdu.models.offloading import MARK, blocks_of, drawable, offload_blocks
 from fdu.models.quantization import QuantizedLinear, quantization_of, quantize
 from fdu.storage.loading import check_quantization
@@ -296,6 +297,33 @@ def test_what_draws_beside_offloaded_blocks_comes_to_the_device(
     whole = families.build("flux")
     with drawable(whole):
         assert whole.vae.device.type == "cpu"
+
+
+@pytest.mark.quick(name=["flux"])
+@pytest.mark.parametrize("name", ["flux", "wan"])
+@pytest.mark.parametrize("offload", [True, False])
+def test_beside_offloaded_blocks_nothing_else_comes_to_the_device(
+    monkeypatch: pytest.MonkeyPatch, name: str, offload: bool
+) -> None:
+    """cpu:0, which is the CPU by another name, stands for an accelerator."""
+    pipeline = families.build(name)
+    expected = fdu.erase(families.build(name), "three", "eight", **FEW, **families.needed(name)).history
+    if offload:
+        offload_blocks(pipeline, "cpu")
+    moved: list[tuple[str, str]] = []
+    read: list[str] = []
+    for part, module in pipeline.components.items():
+        if isinstance(module, nn.Module) and part != "transformer":
+            monkeypatch.setattr(module, "to", lambda to, part=part: moved.append((part, str(to))))
+    encode = pipeline.encode_prompt
+    monkeypatch.setattr(pipeline, "encode_prompt", lambda *a, **k: read.append(str(k["device"])) or encode(*a, **k))
+    monkeypatch.setattr(Denoiser, "device", torch.device("cpu:0"))
+    settings = {**FEW, **families.needed(name), "gradient_checkpointing": True}
+    assert fdu.erase(pipeline, "three", "eight", **settings).history == expected
+    encoders = {part for part, to in moved if to == "cpu:0" and "text" in part}
+    assert encoders == (set() if offload else {part for part in pipeline.components if "text_encoder" in part})
+    assert {to for part, to in moved if part == "vae"} <= {"cpu"}
+    assert set(read) == {"cpu"}
 
 
 def test_what_cannot_be_offloaded_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -202,6 +202,7 @@ def test_quantized_and_offloaded_weights_need_less(tmp_path: Path) -> None:
         assert found.parameters["transformer"] == pipeline.transformer.num_parameters() and found.blocks
         sizes.append(found.denoiser)
     assert sizes[0] > sizes[1] > sizes[2]
+    assert found.peak == max(found.denoiser + found.sampling, found.training)  # the encoders stay on the CPU
     assert traced == ["none", "nf4"]  # neither the optimizer nor offloading changes the operations of a step
     with pytest.raises(ValueError, match="offload serves transformers"):
         footprint(denoiser_of(load_shapes(str(Digits.data))), config).offloaded()
