@@ -176,7 +176,8 @@ They train weights, not a LoRA, so quantization and offloading do not go with th
 ## The estimates
 
 The first number is the peak, while all parts of the pipeline are on the device to encode the prompts. The number in
-brackets is the peak afterwards, while latents are drawn and the LoRA is trained.
+brackets is the peak afterwards, while latents are drawn and the LoRA is trained. With `--offload` the text encoders
+read on the CPU, so both are the same.
 
 {table(["model", "pixels", *columns], memory)}
 
