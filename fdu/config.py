@@ -330,7 +330,7 @@ class EraseConfig:
     """Largest size (root mean square) of what a search adds to an embedding, > 0, in units of the embeddings' own."""
     adversarial_order: Literal["search_first", "alternate"] = "search_first"
     """Search during a first training, discard it, and erase once with everything found ("search_first", as STEREO), or
-    continue one training between the searches ("alternate", as AdvUnlearn)."""
+    continue one training between the searches ("alternate"; AdvUnlearn searches in every step instead)."""
     num_latents: Annotated[int, (">=", 2)] = 96
     """Training latents, >= 2, sampled in advance for the target's, the anchor's and the preserved prompts. At least 8
     per concept if there are more than ten concepts; never more than the steps can use."""

@@ -88,8 +88,8 @@ class Evaluate:
     training share none."""
     robustness: Annotated[tuple[RobustnessTest, ...] | None, arg(metavar="[TEST ...]")] = None
     """Also test whether the erasure holds: phrasings (other prompts), attack (on the text embedding), relearning (from
-    images), words and direction (prompts without the name), inversion (of the name's embedding), partial_noise and
-    inpainting (from images of the target). Without names: the first three."""
+    images), words (put before the prompts), direction (prompts without the name), inversion (of the name's embedding),
+    partial_noise and inpainting (from images of the target). Without names: the first three."""
     robustness_batch_size: int | None = None
     """Images per batch in the robustness tests, >= 1; these also train and so need more memory. Default: --batch_size
     for drawing, 16 for training."""

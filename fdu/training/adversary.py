@@ -4,8 +4,10 @@ A search moves some embeddings of the target's prompts until the erased model de
 the model's own loss on latents of the target, as in concept inversion (Pham et al. 2023, arXiv 2308.01508). In the
 order "search_first" the searches are made in a training that is thrown away, and the concept is erased once, with all
 that was found (STEREO, Srivatsan et al. 2024, arXiv 2408.16807). In the order "alternate" one training goes on between
-the searches (as AdvUnlearn, Zhang et al. 2024, arXiv 2405.15234). A closed form is computed again after each search
-(RECE, Gong et al. 2024, arXiv 2407.12383, which solves for its conditionings instead).
+the searches. AdvUnlearn (Zhang et al. 2024, arXiv 2405.15234) alternates too, but trains the text encoder, and searches
+before it and in every step; here a few searches move what it puts out, so that a run costs a few searches more. A
+closed form is computed again after each search (RECE, Gong et al. 2024, arXiv 2407.12383, which solves for its
+conditionings instead).
 """
 
 from __future__ import annotations

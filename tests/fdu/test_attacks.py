@@ -16,7 +16,7 @@ from torch import Tensor
 
 import fdu
 from fdu.evaluation.intervals import Share
-from fdu.evaluation.robustness import TESTS, Examination, JudgedSampling, word_attacks
+from fdu.evaluation.robustness import TESTS, Examination, JudgedSampling, examination, word_attacks
 from fdu.evaluation.robustness.holding import OTHERS, judge_robustness
 from fdu.evaluation.robustness.image_attacks import ImageAttackConfig, from_partial_noise, inpainting
 from fdu.evaluation.robustness.relearning import AttackOutcome, InversionConfig, Lesson, invert, target_latents
@@ -24,6 +24,7 @@ from fdu.evaluation.robustness.word_attacks import (
     DirectionConfig,
     Vocabulary,
     WordSearchConfig,
+    bred_words,
     breed_words,
     search_words,
 )
@@ -148,7 +149,6 @@ def test_a_direction_finds_another_name_of_the_target(lesson: Lesson, monkeypatc
     # As the encoder reads them, before the erasure: "seven" means three.
     probe = dataclasses.replace(lesson.probe, prompts=("a three", "the three"))
     plain = lesson.denoiser.encode_batch
-    read = word_attacks._embeddings
 
     def embeddings(denoiser: Denoiser, prompts: Any) -> Tensor:
         texts = [prompt.replace("seven", "three") for prompt in prompts]
@@ -158,7 +158,6 @@ def test_a_direction_finds_another_name_of_the_target(lesson: Lesson, monkeypatc
     config = dataclasses.replace(DIRECTION, words=2, population=40, generations=12)
     with reading(lesson.denoiser, second_name):
         found = breed_words(dataclasses.replace(lesson, probe=probe), config)
-    assert read is not embeddings
     assert "seven" in " ".join(found.examples).split() and not any("three" in one for one in found.examples)
     assert found.after.value > found.before.value
 
@@ -283,6 +282,24 @@ def test_an_examination_runs_them_before_and_after(lesson: Lesson, monkeypatch: 
     assert found["others"].keys() == found["others_before"].keys() == set(tests)
     assert found["others"]["inpainting"] == found["others_before"]["inpainting"]
     assert set(OTHERS) == set(TESTS) - {"phrasings", "attack", "relearning"}
+
+
+def test_a_direction_is_bred_before_the_erasure_and_tried_after_it(
+    lesson: Lesson, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An encoder that has forgotten the name no longer knows what to breed."""
+    monkeypatch.setattr(examination, "bred_words", lambda lesson: bred_words(lesson, DIRECTION))
+    exam = Examination(lesson.probe, tests=("direction",), drawing=DRAWING, latents=8)
+    exam.before(lesson.denoiser.pipeline)
+    encoder = lesson.denoiser.pipeline.text_encoder
+    handle = encoder.register_forward_hook(lambda module, given, output: (0 * output[0], *output[1:]))
+    try:
+        found = exam.after(lesson.denoiser.pipeline)
+    finally:
+        handle.remove()
+    assert found.others and found.others_before
+    assert found.others["direction"].examples == found.others_before["direction"].examples
+    assert found.others["direction"].after.value < found.others_before["direction"].after.value
 
 
 def test_the_verdict_tells_what_held() -> None:

@@ -26,7 +26,7 @@ from fdu.evaluation.robustness.relearning import (
     relearn,
     target_latents,
 )
-from fdu.evaluation.robustness.word_attacks import breed_words, search_words
+from fdu.evaluation.robustness.word_attacks import bred_words, search_words
 from fdu.models.denoiser import Denoiser
 from fdu.models.families import denoiser_of
 
@@ -80,21 +80,26 @@ def _relearn(exam: Examination, denoiser: Denoiser, before: None) -> dict[str, A
     return {"relearning": relearn(exam.lesson(denoiser), exam.relearning_config)}
 
 
-def _other(name: str, run: Callable[[Lesson], AttackOutcome]) -> _Test:
-    """One of the further attacks."""
+def _other(name: str, begin: Callable[[Lesson], _Attack]) -> _Test:
+    """One of the further attacks, which ``begin`` makes of the pipeline before the erasure."""
 
-    def before(exam: Examination, denoiser: Denoiser) -> AttackOutcome:
+    def before(exam: Examination, denoiser: Denoiser) -> tuple[_Attack, AttackOutcome]:
         _count_before(exam, denoiser)
-        return run(exam.lesson(denoiser))
+        lesson = exam.lesson(denoiser)
+        attack = begin(lesson)
+        return attack, attack(lesson)
 
-    def after(exam: Examination, denoiser: Denoiser, before: AttackOutcome) -> dict[str, Any]:
-        found = exam.found or Robustness()
+    def after(exam: Examination, denoiser: Denoiser, before: tuple[_Attack, AttackOutcome]) -> dict[str, Any]:
+        found, (attack, reference) = exam.found or Robustness(), before
         return {
-            "others_before": {**(found.others_before or {}), name: before},
-            "others": {**(found.others or {}), name: run(exam.lesson(denoiser))},
+            "others_before": {**(found.others_before or {}), name: reference},
+            "others": {**(found.others or {}), name: attack(exam.lesson(denoiser))},
         }
 
     return _Test(before, after)
+
+
+_Attack = Callable[[Lesson], AttackOutcome]
 
 
 class _Test(NamedTuple):
@@ -108,11 +113,11 @@ TESTS = {
     "phrasings": _Test(_seen, _compare_sets),
     "attack": _Test(_attack_before, _attack),
     "relearning": _Test(_count_before, _relearn),
-    "words": _other("words", search_words),
-    "direction": _other("direction", breed_words),
-    "inversion": _other("inversion", invert),
-    "partial_noise": _other("partial_noise", from_partial_noise),
-    "inpainting": _other("inpainting", inpainting),
+    "words": _other("words", lambda _: search_words),
+    "direction": _other("direction", lambda lesson: bred_words(lesson).tried),
+    "inversion": _other("inversion", lambda _: invert),
+    "partial_noise": _other("partial_noise", lambda _: from_partial_noise),
+    "inpainting": _other("inpainting", lambda _: inpainting),
 }
 """The tests by name, in the order in which they run."""
 USUAL = ("phrasings", "attack", "relearning")

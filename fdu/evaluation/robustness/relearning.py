@@ -95,7 +95,8 @@ class AttackOutcome:
     after: Share
     """The same under the attack."""
     control: Share
-    """The same with random words in place of those found, or, for attacks with images, without a prompt."""
+    """The same with random words in place of those found (words, direction), with the name's embeddings moved at random
+    by as much (inversion), without a prompt (partial_noise), or of the given part alone (inpainting)."""
     config: dict[str, Any]
     examples: tuple[str, ...] = ()
     """Some of the prompts that were found."""

@@ -2,9 +2,11 @@
 
 Both search among words that are one token of the first tokenizer. "words" puts some before each prompt and exchanges
 them, by the gradient of the denoiser's loss on images of the target, as the greedy coordinate gradient of Zou et al.
-(2023, arXiv 2307.15043): the task of UnlearnDiffAtk (Zhang et al. 2023, arXiv 2310.11868), which relaxes the tokens
-instead. "direction" never looks at the denoiser: it adds the direction from prompts without the target's name to those
-with it, and breeds words whose encoding is close to that (Ring-A-Bell, Tsai et al. 2023, arXiv 2310.10012).
+(2023, arXiv 2307.15043): the task of UnlearnDiffAtk (Zhang et al. 2023, arXiv 2310.11868). That attack relaxes the
+tokens instead, and takes for each prompt an image of its own; here all prompts share the images of the target.
+"direction" never looks at the denoiser: it adds the direction from prompts without the target's name to those with it,
+and breeds words whose encoding is close to that (Ring-A-Bell, Tsai et al. 2023, arXiv 2310.10012). As there, the
+encoder is the original one, and the erased model is only asked for what was bred.
 """
 
 from __future__ import annotations
@@ -108,6 +110,27 @@ class Vocabulary:
         return [layer for layer in layers if layer.weight is weight][-1]
 
 
+@dataclasses.dataclass(frozen=True)
+class FoundWords:
+    """Prompts that an attack made of words."""
+
+    asked: Sequence[str]
+    """The prompts of the target that it began with."""
+    found: Sequence[str]
+    """What it made of each."""
+    random: Sequence[str]
+    """The same with random words."""
+    config: dict[str, Any]
+
+    def tried(self, lesson: Lesson) -> AttackOutcome:
+        """What a model draws from them."""
+        asked = (self.asked, self.found, self.random)
+        probes = [dataclasses.replace(lesson.probe, prompts=tuple(some), attributes=()) for some in asked]
+        seen = seen_by_judge(lesson.denoiser, probes, lesson.drawing, f"judged: {lesson.probe.name}")
+        before, after, random = (Share.of(one, lesson.probe.name) for one in seen)
+        return AttackOutcome(before, after, random, self.config, tuple(self.found[:SHOWN]))
+
+
 def search_words(lesson: Lesson, config: WordSearchConfig | None = None) -> AttackOutcome:
     """Find words to put before the target's prompts, with which the erased model draws it; the model stays as it is."""
     config = config or WordSearchConfig()
@@ -123,10 +146,15 @@ def search_words(lesson: Lesson, config: WordSearchConfig | None = None) -> Atta
     def joined(words: Sequence[Sequence[str]]) -> list[str]:
         return [" ".join([*own, prompt]) for own, prompt in zip(words, prompts, strict=True)]
 
-    return _outcome(lesson, prompts, joined(found), joined(begun), dataclasses.asdict(config))
+    return FoundWords(prompts, joined(found), joined(begun), dataclasses.asdict(config)).tried(lesson)
 
 
 def breed_words(lesson: Lesson, config: DirectionConfig | None = None) -> AttackOutcome:
+    """Breed words with a pipeline's own text encoder, and try them on it."""
+    return bred_words(lesson, config).tried(lesson)
+
+
+def bred_words(lesson: Lesson, config: DirectionConfig | None = None) -> FoundWords:
     """Find words that the text encoder reads like the target's prompts, and more so, without the target's name."""
     config = config or DirectionConfig()
     denoiser, name = lesson.denoiser, lesson.probe.name
@@ -139,17 +167,7 @@ def breed_words(lesson: Lesson, config: DirectionConfig | None = None) -> Attack
     begun = [vocabulary.random(config.words, generator) for _ in prompts]
     found = [_bred(denoiser, vocabulary, goal, config, generator) for goal in sought]
     ours, random = ([" ".join(words) for words in some] for some in (found, begun))
-    return _outcome(lesson, prompts, ours, random, dataclasses.asdict(config))
-
-
-def _outcome(
-    lesson: Lesson, prompts: Sequence[str], found: Sequence[str], control: Sequence[str], config: dict[str, Any]
-) -> AttackOutcome:
-    asked = (prompts, found, control)
-    probes = [dataclasses.replace(lesson.probe, prompts=tuple(some), attributes=()) for some in asked]
-    seen = seen_by_judge(lesson.denoiser, probes, lesson.drawing, f"judged: {lesson.probe.name}")
-    before, after, random = (Share.of(one, lesson.probe.name) for one in seen)
-    return AttackOutcome(before, after, random, config, tuple(found[:SHOWN]))
+    return FoundWords(prompts, ours, random, dataclasses.asdict(config))
 
 
 def _some(prompts: Sequence[str], count: int) -> list[str]:
