@@ -166,18 +166,25 @@ def _compute(
     """Erase in closed form; after each search, again from the original model. Returns the edit and its figures."""
     found: Sequence[Found] = ()
     if config.adversarial_rounds:
-        folder = config.training_cache
+        folder = config.training_cache or config.checkpoint_dir
         cache = Cache(folder, model_key(denoiser) if folder is not None else {}, accelerator)
         examples = prepare_examples(denoiser, pairs, config, accelerator, cache)
         adversary = Adversary(accelerator, denoiser, pairs, config, examples, range(config.adversarial_rounds))
-        for step in adversary.steps:
+
+        def search() -> dict[str, Tensor]:
             with seeded(config.seed, denoiser.device):
                 trainable, _ = _attach(denoiser, pairs, config, adversary.found)
             try:
                 adversary.search()
             finally:
                 trainable.remove()
-            assert not adversary.due(step)
+            return keys_of(adversary.found)
+
+        for rounds in range(1, config.adversarial_rounds + 1):
+            # Each round is an entry, so that a run that was interrupted goes on, and so does one with more rounds.
+            key = _searches_key(accelerator, pairs, None, dataclasses.replace(config, adversarial_rounds=rounds))
+            adversary.found = from_keys(cache.get("adversary", key, search), denoiser.device)
+            adversary.rounds = rounds
         found = adversary.found
     with seeded(config.seed, denoiser.device):
         return _attach(denoiser, pairs, config, found)
@@ -213,14 +220,21 @@ def _searched(adversary: Adversary, mask: Tensor | None, cache: Cache, base: str
             trainable.remove()
         return keys_of(adversary.found)
 
-    key = {
-        "settings": config.recorded(),
+    key = _searches_key(accelerator, pairs, mask, config)
+    adversary.found = from_keys(cache.get("adversary", key, search), denoiser.device)
+    return adversary.extended()
+
+
+def _searches_key(
+    accelerator: Accelerator, pairs: Sequence[Pair], mask: Tensor | None, config: EraseConfig
+) -> dict[str, Any]:
+    """What the found conditionings depend on besides the model, for a cache."""
+    return {
+        "settings": {name: value for name, value in config.as_dict().items() if name not in PLACES},
         "concepts": [[list(one.prompts) for one in pair] for pair in pairs],
         "mask": None if mask is None else tensor_key(mask),
         "processes": accelerator.num_processes,
     }
-    adversary.found = from_keys(cache.get("adversary", key, search), denoiser.device)
-    return adversary.extended()
 
 
 def _share(accelerator: Accelerator, trainable: Trainable) -> None:

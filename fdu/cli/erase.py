@@ -171,10 +171,12 @@ def _loading_line(model: Subject, out: Path, format: str, train_method: str, bas
 
 
 def _tidy_checkpoints(folder: Path) -> None:
-    """After a run that failed: name the checkpoint to resume from, or remove the empty folder."""
+    """After a run that failed: name what it can go on from, or remove the empty folder."""
     from fdu.storage.output import clear_run
 
     if any(folder.rglob("checkpoint-[0-9]*")):
         print(f"fdu: checkpoint saved in {folder}; resume with --resume_from_checkpoint latest", file=sys.stderr)
+    elif any(folder.glob("adversary-*")):
+        print(f"fdu: the finished searches are in {folder}; the same command goes on from them", file=sys.stderr)
     else:
         clear_run(folder)

@@ -13,6 +13,7 @@ import families
 import pytest
 import torch
 from accelerate import Accelerator
+from safetensors.torch import load_file
 from torch import Tensor
 
 import fdu
@@ -189,6 +190,30 @@ def test_a_run_that_was_killed_goes_on_bit_for_bit(order: str, quick: dict[str, 
         path.unlink()
     resumed = erase(quick, **settings, checkpoint_dir=str(tmp_path), resume_from_checkpoint="latest")
     assert same(weights(resumed), weights(whole)) and resumed.history == whole.history
+
+
+def test_a_closed_form_that_was_interrupted_goes_on_with_the_next_round(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = ["erase", "digits", "--target", "three", "--anchor", "eight", "--train_method", "closed_form"]
+    words += ["--adversarial_rounds", "3", "--adversarial_steps", "2", "--num_latents", "8", "--out"]
+    assert main([*words, "whole"]) == cli.OK
+    search, rounds = Adversary.search, []
+
+    def failing(adversary: Adversary) -> Any:
+        rounds.append(adversary.rounds)
+        if rounds == [0, 1]:
+            raise KeyboardInterrupt
+        return search(adversary)
+
+    monkeypatch.setattr(Adversary, "search", failing)
+    assert main([*words, "out"]) == cli.INTERRUPTED
+    assert "same command" in capsys.readouterr().err
+    assert main([*words, "out"]) == cli.OK and rounds == [0, 1, 1, 2]
+    assert {path.name for path in tmp_path.iterdir()} == {"whole", "out"}
+    one, other = (load_file(next((tmp_path / name).glob("*.safetensors"))) for name in ("whole", "out"))
+    assert same(one, other)
 
 
 def test_later_runs_take_what_was_found_from_the_cache(
