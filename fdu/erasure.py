@@ -230,7 +230,7 @@ def _searches_key(
 ) -> dict[str, Any]:
     """What the found conditionings depend on besides the model, for a cache."""
     return {
-        "settings": {name: value for name, value in config.as_dict().items() if name not in PLACES},
+        "settings": config.recorded(),
         "concepts": [[list(one.prompts) for one in pair] for pair in pairs],
         "mask": None if mask is None else tensor_key(mask),
         "processes": accelerator.num_processes,
