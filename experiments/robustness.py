@@ -40,13 +40,20 @@ from fdu.evaluation.robustness.image_attacks import ImageAttackConfig, from_part
 from fdu.evaluation.robustness.phrasings import packaged_sets
 from fdu.evaluation.robustness.relearning import (
     BACK,
+    AttackOutcome,
     InversionConfig,
     Lesson,
     RelearningConfig,
     invert,
     relearn,
 )
-from fdu.evaluation.robustness.word_attacks import DirectionConfig, WordSearchConfig, breed_words, search_words
+from fdu.evaluation.robustness.word_attacks import (
+    DirectionConfig,
+    FoundWords,
+    WordSearchConfig,
+    bred_words,
+    search_words,
+)
 from fdu.evaluation.verdict import ERASED_BELOW, percent
 from fdu.models.families import denoiser_of
 from fdu.storage.output import write_text
@@ -199,24 +206,28 @@ def examine(row: Row) -> Record:
     """Erase, and examine the result."""
     pipeline, target = fdu.load_pipeline(MODEL), row.aim.target
     # The further attacks on the pipeline before the erasure are those of the row "not erased".
-    examination = copy.copy(begun(target, row.anchor))
+    begun, bred = before(target, row.anchor)
+    examination = copy.copy(begun)
     retained = None
     if row.erasure in ERASURES:
         fdu.erase(pipeline, *emoji_pipeline.concepts(target, row.anchor), config=row.config)
         retained = kept(pipeline, target, row.anchor)
     found = examination.after(pipeline).as_dict()
     lesson = examination.lesson(denoiser_of(pipeline))
-    return {"retained": retained, **found, "others": attacked_otherwise(lesson, target)}
+    others = {**attacked_otherwise(lesson, target), "direction": bred.tried(lesson)}
+    return {"retained": retained, **found, "others": {test: dataclasses.asdict(one) for test, one in others.items()}}
 
 
 @functools.cache
-def begun(target: str, anchor: str) -> Examination:
-    """The examination of an erasure, with the pipeline as it is already examined."""
+def before(target: str, anchor: str) -> tuple[Examination, FoundWords]:
+    """The examination of an erasure, with the pipeline as it is already examined, and the words of the attack
+    "direction", which never looks at an erased model."""
     probe = emoji_pipeline.probes(target, anchor=anchor)[0]
     examination = Examination(probe, packaged_sets("emoji", target), drawing=DRAWING, latents=LATENTS)
-    examination.before(fdu.load_pipeline(MODEL))
+    pipeline = fdu.load_pipeline(MODEL)
+    examination.before(pipeline)
     examination.check()
-    return examination
+    return examination, bred_words(examination.lesson(denoiser_of(pipeline)))
 
 
 def kept(pipeline: Any, target: str, anchor: str) -> float:
@@ -233,17 +244,15 @@ def examine_kept(target: str, anchor: str) -> Record:
     return {"retained": kept(fdu.load_pipeline(MODEL), target, anchor)}
 
 
-def attacked_otherwise(lesson: Lesson, name: str) -> dict[str, dict[str, Any]]:
-    """The further attacks on a pipeline, by test; an inversion trains the embedding of ``name``."""
-    found = {
+def attacked_otherwise(lesson: Lesson, name: str) -> dict[str, AttackOutcome]:
+    """The attacks that "never known" has, too, by test; an inversion trains the embedding of ``name``. No direction
+    leads to an object that the text encoder has never read of."""
+    return {
         "words": search_words(lesson),
         "inversion": invert(lesson, name=name),
         "partial_noise": from_partial_noise(lesson),
         "inpainting": inpainting(lesson),
     }
-    if name == lesson.probe.name:  # no direction leads to an object that the text encoder has never read of
-        found["direction"] = breed_words(lesson)
-    return {test: dataclasses.asdict(one) for test, one in found.items()}
 
 
 def examine_unknown(name: str) -> Record:
@@ -269,7 +278,7 @@ def examine_unknown(name: str) -> Record:
         "retained": None,
         "attack": dataclasses.asdict(attack(lesson)),
         "relearning": dataclasses.asdict(relearn(lesson)),
-        "others": attacked_otherwise(lesson, aim.superclass),
+        "others": {test: dataclasses.asdict(one) for test, one in attacked_otherwise(lesson, aim.superclass).items()},
     }
 
 
