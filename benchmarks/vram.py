@@ -21,7 +21,7 @@ from typing import Any
 
 from fdu import cli
 from fdu.cli.planning import flags
-from fdu.config import EraseConfig
+from fdu.config import TRAIN_METHODS, EraseConfig
 from fdu.models.denoiser import Denoiser
 from fdu.models.families import denoiser_of
 from fdu.models.quantization import quantize
@@ -96,13 +96,12 @@ def rows(name: str) -> tuple[list[str], Figures, list[list[str]]]:
             if blocks or "offload" not in given:
                 found = estimate(config, given.get("quantization", "none"), "offload" in given)
                 figures, blocks = [*figures, gib(found)], found.blocks
-        named = []
+        denoiser, named = shapes(folder, EraseConfig(resolution=NO_SIZE.get(name)), "none"), []
         for label, published in PRESETS.items():
-            if model.startswith(published.models):
+            if model.startswith(published.models) and not denoiser.few_steps:
                 tried = [preset(label, **settings) for settings in cumulative(PRESET_STEPS)]
                 named.append([label, model, *(gib(estimate(config))[0] for config in tried)])
-        height = shapes(folder, EraseConfig(resolution=NO_SIZE.get(name)), "none").height
-    return [model, str(height)], figures, named
+    return [model, str(denoiser.height)], figures, named
 
 
 def cumulative(steps: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -152,6 +151,7 @@ def page(models: list[tuple[list[str], Figures]], presets: list[list[str]]) -> s
         peaks = [peak for peak, _ in figures]
         places = [first_that_fits(peaks, card) for card in CARDS]
         chosen.append([named[0], *("" if place is None else letters[place] for place in places)])
+    adapting = ", ".join(name for name in PRESETS if TRAIN_METHODS[preset(name).train_method].result != "weights")
     words = [f"--preset NAME {flags(step)}" for step in cumulative(PRESET_STEPS)]
     beside = [[*row, *smallest(row[2:], [one.replace("NAME", row[0]) for one in words])] for row in presets]
     return f"""# Memory by model and options
@@ -168,8 +168,8 @@ before it. The estimate fills at most {SHARE:.0%} of the card, because a context
 
 {chr(10).join(f"* **{letter}**: `{words}`" for letter, words in zip(letters, options, strict=True))}
 
-The settings of published methods (`--preset`) exist for Stable Diffusion alone; other models begin with the defaults.
-They train weights, not a LoRA, so quantization and offloading do not go with them.
+There are presets ([`--preset`](usage.md#erase)) for these models; others begin with the defaults. Quantization and
+offloading go with those that train a LoRA ({adapting}), as in the table above; the rest train weights.
 
 {table(["preset", "model", *(f"`{one}`" for one in words), "card", "options"], beside)}
 

@@ -18,95 +18,155 @@ NO_CLIPPING = 1e6
 
 @dataclasses.dataclass(frozen=True)
 class Preset:
-    """The settings of a published method, as far as they have a counterpart here."""
+    """Settings to begin with: of a published method, as far as they have a counterpart here, or for a task."""
 
     settings: Mapping[str, Any]
     models: str
-    """How the names of the models begin that the method was published for."""
+    """How the names of the models that it is for begin, and that of their family."""
     meaning: str
-    """The method, and what the command line must say besides."""
+    """What it is, and what the command line must say besides."""
     source: str
     """Where the numbers come from."""
 
 
+FDMU: dict[str, Any] = {
+    "train_method": "cross_attention",
+    "max_train_steps": 500,
+    "train_batch_size": 2,
+    "gradient_accumulation_steps": 2,
+    "learning_rate": 2.8e-4,
+    "lr_scheduler": "constant",
+    "adam_weight_decay": 1e-2,
+    "max_grad_norm": NO_CLIPPING,
+    "sigma": 1.0,
+    "preservation_weight": 0.0,
+    "num_latents": 1000,
+    "num_inference_steps": 25,
+    "sampling_guidance": 6.0,
+}
+ABLATION: dict[str, Any] = {
+    "train_method": "cross_attention",
+    "divergence": "mse",
+    "max_train_steps": 100,
+    "train_batch_size": 8,
+    "learning_rate": 1.6e-5,
+    "lr_scheduler": "constant",
+    "adam_weight_decay": 1e-2,
+    "sigma": 1.0,
+    "preservation_weight": 0.0,
+    "num_latents": 1000,
+    "num_inference_steps": 25,
+    "sampling_guidance": 6.0,
+}
+ESD: dict[str, Any] = {
+    "train_method": "cross_attention",
+    "divergence": "mse",
+    "negative_guidance": 1.0,
+    "noisy_latents": "trajectory",
+    "max_train_steps": 200,
+    "train_batch_size": 1,
+    "learning_rate": 5e-5,
+    "lr_scheduler": "constant",
+    "max_grad_norm": NO_CLIPPING,
+    "sigma": 1.0,
+    "preservation_weight": 0.0,
+    "num_latents": 200,
+    "num_inference_steps": 50,
+}
+ESD_XL = {**ESD, "negative_guidance": 0.0, "learning_rate": 2e-4, "sampling_guidance": 2.0}
+LORA: dict[str, Any] = {
+    "rank": 4,
+    "lora_alpha": 4.0,
+    "max_train_steps": 500,
+    "train_batch_size": 1,
+    "gradient_accumulation_steps": 4,
+    "lr_scheduler": "constant",
+    "adam_weight_decay": 1e-4,
+    "num_inference_steps": 28,
+    "sample_batch_size": 4,
+    "mixed_precision": "bf16",
+}
+UNTRIED = "The numbers are those of diffusers for learning a subject. Nobody has tried them for erasing."
+SAMPLING = "sampling as the pipeline does by default"
+
 PRESETS: dict[str, Preset] = {
     "fdmu": Preset(
-        {
-            "train_method": "cross_attention",
-            "max_train_steps": 500,
-            "train_batch_size": 2,
-            "gradient_accumulation_steps": 2,
-            "learning_rate": 2.8e-4,
-            "lr_scheduler": "constant",
-            "adam_weight_decay": 1e-2,
-            "max_grad_norm": NO_CLIPPING,
-            "sigma": 1.0,
-            "preservation_weight": 0.0,
-            "num_latents": 1000,
-            "num_inference_steps": 25,
-        },
+        FDMU,
         "Stable Diffusion 1",
         "Novello et al. 2026 (arXiv 2509.21167), Stable Diffusion 1.4; choose --divergence. The authors use 8-bit "
         "Adam: add --optimizer adamw_8bit on a GPU.",
         "run_experiment.sh and train.py of nicolaNovello/f-DMU: learning rate 7e-5 times batch 2 times accumulation 2",
     ),
-    "concept-ablation": Preset(
+    "fdmu-flux": Preset(
         {
-            "train_method": "cross_attention",
-            "divergence": "mse",
-            "max_train_steps": 100,
-            "train_batch_size": 8,
-            "learning_rate": 1.6e-5,
-            "lr_scheduler": "constant",
-            "adam_weight_decay": 1e-2,
-            "sigma": 1.0,
-            "preservation_weight": 0.0,
-            "num_latents": 1000,
+            **FDMU,
+            "train_method": "text",
+            "train_batch_size": 1,
+            "gradient_accumulation_steps": 1,
+            "learning_rate": 1e-5,
+            "num_inference_steps": 28,
+            "sampling_guidance": 3.5,
+            "sample_batch_size": 4,
         },
+        "FLUX.1",
+        "The same for FLUX.1; choose --divergence. The authors train the two embedders of the text (context_embedder, "
+        "text_embedder); here the text's keys and values are trained too.",
+        "the defaults of parse_args_flux in utils.py of nicolaNovello/f-DMU, whose script and steps for FLUX are not "
+        f"published: the steps are those for Stable Diffusion; {SAMPLING}",
+    ),
+    "concept-ablation": Preset(
+        ABLATION,
         "Stable Diffusion 1",
         "Kumari et al. 2023 (arXiv 2303.13516), styles and objects, Stable Diffusion 1.4, model-based.",
         "diffusers/README.md and train.py of nupurkmr9/concept-ablation: learning rate 2e-6 times batch 4 times 2 GPUs",
     ),
     "esd-x": Preset(
-        {
-            "train_method": "cross_attention",
-            "divergence": "mse",
-            "negative_guidance": 1.0,
-            "noisy_latents": "trajectory",
-            "max_train_steps": 200,
-            "train_batch_size": 1,
-            "learning_rate": 5e-5,
-            "lr_scheduler": "constant",
-            "max_grad_norm": NO_CLIPPING,
-            "sigma": 1.0,
-            "preservation_weight": 0.0,
-            "num_latents": 200,
-            "num_inference_steps": 50,
-        },
+        ESD,
         "Stable Diffusion 1",
         "Gandikota et al. 2023 (arXiv 2303.07345), keys and values only (esd-x-strict), Stable Diffusion 1.4; add "
-        '--anchor "". ESD samples with noise in every step (eta 2), and here the pipeline decides.',
-        "esd_sd.py of rohitgandikota/erasing; its negative_guidance 2 is 1 here, which counts from the anchor",
+        '--anchor "". ESD trains on the name alone, and fdu puts it into phrasings, unless --target is a .txt file '
+        "that holds it.",
+        "esd_sd.py of rohitgandikota/erasing; its negative_guidance 2 is 1 here, which counts from the anchor, and "
+        "its Adam is AdamW without weight decay",
     ),
     "esd-x-sdxl": Preset(
-        {
-            "train_method": "cross_attention",
-            "divergence": "mse",
-            "noisy_latents": "trajectory",
-            "max_train_steps": 200,
-            "train_batch_size": 1,
-            "learning_rate": 2e-4,
-            "lr_scheduler": "constant",
-            "max_grad_norm": NO_CLIPPING,
-            "sigma": 1.0,
-            "preservation_weight": 0.0,
-            "num_latents": 200,
-            "num_inference_steps": 50,
-            "sampling_guidance": 2.0,
-        },
+        ESD_XL,
         "Stable Diffusion XL",
-        'The same for Stable Diffusion XL; add --anchor "".',
+        'The same for Stable Diffusion XL; add --anchor "". As in ESD, the layer that reads the pooled embedding stays '
+        "as it is.",
         "esd_sdxl.py of rohitgandikota/erasing; its negative_guidance 1 is 0 here",
+    ),
+    "sd15-style": Preset(
+        FDMU,
+        "Stable Diffusion 1",
+        "A style from Stable Diffusion 1.x or 2.x: the settings of fdmu; add --concept_type style.",
+        "run_experiment.sh of nicolaNovello/f-DMU erases Van Gogh with them",
+    ),
+    "sd15-object": Preset(
+        ABLATION,
+        "Stable Diffusion 1",
+        "An object from Stable Diffusion 1.x or 2.x: the settings of concept-ablation. If the target's name contains "
+        "the anchor's (grumpy cat, cat), add --preservation_weight 1 --learning_rate 3.2e-5, as its authors do.",
+        "diffusers/README.md of nupurkmr9/concept-ablation erases R2D2 with them",
+    ),
+    "sdxl-style": Preset(
+        {**ESD_XL, "train_method": "text"},
+        "Stable Diffusion XL",
+        "A style from Stable Diffusion XL: the settings of esd-x-sdxl for all layers that read the prompt, as the "
+        'pooled embedding could keep the style; add --anchor "" --concept_type style.',
+        "README.md of rohitgandikota/erasing erases Van Gogh with those settings, but from keys and values alone",
+    ),
+    "sd3": Preset(
+        {**LORA, "learning_rate": 4e-4, "weighting_scheme": "logit_normal", "sampling_guidance": 7.0},
+        "Stable Diffusion 3",
+        f"A LoRA for Stable Diffusion 3 and 3.5. We know of no published settings for erasing from them. {UNTRIED}",
+        f"README_sd3.md and train_dreambooth_lora_sd3.py of diffusers' examples; {SAMPLING}",
+    ),
+    "flux": Preset(
+        {**LORA, "learning_rate": 1e-4, "sampling_guidance": 3.5},
+        "FLUX.1",
+        f"A LoRA for FLUX.1, which needs less memory than fdmu-flux. {UNTRIED}",
+        f"README_flux.md and train_dreambooth_lora_flux.py of diffusers' examples, with AdamW; {SAMPLING}",
     ),
 }
 if TYPE_CHECKING:
@@ -136,6 +196,19 @@ def preset_settings(name: str, others: Collection[str] = ()) -> dict[str, Any]:
     check_choice("preset", name, PRESETS)
     moot = {"sigma"} if "s0" in others else set()
     return {key: value for key, value in PRESETS[name].settings.items() if key not in {*others, *moot}}
+
+
+def check_preset(name: str, family: str) -> None:
+    """Refuse a preset for another family of models: it could leave a way for the concept.
+
+    Raises:
+        ValueError: names presets that suit the model.
+    """
+    models = PRESETS[name].models
+    if not family.startswith(models):
+        suited = [other for other, one in PRESETS.items() if family.startswith(one.models)]
+        remedy = f"choose {' or '.join(suited)}" if suited else "leave it out"
+        raise ValueError(f"preset {name!r} is for {models}, and the model is {family}; {remedy}")
 
 
 def read_settings(path: str | Path, others: Mapping[str, Any] | None = None) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from tyro.conf import OmitArgPrefixes, Positional, UseAppendAction, arg
 import fdu
 from fdu.cli.options import LoadOptions, Settings, described, grouped
 from fdu.config import TRAIN_METHODS
-from fdu.presets import PresetName, write_settings
+from fdu.presets import PresetName, check_preset, write_settings
 from fdu.storage.loading import (
     Dtype,
     SaveAs,
@@ -56,8 +56,8 @@ class Erase:
     """Which prompt templates the names are put into: one choice for all targets, or one per target. Default: object.
     Emoji and digits have their own."""
     preset: PresetName | None = None
-    """Begin with the settings of a published method; a setting given beside it wins. docs/usage.md says where each
-    comes from."""
+    """Begin with settings of a published method, or for a kind of model; a setting given beside it wins. docs/usage.md
+    says what they are and where they come from."""
     config: Path | None = None
     """YAML file of settings, one per line, as --save_config writes; a setting given beside it wins. --no_NAME switches
     off what the file switches on, such as --no_compile."""
@@ -79,6 +79,7 @@ class Erase:
 
     def prepare(self, command: str) -> Callable[[], None]:
         """Check the arguments and return the work."""
+        from fdu.models.families import denoiser_of
         from fdu.storage.formats import choose_format
         from fdu.storage.output import check_output, clear_run, strangers, whole_folder
 
@@ -127,6 +128,8 @@ class Erase:
             try:
                 with whole_folder(self.out, self.overwrite) if writes else nullcontext() as folder:
                     pipeline = model.load(dtype, device, *self.loading.arguments)
+                    if self.preset is not None:
+                        check_preset(self.preset, denoiser_of(pipeline, config.size, config.num_frames).family)
                     format = choose_format(self.save_as, config.train_method, pipeline)
                     targets, anchors = ([pair[side] for pair in pairs] for side in (0, 1))
                     result = fdu.erase(pipeline, targets, anchors, config=config)

@@ -11,7 +11,7 @@ from tyro.conf import OmitArgPrefixes, Positional, arg
 
 from fdu.cli.options import ModelOptions, Settings, described, grouped, words_of
 from fdu.config import TRAIN_METHODS, EraseConfig, Positive, check_number
-from fdu.presets import PresetName
+from fdu.presets import PresetName, check_preset
 from fdu.storage.loading import Dtype, check_dtype, check_resolution, check_stored
 from fdu.subjects.registry import subject_of
 
@@ -85,6 +85,8 @@ class Plan:
                 denoiser = denoiser_of(pipeline, one.size, one.num_frames)
                 try:
                     check_suited(denoiser, config)
+                    if self.preset is not None:
+                        check_preset(self.preset, denoiser.family)
                 except ValueError as error:
                     refused.add(str(error))
                 return denoiser

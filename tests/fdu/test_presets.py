@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
+import families
 import pytest
 import yaml
 
@@ -15,7 +16,9 @@ from fdu.cli.erase import Erase
 from fdu.cli.planning import Plan
 from fdu.cli.program import parse
 from fdu.config import EraseConfig
-from fdu.presets import PRESETS, read_settings, write_settings
+from fdu.models.sd3 import SD3Denoiser
+from fdu.models.wan import WanDenoiser
+from fdu.presets import PRESETS, check_preset, read_settings, write_settings
 
 ERASE = ["erase", "digits", "--target", "three", "--anchor", "eight", "--out", "out"]
 TINY = ["--max_train_steps=1", "--train_batch_size=1", "--num_latents=2", "--num_inference_steps=1"]
@@ -41,6 +44,29 @@ def test_a_preset_is_a_set_of_settings_that_makes_sense(name: str) -> None:
     assert settings_of("--preset", name) == config
     # Its row in the documentation is made of the table.
     assert f"| `{name}` | {PRESETS[name].meaning} | {PRESETS[name].source} |" in DOCS.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    "name", [name for name, one in PRESETS.items() if one.models in ("Stable Diffusion 3", "FLUX.1")]
+)
+def test_a_preset_reaches_all_of_the_text(name: str) -> None:
+    """In SD3 and FLUX a pooled embedding, too, tells every block of the prompt."""
+    pipeline = families.build("sd3" if "3" in PRESETS[name].models else "flux")
+    tiny = {"max_train_steps": 0, "num_latents": 2, "num_inference_steps": 1, "mixed_precision": "no"}
+    result = fdu.erase(pipeline, "a cat", "a dog", config=fdu.preset(name, **tiny))
+    trained = " ".join(result.trainable.named_parameters())
+    assert all(layer in trained for layers in result.denoiser.text_inputs.values() for layer in layers)
+
+
+@pytest.mark.parametrize("command", [ERASE, ["plan", "digits"]])
+def test_a_preset_for_another_kind_of_model_is_refused(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*command, "--preset", "flux"]) == cli.FAILED
+    told = capsys.readouterr().err
+    assert "preset 'flux' is for FLUX.1" in told and "choose fdmu or concept-ablation" in told
+    assert not Path("out").exists()
+    check_preset("sd3", SD3Denoiser.family)
+    with pytest.raises(ValueError, match="'fdmu' is for Stable Diffusion 1, and the model is Wan.*leave it out"):
+        check_preset("fdmu", WanDenoiser.family)
 
 
 def test_a_setting_beside_a_preset_wins_even_if_it_is_the_default() -> None:
