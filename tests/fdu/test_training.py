@@ -421,16 +421,29 @@ def test_guidance_and_weighting_schemes_reach_a_flow_model() -> None:
     settings = {**TINY, "resolution": families.resolution("flux_guidance")}
 
     def losses(**more: Any) -> list[float]:
-        return fdu.erase(families.build("flux_guidance"), "three", "eight", **settings, **more).history["loss"]
+        pipeline = families.build("flux_guidance")
+        told: list[float] = []
 
-    told = [
+        def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            told.append(float(kwargs["guidance"][0]))
+
+        pipeline.transformer.register_forward_pre_hook(note, with_kwargs=True)
+        found = fdu.erase(pipeline, "three", "eight", **settings, **more).history["loss"]
+        trained = more.get("embedded_guidance", 1.0)
+        # It samples first, with the guidance of a user, and then trains.
+        assert told[0] not in (1.0, trained) and set(told) == {told[0], trained} and told[-1] == trained
+        return found
+
+    given: list[dict[str, Any]] = [
         {},
         {"embedded_guidance": 3.5},
-        *({"weighting_scheme": name} for name in ("logit_normal", "mode", "cosmap")),
+        *({"weighting_scheme": name} for name in ("sigma_sqrt", "cosmap", "logit_normal", "mode")),
+        *({"weighting_scheme": "logit_normal", **shape} for shape in ({"logit_mean": -1.0}, {"logit_std": 0.5})),
+        {"weighting_scheme": "mode", "mode_scale": 0.5},
     ]
-    found = [losses(**one) for one in told]
-    assert len({tuple(one) for one in found}) == len(told)
-    assert losses(weighting_scheme="logit_normal") == found[2]
+    found = [losses(**one) for one in given]
+    assert len({tuple(one) for one in found}) == len(given)
+    assert losses(weighting_scheme="logit_normal") == found[4]
 
 
 @pytest.mark.parametrize("tracker", ["tensorboard", "wandb"])
