@@ -99,6 +99,61 @@ def test_what_is_found_stays_within_the_bound(quick: dict[str, Any]) -> None:
         small.remove()
 
 
+def test_a_search_keeps_to_the_bound(quick: dict[str, Any]) -> None:
+    adversary = an_adversary(quick, adversarial_bound=0.05)
+    adversary.search()
+    embeddings = adversary.examples.conditioning.tensors["embeddings"]
+    unit = float(embeddings.square().mean((1, 2)).sqrt().max())
+    sizes = [one.moves["embeddings"].square().mean(-1).sqrt() / unit for one in adversary.found]
+    assert len(sizes) == 4 and all(0 < float(size.max()) < 0.0501 for size in sizes)
+
+
+def found_with(quick: dict[str, Any], monkeypatch: pytest.MonkeyPatch, **settings: Any) -> list[Found]:
+    """What the searches of an erasure find."""
+    found: list[Found] = []
+    extended = Adversary.extended
+
+    def noting(adversary: Adversary) -> Any:
+        found[:] = adversary.found
+        return extended(adversary)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Adversary, "extended", noting)
+        erase(quick, **settings)
+    return found
+
+
+@pytest.mark.parametrize("settings", [{"divergence": "pearson_chi2"}, {"sigma": 0.05}, {"s0": 30.0}])
+@pytest.mark.parametrize("order", ["search_first", "alternate"])
+def test_the_loss_of_the_erasure_decides_what_is_found(
+    settings: dict[str, Any], order: str, quick: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The searches attack a model that was trained with the divergence, sigma and s0 that were asked for."""
+    plain, other = (found_with(quick, monkeypatch, adversarial_order=order, **one) for one in ({}, settings))
+    assert not same(keys_of(plain), keys_of(other))
+
+
+def test_what_was_found_is_erased_too(quick: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """With it, the model denoises nearer to what the original one denoises for the anchor."""
+    settings = {"max_train_steps": 24, "train_batch_size": 8, "num_latents": 16, "learning_rate": 4e-3}
+    found = found_with(quick, monkeypatch, **settings, adversarial_steps=12, adversarial_conditionings=1)
+    assert len(found) == 1
+
+    @torch.no_grad()
+    def distance(result: fdu.ErasureResult) -> float:
+        denoiser = denoiser_of(result.pipeline)
+        three, eight = denoiser.encode(["a three"] * 16), denoiser.encode(["an eight"] * 16)
+        noisy = torch.randn(16, *denoiser.latent_shape, generator=torch.Generator().manual_seed(7))
+        indices = torch.linspace(100, len(denoiser.signal) - 1, 16).long()
+        ours = denoiser.predict(noisy, indices, found[0].moved(three))
+        with result.original():
+            return float((ours - denoiser.predict(noisy, indices, eight)).square().mean())
+
+    robust = distance(erase(quick, **settings, adversarial_steps=12, adversarial_conditionings=1))
+    plain = distance(erase(quick, **settings, adversarial_rounds=0, adversarial_steps=60))
+    assert robust < 0.8 * plain
+
+
 @pytest.mark.parametrize("name", families.FAMILY_NAMES)
 def test_what_is_found_is_added_in_every_family(name: str, quick: dict[str, Any]) -> None:
     pipeline = families.build(name)
