@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from tyro.conf import OmitArgPrefixes, Positional, arg
 
+from fdu.cli.cards import CARDS, REACHED, CardName
 from fdu.cli.options import ModelOptions, Settings, described, grouped, words_of
 from fdu.config import TRAIN_METHODS, EraseConfig, Positive, check_number
 from fdu.presets import PresetName, check_preset
@@ -33,18 +34,21 @@ class Plan:
     examples: ClassVar[tuple[str, ...]] = (
         "fdu plan emoji",
         "fdu plan org/model --memory 24 --resolution 512",
-        "fdu plan org/model --preset fdmu --mixed_precision bf16 --tflops 80",
+        "fdu plan org/model --preset fdmu --mixed_precision bf16 --card rtx-4090",
         "fdu plan org/model --train_method full --mixed_precision bf16 --gradient_checkpointing",
     )
 
     model: Positional[str]
     """A pipeline's folder, a .safetensors file, a hub id (org/name, or org/name@revision), "emoji" or "digits"."""
+    card: CardName | None = None
+    """Graphics card whose memory and speed to take, unless --memory or --tflops say otherwise. The speed holds for
+    half precision."""
     memory: float | None = None
     """Memory of the device in GiB, > 0: marks what fits into nine tenths of it. Its context and allocator take some
     more than the estimate."""
     tflops: float | None = None
-    """Speed that the device reaches, not that of its datasheet, in 10^12 floating-point operations per second, > 0:
-    gives the time of a step."""
+    """Speed that the device reaches, not that of its data sheet, in 10^12 floating-point operations per second, > 0:
+    gives the time of the erasure, without the reading of prompts and weights."""
     preset: PresetName | None = None
     """Begin with the settings of a published method, as for fdu erase."""
     config: Path | None = None
@@ -64,6 +68,7 @@ class Plan:
             check_number("memory", self.memory, Positive)
         if self.tflops is not None:
             check_number("tflops", self.tflops, Positive)
+        memory = CARDS[self.card].memory if self.card and self.memory is None else self.memory
         model, config = subject_of(self.loading.location(self.model)), self.settings.checked()
         check_estimable(config)
         check_resolution(model.folder, config.size)
@@ -97,17 +102,20 @@ class Plan:
             for name, count in given.parameters.items():
                 print(f"{name:16} {count:>15,} parameters")
             print(f"{'trained':16} {given.trained:>15,} parameters ({config.train_method})")
-            print(f"{'a step':16} {given.flops / 1e12:>15,.3g} x 10^12 operations")
-            if self.tflops is not None:
-                seconds = given.flops / self.tflops / 1e12
-                print(f"{'time':16} {seconds:>15,.3g} s per step, {config.max_train_steps * seconds:,.3g} s in all")
-            print()
+            for name, count in (("a step", given.flops), ("before the steps", given.preparation)):
+                print(f"{name:16} {count / 1e12:>15,.3g} x 10^12 operations")
+            tflops, note = self._speed(config.mixed_precision)
+            if tflops is not None:
+                step, before = (count / tflops / 1e12 for count in (given.flops, given.preparation))
+                whole = before + config.max_train_steps * step
+                print(f"{'time':16} {step:>15,.3g} s per step, {before:,.3g} s before, {whole:,.3g} s in all")
+            print(f"{'':32} {note}\n" if note else "")
             lines: list[tuple[str, ...]] = [("weights", "trained", "step", "sampling", "peak", "settings")]
             fitting: str | None = None
             for words, one, stored in cheaper(config, as_given, bool(given.blocks)):
                 found = given if words == AS_GIVEN else estimate(one, stored.quantization, stored.offload)
                 sizes = (found.denoiser, found.states, found.step, found.sampling, found.peak)
-                fits = self.memory is not None and found.peak <= SHARE * self.memory * GIGABYTE
+                fits = memory is not None and found.peak <= SHARE * memory * GIGABYTE
                 lines.append((*map(size, sizes), words + (" (fits)" if fits else "")))
                 if fits and fitting is None:
                     fitting = words
@@ -115,12 +123,22 @@ class Plan:
             for *cells, words in lines:
                 told = (cell.rjust(width) for cell, width in zip(cells, widths, strict=False))
                 print("  ".join([*told, words]))
-            if self.memory is not None:
-                print(f"\n{verdict(self.memory, fitting, 1 - SHARE)}")
+            if memory is not None:
+                print(f"\n{verdict(memory, fitting, 1 - SHARE)}")
             for reason in refused:
                 print(f"\nfdu erase would refuse these settings: {reason}")
 
         return work
+
+    def _speed(self, mixed_precision: str) -> tuple[float | None, str]:
+        """The speed that the device reaches, if it is known, and what there is to say about it."""
+        card = CARDS[self.card] if self.card else None
+        if card is None or self.tflops is not None:
+            return self.tflops, ""
+        if mixed_precision not in card.half:
+            half = " or ".join(card.half)
+            return None, f"time unknown: the speed of {self.card} is that of --mixed_precision {half}"
+        return REACHED * card.tflops, f"at {REACHED:.0%} of the {card.tflops:g} TFLOPS of {self.card}"
 
 
 @dataclasses.dataclass(frozen=True)

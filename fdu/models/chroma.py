@@ -25,6 +25,7 @@ class ChromaDenoiser(PatchFlowDenoiser):
     family = "Chroma (a ChromaTransformer2DModel)"
     module_class = ChromaTransformer2DModel
     kohya = kohya_names.CHROMA
+    guides_in_turn = True
     # As in FLUX.1: of the double blocks alone, because single blocks project text and image by one to_k and to_v.
     context_projections = ("attn.add_k_proj", "attn.add_v_proj")
     other_readers = ("context_embedder",)  # all of the text enters by it

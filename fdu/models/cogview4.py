@@ -26,6 +26,7 @@ class CogView4Denoiser(FlowDenoiser):
 
     family = "CogView 4 (a CogView4Transformer2DModel)"
     module_class = CogView4Transformer2DModel
+    guides_in_turn = True
     # The only layer that reads text alone: every block projects text and image by the same layers.
     context_projections = ("patch_embed.text_proj",)
     text_inputs: ClassVar = {"embeddings": context_projections}

@@ -130,6 +130,8 @@ class Denoiser(ABC):
     """The argument of the pipeline's call that is the scale of guidance by two predictions."""
     unguided_scale: ClassVar[float] = 1.0
     """The scale up to which the pipeline makes one prediction."""
+    guides_in_turn: ClassVar[bool] = False
+    """Whether the pipeline makes the two predictions of guidance one after the other, not in one batch."""
     asks_for_negative: ClassVar[bool] = False
     """Whether the pipeline guides only if it is told what to lead away from."""
     optional_images: ClassVar[tuple[str, ...]] = ()

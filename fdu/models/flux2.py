@@ -26,6 +26,7 @@ class Flux2Denoiser(PatchFlowDenoiser):
     family = "FLUX.2 (a Flux2Transformer2DModel)"
     module_class = Flux2Transformer2DModel
     kohya = kohya_names.FLUX2
+    guides_in_turn = True
     optional_images = ("image",)
     # Of the double blocks alone: a single block projects text and image, and its MLP, by one layer.
     context_projections = ("attn.add_k_proj", "attn.add_v_proj")

@@ -26,6 +26,7 @@ class Lumina2Denoiser(FlowDenoiser):
     family = "Lumina Image 2 (a Lumina2Transformer2DModel)"
     module_class = Lumina2Transformer2DModel
     kohya = kohya_names.LUMINA2
+    guides_in_turn = True
     # Behind the refiners every block projects text and image by one to_k and to_v.
     context_projections = tuple(f"{block}.attn.{part}" for block in REFINERS for part in ("to_k", "to_v"))
     other_readers = ("caption_embedder.1",)  # all of the text enters by it

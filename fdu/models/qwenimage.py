@@ -20,6 +20,7 @@ class QwenImageDenoiser(PatchFlowDenoiser):
     family = "Qwen-Image (a QwenImageTransformer2DModel)"
     module_class = QwenImageTransformer2DModel
     kohya = kohya_names.QWEN_IMAGE
+    guides_in_turn = True
     encodes_videos = True
     guidance_argument = "true_cfg_scale"
     asks_for_negative = True

@@ -21,6 +21,7 @@ class WanDenoiser(FlowDenoiser):
     family = "Wan (a WanTransformer3DModel)"
     module_class = WanTransformer3DModel
     kohya = kohya_names.WAN
+    guides_in_turn = True
     encodes_videos = True
     draws_videos = True
     text_inputs: ClassVar = {"embeddings": ("condition_embedder.text_embedder.linear_1",)}

@@ -203,16 +203,7 @@ def prepare_examples(
 
     encoded = Conditioning(cache.get("prompts", key, encode)).to(denoiser.device)
 
-    # No more than the steps can use: each draws train_batch_size of either kind, a process and an accumulation.
-    kinds = 2 if config.preservation_weight else 1
-    steps = config.max_train_steps * config.gradient_accumulation_steps
-    if config.frozen_batches:
-        steps = min(steps, config.frozen_batches)
-    least = FEWEST_LATENTS * len(pairs) if len(pairs) > MANY else 0
-    usable = max(kinds * steps * config.train_batch_size * accelerator.num_processes, 2)
-    wanted = min(max(config.num_latents, least), usable)
-    preserving = wanted // 4 if config.preservation_weight else 0
-    each = max((wanted - preserving) // len(pairs), 1)
+    each, preserving = latent_counts(config, len(pairs), accelerator.num_processes)
     drawn: list[str] = []
     pair_of: list[int] = []
     concept: list[int] = []
@@ -262,6 +253,23 @@ def prepare_examples(
         steps=found.get("steps"),
         trajectories=found.get("trajectories"),
     )
+
+
+def latent_counts(config: EraseConfig, concepts: int = 1, processes: int = 1) -> tuple[int, int]:
+    """How many latents are sampled for each concept, and for the preserved prompts."""
+    # No more than the steps can use: each draws train_batch_size of either kind, a process and an accumulation.
+    kinds = 2 if config.preservation_weight else 1
+    least = FEWEST_LATENTS * concepts if concepts > MANY else 0
+    usable = max(kinds * batch_count(config) * config.train_batch_size * processes, 2)
+    wanted = min(max(config.num_latents, least), usable)
+    preserving = wanted // 4 if config.preservation_weight else 0
+    return max((wanted - preserving) // concepts, 1), preserving
+
+
+def batch_count(config: EraseConfig) -> int:
+    """How many batches a process draws in a run."""
+    steps = config.max_train_steps * config.gradient_accumulation_steps
+    return min(steps, config.frozen_batches) if config.frozen_batches else steps
 
 
 def preserved_prompts(pairs: Sequence[Pair], config: EraseConfig) -> tuple[str, ...]:

@@ -22,6 +22,7 @@ from fdu.models.denoiser import Conditioning, Denoiser
 from fdu.models.offloading import blocks_of
 from fdu.models.quantization import parameter_count
 from fdu.storage.shapes import conditioning_shapes
+from fdu.training.examples import batch_count, latent_counts
 from fdu.training.frozen_layers import keeping_less
 from fdu.training.loop import checkpointed
 from fdu.training.methods import Request, attach
@@ -76,6 +77,8 @@ class Footprint:
     """The largest sum of activations while latents are drawn."""
     flops: int
     """Floating-point operations of a training step, counting a multiplication and an addition as two."""
+    preparation: int
+    """Floating-point operations before the first step: latents are drawn, and frozen_batches predicted."""
     blocks: tuple[int, ...] = ()
     """Bytes of each block of the denoiser that can be offloaded, the largest first."""
 
@@ -171,7 +174,7 @@ def footprint(denoiser: Denoiser, config: EraseConfig) -> Footprint:
         count = sum(parameter.numel() for parameter in trainable.named_parameters().values())
         try:
             with keeping_less(denoiser.module), checkpointed(denoiser.module, config.gradient_checkpointing):
-                step, sampling, flops = _step(denoiser, trainable, config)
+                step, sampling, flops, preparation = _step(denoiser, trainable, config)
         except RuntimeError as error:
             raise ValueError(
                 f"the estimate sees shapes alone, and the pipeline of {denoiser.family} looks at values of its prompts "
@@ -189,36 +192,50 @@ def footprint(denoiser: Denoiser, config: EraseConfig) -> Footprint:
         step=step,
         sampling=sampling,
         flops=flops,
+        preparation=preparation,
         blocks=tuple(block_sizes),
     ).with_optimizer(config.optimizer)
 
 
-def _step(denoiser: Denoiser, trainable: Any, config: EraseConfig) -> tuple[int, int, int]:
+def _step(denoiser: Denoiser, trainable: Any, config: EraseConfig) -> tuple[int, int, int, int]:
     """The peak of the activations in a training step, which is a frozen pass, a trained one and its gradients; their
-    peak while latents are drawn; and the operations of a step."""
-    kinds = 2 if config.preservation_weight else 1
-    count = kinds * config.train_batch_size
+    peak while latents are drawn; the operations of a step, and those before the first."""
+    size, accumulated = config.train_batch_size, config.gradient_accumulation_steps
+    count = 2 * size if config.preservation_weight else size
     noisy, indices, conditioning = _given(denoiser, count)
     with _Memory(denoiser) as memory:
         with torch.no_grad(), trainable.frozen():
             wanted = denoiser.predict(noisy, indices, conditioning)
-        sampling = memory.peak
+        plain, frozen = memory.peak, memory.flops
         with memory.without_cycles(config.gradient_checkpointing):
             read = denoiser.encode_batch(["a"] * count) if trainable.trains_text else conditioning
             loss = (denoiser.predict(noisy, indices, read).float() - wanted.float()).square().mean()
             gradients = torch.autograd.grad(loss, list(trainable.named_parameters().values()), allow_unused=True)
     # The states count the gradients; those of one batch do not yet exist where the activations peak.
     made = sum(_bytes(gradient) for gradient in gradients if gradient is not None)
-    peak = memory.peak - (made if config.gradient_accumulation_steps == 1 else 0)
-    # The frozen model draws a batch of latents; guidance may need a second prediction.
-    guided = denoiser.guided_by_empty and config.sampling_guidance > 1
-    drawn = min(config.sample_batch_size, config.num_latents) * (2 if guided else 1)
-    if drawn != count:
-        noisy, indices, conditioning = _given(denoiser, drawn)
-        with torch.no_grad(), trainable.frozen(), _Memory(denoiser) as drawing:
-            denoiser.predict(noisy, indices, conditioning)
-        sampling = drawing.peak
-    return peak, sampling, memory.flops * config.gradient_accumulation_steps
+    peak = memory.peak - (made if accumulated == 1 else 0)
+
+    def without_gradients(samples: int) -> int:
+        if samples == count:
+            return plain
+        given = _given(denoiser, samples)
+        with torch.no_grad(), trainable.frozen(), _Memory(denoiser) as alone:
+            denoiser.predict(*given)
+        return alone.peak
+
+    # The frozen model predicts several batches together, and for negative guidance the target, too.
+    wanting = count + (size if config.negative_guidance else 0)
+    together = min(max(2 * config.sample_batch_size // count, 1), config.frozen_batches or accumulated)
+    peak = max(peak, without_gradients(together * wanting))
+    # It draws a batch of latents; guidance may need a second prediction.
+    guided = denoiser.guided_by_empty and config.sampling_guidance > denoiser.unguided_scale
+    latents, predictions = sum(latent_counts(config)), 2 if guided else 1
+    drawn = min(config.sample_batch_size, latents) * (1 if denoiser.guides_in_turn else predictions)
+    sampling = without_gradients(drawn)
+    kept, again = (batch_count(config), 0) if config.frozen_batches else (0, accumulated)
+    flops = (memory.flops - frozen) * accumulated + frozen * again * wanting // count
+    samples = latents * config.num_inference_steps * predictions + kept * wanting
+    return peak, sampling, flops, frozen * samples // count
 
 
 def _given(denoiser: Denoiser, count: int) -> tuple[Tensor, Tensor, Conditioning]:

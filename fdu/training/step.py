@@ -23,7 +23,7 @@ from fdu.config import SHAPES, EraseConfig
 from fdu.models.denoiser import Denoiser
 from fdu.models.staging import staged, to_device
 from fdu.training.cache import Cache, tensor_key
-from fdu.training.examples import Batch, Examples, draw_batch, plus
+from fdu.training.examples import Batch, Examples, batch_count, draw_batch, plus
 from fdu.training.methods.trainable import Trainable
 from fdu.training.objective import Objective
 from fdu.training.surgery import GradientSurgery
@@ -204,8 +204,8 @@ class Stepper:
         """If frozen_batches is set, draw all batches now and compute the frozen denoiser's predictions for them, or
         read those from the cache."""
         config = self.config
-        count = min(config.frozen_batches, config.max_train_steps * config.gradient_accumulation_steps)
-        if not count:
+        count = batch_count(config)
+        if not config.frozen_batches or not count:
             return
         batches = [self._draw().to("cpu") for _ in range(count)]
 

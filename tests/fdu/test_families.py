@@ -159,7 +159,9 @@ def test_predict_is_what_the_pipeline_computes(denoiser: Denoiser, name: str) ->
 @pytest.mark.parametrize("name", [name for name in families.FAMILY_NAMES if name not in UNGUIDED])
 @torch.no_grad()
 def test_the_empty_prompt_is_the_unconditional_of_guidance(denoiser: Denoiser, name: str) -> None:
-    compare(denoiser, 2.0, *GUIDED.get(name, (["", PROMPT],)))
+    calls = GUIDED.get(name, (["", PROMPT],))
+    assert denoiser.guides_in_turn == (len(calls) > 1)
+    compare(denoiser, 2.0, *calls)
 
 
 @torch.no_grad()

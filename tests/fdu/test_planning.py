@@ -20,6 +20,7 @@ from torch.profiler import ProfilerActivity, profile
 import fdu
 from fdu import cli
 from fdu.cli import main
+from fdu.cli.cards import CARDS, REACHED
 from fdu.cli.planning import Stored, cheaper
 from fdu.config import EraseConfig
 from fdu.models.denoiser import Denoiser
@@ -37,6 +38,11 @@ def allocated(pipeline: Any, config: EraseConfig) -> int:
     """The largest number of bytes that an erasure holds beyond the weights, by PyTorch's own record."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         fdu.erase(pipeline, "three", "eight", config=config)
+    return largest(recorded)
+
+
+def largest(recorded: profile) -> int:
+    """The largest number of bytes in a record of PyTorch's."""
     events = [one for one in recorded.profiler.kineto_results.events() if one.name() == "[memory]"]
     now = peak = 0
     for event in sorted(events, key=lambda one: one.start_ns()):
@@ -217,11 +223,71 @@ def test_the_table_says_what_fits(capsys: pytest.CaptureFixture[str]) -> None:
     assert "This fits in 100 GiB and leaves 10% free." in capsys.readouterr().out
     assert main(["plan", "digits", "--preset", "esd-x"]) == cli.OK
     assert "parameters (cross_attention)" in capsys.readouterr().out
-    assert main(["plan", "digits", "--tflops", "0.5", "--max_train_steps", "10"]) == cli.OK
-    per_step, in_all = re.search(r"([\d.]+) s per step, ([\d.]+) s in all", capsys.readouterr().out).groups()
-    assert float(in_all) == pytest.approx(10 * float(per_step), rel=0.01)
     assert main(["plan", "digits", "--memory", "0.0001"]) == cli.OK
     assert "Nothing above fits" in capsys.readouterr().out
+
+
+def seconds(options: str, capsys: pytest.CaptureFixture[str]) -> list[float]:
+    """What the plan for the digits says of the time: per step, before them, in all."""
+    assert main(["plan", "digits", "--max_train_steps", "10", *options.split()]) == cli.OK
+    line = re.search(r"time +([\d.e-]+) s per step, ([\d.e-]+) s before, ([\d.e-]+) s in all", capsys.readouterr().out)
+    assert line is not None
+    return [float(one) for one in line.groups()]
+
+
+def test_the_time_counts_the_steps_and_what_comes_before_them(capsys: pytest.CaptureFixture[str]) -> None:
+    step, before, whole = seconds("--tflops 0.5", capsys)
+    assert whole == pytest.approx(10 * step + before, rel=0.01)
+    # 96 latents in 15 steps of two predictions; a training step predicts 32 samples, frozen and trained, and the
+    # gradients of the second take about as long again.
+    assert before / step == pytest.approx(96 * 15 * 2 / (3 * 32), rel=0.1)
+    assert seconds("--tflops 0.5 --num_inference_steps 5", capsys)[1] == pytest.approx(before / 3, rel=0.01)
+    assert seconds("--tflops 0.5 --guidance_scale 1", capsys)[1] == pytest.approx(before / 2, rel=0.01)
+    frozen = seconds("--tflops 0.5 --frozen_batches 4", capsys)
+    assert frozen[0] == pytest.approx(step * 2 / 3, rel=0.1)
+    # A batch that is frozen in advance costs what its step saves; four batches can use 128 of the latents.
+    assert frozen[1] == pytest.approx(before + 4 * (step - frozen[0]), rel=0.01)
+    assert seconds("--tflops 0.5 --negative_guidance 1", capsys)[0] == pytest.approx(step * 7 / 6, rel=0.05)
+
+
+def test_a_card_gives_memory_and_speed(capsys: pytest.CaptureFixture[str]) -> None:
+    half, card = "--mixed_precision bf16", CARDS["rtx-4090"]
+    by_card = seconds(f"{half} --card rtx-4090", capsys)
+    assert by_card == pytest.approx(seconds(f"{half} --tflops {REACHED * card.tflops}", capsys), rel=0.01)
+    assert seconds(f"{half} --card rtx-4090 --tflops 1", capsys)[0] > by_card[0]
+    assert main(["plan", "digits", "--card", "t4"]) == cli.OK
+    told = capsys.readouterr().out
+    assert "This fits in 15 GiB" in told and "the speed of t4 is that of --mixed_precision fp16" in told
+    assert main(["plan", "digits", "--card", "t4", "--memory", "4"]) == cli.OK
+    assert "This fits in 4 GiB" in capsys.readouterr().out
+    assert all(one.source and one.memory > 0 < one.tflops for one in CARDS.values())
+
+
+@pytest.mark.quick(name=["zimage", "qwenimage"])
+@pytest.mark.parametrize("name", ["sd", "zimage", "qwenimage", "flux"])
+def test_guidance_is_counted_as_the_pipeline_guides(name: str, tmp_path: Path) -> None:
+    """Above its own scale without guidance, in one batch or in turn; FLUX.1 is guided by an input."""
+    families.build(name).save_pretrained(tmp_path)
+
+    def estimate(guidance_scale: float) -> tuple[int, int]:
+        denoiser = families.denoiser(name, load_shapes(str(tmp_path)))
+        found = footprint(denoiser, EraseConfig(**FEW, guidance_scale=guidance_scale, train_batch_size=4))
+        return found.sampling, found.preparation
+
+    denoiser = families.denoiser(name)
+    scale = denoiser.unguided_scale
+    (plain, once), (guided, twice) = estimate(scale), estimate(scale + 0.5)
+    assert twice / once == pytest.approx(2 if denoiser.guided_by_empty else 1)
+    assert (guided > 1.5 * plain) == (denoiser.guided_by_empty and not denoiser.guides_in_turn)
+    read = denoiser.encode([PROMPT, ""])
+
+    def drawn(guidance_scale: float) -> int:
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+            denoiser.draw_latents(read, [0] * 4, 1, 1, guidance_scale, range(4), 4, progress=False)
+        return largest(recorded)
+
+    drawn(scale)  # at the first call some tables are made
+    assert drawn(scale + 0.5) / drawn(scale) == pytest.approx(guided / plain, rel=0.15)
 
 
 def test_what_fits_leaves_a_tenth_free(capsys: pytest.CaptureFixture[str]) -> None:
