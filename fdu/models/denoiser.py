@@ -46,10 +46,11 @@ JOINT_ATTENTION = (*ATTENTION, "add_q_proj", "add_k_proj", "add_v_proj", "to_add
 
 
 class Conditioning:
-    """Inputs of a denoiser besides x_t and t, for N prompts: tensors [N, ...] with the names of PIPELINE_ARGUMENTS.
+    """Inputs of a denoiser besides x_t and t, for N prompts: tensors [N, ...] by name, as a rule of PIPELINE_ARGUMENTS.
 
-    Prompts may differ in length: behind their own, embeddings [N, L, d] are padded with zeros, as is the mask [N, L],
-    an integer tensor, which then every family has.
+    Prompts may differ in length: behind their own, embeddings [N, L, ...] are padded with zeros, and so are ids
+    [N, L, ...], whose names end in "ids", and masks [N, L], integer tensors whose names end in "mask". "a_mask" tells
+    the length of "a" and "a_ids", and "mask" that of all that have none of their own.
     """
 
     def __init__(self, tensors: dict[str, Tensor]) -> None:
@@ -71,18 +72,25 @@ class Conditioning:
         names = parts[0].tensors
         return Conditioning({name: torch.cat(padded([part.tensors[name] for part in parts])) for name in names})
 
+    def mask_of(self, name: str) -> str | None:
+        """The name of the mask that tells the length of a tensor; None without one, as of a pooled embedding [N, d]."""
+        if name.endswith("mask"):
+            return name
+        if self.tensors[name].ndim == 2 and not name.endswith("ids"):
+            return None
+        own = f"{name.removesuffix('_ids')}_mask"
+        return next((mask for mask in (own, "mask") if mask in self.tensors), None)
+
     def by_length(self) -> list[tuple[Tensor, Conditioning]]:
         """The prompts of each length by themselves, without padding: their indices [M] and their conditioning."""
-        lengths = self.tensors["mask"].sum(1)
+        masks = [name for name in self.tensors if name.endswith("mask")]
+        lengths = torch.stack([self.tensors[name].sum(1) for name in masks], 1)
         groups = []
-        for length in lengths.unique().tolist():
-            rows = (lengths == length).nonzero()[:, 0]
-            # A pooled embedding [N, d] has no length.
-            own = {
-                name: tensor[:, :length] if tensor.ndim > 2 or name == "mask" else tensor
-                for name, tensor in self[rows].tensors.items()
-            }
-            groups.append((rows, Conditioning(own)))
+        for own in lengths.unique(dim=0).tolist():
+            rows = (lengths == lengths.new_tensor(own)).all(1).nonzero()[:, 0]
+            ends = dict(zip(masks, own, strict=True))
+            cut = {name: tensor[:, : ends.get(self.mask_of(name) or "")] for name, tensor in self[rows].tensors.items()}
+            groups.append((rows, Conditioning(cut)))
         return groups
 
 

@@ -207,9 +207,9 @@ def _inputs(denoiser: Denoiser, conditioning: Conditioning, name: str, row: int)
 
 def _unmasked(conditioning: Conditioning, name: str, row: int) -> Tensor:
     """Which inputs of a prompt no mask hides, [n]."""
-    tensor, mask = conditioning.tensors[name], conditioning.tensors.get("mask")
-    if tensor.ndim == 3 and mask is not None:
-        return mask[row].to(_exact(tensor[row]).device, torch.bool)
+    tensor, mask = conditioning.tensors[name], conditioning.mask_of(name)
+    if mask is not None:
+        return conditioning.tensors[mask][row].to(_exact(tensor[row]).device, torch.bool)
     return torch.ones(1 if tensor.ndim == 2 else tensor.shape[1], dtype=torch.bool)
 
 

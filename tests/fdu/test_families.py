@@ -413,21 +413,29 @@ def test_prompts_of_several_lengths_are_predicted_and_drawn_together(denoiser: D
 
 
 def test_conditionings_of_any_shape_are_joined_and_parted() -> None:
-    def of(length: int, layers: int = 2) -> Conditioning:
+    def of(length: int, second: int = 4) -> Conditioning:
         return Conditioning(
             {
                 "embeddings": torch.randn(1, length, 6),
-                "stacked": torch.randn(1, length, layers, 6),  # of several layers of an encoder
+                "stacked": torch.randn(1, length, 2, 6),  # of several layers of an encoder
                 "pooled": torch.randn(1, 9),
+                "ids": torch.randint(1, 9, (1, length)),
                 "mask": torch.ones(1, length, dtype=torch.long),
+                "second": torch.randn(1, second, 8),  # of another encoder
+                "second_ids": torch.randint(1, 9, (1, second, 3)),
+                "second_mask": torch.ones(1, second, dtype=torch.long),
             }
         )
 
-    parts = [of(3), of(5), of(3)]
+    parts = [of(3), of(5), of(3), of(3, second=7)]
     joined = Conditioning.cat(parts)
-    assert joined.tensors["stacked"].shape == (3, 5, 2, 6) and joined.tensors["pooled"].shape == (3, 9)
+    assert joined.tensors["stacked"].shape == (4, 5, 2, 6) and joined.tensors["pooled"].shape == (4, 9)
+    assert joined.tensors["ids"].shape == (4, 5) and joined.tensors["second_ids"].shape == (4, 7, 3)
+    masks = {name: joined.mask_of(name) for name in joined.tensors}
+    assert {name for name, mask in masks.items() if mask == "second_mask"} == {"second", "second_ids", "second_mask"}
+    assert {name for name, mask in masks.items() if mask == "mask"} == {"embeddings", "stacked", "ids", "mask"}
     groups = joined.by_length()
-    assert [rows.tolist() for rows, _ in groups] == [[0, 2], [1]]
+    assert [rows.tolist() for rows, _ in groups] == [[0, 2], [3], [1]]
     for rows, own in groups:
         for place, row in enumerate(rows.tolist()):
             for name, tensor in parts[row].tensors.items():
