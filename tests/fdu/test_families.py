@@ -51,7 +51,7 @@ UNITS = {
 }
 """Pixels that a side must be a multiple of."""
 NO_LORA = ("pixart",)
-"""Families without LoRA files in diffusers; their adapters are saved merged."""
+"""Families whose pipelines and transformers load no LoRA in diffusers; their adapters are saved merged."""
 NO_KOHYA = (*NO_LORA, "sana", "cogview4")
 """Families without kohya files."""
 READ_BY_DIFFUSERS = ("sd", "sd_v", "sdxl", "qwenimage", "zimage", "flux2", "flux2_klein")
@@ -1095,6 +1095,15 @@ def test_an_erasure_comes_off_and_its_files_load_in_plain_diffusers(load: Load, 
         torch.testing.assert_close(picture(plain, name), after, rtol=0, atol=1e-4)
         plain.unload_lora_weights()
         assert torch.equal(picture(plain, name), before)
+    else:
+        with pytest.raises(ValueError, match="diffusers has no LoRA format for"):
+            result.save(tmp_path / "lora", save_as="lora")
+        assert not hasattr(plain, "load_lora_weights")
+        result.save(tmp_path / "merged")
+        torch.testing.assert_close(picture(loaded(tmp_path / "merged"), name), after, rtol=0, atol=1e-4)
+        result.save(tmp_path / "delta", save_as="delta")
+        load_weights(plain, tmp_path / "delta")
+        torch.testing.assert_close(picture(plain, name), after, rtol=0, atol=1e-4)
     names = type(result.denoiser).kohya
     assert (names is None) == (name in NO_KOHYA)
     if names is None:
