@@ -1,4 +1,4 @@
-"""Wan 2.1 and 2.2: a transformer over the patches of a video that reads UMT5 through cross-attention."""
+"""Wan 2.1 and Wan 2.2 5B: a transformer over the patches of a video that reads UMT5 through cross-attention."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from fdu.models.noise_schedules import FlowDenoiser
 class WanDenoiser(FlowDenoiser):
     """A WanTransformer3DModel, which reads the padding of the prompt as zeros and no mask. It draws videos."""
 
-    family = "Wan (a WanTransformer3DModel)"
+    family = "Wan 2.1 and 2.2 5B (a WanTransformer3DModel)"
     module_class = WanTransformer3DModel
     kohya = kohya_names.WAN
     guides_in_turn = True
