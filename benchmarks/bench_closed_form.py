@@ -25,6 +25,7 @@ from fdu.subjects.registry import subject_of
 REPEATS = 5
 NAMED = [f"{thing} {setting}" for thing in shapes.THINGS for setting in shapes.SETTINGS]
 NAMED += [f"{kind} of a {one}" for kind in shapes.KINDS[1:] for one in NAMED]
+NAMED += [f"{one} by a {thing}" for thing in shapes.THINGS for one in NAMED]
 """Names of concepts in the words of the tokenizer."""
 
 
@@ -42,13 +43,14 @@ def own(name: str, target: str, anchor: str) -> Callable[[], float]:
     return erase
 
 
-def named(pipeline: DiffusionPipeline, count: int) -> Callable[[], float]:
-    """An erasure of many concepts by name, towards "painting"."""
-    targets = [fdu.Concept(name) for name in NAMED[:count]]
-    assert len(targets) == count, f"at most {len(NAMED)} concepts have names"
+def named(pipeline: DiffusionPipeline, count: int, own: bool = False) -> Callable[[], float]:
+    """An erasure of many concepts by name, each towards a name of its ``own`` or all towards "painting"."""
+    names = [fdu.Concept(name) for name in NAMED[: (1 + own) * count]]
+    targets, anchors = names[:count], names[count:] or "painting"
+    assert len(names) == (1 + own) * count, f"there are {len(NAMED)} names"
 
     def erase() -> float:
-        result = fdu.erase(pipeline, targets, "painting", train_method="closed_form")
+        result = fdu.erase(pipeline, targets, anchors, train_method="closed_form")
         result.trainable.remove()
         return result.seconds
 
@@ -68,13 +70,14 @@ def main() -> None:
         "digits, three to eight": own("digits", "three", "eight"),
         "Stable Diffusion 1.5, 1 concept": named(pipeline, 1),
         f"Stable Diffusion 1.5, {options.concepts} concepts": named(pipeline, options.concepts),
+        f"Stable Diffusion 1.5, {options.concepts} concepts, own anchors": named(pipeline, options.concepts, own=True),
     }
     print(f"{records.machine()['device']}, {torch.get_num_threads()} threads")
     seconds = {}
     for what, erase in erasures.items():
         first = erase()
         seconds[what] = statistics.median([erase() for _ in range(REPEATS)]) if first < 1 else first
-        print(f"{what:<40}{seconds[what]:8.2f} s", flush=True)
+        print(f"{what:<50}{seconds[what]:8.2f} s", flush=True)
     found = {"seconds": seconds, "threads": torch.get_num_threads(), "concepts": options.concepts}
     promises.judge(promises.closed_form(found))
     if options.record:

@@ -34,9 +34,9 @@ from fdu.models import parts
 from fdu.models.denoiser import ENCODE_BATCH, Conditioning, Denoiser
 from fdu.training.examples import Found, preserved_prompts, spread
 
-MOST_PROMPTS, FEWEST_PHRASINGS = 256, 3
-"""Of many concepts, no more prompts are read than these in all, but so many of each: encoding them takes most of the
-time, and further phrasings change the result little."""
+MOST_PROMPTS = 256
+"""Of many concepts, no more prompts of targets and preserved anchors are read than these, but one of each: encoding them
+takes most of the time, and further phrasings change the result little."""
 NEGLIGIBLE = 1e-14
 """Shares of the squared effect below this are rounding errors."""
 
@@ -115,6 +115,7 @@ def closed_form(
             f"the closed form finds no layer to edit in this {type(denoiser.pipeline).__name__}; choose train_method "
             "'lora' and init 'none'"
         )
+    pairs = _thinned(pairs, config)
     for weight, before, after in _aligned(denoiser, pairs, found):
         for name in before:
             add(name, weight, before[name], after[name])
@@ -165,6 +166,21 @@ def _applied(layer: nn.Module, left: Tensor) -> Tensor:
     return applied
 
 
+def _thinned(pairs: Sequence[Pair], config: EraseConfig) -> list[Pair]:
+    """The concepts with those of their prompts that are read."""
+    anchors = 0 if config.preservation_prompts else len({anchor.prompts for _, anchor in pairs})
+    most = max(MOST_PROMPTS // (len(pairs) + anchors), 1)
+    found = []
+    for pair in pairs:
+        count = len(pair[0].prompts)
+        chosen = spread(count, min(count, most))
+        target, anchor = (
+            dataclasses.replace(one, prompts=tuple(one.prompts[index] for index in chosen)) for one in pair
+        )
+        found.append((target, anchor))
+    return found
+
+
 def _aligned(
     denoiser: Denoiser, pairs: Sequence[Pair], found: Sequence[Found] = ()
 ) -> Iterator[tuple[float, dict[str, Tensor], dict[str, Tensor]]]:
@@ -173,12 +189,11 @@ def _aligned(
 
     Inputs have the names of ``Denoiser.text_inputs`` and are [n, d] float64.
     """
-    most = max(MOST_PROMPTS // len(pairs), FEWEST_PHRASINGS)
     every = []
     for concept, (target, anchor) in enumerate(pairs):
         own = [one for one in found if one.concept == concept]
-        chosen = spread(len(target.prompts), min(len(target.prompts), most))
-        every += [(1 / len(chosen), own, target.prompts[index], anchor.prompts[index]) for index in chosen]
+        share = 1 / len(target.prompts)
+        every += [(share, own, *both) for both in zip(target.prompts, anchor.prompts, strict=True)]
     for start in range(0, len(every), ENCODE_BATCH // 2):
         some = every[start : start + ENCODE_BATCH // 2]
         prompts = list(dict.fromkeys(prompt for _, _, *both in some for prompt in both))

@@ -234,7 +234,7 @@ def test_an_erasure_without_training_is_timed_and_kept(
     monkeypatch.setattr("sys.argv", ["", "--scaled", "--concepts", "3", "--record", str(path)])
     bench_closed_form.main()
     found = records.read(path)["closed_form"]
-    assert found["concepts"] == 3 and list(found["seconds"])[-1] == "Stable Diffusion 1.5, 3 concepts"
+    assert found["concepts"] == 3 and list(found["seconds"])[-1] == "Stable Diffusion 1.5, 3 concepts, own anchors"
     assert all(0 < seconds < 60 for seconds in found["seconds"].values())
     assert "emoji, fox to wolf" in (printed := capsys.readouterr().out) and "holds" in printed
 

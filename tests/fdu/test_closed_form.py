@@ -381,9 +381,43 @@ def test_the_command_line_edits_in_half_precision_and_says_what_it_did(
 
 
 def test_many_concepts_are_read_in_fewer_phrasings(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(closed_form, "MOST_PROMPTS", 8)
-    denoiser = denoiser_of(families.build("sd"))
-    few = concept_pairs([fdu.Concept("one"), fdu.Concept("two")], "nine")
-    many = concept_pairs([fdu.Concept(name) for name in DIGITS[:8]], "nine")
-    assert [weight for weight, _, _ in closed_form._aligned(denoiser, few)] == [1 / 4] * 8
-    assert [weight for weight, _, _ in closed_form._aligned(denoiser, many)] == [1 / 3] * 24
+    targets = [fdu.Concept(f"thing {number}") for number in range(100)]
+    own = [fdu.Concept(f"other {number}") for number in range(100)]
+    denoiser, plain, kept = denoiser_of(families.build("sd")), EraseConfig(), EraseConfig(preservation_prompts=("a",))
+    few = list(concept_pairs(targets[:18], own[:18]))
+    assert closed_form._thinned(few, plain) == few
+    counts = {}
+    for name, pairs, config in (
+        ("shared", concept_pairs(targets, "nine"), plain),
+        ("own", concept_pairs(targets, own), plain),
+        ("own, kept", concept_pairs(targets[:50], own[:50]), kept),
+    ):
+        thinned = closed_form._thinned(pairs, config)
+        counts[name] = {len(prompts.prompts) for pair in thinned for prompts in pair}
+        for pair, thin in zip(pairs, thinned, strict=True):
+            assert {*zip(*(one.prompts for one in thin), strict=True)} <= {
+                *zip(*(one.prompts for one in pair), strict=True)
+            }
+    assert counts == {"shared": {2}, "own": {1}, "own, kept": {5}}
+    read: list[str] = []
+    plainly = denoiser.encode_batch
+
+    def encode_batch(prompts: list[str]) -> Any:
+        read.extend(prompts)
+        return plainly(prompts)
+
+    monkeypatch.setitem(vars(denoiser), "encode_batch", encode_batch)
+    closed_form.closed_form(denoiser, concept_pairs(targets, own), plain)
+    assert len(read) == 301  # targets, anchors, and these again with the empty prompt, to be preserved
+
+
+def test_a_thousand_concepts_are_erased_at_once() -> None:
+    pipeline = families.build("sd")
+    denoiser = denoiser_of(pipeline)
+    targets = [fdu.Concept(f"thing {number}") for number in range(1000)]
+    result = fdu.erase(pipeline, targets, "nine", train_method="closed_form", preservation_weight=0.1)
+    with result.original():
+        nine, before = prediction(denoiser, "nine"), [prediction(denoiser, one.name) for one in targets[::199]]
+    pairs = zip(targets[::199], before, strict=True)
+    left = [float((prediction(denoiser, one.name) - nine).norm() / (plain - nine).norm()) for one, plain in pairs]
+    assert sum(left) / len(left) < 0.6
