@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from fdu.config import Positive, check_number
+
 ConceptType = Literal["object", "style"]
 
 OBJECT_TEMPLATES = (
@@ -38,6 +40,11 @@ class Concept:
 
     name: str
     prompts: tuple[str, ...] = ()
+    weight: float = dataclasses.field(default=1.0, repr=False)
+    """How much a target counts beside the others that are erased with it, > 0; of an anchor it means nothing."""
+
+    def __post_init__(self) -> None:
+        check_number("weight", self.weight, Positive)
 
     @classmethod
     def from_file(cls, path: str | Path) -> Concept:
@@ -156,6 +163,24 @@ def joined(concepts: Sequence[Concept]) -> Concept:
     return Concept(", ".join(concept.name for concept in concepts), prompts)
 
 
+def weighted(pairs: Sequence[Pair], weights: Sequence[float]) -> tuple[Pair, ...]:
+    """The pairs with weights for their targets; none for those that they have.
+
+    Raises:
+        ValueError: not one per target, or a number that is no weight.
+    """
+    if weights and len(weights) != len(pairs):
+        raise ValueError(f"weights must be one per target, {len(pairs)} in all; got {len(weights)}")
+    given = weights or [target.weight for target, _ in pairs]
+    return tuple((dataclasses.replace(one, weight=own), other) for (one, other), own in zip(pairs, given, strict=True))
+
+
+def weights_of(pairs: Sequence[Pair]) -> list[float] | None:
+    """The weights of the targets; None if all count the same."""
+    weights = [target.weight for target, _ in pairs]
+    return weights if len(set(weights)) > 1 else None
+
+
 def read_concepts(names: Sequence[str]) -> ConceptLike | list[Concept]:
     """The concepts of a command line: one name or ``.txt`` file, or several."""
     if len(names) == 1:
@@ -184,7 +209,7 @@ def _pair(target: ConceptLike, anchor: ConceptLike, concept_type: ConceptType) -
             "choose another anchor, such as a superclass"
         )
     if not named_target.prompts:
-        named_target, named_anchor = _expand(named_target.name, named_anchor, concept_type)
+        named_target, named_anchor = _expand(named_target, named_anchor, concept_type)
     elif not named_anchor.prompts:
         named_anchor = Concept(named_anchor.name, (named_anchor.name,))
     if len(named_anchor.prompts) == 1:
@@ -206,7 +231,7 @@ def _read(argument: str, value: ConceptLike) -> Concept:
     """A concept, its prompts still empty where only a name was given."""
     if isinstance(value, Concept):
         if not value.prompts:
-            return Concept(value.name.strip(), ())
+            return dataclasses.replace(value, name=value.name.strip())
         concept = value
     elif isinstance(value, str):
         return Concept.from_file(value) if value.endswith(".txt") else Concept(value.strip(), ())
@@ -221,18 +246,18 @@ def _read(argument: str, value: ConceptLike) -> Concept:
     return concept
 
 
-def _expand(target: str, anchor: Concept, concept_type: ConceptType) -> Pair:
+def _expand(target: Concept, anchor: Concept, concept_type: ConceptType) -> Pair:
     """Put the target's name into the templates, and the anchor's if it has no prompts."""
     if concept_type == "object":
-        prompts = tuple(_with_article(template, target).format(target) for template in OBJECT_TEMPLATES)
+        prompts = tuple(_with_article(template, target.name).format(target.name) for template in OBJECT_TEMPLATES)
         named = tuple(_with_article(template, anchor.name).format(anchor.name) for template in OBJECT_TEMPLATES)
         anchors = named if anchor.name else ("",)
     else:
         base = anchor.name or "picture"
         templates = [_with_article(template, base) for template in STYLE_TEMPLATES]
-        prompts = tuple(template.format(anchor=base, target=target) for template in templates)
+        prompts = tuple(template.format(anchor=base, target=target.name) for template in templates)
         anchors = tuple(_NAMED_STYLE.sub("", template).format(anchor=base) for template in templates)
-    return Concept(target, prompts), Concept(anchor.name, anchor.prompts or anchors)
+    return dataclasses.replace(target, prompts=prompts), Concept(anchor.name, anchor.prompts or anchors)
 
 
 _NAMED_STYLE = re.compile(r",? (in the style of \{target\}|by \{target\}|\{target\} style)$")

@@ -16,7 +16,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 from torch.nn import functional
 
-from fdu.concepts import Concept, ConceptLike, ConceptType, Pair, concept_pairs, joined
+from fdu.concepts import Concept, ConceptLike, ConceptType, Pair, concept_pairs, joined, weights_of
 from fdu.config import TRAIN_METHODS, EraseConfig
 from fdu.models.denoiser import Denoiser
 from fdu.models.families import denoiser_of
@@ -232,6 +232,7 @@ def _searches_key(
     return {
         "settings": config.recorded(),
         "concepts": [[list(one.prompts) for one in pair] for pair in pairs],
+        "weights": weights_of(pairs),
         "mask": None if mask is None else tensor_key(mask),
         "processes": accelerator.num_processes,
     }
@@ -339,6 +340,7 @@ def _checkpoints(
     manifest = {
         "config": config.as_dict(),
         "concepts": [[[one.name, list(one.prompts)] for one in pair] for pair in pairs],
+        "weights": weights_of(pairs),
         "mask": None if mask is None else tensor_key(mask),
         "base": base,
         "processes": processes,

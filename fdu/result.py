@@ -10,7 +10,7 @@ from typing import Any
 
 from diffusers import DiffusionPipeline
 
-from fdu.concepts import Concept, Pair, joined
+from fdu.concepts import Concept, Pair, joined, weights_of
 from fdu.config import PLACES, EraseConfig
 from fdu.evaluation import Draws, Evaluation, Probe
 from fdu.models.denoiser import Denoiser
@@ -95,9 +95,10 @@ class ErasureResult:
             "fingerprint": self.fingerprint(),
             "adapters": self.base_adapters(),
             "command": command,
-            "target": dataclasses.asdict(self.target),
-            "anchor": dataclasses.asdict(self.anchor),
+            "target": {"name": self.target.name, "prompts": self.target.prompts},
+            "anchor": {"name": self.anchor.name, "prompts": self.anchor.prompts},
             "concepts": [[target.name, anchor.name] for target, anchor in self.pairs],
+            "weights": weights_of(self.pairs),
             "revision": vars(self.pipeline).get(REVISION_MARK),
             "model_config": public_name(vars(self.pipeline).get(CONFIG_MARK) or "") or None,
             "quantization": quantization_of(self.pipeline),

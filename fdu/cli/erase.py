@@ -14,6 +14,7 @@ from tyro.conf import OmitArgPrefixes, Positional, UseAppendAction, arg
 
 import fdu
 from fdu.cli.options import LoadOptions, Settings, described, grouped
+from fdu.concepts import weighted
 from fdu.config import TRAIN_METHODS
 from fdu.presets import PresetName, check_preset, write_settings
 from fdu.storage.loading import (
@@ -55,6 +56,8 @@ class Erase:
     concept_type: UseAppendAction[tuple[Literal["object", "style"], ...]] = ()
     """Which prompt templates the names are put into: one choice for all targets, or one per target. Default: object.
     Emoji and digits have their own."""
+    weights: tuple[float, ...] = ()
+    """How much each target counts beside the others, > 0, in the same order. Default: 1 each."""
     preset: PresetName | None = None
     """Begin with settings of a published method, or for a kind of model; a setting given beside it wins. docs/usage.md
     says what they are and where they come from."""
@@ -92,7 +95,7 @@ class Erase:
             )
         types = self.concept_type[0] if len(self.concept_type) == 1 else self.concept_type or "object"
         model = subject_of(self.loading.location(self.model))
-        pairs = model.pairs(self.target, self.anchor, types)
+        pairs = weighted(model.pairs(self.target, self.anchor, types), self.weights)
         checkpoints = Path(f"{self.out}.checkpoints")
         given = config = self.settings.checked(checkpoint_dir=str(checkpoints))
         check_resolution(model.folder, config.size)

@@ -112,7 +112,7 @@ class Checkpoints:
 
     def _check_same_run(self, path: Path, other: dict[str, Any]) -> None:
         mine = json.loads(json.dumps(self.manifest))
-        for name in ("base", "concepts", "processes", "mask"):
+        for name in ("base", "concepts", "weights", "processes", "mask"):
             if mine.get(name) != other.get(name):
                 # The others are long, or say nothing.
                 values = f", {other.get(name)!r} there, {mine.get(name)!r} here" if name == "processes" else ""

@@ -10,8 +10,8 @@ of the preserved prompts:
 
     M = (sum_i w_i (a_i - t_i) t_i^T) (sum_i w_i t_i t_i^T + sum_k v_k p_k p_k^T + r I)^-1
 
-The prompts of one concept share the weight 1. All preserved prompts share preservation_weight times the number of
-concepts. r is ``ridge`` times the mean of the diagonal of the other two sums.
+The prompts of one concept share its weight. All preserved prompts share preservation_weight times the sum of these
+weights. r is ``ridge`` times the mean of the diagonal of the other two sums.
 
 TIME (Orgad et al. 2023, arXiv 2303.08084), UCE (Gandikota et al. 2024, arXiv 2308.14761) and MACE (Lu et al. 2024,
 arXiv 2403.06135) edit the keys and values of cross-attention in this way.
@@ -35,8 +35,8 @@ from fdu.models.denoiser import ENCODE_BATCH, Conditioning, Denoiser
 from fdu.training.examples import Found, preserved_prompts, spread
 
 MOST_PROMPTS = 256
-"""Of many concepts, no more prompts of targets and preserved anchors are read than these, but one of each: encoding them
-takes most of the time, and further phrasings change the result little."""
+"""Of many concepts, no more prompts of targets and preserved anchors are read than these, but one of each: encoding
+them takes most of the time."""
 NEGLIGIBLE = 1e-14
 """Shares of the squared effect below this are rounding errors."""
 
@@ -89,7 +89,7 @@ def closed_form(
         denoiser: the model.
         pairs: targets and their anchors.
         config: the settings.
-        found: conditionings that still draw a target, which are erased too. Those of one concept share the weight 1.
+        found: conditionings that still draw a target, which are erased too. Those of one concept share its weight.
 
     Raises:
         ValueError: the denoiser has no layer to edit, or its text encoders read target and anchor as the same.
@@ -120,12 +120,13 @@ def closed_form(
         for name in before:
             add(name, weight, before[name], after[name])
     kept = preserved_prompts(pairs, config)
+    preserving = config.preservation_weight * sum(target.weight for target, _ in pairs) / len(kept)
     for start in range(0, len(kept), ENCODE_BATCH):
         conditioning = denoiser.encode(kept[start : start + ENCODE_BATCH])
         for row in range(len(conditioning)):
             for name in sums:
                 inputs = _inputs(denoiser, conditioning, name, row)[_unmasked(conditioning, name, row)]
-                add(name, config.preservation_weight * len(pairs) / len(kept), inputs, inputs)
+                add(name, preserving, inputs, inputs)
     edits = [
         _edit(denoiser, name, readers[name], *both, config)
         for name, both in sums.items()
@@ -192,7 +193,7 @@ def _aligned(
     every = []
     for concept, (target, anchor) in enumerate(pairs):
         own = [one for one in found if one.concept == concept]
-        share = 1 / len(target.prompts)
+        share = target.weight / len(target.prompts)
         every += [(share, own, *both) for both in zip(target.prompts, anchor.prompts, strict=True)]
     for start in range(0, len(every), ENCODE_BATCH // 2):
         some = every[start : start + ENCODE_BATCH // 2]

@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor
 
-from fdu.concepts import Pair, joined
+from fdu.concepts import Pair, joined, weights_of
 from fdu.config import EraseConfig
 from fdu.models.denoiser import Conditioning, Denoiser, Trajectories
 from fdu.models.offloading import offloads
@@ -52,6 +52,8 @@ class Examples:
     """The indices on the grid at which alone the model is trained, [S]; on the CPU. None for the whole grid."""
     trajectories: Tensor | None = None
     """x_t of each latent at each of the steps, [M, S, C, H, W] fp32, on the CPU; None to add noise to the latents."""
+    weights: Tensor | None = None
+    """How often a prompt of each concept is drawn, relative to the others, [concepts]; on the CPU. None: equally."""
     added: Conditioning | None = None
     """What is added to the prompts as an encoder reads them, [prompts, ...]; None for nothing. ``conditioning`` has it
     already."""
@@ -239,7 +241,7 @@ def prepare_examples(
             return _sample(denoiser, encoded, chosen, texts.index(""), config, accelerator, trajectories)
 
     found = cache.get("latents", key, sample)
-
+    weights = weights_of(pairs)
     return Examples(
         texts=texts,
         conditioning=encoded,
@@ -247,6 +249,7 @@ def prepare_examples(
         anchor=places(anchors.prompts),
         preserved=places(preserved),
         concept=torch.tensor(concept),
+        weights=None if weights is None else torch.tensor(weights),
         pair=torch.tensor(pair_of),
         latents_per_concept=each,
         latents=found["latents"].to(denoiser.device),
@@ -338,15 +341,18 @@ def draw_batch(
     size, total = config.train_batch_size, config.train_batch_size * processes
     share = slice(rank * size, (rank + 1) * size)
 
-    def choose(of: int) -> Tensor:
-        return torch.randint(of, (total,), generator=generator)
+    def choose(of: int, concept: Tensor | None = None) -> Tensor:
+        """Numbers below ``of``; with the concept of each, by its weight."""
+        if concept is None or examples.weights is None:
+            return torch.randint(of, (total,), generator=generator)
+        return torch.multinomial(examples.weights[concept], total, replacement=True, generator=generator)
 
     each = examples.latents_per_concept
     if config.objective == "noise":
-        chosen = choose(len(examples.pair))
+        chosen = choose(len(examples.pair), torch.arange(len(examples.pair)) // each)
         pairs = examples.pair[chosen]
     else:
-        pairs = choose(len(examples.target))
+        pairs = choose(len(examples.target), examples.concept)
         chosen = choose(len(examples.pair))
         # A prompt is paired with latents of its concept.
         chosen = examples.concept[pairs] * each + chosen % each

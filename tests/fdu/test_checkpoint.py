@@ -133,6 +133,14 @@ def test_a_checkpoint_may_have_former_names_of_settings(tmp_path: Path) -> None:
         Checkpoints(tmp_path, 2, {"config": {"sampling_guidance": 3.0}}).load("latest")
 
 
+def test_a_run_with_other_weights_is_another_run(run: dict[str, Any]) -> None:
+    targets = [fdu.Concept("three"), fdu.Concept("four")]
+    fdu.erase(digits.load_pipeline(), targets, "eight", **run)
+    targets[0] = fdu.Concept("three", weight=2.0)
+    with pytest.raises(ValueError, match="another run.*weights"):
+        fdu.erase(digits.load_pipeline(), targets, "eight", **run, resume_from_checkpoint="latest")
+
+
 def test_what_was_just_written_is_not_removed(tmp_path: Path) -> None:
     checkpoints = Checkpoints(tmp_path, 2, {"config": {}})
     for step in (300, 400, 200):

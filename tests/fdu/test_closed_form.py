@@ -16,7 +16,7 @@ from torch import Tensor
 
 import fdu
 from fdu.cli import main
-from fdu.concepts import concept_pairs
+from fdu.concepts import Pair, concept_pairs, weighted
 from fdu.config import EraseConfig
 from fdu.evaluation.robustness.relearning import RelearningConfig
 from fdu.models import parts
@@ -34,6 +34,7 @@ pytestmark = pytest.mark.quick(
 
 CONFIG = EraseConfig(train_method="closed_form", preservation_prompts=("a one", "a seven in red ink"))
 NO_STEPS: dict[str, Any] = {"max_train_steps": 0, "num_latents": 2, "num_inference_steps": 1}
+EXACT = EraseConfig(train_method="closed_form", rank_tolerance=0, preservation_weight=0.01)
 PAIRS = concept_pairs("three", "an eight")
 
 
@@ -376,6 +377,10 @@ def test_the_command_line_edits_in_half_precision_and_says_what_it_did(
     assert main([*words, "--dtype", "bfloat16"]) == 0
     shown = capsys.readouterr().out
     assert "layers read the embeddings of the text; edited at rank" in shown and "Nothing was trained" not in shown
+    assert main([*words, "--overwrite", "--weights", "2", "1"]) == 2
+    assert "weights must be one per target" in capsys.readouterr().err
+    several = [*words[:6], "--target", "four", "--anchor", "nine", *words[6:], "--overwrite", "--weights", "2", "1"]
+    assert main(several) == 0 and json.loads((tmp_path / "erased" / "fdu.json").read_text())["weights"] == [2.0, 1.0]
     assert main(["compare", *words[1:8], "--out", str(tmp_path / "compared")]) == 2
     assert "closed_form" in capsys.readouterr().err
 
@@ -409,6 +414,28 @@ def test_many_concepts_are_read_in_fewer_phrasings(monkeypatch: pytest.MonkeyPat
     monkeypatch.setitem(vars(denoiser), "encode_batch", encode_batch)
     closed_form.closed_form(denoiser, concept_pairs(targets, own), plain)
     assert len(read) == 301  # targets, anchors, and these again with the empty prompt, to be preserved
+
+
+def test_a_weight_says_how_much_a_concept_counts_beside_the_others() -> None:
+    denoiser = denoiser_of(families.build("sd"))
+    pairs = concept_pairs([fdu.Concept("three"), fdu.Concept("seven")], "nine")
+
+    def edit(*weights: float) -> closed_form.Edit:
+        return closed_form.closed_form(denoiser, weighted(pairs, weights), EXACT)[0]
+
+    def left(found: closed_form.Edit, pair: Pair) -> float:
+        """How far the edited keys of a prompt are from its anchor's."""
+        layer, up = next(iter(found.ups.items()))
+        weight = parts.layers(denoiser.module)[layer].weight.double()
+        ((_, before, after),) = closed_form._aligned(denoiser, concept_pairs(pair[0].prompts[:1], pair[1].prompts[:1]))
+        one, other = before["embeddings"], after["embeddings"]
+        return float((one @ (weight + up @ found.down).T - other @ weight.T).norm())
+
+    first, second = edit(99, 1), edit(1, 99)
+    assert left(first, pairs[0]) < 0.8 * left(second, pairs[0]) and left(second, pairs[1]) < 0.8 * left(first, pairs[1])
+    plain, twice = edit(), edit(2, 2)
+    layer = next(iter(plain.ups))
+    torch.testing.assert_close(twice.ups[layer] @ twice.down, plain.ups[layer] @ plain.down)
 
 
 def test_a_thousand_concepts_are_erased_at_once() -> None:

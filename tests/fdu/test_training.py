@@ -23,7 +23,7 @@ from torch.profiler import ProfilerActivity
 import fdu
 import fdu_kernels
 from fdu import erasure
-from fdu.concepts import Pair, joined
+from fdu.concepts import Pair, joined, weighted
 from fdu.models.denoiser import Denoiser
 from fdu.models.families import denoiser_of
 from fdu.subjects.digits import pipeline as digits
@@ -211,13 +211,36 @@ def test_importance_sampling_leaves_preservation_as_it_is(pipeline: StableDiffus
     assert (batch.timestep_weight * erasing).mean() == pytest.approx(500, abs=25)
 
 
+@pytest.mark.parametrize("objective", ["model", "noise"])
+def test_a_concept_is_drawn_as_often_as_its_weight_says(objective: str, pipeline: StableDiffusionPipeline) -> None:
+    config = fdu.EraseConfig(objective=objective, train_batch_size=2000, num_latents=16, num_inference_steps=1)
+    denoiser, pairs = denoiser_of(pipeline), (digits.concepts("three", "eight"), digits.concepts("red", "black"))
+    odds, reads = [], []
+    for weights in ((), (2.0, 2.0), (3.0, 1.0)):
+        prepared = prepare(denoiser, config, *weighted(pairs, weights))
+        reads.append(a_batch(denoiser, prepared, config).reads[:2000])
+        first = set(prepared.target[prepared.concept == 0].tolist())
+        count = sum(read in first for read in reads[-1].tolist())
+        odds.append(count / (2000 - count))
+    assert odds[2] / odds[0] == pytest.approx(3, rel=0.2)
+    assert torch.equal(reads[0], reads[1])
+
+
+def test_weights_must_fit() -> None:
+    pair = digits.concepts("three", "eight")
+    with pytest.raises(ValueError, match="weights must be one per target, 1 in all; got 2"):
+        weighted([pair], (1.0, 2.0))
+    with pytest.raises(ValueError, match="weight must be a finite number > 0"):
+        fdu.Concept("three", weight=0.0)
+
+
 def test_two_concepts_at_once_are_recorded(quick: dict[str, Any], tmp_path: Path) -> None:
     targets, anchors = [fdu.Concept("three"), fdu.Concept("red")], [fdu.Concept("eight"), fdu.Concept("black")]
     settings = {**quick, "max_train_steps": 0, "concept_type": ["object", "style"]}
     result = fdu.erase(digits.load_pipeline(), targets, anchors, **settings)
     record = result.record()
     assert record["target"]["name"] == "three, red" and record["anchor"]["name"] == "eight, black"
-    assert record["concepts"] == [["three", "eight"], ["red", "black"]]
+    assert record["concepts"] == [["three", "eight"], ["red", "black"]] and record["weights"] is None
 
 
 def test_no_more_latents_are_drawn_than_the_steps_can_use(
