@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import gc
 import inspect
+import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,6 +19,7 @@ import fdu
 from fdu import erasure
 from fdu.models.denoiser import Denoiser
 from fdu.subjects.digits import pipeline as digits
+from fdu.subjects.registry import subject_of
 from fdu.training import examples, step
 
 TRAIN_METHODS = ["lora", "cross_attention"]
@@ -303,3 +306,15 @@ def test_a_loss_that_is_not_finite_stops_the_run(pipeline: StableDiffusionPipeli
     with pytest.raises(RuntimeError, match="the loss became .*step .*lower learning_rate"):
         fdu.erase(pipeline, "three", "eight", **{**quick, "learning_rate": 1e30})
     assert torch.equal(picture(pipeline), before)
+
+
+@pytest.mark.parametrize("model", ["digits", pytest.param("emoji", marks=pytest.mark.slow)])
+def test_a_run_with_the_defaults_takes_the_recorded_steps(model: str) -> None:
+    """Ten of them. A change of defaults, data or model shows here; whoever wants one records the run again."""
+    recorded = json.loads(Path(__file__).with_name("default_runs.json").read_text())[model]
+    subject, names = subject_of(model), (recorded["target"], recorded["anchor"])
+    config = subject.with_preserved(fdu.EraseConfig(max_train_steps=10), [names])
+    ((target, anchor),) = subject.pairs(names[:1], names[1:])
+    result = fdu.erase(subject.load(), target, anchor, config=config)
+    assert result.sigma == pytest.approx(recorded["sigma"], rel=1e-3)
+    assert result.history["loss"] == pytest.approx(recorded["losses"], rel=1e-3)
