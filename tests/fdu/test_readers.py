@@ -110,6 +110,19 @@ def test_uce_of_flux_safetensors(tmp_path: Path) -> None:
     assert_same(plain, pipeline)
 
 
+def test_fdmu_delta_of_flux(tmp_path: Path) -> None:
+    """Its script for FLUX is not published: the layers are those that its arguments name, in the form of its files of
+    Stable Diffusion."""
+    layers = ("context_embedder", "text_embedder.linear_1", "text_embedder.linear_2")
+    pipeline, after = after_erasure("flux", (*layers, *(f"{layer}.bias" for layer in layers)))
+    assert len(after) == 6
+    torch.save({"transformer": {key: tensor.clone() for key, tensor in after.items()}}, tmp_path / "delta.bin")
+    plain = families.build("flux")
+    assert load_weights(plain, tmp_path) == Loaded("changed weights", len(after), ("transformer",))
+    assert_same(plain, pipeline)
+    assert_refused("sd", tmp_path, "changes transformer.*StableDiffusionPipeline does not have")
+
+
 def test_former_esd_pickles_hold_the_state_of_each_module(tmp_path: Path) -> None:
     pipeline, after = after_erasure("sd")
     modules = {f"unet.{key.removesuffix('.weight')}": OrderedDict(weight=tensor) for key, tensor in after.items()}
