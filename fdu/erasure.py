@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -37,6 +38,7 @@ from fdu.training.reconstruction import AUTOCAST
 from fdu.training.sharding import check_shards, with_launcher
 from fdu.training.step import Stepper
 
+LOGGER = logging.getLogger(__name__)
 SEARCH_FOLDER = "checkpoint-search"
 """Within the folder of a run's checkpoints, those of the training whose searches come first."""
 Settings = ParamSpec("Settings")
@@ -105,6 +107,7 @@ def erase(
     config = with_launcher(config or EraseConfig.from_settings(settings))
     denoiser = denoiser_of(pipeline, config.size, config.num_frames)
     _check_run(denoiser, pairs, mask, config)
+    _tell_of_gaps(denoiser, config)
     denoiser.embedded_guidance = config.embedded_guidance
     started = time.perf_counter()
     precise = config
@@ -324,6 +327,19 @@ def _check_run(denoiser: Denoiser, pairs: Sequence[Pair], mask: Tensor | None, c
     contradicted = sorted(set(config.preservation_prompts) & targets)
     if contradicted:
         raise ValueError(f"preservation_prompts holds {contradicted[0]!r}, a prompt of the target; remove it")
+
+
+def _tell_of_gaps(denoiser: Denoiser, config: EraseConfig) -> None:
+    """Warn of layers by which the prompt enters the model past those that are trained."""
+    by_weights = TRAIN_METHODS[config.train_method].result == "weights"
+    option, chosen = ("train_method", config.train_method) if by_weights else ("adapter_layers", config.adapter_layers)
+    trained = denoiser.layer_groups().get(chosen)
+    left = [layer for layer in denoiser.other_readers if trained is not None and layer not in trained]
+    if left:
+        LOGGER.warning(
+            "%s %r leaves %s as it is, by which the prompt also enters %s, so the concept may stay; 'text' trains it",
+            *(option, chosen, " and ".join(left), denoiser.family),
+        )
 
 
 def _checkpoints(

@@ -49,13 +49,18 @@ def test_a_preset_is_a_set_of_settings_that_makes_sense(name: str) -> None:
 @pytest.mark.parametrize(
     "name", [name for name, one in PRESETS.items() if one.models in ("Stable Diffusion 3", "FLUX.1")]
 )
-def test_a_preset_reaches_all_of_the_text(name: str) -> None:
-    """In SD3 and FLUX a pooled embedding, too, tells every block of the prompt."""
+def test_a_preset_reaches_all_of_the_text(name: str, caplog: pytest.LogCaptureFixture) -> None:
+    """In SD3 and FLUX a pooled embedding, too, tells every block of the prompt. What leaves it alone is told."""
     pipeline = families.build("sd3" if "3" in PRESETS[name].models else "flux")
     tiny = {"max_train_steps": 0, "num_latents": 2, "num_inference_steps": 1, "mixed_precision": "no"}
     result = fdu.erase(pipeline, "a cat", "a dog", config=fdu.preset(name, **tiny))
     trained = " ".join(result.trainable.named_parameters())
     assert all(layer in trained for layers in result.denoiser.text_inputs.values() for layer in layers)
+    assert not caplog.records
+    result.trainable.remove()
+    for settings in ({"train_method": "cross_attention"}, {"adapter_layers": "cross_attention"}):
+        fdu.erase(pipeline, "a cat", "a dog", **{**tiny, **settings}).trainable.remove()
+        assert "leaves context_embedder and time_text_embed.text_embedder" in caplog.messages[-1]
 
 
 def test_a_preset_for_another_kind_of_model_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
