@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fdu.models import parts
 from fdu.storage.fingerprint import fingerprint
+from fdu.storage.tensor_checks import check_floats, is_finite
 
 DELTA_FILE = "delta.safetensors"
 FORMAT_KEY, FORMAT = "fdu_format", "delta 1"
@@ -101,7 +102,8 @@ def check_base(pipeline: DiffusionPipeline, metadata: Mapping[str, str]) -> None
     if expected != found:
         name = pipeline.config.get("_name_or_path") or type(pipeline).__name__
         raise ValueError(
-            f"the delta was made on {metadata.get(BASE_KEY) or 'a base'} with fingerprint {expected[:16]}, but this "
+            f"the delta was made on {_shown(metadata.get(BASE_KEY) or 'a base')} with fingerprint "
+            f"{_shown(expected[:16])}, but this "
             f"pipeline, {name}, has {found[:16]}; load that base in the dtype of the training, without other "
             "changes, or pass check_base=False to apply it anyway"
         )
@@ -115,12 +117,17 @@ def changes(pipeline: DiffusionPipeline, tensors: Mapping[str, Tensor]) -> list[
         tensors: new values by "attribute.parameter"; without an attribute, the denoiser's.
 
     Raises:
-        ValueError: a parameter that the pipeline does not have, or a shape that does not fit.
+        ValueError: a parameter that the pipeline does not have, or not as plain numbers in memory; a shape or a dtype
+            that does not fit; or indices that are none.
     """
-    found = []
+    found: dict[str, Change] = {}
     own = parts.weights(pipeline)
     for key, tensor in tensors.items():
-        if key.endswith((INDICES, BUFFER)):
+        if key.endswith(BUFFER):
+            continue
+        if key.endswith(INDICES):
+            if key.removesuffix(INDICES) + ROWS not in tensors:
+                raise ValueError(f"the file has {key}, indices without rows; it is incomplete")
             continue
         attribute, name = parts.split(pipeline, key.removesuffix(ROWS))
         target = parts.find(own, name, f"{attribute}.")
@@ -129,31 +136,80 @@ def changes(pipeline: DiffusionPipeline, tensors: Mapping[str, Tensor]) -> list[
                 f"the file changes {attribute}.{name}, which this {type(pipeline).__name__} does not have; "
                 "load it into the model family it was made for"
             )
-        rows = tensors.get(key.removesuffix(ROWS) + INDICES) if key.endswith(ROWS) else None
+        if target in found:
+            raise ValueError(f"the file changes {target} twice; drop one of its tensors")
+        rows = None
+        if key.endswith(ROWS):
+            rows = tensors.get(key.removesuffix(ROWS) + INDICES)
+            _check_indices(target, own[target], rows)
         _check_shape(target, tensor, own[target], rows)
-        found.append(Change(target, tensor, rows))
-    return found
+        found[target] = Change(target, tensor, rows)
+    return list(found.values())
 
 
 @torch.no_grad()
 def apply(pipeline: DiffusionPipeline, wanted: list[Change], strength: float = 1.0) -> None:
-    """Set the new values; with ``strength`` below or above 1, part of the way or beyond."""
+    """Set the new values, all or, after an error, none; with ``strength`` below or above 1, part of the way or beyond.
+
+    Raises:
+        ValueError: a value that the pipeline's dtype cannot hold.
+    """
     own = parts.weights(pipeline)
+    ready = []
     for change in wanted:
         weight = own[change.name]
-        values = change.values.to(weight)
-        rows = slice(None) if change.rows is None else change.rows.to(weight.device)
+        place = ... if change.rows is None else change.rows.to(weight.device)
+        values = change.values.to(weight.dtype)
         if strength != 1:
-            values = torch.lerp(weight[rows].float(), values.float(), strength).to(weight)
-        weight[rows] = values
+            before = weight[place].float()
+            values = torch.lerp(before, values.to(before), strength).to(weight.dtype)
+        if not is_finite(values):
+            raise ValueError(
+                f"{change.name} would have numbers that {weight.dtype} cannot hold (it is {change.values.dtype} in the "
+                f"file, the strength {strength:g}); load the pipeline in float32, or choose a strength near 1"
+            )
+        ready.append((weight, place, values))
+    undo = []
+    try:
+        for weight, place, values in ready:
+            undo.append((weight, place, weight[place].to("cpu", copy=True)))
+            weight[place] = values.to(weight.device)
+    except BaseException:
+        for weight, place, values in reversed(undo):  # two names may be one weight
+            weight[place] = values.to(weight.device)
+        raise
 
 
 def _check_shape(name: str, tensor: Tensor, weight: Tensor, rows: Tensor | None) -> None:
+    if weight.is_meta:
+        raise ValueError(f"{name} is not in memory; load the weights before the pipeline is offloaded")
+    if not weight.is_floating_point():
+        raise ValueError(f"{name} is stored in {weight.dtype} here; load the pipeline without quantization")
     expected = weight.shape if rows is None else (len(rows), *weight.shape[1:])
-    if tensor.shape != expected or not tensor.is_floating_point():
+    if tensor.shape != expected:
         raise ValueError(
             f"{name} has shape {tuple(weight.shape)} here, but {tuple(tensor.shape)} ({tensor.dtype}) in the file; "
             "load it into the model it was made for"
         )
-    if rows is not None and len(rows) and not 0 <= int(rows.min()) <= int(rows.max()) < len(weight):
+    check_floats(name, tensor)
+
+
+def _check_indices(name: str, weight: Tensor, rows: Tensor | None) -> None:
+    if rows is None:
+        raise ValueError(f"the file has rows of {name} but lacks their indices; it is incomplete")
+    if not weight.ndim:
+        raise ValueError(f"the file changes rows of {name}, which has no rows; load it into the model it was made for")
+    if rows.ndim != 1 or rows.dtype not in (torch.int64, torch.int32):
+        raise ValueError(
+            f"the indices of the rows of {name} are {rows.dtype} of shape {tuple(rows.shape)}, not whole numbers in a "
+            "line; the file is damaged"
+        )
+    if len(rows) and not 0 <= int(rows.min()) <= int(rows.max()) < len(weight):
         raise ValueError(f"the file changes rows of {name} beyond its {len(weight)} rows; it is damaged")
+    if len(rows.unique()) < len(rows):
+        raise ValueError(f"the file changes a row of {name} more than once; it is damaged")
+
+
+def _shown(text: str) -> str:
+    """A text of strangers for a message."""
+    return text if text.isprintable() else repr(text)

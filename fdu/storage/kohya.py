@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from fdu.models import parts
 from fdu.models.families import FAMILIES, family_of
 from fdu.models.kohya_names import KohyaNames
-from fdu.storage.lora import Update, Updates
+from fdu.storage.lora import Update, Updates, check_parts
+from fdu.storage.tensor_checks import one_number
 
 KOHYA_FILE = "kohya_lora.safetensors"
 ENDS = ("lora_down.weight", "lora_up.weight", "alpha", "dora_scale")
@@ -148,7 +149,8 @@ def from_file(pipeline: DiffusionPipeline, tensors: Mapping[str, Tensor]) -> Upd
         if not update.keys() >= set(ENDS[:2]):
             raise ValueError(f"the update of {name!r} lacks its up or down matrix; the file is incomplete")
         down, up = update["lora_down.weight"], update["lora_up.weight"]
-        alpha = float(update["alpha"].item()) if "alpha" in update else float(down.shape[0])
+        check_parts(name, down, up, update.get("dora_scale"))
+        alpha = one_number(f"alpha of {name}", update["alpha"]) if "alpha" in update else float(down.shape[0])
         magnitude = _magnitude(name, update.get("dora_scale"), up.shape[0])
         slot = slots[name]
         whole = Update(down, up, alpha, magnitude)
@@ -161,6 +163,8 @@ def from_file(pipeline: DiffusionPipeline, tensors: Mapping[str, Tensor]) -> Upd
                 "there; load it into the model it was made for"
             )
         for layer, part in zip(slot.layers, _parted(whole, sizes), strict=True):
+            if layer in updates.get(slot.attribute, {}):
+                raise ValueError(f"the file changes {slot.attribute}.{layer} twice, as {name!r} too; drop one")
             if part is not None:
                 updates.setdefault(slot.attribute, {})[layer] = part
     return updates

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from fdu.models import parts
 from fdu.models.offloading import called_on
+from fdu.storage.tensor_checks import check_floats, check_range, one_number, real_number
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 METADATA_KEY = "lora_adapter_metadata"
@@ -92,18 +93,23 @@ def from_file(pipeline: DiffusionPipeline, tensors: Mapping[str, Tensor], metada
     by_attribute: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         attribute, name = parts.split(pipeline, key)
-        by_attribute.setdefault(attribute, {})[name] = tensor
-    settings = json.loads(metadata.get(METADATA_KEY, "null")) or {}
-    if not isinstance(settings, dict):
-        raise ValueError(f"its metadata {METADATA_KEY!r} is a {type(settings).__name__}, not a JSON object of settings")
+        if name in by_attribute.setdefault(attribute, {}):
+            raise ValueError(f"the file holds {attribute}.{name} twice, with {attribute} and without; drop one")
+        by_attribute[attribute][name] = tensor
+    settings = _settings(metadata)
 
     def updates(attribute: str) -> dict[str, Update]:
+        patterns, by_root = (settings.get(f"{attribute}.{key}") for key in ("alpha_pattern", "use_rslora"))
+        for key, value, kind in (("alpha_pattern", patterns, dict), ("use_rslora", by_root, bool)):
+            if value is not None and not isinstance(value, kind):
+                raise ValueError(
+                    f"its metadata state {key} as a {type(value).__name__}, not as a {kind.__name__}; correct them"
+                )
+
         def alpha(layer: str, rank: int) -> float:
-            stated = _alpha(settings.get(f"{attribute}.alpha_pattern"), layer)
+            stated = _alpha(patterns or {}, layer)
             value = settings.get(f"{attribute}.lora_alpha", rank) if stated is None else stated
-            if not isinstance(value, (int, float)):
-                raise ValueError(f"its metadata states the alpha {value!r} for {layer}, which is not a number")
-            return value * math.sqrt(rank) if settings.get(f"{attribute}.use_rslora") else value
+            return real_number(f"the alpha of {layer}", value) * (math.sqrt(rank) if by_root else 1)
 
         found = _pair(by_attribute[attribute], alpha)
         if attribute in parts.TEXT_ENCODERS:
@@ -113,10 +119,26 @@ def from_file(pipeline: DiffusionPipeline, tensors: Mapping[str, Tensor], metada
     return {attribute: updates(attribute) for attribute in by_attribute}
 
 
-def _alpha(patterns: Any, layer: str) -> float | None:
+def _settings(metadata: Mapping[str, str]) -> dict[str, Any]:
+    """The settings of the adapters in a file; empty if it has none.
+
+    Raises:
+        ValueError: they are no JSON object.
+    """
+    try:
+        settings = json.loads(metadata.get(METADATA_KEY, "null")) or {}
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"its metadata {METADATA_KEY!r} are not valid JSON ({error}); write the file again") from error
+    if not isinstance(settings, dict):
+        raise ValueError(
+            f"its metadata {METADATA_KEY!r} are a {type(settings).__name__}, not a JSON object of settings; write the "
+            "file again"
+        )
+    return settings
+
+
+def _alpha(patterns: Mapping[str, Any], layer: str) -> Any:
     """The alpha that a file states for a layer: by its name, or else by the longest end of it."""
-    if not isinstance(patterns, dict):
-        return None
     ends = [key for key in patterns if f".{layer}".endswith(f".{key}")]
     return patterns.get(f"^{layer}", patterns[max(ends, key=len)] if ends else None)
 
@@ -141,7 +163,9 @@ def check(pipeline: DiffusionPipeline, updates: Updates) -> Updates:
                     "have; load them into the model family they were made for"
                 )
             _check_shapes(f"{attribute}.{name}", known[found], update)
-            checked.setdefault(attribute, {})[found] = update
+            if found in checked.setdefault(attribute, {}):
+                raise ValueError(f"the weights change the layer {attribute}.{found} twice; drop one of the updates")
+            checked[attribute][found] = update
         if len({update.magnitude is None for update in by_layer.values()}) > 1:
             raise ValueError(
                 f"only some updates of {attribute} have a DoRA magnitude, which peft cannot mix; drop one kind"
@@ -256,15 +280,31 @@ def _pair(tensors: Mapping[str, Tensor], alpha_of: Any) -> dict[str, Update]:
             raise ValueError(f"the tensor {key!r} is not part of a LoRA or DoRA update")
         layer = match["layer"].replace(".processor.", ".")
         layer = f"{layer}.0" if layer.endswith(".to_out") else layer
-        found.setdefault(layer, {})[next(part for part in FORMS if match[part])] = tensor
+        part = next(part for part in FORMS if match[part])
+        if part in found.setdefault(layer, {}):
+            raise ValueError(f"the update of {layer!r} has its {part} twice, as {key!r} too; drop one")
+        found[layer][part] = tensor
     updates = {}
     for layer, update in found.items():
         missing = {"down", "up"} - update.keys()
         if missing:
             raise ValueError(f"the update of {layer!r} lacks its {missing.pop()} matrix; the file is incomplete")
-        alpha = update["alpha"].item() if "alpha" in update else alpha_of(layer, update["down"].shape[0])
-        updates[layer] = Update(update["down"], update["up"], float(alpha), update.get("magnitude"))
+        magnitude = update.get("magnitude")
+        check_parts(layer, update["down"], update["up"], magnitude)
+        rank = update["down"].shape[0]
+        alpha = one_number(f"alpha of {layer}", update["alpha"]) if "alpha" in update else alpha_of(layer, rank)
+        updates[layer] = Update(update["down"], update["up"], float(alpha), magnitude)
     return updates
+
+
+def check_parts(layer: str, down: Tensor, up: Tensor, magnitude: Tensor | None) -> None:
+    """Raise ValueError for parts of an update that are no matrices of floats, or of rank 0."""
+    check_floats(f"down of {layer}", down, dimensions=2)
+    check_floats(f"up of {layer}", up, dimensions=2)
+    if not len(down):
+        raise ValueError(f"the update of {layer} has rank 0; leave it out of the file")
+    if magnitude is not None:
+        check_floats(f"magnitude of {layer}", magnitude, dimensions=1)
 
 
 def _current_name(layer: str) -> str:
@@ -277,10 +317,12 @@ def _check_shapes(name: str, layer: nn.Module, update: Update) -> None:
     weight = getattr(layer, "weight", None)
     if not isinstance(weight, Tensor):
         raise ValueError(f"the weights change {name}, a {type(layer).__name__} without a weight")
+    if not isinstance(layer, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+        raise ValueError(f"the weights change {name}, a {type(layer).__name__}, which can carry no LoRA; drop it")
     # Of a quantized layer, the weight is stored in another shape.
     shape = (layer.out_features, layer.in_features) if isinstance(layer, nn.Linear) else tuple(weight.shape)
     fits = update.down.shape[1:] == shape[1:] and update.up.shape[0] == shape[0]
-    fits = fits and update.up.shape[1] == update.rank
+    fits = fits and update.up.shape[1:] == (update.rank, *[1] * len(shape[2:]))
     if not fits or (update.magnitude is not None and update.magnitude.shape != shape[:1]):
         shapes = f"down {tuple(update.down.shape)} and up {tuple(update.up.shape)}"
         if update.magnitude is not None:
@@ -288,6 +330,9 @@ def _check_shapes(name: str, layer: nn.Module, update: Update) -> None:
         raise ValueError(
             f"the update of {name}, {shapes}, does not fit its weight {shape}; load it into the model it was made for"
         )
+    if weight.is_floating_point() and weight.itemsize == 2:  # the dtype of the adapter too
+        for part in (update.down, update.up, *([] if update.magnitude is None else [update.magnitude])):
+            check_range(f"of the update of {name}", part, weight.dtype)
 
 
 def _inject(

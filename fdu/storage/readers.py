@@ -6,27 +6,35 @@ The names of the tensors reveal the format of the file.
 from __future__ import annotations
 
 import dataclasses
-import math
 import pickle
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline, UNet2DConditionModel
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
 from fdu.models import parts
 from fdu.models.kohya_names import original_name
 from fdu.storage import delta, kohya, lora
 from fdu.storage.output import PIPELINE_FILE
+from fdu.storage.tensor_checks import check_name, check_tensors
 
 OWN_FILES = (lora.LORA_FILE, kohya.KOHYA_FILE, delta.DELTA_FILE)
 """The files that fdu writes; a folder is searched for them first, in this order."""
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 COMPVIS_PREFIX = "model.diffusion_model."
 """Prefix of the UNet's weights in the original code of Stable Diffusion."""
+DEPTH, ENTRIES = 32, 1_000_000
+"""The most levels of nested dicts that are followed, and the most entries; an entry counts for every way to it."""
+SIZES, SPARE_BYTES = 8, 64 << 20
+"""The most memory that tensors of one storage may take together: so many sizes of the file, and so many bytes."""
+LARGEST = torch.finfo(torch.float32).max
+ZIP = b"PK\x03\x04"
+"""How the files of torch.save begin, since PyTorch 1.6."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,18 +72,23 @@ def load_weights(
         check_base: refuse fdu's delta on a base other than its own.
 
     Raises:
-        FileNotFoundError: no weights at ``path``.
-        ValueError: an unknown format, another model family, other shapes, or a pickle that would execute code; the
-            pipeline is unchanged.
+        FileNotFoundError, OSError: no weights at ``path``, or they cannot be read.
+        ValueError: an unknown format, another model family, other shapes, numbers that are not finite, a damaged file,
+            or a pickle that would execute code; the pipeline is unchanged.
         TypeError: the pipeline cannot carry LoRA weights.
     """
-    if isinstance(strength, bool) or not isinstance(strength, (int, float)) or not math.isfinite(strength):
-        raise ValueError(f"strength must be a finite number, got {strength!r}")
+    if isinstance(strength, bool) or not isinstance(strength, (int, float)) or not abs(strength) <= LARGEST:
+        raise ValueError(f"strength must be a finite number that float32 holds, got {strength!r:.20}")
+    if adapter_name is not None and (not adapter_name or "." in adapter_name):
+        raise ValueError(f"adapter_name {adapter_name!r} must not be empty and must have no dot; choose another")
     file = weights_file(path)
-    tensors, metadata = _read(file)
+    content, metadata = _read(file)
     updates: lora.Updates | None = None
     changes: list[delta.Change] = []
     try:
+        tensors = _flat(content)
+        check_tensors(tensors)
+        _check_memory(tensors, file.stat().st_size)
         if kohya.is_kohya_lora(tensors):
             kind, updates = "kohya LoRA", kohya.from_file(pipeline, tensors)
         elif lora.is_diffusers_lora(tensors):
@@ -96,9 +109,9 @@ def load_weights(
             updates = lora.check(pipeline, updates)
             adapter_name = lora.attach(pipeline, updates, adapter_name, strength)
             return Loaded(kind, len(tensors), tuple(updates), adapter_name)
+        delta.apply(pipeline, changes, strength)
     except ValueError as error:
         raise ValueError(f"weights {str(file)!r}: {error}") from error
-    delta.apply(pipeline, changes, strength)
     attributes = dict.fromkeys(change.name.partition(".")[0] for change in changes)
     return Loaded(kind, len(tensors), tuple(attributes))
 
@@ -122,20 +135,24 @@ def weights_file(path: str | Path) -> Path:
     return path
 
 
-def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors of a file, the names of nested dicts joined by dots, and its metadata.
+def _read(path: Path) -> tuple[Any, dict[str, str]]:
+    """What a file holds, tensors in dicts, and its metadata. Unchecked.
 
     Raises:
-        ValueError: the file is damaged, holds no tensors, or could only be read by executing its code.
+        OSError: it cannot be opened.
+        ValueError: the file is damaged, or could only be read by executing its code.
     """
     if path.suffix == ".safetensors":
         try:
             with safe_open(path, framework="pt", device="cpu") as file:
                 return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
-        except SafetensorError as error:
+        except OSError:
+            raise
+        except Exception as error:  # a dtype that this version does not know makes it raise errors of many kinds
             raise ValueError(f"weights {str(path)!r} are not a safetensors file, or are damaged ({error})") from error
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        _check_packing(path)
+        return torch.load(path, map_location="cpu", weights_only=True), {}
     except pickle.UnpicklingError as error:
         raise ValueError(
             f"weights {str(path)!r} are a pickle that would execute code and are not loaded. Ask for a safetensors "
@@ -145,10 +162,28 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     except Exception as error:  # a broken file makes torch raise errors of many kinds
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(f"weights {str(path)!r} cannot be read ({reason}); the file is damaged") from error
-    tensors = dict(_flat(content, ""))
-    if not tensors:
-        raise ValueError(f"weights {str(path)!r} hold no tensors")
-    return tensors, {}
+
+
+def _check_packing(path: Path) -> None:
+    """Raise ValueError for a file of torch.save that is compressed: PyTorch writes none, and a small one could take all
+    memory."""
+    with path.open("rb") as file:
+        if file.read(len(ZIP)) != ZIP:
+            return
+    with zipfile.ZipFile(path) as packed:
+        unpacked, size = sum(entry.file_size for entry in packed.infolist()), path.stat().st_size
+    if unpacked > size:
+        raise ValueError(f"it is compressed: {size} bytes would become {unpacked}")
+
+
+def _check_memory(tensors: Mapping[str, Tensor], size: int) -> None:
+    """Raise ValueError for tensors that share what a file stores so often that they would take much memory."""
+    needed = sum(tensor.numel() * tensor.itemsize for tensor in tensors.values())
+    if needed > SIZES * size + SPARE_BYTES:
+        raise ValueError(
+            f"the file of {size / 2**20:.0f} MiB takes {needed / 2**20:.0f} MiB in memory, because its tensors share "
+            "what it stores; ask its author for a safetensors file"
+        )
 
 
 def _in_folder(folder: Path) -> Path:
@@ -168,17 +203,46 @@ def _in_folder(folder: Path) -> Path:
     return found[0]
 
 
-def _flat(content: Any, prefix: str) -> list[tuple[str, Tensor]]:
-    """The tensors in nested dicts. "state_dict" is only a wrapper; what is no tensor, such as a step, is left out."""
-    if isinstance(content, Tensor):
-        return [(prefix, content.detach())]
-    if not isinstance(content, Mapping):
-        return []
-    return [
-        pair
-        for key, value in content.items()
-        for pair in _flat(value, prefix if key == "state_dict" and not prefix else f"{prefix}.{key}".lstrip("."))
-    ]
+def _flat(content: Any) -> dict[str, Tensor]:
+    """The tensors in nested dicts, the keys joined by dots. "state_dict" is only a wrapper; what is no tensor, such as
+    a step, is left out.
+
+    Raises:
+        ValueError: there are none, names that none can have, or dicts that nest without end.
+    """
+    found: dict[str, Tensor] = {}
+    entries = 0
+
+    def visit(value: Any, path: tuple[Any, ...]) -> None:
+        nonlocal entries
+        if isinstance(value, Tensor):
+            name = _name(path)
+            if name in found:
+                raise ValueError(f"the file holds the tensor {name!r} twice, in dicts of different depths; drop one")
+            found[name] = value.detach()
+        elif isinstance(value, Mapping):
+            entries += len(value)
+            if len(path) > DEPTH:
+                raise ValueError(f"its dicts nest deeper than {DEPTH} levels; the file is no state dict of a model")
+            if entries > ENTRIES:
+                raise ValueError(f"its dicts hold more than {ENTRIES} entries; the file is no state dict of a model")
+            for key, item in value.items():
+                visit(item, path if key == "state_dict" and not path else (*path, key))
+
+    visit(content, ())
+    if not found:
+        raise ValueError("the file holds no tensors; give one with the weights of a model")
+    return found
+
+
+def _name(path: tuple[Any, ...]) -> str:
+    """The name of a tensor by the keys that lead to it; numbers may be among them."""
+    for key in path:
+        if isinstance(key, str):
+            check_name(key)
+        elif type(key) is not int or abs(key) > ENTRIES:
+            raise ValueError(f"a tensor has a key of type {type(key).__name__}; keys of state dicts are strings")
+    return ".".join(map(str, path))
 
 
 def _is_state_dict(pipeline: DiffusionPipeline, tensors: Mapping[str, Tensor]) -> bool:
@@ -195,7 +259,7 @@ def _in_diffusers_names(pipeline: DiffusionPipeline, tensors: Mapping[str, Tenso
     """The tensors, those in CompVis' names renamed.
 
     Raises:
-        ValueError: a full checkpoint of all models.
+        ValueError: a full checkpoint of all models, or weights in both kinds of names.
     """
     if any(name.startswith("first_stage_model.") for name in tensors):
         raise ValueError("a full checkpoint; load it with StableDiffusionPipeline.from_single_file")
@@ -211,4 +275,7 @@ def _in_diffusers_names(pipeline: DiffusionPipeline, tensors: Mapping[str, Tenso
         known = diffusers_names.get(layer.replace(".", "_"))
         return f"unet.{known}.{parameter}" if known and name.startswith(COMPVIS_PREFIX) else name
 
-    return {renamed(name): tensor for name, tensor in tensors.items()}
+    own_names = {renamed(name): tensor for name, tensor in tensors.items()}
+    if len(own_names) < len(tensors):
+        raise ValueError("the file holds weights twice, in diffusers' and in CompVis' names; drop one of them")
+    return own_names
