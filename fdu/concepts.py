@@ -181,11 +181,19 @@ def weights_of(pairs: Sequence[Pair]) -> list[float] | None:
     return weights if len(set(weights)) > 1 else None
 
 
-def read_concepts(names: Sequence[str]) -> ConceptLike | list[Concept]:
-    """The concepts of a command line: one name or ``.txt`` file, or several."""
+def read_concepts(names: Sequence[str | Concept]) -> ConceptLike | list[Concept]:
+    """The concepts of a command line: one name, ``.txt`` file or concept of a table, or several."""
     if len(names) == 1:
         return names[0]
-    return [Concept.from_file(name) if name.endswith(".txt") else Concept(name.strip()) for name in names]
+    return [
+        one if isinstance(one, Concept) else Concept.from_file(one) if one.endswith(".txt") else Concept(one.strip())
+        for one in names
+    ]
+
+
+def has_prompts(names: Sequence[str | Concept]) -> bool:
+    """Whether some of these are prompts, of which a pipeline of fdu cannot know the meaning, and not names."""
+    return any(one.prompts if isinstance(one, Concept) else one.endswith(".txt") for one in names)
 
 
 def _several(value: ConceptLike | Sequence[Concept]) -> list[Concept]:

@@ -14,7 +14,8 @@ from tyro.conf import OmitArgPrefixes, Positional, UseAppendAction, arg
 
 import fdu
 from fdu.cli.options import LoadOptions, Settings, described, grouped
-from fdu.concepts import weighted
+from fdu.concept_table import ConceptTable
+from fdu.concepts import has_prompts, weighted
 from fdu.config import TRAIN_METHODS
 from fdu.presets import PresetName, check_preset, write_settings
 from fdu.storage.loading import (
@@ -53,6 +54,10 @@ class Erase:
     target in the same order."""
     out: Path
     """Folder for the result."""
+    concepts: Path | None = None
+    """Table of concepts, in place of --target and --anchor: a .csv file whose first line names the columns, or a .yaml
+    file with a list of mappings. Columns: target and anchor; if wanted type, weight, prompts and anchor_prompts (in CSV
+    separated by |)."""
     concept_type: UseAppendAction[tuple[Literal["object", "style"], ...]] = ()
     """Which prompt templates the names are put into: one choice for all targets, or one per target. Default: object.
     Emoji and digits have their own."""
@@ -86,16 +91,23 @@ class Erase:
         from fdu.storage.formats import choose_format
         from fdu.storage.output import check_output, clear_run, strangers, whole_folder
 
-        if not self.target:
+        table = ConceptTable.read(self.concepts) if self.concepts is not None else None
+        if table and (self.target or self.anchor or self.concept_type or self.weights):
+            raise ValueError(
+                "--concepts holds targets, anchors, types and weights; leave out --target, --anchor, --concept_type "
+                "and --weights"
+            )
+        if not table and not self.target:
             raise ValueError("--target is missing; name the concept to erase, such as --target 'van gogh'")
-        if not self.anchor:
+        if not table and not self.anchor:
             raise ValueError(
                 "--anchor is missing; name the concept that replaces the target: a superclass such as --anchor "
                 "painting, another concept, or --anchor '' for nothing"
             )
         types = self.concept_type[0] if len(self.concept_type) == 1 else self.concept_type or "object"
+        named = (table.targets, table.anchors, table.types) if table else (self.target, self.anchor, types)
         model = subject_of(self.loading.location(self.model))
-        pairs = weighted(model.pairs(self.target, self.anchor, types), self.weights)
+        pairs = weighted(model.pairs(*named), self.weights)
         checkpoints = Path(f"{self.out}.checkpoints")
         given = config = self.settings.checked(checkpoint_dir=str(checkpoints))
         check_resolution(model.folder, config.size)
@@ -106,6 +118,7 @@ class Erase:
                 "write; choose another with --checkpoint_dir"
             )
         files = [name for name in (*self.target, *self.anchor) if name.endswith(".txt")]
+        files += [str(self.concepts)] if table else []
         inputs = [*files, *map(str, model.places), *self.loading.base_lora]
         if self.save_config is not None:
             shown = f"save_config {str(self.save_config)!r}"
@@ -118,7 +131,7 @@ class Erase:
             dtype = check_dtype(self.dtype, config.mixed_precision)
         else:
             dtype = "float32" if self.dtype == "auto" else self.dtype
-        if not files:  # the pipeline cannot know the meaning of prompts from a file
+        if not has_prompts([*named[0], *named[1]]):
             config = model.with_preserved(config, [(target.name, anchor.name) for target, anchor in pairs])
         self.loading.check(config)
         device = choose_device(self.device)

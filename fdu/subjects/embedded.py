@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, cast
 
-from fdu.concepts import Concept, ConceptType, Pair, concept_pairs
+from fdu.concepts import Concept, ConceptType, Pair, concept_pairs, has_prompts, weighted
 from fdu.storage.loading import erased_pairs
 from fdu.subjects.subject import Exam, Panel, Subject, clip_encoder
 
@@ -122,16 +122,17 @@ class EmbeddedPipeline(Subject):
 
     def pairs(
         self,
-        targets: Sequence[str],
-        anchors: Sequence[str],
+        targets: Sequence[str | Concept],
+        anchors: Sequence[str | Concept],
         concept_type: ConceptType | Sequence[ConceptType] = "object",
     ) -> tuple[Pair, ...]:
         """See :meth:`Subject.pairs`; names are those of the pipeline, and ``concept_type`` does not matter."""
         pairs = super().pairs(targets, anchors, concept_type)
-        if any(name.endswith(".txt") for name in (*targets, *anchors)):
+        if has_prompts([*targets, *anchors]):
             return pairs
         known = [self.content.concepts(target.name, anchor.name) for target, anchor in pairs]
-        return concept_pairs([target for target, _ in known], [anchor for _, anchor in known])
+        own = concept_pairs([target for target, _ in known], [anchor for _, anchor in known])
+        return weighted(own, [target.weight for target, _ in pairs])
 
     def with_preserved(self, config: EraseConfig, pairs: Sequence[tuple[str, str]]) -> EraseConfig:
         """See :meth:`Subject.with_preserved`: superclasses, anchors and the neighbours of the targets."""

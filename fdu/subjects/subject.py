@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fdu.concepts import ConceptType, Pair, concept_pairs, read_concepts
+from fdu.concepts import Concept, ConceptType, Pair, concept_pairs, read_concepts
 from fdu.storage.loading import hub_name, load_model
 from fdu.storage.single_file import SingleFile
 from fdu.subjects.concept_sets import ConceptSet, choose_set
@@ -131,11 +131,11 @@ class Subject:
 
     def pairs(
         self,
-        targets: Sequence[str],
-        anchors: Sequence[str],
+        targets: Sequence[str | Concept],
+        anchors: Sequence[str | Concept],
         concept_type: ConceptType | Sequence[ConceptType] = "object",
     ) -> tuple[Pair, ...]:
-        """Targets and their anchors in the words of the model: names, or ``.txt`` files of prompts.
+        """Targets and their anchors in the words of the model: names, ``.txt`` files of prompts, or concepts.
 
         Raises:
             ValueError, FileNotFoundError: as ``concept_pairs``, or a name that the model does not know.

@@ -38,7 +38,7 @@ from fdu.training.methods.trainable import Request
 
 ROOT = Path(fdu.__file__).parent
 LAYERS = (
-    ("concepts", "config"),
+    ("concepts", "concept_table", "config"),
     ("models",),
     ("storage",),
     ("presets",),
