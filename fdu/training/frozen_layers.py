@@ -60,7 +60,7 @@ def _gate(layer: GEGLU) -> Callable[..., Tensor]:
     plain = layer.forward
 
     def forward(states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if args or kwargs or states.device.type not in ("cpu", "cuda"):
+        if args or kwargs or states.device.type not in ("cpu", "cuda", "meta"):
             result: Tensor = plain(states, *args, **kwargs)
             return result
         projected = layer.proj(states)

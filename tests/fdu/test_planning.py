@@ -12,6 +12,7 @@ from typing import Any
 
 import families
 import pytest
+import shapes
 import torch
 import vram
 from diffusers import FluxTransformer2DModel
@@ -65,20 +66,24 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "digits dora": ("digits", {"train_batch_size": 8, "train_method": "dora"}),
     "sd3 lora": ("sd3", {"train_batch_size": 32}),
     "sdxl lora": ("sdxl", {"train_batch_size": 32}),
+    "sdxl scaled": ("sdxl scaled", {"train_batch_size": 1}),  # of its own widths and sides a fraction
 }
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_the_estimate_is_within_a_tenth_of_what_an_erasure_allocates(case: str, tmp_path: Path) -> None:
     name, settings = CASES[case]
-    config = EraseConfig(**FEW, **settings)
+    folder, resolution = tmp_path, None
     if name in ("emoji", "digits"):
-        folder, resolution = {"emoji": Emoji, "digits": Digits}[name].data, None
-        pipeline = fdu.load_pipeline(name)
+        folder, pipeline = {"emoji": Emoji, "digits": Digits}[name].data, fdu.load_pipeline(name)
+    elif name == "sdxl scaled":
+        pipeline = shapes.sdxl(shapes.SCALED, "cpu")
+        pipeline.set_progress_bar_config(disable=True)
     else:
-        folder, resolution, pipeline = tmp_path, families.resolution(name), families.build(name)
+        resolution, pipeline = families.resolution(name), families.build(name)
+    if folder == tmp_path:
         pipeline.save_pretrained(folder)
-        config = EraseConfig(**FEW, **settings, resolution=resolution)
+    config = EraseConfig(**FEW, **settings, resolution=resolution)
     found = footprint(denoiser_of(load_shapes(str(folder)), resolution), config)
     assert found.parameters == {
         part: sum(parameter.numel() for parameter in module.parameters())
