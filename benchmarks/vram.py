@@ -1,6 +1,7 @@
 """Memory of an erasure from published models, by the settings that save it: ``python vram.py`` writes docs/memory.md.
 
-``configs/NAME.json`` holds a model's published configs and names their sources. Nothing is downloaded or trained:
+``configs/NAME.json`` holds a model's published configs and names their sources; "made_of" says where they are no plain
+copies, and "few_steps" how many steps the model is made for, if it is distilled. Nothing is downloaded or trained:
 ``fdu plan`` estimates from shapes alone.
 """
 
@@ -35,13 +36,17 @@ NAMES = (
     *("sd15", "sd21", "sdxl", "sd35-medium", "sd35-large", "flux1-schnell", "flux1-dev"),
     *("flux2-klein-base-4b", "flux2-dev", "qwen-image", "z-image"),
 )
-NO_SIZE = {"flux1-schnell": 1024, "flux1-dev": 1024}
-"""Resolution of models that state none."""
+
+
+def read(name: str) -> dict[str, Any]:
+    """What the file of a model says."""
+    found: dict[str, Any] = json.loads((CONFIGS / f"{name}.json").read_text(encoding="utf-8"))
+    return found
 
 
 def unpack(name: str, folder: Path) -> Path:
     """Write the configs of a model as the folder of a pipeline without weights."""
-    for file, config in json.loads((CONFIGS / f"{name}.json").read_text(encoding="utf-8"))["files"].items():
+    for file, config in read(name)["files"].items():
         path = folder / file
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(config), encoding="utf-8")
@@ -53,9 +58,8 @@ def check() -> dict[str, Any]:
     models = {}
     for name in NAMES:
         with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()) as told:
-            size = ["--resolution", str(NO_SIZE[name])] if name in NO_SIZE else []
             started = time.process_time()
-            if cli.main(["plan", str(unpack(name, Path(folder))), *size, *LEAST]) != cli.OK:
+            if cli.main(["plan", str(unpack(name, Path(folder))), *LEAST]) != cli.OK:
                 raise SystemExit(f"fdu plan failed for {name}")
             seconds = time.process_time() - started
         lines = [line.split() for line in told.getvalue().splitlines()]
@@ -82,26 +86,50 @@ Figures = list[tuple[str, str]]
 """By options: the peak in GiB, and the peak after the prompts are encoded; as the page shows them."""
 
 
-def rows(name: str) -> tuple[list[str], Figures, list[list[str]]]:
-    """A model's name and pixels, its figures by step, and the rows of its presets."""
-    model = json.loads((CONFIGS / f"{name}.json").read_text(encoding="utf-8"))["model"]
+def rows(name: str) -> tuple[list[str], list[str], Figures, list[list[str]]]:
+    """Of a model: what to begin with, its name and pixels, its figures by step, and the rows of its presets."""
+    model = read(name)["model"]
     with tempfile.TemporaryDirectory() as folder:
         unpack(name, Path(folder))
+        denoiser = shapes(folder, EraseConfig(), "none")
+        needed = few_step_settings(name, denoiser)
         estimate = Estimator(lambda config, quantization: shapes(folder, config, quantization))
         figures: Figures = []
         blocks: tuple[int, ...] = ()
         for given in cumulative(STEPS.values()):
             settings = {key: value for key, value in given.items() if key in EraseConfig.field_names()}
-            config = EraseConfig(**settings, resolution=NO_SIZE.get(name))
             if blocks or "offload" not in given:
+                config = EraseConfig(**settings, **needed)
                 found = estimate(config, given.get("quantization", "none"), "offload" in given)
                 figures, blocks = [*figures, gib(found)], found.blocks
-        denoiser, named = shapes(folder, EraseConfig(resolution=NO_SIZE.get(name)), "none"), []
-        for label, published in PRESETS.items():
-            if model.startswith(published.models) and not denoiser.few_steps:
-                tried = [preset(label, **settings) for settings in cumulative(PRESET_STEPS)]
-                named.append([label, model, *(gib(estimate(config))[0] for config in tried)])
-    return [model, str(denoiser.height)], figures, named
+        named = []
+        for label in presets_of(model, denoiser):
+            tried = [preset(label, **settings) for settings in cumulative(PRESET_STEPS)]
+            named.append([label, model, *(gib(estimate(config))[0] for config in tried)])
+    return beginning(name, denoiser), [model, str(denoiser.height)], figures, named
+
+
+def few_step_settings(name: str, denoiser: Denoiser) -> dict[str, Any]:
+    """The settings without which a model distilled to few steps is refused; none for others."""
+    if not denoiser.few_steps:
+        return {}
+    steps = read(name)["few_steps"]
+    scale = denoiser.unguided_scale
+    return {"timestep_sampling": "inference", "num_inference_steps": steps, "sampling_guidance": scale}
+
+
+def presets_of(model: str, denoiser: Denoiser) -> list[str]:
+    """The presets that were published for a model; none for one of few steps, at whose timesteps none trains."""
+    return [name for name, one in PRESETS.items() if model.startswith(one.models) and not denoiser.few_steps]
+
+
+def beginning(name: str, denoiser: Denoiser) -> list[str]:
+    """A model's name, its presets, the options that it needs, and those that it has beside others."""
+    model = read(name)["model"]
+    presets = ", ".join(f"`--preset {label}`" for label in presets_of(model, denoiser))
+    needed = flags(few_step_settings(name, denoiser))
+    guided = f"`--embedded_guidance` (default {EraseConfig.embedded_guidance:g})" if denoiser.reads_guidance else ""
+    return [model, presets or "the defaults", f"`{needed}`" if needed else "", guided]
 
 
 def cumulative(steps: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -140,8 +168,8 @@ def table(header: list[str], cells: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in [header, ["---"] * len(header), *cells])
 
 
-def page(models: list[tuple[list[str], Figures]], presets: list[list[str]]) -> str:
-    """The page: of models their names, pixels and figures, and the rows of the presets."""
+def page(models: list[tuple[list[str], Figures]], presets: list[list[str]], beginnings: list[list[str]]) -> str:
+    """The page: of models their names, pixels and figures, the rows of the presets, and what to begin with."""
     letters, options = list(STEPS), [flags(step) for step in cumulative(STEPS.values())]
     columns = [f"{letter}: {'+ ' * (letter != 'A')}`{flags(step)}`" for letter, step in STEPS.items()]
     memory, chosen = [], []
@@ -154,12 +182,21 @@ def page(models: list[tuple[list[str], Figures]], presets: list[list[str]]) -> s
     adapting = ", ".join(name for name in PRESETS if TRAIN_METHODS[preset(name).train_method].result != "weights")
     words = [f"--preset NAME {flags(step)}" for step in cumulative(PRESET_STEPS)]
     beside = [[*row, *smallest(row[2:], [one.replace("NAME", row[0]) for one in words])] for row in presets]
+    made = [(read(name)["model"], read(name).get("made_of")) for name in NAMES]
+    copied = ", ".join(model for model, how in made if how is None)
     return f"""# Memory by model and options
 
 `fdu plan` estimates these GiB from the published configs of each model, for a LoRA of rank {EraseConfig.rank} at the
 model's own resolution. No GPU has confirmed them yet.
 
 ## Which settings for my model
+
+Begin with a preset or with the defaults, and add what the model needs. A guidance-distilled model reads a guidance
+scale; `--embedded_guidance` is the one that it is told while it trains.
+
+{table(["model", "begin with", "needed for few steps", "guidance-distilled"], beginnings)}
+
+## Which options for my card
 
 The first options that fit, by the memory of the card. A letter stands for its own options and those of the letters
 before it. The estimate fills at most {SHARE:.0%} of the card, because a context and an allocator take some more.
@@ -168,8 +205,8 @@ before it. The estimate fills at most {SHARE:.0%} of the card, because a context
 
 {chr(10).join(f"* **{letter}**: `{words}`" for letter, words in zip(letters, options, strict=True))}
 
-There are presets ([`--preset`](usage.md#erase)) for these models; others begin with the defaults. Quantization and
-offloading go with those that train a LoRA ({adapting}), as in the table above; the rest train weights.
+Quantization and offloading go with the presets that train a LoRA ({adapting}), as in the table above; the others train
+weights.
 
 {table(["preset", "model", *(f"`{one}`" for one in words), "card", "options"], beside)}
 
@@ -185,8 +222,13 @@ A step takes one erasing and one preserving sample here (`--train_batch_size 1`)
 it takes more of them in the same memory. A smaller `--resolution` needs less. `--offload` serves transformers alone.
 `fdu evaluate` takes the same `--quantization` and `--offload`.
 
+## The configs
+
 `python benchmarks/vram.py` writes this page. The files in [benchmarks/configs](../benchmarks/configs) hold the configs
-and name their sources.
+and name their sources. None comes from its publisher directly. Copies of the published files are those of
+{copied}. Of the others some details may differ:
+
+{chr(10).join(f"* {model}: {how}." for model, how in made if how is not None)}
 """
 
 
@@ -196,6 +238,6 @@ if __name__ == "__main__":
     if parser.parse_args().check:
         print(json.dumps(check()))
         sys.exit()
-    made = [rows(one) for one in NAMES]
-    text = page([(named, figures) for named, figures, _ in made], [row for *_, presets in made for row in presets])
+    beginnings, named, figures, presets = zip(*map(rows, NAMES), strict=True)
+    text = page(list(zip(named, figures, strict=True)), [row for rows in presets for row in rows], list(beginnings))
     PAGE.write_text(text, encoding="utf-8")

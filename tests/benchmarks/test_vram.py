@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
+import pytest
 import vram
 
 from fdu.config import EraseConfig
+from fdu.erasure import check_suited
 from fdu.presets import PRESETS
 
 
@@ -25,23 +28,38 @@ def test_every_step_is_an_option_and_keeps_the_former_ones() -> None:
 
 
 def test_the_page_follows_from_its_figures() -> None:
-    """Figures are read from the page's last table and its table of presets; all else must be what the script writes."""
+    """Figures are read from the page's last tables, and what depends on a model from the first; all else must be what
+    the script writes."""
     text = vram.PAGE.read_text(encoding="utf-8")
     tables = [
         [[cell.strip() for cell in line.split("|")[1:-1]] for line in part.splitlines()[2:]]
         for part in re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE)
     ]
-    *_, presets, memory = tables
+    beginnings, _, presets, memory = tables
     models = [
         (row[:2], [tuple(cell.rstrip(")").split(" (")) for cell in row[2:] if cell])  # type: ignore[misc]
         for row in memory
     ]
     assert len(models) == len(vram.NAMES) and {row[0] for row in presets} == set(PRESETS)
-    assert vram.page(models, [row[:4] for row in presets]) == text  # type: ignore[arg-type]
+    assert vram.page(models, [row[:4] for row in presets], beginnings) == text  # type: ignore[arg-type]
+
+
+@pytest.mark.quick(name=["sd15", "flux1-schnell", "flux1-dev"])
+@pytest.mark.parametrize("name", vram.NAMES)
+def test_the_page_says_what_each_model_needs(name: str, tmp_path: Path) -> None:
+    denoiser = vram.shapes(str(vram.unpack(name, tmp_path)), EraseConfig(), "none")
+    row = vram.beginning(name, denoiser)
+    assert f"| {' | '.join(row)} |" in vram.PAGE.read_text(encoding="utf-8")
+    needed = vram.few_step_settings(name, denoiser)
+    check_suited(denoiser, EraseConfig(**needed))
+    assert bool(needed) == bool(denoiser.few_steps) and bool(row[3]) == denoiser.reads_guidance
+    if needed:
+        with pytest.raises(ValueError, match="few steps"):
+            check_suited(denoiser, EraseConfig())
 
 
 def test_without_checkpointing_a_step_needs_more() -> None:
-    named, figures, presets = vram.rows("sd15")
+    _, named, figures, presets = vram.rows("sd15")
     assert named == ["Stable Diffusion 1.5", "512"]
     assert float(figures[0][0]) > float(figures[1][0]) >= float(figures[2][0]) >= float(figures[3][0])
     assert len(figures) == 4  # a UNet has no blocks to offload
