@@ -104,8 +104,10 @@ def _train(run: EvaluatedRun, lines: _Lines, verdict: Verdict, left: bool) -> li
     told = []
     computed = not trains(config["train_method"])
     if computed and left and (lost or weight < LOWEST_WEIGHT):
-        words = "The closed form cannot do more. Train from it: train_method lora, init closed_form."
-        return [NextStep(words, lines.erase(train_method="lora", init="closed_form"))]
+        # A smaller rank would leave a part of the edit out.
+        rank = max((edit["rank"] for edit in run.record.get("edits", ())), default=EraseConfig.rank)
+        words = f"The closed form cannot do more. Train from it: train_method lora, init closed_form, rank {rank}."
+        return [NextStep(words, lines.erase(train_method="lora", init="closed_form", rank=rank))]
     if computed and left:
         words = f"Preserve less strongly: preservation_weight {weight / 4:g} instead of {weight:g}."
         return [NextStep(words, lines.erase(preservation_weight=f"{weight / 4:g}"))]

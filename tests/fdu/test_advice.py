@@ -199,7 +199,8 @@ def test_lost_attributes_need_more_steps_or_any_preservation() -> None:
 
 def test_what_was_computed_is_computed_again_or_trained_on() -> None:
     erase = ERASE.replace("--learning_rate=1e-4", "--train_method closed_form")
-    told = record(train_method="closed_form", learning_rate=None) | {"command": erase}
+    edits = [{"input": "embeddings", "layers": 14, "rank": rank, "error": 1e-3} for rank in (37, 5)]
+    told = record(train_method="closed_form", learning_rate=None) | {"command": erase, "edits": edits}
     (weaker,) = next_steps(run_of(0.1, 0.5, 0.9, record=told))
     config = parsed(weaker)[0].settings.checked()
     assert (config.train_method, config.preservation_weight) == ("closed_form", 1.0)
@@ -209,6 +210,7 @@ def test_what_was_computed_is_computed_again_or_trained_on() -> None:
     (trained,) = next_steps(without_ink(run_of(0.1, 0.5, 0.9, record=told)))
     config = parsed(trained)[0].settings.checked()
     assert (config.train_method, config.init, config.preservation_weight) == ("lora", "closed_form", 4.0)
+    assert config.rank == 37
 
 
 def test_a_class_that_dropped_by_chance_is_not_blamed_for_lost_attributes() -> None:

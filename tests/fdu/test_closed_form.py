@@ -165,7 +165,7 @@ def prediction(denoiser: Denoiser, prompt: str = "a three") -> Tensor:
 
 
 @pytest.mark.parametrize("name", ["sd", "sdxl", "sd3", "flux", "sana"])
-@pytest.mark.parametrize("method", ["lora", "dora", "cross_attention", "attention", "full"])
+@pytest.mark.parametrize("method", ["lora", "dora", "text", "cross_attention", "attention", "full"])
 def test_training_begins_at_the_edit(denoiser: Denoiser, method: str) -> None:
     before = prediction(denoiser)
     pipeline, settings = denoiser.pipeline, CONFIG.as_dict() | {"rank_tolerance": 1e-6}
