@@ -333,8 +333,9 @@ class EraseConfig:
     """Search during a first training, discard it, and erase once with everything found ("search_first", as STEREO), or
     continue one training between the searches ("alternate"; AdvUnlearn searches in every step instead)."""
     num_latents: Annotated[int, (">=", 2)] = 96
-    """Training latents, >= 2, sampled in advance for the target's, the anchor's and the preserved prompts. At least 8
-    per concept if there are more than ten concepts; never more than the steps can use."""
+    """Training latents, >= 2, sampled in advance for the target's, the anchor's and the preserved prompts. If there are
+    more than ten concepts, at least 8 times their number: 6 for each, and a quarter of all for what is preserved. Never
+    more than the steps can use."""
     num_inference_steps: Count = 15
     """Denoising steps per sampled latent, >= 1."""
     sampling_guidance: NotNegative = 3.0

@@ -20,7 +20,7 @@ from fdu.training.cache import Cache, token_key
 from fdu.training.timesteps import TimestepSampler
 
 MANY, FEWEST_LATENTS = 10, 8
-"""If there are more concepts, so many latents are sampled for each. A quarter of them goes to preservation."""
+"""If there are more concepts, at least so many latents for each are sampled; a quarter of them goes to preservation."""
 
 
 @dataclasses.dataclass(frozen=True)
