@@ -5,6 +5,7 @@ OUT    := demo-out
 RECORD := benchmarks/results/cpu.json
 SUITES := losses host memory scaling
 ARGS   ?=
+MINUTES ?= 60
 WORKERS ?= $(shell nproc 2>/dev/null || echo 2)
 
 VENV   := .venv
@@ -17,7 +18,7 @@ STAMP := $(VENV)/installed-$(KEY)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test test-all mutation lint bench bench-report wheel lock clean
+.PHONY: help install demo test test-all fuzz mutation lint bench bench-report wheel lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -35,6 +36,9 @@ test: $(STAMP) ## test every subject, at most 5 minutes on two cores (ARGS="-k n
 
 test-all: $(STAMP) ## test every model, method, instruction set and GPU, in pairs of settings, about 20 minutes on two cores (ARGS= WORKERS=)
 	$(PYTEST) $(ARGS)
+
+fuzz: $(STAMP) ## feed the readers of files ever new malformed ones (MINUTES=60 WORKERS=)
+	FDU_FUZZ_MINUTES=$(MINUTES) $(PYTEST) -o timeout=0 -o faulthandler_timeout=0 tests/fdu/test_fuzz.py $(ARGS)
 
 mutation: $(STAMP) ## count the changes to the core files that their tests notice, some minutes (ARGS="FILE --sample 20")
 	$(INSIDE) tests/mutation.py $(ARGS)

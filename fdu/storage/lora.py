@@ -363,14 +363,17 @@ def _inject(
 
 
 def _settle(model: nn.Module, by_layer: Mapping[str, Update], adapter_name: str) -> None:
-    """Give adapters float32 where peft has cast them to the eight bits in which their layer stores its weight, and
-    bring those of offloaded blocks to the device, where they stay."""
+    """Give adapters float32 where peft has cast them to the eight bits in which their layer stores its weight, give
+    text encoders the magnitudes of DoRA, which transformers 5 leaves out, and bring the adapters of offloaded blocks to
+    the device, where they stay."""
     device = called_on(model)
     for name, update in by_layer.items():
         layer: Any = model.get_submodule(name)
         loaded = [(layer.lora_A[adapter_name], update.down), (layer.lora_B[adapter_name], update.up)]
         if update.magnitude is not None:
-            loaded.append((layer.lora_magnitude_vector[adapter_name], update.magnitude))
+            magnitude = layer.lora_magnitude_vector[adapter_name]
+            magnitude.weight.data = update.magnitude.to(magnitude.weight)
+            loaded.append((magnitude, update.magnitude))
         for part, values in loaded:
             if part.weight.itemsize < 2:
                 part.weight.data = values.to(part.weight.device, torch.float32)

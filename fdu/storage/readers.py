@@ -213,7 +213,7 @@ def _flat(content: Any) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     entries = 0
 
-    def visit(value: Any, path: tuple[Any, ...]) -> None:
+    def visit(value: Any, path: tuple[Any, ...], depth: int) -> None:
         nonlocal entries
         if isinstance(value, Tensor):
             name = _name(path)
@@ -222,14 +222,14 @@ def _flat(content: Any) -> dict[str, Tensor]:
             found[name] = value.detach()
         elif isinstance(value, Mapping):
             entries += len(value)
-            if len(path) > DEPTH:
+            if depth > DEPTH:
                 raise ValueError(f"its dicts nest deeper than {DEPTH} levels; the file is no state dict of a model")
             if entries > ENTRIES:
                 raise ValueError(f"its dicts hold more than {ENTRIES} entries; the file is no state dict of a model")
             for key, item in value.items():
-                visit(item, path if key == "state_dict" and not path else (*path, key))
+                visit(item, path if key == "state_dict" and not path else (*path, key), depth + 1)
 
-    visit(content, ())
+    visit(content, (), 0)
     if not found:
         raise ValueError("the file holds no tensors; give one with the weights of a model")
     return found

@@ -209,6 +209,16 @@ def test_lora_of_former_diffusers_with_text_encoder(tmp_path: Path) -> None:
     assert torch.allclose(output(plain, "sd"), output(pipeline, "sd"), atol=1e-5)
 
 
+@pytest.mark.parametrize("form", ["lora", "kohya"])
+def test_a_dora_of_a_text_encoder_keeps_its_magnitudes(form: Any, tmp_path: Path) -> None:
+    pipeline = families.build("sd")
+    layers = {"text_encoder": add_adapter(pipeline, "text_encoder", ("q_proj",), dora=True)}
+    write(tmp_path, form, pipeline, layers, lora_alpha=ALPHA)
+    plain = families.build("sd")
+    load_weights(plain, tmp_path)
+    assert torch.allclose(output(plain, "sd"), output(pipeline, "sd"), atol=1e-6)
+
+
 def test_projections_of_text_encoders_by_their_first_names() -> None:
     stem = "text_encoder.text_model.encoder.layers.0.self_attn"
     tensors = {

@@ -1,0 +1,245 @@
+"""Fuzzing: whatever a file of strangers holds, it is read, or refused with the documented error and nothing changed.
+
+Examples are the same in every run. FDU_FUZZ_MINUTES=60 (``make fuzz``) draws new ones instead, for as long in all.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import struct
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import families
+import pytest
+import torch
+from families import ALPHA, CONTEXT, add_adapter, change_weights
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from fdu.models import parts
+from fdu.storage.formats import write
+from fdu.storage.readers import load_weights
+from fdu.storage.tensor_checks import is_finite
+
+MINUTES = float(os.environ.get("FDU_FUZZ_MINUTES", "0"))
+"""Minutes for all tests together; 0: a fixed number of examples."""
+TESTS = 3
+SLOWEST = 60.0
+"""Seconds of one example; one that never ends takes years."""
+TEXT = st.text(max_size=12) | st.sampled_from(["", ".", "unet", "unet.", "\x1b[2J", "a" * 600, "../x", "<script>", "|"])
+NUMBERS = st.sampled_from([0, -1, 1, 2.5, True, 10**400, math.nan, math.inf, -math.inf, 1e308, None, "1"])
+JSON = st.recursive(
+    NUMBERS | TEXT, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXT, inner, max_size=3), max_leaves=6
+)
+
+
+def fuzz(check: Callable[[Any], None], strategy: st.SearchStrategy[Any], examples: int) -> None:
+    """Check examples, each within its time."""
+
+    def timed(example: Any) -> None:
+        began = time.monotonic()
+        check(example)
+        assert time.monotonic() - began < SLOWEST
+
+    run = settings(
+        max_examples=examples,
+        derandomize=not MINUTES,
+        database=None,
+        deadline=None,
+        phases=[Phase.generate, Phase.shrink],
+        suppress_health_check=list(HealthCheck),
+    )(given(example=strategy)(timed))
+    end = time.monotonic() + 60 * MINUTES / TESTS
+    run()
+    while time.monotonic() < end:
+        run()
+
+
+# Weights
+
+
+def others(tensor: Tensor) -> list[Tensor]:
+    """What may stand where a tensor is: other shapes and dtypes, and what no weight is."""
+    kinds = ["float16", "bfloat16", "float64", "float8_e4m3fn", "int8", "int64", "bool", "complex64", "uint8"]
+    found = [tensor.to(getattr(torch, kind)) for kind in kinds]
+    found += [torch.full_like(tensor, number) for number in (math.nan, math.inf, -1.0, 0.0, 1e38)]
+    found += [torch.tensor(2.0), torch.ones(2), torch.tensor(3), torch.tensor(True), torch.zeros(0)]
+    found += [tensor[:1], tensor.flatten(), tensor[None], tensor.mT, tensor[..., None], tensor.flatten()[:0]]
+    return [*found, tensor.to("meta"), tensor.to_sparse(), torch.zeros(1).expand(tensor.shape)]
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[dict[str, Tensor], dict[str, str]]]:
+    """Tensors and metadata of a file of each format."""
+    found = []
+    for form in ("delta", "lora", "kohya", "dora"):
+        pipeline, folder = families.build("sd"), tmp_path_factory.mktemp(form)
+        if form == "delta":
+            changed = change_weights(pipeline, "unet", CONTEXT["sd"])
+            embedding = pipeline.text_encoder.get_input_embeddings().weight
+            before = embedding.detach().clone()
+            embedding.data[[3, 7]] += 1
+            name = next(name for name in parts.weights(pipeline) if name.endswith("token_embedding.weight"))
+            changed[name] = (before, embedding.detach().clone())
+            file = write(folder, "delta", pipeline, changed_weights=changed)
+        else:
+            layers = {"unet": add_adapter(pipeline, "unet", CONTEXT["sd"], dora=form == "dora")}
+            layers["text_encoder"] = add_adapter(pipeline, "text_encoder", ("q_proj",), dora=form == "dora")
+            kohya = "kohya" if form == "kohya" else "lora"
+            file = write(folder, kohya, pipeline, layers, lora_alpha=ALPHA)  # type: ignore[arg-type]
+        with file.open("rb") as opened:
+            (length,) = struct.unpack("<Q", opened.read(8))
+            metadata = json.loads(opened.read(length)).get("__metadata__", {})
+        found.append((load_file(file), metadata))
+    return found
+
+
+class Loader:
+    """A pipeline that files are loaded into; a new one after each that could be."""
+
+    def __init__(self) -> None:
+        self.renew()
+
+    def renew(self) -> None:
+        self.pipeline = families.build("sd")
+        self.before = {name: weight.detach().clone() for name, weight in parts.weights(self.pipeline).items()}
+
+    def try_loading(self, file: Path, **settings: Any) -> bool:
+        """Load a file, or be refused with nothing changed."""
+        try:
+            load_weights(self.pipeline, file, check_base=False, **settings)
+        except ValueError as error:
+            assert str(file) in str(error) and "\x1b" not in str(error)
+            own = parts.weights(self.pipeline)
+            assert all(torch.equal(own[name], tensor) for name, tensor in self.before.items())
+            assert not any(parts.adapted(model) for model in parts.models(self.pipeline).values())
+            return False
+        for model in parts.models(self.pipeline).values():
+            assert all(is_finite(parameter) for parameter in model.parameters())
+        self.renew()
+        return True
+
+
+KEYS = st.sampled_from(["lora_adapter_metadata", "fdu_format", "base", "base_fingerprint"]) | TEXT
+SETTINGS = st.sampled_from([f"unet.{key}" for key in ("lora_alpha", "alpha_pattern", "use_rslora")])
+ENDS = st.sampled_from(
+    [".alpha", ".dora_scale", ".lora_magnitude_vector", ":rows", ":indices", ".lora_mid.weight", ".x"]
+)
+PLACES = st.integers(0, 1000)
+CHANGES = st.lists(
+    st.tuples(st.just("drop"), PLACES)
+    | st.tuples(st.just("rename"), PLACES, TEXT | st.sampled_from(["unet.{}", "{}.x", "text_encoder.text_model.{}"]))
+    | st.tuples(st.just("other"), PLACES, PLACES)
+    | st.tuples(st.just("part"), PLACES, ENDS, PLACES)
+    | st.tuples(
+        st.just("metadata"), KEYS, TEXT | st.builds(json.dumps, JSON | st.dictionaries(SETTINGS, JSON, max_size=2))
+    ),
+    max_size=3,
+)
+
+
+def malformed(
+    tensors: dict[str, Tensor], metadata: dict[str, str], changes: list[Any]
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata with some of them changed."""
+    tensors, metadata = dict(tensors), dict(metadata)
+    for kind, place, *how in changes:
+        if kind == "metadata":
+            metadata[place] = how[0]
+            continue
+        name = sorted(tensors)[place % len(tensors)]
+        if kind == "drop" and len(tensors) > 1:
+            del tensors[name]
+        elif kind == "rename":
+            tensors[how[0].replace("{}", name)] = tensors.pop(name)
+        elif kind == "other" and tensors[name].ndim == 2 and tensors[name].dtype is torch.float32:
+            possible = others(tensors[name])
+            tensors[name] = possible[how[0] % len(possible)]
+        elif kind == "part":
+            stem = name.partition(".lora_")[0].removesuffix(":rows").removesuffix(":indices")
+            possible = others(torch.ones(3, 3))
+            tensors[stem + how[0]] = possible[how[1] % len(possible)]
+    return tensors, metadata
+
+
+def test_files_of_weights(weights: Any, tmp_path: Path) -> None:
+    loader, loaded = Loader(), []
+
+    def check(example: tuple[int, list[Any]]) -> None:
+        tensors, metadata = malformed(*weights[example[0]], example[1])
+        torch.save(tensors, tmp_path / "a.pt")
+        loaded.append(loader.try_loading(tmp_path / "a.pt"))
+        try:
+            save_file({name: tensor.clone() for name, tensor in tensors.items()}, tmp_path / "a.safetensors", metadata)
+        except (ValueError, RuntimeError, KeyError, SafetensorError, NotImplementedError):
+            return  # the format has no place for it
+        loaded.append(loader.try_loading(tmp_path / "a.safetensors"))
+
+    fuzz(check, st.tuples(st.integers(0, len(weights) - 1), CHANGES), 60)
+    assert any(loaded) and not all(loaded), "both ways are tested"
+
+
+@st.composite
+def nested(draw: st.DrawFn) -> Any:
+    """Dicts of dicts that may share or contain each other, of tensors and of anything else."""
+    leaves: Any = NUMBERS | TEXT | st.builds(torch.zeros, st.integers(0, 3)) | st.just(torch.eye(2).to_sparse())
+    dicts: list[dict[Any, Any]] = [{} for _ in range(draw(st.integers(1, 6)))]
+    keys = TEXT | st.integers() | st.sampled_from(["state_dict", "unet", (1,), 1.5, None, True, b"x"])
+    for one in dicts:
+        for _ in range(draw(st.integers(0, 4))):
+            one[draw(keys)] = draw(st.sampled_from(dicts) | leaves)
+    return dicts[0]
+
+
+def test_pickles_of_nested_dicts(tmp_path: Path) -> None:
+    loader = Loader()
+
+    def check(content: Any) -> None:
+        torch.save(content, tmp_path / "a.bin")
+        loader.try_loading(tmp_path / "a.bin")
+
+    fuzz(check, nested(), 100)
+
+
+EDITS = st.lists(st.tuples(st.floats(0, 1), st.sampled_from(["flip", "cut", "insert", "end"]), st.binary(max_size=4)))
+
+
+def edited(data: bytes, edits: list[tuple[float, str, bytes]]) -> bytes:
+    """Bytes with some changes, most of them near the beginning, where the headers are."""
+    for where, kind, new in edits[:5]:
+        place = int(where**3 * len(data))
+        if kind == "flip" and data:
+            place = min(place, len(data) - 1)
+            data = data[:place] + bytes([data[place] ^ (new[0] if new else 1)]) + data[place + 1 :]
+        elif kind == "cut":
+            data = data[:place] + data[place + len(new) :]
+        elif kind == "insert":
+            data = data[:place] + new + data[place:]
+        elif kind == "end":
+            data = data[: len(data) - place]
+    return data
+
+
+def test_damaged_files_of_weights(weights: Any, tmp_path: Path) -> None:
+    loader, originals = Loader(), {}
+    for number, (tensors, metadata) in enumerate(weights):
+        save_file(tensors, tmp_path / f"{number}.safetensors", metadata)
+        torch.save(tensors, tmp_path / f"{number}.pt")
+        torch.save(tensors, tmp_path / f"{number}.ckpt", _use_new_zipfile_serialization=False)
+        for end in ("safetensors", "pt", "ckpt"):
+            originals[f"{number}.{end}"] = (tmp_path / f"{number}.{end}").read_bytes()
+
+    def check(example: tuple[str, list[tuple[float, str, bytes]]]) -> None:
+        name, edits = example
+        (tmp_path / name).write_bytes(edited(originals[name], edits))
+        loader.try_loading(tmp_path / name)
+
+    fuzz(check, st.tuples(st.sampled_from(sorted(originals)), EDITS), 100)
