@@ -85,9 +85,11 @@ SNR_GAMMA = 5.0
 """The snr_gamma of weighting min_snr if none is given."""
 
 
-def renamed(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings that an earlier version may have written, by today's names."""
-    return {RENAMED.get(name, name): value for name, value in settings.items()}
+def updated(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings that an earlier version may have written, as today's :meth:`EraseConfig.as_dict` has them."""
+    found = {RENAMED.get(name, name): value for name, value in settings.items()}
+    idle = "snr_gamma" in found and found.get("weighting") != "min_snr"
+    return {**found, "snr_gamma": None} if idle else found
 
 
 def check_choice(name: str, value: Any, choices: Collection[str]) -> None:
@@ -497,15 +499,18 @@ class EraseConfig:
             )
 
     def as_dict(self) -> dict[str, Any]:
-        """As a dict for JSON; a Divergence becomes its name, and what others decide has the value that counts."""
+        """As a dict for JSON; a Divergence becomes its name, and what other settings decide the value that counts."""
         values = {name: getattr(self, name) for name in self.field_names()}
         lists = {name: list(value) for name, value in values.items() if isinstance(value, tuple)}
-        decided = {"learning_rate": self.peak_learning_rate, "snr_gamma": self.snr_gamma or SNR_GAMMA}
+        decided: dict[str, Any] = {"learning_rate": self.peak_learning_rate}
+        if self.weighting == "min_snr":
+            decided["snr_gamma"] = self.snr_gamma or SNR_GAMMA
         return {**values, **lists, "divergence": str(self.divergence), **decided}
 
     def recorded(self) -> dict[str, Any]:
-        """As :meth:`as_dict`, without places and under the names that records have."""
-        return {FORMER.get(name, name): value for name, value in self.as_dict().items() if name not in PLACES}
+        """As :meth:`as_dict`, without places and in the form that records have."""
+        found = {FORMER.get(name, name): value for name, value in self.as_dict().items() if name not in PLACES}
+        return {**found, "snr_gamma": self.snr_gamma or SNR_GAMMA}
 
     @property
     def peak_learning_rate(self) -> float | None:

@@ -14,7 +14,7 @@ from fdu.comparison.plan import Candidate, Comparison
 from fdu.comparison.recommendation import Preference, Recommendation, preferences, recommend
 from fdu.comparison.runs import BEFORE, before_name, identity_before, identity_of
 from fdu.comparison.sweep import Record, Records
-from fdu.config import PLACES, renamed
+from fdu.config import PLACES, updated
 from fdu.storage.output import SMALL_RESULT, check_output, to_json, write_json
 
 RECORD = "comparison.json"
@@ -226,6 +226,6 @@ def _read(path: Path) -> dict[str, Any] | None:
     """The settings in the file of a comparison; None if it is not one."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))["common"]
-        return {**found, "settings": renamed(found.get("settings", {}))}
+        return {**found, "settings": updated(found.get("settings", {}))}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None

@@ -10,7 +10,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from torch import Tensor
 
-from fdu.config import EraseConfig
+from fdu.config import EraseConfig, updated
 from fdu.evaluation import Draws, Evaluation, Figures
 from fdu.evaluation.metrics.catalogue import metrics_of
 from fdu.evaluation.metrics.metric import ShareMetric
@@ -164,7 +164,7 @@ def setting_rows(config: Mapping[str, Any], without: Collection[str] = ()) -> li
 
     return [
         (name, plain(value), plain(value) != plain(defaults.get(name, value)))
-        for name, value in config.items()
+        for name, value in updated(config).items()
         if name not in without
     ]
 

@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fdu.config import PLACES, renamed
+from fdu.config import PLACES, updated
 
 STATE_FILE = "state.safetensors"
 """Its header holds, as JSON, all that is no tensor."""
@@ -120,7 +120,7 @@ class Checkpoints:
                     f"checkpoint {str(path)!r} belongs to another run: it differs in {name}{values}; "
                     f"resume with the same {name}, or choose another checkpoint_dir"
                 )
-        theirs = renamed(other.get("config", {}))
+        theirs = updated(other.get("config", {}))
         for name, value in mine["config"].items():
             if name not in FREE_SETTINGS and theirs.get(name, value) != value:
                 raise ValueError(

@@ -14,7 +14,7 @@ from fdu import EraseConfig
 from fdu.cli.options import option_names
 from fdu.cli.program import COMMANDS
 from fdu.concepts import OBJECT_TEMPLATES, STYLE_TEMPLATES, Concept, Pair, concept_pairs
-from fdu.config import RENAMED, TRAIN_METHODS, choices_of
+from fdu.config import RENAMED, TRAIN_METHODS, choices_of, updated
 
 
 def concept_pair(*arguments: Any) -> Pair:
@@ -146,7 +146,12 @@ def test_snr_gamma_is_never_without_effect() -> None:
     with pytest.raises(ValueError, match="snr_gamma needs weighting 'min_snr'"):
         EraseConfig(snr_gamma=5.0)
     given = EraseConfig(weighting="min_snr", snr_gamma=2.0), EraseConfig(weighting="min_snr"), EraseConfig()
-    assert [config.as_dict()["snr_gamma"] for config in given] == [2.0, 5.0, 5.0]
+    assert [config.as_dict()["snr_gamma"] for config in given] == [2.0, 5.0, None]
+    assert [EraseConfig(**config.as_dict()).as_dict() for config in given] == [config.as_dict() for config in given]
+    # Records and the files of earlier versions have it always.
+    assert [config.recorded()["snr_gamma"] for config in given] == [2.0, 5.0, 5.0]
+    assert updated({"snr_gamma": 5.0, "weighting": "unit"})["snr_gamma"] is None
+    assert updated({"snr_gamma": 4.0, "weighting": "min_snr"})["snr_gamma"] == 4.0
 
 
 def test_a_divergence_of_the_users_own_is_recorded_by_name() -> None:

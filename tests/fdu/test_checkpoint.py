@@ -127,8 +127,9 @@ def test_another_runs_checkpoints_are_refused_before_any_work(run: dict[str, Any
 
 
 def test_a_checkpoint_may_have_former_names_of_settings(tmp_path: Path) -> None:
-    Checkpoints(tmp_path, 2, {"config": {"guidance_scale": 2.0}}).save(1, {})
-    assert Checkpoints(tmp_path, 2, {"config": {"sampling_guidance": 2.0}}).load("latest") == (1, {})
+    Checkpoints(tmp_path, 2, {"config": {"guidance_scale": 2.0, "snr_gamma": 5.0}}).save(1, {})
+    now = {"sampling_guidance": 2.0, "snr_gamma": None}
+    assert Checkpoints(tmp_path, 2, {"config": now}).load("latest") == (1, {})
     with pytest.raises(ValueError, match=r"with sampling_guidance 2\.0, this run has 3\.0"):
         Checkpoints(tmp_path, 2, {"config": {"sampling_guidance": 3.0}}).load("latest")
 
