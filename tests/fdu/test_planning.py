@@ -247,7 +247,7 @@ def test_the_time_counts_the_steps_and_what_comes_before_them(capsys: pytest.Cap
     # gradients of the second take about as long again.
     assert before / step == pytest.approx(96 * 15 * 2 / (3 * 32), rel=0.1)
     assert seconds("--tflops 0.5 --num_inference_steps 5", capsys)[1] == pytest.approx(before / 3, rel=0.01)
-    assert seconds("--tflops 0.5 --guidance_scale 1", capsys)[1] == pytest.approx(before / 2, rel=0.01)
+    assert seconds("--tflops 0.5 --sampling_guidance 1", capsys)[1] == pytest.approx(before / 2, rel=0.01)
     frozen = seconds("--tflops 0.5 --frozen_batches 4", capsys)
     assert frozen[0] == pytest.approx(step * 2 / 3, rel=0.1)
     # A batch that is frozen in advance costs what its step saves; four batches can use 128 of the latents.
@@ -276,7 +276,7 @@ def test_guidance_is_counted_as_the_pipeline_guides(name: str, tmp_path: Path) -
 
     def estimate(guidance_scale: float) -> tuple[int, int]:
         denoiser = families.denoiser(name, load_shapes(str(tmp_path)))
-        found = footprint(denoiser, EraseConfig(**FEW, guidance_scale=guidance_scale, train_batch_size=4))
+        found = footprint(denoiser, EraseConfig(**FEW, sampling_guidance=guidance_scale, train_batch_size=4))
         return found.sampling, found.preparation
 
     denoiser = families.denoiser(name)
