@@ -55,6 +55,7 @@ class ErasureFunction(Protocol[Settings]):
         concept_type: ConceptType | Sequence[ConceptType] = "object",
         mask: Tensor | None = None,
         config: EraseConfig | None = None,
+        stop_when: Callable[[Tensor], bool] | None = None,
         *args: Settings.args,
         **settings: Settings.kwargs,
     ) -> ErasureResult: ...
@@ -74,6 +75,7 @@ def erase(
     concept_type: ConceptType | Sequence[ConceptType] = "object",
     mask: Tensor | None = None,
     config: EraseConfig | None = None,
+    stop_when: Callable[[Tensor], bool] | None = None,
     **settings: Any,
 ) -> ErasureResult:
     """Erase ``target`` from ``pipeline``: its prompts then give what ``anchor``'s prompts give now.
@@ -92,6 +94,9 @@ def erase(
         concept_type: "object" or "style": the phrasings for names. One for all targets, or a sequence, one per target.
         mask: weight of each pixel in the divergence, [H, W], >= 0; resized to the latents.
         config: the settings.
+        stop_when: gets the images of ``validation_prompts``, [N, 3, H, W] in [0, 1], every ``validation_steps``. Once
+            it returns True, the training ends as with ``stop_at``. A judge, for example: ``lambda images:
+            judge(images).count("van gogh") == 0``.
         settings: single settings by name, instead of ``config``; see :class:`fdu.EraseConfig`.
 
     Raises:
@@ -108,6 +113,8 @@ def erase(
     denoiser = denoiser_of(pipeline, config.size, config.num_frames)
     _check_run(denoiser, pairs, mask, config)
     _tell_of_gaps(denoiser, config)
+    if stop_when is not None:
+        _check_judged(config)
     denoiser.embedded_guidance = config.embedded_guidance
     started = time.perf_counter()
     precise = config
@@ -117,7 +124,7 @@ def erase(
     with deterministic(config.deterministic, device), own_accelerator(precise, device) as accelerator:
         check_shards(denoiser.module, config, accelerator.num_processes)
         if TRAIN_METHODS[config.train_method].trains:
-            trainable, history, sigma, edits = _train(accelerator, denoiser, pairs, mask, config)
+            trainable, history, sigma, edits = _train(accelerator, denoiser, pairs, mask, config, stop_when)
         else:
             trainable, edits = _compute(accelerator, denoiser, pairs, config)
             history, sigma = {}, None
@@ -132,6 +139,7 @@ def _train(
     pairs: Sequence[Pair],
     mask: Tensor | None,
     config: EraseConfig,
+    stop_when: Callable[[Tensor], bool] | None,
 ) -> tuple[Trainable, dict[str, list[float]], float, tuple[EditFigures, ...]]:
     """Train. Returns what was trained, the history, sigma, and the figures of the edits at its start."""
     # Without a training_cache, the latents go next to the checkpoints; a resumed run need not sample them again.
@@ -156,7 +164,7 @@ def _train(
     try:
         _share(accelerator, trainable)
         stepper = Stepper(accelerator, denoiser, trainable, examples, objective, config, cache)
-        history = Training(stepper, checkpoints, adversary=adversary).run()
+        history = Training(stepper, checkpoints, adversary=adversary, stop_when=stop_when).run()
     except BaseException:
         trainable.remove()
         raise
@@ -339,6 +347,17 @@ def _tell_of_gaps(denoiser: Denoiser, config: EraseConfig) -> None:
         LOGGER.warning(
             "%s %r leaves %s as it is, by which the prompt also enters %s, so the concept may stay; 'text' trains it",
             *(option, chosen, " and ".join(left), denoiser.family),
+        )
+
+
+def _check_judged(config: EraseConfig) -> None:
+    """Refuse settings that do not go with ``stop_when``."""
+    if not config.validation_prompts or not TRAIN_METHODS[config.train_method].trains:
+        raise ValueError("stop_when needs a training and validation_prompts, whose images it looks at; add them")
+    if config.adversarial_rounds and config.adversarial_order == "alternate":
+        raise ValueError(
+            "stop_when may end the training before the searches; leave it out, or set adversarial_order to "
+            "'search_first'"
         )
 
 

@@ -57,6 +57,7 @@ class Training:
         watch: called after each of the steps ``watched``, with the whole pipeline on the device.
         description: what the progress bar calls it.
         adversary: searches between the steps for what still draws the target, and adds it to the training data.
+        stop_when: looks at the validation images; the training ends once it returns True.
     """
 
     def __init__(
@@ -67,13 +68,14 @@ class Training:
         watch: Callable[[int], None] | None = None,
         description: str = "erase",
         adversary: Searcher | None = None,
+        stop_when: Callable[[Tensor], bool] | None = None,
     ) -> None:
         self.stepper, self.checkpoints = stepper, checkpoints
         self.accelerator, self.denoiser, self.config = stepper.accelerator, stepper.denoiser, stepper.config
         self.objective, self.module, self.parameters = stepper.objective, stepper.denoiser.module, stepper.parameters
         self.unprepared = {name: vars(self.module)[name] for name in PREPARED if name in vars(self.module)}
         self.watched, self.watch, self.description = watched, watch, description
-        self.adversary = adversary
+        self.adversary, self.stop_when = adversary, stop_when
         self.course: list[Tensor] = []
         self.step = 0
         self.last, self.cooling = self.config.max_train_steps, False
@@ -183,14 +185,16 @@ class Training:
             saving = last or stopping or searching or self.step % config.checkpointing_steps == 0
             if saving or step % CHECK_EVERY == 0:
                 progress.set_postfix(s=f"{self._look(tracking):.3g}")
-            if not last and step % CHECK_EVERY == 0 and self._erased():
+            done = step % CHECK_EVERY == 0 and self._erased()
+            if config.validation_prompts and (last or self.step % config.validation_steps == 0):
+                with self._drawing():
+                    images = tracking.validate(self.step, self.denoiser)
+                done = done or self._suffices(images)
+            if done and not last and not self.cooling:
                 self.last, self.cooling = min(self.step + COOL_DOWN, self.last), True
                 self.stepper.cool_down(COOL_DOWN)
             if saving:
                 self._save()
-            if config.validation_prompts and (last or self.step % config.validation_steps == 0):
-                with self._drawing():
-                    tracking.validate(self.step, self.denoiser)
             if self.watch is not None and self.step in self.watched:
                 with self._drawing():
                     self.watch(self.step)
@@ -236,6 +240,13 @@ class Training:
             return False
         recent = torch.stack(self.course[-CHECK_EVERY:])[:, COLUMNS.index("distance")].mean()
         return bool(recent <= self.config.stop_at * self.before)
+
+    def _suffices(self, images: Tensor | None) -> bool:
+        """Whether ``stop_when`` is content with the images, which the main process has."""
+        if self.stop_when is None:
+            return False
+        found = images is not None and bool(self.stop_when(images))
+        return any(gather_object([found])) if self.accelerator.num_processes > 1 else found
 
     def _s(self, values: Tensor) -> float:
         """The median of s in one step's values of ``COLUMNS``."""

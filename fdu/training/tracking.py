@@ -41,18 +41,24 @@ class Tracking:
         if self.config.report_to != "none":
             self.accelerator.log(figures, step=step)
 
-    def validate(self, step: int, denoiser: Denoiser) -> None:
-        """Draw the validation prompts for tracking_dir and the tracker; an error costs the pictures, not the run."""
+    def validate(self, step: int, denoiser: Denoiser) -> Tensor | None:
+        """Draw the validation prompts for tracking_dir and the tracker; an error costs the pictures, not the run.
+
+        Returns the images of the main process; None for others, and after an error.
+        """
         if not (self.accelerator.is_main_process or self.config.shard):
-            return
+            return None
         try:
             images = draw_validation(denoiser, self.config)
-            if self.accelerator.is_main_process:  # others have drawn for their shards alone
-                self._keep(step, images)
+            if not self.accelerator.is_main_process:  # others have drawn for their shards alone
+                return None
+            self._keep(step, images)
+            return images
         except Exception as error:
             if self.config.shard:
                 raise  # the others are in the middle of it
             LOGGER.warning("validation after step %d failed (%s: %s); continuing", step, type(error).__name__, error)
+            return None
 
     def _keep(self, step: int, images: Tensor) -> None:
         folder = Path(self.config.tracking_dir) / "validation"

@@ -60,6 +60,49 @@ def test_where_it_begins_does_not_count_but_the_original_model(quick: dict[str, 
     assert len(result.history["loss"]) == CHECK_EVERY + 1 + COOL_DOWN
 
 
+JUDGED: dict[str, Any] = {"validation_prompts": ["a three", "three"], "validation_steps": 4, "max_train_steps": 20}
+
+
+def test_a_run_ends_once_a_judge_says_so(quick: dict[str, Any], tmp_path: Path) -> None:
+    seen: list[Tensor] = []
+
+    def erased(images: Tensor) -> bool:
+        seen.append(images)
+        return True
+
+    settings = {**JUDGED, "logging_dir": str(tmp_path)}
+    result = erase(quick, **settings, stop_when=erased)
+    assert len(result.history["loss"]) == 4 + COOL_DOWN
+    assert len(seen) == (4 + COOL_DOWN) // 4 + 1 and seen[0].shape[:2] == (2, 3) and 0 <= seen[0].min() <= 1
+    assert len(list((tmp_path / "validation").iterdir())) == len(seen)
+    whole, plain = erase(quick, **settings, stop_when=lambda _: False), erase(quick, **settings)
+    assert whole.history == plain.history and len(plain.history["loss"]) == 20
+
+
+def test_a_run_that_a_judge_ends_resumes_bit_for_bit(quick: dict[str, Any], tmp_path: Path) -> None:
+    settings = {**JUDGED, "logging_dir": str(tmp_path), "checkpoint_dir": str(tmp_path), "checkpointing_steps": 4}
+    calls: list[int] = []
+
+    def erased(_: Tensor) -> bool:
+        calls.append(1)
+        return len(calls) == 2
+
+    whole = erase(quick, **settings, checkpoints_total_limit=99, stop_when=erased)
+    for path in tmp_path.glob("checkpoint-*"):
+        if int(path.name.rpartition("-")[2]) > 8:  # the step after which the judge was content
+            shutil.rmtree(path)
+    resumed = erase(quick, **settings, stop_when=lambda _: False, resume_from_checkpoint="latest")
+    assert resumed.history == whole.history and len(whole.history["loss"]) == 8 + COOL_DOWN
+
+
+def test_a_judge_needs_something_to_look_at(quick: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="stop_when needs a training and validation_prompts"):
+        erase(quick, stop_when=lambda _: True)
+    others = {"adversarial_rounds": 1, "adversarial_order": "alternate"}
+    with pytest.raises(ValueError, match="stop_when may end the training before the searches"):
+        erase(quick, **JUDGED, **others, stop_when=lambda _: True)
+
+
 def test_a_run_that_is_ending_resumes_bit_for_bit(quick: dict[str, Any], tmp_path: Path) -> None:
     settings = {
         "stop_at": 0.9,
