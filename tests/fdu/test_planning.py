@@ -274,9 +274,9 @@ def test_guidance_is_counted_as_the_pipeline_guides(name: str, tmp_path: Path) -
     """Above its own scale without guidance, in one batch or in turn; FLUX.1 is guided by an input."""
     families.build(name).save_pretrained(tmp_path)
 
-    def estimate(guidance_scale: float) -> tuple[int, int]:
+    def estimate(guidance: float) -> tuple[int, int]:
         denoiser = families.denoiser(name, load_shapes(str(tmp_path)))
-        found = footprint(denoiser, EraseConfig(**FEW, sampling_guidance=guidance_scale, train_batch_size=4))
+        found = footprint(denoiser, EraseConfig(**FEW, sampling_guidance=guidance, train_batch_size=4))
         return found.sampling, found.preparation
 
     denoiser = families.denoiser(name)
