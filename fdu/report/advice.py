@@ -131,7 +131,7 @@ def _train(run: EvaluatedRun, lines: _Lines, verdict: Verdict, left: bool) -> li
         what = "the same prompts" if config["preservation_prompts"] else "the anchor's prompts"
         how = f"Preserve {what} more strongly{purpose}" if weight else f"Turn preservation on{purpose}"
         told.append(f"{how}: preservation_weight {changes['preservation_weight']} instead of {weight:g}.")
-    if left:
+    if left and rate:
         told.append(
             f"If {run.target} {_are(run)} still drawn then, double the learning rate too: {2 * rate:g}, not {rate:g}."
         )

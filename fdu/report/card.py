@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from fdu.evaluation.intervals import uncertainty
 from fdu.evaluation.tables import Row, comparison
 from fdu.evaluation.verdict import judge, percent
 from fdu.report.render import templates
+from fdu.storage.foreign import printable
 from fdu.storage.formats import Format
 from fdu.storage.kohya import KOHYA_FILE, kohya_names
 from fdu.storage.loading import HUB_ID, erased_pairs
@@ -22,6 +24,8 @@ from fdu.storage.single_file import SingleFile
 from fdu.subjects.registry import find_subject
 
 CARD_FILE = "README.md"
+MARKUP = re.compile(r"(?<!\w)_|_(?!\w)|[\\`*\[\]|~$]")
+"""Characters that Markdown, or GitHub's or the hub's, may read as markup; within words an underscore is none."""
 WHAT = {
     "lora": "A LoRA adapter",
     "kohya": "A LoRA adapter in kohya's names",
@@ -49,7 +53,7 @@ def write_card(
         probes: the probes of the evaluation.
     """
     environment = templates()
-    environment.filters.update(percent=percent, line=_line)
+    environment.filters.update(percent=percent, code=_code, prose=_prose, literal=_literal)
     config = record["config"]
     subject = find_subject(str(pipeline.config.get("_name_or_path", "")))
     base_id = record["base"] if HUB_ID.fullmatch(record["base"]) and not subject.title else None
@@ -67,13 +71,13 @@ def write_card(
         record=record,
         format=format,
         adapter=format in ("lora", "kohya"),
-        title=_line(record["target"]["name"]),
-        base=subject.title or _line(record["base"]) or "an unnamed model",
+        title=record["target"]["name"],
+        base=subject.title or record["base"] or "an unnamed model",
         base_id=base_id,
         file=_loading_file(record),
-        revision=_line(record.get("revision") or ""),
+        revision=record.get("revision") or "",
         what=WHAT[format],
-        adapters=[_line(name) for name in record.get("adapters") or ()],
+        adapters=list(record.get("adapters") or ()),
         concepts=erased_pairs(record),
         pipeline_class=type(pipeline).__name__,
         subject=subject,
@@ -83,7 +87,7 @@ def write_card(
         # In kohya's names, diffusers reads no magnitudes, and of some families nothing, or what is inside of blocks.
         by_fdu=format == "delta" or (format == "kohya" and (dora or not kohya_names(pipeline).read_by_diffusers)),
         settings=[
-            (name, _line(json.dumps(value, ensure_ascii=False))) for name, value in config.items() if name not in PLACES
+            (name, json.dumps(value, ensure_ascii=False)) for name, value in config.items() if name not in PLACES
         ],
         versions=", ".join(f"{name} {number}" for name, number in record["versions"].items()),
         **rows,
@@ -99,8 +103,8 @@ def _loading_file(record: Mapping[str, Any]) -> str:
         return ""
     config = record.get("model_config") or ""
     place = config if HUB_ID.fullmatch(config) else f"path/to/{config}"
-    beside = f', model_config="{_line(place)}"' if config else ""
-    return f'fdu.load_pipeline("path/to/{_line(record["base"])}"{beside})'
+    beside = f", model_config={_literal(place)}" if config else ""
+    return f"fdu.load_pipeline({_literal('path/to/' + record['base'])}{beside})"
 
 
 def _reach(rows: Sequence[Row], images: int) -> float:
@@ -118,6 +122,17 @@ def _reach(rows: Sequence[Row], images: int) -> float:
     return max([uncertainty(images), *ends])
 
 
-def _line(text: str) -> str:
-    """Text in one line, safe in a Markdown table."""
-    return " ".join(text.split()).replace("|", "\\|").replace("`", "'")
+def _code(text: str) -> str:
+    """Text in one line, safe in a code span of a Markdown table."""
+    return printable(" ".join(text.split())).replace("|", "\\|").replace("`", "'")
+
+
+def _prose(text: str) -> str:
+    """Text in one line, safe anywhere in Markdown: it shows as it is, without markup, HTML, links or images."""
+    shown = printable(" ".join(text.split())).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    return MARKUP.sub(r"\\\g<0>", shown)
+
+
+def _literal(text: str) -> str:
+    """Text as a Python string, safe in a fenced block of code."""
+    return json.dumps(" ".join(text.split()))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import os
 import re
@@ -25,6 +24,7 @@ from fdu.evaluation.verdict import counted_names
 from fdu.report.pictures import strip
 from fdu.report.stored import restored
 from fdu.storage.fingerprint import versions
+from fdu.storage.foreign import printable, read_json
 from fdu.storage.loading import erased_pairs
 from fdu.storage.output import METRICS_FILE, METRICS_KEYS, RECORD_FILE, write_json
 from fdu.training.closed_form import EditFigures
@@ -35,6 +35,8 @@ KEPT_HEIGHT = 256
 """Pixels; larger images are stored reduced to this."""
 SHOWN = 8
 """Images per class and side that the page shows and the folder stores."""
+ASPECT = 32
+"""The most by which one side of an image may be longer than the other."""
 SIDES = ("before", "after")
 GIVE = "give the folder that `fdu evaluate --out` or `fdu demo` wrote"
 
@@ -106,6 +108,7 @@ class _Settings:
     preservation_weight: float = EraseConfig.preservation_weight
     preservation_prompts: list[str] = dataclasses.field(default_factory=list)
     train_method: str = EraseConfig.train_method
+    stop_at: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -262,11 +265,12 @@ class EvaluatedRun(Told):
             check_counts(evaluation, run.probes)
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(
-                f"{str(folder / METRICS_FILE)!r} does not match this version of fdu ({error}); run `fdu evaluate` again"
+                f"{str(folder / METRICS_FILE)!r} does not match this version of fdu ({printable(str(error))}); "
+                "run `fdu evaluate` again"
             ) from error
         for side, images in run.images.items():
             for place, one in enumerate(run.probes):
-                images.append(_cut(folder / IMAGES_FOLDER / run._file(side, place), len(one.seen[side])))
+                images.append(_cut(folder, run._file(side, place), len(one.seen[side])))
         return run
 
     def _file(self, side: str, place: int) -> str:
@@ -360,10 +364,7 @@ def read_metrics(folder: Path) -> dict[str, Any]:
                 "DIR`, then `fdu report DIR`"
             )
         raise FileNotFoundError(f"RUN {str(folder)!r} has no {METRICS_FILE}; {GIVE}")
-    try:
-        metrics = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{str(path)!r} is not valid JSON ({error}); run `fdu evaluate` again") from error
+    metrics = read_json(path, "run `fdu evaluate` again")
     if not isinstance(metrics, dict) or not metrics.keys() >= METRICS_KEYS:
         raise ValueError(f"{str(path)!r} is not an evaluation by fdu; {GIVE}")
     return metrics
@@ -384,17 +385,26 @@ def _cannot_judge(images: Tensor) -> list[str]:
     )
 
 
-def _cut(path: Path, count: int) -> Tensor:
-    """The images [count, 3, H, W] in [0, 1] of a strip."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{str(path)!r}, which the report shows, is missing; run `fdu evaluate` again")
+def _cut(folder: Path, name: str, count: int) -> Tensor:
+    """The images [count, 3, H, W] in [0, 1] of a strip in a run's folder."""
+    path = folder / IMAGES_FOLDER / name
     try:
-        with Image.open(path) as picture:
-            if picture.width % count or picture.height > KEPT_HEIGHT:
+        present = path.is_file()
+    except OSError:  # the name is too long
+        present = False
+    if not present:
+        raise FileNotFoundError(f"{str(path)!r}, which the report shows, is missing; run `fdu evaluate` again")
+    if not path.resolve().is_relative_to(folder.resolve()):
+        raise ValueError(f"{str(path)!r} is a link out of the folder; put a copy of the image in its place")
+    try:
+        with Image.open(path, formats=["PNG"]) as picture:
+            width, height = picture.width / count, picture.height
+            if picture.width % count or height > KEPT_HEIGHT or not height <= ASPECT * width <= ASPECT**2 * height:
                 raise ValueError(f"{picture.width} x {picture.height} pixels for {count} images")
             pixels = torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1).float() / 255
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(
-            f"{str(path)!r} is not the strip of images that fdu wrote ({error}); run `fdu evaluate` again"
+            f"{str(path)!r} is not the strip of images that fdu wrote ({printable(str(error))}); "
+            "run `fdu evaluate` again"
         ) from error
     return torch.stack(pixels.chunk(count, dim=2))

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fdu.models import parts
 from fdu.storage.fingerprint import fingerprint
+from fdu.storage.foreign import printable
 from fdu.storage.tensor_checks import check_floats, is_finite
 
 DELTA_FILE = "delta.safetensors"
@@ -102,8 +103,8 @@ def check_base(pipeline: DiffusionPipeline, metadata: Mapping[str, str]) -> None
     if expected != found:
         name = pipeline.config.get("_name_or_path") or type(pipeline).__name__
         raise ValueError(
-            f"the delta was made on {_shown(metadata.get(BASE_KEY) or 'a base')} with fingerprint "
-            f"{_shown(expected[:16])}, but this "
+            f"the delta was made on {printable(metadata.get(BASE_KEY) or 'a base')} with fingerprint "
+            f"{printable(expected[:16])}, but this "
             f"pipeline, {name}, has {found[:16]}; load that base in the dtype of the training, without other "
             "changes, or pass check_base=False to apply it anyway"
         )
@@ -208,8 +209,3 @@ def _check_indices(name: str, weight: Tensor, rows: Tensor | None) -> None:
         raise ValueError(f"the file changes rows of {name} beyond its {len(weight)} rows; it is damaged")
     if len(rows.unique()) < len(rows):
         raise ValueError(f"the file changes a row of {name} more than once; it is damaged")
-
-
-def _shown(text: str) -> str:
-    """A text of strangers for a message."""
-    return text if text.isprintable() else repr(text)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import os
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from fdu.config import TRAIN_METHODS, EraseConfig, Size, check_choice, check_size
+from fdu.storage.foreign import read_json
 from fdu.storage.output import PIPELINE_FILE, RECORD_FILE, SMALL_RESULT
 from fdu.storage.single_file import SingleFile
 
@@ -190,10 +190,7 @@ def read_record(folder: str) -> Any:
     path = Path(folder) / RECORD_FILE
     if not path.is_file():
         return None
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{str(path)!r} is not valid JSON ({error}); run `fdu erase` again") from error
+    return read_json(path, "run `fdu erase` again")
 
 
 def erased_pairs(record: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -409,7 +406,7 @@ def load_erased(pipeline: DiffusionPipeline, path: str) -> DiffusionPipeline:
 def _config(folder: Path) -> dict[str, Any]:
     """The config.json of a model in ``folder``; empty if it cannot be read, which loading will report."""
     try:
-        found = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        found = read_json(folder / "config.json", "download it again")
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}

@@ -12,6 +12,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from fdu.storage.foreign import read_json
+
 RECORD_FILE = "fdu.json"
 """File next to saved weights: what was erased, with which settings and versions, and the course of the training."""
 PIPELINE_FILE = "model_index.json"
@@ -143,7 +145,7 @@ def written_by_fdu(folder: Path) -> bool:
     if (folder / RECORD_FILE).is_file():
         return True
     try:
-        metrics = json.loads((folder / METRICS_FILE).read_text(encoding="utf-8"))
+        metrics = read_json(folder / METRICS_FILE, "run `fdu evaluate` again")
     except (OSError, ValueError):
         return False
     return isinstance(metrics, dict) and metrics.keys() >= METRICS_KEYS

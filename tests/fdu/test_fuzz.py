@@ -20,18 +20,22 @@ import torch
 from families import ALPHA, CONTEXT, add_adapter, change_weights
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from test_report import found, make_run
 from torch import Tensor
 
+from fdu.concepts import Concept
 from fdu.models import parts
+from fdu.report import make_report
 from fdu.storage.formats import write
 from fdu.storage.readers import load_weights
 from fdu.storage.tensor_checks import is_finite
 
 MINUTES = float(os.environ.get("FDU_FUZZ_MINUTES", "0"))
 """Minutes for all tests together; 0: a fixed number of examples."""
-TESTS = 3
+TESTS = 5
 SLOWEST = 60.0
 """Seconds of one example; one that never ends takes years."""
 TEXT = st.text(max_size=12) | st.sampled_from(["", ".", "unet", "unet.", "\x1b[2J", "a" * 600, "../x", "<script>", "|"])
@@ -243,3 +247,80 @@ def test_damaged_files_of_weights(weights: Any, tmp_path: Path) -> None:
         loader.try_loading(tmp_path / name)
 
     fuzz(check, st.tuples(st.sampled_from(sorted(originals)), EDITS), 100)
+
+
+# Reports and records
+
+
+def changed(content: Any, changes: list[tuple[list[int], str, Any]]) -> Any:
+    """JSON in which some values, found by a way into it, are others or gone."""
+    content = json.loads(json.dumps(content))
+    for way, kind, new in changes:
+        parent, last, here = None, None, content
+        for step in way:
+            if not isinstance(here, (dict, list)) or not here:
+                break
+            last = step % len(here) if isinstance(here, list) else sorted(here)[step % len(here)]
+            parent, here = here, here[last]
+        if parent is None:
+            continue
+        if kind == "drop":
+            del parent[last]
+        elif kind == "key" and isinstance(parent, dict):
+            parent[str(new)[:20]] = here
+        else:
+            parent[last] = new
+    return content
+
+
+DIFFERENCES = st.lists(
+    st.tuples(st.lists(st.integers(0, 50), min_size=1, max_size=6), st.sampled_from(["drop", "key", "other"]), JSON),
+    max_size=4,
+)
+MODES = ["L", "1", "P", "CMYK", "I;16", "RGBA"]
+
+
+def test_folders_of_runs(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run", robustness=found(0.2))
+    metrics = json.loads((folder / "metrics.json").read_text())
+    image = folder / "images/00-target-three-before.png"
+    whole, made = image.read_bytes(), []
+
+    def check(example: tuple[list[Any], list[Any], tuple[str, int, int]]) -> None:
+        differences, edits, (mode, width, height) = example
+        (folder / "metrics.json").write_text(json.dumps(changed(metrics, differences)))
+        image.write_bytes(edited(whole, edits))
+        if mode:
+            Image.new(mode, (width, height)).save(image, "PNG" if mode != "CMYK" else "TIFF")
+        (folder / "report.html").unlink(missing_ok=True)
+        try:
+            page = make_report(folder).read_text(encoding="utf-8")
+        except (ValueError, FileNotFoundError) as error:
+            assert str(folder) in str(error) and "\x1b" not in str(error)
+            assert not (folder / "report.html").exists()
+        else:
+            made.append(page)
+            assert "<script" not in page
+
+    sizes = st.tuples(st.sampled_from(["", "", *MODES]), st.sampled_from([1, 8, 128, 4000]), st.integers(1, 300))
+    fuzz(check, st.tuples(DIFFERENCES, st.just([]) | EDITS, sizes), 100)
+    assert made
+
+
+def test_bytes_that_are_no_json(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run")
+    whole = (folder / "metrics.json").read_bytes()
+
+    def check(edits: list[tuple[float, str, bytes]]) -> None:
+        (folder / "metrics.json").write_bytes(edited(whole, edits))
+        try:
+            make_report(folder)
+        except (ValueError, FileNotFoundError) as error:
+            assert str(folder) in str(error) and "\x1b" not in str(error)
+        (tmp_path / "prompts.txt").write_bytes(edited(b"# a\na cat\na dog\n", edits))
+        try:
+            assert Concept.from_file(tmp_path / "prompts.txt").prompts
+        except ValueError as error:
+            assert "prompts.txt" in str(error)
+
+    fuzz(check, EDITS, 60)
