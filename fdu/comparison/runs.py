@@ -8,6 +8,7 @@ import itertools
 import json
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,7 @@ import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional
 
@@ -32,6 +32,7 @@ from fdu.models.offloading import drawable
 from fdu.report.pictures import strip
 from fdu.result import ErasureResult
 from fdu.storage.fingerprint import fingerprint, versions
+from fdu.storage.integrity import read_sealed, sealed
 from fdu.storage.output import whole_file
 from fdu.subjects.registry import subject_of
 
@@ -244,9 +245,10 @@ def _before(comparison: Comparison, target: str, probes: list[Probe], cache: Pat
     }
     path = cache / f"{BEFORE}-{digest(json.dumps(key, sort_keys=True))}.safetensors"
     counts = _pictured(comparison, probes)
-    try:
-        found = load_file(path)
-    except (OSError, SafetensorError):
+    found: dict[str, Tensor] = {}
+    with suppress(OSError, ValueError):  # there is none yet, or it is damaged and made anew
+        found, _ = read_sealed(path)
+    if not found.keys() >= {str(place) for place in range(len(probes))}:
         pipeline = _pipeline(*comparison.loading)
         found, shown = {}, []
         for place, (drawn, count) in enumerate(zip(_draw(comparison, pipeline, probes), counts, strict=True)):
@@ -254,7 +256,7 @@ def _before(comparison: Comparison, target: str, probes: list[Probe], cache: Pat
             shown.append(drawn[:count].clone())
         found[PICTURES] = _strip(shown)
         with whole_file(path) as fresh:
-            save_file(found, fresh)
+            save_file(found, fresh, sealed(found, {}))
     images = [found[str(place)] for place in range(len(probes))]
     if PICTURES not in found:
         found[PICTURES] = _strip([one[:count].float() for one, count in zip(images, counts, strict=True)])

@@ -15,16 +15,19 @@ import transformers
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 import fdu
 from fdu.models import parts
 from fdu.models.denoiser import Denoiser
 from fdu.storage.fingerprint import fingerprint
+from fdu.storage.integrity import DIGEST, read_sealed, sealed
 from fdu.storage.output import whole_file
 
 LOGGER = logging.getLogger(__name__)
+KEY = "key"
+"""Where an entry's file keeps its inputs."""
 
 
 class Cache:
@@ -46,17 +49,14 @@ class Cache:
     ) -> dict[str, Tensor]:
         """The tensors of ``kind`` that depend on ``key`` alone, from the folder (then on the CPU) or from ``make``.
 
-        A file appears whole or not at all. An unreadable file is replaced, and an unwritable folder costs only the
-        entry. With ``every_process`` each process has its own entry, and ``key`` must tell them apart.
+        A file appears whole or not at all. A damaged file, or one of another key, is replaced, and an unwritable folder
+        costs only the entry. With ``every_process`` each process has its own entry, and ``key`` must tell them apart.
         """
         if self.folder is None:
             return make()
         text = json.dumps({**self.base, **key, "kind": kind}, sort_keys=True)
         path = self.folder / f"{kind}-{hashlib.sha256(text.encode()).hexdigest()[:16]}.safetensors"
-        try:
-            found = load_file(path)
-        except (OSError, SafetensorError):
-            found = None
+        found = self._read(path, text)
         # Making may need all processes.
         if self.accelerator.num_processes > 1 and not all(gather_object([found is not None])):
             found = None
@@ -66,10 +66,27 @@ class Cache:
         if every_process or self.accelerator.is_main_process:
             try:
                 with whole_file(path) as fresh:
-                    save_file({name: tensor.cpu().contiguous() for name, tensor in made.items()}, fresh, {"key": text})
+                    tensors = {name: tensor.cpu().contiguous() for name, tensor in made.items()}
+                    save_file(tensors, fresh, sealed(tensors, {KEY: text}))
             except (OSError, SafetensorError) as error:
                 LOGGER.warning("cache entry %s could not be written (%s); continuing", path, error)
         return made
+
+    @staticmethod
+    def _read(path: Path, key: str) -> dict[str, Tensor] | None:
+        """The tensors of an entry; None if there is none, or none that is as it was written."""
+        if not path.is_file():
+            return None
+        try:
+            found, metadata = read_sealed(path)
+            if DIGEST not in metadata:
+                raise ValueError("it has no SHA-256, as entries of earlier versions")
+            if metadata.get(KEY) != key:
+                raise ValueError("it is of other inputs")
+        except (OSError, ValueError) as error:
+            LOGGER.warning("cache entry %s cannot be used (%s); it is made anew", path, error)
+            return None
+        return found
 
 
 def model_key(denoiser: Denoiser) -> dict[str, Any]:

@@ -6,17 +6,21 @@ Bit for bit on the CPU; on a GPU if ``deterministic`` is set, since some of its 
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from fdu.config import PLACES, updated
+from fdu.storage.integrity import read_sealed, sealed
+
+LOGGER = logging.getLogger(__name__)
 
 STATE_FILE = "state.safetensors"
 """Its header holds, as JSON, all that is no tensor."""
@@ -27,6 +31,10 @@ FREE_SETTINGS = {
     *("checkpointing_steps", "checkpoints_total_limit", "report_to", "validation_prompts", "validation_steps"),
 }
 """Settings that may change between a run and its continuation, because they do not affect the weights."""
+
+
+class Damaged(ValueError):
+    """A checkpoint is not as it was written."""
 
 
 class Checkpoints:
@@ -58,7 +66,7 @@ class Checkpoints:
             tensors: dict[str, Tensor] = {}
             content = {"step": step, "manifest": self.manifest, "state": _pack(state, tensors, "")}
             try:
-                save_file(tensors, fresh / STATE_FILE, {HEADER: json.dumps(content)})
+                save_file(tensors, fresh / STATE_FILE, sealed(tensors, {HEADER: json.dumps(content)}))
             except SafetensorError as error:
                 raise OSError(str(error)) from error
             for path in (fresh / STATE_FILE, fresh):
@@ -82,33 +90,62 @@ class Checkpoints:
     def load(self, choice: str, header_only: bool = False) -> tuple[int, dict[str, Any]] | None:
         """The step and the state of the "latest" checkpoint (None if there is none), or of the folder named.
 
+        Of the latest, one that is damaged is named in a warning, and the one before it is taken.
+
         Args:
             choice: "latest" or a folder.
             header_only: check the checkpoint without reading its tensors; the state is empty.
 
         Raises:
             FileNotFoundError: there is no checkpoint in the folder named.
-            ValueError: it cannot be read, or is one of another run: other settings, base model or number of processes.
+            ValueError: it cannot be read, or no latest one can, or it is one of another run: other settings, base model
+                or number of processes.
         """
-        if choice == "latest" and not self.all():
-            return None
-        path = self.all()[-1] if choice == "latest" else Path(choice)
-        if choice != "latest" and not (path / STATE_FILE).is_file():
-            raise FileNotFoundError(
-                f"resume_from_checkpoint {str(path)!r} holds no {STATE_FILE}; give a folder {PREFIX}N, or 'latest'"
-            )
-        try:
-            with safe_open(path / STATE_FILE, "pt") as file:  # what opens is as long as its header says
-                content = json.loads((file.metadata() or {})[HEADER])
-                tensors = {} if header_only else {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            step, manifest = content["step"], content["manifest"]
-            state = {} if header_only else _unpack(content["state"], tensors)
-        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-            raise ValueError(
-                f"checkpoint {str(path)!r} cannot be read ({error}); use an older one, or start from scratch"
-            ) from error
+        if choice == "latest":
+            paths = self.all()[::-1]
+            for path in paths:
+                try:
+                    found = self._read(path, header_only)
+                except Damaged as error:
+                    LOGGER.warning("%s; looking for an older one", error)
+                    continue
+                break
+            else:
+                if paths:
+                    raise ValueError(
+                        f"no checkpoint in {str(self.folder)!r} can be read; the newest is {paths[0].name!r}. "
+                        "Start from scratch in another folder"
+                    )
+                return None
+        else:
+            path = Path(choice)
+            if not (path / STATE_FILE).is_file():
+                raise FileNotFoundError(
+                    f"resume_from_checkpoint {str(path)!r} holds no {STATE_FILE}; give a folder {PREFIX}N, or 'latest'"
+                )
+            found = self._read(path, header_only)
+        step, manifest, state = found
         self._check_same_run(path, manifest)
         return step, state
+
+    @staticmethod
+    def _read(path: Path, header_only: bool) -> tuple[int, dict[str, Any], dict[str, Any]]:
+        """Step, manifest and state of a checkpoint.
+
+        Raises:
+            Damaged: it is not as it was written.
+        """
+        try:
+            tensors, metadata = read_sealed(path / STATE_FILE, header_only)
+            content = json.loads(metadata[HEADER])
+            step, manifest = content["step"], content["manifest"]
+            if not isinstance(step, int) or not isinstance(manifest, dict):
+                raise ValueError("its header is of another kind")
+            return step, manifest, {} if header_only else _unpack(content["state"], tensors)
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+            raise Damaged(
+                f"checkpoint {str(path)!r} cannot be read ({error}); use an older one, or start from scratch"
+            ) from error
 
     def _check_same_run(self, path: Path, other: dict[str, Any]) -> None:
         mine = json.loads(json.dumps(self.manifest))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any, Protocol, cast
 
@@ -314,6 +314,18 @@ class Training:
         if found is None:
             return
         self.step, state = found
+        try:
+            self._restore(state)
+        except torch.OutOfMemoryError:
+            raise
+        except (KeyError, IndexError, TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(
+                f"the checkpoint after step {self.step} does not fit this run ({type(error).__name__}: {error}); "
+                "it may be of another version of fdu or its libraries: use the one that wrote it, or start from scratch"
+            ) from error
+
+    def _restore(self, state: Mapping[str, Any]) -> None:
+        """Undo :meth:`_state`."""
         self.last, self.before = state.get("last", self.last), state.get("before")
         self.cooling = state.get("cooling", False)
         if self.cooling:

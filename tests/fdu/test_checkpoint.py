@@ -116,12 +116,14 @@ def test_another_runs_checkpoints_are_refused_before_any_work(run: dict[str, Any
     with pytest.raises(FileNotFoundError, match="resume_from_checkpoint.*none'.*state.safetensors"):
         fdu.erase(digits.load_pipeline(), "three", "eight", **{**run, "resume_from_checkpoint": str(tmp_path / "none")})
     newest = tmp_path / "kept" / "checkpoint-6" / "state.safetensors"
+    this = {**run, "resume_from_checkpoint": str(newest.parent)}
     newest.write_bytes(newest.read_bytes()[:1000])
     with pytest.raises(ValueError, match="checkpoint-6'.*older"):
+        fdu.erase(digits.load_pipeline(), "three", "eight", **this)
+    (tmp_path / "kept" / "checkpoint-4").rename(tmp_path / "elsewhere")
+    with pytest.raises(ValueError, match="no checkpoint .*'checkpoint-6'.*scratch"):
         fdu.erase(digits.load_pipeline(), "three", "eight", **again)
-    newest.unlink()
-    with pytest.raises(ValueError, match="checkpoint-6'.*older"):
-        fdu.erase(digits.load_pipeline(), "three", "eight", **again)
+    (tmp_path / "elsewhere").rename(tmp_path / "kept" / "checkpoint-4")
     older = {**run, "resume_from_checkpoint": str(tmp_path / "kept" / "checkpoint-4")}
     assert len(fdu.erase(digits.load_pipeline(), "three", "eight", **older).history["loss"]) == 6
 

@@ -395,6 +395,14 @@ def test_without_a_cache_the_images_before_are_still_those_of_the_model_as_it_is
     assert Records(tmp_path / RUNS).found[run.name]["judged"] == first["judged"]
     (kept,), (true,) = ((folder / "cache").glob("before-*") for folder in (tmp_path, made))
     assert kept.name == true.name and kept.read_bytes() == true.read_bytes()
+    # A damaged entry is made anew.
+    kept.write_bytes(kept.read_bytes()[:-1] + b"\xff")
+    records = Records(tmp_path / RUNS)
+    del records.found[run.name]
+    records.write(jobs(PLAN, tmp_path))
+    make_runs(PLAN, tmp_path / RUNS, tmp_path / "cache", tell=told.append)
+    assert len(told) == 2 and kept.read_bytes() == true.read_bytes()
+    assert Records(tmp_path / RUNS).found[run.name]["judged"] == first["judged"]
 
 
 @pytest.mark.slow

@@ -155,6 +155,7 @@ def malformed(
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors and metadata with some of them changed."""
     tensors, metadata = dict(tensors), dict(metadata)
+    replaced: set[str] = set()
     for kind, place, *how in changes:
         if kind == "metadata":
             metadata[place] = how[0]
@@ -164,13 +165,16 @@ def malformed(
             del tensors[name]
         elif kind == "rename":
             tensors[how[0].replace("{}", name)] = tensors.pop(name)
-        elif kind == "other" and tensors[name].ndim == 2 and tensors[name].dtype is torch.float32:
+            replaced.add(how[0].replace("{}", name))
+        elif kind == "other" and name not in replaced and tensors[name].ndim == 2:
             possible = others(tensors[name])
             tensors[name] = possible[how[0] % len(possible)]
+            replaced.add(name)
         elif kind == "part":
             stem = name.partition(".lora_")[0].removesuffix(":rows").removesuffix(":indices")
             possible = others(torch.ones(3, 3))
             tensors[stem + how[0]] = possible[how[1] % len(possible)]
+            replaced.add(stem + how[0])
     return tensors, metadata
 
 
