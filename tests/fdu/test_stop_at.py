@@ -70,7 +70,7 @@ def test_a_run_ends_once_a_judge_says_so(quick: dict[str, Any], tmp_path: Path) 
         seen.append(images)
         return True
 
-    settings = {**JUDGED, "logging_dir": str(tmp_path)}
+    settings = {**JUDGED, "tracking_dir": str(tmp_path)}
     result = erase(quick, **settings, stop_when=erased)
     assert len(result.history["loss"]) == 4 + COOL_DOWN
     assert len(seen) == (4 + COOL_DOWN) // 4 + 1 and seen[0].shape[:2] == (2, 3) and 0 <= seen[0].min() <= 1
@@ -80,7 +80,7 @@ def test_a_run_ends_once_a_judge_says_so(quick: dict[str, Any], tmp_path: Path) 
 
 
 def test_a_run_that_a_judge_ends_resumes_bit_for_bit(quick: dict[str, Any], tmp_path: Path) -> None:
-    settings = {**JUDGED, "logging_dir": str(tmp_path), "checkpoint_dir": str(tmp_path), "checkpointing_steps": 4}
+    settings = {**JUDGED, "tracking_dir": str(tmp_path), "checkpoint_dir": str(tmp_path), "checkpointing_steps": 4}
     calls: list[int] = []
 
     def erased(_: Tensor) -> bool:
