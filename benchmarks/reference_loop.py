@@ -38,7 +38,7 @@ class Settings:
 
     num_images: int = 1000
     num_inference_steps: int = 25
-    guidance_scale: float = 6.0
+    sampling_guidance: float = 6.0
     sample_batch_size: int = 4
     train_batch_size: int = 2
     gradient_accumulation_steps: int = 2
@@ -67,7 +67,7 @@ def sample_images(pipeline: StableDiffusionPipeline, prompts: Sequence[str], fol
         images = pipeline(
             [prompts[number % len(prompts)] for number in numbers],
             num_inference_steps=settings.num_inference_steps,
-            guidance_scale=settings.guidance_scale,
+            guidance_scale=settings.sampling_guidance,
             generator=generator,
         ).images
         for number, image in zip(numbers, images, strict=True):
