@@ -5,11 +5,14 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from statistics import fmean, stdev
 from typing import Any
 
+import scipy.stats
 import torch
 
 import fdu_kernels as fk
@@ -18,6 +21,7 @@ from fdu.comparison.results import Results, conditions_of, read_results
 from fdu.comparison.runs import jobs as jobs_of
 from fdu.comparison.sweep import Job, Record, Records, digest, sweep
 from fdu.config import EraseConfig
+from fdu.evaluation.intervals import LEVEL
 from fdu.report.run import IMAGES_FOLDER
 from fdu.subjects.embedded import EmbeddedPipeline
 from fdu.subjects.registry import subject_of
@@ -208,6 +212,12 @@ def fill(name: str, **fields: Any) -> str:
 def finding(verdict: str, **fields: Any) -> dict[str, Any]:
     """The outcome of a claim for a template: the verdict in a few words, as the start of a sentence, and figures."""
     return {"verdict": verdict, "said": verdict[0].upper() + verdict[1:], **fields}
+
+
+def student(values: Sequence[float]) -> tuple[float, float]:
+    """The mean of values, and the reach of its 95 % interval by Student's t."""
+    error = stdev(values) / math.sqrt(len(values))
+    return fmean(values), float(scipy.stats.t.ppf((1 + LEVEL) / 2, len(values) - 1)) * error
 
 
 def conditions(record: Record) -> dict[str, str]:

@@ -15,15 +15,13 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-import math
 from collections.abc import Sequence
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any
 
-import scipy.stats
 import torch
-from experiment import NOT_MEASURED, conditions, current, dated, fill, of_total, run
+from experiment import NOT_MEASURED, conditions, current, dated, fill, of_total, run, student
 from safetensors.torch import load_file, save_file
 
 import fdu
@@ -32,7 +30,6 @@ from fdu.comparison.runs import weights
 from fdu.comparison.sweep import Job, Record, digest, settings_identity
 from fdu.evaluation import Draws, Sampling
 from fdu.evaluation.drawing import JUDGED_SEED, joint_probes
-from fdu.evaluation.intervals import LEVEL
 from fdu.report.charts import became_chart
 from fdu.storage.output import whole_file, write_text
 from fdu.subjects.embedded import Emoji
@@ -270,8 +267,7 @@ def by_divergence(rows: Rows) -> str:
             cells = []
             for names in (TARGETS, kept):
                 gaps = [fmean(one["per_class"][name] - two["per_class"][name] for one, two in found) for name in names]
-                middle, error = fmean(gaps), stdev(gaps) / math.sqrt(len(gaps))
-                reach = scipy.stats.t.ppf((1 + LEVEL) / 2, len(gaps) - 1) * error
+                middle, reach = student(gaps)
                 cells.append(f"{100 * middle:.1f} ({100 * (middle - reach):.1f} to {100 * (middle + reach):.1f})")
             lines.append([f"{first} minus {other}", *cells])
     return markdown(["", "left, seen", "retained"], lines) if lines else NOT_MEASURED

@@ -21,19 +21,18 @@ import itertools
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any
 
-import scipy.stats
 import torch
-from experiment import HERE, NOT_MEASURED, conditions, current, dated, fill, of_total, run
+from experiment import HERE, NOT_MEASURED, conditions, current, dated, fill, of_total, run, student
 
 import fdu
 from fdu.comparison.page import markdown
 from fdu.comparison.runs import weights
 from fdu.comparison.sweep import Job, Record, settings_identity
 from fdu.evaluation import draw
-from fdu.evaluation.intervals import LEVEL, wilson
+from fdu.evaluation.intervals import wilson
 from fdu.evaluation.robustness import AttackConfig, Examination, JudgedSampling, attack
 from fdu.evaluation.robustness.holding import OTHERS, judge_robustness
 from fdu.evaluation.robustness.image_attacks import ImageAttackConfig, from_partial_noise, inpainting
@@ -207,7 +206,7 @@ def examine(row: Row) -> Record:
     pipeline, target = fdu.load_pipeline(MODEL), row.aim.target
     # The further attacks on the pipeline before the erasure are those of the row "not erased".
     begun, bred = before(target, row.anchor)
-    examination = copy.copy(begun)
+    examination = copy.deepcopy(begun)
     retained = None
     if row.erasure in ERASURES:
         fdu.erase(pipeline, *emoji_pipeline.concepts(target, row.anchor), config=row.config)
@@ -374,8 +373,12 @@ def goals(rows: Rows, erasures: Rows) -> str:
     lines = []
     for name, row in erasures.items():
         above = [attacked(row, test) - taught(rows, test) for test in (*HELD_OUT, "attack")]
-        share, after = row["retained"] / kept_before(rows, Row(name)), back_at(row)
-        times = min(after, row["relearning"]["course"][-1][0]) / unit
+        share, after, last = (
+            row["retained"] / kept_before(rows, Row(name)),
+            back_at(row),
+            row["relearning"]["course"][-1][0],
+        )
+        times = min(after, last) / unit
         reached = {
             "attacks": max(above[:-1]) < MARGIN + 1e-9,  # its bound itself is allowed, whatever rounding makes of it
             "retained": share >= KEPT,
@@ -385,8 +388,8 @@ def goals(rows: Rows, erasures: Rows) -> str:
             [
                 name,
                 *(f"{gap:+.2f}" for gap in above),
-                f"{share:.2f}",
-                f"{steps_back(row)} ({'> ' * (after > unit * times)}{times:.1f})",
+                "" if math.isnan(share) else f"{share:.2f}",
+                f"{steps_back(row)} ({'> ' * (after > last)}{times:.1f})",
                 ", ".join(goal for goal, met in reached.items() if met) or "none",
             ]
         )
@@ -433,11 +436,11 @@ def mean(shares: Sequence[Record]) -> str:
     if not shares:
         return ""
     values = [share["value"] for share in shares]
-    middle, count = fmean(values), len(values)
+    middle = fmean(values)
     if len(set(values)) == 1:
         low, high = wilson(middle, sum(share["images"] for share in shares))
     else:
-        reach = scipy.stats.t.ppf((1 + LEVEL) / 2, count - 1) * stdev(values) / math.sqrt(count)
+        middle, reach = student(values)
         low, high = max(middle - reach, 0.0), min(middle + reach, 1.0)
     return shown({"value": middle, "interval": (low, high)})
 

@@ -73,9 +73,15 @@ def _csv_rows(path: Path) -> list[tuple[int, Row]]:
             raise ValueError(f"line {reader.line_num} is not CSV ({error})") from error
     lines = [(number, cells) for number, cells in lines if any(cells)]
     header = lines[0][1] if lines else []
+    header = [name.lower() for name in header]
+    twice = [name for name in header if name and header.count(name) > 1]
+    if twice:
+        raise ValueError(f"the first line names the column {twice[0]!r} twice")
     missing = [name for name in NEEDED if name not in header]
     if missing:
-        raise ValueError(f"the first line names no column {missing[0]!r}; it must name target and anchor")
+        raise ValueError(
+            f"the first line names no column {missing[0]!r}; it must name target and anchor, with commas between them"
+        )
     rows = []
     for number, cells in lines[1:]:
         if len(cells) > len(header):
@@ -84,7 +90,7 @@ def _csv_rows(path: Path) -> list[tuple[int, Row]]:
             )
         row: Row = {name: cell for name, cell in zip(header, cells, strict=False) if cell or name in NEEDED}
         for name in LISTS.intersection(row):
-            row[name] = [prompt.strip() for prompt in row[name].split("|")]
+            row[name] = [prompt.strip() for prompt in row[name].split("|") if prompt.strip()]
         rows.append((number, row))
     return rows
 

@@ -217,8 +217,8 @@ class EraseConfig:
     enters by other layers."""
     init: Literal["none", "closed_form"] = "none"
     """Where the training starts: from the model as it is ("none"), or from the edit of closed_form (lora, dora, text,
-    cross_attention, attention, full), for lora and dora as far as their rank holds it: 64 suffices for one object
-    of the emoji pipeline. The training's target is the original model either way."""
+    cross_attention, attention, full), for lora and dora as far as their rank holds it (`fdu erase` tells the
+    rank of the edit). The training's target is the original model either way."""
     ridge: Positive = 0.005
     """closed_form: ridge penalty on the change of the weights, > 0, relative to the mean square of what they read."""
     rank_tolerance: Share = 1e-3

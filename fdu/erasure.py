@@ -288,7 +288,8 @@ def check_suited(denoiser: Denoiser, config: EraseConfig) -> None:
         raise ValueError(
             f"pipeline seems to be distilled to few steps: {denoiser.few_steps}. Set timestep_sampling 'inference', "
             "num_inference_steps to the number that the model is made for, such as 4, and sampling_guidance to "
-            f"{denoiser.unguided_scale:g}; or train the model that it was distilled from"
+            f"{denoiser.unguided_scale:g}; or train the model that it was distilled from. If it is not distilled, set "
+            "timestep_sampling 'inference' and num_inference_steps to the number of steps that you draw with"
         )
     if config.embedded_guidance != EraseConfig.embedded_guidance and not denoiser.reads_guidance:
         raise ValueError(f"embedded_guidance: {denoiser.family} is not guidance-distilled here; leave it out")
@@ -354,6 +355,11 @@ def _check_judged(config: EraseConfig) -> None:
     """Refuse settings that do not go with ``stop_when``."""
     if not config.validation_prompts or not TRAIN_METHODS[config.train_method].trains:
         raise ValueError("stop_when needs a training and validation_prompts, whose images it looks at; add them")
+    if config.validation_steps >= config.max_train_steps:
+        raise ValueError(
+            f"stop_when looks every {config.validation_steps} steps, and the training has {config.max_train_steps}; "
+            "lower validation_steps"
+        )
     if config.adversarial_rounds and config.adversarial_order == "alternate":
         raise ValueError(
             "stop_when may end the training before the searches; leave it out, or set adversarial_order to "

@@ -139,13 +139,13 @@ PRESETS: dict[str, Preset] = {
     "sd15-style": Preset(
         FDMU,
         "Stable Diffusion 1",
-        "A style from Stable Diffusion 1.x or 2.x: the settings of fdmu; add --concept_type style.",
+        "A style from Stable Diffusion 1.x: the settings of fdmu; add --concept_type style.",
         "run_experiment.sh of nicolaNovello/f-DMU erases Van Gogh with them",
     ),
     "sd15-object": Preset(
         ABLATION,
         "Stable Diffusion 1",
-        "An object from Stable Diffusion 1.x or 2.x: the settings of concept-ablation. If the target's name contains "
+        "An object from Stable Diffusion 1.x: the settings of concept-ablation. If the target's name contains "
         "the anchor's (grumpy cat, cat), add --preservation_weight 1 --learning_rate 3.2e-5, as its authors do.",
         "diffusers/README.md of nupurkmr9/concept-ablation erases R2D2 with them",
     ),

@@ -303,5 +303,7 @@ def option_names(command: type) -> tuple[set[str], set[str], set[str]]:
 def _meant(typed: str, known: Collection[str], prefix: str = "") -> str:
     close = difflib.get_close_matches(typed, known, n=1, cutoff=0.5)
     other = OTHER_NAMES.get(typed, "")
-    best = other if other.partition(" ")[0] in known else next(iter(close), None)
+    best = next(iter(close), None)
+    if other:  # a name that looks like it means something else
+        best = other if other.partition(" ")[0] in known else None
     return f"; did you mean {prefix}{best}?" if best else "."

@@ -50,7 +50,7 @@ class Plan:
     """Speed that the device reaches, not that of its data sheet, in 10^12 floating-point operations per second, > 0:
     gives the time of the erasure, without the reading of prompts and weights."""
     preset: PresetName | None = None
-    """Begin with the settings of a published method, as for fdu erase."""
+    """Begin with settings of a published method, or for a kind of model, as for fdu erase."""
     config: Path | None = None
     """YAML file of settings, as for fdu erase."""
     dtype: Dtype = "auto"

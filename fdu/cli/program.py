@@ -63,8 +63,8 @@ USER_ERRORS = (ValueError, TypeError, OSError, RuntimeError, MissingPackage)
 
 NO_MEMORY = re.compile(r"out of memory|can't allocate memory|Cannot allocate memory")
 NEEDS_LESS = (
-    "fdu: `fdu plan MODEL --memory GIB`, with the options of this command, names options that need less memory; an "
-    "evaluation takes fewer --images_per_class. See docs/help/out-of-memory.md."
+    "fdu: `fdu plan MODEL --memory GIB`, with the settings of the erasure, names options that need less memory; an "
+    "evaluation takes a smaller --batch_size and --robustness_batch_size"
 )
 
 

@@ -246,7 +246,7 @@ def _before(comparison: Comparison, target: str, probes: list[Probe], cache: Pat
     path = cache / f"{BEFORE}-{digest(json.dumps(key, sort_keys=True))}.safetensors"
     counts = _pictured(comparison, probes)
     found: dict[str, Tensor] = {}
-    with suppress(OSError, ValueError):  # there is none yet, or it is damaged and made anew
+    with suppress(OSError, ValueError):  # there is none yet, or it is damaged and made again
         found, _ = read_sealed(path)
     if not found.keys() >= {str(place) for place in range(len(probes))}:
         pipeline = _pipeline(*comparison.loading)

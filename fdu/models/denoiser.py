@@ -188,7 +188,7 @@ class Denoiser(ABC):
         if scheduler.startswith(FEW_STEP_SCHEDULERS):
             return f"its scheduler is a {scheduler}"
         place = Path(self.pipeline.config.get("_name_or_path") or "")
-        name = place.parts[-3] if place.parent.name == "snapshots" else place.name  # in the cache of the hub
+        *_, name = [place.name, *(part for part in place.parts if part.startswith("models--"))]  # the hub's cache
         if _says_few_steps(name):
             return f"its name is {name!r}"
         adapters = filter(_says_few_steps, parts.active_adapters(self.pipeline))

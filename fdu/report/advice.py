@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import PurePath
 from typing import Any
 
-from fdu.config import EraseConfig, trains
+from fdu.config import RENAMED, EraseConfig, trains
 from fdu.evaluation.verdict import DRAWN_BEFORE, Verdict, broken_classes, joined, judge, loses_attributes, state_of
 from fdu.report.run import EvaluatedRun
 from fdu.storage.output import DEMO_FOLDER, RECORD_FILE, WEIGHTS_FOLDER
@@ -218,7 +218,15 @@ def _words(line: str, command: str) -> list[str]:
         words = shlex.split(line)
     except ValueError:
         return []
-    return words if words[:2] == ["fdu", command] else []
+    if words[:2] != ["fdu", command]:
+        return []
+    return words if command == "evaluate" else list(map(_renamed, words))
+
+
+def _renamed(word: str) -> str:
+    """The word with today's name of a setting, where an earlier version wrote it."""
+    name = _option(word)
+    return word.replace(name, RENAMED[name], 1) if name in RENAMED else word
 
 
 def _option(word: str) -> str:

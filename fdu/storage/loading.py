@@ -396,8 +396,9 @@ def load_erased(pipeline: DiffusionPipeline, path: str) -> DiffusionPipeline:
     """
     from fdu.storage.readers import load_weights
 
+    folder = path if Path(path).is_dir() else str(Path(path).parent)
     with loading(path, "weights"):
-        merged = load_weights(pipeline, path).adapter_name is None and (read_record(path) or {}).get("adapters")
+        merged = load_weights(pipeline, path).adapter_name is None and (read_record(folder) or {}).get("adapters")
         if merged:
             pipeline.unload_lora_weights()
     return pipeline

@@ -42,6 +42,7 @@ def load_shapes(model: str, dtype: str = "float32") -> DiffusionPipeline:
     file = SingleFile.of(model)
     with loading(model):
         pipeline = _pipeline(file.pipeline_name if file else model, dtype)
+    pipeline.register_to_config(_name_or_path=str(file.path) if file else model)
     return pipeline
 
 

@@ -84,7 +84,7 @@ class Cache:
             if metadata.get(KEY) != key:
                 raise ValueError("it is of other inputs")
         except (OSError, ValueError) as error:
-            LOGGER.warning("cache entry %s cannot be used (%s); it is made anew", path, error)
+            LOGGER.warning("cache entry %s cannot be used (%s); it is made again", path, error)
             return None
         return found
 

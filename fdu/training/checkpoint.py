@@ -153,6 +153,7 @@ class Checkpoints:
             if mine.get(name) != other.get(name):
                 # The others are long, or say nothing.
                 values = f", {other.get(name)!r} there, {mine.get(name)!r} here" if name == "processes" else ""
+                name = "weights of concepts" if name == "weights" else name
                 raise ValueError(
                     f"checkpoint {str(path)!r} belongs to another run: it differs in {name}{values}; "
                     f"resume with the same {name}, or choose another checkpoint_dir"

@@ -245,7 +245,11 @@ class Training:
         """Whether ``stop_when`` is content with the images, which the main process has."""
         if self.stop_when is None:
             return False
-        found = images is not None and bool(self.stop_when(images))
+        try:
+            found = images is not None and bool(self.stop_when(images))
+        except Exception as error:  # the user's function; its fault must not cost the training
+            LOGGER.warning("stop_when failed (%r); the training goes on", error)
+            found = False
         return any(gather_object([found])) if self.accelerator.num_processes > 1 else found
 
     def _s(self, values: Tensor) -> float:

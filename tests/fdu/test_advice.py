@@ -320,6 +320,15 @@ def test_every_verdict_has_a_step_and_every_command_parses(
     assert any("rarely drew" in step.words for step in steps) == (state == "rarely drawn before" or retained < 0.5)
 
 
+def test_a_command_of_an_earlier_version_is_proposed_with_todays_names() -> None:
+    told = record() | {"command": f"{ERASE} --guidance_scale 2 --cache_dir=cache"}
+    steps = next_steps(run_of(0.1, 0.5, 0.9, record=told, command=EVALUATE))
+    commands = [one for step in steps for one in parsed(step)]
+    assert commands and "--sampling_guidance 2 --training_cache=cache" in " ".join(
+        command for step in steps for command in step.commands
+    )
+
+
 @pytest.mark.parametrize("command", ["", "fdu evaluate --out x base erased", "fdu 'evaluate", "other evaluate a b"])
 def test_without_a_known_command_line_there_are_words(command: str) -> None:
     told = record() | {"command": ""}

@@ -17,7 +17,7 @@ target, anchor, type, weight, prompts, anchor_prompts
 fox, wolf
 "van gogh", painting, style, 2
 
-r2d2, robot, , 1e-1, "a robot, r2d2 | r2d2", a robot|robot
+r2d2, robot, , 1e-1, "a robot, r2d2 | r2d2", a robot|robot|
 nothing, ""
 """
 YAML = """\
@@ -60,6 +60,8 @@ def test_both_kinds_of_tables_hold_the_same(name: str, text: str, tmp_path: Path
             "line 2: there is no column 'wieght'; did you",
         ),
         ("list.csv", "target,anchor\nfox,wolf\n,dog\n", "line 3: target is empty"),
+        ("list.csv", "target,anchor,Anchor\nfox,wolf,dog\n", "names the column 'anchor' twice"),
+        ("list.csv", "target;anchor\nfox;wolf\n", "with commas between them"),
         ("list.csv", "target,anchor\nfox,wolf,dog\n", "line 2 has 3 cells, the first line 2"),
         ("list.csv", 'target,anchor\n"fox"x,wolf\n', "line 2 is not CSV"),
         ("list.csv", "target,anchor,weight\nfox,wolf,heavy\n", "line 2: weight must be a"),

@@ -29,6 +29,7 @@ from fdu.models.families import FAMILIES, denoiser_of, guidance_arguments
 from fdu.models.noise_schedules import shifted_sigmas
 from fdu.models.patches import pack, position_ids, unpack
 from fdu.storage.readers import load_weights
+from fdu.storage.shapes import load_shapes
 from fdu.training.examples import Found
 from fdu.training.methods.perturbation import Perturbation
 
@@ -278,6 +279,15 @@ def test_a_trajectory_is_what_the_module_is_given_at_each_step(denoiser: Denoise
         else:
             assert at == round(told)
     assert passed.indices == sorted(passed.indices, reverse=True) and passed.indices[0] > 600
+
+
+def test_a_model_is_known_by_its_name_in_a_plan_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipeline = families.build("sd")
+    for name in ("sd-turbo", "models--org--sd-turbo/snapshots/0a1b", "snapshots/0a1b"):
+        pipeline.save_pretrained(tmp_path / name)
+        monkeypatch.chdir(tmp_path)
+        known = denoiser_of(load_shapes(name)).few_steps
+        assert (known is not None) == ("turbo" in name) == (denoiser_of(fdu.load_pipeline(name)).few_steps is not None)
 
 
 def test_few_steps_are_told_by_the_folder() -> None:

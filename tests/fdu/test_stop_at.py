@@ -79,6 +79,17 @@ def test_a_run_ends_once_a_judge_says_so(quick: dict[str, Any], tmp_path: Path) 
     assert whole.history == plain.history and len(plain.history["loss"]) == 20
 
 
+def test_a_judge_that_fails_costs_no_training(quick: dict[str, Any], tmp_path: Path) -> None:
+    def broken(images: Tensor) -> bool:
+        raise ZeroDivisionError("no such class")
+
+    settings = {**JUDGED, "tracking_dir": str(tmp_path)}
+    result = erase(quick, **settings, stop_when=broken)
+    assert len(result.history["loss"]) == 20
+    with pytest.raises(ValueError, match="looks every 20 steps, and the training has 20; lower validation_steps"):
+        erase(quick, **{**settings, "validation_steps": 20}, stop_when=broken)
+
+
 def test_a_run_that_a_judge_ends_resumes_bit_for_bit(quick: dict[str, Any], tmp_path: Path) -> None:
     settings = {**JUDGED, "tracking_dir": str(tmp_path), "checkpoint_dir": str(tmp_path), "checkpointing_steps": 4}
     calls: list[int] = []
