@@ -16,11 +16,10 @@ from __future__ import annotations
 import itertools
 import math
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 from experiment import DRAWING, NOT_MEASURED, Suite, all_jobs, changed, fill, run, told_of
-from outcomes import ASKED, KEPT, LEFT, bounds, outcomes, recommended, way
+from outcomes import ASKED, KEPT, LEFT, bounds, compared, outcomes
 
 from fdu.comparison.front import Estimate, Sample
 from fdu.comparison.page import COLOURS, Curve, curve_chart, markdown, percent, table
@@ -99,7 +98,7 @@ def write_page(results: Path, docs: Path) -> None:
         return
     if found["steps"]:
         write_text(docs / "methods" / "steps.svg", curve_chart(curves(found["steps"]), "steps", LABEL).svg(whole=True))
-    became = {"": outcomes(every["held"], records, found["held"])}
+    became = {"held": outcomes(every["held"], records, found["held"])}
     page = fill(
         "methods.md",
         **told_of(list(every.values()), records, list(found.values())),
@@ -107,7 +106,10 @@ def write_page(results: Path, docs: Path) -> None:
         seeds=len(SEEDS),
         drawing=DRAWING[MODEL],
         rounds=max(ROUNDS),
-        held=winners(found["held"], every["held"].current(records)) if found["held"] else NOT_MEASURED,
+        held=f"{table(found['held'].standings).strip()}\n\n{compared(found['held'])}".strip()
+        if found["held"]
+        else NOT_MEASURED,
+        winners=winners(found["held"]) if found["held"] else NOT_MEASURED,
         bounds=bounds(became) if found["held"] else NOT_MEASURED,
         left=f"{100 * LEFT:.0f}",
         kept=f"{100 * KEPT:.0f}",
@@ -130,11 +132,10 @@ def told(results: Path) -> str:
     found = suites()["held"].results(Records(results / "methods.jsonl"))
     if not found:
         return "Methods are not measured yet."
-    lines = "\n".join(f"* {prefer}: {one.headline}." for prefer, one in found.recommendations.items())
     return f"""Closed form, training, warm start and searches for what still draws the target, on {len(PAIRS)} targets
 ([methods.md](methods.md)). By what one prefers:
 
-{lines}
+{winners(found)}
 
 {ONE} minus {OTHER}, in percentage points, for every way to train, and by how much that gap differs from the gap of
 `{PLAIN}`. *Held*: share of the target's images that do not show it under an attack.
@@ -142,16 +143,9 @@ def told(results: Path) -> str:
 {gaps(found)}"""
 
 
-def winners(results: Results, records: Records) -> str:
-    """All candidates with their seconds, and the recommendations."""
-    seconds: dict[Candidate, list[float]] = {}
-    for done in results.comparison.runs():
-        if done.name in records.found and "seconds" in records.found[done.name]:
-            seconds.setdefault(done.candidate, []).append(records.found[done.name]["seconds"])
-    taken = markdown(
-        ["method", "seconds of an erasure, median"], [[way(one), f"{median(own):.1f}"] for one, own in seconds.items()]
-    )
-    return f"{table(results.standings).strip()}\n\n{recommended(results)}\n\n{taken}"
+def winners(results: Results) -> str:
+    """Which method each preference recommends."""
+    return "\n".join(f"* {prefer}: {one.headline}." for prefer, one in results.recommendations.items())
 
 
 def gaps(results: Results) -> str:

@@ -125,9 +125,10 @@ def outcomes(suite: Suite, records: Records, results: Results | None) -> dict[st
     return found
 
 
-def recommended(results: Results) -> str:
-    """The recommendations, by preference."""
-    lines = (
-        f"* **{prefer}**: {one.headline}. {' '.join(one.sentences)}" for prefer, one in results.recommendations.items()
-    )
-    return "\n".join(["Recommendations, by preference:", "", *lines])
+def compared(results: Results) -> str:
+    """How many pairs of target and seed the figures cover, unless they cover all."""
+    made = len({(target, seed) for target, _, seed in complete(results.runs, results.sample.candidates)})
+    wanted = len(results.comparison.pairs) * len(results.comparison.seeds)
+    if made == wanted:
+        return ""
+    return f"So far {made} of {wanted} pairs of target and seed are complete. The figures cover these pairs only."

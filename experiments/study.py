@@ -20,9 +20,9 @@ import many
 import methods
 from claims import CLAIMS, Contrasts, summary, told, verdict, weigh
 from experiment import DRAWING, HERE, NOT_MEASURED, Suite, all_jobs, fill, run, told_of
-from outcomes import ASKED, COLUMNS, KEPT, LEFT, Outcome, bounds, outcomes, recommended
+from outcomes import ASKED, COLUMNS, KEPT, LEFT, Outcome, bounds, compared, outcomes
 
-from fdu.comparison.front import Estimate, Standing, complete
+from fdu.comparison.front import Estimate, Standing
 from fdu.comparison.gallery import drawn_gallery, galleries
 from fdu.comparison.page import COLOURS, Curve, alphas, curve_chart, front_chart, markdown, percent, table
 from fdu.comparison.plan import Candidate, Comparison, Drawing, distinct, slug
@@ -175,13 +175,12 @@ def judged(model: str, contrasts: Contrasts) -> str:
     return f"**{model.capitalize()}: {verdict([one.bears for one in contrasts])}.**\n\n{told(contrasts)}".strip()
 
 
-def compared(results: Results) -> str:
-    """How many pairs of target and seed the figures cover, unless they cover all."""
-    made = len({(target, seed) for target, _, seed in complete(results.runs, results.sample.candidates)})
-    wanted = len(results.comparison.pairs) * len(results.comparison.seeds)
-    if made == wanted:
-        return ""
-    return f"So far {made} of {wanted} pairs of target and seed are complete. The figures cover these pairs only."
+def recommended(results: Results) -> str:
+    """The recommendations, by preference."""
+    lines = (
+        f"* **{prefer}**: {one.headline}. {' '.join(one.sentences)}" for prefer, one in results.recommendations.items()
+    )
+    return "\n".join(["Recommendations, by preference:", "", *lines])
 
 
 def untouched(results: Results) -> str:

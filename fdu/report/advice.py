@@ -225,8 +225,8 @@ def _words(line: str, command: str) -> list[str]:
 
 def _renamed(word: str) -> str:
     """The word with today's name of a setting, where an earlier version wrote it."""
-    name = _option(word)
-    return word.replace(name, RENAMED[name], 1) if name in RENAMED else word
+    name, equals, value = _option(word), *word.partition("=")[1:]
+    return f"--{RENAMED[name]}{equals}{value}" if name in RENAMED else word
 
 
 def _option(word: str) -> str:

@@ -55,7 +55,7 @@ def test_the_page_tells_what_differs_and_how_many_steps_are_saved(tmp_path: Path
         lines = [line.split(" | ") for line in page.splitlines() if line.startswith(f"| {divergence} | ")]
         assert [line[1:3] for line in lines] == [["lora", "120"], [WARM, "20"]]
     assert "|  | closed form alone | 0 | 90.0 (" in page
-    assert "| train_method closed_form | 4.0 |" in page and "| 3 of 3 |" in page
+    assert "| held | train_method closed_form | 3 of 3 |" in page and "* balanced: " in page
     assert "| held |" in page and (tmp_path / "docs" / "methods" / "steps.svg").is_file()
 
 

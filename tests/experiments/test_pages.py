@@ -10,6 +10,7 @@ from pathlib import Path
 import defaults
 import erasure
 import experiment
+import methods
 import pytest
 import robustness
 import study
@@ -20,7 +21,10 @@ from fdu.comparison.sweep import Job, Records
 
 ROOT = Path(experiment.__file__).parents[1]
 RESULTS = ROOT / "experiments" / "results"
-OTHERS = {"defaults": defaults, "erasure": erasure, "robustness": robustness, "theory": theory}
+OTHERS = {
+    **{"defaults": defaults, "erasure": erasure, "methods": methods},
+    **{"robustness": robustness, "theory": theory},
+}
 PAGES, RECORDS = {"results": study, **OTHERS}, {"study": study, **OTHERS}
 
 

@@ -321,7 +321,7 @@ def test_every_verdict_has_a_step_and_every_command_parses(
 
 
 def test_a_command_of_an_earlier_version_is_proposed_with_todays_names() -> None:
-    told = record() | {"command": f"{ERASE} --guidance_scale 2 --cache_dir=cache"}
+    told = record() | {"command": f"{ERASE} --guidance-scale 2 --cache_dir=cache"}
     steps = next_steps(run_of(0.1, 0.5, 0.9, record=told, command=EVALUATE))
     commands = [one for step in steps for one in parsed(step)]
     assert commands and "--sampling_guidance 2 --training_cache=cache" in " ".join(
