@@ -7,6 +7,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, ParamSpec, Protocol
 
@@ -25,6 +26,8 @@ from fdu.models.offloading import offloads
 from fdu.result import ErasureResult
 from fdu.storage.fingerprint import versions
 from fdu.storage.loading import check_offloaded, check_packages
+from fdu.storage.locks import sole_use
+from fdu.storage.output import RUN_LOCK
 from fdu.training.adversary import Adversary, from_keys, keys_of, search_steps
 from fdu.training.cache import Cache, model_key, tensor_key
 from fdu.training.checkpoint import Checkpoints
@@ -101,6 +104,7 @@ def erase(
 
     Raises:
         ValueError, TypeError, ImportError, FileNotFoundError: a wrong argument; raised before any work, with its name.
+        BlockingIOError: another run uses ``checkpoint_dir``.
         RuntimeError: the loss became NaN or infinite, and the pipeline draws as before; or ``deterministic`` comes too
             late for cuBLAS, before any work.
         KeyboardInterrupt: interrupted by a signal; the pipeline draws as before. With checkpoint_dir, the state is
@@ -121,8 +125,13 @@ def erase(
     if config.adversarial_rounds and not TRAIN_METHODS[config.train_method].trains:
         precise = dataclasses.replace(config, mixed_precision=AUTOCAST.get(denoiser.dtype, "bf16"))
     device = denoiser.device
-    with deterministic(config.deterministic, device), own_accelerator(precise, device) as accelerator:
+    with ExitStack() as stack:
+        stack.enter_context(deterministic(config.deterministic, device))
+        accelerator = stack.enter_context(own_accelerator(precise, device))
         check_shards(denoiser.module, config, accelerator.num_processes)
+        if config.checkpoint_dir is not None and accelerator.is_main_process:
+            lock = Path(config.checkpoint_dir) / RUN_LOCK
+            stack.enter_context(sole_use(lock, f"checkpoint_dir {config.checkpoint_dir!r}"))
         if TRAIN_METHODS[config.train_method].trains:
             trainable, history, sigma, edits = _train(accelerator, denoiser, pairs, mask, config, stop_when)
         else:

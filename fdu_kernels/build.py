@@ -13,6 +13,7 @@ import importlib.machinery
 import importlib.metadata
 import importlib.util
 import json
+import math
 import os
 import platform
 import re
@@ -21,8 +22,9 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import time
 import types
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -57,6 +59,7 @@ NVCC_FLAGS = (
 )  # fmt: skip
 NO_DEVICE = "the machine that built them has no CUDA device"
 LOG_LINES = 15  # of the compiler's output, in an error
+FAILURE_LASTS = 3600  # seconds before a build that failed is tried again
 
 
 class BuildError(RuntimeError):
@@ -157,12 +160,16 @@ def architectures_of_devices() -> tuple[str, ...]:
     return tuple(f"{major}.{minor}" for major, minor in sorted(capabilities) if (major, minor) >= OLDEST_ARCHITECTURE)
 
 
-def compile_module(recipe: Recipe, target: Path, folder: Path) -> None:
-    """Build the extension module as the file ``target``, with all that lies between in ``folder``."""
+def compile_module(recipe: Recipe, target: Path, folder: Path, lock: Sequence[int] = ()) -> None:
+    """Build the extension module as the file ``target``, with all that lies between in ``folder``.
+
+    ninja and the compilers inherit the file descriptor ``lock``: if this process is killed, they hold it to their end.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "build_info.h").write_text(f'#define FDU_BUILD R"json({json.dumps(recipe.information)})json"\n')
     (folder / "build.ninja").write_text(_ninja_file(recipe, folder))
-    ran = subprocess.run([recipe.ninja, "-C", str(folder)], capture_output=True, text=True, check=False)
+    command = [recipe.ninja, "-C", str(folder)]
+    ran = subprocess.run(command, capture_output=True, text=True, check=False, pass_fds=lock)
     log = folder / "build.log"
     log.write_text(ran.stdout + ran.stderr)
     if ran.returncode:
@@ -170,8 +177,9 @@ def compile_module(recipe: Recipe, target: Path, folder: Path) -> None:
         raise BuildError("\n".join(["the build of the C++ kernels failed:", *errors, f"the whole log is {log}"]))
     target.parent.mkdir(parents=True, exist_ok=True)
     # Moved into place whole: another process may be importing it.
-    partial = target.with_name(f"{target.name}.{os.getpid()}")
+    partial = target.with_name(f"{target.name}.partial")
     shutil.copyfile(folder / "_C.so", partial)
+    partial.chmod(0o755)
     os.replace(partial, target)
 
 
@@ -208,28 +216,61 @@ def is_built(architectures: Sequence[str]) -> bool:
 
 
 def built(plan: Recipe) -> Path:
-    """The extension module by a recipe, built unless it is in the cache. A failure is remembered there, too."""
-    import fcntl
-
+    """The extension module by a recipe, built unless it is in the cache. A failure is remembered for FAILURE_LASTS."""
     folder = cache_folder() / plan.key
     target, failure = folder / f"_C{EXTENSION_SUFFIX}", folder / "failure.txt"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with (folder / "lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # other processes wait until it is closed
-            if failure.exists():
-                raise BuildError(f"{failure.read_text()}\nto try again, remove {folder}")
-            if not target.exists():
-                print(f"fdu_kernels: building the C++ kernels, once, into {folder}", file=sys.stderr)
-                try:
-                    compile_module(plan, target, folder / "build")
-                except BuildError as error:
-                    failure.write_text(str(error))
-                    raise
+        if not target.exists():  # it appears whole, so one that is there may be in a cache that is read-only
+            folder.parent.parent.mkdir(parents=True, exist_ok=True)
+            for private in (folder.parent, folder):
+                private.mkdir(mode=0o700, exist_ok=True)
+            _check_ours(folder.parent, folder)
+            with _locked(folder / "lock") as lock:
+                age = time.time() - failure.stat().st_mtime if failure.exists() else math.inf
+                if 0 <= age < FAILURE_LASTS:
+                    told = f"that was {age / 60:.0f} minutes ago; to try again at once, remove {failure}"
+                    raise BuildError(f"{failure.read_text()}\n{told}")
+                if not target.exists():
+                    print(f"fdu_kernels: building the C++ kernels, once, into {folder}", file=sys.stderr)
+                    try:
+                        compile_module(plan, target, folder / "build", [lock])
+                    except BuildError as error:
+                        failure.write_text(str(error))
+                        raise
+                    failure.unlink(missing_ok=True)
+        _check_ours(folder.parent, folder, target)
     except OSError as error:
         remedy = "name another place: XDG_CACHE_HOME=..."
         raise BuildError(f"the C++ kernels cannot be built into {folder}: {error}; {remedy}") from error
     return target
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[int]:
+    """Wait until no other process holds the file, and hold it."""
+    import fcntl
+
+    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print("fdu_kernels: waiting for another process, which builds the C++ kernels", file=sys.stderr)
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield handle
+    finally:
+        os.close(handle)
+
+
+def _check_ours(*paths: Path) -> None:
+    """Raise BuildError if others could have written one of these files or folders, which are about to be executed."""
+    for path in paths:
+        status = path.stat()
+        if status.st_uid not in (os.getuid(), 0) or status.st_mode & 0o022:
+            raise BuildError(
+                f"others than you can write {path}, so it is not used; remove it, or name another place: "
+                "XDG_CACHE_HOME=..."
+            )
 
 
 def cache_folder() -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
@@ -110,7 +111,7 @@ class Evaluate:
 
     def prepare(self, command: str) -> Callable[[], None]:
         """Check the arguments and return the work."""
-        from fdu.storage.output import METRICS_FILE, check_output, whole_folder
+        from fdu.storage.output import METRICS_FILE, check_output, sole_output, whole_folder
 
         base = subject_of(self.loading.location(self.base), "BASE")
         self.loading.check()
@@ -197,7 +198,11 @@ class Evaluate:
             if tests:
                 tests.check()
 
-        return work
+        def alone() -> None:
+            with sole_output(self.out) if self.out is not None else nullcontext():
+                work()
+
+        return alone
 
     def _inputs(self, base: Subject) -> list[str | Path]:
         """The files and folders that the work reads."""

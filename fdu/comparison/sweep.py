@@ -6,19 +6,18 @@ import collections
 import concurrent.futures
 import copy
 import dataclasses
-import fcntl
 import hashlib
 import json
 import multiprocessing
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from fdu.config import EraseConfig
 from fdu.storage.fingerprint import versions
 from fdu.storage.loading import describe_device
+from fdu.storage.locks import sole_use
 from fdu.storage.output import to_json, write_text
 from fdu.training.loop import NotFinite
 
@@ -128,11 +127,11 @@ def sweep(
         tell: gets a line per record.
 
     Raises:
-        FileExistsError: another process is writing the file.
+        BlockingIOError: another process is writing the file.
         OSError: a record cannot be written.
         KeyboardInterrupt: a signal asked for it; all written records stay.
     """
-    with _alone(path):
+    with sole_use(path.with_suffix(".lock"), f"the file of records {str(path)!r}"):
         records = Records(path)
         todo = [job for job in jobs if records.of(job.name, job.identity) is None]
         parts = [job for job in todo if job.first], [job for job in todo if not job.first][:most]
@@ -155,18 +154,6 @@ def sweep(
                     if not future.cancelled() and future.exception() is None:
                         records.add(job.name, future.result(), jobs)
         return records
-
-
-@contextmanager
-def _alone(path: Path) -> Iterator[None]:
-    """Lock the records against other processes."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.with_suffix(".lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise FileExistsError(f"another process is writing {str(path)!r}; wait for it to end") from None
-        yield
 
 
 def digest(content: Any) -> str:

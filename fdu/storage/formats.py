@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import struct
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal, cast, get_args
@@ -99,7 +100,23 @@ def write(
         ValueError: a format that this result cannot have, or that does not exist for the family; nothing changed.
         OSError: it cannot be written.
     """
-    folder, metadata = Path(folder), metadata or {}
+    folder = Path(folder)
+    made = _write(folder, format, pipeline, lora_layers or {}, changed_weights or {}, lora_alpha, base, metadata or {})
+    for path in folder.rglob("*.safetensors"):
+        _order_header(path)
+    return made
+
+
+def _write(
+    folder: Path,
+    format: Format,
+    pipeline: DiffusionPipeline,
+    lora_layers: Mapping[str, Mapping[str, Tensor]],
+    changed_weights: Mapping[str, tuple[Tensor, Tensor]],
+    lora_alpha: float | None,
+    base: str,
+    metadata: Mapping[str, str],
+) -> Path:
     if format == "lora" or format == "kohya":
         if not lora_layers:
             raise ValueError(
@@ -111,7 +128,7 @@ def write(
         return kohya.write(folder, pipeline, updates, metadata)
     with merged(pipeline) as by_adapters:
         if format == "delta":
-            changed = dict(changed_weights or {})
+            changed = dict(changed_weights)
             for name, (before, after) in by_adapters.items():
                 changed[name] = (changed[name][0] if name in changed else before, after)
             return delta.write(folder, pipeline, changed, base, metadata)
@@ -123,6 +140,20 @@ def write(
 def public_name(name: str) -> str:
     """A hub id unchanged, but only the name of a local folder or file, because its path is private."""
     return Path(name).resolve().name if name and (Path(name).is_absolute() or Path(name).exists()) else name
+
+
+def _order_header(path: Path) -> None:
+    """Sort the strings in the header of a safetensors file, so that the same weights are the same bytes: safetensors
+    writes them in any order."""
+    with path.open("r+b") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        header = json.loads(file.read(length))
+        texts = dict(sorted(header.pop("__metadata__", {}).items()))
+        ordered = {"__metadata__": texts, **header} if texts else header
+        written = json.dumps(ordered, separators=(",", ":"), ensure_ascii=False).encode()
+        assert len(written) <= length, "the same strings take no more bytes"
+        file.seek(8)
+        file.write(written.ljust(length))
 
 
 def _leave_out_places(folder: Path) -> None:

@@ -8,11 +8,12 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from fdu.storage.foreign import read_json
+from fdu.storage.locks import PARTIAL, TemporaryFolder, sole_use
 
 RECORD_FILE = "fdu.json"
 """File next to saved weights: what was erased, with which settings and versions, and the course of the training."""
@@ -24,7 +25,9 @@ METRICS_KEYS = {"before", "after", "target", "images_per_class"}
 """Keys that distinguish it from other programs' files of this name."""
 DEMO_FOLDER, WEIGHTS_FOLDER = "demo-out", "erased"
 """The default output folder of ``fdu demo``, and its folder of weights in there."""
-RUN_PREFIXES = ("checkpoint-", "prompts-", "latents-", "frozen-", "adversary-")
+RUN_LOCK = "run.lock"
+"""The lock file in a folder for checkpoints."""
+RUN_PREFIXES = ("checkpoint-", "prompts-", "latents-", "frozen-", "adversary-", RUN_LOCK)
 """Prefixes of the files and folders that a run writes into a folder for checkpoints."""
 SMALL_RESULT = 32 << 20
 """Upper bound in bytes of LoRA weights or a report."""
@@ -84,35 +87,55 @@ def check_output(
 def whole_folder(folder: str | Path, overwrite: bool = False) -> Iterator[Path]:
     """Yield a new folder to fill, next to ``folder``; at the end it takes that name, after an error it is removed.
 
-    A reader never sees a half-written folder, and what stood there before stays until the new one is complete.
+    A reader never sees a half-written folder, and what stood there before stays until the new one is complete and on
+    the disk. What killed processes left is tidied up first.
 
     Raises:
+        BlockingIOError: another run writes to ``folder``.
         ValueError, OSError: of :func:`check_output`, at once; or the complete folder could not take the name. Then it
             is kept, and the message says where.
     """
-    check_output(folder, overwrite)
     shown, folder = repr(str(folder)), Path(folder).resolve()
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    fresh = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
-        yield fresh
-    except BaseException:
-        shutil.rmtree(fresh, ignore_errors=True)
-        raise
-    _put_in_place(fresh, folder, shown, overwrite)
+    with sole_output(folder):
+        _bring_back(folder)
+        check_output(folder, overwrite)
+        with TemporaryFolder(folder.parent, folder.name) as fresh:
+            yield fresh.path
+            fresh.complete = True
+            _put_in_place(fresh.path, folder, shown, overwrite)
+
+
+def sole_output(folder: str | Path) -> AbstractContextManager[None]:
+    """Keep other runs from writing to an output folder.
+
+    Raises:
+        BlockingIOError: another run does.
+        OSError: the lock beside the folder cannot be written.
+    """
+    shown, folder = repr(str(folder)), Path(folder).resolve()
+    return sole_use(folder.parent / f".{folder.name}.lock", f"output folder {shown}")
 
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
     """Yield a name to write to; at the end that file becomes ``path``, whole or not at all. Makes its folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{path.stem[:40]}-", dir=path.parent) as folder:
-        fresh = Path(folder) / path.name
+    with TemporaryFolder(path.parent, path.stem[:40]) as folder:
+        fresh = folder.path / path.name
         yield fresh
         _open_to_readers(fresh)
-        with fresh.open("rb") as file:
-            os.fsync(file.fileno())  # or a power cut could leave an empty file under the name
+        to_disk(fresh)
         os.replace(fresh, path)
+    to_disk(path.parent)
+
+
+def to_disk(path: Path) -> None:
+    """Wait until a file, or the names in a folder, would survive a power cut."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -185,29 +208,48 @@ def _check_replaceable(folder: Path, shown: str, overwrite: bool) -> None:
 
 def _put_in_place(fresh: Path, folder: Path, shown: str, overwrite: bool) -> None:
     """Give the complete ``fresh`` its name. Nothing is lost if that fails: the old folder comes back, both are kept."""
-    aside = None
+    former = _former(folder)
     try:
         _open_to_readers(fresh)
+        for path in (*fresh.rglob("*"), fresh):
+            to_disk(path)
         _check_replaceable(folder, shown, overwrite)
         if os.path.isdir(folder) and any(folder.iterdir()):
-            aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}-old-", dir=folder.parent))
-            os.replace(folder, aside / folder.name)
+            os.replace(folder, former)
         os.replace(fresh, folder)
+        to_disk(folder.parent)
     except OSError as error:
-        former = ""
-        if aside is not None and (aside / folder.name).exists():
-            try:
-                os.replace(aside / folder.name, folder)
-            except OSError:
-                former = f"; what stood there is in {str(aside / folder.name)!r}"
-        if aside is not None and not former:
-            aside.rmdir()
+        kept, told = fresh, ""
+        with suppress(OSError):  # away from the name of those that the next run removes
+            visible = folder.with_name(fresh.name[1:].removesuffix(PARTIAL))
+            os.replace(fresh, visible)
+            kept = visible
+        try:
+            _bring_back(folder)
+        except OSError:
+            told = f"; what stood there is in {str(former)!r}"
         raise type(error)(
             f"the result is complete but could not be moved into place ({error.strerror or error}); "
-            f"it is kept in {str(fresh)!r}{former}"
+            f"it is kept in {str(kept)!r}{told}"
         ) from error
-    if aside is not None:
-        shutil.rmtree(aside, ignore_errors=True)
+    shutil.rmtree(former, ignore_errors=True)
+
+
+def _former(folder: Path) -> Path:
+    """Where a folder waits while its successor takes its name."""
+    return folder.with_name(f".{folder.name}.former")
+
+
+def _bring_back(folder: Path) -> None:
+    """After a process that was killed while it exchanged a folder: the former comes back, or is removed if the new one
+    has taken its name."""
+    former = _former(folder)
+    if not former.is_dir():
+        return
+    if folder.is_dir() and any(folder.iterdir()):
+        shutil.rmtree(former, ignore_errors=True)
+    else:
+        os.replace(former, folder)
 
 
 def _open_to_readers(written: Path) -> None:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from fdu.config import PLACES, updated
 from fdu.storage.integrity import read_sealed, sealed
+from fdu.storage.output import to_disk
 
 LOGGER = logging.getLogger(__name__)
 
@@ -70,10 +71,10 @@ class Checkpoints:
             except SafetensorError as error:
                 raise OSError(str(error)) from error
             for path in (fresh / STATE_FILE, fresh):
-                _to_disk(path)
+                to_disk(path)
             shutil.rmtree(final, ignore_errors=True)
             os.replace(fresh, final)
-            _to_disk(self.folder)
+            to_disk(self.folder)
         except BaseException:
             shutil.rmtree(fresh, ignore_errors=True)
             raise
@@ -193,11 +194,3 @@ def _unpack(value: Any, tensors: dict[str, Tensor]) -> Any:
         return {key: _unpack(item, tensors) for key, item in content}
     items = [_unpack(item, tensors) for item in content]
     return tuple(items) if kind == "tuple" else items
-
-
-def _to_disk(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -6,6 +6,8 @@ import json
 import re
 import shutil
 import weakref
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from fdu import cli
 from fdu.cli import main
 from fdu.evaluation import JUDGED_SEED
 from fdu.models.quantization import quantization_of
+from fdu.storage.output import sole_output
 from fdu.subjects.digits import pipeline as digits
 from fdu.subjects.embedded import Emoji
 
@@ -46,6 +49,18 @@ def in_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     assert main(["evaluate", *arguments]) == cli.USAGE
     return capsys.readouterr().err
+
+
+def test_another_run_that_writes_to_out_is_told_before_any_work(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fdu, "draw", lambda *given, **named: pytest.fail("it draws"))
+    fdu.erase(digits.load_pipeline(), "three", "eight", train_method="closed_form").save("erased")
+    with ThreadPoolExecutor(1) as other, ExitStack() as stack:
+        other.submit(stack.enter_context, sole_output("out")).result()
+        assert main(["evaluate", "digits", "erased", "--out", "out"]) == cli.FAILED
+        other.submit(stack.close).result()
+    assert "output folder 'out' is in use by another run" in capsys.readouterr().err
 
 
 ERASE = ["erase", "digits", "--target=three", "--anchor=eight", "--num_inference_steps=4", "--rank=4"]

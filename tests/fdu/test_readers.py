@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 from collections import OrderedDict
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from fdu.models import parts
 from fdu.models.kohya_names import original_name
 from fdu.storage import lora
 from fdu.storage.formats import write
+from fdu.storage.loading import load_model
 from fdu.storage.readers import Loaded, load_weights
 
 
@@ -300,6 +303,29 @@ def test_a_pickle_that_would_execute_code(tmp_path: Path) -> None:
     torch.save({"unet": Harmful()}, tmp_path / "delta.pt")
     for name in ("delta.bin", "delta.pt"):
         assert_refused("sd", tmp_path / name, "would execute code.*not loaded.*safetensors")
+    assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize("place", ["pipeline", "denoiser", "tokenizer"])
+def test_code_in_a_model_folder_is_not_executed(place: str, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    families.build("sd").save_pretrained(folder)
+    index = json.loads((folder / "model_index.json").read_text())
+    code = f"from pathlib import Path\nPath({str(tmp_path / 'executed')!r}).touch()\nclass Mine: ...\n"
+    if place == "pipeline":
+        index["_class_name"] = ["mine", "Mine"]
+        (folder / "mine.py").write_text(code)
+    elif place == "denoiser":
+        index["unet"] = ["mine", "Mine"]
+        (folder / "unet" / "mine.py").write_text(code)
+    else:
+        config = folder / "tokenizer" / "tokenizer_config.json"
+        mapped = {"auto_map": {"AutoTokenizer": ["mine.Mine", "mine.Mine"]}}
+        config.write_text(json.dumps(json.loads(config.read_text()) | mapped))
+        (folder / "tokenizer" / "mine.py").write_text(code)
+    (folder / "model_index.json").write_text(json.dumps(index))
+    with suppress(OSError):  # it is refused, or the code is ignored
+        load_model(str(folder))
     assert not (tmp_path / "executed").exists()
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+import time
 import types
 from pathlib import Path
 
@@ -137,12 +139,104 @@ def test_a_build_is_made_once(small: Path, capsys: pytest.CaptureFixture[str]) -
     assert build.built(build.recipe()) != first
 
 
-def test_a_broken_source_is_told_with_the_compilers_words_and_remembered(small: Path) -> None:
+def test_a_broken_source_is_told_with_the_compilers_words_and_remembered_for_an_hour(
+    small: Path, own_cache: Path
+) -> None:
     (small / "host.cpp").write_text("#error this is broken\n")
+    plan = build.recipe()
     with pytest.raises(build.BuildError, match="(?s)build.*C.. kernels failed.*#error.*broken.*whole log"):
-        build.built(build.recipe())
-    with pytest.raises(build.BuildError, match="(?s)#error.*broken.*to try again, remove .*fdu_kernels"):
-        build.built(build.recipe())
+        build.built(plan)
+    with pytest.raises(build.BuildError, match="(?s)#error.*broken.*0 minutes ago; to try .*, remove .*fdu_kernels"):
+        build.built(plan)
+    (small / "host.cpp").write_text("")  # as a package that is installed mends what the recipe does not name
+    failure = own_cache / plan.key / "failure.txt"
+    for later in (-7200, 7200):  # the clock was set back, or time has passed
+        failure.touch()
+        os.utime(failure, (failure.stat().st_atime, failure.stat().st_mtime - later))
+        build.built(plan).unlink()
+        assert not failure.exists()
+        failure.write_text("of a killed process")
+
+
+def test_nothing_is_loaded_that_others_can_write(monkeypatch: pytest.MonkeyPatch, small: Path, own_cache: Path) -> None:
+    plan = build.recipe()
+    target = build.built(plan)
+    for path in (own_cache, target.parent, target):
+        assert not path.stat().st_mode & 0o022
+        for mode in (0o720, 0o702):
+            path.chmod(mode)
+            with pytest.raises(build.BuildError, match=re.escape(f"can write {path}, ") + ".*remove it.*XDG_CACHE"):
+                build.built(plan)
+        path.chmod(0o755)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "getuid", lambda: 12345)
+        if target.stat().st_uid:  # what root has written is trusted
+            with pytest.raises(build.BuildError, match="others than you can write"):
+                build.built(plan)
+    target.unlink()
+    own_cache.chmod(0o777)
+    with pytest.raises(build.BuildError, match="others than you can write"):
+        build.built(plan)
+
+
+def test_a_lock_that_is_a_link_is_not_followed(small: Path, own_cache: Path, tmp_path: Path) -> None:
+    plan = build.recipe()
+    (own_cache / plan.key).mkdir(parents=True, mode=0o700)
+    own_cache.chmod(0o700)
+    (tmp_path / "precious").write_text("text")
+    (own_cache / plan.key / "lock").symlink_to(tmp_path / "precious")
+    with pytest.raises(build.BuildError, match="symbolic links.*XDG_CACHE_HOME"):
+        build.built(plan)
+    assert (tmp_path / "precious").read_text() == "text"
+
+
+def test_a_cache_with_the_finished_module_may_be_read_only(
+    monkeypatch: pytest.MonkeyPatch, small: Path, own_cache: Path
+) -> None:
+    plan = build.recipe()
+    target = build.built(plan)
+
+    def read_only(path: object, flags: int, mode: int = 0) -> int:
+        raise OSError(errno.EROFS, "Read-only file system", str(path))
+
+    monkeypatch.setattr(os, "open", read_only)
+    monkeypatch.setattr(Path, "mkdir", read_only)
+    assert build.built(plan) == target
+
+
+@pytest.mark.slow
+def test_a_killed_build_is_waited_for_and_finished(small: Path, tmp_path: Path) -> None:
+    # A compiler that waits for a file, also while its caller is killed.
+    slow = tmp_path / "slow-g++"
+    waits = f"while [ ! -e {tmp_path}/go ]; do sleep 0.1; done"
+    slow.write_text(
+        f'#!/bin/sh\necho "$@" >> {tmp_path}/calls\ncase "$*" in *host.cpp*) {waits};; esac\nexec g++ "$@"\n'
+    )
+    slow.chmod(0o755)
+    environment = {**os.environ, "CXX": str(slow)}
+    script = f"""
+from pathlib import Path
+from fdu_kernels import build
+build.sources_folder = lambda: Path({str(small)!r})
+build.INSTRUCTION_SETS = {{"baseline": ()}}
+print(build.built(build.recipe()))
+"""
+
+    def start() -> subprocess.Popen[str]:
+        piped = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        return subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, text=True, env=environment, **piped)
+
+    killed = start()
+    deadline = time.monotonic() + 100
+    while "host.cpp" not in (tmp_path / "calls").read_text() if (tmp_path / "calls").exists() else True:
+        assert time.monotonic() < deadline and killed.poll() is None
+        time.sleep(0.02)
+    killed.kill()
+    following = start()
+    assert following.stderr is not None and "waiting for another process" in following.stderr.readline()
+    (tmp_path / "go").touch()
+    out, error = following.communicate(timeout=100)
+    assert Path(out.strip()).is_file(), error
 
 
 def test_a_cache_that_cannot_be_written(monkeypatch: pytest.MonkeyPatch, small: Path) -> None:
