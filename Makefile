@@ -6,6 +6,7 @@ RECORD := benchmarks/results/cpu.json
 SUITES := losses host memory scaling
 ARGS   ?=
 MINUTES ?= 60
+KILLS ?= 200
 WORKERS ?= $(shell nproc 2>/dev/null || echo 2)
 
 VENV   := .venv
@@ -18,7 +19,7 @@ STAMP := $(VENV)/installed-$(KEY)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test test-all fuzz mutation lint bench bench-report wheel lock clean
+.PHONY: help install demo test test-all fuzz mutation soak lint bench bench-report wheel lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -42,6 +43,9 @@ fuzz: $(STAMP) ## feed the readers of files ever new malformed ones (MINUTES=60 
 
 mutation: $(STAMP) ## count the changes to the core files that their tests notice, some minutes (ARGS="FILE --sample 20")
 	$(INSIDE) tests/mutation.py $(ARGS)
+
+soak: $(STAMP) ## kill fdu at random points and start it again, an hour or two; every result must be the undisturbed one (KILLS=200 ARGS=)
+	PYTHONPATH=tests:tests/fdu $(INSIDE) tests/soak.py --kills $(KILLS) $(ARGS)
 
 lint: $(STAMP) ## check style, formatting and types
 	$(INSIDE) -m ruff check

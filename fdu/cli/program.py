@@ -88,7 +88,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else OK
     except KeyboardInterrupt:
-        print("\nfdu: interrupted; nothing was written to the output folder", file=sys.stderr)
+        print("\nfdu: interrupted; the output folder holds nothing half written", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:
         # The reader has closed the pipe, so the rest of the output is discarded.

@@ -20,6 +20,8 @@ PARTIAL = ".partial"
 """The end of the name of a temporary folder."""
 _HELD: dict[Path, int] = {}
 """The locks of this process, and the thread that holds each."""
+_TEMPORARY: set[Path] = set()
+"""The temporary folders of this process."""
 
 
 @contextmanager
@@ -83,11 +85,18 @@ class TemporaryFolder:
         _remove_dead(parent, name)
         self.path, self._handle = _claimed(parent, name)
         self.complete = False
+        _TEMPORARY.add(self.path)
+
+    @staticmethod
+    def is_one(folder: Path) -> bool:
+        """Whether this process fills the folder as a temporary one."""
+        return folder in _TEMPORARY
 
     def __enter__(self) -> TemporaryFolder:
         return self
 
     def __exit__(self, *raised: object) -> None:
+        _TEMPORARY.discard(self.path)
         if not self.complete:
             shutil.rmtree(self.path, ignore_errors=True)
         os.close(self._handle)

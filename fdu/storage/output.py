@@ -88,7 +88,8 @@ def whole_folder(folder: str | Path, overwrite: bool = False) -> Iterator[Path]:
     """Yield a new folder to fill, next to ``folder``; at the end it takes that name, after an error it is removed.
 
     A reader never sees a half-written folder, and what stood there before stays until the new one is complete and on
-    the disk. What killed processes left is tidied up first.
+    the disk. What killed processes left is tidied up first. In the folder of another call, while it is empty, it is
+    that folder.
 
     Raises:
         BlockingIOError: another run writes to ``folder``.
@@ -96,6 +97,9 @@ def whole_folder(folder: str | Path, overwrite: bool = False) -> Iterator[Path]:
             is kept, and the message says where.
     """
     shown, folder = repr(str(folder)), Path(folder).resolve()
+    if TemporaryFolder.is_one(folder) and not any(folder.iterdir()):
+        yield folder
+        return
     with sole_output(folder):
         _bring_back(folder)
         check_output(folder, overwrite)

@@ -72,6 +72,18 @@ def test_what_a_killed_run_left_is_removed_by_the_next(tmp_path: Path) -> None:
     assert names(tmp_path) == ["out"]
 
 
+def test_a_result_in_a_folder_that_is_being_made_is_made_once(tmp_path: Path) -> None:
+    with whole_folder(tmp_path / "out") as outer:
+        with whole_folder(outer) as inner:
+            assert inner == outer
+            inner.joinpath("a").touch()
+        with whole_folder(outer / "within") as inner:
+            assert inner.parent == outer
+        with pytest.raises(FileExistsError, match="not written by fdu"), whole_folder(outer):
+            pytest.fail("it is no longer empty")
+    assert names(tmp_path) == ["out"] and names(tmp_path / "out") == ["a", "within"]
+
+
 def test_files_of_a_living_process_stay_and_those_of_a_dead_one_do_not(tmp_path: Path) -> None:
     path = tmp_path / "entry"
     with another_process(fill_file, path):
