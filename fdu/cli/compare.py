@@ -14,6 +14,7 @@ from tyro.conf import OmitArgPrefixes, Positional, arg
 
 from fdu.cli.evaluate import Evaluate
 from fdu.cli.options import GROUPS, LoadOptions, Settings, described, grouped, words_of
+from fdu.comparison.launchers import Elsewhere, LauncherName, RayCluster, Slurm, check_launcher
 from fdu.config import SEARCHES, TRAIN_METHODS, WITHOUT_STEPS, Count, EraseConfig, check_choice, check_number
 from fdu.storage.loading import Dtype, check_dtype, check_encoder, check_resolution, choose_device
 from fdu.storage.output import WEIGHTS_FOLDER
@@ -26,6 +27,8 @@ DEFAULT = "mse,squared_hellinger,jensen_shannon,pearson_chi2"
 """The default divergences: the usual loss, two that damp large errors, and one that amplifies them."""
 
 _SETTINGS = EraseConfig.field_names()
+JOBS = "jobs"
+"""The folder for the logs of runs that other machines make."""
 EDITS = ("ridge", "rank_tolerance")
 """Settings of the closed form alone."""
 OWN = ("divergence", "s0", "seed", *_SETTINGS[_SETTINGS.index(GROUPS["files"]) :])
@@ -90,7 +93,17 @@ class Compare:
     """Guidance scale of judged images, >= 0. Default: the pipeline's own; 2 on emoji, 3 on digits."""
     workers: int | None = None
     """Worker processes, >= 1. If more than one, each uses one thread. Default: 1; on emoji and digits on a CPU, one per
-    core."""
+    core. With --launcher slurm: the most jobs at once; with --launcher ray: the cores of a cluster started here."""
+    launcher: LauncherName = "local"
+    """Where the runs are made: local, in processes on this machine; ray, on a Ray cluster; slurm, as jobs of Slurm. All
+    machines must share the folder OUT and have fdu installed. Each run gets a core, and a GPU with --device cuda."""
+    ray_address: str | None = None
+    """With --launcher ray: host:port of the cluster, or auto for the one that this machine is part of. Default: one
+    started on this machine."""
+    slurm_partition: str | None = None
+    """With --launcher slurm: the partition. Default: the cluster's own."""
+    slurm_minutes: int | None = None
+    """With --launcher slurm: minutes after which a run is ended, >= 1. Default: 240."""
     concept_type: Literal["object", "style"] = "object"
     """Which prompt templates the names are put into. Emoji and digits have their own."""
     dtype: Dtype = "auto"
@@ -112,6 +125,8 @@ class Compare:
         check_number("seeds", self.seeds, Count)
         if self.workers is not None:
             check_number("workers", self.workers, Count)
+        device = self._device()
+        launcher = self._launcher(device)
         attacked = self.attack or self.robust is not None
         if self.prefer == "robustness" and not attacked:
             raise ValueError("--prefer robustness needs an attack on every model; add --attack")
@@ -139,7 +154,7 @@ class Compare:
                 **self._draw_settings(),
             ),
             dtype=check_dtype(self.dtype, base.mixed_precision),
-            device=choose_device(self.device),
+            device=device,
             prompts=self.prompts,
             judge=self.judge,
             quantization=self.loading.quantization,
@@ -170,7 +185,7 @@ class Compare:
             try:
                 processes = min(workers, len(comparison.runs()))
                 todo = jobs(comparison, self.out / CACHE, self.out / IMAGES_FOLDER)
-                records = sweep(todo, self.out / RUNS, processes)
+                records = sweep(todo, self.out / RUNS, processes, launcher=launcher)
             except KeyboardInterrupt:
                 print(f"\nfdu: finished runs are in {self.out}; resume with the same command", file=sys.stderr)
                 raise
@@ -186,6 +201,43 @@ class Compare:
             print(f"\npage     {self.out / PAGE}" + (f"\nto run it: {again}" if again else ""))
 
         return work
+
+    def _device(self) -> str:
+        """The device of the runs.
+
+        Raises:
+            ValueError: it cannot be used here, or is not named although the runs are made elsewhere.
+        """
+        if self.launcher == "local":
+            return choose_device(self.device)
+        if self.device not in ("cpu", "cuda"):
+            raise ValueError(
+                f"device {self.device!r} does not say what the machines of launcher {self.launcher!r} have; name cuda, "
+                "for one GPU per run, or cpu"
+            )
+        return self.device
+
+    def _launcher(self, device: str) -> Elsewhere | None:
+        """What makes the runs elsewhere; None if this machine makes them.
+
+        Raises:
+            ValueError: an option of another launcher, or a number out of range.
+            MissingPackage, RuntimeError: as :func:`fdu.comparison.launchers.check_launcher`.
+        """
+        for name, launcher in {"ray_address": "ray", "slurm_partition": "slurm", "slurm_minutes": "slurm"}.items():
+            if getattr(self, name) is not None and self.launcher != launcher:
+                raise ValueError(f"{name} has no effect without --launcher {launcher}; add that, or leave it out")
+        if self.ray_address is not None and self.workers is not None:
+            raise ValueError("workers has no effect on a cluster that runs already; leave out workers or ray_address")
+        if self.slurm_minutes is not None:
+            check_number("slurm_minutes", self.slurm_minutes, Count)
+        check_launcher(self.launcher)
+        folder, gpus = self.out / JOBS, int(device == "cuda")
+        if self.launcher == "ray":
+            return RayCluster(folder, self.ray_address, self.workers, gpus)
+        if self.launcher == "slurm":
+            return Slurm(folder, self.slurm_partition, self.slurm_minutes, self.workers, gpus)
+        return None
 
     def _base(self) -> EraseConfig:
         """The settings that all candidates share.
@@ -252,7 +304,7 @@ class Compare:
             words += ["--dtype", check_dtype(self.dtype, base.mixed_precision)]
         words += self.loading.words()
         # The device is always named, because auto may find another device next time.
-        return shlex.join([*words, "--device", choose_device(self.device), "--out", WEIGHTS_FOLDER])
+        return shlex.join([*words, "--device", self._device(), "--out", WEIGHTS_FOLDER])
 
     def _evaluate_command(self) -> str:
         """The command line that judges that erasure, drawn and judged as the comparison was."""
@@ -271,7 +323,7 @@ class Compare:
             if value != defaults[name]:
                 words += [f"--{name}", str(value)]
         words += self.loading.words()
-        return shlex.join([*words, "--device", choose_device(self.device), "--out", "judged"])
+        return shlex.join([*words, "--device", self._device(), "--out", "judged"])
 
 
 def _counts(text: str) -> list[int]:

@@ -23,6 +23,8 @@ OPTIONAL = {
     "bitsandbytes": ("--quantization nf4 and --optimizer adamw_8bit", "pip install bitsandbytes"),
     "prodigyopt": ("--optimizer prodigy", "pip install prodigyopt"),
     "schedulefree": ("--optimizer schedule_free", "pip install schedulefree"),
+    "ray": ("fdu compare --launcher ray", "pip install ray"),
+    "submitit": ("fdu compare --launcher slurm", "pip install submitit"),
     "tensorboard": ("--report_to tensorboard", "pip install tensorboard"),
     "scikit-learn": ("training the digits pipeline again", "pip install scikit-learn"),
     "resvg-py": ("training the emoji pipeline again", "pip install resvg-py"),

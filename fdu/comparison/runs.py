@@ -272,4 +272,7 @@ def _pipeline(model: str, *loading: Any) -> DiffusionPipeline:
 @functools.cache
 def weights(model: str, *loading: Any) -> str:
     """The first digits of the fingerprint of the model as it is, with its LoRAs."""
-    return fingerprint(_pipeline(model, *loading), adapters=True)[:16]
+    dtype, device, *others = loading
+    if device == "cuda" and not torch.cuda.is_available():  # the machines that make the runs have it
+        device = "cpu"
+    return fingerprint(_pipeline(model, dtype, device, *others), adapters=True)[:16]

@@ -3,26 +3,25 @@
 from __future__ import annotations
 
 import collections
-import concurrent.futures
 import copy
 import dataclasses
+import functools
 import hashlib
 import json
-import multiprocessing
 import os
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from fdu.comparison.launchers import Launcher, Processes, WorkerDied
 from fdu.config import EraseConfig
-from fdu.storage.fingerprint import versions
 from fdu.storage.loading import describe_device
 from fdu.storage.locks import sole_use
 from fdu.storage.output import to_json, write_text
-from fdu.training.loop import NotFinite
 
-WORKER = {"OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1", "TRANSFORMERS_VERBOSITY": "error"}
-"""Environment of worker processes: spinning threads would slow each other down; bars and notices would mix."""
+ATTEMPTS = 3
+"""How often a job is begun whose workers die."""
 
 Record = dict[str, Any]
 
@@ -114,21 +113,25 @@ def sweep(
     workers: int = 1,
     most: int | None = None,
     tell: Callable[[str], None] = print,
+    launcher: Launcher | None = None,
 ) -> Records:
     """Make the records that are missing or were made with another identity.
 
-    A job whose loss became NaN or infinite leaves a record with ``failed``, and is not repeated.
+    A job whose loss became NaN or infinite leaves a record with ``failed``, and is not repeated. A job whose worker
+    died is made again, by a Ray cluster or Slurm at once, otherwise by the next sweep.
 
     Args:
         jobs: the records to make.
         path: the JSON Lines file of the records.
         workers: number of processes, each with one thread if there are several; only this process writes.
         most: the largest number of jobs to make, not counting those that go first.
-        tell: gets a line per record.
+        tell: gets a line per record, and per worker that died.
+        launcher: where the jobs run. None: in ``workers`` processes.
 
     Raises:
         BlockingIOError: another process is writing the file.
         OSError: a record cannot be written.
+        RuntimeError: workers died, or a job failed elsewhere; all written records stay.
         KeyboardInterrupt: a signal asked for it; all written records stay.
     """
     with sole_use(path.with_suffix(".lock"), f"the file of records {str(path)!r}"):
@@ -136,23 +139,33 @@ def sweep(
         todo = [job for job in jobs if records.of(job.name, job.identity) is None]
         parts = [job for job in todo if job.first], [job for job in todo if not job.first][:most]
         done, total = 0, sum(map(len, parts))
-        if total and records.found:
+        if not total:
+            return records
+        if records.found:
             records.write(jobs)
-        context = multiprocessing.get_context("spawn")
-        pool = concurrent.futures.ProcessPoolExecutor(workers, mp_context=context) if workers > 1 else None
-        futures: dict[concurrent.futures.Future[Record], Job] = {}
+        launcher = launcher or (Processes(workers) if workers > 1 else Launcher())
+        running: dict[Any, Job] = {}
+        wait = True
+        launcher.start()
         try:
-            for part in parts:
-                for job, record in _made(part, pool, futures):
+            for part in filter(None, parts):
+                for job, record in _made(part, launcher, running, tell):
                     records.add(job.name, record, jobs)
                     done += 1
                     tell(f"{done}/{total} {job.name}")
+        except KeyboardInterrupt:
+            wait = False
+            raise
         finally:
-            if pool is not None:
-                pool.shutdown(wait=True, cancel_futures=True)
-                for future, job in futures.items():  # jobs that others finished while one failed
-                    if not future.cancelled() and future.exception() is None:
-                        records.add(job.name, future.result(), jobs)
+            try:
+                for handle in launcher.stop(running, wait):  # jobs that others finished while one failed
+                    found: Record = {}
+                    with suppress(Exception, KeyboardInterrupt):
+                        found = launcher.result(handle)
+                    if found:
+                        records.add(running[handle].name, found, jobs)
+            finally:
+                launcher.close()
         return records
 
 
@@ -169,26 +182,39 @@ def settings_identity(settings: EraseConfig) -> Record:
 
 
 def _made(
-    jobs: Sequence[Job],
-    pool: concurrent.futures.Executor | None,
-    futures: dict[concurrent.futures.Future[Record], Job],
+    jobs: Sequence[Job], launcher: Launcher, running: dict[Any, Job], tell: Callable[[str], None]
 ) -> Iterator[tuple[Job, Record]]:
-    """Every job with its record as soon as it is made; ``futures`` holds the jobs still in progress."""
-    if pool is None:
-        yield from ((job, _record(job)) for job in jobs)
-        return
-    kept = dict(os.environ)
-    os.environ.update(WORKER)  # processes start when jobs are submitted
-    try:
-        futures.update({pool.submit(_record, job): job for job in jobs})
-    finally:
-        os.environ.clear()
-        os.environ.update(kept)
-    for future in concurrent.futures.as_completed(list(futures)):
-        yield futures.pop(future), future.result()
+    """Every job with its record as soon as it is made; ``running`` holds the jobs still in progress."""
+
+    def submit(*some: Job) -> None:
+        works = [functools.partial(_record, job) for job in some]
+        running.update(zip(launcher.submit(works), some, strict=True))
+
+    deaths: collections.Counter[str] = collections.Counter()
+    submit(*jobs)
+    while running:
+        for handle in launcher.ended(running):
+            job = running.pop(handle)
+            try:
+                record = launcher.result(handle)
+            except WorkerDied as died:
+                deaths[job.name] += 1
+                if deaths[job.name] == ATTEMPTS:
+                    raise RuntimeError(
+                        f"{job.name}: its worker died {ATTEMPTS} times ({died}). Give a job more memory or time; the "
+                        "finished jobs are recorded, and the same command makes the others"
+                    ) from None
+                tell(f"{job.name}: its worker died ({died}); another begins it again")
+                submit(job)
+            else:
+                yield job, record
 
 
 def _record(job: Job) -> Record:
+    # Not at the top: who submits jobs or reads records need not wait for these.
+    from fdu.storage.fingerprint import versions
+    from fdu.training.loop import NotFinite
+
     try:
         figures = job.make()
     except NotFinite as error:

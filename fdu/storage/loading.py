@@ -252,13 +252,13 @@ def check_quantization(quantization: str) -> None:
     """
     check_choice("quantization", quantization, get_args(Quantization))
     if quantization == "nf4":
-        _check_package("bitsandbytes", "quantization 'nf4'", "'int8' or 'fp8'")
+        check_package("bitsandbytes", "quantization 'nf4'", "'int8' or 'fp8'")
 
 
 def check_packages(config: EraseConfig) -> None:
     """Raise MissingPackage if the optimizer or the tracker is not installed."""
     if config.optimizer in PACKAGES:
-        _check_package(PACKAGES[config.optimizer], f"optimizer {config.optimizer!r}", "'adamw'")
+        check_package(PACKAGES[config.optimizer], f"optimizer {config.optimizer!r}", "'adamw'")
     if config.report_to != "none":
         from accelerate.tracking import get_available_trackers
 
@@ -266,7 +266,8 @@ def check_packages(config: EraseConfig) -> None:
             raise _missing(config.report_to, f"report_to {config.report_to!r}", "'none'")
 
 
-def _check_package(package: str, setting: str, others: str) -> None:
+def check_package(package: str, setting: str, others: str) -> None:
+    """Raise MissingPackage if a setting's package cannot be imported; ``others`` are the choices that do without."""
     try:
         import_module(package)
     except ImportError as error:
