@@ -19,7 +19,7 @@ STAMP := $(VENV)/installed-$(KEY)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test test-all fuzz mutation soak lint bench bench-report wheel lock clean
+.PHONY: help install demo test test-all fuzz mutation soak lint bench bench-report wheel lock hub-kernel clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -66,11 +66,16 @@ wheel: $(STAMP) ## build the wheel into dist/
 	$(INSIDE) -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
 	@ls dist
 
+hub-kernel: ## write fdu_kernels as a kernel of Hugging Face's library kernels into dist/hub-kernel/
+	$(PYTHON) .ci/hub_kernel.py dist/hub-kernel
+	@ls dist/hub-kernel/build
+
 lock: SHELL := bash
 lock: ## resolve requirements.lock from pyproject.toml (needs uv; ARGS=--upgrade for the newest versions)
 	@command -v uv >/dev/null || { echo "make lock needs uv: pip install uv" >&2; exit 1; }
 	uv pip compile pyproject.toml --all-extras --universal --python-version 3.10 --prerelease disallow \
 	    --constraint <(grep '^torch==' $(LOCK); echo 'mpmath<1.4 # as sympy asks') \
+	    --no-emit-package ray --no-emit-package msgpack \
 	    --no-annotate --no-header --quiet --output-file $(LOCK) $(ARGS)
 	@# The CUDA libraries are those that the chosen build of torch brings with it.
 	@sed -i -E -e '/^(nvidia|cuda)-/d' -e '1i # Runtime and development, Python 3.10 and newer. Made by make lock; to change torch, edit its line and run it.' $(LOCK)

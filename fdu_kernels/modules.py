@@ -185,7 +185,7 @@ def _calibrated(
 
 
 _calibrated_now = torch.inference_mode(False)(torch.no_grad()(_calibrated))
-_calibrated_op = custom_op("fdu_kernels::calibrated", _calibrated, mutates_args=("observed", "calls", "counted"))
+_calibrated_op = custom_op(f"{__package__}::calibrated", _calibrated, mutates_args=("observed", "calls", "counted"))
 _calibrated_op.register_fake(lambda *arguments: torch.empty_like(arguments[4]))
 
 

@@ -23,10 +23,10 @@ from fdu_kernels.internals import held_constant
 
 ENVIRONMENT_VARIABLE = "FDU_BACKEND"
 PLACES: dict[str, str | Backend] = {
-    "triton": "fdu_kernels.kernels.triton",
-    "cuda": "fdu_kernels.kernels.native:cuda",
-    "cpu": "fdu_kernels.kernels.native:cpu",
-    "torch": "fdu_kernels.kernels.reference:torch_backend",
+    "triton": ".kernels.triton",
+    "cuda": ".kernels.native:cuda",
+    "cpu": ".kernels.native:cpu",
+    "torch": ".kernels.reference:torch_backend",
 }
 """Name -> module, module:object or the backend, the preferred first. A module is imported when first asked for."""
 PREFERRED_WHEN_BUILT = "cuda"
@@ -80,7 +80,7 @@ def backend_named(name: str) -> Backend:
     if not isinstance(place, str):
         return place
     module, _, attribute = place.partition(":")
-    found = importlib.import_module(module)
+    found = importlib.import_module(module, __package__)
     return cast(Backend, getattr(found, attribute) if attribute else found)
 
 

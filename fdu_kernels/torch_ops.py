@@ -34,7 +34,7 @@ def _op(name: str, kind: type[GaussianCall] | type[ExpectationCall], returns: st
         return *found, call.pred.new_empty(0) if call.s is None else call.s
 
     schema = f"({kind.SCHEMA}, str backend{also}) -> {returns}"
-    return custom_op(f"fdu_kernels::{name}", compute, mutates_args=(), schema=schema)
+    return custom_op(f"{__package__}::{name}", compute, mutates_args=(), schema=schema)
 
 
 gaussian_forward = _op("gaussian_forward", GaussianCall, "(Tensor, Tensor, Tensor)")
