@@ -7,8 +7,10 @@ token embeddings after one token was trained, only these rows are stored, with t
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
@@ -148,8 +150,12 @@ def changes(pipeline: DiffusionPipeline, tensors: Mapping[str, Tensor]) -> list[
     return list(found.values())
 
 
+Former = list[tuple[Tensor, Any, Tensor]]
+"""Weights, the place in each that was changed, and its former values on the CPU."""
+
+
 @torch.no_grad()
-def apply(pipeline: DiffusionPipeline, wanted: list[Change], strength: float = 1.0) -> None:
+def apply(pipeline: DiffusionPipeline, wanted: list[Change], strength: float = 1.0) -> Former:
     """Set the new values, all or, after an error, none; with ``strength`` below or above 1, part of the way or beyond.
 
     Raises:
@@ -170,15 +176,35 @@ def apply(pipeline: DiffusionPipeline, wanted: list[Change], strength: float = 1
                 f"file, the strength {strength:g}); load the pipeline in float32, or choose a strength near 1"
             )
         ready.append((weight, place, values))
-    undo = []
+    former: Former = []
     try:
         for weight, place, values in ready:
-            undo.append((weight, place, weight[place].to("cpu", copy=True)))
+            former.append((weight, place, weight[place].to("cpu", copy=True)))
             weight[place] = values.to(weight.device)
     except BaseException:
-        for weight, place, values in reversed(undo):  # two names may be one weight
-            weight[place] = values.to(weight.device)
+        _restore(former)
         raise
+    return former
+
+
+@contextmanager
+def applied(pipeline: DiffusionPipeline, wanted: list[Change], strength: float = 1.0) -> Iterator[None]:
+    """Within this context the weights have the new values; afterwards all are as they were, bit for bit.
+
+    Raises:
+        ValueError: as :func:`apply`.
+    """
+    former = apply(pipeline, wanted, strength)
+    try:
+        yield
+    finally:
+        _restore(former)
+
+
+@torch.no_grad()
+def _restore(former: Former) -> None:
+    for weight, place, values in reversed(former):  # two names may be one weight
+        weight[place] = values.to(weight.device)
 
 
 def _check_shape(name: str, tensor: Tensor, weight: Tensor, rows: Tensor | None) -> None:

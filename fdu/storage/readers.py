@@ -51,6 +51,20 @@ class Loaded:
     """Name of the adapter; None if the weights themselves changed."""
 
 
+@dataclasses.dataclass(frozen=True)
+class ReadWeights:
+    """The content of a file of weights, checked against a pipeline, which is unchanged."""
+
+    format: str
+    """Format of the file in words."""
+    tensors: int
+    """Number of tensors in it."""
+    updates: lora.Updates | None
+    """Of an adapter; None if the file holds new weights."""
+    changes: list[delta.Change]
+    """New weights; none if the file holds an adapter."""
+
+
 def load_weights(
     pipeline: DiffusionPipeline,
     path: str | Path,
@@ -81,6 +95,20 @@ def load_weights(
         raise ValueError(f"strength must be a finite number that float32 holds, got {strength!r:.20}")
     if adapter_name is not None and (not adapter_name or "." in adapter_name):
         raise ValueError(f"adapter_name {adapter_name!r} must not be empty and must have no dot; choose another")
+    found = read_weights(pipeline, path, check_base)
+    try:
+        if found.updates is not None:
+            adapter_name = lora.attach(pipeline, found.updates, adapter_name, strength)
+            return Loaded(found.format, found.tensors, tuple(found.updates), adapter_name)
+        delta.apply(pipeline, found.changes, strength)
+    except ValueError as error:
+        raise ValueError(f"weights {str(weights_file(path))!r}: {error}") from error
+    attributes = dict.fromkeys(change.name.partition(".")[0] for change in found.changes)
+    return Loaded(found.format, found.tensors, tuple(attributes))
+
+
+def read_weights(pipeline: DiffusionPipeline, path: str | Path, check_base: bool = True) -> ReadWeights:
+    """Read an erasure for ``pipeline`` without loading it; arguments and errors as of :func:`load_weights`."""
     file = weights_file(path)
     content, metadata = _read(file)
     updates: lora.Updates | None = None
@@ -107,13 +135,9 @@ def load_weights(
             )
         if updates is not None:
             updates = lora.check(pipeline, updates)
-            adapter_name = lora.attach(pipeline, updates, adapter_name, strength)
-            return Loaded(kind, len(tensors), tuple(updates), adapter_name)
-        delta.apply(pipeline, changes, strength)
     except ValueError as error:
         raise ValueError(f"weights {str(file)!r}: {error}") from error
-    attributes = dict.fromkeys(change.name.partition(".")[0] for change in changes)
-    return Loaded(kind, len(tensors), tuple(attributes))
+    return ReadWeights(kind, len(tensors), updates, changes)
 
 
 def weights_file(path: str | Path) -> Path:
