@@ -73,7 +73,7 @@ hub-kernel: ## write fdu_kernels as a kernel of Hugging Face's library kernels i
 lock: SHELL := bash
 lock: ## resolve requirements.lock from pyproject.toml (needs uv; ARGS=--upgrade for the newest versions)
 	@command -v uv >/dev/null || { echo "make lock needs uv: pip install uv" >&2; exit 1; }
-	uv pip compile pyproject.toml --all-extras --universal --python-version 3.10 --prerelease disallow \
+	uv pip compile pyproject.toml --extra dev --universal --python-version 3.10 --prerelease disallow \
 	    --constraint <(grep '^torch==' $(LOCK); echo 'mpmath<1.4 # as sympy asks') \
 	    --no-emit-package ray --no-emit-package msgpack \
 	    --no-annotate --no-header --quiet --output-file $(LOCK) $(ARGS)

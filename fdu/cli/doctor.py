@@ -26,6 +26,7 @@ OPTIONAL = {
     "ray": ("fdu compare --launcher ray", "pip install ray"),
     "submitit": ("fdu compare --launcher slurm", "pip install submitit"),
     "tensorboard": ("--report_to tensorboard", "pip install tensorboard"),
+    "gradio": ("fdu studio", "pip install gradio"),
     "scikit-learn": ("training the digits pipeline again", "pip install scikit-learn"),
     "resvg-py": ("training the emoji pipeline again", "pip install resvg-py"),
 }

@@ -24,6 +24,7 @@ from fdu.cli.evaluate import Evaluate, Report
 from fdu.cli.names import Names, complete
 from fdu.cli.options import check_typed, described, expanded, in_own_case, option_names
 from fdu.cli.planning import Plan
+from fdu.cli.studio import Studio
 from fdu.storage.loading import MissingPackage
 
 OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
@@ -45,6 +46,7 @@ COMMANDS: dict[str, type[Command]] = {
     "erase": Erase,
     "evaluate": Evaluate,
     "report": Report,
+    "studio": Studio,
     "compare": Compare,
     "plan": Plan,
     "names": Names,

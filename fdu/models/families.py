@@ -47,12 +47,22 @@ def family_of(module: Any) -> type[Denoiser] | None:
     return next((family for family in FAMILIES if family.owns(module)), None)
 
 
+def _fitting(pipeline: Any) -> type[Denoiser]:
+    """The family of a pipeline; of one that is not known here, what most have in common."""
+    return next((family for family in FAMILIES if family.fits(pipeline)), Denoiser)
+
+
+def guidance_argument_of(pipeline: Any) -> str:
+    """The argument of a pipeline's call that is the scale of guidance by two predictions."""
+    return _fitting(pipeline).guidance_argument
+
+
 def guidance_arguments(pipeline: Any, scale: float | None, count: int) -> dict[str, Any]:
     """Arguments of a pipeline's call that guide ``count`` prompts by a scale, of any pipeline, known here or not.
 
     None is the pipeline's default.
     """
-    family = next((family for family in FAMILIES if family.fits(pipeline)), Denoiser)
+    family = _fitting(pipeline)
     given: dict[str, Any] = {} if scale is None else {family.guidance_argument: scale}
     if family.asks_for_negative and (scale is None or scale > family.unguided_scale):
         given["negative_prompt"] = [""] * count

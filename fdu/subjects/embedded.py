@@ -57,12 +57,23 @@ class EmbeddedExam(Exam):
     anchor: str = ""
     """What replaced the target, where it is known."""
 
+    def prompts(self) -> dict[str, tuple[str, ...]]:
+        """See :meth:`Exam.prompts`."""
+        found: dict[str, tuple[str, ...]] = {"target": (), "unseen": (), "retained": ()}
+        for probe in self._probes():
+            found[probe.role] = (*found.get(probe.role, ()), *probe.prompts[: 1 if probe.role == "retained" else None])
+        return found
+
     def panel(self, device: str = "cpu") -> Panel:
         """See :meth:`Exam.panel`."""
         assert self.subject is not None
         content = self.subject.content
         features = clip_encoder(self.judge, device) if self.judge else content.features()
-        return Panel(content.probes(self.target, *self.others, anchor=self.anchor), features, content.JUDGE)
+        return Panel(self._probes(), features, content.JUDGE)
+
+    def _probes(self) -> list[Probe]:
+        assert self.subject is not None
+        return self.subject.content.probes(self.target, *self.others, anchor=self.anchor)
 
 
 class EmbeddedPipeline(Subject):

@@ -49,6 +49,14 @@ class Exam:
     concepts: ConceptSet | None = None
     """The prompts, where they do not follow from the names alone."""
 
+    def prompts(self) -> dict[str, tuple[str, ...]]:
+        """Prompts to try, by role: all of "target" and "unseen", one for each class that is "retained"."""
+        assert self.concepts is not None
+        one = self.concepts
+        kept = (*one.near, one.anchor, *one.generic, *one.unrelated)
+        retained = tuple(concept.prompts[0] for concept in kept)
+        return {"target": one.target.prompts, "unseen": one.unseen, "retained": retained}
+
     def panel(self, device: str = "cpu") -> Panel:
         """Load the judges.
 

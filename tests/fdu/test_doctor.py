@@ -35,7 +35,7 @@ def test_this_machine_is_healthy(capsys: pytest.CaptureFixture[str]) -> None:
         assert subject in output
 
 
-@pytest.mark.parametrize("extra", ["train", "track", "memory", "optimizers", "slurm", "ray"])
+@pytest.mark.parametrize("extra", ["train", "track", "memory", "optimizers", "slurm", "ray", "studio"])
 def test_the_packages_of_options_are_optional(extra: str) -> None:
     project = load_file(Path(__file__).parents[2] / "pyproject.toml")["project"]
     assert {Requirement(line).name for line in project["optional-dependencies"][extra]} <= doctor.OPTIONAL.keys()
