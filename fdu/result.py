@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +18,8 @@ from fdu.models.denoiser import Denoiser
 from fdu.models.parts import active_adapters
 from fdu.models.quantization import quantization_of
 from fdu.report import EvaluatedRun, write_report
-from fdu.report.card import write_card
+from fdu.report.card import fill_in, write_card
+from fdu.report.hub import Upload
 from fdu.storage.fingerprint import fingerprint, versions
 from fdu.storage.formats import choose_format, public_name, write
 from fdu.storage.loading import REVISION_MARK
@@ -152,6 +154,50 @@ class ErasureResult:
             write_json(fresh / RECORD_FILE, record)
             write_card(fresh, format, self.pipeline, record, evaluation, probes)
         return Path(folder)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        evaluation: Evaluation | None = None,
+        probes: Sequence[Probe] = (),
+        before: Draws | None = None,
+        after: Draws | None = None,
+        *,
+        unevaluated: bool = False,
+        save_as: str = "auto",
+        commit_message: str = "Upload an erasure by fdu",
+        private: bool | None = None,
+        token: str | None = None,
+    ) -> str:
+        """Push the weights, the record and the model card to the Hugging Face hub; returns the repository's address.
+
+        Args:
+            repo_id: org/name, or a name in your own namespace. The repository is made if there is none.
+            evaluation, probes: figures for the card.
+            before, after: the images of the evaluation, if the card is to show some.
+            unevaluated: push although the card has no figures.
+            save_as: see :meth:`save`.
+            commit_message: of the commit.
+            private: whether a new repository is private; None: as its owner's settings say.
+            token: None: that of `hf auth login` or HF_TOKEN.
+
+        Raises:
+            ValueError: no evaluation; one of ``before`` and ``after`` alone; or a name or a token that cannot be used.
+            OSError: the hub cannot be reached, or it refused; the erasure stays as it is.
+        """
+        if evaluation is None and not unevaluated:
+            raise ValueError(
+                "evaluation is missing: give the output of fdu.evaluate for the model card, or set unevaluated"
+            )
+        if (before is None) != (after is None) or (before is not None and evaluation is None):
+            raise ValueError("before and after go together, and with evaluation; give all three or leave them out")
+        upload = Upload.checked(repo_id, token, private)
+        with tempfile.TemporaryDirectory() as place:
+            folder = self.save(Path(place) / "erased", save_as=save_as, evaluation=evaluation, probes=probes)
+            if before is not None and after is not None and evaluation is not None:
+                fill_in(folder, EvaluatedRun.of(evaluation, probes, before, after, self.record()))
+            again = "the erasure is unchanged; call push_to_hub again, or save it"
+            return upload.push(folder, unevaluated, again, commit_message)
 
     def report(
         self, path: str | Path, evaluation: Evaluation, probes: Sequence[Probe], before: Draws, after: Draws

@@ -13,7 +13,7 @@ from typing import Annotated, ClassVar, Literal
 from tyro.conf import OmitArgPrefixes, Positional, UseAppendAction, arg
 
 import fdu
-from fdu.cli.options import LoadOptions, Settings, described, grouped
+from fdu.cli.options import HubOptions, LoadOptions, Settings, described, grouped
 from fdu.concept_table import ConceptTable
 from fdu.concepts import has_prompts, weighted
 from fdu.config import TRAIN_METHODS
@@ -83,6 +83,9 @@ class Erase:
     loading: Annotated[OmitArgPrefixes[LoadOptions], arg(name="")] = dataclasses.field(
         default_factory=described(LoadOptions)
     )
+    hub: Annotated[OmitArgPrefixes[HubOptions], arg(name="")] = dataclasses.field(default_factory=described(HubOptions))
+    push_unevaluated: bool = False
+    """With --push_to_hub: push although the model card has no figures yet. Otherwise `fdu evaluate` pushes."""
     settings: Annotated[OmitArgPrefixes[Settings], arg(name="")] = dataclasses.field(default_factory=grouped())
 
     def prepare(self, command: str) -> Callable[[], None]:
@@ -135,6 +138,16 @@ class Erase:
             config = model.with_preserved(config, [(target.name, anchor.name) for target, anchor in pairs])
         self.loading.check(config)
         device = choose_device(self.device)
+        evaluate = ["fdu", "evaluate", self.model, str(self.out), *self.loading.words()]
+        if self.hub.push_to_hub != self.push_unevaluated:
+            repository = ["--hub_model_id", self.hub.hub_model_id] if self.hub.hub_model_id else []
+            raise ValueError(
+                "push_to_hub: the erasure is pushed once its evaluation is in the model card. Leave it out here, then "
+                f"run: {shlex.join([*evaluate, '--push_to_hub', *repository])}; or add --push_unevaluated"
+                if self.hub.push_to_hub
+                else "push_unevaluated has no effect without --push_to_hub; add that option, or leave it out"
+            )
+        upload = self.hub.upload(self.out)
 
         def work() -> None:
             writes = is_main_process()
@@ -167,8 +180,9 @@ class Erase:
                 print(f"Closed form: {words}; edited at rank {edit.rank}, relative error {edit.error:.1g}.")
             if not config.max_train_steps and not result.edits:
                 print("Nothing was trained: max_train_steps is 0.")
-            evaluate = ["fdu", "evaluate", self.model, str(self.out), *self.loading.words()]
             print(f"Evaluate it with: {shlex.join(evaluate)}")
+            if upload is not None:
+                print(f"Pushed to {upload.push(self.out, unevaluated=True)}")
 
         return work
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from tyro.conf import OmitArgPrefixes, Positional, UseAppendAction, arg
 
 import fdu
-from fdu.cli.options import LoadOptions, described
+from fdu.cli.options import HubOptions, LoadOptions, described
 from fdu.config import Count, Natural, check_number, image_size
 from fdu.storage.loading import (
     Dtype,
@@ -54,13 +55,14 @@ class Evaluate:
         "fdu evaluate org/model erased --prompts my-concept.txt --judge ./clip-vit-large-patch14",
         "fdu evaluate digits erased --robustness --out evaluation",
         "fdu evaluate digits erased --robustness phrasings attack",
+        "fdu evaluate org/model erased --push_to_hub --hub_model_id me/model-without-van-gogh",
     )
 
     base: Positional[str]
     """The pipeline before: a folder, a .safetensors file, a hub id (org/name), "emoji" or "digits"."""
     erased: Positional[str]
-    """Folder written by `fdu erase` or ErasureResult.save, or weights from another program in any format that
-    fdu.load_weights reads."""
+    """Folder written by `fdu erase` or ErasureResult.save, whose model card receives the figures, or weights from
+    another program in any format that fdu.load_weights reads."""
     target: UseAppendAction[tuple[str, ...]] = ()
     """Erased concept to judge; repeat for several. Default: all that ERASED records, or the one of --prompts."""
     prompts: str | None = None
@@ -108,10 +110,14 @@ class Evaluate:
     loading: Annotated[OmitArgPrefixes[LoadOptions], arg(name="")] = dataclasses.field(
         default_factory=described(LoadOptions)
     )
+    hub: Annotated[OmitArgPrefixes[HubOptions], arg(name="")] = dataclasses.field(default_factory=described(HubOptions))
+    card_without_images: bool = False
+    """Show no images in the model card of ERASED."""
 
     def prepare(self, command: str) -> Callable[[], None]:
         """Check the arguments and return the work."""
-        from fdu.storage.output import METRICS_FILE, check_output, sole_output, whole_folder
+        from fdu.report.card import CARD_FILE, fill_in, read_card
+        from fdu.storage.output import METRICS_FILE, RECORD_FILE, check_output, sole_output, whole_folder
 
         base = subject_of(self.loading.location(self.base), "BASE")
         self.loading.check()
@@ -142,6 +148,10 @@ class Evaluate:
         if size is not None:
             settings |= {"height": size[0], "width": size[1]}
         sets = self._phrasing_sets(first)
+        has_card = all((Path(self.erased) / name).is_file() for name in (RECORD_FILE, CARD_FILE))
+        if self.hub.push_to_hub or has_card:
+            read_card(self.erased)
+        upload = self.hub.upload(Path(self.erased))
 
         def work() -> None:
             from accelerate.utils import release_memory
@@ -177,13 +187,23 @@ class Evaluate:
             print(f"\n{summary(evaluation, probes)}")
 
             def write(overwrite: bool) -> None:
+                if self.out is None and not has_card:
+                    return
+                notes = [*base.notes, *(tests.notes() if tests else ())]
+                found = tests.found.as_dict() if tests and tests.found else None
+                conditions = Conditions(settings["seed"], sampling, panel.judge, dtype, size=size)
+                told = (record, command, describe_device(device), notes, found, conditions)
+                run = EvaluatedRun.of(evaluation, probes, before, after, *told)
                 if self.out is not None:
-                    notes = [*base.notes, *(tests.notes() if tests else ())]
-                    found = tests.found.as_dict() if tests and tests.found else None
-                    conditions = Conditions(settings["seed"], sampling, panel.judge, dtype, size=size)
-                    told = (record, command, describe_device(device), notes, found, conditions)
                     with whole_folder(self.out, overwrite) as folder:
-                        write_run(folder, EvaluatedRun.of(evaluation, probes, before, after, *told))
+                        write_run(folder, run)
+                if has_card:
+                    try:
+                        fill_in(self.erased, run, pictures=not self.card_without_images)
+                    except OSError as error:
+                        if upload is not None:
+                            raise
+                        print(f"fdu: the card in {self.erased} stays as it is: {error}", file=sys.stderr)
 
             # The tests take long and need more memory, so all results so far are saved before each of them.
             write(self.overwrite)
@@ -195,8 +215,15 @@ class Evaluate:
                 print(f"\n{holds.headline}.", *holds.sentences, sep="\n  ")
             if self.out is not None:
                 print(f"\nreport   {self.out / REPORT}\nfigures  {self.out / METRICS_FILE}")
-            if tests:
-                tests.check()
+            try:
+                if tests:
+                    tests.check()
+            except RuntimeError:
+                if upload is not None:
+                    print(f"fdu: not pushed; push with: {upload.command(self.erased)}", file=sys.stderr)
+                raise
+            if upload is not None:
+                print(f"Pushed to {upload.push(self.erased)}")
 
         def alone() -> None:
             with sole_output(self.out) if self.out is not None else nullcontext():

@@ -7,7 +7,8 @@ import difflib
 import itertools
 from collections.abc import Collection, Mapping, Sequence
 from functools import cache
-from typing import Annotated, Any, get_type_hints
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import tyro
 
@@ -20,8 +21,12 @@ from fdu.storage.loading import (
     check_packages,
     check_quantization,
     check_stored,
+    is_main_process,
     with_config,
 )
+
+if TYPE_CHECKING:
+    from fdu.report.hub import Upload
 
 GROUPS = {
     "basic": "train_method",
@@ -55,6 +60,8 @@ OTHER_NAMES = {
     "with_prior_preservation": "preservation_weight",
     "use_8bit_adam": "optimizer adamw_8bit",
     "use_dora": "train_method dora",
+    "private": "hub_private_repo",
+    "repo_id": "hub_model_id",
     "output_kohya_format": "save_as kohya",
 }
 """Names of options in other programs, among them diffusers' scripts, and earlier names; each with the option meant and
@@ -198,6 +205,43 @@ class LoadOptions(ModelOptions):
         return *self.storage, self.variant, self.base_lora
 
 
+@dataclasses.dataclass
+class HubOptions:
+    """Options that push a result to the Hugging Face hub."""
+
+    push_to_hub: bool = False
+    """Push the erasure to the Hugging Face hub."""
+    hub_model_id: str | None = None
+    """Repository to push to: org/name, or a name in your own namespace. Default: the name of the erasure's folder."""
+    hub_token: str | None = None
+    """Token of the hub that can write; no record keeps it. Default: that of `hf auth login` or HF_TOKEN."""
+    hub_private_repo: bool = False
+    """Make a new repository private."""
+
+    def check(self) -> None:
+        """Refuse options that have no effect.
+
+        Raises:
+            ValueError: names the option.
+        """
+        for name in ("hub_model_id", "hub_token", "hub_private_repo"):
+            if getattr(self, name) and not self.push_to_hub:
+                raise ValueError(f"{name} has no effect without --push_to_hub; add that option, or leave {name} out")
+
+    def upload(self, folder: Path) -> Upload | None:
+        """The repository for the erasure in a folder, checked; None if this process pushes nothing.
+
+        Raises:
+            ValueError, OSError: as :meth:`fdu.report.hub.Upload.checked`.
+        """
+        self.check()
+        if not self.push_to_hub or not is_main_process():
+            return None
+        from fdu.report.hub import Upload  # which takes long
+
+        return Upload.checked(self.hub_model_id or folder.resolve().name, self.hub_token, self.hub_private_repo or None)
+
+
 def words_of(settings: Mapping[str, Any]) -> list[str]:
     """Settings as words of a command line; what is None or False is left out.
 
@@ -289,7 +333,7 @@ def option_names(command: type) -> tuple[set[str], set[str], set[str]]:
         made_by = field.default_factory
         if isinstance(made_by, type) and issubclass(made_by, Settings):
             names |= set(made_by().typed())
-        elif isinstance(made_by, type) and issubclass(made_by, ModelOptions):
+        elif isinstance(made_by, type) and issubclass(made_by, (ModelOptions, HubOptions)):
             names |= {option.name for option in dataclasses.fields(made_by)}
         else:
             names.add(field.name)

@@ -84,7 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     phase = USAGE
     try:
         command = parse(given or ["--help"])
-        work = command.prepare(shlex.join(["fdu", *given]))
+        work = command.prepare(shlex.join(["fdu", *_without_push(given)]))
         phase = FAILED
         work()
     except SystemExit as stop:
@@ -132,6 +132,20 @@ def parse(arguments: list[str]) -> Command:
             print("examples:", *(f"  {example}" for example in examples), sep="\n")
             print("\n--debug, or FDU_DEBUG=1, shows the traceback of an error; fdu --version prints the version.")
         raise
+
+
+def _without_push(arguments: Sequence[str]) -> list[str]:
+    """The arguments without the options of a push: what is recorded must not hold a token, nor push when it is run."""
+    words, rest = [], iter(arguments)
+    for word in rest:
+        name, equals, _ = word.partition("=")
+        name = name[2:].replace("-", "_") if name.startswith("--") else ""
+        if name in ("hub_model_id", "hub_token"):
+            if not equals:
+                next(rest, None)
+        elif name not in ("push_to_hub", "push_unevaluated", "hub_private_repo"):
+            words.append(word)
+    return words
 
 
 def _quiet() -> None:
