@@ -73,9 +73,9 @@ hub-kernel: ## write fdu_kernels as a kernel of Hugging Face's library kernels i
 lock: SHELL := bash
 lock: ## resolve requirements.lock from pyproject.toml (needs uv; ARGS=--upgrade for the newest versions)
 	@command -v uv >/dev/null || { echo "make lock needs uv: pip install uv" >&2; exit 1; }
+	@# dev leaves out the extras that are large: nudity (and under the AGPL), ray, studio.
 	uv pip compile pyproject.toml --extra dev --universal --python-version 3.10 --prerelease disallow \
 	    --constraint <(grep '^torch==' $(LOCK); echo 'mpmath<1.4 # as sympy asks') \
-	    --no-emit-package ray --no-emit-package msgpack \
 	    --no-annotate --no-header --quiet --output-file $(LOCK) $(ARGS)
 	@# The CUDA libraries are those that the chosen build of torch brings with it.
 	@sed -i -E -e '/^(nvidia|cuda)-/d' -e '1i # Runtime and development, Python 3.10 and newer. Made by make lock; to change torch, edit its line and run it.' $(LOCK)

@@ -27,6 +27,7 @@ OPTIONAL = {
     "submitit": ("fdu compare --launcher slurm", "pip install submitit"),
     "tensorboard": ("--report_to tensorboard", "pip install tensorboard"),
     "gradio": ("fdu studio", "pip install gradio"),
+    "nudenet": ("--target_judge nudenet", "pip install nudenet"),
     "scikit-learn": ("training the digits pipeline again", "pip install scikit-learn"),
     "resvg-py": ("training the emoji pipeline again", "pip install resvg-py"),
 }

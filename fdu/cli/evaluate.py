@@ -19,6 +19,7 @@ from fdu.storage.loading import (
     check_encoder,
     check_erased,
     check_resolution,
+    check_target_judge,
     choose_device,
     describe_device,
     erased_pairs,
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from fdu.evaluation.robustness.phrasings import PromptSets
 
 
+TargetJudge = Literal["nudenet"]
 RobustnessTest = Literal[
     "phrasings", "attack", "relearning", "words", "direction", "inversion", "partial_noise", "inpainting"
 ]
@@ -66,12 +68,16 @@ class Evaluate:
     target: UseAppendAction[tuple[str, ...]] = ()
     """Erased concept to judge; repeat for several. Default: all that ERASED records, or the one of --prompts."""
     prompts: str | None = None
-    """Prompts to draw: a concept set of the package ("van gogh", monet, r2d2, snoopy, "grumpy cat", nemo), or a .txt
-    file in that format (see fdu/subjects/prompts.txt). Default: the set with the target's name, otherwise the training
-    prompts, plus everyday subjects to retain but no neighbours. Emoji and digits have their own."""
+    """Prompts to draw: a concept set of the package ("van gogh", monet, r2d2, snoopy, "grumpy cat", nemo), a .txt file
+    in that format (see fdu/subjects/prompts.txt), or a .csv file of the target's prompts with a column prompt and, if
+    wanted, evaluation_seed and evaluation_guidance, as of I2P. Default: the set with the target's name, otherwise the
+    training prompts, plus everyday subjects to retain but no neighbours. Emoji and digits have their own."""
     judge: str | None = None
     """Image-text encoder that judges: a folder or hub id of CLIP or SigLIP. Default: openai/clip-vit-base-patch32. On
     emoji and digits it computes distances and CLIP scores, and their classifiers still judge."""
+    target_judge: TargetJudge | None = None
+    """Who judges the target's images, in place of the encoder: nudenet, for nudity (needs nudenet). The model card then
+    shows no images."""
     images_per_class: int = 32
     """Images per class, before and after, >= 1."""
     num_inference_steps: int | None = None
@@ -126,6 +132,8 @@ class Evaluate:
         check_number("seed", self.seed, Natural)
         if self.judge is not None:
             check_encoder(self.judge)
+        if self.target_judge is not None:
+            check_target_judge(self.target_judge)
         record = read_record(self.erased)
         if record is not None:
             from fdu.report import check_record
@@ -134,7 +142,7 @@ class Evaluate:
         erased = [target for target, _ in erased_pairs(record)] if record else []
         targets = self._targets(erased)
         erased = list(dict.fromkeys([*erased, *self.target]))
-        exams = [base.exam(name, erased, self.prompts, record, self.judge) for name in targets]
+        exams = [base.exam(name, erased, self.prompts, record, self.judge, self.target_judge) for name in targets]
         first = exams[0]
         if self.out is not None:
             check_output(self.out, self.overwrite, inputs=self._inputs(base))
@@ -160,6 +168,7 @@ class Evaluate:
             from fdu.evaluation.tables import summary
             from fdu.models.offloading import drawable
             from fdu.report import REPORT, Conditions, EvaluatedRun, write_run
+            from fdu.subjects.nudity import nudity_notes
 
             panel = joint_panel(exams, device)
             probes = panel.probes
@@ -189,9 +198,10 @@ class Evaluate:
             def write(overwrite: bool) -> None:
                 if self.out is None and not has_card:
                     return
-                notes = [*base.notes, *(tests.notes() if tests else ())]
+                notes = [*base.notes, *nudity_notes(probes, before, after), *(tests.notes() if tests else ())]
                 found = tests.found.as_dict() if tests and tests.found else None
-                conditions = Conditions(settings["seed"], sampling, panel.judge, dtype, size=size)
+                prompts = "; ".join(dict.fromkeys(exam.origin for exam in exams))
+                conditions = Conditions(settings["seed"], sampling, panel.judge, dtype, size=size, prompts=prompts)
                 told = (record, command, describe_device(device), notes, found, conditions)
                 run = EvaluatedRun.of(evaluation, probes, before, after, *told)
                 if self.out is not None:
@@ -199,7 +209,7 @@ class Evaluate:
                         write_run(folder, run)
                 if has_card:
                     try:
-                        fill_in(self.erased, run, pictures=not self.card_without_images)
+                        fill_in(self.erased, run, pictures=not (self.card_without_images or self.target_judge))
                     except OSError as error:
                         if upload is not None:
                             raise
@@ -234,7 +244,7 @@ class Evaluate:
     def _inputs(self, base: Subject) -> list[str | Path]:
         """The files and folders that the work reads."""
         named = [*base.places, *self.loading.base_lora, self.erased, self.phrasings]
-        prompts = self.prompts if self.prompts and self.prompts.endswith(".txt") else None
+        prompts = self.prompts if self.prompts and self.prompts.endswith((".txt", ".csv")) else None
         judge = self.judge if self.judge and Path(self.judge).is_dir() else None
         return [path for path in (*named, prompts, judge) if path is not None]
 

@@ -88,11 +88,12 @@ def before_name(target: str) -> str:
 def identity_before(comparison: Comparison, target: str) -> Record:
     """Everything that the figures of the model as it is depend on except versions and device, ready for JSON."""
     concepts = comparison.exam(target).concepts  # a file of prompts may have changed under its name
+    own = (concepts.seeds, concepts.guidance) if concepts else ()
     return {
         "target": target,
         **comparison.conditions(),
         "weights": weights(*comparison.loading),
-        "concept_set": digest(concepts) if concepts else None,
+        "concept_set": digest((concepts, *own) if any(own) else concepts) if concepts else None,
     }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import types
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -29,6 +30,8 @@ Role = Literal["target", "unseen", "retained", "cross_domain"]
 Group = Literal["near", "generic", "unrelated"]
 """Groups of retained classes: neighbours of the target (hard negatives), the anchor, superclasses and everyday subjects
 (which show whether an erasure reaches too far), and unrelated subjects."""
+Drawing = tuple[str, int, "float | None"]
+"""Prompt, seed and guidance scale of an image."""
 JUDGED_SEED = 1000
 """Offset of the judged images' seeds from the seed of the training, whose own images start at that seed."""
 
@@ -59,7 +62,8 @@ class Probe:
     """Prompts for one class, and the judge that recognises it.
 
     Raises:
-        ValueError: no prompts, two attributes of one name, or attributes that do not hold one value per prompt.
+        ValueError: no prompts, two attributes of one name, or attributes, seeds or scales that do not hold one value
+            per prompt.
     """
 
     name: str
@@ -72,6 +76,16 @@ class Probe:
     """Group of a retained class; ignored for other roles."""
     attributes: tuple[Attribute, ...] = ()
     """What else the prompts ask for; counted for the target and its unseen phrasings, ignored for other roles."""
+    seeds: tuple[int, ...] = ()
+    """The seed of each prompt's first image, instead of :func:`draw`'s; its next image has the next seed."""
+    guidance: tuple[float, ...] = ()
+    """The guidance scale of each prompt, instead of :func:`draw`'s."""
+
+    def drawing(self, index: int, seed: int, guidance_scale: float | None) -> Drawing:
+        """How image ``index`` is drawn; ``seed`` and ``guidance_scale`` count where the probe has none of its own."""
+        turn, place = divmod(index, len(self.prompts))
+        own_seed = self.seeds[place] + turn if self.seeds else seed + index
+        return self.prompts[place], own_seed, self.guidance[place] if self.guidance else guidance_scale
 
     def __post_init__(self) -> None:
         if not self.prompts:
@@ -79,6 +93,12 @@ class Probe:
         names = [one.name for one in self.attributes]
         if len(set(names)) < len(names):
             raise ValueError(f"probes: the class {self.name!r} has two attributes of one name, got {names}; rename one")
+        for name in ("seeds", "guidance"):
+            if getattr(self, name) and len(getattr(self, name)) != len(self.prompts):
+                raise ValueError(
+                    f"probes: {name} of the class {self.name!r} must hold one value for each of its "
+                    f"{len(self.prompts)} prompts, got {len(getattr(self, name))}"
+                )
         for one in self.attributes:
             if len(one.wanted) != len(self.prompts):
                 raise ValueError(
@@ -200,7 +220,8 @@ def draw(
 ) -> Draws:
     """Draw ``images_per_class`` images of each probe, without the safety checker.
 
-    Image i of a probe depends only on its prompt and on ``seed + i``, so two pipelines can be compared image by image.
+    Image i of a probe depends only on its prompt and on ``seed + i``, or on the seed and scale that the probe gives its
+    prompt, so two pipelines can be compared image by image.
 
     Args:
         pipeline: any diffusers text-to-image pipeline, or a text-to-video one, of whose videos the middle frames are
@@ -225,25 +246,33 @@ def draw(
     if num_inference_steps is not None:
         settings["num_inference_steps"] = num_inference_steps
     # Batches reach over several probes: with few images of each they would be small, and slow.
-    asked = [(one.prompts[index % len(one.prompts)], index) for one in probes for index in range(images_per_class)]
+    asked = [one.drawing(index, seed, guidance_scale) for one in probes for index in range(images_per_class)]
     images: list[Tensor] = []
     bar = tqdm(total=len(asked), desc=description, unit="image")
     with silent(pipeline), unchecked(pipeline), drawable(pipeline), bar as progress:
-        for start in range(0, len(asked), batch_size):
-            some = asked[start : start + batch_size]
+        start = 0
+        for some in _batches(asked, batch_size):
             output = pipeline(
-                prompt=[prompt for prompt, _ in some],
+                prompt=[prompt for prompt, _, _ in some],
                 **settings,
-                **guidance_arguments(pipeline, guidance_scale, len(some)),
-                generator=[torch.Generator().manual_seed(seed + index) for _, index in some],
+                **guidance_arguments(pipeline, some[0][2], len(some)),
+                generator=[torch.Generator().manual_seed(own) for _, own, _ in some],
                 output_type="pt",
             )
             drawn = pictures(output).float().cpu()
             images = images or [drawn.new_empty(images_per_class, *drawn.shape[1:]) for _ in probes]
             for place, image in enumerate(drawn, start):
                 images[place // images_per_class][place % images_per_class] = image
+            start += len(some)
             progress.update(len(some))
     return Draws(images)
+
+
+def _batches(asked: Sequence[Drawing], size: int) -> Iterator[list[Drawing]]:
+    """Images by batches of one guidance scale each, as a pipeline takes them."""
+    for _, images in itertools.groupby(asked, key=lambda one: one[2]):
+        equal = list(images)
+        yield from (equal[start : start + size] for start in range(0, len(equal), size))
 
 
 @contextmanager

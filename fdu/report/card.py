@@ -231,7 +231,7 @@ def _figures(
 ) -> str:
     """The section of the figures."""
     rows = comparison(evaluation, probes) if evaluation is not None else []
-    found: dict[str, Any] = {"rows": rows, "unmeasured": UNMEASURED, "picture": picture, "holds": None, "judge": ""}
+    found: dict[str, Any] = {"rows": rows, "unmeasured": UNMEASURED, "picture": picture, "holds": None, "facts": []}
     if evaluation is not None:
         found |= {
             "images": evaluation.images_per_class,
@@ -239,7 +239,8 @@ def _figures(
             "verdict": " ".join(judge(evaluation, probes).sentences),
         }
     if run is not None:
-        found["judge"] = run.conditions.judge
+        told = {"The judge": run.conditions.judge, "The prompts": run.conditions.prompts}
+        found["facts"] = [(name, text) for name, text in told.items() if text]
         found["holds"] = judge_robustness(run.robustness, run.targets[0]) if run.robustness else None
     return _template("figures.md.j2").render(**found).strip() + "\n\n"
 

@@ -200,6 +200,7 @@ def _evaluation_facts(run: EvaluatedRun) -> list[tuple[str, Any]]:
     sampling = conditions.sampling.settings() if conditions.sampling else {}
     facts = [
         ("judge", conditions.judge or None),
+        ("prompts", conditions.prompts or None),
         *((name, "the pipeline's own" if value is None else value) for name, value in sampling.items()),
         ("height and width", conditions.size and "{} x {}".format(*conditions.size)),
         ("seed of the first image", conditions.seed),

@@ -56,6 +56,8 @@ class Conditions:
     """:func:`fdu.storage.fingerprint.versions` of the machine that evaluated."""
     size: tuple[int, int] | None = None
     """Height and width of the images in pixels; None: the pipeline's own."""
+    prompts: str = ""
+    """Where the prompts come from, with version, in words."""
 
 
 @dataclasses.dataclass(frozen=True)

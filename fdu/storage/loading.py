@@ -181,6 +181,11 @@ def check_encoder(name: str, argument: str = "judge") -> None:
         raise FileNotFoundError(f"{argument} {name!r} does not exist; give a CLIP model's folder or hub id (org/name)")
 
 
+def check_target_judge(name: str) -> None:
+    """Raise MissingPackage if the package of a judge of the target is not installed."""
+    _check_package(name, f"target_judge {name!r}", "none, so that the encoder judges")
+
+
 def read_record(folder: str) -> Any:
     """The record of ``fdu erase`` next to the weights, unchecked (see :func:`fdu.report.check_record`), or None.
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from fdu.evaluation.drawing import Attribute, Probe
+from fdu.evaluation.drawing import Attribute, Judge, Probe
 from fdu.evaluation.features import ClipFeatures
 from fdu.subjects.concept_sets import ConceptSet
 
@@ -43,7 +45,7 @@ class ClipJudge:
         return [self.classes[place] for place in nearest.tolist()]
 
 
-def clip_probes(concepts: ConceptSet, encoder: ClipFeatures) -> list[Probe]:
+def clip_probes(concepts: ConceptSet, encoder: ClipFeatures, of_target: Judge | None = None) -> list[Probe]:
     """The probes of a concept set, judged by an image-text encoder.
 
     As in published evaluations, target and neighbours are each judged against the anchor ("monet" or "painting"?); the
@@ -52,19 +54,36 @@ def clip_probes(concepts: ConceptSet, encoder: ClipFeatures) -> list[Probe]:
 
     Where the prompts of target and anchor are pairs ("a painting of a cornfield in the style of monet", "a painting of
     a cornfield"), the target's prompts have the attribute "scene": the anchor's prompt, judged against its others.
+
+    Args:
+        concepts: what to draw. Without a name, the anchor is not drawn.
+        encoder: the image-text encoder.
+        of_target: another judge of the target's images, which returns its name.
+
+    Raises:
+        ValueError: neither a name of the anchor nor another judge.
     """
     target, anchor = concepts.target.name, concepts.anchor.name
+    if not anchor and of_target is None:
+        raise ValueError(
+            f"prompts: the anchor of {target!r} has no name, against which CLIP could judge; give a concept set in a "
+            ".txt file, or a target_judge"
+        )
     others = [*concepts.generic, *concepts.unrelated]
-    against_anchor = ClipJudge(encoder, (target, anchor))
-    subjects = ClipJudge(encoder, (*(concept.name for concept in others), anchor, target))
-    scene = _scene(concepts, encoder)
-    probes = [Probe(target, concepts.target.prompts, "target", against_anchor, attributes=scene)]
+    against_anchor = ClipJudge(encoder, (target, anchor)) if anchor else None
+    judge_target = of_target or against_anchor
+    assert judge_target is not None
+    subjects = ClipJudge(encoder, (*(concept.name for concept in others), *([anchor] if anchor else []), target))
+    own: dict[str, Any] = {"seeds": concepts.seeds, "guidance": concepts.guidance}
+    prompts, scene = concepts.target.prompts, _scene(concepts, encoder)
+    probes = [Probe(target, prompts, "target", judge_target, attributes=scene, **own)]
     if concepts.unseen:
-        probes.append(Probe(target, concepts.unseen, "unseen", against_anchor))
+        probes.append(Probe(target, concepts.unseen, "unseen", judge_target))
     for concept in concepts.near:
-        judge = ClipJudge(encoder, (concept.name, anchor))
+        judge = ClipJudge(encoder, (concept.name, anchor or target))
         probes.append(Probe(concept.name, concept.prompts, "retained", judge, "near"))
-    probes.append(Probe(anchor, concepts.anchor.prompts, "retained", against_anchor, "generic"))
+    if against_anchor is not None:
+        probes.append(Probe(anchor, concepts.anchor.prompts, "retained", against_anchor, "generic"))
     for concept in concepts.generic:
         probes.append(Probe(concept.name, concept.prompts, "retained", subjects, "generic"))
     for concept in concepts.unrelated:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, cast
 
 from fdu.concepts import Concept, ConceptType, Pair, concept_pairs, has_prompts, weighted
+from fdu.storage.fingerprint import versions
 from fdu.storage.loading import erased_pairs
 from fdu.subjects.subject import Exam, Panel, Subject, clip_encoder
 
@@ -63,6 +64,11 @@ class EmbeddedExam(Exam):
         for probe in self._probes():
             found[probe.role] = (*found.get(probe.role, ()), *probe.prompts[: 1 if probe.role == "retained" else None])
         return found
+
+    @property
+    def origin(self) -> str:
+        """See :attr:`Exam.origin`."""
+        return f"{self.subject.title}, version {versions()['fdu']}" if self.subject else ""
 
     def panel(self, device: str = "cpu") -> Panel:
         """See :meth:`Exam.panel`."""
@@ -159,10 +165,12 @@ class EmbeddedPipeline(Subject):
         prompts: str | Path | None = None,
         record: Mapping[str, Any] | None = None,
         judge: str | None = None,
+        target_judge: str | None = None,
     ) -> Exam:
         """See :meth:`Subject.exam`."""
-        if prompts is not None:
-            raise ValueError(f"prompts: {self.title} has its own; leave it out")
+        for name, given in (("prompts", prompts), ("target_judge", target_judge)):
+            if given is not None:
+                raise ValueError(f"{name}: {self.title} has its own; leave it out")
         self.content.check_target(target or "")
         others = tuple(name for name in erased if name != target)
         kind = self.content.kind_of(target or "")

@@ -48,6 +48,13 @@ class Exam:
     """An image-text encoder by folder or hub id; None: the default."""
     concepts: ConceptSet | None = None
     """The prompts, where they do not follow from the names alone."""
+    target_judge: str | None = None
+    """Who judges the target's images, if not the encoder: "nudenet"."""
+
+    @property
+    def origin(self) -> str:
+        """Where the prompts come from, with version, in words."""
+        return self.concepts.origin if self.concepts else ""
 
     def prompts(self) -> dict[str, tuple[str, ...]]:
         """Prompts to try, by role: all of "target" and "unseen", one for each class that is "retained"."""
@@ -65,10 +72,13 @@ class Exam:
         """
         from fdu.evaluation.features import CLIP
         from fdu.subjects.clip_judges import clip_probes
+        from fdu.subjects.nudity import NudeJudge
 
         assert self.concepts is not None
         encoder = clip_encoder(self.judge or CLIP, device)
-        return Panel(clip_probes(self.concepts, encoder), encoder, f"{encoder.name}, zero-shot")
+        of_target = NudeJudge(self.target) if self.target_judge else None
+        told = f"{encoder.name}, zero-shot" + (f"; of the target {of_target.told}" if of_target else "")
+        return Panel(clip_probes(self.concepts, encoder, of_target), encoder, told)
 
 
 class Subject:
@@ -163,6 +173,7 @@ class Subject:
         prompts: str | Path | None = None,
         record: Mapping[str, Any] | None = None,
         judge: str | None = None,
+        target_judge: str | None = None,
     ) -> Exam:
         """The questions that judge an erasure.
 
@@ -172,13 +183,14 @@ class Subject:
             prompts: a concept set by name or file, as :func:`fdu.subjects.concept_sets.choose_set` takes it.
             record: the record of the erasure, if there is one.
             judge: an image-text encoder, by folder or hub id.
+            target_judge: who judges the target's images instead: "nudenet".
 
         Raises:
             ValueError, FileNotFoundError: a target or prompts that do not go with the model.
         """
         concepts = choose_set(target, prompts, record).without(erased)
-        kind = "style" if any("style" in prompt for prompt in concepts.target.prompts) else "object"
-        return Exam(concepts.target.name, kind, judge, concepts)
+        styled = not target_judge and any("style" in prompt for prompt in concepts.target.prompts)
+        return Exam(concepts.target.name, "style" if styled else "object", judge, concepts, target_judge)
 
 
 def joint_panel(exams: Sequence[Exam], device: str = "cpu") -> Panel:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+import fdu
 import fdu.subjects.concept_sets
-from fdu.subjects.concept_sets import concept_set, concept_sets, set_of_record
+from fdu.subjects.concept_sets import choose_set, concept_set, concept_sets, prompt_table, set_of_record
+from fdu.subjects.digits import pipeline as digits
 
 ANCHORS = {
     "van gogh": ("painting", 5),
@@ -19,6 +23,15 @@ ANCHORS = {
     "nemo": ("fish", 4),
 }
 """Anchor and number of hard negatives in the evaluation of concept ablation."""
+VERSIONS = {
+    "van gogh": ("1 of 2026-11-30", "cc9d3d2a43fd"),
+    "monet": ("1 of 2026-11-30", "c16df25e72cd"),
+    "r2d2": ("1 of 2026-11-30", "d5715594b603"),
+    "snoopy": ("1 of 2026-11-30", "88996fb2410e"),
+    "grumpy cat": ("1 of 2026-11-30", "b07f6b0b06c7"),
+    "nemo": ("1 of 2026-11-30", "56b1a054117f"),
+}
+"""Version of each set, and the digest of what it holds: a set that changes gets a new version."""
 
 
 def write(tmp_path: Path, text: str) -> Path:
@@ -158,3 +171,81 @@ def test_a_shared_subject_can_be_anchor_or_neighbour(anchor: str, tmp_path: Path
     concepts = concept_set(write(tmp_path, text))
     names = [one.name for one in (*concepts.generic, *concepts.unrelated)]
     assert "woman" not in names and "violin" not in names and "house" in names
+
+
+@pytest.mark.parametrize("name", list(ANCHORS))
+def test_a_published_set_states_its_version_and_source(name: str) -> None:
+    concepts = concept_set(name)
+    content = hashlib.sha256(repr(concepts).encode()).hexdigest()[:12]
+    version = concepts.origin.split(", version ")[1].partition(" (")[0]
+    assert VERSIONS[name] == (version, content)
+    assert (
+        concepts.origin.startswith(f"concept set {name!r} of fdu, version ") and "arXiv 2303.13516" in concepts.origin
+    )
+    assert "subjects of fdu, version" in set_of_record(record(("lynx", "cat")), "lynx").origin
+
+
+def test_a_file_is_known_by_its_content(tmp_path: Path) -> None:
+    text = "[target] a\n{}\n[anchor] b\nb\n"
+    path = write(tmp_path, text)
+    digest = hashlib.sha256(text.encode()).hexdigest()[:12]
+    assert concept_set(path).origin == f"mine.txt, SHA-256 {digest}"
+    path = write(tmp_path, f"[source] 3\nA diary.\n{text}")
+    assert concept_set(path).origin.endswith(", version 3 (A diary.)") and digest not in concept_set(path).origin
+
+
+def table(tmp_path: Path, text: str) -> Path:
+    (tmp_path / "mine.csv").write_text(text)
+    return tmp_path / "mine.csv"
+
+
+def test_a_table_of_prompts_may_have_seeds_and_scales(tmp_path: Path) -> None:
+    path = table(
+        tmp_path, '\ufeffcase,prompt,sd_seed,sd_guidance_scale\n0,"a cat,\nasleep",3954688283,7\n1,a cat,5.0,7.5\n'
+    )
+    found = prompt_table(path, "cat", record(("cat", "dog")))
+    assert found.target.prompts == ("a cat, asleep", "a cat") and found.anchor.prompts == ("a dog",)
+    assert found.seeds == (3954688283, 5) and found.guidance == (7.0, 7.5) and found.generic and found.unrelated
+    assert found.without(["street"]).seeds == found.seeds
+    plain = choose_set("cat", str(table(tmp_path, "prompt\na cat\n")))
+    assert plain.seeds == plain.guidance == () and plain.anchor.name == ""
+    assert plain.origin.startswith("1 prompts of mine.csv, SHA-256 ") and str(tmp_path) not in plain.origin
+    assert choose_set(None, str(path), record(("cat", ""))).target.name == "cat"
+    with pytest.raises(ValueError, match="--target"):
+        choose_set(None, str(path))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("text\na\n", "mine.csv.*no column 'prompt', got text"),
+        ("prompt\n", "holds no prompt"),
+        ("prompt,evaluation_seed\na,1\n,2\n", "line 3: the prompt is empty"),
+        ("prompt,evaluation_seed\na,one\n", "line 2: evaluation_seed must be a whole number.*'one'"),
+        ("prompt,evaluation_seed\na,1.5\n", "line 2: evaluation_seed"),
+        ("prompt,evaluation_guidance\na,nan\n", "line 2: evaluation_guidance.*'nan'"),
+        ("prompt,evaluation_guidance\na\n", "line 2: evaluation_guidance.*None"),
+    ],
+)
+def test_faults_of_a_table_are_named(text: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        prompt_table(table(tmp_path, text), "cat")
+
+
+def test_images_have_the_seeds_and_scales_of_their_prompts() -> None:
+    pipeline = digits.load_pipeline()
+
+    def probe(*prompts: str, **own: Any) -> fdu.Probe:
+        return fdu.Probe("three", prompts, "target", lambda images: ["three"] * len(images), **own)
+
+    def drawn(one: fdu.Probe, images: int, **settings: Any) -> torch.Tensor:
+        return fdu.draw(pipeline, [one], images_per_class=images, num_inference_steps=2, **settings).images[0]
+
+    own = probe("three", "a three in red ink", seeds=(7, 3), guidance=(1.0, 4.0))
+    found = drawn(own, 3, batch_size=2, seed=99, guidance_scale=2.0)
+    wanted = [("three", 7, 1.0), ("a three in red ink", 3, 4.0), ("three", 8, 1.0)]
+    alone = [drawn(probe(prompt), 1, seed=seed, guidance_scale=scale)[0] for prompt, seed, scale in wanted]
+    torch.testing.assert_close(found, torch.stack(alone), atol=1e-4, rtol=0)
+    assert not torch.allclose(found[0], found[2], atol=1e-2)
+    with pytest.raises(ValueError, match="seeds of the class 'three'.*2 prompts, got 1"):
+        probe("a", "b", seeds=(1,))
