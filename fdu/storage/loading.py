@@ -183,7 +183,7 @@ def check_encoder(name: str, argument: str = "judge") -> None:
 
 def check_target_judge(name: str) -> None:
     """Raise MissingPackage if the package of a judge of the target is not installed."""
-    _check_package(name, f"target_judge {name!r}", "none, so that the encoder judges")
+    check_package(name, f"target_judge {name!r}", "none, so that the encoder judges")
 
 
 def read_record(folder: str) -> Any:
