@@ -19,7 +19,7 @@ STAMP := $(VENV)/installed-$(KEY)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test test-all fuzz mutation soak lint bench bench-report wheel lock hub-kernel clean
+.PHONY: help install demo test test-all fuzz mutation soak lint bench bench-report wheel lock hub-kernel site notebooks clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -52,6 +52,12 @@ lint: $(STAMP) ## check style, formatting and types
 	$(INSIDE) -m ruff format --check
 	$(INSIDE) -m mypy
 
+site: $(STAMP) ## build the documentation into site/; a broken link, or a page outside the navigation, is an error
+	NO_MKDOCS_2_WARNING=1 $(INSIDE) -m mkdocs build --strict
+
+notebooks: $(STAMP) ## run the notebooks of the documentation and store what they show
+	$(INSIDE) docs/notebooks/execute.py
+
 bench: $(STAMP) ## time this CPU, some ten minutes (leave it alone; SUITES="losses host memory scaling training evaluation closed_form")
 	@for suite in $(SUITES); do \
 	    echo "$$suite"; $(INSIDE) "benchmarks/bench_$$suite.py" --record "$(RECORD)" $(ARGS) || exit 1; \
@@ -81,7 +87,7 @@ lock: ## resolve requirements.lock from pyproject.toml (needs uv; ARGS=--upgrade
 	@sed -i -E -e '/^(nvidia|cuda)-/d' -e '1i # Runtime and development, Python 3.10 and newer. Made by make lock; to change torch, edit its line and run it.' $(LOCK)
 
 clean: ## remove .venv and everything built
-	rm -rf $(VENV) demo-out build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks
+	rm -rf $(VENV) demo-out site build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks
 	find fdu fdu_kernels tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 define CHECK_PYTHON

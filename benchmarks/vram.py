@@ -226,7 +226,7 @@ it takes more of them in the same memory. A smaller `--resolution` needs less. `
 
 ## The configs
 
-`python benchmarks/vram.py` writes this page. The files in [benchmarks/configs](../benchmarks/configs) hold the configs
+`python benchmarks/vram.py` writes this page. The files in `benchmarks/configs` hold the configs
 and name their sources. None comes from its publisher directly. Copies of the published files are those of
 {copied}. Of the others some details may differ:
 

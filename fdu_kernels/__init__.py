@@ -5,7 +5,7 @@
     loss = fk.gaussian_divergence(pred, target, "squared_hellinger")      # like F.mse_loss; target is a constant
     value, grad = fk.gaussian_divergence_value_and_grad(pred, target, "alpha:0.3")    # no autograd graph
 
-docs/losses.md has arguments and mathematics, docs/design.md a map of the modules.
+docs/losses.md has the arguments, docs/mathematics.md the formulas, docs/design.md a map of the modules.
 """
 
 from fdu_kernels.catalogue import divergences, get_divergence

@@ -1,6 +1,7 @@
 """How a Gaussian profile is tabulated, once, in float64: quadrature for h', then the integral of h'.
 
-With v = log(p/q) under q normal of mean -s/2 and variance s, kappa(v) = r^2 f''(r), r = e^v (docs/losses.md, fact 1),
+With v = log(p/q) under q normal of mean -s/2 and variance s, kappa(v) = r^2 f''(r), r = e^v (docs/mathematics.md,
+fact 1),
 
     h'(s) = e^(-s/8) / 2 * E[e^(-v/2) kappa(v)],    v ~ N(0, s):
 

@@ -1,28 +1,38 @@
-"""The code of README.md, of the hand-written pages and of examples/ runs; commands parse, links lead somewhere."""
+"""The code of README.md, docs/ and examples/ runs; commands parse, links lead somewhere, the reference is whole."""
 
 from __future__ import annotations
 
+import importlib.util
+import json
 import re
 import runpy
 import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
+import competitors
 import families
 import pytest
 import torch
+from accelerate.state import AcceleratorState, GradientState
 from PIL import Image
 
+import fdu
+import fdu_kernels
 from fdu.cli import parse
+from fdu.cli.options import option_names
+from fdu.cli.program import COMMANDS
+from fdu.config import TRAIN_METHODS
+from fdu.presets import PRESETS
 
 ROOT = Path(__file__).parents[1]
-README, USAGE, LOSSES = ROOT / "README.md", ROOT / "docs/usage.md", ROOT / "docs/losses.md"
-HELP = tuple(f"docs/help/{path.name}" for path in sorted((ROOT / "docs/help").glob("*.md")))
-OTHERS = ("docs/design.md", "examples/README.md", "CONTRIBUTING.md", *HELP)
-PAGES = [README, USAGE, LOSSES, *(ROOT / name for name in OTHERS)]
+DOCS = ROOT / "docs"
+OUTSIDE = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md", "examples/README.md")
+PAGES = [*sorted(DOCS.rglob("*.md")), *(ROOT / name for name in OUTSIDE)]
 SMALLER = {
     "path/or/hub-id": "model",
     'device="cuda"': 'device="cpu"',
@@ -40,10 +50,23 @@ def blocks(page: Path, language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
 
 
-@pytest.mark.parametrize("page", [README, USAGE, LOSSES], ids=lambda page: page.name)
+@pytest.fixture
+def clean() -> Iterator[None]:
+    """Leaves no state of accelerate and no competitor of a page behind."""
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    competitors.FORMS["gaussian"].others.pop("mine", None)
+
+
+@pytest.mark.usefixtures("clean")
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if blocks(page, "python")], ids=lambda page: f"{page.relative_to(ROOT)}"
+)
 def test_python_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if "import lightning" in page.read_text():
+        pytest.importorskip("lightning")
     code = "\n".join(blocks(page, "python"))
-    assert code
     monkeypatch.chdir(tmp_path)
     for said, done in SMALLER.items():
         code = code.replace(said, done)
@@ -56,7 +79,7 @@ def test_commands_parse() -> None:
     text = "\n".join(block for page in PAGES for block in blocks(page, "console")).replace("\\\n", "")
     commands = [shlex.split(line, comments=True) for line in text.splitlines()]
     fdus = [words[words.index("fdu") + 1 :] for words in commands if "fdu" in words]
-    assert len(fdus) > 8
+    assert len(fdus) > 20
     for words in fdus:
         parse(words)
 
@@ -74,7 +97,90 @@ def test_links_lead_somewhere() -> None:
     assert not broken
 
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
+def test_the_readme_is_short() -> None:
+    assert len((ROOT / "README.md").read_text().splitlines()) < 130
+
+
+def rows(text: str) -> list[list[str]]:
+    """The cells of the tables in a text."""
+    return [[cell.strip() for cell in line[1:-1].split("|")] for line in text.splitlines() if line[:2] == "| "]
+
+
+def test_the_settings_of_a_model_are_those_of_the_plan() -> None:
+    """The guide repeats figures of docs/memory.md: peaks, and for each the smallest card of which it fills 90 %."""
+    memory = (DOCS / "memory.md").read_text()
+    options = dict(re.findall(r"^\* \*\*([A-E])\*\*: `(.*)`$", memory, re.MULTILINE))
+    _, by_card = memory.split("## Which options for my card")
+    presets, estimates = by_card.split("## The estimates")
+    known = {}
+    for preset, model, first, second, *_ in (row for row in rows(presets) if row[0] in PRESETS):
+        begun = f"--preset {preset} --mixed_precision bf16"
+        known |= {(model, begun): first, (model, f"{begun} --gradient_checkpointing"): second}
+    for model, _, *peaks in rows(estimates):
+        known |= {(model, one): peak.split()[0] for one, peak in zip(options.values(), peaks, strict=True) if peak}
+    sections = (DOCS / "guides/models.md").read_text().split("\n## ")[1:]
+    told = [(section.splitlines()[0], *row) for section in sections for row in rows(section) if "GiB" in row[0]]
+    assert len(told) > 12 and {model for model, *_ in told} <= {model for model, _ in known}
+    for model, card, given, peak, trained in told:
+        assert known[model, given.strip("`")] == peak, (model, given)
+        assert card == next(f"{size} GiB" for size in (8, 12, 16, 24, 48, 80) if float(peak) <= 0.9 * size), (
+            model,
+            given,
+        )
+        named = re.search(r"--preset (\S+)", given)
+        method = TRAIN_METHODS[PRESETS[named[1]].settings.get("train_method", "lora") if named else "lora"]
+        assert trained == ("a LoRA" if method.result == "lora" else "weights"), (model, given)
+
+
+@pytest.mark.parametrize("package", [fdu, fdu_kernels])
+def test_the_reference_has_every_public_name(package: ModuleType) -> None:
+    page = (DOCS / "reference" / f"{package.__name__}.md").read_text()
+    assert sorted(re.findall(rf"^::: {package.__name__}\.(\w+)$", page, re.MULTILINE)) == sorted(package.__all__)
+
+
+def test_the_command_line_has_a_page_with_every_option() -> None:
+    """The site's build writes it; the options of each command are those of the parser."""
+    hooks = site_hooks()
+    parts = dict(part.split("\n", 1) for part in hooks.command_line().split("\n## ")[1:])
+    settings = hooks.settings()
+    for name, command in COMMANDS.items():
+        written = parts[f"fdu {name}"] + "".join(parts[f"{one} options"] for one in ("Loading", "Storage"))
+        names, _, placed = option_names(command)
+        for option in names - placed:
+            assert re.search(rf"^`--{option}[ `]", written + "\n" + settings, re.MULTILINE), (name, option)
+    defaults = re.findall(r"^`--(\w+)[^`]*`", settings, re.MULTILINE)
+    assert tuple(defaults) == fdu.EraseConfig.field_names()
+
+
+def test_links_out_of_docs_become_links_between_pages() -> None:
+    hooks = site_hooks()
+    places = {"examples/x.py": "examples/x.py.md"}
+    config = SimpleNamespace(extra={"sources": {"a/b.md": "docs/a/b.md"}, "places": places})
+    page = SimpleNamespace(file=SimpleNamespace(src_uri="a/b.md"))
+    text = "[x](../../examples/x.py#f) [y](../c.md) [z](https://x.org/examples/x.py) [w](#f)"
+    linked = hooks.on_page_markdown(text, page, config, None)
+    assert linked == text.replace("../../examples/x.py#", "../examples/x.py.md#")
+
+
+def site_hooks() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("site_hooks", DOCS / "hooks.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", sorted((DOCS / "notebooks").glob("*.ipynb")), ids=lambda path: path.stem)
+def test_a_notebook_runs_and_gives_what_is_stored(path: Path) -> None:
+    module = runpy.run_path(str(DOCS / "notebooks" / "execute.py"))
+    ran, stored = module["executed"](path), json.loads(path.read_text())
+    for now, then in zip(ran.cells, stored["cells"], strict=True):
+        kinds = [[sorted(one.get("data", ["text"])) for one in cell.get("outputs", ())] for cell in (now, then)]
+        assert kinds[0] == kinds[1], "".join(then["source"])
+
+
+EXAMPLES = ROOT / "examples"
 PATCH = EXAMPLES / "train_text_to_image_lora.patch"
 UPSTREAM = "1cf7638"
 """Of examples/text_to_image/train_text_to_image_lora.py in diffusers v0.40.0: how git abbreviates its blob's hash."""
@@ -143,8 +249,8 @@ def test_the_patch_is_one_import_and_one_line() -> None:
     ]
     assert removed == ['loss = F.mse_loss(model_pred.float(), target.float(), reduction="mean")']
     assert f"index {UPSTREAM}.." in PATCH.read_text()
-    readme = (EXAMPLES / "README.md").read_text()
-    assert all(line in readme for line in (*added, *removed))
+    guide = (DOCS / "guides/training-codes.md").read_text()
+    assert all(line in guide for line in (*added, *removed))
 
 
 def test_git_applies_the_patch(tmp_path: Path) -> None:
@@ -166,7 +272,7 @@ def test_git_applies_the_patch(tmp_path: Path) -> None:
 
 
 def test_every_promise_names_a_test_that_exists() -> None:
-    rows = [line for line in (ROOT / "docs/promises.md").read_text().splitlines() if line.startswith("| ")]
+    rows = [line for line in (DOCS / "promises.md").read_text().splitlines() if line.startswith("| ")]
     assert len(rows) > 10
     for row in rows:
         _, proof = row.strip("| ").rsplit("|", 1)

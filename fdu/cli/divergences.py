@@ -87,7 +87,7 @@ def page(rows: list[dict[str, Any]]) -> str:
         "# Divergences\n",
         "`fdu divergences --markdown > docs/divergences.md` writes this page from `fdu_kernels/catalogue.py`.\n",
         "u = p/q is the density ratio. h(s) is the divergence of two Gaussians at squared Mahalanobis distance s.",
-        "Training divides it by h'(0), or by h'(1) if h'(0) is 0 or infinite. [losses.md](losses.md#mathematics)",
+        "Training divides it by h'(0), or by h'(1) if h'(0) is 0 or infinite. [mathematics.md](mathematics.md)",
         "derives h. A parameter follows the name, as in `alpha:0.3`; the row shows its default.\n",
         "| name | f(u) | h(s) | h'(0) | range | also called | when to use it |",
         "|---|---|---|---|---|---|---|",

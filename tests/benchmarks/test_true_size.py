@@ -23,6 +23,6 @@ def test_the_record_is_of_the_true_size_and_the_page_tells_its_figures() -> None
     assert row["parameters"] == 859_520_964 and row["settings"] == true_size.SETTINGS  # as Stable Diffusion 1.5
     assert row["planned_bytes"] == pytest.approx(row["measured_bytes"], rel=0.1)
     assert row["image_changed_by"] > 0 and row["formats_differ_by"] < 1e-3
-    told = (records.HERE.parent / "docs" / "usage.md").read_text(encoding="utf-8")
+    told = (records.HERE.parent / "docs" / "guides" / "low-memory.md").read_text(encoding="utf-8")
     for name in ("measured_bytes", "planned_bytes"):
         assert f"{row[name] / 1e6:.0f} MB" in told

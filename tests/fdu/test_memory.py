@@ -26,7 +26,7 @@ ERRORS = {"nf4": 0.15, "int8": 0.01, "fp8": 0.04}
 CHANGES = {"nf4": 0.6, "int8": 0.1, "fp8": 0.25}
 """The largest relative distance of what a LoRA changes in the outputs, from that of a LoRA over the whole weights."""
 BF16_CHANGE = 0.4
-"""The same of nf4 from bf16, as docs/usage.md states it."""
+"""The same of nf4 from bf16, as docs/guides/low-memory.md states it."""
 UNETS = ("sd", "sd_v", "sdxl")
 
 

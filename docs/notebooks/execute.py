@@ -1,0 +1,33 @@
+"""Run the notebooks of this folder and store what their cells give: ``python docs/notebooks/execute.py``."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+import nbformat
+from nbclient import NotebookClient
+
+NOTEBOOKS = sorted(Path(__file__).parent.glob("*.ipynb"))
+
+
+def executed(path: Path) -> nbformat.NotebookNode:
+    """The notebook after all cells ran in a new kernel and an empty folder, without what went to stderr.
+
+    Raises:
+        nbclient.exceptions.CellExecutionError: a cell failed.
+    """
+    notebook = nbformat.read(path, nbformat.NO_CONVERT)
+    with tempfile.TemporaryDirectory() as folder:
+        resources = {"metadata": {"path": folder}}
+        NotebookClient(notebook, timeout=240, kernel_name="python3", resources=resources, record_timing=False).execute()
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
+    notebook.metadata = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
+    return notebook
+
+
+if __name__ == "__main__":
+    for notebook in NOTEBOOKS:
+        nbformat.write(executed(notebook), notebook)
