@@ -68,6 +68,7 @@ class Demo:
             from fdu.evaluation import JUDGED_SEED
             from fdu.evaluation.tables import summary
             from fdu.report import PICTURE, REPORT, Conditions, EvaluatedRun, write_run
+            from fdu.report.advice import next_lines
             from fdu.storage.output import METRICS_FILE, whole_folder
 
             with whole_folder(self.out, overwrite=True) as folder:
@@ -84,7 +85,7 @@ class Demo:
                 conditions = Conditions(seed, model.sampling, panel.judge, "float32")
                 run = EvaluatedRun.of(evaluation, panel.probes, before, after, *told, conditions=conditions)
                 write_run(folder, run)
-            print(f"\n{summary(evaluation, panel.probes)}\n")
+            print(f"\n{summary(evaluation, panel.probes)}\n\n{next_lines(run)}\n")
             written = {"report": REPORT, "figures": METRICS_FILE, "picture": PICTURE, "weights": WEIGHTS_FOLDER}
             for name, file in written.items():
                 print(f"{name:8} {self.out / file}")

@@ -168,6 +168,7 @@ class Evaluate:
             from fdu.evaluation.tables import summary
             from fdu.models.offloading import drawable
             from fdu.report import REPORT, Conditions, EvaluatedRun, write_run
+            from fdu.report.advice import next_lines
             from fdu.subjects.nudity import nudity_notes
 
             panel = joint_panel(exams, device)
@@ -195,21 +196,21 @@ class Evaluate:
             evaluation = fdu.evaluate(before, after, probes, panel.features)
             print(f"\n{summary(evaluation, probes)}")
 
-            def write(overwrite: bool) -> None:
-                if self.out is None and not has_card:
-                    return
+            def run() -> EvaluatedRun:
                 notes = [*base.notes, *nudity_notes(probes, before, after), *(tests.notes() if tests else ())]
                 found = tests.found.as_dict() if tests and tests.found else None
                 prompts = "; ".join(dict.fromkeys(exam.origin for exam in exams))
                 conditions = Conditions(settings["seed"], sampling, panel.judge, dtype, size=size, prompts=prompts)
                 told = (record, command, describe_device(device), notes, found, conditions)
-                run = EvaluatedRun.of(evaluation, probes, before, after, *told)
+                return EvaluatedRun.of(evaluation, probes, before, after, *told)
+
+            def write(overwrite: bool) -> None:
                 if self.out is not None:
                     with whole_folder(self.out, overwrite) as folder:
-                        write_run(folder, run)
+                        write_run(folder, run())
                 if has_card:
                     try:
-                        fill_in(self.erased, run, pictures=not (self.card_without_images or self.target_judge))
+                        fill_in(self.erased, run(), pictures=not (self.card_without_images or self.target_judge))
                     except OSError as error:
                         if upload is not None:
                             raise
@@ -223,6 +224,7 @@ class Evaluate:
             if tests and tests.found:
                 holds = judge_robustness(tests.found.as_dict(), first.target)
                 print(f"\n{holds.headline}.", *holds.sentences, sep="\n  ")
+            print(f"\n{next_lines(run())}")
             if self.out is not None:
                 print(f"\nreport   {self.out / REPORT}\nfigures  {self.out / METRICS_FILE}")
             try:

@@ -66,7 +66,8 @@ USER_ERRORS = (ValueError, TypeError, OSError, RuntimeError, MissingPackage)
 NO_MEMORY = re.compile(r"out of memory|can't allocate memory|Cannot allocate memory")
 NEEDS_LESS = (
     "fdu: `fdu plan MODEL --memory GIB`, with the settings of the erasure, names options that need less memory; an "
-    "evaluation takes a smaller --batch_size and --robustness_batch_size"
+    "evaluation takes a smaller --batch_size and --robustness_batch_size. Help: It ran out of memory "
+    "(docs/help/out-of-memory.md)"
 )
 
 

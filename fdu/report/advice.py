@@ -75,6 +75,23 @@ def next_steps(run: EvaluatedRun) -> list[NextStep]:
     return steps + _train(run, lines, verdict, left)
 
 
+def help_pages(run: EvaluatedRun) -> list[str]:
+    """The pages of the documentation that list more causes of what went wrong, by name and file."""
+    verdict = judge(run.evaluation, run.asked)
+    pages = {
+        "It did not erase (docs/help/not-erased.md)": verdict.erased not in ("erased", "cannot be told"),
+        "It broke neighbours (docs/help/neighbours.md)": not verdict.kept,
+    }
+    return [name for name, fits in pages.items() if fits]
+
+
+def next_lines(run: EvaluatedRun) -> str:
+    """The first next step with its commands, and the pages that help, as lines for a terminal."""
+    step, *_ = next_steps(run)
+    lines = [f"next     {step.words}", *(f"         {line}" for line in step.commands)]
+    return "\n".join([*lines, *(f"help     {page}" for page in help_pages(run))])
+
+
 def _good(run: EvaluatedRun, lines: _Lines) -> list[NextStep]:
     steps = []
     if run.robustness is None:

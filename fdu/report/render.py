@@ -18,7 +18,7 @@ from fdu.evaluation.robustness import Robustness
 from fdu.evaluation.robustness.holding import judge_robustness
 from fdu.evaluation.tables import PARTS, comparison, distance_columns
 from fdu.evaluation.verdict import GROUPS, joined, judge, percent
-from fdu.report.advice import next_steps
+from fdu.report.advice import help_pages, next_steps
 from fdu.report.charts import Captioned, became_chart, share_chart, training_charts
 from fdu.report.pictures import before_after, data_uri, strip
 from fdu.report.run import KEPT_HEIGHT, SHOWN, SIDES, Class, EvaluatedRun
@@ -129,6 +129,7 @@ def render(run: EvaluatedRun) -> str:
         evaluation=evaluation,
         verdict=judge(evaluation, run.asked),
         steps=next_steps(run),
+        help_pages=help_pages(run),
         holds=judge_robustness(run.robustness, run.target) if run.robustness else None,
         summary=[(row, apart.get(row.figure)) for row in comparison(evaluation, run.asked)],
         groups=groups,

@@ -262,7 +262,7 @@ class Training:
             f"{what} at step {step}; the pipeline draws as before"
             + (f", and the last good checkpoint is {str(kept[-1])!r}" if kept else "")
             + ". Restart with a lower learning_rate, or with a lower s0 if the divergence grows exponentially "
-            "(pearson_chi2, alpha > 1)"
+            "(pearson_chi2, alpha > 1). Help: NaN (docs/help/nan.md)"
         )
 
     def _save(self) -> None:

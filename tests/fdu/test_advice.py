@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import shlex
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, get_args
 
 import pytest
@@ -18,9 +20,10 @@ from fdu.cli.evaluate import Evaluate
 from fdu.cli.program import parse
 from fdu.evaluation.verdict import State, judge
 from fdu.report import EvaluatedRun, render
-from fdu.report.advice import NextStep, next_steps
+from fdu.report.advice import NextStep, help_pages, next_lines, next_steps
 from fdu.subjects.embedded import Digits
 
+HELP = Path(fdu.__file__).parents[1] / "docs" / "help"
 ERASE = "fdu erase ./base --target three --anchor eight --learning_rate=1e-4 --out runs/erased --overwrite"
 EVALUATE = "fdu evaluate ./base runs/erased --prompts set.txt --out judged"
 UNSEEN = fdu.Probe("three", ("an unheard of three",), "unseen", by_brightness)
@@ -127,6 +130,33 @@ def test_two_pages_never_name_the_same_folder(demo: bool) -> None:
         known |= {*found}
         pages += [name for name in found if not name.endswith("erased") and name.count("-") < 3]
     assert "demo-out-2-2" in known or "judged-2-2" in known
+
+
+def test_a_verdict_names_the_pages_that_help_and_the_next_command() -> None:
+    """In the terminal and in the report; each page has the name that is shown."""
+    left, broken, good = run_of(0.1, 0.5, 0.9), run_of(0.5, 0.5, 0.1), run_of(0.5, 0.5, 0.9)
+    pages = {"not-erased": left, "neighbours": broken}
+    for name, run in pages.items():
+        (page,) = help_pages(run)
+        assert page.endswith(f"(docs/help/{name}.md)")
+        assert (HELP / f"{name}.md").read_text().startswith(f"# {page.partition(' (')[0]}\n")
+        assert page in render(run) and page in next_lines(run)
+        assert next_steps(run)[0].commands[0] in next_lines(run)
+    assert len(help_pages(run_of(0.1, 0.5, 0.1))) == 2
+    assert not help_pages(good) and "docs/help" not in render(good) and "fdu evaluate" in next_lines(good)
+
+
+def test_each_page_of_help_has_a_figure_to_look_at_and_a_command() -> None:
+    pages = sorted(path for path in HELP.glob("*.md") if path.name != "README.md")
+    assert len(pages) == 4
+    for page in pages:
+        text = page.read_text()
+        assert "**Look first**" in text and "## Causes" in text and "```console\nfdu " in text
+        assert f"]({page.name})" in (HELP / "README.md").read_text()
+    sources = "".join(path.read_text() for path in Path(fdu.__file__).parent.rglob("*.py"))
+    for name, file in re.findall(r"Help: ([\w ]+?)[\s\"]*\(docs/help/([\w-]+\.md)\)", sources):
+        assert (HELP / file).read_text().startswith(f"# {name.strip()}\n")
+    assert sources.count("Help: ") == 2
 
 
 def test_broken_classes_are_preserved_with_their_prompts() -> None:

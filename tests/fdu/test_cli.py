@@ -179,7 +179,8 @@ def test_where_memory_ran_out_the_plan_is_named(
 
     monkeypatch.setattr(fdu, "erase", full)
     assert main(ERASE) == cli.FAILED
-    assert "fdu plan MODEL --memory" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "fdu plan MODEL --memory" in told and "docs/help/out-of-memory.md" in told
     page = Path(fdu.__file__).parents[1] / "docs" / "help" / "out-of-memory.md"
     assert "fdu plan MODEL --memory" in page.read_text(encoding="utf-8")
 
