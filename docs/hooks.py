@@ -33,6 +33,8 @@ LINK = re.compile(r"(?<=\]\()(?!\w+:|#)([^)\s#]+)(?=[)#\s])")
 LANGUAGES = {".py": "python", ".patch": "diff", ".txt": "text", ".yml": "yaml", ".json": "json", ".toml": "toml"}
 HIDDEN = "---\nsearch:\n  exclude: true\n---\n"
 """Before the text of a page that the search leaves out."""
+UNSEARCHED = ("CHANGELOG.md",)
+"""Pages that would be found before those that explain."""
 ROLE = re.compile(r":(?:class|func|meth|mod|attr):(?=<code>)")
 """Of reStructuredText, before a name in a docstring."""
 CODE, OPTION = re.compile(r"<code>[^<]*</code>"), re.compile(r"--[a-z]\w*")
@@ -107,7 +109,7 @@ def _target(source: str, link: str) -> str:
 def _add(files: Files, config: MkDocsConfig, pages: dict[str, str], source: str, uri: str) -> None:
     path = ROOT / source
     if path.suffix == ".md":
-        content = path.read_text()
+        content = HIDDEN * (source in UNSEARCHED) + path.read_text()
     elif path.suffix == ".ipynb":
         content = notebook(json.loads(path.read_text()))
     else:
