@@ -45,6 +45,7 @@ mutation: $(STAMP) ## count the changes to the core files that their tests notic
 	$(INSIDE) tests/mutation.py $(ARGS)
 
 soak: $(STAMP) ## kill fdu at random points and start it again, an hour or two; every result must be the undisturbed one (KILLS=200 ARGS=)
+	FDU_STEADY_CALLS=100000 $(INSIDE) -m pytest -o timeout=0 -k memory tests/fdu_kernels/test_steady.py
 	PYTHONPATH=tests:tests/fdu $(INSIDE) tests/soak.py --kills $(KILLS) $(ARGS)
 
 lint: $(STAMP) ## check style, formatting and types
