@@ -84,12 +84,10 @@ class Processes(Launcher):
             return [self.pool.submit(work) for work in works]
 
     def ended(self, handles: Collection[Any]) -> Sequence[Any]:
-        """See :meth:`Launcher.ended`."""
         concurrent.futures.wait(handles, return_when=concurrent.futures.FIRST_COMPLETED)
         return [one for one in handles if one.done()]
 
     def result(self, handle: Any) -> dict[str, Any]:
-        """See :meth:`Launcher.result`; a pool that lost a worker cannot go on."""
         try:
             return handle.result()
         except concurrent.futures.BrokenExecutor:
@@ -99,7 +97,6 @@ class Processes(Launcher):
             ) from None
 
     def stop(self, handles: Collection[Any], wait: bool) -> Sequence[Any]:
-        """See :meth:`Launcher.stop`; it always waits."""
         self.pool.shutdown(wait=True, cancel_futures=True)
         return list(handles)
 
@@ -151,7 +148,7 @@ class Carried:
     def __call__(self) -> dict[str, Any] | str:
         """Do the job."""
         try:
-            for shared, there in {self.sign.parent: self.sign, self.working: self.working}.items():
+            for shared, there in ((self.sign.parent, self.sign), (self.working, self.working)):
                 if not there.exists():
                     raise FileNotFoundError(
                         f"{os.uname().nodename} does not see {str(shared)!r}; start fdu in a folder on a file system "
@@ -193,6 +190,7 @@ class RayCluster(Elsewhere):
         if ray.cluster_resources().get("GPU", 0) < self.gpus:  # tasks would wait for ever
             ray.shutdown()
             raise RuntimeError("no machine of the Ray cluster has a GPU; choose device cpu, or another cluster")
+        self.ray = ray
         # Without Ray's own attempts: the sweep tells of its attempts.
         self.task = ray.remote(num_cpus=1, num_gpus=self.gpus, max_retries=0)(_call)
         super().start()
@@ -202,33 +200,23 @@ class RayCluster(Elsewhere):
         return [self.task.remote(one) for one in self.carried(works)]
 
     def ended(self, handles: Collection[Any]) -> Sequence[Any]:
-        """See :meth:`Launcher.ended`."""
-        import ray
-
-        return ray.wait(list(handles))[0]
+        return self.ray.wait(list(handles))[0]
 
     def result(self, handle: Any) -> dict[str, Any]:
-        """See :meth:`Launcher.result`."""
-        import ray
-
         try:
-            returned = ray.get(handle)
-        except ray.exceptions.RayError as error:
+            returned = self.ray.get(handle)
+        except self.ray.exceptions.RayError as error:
             raise WorkerDied(str(error).strip().split("\n")[0]) from None
         return self.opened(returned)
 
     def stop(self, handles: Collection[Any], wait: bool) -> Sequence[Any]:
-        """See :meth:`Launcher.stop`; without the sign, jobs that have not begun end at once."""
-        import ray
-
+        # Without the sign, jobs that have not begun end at once.
         super().stop(handles, wait)
-        return ray.wait(list(handles), num_returns=len(handles), timeout=None if wait else 0)[0] if handles else ()
+        return self.ray.wait(list(handles), num_returns=len(handles), timeout=None if wait else 0)[0] if handles else ()
 
     def close(self) -> None:
         """Leave the cluster, which ends what still runs; also the cluster, if it was started here."""
-        import ray
-
-        ray.shutdown()
+        self.ray.shutdown()
 
 
 class Slurm(Elsewhere):
@@ -265,6 +253,7 @@ class Slurm(Elsewhere):
         import submitit
 
         super().start()
+        self.died = submitit.core.utils.UncompletedJobError
         self.executor = submitit.AutoExecutor(self.folder, cluster=self.cluster)
         self.executor.update_parameters(**self.parameters)
 
@@ -278,23 +267,18 @@ class Slurm(Elsewhere):
         return handles
 
     def ended(self, handles: Collection[Any]) -> Sequence[Any]:
-        """See :meth:`Launcher.ended`."""
         while not (found := [one for one in handles if one.done()]):
             time.sleep(self.pause)
         return found
 
     def result(self, handle: Any) -> dict[str, Any]:
-        """See :meth:`Launcher.result`."""
-        import submitit
-
         try:
             returned = handle.result()
-        except submitit.core.utils.UncompletedJobError:
+        except self.died:
             raise WorkerDied(f"Slurm's job {handle.job_id}: {handle.state}; log: {handle.paths.stderr}") from None
         return self.opened(returned)
 
     def stop(self, handles: Collection[Any], wait: bool) -> Sequence[Any]:
-        """See :meth:`Launcher.stop`."""
         super().stop(handles, wait)
         for one in handles:
             if not wait or one.state == "PENDING":
@@ -325,10 +309,11 @@ def check_launcher(name: LauncherName) -> None:
 @contextmanager
 def _environment_of_workers() -> Iterator[None]:
     """Processes that start inside have WORKER in their environment."""
-    kept = dict(os.environ)
+    kept = {name: os.environ[name] for name in WORKER if name in os.environ}
     os.environ.update(WORKER)
     try:
         yield
     finally:
-        os.environ.clear()
+        for name in WORKER:
+            del os.environ[name]
         os.environ.update(kept)

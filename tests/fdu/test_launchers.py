@@ -10,6 +10,7 @@ import shutil
 import signal
 import sys
 import time
+import types
 from collections.abc import Collection, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -98,6 +99,15 @@ def test_the_death_of_a_process_here_costs_the_jobs_in_progress_until_the_next_s
 def ray_cluster(folder: Path) -> Elsewhere:
     pytest.importorskip("ray")
     return RayCluster(folder, workers=2)
+
+
+def test_a_cluster_without_gpus_is_refused_before_its_tasks_wait_for_ever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cluster = {"init": lambda **named: None, "cluster_resources": lambda: {"CPU": 2.0}, "shutdown": lambda: None}
+    monkeypatch.setitem(sys.modules, "ray", types.SimpleNamespace(**cluster))
+    with pytest.raises(RuntimeError, match="has a GPU; choose device cpu"):
+        RayCluster(tmp_path, gpus=1).start()
 
 
 def local_submitit(folder: Path) -> Elsewhere:
