@@ -21,7 +21,7 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
-from fdu.cli.options import LoadOptions, ModelOptions, Settings, grouped, helps, option_names
+from fdu.cli.options import Settings, grouped, helps, option_names
 from fdu.cli.program import COMMANDS
 from fdu.config import EraseConfig
 
@@ -137,7 +137,7 @@ def notebook(content: dict[str, Any]) -> str:
 def command_line() -> str:
     """The commands with their own options, from what the parser reads; the settings have a page of their own."""
     parts = ["# The command line\n\nThe build writes this page from the parser, as `fdu COMMAND --help` shows it."]
-    shared = {"Loading": LoadOptions, "Storage": ModelOptions}
+    shared: dict[str, type] = {}
     for name, command in COMMANDS.items():
         _, _, placed = option_names(command)
         own, used = [], []
@@ -145,16 +145,17 @@ def command_line() -> str:
             kind = field.default_factory if isinstance(field.default_factory, type) else None
             if kind is not None and issubclass(kind, Settings):
                 used.append("the settings of an erasure ([Settings](settings.md))")
-            elif kind is not None and issubclass(kind, ModelOptions):
-                title = next(title for title, one in shared.items() if issubclass(kind, one))
-                used.append(f"[{title}](#{title.lower()}-options)")
+            elif kind is not None and dataclasses.is_dataclass(kind):
+                title = f"{kind.__name__.removesuffix('Options')} options"
+                shared[title] = kind
+                used.append(f"[{title}](#{title.lower().replace(' ', '-')})")
             else:
                 own.append(field.name)
         examples = "\n".join(command.examples)
         words = [inspect.getdoc(command) or "", f"```console\n{examples}\n```", _options(command, own, placed)]
         parts += [f"## fdu {name}", *words, *([f"Also: {', '.join(used)}."] if used else [])]
     for title, kind in shared.items():
-        parts += [f"## {title} options", _options(kind, [field.name for field in dataclasses.fields(kind)], set())]
+        parts += [f"## {title}", _options(kind, [field.name for field in dataclasses.fields(kind)], set())]
     return "\n\n".join(parts) + "\n"
 
 

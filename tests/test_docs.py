@@ -142,9 +142,9 @@ def test_the_command_line_has_a_page_with_every_option() -> None:
     """The site's build writes it; the options of each command are those of the parser."""
     hooks = site_hooks()
     parts = dict(part.split("\n", 1) for part in hooks.command_line().split("\n## ")[1:])
-    settings = hooks.settings()
+    settings, shared = hooks.settings(), "".join(parts[title] for title in parts if title.endswith(" options"))
     for name, command in COMMANDS.items():
-        written = parts[f"fdu {name}"] + "".join(parts[f"{one} options"] for one in ("Loading", "Storage"))
+        written = parts[f"fdu {name}"] + shared
         names, _, placed = option_names(command)
         for option in names - placed:
             assert re.search(rf"^`--{option}[ `]", written + "\n" + settings, re.MULTILINE), (name, option)
