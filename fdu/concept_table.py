@@ -5,11 +5,13 @@ from __future__ import annotations
 import csv
 import dataclasses
 import re
+import reprlib
 from pathlib import Path
 from typing import Any, get_args
 
 from fdu.concepts import Concept, ConceptType
 from fdu.config import check_choice, closest
+from fdu.storage.foreign import parse_yaml
 
 COLUMNS = ("target", "anchor", "type", "weight", "prompts", "anchor_prompts")
 """The columns of a table of concepts."""
@@ -96,12 +98,7 @@ def _csv_rows(path: Path) -> list[tuple[int, Row]]:
 
 
 def _yaml_rows(path: Path) -> list[tuple[int, Row]]:
-    import yaml
-
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, RecursionError) as error:
-        raise ValueError(f"it is not YAML ({' '.join(str(error).split())})") from error
+    content = parse_yaml(path.read_text(encoding="utf-8"))
     if not isinstance(content, list) or not all(isinstance(row, dict) for row in content):
         raise ValueError('it must be a list with one entry per concept, such as "- {target: fox, anchor: wolf}"')
     return list(enumerate(content, 1))
@@ -116,10 +113,10 @@ def _table_row(row: Row) -> tuple[Concept, Concept, ConceptType]:
         if name not in row:
             raise ValueError(f"{name} is missing")
         if not isinstance(row[name], str):
-            raise ValueError(f"{name} must be a text, got {row[name]!r}; put it into quotes")
+            raise ValueError(f"{name} must be a text, got {reprlib.repr(row[name])}; put it into quotes")
     for name in LISTS.intersection(row):
         if not isinstance(row[name], list) or not all(isinstance(one, str) for one in row[name]):
-            raise ValueError(f"{name} must be a list of texts, got {row[name]!r}")
+            raise ValueError(f"{name} must be a list of texts, got {reprlib.repr(row[name])}")
     if not row["target"].strip():
         raise ValueError("target is empty")
     prompts, anchor_prompts = (tuple(row.get(name, ())) for name in ("prompts", "anchor_prompts"))

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import reprlib
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 
 from fdu.config import PLACES, EraseConfig, check_choice, check_field, choices_of, closest, hints_of, in_case
+from fdu.storage.foreign import parse_yaml
 
 EXPONENT = re.compile(r"[-+]?\d+[eE][-+]?\d+")
 """A number that YAML takes for a text."""
@@ -222,15 +224,13 @@ def read_settings(path: str | Path, others: Mapping[str, Any] | None = None) -> 
         FileNotFoundError: there is no such file.
         ValueError: not YAML, not a mapping, or an unknown setting; names the file.
     """
-    import yaml
-
     shown = f"config {str(path)!r}"
     if not Path(path).is_file():
         raise FileNotFoundError(f"{shown} does not exist; --save_config writes such a file")
     try:
-        found = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{shown} is not YAML: {' '.join(str(error).split())}") from error
+        found = parse_yaml(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{shown}: {error}") from error
     if not isinstance(found, dict) or not all(isinstance(name, str) for name in found):
         raise ValueError(f"{shown} must hold one setting per line, such as learning_rate: 0.001")
     hints = {**hints_of(EraseConfig), **(others or {})}
@@ -239,7 +239,8 @@ def read_settings(path: str | Path, others: Mapping[str, Any] | None = None) -> 
             raise ValueError(f"{shown} names {name!r}, which is not a setting{closest(name, list(hints))}")
         plain = value if isinstance(value, list) else [value]
         if not all(one is None or isinstance(one, (str, int, float)) for one in plain):
-            raise ValueError(f"{shown}: {name} must be a number, a text, true, false or a list of texts, got {value!r}")
+            got = reprlib.repr(value)
+            raise ValueError(f"{shown}: {name} must be a number, a text, true, false or a list of texts, got {got}")
         try:
             found[name] = read_value(name, value, hints[name])
         except (ValueError, TypeError) as error:
@@ -259,7 +260,7 @@ def read_value(name: str, value: Any, hint: Any) -> Any:
     check_field(name, value, hint)
     kind = get_args(hint)[0] if type(None) in get_args(hint) else hint
     if kind is str and not isinstance(value, str) and (value is not None or kind is hint):
-        raise TypeError(f"{name} must be a text, got {value!r}")
+        raise TypeError(f"{name} must be a text, got {reprlib.repr(value)}")
     if get_origin(hint) is tuple and not isinstance(value, list):
         raise TypeError(f"{name} must be a list of texts, got {value!r}")
     return value

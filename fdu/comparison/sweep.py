@@ -60,16 +60,16 @@ class Records:
         for text in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else ():
             try:
                 line = json.loads(text)
-            except ValueError:
+            except (ValueError, RecursionError):
                 continue
             if not isinstance(line, dict):
                 continue
             name = line.pop("name", None)
             if name is None:
                 self.header = line
-            else:
+            elif isinstance(name, str):
                 record = line if line.pop("whole", False) else _merged(copy.deepcopy(self.header), line)
-                if record.keys() >= {"identity", "device", "versions"}:  # else the header is damaged
+                if _is_record(record):  # else it is damaged, or the header is
                     self.found[name] = record
 
     def of(self, name: str, identity: Record) -> Record | None:
@@ -242,6 +242,13 @@ def _differences(common: Record, own: Record) -> Record:
         for key, value in own.items()
         if key not in common or common[key] != value
     }
+
+
+def _is_record(found: Record) -> bool:
+    """Whether it has what every record has."""
+    parts = [found.get(key) for key in ("identity", "versions")]
+    parts += [part["settings"] for part in parts if isinstance(part, dict) and "settings" in part]
+    return "device" in found and all(isinstance(part, dict) for part in parts)
 
 
 def _merged(common: Record, own: Record) -> Record:

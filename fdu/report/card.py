@@ -25,7 +25,7 @@ from fdu.evaluation.verdict import judge, percent
 from fdu.report.pictures import before_after, strip
 from fdu.report.render import templates
 from fdu.report.run import IMAGES_FOLDER, SIDES, EvaluatedRun
-from fdu.storage.foreign import printable
+from fdu.storage.foreign import parse_yaml, printable
 from fdu.storage.formats import Format
 from fdu.storage.kohya import KOHYA_FILE, kohya_names
 from fdu.storage.loading import HUB_ID, erased_pairs
@@ -161,12 +161,11 @@ def read_card(folder: str | Path) -> tuple[dict[str, Any], str]:
     try:
         text = path.read_text(encoding="utf-8")
         found = FRONT_MATTER.match(text)
-        front = yaml.safe_load(found[1]) if found else None
+        front = parse_yaml(found[1]) if found else None
         if not found or not isinstance(front, dict):
             raise ValueError("it must begin with --- and metadata")
-    except (ValueError, yaml.YAMLError) as error:
-        line = printable(" ".join(str(error).split()))
-        raise ValueError(f"the metadata of {str(path)!r} is not YAML ({line}); correct it, or save again") from error
+    except ValueError as error:
+        raise ValueError(f"the metadata of {str(path)!r} cannot be read ({error}); mend it, or save again") from error
     return front, text[found.end() :]
 
 
@@ -210,8 +209,8 @@ def _licence_beside(place: str, base_id: str | None) -> dict[str, str]:
     """The licence in the card of a base that lies in a folder; empty if it says none."""
     try:
         found = FRONT_MATTER.match((Path(place) / CARD_FILE).read_text(encoding="utf-8")) if place else None
-        front = yaml.safe_load(found[1]) if found else None
-    except (OSError, ValueError, yaml.YAMLError):
+        front = parse_yaml(found[1]) if found else None
+    except (OSError, ValueError):
         return {}
     return _licence(front, base_id) if isinstance(front, dict) else {}
 

@@ -1,4 +1,4 @@
-"""JSON and text of strangers: read whole, or refused in words."""
+"""JSON, YAML and text of strangers: read whole, or refused in words."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from typing import Any
 
 DEPTH = 64
 """The most levels of nested lists and objects; fdu writes ten."""
+MOST_VALUES = 3_000_000
+"""A part of YAML that is named and repeated counts each time."""
 LARGEST = 1 << 64
 """The largest whole number; seeds have 64 bits."""
 
@@ -32,6 +34,23 @@ def read_json(path: Path, remedy: str) -> Any:
     return content
 
 
+def parse_yaml(text: str) -> Any:
+    """The content of YAML, as yaml.safe_load reads it.
+
+    Raises:
+        ValueError: it is not YAML, nests too deep, repeats itself into too many values, or holds numbers or text that
+            no file of fdu holds.
+    """
+    import yaml
+
+    try:
+        content = yaml.safe_load(text)
+        _check(content)
+    except Exception as error:  # on tags that do not fit their values, PyYAML raises errors of every kind
+        raise ValueError(f"it is not YAML ({printable(' '.join(str(error).split()))})") from error
+    return content
+
+
 def printable(text: str) -> str:
     """A text without the characters that change how a terminal shows others; these are escaped.
 
@@ -42,9 +61,12 @@ def printable(text: str) -> str:
 
 
 def _check(content: Any) -> None:
-    waiting = [(content, 0)]
+    waiting, visited = [(content, 0)], 0
     while waiting:
         value, depth = waiting.pop()
+        visited += 1
+        if visited > MOST_VALUES:
+            raise ValueError(f"it holds more than {MOST_VALUES} values")
         if depth > DEPTH:
             raise ValueError(f"it nests deeper than {DEPTH} levels")
         if isinstance(value, dict):

@@ -17,6 +17,7 @@ from typing import Any
 import families
 import pytest
 import torch
+import yaml
 from families import ALPHA, CONTEXT, add_adapter, change_weights
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
@@ -26,8 +27,15 @@ from safetensors.torch import load_file, save_file
 from test_report import found, make_run
 from torch import Tensor
 
+from fdu.cli import COMMANDS, parse
+from fdu.cli.options import option_names
+from fdu.cli.program import USER_ERRORS
+from fdu.comparison.sweep import Records
+from fdu.concept_table import ConceptTable
 from fdu.concepts import Concept
+from fdu.config import EraseConfig
 from fdu.models import parts
+from fdu.presets import read_settings
 from fdu.report import make_report
 from fdu.storage.formats import write
 from fdu.storage.readers import load_weights
@@ -35,7 +43,7 @@ from fdu.storage.tensor_checks import is_finite
 
 MINUTES = float(os.environ.get("FDU_FUZZ_MINUTES", "0"))
 """Minutes for all tests together; 0: a fixed number of examples."""
-TESTS = 5
+TESTS = 8
 SLOWEST = 60.0
 """Seconds of one example; one that never ends takes years."""
 TEXT = st.text(max_size=12) | st.sampled_from(["", ".", "unet", "unet.", "\x1b[2J", "a" * 600, "../x", "<script>", "|"])
@@ -328,3 +336,98 @@ def test_bytes_that_are_no_json(tmp_path: Path) -> None:
             assert "prompts.txt" in str(error)
 
     fuzz(check, EDITS, 60)
+
+
+# Settings, tables, records of comparisons, command lines
+
+
+BOMB = "k0: &k0 [x]\n" + "".join(f"k{n}: &k{n} [*k{n - 1}, *k{n - 1}]\n" for n in range(1, 40))
+"""YAML of a line per level that stands for 2^39 values."""
+ODD_YAML = ["!!int ''", "!!bool x", "!!timestamp x", "2001-99-99", "!!python/object:os.system x", "[" * 2000, BOMB]
+YAML = st.builds(lambda content: yaml.safe_dump(content, allow_unicode=True), JSON) | st.sampled_from(ODD_YAML)
+
+
+def test_files_of_settings_and_tables(tmp_path: Path) -> None:
+    names = st.sampled_from(EraseConfig.field_names()) | TEXT
+    rows = st.lists(st.dictionaries(st.sampled_from(["target", "anchor", "type", "weight", "prompts"]) | TEXT, JSON))
+    dumped = st.builds(lambda content: yaml.safe_dump(content, allow_unicode=True), st.dictionaries(names, JSON) | rows)
+    good = "learning_rate: 0.001\ndivergence: mse\n", "- {target: fox, anchor: wolf, weight: 2}\n"
+    settings_file, table, listed = tmp_path / "settings.yaml", tmp_path / "table.yaml", tmp_path / "table.csv"
+
+    def check(example: tuple[str, list[Any]]) -> None:
+        text, edits = example
+        for path in (settings_file, table, listed):
+            path.write_bytes(edited(text.encode("utf-8", "surrogatepass"), edits))
+            read = read_settings if path is settings_file else ConceptTable.read
+            try:
+                read(path)
+            except ValueError as error:
+                assert str(path) in str(error) and "\x1b" not in str(error) and len(str(error)) < 10_000
+
+    texts = YAML | dumped | st.sampled_from([*good, "target,anchor\nfox,wolf\n"])
+    fuzz(check, st.tuples(texts, st.just([]) | EDITS), 150)
+
+
+def test_files_of_records(tmp_path: Path) -> None:
+    path = tmp_path / "records.jsonl"
+    header = {"identity": {"settings": {"rank": 4}}, "device": "cpu", "versions": {"torch": "2"}}
+    records = [
+        {"name": f"run {number}", "identity": {"seed": number}, "probes": [{"hits": "01"}]} for number in range(3)
+    ]
+    kept = []
+
+    def check(example: tuple[list[Any], list[Any]]) -> None:
+        differences, edits = example
+        lines = changed([header, *records], differences)
+        text = "".join(json.dumps(line) + "\n" for line in lines) if isinstance(lines, list) else json.dumps(lines)
+        path.write_bytes(edited(text.encode(), edits))
+        found = Records(path)
+        kept.append(len(found.found))
+        for number in range(3):
+            found.of(f"run {number}", {"seed": number, "settings": {"rank": 4}})
+
+    fuzz(check, st.tuples(DIFFERENCES, st.just([]) | EDITS), 150)
+    path.write_text("[" * 100_000 + "\n")
+    assert not Records(path).found and max(kept) == 3 and min(kept) < 3
+
+
+def test_command_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    options = {name: sorted(option_names(command)[0]) for name, command in COMMANDS.items()}
+    values = TEXT | st.sampled_from(
+        [
+            "emoji",
+            "digits",
+            "fox",
+            "auto",
+            "0",
+            "1",
+            "-1",
+            "1e400",
+            "nan",
+            "none",
+            "fox.txt",
+            "--",
+            "-",
+            "=",
+            "a,b",
+            "1:2:3",
+        ]
+    )
+    command = st.sampled_from([*COMMANDS, "erse", ""])
+
+    def check(example: tuple[str, list[str], list[tuple[int, list[str]]]]) -> None:
+        name, words, typed = example
+        known = options.get(name) or options["erase"]
+        given = [word for place, taken in typed for word in (f"--{known[place % len(known)].lstrip('-')}", *taken)]
+        try:
+            parse([name, *words, *given]).prepare("fdu")
+        except SystemExit as end:
+            assert end.code in (0, 1, 2)
+        except USER_ERRORS as error:
+            assert str(error)
+
+    with_values = st.tuples(PLACES, st.lists(values, max_size=2))
+    fuzz(check, st.tuples(command, st.lists(values, max_size=3), st.lists(with_values, max_size=4)), 150)
+    capsys.readouterr()
