@@ -113,6 +113,7 @@ def write_page(
         ("time per erasure", f"{results.seconds:.1f} s"),
         ("images of the target", f"2 x {comparison.drawing.images_of_target}"),
         ("images per other class", comparison.drawing.images_per_class),
+        ("prompts", comparison.origin),
         ("device", results.conditions["device"]),
         *results.conditions["versions"].items(),
     ]

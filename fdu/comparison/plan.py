@@ -212,6 +212,11 @@ class Comparison:
         record = {side: dataclasses.asdict(concept) for side, concept in zip(("target", "anchor"), pair, strict=True)}
         return self.subject.exam(pair[0].name, (), self.prompts, record, self.judge)
 
+    @property
+    def origin(self) -> str:
+        """Where the prompts come from, with version, in words."""
+        return "; ".join(dict.fromkeys(self.exam(target).origin for target, _ in self.pairs))
+
     def config(self, run: Run) -> EraseConfig:
         """All settings of a run, with the model's own prompts to preserve unless the settings name some.
 

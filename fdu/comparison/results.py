@@ -190,6 +190,7 @@ def describe(results: Results) -> dict[str, Any]:
             for prefer, one in results.recommendations.items()
         },
         "failed": results.failed,
+        "prompts": results.comparison.origin,
         **results.conditions,
         "mixed": list(results.mixed),
     }

@@ -99,9 +99,8 @@ def test_a_run_of_no_step_did_not_erase(idle: Path, capsys: pytest.CaptureFixtur
     conditions = metrics["conditions"]
     assert conditions.pop("versions") == metrics["versions"] == metrics["record"]["versions"]
     sampling = {"num_inference_steps": 3, "guidance_scale": 3.0, "batch_size": 32}
-    prompts = f"the digits pipeline of fdu, version {fdu.__version__}"
     told = {"seed": 1000, "sampling": sampling, "judge": "digits classifier", "dtype": "float32", "size": None}
-    told["prompts"] = prompts
+    told["prompts"] = f"the digits pipeline of fdu, version {fdu.__version__}"
     assert conditions == told
     names = {path.name for path in Path("judged").iterdir()}
     assert names == {"metrics.json", "images", "report.html", "before-after.png"}

@@ -21,12 +21,13 @@ from diffusers import DiffusionPipeline, StableDiffusionPipeline
 from hub_server import READS, WRITES, HubServer
 from huggingface_hub import ModelCard
 from test_hostile_pages import EVIL
-from test_report import PROBES, make_draws
+from test_report import PROBES, found, make_draws
 
 import fdu
 from fdu import cli
 from fdu.cli import main
 from fdu.cli.program import _without_push
+from fdu.evaluation.robustness.holding import judge_robustness
 from fdu.report.card import fill_in, read_card
 from fdu.report.hub import Upload
 from fdu.report.run import EvaluatedRun
@@ -113,6 +114,21 @@ def test_what_arrives_is_the_evaluated_erasure(
     assert contents(there) == contents(erased) and not list(there.glob("images/*"))
 
 
+def test_a_card_that_cannot_be_written_stays_and_is_not_pushed(
+    hub: HubServer, erased: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*given: object, **named: object) -> None:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("fdu.report.card.fill_in", full)
+    before = contents(erased)
+    quick = ["evaluate", "digits", "erased", "--images_per_class=1", *QUICK[1:]]
+    assert main(quick) == cli.OK
+    assert "stays as it is: No space left" in capsys.readouterr().err
+    assert main([*quick, *PUSH]) == cli.FAILED
+    assert "No space left" in capsys.readouterr().err and contents(erased) == before and not hub.visibility
+
+
 @pytest.mark.parametrize(
     ("command", "given", "told"),
     [
@@ -192,8 +208,8 @@ def test_a_push_that_fails_loses_nothing_and_says_how_to_push_again(
     assert command[:2] == ["hf", "upload"] and command[-1] == "--private"
     if where == "/blobs/":
         environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_TOKEN": WRITES, "HF_HUB_DISABLE_XET": "1"}
-        program = Path(sys.executable).with_name("hf")
-        done = subprocess.run([program, *command[1:]], env=environment, capture_output=True, text=True)
+        program = [sys.executable, "-c", "from huggingface_hub.cli.hf import main; main()"]
+        done = subprocess.run([*program, *command[1:]], env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
     else:
         upload.push(erased, unevaluated=True)
@@ -261,7 +277,8 @@ def test_only_figures_and_pictures_of_a_card_change(erased: Path) -> None:
     probes = [fdu.Probe("three" + EVIL, (EVIL + ": x\n---\n",), "target", lambda images: ["three"] * len(images))]
     draws = make_draws(0.1, 0.5, 0.9)
     probes += PROBES[1:]
-    run = EvaluatedRun.of(fdu.evaluate(draws, draws, probes), probes, draws, draws)
+    robustness = found(0.97)
+    run = EvaluatedRun.of(fdu.evaluate(draws, draws, probes), probes, draws, draws, robustness=robustness)
     fill_in(erased, run)
     first = (erased / "README.md").read_text()
     front, body = read_card(erased)
@@ -269,6 +286,7 @@ def test_only_figures_and_pictures_of_a_card_change(erased: Path) -> None:
     assert front["widget"][0]["text"] == " ".join(f"{EVIL}: x ---".split())
     assert ModelCard(first).data.to_dict()["widget"] == front["widget"]
     figures = body.split("## Figures")[1].split("\n## ")[0]
+    assert f"{judge_robustness(robustness, 'three').headline}." in figures
     assert "<" not in figures and body.count("\n## Figures\n") == 1
     fill_in(erased, run)
     assert (erased / "README.md").read_text() == first
