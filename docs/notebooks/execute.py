@@ -23,9 +23,20 @@ def executed(path: Path) -> nbformat.NotebookNode:
         NotebookClient(notebook, timeout=240, kernel_name="python3", resources=resources, record_timing=False).execute()
     for cell in notebook.cells:
         if cell.cell_type == "code":
-            cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
+            cell.outputs = _told(cell.outputs)
     notebook.metadata = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
     return notebook
+
+
+def _told(outputs: list[nbformat.NotebookNode]) -> list[nbformat.NotebookNode]:
+    """The outputs without stderr; what was printed in a row is one, however the kernel divided it."""
+    told: list[nbformat.NotebookNode] = []
+    for output in outputs:
+        if output.get("name") == "stdout" and told and told[-1].get("name") == "stdout":
+            told[-1].text += output.text
+        elif output.get("name") != "stderr":
+            told.append(output)
+    return told
 
 
 if __name__ == "__main__":
