@@ -271,9 +271,8 @@ def _pipeline(model: str, *loading: Any) -> DiffusionPipeline:
 
 
 @functools.cache
-def weights(model: str, *loading: Any) -> str:
+def weights(model: str, dtype: str = "float32", device: str = "cpu", *others: Any) -> str:
     """The first digits of the fingerprint of the model as it is, with its LoRAs."""
-    dtype, device, *others = loading
     if device == "cuda" and not torch.cuda.is_available():  # the machines that make the runs have it
         device = "cpu"
     return fingerprint(_pipeline(model, dtype, device, *others), adapters=True)[:16]

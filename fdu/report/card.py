@@ -165,7 +165,7 @@ def read_card(folder: str | Path) -> tuple[dict[str, Any], str]:
         if not found or not isinstance(front, dict):
             raise ValueError("it must begin with --- and metadata")
     except ValueError as error:
-        raise ValueError(f"the metadata of {str(path)!r} cannot be read ({error}); mend it, or save again") from error
+        raise ValueError(f"the metadata of {str(path)!r} cannot be read ({error}); correct it") from error
     return front, text[found.end() :]
 
 

@@ -9,8 +9,8 @@ from typing import Any
 
 DEPTH = 64
 """The most levels of nested lists and objects; fdu writes ten."""
-MOST_VALUES = 3_000_000
-"""A part of YAML that is named and repeated counts each time."""
+MOST_VALUES = 100_000
+"""Of YAML, where a part that is named and repeated counts each time."""
 LARGEST = 1 << 64
 """The largest whole number; seeds have 64 bits."""
 
@@ -45,7 +45,7 @@ def parse_yaml(text: str) -> Any:
 
     try:
         content = yaml.safe_load(text)
-        _check(content)
+        _check(content, MOST_VALUES)
     except Exception as error:  # on tags that do not fit their values, PyYAML raises errors of every kind
         raise ValueError(f"it is not YAML ({printable(' '.join(str(error).split()))})") from error
     return content
@@ -60,13 +60,13 @@ def printable(text: str) -> str:
     return "".join(one if one.isprintable() else repr(one)[1:-1] for one in text)
 
 
-def _check(content: Any) -> None:
+def _check(content: Any, most: float = math.inf) -> None:
     waiting, visited = [(content, 0)], 0
     while waiting:
         value, depth = waiting.pop()
         visited += 1
-        if visited > MOST_VALUES:
-            raise ValueError(f"it holds more than {MOST_VALUES} values")
+        if visited > most:
+            raise ValueError(f"it holds more than {most} values")
         if depth > DEPTH:
             raise ValueError(f"it nests deeper than {DEPTH} levels")
         if isinstance(value, dict):

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, cast
 
+import fdu
 from fdu.concepts import Concept, ConceptType, Pair, concept_pairs, has_prompts, weighted
-from fdu.storage.fingerprint import versions
 from fdu.storage.loading import erased_pairs
 from fdu.subjects.subject import Exam, Panel, Subject, clip_encoder
 
@@ -68,7 +68,7 @@ class EmbeddedExam(Exam):
     @property
     def origin(self) -> str:
         """See :attr:`Exam.origin`."""
-        return f"{self.subject.title}, version {versions()['fdu']}" if self.subject else ""
+        return f"{self.subject.title}, version {fdu.__version__}" if self.subject else ""
 
     def panel(self, device: str = "cpu") -> Panel:
         """See :meth:`Exam.panel`."""

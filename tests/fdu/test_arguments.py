@@ -98,10 +98,11 @@ def test_no_near_miss_is_made_up(typed: str) -> None:
 
 SAME = """
     adam_beta1 adam_beta2 adam_epsilon adam_weight_decay checkpointing_steps checkpoints_total_limit
-    gradient_accumulation_steps gradient_checkpointing learning_rate logit_mean logit_std lora_alpha
-    lr_scheduler lr_warmup_steps max_grad_norm max_train_steps mixed_precision mode_scale offload optimizer rank
-    report_to resolution resume_from_checkpoint revision sample_batch_size seed snr_gamma train_batch_size
-    variant weighting_scheme
+    gradient_accumulation_steps gradient_checkpointing hub_model_id hub_token learning_rate
+    logit_mean logit_std lora_alpha lr_scheduler lr_warmup_steps max_grad_norm max_train_steps
+    mixed_precision mode_scale offload optimizer push_to_hub rank report_to resolution
+    resume_from_checkpoint revision sample_batch_size seed snr_gamma train_batch_size variant
+    weighting_scheme
 """
 """Arguments of diffusers' DreamBooth scripts for LoRA that mean the same here. For two, it is more here: snr_gamma also
 needs weighting min_snr, and offload also takes the denoiser's blocks off the device; the text encoders and the VAE
@@ -112,13 +113,13 @@ OTHERS = """
     class_prompt complex_human_instruction dataloader_num_workers dataset_config_name dataset_name
     do_edm_style_training do_fp8_training enable_npu_flash_attention enable_vae_tiling
     enable_xformers_memory_efficient_attention final_validation_prompt fsdp_text_encoder guidance_scale
-    hub_model_id hub_token image_column image_interpolation_mode instance_data_dir instance_prompt local_rank
+    image_column image_interpolation_mode instance_data_dir instance_prompt local_rank
     logging_dir lora_blocks lora_dropout lora_layers lr_num_cycles lr_power max_sequence_length num_class_images
     num_train_epochs num_validation_images output_dir output_kohya_format pre_compute_text_embeddings
     precondition_outputs pretrained_model_name_or_path pretrained_text_encoder_4_name_or_path
     pretrained_tokenizer_4_name_or_path pretrained_vae_model_name_or_path prior_generation_precision
     prior_loss_weight prodigy_beta3 prodigy_decouple prodigy_safeguard_warmup prodigy_use_bias_correction
-    push_to_hub random_flip remote_text_encoder repeats scale_lr skip_final_inference text_encoder_lr
+    random_flip remote_text_encoder repeats scale_lr skip_final_inference text_encoder_lr
     text_encoder_out_layers text_encoder_use_attention_mask tokenizer_max_length tokenizer_name
     train_text_encoder upcast_before_saving use_8bit_adam use_aspect_ratio_buckets use_dora validation_epochs
     validation_images validation_prompt with_prior_preservation

@@ -38,10 +38,10 @@ from fdu.training.methods.trainable import Request
 
 ROOT = Path(fdu.__file__).parent
 LAYERS = (
-    ("concepts", "concept_table", "config"),
+    ("concepts", "config"),
     ("models",),
     ("storage",),
-    ("presets",),
+    ("presets", "concept_table"),
     ("training",),
     ("evaluation",),
     ("subjects",),

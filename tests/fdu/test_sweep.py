@@ -192,7 +192,7 @@ def test_a_job_that_fails_costs_no_other_that_ends(path: Path, monkeypatch: pyte
 def test_two_sweeps_do_not_share_a_file(path: Path) -> None:
     with path.with_suffix(".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        with pytest.raises(FileExistsError, match="another process"):
+        with pytest.raises(BlockingIOError, match="file of records '.*' is in use by another run"):
             sweep([job(1)], path)
     sweep([job(1)], path, tell=lambda line: None)
 
