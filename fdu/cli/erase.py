@@ -164,6 +164,8 @@ class Erase:
                     result = fdu.erase(pipeline, targets, anchors, config=config)
                     if folder is not None:
                         result.save(folder, save_as=format, command=command)
+            except BlockingIOError:
+                raise  # the checkpoints are those of the run that is in the way
             except BaseException:
                 if keeps and writes:
                     _tidy_checkpoints(checkpoints)

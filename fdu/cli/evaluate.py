@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
@@ -160,6 +161,12 @@ class Evaluate:
         if self.hub.push_to_hub or has_card:
             read_card(self.erased)
         upload = self.hub.upload(Path(self.erased))
+        if upload is not None and not os.access(self.erased, os.W_OK):
+            raise PermissionError(
+                f"ERASED {self.erased!r} cannot be written, but its card receives the figures; push from a copy"
+            )
+        if upload is not None and self.out and Path(self.erased).resolve() in self.out.resolve().parents:
+            raise ValueError(f"out {str(self.out)!r} lies in ERASED, which is pushed whole; choose a folder outside")
 
         def work() -> None:
             from accelerate.utils import release_memory
@@ -238,7 +245,18 @@ class Evaluate:
                 print(f"Pushed to {upload.push(self.erased)}")
 
         def alone() -> None:
-            with sole_output(self.out) if self.out is not None else nullcontext():
+            with ExitStack() as stack:
+                if has_card:
+                    try:
+                        stack.enter_context(sole_output(self.erased))
+                    except BlockingIOError:
+                        raise
+                    except OSError:  # where nothing can be written, the card stays as it is
+                        if upload is not None:
+                            raise
+                if self.out is not None:
+                    stack.enter_context(sole_output(self.out))
+                    check_output(self.out, self.overwrite, inputs=self._inputs(base))
                 work()
 
         return alone

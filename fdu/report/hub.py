@@ -109,7 +109,11 @@ class Upload:
             url = str(api.create_repo(self.repo_id, private=self.private, exist_ok=True))
             # Pictures of an earlier evaluation go.
             api.upload_folder(
-                repo_id=self.repo_id, folder_path=folder, commit_message=message, delete_patterns=PICTURES
+                repo_id=self.repo_id,
+                folder_path=folder,
+                commit_message=message,
+                delete_patterns=PICTURES,
+                ignore_patterns=[".*", "**/.*"],  # locks, and what is being written
             )
         except (Exception, KeyboardInterrupt) as error:
             raise OSError(f"{self.repo_id} was not pushed: {_reason(error)}; {remedy}") from error
@@ -134,10 +138,14 @@ def _hide_places(folder: Path) -> None:
     given = record.get("command") if isinstance(record, dict) else None
     if not isinstance(given, str):
         return
+    try:
+        typed = shlex.split(given)
+    except ValueError:  # of a record that fdu did not write
+        typed = []
     words = []
-    for word in shlex.split(given):
+    for word in typed:
         option, equals, value = word.rpartition("=") if word.startswith("--") else ("", "", word)
-        words.append(option + equals + (Path(value).name if Path(value).expanduser().is_absolute() else value))
+        words.append(option + equals + (Path(value).name if value.startswith(("/", "~/")) else value))
     if shlex.join(words) != given:
         write_json(folder / RECORD_FILE, {**record, "command": shlex.join(words)})
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import logging
 import os
 import platform
@@ -16,8 +17,8 @@ from pathlib import Path
 
 LOGGER = logging.getLogger(__name__)
 
-PARTIAL = ".partial"
-"""The end of the name of a temporary folder."""
+PARTIAL = f"-{hashlib.sha256(platform.node().encode()).hexdigest()[:8]}.partial"
+"""The end of the name of a temporary folder of this machine; locks of others may not be seen here."""
 _HELD: dict[Path, int] = {}
 """The locks of this process, and the thread that holds each."""
 _TEMPORARY: set[Path] = set()
@@ -42,13 +43,21 @@ def sole_use(lock: Path, place: str) -> Iterator[None]:
     if _HELD.get(lock) == threading.get_ident():
         yield
         return
-    lock.parent.mkdir(parents=True, exist_ok=True)
-    handle = _locked(lock, place)
+    try:
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        handle = _locked(lock, place)
+    except BlockingIOError:
+        raise
+    except OSError as error:
+        raise type(error)(
+            f"{place} cannot be locked with {str(lock)!r} ({error.strerror or error}); remove that file if no run uses "
+            "it, or choose another folder"
+        ) from error
     _HELD[lock] = threading.get_ident()
     try:
         yield
     finally:
-        del _HELD[lock]
+        _HELD.pop(lock, None)
         with suppress(OSError):
             lock.unlink()  # before the lock ends: who waits for it sees that the file is another
         os.close(handle)
@@ -69,8 +78,9 @@ def _locked(lock: Path, place: str) -> int:
             LOGGER.warning("%s cannot be locked (%s); see that no other run uses it", place, error.strerror or error)
             return handle
         if _is_file(handle, lock):
-            os.ftruncate(handle, 0)
-            os.write(handle, f"process {os.getpid()} on {platform.node()}\n".encode())
+            with suppress(OSError):  # a full disk: the lock holds without a word about its holder
+                os.ftruncate(handle, 0)
+                os.write(handle, f"process {os.getpid()} on {platform.node()}\n".encode())
             return handle
         os.close(handle)  # its holder has removed it meanwhile
 

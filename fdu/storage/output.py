@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -101,7 +103,6 @@ def whole_folder(folder: str | Path, overwrite: bool = False) -> Iterator[Path]:
         yield folder
         return
     with sole_output(folder):
-        _bring_back(folder)
         check_output(folder, overwrite)
         with TemporaryFolder(folder.parent, folder.name) as fresh:
             yield fresh.path
@@ -109,15 +110,19 @@ def whole_folder(folder: str | Path, overwrite: bool = False) -> Iterator[Path]:
             _put_in_place(fresh.path, folder, shown, overwrite)
 
 
-def sole_output(folder: str | Path) -> AbstractContextManager[None]:
-    """Keep other runs from writing to an output folder.
+@contextmanager
+def sole_output(folder: str | Path) -> Iterator[None]:
+    """Keep other runs from writing to an output folder, and bring back what stood there if one was killed while it
+    exchanged the folder.
 
     Raises:
         BlockingIOError: another run does.
         OSError: the lock beside the folder cannot be written.
     """
     shown, folder = repr(str(folder)), Path(folder).resolve()
-    return sole_use(folder.parent / f".{folder.name}.lock", f"output folder {shown}")
+    with sole_use(folder.parent / f".{folder.name}.lock", f"output folder {shown}"):
+        _bring_back(folder)
+        yield
 
 
 @contextmanager
@@ -138,6 +143,9 @@ def to_disk(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
+    except OSError as error:
+        if not path.is_dir() or error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF):
+            raise  # some file systems do so for no folder
     finally:
         os.close(handle)
 
@@ -221,8 +229,9 @@ def _put_in_place(fresh: Path, folder: Path, shown: str, overwrite: bool) -> Non
         if os.path.isdir(folder) and any(folder.iterdir()):
             os.replace(folder, former)
         os.replace(fresh, folder)
-        to_disk(folder.parent)
-    except OSError as error:
+    except BaseException as error:  # also an interruption, while files go to the disk
+        if not fresh.exists():
+            raise  # it has its name already
         kept, told = fresh, ""
         with suppress(OSError):  # away from the name of those that the next run removes
             visible = folder.with_name(fresh.name[1:].removesuffix(PARTIAL))
@@ -232,10 +241,14 @@ def _put_in_place(fresh: Path, folder: Path, shown: str, overwrite: bool) -> Non
             _bring_back(folder)
         except OSError:
             told = f"; what stood there is in {str(former)!r}"
+        where = f"it is kept in {str(kept)!r}{told}"
+        if not isinstance(error, OSError):
+            print(f"fdu: the result is complete but was not moved into place; {where}", file=sys.stderr)
+            raise
         raise type(error)(
-            f"the result is complete but could not be moved into place ({error.strerror or error}); "
-            f"it is kept in {str(kept)!r}{told}"
+            f"the result is complete but could not be moved into place ({error.strerror or error}); {where}"
         ) from error
+    to_disk(folder.parent)
     shutil.rmtree(former, ignore_errors=True)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import threading
@@ -143,6 +144,53 @@ def test_a_result_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypa
     assert events == ["/page", "renamed", str(tmp_path)]
 
 
+def test_an_interruption_while_files_go_to_the_disk_keeps_the_result(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(handle: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), whole_folder(tmp_path / "out") as fresh:
+        (fresh / "trained").write_text("for hours")
+        monkeypatch.setattr(os, "fsync", interrupted)
+    monkeypatch.undo()
+    (kept,) = names(tmp_path)
+    assert kept in capsys.readouterr().err
+    with whole_folder(tmp_path / "out") as fresh:
+        fresh.joinpath("a").touch()
+    assert (tmp_path / kept / "trained").read_text() == "for hours"
+
+
+def test_a_file_system_that_cannot_sync_folders_saves_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fsync = os.fsync
+
+    def partly(handle: int) -> None:
+        if os.path.isdir(f"/proc/self/fd/{handle}"):
+            raise OSError(errno.EINVAL, "Invalid argument")
+        fsync(handle)
+
+    monkeypatch.setattr(os, "fsync", partly)
+    with whole_folder(tmp_path / "out") as fresh:
+        fresh.joinpath("a").touch()
+    write_text(tmp_path / "page", "1")
+    assert names(tmp_path) == ["out", "page"]
+
+
+def test_a_full_disk_does_not_keep_a_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*given: object) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "write", full)
+        with sole_use(tmp_path / "lock", "the place"):
+            pass
+    with sole_use(tmp_path / "lock", "the place"):
+        pass
+    assert names(tmp_path) == []
+
+
 def test_a_lock_is_for_one_thread_until_it_ends(tmp_path: Path) -> None:
     errors: list[str] = []
 
@@ -170,7 +218,10 @@ def test_a_lock_is_for_one_thread_until_it_ends(tmp_path: Path) -> None:
 def test_a_lock_does_not_follow_links(tmp_path: Path) -> None:
     (tmp_path / "precious").write_text("text")
     (tmp_path / "lock").symlink_to(tmp_path / "precious")
-    with pytest.raises(OSError, match="symbolic links"), sole_use(tmp_path / "lock", "the place"):
+    with (
+        pytest.raises(OSError, match="the place cannot be locked.*symbolic links.*remove that file"),
+        sole_use(tmp_path / "lock", "the place"),
+    ):
         pytest.fail("it was locked")
     assert (tmp_path / "precious").read_text() == "text"
 
