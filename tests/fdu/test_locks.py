@@ -17,6 +17,7 @@ import pytest
 from in_processes import SERVER
 
 import fdu
+from fdu.cli import FAILED, main
 from fdu.storage.locks import PARTIAL, sole_use
 from fdu.storage.output import RECORD_FILE, RUN_LOCK, clear_run, strangers, whole_file, whole_folder, write_text
 
@@ -61,6 +62,17 @@ def test_a_second_run_does_not_write_to_the_same_output(tmp_path: Path) -> None:
             fill_folder(ExitStack(), tmp_path / "out")
         with whole_folder(tmp_path / "other") as fresh:
             fresh.joinpath("a").touch()
+
+
+def test_a_run_that_is_refused_leaves_the_checkpoints_of_the_other(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kept = tmp_path / "out.checkpoints" / "latents-1"
+    write_text(kept, "of the run that is alive")
+    with another_process(fill_folder, tmp_path / "out"):
+        assert main(["erase", "digits", "--target=three", "--anchor=eight", f"--out={tmp_path / 'out'}"]) == FAILED
+        assert "in use by another run" in capsys.readouterr().err
+        assert kept.exists()
 
 
 def test_what_a_killed_run_left_is_removed_by_the_next(tmp_path: Path) -> None:
