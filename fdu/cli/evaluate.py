@@ -212,12 +212,13 @@ class Evaluate:
                 return EvaluatedRun.of(evaluation, probes, before, after, *told)
 
             def write(overwrite: bool) -> None:
+                made = run()
                 if self.out is not None:
                     with whole_folder(self.out, overwrite) as folder:
-                        write_run(folder, run())
+                        write_run(folder, made)
                 if has_card:
                     try:
-                        fill_in(self.erased, run(), pictures=not (self.card_without_images or self.target_judge))
+                        fill_in(self.erased, made, pictures=not (self.card_without_images or self.target_judge))
                     except OSError as error:
                         if upload is not None:
                             raise
