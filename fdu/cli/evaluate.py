@@ -240,6 +240,7 @@ class Evaluate:
                     tests.check()
             except RuntimeError:
                 if upload is not None:
+                    upload.ready(self.erased)
                     print(f"fdu: not pushed; push with: {upload.command(self.erased)}", file=sys.stderr)
                 raise
             if upload is not None:

@@ -85,6 +85,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     phase = USAGE
     try:
         command = parse(given or ["--help"])
+        processes = os.environ.get("WORLD_SIZE", "1") if "LOCAL_RANK" in os.environ else "1"
+        if processes != "1" and not isinstance(command, Erase):
+            raise ValueError(
+                f"fdu {given[0]} runs in one process, not in {processes}; start it without accelerate launch"
+            )
         work = command.prepare(shlex.join(["fdu", *_without_push(given)]))
         phase = FAILED
         work()

@@ -258,12 +258,17 @@ class Slurm(Elsewhere):
         self.executor.update_parameters(**self.parameters)
 
     def submit(self, works: Sequence[Work]) -> Sequence[Any]:
-        """One job of an array each."""
+        """One job of an array each; if one array is refused, the earlier ones are cancelled."""
         handles: list[Any] = []
         carried = self.carried(works)
-        with _environment_of_workers():
-            for begin in range(0, len(carried), LARGEST_ARRAY):
-                handles += self.executor.submit_array(carried[begin : begin + LARGEST_ARRAY])
+        try:
+            with _environment_of_workers():
+                for begin in range(0, len(carried), LARGEST_ARRAY):
+                    handles += self.executor.submit_array(carried[begin : begin + LARGEST_ARRAY])
+        except BaseException:
+            for one in handles:
+                one.cancel(check=False)
+            raise
         return handles
 
     def ended(self, handles: Collection[Any]) -> Sequence[Any]:

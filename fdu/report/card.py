@@ -159,13 +159,18 @@ def read_card(folder: str | Path) -> tuple[dict[str, Any], str]:
             raise FileNotFoundError(f"{str(folder)!r} holds no {name}; give a folder that `fdu erase` wrote")
     path = Path(folder) / CARD_FILE
     try:
-        text = path.read_text(encoding="utf-8")
-        found = FRONT_MATTER.match(text)
-        front = parse_yaml(found[1]) if found else None
-        if not found or not isinstance(front, dict):
-            raise ValueError("it must begin with --- and metadata")
+        return _parts(path)
     except ValueError as error:
         raise ValueError(f"the metadata of {str(path)!r} cannot be read ({error}); correct it") from error
+
+
+def _parts(path: Path) -> tuple[dict[str, Any], str]:
+    """The metadata and the text of any card; raises ValueError without metadata."""
+    text = path.read_text(encoding="utf-8")
+    found = FRONT_MATTER.match(text)
+    front = parse_yaml(found[1]) if found else None
+    if not found or not isinstance(front, dict):
+        raise ValueError("it must begin with --- and metadata")
     return front, text[found.end() :]
 
 
@@ -208,11 +213,9 @@ def _licence(front: Mapping[str, Any], base_id: str | None) -> dict[str, str]:
 def _licence_beside(place: str, base_id: str | None) -> dict[str, str]:
     """The licence in the card of a base that lies in a folder; empty if it says none."""
     try:
-        found = FRONT_MATTER.match((Path(place) / CARD_FILE).read_text(encoding="utf-8")) if place else None
-        front = parse_yaml(found[1]) if found else None
+        return _licence(_parts(Path(place) / CARD_FILE)[0], base_id) if place else {}
     except (OSError, ValueError):
         return {}
-    return _licence(front, base_id) if isinstance(front, dict) else {}
 
 
 def _template(name: str) -> Template:

@@ -12,6 +12,8 @@ from fdu.storage.loading import read_record
 from fdu.storage.output import RECORD_FILE, write_json
 
 TOKENS = "https://huggingface.co/settings/tokens"
+UNSENT = [".*", "**/.*"]
+"""Files that are not pushed, as patterns: locks, and what is being written."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,9 +70,31 @@ class Upload:
         return cls(repo_id if slash else f"{name}/{repo_id}", token or None, private)
 
     def command(self, folder: str | Path) -> str:
-        """The command line that pushes a folder, by the hub's own program."""
-        private = ["--private"] if self.private else []
-        return shlex.join(["hf", "upload", self.repo_id, str(folder), ".", *private])
+        """The command line that pushes a folder, once it is :meth:`ready`, by the hub's own program."""
+        words = ["hf", "upload", self.repo_id, str(folder), "."]
+        words += [word for pattern in UNSENT for word in ("--exclude", pattern)]
+        return shlex.join([*words, "--delete", PICTURES, *(["--private"] if self.private else [])])
+
+    def ready(self, folder: str | Path) -> None:
+        """Make a saved erasure fit for others: no private paths in its record, and the licence of its base model.
+
+        Args:
+            folder: the saved erasure.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        from huggingface_hub import HfApi
+
+        _hide_places(Path(folder))
+        base = read_card(folder)[0].get("base_model")
+        if not isinstance(base, str):
+            return
+        try:
+            found = HfApi(token=self.token).model_info(base).card_data
+        except Exception:  # gone, gated, no name of the hub, or no answer
+            return
+        write_licence(folder, found.to_dict() if found else {})
 
     def push(
         self,
@@ -104,8 +128,7 @@ class Upload:
         api = HfApi(token=self.token)
         remedy = again or f"nothing that was saved is lost; push again with: {self.command(folder)}"
         try:
-            _hide_places(Path(folder))
-            self._take_licence(api, folder)
+            self.ready(folder)
             url = str(api.create_repo(self.repo_id, private=self.private, exist_ok=True))
             # Pictures of an earlier evaluation go.
             api.upload_folder(
@@ -113,23 +136,11 @@ class Upload:
                 folder_path=folder,
                 commit_message=message,
                 delete_patterns=PICTURES,
-                ignore_patterns=[".*", "**/.*"],  # locks, and what is being written
+                ignore_patterns=UNSENT,
             )
         except (Exception, KeyboardInterrupt) as error:
             raise OSError(f"{self.repo_id} was not pushed: {_reason(error)}; {remedy}") from error
         return url
-
-    def _take_licence(self, api: Any, folder: str | Path) -> None:
-        from huggingface_hub.errors import HfHubHTTPError
-
-        base = read_card(folder)[0].get("base_model")
-        if not isinstance(base, str):
-            return
-        try:
-            found = api.model_info(base).card_data
-        except (HfHubHTTPError, ValueError):  # gone, gated, or no name of the hub
-            return
-        write_licence(folder, found.to_dict() if found else {})
 
 
 def _hide_places(folder: Path) -> None:

@@ -156,6 +156,16 @@ def test_evaluate_refuses_before_any_work(capsys: pytest.CaptureFixture[str]) ->
     assert "is not valid JSON" in refused(["evaluate", "digits", "lora"], capsys)
 
 
+def test_only_erase_runs_in_many_processes(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(["report", "."]) == cli.USAGE and "runs in one process" not in capsys.readouterr().err
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    for words in (["report", "."], ["evaluate", "digits", "erased"]):
+        assert main(words) == cli.USAGE
+        assert f"fdu {words[0]} runs in one process, not in 2; start it without" in capsys.readouterr().err
+    assert main(["erase", "digits"]) == cli.USAGE and "runs in one process" not in capsys.readouterr().err
+
+
 def test_a_run_that_fails_exits_with_1(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     def offline(*arguments: Any, **settings: Any) -> None:
         raise OSError(f"no such repository org/model.{' And so on.' * 50}\nof many lines")

@@ -194,6 +194,8 @@ def test_a_folder_without_a_card_cannot_be_pushed(hub: HubServer, erased: Path) 
 def test_a_push_that_fails_loses_nothing_and_says_how_to_push_again(
     fault: str, where: str, told: str, hub: HubServer, erased: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    (erased / ".unfinished").mkdir()
+    (erased / ".unfinished/half").write_text("half")
     setattr(hub, fault, where)
     upload = Upload.checked("no-three", WRITES, private=True)
     before = contents(erased)
@@ -213,7 +215,20 @@ def test_a_push_that_fails_loses_nothing_and_says_how_to_push_again(
         assert done.returncode == 0, done.stderr
     else:
         upload.push(erased, unevaluated=True)
-    assert contents(hub.folder("me/no-three")) == contents(erased)
+    assert {**contents(hub.folder("me/no-three")), ".unfinished/half": b"half"} == contents(erased)
+
+
+def test_after_a_failed_test_the_command_that_is_named_pushes_no_private_path(
+    hub: HubServer, erased: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*given: object, **named: object) -> None:
+        raise RuntimeError("no memory")
+
+    monkeypatch.setattr("fdu.evaluation.robustness.examination.attack", fail)
+    assert main(["evaluate", "digits", "erased", *QUICK, "--robustness", "attack", *PUSH]) == cli.FAILED
+    told = capsys.readouterr().err
+    assert "not pushed; push with: hf upload me/no-three erased . --exclude" in told and not hub.commits
+    assert "--out=erased" in json.loads((erased / "fdu.json").read_text())["command"]
 
 
 def test_after_a_training_a_failed_push_leaves_the_erasure(

@@ -201,6 +201,25 @@ def test_slurm_gets_what_the_options_say(tmp_path: Path, monkeypatch: pytest.Mon
     assert wanted <= asked and list(Path("out/jobs").iterdir())
 
 
+def test_slurm_cancels_what_it_took_if_it_refuses_the_rest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("submitit")
+    for name, does in {
+        "sbatch": "test -e taken && exit 1; touch taken; echo Submitted batch job 7",
+        "srun": "",
+        "scancel": 'echo "$1" >> cancelled.txt',
+    }.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{does}\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(launchers, "LARGEST_ARRAY", 2)
+    slurm = Slurm(tmp_path / "jobs")
+    slurm.start()
+    with pytest.raises(RuntimeError):
+        slurm.submit([dict, dict, dict])
+    assert Path("cancelled.txt").read_text().split() == ["7_0", "7_1"]
+
+
 @pytest.mark.parametrize(
     ("words", "told"),
     [
