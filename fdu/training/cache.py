@@ -82,7 +82,7 @@ class Cache:
             if DIGEST not in metadata:
                 raise ValueError("it has no SHA-256, as entries of earlier versions")
             if metadata.get(KEY) != key:
-                raise ValueError("it is of other inputs")
+                raise ValueError("it was made from other inputs")
         except (OSError, ValueError) as error:
             LOGGER.warning("cache entry %s cannot be used (%s); it is made again", path, error)
             return None
