@@ -1,9 +1,10 @@
 """Soak: kill ``fdu`` again and again, start it again, and compare what it leaves in the end with an undisturbed run.
 
-``python tests/soak.py --kills 200`` prints a line per kill and a table, and ends with 1 if anything differs. Each
-command runs once undisturbed. Then it is killed at random points, with SIGKILL, SIGTERM or SIGINT, until it has
-survived. Half of the points are moments, the others are calls that change files, told by Python's audit events. Some
-processes have a clock that was set back by a day. The seed fixes signals and points.
+``python tests/soak.py --kills 200 --record tests/soak.json`` prints a line per kill, writes the counts with seed,
+device and versions, and ends with 1 if anything differs. Each command runs once undisturbed. Then it is killed at
+random points, with SIGKILL, SIGTERM or SIGINT, until it has survived. Half of the points are moments, the others are
+calls that change files, told by Python's audit events. Some processes have a clock that was set back by a day. The seed
+fixes signals and points.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,7 +29,9 @@ from safetensors.torch import load_file
 
 from fdu import cli
 from fdu.config import PLACES
-from fdu.storage.output import PIPELINE_FILE, RECORD_FILE
+from fdu.storage.fingerprint import versions
+from fdu.storage.loading import describe_device
+from fdu.storage.output import PIPELINE_FILE, RECORD_FILE, write_json
 
 PAIRS = {"digits": ("three", "eight"), "emoji": ("fox", "wolf")}
 QUICK = [
@@ -177,22 +180,27 @@ def left_over(folder: Path) -> list[str]:
     return [f"left over: {name}" for name in names if name.startswith(".") or name.endswith(".checkpoints")]
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Kill and compare."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--kills", type=int, default=200, help="how often a process is killed in all")
     parser.add_argument("--seed", type=int, default=0, help="of signals and points")
     parser.add_argument("--models", nargs="+", default=list(PAIRS), choices=list(PAIRS))
     parser.add_argument("--only", default="", help="commands whose name contains this")
-    options = parser.parse_args()
+    parser.add_argument("--record", type=Path, help="JSON file for the counts; those of other seeds in it stay")
+    options = parser.parse_args(arguments)
     chance = random.Random(options.seed)
-    killed, wrong = collections.Counter[str](), 0
+    killed, points = collections.Counter[str](), collections.Counter[str]()
+    wrong: list[str] = []
     with tempfile.TemporaryDirectory(prefix="fdu-soak-") as place:
         undisturbed: dict[tuple[str, str], Outcome] = {}
         for model in options.models:
             folder = Path(place) / model
             folder.mkdir()
+            needs = {need for one in commands(model) if options.only in one.name for need in one.needs}
             for command in commands(model):
+                if options.only not in command.name and command.out not in needs:
+                    continue
                 ended = undisturbed[model, command.name] = once(folder, command, None, None, 0)
                 if ended.code:
                     raise RuntimeError(f"{model} {command.name} fails undisturbed: {ended.words}")
@@ -219,24 +227,32 @@ def main() -> int:
                 if ended.code == cli.OK or finished(folder, command):
                     break
                 if ended.code not in (-number, cli.INTERRUPTED):
-                    print(f"WRONG: {model} {command.name} ended with {ended.code} after signal {number}: {ended.words}")
-                    wrong += 1
+                    wrong.append(f"{model} {command.name} ended with {ended.code} after signal {number}: {ended.words}")
+                    print(f"WRONG: {wrong[-1]}", flush=True)
                     break
                 killed[f"{model} {command.name}"] += 1
+                points[signal.Signals(number).name] += 1
+                points["at a change of a file" if by_event else "at a moment"] += 1
+                points["with a clock set back"] += set_back
                 where = f"change {event}" if by_event else f"{moment:.1f} s"
                 print(f"{killed.total():4} {model} {command.name}: signal {number} at {where}", flush=True)
             found = differences(folder, Path(place) / model, command.out)
             if ended.code == cli.OK:  # else it was killed between its result and its end
                 found += left_over(folder)
             if found:
-                print(f"WRONG: {model} {command.name}, turn {turn}: {'; '.join(found)[:2000]}", flush=True)
-                wrong += 1
+                wrong.append(f"{model} {command.name}, turn {turn}: {'; '.join(found)[:2000]}")
+                print(f"WRONG: {wrong[-1]}", flush=True)
             if killed.total() >= options.kills:
                 break
     for name, count in sorted(killed.items()):
         print(f"{name:16} {count:4} kills")
-    print(f"{killed.total()} kills, {wrong} wrong")
-    return int(wrong > 0)
+    print(f"{killed.total()} kills, {len(wrong)} wrong")
+    if options.record:
+        others = json.loads(options.record.read_text()) if options.record.exists() else []
+        own = {"seed": options.seed, "kills": killed.total(), "wrong": wrong, "commands": dict(sorted(killed.items()))}
+        own |= {"points": dict(sorted(points.items())), "device": describe_device("cpu"), "versions": versions()}
+        write_json(options.record, [*(one for one in others if one["seed"] != options.seed), own])
+    return int(bool(wrong))
 
 
 def copied(source: Path, destination: Path) -> None:
