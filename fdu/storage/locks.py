@@ -19,6 +19,8 @@ LOGGER = logging.getLogger(__name__)
 
 PARTIAL = f"-{hashlib.sha256(platform.node().encode()).hexdigest()[:8]}.partial"
 """The end of the name of a temporary folder of this machine; locks of others may not be seen here."""
+_ANY_PARTIAL = re.compile(r"\..+-[a-z0-9_]{8}-[0-9a-f]{8}\.partial")
+"""The names of temporary folders of any machine."""
 _HELD: dict[Path, int] = {}
 """The locks of this process, and the thread that holds each."""
 _TEMPORARY: set[Path] = set()
@@ -110,6 +112,11 @@ class TemporaryFolder:
         if not self.complete:
             shutil.rmtree(self.path, ignore_errors=True)
         os.close(self._handle)
+
+
+def held(folder: Path) -> list[str]:
+    """The names in a folder, in order, without those of temporary folders, which a killed process may have left."""
+    return sorted(path.name for path in folder.iterdir() if not _ANY_PARTIAL.fullmatch(path.name))
 
 
 def _claimed(parent: Path, name: str) -> tuple[Path, int]:

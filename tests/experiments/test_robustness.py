@@ -57,8 +57,9 @@ def test_the_goals_compare_with_what_was_never_known_and_with_the_plain_erasure(
     # 0.15 is 0.1 above 0.05, which is still allowed; the attack that its searches use is no goal.
     assert lines["| full"][5:] == ["+0.90", "1.00", "40 (4.0)", "attacks, retained, relearning |"]
     assert lines["| token"][4:] == ["+0.11", "+0.00", "0.93", "> 80 (> 8.0)", "relearning |"]
+    assert robustness.best(rows) == "This reaches all three for the fox: full."
     del rows["lora"]
-    assert robustness.goals(rows) == ""
+    assert robustness.goals(rows) == "" and robustness.best(rows) == "No erasure of the fox reaches all three."
 
 
 def test_before_they_are_measured_nothing_is_claimed() -> None:

@@ -15,10 +15,12 @@ from typing import Any
 import families
 import pytest
 from in_processes import SERVER
+from test_comparison import PLAN
 
 import fdu
 from fdu.cli import FAILED, main
-from fdu.storage.locks import PARTIAL, sole_use
+from fdu.comparison.results import check_folder
+from fdu.storage.locks import PARTIAL, held, sole_use
 from fdu.storage.output import RECORD_FILE, RUN_LOCK, clear_run, strangers, whole_file, whole_folder, write_text
 
 
@@ -107,6 +109,17 @@ def test_files_of_a_living_process_stay_and_those_of_a_dead_one_do_not(tmp_path:
     assert living in names(tmp_path)
     write_text(path, "whole")
     assert names(tmp_path) == ["entry", "entry-2"]
+
+
+def test_a_folder_with_leftovers_alone_is_as_good_as_empty(tmp_path: Path) -> None:
+    """Those of the file that a killed run wrote into it first."""
+    with another_process(fill_file, tmp_path / "out/first.json"):
+        pass
+    assert names(tmp_path / "out") and not held(tmp_path / "out")
+    check_folder(tmp_path / "out", PLAN)
+    with whole_folder(tmp_path / "out") as fresh:
+        fresh.joinpath("a").touch()
+    assert names(tmp_path) == ["out"] and names(tmp_path / "out") == ["a"]
 
 
 def test_folders_that_only_look_like_leftovers_stay(tmp_path: Path) -> None:
