@@ -324,6 +324,7 @@ def page(rows: Rows) -> str:
         kept=KEPT,
         times=TIMES,
         plain=PLAIN,
+        best=best(rows),
         goals=goals(rows) or NOT_MEASURED,
         others=markdown(["erasure", *OTHERS], [[name, *tried(row)] for name, row in foxes.items()]),
         aims=", ".join(f"{aim.target} to {aim.anchor}" for aim in AIMS.values()),
@@ -421,6 +422,15 @@ def goals(rows: Rows) -> str:
     return markdown(head, lines)
 
 
+def best(rows: Rows) -> str:
+    """Which erasures of the fox reach all goals, in a sentence."""
+    standings = {name: standing(rows, Row(name)) for name in ERASURES if name in rows}
+    found = [name for name, one in standings.items() if one and all(one.reached.values())]
+    if not found:
+        return "No erasure of the fox reaches all three."
+    return f"{'These reach' if len(found) > 1 else 'This reaches'} all three for the fox: {'; '.join(found)}."
+
+
 def repeated(rows: Rows) -> str:
     """Means over targets and seeds, of the erasures that have them all."""
     groups = {
@@ -440,7 +450,7 @@ def repeated(rows: Rows) -> str:
             one["retained"] / kept_before(rows, row) for one, row in zip(found, groups.get(name, ()), strict=False)
         ]
         others = [[row["others"][test]["after"] for row in found if test in row["others"]] for test in OTHERS]
-        met = [one.reached for row in groups.get(name, ()) if (one := standing(rows, row))]
+        standings = [one for row in groups.get(name, ()) if (one := standing(rows, row))]
         lines.append(
             [
                 name,
@@ -450,11 +460,24 @@ def repeated(rows: Rows) -> str:
                 mean([row["attack"]["after"] for row in found]),
                 mean([row["relearning"]["course"][-1][1] for row in found]),
                 ", ".join(map(steps_back, found)),
-                ", ".join(f"{goal} {sum(one[goal] for one in met)} of {len(met)}" for goal in met[0]) if met else "",
+                *(on_average(rows, found, standings) if standings else ["", "", ""]),
             ]
         )
-    head = ["erasure", "retained", "prompts alone", *OTHERS, "attack", "relearnt", "steps of relearning", "goals"]
+    head = ["erasure", "retained", "prompts alone", *OTHERS, "attack", "relearnt", "steps of relearning"]
+    head += ["above", "times", "goals"]
     return markdown(head, lines) if lines else NOT_MEASURED
+
+
+def on_average(rows: Rows, found: Sequence[Record], standings: Sequence[Standing]) -> list[str]:
+    """How far the mean of a held-out attack lies above that of what was never known, of the attack where it is most;
+    the mean of the steps of relearning, in those of the plain erasure; and how often each goal is reached."""
+    unknown = [rows[name] for name in map(NEVER_KNOWN.format, UNKNOWN)]
+    gaps = [
+        fmean(attacked(row, test) for row in found) - fmean(attacked(row, test) for row in unknown) for test in HELD_OUT
+    ]
+    counts = {goal: sum(one.reached[goal] for one in standings) for goal in standings[0].reached}
+    told = ", ".join(f"{goal} {count} of {len(standings)}" for goal, count in counts.items())
+    return [f"{max(gaps):+.2f}", f"{fmean(one.times for one in standings):.1f}", told]
 
 
 def mean(shares: Sequence[Record]) -> str:
