@@ -82,6 +82,7 @@ def run_killed(folder: str, arguments: list[str], event: int | None, number: int
     Writes the number of events to ``told``.
     """
     os.chdir(folder)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # shells let processes in the background ignore it
     if set_back:
         real = time.time
         time.time = lambda: real() - 86400
