@@ -362,6 +362,17 @@ def test_table_shows_intervals_and_groups() -> None:
     assert text.endswith(judge(make_evaluation({"three": 0.03}), make_probes()).headline + ".")
 
 
+def test_the_worst_class_has_the_interval_of_the_lowest_one_after() -> None:
+    evaluation = make_evaluation({"three": 0.0, "nine": 0.5})
+    own, lowest = {"per_class.nine": (0.4, 0.6)}, {"worst_retained_accuracy": (0.3, 0.7)}
+    before = dataclasses.replace(evaluation.before, intervals={**own, **lowest})
+    for given, shown in ((own, (0.4, 0.6)), ({**own, **lowest}, (0.3, 0.7)), (lowest, None)):
+        after = dataclasses.replace(evaluation.after, intervals=given)
+        rows = comparison(dataclasses.replace(evaluation, before=before, after=after), make_probes())
+        (worst,) = (row for row in rows if row.label == "worst: nine")
+        assert worst.intervals == (shown and ((0.4, 0.6), shown))
+
+
 def test_the_distances_are_told_by_part() -> None:
     evaluation = make_evaluation({"three": 0.0})
     plain = distance_table(evaluation).splitlines()
