@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 
 from fdu.comparison.plan import FEWEST_IMAGES, Candidate
-from fdu.evaluation.intervals import LEVEL, RESAMPLES, reach_unseen
+from fdu.evaluation.intervals import LEVEL, reach_unseen
 
+RESAMPLES = 2000
 DIGITS = 12
 """Decimal places of figures; beyond them is rounding error."""
 FIGURES = ("erased", "retained", "change", "attributes", "held")

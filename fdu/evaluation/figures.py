@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
@@ -13,7 +13,15 @@ from torch import cat, nn
 
 from fdu.evaluation.drawing import Draws, Group, Probe, Role, check_probes, draw, groups
 from fdu.evaluation.features import Features, as_features
-from fdu.evaluation.intervals import FEWEST, Bootstrap, Interval, interval, share_interval, wilson
+from fdu.evaluation.intervals import (
+    FEWEST,
+    Average,
+    Interval,
+    difference_interval,
+    lowest_interval,
+    mean_interval,
+    share_interval,
+)
 from fdu.evaluation.metrics.catalogue import metrics_of
 from fdu.evaluation.metrics.metric import PairMetric, ScoreMetric, SetMetric, ShareMetric
 
@@ -125,7 +133,7 @@ def evaluate(
         raise ValueError(
             f"before and after must hold the same number of images per probe, got {counts[0]} and {counts[1]}"
         )
-    found = _Found(Bootstrap(counts[0]), groups(probes))
+    found = _Found(groups(probes))
     pairs = list(zip(drawn[0].images, drawn[1].images, strict=True))
     # Pairs first: the features of their images are then known, also to judges with the same encoder.
     of_pairs = [one for one in metrics_of(PairMetric) if extractor or not one.needs_features]
@@ -134,16 +142,11 @@ def evaluate(
         found.means(metric.name, [metric.values(*pair, extractor).numpy() for pair in pairs])
     for one in of_sets:
         found.discrepancies(one, drawn, extractor)
-    before, after = (_side(one, probes, extractor, found) for one in drawn)
-    for name, resampled in after.resampled.items():
-        # Which class is worst, and which ones appear in a target's place, differs before and after.
-        if name in before.resampled and name != "worst_retained_accuracy" and not name.startswith("became."):
-            key, apart = f"difference.{name}", resampled - before.resampled[name]
-            found.figures[key] = after.figures[name] - before.figures[name]
-            if name in after.counted:
-                found.intervals[key] = share_interval(found.figures[key], apart, after.counted[name], -1)
-            elif name in after.intervals:
-                found.intervals[key] = interval(apart)
+    before, after = (_side(one, probes, extractor) for one in drawn)
+    for name, (average, interval) in after.averages.items():
+        # Which classes appear in a target's place differs before and after.
+        if name in before.averages and not name.startswith("became."):
+            found.keep(f"difference.{name}", average - before.averages[name][0], interval)
     for given in metrics_of(ShareMetric):
         if given.figure in after.figures:
             share = given.of(after.figures[given.figure], after.intervals[given.figure])
@@ -163,22 +166,26 @@ def evaluate(
 
 
 class _Found:
-    """Figures by name, their intervals and resamples."""
+    """Figures by name, their intervals, and the averages that their differences are made of."""
 
-    def __init__(self, bootstrap: Bootstrap, places: Mapping[str, Sequence[int]]) -> None:
-        self.bootstrap, self.places = bootstrap, places
+    def __init__(self, places: Mapping[str, Sequence[int]]) -> None:
+        self.places = places
         self.figures: dict[str, float] = {}
         self.intervals: dict[str, Interval] = {}
-        self.resampled: dict[str, np.ndarray] = {}
+        self.averages: dict[str, tuple[Average, Callable[[Average], Interval] | None]] = {}
+        """Each with what makes the interval of a difference of two."""
         self.became: dict[str, dict[str, float]] = {}
-        self.counted: dict[str, int] = {}
-        """On how many images each share was counted."""
+
+    def keep(self, name: str, average: Average, interval: Callable[[Average], Interval] | None) -> None:
+        """An average as a figure, with its interval unless that is None."""
+        self.figures[name] = average.value
+        if interval:
+            self.intervals[name] = interval(average)
 
     def attributes(self, found: Mapping[int, Mapping[str, Sequence[bool | None]]]) -> None:
         """The share of what the prompts ask for besides the class that the judges find, in all and by attribute.
 
-        The number of prompts that ask varies between resamples, so each share is a ratio of two resampled sums. Two
-        answers for one image depend on each other, so the number of images that were asked about counts for the
+        Two answers for one image depend on each other, so the number of images that were asked about counts for the
         interval where all agree, not the number of answers.
 
         Args:
@@ -186,50 +193,47 @@ class _Found:
         """
         names = list(dict.fromkeys(name for one in found.values() for name in one))
         for key, chosen in {"attribute_accuracy": names, **{f"attributes.{name}": [name] for name in names}}.items():
-            hits, asked = {}, {}
-            for place, one in found.items():
+            hits, asked = [], []
+            for one in found.values():
                 # [attributes, images], NaN where the prompt asks for nothing.
                 answers = np.array([one[name] for name in chosen if name in one], float)
                 if len(answers):
-                    hits[place], asked[place] = np.nansum(answers, axis=0), np.isfinite(answers).sum(0).astype(float)
-            images = sum(int(np.count_nonzero(one)) for one in asked.values())
-            if images:
-                share = sum(one.sum() for one in hits.values()) / sum(one.sum() for one in asked.values())
-                self.figures[key], self.counted[key] = float(share), images
-                resampled = self.resampled[key] = self.bootstrap.ratios(hits, asked)
-                self.intervals[key] = share_interval(float(share), resampled, images)
+                    hits.append(np.nansum(answers, axis=0))
+                    asked.append(np.isfinite(answers).sum(0).astype(float))
+            if any(one.any() for one in asked):
+                self._share(key, Average.of_ratio(hits, asked))
 
     def under(self, name: str) -> dict[str, float]:
         """The figures whose names begin with this one, by the rest of the name."""
         start = f"{name}."
         return {key.removeprefix(start): value for key, value in self.figures.items() if key.startswith(start)}
 
-    def share(self, name: str, hits: Mapping[int, np.ndarray]) -> None:
+    def share(self, name: str, hits: Sequence[np.ndarray]) -> None:
         """The mean over classes of the share of hits; an image is 1 or 0."""
-        share = self.figures[name] = float(np.mean([one.mean() for one in hits.values()]))
-        images = self.counted[name] = sum(map(len, hits.values()))
-        resampled = self.resampled[name] = self.bootstrap.means(hits)
-        self.intervals[name] = wilson(share, images) if len(hits) == 1 else share_interval(share, resampled, images)
+        self._share(name, Average.of_means(hits))
+
+    def _share(self, name: str, average: Average) -> None:
+        self.keep(name, average, share_interval)
+        self.averages[name] = average, difference_interval
 
     def means(self, name: str, values: Sequence[np.ndarray]) -> None:
         """The mean over classes of one value per image, by role and group."""
         for part, chosen in self.places.items():
-            key, own = f"{name}.{part}", {place: values[place] for place in chosen}
-            self.figures[key] = float(np.mean([one.mean() for one in own.values()]))
-            self.resampled[key] = self.bootstrap.means(own)
-            if self.bootstrap.tells(chosen):
-                self.intervals[key] = interval(self.resampled[key])
+            key, own = f"{name}.{part}", [values[place] for place in chosen]
+            average, told = Average.of_means(own), min(map(len, own)) >= FEWEST
+            self.averages[key] = average, mean_interval if told else None
+            self.keep(key, *self.averages[key])
 
     def discrepancies(self, metric: SetMetric, drawn: Sequence[Draws], extractor: Any) -> None:
         """The distance of two sets of features, by role and group; none if all images began as one noise."""
         for part, chosen in self.places.items():
             before, after = (cat([extractor(one.images[place]) for place in chosen]) for one in drawn)
-            value, resampled = self.bootstrap.pair_means(metric.discrepancies(before, after).numpy(), chosen)
-            if not math.isnan(value):
-                self.figures[f"{metric.name}.{part}"] = value
+            counts = [len(drawn[0].images[place]) for place in chosen]
+            average = Average.of_pairs(metric.discrepancies(before, after).numpy(), counts)
+            if not math.isnan(average.value):
                 # Two noises make one pair, which does not tell how others would scatter.
-                if self.bootstrap.tells(chosen, FEWEST + 1):
-                    self.intervals[f"{metric.name}.{part}"] = interval(resampled)
+                told = min(counts) >= FEWEST and max(counts) > FEWEST
+                self.keep(f"{metric.name}.{part}", average, mean_interval if told else None)
 
     def side(self, probes: Sequence[Probe]) -> Figures:
         """The figures of one side of the erasure."""
@@ -252,9 +256,9 @@ class _Found:
         )
 
 
-def _side(draws: Draws, probes: Sequence[Probe], extractor: Features | None, pairs: _Found) -> _Found:
-    """The judges' counts and the scores on one side of the erasure, with the resamples of the pairs."""
-    found = _Found(pairs.bootstrap, pairs.places)
+def _side(draws: Draws, probes: Sequence[Probe], extractor: Features | None) -> _Found:
+    """The judges' counts and the scores on one side of the erasure."""
+    found = _Found(groups(probes))
     seen = [np.array(probe.judge(images)) for probe, images in zip(probes, draws.images, strict=True)]
     hits = [(names == probe.name).astype(float) for probe, names in zip(probes, seen, strict=True)]
     shares = {f"{role}_accuracy": found.places.get(role, ()) for role in get_args(Role)}
@@ -263,15 +267,19 @@ def _side(draws: Draws, probes: Sequence[Probe], extractor: Features | None, pai
     shares |= {
         f"unseen_per_class.{probe.name}": [place] for place, probe in enumerate(probes) if probe.role == "unseen"
     }
-    shares["worst_retained_accuracy"] = [min(found.places["retained"], key=lambda place: hits[place].mean())]
     for name, chosen in shares.items():
         if chosen:
-            found.share(name, {place: hits[place] for place in chosen})
+            found.share(name, [hits[place] for place in chosen])
+    retained = [hits[place] for place in found.places["retained"]]
+    found.figures["worst_retained_accuracy"] = float(min(one.mean() for one in retained))
+    found.intervals["worst_retained_accuracy"] = lowest_interval(
+        [int(one.sum()) for one in retained], [len(one) for one in retained]
+    )
     for target in found.places["target"]:
         own = found.became[probes[target].name] = {}
         for name, _ in Counter(seen[target].tolist()).most_common():
             figure = f"became.{probes[target].name}.{name}"
-            found.share(figure, {target: (seen[target] == name).astype(float)})
+            found.share(figure, [(seen[target] == name).astype(float)])
             own[name] = found.figures[figure]
     asking = [*found.places["target"], *found.places.get("unseen", ())]
     found.attributes(

@@ -75,7 +75,11 @@ def comparison(evaluation: Evaluation, probes: Sequence[Probe]) -> list[Row]:
     for group in after.retained_by_group if len(after.retained_by_group) > 1 else ():
         names = [probe.name for probe in probes if probe.role == "retained" and probe.group == group]
         rows.append(row(_counted(group, names), f"retained_by_group.{group}", detail=True))
-    rows.append(row(f"worst: {after.worst_retained_class}", f"per_class.{after.worst_retained_class}", detail=True))
+    worst = row(f"worst: {after.worst_retained_class}", f"per_class.{after.worst_retained_class}", detail=True)
+    lowest = after.intervals.get("worst_retained_accuracy")
+    if worst.intervals and lowest:  # this class was chosen for its share after
+        worst = dataclasses.replace(worst, intervals=(worst.intervals[0], lowest))
+    rows.append(worst)
     if after.cross_domain_accuracy is not None:
         rows.append(row(_counted("another kind", names_of(probes, "cross_domain")), "cross_domain_accuracy"))
     return rows

@@ -24,7 +24,7 @@ from fdu.concepts import Concept
 from fdu.evaluation import Attribute, Draws, Probe
 from fdu.evaluation.drawing import JudgedSampling, joint_probes, seen_by_judge
 from fdu.evaluation.features import ClipFeatures, Features, ModuleFeatures, as_features
-from fdu.evaluation.intervals import Bootstrap, reach_unseen
+from fdu.evaluation.intervals import lowest_interval, reach_unseen, wilson
 from fdu.evaluation.metrics.perceptual import image_distance, perceptual_distance
 from fdu.evaluation.tables import comparison
 from fdu.models.families import denoiser_of
@@ -112,8 +112,8 @@ def test_what_else_the_prompts_ask_for_is_counted_where_they_ask_for_it() -> Non
     assert result.difference["attribute_accuracy"] == pytest.approx(-0.5)
     assert result.difference["attributes.background"] == -1
     # Where all answers agree, the interval is that of the images asked about: seven, and one.
-    assert result.before.intervals["attribute_accuracy"] == (pytest.approx(1 - reach_unseen(7)), 1)
-    assert result.after.intervals["attributes.background"] == (0, pytest.approx(reach_unseen(1)))
+    assert result.before.intervals["attribute_accuracy"] == wilson(1, 7)
+    assert result.after.intervals["attributes.background"] == wilson(0, 1)
     assert result.intervals["difference.attributes.background"] == (-1, pytest.approx(-1 + reach_unseen(1)))
 
 
@@ -127,8 +127,8 @@ def test_prompts_that_ask_for_nothing_else_have_no_such_figure() -> None:
     assert fdu.evaluate(draws, draws, [*PROBES[:2], *kept]).after.attribute_accuracy is None
 
 
-def test_intervals_of_what_else_is_asked_resample_both_counts_and_are_paired() -> None:
-    """An image lost in 40, of which every second was asked about: as a binomial share of 20."""
+def test_intervals_of_what_else_is_asked_count_the_images_that_were_asked_about_and_are_paired() -> None:
+    """Of 40 images every second was asked about: as a share of 20."""
     asks = Attribute("style", ("ink", ""), second)
     probes = [Probe("cat", ("a cat in ink", "a cat"), "target", judge, attributes=(asks,)), PROBES[2]]
 
@@ -137,20 +137,12 @@ def test_intervals_of_what_else_is_asked_resample_both_counts_and_are_paired() -
 
     result = fdu.evaluate(drawn(12), drawn(16), probes)  # 6 and 8 of 20
     assert (result.before.attribute_accuracy, result.after.attribute_accuracy) == (0.7, 0.6)
-    low, high = result.after.intervals["attribute_accuracy"]
-    assert (low, high) == (pytest.approx(0.6 - 1.96 * (0.24 / 20) ** 0.5, abs=0.04), pytest.approx(0.81, abs=0.04))
-    low, high = result.intervals["difference.attribute_accuracy"]
+    assert result.after.intervals["attribute_accuracy"] == pytest.approx(wilson(0.6, 20))
     # Two of 20 differ; apart, the two shares would leave 29 points to either side.
-    assert low == pytest.approx(-0.25, abs=0.05) and high == 0
-    resampled = Bootstrap([40]).ratios({0: np.ones(40)}, {0: np.ones(40)})
-    assert (resampled == 1).all()
+    low, high = result.intervals["difference.attribute_accuracy"]
+    assert (low, high) == (pytest.approx(-0.25, abs=0.02), pytest.approx(0.07, abs=0.02))
     same = fdu.evaluate(drawn(12), drawn(12), probes).intervals["difference.attribute_accuracy"]
     assert same == (pytest.approx(-reach_unseen(20)), pytest.approx(reach_unseen(20)))
-
-
-def test_a_resample_that_asks_for_nothing_counts_for_nothing() -> None:
-    ratios = Bootstrap([2]).ratios({0: np.array([1.0, 0.0])}, {0: np.array([1.0, 0.0])})
-    assert set(ratios[np.isfinite(ratios)]) == {1.0} and 0.1 < np.isnan(ratios).mean() < 0.4
 
 
 def test_attributes_hold_one_value_per_prompt() -> None:
@@ -188,9 +180,7 @@ def test_every_figure_has_an_interval_that_holds_it() -> None:
         assert set(figures) == set(intervals)
         for name, value in figures.items():
             low, high = intervals[name]
-            # KID and CMMD scatter around their estimates, from which the resamples may lie off a little.
-            slack = 0.1 * abs(value) if "kid" in name or "cmmd" in name else 1e-9
-            assert low - slack <= value <= high + slack, name
+            assert low - 1e-9 <= value <= high + 1e-9, name
     assert json.loads(json.dumps(found)) and set(found["distances"]) == {"kid", "cmmd", "perceptual"}
     again = fdu.evaluate(before, after, PROBES, module).as_dict()
     assert again["intervals"] == intervals
@@ -298,7 +288,6 @@ def test_images_that_are_not_square_are_drawn(tiny: DiffusionPipeline) -> None:
 
 
 def test_the_interval_of_a_class_grows_with_its_share() -> None:
-    """At 31 of 32 a bootstrap ends higher than the exact bound at 32 of 32 begins."""
     lows, highs = [], []
     for right in (0, 1, 2, 30, 31, 32):
         target = image_of(*[0] * right, *[1] * (32 - right))
@@ -307,6 +296,18 @@ def test_the_interval_of_a_class_grows_with_its_share() -> None:
         lows.append(low)
         highs.append(high)
     assert lows == sorted(set(lows)) and highs == sorted(set(highs))
+
+
+def test_the_interval_of_the_worst_class_counts_that_it_was_chosen() -> None:
+    probes = [*PROBES, Probe("lynx", ("a lynx",), "retained", lambda images: ["lynx"] * len(images))]
+    target, dog, cow = [0] * 32, [1] * 24 + [0] * 8, [2] * 30 + [0] * 2
+    draws = Draws([image_of(*one) for one in (target, target, dog, cow, target)])
+    found = fdu.evaluate(draws, draws, probes)
+    assert found.after.worst_retained_accuracy == 0.75
+    low, high = found.after.intervals["worst_retained_accuracy"]
+    assert (low, high) == found.before.intervals["worst_retained_accuracy"] == lowest_interval([24, 30, 32], [32] * 3)
+    assert high > found.after.intervals["per_class.dog"][1]
+    assert not any("worst" in name for name in found.intervals)
 
 
 def test_one_image_a_class_tells_nothing_of_how_images_scatter() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -10,7 +12,18 @@ from scipy.spatial.distance import cosine
 from sklearn.metrics.pairwise import cosine_similarity, polynomial_kernel, rbf_kernel
 from torch import Tensor
 
-from fdu.evaluation.intervals import Bootstrap, Share, interval, reach_unseen, share_interval, uncertainty, wilson
+from fdu.evaluation.intervals import (
+    Average,
+    Share,
+    difference_interval,
+    lowest_interval,
+    mean_interval,
+    reach_unseen,
+    share_interval,
+    student,
+    uncertainty,
+    wilson,
+)
 from fdu.evaluation.metrics.clip_score import clip_score
 from fdu.evaluation.metrics.cmmd import CMMD
 from fdu.evaluation.metrics.kid import KID
@@ -19,83 +32,159 @@ from fdu.evaluation.metrics.perceptual import perceptual_distance
 from fdu.evaluation.metrics.unlearn_canvas import CRA, IRA, UA
 
 
-def test_a_mean_against_scipy() -> None:
-    values = np.random.default_rng(0).gamma(2.0, size=80)
-    expected = stats.bootstrap(
-        (values,), np.mean, n_resamples=10000, method="percentile", rng=np.random.default_rng(1)
-    ).confidence_interval
-    found = interval(Bootstrap([80], resamples=10000).means({0: values}))
-    assert found == pytest.approx((expected.low, expected.high), abs=0.03 * (expected.high - expected.low))
+@pytest.mark.parametrize("degrees", [1, 2, 3.5, 7, 31, 1000, math.inf])
+def test_students_t_against_scipy(degrees: float) -> None:
+    assert student(degrees) == pytest.approx(stats.t.ppf(0.975, degrees), rel=1e-5)
 
 
-def test_a_difference_of_pairs_against_scipy() -> None:
-    """Pairs that rise and fall together leave a narrow interval of their difference; resampled apart, a wide one."""
+def test_a_mean_of_values_without_skewness_against_scipy() -> None:
+    values = np.random.default_rng(0).normal(size=40)
+    values = np.concatenate([values, 0.2 - values])
+    expected = stats.ttest_1samp(values, 0).confidence_interval(0.95)
+    assert mean_interval(Average.of_means([values])) == pytest.approx((expected.low, expected.high), abs=1e-6)
+    assert mean_interval(Average.of_means([np.full(8, 0.1)])) == (0.1, 0.1)
+
+
+@pytest.mark.parametrize("images", [2, 3, 8, 80])
+def test_the_skewness_of_a_mean_is_removed_by_halls_polynomial(images: int) -> None:
+    """At both ends the polynomial of t, written out, is a quantile of Student's t."""
+    values = np.random.default_rng(1).exponential(size=images)
+    a = stats.skew(values) / images**0.5
+    for end, wanted in zip(mean_interval(Average.of_means([values])), (1, -1), strict=True):
+        t = (values.mean() - end) / stats.sem(values)
+        found = t + a * t**2 / 3 + a**2 * t**3 / 27 + a / 6
+        assert found == pytest.approx(wanted * stats.t.ppf(0.975, images - 1), rel=1e-5)
+
+
+def test_shifts_are_how_the_figure_moves_if_a_noise_counts_more() -> None:
     generator = np.random.default_rng(2)
-    before = generator.normal(size=60)
-    after = before + 0.1 * generator.normal(size=60)
-    bootstrap = Bootstrap([60], resamples=10000)
-    found = interval(bootstrap.means({0: after}) - bootstrap.means({0: before}))
-    expected = stats.bootstrap(
-        (before, after),
-        lambda x, y, axis: np.mean(y - x, axis=axis),
-        paired=True,
-        n_resamples=10000,
-        method="percentile",
-        rng=np.random.default_rng(3),
-    ).confidence_interval
-    assert found == pytest.approx((expected.low, expected.high), abs=0.03 * (expected.high - expected.low))
-    assert found[1] - found[0] < 0.2 * np.diff(interval(bootstrap.means({0: before}))).item()
-
-
-def test_a_mean_over_classes_keeps_each_at_its_number_of_images() -> None:
-    """All of one class right and none of the other: no resample mixes them, and the mean is a half in each."""
-    bootstrap = Bootstrap([10, 30], resamples=50)
-    assert [weights.sum(1).tolist() for weights in bootstrap.weights] == [[10.0] * 50, [30.0] * 50]
-    np.testing.assert_allclose(bootstrap.means({0: np.ones(10), 1: np.zeros(30)}), 0.5)
-
-
-def test_means_over_pairs_leave_out_an_image_with_itself() -> None:
-    generator = np.random.default_rng(4)
+    values, counts = ([generator.random(size) for size in (3, 4)] for _ in range(2))
+    counts[0][1] = counts[1][1] = values[0][1] = values[1][1] = 0.0  # nothing of the second noise counts
     matrix = generator.normal(size=(7, 7))
-    matrix = matrix + matrix.T
-    np.fill_diagonal(matrix, 0)
-    noise = [0, 1, 2, 0, 1, 2, 3]  # of the images of two probes
-    bootstrap = Bootstrap([3, 4], resamples=6)
-    of_all, resampled = bootstrap.pair_means(matrix, [0, 1])
-    weights = [np.ones(7), *np.concatenate(bootstrap.weights, axis=1)]
-    for found, row in zip((of_all, *resampled), weights, strict=True):
-        held = np.repeat(np.arange(7), row.astype(int))
-        pairs = [matrix[i, j] for i in held for j in held if noise[i] != noise[j]]
-        assert found == pytest.approx(np.mean(pairs))
+    matrix += matrix.T
+    noise = np.array([0, 1, 2, 0, 1, 2, 3])
+
+    def means(weights: np.ndarray) -> float:
+        return float(np.mean([np.average(one, weights=weights[: len(one)]) for one in values]))
+
+    def ratio(weights: np.ndarray) -> float:
+        sums = (sum(weights[: len(one)] @ one for one in of) for of in (values, counts))
+        return float(next(sums) / next(sums))
+
+    def pairs(weights: np.ndarray) -> float:
+        apart = np.outer(weights[noise], weights[noise]) * (noise[:, None] != noise)
+        return float((matrix * apart).sum() / apart.sum())
+
+    for figure, average, noises in (
+        (means, Average.of_means(values), range(4)),
+        (ratio, Average.of_ratio(values, counts), (0, 2, 3)),
+        (pairs, Average.of_pairs(matrix, [3, 4]), range(4)),
+    ):
+        assert average.value == pytest.approx(figure(np.ones(4)))
+        assert average.shifts.sum() == pytest.approx(0, abs=1e-12)
+        moved = [(figure(1 + step) - figure(1 - step)) / 2e-5 for step in 1e-5 * np.eye(4)[list(noises)]]
+        np.testing.assert_allclose(average.shifts, moved, atol=1e-8)
+        apart = average - average
+        assert (apart.value, apart.shifts.any(), apart.images) == (0, False, average.images)
+    assert [Average.of_means(values).images, Average.of_ratio(values, counts).images] == [7, 5]
 
 
 def test_means_over_pairs_leave_out_images_of_one_noise() -> None:
     """Two classes whose images of one seed are the same images: the mean over pairs does not count them as alike."""
     values = np.random.default_rng(7).normal(size=30)
     twice = np.concatenate([values, values])
-    of_all, _ = Bootstrap([30, 30], resamples=2).pair_means(np.outer(twice, twice), [0, 1])
     once = (values.sum() ** 2 - (values**2).sum()) / (30 * 29)
-    assert of_all == pytest.approx(once)
+    assert Average.of_pairs(np.outer(twice, twice), [30, 30]).value == pytest.approx(once)
+    assert math.isnan(Average.of_pairs(np.ones((2, 2)), [1, 1]).value)
 
 
-@pytest.mark.parametrize(("right", "images"), [(0, 32), (32, 32), (0, 5)])
-def test_where_all_agree_the_exact_bound_is_taken(right: int, images: int) -> None:
-    hits = np.full(images, float(right == images))
-    found = share_interval(hits.mean(), Bootstrap([images]).means({0: hits}), images)
-    exact = stats.binomtest(right, images).proportion_ci(0.95, method="exact")
-    assert found == pytest.approx((exact.low, exact.high), abs=1e-12)
+def test_the_interval_of_a_distance_follows_the_jackknife() -> None:
+    """Without skewness, as far as the first-order expansion holds."""
+    x = np.random.default_rng(3).normal(size=(200, 1)) + 3
+    matrix = x @ x.T
+    sums = matrix.sum(1) - matrix.diagonal()
+    without = (sums.sum() - 2 * sums) / (199 * 198)
+    error = (199 / 200 * ((without - without.mean()) ** 2).sum()) ** 0.5
+    low, high = mean_interval(Average.of_pairs(matrix, [200]))
+    assert high - low == pytest.approx(2 * stats.t.ppf(0.975, 199) * error, rel=0.02)
 
 
-def test_a_difference_of_shares_may_lie_below_zero() -> None:
-    low, high = share_interval(0.0, np.zeros(100), 32, lowest=-1)
-    assert low == -high and high == reach_unseen(32) == pytest.approx(1 - 0.025 ** (1 / 32))
-    assert share_interval(0.5, np.array([0.25, 0.75]), 32) == pytest.approx((0.2625, 0.7375))
+@pytest.mark.parametrize("right", [0, 1, 5, 8])
+def test_the_interval_of_a_share_of_one_class_is_wilsons(right: int) -> None:
+    hits = (np.arange(8) < right).astype(float)
+    assert share_interval(Average.of_means([hits])) == pytest.approx(wilson(right / 8, 8))
 
 
-def test_the_same_seed_gives_the_same_interval() -> None:
-    values = {0: np.random.default_rng(6).random(20)}
-    first, again, other = (interval(Bootstrap([20], seed=seed).means(values)) for seed in (0, 0, 1))
-    assert first == again != other
+@pytest.mark.parametrize("classes", [1, 2, 10])
+def test_classes_that_are_always_right_together_tell_as_much_as_one(classes: int) -> None:
+    """By the definition of n_eff, with one degree of freedom less for what is estimated of the covariances."""
+    hits = (np.random.default_rng(4).random(30) < 0.7).astype(float)
+    average = Average.of_means([hits] * classes)
+    degrees = math.inf if classes == 1 else 29 * classes / (classes - 1)
+    assert average.degrees == pytest.approx(degrees)
+    share, alike = hits.mean(), 30 / (1 + 1 / degrees)
+    assert share_interval(average) == pytest.approx(wilson(share, alike, stats.t.ppf(0.975, degrees)), abs=1e-6)
+
+
+def test_classes_that_are_right_by_themselves_tell_as_much_as_one_of_all_their_images() -> None:
+    hits = [(own < 0.7).astype(float) for own in np.random.default_rng(5).random((10, 500))]
+    average = Average.of_means(hits)
+    assert share_interval(average) == pytest.approx(wilson(average.value, 5000), abs=0.002)
+
+
+def test_where_the_images_of_each_class_agree_all_count() -> None:
+    for shares in ([1, 1], [0, 0], [0, 1]):
+        average = Average.of_means([np.full(16, float(share)) for share in shares])
+        assert share_interval(average) == wilson(np.mean(shares), 32)
+
+
+def test_one_noise_cannot_show_how_classes_vary_together() -> None:
+    average = Average.of_means([np.array([share]) for share in (1.0, 1.0, 0.0)])
+    assert average.degrees == math.inf and share_interval(average) == wilson(2 / 3, 3)
+
+
+@pytest.mark.parametrize(("lost", "gained"), [(1, 0), (3, 1), (0, 19)])
+def test_a_difference_of_shares_is_agrestis_and_mins(lost: int, gained: int) -> None:
+    """Half an image more in each of the four cells."""
+    before, after = np.zeros(20), np.zeros(20)
+    before[:lost] = after[lost : lost + gained] = 1
+    found = difference_interval(Average.of_means([after]) - Average.of_means([before]))
+    apart = (gained - lost) / 22
+    half = 1.959964 * ((lost + gained + 1 - (gained - lost) ** 2 / 22) ** 0.5) / 22
+    assert found == pytest.approx((apart - half, min(apart + half, 1)), abs=1e-6)
+
+
+def test_a_difference_of_classes_that_change_together_is_as_wide_as_that_of_one() -> None:
+    generator = np.random.default_rng(6)
+    before, after = ((generator.random(200) < share).astype(float) for share in (0.9, 0.6))
+    one, ten = (Average.of_means([after] * classes) - Average.of_means([before] * classes) for classes in (1, 10))
+    assert difference_interval(ten) == pytest.approx(difference_interval(one), abs=0.01)
+
+
+def test_where_no_image_changes_the_exact_bound_is_taken() -> None:
+    for shares in ([1, 1], [0, 1]):
+        average = Average.of_means([np.full(16, float(share)) for share in shares])
+        low, high = difference_interval(average - average)
+        assert -low == high == reach_unseen(32) == pytest.approx(1 - 0.025 ** (1 / 32))
+    lost = Average.of_means([np.zeros(4)]) - Average.of_means([np.ones(4)])
+    assert difference_interval(lost) == (-1, pytest.approx(-1 + reach_unseen(4)))
+
+
+def test_the_lowest_share_against_scipy() -> None:
+    def jeffreys(hits: int, images: int, chance: float) -> float:
+        return float(stats.beta.ppf(chance, hits + 0.5, images - hits + 0.5))
+
+    expected = jeffreys(3, 8, 0.025), jeffreys(3, 8, 1 - 0.05 / 4)
+    assert lowest_interval([7, 3, 8, 5], [8] * 4) == pytest.approx(expected, abs=1e-6)
+    # Of one class or two the error of each end is 1 in 40.
+    for hits in ([20], [31, 20]):
+        expected = jeffreys(20, 32, 0.025), jeffreys(20, 32, 0.975)
+        assert lowest_interval(hits, [32] * len(hits)) == pytest.approx(expected, abs=1e-6)
+    # The lower end may be that of a class of few images, the upper one that of another.
+    low, high = lowest_interval([2, 80], [3, 100])
+    assert low == pytest.approx(jeffreys(2, 3, 0.025), abs=1e-6)
+    assert high == pytest.approx(jeffreys(80, 100, 0.975), abs=1e-6)
+    assert lowest_interval([0, 8], [8, 8])[0] == 0 and lowest_interval([8, 8], [8, 8])[1] == 1
 
 
 @pytest.mark.parametrize(("count", "images"), [(0, 32), (1, 32), (17, 32), (31, 32), (32, 32), (1, 1)])
@@ -114,44 +203,6 @@ def test_a_share_is_between_0_and_1_and_known_within_ten_points_on_a_hundred_ima
             Share(wrong, 32, (0.0, 1.0))
     assert Share(0.0, 32, (0.0, 1.0)).value == 0 and Share(1.0, 32, (0.0, 1.0)).value == 1
     assert uncertainty(100) == pytest.approx(0.098, abs=1e-4)
-
-
-def test_a_resample_without_pairs_does_not_count() -> None:
-    """Of two images half of the resamples hold one of them twice, which is no pair; the only pair is at 1."""
-    matrix = np.array([[0.0, 1.0], [1.0, 0.0]])
-    bootstrap = Bootstrap([2], resamples=200)
-    _, found = bootstrap.pair_means(matrix, [0])
-    twice = bootstrap.weights[0].max(1) == 2
-    assert twice.any() and np.isnan(found[twice]).all() and (found[~twice] == 1).all()
-    assert interval(found) == (1.0, 1.0)
-
-
-def test_intervals_need_two_images_of_each_class() -> None:
-    bootstrap = Bootstrap([1, 2, 3])
-    assert not bootstrap.tells([0]) and not bootstrap.tells([0, 2]) and bootstrap.tells([1]) and bootstrap.tells([1, 2])
-    assert not bootstrap.tells([1], images=3) and bootstrap.tells([2], images=3) and bootstrap.tells([1, 2], images=3)
-
-
-def test_the_interval_holds_the_truth_about_as_often_as_it_says() -> None:
-    generator = np.random.default_rng(5)
-    truth, held = np.array([0.9, 0.6, 0.8]), 0
-    for seed in range(200):
-        hits = {place: (generator.random(40) < share).astype(float) for place, share in enumerate(truth)}
-        bootstrap = Bootstrap([40] * 3, resamples=200, seed=seed)
-        low, high = share_interval(np.mean([one.mean() for one in hits.values()]), bootstrap.means(hits), 120)
-        held += low <= truth.mean() <= high
-    assert 0.9 < held / 200 < 0.99
-
-
-def test_images_of_one_noise_vary_together() -> None:
-    """Classes whose image i depends on noise i: resampled apart, their mean would seem to vary by half as much."""
-    generator, held = np.random.default_rng(8), 0
-    for seed in range(200):
-        noise = generator.normal(size=40)
-        values = {place: noise + 0.5 * generator.normal(size=40) for place in range(6)}
-        low, high = interval(Bootstrap([40] * 6, resamples=200, seed=seed).means(values))
-        held += low <= 0 <= high
-    assert held / 200 > 0.9
 
 
 def features(seed: int, count: int = 24, width: int = 16) -> Tensor:

@@ -205,7 +205,7 @@ def test_verdict_figures_course_settings_and_command(tmp_path: Path) -> None:
     for words in (
         *(part for part in (verdict.headline, *verdict.sentences)),
         "three → eight",
-        "retained (2 classes) 100 % 83\u2013100 % 100 % 83\u2013100 % 0 ",
+        "retained (2 classes) 100 % 84\u2013100 % 100 % 84\u2013100 % 0 ",
         "fdu demo --seed 7",
         "cpu: fast",
         "torch 9.9.9",
@@ -271,7 +271,7 @@ def test_every_figure_is_shown(tmp_path: Path) -> None:
     ):
         assert words in page.text
     assert re.search("UA .{,150} 100 % 72\u2013100 %", page.text)
-    assert re.search("IRA .{,150} 100 % 83\u2013100 %", page.text)
+    assert re.search("IRA .{,150} 100 % 84\u2013100 %", page.text)
     assert "CRA" not in page.text
     assert "CLIP" not in make_page(tmp_path).text
 
@@ -329,7 +329,7 @@ def test_what_else_the_prompts_ask_for_is_shown(tmp_path: Path) -> None:
     minus = "\N{MINUS SIGN}"
     assert "but some of its images no longer show the paper asked for." in page.text
     assert (
-        f"what else its prompts ask for (paper) 100 % 48\u2013100 % 0 % 0\u201352 % {minus}100 {minus}100 to {minus}48"
+        f"what else its prompts ask for (paper) 100 % 57\u2013100 % 0 % 0\u201343 % {minus}100 {minus}100 to {minus}48"
         in page.text
     )
     metrics = json.loads((tmp_path / "run/metrics.json").read_text())

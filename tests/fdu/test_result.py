@@ -227,13 +227,13 @@ def test_the_card_says_what_the_prompts_lost_and_how_sure_that_is(tmp_path: Path
 
     asks = fdu.Attribute("ink", ("red", "", "", "", "", "", "", ""), ink)
     target = fdu.Probe("three", ("three in red ink", *["three"] * 7), "target", PROBES[0].judge, attributes=(asks,))
-    before, after = (fdu.Draws([torch.full((16, 3, 4, 4), level)] * 2) for level in (0.9, 0.1))
+    before, after = (fdu.Draws([torch.full((32, 3, 4, 4), level)] * 2) for level in (0.9, 0.1))
     evaluation = fdu.evaluate(before, after, [target, PROBES[1]])
     page = write_card(
         tmp_path, "lora", families.build("sd"), make_record(), evaluation, [target, PROBES[1]]
     ).read_text()
     assert "| what else its prompts ask for (ink) | 100 % | 0 % |" in page and "share before: ink" in page
-    assert "at most 84 % either way" in page  # two of 16 images were asked for an ink: 1 - 0.025 ** (1 / 2)
+    assert "at most 49 % either way" in page  # four of 32 images were asked for an ink: Wilson's, z^2 / (4 + z^2)
 
 
 def test_names_cannot_break_the_page(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from statistics import NormalDist
 
 import pytest
 import torch
@@ -294,6 +295,39 @@ def test_what_chance_may_explain_is_not_called_broken() -> None:
     assert verdict.kept and not verdict.sure and "probably kept" in verdict.headline
 
 
+@pytest.mark.parametrize(("asked", "drops"), [((), 5), (("ink",), 6), (("ink", "style"), 8)])
+def test_a_drop_is_sure_only_by_an_interval_that_holds_together_with_those_of_all_others(
+    asked: tuple[str, ...], drops: int
+) -> None:
+    """Three classes, the mean, the other kind, and each attribute and all of them: Bonferroni's share for each."""
+    evaluation = make_evaluation({"three": 0.0, "nine": 0.6})
+    if asked:
+        evaluation = asking(dict.fromkeys(asked, 1.0), dict.fromkeys(asked, 1.0), others={"nine": 0.6})
+    normal = NormalDist()
+    least = 0.4 - 0.4 * normal.inv_cdf(0.975) / normal.inv_cdf(1 - 0.025 / drops)
+    for slack, kept in ((0.001, False), (-0.001, True)):
+        intervals = {"difference.per_class.nine": (-0.9, -least - slack), "difference.retained_accuracy": (-0.5, 0.1)}
+        verdict = judge(dataclasses.replace(evaluation, intervals=intervals), make_probes())
+        assert verdict.kept is kept and verdict.sure is not kept
+
+
+def test_groups_of_classes_are_drops_too() -> None:
+    probes = [dataclasses.replace(one, group="near") if one.name == "nine" else one for one in make_probes()]
+    evaluation = make_evaluation({"three": 0.0, "nine": 0.6})
+    sides = [
+        dataclasses.replace(side, retained_by_group={"near": side.per_class["nine"], "unrelated": 1.0})
+        for side in (evaluation.before, evaluation.after)
+    ]
+    normal = NormalDist()
+    least = 0.4 - 0.4 * normal.inv_cdf(0.975) / normal.inv_cdf(1 - 0.025 / 7)
+    for slack, kept in ((0.001, False), (-0.001, True)):
+        ends = (-0.9, -least - slack)
+        figures = ("per_class.nine", "retained_by_group.near", "retained_accuracy")
+        intervals = {f"difference.{name}": ends if name == "per_class.nine" else (-0.5, 0.1) for name in figures}
+        found = dataclasses.replace(evaluation, before=sides[0], after=sides[1], intervals=intervals)
+        assert judge(found, probes).kept is kept
+
+
 def test_other_words_that_drew_it_seldom_before_may_still_be_an_escape() -> None:
     evaluation = make_evaluation({"three": 0.05}, unseen=0.45)
     before = dataclasses.replace(evaluation.before, unseen_accuracy=0.45)
@@ -326,6 +360,17 @@ def test_table_shows_intervals_and_groups() -> None:
     text = summary(make_evaluation({"three": 0.03}), make_probes())
     assert text.startswith(table(make_evaluation({"three": 0.03}), make_probes()))
     assert text.endswith(judge(make_evaluation({"three": 0.03}), make_probes()).headline + ".")
+
+
+def test_the_worst_class_has_the_interval_of_the_lowest_one_after() -> None:
+    evaluation = make_evaluation({"three": 0.0, "nine": 0.5})
+    own, lowest = {"per_class.nine": (0.4, 0.6)}, {"worst_retained_accuracy": (0.3, 0.7)}
+    before = dataclasses.replace(evaluation.before, intervals={**own, **lowest})
+    for given, shown in ((own, (0.4, 0.6)), ({**own, **lowest}, (0.3, 0.7)), (lowest, None)):
+        after = dataclasses.replace(evaluation.after, intervals=given)
+        rows = comparison(dataclasses.replace(evaluation, before=before, after=after), make_probes())
+        (worst,) = (row for row in rows if row.label == "worst: nine")
+        assert worst.intervals == (shown and ((0.4, 0.6), shown))
 
 
 def test_the_distances_are_told_by_part() -> None:
@@ -485,7 +530,7 @@ def test_the_attributes_that_fell_are_named() -> None:
 def test_a_drop_over_all_attributes_counts_where_none_fell_alone() -> None:
     evaluation = asking({"style": 1.0, "ink": 1.0}, {"style": 0.8, "ink": 0.8})
     doubt = {f"difference.attributes.{name}": (-0.35, 0.05) for name in ("style", "ink")}
-    evaluation = dataclasses.replace(evaluation, intervals={**doubt, "difference.attribute_accuracy": (-0.3, -0.02)})
+    evaluation = dataclasses.replace(evaluation, intervals={**doubt, "difference.attribute_accuracy": (-0.3, -0.1)})
     verdict = judge(evaluation, make_probes())
     assert not verdict.kept and "its images no longer show all that was asked for" in verdict.headline
     assert "chance: the style asked for (100 % before, 80 % after)" in words(verdict)
@@ -547,7 +592,7 @@ def test_an_attribute_that_was_rarely_found_before_shows_little() -> None:
         verdict.kept and "the rest" not in verdict.headline and "the classes drawn before are kept" in verdict.headline
     )
     assert "not conclusive: scene (30 %)" in words(verdict)
-    sure = dataclasses.replace(evaluation, intervals={"difference.attributes.scene": (-0.3, -0.01)})
+    sure = dataclasses.replace(evaluation, intervals={"difference.attributes.scene": (-0.3, -0.03)})
     assert "no longer show the scene" in judge(sure, make_probes()).headline and "conclusive" not in words(
         judge(sure, make_probes())
     )

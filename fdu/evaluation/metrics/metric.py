@@ -52,7 +52,7 @@ class SetMetric(Metric):
         The mean over its off-diagonal entries is the unbiased estimate from pairs (Gretton et al. 2012, lemma 6): no
         image is compared with itself or with its counterpart. So images that share prompt and seed do not bias it; it
         is exactly 0 where nothing changed, and it can fall below 0. Of several classes drawn with the same seeds,
-        :meth:`fdu.evaluation.intervals.Bootstrap.pair_means` leaves out the pairs of one seed, too.
+        :meth:`fdu.evaluation.intervals.Average.of_pairs` leaves out the pairs of one seed, too.
         """
         matrix = self.kernel(before, before) + self.kernel(after, after)
         across = self.kernel(before, after)
