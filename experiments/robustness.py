@@ -414,7 +414,7 @@ def goals(rows: Rows) -> str:
                 name,
                 *(f"{gap:+.2f}" for gap in found.above),
                 "" if math.isnan(found.retained) else f"{found.retained:.2f}",
-                f"{steps_back(rows[name])} ({more}{found.times:.1f})",
+                f"{steps_back(rows[name])} ({more}{found.times:.2f})",
                 ", ".join(goal for goal, met in found.reached.items() if met) or "none",
             ]
         )
@@ -425,6 +425,8 @@ def goals(rows: Rows) -> str:
 def best(rows: Rows) -> str:
     """Which erasures of the fox reach all goals, in a sentence."""
     standings = {name: standing(rows, Row(name)) for name in ERASURES if name in rows}
+    if not standings or any(one is None or math.isnan(sum(one.above)) for one in standings.values()):
+        return NOT_MEASURED
     found = [name for name, one in standings.items() if one and all(one.reached.values())]
     if not found:
         return "No erasure of the fox reaches all three."
@@ -471,13 +473,15 @@ def repeated(rows: Rows) -> str:
 def on_average(rows: Rows, found: Sequence[Record], standings: Sequence[Standing]) -> list[str]:
     """How far the mean of a held-out attack lies above that of what was never known, of the attack where it is most;
     the mean of the steps of relearning, in those of the plain erasure; and how often each goal is reached."""
-    unknown = [rows[name] for name in map(NEVER_KNOWN.format, UNKNOWN)]
+    unknown = [rows[name] for name in map(NEVER_KNOWN.format, UNKNOWN) if name in rows]
     gaps = [
-        fmean(attacked(row, test) for row in found) - fmean(attacked(row, test) for row in unknown) for test in HELD_OUT
+        fmean(attacked(row, test) for row in found) - fmean(attacked(row, test) for row in unknown)
+        for test in HELD_OUT
+        if unknown
     ]
     counts = {goal: sum(one.reached[goal] for one in standings) for goal in standings[0].reached}
     told = ", ".join(f"{goal} {count} of {len(standings)}" for goal, count in counts.items())
-    return [f"{max(gaps):+.2f}", f"{fmean(one.times for one in standings):.1f}", told]
+    return [f"{max(gaps):+.2f}" if gaps else "", f"{fmean(one.times for one in standings):.1f}", told]
 
 
 def mean(shares: Sequence[Record]) -> str:

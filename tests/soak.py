@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import contextlib
 import json
 import os
 import random
@@ -180,6 +181,20 @@ def left_over(folder: Path) -> list[str]:
     return [f"left over: {name}" for name in names if name.startswith(".") or name.endswith(".checkpoints")]
 
 
+def still_running(folder: Path) -> list[str]:
+    """Processes that work in a folder although their command has ended, 20 seconds later."""
+    end = time.monotonic() + 20
+    while True:
+        found = []
+        for process in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):
+                if (process / "cwd").readlink() == folder:
+                    found.append(f"still running: {process.name}")
+        if not found or time.monotonic() > end:
+            return found
+        time.sleep(0.2)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Kill and compare."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
@@ -238,7 +253,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 points["with a clock set back"] += set_back
                 where = f"change {event}" if by_event else f"{moment:.1f} s"
                 print(f"{killed.total():4} {model} {command.name}: signal {number} at {where}", flush=True)
-            found = differences(dict(content(folder / command.out)), left)
+            found = differences(dict(content(folder / command.out)), left) + still_running(folder.resolve())
             if ended.code == cli.OK:  # else it was killed between its result and its end
                 found += left_over(folder)
             if found:
@@ -252,6 +267,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.record:
         others = json.loads(options.record.read_text()) if options.record.exists() else []
         own = {"seed": options.seed, "kills": killed.total(), "wrong": wrong, "commands": dict(sorted(killed.items()))}
+        own |= {"only": options.only, "models": options.models}
         own |= {"points": dict(sorted(points.items())), "device": describe_device("cpu"), "versions": versions()}
         write_json(options.record, [*(one for one in others if one["seed"] != options.seed), own])
     return int(bool(wrong))

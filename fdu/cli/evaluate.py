@@ -6,7 +6,7 @@ import dataclasses
 import os
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
@@ -240,7 +240,8 @@ class Evaluate:
                     tests.check()
             except RuntimeError:
                 if upload is not None:
-                    upload.ready(self.erased)
+                    with suppress(OSError, ValueError):  # the failed test is what counts
+                        upload.ready(self.erased)
                     print(f"fdu: not pushed; push with: {upload.command(self.erased)}", file=sys.stderr)
                 raise
             if upload is not None:

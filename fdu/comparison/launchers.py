@@ -5,8 +5,10 @@ from __future__ import annotations
 import concurrent.futures
 import dataclasses
 import multiprocessing
+import multiprocessing.connection
 import os
 import shutil
+import threading
 import time
 import traceback
 import uuid
@@ -76,7 +78,7 @@ class Processes(Launcher):
     def start(self) -> None:
         """Processes start with the first jobs."""
         context = multiprocessing.get_context("spawn")
-        self.pool = concurrent.futures.ProcessPoolExecutor(self.workers, mp_context=context)
+        self.pool = concurrent.futures.ProcessPoolExecutor(self.workers, context, _end_with_parent)
 
     def submit(self, works: Sequence[Work]) -> Sequence[Any]:
         """One future per job."""
@@ -159,6 +161,20 @@ class Carried:
         except Exception as error:
             traceback.print_exc()
             return f"{type(error).__name__}: {error}"
+
+
+def _end_with_parent() -> None:
+    """In a worker: end when the process that started it has died. It would wait for jobs for ever, with its memory."""
+
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    sentinel = parent.sentinel
+
+    def watch() -> None:
+        multiprocessing.connection.wait([sentinel])
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _call(carried: Carried) -> dict[str, Any] | str:

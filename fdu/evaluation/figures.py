@@ -21,6 +21,7 @@ from fdu.evaluation.intervals import (
     lowest_interval,
     mean_interval,
     share_interval,
+    size_interval,
 )
 from fdu.evaluation.metrics.catalogue import metrics_of
 from fdu.evaluation.metrics.metric import PairMetric, ScoreMetric, SetMetric, ShareMetric
@@ -222,7 +223,7 @@ class _Found:
             key, own = f"{name}.{part}", [values[place] for place in chosen]
             average, told = Average.of_means(own), min(map(len, own)) >= FEWEST
             self.averages[key] = average, mean_interval if told else None
-            self.keep(key, *self.averages[key])
+            self.keep(key, average, size_interval if told else None)
 
     def discrepancies(self, metric: SetMetric, drawn: Sequence[Draws], extractor: Any) -> None:
         """The distance of two sets of features, by role and group; none if all images began as one noise."""

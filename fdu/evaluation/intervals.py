@@ -90,7 +90,7 @@ class Average:
 
     @property
     def variance(self) -> float:
-        """The estimated variance of a mean of answers that are yes or no; 0 if all answers of each probe agree."""
+        """The estimated variance of a mean of answers that are yes or no; 0 if the noises agree, as where all do."""
         squares = float(self.shifts @ self.shifts)
         return squares * (1 + 1 / self.degrees) if squares > ROUNDING**2 else 0.0
 
@@ -108,7 +108,8 @@ def share_interval(average: Average) -> Interval:
 
     The variance is that between noises (Korn and Graubard, Confidence intervals for proportions with small expected
     number of positive counts estimated from survey data, 1998), and Student's t replaces the normal distribution. Of
-    images that share no noise n_eff is their number, and the interval is :func:`wilson`'s.
+    images that share no noise n_eff is their number, and the interval is :func:`wilson`'s. n_eff has no upper limit: at
+    most the number of images would cover 97 to 99 %.
     """
     share, variance = average.value, average.variance
     if not variance:
@@ -125,6 +126,8 @@ def difference_interval(average: Average) -> Interval:
     often miss. There the interval reaches :func:`reach_unseen` to either side.
     """
     images, value = average.images, average.value
+    if len(average.shifts) < FEWEST <= images:
+        return -1.0, 1.0  # images of one noise may all change together
     if not average.variance:
         reach = reach_unseen(images)
         return max(value - reach, -1.0), min(value + reach, 1.0)
@@ -132,6 +135,12 @@ def difference_interval(average: Average) -> Interval:
     squares = images**2 * average.variance + 1 + 2 * value * middle
     half = student(average.degrees) * math.sqrt(squares) / (images + 2)
     return max(middle - half, -1.0), min(middle + half, 1.0)
+
+
+def size_interval(average: Average) -> Interval:
+    """As :func:`mean_interval`, of values that are never negative."""
+    low, high = mean_interval(average)
+    return max(low, 0.0), high
 
 
 def mean_interval(average: Average) -> Interval:

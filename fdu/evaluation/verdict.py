@@ -246,7 +246,7 @@ def _drop(evaluation: Evaluation, name: str, figure: str, allowed: float, tolera
 
 def _reach_of_all(evaluation: Evaluation) -> float:
     """How far the intervals of all drops reach if they shall hold together in 95 % of evaluations, in terms of a single
-    one (Bonferroni; Dunn 1961). Otherwise 1 of 10 drops would seem sure by chance far more often than 1 time in 20."""
+    one (Bonferroni; Dunn 1961). Otherwise one of ten drops would seem sure by chance in far more than 1 of 20."""
     before = evaluation.before
     others = len(before.per_class) - len(evaluation.after.became)  # but the targets
     means = 1 + len(before.retained_by_group) + (before.cross_domain_accuracy is not None)

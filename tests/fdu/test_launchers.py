@@ -17,13 +17,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from in_processes import SERVER
 
 from fdu import cli
 from fdu.cli import main
 from fdu.cli.program import parse
 from fdu.comparison import launchers
 from fdu.comparison import sweep as engine
-from fdu.comparison.launchers import Elsewhere, Launcher, RayCluster, Slurm, Work, WorkerDied
+from fdu.comparison.launchers import Elsewhere, Launcher, Processes, RayCluster, Slurm, Work, WorkerDied
 from fdu.comparison.sweep import ATTEMPTS, Job, Records, sweep
 
 COMPARE = ["compare", "digits", "--target", "three", "--anchor", "eight", "--out", "out", "--device", "cpu"]
@@ -69,6 +70,36 @@ def test_a_job_that_kills_every_worker_ends_the_sweep_and_costs_no_other(tmp_pat
     assert list(Records(tmp_path / "runs").found) == ["b"] and launcher.closed
 
 
+def linger(place: Path) -> dict[str, Any]:
+    place.write_text(str(os.getpid()))
+    time.sleep(100)
+    return {}
+
+
+def wait_for_workers(place: Path) -> None:
+    launcher = Processes(1)
+    launcher.start()
+    launcher.submit([functools.partial(linger, place)])
+    time.sleep(100)
+
+
+def test_workers_end_with_a_sweep_that_is_killed(tmp_path: Path) -> None:
+    place = tmp_path / "pid"
+    process = SERVER.Process(target=wait_for_workers, args=(place,))
+    process.start()
+    end = time.monotonic() + 100
+    while not (place.exists() and place.read_text()) and time.monotonic() < end:
+        time.sleep(0.1)
+    worker = Path("/proc") / place.read_text()
+    assert process.pid and worker.exists()
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    end = time.monotonic() + 30
+    while worker.exists() and time.monotonic() < end:
+        time.sleep(0.1)
+    assert not worker.exists()
+
+
 def test_nothing_is_started_for_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sweep([named("a")], tmp_path / "runs", tell=lambda line: None)
     launcher = Mortal()
@@ -82,7 +113,7 @@ def test_the_death_of_a_process_here_costs_the_jobs_in_progress_until_the_next_s
     """With threads for processes, which take seconds to start; the pool breaks as if a process had died."""
 
     class Pool(concurrent.futures.ThreadPoolExecutor):
-        def __init__(self, workers: int, mp_context: Any) -> None:
+        def __init__(self, workers: int, *others: Any) -> None:
             super().__init__(1)
 
     def dying() -> dict[str, Any]:

@@ -20,6 +20,7 @@ from fdu.evaluation.intervals import (
     mean_interval,
     reach_unseen,
     share_interval,
+    size_interval,
     student,
     uncertainty,
     wilson,
@@ -292,3 +293,13 @@ def test_perceptual_distance_against_scipy() -> None:
 def test_unlearn_canvas() -> None:
     assert UA.of(0.1, (0.05, 0.2)) == (pytest.approx(0.9), (pytest.approx(0.8), pytest.approx(0.95)))
     assert IRA.of(0.6, (0.5, 0.7)) == CRA.of(0.6, (0.5, 0.7)) == (0.6, (0.5, 0.7))
+
+
+def test_images_of_one_noise_tell_nothing_of_a_difference_over_classes() -> None:
+    fell = [np.array([-1.0])] * 7 + [np.array([0.0])] * 93
+    assert difference_interval(Average.of_means(fell)) == (-1.0, 1.0)
+
+
+def test_a_size_is_never_negative() -> None:
+    average = Average.of_means([np.array([0.1, 0.3])])
+    assert mean_interval(average)[0] < 0 and size_interval(average) == (0.0, mean_interval(average)[1])
