@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import shlex
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from fdu.report.card import PICTURES, is_evaluated, read_card, write_licence
 from fdu.storage.loading import read_record
 from fdu.storage.output import RECORD_FILE, write_json
 
+LOGGER = logging.getLogger(__name__)
 TOKENS = "https://huggingface.co/settings/tokens"
 UNSENT = [".*", "**/.*"]
 """Files that are not pushed, as patterns: locks, and what is being written."""
@@ -92,7 +94,8 @@ class Upload:
             return
         try:
             found = HfApi(token=self.token).model_info(base).card_data
-        except Exception:  # gone, gated, no name of the hub, or no answer
+        except Exception as error:  # gone, gated, no name of the hub, or no answer
+            LOGGER.warning("the licence of %s is not known (%s); add it to the model card", base, _reason(error))
             return
         write_licence(folder, found.to_dict() if found else {})
 
@@ -129,6 +132,11 @@ class Upload:
         remedy = again or f"nothing that was saved is lost; push again with: {self.command(folder)}"
         try:
             self.ready(folder)
+        except OSError as error:
+            raise OSError(
+                f"{self.repo_id} was not pushed: {_reason(error)}; make {str(folder)!r} writable and push again"
+            ) from error
+        try:
             url = str(api.create_repo(self.repo_id, private=self.private, exist_ok=True))
             # Pictures of an earlier evaluation go.
             api.upload_folder(

@@ -218,6 +218,18 @@ def test_a_push_that_fails_loses_nothing_and_says_how_to_push_again(
     assert {**contents(hub.folder("me/no-three")), ".unfinished/half": b"half"} == contents(erased)
 
 
+def test_what_cannot_be_made_fit_for_others_is_not_pushed(
+    hub: HubServer, erased: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*given: object) -> None:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("fdu.report.hub.write_json", full)
+    with pytest.raises(OSError, match="not pushed: No space left.*writable and push again") as failed:
+        Upload("me/x", WRITES).push(erased, unevaluated=True)
+    assert "hf upload" not in str(failed.value) and not hub.log
+
+
 def test_after_a_failed_test_the_command_that_is_named_pushes_no_private_path(
     hub: HubServer, erased: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
