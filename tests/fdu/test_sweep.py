@@ -171,7 +171,7 @@ def test_a_kill_loses_one_job_at_most(path: Path) -> None:
 def test_a_job_that_fails_costs_no_other_that_ends(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With threads for processes, which take seconds to start."""
 
-    def threads(workers: int, mp_context: Any) -> concurrent.futures.Executor:
+    def threads(workers: int, *others: Any) -> concurrent.futures.Executor:
         return concurrent.futures.ThreadPoolExecutor(workers)
 
     monkeypatch.setattr(concurrent.futures, "ProcessPoolExecutor", threads)
