@@ -3,7 +3,7 @@
     python experiments/robustness.py                  # resumes where it was stopped
     python experiments/robustness.py --only orange/   # one of the other targets
 
-Takes two and a half hours of two cores, shared by ``--workers`` processes. The rows "never known" need the network, for
+Takes about two hours of two cores, shared by ``--workers`` processes. The rows "never known" need the network, for
 real emoji, and resvg-py.
 
 Some erasures are repeated with other targets and seeds. Three rows are not erasures. "not erased" shows the figures of

@@ -14,6 +14,7 @@ from fdu.comparison.plan import FEWEST_IMAGES, Candidate
 from fdu.evaluation.intervals import LEVEL, reach_unseen
 
 RESAMPLES = 2000
+"""Of the bootstrap over images."""
 DIGITS = 12
 """Decimal places of figures; beyond them is rounding error."""
 FIGURES = ("erased", "retained", "change", "attributes", "held")

@@ -15,7 +15,7 @@ from fdu.comparison.recommendation import Preference, Recommendation, preference
 from fdu.comparison.runs import BEFORE, before_name, identity_before, identity_of
 from fdu.comparison.sweep import Record, Records
 from fdu.config import PLACES, updated
-from fdu.storage.locks import held
+from fdu.storage.locks import contents
 from fdu.storage.output import SMALL_RESULT, check_output, to_json, write_json
 
 RECORD = "comparison.json"
@@ -152,7 +152,7 @@ def check_folder(folder: Path, comparison: Comparison) -> None:
     """
     begun = _read(folder / RECORD)
     if begun is None:
-        if folder.is_dir() and (others := held(folder)):
+        if folder.is_dir() and (others := contents(folder)):
             raise FileExistsError(
                 f"output folder {str(folder)!r} holds {others[0]!r} and no {RECORD} of a comparison; choose another "
                 "with --out"

@@ -133,9 +133,8 @@ class Upload:
         try:
             self.ready(folder)
         except OSError as error:
-            raise OSError(
-                f"{self.repo_id} was not pushed: {_reason(error)}; make {str(folder)!r} writable and push again"
-            ) from error
+            cure = again or f"make {str(folder)!r} writable and push again"
+            raise OSError(f"{self.repo_id} was not pushed: {_reason(error)}; {cure}") from error
         try:
             url = str(api.create_repo(self.repo_id, private=self.private, exist_ok=True))
             # Pictures of an earlier evaluation go.

@@ -114,7 +114,7 @@ class TemporaryFolder:
         os.close(self._handle)
 
 
-def held(folder: Path) -> list[str]:
+def contents(folder: Path) -> list[str]:
     """The names in a folder, in order, without those of temporary folders, which a killed process may have left."""
     return sorted(path.name for path in folder.iterdir() if not _ANY_PARTIAL.fullmatch(path.name))
 

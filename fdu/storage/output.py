@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from fdu.storage.foreign import read_json
-from fdu.storage.locks import PARTIAL, TemporaryFolder, held, sole_use
+from fdu.storage.locks import PARTIAL, TemporaryFolder, contents, sole_use
 
 RECORD_FILE = "fdu.json"
 """File next to saved weights: what was erased, with which settings and versions, and the course of the training."""
@@ -205,7 +205,7 @@ def _finite(value: Any) -> Any:
 
 
 def _check_replaceable(folder: Path, shown: str, overwrite: bool) -> None:
-    if not os.path.isdir(folder) or not held(folder):
+    if not os.path.isdir(folder) or not contents(folder):
         return
     if not written_by_fdu(folder):
         raise FileExistsError(

@@ -20,7 +20,7 @@ from test_comparison import PLAN
 import fdu
 from fdu.cli import FAILED, main
 from fdu.comparison.results import check_folder
-from fdu.storage.locks import PARTIAL, held, sole_use
+from fdu.storage.locks import PARTIAL, contents, sole_use
 from fdu.storage.output import RECORD_FILE, RUN_LOCK, clear_run, strangers, whole_file, whole_folder, write_text
 
 
@@ -115,7 +115,7 @@ def test_a_folder_with_leftovers_alone_is_as_good_as_empty(tmp_path: Path) -> No
     """Those of the file that a killed run wrote into it first."""
     with another_process(fill_file, tmp_path / "out/first.json"):
         pass
-    assert names(tmp_path / "out") and not held(tmp_path / "out")
+    assert names(tmp_path / "out") and not contents(tmp_path / "out")
     check_folder(tmp_path / "out", PLAN)
     with whole_folder(tmp_path / "out") as fresh:
         fresh.joinpath("a").touch()
